@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.manifest import MOST_TOKENS
+from racdeploy.quant import saved_presets
 from racdeploy.storage.toml import merge, read_toml, validate
 from racdeploy.targets import Target
 
@@ -128,8 +129,10 @@ class Calibration(_Part):
 class Pruning(_Part):
     """How weights are chosen and compensated.
 
-    After each step of a schedule the sparse model answers the calibration prompts itself; the next
-    one is solved from the dense weights on its traces, with every zero kept.
+    ``shares`` are sparsities of linears by pattern, of which the first that matches decides; the
+    others have what makes ``sparsity`` that of all together. After each step of a schedule the
+    sparse model answers the calibration prompts itself; the next one is solved from the dense
+    weights on its traces, with every zero kept.
     """
 
     method: str = "sparsegpt"
@@ -149,6 +152,7 @@ class Pruning(_Part):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
+    shares: dict[str, float] = Field(default_factory=dict)
     expert_tokens: int = Field(0, ge=0)
 
     @model_validator(mode="before")
@@ -175,8 +179,19 @@ class Pruning(_Part):
             _check_regex(pattern)
         return value
 
+    @field_validator("shares")
+    @classmethod
+    def _check_shares(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, share in value.items():
+            _check_regex(pattern)
+            if not 0 <= share < 1:
+                raise ValueError(f"{pattern!r} = {share:g} is no share from 0, below 1")
+        return value
+
     @model_validator(mode="after")
     def _check_sparsity(self) -> Self:
+        if self.shares and (self.kept_of or self.allocation != "uniform"):
+            raise ValueError("shares go with pattern 'unstructured' and allocation 'uniform'")
         if self.schedule:
             self._check_schedule()
         if self.kept_of is None:
@@ -342,17 +357,12 @@ class Export(_Part):
     @field_validator("quant")
     @classmethod
     def _fold_quant(cls, value: str) -> str:
-        return value.lower().replace("-", "_")
+        return saved_presets.fold(value)
 
     @field_validator("tensors")
     @classmethod
     def _check_tensors(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern, quant in value.items():
-            _check_regex(pattern)
-            if quant.lower() not in plugins.names("quant"):
-                nearest = plugins.closest(quant.lower(), plugins.names("quant"))
-                raise ValueError(f"unknown quant {quant!r} for {pattern!r}{nearest}")
-        return {pattern: quant.lower() for pattern, quant in value.items()}
+        return saved_presets.check_patterns(value)
 
 
 class Verification(_Part):
@@ -406,6 +416,45 @@ class Runtime(_Part):
     thinking: Thinking = Field(default_factory=Thinking)
 
 
+class Tune(_Part):
+    """What ``racdeploy tune`` looks for, and among what; limits at 0 are none.
+
+    Candidates are every number format of the target (or ``quants``), with nothing pruned, and with
+    these shares of the feed-forward part kept, or of zeros, or with these patterns of zeros.
+    """
+
+    objective: Literal["size", "speed", "seconds-per-correct-answer", "accuracy"] = "accuracy"
+    max_bytes: int = Field(0, ge=0)
+    max_memory_bytes: int = Field(0, ge=0)
+    min_tokens_per_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_accuracy_ratio: float = Field(0.0, ge=0, le=1)
+    budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
+    quants: tuple[str, ...] = ()
+    ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
+    zeros: tuple[float, ...] = (0.5, 0.6, 0.7)
+    patterns: tuple[str, ...] = ("2:4",)
+    vocabulary: tuple[int, ...] = ()
+    recover_tokens: int = Field(0, ge=0)
+    prompts: int = Field(256, ge=16, le=_MOST_PROMPTS)
+    survey_tokens: int = Field(8192, ge=256)
+    seed: int = Field(1, ge=0)
+
+    @field_validator("ffn", "zeros")
+    @classmethod
+    def _check_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for share in value:
+            if not 0 < share < 1:
+                raise ValueError(f"{share:g} is not a share between 0 and 1")
+        return value
+
+    @property
+    def least_ratio(self) -> float:
+        """What of the dense model's accuracy must stay: where accuracy is no aim, most of it."""
+        if self.min_accuracy_ratio or self.objective in ("accuracy", "seconds-per-correct-answer"):
+            return self.min_accuracy_ratio
+        return 0.98
+
+
 class Recipe(_Part):
     """One build, complete; ``gate`` is read by :mod:`racdeploy.verify.gate`."""
 
@@ -422,6 +471,7 @@ class Recipe(_Part):
     export: Export = Field(default_factory=Export)
     runtime: Runtime = Field(default_factory=Runtime)
     verify: Verification = Field(default_factory=Verification)
+    tune: Tune = Field(default_factory=Tune)
     gate: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -438,6 +488,8 @@ class Recipe(_Part):
 
         proposed = merge(target.defaults, _propose_pruning(target, asked))
         merged = merge(proposed, asked)
+        if isinstance(merged.get("export"), Mapping):
+            merged["export"] = saved_presets.resolve(merged["export"])
         where = str(file) if file else "the command line"
         recipe = validate(cls, merged, where, "racdeploy init")
 
@@ -451,13 +503,28 @@ class Recipe(_Part):
     def at(self, target: str) -> Self:
         """Return this recipe for another target alone, with that target's export."""
         other = Target.read(target)
-        export = Export(
-            format=other.format,
-            quant=other.quant,
-            packing=other.packing,
-            allow_losing_zeros=self.export.allow_losing_zeros,
-        )
+        asked = {
+            "format": other.format,
+            "quant": other.quant,
+            "packing": other.packing,
+            "allow_losing_zeros": self.export.allow_losing_zeros,
+        }
+        export = validate(Export, saved_presets.resolve(asked), f"target {target}")
         return self.model_copy(update={"target": target, "also": (), "export": export})
+
+    def unpruned(self) -> Self:
+        """Return this recipe with nothing cut, no zeros, and one format for all linears."""
+        structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
+        none = {"sparsity": 0.0, "pattern": "unstructured", "shares": {}, "schedule": ()}
+        prune = self.prune.model_copy(update=none)
+        export = self.export.model_copy(update={"tensors": {}})
+
+        parts = {"structure": structure, "prune": prune, "export": export}
+        return self.model_copy(update=parts)
+
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """Return this recipe with other values of some keys, by part, checked."""
+        return type(self).model_validate(merge(self.model_dump(), settings))
 
     def _check_plugins(self) -> None:
         chosen = {
@@ -469,9 +536,12 @@ class Recipe(_Part):
         }
 
         for kind, name in chosen.items():
-            known = plugins.names(kind) + (plugins.names("presets") if kind == "quant" else ())
+            known = plugins.names(kind)
+            if kind == "quant":
+                known += plugins.names("presets")
             if name not in known:
-                raise plugins.unknown(kind, name, known)
+                saved = saved_presets.names() if kind == "quant" else ()
+                raise plugins.unknown(kind, name, known + saved)
 
 
 def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,11 +9,75 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
 from racdeploy.storage.toml import merge, read_toml, validate
+
+_REPACKED = 1.5  # bytes held for each byte of the file: a whole copy of some is among them
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FormatCost(_Data):
+    """What one weight of a number format costs an engine, for each token that it decodes."""
+
+    cached_ps: PositiveFloat  # picoseconds, where the whole model fits the cache
+    streamed_ps: PositiveFloat  # where it comes from memory
+    resident: float = Field(1.0, ge=1, le=4)  # bytes held for each byte of the file; 2: repacked
+
+    def at(self, streamed: float) -> float:
+        """Return the picoseconds where a share of the weights comes from memory."""
+        return self.cached_ps + streamed * (self.streamed_ps - self.cached_ps)
+
+
+class EngineCosts(_Data):
+    """What decoding one token of one sequence costs, beside its weights, and memory."""
+
+    token_us: float = Field(ge=0)  # whatever the model is
+    block_us: float = Field(ge=0)  # for each block
+    attention_ps: float = Field(ge=0)  # for each position kept, times the width of the queries
+    vocabulary_ps: float = Field(0.0, ge=0)  # for each token of the vocabulary
+    base_bytes: int = Field(ge=0)  # resident memory of the process with no model to speak of
+    block_bytes: float = Field(0.0, ge=0)  # for each block, beside weights and cache
+    vocabulary_bytes: float = Field(0.0, ge=0)  # for each token of the vocabulary
+    formats: dict[str, FormatCost]
+
+
+class Device(_Data):
+    """What decides how fast stock engines decode there, and how much memory they take.
+
+    ``threads`` is what was, or would be, measured; ``instructions`` are those that matter to the
+    engines; ``source`` says where an estimate is from, or what was measured.
+    """
+
+    name: str
+    measured: bool
+    source: str
+    cores: PositiveInt
+    threads: PositiveInt
+    memory_bytes: PositiveInt
+    cache_bytes: PositiveInt
+    bandwidth_bytes_per_s: PositiveFloat  # that decoding reaches, not that of the memory chips
+    instructions: tuple[str, ...] = ()
+    engines: dict[str, EngineCosts]
+
+    def costs(self, engine: str) -> EngineCosts:
+        """Return what an engine costs there; a UsageError where nobody knows."""
+        if engine not in self.engines:
+            raise UsageError(
+                f"the profile of {self.name} has no figures for {engine}",
+                remedy=f"it has {', '.join(self.engines)}; racdeploy bench --profile measures more",
+            )
+        return self.engines[engine]
+
+    def repacked(self, engine: str) -> tuple[str, ...]:
+        """Return the number formats of which an engine keeps a faster copy, sorted."""
+        formats = self.costs(engine).formats
+        return tuple(sorted(name for name, cost in formats.items() if cost.resident >= _REPACKED))
 
 
 class Target(BaseModel):
@@ -34,6 +98,7 @@ class Target(BaseModel):
     allowed_formats: tuple[str, ...] = ("gguf",)
     allowed_quants: tuple[str, ...] = ()  # empty means all
     recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    device: Device | None = None  # None: the machine at hand is measured
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -54,6 +119,10 @@ class Target(BaseModel):
             )
 
         return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what its TOML file holds, but for the device."""
+        return self.model_dump(mode="json", exclude_unset=True, exclude={"name", "device"})
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -30,10 +30,11 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the kernels that this machine's user has built away from tests that ask for none."""
+def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep this machine's user's kernels and presets away from tests that ask for none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
+        patch.setenv("RACDEPLOY_PRESETS", str(tmp_path_factory.mktemp("presets")))
         yield
 
 

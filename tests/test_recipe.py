@@ -50,16 +50,17 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     }
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
-        *("prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
+        *("prune.shares", "prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
+        *("tune.quants", "tune.vocabulary"),
     }
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep"}:
+        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep", "shares"}:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from racdeploy.cli import build, cache, chat, hub, report, run, serve, sign, tools, verify
+from racdeploy.cli import (
+    build,
+    cache,
+    chat,
+    hub,
+    presets,
+    report,
+    run,
+    serve,
+    sign,
+    tools,
+    tune,
+    verify,
+)
 from racdeploy.cli.console import out
 
 app = typer.Typer(
@@ -28,9 +41,14 @@ accel_app = typer.Typer(
 app.add_typer(accel_app, name="accel")
 cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
 app.add_typer(cache_app, name="cache")
+presets_app = typer.Typer(
+    no_args_is_help=True, help="Mixes of number formats by name, your own too; see docs/presets.md."
+)
+app.add_typer(presets_app, name="presets")
 
 _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "build": (build.build, "racdeploy build ./my-model --sparsity 0.5 --out bundle"),
+    "tune": (tune.tune, "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h"),
     "traces": (build.traces, "racdeploy traces ./my-model --trace-prompts 64"),
     "prune": (build.prune, "racdeploy prune ./my-model --keep ffn=0.75"),
     "recover": (build.recover, "racdeploy recover ./my-model PRUNED --recover-tokens 1000000"),
@@ -60,6 +78,9 @@ _VERSION = typer.Option("--version", metavar="", help="Print the version.")
 _BUILD_KERNELS = "Example: racdeploy accel build"
 cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
 cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
+presets_app.command(name="ls", epilog="Example: racdeploy presets ls")(presets.list_presets)
+_SAVE = "Example: racdeploy presets save my-mix --from bundle"
+presets_app.command(name="save", epilog=_SAVE)(presets.save_preset)
 accel_app.command(name="build", epilog=_BUILD_KERNELS)(tools.build_kernels)
 
 

@@ -242,6 +242,47 @@ class BuildOptions(PruneOptions):
 
 
 @dataclass(frozen=True)
+class TuneOptions(TraceOptions):
+    """Options of the command that looks for the best model."""
+
+    objective: str | None = _option(
+        None, help="accuracy, the default, size, speed or seconds-per-correct-answer."
+    )
+    max_bytes: str | None = _option(None, metavar="SIZE", help="Largest file, as 1.5GB.")
+    max_memory: str | None = _option(
+        None, metavar="SIZE", help="Most memory; default: what the target holds."
+    )
+    min_tokens_per_s: float | None = _option(None, min=0, help="Least speed on the target.")
+    min_accuracy_ratio: float | None = _option(
+        None, min=0, max=1, help="Share of the dense accuracy that must stay."
+    )
+    budget: str | None = _option(None, metavar="TIME", help="How long it may take: 90m, 2h.")
+    recover_tokens: int | None = _option(
+        None, min=0, help="Let pruned models also learn so many tokens back."
+    )
+    prompts: int | None = _option(None, min=1, help="Prompts of the verification; default: 200.")
+    out_folder: Path | None = _option(
+        None, "--out", "-o", help="Folder of the bundle; default: the artifact's name."
+    )
+    tier: TierOpt = ""
+    dry_run: DryRunOpt = False
+
+    def _values(self) -> dict[str, Any]:
+        from racdeploy.cli.quantities import read_duration, read_size
+
+        wishes = {
+            "objective": self.objective,
+            "max_bytes": read_size(self.max_bytes, "--max-bytes"),
+            "max_memory_bytes": read_size(self.max_memory, "--max-memory"),
+            "min_tokens_per_s": self.min_tokens_per_s,
+            "min_accuracy_ratio": self.min_accuracy_ratio,
+            "budget_s": read_duration(self.budget),
+            "recover_tokens": self.recover_tokens,
+        }
+        return super()._values() | {"tune": wishes, "verify": {"count": self.prompts}}
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """Options of the command that exports a model folder as it is."""
 

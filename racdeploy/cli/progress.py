@@ -124,31 +124,45 @@ def show_progress(console: Console, quiet: bool = False) -> Iterator[Progress]:
         with _draw_bars(console) as draw:
             yield draw
     else:
-        yield _print_lines(console)
+        yield print_lines(console)
 
 
 @contextmanager
 def _draw_bars(console: Console) -> Iterator[Progress]:
+    with make_bars(console) as shown:
+        yield fill_bars(shown)
+
+
+def make_bars(console: Console) -> bars.Progress:
+    """Return bars that are not drawn yet."""
     columns = (
         bars.TextColumn("{task.description:<16}"),
         bars.BarColumn(_BAR_WIDTH),
         _Words(),
     )
+    return bars.Progress(*columns, console=console)
+
+
+def fill_bars(shown: bars.Progress, keep: bool = True) -> Progress:
+    """Return a progress callback that fills bars; ``keep`` leaves those of ended stages."""
     tracks = Tracks()
     tasks: dict[int, bars.TaskID] = {}
 
-    with bars.Progress(*columns, console=console) as progress:
+    def draw(label: str, done: int, total: int, tokens: int = 0) -> None:
+        track, is_new = tracks.update(label, done, total, tokens)
+        if is_new:
+            tasks[id(track)] = shown.add_task(label, total=total, track=track)
+        if id(track) in tasks:
+            shown.update(tasks[id(track)], completed=done, total=total)
 
-        def draw(label: str, done: int, total: int, tokens: int = 0) -> None:
-            track, is_new = tracks.update(label, done, total, tokens)
-            if is_new:
-                tasks[id(track)] = progress.add_task(label, total=total, track=track)
-            progress.update(tasks[id(track)], completed=done, total=total)
+        if track.ended and not keep and id(track) in tasks:
+            shown.remove_task(tasks.pop(id(track)))
 
-        yield draw
+    return draw
 
 
-def _print_lines(console: Console) -> Progress:
+def print_lines(console: Console) -> Progress:
+    """Return a progress callback that prints a line now and then."""
     tracks = Tracks()
     printed_s: dict[str, float] = {}
 

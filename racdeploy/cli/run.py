@@ -17,6 +17,7 @@ from racdeploy.cli.options import (
     Kernels,
     SeedOpt,
     ShowThinkingOpt,
+    TargetOpt,
     TemperatureOpt,
     ThreadsOpt,
     WorkOpt,
@@ -89,7 +90,7 @@ def _read_question() -> str:
 
 @reported
 def bench(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: Path | None = typer.Argument(None, help="Bundle folder; none with --profile."),
     dense: Path | None = typer.Option(
         None, help="Dense artifact; default: the one that the build left in --work."
     ),
@@ -103,9 +104,25 @@ def bench(
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
+    profile: bool = typer.Option(
+        False, "--profile", metavar="", help="Measure this device instead, and write a target."
+    ),
+    target: TargetOpt = None,
+    out_file: Path | None = typer.Option(
+        None, "--out", help="With --profile: the target's TOML file; default: printed."
+    ),
     json_output: JsonOpt = False,
 ) -> None:
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
+    if profile:
+        _profile(target, threads, out_file, json_output)
+        return
+    if bundle is None:
+        raise UsageError(
+            "there is no bundle to measure",
+            remedy="racdeploy bench bundle; racdeploy bench --profile measures the device",
+        )
+
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
     from racdeploy.manifest import Manifest
@@ -128,6 +145,34 @@ def bench(
     err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
     _print_kernels(found.kernels, accel, zeros)
+
+
+def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
+    """Measure this device, and write or print a target with its profile."""
+    from tempfile import TemporaryDirectory
+
+    from racdeploy.cli.progress import show_progress
+    from racdeploy.report.terminal import print_table
+    from racdeploy.storage.files import write_atomic
+    from racdeploy.targets import Target
+    from racdeploy.tune.devices.described import list_costs, render_target
+    from racdeploy.tune.devices.profile import profile
+
+    chosen = Target.read(target or "gguf")
+    with show_progress(err) as progress, TemporaryDirectory() as scratch:
+        device = profile(Path(scratch), threads, progress)
+
+    text = render_target(chosen, device)
+    if file:
+        write_atomic(file, text)
+
+    if json_output:
+        print_json({"path": str(file) if file else "", **device.model_dump(mode="json")})
+    elif file:
+        print_table(list_costs(device), out)
+        err.print(f"use it: --target {file}", markup=False, soft_wrap=True)
+    else:
+        out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
 
 
 def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:

@@ -84,8 +84,8 @@ class Batcher:
     """Runs the sequences of jobs to their end, in place, on decoders side by side.
 
     ``prefill_s`` and ``decode_s`` are the time in the decoders, of those that work together that of
-    one on average; a mixed batch is shared out by its tokens. ``on_step`` is called before each
-    batch.
+    one on average; a mixed batch is shared out by its tokens. ``decode_cpu_s`` is what of it the
+    processor gave the thread that decodes. ``on_step`` is called before each batch.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Batcher:
     ) -> None:
         self.prefill_s = 0.0
         self.decode_s = 0.0
+        self.decode_cpu_s = 0.0
         self._jobs: deque[Job] = deque()  # those with sequences that wait
         self._changed = threading.Condition()
         self._lanes = [_Lane(decoder, on_step) for decoder in decoders]
@@ -154,6 +155,7 @@ class Batcher:
             with self._changed:
                 self.prefill_s += step.prefill_s / busy
                 self.decode_s += step.decode_s / busy
+                self.decode_cpu_s += step.decode_cpu_s / busy
                 ended = self._settle(lane, step.errors)
                 self._changed.notify_all()
 
@@ -207,8 +209,9 @@ class _Step(NamedTuple):
 
     news: dict[Job, News]
     errors: dict[Job, EngineError]
-    prefill_s: float
-    decode_s: float
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_cpu_s: float = 0.0
 
 
 class _Lane:
@@ -255,17 +258,19 @@ class _Lane:
                 decoding += len(tokens) == 1
 
         self._decoder.share_threads(busy)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         try:
             self._on_step()
             self._decoder.decode(rows)
         except EngineError as error:
-            return _Step({}, {job: error for job, _ in self.running.values()}, 0.0, 0.0)
+            return _Step({}, {job: error for job, _ in self.running.values()})
         elapsed_s = time.perf_counter() - started
+        cpu_s = time.thread_time() - cpu_started
 
         news, errors = self._choose(up_to_date)
         decode_share = decoding / len(rows)
-        return _Step(news, errors, elapsed_s * (1.0 - decode_share), elapsed_s * decode_share)
+        prefill_s = elapsed_s * (1.0 - decode_share)
+        return _Step(news, errors, prefill_s, elapsed_s * decode_share, cpu_s * decode_share)
 
     def _choose(self, places: dict[int, int]) -> tuple[dict[Job, News], dict[Job, EngineError]]:
         """Let the sequences of some slots choose their next token, by the rows at those places."""

@@ -24,7 +24,7 @@ class ChildEngine(Engine):
     """A model, loaded by an engine in a child process whose process id is ``pid``.
 
     ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
-    ``prefill_s``, ``decode_s`` (a mixed batch is shared out by its tokens), the child's
+    ``prefill_s``, ``decode_s`` and ``decode_cpu_s`` (see ``Batcher``), the child's
     ``peak_rss_bytes``. Threads may use it at the same time: their sequences are decoded together,
     as many as there are slots. ``module`` loads the model there, ``name`` is for error messages,
     ``options`` are the module's.

@@ -239,7 +239,8 @@ class _Worker:
         self._send_done(call, {"completions": completions})
 
     def _send_done(self, call: int, answer: Mapping[str, Any]) -> None:
-        seconds = {"prefill_s": self._batcher.prefill_s, "decode_s": self._batcher.decode_s}
+        names = ("prefill_s", "decode_s", "decode_cpu_s")
+        seconds = {name: getattr(self._batcher, name) for name in names}
         stats = {**self._stats, **seconds, "peak_rss_bytes": _peak_rss_bytes()}
         self._send(call, "done", stats=stats, **answer)
 

@@ -61,8 +61,11 @@ class Build:
         """Settle what is cut, and the context: every stage and name goes by them."""
         object.__setattr__(self, "job", fit_context(fit_structure(self.job)))
 
-    def run(self, out: Path | None = None) -> tuple[Path, Report]:
-        """Do everything; return the bundle's folder, by default the artifact's name, and report."""
+    def run(self, out: Path | None = None, beside: Sequence[Rival] = ()) -> tuple[Path, Report]:
+        """Do everything; return the bundle's folder, by default the artifact's name, and report.
+
+        Models ``beside`` answer too, after those that the recipe names.
+        """
         check_build(self.job, out)
         self.plan_recovery()
         trace_folder, traces = self.traces()
@@ -86,9 +89,8 @@ class Build:
         control = self._control(model, pruned)
 
         evaluation = replace(self.evaluation, control=control)
-        report, records = evaluation.verify(
-            model, dense, pruned, findings, also, self.rivals(model, dense, pruned)
-        )
+        rivals = [*self.rivals(model, dense, pruned), *beside]
+        report, records = evaluation.verify(model, dense, pruned, findings, also, rivals)
 
         job = self.job
         counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)

@@ -24,7 +24,7 @@ from racdeploy.prune import PrunedModel
 from racdeploy.report.model import DeviationRow, Record, Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.tasks import Split
+from racdeploy.tasks import Problem, Split
 from racdeploy.verify import measure
 from racdeploy.verify.answers import Answers, IdPair, Respondent
 from racdeploy.verify.checks import memory, speed
@@ -77,10 +77,12 @@ class Evaluation:
         model: Path | None = None,
         control: Control = UNCONTROLLED,
         split: Split = "evaluation",
+        problems: Sequence[Problem] = (),
     ) -> Answers:
         """Answer the prompts with one artifact, again where speed or memory have a limit.
 
-        Prompts are written by the tokenizer of a ``model``'s folder; None takes the dense one's.
+        Prompts are those of a ``split``, or other ``problems``, and are written by the tokenizer of
+        a ``model``'s folder; None takes the dense one's.
         """
         job = self.job
         folder = model or job.model.folder
@@ -93,14 +95,14 @@ class Evaluation:
         return answer_prompts(
             Workplace(self.work),
             respondent,
-            job.problems(split),
+            problems or job.problems(split),
             arm,
             exported.path,
             exported.files,
             job.backend,
             settings,
             measure.fingerprint(settings),
-            again=split == "evaluation" and self._timed(),
+            again=split == "evaluation" and not problems and self._timed(),
         )
 
     def try_control(self, pruned: ExportResult, model: Path, control: Control) -> Answers:

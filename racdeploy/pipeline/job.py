@@ -18,7 +18,7 @@ from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.prune.layout import find_end
-from racdeploy.quant import presets
+from racdeploy.quant import Codes, presets
 from racdeploy.recipe import Recipe, Structure, Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
@@ -72,6 +72,13 @@ class Job:
 
         off = recipe.recover.model_copy(update={"tokens": 0})
         return replace(self, recipe=recipe.model_copy(update={"recover": off}), resolved=self.model)
+
+    def changed(self, recipe: Recipe) -> Job:
+        """Return the job of another recipe for the same model, read once."""
+        changed = replace(self, recipe=recipe, resolved=self.model)
+        known = {name: getattr(self, name) for name in ("checkpoint", "encoder", "tags", "tasks")}
+        vars(changed).update(known)  # as cached_property keeps them
+        return changed
 
     @cached_property
     def siblings(self) -> tuple[Job, ...]:
@@ -218,27 +225,42 @@ class Job:
         return choose_quants(self.checkpoint, weight, self.quant_rules)
 
     @property
-    def joint_quant(self) -> str:
-        """The format whose codes are chosen while pruning; UsageError if several or no grid."""
-        named = sorted({each for name in self.weights_to_prune for each in self.quants_of(name)})
-        if len(named) > 1:
-            raise UsageError(
-                "prune.joint needs one number format for all linears, "
-                f"{self.quant_rules.name} gives them {', '.join(named)}",
-                remedy="choose a quant in place of a preset, and no export.tensors, "
-                "or prune.joint = false",
-            )
+    def joint_quant(self) -> Codes:
+        """The format whose codes are chosen while pruning, of each linear where there are several.
 
-        grid = quant.as_grid(named[0])
+        Raises:
+            UsageError: one has no grid, or does not fit the rows of a linear.
+        """
+        chosen = {}
 
-        for name in self.weights_to_prune:
-            if why := quant.fits(grid, self.checkpoint.entries[name].shape[1]):
+        for weight in self.weights_to_prune:
+            linear = weight.removesuffix(".weight")
+            name, *others = dict.fromkeys(self.quants_of(weight))
+            if others:
                 raise UsageError(
-                    f"prune.joint with quant {named[0]!r}: {name}: {why}",
+                    f"prune.joint needs one number format for {linear}, "
+                    f"{self.quant_rules.name} gives its parts {', '.join((name, *others))}",
+                    remedy="give them the same in export.tensors, or prune.joint = false",
+                )
+
+            if why := quant.fits(quant.as_grid(name), self.checkpoint.entries[weight].shape[1]):
+                raise UsageError(
+                    f"prune.joint with quant {name!r}: {weight}: {why}",
                     remedy="name the linear in prune.dense, or prune.joint = false",
                 )
 
-        return named[0]
+            chosen[linear] = name
+
+        names = sorted({*chosen.values()})
+        if len(names) == 1:
+            return names[0]
+
+        if "blocks" in self.structure.parts:  # the file numbers those that stay
+            raise UsageError(
+                f"prune.joint with {', '.join(names)} needs every block where it is",
+                remedy="one number format for all linears, or leave out --keep blocks",
+            )
+        return chosen
 
 
 def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
 
 
 def _loses_zeros(job: Job, weight: str) -> bool:
-    if job.recipe.prune.joint:  # for one format alone, or refused
+    if job.recipe.prune.joint:  # on a grid that has zero, or refused
         return False
     return _loses(job.checkpoint, weight, job.quants_of(weight))
 

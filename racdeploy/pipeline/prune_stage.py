@@ -14,6 +14,7 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
+from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.report.model import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
@@ -42,7 +43,7 @@ class PruneStage:
     calibration: Calibration
     structure: Structure
     settings: Pruning
-    quant: str
+    quant: Codes
     name_model: Callable[[float], str]
 
     def run(self, collect: CollectTraces) -> PrunedModel:
@@ -82,7 +83,7 @@ class PruneStage:
         """
         sparse = Checkpoint(model)
         unlimited = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        settings = self.settings.model_copy(update=unlimited)
+        settings = self.settings.model_copy(update={**unlimited, "shares": {}})
         inputs = self.describe_code() | {
             "sparse": sparse.sha256,
             "traces": canonical_hash([trace.ids for trace in traces]),

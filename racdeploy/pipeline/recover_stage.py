@@ -19,6 +19,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import Processes
+from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
 from racdeploy.report.model import RecoveryRow
@@ -110,7 +111,7 @@ class RecoverStage:
     encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
-    quant: str
+    quant: Codes
 
     def run(
         self,
@@ -218,7 +219,8 @@ class RecoverStage:
 
     def _on_grid(self, state: _State, folder: Path) -> _State:
         """Return the state once its codes were chosen."""
-        note = f"codes of {self.quant} were chosen after recovery"
+        names = [self.quant] if isinstance(self.quant, str) else sorted({*self.quant.values()})
+        note = f"codes of {', '.join(names)} were chosen after recovery"
         return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
     def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
@@ -420,7 +422,16 @@ class _Teaching:
 
     def _quant_of(self, phase: Phase) -> str:
         """Return the format that a phase must keep to: weights learn before codes are chosen."""
-        return self.stage.quant if phase.way == "scales" else ""
+        if phase.way != "scales":
+            return ""
+
+        quant = self.stage.quant
+        if not isinstance(quant, str):
+            raise UsageError(
+                "scales that learn need one number format for all linears",
+                remedy='recover.ways = ["all"], or a quant in place of a mix',
+            )
+        return quant
 
     def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> dict[str, Any]:
         """Return what makes up a course, as it is sent to other processes."""

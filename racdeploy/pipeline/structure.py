@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,13 @@ from racdeploy.models.families import generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
 from racdeploy.prune.assemble import Shape
-from racdeploy.prune.layout import IN_BLOCK, keep_alike
+from racdeploy.prune.layout import IN_BLOCK, Layout, keep_alike
 from racdeploy.recipe import Structure
 from racdeploy.report.model import Kept, StructureRow
 from racdeploy.report.structure import describe_kept
+
+Spread = Callable[[list[int], Sequence[Layout]], list[int]]
+"""Gets how many units of a part each block keeps, and their layouts; returns other counts."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
     """Return about what a cut will leave, which :func:`check_structure` has allowed."""
     from racdeploy.prune.outline import list_rows
 
-    shape = _expect_shape(checkpoint, settings)
+    shape = expect_shape(checkpoint, settings)
     share = settings.share("vocabulary")
     tokens = int(share) if share > 1 else round(share * checkpoint.integer("vocab_size"))
     sizes = _expect_sizes(checkpoint, shape, tokens)
@@ -147,7 +150,13 @@ def _make_kept(
     )
 
 
-def _expect_shape(checkpoint: Checkpoint, settings: Structure) -> Shape:
+def expect_shape(
+    checkpoint: Checkpoint, settings: Structure, spread: Spread | None = None
+) -> Shape:
+    """Return the shape that a cut leaves, as if the last blocks went and the others lost alike.
+
+    ``spread`` changes how many units of a part each block keeps, of the same sum.
+    """
     from racdeploy.prune.outline import Outline
 
     blocks = tuple(range(round(settings.share("blocks") * checkpoint.block_count)))
@@ -158,7 +167,8 @@ def _expect_shape(checkpoint: Checkpoint, settings: Structure) -> Shape:
         if plugins.load("structures", part).STEP in IN_BLOCK:
             layouts = whole.layouts(checkpoint, part, settings)
             counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
-            units[part] = tuple(counts)
+            is_free = not (settings.uniform or layouts[0].alike)
+            units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
 
     return Outline(blocks, units).shape(checkpoint, settings)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from racdeploy.models import fused, widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import expert_of
+from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
@@ -69,15 +69,44 @@ def assemble(checkpoint: Checkpoint, blocks: Path, out: Path, shape: Shape | Non
             if importance := _read_entries(blocks, kind.removesuffix(".safetensors")):
                 write_entries(importance, scratch / kind)
 
-        for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, scratch / name)
-
-        is_cut = shape is not None and shape != Shape.of(checkpoint)
-        if is_cut or checkpoint.is_part or checkpoint.is_packed:
-            _write_config(checkpoint, shape if is_cut else None, scratch / "config.json")
+        _write_about(checkpoint, shape, scratch)
 
     return out
+
+
+def sketch(checkpoint: Checkpoint, out: Path, shape: Shape) -> Path:
+    """Write the folder of a cut model before it is cut: every tensor has its shape and no values.
+
+    What :func:`assemble` will write differs from it in the values alone.
+    """
+    family = checkpoint.family
+    lengths = [shape.sizes(checkpoint, place) for place in range(len(shape.blocks))]
+
+    entries = {}
+    for name, entry in _renumber(checkpoint, shape).items():
+        block, inside = family.split_block(name)
+        left = entry.shape
+        if block is not None and generalize(inside) in family.block_tensors:
+            left = widths.shape(family, inside, lengths[block])
+        entries[name] = TensorEntry(entry.file, 0, 0, entry.dtype, left)
+
+    with atomic_folder(out) as scratch:
+        stored = fused.join(entries, family.blocks, family.fused)
+        write_entries(stored, scratch / "model.safetensors", hollow=True)
+        _write_about(checkpoint, shape, scratch)
+
+    return out
+
+
+def _write_about(checkpoint: Checkpoint, shape: Shape | None, folder: Path) -> None:
+    """Write all files of a cut model that hold no weights."""
+    for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+    is_cut = shape is not None and shape != Shape.of(checkpoint)
+    if is_cut or checkpoint.is_part or checkpoint.is_packed:
+        _write_config(checkpoint, shape if is_cut else None, folder / "config.json")
 
 
 def _renumber(checkpoint: Checkpoint, shape: Shape) -> dict[str, TensorEntry]:

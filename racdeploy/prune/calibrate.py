@@ -45,6 +45,7 @@ from racdeploy.prune.session import Session
 from racdeploy.prune.solving import Solved, Solver
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.survey import decide_shares
+from racdeploy.quant import Codes, codes_of
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.report.model import BlockRow, LinearRow
 from racdeploy.storage.heap import keep_heap
@@ -64,7 +65,7 @@ def prune_blocks(
     settings: Pruning,
     folder: Path,  # finished blocks in it are reused
     weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
-    quant: str = "",  # format whose codes are chosen while pruning; empty leaves that to the export
+    quant: Codes = "",  # format whose codes are chosen while pruning; empty: the export rounds
     within: Path | None = None,  # an earlier walk, whose cuts and zeros stay, or OWN_ZEROS
     threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
     progress: Progress | None = None,
@@ -141,7 +142,7 @@ class _Plan:
     outline: Outline
     cuts: Sequence[Cut]
     by_magnitude: bool  # whether cuts ask no statistics
-    quant: str
+    quant: Codes
     keeps_own_zeros: bool  # and gets no others
 
 
@@ -159,7 +160,7 @@ class _Walk:
         self.plan = plan
         self.shares = plan.shares
         self.quant = plan.quant
-        self.solver = Solver(self.checkpoint, session.settings, plan.quant, plan.tasks)
+        self.solver = Solver(self.checkpoint, session.settings, plan.tasks)
         self.files = BlockFiles(session.folder, session.processes)
         self.earlier = BlockFiles(within, session.processes) if within else None
 
@@ -269,6 +270,10 @@ class _Walk:
 
     def _name_in_dense(self, pair: BlockPair, inside: str) -> str:
         return f"{self.blocks.prefix(pair.index)}.{pair.name_in_dense(inside)}"
+
+    def _quant_of(self, pair: BlockPair, inside: str) -> str:
+        """Return the format whose codes a linear gets, or an empty string."""
+        return codes_of(self.quant, self._name_in_dense(pair, inside))
 
     def _cut_experts(self, pair: BlockPair) -> None:
         """Remove those that are missed least, or those that an earlier walk did not keep."""
@@ -381,12 +386,14 @@ class _Walk:
 
         statistic = self._gather(pair, group, full)
         statistic.share(self.processes, owners)
-        solved = self.solver.solve(own, linears, full, patterns, statistic) if own else {}
+        quants = [self._quant_of(pair, linear) for linear in linears]
+        solved = self.solver.solve(own, linears, full, patterns, statistic, quants) if own else {}
 
         pruned = {}
         for place, linear in enumerate(linears):
             stored = self._stored_dtype(pair, f"{linear}.weight")
-            found = self.solver.describe(full[place], stored, statistic, solved.get(place))
+            given = full[place], stored, statistic, solved.get(place)
+            found = self.solver.describe(*given, quants[place])
             pruned[linear] = self._spread(pair, linear, found, owners[place])
         return pruned
 
@@ -442,7 +449,8 @@ class _Walk:
             mine = [owners[linear] == self.processes.rank for linear in piece.linears]
             own = [place for place, is_own in enumerate(mine) if is_own]
             if own:
-                given = piece.linears, weights, patterns, statistic
+                quants = [self._quant_of(pair, linear) for linear in piece.linears]
+                given = piece.linears, weights, patterns, statistic, quants
                 for place, each in self.solver.solve(own, *given).items():
                     solved[piece.linears[place]] = each
 
@@ -452,7 +460,8 @@ class _Walk:
             for linear in piece.linears:
                 stored = self._stored_dtype(pair, f"{linear}.weight")
                 solution = solved.pop(linear, None)
-                found = self.solver.describe(full[linear], stored, statistic, solution)
+                quant = self._quant_of(pair, linear)
+                found = self.solver.describe(full[linear], stored, statistic, solution, quant)
                 tokens = pair.tokens[expert_of(linear) or 0]
                 found = replace(found, routed=tokens, pooled=piece.pooled)
                 pruned[linear] = self._spread(pair, linear, found, owners[linear])
@@ -562,6 +571,6 @@ class _Walk:
                 continue
 
             asked = self.shares[self._name_in_dense(pair, linear)]
-            rows.append(pruned[linear].row(name, asked, self.quant))
+            rows.append(pruned[linear].row(name, asked, self._quant_of(pair, linear)))
 
         return rows

@@ -20,6 +20,7 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import name_experts
 from racdeploy.prune.bounds import EXPERT_BYTES, TOKENS_PER_BATCH, WINDOW_BYTES
+from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.memory import resident_bytes
@@ -64,7 +65,7 @@ def peak_bytes(
     settings: Pruning,
     calibration_tokens: int,
     held_out_tokens: int,
-    quant: str = "",  # whose codes are chosen while pruning, if any
+    quant: Codes = "",  # whose codes are chosen while pruning, if any
     *,
     cuts: bool = False,  # whether structure is cut first
 ) -> int:

@@ -64,6 +64,11 @@ class Hessian:
         factor_II = self.inverse_factor_II
         return right_OI @ factor_II.T @ factor_II
 
+    def energy(self, weight_OI: torch.Tensor) -> float:
+        """Return the mean squared output of weights, all outputs together."""
+        product_OI = weight_OI @ self.matrix_II
+        return float((product_OI * weight_OI).sum())
+
     @cached_property
     def scale_I(self) -> torch.Tensor:
         """Root of the damped diagonal: dividing by it gives every input unit energy."""

@@ -25,13 +25,11 @@ Solved = tuple[torch.Tensor, torch.Tensor, float]
 
 
 class Solver:
-    """What a recipe says of how linears are pruned; ``quant`` where codes are chosen, too."""
+    """What a recipe says of how linears are pruned."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, settings: Pruning, quant: str, tasks: Sequence[str]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Pruning, tasks: Sequence[str]) -> None:
         self._checkpoint = checkpoint
-        self._settings, self._quant, self._tasks = settings, quant, tasks
+        self._settings, self._tasks = settings, tasks
         self._method = plugins.load("methods", settings.method)
 
     def solve(
@@ -41,8 +39,12 @@ class Solver:
         full: Sequence[torch.Tensor],
         patterns: Sequence[Pattern],
         statistic: InputStatistic,
+        quants: Sequence[str],
     ) -> dict[int, Solved]:
-        """Return the linears at the places ``own`` of those that the statistic is of."""
+        """Return the linears at the places ``own`` of those that the statistic is of.
+
+        ``quants`` are the number formats whose codes are chosen, or empty strings.
+        """
         hessian = statistic.hessian(self._settings.damping)
         targets = dict(enumerate(full))
         if self._settings.match_dense:
@@ -51,7 +53,7 @@ class Solver:
         solved = {}
         for place in own:
             given = targets[place], hessian, patterns[place]
-            weight_OI = self._prune(linears[place], *given)
+            weight_OI = self._prune(linears[place], quants[place], *given)
             solved[place] = weight_OI, targets[place], hessian.damping
 
         return solved
@@ -62,9 +64,10 @@ class Solver:
         stored: torch.dtype,
         statistic: InputStatistic,
         solved: Solved | None,
+        quant: str,
     ) -> PrunedLinear:
         """Return a linear as its owner solved it; elsewhere one of its shape."""
-        if self._quant:  # codes times a scale need more digits than bfloat16 has
+        if quant:  # codes times a scale need more digits than bfloat16 has
             stored = torch.float32
 
         weight_OI, target_OI, damping = solved or (full_OI, full_OI, 0.0)
@@ -78,19 +81,22 @@ class Solver:
         )
 
     def _prune(
-        self, linear: str, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
+        self, linear: str, name: str, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
     ) -> torch.Tensor:
         live_OI = target_OI * ~hessian.dead_I
         pruned = prune_and_refit(self._method, live_OI, hessian, pattern, self._settings)
-        if not self._quant:
+        if not name:
             return pruned.weight_OI
 
-        quant = as_grid(self._quant)
-        order_I = self._order(linear, target_OI) if "gguf" in quant.FORMATS else None
+        quant = as_grid(name)
+        order_I = None
+        if "gguf" in quant.FORMATS:
+            order_I = find_order(self._checkpoint, linear, target_OI)
         return round_to_grid(pruned, live_OI, hessian, quant, order_I)
 
-    def _order(self, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:
-        """Return which column of a linear comes at each place of a GGUF file, if others do."""
-        transform = self._checkpoint.family.transforms.get(f"{generalize(linear)}.weight")
-        order_I = order_columns(transform, self._checkpoint, weight_OI.shape[1])
-        return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)
+
+def find_order(checkpoint: Checkpoint, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:
+    """Return which column of a linear comes at each place of a GGUF file, if others do."""
+    transform = checkpoint.family.transforms.get(f"{generalize(linear)}.weight")
+    order_I = order_columns(transform, checkpoint, weight_OI.shape[1])
+    return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from racdeploy import plugins
+from racdeploy.errors import UsageError
 from racdeploy.models.families import name_experts
-from racdeploy.prune.allocations import Effect, Observation, Shares
+from racdeploy.prune.allocations import HIGHEST, LOWEST, Effect, Observation, Shares
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import put
@@ -26,6 +28,8 @@ from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json
 
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
+AtEnd = Callable[[Batch, torch.Tensor], None]
+_NEAR = 1e-3  # of the sparsity: as exact as a recipe has to say it
 
 
 def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
@@ -43,7 +47,10 @@ def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
             return found
 
         observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
-        shares = plugin.allocate(observations, sizes, settings.sparsity)
+        if settings.shares:
+            shares = fill_shares(settings.shares, sizes, settings.sparsity)
+        else:
+            shares = plugin.allocate(observations, sizes, settings.sparsity)
 
         if processes.first:
             values = {"shares": shares, "observations": observations}
@@ -53,11 +60,64 @@ def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
     return decided
 
 
-def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[str, Observation]:
-    """Return what ``observe`` makes of each linear of these names, which it is told."""
+def fill_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
+    """Return the sparsity of each linear where patterns say that of some, and the others make up.
+
+    Raises:
+        UsageError: a pattern names no linear, or the others cannot make up for those named.
+    """
+    named: Shares = {}
+    unused = set(given)
+
+    for name in sizes:
+        matching = [pattern for pattern in given if re.search(pattern, name)]
+        if matching:
+            named[name] = given[matching[0]]
+            unused -= set(matching)
+
+    if unused:
+        raise UsageError(
+            f"prune.shares: the pattern {min(unused)!r} names no linear that is pruned",
+            remedy=f"their names are like {next(iter(sizes), 'none')}",
+        )
+
+    weights = sum(sizes.values())
+    zeros = sum(share * sizes[name] for name, share in named.items())
+    left = weights - sum(sizes[name] for name in named)
+    missing = sparsity * weights - zeros
+
+    rest = missing / left if left else 0.0
+    is_exact = left or abs(missing) <= _NEAR * weights
+    if not is_exact or not LOWEST <= rest <= HIGHEST:
+        share = zeros / weights
+        raise UsageError(
+            f"prune.shares make {share:.4f} of all weights zeros by themselves, "
+            f"and the others cannot make that {sparsity:g}",
+            remedy=f"prune.sparsity = {share:.4f} leaves the others dense",
+        )
+
+    return {name: named.get(name, rest) for name in sizes}
+
+
+def survey(
+    session: Session,
+    wanted: Collection[str],
+    observe: Observe,
+    probe: Batch | None = None,
+    at_end: AtEnd | None = None,
+) -> dict[str, Observation]:
+    """Return what ``observe`` makes of each linear of these names, which it is told.
+
+    Args:
+        wanted: names of linears.
+        probe: the batch on which blocks are compared; None takes the one that counts most.
+        at_end: given that batch, and what the last block makes of it.
+    """
     blocks = session.blocks
-    totals = [float(_weigh_tokens(batch, session).sum()) for batch in session.everyones]
-    probe = session.everyones[totals.index(max(totals))]  # counts most; each process has the same
+    if probe is None:  # each process has the same
+        totals = [float(weigh_tokens(session, batch).sum()) for batch in session.everyones]
+        probe = session.everyones[totals.index(max(totals))]
+
     (probe_BTD,) = blocks.embed([probe])
     beside = Beside(probe.ids_BT)
 
@@ -84,6 +144,9 @@ def survey(session: Session, wanted: Collection[str], observe: Observe) -> dict[
             probe_BTD = effects.output_BTD
             block.to("meta")
             session.report("survey", index + 1)
+
+    if at_end:
+        at_end(probe, probe_BTD)
 
     everyones: dict[str, Observation] = {}
     for part in session.processes.all(found):
@@ -168,7 +231,7 @@ class _Effects:
         self.output_BTD = self._blocks.forward(block, hidden_BTD, beside=beside)
         self._beside = beside.apart()
         self._real_BT = self._blocks.place(batch.stream_BT != PAD)
-        self._weight_N = _weigh_tokens(batch, session)
+        self._weight_N = weigh_tokens(session, batch)
 
     def measure(self, linear: str, weight_OI: torch.Tensor) -> float:
         """Return the mean over tokens of |change|² / |output|² with these weights in the linear."""
@@ -188,7 +251,7 @@ class _Effects:
         return float(share_N @ weight_N / weight_N.sum())
 
 
-def _weigh_tokens(batch: Batch, session: Session) -> torch.Tensor:
+def weigh_tokens(session: Session, batch: Batch) -> torch.Tensor:
     """Return what each token of a batch counts; padding is left out."""
     stream_N = batch.stream_BT[batch.stream_BT != PAD]
     return session.weights_R[stream_N.to(session.weights_R.device)]

@@ -5,6 +5,7 @@ A file has the members of :class:`Quant`. Where ``PRESERVES_ZERO`` is True, zero
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, cast
 
 import numpy as np
@@ -19,6 +20,15 @@ IMPORTANCE_FILE = "importance.safetensors"
 """Of a pruned model: the mean squared input of each column, by linear."""
 DENSE_IMPORTANCE_FILE = "dense-importance.safetensors"
 """The same for the model that it was cut from, by that one's names and with all its inputs."""
+
+
+Codes = str | Mapping[str, str]
+"""The number format whose codes are chosen while pruning, or linear → one; empty: none are."""
+
+
+def codes_of(codes: Codes, linear: str) -> str:
+    """Return the number format whose codes a linear gets, or an empty string."""
+    return codes if isinstance(codes, str) else codes.get(linear, "")
 
 
 class Quant(Protocol):

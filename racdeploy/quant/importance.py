@@ -73,8 +73,7 @@ class Importance:
                 remedy="it was made for another model; leave export.importance out",
             )
 
-        scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
-        return np.maximum(scaled_I, np.float32(_FLOOR))
+        return scale(mean_I)
 
     def write_imatrix(self, file: Path, names: Mapping[str, Sequence[str]]) -> None:
         """Write llama.cpp's file; ``names``: of the exported file → one in the checkpoint, or one
@@ -115,6 +114,12 @@ class Importance:
 
         count_E1 = np.array(counts, dtype=np.float32)
         return np.stack(rows) * count_E1, count_E1
+
+
+def scale(mean_I: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return mean squares of inputs, not all of them 0, as what number formats take: above 0."""
+    scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
+    return np.maximum(scaled_I, np.float32(_FLOOR))
 
 
 def find(folder: Path, asked: str) -> Importance | None:

@@ -7,21 +7,17 @@ prompts page by page, copies, and opens everything for print; all else is there 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
-from functools import cache
-from importlib.resources import files
 from operator import attrgetter
 
 from markupsafe import Markup
 
 from racdeploy.report import arm_charts, browser, charts, length_charts
-from racdeploy.report.axis import load_templates
 from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.front import front, who_wins
 from racdeploy.report.highlights import highlights
 from racdeploy.report.model import LinearRow, Record, Report
+from racdeploy.report.page import render_page
 from racdeploy.report.pairs import Pair, length_quantiles, lengths_by_task, pair_records
 from racdeploy.report.settings import as_toml, list_sections
 from racdeploy.report.summary import findings
@@ -55,37 +51,32 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
     drawn = _draw_charts(report, pairs)
     by_title = _tables(report)
 
-    return (
-        load_templates()
-        .get_template("report.html.jinja")
-        .render(
-            drawn,
-            report=report,
-            sections=_list_sections(drawn, by_title, bool(pairs)),
-            policy=_policy(),
-            style=_asset("report.css"),
-            script=_asset("report.js"),
-            findings=findings(report),
-            facts=list_facts(report),
-            command=write_command(bundle, records),
-            highlights=highlights(report),
-            next_steps=list_next_steps(report),
-            tables=by_title,
-            row_limit=_ROWS,
-            zeros=_describe_zeros(report.linears),
-            winners=who_wins(report),
-            quantiles=length_quantiles(pairs),
-            pairs=len(pairs),
-            points=length_charts.POINTS,
-            prompts=browser.list_prompts(pairs),
-            cut=browser.cut,
-            count_shared=browser.count_shared,
-            recipe=list_sections(report.recipe),
-            recipe_text=as_toml(report.recipe),
-            machine=list_sections(report.fingerprint),
-            machine_text=as_toml(report.fingerprint),
-        )
-    )
+    values = {
+        **drawn,
+        "report": report,
+        "sections": _list_sections(drawn, by_title, bool(pairs)),
+        "findings": findings(report),
+        "facts": list_facts(report),
+        "command": write_command(bundle, records),
+        "highlights": highlights(report),
+        "next_steps": list_next_steps(report),
+        "tables": by_title,
+        "row_limit": _ROWS,
+        "source": "report.json",
+        "zeros": _describe_zeros(report.linears),
+        "winners": who_wins(report),
+        "quantiles": length_quantiles(pairs),
+        "pairs": len(pairs),
+        "points": length_charts.POINTS,
+        "prompts": browser.list_prompts(pairs),
+        "cut": browser.cut,
+        "count_shared": browser.count_shared,
+        "recipe": list_sections(report.recipe),
+        "recipe_text": as_toml(report.recipe),
+        "machine": list_sections(report.fingerprint),
+        "machine_text": as_toml(report.fingerprint),
+    }
+    return render_page("report.html.jinja", values, ["report.js"])
 
 
 def _draw_charts(report: Report, pairs: Sequence[Pair]) -> dict[str, Markup | str]:
@@ -158,23 +149,3 @@ def _describe_zeros(linears: Sequence[LinearRow]) -> str:
     if len(reached) != 1 or reached == {"0.0%"}:
         return ""
     return f"Each of the {len(linears):,} linears has {reached.pop()} zeros."
-
-
-@cache
-def _asset(name: str) -> Markup:
-    """Return a file beside this module, as it is between the tags of its element."""
-    text = (files("racdeploy.report") / name).read_text(encoding="utf-8")
-    return Markup(f"\n{text}")
-
-
-def _policy() -> str:
-    """Return the policy: the page's own style and script, by their hashes, and nothing else."""
-    hashes = {}
-    for name in ("report.css", "report.js"):
-        digest = hashlib.sha256(_asset(name).encode()).digest()
-        hashes[name] = f"'sha256-{base64.b64encode(digest).decode()}'"
-
-    return (
-        f"default-src 'none'; style-src {hashes['report.css']}; script-src {hashes['report.js']}; "
-        "base-uri 'none'; form-action 'none'"
-    )

@@ -17,6 +17,7 @@ _GAP = 5.0  # from a mark to its name
 _LONGEST = 26  # characters of a name
 _SAME = 7.0  # marks nearer than that are one
 _LEVELS = (0, 16, -16, 30, -30, 46, -46, 62, -62, 80, -80, 100, -100)  # heights that are tried
+_MISLEADING = 60.0  # square pixels: as bad as covering so much
 _FAR = 24.0  # from there on a line leads from the name to its mark
 
 
@@ -33,6 +34,10 @@ class Box(NamedTuple):
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.bottom, other.bottom) - max(self.top, other.top)
         return max(width, 0.0) * max(height, 0.0)
+
+    def widened(self, pixels: float) -> Box:
+        """Return the rectangle with so much more on each side."""
+        return Box(self.left - pixels, self.top - pixels, self.right + pixels, self.bottom + pixels)
 
     def outside(self, frame: Box) -> float:
         """Return the area that sticks out of a frame."""
@@ -95,7 +100,14 @@ def place_labels(
         text = shorten(", ".join(names[index] for index in group))
         reach = RADIUS + RING * (len(group) - 1)
         candidates = list(_candidates(text, places[group[0]], reach))
-        label = min(candidates, key=lambda each: _cover(each.box, used, frame))
+        others = [place for index, place in enumerate(places) if index not in group]
+
+        costs = []
+        for each in candidates:
+            covered = _cover(each.box, used, frame) + 2 * _cover(each.box, marks, frame)
+            costs.append(covered + _mislead(each, others))
+
+        label = candidates[costs.index(min(costs))]
         labels.append(label)
         used.append(label.box)
 
@@ -109,6 +121,13 @@ def shorten(name: str, characters: int = _LONGEST) -> str:
 
 def _cover(box: Box, used: Iterable[Box], frame: Box) -> float:
     return sum(box.shared(other) for other in used) + 4 * box.outside(frame)
+
+
+def _mislead(label: Label, others: Iterable[complex]) -> float:
+    """Return what it costs that a name is nearer to another mark than to its own."""
+    middle = label.place - 1j * _BELOW
+    own = abs(middle - label.mark)
+    return sum(_MISLEADING for other in others if abs(middle - other) < own)
 
 
 def _candidates(text: str, mark: complex, reach: float) -> Iterator[Label]:

@@ -16,6 +16,13 @@ from racdeploy.report.model import Record, Report
 from racdeploy.report.pairs import Pair, pair_records
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, tables
+from racdeploy.report.tuning import Tuning
+from racdeploy.report.tuning_tables import (
+    OTHERS,
+    describe_device,
+    tuning_tables,
+    write_build,
+)
 
 LIMIT_CHARACTERS = 60_000
 _LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
@@ -24,7 +31,8 @@ _ROWS, _CELL_CHARACTERS = 30, 400
 _OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS)  # the other tables are folded
 _SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
 _SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
-_CUT = f"_Cut at {LIMIT_CHARACTERS:,} characters; the rest is in report.html and report.json._"
+_REPORT, _TUNING = "report.html and report.json", "tune.html and tune.json"
+_CUT = "_Cut at {:,} characters; the rest is in {}._"
 _LOST_COLUMNS = ("task", "question", "right", "dense", "pruned", "thinking tokens")
 
 
@@ -54,6 +62,24 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
     return _fit(parts, folded)
 
 
+def render_tuning(tuning: Tuning) -> str:
+    """Return a search for the best model as GitHub-flavoured Markdown."""
+    winner = tuning.find(tuning.winner)
+    assert winner, "the data model has checked that"
+    device = escape(f"Figures of the device: {describe_device(tuning.device)}.")
+    command = f"```sh\n{write_build(tuning, winner)}\n```"
+    parts = [f"### {escape(tuning.verdict)}", device, command]
+
+    by_title = {table.title: table for table in tuning_tables(tuning)}
+    others = by_title.pop(OTHERS, None)
+    parts += [_table(table, _TUNING) for table in by_title.values()]
+    folded = [_table(others, _TUNING)] if others else []
+    if tuning.notes:
+        folded.append(_section("Notes", _items(tuning.notes[:_ROWS])))
+
+    return _fit(parts, folded, _TUNING)
+
+
 def escape(text: str) -> str:
     """Return the text on one line; Markdown, HTML, mentions and issue links in it stay text."""
     text = html.escape(plain(text), quote=False)
@@ -63,18 +89,19 @@ def escape(text: str) -> str:
     return text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
-def _fit(parts: Sequence[str], folded: Sequence[str]) -> str:
+def _fit(parts: Sequence[str], folded: Sequence[str], files: str = _REPORT) -> str:
     """Join what is open and what is folded; the folded part is the first to be cut."""
     text = "\n\n".join(parts)
+    cut = _CUT.format(LIMIT_CHARACTERS, files)
     if len(text) > LIMIT_CHARACTERS:
-        return f"{_cut_at_line(text, LIMIT_CHARACTERS)}\n\n{_CUT}\n"
+        return f"{_cut_at_line(text, LIMIT_CHARACTERS)}\n\n{cut}\n"
     if not folded:
         return f"{text}\n"
 
     inside = "\n\n".join(folded)
     left = LIMIT_CHARACTERS - len(text)
     if len(inside) > left:
-        inside = f"{_cut_at_line(inside, left)}\n\n{_CUT}"
+        inside = f"{_cut_at_line(inside, left)}\n\n{cut}"
     return f"{text}\n\n{_fold('Details: how it was made, and how to read the figures', inside)}\n"
 
 
@@ -139,7 +166,7 @@ def _items(texts: Iterable[str]) -> list[str]:
     return [f"- {escape(_clip(plain(text)))}" for text in texts]
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, files: str = _REPORT) -> str:
     rules = ["---:" if right else "---" for right in table.numeric]
     lines = [_line(table.columns), _line(rules)]
     for row in table.rows[:_ROWS]:
@@ -149,7 +176,7 @@ def _table(table: Table) -> str:
             cells[1] = f"{_SIGNS[verdict]} {verdict}"
         lines.append(_line(cells))
 
-    if more := _remainder(len(table.rows), "rows"):
+    if more := _remainder(len(table.rows), "rows", files=files):
         lines += ["", *more]
     return _section(escape(table.title), lines)
 
@@ -158,10 +185,10 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _remainder(count: int, noun: str, prefix: str = "") -> list[str]:
+def _remainder(count: int, noun: str, prefix: str = "", files: str = _REPORT) -> list[str]:
     if count <= _ROWS:
         return []
-    return [f"{prefix}_{count - _ROWS:,} more {noun} are in report.html and report.json._"]
+    return [f"{prefix}_{count - _ROWS:,} more {noun} are in {files}._"]
 
 
 def _shorten(text: str, characters: int) -> str:

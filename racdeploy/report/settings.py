@@ -37,39 +37,41 @@ def as_toml(settings: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _walk(settings: Mapping[str, Any], title: str) -> Iterator[Section]:
-    rows = []
-    tables = []
-
-    for key, value in settings.items():
-        name = _key(key)
-        if isinstance(value, Mapping):
-            tables.append((f"{title}.{name}" if title else name, value))
-        elif value is not None:
-            rows.append((name, _literal(value)))
-
-    if rows:
-        yield Section(title, tuple(rows))
-    for name, table in tables:
-        yield from _walk(table, name)
-
-
-def _key(key: object) -> str:
+def write_key(key: object) -> str:
+    """Return a key as TOML, in quotes where it has to be."""
     text = visible(str(key))
     return text if _BARE.match(text) else _quote(text)
 
 
-def _literal(value: object) -> str:
+def write_value(value: object) -> str:
+    """Return a value as TOML on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_literal(item) for item in value if item is not None)}]"
+        return f"[{', '.join(write_value(item) for item in value if item is not None)}]"
     if isinstance(value, Mapping):
-        pairs = [f"{_key(key)} = {_literal(item)}" for key, item in value.items()]
+        pairs = [f"{write_key(key)} = {write_value(item)}" for key, item in value.items()]
         return f"{{{', '.join(pairs)}}}"
     return _quote(visible(str(value)))
+
+
+def _walk(settings: Mapping[str, Any], title: str) -> Iterator[Section]:
+    rows = []
+    tables = []
+
+    for key, value in settings.items():
+        name = write_key(key)
+        if isinstance(value, Mapping):
+            tables.append((f"{title}.{name}" if title else name, value))
+        elif value is not None:
+            rows.append((name, write_value(value)))
+
+    if rows:
+        yield Section(title, tuple(rows))
+    for name, table in tables:
+        yield from _walk(table, name)
 
 
 def _quote(text: str) -> str:

@@ -18,6 +18,8 @@ from racdeploy.report.gains import describe_gains
 from racdeploy.report.model import Report
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import Table, list_next_steps, plain, tables
+from racdeploy.report.tuning import Tuning
+from racdeploy.report.tuning_tables import OTHERS, describe_device, tuning_tables
 
 _STYLES = {
     "pass": "green",
@@ -55,6 +57,22 @@ def print_report(report: Report, console: Console) -> None:
             _print_line(console, f"- {line}")
 
 
+def print_tuning(tuning: Tuning, console: Console) -> None:
+    """Print a search for the best model; on a terminal without columns that have no room."""
+    for table in tuning_tables(tuning, brief=console.is_terminal):
+        if table.title == OTHERS:  # mostly a hundred
+            rest = f"{len(table.rows)} candidates did not answer: tune.html says why"
+            _print_line(console, rest)
+        else:
+            _print_shortened(table, console, "tune.html")
+            _print_line(console, "")
+
+    for note in tuning.notes:
+        _print_line(console, f"- {plain(note)}")
+    _print_line(console, f"figures of the device: {describe_device(tuning.device)}", "dim")
+    _print_line(console, plain(tuning.verdict), "bold")
+
+
 def print_verdict(report: Report, console: Console) -> None:
     """Print the verdict and what it is about, on one line."""
     _print_line(console, headline(report), _STYLES[report.verdict])
@@ -78,7 +96,7 @@ def print_table(table: Table, console: Console) -> None:
         console.print(_rich(table, widths))
 
 
-def _print_shortened(table: Table, console: Console) -> None:
+def _print_shortened(table: Table, console: Console, page: str = "report.html") -> None:
     """Print a table of a report; on a terminal the end of a long one is left to the browser."""
     more = len(table.rows) - _ROWS
     if not console.is_terminal or more <= 0:
@@ -86,7 +104,7 @@ def _print_shortened(table: Table, console: Console) -> None:
         return
 
     print_table(Table(table.title, table.columns, table.rows[:_ROWS]), console)
-    _print_line(console, f"{more} more rows are in report.html", "dim")
+    _print_line(console, f"{more} more rows are in {page}", "dim")
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from racdeploy.storage.toml import merge
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
 Reached = Literal["counted", "surveyed", "compared", "raced", "verified"]
+
+# Seconds for each right answer have no end where none is right.
+Number = Annotated[
+    float,
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]}),
+]
 
 
 class _Part(BaseModel):
@@ -33,7 +48,7 @@ class Wishes(_Part):
 
 
 class DeviceRow(_Part):
-    """The device that speed and memory are foretold for.
+    """The device that speed and memory are predicted for.
 
     Args:
         measured: whether its profile was measured; else ``source`` says whose figures it has.
@@ -48,9 +63,9 @@ class DeviceRow(_Part):
 class Interval(_Part):
     """An estimate and the ends of its interval."""
 
-    value: float
-    lower: float
-    upper: float
+    value: Number
+    lower: Number
+    upper: Number
 
 
 class Candidate(_Part):
@@ -59,13 +74,13 @@ class Candidate(_Part):
     Args:
         name: short, unique.
         dense: whether nothing is pruned: a plain model in a smaller number format.
-        settings: keys of the recipe that make it, as ``racdeploy build --set`` takes them.
+        settings: keys of the recipe that make it, by part or dotted.
         reached: the last stage that it was in.
         why: why it went no further; empty for the winner, and where it reached the end.
-        size_bytes: of the artifact, foretold unless ``size_measured``.
-        memory_bytes, tokens_per_s: foretold for the device.
+        size_bytes: of the artifact, predicted unless ``size_measured``.
+        memory_bytes, tokens_per_s: predicted for the device.
         measured_memory_bytes, measured_tokens_per_s: on this machine, where it answered alone.
-        error: foretold share of the blocks' outputs that changes, summed over the linears.
+        error: predicted share of the blocks' outputs that changes, summed over the linears.
         kl_nats, top1: from the dense model on held-out traces, a token.
         prompts, correct: of the race, or of the verification.
         accuracy: with its 95 % interval.
@@ -104,9 +119,11 @@ class Tuning(_Part):
     Args:
         winner, rival: names of candidates: what was built, and what stood beside it: the best dense
             model, or the best pruned one where a dense one wins.
+        reference: name of the dense candidate in its widest format, whose accuracy
+            ``min_accuracy_ratio`` is a share of; empty where none answered.
         verdict: one sentence on who wins and by how much.
         gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
-        seconds: how long each stage took.
+        seconds: how long each stage took: count, survey, compare, race, verify, and others.
         tokens_asked: of the race; ``tokens_saved`` are those that stopping early did not ask for.
         bundle: the winner's folder.
     """
@@ -122,6 +139,7 @@ class Tuning(_Part):
     candidates: tuple[Candidate, ...]
     winner: str
     rival: str = ""
+    reference: str = ""
     verdict: str
     gain: Interval | None = None
     notes: tuple[str, ...] = ()
@@ -129,3 +147,35 @@ class Tuning(_Part):
     tokens_asked: int = Field(0, ge=0)
     tokens_saved: int = Field(0, ge=0)
     bundle: str = ""
+
+    def find(self, name: str) -> Candidate | None:
+        """Return the candidate of that name."""
+        return next((each for each in self.candidates if each.name == name), None)
+
+    @property
+    def recipe_of_winner(self) -> dict[str, Any]:
+        """The settings of the winner as nested tables."""
+        winner = self.find(self.winner)
+        assert winner, "which was checked"
+
+        recipe: dict[str, Any] = {}
+        for key, value in winner.settings.items():
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            recipe = merge(recipe, value)
+        return recipe
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [each.name for each in self.candidates]
+        if len(set(names)) < len(names):
+            raise ValueError("two candidates have one name")
+
+        if self.winner not in names:
+            raise ValueError(f"the winner {self.winner!r} is no candidate")
+        if self.rival and self.rival not in names:
+            raise ValueError(f"the rival {self.rival!r} is no candidate")
+        if self.reference and self.reference not in names:
+            raise ValueError(f"the reference {self.reference!r} is no candidate")
+
+        return self

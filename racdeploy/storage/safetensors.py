@@ -152,13 +152,18 @@ def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int,
 
 
 def write_entries(
-    entries: Mapping[str, Source], file: Path, rows: Mapping[str, Rows] | None = None
+    entries: Mapping[str, Source],
+    file: Path,
+    rows: Mapping[str, Rows] | None = None,
+    *,
+    hollow: bool = False,
 ) -> None:
     """Write a file of tensors that lie in others, a piece at a time.
 
     Args:
         entries: by the name in the new file, in its order.
         rows: of some tensors the rows that stay, in the new order; all of the others stay.
+        hollow: whether a hole takes the place of the values, which are zeros when read.
     """
     rows = rows or {}
 
@@ -169,10 +174,19 @@ def write_entries(
 
     with file.open("wb") as target:
         write_header(target, described)
+        if hollow:
+            sizes = [math.prod(shape) * _item_bytes(dtype) for dtype, shape in described.values()]
+            target.truncate(target.tell() + sum(sizes))
+            return
+
         for name, entry in entries.items():
             pieces = _read_rows(entry, rows[name]) if name in rows else entry.pieces()
             for piece in pieces:
                 target.write(piece)
+
+
+def _item_bytes(dtype: str) -> int:
+    return np.dtype(DTYPES[dtype]).itemsize
 
 
 def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:

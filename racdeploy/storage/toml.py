@@ -28,7 +28,12 @@ def read_toml(file: Path, made_by: str = "racdeploy init") -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{file} does not exist", remedy=f"{made_by} {file} writes one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (
+        tomllib.TOMLDecodeError,
+        UnicodeDecodeError,
+        IsADirectoryError,
+        RecursionError,
+    ) as error:
         raise UsageError(
             f"{file} is not valid TOML: {error}",
             remedy=f"correct it there; {made_by} writes one to compare with",

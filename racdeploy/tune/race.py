@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.report.model import Record
 from racdeploy.report.tuning import Objective
 from racdeploy.verify.stats.costs import compare_costs, cost_per_success
 from racdeploy.verify.stats.paired import drop_interval, paired_counts
@@ -46,6 +48,14 @@ class Marks:
     tokens_N: NDArray[np.int64]
     thinking_N: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Self:
+        """Return what records of one model say, in their order."""
+        thinking_N = np.array([record.thinking_tokens for record in records])
+        answer_N = np.array([record.answer_tokens for record in records])
+        right_N = np.array([record.correct for record in records])
+        return cls(right_N, thinking_N + answer_N, thinking_N)
+
     def __len__(self) -> int:
         return len(self.right_N)
 
@@ -75,6 +85,7 @@ class Race:
     ask: Ask
     prompts: int
     error: float = ERROR
+    may_go_on: Callable[[], bool] = lambda: True  # asked after every round
     marks: dict[str, Marks] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +105,7 @@ class Race:
         for count in list_rounds(self.prompts):
             self._ask([*self._alive, self.aim.reference], count)
             self._stop_losers()
-            if len(self._alive) <= 1:
+            if len(self._alive) <= 1 or not self.may_go_on():
                 break
 
     def _try_in_order(self) -> None:
@@ -109,7 +120,8 @@ class Race:
             for count in list_rounds(self.prompts):
                 self._ask([runner, self.aim.reference], count)
                 self._stop_lacking([runner])
-                if runner.name in self.stopped or self._keeps(runner.name):
+                settled = runner.name in self.stopped or self._keeps(runner.name)
+                if settled or not self.may_go_on():
                     break
 
             if runner.name not in self.stopped and self._seems_to_keep(runner.name):

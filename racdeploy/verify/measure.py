@@ -103,7 +103,7 @@ def compare_logits(
     """
     own = list(traces)
     if old_ids is not None:
-        traces, own = _renumber(traces, old_ids)
+        traces, own = renumber(traces, old_ids)
     if not traces:
         return None
 
@@ -158,7 +158,7 @@ def _count_steps(progress: Progress | None, total: int) -> Callable[[], None]:
     return advance
 
 
-def _renumber(
+def renumber(
     traces: Sequence[IdPair], old_ids: NDArray[np.int64]
 ) -> tuple[list[IdPair], list[IdPair]]:
     """Return the traces of which all tokens stay, and the same by their new ids."""

@@ -68,7 +68,7 @@ def test_a_killed_cut_leaves_the_same_bytes(
     choice = _choose(model)
     whole = VocabularyStage(Workplace(tmp_path / "whole"), choice).run(model, [])
 
-    def write_and_die(*arguments: object) -> None:
+    def write_and_die(*arguments: object, **options: object) -> None:
         Path(str(arguments[1])).write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -24,7 +24,7 @@ from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
-from racdeploy.prune.survey import survey
+from racdeploy.prune.survey import fill_shares, survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
 from tests.support.block_outputs import take_states
@@ -222,3 +222,46 @@ def test_n_of_m_has_nothing_to_allocate() -> None:
     """Said before any work."""
     with pytest.raises(UsageError, match="nothing to allocate"):
         Recipe.combine(None, {"prune": {"pattern": "2:4", "allocation": "error"}})
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
+    """Linears have the zeros that the first pattern says, and the others make up for it."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    given = {"sparsity": 0.5, "shares": {"layers.0.mlp": 0.3, "down_proj$": 0.8, "o_proj$": 0.0}}
+    if allocation != "uniform":
+        with pytest.raises(UsageError, match="shares go with"):
+            Recipe.combine(None, {"prune": {**given, "allocation": allocation}})
+        return
+
+    settings = Recipe.combine(None, {"prune": given}).prune
+    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
+    asked = {row.name.removeprefix("model.layers."): row.sparsity_asked for row in rows}
+    assert asked["0.mlp.down_proj"] == asked["0.mlp.up_proj"] == 0.3
+    assert asked["1.mlp.down_proj"] == 0.8
+    assert asked["0.self_attn.o_proj"] == 0
+    assert asked["1.mlp.up_proj"] == asked["0.self_attn.q_proj"] not in (0.5, 0.3)
+
+    zeros = count = 0.0
+    for row in rows:
+        size = int(np.prod(checkpoint.entries[f"{row.name}.weight"].shape))
+        assert row.sparsity_reached == pytest.approx(row.sparsity_asked, abs=1 / size)
+        zeros, count = zeros + row.sparsity_reached * size, count + size
+    assert zeros / count == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity", "message"),
+    [
+        ({"gate": 0.5}, 0.5, "'gate' names no linear"),
+        ({"a": 0.9, "b": 0.9}, 0.3, "make 0.6000 of all weights zeros"),
+        ({"a|b|c": 0.4}, 0.5, "make 0.4000 of all weights zeros"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(
+    given: dict[str, float], sparsity: float, message: str
+) -> None:
+    """A pattern without a linear, and zeros that no choice for the others brings to the sum."""
+    with pytest.raises(UsageError, match=message):
+        fill_shares(given, SIZES, sparsity)
+    assert fill_shares({"a|b|c": 0.4}, SIZES, 0.4) == dict.fromkeys(SIZES, 0.4)

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import order_columns
+from racdeploy.prune import solving
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.solving import Solver
 from racdeploy.recipe import Pruning
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import TRACES
@@ -70,7 +70,7 @@ def test_codes_of_other_neighbours_would_not_be_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the columns of two heads share a step in the file, the checkpoint's order is wrong."""
-    monkeypatch.setattr(Solver, "_order", lambda *_: None)
+    monkeypatch.setattr(solving, "find_order", lambda *_: None)
     pruned = _prune(tmp_path, CASES["qwen35"], "q4_0")
     order_I = order_columns("value_columns", pruned, 64)
     assert order_I is not None

@@ -1,5 +1,5 @@
-"""The published schemas: JSON Schema of report.json and records.jsonl kept current, and reports
-that keep them.
+"""The published schemas: JSON Schema of report.json, records.jsonl and tune.json kept current,
+and files that keep them.
 
 ``python -m tests.report.test_schema`` writes the files in docs/ again.
 """
@@ -14,9 +14,15 @@ import pytest
 from pydantic import BaseModel
 
 from racdeploy.report.model import Record, Report
+from racdeploy.report.tuning import Interval, Tuning
+from tests.support.sample_tuning import build_tuning
 
 DOCS = Path(__file__).parents[2] / "docs"
-PUBLISHED: dict[str, type[BaseModel]] = {"report.schema.json": Report, "record.schema.json": Record}
+PUBLISHED: dict[str, type[BaseModel]] = {
+    "report.schema.json": Report,
+    "record.schema.json": Record,
+    "tune.schema.json": Tuning,
+}
 Json = dict[str, object]
 
 
@@ -44,6 +50,19 @@ def test_a_report_and_its_records_keep_the_schema(report: Report, records: list[
         ("record.schema.json", records[0]),
     ):
         jsonschema.validate(json.loads(one.model_dump_json()), schema(PUBLISHED[name]))
+
+
+def test_a_search_keeps_the_schema() -> None:
+    """As written to disk, with seconds for right answers of which there is none."""
+    tuning = build_tuning()
+    never = Interval(value=float("inf"), lower=9.0, upper=float("inf"))
+    first = tuning.candidates[0].model_copy(update={"seconds_per_correct": never})
+    changed = tuning.model_copy(update={"candidates": (first, *tuning.candidates[1:])})
+
+    for one in (tuning, changed):
+        written = one.model_dump_json()
+        jsonschema.validate(json.loads(written), schema(Tuning))
+        assert Tuning.model_validate_json(written) == one
 
 
 def test_the_schema_refuses_what_no_report_holds(report: Report) -> None:

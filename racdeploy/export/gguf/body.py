@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,8 @@ from racdeploy.storage.cores import available_cores
 from racdeploy.storage.mxfp4 import PackedEntry
 from racdeploy.storage.safetensors import widen
 
-_ALIGNMENT = 32
+ALIGNMENT = 32
+"""Bytes: tensors begin at multiples of it."""
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MOST_WORKERS = 8  # beyond, the disk is the slower part
 Slab = tuple[int, NDArray[np.float32]]
@@ -44,19 +44,20 @@ class Body:
     progress: Progress | None
     _done_bytes: int = field(default=0, init=False)
 
-    def append(self, file: Path, plan: Iterable[PlannedTensor]) -> list[ExportedTensor]:
+    def append(self, file: Path, plan: Sequence[PlannedTensor]) -> list[ExportedTensor]:
         """Write tensors behind the header of a file, and return what became of them."""
         tensors = []
         with file.open("ab") as stream, ThreadPoolExecutor(_count_workers()) as pool:
-            _pad(stream)
-            for tensor in plan:
+            ends = end_places(stream.tell(), plan)
+            stream.write(bytes(next(ends) - stream.tell()))
+            for tensor, end in zip(plan, ends, strict=True):
                 zeros = 0
                 for packed_OP, slab_zeros in self._code(pool, tensor):
                     zeros += slab_zeros
                     stream.write(packed_OP.data)
                     self._report(packed_OP.nbytes)
 
-                _pad(stream)
+                stream.write(bytes(end - stream.tell()))
                 tensors.append(_describe(tensor, zeros))
 
             stream.flush()
@@ -178,8 +179,17 @@ def _count_workers() -> int:
     return min(available_cores(), _MOST_WORKERS)
 
 
-def _pad(stream: BinaryIO) -> None:
-    stream.write(bytes(-stream.tell() % _ALIGNMENT))
+def end_places(header_bytes: int, plan: Iterable[PlannedTensor]) -> Iterator[int]:
+    """Yield where the header of a file ends, and then each tensor, with the padding behind it."""
+    place = _align(header_bytes)
+    yield place
+    for tensor in plan:
+        place = _align(place + tensor.size_bytes)
+        yield place
+
+
+def _align(place: int) -> int:
+    return place + -place % ALIGNMENT
 
 
 def _describe(tensor: PlannedTensor, zeros: int) -> ExportedTensor:

@@ -40,7 +40,7 @@ _ROUNDED_RAMP = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is decided before the first byte is written: among others the tensors of each file."""
 
     tensors: list[PlannedTensor]
@@ -91,11 +91,10 @@ def export(
 
     mix = presets.read(quant, tensors)
     known = importances.find(checkpoint.folder, importance)
-    most_bytes = 0 if out.suffix == racgguf.SUFFIX else split_bytes
 
     approximate = accept_token_differences > 0
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer, approximate=approximate)
-    plan = _make_plan(checkpoint, out, mix, known, vocabulary, metadata or {}, most_bytes)
+    plan = make_plan(checkpoint, out, mix, known, vocabulary, metadata or {}, split_bytes)
     require_space(out.parent, plan.total_bytes, "choose another place with --out")
 
     with disk_errors(out), partial_folder(out) as scratch:
@@ -121,17 +120,18 @@ def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> N
     check_metadata(metadata, FILE_KEYS)
 
 
-def _make_plan(
+def make_plan(
     checkpoint: Checkpoint,
     out: Path,
     mix: presets.Mix,
     importance: Importance | None,
     vocabulary: Vocabulary,
     metadata: Metadata,
-    most_bytes: int,
-) -> _Plan:
+    split_bytes: int,
+) -> Plan:
+    """Decide all of a file before it is written; the arguments are those of :func:`export`."""
     tensors = plan_tensors(checkpoint, mix)
-    divided = divide(tensors, most_bytes)
+    divided = divide(tensors, 0 if out.suffix == racgguf.SUFFIX else split_bytes)
     parts = {out: tensors}
     if len(divided) > 1:
         names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))
@@ -148,7 +148,7 @@ def _make_plan(
         notes = (*notes, _ROUNDED_RAMP)
 
     deviations = list_deviations(checkpoint)
-    return _Plan(tensors, parts, vocabulary, general, importance, notes, deviations)
+    return Plan(tensors, parts, vocabulary, general, importance, notes, deviations)
 
 
 def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
@@ -170,7 +170,7 @@ def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
 
 
 def _write_parts(
-    checkpoint: Checkpoint, plan: _Plan, partials: Mapping[Path, Path], progress: Progress | None
+    checkpoint: Checkpoint, plan: Plan, partials: Mapping[Path, Path], progress: Progress | None
 ) -> tuple[ExportedTensor, ...]:
     body = Body(checkpoint, plan.importance, plan.total_bytes, progress)
 
@@ -193,7 +193,7 @@ def _write_parts(
 
 
 def _publish(
-    plan: _Plan, partials: Mapping[Path, Path], written: tuple[ExportedTensor, ...], packing: str
+    plan: Plan, partials: Mapping[Path, Path], written: tuple[ExportedTensor, ...], packing: str
 ) -> ExportResult:
     plain = ExportResult(
         path=next(iter(partials)),
@@ -232,9 +232,7 @@ def _describe_packed(
     )
 
 
-def _add_importance(
-    result: ExportResult, known: Importance, plan: _Plan, out: Path
-) -> ExportResult:
+def _add_importance(result: ExportResult, known: Importance, plan: Plan, out: Path) -> ExportResult:
     """Leave the importance beside the model, for those who quantize it again."""
     matrix = out.with_name(out.stem + importances.SUFFIX)
     names = {}

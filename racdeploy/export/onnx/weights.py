@@ -49,13 +49,14 @@ def plan_tensors(
     plan = []
     for name, entry in checkpoint.entries.items():
         if name in graph.linears | graph.embeddings | graph.vectors:
-            real, reason = _choose(name, entry.shape, quant, name in dense)
+            real, reason = choose_quant(name, entry.shape, quant, name in dense)
             tensor = GraphTensor(name, entry.shape, real, looked_up=name in graph.embeddings)
             plan.append(PlannedTensor(tensor, quant, reason))
     return plan
 
 
-def _choose(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple[str, str]:
+def choose_quant(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> tuple[str, str]:
+    """Return the number format that a tensor gets, and why it is another than asked for."""
     if len(shape) == 1:
         return "f32", "" if quant == "f32" else VECTORS_IN_F32
 

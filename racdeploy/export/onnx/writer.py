@@ -32,7 +32,8 @@ from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tenso
 from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
 from racdeploy.storage.partials import partial_folder
 
-_VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
+VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
+"""Names of what keeps 8 bits at least."""
 
 
 def export(
@@ -64,7 +65,7 @@ def export(
     _check_request(checkpoint, out, quant, packing, metadata, exporter)
 
     chosen = choose(checkpoint, exporter)
-    plan = plan_tensors(checkpoint, chosen.graph, quant, _VOCABULARY)
+    plan = plan_tensors(checkpoint, chosen.graph, quant, VOCABULARY)
 
     with _open_scratch(out) as scratch:
         model = wire(chosen.graph, [tensor.graph for tensor in plan])

@@ -33,7 +33,7 @@ def observe(
     """Return sparsity → share of the block's output that changes."""
     method = plugins.load("methods", settings.method)
     settings = settings.model_copy(update={"refit_steps": min(settings.refit_steps, REFIT_STEPS)})
-    energy = _output_energy(weight_OI, hessian) or 1.0  # of a linear that is zero
+    energy = hessian.energy(weight_OI) or 1.0  # of a linear that is zero
 
     errors: dict[float, float] = {}
     gain = 0.0
@@ -41,7 +41,7 @@ def observe(
 
     for sparsity in nearest_first:
         pruned = prune_and_refit(method, weight_OI, hessian, Unstructured(sparsity), settings)
-        error = _output_energy(pruned.weight_OI - weight_OI, hessian) / energy
+        error = hessian.energy(pruned.weight_OI - weight_OI) / energy
         errors[sparsity] = error
         if not gain and error > LEAST_ERROR:  # a linear that was sparse already has none at first
             gain = effect(pruned.weight_OI) / error
@@ -78,12 +78,6 @@ def allocate(
 
     wanted = {name: float(grid[count]) for name, count in taken.items()}
     return shift_shares(wanted, sizes, sparsity)
-
-
-def _output_energy(weight_OI: torch.Tensor, hessian: Hessian) -> float:
-    """Return the mean squared output of a linear over calibration tokens."""
-    product_OI = weight_OI @ hessian.matrix_II
-    return float((product_OI * weight_OI).sum())
 
 
 def _interpolate(observation: Observation, grid: np.ndarray) -> np.ndarray:

@@ -91,11 +91,14 @@ def round_up(asked: int) -> int:
     return rounded if rounded - asked <= _MOST_ADDED * asked else asked
 
 
-def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Path:
+def rewrite(
+    checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path, *, hollow: bool = False
+) -> Path:
     """Write the model of a folder with some of its tokens, as another folder.
 
     ``old_ids``, rising, have the new id as their place. Rows that are no token, which pad an
-    embedding, go. Files that hold neither weights nor ids are copied.
+    embedding, go. Files that hold neither weights nor ids are copied. A ``hollow`` folder has the
+    shapes of the weights and not their values.
     """
     rows = checkpoint.integer("vocab_size")
     cut = {}
@@ -116,7 +119,7 @@ def rewrite(checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path) -> Pa
 
     with atomic_folder(out) as scratch:
         stored = fused.join(checkpoint.whole, family.blocks, family.fused)
-        write_entries(stored, scratch / "model.safetensors", cut)
+        write_entries(stored, scratch / "model.safetensors", cut, hollow=hollow)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         for file in sorted(checkpoint.folder.iterdir()):

@@ -1,0 +1,192 @@
+"""Predicted against measured, for ten candidates: bytes, memory at the peak, tokens a second.
+
+    python -m benchmarks.predicted --threads 1
+
+Both models are exported for real. Synthetic models, of which the device's profile is made, and the
+candidates are decoded in turns, round after round, so that both meet the same machine. Prints a
+row for each candidate, and ends with 1 where a bar is missed: the bytes themselves, 5 % of the
+memory, 15 % of the speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median_low
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from racdeploy.export.gguf import export
+from racdeploy.models import widths
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import describe_model
+from racdeploy.pipeline.structure import expect_shape
+from racdeploy.prune.assemble import Shape, assemble
+from racdeploy.recipe import Recipe
+from racdeploy.storage.caches import default_work
+from racdeploy.storage.safetensors import write_header
+from racdeploy.tune.devices.fit import Sample
+from racdeploy.tune.devices.profile import Profiler, measure
+from racdeploy.tune.devices.speed import Prediction, Use, measure_work, predict
+from racdeploy.tune.sizes import Size, Sizes
+
+USE = Use(context_tokens=2048, prompt_tokens=256, new_tokens=48)
+MOST_MEMORY, MOST_SPEED = 0.05, 0.15
+CASES: dict[str, tuple[tuple[str, float], ...]] = {  # quant, share of the channels that stays
+    "tiny-reasoner": (("f16", 1), ("q8_0", 1), ("q4_k_m", 1), ("q2_k", 1), ("q4_0", 0.5)),
+    "smol-reasoner": (("q8_0", 1), ("q4_0", 1), ("q4_k_m", 1), ("q3_k", 0.75), ("q2_k", 1)),
+}
+
+
+@dataclass
+class Candidate:
+    """One artifact, written for real, and what was predicted of it."""
+
+    name: str
+    file: Path
+    size: Size
+    samples: list[Sample] = field(default_factory=list)
+
+
+def main() -> None:
+    """Export, measure in turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smol", default=str(default_work() / "smol-reasoner"))
+    arguments = parser.parse_args()
+
+    with TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        candidates = list(write_candidates(scratch, arguments.smol))
+        profiler = Profiler(scratch, arguments.threads)
+
+        for number in range(arguments.rounds):
+            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+            profiler.run_round()
+            for candidate in candidates:
+                candidate.samples.append(measure(candidate.file, USE, profiler.threads))
+
+    device = profiler.fit()
+    rows, missed = [], 0
+    for candidate in candidates:
+        size = candidate.size
+        work = measure_work(size.checkpoint, size.tensors, size.plain_bytes)
+        row, is_missed = compare(candidate, predict(device, work, USE))
+        rows.append(row)
+        missed += is_missed
+
+    columns = (
+        *("candidate", "bytes predicted", "written", "memory MB predicted", "measured", "ratio"),
+        *("tokens/s predicted", "measured", "ratio"),
+    )
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print(f"{len(candidates) - missed} of {len(candidates)} candidates within all bars")
+    sys.exit(1 if missed else 0)
+
+
+def write_candidates(scratch: Path, smol: str) -> Iterator[Candidate]:
+    """Export every candidate; what is predicted of it comes first, from the dense model alone."""
+    sizes = Sizes(scratch / "sketches")
+    places = {"tiny-reasoner": "tiny-reasoner", "smol-reasoner": smol}
+
+    for model, cases in CASES.items():
+        for quant, share in cases:
+            job = make_job(places[model], quant, share)
+            size = sizes.predict(job, pruned=share < 1)
+
+            checkpoint, metadata = job.checkpoint, {}
+            if share < 1:
+                checkpoint = Checkpoint(cut_channels(job, scratch / f"{model}-{share}"))
+                metadata = describe_model(job, checkpoint)
+
+            name = f"{model} {quant}" + (f", {share:.0%} of the channels" if share < 1 else "")
+            file = scratch / f"{model}-{quant}-{share}.gguf"
+            export(checkpoint, file, quant=quant, metadata=metadata)
+            yield Candidate(name, file, size)
+
+
+def make_job(model: str, quant: str, share: float) -> Job:
+    """Return the job of a cut and a number format, without zeros."""
+    structure = {"keep": {"ffn": share} if share < 1 else {}, "optional": False}
+    options = {"model": model, "target": "gguf", "export": {"quant": quant}}
+    recipe = Recipe.combine(None, options)
+    whole = recipe.structure.model_copy(update=structure)
+    return Job(recipe.model_copy(update={"structure": whole}))
+
+
+def cut_channels(job: Job, out: Path) -> Path:
+    """Write a model whose blocks keep the first of their channels, half of them fewer than others.
+
+    What stays decides neither bytes nor speed.
+    """
+    checkpoint, family = job.checkpoint, job.checkpoint.family
+    shape = vary(expect_shape(checkpoint, job.structure), job.structure.multiple)
+    pieces = out.with_name(f"{out.name}-pieces")
+    pieces.mkdir()
+
+    for block in shape.blocks:
+        kept = {"F": np.arange(shape.sizes(checkpoint, block)["F"])}
+        tensors = {}
+        for inside in family.block_tensors:
+            name = f"{family.blocks}.{block}.{inside}"
+            if name in checkpoint.entries:
+                value = checkpoint.read(name)
+                found = widths.find_kept(family, inside, kept, checkpoint.sizes(block))
+                for axis, index in enumerate(found):
+                    value = value if index is None else np.take(value, index, axis)
+                tensors[name] = np.ascontiguousarray(value)
+
+        with (pieces / f"block-{block:05d}.safetensors").open("wb") as stream:
+            write_header(stream, {name: ("F32", value.shape) for name, value in tensors.items()})
+            for value in tensors.values():
+                stream.write(value.tobytes())
+
+    return assemble(checkpoint, pieces, out, shape)
+
+
+def vary(shape: Shape, step: int) -> Shape:
+    """Return a shape of the same sum, whose first block has fewer channels and the second more."""
+    channels = list(shape.widths["intermediate_size"])
+    channels[0] -= step
+    channels[1] += step
+    return Shape(shape.blocks, {**shape.widths, "intermediate_size": tuple(channels)})
+
+
+def compare(candidate: Candidate, predicted: Prediction) -> tuple[tuple[str, ...], bool]:
+    """Return the row of a candidate, and whether it misses a bar."""
+    written = candidate.samples[0].file_bytes
+    memory = median_low(sample.peak_rss_bytes for sample in candidate.samples)
+    speed = 1 / median_low(sample.token_s for sample in candidate.samples)
+
+    memory_ratio = predicted.memory_bytes / memory
+    speed_ratio = predicted.tokens_per_s / speed
+    is_missed = (
+        written != candidate.size.size_bytes
+        or abs(memory_ratio - 1) > MOST_MEMORY
+        or abs(speed_ratio - 1) > MOST_SPEED
+    )
+
+    row = (
+        candidate.name,
+        f"{candidate.size.size_bytes:,}",
+        f"{written:,}" if written != candidate.size.size_bytes else "the same",
+        f"{predicted.memory_bytes / 1e6:.1f}",
+        f"{memory / 1e6:.1f}",
+        f"{memory_ratio:.3f}",
+        f"{predicted.tokens_per_s:.1f}",
+        f"{speed:.1f}",
+        f"{speed_ratio:.2f}",
+    )
+    return row, is_missed
+
+
+if __name__ == "__main__":
+    main()

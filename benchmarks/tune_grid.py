@@ -1,0 +1,140 @@
+"""Is what a search finds at least as good as a grid of recipes that a person would try by hand?
+
+    racdeploy tune tiny-reasoner --max-bytes 2000000 --budget 20m --out build/tuned
+    python -m benchmarks.tune_grid build/tuned --out build/grid
+
+Makes 24 recipes for the model and target of the search, leaves out those that are larger than its
+winner may be, and lets the others answer the prompts that the winner was verified on. Prints a row
+for each, with the gain of the winner over it and the interval over the same prompts. What is
+finished is kept under --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.calibration import gain
+from racdeploy.decoding.engine import EngineSettings
+from racdeploy.errors import UsageError
+from racdeploy.manifest import Manifest
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job, fit_context
+from racdeploy.pipeline.naming import name_artifact
+from racdeploy.recipe import Recipe
+from racdeploy.report.files import read_records, read_report
+from racdeploy.report.model import Record
+from racdeploy.report.tuning_files import FILE, read_tuning
+from racdeploy.storage.caches import default_work
+from racdeploy.tune.candidates import make_choice
+
+PLAIN = ("q4_0", "q4_k", "q3_k", "q2_k", "q4_k_m", "q3_k_m")
+CODES = ("q4_0", "q4_k", "q3_k", "q2_k")
+ZEROS = (
+    ("q4_0", 0.5, False),
+    ("q4_0", 0.5, True),
+    ("q4_0", 0.6, True),
+    ("q5_0", 0.6, True),
+    ("q8_0", 0.7, False),
+    ("q8_0", 0.7, True),
+)
+CUTS = (
+    ("q4_0", 0.875, True),
+    ("q4_0", 0.75, False),
+    ("q4_0", 0.75, True),
+    ("q5_0", 0.75, True),
+    ("q4_0", 0.5, True),
+    ("q5_0", 0.5, True),
+    ("q8_0", 0.5, False),
+    ("q8_0", 0.625, False),
+)
+
+
+def main() -> None:
+    """Make the recipes, let those that fit answer, and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tuned", type=Path, help="bundle that racdeploy tune wrote")
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    tuning = read_tuning(arguments.tuned / FILE)
+    recipe = Recipe.model_validate(read_report(arguments.tuned).recipe)
+    job = fit_context(Job(recipe))
+    (entry, *_) = Manifest.read(arguments.tuned).artifacts
+    most_bytes = tuning.wishes.max_bytes or entry.size_bytes
+    records = read_records(arguments.tuned)
+    own = tuple(record for record in records if record.arm == "pruned")
+
+    rows: list[dict[str, Any]] = [{"recipe": tuning.winner, "bytes": entry.size_bytes, **tell(own)}]
+    for name, settings in list_recipes().items():
+        rows.append({"recipe": name} | try_recipe(job, name, settings, most_bytes, own, arguments))
+        print(json.dumps(rows[-1]), flush=True)
+        (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
+
+
+def list_recipes() -> dict[str, Mapping[str, Any]]:
+    """Return the settings of 24 recipes by name."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in PLAIN:
+        found[name] = {"export": {"quant": name}}
+    for name in CODES:
+        found[f"{name} codes"] = {"export": {"quant": name}, "prune": {"joint": True}}
+
+    for name, share, joint in ZEROS:
+        export = {"quant": name, "packing": "bitmask"}
+        words = f"{share:.0%} zeros, {name}{' codes' if joint else ''}"
+        found[words] = {"export": export, "prune": {"sparsity": share, "joint": joint}}
+
+    for name, share, joint in CUTS:
+        words = f"ffn {share:g}, {name}{' codes' if joint else ''}"
+        cut = {"structure": {"keep": {"ffn": share}}}
+        found[words] = {"export": {"quant": name}, "prune": {"joint": joint}, **cut}
+
+    return found
+
+
+def try_recipe(
+    job: Job,
+    name: str,
+    settings: Mapping[str, Any],
+    most_bytes: int,
+    winner: tuple[Record, ...],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return size, accuracy and what the winner gains over one recipe, or why there is nothing."""
+    try:
+        choice = make_choice(job, name, "by hand", settings)
+    except UsageError as error:
+        return {"why": error.message}
+
+    build = Build(choice.job, arguments.work, arguments.threads)
+    model = build.prune()
+    exported = build.export(model.folder, name_artifact(build.job))
+    if exported.size_bytes > most_bytes:
+        return {"bytes": exported.size_bytes, "why": f"over {most_bytes} bytes"}
+
+    verify = choice.recipe.verify
+    engine = EngineSettings(verify.context_tokens, verify.parallel, arguments.threads)
+    answers = build.evaluation.answer(exported, name, engine, model.folder)
+    own = answers.records
+    return {"bytes": exported.size_bytes, **tell(own), "winner over it": gain(own, winner)}
+
+
+def tell(records: tuple[Record, ...]) -> dict[str, float]:
+    """Return accuracy and thinking length."""
+    count = len(records)
+    return {
+        "prompts": count,
+        "accuracy": sum(record.correct for record in records) / count,
+        "thinking_tokens": sum(record.thinking_tokens for record in records) / count,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The command that searches: ``racdeploy tune``."""
+
+from __future__ import annotations
+
+import typer
+
+from racdeploy.cli import console
+from racdeploy.cli.options import TuneOptions, takes
+from racdeploy.errors import exit_code_of
+
+
+@console.reported
+@takes(TuneOptions)
+def tune(options: TuneOptions) -> None:
+    """Search for the best model of a device, plain dense ones among them, and prove it."""
+    recipe = options.resolve()
+    console.announce(
+        _write_first_line(recipe.model, recipe.target, recipe.tune.objective), options.quiet
+    )
+
+    from racdeploy.cli.tune_view import show_search
+    from racdeploy.pipeline.job import Job, fit_context
+    from racdeploy.report.terminal import print_tuning, print_verdict
+    from racdeploy.report.tuning_files import FILE
+    from racdeploy.storage.caches import default_work
+    from racdeploy.storage.stages import scratch_folder
+    from racdeploy.tune.conclude import tune as search_and_build
+    from racdeploy.tune.plan import list_plan, write_plan
+    from racdeploy.tune.search import Search
+
+    job = fit_context(Job.at_tier(recipe, options.tier, options.prompts or 0))
+    work = options.work or default_work()
+    with show_search(console.err, options.quiet) as view, scratch_folder(work, 0) as scratch:
+        search = Search(job, work, scratch, options.threads, view.progress, view.show)
+        search.count()
+        if options.dry_run:
+            console.print_result(list_plan(search), write_plan(search), options.json_output)
+            return
+
+        if not options.quiet:
+            console.print_notes(write_plan(search))
+        folder, report, tuning = search_and_build(search, options.out_folder)
+
+    if options.json_output:
+        console.print_json(tuning.model_dump(mode="json") | {"folder": str(folder)})
+    else:
+        print_tuning(tuning, console.out)
+        console.print_notes(["", f"bundle: {folder}", f"open it: racdeploy report {folder / FILE}"])
+        print_verdict(report, console.out)
+
+    if code := exit_code_of(report.verdict, job.gate.inconclusive):
+        raise typer.Exit(code)
+
+
+def _write_first_line(model: str, target: str, objective: str) -> str:
+    aim = objective.replace("-", " ")
+    return f"tune: {model} for {target}, the best {aim}"

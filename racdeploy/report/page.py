@@ -1,0 +1,52 @@
+"""What pages share: their style, their script, and the policy that lets nothing else run.
+
+Text in them is hostile: the templates escape everything. ``parts.html.jinja`` has their elements.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+
+from markupsafe import Markup
+
+from racdeploy.report.axis import load_templates
+
+_STYLE = "report.css"
+_SCRIPT = "page.js"
+
+
+def render_page(template: str, values: Mapping[str, object], scripts: Sequence[str] = ()) -> str:
+    """Return a page that fetches nothing and runs its own style and script alone.
+
+    Args:
+        template: its file beside this module.
+        values: what the template shows.
+        scripts: files beside this module that follow the script of every page.
+    """
+    style = _read_assets(_STYLE)
+    script = _read_assets(_SCRIPT, *scripts)
+
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    page = load_templates().get_template(template)
+    return page.render(values, policy=policy, style=style, script=script)
+
+
+@cache
+def _read_assets(*names: str) -> Markup:
+    """Return files beside this module, as they are between the tags of their element."""
+    folder = files("racdeploy.report")
+    texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+    return Markup("\n" + "\n".join(texts))
+
+
+def _hash(text: str) -> str:
+    """Return how a policy names what is between two tags."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,0 +1,66 @@
+"""Every form of a search for the best model in one folder: ``tune.json`` and what is made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from racdeploy.errors import ArtifactError
+from racdeploy.report import markdown, tuning_page
+from racdeploy.report.tuning import Tuning
+from racdeploy.storage.files import disk_errors, write_atomic
+from racdeploy.storage.reading import read_json
+
+FILE, PAGE = "tune.json", "tune.html"
+_MOST_BYTES = 64_000_000
+_REMEDY = "copy it again, whole, or run racdeploy tune again"
+
+
+def write_tuning(folder: Path, tuning: Tuning) -> None:
+    """Write the search in every form; each file is whole or absent.
+
+    Raises:
+        EnvironmentFailure: the disk is full or not writable.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    write_atomic(folder / "tune.md", markdown.render_tuning(tuning))
+    write_atomic(folder / PAGE, tuning_page.render(tuning))
+    # Last: it says that the others are there.
+    write_atomic(folder / FILE, tuning.model_dump_json(indent=1) + "\n")
+
+
+def read_tuning(file: Path) -> Tuning:
+    """Read a ``tune.json``; ArtifactError where it is missing or damaged."""
+    try:
+        return Tuning.model_validate(read_json(file, _MOST_BYTES))
+    except OSError as error:
+        message = f"{file} cannot be read: {error.strerror}"
+        raise ArtifactError(message, remedy=_REMEDY) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        # Keys are those of whoever wrote the file.
+        where = " ".join(place.split())[:200]
+
+        message = f"{file} is not what racdeploy tune writes: {where}: {first['msg']}"
+        raise ArtifactError(message, remedy=_REMEDY) from error
+
+
+def name_page(file: Path) -> Path:
+    """Return the place of the page of a ``tune.json``: beside it."""
+    return file.with_name(f"{file.stem}.html")
+
+
+def write_page(file: Path) -> Path:
+    """Write the page of a ``tune.json`` beside it, again where there is one; return the page.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+        EnvironmentFailure: the page cannot be written there.
+    """
+    page = name_page(file)
+    write_atomic(page, tuning_page.render(read_tuning(file)))
+    return page

@@ -1,0 +1,25 @@
+"""The profile of this machine, measured once and kept beside the stages of a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from racdeploy.decoding.engine import EngineSettings, Progress
+from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.targets import Device
+from racdeploy.tune.devices.profile import profile
+from racdeploy.verify.measure import fingerprint
+
+
+def find_device(
+    work: Path, scratch: Path, threads: int = 0, progress: Progress | None = None
+) -> Device:
+    """Measure this machine with so many threads, for about a minute, or find it measured."""
+    machine = fingerprint(EngineSettings(threads=threads))
+    place = Workplace(work, threads, progress)
+    stage = place.open("device", address(__name__) | {"machine": machine, "threads": threads})
+
+    if not stage.finished:
+        found = profile(scratch, threads, progress)
+        stage.finish({"device": found.model_dump(mode="json")})
+    return Device.model_validate(stage.summary["device"])

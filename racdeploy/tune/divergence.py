@@ -1,0 +1,95 @@
+"""How far candidates are from the dense model on held-out traces: its logits are computed once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.verify.answers import IdPair, Opener
+from racdeploy.verify.measure import divergences, predict_completion, renumber
+
+
+class Distance(NamedTuple):
+    """Means over all positions: KL(dense ‖ candidate) in nats, and how often the first choice is
+    the same.
+    """
+
+    kl_nats: float
+    top1: float
+
+
+class DenseLogits:
+    """The dense model's logits for held-out traces, on disk while the search lasts.
+
+    Args:
+        dense: opens the dense checkpoint under torch.
+        traces: prompt and completion ids.
+        folder: where a temporary folder is made.
+    """
+
+    def __init__(self, dense: Opener, traces: Sequence[IdPair], folder: Path) -> None:
+        self._dense = dense
+        self._traces = list(traces)
+        self._kept = tempfile.TemporaryDirectory(dir=folder, prefix="logits-")
+        self._files: list[Path] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kept.cleanup()
+
+    def compare(self, artifact: Opener, old_ids: NDArray[np.int64] | None = None) -> Distance:
+        """Return how far an artifact is.
+
+        Args:
+            old_ids: where it has fewer tokens, the dense id of each. Traces with a token that is
+                gone are left out, and the others are compared on the tokens that are left.
+        """
+        dense, own = self._traces, self._traces
+        if old_ids is not None:
+            dense, own = renumber(self._traces, old_ids)
+        if not own:
+            return Distance(float("nan"), float("nan"))
+
+        kl = []
+        same = []
+        files = self._keep()
+
+        with artifact() as engine:
+            for trace, asked in zip(dense, own, strict=True):
+                dense_TV = np.load(files[self._traces.index(trace)])
+                if old_ids is not None:
+                    dense_TV = dense_TV[:, old_ids]
+
+                kl_T, same_T, _ = divergences(dense_TV, predict_completion(engine, asked))
+                kl.append(kl_T)
+                same.append(same_T)
+
+        return Distance(float(np.concatenate(kl).mean()), float(np.concatenate(same).mean()))
+
+    def _keep(self) -> Sequence[Path]:
+        """Return the files with the dense logits of each trace, written when first asked for."""
+        if self._files:
+            return self._files
+
+        files = []
+        with self._dense() as engine:
+            for place, trace in enumerate(self._traces):
+                file = Path(self._kept.name) / f"{place}.npy"
+                np.save(file, predict_completion(engine, trace))
+                files.append(file)
+
+        self._files = files
+        return files

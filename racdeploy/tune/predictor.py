@@ -1,0 +1,169 @@
+"""What a candidate takes, predicted before it is made: bytes, memory, and speed on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from racdeploy.decoding.engine import Progress
+from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.pipeline.job import Job
+from racdeploy.report.tuning import DeviceRow, Wishes
+from racdeploy.targets import Device, Target
+from racdeploy.tune.candidates import Choice
+from racdeploy.tune.devices.measured import find_device
+from racdeploy.tune.devices.speed import Use, measure_work, predict
+from racdeploy.tune.entries import Entry, Takes
+from racdeploy.tune.sizes import Size, Sizes
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicts for the candidates of one job; ``scratch`` is a folder for skeletons of models."""
+
+    job: Job
+    work: Path
+    scratch: Path
+    threads: int = 0
+    progress: Progress | None = None
+
+    @cached_property
+    def target(self) -> Target:
+        """Where the models will run."""
+        return Target.read(self.job.recipe.target)
+
+    @cached_property
+    def device(self) -> Device:
+        """The target's device, or this machine, measured once."""
+        if self.target.device:
+            return self.target.device
+        return find_device(self.work, self.scratch, self.threads, self.progress)
+
+    @property
+    def device_row(self) -> DeviceRow:
+        """The device as the report has it."""
+        device = self.device
+        return DeviceRow(
+            name=device.name,
+            measured=device.measured,
+            source=device.source,
+            cores=device.cores,
+        )
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of the figures; mostly nothing."""
+        engine = self.job.backend
+        if engine in self.device.engines:
+            return ""
+        return (
+            f"nobody has measured {engine} there: its speeds are predicted as if memory alone "
+            "decided them"
+        )
+
+    def predict(self, choice: Choice) -> Takes:
+        """Return what a candidate takes."""
+        size = self.size(choice)
+        engine = self.job.backend
+        if engine not in self.device.engines:
+            return self._bound(size)
+
+        use = Use(self.job.recipe.verify.context_tokens)
+        work = measure_work(size.checkpoint, size.tensors, size.plain_bytes)
+        found = predict(self.device, work, use, engine)
+
+        return Takes(
+            size_bytes=size.size_bytes,
+            exact=size.is_exact,
+            memory_bytes=found.memory_bytes,
+            tokens_per_s=found.tokens_per_s,
+        )
+
+    def _bound(self, size: Size) -> Takes:
+        """Return what a candidate takes at least, of an engine that nobody has measured."""
+        checkpoint = size.checkpoint
+        width = checkpoint.key_value_heads * checkpoint.head_size
+        values = 2 * width * sum(checkpoint.attends)
+        cache_bytes = _FLOAT_BYTES * values * self.job.recipe.verify.context_tokens
+
+        known = self.device.engines.values()
+        base_bytes = max(costs.base_bytes for costs in known)
+        speed = self.device.bandwidth_bytes_per_s / size.plain_bytes
+
+        return Takes(
+            size_bytes=size.size_bytes,
+            exact=size.is_exact,
+            memory_bytes=base_bytes + size.plain_bytes + cache_bytes,
+            tokens_per_s=speed,
+        )
+
+    def size(self, choice: Choice) -> Size:
+        """Return the size of a candidate's file, and its tensors."""
+        known = self._known
+        if choice.name not in known:
+            known[choice.name] = self._sizes.predict(choice.job)
+        return known[choice.name]
+
+    def list_formats(self, choice: Choice) -> list[str]:
+        """Return the number format of each matrix of a candidate's file, in its order.
+
+        Of a graph that another program writes, it is the one that is asked for.
+        """
+        tensors = self.size(choice).tensors
+        if not tensors:
+            return [choice.recipe.export.quant]
+        return [tensor.quant_real for tensor in tensors if _has_choice(tensor)]
+
+    def find_twin(self, entry: Entry, others: Sequence[Entry]) -> str:
+        """Return the name of another candidate with the same file, or an empty string."""
+        own = self._describe(entry.choice)
+        for other in others:
+            if not other.is_twin and self._describe(other.choice) == own:
+                return other.name
+        return ""
+
+    def _describe(self, choice: Choice) -> tuple[object, ...]:
+        """Return what is the same for two candidates with one file."""
+        recipe = choice.recipe
+        prune = recipe.prune
+        return (
+            self.list_formats(choice),
+            recipe.structure.keep,
+            (prune.sparsity, prune.pattern, prune.shares, prune.joint),
+            recipe.recover.tokens,
+            recipe.export.packing,
+        )
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.scratch)
+
+    @cached_property
+    def _known(self) -> dict[str, Size]:
+        return {}
+
+
+def find_nearest(entries: Sequence[Entry], wishes: Wishes) -> tuple[Entry, str]:
+    """Return the candidate that is nearest to the limits, and the wish that it would keep."""
+    if wishes.max_bytes:
+        smallest = min(entries, key=lambda entry: entry.size_bytes)
+        if smallest.size_bytes > wishes.max_bytes:
+            return smallest, f"--max-bytes {smallest.size_bytes}"
+
+    if wishes.min_tokens_per_s:
+        fastest = max(entries, key=lambda entry: entry.takes.tokens_per_s)
+        speed = fastest.takes.tokens_per_s
+        if speed < wishes.min_tokens_per_s:
+            return fastest, f"--min-tokens-per-s {speed:.3g}"
+
+    least = min(entries, key=lambda entry: entry.takes.memory_bytes)
+    return least, f"--max-memory {least.takes.memory_bytes}"
+
+
+def _has_choice(tensor: PlannedTensor) -> bool:
+    """Return whether a number format was chosen for a tensor."""
+    return len(tensor.shape) > 1 and tensor.quant_real != "f32"

@@ -1,0 +1,250 @@
+"""How many bytes the artifact of a recipe will have, before anything is pruned.
+
+A plain GGUF file is planned from a skeleton of the cut model: its config, its tokenizer, and the
+shapes of its weights without the values. So its size is exact, to the byte.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.export.gguf.body import ALIGNMENT
+from racdeploy.export.gguf.sizes import FileSizes
+from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.export.onnx.weights import choose_quant
+from racdeploy.export.onnx.writer import VOCABULARY
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import describe_model
+from racdeploy.pipeline.structure import expect_shape
+from racdeploy.prune.assemble import Shape, sketch
+from racdeploy.prune.layout import Layout
+from racdeploy.prune.structures import vocabulary
+from racdeploy.storage.files import canonical_hash
+from racdeploy.traces.trace import Trace
+from racdeploy.tune.packed import expect_packed_bits
+
+_IN_BLOCK = re.compile(r"^blk\.\d+\.(.+)$")
+_FREE_WIDTHS = "blocks of different widths get different number formats, and widths are not known"
+_CHOSEN = {"ffn", "heads"}  # parts of which pruning chooses how many each block keeps
+_FREE_BLOCKS = "blocks are of several kinds, and which of them stay is not known"
+_FREE_TOKENS = "which tokens stay is known once there are traces"
+_FREE_GRAPH = "another program writes the graph of an ONNX file"
+# Of an ONNX graph: nodes and names of a block, and half of a float32 scale, which counts as f16.
+_BLOCK_GRAPH_BYTES, _SCALE_BITS = 10_500, 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one artifact.
+
+    Args:
+        size_bytes: of the files that ship.
+        plain_bytes: of those that the engine opens, the same unless the artifact is packed.
+        why_inexact: why ``size_bytes`` is only expected; empty where it is exact.
+        checkpoint: what will be exported, or its skeleton.
+        tensors: of the GGUF file; empty for another format.
+    """
+
+    size_bytes: int
+    plain_bytes: int
+    why_inexact: str
+    checkpoint: Checkpoint
+    tensors: tuple[PlannedTensor, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        return not self.why_inexact
+
+
+@dataclass
+class _Model:
+    """A checkpoint that may be a skeleton, and what all files made of it share."""
+
+    checkpoint: Checkpoint
+    pre_tokenizer: str | None
+    approximate: bool
+    why_inexact: str = ""
+
+    @cached_property
+    def files(self) -> FileSizes:
+        return FileSizes(self.checkpoint, self.pre_tokenizer, approximate=self.approximate)
+
+
+class Sizes:
+    """Sizes of the candidates of a search; skeletons are written below ``scratch``, each once."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._models: dict[str, _Model] = {}
+
+    def predict(self, job: Job, traces: Sequence[Trace] = (), *, pruned: bool = True) -> Size:
+        """Return the size of the artifact that a job's recipe ends with.
+
+        Args:
+            traces: the dense model's, by which a cut of the vocabulary becomes exact.
+            pruned: whether it is the pruned artifact; the dense one is whole and plain.
+
+        Raises:
+            ModelError: the format has no place for such a model.
+            UsageError: the model does not allow such a cut.
+        """
+        if job.recipe.export.format != "gguf":
+            return self._estimate_graph(job, traces, pruned)
+
+        model = self._find(job, traces, pruned)
+        size = self._plan(job, model, pruned)
+
+        why = _find_unknown(job, size.tensors) if pruned else ""
+        return replace(size, why_inexact=size.why_inexact or why)
+
+    def _plan(self, job: Job, model: _Model, pruned: bool) -> Size:
+        settings, checkpoint = job.recipe.export, model.checkpoint
+        metadata = describe_model(job, checkpoint) if pruned else {}
+        is_packed = pruned and settings.packing != "plain"
+        split_bytes = 0 if is_packed else settings.split_bytes
+
+        plan = model.files.plan(job.quant_rules, metadata, split_bytes)
+        plain_bytes = model.files.size_bytes(plan)
+        plain = Size(
+            size_bytes=plain_bytes,
+            plain_bytes=plain_bytes,
+            why_inexact=model.why_inexact,
+            checkpoint=checkpoint,
+            tensors=tuple(plan.tensors),
+        )
+        if not is_packed:
+            return plain
+
+        saved = 0.0
+        for tensor in plan.tensors:
+            saved += _expect_saving(job, tensor)
+
+        why = f"how well {settings.packing} packs is known once there are zeros"
+        return replace(plain, size_bytes=plain_bytes - round(saved), why_inexact=why)
+
+    def _estimate_graph(self, job: Job, traces: Sequence[Trace], pruned: bool) -> Size:
+        model = self._find(job, traces, pruned)
+        checkpoint, quant = model.checkpoint, job.recipe.export.quant
+
+        # The cosines and sines of every position are a table of float32.
+        size_bytes = 4.0 * checkpoint.positions * checkpoint.head_size
+        size_bytes += checkpoint.block_count * _BLOCK_GRAPH_BYTES
+        for name, entry in checkpoint.entries.items():
+            real, _ = choose_quant(name, entry.shape, quant, name in VOCABULARY)
+            form = quants.load(real)
+
+            bits = form.BITS
+            if quants.is_blocks(real):
+                bits += _SCALE_BITS / form.BLOCK
+            size_bytes += bits / 8 * math.prod(entry.shape)
+
+        estimated = round(size_bytes)
+        return Size(estimated, estimated, _FREE_GRAPH, checkpoint)
+
+    def _find(self, job: Job, traces: Sequence[Trace], pruned: bool) -> _Model:
+        """Return the checkpoint that is exported, or a skeleton of it."""
+        export, structure = job.recipe.export, job.structure
+        is_cut = pruned and structure.parts
+        old_ids = job.vocabulary.choose(traces) if is_cut and job.vocabulary else None
+
+        key = canonical_hash(
+            {
+                "folder": str(job.model.folder),
+                "pre_tokenizer": [export.pre_tokenizer, export.accept_token_differences],
+                "structure": structure.model_dump() if is_cut else {},
+                "tokens": None if old_ids is None else old_ids.tolist(),
+            }
+        )
+        if key in self._models:
+            return self._models[key]
+
+        checkpoint, why = job.checkpoint, ""
+        if is_cut:
+            shape = expect_shape(checkpoint, structure, _push)
+            checkpoint = self._sketch(checkpoint, key, shape)
+        if old_ids is not None:
+            folder = self._scratch / f"{key}-tokens"
+            vocabulary.rewrite(checkpoint, old_ids, folder, hollow=True)
+            checkpoint = Checkpoint(folder)
+            why = "" if traces else _FREE_TOKENS
+
+        approximate = export.accept_token_differences > 0
+        model = _Model(checkpoint, export.pre_tokenizer, approximate, why)
+        self._models[key] = model
+        return model
+
+    def _sketch(self, checkpoint: Checkpoint, key: str, shape: Shape) -> Checkpoint:
+        if shape == Shape.of(checkpoint):
+            return checkpoint
+        folder = self._scratch / key
+        return Checkpoint(folder if folder.is_dir() else sketch(checkpoint, folder, shape))
+
+
+def _push(counts: list[int], layouts: Sequence[Layout]) -> list[int]:
+    """Return counts of the same sum that differ: the last block keeps more, the first less.
+
+    Pruning gives blocks different widths, which their file has to list.
+    """
+    fewer = [count for count in layouts[0].counts if count < counts[0]]
+    further = [count for count in layouts[-1].counts if count > counts[-1]]
+    if len(counts) < 2 or not fewer or not further:
+        return counts
+
+    pushed = [max(fewer), *counts[1:-1], min(further)]
+    return pushed if sum(pushed) == sum(counts) else counts
+
+
+def _find_unknown(job: Job, tensors: Sequence[PlannedTensor]) -> str:
+    """Return what pruning has yet to choose and the size depends on, or an empty string."""
+    structure = job.structure
+    checkpoint = job.checkpoint
+
+    kinds = {checkpoint.kinds(block) for block in range(checkpoint.block_count)}
+    if "blocks" in structure.parts and len(kinds) > 1:
+        return _FREE_BLOCKS
+
+    is_free = not structure.uniform and not _CHOSEN.isdisjoint(structure.parts)
+    return _FREE_WIDTHS if is_free and _depends_on_widths(tensors) else ""
+
+
+def _depends_on_widths(tensors: Sequence[PlannedTensor]) -> bool:
+    """Return whether it matters to the size which blocks are wide, or only the sum of all."""
+    formats: dict[str, set[str]] = {}
+
+    for tensor in tensors:
+        match = _IN_BLOCK.match(tensor.name)
+        if match is None:
+            continue
+        if tensor.size_bytes % ALIGNMENT:
+            return True
+
+        own = formats.setdefault(match[1], set())
+        own.add(tensor.quant_real)
+
+    return any(len(own) > 1 for own in formats.values())
+
+
+def _expect_saving(job: Job, tensor: PlannedTensor) -> float:
+    """Return the bytes that packing is expected to leave out of a tensor."""
+    pruned = {generalize(name) for name in job.weights_to_prune}
+    own = {generalize(part) for part in tensor.parts}
+    if pruned.isdisjoint(own):
+        return 0.0
+
+    zeros, packing = job.recipe.prune.sparsity, job.recipe.export.packing
+    if packings.load(packing).fits(tensor.quant_real, zeros):
+        return 0.0
+
+    bits = quants.load(tensor.quant_real).BITS
+    packed_bits = expect_packed_bits(packing, tensor.quant_real, round(zeros, 3))
+    saved_bits = max(0.0, bits - packed_bits)
+    return saved_bits * math.prod(tensor.shape) / 8

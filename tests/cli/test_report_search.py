@@ -1,0 +1,57 @@
+"""``racdeploy report tune.json``: the page is drawn again, the figures are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from racdeploy.cli.app import app
+from racdeploy.report.tuning_files import FILE, PAGE, write_tuning
+from tests.support.sample_tuning import build_tuning
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write_tuning(tmp_path, build_tuning())
+    (tmp_path / PAGE).write_text("of an older version")
+    return tmp_path / FILE
+
+
+def test_a_search_is_printed_and_its_page_drawn_again(file: Path) -> None:
+    """The path alone on stdout, tables and verdict on stderr."""
+    done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(file.with_name(PAGE).resolve())
+    assert file.with_name(PAGE).read_text().startswith("<!doctype html>")
+
+
+def test_a_search_as_json_has_page_and_verdict(file: Path) -> None:
+    done = CliRunner().invoke(app, ["report", str(file), "--no-open", "--json"])
+    found = json.loads(done.stdout)
+    assert found == {
+        "page": str(file.with_name(PAGE).resolve()),
+        "verdict": build_tuning().verdict,
+        "opened": False,
+    }
+
+
+def test_the_page_of_a_signed_bundle_stays_as_it_is(file: Path) -> None:
+    """The signature is over it."""
+    file.with_name("model.sig").write_text("{}")
+    done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
+    assert done.exit_code == 0, done.output
+    assert file.with_name(PAGE).read_text() == "of an older version"
+
+
+def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    """Exit code 2 and a remedy."""
+    file = tmp_path / "other.json"
+    file.write_text('{"winner": "me"}')
+    done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
+    assert done.exit_code == 2
+    assert "is not what racdeploy tune writes" in done.output
+    assert "→" in done.output
+    assert [each.name for each in tmp_path.iterdir()] == ["other.json"]

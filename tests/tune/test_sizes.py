@@ -1,0 +1,223 @@
+"""The size of a file is known to the byte before it is written, and before its model is cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from racdeploy import export as exports
+from racdeploy.errors import ModelError
+from racdeploy.export.gguf import export
+from racdeploy.export.gguf.sizes import FileSizes
+from racdeploy.models import widths
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.widths import SETTINGS
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import describe_model
+from racdeploy.pipeline.structure import expect_shape
+from racdeploy.prune.assemble import Shape, sketch
+from racdeploy.prune.structures import vocabulary
+from racdeploy.quant import presets
+from racdeploy.recipe import Recipe
+from racdeploy.tune.packed import expect_packed_bits
+from racdeploy.tune.sizes import Sizes
+from tests.support.cut_models import cut_checkpoint
+from tests.support.tiny_models import make_checkpoint
+
+# Attention, experts, a piece tokenizer, windows, and blocks without attention.
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 256, "tied": False},
+    "qwen3": {},
+    "gemma3_text": {"pre_tokenizer": "gemma"},
+    "qwen3_moe": {},
+    "lfm2": {},
+}
+QUANTS = ("q8_0", "q4_k_m", "q2_k")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four blocks, wide enough for blocks of 256."""
+    folder = tmp_path_factory.mktemp("sizes") / "tiny-thinker"
+    return make_checkpoint(
+        folder, "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=4
+    )
+
+
+def make_job(folder: Path, **parts: dict[str, Any]) -> Job:
+    """Return the job of a recipe that cuts only what it says."""
+    parts.setdefault("structure", {"keep": {}})
+    return Job(Recipe.combine(None, {"model": str(folder), "target": "gguf", **parts}))
+
+
+def cut_channels(job: Job, out: Path, moved: int = 0) -> Path:
+    """Write the cut model; so many channels more stay in the first block, and fewer in the last."""
+    shape = expect_shape(job.checkpoint, job.structure)
+    channels = list(shape.widths["intermediate_size"])
+    channels[0] += moved
+    channels[-1] -= moved
+    heads = job.checkpoint.integer("num_attention_heads")
+    return cut_checkpoint(job.model.folder, out, [(heads, count) for count in channels])
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_dense_file_is_as_large_as_predicted(family: str, tmp_path: Path) -> None:
+    """In one number format and in a mix, with metadata, and in several files."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, **CASES[family]))
+    sizes = FileSizes(checkpoint)
+    metadata = {"racdeploy.sparsity": 0.5, "general.name": "a name", "general.base_model.count": 1}
+
+    for number, quant in enumerate(QUANTS):
+        split_bytes = 50_000 if number else 0
+        plan = sizes.plan(presets.read(quant), metadata, split_bytes)
+        out = tmp_path / f"{quant}.gguf"
+        written = export(checkpoint, out, quant=quant, metadata=metadata, split_bytes=split_bytes)
+        assert sizes.size_bytes(plan) == written.size_bytes
+        assert bool(number) == (len(plan.parts) > 1)
+
+
+def test_a_size_is_another_with_other_words() -> None:
+    """The name in the file is some of its bytes: the tensors are not all that is compared."""
+    sizes = FileSizes(Checkpoint(Path(exports.__file__).parents[1] / "models" / "tiny_reasoner"))
+    short, long = (
+        sizes.size_bytes(sizes.plan(presets.read("q8_0"), {"racdeploy.base_model": "x" * count}))
+        for count in (1, 65)
+    )
+    assert long - short == 64
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
+@pytest.mark.parametrize("moved", [32, -64])
+def test_a_cut_model_is_as_large_as_predicted(
+    folder: Path, quant: str, moved: int, tmp_path: Path
+) -> None:
+    """Whatever widths pruning gives its blocks, of the sum that was asked for."""
+    job = make_job(folder, export={"quant": quant}, structure={"keep": {"ffn": 0.75}})
+    size = Sizes(tmp_path / "sketches").predict(job)
+
+    cut = Checkpoint(cut_channels(job, tmp_path / "cut", moved))
+    metadata = describe_model(job, cut)
+    written = export(cut, tmp_path / "cut.gguf", quant=quant, metadata=metadata)
+    assert size.is_exact
+    assert size.size_bytes == size.plain_bytes == written.size_bytes
+
+    # Spoiled: a channel that is not there shows.
+    other = make_job(folder, export={"quant": quant}, structure={"keep": {"ffn": 0.5}})
+    assert Sizes(tmp_path / "others").predict(other).size_bytes != written.size_bytes
+
+
+def test_blocks_that_stay_and_equal_widths_are_exact(folder: Path, tmp_path: Path) -> None:
+    """A mix, too, where pruning leaves no choice of widths."""
+    structure = {"keep": {"ffn": 1 / 3, "blocks": 0.5}, "uniform": True}
+    job = make_job(folder, export={"quant": "q4_k_m"}, structure=structure)
+    size = Sizes(tmp_path / "sketches").predict(job)
+
+    heads = job.checkpoint.integer("num_attention_heads")
+    cut = Checkpoint(cut_checkpoint(folder, tmp_path / "cut", [(heads, 256)] * 2, [1, 3]))
+    written = export(cut, tmp_path / "x.gguf", quant="q4_k_m", metadata=describe_model(job, cut))
+    assert (size.is_exact, size.size_bytes) == (True, written.size_bytes)
+
+
+def test_a_mix_of_widths_that_are_not_known_is_an_expectation(tmp_path: Path) -> None:
+    """The first eighth of the blocks gets more bits, so it matters which block is wide."""
+    folder = make_checkpoint(
+        tmp_path / "model", "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=8
+    )
+    job = make_job(folder, export={"quant": "q4_k_m"}, structure={"keep": {"ffn": 2 / 3}})
+    size = Sizes(tmp_path / "sketches").predict(job)
+    assert "different widths" in size.why_inexact
+
+
+def test_which_blocks_stay_matters_where_they_differ(folder: Path, tmp_path: Path) -> None:
+    """Blocks that are alike have one size, also in a mix; those of LFM2 do not."""
+    parts = {"export": {"quant": "q4_k_m"}, "structure": {"keep": {"blocks": 0.5}}}
+    assert Sizes(tmp_path / "alike").predict(make_job(folder, **parts)).is_exact
+
+    other = make_checkpoint(tmp_path / "model", "lfm2")
+    size = Sizes(tmp_path / "others").predict(make_job(other, **parts))
+    assert "several kinds" in size.why_inexact
+
+
+def test_a_sketch_is_the_cut_model_without_its_values(folder: Path, tmp_path: Path) -> None:
+    """Names, shapes and config are those that pruning writes; no block of the disk is taken."""
+    dense = Checkpoint(folder)
+    heads = dense.per_block("num_attention_heads")
+    channels = (256, 512, 512, 256)
+    whole = Shape.of(dense)
+    shape = replace(whole, widths={**whole.widths, SETTINGS["F"]: channels})
+
+    cut = Checkpoint(cut_checkpoint(folder, tmp_path / "cut", [*zip(heads, channels, strict=True)]))
+    drawn = Checkpoint(sketch(dense, tmp_path / "drawn", shape))
+    assert drawn.written == cut.written
+    shapes = [{name: each.shape for name, each in one.entries.items()} for one in (cut, drawn)]
+    assert shapes[0] == shapes[1]
+    assert not np.any(drawn.read_raw(drawn.linear_weights[0]))
+
+    file = tmp_path / "drawn" / "model.safetensors"
+    assert file.stat().st_blocks * 512 < file.stat().st_size / 4
+
+
+def test_fewer_tokens_are_counted_by_their_texts(folder: Path, tmp_path: Path) -> None:
+    """A hollow folder with a cut vocabulary gives the size of the true one."""
+    checkpoint = Checkpoint(folder)
+    old_ids = vocabulary.choose(checkpoint, 480, ())
+    made = vocabulary.rewrite(checkpoint, old_ids, tmp_path / "made")
+    hollow = vocabulary.rewrite(checkpoint, old_ids, tmp_path / "hollow", hollow=True)
+
+    metadata = {"general.name": "the same"}
+    written = export(Checkpoint(made), tmp_path / "x.gguf", quant="q4_0", metadata=metadata)
+    sizes = FileSizes(Checkpoint(hollow))
+    assert sizes.size_bytes(sizes.plan(presets.read("q4_0"), metadata)) == written.size_bytes
+
+
+def test_a_cut_vocabulary_is_expected_before_there_are_traces(folder: Path, tmp_path: Path) -> None:
+    """How many tokens stay is known; which ones do decides how long their texts are."""
+    structure = {"keep": {"vocabulary": 482}}
+    job = make_job(folder, structure=structure, traces={"count": 2}, verify={"count": 2})
+    size = Sizes(tmp_path / "sketches").predict(job)
+    assert "traces" in size.why_inexact
+    assert size.checkpoint.integer("vocab_size") == 482
+
+
+def test_a_packed_file_is_an_expectation(folder: Path, tmp_path: Path) -> None:
+    """Near what is packed of a model whose smallest weights are zeros, and never called exact."""
+    job = make_job(folder, export={"quant": "q8_0", "packing": "bitmask"}, prune={"sparsity": 0.5})
+    size = Sizes(tmp_path).predict(job)
+    assert "packs" in size.why_inexact
+    assert size.plain_bytes == Sizes(tmp_path).predict(make_job(folder, **_PLAIN)).size_bytes
+
+    # A mask of one bit, and half of the codes of eight: 8.5 - 4 + 1 bits, less what a table saves.
+    bits = expect_packed_bits("bitmask", "q8_0", 0.5)
+    assert 5.0 < bits < 5.5
+    linears = sum(
+        np.prod(job.checkpoint.entries[name].shape) for name in job.checkpoint.linear_weights
+    )
+    assert size.plain_bytes - size.size_bytes == pytest.approx((8.5 - bits) / 8 * linears, abs=1)
+
+
+_PLAIN: dict[str, dict[str, Any]] = {"export": {"quant": "q8_0"}, "prune": {"sparsity": 0.5}}
+
+
+def test_a_graph_is_only_estimated(folder: Path, tmp_path: Path) -> None:
+    """Another program writes it, so the size is said to be an estimate."""
+    options = {"model": str(folder), "target": "onnx", "structure": {"keep": {}}}
+    size = Sizes(tmp_path).predict(Job(Recipe.combine(None, options)))
+    assert "another program" in size.why_inexact
+    assert size.size_bytes > 0
+
+
+def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
+    """As the writer would refuse it, hours later."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+    checkpoint = Checkpoint(folder)
+    whole = Shape.of(checkpoint)
+    channels = {**whole.widths, SETTINGS["F"]: (32, 64)}
+    drawn = sketch(checkpoint, tmp_path / "drawn", replace(whole, widths=channels))
+    config = drawn / "config.json"
+    config.write_text(config.read_text().replace(widths.KEY, "another_key"))
+    with pytest.raises(ModelError, match="shape"):
+        FileSizes(Checkpoint(drawn)).plan(presets.read("q8_0"))

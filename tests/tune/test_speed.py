@@ -1,0 +1,175 @@
+"""Speed and memory are sums of what a profile says, and each part of a model counts once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from racdeploy import quant as quants
+from racdeploy.errors import UsageError
+from racdeploy.export.gguf.sizes import FileSizes
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant import presets
+from racdeploy.targets import Device, EngineCosts, FormatCost, Target
+from racdeploy.tune.devices.described import list_costs, render_target
+from racdeploy.tune.devices.profile import list_quants
+from racdeploy.tune.devices.speed import Block, Use, Work, measure_work, predict
+from tests.support.tiny_models import make_checkpoint
+
+COSTS = EngineCosts(
+    token_us=10.0,
+    block_us=5.0,
+    attention_ps=100.0,
+    vocabulary_ps=1000.0,
+    base_bytes=1_000_000,
+    block_bytes=1000.0,
+    vocabulary_bytes=10.0,
+    formats={
+        "q8_0": FormatCost(cached_ps=50.0, streamed_ps=100.0),
+        "q4_0": FormatCost(cached_ps=20.0, streamed_ps=40.0, resident=2.0),
+        "f32": FormatCost(cached_ps=60.0, streamed_ps=300.0),
+    },
+)
+DEVICE = Device(
+    name='a "device"',
+    measured=True,
+    source="made up",
+    cores=4,
+    threads=2,
+    memory_bytes=1 << 32,
+    cache_bytes=1_000_000,
+    bandwidth_bytes_per_s=1.1e10,
+    instructions=("avx2",),
+    engines={"llamacpp": COSTS},
+)
+USE = Use(context_tokens=512, prompt_tokens=8, new_tokens=16)
+BLOCK = Block(heads=4, query_width=256, key_value_width=256)
+
+
+def make_work(weights: dict[str, float], repacked: dict[str, int] | None = None) -> Work:
+    """Return the work of two blocks."""
+    return Work(weights, repacked or {}, 5_000_000, (BLOCK, BLOCK), 768, 512)
+
+
+def test_a_token_takes_the_sum_of_its_parts() -> None:
+    """Four million weights in memory, two of another format, two blocks, 256 positions."""
+    predicted = predict(DEVICE, make_work({"q8_0": 4e6, "q4_0": 2e6}), USE)
+    assert predicted.seconds["weights"] == pytest.approx(4e6 * 100e-12 + 2e6 * 40e-12)
+    assert predicted.seconds["blocks"] == pytest.approx(2 * 5e-6)
+    assert predicted.seconds["attention"] == pytest.approx(2 * 256 * 256 * 100e-12)
+    assert predicted.seconds["token"] == pytest.approx(10e-6 + 512 * 1e-9)
+    assert predicted.tokens_per_s == pytest.approx(1 / sum(predicted.seconds.values()))
+    assert predicted.streamed == 1.0
+
+
+def test_a_small_model_costs_what_its_weights_cost_in_the_cache() -> None:
+    """Up to a quarter of the cache; halfway to all of it, half of the difference."""
+    small = predict(DEVICE, make_work({"q8_0": 0.2e6}), USE)
+    assert small.seconds["weights"] == pytest.approx(0.2e6 * 50e-12)
+
+    weights = 625_000 * 8 / 8.5  # bytes halfway between 250,000 and 1,000,000
+    halfway = predict(DEVICE, make_work({"q8_0": weights}), USE)
+    assert halfway.streamed == pytest.approx(0.5)
+    assert halfway.seconds["weights"] == pytest.approx(weights * 75e-12)
+
+
+def test_memory_is_the_file_its_copies_the_cache_and_the_process() -> None:
+    """Repacked matrices are there twice."""
+    work = make_work({"q8_0": 4e6, "q4_0": 2e6}, {"q8_0": 4_250_000, "q4_0": 1_125_000})
+    cache = 2 * 2 * 512 * 256
+    floats = 8 * (2 * 256 * 4 + 3 * 768)
+    expected = 1_000_000 + 5_000_000 + 1_125_000 + cache + 4 * floats + 512 * 10 + 2 * 1000
+    assert predict(DEVICE, work, USE).memory_bytes == expected
+
+
+def test_later_tokens_and_windows_change_attention_alone() -> None:
+    """A window bounds how far back a block looks."""
+    late = Use(context_tokens=4096, prompt_tokens=2000, new_tokens=40)
+    whole = predict(DEVICE, make_work({}), late)
+    assert whole.seconds["attention"] == pytest.approx(2 * 2048 * 256 * 100e-12)
+
+    narrow = Block(4, 256, 256, window=256)
+    windowed = Work({}, {}, 5_000_000, (BLOCK, narrow), 768, 512)
+    found = predict(DEVICE, windowed, late).seconds["attention"]
+    assert found == pytest.approx((2048 + 768) * 256 * 100e-12)
+
+
+def test_what_the_profile_lacks_is_named() -> None:
+    """An engine, or a number format."""
+    with pytest.raises(UsageError, match="onnxruntime"):
+        predict(DEVICE, make_work({}), USE, "onnxruntime")
+    with pytest.raises(UsageError, match="q2_k"):
+        predict(DEVICE, make_work({"q2_k": 1e6}), USE)
+
+
+def test_the_work_of_a_file_counts_what_a_token_is_multiplied_with(tmp_path: Path) -> None:
+    """A tied embedding counts once, and one beside an output projection not at all."""
+    found = {}
+    for tied in (True, False):
+        checkpoint = Checkpoint(make_checkpoint(tmp_path / str(tied), "qwen3", tied=tied))
+        shapes = [entry.shape for entry in checkpoint.entries.values() if len(entry.shape) > 1]
+        matrices = sum(map(math.prod, shapes))
+        found[tied] = _measure(checkpoint)
+        assert sum(found[tied].weights.values()) == matrices - (0 if tied else 512 * 64)
+
+    assert found[True].weights == found[False].weights
+    assert found[True].file_bytes < found[False].file_bytes
+    assert [block.heads for block in found[True].blocks] == [4, 4]
+
+
+def test_a_token_goes_through_some_experts(tmp_path: Path) -> None:
+    """So many of the weights of experts count as are used, and all of the others."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3_moe"))
+    share = checkpoint.integer("num_experts_per_tok") / checkpoint.experts
+    assert 0 < share < 1
+
+    expected = 0.0
+    for name, entry in checkpoint.entries.items():
+        if len(entry.shape) > 1:
+            expected += math.prod(entry.shape) * (share if ".experts." in name else 1)
+    assert sum(_measure(checkpoint).weights.values()) == pytest.approx(expected)
+
+
+def _measure(checkpoint: Checkpoint) -> Work:
+    sizes = FileSizes(checkpoint)
+    plan = sizes.plan(presets.read("q8_0"))
+    return measure_work(checkpoint, plan.tensors, sizes.size_bytes(plan))
+
+
+def test_a_target_with_a_device_is_read_back(tmp_path: Path) -> None:
+    """What the file says is what was measured, to four digits; the rest is the target's."""
+    target = Target.read("raspberry-pi-5")
+    file = tmp_path / "own.toml"
+    file.write_text(render_target(target, DEVICE), encoding="utf-8")
+
+    read = Target.read(str(file))
+    assert read.device == DEVICE
+    assert (read.name, read.describe()) == ("own", target.describe())
+
+
+def test_costs_are_listed_with_the_rate_they_mean() -> None:
+    """8.5 bits in 100 picoseconds are 10.6 GB/s."""
+    rows = {row[1]: row for row in list_costs(DEVICE).rows}
+    assert [row[1] for row in list_costs(DEVICE).rows] == ["q4_0", "q8_0", "f32"]
+    assert rows["q8_0"][-2:] == ("10.6", "1.00")
+
+
+@pytest.mark.parametrize("name", Target.names())
+def test_shipped_profiles_say_that_they_are_estimates(name: str) -> None:
+    """Those of one device have a profile of every number format; the others are measured first."""
+    target = Target.read(name)
+    if target.device is None:
+        assert name in {"gguf", "onnx", "browser", "ci-smoke"}
+        return
+
+    device = target.device
+    assert not device.measured
+    assert device.source.startswith("estimated: ")
+    assert {*device.costs("llamacpp").formats} == {*list_quants()}
+
+    # No format is read faster than the memory is.
+    for quant, cost in device.costs("llamacpp").formats.items():
+        least_ps = quants.load(quant).BITS / 8 / device.bandwidth_bytes_per_s * 1e12
+        assert cost.streamed_ps >= 0.99 * least_ps
