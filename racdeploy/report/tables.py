@@ -146,8 +146,16 @@ def ratio_text(value: float | None) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}"
 
 
+def speed_text(tokens_per_s: float) -> str:
+    """Return tokens a second with three digits at least."""
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
+
+
 class _Units(string.Formatter):
-    """Formats numbers in a report's units: ``bytes``, ``points`` and ``ratio``; None is a dash."""
+    """Formats numbers in a report's units: ``bytes``, ``points``, ``ratio`` and ``speed``.
+
+    None is a dash.
+    """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if format_spec == "ratio":
@@ -155,7 +163,8 @@ class _Units(string.Formatter):
         if value is None:
             return _NONE
 
-        unit = {"bytes": readable_bytes, "points": points}.get(format_spec)
+        units = {"bytes": readable_bytes, "points": points, "speed": speed_text}
+        unit = units.get(format_spec)
         return unit(value) if unit else str(super().format_field(value, format_spec))
 
 

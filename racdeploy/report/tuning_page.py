@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from racdeploy.report import tuning_charts
 from racdeploy.report.page import render_page
-from racdeploy.report.tables import Table, plain, readable_bytes, say
+from racdeploy.report.tables import Table, plain, readable_bytes, say, speed_text
 from racdeploy.report.tuning import Candidate, Tuning
 from racdeploy.report.tuning_tables import (
     ANSWERED,
@@ -161,4 +161,4 @@ def _say_size(each: Candidate) -> _Figure | None:
 def _say_speed(each: Candidate) -> _Figure | None:
     if each.tokens_per_s is None:
         return None
-    return f"{each.tokens_per_s:,.3g}", "predicted for the device"
+    return speed_text(each.tokens_per_s), "predicted for the device"

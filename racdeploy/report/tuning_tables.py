@@ -28,11 +28,11 @@ _DOES = {
 _STAGES = tuple(_DOES)
 _PREDICTED = {
     "memory": "{0.memory_bytes:bytes}",
-    "tokens/s": "{0.tokens_per_s:,.3g}",
+    "tokens/s": "{0.tokens_per_s:speed}",
 }
 _MEASURED = {
     "memory, measured": "{0.measured_memory_bytes:bytes}",
-    "tokens/s, measured": "{0.measured_tokens_per_s:,.3g}",
+    "tokens/s, measured": "{0.measured_tokens_per_s:speed}",
 }
 _GUESSED = {
     "error": "{0.error:.3g}",
@@ -163,7 +163,7 @@ def _wishes(tuning: Tuning) -> list[Row]:
     rows += _at_most("memory", "{:bytes}", wishes.max_memory_bytes, memory)
 
     speed = winner.tokens_per_s
-    rows += _at_least("tokens/s", "{:,.3g}", wishes.min_tokens_per_s, speed)
+    rows += _at_least("tokens/s", "{:speed}", wishes.min_tokens_per_s, speed)
     if wishes.min_accuracy_ratio:
         name = f"accuracy, {wishes.min_accuracy_ratio:.0%} of {tuning.reference or 'dense'}"
         unknown = (name, "a share of what is unknown", say("{:.1%}", accuracy), "unknown")
@@ -301,7 +301,7 @@ def _live_row(each: Candidate) -> Row:
     right = f"{each.correct:,}/{each.prompts:,}" if each.prompts else ""
     cells = (
         "{0.size_bytes:bytes}",
-        "{0.tokens_per_s:,.3g}",
+        "{0.tokens_per_s:speed}",
         "{0.error:.2g}",
         "{0.kl_nats:.2g}",
     )

@@ -21,7 +21,7 @@ class Blend:
     """One kind of mix.
 
     Args:
-        name: of its candidates, with a place for the bytes.
+        name: of its candidates, with a place for the size.
         codes: whether codes are chosen while pruning, and not rounded; they are predicted as
             rounded.
         zeros: whether linears may have zeros, which are packed.
@@ -74,8 +74,8 @@ class Blend:
 
 
 BLENDS = (
-    Blend("mix of {:,} bytes", "dense mix"),
-    Blend(f"mix of {{:,}} bytes{CHOSEN}", "dense mix codes", codes=True),
-    Blend("mix with zeros of {:,} bytes", "zeros mix", zeros=True),
-    Blend(f"mix with zeros of {{:,}} bytes{CHOSEN}", "zeros mix codes", codes=True, zeros=True),
+    Blend("mix of {}", "dense mix"),
+    Blend(f"mix of {{}}{CHOSEN}", "dense mix codes", codes=True),
+    Blend("mix with zeros of {}", "zeros mix", zeros=True),
+    Blend(f"mix with zeros of {{}}{CHOSEN}", "zeros mix codes", codes=True, zeros=True),
 )

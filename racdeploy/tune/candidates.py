@@ -30,7 +30,8 @@ _PLAIN = {
 }
 """What a candidate does where it says nothing else, whatever the target proposes."""
 
-CHOSEN = " with chosen codes"
+CHOSEN = ", codes"
+"""Behind the name of a candidate whose codes are chosen while pruning."""
 Settings = Mapping[str, Any]
 
 

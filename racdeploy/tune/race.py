@@ -26,6 +26,7 @@ from racdeploy.verify.stats.verdicts import RatioEstimate
 ERROR = 0.05
 """Probability that the best candidate is ever stopped, at most."""
 _EVEN = 0.90  # confidence of the interval that calls two accuracies even
+_ALIKE = 0.03  # of accuracy: who is surely nearer than that is told apart by the divergence
 _LEAST_ROUND = 16  # prompts
 _GROWTH = 1.5  # of the prompts from round to round: each opens every candidate's engine again
 
@@ -105,7 +106,8 @@ class Race:
         for count in list_rounds(self.prompts):
             self._ask([*self._alive, self.aim.reference], count)
             self._stop_losers()
-            if len(self._alive) <= 1 or not self.may_go_on():
+            is_decided = len(self._alive) <= 1 or self._are_alike()
+            if is_decided or not self.may_go_on():
                 break
 
     def _try_in_order(self) -> None:
@@ -230,6 +232,19 @@ class Race:
     def _is_even(self, first: str, second: str) -> bool:
         pairs = paired_counts(*self._pair(first, second))
         return drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN).lower <= 0
+
+    def _are_alike(self) -> bool:
+        """Return whether all that are left answer so much alike that the divergence decides."""
+        if self.aim.objective != "accuracy" or self.aim.least_ratio:
+            return False
+
+        leader = max(self._alive, key=lambda runner: self._accuracy(runner.name))
+        for runner in self._alive:
+            pairs = paired_counts(*self._pair(leader.name, runner.name))
+            drop = drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN)
+            if runner is not leader and not -_ALIKE < drop.lower <= drop.upper < _ALIKE:
+                return False
+        return True
 
     def _seems_to_keep(self, name: str) -> bool:
         if not self.aim.least_ratio:

@@ -184,6 +184,7 @@ class Search:
         def ask(name: str, count: int) -> Marks:
             entry = by_name[name]
             entry.marks = self._answer(entry, self.prompts[:count])
+            self._report_race(count)
             self._tell()
             return entry.marks
 
@@ -205,6 +206,10 @@ class Search:
             entry.reached = "raced"
             entry.leave(self.race.stopped.get(entry.name, ""))
         return [by_name[name] for name in order]
+
+    def _report_race(self, count: int) -> None:
+        if self.progress:
+            self.progress("race", count, len(self.prompts))
 
     def _may_race(self) -> bool:
         return self.clock.left_s("race") > 0

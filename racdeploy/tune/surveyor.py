@@ -11,6 +11,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.options_stage import OptionsStage
 from racdeploy.prune.surveyed import Option, Surveyed
+from racdeploy.report.tables import readable_bytes
 from racdeploy.report.tuning import Wishes
 from racdeploy.tune import mix
 from racdeploy.tune.blends import BLENDS
@@ -104,7 +105,7 @@ class Surveyor:
                     continue  # it is another kind's
 
                 settings = blend.settings(found, plan, surveyed)
-                name = blend.name.format(budget)
+                name = blend.name.format(readable_bytes(budget))
                 yield make_choice(self.job, name, blend.kind, settings)
             except UsageError:  # not even the smallest formats fit
                 continue

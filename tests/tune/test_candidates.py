@@ -30,13 +30,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Propose:
 
 
 def test_formats_are_tried_alone_with_cuts_and_with_zeros(ask: Propose) -> None:
-    """Each with rounded and with chosen codes, and nothing twice."""
+    """Each with rounded and, codes, and nothing twice."""
     found = ask(quants=("q8_0", "q4_0"), ffn=(0.5,), zeros=(0.5,), patterns=("2:4",))
     kinds = {choice.name: choice.kind for choice in found.choices}
     assert kinds["q4_0"] == "dense"
-    assert kinds["q4_0 with chosen codes"] == "dense codes"
+    assert kinds["q4_0, codes"] == "dense codes"
     assert kinds["ffn 0.5, q8_0"] == "cut"
-    assert kinds["50% zeros, q4_0 with chosen codes"] == "zeros codes"
+    assert kinds["50% zeros, q4_0, codes"] == "zeros codes"
     assert kinds["2:4 zeros, q8_0"] == "zeros"
     assert len(kinds) == len(found.choices) == 16
 

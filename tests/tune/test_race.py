@@ -81,6 +81,18 @@ def test_stopping_early_changes_no_winner_and_saves_most_tokens(
     assert np.mean(shares) >= 0.6
 
 
+def test_candidates_that_answer_alike_are_told_apart_by_their_divergence() -> None:
+    """A race of equals ends long before its last prompt, with the nearest first."""
+    front = Front(0, (0.96, 0.96, 0.96))
+    alike = dict.fromkeys(front.marks, front.marks["candidate 1"])
+    front.marks = alike
+    front.runners[1] = replace(front.runners[1], kl_nats=0.001)
+
+    race = _race(front, "accuracy", 0.0)
+    assert race.run()[0] == front.runners[1].name
+    assert len(race.marks[REFERENCE]) == 122
+
+
 def test_a_winner_that_is_stopped_is_noticed() -> None:
     """With tests that err in half of all cases, a race and its whole run part ways."""
     fronts = [Front(seed, ACCURACIES) for seed in range(20)]
