@@ -447,6 +447,22 @@ class Tune(_Part):
                 raise ValueError(f"{share:g} is not a share between 0 and 1")
         return value
 
+    @field_validator("patterns")
+    @classmethod
+    def _check_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if Pruning(pattern=pattern).kept_of is None:
+                raise ValueError(f"{pattern!r} is not N:M, as 2:4")
+        return value
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _check_vocabulary(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for tokens in value:
+            if tokens < 2:
+                raise ValueError(f"{tokens} is no number of tokens that are kept")
+        return value
+
     @property
     def least_ratio(self) -> float:
         """What of the dense model's accuracy must stay: where accuracy is no aim, most of it."""
@@ -515,7 +531,8 @@ class Recipe(_Part):
     def unpruned(self) -> Self:
         """Return this recipe with nothing cut, no zeros, and one format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
-        none = {"sparsity": 0.0, "pattern": "unstructured", "shares": {}, "schedule": ()}
+        none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
+        none |= {"shares": {}, "schedule": ()}
         prune = self.prune.model_copy(update=none)
         export = self.export.model_copy(update={"tensors": {}})
 
@@ -524,7 +541,8 @@ class Recipe(_Part):
 
     def changed(self, settings: Mapping[str, Any]) -> Self:
         """Return this recipe with other values of some keys, by part, checked."""
-        return type(self).model_validate(merge(self.model_dump(), settings))
+        values = merge(self.model_dump(), settings)
+        return validate(type(self), values, "the candidate")
 
     def _check_plugins(self) -> None:
         chosen = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import typer
 
 from racdeploy.cli import console
@@ -42,7 +44,8 @@ def tune(options: TuneOptions) -> None:
         folder, report, tuning = search_and_build(search, options.out_folder)
 
     if options.json_output:
-        console.print_json(tuning.model_dump(mode="json") | {"folder": str(folder)})
+        found = json.loads(tuning.model_dump_json())  # which writes infinite ends as text
+        console.print_json(found | {"folder": str(folder)})
     else:
         print_tuning(tuning, console.out)
         console.print_notes(["", f"bundle: {folder}", f"open it: racdeploy report {folder / FILE}"])

@@ -45,7 +45,7 @@ def answer_prompts(
     answers = respondent.answer(
         lambda: open_engine(backend, artifact, settings), problems, arm, CompletionLog(file)
     )
-    if stage.finished and not again:
+    if stage.finished and not again and answers.earlier:
         counted = read_json(cost) if cost.is_file() else {}
         stored = {name: float(value) for name, value in counted.get("stats", {}).items()}
         return replace(answers, earlier_stats=stored, kernels=str(counted.get("kernels", "")))

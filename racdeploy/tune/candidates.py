@@ -14,8 +14,9 @@ from racdeploy import export, plugins, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
-from racdeploy.quant import presets
+from racdeploy.quant import presets, saved_presets
 from racdeploy.recipe import Recipe
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.toml import merge
@@ -83,6 +84,7 @@ class Proposals:
 
 def propose(job: Job) -> Proposals:
     """Return every candidate that a job's recipe, model and target allow, the plainest first."""
+    check_model(job.changed(job.recipe.unpruned()))
     found: dict[str, Choice] = {}
     left_out: dict[str, str] = {}
 
@@ -161,7 +163,7 @@ def _vary(
 def _list_encodings(job: Job) -> Iterator[tuple[str, str, Settings]]:
     """Yield words, what the kind says of codes, and settings of each way to store the linears."""
     for name in list_quants(job.recipe):
-        encoding = {"export": {"quant": name}}
+        encoding = {"export": saved_presets.resolve({"quant": name})}
         yield name, "", encoding
         yield f"{name}{CHOSEN}", " codes", merge(encoding, {"prune": {"joint": True}})
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-_SHARES = {"survey": 0.2, "compare": 0.5, "race": 0.7}
+_SHARES = {"compare": 0.5, "race": 0.7}
 """Of the whole budget, counted from the beginning; what is left is for the verification."""
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from racdeploy import __version__
 from racdeploy.errors import UsageError
+from racdeploy.pipeline.bundling import check_replaceable
 from racdeploy.pipeline.comparison import Rival
 from racdeploy.report.files import read_records
 from racdeploy.report.model import Record, Report
@@ -27,6 +29,8 @@ def tune(search: Search, out: Path | None = None) -> tuple[Path, Report, Tuning]
     Raises:
         UsageError: no candidate keeps the wishes; the message names the nearest.
     """
+    if out:
+        check_replaceable(out)
     search.survey()
     search.compare()
     order = search.run_race()
@@ -47,7 +51,7 @@ def tune(search: Search, out: Path | None = None) -> tuple[Path, Report, Tuning]
 def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None:
     """Return the best of the other kind than the winner, dense or pruned; None if none was made.
 
-    Those that may win come first, then those that answered, then the nearest to the dense model.
+    Those that may win come first, then the nearest to the dense model.
     """
     winner = order[0]
     others = [entry for entry in order if entry.choice.dense != winner.choice.dense]
@@ -60,11 +64,7 @@ def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None
         if is_other and entry.exported and entry.keeps_limits:
             made.append(entry)
 
-    def key(entry: Entry) -> tuple[float, float]:
-        right = entry.accuracy if entry.marks is not None else -1.0
-        return -right, entry.quality
-
-    return min(made, key=key, default=None)
+    return min(made, key=lambda entry: entry.quality, default=None)
 
 
 def _as_rival(entry: Entry) -> Rival:
@@ -76,7 +76,7 @@ def _as_rival(entry: Entry) -> Rival:
 
 def name_arm(entry: Entry) -> str:
     """Return what the report of the winner calls a model beside it."""
-    return f"dense {entry.name}" if entry.choice.dense else entry.name
+    return f"dense, {entry.name}" if entry.choice.dense else entry.name
 
 
 def _count_answers(winner: Entry, rival: Entry | None, records: Sequence[Record]) -> None:
@@ -109,7 +109,7 @@ def _summarize(
         winner=winner.name,
         rival=rival.name if rival else "",
         reference=search.reference.name,
-        verdict=write_verdict(winner, rival, gain, search.wishes),
+        verdict=write_verdict(winner, rival, gain, search.wishes, _find_confidence(report)),
         gain=gain,
         notes=tuple(search.notes),
         seconds={stage: round(took, 1) for stage, took in search.clock.seconds.items()},
@@ -117,6 +117,10 @@ def _summarize(
         tokens_saved=race.tokens_saved if race else 0,
         bundle=folder.name,
     )
+
+
+def _find_confidence(report: Report) -> float:
+    return report.comparison.confidence if report.comparison else 0.90
 
 
 def _find_gain(rival: Entry | None, report: Report) -> Interval | None:
@@ -138,7 +142,7 @@ def _refuse_inaccurate(search: Search) -> UsageError:
 
     reference = search.reference
     dense = reference.accuracy
-    ratio = right / dense if dense else 0.0
+    ratio = math.floor(100 * right / dense) / 100 if dense else 0.0
 
     wanted = search.job.recipe.tune.least_ratio
     return UsageError(

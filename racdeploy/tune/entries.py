@@ -46,6 +46,7 @@ class Entry:
     model: PrunedModel | None = field(default=None, repr=False)
     exported: ExportResult | None = field(default=None, repr=False)
     marks: Marks | None = field(default=None, repr=False)
+    raced: Marks | None = field(default=None, repr=False)  # those of the race alone
 
     @property
     def name(self) -> str:
@@ -86,7 +87,13 @@ class Entry:
 
     def as_runner(self) -> Runner:
         """Return what the race has to know of it."""
-        return Runner(self.name, self.size_bytes, self.takes.seconds_per_token, self.quality)
+        return Runner(
+            self.name,
+            self.size_bytes,
+            self.takes.seconds_per_token,
+            self.quality,
+            self.choice.dense,
+        )
 
     def as_row(self, on_front: bool) -> Candidate:
         """Return it as the report has it."""
@@ -162,8 +169,8 @@ def find_front(entries: Iterable[Entry]) -> set[str]:
 
 def _find_quality(entry: Entry) -> float:
     """Return what is less the better: wrong answers where there are any, or the divergence."""
-    if entry.marks is not None:
-        return 1 - entry.accuracy
+    if entry.raced is not None:
+        return 1 - float(entry.raced.right_N.mean())
     return entry.quality
 
 

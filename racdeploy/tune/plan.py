@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 from racdeploy.report.tables import readable_bytes
@@ -40,7 +41,7 @@ def write_plan(search: Search) -> list[str]:
 def list_plan(search: Search) -> dict[str, object]:
     """Return the same as values."""
     device = search.predictor.device_row
-    candidates = [row.model_dump(mode="json") for row in search.rows()]
+    candidates = [json.loads(row.model_dump_json()) for row in search.rows()]
     return {
         "wishes": search.wishes.model_dump(mode="json"),
         "device": device.model_dump(mode="json"),

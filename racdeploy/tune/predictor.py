@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from racdeploy.targets import Device, Target
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.devices.measured import find_device
 from racdeploy.tune.devices.speed import Use, measure_work, predict
-from racdeploy.tune.entries import Entry, Takes
+from racdeploy.tune.entries import Entry, Takes, list_broken
 from racdeploy.tune.sizes import Size, Sizes
 
 _FLOAT_BYTES = 4
@@ -158,10 +159,26 @@ def find_nearest(entries: Sequence[Entry], wishes: Wishes) -> tuple[Entry, str]:
         fastest = max(entries, key=lambda entry: entry.takes.tokens_per_s)
         speed = fastest.takes.tokens_per_s
         if speed < wishes.min_tokens_per_s:
-            return fastest, f"--min-tokens-per-s {speed:.3g}"
+            return fastest, f"--min-tokens-per-s {_round_down(speed)}"
 
     least = min(entries, key=lambda entry: entry.takes.memory_bytes)
-    return least, f"--max-memory {least.takes.memory_bytes}"
+    if wishes.max_memory_bytes and least.takes.memory_bytes > wishes.max_memory_bytes:
+        return least, f"--max-memory {least.takes.memory_bytes}"
+
+    # Each limit can be kept, and not all of them together.
+    nearest = min(entries, key=lambda entry: (len(list_broken(entry, wishes)), entry.size_bytes))
+    kept = (
+        f"--max-bytes {nearest.size_bytes}",
+        f"--max-memory {nearest.takes.memory_bytes}",
+        f"--min-tokens-per-s {_round_down(nearest.takes.tokens_per_s)}",
+    )
+    return nearest, " ".join(kept)
+
+
+def _round_down(speed: float) -> str:
+    """Return three digits of a speed that it surely has."""
+    step = 10.0 ** (math.floor(math.log10(speed)) - 2)
+    return f"{math.floor(speed / step) * step:g}"
 
 
 def _has_choice(tensor: PlannedTensor) -> bool:

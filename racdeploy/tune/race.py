@@ -26,6 +26,8 @@ from racdeploy.verify.stats.verdicts import RatioEstimate
 ERROR = 0.05
 """Probability that the best candidate is ever stopped, at most."""
 _EVEN = 0.90  # confidence of the interval that calls two accuracies even
+_LEAST_COSTS = 36  # prompts: the intervals of costs are too narrow on fewer
+_USUAL = 0.9  # share of the prompts that cost no more than is usual
 _ALIKE = 0.03  # of accuracy: who is surely nearer than that is told apart by the divergence
 _LEAST_ROUND = 16  # prompts
 _GROWTH = 1.5  # of the prompts from round to round: each opens every candidate's engine again
@@ -39,6 +41,7 @@ class Runner:
     size_bytes: int
     seconds_per_token: float
     kl_nats: float
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Aim:
 class Race:
     """A race of candidates over at most so many prompts.
 
-    After :meth:`run`, ``marks`` has what each one did, and ``stopped`` why it answered no more.
+    After :meth:`run`, ``marks`` has what each one did, ``stopped`` why it answered no more, and
+    ``is_cut`` whether time ended the race.
     """
 
     runners: Sequence[Runner]
@@ -89,6 +93,7 @@ class Race:
     may_go_on: Callable[[], bool] = lambda: True  # asked after every round
     marks: dict[str, Marks] = field(default_factory=dict)
     stopped: dict[str, str] = field(default_factory=dict)
+    is_cut: bool = False
 
     def run(self) -> list[str]:
         """Let them answer, and return the names of those that may win, the best one first.
@@ -103,31 +108,43 @@ class Race:
 
     def _race_all(self) -> None:
         """Let all answer in rounds, until one is left."""
+        reference = [self.aim.reference] if self.aim.least_ratio else []
         for count in list_rounds(self.prompts):
-            self._ask([*self._alive, self.aim.reference], count)
+            self._ask([*self._alive, *reference], count)
             self._stop_losers()
-            is_decided = len(self._alive) <= 1 or self._are_alike()
-            if is_decided or not self.may_go_on():
+            if len(self._alive) <= 1 or self._are_alike():
+                break
+            if self._is_out_of_time(count):
                 break
 
     def _try_in_order(self) -> None:
-        """Let the one that is wanted most answer, then the next, until one keeps the accuracy."""
-        found = ""
+        """Let the one that is wanted most answer, then the next, until one keeps the accuracy.
+
+        So it is done for dense models and for pruned ones: the best of both are set side by side.
+        """
+        found: dict[bool, str] = {}
 
         for runner in sorted(self.runners, key=self.preference):
-            if found:
-                self.stopped[runner.name] = f"{found} is wanted more, and keeps the accuracy"
+            if name := found.get(runner.dense):
+                self.stopped[runner.name] = f"{name} is wanted more, and keeps the accuracy"
                 continue
 
             for count in list_rounds(self.prompts):
                 self._ask([runner, self.aim.reference], count)
                 self._stop_lacking([runner])
-                settled = runner.name in self.stopped or self._keeps(runner.name)
-                if settled or not self.may_go_on():
+                if runner.name in self.stopped or self._keeps(runner.name):
+                    break
+                if self._is_out_of_time(count):
                     break
 
             if runner.name not in self.stopped and self._seems_to_keep(runner.name):
-                found = runner.name
+                found[runner.dense] = runner.name
+
+    def _is_out_of_time(self, count: int) -> bool:
+        """Return whether the race has to end before its last prompt."""
+        if count < self.prompts and not self.may_go_on():
+            self.is_cut = True
+        return self.is_cut
 
     def _ask(self, asked: Sequence[Runner | str], count: int) -> None:
         """Let some answer so many prompts, the reference once if it is among the candidates."""
@@ -143,9 +160,11 @@ class Race:
 
     @property
     def tokens_saved(self) -> int:
-        """About how many tokens the prompts would have taken that were not asked."""
+        """About how many tokens the prompts would have taken that nobody had to be asked."""
         saved = 0.0
-        for marks in self.marks.values():
+        for name, marks in self.marks.items():
+            if self.is_cut and name not in self.stopped:
+                continue  # it would have been asked, had there been time
             saved += float(marks.tokens_N.mean()) * (self.prompts - len(marks))
         return round(saved)
 
@@ -189,7 +208,13 @@ class Race:
             better_N, worse_N = self._pair(better.name, worse.name)
             return is_above_zero(better_N - worse_N, self._share_of_error)
 
-        costs, other_costs = self._costs(better), self._costs(worse)
+        costs, (other_N, right_N) = self._costs(better), self._costs(worse)
+        if len(other_N) < min(_LEAST_COSTS, self.prompts):
+            return False
+
+        # A few thoughts that never end are luck as yet: without them it must be behind, too.
+        usual = float(np.quantile(other_N, _USUAL))
+        other_costs = np.minimum(other_N, usual), right_N
         confidence = 1 - 2 * self._share_of_error / len(list_rounds(self.prompts))
         return compare_costs(costs, other_costs, confidence).lower > 1
 

@@ -8,7 +8,8 @@ has seen. Every stage is kept in the work folder: a search that is run again goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from racdeploy.tune.race import Aim, Marks, Race
 from racdeploy.tune.strata import order_entries
 from racdeploy.tune.surveyor import Surveyor
 
+_LATE = "the time for comparing was over"
 Show = Callable[[Sequence[Candidate]], None]
 """Is told how all candidates stand, whenever one has come further."""
 
@@ -103,27 +105,35 @@ class Search:
         self.notes += filter(None, [self.predictor.note])
         self._tell()
 
-    def _enter(self, choice: Choice) -> Entry:
-        entry = Entry(choice, self.predictor.predict(choice))
+    def _enter(self, choice: Choice) -> None:
+        try:
+            entry = Entry(choice, self.predictor.predict(choice))
+        except UsageError as error:
+            self.left_out[choice.name] = error.message
+            return
+
         twin = self.predictor.find_twin(entry, self.entries)
         if twin:
             entry.is_twin = True
             entry.leave(f"the same file as {twin}")
         entry.judge(self.wishes)
         self.entries.append(entry)
-        return entry
 
     def survey(self) -> None:
         """Predict how much every candidate changes, and mix formats for the bytes there are."""
         with self.clock.stage("survey"):
             surveyor = Surveyor(self.build(self.job), self.predictor)
             surveyed = surveyor.survey(self._alive)
-            for choice in surveyor.propose_mixes(surveyed, self.wishes, self._alive):
+            for choice in surveyor.propose_mixes(surveyed, self.wishes, self.entries):
                 self._enter(choice)
 
             for entry in self._alive:
-                entry.error = surveyor.predict_error(entry.choice, surveyed)
+                error = surveyor.predict_error(entry.choice, surveyed)
                 entry.reached = "surveyed"
+                if math.isinf(error):
+                    entry.leave("its number format cannot hold the weights of a linear")
+                else:
+                    entry.error = error
 
         self._tell()
 
@@ -134,16 +144,22 @@ class Search:
             walked: set[str] = set()
             longest_s = {True: 0.0, False: 0.0}  # by whether the weights were there
 
-            for entry in ordered:
+            while ordered:
+                entry = _take_next(ordered, walked)
                 walk = entry.choice.walk
                 is_known = walk in walked
                 is_late = self.clock.left_s("compare") < longest_s[is_known]
                 if is_late and (is_known or len(walked) >= _LEAST_WALKS):
-                    entry.leave("the time for comparing was over")
+                    entry.leave(_LATE)
                     continue
 
                 began = self.clock.elapsed_s
-                self._make(entry)
+                try:
+                    self._make(entry)
+                except UsageError as error:
+                    entry.leave(error.message)
+                    continue
+
                 entry.judge(self.wishes)
                 self._compare(entry, logits)
 
@@ -151,6 +167,12 @@ class Search:
                 took_s = self.clock.elapsed_s - began
                 longest_s[is_known] = max(longest_s[is_known], took_s)
                 self._tell()
+
+        late = [entry for entry in self.entries if entry.why == _LATE]
+        if late:
+            self.notes.append(
+                f"{len(late)} candidates were not tried, for want of time: a longer --budget would"
+            )
 
     def _make(self, entry: Entry) -> None:
         """Prune and export a candidate, or find it made."""
@@ -171,9 +193,12 @@ class Search:
             lambda: closing(open_engine(job.backend, path, exact)),
             old_ids,
         )
+        entry.reached = "compared"
+        if math.isnan(found.kl_nats):
+            return  # every trace has a token that is gone
+
         entry.kl_nats = max(0.0, found.kl_nats)
         entry.top1 = found.top1
-        entry.reached = "compared"
 
     def run_race(self) -> list[Entry]:
         """Let the best ones answer the same prompts; return those that may win, the best first."""
@@ -201,6 +226,9 @@ class Search:
 
         with self.clock.stage("race"):
             order = self.race.run()
+        for entry in raced:
+            entry.raced = entry.marks
+        _refuse_unanswered(raced)
 
         for entry in raced:
             entry.reached = "raced"
@@ -225,6 +253,12 @@ class Search:
 
         front = find_front(compared)
         first = {entry.choice.dense: entry.name for entry in reversed(compared)}
+        places = _space_out(len(front))
+        spaced = {
+            entry.name
+            for place, entry in enumerate(entry for entry in compared if entry.name in front)
+            if place in places
+        }
         nearest = max(compared[0].quality, _LEAST_KL)
         by_accuracy = self.wishes.objective == "accuracy"
 
@@ -237,8 +271,10 @@ class Search:
                 entry.leave("another one is as small, as fast and as near to the dense model")
             elif by_accuracy and times > _MOST_TIMES:
                 entry.leave(f"{times:,.0f} times as far from the dense model as the nearest")
-            elif len(chosen) >= MOST_RACED:
+            elif by_accuracy and len(chosen) >= MOST_RACED:
                 entry.leave(f"{MOST_RACED} others are nearer to the dense model")
+            elif not by_accuracy and entry.name not in spaced:
+                entry.leave(f"{MOST_RACED} others are spread over the front")
             else:
                 chosen.append(entry)
 
@@ -299,7 +335,7 @@ class Search:
 
     def rows(self) -> list[Candidate]:
         """Return all candidates as the report has them."""
-        front = find_front([entry for entry in self.entries if entry.marks is not None])
+        front = find_front(_list_alike(self.entries))
         return [entry.as_row(entry.name in front) for entry in self.entries]
 
     def _tell(self) -> None:
@@ -347,3 +383,35 @@ class Search:
             f"{nearest.why}",
             remedy=f"--max-bytes {nearest.size_bytes}, or a longer --budget to try more",
         )
+
+
+def _take_next(ordered: list[Entry], walked: Collection[str]) -> Entry:
+    """Take the next candidate whose weights are there already, or else the next of all."""
+    for place, entry in enumerate(ordered):
+        if entry.choice.walk in walked:
+            return ordered.pop(place)
+    return ordered.pop(0)
+
+
+def _space_out(count: int) -> set[int]:
+    """Return at most MOST_RACED places of so many, as evenly spaced as they can be."""
+    if count <= MOST_RACED:
+        return set(range(count))
+    return {round(place * (count - 1) / (MOST_RACED - 1)) for place in range(MOST_RACED)}
+
+
+def _list_alike(entries: Sequence[Entry]) -> list[Entry]:
+    """Return those that keep the limits and answered as many prompts of the race as any."""
+    raced = [entry for entry in entries if entry.raced is not None and entry.keeps_limits]
+    most = max((len(entry.raced or ()) for entry in raced), default=0)
+    return [entry for entry in raced if len(entry.raced or ()) == most]
+
+
+def _refuse_unanswered(raced: Sequence[Entry]) -> None:
+    """Refuse a race in which nobody was right: nothing can be said of anybody."""
+    if any(entry.marks is not None and entry.marks.right_N.any() for entry in raced):
+        return
+    raise UsageError(
+        f"none of {len(raced)} candidates answers a single prompt of the race right",
+        remedy="ask what the model can answer: --task NAME; or raise verify.max_new_tokens",
+    )

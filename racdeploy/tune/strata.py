@@ -66,16 +66,17 @@ def _keep_front(own: Sequence[Entry], kind: str) -> list[Entry]:
 def _spread(front: Sequence[Entry], objective: Objective) -> list[Entry]:
     """Return a front in the order in which it is looked at.
 
-    Where accuracy is the aim, the best first. Else nobody knows yet how small is too small: from
-    both ends, then what lies in the middle of what was seen.
+    Where accuracy is the aim, the best first. Else nobody knows yet how small is too small: the one
+    in the middle, both ends, then what lies in the middle of what was seen.
     """
     ordered = sorted(front, key=lambda entry: entry.quality)
     if objective == "accuracy" or len(ordered) < 3:
         return ordered
 
     last = len(ordered) - 1
-    places = [0, last]
-    spans = [(0, last)]
+    half = last // 2
+    places = [half, last, 0]
+    spans = [(0, half), (half, last)]
 
     for low, high in spans:
         middle = (low + high) // 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from racdeploy.errors import UsageError
@@ -29,6 +30,7 @@ class Surveyor:
 
     build: Build
     predictor: Predictor
+    mixed: dict[str, float] = field(default_factory=dict)  # errors of mixes, by name
 
     @property
     def job(self) -> Job:
@@ -47,7 +49,13 @@ class Surveyor:
                 parts["ffn"] = None
 
         _, traces = self.build.traces()
-        calibration, _, _ = self.build.prune_stage.select(traces)
+        calibration, held_out, _ = self.build.prune_stage.select(traces)
+        if not held_out:
+            raise UsageError(
+                f"none of {len(traces)} traces is held out, so candidates cannot be compared",
+                remedy="raise --trace-prompts, or calibration.held_out_share",
+            )
+
         recipe = self.job.recipe
 
         stage = OptionsStage(
@@ -62,7 +70,12 @@ class Surveyor:
         return stage.run(calibration)
 
     def predict_error(self, choice: Choice, surveyed: Surveyed) -> float:
-        """Return the sum over all linears of what a candidate changes at the ends of the blocks."""
+        """Return the sum over all linears of what a candidate changes at the ends of the blocks.
+
+        It is infinite where a number format could not hold a linear.
+        """
+        if choice.name in self.mixed:
+            return self.mixed[choice.name]
         cut = _predict_cut(choice, surveyed)
         plan = self.predictor.size(choice).tensors
         if not plan:  # of a graph, which another program writes
@@ -76,7 +89,8 @@ class Surveyor:
             found = {way.option: way.error for way in ways[tensor.name]}
             key = _name_option(choice, tensor.quant_real)
             plain = Option(tensor.quant_real).key  # of what gets no zeros, as the embedding
-            error += found.get(key, found.get(plain, 0.0))
+            least = 0.0 if not found.keys() - {"", Option(tensor.quant_real).key} else math.inf
+            error += found.get(key, found.get(plain, least))
 
         return error
 
@@ -92,6 +106,9 @@ class Surveyor:
         budgets = _list_budgets(wishes, entries)
 
         for blend, budget in product(BLENDS, budgets):
+            if blend.zeros and self.job.recipe.prune.dense:
+                continue  # which linears may have none is not in the survey
+
             ways = mix.list_ways(
                 self.job.checkpoint,
                 plan,
@@ -106,6 +123,7 @@ class Surveyor:
 
                 settings = blend.settings(found, plan, surveyed)
                 name = blend.name.format(readable_bytes(budget))
+                self.mixed[name] = found.error
                 yield make_choice(self.job, name, blend.kind, settings)
             except UsageError:  # not even the smallest formats fit
                 continue
@@ -142,6 +160,9 @@ def _list_budgets(wishes: Wishes, entries: Sequence[Entry]) -> list[int]:
         return [wishes.max_bytes]
 
     known = [entry for entry in entries if entry.name in _WITHOUT_LIMIT]
+    if not known:
+        plain = [entry for entry in entries if entry.choice.kind == "dense"]
+        known = plain[len(plain) // 2 : len(plain) // 2 + 1]
     return [entry.takes.size_bytes for entry in known]
 
 

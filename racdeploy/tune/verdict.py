@@ -8,11 +8,17 @@ from racdeploy.tune.entries import Entry
 from racdeploy.verify.stats.costs import cost_per_success
 
 
-def write_verdict(winner: Entry, rival: Entry | None, gain: Interval | None, wishes: Wishes) -> str:
+def write_verdict(
+    winner: Entry,
+    rival: Entry | None,
+    gain: Interval | None,
+    wishes: Wishes,
+    confidence: float = 0.90,
+) -> str:
     """Return who wins over whom, in accuracy, size and speed.
 
     Args:
-        gain: of the winner's accuracy over the rival's, with its interval.
+        gain: of the winner's accuracy over the rival's, with its interval of that confidence.
     """
     asked = _describe_wishes(wishes)
     kind = "plain dense weights" if winner.choice.dense else "a pruned model"
@@ -23,7 +29,7 @@ def write_verdict(winner: Entry, rival: Entry | None, gain: Interval | None, wis
     other = "dense" if rival.choice.dense else "pruned"
     found = _describe(rival)
     second = f"The best {other} rival, {rival.name}, has {found}"
-    compared = _describe_gain(winner, gain)
+    compared = _describe_gain(winner, gain, confidence)
     return f"{first} {second}; {compared}."
 
 
@@ -43,10 +49,10 @@ def _describe(entry: Entry) -> str:
     return ", ".join(words)
 
 
-def _describe_gain(winner: Entry, gain: Interval) -> str:
+def _describe_gain(winner: Entry, gain: Interval, confidence: float) -> str:
     lower = points(gain.lower)
     upper = points(gain.upper)
-    interval = f"90 % interval {lower} to {upper} points"
+    interval = f"{confidence:.0%} interval {lower} to {upper} points"
 
     more = points(gain.value)
     if gain.lower > 0:

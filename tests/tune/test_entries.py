@@ -67,7 +67,7 @@ def test_right_answers_count_more_than_the_divergence() -> None:
     better, worse = make_entry("better", error=0.5), make_entry("worse", error=0.1)
     for entry, right in ((better, 9), (worse, 5)):
         right_N = np.arange(10) < right
-        entry.marks = Marks(right_N, np.full(10, 20), np.full(10, 15))
+        entry.raced = Marks(right_N, np.full(10, 20), np.full(10, 15))
     assert find_front([better, worse]) == {"better"}
 
 
@@ -85,11 +85,11 @@ def test_kinds_take_turns_with_their_best_first() -> None:
     assert entries[2].why.startswith("another of its kind (dense)")
 
 
-def test_a_search_for_the_smallest_looks_at_both_ends_first() -> None:
-    """Then in the middle, since nobody knows what is too small."""
+def test_a_search_for_the_smallest_begins_in_the_middle() -> None:
+    """Then looks at both ends, since nobody knows what is too small."""
     entries = [make_entry(f"{size}", size, 1e5 / size, 1 / size) for size in range(100, 1000, 100)]
     ordered = [int(entry.name) for entry in order_entries(entries, "size")]
-    assert ordered[:3] == [900, 100, 500]
+    assert ordered[:3] == [500, 100, 900]
     assert sorted(ordered) == list(range(100, 1000, 100))
 
 
@@ -115,8 +115,8 @@ def test_a_clock_shares_out_the_budget() -> None:
 @pytest.mark.parametrize(
     ("gain", "said"),
     [
-        ((0.05, 0.01, 0.09), "q4 answers 5.0 points more (90 % interval 1.0 to 9.0 points)"),
-        ((-0.05, -0.09, -0.01), "q4 answers 5.0 points fewer (90 % interval −9.0 to −1.0 points)"),
+        ((0.05, 0.01, 0.09), "q4 answers 5.0 points more (90% interval 1.0 to 9.0 points)"),
+        ((-0.05, -0.09, -0.01), "q4 answers 5.0 points fewer (90% interval −9.0 to −1.0 points)"),
         ((0.0, -0.02, 0.02), "in accuracy the two are even (0.0 points"),
     ],
 )

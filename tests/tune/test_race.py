@@ -62,13 +62,18 @@ def _run_to_the_end(race: Race) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "ratio"),
-    [("accuracy", 0.0), ("seconds-per-correct-answer", 0.0), ("size", 0.9), ("speed", 0.9)],
+    ("objective", "ratio", "saved"),
+    [
+        ("accuracy", 0.0, 0.6),
+        ("seconds-per-correct-answer", 0.0, 0.5),  # costs are compared with more care
+        ("size", 0.9, 0.6),
+        ("speed", 0.9, 0.6),
+    ],
 )
 def test_stopping_early_changes_no_winner_and_saves_most_tokens(
-    objective: Objective, ratio: float
+    objective: Objective, ratio: float, saved: float
 ) -> None:
-    """In 20 seeds of a made-up front, and 60 % of the tokens are not asked for."""
+    """In 20 seeds of a made-up front."""
     shares = []
 
     for seed in range(20):
@@ -78,7 +83,7 @@ def test_stopping_early_changes_no_winner_and_saves_most_tokens(
         assert order[0] == _run_to_the_end(race)[0], seed
         shares.append(race.tokens_saved / (race.tokens_asked + race.tokens_saved))
 
-    assert np.mean(shares) >= 0.6
+    assert np.mean(shares) >= saved
 
 
 def test_candidates_that_answer_alike_are_told_apart_by_their_divergence() -> None:
@@ -90,7 +95,7 @@ def test_candidates_that_answer_alike_are_told_apart_by_their_divergence() -> No
 
     race = _race(front, "accuracy", 0.0)
     assert race.run()[0] == front.runners[1].name
-    assert len(race.marks[REFERENCE]) == 122
+    assert len(race.marks[front.runners[1].name]) == 122
 
 
 def test_a_winner_that_is_stopped_is_noticed() -> None:
@@ -129,3 +134,27 @@ def test_rounds_grow_to_all_prompts() -> None:
     """And a few prompts are one round."""
     assert list_rounds(100) == [16, 24, 36, 54, 81, 100]
     assert list_rounds(7) == [7]
+
+
+def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best() -> None:
+    """12 equal models, 3 % of whose thoughts take twenty times as long."""
+    stopped = 0
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        runners = [Runner(f"{place}", 1, 1e-3, 0.1) for place in range(12)]
+        marks = {}
+        for runner in runners:
+            tokens_N = np.where(random.random(256) < 0.03, 2048, random.integers(80, 160, 256))
+            right_N = (random.random(256) < 0.9) & (tokens_N < 2048)
+            marks[runner.name] = Marks(right_N, tokens_N, tokens_N)
+
+        def ask(name: str, count: int, marks: dict[str, Marks] = marks) -> Marks:
+            own = marks[name]
+            return Marks(own.right_N[:count], own.tokens_N[:count], own.thinking_N[:count])
+
+        aim = Aim("seconds-per-correct-answer", "0")
+        race = Race(runners, aim, ask, 256)
+        race.run()
+        stopped += "0" in race.stopped
+
+    assert stopped <= 4

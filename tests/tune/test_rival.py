@@ -1,0 +1,48 @@
+"""Who stands beside the winner of a search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from racdeploy.export import ExportResult
+from racdeploy.pipeline.job import Job
+from racdeploy.recipe import Recipe
+from racdeploy.tune.candidates import Choice
+from racdeploy.tune.conclude import find_rival
+from racdeploy.tune.entries import Entry, Takes
+
+JOB = Job(Recipe())
+
+
+def _entry(name: str, kind: str, kl_nats: float, **values: Any) -> Entry:
+    seen = Takes(1000, True, 1000, 100.0)
+    made = ExportResult(JOB.model.folder, (), 1000, {})
+    return Entry(Choice(name, kind, {}, JOB), seen, kl_nats=kl_nats, **{"exported": made, **values})
+
+
+def test_the_best_of_the_other_kind_that_may_win_comes_first() -> None:
+    """In the order of the race, whoever is nearer to the dense model."""
+    order = [_entry("cut", "cut", 0.1), _entry("zeros", "zeros", 0.2), _entry("q4", "dense", 0.3)]
+    nearer = _entry("q8", "dense", 0.01)
+    found = find_rival([*order, nearer], order)
+    assert found is order[2]
+
+
+def test_else_the_nearest_of_the_other_kind_that_keeps_the_limits_does() -> None:
+    """What breaks a limit, or was not made, is no rival."""
+    winner = _entry("cut", "cut", 0.1)
+    others = [
+        _entry("too large", "dense", 0.001, keeps_limits=False),
+        _entry("not made", "dense codes", 0.001, exported=None),
+        _entry("far", "dense", 0.3),
+        _entry("near", "dense codes", 0.02),
+    ]
+    found = find_rival([winner, *others], [winner])
+    assert found
+    assert found.name == "near"
+
+
+def test_without_another_kind_there_is_no_rival() -> None:
+    """And nothing is made up."""
+    winner = _entry("q4", "dense", 0.1)
+    assert find_rival([winner, _entry("q8", "dense codes", 0.01)], [winner]) is None
