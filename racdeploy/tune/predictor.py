@@ -177,8 +177,10 @@ def find_nearest(entries: Sequence[Entry], wishes: Wishes) -> tuple[Entry, str]:
 
 def _round_down(speed: float) -> str:
     """Return three digits of a speed that it surely has."""
-    step = 10.0 ** (math.floor(math.log10(speed)) - 2)
-    return f"{math.floor(speed / step) * step:g}"
+    digits = math.floor(math.log10(speed))
+    step = 10.0 ** (digits - 2)
+    steps = math.floor(speed / step)
+    return f"{steps * step:g}"
 
 
 def _has_choice(tensor: PlannedTensor) -> bool:

@@ -229,9 +229,14 @@ class Race:
 
         Of even accuracies the divergence decides, which fewer tokens tell apart.
         """
-        alive = [runner for runner in self._alive if self._seems_to_keep(runner.name)]
+        alive = []
+        for runner in self._alive:
+            if self._seems_to_keep(runner.name):
+                alive.append(runner)
+
         if self.aim.objective == "accuracy":
             return self._rank_by_accuracy(alive)
+
         if self.aim.objective == "seconds-per-correct-answer":
             return self._sort(alive, lambda runner: (self.cost(runner).ratio, runner.kl_nats))
         return self._sort(alive, self.preference)
@@ -267,8 +272,11 @@ class Race:
         for runner in self._alive:
             pairs = paired_counts(*self._pair(leader.name, runner.name))
             drop = drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN)
-            if runner is not leader and not -_ALIKE < drop.lower <= drop.upper < _ALIKE:
+
+            farthest = max(-drop.lower, drop.upper)
+            if runner is not leader and farthest >= _ALIKE:
                 return False
+
         return True
 
     def _seems_to_keep(self, name: str) -> bool:

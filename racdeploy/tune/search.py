@@ -253,12 +253,8 @@ class Search:
 
         front = find_front(compared)
         first = {entry.choice.dense: entry.name for entry in reversed(compared)}
-        places = _space_out(len(front))
-        spaced = {
-            entry.name
-            for place, entry in enumerate(entry for entry in compared if entry.name in front)
-            if place in places
-        }
+        on_front = [entry.name for entry in compared if entry.name in front]
+        spaced = _space_out(on_front)
         nearest = max(compared[0].quality, _LEAST_KL)
         by_accuracy = self.wishes.objective == "accuracy"
 
@@ -393,11 +389,18 @@ def _take_next(ordered: list[Entry], walked: Collection[str]) -> Entry:
     return ordered.pop(0)
 
 
-def _space_out(count: int) -> set[int]:
-    """Return at most MOST_RACED places of so many, as evenly spaced as they can be."""
+def _space_out(names: Sequence[str]) -> set[str]:
+    """Return at most MOST_RACED of some names, as evenly spaced as they can be."""
+    count = len(names)
     if count <= MOST_RACED:
-        return set(range(count))
-    return {round(place * (count - 1) / (MOST_RACED - 1)) for place in range(MOST_RACED)}
+        return set(names)
+
+    kept = set()
+    step = (count - 1) / (MOST_RACED - 1)
+    for number in range(MOST_RACED):
+        place = round(number * step)
+        kept.add(names[place])
+    return kept
 
 
 def _list_alike(entries: Sequence[Entry]) -> list[Entry]:

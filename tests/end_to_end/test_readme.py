@@ -58,7 +58,7 @@ def test_what_is_used_is_made_before() -> None:
     used = set()
 
     for line in LINES:
-        if line[0] == "build":
+        if line[0] in ("build", "tune"):
             made = line[line.index("--out") + 1] if "--out" in line else ""
         else:
             assert line[1].rstrip("/") == made

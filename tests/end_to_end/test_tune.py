@@ -20,7 +20,8 @@ MOST_BYTES = 3_000_000
 SETTINGS = (
     *("--set", 'tune.quants=["q8_0","q4_0"]', "--set", "tune.ffn=[0.5]"),
     *("--set", "tune.zeros=[0.5]", "--set", "tune.patterns=[]", "--set", "tune.prompts=24"),
-    *("--set", "tune.survey_tokens=1024", "--trace-prompts", 64, "--prompts", 60),
+    *("--set", "tune.survey_tokens=1024", "--set", "calibration.max_tokens=2048"),
+    *("--trace-prompts", 64, "--prompts", 60),
 )
 
 
