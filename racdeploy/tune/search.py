@@ -233,6 +233,9 @@ class Search:
         for entry in raced:
             entry.reached = "raced"
             entry.leave(self.race.stopped.get(entry.name, ""))
+            if entry.name not in order:
+                entry.leave(f"too little of {reference.name}'s accuracy on the same prompts")
+
         return [by_name[name] for name in order]
 
     def _report_race(self, count: int) -> None:

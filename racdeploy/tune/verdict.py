@@ -23,6 +23,8 @@ def write_verdict(
     asked = _describe_wishes(wishes)
     kind = "plain dense weights" if winner.choice.dense else "a pruned model"
     first = f"{asked}, {kind} won: {winner.name}, {_describe(winner)}."
+    if rival is None and not winner.choice.dense:
+        return f"{first} No dense model that was made keeps the limits."
     if rival is None or gain is None:
         return first
 

@@ -136,3 +136,11 @@ def test_the_verdict_says_who_wins_and_by_how_much(
     )
     assert "90.0% of 10 prompts right, 1 kB" in text
     assert said in text
+
+
+def test_a_pruned_winner_without_a_dense_rival_says_why() -> None:
+    """Dense files were all too large, or too slow."""
+    winner = make_entry("cut", kind="cut")
+    winner.marks = Marks(np.arange(10) < 9, np.full(10, 20), np.full(10, 15))
+    text = write_verdict(winner, None, None, _wishes(max_bytes=5000))
+    assert text.endswith("a right answer. No dense model that was made keeps the limits.")
