@@ -7,7 +7,7 @@ the interval of the paired difference contains "no difference".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from racdeploy.report.model import ArmSummary, Report, RivalRow
 from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, say
@@ -29,10 +29,19 @@ def front(arms: Sequence[ArmSummary]) -> frozenset[str]:
         for own, value in zip(qualities, values, strict=True):
             own.append(sign * value)
 
+    names = [arm.name for arm in arms]
+    return find_unbeaten(dict(zip(names, qualities, strict=True)))
+
+
+def find_unbeaten(qualities: Mapping[str, Sequence[float]]) -> frozenset[str]:
+    """Return the names whose qualities no others equal in everything and beat anywhere.
+
+    Of each quality more is better.
+    """
     names = set()
-    for arm, own in zip(arms, qualities, strict=True):
-        if not any(_beats(rival, own) for rival in qualities):
-            names.add(arm.name)
+    for name, own in qualities.items():
+        if not any(_beats(rival, own) for rival in qualities.values()):
+            names.add(name)
 
     return frozenset(names)
 

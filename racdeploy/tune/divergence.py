@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,30 +23,19 @@ class Distance(NamedTuple):
 
 
 class DenseLogits:
-    """The dense model's logits for held-out traces, on disk while the search lasts.
+    """The dense model's logits for held-out traces, on disk.
 
     Args:
         dense: opens the dense checkpoint under torch.
         traces: prompt and completion ids.
-        folder: where a temporary folder is made.
+        folder: an empty one, which takes a file for each trace.
     """
 
     def __init__(self, dense: Opener, traces: Sequence[IdPair], folder: Path) -> None:
         self._dense = dense
         self._traces = list(traces)
-        self._kept = tempfile.TemporaryDirectory(dir=folder, prefix="logits-")
+        self._folder = folder
         self._files: list[Path] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._kept.cleanup()
 
     def compare(self, artifact: Opener, old_ids: NDArray[np.int64] | None = None) -> Distance:
         """Return how far an artifact is.
@@ -87,7 +74,7 @@ class DenseLogits:
         files = []
         with self._dense() as engine:
             for place, trace in enumerate(self._traces):
-                file = Path(self._kept.name) / f"{place}.npy"
+                file = self._folder / f"{place}.npy"
                 np.save(file, predict_completion(engine, trace))
                 files.append(file)
 

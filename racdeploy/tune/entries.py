@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from racdeploy.export import ExportResult
 from racdeploy.prune import PrunedModel
+from racdeploy.report.front import find_unbeaten
 from racdeploy.report.tuning import Candidate, Interval, Reached, Wishes
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.race import Marks, Runner
@@ -18,10 +19,9 @@ _MISSING_KL = 99.0  # nats: of a candidate whose traces cannot be compared
 
 @dataclass(frozen=True)
 class Takes:
-    """What a candidate takes: ``exact`` says whether the size is known to the byte."""
+    """What a candidate takes, as predicted."""
 
     size_bytes: int
-    exact: bool
     memory_bytes: int
     tokens_per_s: float
 
@@ -39,7 +39,6 @@ class Entry:
     reached: Reached = "counted"
     why: str = ""
     keeps_limits: bool = True
-    is_twin: bool = False  # whether an earlier candidate has the same file
     error: float | None = None
     kl_nats: float | None = None
     top1: float | None = None
@@ -155,25 +154,18 @@ def list_broken(entry: Entry, wishes: Wishes) -> list[str]:
     return broken
 
 
-def find_front(entries: Iterable[Entry]) -> set[str]:
+def find_front(entries: Iterable[Entry]) -> frozenset[str]:
     """Return those that no other equals in size, speed and quality and beats in one of them."""
-    points = {}
+    qualities = {}
     for entry in entries:
-        quality = _find_quality(entry)
-        points[entry.name] = (entry.size_bytes, entry.takes.seconds_per_token, quality)
+        speed = entry.takes.tokens_per_s
+        qualities[entry.name] = (-entry.size_bytes, speed, -_find_loss(entry))
 
-    return {
-        name for name, own in points.items() if not any(_beats(p, own) for p in points.values())
-    }
+    return find_unbeaten(qualities)
 
 
-def _find_quality(entry: Entry) -> float:
+def _find_loss(entry: Entry) -> float:
     """Return what is less the better: wrong answers where there are any, or the divergence."""
     if entry.raced is not None:
         return 1 - float(entry.raced.right_N.mean())
     return entry.quality
-
-
-def _beats(point: Sequence[float], other: Sequence[float]) -> bool:
-    pairs = list(zip(point, other, strict=True))
-    return all(one <= two for one, two in pairs) and any(one < two for one, two in pairs)

@@ -15,6 +15,7 @@ import numpy as np
 
 from racdeploy import quant
 from racdeploy.errors import UsageError
+from racdeploy.export.gguf.body import align
 from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.layouts import LAYOUTS
@@ -22,8 +23,6 @@ from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant import presets
 from racdeploy.tune.knapsack import Choices, solve
 
-ALIGNMENT = 32
-"""Of the tensors of a GGUF file, in bytes."""
 _OTHERS = "q8_0"  # what nobody surveyed: few bytes
 _OUTPUT = "output.weight"
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
@@ -92,7 +91,7 @@ class Mix:
 def plain_bytes(tensor: PlannedTensor, option: Option, zeros: float) -> int:
     """Return the bytes of a tensor in a plain file."""
     stored = replace(tensor, quant_real=option.quant)
-    return _pad(stored.size_bytes)
+    return align(stored.size_bytes)
 
 
 def bitmask_bytes(tensor: PlannedTensor, option: Option, zeros: float) -> int:
@@ -109,7 +108,7 @@ def bitmask_bytes(tensor: PlannedTensor, option: Option, zeros: float) -> int:
 
     weights = math.prod(tensor.shape)
     packed = math.ceil(weights * bits / 8)
-    return min(plain, _pad(packed))
+    return min(plain, align(packed))
 
 
 def plan(checkpoint: Checkpoint) -> list[PlannedTensor]:
@@ -271,8 +270,3 @@ def _name_tensors(quants: Mapping[str, str], usual: str) -> dict[str, str]:
         patterns[rf"^blk\.({numbers})\.{pattern}$"] = chosen
 
     return patterns
-
-
-def _pad(size_bytes: int) -> int:
-    missing = -size_bytes % ALIGNMENT
-    return size_bytes + missing

@@ -12,6 +12,7 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.pipeline.job import Job
 from racdeploy.report.tuning import DeviceRow, Wishes
+from racdeploy.storage.files import canonical_hash
 from racdeploy.targets import Device, Target
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.devices.measured import find_device
@@ -79,7 +80,6 @@ class Predictor:
 
         return Takes(
             size_bytes=size.size_bytes,
-            exact=size.is_exact,
             memory_bytes=found.memory_bytes,
             tokens_per_s=found.tokens_per_s,
         )
@@ -97,7 +97,6 @@ class Predictor:
 
         return Takes(
             size_bytes=size.size_bytes,
-            exact=size.is_exact,
             memory_bytes=base_bytes + size.plain_bytes + cache_bytes,
             tokens_per_s=speed,
         )
@@ -119,24 +118,23 @@ class Predictor:
             return [choice.recipe.export.quant]
         return [tensor.quant_real for tensor in tensors if _has_choice(tensor)]
 
-    def find_twin(self, entry: Entry, others: Sequence[Entry]) -> str:
-        """Return the name of another candidate with the same file, or an empty string."""
-        own = self._describe(entry.choice)
-        for other in others:
-            if not other.is_twin and self._describe(other.choice) == own:
-                return other.name
-        return ""
+    def find_twin(self, choice: Choice) -> str:
+        """Return the name of an earlier candidate with the same file, or an empty string."""
+        first = self._described.setdefault(self._describe(choice), choice.name)
+        return "" if first == choice.name else first
 
-    def _describe(self, choice: Choice) -> tuple[object, ...]:
+    def _describe(self, choice: Choice) -> str:
         """Return what is the same for two candidates with one file."""
         recipe = choice.recipe
         prune = recipe.prune
-        return (
-            self.list_formats(choice),
-            recipe.structure.keep,
-            (prune.sparsity, prune.pattern, prune.shares, prune.joint),
-            recipe.recover.tokens,
-            recipe.export.packing,
+        return canonical_hash(
+            [
+                self.list_formats(choice),
+                recipe.structure.keep,
+                [prune.sparsity, prune.pattern, prune.shares, prune.joint],
+                recipe.recover.tokens,
+                recipe.export.packing,
+            ]
         )
 
     @cached_property
@@ -145,6 +143,10 @@ class Predictor:
 
     @cached_property
     def _known(self) -> dict[str, Size]:
+        return {}
+
+    @cached_property
+    def _described(self) -> dict[str, str]:
         return {}
 
 

@@ -21,7 +21,7 @@ from racdeploy.report.tuning import Objective
 from racdeploy.verify.stats.costs import compare_costs, cost_per_success
 from racdeploy.verify.stats.paired import drop_interval, paired_counts
 from racdeploy.verify.stats.sequential import is_above_zero
-from racdeploy.verify.stats.verdicts import RatioEstimate
+from racdeploy.verify.stats.verdicts import Interval, RatioEstimate
 
 ERROR = 0.05
 """Probability that the best candidate is ever stopped, at most."""
@@ -169,10 +169,6 @@ class Race:
         return round(saved)
 
     @property
-    def _names(self) -> list[str]:
-        return [runner.name for runner in self.runners]
-
-    @property
     def _alive(self) -> list[Runner]:
         return [runner for runner in self.runners if runner.name not in self.stopped]
 
@@ -260,8 +256,12 @@ class Race:
         return [runner.name for runner in sorted(alive, key=key)]
 
     def _is_even(self, first: str, second: str) -> bool:
+        return self._drop(first, second).lower <= 0
+
+    def _drop(self, first: str, second: str) -> Interval:
+        """Return the interval of what the second loses of the first one's accuracy."""
         pairs = paired_counts(*self._pair(first, second))
-        return drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN).lower <= 0
+        return drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN)
 
     def _are_alike(self) -> bool:
         """Return whether all that are left answer so much alike that the divergence decides."""
@@ -270,9 +270,7 @@ class Race:
 
         leader = max(self._alive, key=lambda runner: self._accuracy(runner.name))
         for runner in self._alive:
-            pairs = paired_counts(*self._pair(leader.name, runner.name))
-            drop = drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN)
-
+            drop = self._drop(leader.name, runner.name)
             farthest = max(-drop.lower, drop.upper)
             if runner is not leader and farthest >= _ALIKE:
                 return False

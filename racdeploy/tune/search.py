@@ -9,6 +9,7 @@ has seen. Every stage is kept in the work folder: a search that is run again goe
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.report.tuning import Candidate, Wishes
 from racdeploy.tasks import Problem
+from racdeploy.traces.trace import Trace
 from racdeploy.tune.candidates import Choice, propose
 from racdeploy.tune.clock import Clock
 from racdeploy.tune.divergence import DenseLogits
@@ -112,9 +114,8 @@ class Search:
             self.left_out[choice.name] = error.message
             return
 
-        twin = self.predictor.find_twin(entry, self.entries)
+        twin = self.predictor.find_twin(choice)
         if twin:
-            entry.is_twin = True
             entry.leave(f"the same file as {twin}")
         entry.judge(self.wishes)
         self.entries.append(entry)
@@ -123,7 +124,8 @@ class Search:
         """Predict how much every candidate changes, and mix formats for the bytes there are."""
         with self.clock.stage("survey"):
             surveyor = Surveyor(self.build(self.job), self.predictor)
-            surveyed = surveyor.survey(self._alive)
+            calibration, _ = self._traces
+            surveyed = surveyor.survey(self._alive, calibration)
             for choice in surveyor.propose_mixes(surveyed, self.wishes, self.entries):
                 self._enter(choice)
 
@@ -140,7 +142,9 @@ class Search:
     def compare(self) -> None:
         """Make the most promising ones, and see how far they are from the dense model."""
         ordered = order_entries(self._alive, self.wishes.objective)
-        with self.clock.stage("compare"), self._open_logits() as logits:
+        kept = tempfile.TemporaryDirectory(dir=self.scratch)
+        with self.clock.stage("compare"), kept as folder:
+            logits = self._remember_logits(Path(folder))
             walked: set[str] = set()
             longest_s = {True: 0.0, False: 0.0}  # by whether the weights were there
 
@@ -350,17 +354,30 @@ class Search:
         settings = EngineSettings(verify.context_tokens, verify.parallel, self.threads)
         return replace(settings, **changes)  # type: ignore[arg-type]
 
-    def _open_logits(self) -> DenseLogits:
+    @cached_property
+    def _traces(self) -> tuple[list[Trace], list[Trace]]:
+        """Traces of the dense model that calibrate, and some that are held out."""
         build = self.build(self.job)
-        _, held_out, _ = build.prune_stage.select(build.traces()[1])
+        _, traces = build.traces()
+        calibration, held_out, _ = build.prune_stage.select(traces)
+        if not held_out:
+            raise UsageError(
+                f"none of {len(traces)} traces is held out, so candidates cannot be compared",
+                remedy="raise --trace-prompts, or calibration.held_out_share",
+            )
+        return calibration, held_out
+
+    def _remember_logits(self, folder: Path) -> DenseLogits:
+        _, held_out = self._traces
         exact = self._settings(parallel=1, cache_dtype="f32")
-        folder = self.job.model.folder
+        model = self.job.model.folder
 
         traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out]
+        most = max(_LEAST_TRACES, self.job.recipe.verify.logit_traces)
         return DenseLogits(
-            lambda: closing(open_engine("transformers", folder, exact)),
-            traces[: max(_LEAST_TRACES, self.job.recipe.verify.logit_traces)],
-            self.scratch,
+            lambda: closing(open_engine("transformers", model, exact)),
+            traces[:most],
+            folder,
         )
 
     def _refuse_impossible(self) -> None:

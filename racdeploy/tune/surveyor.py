@@ -14,6 +14,7 @@ from racdeploy.pipeline.options_stage import OptionsStage
 from racdeploy.prune.surveyed import Option, Surveyed
 from racdeploy.report.tables import readable_bytes
 from racdeploy.report.tuning import Wishes
+from racdeploy.traces.trace import Trace
 from racdeploy.tune import mix
 from racdeploy.tune.blends import BLENDS
 from racdeploy.tune.candidates import Choice, make_choice
@@ -36,7 +37,7 @@ class Surveyor:
     def job(self) -> Job:
         return self.build.job
 
-    def survey(self, entries: Sequence[Entry]) -> Surveyed:
+    def survey(self, entries: Sequence[Entry], calibration: Sequence[Trace]) -> Surveyed:
         """Return what each way to store a linear changes, of all that candidates have."""
         options: dict[str, None] = {}
         parts: dict[str, None] = {}
@@ -48,16 +49,7 @@ class Surveyor:
             if choice.recipe.structure.share("ffn") < 1:
                 parts["ffn"] = None
 
-        _, traces = self.build.traces()
-        calibration, held_out, _ = self.build.prune_stage.select(traces)
-        if not held_out:
-            raise UsageError(
-                f"none of {len(traces)} traces is held out, so candidates cannot be compared",
-                remedy="raise --trace-prompts, or calibration.held_out_share",
-            )
-
         recipe = self.job.recipe
-
         stage = OptionsStage(
             self.build.place,
             self.job.checkpoint,
@@ -89,8 +81,10 @@ class Surveyor:
             found = {way.option: way.error for way in ways[tensor.name]}
             key = _name_option(choice, tensor.quant_real)
             plain = Option(tensor.quant_real).key  # of what gets no zeros, as the embedding
-            least = 0.0 if not found.keys() - {"", Option(tensor.quant_real).key} else math.inf
-            error += found.get(key, found.get(plain, least))
+
+            was_tried = bool(found.keys() - {"", plain})
+            unknown = math.inf if was_tried else 0.0
+            error += found.get(key, found.get(plain, unknown))
 
         return error
 

@@ -26,7 +26,7 @@ def make_entry(
     kind: str = "dense",
 ) -> Entry:
     """Return a candidate of which so much is predicted."""
-    seen = Takes(size_bytes, True, 10 * size_bytes, speed)
+    seen = Takes(size_bytes, 10 * size_bytes, speed)
     return Entry(Choice(name, kind, {}, JOB), seen, error=error)
 
 

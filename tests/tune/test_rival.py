@@ -15,7 +15,7 @@ JOB = Job(Recipe())
 
 
 def _entry(name: str, kind: str, kl_nats: float, **values: Any) -> Entry:
-    seen = Takes(1000, True, 1000, 100.0)
+    seen = Takes(1000, 1000, 100.0)
     made = ExportResult(JOB.model.folder, (), 1000, {})
     return Entry(Choice(name, kind, {}, JOB), seen, kl_nats=kl_nats, **{"exported": made, **values})
 

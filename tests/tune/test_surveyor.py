@@ -74,7 +74,7 @@ def test_mixes_use_the_bytes_that_are_allowed(
     surveyor: Surveyor, choices: dict[str, Choice], surveyed: Surveyed
 ) -> None:
     """Between the smallest format and the widest, in every kind, and never above."""
-    entries = [Entry(choice, Takes(1, True, 1, 1.0)) for choice in choices.values()]
+    entries = [Entry(choice, Takes(1, 1, 1.0)) for choice in choices.values()]
     small, large = (surveyor.predictor.size(choices[name]).size_bytes for name in ("q4_0", "q8_0"))
     budget = (small + large) // 2
     wishes = Wishes(objective="accuracy", max_bytes=budget, budget_s=60)
@@ -93,7 +93,7 @@ def test_zeros_and_formats_are_chosen_together_below_what_formats_alone_reach(
     surveyor: Surveyor, choices: dict[str, Choice], surveyed: Surveyed
 ) -> None:
     """Each linear has a share of zeros of its own, and the file is packed."""
-    entries = [Entry(choice, Takes(1, True, 1, 1.0)) for choice in choices.values()]
+    entries = [Entry(choice, Takes(1, 1, 1.0)) for choice in choices.values()]
     small = surveyor.predictor.size(choices["q4_0"]).size_bytes
     wishes = Wishes(objective="accuracy", max_bytes=small - 2000, budget_s=60)
 
@@ -113,7 +113,7 @@ def test_without_a_limit_mixes_are_as_large_as_the_presets(
     job = surveyor.job.changed(surveyor.job.recipe.changed({"tune": {"quants": ("q4_k_m",)}}))
     found = Surveyor(Build(job, tmp_path), Predictor(job, tmp_path, tmp_path))
     size = 123_456_789
-    entries = [Entry(choice, Takes(size, True, 1, 1.0)) for choice in propose(job).choices]
+    entries = [Entry(choice, Takes(size, 1, 1.0)) for choice in propose(job).choices]
     wishes = Wishes(objective="accuracy", budget_s=60)
 
     names = [each.name for each in found.propose_mixes(surveyed, wishes, entries)]

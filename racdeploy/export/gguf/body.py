@@ -181,14 +181,15 @@ def _count_workers() -> int:
 
 def end_places(header_bytes: int, plan: Iterable[PlannedTensor]) -> Iterator[int]:
     """Yield where the header of a file ends, and then each tensor, with the padding behind it."""
-    place = _align(header_bytes)
+    place = align(header_bytes)
     yield place
     for tensor in plan:
-        place = _align(place + tensor.size_bytes)
+        place = align(place + tensor.size_bytes)
         yield place
 
 
-def _align(place: int) -> int:
+def align(place: int) -> int:
+    """Return the first place from this one on where a tensor may begin, or its padding ends."""
     return place + -place % ALIGNMENT
 
 
