@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from racdeploy.errors import ArtifactError
 from racdeploy.storage.checked import has_sha256
 from racdeploy.storage.files import file_sha256
-from racdeploy.storage.reading import read_json
+from racdeploy.storage.reading import name_problem, read_json
 
 MANIFEST_NAME = "racdeploy.json"
 MOST_MANIFEST_BYTES = 4_000_000
@@ -219,11 +219,8 @@ class Manifest(_Entry):
         try:
             manifest = cls.model_validate(read_json(file, MOST_MANIFEST_BYTES, once=True))
         except ValidationError as error:
-            first = error.errors()[0]
-            # Keys are the stranger's, too.
-            where = " ".join(".".join(map(str, first["loc"])).split())[:200]
             raise ArtifactError(
-                f"{file}: {where}: {first['msg']}", remedy="build the bundle again"
+                f"{file}: {name_problem(error)}", remedy="build the bundle again"
             ) from error
 
         for entry in manifest.artifacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from racdeploy import plugins
 from racdeploy.cli.console import err, out, print_json, reported
 from racdeploy.cli.options import JsonOpt
 from racdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from racdeploy.quant.saved_presets import SavedPreset
 
 _COLUMNS = ("preset", "from", "most tensors", "rules", "why")
 
@@ -62,6 +65,26 @@ def save_preset(
 ) -> None:
     """Keep the number formats of a search, a recipe or a bundle under a name."""
     from racdeploy.quant import saved_presets
+
+    preset = read_preset(source)
+    file = saved_presets.save(name, preset, force)
+
+    if json_output:
+        print_json({"file": str(file), **preset.model_dump()})
+        return
+    out.print(str(file), markup=False, soft_wrap=True)
+    own = saved_presets.fold(name)
+    err.print(f"next: racdeploy build MODEL --quant {own}", markup=False, soft_wrap=True)
+
+
+def read_preset(source: Path) -> SavedPreset:
+    """Return the number formats of a search, a recipe or a bundle.
+
+    Raises:
+        ArtifactError: a search or a bundle is damaged.
+        UsageError: no number format is said, or one that there is not.
+    """
+    from racdeploy.quant import saved_presets
     from racdeploy.storage.toml import validate
 
     export = _read_export(source)
@@ -75,15 +98,7 @@ def save_preset(
     kept = {key: chosen[key] for key in ("quant", "tensors") if key in chosen}
     origin = "the winner of " if source.suffix == ".json" else ""
     values = {**kept, "why": f"{origin}{source.name}"[:200]}
-    preset = validate(saved_presets.SavedPreset, values, str(source))
-    file = saved_presets.save(name, preset, force)
-
-    if json_output:
-        print_json({"file": str(file), **preset.model_dump()})
-        return
-    out.print(str(file), markup=False, soft_wrap=True)
-    own = saved_presets.fold(name)
-    err.print(f"next: racdeploy build MODEL --quant {own}", markup=False, soft_wrap=True)
+    return validate(saved_presets.SavedPreset, values, str(source))
 
 
 def _read_export(source: Path) -> Mapping[str, Any]:

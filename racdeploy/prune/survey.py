@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -12,9 +11,8 @@ import torch
 from torch import nn
 
 from racdeploy import plugins
-from racdeploy.errors import UsageError
 from racdeploy.models.families import name_experts
-from racdeploy.prune.allocations import HIGHEST, LOWEST, Effect, Observation, Shares
+from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import put
@@ -23,13 +21,13 @@ from racdeploy.prune.experts import ExpertGroup, count_tokens
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.session import Session
+from racdeploy.prune.shares import Shares, fill_shares
 from racdeploy.prune.statistics import PAD, InputStatistic
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json
 
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
 AtEnd = Callable[[Batch, torch.Tensor], None]
-_NEAR = 1e-3  # of the sparsity: as exact as a recipe has to say it
 
 
 def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
@@ -58,45 +56,6 @@ def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
 
     decided: Shares = processes.ask_first(lambda: read_json(file)["shares"])
     return decided
-
-
-def fill_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
-    """Return the sparsity of each linear where patterns say that of some, and the others make up.
-
-    Raises:
-        UsageError: a pattern names no linear, or the others cannot make up for those named.
-    """
-    named: Shares = {}
-    unused = set(given)
-
-    for name in sizes:
-        matching = [pattern for pattern in given if re.search(pattern, name)]
-        if matching:
-            named[name] = given[matching[0]]
-            unused -= set(matching)
-
-    if unused:
-        raise UsageError(
-            f"prune.shares: the pattern {min(unused)!r} names no linear that is pruned",
-            remedy=f"their names are like {next(iter(sizes), 'none')}",
-        )
-
-    weights = sum(sizes.values())
-    zeros = sum(share * sizes[name] for name, share in named.items())
-    left = weights - sum(sizes[name] for name in named)
-    missing = sparsity * weights - zeros
-
-    rest = missing / left if left else 0.0
-    is_exact = left or abs(missing) <= _NEAR * weights
-    if not is_exact or not LOWEST <= rest <= HIGHEST:
-        share = zeros / weights
-        raise UsageError(
-            f"prune.shares make {share:.4f} of all weights zeros by themselves, "
-            f"and the others cannot make that {sparsity:g}",
-            remedy=f"prune.sparsity = {share:.4f} leaves the others dense",
-        )
-
-    return {name: named.get(name, rest) for name in sizes}
 
 
 def survey(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -26,7 +27,12 @@ Number = Annotated[
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        ser_json_inf_nan="strings",
+    )
 
 
 class Wishes(_Part):
@@ -63,9 +69,35 @@ class DeviceRow(_Part):
 class Interval(_Part):
     """An estimate and the ends of its interval."""
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     value: Number
     lower: Number
     upper: Number
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        above = self.lower <= self.value or math.isclose(self.lower, self.value)
+        below = self.value <= self.upper or math.isclose(self.value, self.upper)
+        if not (above and below and self.lower <= self.upper):
+            raise ValueError("an estimate is not between the ends of its interval")
+        return self
+
+
+class ShareInterval(Interval):
+    """That of a share, from 0 to 1."""
+
+    value: float = Field(ge=0, le=1)
+    lower: float = Field(ge=0, le=1)
+    upper: float = Field(ge=0, le=1)
+
+
+class CostInterval(Interval):
+    """That of what is never negative, and may have no end."""
+
+    value: Number = Field(ge=0)
+    lower: Number = Field(ge=0)
+    upper: Number = Field(ge=0)
 
 
 class Candidate(_Part):
@@ -106,9 +138,9 @@ class Candidate(_Part):
     top1: float | None = Field(None, ge=0, le=1)
     prompts: int = Field(0, ge=0)
     correct: int = Field(0, ge=0)
-    accuracy: Interval | None = None
+    accuracy: ShareInterval | None = None
     thinking_tokens_mean: float | None = Field(None, ge=0)
-    seconds_per_correct: Interval | None = None
+    seconds_per_correct: CostInterval | None = None
     keeps_limits: bool
     on_front: bool = False
 

@@ -10,7 +10,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.report import markdown, tuning_page
 from racdeploy.report.tuning import Tuning
 from racdeploy.storage.files import disk_errors, write_atomic
-from racdeploy.storage.reading import read_json
+from racdeploy.storage.reading import name_problem, read_json
 
 FILE, PAGE = "tune.json", "tune.html"
 _MOST_BYTES = 64_000_000
@@ -40,12 +40,7 @@ def read_tuning(file: Path) -> Tuning:
         message = f"{file} cannot be read: {error.strerror}"
         raise ArtifactError(message, remedy=_REMEDY) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        # Keys are those of whoever wrote the file.
-        where = " ".join(place.split())[:200]
-
-        message = f"{file} is not what racdeploy tune writes: {where}: {first['msg']}"
+        message = f"{file} is not what racdeploy tune writes: {name_problem(error)}"
         raise ArtifactError(message, remedy=_REMEDY) from error
 
 

@@ -19,7 +19,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.runtime.model import Model, Options, Result
 from racdeploy.runtime.text import OnText
 from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
+from racdeploy.storage.reading import name_problem, read_json
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,8 @@ class Conversation:
         try:
             saved = _File.model_validate(read_json(file))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
             raise ArtifactError(
-                f"{file} is not a saved conversation: {where}: {first['msg']}",
+                f"{file} is not a saved conversation: {name_problem(error)}",
                 remedy="give a file that Conversation.save or /save wrote",
             ) from error
 

@@ -17,6 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from pydantic import ValidationError
+
 from racdeploy.errors import ArtifactError, RacdeployError
 
 MOST_BYTES = 16_000_000
@@ -33,6 +35,19 @@ _BINARY = getattr(os, "O_BINARY", 0)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # What is no failure of reading: somebody wants the program to end.
 _ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def name_problem(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a file's values, and its place if it has one.
+
+    The names of keys are those of whoever wrote the file.
+    """
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    where = " ".join(place.split())[:_SHOWN]
+
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
 
 
 def read_bytes(file: Path, most_bytes: int = MOST_BYTES) -> bytes:

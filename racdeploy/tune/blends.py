@@ -35,7 +35,7 @@ class Blend:
     @property
     def size(self) -> mix.Size:
         """Bytes of a tensor in its file."""
-        return mix.bitmask_bytes if self.zeros else mix.plain_bytes
+        return mix.packed_bytes if self.zeros else mix.plain_bytes
 
     def allows(self, option: Option) -> bool:
         """Return whether a tensor may be stored in this way."""

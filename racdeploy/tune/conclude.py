@@ -41,6 +41,9 @@ def tune(search: Search, out: Path | None = None) -> tuple[Path, Report, Tuning]
     beside = [_as_rival(rival)] if rival else []
     with search.clock.stage("verify"):
         folder, report = search.build(winner.choice.job).run(out, beside)
+        for entry in filter(None, (winner, rival)):
+            assert entry.exported
+            entry.alone = search.predictor.measure(entry.exported.path)
 
     _count_answers(winner, rival, read_records(folder))
     tuning = _summarize(search, winner, rival, report, folder)

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from racdeploy.export import ExportResult
 from racdeploy.prune import PrunedModel
 from racdeploy.report.front import find_unbeaten
-from racdeploy.report.tuning import Candidate, Interval, Reached, Wishes
+from racdeploy.report.tuning import (
+    Candidate,
+    CostInterval,
+    Reached,
+    ShareInterval,
+    Wishes,
+)
 from racdeploy.tune.candidates import Choice
+from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.race import Marks, Runner
 from racdeploy.verify.stats.costs import cost_per_success
 from racdeploy.verify.stats.paired import wilson_interval
@@ -46,6 +53,7 @@ class Entry:
     exported: ExportResult | None = field(default=None, repr=False)
     marks: Marks | None = field(default=None, repr=False)
     raced: Marks | None = field(default=None, repr=False)  # those of the race alone
+    alone: Sample | None = field(default=None, repr=False)  # decoding one sequence on the device
 
     @property
     def name(self) -> str:
@@ -96,6 +104,7 @@ class Entry:
 
     def as_row(self, on_front: bool) -> Candidate:
         """Return it as the report has it."""
+        alone = self.alone
         return Candidate(
             name=self.name,
             dense=self.choice.dense,
@@ -106,6 +115,8 @@ class Entry:
             size_measured=self.exported is not None,
             memory_bytes=self.takes.memory_bytes,
             tokens_per_s=self.takes.tokens_per_s,
+            measured_memory_bytes=alone.peak_rss_bytes if alone else None,
+            measured_tokens_per_s=1 / alone.token_s if alone else None,
             error=self.error,
             kl_nats=self.kl_nats,
             top1=self.top1,
@@ -122,13 +133,16 @@ def _count(marks: Marks | None, seconds_per_token: float) -> dict[str, object]:
 
     prompts, correct = len(marks), int(marks.right_N.sum())
     wilson = wilson_interval(correct, prompts)
+    accuracy = ShareInterval(value=correct / prompts, lower=wilson.lower, upper=wilson.upper)
+
     cost = cost_per_success(marks.tokens_N * seconds_per_token, marks.right_N)
+    seconds = CostInterval(value=cost.ratio, lower=cost.lower, upper=cost.upper)
     return {
         "prompts": prompts,
         "correct": correct,
-        "accuracy": Interval(value=correct / prompts, lower=wilson.lower, upper=wilson.upper),
+        "accuracy": accuracy,
         "thinking_tokens_mean": float(marks.thinking_N.mean()),
-        "seconds_per_correct": Interval(value=cost.ratio, lower=cost.lower, upper=cost.upper),
+        "seconds_per_correct": seconds,
     }
 
 

@@ -18,17 +18,18 @@ from racdeploy.errors import UsageError
 from racdeploy.export.gguf.body import align
 from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.layouts import LAYOUTS
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant import presets
+from racdeploy.tune.candidates import find_packing
 from racdeploy.tune.knapsack import Choices, solve
+from racdeploy.tune.packed import expect_saved_bytes
 
 _OTHERS = "q8_0"  # what nobody surveyed: few bytes
 _OUTPUT = "output.weight"
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
-Size = Callable[[PlannedTensor, Option, float], int]
-"""Bytes of a tensor that is stored in one way, and has that share of zeros."""
+Size = Callable[[PlannedTensor, Option], int]
+"""Bytes of a tensor that is stored in one way."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,21 @@ class Mix:
         return shares
 
 
-def plain_bytes(tensor: PlannedTensor, option: Option, zeros: float) -> int:
+def plain_bytes(tensor: PlannedTensor, option: Option) -> int:
     """Return the bytes of a tensor in a plain file."""
     stored = replace(tensor, quant_real=option.quant)
     return align(stored.size_bytes)
 
 
-def bitmask_bytes(tensor: PlannedTensor, option: Option, zeros: float) -> int:
-    """Return about the bytes of a tensor where zeros are packed: a mask, and codes that are not."""
-    plain = plain_bytes(tensor, option, zeros)
-    form = quant.load_ggml(option.quant)
-    layout = LAYOUTS.get(form.GGML_TYPE)
-    if layout is None:
+def packed_bytes(tensor: PlannedTensor, option: Option) -> int:
+    """Return about the bytes of a tensor in a file that leaves zeros out."""
+    plain = plain_bytes(tensor, option)
+    if not option.sparsity:
         return plain
 
-    head_bits = 8 * layout.head_bytes / layout.block_weights
-    code_bits = sum(layout.widths)
-    bits = head_bits + 1 + code_bits * (1 - zeros)
-
-    weights = math.prod(tensor.shape)
-    packed = math.ceil(weights * bits / 8)
-    return min(plain, align(packed))
+    stored = replace(tensor, quant_real=option.quant)
+    saved = expect_saved_bytes(find_packing("gguf"), stored, option.sparsity)
+    return align(plain - math.floor(saved))
 
 
 def plan(checkpoint: Checkpoint) -> list[PlannedTensor]:
@@ -116,23 +111,15 @@ def plan(checkpoint: Checkpoint) -> list[PlannedTensor]:
     return plan_tensors(checkpoint, presets.read(_OTHERS))
 
 
-def list_ways(
-    checkpoint: Checkpoint,
-    tensors: Sequence[PlannedTensor],
-    surveyed: Surveyed,
-    size: Size = plain_bytes,
-    keep: Callable[[Option], bool] = lambda option: True,
-) -> dict[str, list[Way]]:
-    """Return tensor → ways to store it; of what was not surveyed, the planned one alone.
+def list_errors(
+    checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], surveyed: Surveyed
+) -> dict[str, dict[str, float]]:
+    """Return tensor → what each way to store it changes; nothing where nobody surveyed it.
 
-    Args:
-        tensors: of :func:`plan`.
-        surveyed: errors of linears; those of one tensor are added up, those of a linear whose rows
-            are several tensors are shared out among these. An embedding that is the head has both.
-        size: bytes of a tensor that is stored in one way.
-        keep: which options of the survey count.
+    Errors of linears of one tensor are added up, those of a linear whose rows are several tensors
+    are shared out among these. An embedding that is the head has both.
     """
-    ways = {}
+    errors = {}
     names = [tensor.name for tensor in tensors]
     is_head = _OUTPUT not in names  # the embedding is
 
@@ -147,7 +134,36 @@ def list_ways(
             linears = [part.removesuffix(".weight") for part in tensor.parts]
             found = [surveyed.linears.get(linear, {}) for linear in linears]
 
-        ways[tensor.name] = _add_up(tensor, found, size, keep)
+        errors[tensor.name] = _add_up(tensor, found)
+
+    return errors
+
+
+def list_ways(
+    checkpoint: Checkpoint,
+    tensors: Sequence[PlannedTensor],
+    surveyed: Surveyed,
+    size: Size = plain_bytes,
+    keep: Callable[[Option], bool] = lambda option: True,
+) -> dict[str, list[Way]]:
+    """Return tensor → ways to store it; of what was not surveyed, the planned one alone.
+
+    Args:
+        tensors: of :func:`plan`.
+        size: bytes of a tensor that is stored in one way.
+        keep: which options of the survey count.
+    """
+    ways = {}
+    errors = list_errors(checkpoint, tensors, surveyed)
+
+    for tensor in tensors:
+        own = []
+        for key, error in errors[tensor.name].items():
+            option = Option.parse(key)
+            if keep(option):
+                own.append(Way(key, size(tensor, option), error))
+
+        ways[tensor.name] = own or [_as_planned(tensor)]
 
     return ways
 
@@ -214,39 +230,24 @@ def _drop_dominated(ways: Sequence[Way]) -> list[Way]:
     return kept
 
 
-def _add_up(
-    tensor: PlannedTensor,
-    found: Sequence[Mapping[str, Stored]],
-    size: Size,
-    keep: Callable[[Option], bool],
-) -> list[Way]:
-    """Return the ways that all parts of a tensor have."""
-    ways = []
+def _add_up(tensor: PlannedTensor, found: Sequence[Mapping[str, Stored]]) -> dict[str, float]:
+    """Return what each way that all parts of a tensor have changes in them together."""
+    errors: dict[str, float] = {}
     _, pieces = tensor.piece
 
     for key in found[0] if found else ():
-        option = Option.parse(key)
-        form = quant.load(option.quant)
+        form = quant.load(Option.parse(key).quant)
         is_common = all(key in each for each in found)
-        if not is_common or quant.fits(form, tensor.shape[-1]) or not keep(option):
-            continue
+        if is_common and not quant.fits(form, tensor.shape[-1]):
+            errors[key] = sum(each[key].error for each in found) / pieces
 
-        error = 0.0
-        zeros = 0.0
-        for each in found:
-            stored = each[key]
-            error += stored.error / pieces
-            zeros += stored.zeros / len(found)
+    return errors
 
-        size_bytes = size(tensor, option, zeros)
-        ways.append(Way(key, size_bytes, error))
 
-    if ways:
-        return ways
-
+def _as_planned(tensor: PlannedTensor) -> Way:
     planned = Option(tensor.quant_real)
     name = "" if planned.quant == "f32" else planned.key  # the export keeps those by itself
-    return [Way(name, plain_bytes(tensor, planned, 0.0), 0.0)]
+    return Way(name, plain_bytes(tensor, planned), 0.0)
 
 
 def _name_tensors(quants: Mapping[str, str], usual: str) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Bits that a weight takes in a packed file, found by packing random ones with as many zeros."""
+"""What a tensor takes in a packed file, found by packing random weights with as many zeros."""
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +12,20 @@ import numpy as np
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
+from racdeploy.export.gguf.tensors import PlannedTensor
 
 _O, _I = 256, 2048  # of a matrix large enough for its table not to count
+
+
+def expect_saved_bytes(packing: str, tensor: PlannedTensor, zeros: float) -> float:
+    """Return the bytes that packing is expected to leave out of a tensor with a share of zeros."""
+    quant = tensor.quant_real
+    if packings.load(packing).fits(quant, zeros):
+        return 0.0
+
+    packed_bits = expect_packed_bits(packing, quant, round(zeros, 3))
+    saved_bits = max(0.0, quants.load(quant).BITS - packed_bits)
+    return saved_bits * math.prod(tensor.shape) / 8
 
 
 @cache

@@ -12,15 +12,19 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.pipeline.job import Job
 from racdeploy.report.tuning import DeviceRow, Wishes
+from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import canonical_hash
 from racdeploy.targets import Device, Target
 from racdeploy.tune.candidates import Choice
+from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.devices.measured import find_device
+from racdeploy.tune.devices.profile import measure
 from racdeploy.tune.devices.speed import Use, measure_work, predict
 from racdeploy.tune.entries import Entry, Takes, list_broken
 from racdeploy.tune.sizes import Size, Sizes
 
 _FLOAT_BYTES = 4
+_MEASURED_TOKENS = 64  # of each answer, where an artifact is timed
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,17 @@ class Predictor:
             memory_bytes=found.memory_bytes,
             tokens_per_s=found.tokens_per_s,
         )
+
+    def measure(self, file: Path) -> Sample | None:
+        """Decode with an artifact alone, where the device is this machine; else return None."""
+        if self.target.device:
+            return None
+
+        context_tokens = self.job.recipe.verify.context_tokens
+        prompt_tokens = context_tokens // 4
+        new_tokens = min(_MEASURED_TOKENS, prompt_tokens)
+        use = Use(context_tokens, prompt_tokens, new_tokens)
+        return measure(file, use, self.threads or available_cores(), self.job.backend)
 
     def _bound(self, size: Size) -> Takes:
         """Return what a candidate takes at least, of an engine that nobody has measured."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.gguf.body import ALIGNMENT
 from racdeploy.export.gguf.sizes import FileSizes
@@ -27,10 +26,11 @@ from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.assemble import Shape, sketch
 from racdeploy.prune.layout import Layout
+from racdeploy.prune.shares import fill_shares
 from racdeploy.prune.structures import vocabulary
 from racdeploy.storage.files import canonical_hash
 from racdeploy.traces.trace import Trace
-from racdeploy.tune.packed import expect_packed_bits
+from racdeploy.tune.packed import expect_saved_bytes
 
 _IN_BLOCK = re.compile(r"^blk\.\d+\.(.+)$")
 _FREE_WIDTHS = "blocks of different widths get different number formats, and widths are not known"
@@ -125,8 +125,12 @@ class Sizes:
             return plain
 
         saved = 0.0
+        zeros = _expect_zeros(job, job.checkpoint)
         for tensor in plan.tensors:
-            saved += _expect_saving(job, tensor)
+            shares = [zeros.get(part, zeros.get(generalize(part), 0.0)) for part in tensor.parts]
+            mean = sum(shares) / len(shares)
+            if mean:
+                saved += expect_saved_bytes(settings.packing, tensor, mean)
 
         why = f"how well {settings.packing} packs is known once there are zeros"
         return replace(plain, size_bytes=plain_bytes - round(saved), why_inexact=why)
@@ -233,18 +237,19 @@ def _depends_on_widths(tensors: Sequence[PlannedTensor]) -> bool:
     return any(len(own) > 1 for own in formats.values())
 
 
-def _expect_saving(job: Job, tensor: PlannedTensor) -> float:
-    """Return the bytes that packing is expected to leave out of a tensor."""
-    pruned = {generalize(name) for name in job.weights_to_prune}
-    own = {generalize(part) for part in tensor.parts}
-    if pruned.isdisjoint(own):
-        return 0.0
+def _expect_zeros(job: Job, checkpoint: Checkpoint) -> dict[str, float]:
+    """Return the share of zeros of each weight that is pruned, by its name in any block or in one.
 
-    zeros, packing = job.recipe.prune.sparsity, job.recipe.export.packing
-    if packings.load(packing).fits(tensor.quant_real, zeros):
-        return 0.0
+    Pruning may leave out blocks, and what follows takes their numbers: only where the recipe names
+    linears do numbers count.
+    """
+    settings = job.recipe.prune
+    pruned = job.weights_to_prune
+    if not settings.shares:
+        return {generalize(weight): settings.sparsity for weight in pruned}
 
-    bits = quants.load(tensor.quant_real).BITS
-    packed_bits = expect_packed_bits(packing, tensor.quant_real, round(zeros, 3))
-    saved_bits = max(0.0, bits - packed_bits)
-    return saved_bits * math.prod(tensor.shape) / 8
+    sizes = {}
+    for weight in pruned:
+        sizes[weight.removesuffix(".weight")] = math.prod(checkpoint.entries[weight].shape)
+    shares = fill_shares(settings.shares, sizes, settings.sparsity)
+    return {f"{linear}.weight": share for linear, share in shares.items()}

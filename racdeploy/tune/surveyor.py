@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from racdeploy.errors import UsageError
+from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.options_stage import OptionsStage
@@ -32,6 +34,7 @@ class Surveyor:
     build: Build
     predictor: Predictor
     mixed: dict[str, float] = field(default_factory=dict)  # errors of mixes, by name
+    errors: dict[tuple[Any, ...], dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def job(self) -> Job:
@@ -74,19 +77,27 @@ class Surveyor:
             option = _name_option(choice, choice.recipe.export.quant)
             return cut + surveyed.total(option)
 
-        ways = mix.list_ways(self.job.checkpoint, plan, surveyed)
+        errors = self._list_errors(plan, surveyed)
         error = cut
 
         for tensor in plan:
-            found = {way.option: way.error for way in ways[tensor.name]}
+            found = errors[tensor.name]
             key = _name_option(choice, tensor.quant_real)
             plain = Option(tensor.quant_real).key  # of what gets no zeros, as the embedding
 
-            was_tried = bool(found.keys() - {"", plain})
-            unknown = math.inf if was_tried else 0.0
+            unknown = math.inf if found else 0.0
             error += found.get(key, found.get(plain, unknown))
 
         return error
+
+    def _list_errors(
+        self, plan: Sequence[PlannedTensor], surveyed: Surveyed
+    ) -> dict[str, dict[str, float]]:
+        """Return tensor → what each way to store it changes; files of one shape share them."""
+        shape = tuple((tensor.name, tensor.shape) for tensor in plan)
+        if shape not in self.errors:
+            self.errors[shape] = mix.list_errors(self.job.checkpoint, plan, surveyed)
+        return self.errors[shape]
 
     def propose_mixes(
         self, surveyed: Surveyed, wishes: Wishes, entries: Sequence[Entry]
@@ -130,7 +141,7 @@ class Surveyor:
         tensor_bytes = 0
         for tensor in size.tensors:
             option = Option(tensor.quant_real)
-            tensor_bytes += mix.plain_bytes(tensor, option, 0.0)
+            tensor_bytes += mix.plain_bytes(tensor, option)
         return size.size_bytes - tensor_bytes
 
 

@@ -55,3 +55,24 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert "is not what racdeploy tune writes" in done.output
     assert "→" in done.output
     assert [each.name for each in tmp_path.iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("winner", "nobody", "tune writes: the winner 'nobody' is no candidate"),
+        ("gain", {"value": 0.5, "lower": 0.1, "upper": 0.4}, "gain: an estimate is not between"),
+        ("gain", {"value": "NaN", "lower": 0, "upper": 1}, "gain: an estimate is not between"),
+        ("tokens_asked", -1, "tokens_asked: "),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    key: str, value: object, said: str, tmp_path: Path
+) -> None:
+    """With their place, where they have one: a page of them would say nothing."""
+    values = json.loads(build_tuning().model_dump_json()) | {key: value}
+    file = tmp_path / FILE
+    file.write_text(json.dumps(values))
+    done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())

@@ -24,7 +24,8 @@ from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
-from racdeploy.prune.survey import fill_shares, survey
+from racdeploy.prune.shares import fill_shares
+from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
 from tests.support.block_outputs import take_states

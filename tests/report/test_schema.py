@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from racdeploy.report.model import Record, Report
-from racdeploy.report.tuning import Interval, Tuning
+from racdeploy.report.tuning import CostInterval, Tuning
 from tests.support.sample_tuning import build_tuning
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -55,7 +55,7 @@ def test_a_report_and_its_records_keep_the_schema(report: Report, records: list[
 def test_a_search_keeps_the_schema() -> None:
     """As written to disk, with seconds for right answers of which there is none."""
     tuning = build_tuning()
-    never = Interval(value=float("inf"), lower=9.0, upper=float("inf"))
+    never = CostInterval(value=float("inf"), lower=9.0, upper=float("inf"))
     first = tuning.candidates[0].model_copy(update={"seconds_per_correct": never})
     changed = tuning.model_copy(update={"candidates": (first, *tuning.candidates[1:])})
 

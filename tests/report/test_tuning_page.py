@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from racdeploy.errors import ArtifactError
 from racdeploy.report import tuning_charts
 from racdeploy.report.labels import Box, Label
-from racdeploy.report.tuning import Candidate, Interval, Tuning
+from racdeploy.report.tuning import Candidate, CostInterval, Tuning
 from racdeploy.report.tuning_files import FILE, PAGE, read_tuning, write_page, write_tuning
 from racdeploy.report.tuning_page import render
 from racdeploy.report.tuning_tables import write_build
@@ -179,7 +179,7 @@ def test_names_keep_clear_of_each_other_and_inside(chart: object, tuning: Tuning
 
 def test_a_model_without_a_right_answer_has_no_place_among_the_seconds(tuning: Tuning) -> None:
     """Its seconds have no end; nothing on the page is infinite or no number."""
-    never = Interval(value=float("inf"), lower=9.0, upper=float("inf"))
+    never = CostInterval(value=float("inf"), lower=9.0, upper=float("inf"))
     changed = change(tuning, "Q3_K", seconds_per_correct=never)
     page = render(changed)
     assert "Q3_K:" not in tuning_charts.seconds_over_size(changed)

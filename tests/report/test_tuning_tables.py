@@ -10,7 +10,7 @@ from rich.console import Console
 from racdeploy.report import markdown
 from racdeploy.report.tables import Table
 from racdeploy.report.terminal import print_tuning
-from racdeploy.report.tuning import Interval, Tuning
+from racdeploy.report.tuning import ShareInterval, Tuning
 from racdeploy.report.tuning_tables import (
     ANSWERED,
     OTHERS,
@@ -140,6 +140,6 @@ def test_a_whole_count_of_nothing_is_no_table() -> None:
     found = _tables(tuning.model_copy(update={"candidates": tuple(nobody)}))
     assert ANSWERED not in found
     assert len(found[OTHERS].rows) == 22
-    one = nobody[0].model_copy(update={"accuracy": Interval(value=1, lower=0.5, upper=1)})
+    one = nobody[0].model_copy(update={"accuracy": ShareInterval(value=1, lower=0.5, upper=1)})
     single = tuning.model_copy(update={"candidates": (one, *nobody[1:])})
     assert len(_tables(single)[ANSWERED].rows) == 1

@@ -5,7 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from racdeploy.report.tuning import Candidate, DeviceRow, Interval, Tuning, Wishes
+from racdeploy.report.tuning import (
+    Candidate,
+    CostInterval,
+    DeviceRow,
+    Interval,
+    ShareInterval,
+    Tuning,
+    Wishes,
+)
 
 # Name, kind, quant, MB, tokens/s, share right, thinking tokens, prompts, why it went no further.
 _ANSWERED = """
@@ -129,9 +137,11 @@ def _answered(
             "top1": 0.9,
             "prompts": count,
             "correct": round(share * count),
-            "accuracy": Interval(value=share, lower=share - half, upper=min(1.0, share + half)),
+            "accuracy": ShareInterval(
+                value=share, lower=share - half, upper=min(1.0, share + half)
+            ),
             "thinking_tokens_mean": tokens,
-            "seconds_per_correct": Interval(
+            "seconds_per_correct": CostInterval(
                 value=seconds,
                 lower=seconds * (1 - half / share),
                 upper=seconds * (1 + half / share),

@@ -142,7 +142,7 @@ def test_packed_zeros_pay_where_their_error_is_small(tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     tensors, surveyed = mix.plan(checkpoint), _survey(checkpoint)
     plain = mix.list_ways(checkpoint, tensors, surveyed)
-    packed = mix.list_ways(checkpoint, tensors, surveyed, mix.bitmask_bytes)
+    packed = mix.list_ways(checkpoint, tensors, surveyed, mix.packed_bytes)
     budget = _budgets(plain)[3]
     dense, sparse = mix.choose(plain, budget), mix.choose(packed, budget)
     assert not any(dense.zeros(tensors).values()), "in a plain file zeros save nothing"

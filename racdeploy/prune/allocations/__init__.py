@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from racdeploy.prune.shares import HIGHEST, LOWEST, Shares
+
 __all__ = ["Effect", "Observation", "Shares", "shift_shares"]
 
 Effect = Callable[[torch.Tensor], float]
 Observation = Mapping[str, float]
-Shares = dict[str, float]
-LOWEST, HIGHEST = 0.0, 0.98
 _HALVINGS = 60  # of an interval of 2: as narrow as a float is exact
 
 

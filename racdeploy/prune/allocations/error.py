@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.allocations import HIGHEST, Effect, Observation, Shares, shift_shares
+from racdeploy.prune.allocations import Effect, Observation, Shares, shift_shares
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.patterns import Unstructured
 from racdeploy.prune.refit import prune_and_refit
+from racdeploy.prune.shares import HIGHEST
 from racdeploy.recipe import Pruning
 
 SURVEYS = True

@@ -1,15 +1,22 @@
-"""Who stands beside the winner of a search."""
+"""Who stands beside the winner of a search, and what both are measured to take."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from racdeploy.tune import predictor
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.conclude import find_rival
+from racdeploy.tune.devices.fit import Sample
+from racdeploy.tune.devices.speed import Use
 from racdeploy.tune.entries import Entry, Takes
+from racdeploy.tune.predictor import Predictor
 
 JOB = Job(Recipe())
 
@@ -46,3 +53,26 @@ def test_without_another_kind_there_is_no_rival() -> None:
     """And nothing is made up."""
     winner = _entry("q4", "dense", 0.1)
     assert find_rival([winner, _entry("q8", "dense codes", 0.01)], [winner]) is None
+
+
+def test_what_is_built_is_timed_where_it_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, in the context of the recipe; not for a device that is elsewhere."""
+    asked: list[tuple[Path, Use, int, str]] = []
+
+    def measure(*given: Any) -> Sample:
+        asked.append(given)
+        return Sample(0.01, 123)
+
+    monkeypatch.setattr(predictor, "measure", measure)
+    here = Predictor(JOB, Path(), Path(), threads=3)
+    entry = _entry("q4", "dense", 0.1, alone=here.measure(Path("q4.gguf")))
+
+    row = entry.as_row(on_front=True)
+    assert (row.measured_tokens_per_s, row.measured_memory_bytes) == (100.0, 123)
+    ((file, use, threads, engine),) = asked
+    assert (file, threads, engine) == (Path("q4.gguf"), 3, "llamacpp")
+    assert use.prompt_tokens + use.new_tokens <= use.context_tokens == 2048
+
+    there = Job(Recipe.combine(None, {"target": "raspberry-pi-5"}))
+    assert Predictor(there, Path(), Path()).measure(Path("q4.gguf")) is None
+    assert len(asked) == 1

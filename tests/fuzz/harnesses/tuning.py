@@ -1,0 +1,61 @@
+"""What a search found, as ``racdeploy report`` and ``racdeploy presets save`` read it.
+
+What is accepted is written and read again as the same search, and the preset that it is saved as
+is read as the same preset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from racdeploy.cli.presets import read_preset
+from racdeploy.quant import saved_presets
+from racdeploy.report import markdown, tuning_page
+from racdeploy.report.tuning import Tuning
+from racdeploy.report.tuning_files import read_tuning
+from tests.fuzz.mutation import of_json
+from tests.fuzz.oracle import expect, place, scratch
+from tests.support.sample_tuning import build_tuning
+
+READERS = (
+    *("racdeploy.report.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
+    *("racdeploy.quant.saved_presets", "racdeploy.cli.presets"),
+)
+_WORDS = (
+    *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),
+    *("accuracy", "seconds-per-correct-answer", "counted", "verified", "Infinity", "Q4_0"),
+    *("<script>alert(1)</script>", "'\"><b>", "(a+)+$", {"(": "q8_0"}, {"^blk": "Q8_0"}),
+)
+mutator = of_json(_WORDS)
+
+
+def target(data: bytes) -> None:
+    """Read a search, make its page and its Markdown, and keep its winner as a preset."""
+    file = place("tune.json", data)
+    tuning = read_tuning(file)
+
+    text = tuning.model_dump_json()
+    again = Tuning.model_validate_json(text)
+    expect(again.model_dump_json() == text, "it is written as another search")
+
+    page = tuning_page.render(tuning)
+    expect("<script>alert" not in page, "its words are code of the page")
+    markdown.render_tuning(tuning)
+
+    preset = read_preset(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(saved_presets.FOLDER_VARIABLE, str(scratch() / "presets"))
+        saved_presets.save("found", preset, replace=True)
+        expect(saved_presets.read("found") == preset, "it is kept as another preset")
+
+
+def seeds() -> Iterator[bytes]:
+    """Yield a whole search, and a small one."""
+    whole = build_tuning()
+    yield whole.model_dump_json().encode()
+
+    few = tuple(each for each in whole.candidates if each.name in (whole.winner, whole.rival))
+    small = whole.model_copy(update={"candidates": few, "reference": ""})
+    yield small.model_dump_json().encode()
