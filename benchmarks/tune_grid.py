@@ -5,8 +5,8 @@
 
 Makes 24 recipes for the model and target of the search, leaves out those that are larger than its
 winner may be, and lets the others answer the prompts that the winner was verified on. Prints a row
-for each, with the gain of the winner over it and the interval over the same prompts. What is
-finished is kept under --work.
+for each, with the gain of the winner over it and the interval over the same prompts, or the first
+--prompts of them. What is finished is kept under --work.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("tuned", type=Path, help="bundle that racdeploy tune wrote")
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--prompts", type=int, help="default: all of the verification")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def main() -> None:
     (entry, *_) = Manifest.read(arguments.tuned).artifacts
     most_bytes = tuning.wishes.max_bytes or entry.size_bytes
     records = read_records(arguments.tuned)
-    own = tuple(record for record in records if record.arm == "pruned")
+    own = tuple(record for record in records if record.arm == "pruned")[: arguments.prompts]
 
     rows: list[dict[str, Any]] = [{"recipe": tuning.winner, "bytes": entry.size_bytes, **tell(own)}]
     for name, settings in list_recipes().items():
@@ -121,7 +122,8 @@ def try_recipe(
 
     verify = choice.recipe.verify
     engine = EngineSettings(verify.context_tokens, verify.parallel, arguments.threads)
-    answers = build.evaluation.answer(exported, name, engine, model.folder)
+    problems = build.job.problems("evaluation")[: len(winner)]
+    answers = build.evaluation.answer(exported, name, engine, model.folder, problems=problems)
     own = answers.records
     return {"bytes": exported.size_bytes, **tell(own), "winner over it": gain(own, winner)}
 
