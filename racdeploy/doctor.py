@@ -35,8 +35,8 @@ def examine() -> list[dict[str, str]]:
         _examine_gpu(),
         _examine_compiler(),
         _examine_llama(),
-        _examine_kernels("sparse kernels", "llama.cpp"),
-        _examine_kernels("sparse operator", "onnxruntime"),
+        *_examine_kernels("sparse kernels", "llama.cpp"),
+        *_examine_kernels("sparse operator", "onnxruntime"),
     ]
 
 
@@ -131,18 +131,19 @@ def _examine_llama() -> dict[str, str]:
     return _finding("llama.cpp", True, f"built with {', '.join(features)}")
 
 
-def _examine_kernels(what: str, engine: str) -> dict[str, str]:
+def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
     """Say whether an engine's sparse weights run on our kernels, and which weights these are."""
     ready = accel.readiness(engine)
     if isinstance(ready, str):
         detail = f"models run on {engine}'s own: {ready}"
-        return _unused(what, detail)
+        return [_unused(what, detail)]
 
     library, proof = ready
-    formats = [f"{quant} from {zeros:.0%} zeros on" for quant, zeros in proof.faster_from.items()]
-    served = ", ".join(formats) or "graphs of packing bitmask_op"
     kept = _describe_kept() if engine == "llama.cpp" else ""
-    return _finding(what, True, f"{proof.instruction_set}, for {served}: {library}{kept}")
+    found = [_finding(what, True, f"{proof.instruction_set}: {library}{kept}")]
+    for name, detail in accel.describe_verdicts(engine, proof).items():
+        found.append(_finding(f"{what}, {name}", True, detail))
+    return found
 
 
 def _describe_kept() -> str:

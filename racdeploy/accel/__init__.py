@@ -7,17 +7,18 @@ takes the second graph of packing bitmask_op. If they are not used, one line say
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.accel import ggml_plugin, ort_operator, proof
+from racdeploy.accel import ggml_plugin, ort_operator, proof, verdicts
 from racdeploy.accel.ggml_weights import enable, forget
 from racdeploy.accel.kept_weights import kept_files
 from racdeploy.accel.ort_operator import choose_graph
 from racdeploy.accel.proof import Choice, Mode, Proof
+from racdeploy.accel.verdicts import Verdict, choose_verdict
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
+from racdeploy.storage.cores import available_cores
 
 __all__ = [
     "STOCK",
@@ -25,9 +26,11 @@ __all__ = [
     "Choice",
     "Mode",
     "Proof",
+    "Verdict",
     "build_installed",
     "can_be_built",
     "choose_graph",
+    "describe_verdicts",
     "enable",
     "forget",
     "kept_files",
@@ -48,7 +51,7 @@ class Built:
 
     library: Path | None
     refusal: str
-    speedups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
 
 
 def build_installed() -> dict[str, Built]:
@@ -64,7 +67,7 @@ def build_installed() -> dict[str, Built]:
         else:
             library = found.library.build()
             tried = found.prove(library)
-            built[engine] = Built(library, tried.refusal, tried.speedups)
+            built[engine] = Built(library, tried.refusal, tried.verdicts)
 
     if not built:
         raise EngineError(
@@ -91,16 +94,30 @@ def can_be_built(engine: str) -> bool:
     return not isinstance(found, str) and found.library.find() is None
 
 
-def kernels(mode: Mode) -> str:
-    """Return what answers depend on under a mode: sparse kernels and their build, or ``STOCK``."""
+def kernels(mode: Mode, threads: int = 0) -> str:
+    """Return what answers depend on under a mode: sparse kernels and their build, or ``STOCK``.
+
+    Args:
+        threads: of the model; 0 stands for every core.
+    """
     if mode == "off":
         return STOCK
 
     used = []
     for engine in _ENGINES:
         ready = readiness(engine)
-        if not isinstance(ready, str):
-            library, tried = ready
+        if isinstance(ready, str):
+            continue
+
+        library, tried = ready
+        verdict = choose_verdict(tried.verdicts, threads or available_cores())
+        if verdict is not None and verdict.faster_from:
             used.append(f"sparse {tried.instruction_set} ({library.stem})")
 
     return ", ".join(used) or STOCK
+
+
+def describe_verdicts(engine: str, tried: Proof) -> dict[str, str]:
+    """Return by number format from what zeros on an engine's kernels are faster, and how much."""
+    dense_bits = ort_operator.DENSE_BITS if engine == "onnxruntime" else {}
+    return verdicts.describe(tried.verdicts, dense_bits)

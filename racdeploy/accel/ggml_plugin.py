@@ -35,6 +35,7 @@ Zeros = dict[str, tuple[str, float]]
 _BOOL, _I32, _I64, _F64 = ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 _TEXT, _DATA = ctypes.c_char_p, ctypes.c_void_p
 _TEXTS, _TABLE = ctypes.POINTER(_TEXT), np.ctypeslib.ndpointer(np.int64)
+_COUNTS, _TIMES = np.ctypeslib.ndpointer(np.int32), np.ctypeslib.ndpointer(np.float64)
 _MATRIX = (_I32, _I64, _I64, _DATA)  # number format, rows, columns, ggml's blocks
 _PRODUCT = (_I32, _I64, _I64, _I64, _F64, _BOOL)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
@@ -47,7 +48,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
     "rac_ggml_packed": (_I64,),
     "rac_ggml_stored_bytes": (_I64, *_MATRIX, ctypes.POINTER(_I32)),
     "rac_ggml_difference": (_F64, *_PRODUCT, _I32, ctypes.c_uint64),
-    "rac_ggml_time": (None, *_PRODUCT, _I32, _I32, ctypes.POINTER(_F64), ctypes.POINTER(_F64)),
+    "rac_ggml_time": (None, *_PRODUCT, _I32, _COUNTS, _I32, _TIMES, _TIMES),
 }
 
 
@@ -243,12 +244,16 @@ class Plugin:
         """
         return float(self._library.rac_ggml_difference(*product, threads, seed))
 
-    def times_ms(self, product: Product, count: int, runs: int) -> tuple[float, float]:
-        """Return what ggml's own product and the sparse one take over ``count`` equal matrices."""
-        stock_ms = _F64()
-        sparse_ms = _F64()
-        self._library.rac_ggml_time(*product, count, runs, stock_ms, sparse_ms)
-        return stock_ms.value, sparse_ms.value
+    def speedups(self, product: Product, count: int, threads: Sequence[int]) -> list[float]:
+        """Return how much faster than ggml's own product the sparse one is on numbers of threads.
+
+        Args:
+            count: of equal matrices, each with a place of its own in memory.
+        """
+        counts = np.array(threads, np.int32)
+        stock_ms, sparse_ms = np.empty((2, len(threads)))
+        self._library.rac_ggml_time(*product, count, counts, len(threads), stock_ms, sparse_ms)
+        return list((stock_ms / sparse_ms).tolist())
 
     def _count_zeros(self, matrix: Matrix) -> tuple[str, float]:
         name = NAMES[matrix.ggml_type]

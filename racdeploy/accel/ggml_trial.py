@@ -1,6 +1,7 @@
 """The trial of the plug-in, in its own process: LIBRARY → its proof as one line of JSON.
 
-Compares every kernel with ggml's own on random shapes, and measures both side by side.
+Compares every kernel with ggml's own on random shapes, and measures both side by side on the
+numbers of threads that models run on.
 """
 
 from __future__ import annotations
@@ -8,19 +9,20 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from racdeploy.accel.ggml_plugin import QUANTS, Plugin, Product
-from racdeploy.accel.proof import LEAST_SPEEDUP, Proof
+from racdeploy.accel.proof import Proof
+from racdeploy.accel.verdicts import Verdict, measure, thread_counts, weights_bytes
+from racdeploy.storage.cores import available_cores
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 _TOLERANCE = 1e-6  # of the largest output: float32 sums in another order
 _SHAPES = 12
 _ZEROS = dict.fromkeys(QUANTS, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)) | {"q8_0 2:4": (0.5,)}
 _ROWS, _COLUMNS = 2048, 4096
-_DENSE_BYTES = 72 << 20  # more than a cache holds, so that weights come from memory as a model's do
-_RUNS = 9
 
 
 def try_library(file: Path) -> Proof:
@@ -28,7 +30,8 @@ def try_library(file: Path) -> Proof:
     plugin = Plugin(file)
     kernels = plugin.instruction_set
 
-    if not plugin.enable([], 2):
+    cores = available_cores()
+    if not plugin.enable([], cores):
         return Proof("ggml does not take it", "", kernels)
 
     rng = random.Random(0)
@@ -45,11 +48,14 @@ def try_library(file: Path) -> Proof:
                 refusal = f"its self-test failed: {matrix} with {case}: {problem}"
                 return Proof(refusal, "", kernels, largest)
 
-    speedups, faster_from = _measure(plugin)
+    verdicts = _measure(plugin, cores)
     refusal = ""
-    if not faster_from:
-        refusal = f"its {kernels} kernels are not faster than ggml's own on this processor"
-    return Proof(refusal, "", kernels, largest, speedups, faster_from)
+    if not any(verdict.faster_from for verdict in verdicts):
+        refusal = (
+            f"its {kernels} kernels are not faster than ggml's own on this processor, "
+            f"on any number of threads up to {cores}"
+        )
+    return Proof(refusal, "", kernels, largest, verdicts)
 
 
 def _judge(difference: float) -> str:
@@ -79,34 +85,18 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
     return Product(number, rows, columns, tokens, zeros, two_of_four), threads
 
 
-def _measure(plugin: Plugin) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return speed-ups by format and zeros, as far down as there are any, and how far that is."""
-    speedups: dict[str, dict[str, float]] = {}
-    faster_from: dict[str, float] = {}
-    for name, shares in _ZEROS.items():
-        measured: dict[str, float] = {}
-        speedups[name] = measured
-        for zeros in shares:
-            speedup = _speedup(plugin, name, zeros)
-            measured[f"{zeros:g}"] = speedup
+def _measure(plugin: Plugin, cores: int) -> tuple[Verdict, ...]:
+    size_bytes = weights_bytes()
 
-            if speedup < LEAST_SPEEDUP:
-                break  # so it is at fewer zeros
-            faster_from[name] = zeros
+    def race(name: str, zeros: float, threads: Sequence[int]) -> list[float]:
+        quant, _, pattern = name.partition(" ")
+        ggml_type = GGML_TYPES[quant]
+        count = int(size_bytes / (_ROWS * _COLUMNS * ggml_type.bits / 8)) + 1
 
-    return speedups, faster_from
+        matrix = Product(ggml_type.number, _ROWS, _COLUMNS, 1, zeros, bool(pattern))
+        return plugin.speedups(matrix, count, threads)
 
-
-def _speedup(plugin: Plugin, name: str, zeros: float) -> float:
-    quant, _, pattern = name.partition(" ")
-    ggml_type = GGML_TYPES[quant]
-
-    dense_bytes = _ROWS * _COLUMNS * ggml_type.bits / 8
-    count = int(_DENSE_BYTES / dense_bytes)
-
-    matrix = Product(ggml_type.number, _ROWS, _COLUMNS, 1, zeros, bool(pattern))
-    stock_ms, sparse_ms = plugin.times_ms(matrix, count, _RUNS)
-    return stock_ms / sparse_ms
+    return measure(_ZEROS, thread_counts(cores), race)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from racdeploy.accel import kept_weights
 from racdeploy.accel.ggml_plugin import Plugin, Zeros, find_kernels
 from racdeploy.accel.library import cache_folder
 from racdeploy.accel.proof import Choice, Mode, choose_by_mode, pin, readiness
+from racdeploy.accel.verdicts import Verdict, choose_verdict
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from racdeploy.storage.checked import file_state
 from racdeploy.storage.cores import available_cores
@@ -34,7 +35,8 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
     Args:
         mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not
             faster; ``require`` makes that an error; ``off`` does nothing.
-        threads: that read and pack the file; 0 uses every core.
+        threads: that the model will run on, which decide whether the kernels are faster, and that
+            pack it now; 0 stands for every core. With llama-cpp-python it is ``n_threads``.
         keep: take the packed weights from a file in the user's cache, written by the first load
             where the system maps it in huge pages. ``RACDEPLOY_ACCEL_KEEP`` 0 never keeps one, 1
             wherever it can be written.
@@ -69,22 +71,42 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
     threads = threads or available_cores()
-
-    names = []
-    for name, (quant, zeros) in _zeros(plugin, path, threads).items():
-        if zeros >= proof.faster_from.get(quant, _NEVER):
-            names.append(name)
+    verdict = choose_verdict(proof.verdicts, threads) or Verdict(threads)
+    found = _zeros(plugin, path, threads)
+    names = _choose_names(found, verdict)
 
     if not plugin.enable(names, threads):
         return "a model was loaded in this process before; call racdeploy.accel.enable first"
     if not names:
-        least = min(proof.faster_from.values())
-        return f"no matrix of {path.name} has enough zeros, which is {least:.0%} at the least"
+        return _explain_none(path, found, verdict, kernels)
 
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     kept = keep and kept_weights.is_wanted() and _keep(plugin, path, names)
     summary = f"sparse {kernels} kernels for {len(names)} matrices"
     return Choice(path, summary, tensors=tuple(names), kept=kept, packed=plugin.packed)
+
+
+def _choose_names(found: Zeros, verdict: Verdict) -> list[str]:
+    """Return the weights with enough zeros for the kernels to be faster."""
+    faster_from = verdict.faster_from
+    return [
+        name for name, (quant, zeros) in found.items() if zeros >= faster_from.get(quant, _NEVER)
+    ]
+
+
+def _explain_none(path: Path, found: Zeros, verdict: Verdict, kernels: str) -> str:
+    """Say why no weight of a file is faster with the kernels."""
+    formats = {quant for quant, _ in found.values()}
+    if not formats:
+        return f"{path.name} has no matrix in a number format that they are for"
+
+    enough = [zeros for quant, zeros in verdict.faster_from.items() if quant in formats]
+    if not enough:
+        named = " or ".join(sorted(formats))
+        return f"on {verdict} the {kernels} kernels are not faster for {named} at any zeros"
+
+    least = f"{min(enough):.0%} at the least on {verdict}"
+    return f"no matrix of {path.name} has enough zeros, which is {least}"
 
 
 def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
@@ -93,7 +115,7 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
     return use() or (kept_weights.write(plugin, path, names) and use())
 
 
-def _zeros(plugin: Plugin, path: Path, threads: int) -> dict[str, tuple[str, float]]:
+def _zeros(plugin: Plugin, path: Path, threads: int) -> Zeros:
     file = _zeros_file(path)
     counted = _read_zeros(file)
     if counted is not None:

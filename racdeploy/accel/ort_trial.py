@@ -1,21 +1,21 @@
 """The trial of the operator, in its own process: LIBRARY → its proof as one line of JSON.
 
 Right: random products against stock MatMulNBits and MatMul, with inputs that neither has to round,
-so that only the rounding of float32 sums is left. Faster: one token, processor time of one thread,
-alternating with the stock operator, medians.
+so that only the rounding of float32 sums is left. Faster: one token on each number of threads,
+alternating with the stock operator, the fastest of several runs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,18 @@ from onnx import helper, numpy_helper
 from racdeploy import quant as quants
 from racdeploy.accel.ggml_plugin import NAMES
 from racdeploy.accel.proof import Proof
+from racdeploy.accel.verdicts import Verdict, measure, thread_counts, weights_bytes
 from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, OPERATOR_DOMAIN, SparseMatrix, split
+from racdeploy.storage.cores import available_cores
 
 _SHAPES = ((64, 256), (100, 576), (7, 1056), (33, 32), (256, 2048))
 _TOKENS = (1, 2, 5, 37)
 _TOLERANCE = 1e-6  # of the largest output: both sum at most 2048 products in float32
-_SPEED_SHAPE = (4096, 8192)  # beyond most caches
+_SPEED_SHAPE = (4096, 8192)
+_DRAWN_ROWS = 128  # over and over: to draw all of them takes longer than the measurement
 _SPARSITIES = (0.5, 0.6, 0.7)
-_ROUNDS = 15
+_LEAST_RUNS, _MOST_RUNS = 9, 40
+_MOST_S = 0.2  # of runs, but for the least
 Array = NDArray[Any]
 Product = tuple[onnx.NodeProto, dict[str, Array]]
 
@@ -48,12 +52,9 @@ def main() -> None:
     difference, refusal = compare(library)
     kernels = _instruction_set(library)
 
-    speedups: dict[str, dict[str, float]] = {}
-    if not refusal:
-        for name, kind in KINDS.items():
-            speedups[NAMES[kind.ggml_type]] = _speedups(library, name)
+    verdicts = () if refusal else _measure(library, thread_counts(available_cores()))
 
-    proof = Proof(refusal, "", kernels, difference, speedups)
+    proof = Proof(refusal, "", kernels, difference, verdicts)
     print(json.dumps(asdict(proof)))
 
 
@@ -188,32 +189,71 @@ def _draw_exact_inputs(generator: Generator, tokens: int, I: int) -> Array:
     return input_TGS.reshape(1, tokens, I)
 
 
-def _speedups(library: Path, name: str) -> dict[str, float]:
+def _measure(library: Path, counts: Sequence[int]) -> tuple[Verdict, ...]:
+    size_bytes = weights_bytes() // 2  # a session takes memory several times, and seconds
+    kinds = {NAMES[kind.ggml_type]: name for name, kind in KINDS.items()}
+
+    def race(quant: str, zeros: float, threads: Sequence[int]) -> list[float]:
+        models = _make_models(kinds[quant], zeros, size_bytes)
+        return [_speedup(models, library, count) for count in threads]
+
+    return measure(dict.fromkeys(kinds, _SPARSITIES), counts, race)
+
+
+def _make_models(name: str, sparsity: float, size_bytes: int) -> list[bytes]:
+    """Return a model of stock operators with so many bytes of weights, and the same of ours."""
     O, I = _SPEED_SHAPE
     generator = np.random.default_rng(0)
-    input_BTI = generator.standard_normal((1, 1, I), dtype=np.float32)
+    drawn_OP = _draw_rows(generator, name, _DRAWN_ROWS, I, sparsity)
+    packed_OP = np.tile(drawn_OP, (O // _DRAWN_ROWS, 1))
 
-    found = {}
-    for sparsity in _SPARSITIES:
-        # A few random rows over and over: drawing all of them takes longer than the measurement.
-        few_OP = _draw_rows(generator, name, O // 16, I, sparsity)
-        packed_OP = np.tile(few_OP, (16, 1))
-        sessions = _open_pair(library, name, packed_OP, I)
+    _, arrays = make_stock(name, packed_OP, I)
+    count = math.ceil(size_bytes / sum(array.nbytes for array in arrays.values()))
 
-        ratios = [_ratio(sessions, {"x": input_BTI}) for _ in range(_ROUNDS)]
-        found[f"{sparsity:.1f}"] = median(ratios)
-
-    return found
+    matrix = split(KINDS[name], packed_OP)
+    stock = [make_stock(name, packed_OP, I, number) for number in range(count)]
+    ours = [make_sparse(name, matrix, I, number) for number in range(count)]
+    return [_join(products, I) for products in (stock, ours)]
 
 
-def _ratio(sessions: Sequence[onnxruntime.InferenceSession], feeds: Mapping[str, Array]) -> float:
-    times = []
-    for session in sessions:
-        start = time.thread_time()
-        session.run(None, feeds)
-        times.append(time.thread_time() - start)
-    stock, ours = times
-    return stock / ours
+def _join(products: Sequence[Product], I: int) -> bytes:
+    nodes = [node for node, _ in products]
+    arrays: dict[str, Array] = {}
+    for _, own in products:
+        arrays |= own
+    return make_model(nodes, arrays, I)
+
+
+def _speedup(models: Sequence[bytes], library: Path, threads: int) -> float:
+    stock, ours = (open_session(model, library, threads) for model in models)
+    (asked,) = stock.get_inputs()
+    input_BTI = np.random.default_rng(0).standard_normal((1, 1, asked.shape[2]), dtype=np.float32)
+    feeds = {"x": input_BTI}
+
+    # The processor time of one thread has nothing of other programs in it; several threads wait
+    # for each other.
+    clock = time.thread_time if threads == 1 else time.perf_counter
+
+    stock_s: list[float] = []
+    ours_s: list[float] = []
+    start_s = time.perf_counter()
+    while len(ours_s) < _MOST_RUNS:
+        if len(ours_s) >= _LEAST_RUNS and time.perf_counter() - start_s > _MOST_S:
+            break
+        stock_s.append(_run_s(stock, feeds, clock))
+        ours_s.append(_run_s(ours, feeds, clock))
+
+    return min(stock_s) / min(ours_s)
+
+
+def _run_s(
+    session: onnxruntime.InferenceSession,
+    feeds: Mapping[str, Array],
+    clock: Callable[[], float],
+) -> float:
+    start_s = clock()
+    session.run(None, feeds)
+    return clock() - start_s
 
 
 def _instruction_set(library: Path) -> str:

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from racdeploy.accel.library import Library
+from racdeploy.accel.verdicts import Verdict, read_verdict
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
 from racdeploy.storage.child import run_module
@@ -24,7 +25,7 @@ from racdeploy.storage.files import disk_errors, file_sha256, write_atomic
 from racdeploy.storage.ownership import open_own, refuse_foreign
 
 Mode = Literal["auto", "off", "require"]
-LEAST_SPEEDUP = 1.05  # less is within what one measurement differs from the next
+_FORM = 2  # of what is kept: 1 had no numbers of threads
 _TRIAL_S = 600.0
 _BUILD_AGAIN = "racdeploy accel build"
 
@@ -37,16 +38,16 @@ class Proof:
         refusal: why it may not be used; empty where it may.
         sha256: of the library.
         difference: largest one from the engine's own kernels, over the largest output.
-        speedups: of one token on one thread, by ggml's name of the format and share of zeros.
-        faster_from: least share of zeros at which it is faster, by format; only those that are.
+        verdicts: of each number of threads that was measured.
+        form: of what is kept.
     """
 
     refusal: str
     sha256: str
     instruction_set: str = ""
     difference: float = 0.0
-    speedups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    faster_from: Mapping[str, float] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+    form: int = _FORM
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,28 @@ class Kernels:
         """Return what was found of a library, or why nothing is known of it."""
         record = self.locate_record(file)
         if not record.is_file():
-            return f"{file} was never tried with the installed engine: racdeploy accel build"
+            return f"{file} was never tried with the installed engine: {_BUILD_AGAIN}"
 
         try:
             with open(open_own(record), "rb") as stream:
-                proof = Proof(**json.load(stream))
+                value = json.load(stream)
             with open(open_own(file), "rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             return f"{file} is not used: {error}"
-        except (ValueError, TypeError, RecursionError):
-            return f"{record} is damaged: racdeploy accel build"
+        except (ValueError, RecursionError):
+            return f"{record} is damaged: {_BUILD_AGAIN}"
+
+        if _is_of_another_form(value):
+            return f"{file} was tried by another version of racdeploy: {_BUILD_AGAIN}"
+
+        try:
+            proof = _read(value)
+        except ValueError:
+            return f"{record} is damaged: {_BUILD_AGAIN}"
 
         if proof.sha256 != sha256:
-            return f"{file} is not the one that was tried: racdeploy accel build"
+            return f"{file} is not the one that was tried: {_BUILD_AGAIN}"
 
         return proof
 
@@ -142,7 +151,7 @@ def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
 
     file = kernels.library.find()
     if file is None:
-        return f"{kernels.unbuilt}: racdeploy accel build"
+        return f"{kernels.unbuilt}: {_BUILD_AGAIN}"
 
     proof = kernels.read_proof(file)
     if isinstance(proof, str):
@@ -201,5 +210,23 @@ def _try_in_child(module: str, file: Path) -> Proof:
     outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
 
     if outcome.value:
-        return Proof(**outcome.value)
+        return _read(outcome.value)
     return Proof(f"its self-test {outcome.failure or 'printed no proof'}", "")
+
+
+def _is_of_another_form(value: Any) -> bool:
+    return isinstance(value, dict) and "sha256" in value and value.get("form") != _FORM
+
+
+def _read(value: Any) -> Proof:
+    """Return a proof from JSON.
+
+    Raises:
+        ValueError: it is none, or holds what is no verdict.
+    """
+    try:
+        proof = Proof(**value)
+        verdicts = tuple(map(read_verdict, proof.verdicts))
+    except TypeError as error:
+        raise ValueError(f"not a proof: {error}") from error
+    return replace(proof, verdicts=verdicts)

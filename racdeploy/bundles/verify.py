@@ -96,7 +96,7 @@ class ArtifactAnswerer:
     @cached_property
     def engine_settings(self) -> EngineSettings:
         # Kernels that are not used give the same answers as where they are switched off.
-        unused = self.accel == "auto" and kernels("auto") == STOCK
+        unused = self.accel == "auto" and kernels("auto", self.threads) == STOCK
         settings = self.bundle.settings
         mode = "off" if unused else self.accel
         return EngineSettings(settings.context_tokens, settings.parallel, self.threads, accel=mode)

@@ -251,7 +251,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "engine": engine,
         **{package: installed_version(package) or "not installed" for package in _PACKAGES},
-        "kernels": accel.kernels(mode),
+        "kernels": accel.kernels(mode, settings.threads),
     }
 
 

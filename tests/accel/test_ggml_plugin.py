@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from racdeploy import accel
 from racdeploy.accel import ggml_plugin, ggml_weights, kept_weights, library
 from racdeploy.accel.library import Library
+from racdeploy.accel.verdicts import thread_counts
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.doctor import examine
@@ -31,6 +32,8 @@ from racdeploy.errors import EngineError, UsageError
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.runtime import load
+from racdeploy.storage.cores import available_cores
+from racdeploy.storage.files import file_sha256
 from racdeploy.storage.gguf_header import Header
 from tests.support.accel_plugin import build_plugin, find_kernels, write_proof
 from tests.support.tiny_artifacts import make_bundle
@@ -50,8 +53,9 @@ STUB = {
     "int rac_ggml_wanted_pattern()": "return 0;",
     "const char* rac_instruction_set()": 'return "portable";',
     "double rac_ggml_difference()": "return 0;",
-    "void rac_ggml_time(int,long,long,long,double,bool,int,int, double* stock, double* sparse)": (
-        "*stock = 1; *sparse = 2;"
+    "void rac_ggml_time(int,long,long,long,double zeros,bool,int,"
+    "const int* threads, int counts, double* stock, double* sparse)": (
+        "for (int i = 0; i < counts; i++) stock[i] = 1, sparse[i] = 2;"
     ),
 }
 
@@ -116,9 +120,71 @@ def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Pa
     assert verdict.instruction_set in ("avx512", "avx2", "portable")
     assert 0 < verdict.difference <= 1e-6
     slow = f"its {verdict.instruction_set} kernels are not faster than ggml's own on this processor"
-    assert verdict.refusal in ("", slow)
-    assert (verdict.refusal == "") == bool(verdict.faster_from)
+    assert verdict.refusal == "" or verdict.refusal.startswith(slow)
+    assert (verdict.refusal == "") == any(each.faster_from for each in verdict.verdicts)
     assert find_kernels().read_proof(home) == verdict
+
+
+def test_each_number_of_threads_has_its_own_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that lose on one thread are kept for more; each stops where it loses."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    body = "for (int i = 0; i < counts; i++) stock[i] = threads[i] * zeros, sparse[i] = 1;"
+    proof = find_kernels().prove(_stub(tmp_path, time=body))
+
+    assert [each.threads for each in proof.verdicts] == thread_counts(available_cores())
+    one, *more = (each.speedups["f16"] for each in proof.verdicts)
+    assert one == {"0.8": pytest.approx(0.8)}
+    for verdict, measured in zip(proof.verdicts[1:], more, strict=True):
+        least = next(zeros for zeros in (0.5, 0.4, 0.3) if zeros * verdict.threads < 1.05)
+        assert min(measured, key=float) == f"{least:g}"
+    assert "on any number of threads up to" in proof.refusal or more
+
+
+def test_a_model_has_the_verdict_of_its_threads(ready: Path, files: dict[str, Path]) -> None:
+    """On one thread the kernels are slower, and the reason names it; on two and more they run."""
+    write_proof(ready, {"q8_0": 0.3}, threads=2)
+    taken = []
+    for threads in (1, 2, 3):
+        with LlamaCppEngine(
+            files["q8_0"], replace(SETTINGS, accel="auto", threads=threads)
+        ) as engine:
+            taken.append(engine.about["sparse_weights"])
+            if threads == 1:
+                kernels = str(engine.about["kernels"])
+
+    assert taken == [0, 12, 12]
+    assert re.search(r"on 1 thread the \w+ kernels are not faster for q8_0 at any zeros$", kernels)
+    assert accel.kernels("auto", 1) == accel.STOCK != accel.kernels("auto", 2)
+    with pytest.raises(EngineError, match="required.*on 1 thread the"):
+        accel.enable(files["q8_0"], "require", threads=1)
+
+
+def test_a_file_without_a_format_of_the_kernels_is_not_looked_at_further(
+    ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason names the file, and no share of zeros that would help."""
+    monkeypatch.setattr(ggml_weights, "_zeros", lambda *_: {})
+    monkeypatch.setattr(ggml_weights, "_load", _Taker)
+    found = accel.enable(files["q8_0"], threads=1)
+    assert found.reason == "q8_0.gguf has no matrix in a number format that they are for"
+
+
+class _Taker:
+    """Takes what it is given, in place of the plug-in: that would stay in this process."""
+
+    def __init__(self, file: Path) -> None:
+        self.instruction_set = _read_instruction_set()
+
+    def enable(self, names: list[str], threads: int) -> bool:
+        return True
+
+
+def _read_instruction_set() -> str:
+    ready = accel.readiness()
+    assert not isinstance(ready, str)
+    return ready[1].instruction_set
 
 
 @pytest.mark.parametrize(
@@ -281,7 +347,7 @@ def test_a_dense_file_is_left_alone(ready: Path, tmp_path: Path) -> None:
     gguf.export(Checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen3")), dense, quant="q8_0")
     with LlamaCppEngine(dense, replace(SETTINGS, accel="auto")) as engine:
         assert engine.about["kernels"].endswith(
-            "no matrix of dense.gguf has enough zeros, which is 30% at the least"
+            "no matrix of dense.gguf has enough zeros, which is 30% at the least on 1 thread"
         )
     with pytest.raises(EngineError, match="has enough zeros"):
         LlamaCppEngine(dense, replace(SETTINGS, accel="require"))
@@ -457,9 +523,17 @@ def test_doctor_explains_which_kernels_run(
     ready: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Kernels that are missing are no fault of the machine."""
-    (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
-    assert found["state"] == "ok"
-    assert "q8_0 from 30% zeros on" in found["detail"]
+    write_proof(ready, {"q8_0": 0.3}, threads=2)
+    found, ours = (finding for finding in examine() if finding["what"].startswith("sparse kernels"))
+    assert found["state"] == ours["state"] == "ok"
+    assert ours == {
+        "what": "sparse kernels, q8_0",
+        "state": "ok",
+        "detail": (
+            "on 1 thread not faster (0.50× at 80%, 2.74× by bytes alone); "
+            "on 2 threads from 30% zeros on (2.00× at 30%, 1.20× by bytes alone)"
+        ),
+    }
     kept_weights.folder().mkdir(exist_ok=True)
     (kept_weights.folder() / "0.packed").write_bytes(bytes(3_000_000))
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
@@ -477,12 +551,48 @@ def test_doctor_explains_which_kernels_run(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"refusal": ""}', '{"refusal": "", "sha256": "", "more": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"refusal": ""}',
+        '{"refusal": "", "sha256": "", "more": 1, "form": 2}',
+        *(
+            f'{{"refusal": "", "sha256": "", "form": 2, "verdicts": {verdicts}}}'
+            for verdicts in (
+                "1",
+                "[1]",
+                '[{"threads": 1}]',
+                '[{"threads": "1", "speedups": {}}]',
+                '[{"threads": 1, "speedups": {"q8_0": 2.0}}]',
+                '[{"threads": 1, "speedups": {"q9_9": {"0.5": 2.0}}}]',
+                '[{"threads": 1, "speedups": {"q8_0": {"half": 2.0}}}]',
+                '[{"threads": 1, "speedups": {"q8_0": {"0.5": null}}}]',
+                '[{"threads": 1, "speedups": {"q8_0": {"0.5": NaN}}}]',
+            )
+        ),
+    ],
 )
 def test_a_damaged_verdict_is_none(content: str, ready: Path) -> None:
     """The next build makes it again."""
     ready.with_suffix(".json").write_text(content)
     assert "is damaged: racdeploy accel build" in str(accel.readiness())
+
+
+def test_a_proof_of_one_thread_alone_is_stale(ready: Path, files: dict[str, Path]) -> None:
+    """As earlier versions kept it: it says nothing of more threads, and is made again."""
+    proof = {
+        "refusal": "",
+        "sha256": file_sha256(ready),
+        "instruction_set": "avx512",
+        "difference": 0.0,
+        "speedups": {"q8_0": {"0.5": 1.5}},
+        "faster_from": {"q8_0": 0.5},
+    }
+    ready.with_suffix(".json").write_text(json.dumps(proof))
+    stale = "was tried by another version of racdeploy: racdeploy accel build"
+    assert stale in str(accel.readiness())
+    assert accel.enable(files["q8_0"], threads=1).reason.endswith(stale)
 
 
 def test_the_plugin_is_clean_under_sanitizers(

@@ -13,7 +13,7 @@ from onnxruntime import GraphOptimizationLevel
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import Proof, choose_graph, proof
+from racdeploy.accel import Proof, Verdict, choose_graph, proof
 from racdeploy.accel.ort_operator import LIBRARY, find_kernels
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
@@ -27,7 +27,8 @@ from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 SETTINGS = EngineSettings(128, parallel=2, threads=1)
 IDS = list(range(3, 40))
-FASTER = {"q8_0": {"0.5": 2.0}}
+FASTER = (Verdict(1, {"q8_0": {"0.5": 2.0}}),)
+SLOWER = (Verdict(1, {"q8_0": {"0.5": 0.7}}),)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def write_proof(library: Path, found: Proof) -> None:
 
 def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
     """They differ by float32 sums, and by inputs that stock kernels round with other scales."""
-    write_proof(library, Proof("", "", "any", speedups=FASTER))
+    write_proof(library, Proof("", "", "any", verdicts=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
         assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
@@ -87,7 +88,7 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's
     largest.
     """
-    write_proof(library, Proof("", "", "any", speedups=FASTER))
+    write_proof(library, Proof("", "", "any", verdicts=FASTER))
     found = []
     for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
         options = _onnx_native.make_options(SETTINGS)
@@ -107,7 +108,7 @@ def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: 
     cases = {
         "never tried": None,
         "its self-test failed": Proof("its self-test failed", ""),
-        "times as long as the stock ones": Proof("", "", "any", speedups={"q8_0": {"0.5": 0.7}}),
+        "times as long as the stock ones": Proof("", "", "any", verdicts=SLOWER),
     }
     for reason, found in cases.items():
         record_of(library).unlink(missing_ok=True)
@@ -119,6 +120,26 @@ def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: 
             choose_graph(model, "require")
     assert "packing 'bitmask_op' writes one" in choose_graph(tmp_path / "other.onnx", "auto").reason
     assert choose_graph(model, "off").reason == "sparse ones are switched off"
+
+
+def test_the_verdict_is_that_of_the_sessions_threads(library: Path, model: Path) -> None:
+    """Slower on one thread, faster on two: three, which nobody measured, count as two."""
+    two = replace(FASTER[0], threads=2)
+    write_proof(library, Proof("", "", "any", verdicts=(*SLOWER, two)))
+    reason = choose_graph(model, "auto", threads=1).reason
+    assert "times as long as the stock ones on 1 thread of this machine" in reason
+    for threads in (2, 3):
+        assert choose_graph(model, "auto", threads=threads).reason == ""
+    with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
+        assert engine.about["kernels"].endswith(reason)
+
+
+def test_a_proof_of_one_thread_alone_is_stale(library: Path, model: Path) -> None:
+    """As earlier versions kept it."""
+    kept = {"refusal": "", "sha256": file_sha256(library), "speedups": {"q8_0": {"0.5": 2.0}}}
+    record_of(library).write_text(json.dumps(kept))
+    reason = choose_graph(model, "auto").reason
+    assert reason.endswith("was tried by another version of racdeploy: racdeploy accel build")
 
 
 def test_without_a_library_everything_is_as_it_was(
@@ -135,7 +156,7 @@ def test_without_a_library_everything_is_as_it_was(
 def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
     library: Path, model: Path, tmp_path: Path
 ) -> None:
-    write_proof(library, Proof("", "", "any", speedups=FASTER))
+    write_proof(library, Proof("", "", "any", verdicts=FASTER))
     (tmp_path / "m.onnx").write_bytes(model.read_bytes())
     second = model.with_name(accel_name(model.name)).read_bytes()
     (tmp_path / "m.accel.onnx").write_bytes(second[: len(second) // 2])
@@ -158,7 +179,7 @@ def test_without_the_onnx_package_the_operator_is_not_tried(
 def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One library for each engine; the proofs are not run here, their outcome is."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    found = Proof("", "", "any", speedups=FASTER)
+    found = Proof("", "", "any", verdicts=FASTER)
     monkeypatch.setattr(proof, "_try_in_child", lambda module, library: found)
     monkeypatch.setattr(
         accel.ggml_plugin, "find_ggml", lambda: "ggml 9 is not one that the kernels were made for"
@@ -167,7 +188,7 @@ def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.Monke
     assert outcome.exit_code == 4
     made = json.loads(outcome.stdout)
     assert made["llama.cpp"]["refusal"].startswith("ggml 9")
-    assert made["onnxruntime"]["speedups"] == FASTER
+    assert made["onnxruntime"]["verdicts"] == [asdict(each) for each in FASTER]
     library = Path(made["onnxruntime"]["library"])
     assert accel.readiness("onnxruntime") == (library, replace(found, sha256=file_sha256(library)))
     assert "any" in accel.kernels("auto")

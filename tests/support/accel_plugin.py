@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel import Proof, ggml_plugin
+from racdeploy.accel import Proof, Verdict, ggml_plugin
 from racdeploy.accel.proof import Kernels
 from racdeploy.storage.files import file_sha256
 
@@ -42,11 +42,19 @@ def build_plugin(factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copy(built, factory.mktemp("plugin")))
 
 
-def write_proof(library: Path, faster_from: dict[str, float]) -> None:
-    """Keep a proof that uses a library from these shares of zeros on."""
+def write_proof(library: Path, faster_from: dict[str, float], threads: int = 1) -> None:
+    """Keep a proof that uses a library from these shares of zeros on, on so many threads or more.
+
+    On fewer it is slower.
+    """
     # Asked in a child: the plug-in stays in a process that has loaded it.
     command = [sys.executable, "-c", _CHILD, str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
 
-    proof = Proof("", file_sha256(library), done.stdout.strip(), faster_from=faster_from)
+    faster = {name: {f"{zeros:g}": 2.0} for name, zeros in faster_from.items()}
+    slower = {name: {"0.8": 0.5} for name in faster_from}
+    measured = {1: slower, threads: faster}
+    verdicts = tuple(Verdict(*each) for each in measured.items())
+
+    proof = Proof("", file_sha256(library), done.stdout.strip(), verdicts=verdicts)
     library.with_suffix(".json").write_text(json.dumps(asdict(proof)))

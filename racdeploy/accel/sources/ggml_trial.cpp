@@ -16,9 +16,13 @@
 namespace racdeploy {
 namespace {
 
-double now_ms() {  // of this thread's processor time, which other programs' work does not count in
+constexpr int least_runs = 9, most_runs = 40;
+constexpr double most_ms = 200;     // of runs, but for the least
+constexpr int64_t drawn_rows = 128;  // to draw all rows of a large matrix takes longer than to measure it
+
+double now_ms(clockid_t clock) {
     timespec time;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    clock_gettime(clock, &time);
     return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
 }
 
@@ -53,6 +57,16 @@ Case draw(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros
     return {type, rows, columns, tokens, std::move(blocks), std::move(activations)};
 }
 
+// The same rows over and over.
+Case repeat(Case drawn, int64_t times) {
+    const size_t bytes = drawn.blocks.size();
+    drawn.blocks.resize(bytes * times);
+    for (int64_t i = 1; i < times; i++)
+        std::copy_n(drawn.blocks.begin(), bytes, drawn.blocks.begin() + static_cast<std::ptrdiff_t>(i * bytes));
+    drawn.rows *= times;
+    return drawn;
+}
+
 // Several equal products in one graph, with weights in a buffer of one type.
 class Products {
 public:
@@ -60,7 +74,7 @@ public:
         : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
           graph_context_(ggml_init({ggml_tensor_overhead() * (count + 1) + ggml_graph_overhead(), nullptr, true})),
           backend_(ggml_backend_cpu_init()) {
-        ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+        use_threads(threads);
         for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), given.type, given.columns, given.rows);
         weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), buffer_type));
 
@@ -79,10 +93,14 @@ public:
 
     ggml_tensor* first() const { return ggml_get_first_tensor(weights_.get()); }
 
-    double run_ms() {
-        const double start = now_ms();
-        ggml_backend_graph_compute(backend_.get(), graph_);
-        return now_ms() - start;
+    void use_threads(int threads) { ggml_backend_cpu_set_n_threads(backend_.get(), threads); }
+
+    void run() { ggml_backend_graph_compute(backend_.get(), graph_); }
+
+    double run_ms(clockid_t clock) {
+        const double start = now_ms(clock);
+        run();
+        return now_ms(clock) - start;
     }
 
     std::vector<float> output() const {
@@ -144,6 +162,21 @@ ggml_backend_buffer_type_t stock_buffer_type(const Case& given) {
     return ggml_backend_cpu_buffer_type();
 }
 
+void race(Products& stock, Products& sparse, int threads, double* stock_ms, double* sparse_ms) {
+    // The processor time of one thread has nothing of other programs in it; several threads wait for each other.
+    const clockid_t clock = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
+    stock.use_threads(threads);
+    sparse.use_threads(threads);
+
+    *stock_ms = *sparse_ms = INFINITY;
+    const double end_ms = now_ms(CLOCK_MONOTONIC) + most_ms;
+    for (int i = 0; i < most_runs && (i < least_runs || now_ms(CLOCK_MONOTONIC) < end_ms); i++) {
+        *stock_ms = std::min(*stock_ms, stock.run_ms(clock));
+        *sparse_ms = std::min(*sparse_ms, sparse.run_ms(clock));
+        if (*sparse_ms > 20 * *stock_ms) break;  // known well enough
+    }
+}
+
 }  // namespace
 }  // namespace racdeploy
 
@@ -156,26 +189,21 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
     const Case drawn = draw(quant, rows, columns, tokens, zeros, two_of_four, random);
     Products stock(ggml_backend_cpu_buffer_type(), drawn, 1, threads);
     Products sparse(sparse_buffer_type(), drawn, 1, threads);
-    stock.run_ms();
-    sparse.run_ms();
+    stock.run();
+    sparse.run();
     const double found = difference(stock.output(), sparse.output());
     return restores(sparse.first(), drawn.blocks, random) ? found : -1;
 }
 
-// Milliseconds of ggml's own product and of the sparse one over `count` equal matrices on this thread: the fastest of
-// alternating runs, since whatever else the machine does only ever makes a run slower.
+// Milliseconds of ggml's own product and of the sparse one over `count` equal matrices, on each of some numbers of
+// threads: the fastest of alternating runs, since whatever else the machine does only ever makes a run slower.
 EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four,
-                          int count, int repeats, double* stock_ms, double* sparse_ms) {
+                          int count, const int* threads, int thread_counts, double* stock_ms, double* sparse_ms) {
     using namespace racdeploy;
     std::mt19937_64 random(1);
-    const Case drawn = draw(quant, rows, columns, tokens, zeros, two_of_four, random);
+    const int64_t times = rows % drawn_rows ? 1 : rows / drawn_rows;
+    const Case drawn = repeat(draw(quant, rows / times, columns, tokens, zeros, two_of_four, random), times);
     Products stock(stock_buffer_type(drawn), drawn, count, 1);
     Products sparse(sparse_buffer_type(), drawn, count, 1);
-
-    *stock_ms = *sparse_ms = INFINITY;
-    for (int i = 0; i < repeats; i++) {
-        *stock_ms = std::min(*stock_ms, stock.run_ms());
-        *sparse_ms = std::min(*sparse_ms, sparse.run_ms());
-        if (*sparse_ms > 20 * *stock_ms) break;  // known well enough
-    }
+    for (int i = 0; i < thread_counts; i++) race(stock, sparse, threads[i], &stock_ms[i], &sparse_ms[i]);
 }

@@ -26,7 +26,7 @@ class OnnxModel(LoadedModel):
     """A loaded graph and the caches of its slots."""
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        chosen = choose_graph(path, settings.accel)
+        chosen = choose_graph(path, settings.accel, threads=settings.threads)
         options = make_options(settings)
         if chosen.library is not None:
             options.register_custom_ops_library(str(chosen.library))
