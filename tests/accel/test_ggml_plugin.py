@@ -134,12 +134,11 @@ def test_each_number_of_threads_has_its_own_verdict(
     proof = find_kernels().prove(_stub(tmp_path, time=body))
 
     assert [each.threads for each in proof.verdicts] == thread_counts(available_cores())
-    one, *more = (each.speedups["f16"] for each in proof.verdicts)
-    assert one == {"0.8": pytest.approx(0.8)}
-    for verdict, measured in zip(proof.verdicts[1:], more, strict=True):
-        least = next(zeros for zeros in (0.5, 0.4, 0.3) if zeros * verdict.threads < 1.05)
-        assert min(measured, key=float) == f"{least:g}"
-    assert "on any number of threads up to" in proof.refusal or more
+    assert proof.verdicts[0].speedups["f16"] == {"0.8": pytest.approx(0.8)}
+    for verdict in proof.verdicts[1:]:
+        shares = [zeros for zeros in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if zeros * verdict.threads > 1]
+        assert verdict.faster_from["f16"] == shares[-1]
+    assert (proof.refusal == "") == (available_cores() > 1)
 
 
 def test_a_model_has_the_verdict_of_its_threads(ready: Path, files: dict[str, Path]) -> None:
@@ -248,6 +247,7 @@ def test_an_unknown_ggml_stays_on_stock_paths(
 ) -> None:
     """Its private declarations were not compared with ours."""
     monkeypatch.setattr(ggml_plugin, "_KNOWN", {"0.0.1": ("abc",)})
+    monkeypatch.delitem(accel._ENGINES, "onnxruntime")  # its operator would be built and tried
     assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
     assert accel.kernels("auto") == accel.STOCK
     built = accel.build_installed()["llama.cpp"]
