@@ -7,6 +7,7 @@ takes the second graph of packing bitmask_op. If they are not used, one line say
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ __all__ = [
     "build_installed",
     "can_be_built",
     "choose_graph",
+    "describe_built",
     "describe_verdicts",
     "enable",
     "forget",
@@ -121,3 +123,17 @@ def describe_verdicts(engine: str, tried: Proof) -> dict[str, str]:
     """Return by number format from what zeros on an engine's kernels are faster, and how much."""
     dense_bits = ort_operator.DENSE_BITS if engine == "onnxruntime" else {}
     return verdicts.describe(tried.verdicts, dense_bits)
+
+
+def describe_built(made: Built) -> Iterator[str]:
+    """Yield what was measured of an engine's kernels, line by line, and what could not be."""
+    for verdict in made.verdicts:
+        for name, speedups in verdict.speedups.items():
+            cells = [f"{speedup:.2f}× at {float(at):.0%} zeros" for at, speedup in speedups.items()]
+            yield f"{name}: {', '.join(cells)}, one token on {verdict}"
+
+    measured = [verdict.threads for verdict in made.verdicts]
+    for threads in verdicts.thread_counts(available_cores()) if measured else ():
+        if threads not in measured:
+            missing = verdicts.count_threads(threads)
+            yield f"{missing} not measured: other programs kept cores busy; racdeploy accel build"

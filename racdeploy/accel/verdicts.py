@@ -87,18 +87,24 @@ def measure(
 ) -> tuple[Verdict, ...]:
     """Measure formats as far down in zeros as they are faster, for each number of threads.
 
+    A number of threads has no verdict where one measurement of it failed.
+
     Args:
         shares: of zeros to try, by name of the format.
-        race: returns the speed-up at one format and share on each of several numbers of threads.
+        race: returns the speed-up at one format and share on each of several numbers of threads;
+            no number (NaN) where other programs kept the cores busy.
     """
     found: dict[int, dict[str, dict[str, float]]] = {threads: {} for threads in counts}
 
     for name, tried in shares.items():
-        racing = list(counts)
+        racing = list(found)
         for zeros in sorted(tried, reverse=True):
             speedups = dict(zip(racing, race(name, zeros, racing), strict=True))
             for threads, speedup in speedups.items():
-                found[threads].setdefault(name, {})[f"{zeros:g}"] = speedup
+                if math.isnan(speedup):
+                    del found[threads]
+                else:
+                    found[threads].setdefault(name, {})[f"{zeros:g}"] = speedup
 
             # Where it is slower, so it is at fewer zeros.
             racing = [threads for threads in racing if speedups[threads] >= LEAST_SPEEDUP]

@@ -254,14 +254,8 @@ def build_kernels(json_output: JsonOpt = False) -> None:
         if made.library:
             out.print(made.library, soft_wrap=True)
 
-        for verdict in made.verdicts:
-            for quant, speedups in verdict.speedups.items():
-                cells = [
-                    f"{speedup:.2f}× at {float(zeros):.0%} zeros"
-                    for zeros, speedup in speedups.items()
-                ]
-                line = f"{engine}, {quant}: {', '.join(cells)}, one token on {verdict}"
-                err.print(line, markup=False, soft_wrap=True)
+        for line in accel.describe_built(made):
+            err.print(f"{engine}, {line}", markup=False, soft_wrap=True)
 
     if refusals:
         raise EngineError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
 
+from racdeploy import accel
 from racdeploy.accel import verdicts
 from racdeploy.accel.verdicts import (
     Verdict,
@@ -57,6 +59,20 @@ def test_kernels_that_lose_on_one_thread_keep_their_verdict_on_four() -> None:
     assert asked == [("q8_0", 0.7, 1, 2, 4), ("q8_0", 0.5, 2, 4), ("q8_0", 0.3, 4)]
     assert one.speedups == {"q8_0": {"0.7": 0.95}}
     assert [each.faster_from for each in (one, two, four)] == [{}, {"q8_0": 0.7}, {"q8_0": 0.3}]
+
+
+def test_threads_that_could_not_be_measured_have_no_verdict() -> None:
+    """Nor are they tried again: a model takes the verdict of fewer."""
+    asked = []
+
+    def race(name: str, zeros: float, threads: Sequence[int]) -> list[float]:
+        asked.append((name, *threads))
+        return [math.nan if name == "q4_0" and count == 2 else 2.0 for count in threads]
+
+    shares = {"q8_0": (0.5,), "q4_0": (0.7, 0.5), "f16": (0.5,)}
+    found = measure(shares, (1, 2, 4), race)
+    assert [each.threads for each in found] == [1, 4]
+    assert asked == [("q8_0", 1, 2, 4), ("q4_0", 1, 2, 4), ("q4_0", 1, 4), ("f16", 1, 4)]
 
 
 def test_what_wins_below_a_loss_does_not_count() -> None:
@@ -113,3 +129,15 @@ def test_one_thread_and_all_cores_are_described() -> None:
     }
     assert [*describe([one], {"q8_0": 9.0})] == ["q8_0", "f16"]
     assert describe([], {}) == {}
+
+
+def test_what_was_built_is_told_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And which of them could not be measured, with what to do."""
+    monkeypatch.setattr(accel, "available_cores", lambda: 3)
+    one, three = Verdict(1, {"q8_0": {"0.8": 1.5, "0.7": 0.9}}), Verdict(3, {"q8_0": {"0.8": 2.0}})
+    assert [*accel.describe_built(accel.Built(None, "", (one, three)))] == [
+        "q8_0: 1.50× at 80% zeros, 0.90× at 70% zeros, one token on 1 thread",
+        "q8_0: 2.00× at 80% zeros, one token on 3 threads",
+        "2 threads not measured: other programs kept cores busy; racdeploy accel build",
+    ]
+    assert [*accel.describe_built(accel.Built(None, "it is not for this ggml"))] == []

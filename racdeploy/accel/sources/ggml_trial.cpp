@@ -16,8 +16,9 @@
 namespace racdeploy {
 namespace {
 
-constexpr int least_runs = 9, most_runs = 40;
-constexpr double most_ms = 200;     // of runs, but for the least
+constexpr int least_runs = 5;
+constexpr double busy_share = 0.8;
+constexpr double enough_ms = 100, most_ms = 3000;  // of runs in turn
 constexpr int64_t drawn_rows = 128;  // to draw all rows of a large matrix takes longer than to measure it
 
 double now_ms(clockid_t clock) {
@@ -72,36 +73,41 @@ class Products {
 public:
     Products(ggml_backend_buffer_type_t buffer_type, const Case& given, int count, int threads)
         : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
-          graph_context_(ggml_init({ggml_tensor_overhead() * (count + 1) + ggml_graph_overhead(), nullptr, true})),
+          outputs_context_(ggml_init({ggml_tensor_overhead() * (count + 1), nullptr, true})),
           backend_(ggml_backend_cpu_init()) {
-        use_threads(threads);
         for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), given.type, given.columns, given.rows);
         weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), buffer_type));
 
-        ggml_context* context = graph_context_.get();
+        ggml_context* context = outputs_context_.get();
         ggml_tensor* activation = ggml_new_tensor_2d(context, GGML_TYPE_F32, given.columns, given.tokens);
-        graph_ = ggml_new_graph(context);
         for (ggml_tensor* w = first(); w; w = ggml_get_next_tensor(weights_.get(), w)) {
             ggml_backend_tensor_set(w, given.blocks.data(), 0, given.blocks.size());
             outputs_.push_back(ggml_mul_mat(context, w, activation));
-            ggml_build_forward_expand(graph_, outputs_.back());
         }
 
         buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(context, ggml_backend_cpu_buffer_type()));
         ggml_backend_tensor_set(activation, given.activations.data(), 0, given.activations.size() * sizeof(float));
+        use_threads(threads);
     }
 
     ggml_tensor* first() const { return ggml_get_first_tensor(weights_.get()); }
 
-    void use_threads(int threads) { ggml_backend_cpu_set_n_threads(backend_.get(), threads); }
+    // A graph has a product for each thread, so that a thread works as long on two threads as on sixty.
+    void use_threads(int threads) {
+        ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+        const size_t together = std::min<size_t>(threads, outputs_.size()), nodes = 2 * together + 8;
+        graphs_.clear();
+        graphs_context_.reset(
+            ggml_init({ggml_graph_overhead_custom(nodes, false) * (outputs_.size() / together), nullptr, true}));
 
-    void run() { ggml_backend_graph_compute(backend_.get(), graph_); }
-
-    double run_ms(clockid_t clock) {
-        const double start = now_ms(clock);
-        run();
-        return now_ms(clock) - start;
+        for (size_t i = 0; i + together <= outputs_.size(); i += together) {
+            graphs_.push_back(ggml_new_graph_custom(graphs_context_.get(), nodes, false));
+            for (size_t k = 0; k < together; k++) ggml_build_forward_expand(graphs_.back(), outputs_[i + k]);
+        }
     }
+
+    // The graphs take turns: when one comes again, the others' weights have taken its place in the cache.
+    void run() { ggml_backend_graph_compute(backend_.get(), graphs_[turn_++ % graphs_.size()]); }
 
     std::vector<float> output() const {
         std::vector<float> values(ggml_nelements(outputs_[0]));
@@ -110,11 +116,39 @@ public:
     }
 
 private:
-    ggml_context_ptr weights_, graph_context_;
+    ggml_context_ptr weights_, outputs_context_, graphs_context_;
     ggml_backend_ptr backend_;
     ggml_backend_buffer_ptr weights_buffer_, buffer_;
-    ggml_cgraph* graph_ = nullptr;
+    std::vector<ggml_cgraph*> graphs_;
     std::vector<ggml_tensor*> outputs_;
+    size_t turn_ = 0;
+};
+
+// The fastest of some runs: whatever else the machine does only ever makes a run slower.
+class Fastest {
+public:
+    explicit Fastest(int threads) : threads_(threads) {}
+
+    void add(Products& products) {
+        const double wall_ms = now_ms(CLOCK_MONOTONIC), own_ms = now_ms(CLOCK_THREAD_CPUTIME_ID),
+                     all_ms = now_ms(CLOCK_PROCESS_CPUTIME_ID);
+        products.run();
+        const double own = now_ms(CLOCK_THREAD_CPUTIME_ID) - own_ms, all = now_ms(CLOCK_PROCESS_CPUTIME_ID) - all_ms,
+                     wall = now_ms(CLOCK_MONOTONIC) - wall_ms;
+
+        // The processor time of one thread has nothing of other programs in it. Several threads wait for each other,
+        // so the wall counts, and only where all of them were running: who waits for another one does so busily.
+        if (threads_ > 1 && all < busy_share * threads_ * wall) return;
+        ms_ = std::min(ms_, threads_ > 1 ? wall : own);
+        runs_++;
+    }
+
+    bool known() const { return runs_ >= least_runs; }
+    double ms() const { return known() ? ms_ : NAN; }
+
+private:
+    int threads_, runs_ = 0;
+    double ms_ = INFINITY;
 };
 
 // The largest difference of two outputs, as a share of the largest value; infinite where one is not a number.
@@ -163,18 +197,18 @@ ggml_backend_buffer_type_t stock_buffer_type(const Case& given) {
 }
 
 void race(Products& stock, Products& sparse, int threads, double* stock_ms, double* sparse_ms) {
-    // The processor time of one thread has nothing of other programs in it; several threads wait for each other.
-    const clockid_t clock = threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
     stock.use_threads(threads);
     sparse.use_threads(threads);
 
-    *stock_ms = *sparse_ms = INFINITY;
-    const double end_ms = now_ms(CLOCK_MONOTONIC) + most_ms;
-    for (int i = 0; i < most_runs && (i < least_runs || now_ms(CLOCK_MONOTONIC) < end_ms); i++) {
-        *stock_ms = std::min(*stock_ms, stock.run_ms(clock));
-        *sparse_ms = std::min(*sparse_ms, sparse.run_ms(clock));
-        if (*sparse_ms > 20 * *stock_ms) break;  // known well enough
+    Fastest of_stock(threads), of_sparse(threads);
+    const double start_ms = now_ms(CLOCK_MONOTONIC);
+    for (double ms = 0; ms < enough_ms || (ms < most_ms && !(of_stock.known() && of_sparse.known()));
+         ms = now_ms(CLOCK_MONOTONIC) - start_ms) {
+        of_stock.add(stock);
+        of_sparse.add(sparse);
     }
+    *stock_ms = of_stock.ms();
+    *sparse_ms = of_sparse.ms();
 }
 
 }  // namespace
@@ -195,8 +229,8 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
     return restores(sparse.first(), drawn.blocks, random) ? found : -1;
 }
 
-// Milliseconds of ggml's own product and of the sparse one over `count` equal matrices, on each of some numbers of
-// threads: the fastest of alternating runs, since whatever else the machine does only ever makes a run slower.
+// Milliseconds of ggml's own products and of the sparse ones over `count` equal matrices, of which each thread has one
+// at a time, on each of some numbers of threads; not numbers where other programs kept the cores busy.
 EXPORT void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four,
                           int count, const int* threads, int thread_counts, double* stock_ms, double* sparse_ms) {
     using namespace racdeploy;
