@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 
 from racdeploy import quant as quants
+from racdeploy.accel import ort_trial
 from racdeploy.accel.ort_operator import LIBRARY
 from racdeploy.accel.ort_trial import compare, make_model, make_sparse, open_session
 from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SLACK_BYTES, SparseMatrix, split
@@ -121,6 +122,24 @@ def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: s
         np.testing.assert_allclose(
             together[:, token], alone[:, 0], rtol=0, atol=1e-6 * np.abs(together).max()
         )
+
+
+def test_the_trial_has_a_verdict_where_nothing_was_in_the_way(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every format on one thread; none on two whose time other programs took."""
+    monkeypatch.setattr(ort_trial, "_SPEED_SHAPE", (128, 256))
+    monkeypatch.setattr(ort_trial, "weights_bytes", lambda: 1 << 17)
+    monkeypatch.setattr(ort_trial, "_ENOUGH_S", 0.0)
+    monkeypatch.setattr(ort_trial, "_MOST_S", 0.1)
+    monkeypatch.setattr(ort_trial, "_BUSY_SHARE", 10.0)
+    (verdict,) = ort_trial._measure(library, (1, 2))
+    assert verdict.threads == 1
+    assert sorted(verdict.speedups) == ["f16", "q4_0", "q8_0"]
+    assert all(min(speedups.values()) > 0 for speedups in verdict.speedups.values())
+
+    monkeypatch.setattr(ort_trial, "_BUSY_SHARE", 0.0)
+    assert [each.threads for each in ort_trial._measure(library, (1, 2))] == [1, 2]
 
 
 def test_no_tokens_and_wrong_inputs(library: Path) -> None:
