@@ -18,7 +18,7 @@ namespace {
 
 constexpr int least_runs = 5;
 constexpr double busy_share = 0.8;
-constexpr double enough_ms = 100, most_ms = 3000;  // of runs in turn
+constexpr double enough_ms = 50, most_ms = 3000;  // of runs that count, and of all of both sides
 constexpr int64_t drawn_rows = 128;  // to draw all rows of a large matrix takes longer than to measure it
 
 double now_ms(clockid_t clock) {
@@ -139,16 +139,18 @@ public:
         // The processor time of one thread has nothing of other programs in it. Several threads wait for each other,
         // so the wall counts, and only where all of them were running: who waits for another one does so busily.
         if (threads_ > 1 && all < busy_share * threads_ * wall) return;
-        ms_ = std::min(ms_, threads_ > 1 ? wall : own);
+        const double took = threads_ > 1 ? wall : own;
+        ms_ = std::min(ms_, took);
+        counted_ms_ += took;
         runs_++;
     }
 
-    bool known() const { return runs_ >= least_runs; }
-    double ms() const { return known() ? ms_ : NAN; }
+    bool well_known() const { return runs_ >= least_runs && counted_ms_ >= enough_ms; }
+    double ms() const { return runs_ >= least_runs ? ms_ : NAN; }
 
 private:
     int threads_, runs_ = 0;
-    double ms_ = INFINITY;
+    double ms_ = INFINITY, counted_ms_ = 0;
 };
 
 // The largest difference of two outputs, as a share of the largest value; infinite where one is not a number.
@@ -201,9 +203,9 @@ void race(Products& stock, Products& sparse, int threads, double* stock_ms, doub
     sparse.use_threads(threads);
 
     Fastest of_stock(threads), of_sparse(threads);
-    const double start_ms = now_ms(CLOCK_MONOTONIC);
-    for (double ms = 0; ms < enough_ms || (ms < most_ms && !(of_stock.known() && of_sparse.known()));
-         ms = now_ms(CLOCK_MONOTONIC) - start_ms) {
+    const double end_ms = now_ms(CLOCK_MONOTONIC) + most_ms;
+    for (int i = 0; i < least_runs || now_ms(CLOCK_MONOTONIC) < end_ms; i++) {
+        if (of_stock.well_known() && of_sparse.well_known()) break;
         of_stock.add(stock);
         of_sparse.add(sparse);
     }
