@@ -51,9 +51,9 @@ def try_library(file: Path) -> Proof:
     verdicts = _measure(plugin, cores)
     refusal = ""
     if not any(verdict.faster_from for verdict in verdicts):
-        tried = "1 thread" if cores == 1 else f"1 to {cores} threads"
         refusal = (
-            f"its {kernels} kernels are not faster than ggml's own on this processor, on {tried}"
+            f"its {kernels} kernels are not faster than ggml's own on this processor, "
+            f"on {' or '.join(map(str, verdicts))}"
         )
     return Proof(refusal, "", kernels, largest, verdicts)
 

@@ -78,7 +78,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     if not plugin.enable(names, threads):
         return "a model was loaded in this process before; call racdeploy.accel.enable first"
     if not names:
-        return _explain_none(path, found, verdict, kernels)
+        return _explain_none(path, found, verdict, f"{kernels} kernels on {verdict.name(threads)}")
 
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     kept = keep and kept_weights.is_wanted() and _keep(plugin, path, names)
@@ -94,7 +94,7 @@ def _choose_names(found: Zeros, verdict: Verdict) -> list[str]:
     ]
 
 
-def _explain_none(path: Path, found: Zeros, verdict: Verdict, kernels: str) -> str:
+def _explain_none(path: Path, found: Zeros, verdict: Verdict, tried: str) -> str:
     """Say why no weight of a file is faster with the kernels."""
     formats = {quant for quant, _ in found.values()}
     if not formats:
@@ -103,9 +103,9 @@ def _explain_none(path: Path, found: Zeros, verdict: Verdict, kernels: str) -> s
     enough = [zeros for quant, zeros in verdict.faster_from.items() if quant in formats]
     if not enough:
         named = " or ".join(sorted(formats))
-        return f"on {verdict} the {kernels} kernels are not faster for {named} at any zeros"
+        return f"no share of zeros makes the sparse ones faster for {named} ({tried})"
 
-    least = f"{min(enough):.0%} at the least on {verdict}"
+    least = f"{min(enough):.0%} at the least ({tried})"
     return f"no matrix of {path.name} has enough zeros, which is {least}"
 
 

@@ -87,7 +87,7 @@ def explain_slower(proof: proofs.Proof, packed: Sequence[Packed], threads: int) 
     zeros = sum(entry["weights"] * entry["zeros"] for entry in packed) / before
     return (
         f"at {zeros:.0%} zeros its products take {after / before:.2f} times as long as the stock "
-        f"ones on {verdict} of this machine, with kernels for {proof.instruction_set}"
+        f"ones ({proof.instruction_set} kernels on {verdict.name(threads)})"
     )
 
 

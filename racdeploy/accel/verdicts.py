@@ -50,6 +50,11 @@ class Verdict:
 
         return found
 
+    def name(self, threads: int) -> str:
+        """Return ``4 threads``, or ``6 threads, measured on 4`` where it was not as many."""
+        own = f", measured on {self.threads}" if threads != self.threads else ""
+        return count_threads(threads) + own
+
     def __str__(self) -> str:
         return count_threads(self.threads)
 

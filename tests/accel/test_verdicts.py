@@ -44,6 +44,7 @@ def test_a_number_that_was_not_measured_takes_the_next_fewer(threads: int, expec
     chosen = choose_verdict(measured, threads)
     assert chosen is not None
     assert chosen.threads == expected
+    assert chosen.name(threads).endswith(str(chosen) if threads == expected else f"on {expected}")
     assert choose_verdict([Verdict(4)], 2) is None
 
 
