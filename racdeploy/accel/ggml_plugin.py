@@ -167,7 +167,7 @@ class Plugin:
 
     @property
     def instruction_set(self) -> str:
-        """The kernels that this processor gets: ``avx512``, ``avx2`` or ``portable``."""
+        """The kernels that this processor gets, such as ``avx512``, ``neon`` or ``portable``."""
         return str(self._library.rac_instruction_set().decode())
 
     @property

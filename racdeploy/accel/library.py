@@ -22,12 +22,21 @@ from racdeploy.storage.ownership import make_private, refuse_foreign
 from racdeploy.storage.partials import partial_folder
 
 SOURCES = Path(__file__).parent / "sources"
-KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp")
+_NEON = ("neon.cpp", "neon_i8mm.cpp")
+KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", *_NEON)
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
 _AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
+_ARM = "-march=armv8.2-a+dotprod"
 # Each file is compiled for its own instruction set; when it runs, it asks the processor for it.
 _X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}"}
+_ARM_FLAGS = {"neon.cpp": _ARM, "neon_i8mm.cpp": f"{_ARM}+i8mm"}
+_MACHINE_FLAGS = {
+    "x86_64": _X86_FLAGS,
+    "AMD64": _X86_FLAGS,
+    "aarch64": _ARM_FLAGS,
+    "arm64": _ARM_FLAGS,
+}
 _COMPILE_S = 300.0
 _Command = Sequence[str | Path]
 
@@ -41,6 +50,8 @@ class Library:
         include: folders of further headers.
         flags: more for the compiler.
         key: what else decides whether a built library may be used, as the version of the engine.
+        machine: that it is for, as ``platform.machine`` names it.
+        compiler: its command; by default the first of ``CXX``, c++, g++ and clang++.
     """
 
     name: str
@@ -50,6 +61,8 @@ class Library:
     flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ("-shared",)
     key: Mapping[str, str] = field(default_factory=dict)
+    machine: str = field(default_factory=platform.machine)
+    compiler: str | None = None
 
     def find(self) -> Path | None:
         """Return the newest library of this key, whatever compiled it, or None."""
@@ -58,7 +71,7 @@ class Library:
 
     def build(self) -> Path:
         """Compile it, unless this compiler has done so before; return the file."""
-        command = find_compiler()
+        command = self.compiler or find_compiler()
         if command is None:
             raise EnvironmentFailure(
                 "there is no C++ compiler: c++, g++ and clang++ are not on the PATH",
@@ -95,7 +108,7 @@ class Library:
             common = [*compiler, "-c", file, "-o", target]
 
             # A compiler without the instruction set compiles it plainly: its kernels never run.
-            wanted = _machine_flags(source)
+            wanted = _machine_flags(source, self.machine)
             if not wanted or _run([*common, *wanted]):
                 _require(common)
 
@@ -109,9 +122,9 @@ class Library:
         parts = {
             "files": {file.name: file_sha256(file) for file in files},
             "flags": [*_FLAGS, *self.flags, *self.link_flags],
-            "machine_flags": _X86_FLAGS,
+            "machine_flags": _MACHINE_FLAGS.get(self.machine, {}),
             "key": self.key,
-            "processor": _processor(),
+            "processor": [self.machine, _processor()],
         }
 
         return f"{self.name}-{_digest(parts)}"
@@ -148,11 +161,8 @@ def _version(command: str) -> str:
     return f"{command} {_call([command, '--version']).stdout}"
 
 
-def _machine_flags(source: str) -> list[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return []
-
-    return _X86_FLAGS.get(source, "").split()
+def _machine_flags(source: str, machine: str) -> list[str]:
+    return _MACHINE_FLAGS.get(machine, {}).get(source, "").split()
 
 
 def _digest(value: object) -> str:

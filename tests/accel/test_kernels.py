@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,28 +16,71 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.sparse_kernels import (
-    PATTERNS,
     QUANTS,
     SLACK_BYTES,
+    TWO_OF_FOUR,
+    LibraryCalls,
     Packed,
     SparseKernels,
+    build_arm_kernels,
     build_kernels,
+    emulate,
 )
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+# Processors, and the instruction sets whose kernels run on them. QEMU knows the Cortex-A76 of the
+# Raspberry Pi 5, which has dot products and no matrix products.
+INSTRUCTION_SETS = {
+    "here": ("portable", "avx2", "avx512"),
+    "max": ("portable", "neon", "neon_i8mm"),
+    "cortex-a76": ("neon",),
+}
+_EMULATED = tuple(processor for processor in INSTRUCTION_SETS if processor != "here")
 
 
 @pytest.fixture(scope="module")
 def kernels() -> SparseKernels:
-    return SparseKernels(build_kernels())
+    return SparseKernels(LibraryCalls(build_kernels()))
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def chosen(request: pytest.FixtureRequest, kernels: SparseKernels) -> SparseKernels:
-    """The kernels of each instruction set that this processor has."""
-    if not kernels.use(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    return kernels
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[dict[str, SparseKernels]]:
+    """The kernels on the emulated processors, empty where these cannot be."""
+    if isinstance(build_arm_kernels(), str):
+        yield {}
+        return
+    with ExitStack() as stack:
+        yield {
+            processor: SparseKernels(stack.enter_context(emulate(processor)))
+            for processor in _EMULATED
+        }
+
+
+def use(
+    processor: str,
+    instruction_set: str,
+    kernels: SparseKernels,
+    emulated: dict[str, SparseKernels],
+) -> SparseKernels:
+    if processor != "here" and not emulated:
+        pytest.skip(str(build_arm_kernels()))
+    found = kernels if processor == "here" else emulated[processor]
+    if not found.use(instruction_set):
+        assert processor == "here"
+        pytest.skip(f"this processor has no {instruction_set}")
+    return found
+
+
+@pytest.fixture(
+    params=[(name, each) for name, sets in INSTRUCTION_SETS.items() for each in sets],
+    ids="-".join,
+)
+def chosen(
+    request: pytest.FixtureRequest,
+    kernels: SparseKernels,
+    emulated: dict[str, SparseKernels],
+) -> SparseKernels:
+    """The kernels of each instruction set, on a processor that has it."""
+    return use(*request.param, kernels, emulated)
 
 
 def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int = 0) -> np.ndarray:
@@ -46,14 +93,14 @@ def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int 
     )
 
 
-def draw_two_of_four(rows: int, columns: int) -> np.ndarray:
+def draw_two_of_four(quant: str, rows: int, columns: int) -> np.ndarray:
     generator = np.random.default_rng(1)
     weight_OI = generator.standard_normal((rows, columns)).astype(np.float32)
     order = np.argsort(generator.random((rows, columns // 4, 4)), axis=2)
     weight_OI[(order < 2).reshape(rows, columns)] = 0
     weight_OI[0, :8] = 0  # fewer than two are left: the pattern stores zeros
     return np.ascontiguousarray(
-        quants.quantize(weight_OI, GGMLQuantizationType.Q8_0).view(np.uint8)
+        quants.quantize(weight_OI, GGMLQuantizationType[quant.upper()]).view(np.uint8)
     )
 
 
@@ -61,48 +108,84 @@ def dequantize(quant: str, blocks: np.ndarray) -> np.ndarray:
     return quants.dequantize(blocks, GGMLQuantizationType[quant.upper()]).astype(np.float64)
 
 
-@settings(max_examples=40)
-@given(
-    quant=st.sampled_from(list(QUANTS)),
-    rows=st.integers(1, 19),
-    columns=st.integers(1, 40).map(lambda blocks: 32 * blocks),
-    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.97, 1.0]),
-    cut=st.integers(0, 19),
-    seed=st.integers(0, 2**32 - 1),
+matrices = st.fixed_dictionaries(
+    {
+        "quant": st.sampled_from(list(QUANTS)),
+        "rows": st.integers(1, 19),
+        "columns": st.integers(1, 40).map(lambda blocks: 32 * blocks),
+        "sparsity": st.sampled_from([0.0, 0.3, 0.5, 0.97, 1.0]),
+        "seed": st.integers(0, 2**32 - 1),
+    }
 )
+
+
+@settings(max_examples=40)
+@given(matrix=matrices, cut=st.integers(0, 19))
 def test_unpacking_restores_every_byte(
-    kernels: SparseKernels,
-    quant: str,
-    rows: int,
-    columns: int,
-    sparsity: float,
-    cut: int,
-    seed: int,
+    kernels: SparseKernels, matrix: dict[str, Any], cut: int
 ) -> None:
     """Packing and unpacking is the identity, and every instruction set packs the same bytes."""
-    blocks = draw_blocks(quant, rows, columns, sparsity, seed)
     kernels.use("portable")
-    expected = kernels.pack(quant, blocks, columns)
-    for instruction_set in INSTRUCTION_SETS:
-        if not kernels.use(instruction_set):
-            continue
-        packed = kernels.pack(quant, blocks, columns, cut=min(cut, rows))
-        assert packed.values.tobytes() == expected.values.tobytes()
-        assert packed.heads.tobytes() == expected.heads.tobytes()
-        assert kernels.valid(packed)
-        assert kernels.unpack(packed).tobytes() == blocks.tobytes()
+    expected = pack_drawn(kernels, matrix, 0)
+    for instruction_set in INSTRUCTION_SETS["here"]:
+        if kernels.use(instruction_set):
+            assert_packs(kernels, matrix, cut, expected)
 
 
-def test_two_of_four_is_found_and_restored(chosen: SparseKernels) -> None:
-    """A 2:4 matrix packs with a fixed stride where the kernels want it, and comes back whole."""
-    blocks = draw_two_of_four(5, 384)
-    packed = chosen.pack("q8_0", blocks, 384, "two_of_four")
-    assert set(np.diff(packed.offsets)) == {192}
+@settings(max_examples=15)
+@given(matrix=matrices, cut=st.integers(0, 19))
+def test_unpacking_on_arm_restores_every_byte(
+    kernels: SparseKernels, emulated: dict[str, SparseKernels], matrix: dict[str, Any], cut: int
+) -> None:
+    """And an ARM processor packs the same bytes as this one."""
+    kernels.use("portable")
+    expected = pack_drawn(kernels, matrix, 0)
+    for instruction_set in INSTRUCTION_SETS["max"]:
+        assert_packs(use("max", instruction_set, kernels, emulated), matrix, cut, expected)
+
+
+def pack_drawn(kernels: SparseKernels, matrix: dict[str, Any], cut: int) -> Packed:
+    rows, columns = matrix["rows"], matrix["columns"]
+    blocks = draw_blocks(matrix["quant"], rows, columns, matrix["sparsity"], matrix["seed"])
+    return kernels.pack(matrix["quant"], blocks, columns, cut=min(cut, rows))
+
+
+def assert_packs(
+    kernels: SparseKernels, matrix: dict[str, Any], cut: int, expected: Packed
+) -> None:
+    packed = pack_drawn(kernels, matrix, cut)
+    assert packed.values.tobytes() == expected.values.tobytes()
+    assert packed.heads.tobytes() == expected.heads.tobytes()
+    assert kernels.valid(packed)
+    assert kernels.unpack(packed).tobytes() == draw_blocks(**matrix).tobytes()
+
+
+@pytest.mark.parametrize(("quant", "pattern"), TWO_OF_FOUR)
+def test_two_of_four_is_restored(
+    chosen: SparseKernels, kernels: SparseKernels, quant: str, pattern: str
+) -> None:
+    """A 2:4 matrix packs with a fixed stride, the same on every processor, and comes back whole."""
+    blocks = draw_two_of_four(quant, 5, 384)
+    packed = chosen.pack(quant, blocks, 384, pattern, cut=2)
+    whole = 384 if pattern == "two_of_four" else 512  # places are stored of whole groups
+    assert set(np.diff(packed.offsets)) == {whole // (2 if quant == "q8_0" else 4)}
     assert chosen.valid(packed)
     assert chosen.unpack(packed).tobytes() == blocks.tobytes()
-    assert chosen.wanted_pattern("q8_0", blocks, 384) == chosen.preferred_pattern()
-    unstructured = draw_blocks("q8_0", 5, 384, 0.5)
-    assert chosen.wanted_pattern("q8_0", unstructured, 384) == "unstructured"
+
+    if kernels is not chosen:
+        kernels.use("portable")
+    expected = kernels.pack(quant, blocks, 384, pattern)
+    assert packed.values.tobytes() == expected.values.tobytes()
+    assert packed.heads.tobytes() == expected.heads.tobytes()
+
+
+@pytest.mark.parametrize("quant", list(QUANTS))
+def test_two_of_four_is_found(chosen: SparseKernels, quant: str) -> None:
+    """Where the kernels of this processor gain from a fixed stride, and nowhere else."""
+    blocks = draw_two_of_four(quant, 5, 512)
+    assert chosen.wanted_pattern(quant, blocks, 512) == chosen.preferred_pattern(quant)
+    unstructured = draw_blocks(quant, 5, 512, 0.5)
+    assert chosen.wanted_pattern(quant, unstructured, 512) == "unstructured"
 
 
 @pytest.mark.parametrize("quant", list(QUANTS))
@@ -115,7 +198,7 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
     rows, columns = 37, 32 * 27
     blocks = draw_blocks(quant, rows, columns, sparsity, seed=tokens)
     activation_TI = draw_activations(tokens, columns)
-    expected_TO = round_inputs(quant, activation_TI) @ dequantize(quant, blocks).T
+    expected_TO = round_inputs(chosen, quant, activation_TI) @ dequantize(quant, blocks).T
     output_TO = chosen.multiply(chosen.pack(quant, blocks, columns), activation_TI, cut=11)
     # 864 float32 additions of partial sums err by less than 864 * 2^-24 of their size, and signs
     # cancel most of it.
@@ -125,15 +208,16 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_two_of_four_products(chosen: SparseKernels, tokens: int) -> None:
-    blocks = draw_two_of_four(21, 640)
-    codes = blocks.reshape(21, -1, 34)[:, :, 2:]
-    codes[codes == 127] = 128  # -128, the code that has no positive twin
+@pytest.mark.parametrize(("quant", "pattern"), TWO_OF_FOUR)
+def test_two_of_four_products(chosen: SparseKernels, quant: str, pattern: str, tokens: int) -> None:
+    """Exact as those of any mask."""
+    blocks = draw_two_of_four(quant, 21, 640)
+    if quant == "q8_0":
+        codes = blocks.reshape(21, -1, 34)[:, :, 2:]
+        codes[codes == 127] = 128  # -128, the code that has no positive twin
     activation_TI = draw_activations(tokens, 640)
-    expected_TO = round_inputs("q8_0", activation_TI) @ dequantize("q8_0", blocks).T
-    output_TO = chosen.multiply(
-        chosen.pack("q8_0", blocks, 640, "two_of_four"), activation_TI, cut=8
-    )
+    expected_TO = round_inputs(chosen, quant, activation_TI) @ dequantize(quant, blocks).T
+    output_TO = chosen.multiply(chosen.pack(quant, blocks, 640, pattern), activation_TI, cut=8)
     np.testing.assert_allclose(
         output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max()
     )
@@ -156,12 +240,12 @@ def test_extreme_codes_multiply_exactly(chosen: SparseKernels) -> None:
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
 def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: str) -> None:
-    """Codes and scales of the workspace are those of ggml's quantize_row_q8_0 on this machine."""
+    """Codes and scales of the workspace are those of quantize_row_q8_0 on the same processor."""
     columns = 1024
     activation_TI = draw_activations(1, columns)
     activation_TI[0, 64:96] = 0
     workspace = chosen.prepare(quant, activation_TI)
-    blocks = ggml_q8_0(activation_TI[0]).reshape(-1, 34)
+    blocks = ggml_q8_0(chosen, activation_TI[0]).reshape(-1, 34)
     codes = (
         workspace[:columns].view(np.int8).reshape(-1, 4, 8, 8).swapaxes(1, 2).reshape(-1)
     )  # they lie in chunks
@@ -170,19 +254,25 @@ def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: st
     assert (scales == blocks[:, :2].copy().view(np.float16).reshape(-1).astype(np.float32)).all()
 
 
-def test_a_matrix_that_disagrees_with_itself_is_refused(kernels: SparseKernels) -> None:
+@pytest.mark.parametrize(
+    ("quant", "pattern"), [*((quant, "unstructured") for quant in QUANTS), *TWO_OF_FOUR]
+)
+def test_a_matrix_that_disagrees_with_itself_is_refused(
+    kernels: SparseKernels, quant: str, pattern: str
+) -> None:
     """Every kind of damage to a packed matrix is seen before a kernel reads it."""
+    packed = kernels.pack(quant, draw_two_of_four(quant, 4, 384), 384, pattern)
+    assert kernels.valid(packed)
+    for name, damaged in damage(packed):
+        assert not kernels.valid(damaged), f"{name} was not noticed"
+
+
+def test_a_pattern_belongs_to_some_formats(kernels: SparseKernels) -> None:
+    """A file that claims another one is refused."""
     for quant in QUANTS:
-        for pattern in PATTERNS if quant == "q8_0" else ("unstructured",):
-            packed = (
-                kernels.pack(quant, draw_two_of_four(4, 384), 384, pattern)
-                if quant == "q8_0"
-                else None
-            )
-            packed = packed or kernels.pack(quant, draw_blocks(quant, 4, 384, 0.5), 384)
-            assert kernels.valid(packed)
-            for name, damaged in damage(packed):
-                assert not kernels.valid(damaged), f"{quant} {pattern}: {name} was not noticed"
+        packed = kernels.pack(quant, draw_blocks(quant, 2, 512, 0.5), 512)
+        for pattern in ("two_of_four", "two_of_four_places"):
+            assert not kernels.valid(replace(packed, pattern=pattern))
 
 
 def damage(packed: Packed) -> list[tuple[str, Packed]]:
@@ -195,17 +285,13 @@ def damage(packed: Packed) -> list[tuple[str, Packed]]:
     beyond[-1] += 4
     shifted[1] += 4
     negative[0] = -4
-    parts = {
-        key: getattr(packed, key)
-        for key in ("quant", "pattern", "rows", "columns", "heads", "values", "offsets")
-    }
     return [
-        ("a fuller mask", Packed(**{**parts, "heads": full})),
-        ("a bit beyond the row", Packed(**{**parts, "heads": late})),
-        ("an end beyond the values", Packed(**{**parts, "offsets": beyond})),
-        ("a shifted row", Packed(**{**parts, "offsets": shifted})),
-        ("a negative start", Packed(**{**parts, "offsets": negative})),
-        ("values cut short", Packed(**{**parts, "values": packed.values[:-1]})),
+        ("a fuller mask", replace(packed, heads=full)),
+        ("a bit beyond the row", replace(packed, heads=late)),
+        ("an end beyond the values", replace(packed, offsets=beyond)),
+        ("a shifted row", replace(packed, offsets=shifted)),
+        ("a negative start", replace(packed, offsets=negative)),
+        ("values cut short", replace(packed, values=packed.values[:-1])),
     ]
 
 
@@ -216,7 +302,7 @@ def draw_activations(tokens: int, columns: int) -> np.ndarray:
     ).astype(np.float32)
 
 
-def round_inputs(quant: str, activation_TI: np.ndarray) -> np.ndarray:
+def round_inputs(kernels: SparseKernels, quant: str, activation_TI: np.ndarray) -> np.ndarray:
     """Return the inputs as ggml's CPU backend rounds them before a product, float64."""
     if quant == "f16":
         return activation_TI.astype(np.float16).astype(np.float64)
@@ -224,17 +310,34 @@ def round_inputs(quant: str, activation_TI: np.ndarray) -> np.ndarray:
         return dequantize(
             "bf16", quants.quantize(activation_TI, GGMLQuantizationType.BF16).view(np.uint8)
         )
-    return np.stack([dequantize("q8_0", ggml_q8_0(row_I)[None])[0] for row_I in activation_TI])
+    blocks_TP = np.stack([ggml_q8_0(kernels, row_I) for row_I in activation_TI])
+    return dequantize("q8_0", blocks_TP)
 
 
-def ggml_q8_0(activation_I: np.ndarray) -> np.ndarray:
-    """Return the Q8_0 blocks that ggml of the llama-cpp-python wheel makes of a row of inputs."""
+def ggml_q8_0(kernels: SparseKernels, activation_I: np.ndarray) -> np.ndarray:
+    """Return the Q8_0 blocks that ggml makes of a row of inputs where these kernels run."""
+    if kernels.are_emulated:
+        return arm_q8_0(activation_I)
     llama_cpp = pytest.importorskip("llama_cpp", reason="the oracle is the wheel's libggml-cpu")
     library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-cpu.so"))
     blocks = np.zeros(len(activation_I) // 32 * 34, np.uint8)
     pointers = (ctypes.c_void_p(activation_I.ctypes.data), ctypes.c_void_p(blocks.ctypes.data))
     library.quantize_row_q8_0(*pointers, ctypes.c_int64(len(activation_I)))
     return blocks
+
+
+def arm_q8_0(activation_I: np.ndarray) -> np.ndarray:
+    """Return what ggml's quantize_row_q8_0 makes of a row on ARM (ggml-cpu/arch/arm/quants.c).
+
+    The inverse is that of the rounded scale, which on x86 is 127 over the largest input.
+    """
+    inputs_GS = activation_I.reshape(-1, 32)
+    scale_G = np.abs(inputs_GS).max(axis=1) / np.float32(127)
+    inverse_G = np.divide(np.float32(1), scale_G, out=np.zeros_like(scale_G), where=scale_G != 0)
+    blocks = np.zeros((len(scale_G), 34), np.uint8)
+    blocks[:, :2] = scale_G.astype(np.float16)[:, None].view(np.uint8)
+    blocks[:, 2:] = np.rint(inputs_GS * inverse_G[:, None]).astype(np.int8).view(np.uint8)
+    return blocks.reshape(-1)
 
 
 def test_slack_is_what_the_tests_give() -> None:

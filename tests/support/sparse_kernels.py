@@ -1,37 +1,132 @@
-"""The C++ kernels through ctypes, for the tests: the C functions with numpy arrays."""
+"""The C++ kernels for the tests, with numpy arrays: through ctypes, or on an emulated processor."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from racdeploy.accel.library import KERNELS, Library
 
-C_API = Path(__file__).parents[1] / "accel" / "c_api.cpp"
+_TESTS = Path(__file__).parents[1] / "accel"
+C_API = _TESTS / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-PATTERNS = {"unstructured": 0, "two_of_four": 1}
+PATTERNS = {"unstructured": 0, "two_of_four": 1, "two_of_four_places": 2}
+TWO_OF_FOUR = (
+    ("q8_0", "two_of_four"),
+    ("q8_0", "two_of_four_places"),
+    ("q4_0", "two_of_four_places"),
+)
+# What each set of kernels makes of a 2:4 matrix of these formats.
+_PREFERRED = {
+    "avx2": {"q8_0": "two_of_four"},
+    "neon": {"q8_0": "two_of_four_places", "q4_0": "two_of_four_places"},
+    "neon_i8mm": {"q8_0": "two_of_four_places", "q4_0": "two_of_four_places"},
+}
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 
 
 def build_kernels(*flags: str) -> Path:
-    """Compile the kernels and their C functions; return the library."""
+    """Compile the kernels and their C function; return the library."""
     return Library("test-kernels", (*KERNELS, str(C_API)), flags=(*_WARNINGS, *flags)).build()
 
 
-class _View(ctypes.Structure):
-    _fields_ = (
-        ("quant", ctypes.c_int32),
-        ("pattern", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("heads", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-    )
+@functools.cache
+def build_arm_kernels() -> Path | str:
+    """Compile the kernels for AArch64 into a program; return it, or what is missing for that."""
+    needed = {ARM_COMPILER: "g++-aarch64-linux-gnu", ARM_EMULATOR: "qemu-user-static"}
+    for name, package in needed.items():
+        if shutil.which(name) is None:
+            return f"there is no {name}: apt-get install {package}"
+
+    sources = (*KERNELS, str(C_API), str(_TESTS / "kernel_driver.cpp"))
+    return Library(
+        "test-kernels-arm",
+        sources,
+        flags=_WARNINGS,
+        link_flags=("-static",),
+        machine="aarch64",
+        compiler=ARM_COMPILER,
+    ).build()
+
+
+class Calls(Protocol):
+    """Something that calls ``rac_test_call``; arrays are changed in place."""
+
+    def call(self, name: str, numbers: list[int], arrays: list[np.ndarray]) -> int: ...
+
+
+class LibraryCalls:
+    """The library at ``path``, in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._function = ctypes.CDLL(str(path)).rac_test_call
+        self._function.restype = ctypes.c_int64
+
+    def call(self, name: str, numbers: list[int], arrays: list[np.ndarray]) -> int:
+        assert all(array.flags.c_contiguous for array in arrays)
+        pointers = [array.ctypes.data for array in arrays]
+        return int(
+            self._function(
+                name.encode(),
+                (ctypes.c_int64 * len(numbers))(*numbers),
+                (ctypes.c_void_p * len(arrays))(*pointers),
+            )
+        )
+
+
+class EmulatedCalls:
+    """The program of ``kernel_driver.cpp``, in a process on an emulated processor."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+
+    def call(self, name: str, numbers: list[int], arrays: list[np.ndarray]) -> int:
+        sizes = [array.nbytes for array in arrays]
+        parts = [_words(len(name)), name.encode()]
+        parts += [_words(len(numbers), *numbers), _words(len(sizes), *sizes)]
+        self._stdin.write(b"".join(parts + [array.tobytes() for array in arrays]))
+        self._stdin.flush()
+
+        result = int.from_bytes(self._read(8), "little", signed=True)
+        for array in arrays:
+            changed = np.frombuffer(self._read(array.nbytes), array.dtype)
+            array[...] = changed.reshape(array.shape)
+        return result
+
+    def _read(self, size: int) -> bytes:
+        found = self._stdout.read(size)
+        assert len(found) == size, "the program on the emulated processor has crashed"
+        return found
+
+
+@contextmanager
+def emulate(processor: str) -> Iterator[EmulatedCalls]:
+    """Run the program on ``processor``, as QEMU names it, until the end of the context."""
+    program = build_arm_kernels()
+    assert isinstance(program, Path), program
+    command = [ARM_EMULATOR, "-cpu", processor, str(program)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield EmulatedCalls(process)
+        assert process.stdin
+        process.stdin.close()
+
+
+def _words(*values: int) -> bytes:
+    return np.array(values, np.int64).tobytes()
 
 
 @dataclass
@@ -46,33 +141,40 @@ class Packed:
     values: np.ndarray
     offsets: np.ndarray
 
-    def view(self) -> _View:
-        pointers = (self.heads.ctypes.data, self.values.ctypes.data, self.offsets.ctypes.data)
-        return _View(QUANTS[self.quant], PATTERNS[self.pattern], self.rows, self.columns, *pointers)
+    @property
+    def numbers(self) -> list[int]:
+        return [QUANTS[self.quant], PATTERNS[self.pattern], self.rows, self.columns]
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.heads, self.values, self.offsets]
 
 
 class SparseKernels:
-    """The library at ``path``."""
+    """The kernels that ``calls`` reaches."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        for name in ("rac_row_bytes", "rac_heads_bytes", "rac_workspace_bytes"):
-            getattr(self._library, name).restype = ctypes.c_int64
-        self._library.rac_instruction_set.restype = ctypes.c_char_p
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._instruction_set = ""
+
+    @property
+    def are_emulated(self) -> bool:
+        """Whether they run on another processor than this one."""
+        return isinstance(self._calls, EmulatedCalls)
 
     def use(self, instruction_set: str) -> bool:
         """Choose the kernels; False where this processor lacks them."""
-        return bool(self._library.rac_use_instruction_set(instruction_set.encode()))
+        self._instruction_set = instruction_set
+        name = np.frombuffer(f"{instruction_set}\0".encode(), np.uint8).copy()
+        return bool(self._call("use", [], [name]))
 
-    def preferred_pattern(self) -> str:
-        """Return what these kernels make of a 2:4 matrix: only AVX2 gains from a fixed stride."""
-        return "two_of_four" if self._library.rac_instruction_set() == b"avx2" else "unstructured"
+    def preferred_pattern(self, quant: str) -> str:
+        """Return what these kernels make of a 2:4 matrix: not all gain from a fixed stride."""
+        return _PREFERRED.get(self._instruction_set, {}).get(quant, "unstructured")
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
-        number = self._library.rac_wanted_pattern(
-            QUANTS[quant], _int64(len(blocks)), _int64(columns), _pointer(blocks)
-        )
-        return list(PATTERNS)[number]
+        numbers = [QUANTS[quant], len(blocks), columns]
+        return list(PATTERNS)[self._call("preferred_pattern", numbers, [blocks])]
 
     def pack(
         self,
@@ -84,59 +186,39 @@ class SparseKernels:
     ) -> Packed:
         """Pack ggml's blocks, uint8 [rows, row bytes], in two calls that meet at row ``cut``."""
         rows = len(blocks)
-        codes = (QUANTS[quant], PATTERNS[pattern])
+        matrix = [QUANTS[quant], PATTERNS[pattern], columns]
+
         counts = np.zeros(rows, np.int64)
         for begin, end in ((0, cut), (cut, rows)):
-            self._library.rac_count(
-                *codes,
-                _int64(columns),
-                _pointer(blocks),
-                _pointer(counts),
-                _int64(begin),
-                _int64(end),
-            )
+            self._call("count", [*matrix, begin, end], [blocks, counts])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        heads = np.full(
-            self._library.rac_heads_bytes(QUANTS[quant], _int64(rows), _int64(columns)),
-            0xAA,
-            np.uint8,
-        )
+
+        heads_bytes = self._call("heads_bytes", [QUANTS[quant], rows, columns], [])
+        heads = np.full(heads_bytes, 0xAA, np.uint8)
         values = np.full(offsets[-1] + SLACK_BYTES, 0xAA, np.uint8)
         for begin, end in ((cut, rows), (0, cut)):
-            arrays = (_pointer(blocks), _pointer(offsets), _pointer(heads), _pointer(values))
-            self._library.rac_pack(*codes, _int64(columns), *arrays, _int64(begin), _int64(end))
+            self._call("pack", [*matrix, begin, end], [blocks, offsets, heads, values])
         return Packed(quant, pattern, rows, columns, heads, values, offsets)
 
     def unpack(self, packed: Packed) -> np.ndarray:
-        row_bytes = self._library.rac_row_bytes(QUANTS[packed.quant], _int64(packed.columns))
+        row_bytes = self._call("row_bytes", [QUANTS[packed.quant], packed.columns], [])
         blocks = np.full((packed.rows, row_bytes), 0xAA, np.uint8)
-        view = packed.view()
-        self._library.rac_unpack(
-            ctypes.byref(view), _pointer(blocks), _int64(0), _int64(packed.rows)
-        )
+        self._call("unpack", [*packed.numbers, 0, packed.rows], [*packed.arrays, blocks])
         return blocks
 
     def valid(self, packed: Packed) -> bool:
-        view = packed.view()
-        return bool(
-            self._library.rac_valid(ctypes.byref(view), _int64(len(packed.values) - SLACK_BYTES))
-        )
+        size = len(packed.values) - SLACK_BYTES
+        return bool(self._call("valid", [*packed.numbers, size], packed.arrays))
 
     def prepare(self, quant: str, activation_TI: np.ndarray) -> np.ndarray:
         tokens, columns = activation_TI.shape
-        size = self._library.rac_workspace_bytes(QUANTS[quant], _int64(columns), _int64(tokens))
+        size = self._call("workspace_bytes", [QUANTS[quant], columns, tokens], [])
         unaligned = np.zeros(size + 64, np.uint8)
         start = -unaligned.ctypes.data % 64
         workspace = unaligned[start : start + size]
         for token in range(tokens):
-            self._library.rac_prepare(
-                QUANTS[quant],
-                _int64(columns),
-                _int64(tokens),
-                _int64(token),
-                _pointer(activation_TI[token]),
-                _pointer(workspace),
-            )
+            numbers = [QUANTS[quant], columns, tokens, token]
+            self._call("prepare", numbers, [activation_TI[token], workspace])
         return workspace
 
     def multiply(self, packed: Packed, activation_TI: np.ndarray, cut: int = 0) -> np.ndarray:
@@ -145,17 +227,11 @@ class SparseKernels:
         tokens = len(activation_TI)
         stride = packed.rows + 3
         output = np.full((tokens, stride), np.nan, np.float32)
-        view = packed.view()
         for begin, end in ((0, cut), (cut, packed.rows)):
-            arguments = (_int64(tokens), _pointer(workspace), _pointer(output), _int64(stride))
-            self._library.rac_multiply(ctypes.byref(view), *arguments, _int64(begin), _int64(end))
+            numbers = [*packed.numbers, tokens, stride, begin, end]
+            self._call("multiply", numbers, [*packed.arrays, workspace, output])
         assert np.isnan(output[:, packed.rows :]).all()
         return output[:, : packed.rows]
 
-
-def _pointer(array: np.ndarray) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-_int64 = ctypes.c_int64
+    def _call(self, name: str, numbers: list[int], arrays: list[np.ndarray]) -> int:
+        return self._calls.call(name, [int(number) for number in numbers], arrays)

@@ -26,13 +26,13 @@ bool three_in_some_four(uint32_t bits) {
     return (fours + 0x55555555) & 0x88888888;                                 // 3 + 5 reaches bit 3
 }
 
-bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    if (quant != Quant::q8_0 || columns % step_columns) return false;
+Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    if (quant != Quant::q8_0 || columns % step_columns) return Pattern::unstructured;
     const uint8_t* block = static_cast<const uint8_t*>(blocks);
     const uint8_t* end = block + rows * row_bytes(quant, columns);
     for (; block < end; block += block_bytes(quant))
-        if (three_in_some_four(non_zero(block))) return false;
-    return true;
+        if (three_in_some_four(non_zero(block))) return Pattern::unstructured;
+    return Pattern::two_of_four;
 }
 
 // For each 4 mask bits, those of the two stored weights, and where the two are.
@@ -56,7 +56,7 @@ constexpr Pairs pairs;
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const Quant quant = blocks.quant;
-    if (blocks.pattern == Pattern::unstructured) return portable::pack(blocks, offsets, heads, values, rows);
+    if (blocks.pattern != Pattern::two_of_four) return portable::pack(blocks, offsets, heads, values, rows);
 
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
@@ -83,7 +83,7 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
 }
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    if (blocks.pattern == Pattern::unstructured) return portable::count(blocks, counts, rows);
+    if (blocks.pattern != Pattern::two_of_four) return portable::count(blocks, counts, rows);
     for (int64_t r = rows.begin; r < rows.end; r++) counts[r] = blocks.columns / 2;
 }
 
@@ -195,7 +195,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", runs_here, prefers_two_of_four, count, pack, portable::unpack, portable::prepare, multiply,
+    "avx2", runs_here, preferred_pattern, count, pack, portable::unpack, portable::prepare, multiply,
 };
 
 }  // namespace racdeploy

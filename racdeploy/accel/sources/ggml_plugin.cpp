@@ -82,8 +82,7 @@ void over_rows(int64_t rows, int64_t bytes, const Work& work) {
 template <typename MemoryOf>
 bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, SparseMatrix& matrix,
                  const MemoryOf& memory_of) {
-    const bool two_of_four = kernels().prefers_two_of_four(quant, rows, columns, data);
-    const Pattern pattern = two_of_four ? Pattern::two_of_four : Pattern::unstructured;
+    const Pattern pattern = kernels().preferred_pattern(quant, rows, columns, data);
     const Blocks blocks{quant, pattern, columns, data};
     const int64_t data_bytes = rows * row_bytes(quant, columns);
 
@@ -429,7 +428,7 @@ EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }
 // Bytes of the values that would be stored of a matrix, -1 where memory ended; and the pattern that it would have.
 EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks, int* pattern) {
     using namespace racdeploy;
-    *pattern = kernels().prefers_two_of_four(Quant(quant), rows, columns, blocks);
+    *pattern = static_cast<int>(kernels().preferred_pattern(Quant(quant), rows, columns, blocks));
     const Memory<int64_t> counts(static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t))));
     if (!counts) return -1;
     kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts.get(), {0, rows});

@@ -10,6 +10,8 @@ namespace racdeploy {
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;  // runs_here is false where the compiler or the processor lacks it
 extern const Kernels avx512_kernels;
+extern const Kernels neon_kernels;
+extern const Kernels neon_i8mm_kernels;
 
 // The functions of portable_kernels, for what the others leave to it.
 namespace portable {
@@ -20,11 +22,23 @@ void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float*
 void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows);
 }  // namespace portable
 
+// The functions of neon_kernels, for neon_i8mm_kernels.
+namespace neon {
+Pattern preferred_pattern(Quant, int64_t rows, int64_t columns, const void* blocks);
+void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
+void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows);
+}  // namespace neon
+
 // What an unsigned code is above the signed one: the kernels multiply unsigned weights with signed activations.
 constexpr int32_t zero_point(Quant quant) { return quant == Quant::q8_0 ? 128 : 8; }
 // What is not stored: the code of +0.
 constexpr uint16_t zero_value(Quant quant) {
     return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
+}
+
+// What the values of a pattern differ in from unsigned codes: in two_of_four_places they are signed.
+constexpr uint16_t flipped_bits(Quant quant, Pattern pattern) {
+    return pattern == Pattern::two_of_four_places ? zero_value(quant) : uint16_t{0};
 }
 
 // A group's mask is at the end of its head, behind the scales.
@@ -36,7 +50,7 @@ constexpr int64_t values_bytes(Quant quant, int64_t first, int64_t second) {
     return (first + second) * (quant == Quant::q8_0 ? 1 : 2);
 }
 
-// Of the mask bits of 4 weights, those that two_of_four stores: the set ones, filled up to two from the lowest.
+// Of the mask bits of 4 weights, those that 2:4 patterns store: the set ones, filled up to two from the lowest.
 constexpr unsigned fill_up_to_two(unsigned bits) {
     for (unsigned bit = 1; bit < 16 && __builtin_popcount(bits) < 2; bit <<= 1) bits |= bit;
     return bits;
@@ -122,6 +136,38 @@ inline uint16_t bfloat_of_float(float value) {  // to nearest, ties to even
     const uint32_t bits = bits_of(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Where two_of_four_places has the two bits of a group's value: the lowest of them.
+struct PlaceBits {
+    int64_t byte;
+    int shift;
+    explicit constexpr PlaceBits(int64_t value)
+        : byte(value / 64 * 16 + value % 16), shift(static_cast<int>(value / 16 % 4 * 2)) {}
+};
+
+// The 256 mask bits of a group, whatever its pattern; `head` is the group's.
+inline void read_mask(Quant quant, Pattern pattern, const uint8_t* head, uint8_t* mask) {
+    std::memcpy(mask, mask_of(quant, head), 32);
+    if (pattern != Pattern::two_of_four_places) return;
+
+    std::memset(mask, 0, 32);
+    for (int64_t value = 0; value < group_weights / 2; value++) {
+        const PlaceBits bits(value);
+        const int64_t place = value / 2 * 4 + (mask_of(quant, head)[bits.byte] >> bits.shift & 3);
+        mask[place / 8] |= static_cast<uint8_t>(1 << place % 8);
+    }
+}
+
+// What ggml multiplies 32 inputs with to make codes of them, `largest` being their largest size. Its code for ARM
+// rounds once more than its code for x86, and one code in ten thousand differs.
+inline float inverse_of_scale(float largest) {
+#ifdef __aarch64__
+    const float scale = largest / 127.0f;
+    return scale != 0 ? 1.0f / scale : 0;
+#else
+    return largest != 0 ? 127.0f / largest : 0;
+#endif
 }
 
 // Memory of this thread, aligned to 64 and kept between calls; null if there is none.

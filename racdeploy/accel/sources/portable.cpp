@@ -10,12 +10,14 @@ namespace {
 // One row of ggml blocks, weight by weight.
 struct BlockRow {
     Quant quant;
+    int64_t columns;
     const uint8_t* row;
 
     uint16_t scale(int64_t block) const { return load<uint16_t>(row + block * block_bytes(quant)); }
 
-    // The value as it is stored: code + 128, nibble, or the two bytes of a float.
+    // The value as it is stored: code + 128, nibble, or the two bytes of a float; that of zero beyond the row.
     uint16_t value(int64_t column) const {
+        if (column >= columns) return zero_value(quant);
         if (!is_quantized(quant)) return load<uint16_t>(row + 2 * column);
         const uint8_t* codes = row + column / block_weights * block_bytes(quant) + 2;
         const int64_t index = column % block_weights;
@@ -43,7 +45,7 @@ void set_value(Quant quant, uint8_t* row, int64_t column, uint16_t value) {
 
 // Which weight the mask bit at a place of a row is.
 int64_t column_at(Quant quant, Pattern pattern, int64_t place) {
-    return pattern == Pattern::unstructured && is_quantized(quant) ? column_in_chunks(place) : place;
+    return pattern != Pattern::two_of_four && is_quantized(quant) ? column_in_chunks(place) : place;
 }
 
 // Where the n-th stored value of a row is, in values from the row's first (Q4_0: in nibbles).
@@ -56,7 +58,7 @@ struct Stream {
         const int64_t half = quant == Quant::q4_0 ? place / 128 % 2 : 0;
         const int64_t position = stored[half]++;
         if (quant == Quant::q4_0) return 2 * position + half;
-        if (pattern == Pattern::unstructured) return position;
+        if (pattern != Pattern::two_of_four) return position;
         return position / 64 * 64 + place_of_run[position / 16 % 4] * 16 + position % 16;
     }
     int64_t bytes() const { return values_bytes(quant, stored[0], stored[1]); }
@@ -78,13 +80,29 @@ void write_value(Quant quant, uint8_t* values, int64_t position, uint16_t value)
     }
 }
 
-bool mask_bit(const uint8_t* mask, int64_t weight) { return mask[weight / 8] >> weight % 8 & 1; }
+struct Mask {  // of a group
+    uint8_t bytes[32];
+
+    Mask(Quant quant, Pattern pattern, const uint8_t* head) { read_mask(quant, pattern, head, bytes); }
+    bool bit(int64_t place) const { return bytes[place / 8] >> place % 8 & 1; }
+};
 
 bool is_stored(Pattern pattern, const BlockRow& row, int64_t column) {
     if (pattern == Pattern::unstructured) return !row.is_zero(column);
+    if (pattern == Pattern::two_of_four && column >= row.columns) return false;
     unsigned bits = 0;
     for (int i = 0; i < 4; i++) bits |= static_cast<unsigned>(!row.is_zero(column / 4 * 4 + i)) << i;
     return fill_up_to_two(bits) >> column % 4 & 1;
+}
+
+// Note in a group's mask that the weight at a place is stored, as the n-th value of the row.
+void set_stored(Pattern pattern, uint8_t* mask, int64_t place, int64_t n) {
+    if (pattern == Pattern::two_of_four_places) {
+        const PlaceBits bits(n % (group_weights / 2));
+        mask[bits.byte] |= static_cast<uint8_t>(place % 4 << bits.shift);
+    } else {
+        mask[place / 8] |= static_cast<uint8_t>(1 << place % 8);
+    }
 }
 
 // Inputs as F16 and BF16 take them: `round` makes one of a float, and of 0 beyond the columns.
@@ -105,7 +123,7 @@ void prepare_quantized(Quant quant, int64_t columns, int64_t tokens, int64_t tok
         float largest = 0;
         for (int i = 0; inside && i < block_weights; i++) largest = std::fmax(largest, std::fabs(from[i]));
         to.scales[at / block_weights] = float_of_half(half_of_float(largest / 127.0f));
-        const float inverse = largest != 0 ? 127.0f / largest : 0;
+        const float inverse = inverse_of_scale(largest);
 
         int32_t sums[2] = {0, 0};  // of the two lanes that a block fills
         for (int i = 0; i < block_weights; i++) {
@@ -130,10 +148,11 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
     for (int64_t start = 0; start < matrix.columns; start += group_weights) {
         const uint8_t* head = matrix.head(row) + start / group_weights * head_bytes(quant);
         int32_t codes[8] = {};  // of each block
+        const Mask mask(quant, matrix.pattern, head);
         for (int64_t bit = 0; bit < group_weights; bit++) {
-            if (!mask_bit(mask_of(quant, head), bit)) continue;
+            if (!mask.bit(bit)) continue;
             const int64_t column = column_at(quant, matrix.pattern, start + bit);
-            const uint16_t value = read_value(quant, values, stream.next(bit));
+            const uint16_t value = read_value(quant, values, stream.next(bit)) ^ flipped_bits(quant, matrix.pattern);
             if (quant == Quant::f16)
                 total += double(float_of_half(value)) * static_cast<const float*>(workspace)[at + column];
             else if (quant == Quant::bf16)
@@ -159,11 +178,11 @@ namespace portable {
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        const BlockRow row{blocks.quant, blocks.row(r)};
+        const BlockRow row{blocks.quant, blocks.columns, blocks.row(r)};
         Stream stream{blocks.quant, blocks.pattern};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
             const int64_t column = column_at(blocks.quant, blocks.pattern, place);
-            if (column < blocks.columns && is_stored(blocks.pattern, row, column)) stream.next(place);
+            if (is_stored(blocks.pattern, row, column)) stream.next(place);
         }
         counts[r] = stream.bytes();
     }
@@ -173,23 +192,26 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
     const Quant quant = blocks.quant;
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
-        const BlockRow row{blocks.quant, blocks.row(r)};
+        const BlockRow row{quant, blocks.columns, blocks.row(r)};
         uint8_t* head = heads + r * row_heads;
         std::memset(head, 0, static_cast<size_t>(row_heads));
         std::memset(values + offsets[r], 0, static_cast<size_t>(offsets[r + 1] - offsets[r]));
 
+        if (is_quantized(quant))
+            for (int64_t block = 0; block < blocks.columns / block_weights; block++) {
+                const uint16_t scale = row.scale(block);
+                std::memcpy(head + block / 8 * head_bytes(quant) + block % 8 * 2, &scale, 2);
+            }
+
         Stream stream{quant, blocks.pattern};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
-            const int64_t column = column_at(quant, blocks.pattern, place), bit = place % group_weights;
-            if (column >= blocks.columns) continue;
-            uint8_t* group = head + column / group_weights * head_bytes(quant);
-            if (is_quantized(quant) && column % block_weights == 0) {
-                const uint16_t scale = row.scale(column / block_weights);
-                std::memcpy(group + column % group_weights / block_weights * 2, &scale, 2);
-            }
+            const int64_t column = column_at(quant, blocks.pattern, place);
             if (!is_stored(blocks.pattern, row, column)) continue;
-            group[head_bytes(quant) - 32 + bit / 8] |= static_cast<uint8_t>(1 << bit % 8);
-            write_value(quant, values + offsets[r], stream.next(place), row.value(column));
+
+            uint8_t* mask = head + place / group_weights * head_bytes(quant) + head_bytes(quant) - 32;
+            set_stored(blocks.pattern, mask, place % group_weights, stream.stored[0] + stream.stored[1]);
+            const uint16_t value = row.value(column) ^ flipped_bits(quant, blocks.pattern);
+            write_value(quant, values + offsets[r], stream.next(place), value);
         }
     }
 }
@@ -200,19 +222,22 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         const uint8_t* values = matrix.values + matrix.offsets[r];
         Stream stream{quant, matrix.pattern};
-        for (int64_t place = 0; place < padded(matrix.columns); place++) {
-            const int64_t column = column_at(quant, matrix.pattern, place);
-            if (column >= matrix.columns) continue;
+        for (int64_t start = 0; start < matrix.columns; start += group_weights) {
+            const uint8_t* head = matrix.head(r) + start / group_weights * head_bytes(quant);
+            const Mask mask(quant, matrix.pattern, head);
+            for (int64_t place = 0; place < group_weights; place++) {
+                uint16_t value = zero_value(quant);
+                if (mask.bit(place))
+                    value = read_value(quant, values, stream.next(place)) ^ flipped_bits(quant, matrix.pattern);
 
-            const uint8_t* head = matrix.head(r) + place / group_weights * head_bytes(quant);
-            if (is_quantized(quant) && column % block_weights == 0) {
-                const int64_t block = column / block_weights;
-                std::memcpy(row + block * block_bytes(quant), head + block % 8 * 2, 2);
+                const int64_t column = column_at(quant, matrix.pattern, start + place);
+                if (column >= matrix.columns) continue;
+                if (is_quantized(quant) && column % block_weights == 0) {
+                    const int64_t block = column / block_weights;
+                    std::memcpy(row + block * block_bytes(quant), head + block % 8 * 2, 2);
+                }
+                set_value(quant, row, column, value);
             }
-
-            const bool stored = mask_bit(mask_of(quant, head), place % group_weights);
-            const uint16_t value = stored ? read_value(quant, values, stream.next(place)) : zero_value(quant);
-            set_value(quant, row, column, value);
         }
     }
 }
@@ -236,7 +261,7 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
 }  // namespace portable
 
 const Kernels portable_kernels = {
-    "portable",        [] { return true; }, [](Quant, int64_t, int64_t, const void*) { return false; },
+    "portable",        [] { return true; }, [](Quant, int64_t, int64_t, const void*) { return Pattern::unstructured; },
     portable::count,   portable::pack,      portable::unpack,
     portable::prepare, portable::multiply,
 };

@@ -10,7 +10,7 @@ namespace racdeploy {
 namespace {
 
 const Kernels& best() {
-    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels})
+    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels, &neon_i8mm_kernels, &neon_kernels})
         if (kernels->runs_here()) return *kernels;
     return portable_kernels;
 }
@@ -34,8 +34,29 @@ bool two_in_every_four(uint64_t bits) {
     return (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333) == 0x2222222222222222;
 }
 
+// Of every two values of one four the second is behind the first; beyond the row they are the first two.
+bool ascending_places(const SparseMatrix& matrix, int64_t row) {
+    for (int64_t group = 0; group < groups(matrix.columns); group++) {
+        const uint8_t* bits = mask_of(matrix.quant, matrix.head(row) + group * head_bytes(matrix.quant));
+        for (int64_t value = 0; value < group_weights / 2; value += 2) {
+            const PlaceBits first_bits(value), second_bits(value + 1);
+            const int first = bits[first_bits.byte] >> first_bits.shift & 3;
+            const int second = bits[second_bits.byte] >> second_bits.shift & 3;
+            const bool inside = column_in_chunks(group * group_weights + value * 2) < matrix.columns;
+            if (inside ? first >= second : first != 0 || second != 1) return false;
+        }
+    }
+    return true;
+}
+
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
+
+    if (matrix.pattern == Pattern::two_of_four_places) {
+        const int64_t half = groups(matrix.columns) * group_weights / 4;
+        const int64_t bytes = values_bytes(matrix.quant, half, half);
+        return bytes == matrix.offsets[row + 1] - matrix.offsets[row] && ascending_places(matrix, row);
+    }
 
     int64_t stored[2] = {0, 0};  // in the first and the second half of each group
     for (int64_t place = 0; place < padded(matrix.columns); place += 64) {
@@ -71,7 +92,7 @@ const Kernels& kernels() {
 bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
     const int64_t step = matrix.pattern == Pattern::two_of_four ? 128 : block_weights;
     if (matrix.rows < 0 || matrix.columns <= 0 || matrix.columns % step) return false;
-    if (matrix.pattern == Pattern::two_of_four && matrix.quant != Quant::q8_0) return false;
+    if (!can_have(matrix.quant, matrix.pattern)) return false;
     if (matrix.offsets[0] != 0 || matrix.offsets[matrix.rows] != values_bytes) return false;
     for (int64_t r = 0; r < matrix.rows; r++)
         if (!valid_row(matrix, r)) return false;
@@ -85,7 +106,8 @@ int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens) {
 
 bool use_instruction_set(const char* name) {
     chosen = nullptr;
-    for (const Kernels* kernels : {&portable_kernels, &avx2_kernels, &avx512_kernels})
+    for (const Kernels* kernels :
+         {&portable_kernels, &avx2_kernels, &avx512_kernels, &neon_kernels, &neon_i8mm_kernels})
         if (!std::strcmp(kernels->name, name) && kernels->runs_here()) chosen = kernels;
     return chosen || !*name;
 }

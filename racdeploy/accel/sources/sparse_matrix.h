@@ -31,8 +31,11 @@ enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml'
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
 // the order of the AVX2 kernel (masks of weights in order; each 128 weights store 4 runs of 16 values: first, third,
-// second, fourth); Q8_0 only.
-enum class Pattern : int32_t { unstructured = 0, two_of_four = 1 };
+// second, fourth); Q8_0 only. two_of_four_places: the same two, in the order of the NEON kernels and in whole groups;
+// Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed (the top
+// bit is flipped), and in place of a mask each value has two bits that say which of its four it is: values 16v to 16v +
+// 15 of a group have bits 2(v % 4) and on of the 16 bytes from byte 16(v / 4) on.
+enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, two_of_four_places = 2 };
 
 constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
@@ -48,6 +51,10 @@ using Memory = std::unique_ptr<T[], Free>;  // of malloc, which does not throw
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
+constexpr bool can_have(Quant quant, Pattern pattern) {
+    return pattern == Pattern::unstructured || quant == Quant::q8_0 ||
+           (pattern == Pattern::two_of_four_places && quant == Quant::q4_0);
+}
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, group_weights); }
 constexpr int64_t head_bytes(Quant quant) { return is_quantized(quant) ? 48 : 32; }
@@ -97,7 +104,7 @@ struct Kernels {
     bool (*runs_here)();
 
     // ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack.
-    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // and they fit
+    Pattern (*preferred_pattern)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // that fits them
     void (*count)(const Blocks&, int64_t* counts, Rows rows) = nullptr;
     void (*pack)(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) = nullptr;
     void (*unpack)(const SparseMatrix&, void* blocks, Rows rows) = nullptr;
@@ -111,7 +118,8 @@ struct Kernels {
     void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
 };
 
-// "avx512", "avx2" or "portable": the best that this processor runs, unless another was asked for.
+// Of "avx512", "avx2", "neon_i8mm", "neon" and "portable" the best that this processor runs, unless another was asked
+// for.
 const Kernels& kernels();
 bool use_instruction_set(const char* name);  // false if this processor or this build lacks it; "" for the best
 
