@@ -34,6 +34,9 @@ inline void add_group(int32x4_t low, int32x4_t high, const uint8_t* head, float3
 // A compiler that moves the next row's loads ahead runs out of registers; the processor does so by itself.
 inline void keep_order() { asm volatile("" ::: "memory"); }
 
+// Ask memory for what a row reads a few hundred weights later.
+inline void fetch_ahead(const uint8_t* from) { __builtin_prefetch(from + 1024); }
+
 template <Quant quant, int rows>
 [[gnu::noinline]] void multiply_rows(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from,
                                      float* output) {
@@ -48,24 +51,31 @@ template <Quant quant, int rows>
         sums[r][0] = sums[r][1] = vdupq_n_f32(0);
     }
 
+    // What is stored of the next 128 weights is found out while these are multiplied: it takes longest.
+    Masks next_masks(head[0] + 16);
     for (int64_t column = 0; column < matrix.columns; column += group_weights) {
         int32x4_t products[rows][4] = {};
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++, codes += 2 * chunk_weights) {
-#pragma GCC unroll 2
-            for (int r = 0; r < rows; r++) {
-                const uint8_t*& next = quant == Quant::q4_0 && half ? values[r].second : values[r].first;
-                const Masks masks(head[r] + 16 + 16 * half);
+#pragma GCC unroll 4
+        for (int step = 0; step < 2 * rows; step++) {
+            const int half = step / rows, r = step % rows, next = step + 1;
+            const Masks masks = next_masks;
+            const bool in_group = next < 2 * rows, is_last = column + group_weights >= matrix.columns;
+            next_masks = Masks(in_group ? head[next % rows] + 16 + next / rows * 16
+                                        : head[0] + 16 + (is_last ? 0 : head_bytes(quant)));
+
+            const uint8_t*& from = quant == Quant::q4_0 && half ? values[r].second : values[r].first;
+            fetch_ahead(from);
 #pragma GCC unroll 8
-                for (int part = 0; part < 8; part++) {
-                    const int i = part / 4, chunk = 2 * half + i;
-                    const int8x16_t weights = spread_16<quant>(chunk, part % 4, masks.bits[i], masks.sums[i], next);
-                    products[r][part % 4] = vdotq_s32(products[r][part % 4], weights, vld1q_s8(codes + 16 * part));
-                    if (part % 4 == 3) next += masks.sums[i] >> 56;
-                }
-                keep_order();
+            for (int part = 0; part < 8; part++) {
+                const int i = part / 4, chunk = 2 * half + i;
+                const int8x16_t weights = spread_16<quant>(chunk, part % 4, masks.bits[i], masks.sums[i], from);
+                const int8x16_t inputs = vld1q_s8(codes + half * 2 * chunk_weights + 16 * part);
+                products[r][part % 4] = vdotq_s32(products[r][part % 4], weights, inputs);
+                if (part % 4 == 3) from += masks.sums[i] >> 56;
             }
+            keep_order();
         }
+        codes += group_weights;
 
         const float32x4_t input_low = vld1q_f32(scales), input_high = vld1q_f32(scales + 4);
         scales += 8;
@@ -73,6 +83,7 @@ template <Quant quant, int rows>
             const int32x4_t low = vpaddq_s32(products[r][0], products[r][1]);
             const int32x4_t high = vpaddq_s32(products[r][2], products[r][3]);
             add_group(low, high, head[r], input_low, input_high, sums[r]);
+            fetch_ahead(head[r]);
             head[r] += head_bytes(quant);
         }
     }
@@ -110,6 +121,9 @@ template <Quant quant, int rows>
         scales += 8;
         for (int r = 0; r < rows; r++) {
             add_group(products[r][0], products[r][1], head[r], input_low, input_high, sums[r]);
+            fetch_ahead(head[r]);
+            fetch_ahead(values[r]);
+            if (quant == Quant::q8_0) fetch_ahead(values[r] + 64);
             head[r] += head_bytes(quant);
             values[r] += group_values(quant);
         }
@@ -238,6 +252,8 @@ template <typename Value, int rows, int tokens>
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
             const Masks masks(mask[r] + column / 8);
+            fetch_ahead(values[r]);
+            fetch_ahead(values[r] + 64);
 #pragma GCC unroll 16
             for (int part = 0; part < 16; part++) {
                 const uint64_t bits = masks.bits[part / 8], ends = masks.sums[part / 8];
