@@ -24,7 +24,7 @@ from racdeploy.storage.partials import partial_folder
 SOURCES = Path(__file__).parent / "sources"
 _NEON = ("neon.cpp", "neon_i8mm.cpp")
 KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", *_NEON)
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
 _AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
 _ARM = "-march=armv8.2-a+dotprod"
@@ -97,7 +97,7 @@ class Library:
         return file
 
     def _compile(self, command: str, made: Path) -> None:
-        compiler: list[str | Path] = [command, *_FLAGS, *self.flags]
+        compiler: list[str | Path] = [command, *FLAGS, *self.flags]
         compiler += [f"-I{folder}" for folder in (SOURCES, *self.include)]
 
         objects = []
@@ -108,7 +108,7 @@ class Library:
             common = [*compiler, "-c", file, "-o", target]
 
             # A compiler without the instruction set compiles it plainly: its kernels never run.
-            wanted = _machine_flags(source, self.machine)
+            wanted = machine_flags(source, self.machine)
             if not wanted or _run([*common, *wanted]):
                 _require(common)
 
@@ -121,7 +121,7 @@ class Library:
 
         parts = {
             "files": {file.name: file_sha256(file) for file in files},
-            "flags": [*_FLAGS, *self.flags, *self.link_flags],
+            "flags": [*FLAGS, *self.flags, *self.link_flags],
             "machine_flags": _MACHINE_FLAGS.get(self.machine, {}),
             "key": self.key,
             "processor": [self.machine, _processor()],
@@ -161,7 +161,8 @@ def _version(command: str) -> str:
     return f"{command} {_call([command, '--version']).stdout}"
 
 
-def _machine_flags(source: str, machine: str) -> list[str]:
+def machine_flags(source: str, machine: str) -> list[str]:
+    """Return what a source file is compiled with besides, on a machine of this architecture."""
     return _MACHINE_FLAGS.get(machine, {}).get(source, "").split()
 
 

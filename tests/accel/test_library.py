@@ -84,7 +84,7 @@ def test_an_unknown_instruction_set_leaves_the_file_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An old compiler builds the portable kernels."""
-    monkeypatch.setattr(compiling, "_machine_flags", lambda *_: ["-mno-such-instructions"])
+    monkeypatch.setattr(compiling, "machine_flags", lambda *_: ["-mno-such-instructions"])
     assert ctypes.CDLL(str(Library("example", (_source(tmp_path, 7),)).build())).value() == 7
 
 
