@@ -26,13 +26,13 @@ bool three_in_some_four(uint32_t bits) {
     return (fours + 0x55555555) & 0x88888888;                                 // 3 + 5 reaches bit 3
 }
 
-Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    if (quant != Quant::q8_0 || columns % step_columns) return Pattern::unstructured;
+bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    if (quant != Quant::q8_0 || columns % step_columns) return false;
     const uint8_t* block = static_cast<const uint8_t*>(blocks);
     const uint8_t* end = block + rows * row_bytes(quant, columns);
     for (; block < end; block += block_bytes(quant))
-        if (three_in_some_four(non_zero(block))) return Pattern::unstructured;
-    return Pattern::two_of_four;
+        if (three_in_some_four(non_zero(block))) return false;
+    return true;
 }
 
 // For each 4 mask bits, those of the two stored weights, and where the two are.
@@ -195,7 +195,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx2_kernels = {
-    "avx2", runs_here, preferred_pattern, count, pack, portable::unpack, portable::prepare, multiply,
+    "avx2", runs_here, prefers_two_of_four, count, pack, portable::unpack, portable::prepare, multiply,
 };
 
 }  // namespace racdeploy

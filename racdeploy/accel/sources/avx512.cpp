@@ -409,7 +409,7 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
     run(matrix, tokens, workspace, outputs, rows);
 }
 
-Pattern preferred_pattern(Quant, int64_t, int64_t, const void*) { return Pattern::unstructured; }
+bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }
 
 bool runs_here() {
     return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&
@@ -420,7 +420,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", runs_here, preferred_pattern, count, pack, portable::unpack, prepare, multiply,
+    "avx512", runs_here, prefers_two_of_four, count, pack, portable::unpack, prepare, multiply,
 };
 
 }  // namespace racdeploy

@@ -322,8 +322,12 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
     run(matrix, tokens, workspace, outputs, rows);
 }
 
-Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    return racdeploy::preferred_pattern(quant, rows, columns, blocks);
+void count(const Blocks& blocks, int64_t* counts, Rows rows) { racdeploy::count(blocks, counts, rows); }
+void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
+    racdeploy::pack(blocks, offsets, heads, values, rows);
+}
+bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    return racdeploy::prefers_two_of_four(quant, rows, columns, blocks);
 }
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
     racdeploy::prepare(quant, columns, tokens, token, activation, workspace);
@@ -332,8 +336,8 @@ void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const 
 }  // namespace neon
 
 const Kernels neon_kernels = {
-    "neon",         runs_here,        neon::preferred_pattern, portable::count,
-    portable::pack, portable::unpack, neon::prepare,           neon::multiply,
+    "neon",        runs_here,      neon::prefers_two_of_four,   neon::count, neon::pack, portable::unpack,
+    neon::prepare, neon::multiply, Pattern::two_of_four_places,
 };
 
 }  // namespace racdeploy

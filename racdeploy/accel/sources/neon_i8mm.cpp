@@ -93,8 +93,8 @@ bool runs_here() {
 }  // namespace
 
 const Kernels neon_i8mm_kernels = {
-    "neon_i8mm",    runs_here,        neon::preferred_pattern, portable::count,
-    portable::pack, portable::unpack, neon::prepare,           multiply,
+    "neon_i8mm",   runs_here, neon::prefers_two_of_four,   neon::count, neon::pack, portable::unpack,
+    neon::prepare, multiply,  Pattern::two_of_four_places,
 };
 
 }  // namespace racdeploy

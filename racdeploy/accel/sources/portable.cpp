@@ -261,7 +261,7 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
 }  // namespace portable
 
 const Kernels portable_kernels = {
-    "portable",        [] { return true; }, [](Quant, int64_t, int64_t, const void*) { return Pattern::unstructured; },
+    "portable",        [] { return true; }, [](Quant, int64_t, int64_t, const void*) { return false; },
     portable::count,   portable::pack,      portable::unpack,
     portable::prepare, portable::multiply,
 };

@@ -104,7 +104,7 @@ struct Kernels {
     bool (*runs_here)();
 
     // ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack.
-    Pattern (*preferred_pattern)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // that fits them
+    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;  // and they fit
     void (*count)(const Blocks&, int64_t* counts, Rows rows) = nullptr;
     void (*pack)(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) = nullptr;
     void (*unpack)(const SparseMatrix&, void* blocks, Rows rows) = nullptr;
@@ -116,6 +116,12 @@ struct Kernels {
 
     // output[t][o] = sum over i of weight[o][i] * activation[t][i] for every token t.
     void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
+
+    Pattern two_of_four = Pattern::two_of_four;  // what they make of a matrix for which they prefer it
+
+    Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
+        return prefers_two_of_four(quant, rows, columns, blocks) ? two_of_four : Pattern::unstructured;
+    }
 };
 
 // Of "avx512", "avx2", "neon_i8mm", "neon" and "portable" the best that this processor runs, unless another was asked
