@@ -69,7 +69,11 @@ def build_installed() -> dict[str, Built]:
         else:
             library = found.library.build()
             tried = found.prove(library)
-            built[engine] = Built(library, tried.refusal, tried.verdicts)
+            built[engine] = Built(
+                library,
+                tried.refusal,
+                tried.verdicts,
+            )
 
     if not built:
         raise EngineError(

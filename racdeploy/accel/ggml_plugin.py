@@ -123,7 +123,11 @@ def find_kernels() -> Kernels | str:
         key={"ggml": ggml.version, "commit": ggml.commit},
     )
 
-    return Kernels(library, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
+    return Kernels(
+        library,
+        "racdeploy.accel.ggml_trial",
+        "the sparse kernels are not built",
+    )
 
 
 class Matrix(NamedTuple):
@@ -211,7 +215,12 @@ class Plugin:
         pattern = _I32()
 
         for name, matrix in _read_matrices(path, tensors):
-            size_bytes = self._library.rac_ggml_pack(*matrix, address, most_bytes, pattern)
+            size_bytes = self._library.rac_ggml_pack(
+                *matrix,
+                address,
+                most_bytes,
+                pattern,
+            )
             if size_bytes < 0:
                 raise MemoryError(name)
 
@@ -252,7 +261,14 @@ class Plugin:
         """
         counts = np.array(threads, np.int32)
         stock_ms, sparse_ms = np.empty((2, len(threads)))
-        self._library.rac_ggml_time(*product, count, counts, len(threads), stock_ms, sparse_ms)
+        self._library.rac_ggml_time(
+            *product,
+            count,
+            counts,
+            len(threads),
+            stock_ms,
+            sparse_ms,
+        )
         return list((stock_ms / sparse_ms).tolist())
 
     def _count_zeros(self, matrix: Matrix) -> tuple[str, float]:

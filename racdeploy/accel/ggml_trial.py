@@ -93,7 +93,14 @@ def _measure(plugin: Plugin, cores: int) -> tuple[Verdict, ...]:
         ggml_type = GGML_TYPES[quant]
         count = int(size_bytes / (_ROWS * _COLUMNS * ggml_type.bits / 8)) + 1
 
-        matrix = Product(ggml_type.number, _ROWS, _COLUMNS, 1, zeros, bool(pattern))
+        matrix = Product(
+            ggml_type.number,
+            _ROWS,
+            _COLUMNS,
+            1,
+            zeros,
+            bool(pattern),
+        )
         return plugin.speedups(matrix, count, threads)
 
     return measure(_ZEROS, thread_counts(cores), race)

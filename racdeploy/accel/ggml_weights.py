@@ -47,7 +47,12 @@ def enable(path: str | Path, mode: Mode = "auto", *, threads: int = 0, keep: boo
     """
     file = Path(path)
     find = functools.partial(_enable, file, threads, keep)
-    return choose_by_mode(file, mode, "llama.cpp's own kernels", find)
+    return choose_by_mode(
+        file,
+        mode,
+        "llama.cpp's own kernels",
+        find,
+    )
 
 
 def forget(path: str | Path) -> None:
@@ -78,12 +83,23 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     if not plugin.enable(names, threads):
         return "a model was loaded in this process before; call racdeploy.accel.enable first"
     if not names:
-        return _explain_none(path, found, verdict, f"{kernels} kernels on {verdict.name(threads)}")
+        return _explain_none(
+            path,
+            found,
+            verdict,
+            f"{kernels} kernels on {verdict.name(threads)}",
+        )
 
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     kept = keep and kept_weights.is_wanted() and _keep(plugin, path, names)
     summary = f"sparse {kernels} kernels for {len(names)} matrices"
-    return Choice(path, summary, tensors=tuple(names), kept=kept, packed=plugin.packed)
+    return Choice(
+        path,
+        summary,
+        tensors=tuple(names),
+        kept=kept,
+        packed=plugin.packed,
+    )
 
 
 def _choose_names(found: Zeros, verdict: Verdict) -> list[str]:
@@ -162,7 +178,12 @@ def _read_ahead(path: Path) -> None:
 
     with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
         for start in range(0, size_bytes, _READ_AHEAD_BYTES):
-            os.posix_fadvise(stream.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(
+                stream.fileno(),
+                start,
+                _READ_AHEAD_BYTES,
+                os.POSIX_FADV_WILLNEED,
+            )
 
 
 _load = functools.cache(Plugin)  # it stays in the process

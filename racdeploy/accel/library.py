@@ -171,7 +171,13 @@ def _digest(value: object) -> str:
 
 
 def _call(command: _Command) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_COMPILE_S)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_COMPILE_S,
+    )
 
 
 def _run(command: _Command) -> str:

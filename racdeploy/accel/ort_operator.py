@@ -35,7 +35,13 @@ def find_kernels() -> proofs.Kernels | str:
     if not version:
         return "onnxruntime is not installed"
     trial = "racdeploy.accel.ort_trial"
-    return proofs.Kernels(LIBRARY, trial, "the operator is not built", version, ("onnx",))
+    return proofs.Kernels(
+        LIBRARY,
+        trial,
+        "the operator is not built",
+        version,
+        ("onnx",),
+    )
 
 
 def choose_graph(model: Path, mode: proofs.Mode, *, threads: int = 0) -> proofs.Choice:
@@ -49,8 +55,17 @@ def choose_graph(model: Path, mode: proofs.Mode, *, threads: int = 0) -> proofs.
         EngineError: the operator is required, and not ready or of no use to this model.
         ArtifactError: the second graph is damaged.
     """
-    find = functools.partial(_choose, model, threads or available_cores())
-    return proofs.choose_by_mode(model, mode, "onnxruntime's own operators", find)
+    find = functools.partial(
+        _choose,
+        model,
+        threads or available_cores(),
+    )
+    return proofs.choose_by_mode(
+        model,
+        mode,
+        "onnxruntime's own operators",
+        find,
+    )
 
 
 def _choose(model: Path, threads: int) -> proofs.Choice | str:
@@ -70,7 +85,12 @@ def _choose(model: Path, threads: int) -> proofs.Choice | str:
     weights = sum(entry["weights"] for entry in packed)
     summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
     pinned = proofs.pin(library, proof.sha256)
-    return proofs.Choice(accel, summary, library=pinned, packed=lambda: weights)
+    return proofs.Choice(
+        accel,
+        summary,
+        library=pinned,
+        packed=lambda: weights,
+    )
 
 
 def explain_slower(proof: proofs.Proof, packed: Sequence[Packed], threads: int) -> str:

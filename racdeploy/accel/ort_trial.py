@@ -64,7 +64,12 @@ def make_stock(name: str, packed_OP: Array, I: int, number: int = 0) -> Product:
     quant = quants.load(name)
     if name == "f16":  # as onnxruntime keeps it: float32, inputs first
         weight_OI = quant.dequantize(packed_OP, I)
-        return _make_product(number, "MatMul", "", {"weight": weight_OI.T})
+        return _make_product(
+            number,
+            "MatMul",
+            "",
+            {"weight": weight_OI.T},
+        )
 
     O = len(packed_OP)
     bits = int(quant.BITS)
@@ -75,7 +80,13 @@ def make_stock(name: str, packed_OP: Array, I: int, number: int = 0) -> Product:
     parts = {"codes": code_OGP, "scales": scale_OG}
 
     attributes = {"K": I, "N": O, "bits": bits, "block_size": 32, "accuracy_level": 4}
-    return _make_product(number, "MatMulNBits", "com.microsoft", parts, **attributes)
+    return _make_product(
+        number,
+        "MatMulNBits",
+        "com.microsoft",
+        parts,
+        **attributes,
+    )
 
 
 def make_sparse(
@@ -85,7 +96,13 @@ def make_sparse(
     parts: dict[str, Array] = {"heads": matrix.heads_OP, "values": matrix.values}
     parts["offsets"] = matrix.offsets
     own = {"I": I, "O": len(matrix.heads_OP), "quant": KINDS[name].ggml_type}
-    return _make_product(number, "SparseMatMul", OPERATOR_DOMAIN, parts, **own | attributes)
+    return _make_product(
+        number,
+        "SparseMatMul",
+        OPERATOR_DOMAIN,
+        parts,
+        **own | attributes,
+    )
 
 
 def _make_product(
@@ -93,7 +110,13 @@ def _make_product(
 ) -> Product:
     arrays = {f"{name}{number}": np.ascontiguousarray(part) for name, part in parts.items()}
     outputs = [f"y{number}"]
-    node = helper.make_node(operator, ["x", *arrays], outputs, domain=domain, **attributes)
+    node = helper.make_node(
+        operator,
+        ["x", *arrays],
+        outputs,
+        domain=domain,
+        **attributes,
+    )
     return node, arrays
 
 
@@ -123,7 +146,11 @@ def open_session(graph: bytes, library: Path, threads: int = 1) -> onnxruntime.I
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        graph,
+        options,
+        providers=["CPUExecutionProvider"],
+    )
 
 
 def compare(library: Path) -> tuple[float, str]:

@@ -207,7 +207,12 @@ def choose_by_mode(path: Path, mode: Mode, stock: str, find: Callable[[], Choice
 
 def _try_in_child(module: str, file: Path) -> Proof:
     variables = {"GGML_NO_BACKTRACE": "1"}  # a trap is reported here; gdb would only take its time
-    outcome = run_module(module, file, timeout_s=_TRIAL_S, variables=variables)
+    outcome = run_module(
+        module,
+        file,
+        timeout_s=_TRIAL_S,
+        variables=variables,
+    )
 
     if outcome.value:
         return _read(outcome.value)

@@ -82,7 +82,11 @@ def choose_verdict(verdicts: Sequence[Verdict], threads: int) -> Verdict | None:
     threads promises no more than was measured, one of more threads might.
     """
     fewer = [verdict for verdict in verdicts if verdict.threads <= threads]
-    return max(fewer, key=lambda verdict: verdict.threads, default=None)
+    return max(
+        fewer,
+        key=lambda verdict: verdict.threads,
+        default=None,
+    )
 
 
 def measure(
@@ -154,7 +158,11 @@ def describe(verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]) -> di
     for verdict in ends:
         for name, measured in verdict.speedups.items():
             zeros = _TYPICAL if _TYPICAL in measured else min(measured, key=float)
-            bound = byte_bound(name, float(zeros), dense_bits.get(name, 0))
+            bound = byte_bound(
+                name,
+                float(zeros),
+                dense_bits.get(name, 0),
+            )
 
             least = verdict.faster_from.get(name)
             start = "not faster" if least is None else f"from {least:.0%} zeros on"
