@@ -8,13 +8,13 @@ alternating with the stock operator, the fastest of several runs.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def compare(library: Path) -> tuple[float, str]:
     generator = np.random.default_rng(0)
 
     largest = 0.0
-    for name, (O, I) in itertools.product(KINDS, _SHAPES):
+    for name, (O, I) in product(KINDS, _SHAPES):
         sparsity = generator.choice([0.3, 0.5, 0.7, 1.0])
         packed_OP = _draw_rows(generator, name, O, I, sparsity)
         stock, ours = _open_pair(library, name, packed_OP, I)
@@ -234,60 +234,100 @@ def _make_models(name: str, sparsity: float, size_bytes: int) -> list[bytes]:
     generator = np.random.default_rng(0)
     drawn_OP = _draw_rows(generator, name, _DRAWN_ROWS, I, sparsity)
     packed_OP = np.tile(drawn_OP, (O // _DRAWN_ROWS, 1))
-
-    _, arrays = make_stock(name, packed_OP, I)
-    count = math.ceil(size_bytes / sum(array.nbytes for array in arrays.values()))
-
     matrix = split(KINDS[name], packed_OP)
-    stock = [make_stock(name, packed_OP, I, number) for number in range(count)]
-    ours = [make_sparse(name, matrix, I, number) for number in range(count)]
-    return [_join(products, I) for products in (stock, ours)]
+
+    stock = _Graph(I)
+    ours = _Graph(I)
+    number = 0
+    while stock.size_bytes < size_bytes:
+        stock.add(make_stock(name, packed_OP, I, number))
+        ours.add(make_sparse(name, matrix, I, number))
+        number += 1
+
+    return [stock.make(), ours.make()]
 
 
-def _join(products: Sequence[Product], I: int) -> bytes:
-    nodes = [node for node, _ in products]
-    arrays: dict[str, Array] = {}
-    for _, own in products:
-        arrays |= own
-    return make_model(nodes, arrays, I)
+class _Graph:
+    """Several products, each with weights of its own."""
+
+    def __init__(self, I: int) -> None:
+        self._inputs = I
+        self._nodes: list[onnx.NodeProto] = []
+        self._arrays: dict[str, Array] = {}
+        self.size_bytes = 0
+
+    def add(self, product: Product) -> None:
+        node, arrays = product
+        self._nodes.append(node)
+        self._arrays |= arrays
+        self.size_bytes += sum(array.nbytes for array in arrays.values())
+
+    def make(self) -> bytes:
+        return make_model(self._nodes, self._arrays, self._inputs)
 
 
 def _speedup(models: Sequence[bytes], library: Path, threads: int) -> float:
-    stock, ours = (open_session(model, library, threads) for model in models)
-    (asked,) = stock.get_inputs()
-    input_BTI = np.random.default_rng(0).standard_normal((1, 1, asked.shape[2]), dtype=np.float32)
-    feeds = {"x": input_BTI}
+    stock, ours = (_Fastest(model, library, threads) for model in models)
 
-    found_s: dict[onnxruntime.InferenceSession, list[float]] = {stock: [], ours: []}
     end_s = time.perf_counter() + _MOST_S
-    for run in itertools.count():
-        known = all(sum(runs_s) >= _ENOUGH_S for runs_s in found_s.values())
-        if run >= _LEAST_RUNS and (known or time.perf_counter() > end_s):
+    rounds = 0
+    while rounds < _LEAST_RUNS or time.perf_counter() < end_s:
+        stock.run()
+        ours.run()
+
+        rounds += 1
+        if stock.well_known and ours.well_known:
             break
-        for session, runs_s in found_s.items():
-            runs_s += _run_s(session, feeds, threads)
 
-    if min(map(len, found_s.values())) < _LEAST_RUNS:
-        return math.nan
-    return min(found_s[stock]) / min(found_s[ours])
+    return stock.fastest_s / ours.fastest_s
 
 
-def _run_s(
-    session: onnxruntime.InferenceSession, feeds: Mapping[str, Array], threads: int
-) -> list[float]:
-    """Return what a run takes, or nothing where other programs took part of its time.
+class _Fastest:
+    """The fastest of some runs: whatever else the machine does only ever makes a run slower."""
 
-    The processor time of one thread has nothing of them in it. Several threads wait for each other,
-    so there the wall counts, if all of them were running: who waits for another does so busily.
-    """
-    wall_s, own_s, all_s = time.perf_counter(), time.thread_time(), time.process_time()
-    session.run(None, feeds)
-    own_s, all_s = time.thread_time() - own_s, time.process_time() - all_s
-    wall_s = time.perf_counter() - wall_s
+    def __init__(self, model: bytes, library: Path, threads: int) -> None:
+        self._session = open_session(model, library, threads)
+        self._threads = threads
 
-    if threads == 1:
-        return [own_s]
-    return [wall_s] if all_s >= _BUSY_SHARE * threads * wall_s else []
+        (asked,) = self._session.get_inputs()
+        _, _, I = asked.shape
+        generator = np.random.default_rng(0)
+        self._feeds = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
+
+        self._counted_s: list[float] = []
+
+    def run(self) -> None:
+        """Run once; it does not count where other programs took part of the time.
+
+        The processor time of one thread has nothing of them in it. Several threads wait for each
+        other, so there the wall counts, if all were running: who waits for another does so busily.
+        """
+        start_s = time.perf_counter()
+        own_s = time.thread_time()
+        all_s = time.process_time()
+
+        self._session.run(None, self._feeds)
+
+        own_s = time.thread_time() - own_s
+        all_s = time.process_time() - all_s
+        wall_s = time.perf_counter() - start_s
+
+        if self._threads == 1:
+            self._counted_s.append(own_s)
+        elif all_s >= _BUSY_SHARE * self._threads * wall_s:
+            self._counted_s.append(wall_s)
+
+    @property
+    def well_known(self) -> bool:
+        enough = len(self._counted_s) >= _LEAST_RUNS
+        return enough and sum(self._counted_s) >= _ENOUGH_S
+
+    @property
+    def fastest_s(self) -> float:
+        """It is no number where too few runs counted."""
+        if len(self._counted_s) < _LEAST_RUNS:
+            return math.nan
+        return min(self._counted_s)
 
 
 def _instruction_set(library: Path) -> str:

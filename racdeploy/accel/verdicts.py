@@ -71,8 +71,14 @@ def count_threads(threads: int) -> str:
 
 def thread_counts(cores: int) -> list[int]:
     """Return what is measured: 1, 2, 4, … and all cores."""
-    powers = [1 << power for power in range(cores.bit_length())]
-    return sorted({*powers, cores})
+    counts = []
+    threads = 1
+
+    while threads < cores:
+        counts.append(threads)
+        threads *= 2
+
+    return [*counts, cores]
 
 
 def choose_verdict(verdicts: Sequence[Verdict], threads: int) -> Verdict | None:
@@ -81,12 +87,15 @@ def choose_verdict(verdicts: Sequence[Verdict], threads: int) -> Verdict | None:
     The more threads share the memory, the more it pays to read fewer bytes: a verdict of fewer
     threads promises no more than was measured, one of more threads might.
     """
-    fewer = [verdict for verdict in verdicts if verdict.threads <= threads]
-    return max(
-        fewer,
-        key=lambda verdict: verdict.threads,
-        default=None,
-    )
+    chosen = None
+
+    for verdict in verdicts:
+        if verdict.threads > threads:
+            continue
+        if chosen is None or verdict.threads > chosen.threads:
+            chosen = verdict
+
+    return chosen
 
 
 def measure(
@@ -103,24 +112,32 @@ def measure(
         race: returns the speed-up at one format and share on each of several numbers of threads;
             no number (NaN) where other programs kept the cores busy.
     """
-    found: dict[int, dict[str, dict[str, float]]] = {threads: {} for threads in counts}
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for threads in counts:
+        found[threads] = {}
 
     for name, tried in shares.items():
         racing = list(found)
         for zeros in sorted(tried, reverse=True):
-            speedups = dict(zip(racing, race(name, zeros, racing), strict=True))
-            for threads, speedup in speedups.items():
+            speedups = race(name, zeros, racing)
+
+            faster = []
+            for threads, speedup in zip(racing, speedups, strict=True):
                 if math.isnan(speedup):
                     del found[threads]
-                else:
-                    found[threads].setdefault(name, {})[f"{zeros:g}"] = speedup
+                    continue
+
+                measured = found[threads].setdefault(name, {})
+                measured[f"{zeros:g}"] = speedup
+                if speedup >= LEAST_SPEEDUP:
+                    faster.append(threads)
 
             # Where it is slower, so it is at fewer zeros.
-            racing = [threads for threads in racing if speedups[threads] >= LEAST_SPEEDUP]
+            racing = faster
             if not racing:
                 break
 
-    return tuple(Verdict(threads, speedups) for threads, speedups in found.items())
+    return tuple(Verdict(*each) for each in found.items())
 
 
 def weights_bytes() -> int:
@@ -141,8 +158,12 @@ def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
     """
     quant, _, _ = name.partition(" ")
     stored_bits = GGML_TYPES[quant].bits
-    code_bits = int(stored_bits)  # a scale takes half a bit of each weight
-    packed_bits = stored_bits - code_bits + _MASK_BITS + (1 - zeros) * code_bits
+
+    code_bits = int(stored_bits)
+    scale_bits = stored_bits - code_bits  # half a bit of each weight
+    kept_bits = (1 - zeros) * code_bits
+
+    packed_bits = scale_bits + _MASK_BITS + kept_bits
     return (dense_bits or stored_bits) / packed_bits
 
 
@@ -152,24 +173,34 @@ def describe(verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]) -> di
     Args:
         dense_bits: as for :func:`byte_bound`, by format.
     """
-    ends = [*verdicts[:1], *verdicts[1:][-1:]]
+    ends = list(verdicts[:1])
+    if len(verdicts) > 1:
+        ends.append(verdicts[-1])
 
-    lines: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for verdict in ends:
-        for name, measured in verdict.speedups.items():
-            zeros = _TYPICAL if _TYPICAL in measured else min(measured, key=float)
-            bound = byte_bound(
-                name,
-                float(zeros),
-                dense_bits.get(name, 0),
-            )
+        for name in verdict.speedups:
+            text = _describe(verdict, name, dense_bits.get(name, 0))
+            before = f"{found[name]}; " if name in found else ""
+            found[name] = before + text
 
-            least = verdict.faster_from.get(name)
-            start = "not faster" if least is None else f"from {least:.0%} zeros on"
-            figures = f"{measured[zeros]:.2f}× at {float(zeros):.0%}, {bound:.2f}× by bytes alone"
-            lines.setdefault(name, []).append(f"on {verdict} {start} ({figures})")
+    return found
 
-    return {name: "; ".join(texts) for name, texts in lines.items()}
+
+def _describe(verdict: Verdict, name: str, dense_bits: float) -> str:
+    measured = verdict.speedups[name]
+    zeros = _TYPICAL
+    if zeros not in measured:
+        zeros = min(measured, key=float)
+
+    share = float(zeros)
+    bound = byte_bound(name, share, dense_bits)
+    figures = f"{measured[zeros]:.2f}× at {share:.0%}, {bound:.2f}× by bytes alone"
+
+    least = verdict.faster_from.get(name)
+    if least is None:
+        return f"on {verdict} not faster ({figures})"
+    return f"on {verdict} from {least:.0%} zeros on ({figures})"
 
 
 def read_verdict(value: Any) -> Verdict:
@@ -179,17 +210,28 @@ def read_verdict(value: Any) -> Verdict:
         ValueError: it is none.
     """
     match value:
-        case {"threads": int(threads), "speedups": dict(speedups), **rest} if not rest:
-            return Verdict(threads, {name: _read(name, speedups[name]) for name in speedups})
-    raise ValueError("not a verdict")
+        case {"threads": int(threads), "speedups": dict(found), **rest} if not rest:
+            pass
+        case _:
+            raise ValueError("not a verdict")
+
+    speedups = {}
+    for name, measured in found.items():
+        speedups[name] = _read(name, measured)
+    return Verdict(threads, speedups)
 
 
 def _read(name: str, measured: Any) -> dict[str, float]:
+    problem = ValueError(f"not speed-ups of {name}")
     quant, _, _ = name.partition(" ")
     if quant not in GGML_TYPES or not isinstance(measured, dict):
-        raise ValueError(f"not speed-ups of {name}")
+        raise problem
 
-    speedups = {f"{float(zeros):g}": float(speedup) for zeros, speedup in measured.items()}
-    if not all(map(math.isfinite, speedups.values())):
-        raise ValueError(f"not speed-ups of {name}")
+    speedups = {}
+    for zeros, value in measured.items():
+        speedup = float(value)
+        if not math.isfinite(speedup):
+            raise problem
+        speedups[f"{float(zeros):g}"] = speedup
+
     return speedups
