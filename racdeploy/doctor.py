@@ -140,7 +140,10 @@ def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
 
     library, proof = ready
     kept = _describe_kept() if engine == "llama.cpp" else ""
-    found = [_finding(what, True, f"{proof.instruction_set}: {library}{kept}")]
+    missing = accel.explain_missing(proof.verdicts)
+    detail = "; ".join(filter(None, (f"{proof.instruction_set}: {library}{kept}", missing)))
+
+    found = [_finding(what, True, detail)]
     for name, detail in accel.describe_verdicts(engine, proof).items():
         found.append(_finding(f"{what}, {name}", True, detail))
     return found

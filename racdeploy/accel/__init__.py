@@ -7,7 +7,7 @@ takes the second graph of packing bitmask_op. If they are not used, one line say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ __all__ = [
     "describe_built",
     "describe_verdicts",
     "enable",
+    "explain_missing",
     "forget",
     "kept_files",
     "kernels",
@@ -136,8 +137,16 @@ def describe_built(made: Built) -> Iterator[str]:
             cells = [f"{speedup:.2f}× at {float(at):.0%} zeros" for at, speedup in speedups.items()]
             yield f"{name}: {', '.join(cells)}, one token on {verdict}"
 
-    measured = [verdict.threads for verdict in made.verdicts]
-    for threads in verdicts.thread_counts(available_cores()) if measured else ():
-        if threads not in measured:
-            missing = verdicts.count_threads(threads)
-            yield f"{missing} not measured: other programs kept cores busy; racdeploy accel build"
+    if made.verdicts and (missing := explain_missing(made.verdicts)):
+        yield missing
+
+
+def explain_missing(measured: Sequence[Verdict]) -> str:
+    """Say which threads have no verdict on this process's cores, and what to do; or nothing."""
+    counts = {verdict.threads for verdict in measured}
+    missing = [each for each in verdicts.thread_counts(available_cores()) if each not in counts]
+    if not missing:
+        return ""
+
+    named = ", ".join(map(str, missing))
+    return f"not measured on {named} threads: racdeploy accel build while nothing else runs"

@@ -538,10 +538,13 @@ def test_doctor_explains_which_kernels_run(
             "on 2 threads from 30% zeros on (2.00× at 30%, 1.20× by bytes alone)"
         ),
     }
+    monkeypatch.setattr(accel, "available_cores", lambda: 5)
     kept_weights.folder().mkdir(exist_ok=True)
     (kept_weights.folder() / "0.packed").write_bytes(bytes(3_000_000))
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")
     assert f" MB, in {kept_weights.folder()}" in found["detail"]
+    missing = "; not measured on 4, 5 threads: racdeploy accel build while nothing else runs"
+    assert found["detail"].endswith(missing)
     (kept_weights.folder() / "0.packed").unlink()
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
     (found,) = (finding for finding in examine() if finding["what"] == "sparse kernels")

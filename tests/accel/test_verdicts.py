@@ -139,6 +139,6 @@ def test_what_was_built_is_told_by_threads(monkeypatch: pytest.MonkeyPatch) -> N
     assert [*accel.describe_built(accel.Built(None, "", (one, three)))] == [
         "q8_0: 1.50× at 80% zeros, 0.90× at 70% zeros, one token on 1 thread",
         "q8_0: 2.00× at 80% zeros, one token on 3 threads",
-        "2 threads not measured: other programs kept cores busy; racdeploy accel build",
+        "not measured on 2 threads: racdeploy accel build while nothing else runs",
     ]
     assert [*accel.describe_built(accel.Built(None, "it is not for this ggml"))] == []
