@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,10 +28,11 @@ from tests.support.sparse_kernels import (
     emulate,
 )
 
+_OF_MACHINE = {"x86_64": ("avx2", "avx512"), "aarch64": ("neon", "neon_i8mm")}
 # Processors, and the instruction sets whose kernels run on them. QEMU knows the Cortex-A76 of the
 # Raspberry Pi 5, which has dot products and no matrix products.
 INSTRUCTION_SETS = {
-    "here": ("portable", "avx2", "avx512"),
+    "here": ("portable", *_OF_MACHINE.get(platform.machine(), ())),
     "max": ("portable", "neon", "neon_i8mm"),
     "cortex-a76": ("neon",),
 }

@@ -49,6 +49,11 @@ def build_arm_kernels() -> Path | str:
         if shutil.which(name) is None:
             return f"there is no {name}: apt-get install {package}"
 
+    command = [ARM_EMULATOR, "-cpu", "help"]
+    known = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cortex-a76" not in known.stdout:
+        return f"{ARM_EMULATOR} is older than QEMU 7.0 and has no cortex-a76"
+
     sources = (*KERNELS, str(C_API), str(_TESTS / "kernel_driver.cpp"))
     return Library(
         "test-kernels-arm",
