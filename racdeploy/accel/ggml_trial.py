@@ -21,8 +21,8 @@ from racdeploy.storage.ggml_types import GGML_TYPES
 
 _TOLERANCE = 1e-6  # of the largest output: float32 sums in another order
 _SHAPES = 12
-_ZEROS = dict.fromkeys(QUANTS, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3))
-_ZEROS |= {"q8_0 2:4": (0.5,), "q4_0 2:4": (0.5,)}
+_TWO_OF_FOUR = dict.fromkeys(("q8_0 2:4", "q4_0 2:4"), (0.5,))
+_ZEROS = dict.fromkeys(QUANTS, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)) | _TWO_OF_FOUR
 _ROWS, _COLUMNS = 2048, 4096
 
 

@@ -50,7 +50,7 @@ class Job:
 
 def convert(jobs: Sequence[Job]) -> None:
     """Run llama.cpp's converter on every job, in one child process."""
-    source = _source()
+    source = fetch_source(_WANTED)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "jobs.json"
         file.write_text(json.dumps([asdict(job) for job in jobs]), encoding="utf-8")
@@ -67,22 +67,27 @@ def convert(jobs: Sequence[Job]) -> None:
     )
 
 
-def _source() -> Path:
-    """Return the unpacked ``vendor/llama.cpp``, fetched on the first use."""
+def fetch_source(wanted: Sequence[str], part: str = "") -> Path:
+    """Return the unpacked ``vendor/llama.cpp``, fetched on the first use.
+
+    Args:
+        wanted: parts of the names of the files to unpack.
+        part: what they are, for the name of their folder.
+    """
     name = f"llama_cpp_python-{version('llama-cpp-python')}"
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "racdeploy" / "sources"
     )
-    place = cache / name
+    place = cache / f"{name}{part}"
     if not place.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            _fetch(name, Path(scratch))
+            _fetch(name, Path(scratch), wanted)
             (Path(scratch) / name).rename(place)
     return place / "vendor" / "llama.cpp"
 
 
-def _fetch(name: str, scratch: Path) -> None:
+def _fetch(name: str, scratch: Path, wanted: Sequence[str]) -> None:
     requirement = name.replace("_", "-").replace("python-", "python==")
     command = [
         "download",
@@ -96,7 +101,7 @@ def _fetch(name: str, scratch: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", *command, requirement], check=True, timeout=600)
     with tarfile.open(scratch / f"{name}.tar.gz") as archive:
         for member in archive:
-            if any(part in member.name for part in _WANTED) and member.isfile():
+            if any(part in member.name for part in wanted) and member.isfile():
                 archive.extract(member, scratch, filter="data")
 
 
