@@ -108,11 +108,12 @@ def loops() -> list[Loop]:
         half_bits = bits - value_bits + 1 + value_bits / 2
         dense = f"dense_{quant.lower()}"
         spread = rf"multiply_rows<.*{number}, 2>"
-        picked = rf"multiply_rows_of_places<.*{number}, 2>"
+        picked = rf"multiply_rows_of_picked<.*{number}, .*{{}}, 2>"
         found += [
             Loop(f"{quant} dense", quant, "dense", _DENSE, dense, 128, bits),
             Loop(f"{quant} 50 % zeros", quant, "sparse", _NEON, spread, 512, half_bits),
-            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked, 512, half_bits),
+            Loop(f"{quant} 4:8", quant, "sparse", _NEON, picked.format(3), 512, half_bits),
+            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked.format(2), 512, half_bits),
         ]
     return found
 

@@ -30,6 +30,7 @@ NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
 # ggml version -> commits of llama.cpp whose private declarations are those of sources/ggml_abi.h
 _KNOWN = {"0.25.3": ("0c1e570",)}
 _COLUMNS = 32  # of every matrix a multiple
+_TWO_OF_FOUR = (1, 2)  # patterns; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
 
 _BOOL, _I32, _I64, _F64 = ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
@@ -279,7 +280,8 @@ class Plugin:
         code_bits = int(GGML_TYPES[name].bits)
 
         zeros = 1.0 - stored_bits / code_bits / (matrix.rows * matrix.columns)
-        return name + (" 2:4" if pattern.value else ""), zeros
+        is_two_of_four = pattern.value in _TWO_OF_FOUR
+        return name + (" 2:4" if is_two_of_four else ""), zeros
 
 
 def _read_matrices(path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, Matrix]]:

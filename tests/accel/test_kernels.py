@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.sparse_kernels import (
+    FIXED_STRIDE,
     QUANTS,
     SLACK_BYTES,
-    TWO_OF_FOUR,
     LibraryCalls,
     Packed,
     SparseKernels,
@@ -95,12 +95,14 @@ def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int 
     )
 
 
-def draw_two_of_four(quant: str, rows: int, columns: int) -> np.ndarray:
+def draw_fixed(quant: str, pattern: str, rows: int, columns: int) -> np.ndarray:
+    """Return random blocks that fit a pattern: 2 of 4 or 4 of 8 weights may not be zero."""
+    stored = 4 if pattern == "four_of_eight" else 2
     generator = np.random.default_rng(1)
     weight_OI = generator.standard_normal((rows, columns)).astype(np.float32)
-    order = np.argsort(generator.random((rows, columns // 4, 4)), axis=2)
-    weight_OI[(order < 2).reshape(rows, columns)] = 0
-    weight_OI[0, :8] = 0  # fewer than two are left: the pattern stores zeros
+    order = np.argsort(generator.random((rows, columns // stored // 2, 2 * stored)), axis=2)
+    weight_OI[(order < stored).reshape(rows, columns)] = 0
+    weight_OI[0, :8] = 0  # fewer are left: the pattern stores zeros
     return np.ascontiguousarray(
         quants.quantize(weight_OI, GGMLQuantizationType[quant.upper()]).view(np.uint8)
     )
@@ -162,32 +164,39 @@ def assert_packs(
     assert kernels.unpack(packed).tobytes() == draw_blocks(**matrix).tobytes()
 
 
-@pytest.mark.parametrize(("quant", "pattern"), TWO_OF_FOUR)
-def test_two_of_four_is_restored(
+@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
+def test_a_fixed_stride_is_restored(
     chosen: SparseKernels, kernels: SparseKernels, quant: str, pattern: str
 ) -> None:
-    """A 2:4 matrix packs with a fixed stride, the same on every processor, and comes back whole."""
-    blocks = draw_two_of_four(quant, 5, 384)
+    """A 2:4 or 4:8 matrix packs with a fixed stride, the same everywhere, and comes back whole."""
+    blocks = draw_fixed(quant, pattern, 5, 384)
     packed = chosen.pack(quant, blocks, 384, pattern, cut=2)
-    whole = 384 if pattern == "two_of_four" else 512  # places are stored of whole groups
+    whole = 384 if pattern == "two_of_four" else 512  # the others store whole groups
     assert set(np.diff(packed.offsets)) == {whole // (2 if quant == "q8_0" else 4)}
     assert chosen.valid(packed)
     assert chosen.unpack(packed).tobytes() == blocks.tobytes()
 
-    if kernels is not chosen:
-        kernels.use("portable")
+    kernels.use("portable")
     expected = kernels.pack(quant, blocks, 384, pattern)
     assert packed.values.tobytes() == expected.values.tobytes()
     assert packed.heads.tobytes() == expected.heads.tobytes()
 
 
-@pytest.mark.parametrize("quant", list(QUANTS))
-def test_two_of_four_is_found(chosen: SparseKernels, quant: str) -> None:
-    """Where the kernels of this processor gain from a fixed stride, and nowhere else."""
-    blocks = draw_two_of_four(quant, 5, 512)
-    assert chosen.wanted_pattern(quant, blocks, 512) == chosen.preferred_pattern(quant)
-    unstructured = draw_blocks(quant, 5, 512, 0.5)
-    assert chosen.wanted_pattern(quant, unstructured, 512) == "unstructured"
+@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
+def test_a_fixed_stride_is_found(chosen: SparseKernels, quant: str, pattern: str) -> None:
+    """Where the kernels of this processor gain from one, and nowhere else."""
+    blocks = draw_fixed(quant, pattern, 5, 512)
+    assert chosen.wanted_pattern(quant, blocks, 512) == chosen.preferred_pattern(quant, pattern)
+    for sparsity in (0.5, 0.0):
+        unstructured = draw_blocks(quant, 5, 512, sparsity)
+        assert chosen.wanted_pattern(quant, unstructured, 512) == "unstructured"
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16"])
+def test_floats_are_unstructured(chosen: SparseKernels, quant: str) -> None:
+    """Whatever the pattern of their zeros."""
+    blocks = draw_fixed(quant, "two_of_four", 5, 512)
+    assert chosen.wanted_pattern(quant, blocks, 512) == "unstructured"
 
 
 @pytest.mark.parametrize("quant", list(QUANTS))
@@ -210,10 +219,12 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize(("quant", "pattern"), TWO_OF_FOUR)
-def test_two_of_four_products(chosen: SparseKernels, quant: str, pattern: str, tokens: int) -> None:
+@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
+def test_products_of_a_fixed_stride(
+    chosen: SparseKernels, quant: str, pattern: str, tokens: int
+) -> None:
     """Exact as those of any mask."""
-    blocks = draw_two_of_four(quant, 21, 640)
+    blocks = draw_fixed(quant, pattern, 21, 640)
     if quant == "q8_0":
         codes = blocks.reshape(21, -1, 34)[:, :, 2:]
         codes[codes == 127] = 128  # -128, the code that has no positive twin
@@ -257,13 +268,13 @@ def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: st
 
 
 @pytest.mark.parametrize(
-    ("quant", "pattern"), [*((quant, "unstructured") for quant in QUANTS), *TWO_OF_FOUR]
+    ("quant", "pattern"), [*((quant, "unstructured") for quant in QUANTS), *FIXED_STRIDE]
 )
 def test_a_matrix_that_disagrees_with_itself_is_refused(
     kernels: SparseKernels, quant: str, pattern: str
 ) -> None:
     """Every kind of damage to a packed matrix is seen before a kernel reads it."""
-    packed = kernels.pack(quant, draw_two_of_four(quant, 4, 384), 384, pattern)
+    packed = kernels.pack(quant, draw_fixed(quant, pattern, 4, 384), 384, pattern)
     assert kernels.valid(packed)
     for name, damaged in damage(packed):
         assert not kernels.valid(damaged), f"{name} was not noticed"
@@ -273,7 +284,7 @@ def test_a_pattern_belongs_to_some_formats(kernels: SparseKernels) -> None:
     """A file that claims another one is refused."""
     for quant in QUANTS:
         packed = kernels.pack(quant, draw_blocks(quant, 2, 512, 0.5), 512)
-        for pattern in ("two_of_four", "two_of_four_places"):
+        for _, pattern in FIXED_STRIDE:
             assert not kernels.valid(replace(packed, pattern=pattern))
 
 

@@ -20,18 +20,18 @@ _TESTS = Path(__file__).parents[1] / "accel"
 C_API = _TESTS / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-PATTERNS = {"unstructured": 0, "two_of_four": 1, "two_of_four_places": 2}
-TWO_OF_FOUR = (
+PATTERNS = {"unstructured": 0, "two_of_four": 1, "two_of_four_places": 2, "four_of_eight": 3}
+FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values of a row
     ("q8_0", "two_of_four"),
     ("q8_0", "two_of_four_places"),
     ("q4_0", "two_of_four_places"),
+    ("q8_0", "four_of_eight"),
+    ("q4_0", "four_of_eight"),
 )
-# What each set of kernels makes of a 2:4 matrix of these formats.
-_PREFERRED = {
-    "avx2": {"q8_0": "two_of_four"},
-    "neon": {"q8_0": "two_of_four_places", "q4_0": "two_of_four_places"},
-    "neon_i8mm": {"q8_0": "two_of_four_places", "q4_0": "two_of_four_places"},
-}
+# What each set of kernels makes of matrices that fit a pattern.
+_NEON = {FIXED_STRIDE[0]: "two_of_four_places"} | {each: each[1] for each in FIXED_STRIDE[1:]}
+_PREFERRED = {"avx2": {FIXED_STRIDE[0]: "two_of_four"}, "neon": _NEON, "neon_i8mm": _NEON}
+_PREFERRED["avx2"][FIXED_STRIDE[1]] = "two_of_four"
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 
@@ -173,9 +173,9 @@ class SparseKernels:
         name = np.frombuffer(f"{instruction_set}\0".encode(), np.uint8).copy()
         return bool(self._call("use", [], [name]))
 
-    def preferred_pattern(self, quant: str) -> str:
-        """Return what these kernels make of a 2:4 matrix: not all gain from a fixed stride."""
-        return _PREFERRED.get(self._instruction_set, {}).get(quant, "unstructured")
+    def preferred_pattern(self, quant: str, pattern: str) -> str:
+        """Return how these kernels pack what fits a pattern: not all gain from a fixed stride."""
+        return _PREFERRED.get(self._instruction_set, {}).get((quant, pattern), "unstructured")
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
         numbers = [QUANTS[quant], len(blocks), columns]

@@ -96,7 +96,7 @@ bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns
     if (found == places_.end()) return false;
     const Place& place = found->second;
     if (place.quant != static_cast<int64_t>(quant) || place.rows != rows || place.columns != columns) return false;
-    if (place.pattern < 0 || place.pattern > 2) return false;
+    if (place.pattern < 0 || place.pattern > 3) return false;
 
     const auto pattern = static_cast<Pattern>(place.pattern);
     if (!can_have(quant, pattern) || (pattern == Pattern::two_of_four && columns % 128)) return false;

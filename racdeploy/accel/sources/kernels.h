@@ -27,6 +27,7 @@ namespace neon {
 void count(const Blocks&, int64_t* counts, Rows rows);
 void pack(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows);
 bool prefers_two_of_four(Quant, int64_t rows, int64_t columns, const void* blocks);
+bool prefers_four_of_eight(Quant, int64_t rows, int64_t columns, const void* blocks);
 void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
 void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows);
 }  // namespace neon
@@ -38,9 +39,13 @@ constexpr uint16_t zero_value(Quant quant) {
     return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
 }
 
-// What the values of a pattern differ in from unsigned codes: in two_of_four_places they are signed.
+// Patterns of the NEON kernels: a fixed number of values in each group, also in a short one, and all of them signed.
+constexpr bool has_whole_groups(Pattern pattern) {
+    return pattern == Pattern::two_of_four_places || pattern == Pattern::four_of_eight;
+}
+// What the values of a pattern differ in from unsigned codes.
 constexpr uint16_t flipped_bits(Quant quant, Pattern pattern) {
-    return pattern == Pattern::two_of_four_places ? zero_value(quant) : uint16_t{0};
+    return has_whole_groups(pattern) ? zero_value(quant) : uint16_t{0};
 }
 
 // A group's mask is at the end of its head, behind the scales.
@@ -52,11 +57,12 @@ constexpr int64_t values_bytes(Quant quant, int64_t first, int64_t second) {
     return (first + second) * (quant == Quant::q8_0 ? 1 : 2);
 }
 
-// Of the mask bits of 4 weights, those that 2:4 patterns store: the set ones, filled up to two from the lowest.
-constexpr unsigned fill_up_to_two(unsigned bits) {
-    for (unsigned bit = 1; bit < 16 && __builtin_popcount(bits) < 2; bit <<= 1) bits |= bit;
+// Of the mask bits of some weights, those that N:M patterns store: the set ones, filled up to N from the lowest.
+constexpr unsigned fill_up_to(int count, unsigned bits) {
+    for (unsigned bit = 1; __builtin_popcount(bits) < count; bit <<= 1) bits |= bit;
     return bits;
 }
+constexpr unsigned fill_up_to_two(unsigned bits) { return fill_up_to(2, bits); }
 // Where the AVX2 kernel wants the four runs of 16 values that 128 weights of two_of_four store.
 constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
 

@@ -91,8 +91,9 @@ template <Quant quant, int rows>
     for (int r = 0; r < rows; r++) output[r] = vaddvq_f32(vaddq_f32(sums[r][0], sums[r][1])) * product_scale(quant);
 }
 
-template <Quant quant, int rows>
-[[gnu::noinline]] void multiply_rows_of_places(const SparseMatrix& matrix, int64_t row,
+// The patterns with a fixed stride.
+template <Quant quant, Pattern pattern, int rows>
+[[gnu::noinline]] void multiply_rows_of_picked(const SparseMatrix& matrix, int64_t row,
                                                const QuantizedActivations& from, float* output) {
     const int8_t* codes = from.codes;
     const float* scales = from.scales;
@@ -111,7 +112,7 @@ template <Quant quant, int rows>
             const int8x16x2_t inputs = {{vld1q_s8(codes), vld1q_s8(codes + 16)}};
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
-                const uint8x16_t places = places_in_32(run, vld1q_u8(head[r] + 16 + run / 4 * 16));
+                const uint8x16_t places = picked_in_32<pattern>(run, head[r] + 16);
                 const int8x16_t weights = signed_values<quant>(run, vld1q_u8(values[r] + run_bytes<quant>(run)));
                 products[r][run % 2] = vdotq_s32(products[r][run % 2], weights, vqtbl2q_s8(inputs, places));
             }
@@ -143,10 +144,11 @@ inline void over_pairs(Rows rows, const Run& run) {
 template <Quant quant>
 void multiply_one(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
     over_pairs(rows, [&](int64_t row, auto count) {
-        if (matrix.pattern == Pattern::unstructured)
-            multiply_rows<quant, count.value>(matrix, row, from, outputs.at(0, row));
-        else
-            multiply_rows_of_places<quant, count.value>(matrix, row, from, outputs.at(0, row));
+        const auto run = matrix.pattern == Pattern::unstructured ? multiply_rows<quant, count.value>
+                         : matrix.pattern == Pattern::four_of_eight
+                             ? multiply_rows_of_picked<quant, Pattern::four_of_eight, count.value>
+                             : multiply_rows_of_picked<quant, Pattern::two_of_four_places, count.value>;
+        run(matrix, row, from, outputs.at(0, row));
     });
 }
 
@@ -327,7 +329,10 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
     racdeploy::pack(blocks, offsets, heads, values, rows);
 }
 bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    return racdeploy::prefers_two_of_four(quant, rows, columns, blocks);
+    return fits<2>(quant, rows, columns, blocks);
+}
+bool prefers_four_of_eight(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    return fits<4>(quant, rows, columns, blocks);
 }
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
     racdeploy::prepare(quant, columns, tokens, token, activation, workspace);
@@ -336,8 +341,16 @@ void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const 
 }  // namespace neon
 
 const Kernels neon_kernels = {
-    "neon",        runs_here,      neon::prefers_two_of_four,   neon::count, neon::pack, portable::unpack,
-    neon::prepare, neon::multiply, Pattern::two_of_four_places,
+    "neon",
+    runs_here,
+    neon::prefers_two_of_four,
+    neon::count,
+    neon::pack,
+    portable::unpack,
+    neon::prepare,
+    neon::multiply,
+    Pattern::two_of_four_places,
+    neon::prefers_four_of_eight,
 };
 
 }  // namespace racdeploy

@@ -93,8 +93,16 @@ bool runs_here() {
 }  // namespace
 
 const Kernels neon_i8mm_kernels = {
-    "neon_i8mm",   runs_here, neon::prefers_two_of_four,   neon::count, neon::pack, portable::unpack,
-    neon::prepare, multiply,  Pattern::two_of_four_places,
+    "neon_i8mm",
+    runs_here,
+    neon::prefers_two_of_four,
+    neon::count,
+    neon::pack,
+    portable::unpack,
+    neon::prepare,
+    multiply,
+    Pattern::two_of_four_places,
+    neon::prefers_four_of_eight,
 };
 
 }  // namespace racdeploy

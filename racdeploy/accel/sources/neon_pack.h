@@ -20,38 +20,41 @@ inline uint8x16x2_t non_zero(Quant quant, const uint8_t* block) {
     return {{vtstq_u8(nibbles, vdupq_n_u8(15)), vtstq_u8(nibbles, vdupq_n_u8(0xf0))}};
 }
 
-// Is there a four of which three are not 0? `marks` are 0xff or 0: -1 or 0.
-inline uint8x16_t three_in_fours(uint8x16_t marks) {
-    const int32x4_t counts = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(marks), vdupq_n_s8(1));
-    return vreinterpretq_u8_u32(vcltq_s32(counts, vdupq_n_s32(-2)));
-}
-
-// Two of every four weights at most, and whole groups: a short one would be stored as a whole one.
-inline bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+// Are at most `stored` of every 2 * `stored` weights not 0, and are whole groups stored? Where far fewer are not 0, a
+// fixed stride would store too many zeros.
+template <int stored>
+bool fits(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
     if (!is_quantized(quant) || columns % group_weights) return false;
 
+    int64_t all = 0;
     const uint8_t* block = static_cast<const uint8_t*>(blocks);
     const uint8_t* end = block + rows * row_bytes(quant, columns);
     for (; block < end; block += block_bytes(quant)) {
-        const uint8x16x2_t marks = non_zero(quant, block);
-        const uint8x16_t full = vorrq_u8(three_in_fours(marks.val[0]), three_in_fours(marks.val[1]));
-        if (vmaxvq_u8(full)) return false;
+        const uint8x16x2_t marks = non_zero(quant, block);  // 0xff is -1
+        const int8x16_t minus = vdupq_n_s8(-1);
+        const int32x4_t low = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(marks.val[0]), minus);
+        const int32x4_t high = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(marks.val[1]), minus);
+        const int32x4_t most = stored == 2 ? vmaxq_s32(low, high) : vpaddq_s32(low, high);
+        if (vmaxvq_s32(most) > stored) return false;
+        all += vaddvq_s32(vaddq_s32(low, high));
     }
-    return true;
+    return 5 * all >= 2 * rows * columns;
 }
 
-// For each 8 mask bits: where the set ones are, then what is nowhere; and the bits of each four filled up to two.
+// For each 8 mask bits: where the set ones are, then what is nowhere; and the bits filled up as the 2:4 and the 4:8
+// pattern do.
 struct PackTables {
     uint8_t set[256][8];
-    uint8_t filled[256];
+    uint8_t twos[256], fours[256];
 
-    constexpr PackTables() : set(), filled() {
+    constexpr PackTables() : set(), twos(), fours() {
         for (unsigned mask = 0; mask < 256; mask++) {
             unsigned n = 0;
             for (unsigned i = 0; i < 8; i++)
                 if (mask >> i & 1) set[mask][n++] = static_cast<uint8_t>(i);
             while (n < 8) set[mask][n++] = 0xff;
-            filled[mask] = static_cast<uint8_t>(fill_up_to_two(mask & 15) | fill_up_to_two(mask >> 4) << 4);
+            twos[mask] = static_cast<uint8_t>(fill_up_to(2, mask & 15) | fill_up_to(2, mask >> 4) << 4);
+            fours[mask] = static_cast<uint8_t>(fill_up_to(4, mask));
         }
     }
 };
@@ -108,18 +111,21 @@ void pack_group(const uint8_t* block, int64_t blocks, uint8_t* mask, Gathered& t
 }
 
 template <Quant quant>
-void pack_group_of_places(const uint8_t* block, int64_t blocks, uint8_t* mask, Gathered& to) {
+void pack_whole_group(Pattern pattern, const uint8_t* block, int64_t blocks, uint8_t* mask, Gathered& to) {
+    const auto& filled = pattern == Pattern::four_of_eight ? pack_tables.fours : pack_tables.twos;
     const uint8x8_t flipped = vdup_n_u8(static_cast<uint8_t>(zero_point(quant)));
     uint8_t places[group_weights / 2 + 4];
     for (int chunk = 0; chunk < 4; chunk++)
         for (int64_t b = 0; b < 8; b++) {
             const bool inside = b < blocks;
             const uint8x8_t codes = inside ? eight_codes<quant>(block + b * block_bytes(quant), chunk) : flipped;
-            const uint8_t bits = pack_tables.filled[stored_bits<quant>(codes)];
+            const uint8_t bits = filled[stored_bits<quant>(codes)];
+            mask[8 * chunk + b] = bits;
             to.add(quant == Quant::q4_0 && chunk >= 2, veor_u8(codes, flipped), bits);
             vst1_u8(places + chunk * 32 + b * 4, vand_u8(vld1_u8(pack_tables.set[bits]), vdup_n_u8(3)));
         }
 
+    if (pattern == Pattern::four_of_eight) return;
     for (int half = 0; half < 2; half++) {
         const uint8_t* from = places + 64 * half;
         const uint8x16_t low = vsliq_n_u8(vld1q_u8(from), vld1q_u8(from + 16), 2);
@@ -145,7 +151,7 @@ bool pack_quantized(const Blocks& blocks, const int64_t* offsets, uint8_t* heads
             if (blocks.pattern == Pattern::unstructured)
                 pack_group<quant>(block, here, head + 16, gathered);
             else
-                pack_group_of_places<quant>(block, here, head + 16, gathered);
+                pack_whole_group<quant>(blocks.pattern, block, here, head + 16, gathered);
         }
         gathered.write(quant, values + offsets[r]);
     }
@@ -164,7 +170,7 @@ inline void count(const Blocks& blocks, int64_t* counts, Rows rows) {
 
     for (int64_t r = rows.begin; r < rows.end; r++) {
         int64_t stored[2] = {0, 0};  // of the first and the second 16 weights of the blocks
-        if (blocks.pattern == Pattern::two_of_four_places) {
+        if (has_whole_groups(blocks.pattern)) {
             stored[0] = stored[1] = groups(blocks.columns) * group_weights / 4;
         } else {
             const uint8_t* block = blocks.row(r);

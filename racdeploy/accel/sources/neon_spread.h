@@ -89,13 +89,14 @@ struct Values {
     explicit Values(const uint8_t* row = nullptr) : first(row), second(row) {}
 };
 
-// Weights 16 * part to 16 * part + 15 of a chunk, of which `bits` are stored.
+// Weights 16 * part to 16 * part + 15 of a chunk, of which `bits` are stored; `flipped` is 0 if values are unsigned.
 template <Quant quant>
-inline int8x16_t spread_16(int chunk, int part, uint64_t bits, uint64_t sums, const uint8_t* values) {
+inline int8x16_t spread_16(int chunk, int part, uint64_t bits, uint64_t sums, const uint8_t* values,
+                           uint8x16_t flipped = vdupq_n_u8(0)) {
     const uint8_t* from = part ? values + byte_of(sums, 2 * part - 1) : values;
     const uint8x16_t first = table_row(index_tables.first, byte_of(bits, 2 * part));
     const uint8x16_t second = table_row(index_tables.second, byte_of(bits, 2 * part + 1));
-    return vqtbl1q_s8(signed_codes<quant>(chunk, vld1q_u8(from)), vaddq_u8(first, second));
+    return vqtbl1q_s8(signed_codes<quant>(chunk, veorq_u8(vld1q_u8(from), flipped)), vaddq_u8(first, second));
 }
 
 // The places of two_of_four_places: of 16 values of a group, run `run`, which of 32 weights each is.
@@ -105,6 +106,36 @@ inline uint8x16_t places_in_32(int run, uint8x16_t bits) {
     if (run % 4 == 2) bits = vshrq_n_u8(bits, 4);
     if (run % 4 == 3) bits = vshrq_n_u8(bits, 6);
     return vsliq_n_u8(bits, fours, 2);  // the lowest two bits stay
+}
+
+// For each 8 mask bits of four_of_eight: where its four values are among 32 weights, if it has the first, second, third
+// or fourth 8 of them; 0 for the values of the others.
+struct FourTables {
+    alignas(64) uint8_t of[4][256][16];
+
+    constexpr FourTables() : of() {
+        for (unsigned eight = 0; eight < 4; eight++)
+            for (unsigned mask = 0; mask < 256; mask++)
+                for (unsigned i = 0, n = 0; i < 8 && n < 4; i++)
+                    if (mask >> i & 1) of[eight][mask][4 * eight + n++] = static_cast<uint8_t>(8 * eight + i);
+    }
+};
+constexpr FourTables four_tables;
+
+inline uint8x16_t fours_in_32(const uint8_t* mask) {
+    const uint64_t bits = load<uint32_t>(mask);
+    const uint8x16_t low =
+        vaddq_u8(table_row(four_tables.of[0], byte_of(bits, 0)), table_row(four_tables.of[1], byte_of(bits, 1)));
+    const uint8x16_t high =
+        vaddq_u8(table_row(four_tables.of[2], byte_of(bits, 2)), table_row(four_tables.of[3], byte_of(bits, 3)));
+    return vaddq_u8(low, high);
+}
+
+// Which of 32 inputs the 16 values of a run are multiplied with; `mask` is the group's.
+template <Pattern pattern>
+inline uint8x16_t picked_in_32(int run, const uint8_t* mask) {
+    if (pattern == Pattern::four_of_eight) return fours_in_32(mask + 4 * run);
+    return places_in_32(run, vld1q_u8(mask + run / 4 * 16));
 }
 
 // 16 values of a run of two_of_four_places; `bytes` of Q4_0 are shared by runs 4 apart.

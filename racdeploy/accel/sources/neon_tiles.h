@@ -28,11 +28,13 @@ struct Tile {
 // Chunk `chunk` of a group as 4 vectors of 16 weights.
 template <Quant quant>
 inline void spread_chunk(Pattern pattern, int chunk, const uint8_t* head, Values& values, int8x16_t* weights) {
-    if (pattern == Pattern::unstructured) {
+    if (pattern != Pattern::two_of_four_places) {
         const uint8_t*& from = quant == Quant::q4_0 && chunk >= 2 ? values.second : values.first;
         const Masks masks(head + 16 + chunk / 2 * 16);
         const uint64_t bits = masks.bits[chunk % 2], sums = masks.sums[chunk % 2];
-        for (int part = 0; part < 4; part++) weights[part] = spread_16<quant>(chunk, part, bits, sums, from);
+        const bool is_signed = has_whole_groups(pattern);
+        const uint8x16_t flipped = vdupq_n_u8(!is_signed ? 0 : quant == Quant::q8_0 ? 0x80 : 0x88);
+        for (int part = 0; part < 4; part++) weights[part] = spread_16<quant>(chunk, part, bits, sums, from, flipped);
         from += sums >> 56;
         return;
     }

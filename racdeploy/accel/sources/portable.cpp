@@ -90,9 +90,10 @@ struct Mask {  // of a group
 bool is_stored(Pattern pattern, const BlockRow& row, int64_t column) {
     if (pattern == Pattern::unstructured) return !row.is_zero(column);
     if (pattern == Pattern::two_of_four && column >= row.columns) return false;
+    const int stored = pattern == Pattern::four_of_eight ? 4 : 2, among = 2 * stored;
     unsigned bits = 0;
-    for (int i = 0; i < 4; i++) bits |= static_cast<unsigned>(!row.is_zero(column / 4 * 4 + i)) << i;
-    return fill_up_to_two(bits) >> column % 4 & 1;
+    for (int i = 0; i < among; i++) bits |= static_cast<unsigned>(!row.is_zero(column / among * among + i)) << i;
+    return fill_up_to(stored, bits) >> column % among & 1;
 }
 
 // Note in a group's mask that the weight at a place is stored, as the n-th value of the row.

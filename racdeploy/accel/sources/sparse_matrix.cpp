@@ -49,13 +49,26 @@ bool ascending_places(const SparseMatrix& matrix, int64_t row) {
     return true;
 }
 
+// Four of every eight; beyond the row they are the first four.
+bool four_in_every_eight(const SparseMatrix& matrix, int64_t row) {
+    for (int64_t place = 0; place < padded(matrix.columns); place += 8) {
+        const uint8_t* head = matrix.head(row) + place / group_weights * head_bytes(matrix.quant);
+        const uint8_t bits = mask_of(matrix.quant, head)[place % group_weights / 8];
+        const bool inside = column_in_chunks(place) < matrix.columns;
+        if (inside ? __builtin_popcount(bits) != 4 : bits != 15) return false;
+    }
+    return true;
+}
+
 bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
 
-    if (matrix.pattern == Pattern::two_of_four_places) {
+    if (has_whole_groups(matrix.pattern)) {
         const int64_t half = groups(matrix.columns) * group_weights / 4;
         const int64_t bytes = values_bytes(matrix.quant, half, half);
-        return bytes == matrix.offsets[row + 1] - matrix.offsets[row] && ascending_places(matrix, row);
+        if (bytes != matrix.offsets[row + 1] - matrix.offsets[row]) return false;
+        return matrix.pattern == Pattern::four_of_eight ? four_in_every_eight(matrix, row)
+                                                        : ascending_places(matrix, row);
     }
 
     int64_t stored[2] = {0, 0};  // in the first and the second half of each group

@@ -35,7 +35,9 @@ enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml'
 // Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed (the top
 // bit is flipped), and in place of a mask each value has two bits that say which of its four it is: values 16v to 16v +
 // 15 of a group have bits 2(v % 4) and on of the 16 bytes from byte 16(v / 4) on.
-enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, two_of_four_places = 2 };
+//
+// four_of_eight: of every 8 weights exactly 4, zero or not, in whole groups; as unstructured, but values are signed.
+enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, two_of_four_places = 2, four_of_eight = 3 };
 
 constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
@@ -53,7 +55,7 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
 constexpr bool can_have(Quant quant, Pattern pattern) {
     return pattern == Pattern::unstructured || quant == Quant::q8_0 ||
-           (pattern == Pattern::two_of_four_places && quant == Quant::q4_0);
+           (pattern != Pattern::two_of_four && quant == Quant::q4_0);
 }
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, group_weights); }
@@ -118,9 +120,12 @@ struct Kernels {
     void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
 
     Pattern two_of_four = Pattern::two_of_four;  // what they make of a matrix for which they prefer it
+    bool (*prefers_four_of_eight)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;
 
     Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
-        return prefers_two_of_four(quant, rows, columns, blocks) ? two_of_four : Pattern::unstructured;
+        if (prefers_two_of_four(quant, rows, columns, blocks)) return two_of_four;
+        const bool four = prefers_four_of_eight && prefers_four_of_eight(quant, rows, columns, blocks);
+        return four ? Pattern::four_of_eight : Pattern::unstructured;
     }
 };
 
