@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from statistics import mean
+import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.accel.ggml_plugin import Plugin, Product, find_kernels
 from racdeploy.storage.ggml_types import GGML_TYPES
 
 _COLUMNS = 2048
 _ROWS = (256, 768)  # of less than 2 MB; what a product costs besides is in both
-_RUNS, _REPEATS = 200, 4
+_REPEATS = 4
 
 
 def measure_ns(quant: str, zeros: float, threads: int) -> tuple[float, float]:
     """Return ggml's own nanoseconds and those of sparse kernels, when so many threads multiply.
 
-    They are of processor time: of two threads that share a core both take longer.
+    Each has a matrix of its own; of two threads that share a core both take longer.
     """
     kernels = find_kernels()
     if isinstance(kernels, str):
@@ -29,22 +29,16 @@ def measure_ns(quant: str, zeros: float, threads: int) -> tuple[float, float]:
     if not plugin.enable([], 1):
         raise SystemExit("ggml does not take the plug-in")
 
-    def measure(_: int) -> tuple[float, float]:
-        number = GGML_TYPES[quant].number
-        products = [Product(number, rows, _COLUMNS, 1, zeros, False) for rows in _ROWS]
-        few, many = (
-            [min(times) for times in zip(*repeated, strict=True)]
-            for repeated in (
-                [plugin.times_ms(product, 1, _RUNS) for _ in range(_REPEATS)]
-                for product in products
-            )
-        )
-        chunks = (_ROWS[1] - _ROWS[0]) * _COLUMNS / 64
-        stock_ns, sparse_ns = (
-            1e6 * (after - before) / chunks for before, after in zip(few, many, strict=True)
-        )
-        return stock_ns, sparse_ns
+    chunks = (_ROWS[1] - _ROWS[0]) * _COLUMNS / 64
+    stock_ns, sparse_ns = 1e6 * (_measure_ms(plugin, quant, zeros, threads) / chunks)
+    return float(stock_ns), float(sparse_ns)
 
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(measure, range(threads)))
-    return mean(stock for stock, _ in found), mean(sparse for _, sparse in found)
+
+def _measure_ms(plugin: Plugin, quant: str, zeros: float, threads: int) -> NDArray[np.float64]:
+    """Return what the larger matrix takes more than the smaller one: both sides."""
+    found = []
+    for rows in _ROWS:
+        product = Product(GGML_TYPES[quant].number, rows, _COLUMNS, 1, zeros, False)
+        repeated = [plugin.times_ms(product, threads, [threads]) for _ in range(_REPEATS)]
+        found.append(np.nanmin(np.array(repeated), axis=0)[:, 0])
+    return found[1] - found[0]

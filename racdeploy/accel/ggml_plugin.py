@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.accel.library import KERNELS, Library
 from racdeploy.accel.proof import Kernels
@@ -260,17 +261,21 @@ class Plugin:
         Args:
             count: of equal matrices, each with a place of its own in memory.
         """
+        stock_ms, sparse_ms = self.times_ms(product, count, threads)
+        return list((stock_ms / sparse_ms).tolist())
+
+    def times_ms(
+        self, product: Product, count: int, threads: Sequence[int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return what ggml's own products and the sparse ones take, one for each thread at once.
+
+        Arguments are those of :meth:`speedups`. What other programs disturbed is not a number.
+        """
         counts = np.array(threads, np.int32)
         stock_ms, sparse_ms = np.empty((2, len(threads)))
-        self._library.rac_ggml_time(
-            *product,
-            count,
-            counts,
-            len(threads),
-            stock_ms,
-            sparse_ms,
-        )
-        return list((stock_ms / sparse_ms).tolist())
+        arrays = counts, len(threads), stock_ms, sparse_ms
+        self._library.rac_ggml_time(*product, count, *arrays)
+        return stock_ms, sparse_ms
 
     def _count_zeros(self, matrix: Matrix) -> tuple[str, float]:
         name = NAMES[matrix.ggml_type]
