@@ -41,4 +41,6 @@ def _measure_ms(plugin: Plugin, quant: str, zeros: float, threads: int) -> NDArr
         product = Product(GGML_TYPES[quant].number, rows, _COLUMNS, 1, zeros, False)
         repeated = [plugin.times_ms(product, threads, [threads]) for _ in range(_REPEATS)]
         found.append(np.nanmin(np.array(repeated), axis=0)[:, 0])
-    return found[1] - found[0]
+    smaller_ms, larger_ms = found
+    difference_ms: NDArray[np.float64] = larger_ms - smaller_ms
+    return difference_ms
