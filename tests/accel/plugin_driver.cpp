@@ -90,7 +90,7 @@ void refusals(const File& file) {
     require(!rac_ggml_maps_huge(fileno(file.stream), file.bytes), 9);  // smaller than a huge page
     for (int64_t Place::* number :
          {&Place::quant, &Place::pattern, &Place::rows, &Place::columns, &Place::begin, &Place::bytes})
-        for (int64_t wrong : {int64_t{-64}, int64_t{3}, file.bytes / 64 * 64, INT64_MAX, INT64_MIN}) {
+        for (int64_t wrong : {int64_t{-64}, int64_t{7}, file.bytes / 64 * 64, INT64_MAX, INT64_MIN}) {
             Place place = file.place;
             place.*number = wrong;
             require(!file.finds(place), 11);
