@@ -14,6 +14,7 @@ from pathlib import Path
 from racdeploy.accel import ggml_plugin, ort_operator, proof, verdicts
 from racdeploy.accel.ggml_weights import enable, forget
 from racdeploy.accel.kept_weights import kept_files
+from racdeploy.accel.library import SOURCES
 from racdeploy.accel.ort_operator import choose_graph
 from racdeploy.accel.proof import Choice, Mode, Proof
 from racdeploy.accel.verdicts import Verdict, choose_verdict
@@ -22,6 +23,7 @@ from racdeploy.extras import is_installed
 from racdeploy.storage.cores import available_cores
 
 __all__ = [
+    "SOURCES",
     "STOCK",
     "Built",
     "Choice",
