@@ -82,6 +82,8 @@ presets_app.command(name="ls", epilog="Example: racdeploy presets ls")(presets.l
 _SAVE = "Example: racdeploy presets save my-mix --from bundle"
 presets_app.command(name="save", epilog=_SAVE)(presets.save_preset)
 accel_app.command(name="build", epilog=_BUILD_KERNELS)(tools.build_kernels)
+_SOURCES = "Example: cmake -S $(racdeploy accel sources) -B build"
+accel_app.command(name="sources", epilog=_SOURCES)(tools.print_sources)
 
 
 def main() -> None:

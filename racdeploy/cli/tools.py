@@ -262,3 +262,15 @@ def build_kernels(json_output: JsonOpt = False) -> None:
             f"kernels are not used: {'; '.join(refusals)}",
             remedy="everything runs without them, too",
         )
+
+
+@reported
+def print_sources(json_output: JsonOpt = False) -> None:
+    """Print the folder of libracdeploy, for CMake: the kernels for apps in C and C++.
+
+    See docs/c.md.
+    """
+    from racdeploy import accel
+
+    folder = str(accel.SOURCES.parent)
+    print_result({"sources": folder}, [folder], json_output)

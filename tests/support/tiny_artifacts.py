@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines.llamacpp import open_engine as open_llamacpp
 from racdeploy.export import gguf
@@ -75,9 +77,15 @@ def make_onnx_bundle(folder: Path) -> Path:
     return bundle
 
 
-def make_thinking_bundle(folder: Path) -> Path:
-    """Write a whole bundle round the embedded model, not pruned, which answers; return it."""
+def make_thinking_bundle(folder: Path, zeros: float = 0.0, quant: str = "f32") -> Path:
+    """Write a whole bundle round the embedded model, which answers; return it.
+
+    That share of the linears' smallest weights is zero.
+    """
     checkpoint = write_model(folder / "checkpoint")
+    if zeros or quant != "f32":
+        _zero_smallest(checkpoint / "model.safetensors", zeros)
+        gguf.export(Checkpoint(checkpoint), checkpoint / "model.gguf", quant=quant)
     bundle = write_bundle(checkpoint, {"model.gguf": checkpoint / "model.gguf"}, "llamacpp")
 
     manifest = Manifest.read(bundle)
@@ -89,6 +97,15 @@ def make_thinking_bundle(folder: Path) -> Path:
     whole = manifest.model_copy(update={"tokenizer": tokenizer, "generation": generation})
     (bundle / "racdeploy.json").write_text(whole.model_dump_json(), encoding="utf-8")
     return bundle
+
+
+def _zero_smallest(file: Path, share: float) -> None:
+    weights = load_file(file)
+    for name, weight_OI in weights.items():
+        if name.endswith("_proj.weight"):
+            size_OI = weight_OI.float().abs()
+            weight_OI[size_OI <= size_OI.quantile(share)] = 0
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def write_bundle(checkpoint: Path, files: dict[str, Path], backend: str) -> Path:

@@ -14,6 +14,11 @@
 
 #include "sparse_matrix.h"
 
+#ifndef MADV_HUGEPAGE  // Linux alone lets a program ask
+#define MADV_HUGEPAGE MADV_NORMAL
+#define MADV_NOHUGEPAGE MADV_NORMAL
+#endif
+
 namespace racdeploy {
 
 struct Unmap {

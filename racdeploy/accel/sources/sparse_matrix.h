@@ -23,7 +23,11 @@
 #include <cstdlib>
 #include <memory>
 
+#ifdef RACDEPLOY_C_API
+#define EXPORT extern "C"  // libracdeploy exports racdeploy.h alone
+#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace racdeploy {
 

@@ -24,7 +24,7 @@ static int misuse(void) {
     wrong += racdeploy_plain_size(NULL, &size_bytes) != RACDEPLOY_USAGE || size_bytes != 0;
     wrong += racdeploy_plain_size("nowhere", NULL) != RACDEPLOY_USAGE;
     wrong += racdeploy_plain_size("nowhere", &size_bytes) != RACDEPLOY_SYSTEM;
-    wrong += strstr(racdeploy_last_error(), "nowhere cannot be opened") == NULL;
+    wrong += strstr(racdeploy_last_error(), "nowhere cannot be opened: No such file") == NULL;
     wrong += racdeploy_unpack(NULL, "out") != RACDEPLOY_USAGE;
     wrong += racdeploy_unpack("", "out") != RACDEPLOY_USAGE;
     wrong += racdeploy_unpack("nowhere", NULL) != RACDEPLOY_USAGE;

@@ -40,10 +40,7 @@ bool Input::open(const char* path) {
     if (!path || !*path) return fail(RACDEPLOY_USAGE, "a path is missing");
 
     file_ = Descriptor(::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), true);  // opening a pipe would wait for ever
-    if (file_.number() < 0) {
-        file_ = Descriptor();
-        return fail(RACDEPLOY_SYSTEM, "%.300s cannot be opened: %s", path, std::strerror(errno));
-    }
+    if (file_.number() < 0) return fail(RACDEPLOY_SYSTEM, "%.300s cannot be opened: %s", path, std::strerror(errno));
     return look();
 }
 

@@ -10,7 +10,7 @@ namespace racdeploy::c {
 // A descriptor, closed at the end where it is ours.
 class Descriptor {
 public:
-    explicit Descriptor(int number = -1, bool ours = false) : number_(number), ours_(ours) {}
+    explicit Descriptor(int number = -1, bool ours = false) : number_(number), ours_(ours && number >= 0) {}
     Descriptor(Descriptor&& other) noexcept : number_(other.number_), ours_(other.ours_) { other.ours_ = false; }
     Descriptor& operator=(Descriptor&& other) noexcept;
     ~Descriptor();

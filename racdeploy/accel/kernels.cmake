@@ -1,0 +1,27 @@
+# The kernels and the plug-in, file by file: those of library.py, as a test says. Each set of kernels is compiled for its
+# own instruction set and asks the processor for it; a compiler that does not know it compiles the file plainly.
+function(racdeploy_kernels file processors)
+    target_sources(racdeploy PRIVATE sources/${file})
+    if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "${processors}" OR NOT ARGN)
+        return()
+    endif()
+    string(MAKE_C_IDENTIFIER "RACDEPLOY_COMPILES_${file}" known)
+    list(JOIN ARGN " " flags)
+    check_cxx_compiler_flag("${flags}" ${known})
+    if(${known})
+        set_source_files_properties(sources/${file} PROPERTIES COMPILE_OPTIONS "${ARGN}")
+    endif()
+endfunction()
+
+set(x86 "^(x86_64|AMD64|i686)$")
+set(avx2 -mavx2 -mfma -mf16c -mbmi2 -mpopcnt)
+set(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mavx512bf16)
+
+racdeploy_kernels(sparse_matrix.cpp "")
+racdeploy_kernels(portable.cpp "")
+racdeploy_kernels(avx2.cpp ${x86} ${avx2})
+racdeploy_kernels(avx512.cpp ${x86} ${avx512} ${avx2})
+racdeploy_kernels(file_maps.cpp "")
+racdeploy_kernels(ggml_plugin.cpp "")
+racdeploy_kernels(ggml_trial.cpp "")
+target_compile_options(racdeploy PRIVATE -fno-math-errno)

@@ -1,0 +1,199 @@
+// The plug-in for llama.cpp behind racdeploy.h: which ggml it fits, what it packs, and how fast it is here.
+#include "engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <mutex>
+#include <random>
+#include <system_error>
+#include <thread>
+
+#include "failure.h"
+#include "ggml_plugin.h"
+#include "plugin_functions.h"
+
+namespace racdeploy::c {
+namespace {
+
+// Those whose private declarations are those of ggml_abi.h: the table of ggml_plugin.py, as a test says.
+struct KnownGgml {
+    const char *version, *commit;
+};
+constexpr KnownGgml known_ggml[] = {{"0.25.3", "0c1e570"}};
+
+constexpr int64_t part_bytes = 4 << 20;  // of a matrix that are read together
+constexpr size_t longest_name = 63;      // of a tensor, in ggml
+
+constexpr double never = 2, least_speedup = 1.05, tolerance = 1e-6;
+constexpr int64_t trial_rows = 2048, trial_columns = 4096, trial_bytes = 72 << 20;  // more than a cache holds
+constexpr int trial_shapes = 12, trial_runs = 9;
+
+struct Packable {
+    Quant quant;
+    const char* name;
+    int code_bits;
+};
+constexpr Packable packable[] = {
+    {Quant::q8_0, "q8_0", 8}, {Quant::q4_0, "q4_0", 4}, {Quant::f16, "f16", 16}, {Quant::bf16, "bf16", 16}};
+
+const Packable* find_packable(const Tensor& tensor) {
+    const bool is_matrix = tensor.shape.count == 2 && tensor.shape.dimensions[0] % block_weights == 0;
+    const bool has_name = tensor.name.size() <= longest_name && tensor.name.find('\0') == std::string::npos;
+    for (const Packable& each : packable)
+        if (is_matrix && has_name && static_cast<uint32_t>(each.quant) == tensor.type) return &each;
+    return nullptr;
+}
+
+// Count one matrix, part by part; false after fail().
+bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, std::vector<uint8_t>& blocks,
+               Zeros& found) {
+    const auto columns = static_cast<int64_t>(tensor.shape.dimensions[0]),
+               rows = static_cast<int64_t>(tensor.shape.dimensions[1]);
+    const int64_t row = row_bytes(kind.quant, columns), together = std::max<int64_t>(1, part_bytes / row);
+
+    found = {tensor.name, tensor.type, true, 0};
+    int64_t stored = 0;
+    for (int64_t first = 0; first < rows; first += together) {
+        const int64_t count = std::min(together, rows - first);
+        blocks.resize(static_cast<size_t>(count * row));
+        if (!input.read(tensor.position + first * row, blocks.data(), blocks.size())) return false;
+
+        int pattern = 0;
+        const int64_t bytes = rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
+        if (bytes < 0) throw std::bad_alloc();
+        stored += bytes;
+        found.two_of_four = found.two_of_four && pattern == static_cast<int>(Pattern::two_of_four);
+    }
+
+    const double weights = static_cast<double>(rows) * static_cast<double>(columns);
+    found.share = 1 - 8 * static_cast<double>(stored) / kind.code_bits / weights;
+    return true;
+}
+
+std::mutex measured_mutex;
+bool is_measured = false;
+racdeploy_thresholds measured_thresholds;
+
+racdeploy_thresholds built_in_thresholds() {
+    if (!std::strcmp(instruction_set(), "avx512")) return {0.3, 0.5, 0.4, 0.3, 0.3};
+    return {never, never, never, never, never};  // nobody has measured them
+}
+
+bool compare_products(const Packable& kind) {
+    std::mt19937 random(0);
+    const auto pick = [&](int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); };
+
+    for (int shape = 0; shape < trial_shapes; shape++) {  // first the hard cases: no zeros, all zeros, 2:4
+        constexpr int tokens[] = {1, 1, 2, 3, 5, 8, 17, 65};
+        const bool two_of_four = shape == 2 || shape == 3;
+        const int64_t rows = pick(16, 300), columns = two_of_four ? 128 * pick(1, 20) : 32 * pick(1, 90);
+        const double zeros = shape < 2 ? shape : two_of_four ? 0.5 : 0.01 * pick(20, 95);
+        const double found =
+            rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros, two_of_four,
+                                1 + shape % 2, static_cast<uint64_t>(shape));
+        if (!(found >= 0 && found <= tolerance))
+            return fail(RACDEPLOY_ENGINE, "the %s kernels for %s differ from ggml's own: %g", instruction_set(),
+                        kind.name, found);
+    }
+    return true;
+}
+
+// From how many zeros on they are faster; never, where they are not at the most that is tried.
+double faster_from(const Packable& kind, bool two_of_four) {
+    const int64_t matrix = trial_rows * row_bytes(kind.quant, trial_columns);
+    double from = never;
+    for (const double zeros : {0.8, 0.7, 0.6, 0.5, 0.4, 0.3}) {
+        if (two_of_four && zeros != 0.5) continue;
+        double stock_ms = 0, sparse_ms = 0;
+        rac_ggml_time(static_cast<int>(kind.quant), trial_rows, trial_columns, 1, zeros, two_of_four,
+                      static_cast<int>(trial_bytes / matrix), trial_runs, &stock_ms, &sparse_ms);
+        if (stock_ms < least_speedup * sparse_ms) break;  // so it is at fewer zeros
+        from = zeros;
+    }
+    return from;
+}
+
+}  // namespace
+
+std::string why_no_engine() {
+    const std::string version = ggml_version(), commit = ggml_commit();
+    for (const KnownGgml& known : known_ggml)
+        if (version == known.version && commit.substr(0, commit.find('-')) == known.commit) return "";
+    return "ggml " + version + " (" + commit + ") is not one that the kernels were made for: use that of llama.cpp " +
+           known_ggml[std::size(known_ggml) - 1].commit;
+}
+
+const char* instruction_set() { return rac_instruction_set(); }
+
+std::string form_of_matrices() { return std::to_string(rac_ggml_layout()) + " " + instruction_set(); }
+
+racdeploy_thresholds known_thresholds() {
+    std::lock_guard<std::mutex> lock(measured_mutex);
+    return is_measured ? measured_thresholds : built_in_thresholds();
+}
+
+bool count_zeros(const Input& input, const Header& header, int threads, std::vector<Zeros>& found) {
+    std::vector<std::pair<const Tensor*, const Packable*>> matrices;
+    for (const Tensor& tensor : header.tensors)
+        if (const Packable* kind = find_packable(tensor)) matrices.emplace_back(&tensor, kind);
+    found.assign(matrices.size(), {});
+
+    std::atomic<size_t> next{0};
+    std::mutex failed_mutex;
+    racdeploy_status failed = RACDEPLOY_OK;
+    std::string message;
+    const auto work = [&]() noexcept {
+        const racdeploy_status status = guarded([&] {
+            std::vector<uint8_t> blocks;
+            for (size_t i = next++; i < matrices.size(); i = next++)
+                if (!count_one(input, *matrices[i].first, *matrices[i].second, blocks, found[i])) return false;
+            return true;
+        });
+        if (status == RACDEPLOY_OK) return;
+        next = matrices.size();
+        std::lock_guard<std::mutex> lock(failed_mutex);
+        failed = status;
+    };
+
+    std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(threads));
+    try {
+        for (int t = 1; t < threads; t++) others.emplace_back(work);
+    } catch (const std::system_error&) {  // fewer do
+    }
+    work();
+    for (std::thread& other : others) other.join();
+
+    // What another thread said stayed there.
+    return failed == RACDEPLOY_OK || fail(failed, failed == RACDEPLOY_MEMORY ? "there is not enough memory to count zeros"
+                                                                            : "the file changed while it was read");
+}
+
+bool enable_next(const std::vector<std::string>& names, int threads) {
+    std::vector<const char*> texts;
+    for (const std::string& name : names) texts.push_back(name.c_str());
+    return rac_ggml_enable(texts.data(), static_cast<int64_t>(texts.size()), threads) ||
+           fail(RACDEPLOY_ENGINE, "a model was loaded in this process before: enable the kernels first");
+}
+
+int64_t packed_by_kernels() { return rac_ggml_packed(); }
+
+bool measure(racdeploy_thresholds& thresholds) {
+    if (const std::string reason = why_no_engine(); !reason.empty()) return fail(RACDEPLOY_ENGINE, "%s", reason.c_str());
+    if (!enable_next({}, 2)) return false;
+    for (const Packable& kind : packable)
+        if (!compare_products(kind)) return false;
+
+    thresholds = {faster_from(packable[0], false), faster_from(packable[0], true), faster_from(packable[1], false),
+                  faster_from(packable[2], false), faster_from(packable[3], false)};
+    std::lock_guard<std::mutex> lock(measured_mutex);
+    measured_thresholds = thresholds;
+    is_measured = true;
+    return true;
+}
+
+}  // namespace racdeploy::c

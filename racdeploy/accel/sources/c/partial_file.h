@@ -1,0 +1,30 @@
+// A file that is whole or absent.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "input.h"
+
+namespace racdeploy::c {
+
+// A file beside its final name until it is whole; deleted where it does not get there.
+class PartialFile {
+public:
+    explicit PartialFile(std::string out) : out_(std::move(out)), partial_(out_ + ".partial") {}
+    ~PartialFile();
+
+    bool create(unsigned mode);           // these return false after fail()
+    bool has_space(int64_t bytes) const;
+    int descriptor() const { return file_.number(); }
+    bool finish();
+
+private:
+    bool failed() const;
+
+    std::string out_, partial_;
+    Descriptor file_;
+    bool made_ = false;
+};
+
+}  // namespace racdeploy::c
