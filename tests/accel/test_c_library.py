@@ -17,13 +17,17 @@ from racdeploy.errors import ArtifactError
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
 from racdeploy.storage.ggml_types import GGML_TYPES
-from tests.support.c_library import Driver, build_driver, install_library
+from tests.support.c_library import (
+    SANITIZERS,
+    WARNINGS,
+    Driver,
+    build_driver,
+    install_library,
+)
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus" / "racgguf"
-SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
-WARNINGS = "-Wall -Wextra -Werror"
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +213,7 @@ def test_valgrind_has_nothing_to_say(driver: Driver, containers: dict[str, Path]
     assert (done.returncode, [line[0] for line in done.stdout.splitlines()]) == (0, ["0", "2"])
 
 
-def test_an_arm_build_unpacks_the_same_bytes(
-    emulated: Driver, containers: dict[str, Path]
-) -> None:
+def test_an_arm_build_unpacks_the_same_bytes(emulated: Driver, containers: dict[str, Path]) -> None:
     """Compiled for aarch64, run by qemu: as on phones and boards."""
     for kind in KINDS:
         file = containers[kind]

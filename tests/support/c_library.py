@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from racdeploy.accel import SOURCES
+from racdeploy.accel.ggml_plugin import Ggml
 
 PROJECT = SOURCES.parent
+EXAMPLE = Path(__file__).parents[2] / "examples" / "c"
+SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+WARNINGS = "-Wall -Wextra -Werror"
 APP = Path(__file__).parents[1] / "accel" / "c_library"
+MODELS = APP.with_name("c_models")
 _CROSS = {"aarch64": "aarch64-linux-gnu"}
 
 
@@ -24,9 +29,7 @@ class Driver:
     command: tuple[str, ...]
     size_bytes: int = 0
 
-    def run(
-        self, *arguments: str, wrapper: Sequence[str] = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, wrapper: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         command = [*wrapper, *self.command, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -45,14 +48,22 @@ class Driver:
     def pipe(self, container: Path) -> tuple[int, bytes]:
         """Unpack a container through its descriptors; return the exit code and the plain file."""
         with container.open("rb") as stream:
-            done = subprocess.run([*self.command, "pipe"], stdin=stream, capture_output=True, check=False)
+            done = subprocess.run(
+                [*self.command, "pipe"], stdin=stream, capture_output=True, check=False
+            )
         return done.returncode, done.stdout
 
 
-def install_library(folder: Path, shared: bool, flags: str = "", options: Sequence[str] = ()) -> Path:
+def install_library(
+    folder: Path, shared: bool, flags: str = "", options: Sequence[str] = ()
+) -> Path:
     """Build and install the library; return the prefix."""
     prefix = folder / "prefix"
-    options = [*options, f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}", f"-DCMAKE_CXX_FLAGS={flags}"]
+    options = [
+        *options,
+        f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    ]
     _build(PROJECT, folder / "build", options)
     _run(["cmake", "--install", str(folder / "build"), "--prefix", str(prefix)])
     return prefix
@@ -63,7 +74,9 @@ def build_driver(
 ) -> Driver:
     """Build the program: with an installed library, or with the library as a part of its build."""
     options = [f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}"]
-    options += [f"-DCMAKE_PREFIX_PATH={installed}"] if installed else [f"-DRACDEPLOY_SOURCES={PROJECT}"]
+    options += (
+        [f"-DCMAKE_PREFIX_PATH={installed}"] if installed else [f"-DRACDEPLOY_SOURCES={PROJECT}"]
+    )
 
     emulator: tuple[str, ...] = ()
     if processor:
@@ -78,6 +91,19 @@ def build_driver(
 
     _build(APP, folder, options)
     return Driver((*emulator, str(folder / "driver")))
+
+
+def build_models(folder: Path, ggml: Ggml) -> Path:
+    """Build the example, and the program of tests/accel/c_models, with the llama.cpp of a wheel."""
+    options = [
+        f"-DEXAMPLE={EXAMPLE}",
+        f"-DRACDEPLOY={PROJECT}",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+    ]
+    options += [f"-DGGML_INCLUDE={ggml.include}", f"-DGGML_LIB={ggml.libraries}"]
+    options += ["-DCMAKE_BUILD_TYPE=Checked", f"-DCMAKE_CXX_FLAGS={WARNINGS} -O1"]
+    _build(MODELS, folder, options)
+    return folder
 
 
 def _build(source: Path, folder: Path, options: Sequence[str]) -> None:
