@@ -86,7 +86,7 @@ def _restore(kept: Path, data: bytes) -> None:
 def test_weights_are_chosen_by_their_zeros(built: Path, bundle: Path) -> None:
     """Those of at least the share that the caller gives; a reason where there are none."""
     file = bundle / "model.gguf"
-    for share in (0.0, 0.3, 0.51):
+    for share in (0.0, 0.3):
         *names, status = _run(built, "choose", file, str(share))
         assert (names, status) == (_sparse_names(file, share), "0 ")
     assert _run(built, "choose", file, "0.99") == [
@@ -148,7 +148,7 @@ def test_a_kept_file_of_other_weights_is_written_again(
             os.utime(model, ns=(1, 1))
         if change == "access":
             kept.chmod(0o666)
-        _run(built, "enable", model, "0.3" if change == "model" else "0.25", tmp_path)
+        _run(built, "enable", model, "0.25", tmp_path)
         assert kept.stat().st_ino != before[1], change
         assert (kept.read_bytes() == before[0]) == (change == "access")
 
@@ -214,7 +214,7 @@ def test_the_build_is_that_of_python(built: Path) -> None:
     commands = (built / "compile_commands.json").read_text()
     for source in library.KERNELS:
         (command,) = re.findall(rf'"command": "(.*?sources/{re.escape(source)})"', commands)
-        assert set(library._machine_flags(source)) == set(re.findall(r"-m\S+", command))
+        assert set(library._machine_flags(source)) == set(re.findall(r" (-m\S+)", command))
 
     engine = (library.SOURCES / "c" / "engine.cpp").read_text()
     table = engine.partition("known_ggml[] = {")[2].partition(";")[0]

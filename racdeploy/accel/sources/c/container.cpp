@@ -58,8 +58,9 @@ private:
 
 bool Container::open(Input input) {
     input_ = std::move(input);
-    return read_header(input_, 3, header_) && check_keys() && read_values() && read_tensors() && build_header() &&
-           check_size();
+    if (!read_header(input_, 3, header_) || !check_keys() || !read_values() || !read_tensors()) return false;
+    build_header();
+    return check_size();
 }
 
 bool Container::check_keys() const {
@@ -134,34 +135,29 @@ bool Container::describe(const Tensor& info, const Shape& shape, uint64_t type) 
     return true;
 }
 
-bool Container::build_header() {
-    plain_header_ = "GGUF";
-    append(plain_header_, 3, 4);
-    append(plain_header_, tensors_.size(), 8);
-    append(plain_header_, header_.keys.size() - own_count, 8);
-
-    const int64_t metadata = header_.keys[header_.keys.size() - own_count].start - fixed_bytes;
-    const size_t begin = plain_header_.size();
-    plain_header_.resize(begin + static_cast<size_t>(metadata));
-    if (!input_.read(fixed_bytes, &plain_header_[begin], static_cast<size_t>(metadata))) return false;
+void Container::build_header() {
+    front_ = "GGUF";
+    append(front_, 3, 4);
+    append(front_, tensors_.size(), 8);
+    append(front_, header_.keys.size() - own_count, 8);
+    metadata_end_ = header_.keys[header_.keys.size() - own_count].start;
 
     int64_t offset = 0;
     for (size_t i = 0; i < tensors_.size(); i++) {
         const Stored& tensor = tensors_[i];
         const std::string& name = header_.tensors[i].name;
-        append(plain_header_, name.size(), 8);
-        plain_header_ += name;
-        append(plain_header_, static_cast<uint64_t>(tensor.shape.count), 4);
-        for (int d = 0; d < tensor.shape.count; d++) append(plain_header_, tensor.shape.dimensions[d], 8);
-        append(plain_header_, tensor.type, 4);
-        append(plain_header_, static_cast<uint64_t>(offset), 8);
+        append(infos_, name.size(), 8);
+        infos_ += name;
+        append(infos_, static_cast<uint64_t>(tensor.shape.count), 4);
+        for (int d = 0; d < tensor.shape.count; d++) append(infos_, tensor.shape.dimensions[d], 8);
+        append(infos_, tensor.type, 4);
+        append(infos_, static_cast<uint64_t>(offset), 8);
         offset = padded_to(offset + tensor.plain_bytes, header_.alignment);
     }
-    return true;
 }
 
 bool Container::check_size() const {
-    auto bytes = static_cast<int64_t>(plain_header_.size());
+    int64_t bytes = metadata_end_ + static_cast<int64_t>(infos_.size());
     for (const Stored& tensor : tensors_) bytes = padded_to(bytes, header_.alignment) + tensor.plain_bytes;
     if (bytes <= plain_bytes_ && plain_bytes_ <= padded_to(bytes, header_.alignment)) return true;
     return fail(RACDEPLOY_DAMAGED, "its tensors make %lld bytes and racgguf.size_bytes is %lld",
@@ -177,7 +173,8 @@ bool Container::unpack(const Sink& sink) const {
         return sink(data, bytes);
     };
 
-    if (!hashed(plain_header_.data(), plain_header_.size())) return false;
+    if (!hashed(front_.data(), front_.size()) || !copy(fixed_bytes, metadata_end_, hashed)) return false;
+    if (!hashed(infos_.data(), infos_.size())) return false;
     for (const Stored& tensor : tensors_) {
         if (!write_zeros(hashed, padded_to(written, header_.alignment) - written)) return false;
         if (!unpack_tensor(tensor, hashed)) return false;
@@ -188,17 +185,20 @@ bool Container::unpack(const Sink& sink) const {
            fail(RACDEPLOY_DAMAGED, "it unpacks to a file of another SHA-256: copy it again, or pack it again");
 }
 
-bool Container::unpack_tensor(const Stored& tensor, const Sink& sink) const {
-    Stream stored(input_, tensor.position, tensor.position + tensor.bytes);
-    if (!tensor.layout) {
-        while (stored.left()) {
-            const int64_t bytes = std::min(stored.left(), copy_bytes);
-            const uint8_t* data = stored.take(bytes);
-            if (!data || !sink(data, static_cast<size_t>(bytes))) return false;
-        }
-        return true;
+bool Container::copy(int64_t begin, int64_t end, const Sink& sink) const {
+    Stream stored(input_, begin, end);
+    while (stored.left()) {
+        const int64_t bytes = std::min(stored.left(), copy_bytes);
+        const uint8_t* data = stored.take(bytes);
+        if (!data || !sink(data, static_cast<size_t>(bytes))) return false;
     }
+    return true;
+}
 
+bool Container::unpack_tensor(const Stored& tensor, const Sink& sink) const {
+    if (!tensor.layout) return copy(tensor.position, tensor.position + tensor.bytes, sink);
+
+    Stream stored(input_, tensor.position, tensor.position + tensor.bytes);
     Unpacker unpacker(*tensor.layout, tensor.plain_bytes, stored);
     if (!unpacker.begin()) return false;
     std::vector<uint8_t> plain;

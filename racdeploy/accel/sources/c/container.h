@@ -34,13 +34,16 @@ private:
     bool read_tensors();
     bool describe(const Tensor& info, const Shape& shape, uint64_t type);
     bool check_size() const;
-    bool build_header();
+    void build_header();
+    bool copy(int64_t begin, int64_t end, const Sink& sink) const;
     bool unpack_tensor(const Stored& tensor, const Sink& sink) const;
 
     Input input_;
     Header header_;
     std::vector<Stored> tensors_;
-    std::string plain_header_, sha256_;
+    std::string front_, infos_;  // of the plain file's header; between them is the metadata, which may be megabytes
+    int64_t metadata_end_ = 0;
+    std::string sha256_;
     int64_t plain_bytes_ = 0;
 };
 

@@ -36,8 +36,8 @@ typedef enum racdeploy_status {
 /* Return the version of the library, as "0.1.0". The string stays valid. */
 RACDEPLOY_API const char *racdeploy_version(void);
 
-/* Return what the last call on this thread that failed has to say; "" before the first.
- * The string is valid until the next call that fails on the same thread. */
+/* Return why the call before this one failed, on the same thread; "" before the first call. ASCII, one line.
+ * The string is valid until the next call on the thread. */
 RACDEPLOY_API const char *racdeploy_last_error(void);
 
 /* ---- Containers: a .racgguf file is a GGUF file without its zeros -------------------------------------------------
