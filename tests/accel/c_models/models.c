@@ -70,7 +70,7 @@ static int misuse(void) {
     wrong += racdeploy_enable(NULL) != RACDEPLOY_USAGE;
     wrong += racdeploy_forget("nowhere", NULL) != RACDEPLOY_USAGE;
     wrong += racdeploy_forget("nowhere", "/") != RACDEPLOY_OK;
-    wrong += racdeploy_measure(NULL) != RACDEPLOY_USAGE;
+    wrong += racdeploy_measure(1, NULL) != RACDEPLOY_USAGE;
     wrong += !*racdeploy_instruction_set() || racdeploy_packed() != 0;
     racdeploy_close(NULL);
     return wrong;
@@ -78,7 +78,7 @@ static int misuse(void) {
 
 static int measure(void) {
     racdeploy_thresholds found;
-    racdeploy_status status = racdeploy_measure(&found);
+    racdeploy_status status = racdeploy_measure(1, &found);
     printf("%g %g %g %g %g\n", found.q8_0, found.q8_0_two_of_four, found.q4_0, found.f16, found.bf16);
     return finish(status);
 }

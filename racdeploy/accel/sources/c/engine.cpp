@@ -30,7 +30,7 @@ constexpr size_t longest_name = 63;      // of a tensor, in ggml
 
 constexpr double never = 2, least_speedup = 1.05, tolerance = 1e-6;
 constexpr int64_t trial_rows = 2048, trial_columns = 4096, trial_bytes = 72 << 20;  // more than a cache holds
-constexpr int trial_shapes = 12, trial_runs = 9;
+constexpr int trial_shapes = 12;
 
 struct Packable {
     Quant quant;
@@ -66,7 +66,7 @@ bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, s
         const int64_t bytes = rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
         if (bytes < 0) throw std::bad_alloc();
         stored += bytes;
-        found.two_of_four = found.two_of_four && pattern == static_cast<int>(Pattern::two_of_four);
+        found.two_of_four = found.two_of_four && pattern != static_cast<int>(Pattern::unstructured);
     }
 
     const double weights = static_cast<double>(rows) * static_cast<double>(columns);
@@ -102,19 +102,22 @@ bool compare_products(const Packable& kind) {
     return true;
 }
 
-// From how many zeros on they are faster; never, where they are not at the most that is tried.
-double faster_from(const Packable& kind, bool two_of_four) {
+// From how many zeros on they are faster; never, where they are not at the most that is tried. False after fail().
+bool find_faster(const Packable& kind, bool two_of_four, int threads, double& from) {
     const int64_t matrix = trial_rows * row_bytes(kind.quant, trial_columns);
-    double from = never;
+    const int count = std::max(threads, static_cast<int>(trial_bytes / matrix)) + 1;
+    from = never;
     for (const double zeros : {0.8, 0.7, 0.6, 0.5, 0.4, 0.3}) {
         if (two_of_four && zeros != 0.5) continue;
         double stock_ms = 0, sparse_ms = 0;
         rac_ggml_time(static_cast<int>(kind.quant), trial_rows, trial_columns, 1, zeros, two_of_four,
-                      static_cast<int>(trial_bytes / matrix), trial_runs, &stock_ms, &sparse_ms);
+                      count, &threads, 1, &stock_ms, &sparse_ms);
+        if (std::isnan(stock_ms) || std::isnan(sparse_ms))
+            return fail(RACDEPLOY_SYSTEM, "other programs kept the cores busy: measure again, or on fewer threads");
         if (stock_ms < least_speedup * sparse_ms) break;  // so it is at fewer zeros
         from = zeros;
     }
-    return from;
+    return true;
 }
 
 }  // namespace
@@ -182,14 +185,20 @@ bool enable_next(const std::vector<std::string>& names, int threads) {
 
 int64_t packed_by_kernels() { return rac_ggml_packed(); }
 
-bool measure(racdeploy_thresholds& thresholds) {
+bool measure(int threads, racdeploy_thresholds& thresholds) {
     if (const std::string reason = why_no_engine(); !reason.empty()) return fail(RACDEPLOY_ENGINE, "%s", reason.c_str());
-    if (!enable_next({}, 2)) return false;
+    if (!enable_next({}, threads)) return false;
     for (const Packable& kind : packable)
         if (!compare_products(kind)) return false;
 
-    thresholds = {faster_from(packable[0], false), faster_from(packable[0], true), faster_from(packable[1], false),
-                  faster_from(packable[2], false), faster_from(packable[3], false)};
+    racdeploy_thresholds found;
+    if (!find_faster(packable[0], false, threads, found.q8_0) ||
+        !find_faster(packable[0], true, threads, found.q8_0_two_of_four) ||
+        !find_faster(packable[1], false, threads, found.q4_0) || !find_faster(packable[2], false, threads, found.f16) ||
+        !find_faster(packable[3], false, threads, found.bf16))
+        return false;
+
+    thresholds = found;
     std::lock_guard<std::mutex> lock(measured_mutex);
     measured_thresholds = thresholds;
     is_measured = true;

@@ -29,6 +29,6 @@ bool count_zeros(const Input& input, const Header& header, int threads, std::vec
 bool enable_next(const std::vector<std::string>& names, int threads);
 int64_t packed_by_kernels();
 
-bool measure(racdeploy_thresholds& thresholds);  // false after fail()
+bool measure(int threads, racdeploy_thresholds& thresholds);  // false after fail()
 
 }  // namespace racdeploy::c

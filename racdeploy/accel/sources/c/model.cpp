@@ -26,6 +26,11 @@ struct racdeploy_model {
 
 namespace {
 
+int threads_of(int asked) {
+    const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+    return std::clamp(asked > 0 ? asked : cores, 1, 64);
+}
+
 bool is_container(const Header& header) {
     return std::any_of(header.keys.begin(), header.keys.end(),
                        [](const Key& key) { return key.name.rfind("racgguf.", 0) == 0; });
@@ -74,9 +79,8 @@ bool open_model(const char* gguf, const racdeploy_options& options, racdeploy_mo
     if (is_container(header))
         return fail(RACDEPLOY_DAMAGED, "%.300s is a .racgguf container: unpack it first", gguf);
 
-    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
     model.gguf = gguf;
-    model.threads = std::clamp(options.threads > 0 ? options.threads : static_cast<int>(cores), 1, 64);
+    model.threads = threads_of(options.threads);
     model.in_small_pages = options.keep_in_small_pages != 0;
     model.reason = why_no_engine();
     if (!model.reason.empty()) return true;
@@ -160,10 +164,10 @@ extern "C" racdeploy_status racdeploy_forget(const char* gguf, const char* kept_
 
 extern "C" const char* racdeploy_instruction_set(void) { return instruction_set(); }
 
-extern "C" racdeploy_status racdeploy_measure(racdeploy_thresholds* thresholds) {
+extern "C" racdeploy_status racdeploy_measure(int threads, racdeploy_thresholds* thresholds) {
     return guarded([&] {
         if (!thresholds) return fail(RACDEPLOY_USAGE, "there is no place for the thresholds");
         *thresholds = {2, 2, 2, 2, 2};
-        return measure(*thresholds);
+        return measure(threads_of(threads), *thresholds);
     });
 }

@@ -17,7 +17,7 @@ racdeploy_thresholds known_thresholds() { return {}; }
 bool count_zeros(const Input&, const Header&, int, std::vector<Zeros>&) { return fail(RACDEPLOY_ENGINE, absent); }
 bool enable_next(const std::vector<std::string>&, int) { return fail(RACDEPLOY_ENGINE, absent); }
 int64_t packed_by_kernels() { return 0; }
-bool measure(racdeploy_thresholds&) { return fail(RACDEPLOY_ENGINE, absent); }
+bool measure(int, racdeploy_thresholds&) { return fail(RACDEPLOY_ENGINE, absent); }
 
 bool KeptWeights::find(const std::string&, const std::string&) { return false; }
 std::vector<std::string> KeptWeights::names() const { return {}; }

@@ -18,6 +18,6 @@ int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const vo
 double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four,
                            int threads, uint64_t seed);
 void rac_ggml_time(int quant, int64_t rows, int64_t columns, int64_t tokens, double zeros, bool two_of_four, int count,
-                   int repeats, double* stock_ms, double* sparse_ms);
+                   const int* threads, int thread_counts, double* stock_ms, double* sparse_ms);
 
 }  // extern "C"

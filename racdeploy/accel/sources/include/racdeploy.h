@@ -115,14 +115,16 @@ RACDEPLOY_API void racdeploy_close(racdeploy_model *model);
 /* Delete the kept file of a GGUF file, which need not exist any more, from a folder. RACDEPLOY_OK where there is none. */
 RACDEPLOY_API racdeploy_status racdeploy_forget(const char *gguf, const char *kept_folder);
 
-/* Return the kernels that this processor gets, as "avx512", "avx2" or "portable"; "" where they are not in this build.
+/* Return the kernels that this processor gets, as "avx512", "avx2", "neon" or "portable"; "" where they are not in this build.
  * The string stays valid. */
 RACDEPLOY_API const char *racdeploy_instruction_set(void);
 
 /* Compare every kernel with ggml's own products, then measure both, in this process; before the first model is loaded.
- * It takes seconds to a minute of one core, and some 200 MB. Store in *thresholds from which zeros on the kernels are
- * at least 5 % faster; keep that until the app or the system is updated. RACDEPLOY_ENGINE where a product differs. */
-RACDEPLOY_API racdeploy_status racdeploy_measure(racdeploy_thresholds *thresholds);
+ * `threads` are those that llama.cpp will use, 0 one for every core: cores share the memory, which is what zeros save.
+ * It takes half a minute or so, and some 200 MB. Store in *thresholds from which zeros on the kernels are at least 5 %
+ * faster; keep that until the app or the system is updated. RACDEPLOY_ENGINE where a product differs, RACDEPLOY_SYSTEM
+ * where other programs kept the cores busy. */
+RACDEPLOY_API racdeploy_status racdeploy_measure(int threads, racdeploy_thresholds *thresholds);
 
 #ifdef __cplusplus
 }
