@@ -1,8 +1,7 @@
 """The plug-in for llama.cpp: which ggml it fits, how it is built, and its C functions.
 
-An extra buffer type of ggml's CPU backend, as CPU_REPACK is one. It is used only with versions of
-ggml whose private declarations were compared with ours.
-Source: llama-cpp-python 0.3.36, ggml/src/ggml-cpu/traits.h and ggml-backend-impl.h.
+An extra buffer type of ggml's CPU backend, as CPU_REPACK is one. It is used only with releases of
+ggml whose private declarations were compared with ours: see :mod:`ggml_releases`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.accel.ggml_releases import refuse_unknown
 from racdeploy.accel.library import KERNELS, Library
 from racdeploy.accel.proof import Kernels
 from racdeploy.errors import ArtifactError, EngineError
@@ -28,8 +28,6 @@ from racdeploy.storage.gguf_header import Header, TensorInfo
 
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
 NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
-# ggml version -> commits of llama.cpp whose private declarations are those of sources/ggml_abi.h
-_KNOWN = {"0.25.3": ("0c1e570",)}
 _COLUMNS = 32  # of every matrix a multiple
 _TWO_OF_FOUR = (1, 2)  # patterns; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
@@ -70,17 +68,25 @@ class Ggml:
     @property
     def refusal(self) -> str:
         """Why the plug-in is not for it; empty where it is."""
-        commit = self.commit.partition("-")[0]
-        if commit not in _KNOWN.get(self.version, ()):
-            found = f"ggml {self.version} ({self.commit})"
-            known = [f"{version} ({', '.join(each)})" for version, each in _KNOWN.items()]
-            return f"{found} is not one that the kernels were made for: {', '.join(known)}"
+        if refusal := refuse_unknown(self.version, self.commit):
+            return refusal
 
         header = self.include / "ggml-backend.h"
         if not header.is_file():
             return f"llama-cpp-python came without ggml's headers: there is no {header}"
 
         return ""
+
+    @property
+    def plugin(self) -> Library:
+        """The plug-in for it, built or not."""
+        return Library(
+            "llamacpp",
+            (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
+            include=(self.include,),
+            links=(self.libraries / "libggml-cpu.so.0", self.libraries / "libggml-base.so.0"),
+            key={"ggml": self.version, "commit": self.commit},
+        )
 
 
 def find_ggml() -> Ggml | str:
@@ -117,19 +123,7 @@ def find_kernels() -> Kernels | str:
     if isinstance(ggml, str):
         return ggml
 
-    library = Library(
-        "llamacpp",
-        (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
-        include=(ggml.include,),
-        links=(ggml.libraries / "libggml-cpu.so.0", ggml.libraries / "libggml-base.so.0"),
-        key={"ggml": ggml.version, "commit": ggml.commit},
-    )
-
-    return Kernels(
-        library,
-        "racdeploy.accel.ggml_trial",
-        "the sparse kernels are not built",
-    )
+    return Kernels(ggml.plugin, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
 
 
 class Matrix(NamedTuple):

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import ggml_plugin, ggml_weights, kept_weights, library
+from racdeploy.accel import ggml_plugin, ggml_releases, ggml_weights, kept_weights, library
+from racdeploy.accel.ggml_releases import Release
 from racdeploy.accel.library import Library
 from racdeploy.accel.verdicts import thread_counts
 from racdeploy.cli.app import app
@@ -36,6 +37,7 @@ from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.gguf_header import Header
 from tests.support.accel_plugin import build_plugin, find_kernels, write_proof
+from tests.support.ggml_releases import build_driver, run_driver
 from tests.support.tiny_artifacts import make_bundle
 from tests.support.tiny_models import make_checkpoint
 
@@ -249,9 +251,11 @@ def test_an_unknown_ggml_stays_on_stock_paths(
     ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its private declarations were not compared with ours."""
-    monkeypatch.setattr(ggml_plugin, "_KNOWN", {"0.0.1": ("abc",)})
     monkeypatch.delitem(accel._ENGINES, "onnxruntime")  # its operator would be built and tried
-    assert "is not one that the kernels were made for: 0.0.1 (abc)" in str(accel.readiness())
+    monkeypatch.setattr(
+        ggml_releases, "read_table", lambda: (Release("0.0.1", "0.0.1", "abcdef0"),)
+    )
+    assert "is not one that the kernels were made for: 1 release" in str(accel.readiness())
     assert accel.kernels("auto") == accel.STOCK
     built = accel.build_installed()["llama.cpp"]
     assert built.library is None
@@ -607,29 +611,8 @@ def test_the_plugin_is_clean_under_sanitizers(
 ) -> None:
     """Packing, partial writes, reading back, products, kept files: every read and write checked."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    plugin = find_kernels().library
-    driver = str(Path(__file__).with_name("plugin_driver.cpp"))
-    program = replace(
-        plugin,
-        name="driver",
-        sources=(*plugin.sources, driver),
-        flags=(
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-O1",
-            "-g",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-        ),
-        link_flags=(f"-Wl,-rpath,{plugin.links[0].parent}",),
-    ).build()
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (
-        done.returncode,
-        done.stderr[-3000:],
-    )  # a code is one of the driver's checks
-    assert float(done.stdout) <= 1e-6
+    program = build_driver(find_kernels().library, "-Wall", "-Wextra", "-Werror")
+    assert run_driver(program) <= 1e-6
 
 
 def test_a_file_is_read_ahead_once_and_in_order(

@@ -1,7 +1,8 @@
 // What a plug-in of ggml's CPU backend needs and ggml's public headers do not give, declared again.
 //
-// ggml promises none of it, so the plug-in is built and used with versions only whose declarations were compared with
-// these: see ggml_plugin.py. Source: ggml-backend-impl.h, ggml-cpu/traits.h and ggml-cpu/ggml-cpu-impl.h of 0.25.3.
+// ggml promises none of it, so the plug-in is built and used with releases only whose declarations were compared with
+// these: see ggml_releases.toml, and tests/support/ggml_releases.py, which reads this file.
+// Source: ggml/src/ggml-backend-impl.h, ggml-cpu/traits.h and ggml-cpu/ggml-cpu-impl.h of 0.25.3.
 #pragma once
 #include <vector>
 
