@@ -150,12 +150,13 @@ def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
 
 
 def _describe_kept() -> str:
+    way_in = accel.describe_way_in()
     kept = accel.kept_files()
     if not kept:
-        return ""
+        return way_in
 
     size_mb = sum(file.stat().st_size for file in kept) / 1e6
-    return f"; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
+    return f"{way_in}; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
 
 
 def _unused(what: str, detail: str) -> dict[str, str]:

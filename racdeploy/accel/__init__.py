@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from racdeploy.accel import ggml_plugin, ort_operator, proof, verdicts
+from racdeploy.accel.ggml_plugin import describe_way_in
 from racdeploy.accel.ggml_weights import enable, forget
 from racdeploy.accel.kept_weights import kept_files
 from racdeploy.accel.library import SOURCES
@@ -35,6 +36,7 @@ __all__ = [
     "choose_graph",
     "describe_built",
     "describe_verdicts",
+    "describe_way_in",
     "enable",
     "explain_missing",
     "forget",

@@ -1,7 +1,8 @@
-"""The plug-in for llama.cpp: which ggml it fits, how it is built, and its C functions.
+"""The plug-in for llama.cpp: which way into ggml it takes, how it is built, and its C functions.
 
-An extra buffer type of ggml's CPU backend, as CPU_REPACK is one. It is used only with releases of
-ggml whose private declarations were compared with ours: see :mod:`ggml_releases`.
+With releases of ggml whose private declarations were compared with ours (:mod:`ggml_releases`), it
+is an extra buffer type of the CPU backend, as CPU_REPACK is one. With any other it is a device that
+ggml loads itself: public, and slower, since llama.cpp cuts its graph around each product.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from racdeploy.storage.gguf_header import Header, TensorInfo
 
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
 NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
+_DEVICE = ("llamacpp-device", "ggml_device.cpp")  # a library's name, and the source of its own
 _COLUMNS = 32  # of every matrix a multiple
 _TWO_OF_FOUR = (1, 2)  # patterns; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
@@ -40,6 +42,7 @@ _MATRIX = (_I32, _I64, _I64, _DATA)  # number format, rows, columns, ggml's bloc
 _PRODUCT = (_I32, _I64, _I64, _I64, _F64, _BOOL)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
     "rac_instruction_set": (_TEXT,),
+    "rac_ggml_is_device": (_BOOL,),
     "rac_ggml_enable": (_BOOL, _TEXTS, _I64, _I32),
     "rac_ggml_keep": (_BOOL, _I32, _I64, _TEXTS, _TABLE, _I64),
     "rac_ggml_maps_huge": (_BOOL, _I32, _I64),
@@ -66,11 +69,13 @@ class Ggml:
     commit: str
 
     @property
+    def is_known(self) -> bool:
+        """Whether its private declarations are ours."""
+        return not refuse_unknown(self.version, self.commit)
+
+    @property
     def refusal(self) -> str:
         """Why the plug-in is not for it; empty where it is."""
-        if refusal := refuse_unknown(self.version, self.commit):
-            return refusal
-
         header = self.include / "ggml-backend.h"
         if not header.is_file():
             return f"llama-cpp-python came without ggml's headers: there is no {header}"
@@ -80,9 +85,10 @@ class Ggml:
     @property
     def plugin(self) -> Library:
         """The plug-in for it, built or not."""
+        name, way_in = ("llamacpp", "ggml_extra.cpp") if self.is_known else _DEVICE
         return Library(
-            "llamacpp",
-            (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", "ggml_trial.cpp"),
+            name,
+            (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", way_in, "ggml_trial.cpp"),
             include=(self.include,),
             links=(self.libraries / "libggml-cpu.so.0", self.libraries / "libggml-base.so.0"),
             key={"ggml": self.version, "commit": self.commit},
@@ -115,6 +121,15 @@ def find_ggml() -> Ggml | str:
 
     ggml = Ggml(libraries, package.parent / "include", *answers)
     return ggml.refusal or ggml
+
+
+def describe_way_in() -> str:
+    """Return that the kernels are on a device and why, to end a sentence; or empty."""
+    ggml = find_ggml()
+    if isinstance(ggml, str) or ggml.is_known:
+        return ""
+
+    return f", on a device of ggml, since {refuse_unknown(ggml.version, ggml.commit)}"
 
 
 def find_kernels() -> Kernels | str:
@@ -165,6 +180,9 @@ class Plugin:
             function.restype = result
             function.argtypes = arguments
 
+        self.is_device = bool(self._library.rac_ggml_is_device())
+        self._is_taken = not self.is_device or _load_device(file)
+
     @property
     def instruction_set(self) -> str:
         """The kernels that this processor gets, such as ``avx512``, ``neon`` or ``portable``."""
@@ -178,10 +196,11 @@ class Plugin:
     def enable(self, names: Sequence[str], threads: int) -> bool:
         """Have the weights of these names packed when the next model is loaded.
 
-        False where ggml does not take the plug-in: a model was loaded in this process before.
+        False where ggml does not take the plug-in: a model was loaded in this process before, or it
+        is a device of another version of ggml's interface.
         """
         texts = _texts(names)
-        return bool(self._library.rac_ggml_enable(texts, len(names), threads))
+        return self._is_taken and bool(self._library.rac_ggml_enable(texts, len(names), threads))
 
     def keep(self, stream: IO[bytes], places: Mapping[str, Sequence[int]]) -> bool:
         """Have the enabled weights taken from a file in which they are packed, if it can be mapped.
@@ -281,6 +300,16 @@ class Plugin:
         zeros = 1.0 - stored_bits / code_bits / (matrix.rows * matrix.columns)
         is_two_of_four = pattern.value in _TWO_OF_FOUR
         return name + (" 2:4" if is_two_of_four else ""), zeros
+
+
+def _load_device(file: Path) -> bool:
+    """Have ggml load a library as a device; False where it is of another version's interface."""
+    from llama_cpp.llama_cpp import _lib  # its ggml: under the name libggml.so lies another copy
+
+    load = _lib.ggml_backend_load
+    load.restype = _DATA
+    load.argtypes = (_TEXT,)
+    return load(os.fsencode(file)) is not None
 
 
 def _read_matrices(path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, Matrix]]:

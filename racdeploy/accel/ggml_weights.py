@@ -92,7 +92,8 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
 
     threading.Thread(target=_read_ahead, args=(path,), daemon=True).start()
     kept = keep and kept_weights.is_wanted() and _keep(plugin, path, names)
-    summary = f"sparse {kernels} kernels for {len(names)} matrices"
+    place = " on a device of ggml" if plugin.is_device else ""
+    summary = f"sparse {kernels} kernels{place} for {len(names)} matrices"
     return Choice(
         path,
         summary,

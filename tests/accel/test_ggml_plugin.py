@@ -20,9 +20,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy import accel
-from racdeploy.accel import ggml_plugin, ggml_releases, ggml_weights, kept_weights, library
-from racdeploy.accel.ggml_releases import Release
-from racdeploy.accel.library import Library
+from racdeploy.accel import ggml_plugin, ggml_weights, kept_weights, library
 from racdeploy.accel.verdicts import thread_counts
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
@@ -36,30 +34,20 @@ from racdeploy.runtime import load
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.gguf_header import Header
-from tests.support.accel_plugin import build_plugin, find_kernels, write_proof
+from tests.support.accel_plugin import (
+    build_plugin,
+    build_stub,
+    find_kernels,
+    make_sparse_files,
+    run_in_child,
+    write_proof,
+)
 from tests.support.ggml_releases import build_driver, run_driver
 from tests.support.tiny_artifacts import make_bundle
 from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=1, threads=1, cache_dtype="f32")
 IDS = [5, 90, 17, 300, 41, 42, 43, 44, 45, 46]
-# What a plug-in exports, doing nothing; tests give one of the functions a body of its own.
-STUB = {
-    "bool rac_ggml_enable()": "return true;",
-    "bool rac_ggml_keep()": "return false;",
-    "long rac_ggml_pack()": "return -1;",
-    "bool rac_ggml_maps_huge()": "return false;",
-    "int rac_ggml_layout()": "return 0;",
-    "long rac_ggml_packed()": "return 0;",
-    "long rac_ggml_stored_bytes()": "return 0;",
-    "int rac_ggml_wanted_pattern()": "return 0;",
-    "const char* rac_instruction_set()": 'return "portable";',
-    "double rac_ggml_difference()": "return 0;",
-    "void rac_ggml_time(int,long,long,long,double zeros,bool,int,"
-    "const int* threads, int counts, double* stock, double* sparse)": (
-        "for (int i = 0; i < counts; i++) stock[i] = 1, sparse[i] = 2;"
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -82,38 +70,8 @@ def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model by number format: its linears have 60 % zeros but for those of ``down_proj``."""
-    folder = make_checkpoint(
-        tmp_path_factory.mktemp("sparse") / "checkpoint", "qwen3", dtype="float32"
-    )
-    weights = load_file(folder / "model.safetensors")
-    rng = np.random.default_rng(0)
-    for name, weight_OI in weights.items():
-        if name.endswith("_proj.weight") and "down" not in name:
-            weight_OI[rng.random(weight_OI.shape) < 0.6] = 0
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    made = {}
-    for quant in ("q8_0", "q4_0", "f16", "bf16"):
-        made[quant] = folder.parent / f"{quant}.gguf"
-        gguf.export(Checkpoint(folder), made[quant], quant=quant)
-    return made
-
-
-def _in_child(code: str) -> list[str]:
-    """Run a program in a fresh process; return the lines it prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def _stub(folder: Path, **bodies: str) -> Path:
-    """Build a library that exports what a plug-in does, with other bodies for some functions."""
-    lines = []
-    for signature, body in STUB.items():
-        name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_").removeprefix("rac_")
-        attribute = '__attribute__((visibility("default")))'
-        lines.append(f'extern "C" {attribute} {signature} {{ {bodies.get(name, body)} }}')
-    (folder / "stub.cpp").write_text("\n".join(lines))
-    return Library("stub", (str(folder / "stub.cpp"),)).build()
+    folder = tmp_path_factory.mktemp("sparse")
+    return make_sparse_files(folder, ("q8_0", "q4_0", "f16", "bf16"))
 
 
 def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Path) -> None:
@@ -133,7 +91,7 @@ def test_each_number_of_threads_has_its_own_verdict(
     """Kernels that lose on one thread are kept for more; each stops where it loses."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     body = "for (int i = 0; i < counts; i++) stock[i] = threads[i] * zeros, sparse[i] = 1;"
-    proof = find_kernels().prove(_stub(tmp_path, time=body))
+    proof = find_kernels().prove(build_stub(tmp_path, {"time": body}))
 
     assert [each.threads for each in proof.verdicts] == thread_counts(available_cores())
     assert proof.verdicts[0].speedups["f16"] == {"0.8": pytest.approx(0.8)}
@@ -214,7 +172,7 @@ def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
 ) -> None:
     """It crashes, miscounts or is slow: this process lives on, and the proof says why."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    library = _stub(tmp_path, **bodies)
+    library = build_stub(tmp_path, bodies)
     verdict = find_kernels().prove(library)
     assert re.match(refusal, verdict.refusal), verdict.refusal
     assert find_kernels().read_proof(library) == verdict
@@ -245,21 +203,6 @@ def test_a_spoiled_library_is_not_loaded(
         assert "racdeploy doctor" in caught.value.remedy
     finally:
         ready.write_bytes(plain)
-
-
-def test_an_unknown_ggml_stays_on_stock_paths(
-    ready: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its private declarations were not compared with ours."""
-    monkeypatch.delitem(accel._ENGINES, "onnxruntime")  # its operator would be built and tried
-    monkeypatch.setattr(
-        ggml_releases, "read_table", lambda: (Release("0.0.1", "0.0.1", "abcdef0"),)
-    )
-    assert "is not one that the kernels were made for: 1 release" in str(accel.readiness())
-    assert accel.kernels("auto") == accel.STOCK
-    built = accel.build_installed()["llama.cpp"]
-    assert built.library is None
-    assert "is not one that the kernels were made for" in built.refusal
 
 
 def test_without_headers_or_a_compiler_it_says_so(
@@ -311,7 +254,7 @@ def test_only_weights_with_enough_zeros_are_taken(ready: Path, files: dict[str, 
         f"from racdeploy import accel; status = accel.enable({str(files['q8_0'])!r}, threads=1)\n"
         "print(*status.tensors, sep='\\n')"
     )
-    names = _in_child(code)
+    names = run_in_child(code)
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")
     assert sorted(names) == sorted(
         f"blk.{block}.{part}.weight" for block in range(2) for part in parts
@@ -378,7 +321,7 @@ print(status.packed())
 first.eval([1, 2, 3]); second.eval([1, 2, 3])
 first.close(); second.close()
 """
-    found = _in_child(code)
+    found = run_in_child(code)
     assert found[0].startswith("sparse ")
     assert found[0].endswith("kernels for 12 matrices 0")
     assert found[1:] == ["12", "12"]
@@ -454,7 +397,7 @@ for keep in (False, True, True):
     model.close()
 print(".packed" in open("/proc/self/maps").read())
 """
-    found = [line.split() for line in _in_child(code)]
+    found = [line.split() for line in run_in_child(code)]
     assert [line[:3] for line in found[:3]] == [
         ["False", "False", "12"],
         ["True", "True", "12"],
@@ -471,12 +414,12 @@ print(".packed" in open("/proc/self/maps").read())
         stream.seek(begin + size - 128 - size // 4)
         stream.write(bytes(32))
     unchecked = "from racdeploy.accel import kept_weights as k; k._is_intact = lambda *_: True\n"
-    spoiled = [line.split() for line in _in_child(unchecked + code)]
+    spoiled = [line.split() for line in run_in_child(unchecked + code)]
     assert spoiled[0] == found[0]
     assert spoiled[1] == spoiled[2] != found[1]
 
     # As it is, the damage is seen and the file is written again.
-    assert found == [line.split() for line in _in_child(code)]
+    assert found == [line.split() for line in run_in_child(code)]
     assert written < kept.stat().st_mtime_ns
 
 
@@ -491,7 +434,7 @@ model = llama_cpp.Llama({str(files["q8_0"])!r}, n_ctx=64, n_threads=1, verbose=F
 print(accel.enable({str(files["q8_0"])!r}))
 model.eval([1, 2, 3])
 """
-    assert "a model was loaded in this process before" in _in_child(code)[0]
+    assert "a model was loaded in this process before" in run_in_child(code)[0]
 
 
 def test_where_kernels_are_not_built_a_bundle_runs_as_ever(

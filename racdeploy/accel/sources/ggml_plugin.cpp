@@ -1,5 +1,5 @@
-// An extra buffer type of ggml's CPU backend, as CPU_REPACK is one: weights that are written into it are packed, and
-// their MUL_MAT runs on the sparse kernels inside ggml's own threads, without a split of the graph.
+// The weights of a model in ggml's hands, packed: a buffer that packs what is written into it and gives it back as it
+// was, and the products that its weights take part in. How ggml comes to them is another file's: see ggml_plugin.h.
 //
 // llama.cpp asks for each weight which buffer type takes it; ours takes those that Python has named for the next model.
 // Nothing throws across ggml's C interface.
@@ -50,7 +50,6 @@ struct Buffer {
 };
 
 Weight* weight_of(const ggml_tensor* tensor) { return static_cast<Weight*>(tensor->extra); }
-bool is_ours(const ggml_tensor* tensor) { return tensor->buffer && tensor->buffer->buft == sparse_buffer_type(); }
 
 [[noreturn]] void give_up(const char* what) {  // as ggml does where memory ends: there is no way to say no
     std::fprintf(stderr, "racdeploy: out of memory: %s\n", what);
@@ -242,119 +241,17 @@ bool is_packable(const ggml_tensor* weight) {
            !weight->view_src;
 }
 
-// The activations' place in memory that all threads share. One token has a place for each thread.
-struct Workspace {
-    size_t bytes;  // of one
-    bool own;
-
-    explicit Workspace(const ggml_tensor* op) {
-        const int64_t tokens = ggml_nrows(op->src[1]);
-        bytes = round_up(workspace_bytes(static_cast<Quant>(op->src[0]->type), op->src[0]->ne[0], tokens), alignment);
-        own = tokens == 1;
-    }
-    size_t total(int threads) const { return bytes * (own ? threads : 1) + alignment; }
-    uint8_t* of(const ggml_compute_params* params) const {
-        auto* first = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(params->wdata), alignment));
-        return first + (own ? bytes * params->ith : 0);
-    }
-};
-
-class MatrixProduct final : public ggml::cpu::tensor_traits {
-    bool work_size(int threads, const ggml_tensor* op, size_t& size) override {
-        size = Workspace(op).total(threads);
-        return true;
-    }
-
-    bool compute_forward(ggml_compute_params* params, ggml_tensor* op) override {
-        if (params->ith == 0 && was_loading.load(std::memory_order_relaxed)) {
-            was_loading = false;
-            give_back_heap();
-        }
-
-        const Weight& weight = *weight_of(op->src[0]);
-        const int64_t rows = op->src[0]->ne[1], tokens = ggml_nrows(op->src[1]);
-        auto* output = static_cast<float*>(op->data);
-        if (!weight.written()) {
-            if (params->ith == 0) std::memset(output, 0, ggml_nbytes(op));
-            return true;
-        }
-
-        // Prepare the activations: one token by each thread for itself, several by all threads together.
-        const Workspace workspace(op);
-        uint8_t* activations = workspace.of(params);
-        const int64_t step = workspace.own ? 1 : params->nth;
-        for (int64_t token = workspace.own ? 0 : params->ith; token < tokens; token += step) {
-            const float* activation = activation_of(op->src[1], token);
-            kernels().prepare(weight.matrix.quant, weight.matrix.columns, tokens, token, activation, activations);
-        }
-
-        if (workspace.own) {
-            const int64_t share = round_up(rows, 16 * params->nth) / params->nth;
-            const int64_t begin = std::min(rows, share * params->ith), end = std::min(rows, begin + share);
-            if (begin < end) kernels().multiply(weight.matrix, 1, activations, {output, rows}, {begin, end});
-            return true;
-        }
-
-        // Threads take chunks of rows as they come: which of them is slower is not known before.
-        if (params->ith == 0) ggml_threadpool_chunk_set(params->threadpool, params->nth);
-        ggml_barrier(params->threadpool);
-        const int64_t chunk = std::max<int64_t>(16, rows / (8 * params->nth) / 16 * 16);
-        for (int64_t begin = chunk * params->ith; begin < rows;
-             begin = chunk * ggml_threadpool_chunk_add(params->threadpool, 1))
-            kernels().multiply(weight.matrix, tokens, activations, {output, rows},
-                               {begin, std::min(rows, begin + chunk)});
-        return true;
-    }
-
-    static const float* activation_of(const ggml_tensor* activation, int64_t row) {
-        const int64_t n1 = activation->ne[1], n2 = activation->ne[2];
-        const char* data = static_cast<const char*>(activation->data);
-        return reinterpret_cast<const float*>(data + row % n1 * activation->nb[1] + row / n1 % n2 * activation->nb[2] +
-                                              row / n1 / n2 * activation->nb[3]);
-    }
-};
-
-class SparseBufferType final : public ggml::cpu::extra_buffer_type {
-    bool supports_op(ggml_backend_dev_t, const ggml_tensor* op) override {
-        const ggml_tensor *weight = op->src[0], *activation = op->src[1];
-        if (op->op != GGML_OP_MUL_MAT || !is_ours(weight) || !is_packable(weight)) return false;
-        if (!weight->extra && !is_wanted(weight)) return false;
-        if (activation->buffer && !ggml_backend_buft_is_host(activation->buffer->buft)) return false;
-        return activation->type == GGML_TYPE_F32 && activation->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32;
-    }
-
-    ggml::cpu::tensor_traits* get_tensor_traits(const ggml_tensor* op) override {
-        static MatrixProduct product;
-        return op->op == GGML_OP_MUL_MAT && is_ours(op->src[0]) && op->src[0]->extra ? &product : nullptr;
-    }
-};
-
-bool is_among(ggml_backend_buffer_type_t* list, ggml_backend_buffer_type_t type) {
-    for (; list && *list; list++)
-        if (*list == type) return true;
-    return false;
-}
-
-ggml_backend_buffer_type_t register_type() {
-    static SparseBufferType behaviour;
-    static ggml_backend_buffer_type type{{type_name, alloc_buffer, type_alignment, nullptr, nullptr, nullptr},
-                                         ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
-                                         &behaviour};
-    try {
-        auto& types = ggml_backend_cpu_get_extra_buffer_types();
-        types.insert(types.begin(), &type);
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
-    // The backend hands out a copy that it made when it was first asked: a model that was loaded before came first.
-    return is_among(extra_buffer_types(), &type) ? &type : nullptr;
+const float* activation_of(const ggml_tensor* activation, int64_t row) {
+    const int64_t n1 = activation->ne[1], n2 = activation->ne[2];
+    const char* data = static_cast<const char*>(activation->data);
+    return reinterpret_cast<const float*>(data + row % n1 * activation->nb[1] + row / n1 % n2 * activation->nb[2] +
+                                          row / n1 / n2 * activation->nb[3]);
 }
 
 }  // namespace
 
-ggml_backend_buffer_type_t sparse_buffer_type() {
-    static const ggml_backend_buffer_type_t type = register_type();
-    return type;
+ggml_backend_buffer_type_i buffer_type_functions() {
+    return {type_name, alloc_buffer, type_alignment, nullptr, nullptr, nullptr};
 }
 
 ggml_backend_buffer_type_t* extra_buffer_types() {
@@ -362,6 +259,61 @@ ggml_backend_buffer_type_t* extra_buffer_types() {
     void* function = ggml_backend_reg_get_proc_address(cpu, "ggml_backend_dev_get_extra_bufts");
     if (!function) return nullptr;
     return reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(function)(ggml_backend_reg_dev_get(cpu, 0));
+}
+
+bool is_ours(const ggml_tensor* weight) { return weight->buffer && weight->buffer->buft == sparse_buffer_type(); }
+
+bool takes(const ggml_tensor* op) {
+    const ggml_tensor *weight = op->src[0], *activation = op->src[1];
+    if (op->op != GGML_OP_MUL_MAT || !is_ours(weight) || !is_packable(weight)) return false;
+    if (!weight->extra && !is_wanted(weight)) return false;
+    if (activation->buffer && !ggml_backend_buft_is_host(activation->buffer->buft)) return false;
+    return activation->type == GGML_TYPE_F32 && activation->nb[0] == sizeof(float) && op->type == GGML_TYPE_F32;
+}
+
+Product::Product(const ggml_tensor* op) : op_(op), tokens_(ggml_nrows(op->src[1])), rows_(op->src[0]->ne[1]) {
+    const auto quant = static_cast<Quant>(op->src[0]->type);
+    bytes_ = round_up(workspace_bytes(quant, op->src[0]->ne[0], tokens_), alignment);
+}
+
+uint8_t* Product::activations(void* memory, int thread) const {
+    auto* first = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory), alignment));
+    return first + (is_one_token() ? bytes_ * thread : 0);
+}
+
+bool Product::is_zero(int thread) const {
+    if (thread == 0 && was_loading.load(std::memory_order_relaxed)) {
+        was_loading = false;
+        give_back_heap();
+    }
+    if (weight_of(op_->src[0])->written()) return false;
+    if (thread == 0) std::memset(op_->data, 0, ggml_nbytes(op_));
+    return true;
+}
+
+void Product::prepare(void* memory, int thread, int threads) const {
+    const SparseMatrix& matrix = weight_of(op_->src[0])->matrix;
+    uint8_t* prepared = activations(memory, thread);
+    const int64_t step = is_one_token() ? 1 : threads;
+    for (int64_t token = is_one_token() ? 0 : thread; token < tokens_; token += step)
+        kernels().prepare(matrix.quant, matrix.columns, tokens_, token, activation_of(op_->src[1], token), prepared);
+}
+
+void Product::multiply(void* memory, int thread, Rows rows) const {
+    const SparseMatrix& matrix = weight_of(op_->src[0])->matrix;
+    rows.end = std::min(rows_, rows.end);
+    if (rows.begin >= rows.end) return;
+    kernels().multiply(matrix, tokens_, activations(memory, thread), {static_cast<float*>(op_->data), rows_}, rows);
+}
+
+Rows Product::share(int thread, int threads) const {
+    const int64_t rows = round_up(rows_, 16 * threads) / threads;
+    return {rows * thread, rows * (thread + 1)};
+}
+
+Rows Product::chunk(int64_t number, int threads) const {
+    const int64_t rows = std::max<int64_t>(16, rows_ / (8 * threads) / 16 * 16);
+    return {rows * number, rows * (number + 1)};
 }
 
 }  // namespace racdeploy

@@ -1,5 +1,5 @@
-// The kernels inside ggml against ggml's own: the same answers, and how fast. Both sides run the same graph on the CPU
-// backend; only the buffer of the weights differs.
+// The kernels inside ggml against ggml's own: the same answers, and how fast. Both sides run the same graph; the
+// buffer of the weights differs, and the backend where the way into ggml is a device.
 #include <time.h>
 
 #include <algorithm>
@@ -74,7 +74,7 @@ public:
     Products(ggml_backend_buffer_type_t buffer_type, const Case& given, int count, int threads)
         : weights_(ggml_init({ggml_tensor_overhead() * count, nullptr, true})),
           outputs_context_(ggml_init({ggml_tensor_overhead() * (count + 1), nullptr, true})),
-          backend_(ggml_backend_cpu_init()) {
+          backend_(buffer_type == sparse_buffer_type() ? new_backend() : ggml_backend_cpu_init()) {
         for (int i = 0; i < count; i++) ggml_new_tensor_2d(weights_.get(), given.type, given.columns, given.rows);
         weights_buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(weights_.get(), buffer_type));
 
@@ -94,7 +94,7 @@ public:
 
     // A graph has a product for each thread, so that a thread works as long on two threads as on sixty.
     void use_threads(int threads) {
-        ggml_backend_cpu_set_n_threads(backend_.get(), threads);
+        set_threads(backend_.get(), threads);
         const size_t together = std::min<size_t>(threads, outputs_.size()), nodes = 2 * together + 8;
         graphs_.clear();
         graphs_context_.reset(
@@ -153,8 +153,46 @@ private:
     double ms_ = INFINITY, counted_ms_ = 0;
 };
 
+// The product as a model has it: between other operations, in a graph that ggml's scheduler shares out among backends.
+// Empty where the product runs on another backend than the weights' own.
+std::vector<float> scheduled_output(const Case& given, int threads) {
+    const ggml_context_ptr weights(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+    ggml_tensor* weight = ggml_new_tensor_2d(weights.get(), given.type, given.columns, given.rows);
+    const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), sparse_buffer_type()));
+    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    ggml_backend_tensor_set(weight, given.blocks.data(), 0, given.blocks.size());
+
+    const size_t nodes = GGML_DEFAULT_GRAPH_SIZE;
+    const ggml_context_ptr context(
+        ggml_init({8 * ggml_tensor_overhead() + ggml_graph_overhead_custom(nodes, false), nullptr, true}));
+    ggml_tensor* activation = ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, given.columns, given.tokens);
+    ggml_set_input(activation);
+    // Scaled by powers of two, and back: numbers stay what they are.
+    ggml_tensor* product = ggml_mul_mat(context.get(), weight, ggml_scale(context.get(), activation, 4));
+    ggml_tensor* output = ggml_scale(context.get(), product, 0.25f);
+    ggml_set_output(output);
+    ggml_cgraph* graph = ggml_new_graph_custom(context.get(), nodes, false);
+    ggml_build_forward_expand(graph, output);
+
+    const ggml_backend_ptr ours(new_backend()), cpu(ggml_backend_cpu_init());
+    for (const auto* each : {&ours, &cpu}) set_threads(each->get(), threads);
+    ggml_backend_t backends[] = {ours.get(), cpu.get()};
+    const bool same = ggml_backend_is_cpu(ours.get());
+    const ggml_backend_sched_ptr scheduler(
+        ggml_backend_sched_new(backends + same, nullptr, same ? 1 : 2, nodes, false, false));
+    if (!ggml_backend_sched_alloc_graph(scheduler.get(), graph)) return {};
+    if (ggml_backend_sched_get_tensor_backend(scheduler.get(), product) != backends[same]) return {};
+
+    ggml_backend_tensor_set(activation, given.activations.data(), 0, given.activations.size() * sizeof(float));
+    if (ggml_backend_sched_graph_compute(scheduler.get(), graph) != GGML_STATUS_SUCCESS) return {};
+    std::vector<float> values(ggml_nelements(output));
+    ggml_backend_tensor_get(output, values.data(), 0, values.size() * sizeof(float));
+    return values;
+}
+
 // The largest difference of two outputs, as a share of the largest value; infinite where one is not a number.
 double difference(const std::vector<float>& expected, const std::vector<float>& found) {
+    if (found.size() != expected.size()) return INFINITY;
     double largest = 0, worst = 0;
     for (size_t i = 0; i < expected.size(); i++) {
         if (!std::isfinite(found[i])) return INFINITY;
@@ -245,8 +283,11 @@ EXPORT double rac_ggml_difference(int quant, int64_t rows, int64_t columns, int6
     Products sparse(sparse_buffer_type(), drawn, 1, threads);
     stock.run();
     sparse.run();
-    double found = difference(stock.output(), sparse.output());
-    if (drawn.type == GGML_TYPE_F16) found = std::min(found, difference(exact_half_products(drawn), sparse.output()));
+    const std::vector<float> expected = stock.output();
+    const std::vector<float> exact = drawn.type == GGML_TYPE_F16 ? exact_half_products(drawn) : expected;
+    double found = 0;
+    for (const auto& outputs : {sparse.output(), scheduled_output(drawn, threads)})
+        found = std::max(found, std::min(difference(expected, outputs), difference(exact, outputs)));
     return restores(sparse.first(), drawn.blocks, random) ? found : -1;
 }
 
