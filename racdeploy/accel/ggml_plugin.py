@@ -1,19 +1,11 @@
-"""The plug-in for llama.cpp: which way into ggml it takes, how it is built, and its C functions.
-
-With releases of ggml whose private declarations were compared with ours (:mod:`ggml_releases`), it
-is an extra buffer type of the CPU backend, as CPU_REPACK is one. With any other it is a device that
-ggml loads itself: public, and slower, since llama.cpp cuts its graph around each product.
-"""
+"""The plug-in for llama.cpp: which one there is for the installed ggml, and its C functions."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.accel.ggml_releases import refuse_unknown
-from racdeploy.accel.library import KERNELS, Library
+from racdeploy.accel.installed_ggml import find_ggml
 from racdeploy.accel.proof import Kernels
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.storage.ggml_types import GGML_TYPES
@@ -29,7 +21,6 @@ from racdeploy.storage.gguf_header import Header, TensorInfo
 
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
 NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
-_DEVICE = ("llamacpp-device", "ggml_device.cpp")  # a library's name, and the source of its own
 _COLUMNS = 32  # of every matrix a multiple
 _TWO_OF_FOUR = (1, 2)  # patterns; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
@@ -55,74 +46,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
 }
 
 
-@dataclass(frozen=True)
-class Ggml:
-    """The ggml of the installed llama-cpp-python: its folders, and what it says of itself.
-
-    Args:
-        commit: of llama.cpp; that of a build by pip ends with ``-dirty``.
-    """
-
-    libraries: Path
-    include: Path
-    version: str
-    commit: str
-
-    @property
-    def is_known(self) -> bool:
-        """Whether its private declarations are ours."""
-        return not refuse_unknown(self.version, self.commit)
-
-    @property
-    def refusal(self) -> str:
-        """Why the plug-in is not for it; empty where it is."""
-        header = self.include / "ggml-backend.h"
-        if not header.is_file():
-            return f"llama-cpp-python came without ggml's headers: there is no {header}"
-
-        return ""
-
-    @property
-    def plugin(self) -> Library:
-        """The plug-in for it, built or not."""
-        name, way_in = ("llamacpp", "ggml_extra.cpp") if self.is_known else _DEVICE
-        return Library(
-            name,
-            (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", way_in, "ggml_trial.cpp"),
-            include=(self.include,),
-            links=(self.libraries / "libggml-cpu.so.0", self.libraries / "libggml-base.so.0"),
-            key={"ggml": self.version, "commit": self.commit},
-        )
-
-
-def find_ggml() -> Ggml | str:
-    """Return llama-cpp-python's ggml, or why it cannot be used; llama.cpp is not loaded."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        return "llama-cpp-python is not installed"
-    if not sys.platform.startswith("linux"):
-        return f"the kernels are for Linux, not for {sys.platform}"
-
-    package = Path(spec.origin).parent
-    libraries = package / "lib"
-    base = libraries / "libggml-base.so.0"
-    if not base.is_file() or not (libraries / "libggml-cpu.so.0").is_file():
-        return f"llama-cpp-python came without the shared libraries of ggml: there is no {base}"
-
-    loaded = ctypes.CDLL(str(base))
-
-    answers = []
-    for name in ("ggml_version", "ggml_commit"):
-        function = getattr(loaded, name, None)
-        if function is None:
-            return f"{base} does not say its version"
-        function.restype = ctypes.c_char_p
-        answers.append(function().decode())
-
-    ggml = Ggml(libraries, package.parent / "include", *answers)
-    return ggml.refusal or ggml
-
-
 def describe_way_in() -> str:
     """Return that the kernels are on a device and why, to end a sentence; or empty."""
     ggml = find_ggml()
@@ -138,7 +61,8 @@ def find_kernels() -> Kernels | str:
     if isinstance(ggml, str):
         return ggml
 
-    return Kernels(ggml.plugin, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
+    library = ggml.plugin(is_device=not ggml.is_known)
+    return Kernels(library, "racdeploy.accel.ggml_trial", "the sparse kernels are not built")
 
 
 class Matrix(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table, refuse_unknown
 from racdeploy.accel.library import SOURCES
 from tests.support import ggml_releases
-from tests.support.ggml_releases import add, moved_declarations, order, private_declarations
+from tests.support.ggml_releases import add, moved_declarations, order, repeated_declarations
 
 # As ggml spells them: with comments, `struct`, names of parameters and macros.
 IN_GGML = """
@@ -103,7 +103,7 @@ def test_a_refusal_is_one_short_line() -> None:
 def test_equal_declarations_are_equal_however_they_are_spelled(headers: Path) -> None:
     """Comments, spaces, macros, ``struct`` and parameters' names do not count."""
     assert moved_declarations(headers) == {}
-    assert len(private_declarations()) == 12
+    assert len(repeated_declarations()) == 12
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_declaration_that_is_gone_is_named(headers: Path) -> None:
     """It has no place there."""
     (headers / "ggml-cpu" / "traits.h").unlink()
     moved = moved_declarations(headers)
-    assert len(moved) == len(private_declarations()) - 3
+    assert len(moved) == len(repeated_declarations()) - 3
     assert "extra_buffer_type is not declared there" in moved["extra_buffer_type"][0]
 
 

@@ -3,8 +3,8 @@
 ``python -m tests.support.ggml_releases VERSION`` has pip download its source package. The private
 declarations that ``sources/ggml_abi.h`` repeats are compared with those of its ggml, and what moved
 is printed with its place. Where nothing did, that ggml is built, the plug-in's driver runs against
-it, and the release joins the table. ``--sdist FILE`` takes a source package that is here already,
-``--folder FOLDER`` keeps what is built. Needs cmake.
+it by both ways in, and the release joins the table. ``--sdist FILE`` takes a source package that is
+here already, ``--folder FOLDER`` keeps what is built. Needs cmake.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from racdeploy.accel.ggml_plugin import Ggml
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table
+from racdeploy.accel.installed_ggml import Ggml
 from racdeploy.accel.library import SOURCES, Library
 from tests.support.declarations import Declaration, compare, read_declarations, read_headers
 
 DRIVER = Path(__file__).parents[1] / "accel" / "plugin_driver.cpp"
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PRIVATE, DEVICE = "ggml_abi.h", "ggml_device_abi.h"
 TOLERANCE = 1e-6  # as in a trial
 _HEADERS = ("ggml-backend-impl.h", "ggml-cpu/traits.h", "ggml-cpu/ggml-cpu-impl.h")
 _GGML = "vendor/llama.cpp/ggml/"
@@ -34,19 +35,19 @@ _PARTS = ("MAJOR", "MINOR", "PATCH")
 _PARENT = "cmake_minimum_required(VERSION 3.18)\nproject(ggml_only C CXX)\nadd_subdirectory(ggml)\n"
 
 
-def moved_declarations(source: Path) -> dict[str, list[str]]:
-    """Return how a ggml's private declarations differ from those that we repeat, by name.
+def moved_declarations(source: Path, header: str = PRIVATE) -> dict[str, list[str]]:
+    """Return how a ggml's declarations differ from those that a header of ours repeats, by name.
 
     Args:
         source: ggml's folder ``src``.
     """
     theirs = read_headers(source, _HEADERS)
-    return compare(private_declarations(), theirs)
+    return compare(repeated_declarations(header), theirs)
 
 
-def private_declarations() -> dict[str, Declaration]:
-    """Return what the plug-in repeats of ggml's private headers."""
-    ours = SOURCES / "ggml_abi.h"
+def repeated_declarations(header: str = PRIVATE) -> dict[str, Declaration]:
+    """Return what a header of the plug-in repeats of ggml's."""
+    ours = SOURCES / header
     return read_declarations(ours.read_text(encoding="utf-8"), f"sources/{ours.name}")
 
 
@@ -141,12 +142,18 @@ def main(arguments: Sequence[str]) -> int:
         if moved:
             print(f"{len(moved)} declarations moved: {', '.join(moved)}")
             return 1
-        print(f"{len(private_declarations())} private declarations are ours")
+        print(f"{len(repeated_declarations())} private declarations are ours")
+
+        # Only said: where the device would be used, its self-test decides.
+        for changes in moved_declarations(ggml / "src", DEVICE).values():
+            print("Of the device's:", *changes, sep="\n")
 
         built = build_ggml(ggml, release, folder / f"build-{given.version}")
-        difference = run_driver(build_driver(built.plugin))
-        assert difference <= TOLERANCE, difference
-        print(f"the driver's checks hold, and products differ by {difference:.1e} at most")
+        for is_device in (False, True):
+            difference = run_driver(build_driver(built.plugin(is_device)))
+            assert difference <= TOLERANCE, difference
+            name = "device's" if is_device else "plug-in's"
+            print(f"the {name} checks hold, and products differ by {difference:.1e} at most")
 
     add(release)
     return 0
