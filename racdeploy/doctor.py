@@ -139,9 +139,9 @@ def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
         return [_unused(what, detail)]
 
     library, proof = ready
-    kept = _describe_kept() if engine == "llama.cpp" else ""
+    more = _describe_llamacpp() if engine == "llama.cpp" else ""
     missing = accel.explain_missing(proof.verdicts)
-    detail = "; ".join(filter(None, (f"{proof.instruction_set}: {library}{kept}", missing)))
+    detail = "; ".join(filter(None, (f"{proof.instruction_set}: {library}{more}", missing)))
 
     found = [_finding(what, True, detail)]
     for name, detail in accel.describe_verdicts(engine, proof).items():
@@ -149,14 +149,16 @@ def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
     return found
 
 
-def _describe_kept() -> str:
-    way_in = accel.describe_way_in()
-    kept = accel.kept_files()
-    if not kept:
-        return way_in
+def _describe_llamacpp() -> str:
+    """Say where in llama.cpp the kernels are, and what is kept for them."""
+    parts = [accel.describe_way_in()]
 
-    size_mb = sum(file.stat().st_size for file in kept) / 1e6
-    return f"{way_in}; packed weights of {len(kept)} models, {size_mb:,.0f} MB, in {kept[0].parent}"
+    if kept := accel.kept_files():
+        size_mb = sum(file.stat().st_size for file in kept) / 1e6
+        weights = f"packed weights of {len(kept)} models, {size_mb:,.0f} MB"
+        parts.append(f"{weights}, in {kept[0].parent}")
+
+    return "".join(f"; {part}" for part in parts if part)
 
 
 def _unused(what: str, detail: str) -> dict[str, str]:

@@ -54,11 +54,16 @@ _ENGINES = {
 
 @dataclass(frozen=True)
 class Built:
-    """What ``racdeploy accel build`` made for one engine, if anything; see :class:`Proof`."""
+    """What ``racdeploy accel build`` made for one engine, if anything; see :class:`Proof`.
+
+    Args:
+        way_in: where in llama.cpp the kernels are.
+    """
 
     library: Path | None
     refusal: str
     verdicts: tuple[Verdict, ...] = ()
+    way_in: str = ""
 
 
 def build_installed() -> dict[str, Built]:
@@ -74,10 +79,12 @@ def build_installed() -> dict[str, Built]:
         else:
             library = found.library.build()
             tried = found.prove(library)
+            way_in = describe_way_in() if engine == "llama.cpp" else ""
             built[engine] = Built(
                 library,
                 tried.refusal,
                 tried.verdicts,
+                way_in,
             )
 
     if not built:
@@ -135,7 +142,10 @@ def describe_verdicts(engine: str, tried: Proof) -> dict[str, str]:
 
 
 def describe_built(made: Built) -> Iterator[str]:
-    """Yield what was measured of an engine's kernels, line by line, and what could not be."""
+    """Yield where an engine's kernels are, what was measured of them, and what could not be."""
+    if made.way_in:
+        yield made.way_in
+
     for verdict in made.verdicts:
         for name, speedups in verdict.speedups.items():
             cells = [f"{speedup:.2f}× at {float(at):.0%} zeros" for at, speedup in speedups.items()]

@@ -47,12 +47,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
 
 
 def describe_way_in() -> str:
-    """Return that the kernels are on a device and why, to end a sentence; or empty."""
+    """Return where in ggml the kernels are, and why; empty where there are none for it."""
     ggml = find_ggml()
-    if isinstance(ggml, str) or ggml.is_known:
+    if isinstance(ggml, str):
         return ""
 
-    return f", on a device of ggml, since {refuse_unknown(ggml.version, ggml.commit)}"
+    unknown = refuse_unknown(ggml.version, ggml.commit)
+    return f"on a device of ggml, since {unknown}" if unknown else "inside ggml's CPU backend"
 
 
 def find_kernels() -> Kernels | str:

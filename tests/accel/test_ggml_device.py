@@ -55,7 +55,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model by number format."""
-    return make_sparse_files(tmp_path_factory.mktemp("sparse"), QUANTS)
+    return make_sparse_files(tmp_path_factory.mktemp("sparse"), ("q8_0", "bf16"))
 
 
 def test_only_a_ggml_that_is_not_known_gets_the_device(device: Path) -> None:
@@ -85,7 +85,7 @@ for number in NAMES:
     assert all(0 <= difference <= 1e-6 for difference in found), found
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["q8_0", "bf16"])
 def test_logits_are_those_of_the_stock_engine(
     quant: str, device: Path, files: dict[str, Path]
 ) -> None:
