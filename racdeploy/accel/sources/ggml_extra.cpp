@@ -1,5 +1,5 @@
-// The way into ggml that costs nothing: an extra buffer type of its CPU backend, as CPU_REPACK is one. MUL_MAT of packed
-// weights runs inside ggml's own threads, without a split of the graph. All of it is private to ggml: see ggml_abi.h.
+// The way into ggml that costs nothing: an extra buffer type of its CPU backend, as CPU_REPACK is one. MUL_MAT of
+// packed weights runs inside ggml's own threads, without a split of the graph. It is private to ggml: see ggml_abi.h.
 #include <new>
 
 #include "ggml_plugin.h"

@@ -276,6 +276,8 @@ Product::Product(const ggml_tensor* op) : op_(op), tokens_(ggml_nrows(op->src[1]
     bytes_ = round_up(workspace_bytes(quant, op->src[0]->ne[0], tokens_), alignment);
 }
 
+size_t Product::bytes(int threads) const { return bytes_ * (is_one_token() ? threads : 1) + alignment; }
+
 uint8_t* Product::activations(void* memory, int thread) const {
     auto* first = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(memory), alignment));
     return first + (is_one_token() ? bytes_ * thread : 0);

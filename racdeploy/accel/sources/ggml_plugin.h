@@ -27,7 +27,7 @@ public:
     explicit Product(const ggml_tensor* op);
 
     bool is_one_token() const { return tokens_ == 1; }
-    size_t bytes(int threads) const { return bytes_ * (is_one_token() ? threads : 1) + 64; }
+    size_t bytes(int threads) const;
 
     // Is the weight all zeros, since nothing was ever written into it? Then so is the output, once thread 0 was here.
     bool is_zero(int thread) const;
