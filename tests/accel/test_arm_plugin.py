@@ -49,7 +49,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = subprocess.run(["cmake", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    plugin = ("file_maps.cpp", "ggml_plugin.cpp", "ggml_trial.cpp", _DRIVER)
+    plugin = ("file_maps.cpp", "ggml_plugin.cpp", "ggml_extra.cpp", "ggml_trial.cpp", _DRIVER)
     libraries = tuple(build / "src" / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base"))
     return Library(
         "driver-arm",
