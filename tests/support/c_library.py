@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.accel import SOURCES
-from racdeploy.accel.ggml_plugin import Ggml
+from racdeploy.accel.installed_ggml import Ggml
 
 PROJECT = SOURCES.parent
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c"
