@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from racdeploy.errors import EnvironmentFailure
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.storage import caches
 from racdeploy.storage.files import canonical_hash, file_sha256
 from racdeploy.storage.ownership import make_private, refuse_foreign
@@ -23,13 +23,21 @@ from racdeploy.storage.partials import partial_folder
 
 SOURCES = Path(__file__).parent / "sources"
 _NEON = ("neon.cpp", "neon_i8mm.cpp")
-KERNELS = ("sparse_matrix.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp", *_NEON)
+_X86 = ("avx2.cpp", "avx_vnni.cpp", "avx512.cpp")
+KERNELS = ("sparse_matrix.cpp", "portable.cpp", *_X86, *_NEON)
+INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "neon", "neon_i8mm")
+_CHOICE = "RACDEPLOY_KERNELS"  # names one of them in place of the best; the C++ code reads it too
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
 _AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
 _ARM = "-march=armv8.2-a+dotprod"
 # Each file is compiled for its own instruction set; when it runs, it asks the processor for it.
-_X86_FLAGS = {"avx2.cpp": _AVX2, "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}"}
+_X86_FLAGS = {
+    "avx2.cpp": _AVX2,
+    "avx_vnni.cpp": f"{_AVX2} -mavxvnni",
+    "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}",
+}
+_EVEX_VNNI = f"{_AVX2} -mavx512f -mavx512vl -mavx512vnni"  # the same instructions, encoded longer
 _ARM_FLAGS = {"neon.cpp": _ARM, "neon_i8mm.cpp": f"{_ARM}+i8mm"}
 _MACHINE_FLAGS = {
     "x86_64": _X86_FLAGS,
@@ -122,12 +130,28 @@ class Library:
         parts = {
             "files": {file.name: file_sha256(file) for file in files},
             "flags": [*FLAGS, *self.flags, *self.link_flags],
-            "machine_flags": _MACHINE_FLAGS.get(self.machine, {}),
+            "machine_flags": [machine_flags(name, self.machine) for name in self.sources],
             "key": self.key,
             "processor": [self.machine, _processor()],
         }
 
         return f"{self.name}-{_digest(parts)}"
+
+
+def chosen_instruction_set() -> str:
+    """Return the instruction set that ``RACDEPLOY_KERNELS`` names; empty for the best one.
+
+    Raises:
+        UsageError: there are no kernels of that name.
+    """
+    chosen = os.environ.get(_CHOICE, "")
+    if chosen and chosen not in INSTRUCTION_SETS:
+        raise UsageError(
+            f"{_CHOICE} is {chosen!r}, and there are no kernels of that name",
+            remedy=f"set it to one of {', '.join(INSTRUCTION_SETS)}, or to nothing for the best",
+        )
+
+    return chosen
 
 
 def cache_folder() -> Path:
@@ -148,13 +172,14 @@ def find_compiler() -> str | None:
 @functools.cache
 def _processor() -> str:
     """Return the architecture and a hash of what the processor can do."""
-    flags = ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{_digest(_features())}"
 
-    return f"{platform.machine()}-{_digest(flags)}"
+
+@functools.cache
+def _features() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _version(command: str) -> str:
@@ -163,7 +188,13 @@ def _version(command: str) -> str:
 
 def machine_flags(source: str, machine: str) -> list[str]:
     """Return what a source file is compiled with besides, on a machine of this architecture."""
-    return _MACHINE_FLAGS.get(machine, {}).get(source, "").split()
+    flags = _MACHINE_FLAGS.get(machine, {}).get(source, "")
+
+    features = _features().split()
+    if "mavxvnni" in flags and "avx512_vnni" in features and "avx_vnni" not in features:
+        flags = _EVEX_VNNI
+
+    return flags.split()
 
 
 def _digest(value: object) -> str:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from racdeploy.accel.library import Library
+from racdeploy.accel.library import Library, chosen_instruction_set
 from racdeploy.accel.verdicts import Verdict, read_verdict
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
@@ -69,6 +69,7 @@ class Kernels:
 
     def prove(self, file: Path) -> Proof:
         """Try a library in a child process, and keep the proof beside it."""
+        chosen = chosen_instruction_set()
         refuse_foreign(file.parent)
         sha256 = file_sha256(file)
         missing = [package for package in self.packages if not is_installed(package)]
@@ -76,6 +77,9 @@ class Kernels:
             proof = Proof(f"its self-test needs a package: pip install {' '.join(missing)}", "")
         else:
             proof = _try_in_child(self.trial, file)
+
+        if chosen and proof.instruction_set not in ("", chosen):
+            proof = Proof(f"this processor or this compiler lacks {chosen}", "")
 
         proof = replace(proof, sha256=sha256)
 
@@ -114,9 +118,9 @@ class Kernels:
         return proof
 
     def locate_record(self, file: Path) -> Path:
-        """Return where the proof of a library is kept."""
-        version = f"-{self.version}" if self.version else ""
-        return file.with_name(f"{file.stem}{version}.json")
+        """Return where the proof of a library is kept, a chosen instruction set apart."""
+        parts = [file.stem, self.version, chosen_instruction_set()]
+        return file.with_name("-".join(part for part in parts if part) + ".json")
 
 
 @functools.cache
@@ -146,6 +150,7 @@ def pin(file: Path, sha256: str) -> Path:
 
 def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
     """Return the library to load and its proof, or why there is none: ``kernels`` may say so."""
+    chosen_instruction_set()  # an unknown one is an error, whatever is built
     if isinstance(kernels, str):
         return kernels
 

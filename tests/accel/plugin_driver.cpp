@@ -118,7 +118,7 @@ void spoiled_masks(int quant, int64_t rows, int64_t columns, const std::vector<u
     require(mapped->find("weight", Quant(quant), rows, columns, matrix), 20);
     std::vector<float> input(columns * 3, 1.0f), output(rows * 3);
     std::vector<uint8_t> restored(blocks.size());
-    for (const char* name : {"portable", "avx2", "avx512"}) {
+    for (const char* name : {"portable", "avx2", "avx_vnni", "avx512"}) {
         if (!use_instruction_set(name)) continue;
         for (int64_t tokens : {1, 3}) {
             void* workspace = std::aligned_alloc(64, (workspace_bytes(matrix.quant, columns, tokens) + 63) / 64 * 64);

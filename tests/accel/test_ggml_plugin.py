@@ -35,6 +35,7 @@ from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.gguf_header import Header
 from tests.support.accel_plugin import (
+    ask_instruction_set,
     build_plugin,
     build_stub,
     find_kernels,
@@ -77,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_built_plugin_gives_the_same_products_and_its_verdict_is_kept(home: Path) -> None:
     """On every machine; only where it is also faster is it used."""
     verdict = find_kernels().prove(home)
-    assert verdict.instruction_set in ("avx512", "avx2", "portable")
+    assert verdict.instruction_set in ("avx512", "avx_vnni", "avx2", "portable")
     assert 0 < verdict.difference <= 1e-6
     slow = f"its {verdict.instruction_set} kernels are not faster than ggml's own on this processor"
     assert verdict.refusal == "" or verdict.refusal.startswith(slow)
@@ -176,6 +177,28 @@ def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
     verdict = find_kernels().prove(library)
     assert re.match(refusal, verdict.refusal), verdict.refusal
     assert find_kernels().read_proof(library) == verdict
+
+
+def test_an_instruction_set_can_be_chosen(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes it; its proof is kept apart from that of the best one."""
+    record = find_kernels().locate_record(home)
+    monkeypatch.setenv("RACDEPLOY_KERNELS", "portable")
+    assert ask_instruction_set(home) == "portable"
+    assert find_kernels().locate_record(home) != record
+
+
+def test_a_chosen_instruction_set_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown name at once; one that this processor lacks when the library was tried."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
+    library = _stub(tmp_path)
+    monkeypatch.setenv("RACDEPLOY_KERNELS", "avx2")
+    assert find_kernels().prove(library).refusal == "this processor or this compiler lacks avx2"
+    monkeypatch.setenv("RACDEPLOY_KERNELS", "avx3")
+    with pytest.raises(UsageError, match="RACDEPLOY_KERNELS is 'avx3'") as caught:
+        accel.readiness()
+    assert "avx2" in caught.value.remedy
 
 
 def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.support.sparse_kernels import (
     emulate,
 )
 
-_OF_MACHINE = {"x86_64": ("avx2", "avx512"), "aarch64": ("neon", "neon_i8mm")}
+_OF_MACHINE = {"x86_64": ("avx2", "avx_vnni", "avx512"), "aarch64": ("neon", "neon_i8mm")}
 # Processors, and the instruction sets whose kernels run on them. QEMU knows the Cortex-A76 of the
 # Raspberry Pi 5, which has dot products and no matrix products.
 INSTRUCTION_SETS = {
@@ -236,19 +236,22 @@ def test_products_of_a_fixed_stride(
     )
 
 
-def test_extreme_codes_multiply_exactly(chosen: SparseKernels) -> None:
-    """Codes of -128 and 127 with inputs at both ends do not saturate or overflow."""
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_extreme_codes_multiply_exactly(chosen: SparseKernels, tokens: int) -> None:
+    """Codes at both ends with inputs at both ends do not saturate or overflow."""
     rows, columns = 16, 512
-    blocks = np.zeros((rows, columns // 32, 34), np.uint8)
-    blocks[:, :, :2] = np.full((rows, columns // 32, 1), 1.0, np.float16).view(np.uint8)
-    blocks[::2, :, 2:] = 0x80
-    blocks[1::2, :, 2:] = 0x7F
-    blocks = blocks.reshape(rows, -1)
-    for sign in (-1, 1):
-        activation_TI = np.full((3, columns), np.float32(sign * 127))
-        expected_TO = activation_TI.astype(np.float64) @ dequantize("q8_0", blocks).T
-        output_TO = chosen.multiply(chosen.pack("q8_0", blocks, columns), activation_TI)
-        np.testing.assert_allclose(output_TO, expected_TO, rtol=1e-6)
+    for quant, codes, low, high in (("q8_0", 32, 0x80, 0x7F), ("q4_0", 16, 0x00, 0xFF)):
+        blocks = np.zeros((rows, columns // 32, 2 + codes), np.uint8)
+        blocks[:, :, :2] = np.full((rows, columns // 32, 1), 1.0, np.float16).view(np.uint8)
+        blocks[::2, :, 2:] = low
+        blocks[1::2, :, 2:] = high
+        blocks = blocks.reshape(rows, -1)
+        packed = chosen.pack(quant, blocks, columns)
+        for sign in (-1, 1):
+            activation_TI = np.full((tokens, columns), np.float32(sign * 127))
+            expected_TO = activation_TI.astype(np.float64) @ dequantize(quant, blocks).T
+            output_TO = chosen.multiply(packed, activation_TI)
+            np.testing.assert_allclose(output_TO, expected_TO, rtol=1e-6)
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])

@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield replace(LIBRARY, sources=(*LIBRARY.sources, str(C_API))).build()
 
 
-@pytest.fixture(params=("portable", "avx2", "avx512"))
+@pytest.fixture(params=("portable", "avx2", "avx_vnni", "avx512"))
 def kernels(request: pytest.FixtureRequest, library: Path) -> Iterator[str]:
     """Let the operator use the kernels of each instruction set that this processor has."""
     use = ctypes.CDLL(str(library)).rac_use_instruction_set

@@ -106,20 +106,21 @@ def run_in_child(code: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
+def ask_instruction_set(library: Path) -> str:
+    """Return what the plug-in runs, asked in a child: it stays in a process that has loaded it."""
+    command = [sys.executable, "-c", _CHILD, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
 
 def write_proof(library: Path, faster_from: dict[str, float], threads: int = 1) -> None:
     """Keep a proof that uses a library from these shares of zeros on, on so many threads or more.
 
     On fewer it is slower.
     """
-    # Asked in a child: the plug-in stays in a process that has loaded it.
-    command = [sys.executable, "-c", _CHILD, str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-
     faster = {name: {f"{zeros:g}": 2.0} for name, zeros in faster_from.items()}
     slower = {name: {"0.8": 0.5} for name in faster_from}
     measured = {1: slower, threads: faster}
     verdicts = tuple(Verdict(*each) for each in measured.items())
 
-    proof = Proof("", file_sha256(library), done.stdout.strip(), verdicts=verdicts)
+    proof = Proof("", file_sha256(library), ask_instruction_set(library), verdicts=verdicts)
     library.with_suffix(".json").write_text(json.dumps(asdict(proof)))

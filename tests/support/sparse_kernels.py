@@ -30,8 +30,7 @@ FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values
 )
 # What each set of kernels makes of matrices that fit a pattern.
 _NEON = {FIXED_STRIDE[0]: "two_of_four_places"} | {each: each[1] for each in FIXED_STRIDE[1:]}
-_PREFERRED = {"avx2": {FIXED_STRIDE[0]: "two_of_four"}, "neon": _NEON, "neon_i8mm": _NEON}
-_PREFERRED["avx2"][FIXED_STRIDE[1]] = "two_of_four"
+_PREFERRED = {"neon": _NEON, "neon_i8mm": _NEON}
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 

@@ -9,6 +9,7 @@ namespace racdeploy {
 
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;  // runs_here is false where the compiler or the processor lacks it
+extern const Kernels avx_vnni_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels neon_kernels;
 extern const Kernels neon_i8mm_kernels;
@@ -63,7 +64,7 @@ constexpr unsigned fill_up_to(int count, unsigned bits) {
     return bits;
 }
 constexpr unsigned fill_up_to_two(unsigned bits) { return fill_up_to(2, bits); }
-// Where the AVX2 kernel wants the four runs of 16 values that 128 weights of two_of_four store.
+// Where two_of_four has the four runs of 16 values that 128 weights store.
 constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
 
 // The place of a weight among those of its group, in chunks; and the weight of a place.

@@ -2,15 +2,28 @@
 #include "sparse_matrix.h"
 
 #include <algorithm>
-#include <initializer_list>
+#include <cstdlib>
 
 #include "kernels.h"
 
 namespace racdeploy {
 namespace {
 
+// The best first.
+const Kernels* const all_kernels[] = {&avx512_kernels,    &avx_vnni_kernels, &avx2_kernels,
+                                      &neon_i8mm_kernels, &neon_kernels,     &portable_kernels};
+
+const Kernels* find(const char* name) {
+    for (const Kernels* kernels : all_kernels)
+        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) return kernels;
+    return nullptr;
+}
+
+// Those that RACDEPLOY_KERNELS names, or the best; Python refuses a name that is not found.
 const Kernels& best() {
-    for (const Kernels* kernels : {&avx512_kernels, &avx2_kernels, &neon_i8mm_kernels, &neon_kernels})
+    const char* wanted = std::getenv("RACDEPLOY_KERNELS");
+    if (const Kernels* kernels = wanted ? find(wanted) : nullptr) return *kernels;
+    for (const Kernels* kernels : all_kernels)
         if (kernels->runs_here()) return *kernels;
     return portable_kernels;
 }
@@ -118,10 +131,7 @@ int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens) {
 }
 
 bool use_instruction_set(const char* name) {
-    chosen = nullptr;
-    for (const Kernels* kernels :
-         {&portable_kernels, &avx2_kernels, &avx512_kernels, &neon_kernels, &neon_i8mm_kernels})
-        if (!std::strcmp(kernels->name, name) && kernels->runs_here()) chosen = kernels;
+    chosen = find(name);
     return chosen || !*name;
 }
 

@@ -34,7 +34,7 @@ namespace racdeploy {
 enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
-// the order of the AVX2 kernel (masks of weights in order; each 128 weights store 4 runs of 16 values: first, third,
+// an order that no kernel prefers by now (masks of weights in order; each 128 weights store 4 runs of 16 values: first, third,
 // second, fourth); Q8_0 only. two_of_four_places: the same two, in the order of the NEON kernels and in whole groups;
 // Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed (the top
 // bit is flipped), and in place of a mask each value has two bits that say which of its four it is: values 16v to 16v +
@@ -133,8 +133,8 @@ struct Kernels {
     }
 };
 
-// Of "avx512", "avx2", "neon_i8mm", "neon" and "portable" the best that this processor runs, unless another was asked
-// for.
+// Of "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon" and "portable" the best that this processor runs, or those that
+// RACDEPLOY_KERNELS names.
 const Kernels& kernels();
 bool use_instruction_set(const char* name);  // false if this processor or this build lacks it; "" for the best
 

@@ -1,0 +1,29 @@
+// The kernels of AVX2, as the including file is compiled: without or with VNNI.
+#pragma once
+#include <cpuid.h>
+
+#include "avx2_pack.h"
+#include "avx2_multiply.h"
+
+namespace racdeploy {
+namespace {
+
+void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
+    const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
+                     : matrix.quant == Quant::q8_0           ? multiply_unstructured<Quant::q8_0>
+                     : matrix.quant == Quant::q4_0           ? multiply_unstructured<Quant::q4_0>
+                                                             : portable::multiply;
+    run(matrix, tokens, workspace, outputs, rows);
+}
+
+// A kernel for two_of_four, whose values have a fixed stride, took as long from the cache, and longer from memory.
+bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }
+
+bool has_avx2() {
+    unsigned a, b, features = 0, d;  // clang cannot be asked for F16C
+    return __get_cpuid(1, &a, &b, &features, &d) && features >> 29 & 1 && __builtin_cpu_supports("avx2") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
+}  // namespace
+}  // namespace racdeploy
