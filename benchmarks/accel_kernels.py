@@ -2,10 +2,10 @@
 
     python benchmarks/accel_kernels.py
 
-One token on one thread, in processor time, for every instruction set that this processor has. Beside
-it stands the dot product of the installed llama-cpp-python's ggml over the same weights, zeros and
-all; for Q4_0 llama.cpp itself repacks its weights, and is faster than that. From the cache: 64 rows
-of 2,048 weights, over and over. From memory: 32,768 rows, 36 MB or more.
+One token on one thread, in processor time, for every instruction set that this processor has.
+Beside it stands the dot product of the installed llama-cpp-python's ggml over the same weights,
+zeros and all; for Q4_0 llama.cpp itself repacks its weights, and is faster than that. From the
+cache: 64 rows of 2,048 weights, over and over. From memory: 32,768 rows, 36 MB or more.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/accel_llamacpp.py --models llama --no-peers --write-only --work build/accel
     RACDEPLOY_KERNELS=avx2 python benchmarks/accel_tokens.py build/accel/llama-Q8_0-50.gguf
 
-For machines that are not quiet: one thread's time is processor time, and the two sides take turns at
-every token, so that both see the same neighbours. With more threads it is wall time. All matrices
-with zeros are packed, whatever the kernels' own trial says of them.
+For machines that are not quiet: one thread's time is processor time, and the two sides take turns
+at every token, so that both see the same neighbours. With more threads it is wall time. All
+matrices with zeros are packed, whatever the kernels' own trial says of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         raise SystemExit("ggml does not take the kernels")
 
     sparse = load(arguments.file, arguments.threads)
-    stock = load(arguments.file, arguments.threads)  # nothing is packed unless it is asked for again
+    stock = load(arguments.file, arguments.threads)  # names count for one model only
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
 
     prompt_ms = [measure(clock, model, PROMPT) for model in (stock, sparse)]
