@@ -2,7 +2,7 @@
 
 With releases of ggml whose private declarations were compared with ours (:mod:`ggml_releases`), it
 is an extra buffer type of the CPU backend, as CPU_REPACK is one. With any other it is a device that
-ggml loads itself if their interfaces have one version: llama.cpp cuts its graph around each product.
+ggml loads itself if their interfaces have one version: llama.cpp cuts its graph at each product.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import racdeploy
-from racdeploy.accel import ggml_plugin, library
+from racdeploy.accel import library
+from racdeploy.accel.ggml_releases import read_table
+from racdeploy.accel.installed_ggml import find_ggml
 from racdeploy.runtime.model import Model
 from tests.support.accel_plugin import find_kernels
 from tests.support.c_library import build_models
@@ -27,7 +29,7 @@ QUESTION = "What is 12 times 34?"
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example and a program for tests, built with the llama.cpp of the wheel."""
-    ggml = ggml_plugin.find_ggml()
+    ggml = find_ggml()
     if isinstance(ggml, str):
         pytest.skip(ggml)
     return build_models(tmp_path_factory.mktemp("models"), ggml)
@@ -215,10 +217,10 @@ def test_the_build_is_that_of_python(built: Path) -> None:
     commands = (built / "compile_commands.json").read_text()
     for source in library.KERNELS:
         (command,) = re.findall(rf'"command": "(.*?sources/{re.escape(source)})"', commands)
-        assert set(library.machine_flags(source, platform.machine())) == set(re.findall(r" (-m\S+)", command))
+        flags = library._MACHINE_FLAGS.get(platform.machine(), {}).get(source, "")
+        assert set(re.findall(r" (-m\S+)", command)) == set(flags.split())
 
     engine = (library.SOURCES / "c" / "engine.cpp").read_text()
     table = engine.partition("known_ggml[] = {")[2].partition(";")[0]
     known = re.findall(r'\{"(\S+)", "(\S+)"\}', table)
-    expected = [(v, commit) for v, commits in ggml_plugin._KNOWN.items() for commit in commits]
-    assert known == expected
+    assert known == [(release.ggml, release.commit) for release in read_table()]

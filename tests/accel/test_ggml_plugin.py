@@ -192,7 +192,7 @@ def test_a_chosen_instruction_set_that_is_not_there_is_refused(
 ) -> None:
     """An unknown name at once; one that this processor lacks when the library was tried."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    library = _stub(tmp_path)
+    library = build_stub(tmp_path, {})
     monkeypatch.setenv("RACDEPLOY_KERNELS", "avx2")
     assert find_kernels().prove(library).refusal == "this processor or this compiler lacks avx2"
     monkeypatch.setenv("RACDEPLOY_KERNELS", "avx3")

@@ -106,6 +106,7 @@ def run_in_child(code: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
+
 def ask_instruction_set(library: Path) -> str:
     """Return what the plug-in runs, asked in a child: it stays in a process that has loaded it."""
     command = [sys.executable, "-c", _CHILD, str(library)]

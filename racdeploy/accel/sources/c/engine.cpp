@@ -19,11 +19,17 @@
 namespace racdeploy::c {
 namespace {
 
-// Those whose private declarations are those of ggml_abi.h: the table of ggml_plugin.py, as a test says.
+// Those whose private declarations are those of ggml_abi.h: the table of ggml_releases.toml, as a test says.
 struct KnownGgml {
     const char *version, *commit;
 };
-constexpr KnownGgml known_ggml[] = {{"0.25.3", "0c1e570"}};
+constexpr KnownGgml known_ggml[] = {
+    {"0.15.3", "b3fed31b99f9bd37725833674252bccb429bb183"},
+    {"0.15.3", "78d2f524682d9fee790a6460c93d018dafeb5229"},
+    {"0.16.0", "e3546c7948e3af463d0b401e6421d5a4c2faf565"},
+    {"0.20.0", "4df29be4f4c3673f428170fda944a5b19f743bb8"},
+    {"0.25.3", "0c1e57098bba43ac29e6e3b677cdceebdd22334f"},
+};
 
 constexpr int64_t part_bytes = 4 << 20;  // of a matrix that are read together
 constexpr size_t longest_name = 63;      // of a tensor, in ggml
@@ -124,8 +130,11 @@ bool find_faster(const Packable& kind, bool two_of_four, int threads, double& fr
 
 std::string why_no_engine() {
     const std::string version = ggml_version(), commit = ggml_commit();
-    for (const KnownGgml& known : known_ggml)
-        if (version == known.version && commit.substr(0, commit.find('-')) == known.commit) return "";
+    const std::string digits = commit.substr(0, commit.find('-'));  // a build by pip says more behind a hyphen
+    for (const KnownGgml& known : known_ggml) {
+        const bool is_commit = digits.size() >= 7 && std::string(known.commit).compare(0, digits.size(), digits) == 0;
+        if (is_commit && version == known.version) return "";
+    }
     return "ggml " + version + " (" + commit + ") is not one that the kernels were made for: use that of llama.cpp " +
            known_ggml[std::size(known_ggml) - 1].commit;
 }
