@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from racdeploy.accel import SOURCES
+from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
@@ -186,6 +188,14 @@ def test_kept_inputs_of_the_fuzzer_end_as_in_python(checked: Driver, tmp_path: P
     inputs = [file.read_bytes() for file in sorted(CORPUS.iterdir())]
     inputs += [_sign(data, tmp_path / "signed.racgguf") for data in inputs]
     assert _compare(checked, inputs, tmp_path) > 0
+
+
+def test_the_command_line_says_where_the_sources_are() -> None:
+    """What ``cmake -S`` takes, with the header that apps include."""
+    outcome = CliRunner().invoke(app, ["accel", "sources"])
+    folder = Path(outcome.stdout.strip())
+    assert (folder / "CMakeLists.txt").is_file()
+    assert (folder / "sources" / "include" / "racdeploy.h").is_file()
 
 
 def test_only_the_api_is_exported(prefix: Path) -> None:
