@@ -32,7 +32,7 @@ static int write_prompt(const struct llama_model *model, const char *question, c
     const struct llama_chat_message message = {"user", question};
     int length = llama_chat_apply_template(form, &message, 1, true, prompt, MOST_PROMPT - 16);
     if (length < 0 || length > MOST_PROMPT - 16) return 0;
-    if (strstr(form, "assistant\n<think>\n")) length += sprintf(prompt + length, "<think>\n");
+    if (form && strstr(form, "assistant\n<think>\n")) length += sprintf(prompt + length, "<think>\n");
     return length;
 }
 
@@ -47,17 +47,18 @@ static int answer(struct llama_model *model, const char *question) {
     llama_token tokens[CONTEXT];
     int count = llama_tokenize(vocab, prompt, write_prompt(model, question, prompt), tokens, CONTEXT, false, true);
 
-    for (int used = 0; count > 0 && (used += count) < CONTEXT; count = 1) {
+    for (int used = 0; context && count > 0 && (used += count) < CONTEXT; count = 1) {
         if (llama_decode(context, llama_batch_get_one(tokens, count))) break;
         tokens[0] = llama_sampler_sample(greedy, context, -1);
         if (llama_vocab_is_eog(vocab, tokens[0])) break;
-        fwrite(piece, 1, (size_t)llama_token_to_piece(vocab, tokens[0], piece, sizeof piece, 0, true), stdout);
+        int bytes = llama_token_to_piece(vocab, tokens[0], piece, sizeof piece, 0, true);
+        if (bytes > 0) fwrite(piece, 1, (size_t)bytes, stdout);
         fflush(stdout);
     }
     putchar('\n');
     llama_sampler_free(greedy);
     llama_free(context);
-    return count > 0 ? 0 : 1;
+    return context && count > 0 ? 0 : 1;
 }
 
 int main(int count, char **arguments) {

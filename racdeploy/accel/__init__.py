@@ -128,7 +128,7 @@ def kernels(mode: Mode, threads: int = 0) -> str:
             continue
 
         library, tried = ready
-        verdict = choose_verdict(tried.verdicts, threads or available_cores())
+        verdict = choose_verdict(tried.verdicts, threads if threads > 0 else available_cores())
         if verdict is not None and verdict.faster_from:
             used.append(f"sparse {tried.instruction_set} ({library.stem})")
 

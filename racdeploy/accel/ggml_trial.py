@@ -33,7 +33,8 @@ def try_library(file: Path) -> Proof:
 
     cores = available_cores()
     if not plugin.enable([], cores):
-        return Proof("ggml does not take it", "", kernels)
+        other = "its interface of devices has another version than the kernels were made for"
+        return Proof(other if plugin.is_device else "ggml does not take it", "", kernels)
 
     rng = random.Random(0)
 

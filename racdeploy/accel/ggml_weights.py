@@ -75,7 +75,7 @@ def _enable(path: Path, threads: int, keep: bool) -> Choice | str:
     if plugin.instruction_set != kernels:
         return f"the kernels were tried on another processor ({kernels}): racdeploy accel build"
 
-    threads = threads or available_cores()
+    threads = threads if threads > 0 else available_cores()
     verdict = choose_verdict(proof.verdicts, threads) or Verdict(threads)
     found = _zeros(plugin, path, threads)
     names = _choose_names(found, verdict)
@@ -133,7 +133,7 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> Zeros:
-    file = _zeros_file(path)
+    file = _zeros_file(plugin, path)
     counted = _read_zeros(file)
     if counted is not None:
         return counted
@@ -162,8 +162,9 @@ def _read_zeros(file: Path) -> Zeros | None:
     return zeros if is_whole else None
 
 
-def _zeros_file(path: Path) -> Path:
-    digest = canonical_hash(file_state(path))
+def _zeros_file(plugin: Plugin, path: Path) -> Path:
+    # Which matrices are 2:4 is for the kernels to say.
+    digest = canonical_hash([file_state(path), plugin.form])
     return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 

@@ -58,7 +58,7 @@ def choose_graph(model: Path, mode: proofs.Mode, *, threads: int = 0) -> proofs.
     find = functools.partial(
         _choose,
         model,
-        threads or available_cores(),
+        threads if threads > 0 else available_cores(),
     )
     return proofs.choose_by_mode(
         model,

@@ -125,7 +125,7 @@ def test_twenty_answers_are_those_of_racdeploy(built: Path, bundle: Path, tmp_pa
 
 
 def test_a_kept_file_is_written_once_and_used(built: Path, model: Path, tmp_path: Path) -> None:
-    """The second start neither counts nor packs; ``forget`` deletes it."""
+    """The second start finds it; ``forget`` deletes it."""
     first = _run(built, "enable", model, "0.3", tmp_path)
     (kept,) = tmp_path.glob("*.packed")
     written = kept.stat().st_mtime_ns, kept.read_bytes()
@@ -133,7 +133,6 @@ def test_a_kept_file_is_written_once_and_used(built: Path, model: Path, tmp_path
     assert _run(built, "enable", model, "0.3", tmp_path) == first
     assert (kept.stat().st_mtime_ns, kept.read_bytes()) == written
 
-    # The names come from it now, as a spoiled model shows that keeps its size and times.
     assert first == [*_sparse_names(model, 0.3), "0 "]
     assert _run(built, "forget", model, tmp_path) == ["0 "]
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
@@ -202,7 +201,7 @@ def test_what_is_no_model_is_refused(built: Path, tmp_path: Path, model: Path) -
 
 @pytest.mark.slow
 def test_measuring_finds_thresholds(built: Path) -> None:
-    """Shares that were tried, or never; on AVX-512, Q8_0 is faster at 80 % zeros at the latest."""
+    """Shares that were tried, or never."""
     found, status = _run(built, "measure")
     assert status == "0 "
     assert all(float(share) in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 2.0) for share in found.split())

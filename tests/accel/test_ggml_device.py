@@ -148,7 +148,7 @@ def test_another_version_of_ggmls_interface_is_refused(
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
     of_version_9 = "static int registry[16] = {9}; return registry;"
     stub = build_stub(tmp_path, {"is_device": "return true;", "ggml_backend_init": of_version_9})
-    assert find_kernels().prove(stub).refusal == "ggml does not take it"
+    assert "another version than the kernels" in find_kernels().prove(stub).refusal
 
 
 def test_doctor_says_that_it_is_a_device_and_why(device: Path) -> None:

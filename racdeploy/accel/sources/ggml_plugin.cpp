@@ -30,7 +30,7 @@ constexpr int most_threads = 64;
 std::mutex wanted_mutex;
 std::set<std::string, std::less<>> wanted;  // names of the next model's weights
 std::shared_ptr<KeptFile> kept;             // which has them packed, where there is one
-int64_t packed_tensors = 0;
+std::atomic<int64_t> packed_tensors{0};
 std::atomic<bool> was_loading{false};
 int pack_threads = 1;
 
@@ -374,7 +374,7 @@ EXPORT int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const voi
     return size;
 }
 
-EXPORT int rac_ggml_layout() { return racdeploy::layout; }
+EXPORT int rac_ggml_layout() { return racdeploy::kept_layout; }
 
 // Tensors packed since the last rac_ggml_enable.
 EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }

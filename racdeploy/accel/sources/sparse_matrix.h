@@ -47,6 +47,7 @@ constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t slack_bytes = 128;   // readable behind the values
 constexpr int layout = 2;              // changes with this form: files say it
+constexpr int kept_layout = 3;         // of a kept file: changes also with the patterns that kernels prefer
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }

@@ -54,6 +54,10 @@ const Packable* find_packable(const Tensor& tensor) {
     return nullptr;
 }
 
+bool is_two_of_four(Pattern pattern) {
+    return pattern == Pattern::two_of_four || pattern == Pattern::two_of_four_places;
+}
+
 // Count one matrix, part by part; false after fail().
 bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, std::vector<uint8_t>& blocks,
                Zeros& found) {
@@ -72,7 +76,7 @@ bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, s
         const int64_t bytes = rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
         if (bytes < 0) throw std::bad_alloc();
         stored += bytes;
-        found.two_of_four = found.two_of_four && pattern != static_cast<int>(Pattern::unstructured);
+        found.two_of_four = found.two_of_four && is_two_of_four(static_cast<Pattern>(pattern));
     }
 
     const double weights = static_cast<double>(rows) * static_cast<double>(columns);
@@ -102,8 +106,8 @@ bool compare_products(const Packable& kind) {
             rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros, two_of_four,
                                 1 + shape % 2, static_cast<uint64_t>(shape));
         if (!(found >= 0 && found <= tolerance))
-            return fail(RACDEPLOY_ENGINE, "the %s kernels for %s differ from ggml's own: %g", instruction_set(),
-                        kind.name, found);
+            return fail(RACDEPLOY_ENGINE, "the %s kernels for %s %s: keep the default thresholds", instruction_set(), kind.name,
+                        found < 0 ? "do not give weights back as they were written" : "differ from ggml's own");
     }
     return true;
 }
@@ -135,7 +139,7 @@ std::string why_no_engine() {
         const bool is_commit = digits.size() >= 7 && std::string(known.commit).compare(0, digits.size(), digits) == 0;
         if (is_commit && version == known.version) return "";
     }
-    return "ggml " + version + " (" + commit + ") is not one that the kernels were made for: use that of llama.cpp " +
+    return "ggml " + version + " (" + commit + ") is not known as one that the kernels were made for, as that of llama.cpp " +
            known_ggml[std::size(known_ggml) - 1].commit;
 }
 
@@ -157,7 +161,7 @@ bool count_zeros(const Input& input, const Header& header, int threads, std::vec
     std::atomic<size_t> next{0};
     std::mutex failed_mutex;
     racdeploy_status failed = RACDEPLOY_OK;
-    std::string message;
+    char message[512] = "";  // what another thread says stays there
     const auto work = [&]() noexcept {
         const racdeploy_status status = guarded([&] {
             std::vector<uint8_t> blocks;
@@ -169,20 +173,19 @@ bool count_zeros(const Input& input, const Header& header, int threads, std::vec
         next = matrices.size();
         std::lock_guard<std::mutex> lock(failed_mutex);
         failed = status;
+        std::snprintf(message, sizeof(message), "%s", racdeploy_last_error());
     };
 
     std::vector<std::thread> others;
     others.reserve(static_cast<size_t>(threads));
     try {
         for (int t = 1; t < threads; t++) others.emplace_back(work);
-    } catch (const std::system_error&) {  // fewer do
+    } catch (...) {  // fewer do
     }
     work();
     for (std::thread& other : others) other.join();
 
-    // What another thread said stayed there.
-    return failed == RACDEPLOY_OK || fail(failed, failed == RACDEPLOY_MEMORY ? "there is not enough memory to count zeros"
-                                                                            : "the file changed while it was read");
+    return failed == RACDEPLOY_OK || fail(failed, "%s", message);
 }
 
 bool enable_next(const std::vector<std::string>& names, int threads) {

@@ -225,7 +225,7 @@ bool KeptWeights::read_table(const std::string& key) {
 
     data_bytes_ = end - bytes;
     const bool all_hashed = static_cast<int64_t>(pieces_.size()) == (data_bytes_ + piece_bytes - 1) / piece_bytes;
-    return table.is_done() && matrices.is_done() && all_hashed && !matrices_.empty();
+    return table.is_done() && matrices.is_done() && all_hashed && !matrices_.empty() && !pieces_.empty();
 }
 
 bool KeptWeights::is_right(size_t piece) const {

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <random>
 
 #include "failure.h"
 
@@ -17,7 +18,10 @@ PartialFile::~PartialFile() {
 }
 
 bool PartialFile::create(unsigned mode) {
-    ::unlink(partial_.c_str());  // that of a killed process; a link there is not followed
+    std::random_device random;
+    char suffix[32];
+    std::snprintf(suffix, sizeof(suffix), ".%08x%08x.partial", random(), random());
+    partial_ = out_ + suffix;
     file_ = Descriptor(::open(partial_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, mode), true);
     made_ = file_.number() >= 0;
     return made_ || failed();

@@ -8,10 +8,11 @@
 
 namespace racdeploy::c {
 
-// A file beside its final name until it is whole; deleted where it does not get there.
+// A file beside its final name until it is whole; deleted where it does not get there. Its name until then is drawn:
+// others may write the same file at the same time, and the last to finish has it.
 class PartialFile {
 public:
-    explicit PartialFile(std::string out) : out_(std::move(out)), partial_(out_ + ".partial") {}
+    explicit PartialFile(std::string out) : out_(std::move(out)) {}
     ~PartialFile();
 
     bool create(unsigned mode);           // these return false after fail()

@@ -2,11 +2,13 @@
  *
  * Errors    A function that returns racdeploy_status returns RACDEPLOY_OK (0) where it succeeded. Otherwise
  *           racdeploy_last_error() says in one line what is wrong and what to do. No C++ exception leaves the library,
- *           it never ends the process, and it prints nothing.
+ *           and it prints nothing. Only where memory ends while llama.cpp loads packed weights the process ends, as ggml
+ *           ends it there.
  * Ownership Strings and structs that are passed in are copied where they are needed later. Returned strings belong to
  *           the library: never free one. Only racdeploy_model has to be closed.
  * Threads   Every function may be called on any thread at any time, but one racdeploy_model by one thread at a time.
- *           From racdeploy_enable() to the end of the load that it is for, load no other model in the process.
+ *           From racdeploy_enable() to the end of the load that it is for, load no other model in the process, and do not
+ *           call racdeploy_measure(): what was enabled would be forgotten.
  * Paths     are UTF-8, as the system's open() takes them.
  */
 #ifndef RACDEPLOY_H
