@@ -133,8 +133,9 @@ def _keep(plugin: Plugin, path: Path, names: Sequence[str]) -> bool:
 
 
 def _zeros(plugin: Plugin, path: Path, threads: int) -> Zeros:
-    file = _zeros_file(plugin, path)
-    counted = _read_zeros(file)
+    file = _zeros_file(path)
+    form = plugin.form  # which matrices are 2:4 is for the kernels to say
+    counted = _read_zeros(file, form)
     if counted is not None:
         return counted
 
@@ -144,27 +145,29 @@ def _zeros(plugin: Plugin, path: Path, threads: int) -> Zeros:
     # A cache that cannot be written: counted again next time.
     with contextlib.suppress(OSError, EnvironmentFailure):
         make_private(file.parent)
-        text = json.dumps({"zeros": zeros, "sha256": canonical_hash(zeros)})
+        text = json.dumps({"zeros": zeros, "sha256": canonical_hash([zeros, form])})
         write_atomic(file, text, mode=0o600)
 
     return zeros
 
 
-def _read_zeros(file: Path) -> Zeros | None:
-    """Return what was counted; None where nothing was, or it is damaged or of another user."""
+def _read_zeros(file: Path, form: Sequence[int | str]) -> Zeros | None:
+    """Return what was counted; None where nothing was, or it is damaged or of another user.
+
+    Counts of kernels that pack in another ``form`` are none.
+    """
     try:
         with open(open_own(file), "rb") as stream:
             kept = json.load(stream)
         zeros = {name: (str(quant), float(share)) for name, (quant, share) in kept["zeros"].items()}
-        is_whole = kept["sha256"] == canonical_hash(zeros)
+        is_whole = kept["sha256"] == canonical_hash([zeros, form])
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return None
     return zeros if is_whole else None
 
 
-def _zeros_file(plugin: Plugin, path: Path) -> Path:
-    # Which matrices are 2:4 is for the kernels to say.
-    digest = canonical_hash([file_state(path), plugin.form])
+def _zeros_file(path: Path) -> Path:
+    digest = canonical_hash(file_state(path))
     return cache_folder() / "zeros" / f"{digest[:32]}.json"
 
 

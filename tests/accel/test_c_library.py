@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,19 @@ def test_unpacking_gives_the_plain_file(driver: Driver, containers: dict[str, Pa
         assert file.with_suffix(".out").read_bytes() == plain
         assert driver.pipe(file) == (0, plain)
         file.with_suffix(".out").unlink()
+
+
+def test_several_may_write_one_file(driver: Driver, containers: dict[str, Path]) -> None:
+    """It is whole at any time; nothing that another one writes is taken away."""
+    file = containers["q8_0"]
+    plain = file.with_suffix(".gguf").read_bytes()
+    out = file.with_suffix(".shared")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(driver.unpack, [[(file, out)] * 20] * 4))
+
+    assert found == [[(0, "")] * 20] * 4
+    assert out.read_bytes() == plain
+    assert not list(out.parent.glob("*.partial"))
 
 
 def test_a_damaged_container_leaves_no_file(driver: Driver, containers: dict[str, Path]) -> None:

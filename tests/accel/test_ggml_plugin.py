@@ -291,6 +291,7 @@ def test_zeros_are_counted_once_for_each_state_of_a_file(
 
     class Counter:
         calls = 0
+        form = (3, "avx512")
 
         def zeros(self, path: Path, header: Header, threads: int) -> dict[str, tuple[str, float]]:
             self.calls += 1
@@ -312,6 +313,9 @@ def test_zeros_are_counted_once_for_each_state_of_a_file(
     os.utime(file, ns=(1, 1))
     ggml_weights._zeros(counter, file, 1)
     assert counter.calls == 5
+    counter.form = (3, "neon")
+    ggml_weights._zeros(counter, file, 1)
+    assert counter.calls == 6
 
 
 def test_a_dense_file_is_left_alone(ready: Path, tmp_path: Path) -> None:

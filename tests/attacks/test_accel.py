@@ -246,6 +246,7 @@ def test_a_damaged_count_is_counted_again(model: Path, damage: str) -> None:
 
     class Counter:
         counted = 0
+        form = (3, "avx512")
 
         def zeros(self, path: Path, header: object, threads: int) -> dict[str, tuple[str, float]]:
             """Count, and count the counts."""

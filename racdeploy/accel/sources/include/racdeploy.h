@@ -51,7 +51,8 @@ RACDEPLOY_API const char *racdeploy_last_error(void);
 RACDEPLOY_API racdeploy_status racdeploy_plain_size(const char *container, uint64_t *size_bytes);
 
 /* Write the plain GGUF file of a container to `out`, whole or not at all; a file of that name is replaced.
- * While it works, there is a file `out` with ".partial" behind its name, which a killed process leaves there. */
+ * While it works, there is a file `out` with ".RANDOM.partial" behind its name, which a killed process leaves there. Several
+ * may write the same file at the same time. */
 RACDEPLOY_API racdeploy_status racdeploy_unpack(const char *container, const char *out);
 
 /* The same from an open file to another, a pipe or a socket: Android's storage framework gives descriptors, no paths.
