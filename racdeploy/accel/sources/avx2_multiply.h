@@ -88,13 +88,10 @@ void multiply_row(const SparseMatrix& matrix, int64_t row, const uint8_t* last_h
 
 template <Quant quant, int tokens>
 void multiply_by_row(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
-    // What the first rows read, no row before them has asked for.
-    const uint8_t* heads = matrix.head(rows.begin);
-    for (int64_t at = 0; at < heads_ahead; at += 64) fetch_ahead(heads, at);
-    for (int64_t at = 0; at < values_ahead; at += 64) fetch_ahead(matrix.values + matrix.offsets[rows.begin], at);
+    fetch_first(matrix, rows.begin);
 
     const uint8_t* last_head = matrix.head(rows.end) - head_bytes(quant);
-    Places places(mask_of(quant, heads));
+    Places places(mask_of(quant, matrix.head(rows.begin)));
     for (int64_t row = rows.begin; row < rows.end; row++)
         multiply_row<quant, tokens>(matrix, row, last_head, places, from, outputs);
 }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "x86_prefetch.h"
 
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 #define RACDEPLOY_VNNI 1
@@ -20,12 +21,6 @@ inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cas
 inline __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m256i in_both_lanes(__m128i lane) { return _mm256_broadcastsi128_si256(lane); }
 inline int64_t popcount(uint64_t bits) { return __builtin_popcountll(bits); }
-
-// What a row reads a few hundred weights later, as the AVX-512 kernels ask for it. Beyond the end it asks for nothing.
-inline void fetch_ahead(const uint8_t* from, int64_t bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(from + bytes), _MM_HINT_T0);
-}
-constexpr int64_t values_ahead = 3072, heads_ahead = 1536;
 
 inline float sum_of(__m256 sums) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));

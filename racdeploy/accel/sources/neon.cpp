@@ -8,15 +8,10 @@
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include <type_traits>
 
+#include "arm_features.h"
 #include "neon_pack.h"
 #include "neon_spread.h"
 #include "neon_tiles.h"
-
-#if defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 namespace racdeploy {
 namespace {
@@ -299,17 +294,7 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
     });
 }
 
-bool runs_here() {
-#if defined(__linux__)
-    return getauxval(AT_HWCAP) & 1 << 20;  // HWCAP_ASIMDDP
-#elif defined(__APPLE__)
-    int has = 0;
-    size_t size = sizeof(has);
-    return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has;
-#else
-    return false;
-#endif
-}
+bool runs_here() { return has_arm_feature(capabilities, 20, "hw.optional.arm.FEAT_DotProd"); }  // HWCAP_ASIMDDP
 
 }  // namespace
 

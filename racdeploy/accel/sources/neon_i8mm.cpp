@@ -3,13 +3,8 @@
 #include "kernels.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
+#include "arm_features.h"
 #include "neon_tiles.h"
-
-#if defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 namespace racdeploy {
 namespace {
@@ -77,17 +72,8 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
     run(matrix, tokens, workspace, outputs, rows);
 }
 
-bool runs_here() {
-    if (!neon_kernels.runs_here()) return false;
-#if defined(__linux__)
-    return getauxval(AT_HWCAP2) & 1 << 13;  // HWCAP2_I8MM
-#elif defined(__APPLE__)
-    int has = 0;
-    size_t size = sizeof(has);
-    return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) && has;
-#else
-    return false;
-#endif
+bool runs_here() {  // HWCAP2_I8MM
+    return neon_kernels.runs_here() && has_arm_feature(more_capabilities, 13, "hw.optional.arm.FEAT_I8MM");
 }
 
 }  // namespace
