@@ -42,7 +42,7 @@ from benchmarks.accel_llamacpp import (
     run_child,
     write_model,
 )
-from racdeploy.accel.library import FLAGS, SOURCES, machine_flags
+from racdeploy.accel.source_list import FLAGS, SOURCES, machine_flags
 
 COMPILER = "aarch64-linux-gnu-g++"
 HIDDEN_SHARE = {"dense": 0.25, "sparse": 0.5}  # of the shorter of computing and reading

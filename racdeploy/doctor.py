@@ -35,6 +35,7 @@ def examine() -> list[dict[str, str]]:
         _examine_gpu(),
         _examine_compiler(),
         _examine_llama(),
+        _examine_prebuilt(),
         *_examine_kernels("sparse kernels", "llama.cpp"),
         *_examine_kernels("sparse operator", "onnxruntime"),
     ]
@@ -114,7 +115,7 @@ def _examine_compiler() -> dict[str, str]:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found:
         return _finding("compiler", True, found)
-    return _unused("compiler", "none found; accel build and llama-cpp-python's source need one")
+    return _unused("compiler", "none found; llama-cpp-python's source needs one")
 
 
 def _examine_llama() -> dict[str, str]:
@@ -131,6 +132,13 @@ def _examine_llama() -> dict[str, str]:
     return _finding("llama.cpp", True, f"built with {', '.join(features)}")
 
 
+def _examine_prebuilt() -> dict[str, str]:
+    """Say whether kernels need no compiler here, and why not where racdeploy-kernels is stale."""
+    is_used, detail = accel.describe_prebuilt()
+    state = "ok" if is_used else "unused"
+    return {"what": "prebuilt kernels", "state": state, "detail": detail}
+
+
 def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
     """Say whether an engine's sparse weights run on our kernels, and which weights these are."""
     ready = accel.readiness(engine)
@@ -141,7 +149,8 @@ def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
     library, proof = ready
     more = _describe_llamacpp() if engine == "llama.cpp" else ""
     missing = accel.explain_missing(proof.verdicts)
-    detail = "; ".join(filter(None, (f"{proof.instruction_set}: {library}{more}", missing)))
+    made = f"{proof.instruction_set}, {accel.describe_maker(library)}: {library}{more}"
+    detail = "; ".join(filter(None, (made, missing)))
 
     found = [_finding(what, True, detail)]
     for name, detail in accel.describe_verdicts(engine, proof).items():

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.accel import ggml_plugin, ort_operator, proof, verdicts
+from racdeploy.accel import ggml_plugin, ort_operator, prebuilt, proof, verdicts
 from racdeploy.accel.ggml_plugin import describe_way_in
 from racdeploy.accel.ggml_weights import enable, forget
 from racdeploy.accel.kept_weights import kept_files
-from racdeploy.accel.library import SOURCES
+from racdeploy.accel.library import Library, describe_maker
 from racdeploy.accel.ort_operator import choose_graph
 from racdeploy.accel.proof import Choice, Mode, Proof
+from racdeploy.accel.source_list import SOURCES
 from racdeploy.accel.verdicts import Verdict, choose_verdict
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
@@ -35,6 +36,8 @@ __all__ = [
     "can_be_built",
     "choose_graph",
     "describe_built",
+    "describe_maker",
+    "describe_prebuilt",
     "describe_verdicts",
     "describe_way_in",
     "enable",
@@ -58,16 +61,18 @@ class Built:
 
     Args:
         way_in: where in llama.cpp the kernels are.
+        maker: ``prebuilt`` by whom, or ``compiled``, and why.
     """
 
     library: Path | None
     refusal: str
     verdicts: tuple[Verdict, ...] = ()
     way_in: str = ""
+    maker: str = ""
 
 
 def build_installed() -> dict[str, Built]:
-    """Compile and try the kernels for every engine that is installed; by its name."""
+    """Find or compile the kernels of every engine that is installed, and try them; by its name."""
     built: dict[str, Built] = {}
     for engine, (package, find_kernels) in _ENGINES.items():
         if not is_installed(package):
@@ -85,6 +90,7 @@ def build_installed() -> dict[str, Built]:
                 tried.refusal,
                 tried.verdicts,
                 way_in,
+                _explain_maker(found.library, library),
             )
 
     if not built:
@@ -110,6 +116,31 @@ def can_be_built(engine: str) -> bool:
     _, find_kernels = _ENGINES[engine]
     found = find_kernels()
     return not isinstance(found, str) and found.library.find() is None
+
+
+def describe_prebuilt() -> tuple[bool, str]:
+    """Return whether racdeploy-kernels has what is needed here, and what it has, or why nothing."""
+    reasons = {}
+    for engine, (_, find_kernels) in _ENGINES.items():
+        found = find_kernels()
+        if not isinstance(found, str):
+            content = found.library.find_prebuilt()
+            reasons[engine] = content if isinstance(content, str) else ""
+
+    package = prebuilt.describe_package()
+    if not package:
+        return False, f"accel build compiles them, or: pip install {prebuilt.PACKAGE}"
+
+    refused = sorted(set(filter(None, reasons.values())))
+    if refused:
+        return False, "; ".join(refused)
+    return True, f"{package}, for {' and '.join(reasons) or 'no engine here'}"
+
+
+def _explain_maker(library: Library, file: Path) -> str:
+    content = library.find_prebuilt()
+    maker = describe_maker(file)
+    return f"{maker}: {content if isinstance(content, str) else prebuilt.describe_package()}"
 
 
 def kernels(mode: Mode, threads: int = 0) -> str:
@@ -142,7 +173,9 @@ def describe_verdicts(engine: str, tried: Proof) -> dict[str, str]:
 
 
 def describe_built(made: Built) -> Iterator[str]:
-    """Yield where an engine's kernels are, what was measured of them, and what could not be."""
+    """Yield who made an engine's kernels, where they are, and what was measured of them or not."""
+    if made.maker:
+        yield made.maker
     if made.way_in:
         yield made.way_in
 

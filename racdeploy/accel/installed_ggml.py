@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from racdeploy.accel.ggml_releases import refuse_unknown
-from racdeploy.accel.library import KERNELS, Library
+from racdeploy.accel.library import Library
+from racdeploy.accel.source_list import library_sources
 
-# A library's name, and the source that only it has.
-_EXTRA = ("llamacpp", "ggml_extra.cpp")
-_DEVICE = ("llamacpp-device", "ggml_device.cpp")
+_EXTRA, _DEVICE = "llamacpp", "llamacpp-device"
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Ggml:
 
     def plugin(self, is_device: bool) -> Library:
         """Return the plug-in for it, built or not, that takes one of the ways into ggml."""
-        name, way_in = _DEVICE if is_device else _EXTRA
+        name = _DEVICE if is_device else _EXTRA
         return Library(
             name,
-            (*KERNELS, "file_maps.cpp", "ggml_plugin.cpp", way_in, "ggml_trial.cpp"),
+            library_sources(name),
             include=(self.include,),
             links=(self.libraries / "libggml-cpu.so.0", self.libraries / "libggml-base.so.0"),
             key={"ggml": self.version, "commit": self.commit},

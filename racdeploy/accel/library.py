@@ -1,7 +1,7 @@
-"""Compile C++ sources of this package into the user's cache, on demand.
+"""Libraries in the user's cache, on demand: of racdeploy-kernels, or compiled.
 
-A library is named by a hash of its sources, flags and processor, and of the compiler that made it.
-It is found without a compiler, and compiled again where anything but the compiler differs.
+A library is named by a hash of its sources, flags and processor, and by what made it: a compiler,
+or racdeploy-kernels. It is found without either, and made again where anything else differs.
 """
 
 from __future__ import annotations
@@ -11,40 +11,28 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from racdeploy.accel import prebuilt
+from racdeploy.accel.source_list import (
+    FLAGS,
+    SOURCES,
+    fingerprint,
+    library_sources,
+    machine_flags,
+)
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.storage import caches
-from racdeploy.storage.files import canonical_hash, file_sha256
+from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.ownership import make_private, refuse_foreign
 from racdeploy.storage.partials import partial_folder
 
-SOURCES = Path(__file__).parent / "sources"
-_NEON = ("neon.cpp", "neon_i8mm.cpp")
-_X86 = ("avx2.cpp", "avx_vnni.cpp", "avx512.cpp")
-KERNELS = ("sparse_matrix.cpp", "portable.cpp", *_X86, *_NEON)
+KERNELS = library_sources("all")
 INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "neon", "neon_i8mm")
 _CHOICE = "RACDEPLOY_KERNELS"  # names one of them in place of the best; the C++ code reads it too
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread")
-_AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt"
-_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni"
-_ARM = "-march=armv8.2-a+dotprod"
-# Each file is compiled for its own instruction set; when it runs, it asks the processor for it.
-_X86_FLAGS = {
-    "avx2.cpp": _AVX2,
-    "avx_vnni.cpp": f"{_AVX2} -mavxvnni",
-    "avx512.cpp": f"{_AVX512} -mavx512bf16 {_AVX2}",
-}
-_EVEX_VNNI = f"{_AVX2} -mavx512f -mavx512vl -mavx512vnni"  # the same instructions, encoded longer
-_ARM_FLAGS = {"neon.cpp": _ARM, "neon_i8mm.cpp": f"{_ARM}+i8mm"}
-_MACHINE_FLAGS = {
-    "x86_64": _X86_FLAGS,
-    "AMD64": _X86_FLAGS,
-    "aarch64": _ARM_FLAGS,
-    "arm64": _ARM_FLAGS,
-}
+_PREBUILT = "prebuilt"  # in the name of a library, where that of a compiler is else
 _COMPILE_S = 300.0
 _Command = Sequence[str | Path]
 
@@ -73,28 +61,51 @@ class Library:
     compiler: str | None = None
 
     def find(self) -> Path | None:
-        """Return the newest library of this key, whatever compiled it, or None."""
+        """Return the newest library of this key, whatever made it, or None."""
         found = cache_folder().glob(f"{self._stem}-*.so")
         return max(found, key=os.path.getmtime, default=None)
 
+    def find_prebuilt(self) -> bytes | str:
+        """Return the library that racdeploy-kernels has, or why there is none to use."""
+        return prebuilt.read_library(self.name, self._fingerprint, self.machine)
+
     def build(self) -> Path:
-        """Compile it, unless this compiler has done so before; return the file."""
+        """Take it from racdeploy-kernels, or compile it unless this compiler has done so before.
+
+        Raises:
+            EnvironmentFailure: neither is there, the compiler failed, or there is no room.
+        """
+        content = "" if self.compiler else self.find_prebuilt()
+        if isinstance(content, bytes):
+            return self._write(_PREBUILT, lambda made: made.write_bytes(content))
+
         command = self.compiler or find_compiler()
         if command is None:
             raise EnvironmentFailure(
-                "there is no C++ compiler: c++, g++ and clang++ are not on the PATH",
-                remedy="install one, for example with `apt-get install g++`, or name it in CXX",
+                f"there is no C++ compiler: c++, g++ and clang++ are not on the PATH; {content}",
+                remedy=f"pip install {prebuilt.PACKAGE}; or install a compiler, for example with "
+                "`apt-get install g++`, or name it in CXX",
             )
 
-        file = cache_folder() / f"{self._stem}-{_digest(_version(command))}.so"
-        if file.is_file():
-            return file
+        maker = _digest(_version(command))
+        file = self._place(maker)
+        if not file.is_file():
+            return self._write(maker, functools.partial(self._compile, command))
 
+        if file != self.find():
+            os.utime(file)  # the newest one is found
+        return file
+
+    def _place(self, maker: str) -> Path:
+        return cache_folder() / f"{self._stem}-{maker}.so"
+
+    def _write(self, maker: str, write: Callable[[Path], object]) -> Path:
+        file = self._place(maker)
         try:
             make_private(file.parent)
             refuse_foreign(file.parent)
             with partial_folder(file.with_name("build")) as folder:
-                self._compile(command, folder / "library.so")
+                write(folder / "library.so")
                 os.replace(folder / "library.so", file)
         except OSError as error:
             raise EnvironmentFailure(
@@ -123,19 +134,24 @@ class Library:
         _require([*compiler, *self.link_flags, *objects, *self.links, "-o", made])
 
     @property
-    def _stem(self) -> str:
-        files = sorted(SOURCES.glob("*.h"))
-        files += [SOURCES / name for name in self.sources]
+    def _fingerprint(self) -> str:
+        return fingerprint(self.sources, self.machine, self.flags)
 
+    @property
+    def _stem(self) -> str:
         parts = {
-            "files": {file.name: file_sha256(file) for file in files},
-            "flags": [*FLAGS, *self.flags, *self.link_flags],
-            "machine_flags": [machine_flags(name, self.machine) for name in self.sources],
+            "fingerprint": self._fingerprint,
+            "link_flags": self.link_flags,
             "key": self.key,
             "processor": [self.machine, _processor()],
         }
 
         return f"{self.name}-{_digest(parts)}"
+
+
+def describe_maker(library: Path) -> str:
+    """Return how a built library came to be: ``prebuilt``, or ``compiled``."""
+    return _PREBUILT if library.stem.endswith(f"-{_PREBUILT}") else "compiled"
 
 
 def chosen_instruction_set() -> str:
@@ -172,29 +188,14 @@ def find_compiler() -> str | None:
 @functools.cache
 def _processor() -> str:
     """Return the architecture and a hash of what the processor can do."""
-    return f"{platform.machine()}-{_digest(_features())}"
-
-
-@functools.cache
-def _features() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{_digest(features)}"
 
 
 def _version(command: str) -> str:
     return f"{command} {_call([command, '--version']).stdout}"
-
-
-def machine_flags(source: str, machine: str) -> list[str]:
-    """Return what a source file is compiled with besides, on a machine of this architecture."""
-    flags = _MACHINE_FLAGS.get(machine, {}).get(source, "")
-
-    features = _features().split()
-    if "mavxvnni" in flags and "avx512_vnni" in features and "avx_vnni" not in features:
-        flags = _EVEX_VNNI
-
-    return flags.split()
 
 
 def _digest(value: object) -> str:

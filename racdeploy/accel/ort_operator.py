@@ -14,15 +14,17 @@ from pathlib import Path
 
 from racdeploy.accel import proof as proofs
 from racdeploy.accel.ggml_plugin import NAMES
-from racdeploy.accel.library import KERNELS, Library
+from racdeploy.accel.library import Library
 from racdeploy.accel.onnx_properties import read_properties
+from racdeploy.accel.source_list import library_sources
 from racdeploy.accel.verdicts import LEAST_SPEEDUP, Verdict, choose_verdict
 from racdeploy.errors import ArtifactError
 from racdeploy.extras import installed_version
 from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
 from racdeploy.storage.cores import available_cores
 
-LIBRARY = Library("onnxruntime", (*KERNELS, "onnxruntime_op.cpp"))
+_NAME = "onnxruntime"
+LIBRARY = Library(_NAME, library_sources(_NAME))
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
 _UNMEASURED = 0.5  # speed-up at fewer zeros than were measured: the operator is slower there
 # Of a weight in stock operators: MatMulNBits has scales in float32, MatMul has all in float32.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table, refuse_unknown
-from racdeploy.accel.library import SOURCES
+from racdeploy.accel.source_list import SOURCES
 from tests.support import ggml_releases
 from tests.support.ggml_releases import add, moved_declarations, order, repeated_declarations
 

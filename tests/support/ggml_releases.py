@@ -21,7 +21,8 @@ from pathlib import Path
 
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table
 from racdeploy.accel.installed_ggml import Ggml
-from racdeploy.accel.library import SOURCES, Library
+from racdeploy.accel.library import Library
+from racdeploy.accel.source_list import SOURCES
 from tests.support.declarations import Declaration, compare, read_declarations, read_headers
 
 DRIVER = Path(__file__).parents[1] / "accel" / "plugin_driver.cpp"

@@ -1,22 +1,17 @@
-// AVX2 with VPDPBUSD, which sums up products of bytes in one instruction. It comes in two encodings: AVX-VNNI (Intel's
-// consumer processors since 2021, AMD's Zen 5), and AVX-512 VNNI with VL, for processors that lack what the AVX-512
-// kernels need beside it. The file is compiled for the one that the processor has.
+// AVX2 with VPDPBUSD, which sums up products of bytes in one instruction, as AVX-VNNI encodes it: Intel's consumer
+// processors since 2021, AMD's Zen 5. evex_vnni.cpp has the encoding of AVX-512.
 #include "kernels.h"
 
-#if (defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))) && defined(__AVX2__) && \
-    defined(__FMA__) && defined(__F16C__) && defined(__BMI2__) && defined(__POPCNT__)
+#if defined(__AVXVNNI__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && defined(__BMI2__) && \
+    defined(__POPCNT__)
 #include "avx2_kernels.h"
 
 namespace racdeploy {
 namespace {
 
 bool runs_here() {
-#ifdef __AVXVNNI__
     unsigned features = 0, b, c, d;  // gcc 11 and clang 12 know the instructions, but not to ask for them
     return has_avx2() && __get_cpuid_count(7, 1, &features, &b, &c, &d) && features >> 4 & 1;
-#else
-    return has_avx2() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
-#endif
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace racdeploy {
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;  // runs_here is false where the compiler or the processor lacks it
 extern const Kernels avx_vnni_kernels;
+extern const Kernels evex_vnni_kernels;  // the same, encoded for others
 extern const Kernels avx512_kernels;
 extern const Kernels neon_kernels;
 extern const Kernels neon_i8mm_kernels;

@@ -10,7 +10,7 @@ namespace racdeploy {
 namespace {
 
 // The best first.
-const Kernels* const all_kernels[] = {&avx512_kernels,    &avx_vnni_kernels, &avx2_kernels,
+const Kernels* const all_kernels[] = {&avx512_kernels,    &avx_vnni_kernels, &evex_vnni_kernels, &avx2_kernels,
                                       &neon_i8mm_kernels, &neon_kernels,     &portable_kernels};
 
 const Kernels* find(const char* name) {
