@@ -1,8 +1,8 @@
 """The releases of ggml that the plug-in for llama.cpp was made for, from ``ggml_releases.toml``.
 
-Compared were what is private: ``sources/ggml_abi.h``. What is public may differ between them, as
-the numbers of operations do: the plug-in is compiled with the headers of the installed package, and
-a library is for that version and commit alone.
+Compared were what is private, ``sources/ggml_abi.h``, and what becomes of the public headers: the
+plug-in's object code is the same with those of each. A library is proven for one version and commit
+at a time, whoever compiled it.
 """
 
 from __future__ import annotations

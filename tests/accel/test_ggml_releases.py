@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table, refuse_unknown
+from racdeploy.accel.installed_ggml import find_ggml
 from racdeploy.accel.source_list import SOURCES
 from tests.support import ggml_releases
-from tests.support.ggml_releases import add, moved_declarations, order, repeated_declarations
+from tests.support.ggml_releases import (
+    add,
+    changed_objects,
+    moved_declarations,
+    order,
+    repeated_declarations,
+)
 
 # As ggml spells them: with comments, `struct`, names of parameters and macros.
 IN_GGML = """
@@ -207,3 +214,21 @@ def test_a_release_joins_the_table_in_its_place(tmp_path: Path) -> None:
         add(added, table)
     assert read_table(table)[-2:] == (release, Release("0.3.100", "1.0.0", "c" * 40))
     assert read_table(table)[:-2] == releases
+
+
+@pytest.mark.slow  # four compilations
+def test_another_number_of_an_operation_is_seen_in_the_object_code(tmp_path: Path) -> None:
+    """Then a library of racdeploy-kernels would not be for both releases."""
+    ggml = find_ggml()
+    if isinstance(ggml, str):
+        pytest.skip(ggml)
+
+    moved = Path(shutil.copytree(ggml.include, tmp_path / "include"))
+    compared = ("ggml_extra.cpp",)
+    header = moved / "ggml.h"
+    text = header.read_text(encoding="utf-8")
+    header.write_text(text.replace("GGML_PREC_DEFAULT", "GGML_PREC_OTHER"), encoding="utf-8")
+    assert changed_objects(moved, ggml.include, compared) == []
+
+    header.write_text(text.replace("GGML_OP_DUP,", "GGML_OP_DUP, GGML_OP_NEW,"), encoding="utf-8")
+    assert changed_objects(moved, ggml.include, compared) == list(compared)

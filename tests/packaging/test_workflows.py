@@ -105,12 +105,30 @@ def test_a_release_is_published_without_a_token() -> None:
     publish = jobs["publish"]
     assert publish["permissions"] == {"id-token": "write"}
     assert publish["environment"]["name"] == "pypi"
-    assert [set(step) & {"run"} for step in publish["steps"]] == [set(), set()]
+    assert not [step for step in publish["steps"] if "run" in step]
     assert "secrets." not in text
 
     used = [step.get("uses", "") for step in jobs["build"]["steps"]]
     attested = [name.partition("@")[0] for name in used if name.startswith("actions/attest")]
     assert attested == ["actions/attest-build-provenance", "actions/attest-sbom"]
+
+
+def test_kernels_are_built_where_they_run() -> None:
+    """One machine of each kind; what is built there is attested, and published with the rest."""
+    jobs = _read(ROOT / ".github" / "workflows" / "release.yml")["jobs"]
+    kernels = jobs["kernels"]
+    runners = kernels["strategy"]["matrix"]["runner"]
+    assert [name.partition("-")[0] for name in runners] == ["ubuntu", "ubuntu", "macos"]
+    assert runners[1] == f"{runners[0]}-arm"
+
+    steps = kernels["steps"]
+    assert any("cibuildwheel ./kernels" in step.get("run", "") for step in steps)
+    assert any("GITHUB_REF_NAME#v" in step.get("run", "") for step in steps)
+    assert any(step.get("uses", "").startswith("actions/attest-build") for step in steps)
+    assert jobs["publish"]["needs"] == ["build", "kernels"]
+    assert {"pattern": "kernels-*", "path": "dist/", "merge-multiple": True} in [
+        step.get("with") for step in jobs["publish"]["steps"]
+    ]
 
 
 def test_the_tag_is_compared_with_the_version() -> None:

@@ -2,9 +2,11 @@
 
 ``python -m tests.support.ggml_releases VERSION`` has pip download its source package. The private
 declarations that ``sources/ggml_abi.h`` repeats are compared with those of its ggml, and what moved
-is printed with its place. Where nothing did, that ggml is built, the plug-in's driver runs against
-it by both ways in, and the release joins the table. ``--sdist FILE`` takes a source package that is
-here already, ``--folder FOLDER`` keeps what is built. Needs cmake.
+is printed with its place. The plug-in's object code has to be the same with its headers as with
+those of the installed release: racdeploy-kernels has one library for both. Then that ggml is built,
+the plug-in's driver runs against it by both ways in, and the release joins the table.
+``--sdist FILE`` takes a source package that is here already, ``--folder FOLDER`` keeps what is
+built. Needs cmake.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from racdeploy.accel.ggml_releases import TABLE, Release, read_table
-from racdeploy.accel.installed_ggml import Ggml
-from racdeploy.accel.library import Library
-from racdeploy.accel.source_list import SOURCES
+from racdeploy.accel.installed_ggml import Ggml, find_ggml
+from racdeploy.accel.library import KERNELS, Library, find_compiler
+from racdeploy.accel.source_list import SOURCES, library_sources
 from tests.support.declarations import Declaration, compare, read_declarations, read_headers
 
 DRIVER = Path(__file__).parents[1] / "accel" / "plugin_driver.cpp"
@@ -50,6 +52,18 @@ def repeated_declarations(header: str = PRIVATE) -> dict[str, Declaration]:
     """Return what a header of the plug-in repeats of ggml's."""
     ours = SOURCES / header
     return read_declarations(ours.read_text(encoding="utf-8"), f"sources/{ours.name}")
+
+
+def changed_objects(include: Path, known: Path, files: Sequence[str] = ()) -> list[str]:
+    """Return sources of the plug-in whose object code is another one with other headers of ggml.
+
+    Args:
+        known: folder of a known release's headers.
+        files: to compare; by default all that include ggml's headers.
+    """
+    every = {*library_sources("llamacpp"), *library_sources("llamacpp-device")}
+    compared = files or sorted(every.difference(KERNELS))
+    return [file for file in compared if _compile(file, include) != _compile(file, known)]
 
 
 def build_driver(plugin: Library, *flags: str) -> Path:
@@ -124,7 +138,7 @@ def order(release: Release) -> list[int]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare, build, run, add; 1 where a declaration moved."""
+    """Compare, build, run, add; 1 where a declaration moved, or the object code is another."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("version")
     parser.add_argument("--sdist", type=Path)
@@ -144,6 +158,15 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{len(moved)} declarations moved: {', '.join(moved)}")
             return 1
         print(f"{len(repeated_declarations())} private declarations are ours")
+
+        installed = find_ggml()
+        assert isinstance(installed, Ggml), installed
+        assert installed.is_known, installed
+        changed = changed_objects(ggml / "include", installed.include)
+        if changed:
+            print(f"racdeploy-kernels needs a library for it: object code of {changed} is another")
+            return 1
+        print("the object code is that of the installed release")
 
         # Only said: where the device would be used, its self-test decides.
         for changes in moved_declarations(ggml / "src", DEVICE).values():
@@ -171,6 +194,17 @@ def _download(version: str, folder: Path) -> Path:
 def _is_wanted(name: str) -> bool:
     _, _, path = name.partition("/")
     return path.startswith(_GGML) or path == _HEAD
+
+
+def _compile(file: str, include: Path) -> bytes:
+    """Return the object code of a source, plain, so that it has each offset and number."""
+    compiler = find_compiler()
+    assert compiler is not None
+    folders = [f"-I{folder}" for folder in (SOURCES, include)]
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "source.o"
+        _call(compiler, "-std=c++17", "-fPIC", *folders, "-c", str(SOURCES / file), "-o", str(made))
+        return made.read_bytes()
 
 
 def _find(pattern: str, text: str) -> str:

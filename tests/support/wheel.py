@@ -37,8 +37,10 @@ def build(source: Path, out: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def install(wheel: Path, folder: Path) -> Path:
+def install(wheel: Path, folder: Path, *others: Path) -> Path:
     """Install a wheel where only its base dependencies are found; return the folder of programs.
+
+    ``others`` are wheels that need nothing.
 
     These are links to the packages of this environment, so they are not downloaded again, and the
     packages of extras are not there. Whether the index has versions that fit is not shown by it.
@@ -48,7 +50,7 @@ def install(wheel: Path, folder: Path) -> Path:
     (packages,) = folder.glob("lib/python*/site-packages")
 
     for name in _names_needed(_requirements_of(wheel), set()):
-        _link(distribution(name), packages)
+        link(distribution(name), packages)
 
     pip = (
         sys.executable,
@@ -58,7 +60,7 @@ def install(wheel: Path, folder: Path) -> Path:
         programs / "python",
         "--disable-pip-version-check",
     )
-    done = run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel)
+    done = run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, *others)
     assert done.code == 0, done.err
     return programs
 
@@ -96,7 +98,8 @@ def _names_needed(requirements: list[str], found: set[str]) -> set[str]:
     return found
 
 
-def _link(package: Distribution, folder: Path) -> None:
+def link(package: Distribution, folder: Path) -> None:
+    """Have an installed package found in another folder of packages, too."""
     places = {
         file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")
     }

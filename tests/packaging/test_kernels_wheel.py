@@ -1,0 +1,121 @@
+"""racdeploy-kernels: its wheel serves every processor, and a machine without a compiler."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+from racdeploy.accel.installed_ggml import find_ggml
+from tests.support import wheel as wheels
+from tests.support.wheel import ROOT, run
+
+KERNELS = ROOT / "kernels"
+_ENGINES = ("llama-cpp-python", "diskcache", "onnxruntime", "onnx", "protobuf", "flatbuffers")
+
+
+def _read_project(folder: Path) -> dict[str, dict[str, object]]:
+    return tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_it_has_the_version_and_the_words_of_racdeploy() -> None:
+    """One tag publishes both; where there is no tag, both have the same fallback."""
+    ours, theirs = _read_project(KERNELS), _read_project(ROOT)
+    scm, hatch = ours["tool"]["setuptools_scm"], theirs["tool"]["hatch"]["version"]
+    assert scm["fallback_version"] == hatch["fallback-version"]
+    assert scm["local_scheme"] == hatch["raw-options"]["local_scheme"]
+    assert scm["tag_regex"] == hatch["tag-pattern"]
+
+    for name in ("requires-python", "license"):
+        assert ours["project"][name] == theirs["project"][name]
+    extras = theirs["project"]["optional-dependencies"]
+    assert extras["kernels"] == [ours["project"]["name"]]
+
+
+def test_libracdeploy_has_the_version_that_comes_next() -> None:
+    """As the changelog names it; a release compares it with the tag."""
+    (written,) = re.findall(
+        r"^project\(racdeploy VERSION (\S+) ",
+        (ROOT / "racdeploy/accel/CMakeLists.txt").read_text(),
+        re.M,
+    )
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changes, re.M)
+    assert newest is not None
+    assert written == newest[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel, and ``objects``; pip fetches the build's packages."""
+    ggml = find_ggml()
+    if isinstance(ggml, str):
+        pytest.skip(ggml)
+
+    folder = tmp_path_factory.mktemp("kernels")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    if run(*pip, "download", "--no-deps", "--dest", folder / "probe", "scikit-build-core").code:
+        pytest.skip("pip reaches no index")
+
+    settings = ("--config-settings", f"build-dir={folder / 'objects'}")
+    done = run(
+        *pip,
+        *("wheel", "--no-deps", "--wheel-dir", folder, *settings, KERNELS),
+        RACDEPLOY_GGML_INCLUDE=str(ggml.include),
+    )
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.mark.slow
+def test_the_wheel_has_libraries_for_every_engine_and_python(built: Path) -> None:
+    """And the licence."""
+    (wheel,) = built.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.rpartition("/")[2] for name in archive.namelist()}
+    libraries = {"onnxruntime.so", "llamacpp.so", "llamacpp-device.so"}
+    assert libraries | {"kernels.json", "LICENSE"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+def test_no_code_of_an_instruction_set_is_shared(built: Path) -> None:
+    """A function that the linker merges with one of a common file would run on every processor."""
+    objects = [
+        file for file in (built / "objects").rglob("*.o") if re.match("avx|evex|neon", file.name)
+    ]
+    assert objects
+    for file in objects:
+        done = subprocess.run(["nm", "-C", str(file)], capture_output=True, text=True, check=True)
+        assert re.findall(r" [WVu] .*", done.stdout) == [], file
+
+
+@pytest.mark.slow
+def test_kernels_are_proven_where_there_is_no_compiler(built: Path, tmp_path: Path) -> None:
+    """In a fresh environment: as cibuildwheel tests it on the machines that build."""
+    racdeploy, _ = wheels.build(ROOT, tmp_path / "dist")
+    (wheel,) = built.glob("*.whl")
+    programs = wheels.install(racdeploy, tmp_path / "fresh", wheel)
+    (packages,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
+    for name in _ENGINES:
+        wheels.link(distribution(name), packages)
+
+    clean = {"PATH": str(programs), "CXX": "", "RACDEPLOY_ACCEL": str(tmp_path / "accel")}
+    done = run(programs / "python", KERNELS / "check_installed.py", **clean)
+    assert done.code == 0, done.out + done.err
+    assert done.out.count("prebuilt: racdeploy-kernels ") == 2
+    made = {file.name.partition("-")[0] for file in (tmp_path / "accel").glob("*-prebuilt.so")}
+    assert made == {"llamacpp", "onnxruntime"}
+
+    done = run(programs / "racdeploy", "doctor", **clean)
+    assert re.search(
+        r"ok +prebuilt kernels: racdeploy-kernels \S+, for llama.cpp and onn", done.out
+    )
