@@ -38,8 +38,8 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check racdeploy tests examples benchmarks action docs
-	$(BIN)/ruff format --check racdeploy tests examples benchmarks action docs
+	$(BIN)/ruff check racdeploy tests examples benchmarks action docs kernels
+	$(BIN)/ruff format --check racdeploy tests examples benchmarks action docs kernels
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev

@@ -1,6 +1,7 @@
 """Sparse kernels for stock engines, compiled on demand and used where they are proven and faster.
 
-``racdeploy accel build`` compiles them for the installed engines and tries them in a child process.
+``racdeploy accel build`` takes them from racdeploy-kernels, or compiles them, for the installed
+engines and tries them in a child process.
 :func:`enable` then gives llama.cpp's the weights that have enough zeros, and :func:`choose_graph`
 takes the second graph of packing bitmask_op. If they are not used, one line says why.
 """

@@ -234,9 +234,9 @@ def _set_up(name: str, json_output: bool) -> None:
 
 @reported
 def build_kernels(json_output: JsonOpt = False) -> None:
-    """Compile the kernels for sparse weights into the user's cache, and prove them on this machine.
+    """Prove the kernels for sparse weights on this machine: of racdeploy-kernels, or compiled here.
 
-    For llama.cpp and for onnxruntime, whichever are installed.
+    They are kept in the user's cache, for llama.cpp and for onnxruntime, whichever are installed.
     """
     from racdeploy import accel
 

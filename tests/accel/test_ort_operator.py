@@ -108,6 +108,17 @@ def test_the_trial_finds_the_operator_right(kernels: str, library: Path) -> None
     assert 0 < difference <= 1e-6
 
 
+def test_an_inexact_stock_operator_refuses_no_exact_one() -> None:
+    """As onnxruntime's is on AArch64; who differs from both is refused, and who is no number."""
+    exact_BTO = np.array([[[1.0, -2.0]]])
+    stock_BTO = exact_BTO * 1.01
+    assert ort_trial._judge(stock_BTO, exact_BTO, exact_BTO) == (0.0, "")
+    assert ort_trial._judge(stock_BTO, exact_BTO, stock_BTO) == (0.0, "")
+    for wrong_BTO in (exact_BTO * 1.1, exact_BTO * np.nan):
+        _, problem = ort_trial._judge(stock_BTO, exact_BTO, wrong_BTO)
+        assert "off the stock operator" in problem
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: str) -> None:
     """One thread and three; all tokens at once, more than one pass holds, and one by one."""
