@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.accel.library import KERNELS, Library
+from racdeploy.accel.ggml_releases import read_table
+from racdeploy.accel.installed_ggml import Ggml
+from racdeploy.accel.library import Library
+from racdeploy.accel.source_list import library_sources
+from tests.support.c_library import build_foreign_models, sparse_names
 from tests.support.llama_converter import fetch_source
 from tests.support.sparse_kernels import ARM_COMPILER, ARM_EMULATOR, build_arm_kernels
+from tests.support.tiny_artifacts import make_thinking_bundle
 
 _DRIVER = str(Path(__file__).with_name("plugin_driver.cpp"))
 _OPTIONS = {
@@ -29,33 +34,40 @@ _OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plug-in's driver with ggml, linked statically."""
+def ggml(tmp_path_factory: pytest.TempPathFactory) -> Ggml:
+    """The wheel's ggml as static libraries."""
     missing = build_arm_kernels()
     if isinstance(missing, str):
         pytest.skip(missing)
     if not shutil.which("cmake"):
         pytest.skip("there is no cmake")
 
-    ggml = fetch_source(["/vendor/llama.cpp/ggml/"], "-ggml") / "ggml"
-    (ggml / "ggml.pc.in").touch()  # the source package came without it
+    source = fetch_source(["/vendor/llama.cpp/ggml/"], "-ggml") / "ggml"
+    (source / "ggml.pc.in").touch()  # the source package came without it
     build = tmp_path_factory.mktemp("ggml")
-    options = [f"-D{name}={value}" for name, value in _OPTIONS.items()]
+    release = read_table()[-1]
+    # Without git, which would ask the repository around it.
+    named = {"GIT_EXE": "OFF", "GGML_BUILD_COMMIT": release.commit[:7]}
+    options = [f"-D{name}={value}" for name, value in (_OPTIONS | named).items()]
     targets = ["--target", "ggml-base", "ggml-cpu"]
     for command in (
-        ["-S", str(ggml), "-B", str(build), *options],
+        ["-S", str(source), "-B", str(build), *options],
         ["--build", str(build), *targets],
     ):
         done = subprocess.run(["cmake", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
-    plugin = ("file_maps.cpp", "ggml_plugin.cpp", "ggml_extra.cpp", "ggml_trial.cpp", _DRIVER)
-    libraries = tuple(build / "src" / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base"))
+    return Ggml(build / "src", source / "include", release.ggml, release.commit)
+
+
+@pytest.fixture(scope="module")
+def driver(ggml: Ggml) -> Path:
+    """The plug-in's driver with ggml, linked statically."""
     return Library(
         "driver-arm",
-        (*KERNELS, *plugin),
-        include=(ggml / "include",),
-        links=libraries,
+        (*library_sources("llamacpp"), _DRIVER),
+        include=(ggml.include,),
+        links=tuple(ggml.libraries / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base")),
         link_flags=("-static",),
         machine="aarch64",
         compiler=ARM_COMPILER,
@@ -71,3 +83,37 @@ def test_products_are_those_of_llama_cpp_on_arm(driver: Path, processor: str) ->
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])  # one of its checks
     assert float(done.stdout) <= 1e-6
+
+
+@pytest.mark.slow
+def test_libracdeploy_keeps_packed_weights_on_arm(ggml: Ggml, tmp_path: Path) -> None:
+    """Which weights, why none, a kept file that is written once, found, and deleted."""
+    program = build_foreign_models(
+        tmp_path / "build", ggml.include, ggml.libraries, processor="aarch64"
+    )
+    bundle = make_thinking_bundle(tmp_path / "sparse", zeros=0.5, quant="q8_0")
+    model = Path(shutil.copy(bundle / "model.gguf", tmp_path / "model.gguf"))
+
+    def ask(*arguments: str | Path) -> list[str]:
+        command = [ARM_EMULATOR, "-cpu", "cortex-a76", str(program), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
+        return done.stdout.splitlines()
+
+    assert ask("misuse") == []
+    none = "no matrix of the file has enough zeros for the sparse kernels"
+    assert ask("choose", model, "0.99") == [none, "0 "]
+    (unmeasured, status) = ask("choose", model, "-1")
+    assert ("nobody has measured" in unmeasured, status) == (True, "0 ")
+
+    kept_folder = tmp_path / "kept"
+    kept_folder.mkdir()
+    enabled = ask("enable", model, "0.3", kept_folder)
+    assert enabled == [*sparse_names(model, 0.3), "0 "]
+    (kept,) = kept_folder.glob("*.packed")
+    written = kept.stat().st_mtime_ns
+    assert 0 < kept.stat().st_size < 0.9 * model.stat().st_size
+    assert ask("enable", model, "0.3", kept_folder) == enabled
+    assert kept.stat().st_mtime_ns == written
+    assert ask("forget", model, kept_folder) == ["0 "]
+    assert not kept.exists()

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 
 import racdeploy
@@ -20,7 +18,7 @@ from racdeploy.accel.ggml_releases import read_table
 from racdeploy.accel.installed_ggml import find_ggml
 from racdeploy.runtime.model import Model
 from tests.support.accel_plugin import find_kernels
-from tests.support.c_library import build_models
+from tests.support.c_library import build_models, sparse_names
 from tests.support.tiny_artifacts import make_thinking_bundle
 
 QUESTION = "What is 12 times 34?"
@@ -68,17 +66,6 @@ def _answer(model: Model, question: str) -> str:
     return f"{result.thinking}\n</think>\n{result.answer}\n"
 
 
-def _sparse_names(file: Path, least: float) -> list[str]:
-    """Return the Q8_0 matrices with so many zeros, read by gguf-py."""
-    names = []
-    for tensor in gguf.GGUFReader(file).tensors:
-        if tensor.tensor_type.name == "Q8_0":
-            codes = np.asarray(tensor.data).reshape(-1, 34)[:, 2:]
-            if np.mean(codes == 0) >= least:
-                names.append(tensor.name)
-    return names
-
-
 def _restore(kept: Path, data: bytes) -> None:
     """Write a kept file as one that was looked through before."""
     kept.with_name(f"{kept.name}.checked").unlink(missing_ok=True)
@@ -91,7 +78,7 @@ def test_weights_are_chosen_by_their_zeros(built: Path, bundle: Path) -> None:
     file = bundle / "model.gguf"
     for share in (0.0, 0.3):
         *names, status = _run(built, "choose", file, str(share))
-        assert (names, status) == (_sparse_names(file, share), "0 ")
+        assert (names, status) == (sparse_names(file, share), "0 ")
     assert _run(built, "choose", file, "0.99") == [
         "no matrix of the file has enough zeros for the sparse kernels",
         "0 ",
@@ -133,7 +120,7 @@ def test_a_kept_file_is_written_once_and_used(built: Path, model: Path, tmp_path
     assert _run(built, "enable", model, "0.3", tmp_path) == first
     assert (kept.stat().st_mtime_ns, kept.read_bytes()) == written
 
-    assert first == [*_sparse_names(model, 0.3), "0 "]
+    assert first == [*sparse_names(model, 0.3), "0 "]
     assert _run(built, "forget", model, tmp_path) == ["0 "]
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
 

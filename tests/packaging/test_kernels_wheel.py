@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.accel.installed_ggml import find_ggml
+from racdeploy.accel.source_list import FLAGS, library_sources, machine_flags
 from tests.support import wheel as wheels
 from tests.support.wheel import ROOT, run
 
@@ -64,7 +67,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if run(*pip, "download", "--no-deps", "--dest", folder / "probe", "scikit-build-core").code:
         pytest.skip("pip reaches no index")
 
-    settings = ("--config-settings", f"build-dir={folder / 'objects'}")
+    settings = []
+    for setting in (
+        f"build-dir={folder / 'objects'}",
+        "cmake.define.CMAKE_EXPORT_COMPILE_COMMANDS=ON",
+    ):
+        settings += ["--config-settings", setting]
     done = run(
         *pip,
         *("wheel", "--no-deps", "--wheel-dir", folder, *settings, KERNELS),
@@ -83,6 +91,22 @@ def test_the_wheel_has_libraries_for_every_engine_and_python(built: Path) -> Non
         names = {name.rpartition("/")[2] for name in archive.namelist()}
     libraries = {"onnxruntime.so", "llamacpp.so", "llamacpp-device.so"}
     assert libraries | {"kernels.json", "LICENSE"} <= names
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_what_the_fingerprint_says(built: Path) -> None:
+    """Every file with the flags of racdeploy's own list."""
+    text = (built / "objects" / "compile_commands.json").read_text(encoding="utf-8")
+    compiled = [entry for entry in json.loads(text) if "/accel/sources/" in entry["file"]]
+    for entry in compiled:
+        own = machine_flags(Path(entry["file"]).name, platform.machine())
+        given = [word for word in entry["command"].split() if word.startswith(("-m", "-f", "-O"))]
+        expected = [word for word in (*FLAGS, *own) if word.startswith(("-m", "-f", "-O"))]
+        assert sorted(set(given)) == sorted(set(expected)), entry["file"]
+
+    names = sorted(Path(entry["file"]).name for entry in compiled)
+    libraries = ("onnxruntime", "llamacpp", "llamacpp-device")
+    assert names == sorted(file for name in libraries for file in library_sources(name))
 
 
 @pytest.mark.slow

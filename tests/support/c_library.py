@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from racdeploy.accel import SOURCES
@@ -84,13 +86,41 @@ def build_driver(
         for program in (f"{triple}-g++", f"qemu-{processor}-static"):
             if shutil.which(program) is None:
                 pytest.skip(f"{program} is not installed")
-        options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={processor}"]
-        options += [f"-DCMAKE_C_COMPILER={triple}-gcc", f"-DCMAKE_CXX_COMPILER={triple}-g++"]
-        options += ["-DCMAKE_EXE_LINKER_FLAGS=-static"]
+        options += cross_options(processor)
         emulator = (f"qemu-{processor}-static",)
 
     _build(APP, folder, options)
     return Driver((*emulator, str(folder / "driver")))
+
+
+def cross_options(processor: str) -> list[str]:
+    """Return CMake's options to build programs for another processor, linked statically."""
+    triple = _CROSS[processor]
+    return [
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        f"-DCMAKE_SYSTEM_PROCESSOR={processor}",
+        f"-DCMAKE_C_COMPILER={triple}-gcc",
+        f"-DCMAKE_CXX_COMPILER={triple}-g++",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    ]
+
+
+def build_foreign_models(folder: Path, include: Path, libraries: Path, processor: str) -> Path:
+    """Build the program of tests/accel/c_models with a ggml for another processor; return it."""
+    options = [f"-DRACDEPLOY={PROJECT}", f"-DGGML_INCLUDE={include}", f"-DGGML_LIB={libraries}"]
+    _build(MODELS, folder, [*options, *cross_options(processor)])
+    return folder / "models"
+
+
+def sparse_names(file: Path, least: float) -> list[str]:
+    """Return the Q8_0 matrices of a GGUF file with so many zeros, read by gguf-py."""
+    names = []
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.tensor_type.name == "Q8_0":
+            codes = np.asarray(tensor.data).reshape(-1, 34)[:, 2:]
+            if np.mean(codes == 0) >= least:
+                names.append(tensor.name)
+    return names
 
 
 def build_models(folder: Path, ggml: Ggml) -> Path:

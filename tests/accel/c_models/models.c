@@ -7,15 +7,19 @@
  *   models measure                      the thresholds
  *   models misuse
  */
+#ifndef WITHOUT_LLAMA
 #include <llama.h>
+#endif
 #include <racdeploy.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef WITHOUT_LLAMA
 static void say_nothing(enum ggml_log_level level, const char *text, void *unused) {
     (void)level, (void)text, (void)unused;
 }
+#endif
 
 static int finish(racdeploy_status status) {
     printf("%d %s\n", status, status ? racdeploy_last_error() : "");
@@ -43,6 +47,7 @@ static int choose(const char *gguf, const char *share, const char *folder, int e
     return finish(status);
 }
 
+#ifndef WITHOUT_LLAMA
 static int late(const char *gguf) {
     struct llama_model_params params = llama_model_default_params();
     struct llama_model *loaded = llama_model_load_from_file(gguf, params);
@@ -59,6 +64,7 @@ static int late(const char *gguf) {
     llama_model_free(loaded);
     return finish(status);
 }
+#endif
 
 static int misuse(void) {
     racdeploy_model *model = (racdeploy_model *)&model;
@@ -85,10 +91,12 @@ static int measure(void) {
 
 int main(int count, char **arguments) {
     const char *command = count > 1 ? arguments[1] : "";
+#ifndef WITHOUT_LLAMA
     llama_log_set(say_nothing, NULL);
+    if (!strcmp(command, "late") && count > 2) return late(arguments[2]);
+#endif
     if (!strcmp(command, "choose") && count > 3) return choose(arguments[2], arguments[3], arguments[4], 0);
     if (!strcmp(command, "enable") && count > 4) return choose(arguments[2], arguments[3], arguments[4], 1);
-    if (!strcmp(command, "late") && count > 2) return late(arguments[2]);
     if (!strcmp(command, "forget") && count > 3) return finish(racdeploy_forget(arguments[2], arguments[3]));
     if (!strcmp(command, "measure")) return measure();
     if (!strcmp(command, "misuse")) return misuse();
