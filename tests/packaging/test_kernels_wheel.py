@@ -10,18 +10,27 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from racdeploy.accel.installed_ggml import find_ggml
+from racdeploy.accel.library import find_compiler
 from racdeploy.accel.source_list import FLAGS, library_sources, machine_flags
 from tests.support import wheel as wheels
 from tests.support.wheel import ROOT, run
 
 KERNELS = ROOT / "kernels"
-_ENGINES = ("llama-cpp-python", "diskcache", "onnxruntime", "onnx", "protobuf", "flatbuffers")
+_ENGINES = ("llama-cpp-python", "onnxruntime", "onnx")
+
+_ASK = """
+#include <dlfcn.h>
+#include <stdio.h>
+int main(int, char** arguments) {
+    void* library = dlopen(arguments[1], RTLD_NOW);
+    return puts(reinterpret_cast<const char* (*)()>(dlsym(library, "rac_instruction_set"))()) < 0;
+}
+"""
 
 
 def _read_project(folder: Path) -> dict[str, dict[str, object]]:
@@ -113,9 +122,9 @@ def test_what_is_compiled_is_what_the_fingerprint_says(built: Path) -> None:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
 def test_no_code_of_an_instruction_set_is_shared(built: Path) -> None:
     """A function that the linker merges with one of a common file would run on every processor."""
-    objects = [
-        file for file in (built / "objects").rglob("*.o") if re.match("avx|evex|neon", file.name)
-    ]
+    machine = platform.machine()
+    compiled = (built / "objects").rglob("*.o")
+    objects = [file for file in compiled if machine_flags(file.stem, machine)]
     assert objects
     for file in objects:
         done = subprocess.run(["nm", "-C", str(file)], capture_output=True, text=True, check=True)
@@ -127,10 +136,7 @@ def test_kernels_are_proven_where_there_is_no_compiler(built: Path, tmp_path: Pa
     """In a fresh environment: as cibuildwheel tests it on the machines that build."""
     racdeploy, _ = wheels.build(ROOT, tmp_path / "dist")
     (wheel,) = built.glob("*.whl")
-    programs = wheels.install(racdeploy, tmp_path / "fresh", wheel)
-    (packages,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
-    for name in _ENGINES:
-        wheels.link(distribution(name), packages)
+    programs = wheels.install(racdeploy, tmp_path / "fresh", wheel, packages=_ENGINES)
 
     clean = {"PATH": str(programs), "CXX": "", "RACDEPLOY_ACCEL": str(tmp_path / "accel")}
     done = run(programs / "python", KERNELS / "check_installed.py", **clean)
@@ -143,3 +149,32 @@ def test_kernels_are_proven_where_there_is_no_compiler(built: Path, tmp_path: Pa
     assert re.search(
         r"ok +prebuilt kernels: racdeploy-kernels \S+, for llama.cpp and onn", done.out
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [("Nehalem", "portable"), ("Haswell", "avx2")],
+)
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("qemu-x86_64-static") is None,
+    reason="emulates x86-64 on x86-64: apt-get install qemu-user-static",
+)
+def test_one_library_serves_older_processors(
+    built: Path, tmp_path: Path, processor: str, expected: str
+) -> None:
+    """It asks which instructions there are when it runs."""
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("racdeploy_kernels/onnxruntime.so", tmp_path)
+
+    compiler = find_compiler()
+    assert compiler is not None
+    (tmp_path / "ask.cpp").write_text(_ASK)
+    command = [compiler, str(tmp_path / "ask.cpp"), "-ldl", "-o", str(tmp_path / "ask")]
+    subprocess.run(command, check=True)
+
+    emulator = ["qemu-x86_64-static", "-cpu", processor]
+    command = [*emulator, str(tmp_path / "ask"), library]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -37,20 +38,22 @@ def build(source: Path, out: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def install(wheel: Path, folder: Path, *others: Path) -> Path:
+def install(wheel: Path, folder: Path, *others: Path, packages: Sequence[str] = ()) -> Path:
     """Install a wheel where only its base dependencies are found; return the folder of programs.
 
-    ``others`` are wheels that need nothing.
+    Args:
+        others: wheels that need nothing.
+        packages: of this environment that are found there with what they need.
 
     These are links to the packages of this environment, so they are not downloaded again, and the
     packages of extras are not there. Whether the index has versions that fit is not shown by it.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     programs = folder / "bin"
-    (packages,) = folder.glob("lib/python*/site-packages")
+    (place,) = folder.glob("lib/python*/site-packages")
 
-    for name in _names_needed(_requirements_of(wheel), set()):
-        link(distribution(name), packages)
+    for name in _names_needed([*_requirements_of(wheel), *packages], set()):
+        _link(distribution(name), place)
 
     pip = (
         sys.executable,
@@ -98,8 +101,7 @@ def _names_needed(requirements: list[str], found: set[str]) -> set[str]:
     return found
 
 
-def link(package: Distribution, folder: Path) -> None:
-    """Have an installed package found in another folder of packages, too."""
+def _link(package: Distribution, folder: Path) -> None:
     places = {
         file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")
     }
