@@ -41,12 +41,12 @@ def build(source: Path, out: Path) -> tuple[Path, Path]:
 def install(wheel: Path, folder: Path, *others: Path, packages: Sequence[str] = ()) -> Path:
     """Install a wheel where only its base dependencies are found; return the folder of programs.
 
-    Args:
-        others: wheels that need nothing.
-        packages: of this environment that are found there with what they need.
-
     These are links to the packages of this environment, so they are not downloaded again, and the
     packages of extras are not there. Whether the index has versions that fit is not shown by it.
+
+    Args:
+        others: wheels that need nothing.
+        packages: names of more packages to link, with what they need.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     programs = folder / "bin"
