@@ -6,6 +6,7 @@ or racdeploy-kernels. It is found without either, and made again where anything 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -83,8 +84,8 @@ class Library:
         if command is None:
             raise EnvironmentFailure(
                 f"there is no C++ compiler: c++, g++ and clang++ are not on the PATH; {content}",
-                remedy=f"pip install {prebuilt.PACKAGE}; or install a compiler, for example with "
-                "`apt-get install g++`, or name it in CXX",
+                remedy=f"pip install --upgrade {prebuilt.PACKAGE}; or install a compiler, for "
+                "example with `apt-get install g++`, or name it in CXX",
             )
 
         maker = _digest(_version(command))
@@ -93,7 +94,8 @@ class Library:
             return self._write(maker, functools.partial(self._compile, command))
 
         if file != self.find():
-            os.utime(file)  # the newest one is found
+            with contextlib.suppress(OSError):  # in a folder that is only read
+                os.utime(file)  # the newest one is found
         return file
 
     def _place(self, maker: str) -> Path:
