@@ -39,19 +39,20 @@ void keep_fastest(double& fastest, int passes, const Work& work) {
 
 // Nanoseconds for 64 weights of a matrix of Q8_0 or Q4_0, the fastest of alternating runs; false where this processor
 // lacks the instruction set. `input` is a token in ggml's Q8_0 blocks.
-EXPORT bool rac_time(const char* instruction_set, int quant_number, int64_t rows, int64_t columns, const uint8_t* data,
-                     const float* activation, const void* input, Dot dot, int runs, int passes, double* dense_ns,
-                     double* sparse_ns) {
+EXPORT bool rac_time(const char* instruction_set, int quant_number, int pattern_number, int64_t rows, int64_t columns,
+                     const uint8_t* data, const float* activation, const void* input, Dot dot, int runs, int passes,
+                     double* dense_ns, double* sparse_ns) {
     if (!use_instruction_set(instruction_set)) return false;
     const Quant quant = Quant(quant_number);
-    const Blocks blocks{quant, Pattern::unstructured, columns, data};
+    const Pattern pattern = Pattern(pattern_number);
+    const Blocks blocks{quant, pattern, columns, data};
 
     std::vector<int64_t> offsets(rows + 1);
     kernels().count(blocks, &offsets[1], {0, rows});
     for (int64_t r = 0; r < rows; r++) offsets[r + 1] += offsets[r];
     const Memory<uint8_t> heads = huge(rows * heads_bytes(quant, columns)), values = huge(offsets[rows] + slack_bytes);
     kernels().pack(blocks, offsets.data(), heads.get(), values.get(), {0, rows});
-    const SparseMatrix matrix{quant, Pattern::unstructured, rows, columns, heads.get(), values.get(), offsets.data()};
+    const SparseMatrix matrix{quant, pattern, rows, columns, heads.get(), values.get(), offsets.data()};
 
     const Memory<void*> workspace(
         static_cast<void**>(std::aligned_alloc(64, round_up(workspace_bytes(quant, columns, 1), 64))));

@@ -2,7 +2,8 @@
 
     python benchmarks/accel_kernels.py
 
-One token on one thread, in processor time, for every instruction set that this processor has.
+One token on one thread, in processor time, for every instruction set that this processor has; 2:4
+weights in their own pattern, and as any others with half of them zero.
 Beside it stands the dot product of the installed llama-cpp-python's ggml over the same weights,
 zeros and all; for Q4_0 llama.cpp itself repacks its weights, and is faster than that. From the
 cache: 64 rows of 2,048 weights, over and over. From memory: 32,768 rows, 36 MB or more.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from racdeploy.accel.library import INSTRUCTION_SETS, KERNELS, Library
 SOURCE = Path(__file__).with_name("_accel_kernels.cpp")
 COLUMNS, FEW_ROWS, MANY_ROWS = 2048, 64, 32768
 CACHED_RUNS, CACHED_PASSES, MEMORY_RUNS = 300, 10, 15
+PATTERNS = {"unstructured": 0, "2:4": 2}
 
 
 def main() -> None:
@@ -30,36 +33,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="*", default=INSTRUCTION_SETS[1:])
     parser.add_argument("--quants", nargs="*", default=["Q8_0", "Q4_0"])
-    parser.add_argument("--zeros", nargs="*", type=float, default=[0.5, 0.7])
+    parser.add_argument("--zeros", nargs="*", default=["0.5", "0.7", "2:4"])
     arguments = parser.parse_args()
 
     library = ctypes.CDLL(str(Library("bench-kernels", (*KERNELS, str(SOURCE))).build()))
     ggml = load_ggml()
 
-    columns = ["kernels", "quant", "zeros", "cache ns", "ggml ns", "memory ns", "ggml ns"]
+    columns = ["kernels", "quant", "zeros", "packed", "cache ns", "ggml ns", "memory ns", "ggml ns"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for quant in arguments.quants:
         for zeros in arguments.zeros:
             blocks = draw_blocks(quant, zeros)
-            for name in arguments.sets:
+            patterns = list(PATTERNS) if zeros in PATTERNS else ["unstructured"]
+            for name, pattern in product(arguments.sets, patterns):
+                kind = name, quant, pattern
                 times = [
-                    *measure(library, ggml, name, quant, blocks[:FEW_ROWS], CACHED_RUNS),
-                    *measure(library, ggml, name, quant, blocks, MEMORY_RUNS),
+                    *measure(library, ggml, kind, blocks[:FEW_ROWS], CACHED_RUNS),
+                    *measure(library, ggml, kind, blocks, MEMORY_RUNS),
                 ]
                 if times:
-                    cells = [name, quant, f"{zeros:.0%}", *(f"{time:.2f}" for time in times)]
+                    cells = [name, quant, zeros, pattern, *(f"{time:.2f}" for time in times)]
                     print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def measure(
     library: ctypes.CDLL,
     ggml: ctypes.CDLL,
-    instruction_set: str,
-    quant: str,
+    kind: tuple[str, str, str],
     blocks: np.ndarray,
     runs: int,
 ) -> list[float]:
-    """Return what our product and ggml's take; nothing where the processor lacks the kernels."""
+    """Return what our product and ggml's take; nothing where the processor lacks the kernels.
+
+    Args:
+        kind: instruction set, number format and pattern.
+    """
+    instruction_set, quant, pattern = kind
     input_I = np.random.default_rng(1).standard_normal(COLUMNS).astype(np.float32)
     input_blocks = quants.quantize(input_I, GGMLQuantizationType.Q8_0)
     dot = ctypes.cast(ggml[f"ggml_vec_dot_{quant.lower()}_q8_0"], ctypes.c_void_p)
@@ -67,7 +76,7 @@ def measure(
     dense_ns, sparse_ns = ctypes.c_double(), ctypes.c_double()
     ran = library.rac_time(
         instruction_set.encode(),
-        int(GGMLQuantizationType[quant]),
+        *(int(GGMLQuantizationType[quant]), PATTERNS[pattern]),
         *(ctypes.c_int64(len(blocks)), ctypes.c_int64(COLUMNS)),
         *(ctypes.c_void_p(array.ctypes.data) for array in (blocks, input_I, input_blocks)),
         *(dot, runs, CACHED_PASSES if runs == CACHED_RUNS else 1),
@@ -76,11 +85,15 @@ def measure(
     return [sparse_ns.value, dense_ns.value] if ran else []
 
 
-def draw_blocks(quant: str, zeros: float) -> np.ndarray:
+def draw_blocks(quant: str, zeros: str) -> np.ndarray:
     """Return rows in ggml's blocks; few are drawn, and come again and again."""
     random = np.random.default_rng(0)
     weight_OI = random.standard_normal((1024, COLUMNS), dtype=np.float32)
-    weight_OI[random.random(weight_OI.shape) < zeros] = 0
+    if zeros == "2:4":
+        fours = random.random(weight_OI.shape, dtype=np.float32).reshape(-1, 4)
+        weight_OI[(fours.argsort(axis=1).argsort(axis=1) < 2).reshape(weight_OI.shape)] = 0
+    else:
+        weight_OI[random.random(weight_OI.shape) < float(zeros)] = 0
     blocks = quants.quantize(weight_OI, GGMLQuantizationType[quant])
     return np.tile(blocks, (MANY_ROWS // len(blocks), 1))
 

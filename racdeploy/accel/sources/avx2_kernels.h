@@ -9,10 +9,13 @@ namespace racdeploy {
 namespace {
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
-                     : matrix.quant == Quant::q8_0           ? multiply_unstructured<Quant::q8_0>
-                     : matrix.quant == Quant::q4_0           ? multiply_unstructured<Quant::q4_0>
-                                                             : portable::multiply;
+    const bool picks = matrix.pattern == Pattern::two_of_four_places, q4_0 = matrix.quant == Quant::q4_0;
+    const auto multiply_two_of_four = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::two_of_four_places>
+                                           : multiply_quantized<Quant::q8_0, Pattern::two_of_four_places>;
+    const auto multiply_unstructured = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::unstructured>
+                                            : multiply_quantized<Quant::q8_0, Pattern::unstructured>;
+    const bool left = !is_quantized(matrix.quant) || (!picks && matrix.pattern != Pattern::unstructured);
+    const auto run = left ? portable::multiply : picks ? multiply_two_of_four : multiply_unstructured;
     run(matrix, tokens, workspace, outputs, rows);
 }
 

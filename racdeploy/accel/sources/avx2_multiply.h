@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "avx2_spread.h"
+#include "avx2_two_of_four.h"
 
 namespace racdeploy {
 namespace {
@@ -125,7 +126,7 @@ inline void transpose_8(__m256i (&rows)[8]) {
     }
 }
 
-template <Quant quant>
+template <Quant quant, Pattern pattern>
 void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, const Tile& tile) {
     Values values[tile_rows];
     Places places[tile_rows];
@@ -142,8 +143,14 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
             const uint8_t* head = matrix.head(row_begin + r) + column / group_weights * head_bytes(quant);
             for (int64_t block = 0; block < 8; block++)
                 scales[block][r] = _cvtsh_ss(load<uint16_t>(head + 2 * block));
-            over_group<quant>(head, is_last ? head : head + head_bytes(quant), places[r], values[r],
-                              [&](int k, __m256i weights) { lines[k][r] = weights; });
+            if (pattern == Pattern::unstructured) {
+                over_group<quant>(head, is_last ? head : head + head_bytes(quant), places[r], values[r],
+                                  [&](int k, __m256i weights) { lines[k][r] = weights; });
+                continue;
+            }
+#pragma GCC unroll 8
+            for (int run = 0; run < 8; run++) lines[run][r] = spread_run<quant>(run, head, values[r].low);
+            values[r].low += group_values_bytes(quant);
         }
 
         for (int64_t block = 0; block < 8; block++)
@@ -192,7 +199,7 @@ template <Quant quant, int tokens>
     }
 }
 
-template <Quant quant>
+template <Quant quant, Pattern pattern>
 bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, Outputs outputs,
                       Rows rows) {
     const int64_t quads = from.padded_columns / 4, blocks = from.padded_columns / block_weights;
@@ -203,7 +210,7 @@ bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const Quantize
 
     for (int64_t row = rows.begin; row < rows.end; row += tile_rows) {
         const int64_t count = std::min(rows.end - row, tile_rows);
-        spread_tile<quant>(matrix, row, count, tile);
+        spread_tile<quant, pattern>(matrix, row, count, tile);
         int64_t t = 0;
         for (; t + tile_tokens <= tokens; t += tile_tokens)
             multiply_tile<quant, tile_tokens>(tile, matrix.columns, from, t, row, count, outputs);
@@ -212,16 +219,16 @@ bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const Quantize
     return true;
 }
 
-template <Quant quant>
-void multiply_unstructured(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs,
-                           Rows rows) {
+template <Quant quant, Pattern pattern>
+void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
+    const bool unstructured = pattern == Pattern::unstructured;
     if (rows.begin == rows.end) return;
     if (tokens == 1)
-        multiply_by_row<quant, 1>(matrix, from, outputs, rows);
+        (unstructured ? multiply_by_row<quant, 1> : multiply_picked<quant, 1>)(matrix, from, outputs, rows);
     else if (tokens == 2)
-        multiply_by_row<quant, 2>(matrix, from, outputs, rows);
-    else if (!multiply_by_tile<quant>(matrix, tokens, from, outputs, rows))
+        (unstructured ? multiply_by_row<quant, 2> : multiply_picked<quant, 2>)(matrix, from, outputs, rows);
+    else if (!multiply_by_tile<quant, pattern>(matrix, tokens, from, outputs, rows))
         portable::multiply(matrix, tokens, workspace, outputs, rows);
 }
 

@@ -1,0 +1,104 @@
+// AVX2: products of 2:4 weights in Q8_0 and Q4_0.
+//
+// The 32 values of two runs are 4 of each of the 8 blocks of a group, in their order: the sums of a register's lanes of
+// 32 bits are those of the blocks.
+#pragma once
+#include "avx2_pick.h"
+
+namespace racdeploy {
+namespace {
+
+constexpr int64_t group_values_bytes(Quant quant) { return values_bytes(quant, group_weights / 4, group_weights / 4); }
+// Codes of Q4_0 fill the upper half of a byte, so products are 16 times too large; nothing has to move their sign.
+constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
+
+// The values of runs 2 * pair and 2 * pair + 1 of a group.
+template <Quant quant>
+inline __m256i values_of_pair(int pair, const uint8_t* group) {
+    if (quant == Quant::q8_0) return load_256(group + 32 * pair);
+    const __m256i bytes = load_256(group + 32 * (pair % 2));
+    return _mm256_and_si256(pair < 2 ? _mm256_slli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(-0x10));
+}
+
+template <Quant quant, int rows, int tokens>
+void multiply_rows_of_picked(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from,
+                             Outputs outputs) {
+    const uint8_t *head[rows], *values[rows];
+    __m256 totals[rows][tokens];
+    for (int r = 0; r < rows; r++) {
+        head[r] = matrix.head(row + r);
+        values[r] = matrix.values + matrix.offsets[row + r];
+        for (auto& total : totals[r]) total = _mm256_setzero_ps();
+    }
+
+    for (int64_t column = 0; column < matrix.columns; column += group_weights) {
+        __m256i sums[rows][tokens];
+        for (auto& of_row : sums)
+            for (auto& sum : of_row) sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+        for (int pair = 0; pair < 4; pair++)
+#pragma GCC unroll 2
+            for (int t = 0; t < tokens; t++) {
+                const RunInputs inputs(from.codes + t * from.padded_columns + column + chunk_weights * pair);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) {
+                    const __m256i bits = in_both_lanes(load_128(mask_of(quant, head[r]) + pair / 2 * 16));
+                    const __m256i places = pair % 2 ? places_in_16<2>(bits) : places_in_16<0>(bits);
+                    sums[r][t] = add_signed(sums[r][t], values_of_pair<quant>(pair, values[r]), pick(inputs, places));
+                }
+            }
+
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const __m256 weight_scales = _mm256_cvtph_ps(load_128(head[r]));
+            for (int t = 0; t < tokens; t++) {
+                const float* input_scales = from.scales + (t * from.padded_columns + column) / block_weights;
+                totals[r][t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[r][t]),
+                                               _mm256_mul_ps(weight_scales, _mm256_loadu_ps(input_scales)), totals[r][t]);
+            }
+            fetch_ahead(head[r], heads_ahead);
+            fetch_ahead(values[r], values_ahead);
+            if (quant == Quant::q8_0) fetch_ahead(values[r] + 64, values_ahead);
+            head[r] += head_bytes(quant);
+            values[r] += group_values_bytes(quant);
+        }
+    }
+
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) *outputs.at(t, row + r) = sum_of(totals[r][t]) * product_scale(quant);
+}
+
+template <Quant quant, int tokens>
+void multiply_picked(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
+    fetch_first(matrix, rows.begin);
+    int64_t row = rows.begin;
+    for (; row + 2 <= rows.end; row += 2) multiply_rows_of_picked<quant, 2, tokens>(matrix, row, from, outputs);
+    if (row < rows.end) multiply_rows_of_picked<quant, 1, tokens>(matrix, row, from, outputs);
+}
+
+// ---- the same as dense weights ----
+
+// The 32 weights of run `run` of a group.
+template <Quant quant>
+inline __m256i spread_run(int run, const uint8_t* head, const uint8_t* group) {
+    const __m256i fours = in_both_lanes(_mm_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3));
+    const __m256i first = _mm256_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6,  //
+                                           8, 8, 8, 8, 10, 10, 10, 10, 12, 12, 12, 12, 14, 14, 14, 14);
+    const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi8(1));
+
+    const __m256i bits = in_both_lanes(load_128(mask_of(quant, head) + run / 4 * 16));
+    const __m256i places = _mm256_and_si256(_mm256_srli_epi16(bits, run % 4 * 2), _mm256_set1_epi8(3));
+    __m256i values = in_both_lanes(load_128(group + 16 * (quant == Quant::q4_0 ? run % 4 : run)));
+    if (quant == Quant::q4_0)
+        values = _mm256_and_si256(run < 4 ? values : _mm256_srli_epi16(values, 4), _mm256_set1_epi8(15));
+
+    const __m256i is_first = _mm256_cmpeq_epi8(_mm256_shuffle_epi8(places, first), fours);
+    const __m256i is_second = _mm256_cmpeq_epi8(_mm256_shuffle_epi8(places, second), fours);
+    const __m256i weights = _mm256_or_si256(_mm256_and_si256(_mm256_shuffle_epi8(values, first), is_first),
+                                            _mm256_and_si256(_mm256_shuffle_epi8(values, second), is_second));
+    const __m256i zero = _mm256_set1_epi8(static_cast<char>(zero_point(quant)));
+    return Sums<quant>::is_signed ? weights : _mm256_xor_si256(weights, zero);
+}
+
+}  // namespace
+}  // namespace racdeploy
