@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "avx512_pack.h"
+#include "avx512_two_of_four.h"
 #include "x86_prefetch.h"
 
 namespace racdeploy {
@@ -42,15 +43,29 @@ struct Values {
     explicit Values(const uint8_t* row = nullptr) : first(row), second(row) {}
 };
 
+// Stored bytes of chunk `chunk`: in Q4_0 the low or the high bits.
+template <Quant quant>
+inline __m512i codes_of_chunk(int chunk, __m512i bytes) {
+    if (quant == Quant::q8_0) return bytes;
+    return _mm512_and_si512(chunk < 2 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+
 // 64 weights, chunk `chunk` of a group, as unsigned codes: the zero point where nothing is stored.
 template <Quant quant>
 inline __m512i spread(int chunk, uint64_t mask, Values& values) {
     const uint8_t*& from = quant == Quant::q4_0 && chunk >= 2 ? values.second : values.first;
-    __m512i codes = load_apart(from);
+    const __m512i codes = codes_of_chunk<quant>(chunk, load_apart(from));
     from += popcount(mask);
-    if (quant == Quant::q4_0)
-        codes = _mm512_and_si512(chunk < 2 ? codes : _mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
     return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(zero_point(quant))), mask, codes);
+}
+
+// The same of two_of_four_places, whose values are signed.
+template <Quant quant>
+inline __m512i spread_places(int chunk, const uint8_t* bits, const uint8_t* group) {
+    const __m512i zeros = _mm512_set1_epi8(static_cast<char>(zero_point(quant)));
+    const uint8_t* from = group + 32 * (quant == Quant::q4_0 ? chunk % 2 : chunk);
+    const __m512i codes = codes_of_chunk<quant>(chunk, load_apart(from));
+    return _mm512_mask_expand_epi8(zeros, mask_of_places(chunk, bits), _mm512_xor_si512(codes, zeros));
 }
 
 // ---- tiles: many tokens, 16 rows at a time ----
@@ -166,7 +181,7 @@ struct Tile {
     __m512* scales;  // [padded / 32]
 };
 
-template <Quant quant>
+template <Quant quant, Pattern pattern>
 void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, const Tile& tile) {
     const int64_t padded_columns = padded(matrix.columns);
     Values values[tile_rows];
@@ -190,8 +205,13 @@ void spread_tile(const SparseMatrix& matrix, int64_t row_begin, int64_t rows, co
                     lines[r] = _mm512_setzero_si512();
                     continue;
                 }
-                const uint64_t mask = load<uint64_t>(head + r * row_heads + 16 + 8 * chunk);
-                lines[r] = spread<quant>(chunk, mask, values[r]);
+                const uint8_t* bits = mask_of(quant, head + r * row_heads);
+                if (pattern == Pattern::unstructured) {
+                    lines[r] = spread<quant>(chunk, load<uint64_t>(bits + 8 * chunk), values[r]);
+                    continue;
+                }
+                lines[r] = spread_places<quant>(chunk, bits, values[r].first);
+                if (chunk == 3) values[r].first += group_values_bytes(quant);
             }
 
             transpose_16(lines);
@@ -232,7 +252,7 @@ template <int tokens>
     for (int t = 0; t < tokens; t++) _mm512_mask_storeu_ps(output + t * output_stride, rows, sums[t]);
 }
 
-template <Quant quant>
+template <Quant quant, Pattern pattern>
 bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const QuantizedActivations& from, Outputs outputs,
                       Rows rows) {
     const int64_t quads = from.padded_columns / 4, blocks = from.padded_columns / block_weights;
@@ -241,21 +261,22 @@ bool multiply_by_tile(const SparseMatrix& matrix, int64_t tokens, const Quantize
     auto* rows_of_quads = static_cast<__m512i*>(memory);
     const Tile tile{rows_of_quads, reinterpret_cast<__m512*>(rows_of_quads + quads)};
     over_tiles(
-        tokens, rows, [&](int64_t row, int64_t rows) { spread_tile<quant>(matrix, row, rows, tile); },
+        tokens, rows, [&](int64_t row, int64_t rows) { spread_tile<quant, pattern>(matrix, row, rows, tile); },
         [&](int64_t row, int64_t t, auto known, __mmask16 mask) {
             multiply_tile<known.value>(tile, matrix.columns, from, t, outputs.at(t, row), outputs.stride, mask);
         });
     return true;
 }
 
-template <Quant quant>
+template <Quant quant, Pattern pattern>
 void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
+    const bool unstructured = pattern == Pattern::unstructured;
     if (tokens == 1)
-        multiply_by_row<quant, 1>(matrix, from, outputs, rows);
+        (unstructured ? multiply_by_row<quant, 1> : multiply_picked<quant, 1>)(matrix, from, outputs, rows);
     else if (tokens == 2)
-        multiply_by_row<quant, 2>(matrix, from, outputs, rows);
-    else if (!multiply_by_tile<quant>(matrix, tokens, from, outputs, rows))
+        (unstructured ? multiply_by_row<quant, 2> : multiply_picked<quant, 2>)(matrix, from, outputs, rows);
+    else if (!multiply_by_tile<quant, pattern>(matrix, tokens, from, outputs, rows))
         portable::multiply(matrix, tokens, workspace, outputs, rows);
 }
 
@@ -392,11 +413,15 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
 // ---- the kernels ----
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
-                     : matrix.quant == Quant::q8_0           ? multiply_quantized<Quant::q8_0>
-                     : matrix.quant == Quant::q4_0           ? multiply_quantized<Quant::q4_0>
-                     : matrix.quant == Quant::f16            ? multiply_16<Half>
-                                                             : multiply_16<Bfloat>;
+    const bool picks = matrix.pattern == Pattern::two_of_four_places;
+    const auto run = !picks && matrix.pattern != Pattern::unstructured ? portable::multiply
+                     : matrix.quant == Quant::f16                      ? multiply_16<Half>
+                     : matrix.quant == Quant::bf16                     ? multiply_16<Bfloat>
+                     : matrix.quant == Quant::q8_0
+                         ? (picks ? multiply_quantized<Quant::q8_0, Pattern::two_of_four_places>
+                                  : multiply_quantized<Quant::q8_0, Pattern::unstructured>)
+                         : (picks ? multiply_quantized<Quant::q4_0, Pattern::two_of_four_places>
+                                  : multiply_quantized<Quant::q4_0, Pattern::unstructured>);
     run(matrix, tokens, workspace, outputs, rows);
 }
 
