@@ -272,10 +272,13 @@ template <Quant quant, Pattern pattern>
 void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     const bool unstructured = pattern == Pattern::unstructured;
-    if (tokens == 1)
-        (unstructured ? multiply_by_row<quant, 1> : multiply_picked<quant, 1>)(matrix, from, outputs, rows);
-    else if (tokens == 2)
-        (unstructured ? multiply_by_row<quant, 2> : multiply_picked<quant, 2>)(matrix, from, outputs, rows);
+    if (rows.begin == rows.end) return;
+    if (!unstructured && tokens == 1 && multiply_picked<quant, 1>(matrix, from, outputs, rows)) return;
+    if (!unstructured && tokens == 2 && multiply_picked<quant, 2>(matrix, from, outputs, rows)) return;
+    if (unstructured && tokens == 1)
+        multiply_by_row<quant, 1>(matrix, from, outputs, rows);
+    else if (unstructured && tokens == 2)
+        multiply_by_row<quant, 2>(matrix, from, outputs, rows);
     else if (!multiply_by_tile<quant, pattern>(matrix, tokens, from, outputs, rows))
         portable::multiply(matrix, tokens, workspace, outputs, rows);
 }

@@ -10,17 +10,19 @@
 namespace racdeploy {
 namespace {
 
-// The 128 inputs of four runs.
-struct RunInputs {
-    __m512i first, second;  // half of each run's
-
-    RunInputs() = default;
-    explicit RunInputs(const int8_t* codes) {
-        const __m512i low = _mm512_loadu_si512(codes), high = _mm512_loadu_si512(codes + 64);
-        first = _mm512_shuffle_i64x2(low, high, 0x88);
-        second = _mm512_shuffle_i64x2(low, high, 0xdd);
+// The inputs of some tokens, a byte each, with 128 added: of every four runs the first half of each run's, then the
+// second halves. Null if there is no memory.
+inline const uint8_t* arrange_inputs(const QuantizedActivations& from, int64_t tokens) {
+    const int64_t bytes = tokens * from.padded_columns;
+    auto* memory = static_cast<uint8_t*>(scratch_of_thread(bytes));
+    const __m512i added = _mm512_set1_epi8(-0x80);
+    for (int64_t i = 0; memory && i < bytes; i += 128) {
+        const __m512i low = _mm512_loadu_si512(from.codes + i), high = _mm512_loadu_si512(from.codes + i + 64);
+        _mm512_store_si512(memory + i, _mm512_xor_si512(_mm512_shuffle_i64x2(low, high, 0x88), added));
+        _mm512_store_si512(memory + i + 64, _mm512_xor_si512(_mm512_shuffle_i64x2(low, high, 0xdd), added));
     }
-};
+    return memory;
+}
 
 // Which of its 16 inputs each value of four runs takes; `bits` are theirs (PlaceBits).
 inline __m512i places_in_16(const uint8_t* bits) {
@@ -32,9 +34,10 @@ inline __m512i places_in_16(const uint8_t* bits) {
     return _mm512_ternarylogic_epi32(_mm512_srlv_epi32(all, shifts), _mm512_set1_epi8(3), fours, and_or);
 }
 
-inline __m512i pick(const RunInputs& inputs, __m512i places) {
-    const __m512i first = _mm512_shuffle_epi8(inputs.first, places);
-    return _mm512_mask_shuffle_epi8(first, 0xff00ff00ff00ff00, inputs.second, places);
+// The inputs of the values of four runs; `inputs` are 128 of arrange_inputs.
+inline __m512i pick(const uint8_t* inputs, __m512i places) {
+    const __m512i first = _mm512_shuffle_epi8(_mm512_load_si512(inputs), places);
+    return _mm512_mask_shuffle_epi8(first, 0xff00ff00ff00ff00, _mm512_load_si512(inputs + 64), places);
 }
 
 }  // namespace

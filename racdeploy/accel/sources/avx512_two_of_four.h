@@ -22,75 +22,60 @@ inline __m512i values_of_half(int half, const uint8_t* group) {
     return _mm512_and_si512(half ? bytes : _mm512_slli_epi16(bytes, 4), _mm512_set1_epi8(-0x10));
 }
 
-template <Quant quant, int rows, int tokens>
-void multiply_rows_of_picked(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from,
-                             Outputs outputs) {
-    const __m512i zeros = _mm512_set1_epi8(-0x80);
-    const uint8_t *head[rows], *values[rows];
-    __m256 totals[rows][tokens];
-    for (int r = 0; r < rows; r++) {
-        head[r] = matrix.head(row + r);
-        values[r] = matrix.values + matrix.offsets[row + r];
-        for (auto& total : totals[r]) total = _mm256_setzero_ps();
-    }
+template <Quant quant, int tokens>
+void multiply_row_of_picked(const SparseMatrix& matrix, int64_t row, const QuantizedActivations& from,
+                            const uint8_t* inputs, Outputs outputs) {
+    const int64_t padded_columns = from.padded_columns;
+    const uint8_t *head = matrix.head(row), *values = matrix.values + matrix.offsets[row];
 
+    __m256 totals[tokens];
+    for (auto& total : totals) total = _mm256_setzero_ps();
     for (int64_t column = 0; column < matrix.columns; column += group_weights) {
-        __m512i sums[rows][tokens], surplus[rows];
-        for (int r = 0; r < rows; r++) {
-            surplus[r] = _mm512_setzero_si512();
-            for (auto& sum : sums[r]) sum = _mm512_setzero_si512();
-        }
+        fetch_ahead(head, heads_ahead);
+        fetch_ahead(values, values_ahead);
+        if (quant == Quant::q8_0) fetch_ahead(values + 64, values_ahead);
+
+        __m512i sums[tokens], surplus = _mm512_setzero_si512();
+        for (auto& sum : sums) sum = _mm512_setzero_si512();
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            RunInputs inputs[tokens];
+            const __m512i places = places_in_16(mask_of(quant, head) + 16 * half);
+            const __m512i weights = values_of_half<quant>(half, values);
+            surplus = _mm512_dpbusd_epi32(surplus, _mm512_set1_epi8(-0x80), weights);
+#pragma GCC unroll 2
             for (int t = 0; t < tokens; t++) {
-                inputs[t] = RunInputs(from.codes + t * from.padded_columns + column + 2 * chunk_weights * half);
-                inputs[t].first = _mm512_xor_si512(inputs[t].first, zeros);
-                inputs[t].second = _mm512_xor_si512(inputs[t].second, zeros);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                const __m512i places = places_in_16(mask_of(quant, head[r]) + 16 * half);
-                const __m512i weights = values_of_half<quant>(half, values[r]);
-                surplus[r] = _mm512_dpbusd_epi32(surplus[r], zeros, weights);
-                for (int t = 0; t < tokens; t++)
-                    sums[r][t] = _mm512_dpbusd_epi32(sums[r][t], pick(inputs[t], places), weights);
+                const uint8_t* of_half = inputs + t * padded_columns + column + 2 * chunk_weights * half;
+                sums[t] = _mm512_dpbusd_epi32(sums[t], pick(of_half, places), weights);
             }
         }
 
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const __m256 weight_scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head[r])));
-            for (int t = 0; t < tokens; t++) {
-                const float* input_scales = from.scales + (t * from.padded_columns + column) / block_weights;
-                const __m512i halves = _mm512_sub_epi32(sums[r][t], surplus[r]);
-                const __m256i blocks =
-                    _mm256_add_epi32(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
-                totals[r][t] =
-                    _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks),
-                                    _mm256_mul_ps(weight_scales, _mm256_loadu_ps(input_scales)), totals[r][t]);
-            }
-            fetch_ahead(head[r], heads_ahead);
-            fetch_ahead(values[r], values_ahead);
-            if (quant == Quant::q8_0) fetch_ahead(values[r] + 64, values_ahead);
-            head[r] += head_bytes(quant);
-            values[r] += group_values_bytes(quant);
+        const __m256 weight_scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(head)));
+        for (int t = 0; t < tokens; t++) {
+            const float* input_scales = from.scales + (t * padded_columns + column) / block_weights;
+            const __m256 scales = _mm256_mul_ps(weight_scales, _mm256_loadu_ps(input_scales));
+            const __m512i halves = _mm512_sub_epi32(sums[t], surplus);
+            const __m256i blocks =
+                _mm256_add_epi32(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
+            totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(blocks), scales, totals[t]);
         }
+        head += head_bytes(quant);
+        values += group_values_bytes(quant);
     }
 
-    for (int r = 0; r < rows; r++)
-        for (int t = 0; t < tokens; t++)
-            *outputs.at(t, row + r) =
-                _mm512_reduce_add_ps(_mm512_zextps256_ps512(totals[r][t])) * product_scale(quant);
+    for (int t = 0; t < tokens; t++)
+        *outputs.at(t, row) = _mm512_reduce_add_ps(_mm512_zextps256_ps512(totals[t])) * product_scale(quant);
 }
 
+// A row at a time: from memory, two rows side by side took twice as long.
 template <Quant quant, int tokens>
-void multiply_picked(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
-    if (rows.begin == rows.end) return;
+bool multiply_picked(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
+    const uint8_t* inputs = arrange_inputs(from, tokens);
+    if (!inputs) return false;
+
     fetch_first(matrix, rows.begin);
-    int64_t row = rows.begin;
-    for (; row + 2 <= rows.end; row += 2) multiply_rows_of_picked<quant, 2, tokens>(matrix, row, from, outputs);
-    if (row < rows.end) multiply_rows_of_picked<quant, 1, tokens>(matrix, row, from, outputs);
+    for (int64_t row = rows.begin; row < rows.end; row++)
+        multiply_row_of_picked<quant, tokens>(matrix, row, from, inputs, outputs);
+    return true;
 }
 
 // Which of the 64 weights of chunk `chunk` of a group are stored.
