@@ -22,7 +22,7 @@ from racdeploy.storage.gguf_header import Header, TensorInfo
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
 NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
 _COLUMNS = 32  # of every matrix a multiple
-_TWO_OF_FOUR = (1, 2)  # patterns; 4:8 is judged as unstructured zeros, which are no faster
+_TWO_OF_FOUR = 1  # the pattern; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
 
 _BOOL, _I32, _I64, _F64 = ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
@@ -223,7 +223,7 @@ class Plugin:
         code_bits = int(GGML_TYPES[name].bits)
 
         zeros = 1.0 - stored_bits / code_bits / (matrix.rows * matrix.columns)
-        is_two_of_four = pattern.value in _TWO_OF_FOUR
+        is_two_of_four = pattern.value == _TWO_OF_FOUR
         return name + (" 2:4" if is_two_of_four else ""), zeros
 
 

@@ -81,7 +81,7 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
         zeros = float(seed)
     two_of_four = seed in (2, 3)
     if two_of_four:
-        columns = 128 * rng.randint(1, 20)
+        columns = 256 * rng.randint(1, 10)  # whole groups
         zeros = 0.5
 
     return Product(number, rows, columns, tokens, zeros, two_of_four), threads

@@ -20,17 +20,16 @@ _TESTS = Path(__file__).parents[1] / "accel"
 C_API = _TESTS / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-PATTERNS = {"unstructured": 0, "two_of_four": 1, "two_of_four_places": 2, "four_of_eight": 3}
+PATTERNS = {"unstructured": 0, "two_of_four": 1, "four_of_eight": 2}
 FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values of a row
     ("q8_0", "two_of_four"),
-    ("q8_0", "two_of_four_places"),
-    ("q4_0", "two_of_four_places"),
+    ("q4_0", "two_of_four"),
     ("q8_0", "four_of_eight"),
     ("q4_0", "four_of_eight"),
 )
 # What each set of kernels makes of matrices that fit a pattern.
-_NEON = {FIXED_STRIDE[0]: "two_of_four_places"} | {each: each[1] for each in FIXED_STRIDE[1:]}
-_PREFERRED = {"neon": _NEON, "neon_i8mm": _NEON}
+_X86, _NEON = ("two_of_four",), ("two_of_four", "four_of_eight")
+_PREFERRED = dict.fromkeys(("avx2", "avx_vnni", "avx512"), _X86) | dict.fromkeys(("neon", "neon_i8mm"), _NEON)
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 
@@ -174,7 +173,7 @@ class SparseKernels:
 
     def preferred_pattern(self, quant: str, pattern: str) -> str:
         """Return how these kernels pack what fits a pattern: not all gain from a fixed stride."""
-        return _PREFERRED.get(self._instruction_set, {}).get((quant, pattern), "unstructured")
+        return pattern if pattern in _PREFERRED.get(self._instruction_set, ()) else "unstructured"
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
         numbers = [QUANTS[quant], len(blocks), columns]

@@ -9,18 +9,15 @@ namespace racdeploy {
 namespace {
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const bool picks = matrix.pattern == Pattern::two_of_four_places, q4_0 = matrix.quant == Quant::q4_0;
-    const auto multiply_two_of_four = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::two_of_four_places>
-                                           : multiply_quantized<Quant::q8_0, Pattern::two_of_four_places>;
+    const bool picks = matrix.pattern == Pattern::two_of_four, q4_0 = matrix.quant == Quant::q4_0;
+    const auto multiply_two_of_four = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::two_of_four>
+                                           : multiply_quantized<Quant::q8_0, Pattern::two_of_four>;
     const auto multiply_unstructured = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::unstructured>
                                             : multiply_quantized<Quant::q8_0, Pattern::unstructured>;
     const bool left = !is_quantized(matrix.quant) || (!picks && matrix.pattern != Pattern::unstructured);
     const auto run = left ? portable::multiply : picks ? multiply_two_of_four : multiply_unstructured;
     run(matrix, tokens, workspace, outputs, rows);
 }
-
-// A kernel for two_of_four, whose values have a fixed stride, took as long from the cache, and longer from memory.
-bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }
 
 bool has_avx2() {
     unsigned a, b, features = 0, d;  // clang cannot be asked for F16C

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "avx2_spread.h"
+#include "x86_two_of_four_pack.h"
 
 namespace racdeploy {
 namespace {
@@ -17,19 +18,6 @@ struct Compressions {
     }
 };
 constexpr Compressions compressions;
-
-// Bit i set: weight i of a block is stored.
-template <Quant quant>
-inline uint32_t stored_bits(const uint8_t* block) {
-    if (quant == Quant::q8_0) {
-        const __m256i zero = _mm256_cmpeq_epi8(load_256(block + 2), _mm256_setzero_si256());
-        return ~static_cast<uint32_t>(_mm256_movemask_epi8(zero));
-    }
-    const __m128i nibbles = load_128(block + 2);
-    const __m128i low = _mm_cmpeq_epi8(_mm_and_si128(nibbles, _mm_set1_epi8(0x0f)), _mm_set1_epi8(0x08));
-    const __m128i high = _mm_cmpeq_epi8(_mm_and_si128(nibbles, _mm_set1_epi8(-0x10)), _mm_set1_epi8(-0x80));
-    return ~static_cast<uint32_t>(_mm_movemask_epi8(low) | _mm_movemask_epi8(high) << 16);
-}
 
 template <Quant quant>
 void count_unstructured(const Blocks& blocks, int64_t* counts, Rows rows) {
@@ -112,10 +100,11 @@ void count(const Blocks& blocks, int64_t* counts, Rows rows) {
 }
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
-    const auto run = blocks.pattern != Pattern::unstructured ? portable::pack
-                     : blocks.quant == Quant::q8_0           ? pack_unstructured<Quant::q8_0>
-                     : blocks.quant == Quant::q4_0           ? pack_unstructured<Quant::q4_0>
-                                                             : portable::pack;
+    const bool fours = blocks.pattern == Pattern::two_of_four, q4_0 = blocks.quant == Quant::q4_0;
+    const bool left = !is_quantized(blocks.quant) || blocks.pattern == Pattern::four_of_eight;
+    const auto run = left    ? portable::pack
+                     : fours ? (q4_0 ? pack_two_of_four<Quant::q4_0> : pack_two_of_four<Quant::q8_0>)
+                             : (q4_0 ? pack_unstructured<Quant::q4_0> : pack_unstructured<Quant::q8_0>);
     run(blocks, offsets, heads, values, rows);
 }
 

@@ -8,7 +8,6 @@
 namespace racdeploy {
 namespace {
 
-constexpr int64_t group_values_bytes(Quant quant) { return values_bytes(quant, group_weights / 4, group_weights / 4); }
 // Codes of Q4_0 fill the upper half of a byte, so products are 16 times too large; nothing has to move their sign.
 constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
 

@@ -59,7 +59,7 @@ inline __m512i spread(int chunk, uint64_t mask, Values& values) {
     return _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(zero_point(quant))), mask, codes);
 }
 
-// The same of two_of_four_places, whose values are signed.
+// The same of two_of_four, whose values are signed.
 template <Quant quant>
 inline __m512i spread_places(int chunk, const uint8_t* bits, const uint8_t* group) {
     const __m512i zeros = _mm512_set1_epi8(static_cast<char>(zero_point(quant)));
@@ -416,19 +416,17 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
 // ---- the kernels ----
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const bool picks = matrix.pattern == Pattern::two_of_four_places;
+    const bool picks = matrix.pattern == Pattern::two_of_four;
     const auto run = !picks && matrix.pattern != Pattern::unstructured ? portable::multiply
                      : matrix.quant == Quant::f16                      ? multiply_16<Half>
                      : matrix.quant == Quant::bf16                     ? multiply_16<Bfloat>
                      : matrix.quant == Quant::q8_0
-                         ? (picks ? multiply_quantized<Quant::q8_0, Pattern::two_of_four_places>
+                         ? (picks ? multiply_quantized<Quant::q8_0, Pattern::two_of_four>
                                   : multiply_quantized<Quant::q8_0, Pattern::unstructured>)
-                         : (picks ? multiply_quantized<Quant::q4_0, Pattern::two_of_four_places>
+                         : (picks ? multiply_quantized<Quant::q4_0, Pattern::two_of_four>
                                   : multiply_quantized<Quant::q4_0, Pattern::unstructured>);
     run(matrix, tokens, workspace, outputs, rows);
 }
-
-bool prefers_two_of_four(Quant, int64_t, int64_t, const void*) { return false; }
 
 bool runs_here() {
     return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vbmi") &&

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "x86_two_of_four_pack.h"
 
 namespace racdeploy {
 namespace {
@@ -141,10 +142,11 @@ void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, u
 }
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
-    const auto run = blocks.pattern != Pattern::unstructured ? portable::pack
-                     : blocks.quant == Quant::q8_0           ? pack_quantized<Quant::q8_0>
-                     : blocks.quant == Quant::q4_0           ? pack_quantized<Quant::q4_0>
-                                                             : pack_floats;
+    const bool fours = blocks.pattern == Pattern::two_of_four, q4_0 = blocks.quant == Quant::q4_0;
+    const auto run = blocks.pattern == Pattern::four_of_eight ? portable::pack
+                     : !is_quantized(blocks.quant)            ? pack_floats
+                     : fours ? (q4_0 ? pack_two_of_four<Quant::q4_0> : pack_two_of_four<Quant::q8_0>)
+                             : (q4_0 ? pack_quantized<Quant::q4_0> : pack_quantized<Quant::q8_0>);
     run(blocks, offsets, heads, values, rows);
 }
 

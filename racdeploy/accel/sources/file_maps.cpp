@@ -99,10 +99,10 @@ bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns
     if (found == places_.end()) return false;
     const Place& place = found->second;
     if (place.quant != static_cast<int64_t>(quant) || place.rows != rows || place.columns != columns) return false;
-    if (place.pattern < 0 || place.pattern > 3) return false;
+    if (place.pattern < 0 || place.pattern > 2) return false;
 
     const auto pattern = static_cast<Pattern>(place.pattern);
-    if (!can_have(quant, pattern) || (pattern == Pattern::two_of_four && columns % 128)) return false;
+    if (!can_have(quant, pattern)) return false;
 
     const Parts parts(quant, rows, columns);
     const int64_t longest_row = 2 * padded(columns) + slack_bytes;

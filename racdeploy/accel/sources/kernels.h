@@ -41,10 +41,8 @@ constexpr uint16_t zero_value(Quant quant) {
     return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
 }
 
-// Patterns of the NEON kernels: a fixed number of values in each group, also in a short one, and all of them signed.
-constexpr bool has_whole_groups(Pattern pattern) {
-    return pattern == Pattern::two_of_four_places || pattern == Pattern::four_of_eight;
-}
+// A fixed number of values in each group, also in a short one, and all of them signed.
+constexpr bool has_whole_groups(Pattern pattern) { return pattern != Pattern::unstructured; }
 // What the values of a pattern differ in from unsigned codes.
 constexpr uint16_t flipped_bits(Quant quant, Pattern pattern) {
     return has_whole_groups(pattern) ? zero_value(quant) : uint16_t{0};
@@ -59,14 +57,14 @@ constexpr int64_t values_bytes(Quant quant, int64_t first, int64_t second) {
     return (first + second) * (quant == Quant::q8_0 ? 1 : 2);
 }
 
+// Bytes of a group's values in patterns that store half of the weights.
+constexpr int64_t group_values_bytes(Quant quant) { return values_bytes(quant, group_weights / 4, group_weights / 4); }
+
 // Of the mask bits of some weights, those that N:M patterns store: the set ones, filled up to N from the lowest.
 constexpr unsigned fill_up_to(int count, unsigned bits) {
     for (unsigned bit = 1; __builtin_popcount(bits) < count; bit <<= 1) bits |= bit;
     return bits;
 }
-constexpr unsigned fill_up_to_two(unsigned bits) { return fill_up_to(2, bits); }
-// Where two_of_four has the four runs of 16 values that 128 weights store.
-constexpr int64_t place_of_run[4] = {0, 2, 1, 3};
 
 // The place of a weight among those of its group, in chunks; and the weight of a place.
 constexpr int64_t chunk_weights = 64;
@@ -148,7 +146,7 @@ inline uint16_t bfloat_of_float(float value) {  // to nearest, ties to even
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Where two_of_four_places has the two bits of a group's value: the lowest of them.
+// Where two_of_four has the two bits of a group's value: the lowest of them.
 struct PlaceBits {
     int64_t byte;
     int shift;
@@ -159,7 +157,7 @@ struct PlaceBits {
 // The 256 mask bits of a group, whatever its pattern; `head` is the group's.
 inline void read_mask(Quant quant, Pattern pattern, const uint8_t* head, uint8_t* mask) {
     std::memcpy(mask, mask_of(quant, head), 32);
-    if (pattern != Pattern::two_of_four_places) return;
+    if (pattern != Pattern::two_of_four) return;
 
     std::memset(mask, 0, 32);
     for (int64_t value = 0; value < group_weights / 2; value++) {

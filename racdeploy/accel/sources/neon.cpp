@@ -121,7 +121,7 @@ template <Quant quant, Pattern pattern, int rows>
             fetch_ahead(values[r]);
             if (quant == Quant::q8_0) fetch_ahead(values[r] + 64);
             head[r] += head_bytes(quant);
-            values[r] += group_values(quant);
+            values[r] += group_values_bytes(quant);
         }
     }
 
@@ -142,7 +142,7 @@ void multiply_one(const SparseMatrix& matrix, const QuantizedActivations& from, 
         const auto run = matrix.pattern == Pattern::unstructured ? multiply_rows<quant, count.value>
                          : matrix.pattern == Pattern::four_of_eight
                              ? multiply_rows_of_picked<quant, Pattern::four_of_eight, count.value>
-                             : multiply_rows_of_picked<quant, Pattern::two_of_four_places, count.value>;
+                             : multiply_rows_of_picked<quant, Pattern::two_of_four, count.value>;
         run(matrix, row, from, outputs.at(0, row));
     });
 }
@@ -301,11 +301,10 @@ bool runs_here() { return has_arm_feature(capabilities, 20, "hw.optional.arm.FEA
 namespace neon {
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const auto run = matrix.pattern == Pattern::two_of_four ? portable::multiply
-                     : matrix.quant == Quant::q8_0          ? multiply_quantized<Quant::q8_0>
-                     : matrix.quant == Quant::q4_0          ? multiply_quantized<Quant::q4_0>
-                     : matrix.quant == Quant::f16           ? multiply_16<Half>
-                                                            : multiply_16<Bfloat>;
+    const auto run = matrix.quant == Quant::q8_0   ? multiply_quantized<Quant::q8_0>
+                     : matrix.quant == Quant::q4_0 ? multiply_quantized<Quant::q4_0>
+                     : matrix.quant == Quant::f16  ? multiply_16<Half>
+                                                   : multiply_16<Bfloat>;
     run(matrix, tokens, workspace, outputs, rows);
 }
 
@@ -334,7 +333,6 @@ const Kernels neon_kernels = {
     portable::unpack,
     neon::prepare,
     neon::multiply,
-    Pattern::two_of_four_places,
     neon::prefers_four_of_eight,
 };
 

@@ -65,7 +65,7 @@ void multiply_quantized(const SparseMatrix& matrix, int64_t tokens, const void* 
 }
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const bool by_tile = tokens > 1 && is_quantized(matrix.quant) && matrix.pattern != Pattern::two_of_four;
+    const bool by_tile = tokens > 1 && is_quantized(matrix.quant);
     const auto run = !by_tile                      ? neon::multiply
                      : matrix.quant == Quant::q8_0 ? multiply_quantized<Quant::q8_0>
                                                    : multiply_quantized<Quant::q4_0>;
@@ -87,7 +87,6 @@ const Kernels neon_i8mm_kernels = {
     portable::unpack,
     neon::prepare,
     multiply,
-    Pattern::two_of_four_places,
     neon::prefers_four_of_eight,
 };
 

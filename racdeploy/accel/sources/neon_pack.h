@@ -159,25 +159,20 @@ bool pack_quantized(const Blocks& blocks, const int64_t* offsets, uint8_t* heads
 }
 
 inline void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
-    const bool ours = is_quantized(blocks.quant) && blocks.pattern != Pattern::two_of_four;
+    const bool ours = is_quantized(blocks.quant);
     const auto run = blocks.quant == Quant::q8_0 ? pack_quantized<Quant::q8_0> : pack_quantized<Quant::q4_0>;
     if (!ours || !run(blocks, offsets, heads, values, rows)) portable::pack(blocks, offsets, heads, values, rows);
 }
 
 inline void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    if (!is_quantized(blocks.quant) || blocks.pattern == Pattern::two_of_four)
-        return portable::count(blocks, counts, rows);
+    if (!is_quantized(blocks.quant) || has_whole_groups(blocks.pattern)) return portable::count(blocks, counts, rows);
 
     for (int64_t r = rows.begin; r < rows.end; r++) {
         int64_t stored[2] = {0, 0};  // of the first and the second 16 weights of the blocks
-        if (has_whole_groups(blocks.pattern)) {
-            stored[0] = stored[1] = groups(blocks.columns) * group_weights / 4;
-        } else {
-            const uint8_t* block = blocks.row(r);
-            for (int64_t b = 0; b < blocks.columns / block_weights; b++, block += block_bytes(blocks.quant)) {
-                const uint8x16x2_t marks = non_zero(blocks.quant, block);
-                for (int i = 0; i < 2; i++) stored[i] += vaddvq_u8(vandq_u8(marks.val[i], vdupq_n_u8(1)));
-            }
+        const uint8_t* block = blocks.row(r);
+        for (int64_t b = 0; b < blocks.columns / block_weights; b++, block += block_bytes(blocks.quant)) {
+            const uint8x16x2_t marks = non_zero(blocks.quant, block);
+            for (int i = 0; i < 2; i++) stored[i] += vaddvq_u8(vandq_u8(marks.val[i], vdupq_n_u8(1)));
         }
         counts[r] = values_bytes(blocks.quant, stored[0], stored[1]);
     }

@@ -99,7 +99,7 @@ inline int8x16_t spread_16(int chunk, int part, uint64_t bits, uint64_t sums, co
     return vqtbl1q_s8(signed_codes<quant>(chunk, veorq_u8(vld1q_u8(from), flipped)), vaddq_u8(first, second));
 }
 
-// The places of two_of_four_places: of 16 values of a group, run `run`, which of 32 weights each is.
+// The places of two_of_four: of 16 values of a group, run `run`, which of 32 weights each is.
 inline uint8x16_t places_in_32(int run, uint8x16_t bits) {
     const uint8x16_t fours = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
     if (run % 4 == 1) bits = vshrq_n_u8(bits, 2);
@@ -138,7 +138,7 @@ inline uint8x16_t picked_in_32(int run, const uint8_t* mask) {
     return places_in_32(run, vld1q_u8(mask + run / 4 * 16));
 }
 
-// 16 values of a run of two_of_four_places; `bytes` of Q4_0 are shared by runs 4 apart.
+// 16 values of a run of two_of_four; `bytes` of Q4_0 are shared by runs 4 apart.
 template <Quant quant>
 inline int8x16_t signed_values(int run, uint8x16_t bytes) {
     if (quant == Quant::q4_0) bytes = run < 4 ? vshlq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(0xf0));
@@ -148,7 +148,6 @@ template <Quant quant>
 constexpr int64_t run_bytes(int run) {  // from a group's first value to those of a run
     return 16 * (quant == Quant::q4_0 ? run % 4 : run);
 }
-constexpr int64_t group_values(Quant quant) { return quant == Quant::q4_0 ? 64 : 128; }
 
 // The same as dense weights: 16 of the 32 weights of a run, `half` saying which.
 inline int8x16_t spread_places(int half, int8x16_t values, uint8x16_t places) {

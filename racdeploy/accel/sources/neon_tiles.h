@@ -28,7 +28,7 @@ struct Tile {
 // Chunk `chunk` of a group as 4 vectors of 16 weights.
 template <Quant quant>
 inline void spread_chunk(Pattern pattern, int chunk, const uint8_t* head, Values& values, int8x16_t* weights) {
-    if (pattern != Pattern::two_of_four_places) {
+    if (pattern != Pattern::two_of_four) {
         const uint8_t*& from = quant == Quant::q4_0 && chunk >= 2 ? values.second : values.first;
         const Masks masks(head + 16 + chunk / 2 * 16);
         const uint64_t bits = masks.bits[chunk % 2], sums = masks.sums[chunk % 2];
@@ -46,7 +46,7 @@ inline void spread_chunk(Pattern pattern, int chunk, const uint8_t* head, Values
         weights[2 * half] = spread_places(0, codes, places);
         weights[2 * half + 1] = spread_places(1, codes, places);
     }
-    if (chunk == 3) values.first += group_values(quant);
+    if (chunk == 3) values.first += group_values_bytes(quant);
 }
 
 template <Quant quant, typename Product>

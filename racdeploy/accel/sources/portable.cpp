@@ -44,22 +44,17 @@ void set_value(Quant quant, uint8_t* row, int64_t column, uint16_t value) {
 }
 
 // Which weight the mask bit at a place of a row is.
-int64_t column_at(Quant quant, Pattern pattern, int64_t place) {
-    return pattern != Pattern::two_of_four && is_quantized(quant) ? column_in_chunks(place) : place;
-}
+int64_t column_at(Quant quant, int64_t place) { return is_quantized(quant) ? column_in_chunks(place) : place; }
 
 // Where the n-th stored value of a row is, in values from the row's first (Q4_0: in nibbles).
 struct Stream {
     Quant quant;
-    Pattern pattern;
     int64_t stored[2] = {0, 0};
 
     int64_t next(int64_t place) {
         const int64_t half = quant == Quant::q4_0 ? place / 128 % 2 : 0;
         const int64_t position = stored[half]++;
-        if (quant == Quant::q4_0) return 2 * position + half;
-        if (pattern != Pattern::two_of_four) return position;
-        return position / 64 * 64 + place_of_run[position / 16 % 4] * 16 + position % 16;
+        return quant == Quant::q4_0 ? 2 * position + half : position;
     }
     int64_t bytes() const { return values_bytes(quant, stored[0], stored[1]); }
 };
@@ -89,7 +84,6 @@ struct Mask {  // of a group
 
 bool is_stored(Pattern pattern, const BlockRow& row, int64_t column) {
     if (pattern == Pattern::unstructured) return !row.is_zero(column);
-    if (pattern == Pattern::two_of_four && column >= row.columns) return false;
     const int stored = pattern == Pattern::four_of_eight ? 4 : 2, among = 2 * stored;
     unsigned bits = 0;
     for (int i = 0; i < among; i++) bits |= static_cast<unsigned>(!row.is_zero(column / among * among + i)) << i;
@@ -98,7 +92,7 @@ bool is_stored(Pattern pattern, const BlockRow& row, int64_t column) {
 
 // Note in a group's mask that the weight at a place is stored, as the n-th value of the row.
 void set_stored(Pattern pattern, uint8_t* mask, int64_t place, int64_t n) {
-    if (pattern == Pattern::two_of_four_places) {
+    if (pattern == Pattern::two_of_four) {
         const PlaceBits bits(n % (group_weights / 2));
         mask[bits.byte] |= static_cast<uint8_t>(place % 4 << bits.shift);
     } else {
@@ -143,7 +137,7 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
     const int64_t at = token * padded(matrix.columns);
     const QuantizedActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     const uint8_t* values = matrix.values + matrix.offsets[row];
-    Stream stream{quant, matrix.pattern};
+    Stream stream{quant};
 
     double total = 0;
     for (int64_t start = 0; start < matrix.columns; start += group_weights) {
@@ -152,7 +146,7 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
         const Mask mask(quant, matrix.pattern, head);
         for (int64_t bit = 0; bit < group_weights; bit++) {
             if (!mask.bit(bit)) continue;
-            const int64_t column = column_at(quant, matrix.pattern, start + bit);
+            const int64_t column = column_at(quant, start + bit);
             const uint16_t value = read_value(quant, values, stream.next(bit)) ^ flipped_bits(quant, matrix.pattern);
             if (quant == Quant::f16)
                 total += double(float_of_half(value)) * static_cast<const float*>(workspace)[at + column];
@@ -178,11 +172,16 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
 namespace portable {
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
+    if (has_whole_groups(blocks.pattern)) {
+        std::fill(counts + rows.begin, counts + rows.end, groups(blocks.columns) * group_values_bytes(blocks.quant));
+        return;
+    }
+
     for (int64_t r = rows.begin; r < rows.end; r++) {
         const BlockRow row{blocks.quant, blocks.columns, blocks.row(r)};
-        Stream stream{blocks.quant, blocks.pattern};
+        Stream stream{blocks.quant};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
-            const int64_t column = column_at(blocks.quant, blocks.pattern, place);
+            const int64_t column = column_at(blocks.quant, place);
             if (is_stored(blocks.pattern, row, column)) stream.next(place);
         }
         counts[r] = stream.bytes();
@@ -204,9 +203,9 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
                 std::memcpy(head + block / 8 * head_bytes(quant) + block % 8 * 2, &scale, 2);
             }
 
-        Stream stream{quant, blocks.pattern};
+        Stream stream{quant};
         for (int64_t place = 0; place < padded(blocks.columns); place++) {
-            const int64_t column = column_at(quant, blocks.pattern, place);
+            const int64_t column = column_at(quant, place);
             if (!is_stored(blocks.pattern, row, column)) continue;
 
             uint8_t* mask = head + place / group_weights * head_bytes(quant) + head_bytes(quant) - 32;
@@ -222,7 +221,7 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
     for (int64_t r = rows.begin; r < rows.end; r++) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         const uint8_t* values = matrix.values + matrix.offsets[r];
-        Stream stream{quant, matrix.pattern};
+        Stream stream{quant};
         for (int64_t start = 0; start < matrix.columns; start += group_weights) {
             const uint8_t* head = matrix.head(r) + start / group_weights * head_bytes(quant);
             const Mask mask(quant, matrix.pattern, head);
@@ -231,7 +230,7 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
                 if (mask.bit(place))
                     value = read_value(quant, values, stream.next(place)) ^ flipped_bits(quant, matrix.pattern);
 
-                const int64_t column = column_at(quant, matrix.pattern, start + place);
+                const int64_t column = column_at(quant, start + place);
                 if (column >= matrix.columns) continue;
                 if (is_quantized(quant) && column % block_weights == 0) {
                     const int64_t block = column / block_weights;

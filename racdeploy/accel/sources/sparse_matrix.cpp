@@ -38,13 +38,8 @@ uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t place) {
 
 // How many of these 64 mask bits are of weights of the row: the first ones.
 int64_t bits_inside(const SparseMatrix& matrix, int64_t place) {
-    if (matrix.pattern == Pattern::two_of_four || !is_quantized(matrix.quant)) return matrix.columns - place;
+    if (!is_quantized(matrix.quant)) return matrix.columns - place;
     return (matrix.columns - place / group_weights * group_weights) / block_weights * 8;
-}
-
-bool two_in_every_four(uint64_t bits) {
-    const uint64_t pairs = (bits & 0x5555555555555555) + (bits >> 1 & 0x5555555555555555);
-    return (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333) == 0x2222222222222222;
 }
 
 // Of every two values of one four the second is behind the first; beyond the row they are the first two.
@@ -77,8 +72,7 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
     if (matrix.offsets[row] < 0 || matrix.offsets[row + 1] < matrix.offsets[row]) return false;
 
     if (has_whole_groups(matrix.pattern)) {
-        const int64_t half = groups(matrix.columns) * group_weights / 4;
-        const int64_t bytes = values_bytes(matrix.quant, half, half);
+        const int64_t bytes = groups(matrix.columns) * group_values_bytes(matrix.quant);
         if (bytes != matrix.offsets[row + 1] - matrix.offsets[row]) return false;
         return matrix.pattern == Pattern::four_of_eight ? four_in_every_eight(matrix, row)
                                                         : ascending_places(matrix, row);
@@ -89,7 +83,6 @@ bool valid_row(const SparseMatrix& matrix, int64_t row) {
         const uint64_t bits = mask_bits(matrix, row, place);
         const int64_t inside = bits_inside(matrix, place);
         if (inside < 64 && bits >> (inside > 0 ? inside : 0)) return false;
-        if (matrix.pattern == Pattern::two_of_four && inside > 0 && !two_in_every_four(bits)) return false;
         stored[place / 128 % 2] += __builtin_popcountll(bits);
     }
 
@@ -116,8 +109,7 @@ const Kernels& kernels() {
 }
 
 bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
-    const int64_t step = matrix.pattern == Pattern::two_of_four ? 128 : block_weights;
-    if (matrix.rows < 0 || matrix.columns <= 0 || matrix.columns % step) return false;
+    if (matrix.rows < 0 || matrix.columns <= 0 || matrix.columns % block_weights) return false;
     if (!can_have(matrix.quant, matrix.pattern)) return false;
     if (matrix.offsets[0] != 0 || matrix.offsets[matrix.rows] != values_bytes) return false;
     for (int64_t r = 0; r < matrix.rows; r++)

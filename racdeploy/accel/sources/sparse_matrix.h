@@ -34,20 +34,18 @@ namespace racdeploy {
 enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
-// an order that no kernel prefers by now (masks of weights in order; each 128 weights store 4 runs of 16 values: first,
-// third, second, fourth); Q8_0 only. two_of_four_places: the same two, in the order of the NEON kernels and in whole
-// groups; Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed
+// whole groups; Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed
 // (the top bit is flipped), and in place of a mask each value has two bits that say which of its four it is: values 16v
 // to 16v + 15 of a group have bits 2(v % 4) and on of the 16 bytes from byte 16(v / 4) on.
 //
 // four_of_eight: of every 8 weights exactly 4, zero or not, in whole groups; as unstructured, but values are signed.
-enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, two_of_four_places = 2, four_of_eight = 3 };
+enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, four_of_eight = 2 };
 
 constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t slack_bytes = 128;   // readable behind the values
 constexpr int layout = 2;              // changes with this form: files say it
-constexpr int kept_layout = 3;         // of a kept file: changes also with the patterns that kernels prefer
+constexpr int kept_layout = 4;         // of a kept file: changes also with the patterns that kernels prefer
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -59,8 +57,7 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 
 constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
 constexpr bool can_have(Quant quant, Pattern pattern) {
-    return pattern == Pattern::unstructured || quant == Quant::q8_0 ||
-           (pattern != Pattern::two_of_four && quant == Quant::q4_0);
+    return pattern == Pattern::unstructured || is_quantized(quant);
 }
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, group_weights); }
@@ -85,7 +82,7 @@ struct SparseMatrix {  // a view: owns nothing
     Quant quant;
     Pattern pattern;
     int64_t rows;            // O, outputs
-    int64_t columns;         // I, inputs; a multiple of 32, of 128 for two_of_four
+    int64_t columns;         // I, inputs; a multiple of 32
     const uint8_t* heads;    // rows * heads_bytes(quant, columns)
     const uint8_t* values;   // slack_bytes readable behind the last one
     const int64_t* offsets;  // rows + 1; bytes from `values` to each row's first value
@@ -124,11 +121,10 @@ struct Kernels {
     // output[t][o] = sum over i of weight[o][i] * activation[t][i] for every token t.
     void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
 
-    Pattern two_of_four = Pattern::two_of_four;  // what they make of a matrix for which they prefer it
     bool (*prefers_four_of_eight)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;
 
     Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
-        if (prefers_two_of_four(quant, rows, columns, blocks)) return two_of_four;
+        if (prefers_two_of_four(quant, rows, columns, blocks)) return Pattern::two_of_four;
         const bool four = prefers_four_of_eight && prefers_four_of_eight(quant, rows, columns, blocks);
         return four ? Pattern::four_of_eight : Pattern::unstructured;
     }

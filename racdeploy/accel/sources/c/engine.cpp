@@ -54,10 +54,6 @@ const Packable* find_packable(const Tensor& tensor) {
     return nullptr;
 }
 
-bool is_two_of_four(Pattern pattern) {
-    return pattern == Pattern::two_of_four || pattern == Pattern::two_of_four_places;
-}
-
 // Count one matrix, part by part; false after fail().
 bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, std::vector<uint8_t>& blocks,
                Zeros& found) {
@@ -76,7 +72,7 @@ bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, s
         const int64_t bytes = rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
         if (bytes < 0) throw std::bad_alloc();
         stored += bytes;
-        found.two_of_four = found.two_of_four && is_two_of_four(static_cast<Pattern>(pattern));
+        found.two_of_four = found.two_of_four && static_cast<Pattern>(pattern) == Pattern::two_of_four;
     }
 
     const double weights = static_cast<double>(rows) * static_cast<double>(columns);
@@ -100,7 +96,7 @@ bool compare_products(const Packable& kind) {
     for (int shape = 0; shape < trial_shapes; shape++) {  // first the hard cases: no zeros, all zeros, 2:4
         constexpr int tokens[] = {1, 1, 2, 3, 5, 8, 17, 65};
         const bool two_of_four = shape == 2 || shape == 3;
-        const int64_t rows = pick(16, 300), columns = two_of_four ? 128 * pick(1, 20) : 32 * pick(1, 90);
+        const int64_t rows = pick(16, 300), columns = two_of_four ? 256 * pick(1, 10) : 32 * pick(1, 90);
         const double zeros = shape < 2 ? shape : two_of_four ? 0.5 : 0.01 * pick(20, 95);
         const double found =
             rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros, two_of_four,
