@@ -6,7 +6,8 @@
 
 Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output
 projection too, stay dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the
-linears: random ones, and the smallest of each row. Beside them the dense models in Q4_K and Q4_0,
+linears: random ones, and the smallest of each row; ``--zeros 2:4`` takes the smallest two of every
+four. Beside them the dense models in Q4_K and Q4_0,
 which llama.cpp repacks. Each measurement is a process of its own that loads the file with
 ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
 speed-up if a token cost nothing but reading the weights from memory. Memory and loading are
@@ -38,6 +39,7 @@ from numpy.typing import NDArray
 
 from racdeploy.quant import ggml
 
+TWO_OF_FOUR = "2:4"
 CHILD = Path(__file__).with_name("_accel_child.py")
 HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
 LINEARS = {
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/accel"))
     parser.add_argument("--models", nargs="*", default=["llama", "smollm2"])
     parser.add_argument("--quants", nargs="*", default=["Q8_0", "Q4_0"])
-    parser.add_argument("--zeros", nargs="*", type=float, default=[0.5, 0.7])
+    parser.add_argument("--zeros", nargs="*", default=["0.5", "0.7"], help="shares, or 2:4")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="load from the disk too")
@@ -87,7 +89,7 @@ def main() -> None:
     ]
     files = {case: write_model(arguments.work, *case) for case in cases}
     peers = {
-        model: [write_model(arguments.work, model, quant, 0.0) for quant in peer_quants(model)]
+        model: [write_model(arguments.work, model, quant, "0") for quant in peer_quants(model)]
         for model in ([] if arguments.no_peers else arguments.models)
     }
     if arguments.write_only:
@@ -124,7 +126,7 @@ def main() -> None:
 def report(
     name: str,
     quant: str,
-    zeros: float,
+    zeros: str,
     sides: list[Side],
     threads: int,
     arguments: argparse.Namespace,
@@ -142,7 +144,7 @@ def report(
             rounds[side.label].append(found)
     mapped, read = (rounds[side.label] for side in sides[:2])
     for side in sides:
-        cells = [name, f"{zeros:.0%}" if side.file == sides[0].file else "0%", side.label]
+        cells = [name, describe(zeros if side.file == sides[0].file else "0"), side.label]
         for column in rounds[side.label][0]:
             values = [found[column] for found in rounds[side.label]]
             speed = column in ("decode_ms", "prefill_ms")
@@ -154,7 +156,7 @@ def report(
             ]
             if column == "decode_ms":
                 cells.append(
-                    f"{byte_bound(sides[0].file, quant, zeros):.2f}" if side.sparse else ""
+                    f"{byte_bound(sides[0].file, quant, share_of(zeros)):.2f}" if side.sparse else ""
                 )
         cells.append(f"{new_ms[side.label]:.1f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -210,9 +212,20 @@ def peer_quants(model: str) -> list[str]:
     return ["Q4_K", "Q4_0"] if model == "llama" else ["Q4_0"]
 
 
-def write_model(work: Path, model: str, quant: str, zeros: float) -> Path:
+def share_of(zeros: str) -> float:
+    """Return the share of zeros that a pattern or a number names."""
+    return 0.5 if zeros == TWO_OF_FOUR else float(zeros)
+
+
+def describe(zeros: str) -> str:
+    """Return zeros as a table names them."""
+    return zeros if zeros == TWO_OF_FOUR else f"{float(zeros):.0%}"
+
+
+def write_model(work: Path, model: str, quant: str, zeros: str) -> Path:
     """Write a model unless it is there; return its file."""
-    file = work / f"{model}-{quant}-{round(100 * zeros)}.gguf"
+    named = "2of4" if zeros == TWO_OF_FOUR else round(100 * float(zeros))
+    file = work / f"{model}-{quant}-{named}.gguf"
     if not file.is_file():
         scratch = file.with_suffix(".partial")
         (write_llama if model == "llama" else write_smollm2)(scratch, quant, zeros)
@@ -220,7 +233,7 @@ def write_model(work: Path, model: str, quant: str, zeros: float) -> Path:
     return file
 
 
-def write_llama(file: Path, quant: str, zeros: float) -> None:
+def write_llama(file: Path, quant: str, zeros: str) -> None:
     """Write random weights in the shape of a Llama, with SmolLM2's vocabulary."""
     architecture = {
         "llama.embedding_length": HIDDEN,
@@ -242,7 +255,10 @@ def write_llama(file: Path, quant: str, zeros: float) -> None:
         weight_OI = random.standard_normal((outputs, inputs), dtype=np.float32) / np.float32(
             np.sqrt(inputs)
         )
-        weight_OI[random.random((outputs, inputs)) < zeros] = 0
+        if zeros == TWO_OF_FOUR:
+            drop_two_of_four(weight_OI)
+        else:
+            weight_OI[random.random((outputs, inputs)) < float(zeros)] = 0
         packed[name] = quantized(weight_OI, quant)
     for block in range(BLOCKS):
         for norm in ("attn_norm", "ffn_norm"):
@@ -254,7 +270,7 @@ def write_llama(file: Path, quant: str, zeros: float) -> None:
     finish(writer)
 
 
-def write_smollm2(file: Path, quant: str, zeros: float) -> None:
+def write_smollm2(file: Path, quant: str, zeros: str) -> None:
     """Write SmolLM2-135M-Instruct without the smallest weights of each row of its linears."""
     reader = GGUFReader(packaged_smollm2())
     writer = copy_metadata(reader, file, {})
@@ -264,8 +280,10 @@ def write_smollm2(file: Path, quant: str, zeros: float) -> None:
             continue
         weight_OI = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         linear = tensor.name.startswith("blk.")
-        if linear and zeros:
-            dropped = round(zeros * weight_OI.shape[1])
+        if linear and zeros == TWO_OF_FOUR:
+            drop_two_of_four(weight_OI)
+        elif linear and float(zeros):
+            dropped = round(float(zeros) * weight_OI.shape[1])
             np.put_along_axis(
                 weight_OI,
                 np.argpartition(np.abs(weight_OI), dropped, axis=1)[:, :dropped],
@@ -277,6 +295,13 @@ def write_smollm2(file: Path, quant: str, zeros: float) -> None:
             tensor.name, quantized(weight_OI, kind), raw_dtype=GGMLQuantizationType[kind]
         )
     finish(writer)
+
+
+def drop_two_of_four(weight_OI: NDArray[np.float32]) -> None:
+    """Set the smallest two of every four weights to zero."""
+    fours = weight_OI.reshape(-1, 4)
+    dropped = np.argpartition(np.abs(fours), 2, axis=1)[:, :2]
+    np.put_along_axis(fours, dropped, 0, axis=1)
 
 
 def copy_metadata(reader: GGUFReader, file: Path, changed: dict[str, Any]) -> GGUFWriter:

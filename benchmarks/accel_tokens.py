@@ -1,16 +1,19 @@
 """Tokens of one model with sparse and with llama.cpp's own kernels, by turns in one process.
 
-    python benchmarks/accel_llamacpp.py --models llama --no-peers --write-only --work build/accel
+    python benchmarks/accel_llamacpp.py --models llama --no-peers --write-only --work build/accel \
+        --zeros 0.5 0.7 2:4
     RACDEPLOY_KERNELS=avx2 python benchmarks/accel_tokens.py build/accel/llama-Q8_0-50.gguf
 
 For machines that are not quiet: one thread's time is processor time, and the two sides take turns
 at every token, so that both see the same neighbours. With more threads it is wall time. All
-matrices with zeros are packed, whatever the kernels' own trial says of them.
+matrices with zeros are packed, whatever the kernels' own trial says of them. The last figure is the
+memory that the sparse model takes, over that of the other one.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +29,7 @@ LEAST_ZEROS = 0.3
 
 
 def main() -> None:
-    """Print a row per file: medians of milliseconds, and the median of the tokens' ratios."""
+    """Print a row: medians of milliseconds, the median of the tokens' ratios, prompt, memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a GGUF file whose linears have zeros")
     parser.add_argument("--threads", type=int, default=1)
@@ -42,8 +45,11 @@ def main() -> None:
     if not plugin.enable(names, arguments.threads):
         raise SystemExit("ggml does not take the kernels")
 
+    before_bytes = resident_bytes()
     sparse = load(arguments.file, arguments.threads)
+    between_bytes = resident_bytes()
     stock = load(arguments.file, arguments.threads)  # names count for one model only
+    memory = (between_bytes - before_bytes) / (resident_bytes() - between_bytes)
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
 
     prompt_ms = [measure(clock, model, PROMPT) for model in (stock, sparse)]
@@ -55,7 +61,8 @@ def main() -> None:
     ratio = median(before / after for before, after in tokens_ms)
     print(
         f"| {arguments.file.stem} | {plugin.instruction_set} | {arguments.threads} "
-        f"| {stock_ms:.1f} → {sparse_ms:.1f} | {ratio:.2f} | {prompt_ms[0] / prompt_ms[1]:.2f} |"
+        f"| {stock_ms:.1f} → {sparse_ms:.1f} | {ratio:.2f} | {prompt_ms[0] / prompt_ms[1]:.2f} "
+        f"| {memory:.2f} |"
     )
 
 
@@ -72,6 +79,12 @@ def load(file: Path, threads: int) -> llama_cpp.Llama:
     model.eval(PROMPT[:8])
     model.reset()
     return model
+
+
+def resident_bytes() -> int:
+    """Return what this process has in memory."""
+    _, pages, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(clock: Callable[[], float], model: llama_cpp.Llama, tokens: list[int]) -> float:

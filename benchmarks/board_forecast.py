@@ -249,7 +249,7 @@ def validate_here(work: Path, rounds: int, threads_tried: list[int]) -> bool:
     print("| model | side | threads | GB/s | ns for 64 | tokens/s predicted | measured | off |")
     print("|---|---|---|---|---|---|---|---|")
     for quant in BITS:
-        file = write_model(work, "llama", quant, 0.5)
+        file = write_model(work, "llama", quant, "0.5")
         for threads in threads_tried:
             for kind, predicted_s, figures in _predict_here(quant, threads):
                 side = Side(kind, file, kind == "sparse")

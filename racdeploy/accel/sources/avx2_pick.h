@@ -9,11 +9,12 @@ namespace racdeploy {
 namespace {
 
 // The inputs of some tokens, a byte each: of every two runs the first half of each run's, then the second halves. Null if
-// there is no memory. VPDPBUSD wants them unsigned: 128 is added to them.
+// there is no memory. For VPDPBUSD, and where the caller wants it, they are unsigned: 128 is added to them.
+template <bool is_unsigned = vnni>
 inline const uint8_t* arrange_inputs(const QuantizedActivations& from, int64_t tokens) {
     const int64_t bytes = tokens * from.padded_columns;
     auto* memory = static_cast<uint8_t*>(scratch_of_thread(bytes));
-    const __m256i added = _mm256_set1_epi8(vnni ? -0x80 : 0);
+    const __m256i added = _mm256_set1_epi8(is_unsigned ? -0x80 : 0);
     for (int64_t i = 0; memory && i < bytes; i += chunk_weights) {
         const __m256i low = load_256(from.codes + i), high = load_256(from.codes + i + 32);
         auto* to = reinterpret_cast<__m256i*>(memory + i);

@@ -8,15 +8,38 @@
 namespace racdeploy {
 namespace {
 
-// Codes of Q4_0 fill the upper half of a byte, so products are 16 times too large; nothing has to move their sign.
-constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
+// How the products are summed up. Without VPDPBUSD those of Q4_0 fit into 16 bits: inputs have 128 added to them, and
+// what that makes too much is 128 times the weights' sum, of which 4 fit into a byte.
+template <Quant quant>
+struct PickedSums {
+    static constexpr bool is_short = quant == Quant::q4_0 && !vnni;
+    // Codes of Q4_0 in the upper half of a byte need nothing to move their sign; products are then 16 times too large.
+    static constexpr float product_scale = quant == Quant::q4_0 && vnni ? 1.0f / 16 : 1.0f;
+
+    static inline __m256i add(__m256i sums, __m256i weights, __m256i inputs) {
+        if (is_short) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(inputs, weights));
+        return add_picked(sums, weights, inputs);
+    }
+    static inline __m256i add_weights(__m256i surplus, __m256i weights) {
+        return is_short ? _mm256_add_epi8(surplus, weights) : add_surplus(surplus, weights);
+    }
+    static inline __m256i whole(__m256i sums, __m256i surplus) {
+        if (!is_short) return _mm256_sub_epi32(sums, surplus);
+        const __m256i added = _mm256_maddubs_epi16(_mm256_set1_epi8(-0x80), surplus);
+        return _mm256_madd_epi16(_mm256_sub_epi16(sums, added), _mm256_set1_epi16(1));
+    }
+};
 
 // The values of runs 2 * pair and 2 * pair + 1 of a group.
 template <Quant quant>
 inline __m256i values_of_pair(int pair, const uint8_t* group) {
     if (quant == Quant::q8_0) return load_256(group + 32 * pair);
     const __m256i bytes = load_256(group + 32 * (pair % 2));
-    return _mm256_and_si256(pair < 2 ? _mm256_slli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(-0x10));
+    if (vnni) return _mm256_and_si256(pair < 2 ? _mm256_slli_epi16(bytes, 4) : bytes, _mm256_set1_epi8(-0x10));
+
+    const __m256i codes = in_both_lanes(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    const __m256i nibbles = pair < 2 ? bytes : _mm256_srli_epi16(bytes, 4);
+    return _mm256_shuffle_epi8(codes, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
 }
 
 template <Quant quant, int tokens>
@@ -39,11 +62,11 @@ void multiply_row_of_picked(const SparseMatrix& matrix, int64_t row, const Quant
             const __m256i bits = in_both_lanes(load_128(mask_of(quant, head) + pair / 2 * 16));
             const __m256i places = pair % 2 ? places_in_16<2>(bits) : places_in_16<0>(bits);
             const __m256i weights = values_of_pair<quant>(pair, values);
-            surplus = add_surplus(surplus, weights);
+            surplus = PickedSums<quant>::add_weights(surplus, weights);
 #pragma GCC unroll 2
             for (int t = 0; t < tokens; t++) {
                 const uint8_t* of_pair = inputs + t * padded_columns + column + chunk_weights * pair;
-                sums[t] = add_picked(sums[t], weights, pick(of_pair, places));
+                sums[t] = PickedSums<quant>::add(sums[t], weights, pick(of_pair, places));
             }
         }
 
@@ -51,19 +74,20 @@ void multiply_row_of_picked(const SparseMatrix& matrix, int64_t row, const Quant
         for (int t = 0; t < tokens; t++) {
             const float* input_scales = from.scales + (t * padded_columns + column) / block_weights;
             const __m256 scales = _mm256_mul_ps(weight_scales, _mm256_loadu_ps(input_scales));
-            totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[t], surplus)), scales, totals[t]);
+            const __m256i whole = PickedSums<quant>::whole(sums[t], surplus);
+            totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), scales, totals[t]);
         }
         head += head_bytes(quant);
         values += group_values_bytes(quant);
     }
 
-    for (int t = 0; t < tokens; t++) *outputs.at(t, row) = sum_of(totals[t]) * product_scale(quant);
+    for (int t = 0; t < tokens; t++) *outputs.at(t, row) = sum_of(totals[t]) * PickedSums<quant>::product_scale;
 }
 
 // A row at a time: from memory, two rows side by side took twice as long.
 template <Quant quant, int tokens>
 bool multiply_picked(const SparseMatrix& matrix, const QuantizedActivations& from, Outputs outputs, Rows rows) {
-    const uint8_t* inputs = arrange_inputs(from, tokens);
+    const uint8_t* inputs = arrange_inputs<vnni || quant == Quant::q4_0>(from, tokens);
     if (!inputs) return false;
 
     fetch_first(matrix, rows.begin);
