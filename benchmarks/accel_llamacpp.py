@@ -156,7 +156,9 @@ def report(
             ]
             if column == "decode_ms":
                 cells.append(
-                    f"{byte_bound(sides[0].file, quant, share_of(zeros)):.2f}" if side.sparse else ""
+                    f"{byte_bound(sides[0].file, quant, share_of(zeros)):.2f}"
+                    if side.sparse
+                    else ""
                 )
         cells.append(f"{new_ms[side.label]:.1f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -191,6 +191,14 @@ def test_a_fixed_stride_is_found(chosen: SparseKernels, quant: str, pattern: str
         assert chosen.wanted_pattern(quant, unstructured, 512) == "unstructured"
 
 
+@pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
+def test_a_fixed_stride_needs_enough_values(chosen: SparseKernels, quant: str) -> None:
+    """Where a row's last group is short, or most weights are zero, it would store zeros."""
+    short = draw_fixed(quant, "two_of_four", 5, 384)
+    assert chosen.wanted_pattern(quant, short, 384) == "unstructured"
+    assert chosen.wanted_pattern(quant, draw_blocks(quant, 5, 512, 0.99), 512) == "unstructured"
+
+
 @pytest.mark.parametrize("quant", ["f16", "bf16"])
 def test_floats_are_unstructured(chosen: SparseKernels, quant: str) -> None:
     """Whatever the pattern of their zeros."""
@@ -217,7 +225,7 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
 def test_products_of_a_fixed_stride(
     chosen: SparseKernels, quant: str, pattern: str, tokens: int
@@ -236,16 +244,19 @@ def test_products_of_a_fixed_stride(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_extreme_codes_multiply_exactly(chosen: SparseKernels, tokens: int) -> None:
+@pytest.mark.parametrize("pattern", ["unstructured", "two_of_four"])
+def test_extreme_codes_multiply_exactly(chosen: SparseKernels, pattern: str, tokens: int) -> None:
     """Codes at both ends with inputs at both ends do not saturate or overflow."""
     rows, columns = 16, 512
-    for quant, codes, low, high in (("q8_0", 32, 0x80, 0x7F), ("q4_0", 16, 0x00, 0xFF)):
+    for quant, codes, zero, low, high in (("q8_0", 32, 0, 0x80, 0x7F), ("q4_0", 16, 0x88, 0, 0xFF)):
         blocks = np.zeros((rows, columns // 32, 2 + codes), np.uint8)
         blocks[:, :, :2] = np.full((rows, columns // 32, 1), 1.0, np.float16).view(np.uint8)
         blocks[::2, :, 2:] = low
         blocks[1::2, :, 2:] = high
+        if pattern == "two_of_four":
+            blocks[:, :, 2::4] = blocks[:, :, 4::4] = zero
         blocks = blocks.reshape(rows, -1)
-        packed = chosen.pack(quant, blocks, columns)
+        packed = chosen.pack(quant, blocks, columns, pattern)
         for sign in (-1, 1):
             activation_TI = np.full((tokens, columns), np.float32(sign * 127))
             expected_TO = activation_TI.astype(np.float64) @ dequantize(quant, blocks).T

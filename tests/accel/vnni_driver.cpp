@@ -124,14 +124,14 @@ struct Packed {
     std::vector<uint8_t> heads, values;
     SparseMatrix matrix;
 
-    Packed(Quant quant, int64_t rows, int64_t columns, const std::vector<uint8_t>& blocks)
+    Packed(Quant quant, Pattern pattern, int64_t rows, int64_t columns, const std::vector<uint8_t>& blocks)
         : offsets(static_cast<size_t>(rows + 1)), heads(static_cast<size_t>(rows * heads_bytes(quant, columns))) {
-        const Blocks given{quant, Pattern::unstructured, columns, blocks.data()};
+        const Blocks given{quant, pattern, columns, blocks.data()};
         avx_vnni_kernels.count(given, &offsets[1], {0, rows});
         for (size_t row = 1; row < offsets.size(); row++) offsets[row] += offsets[row - 1];
         values.resize(static_cast<size_t>(offsets.back() + slack_bytes));
         avx_vnni_kernels.pack(given, offsets.data(), heads.data(), values.data(), {0, rows});
-        matrix = {quant, Pattern::unstructured, rows, columns, heads.data(), values.data(), offsets.data()};
+        matrix = {quant, pattern, rows, columns, heads.data(), values.data(), offsets.data()};
     }
 };
 
@@ -146,18 +146,27 @@ std::vector<float> product(const Kernels& kernels, const SparseMatrix& matrix, i
     return outputs;
 }
 
-double difference(Quant quant, int64_t tokens, std::mt19937& random) {
-    const int64_t rows = 11, columns = 32 * 19;
+// Scales are 1, and two of every four bytes of codes are those of zeros.
+std::vector<uint8_t> draw_blocks(Quant quant, int64_t rows, int64_t columns, std::mt19937& random) {
     std::vector<uint8_t> blocks(static_cast<size_t>(rows * row_bytes(quant, columns)));
+    size_t first = 0, second = 0;
     for (size_t at = 0; at < blocks.size(); at++) {
-        const size_t place = at % static_cast<size_t>(block_bytes(quant));
+        const size_t place = at % static_cast<size_t>(block_bytes(quant)), in_four = (place + 2) % 4;
         const uint8_t zero = quant == Quant::q8_0 ? 0 : 0x88;
-        blocks[at] = place == 0 ? 0 : place == 1 ? 0x3c : random() % 2 ? zero : static_cast<uint8_t>(random());
+        if (in_four == 0) first = random() % 4, second = (first + 1 + random() % 3) % 4;
+        const bool is_zero = in_four == first || in_four == second;
+        blocks[at] = place == 0 ? 0 : place == 1 ? 0x3c : is_zero ? zero : static_cast<uint8_t>(random());
     }
+    return blocks;
+}
+
+double difference(Quant quant, Pattern pattern, int64_t tokens, std::mt19937& random) {
+    const int64_t rows = 11, columns = 32 * 19;
+    const std::vector<uint8_t> blocks = draw_blocks(quant, rows, columns, random);
     std::vector<float> inputs(static_cast<size_t>(tokens * columns));
     for (float& input : inputs) input = static_cast<float>(random() % 2001) / 1000 - 1;
 
-    const Packed packed(quant, rows, columns, blocks);
+    const Packed packed(quant, pattern, rows, columns, blocks);
     const auto expected = product(portable_kernels, packed.matrix, tokens, inputs);
     const auto found = product(avx_vnni_kernels, packed.matrix, tokens, inputs);
     double largest = 0, worst = 0;
@@ -180,6 +189,7 @@ int main() {
     std::mt19937 random(1);
     double worst = 0;
     for (Quant quant : {Quant::q8_0, Quant::q4_0})
-        for (int64_t tokens : {1, 2, 7}) worst = std::max(worst, difference(quant, tokens, random));
+        for (Pattern pattern : {Pattern::unstructured, Pattern::two_of_four})
+            for (int64_t tokens : {1, 2, 7}) worst = std::max(worst, difference(quant, pattern, tokens, random));
     std::printf("%g %ld\n", worst, emulated);
 }

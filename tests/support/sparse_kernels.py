@@ -29,7 +29,9 @@ FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values
 )
 # What each set of kernels makes of matrices that fit a pattern.
 _X86, _NEON = ("two_of_four",), ("two_of_four", "four_of_eight")
-_PREFERRED = dict.fromkeys(("avx2", "avx_vnni", "avx512"), _X86) | dict.fromkeys(("neon", "neon_i8mm"), _NEON)
+_PREFERRED = dict.fromkeys(("avx2", "avx_vnni", "avx512"), _X86) | dict.fromkeys(
+    ("neon", "neon_i8mm"), _NEON
+)
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 

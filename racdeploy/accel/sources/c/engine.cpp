@@ -85,8 +85,8 @@ bool is_measured = false;
 racdeploy_thresholds measured_thresholds;
 
 racdeploy_thresholds built_in_thresholds() {
-    if (!std::strcmp(instruction_set(), "avx512")) return {0.3, 0.5, 0.4, 0.7, 0.5};  // Zen 4, one thread
-    return {never, never, never, never, never};  // nobody has measured them
+    if (!std::strcmp(instruction_set(), "avx512")) return {0.3, 0.5, 0.4, 0.5, 0.7, 0.5};  // Zen 4, one thread
+    return {never, never, never, never, never, never};  // nobody has measured them
 }
 
 bool compare_products(const Packable& kind) {
@@ -202,8 +202,9 @@ bool measure(int threads, racdeploy_thresholds& thresholds) {
     racdeploy_thresholds found;
     if (!find_faster(packable[0], false, threads, found.q8_0) ||
         !find_faster(packable[0], true, threads, found.q8_0_two_of_four) ||
-        !find_faster(packable[1], false, threads, found.q4_0) || !find_faster(packable[2], false, threads, found.f16) ||
-        !find_faster(packable[3], false, threads, found.bf16))
+        !find_faster(packable[1], false, threads, found.q4_0) ||
+        !find_faster(packable[1], true, threads, found.q4_0_two_of_four) ||
+        !find_faster(packable[2], false, threads, found.f16) || !find_faster(packable[3], false, threads, found.bf16))
         return false;
 
     thresholds = found;

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <string>
 #include <thread>
@@ -39,21 +40,25 @@ bool is_container(const Header& header) {
 double least_zeros(const racdeploy_thresholds& from, const Zeros& zeros) {
     switch (zeros.type) {
         case 8: return zeros.two_of_four ? from.q8_0_two_of_four : from.q8_0;
-        case 2: return from.q4_0;
+        case 2: return zeros.two_of_four ? from.q4_0_two_of_four : from.q4_0;
         case 1: return from.f16;
         case 30: return from.bf16;
         default: return 2;
     }
 }
 
+std::array<double, 6> shares_of(const racdeploy_thresholds& from) {
+    return {from.q8_0, from.q8_0_two_of_four, from.q4_0, from.q4_0_two_of_four, from.f16, from.bf16};
+}
+
 bool may_be_faster(const racdeploy_thresholds& from) {
-    return std::min({from.q8_0, from.q8_0_two_of_four, from.q4_0, from.f16, from.bf16}) <= 1;
+    const auto shares = shares_of(from);
+    return *std::min_element(shares.begin(), shares.end()) <= 1;
 }
 
 std::string describe(const racdeploy_thresholds& from) {
     std::string text;
-    for (const double share : {from.q8_0, from.q8_0_two_of_four, from.q4_0, from.f16, from.bf16})
-        text += std::to_string(share) + " ";
+    for (const double share : shares_of(from)) text += std::to_string(share) + " ";
     return text;
 }
 
@@ -167,7 +172,7 @@ extern "C" const char* racdeploy_instruction_set(void) { return instruction_set(
 extern "C" racdeploy_status racdeploy_measure(int threads, racdeploy_thresholds* thresholds) {
     return guarded([&] {
         if (!thresholds) return fail(RACDEPLOY_USAGE, "there is no place for the thresholds");
-        *thresholds = {2, 2, 2, 2, 2};
+        *thresholds = {2, 2, 2, 2, 2, 2};
         return measure(threads_of(threads), *thresholds);
     });
 }

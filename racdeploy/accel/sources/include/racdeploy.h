@@ -67,9 +67,9 @@ RACDEPLOY_API racdeploy_status racdeploy_unpack_descriptor(int container, int ou
  * loads its first model: ggml hands out its list of buffer types then. */
 
 /* The shares of zeros, 0 to 1, from which on the weights of a number format run on the sparse kernels; more than 1:
- * never. `two_of_four` is for Q8_0 with two zeros in every four weights. */
+ * never. `two_of_four` is for weights with two zeros in every four. */
 typedef struct racdeploy_thresholds {
-    double q8_0, q8_0_two_of_four, q4_0, f16, bf16;
+    double q8_0, q8_0_two_of_four, q4_0, q4_0_two_of_four, f16, bf16;
 } racdeploy_thresholds;
 
 /* How a model is opened. All zeros, or NULL in place of the struct, are the defaults. */
