@@ -112,8 +112,8 @@ def loops() -> list[Loop]:
         found += [
             Loop(f"{quant} dense", quant, "dense", _DENSE, dense, 128, bits),
             Loop(f"{quant} 50 % zeros", quant, "sparse", _NEON, spread, 512, half_bits),
-            Loop(f"{quant} 4:8", quant, "sparse", _NEON, picked.format(3), 512, half_bits),
-            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked.format(2), 512, half_bits),
+            Loop(f"{quant} 4:8", quant, "sparse", _NEON, picked.format(2), 512, half_bits),
+            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked.format(1), 512, half_bits),
         ]
     return found
 
