@@ -20,7 +20,10 @@ from racdeploy.storage.ggml_types import GGML_TYPES
 from racdeploy.storage.gguf_header import Header, TensorInfo
 
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
-NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
+# These in 2:4 alone. Other zeros stay with llama.cpp: a bit for each place beside 3 bits of every
+# stored weight saves too little to pay for the work.
+K_QUANTS = ("q3_k", "q6_k")
+NAMES = {GGML_TYPES[name].number: name for name in (*QUANTS, *K_QUANTS)}
 _COLUMNS = 32  # of every matrix a multiple
 _TWO_OF_FOUR = 1  # the pattern; 4:8 is judged as unstructured zeros, which are no faster
 Zeros = dict[str, tuple[str, float]]
@@ -272,5 +275,8 @@ def _most_bytes(matrix: TensorInfo) -> int:
 
 
 def _is_packable(tensor: TensorInfo) -> bool:
-    is_matrix = len(tensor.dimensions) == 2
-    return tensor.ggml_type in NAMES and is_matrix and tensor.dimensions[0] % _COLUMNS == 0
+    if tensor.ggml_type not in NAMES or len(tensor.dimensions) != 2:
+        return False
+
+    block_weights = GGML_TYPES[NAMES[tensor.ggml_type]].block_weights
+    return tensor.dimensions[0] % max(block_weights, _COLUMNS) == 0

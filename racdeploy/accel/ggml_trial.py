@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from racdeploy.accel.ggml_plugin import QUANTS, Plugin, Product
+from racdeploy.accel.ggml_plugin import K_QUANTS, QUANTS, Plugin, Product
 from racdeploy.accel.proof import Proof
 from racdeploy.accel.verdicts import Verdict, measure, thread_counts, weights_bytes
 from racdeploy.storage.cores import available_cores
@@ -21,7 +21,7 @@ from racdeploy.storage.ggml_types import GGML_TYPES
 
 _TOLERANCE = 1e-6  # of the largest output: float32 sums in another order
 _SHAPES = 12
-_TWO_OF_FOUR = dict.fromkeys(("q8_0 2:4", "q4_0 2:4"), (0.5,))
+_TWO_OF_FOUR = dict.fromkeys(("q8_0 2:4", "q4_0 2:4", "q3_k 2:4", "q6_k 2:4"), (0.5,))
 _ZEROS = dict.fromkeys(QUANTS, (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)) | _TWO_OF_FOUR
 _ROWS, _COLUMNS = 2048, 4096
 
@@ -39,7 +39,7 @@ def try_library(file: Path) -> Proof:
     rng = random.Random(0)
 
     largest = 0.0
-    for quant in QUANTS:
+    for quant in (*QUANTS, *K_QUANTS):
         for seed in range(_SHAPES):
             product, threads = _draw_product(rng, quant, seed)
             difference = plugin.difference(product, threads, seed)
@@ -83,6 +83,9 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
     if two_of_four:
         columns = 256 * rng.randint(1, 10)  # whole groups
         zeros = 0.5
+    if quant in K_QUANTS:  # whose rows are whole blocks, and which have no other pattern
+        columns = GGML_TYPES[quant].block_weights * rng.randint(1, 10)
+        two_of_four = seed > 1
 
     return Product(number, rows, columns, tokens, zeros, two_of_four), threads
 

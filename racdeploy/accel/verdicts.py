@@ -21,7 +21,8 @@ _LEAST_BYTES = 72 << 20  # where the system does not say how large the cache is
 _MOST_BYTES = 512 << 20  # beyond this a measurement takes too long
 _CACHES = 4  # at 80 % zeros, the packed weights are still larger than the cache
 _MEMORY_SHARE = 8  # of free memory one part, for the dense weights
-_MASK_BITS = 1  # of a weight
+_MASK_BITS = 1  # of a weight, and in 2:4 of these formats:
+_PLACE_BITS = {"q3_k": 0.75, "q6_k": 0.75}
 _TYPICAL = "0.5"  # the zeros at which most models are pruned
 Speedups = Mapping[str, Mapping[str, float]]
 
@@ -160,10 +161,11 @@ def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
     stored_bits = GGML_TYPES[quant].bits
 
     code_bits = int(stored_bits)
-    scale_bits = stored_bits - code_bits  # half a bit of each weight
+    scale_bits = stored_bits - code_bits  # about half a bit of each weight
     kept_bits = (1 - zeros) * code_bits
 
-    packed_bits = scale_bits + _MASK_BITS + kept_bits
+    mask_bits = _PLACE_BITS.get(quant, _MASK_BITS)
+    packed_bits = scale_bits + mask_bits + kept_bits
     return (dense_bits or stored_bits) / packed_bits
 
 

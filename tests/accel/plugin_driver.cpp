@@ -38,6 +38,13 @@ double products() {
                     require(found >= 0, 3);
                     if (rows * tokens > 100 && found > worst) worst = found;
                 }
+    for (int quant : {11, 14})
+        for (bool two_of_four : {true, false})
+            for (int64_t tokens : {1, 3, 20}) {
+                const double found = rac_ggml_difference(quant, 40, 512, tokens, 0.5, two_of_four, 2, ++seed);
+                require(found >= 0, 3);
+                if (found > worst) worst = found;
+            }
     return worst;
 }
 
@@ -58,7 +65,8 @@ struct File {
         const int64_t behind = 2 * groups(columns) * group_weights + slack_bytes, page = sysconf(_SC_PAGESIZE);
         const int64_t begin = (page - (size + behind) % page) / 64 * 64;
         const Parts parts(Quant(quant), rows, columns);
-        if (spoil_masks) std::memset(memory.data() + parts.heads, 255, parts.values - parts.heads);
+        const int64_t masks_end = is_k_quant(Quant(quant)) ? size - slack_bytes : parts.values;  // with their values
+        if (spoil_masks) std::memset(memory.data() + parts.heads, 255, masks_end - parts.heads);
         place = {quant, pattern, rows, columns, begin, size};
         bytes = begin + size + behind;
         std::fseek(stream, begin, SEEK_SET);
@@ -105,7 +113,7 @@ void refusals(const File& file) {
     const auto mapped = file.map(file.place);
     require(!mapped->find("other", Quant(file.place.quant), file.place.rows, file.place.columns, matrix), 14);
     for (int64_t value : {int64_t{-1}, int64_t{1} << 40}) {
-        file.write_offset(file.place.rows / 2, value);
+        file.write_offset(kept_offsets(Quant(file.place.quant), file.place.rows) / 2, value);
         require(!file.finds(file.place), 15);
     }
 }
@@ -191,12 +199,15 @@ int main() {
     const double worst = products();
     std::mt19937_64 random(0);
     std::normal_distribution<float> normal(0, 1);
-    for (int quant : {8, 2, 1, 30})
+    for (int quant : {8, 2, 1, 30, 11, 14})
         for (int64_t columns : {32, 256, 1184}) {
             const int64_t rows = 19;
             const auto type = static_cast<ggml_type>(quant);
+            const bool two_of_four = is_k_quant(Quant(quant));
+            if (two_of_four && columns != 256) continue;
             std::vector<float> weights(rows * columns);
-            for (float& weight : weights) weight = random() % 2 ? normal(random) : 0;
+            for (size_t i = 0; i < weights.size(); i++)
+                weights[i] = (two_of_four ? i % 4 < 2 : random() % 2) ? normal(random) : 0;
             std::vector<uint8_t> blocks(rows * ggml_row_size(type, columns));
             ggml_quantize_chunk(type, weights.data(), blocks.data(), 0, rows, columns, nullptr);
             refusals(File(quant, rows, columns, blocks, false));

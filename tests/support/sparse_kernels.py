@@ -20,6 +20,8 @@ _TESTS = Path(__file__).parents[1] / "accel"
 C_API = _TESTS / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+K_QUANTS = {"q3_k": 11, "q6_k": 14}
+NUMBERS = QUANTS | K_QUANTS
 PATTERNS = {"unstructured": 0, "two_of_four": 1, "four_of_eight": 2}
 FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values of a row
     ("q8_0", "two_of_four"),
@@ -148,7 +150,7 @@ class Packed:
 
     @property
     def numbers(self) -> list[int]:
-        return [QUANTS[self.quant], PATTERNS[self.pattern], self.rows, self.columns]
+        return [NUMBERS[self.quant], PATTERNS[self.pattern], self.rows, self.columns]
 
     @property
     def arrays(self) -> list[np.ndarray]:
@@ -178,7 +180,7 @@ class SparseKernels:
         return pattern if pattern in _PREFERRED.get(self._instruction_set, ()) else "unstructured"
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
-        numbers = [QUANTS[quant], len(blocks), columns]
+        numbers = [NUMBERS[quant], len(blocks), columns]
         return list(PATTERNS)[self._call("preferred_pattern", numbers, [blocks])]
 
     def pack(
@@ -191,14 +193,14 @@ class SparseKernels:
     ) -> Packed:
         """Pack ggml's blocks, uint8 [rows, row bytes], in two calls that meet at row ``cut``."""
         rows = len(blocks)
-        matrix = [QUANTS[quant], PATTERNS[pattern], columns]
+        matrix = [NUMBERS[quant], PATTERNS[pattern], columns]
 
         counts = np.zeros(rows, np.int64)
         for begin, end in ((0, cut), (cut, rows)):
             self._call("count", [*matrix, begin, end], [blocks, counts])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
-        heads_bytes = self._call("heads_bytes", [QUANTS[quant], rows, columns], [])
+        heads_bytes = self._call("heads_bytes", [NUMBERS[quant], rows, columns], [])
         heads = np.full(heads_bytes, 0xAA, np.uint8)
         values = np.full(offsets[-1] + SLACK_BYTES, 0xAA, np.uint8)
         for begin, end in ((cut, rows), (0, cut)):
@@ -206,7 +208,7 @@ class SparseKernels:
         return Packed(quant, pattern, rows, columns, heads, values, offsets)
 
     def unpack(self, packed: Packed) -> np.ndarray:
-        row_bytes = self._call("row_bytes", [QUANTS[packed.quant], packed.columns], [])
+        row_bytes = self._call("row_bytes", [NUMBERS[packed.quant], packed.columns], [])
         blocks = np.full((packed.rows, row_bytes), 0xAA, np.uint8)
         self._call("unpack", [*packed.numbers, 0, packed.rows], [*packed.arrays, blocks])
         return blocks
@@ -217,12 +219,12 @@ class SparseKernels:
 
     def prepare(self, quant: str, activation_TI: np.ndarray) -> np.ndarray:
         tokens, columns = activation_TI.shape
-        size = self._call("workspace_bytes", [QUANTS[quant], columns, tokens], [])
+        size = self._call("workspace_bytes", [NUMBERS[quant], columns, tokens], [])
         unaligned = np.zeros(size + 64, np.uint8)
         start = -unaligned.ctypes.data % 64
         workspace = unaligned[start : start + size]
         for token in range(tokens):
-            numbers = [QUANTS[quant], columns, tokens, token]
+            numbers = [NUMBERS[quant], columns, tokens, token]
             self._call("prepare", numbers, [activation_TI[token], workspace])
         return workspace
 

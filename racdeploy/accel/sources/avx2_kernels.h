@@ -9,6 +9,8 @@ namespace racdeploy {
 namespace {
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
+    if (is_k_quant(matrix.quant)) return multiply_k_quant(matrix, tokens, workspace, outputs, rows);
+
     const bool picks = matrix.pattern == Pattern::two_of_four, q4_0 = matrix.quant == Quant::q4_0;
     const auto multiply_two_of_four = q4_0 ? multiply_quantized<Quant::q4_0, Pattern::two_of_four>
                                            : multiply_quantized<Quant::q8_0, Pattern::two_of_four>;

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "avx2_k_quants.h"
 #include "avx2_spread.h"
 #include "x86_two_of_four_pack.h"
 
@@ -110,12 +111,6 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
 
 // ---- inputs ----
 
-inline float largest_of(__m256 values) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
 void prepare_quantized(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation,
                        void* workspace) {
     const QuantizedActivations to(columns, tokens, workspace);
@@ -148,6 +143,8 @@ void prepare_quantized(Quant quant, int64_t columns, int64_t tokens, int64_t tok
 }
 
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
+    if (is_k_quant(quant)) return prepare_k_quant(columns, tokens, token, activation, workspace);
+
     const auto run = is_quantized(quant) ? prepare_quantized : portable::prepare;
     run(quant, columns, tokens, token, activation, workspace);
 }

@@ -416,6 +416,8 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
 // ---- the kernels ----
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
+    if (is_k_quant(matrix.quant)) return multiply_k_quant(matrix, tokens, workspace, outputs, rows);
+
     const bool picks = matrix.pattern == Pattern::two_of_four;
     const auto run = !picks && matrix.pattern != Pattern::unstructured ? portable::multiply
                      : matrix.quant == Quant::f16                      ? multiply_16<Half>

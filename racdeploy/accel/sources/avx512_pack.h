@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "avx512_k_quants.h"
 #include "kernels.h"
 #include "x86_two_of_four_pack.h"
 
@@ -69,10 +70,11 @@ void count_floats(const Blocks& blocks, int64_t* counts, Rows rows) {
 }
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    const auto run = blocks.pattern != Pattern::unstructured ? portable::count
-                     : blocks.quant == Quant::q8_0           ? count_quantized<Quant::q8_0>
-                     : blocks.quant == Quant::q4_0           ? count_quantized<Quant::q4_0>
-                                                             : count_floats;
+    const bool ours = blocks.pattern == Pattern::unstructured && !is_k_quant(blocks.quant);
+    const auto run = !ours                         ? portable::count
+                     : blocks.quant == Quant::q8_0 ? count_quantized<Quant::q8_0>
+                     : blocks.quant == Quant::q4_0 ? count_quantized<Quant::q4_0>
+                                                   : count_floats;
     run(blocks, counts, rows);
 }
 
@@ -142,6 +144,8 @@ void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, u
 }
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
+    if (is_k_quant(blocks.quant)) return portable::pack(blocks, offsets, heads, values, rows);
+
     const bool fours = blocks.pattern == Pattern::two_of_four, q4_0 = blocks.quant == Quant::q4_0;
     const auto run = blocks.pattern == Pattern::four_of_eight ? portable::pack
                      : !is_quantized(blocks.quant)            ? pack_floats
@@ -189,6 +193,7 @@ void prepare_quantized(int64_t columns, int64_t tokens, int64_t token, const flo
 }
 
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
+    if (is_k_quant(quant)) return prepare_k_quant(columns, tokens, token, activation, workspace);
     if (quant == Quant::q8_0) return prepare_quantized<Quant::q8_0>(columns, tokens, token, activation, workspace);
     if (quant == Quant::q4_0) return prepare_quantized<Quant::q4_0>(columns, tokens, token, activation, workspace);
     if (quant == Quant::bf16) return portable::prepare(quant, columns, tokens, token, activation, workspace);

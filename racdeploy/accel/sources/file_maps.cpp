@@ -25,6 +25,11 @@ bool ascend(const int64_t* offsets, int64_t rows, int64_t limit) {
     return true;
 }
 
+bool fits_k_rows(const SparseMatrix& matrix, int64_t limit) {
+    const int64_t row = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
+    return matrix.offsets[0] == 0 && matrix.offsets[1] == row && matrix.rows * row <= limit;
+}
+
 // Does found(line) hold for a line of a file in /proc? What follows 511 characters of a line is left out.
 template <typename Found>
 bool any_line(const char* path, const Found& found) {
@@ -103,6 +108,7 @@ bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns
 
     const auto pattern = static_cast<Pattern>(place.pattern);
     if (!can_have(quant, pattern)) return false;
+    if (is_k_quant(quant) && columns % group_weights) return false;
 
     const Parts parts(quant, rows, columns);
     const int64_t longest_row = 2 * padded(columns) + slack_bytes;
@@ -112,7 +118,8 @@ bool KeptFile::find(const char* name, Quant quant, int64_t rows, int64_t columns
     if (room - place.bytes < longest_row) return false;
 
     matrix = parts.matrix(data_ + place.begin, quant, pattern, rows, columns);
-    return ascend(matrix.offsets, rows, place.bytes - parts.values - slack_bytes);
+    const int64_t limit = place.bytes - parts.values - slack_bytes;
+    return is_k_quant(quant) ? fits_k_rows(matrix, limit) : ascend(matrix.offsets, rows, limit);
 }
 
 void forget_mapped(FileMap& map, const void* data, size_t size, bool first_time) {

@@ -38,7 +38,7 @@ struct Parts {
     int64_t heads, values;
 
     Parts(Quant quant, int64_t rows, int64_t columns)
-        : heads(round_up((rows + 1) * static_cast<int64_t>(sizeof(int64_t)), 64)),
+        : heads(round_up(kept_offsets(quant, rows) * static_cast<int64_t>(sizeof(int64_t)), 64)),
           values(heads + round_up(rows * heads_bytes(quant, columns), 64)) {}
     SparseMatrix matrix(const void* memory, Quant quant, Pattern pattern, int64_t rows, int64_t columns) const {
         const auto* bytes = static_cast<const uint8_t*>(memory);

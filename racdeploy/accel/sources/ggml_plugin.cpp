@@ -96,7 +96,7 @@ bool pack_matrix(Quant quant, int64_t rows, int64_t columns, const void* data, S
     auto* memory = static_cast<uint8_t*>(memory_of(parts.values + offsets[rows] + slack_bytes));
     if (memory) {
         matrix = parts.matrix(memory, quant, pattern, rows, columns);
-        std::memcpy(memory, offsets.get(), (rows + 1) * sizeof(int64_t));
+        std::memcpy(memory, offsets.get(), kept_offsets(quant, rows) * sizeof(int64_t));
         over_rows(rows, data_bytes, [&](int64_t begin, int64_t end) {
             kernels().pack(blocks, offsets.get(), memory + parts.heads, memory + parts.values, {begin, end});
         });
@@ -236,8 +236,9 @@ bool is_wanted(const ggml_tensor* weight) {
 
 bool is_packable(const ggml_tensor* weight) {
     const bool known = weight->type == GGML_TYPE_Q8_0 || weight->type == GGML_TYPE_Q4_0 ||
-                       weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16;
-    return known && weight->ne[0] % 32 == 0 && ggml_n_dims(weight) <= 2 && ggml_is_contiguous(weight) &&
+                       weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16 ||
+                       weight->type == GGML_TYPE_Q3_K || weight->type == GGML_TYPE_Q6_K;
+    return known && weight->ne[0] % weights_of_block(static_cast<Quant>(weight->type)) == 0 && ggml_n_dims(weight) <= 2 && ggml_is_contiguous(weight) &&
            !weight->view_src;
 }
 
@@ -383,6 +384,8 @@ EXPORT int64_t rac_ggml_packed() { return racdeploy::packed_tensors; }
 EXPORT int64_t rac_ggml_stored_bytes(int quant, int64_t rows, int64_t columns, const void* blocks, int* pattern) {
     using namespace racdeploy;
     *pattern = static_cast<int>(kernels().preferred_pattern(Quant(quant), rows, columns, blocks));
+    if (is_k_quant(Quant(quant))) return k_stored_bits(Quant(quant), rows, columns, blocks) / 8;
+
     const Memory<int64_t> counts(static_cast<int64_t*>(std::malloc(rows * sizeof(int64_t))));
     if (!counts) return -1;
     kernels().count({Quant(quant), Pattern::unstructured, columns, blocks}, counts.get(), {0, rows});

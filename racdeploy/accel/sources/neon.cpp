@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "arm_features.h"
+#include "neon_k_quants.h"
 #include "neon_pack.h"
 #include "neon_spread.h"
 #include "neon_tiles.h"
@@ -301,6 +302,8 @@ bool runs_here() { return has_arm_feature(capabilities, 20, "hw.optional.arm.FEA
 namespace neon {
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
+    if (is_k_quant(matrix.quant)) return multiply_k_quant(matrix, tokens, workspace, outputs, rows);
+
     const auto run = matrix.quant == Quant::q8_0   ? multiply_quantized<Quant::q8_0>
                      : matrix.quant == Quant::q4_0 ? multiply_quantized<Quant::q4_0>
                      : matrix.quant == Quant::f16  ? multiply_16<Half>

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels.h"
+#include "k_quants.h"
 
 namespace racdeploy {
 namespace {
@@ -172,6 +172,7 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, int64_t tokens, int6
 namespace portable {
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
+    if (is_k_quant(blocks.quant)) return k_portable::count(blocks, counts, rows);
     if (has_whole_groups(blocks.pattern)) {
         std::fill(counts + rows.begin, counts + rows.end, groups(blocks.columns) * group_values_bytes(blocks.quant));
         return;
@@ -190,6 +191,8 @@ void count(const Blocks& blocks, int64_t* counts, Rows rows) {
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     const Quant quant = blocks.quant;
+    if (is_k_quant(quant)) return k_portable::pack(blocks, values, rows);
+
     const int64_t row_heads = heads_bytes(quant, blocks.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
         const BlockRow row{quant, blocks.columns, blocks.row(r)};
@@ -218,6 +221,8 @@ void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t*
 
 void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
     const Quant quant = matrix.quant;
+    if (is_k_quant(quant)) return k_portable::unpack(matrix, blocks, rows);
+
     for (int64_t r = rows.begin; r < rows.end; r++) {
         uint8_t* row = static_cast<uint8_t*>(blocks) + r * row_bytes(quant, matrix.columns);
         const uint8_t* values = matrix.values + matrix.offsets[r];
@@ -243,7 +248,9 @@ void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
 }
 
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
-    if (quant == Quant::f16)
+    if (is_k_quant(quant))
+        k_portable::prepare(columns, tokens, token, activation, workspace);
+    else if (quant == Quant::f16)
         prepare_floats<float>(columns, token, activation, workspace,
                               [](float input) { return float_of_half(half_of_float(input)); });
     else if (quant == Quant::bf16)
@@ -253,6 +260,8 @@ void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const 
 }
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
+    if (is_k_quant(matrix.quant)) return k_portable::multiply(matrix, tokens, workspace, outputs, rows);
+
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t r = rows.begin; r < rows.end; r++)
             outputs.first[t * outputs.stride + r] = multiply_row(matrix, r, tokens, t, workspace);

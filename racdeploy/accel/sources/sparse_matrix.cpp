@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "kernels.h"
+#include "k_quants.h"
 
 namespace racdeploy {
 namespace {
@@ -111,6 +111,7 @@ const Kernels& kernels() {
 bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
     if (matrix.rows < 0 || matrix.columns <= 0 || matrix.columns % block_weights) return false;
     if (!can_have(matrix.quant, matrix.pattern)) return false;
+    if (is_k_quant(matrix.quant)) return k_valid(matrix, values_bytes);
     if (matrix.offsets[0] != 0 || matrix.offsets[matrix.rows] != values_bytes) return false;
     for (int64_t r = 0; r < matrix.rows; r++)
         if (!valid_row(matrix, r)) return false;
@@ -118,6 +119,7 @@ bool valid(const SparseMatrix& matrix, int64_t values_bytes) {
 }
 
 int64_t workspace_bytes(Quant quant, int64_t columns, int64_t tokens) {
+    if (is_k_quant(quant)) return KActivations::bytes(columns, tokens) + slack_bytes;
     if (is_quantized(quant)) return QuantizedActivations::bytes(columns, tokens) + slack_bytes;
     return tokens * padded(columns) * input_bytes(quant) + slack_bytes;
 }

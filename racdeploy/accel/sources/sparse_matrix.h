@@ -15,6 +15,8 @@
 // of every group, which are ggml's low nibbles, and the high bits chunks 2 and 3. So nibbles come apart without a
 // shuffle. A row's last group may be short: mask bits and scales beyond the row are 0. Little-endian throughout.
 //
+// Q3_K and Q6_K are rows of their own, without heads: see k_quants.h.
+//
 // Unpacking restores ggml's blocks byte for byte: what is not stored has the code of +0.
 //
 // Nothing here throws or starts a thread: callers give the memory and share the rows out.
@@ -31,7 +33,7 @@
 
 namespace racdeploy {
 
-enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };  // ggml's type numbers
+enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, q3_k = 11, q6_k = 14, bf16 = 30 };  // ggml's type numbers
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
 // whole groups; Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed
@@ -45,7 +47,7 @@ constexpr int64_t group_weights = 256;
 constexpr int64_t block_weights = 32;  // share a scale in Q8_0 and Q4_0
 constexpr int64_t slack_bytes = 128;   // readable behind the values
 constexpr int layout = 2;              // changes with this form: files say it
-constexpr int kept_layout = 4;         // of a kept file: changes also with the patterns that kernels prefer
+constexpr int kept_layout = 5;         // of a kept file: changes also with the patterns that kernels prefer
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -56,17 +58,32 @@ using Memory = std::unique_ptr<T[], Free>;  // of malloc, which does not throw
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 constexpr bool is_quantized(Quant quant) { return quant == Quant::q8_0 || quant == Quant::q4_0; }
+constexpr bool is_k_quant(Quant quant) { return quant == Quant::q3_k || quant == Quant::q6_k; }
 constexpr bool can_have(Quant quant, Pattern pattern) {
+    if (is_k_quant(quant)) return pattern != Pattern::four_of_eight;
     return pattern == Pattern::unstructured || is_quantized(quant);
 }
 constexpr int64_t groups(int64_t columns) { return (columns + group_weights - 1) / group_weights; }
 constexpr int64_t padded(int64_t columns) { return round_up(columns, group_weights); }
-constexpr int64_t head_bytes(Quant quant) { return is_quantized(quant) ? 48 : 32; }
+constexpr int64_t head_bytes(Quant quant) { return is_k_quant(quant) ? 0 : is_quantized(quant) ? 48 : 32; }
 constexpr int64_t heads_bytes(Quant quant, int64_t columns) { return groups(columns) * head_bytes(quant); }  // of a row
 
-// ggml's own blocks: a scale and 32 codes, or just 32 floats.
-constexpr int64_t block_bytes(Quant quant) { return quant == Quant::q8_0 ? 34 : quant == Quant::q4_0 ? 18 : 64; }
-constexpr int64_t row_bytes(Quant quant, int64_t columns) { return columns / block_weights * block_bytes(quant); }
+// ggml's own blocks: a scale and 32 codes, or just 32 floats; those of K-quants have 256 weights, as rows a multiple.
+constexpr int64_t block_bytes(Quant quant) {
+    if (is_k_quant(quant)) return quant == Quant::q3_k ? 110 : 210;
+    return quant == Quant::q8_0 ? 34 : quant == Quant::q4_0 ? 18 : 64;
+}
+constexpr int64_t weights_of_block(Quant quant) { return is_k_quant(quant) ? group_weights : block_weights; }
+constexpr int64_t row_bytes(Quant quant, int64_t columns) {
+    return columns / weights_of_block(quant) * block_bytes(quant);
+}
+
+// Bytes of a K-quant's packed row. All rows have as many, so of the offsets only the first two are kept.
+constexpr int64_t k_row_bytes(Quant quant, Pattern pattern, int64_t columns) {
+    if (pattern == Pattern::unstructured) return row_bytes(quant, columns);
+    return groups(columns) * (quant == Quant::q3_k ? 86 : 138);
+}
+constexpr int64_t kept_offsets(Quant quant, int64_t rows) { return is_k_quant(quant) ? 2 : rows + 1; }
 
 // A whole matrix in ggml's blocks, and the pattern that it is packed in.
 struct Blocks {
@@ -82,13 +99,16 @@ struct SparseMatrix {  // a view: owns nothing
     Quant quant;
     Pattern pattern;
     int64_t rows;            // O, outputs
-    int64_t columns;         // I, inputs; a multiple of 32
+    int64_t columns;         // I, inputs; a multiple of 32, of 256 in K-quants
     const uint8_t* heads;    // rows * heads_bytes(quant, columns)
     const uint8_t* values;   // slack_bytes readable behind the last one
-    const int64_t* offsets;  // rows + 1; bytes from `values` to each row's first value
+    const int64_t* offsets;  // kept_offsets; bytes from `values` to each row's first value
 
     const uint8_t* head(int64_t r) const { return heads + r * heads_bytes(quant, columns); }
-    SparseMatrix row(int64_t r) const { return {quant, pattern, 1, columns, head(r), values, offsets + r}; }  // alone
+    SparseMatrix row(int64_t r) const {  // alone
+        if (is_k_quant(quant)) return {quant, pattern, 1, columns, heads, values + r * offsets[1], offsets};
+        return {quant, pattern, 1, columns, head(r), values, offsets + r};
+    }
 };
 
 struct Rows {  // those that a call reads and writes; pointers are those of the whole matrix
@@ -101,6 +121,11 @@ struct Outputs {  // one token's behind the other's
 
     float* at(int64_t token, int64_t row) const { return first + token * stride + row; }
 };
+
+// The pattern of a K-quant that all kernels prefer: 2:4 where it fits.
+Pattern k_pattern(Quant, int64_t rows, int64_t columns, const void* blocks);
+// Bits of the codes of all weights that are not zero.
+int64_t k_stored_bits(Quant, int64_t rows, int64_t columns, const void* blocks);
 
 // What a set of kernels does.
 struct Kernels {
@@ -124,6 +149,7 @@ struct Kernels {
     bool (*prefers_four_of_eight)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;
 
     Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
+        if (is_k_quant(quant)) return k_pattern(quant, rows, columns, blocks);
         if (prefers_two_of_four(quant, rows, columns, blocks)) return Pattern::two_of_four;
         const bool four = prefers_four_of_eight && prefers_four_of_eight(quant, rows, columns, blocks);
         return four ? Pattern::four_of_eight : Pattern::unstructured;
