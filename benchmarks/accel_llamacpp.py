@@ -7,7 +7,7 @@
 Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output
 projection too, stay dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the
 linears: random ones, and the smallest of each row; ``--zeros 2:4`` takes the smallest two of every
-four. Beside them the dense models in Q4_K and Q4_0,
+four (Q3_K and Q6_K are for that alone). Beside them the dense models in Q4_K and Q4_0,
 which llama.cpp repacks. Each measurement is a process of its own that loads the file with
 ``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
 speed-up if a token cost nothing but reading the weights from memory. Memory and loading are
@@ -51,7 +51,12 @@ LINEARS = {
     "ffn_up": (INNER, HIDDEN),
     "ffn_down": (HIDDEN, INNER),
 }
-BITS = {"Q8_0": (8.5, 8), "Q4_0": (4.5, 4)}  # dense, and of a stored value
+BITS = {  # dense, of a stored value, and to say which weights are stored
+    "Q8_0": (8.5, 8, 1),
+    "Q4_0": (4.5, 4, 1),
+    "Q3_K": (3.4375, 3, 0.75),
+    "Q6_K": (6.5625, 6, 0.75),
+}
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,8 @@ def byte_bound(file: Path, quant: str, zeros: float) -> float:
         linear = (
             tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType[quant]
         )
-        bits, value_bits = BITS[quant]
-        share = (bits - value_bits + 1 + value_bits * (1 - zeros)) / bits if linear else 1.0
+        bits, value_bits, place_bits = BITS[quant]
+        share = (bits - value_bits + place_bits + value_bits * (1 - zeros)) / bits if linear else 1.0
         packed += share * tensor.n_bytes
     return dense / packed
 
@@ -320,8 +325,8 @@ def copy_metadata(reader: GGUFReader, file: Path, changed: dict[str, Any]) -> GG
 
 def quantized(weight_OI: NDArray[np.float32], quant: str) -> NDArray[np.uint8]:
     """Return ggml's blocks."""
-    if quant == "Q4_K":
-        return ggml.quantize(GGMLQuantizationType.Q4_K, weight_OI)
+    if quant.endswith("_K"):
+        return ggml.quantize(GGMLQuantizationType[quant], weight_OI)
     return quants.quantize(weight_OI, GGMLQuantizationType[quant])
 
 

@@ -1,3 +1,3 @@
 #include <racdeploy.h>
 
-static_assert(sizeof(racdeploy_thresholds) == 6 * sizeof(double));
+static_assert(sizeof(racdeploy_thresholds) == 8 * sizeof(double));

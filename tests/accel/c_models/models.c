@@ -28,7 +28,7 @@ static int finish(racdeploy_status status) {
 
 static int choose(const char *gguf, const char *share, const char *folder, int enable) {
     double from = atof(share);
-    racdeploy_thresholds thresholds = {from, from, from, from, from, from};
+    racdeploy_thresholds thresholds = {from, from, from, from, from, from, from, from};
     racdeploy_options options = {0};
     racdeploy_model *model;
     racdeploy_status status;
@@ -51,7 +51,7 @@ static int choose(const char *gguf, const char *share, const char *folder, int e
 static int late(const char *gguf) {
     struct llama_model_params params = llama_model_default_params();
     struct llama_model *loaded = llama_model_load_from_file(gguf, params);
-    racdeploy_thresholds thresholds = {0.3, 0.3, 0.3, 0.3, 0.3, 0.3};
+    racdeploy_thresholds thresholds = {0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3};
     racdeploy_options options = {0};
     racdeploy_model *model;
     racdeploy_status status;
@@ -85,8 +85,8 @@ static int misuse(void) {
 static int measure(void) {
     racdeploy_thresholds found;
     racdeploy_status status = racdeploy_measure(1, &found);
-    printf("%g %g %g %g %g %g\n", found.q8_0, found.q8_0_two_of_four, found.q4_0, found.q4_0_two_of_four, found.f16,
-           found.bf16);
+    printf("%g %g %g %g %g %g %g %g\n", found.q8_0, found.q8_0_two_of_four, found.q4_0, found.q4_0_two_of_four, found.f16,
+           found.bf16, found.q3_k_two_of_four, found.q6_k_two_of_four);
     return finish(status);
 }
 

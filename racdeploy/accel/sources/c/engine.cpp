@@ -44,13 +44,16 @@ struct Packable {
     int code_bits;
 };
 constexpr Packable packable[] = {
-    {Quant::q8_0, "q8_0", 8}, {Quant::q4_0, "q4_0", 4}, {Quant::f16, "f16", 16}, {Quant::bf16, "bf16", 16}};
+    {Quant::q8_0, "q8_0", 8},   {Quant::q4_0, "q4_0", 4}, {Quant::f16, "f16", 16},
+    {Quant::bf16, "bf16", 16}, {Quant::q3_k, "q3_k", 3}, {Quant::q6_k, "q6_k", 6}};
 
 const Packable* find_packable(const Tensor& tensor) {
-    const bool is_matrix = tensor.shape.count == 2 && tensor.shape.dimensions[0] % block_weights == 0;
+    const bool is_matrix = tensor.shape.count == 2;
     const bool has_name = tensor.name.size() <= longest_name && tensor.name.find('\0') == std::string::npos;
     for (const Packable& each : packable)
-        if (is_matrix && has_name && static_cast<uint32_t>(each.quant) == tensor.type) return &each;
+        if (is_matrix && has_name && static_cast<uint32_t>(each.quant) == tensor.type &&
+            static_cast<int64_t>(tensor.shape.dimensions[0]) % weights_of_block(each.quant) == 0)
+            return &each;
     return nullptr;
 }
 
@@ -85,8 +88,8 @@ bool is_measured = false;
 racdeploy_thresholds measured_thresholds;
 
 racdeploy_thresholds built_in_thresholds() {
-    if (!std::strcmp(instruction_set(), "avx512")) return {0.3, 0.5, 0.4, 0.5, 0.7, 0.5};  // Zen 4, one thread
-    return {never, never, never, never, never, never};  // nobody has measured them
+    if (!std::strcmp(instruction_set(), "avx512")) return {0.3, 0.5, 0.4, 0.5, 0.7, 0.5, 0.5, 0.5};  // Zen 4, one thread
+    return {never, never, never, never, never, never, never, never};  // nobody has measured them
 }
 
 bool compare_products(const Packable& kind) {
@@ -95,8 +98,8 @@ bool compare_products(const Packable& kind) {
 
     for (int shape = 0; shape < trial_shapes; shape++) {  // first the hard cases: no zeros, all zeros, 2:4
         constexpr int tokens[] = {1, 1, 2, 3, 5, 8, 17, 65};
-        const bool two_of_four = shape == 2 || shape == 3;
-        const int64_t rows = pick(16, 300), columns = two_of_four ? 256 * pick(1, 10) : 32 * pick(1, 90);
+        const bool is_k = is_k_quant(kind.quant), two_of_four = shape == 2 || shape == 3 || (is_k && shape > 1);
+        const int64_t rows = pick(16, 300), columns = two_of_four || is_k ? 256 * pick(1, 10) : 32 * pick(1, 90);
         const double zeros = shape < 2 ? shape : two_of_four ? 0.5 : 0.01 * pick(20, 95);
         const double found =
             rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros, two_of_four,
@@ -204,7 +207,9 @@ bool measure(int threads, racdeploy_thresholds& thresholds) {
         !find_faster(packable[0], true, threads, found.q8_0_two_of_four) ||
         !find_faster(packable[1], false, threads, found.q4_0) ||
         !find_faster(packable[1], true, threads, found.q4_0_two_of_four) ||
-        !find_faster(packable[2], false, threads, found.f16) || !find_faster(packable[3], false, threads, found.bf16))
+        !find_faster(packable[2], false, threads, found.f16) || !find_faster(packable[3], false, threads, found.bf16) ||
+        !find_faster(packable[4], true, threads, found.q3_k_two_of_four) ||
+        !find_faster(packable[5], true, threads, found.q6_k_two_of_four))
         return false;
 
     thresholds = found;

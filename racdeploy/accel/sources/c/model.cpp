@@ -43,12 +43,15 @@ double least_zeros(const racdeploy_thresholds& from, const Zeros& zeros) {
         case 2: return zeros.two_of_four ? from.q4_0_two_of_four : from.q4_0;
         case 1: return from.f16;
         case 30: return from.bf16;
+        case 11: return zeros.two_of_four ? from.q3_k_two_of_four : 2;
+        case 14: return zeros.two_of_four ? from.q6_k_two_of_four : 2;
         default: return 2;
     }
 }
 
-std::array<double, 6> shares_of(const racdeploy_thresholds& from) {
-    return {from.q8_0, from.q8_0_two_of_four, from.q4_0, from.q4_0_two_of_four, from.f16, from.bf16};
+std::array<double, 8> shares_of(const racdeploy_thresholds& from) {
+    return {from.q8_0, from.q8_0_two_of_four, from.q4_0,            from.q4_0_two_of_four,
+            from.f16,  from.bf16,             from.q3_k_two_of_four, from.q6_k_two_of_four};
 }
 
 bool may_be_faster(const racdeploy_thresholds& from) {
