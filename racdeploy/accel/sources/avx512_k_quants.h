@@ -59,10 +59,15 @@ struct KConstants {
 struct KPicks {
     __m512i of[2];
 
-    KPicks(const uint8_t* from, const KConstants& constants) {
+    // The codes of runs 0 and 1, then of runs 2 and 3, in the low and the high four bits: each twice.
+    static inline __m512i codes_of(const uint8_t* from, const KConstants& constants) {
         const __m512i two_bits = _mm512_shuffle_epi8(in_all_lanes(from), constants.pairs);
         const __m512i third = _mm512_shuffle_epi8(_mm512_set1_epi64(load<int64_t>(from + 16)), constants.thirds);
-        const __m512i codes = constants.join(two_bits, third, constants.seconds);
+        return constants.join(two_bits, third, constants.seconds);
+    }
+
+    KPicks(const uint8_t* from, const KConstants& constants) {
+        const __m512i codes = codes_of(from, constants);
         for (int two = 0; two < 2; two++) {
             const __m512i which = two ? _mm512_srli_epi16(codes, 4) : codes;
             of[two] = _mm512_or_si512(_mm512_permutexvar_epi8(which, constants.places), constants.fours);
@@ -170,16 +175,6 @@ void multiply_k_rows(const SparseMatrix& matrix, int64_t tokens, const KActivati
         for (; t + 4 <= tokens; t += 4) multiply_k_row<quant, 4>(packed, from, t, outputs.at(t, row), outputs.stride);
         for (; t < tokens; t++) multiply_k_row<quant, 1>(packed, from, t, outputs.at(t, row), outputs.stride);
     }
-}
-
-void multiply_k_quant(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const KActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
-    if (matrix.pattern == Pattern::unstructured)
-        k_portable::multiply(matrix, tokens, workspace, outputs, rows);
-    else if (matrix.quant == Quant::q3_k)
-        multiply_k_rows<Quant::q3_k>(matrix, tokens, from, outputs, rows);
-    else
-        multiply_k_rows<Quant::q6_k>(matrix, tokens, from, outputs, rows);
 }
 
 // ---- inputs ----

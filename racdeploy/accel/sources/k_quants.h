@@ -63,10 +63,13 @@ struct KActivations {
     }
 };
 
+// The place among a run's inputs of the first of a code's.
+constexpr int64_t k_place_of_code(int64_t code) { return code / 4 % 2 * 32 + code / 8 * 16 + code % 4 * 4; }
+
 // The place of a weight of a group among the inputs.
 constexpr int64_t k_input_place(int64_t weight) {
     const KFour four(weight);
-    return four.run * k_run_weights + four.code / 4 % 2 * 32 + four.code / 8 * 16 + four.code % 4 * 4 + weight % 4;
+    return four.run * k_run_weights + k_place_of_code(four.code) + weight % 4;
 }
 
 // ggml's `iscale`, but for the sign.
