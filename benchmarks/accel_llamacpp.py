@@ -209,7 +209,9 @@ def byte_bound(file: Path, quant: str, zeros: float) -> float:
             tensor.name.startswith("blk.") and tensor.tensor_type == GGMLQuantizationType[quant]
         )
         bits, value_bits, place_bits = BITS[quant]
-        share = (bits - value_bits + place_bits + value_bits * (1 - zeros)) / bits if linear else 1.0
+        share = (
+            (bits - value_bits + place_bits + value_bits * (1 - zeros)) / bits if linear else 1.0
+        )
         packed += share * tensor.n_bytes
     return dense / packed
 

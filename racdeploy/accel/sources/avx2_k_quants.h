@@ -1,5 +1,5 @@
-// Q3_K and Q6_K at 2:4 with AVX2, with VNNI where the file is compiled for it. Weights are not spread: stored values pick
-// their inputs, by one lookup of the places and two shuffles.
+// Q3_K and Q6_K at 2:4 with AVX2, with VNNI where the file is compiled for it. Weights are not spread: stored values
+// pick their inputs, by one lookup of the places and two shuffles.
 #pragma once
 #include "avx2_pick.h"
 #include "k_quants.h"
@@ -63,7 +63,8 @@ template <>
 struct KValues<Quant::q3_k> {
     KNibbles nibbles;
     explicit KValues(const uint8_t* group)
-        : nibbles(load_256(group), in_both_lanes(load_128(group + k_parts(Quant::q3_k).high)), _mm256_setzero_si256()) {}
+        : nibbles(load_256(group), in_both_lanes(load_128(group + k_parts(Quant::q3_k).high)),
+                  _mm256_setzero_si256()) {}
     template <int run>
     __m256i run_of() const {
         return nibbles.run_of<run>();
@@ -92,7 +93,8 @@ inline __m256i sub_scales(const uint8_t* scales) {
     if (quant == Quant::q6_k) return _mm256_cvtepi8_epi16(bytes);
 
     const __m128i nibble = _mm_set1_epi8(15);
-    const __m128i low = _mm_unpacklo_epi64(_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble));
+    const __m128i shifted = _mm_srli_epi16(bytes, 4);
+    const __m128i low = _mm_and_si128(_mm_unpacklo_epi64(bytes, shifted), nibble);
     const __m128i four = _mm_srlv_epi32(_mm_shuffle_epi32(bytes, 0xaa), _mm_setr_epi32(0, 2, 4, 6));
     const __m128i high = _mm_slli_epi16(_mm_and_si128(four, _mm_set1_epi8(3)), 4);
     return _mm256_cvtepi8_epi16(_mm_sub_epi8(_mm_or_si128(low, high), _mm_set1_epi8(32)));

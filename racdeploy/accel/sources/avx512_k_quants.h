@@ -41,8 +41,8 @@ struct KConstants {
         nibble = _mm_set1_epi8(15);
         high_bits = _mm_set1_epi8(0x30);
         scale_zero = _mm_set1_epi8(32);
-        for (__m512i* each : {&pairs, &thirds, &shifts, &turns, &low_bits, &third_bit, &seconds, &places, &fours, &values,
-                              &zeros})
+        for (__m512i* each :
+             {&pairs, &thirds, &shifts, &turns, &low_bits, &third_bit, &seconds, &places, &fours, &values, &zeros})
             asm("" : "+v"(*each));
         for (__m128i* each : {&nibble, &high_bits, &scale_zero}) asm("" : "+v"(*each));
     }

@@ -210,7 +210,8 @@ int32_t multiply_block(const ReadBlock& block, const int8_t* inputs) {
 }
 
 float multiply_row(const SparseMatrix& matrix, int64_t row, const KActivations& from, int64_t token) {
-    const int64_t row_groups = groups(matrix.columns), bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
+    const int64_t row_groups = groups(matrix.columns);
+    const int64_t bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
     const uint8_t* data = matrix.values + row * bytes;
     double total = 0;
     for (int64_t g = 0; g < row_groups; g++, data += bytes / row_groups) {
@@ -247,7 +248,8 @@ int64_t k_stored_bits(Quant quant, int64_t rows, int64_t columns, const void* bl
 }
 
 bool k_valid(const SparseMatrix& matrix, int64_t values_bytes) {
-    const int64_t row_groups = groups(matrix.columns), bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
+    const int64_t row_groups = groups(matrix.columns);
+    const int64_t bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
     if (matrix.columns % group_weights) return false;
     if (matrix.offsets[0] != 0 || matrix.offsets[1] != bytes || matrix.rows * bytes != values_bytes) return false;
     if (matrix.pattern == Pattern::unstructured) return true;
@@ -267,11 +269,13 @@ bool k_valid(const SparseMatrix& matrix, int64_t values_bytes) {
 namespace k_portable {
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    for (int64_t r = rows.begin; r < rows.end; r++) counts[r] = k_row_bytes(blocks.quant, blocks.pattern, blocks.columns);
+    for (int64_t r = rows.begin; r < rows.end; r++)
+        counts[r] = k_row_bytes(blocks.quant, blocks.pattern, blocks.columns);
 }
 
 void pack(const Blocks& blocks, uint8_t* values, Rows rows) {
-    const int64_t row_groups = groups(blocks.columns), bytes = k_row_bytes(blocks.quant, blocks.pattern, blocks.columns);
+    const int64_t row_groups = groups(blocks.columns);
+    const int64_t bytes = k_row_bytes(blocks.quant, blocks.pattern, blocks.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* from = blocks.row(r);
         uint8_t* to = values + r * bytes;
@@ -285,7 +289,8 @@ void pack(const Blocks& blocks, uint8_t* values, Rows rows) {
 }
 
 void unpack(const SparseMatrix& matrix, void* blocks, Rows rows) {
-    const int64_t row_groups = groups(matrix.columns), bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
+    const int64_t row_groups = groups(matrix.columns);
+    const int64_t bytes = k_row_bytes(matrix.quant, matrix.pattern, matrix.columns);
     for (int64_t r = rows.begin; r < rows.end; r++) {
         const uint8_t* from = matrix.values + r * bytes;
         uint8_t* to = static_cast<uint8_t*>(blocks) + r * row_bytes(matrix.quant, matrix.columns);

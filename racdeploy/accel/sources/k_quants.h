@@ -13,8 +13,8 @@
 // Two bits of run k are at k_bits_of_run of their byte. Third bits are two to a byte and run: of the first half of the
 // values (or codes) at k_third_bit_of_run, of the second half two bits below. So two runs at once become nibbles.
 //
-// Values are ggml's unsigned codes, and what is not stored is the code of zero. But ggml leaves the lowest code all over
-// a sub-block of zeros, whose scale is 0: code 6 is the first two places, and says that the others have that.
+// Values are ggml's unsigned codes, and what is not stored is the code of zero. But ggml leaves the lowest code all
+// over a sub-block of zeros, whose scale is 0: code 6 is the first two places, and says that the others have that.
 //
 // A matrix that is not 2:4 (unstructured) is ggml's blocks as they are, which nobody asks for: one is only written here
 // over the 2:4 matrix that this place was made for.
@@ -47,8 +47,8 @@ struct KFour {
         : run(weight / 64 % 2 * 2 + weight % 16 / 8), code(weight / 128 * 8 + weight / 16 % 4 * 2 + weight / 4 % 2) {}
 };
 
-// Inputs as ggml's Q8_K has them, up to the sign of a block's codes and scale. A run's 64 lie as two registers of 32: in
-// each lane the first, in each lane the last four of its eight codes' inputs.
+// Inputs as ggml's Q8_K has them, up to the sign of a block's codes and scale. A run's 64 lie as two registers of 32:
+// in each lane the first, in each lane the last four of its eight codes' inputs.
 struct KActivations {
     int64_t columns;
     int8_t* codes;  // [tokens][columns]

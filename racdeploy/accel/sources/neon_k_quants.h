@@ -109,7 +109,8 @@ struct KLane {
 };
 
 template <Quant quant, int tokens>
-inline void multiply_k_row(const uint8_t* group, const KActivations& from, int64_t token, float* output, int64_t stride) {
+inline void multiply_k_row(const uint8_t* group, const KActivations& from, int64_t token, float* output,
+                           int64_t stride) {
     constexpr KParts parts = k_parts(quant);
     const int64_t row_groups = groups(from.columns);
     const int8_t* inputs = from.codes + token * from.columns;

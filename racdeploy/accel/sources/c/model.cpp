@@ -175,7 +175,7 @@ extern "C" const char* racdeploy_instruction_set(void) { return instruction_set(
 extern "C" racdeploy_status racdeploy_measure(int threads, racdeploy_thresholds* thresholds) {
     return guarded([&] {
         if (!thresholds) return fail(RACDEPLOY_USAGE, "there is no place for the thresholds");
-        *thresholds = {2, 2, 2, 2, 2, 2};
+        *thresholds = {2, 2, 2, 2, 2, 2, 2, 2};
         return measure(threads_of(threads), *thresholds);
     });
 }
