@@ -104,8 +104,8 @@ def loops() -> list[Loop]:
     """Return the loops that one token takes."""
     found = []
     for quant, number in (("Q8_0", 8), ("Q4_0", 2)):
-        bits, value_bits = BITS[quant]
-        half_bits = bits - value_bits + 1 + value_bits / 2
+        bits, value_bits, place_bits = BITS[quant]
+        half_bits = bits - value_bits + place_bits + value_bits / 2
         dense = f"dense_{quant.lower()}"
         spread = rf"multiply_rows<.*{number}, 2>"
         picked = rf"multiply_rows_of_picked<.*{number}, .*{{}}, 2>"
@@ -263,8 +263,8 @@ def validate_here(work: Path, rounds: int, threads_tried: list[int]) -> bool:
 
 def _predict_here(quant: str, threads: int) -> Iterator[tuple[str, float, str]]:
     """Yield each side, the seconds of a token, and what was measured for them."""
-    bits, value_bits = BITS[quant]
-    bits_of = {"dense": bits, "sparse": bits - value_bits + 1 + value_bits / 2}
+    bits, value_bits, place_bits = BITS[quant]
+    bits_of = {"dense": bits, "sparse": bits - value_bits + place_bits + value_bits / 2}
     output_ns, _ = measure_ns("q8_0", 0.5, 1)
     alone = measure_ns(quant.lower(), 0.5, 1)
     together = measure_ns(quant.lower(), 0.5, threads)
