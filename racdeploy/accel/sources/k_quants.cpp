@@ -1,6 +1,7 @@
 // Q3_K and Q6_K in plain C++: packing for every instruction set, and the products that the others are compared with.
 #include "k_quants.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace racdeploy {
@@ -72,21 +73,37 @@ bool is_zero_scale(Quant quant, const uint8_t* scales, const uint8_t* scale, int
     return !sub_scale(quant, scales, sub_block) || !(load<uint16_t>(scale) & 0x7fff);
 }
 
-// Which of 4 weights from one on are stored, as a code; 7 where more than two are not zero.
-unsigned place_code(const ReadBlock& block, const Codes& codes, int64_t first) {
-    unsigned bits = 0;
-    for (int i = 0; i < 4; i++)
-        bits |= static_cast<unsigned>(codes.of[first + i] != k_zero_point(block.quant)) << i;
-    if (__builtin_popcount(bits) <= 2) {
-        bits = fill_up_to(2, bits);
-        unsigned code = 0;
-        while ((1u << k_places[code][0] | 1u << k_places[code][1]) != bits) code++;
-        return code;
+// The code of every set of weights that are not zero among four; 7 where they are more than two.
+struct CodeOfBits {
+    uint8_t of[16];
+    constexpr CodeOfBits() : of() {
+        for (unsigned bits = 0; bits < 16; bits++) {
+            const unsigned filled = fill_up_to(2, bits);
+            of[bits] = 7;
+            for (uint8_t code = 0; code < k_zero_scale_code; code++)
+                if ((1u << k_places[code][0] | 1u << k_places[code][1]) == filled) of[bits] = code;
+        }
     }
-    const bool rest_is_lowest = !codes.of[first + 2] && !codes.of[first + 3];
-    const bool is_zero = is_zero_scale(block.quant, block.scales(), block.scale(), first / 16);
-    return rest_is_lowest && is_zero ? k_zero_scale_code : 7;
-}
+};
+constexpr CodeOfBits code_of_bits;
+
+// Which of every 4 weights are stored, as codes; 7 where more than two are not zero.
+struct PlaceCodes {
+    uint8_t of[group_weights / 4];
+
+    PlaceCodes(const ReadBlock& block, const Codes& codes) {
+        uint8_t stored[group_weights];
+        for (int i = 0; i < group_weights; i++) stored[i] = codes.of[i] != k_zero_point(block.quant);
+        for (int first = 0; first < group_weights; first += 4) {
+            const unsigned bits = load<uint32_t>(stored + first) * 0x01020408u >> 24 & 15;  // one of each byte
+            of[first / 4] = code_of_bits.of[bits];
+            if (of[first / 4] == 7 && !codes.of[first + 2] && !codes.of[first + 3] &&
+                is_zero_scale(block.quant, block.scales(), block.scale(), first / 16))
+                of[first / 4] = k_zero_scale_code;
+        }
+    }
+    bool fit() const { return *std::max_element(of, of + group_weights / 4) <= k_zero_scale_code; }
+};
 
 // A packed group, value by value.
 template <typename Byte>
@@ -146,9 +163,8 @@ using ReadGroup = Group<const uint8_t>;
 
 bool fits(Quant quant, int64_t blocks, const uint8_t* data) {
     for (int64_t b = 0; b < blocks; b++, data += block_bytes(quant)) {
-        const Codes codes(ReadBlock{quant, data});
-        for (int64_t first = 0; first < group_weights; first += 4)
-            if (place_code({quant, data}, codes, first) > k_zero_scale_code) return false;
+        const ReadBlock block{quant, data};
+        if (!PlaceCodes(block, Codes(block)).fit()) return false;
     }
     return true;
 }
@@ -160,9 +176,10 @@ void pack_block(const ReadBlock& block, uint8_t* packed) {
     std::memcpy(group.scales(), block.scales(), static_cast<size_t>(scales_bytes(block.quant)));
     std::memcpy(group.scale(), block.scale(), 2);
     const Codes codes(block);
+    const PlaceCodes places(block, codes);
     for (int64_t first = 0; first < group_weights; first += 4) {
         const KFour four(first);
-        const unsigned code = place_code(block, codes, first);
+        const unsigned code = places.of[first / 4];
         group.set_place(four, code);
         for (int i = 0; i < 2; i++) group.set_value(four.run, 2 * four.code + i, codes.of[first + k_places[code][i]]);
     }
