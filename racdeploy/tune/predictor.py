@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from racdeploy.tune.candidates import Choice
 from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.devices.measured import find_device
 from racdeploy.tune.devices.profile import measure
-from racdeploy.tune.devices.speed import Use, measure_work, predict
+from racdeploy.tune.devices.speed import predict
+from racdeploy.tune.devices.work import Use
 from racdeploy.tune.entries import Entry, Takes, list_broken
 from racdeploy.tune.sizes import Size, Sizes
 
@@ -47,7 +48,13 @@ class Predictor:
         """The target's device, or this machine, measured once."""
         if self.target.device:
             return self.target.device
-        return find_device(self.work, self.scratch, self.threads, self.progress)
+        return find_device(
+            self.work,
+            self.scratch,
+            self.job.backend,
+            self.threads,
+            self.progress,
+        )
 
     @property
     def device_row(self) -> DeviceRow:
@@ -78,13 +85,17 @@ class Predictor:
         if engine not in self.device.engines:
             return self._bound(size)
 
-        use = Use(self.job.recipe.verify.context_tokens)
-        work = measure_work(size.checkpoint, size.tensors, size.plain_bytes)
-        found = predict(self.device, work, use, engine)
+        context_tokens = self.job.recipe.verify.context_tokens
+        usual = Use(context_tokens)
+        found = predict(self.device, size.work, usual)
+
+        # Memory has to do for the longest answer.
+        filled = replace(usual, new_tokens=max(1, context_tokens - usual.prompt_tokens))
+        longest = predict(self.device, size.work, filled)
 
         return Takes(
             size_bytes=size.size_bytes,
-            memory_bytes=found.memory_bytes,
+            memory_bytes=longest.memory_bytes,
             tokens_per_s=found.tokens_per_s,
         )
 

@@ -13,12 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy import quant as quants
 from racdeploy.export.gguf.body import ALIGNMENT
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.export.gguf.tensors import PlannedTensor
-from racdeploy.export.onnx.weights import choose_quant
-from racdeploy.export.onnx.writer import VOCABULARY
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
 from racdeploy.pipeline.job import Job
@@ -30,6 +27,7 @@ from racdeploy.prune.shares import fill_shares
 from racdeploy.prune.structures import vocabulary
 from racdeploy.storage.files import canonical_hash
 from racdeploy.traces.trace import Trace
+from racdeploy.tune.devices.work import Work, measure_work
 from racdeploy.tune.packed import expect_saved_bytes
 
 _IN_BLOCK = re.compile(r"^blk\.\d+\.(.+)$")
@@ -38,8 +36,9 @@ _CHOSEN = {"ffn", "heads"}  # parts of which pruning chooses how many each block
 _FREE_BLOCKS = "blocks are of several kinds, and which of them stay is not known"
 _FREE_TOKENS = "which tokens stay is known once there are traces"
 _FREE_GRAPH = "another program writes the graph of an ONNX file"
-# Of an ONNX graph: nodes and names of a block, and half of a float32 scale, which counts as f16.
-_BLOCK_GRAPH_BYTES, _SCALE_BITS = 10_500, 16
+_FREE_PACKING = "how well {} packs is known once there are zeros"
+_UNFOLDING = "bitmask_graph"
+"""A packing that onnxruntime unpacks by itself."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Size:
         plain_bytes: of those that the engine opens, the same unless the artifact is packed.
         why_inexact: why ``size_bytes`` is only expected; empty where it is exact.
         checkpoint: what will be exported, or its skeleton.
+        work: what it takes to decode with.
         tensors: of the GGUF file; empty for another format.
     """
 
@@ -58,6 +58,7 @@ class Size:
     plain_bytes: int
     why_inexact: str
     checkpoint: Checkpoint
+    work: Work
     tensors: tuple[PlannedTensor, ...] = ()
 
     @property
@@ -119,6 +120,7 @@ class Sizes:
             plain_bytes=plain_bytes,
             why_inexact=model.why_inexact,
             checkpoint=checkpoint,
+            work=measure_work(checkpoint, plan.tensors, plain_bytes),
             tensors=tuple(plan.tensors),
         )
         if not is_packed:
@@ -132,27 +134,29 @@ class Sizes:
             if mean:
                 saved += expect_saved_bytes(settings.packing, tensor, mean)
 
-        why = f"how well {settings.packing} packs is known once there are zeros"
+        why = _FREE_PACKING.format(settings.packing)
         return replace(plain, size_bytes=plain_bytes - round(saved), why_inexact=why)
 
     def _estimate_graph(self, job: Job, traces: Sequence[Trace], pruned: bool) -> Size:
-        model = self._find(job, traces, pruned)
-        checkpoint, quant = model.checkpoint, job.recipe.export.quant
+        # Whoever makes no ONNX files has no package for them.
+        from racdeploy.tune import graphs
 
-        # The cosines and sines of every position are a table of float32.
-        size_bytes = 4.0 * checkpoint.positions * checkpoint.head_size
-        size_bytes += checkpoint.block_count * _BLOCK_GRAPH_BYTES
-        for name, entry in checkpoint.entries.items():
-            real, _ = choose_quant(name, entry.shape, quant, name in VOCABULARY)
-            form = quants.load(real)
+        checkpoint = self._find(job, traces, pruned).checkpoint
+        packing = job.recipe.export.packing if pruned else "plain"
+        tensors = graphs.plan_graph(checkpoint, job.recipe.export.quant)
+        plain_bytes = graphs.estimate_bytes(checkpoint, tensors)
 
-            bits = form.BITS
-            if quants.is_blocks(real):
-                bits += _SCALE_BITS / form.BLOCK
-            size_bytes += bits / 8 * math.prod(entry.shape)
+        saved = 0.0
+        if packing != "plain":
+            zeros = _expect_zeros(job, job.checkpoint)
+            shares = {}
+            for tensor in tensors:
+                name = tensor.name
+                shares[name] = zeros.get(name, zeros.get(generalize(name), 0.0))
+            saved = graphs.expect_saved_bytes(packing, tensors, shares)
 
-        estimated = round(size_bytes)
-        return Size(estimated, estimated, _FREE_GRAPH, checkpoint)
+        work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolds=packing == _UNFOLDING)
+        return Size(plain_bytes - round(saved), plain_bytes, _FREE_GRAPH, checkpoint, work)
 
     def _find(self, job: Job, traces: Sequence[Trace], pruned: bool) -> _Model:
         """Return the checkpoint that is exported, or a skeleton of it."""

@@ -14,21 +14,29 @@ from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.targets import Device, EngineCosts, FormatCost, Target
 from racdeploy.tune.devices import profile as profiles
-from racdeploy.tune.devices.fit import Piece, Sample, fit
+from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME
+from racdeploy.tune.devices.fit import HEADS, Piece, Sample, fit
 from racdeploy.tune.devices.machine import Machine
-from racdeploy.tune.devices.profile import Profiler, list_quants, profile
-from racdeploy.tune.devices.speed import Use, predict
+from racdeploy.tune.devices.profile import (
+    Profiler,
+    list_engines,
+    list_quants,
+    profile,
+    write_piece,
+)
+from racdeploy.tune.devices.speed import predict
 from racdeploy.tune.devices.synthetic import Dimensions, write_model
+from racdeploy.tune.devices.work import Use
 
 CACHE_BYTES = 1 << 25
 MACHINE = Machine("a machine", 2, 1 << 33, CACHE_BYTES, ("avx2",))
 
 
-def make_device() -> Device:
+def make_device(engine: str = LLAMACPP) -> Device:
     """Return a device on which every number format costs something else; some are repacked."""
     formats = {}
-    for place, quant in enumerate(list_quants()):
-        resident = 2.0 if place % 3 == 0 and quant != "q8_0" else 1.0
+    for place, quant in enumerate(list_quants(engine)):
+        resident = 2.0 if place % 3 == 0 and quant != HEADS[engine] else 1.0
         cost = FormatCost(cached_ps=30.0 + place, streamed_ps=60.0 + 7 * place, resident=resident)
         formats[quant] = cost
 
@@ -51,7 +59,7 @@ def make_device() -> Device:
         memory_bytes=1 << 33,
         cache_bytes=CACHE_BYTES,
         bandwidth_bytes_per_s=1e10,
-        engines={"llamacpp": costs},
+        engines={engine: costs},
     )
 
 
@@ -67,12 +75,13 @@ def take_samples(pieces: list[Piece], device: Device, file_bytes: int) -> dict[s
     return samples
 
 
-def test_the_costs_of_a_device_are_found() -> None:
+@pytest.mark.parametrize("engine", [LLAMACPP, ONNXRUNTIME])
+def test_the_costs_of_a_device_are_found(engine: str) -> None:
     """Each from models of several sizes that pay all of them together."""
-    device = make_device()
-    pieces = Profiler(Path(), 1, MACHINE).pieces
+    device = make_device(engine)
+    pieces = Profiler(Path(), 1, MACHINE, engines=[engine]).pieces
     found = fit(pieces, take_samples(pieces, device, 1_000_000), CACHE_BYTES)
-    expected = device.costs("llamacpp")
+    expected = device.costs(engine)
 
     assert _flatten(found.model_dump()) == pytest.approx(_flatten(expected.model_dump()), rel=0.02)
 
@@ -110,8 +119,8 @@ def test_a_profile_takes_as_many_rounds_as_there_is_time_for(
     seen: list[tuple[int, int]] = []
     uses: list[Use] = []
 
-    def measure(file: Path, use: Use, threads: int) -> Sample:
-        assert (file.is_file(), threads) == (True, 2)
+    def measure(file: Path, use: Use, threads: int, engine: str) -> Sample:
+        assert (file.is_file(), threads, engine) == (True, 2, LLAMACPP)
         uses.append(use)
         return Sample(1e-3, 70_000_000, file.stat().st_size)
 
@@ -124,6 +133,7 @@ def test_a_profile_takes_as_many_rounds_as_there_is_time_for(
             clock=lambda: seconds * next(times),
             measure=measure,
             machine=machine,
+            engines=[LLAMACPP],
         )
 
     slow = found(100.0)
@@ -154,6 +164,48 @@ def test_an_engine_decodes_a_synthetic_model(quant: str, tmp_path: Path) -> None
     with open_engine("llamacpp", file, EngineSettings(64, 1, 1)) as engine:
         (answer,) = engine.generate([[1, 2, 3]], Sampling(max_new_tokens=4, stop_ids=()))
     assert len(answer.ids) == 4
+
+
+@pytest.mark.parametrize("quant", ["k_quant", "f16"])
+def test_onnxruntime_decodes_a_synthetic_graph(quant: str, tmp_path: Path) -> None:
+    """Its nodes are those of an export; no two of its weights are the same."""
+    onnx = pytest.importorskip("onnx")
+    size = Dimensions(2, 128, 64, 2, 1, vocabulary=300)
+    piece = Piece("x", quant, size, Use(64, 8, 4), ONNXRUNTIME)
+    file = write_piece(piece, tmp_path)
+
+    stored = {each.name: each.raw_data for each in onnx.load(str(file)).graph.initializer}
+    codes = [stored[f"{block}.{name}"] for block in range(2) for name in size.matrices]
+    assert len({*codes}) == 2 * 7
+
+    with open_engine(ONNXRUNTIME, file, EngineSettings(64, 1, 1)) as engine:
+        (answer,) = engine.generate([[1, 2, 3]], Sampling(max_new_tokens=4, stop_ids=()))
+    assert len(answer.ids) == 4
+
+
+def test_both_engines_are_measured_where_both_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their models take turns, and each has its costs; without one of them, the other is left."""
+    monkeypatch.setattr(profiles, "_LEAST_STREAMED_BYTES", 100_000)
+    machine = Machine("a machine", 2, 1 << 33, 200_000, ())
+    asked: list[str] = []
+
+    def measure(file: Path, use: Use, threads: int, engine: str) -> Sample:
+        asked.append(engine)
+        return Sample(1e-3, 70_000_000, file.stat().st_size)
+
+    assert list_engines() == [LLAMACPP, ONNXRUNTIME]
+    times = iter(range(0, 10_000, 1000))
+    found = profile(tmp_path, 1, clock=lambda: float(next(times)), measure=measure, machine=machine)
+    assert {name: {*costs.formats} for name, costs in found.engines.items()} == {
+        LLAMACPP: {*list_quants(LLAMACPP)},
+        ONNXRUNTIME: {"f32", "f16", "matmulnbits_8", "matmulnbits_4", "k_quant"},
+    }
+    assert {*asked} == {LLAMACPP, ONNXRUNTIME}
+
+    monkeypatch.setattr(profiles, "find_spec", lambda name: name != "onnx")
+    assert list_engines() == [LLAMACPP]
 
 
 def test_the_command_writes_a_target_that_is_read(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from racdeploy import quant as quants
 from racdeploy.errors import UsageError
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import presets
 from racdeploy.targets import Device, EngineCosts, FormatCost, Target
 from racdeploy.tune.devices.described import list_costs, render_target
+from racdeploy.tune.devices.engines import read_bits
 from racdeploy.tune.devices.profile import list_quants
-from racdeploy.tune.devices.speed import Block, Use, Work, measure_work, predict
+from racdeploy.tune.devices.speed import attend, predict
+from racdeploy.tune.devices.work import Block, Use, Work, measure_work
 from tests.support.tiny_models import make_checkpoint
 
 COSTS = EngineCosts(
@@ -96,10 +98,38 @@ def test_later_tokens_and_windows_change_attention_alone() -> None:
     assert found == pytest.approx((2048 + 768) * 256 * 100e-12)
 
 
+def test_onnxruntime_keeps_and_computes_what_is_used() -> None:
+    """Its cache is float32 and grows; logits of the prompt are there, or the copies of a load."""
+    device = DEVICE.model_copy(update={"engines": {"onnxruntime": COSTS}})
+    work = replace(make_work({"f32": 1e6}, {"f32": 4_000_000}), engine="onnxruntime")
+
+    cache = 2 * 4 * (8 + 16) * 256
+    floats = 8 * (4 * 8 + 5 * 768 + 512)
+    expected = 1_000_000 + 5_000_000 + cache + 4 * floats + 512 * 10 + 2 * 1000
+    assert predict(device, work, USE).memory_bytes == expected
+
+    loading = replace(work, passing_bytes=9e6, kept_bytes=1e6)
+    found = predict(device, loading, USE).memory_bytes
+    assert found == expected - cache - 4 * floats + 10_000_000
+
+    mean_positions = 8 + (1 + 16) / 2
+    assert attend(work.blocks, USE, "onnxruntime") == pytest.approx(2 * mean_positions * 256)
+
+
+def test_halves_are_read_as_floats_where_they_are_widened() -> None:
+    """Onnxruntime multiplies float32, whatever the file has; its blocks have float32 scales."""
+    work = make_work({"f16": 1000.0})
+    assert work.read_bytes == 2000
+    assert replace(work, engine="onnxruntime").read_bytes == 4000
+
+    blocks = replace(make_work({"matmulnbits_8": 1000.0}), engine="onnxruntime")
+    assert blocks.read_bytes == 1000 * 9 / 8
+
+
 def test_what_the_profile_lacks_is_named() -> None:
     """An engine, or a number format."""
     with pytest.raises(UsageError, match="onnxruntime"):
-        predict(DEVICE, make_work({}), USE, "onnxruntime")
+        predict(DEVICE, replace(make_work({}), engine="onnxruntime"), USE)
     with pytest.raises(UsageError, match="q2_k"):
         predict(DEVICE, make_work({"q2_k": 1e6}), USE)
 
@@ -167,9 +197,10 @@ def test_shipped_profiles_say_that_they_are_estimates(name: str) -> None:
     device = target.device
     assert not device.measured
     assert device.source.startswith("estimated: ")
-    assert {*device.costs("llamacpp").formats} == {*list_quants()}
+    for engine, costs in device.engines.items():
+        assert {*costs.formats} == {*list_quants(engine)}
 
-    # No format is read faster than the memory is.
-    for quant, cost in device.costs("llamacpp").formats.items():
-        least_ps = quants.load(quant).BITS / 8 / device.bandwidth_bytes_per_s * 1e12
-        assert cost.streamed_ps >= 0.99 * least_ps
+        # No format is read faster than the memory is.
+        for quant, cost in costs.formats.items():
+            least_ps = read_bits(engine, quant) / 8 / device.bandwidth_bytes_per_s * 1e12
+            assert cost.streamed_ps >= 0.99 * least_ps

@@ -16,6 +16,7 @@ from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.storage.cores import available_cores
+from racdeploy.storage.heap import return_tensors
 from racdeploy.storage.messages import Header
 
 _BATCH_TOKENS = 512
@@ -92,6 +93,7 @@ class OnnxModel(LoadedModel):
 
 def load(request: Header, settings: EngineSettings) -> OnnxModel:
     """Load the ONNX file of a request."""
+    return_tensors()  # each weight passes through several copies
     return OnnxModel(Path(request["path"]), settings)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from racdeploy import quant as quants
 from racdeploy.report.settings import as_toml
 from racdeploy.report.tables import Table
 from racdeploy.targets import Device, Target
+from racdeploy.tune.devices.engines import file_bits, read_bits
 
 _DIGITS = 4
 
@@ -25,8 +25,8 @@ def list_costs(device: Device) -> Table:
     for engine, costs in device.engines.items():
         by_price = sorted(costs.formats.items(), key=lambda item: item[1].streamed_ps)
         for quant, cost in by_price:
-            bits = quants.load(quant).BITS
-            read_bytes_per_s = bits / 8 / (cost.streamed_ps / 1e12)
+            bits = file_bits(engine, quant)
+            read_bytes_per_s = read_bits(engine, quant) / 8 / (cost.streamed_ps / 1e12)
             rows.append(
                 (
                     engine,

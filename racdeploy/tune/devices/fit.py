@@ -8,12 +8,20 @@ from statistics import median_low
 
 import numpy as np
 
-from racdeploy import quant as quants
 from racdeploy.targets import EngineCosts, FormatCost
-from racdeploy.tune.devices.speed import Block, Use, Work, attend, share_streamed, sum_memory
+from racdeploy.tune.devices.engines import (
+    LLAMACPP,
+    ONNXRUNTIME,
+    Copies,
+    copy_linear,
+    copy_table,
+    file_bits,
+)
+from racdeploy.tune.devices.speed import attend, share_streamed, sum_memory
 from racdeploy.tune.devices.synthetic import Dimensions
+from racdeploy.tune.devices.work import Block, Use, Work
 
-HEAD = "q8_0"
+HEADS = {LLAMACPP: "q8_0", ONNXRUNTIME: "matmulnbits_8"}
 """Number format of the output projection, and of models that are there for something else."""
 NARROW, DEEP, WORDS, CACHED, STREAMED = "narrow", "deep", "words", "cached", "streamed"
 _LEAST_PS = 0.1  # a weight is never free
@@ -30,6 +38,12 @@ class Piece:
     quant: str
     size: Dimensions
     use: Use
+    engine: str = LLAMACPP
+
+    @property
+    def head(self) -> str:
+        """Number format of its tied embedding."""
+        return HEADS[self.engine]
 
     def work(self, file_bytes: int) -> Work:
         """Return what it takes to decode with."""
@@ -37,9 +51,9 @@ class Piece:
 
         own = size.blocks * size.block_weights
         weights = {self.quant: float(own)}
-        weights[HEAD] = weights.get(HEAD, 0.0) + size.head_weights
+        weights[self.head] = weights.get(self.head, 0.0) + size.head_weights
 
-        own_bytes = own * quants.load(self.quant).BITS / 8
+        own_bytes = own * file_bits(self.engine, self.quant) / 8
         block = Block(size.heads, size.query_width, 2 * size.key_width)
 
         return Work(
@@ -49,7 +63,16 @@ class Piece:
             blocks=(block,) * size.blocks,
             channels=size.channels,
             vocabulary=size.vocabulary,
+            engine=self.engine,
+            kept_bytes=sum(each.kept for each in self._list_copies(own_bytes)),
+            passing_bytes=sum(each.passing for each in self._list_copies(own_bytes)),
         )
+
+    def _list_copies(self, own_bytes: float) -> list[Copies]:
+        if self.engine != ONNXRUNTIME:
+            return []
+        table = copy_table(self.head, self.size.head_weights)
+        return [copy_linear(self.quant, own_bytes), table]
 
 
 @dataclass(frozen=True)
@@ -77,10 +100,11 @@ def fit(
             piece, Sample(token_s, peak, own[0].file_bytes), cache_bytes
         )
 
-    costs = _fit_head(measured)
+    head = pieces[0].head
+    costs = _fit_head(measured, head)
     head_first = sorted(
         (piece.quant for piece in pieces if piece.name.startswith(CACHED)),
-        key=lambda quant: quant != HEAD,
+        key=lambda quant: quant != head,
     )
     for quant in head_first:
         small, large = measured[f"{CACHED} {quant}"], measured[f"{STREAMED} {quant}"]
@@ -110,7 +134,7 @@ class Measured:
     def others(self) -> list[float]:
         """What it has of tokens, blocks, attention and words: once, and so many."""
         work = self.work
-        attended = attend(work.blocks, self.piece.use)
+        attended = attend(work.blocks, self.piece.use, work.engine)
         return [1.0, len(work.blocks), attended, work.vocabulary]
 
     def beyond(self, costs: EngineCosts) -> float:
@@ -119,12 +143,12 @@ class Measured:
         return self.sample.peak_rss_bytes - costs.base_bytes - held
 
 
-def _fit_head(measured: Mapping[str, Measured]) -> EngineCosts:
-    """Return all costs but those of memory, and of number formats HEAD's alone."""
+def _fit_head(measured: Mapping[str, Measured], head: str) -> EngineCosts:
+    """Return all costs but those of memory, and of number formats the head's alone."""
     rows = []
 
     for each in measured.values():
-        if each.piece.quant != HEAD:
+        if each.piece.quant != head:
             continue
 
         weights = sum(each.work.weights.values())
@@ -147,7 +171,7 @@ def _fit_head(measured: Mapping[str, Measured]) -> EngineCosts:
         attention_ps=attention,
         vocabulary_ps=word,
         base_bytes=0,
-        formats={HEAD: _make_cost(cached or streamed, streamed)},
+        formats={head: _make_cost(cached or streamed, streamed)},
     )
 
 
@@ -185,7 +209,7 @@ def _price(costs: EngineCosts, measured: Measured) -> float:
     weights = dict(measured.work.weights)
     own = weights.pop(measured.piece.quant)
 
-    head_ps = costs.formats[HEAD].at(measured.streamed)
+    head_ps = costs.formats[measured.piece.head].at(measured.streamed)
     taken_ps = head_ps * sum(weights.values())
 
     each_ps = (

@@ -12,14 +12,15 @@ from racdeploy.verify.measure import fingerprint
 
 
 def find_device(
-    work: Path, scratch: Path, threads: int = 0, progress: Progress | None = None
+    work: Path, scratch: Path, engine: str, threads: int = 0, progress: Progress | None = None
 ) -> Device:
-    """Measure this machine with so many threads, for about a minute, or find it measured."""
+    """Measure an engine here with so many threads, for about a minute, or find it measured."""
     machine = fingerprint(EngineSettings(threads=threads))
     place = Workplace(work, threads, progress)
-    stage = place.open("device", address(__name__) | {"machine": machine, "threads": threads})
+    key = {"machine": machine, "threads": threads, "engine": engine}
+    stage = place.open("device", address(__name__) | key)
 
     if not stage.finished:
-        found = profile(scratch, threads, progress)
+        found = profile(scratch, threads, progress, engines=[engine])
         stage.finish({"device": found.model_dump(mode="json")})
     return Device.model_validate(stage.summary["device"])

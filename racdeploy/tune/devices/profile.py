@@ -1,4 +1,4 @@
-"""Measure what a device's engine takes for a token, a block, and a weight of every number format.
+"""Measure what a device's engines take for a token, a block, and a weight of every number format.
 
 Synthetic models are decoded in turns, round after round, so that what else the machine does meets
 all of them; of each, the median of the rounds counts. Two depths of a very narrow model give the
@@ -8,8 +8,9 @@ cost of a block; for each format one model that fits the cache, and one that doe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from racdeploy import plugins
@@ -18,10 +19,11 @@ from racdeploy.decoding.engine import EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.storage.cores import available_cores
 from racdeploy.targets import Device
+from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME, read_bits
 from racdeploy.tune.devices.fit import (
     CACHED,
     DEEP,
-    HEAD,
+    HEADS,
     NARROW,
     STREAMED,
     WORDS,
@@ -30,10 +32,10 @@ from racdeploy.tune.devices.fit import (
     fit,
 )
 from racdeploy.tune.devices.machine import Machine
-from racdeploy.tune.devices.speed import STAYS, Use
+from racdeploy.tune.devices.speed import STAYS
 from racdeploy.tune.devices.synthetic import Dimensions, write_model
+from racdeploy.tune.devices.work import Use
 
-ENGINE = "llamacpp"
 _NARROW = Dimensions(4, 64, 64, 1, 1)
 _DEEP = Dimensions(32, 64, 64, 1, 1)
 _WORDS = Dimensions(4, 64, 64, 1, 1, vocabulary=32_768)
@@ -47,11 +49,15 @@ _ANSWERS = 4  # of one load: the fastest counts, since others may use the machin
 _MOST_S, _LEAST_ROUNDS, _MOST_ROUNDS = 45.0, 2, 5
 
 
-Measure = Callable[[Path, Use, int], Sample]
-"""Gets a file, how it is run, and how many threads; returns what it took."""
+_FORMS = {LLAMACPP: "gguf", ONNXRUNTIME: "onnx"}
+_NEEDS = {LLAMACPP: ("llama_cpp",), ONNXRUNTIME: ("onnxruntime", "onnx")}
+"""Modules with which an engine is measured."""
+
+Measure = Callable[[Path, Use, int, str], Sample]
+"""Gets a file, how it is run, how many threads, and an engine; returns what it took."""
 
 
-def measure(file: Path, use: Use, threads: int, engine: str = ENGINE) -> Sample:
+def measure(file: Path, use: Use, threads: int, engine: str = LLAMACPP) -> Sample:
     """Decode a few short answers with an engine in a child process; the fastest counts.
 
     One thread is timed by what the processor gave it, so that what else runs does not count.
@@ -85,37 +91,45 @@ def measure(file: Path, use: Use, threads: int, engine: str = ENGINE) -> Sample:
 class Profiler:
     """Measures synthetic models a round at a time, and turns the medians into a profile.
 
-    ``threads`` are those of the engine; ``scratch`` holds one model at a time.
+    ``threads`` are those of the engines; ``scratch`` holds one model at a time.
     """
 
     scratch: Path
     threads: int = 0
     machine: Machine = field(default_factory=Machine.read)
     measure: Measure = measure
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    engines: Sequence[str] = (LLAMACPP,)
+    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.threads = self.threads or available_cores()
-        self.pieces = list(_list_pieces(self.machine.cache_bytes))
+        self.pieces: list[Piece] = []
+        for engine in self.engines:
+            self.pieces += _list_pieces(self.machine.cache_bytes, engine)
 
     def run_round(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Measure every model once; ``report`` gets how many are done."""
         for done, piece in enumerate(self.pieces):
             report(done)
-            file = write_model(self.scratch / "synthetic.gguf", piece.quant, piece.size, HEAD)
-            sample = self.measure(file, piece.use, self.threads)
-            self.samples.setdefault(piece.name, []).append(sample)
+            file = write_piece(piece, self.scratch)
+            sample = self.measure(file, piece.use, self.threads, piece.engine)
+            self.samples.setdefault((piece.engine, piece.name), []).append(sample)
             file.unlink()
 
     def fit(self) -> Device:
         """Return the profile that the medians of all rounds so far mean."""
-        costs = fit(self.pieces, self.samples, self.machine.cache_bytes)
-
+        found = {}
         rates = []
-        for name, cost in costs.formats.items():
-            rates.append(quants.load(name).BITS / 8 / (cost.streamed_ps / 1e12))
 
-        rounds = len(self.samples[self.pieces[0].name])
+        for engine in self.engines:
+            pieces = [piece for piece in self.pieces if piece.engine == engine]
+            samples = {piece.name: self.samples[engine, piece.name] for piece in pieces}
+            costs = found[engine] = fit(pieces, samples, self.machine.cache_bytes)
+            for name, cost in costs.formats.items():
+                rates.append(read_bits(engine, name) / 8 / (cost.streamed_ps / 1e12))
+
+        first = self.pieces[0]
+        rounds = len(self.samples[first.engine, first.name])
         return Device(
             name=self.machine.name,
             measured=True,
@@ -126,7 +140,7 @@ class Profiler:
             cache_bytes=self.machine.cache_bytes,
             bandwidth_bytes_per_s=float(f"{max(rates):.3g}"),
             instructions=self.machine.instructions,
-            engines={ENGINE: costs},
+            engines=found,
         )
 
 
@@ -138,20 +152,27 @@ def profile(
     clock: Callable[[], float] = time.monotonic,
     measure: Measure = measure,
     machine: Machine | None = None,
+    engines: Sequence[str] = (),
 ) -> Device:
-    """Measure this machine for about a minute.
+    """Measure this machine for about a minute an engine.
 
     Args:
         scratch: a folder with room for a file twice as large as the processor's cache.
-        threads: of the engine; 0 takes all cores.
+        threads: of the engines; 0 takes all cores.
         clock: gives seconds; it decides how many rounds there are.
+        engines: all that are installed, if none is named.
+
+    Raises:
+        MissingExtraError: no engine is installed.
     """
-    profiler = Profiler(scratch, threads, machine or Machine.read(), measure)
+    chosen = engines or list_engines()
+    profiler = Profiler(scratch, threads, machine or Machine.read(), measure, chosen)
+    most_s = _MOST_S * len(chosen)
     count = len(profiler.pieces)
     began = clock()
 
     rounds = 0
-    while rounds < _LEAST_ROUNDS or (rounds < _MOST_ROUNDS and clock() - began < _MOST_S):
+    while rounds < _LEAST_ROUNDS or (rounds < _MOST_ROUNDS and clock() - began < most_s):
 
         def report(done: int, before: int = rounds * count) -> None:
             if progress:
@@ -163,36 +184,62 @@ def profile(
     return profiler.fit()
 
 
-def list_quants() -> list[str]:
-    """Return the number formats that a GGUF file of racdeploy stores."""
-    return [name for name in plugins.names("quant") if "gguf" in quants.load(name).FORMATS]
+def list_engines() -> list[str]:
+    """Return the engines that can be measured here; a MissingExtraError where there is none."""
+    found = []
+    for engine, modules in _NEEDS.items():
+        if all(find_spec(module) for module in modules):
+            found.append(engine)
+
+    if not found:
+        plugins.require("llama_cpp")
+    return found
 
 
-def _list_pieces(cache_bytes: int) -> Iterator[Piece]:
+def list_quants(engine: str = LLAMACPP) -> list[str]:
+    """Return the number formats that a file of racdeploy for an engine stores."""
+    form = _FORMS[engine]
+    return [name for name in plugins.names("quant") if form in quants.load(name).FORMATS]
+
+
+def write_piece(piece: Piece, folder: Path) -> Path:
+    """Write the synthetic model of a piece."""
+    file = folder / f"synthetic.{_FORMS[piece.engine]}"
+    if piece.engine == LLAMACPP:
+        return write_model(file, piece.quant, piece.size, piece.head)
+
+    from racdeploy.tune.devices.synthetic_graph import write_graph
+
+    return write_graph(file, piece.quant, piece.size, piece.head)
+
+
+def _list_pieces(cache_bytes: int, engine: str) -> Iterator[Piece]:
+    head = HEADS[engine]
     short = Use(_CONTEXT, 8, 96)
     brief = Use(_CONTEXT, 8, 16)  # what is large takes long enough
 
-    yield Piece(NARROW, HEAD, _NARROW, short)
-    yield Piece(DEEP, HEAD, _DEEP, short)
-    yield Piece(WORDS, HEAD, _WORDS, short)
-    yield Piece("short", HEAD, _CACHED, Use(_LONG_CONTEXT, 8, 96))
-    yield Piece("long", HEAD, _CACHED, Use(_LONG_CONTEXT, _LONG_PROMPT, 96))
+    yield Piece(NARROW, head, _NARROW, short, engine)
+    yield Piece(DEEP, head, _DEEP, short, engine)
+    yield Piece(WORDS, head, _WORDS, short, engine)
+    yield Piece("short", head, _CACHED, Use(_LONG_CONTEXT, 8, 96), engine)
+    yield Piece("long", head, _CACHED, Use(_LONG_CONTEXT, _LONG_PROMPT, 96), engine)
 
     large_bytes = max(_STREAMED * cache_bytes, _LEAST_STREAMED_BYTES)
     large_bytes = min(large_bytes, _MOST_STREAMED_BYTES)
 
-    for quant in list_quants():
-        blocks = _count_blocks(_CACHED, quant, STAYS * cache_bytes)
+    for quant in list_quants(engine):
+        bits = read_bits(engine, quant)
+        blocks = _count_blocks(_CACHED, bits, STAYS * cache_bytes)
         blocks = min(blocks, _CACHED.blocks)
         small = replace(_CACHED, blocks=max(1, blocks))
-        yield Piece(f"{CACHED} {quant}", quant, small, short)
+        yield Piece(f"{CACHED} {quant}", quant, small, short, engine)
 
-        blocks = _count_blocks(_LARGE, quant, large_bytes)
+        blocks = _count_blocks(_LARGE, bits, large_bytes)
         large = replace(_LARGE, blocks=blocks + 1)
-        yield Piece(f"{STREAMED} {quant}", quant, large, brief)
+        yield Piece(f"{STREAMED} {quant}", quant, large, brief, engine)
 
 
-def _count_blocks(size: Dimensions, quant: str, most_bytes: float) -> int:
+def _count_blocks(size: Dimensions, bits: float, most_bytes: float) -> int:
     """Return how many blocks of a model so many bytes hold."""
-    block_bytes = size.block_weights * quants.load(quant).BITS / 8
+    block_bytes = size.block_weights * bits / 8
     return int(most_bytes / block_bytes)

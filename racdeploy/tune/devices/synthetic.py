@@ -96,7 +96,7 @@ def write_model(file: Path, quant: str, size: Dimensions, head_quant: str) -> Pa
             rows = shape[0] if len(shape) > 1 else 1
             # In one piece, as an exporter writes it: smaller ones lie in smaller pages of the
             # system's cache, from which a mapped file is read more slowly.
-            slab = _random_rows(own, shape[-1])
+            slab = random_rows(own, shape[-1])
             turns = -(-rows // len(slab))
             stream.write(np.tile(slab, (turns, 1))[:rows].data)
             _pad(stream)
@@ -148,7 +148,8 @@ def _write_keys(writer: gguf.GGUFWriter, size: Dimensions) -> None:
 
 
 @cache
-def _random_rows(quant: str, columns: int) -> NDArray[np.uint8]:
+def random_rows(quant: str, columns: int) -> NDArray[np.uint8]:
+    """Return a few packed rows of random weights."""
     generator = np.random.default_rng(0)
     weight_OI = generator.normal(0.0, _SCALE, (_ROWS, columns)).astype(np.float32)
-    return np.ascontiguousarray(quants.load_ggml(quant).quantize(weight_OI))
+    return np.ascontiguousarray(quants.load(quant).quantize(weight_OI))

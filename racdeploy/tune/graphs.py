@@ -1,0 +1,139 @@
+"""What an ONNX graph will hold, before another program writes it: tensors, bytes, and its work.
+
+The bytes of the weights are exact. Nodes, names and shapes are those of the exporter, about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from racdeploy import packing as packings
+from racdeploy import quant as quants
+from racdeploy.export.onnx.weights import choose_quant
+from racdeploy.export.onnx.writer import VOCABULARY
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.onnx.tensors import GraphTensor, list_tensors
+from racdeploy.quant.matmulnbits import BLOCK
+from racdeploy.tune.devices.engines import ONNXRUNTIME, copy_linear, copy_table
+from racdeploy.tune.devices.work import Work, describe, share_of_experts
+
+_EMBEDDING = "model.embed_tokens.weight"
+# About what onnxruntime-genai's builder writes beside weights and the list of them.
+_GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
+_FLOAT_BYTES = 4
+_UNFOLDED_BYTES = 28  # for each weight, while a graph with packed weights is loaded
+
+
+def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
+    """Return the tensors of a graph in the checkpoint's order."""
+    tensors = []
+    for name, entry in checkpoint.entries.items():
+        real, _ = choose_quant(name, entry.shape, quant, name in VOCABULARY)
+        tensor = GraphTensor(name, tuple(entry.shape), real, looked_up=name == _EMBEDDING)
+        tensors.append(tensor)
+    return tuple(tensors)
+
+
+def estimate_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> int:
+    """Return about the bytes of a graph with its weights."""
+    # The cosines and sines of every position are a table of float32.
+    total = _FLOAT_BYTES * checkpoint.positions * checkpoint.head_size
+    arrays = 2
+
+    for tensor in tensors:
+        own = _list_arrays(tensor)
+        total += sum(own)
+        arrays += len(own)
+
+    total += len(list_tensors(list(tensors)).encode())
+    return total + _GRAPH_BYTES + _BLOCK_BYTES * checkpoint.block_count + _ARRAY_BYTES * arrays
+
+
+def count_bytes(tensor: GraphTensor) -> int:
+    """Return the bytes of a tensor's arrays."""
+    return sum(_list_arrays(tensor))
+
+
+def _list_arrays(tensor: GraphTensor) -> list[int]:
+    """Return the bytes of each array of a tensor: codes, scales in float32, zero points."""
+    count = math.prod(tensor.shape)
+    if not tensor.is_blocks:
+        return [round(quants.load(tensor.quant).BITS / 8 * count)]
+
+    rows, columns = tensor.shape
+    quant = quants.load_blocks(tensor.quant)
+    groups = columns // BLOCK
+
+    arrays = [count * quant.CODE_BITS // 8, _FLOAT_BYTES * rows * groups]
+    if quant.ZERO_POINTS:
+        arrays.append(rows * -(-groups * quant.CODE_BITS // 8))
+    return arrays
+
+
+def expect_saved_bytes(
+    packing: str, tensors: Sequence[GraphTensor], zeros: Mapping[str, float]
+) -> float:
+    """Return the bytes that a packing leaves out: the zeros' codes, but for a mask of one bit.
+
+    Args:
+        zeros: share of the zeros of each weight that has some.
+    """
+    saved = 0.0
+    plugin = packings.load(packing)
+
+    for tensor in tensors:
+        share = zeros.get(tensor.name, 0.0)
+        if share and not plugin.fits(tensor.quant, share):
+            codes_bytes = _list_arrays(tensor)[0]
+            saved += max(0.0, share * codes_bytes - math.prod(tensor.shape) / 8)
+
+    return saved
+
+
+def measure_graph(
+    checkpoint: Checkpoint, tensors: Sequence[GraphTensor], file_bytes: int, *, unfolds: bool
+) -> Work:
+    """Return what a graph takes to decode with.
+
+    Args:
+        file_bytes: of the plain graph and its weights.
+        unfolds: whether onnxruntime unpacks the weights when it loads the graph.
+    """
+    weights: dict[str, float] = defaultdict(float)
+    repacked: dict[str, int] = defaultdict(int)
+    kept = passing = 0.0
+
+    for tensor in tensors:
+        is_table = tensor.looked_up
+        if len(tensor.shape) < 2 or (is_table and not checkpoint.tied):
+            continue
+
+        count = math.prod(tensor.shape)
+        size_bytes = count_bytes(tensor)
+        weights[tensor.quant] += count * share_of_experts(checkpoint, [tensor.name])
+        repacked[tensor.quant] += size_bytes
+
+        if is_table:
+            copies = copy_table(tensor.quant, count)
+        else:
+            copies = copy_linear(tensor.quant, size_bytes)
+        kept += copies.kept
+        passing += copies.passing
+
+    if unfolds:
+        passing += _UNFOLDED_BYTES * sum(weights.values())
+
+    blocks = range(checkpoint.block_count)
+    return Work(
+        weights=dict(weights),
+        repacked_bytes=dict(repacked),
+        file_bytes=file_bytes,
+        blocks=tuple(describe(checkpoint, block) for block in blocks),
+        channels=max(checkpoint.sizes(block)["F"] for block in blocks),
+        vocabulary=checkpoint.integer("vocab_size"),
+        engine=ONNXRUNTIME,
+        kept_bytes=kept,
+        passing_bytes=passing,
+    )
