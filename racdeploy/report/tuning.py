@@ -155,6 +155,9 @@ class Tuning(_Part):
             ``min_accuracy_ratio`` is a share of; empty where none answered.
         verdict: one sentence on who wins and by how much.
         gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
+        recipe: keys in which the search's recipe differs from a bare one, by part; a candidate's
+            settings go on top.
+        tier: how much was verified; empty where the recipe alone says it.
         seconds: how long each stage took: count, survey, compare, race, verify, and others.
         tokens_asked: of the race; ``tokens_saved`` are those that stopping early did not ask for.
         bundle: the winner's folder.
@@ -175,6 +178,8 @@ class Tuning(_Part):
     verdict: str
     gain: Interval | None = None
     notes: tuple[str, ...] = ()
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    tier: str = ""
     seconds: dict[str, float] = Field(default_factory=dict)
     tokens_asked: int = Field(0, ge=0)
     tokens_saved: int = Field(0, ge=0)

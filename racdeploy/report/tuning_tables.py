@@ -13,6 +13,7 @@ from typing import Any, get_args
 from racdeploy.report.settings import write_key, write_value
 from racdeploy.report.tables import Row, Table, plain, ratio_text, say
 from racdeploy.report.tuning import Candidate, DeviceRow, Interval, Reached, Tuning
+from racdeploy.storage.unprintable import visible
 
 ANSWERED, OTHERS = "Models that answered", "Models that did not answer"
 WISHES, STAGES = "What was asked", "Stages"
@@ -51,6 +52,8 @@ _WIDE = frozenset(
     ]
 )
 """Columns that a terminal has no room for."""
+_LISTS = {"tasks": "--task", "calibration_tasks": "--calibration-task", "also": "--also"}
+"""Options of a build for lists of the recipe."""
 _LIVE = "model|stage|size|tokens/s|error|KL|right|"
 
 
@@ -102,11 +105,19 @@ def describe_device(device: DeviceRow) -> str:
 def write_build(tuning: Tuning, candidate: Candidate) -> str:
     """Return the command that builds a candidate again, for a shell."""
     words = ["racdeploy", "build", tuning.model, "--target", tuning.target]
-    for task in tuning.tasks:
-        words += ["--task", task]
-    for key, value in _list_settings(candidate.settings):
-        words += ["--set", f"{_write_path(key)}={write_value(value)}"]
-    return shlex.join(plain(word) for word in words)
+    if tuning.tier:
+        words += ["--tier", tuning.tier]
+
+    for settings in (tuning.recipe, candidate.settings):
+        for key, value in _list_settings(settings):
+            option = _LISTS.get(key)
+            if option:
+                words += [word for each in value for word in (option, str(each))]
+            else:
+                words += ["--set", f"{_write_path(key)}={write_value(value)}"]
+
+    # On one line; blanks in a word are part of it.
+    return shlex.join(visible(word).replace("\n", " ") for word in words)
 
 
 def keeps_wishes(tuning: Tuning) -> bool:
@@ -334,7 +345,7 @@ def _say_kind(each: Candidate) -> str:
     return f"{each.name} (dense)" if each.dense else each.name
 
 
-def _list_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+def _list_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield each key with its part, ``prune.sparsity``, and its value."""
     for key, value in settings.items():
         if "." not in key and isinstance(value, Mapping):

@@ -24,7 +24,7 @@ from racdeploy.targets import Target
 
 _MOST_BITS = 8.5
 """Wider formats answer no better: they are tried only where the recipe names them."""
-_PLAIN = {
+PLAIN = {
     "prune": {"sparsity": 0.0, "pattern": "unstructured", "joint": False},
     "recover": {"tokens": 0},
     "export": {"packing": "plain"},
@@ -71,7 +71,7 @@ class Choice:
     @property
     def given(self) -> dict[str, Any]:
         """What ``racdeploy build`` needs to make it: keys of the recipe, by part."""
-        return dict(merge(_PLAIN, self.settings))
+        return dict(merge(PLAIN, self.settings))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def propose(job: Job) -> Proposals:
 
 def make_choice(job: Job, name: str, kind: str, settings: Settings) -> Choice:
     """Return a candidate of a job, or raise a UsageError that says why it cannot be."""
-    recipe = job.recipe.unpruned().changed(merge(_PLAIN, settings))
+    recipe = job.recipe.unpruned().changed(merge(PLAIN, settings))
     own = job.changed(recipe)
 
     form, prune = recipe.export, recipe.prune

@@ -15,6 +15,7 @@ from racdeploy.report.files import read_records
 from racdeploy.report.model import Record, Report
 from racdeploy.report.tuning import Interval, Tuning
 from racdeploy.report.tuning_files import write_tuning
+from racdeploy.tune.asked import list_asked
 from racdeploy.tune.entries import Entry
 from racdeploy.tune.race import Marks
 from racdeploy.tune.search import Search
@@ -115,6 +116,8 @@ def _summarize(
         verdict=write_verdict(winner, rival, gain, search.wishes, _find_confidence(report)),
         gain=gain,
         notes=tuple(search.notes),
+        recipe=list_asked(recipe),
+        tier=search.job.tier,
         seconds={stage: round(took, 1) for stage, took in search.clock.seconds.items()},
         tokens_asked=race.tokens_asked if race else 0,
         tokens_saved=race.tokens_saved if race else 0,

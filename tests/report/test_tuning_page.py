@@ -210,6 +210,7 @@ def test_the_command_of_a_candidate_is_taken_as_toml(tuning: Tuning, page: str) 
     words = shlex.split(write_build(tuning, mix))
     assigned = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert read_assignments(assigned) == {
+        "traces": {"max_new_tokens": 400},
         "export": {"quant": "q4_0", "tensors": {r"attn_v\.weight$": "q5_0"}},
         "prune": {"sparsity": 0.5},
     }

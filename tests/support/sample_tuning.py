@@ -69,6 +69,8 @@ def build_tuning() -> Tuning:
         model="SmolLM2-135M-reasoner",
         target="raspberry-pi5",
         tasks=("column_sums", "gsm8k:test.jsonl"),
+        recipe={"tasks": ["column_sums", "gsm8k:test.jsonl"], "traces": {"max_new_tokens": 400}},
+        tier="smoke",
         wishes=Wishes(
             objective="seconds-per-correct-answer",
             max_bytes=100_000_000,

@@ -14,7 +14,7 @@ from racdeploy.tune import predictor
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.conclude import find_rival
 from racdeploy.tune.devices.fit import Sample
-from racdeploy.tune.devices.speed import Use
+from racdeploy.tune.devices.work import Use
 from racdeploy.tune.entries import Entry, Takes
 from racdeploy.tune.predictor import Predictor
 
