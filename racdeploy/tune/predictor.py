@@ -16,6 +16,7 @@ from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import canonical_hash
 from racdeploy.targets import Device, Target
 from racdeploy.tune.candidates import Choice
+from racdeploy.tune.devices.engines import ONNXRUNTIME
 from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.devices.measured import find_device
 from racdeploy.tune.devices.profile import measure
@@ -72,10 +73,23 @@ class Predictor:
         """What a reader must know of the figures; mostly nothing."""
         engine = self.job.backend
         if engine in self.device.engines:
-            return ""
+            return self._note_graph() if engine == ONNXRUNTIME else ""
         return (
             f"nobody has measured {engine} there: its speeds are predicted as if memory alone "
             "decided them"
+        )
+
+    def _note_graph(self) -> str:
+        """Say where another program writes the graph than the one whose graphs were measured."""
+        from racdeploy.export.onnx import exporters
+
+        exporter = self.job.recipe.export.exporter
+        refusal = exporters.load("genai").refusal(self.job.checkpoint)
+        if exporter in ("auto", "genai") and not refusal:
+            return ""
+        return (
+            "speeds and memory are those of graphs by onnxruntime-genai's builder, which does not "
+            f"write this one: {refusal or f'the recipe says {exporter}'}"
         )
 
     def predict(self, choice: Choice) -> Takes:
