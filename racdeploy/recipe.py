@@ -40,6 +40,27 @@ MOST_DIFFERENCES = 0.05
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
+Zeros = float | str
+"""Zeros of a linear: a share of its weights, or N:M."""
+
+
+def read_kept_of(pattern: str) -> tuple[int, int] | None:
+    """Return N and M, of which N are kept, or None where a text is not N:M."""
+    match = _PATTERN.match(pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        return None
+    return int(match[1]), int(match[2])
+
+
+def count_zeros(zeros: Zeros) -> float:
+    """Return the share of a linear's weights that are zeros."""
+    if not isinstance(zeros, str):
+        return zeros
+    kept_of = read_kept_of(zeros)
+    assert kept_of, "which was checked"
+    return 1 - kept_of[0] / kept_of[1]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -129,10 +150,10 @@ class Calibration(_Part):
 class Pruning(_Part):
     """How weights are chosen and compensated.
 
-    ``shares`` are sparsities of linears by pattern, of which the first that matches decides; the
-    others have what makes ``sparsity`` that of all together. After each step of a schedule the
-    sparse model answers the calibration prompts itself; the next one is solved from the dense
-    weights on its traces, with every zero kept.
+    ``shares`` are the zeros of linears by a regular expression, of which the first that matches
+    decides: a sparsity, or N:M. The others have what makes ``sparsity`` that of all together. After
+    each step of a schedule the sparse model answers the calibration prompts itself; the next one is
+    solved from the dense weights on its traces, with every zero kept.
     """
 
     method: str = "sparsegpt"
@@ -152,7 +173,7 @@ class Pruning(_Part):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
-    shares: dict[str, float] = Field(default_factory=dict)
+    shares: dict[str, Zeros] = Field(default_factory=dict)
     expert_tokens: int = Field(0, ge=0)
 
     @model_validator(mode="before")
@@ -165,10 +186,7 @@ class Pruning(_Part):
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, value: str) -> str:
-        if value == "unstructured":
-            return value
-        match = _PATTERN.match(value)
-        if not match or not 0 < int(match[1]) < int(match[2]):
+        if value != "unstructured" and read_kept_of(value) is None:
             raise ValueError("neither 'unstructured' nor N:M with 0 < N < M, as 2:4")
         return value
 
@@ -181,11 +199,15 @@ class Pruning(_Part):
 
     @field_validator("shares")
     @classmethod
-    def _check_shares(cls, value: dict[str, float]) -> dict[str, float]:
-        for pattern, share in value.items():
+    def _check_shares(cls, value: dict[str, Zeros]) -> dict[str, Zeros]:
+        for pattern, zeros in value.items():
             _check_regex(pattern)
-            if not 0 <= share < 1:
-                raise ValueError(f"{pattern!r} = {share:g} is no share from 0, below 1")
+            if isinstance(zeros, str):
+                is_known = read_kept_of(zeros) is not None
+            else:
+                is_known = 0 <= zeros < 1
+            if not is_known:
+                raise ValueError(f"{pattern!r} = {zeros!r} is no share from 0, below 1, and no N:M")
         return value
 
     @model_validator(mode="after")
@@ -214,6 +236,8 @@ class Pruning(_Part):
 
     def _check_schedule(self) -> None:
         steps = self.schedule
+        if any(isinstance(zeros, str) for zeros in self.shares.values()):
+            raise ValueError("a schedule goes with shares of zeros, and not with N:M")
         if self.kept_of or self.allocation != "uniform":
             raise ValueError("a schedule goes with pattern 'unstructured' and allocation 'uniform'")
         if list(steps) != sorted({*steps}) or steps[0] <= 0 or steps[-1] != self.sparsity:
@@ -223,15 +247,23 @@ class Pruning(_Part):
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
-        """N and M of an N:M pattern, or None."""
-        match = _PATTERN.match(self.pattern)
-        return (int(match[1]), int(match[2])) if match else None
+        """N and M of the N:M pattern of all linears, or None."""
+        return read_kept_of(self.pattern)
 
-    def check_width(self, name: str, inputs: int) -> None:
-        """Refuse a linear whose inputs an N:M pattern does not divide."""
-        if self.kept_of and inputs % self.kept_of[1]:
+    def kept_of_linear(self, linear: str) -> tuple[int, int] | None:
+        """Return N and M of a linear's own pattern, or of that of all; None where it has none."""
+        for pattern, zeros in self.shares.items():
+            if re.search(pattern, linear):
+                return read_kept_of(zeros) if isinstance(zeros, str) else None
+        return self.kept_of
+
+    def check_width(self, weight: str, inputs: int) -> None:
+        """Refuse a weight whose inputs its N:M pattern does not divide."""
+        kept_of = self.kept_of_linear(weight.removesuffix(".weight"))
+        if kept_of and inputs % kept_of[1]:
+            kept, of = kept_of
             raise UsageError(
-                f"pattern {self.pattern} does not divide the {inputs} inputs of {name}",
+                f"pattern {kept}:{of} does not divide the {inputs} inputs of {weight}",
                 remedy=f"choose an M that divides {inputs}, or --pattern unstructured",
             )
 

@@ -499,7 +499,7 @@ class _Walk:
 
         name = self._name_in_dense(pair, linear)
         self.settings.check_width(name, weight_OI.shape[1])
-        pattern = make_pattern(self.shares[name], self.settings.kept_of)
+        pattern = make_pattern(self.shares[name], self.settings.kept_of_linear(name))
 
         if not self.earlier:
             return pattern

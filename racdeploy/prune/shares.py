@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from racdeploy.errors import UsageError
+from racdeploy.recipe import Zeros, count_zeros
 
 Shares = dict[str, float]
 """Linear → share of its weights that become zeros."""
@@ -14,7 +15,7 @@ LOWEST, HIGHEST = 0.0, 0.98
 _NEAR = 1e-3  # of the sparsity: as exact as a recipe has to say it
 
 
-def fill_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Shares:
+def fill_shares(given: Mapping[str, Zeros], sizes: Mapping[str, int], sparsity: float) -> Shares:
     """Return the sparsity of each linear where patterns say that of some, and the others make up.
 
     Raises:
@@ -26,7 +27,7 @@ def fill_shares(given: Mapping[str, float], sizes: Mapping[str, int], sparsity: 
     for name in sizes:
         matching = [pattern for pattern in given if re.search(pattern, name)]
         if matching:
-            named[name] = given[matching[0]]
+            named[name] = count_zeros(given[matching[0]])
             unused -= set(matching)
 
     if unused:

@@ -10,6 +10,7 @@ from typing import Any
 from racdeploy import quant
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.prune.surveyed import Option, Surveyed
+from racdeploy.recipe import Zeros, count_zeros
 from racdeploy.tune import mix
 from racdeploy.tune.candidates import CHOSEN, find_packing
 
@@ -55,16 +56,16 @@ class Blend:
         if not self.zeros:
             return {"prune": prune, "export": export}
 
-        shares: dict[str, float] = {}
+        shares: dict[str, Zeros] = {}
         zeros = 0.0
         weights = 0
 
-        for name, share in found.zeros(plan).items():
+        for name, own in found.zeros(plan).items():
             pattern = f"^{re.escape(name)}$"
-            shares[pattern] = share
+            shares[pattern] = own
 
             count = surveyed.weights[name]
-            zeros += share * count
+            zeros += count_zeros(own) * count
             weights += count
 
         prune["shares"] = shares

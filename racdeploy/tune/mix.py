@@ -20,6 +20,7 @@ from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant import presets
+from racdeploy.recipe import Zeros
 from racdeploy.tune.candidates import find_packing
 from racdeploy.tune.knapsack import Choices, solve
 from racdeploy.tune.packed import expect_saved_bytes
@@ -72,9 +73,9 @@ class Mix:
         usual = max(sizes, key=lambda each: (sizes[each], each))
         return {"quant": usual, "tensors": _name_tensors(quants, usual)}
 
-    def zeros(self, plan: Sequence[PlannedTensor]) -> dict[str, float]:
-        """Return the share of zeros of every linear, by its name in the checkpoint."""
-        shares = {}
+    def zeros(self, plan: Sequence[PlannedTensor]) -> dict[str, Zeros]:
+        """Return the zeros of every linear, a share or N:M, by its name in the checkpoint."""
+        zeros: dict[str, Zeros] = {}
 
         for tensor in plan:
             key = self.ways[tensor.name].option
@@ -84,9 +85,9 @@ class Mix:
             option = Option.parse(key)
             for part in tensor.parts:
                 linear = part.removesuffix(".weight")
-                shares[linear] = option.sparsity
+                zeros[linear] = option.pattern or option.sparsity
 
-        return shares
+        return zeros
 
 
 def plain_bytes(tensor: PlannedTensor, option: Option) -> int:
@@ -102,7 +103,8 @@ def packed_bytes(tensor: PlannedTensor, option: Option) -> int:
         return plain
 
     stored = replace(tensor, quant_real=option.quant)
-    saved = expect_saved_bytes(find_packing("gguf"), stored, option.sparsity)
+    zeros = option.pattern or option.sparsity
+    saved = expect_saved_bytes(find_packing("gguf"), stored, zeros)
     return align(plain - math.floor(saved))
 
 

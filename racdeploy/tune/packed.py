@@ -9,28 +9,31 @@ from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.recipe import Zeros, count_zeros, read_kept_of
 
 _O, _I = 256, 2048  # of a matrix large enough for its table not to count
 
 
-def expect_saved_bytes(packing: str, tensor: PlannedTensor, zeros: float) -> float:
-    """Return the bytes that packing is expected to leave out of a tensor with a share of zeros."""
+def expect_saved_bytes(packing: str, tensor: PlannedTensor, zeros: Zeros) -> float:
+    """Return the bytes that packing is expected to leave out of a tensor with such zeros."""
     quant = tensor.quant_real
-    if packings.load(packing).fits(quant, zeros):
+    if packings.load(packing).fits(quant, count_zeros(zeros)):
         return 0.0
 
-    packed_bits = expect_packed_bits(packing, quant, round(zeros, 3))
+    alike = zeros if isinstance(zeros, str) else round(zeros, 3)
+    packed_bits = expect_packed_bits(packing, quant, alike)
     saved_bits = max(0.0, quants.load(quant).BITS - packed_bits)
     return saved_bits * math.prod(tensor.shape) / 8
 
 
 @cache
-def expect_packed_bits(packing: str, quant: str, zeros: float) -> float:
-    """Return the bits a weight of a matrix of which a share are zeros.
+def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
+    """Return the bits a weight of a matrix with a share of zeros, or N:M.
 
     Small weights are more likely to be zeros. Inputs decide as much, as where pruning weighs them:
     without them the codes that stay would be fewer, and the file too small by a twentieth.
@@ -40,8 +43,7 @@ def expect_packed_bits(packing: str, quant: str, zeros: float) -> float:
 
     inputs_OI = np.exp(generator.standard_normal((_O, _I)))
     score_OI = np.abs(weight_OI) * inputs_OI
-    least = np.quantile(score_OI, zeros)
-    weight_OI[score_OI < least] = 0
+    weight_OI[_find_least(score_OI, zeros)] = 0
 
     form = quants.load_ggml(quant)
     packed_OP = form.quantize(weight_OI)
@@ -53,6 +55,17 @@ def expect_packed_bits(packing: str, quant: str, zeros: float) -> float:
         (row,) = plugin.pack_file(plain, plain.with_name(f"packed{plugin.SUFFIX}"))
 
     return 8 * row.stored_bytes / weight_OI.size
+
+
+def _find_least(score_OI: NDArray[np.float32], zeros: Zeros) -> NDArray[np.bool_]:
+    """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
+    kept_of = read_kept_of(zeros) if isinstance(zeros, str) else None
+    if kept_of is None:
+        return np.asarray(score_OI < np.quantile(score_OI, count_zeros(zeros)))
+
+    kept, of = kept_of
+    rank_OGS = score_OI.reshape(_O, -1, of).argsort(axis=2).argsort(axis=2)
+    return np.asarray(rank_OGS.reshape(_O, _I) < of - kept)
 
 
 def _write(file: Path, packed_OP: np.ndarray, ggml_type: int) -> None:

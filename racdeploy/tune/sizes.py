@@ -25,6 +25,7 @@ from racdeploy.prune.assemble import Shape, sketch
 from racdeploy.prune.layout import Layout
 from racdeploy.prune.shares import fill_shares
 from racdeploy.prune.structures import vocabulary
+from racdeploy.recipe import Zeros, count_zeros
 from racdeploy.storage.files import canonical_hash
 from racdeploy.traces.trace import Trace
 from racdeploy.tune.devices.work import Work, measure_work
@@ -129,10 +130,12 @@ class Sizes:
         saved = 0.0
         zeros = _expect_zeros(job, job.checkpoint)
         for tensor in plan.tensors:
-            shares = [zeros.get(part, zeros.get(generalize(part), 0.0)) for part in tensor.parts]
+            own = [zeros.get(part, zeros.get(generalize(part), 0.0)) for part in tensor.parts]
+            shares = [count_zeros(each) for each in own]
             mean = sum(shares) / len(shares)
             if mean:
-                saved += expect_saved_bytes(settings.packing, tensor, mean)
+                is_one = len({*own}) == 1
+                saved += expect_saved_bytes(settings.packing, tensor, own[0] if is_one else mean)
 
         why = _FREE_PACKING.format(settings.packing)
         return replace(plain, size_bytes=plain_bytes - round(saved), why_inexact=why)
@@ -152,7 +155,7 @@ class Sizes:
             shares = {}
             for tensor in tensors:
                 name = tensor.name
-                shares[name] = zeros.get(name, zeros.get(generalize(name), 0.0))
+                shares[name] = count_zeros(zeros.get(name, zeros.get(generalize(name), 0.0)))
             saved = graphs.expect_saved_bytes(packing, tensors, shares)
 
         work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolds=packing == _UNFOLDING)
@@ -241,8 +244,8 @@ def _depends_on_widths(tensors: Sequence[PlannedTensor]) -> bool:
     return any(len(own) > 1 for own in formats.values())
 
 
-def _expect_zeros(job: Job, checkpoint: Checkpoint) -> dict[str, float]:
-    """Return the share of zeros of each weight that is pruned, by its name in any block or in one.
+def _expect_zeros(job: Job, checkpoint: Checkpoint) -> dict[str, Zeros]:
+    """Return the zeros of each weight that is pruned, by its name in any block or in one.
 
     Pruning may leave out blocks, and what follows takes their numbers: only where the recipe names
     linears do numbers count.
@@ -250,10 +253,16 @@ def _expect_zeros(job: Job, checkpoint: Checkpoint) -> dict[str, float]:
     settings = job.recipe.prune
     pruned = job.weights_to_prune
     if not settings.shares:
-        return {generalize(weight): settings.sparsity for weight in pruned}
+        alike = settings.pattern if settings.kept_of else settings.sparsity
+        return {generalize(weight): alike for weight in pruned}
 
     sizes = {}
     for weight in pruned:
         sizes[weight.removesuffix(".weight")] = math.prod(checkpoint.entries[weight].shape)
     shares = fill_shares(settings.shares, sizes, settings.sparsity)
-    return {f"{linear}.weight": share for linear, share in shares.items()}
+
+    zeros: dict[str, Zeros] = {}
+    for linear, share in shares.items():
+        kept_of = settings.kept_of_linear(linear)
+        zeros[f"{linear}.weight"] = f"{kept_of[0]}:{kept_of[1]}" if kept_of else share
+    return zeros

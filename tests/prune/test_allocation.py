@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from safetensors.torch import load_file
 
 from racdeploy import plugins
 from racdeploy.engines.transformers.torch_model import load_model
@@ -251,6 +252,28 @@ def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
     assert zeros / count == pytest.approx(0.5, abs=1e-3)
 
 
+def test_a_linear_may_have_a_pattern_beside_others(tmp_path: Path) -> None:
+    """Of each M inputs N stay where the recipe says N:M; zeros of others are anywhere."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    shares = {"up_proj$": "2:4", "gate_proj$": "4:8", "self_attn": 0.0}
+    settings = Recipe.combine(None, {"prune": {"sparsity": 0.2, "shares": shares}}).prune
+    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
+    asked = {row.name.removeprefix("model.layers."): row.sparsity_asked for row in rows}
+    assert asked["1.mlp.up_proj"] == asked["0.mlp.gate_proj"] == 0.5
+    assert asked["0.self_attn.o_proj"] == 0
+
+    weights = load_file(tmp_path / "block-00000.safetensors")
+    for linear, group in (("up_proj", 4), ("gate_proj", 8), ("down_proj", 4)):
+        (weight_OI,) = (value for name, value in weights.items() if f"{linear}.weight" in name)
+        zeros_OG = (weight_OI == 0).reshape(len(weight_OI), -1, group).sum(dim=2)
+        assert (len(zeros_OG.unique()) == 1) == (linear != "down_proj"), linear
+
+    odd = Recipe.combine(None, {"prune": {"sparsity": 0.1, "shares": {"up_proj$": "1:7"}}}).prune
+    with pytest.raises(UsageError, match="1:7 does not divide the 64 inputs"):
+        odd.check_width("model.layers.0.mlp.up_proj.weight", 64)
+    odd.check_width("model.layers.0.mlp.down_proj.weight", 64)
+
+
 @pytest.mark.parametrize(
     ("given", "sparsity", "message"),
     [
@@ -266,3 +289,4 @@ def test_shares_that_cannot_be_are_refused(
     with pytest.raises(UsageError, match=message):
         fill_shares(given, SIZES, sparsity)
     assert fill_shares({"a|b|c": 0.4}, SIZES, 0.4) == dict.fromkeys(SIZES, 0.4)
+    assert fill_shares({"a|b": "1:4"}, SIZES, 0.5) == {"a": 0.75, "b": 0.75, "c": 0.0}

@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from racdeploy import quant
 from racdeploy.errors import UsageError
-from racdeploy.export.gguf.tensors import plan_tensors
+from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant import presets
@@ -135,6 +135,17 @@ def test_the_recipe_plans_the_file_that_was_chosen(family: str, tmp_path: Path) 
             assert real[name] == (Option.parse(way.option).quant if way.option else "f32")
         assert found.size_bytes == sum(-(-tensor.size_bytes // 32) * 32 for tensor in planned)
         assert len(export["tensors"]) <= 40
+
+
+def test_a_pattern_has_its_own_size_in_a_packed_file() -> None:
+    """2 of 4 codes of four bits pack tighter than half of them anywhere, those of eight alike."""
+    tensor = PlannedTensor("blk.0.ffn_up.weight", "", (1024, 1024), "q4_0", "q4_0", "")
+    anywhere, pattern = Option("q4_0", 0.5), Option("q4_0", 0.5, "2:4")
+    saved = mix.packed_bytes(tensor, anywhere) - mix.packed_bytes(tensor, pattern)
+    assert 0.01 < 8 * saved / 1024**2 < 0.03
+
+    wide = [mix.packed_bytes(tensor, Option("q8_0", 0.5, zeros)) for zeros in ("", "2:4")]
+    assert wide[0] == pytest.approx(wide[1], rel=1e-3)
 
 
 def test_packed_zeros_pay_where_their_error_is_small(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, count_zeros
 from racdeploy.report.tuning import Wishes
 from racdeploy.tune.candidates import Choice, propose
 from racdeploy.tune.entries import Entry, Takes
@@ -104,6 +106,34 @@ def test_zeros_and_formats_are_chosen_together_below_what_formats_alone_reach(
     assert recipe.export.packing == "bitmask"
     assert {0.0, 0.5} == set(recipe.prune.shares.values())
     assert 0 < recipe.prune.sparsity < 0.5
+
+
+def test_a_linear_may_have_a_pattern_of_its_own(
+    surveyor: Surveyor, choices: dict[str, Choice], surveyed: Surveyed
+) -> None:
+    """N:M beside none and beside zeros anywhere, in one mix: what was surveyed is what is built."""
+    linears = {}
+    for number, (name, found) in enumerate(surveyed.linears.items()):
+        own = dict(found)
+        if number % 2:
+            own["q4_0@2:4"] = own.pop("q4_0@0.5")
+            del own["q8_0@0.5"]
+        linears[name] = own
+
+    entries = [Entry(choice, Takes(1, 1, 1.0)) for choice in choices.values()]
+    size = surveyor.predictor.size(choices["q4_0"]).size_bytes
+    wishes = Wishes(objective="accuracy", max_bytes=size - 6000, budget_s=60)
+    mixes = surveyor.propose_mixes(replace(surveyed, linears=linears), wishes, entries)
+    recipe = next(each for each in mixes if each.kind == "zeros mix").recipe
+
+    shares = recipe.prune.shares.values()
+    assert {"2:4", 0.5} <= {*shares} <= {"2:4", 0.5, 0.0}
+    weights = [surveyed.weights[name] for name in surveyed.linears]
+    zeros = [count_zeros(share) for share in shares]
+    assert recipe.prune.sparsity == pytest.approx(np.average(zeros, weights=weights))
+
+    named = {name for name in surveyed.linears if recipe.prune.kept_of_linear(name) == (2, 4)}
+    assert named == {name for name in named if "q4_0@2:4" in linears[name]}
 
 
 def test_without_a_limit_mixes_are_as_large_as_the_presets(
