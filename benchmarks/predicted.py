@@ -24,7 +24,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from racdeploy import export as exports
+from racdeploy.export.gguf import export as export_gguf
+from racdeploy.export.onnx import export as export_onnx
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
@@ -37,7 +38,8 @@ from racdeploy.storage.safetensors import write_header
 from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME
 from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.devices.profile import Profiler, measure
-from racdeploy.tune.devices.speed import Prediction, Use, predict
+from racdeploy.tune.devices.speed import Prediction, predict
+from racdeploy.tune.devices.work import Use
 from racdeploy.tune.sizes import Size, Sizes
 
 USE = Use(context_tokens=2048, prompt_tokens=256, new_tokens=48)
@@ -154,11 +156,12 @@ def write_candidates(scratch: Path, kept: Path, smol: str, engine: str) -> Itera
             file = kept / f"{model}-{quant}-{share}.{form}"
 
             if not file.is_file():
+                write = export_gguf if form == "gguf" else export_onnx
                 checkpoint, metadata = job.checkpoint, {}
                 if share < 1:
                     checkpoint = Checkpoint(cut_channels(job, scratch / f"{model}-{share}"))
                     metadata = describe_model(job, checkpoint)
-                exports.load(form).export(checkpoint, file, quant=quant, metadata=metadata)
+                write(checkpoint, file, quant=quant, metadata=metadata)
 
             yield Candidate(name, file, size)
 
