@@ -79,6 +79,12 @@ def test_kernels_in_front_of_another_program_bring_little() -> None:
     assert loaded.isdisjoint({*HEAVY, "pydantic", "tokenizers", "jinja2", "typer"})
 
 
+def test_a_search_for_gguf_needs_no_package_of_onnx() -> None:
+    """Its sizes, and the profile of a device."""
+    loaded = modules_after("import racdeploy.tune.conclude")
+    assert loaded.isdisjoint({"onnx", "onnxruntime"})
+
+
 def test_everything_that_is_public_is_there() -> None:
     assert all(getattr(racdeploy, name) is not None for name in racdeploy.__all__)
     assert set(racdeploy.__all__) <= set(dir(racdeploy))
