@@ -20,7 +20,7 @@ from racdeploy.tune.devices.engines import ONNXRUNTIME
 from racdeploy.tune.devices.fit import Sample
 from racdeploy.tune.devices.measured import find_device
 from racdeploy.tune.devices.profile import measure
-from racdeploy.tune.devices.speed import predict
+from racdeploy.tune.devices.speed import predict, predict_memory
 from racdeploy.tune.devices.work import Use
 from racdeploy.tune.entries import Entry, Takes, list_broken
 from racdeploy.tune.sizes import Size, Sizes
@@ -105,11 +105,10 @@ class Predictor:
 
         # Memory has to do for the longest answer.
         filled = replace(usual, new_tokens=max(1, context_tokens - usual.prompt_tokens))
-        longest = predict(self.device, size.work, filled)
 
         return Takes(
             size_bytes=size.size_bytes,
-            memory_bytes=longest.memory_bytes,
+            memory_bytes=predict_memory(self.device, size.work, filled),
             tokens_per_s=found.tokens_per_s,
         )
 

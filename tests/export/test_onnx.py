@@ -36,6 +36,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx import file as onnx_file
 from racdeploy.storage import environments
 from racdeploy.storage.files import file_sha256
+from racdeploy.tune.graphs import count_bytes, estimate_bytes, plan_graph
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_onnx import APPENDING, needs_optimum
 
@@ -111,6 +112,19 @@ def run_torch(
 
 def relative(expected: np.ndarray, found: np.ndarray) -> float:
     return float(np.abs(expected - found).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "k_quant", "matmulnbits_4"])
+@pytest.mark.usefixtures("chosen")
+def test_the_bytes_of_its_weights_are_known_before(
+    checkpoint: Checkpoint, tmp_path: Path, quant: str
+) -> None:
+    """Tensor by tensor; nodes and names, a large part of so small a file, about."""
+    result = export(checkpoint, tmp_path / "m.onnx", quant=quant)
+    plan = plan_graph(checkpoint, quant)
+    planned = {tensor.name: (tensor.quant, count_bytes(tensor)) for tensor in plan}
+    assert planned == {each.name: (each.quant_real, each.size_bytes) for each in result.tensors}
+    assert estimate_bytes(checkpoint, plan) == pytest.approx(result.size_bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

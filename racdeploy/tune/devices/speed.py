@@ -56,9 +56,15 @@ def predict(device: Device, work: Work, use: Use) -> Prediction:
         "token": costs.token_us / _MICRO + vocabulary_ps / _PICO,
     }
 
-    memory_bytes = costs.base_bytes + round(sum_memory(costs, work, use))
+    memory_bytes = predict_memory(device, work, use)
     total = sum(seconds.values())
     return Prediction(1 / total, memory_bytes, seconds, streamed, device.measured)
+
+
+def predict_memory(device: Device, work: Work, use: Use) -> int:
+    """Return the bytes at the peak of the process that decodes."""
+    costs = device.costs(work.engine)
+    return costs.base_bytes + round(sum_memory(costs, work, use))
 
 
 def _find_cost(device: Device, costs: EngineCosts, quant: str) -> FormatCost:
