@@ -97,8 +97,9 @@ def live_table(candidates: Sequence[Candidate], most: int) -> Table:
 def describe_device(device: DeviceRow) -> str:
     """Return the device, and where its figures come from."""
     cores = "1 core" if device.cores == 1 else f"{device.cores} cores"
-    source = f": {device.source}" if device.source else ""
     kind = "measured on it" if device.measured else "estimated"
+    said = device.source.removeprefix(f"{kind}: ")
+    source = f": {said}" if said else ""
     return plain(f"{device.name}, {cores}; figures {kind}{source}")
 
 

@@ -258,7 +258,10 @@ class Search:
         if not compared:
             self._refuse_measured()
 
-        front = find_front(compared)
+        # Among its own kind: the best dense model is a rival although a pruned one beats it.
+        front: frozenset[str] = frozenset()
+        for is_dense in (True, False):
+            front |= find_front(each for each in compared if each.choice.dense == is_dense)
         first = {entry.choice.dense: entry.name for entry in reversed(compared)}
         on_front = [entry.name for entry in compared if entry.name in front]
         spaced = _space_out(on_front)
@@ -271,7 +274,7 @@ class Search:
             if entry.name in first.values():
                 chosen.append(entry)
             elif entry.name not in front:
-                entry.leave("another one is as small, as fast and as near to the dense model")
+                entry.leave("another of its kind is as small, as fast and as near to the dense one")
             elif by_accuracy and times > _MOST_TIMES:
                 entry.leave(f"{times:,.0f} times as far from the dense model as the nearest")
             elif by_accuracy and len(chosen) >= MOST_RACED:
