@@ -71,17 +71,18 @@ def test_products_are_ggmls_own_and_weights_come_back(device: Path) -> None:
     """Alone and in a scheduled graph, of one token and of many, on one thread and on two."""
     code = f"""
 from pathlib import Path
-from racdeploy.accel.ggml_plugin import NAMES, Plugin, Product
+from racdeploy.accel.ggml_plugin import K_QUANTS, NAMES, Plugin, Product
 plugin = Plugin(Path({str(device)!r}))
 assert plugin.enable([], 2)
-for number in NAMES:
+for number, name in NAMES.items():
+    columns, two_of_four = (512, True) if name in K_QUANTS else (352, False)
     for seed, (tokens, zeros) in enumerate([(1, 0.5), (1, 1.0), (3, 0.0), (33, 0.7), (33, 1.0)]):
         for threads in (1, 2):
-            product = Product(number, 100, 352, tokens, zeros, False)
+            product = Product(number, 100, columns, tokens, zeros, two_of_four)
             print(plugin.difference(product, threads, seed))
 """
     found = [float(line) for line in run_in_child(code)]
-    assert len(found) == 4 * 5 * 2
+    assert len(found) == 6 * 5 * 2
     assert all(0 <= difference <= 1e-6 for difference in found), found
 
 
