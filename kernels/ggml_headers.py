@@ -1,7 +1,7 @@
-"""Fetch the headers of ggml that the plug-ins are compiled with: FOLDER to write them to.
+"""Fetch the headers of ggml that the plug-in is compiled with: FOLDER to write them to.
 
 They are those of the newest release in ``ggml_releases.toml``: tests/support/ggml_releases.py adds
-a release only if the plug-ins' object code is the same with its headers. Needs pip and the index.
+a release only if the plug-in's object code is the same with its headers. Needs pip and the index.
 """
 
 from __future__ import annotations

@@ -115,7 +115,8 @@ def _examine_compiler() -> dict[str, str]:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found:
         return _finding("compiler", True, found)
-    return _unused("compiler", "none found; llama-cpp-python's source needs one")
+    needed = "llama-cpp-python's source needs one, and accel build without racdeploy-kernels"
+    return _unused("compiler", f"none found; {needed}")
 
 
 def _examine_llama() -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from racdeploy.accel.ggml_releases import refuse_unknown
 from racdeploy.accel.library import Library
+from racdeploy.accel.prebuilt import PACKAGE
 from racdeploy.accel.source_list import library_sources
 
 _EXTRA, _DEVICE = "llamacpp", "llamacpp-device"
@@ -50,12 +51,16 @@ class Ggml:
     def plugin(self, is_device: bool) -> Library:
         """Return the plug-in for it, built or not, that takes one of the ways into ggml."""
         name = _DEVICE if is_device else _EXTRA
+        unknown = refuse_unknown(self.version, self.commit)
         return Library(
             name,
             library_sources(name),
             include=(self.include,),
             links=(self.libraries / "libggml-cpu.so.0", self.libraries / "libggml-base.so.0"),
             key={"ggml": self.version, "commit": self.commit},
+            # Nobody compared its headers with those that the package was compiled with: numbers
+            # of operations and types move between releases.
+            only_compiled=f"{PACKAGE} is for known releases alone: {unknown}" if unknown else "",
         )
 
 

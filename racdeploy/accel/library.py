@@ -49,6 +49,7 @@ class Library:
         key: what else decides whether a built library may be used, as the version of the engine.
         machine: that it is for, as ``platform.machine`` names it.
         compiler: its command; by default the first of ``CXX``, c++, g++ and clang++.
+        only_compiled: why racdeploy-kernels cannot have it; empty where it can.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Library:
     key: Mapping[str, str] = field(default_factory=dict)
     machine: str = field(default_factory=platform.machine)
     compiler: str | None = None
+    only_compiled: str = ""
 
     def find(self) -> Path | None:
         """Return the newest library of this key, whatever made it, or None."""
@@ -68,6 +70,8 @@ class Library:
 
     def find_prebuilt(self) -> bytes | str:
         """Return the library that racdeploy-kernels has, or why there is none to use."""
+        if self.only_compiled:
+            return self.only_compiled
         return prebuilt.read_library(self.name, self._fingerprint, self.machine)
 
     def build(self) -> Path:
@@ -82,10 +86,11 @@ class Library:
 
         command = self.compiler or find_compiler()
         if command is None:
+            compiler = "a compiler, for example with `apt-get install g++`, or name it in CXX"
+            package = f"pip install --upgrade {prebuilt.PACKAGE}; or install {compiler}"
             raise EnvironmentFailure(
                 f"there is no C++ compiler: c++, g++ and clang++ are not on the PATH; {content}",
-                remedy=f"pip install --upgrade {prebuilt.PACKAGE}; or install a compiler, for "
-                "example with `apt-get install g++`, or name it in CXX",
+                remedy=f"install {compiler}" if self.only_compiled else package,
             )
 
         maker = _digest(_version(command))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import pytest
 from racdeploy import accel
 from racdeploy.accel import library as compiling
 from racdeploy.accel import ort_operator
+from racdeploy.accel.ggml_releases import read_table
+from racdeploy.accel.installed_ggml import Ggml
 from racdeploy.accel.library import Library, describe_maker
 from racdeploy.accel.proof import Kernels, Proof, readiness
 from racdeploy.accel.source_list import fingerprint, library_sources
@@ -132,6 +134,35 @@ def test_a_stale_one_is_compiled_here(installed: Installed, library: Library) ->
     """As without the package."""
     installed.write({"example": "0123456789abcdef"})
     assert describe_maker(library.build()) == "compiled"
+
+
+@pytest.mark.parametrize("is_device", [False, True])
+def test_a_ggml_outside_the_table_gets_what_is_compiled_with_its_headers(
+    installed: Installed, tmp_path: Path, is_device: bool
+) -> None:
+    """Whatever the package has: nobody compared the headers, and numbers of operations move."""
+    release = read_table()[-1]
+    known = Ggml(tmp_path, tmp_path, release.ggml, release.commit).plugin(is_device)
+    unknown = Ggml(tmp_path, tmp_path, "0.99.0", "f" * 40).plugin(is_device)
+    installed.write({known.name: _fingerprint(known)})
+    assert unknown.name == known.name
+    assert known.find_prebuilt() == CONTENT
+    assert "racdeploy-kernels is for known releases alone: ggml 0.99.0" in str(
+        unknown.find_prebuilt()
+    )
+
+
+def test_what_only_can_be_compiled_is(installed: Installed, library: Library) -> None:
+    """With a compiler; without one, the error does not name the package as a remedy."""
+    installed.write({"example": _fingerprint(library)})
+    here = replace(library, only_compiled="the reason")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "find_compiler", lambda: None)
+        with pytest.raises(EnvironmentFailure, match="; the reason") as caught:
+            here.build()
+    assert "racdeploy-kernels" not in caught.value.remedy
+    assert here.find() is None
+    assert describe_maker(here.build()) == "compiled"
 
 
 @pytest.mark.parametrize(
