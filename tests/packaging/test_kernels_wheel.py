@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from racdeploy import accel
+from racdeploy.accel.ggml_releases import read_table
 from racdeploy.accel.installed_ggml import find_ggml
 from racdeploy.accel.library import find_compiler
 from racdeploy.accel.source_list import FLAGS, library_sources, machine_flags
@@ -49,6 +52,51 @@ def test_it_has_the_version_and_the_words_of_racdeploy() -> None:
         assert ours["project"][name] == theirs["project"][name]
     extras = theirs["project"]["optional-dependencies"]
     assert extras["kernels"] == [ours["project"]["name"]]
+
+
+def test_it_is_proven_with_the_newest_release_of_the_table() -> None:
+    """With another one its library for llama.cpp is not taken, and the machine compiles one."""
+    linux = _read_project(KERNELS)["tool"]["cibuildwheel"]["linux"]
+    (pinned,) = (each for each in linux["test-requires"] if each.startswith("llama-cpp-python"))
+    assert pinned == f"llama-cpp-python=={read_table()[-1].llama_cpp_python}"
+
+
+PREBUILT = "prebuilt: racdeploy-kernels 1.2"
+SLOW = "its avx2 kernels are not faster than ggml's own on this processor, on 1 thread"
+
+
+@pytest.mark.parametrize(
+    ("llamacpp", "onnxruntime", "expected"),
+    [
+        (("", PREBUILT), ("", PREBUILT), 0),
+        ((SLOW, PREBUILT), ("", PREBUILT), 0),
+        (("its self-test failed: q8_0", PREBUILT), ("", PREBUILT), 1),
+        (("", PREBUILT), ("f16, 7 × 32, 1 tokens: it is off", PREBUILT), 1),
+        (("ggml does not take it", PREBUILT), ("", PREBUILT), 1),
+        (("", "compiled: racdeploy-kernels 1.2 is damaged"), ("", PREBUILT), 1),
+        (("there is no libggml-base.so.0", ""), ("", PREBUILT), 1),
+        (None, ("", PREBUILT), 1),
+    ],
+)
+def test_what_is_not_proven_fails_where_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+    llamacpp: tuple[str, str] | None,
+    onnxruntime: tuple[str, str],
+    expected: int,
+) -> None:
+    """Slow kernels do not: machines that build are shared. On macOS llama.cpp has none."""
+    built = {}
+    for engine, made in (("llama.cpp", llamacpp), ("onnxruntime", onnxruntime)):
+        if made is not None:
+            refusal, maker = made
+            library = Path("library.so") if maker else None
+            built[engine] = accel.Built(library, refusal, maker=maker)
+    monkeypatch.setattr(accel, "build_installed", lambda: built)
+    check = runpy.run_path(str(KERNELS / "check_installed.py"))["main"]
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert check() == expected
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert check() == (not onnxruntime[1] or bool(onnxruntime[0]))
 
 
 def test_libracdeploy_has_the_version_that_comes_next() -> None:
