@@ -37,7 +37,8 @@ class Proof:
     Args:
         refusal: why it may not be used; empty where it may.
         sha256: of the library.
-        difference: largest one from the engine's own kernels, over the largest output.
+        difference: largest one from the engine's own kernels, or from exact products where these
+            are inexact, over the largest output.
         verdicts: of each number of threads that was measured.
         form: of what is kept.
     """

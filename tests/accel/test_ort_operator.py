@@ -116,7 +116,16 @@ def test_an_inexact_stock_operator_refuses_no_exact_one() -> None:
     assert ort_trial._judge(stock_BTO, exact_BTO, stock_BTO) == (0.0, "")
     for wrong_BTO in (exact_BTO * 1.1, exact_BTO * np.nan):
         _, problem = ort_trial._judge(stock_BTO, exact_BTO, wrong_BTO)
-        assert "off the stock operator" in problem
+        assert "off exact products and the stock operator, which is inexact" in problem
+
+
+def test_an_exact_stock_operator_is_who_to_equal() -> None:
+    """As on x86-64: to be as near the exact product on its other side is not enough."""
+    exact_BTO = np.array([[[1.0, -2.0]]])
+    stock_BTO, found_BTO = exact_BTO * (1 + 0.9e-6), exact_BTO * (1 - 0.9e-6)
+    difference, problem = ort_trial._judge(stock_BTO, exact_BTO, found_BTO)
+    assert difference == pytest.approx(1.8e-6, rel=1e-3)
+    assert problem == "it is 1.8e-06 of the maximum off the stock operator"
 
 
 @pytest.mark.parametrize("quant", QUANTS)
