@@ -190,6 +190,26 @@ def make_blocks(quant: str, code_RI: np.ndarray, sub_scale: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quant", K_QUANTS)
+@pytest.mark.parametrize("pattern", [PATTERN, "unstructured"])
+def test_an_infinite_input_gives_no_number(chosen: SparseKernels, quant: str, pattern: str) -> None:
+    """As ggml's own products do: for its token. Inputs too small for a scale are zeros there."""
+    blocks = draw_blocks(quant, 17, 512)
+    packed = chosen.pack(quant, blocks, 512, pattern)
+    activation_TI = np.ones((6, 512), np.float32)
+    activation_TI[0, 300] = -np.inf
+    activation_TI[1] = 1e-40
+    with np.errstate(invalid="ignore"):
+        expected_TO = round_inputs(activation_TI) @ dequantize(quant, blocks).T
+    assert np.isnan(expected_TO[0]).all()
+    assert not expected_TO[1].any()
+
+    for tokens in (2, 6):
+        output_TO = chosen.multiply(packed, activation_TI[:tokens])
+        assert not np.isfinite(output_TO[0]).any()
+        np.testing.assert_allclose(output_TO[1:], expected_TO[1:tokens], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant", K_QUANTS)
 def test_other_matrices_stay_as_they_are(chosen: SparseKernels, quant: str) -> None:
     """What is not 2:4 may still be written over what was: it is multiplied as ggml's blocks."""
     generator = np.random.default_rng(1)

@@ -205,14 +205,14 @@ void prepare_k_quant(int64_t columns, int64_t tokens, int64_t token, const float
         __m256 sizes = _mm256_setzero_ps();
         for (int64_t i = 0; i < group_weights; i += 8)
             sizes = _mm256_max_ps(sizes, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(from + i)));
-        const float inverse = k_inverse(largest_of(sizes));
-        to.scales[token * groups(columns) + g] = inverse != 0 ? 1 / inverse : 0;
+        const KScale of_inputs(largest_of(sizes));
+        to.scales[token * groups(columns) + g] = of_inputs.scale;
 
         int8_t* codes = to.codes + token * columns + g * group_weights;
         // Of two sub-blocks that follow each other, the first and the second 8 codes lie together.
         for (int64_t first = 0; first < group_weights; first += 32) {
-            const __m128i one = codes_of_16(from + first, _mm256_set1_ps(inverse));
-            const __m128i other = codes_of_16(from + first + 16, _mm256_set1_ps(inverse));
+            const __m128i one = codes_of_16(from + first, _mm256_set1_ps(of_inputs.inverse));
+            const __m128i other = codes_of_16(from + first + 16, _mm256_set1_ps(of_inputs.inverse));
             auto* place = reinterpret_cast<__m128i*>(codes + k_input_place(first));
             _mm_storeu_si128(place, _mm_unpacklo_epi64(one, other));
             _mm_storeu_si128(place + k_run_weights / 16, _mm_unpackhi_epi64(one, other));

@@ -190,14 +190,14 @@ void prepare_k_quant(int64_t columns, int64_t tokens, int64_t token, const float
         __m512 sizes = _mm512_setzero_ps();
         for (int64_t i = 0; i < group_weights; i += 16)
             sizes = _mm512_max_ps(sizes, _mm512_abs_ps(_mm512_loadu_ps(from + i)));
-        const float inverse = k_inverse(_mm512_reduce_max_ps(sizes));
-        to.scales[token * groups(columns) + g] = inverse != 0 ? 1 / inverse : 0;
+        const KScale of_inputs(_mm512_reduce_max_ps(sizes));
+        to.scales[token * groups(columns) + g] = of_inputs.scale;
 
         // Of two sub-blocks that follow each other, the first and the second 8 codes lie together.
         int8_t* codes = to.codes + token * columns + g * group_weights;
         for (int64_t first = 0; first < group_weights; first += 32) {
-            const __m128i one = codes_of_16(_mm512_loadu_ps(from + first), _mm512_set1_ps(inverse));
-            const __m128i other = codes_of_16(_mm512_loadu_ps(from + first + 16), _mm512_set1_ps(inverse));
+            const __m128i one = codes_of_16(_mm512_loadu_ps(from + first), _mm512_set1_ps(of_inputs.inverse));
+            const __m128i other = codes_of_16(_mm512_loadu_ps(from + first + 16), _mm512_set1_ps(of_inputs.inverse));
             auto* place = reinterpret_cast<__m128i*>(codes + k_input_place(first));
             _mm_storeu_si128(place, _mm_unpacklo_epi64(one, other));
             _mm_storeu_si128(place + k_run_weights / 16, _mm_unpackhi_epi64(one, other));

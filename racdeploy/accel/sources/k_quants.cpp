@@ -328,10 +328,10 @@ void prepare(int64_t columns, int64_t tokens, int64_t token, const float* activa
         float largest = 0;
         for (int64_t i = 0; i < group_weights; i++) largest = std::fmax(largest, std::fabs(from[i]));
 
-        const float inverse = k_inverse(largest);
+        const KScale of_inputs(largest);
         for (int64_t i = 0; i < group_weights; i++)
-            codes[k_input_place(i)] = static_cast<int8_t>(k_code(from[i], inverse));
-        to.scales[token * groups(columns) + g] = inverse != 0 ? 1 / inverse : 0;
+            codes[k_input_place(i)] = static_cast<int8_t>(k_code(from[i], of_inputs.inverse));
+        to.scales[token * groups(columns) + g] = of_inputs.scale;
     }
 }
 

@@ -72,8 +72,13 @@ constexpr int64_t k_input_place(int64_t weight) {
     return four.run * k_run_weights + k_place_of_code(four.code) + weight % 4;
 }
 
-// ggml's `iscale`, but for the sign.
-inline float k_inverse(float largest) { return largest != 0 ? 127.0f / largest : 0; }
+// ggml's `iscale` and `d`, but for the sign, of 256 inputs and their largest size. Where that is infinite `iscale` is 0,
+// and `d` infinite: products are no numbers.
+struct KScale {
+    float inverse, scale;
+    explicit KScale(float largest)
+        : inverse(largest != 0 ? 127.0f / largest : 0), scale(largest != 0 ? 1 / inverse : 0) {}
+};
 
 // Its nearest_int: of iscale * x, which ggml's own compiler rounds once where the processor multiplies and adds in one
 // step, as gcc does on AArch64.
