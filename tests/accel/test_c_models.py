@@ -76,15 +76,23 @@ def _restore(kept: Path, data: bytes) -> None:
 def test_weights_are_chosen_by_their_zeros(built: Path, bundle: Path) -> None:
     """Those of at least the share that the caller gives; a reason where there are none."""
     file = bundle / "model.gguf"
-    for share in (0.0, 0.3):
+    for share in (0.001, 0.3):
         *names, status = _run(built, "choose", file, str(share))
         assert (names, status) == (sparse_names(file, share), "0 ")
-    assert _run(built, "choose", file, "0.99") == [
+    none = ["no matrix of the file has enough zeros for the sparse kernels", "0 "]
+    assert _run(built, "choose", file, "0.99") == none
+
+
+def test_no_threshold_leaves_a_format_out(built: Path, bundle: Path) -> None:
+    """More than 1, 0 and less all say never, as does a format that an initializer left out."""
+    file = bundle / "model.gguf"
+    for share in ("1.5", "0", "-0.3"):
+        assert _run(built, "choose", file, share) == [
+            "the thresholds leave no number format to the sparse kernels",
+            "0 ",
+        ]
+    assert _run(built, "choose", file, "bf16=0.3") == [
         "no matrix of the file has enough zeros for the sparse kernels",
-        "0 ",
-    ]
-    assert _run(built, "choose", file, "1.5") == [
-        "the thresholds leave no number format to the sparse kernels",
         "0 ",
     ]
 

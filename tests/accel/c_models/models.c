@@ -6,6 +6,8 @@
  *   models forget GGUF FOLDER
  *   models measure                      the thresholds
  *   models misuse
+ *
+ * SHARE is that of every number format, or as bf16=0.3 of this one, and nothing of the others.
  */
 #ifndef WITHOUT_LLAMA
 #include <llama.h>
@@ -34,7 +36,11 @@ static int choose(const char *gguf, const char *share, const char *folder, int e
     racdeploy_status status;
     int64_t i;
 
-    options.thresholds = from >= 0 ? &thresholds : NULL;
+    if (!strncmp(share, "bf16=", 5)) {
+        memset(&thresholds, 0, sizeof thresholds);
+        thresholds.bf16 = atof(share + 5);
+    }
+    options.thresholds = &thresholds;
     options.kept_folder = folder;
     options.keep_in_small_pages = 1;
     options.threads = 2;
@@ -85,8 +91,8 @@ static int misuse(void) {
 static int measure(void) {
     racdeploy_thresholds found;
     racdeploy_status status = racdeploy_measure(1, &found);
-    printf("%g %g %g %g %g %g %g %g\n", found.q8_0, found.q8_0_two_of_four, found.q4_0, found.q4_0_two_of_four, found.f16,
-           found.bf16, found.q3_k_two_of_four, found.q6_k_two_of_four);
+    printf("%g %g %g %g %g %g %g %g\n", found.q8_0, found.q8_0_two_of_four, found.q4_0, found.f16, found.bf16,
+           found.q4_0_two_of_four, found.q3_k_two_of_four, found.q6_k_two_of_four);
     return finish(status);
 }
 

@@ -37,26 +37,27 @@ bool is_container(const Header& header) {
                        [](const Key& key) { return key.name.rfind("racgguf.", 0) == 0; });
 }
 
-double least_zeros(const racdeploy_thresholds& from, const Zeros& zeros) {
+// The field of the struct: a share that is not above 0 says "never", as one above 1 does.
+double threshold_of(const racdeploy_thresholds& from, const Zeros& zeros) {
     switch (zeros.type) {
         case 8: return zeros.two_of_four ? from.q8_0_two_of_four : from.q8_0;
         case 2: return zeros.two_of_four ? from.q4_0_two_of_four : from.q4_0;
         case 1: return from.f16;
         case 30: return from.bf16;
-        case 11: return zeros.two_of_four ? from.q3_k_two_of_four : 2;
-        case 14: return zeros.two_of_four ? from.q6_k_two_of_four : 2;
-        default: return 2;
+        case 11: return zeros.two_of_four ? from.q3_k_two_of_four : 0;
+        case 14: return zeros.two_of_four ? from.q6_k_two_of_four : 0;
+        default: return 0;
     }
 }
 
 std::array<double, 8> shares_of(const racdeploy_thresholds& from) {
-    return {from.q8_0, from.q8_0_two_of_four, from.q4_0,            from.q4_0_two_of_four,
-            from.f16,  from.bf16,             from.q3_k_two_of_four, from.q6_k_two_of_four};
+    return {from.q8_0, from.q8_0_two_of_four, from.q4_0,             from.f16,
+            from.bf16, from.q4_0_two_of_four, from.q3_k_two_of_four, from.q6_k_two_of_four};
 }
 
 bool may_be_faster(const racdeploy_thresholds& from) {
     const auto shares = shares_of(from);
-    return *std::min_element(shares.begin(), shares.end()) <= 1;
+    return std::any_of(shares.begin(), shares.end(), [](double share) { return share > 0 && share <= 1; });
 }
 
 std::string describe(const racdeploy_thresholds& from) {
@@ -74,8 +75,10 @@ bool choose(const Input& input, const Header& header, const racdeploy_thresholds
 
     std::vector<Zeros> all;
     if (!count_zeros(input, header, model.threads, all)) return false;
-    for (const Zeros& zeros : all)
-        if (zeros.share >= least_zeros(from, zeros)) model.names.push_back(zeros.name);
+    for (const Zeros& zeros : all) {
+        const double threshold = threshold_of(from, zeros);
+        if (threshold > 0 && zeros.share >= threshold) model.names.push_back(zeros.name);
+    }
     if (model.names.empty()) model.reason = "no matrix of the file has enough zeros for the sparse kernels";
     return true;
 }

@@ -66,10 +66,11 @@ RACDEPLOY_API racdeploy_status racdeploy_unpack_descriptor(int container, int ou
  * of this one load are packed, and llama.cpp multiplies by them with the sparse kernels. Enable before the process
  * loads its first model: ggml hands out its list of buffer types then. */
 
-/* The shares of zeros, 0 to 1, from which on the weights of a number format run on the sparse kernels; more than 1:
- * never. `two_of_four` is for weights with two zeros in every four; Q3_K and Q6_K are packed in that pattern alone. */
+/* The shares of zeros from which on the weights of a number format run on the sparse kernels; more than 1, or 0 or
+ * less: never. So a format that an initializer leaves out is never packed; later versions add theirs at the end.
+ * `two_of_four` is for weights with two zeros in every four; Q3_K and Q6_K are packed in that pattern alone. */
 typedef struct racdeploy_thresholds {
-    double q8_0, q8_0_two_of_four, q4_0, q4_0_two_of_four, f16, bf16, q3_k_two_of_four, q6_k_two_of_four;
+    double q8_0, q8_0_two_of_four, q4_0, f16, bf16, q4_0_two_of_four, q3_k_two_of_four, q6_k_two_of_four;
 } racdeploy_thresholds;
 
 /* How a model is opened. All zeros, or NULL in place of the struct, are the defaults. */
