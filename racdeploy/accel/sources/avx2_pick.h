@@ -1,15 +1,15 @@
 // AVX2: inputs picked for the stored values of 2:4 weights, in place of weights spread for all inputs.
 //
-// A register has two runs of 16 values. A lane is a run: its values are 2 of every 4 of 32 weights, so values 0 to 7 take
-// the first 16 inputs of the run and values 8 to 15 the others.
+// A register has two runs of 16 values. A lane is a run: its values are 2 of every 4 of 32 weights, so values 0 to 7
+// take the first 16 inputs of the run and values 8 to 15 the others.
 #pragma once
 #include "avx2_spread.h"
 
 namespace racdeploy {
 namespace {
 
-// The inputs of some tokens, a byte each: of every two runs the first half of each run's, then the second halves. Null if
-// there is no memory. For VPDPBUSD, and where the caller wants it, they are unsigned: 128 is added to them.
+// The inputs of some tokens, a byte each: of every two runs the first half of each run's, then the second halves. Null
+// if there is no memory. For VPDPBUSD, and where the caller wants it, they are unsigned: 128 is added to them.
 template <bool is_unsigned = vnni>
 inline const uint8_t* arrange_inputs(const QuantizedActivations& from, int64_t tokens) {
     const int64_t bytes = tokens * from.padded_columns;
@@ -40,8 +40,8 @@ inline __m256i pick(const uint8_t* inputs, __m256i places) {
     return _mm256_blend_epi32(first, _mm256_shuffle_epi8(load_256(inputs + 32), places), 0xcc);
 }
 
-// Products of signed weights with picked inputs: each lane of 32 bits has the sum of 4. With VPDPBUSD they are too large
-// by what 128 added to the inputs gives, the surplus; without it the weights' signs move to the inputs.
+// Products of signed weights with picked inputs: each lane of 32 bits has the sum of 4. With VPDPBUSD they are too
+// large by what 128 added to the inputs gives, the surplus; without it the weights' signs move to the inputs.
 inline __m256i add_picked(__m256i sums, __m256i weights, __m256i inputs) {
     if (vnni) return add_quads(sums, inputs, weights);
     return add_quads(sums, _mm256_abs_epi8(weights), _mm256_sign_epi8(inputs, weights));

@@ -1,7 +1,7 @@
 // AVX-512: inputs picked for the stored values of 2:4 weights, in place of weights spread for all inputs.
 //
-// A register has four runs of 16 values, half of a group. A lane is a run: its values are 2 of every 4 of 32 weights, so
-// values 0 to 7 take the first 16 inputs of the run and values 8 to 15 the others.
+// A register has four runs of 16 values, half of a group. A lane is a run: its values are 2 of every 4 of 32 weights,
+// so values 0 to 7 take the first 16 inputs of the run and values 8 to 15 the others.
 #pragma once
 #include <immintrin.h>
 
@@ -26,8 +26,7 @@ inline const uint8_t* arrange_inputs(const QuantizedActivations& from, int64_t t
 
 // Which of its 16 inputs each value of four runs takes; `bits` are theirs (PlaceBits).
 inline __m512i places_in_16(const uint8_t* bits) {
-    const __m512i fours =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 0, 0, 4, 4, 8, 8, 12, 12));
+    const __m512i fours = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 0, 0, 4, 4, 8, 8, 12, 12));
     const __m512i shifts = _mm512_set_epi32(6, 6, 6, 6, 4, 4, 4, 4, 2, 2, 2, 2, 0, 0, 0, 0);
     const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
     const int and_or = 0xea;  // the first and the second, or the third

@@ -1,8 +1,8 @@
 // AVX-512: 2:4 weights in Q8_0 and Q4_0.
 //
 // The 64 values of four runs are 8 of each of the 8 blocks of a group: 4 in the lower half of the register and 4 in the
-// upper one, in the order of the blocks. VPDPBUSD wants unsigned inputs, so 128 is added to them, and the surplus summed
-// beside the products.
+// upper one, in the order of the blocks. VPDPBUSD wants unsigned inputs, so 128 is added to them, and the surplus
+// summed beside the products.
 #pragma once
 #include "avx512_pick.h"
 #include "x86_prefetch.h"
@@ -83,7 +83,8 @@ inline uint64_t mask_of_places(int chunk, const uint8_t* bits) {
     const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
     const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(1));
 
-    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + chunk / 2 * 16)));
+    const __m512i all =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + chunk / 2 * 16)));
     const __m512i runs = _mm512_inserti64x4(all, _mm256_srli_epi16(_mm512_castsi512_si256(all), 2), 1);
     const __m512i shifted = chunk % 2 ? _mm512_srli_epi16(runs, 4) : runs;
     const __m512i halves = _mm512_permutex_epi64(shifted, 0x50);  // a half of a run is for 16 weights

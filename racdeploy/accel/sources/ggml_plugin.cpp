@@ -238,8 +238,8 @@ bool is_packable(const ggml_tensor* weight) {
     const bool known = weight->type == GGML_TYPE_Q8_0 || weight->type == GGML_TYPE_Q4_0 ||
                        weight->type == GGML_TYPE_F16 || weight->type == GGML_TYPE_BF16 ||
                        weight->type == GGML_TYPE_Q3_K || weight->type == GGML_TYPE_Q6_K;
-    return known && weight->ne[0] % weights_of_block(static_cast<Quant>(weight->type)) == 0 && ggml_n_dims(weight) <= 2 && ggml_is_contiguous(weight) &&
-           !weight->view_src;
+    return known && weight->ne[0] % weights_of_block(static_cast<Quant>(weight->type)) == 0 &&
+           ggml_n_dims(weight) <= 2 && ggml_is_contiguous(weight) && !weight->view_src;
 }
 
 const float* activation_of(const ggml_tensor* activation, int64_t row) {

@@ -36,9 +36,9 @@ namespace racdeploy {
 enum class Quant : int32_t { f16 = 1, q4_0 = 2, q8_0 = 8, q3_k = 11, q6_k = 14, bf16 = 30 };  // ggml's type numbers
 
 // unstructured: exactly the non-zero weights are stored. two_of_four: of every 4 weights exactly 2 are, zero or not, in
-// whole groups; Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are signed
-// (the top bit is flipped), and in place of a mask each value has two bits that say which of its four it is: values 16v
-// to 16v + 15 of a group have bits 2(v % 4) and on of the 16 bytes from byte 16(v / 4) on.
+// whole groups; Q8_0 and Q4_0. Places are in chunks and values in streams as they are unstructured, but values are
+// signed (the top bit is flipped), and in place of a mask each value has two bits that say which of its four it is:
+// values 16v to 16v + 15 of a group have bits 2(v % 4) and on of the 16 bytes from byte 16(v / 4) on.
 //
 // four_of_eight: of every 8 weights exactly 4, zero or not, in whole groups; as unstructured, but values are signed.
 enum class Pattern : int32_t { unstructured = 0, two_of_four = 1, four_of_eight = 2 };

@@ -43,9 +43,8 @@ struct Packable {
     const char* name;
     int code_bits;
 };
-constexpr Packable packable[] = {
-    {Quant::q8_0, "q8_0", 8},   {Quant::q4_0, "q4_0", 4}, {Quant::f16, "f16", 16},
-    {Quant::bf16, "bf16", 16}, {Quant::q3_k, "q3_k", 3}, {Quant::q6_k, "q6_k", 6}};
+constexpr Packable packable[] = {{Quant::q8_0, "q8_0", 8},  {Quant::q4_0, "q4_0", 4}, {Quant::f16, "f16", 16},
+                                 {Quant::bf16, "bf16", 16}, {Quant::q3_k, "q3_k", 3}, {Quant::q6_k, "q6_k", 6}};
 
 const Packable* find_packable(const Tensor& tensor) {
     const bool is_matrix = tensor.shape.count == 2;
@@ -72,7 +71,8 @@ bool count_one(const Input& input, const Tensor& tensor, const Packable& kind, s
         if (!input.read(tensor.position + first * row, blocks.data(), blocks.size())) return false;
 
         int pattern = 0;
-        const int64_t bytes = rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
+        const int64_t bytes =
+            rac_ggml_stored_bytes(static_cast<int>(kind.quant), count, columns, blocks.data(), &pattern);
         if (bytes < 0) throw std::bad_alloc();
         stored += bytes;
         found.two_of_four = found.two_of_four && static_cast<Pattern>(pattern) == Pattern::two_of_four;
@@ -102,11 +102,11 @@ bool compare_products(const Packable& kind) {
         const bool is_k = is_k_quant(kind.quant), two_of_four = shape == 2 || shape == 3 || (is_k && shape > 1);
         const int64_t rows = pick(16, 300), columns = two_of_four || is_k ? 256 * pick(1, 10) : 32 * pick(1, 90);
         const double zeros = shape < 2 ? shape : two_of_four ? 0.5 : 0.01 * pick(20, 95);
-        const double found =
-            rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros, two_of_four,
-                                1 + shape % 2, static_cast<uint64_t>(shape));
+        const double found = rac_ggml_difference(static_cast<int>(kind.quant), rows, columns, tokens[pick(0, 7)], zeros,
+                                                 two_of_four, 1 + shape % 2, static_cast<uint64_t>(shape));
         if (!(found >= 0 && found <= tolerance))
-            return fail(RACDEPLOY_ENGINE, "the %s kernels for %s %s: keep the default thresholds", instruction_set(), kind.name,
+            return fail(RACDEPLOY_ENGINE, "the %s kernels for %s %s: keep the default thresholds", instruction_set(),
+                        kind.name,
                         found < 0 ? "do not give weights back as they were written" : "differ from ggml's own");
     }
     return true;
@@ -120,8 +120,8 @@ bool find_faster(const Packable& kind, bool two_of_four, int threads, double& fr
     for (const double zeros : {0.8, 0.7, 0.6, 0.5, 0.4, 0.3}) {
         if (two_of_four && zeros != 0.5) continue;
         double stock_ms = 0, sparse_ms = 0;
-        rac_ggml_time(static_cast<int>(kind.quant), trial_rows, trial_columns, 1, zeros, two_of_four,
-                      count, &threads, 1, &stock_ms, &sparse_ms);
+        rac_ggml_time(static_cast<int>(kind.quant), trial_rows, trial_columns, 1, zeros, two_of_four, count, &threads,
+                      1, &stock_ms, &sparse_ms);
         if (std::isnan(stock_ms) || std::isnan(sparse_ms))
             return fail(RACDEPLOY_SYSTEM, "other programs kept the cores busy: measure again, or on fewer threads");
         if (stock_ms < least_speedup * sparse_ms) break;  // so it is at fewer zeros
@@ -139,7 +139,8 @@ std::string why_no_engine() {
         const bool is_commit = digits.size() >= 7 && std::string(known.commit).compare(0, digits.size(), digits) == 0;
         if (is_commit && version == known.version) return "";
     }
-    return "ggml " + version + " (" + commit + ") is not known as one that the kernels were made for, as that of llama.cpp " +
+    return "ggml " + version + " (" + commit +
+           ") is not known as one that the kernels were made for, as that of llama.cpp " +
            known_ggml[std::size(known_ggml) - 1].commit;
 }
 
@@ -198,7 +199,8 @@ bool enable_next(const std::vector<std::string>& names, int threads) {
 int64_t packed_by_kernels() { return rac_ggml_packed(); }
 
 bool measure(int threads, racdeploy_thresholds& thresholds) {
-    if (const std::string reason = why_no_engine(); !reason.empty()) return fail(RACDEPLOY_ENGINE, "%s", reason.c_str());
+    if (const std::string reason = why_no_engine(); !reason.empty())
+        return fail(RACDEPLOY_ENGINE, "%s", reason.c_str());
     if (!enable_next({}, threads)) return false;
     for (const Packable& kind : packable)
         if (!compare_products(kind)) return false;

@@ -51,7 +51,9 @@ struct Header {
     int64_t alignment = 32;
 };
 
-constexpr int64_t padded_to(int64_t bytes, int64_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
+constexpr int64_t padded_to(int64_t bytes, int64_t alignment) {
+    return (bytes + alignment - 1) / alignment * alignment;
+}
 
 // Bytes of a tensor; -1 after fail() where it cannot have that type or shape.
 int64_t tensor_bytes(const Shape& shape, uint64_t type);

@@ -181,7 +181,9 @@ private:
 
             if (symbol == 16 && !done) return false;
             const uint8_t repeated = symbol == 16 ? lengths[done - 1] : uint8_t{0};
-            const uint32_t times = symbol == 16 ? 3 + bits_.take(2) : symbol == 17 ? 3 + bits_.take(3) : 11 + bits_.take(7);
+            const uint32_t times = symbol == 16   ? 3 + bits_.take(2)
+                                   : symbol == 17 ? 3 + bits_.take(3)
+                                                  : 11 + bits_.take(7);
             if (done + static_cast<int>(times) > symbols + distances) return false;
             std::fill_n(lengths + done, times, repeated);
             done += static_cast<int>(times);

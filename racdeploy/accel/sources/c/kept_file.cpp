@@ -133,7 +133,8 @@ bool maps_huge(const std::string& path) {  // it depends on the system and on th
 bool write_table(int descriptor, const TableWriter& table) {
     TableWriter trailer;
     trailer.number(static_cast<int64_t>(table.table().size()));
-    const std::string all = table.table() + trailer.table() + hash_of(table.table().data(), table.table().size()) + magic;
+    const std::string all =
+        table.table() + trailer.table() + hash_of(table.table().data(), table.table().size()) + magic;
     return write_all(descriptor, all.data(), all.size());
 }
 
@@ -164,7 +165,8 @@ bool write_matrices(const Input& model, const Header& header, const std::vector<
         if (!data.add(packed.data(), static_cast<size_t>(bytes))) return false;
         most_columns = std::max(most_columns, columns);
     }
-    return data.end(static_cast<size_t>(2 * most_columns + 1024));  // a row of a damaged mask is read as long as one can be
+    // A row of a damaged mask is read as long as one can be.
+    return data.end(static_cast<size_t>(2 * most_columns + 1024));
 }
 
 }  // namespace
@@ -262,7 +264,8 @@ bool KeptWeights::use() {
         names.push_back(matrix.name.c_str());
         places.push_back({quant, pattern, rows, columns, begin, bytes});
     }
-    return rac_ggml_keep(file_.descriptor(), data_bytes_, names.data(), places.data(), static_cast<int64_t>(names.size()));
+    return rac_ggml_keep(file_.descriptor(), data_bytes_, names.data(), places.data(),
+                         static_cast<int64_t>(names.size()));
 }
 
 }  // namespace racdeploy::c

@@ -9,7 +9,8 @@ extern "C" {
 const char* rac_instruction_set();
 int rac_ggml_layout();
 bool rac_ggml_enable(const char* const* names, int64_t count, int threads);
-bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* names, const racdeploy::Place* places, int64_t count);
+bool rac_ggml_keep(int descriptor, int64_t bytes, const char* const* names, const racdeploy::Place* places,
+                   int64_t count);
 bool rac_ggml_maps_huge(int descriptor, int64_t bytes);
 int64_t rac_ggml_pack(int quant, int64_t rows, int64_t columns, const void* blocks, void* memory, int64_t memory_bytes,
                       int* pattern);

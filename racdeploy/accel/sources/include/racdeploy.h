@@ -2,13 +2,13 @@
  *
  * Errors    A function that returns racdeploy_status returns RACDEPLOY_OK (0) where it succeeded. Otherwise
  *           racdeploy_last_error() says in one line what is wrong and what to do. No C++ exception leaves the library,
- *           and it prints nothing. Only where memory ends while llama.cpp loads packed weights the process ends, as ggml
- *           ends it there.
+ *           and it prints nothing. Only where memory ends while llama.cpp loads packed weights the process ends, as
+ *           ggml ends it there.
  * Ownership Strings and structs that are passed in are copied where they are needed later. Returned strings belong to
  *           the library: never free one. Only racdeploy_model has to be closed.
  * Threads   Every function may be called on any thread at any time, but one racdeploy_model by one thread at a time.
- *           From racdeploy_enable() to the end of the load that it is for, load no other model in the process, and do not
- *           call racdeploy_measure(): what was enabled would be forgotten.
+ *           From racdeploy_enable() to the end of the load that it is for, load no other model in the process, and do
+ *           not call racdeploy_measure(): what was enabled would be forgotten.
  * Paths     are UTF-8, as the system's open() takes them.
  */
 #ifndef RACDEPLOY_H
@@ -51,8 +51,8 @@ RACDEPLOY_API const char *racdeploy_last_error(void);
 RACDEPLOY_API racdeploy_status racdeploy_plain_size(const char *container, uint64_t *size_bytes);
 
 /* Write the plain GGUF file of a container to `out`, whole or not at all; a file of that name is replaced.
- * While it works, there is a file `out` with ".RANDOM.partial" behind its name, which a killed process leaves there. Several
- * may write the same file at the same time. */
+ * While it works, there is a file `out` with ".RANDOM.partial" behind its name, which a killed process leaves there.
+ * Several may write the same file at the same time. */
 RACDEPLOY_API racdeploy_status racdeploy_unpack(const char *container, const char *out);
 
 /* The same from an open file to another, a pipe or a socket: Android's storage framework gives descriptors, no paths.
@@ -116,11 +116,12 @@ RACDEPLOY_API int64_t racdeploy_packed(void);
 /* Free a model, before or after llama.cpp's own: llama.cpp keeps what it uses. NULL is allowed. */
 RACDEPLOY_API void racdeploy_close(racdeploy_model *model);
 
-/* Delete the kept file of a GGUF file, which need not exist any more, from a folder. RACDEPLOY_OK where there is none. */
+/* Delete the kept file of a GGUF file, which need not exist any more, from a folder. RACDEPLOY_OK where there is
+ * none. */
 RACDEPLOY_API racdeploy_status racdeploy_forget(const char *gguf, const char *kept_folder);
 
-/* Return the kernels that this processor gets, as "avx512", "avx2", "neon" or "portable"; "" where they are not in this build.
- * The string stays valid. */
+/* Return the kernels that this processor gets, as "avx512", "avx2", "neon" or "portable"; "" where they are not in this
+ * build. The string stays valid. */
 RACDEPLOY_API const char *racdeploy_instruction_set(void);
 
 /* Compare every kernel with ggml's own products, then measure both, in this process; before the first model is loaded.
