@@ -2,7 +2,7 @@
 // pick their inputs, by one lookup of the places and two shuffles.
 #pragma once
 #include "avx2_pick.h"
-#include "k_quants.h"
+#include "k_rows.h"
 
 namespace racdeploy {
 namespace {
@@ -43,8 +43,7 @@ struct KPicks {
 
     template <int run>
     __m256i run_of() const {
-        // The first and the second place of every code.
-        const __m256i places = in_both_lanes(_mm_setr_epi8(0, 0, 0, 1, 1, 2, 0, 0, 1, 2, 3, 2, 3, 3, 1, 1));
+        const __m256i places = in_both_lanes(load_128(k_tables.places));
         const __m256i fours = in_both_lanes(_mm_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 0, 0, 4, 4, 8, 8, 12, 12));
         return _mm256_or_si256(_mm256_shuffle_epi8(places, codes.run_of<run>()), fours);
     }
@@ -127,63 +126,49 @@ inline __m256i join_sums(__m256i first, __m256i second) {
     return vnni ? _mm256_packs_epi32(first, second) : _mm256_hadd_epi16(first, second);
 }
 
-template <Quant quant, int tokens>
-[[gnu::always_inline]] inline void multiply_k_row(const uint8_t* group, const KActivations& from, int64_t token,
-                                                  float* output, int64_t stride) {
-    constexpr KParts parts = k_parts(quant);
-    const int64_t row_groups = groups(from.columns);
-    const int8_t* inputs = from.codes + token * from.columns;
-    __m256 totals[tokens];
-    for (auto& total : totals) total = _mm256_setzero_ps();
+struct KRow {
+    template <Quant quant, int tokens>
+    [[gnu::always_inline]] static inline void multiply(const uint8_t* group, const KActivations& from, int64_t token,
+                                                       float* output, int64_t stride) {
+        constexpr KParts parts = k_parts(quant);
+        const int64_t row_groups = groups(from.columns);
+        const int8_t* inputs = from.codes + token * from.columns;
+        __m256 totals[tokens];
+        for (auto& total : totals) total = _mm256_setzero_ps();
 
-    for (int64_t g = 0; g < row_groups; g++, group += parts.bytes, inputs += group_weights) {
-        fetch_ahead(group, values_ahead);
-        fetch_ahead(group + 64, values_ahead);
-        if (quant == Quant::q6_k) fetch_ahead(group + 128, values_ahead);
+        for (int64_t g = 0; g < row_groups; g++, group += parts.bytes, inputs += group_weights) {
+            fetch_ahead(group, values_ahead);
+            fetch_ahead(group + 64, values_ahead);
+            if (quant == Quant::q6_k) fetch_ahead(group + 128, values_ahead);
 
-        const KPicks picks(group + parts.places);
-        const KValues<quant> values(group);
-        const __m256i value_of[k_runs] = {values.template run_of<0>(), values.template run_of<1>(),
-                                          values.template run_of<2>(), values.template run_of<3>()};
-        const __m256i pick_of[k_runs] = {picks.run_of<0>(), picks.run_of<1>(), picks.run_of<2>(), picks.run_of<3>()};
-        const __m256i scales = sub_scales<quant>(group + parts.scales);
-        const float scale = _cvtsh_ss(load<uint16_t>(group + parts.scale));
+            const KPicks picks(group + parts.places);
+            const KValues<quant> values(group);
+            const __m256i value_of[k_runs] = {values.template run_of<0>(), values.template run_of<1>(),
+                                              values.template run_of<2>(), values.template run_of<3>()};
+            const __m256i pick_of[k_runs] = {picks.run_of<0>(), picks.run_of<1>(), picks.run_of<2>(),
+                                             picks.run_of<3>()};
+            const __m256i scales = sub_scales<quant>(group + parts.scales);
+            const float scale = _cvtsh_ss(load<uint16_t>(group + parts.scale));
 
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            const auto* of_token = reinterpret_cast<const uint8_t*>(inputs + t * from.columns);
-            KSums<quant> sums[2];
+            for (int t = 0; t < tokens; t++) {
+                const auto* of_token = reinterpret_cast<const uint8_t*>(inputs + t * from.columns);
+                KSums<quant> sums[2];
 #pragma GCC unroll 4
-            for (int run = 0; run < k_runs; run++)
-                sums[run / 2].add(value_of[run], pick(of_token + run * k_run_weights, pick_of[run]));
+                for (int run = 0; run < k_runs; run++)
+                    sums[run / 2].add(value_of[run], pick(of_token + run * k_run_weights, pick_of[run]));
 
-            const __m256i products = _mm256_madd_epi16(join_sums(sums[0].whole(), sums[1].whole()), scales);
-            const __m256 both = _mm256_set1_ps(scale * from.scales[(token + t) * row_groups + g]);
-            totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), both, totals[t]);
+                const __m256i products = _mm256_madd_epi16(join_sums(sums[0].whole(), sums[1].whole()), scales);
+                const __m256 both = _mm256_set1_ps(scale * from.scales[(token + t) * row_groups + g]);
+                totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), both, totals[t]);
+            }
         }
+        for (int t = 0; t < tokens; t++) output[t * stride] = sum_of(totals[t]);
     }
-    for (int t = 0; t < tokens; t++) output[t * stride] = sum_of(totals[t]);
-}
-
-template <Quant quant>
-void multiply_k_rows(const SparseMatrix& matrix, int64_t tokens, const KActivations& from, Outputs outputs, Rows rows) {
-    const int64_t bytes = k_row_bytes(quant, matrix.pattern, matrix.columns);
-    for (int64_t row = rows.begin; row < rows.end; row++) {
-        const uint8_t* packed = matrix.values + row * bytes;
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) multiply_k_row<quant, 4>(packed, from, t, outputs.at(t, row), outputs.stride);
-        for (; t < tokens; t++) multiply_k_row<quant, 1>(packed, from, t, outputs.at(t, row), outputs.stride);
-    }
-}
+};
 
 void multiply_k_quant(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const KActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
-    if (matrix.pattern == Pattern::unstructured)
-        k_portable::multiply(matrix, tokens, workspace, outputs, rows);
-    else if (matrix.quant == Quant::q3_k)
-        multiply_k_rows<Quant::q3_k>(matrix, tokens, from, outputs, rows);
-    else
-        multiply_k_rows<Quant::q6_k>(matrix, tokens, from, outputs, rows);
+    multiply_k_matrix<KRow>(matrix, tokens, workspace, outputs, rows);
 }
 
 // ---- inputs ----

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "k_quants.h"
+#include "k_rows.h"
 #include "x86_prefetch.h"
 
 namespace racdeploy {
@@ -17,7 +17,7 @@ inline __m512i in_all_lanes(const void* from) {
 
 constexpr int or_and = 0xf8;  // of VPTERNLOG: a | (b & c)
 
-// Constants in registers: gcc would make them anew for every group, of what it takes for less.
+// Constants in registers: gcc would compute them again for every group, of what it takes for less.
 struct KConstants {
     __m512i pairs, thirds, shifts, turns, low_bits, third_bit, seconds, places, fours, values, zeros;
     __m128i nibble, high_bits, scale_zero;
@@ -31,8 +31,7 @@ struct KConstants {
         low_bits = _mm512_set1_epi8(0x33);
         third_bit = _mm512_set1_epi8(0x44);
         seconds = _mm512_set1_epi16(static_cast<int16_t>(0x8800));
-        // The first and the second place of every code; a lookup of 64 ignores the bits above.
-        places = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 1, 2, 0, 0, 1, 2, 3, 2, 3, 3, 1, 1));
+        places = in_all_lanes(k_tables.places);  // a lookup of 64 ignores the bits above
         const __m128i four = _mm_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 32, 32, 36, 36, 40, 40, 44, 44);
         const __m256i of_run = _mm256_set_m128i(_mm_add_epi8(four, _mm_set1_epi8(16)), four);
         fours = _mm512_inserti64x4(_mm512_castsi256_si512(of_run), _mm256_add_epi8(of_run, _mm256_set1_epi8(64)), 1);
@@ -132,50 +131,41 @@ struct KGroup {
           scale(_cvtsh_ss(load<uint16_t>(group + k_parts(quant).scale))) {}
 };
 
-template <Quant quant, int tokens>
-[[gnu::always_inline]] inline void multiply_k_row(const uint8_t* packed, const KActivations& from, int64_t token,
-                                                  float* output, int64_t stride) {
-    const int64_t row_groups = groups(from.columns);
-    const int8_t* inputs = from.codes + token * from.columns;
-    const KConstants constants(quant);
-    __m512 totals[tokens];
-    for (auto& total : totals) total = _mm512_setzero_ps();
+struct KRow {
+    template <Quant quant, int tokens>
+    [[gnu::always_inline]] static inline void multiply(const uint8_t* packed, const KActivations& from, int64_t token,
+                                                       float* output, int64_t stride) {
+        const int64_t row_groups = groups(from.columns);
+        const int8_t* inputs = from.codes + token * from.columns;
+        const KConstants constants(quant);
+        __m512 totals[tokens];
+        for (auto& total : totals) total = _mm512_setzero_ps();
 
-    for (int64_t g = 0; g < row_groups; g++, packed += k_parts(quant).bytes, inputs += group_weights) {
-        fetch_ahead(packed, values_ahead);
-        fetch_ahead(packed + 64, values_ahead);
-        if (quant == Quant::q6_k) fetch_ahead(packed + 128, values_ahead);
+        for (int64_t g = 0; g < row_groups; g++, packed += k_parts(quant).bytes, inputs += group_weights) {
+            fetch_ahead(packed, values_ahead);
+            fetch_ahead(packed + 64, values_ahead);
+            if (quant == Quant::q6_k) fetch_ahead(packed + 128, values_ahead);
 
-        const KGroup<quant> group(packed, constants);
+            const KGroup<quant> group(packed, constants);
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            __m512i of_codes = _mm512_setzero_si512(), of_zeros = of_codes;
+            for (int t = 0; t < tokens; t++) {
+                __m512i of_codes = _mm512_setzero_si512(), of_zeros = of_codes;
 #pragma GCC unroll 2
-            for (int two = 0; two < 2; two++) {
-                const int8_t* of_runs = inputs + t * from.columns + two * k_run_weights;
-                const __m512i first = _mm512_loadu_si512(of_runs), second = _mm512_loadu_si512(of_runs + 128);
-                const __m512i picked = _mm512_permutex2var_epi8(first, group.picks.of[two], second);
-                of_codes = _mm512_dpbusd_epi32(of_codes, group.values.of[two], picked);
-                of_zeros = _mm512_dpbusd_epi32(of_zeros, constants.zeros, picked);
+                for (int two = 0; two < 2; two++) {
+                    const int8_t* of_runs = inputs + t * from.columns + two * k_run_weights;
+                    const __m512i first = _mm512_loadu_si512(of_runs), second = _mm512_loadu_si512(of_runs + 128);
+                    const __m512i picked = _mm512_permutex2var_epi8(first, group.picks.of[two], second);
+                    of_codes = _mm512_dpbusd_epi32(of_codes, group.values.of[two], picked);
+                    of_zeros = _mm512_dpbusd_epi32(of_zeros, constants.zeros, picked);
+                }
+                const __m512i products = _mm512_mullo_epi32(_mm512_sub_epi32(of_codes, of_zeros), group.scales);
+                const __m512 both = _mm512_set1_ps(group.scale * from.scales[(token + t) * row_groups + g]);
+                totals[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), both, totals[t]);
             }
-            const __m512i products = _mm512_mullo_epi32(_mm512_sub_epi32(of_codes, of_zeros), group.scales);
-            const __m512 both = _mm512_set1_ps(group.scale * from.scales[(token + t) * row_groups + g]);
-            totals[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), both, totals[t]);
         }
+        for (int t = 0; t < tokens; t++) output[t * stride] = _mm512_reduce_add_ps(totals[t]);
     }
-    for (int t = 0; t < tokens; t++) output[t * stride] = _mm512_reduce_add_ps(totals[t]);
-}
-
-template <Quant quant>
-void multiply_k_rows(const SparseMatrix& matrix, int64_t tokens, const KActivations& from, Outputs outputs, Rows rows) {
-    const int64_t bytes = k_row_bytes(quant, matrix.pattern, matrix.columns);
-    for (int64_t row = rows.begin; row < rows.end; row++) {
-        const uint8_t* packed = matrix.values + row * bytes;
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) multiply_k_row<quant, 4>(packed, from, t, outputs.at(t, row), outputs.stride);
-        for (; t < tokens; t++) multiply_k_row<quant, 1>(packed, from, t, outputs.at(t, row), outputs.stride);
-    }
-}
+};
 
 // ---- inputs ----
 

@@ -30,7 +30,7 @@ inline __m512i spread_run(const KGroup<quant>& group, __m512i codes, int run) {
                                             0x1a1a1a1a, 0x1c1c1c1c, 0x1e1e1e1e);
     const __m512i index = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(run / 2 * 32)));
     const __m512i code = _mm512_and_si512(_mm512_permutexvar_epi8(index, which), _mm512_set1_epi8(7));
-    const __m512i masks = _mm512_broadcast_i32x4(_mm_setr_epi8(3, 5, 9, 6, 10, 12, 3, 3, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m512i masks = in_all_lanes(k_tables.masks);
     const __mmask64 stored = _mm512_test_epi8_mask(_mm512_shuffle_epi8(masks, code), _mm512_set1_epi32(0x08040201));
 
     const __m512i values = group.values.of[run % 2], zeros = _mm512_set1_epi8(static_cast<char>(k_zero_point(quant)));
@@ -138,13 +138,11 @@ bool multiply_k_by_tile(const SparseMatrix& matrix, int64_t tokens, const KActiv
 void multiply_k_quant(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
     const KActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
     const bool q3_k = matrix.quant == Quant::q3_k;
-    if (matrix.pattern == Pattern::unstructured) return k_portable::multiply(matrix, tokens, workspace, outputs, rows);
-
     const auto by_tile = q3_k ? multiply_k_by_tile<Quant::q3_k> : multiply_k_by_tile<Quant::q6_k>;
-    if (tokens > 4 && by_tile(matrix, tokens, from, outputs, rows)) return;
+    const bool in_tiles = tokens > 4 && matrix.pattern == Pattern::two_of_four;
+    if (in_tiles && by_tile(matrix, tokens, from, outputs, rows)) return;
 
-    const auto by_row = q3_k ? multiply_k_rows<Quant::q3_k> : multiply_k_rows<Quant::q6_k>;
-    by_row(matrix, tokens, from, outputs, rows);
+    multiply_k_matrix<KRow>(matrix, tokens, workspace, outputs, rows);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ struct CodeOfBits {
             const unsigned filled = fill_up_to(2, bits);
             of[bits] = 7;
             for (uint8_t code = 0; code < k_zero_scale_code; code++)
-                if ((1u << k_places[code][0] | 1u << k_places[code][1]) == filled) of[bits] = code;
+                if (k_tables.masks[code] == filled) of[bits] = code;
         }
     }
 };
@@ -234,8 +234,8 @@ float multiply_row(const SparseMatrix& matrix, int64_t row, const KActivations& 
     for (int64_t g = 0; g < row_groups; g++, data += bytes / row_groups) {
         const int8_t* inputs = from.codes + token * from.columns + g * group_weights;
         const bool is_packed = matrix.pattern != Pattern::unstructured;
-        const int32_t sum = is_packed ? multiply_group({matrix.quant, data}, inputs)
-                                      : multiply_block({matrix.quant, data}, inputs);
+        const int32_t sum =
+            is_packed ? multiply_group({matrix.quant, data}, inputs) : multiply_block({matrix.quant, data}, inputs);
         const float scale = float_of_half(load<uint16_t>(data + bytes / row_groups - 2));
         total += double(scale) * from.scales[token * row_groups + g] * sum;
     }
@@ -257,8 +257,7 @@ int64_t k_stored_bits(Quant quant, int64_t rows, int64_t columns, const void* bl
         const Codes codes(block);
         for (int64_t first = 0; first < group_weights; first += 16) {
             if (is_zero_scale(quant, block.scales(), block.scale(), first / 16)) continue;
-            for (int64_t i = first; i < first + 16; i++)
-                stored += codes.of[i] != k_zero_point(quant);
+            for (int64_t i = first; i < first + 16; i++) stored += codes.of[i] != k_zero_point(quant);
         }
     }
     return stored * (quant == Quant::q3_k ? 3 : 6);

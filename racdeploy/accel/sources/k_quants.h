@@ -29,6 +29,20 @@ constexpr int k_third_bit_of_run[k_runs] = {2, 6, 3, 7};
 constexpr int k_zero_scale_code = 6;
 constexpr uint8_t k_places[8][2] = {{0, 1}, {0, 2}, {0, 3}, {1, 2}, {1, 3}, {2, 3}, {0, 1}, {0, 1}};
 
+// The same as tables for lookups of bytes, by code.
+struct KTables {
+    uint8_t places[16] = {};  // the first places, then the second ones
+    uint8_t masks[16] = {};   // a bit for each of the two
+    constexpr KTables() {
+        for (int code = 0; code < 8; code++)
+            for (int i = 0; i < 2; i++) {
+                places[8 * i + code] = k_places[code][i];
+                masks[code] = static_cast<uint8_t>(masks[code] | 1 << k_places[code][i]);
+            }
+    }
+};
+constexpr KTables k_tables;
+
 constexpr int k_zero_point(Quant quant) { return quant == Quant::q3_k ? 4 : 32; }
 
 // Where the parts of a group are.
@@ -39,6 +53,10 @@ struct KParts {
 constexpr KParts k_parts(Quant quant) {
     return quant == Quant::q3_k ? KParts{32, 48, 72, 84, 86} : KParts{64, 96, 120, 136, 138};
 }
+constexpr bool k_parts_fill_rows(Quant quant) {
+    return k_parts(quant).bytes == k_row_bytes(quant, Pattern::two_of_four, group_weights);
+}
+static_assert(k_parts_fill_rows(Quant::q3_k) && k_parts_fill_rows(Quant::q6_k));
 
 // Four weights of a group: their run, and their code in it. Half of the codes are a lane's of 128 bits.
 struct KFour {
@@ -72,8 +90,8 @@ constexpr int64_t k_input_place(int64_t weight) {
     return four.run * k_run_weights + k_place_of_code(four.code) + weight % 4;
 }
 
-// ggml's `iscale` and `d`, but for the sign, of 256 inputs and their largest size. Where that is infinite `iscale` is 0,
-// and `d` infinite: products are no numbers.
+// ggml's `iscale` and `d`, but for the sign, of 256 inputs and their largest size. Where that is infinite `iscale` is
+// 0, and `d` infinite: products are no numbers.
 struct KScale {
     float inverse, scale;
     explicit KScale(float largest)

@@ -2,7 +2,7 @@
 #pragma once
 #include <arm_neon.h>
 
-#include "k_quants.h"
+#include "k_rows.h"
 
 namespace racdeploy {
 namespace {
@@ -31,10 +31,9 @@ inline uint8x16_t third_bits_of_lane(uint8x16_t bits, int lane) { return lane ? 
 
 // Which of 32 inputs, those of its eight codes, each of 16 values takes; a code is there twice.
 inline uint8x16_t picks_of(uint8x16_t codes) {
-    static constexpr uint8_t pairs[16] = {0, 0, 0, 1, 1, 2, 0, 0, 1, 2, 3, 2, 3, 3, 1, 1};
     static constexpr uint8_t seconds[16] = {0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8};
     static constexpr uint8_t fours[16] = {0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28};
-    const uint8x16_t places = vqtbl1q_u8(vld1q_u8(pairs), vorrq_u8(codes, vld1q_u8(seconds)));
+    const uint8x16_t places = vqtbl1q_u8(vld1q_u8(k_tables.places), vorrq_u8(codes, vld1q_u8(seconds)));
     return vorrq_u8(places, vld1q_u8(fours));
 }
 
@@ -45,8 +44,7 @@ template <>
 struct KValues<Quant::q3_k> {
     KNibbles nibbles;
     KValues(const uint8_t* group, int lane)
-        : nibbles(vld1q_u8(group + 16 * lane),
-                  third_bits_of_lane(vld1q_u8(group + k_parts(Quant::q3_k).high), lane)) {}
+        : nibbles(vld1q_u8(group + 16 * lane), third_bits_of_lane(vld1q_u8(group + k_parts(Quant::q3_k).high), lane)) {}
     int8x16_t run_of(int run) const { return vsubq_s8(vreinterpretq_s8_u8(nibbles.run_of(run)), vdupq_n_s8(4)); }
 };
 
@@ -108,58 +106,42 @@ struct KLane {
     }
 };
 
-template <Quant quant, int tokens>
-inline void multiply_k_row(const uint8_t* group, const KActivations& from, int64_t token, float* output,
-                           int64_t stride) {
-    constexpr KParts parts = k_parts(quant);
-    const int64_t row_groups = groups(from.columns);
-    const int8_t* inputs = from.codes + token * from.columns;
-    float32x4_t totals[tokens];
-    for (auto& total : totals) total = vdupq_n_f32(0);
+struct KRow {
+    template <Quant quant, int tokens>
+    static inline void multiply(const uint8_t* group, const KActivations& from, int64_t token, float* output,
+                                int64_t stride) {
+        constexpr KParts parts = k_parts(quant);
+        const int64_t row_groups = groups(from.columns);
+        const int8_t* inputs = from.codes + token * from.columns;
+        float32x4_t totals[tokens];
+        for (auto& total : totals) total = vdupq_n_f32(0);
 
-    for (int64_t g = 0; g < row_groups; g++, group += parts.bytes, inputs += group_weights) {
-        const int8x16_t scales = sub_scales<quant>(group + parts.scales);
-        const float scale = float_of_half(load<uint16_t>(group + parts.scale));
-        int32x4_t products[tokens];
-        for (auto& product : products) product = vdupq_n_s32(0);
+        for (int64_t g = 0; g < row_groups; g++, group += parts.bytes, inputs += group_weights) {
+            const int8x16_t scales = sub_scales<quant>(group + parts.scales);
+            const float scale = float_of_half(load<uint16_t>(group + parts.scale));
+            int32x4_t products[tokens];
+            for (auto& product : products) product = vdupq_n_s32(0);
 #pragma GCC unroll 2
-        for (int lane = 0; lane < 2; lane++) {
-            const KLane<quant> of_lane(group, lane);
-            const int16x8_t wide = vmovl_s8(lane ? vget_high_s8(scales) : vget_low_s8(scales));
-            const int32x4_t first = vmovl_s16(vget_low_s16(wide)), second = vmovl_high_s16(wide);
-            for (int t = 0; t < tokens; t++) {
-                int32x4_t sums[2] = {};
-                of_lane.add(sums, inputs + t * from.columns, lane);
-                products[t] = vmlaq_s32(vmlaq_s32(products[t], sums[0], first), sums[1], second);
+            for (int lane = 0; lane < 2; lane++) {
+                const KLane<quant> of_lane(group, lane);
+                const int16x8_t wide = vmovl_s8(lane ? vget_high_s8(scales) : vget_low_s8(scales));
+                const int32x4_t first = vmovl_s16(vget_low_s16(wide)), second = vmovl_high_s16(wide);
+                for (int t = 0; t < tokens; t++) {
+                    int32x4_t sums[2] = {};
+                    of_lane.add(sums, inputs + t * from.columns, lane);
+                    products[t] = vmlaq_s32(vmlaq_s32(products[t], sums[0], first), sums[1], second);
+                }
             }
+            for (int t = 0; t < tokens; t++)
+                totals[t] = vfmaq_n_f32(totals[t], vcvtq_f32_s32(products[t]),
+                                        scale * from.scales[(token + t) * row_groups + g]);
         }
-        for (int t = 0; t < tokens; t++)
-            totals[t] = vfmaq_n_f32(totals[t], vcvtq_f32_s32(products[t]),
-                                    scale * from.scales[(token + t) * row_groups + g]);
+        for (int t = 0; t < tokens; t++) output[t * stride] = vaddvq_f32(totals[t]);
     }
-    for (int t = 0; t < tokens; t++) output[t * stride] = vaddvq_f32(totals[t]);
-}
-
-template <Quant quant>
-void multiply_k_rows(const SparseMatrix& matrix, int64_t tokens, const KActivations& from, Outputs outputs,
-                          Rows rows) {
-    const int64_t bytes = k_row_bytes(quant, matrix.pattern, matrix.columns);
-    for (int64_t row = rows.begin; row < rows.end; row++) {
-        const uint8_t* packed = matrix.values + row * bytes;
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4) multiply_k_row<quant, 4>(packed, from, t, outputs.at(t, row), outputs.stride);
-        for (; t < tokens; t++) multiply_k_row<quant, 1>(packed, from, t, outputs.at(t, row), outputs.stride);
-    }
-}
+};
 
 void multiply_k_quant(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const KActivations from(matrix.columns, tokens, const_cast<void*>(workspace));
-    if (matrix.pattern == Pattern::unstructured)
-        k_portable::multiply(matrix, tokens, workspace, outputs, rows);
-    else if (matrix.quant == Quant::q3_k)
-        multiply_k_rows<Quant::q3_k>(matrix, tokens, from, outputs, rows);
-    else
-        multiply_k_rows<Quant::q6_k>(matrix, tokens, from, outputs, rows);
+    multiply_k_matrix<KRow>(matrix, tokens, workspace, outputs, rows);
 }
 
 }  // namespace
