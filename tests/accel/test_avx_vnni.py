@@ -10,6 +10,7 @@ import pytest
 
 from racdeploy.accel.library import Library
 
+SOURCES = ("portable.cpp", "k_quants.cpp", str(Path(__file__).with_name("vnni_driver.cpp")))
 FLAGS = ("-O1", "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mpopcnt", "-mavxvnni")
 
 
@@ -23,10 +24,9 @@ def test_products_in_the_encoding_of_consumer_processors(
         pytest.skip("this processor has no AVX2")
 
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "cache"))
-    driver = str(Path(__file__).with_name("vnni_driver.cpp"))
-    program = Library("driver", ("portable.cpp", driver), flags=FLAGS, link_flags=()).build()
+    program = Library("driver", SOURCES, flags=FLAGS, link_flags=()).build()
 
     done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
-    difference, emulated = done.stdout.split()
+    difference, *emulated = done.stdout.split()
     assert 0 < float(difference) <= 1e-6
-    assert int(emulated) > 1000 or "avx_vnni" in features
+    assert min(map(int, emulated)) > 1000 or "avx_vnni" in features

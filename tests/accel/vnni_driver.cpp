@@ -1,5 +1,6 @@
 // Runs the AVX-VNNI kernels on a processor without AVX-VNNI: VPDPBUSD raises SIGILL there, and a handler computes it.
-// Prints the largest difference from the portable kernels, over the largest output, and how often the handler ran.
+// Prints the largest difference from the portable kernels, over the largest output, and how often the handler ran: for
+// Q8_0 and Q4_0, and for Q3_K and Q6_K.
 #include <cpuid.h>
 #include <ucontext.h>
 
@@ -160,21 +161,39 @@ std::vector<uint8_t> draw_blocks(Quant quant, int64_t rows, int64_t columns, std
     return blocks;
 }
 
-double difference(Quant quant, Pattern pattern, int64_t tokens, std::mt19937& random) {
-    const int64_t rows = 11, columns = 32 * 19;
-    const std::vector<uint8_t> blocks = draw_blocks(quant, rows, columns, random);
-    std::vector<float> inputs(static_cast<size_t>(tokens * columns));
+double difference(const SparseMatrix& matrix, int64_t tokens, std::mt19937& random) {
+    std::vector<float> inputs(static_cast<size_t>(tokens * matrix.columns));
     for (float& input : inputs) input = static_cast<float>(random() % 2001) / 1000 - 1;
 
-    const Packed packed(quant, pattern, rows, columns, blocks);
-    const auto expected = product(portable_kernels, packed.matrix, tokens, inputs);
-    const auto found = product(avx_vnni_kernels, packed.matrix, tokens, inputs);
+    const auto expected = product(portable_kernels, matrix, tokens, inputs);
+    const auto found = product(avx_vnni_kernels, matrix, tokens, inputs);
     double largest = 0, worst = 0;
     for (size_t i = 0; i < expected.size(); i++) {
         largest = std::max(largest, std::abs(double(expected[i])));
         worst = std::max(worst, std::abs(double(expected[i]) - found[i]));
     }
     return worst / largest;
+}
+
+double difference(Quant quant, Pattern pattern, int64_t tokens, std::mt19937& random) {
+    const int64_t rows = 11, columns = 32 * 19;
+    const Packed packed(quant, pattern, rows, columns, draw_blocks(quant, rows, columns, random));
+    return difference(packed.matrix, tokens, random);
+}
+
+// Of packed rows, whose bytes may be any: but for the scale, which is 1, and the codes' third bits, which are 0.
+double k_difference(Quant quant, int64_t tokens, std::mt19937& random) {
+    const int64_t rows = 11, columns = 3 * group_weights;
+    const int64_t offsets[2] = {0, k_row_bytes(quant, Pattern::two_of_four, columns)};
+    const KParts parts = k_parts(quant);
+    std::vector<uint8_t> values(static_cast<size_t>(rows * offsets[1] + slack_bytes));
+    for (size_t at = 0; at < values.size(); at++) {
+        const auto place = static_cast<int64_t>(at) % parts.bytes;
+        const bool is_third = place >= parts.places + 16 && place < parts.scales;
+        const bool is_scale = place >= parts.scale;
+        values[at] = is_scale ? (place > parts.scale) * 0x3c : is_third ? 0 : static_cast<uint8_t>(random());
+    }
+    return difference({quant, Pattern::two_of_four, rows, columns, nullptr, values.data(), offsets}, tokens, random);
 }
 
 }  // namespace
@@ -191,5 +210,8 @@ int main() {
     for (Quant quant : {Quant::q8_0, Quant::q4_0})
         for (Pattern pattern : {Pattern::unstructured, Pattern::two_of_four})
             for (int64_t tokens : {1, 2, 7}) worst = std::max(worst, difference(quant, pattern, tokens, random));
-    std::printf("%g %ld\n", worst, emulated);
+    const long before = emulated;
+    for (Quant quant : {Quant::q3_k, Quant::q6_k})
+        for (int64_t tokens : {1, 2, 7}) worst = std::max(worst, k_difference(quant, tokens, random));
+    std::printf("%g %ld %ld\n", worst, before, emulated - before);
 }
