@@ -192,6 +192,41 @@ void kept_weight(int quant, int64_t rows, int64_t columns, std::vector<uint8_t> 
     require(Loaded(type, rows, columns, name, given).blocks() == given, 36);  // another model's matrix
 }
 
+// The blocks of random weights, all of them or the first two of every four.
+std::vector<uint8_t> draw_blocks(int quant, int64_t rows, int64_t columns, bool two_of_four, std::mt19937_64& random) {
+    std::normal_distribution<float> normal(0, 1);
+    std::vector<float> weights(rows * columns);
+    for (size_t i = 0; i < weights.size(); i++) weights[i] = two_of_four && i % 4 > 1 ? 0 : normal(random);
+    const auto type = static_cast<ggml_type>(quant);
+    std::vector<uint8_t> blocks(rows * ggml_row_size(type, columns));
+    ggml_quantize_chunk(type, weights.data(), blocks.data(), 0, rows, columns, nullptr);
+    return blocks;
+}
+
+// One K-quant that is written as dense, as 2:4, and then with a dense row among those of 2:4.
+void changed_pattern(int quant, std::mt19937_64& random) {
+    const int64_t rows = 7, columns = 512;
+    const auto type = static_cast<ggml_type>(quant);
+    const size_t row = ggml_row_size(type, columns);
+    const auto dense = draw_blocks(quant, rows, columns, false, random);
+    auto blocks = draw_blocks(quant, rows, columns, true, random);
+    std::vector<uint8_t> memory(2 * dense.size() + 4096);
+    const auto has_pattern = [&](const std::vector<uint8_t>& given, Pattern expected) {
+        int pattern = -1;
+        const auto room = static_cast<int64_t>(memory.size());
+        return rac_ggml_pack(quant, rows, columns, given.data(), memory.data(), room, &pattern) > 0 &&
+               static_cast<Pattern>(pattern) == expected;
+    };
+
+    const Loaded loaded(type, rows, columns, "weight", dense);
+    require(has_pattern(dense, Pattern::unstructured) && loaded.blocks() == dense, 40);
+    ggml_backend_tensor_set(loaded.weight, blocks.data(), 0, blocks.size());
+    require(has_pattern(blocks, Pattern::two_of_four) && loaded.blocks() == blocks, 41);
+    std::memcpy(blocks.data() + 3 * row, dense.data() + 3 * row, row);
+    ggml_backend_tensor_set(loaded.weight, blocks.data() + 3 * row, 3 * row, row);
+    require(has_pattern(blocks, Pattern::unstructured) && loaded.blocks() == blocks, 42);
+}
+
 }  // namespace
 
 int main() {
@@ -214,5 +249,6 @@ int main() {
             spoiled_masks(quant, rows, columns, blocks);
             kept_weight(quant, rows, columns, blocks);
         }
+    for (int quant : {11, 14}) changed_pattern(quant, random);
     std::printf("%g", worst);
 }
