@@ -16,7 +16,7 @@ from racdeploy import quant as quants
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.recipe import Zeros, count_zeros, read_kept_of
 
-_O, _I = 256, 2048  # of a matrix large enough for its table not to count
+_ROWS, _COLUMNS = 256, 2048  # of a matrix large enough for its table not to count
 
 
 def expect_saved_bytes(packing: str, tensor: PlannedTensor, zeros: Zeros) -> float:
@@ -38,14 +38,17 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
     Small weights are more likely to be zeros. Inputs decide as much, as where pruning weighs them:
     without them the codes that stay would be fewer, and the file too small by a twentieth.
     """
-    generator = np.random.default_rng(0)
-    weight_OI = generator.standard_normal((_O, _I)).astype(np.float32)
+    form = quants.load_ggml(quant)
+    kept_of = read_kept_of(zeros) if isinstance(zeros, str) else None
+    shape = (_ROWS, _choose_columns(kept_of[1] if kept_of else 1, form.BLOCK))
 
-    inputs_OI = np.exp(generator.standard_normal((_O, _I)))
+    generator = np.random.default_rng(0)
+    weight_OI = generator.standard_normal(shape).astype(np.float32)
+
+    inputs_OI = np.exp(generator.standard_normal(shape))
     score_OI = np.abs(weight_OI) * inputs_OI
     weight_OI[_find_least(score_OI, zeros)] = 0
 
-    form = quants.load_ggml(quant)
     packed_OP = form.quantize(weight_OI)
 
     with TemporaryDirectory() as scratch:
@@ -57,15 +60,22 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
     return 8 * row.stored_bytes / weight_OI.size
 
 
+def _choose_columns(of: int, block: int) -> int:
+    """Return how long rows are that groups of N:M and blocks divide, where there are such."""
+    step = math.lcm(of, block)
+    return _COLUMNS // step * step or _COLUMNS
+
+
 def _find_least(score_OI: NDArray[np.float32], zeros: Zeros) -> NDArray[np.bool_]:
     """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
     kept_of = read_kept_of(zeros) if isinstance(zeros, str) else None
-    if kept_of is None:
+    # A group that does not fit is as good as any zeros.
+    if kept_of is None or score_OI.shape[1] % kept_of[1]:
         return np.asarray(score_OI < np.quantile(score_OI, count_zeros(zeros)))
 
     kept, of = kept_of
-    rank_OGS = score_OI.reshape(_O, -1, of).argsort(axis=2).argsort(axis=2)
-    return np.asarray(rank_OGS.reshape(_O, _I) < of - kept)
+    rank_OGS = score_OI.reshape(len(score_OI), -1, of).argsort(axis=2).argsort(axis=2)
+    return np.asarray(rank_OGS.reshape(score_OI.shape) < of - kept)
 
 
 def _write(file: Path, packed_OP: np.ndarray, ggml_type: int) -> None:

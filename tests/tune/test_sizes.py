@@ -199,6 +199,14 @@ def test_a_packed_file_is_an_expectation(folder: Path, tmp_path: Path) -> None:
     assert size.plain_bytes - size.size_bytes == pytest.approx((8.5 - bits) / 8 * linears, abs=1)
 
 
+@pytest.mark.parametrize("quant", ["q4_0", "q4_k"])
+@pytest.mark.parametrize(("pattern", "share"), [("1:3", 2 / 3), ("2:6", 2 / 3), ("501:1001", 0.5)])
+def test_groups_of_any_length_are_packed(quant: str, pattern: str, share: float) -> None:
+    """Those that divide no power of two, too: about as many bits as so many zeros anywhere."""
+    bits = expect_packed_bits("bitmask", quant, pattern)
+    assert bits == pytest.approx(expect_packed_bits("bitmask", quant, share), rel=0.05)
+
+
 _PLAIN: dict[str, dict[str, Any]] = {"export": {"quant": "q8_0"}, "prune": {"sparsity": 0.5}}
 
 
