@@ -112,7 +112,7 @@ def write_build(tuning: Tuning, candidate: Candidate) -> str:
     for settings in (tuning.recipe, candidate.settings):
         for key, value in _list_settings(settings):
             option = _LISTS.get(key)
-            if option:
+            if option and isinstance(value, list | tuple):
                 words += [word for each in value for word in (option, str(each))]
             else:
                 words += ["--set", f"{_write_path(key)}={write_value(value)}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from racdeploy.report.tuning_tables import (
     keeps_wishes,
     live_table,
     tuning_tables,
+    write_build,
 )
 from tests.support.sample_report import HOSTILE
 from tests.support.sample_tuning import build_tuning
@@ -143,3 +145,17 @@ def test_a_whole_count_of_nothing_is_no_table() -> None:
     one = nobody[0].model_copy(update={"accuracy": ShareInterval(value=1, lower=0.5, upper=1)})
     single = tuning.model_copy(update={"candidates": (one, *nobody[1:])})
     assert len(_tables(single)[ANSWERED].rows) == 1
+
+
+def test_a_setting_that_is_no_list_is_written_as_toml() -> None:
+    """A damaged file, or one by hand, is shown with the command that the recipe would refuse."""
+    tuning = build_tuning()
+    first = tuning.candidates[0]
+    damaged = tuning.model_copy(update={"recipe": {"tasks": 7, "also": "onnx"}})
+    words = shlex.split(write_build(damaged, first))
+    assert "tasks=7" in words
+    assert 'also="onnx"' in words
+
+    other = first.model_copy(update={"settings": {"tasks": "gcd"}})
+    assert 'tasks="gcd"' in shlex.split(write_build(tuning, other))
+    assert "--task" in shlex.split(write_build(tuning, first))

@@ -52,10 +52,13 @@ def target(data: bytes) -> None:
 
 
 def seeds() -> Iterator[bytes]:
-    """Yield a whole search, and a small one."""
+    """Yield a whole search, a small one, and one whose lists are none."""
     whole = build_tuning()
     yield whole.model_dump_json().encode()
 
     few = tuple(each for each in whole.candidates if each.name in (whole.winner, whole.rival))
     small = whole.model_copy(update={"candidates": few, "reference": ""})
     yield small.model_dump_json().encode()
+    yield (
+        small.model_copy(update={"recipe": {"tasks": 7, "also": "gguf"}}).model_dump_json().encode()
+    )
