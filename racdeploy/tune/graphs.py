@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
@@ -15,21 +15,26 @@ from racdeploy.export.onnx.weights import choose_quant
 from racdeploy.export.onnx.writer import VOCABULARY
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.tensors import GraphTensor, list_tensors
+from racdeploy.packing.packers.bitmask_graph import FOLDED_BYTES
 from racdeploy.quant.matmulnbits import BLOCK
 from racdeploy.tune.devices.engines import ONNXRUNTIME, copy_linear, copy_table
 from racdeploy.tune.devices.work import Work, describe, share_of_experts
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # About what onnxruntime-genai's builder writes beside weights and the list of them.
 _GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
 _FLOAT_BYTES = 4
-_UNFOLDED_BYTES = 28  # for each weight, while a graph with packed weights is loaded
 
 
 def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
-    """Return the tensors of a graph in the checkpoint's order."""
+    """Return the tensors of a graph in the checkpoint's order.
+
+    An output projection that is the embedding is not stored again, though the checkpoint may.
+    """
     tensors = []
     for name, entry in checkpoint.entries.items():
+        if name == _HEAD and checkpoint.tied:
+            continue
         real, _ = choose_quant(name, entry.shape, quant, name in VOCABULARY)
         tensor = GraphTensor(name, tuple(entry.shape), real, looked_up=name == _EMBEDDING)
         tensors.append(tensor)
@@ -72,34 +77,43 @@ def _list_arrays(tensor: GraphTensor) -> list[int]:
     return arrays
 
 
-def expect_saved_bytes(
+def list_packed(
     packing: str, tensors: Sequence[GraphTensor], zeros: Mapping[str, float]
-) -> float:
-    """Return the bytes that a packing leaves out: the zeros' codes, but for a mask of one bit.
+) -> list[GraphTensor]:
+    """Return the tensors that a packing packs; the others stay plain.
 
     Args:
         zeros: share of the zeros of each weight that has some.
     """
-    saved = 0.0
     plugin = packings.load(packing)
-
+    packed = []
     for tensor in tensors:
         share = zeros.get(tensor.name, 0.0)
-        if share and not plugin.fits(tensor.quant, share):
-            codes_bytes = _list_arrays(tensor)[0]
-            saved += max(0.0, share * codes_bytes - math.prod(tensor.shape) / 8)
+        if share and not tensor.looked_up and not plugin.fits(tensor.quant, share):
+            packed.append(tensor)
+    return packed
 
+
+def expect_saved_bytes(packed: Collection[GraphTensor], zeros: Mapping[str, float]) -> float:
+    """Return the bytes that packing leaves out: the zeros' codes, but for a mask of one bit."""
+    saved = 0.0
+    for tensor in packed:
+        codes_bytes = _list_arrays(tensor)[0]
+        saved += max(0.0, zeros[tensor.name] * codes_bytes - math.prod(tensor.shape) / 8)
     return saved
 
 
 def measure_graph(
-    checkpoint: Checkpoint, tensors: Sequence[GraphTensor], file_bytes: int, *, unfolds: bool
+    checkpoint: Checkpoint,
+    tensors: Sequence[GraphTensor],
+    file_bytes: int,
+    unfolded: Collection[GraphTensor] = (),
 ) -> Work:
     """Return what a graph takes to decode with.
 
     Args:
         file_bytes: of the plain graph and its weights.
-        unfolds: whether onnxruntime unpacks the weights when it loads the graph.
+        unfolded: packed tensors that onnxruntime unpacks when it loads the graph.
     """
     weights: dict[str, float] = defaultdict(float)
     repacked: dict[str, int] = defaultdict(int)
@@ -122,8 +136,7 @@ def measure_graph(
         kept += copies.kept
         passing += copies.passing
 
-    if unfolds:
-        passing += _UNFOLDED_BYTES * sum(weights.values())
+    passing += FOLDED_BYTES * sum(math.prod(tensor.shape) for tensor in unfolded)
 
     blocks = range(checkpoint.block_count)
     return Work(

@@ -149,16 +149,17 @@ class Sizes:
         tensors = graphs.plan_graph(checkpoint, job.recipe.export.quant)
         plain_bytes = graphs.estimate_bytes(checkpoint, tensors)
 
-        saved = 0.0
+        shares = {}
         if packing != "plain":
             zeros = _expect_zeros(job, job.checkpoint)
-            shares = {}
             for tensor in tensors:
                 name = tensor.name
                 shares[name] = count_zeros(zeros.get(name, zeros.get(generalize(name), 0.0)))
-            saved = graphs.expect_saved_bytes(packing, tensors, shares)
 
-        work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolds=packing == _UNFOLDING)
+        packed = graphs.list_packed(packing, tensors, shares)
+        saved = graphs.expect_saved_bytes(packed, shares)
+        unfolded = packed if packing == _UNFOLDING else ()
+        work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolded)
         return Size(plain_bytes - round(saved), plain_bytes, _FREE_GRAPH, checkpoint, work)
 
     def _find(self, job: Job, traces: Sequence[Trace], pruned: bool) -> _Model:

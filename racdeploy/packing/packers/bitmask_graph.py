@@ -31,7 +31,7 @@ BESIDE_PLAIN = False
 # for 10M weights. It also keeps every node's output below the 1 GiB above which onnxruntime folds
 # nothing and says nothing.
 MOST_WEIGHTS = 200_000_000
-_FOLDED_BYTES = 28  # that a weight takes while a session folds
+FOLDED_BYTES = 28  # that a weight takes while a session folds
 fits = codes.refusal
 
 
@@ -59,7 +59,7 @@ class GraphPacker(Packer):
             raise UsageError(
                 f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, "
                 f"this model has {weights / 1e6:.0f}M: onnxruntime would pass "
-                f"{_FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",
+                f"{FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",
                 remedy="use packing 'bitmask_sidecar', or 'plain'",
             )
 
