@@ -151,6 +151,7 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     """Measure this device, and write or print a target with its profile."""
     from tempfile import TemporaryDirectory
 
+    from racdeploy import export
     from racdeploy.cli.progress import show_progress
     from racdeploy.report.terminal import print_table
     from racdeploy.storage.files import write_atomic
@@ -159,8 +160,9 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     from racdeploy.tune.devices.profile import profile
 
     chosen = Target.read(target or "gguf")
+    engine = export.load(chosen.format).BACKEND
     with show_progress(err) as progress, TemporaryDirectory() as scratch:
-        device = profile(Path(scratch), threads, progress)
+        device = profile(Path(scratch), threads, progress, required=engine)
 
     text = render_target(chosen, device)
     if file:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy import plugins
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
@@ -204,8 +205,22 @@ def test_both_engines_are_measured_where_both_are(
     }
     assert {*asked} == {LLAMACPP, ONNXRUNTIME}
 
-    monkeypatch.setattr(profiles, "find_spec", lambda name: name != "onnx")
+    monkeypatch.setattr(profiles, "is_installed", lambda name: name != "onnx")
     assert list_engines() == [LLAMACPP]
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_the_engine_of_the_target_has_to_be_there(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile without it would say nothing of the target; the others are measured if they are."""
+    for place in (profiles, plugins):
+        monkeypatch.setattr(place, "is_installed", lambda name: name != missing)
+
+    done = CliRunner().invoke(app, ["bench", "--profile", "--target", "onnx"])
+    assert done.exit_code == 4
+    assert f"this needs {missing}, which is not installed" in done.stderr
+    assert list_engines(LLAMACPP) == [LLAMACPP]
 
 
 def test_the_command_writes_a_target_that_is_read(
@@ -213,7 +228,7 @@ def test_the_command_writes_a_target_that_is_read(
 ) -> None:
     """``--out`` a file that ``--target`` takes; without it the same is printed."""
     device = make_device()
-    monkeypatch.setattr(profiles, "profile", lambda scratch, threads, progress: device)
+    monkeypatch.setattr(profiles, "profile", lambda *given, required: device)
     file = tmp_path / "mine.toml"
     words = ["bench", "--profile", "--target", "raspberry-pi-5"]
 

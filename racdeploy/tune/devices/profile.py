@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.extras import is_installed
 from racdeploy.storage.cores import available_cores
 from racdeploy.targets import Device
 from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME, read_bits
@@ -153,6 +153,7 @@ def profile(
     measure: Measure = measure,
     machine: Machine | None = None,
     engines: Sequence[str] = (),
+    required: str = "",
 ) -> Device:
     """Measure this machine for about a minute an engine.
 
@@ -161,11 +162,12 @@ def profile(
         threads: of the engines; 0 takes all cores.
         clock: gives seconds; it decides how many rounds there are.
         engines: all that are installed, if none is named.
+        required: an engine without which the others are not measured, either.
 
     Raises:
-        MissingExtraError: no engine is installed.
+        MissingExtraError: no engine is installed, or not the one that is required.
     """
-    chosen = engines or list_engines()
+    chosen = engines or list_engines(required)
     profiler = Profiler(scratch, threads, machine or Machine.read(), measure, chosen)
     most_s = _MOST_S * len(chosen)
     count = len(profiler.pieces)
@@ -184,11 +186,18 @@ def profile(
     return profiler.fit()
 
 
-def list_engines() -> list[str]:
-    """Return the engines that can be measured here; a MissingExtraError where there is none."""
+def list_engines(required: str = "") -> list[str]:
+    """Return the engines that can be measured here.
+
+    Raises:
+        MissingExtraError: there is none, or not the one that is required.
+    """
+    for module in _NEEDS.get(required, ()):
+        plugins.require(module)
+
     found = []
     for engine, modules in _NEEDS.items():
-        if all(find_spec(module) for module in modules):
+        if all(is_installed(module) for module in modules):
             found.append(engine)
 
     if not found:
