@@ -75,16 +75,16 @@ class Predictor:
         if engine in self.device.engines:
             return self._note_graph() if engine == ONNXRUNTIME else ""
         return (
-            f"nobody has measured {engine} there: its speeds are predicted as if memory alone "
-            "decided them"
+            f"nobody has measured {engine} there: its speeds and memory are predicted as if "
+            "the bytes of the weights alone decided them"
         )
 
     def _note_graph(self) -> str:
         """Say where another program writes the graph than the one whose graphs were measured."""
-        from racdeploy.export.onnx import exporters
+        from racdeploy.export.onnx.choice import find_refusal
 
         exporter = self.job.recipe.export.exporter
-        refusal = exporters.load("genai").refusal(self.job.checkpoint)
+        refusal = find_refusal(self.job.checkpoint, "genai")
         if exporter in ("auto", "genai") and not refusal:
             return ""
         return (
@@ -132,11 +132,12 @@ class Predictor:
 
         known = self.device.engines.values()
         base_bytes = max(costs.base_bytes for costs in known)
-        speed = self.device.bandwidth_bytes_per_s / size.plain_bytes
+        speed = self.device.bandwidth_bytes_per_s / size.work.read_bytes
+        beside_bytes = size.work.kept_bytes + max(cache_bytes, size.work.passing_bytes)
 
         return Takes(
             size_bytes=size.size_bytes,
-            memory_bytes=base_bytes + size.plain_bytes + cache_bytes,
+            memory_bytes=base_bytes + size.plain_bytes + round(beside_bytes),
             tokens_per_s=speed,
         )
 

@@ -65,7 +65,7 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
 
     reasons = []
     for name in names:
-        if refusal := _refuse(checkpoint, name):
+        if refusal := find_refusal(checkpoint, name):
             reasons.append(f"{name}: {refusal}")
             continue
 
@@ -91,7 +91,7 @@ def _rank_exporters() -> list[str]:
     return sorted(names, key=lambda name: (onnx_exporters.load(name).PREFERENCE, name))
 
 
-def _refuse(checkpoint: Checkpoint, name: str) -> str:
+def find_refusal(checkpoint: Checkpoint, name: str) -> str:
     """Return why an exporter is not asked, in one line with the remedy, or an empty string."""
     exporter = onnx_exporters.load(name)
     if refusal := exporter.refusal(checkpoint):
