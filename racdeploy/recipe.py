@@ -250,6 +250,13 @@ class Pruning(_Part):
         """N and M of the N:M pattern of all linears, or None."""
         return read_kept_of(self.pattern)
 
+    @property
+    def patterns(self) -> str:
+        """The pattern of all linears, or those that ``shares`` give some, with "and" between."""
+        given = filter(None, self.shares.values())
+        named = {zeros if isinstance(zeros, str) else self.pattern for zeros in given}
+        return " and ".join(sorted(named)) or self.pattern
+
     def kept_of_linear(self, linear: str) -> tuple[int, int] | None:
         """Return N and M of a linear's own pattern, or of that of all; None where it has none."""
         for pattern, zeros in self.shares.items():

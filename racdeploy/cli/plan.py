@@ -47,7 +47,8 @@ def describe_pruning(recipe: Recipe) -> str:
     if prune.kept_of:
         parts.append(f"{prune.pattern} zeros")
     elif prune.sparsity:
-        parts.append(f"{prune.sparsity:.0%} zeros")
+        own = f" ({prune.patterns})" if prune.patterns != prune.pattern else ""
+        parts.append(f"{prune.sparsity:.0%} zeros{own}")
     if recipe.recover.tokens:
         parts.append(f"then {recipe.recover.tokens:,} tokens learned back")
 

@@ -221,7 +221,7 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
         traces=dict(contents.traces),
         pruning={
             "method": recipe.prune.method,
-            "pattern": recipe.prune.pattern,
+            "pattern": recipe.prune.patterns,
             "sparsity": contents.model.sparsity,
             "sparsity_asked": contents.model.sparsity_asked,
             "sparsity_file": _sparsity_in_file(contents),
@@ -318,7 +318,7 @@ def _describe_pruning(contents: Contents) -> str:
     if model.sparsity or not kept:
         # A coarse number format makes further zeros, and some keep none.
         sparsity = min(model.sparsity, _sparsity_in_file(contents))
-        zeros = f"{sparsity:.0%} zeros ({prune.pattern})"
+        zeros = f"{sparsity:.0%} zeros ({prune.patterns})"
         done.append(f"pruned with {prune.method} to {zeros}")
 
     return " and ".join(done)

@@ -91,7 +91,7 @@ def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float 
         "racdeploy.version": __version__,
         "racdeploy.base_model": recipe.model,
         "racdeploy.method": recipe.prune.method,
-        "racdeploy.pattern": recipe.prune.pattern,
+        "racdeploy.pattern": recipe.prune.patterns,
         "racdeploy.sparsity": float(recipe.prune.sparsity),
         "racdeploy.calibration": recipe.calibration.source,
     }

@@ -76,6 +76,8 @@ def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> Fac
     """Return the zeros that are in the file, where any were asked for."""
     asked = _find(recipe, "prune", "sparsity") not in ("", "0", "0.0")
     pattern = _find(recipe, "prune", "pattern")
+    if _find(recipe, "prune", "shares") not in ("", "{}"):
+        pattern = "each linear its own"
     patterned = pattern not in ("", "unstructured")
     if pruned is None or pruned.sparsity is None or not (asked or patterned):
         return Fact("Zeros", "")
