@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from racdeploy import quant as quants
+from racdeploy.quant.matmulnbits import BLOCK
 
 _SCALE_BITS = 16  # what a float32 scale has more than one in half precision
 _FLOAT_BITS = 32.0
-_GROUP = 32  # weights that share a scale in an ONNX file
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def file_bits(engine: str, quant: str) -> float:
     """Return the bits that a weight takes in an engine's file; ONNX has scales in float32."""
     form = quants.load(quant)
     if engine == ONNXRUNTIME and quants.is_blocks(quant):
-        return form.BITS + _SCALE_BITS / _GROUP
+        return form.BITS + _SCALE_BITS / BLOCK
     return form.BITS
 
 
