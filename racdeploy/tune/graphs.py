@@ -23,6 +23,8 @@ from racdeploy.tune.devices.work import Work, describe, share_of_experts
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # About what onnxruntime-genai's builder writes beside weights and the list of them.
 _GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
+JOINING_BYTES = 1700
+"""About what the nodes take that unfold a tensor: measured, 1,743 of the embedded model in f16."""
 _FLOAT_BYTES = 4
 
 

@@ -159,6 +159,7 @@ class Sizes:
         packed = graphs.list_packed(packing, tensors, shares)
         saved = graphs.expect_saved_bytes(packed, shares)
         unfolded = packed if packing == _UNFOLDING else ()
+        saved -= graphs.JOINING_BYTES * len(unfolded)
         work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolded)
         return Size(plain_bytes - round(saved), plain_bytes, _FREE_GRAPH, checkpoint, work)
 
