@@ -1,14 +1,13 @@
 """Which sources a library of kernels is made of, with which flags, from ``kernels.txt``.
 
-Needs nothing but Python: the build of racdeploy-kernels runs this file for the fingerprints that
-:mod:`prebuilt` compares.
+Needs nothing but Python: the build of racdeploy-kernels takes the fingerprints that :mod:`prebuilt`
+compares from this file alone, by ``kernels/fingerprint.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +72,3 @@ def fingerprint(files: Sequence[str], machine: str, flags: Sequence[str] = ()) -
         "machine_flags": {file: machine_flags(file, machine) for file in files},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-if __name__ == "__main__":
-    print(fingerprint(library_sources(sys.argv[1]), sys.argv[2]))
