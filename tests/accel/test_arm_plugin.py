@@ -103,7 +103,7 @@ def test_libracdeploy_keeps_packed_weights_on_arm(ggml: Ggml, tmp_path: Path) ->
     assert ask("misuse") == []
     none = "no matrix of the file has enough zeros for the sparse kernels"
     assert ask("choose", model, "0.99") == [none, "0 "]
-    (unmeasured, status) = ask("choose", model, "-1")
+    (unmeasured, status) = ask("choose", model, "default")
     assert ("nobody has measured" in unmeasured, status) == (True, "0 ")
 
     kept_folder = tmp_path / "kept"

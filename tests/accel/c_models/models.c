@@ -7,7 +7,8 @@
  *   models measure                      the thresholds
  *   models misuse
  *
- * SHARE is that of every number format, or as bf16=0.3 of this one, and nothing of the others.
+ * SHARE is that of every number format, or as bf16=0.3 of this one, and nothing of the others; or `default`: the
+ * thresholds that are built in.
  */
 #ifndef WITHOUT_LLAMA
 #include <llama.h>
@@ -40,7 +41,7 @@ static int choose(const char *gguf, const char *share, const char *folder, int e
         memset(&thresholds, 0, sizeof thresholds);
         thresholds.bf16 = atof(share + 5);
     }
-    options.thresholds = &thresholds;
+    options.thresholds = strcmp(share, "default") ? &thresholds : NULL;
     options.kept_folder = folder;
     options.keep_in_small_pages = 1;
     options.threads = 2;
