@@ -44,9 +44,9 @@ Zeros = float | str
 """Zeros of a linear: a share of its weights, or N:M."""
 
 
-def read_kept_of(pattern: str) -> tuple[int, int] | None:
-    """Return N and M, of which N are kept, or None where a text is not N:M."""
-    match = _PATTERN.match(pattern)
+def read_kept_of(zeros: Zeros) -> tuple[int, int] | None:
+    """Return N and M, of which N are kept, or None of a share and of a text that is not N:M."""
+    match = _PATTERN.match(zeros) if isinstance(zeros, str) else None
     if not match or not 0 < int(match[1]) < int(match[2]):
         return None
     return int(match[1]), int(match[2])
@@ -261,7 +261,7 @@ class Pruning(_Part):
         """Return N and M of a linear's own pattern, or of that of all; None where it has none."""
         for pattern, zeros in self.shares.items():
             if re.search(pattern, linear):
-                return read_kept_of(zeros) if isinstance(zeros, str) else None
+                return read_kept_of(zeros)
         return self.kept_of
 
     def check_width(self, weight: str, inputs: int) -> None:

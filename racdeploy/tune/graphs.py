@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
@@ -18,7 +19,7 @@ from racdeploy.packing.onnx.tensors import GraphTensor, list_tensors
 from racdeploy.packing.packers.bitmask_graph import FOLDED_BYTES
 from racdeploy.quant.matmulnbits import BLOCK
 from racdeploy.tune.devices.engines import ONNXRUNTIME, copy_linear, copy_table
-from racdeploy.tune.devices.work import Work, describe, share_of_experts
+from racdeploy.tune.devices.work import Work, share_of_experts, sum_up
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # About what onnxruntime-genai's builder writes beside weights and the list of them.
@@ -140,15 +141,5 @@ def measure_graph(
 
     passing += FOLDED_BYTES * sum(math.prod(tensor.shape) for tensor in unfolded)
 
-    blocks = range(checkpoint.block_count)
-    return Work(
-        weights=dict(weights),
-        repacked_bytes=dict(repacked),
-        file_bytes=file_bytes,
-        blocks=tuple(describe(checkpoint, block) for block in blocks),
-        channels=max(checkpoint.sizes(block)["F"] for block in blocks),
-        vocabulary=checkpoint.integer("vocab_size"),
-        engine=ONNXRUNTIME,
-        kept_bytes=kept,
-        passing_bytes=passing,
-    )
+    work = sum_up(checkpoint, weights, repacked, file_bytes, ONNXRUNTIME)
+    return replace(work, kept_bytes=kept, passing_bytes=passing)

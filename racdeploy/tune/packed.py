@@ -39,7 +39,7 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
     without them the codes that stay would be fewer, and the file too small by a twentieth.
     """
     form = quants.load_ggml(quant)
-    kept_of = read_kept_of(zeros) if isinstance(zeros, str) else None
+    kept_of = read_kept_of(zeros)
     shape = (_ROWS, _choose_columns(kept_of[1] if kept_of else 1, form.BLOCK))
 
     generator = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def _choose_columns(of: int, block: int) -> int:
 
 def _find_least(score_OI: NDArray[np.float32], zeros: Zeros) -> NDArray[np.bool_]:
     """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
-    kept_of = read_kept_of(zeros) if isinstance(zeros, str) else None
+    kept_of = read_kept_of(zeros)
     # A group that does not fit is as good as any zeros.
     if kept_of is None or score_OI.shape[1] % kept_of[1]:
         return np.asarray(score_OI < np.quantile(score_OI, count_zeros(zeros)))

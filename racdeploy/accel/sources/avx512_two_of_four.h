@@ -10,9 +10,6 @@
 namespace racdeploy {
 namespace {
 
-// Codes of Q4_0 fill the upper half of a byte, so products are 16 times too large; nothing has to move their sign.
-constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
-
 // The values of runs 4 * half to 4 * half + 3 of a group.
 template <Quant quant>
 inline __m512i values_of_half(int half, const uint8_t* group) {

@@ -41,6 +41,9 @@ constexpr uint16_t zero_value(Quant quant) {
     return is_quantized(quant) ? static_cast<uint16_t>(zero_point(quant)) : uint16_t{0};
 }
 
+// Where codes of Q4_0 fill the upper half of a byte, products are 16 times too large; nothing has to move their sign.
+constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
+
 // A fixed number of values in each group, also in a short one, and all of them signed.
 constexpr bool has_whole_groups(Pattern pattern) { return pattern != Pattern::unstructured; }
 // What the values of a pattern differ in from unsigned codes.

@@ -72,9 +72,6 @@ struct Masks {
     }
 };
 
-// Codes of Q4_0 fill the upper half of a byte, so products are 16 times too large; nothing has to move their sign.
-constexpr float product_scale(Quant quant) { return quant == Quant::q4_0 ? 1.0f / 16 : 1.0f; }
-
 // 16 stored bytes as signed codes, of chunk `chunk`.
 template <Quant quant>
 inline int8x16_t signed_codes(int chunk, uint8x16_t bytes) {

@@ -83,14 +83,26 @@ def measure_work(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], file_
         if tensor.shape[-2] % _REPACKED_ROWS == 0:
             repacked[tensor.quant_real] += tensor.size_bytes
 
+    return sum_up(checkpoint, weights, repacked, file_bytes)
+
+
+def sum_up(
+    checkpoint: Checkpoint,
+    weights: Mapping[str, float],
+    repacked_bytes: Mapping[str, int],
+    file_bytes: int,
+    engine: str = LLAMACPP,
+) -> Work:
+    """Return the work of a file whose weights were counted; its blocks are the checkpoint's."""
     blocks = range(checkpoint.block_count)
     return Work(
         weights=dict(weights),
-        repacked_bytes=dict(repacked),
+        repacked_bytes=dict(repacked_bytes),
         file_bytes=file_bytes,
-        blocks=tuple(describe(checkpoint, block) for block in blocks),
+        blocks=tuple(_describe(checkpoint, block) for block in blocks),
         channels=max(checkpoint.sizes(block)["F"] for block in blocks),
         vocabulary=checkpoint.integer("vocab_size"),
+        engine=engine,
     )
 
 
@@ -110,7 +122,7 @@ def share_of_experts(checkpoint: Checkpoint, names: Sequence[str]) -> float:
     return min(1.0, used / checkpoint.experts)
 
 
-def describe(checkpoint: Checkpoint, block: int) -> Block:
+def _describe(checkpoint: Checkpoint, block: int) -> Block:
     """Return what attention of a block needs."""
     sizes = checkpoint.sizes(block)
     if not checkpoint.attends[block]:
