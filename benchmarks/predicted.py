@@ -2,11 +2,15 @@
 
     python -m benchmarks.predicted --threads 1
     python -m benchmarks.predicted --threads 1 --engine onnxruntime
+    python -m benchmarks.predicted --threads 1 --zeros
 
 Both models are exported for real. Synthetic models, of which the device's profile is made, and the
 candidates are decoded in turns, round after round, so that both meet the same machine. Prints a
 row for each candidate, and ends with 1 where a bar is missed: the bytes themselves (of ONNX, half a
 per cent: another program writes the graph), 5 % of the memory, 15 % of the speed.
+
+With ``--zeros`` candidates have zeros, and run on the sparse kernels that ``racdeploy accel build``
+made here.
 
 With ``--work`` files and samples are kept there, so that several short runs count together.
 """
@@ -16,14 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median_low
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from numpy.typing import NDArray
 
+from racdeploy import accel
 from racdeploy.export.gguf import export as export_gguf
 from racdeploy.export.onnx import export as export_onnx
 from racdeploy.models import widths
@@ -32,13 +38,15 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.assemble import Shape, assemble
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, Zeros, count_zeros
 from racdeploy.storage.caches import default_work
 from racdeploy.storage.safetensors import write_header
 from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME
 from racdeploy.tune.devices.fit import Sample
+from racdeploy.tune.devices.kernels import name_zeros
 from racdeploy.tune.devices.profile import Profiler, measure
 from racdeploy.tune.devices.speed import Prediction, predict
+from racdeploy.tune.devices.synthetic import find_least
 from racdeploy.tune.devices.work import Use
 from racdeploy.tune.sizes import Size, Sizes
 
@@ -46,19 +54,53 @@ USE = Use(context_tokens=2048, prompt_tokens=256, new_tokens=48)
 MOST_MEMORY, MOST_SPEED = 0.05, 0.15
 MOST_BYTES = {LLAMACPP: 0.0, ONNXRUNTIME: 0.005}
 FORMATS = {LLAMACPP: "gguf", ONNXRUNTIME: "onnx"}
-CASES: dict[str, dict[str, tuple[tuple[str, float], ...]]] = {
-    # by engine and model: quant, share of the channels that stays
+
+
+@dataclass(frozen=True)
+class Case:
+    """A number format, what stays of the channels, and zeros."""
+
+    quant: str
+    share: float = 1.0
+    zeros: Zeros = 0.0
+
+    @property
+    def name(self) -> str:
+        if self.zeros:
+            return f"{self.quant}, zeros {name_zeros(self.zeros)}"
+        return self.quant + (f", {self.share:.0%} of the channels" if self.share < 1 else "")
+
+
+CASES: dict[str, dict[str, tuple[Case, ...]]] = {
+    # By engine and model.
     LLAMACPP: {
-        "tiny-reasoner": (("f16", 1), ("q8_0", 1), ("q4_k_m", 1), ("q2_k", 1), ("q4_0", 0.5)),
-        "smol-reasoner": (("q8_0", 1), ("q4_0", 1), ("q4_k_m", 1), ("q3_k", 0.75), ("q2_k", 1)),
+        "tiny-reasoner": (
+            *(Case("f16"), Case("q8_0"), Case("q4_k_m"), Case("q2_k")),
+            Case("q4_0", 0.5),
+        ),
+        "smol-reasoner": (
+            *(Case("q8_0"), Case("q4_0"), Case("q4_k_m"), Case("q2_k")),
+            Case("q3_k", 0.75),
+        ),
     },
     ONNXRUNTIME: {
         "tiny-reasoner": (
-            *(("f32", 1), ("f16", 1), ("matmulnbits_8", 1), ("k_quant", 1)),
-            ("matmulnbits_4", 0.5),
+            *(Case("f32"), Case("f16"), Case("matmulnbits_8"), Case("k_quant")),
+            Case("matmulnbits_4", 0.5),
         ),
-        "smol-reasoner": (("matmulnbits_8", 1), ("k_quant", 1), ("matmulnbits_4", 0.75)),
+        "smol-reasoner": (Case("matmulnbits_8"), Case("k_quant"), Case("matmulnbits_4", 0.75)),
     },
+}
+SPARSE = {
+    # Of llama.cpp, by model.
+    "tiny-reasoner": (
+        *(Case("q8_0", zeros=0.5), Case("q8_0", zeros="2:4"), Case("q4_0", zeros=0.6)),
+        *(Case("q4_0", zeros="2:4"), Case("q3_k", zeros="2:4")),
+    ),
+    "smol-reasoner": (
+        *(Case("q8_0", zeros=0.5), Case("q8_0", zeros=0.6), Case("q8_0", zeros="2:4")),
+        *(Case("q4_0", zeros=0.5), Case("q4_0", zeros=0.7), Case("q4_0", zeros="2:4")),
+    ),
 }
 
 
@@ -76,6 +118,7 @@ def main() -> None:
     """Export, measure in turns, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=sorted(FORMATS), default=LLAMACPP)
+    parser.add_argument("--zeros", action="store_true", help="candidates that kernels run")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smol", default=str(default_work() / "smol-reasoner"))
@@ -87,16 +130,21 @@ def main() -> None:
         kept = arguments.work or scratch / "kept"
         kept.mkdir(parents=True, exist_ok=True)
 
-        candidates = list(write_candidates(scratch, kept, arguments.smol, arguments.engine))
-        profiler = Profiler(scratch, arguments.threads, engines=[arguments.engine])
-        record = kept / f"{arguments.engine}-{profiler.threads}.json"
+        cases = SPARSE if arguments.zeros else CASES[arguments.engine]
+        candidates = list(write_candidates(scratch, kept, arguments.smol, arguments.engine, cases))
+        faster_from = accel.faster_from(arguments.threads) if arguments.zeros else {}
+        profiler = Profiler(
+            scratch, arguments.threads, engines=[arguments.engine], faster_from=faster_from
+        )
+        kernels: accel.Mode = "require" if arguments.zeros else "off"
+        record = kept / f"{arguments.engine}-{profiler.threads}{'-zeros' * arguments.zeros}.json"
         read_samples(record, profiler, candidates)
 
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             profiler.run_round()
             for candidate in candidates:
-                sample = measure(candidate.file, USE, profiler.threads, arguments.engine)
+                sample = measure(candidate.file, USE, profiler.threads, arguments.engine, kernels)
                 candidate.samples.append(sample)
             write_samples(record, profiler, candidates)
 
@@ -142,37 +190,70 @@ def write_samples(record: Path, profiler: Profiler, candidates: list[Candidate])
     record.write_text(json.dumps({"pieces": pieces, "candidates": own}))
 
 
-def write_candidates(scratch: Path, kept: Path, smol: str, engine: str) -> Iterator[Candidate]:
+def write_candidates(
+    scratch: Path, kept: Path, smol: str, engine: str, cases: Mapping[str, Sequence[Case]]
+) -> Iterator[Candidate]:
     """Export every candidate; what is predicted of it comes first, from the dense model alone."""
     sizes = Sizes(scratch / "sketches")
     places = {"tiny-reasoner": "tiny-reasoner", "smol-reasoner": smol}
     form = FORMATS[engine]
 
-    for model, cases in CASES[engine].items():
-        for quant, share in cases:
-            job = make_job(places[model], quant, share, form)
-            size = sizes.predict(job, pruned=share < 1)
-            name = f"{model} {quant}" + (f", {share:.0%} of the channels" if share < 1 else "")
-            file = kept / f"{model}-{quant}-{share}.{form}"
+    for model, own in cases.items():
+        for case in own:
+            job = make_job(places[model], case, form)
+            is_dense = case == Case(case.quant)
+            size = sizes.predict(job, pruned=not is_dense)
+            zeros = f"-{name_zeros(case.zeros).replace(':', 'of')}" * bool(case.zeros)
+            file = kept / f"{model}-{case.quant}-{case.share:g}{zeros}.{form}"
 
             if not file.is_file():
                 write = export_gguf if form == "gguf" else export_onnx
                 checkpoint, metadata = job.checkpoint, {}
-                if share < 1:
-                    checkpoint = Checkpoint(cut_channels(job, scratch / f"{model}-{share}"))
+                if not is_dense:
+                    change = add_zeros if case.zeros else cut_channels
+                    checkpoint = Checkpoint(change(job, scratch / file.stem))
                     metadata = describe_model(job, checkpoint)
-                write(checkpoint, file, quant=quant, metadata=metadata)
+                write(checkpoint, file, quant=case.quant, metadata=metadata)
 
-            yield Candidate(name, file, size)
+            yield Candidate(f"{model} {case.name}", file, size)
 
 
-def make_job(model: str, quant: str, share: float, target: str) -> Job:
-    """Return the job of a cut and a number format, without zeros."""
-    structure = {"keep": {"ffn": share} if share < 1 else {}, "optional": False}
-    options = {"model": model, "target": target, "export": {"quant": quant}}
+def make_job(model: str, case: Case, target: str) -> Job:
+    """Return the job of a cut or of zeros, in a number format."""
+    structure = {"keep": {"ffn": case.share} if case.share < 1 else {}, "optional": False}
+    is_pattern = isinstance(case.zeros, str)
+    prune = {
+        "pattern": case.zeros if is_pattern else "unstructured",
+        "sparsity": count_zeros(case.zeros),
+    }
+    options = {
+        "model": model,
+        "target": target,
+        "export": {"quant": case.quant},
+        "prune": prune if case.zeros else {},
+    }
     recipe = Recipe.combine(None, options)
     whole = recipe.structure.model_copy(update=structure)
     return Job(recipe.model_copy(update={"structure": whole}))
+
+
+def add_zeros(job: Job, out: Path) -> Path:
+    """Write a model whose small weights are zeros; which ones decides neither bytes nor speed."""
+    prune = job.recipe.prune
+    zeros: Zeros = prune.pattern if prune.kept_of else prune.sparsity
+    pieces = out.with_name(f"{out.name}-pieces")
+    pieces.mkdir()
+
+    for block in range(job.checkpoint.block_count):
+        tensors = {}
+        for name in job.weights_to_prune:
+            if name.startswith(f"{job.checkpoint.family.blocks}.{block}."):
+                value = job.checkpoint.read(name).astype(np.float32)
+                value[find_least(np.abs(value), zeros)] = 0
+                tensors[name] = value
+        write_piece(pieces / f"block-{block:05d}.safetensors", tensors)
+
+    return assemble(job.checkpoint, pieces, out)
 
 
 def cut_channels(job: Job, out: Path) -> Path:
@@ -197,12 +278,17 @@ def cut_channels(job: Job, out: Path) -> Path:
                     value = value if index is None else np.take(value, index, axis)
                 tensors[name] = np.ascontiguousarray(value)
 
-        with (pieces / f"block-{block:05d}.safetensors").open("wb") as stream:
-            write_header(stream, {name: ("F32", value.shape) for name, value in tensors.items()})
-            for value in tensors.values():
-                stream.write(value.tobytes())
+        write_piece(pieces / f"block-{block:05d}.safetensors", tensors)
 
     return assemble(checkpoint, pieces, out, shape)
+
+
+def write_piece(file: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Write the weights of one block."""
+    with file.open("wb") as stream:
+        write_header(stream, {name: ("F32", value.shape) for name, value in tensors.items()})
+        for value in tensors.values():
+            stream.write(value.tobytes())
 
 
 def vary(shape: Shape, step: int) -> Shape:

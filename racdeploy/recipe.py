@@ -474,6 +474,7 @@ class Tune(_Part):
     patterns: tuple[str, ...] = ("2:4",)
     vocabulary: tuple[int, ...] = ()
     recover_tokens: int = Field(0, ge=0)
+    accel: Literal["auto", "off", "require"] = "auto"
     prompts: int = Field(256, ge=16, le=_MOST_PROMPTS)
     survey_tokens: int = Field(8192, ge=256)
     seed: int = Field(1, ge=0)

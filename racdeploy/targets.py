@@ -5,16 +5,18 @@ A target is data, ``targets/NAME.toml``, or a TOML file of the user's.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
 from racdeploy.storage.toml import merge, read_toml, validate
 
+_ZEROS = re.compile(r"^(0\.\d+|2:4)$")
 _REPACKED = 1.5  # bytes held for each byte of the file: a whole copy of some is among them
 
 
@@ -27,7 +29,8 @@ class FormatCost(_Data):
 
     cached_ps: PositiveFloat  # picoseconds, where the whole model fits the cache
     streamed_ps: PositiveFloat  # where it comes from memory
-    resident: float = Field(1.0, ge=1, le=4)  # bytes held for each byte of the file; 2: repacked
+    # Bytes held for each byte of the file; 2: repacked, less than 1: packed without its zeros.
+    resident: float = Field(1.0, ge=0, le=4)
 
     def at(self, streamed: float) -> float:
         """Return the picoseconds where a share of the weights comes from memory."""
@@ -45,6 +48,18 @@ class EngineCosts(_Data):
     block_bytes: float = Field(0.0, ge=0)  # for each block, beside weights and cache
     vocabulary_bytes: float = Field(0.0, ge=0)  # for each token of the vocabulary
     formats: dict[str, FormatCost]
+    # By format and zeros, as "0.5" or "2:4": with sparse kernels, where they were measured faster.
+    sparse: dict[str, dict[str, FormatCost]] = Field(default_factory=dict)
+
+    @field_validator("sparse")
+    @classmethod
+    def _check_zeros(
+        cls, value: dict[str, dict[str, FormatCost]]
+    ) -> dict[str, dict[str, FormatCost]]:
+        for zeros in {zeros for costs in value.values() for zeros in costs}:
+            if not _ZEROS.match(zeros):
+                raise ValueError(f"{zeros!r} is no share of zeros, as 0.5, and not 2:4")
+        return value
 
 
 class Device(_Data):
@@ -73,6 +88,13 @@ class Device(_Data):
                 remedy=f"it has {', '.join(self.engines)}; racdeploy bench --profile measures more",
             )
         return self.engines[engine]
+
+    def without_kernels(self) -> Self:
+        """Return the device without what was measured with sparse kernels."""
+        bare = {}
+        for name, costs in self.engines.items():
+            bare[name] = costs.model_copy(update={"sparse": {}})
+        return self.model_copy(update={"engines": bare})
 
     def repacked(self, engine: str) -> tuple[str, ...]:
         """Return the number formats of which an engine keeps a faster copy, sorted."""

@@ -43,6 +43,7 @@ __all__ = [
     "describe_way_in",
     "enable",
     "explain_missing",
+    "faster_from",
     "forget",
     "kept_files",
     "kernels",
@@ -165,6 +166,21 @@ def kernels(mode: Mode, threads: int = 0) -> str:
             used.append(f"sparse {tried.instruction_set} ({library.stem})")
 
     return ", ".join(used) or STOCK
+
+
+def faster_from(threads: int = 0) -> dict[str, float]:
+    """Return the least share of zeros at which llama.cpp is faster with kernels, by format.
+
+    A format is one of ggml's, or one with a pattern, as ``q8_0 2:4``; those that are not faster on
+    so many threads, 0 for every core, are left out: all of them where nothing is built.
+    """
+    ready = readiness()
+    if isinstance(ready, str):
+        return {}
+
+    _, tried = ready
+    verdict = choose_verdict(tried.verdicts, threads if threads > 0 else available_cores())
+    return verdict.faster_from if verdict else {}
 
 
 def describe_verdicts(engine: str, tried: Proof) -> dict[str, str]:

@@ -158,15 +158,18 @@ def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
         dense_bits: of a weight as the engine reads it; 0 takes ggml's.
     """
     quant, _, _ = name.partition(" ")
+    return (dense_bits or GGML_TYPES[quant].bits) / packed_bits(quant, zeros)
+
+
+def packed_bits(quant: str, zeros: float) -> float:
+    """Return the bits of a weight that the kernels read, at a share of zeros."""
     stored_bits = GGML_TYPES[quant].bits
 
     code_bits = int(stored_bits)
     scale_bits = stored_bits - code_bits  # about half a bit of each weight
     kept_bits = (1 - zeros) * code_bits
 
-    mask_bits = _PLACE_BITS.get(quant, _MASK_BITS)
-    packed_bits = scale_bits + mask_bits + kept_bits
-    return (dense_bits or stored_bits) / packed_bits
+    return scale_bits + _PLACE_BITS.get(quant, _MASK_BITS) + kept_bits
 
 
 def describe(verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]) -> dict[str, str]:

@@ -115,7 +115,7 @@ def bench(
 ) -> None:
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
     if profile:
-        _profile(target, threads, out_file, json_output)
+        _profile(target, threads, accel, out_file, json_output)
         return
     if bundle is None:
         raise UsageError(
@@ -147,7 +147,9 @@ def bench(
     _print_kernels(found.kernels, accel, zeros)
 
 
-def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
+def _profile(
+    target: str | None, threads: int, accel: Kernels, file: Path | None, json_output: bool
+) -> None:
     """Measure this device, and write or print a target with its profile."""
     from tempfile import TemporaryDirectory
 
@@ -162,7 +164,7 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     chosen = Target.read(target or "gguf")
     engine = export.load(chosen.format).BACKEND
     with show_progress(err) as progress, TemporaryDirectory() as scratch:
-        device = profile(Path(scratch), threads, progress, required=engine)
+        device = profile(Path(scratch), threads, progress, required=engine, kernels=accel)
 
     text = render_target(chosen, device)
     if file:

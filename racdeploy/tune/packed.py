@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.recipe import Zeros, count_zeros, read_kept_of
+from racdeploy.tune.devices.synthetic import find_least
 
 _ROWS, _COLUMNS = 256, 2048  # of a matrix large enough for its table not to count
 
@@ -47,7 +47,7 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
 
     inputs_OI = np.exp(generator.standard_normal(shape))
     score_OI = np.abs(weight_OI) * inputs_OI
-    weight_OI[_find_least(score_OI, zeros)] = 0
+    weight_OI[find_least(score_OI, zeros)] = 0
 
     packed_OP = form.quantize(weight_OI)
 
@@ -64,18 +64,6 @@ def _choose_columns(of: int, block: int) -> int:
     """Return how long rows are that groups of N:M and blocks divide, where there are such."""
     step = math.lcm(of, block)
     return _COLUMNS // step * step or _COLUMNS
-
-
-def _find_least(score_OI: NDArray[np.float32], zeros: Zeros) -> NDArray[np.bool_]:
-    """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
-    kept_of = read_kept_of(zeros)
-    # A group that does not fit is as good as any zeros.
-    if kept_of is None or score_OI.shape[1] % kept_of[1]:
-        return np.asarray(score_OI < np.quantile(score_OI, count_zeros(zeros)))
-
-    kept, of = kept_of
-    rank_OGS = score_OI.reshape(len(score_OI), -1, of).argsort(axis=2).argsort(axis=2)
-    return np.asarray(rank_OGS.reshape(score_OI.shape) < of - kept)
 
 
 def _write(file: Path, packed_OP: np.ndarray, ggml_type: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy import accel
 from racdeploy.decoding.engine import Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.pipeline.job import Job
@@ -47,14 +48,16 @@ class Predictor:
     @cached_property
     def device(self) -> Device:
         """The target's device, or this machine, measured once."""
-        if self.target.device:
-            return self.target.device
+        kernels = self.job.recipe.tune.accel
+        if known := self.target.device:
+            return known.without_kernels() if kernels == "off" else known
         return find_device(
             self.work,
             self.scratch,
             self.job.backend,
             self.threads,
             self.progress,
+            kernels=kernels,
         )
 
     @property
@@ -72,12 +75,18 @@ class Predictor:
     def note(self) -> str:
         """What a reader must know of the figures; mostly nothing."""
         engine = self.job.backend
-        if engine in self.device.engines:
-            return self._note_graph() if engine == ONNXRUNTIME else ""
-        return (
-            f"nobody has measured {engine} there: its speeds and memory are predicted as if "
-            "the bytes of the weights alone decided them"
-        )
+        if engine not in self.device.engines:
+            return (
+                f"nobody has measured {engine} there: its speeds and memory are predicted as if "
+                "the bytes of the weights alone decided them"
+            )
+
+        if self.device.costs(engine).sparse:
+            return (
+                "speeds and memory of zeros are those with racdeploy's sparse kernels, which a "
+                "stock engine has not: --set tune.accel=off counts without them"
+            )
+        return self._note_graph() if engine == ONNXRUNTIME else ""
 
     def _note_graph(self) -> str:
         """Say where another program writes the graph than the one whose graphs were measured."""
@@ -121,7 +130,8 @@ class Predictor:
         prompt_tokens = context_tokens // 4
         new_tokens = min(_MEASURED_TOKENS, prompt_tokens)
         use = Use(context_tokens, prompt_tokens, new_tokens)
-        return measure(file, use, self.threads or available_cores(), self.job.backend)
+        kernels: accel.Mode = "off" if self.job.recipe.tune.accel == "off" else "auto"
+        return measure(file, use, self.threads or available_cores(), self.job.backend, kernels)
 
     def _bound(self, size: Size) -> Takes:
         """Return what a candidate takes at least, of an engine that nobody has measured."""
@@ -132,7 +142,8 @@ class Predictor:
 
         known = self.device.engines.values()
         base_bytes = max(costs.base_bytes for costs in known)
-        speed = self.device.bandwidth_bytes_per_s / size.work.read_bytes
+        whole = replace(size.work, sparse={})
+        speed = self.device.bandwidth_bytes_per_s / whole.read_bytes
         beside_bytes = size.work.kept_bytes + max(cache_bytes, size.work.passing_bytes)
 
         return Takes(

@@ -116,26 +116,22 @@ class Sizes:
 
         plan = model.files.plan(job.quant_rules, metadata, split_bytes)
         plain_bytes = model.files.size_bytes(plan)
+        zeros = _expect_tensor_zeros(job, plan.tensors) if pruned else {}
         plain = Size(
             size_bytes=plain_bytes,
             plain_bytes=plain_bytes,
             why_inexact=model.why_inexact,
             checkpoint=checkpoint,
-            work=measure_work(checkpoint, plan.tensors, plain_bytes),
+            work=measure_work(checkpoint, plan.tensors, plain_bytes, zeros),
             tensors=tuple(plan.tensors),
         )
         if not is_packed:
             return plain
 
         saved = 0.0
-        zeros = _expect_zeros(job, job.checkpoint)
         for tensor in plan.tensors:
-            own = [zeros.get(part, zeros.get(generalize(part), 0.0)) for part in tensor.parts]
-            shares = [count_zeros(each) for each in own]
-            mean = sum(shares) / len(shares)
-            if mean:
-                is_one = len({*own}) == 1
-                saved += expect_saved_bytes(settings.packing, tensor, own[0] if is_one else mean)
+            if tensor.name in zeros:
+                saved += expect_saved_bytes(settings.packing, tensor, zeros[tensor.name])
 
         why = _FREE_PACKING.format(settings.packing)
         return replace(plain, size_bytes=plain_bytes - round(saved), why_inexact=why)
@@ -244,6 +240,21 @@ def _depends_on_widths(tensors: Sequence[PlannedTensor]) -> bool:
         own.add(tensor.quant_real)
 
     return any(len(own) > 1 for own in formats.values())
+
+
+def _expect_tensor_zeros(job: Job, tensors: Sequence[PlannedTensor]) -> dict[str, Zeros]:
+    """Return the zeros of each tensor of a file that has some; where its parts differ, the mean."""
+    zeros = _expect_zeros(job, job.checkpoint)
+    found: dict[str, Zeros] = {}
+
+    for tensor in tensors:
+        own = [zeros.get(part, zeros.get(generalize(part), 0.0)) for part in tensor.parts]
+        shares = [count_zeros(each) for each in own]
+        mean = sum(shares) / len(shares)
+        if mean:
+            found[tensor.name] = own[0] if len({*own}) == 1 else mean
+
+    return found
 
 
 def _expect_zeros(job: Job, checkpoint: Checkpoint) -> dict[str, Zeros]:

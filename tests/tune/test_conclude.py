@@ -56,8 +56,8 @@ def test_without_another_kind_there_is_no_rival() -> None:
 
 
 def test_what_is_built_is_timed_where_it_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, in the context of the recipe; not for a device that is elsewhere."""
-    asked: list[tuple[Path, Use, int, str]] = []
+    """Alone, in the context of the recipe, with kernels; not for a device that is elsewhere."""
+    asked: list[tuple[Path, Use, int, str, str]] = []
 
     def measure(*given: Any) -> Sample:
         asked.append(given)
@@ -69,10 +69,14 @@ def test_what_is_built_is_timed_where_it_will_run(monkeypatch: pytest.MonkeyPatc
 
     row = entry.as_row(on_front=True)
     assert (row.measured_tokens_per_s, row.measured_memory_bytes) == (100.0, 123)
-    ((file, use, threads, engine),) = asked
-    assert (file, threads, engine) == (Path("q4.gguf"), 3, "llamacpp")
+    ((file, use, threads, engine, kernels),) = asked
+    assert (file, threads, engine, kernels) == (Path("q4.gguf"), 3, "llamacpp", "auto")
     assert use.prompt_tokens + use.new_tokens <= use.context_tokens == 2048
 
     there = Job(Recipe.combine(None, {"target": "raspberry-pi-5"}))
     assert Predictor(there, Path(), Path()).measure(Path("q4.gguf")) is None
     assert len(asked) == 1
+
+    stock = Job(Recipe.combine(None, {"tune": {"accel": "off"}}))
+    Predictor(stock, Path(), Path()).measure(Path("q4.gguf"))
+    assert asked[-1][-1] == "off"

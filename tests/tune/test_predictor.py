@@ -10,8 +10,9 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.export.onnx.exporters import genai
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.targets import Device, Target
+from racdeploy.targets import Device, FormatCost, Target
 from racdeploy.tune.candidates import Choice
+from racdeploy.tune.devices.described import render_target
 from racdeploy.tune.predictor import Predictor
 
 
@@ -69,3 +70,27 @@ def test_where_genai_cannot_run_its_graphs_are_not_those_of_the_model(
 
     monkeypatch.setattr(genai, "check_environment", fail)
     assert "this needs another package (install it)" in predictor.note
+
+
+def test_speeds_with_kernels_are_said_to_be_so(tmp_path: Path) -> None:
+    """A target's own profile may have them; the recipe may want none."""
+    device = find_device()
+    costs = device.costs("llamacpp")
+    sparse = {"q8_0": {"0.5": FormatCost(cached_ps=20.0, streamed_ps=40.0, resident=0.7)}}
+    measured = {"llamacpp": costs.model_copy(update={"sparse": sparse})}
+    target = Target.read("raspberry-pi-5")
+    file = tmp_path / "own.toml"
+    own = device.model_copy(update={"engines": measured})
+    file.write_text(render_target(target, own), encoding="utf-8")
+
+    speeds = {}
+    for mode in ("auto", "off"):
+        options = {"target": str(file), "tune": {"accel": mode}}
+        options |= {"prune": {"sparsity": 0.5}, "export": {"quant": "q8_0", "packing": "bitmask"}}
+        job = Job(Recipe.combine(None, options))
+        predictor = Predictor(job, tmp_path, tmp_path)
+        choice = Choice("50% zeros", "zeros", {}, job)
+        speeds[mode] = predictor.predict(choice).tokens_per_s
+        assert ("tune.accel=off" in predictor.note) == (mode == "auto")
+
+    assert speeds["auto"] > 1.2 * speeds["off"]

@@ -6,17 +6,22 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy import plugins
+from racdeploy import accel, plugins
 from racdeploy.cli.app import app
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.errors import EngineError
+from racdeploy.recipe import Zeros, count_zeros
 from racdeploy.targets import Device, EngineCosts, FormatCost, Target
 from racdeploy.tune.devices import profile as profiles
-from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME
+from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME, file_bits
 from racdeploy.tune.devices.fit import HEADS, Piece, Sample, fit
+from racdeploy.tune.devices.kernels import read_zeros
 from racdeploy.tune.devices.machine import Machine
 from racdeploy.tune.devices.profile import (
     Profiler,
@@ -27,10 +32,12 @@ from racdeploy.tune.devices.profile import (
 )
 from racdeploy.tune.devices.speed import predict
 from racdeploy.tune.devices.synthetic import Dimensions, write_model
-from racdeploy.tune.devices.work import Use
+from racdeploy.tune.devices.work import Use, packed_bits
 
 CACHE_BYTES = 1 << 25
 MACHINE = Machine("a machine", 2, 1 << 33, CACHE_BYTES, ("avx2",))
+FASTER_FROM = {"q8_0": 0.3, "q4_0": 0.6, "q8_0 2:4": 0.5, "q3_k 2:4": 0.5}
+"""What kernels are faster at, on a device that has some."""
 
 
 def make_device(engine: str = LLAMACPP) -> Device:
@@ -41,6 +48,19 @@ def make_device(engine: str = LLAMACPP) -> Device:
         cost = FormatCost(cached_ps=30.0 + place, streamed_ps=60.0 + 7 * place, resident=resident)
         formats[quant] = cost
 
+    sparse: dict[str, dict[str, FormatCost]] = {}
+    if engine == LLAMACPP:
+        for place, (name, least) in enumerate(FASTER_FROM.items()):
+            quant, _, pattern = name.partition(" ")
+            shares = [pattern] if pattern else sorted({f"{least:g}", "0.7"})
+            for zeros in [*shares, *(["0.5"] if least < 0.5 else [])]:
+                packed = packed_bits(quant, read_zeros(zeros))
+                sparse.setdefault(quant, {})[zeros] = FormatCost(
+                    cached_ps=20.0 + place,
+                    streamed_ps=40.0 - 20 * count_zeros(read_zeros(zeros)) + place,
+                    resident=round(packed / file_bits(LLAMACPP, quant), 2),
+                )
+
     costs = EngineCosts(
         token_us=12.0,
         block_us=6.0,
@@ -50,6 +70,7 @@ def make_device(engine: str = LLAMACPP) -> Device:
         block_bytes=70_000.0,
         vocabulary_bytes=250.0,
         formats=formats,
+        sparse=sparse,
     )
     return Device(
         name="a machine",
@@ -78,9 +99,9 @@ def take_samples(pieces: list[Piece], device: Device, file_bytes: int) -> dict[s
 
 @pytest.mark.parametrize("engine", [LLAMACPP, ONNXRUNTIME])
 def test_the_costs_of_a_device_are_found(engine: str) -> None:
-    """Each from models of several sizes that pay all of them together."""
+    """Each from models of several sizes that pay all of them together, with kernels or without."""
     device = make_device(engine)
-    pieces = Profiler(Path(), 1, MACHINE, engines=[engine]).pieces
+    pieces = Profiler(Path(), 1, MACHINE, engines=[engine], faster_from=FASTER_FROM).pieces
     found = fit(pieces, take_samples(pieces, device, 1_000_000), CACHE_BYTES)
     expected = device.costs(engine)
 
@@ -120,8 +141,8 @@ def test_a_profile_takes_as_many_rounds_as_there_is_time_for(
     seen: list[tuple[int, int]] = []
     uses: list[Use] = []
 
-    def measure(file: Path, use: Use, threads: int, engine: str) -> Sample:
-        assert (file.is_file(), threads, engine) == (True, 2, LLAMACPP)
+    def measure(file: Path, use: Use, threads: int, engine: str, kernels: str) -> Sample:
+        assert (file.is_file(), threads, engine, kernels) == (True, 2, LLAMACPP, "off")
         uses.append(use)
         return Sample(1e-3, 70_000_000, file.stat().st_size)
 
@@ -135,6 +156,7 @@ def test_a_profile_takes_as_many_rounds_as_there_is_time_for(
             measure=measure,
             machine=machine,
             engines=[LLAMACPP],
+            kernels="off",
         )
 
     slow = found(100.0)
@@ -192,13 +214,14 @@ def test_both_engines_are_measured_where_both_are(
     machine = Machine("a machine", 2, 1 << 33, 200_000, ())
     asked: list[str] = []
 
-    def measure(file: Path, use: Use, threads: int, engine: str) -> Sample:
+    def measure(file: Path, use: Use, threads: int, engine: str, kernels: str) -> Sample:
         asked.append(engine)
         return Sample(1e-3, 70_000_000, file.stat().st_size)
 
     assert list_engines() == [LLAMACPP, ONNXRUNTIME]
     times = iter(range(0, 10_000, 1000))
-    found = profile(tmp_path, 1, clock=lambda: float(next(times)), measure=measure, machine=machine)
+    clock = lambda: float(next(times))  # noqa: E731
+    found = profile(tmp_path, 1, clock=clock, measure=measure, machine=machine, kernels="off")
     assert {name: {*costs.formats} for name, costs in found.engines.items()} == {
         LLAMACPP: {*list_quants(LLAMACPP)},
         ONNXRUNTIME: {"f32", "f16", "matmulnbits_8", "matmulnbits_4", "k_quant"},
@@ -228,7 +251,7 @@ def test_the_command_writes_a_target_that_is_read(
 ) -> None:
     """``--out`` a file that ``--target`` takes; without it the same is printed."""
     device = make_device()
-    monkeypatch.setattr(profiles, "profile", lambda *given, required: device)
+    monkeypatch.setattr(profiles, "profile", lambda *given, required, kernels: device)
     file = tmp_path / "mine.toml"
     words = ["bench", "--profile", "--target", "raspberry-pi-5"]
 
@@ -242,6 +265,60 @@ def test_the_command_writes_a_target_that_is_read(
 
     printed = CliRunner().invoke(app, words)
     assert printed.stdout == file.read_text(encoding="utf-8")
+
+
+def test_kernels_that_are_built_are_measured_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the fewest zeros on for which they are faster; nothing of them is kept afterwards."""
+    monkeypatch.setattr(profiles, "_LEAST_STREAMED_BYTES", 100_000)
+    monkeypatch.setattr(accel, "faster_from", lambda threads: FASTER_FROM)
+    forgotten: list[Path] = []
+    monkeypatch.setattr(accel, "forget", forgotten.append)
+    machine = Machine("a machine", 2, 1 << 33, 200_000, ())
+    required: dict[bool, int] = {True: 0, False: 0}
+
+    def measure(file: Path, use: Use, threads: int, engine: str, kernels: str) -> Sample:
+        required[kernels == "require"] += 1
+        return Sample(1e-3, 70_000_000, file.stat().st_size)
+
+    def found(kernels: accel.Mode) -> Device:
+        times = iter(range(0, 10_000, 1000))
+        clock = lambda: float(next(times))  # noqa: E731
+        return profile(
+            tmp_path,
+            1,
+            clock=clock,
+            measure=measure,
+            machine=machine,
+            engines=[LLAMACPP],
+            kernels=kernels,
+        )
+
+    costs = found("require").costs(LLAMACPP)
+    shares = {quant: [*own] for quant, own in costs.sparse.items()}
+    assert shares == {"q8_0": ["0.3", "0.5", "0.7", "2:4"], "q4_0": ["0.6", "0.7"], "q3_k": ["2:4"]}
+    assert required[True] == len(forgotten) == 2 * 2 * 7
+
+    assert found("off").costs(LLAMACPP).sparse == {}
+    monkeypatch.setattr(accel, "faster_from", lambda threads: {})
+    with pytest.raises(EngineError, match="are required"):
+        found("require")
+
+
+@pytest.mark.parametrize("zeros", [0.3, 0.7, "2:4"])
+def test_a_synthetic_model_has_the_zeros_that_kernels_want(zeros: Zeros, tmp_path: Path) -> None:
+    """In its blocks, as the codes have them: never fewer, and hardly more."""
+    size = Dimensions(1, 256, 256, 4, 2, vocabulary=300)
+    file = write_model(tmp_path / "x.gguf", "q8_0", size, "q8_0", zeros)
+
+    for tensor in gguf.GGUFReader(file).tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        share = float(np.mean(values == 0))
+        if tensor.name.startswith("blk.") and tensor.data.ndim > 1:
+            assert count_zeros(zeros) <= share < count_zeros(zeros) + 0.02
+        else:
+            assert share < 0.02
 
 
 def test_bench_wants_a_bundle_or_a_profile() -> None:

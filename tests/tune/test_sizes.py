@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,14 @@ def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace(widths.KEY, "another_key"))
     with pytest.raises(ModelError, match="shape"):
         FileSizes(Checkpoint(drawn)).plan(presets.read("q8_0"))
+
+
+def test_the_work_knows_which_weights_kernels_may_take(folder: Path, tmp_path: Path) -> None:
+    """Those that are pruned, by their zeros; a dense artifact has none."""
+    prune = {"pattern": "2:4", "sparsity": 0.5, "dense": ["down_proj"]}
+    job = make_job(folder, prune=prune, export={"quant": "q8_0", "packing": "bitmask"})
+    pruned = sum(math.prod(job.checkpoint.entries[name].shape) for name in job.weights_to_prune)
+
+    sizes = Sizes(tmp_path)
+    assert sizes.predict(job).work.sparse == {("q8_0", "2:4"): pruned}
+    assert sizes.predict(job, pruned=False).work.sparse == {}

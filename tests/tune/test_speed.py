@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from racdeploy.errors import UsageError
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import presets
+from racdeploy.recipe import Zeros
 from racdeploy.targets import Device, EngineCosts, FormatCost, Target
 from racdeploy.tune.devices.described import list_costs, render_target
 from racdeploy.tune.devices.engines import read_bits
@@ -32,6 +34,13 @@ COSTS = EngineCosts(
         "q8_0": FormatCost(cached_ps=50.0, streamed_ps=100.0),
         "q4_0": FormatCost(cached_ps=20.0, streamed_ps=40.0, resident=2.0),
         "f32": FormatCost(cached_ps=60.0, streamed_ps=300.0),
+    },
+    sparse={
+        "q4_0": {
+            "0.5": FormatCost(cached_ps=18.0, streamed_ps=30.0, resident=0.8),
+            "0.7": FormatCost(cached_ps=14.0, streamed_ps=20.0, resident=0.6),
+        },
+        "q8_0": {"2:4": FormatCost(cached_ps=40.0, streamed_ps=60.0, resident=0.7)},
     },
 )
 DEVICE = Device(
@@ -84,6 +93,69 @@ def test_memory_is_the_file_its_copies_the_cache_and_the_process() -> None:
     floats = 8 * (2 * 256 * 4 + 3 * 768)
     expected = 1_000_000 + 5_000_000 + 1_125_000 + cache + 4 * floats + 512 * 10 + 2 * 1000
     assert predict(DEVICE, work, USE).memory_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("quant", "zeros", "expected_ps"),
+    [
+        ("q4_0", 0.5, 30.0),
+        ("q4_0", 0.6, 25.0),  # on the line between two that were measured
+        ("q4_0", 0.9, 20.0),  # beyond the largest nothing is gained
+        ("q4_0", 0.4, 40.0),  # below the smallest the engine's own kernels run
+        ("q4_0", "4:8", 30.0),  # judged as zeros in any place
+        ("q4_0", "2:4", 40.0),  # which has kernels of its own, here not faster
+        ("q8_0", "2:4", 60.0),
+        ("q8_0", 0.7, 100.0),
+        ("f32", 0.7, 300.0),
+    ],
+)
+def test_zeros_cost_what_they_cost_the_kernels(
+    quant: str, zeros: Zeros, expected_ps: float
+) -> None:
+    """Of the weights that have them; the others stay with the engine's own."""
+    weights = make_work({quant: 5e6})
+    work = replace(weights, sparse={(quant, zeros): 4e6})
+    dense_ps = COSTS.formats[quant].streamed_ps
+
+    found = predict(DEVICE, work, USE).seconds["weights"]
+    assert found == pytest.approx(4e6 * expected_ps * 1e-12 + 1e6 * dense_ps * 1e-12)
+
+    bare = DEVICE.without_kernels()
+    assert predict(bare, work, USE) == predict(bare, weights, USE)
+
+
+def test_packed_weights_are_in_memory_once_and_not_repacked() -> None:
+    """They are held in place of the file's pages, which are there while it is loaded."""
+    long = replace(USE, context_tokens=4096)
+    own = {"q4_0": 1_125_000}
+    dense = make_work({"q4_0": 2e6}, own)
+    sparse = replace(dense, sparse={("q4_0", 0.7): 2e6})
+    held = [predict(DEVICE, work, long).memory_bytes for work in (dense, sparse)]
+    assert held[0] - held[1] == pytest.approx((1.0 + 0.4) * 1_125_000, abs=1)
+
+    many = replace(make_work({"q4_0": 2e8}), sparse={("q4_0", 0.7): 2e8})
+    others = 1_000_000 + 512 * 10 + 2 * 1000
+    assert predict(DEVICE, many, USE).memory_bytes == others + many.file_bytes
+
+
+def test_fewer_bytes_stay_in_the_cache_sooner() -> None:
+    """What the kernels read decides it, where the device has them."""
+    work = replace(make_work({"q4_0": 1e6}), sparse={("q4_0", 0.7): 1e6})
+    # Bits of a scale's share, the mask, the codes that stay, and what fills up groups of them.
+    packed = 0.5 + 1 + 0.3 * 4 + 0.5
+    assert work.read_bytes == pytest.approx(1e6 * packed / 8)
+
+    few, many = (predict(device, work, USE) for device in (DEVICE, DEVICE.without_kernels()))
+    assert few.streamed == pytest.approx((1e6 * packed / 8 - 250_000) / 750_000)
+    assert many.streamed == pytest.approx((562_500 - 250_000) / 750_000)
+
+
+def test_zeros_of_a_profile_are_checked() -> None:
+    """A share or 2:4, since nothing else has kernels of its own."""
+    values = COSTS.model_dump()
+    values["sparse"]["q4_0"]["most"] = values["sparse"]["q4_0"]["0.5"]
+    with pytest.raises(ValidationError, match="'most' is no share of zeros"):
+        EngineCosts(**values)
 
 
 def test_later_tokens_and_windows_change_attention_alone() -> None:
@@ -182,7 +254,8 @@ def test_a_target_with_a_device_is_read_back(tmp_path: Path) -> None:
 def test_costs_are_listed_with_the_rate_they_mean() -> None:
     """8.5 bits in 100 picoseconds are 10.6 GB/s."""
     rows = {row[1]: row for row in list_costs(DEVICE).rows}
-    assert [row[1] for row in list_costs(DEVICE).rows] == ["q4_0", "q8_0", "f32"]
+    sparse = ["q4_0 0.7", "q4_0 0.5"]
+    assert [*rows] == [*sparse, "q4_0", "q8_0 2:4", "q8_0", "f32"]
     assert rows["q8_0"][-2:] == ("10.6", "1.00")
 
 

@@ -8,6 +8,8 @@ from racdeploy.report.settings import as_toml
 from racdeploy.report.tables import Table
 from racdeploy.targets import Device, Target
 from racdeploy.tune.devices.engines import file_bits, read_bits
+from racdeploy.tune.devices.kernels import read_zeros
+from racdeploy.tune.devices.work import packed_bits
 
 _DIGITS = 4
 
@@ -20,18 +22,28 @@ def render_target(target: Target, device: Device) -> str:
 
 
 def list_costs(device: Device) -> Table:
-    """Return what each number format costs, the cheapest from memory first."""
+    """Return what each number format costs, the cheapest from memory first.
+
+    What sparse kernels multiply is named with its zeros, as ``q8_0 0.5``.
+    """
     rows = []
     for engine, costs in device.engines.items():
-        by_price = sorted(costs.formats.items(), key=lambda item: item[1].streamed_ps)
-        for quant, cost in by_price:
-            bits = file_bits(engine, quant)
-            read_bytes_per_s = read_bits(engine, quant) / 8 / (cost.streamed_ps / 1e12)
+        found = []
+        for quant, cost in costs.formats.items():
+            found.append((quant, file_bits(engine, quant), read_bits(engine, quant), cost))
+
+        for quant, own in costs.sparse.items():
+            for zeros, cost in own.items():
+                packed = packed_bits(quant, read_zeros(zeros))
+                found.append((f"{quant} {zeros}", file_bits(engine, quant), packed, cost))
+
+        for name, stored, read, cost in sorted(found, key=lambda each: each[-1].streamed_ps):
+            read_bytes_per_s = read / 8 / (cost.streamed_ps / 1e12)
             rows.append(
                 (
                     engine,
-                    quant,
-                    f"{bits:.4g}",
+                    name,
+                    f"{stored:.4g}",
                     f"{cost.cached_ps:.1f}",
                     f"{cost.streamed_ps:.1f}",
                     f"{read_bytes_per_s / 1e9:.1f}",

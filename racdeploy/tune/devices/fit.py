@@ -8,6 +8,7 @@ from statistics import median_low
 
 import numpy as np
 
+from racdeploy.recipe import Zeros
 from racdeploy.targets import EngineCosts, FormatCost
 from racdeploy.tune.devices.engines import (
     LLAMACPP,
@@ -17,9 +18,10 @@ from racdeploy.tune.devices.engines import (
     copy_table,
     file_bits,
 )
+from racdeploy.tune.devices.kernels import name_zeros
 from racdeploy.tune.devices.speed import attend, share_streamed, sum_memory
 from racdeploy.tune.devices.synthetic import Dimensions
-from racdeploy.tune.devices.work import Block, Use, Work
+from racdeploy.tune.devices.work import Block, Use, Work, packed_bits
 
 HEADS = {LLAMACPP: "q8_0", ONNXRUNTIME: "matmulnbits_8"}
 """Number format of the output projection, and of models that are there for something else."""
@@ -32,13 +34,14 @@ _MAPPED = 1.1  # bytes held for each of the file: below, no copy was made
 
 @dataclass(frozen=True)
 class Piece:
-    """One synthetic model, and how it is run."""
+    """One synthetic model, and how it is run; with zeros, by sparse kernels."""
 
     name: str
     quant: str
     size: Dimensions
     use: Use
     engine: str = LLAMACPP
+    zeros: Zeros = 0.0
 
     @property
     def head(self) -> str:
@@ -66,6 +69,7 @@ class Piece:
             engine=self.engine,
             kept_bytes=sum(each.kept for each in self._list_copies(own_bytes)),
             passing_bytes=sum(each.passing for each in self._list_copies(own_bytes)),
+            sparse={(self.quant, self.zeros): float(own)} if self.zeros else {},
         )
 
     def _list_copies(self, own_bytes: float) -> list[Copies]:
@@ -102,15 +106,26 @@ def fit(
 
     head = pieces[0].head
     costs = _fit_head(measured, head)
-    head_first = sorted(
-        (piece.quant for piece in pieces if piece.name.startswith(CACHED)),
-        key=lambda quant: quant != head,
-    )
-    for quant in head_first:
-        small, large = measured[f"{CACHED} {quant}"], measured[f"{STREAMED} {quant}"]
-        costs.formats[quant] = _fit_format(costs, small, large)
+    streamed = [each for name, each in measured.items() if name.startswith(STREAMED)]
+    # What others share their time with is known first: the head, and the dense weights.
+    streamed.sort(key=lambda each: (bool(each.piece.zeros), each.piece.quant != head))
+
+    for large in streamed:
+        quant, zeros = large.piece.quant, large.piece.zeros
+        found = _fit_format(costs, measured[name_piece(CACHED, quant, zeros)], large)
+        if zeros:
+            resident = round(packed_bits(quant, zeros) / file_bits(LLAMACPP, quant), 2)
+            found = found.model_copy(update={"resident": resident})
+            costs.sparse.setdefault(quant, {})[name_zeros(zeros)] = found
+        else:
+            costs.formats[quant] = found
 
     return _fit_memory(costs, measured)
+
+
+def name_piece(place: str, quant: str, zeros: Zeros = 0.0) -> str:
+    """Return the name of the piece with a number format that lies in the cache, or in memory."""
+    return f"{place} {quant}" + (f" {name_zeros(zeros)}" if zeros else "")
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ def _fit_head(measured: Mapping[str, Measured], head: str) -> EngineCosts:
     rows = []
 
     for each in measured.values():
-        if each.piece.quant != head:
+        if each.piece.quant != head or each.piece.zeros:
             continue
 
         weights = sum(each.work.weights.values())
@@ -206,11 +221,11 @@ def _fit_format(costs: EngineCosts, small: Measured, large: Measured) -> FormatC
 
 def _price(costs: EngineCosts, measured: Measured) -> float:
     """Return the picoseconds a weight of the blocks takes, once all else is paid."""
-    weights = dict(measured.work.weights)
-    own = weights.pop(measured.piece.quant)
+    weights = measured.work.weights
+    own = sum(measured.work.sparse.values()) or weights[measured.piece.quant]
 
     head_ps = costs.formats[measured.piece.head].at(measured.streamed)
-    taken_ps = head_ps * sum(weights.values())
+    taken_ps = head_ps * (sum(weights.values()) - own)
 
     each_ps = (
         costs.token_us * _PICO_IN_MICRO,
@@ -253,8 +268,11 @@ def _fit_memory(costs: EngineCosts, measured: Mapping[str, Measured]) -> EngineC
 
     formats = {}
     for quant, cost in costs.formats.items():
-        resident = _find_resident(known, measured[f"{STREAMED} {quant}"])
-        formats[quant] = cost.model_copy(update={"resident": resident})
+        resident = _find_resident(known, measured[name_piece(STREAMED, quant)])
+        # A file that is mapped is no copy, whatever was measured.
+        formats[quant] = cost.model_copy(
+            update={"resident": resident if resident >= _MAPPED else 1.0}
+        )
 
     return known.model_copy(update={"formats": formats})
 
@@ -263,6 +281,4 @@ def _find_resident(costs: EngineCosts, measured: Measured) -> float:
     """Return the bytes that an engine holds for each byte of a file."""
     copied = measured.beyond(costs)
     own_bytes = measured.work.repacked_bytes[measured.piece.quant]
-
-    resident = 1 + copied / own_bytes
-    return round(resident, 2) if resident >= _MAPPED else 1.0
+    return round(1 + copied / own_bytes, 2)

@@ -2,21 +2,24 @@
 
 Synthetic models are decoded in turns, round after round, so that what else the machine does meets
 all of them; of each, the median of the rounds counts. Two depths of a very narrow model give the
-cost of a block; for each format one model that fits the cache, and one that does not.
+cost of a block; for each format one model that fits the cache, and one that does not, and the same
+with zeros for each share at which our kernels are asked for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from racdeploy import plugins
+from racdeploy import accel, plugins
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
+from racdeploy.recipe import Zeros
 from racdeploy.storage.cores import available_cores
 from racdeploy.targets import Device
 from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME, read_bits
@@ -30,11 +33,13 @@ from racdeploy.tune.devices.fit import (
     Piece,
     Sample,
     fit,
+    name_piece,
 )
+from racdeploy.tune.devices.kernels import PATTERN
 from racdeploy.tune.devices.machine import Machine
 from racdeploy.tune.devices.speed import STAYS
 from racdeploy.tune.devices.synthetic import Dimensions, write_model
-from racdeploy.tune.devices.work import Use
+from racdeploy.tune.devices.work import Use, packed_bits
 
 _NARROW = Dimensions(4, 64, 64, 1, 1)
 _DEEP = Dimensions(32, 64, 64, 1, 1)
@@ -43,27 +48,31 @@ _CACHED = Dimensions(6, 256, 768, 4, 2)  # 4.7M weights of blocks
 _LARGE = Dimensions(1, 512, 1536, 8, 4)
 _LONG_PROMPT = 1016  # tokens; with the answer, 1,280 positions are kept
 _CONTEXT, _LONG_CONTEXT = 512, 1280
+_SHORT = Use(_CONTEXT, 8, 96)
+_BRIEF = Use(_CONTEXT, 8, 16)  # what is large takes long enough
 _STREAMED = 2.0  # times as large as the cache
 _LEAST_STREAMED_BYTES, _MOST_STREAMED_BYTES = 24_000_000, 256_000_000
 _ANSWERS = 4  # of one load: the fastest counts, since others may use the machine
 _MOST_S, _LEAST_ROUNDS, _MOST_ROUNDS = 45.0, 2, 5
-
+_SHARES = (0.5, 0.7)  # of zeros: what kernels cost is known there, and where they begin to pay
 
 _FORMS = {LLAMACPP: "gguf", ONNXRUNTIME: "onnx"}
 _NEEDS = {LLAMACPP: ("llama_cpp",), ONNXRUNTIME: ("onnxruntime", "onnx")}
 """Modules with which an engine is measured."""
 
-Measure = Callable[[Path, Use, int, str], Sample]
-"""Gets a file, how it is run, how many threads, and an engine; returns what it took."""
+Measure = Callable[[Path, Use, int, str, accel.Mode], Sample]
+"""Gets a file, how it is run, threads, an engine and whether with kernels; says what it took."""
 
 
-def measure(file: Path, use: Use, threads: int, engine: str = LLAMACPP) -> Sample:
+def measure(
+    file: Path, use: Use, threads: int, engine: str = LLAMACPP, kernels: accel.Mode = "off"
+) -> Sample:
     """Decode a few short answers with an engine in a child process; the fastest counts.
 
     One thread is timed by what the processor gave it, so that what else runs does not count.
     """
     spent = "decode_cpu_s" if threads == 1 else "decode_s"
-    settings = EngineSettings(use.context_tokens, 1, threads)
+    settings = EngineSettings(use.context_tokens, 1, threads, accel=kernels)
     prompt = [number % 251 for number in range(use.prompt_tokens)]
     warm = Sampling(max_new_tokens=2, stop_ids=())
     sampling = Sampling(max_new_tokens=use.new_tokens, stop_ids=())
@@ -91,7 +100,8 @@ def measure(file: Path, use: Use, threads: int, engine: str = LLAMACPP) -> Sampl
 class Profiler:
     """Measures synthetic models a round at a time, and turns the medians into a profile.
 
-    ``threads`` are those of the engines; ``scratch`` holds one model at a time.
+    ``threads`` are those of the engines; ``scratch`` holds one model at a time; ``faster_from`` has
+    the least share of zeros of each format that is measured with kernels, too.
     """
 
     scratch: Path
@@ -99,6 +109,7 @@ class Profiler:
     machine: Machine = field(default_factory=Machine.read)
     measure: Measure = measure
     engines: Sequence[str] = (LLAMACPP,)
+    faster_from: Mapping[str, float] = field(default_factory=dict)
     samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,14 +117,19 @@ class Profiler:
         self.pieces: list[Piece] = []
         for engine in self.engines:
             self.pieces += _list_pieces(self.machine.cache_bytes, engine)
+        if LLAMACPP in self.engines:
+            self.pieces += _list_sparse_pieces(self.machine.cache_bytes, self.faster_from)
 
     def run_round(self, report: Callable[[int], None] = lambda done: None) -> None:
         """Measure every model once; ``report`` gets how many are done."""
         for done, piece in enumerate(self.pieces):
             report(done)
             file = write_piece(piece, self.scratch)
-            sample = self.measure(file, piece.use, self.threads, piece.engine)
+            kernels: accel.Mode = "require" if piece.zeros else "off"
+            sample = self.measure(file, piece.use, self.threads, piece.engine, kernels)
             self.samples.setdefault((piece.engine, piece.name), []).append(sample)
+            if piece.zeros:
+                accel.forget(file)
             file.unlink()
 
     def fit(self) -> Device:
@@ -154,8 +170,9 @@ def profile(
     machine: Machine | None = None,
     engines: Sequence[str] = (),
     required: str = "",
+    kernels: accel.Mode = "auto",
 ) -> Device:
-    """Measure this machine for about a minute an engine.
+    """Measure this machine for about a minute an engine, and a minute for its sparse kernels.
 
     Args:
         scratch: a folder with room for a file twice as large as the processor's cache.
@@ -163,13 +180,25 @@ def profile(
         clock: gives seconds; it decides how many rounds there are.
         engines: all that are installed, if none is named.
         required: an engine without which the others are not measured, either.
+        kernels: whether llama.cpp is measured with sparse kernels, too: ``auto`` if they are built
+            and faster.
 
     Raises:
+        EngineError: sparse kernels are required, and there are none that are faster.
         MissingExtraError: no engine is installed, or not the one that is required.
     """
     chosen = engines or list_engines(required)
-    profiler = Profiler(scratch, threads, machine or Machine.read(), measure, chosen)
-    most_s = _MOST_S * len(chosen)
+    is_wanted = kernels != "off" and LLAMACPP in chosen
+    faster_from = accel.faster_from(threads) if is_wanted else {}
+    if kernels == "require" and not faster_from:
+        raise EngineError(
+            "sparse kernels are required, and none that are faster are built for llama.cpp",
+            remedy="racdeploy accel build; or leave out --accel require",
+        )
+
+    known = machine or Machine.read()
+    profiler = Profiler(scratch, threads, known, measure, chosen, faster_from)
+    most_s = _MOST_S * (len(chosen) + bool(faster_from))
     count = len(profiler.pieces)
     began = clock()
 
@@ -215,7 +244,7 @@ def write_piece(piece: Piece, folder: Path) -> Path:
     """Write the synthetic model of a piece."""
     file = folder / f"synthetic.{_FORMS[piece.engine]}"
     if piece.engine == LLAMACPP:
-        return write_model(file, piece.quant, piece.size, piece.head)
+        return write_model(file, piece.quant, piece.size, piece.head, piece.zeros)
 
     from racdeploy.tune.devices.synthetic_graph import write_graph
 
@@ -224,28 +253,45 @@ def write_piece(piece: Piece, folder: Path) -> Path:
 
 def _list_pieces(cache_bytes: int, engine: str) -> Iterator[Piece]:
     head = HEADS[engine]
-    short = Use(_CONTEXT, 8, 96)
-    brief = Use(_CONTEXT, 8, 16)  # what is large takes long enough
-
-    yield Piece(NARROW, head, _NARROW, short, engine)
-    yield Piece(DEEP, head, _DEEP, short, engine)
-    yield Piece(WORDS, head, _WORDS, short, engine)
+    yield Piece(NARROW, head, _NARROW, _SHORT, engine)
+    yield Piece(DEEP, head, _DEEP, _SHORT, engine)
+    yield Piece(WORDS, head, _WORDS, _SHORT, engine)
     yield Piece("short", head, _CACHED, Use(_LONG_CONTEXT, 8, 96), engine)
     yield Piece("long", head, _CACHED, Use(_LONG_CONTEXT, _LONG_PROMPT, 96), engine)
 
+    for quant in list_quants(engine):
+        yield from _list_sizes(cache_bytes, engine, quant)
+
+
+def _list_sparse_pieces(cache_bytes: int, faster_from: Mapping[str, float]) -> Iterator[Piece]:
+    """Yield models with zeros in every format, from the fewest on that kernels are for."""
+    for name, least in faster_from.items():
+        quant, _, pattern = name.partition(" ")
+        if pattern == PATTERN:
+            yield from _list_sizes(cache_bytes, LLAMACPP, quant, PATTERN)
+        else:
+            for share in sorted({least, *(share for share in _SHARES if share > least)}):
+                yield from _list_sizes(cache_bytes, LLAMACPP, quant, share)
+
+
+def _list_sizes(cache_bytes: int, engine: str, quant: str, zeros: Zeros = 0.0) -> Iterator[Piece]:
+    """Yield the model of a number format that fits the cache, and the one that does not."""
+    bits = read_bits(engine, quant)
+    if zeros:
+        bits = packed_bits(quant, zeros)
+
+    blocks = _count_blocks(_CACHED, bits, STAYS * cache_bytes)
+    blocks = min(blocks, _CACHED.blocks)
+    small = replace(_CACHED, blocks=max(1, blocks))
+    name = name_piece(CACHED, quant, zeros)
+    yield Piece(name, quant, small, _SHORT, engine, zeros)
+
     large_bytes = max(_STREAMED * cache_bytes, _LEAST_STREAMED_BYTES)
     large_bytes = min(large_bytes, _MOST_STREAMED_BYTES)
-
-    for quant in list_quants(engine):
-        bits = read_bits(engine, quant)
-        blocks = _count_blocks(_CACHED, bits, STAYS * cache_bytes)
-        blocks = min(blocks, _CACHED.blocks)
-        small = replace(_CACHED, blocks=max(1, blocks))
-        yield Piece(f"{CACHED} {quant}", quant, small, short, engine)
-
-        blocks = _count_blocks(_LARGE, bits, large_bytes)
-        large = replace(_LARGE, blocks=blocks + 1)
-        yield Piece(f"{STREAMED} {quant}", quant, large, brief, engine)
+    blocks = _count_blocks(_LARGE, bits, large_bytes)
+    large = replace(_LARGE, blocks=blocks + 1)
+    name = name_piece(STREAMED, quant, zeros)
+    yield Piece(name, quant, large, _BRIEF, engine, zeros)
 
 
 def _count_blocks(size: Dimensions, bits: float, most_bytes: float) -> int:

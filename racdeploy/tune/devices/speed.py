@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from racdeploy.errors import UsageError
 from racdeploy.targets import Device, EngineCosts, FormatCost
-from racdeploy.tune.devices.engines import LLAMACPP, TRAITS, Traits
+from racdeploy.tune.devices.engines import LLAMACPP, TRAITS, Traits, file_bits
+from racdeploy.tune.devices.kernels import find_cost, keep_known
 from racdeploy.tune.devices.work import Block, Use, Work
 
 _PICO, _MICRO = 1e12, 1e6
@@ -40,11 +41,17 @@ def predict(device: Device, work: Work, use: Use) -> Prediction:
         UsageError: the profile lacks the engine, or one of the model's number formats.
     """
     costs = device.costs(work.engine)
+    work = keep_known(costs, work)
     streamed = share_streamed(work.read_bytes, device.cache_bytes)
 
     weights_ps = 0.0
     for name, count in work.weights.items():
         weights_ps += count * _find_cost(device, costs, name).at(streamed)
+
+    for (name, zeros), count in work.sparse.items():
+        cost = find_cost(costs, name, zeros)
+        assert cost, "which was looked for"
+        weights_ps -= count * (costs.formats[name].at(streamed) - cost.at(streamed))
 
     attention_ps = costs.attention_ps * attend(work.blocks, use, work.engine)
     vocabulary_ps = costs.vocabulary_ps * work.vocabulary
@@ -64,7 +71,8 @@ def predict(device: Device, work: Work, use: Use) -> Prediction:
 def predict_memory(device: Device, work: Work, use: Use) -> int:
     """Return the bytes at the peak of the process that decodes."""
     costs = device.costs(work.engine)
-    return costs.base_bytes + round(sum_memory(costs, work, use))
+    known = keep_known(costs, work)
+    return costs.base_bytes + round(sum_memory(costs, known, use))
 
 
 def _find_cost(device: Device, costs: EngineCosts, quant: str) -> FormatCost:
@@ -105,14 +113,25 @@ def _count_cells(traits: Traits, used: int, window: int = 0) -> int:
 def sum_memory(costs: EngineCosts, work: Work, use: Use) -> float:
     """Return the bytes at the peak beyond those of a process with no model."""
     taken = float(work.file_bytes) + work.kept_bytes
+    repacked = dict(work.repacked_bytes)
+    passing = work.passing_bytes
 
-    for name, size_bytes in work.repacked_bytes.items():
+    for (name, zeros), count in work.sparse.items():
+        own_bytes = count * file_bits(work.engine, name) / 8
+        repacked[name] = max(0, repacked.get(name, 0) - round(own_bytes))
+
+        if cost := find_cost(costs, name, zeros):
+            freed_bytes = (1 - cost.resident) * own_bytes
+            taken -= freed_bytes
+            passing += freed_bytes  # the whole file is mapped while it is loaded
+
+    for name, size_bytes in repacked.items():
         copies = costs.formats[name].resident - 1
         taken += copies * size_bytes
 
     taken += costs.vocabulary_bytes * work.vocabulary
     taken += costs.block_bytes * len(work.blocks)
-    return taken + max(work.passing_bytes, _count_running_bytes(work, use))
+    return taken + max(passing, _count_running_bytes(work, use))
 
 
 def _count_running_bytes(work: Work, use: Use) -> float:

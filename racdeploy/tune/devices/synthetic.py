@@ -1,6 +1,7 @@
 """Write llama-shaped GGUF files of random weights, of any size and number format, in a moment.
 
-Of each matrix a few rows are quantized and repeated: what a weight holds decides no engine's time.
+Of each matrix a few rows are quantized and repeated: what a weight holds decides no engine's time,
+but for zeros, of which sparse kernels want to see enough.
 Source: ``llama_model_llama`` in llama.cpp, its tensors and keys. Tokens are words without meaning,
 since an engine's memory grows with them.
 """
@@ -11,13 +12,14 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import quant as quants
+from racdeploy.recipe import Zeros, count_zeros, read_kept_of
 
 _ROWS = 32  # quantized of a matrix
 _POSITIONS = 32_768
@@ -71,8 +73,14 @@ class Dimensions:
         return self.vocabulary * self.hidden
 
 
-def write_model(file: Path, quant: str, size: Dimensions, head_quant: str) -> Path:
-    """Write a model whose matrices have a number format, and its output projection another."""
+def write_model(
+    file: Path, quant: str, size: Dimensions, head_quant: str, zeros: Zeros = 0.0
+) -> Path:
+    """Write a model whose matrices have a number format, and its output projection another.
+
+    Args:
+        zeros: of the matrices of the blocks, at the least.
+    """
     shapes = _list_tensors(quant, size, head_quant)
 
     writer = gguf.GGUFWriter(file, "llama")
@@ -92,11 +100,12 @@ def write_model(file: Path, quant: str, size: Dimensions, head_quant: str) -> Pa
 
     with file.open("ab") as stream:
         _pad(stream)
-        for _, shape, own in shapes:
+        for name, shape, own in shapes:
             rows = shape[0] if len(shape) > 1 else 1
+            own_zeros = zeros if name.startswith("blk.") and rows > 1 else 0.0
             # In one piece, as an exporter writes it: smaller ones lie in smaller pages of the
             # system's cache, from which a mapped file is read more slowly.
-            slab = random_rows(own, shape[-1])
+            slab = random_rows(own, shape[-1], own_zeros)
             turns = -(-rows // len(slab))
             stream.write(np.tile(slab, (turns, 1))[:rows].data)
             _pad(stream)
@@ -148,8 +157,25 @@ def _write_keys(writer: gguf.GGUFWriter, size: Dimensions) -> None:
 
 
 @cache
-def random_rows(quant: str, columns: int) -> NDArray[np.uint8]:
-    """Return a few packed rows of random weights."""
+def random_rows(quant: str, columns: int, zeros: Zeros = 0.0) -> NDArray[np.uint8]:
+    """Return a few packed rows of random weights, of which so many are zeros at the least."""
     generator = np.random.default_rng(0)
     weight_OI = generator.normal(0.0, _SCALE, (_ROWS, columns)).astype(np.float32)
+    if zeros:
+        inputs_OI = np.exp(generator.standard_normal(weight_OI.shape))
+        weight_OI[find_least(np.abs(weight_OI) * inputs_OI, zeros)] = 0
+
     return np.ascontiguousarray(quants.load(quant).quantize(weight_OI))
+
+
+def find_least(score_OI: NDArray[Any], zeros: Zeros) -> NDArray[np.bool_]:
+    """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
+    kept_of = read_kept_of(zeros)
+    # A group that does not fit is as good as any zeros.
+    if kept_of is None or score_OI.shape[1] % kept_of[1]:
+        bound = np.quantile(score_OI, count_zeros(zeros), method="higher")
+        return np.asarray(score_OI <= bound)
+
+    kept, of = kept_of
+    rank_OGS = score_OI.reshape(len(score_OI), -1, of).argsort(axis=2).argsort(axis=2)
+    return np.asarray(rank_OGS.reshape(score_OI.shape) < of - kept)

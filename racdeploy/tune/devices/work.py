@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from racdeploy.accel import verdicts
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
+from racdeploy.recipe import Zeros, count_zeros
+from racdeploy.storage.ggml_types import GGML_TYPES
 from racdeploy.tune.devices.engines import LLAMACPP, read_bits
 
 _REPACKED_ROWS = 8  # a matrix with other numbers of rows is not repacked
+_SPARSE_COLUMNS = 32  # sparse kernels take multiples of this
+_PADDING_BITS = 0.5  # of a weight: the codes of each group of 128 fill up whole words
+
+Sparse = Mapping[tuple[str, Zeros], float]
+"""Numbers of weights that sparse kernels multiply, by number format and zeros."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Work:
 
     Args:
         weights: by number format, how many are read for one token.
+        sparse: those among them that sparse kernels may take, where the device has some.
         repacked_bytes: by number format, bytes of matrices that an engine may repack.
         file_bytes: of all files that the engine opens.
         channels: of the widest feed-forward part.
@@ -55,22 +64,41 @@ class Work:
     engine: str = LLAMACPP
     kept_bytes: float = 0.0
     passing_bytes: float = 0.0
+    sparse: Sparse = field(default_factory=dict)
 
     @property
     def read_bytes(self) -> float:
         """Bytes of weights that are read for one token."""
-        return sum(count * read_bits(self.engine, name) / 8 for name, count in self.weights.items())
+        bits = sum(count * read_bits(self.engine, name) for name, count in self.weights.items())
+
+        for (name, zeros), count in self.sparse.items():
+            bits -= count * (read_bits(self.engine, name) - packed_bits(name, zeros))
+
+        return bits / 8
 
 
-def measure_work(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], file_bytes: int) -> Work:
+def packed_bits(quant: str, zeros: Zeros) -> float:
+    """Return the bits of a weight that sparse kernels hold, and read for a token."""
+    return verdicts.packed_bits(quant, count_zeros(zeros)) + _PADDING_BITS
+
+
+def measure_work(
+    checkpoint: Checkpoint,
+    tensors: Sequence[PlannedTensor],
+    file_bytes: int,
+    zeros: Mapping[str, Zeros] | None = None,
+) -> Work:
     """Return what a GGUF file takes to decode with, from the plan of its tensors.
 
     Args:
         checkpoint: what the plan is of, or its skeleton.
         file_bytes: of the plain file or files.
+        zeros: of the tensors that have some, by name.
     """
     weights: dict[str, float] = defaultdict(float)
     repacked: dict[str, int] = defaultdict(int)
+    sparse: dict[tuple[str, Zeros], float] = defaultdict(float)
+    zeros = zeros or {}
     names = {tensor.name for tensor in tensors}
 
     for tensor in tensors:
@@ -82,8 +110,11 @@ def measure_work(checkpoint: Checkpoint, tensors: Sequence[PlannedTensor], file_
 
         if tensor.shape[-2] % _REPACKED_ROWS == 0:
             repacked[tensor.quant_real] += tensor.size_bytes
+        if tensor.name in zeros and _suits_kernels(tensor):
+            sparse[tensor.quant_real, zeros[tensor.name]] += math.prod(tensor.shape)
 
-    return sum_up(checkpoint, weights, repacked, file_bytes)
+    work = sum_up(checkpoint, weights, repacked, file_bytes)
+    return replace(work, sparse=dict(sparse))
 
 
 def sum_up(
@@ -111,6 +142,12 @@ def _is_multiplied(name: str, names: set[str]) -> bool:
     if name.startswith(("token_embd", "per_layer_token_embd")):
         return name == "token_embd.weight" and "output.weight" not in names
     return True
+
+
+def _suits_kernels(tensor: PlannedTensor) -> bool:
+    """Return whether sparse kernels multiply matrices of such a shape; experts are left alone."""
+    block = GGML_TYPES[tensor.quant_real].block_weights
+    return len(tensor.shape) == 2 and tensor.shape[-1] % max(block, _SPARSE_COLUMNS) == 0
 
 
 def share_of_experts(checkpoint: Checkpoint, names: Sequence[str]) -> float:
