@@ -173,7 +173,7 @@ class Checkpoint:
 
     @cached_property
     def _own_widths(self) -> Mapping[str, tuple[int, ...]]:
-        widths_of_blocks = self.family.by_block(self.config)
+        widths_of_blocks = self.family.find_widths(self.config)
         return {setting: tuple(values) for setting, values in widths_of_blocks.items()}
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,26 @@ def test_every_tensor_has_a_gguf_name(checkpoint: Checkpoint) -> None:
             else name in family.model_tensors
         )
         assert known, name
+
+
+def test_a_setting_without_a_value_is_no_crash(checkpoint: Checkpoint) -> None:
+    """Any may be null: it is as if it were missing, or the model is refused by a message."""
+    family = checkpoint.family
+    for key in {*checkpoint.config, *family.defaults}:
+        with suppress(ModelError):
+            family.find_widths(family.complete({**checkpoint.config, key: None}))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "rope_parameters.sliding_attention"])
+def test_a_null_that_a_family_counts_with_is_named(key: str) -> None:
+    """Whichever transformers is installed."""
+    family = find_family({"model_type": "gemma4_text"})
+    setting, _, inside = key.partition(".")
+    config = {**family.defaults, "model_type": "gemma4_text"}
+    config[setting] = {inside: None} if inside else None
+
+    with pytest.raises(ModelError, match="lacks what a gemma4_text needs"):
+        family.complete(config)
 
 
 def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -> None:

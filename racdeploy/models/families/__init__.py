@@ -6,11 +6,12 @@ It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from racdeploy.errors import EnvironmentFailure
+from racdeploy.errors import EnvironmentFailure, ModelError
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models import decoder
 from racdeploy.models.decoder import Architecture, Transform
@@ -210,11 +211,26 @@ class Family:
         )
 
     def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a ``config.json`` with the defaults and with usual settings."""
+        """Return a ``config.json`` with the defaults and with usual settings.
+
+        Raises:
+            ModelError: a setting that the family reads is missing, or null where it may not be.
+        """
         whole = {**self.defaults, **config}
-        found = self.read(whole)
+        with _explain_odd(whole):
+            found = self.read(whole)
+
         replaced = {key for key, value in found.items() if value is None}
         return {key: value for key, value in (whole | found).items() if key not in replaced}
+
+    def find_widths(self, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+        """Return the settings of which blocks have values of their own, of a complete config.
+
+        Raises:
+            ModelError: as :meth:`complete`.
+        """
+        with _explain_odd(config):
+            return self.by_block(config)
 
     def rename(self, published: str) -> str:
         """Return what transformers calls a tensor of a published file."""
@@ -237,6 +253,23 @@ class Family:
         """Return the number of a tensor's block, or None, and its name inside the block."""
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d{{1,6}})\.(.+)", name)
         return (int(match[1]), match[2]) if match else (None, name)
+
+
+@contextmanager
+def _explain_odd(config: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what a family stumbles over into a ModelError that names the settings without a value.
+
+    Kinds and bounds of settings were checked, but one may be null, or missing.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        empty = sorted(key for key, value in config.items() if value is None)
+        said = f"; null are {', '.join(empty)}" if empty else ""
+        raise ModelError(
+            f"config.json lacks what a {config.get('model_type')} needs: {error}{said}",
+            remedy="take it as it was published",
+        ) from error
 
 
 def generalize(name: str) -> str:
