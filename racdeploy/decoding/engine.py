@@ -14,6 +14,10 @@ OnTokens = Callable[[int, Sequence[int]], None]
 """Gets the index of a sequence and its new ids, while it runs."""
 LAST_SHARE = 0.25
 """Of a thinking budget: where the bias on the close tag rises."""
+BATCH_TOKENS = 512
+"""Most tokens that are computed at once: prompts longer than that take several batches."""
+BATCH_LOGITS_BYTES = 64 << 20
+"""Most logits of a batch, where an engine gives those of every token: more make batches smaller."""
 Cancel = Callable[[], bool]
 """Asked while something runs; True ends it early."""
 

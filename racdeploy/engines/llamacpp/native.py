@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from racdeploy import accel
 from racdeploy.decoding.batching import Row
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.engine import BATCH_TOKENS, EngineSettings
 from racdeploy.errors import EngineError
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.messages import Header
 
-_BATCH_TOKENS = 512
 _LEAST_CONTEXT = 32_768  # what any model may be asked for
 _BEYOND = 8  # times the context that a model is made for: a stretched rope goes so far
 _OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
@@ -192,7 +191,7 @@ class _Context:
         self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
     ) -> None:
         self.slots = slots
-        self.batch_tokens = _BATCH_TOKENS
+        self.batch_tokens = BATCH_TOKENS
         self._all_threads = settings.threads or available_cores()
         self._threads = 0  # llama.cpp's own default, which is not asked for
         self._log = log
@@ -243,12 +242,12 @@ class _Batch:
 
     def __init__(self) -> None:
         dtypes = (np.int32, np.int32, np.int32, np.int8)
-        self._columns = [np.zeros(_BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
+        self._columns = [np.zeros(BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
         token, position, slot, wants_logits = self._columns
 
         # Every row is in one sequence; llama.cpp wants a pointer to the numbers of each.
-        self._slot_counts = np.ones(_BATCH_TOKENS, dtype=np.int32)
-        offsets = slot.itemsize * np.arange(_BATCH_TOKENS, dtype=np.uintp)
+        self._slot_counts = np.ones(BATCH_TOKENS, dtype=np.int32)
+        offsets = slot.itemsize * np.arange(BATCH_TOKENS, dtype=np.uintp)
         self._slot_pointers = slot.ctypes.data + offsets
 
         integers = ctypes.POINTER(ctypes.c_int32)
@@ -305,8 +304,8 @@ def _context_params(settings: EngineSettings, slots: int) -> Any:
         llama_cpp.llama_context_default_params(),
         n_ctx=settings.context_tokens * slots,
         n_seq_max=slots,
-        n_batch=_BATCH_TOKENS,
-        n_ubatch=_BATCH_TOKENS,
+        n_batch=BATCH_TOKENS,
+        n_ubatch=BATCH_TOKENS,
         n_outputs_max=max(_OUTPUT_ROWS, slots),
         type_k=cache_type,
         type_v=cache_type,

@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 
 from racdeploy.accel import choose_graph
 from racdeploy.decoding.batching import Row
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.decoding.engine import BATCH_LOGITS_BYTES, BATCH_TOKENS, EngineSettings
 from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.heap import return_tensors
 from racdeploy.storage.messages import Header
-
-_BATCH_TOKENS = 512
-_LOGITS_BYTES = 64 * 2**20  # of one run: a large vocabulary makes the batches of a prompt smaller
 
 
 class OnnxModel(LoadedModel):
@@ -41,8 +38,8 @@ class OnnxModel(LoadedModel):
         self.vocabulary = graph.vocabulary
         self.slots = settings.parallel
 
-        fitting = _LOGITS_BYTES // (4 * graph.vocabulary)
-        self.batch_tokens = max(self.slots, min(_BATCH_TOKENS, fitting))
+        fitting = BATCH_LOGITS_BYTES // (4 * graph.vocabulary)
+        self.batch_tokens = max(self.slots, min(BATCH_TOKENS, fitting))
         self._output_rows = 1 if graph.last_only else self.batch_tokens
 
         kind = SharedCache if graph.shares_buffer else AppendedCache

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from racdeploy import quant as quants
+from racdeploy.decoding.engine import BATCH_LOGITS_BYTES
 from racdeploy.quant.matmulnbits import BLOCK
 
 _SCALE_BITS = 16  # what a float32 scale has more than one in half precision
@@ -45,7 +46,7 @@ TRAITS = {
         takes_context=False,
         activations=5,
         scores=1,
-        logits_bytes=64 << 20,
+        logits_bytes=BATCH_LOGITS_BYTES,
     ),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from racdeploy.decoding.engine import BATCH_TOKENS
 from racdeploy.errors import UsageError
 from racdeploy.targets import Device, EngineCosts, FormatCost
 from racdeploy.tune.devices.engines import LLAMACPP, TRAITS, Traits, file_bits
@@ -17,7 +18,6 @@ from racdeploy.tune.devices.kernels import find_cost, keep_known
 from racdeploy.tune.devices.work import Block, Use, Work
 
 _PICO, _MICRO = 1e12, 1e6
-_BATCH_TOKENS = 512
 _FLOAT_BYTES = 4
 STAYS = 0.25
 """Of the cache: a model up to this stays in it. Of one as large as the cache, nothing does."""
@@ -106,7 +106,7 @@ def attend(blocks: Sequence[Block], use: Use, engine: str = LLAMACPP) -> float:
 
 def _count_cells(traits: Traits, used: int, window: int = 0) -> int:
     """Return how many positions are computed with where so many are used."""
-    kept = min(used, window + _BATCH_TOKENS) if window else used
+    kept = min(used, window + BATCH_TOKENS) if window else used
     return -(-kept // traits.cells) * traits.cells
 
 
@@ -145,7 +145,7 @@ def _count_running_bytes(work: Work, use: Use) -> float:
     for block in work.blocks:
         cache += _count_cells(traits, positions, block.window) * block.key_value_width
 
-    batch = min(use.prompt_tokens, _BATCH_TOKENS)
+    batch = min(use.prompt_tokens, BATCH_TOKENS)
     heads = max((block.heads for block in work.blocks), default=0)
     numbers = traits.scores * heads * _count_cells(traits, use.prompt_tokens)
     numbers += traits.activations * work.channels
