@@ -39,6 +39,7 @@ from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.assemble import Shape, assemble
 from racdeploy.recipe import Recipe, Zeros, count_zeros
+from racdeploy.storage.addresses import code_hash
 from racdeploy.storage.caches import default_work
 from racdeploy.storage.safetensors import write_header
 from racdeploy.tune.devices.engines import LLAMACPP, ONNXRUNTIME
@@ -171,11 +172,14 @@ def main() -> None:
 
 
 def read_samples(record: Path, profiler: Profiler, candidates: list[Candidate]) -> None:
-    """Take the samples of earlier runs."""
+    """Take the samples of earlier runs of the same code."""
     if not record.is_file():
         return
 
     found = json.loads(record.read_text())
+    if found.get("code") != code_hash(measure.__module__):
+        return
+
     for piece in profiler.pieces:
         samples = [Sample(**each) for each in found["pieces"][piece.name]]
         profiler.samples[piece.engine, piece.name] = samples
@@ -187,7 +191,8 @@ def write_samples(record: Path, profiler: Profiler, candidates: list[Candidate])
     """Keep all samples for a later run."""
     pieces = {name: [*map(asdict, own)] for (_, name), own in profiler.samples.items()}
     own = {candidate.name: [*map(asdict, candidate.samples)] for candidate in candidates}
-    record.write_text(json.dumps({"pieces": pieces, "candidates": own}))
+    code = code_hash(measure.__module__)
+    record.write_text(json.dumps({"code": code, "pieces": pieces, "candidates": own}))
 
 
 def write_candidates(
