@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SIZES = (2.5, 3.0, 3.5, 4.0, 4.5, 8.5)
+SIZES = (2.5, 3.0, 3.5, 4.5, 8.5)
 """Bits for each weight of a dense linear."""
 _JOINT = ("joint=true",)
 _RECOVERED = ("recover.tokens=250000", "recover.on_policy=0.0")
@@ -107,7 +107,6 @@ WIDE = (
     recovered(cut(3.0, "q4_0", 0.5556)),
 )
 # Rows of 576: no format below 4.5 bits has blocks for them, except for one linear of seven.
-_DOWN = 'export.tensors={"ffn_down" = "q2_k"}'
 NARROW = (
     rounded(8.5, "q8_0"),
     dense(4.5, "q4_0"),
@@ -120,7 +119,6 @@ NARROW = (
     rounded(4.5, "q4_0"),
     zeros(4.5, "q8_0", 0.605),
     cut(4.5, "q5_0", 0.7576),
-    Arm(4.0, "dense q4_0, ffn_down q2_k", "q4_0", (_DOWN,), rounded=True),
     zeros(8.5, "f16", 0.53, "joint=false"),
     cut(8.5, "f16", 0.375, "joint=false"),
 )

@@ -40,7 +40,7 @@ from racdeploy.packing.packers import bitmask
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
-from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.report.model import Record
 from racdeploy.storage.caches import default_work
@@ -51,6 +51,7 @@ from racdeploy.verify.stats.paired import wilson_interval
 
 NEAR = 0.03
 """Share of its size by which an arm may miss it without a word."""
+EIGHT_BITS = 8.5
 RESAMPLES = 2000
 
 
@@ -159,7 +160,8 @@ def run(arm: Arm, arguments: argparse.Namespace) -> Done:
     """Prune, export, answer and describe one arm."""
     build = Build(Job(recipe(arm, arguments)), arguments.work, arguments.threads)
     if arm.rounded:
-        folder, matrix = build.job.model.folder, importance(arguments)
+        folder = build.job.model.folder
+        matrix = importance(arguments) if arm.size < EIGHT_BITS else None  # those round alike
         exported = build.export(folder, f"dense-{arm.quant}", pruned=False, importance=matrix)
     else:
         folder = build.prune().folder
@@ -186,13 +188,13 @@ def run(arm: Arm, arguments: argparse.Namespace) -> Done:
 def importance(arguments: argparse.Namespace) -> Path:
     """Return the file with the importance of the dense model's own thoughts.
 
-    Every walk leaves it; that of the first arm with chosen codes is made in any case.
+    A walk leaves it that prunes nothing and chooses no codes: what chooses codes needs none.
     """
-    known = known_arms(arguments)
-    arm = next(arm for arm in known if arm.kind == "dense" and not arm.rounded)
-    model = Build(Job(recipe(arm, arguments)), arguments.work, arguments.threads).prune()
-    own = model.folder / DENSE_IMPORTANCE_FILE
-    return own if own.is_file() else model.folder / IMPORTANCE_FILE
+    found = recipe(Arm(0.0, "dense f16", "f16", ("sparsity=0.0",)), arguments)
+    model = Build(Job(found), arguments.work, arguments.threads).prune()
+    file = model.folder / IMPORTANCE_FILE
+    assert file.is_file()
+    return file
 
 
 def measure_bits(
