@@ -269,10 +269,7 @@ def _fit_memory(costs: EngineCosts, measured: Mapping[str, Measured]) -> EngineC
     formats = {}
     for quant, cost in costs.formats.items():
         resident = _find_resident(known, measured[name_piece(STREAMED, quant)])
-        # A file that is mapped is no copy, whatever was measured.
-        formats[quant] = cost.model_copy(
-            update={"resident": resident if resident >= _MAPPED else 1.0}
-        )
+        formats[quant] = cost.model_copy(update={"resident": resident})
 
     return known.model_copy(update={"formats": formats})
 
@@ -281,4 +278,6 @@ def _find_resident(costs: EngineCosts, measured: Measured) -> float:
     """Return the bytes that an engine holds for each byte of a file."""
     copied = measured.beyond(costs)
     own_bytes = measured.work.repacked_bytes[measured.piece.quant]
-    return round(1 + copied / own_bytes, 2)
+
+    resident = 1 + copied / own_bytes
+    return round(resident, 2) if resident >= _MAPPED else 1.0
