@@ -40,6 +40,8 @@ class EngineSettings:
     threads: int = 0  # 0 lets the engine use every core
     cache_dtype: Literal["f16", "f32"] = "f16"  # of the key-value cache
     flash_attention: bool = False  # always set: engines' defaults differ, and it changes traces
+    # Weights rearranged as llama.cpp's fastest kernels want them (AMX, repacked rows).
+    repack_weights: bool = True
     # Kernels of racdeploy.accel: ``auto`` where built and proven faster, ``require`` or fail.
     accel: Literal["auto", "off", "require"] = "off"
     # Of an engine's process, beside the engine itself: 0 sets none, None one by the model's size.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,11 @@ def check_artifact(
             as_engine_TV = torch_engine.logits(ids, as_ggml=True)
 
     f32_note = _check_f32(job, checkpoint, exact, ids, as_engine_TV)
-    divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
+    try:
+        divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
+    except GateError as error:
+        _check_plain_kernels(job, checkpoint, artifact, exact, ids, expected_TV, error)
+        raise
 
     note = f"before the evaluation, {job.backend}: {strings}{divergence}"
 
@@ -120,6 +124,35 @@ def check_logits(
         f"KL {kl:.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, "
         f"from the prompt's first; clearly other tokens: {share:.1%} (limit {most:.1%})"
     )
+
+
+def _check_plain_kernels(
+    job: Job,
+    checkpoint: Checkpoint,
+    artifact: ExportResult,
+    exact: EngineSettings,
+    ids: Sequence[int],
+    expected_TV: NDArray[np.float32],
+    error: GateError,
+) -> None:
+    """Raise another GateError if llama.cpp's plain kernels pass where its fastest ones do not."""
+    if job.backend != "llamacpp":
+        return
+
+    plain = replace(exact, repack_weights=False)
+    with open_engine(job.backend, artifact.path, plain) as engine:
+        plain_TV = engine.logits(ids)
+
+    try:
+        check_logits(checkpoint, artifact, expected_TV, plain_TV)
+    except GateError:
+        return
+
+    raise GateError(
+        f"{error.message}; with llama.cpp's plain kernels (use_extra_bufts = False) it does not, "
+        "so llama.cpp's fast path on this processor is wrong, and the file is right",
+        remedy="keep more channels, or build on another processor",
+    ) from error
 
 
 def _check_tokens(probes: Sequence[TokenProbe], accepted: float) -> str:

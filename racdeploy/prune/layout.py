@@ -28,6 +28,7 @@ class Layout:
         widths: letter → consecutive indices of one unit along it.
         cohorts: equal runs of units that each lose as many.
         step: numbers of units that stay are multiples of it.
+        least: fewer units never stay, unless there were fewer.
         alike: whether as many must stay in every block.
     """
 
@@ -36,13 +37,14 @@ class Layout:
     widths: Mapping[str, int]
     cohorts: int = 1
     step: int = 1
+    least: int = 1
     alike: bool = False
 
     @property
     def counts(self) -> list[int]:
         """Numbers of units that can stay, from all to the least."""
-        least_first = range(self.step, self.units, self.step)
-        return [self.units, *reversed(least_first)]
+        steps = range(self.step, self.units, self.step)
+        return [self.units, *(count for count in reversed(steps) if count >= self.least)]
 
     def nearest(self, share: float) -> int:
         """Return the count that is nearest to a share of all."""
@@ -114,9 +116,10 @@ def check_share(
 
     if abs(kept / units - share) > min(FAR, share / 4):
         where = "every block keeps as many" if uniform else "blocks differ"
+        least = f" from {first.least} on" if first.least > first.step else ""
         raise UsageError(
             f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"
-            f" only multiples of {first.step} can stay ({where})",
+            f" only multiples of {first.step}{least} can stay ({where})",
             remedy=f"choose one of {', '.join(reachable)}",
         )
 

@@ -34,7 +34,7 @@ QUESTION = "What is 12 times 34?"
 NEW_TOKENS = 160
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 PACKAGES = ("@huggingface/transformers@4", "@wllama/wllama@3", "playwright-core@1")
-CUTS = {"uniform": ((2, 64), (2, 64)), "per block": ((4, 32), (2, 64))}
+CUTS = {"uniform": ((2, 64), (2, 64)), "per block": ((4, 96), (2, 64))}
 CUT_TOKENS = 12
 GENAI = """
 import json, sys

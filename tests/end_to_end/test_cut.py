@@ -45,7 +45,7 @@ def _plan(model: Path, folder: Path, *keep: str) -> dict[str, Any]:
 
 def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     """The plan says what is left; names, manifest, report and files agree with it."""
-    model = make_checkpoint(tmp_path / "model", "llama", **SIZES)
+    model = make_checkpoint(tmp_path / "model", "llama", **SIZES | {"intermediate_size": 256})
     keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "blocks=0.75"]
     plan = _plan(model, tmp_path, *keep[1::2])
     out = tmp_path / "bundle"
@@ -59,7 +59,7 @@ def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     assert kept["parameters"] == plan["parameters_left"]
     assert (kept["blocks"], kept["blocks_dense"]) == (3, 4)
     assert [row["block"] for row in rows] == [0, 1, 2]
-    assert sum(row["channels"] for row in rows) == 3 * 64
+    assert sum(row["channels"] for row in rows) == 3 * 128
     assert sum(row["heads"] for row in rows) == sum(row["heads_dense"] for row in rows) // 2
     assert {int(row["name"].split(".")[2]) for row in report["linears"]} == {0, 1, 2}
 
@@ -145,7 +145,11 @@ def test_experts_are_cut_pruned_and_built(
 
 
 BAD: dict[str, tuple[str, list[str], str]] = {
-    "a share that no width comes near": ("llama", ["ffn=0.6"], "only multiples of 32 can stay"),
+    "a share that no width comes near": (
+        "llama",
+        ["ffn=0.6"],
+        "only multiples of 32 from 64 on can stay",
+    ),
     "a share that removes nothing": ("llama", ["ffn=0.99"], "removes nothing"),
     "heads that break the groups": ("llama", ["heads=0.7"], "only multiples of 2 can stay"),
     "all blocks": ("llama", ["blocks=0.1"], "blocks = 0.1 keeps 0 of 4"),

@@ -33,7 +33,7 @@ from tests.support.tiny_models import LLAMA3, YARN, make_checkpoint
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 UNIFORM: Cut = [(2, 64)] * 3
-DIFFERENT: Cut = [(4, 64), (2, 96), (4, 32)]
+DIFFERENT: Cut = [(4, 64), (2, 96), (2, 64)]
 WIDE: Cut = [(4, 512), (2, 256), (4, 256)]
 ALIGNED = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 128}
 
@@ -56,7 +56,7 @@ CASES = {
     ),
     "llama llama3 rope": Case("llama", "deci", DIFFERENT, {"rope_scaling": LLAMA3}),
     "llama wide heads": Case("llama", "deci", DIFFERENT, {"head_dim": 32}),
-    "llama channels alone": Case("llama", "deci", [(4, 32), (4, 96), (4, 64)]),
+    "llama channels alone": Case("llama", "deci", [(4, 64), (4, 96), (4, 64)]),
     "llama heads alone": Case("llama", "deci", [(4, 96), (2, 96), (2, 96)]),
     "mistral": Case("mistral", "deci", DIFFERENT, {"tied": False}),
     "qwen2": Case("qwen2", "deci", DIFFERENT, {"rope_theta": 1_000_000.0}),
@@ -397,10 +397,10 @@ def test_patterns_name_tensors_as_in_the_familys_own_file(tmp_path: Path) -> Non
 
 
 def test_a_width_that_no_quant_block_divides_has_a_reason(tmp_path: Path) -> None:
-    checkpoint = make_cut(tmp_path / "cut", "llama", [(4, 40), (2, 96), (4, 32)])
+    checkpoint = make_cut(tmp_path / "cut", "llama", [(4, 72), (2, 96), (4, 64)])
     result = export(checkpoint, tmp_path / "cut.gguf", quant="q8_0")
     reasons = {t.name: (t.quant_real, t.reason) for t in result.tensors if "ffn_down" in t.name}
-    why = "rows of 40 weights do not divide into quant blocks of 32"
+    why = "rows of 72 weights do not divide into quant blocks of 32"
     assert reasons == {
         "blk.0.ffn_down.weight": ("f16", why),
         "blk.1.ffn_down.weight": ("q8_0", ""),
@@ -483,7 +483,7 @@ def test_a_file_that_says_another_width_does_not_open(tmp_path: Path) -> None:
     """llama.cpp compares each tensor with the widths of its block."""
     checkpoint = make_cut(tmp_path / "cut", "llama")
     config = json.loads((checkpoint.folder / "config.json").read_text())
-    config["racdeploy_block_widths"]["intermediate_size"] = [64, 32, 96]
+    config["racdeploy_block_widths"]["intermediate_size"] = [64, 64, 96]
     (checkpoint.folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.gate_proj"):
         export(Checkpoint(checkpoint.folder), tmp_path / "cut.gguf", quant="f16")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from racdeploy.decoding.engine import Engine, EngineSettings
 from racdeploy.engines.transformers import torch_model
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
@@ -76,6 +77,31 @@ def test_an_artifact_of_other_weights_is_found(checkpoint: Checkpoint, tmp_path:
     other = Checkpoint(make_checkpoint(tmp_path / "other", "llama", seed=1))
     with pytest.raises(GateError, match=r"mean KL .* worst at position \d+"):
         _check(checkpoint, _export(other, tmp_path / "m.gguf", settings), settings)
+
+
+def test_a_wrong_fast_path_of_the_processor_is_told_from_a_wrong_file(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only repacked weights fail, the message names llama.cpp's setting; else it does not."""
+    settings = Export(quant="q8_0")
+    other = Checkpoint(make_checkpoint(tmp_path / "other", "llama", seed=1))
+    right, wrong = (
+        _export(c, tmp_path / f"{c.folder.name}.gguf", settings) for c in (checkpoint, other)
+    )
+    opened = gates.open_engine
+
+    def open_fast(backend: str, path: Path, engine: EngineSettings) -> Engine:
+        is_artifact = path == right.path
+        return opened(
+            backend, wrong.path if is_artifact and engine.repack_weights else path, engine
+        )
+
+    monkeypatch.setattr(gates, "open_engine", open_fast)
+    with pytest.raises(GateError, match="mean KL .*use_extra_bufts = False"):
+        _check(checkpoint, right, settings)
+    with pytest.raises(GateError) as caught:
+        _check(checkpoint, wrong, settings)
+    assert "use_extra_bufts" not in caught.value.message
 
 
 def test_first_choices_are_held_where_kl_does_not_see_them(

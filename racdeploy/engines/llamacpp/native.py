@@ -87,7 +87,11 @@ class NativeModel:
         # Weights that are packed while they are loaded are read.
         is_mapped = use_mmap and (kernels.kept or not kernels.tensors)
         mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if is_mapped else llama_cpp.LLAMA_LOAD_MODE_NONE
-        params = _fill(llama_cpp.llama_model_default_params(), load_mode=mode)
+        params = _fill(
+            llama_cpp.llama_model_default_params(),
+            load_mode=mode,
+            use_extra_bufts=settings.repack_weights,
+        )
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise EngineError(
