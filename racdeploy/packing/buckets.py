@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.bits import Bytes, find_places, read_windows
+from racdeploy.packing.layouts import Bytes
 
 TABLE_BYTES = 48
 _CODES = 16
@@ -106,7 +106,9 @@ class Table:
         pair = pair16.astype(np.intp)
 
         look = _describe_pairs(self.widths)
-        position, bits = find_places(look.width.take(pair, mode="wrap"))
+        ends = np.zeros(pair.size + 1, dtype=np.int64)
+        np.add.accumulate(look.width.take(pair, mode="wrap"), out=ends[1:])
+        position, bits = ends[:-1], int(ends[-1])
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(
                 f"{payload.size} bytes of codes where their buckets need {bits} bits"
@@ -114,7 +116,10 @@ class Table:
 
         # The bits of a pair, 32 at most, begin at any bit: they lie in a window of 64 that begins
         # at a multiple of 32.
-        window = read_windows(payload, _WINDOW, 4).take(position >> _5, mode="wrap")
+        padded = np.zeros(payload.size + 12, dtype=np.uint8)
+        padded[: payload.size] = payload
+        windows = np.ndarray(payload.size // 4 + 1, _WINDOW, padded, strides=(4,))
+        window = windows.take(position >> _5, mode="wrap")
         position &= _31
         window >>= position.view(np.uint64)
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.bits import Bytes
 from racdeploy.packing.buckets import Table
-from racdeploy.packing.fives import deposit
-from racdeploy.packing.layouts import CHUNK_WEIGHTS, Layout
+from racdeploy.packing.layouts import CHUNK_WEIGHTS, Bytes, Layout
 
 Take = Callable[[int], Bytes]
 """Returns that many further bytes, or raises ArtifactError where there are fewer."""
@@ -94,23 +93,21 @@ def unpack_chunk(
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
-    body: tuple[Bytes, ...]
     if table:
-        body = (table.decode(first, take(sizes[0]), layout.flip & 15),)
-    elif layout.in_fives:
-        body = deposit(first, lambda bits: _decode(sizes.pop(0), -(-bits // 8), take))
+        body = table.decode(first, take(sizes[0]), layout.flip & 15)
     else:
-        body = (layout.join(_expand(first, weights, sizes, take)),)
+        body = layout.join(_expand(layout, first, weights, sizes, take))
 
-    return _join_blocks(layout, [*heads, *body]) if heads else body[0]
+    return _join_blocks(layout, heads, body) if heads else body
 
 
-def _join_blocks(layout: Layout, parts: list[Bytes]) -> Bytes:
-    """Return blocks, each field of them an item; the first part has a byte for each block."""
-    plain = np.empty(parts[0].size * layout.block_bytes, dtype=np.uint8)
+def _join_blocks(layout: Layout, heads: list[Bytes], body: Bytes) -> Bytes:
+    """Return blocks, of whose heads each plane has a byte a block."""
+    plain = np.empty(heads[0].size * layout.block_bytes, dtype=np.uint8)
     plain_G = plain.view(layout.block)
-    for (name, kind), part in zip(layout.fields, parts, strict=True):
-        plain_G[name] = part.view(kind)
+    for number, head in enumerate(heads):
+        plain_G[f"head_{number}"] = head
+    plain_G["body"] = body.view(layout.block["body"])
     return plain
 
 
@@ -119,41 +116,60 @@ def _split_codes(layout: Layout, plain: Bytes) -> NDArray[Any]:
     return layout.split(blocks_GP[:, layout.head_bytes :])
 
 
-def _expand(mask: Bytes, weights: int, sizes: list[int], take: Take) -> NDArray[Any]:
+def _expand(
+    layout: Layout, mask: Bytes, weights: int, sizes: list[int], take: Take
+) -> NDArray[Any]:
     if weights % 8 and mask[-1] >> weights % 8:
         raise ArtifactError("a mask keeps weights behind the end of its chunk")
 
     kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
-    planes = [_decode(size, kept.size, take) for size in sizes]
+    fields: list[NDArray[Any]] = []
+    shift = 0
 
-    codes = np.zeros(weights, dtype=f"<u{len(planes)}")
+    for bits, size in zip(layout.widths, sizes, strict=True):
+        plane = _decode(size, -(-kept.size * bits // 8), take)
+        field = _unpack_bits(plane, bits)[: kept.size].astype(layout.kind, copy=False)
+        fields.append(field << shift if shift else field)
+        shift += bits
 
-    if len(planes) == 1:
-        codes[kept] = planes[0]
-    else:
-        joined = np.stack(planes, axis=-1).reshape(-1)
-        codes[kept] = joined.view(codes.dtype)
-
+    codes = np.zeros(weights, dtype=layout.kind)
+    codes[kept] = reduce(np.bitwise_or, fields)
     return codes
 
 
-def _split_planes(layout: Layout, codes: NDArray[Any]) -> list[Bytes]:
-    """Return the bytes of wide codes apart, low ones first: sign and exponent repeat, the rest not.
-
-    Of five bits four make a plane, two codes a byte, and the fifth another.
-    """
-    if not layout.in_fives:
-        return _split_columns(codes.view(np.uint8).reshape(-1, codes.itemsize))
-
-    nibbles = np.zeros(codes.size + codes.size % 2, dtype=np.uint8)
-    nibbles[: codes.size] = codes & 15
-    return [nibbles[::2] | nibbles[1::2] << np.uint8(4), np.packbits(codes >> 4, bitorder="little")]
-
-
 def _encode_codes(layout: Layout, kept: NDArray[Any], index: int) -> list[tuple[int, bytes]]:
-    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.in_fives
+    """Return the planes of codes: low bytes apart from sign and exponent, which repeat."""
+    slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.has_fifth_bits
     most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
-    return [_encode(plane, most_bits) for plane in _split_planes(layout, kept)]
+
+    planes, shift = [], 0
+    for bits in layout.widths:
+        planes.append(_encode(_pack_bits(kept >> shift, bits), most_bits))
+        shift += bits
+    return planes
+
+
+def _pack_bits(numbers: NDArray[Any], bits: int) -> Bytes:
+    """Return the lowest ``bits`` of each number, 8 / ``bits`` numbers a byte, low bits first."""
+    each = 8 // bits
+    padded = np.zeros(-(-numbers.size // each) * each, dtype=np.uint8)
+    padded[: numbers.size] = numbers & ((1 << bits) - 1)
+    packed = padded[::each].copy()
+    for place in range(1, each):
+        packed |= padded[place::each] << place * bits
+    return packed
+
+
+def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
+    """Return the numbers that :func:`_pack_bits` packed, and zeros that fill the last byte."""
+    if bits == 8:
+        return packed
+
+    numbers = np.empty((packed.size, 8 // bits), dtype=np.uint8)
+    for place in range(8 // bits):
+        numbers[:, place] = packed >> np.uint8(place * bits)
+    numbers &= np.uint8((1 << bits) - 1)
+    return numbers.reshape(-1)
 
 
 def _split_columns(rows: Bytes) -> list[Bytes]:

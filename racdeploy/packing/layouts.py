@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.packing.bits import Bytes
 from racdeploy.storage.ggml_types import GGML_TYPES
 
+Bytes = NDArray[np.uint8]
 CHUNK_WEIGHTS = 262144
 """Most weights of a chunk."""
 
@@ -28,9 +28,8 @@ class Layout:
     block_weights: int
     block_bytes: int
     head_bytes: int  # of a block, in front, that belong to no single weight
-    widths: tuple[int, ...]  # bits of each field of a code, low ones first
+    widths: tuple[int, ...]  # bits that a code has in each plane, low ones first
     kind: str  # unsigned type of a code; of four bits, two a byte, low bits first
-    parts: tuple[int, ...]  # bytes of each part of a body
     flip: int = 0  # what every byte of a body is XORed with, so that the code of zero becomes 0
 
     @property
@@ -46,37 +45,31 @@ class Layout:
         return self.widths == (4,)
 
     @property
-    def in_fives(self) -> bool:
-        """Whether codes have five bits, which ``fives.py`` puts in their places."""
+    def has_fifth_bits(self) -> bool:
+        """Whether a block has the fifth bits of its codes in front of the nibbles."""
         return self.widths == (4, 1)
 
     @cached_property
-    def fields(self) -> list[tuple[str, np.dtype[Any]]]:
-        """Names and types of the fields of a block: the bytes of its head, the parts of its body.
-
-        numpy copies a part as one item, several times as fast as a row of bytes.
-        """
-        kinds = ["u1"] * self.head_bytes
-        kinds += [f"V{count}" for count in self.parts]
-        return [(f"part_{number}", np.dtype(kind)) for number, kind in enumerate(kinds)]
-
-    @cached_property
     def block(self) -> np.dtype[Any]:
-        return np.dtype(self.fields)
+        """A block: the bytes of its head, and its body as one item, which numpy copies fastest."""
+        heads = [(f"head_{number}", np.dtype("u1")) for number in range(self.head_bytes)]
+        return np.dtype([*heads, ("body", f"V{self.block_bytes - self.head_bytes}")])
 
-    @cached_property
+    @property
     def planes(self) -> int:
-        """Planes of a chunk: one for each byte of a head and of a code, and each narrower field."""
-        return self.head_bytes + sum(max(1, bits // 8) for bits in self.widths)
+        """Planes of a chunk: one for each byte of a head, and those of a code."""
+        return self.head_bytes + len(self.widths)
 
     def split(self, body_GP: Bytes) -> NDArray[Any]:
         """Return the codes of blocks, given what is behind their heads."""
-        if self.in_fives:
+        if self.has_fifth_bits:
             return _split_q5_0(body_GP)
         return self._flip(np.ascontiguousarray(body_GP).reshape(-1)).view(self.kind)
 
     def join(self, codes: NDArray[Any]) -> Bytes:
-        """Return the body of blocks whose codes do not have five bits."""
+        """Return what is behind the heads of blocks, given their codes."""
+        if self.has_fifth_bits:
+            return _join_q5_0(codes)
         return self._flip(codes.view(np.uint8))
 
     def _flip(self, body: Bytes) -> Bytes:
@@ -96,20 +89,31 @@ def _split_q5_0(body_GP: Bytes) -> Bytes:
     return code_GS.reshape(-1)
 
 
+def _join_q5_0(codes: Bytes) -> Bytes:
+    """Return the high bits and nibbles of blocks, as :func:`_split_q5_0` takes them."""
+    pair_GS = codes.view("<u2").reshape(-1, 16) ^ np.uint16(0x1010)  # of weights 0 and 16
+    body_GP = np.empty((len(pair_GS), 20), dtype=np.uint8)
+
+    high_GXS = np.stack([pair_GS & 0x0010, pair_GS & 0x1000], axis=1) != 0
+    body_GP[:, :4] = np.packbits(high_GXS, bitorder="little").reshape(-1, 4)
+    body_GP[:, 4:] = pair_GS & 0x000F | pair_GS >> 4 & 0x00F0
+    return body_GP.reshape(-1)
+
+
 def _describe(name: str, widths: tuple[int, ...], kind: str, flip: int = 0) -> Layout:
     """Return the layout of a format in which the head of a block is in front of its codes."""
     _, weights, size_bytes = GGML_TYPES[name]
-    parts = tuple(weights * bits // 8 for bits in reversed(widths))  # fifth bits are in front
-    return Layout(name, weights, size_bytes, size_bytes - sum(parts), widths, kind, parts, flip)
+    head_bytes = size_bytes - weights * sum(widths) // 8
+    return Layout(name, weights, size_bytes, head_bytes, widths, kind, flip)
 
 
 _KNOWN = (
-    _describe("f32", (32,), "<u4"),
-    _describe("f16", (16,), "<u2"),
+    _describe("f32", (8, 8, 8, 8), "<u4"),
+    _describe("f16", (8, 8), "<u2"),
     _describe("q4_0", (4,), "u1", flip=0x88),  # a nibble of 8 is zero
     _describe("q5_0", (4, 1), "u1"),
     _describe("q8_0", (8,), "u1"),
-    _describe("bf16", (16,), "<u2"),
+    _describe("bf16", (8, 8), "<u2"),
     _describe("mxfp4", (4,), "u1"),
 )
 LAYOUTS = {GGML_TYPES[layout.name].number: layout for layout in _KNOWN}

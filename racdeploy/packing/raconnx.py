@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.chunks import Taker, pack_chunk, unpack_chunk
-from racdeploy.packing.codes import BY_DTYPE, Codes
+from racdeploy.packing.codes import BY_DTYPE
+from racdeploy.packing.layouts import Layout
 
 PLACE = "racdeploy.load_sidecar"
 _MAGIC = b"RACONNX1"
@@ -86,7 +87,7 @@ class Writer:
 
     def add(self, name: str, values: NDArray[Any]) -> int:
         """Pack one tensor; return the bytes that it takes."""
-        layout = BY_DTYPE[values.dtype.str].layout
+        layout = BY_DTYPE[values.dtype.str]
         start = self._sink.tell()
         plain = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
@@ -152,14 +153,12 @@ def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
         )
 
 
-def _join(take: Taker, entry: dict[str, Any], codes: Codes) -> NDArray[Any]:
-    plain = np.empty(math.prod(entry["shape"]) * codes.dtype.itemsize, dtype=np.uint8)
-
+def _join(take: Taker, entry: dict[str, Any], layout: Layout) -> NDArray[Any]:
+    plain = np.empty(math.prod(entry["shape"]) * layout.block_bytes, dtype=np.uint8)
     again = "copy the file again"
-
     done = 0
     while take.left:
-        chunk = unpack_chunk(codes.layout, take)
+        chunk = unpack_chunk(layout, take)
         if done + chunk.size > plain.size:
             raise ArtifactError("packed weights are more than their shape says", remedy=again)
         plain[done : done + chunk.size] = chunk

@@ -82,12 +82,12 @@ class GraphPacker(Packer):
         self._expect(tensor, values)
 
         # By its codes, a minus zero is no zero.
-        code = codes.BY_DTYPE[values.dtype.str]
+        layout = codes.BY_DTYPE[values.dtype.str]
         flat = values.reshape(-1)
-        keep = flat.view(code.dtype) != code.zero
+        keep = flat.view(layout.kind) != layout.flip
 
         mask = np.packbits(keep, bitorder="little")
-        zero = np.full(1, code.zero, dtype=code.dtype).view(values.dtype)
+        zero = np.full(1, layout.flip, dtype=layout.kind).view(values.dtype)
         stored = {
             f"{tensor.name}.mask": mask.reshape(-1, 1),
             f"{tensor.name}.values": np.concatenate([zero, flat[keep]]),
@@ -113,12 +113,12 @@ class GraphPacker(Packer):
         mask = np.ascontiguousarray(arrays.pop(f"{tensor.name}.mask"))
         values = arrays.pop(f"{tensor.name}.values")
 
-        code = codes.BY_DTYPE[values.dtype.str]
+        layout = codes.BY_DTYPE[values.dtype.str]
         weights = math.prod(tensor.shape)
         if values.ndim != 1 or mask.size != -(-weights // 8):
             raise ValueError(f"a mask of {mask.size} bytes where there are {weights} weights")
 
-        flat = np.full(weights, code.zero, dtype=code.dtype).view(values.dtype)
+        flat = np.full(weights, layout.flip, dtype=layout.kind).view(values.dtype)
         keep = np.unpackbits(mask.reshape(-1), count=weights, bitorder="little")
         flat[keep.view(np.bool_)] = values[1:]
 

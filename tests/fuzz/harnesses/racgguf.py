@@ -20,7 +20,7 @@ from tests.support.tiny_gguf import random_rows, write_gguf
 
 READERS = (
     *("racdeploy.packing.racgguf.container", "racdeploy.packing.chunks"),
-    *("racdeploy.packing.buckets", "racdeploy.packing.fives", "racdeploy.packing.packers.bitmask"),
+    *("racdeploy.packing.buckets", "racdeploy.packing.packers.bitmask"),
 )
 DICTIONARY = (*gguf.DICTIONARY, b"racgguf.version", b"racgguf.packing", b"bitmask", b"plain")
 _SHA256_KEY = "racgguf.sha256"
