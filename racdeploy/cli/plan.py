@@ -12,7 +12,6 @@ Plan = Mapping[str, Any]
 _INDENT = 10  # of what stands beside a heading
 _GIB = 2**30
 _WORTH_NAMING = 0.05 * _GIB
-_WORTH_NAMING_OF_TIME = 0.05
 _EXPECTED_POWER = 0.8
 
 
@@ -180,6 +179,7 @@ def _describe_verification(plan: Plan) -> list[str]:
 
 
 def _describe_cost(plan: Plan) -> list[str]:
+    from racdeploy.cli.progress import write_duration
     from racdeploy.report.tables import readable_bytes
 
     stages = {
@@ -202,28 +202,10 @@ def _describe_cost(plan: Plan) -> list[str]:
         # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
         disk = 2 * 2 * plan["parameters"] + 3 * plan["artifact_bytes"]
         lines.append(f"disk: about {readable_bytes(disk)} in the work folder and the bundle")
-    if "prune_tokens" in plan or "prune_tokens_at_most" in plan:
-        lines.append(_describe_time(plan))
+    if plan.get("seconds_expected"):
+        time = write_duration(plan["seconds_expected"])
+        lines.append(f"time: roughly {time}; the bars show what is left")
     return lines
-
-
-def _describe_time(plan: Plan) -> str:
-    """Return the time of all stages and of each that takes a share of it worth naming."""
-    from racdeploy.cli.progress import write_duration
-
-    seconds = plan.get("seconds_expected")
-    if not seconds:
-        return "time: shown beside each bar, from the first answers or block on"
-
-    total = sum(seconds.values())
-    named = [
-        f"{stage} {write_duration(each)}"
-        for stage, each in seconds.items()
-        if each >= _WORTH_NAMING_OF_TIME * total
-    ]
-    cores = f"{plan['cores']} core{'s' if plan['cores'] > 1 else ''}"
-    answers = "" if plan["answers_known"] else ", with every answer at its longest"
-    return f"time: about {write_duration(total)} on {cores}{answers}: {', '.join(named)}"
 
 
 def _advise(plan: Plan) -> list[str]:

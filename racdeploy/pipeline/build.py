@@ -17,7 +17,7 @@ from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.comparison import BEFORE, Evaluation, Rival
 from racdeploy.pipeline.export_stage import export_model
-from racdeploy.pipeline.forecast import foresee
+from racdeploy.pipeline.forecast import estimate_seconds
 from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
@@ -35,8 +35,6 @@ from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.report.model import Record, Report
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.cores import available_cores
-from racdeploy.storage.speed import cores_to_use, measure_speed
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
 from racdeploy.traces.trace import Trace, TraceSet
@@ -281,17 +279,10 @@ class Build:
         }
 
     def plan_time(self, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """Return about how many seconds each stage takes, given the plan of all else."""
+        """Return about how many seconds all stages take, given the plan of all else."""
         stage = Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
         traces = TraceSet(stage.folder).read() if stage.finished else []
-        cores = cores_to_use(self.threads)
-
-        works = foresee(self.job, plan, traces)
-        speed = measure_speed().of(cores, available_cores())
-        seconds = {stage: round(work.seconds(speed), 1) for stage, work in works.items()}
-        if not seconds:
-            return {}
-        return {"seconds_expected": seconds, "cores": cores, "answers_known": bool(traces)}
+        return {"seconds_expected": estimate_seconds(self.job, plan, traces, self.threads)}
 
     def plan_traces(self) -> dict[str, Any]:
         """Return which model the trace server has, or raise why it can't answer; nothing else."""

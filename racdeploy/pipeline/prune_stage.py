@@ -12,7 +12,7 @@ from racdeploy import plugins
 from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
+from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
 from racdeploy.prune import PrunedModel
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Pruning, Structure
@@ -139,7 +139,6 @@ class PruneStage:
         before: PrunedModel | None,
     ) -> PrunedModel:
         """Prune the dense model to one sparsity, keeping the zeros of the model before."""
-        from racdeploy.prune.cost import cost_note
         from racdeploy.prune.device import choose_device
 
         device = choose_device(self.settings.device).type
@@ -163,11 +162,7 @@ class PruneStage:
 
         summary = stage.summary
         linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
-        notes = (
-            note_held_out(summary["selection"]),
-            note_experts(linears),
-            cost_note(stage.folder),
-        )
+        notes = (note_held_out(summary["selection"]), note_experts(linears))
 
         return PrunedModel(
             folder,
@@ -200,7 +195,6 @@ class PruneStage:
         self.place.report("prune", 0, model.block_count)
 
         from racdeploy.prune.assemble import assemble
-        from racdeploy.prune.cost import measured_cost, peak_bytes
         from racdeploy.prune.outline import list_rows, read_outline
 
         calibration, held_out, counts = self.select(traces)
@@ -216,18 +210,9 @@ class PruneStage:
             "within": within,
         }
 
-        token_counts = (count_tokens(calibration), count_tokens(held_out))
-        expected_bytes = peak_bytes(
-            model, settings, *token_counts, self.quant, cuts=bool(cuts.keep)
-        )
-
         place, blocks_folder = self.place, folder.parent
-        measured = measured_cost(
-            blocks_folder, expected_bytes, place.processes.count, place.progress, print_notice
-        )
-
-        with place.processes.job("prune", self.describe_code(), given), measured as progress:
-            linears, blocks = self._prune_blocks(blocks_folder, given, progress)
+        with place.processes.job("prune", self.describe_code(), given):
+            linears, blocks = self._prune_blocks(blocks_folder, given, place.progress)
 
         shape = read_outline(blocks_folder).shape(model, cuts)
         assemble(model, blocks_folder, folder, shape)

@@ -1,8 +1,7 @@
-"""What pruning will take, and what the report says it took."""
+"""The memory that collecting traces and pruning will take."""
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 from dataclasses import replace
@@ -14,11 +13,10 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.prune_stage import note_held_out
-from racdeploy.prune import cost
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.cost import TimeLeft, cost_note, measured_cost, peak_bytes, trace_bytes
+from racdeploy.prune.cost import peak_bytes, trace_bytes
 from racdeploy.recipe import Pruning, Recipe
-from racdeploy.storage import memory
+from racdeploy.storage.memory import resident_bytes
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -60,9 +58,8 @@ def _prune_measured(folder: Path, family: str, settings: Pruning, quant: str) ->
     tokens = sum(len(trace.ids) for trace in traces)
     predicted = peak_bytes(checkpoint, settings, tokens, len(traces[0].ids), quant)
 
-    with measured_cost(folder, predicted, processes=1):
-        prune_blocks(checkpoint, traces, traces[:1], settings, folder, quant=quant, threads=1)
-    return predicted, json.loads((folder / "cost.json").read_text())["measured"]["peak_bytes"]
+    prune_blocks(checkpoint, traces, traces[:1], settings, folder, quant=quant, threads=1)
+    return predicted, resident_bytes("VmHWM")
 
 
 @pytest.mark.parametrize(
@@ -76,12 +73,16 @@ def _prune_measured(folder: Path, family: str, settings: Pruning, quant: str) ->
 def test_the_prediction_is_a_little_more_than_a_pruning_takes(
     tmp_path: Path, family: str, settings: dict[str, object], quant: str
 ) -> None:
-    """By at most a quarter, in a process of its own; with experts, all of a block at a time."""
+    """By at most a quarter, in a process of its own; with experts, all of a block at a time.
+
+    A plan prints tenths of a GiB, so half of one is how exact a prediction has to be: what the
+    libraries keep for a product depends on the processor.
+    """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         given = (tmp_path, family, Pruning.model_validate(settings), quant)
         predicted, taken = pool.apply(_prune_measured, given)
-    assert taken <= predicted <= 1.25 * taken
+    assert taken - 0.05 * 2**30 <= predicted <= 1.25 * taken
 
 
 def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> None:
@@ -138,45 +139,6 @@ def test_choosing_codes_takes_more_memory(tmp_path: Path) -> None:
     assert codes - plain == pytest.approx(4 * 2 * width * 3072, abs=4 << 20)
 
 
-def test_the_time_left_follows_from_the_first_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look at the dense model and blocks that an earlier run finished are not taken for it."""
-    clock = iter([0.0, 7.0, 17.0, 30.0])
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
-    estimate = TimeLeft()
-    assert estimate.update("survey", 1, 1) is None
-    assert estimate.update("prune", 1, 5) == 4 * 10.0
-    assert estimate.update("prune", 2, 5) is None
-    assert estimate.total_s == 17 + 40
-
-    clock = iter([0.0, 1.0, 2.0, 8.0])
-    estimate = TimeLeft(finished=2)
-    found = [estimate.update("prune", done, 5) for done in (1, 2, 3)]
-    assert found == [None, None, 2 * 6.0]
-
-
-def test_a_long_wait_is_announced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first of three blocks, each of a minute; a model that takes seconds is pruned
-    without a word.
-    """
-    for block_s, expected in ((60.0, ["pruning: about 2 min left, by its first block"]), (1.0, [])):
-        now = [0.0]
-        monkeypatch.setattr(cost.time, "perf_counter", lambda now=now: now[0])
-        notices: list[str] = []
-        shown: list[tuple[object, ...]] = []
-        (folder := tmp_path / f"{block_s}").mkdir()
-        with measured_cost(folder, 1 << 30, 1, lambda *p: shown.append(p), notices.append) as show:  # noqa: B023
-            for done in (1, 2, 3):
-                now[0] += block_s
-                show("prune", done, 3)
-        assert notices == expected
-        assert shown == [("prune", done, 3, 0) for done in (1, 2, 3)]
-        took = f"{3 * block_s:.0f} s"
-        assert cost_note(folder).startswith(
-            f"pruning took {took}, {took} were expected after its first block; its peak memory was "
-        )
-        assert cost_note(folder).endswith("GiB, predicted 1.00 GiB")
-
-
 def _build(folder: Path, **prune: object) -> Build:
     make_checkpoint(folder / "model", "qwen3")
     options = {
@@ -189,10 +151,8 @@ def _build(folder: Path, **prune: object) -> Build:
     return Build(Job(Recipe.combine(None, options)), folder / "work", threads=1)
 
 
-def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
-    """A bound before the traces are there, their tokens afterwards; then what it took beside what
-    was predicted.
-    """
+def test_a_plan_says_what_pruning_takes(tmp_path: Path) -> None:
+    """A bound before the traces are there, their tokens afterwards."""
     build = _build(tmp_path)
     before = build.plan_pruning()
     bounds = {"prune_tokens_at_most", "prune_memory_bytes_at_most"}
@@ -201,57 +161,9 @@ def test_plan_and_report_say_what_pruning_takes(tmp_path: Path) -> None:
     build.traces()
     after = build.plan_pruning()
     assert set(after) - {"note"} == {"prune_tokens", "prune_memory_bytes"}
-    model = build.prune()
-    assert (
-        after["prune_tokens"]
-        == model.selection["calibration_tokens"]
-        <= before["prune_tokens_at_most"]
-    )
-    (note,) = model.notes
-    assert note.startswith("pruning took ")
-    assert " s were expected after its first block" in note
-    assert "GiB" in note
-    (file,) = (tmp_path / "work").glob("prune-*/cost.json")
-    values = json.loads(file.read_text())
-    assert values["measured"]["peak_bytes"] > 50 << 20
-    assert values["predicted"]["seconds"] > 0
-    assert cost_note(tmp_path) == ""
-
-
-def test_a_resumed_pruning_says_that_it_was_not_measured(tmp_path: Path) -> None:
-    """What is known is said; a walk that had ended keeps what it took."""
-    build = _build(tmp_path)
-    measured = build.prune().notes
-    (stage,) = (tmp_path / "work").glob("prune-*/stage.json")
-    stage.unlink()
-    assert build.prune().notes == measured
-    for name in ("stage.json", "cost.json", "block-00001.json"):
-        (stage.parent / name).unlink()
-    (note,) = build.prune().notes
-    assert note == "pruning was resumed, so not measured"
-
-
-def test_a_system_that_does_not_tell_memory_ends_no_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No switch for the peak, a status without it, or no status at all: seconds are told, memory is
-    not.
-    """
-    status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmRSS:\t  2048 kB\n")
-    reset = tmp_path / "clear_refs"
-    for switch, file in (
-        (tmp_path / "none" / "clear_refs", status),
-        (reset, status),
-        (reset, tmp_path / "none"),
-    ):
-        monkeypatch.setattr(cost, "_RESET", switch)
-        monkeypatch.setattr(memory, "_STATUS", file)
-        with measured_cost(tmp_path, 1 << 30, processes=1):
-            pass
-        assert cost_note(tmp_path) == "pruning took 0 s"
-    monkeypatch.setattr(memory, "_STATUS", status)
-    assert peak_bytes(_checkpoint(tmp_path / "m"), Pruning(), 120, 0) > 2048 * 1024
+    selection = build.prune().selection
+    assert after["prune_tokens"] == selection["calibration_tokens"]
+    assert after["prune_tokens"] <= before["prune_tokens_at_most"]
 
 
 def test_tasks_without_a_held_out_trace_are_named(tmp_path: Path) -> None:

@@ -44,9 +44,7 @@ def _prune_and_die(model: str, recipe: str, work: str, blocks: int = 1) -> None:
 
 
 def _contents(work: Path) -> dict[str, str]:
-    files = [
-        f for f in sorted(work.rglob("*")) if f.is_file() and f.name not in {".lock", "cost.json"}
-    ]  # cost: seconds
+    files = [f for f in sorted(work.rglob("*")) if f.is_file() and f.name != ".lock"]
     return {f.relative_to(work).as_posix(): file_sha256(f) for f in files}
 
 

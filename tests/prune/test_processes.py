@@ -100,9 +100,7 @@ def _finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]
 
 
 def _contents(work: Path) -> dict[str, str]:
-    files = [
-        f for f in sorted(work.rglob("*")) if f.is_file() and f.name not in {".lock", "cost.json"}
-    ]  # cost: seconds
+    files = [f for f in sorted(work.rglob("*")) if f.is_file() and f.name != ".lock"]
     return {f.relative_to(work).as_posix(): file_sha256(f) for f in files}
 
 
