@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks._settings import add_settings, with_settings
+from benchmarks._setup import add_settings, with_settings
 from racdeploy.bundles.bench import Load, compare
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.export import ExportResult

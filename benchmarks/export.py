@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.any_size import write_model
+from benchmarks._setup import QWEN2_1_5B, write_random_model
 from benchmarks.packing import peak_bytes
 
 CHOSEN = "racdeploy, scales chosen"
@@ -53,7 +53,7 @@ def main() -> None:
     if not (folder / "tokenizer.json").is_file():
         from tests.support.tiny_models import write_tokenizer
 
-        write_model(folder, arguments.blocks)
+        write_random_model(folder, [QWEN2_1_5B["intermediate_size"]] * arguments.blocks)
         write_tokenizer(folder)
     if not (folder / IMPORTANCE).is_file():
         write_importance(folder)

@@ -3,7 +3,7 @@
     python -m benchmarks.growth --out build/growth
 
 Prunes small Qwen2-shaped models, each in a process of its own, along one axis at a time, and fits
-the exponent: 1 is proportional. Writes growth.csv, growth.md, and growth.html with the plots. Time
+the exponent: 1 is proportional. Writes growth.csv and growth.md. Time
 is the processor's, over all threads; memory is what is above that of a process that prunes next to
 nothing.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._settings import add_settings, with_settings
-from benchmarks.any_size import prune, write_model
-from racdeploy.report import axis as axes
+from benchmarks._setup import add_settings, with_settings, write_random_model
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.recipe import Pruning
+from racdeploy.storage.memory import resident_bytes
+from racdeploy.traces.trace import Trace
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}
 QUANTITIES = ("CPU s", "MiB above that")
@@ -32,6 +37,7 @@ AXES = {
     "blocks": [2, 4, 8],
 }
 HEAD_SIZE, INNER = 64, 4  # the last linear of a block is as many times as wide
+TRACE_TOKENS, PROMPT_TOKENS = 1024, 128
 NOTHING = {"tokens": 64, "width": 64, "blocks": 1}
 
 
@@ -74,7 +80,6 @@ def main() -> None:
         writer.writerows(asdict(row) for row in rows)
 
     (arguments.out / "growth.md").write_text(table(rows, base_mib), encoding="utf-8")
-    (arguments.out / "growth.html").write_text(page(rows, base_mib), encoding="utf-8")
     print(table(rows, base_mib))
 
 
@@ -89,15 +94,45 @@ def measure(
             "num_attention_heads": width // HEAD_SIZE,
             "num_key_value_heads": max(width // HEAD_SIZE // 4, 1),
         }
-        sizes = {"hidden_size": width, "intermediate_size": INNER * width, "vocab_size": 4096}
-        write_model(folder, blocks, sizes | heads)
+        sizes = {"hidden_size": width, "vocab_size": 4096}
+        write_random_model(folder, [INNER * width] * blocks, sizes | heads)
 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(prune, (folder, shape["tokens"], arguments.threads, chosen))
+    return Row(axis, shape["tokens"], width, blocks, *found)
 
-    return Row(
-        axis, shape["tokens"], width, blocks, found["cpu_seconds"], found["peak_bytes"] / 2**20
-    )
+
+def prune(
+    folder: Path, tokens: int, threads: int, settings: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Prune one checkpoint in this process; return processor seconds and the peak in MiB."""
+    checkpoint, began = Checkpoint(folder), time.process_time()
+    random = np.random.default_rng(0)
+    length = min(TRACE_TOKENS, tokens)
+
+    traces = []
+    for index in range(max(tokens // TRACE_TOKENS, 1)):
+        ids = tuple(random.integers(0, checkpoint.integer("vocab_size"), length).tolist())
+        traces.append(
+            Trace(
+                index=index,
+                task="random",
+                question=f"{index}",
+                gold="",
+                prompt_ids=ids[:PROMPT_TOKENS],
+                completion_ids=ids[PROMPT_TOKENS:],
+                answer_from=None,
+                thinking_tokens=len(ids[PROMPT_TOKENS:]),
+                truncated=False,
+                correct=True,
+            )
+        )
+
+    held_out = traces[: max(len(traces) // 16, 1)]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        chosen = Pruning.model_validate(settings)
+        prune_blocks(checkpoint, traces, held_out, chosen, Path(scratch), threads=threads)
+    return time.process_time() - began, resident_bytes("VmHWM") / 2**20
 
 
 def table(rows: list[Row], base_mib: float) -> str:
@@ -131,61 +166,6 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
     at, values = np.log2(np.array(points)).T
     slope, start = np.polyfit(at, values, 1)
     return float(slope), float(start)
-
-
-def page(rows: list[Row], base_mib: float) -> str:
-    """Return the plots: time and memory along each axis, both logarithmic, with the fitted line."""
-    charts = [
-        chart(places(rows, axis, quantity, base_mib), axis, quantity)
-        for axis in dict.fromkeys(row.axis for row in rows)
-        for quantity in QUANTITIES
-    ]
-    style = (
-        "svg{width:460px;font:12px sans-serif}"
-        ".grid{stroke:#ddd}.fit{stroke:#888}.point{fill:#2463a8}"
-    )
-    head = (
-        f"<!doctype html><meta charset=utf-8><title>How pruning grows</title><style>{style}</style>"
-    )
-    return f"{head}<h1>How pruning grows</h1>{''.join(charts)}<pre>{table(rows, base_mib)}</pre>\n"
-
-
-_CHART = """\
-{% from "charts.svg.jinja" import svg, axes, text, title %}
-{% call svg(quantity ~ " against " ~ axis) %}
-{{ axes(x, y) }}
-<line class="fit" x1="{{ ends[0] }}" y1="{{ ends[1] }}" x2="{{ ends[2] }}" y2="{{ ends[3] }}"/>
-{{ text(ends[0] + 60, y.stop + 12, "exponent %.2f" | format(slope)) }}
-{% for (size, value), (across, up) in points %}
-<circle class="point" cx="{{ across | px }}" cy="{{ up | px }}" r="4">
-{{ title("%g %s: %.1f %s" | format(size, axis, value, quantity)) }}
-</circle>
-{% endfor %}
-{% endcall %}
-"""
-
-
-def chart(points: list[tuple[float, float]], axis: str, quantity: str) -> str:
-    """Draw one quantity along one axis."""
-    at, values = np.log2(np.array(points)).T
-    slope, start = fit(points)
-    fitted = start + slope * at
-    low, high = min(*values, *fitted), max(*values, *fitted)
-    x = axes.across(axis, at.min(), at.max(), lambda tick: f"{2**tick:.0f}")
-    y = axes.upward(quantity, low, high, lambda tick: f"{2**tick:.3g}")
-
-    template = axes.load_templates().from_string(_CHART)
-    places = [(x(along), y(value)) for along, value in zip(at, values, strict=True)]
-    ends = (x(at[0]), y(fitted[0]), x(at[-1]), y(fitted[-1]))
-    return template.render(
-        x=x,
-        y=y,
-        axis=axis,
-        quantity=quantity,
-        slope=slope,
-        ends=ends,
-        points=zip(points, places, strict=True),
-    )
 
 
 if __name__ == "__main__":

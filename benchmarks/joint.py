@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks._settings import add_settings, with_settings
+from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import answers, gain
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks._settings import add_settings, with_settings
+from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import ROWS, answers, zeros
 from racdeploy import plugins
 from racdeploy.pipeline.build import Build

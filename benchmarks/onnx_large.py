@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.any_size import write_model
+from benchmarks._setup import QWEN2_1_5B, write_random_model
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.export import onnx as onnx_format
@@ -41,7 +41,7 @@ def main() -> None:
     graph.parent.mkdir(parents=True)
     from tests.support.tiny_models import write_tokenizer
 
-    write_model(model, arguments.blocks)
+    write_random_model(model, [QWEN2_1_5B["intermediate_size"]] * arguments.blocks)
     write_tokenizer(model)
     started = time.perf_counter()
     subprocess.run(

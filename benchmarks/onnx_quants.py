@@ -17,8 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from benchmarks import _pruned
-from benchmarks._pruned import Trace
+from benchmarks._setup import Trace, prune, pruning_parser
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings, Sampling
@@ -33,10 +32,10 @@ NEW_TOKENS = 128
 
 def main() -> None:
     """Prune, export, compare, time, and print a table."""
-    parser = _pruned.parser(__doc__)
+    parser = pruning_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    _, folder, traces = _pruned.prune(arguments)
+    _, folder, traces = prune(arguments)
     checkpoint = Checkpoint(folder)
     names = [name for name in plugins.names("quant") if "onnx" in quants.load(name).FORMATS]
     names.sort(key=lambda name: -quants.load(name).BITS)

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import _pruned
-from benchmarks._pruned import Trace
+from benchmarks._setup import Trace, prune, pruning_parser
 from racdeploy import plugins, quant
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
@@ -33,10 +32,10 @@ QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m"
 
 def main() -> None:
     """Prune, quantize both ways and print a table."""
-    parser = _pruned.parser(__doc__)
+    parser = pruning_parser(__doc__)
     parser.add_argument("--quants", nargs="+", default=QUANTS)
     arguments = parser.parse_args()
-    build, folder, traces = _pruned.prune(arguments)
+    build, folder, traces = prune(arguments)
     with open_engine(
         "transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")
     ) as engine:

@@ -3,8 +3,8 @@
     python -m benchmarks.recovery --out build/recovery
 
 Prunes a model as `benchmarks.calibration` does, lets it learn from the dense one on each number of
-tokens, and answers the same held-out prompts before and after. Writes table.md, results.json and
-curve.svg after every cell. What is finished is kept under --work and not done again. Each number of
+tokens, and answers the same held-out prompts before and after. Writes table.md and results.json
+after every cell. What is finished is kept under --work and not done again. Each number of
 tokens is a training of its own, since the learning rate ends at zero.
 """
 
@@ -17,21 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 
-from benchmarks._settings import add_settings
+from benchmarks._setup import add_settings
 from benchmarks.calibration import COLUMNS, Cell, answers, measure, percent, recipe
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.report import axis
 from racdeploy.report.model import Record, RecoveryRow
 from racdeploy.report.recovery import list_phases
 from racdeploy.storage.caches import default_work
 from racdeploy.storage.memory import resident_bytes
 from racdeploy.verify.stats.paired import wilson_interval
-
-DRAWING = Path(__file__).with_name("recovery.svg.jinja")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Recovered:
 
 
 def main() -> None:
-    """Run every cell and write table and curve."""
+    """Run every cell and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
     parser.add_argument("--tasks", nargs="*", default=[], help="all procedural ones by default")
@@ -116,7 +112,6 @@ def recover(
 def write(out: Path, found: list[Recovered], dense: tuple[Record, ...]) -> None:
     """Write what is known so far."""
     (out / "table.md").write_text(table(found, dense), encoding="utf-8")
-    (out / "curve.svg").write_text(curve(found, dense), encoding="utf-8")
     values = [each.to_json() for each in found]
     (out / "results.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
@@ -154,21 +149,6 @@ def table(found: list[Recovered], dense: tuple[Record, ...]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
 
     return "\n".join(lines) + "\n"
-
-
-def curve(found: list[Recovered], dense: tuple[Record, ...]) -> str:
-    """Return an SVG: accuracy over tokens learned, one line for each start and pruning."""
-    most = max(each.tokens for each in found)
-    x = axis.across("tokens learned", 0, max(most, 1), axis.tokens_text(max(most, 1)))
-    y = axis.upward_share("accuracy", 0, 1)
-
-    lines: dict[str, list[Recovered]] = {}
-    for each in found:
-        lines.setdefault(f"{each.cell.pattern}, {each.cell.calibration}", []).append(each)
-
-    right = sum(record.correct for record in dense) / len(dense)
-    drawing = jinja2.Template(DRAWING.read_text(encoding="utf-8"), autoescape=True)
-    return str(drawing.render(x=x, y=y, lines=lines, dense=right))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._arms import NARROW, SIZES, WIDE, Arm
-from benchmarks._settings import add_settings, with_settings
+from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import gain, percent
 from racdeploy import quant as quants
 from racdeploy.bundles.bench import Load, compare
