@@ -16,6 +16,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.storage.cores import available_cores
 from racdeploy.traces.trace import Trace
 
+_WIDTH = 768  # of matrices that fill every core and fit its cache
 _SHARE_OF_SPEED = 0.5  # of one large product's, that torch and llama.cpp reach
 _READ_BYTES_PER_S = 15e9  # from memory, which the cores share
 _PASS_S = 1e-3  # of a token through a block, beside its products
@@ -78,12 +79,12 @@ def _count_active_weights(checkpoint: Checkpoint) -> int:
     return active
 
 
-def _measure_flops_per_s(width: int = 768) -> float:
+def _measure_flops_per_s() -> float:
     """Return the speed of the best of three products of matrices, on all cores."""
-    matrix = np.ones((width, width), np.float32)
+    matrix = np.ones((_WIDTH, _WIDTH), np.float32)
     best_s = math.inf
     for _ in range(3):
         began = time.perf_counter()
         matrix @ matrix
         best_s = min(best_s, time.perf_counter() - began)
-    return 2 * width**3 / best_s
+    return 2 * _WIDTH**3 / best_s

@@ -103,11 +103,10 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
     zeros = weights = 0
 
     for name in checkpoint.linear_weights:
-        if _loses(checkpoint, name, choose_quants(checkpoint, name, rules)):
+        formats = choose_quants(checkpoint, name, rules)
+        if _loses(checkpoint, name, formats):
             weight_OI = checkpoint.read(name)
-            zeros += _count_lost(
-                checkpoint, name, weight_OI, choose_quants(checkpoint, name, rules)
-            )
+            zeros += _count_lost(checkpoint, name, weight_OI, formats)
             weights += weight_OI.size
 
     if zeros > _STRAY * weights:

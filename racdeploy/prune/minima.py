@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from racdeploy.prune.scales import CHUNK_WEIGHTS, divisor
+from racdeploy.prune.scales import CHUNK_WEIGHTS, divisor, nearest_steps
 from racdeploy.quant import MinimumGrid
 
 # Steps to try, as shares of the one that lets the codes reach from a group's lowest weight to its
@@ -54,12 +54,6 @@ def start_lines(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Minimu
         found.unit_OG[chunk] = unit_OG
 
     return found
-
-
-def nearest_steps(step: torch.Tensor, unit: torch.Tensor, quant: MinimumGrid) -> torch.Tensor:
-    """Return the nearest steps that a format has."""
-    number = step / divisor(unit)
-    return number.round_().clamp_(*quant.STEP_CODES).mul_(unit)
 
 
 def nearest_minima(minimum: torch.Tensor, unit: torch.Tensor, quant: MinimumGrid) -> torch.Tensor:

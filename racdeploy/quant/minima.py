@@ -9,11 +9,12 @@ its products, and the minimum code follows from the lowest one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant.multiples import UNIT, Blocks, Candidates, find_divisor, is_half
+from racdeploy.quant.multiples import UNIT, Blocks, Candidates, is_half
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,30 @@ class LineFinder(Candidates):
         place_N = place_N[self._reaches(weight_NGS[place_N])]
         weight_NGS = weight_NGS[place_N]
 
-        divisor_N = find_divisor(weight_NGS)
-        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
-        shares_N = self._most * divisor_N / largest_N
         shape = weight_NGS.shape[:2]
-        scale_N = np.zeros_like(divisor_N)
         step_code_NG, minimum_code_NG = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        scale_N = self._try_scales(weight_NGS, self._fit, step_code_NG, minimum_code_NG)
 
-        # The scale is a share of the greatest divisor, nearly always all of it.
-        for share in range(1, self._most + 1):
-            for signed in (share, -share):
-                open_N = np.flatnonzero((scale_N == 0) & (shares_N >= share))
-                if not open_N.size:
-                    break
-
-                tried_N = divisor_N[open_N] / signed
-                product_NGS = weight_NGS[open_N] / tried_N[:, None, None]
-                whole_NGS = np.rint(product_NGS)
-                found = self._solve(whole_NGS.astype(np.int64))
-                fits_N = found.fits_NG.all(axis=1) & is_half(tried_N)
-                fits_N &= (whole_NGS == product_NGS).all(axis=(1, 2))
-                fits_N &= is_half(tried_N * self._units)
-
-                found_N = open_N[fits_N]
-                scale_N[found_N] = tried_N[fits_N]
-                step_code_NG[found_N] = found.step_code_NG[fits_N]
-                minimum_code_NG[found_N] = found.minimum_code_NG[fits_N]
-
-        found_N = np.flatnonzero(scale_N)
+        held_N = np.flatnonzero(scale_N)
         return self._describe(
-            place_N[found_N],
-            weight_NGS[found_N] / scale_N[found_N, None, None],
-            scale_N[found_N],
-            step_code_NG[found_N],
-            minimum_code_NG[found_N],
+            place_N[held_N],
+            weight_NGS[held_N] / scale_N[held_N, None, None],
+            scale_N[held_N],
+            step_code_NG[held_N],
+            minimum_code_NG[held_N],
         )
+
+    def _fit(
+        self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]
+    ) -> tuple[NDArray[Any], ...]:
+        """Return which blocks have codes for a scale, and those of steps and minima."""
+        product_NGS = weight_NGS / scale_N[:, None, None]
+        whole_NGS = np.rint(product_NGS)
+        found = self._solve(whole_NGS.astype(np.int64))
+
+        fits_N = found.fits_NG.all(axis=1) & is_half(scale_N * self._units)
+        fits_N &= (whole_NGS == product_NGS).all(axis=(1, 2))
+        return fits_N, found.step_code_NG, found.minimum_code_NG
 
     def _reaches(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return of which blocks every group has few enough steps from end to end."""

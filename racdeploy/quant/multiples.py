@@ -8,11 +8,15 @@ codes would do, the weights are the same: the largest scale and the smallest ste
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+Attempt = Callable[[NDArray[np.float32], NDArray[np.float64]], tuple[NDArray[Any], ...]]
+"""Takes blocks and a scale for each; returns which have codes for it, and numbers by group."""
 UNIT = 2.0**-24  # all half-precision numbers are whole multiples of the smallest
 
 
@@ -53,6 +57,33 @@ class Candidates:
         whole_NGS = weight_NGS[place_N]
         return place_N[self._has_divisor(whole_NGS)]
 
+    def _try_scales(
+        self, weight_NGS: NDArray[np.float32], attempt: Attempt, *found_NG: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """Return the scale of each candidate, 0 where there is none; fill in what it goes with."""
+        divisor_N = find_divisor(weight_NGS)
+        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
+        shares_N = self._most * divisor_N / largest_N
+        scale_N = np.zeros_like(divisor_N)
+
+        # The scale is a share of the greatest divisor, nearly always all of it.
+        for share in range(1, self._most + 1):
+            for signed in (share, -share):
+                open_N = np.flatnonzero((scale_N == 0) & (shares_N >= share))
+                if not open_N.size:
+                    break
+
+                tried_N = divisor_N[open_N] / signed
+                fits_N, *tried_NG = attempt(weight_NGS[open_N], tried_N)
+                fits_N = fits_N & is_half(tried_N)
+
+                held_N = open_N[fits_N]
+                scale_N[held_N] = tried_N[fits_N]
+                for found, tried in zip(found_NG, tried_NG, strict=True):
+                    found[held_N] = tried[fits_N]
+
+        return scale_N
+
     def _has_divisor(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.bool_]:
         largest_N = np.abs(weight_NGS).max(axis=(1, 2))
         most_N = self._most * find_divisor(weight_NGS)
@@ -83,35 +114,11 @@ class Finder(Candidates):
         """Return what is held exactly; blocks of zeros have no scale and are left out."""
         place_N = self._find_candidates(weight_NGS)
         weight_NGS = weight_NGS[place_N]
-
-        divisor_N = find_divisor(weight_NGS)
-        largest_N = np.abs(weight_NGS).max(axis=(1, 2))
-        shares_N = self._most * divisor_N / largest_N
-
-        scale_N = np.zeros_like(divisor_N)
         bits_NG = np.zeros(weight_NGS.shape[:2], np.uint64)
+        scale_N = self._try_scales(weight_NGS, self._reach, bits_NG)
 
-        # The scale is a share of the greatest divisor, nearly always all of it.
-        for share in range(1, self._most + 1):
-            for signed in (share, -share):
-                open_N = np.flatnonzero((scale_N == 0) & (shares_N >= share))
-                if not open_N.size:
-                    break
-
-                tried_N = divisor_N[open_N] / signed
-
-                # It fits if half precision has it and every group has a step code for it.
-                reached_NG = self._reach(weight_NGS[open_N], tried_N)
-                fits_N = reached_NG.all(axis=1) & is_half(tried_N)
-
-                found_N = open_N[fits_N]
-                scale_N[found_N] = tried_N[fits_N]
-                bits_NG[found_N] = reached_NG[fits_N]
-
-        found_N = np.flatnonzero(scale_N)
-        return self._describe(
-            place_N[found_N], weight_NGS[found_N], scale_N[found_N], bits_NG[found_N]
-        )
+        held_N = np.flatnonzero(scale_N)
+        return self._describe(place_N[held_N], weight_NGS[held_N], scale_N[held_N], bits_NG[held_N])
 
     def _describe(
         self,
@@ -130,8 +137,11 @@ class Finder(Candidates):
 
     def _reach(
         self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]
-    ) -> NDArray[np.uint64]:
-        """Return by bits the step codes of which all weights of a group are multiples."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
+        """Return by bits the step codes of which all weights of a group are multiples.
+
+        Blocks fit in which every group has such a code.
+        """
         # In float64 only a whole product looks whole: the weight itself has 24 digits at most.
         product_NGS = weight_NGS / scale_N[:, None, None]
 
@@ -144,7 +154,7 @@ class Finder(Candidates):
 
         # All weights of the group must be reached by the same step code.
         bits_NG: NDArray[np.uint64] = np.bitwise_and.reduce(self._bits_V[place_NGS], axis=2)
-        return bits_NG
+        return bits_NG.all(axis=1), bits_NG
 
 
 def find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:
