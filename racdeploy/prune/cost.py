@@ -74,16 +74,13 @@ def peak_bytes(
     passing = _FLOAT32 * batch_tokens * (2 * width + 4 * wide + (2 + streams) * inner)
 
     method = plugins.constants("methods", settings.method)
-    matrices = method.get("MATRICES", _MATRICES)
-    copies = method.get("COPIES", _COPIES)
-    if settings.match_dense:  # targets need the factor
-        matrices = max(matrices, _MATRICES)
-    if settings.refit_steps:
-        copies = max(copies, _REFIT_COPIES)
-    if cuts:  # the inverse on its way down, and a factor of what stays
-        matrices = max(matrices, _CUT_MATRICES)
-    if quant:  # weights and pull of the search for codes
-        copies += 2
+    matrices = max(
+        method.get("MATRICES", _MATRICES),
+        _MATRICES if settings.match_dense else 0,  # targets need the factor
+        _CUT_MATRICES if cuts else 0,  # the inverse on its way down, and a factor of what stays
+    )
+    copies = max(method.get("COPIES", _COPIES), _REFIT_COPIES if settings.refit_steps else 0)
+    copies += 2 if quant else 0  # weights and pull of the search for codes
     surveys = plugins.constants("allocations", settings.allocation)["SURVEYS"]
 
     worst = before = 0  # before: weights of the block's groups that were pruned already
