@@ -269,8 +269,8 @@ class Build:
             most = trace_bytes(checkpoint, together, max(prompts), max(longest))
             plan["trace_memory_bytes_at_most"] = most
 
-        grid = job.joint_quant if settings.prune.joint else ""
-        memory = peak_bytes(checkpoint, settings.prune, tokens, held_out_tokens, grid, cuts=cuts)
+        counts = (tokens, held_out_tokens)
+        memory = peak_bytes(checkpoint, settings.prune, *counts, job.joint_quant, cuts=cuts)
 
         return plan | {
             f"prune_tokens{bound}": tokens,
@@ -310,8 +310,6 @@ class Build:
     @property
     def prune_stage(self) -> PruneStage:
         job, recipe = self.job, self.job.recipe
-        quant = job.joint_quant if recipe.prune.joint else ""
-
         return PruneStage(
             self.place,
             job.checkpoint,
@@ -321,17 +319,15 @@ class Build:
             recipe.calibration,
             job.structure,
             recipe.prune,
-            quant,
+            job.joint_quant,
             lambda sparsity: name_model(job.unrecovered().at_sparsity(sparsity)),
         )
 
     @property
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
-        quant = job.joint_quant if recipe.prune.joint else ""
-        return RecoverStage(
-            self.place, job.checkpoint, job.encoder, recipe.recover, recipe.calibration, quant
-        )
+        settings = (recipe.recover, recipe.calibration)
+        return RecoverStage(self.place, job.checkpoint, job.encoder, *settings, job.joint_quant)
 
     @property
     def evaluation(self) -> Evaluation:

@@ -226,11 +226,13 @@ class Job:
 
     @property
     def joint_quant(self) -> Codes:
-        """The format whose codes are chosen while pruning, of each linear where there are several.
+        """The format whose codes are chosen while pruning, or linear → one; empty: none are.
 
         Raises:
             UsageError: one has no grid, or does not fit the rows of a linear.
         """
+        if not self.recipe.prune.joint:
+            return ""
         chosen = {}
 
         for weight in self.weights_to_prune:

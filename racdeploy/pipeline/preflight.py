@@ -73,8 +73,7 @@ def check_model(job: Job) -> None:
         )
 
     _check_dense(job)
-    if settings.joint:
-        _ = job.joint_quant
+    _ = job.joint_quant
 
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])
