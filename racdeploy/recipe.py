@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.manifest import MOST_TOKENS
-from racdeploy.quant import saved_presets
 from racdeploy.storage.toml import merge, read_toml, validate
 from racdeploy.targets import Target
 
@@ -396,12 +395,21 @@ class Export(_Part):
     @field_validator("quant")
     @classmethod
     def _fold_quant(cls, value: str) -> str:
-        return saved_presets.fold(value)
+        return value.lower().replace("-", "_")
 
     @field_validator("tensors")
     @classmethod
     def _check_tensors(cls, value: dict[str, str]) -> dict[str, str]:
-        return saved_presets.check_patterns(value)
+        known = plugins.names("quant")
+        checked = {}
+
+        for pattern, quant in value.items():
+            _check_regex(pattern)
+            name = checked[pattern] = quant.lower()
+            if name not in known:
+                nearest = plugins.closest(name, known)
+                raise ValueError(f"unknown quant {quant!r} for {pattern!r}{nearest}")
+        return checked
 
 
 class Verification(_Part):
@@ -544,8 +552,6 @@ class Recipe(_Part):
 
         proposed = merge(target.defaults, _propose_pruning(target, asked))
         merged = merge(proposed, asked)
-        if isinstance(merged.get("export"), Mapping):
-            merged["export"] = saved_presets.resolve(merged["export"])
         where = str(file) if file else "the command line"
         recipe = validate(cls, merged, where, "racdeploy init")
 
@@ -565,7 +571,7 @@ class Recipe(_Part):
             "packing": other.packing,
             "allow_losing_zeros": self.export.allow_losing_zeros,
         }
-        export = validate(Export, saved_presets.resolve(asked), f"target {target}")
+        export = validate(Export, asked, f"target {target}")
         return self.model_copy(update={"target": target, "also": (), "export": export})
 
     def unpruned(self) -> Self:
@@ -598,8 +604,7 @@ class Recipe(_Part):
             if kind == "quant":
                 known += plugins.names("presets")
             if name not in known:
-                saved = saved_presets.names() if kind == "quant" else ()
-                raise plugins.unknown(kind, name, known + saved)
+                raise plugins.unknown(kind, name, known)
 
 
 def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -623,7 +628,7 @@ def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict
 def _check_regex(pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 

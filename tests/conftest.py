@@ -31,10 +31,9 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep this machine's user's kernels and presets away from tests that ask for none."""
+    """Keep this machine's user's kernels away from tests that ask for none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
-        patch.setenv("RACDEPLOY_PRESETS", str(tmp_path_factory.mktemp("presets")))
         yield
 
 

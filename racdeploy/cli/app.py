@@ -16,7 +16,6 @@ from racdeploy.cli import (
     cache,
     chat,
     hub,
-    presets,
     report,
     run,
     serve,
@@ -35,34 +34,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-accel_app = typer.Typer(
-    no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md."
-)
-app.add_typer(accel_app, name="accel")
-cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
-app.add_typer(cache_app, name="cache")
-presets_app = typer.Typer(
-    no_args_is_help=True, help="Mixes of number formats by name, your own too; see docs/presets.md."
-)
-app.add_typer(presets_app, name="presets")
-
-_VERBS: dict[str, tuple[Callable[..., None], str]] = {
+_MORE = "More"
+_FIRST: dict[str, tuple[Callable[..., None], str]] = {
     "build": (build.build, "racdeploy build ./my-model --sparsity 0.5 --out bundle"),
     "tune": (tune.tune, "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h"),
+    "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
+    "chat": (chat.chat, "racdeploy chat bundle --max-thinking-tokens 512"),
+    "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
+    "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
+    "report": (report.report, "racdeploy report bundle"),
+    "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
+}
+_OTHERS: dict[str, tuple[Callable[..., None], str]] = {
     "traces": (build.traces, "racdeploy traces ./my-model --trace-prompts 64"),
     "prune": (build.prune, "racdeploy prune ./my-model --keep ffn=0.75"),
     "recover": (build.recover, "racdeploy recover ./my-model PRUNED --recover-tokens 1000000"),
     "export": (build.export, "racdeploy export ./my-model --quant q8_0"),
-    "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
-    "report": (report.report, "racdeploy report bundle"),
-    "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
-    "chat": (chat.chat, "racdeploy chat bundle --max-thinking-tokens 512"),
-    "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
     "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
     "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),
     "pull": (hub.pull, "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle"),
     "sign": (sign.sign, "racdeploy sign bundle --key key.pem"),
-    "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
     "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
     "targets": (tools.targets, "racdeploy targets"),
     "plugins": (tools.list_plugins, "racdeploy plugins"),
@@ -71,19 +62,24 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "doctor": (tools.doctor, "racdeploy doctor"),
 }
 
-for verb, (command, example) in _VERBS.items():
-    app.command(name=verb, epilog=f"Example: {example}")(command)
+for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
+    for verb, (command, example) in verbs.items():
+        app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
-_VERSION = typer.Option("--version", metavar="", help="Print the version.")
+accel_app = typer.Typer(
+    no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md."
+)
+app.add_typer(accel_app, name="accel", rich_help_panel=_MORE)
 _BUILD_KERNELS = "Example: racdeploy accel build"
-cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
-cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
-presets_app.command(name="ls", epilog="Example: racdeploy presets ls")(presets.list_presets)
-_SAVE = "Example: racdeploy presets save my-mix --from bundle"
-presets_app.command(name="save", epilog=_SAVE)(presets.save_preset)
 accel_app.command(name="build", epilog=_BUILD_KERNELS)(tools.build_kernels)
 _SOURCES = "Example: cmake -S $(racdeploy accel sources) -B build"
 accel_app.command(name="sources", epilog=_SOURCES)(tools.print_sources)
+cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
+app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
+cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
+cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
+
+_VERSION = typer.Option("--version", metavar="", help="Print the version.")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from racdeploy.cli.console import err, out, print_json, print_notes, reported
 from racdeploy.cli.options import JsonOpt, QuietOpt
 
 if TYPE_CHECKING:
-    from racdeploy.bundles.hub import Push
+    from racdeploy.bundles.hub.push import Push
 
 _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 
@@ -28,15 +28,14 @@ def push(
     private: bool = typer.Option(
         False, "--private", metavar="", help="Make a new repository private."
     ),
-    collection: str = typer.Option("", metavar="SLUG", help="Collection to put it into."),
     revision: str = typer.Option("", help="Branch to write to; default: main."),
     message: str = typer.Option("", help="Message of the commit."),
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
     """Push a bundle to the Hub, beside other bundles of the same repository."""
-    from racdeploy.bundles.hub import plan_push
-    from racdeploy.bundles.hub import push as push_planned
+    from racdeploy.bundles.hub.push import plan_push
+    from racdeploy.bundles.hub.push import push as push_planned
 
     _hide_bars(quiet)
     planned = plan_push(bundle, repository, revision, blind=dry_run)
@@ -44,7 +43,7 @@ def push(
 
     commit = ""
     if not dry_run:
-        commit = push_planned(planned, message=message, private=private, collection=collection)
+        commit = push_planned(planned, message=message, private=private)
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
@@ -74,7 +73,7 @@ def pull(
     json_output: JsonOpt = False,
 ) -> None:
     """Pull a bundle from the Hub, and check every file that its manifest names."""
-    from racdeploy.bundles.hub import pull as pull_bundle
+    from racdeploy.bundles.hub.pull import pull as pull_bundle
     from racdeploy.report.tables import readable_bytes
 
     _hide_bars(quiet)

@@ -16,7 +16,7 @@ from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
-from racdeploy.quant import presets, saved_presets
+from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.toml import merge
@@ -163,7 +163,7 @@ def _vary(
 def _list_encodings(job: Job) -> Iterator[tuple[str, str, Settings]]:
     """Yield words, what the kind says of codes, and settings of each way to store the linears."""
     for name in list_quants(job.recipe):
-        encoding = {"export": saved_presets.resolve({"quant": name})}
+        encoding = {"export": {"quant": name}}
         yield name, "", encoding
         yield f"{name}{CHOSEN}", " codes", merge(encoding, {"prune": {"joint": True}})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from racdeploy.bundles.hub import pull
+from racdeploy.bundles.hub import pull as pulling
+from racdeploy.bundles.hub import remote
 from racdeploy.bundles.hub.layout import refuse_name
+from racdeploy.bundles.hub.pull import pull
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import Hub, Repository, hub_server, point_at
 
-pulling = importlib.import_module("racdeploy.bundles.hub.pull")  # a function has its name
 NAME = "evil/model"
 OWN = "racdeploy/thinker-1B-rac-v1.0-Q8_0"
 MANIFEST = f"{OWN}/racdeploy.json"
@@ -240,3 +240,12 @@ def test_what_arrives_is_for_this_user_alone(
     )
     pull(NAME, Path("out"))
     assert modes == [0o700]
+
+
+def test_a_hub_that_takes_for_ever_is_left(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its answers may come within the client's own limits."""
+    monkeypatch.setattr(remote, "_MAX_WAIT_S", 0.2)
+    hub.slow_s = 2.0
+    with pytest.raises(EnvironmentFailure, match="the Hub is too slow"):
+        pull(NAME, Path("out"))
+    assert not Path("out").exists()

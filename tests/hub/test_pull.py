@@ -119,8 +119,8 @@ def test_a_folder_that_exists_stays(run: Run, hub: Hub, pushed: Path, tmp_path: 
     ("name", "revision", "failure", "code", "said"),
     [
         ("me/nothing", "", {}, 2, "the Hub has no me/nothing"),
-        (NAME, "nope", {}, 2, "has no revision 'nope'"),
-        (NAME, "", {"GET /api": (403, "blocked")}, 2, "you may not read"),
+        (NAME, "nope", {}, 2, "Invalid rev id: nope"),
+        (NAME, "", {"GET /api": (403, "blocked")}, 2, "blocked"),
         (NAME, "", {"GET /api": (503, "")}, 4, "try again later"),
         (NAME, "", {f"/{MAIN}": (404, "")}, 2, "the Hub has no"),
     ],

@@ -118,7 +118,7 @@ def test_graphs_have_beside_them_what_programs_read(run: Run, hub: Hub, tmp_path
     other = make_fake_bundle(tmp_path / "c", "f16", "onnx", files={"config.json": b"{}"})
     done = run("push", other, NAME)
     assert done.exit_code == 2
-    assert "another config.json, which belongs to other bundles" in done.stderr
+    assert "another config.json, which belongs to bundle onnx-q" in done.stderr
     assert _files(hub) == before
 
 
@@ -167,16 +167,12 @@ def test_a_link_in_a_bundle_is_not_followed(run: Run, hub: Hub, tmp_path: Path) 
     assert b"mine" not in _files(hub).values()
 
 
-def test_a_branch_and_a_collection(run: Run, hub: Hub, tmp_path: Path) -> None:
-    """Both are named; the main branch stays as it is."""
-    hub.collections["me/small-ones-1"] = []
-    bundle = make_fake_bundle(tmp_path / "b")
-    done = run("push", bundle, NAME, "--revision", "v2", "--collection", "me/small-ones-1")
+def test_a_branch_is_written_and_the_main_one_stays(run: Run, hub: Hub, tmp_path: Path) -> None:
+    done = run("push", make_fake_bundle(tmp_path / "b"), NAME, "--revision", "v2")
     assert done.exit_code == 0, done.output
     assert _files(hub, branch="main") == {}
     assert "README.md" in _files(hub, branch="v2")
     assert done.stdout.strip() == f"{hub.address}/{NAME}/tree/v2"
-    assert hub.collections["me/small-ones-1"] == [NAME]
 
 
 def test_json_says_what_was_written(run: Run, hub: Hub, tmp_path: Path) -> None:
@@ -189,8 +185,8 @@ def test_json_says_what_was_written(run: Run, hub: Hub, tmp_path: Path) -> None:
     ("token", "failure", "code", "said"),
     [
         ("", None, 4, "hf auth login"),
-        ("hf_old", None, 4, "does not accept your token"),
-        (READS, None, 2, "you may not write me/"),
+        ("hf_old", None, 4, "the Hub answers 401 for me/"),
+        (READS, None, 2, "use another token"),
         ("", ("GET /api/models", (500, "")), 4, "the Hub answers 500"),
         ("hf_writes", ("/preupload/", (403, "storage limit")), 2, "storage limit"),
         ("hf_writes", ("/commit/", (429, "slow down")), 4, "try again later"),

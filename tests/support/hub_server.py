@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,10 +56,10 @@ class Hub:
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
-    collections: dict[str, list[str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)  # what a listing says in place of the truth
+    slow_s: float = 0.0  # before each answer
     address: str = ""
 
 
@@ -122,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.state.asked.append(f"{self.command} {path}")
+        time.sleep(self.state.slow_s)
         try:
             for part, (status, message) in self.state.failures.items():
                 if part in f"{self.command} {path}":
@@ -190,21 +192,16 @@ def _is_large(path: str, size: int) -> bool:
 
 
 def _info(handler: _Handler, body: bytes, name: str, revision: str | None = None) -> Answer:
-    sha, _ = handler.files(name, revision or "main")
-    return _json({"_id": "1", "id": name, "modelId": name, "sha": sha, "siblings": []})
-
-
-def _tree(handler: _Handler, body: bytes, name: str, revision: str) -> Answer:
-    _, files = handler.files(name, revision)
-    entries: list[dict[str, Any]] = [{"type": "directory", "path": "racdeploy", "oid": "0"}]
+    sha, files = handler.files(name, revision or "main")
+    siblings = []
     for path, content in files.items():
         size = handler.state.sizes.get(path, len(content))
-        entry = {"type": "file", "path": path, "size": size, "oid": git_id(content)}
+        entry = {"rfilename": path, "size": size, "blobId": git_id(content)}
         if _is_large(path, len(content)):
             sha256 = hashlib.sha256(content).hexdigest()
-            entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
-        entries.append(entry)
-    return _json(entries)
+            entry["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
+        siblings.append(entry)
+    return _json({"_id": "1", "id": name, "modelId": name, "sha": sha, "siblings": siblings})
 
 
 def _create(handler: _Handler, body: bytes) -> Answer:
@@ -304,22 +301,10 @@ def _resolve(handler: _Handler, body: bytes, name: str, revision: str, path: str
     return 200, headers, content
 
 
-def _collect(handler: _Handler, body: bytes, slug: str) -> Answer:
-    handler.writer()
-    if slug not in handler.state.collections:
-        raise Refused(404, "", "Collection not found")
-    handler.state.collections[slug].append(json.loads(body)["item"]["id"])
-    empty = {"items": [], "position": 0, "private": False, "theme": "blue", "upvotes": 0}
-    owner = {"name": "me", "type": "user"}
-    named = {"slug": slug, "title": slug, "owner": owner}
-    return _json({**named, **empty, "lastUpdated": "2026-01-01T00:00:00.000Z"})
-
-
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES: list[tuple[str, Any]] = [
     (rf"GET /api/models/{_NAME}", _info),
     (rf"GET /api/models/{_NAME}/revision/(.+)", _info),
-    (rf"GET /api/models/{_NAME}/tree/([^/]+)", _tree),
     (r"POST /api/repos/create", _create),
     (rf"POST /api/models/{_NAME}/branch/(.+)", _branch),
     (r"POST /api/validate-yaml", _validate),
@@ -328,5 +313,4 @@ _ROUTES: list[tuple[str, Any]] = [
     (r"PUT /storage/(\w+)", _store),
     (rf"POST /api/models/{_NAME}/commit/(.+)", _commit),
     (rf"(?:GET|HEAD) /{_NAME}/resolve/([^/]+)/(.+)", _resolve),
-    (r"POST /api/collections/(.+)/items", _collect),
 ]

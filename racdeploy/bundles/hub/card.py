@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
 from racdeploy import plugins
 from racdeploy.bundles.hub.layout import NUMBERED
@@ -23,114 +22,51 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def write_card(repository: str, bundles: Mapping[str, Manifest]) -> str:
     """Return README.md of a repository with these bundles, by their names there."""
     ordered = dict(sorted(bundles.items()))
-    manifests = list(ordered.values())
-
-    rows: list[list[str]] = []
-    commands: list[str] = []
-    formats: set[str] = set()
-    for name, manifest in ordered.items():
-        rows += _rows(name, manifest)
-        commands += _commands(repository, manifest)
-        formats |= {entry.format for entry in manifest.artifacts}
-
-    tags = ["racdeploy", "reasoning", *sorted(formats)]
-    if any(each.pruning.get("sparsity_file", 0.0) >= _SPARSE_FROM for each in manifests):
-        tags.insert(1, "sparse")
+    manifests = ordered.values()
+    entries = [entry for manifest in manifests for entry in manifest.artifacts]
+    formats = sorted({entry.format for entry in entries})
+    zeros = max(manifest.pruning.get("sparsity_file", 0.0) for manifest in manifests)
 
     return render_text(
         "racdeploy.bundles.hub",
         "card.jinja",
-        license=_first(each.base.get("license") for each in manifests),
-        base_models=_base_models(manifests),
-        library=plugins.constants("formats", min(formats))["LIBRARY"],
-        tags=tags,
-        title=_plain(repository.partition("/")[2]),
+        licenses=[each.base["license"] for each in manifests if each.base.get("license")],
+        base_models=sorted({name for each in manifests if (name := _find_base_model(each))}),
+        library=plugins.constants("formats", formats[0])["LIBRARY"],
+        tags=["racdeploy", *(["sparse"] if zeros >= _SPARSE_FROM else []), "reasoning", *formats],
         repository=repository,
         names=sorted({_plain(each.base.get("name", "a model")) for each in manifests}),
-        rows=rows,
-        commands=commands,
-        quants=[each.artifacts[0].quant for each in manifests],
+        bundles=ordered,
+        has_commands=any(map(_is_stock, entries)),
         mark=MARK,
         as_json=json.dumps,
+        plain=_plain,
+        number=_number,
+        readable_bytes=readable_bytes,
+        is_stock=_is_stock,
+        quant_tag=_quant_tag,
     )
 
 
-def _base_models(manifests: list[Manifest]) -> list[str]:
-    """Return the Hub ids of the base models; one that was a folder has none."""
-    found = set()
-    for manifest in manifests:
-        name = str(manifest.base.get("model", ""))
-        if manifest.base.get("revision") and _HUB_ID.fullmatch(name):
-            found.add(name)
-
-    return sorted(found)
+def _find_base_model(manifest: Manifest) -> str:
+    """Return the Hub id of the base model; one that was a folder has none."""
+    name = str(manifest.base.get("model", ""))
+    return name if manifest.base.get("revision") and _HUB_ID.fullmatch(name) else ""
 
 
-def _rows(name: str, manifest: Manifest) -> list[list[str]]:
-    """Return a row for each artifact: what it is, and what was measured of the first."""
-    dense = manifest.headline.get("dense", {})
-    pruned = manifest.headline.get("pruned", {})
-    rows = []
-
-    for number, entry in enumerate(manifest.artifacts):
-        first = number == 0
-        measured = [
-            f"{_share(pruned.get('accuracy'))} ({_share(dense.get('accuracy'))})",
-            _number(manifest.headline.get("length_ratio")),
-            _plain(manifest.verdict),
-        ]
-        link = f"[{_plain(entry.path)}]({entry.path})"
-        rows.append(
-            [
-                link,
-                _plain(entry.quant),
-                readable_bytes(entry.size_bytes),
-                _share(manifest.pruning.get("sparsity_file")) if first else "",
-                *(measured if first else ["", "", ""]),
-                f"[card](racdeploy/{name}/README.md)",
-            ]
-        )
-    return rows
+def _is_stock(entry: ArtifactEntry) -> bool:
+    """Return whether llama.cpp and Ollama run a file as it is."""
+    return entry.format == "gguf" and entry.packing == "plain"
 
 
-def _commands(repository: str, manifest: Manifest) -> list[str]:
-    """Return how stock programs run what they can run of a bundle."""
-    lines = []
-    for entry in manifest.artifacts:
-        if entry.format != "gguf" or entry.packing != "plain":
-            continue
-
-        tag = _tag(entry)
-        context = manifest.generation.context_to_start_with
-        lines.append(f"llama-server -hf {repository}:{tag} --jinja -c {context}")
-        lines.append(f"ollama run hf.co/{repository}:{tag}")
-    return lines
-
-
-def _tag(entry: ArtifactEntry) -> str:
+def _quant_tag(entry: ArtifactEntry) -> str:
     """Return the number format as the file's name has it, by which programs choose."""
     stem = PurePosixPath(entry.path).name.removesuffix(".gguf")
-    whole = NUMBERED.sub("", stem)
-
-    _, _, tag = whole.rpartition("-")
-    return tag
+    return NUMBERED.sub("", stem).rpartition("-")[2]
 
 
-def _first(values: Any) -> str:
-    for value in values:
-        if value:
-            return _plain(value)
-    return ""
-
-
-def _share(value: Any) -> str:
-    return _number(value, ".1%")
-
-
-def _number(value: Any, form: str = ".2f") -> str:
-    if not isinstance(value, int | float):
-        return "–"
-    return format(value, form)
+def _number(value: object, form: str = ".2f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "–"
 
 
 def _plain(value: object) -> str:

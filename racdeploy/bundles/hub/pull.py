@@ -7,11 +7,10 @@ that is asked for, where an interrupted pull resumes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.bundles.hub.layout import check_repository, list_artifacts, place_in_bundle
+from racdeploy.bundles.hub.layout import find_files, list_artifacts
 from racdeploy.bundles.hub.remote import Remote
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import MANIFEST_NAME, Manifest
@@ -38,60 +37,56 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
 
     Raises:
         ArtifactError: a file is not as its manifest says, or has a name that is not written.
+        EnvironmentFailure: the Hub cannot be reached or is too slow, or the disk is too small.
         UsageError: there is no such bundle, or the folder exists.
     """
-    remote = Remote(check_repository(name), revision)
+    remote = Remote(name, revision)
     out = out or Path(name.partition("/")[2])
-    _refuse_existing(out)
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.is_symlink() or (out.exists() and not is_empty):
+        raise UsageError(f"{out} exists", remedy="name another folder with --out, or remove it")
 
     bundle = _choose(remote, quant)
     manifest = remote.manifests[bundle]
-    places = place_in_bundle(bundle, manifest, remote.files)
-    size_bytes = sum(remote.files[path].size_bytes for path in places.values())
+    paths = find_files(bundle, manifest, remote.files)
+    size_bytes = sum(map(remote.size_of, paths.values()))
 
     make_parent(out)
     require_space(out.resolve().parent, size_bytes, "name another place with --out")
-    arrived = _open_partial(out)
-    for path in sorted(places.values()):
-        _download(remote, path, arrived)
+    partial = _open_partial(out)
+    remote.download(paths.values(), partial)
+    _check(remote.name, partial, paths, manifest)
 
-    _check(remote, arrived, places, manifest)
     with atomic_folder(out) as scratch:
-        for place, path in places.items():
-            target = scratch / place
+        for name_there, path in paths.items():
+            target = scratch / name_there
             target.parent.mkdir(parents=True, exist_ok=True)
-            (arrived / path).replace(target)
-        Manifest.read(scratch).check_files(scratch)
+            (partial / path).replace(target)
+        if Manifest.read(scratch) != manifest:
+            raise ArtifactError(f"{remote.name}: {MANIFEST_NAME} of {bundle} changed meanwhile")
 
-    shutil.rmtree(arrived)
-    return Pulled(out, bundle, remote.commit, size_bytes)
-
-
-def _refuse_existing(out: Path) -> None:
-    empty = out.is_dir() and not any(out.iterdir())
-
-    if out.is_symlink() or (out.exists() and not empty):
-        raise UsageError(f"{out} exists", remedy="name another folder with --out, or remove it")
+    shutil.rmtree(partial)
+    return Pulled(out, bundle, str(remote.info.sha), size_bytes)
 
 
 def _choose(remote: Remote, quant: str) -> str:
     """Return the name of the bundle that is meant."""
     found = remote.manifests
     if not found:
-        plain = MANIFEST_NAME in remote.files
+        why = "holds no bundle of racdeploy"
+        if MANIFEST_NAME in remote.files:
+            why = "was not written by racdeploy push"
         remedy = f"hf download {remote.name} --local-dir DIR gets its files"
-        why = "was not written by racdeploy push" if plain else "holds no bundle of racdeploy"
         raise UsageError(f"{remote.name} {why}", remedy=remedy)
 
-    wanted = quant.lower()
     fitting = []
     for name, manifest in found.items():
-        quants = {entry.quant for entry in manifest.artifacts}
-        if not wanted or wanted == name.lower() or wanted in quants:
+        names = {"", name.lower(), *(entry.quant for entry in manifest.artifacts)}
+        if quant.lower() in names:
             fitting.append(name)
-
     if len(fitting) == 1:
         return fitting[0]
+
     listed = "; ".join(f"{name} ({found[name].artifacts[0].quant})" for name in fitting or found)
     which = f"{len(fitting)} bundles" if fitting else f"no bundle {quant!r}"
     raise UsageError(
@@ -124,34 +119,21 @@ def _open_partial(out: Path) -> Path:
     return partial
 
 
-def _download(remote: Remote, path: str, folder: Path) -> None:
-    """Get a file, and compare its size with the one that was listed."""
-    listed = remote.files[path]
-    got = remote.download(path, folder)
-    if got.stat().st_size != listed.size_bytes:
-        size_bytes = got.stat().st_size
-        got.unlink()
-        raise ArtifactError(
-            f"{remote.name}: {path} has {size_bytes:,} bytes, listed are {listed.size_bytes:,}",
-            remedy="run the same command again",
-        )
-
-
-def _check(remote: Remote, folder: Path, places: Mapping[str, str], manifest: Manifest) -> None:
+def _check(repository: str, folder: Path, paths: dict[str, str], manifest: Manifest) -> None:
     """Compare every file that the manifest names with its hash; what differs is removed."""
     hashes = list_artifacts(manifest)
     for tokenizer in manifest.tokenizers:
         hashes |= tokenizer.files
 
-    for place, sha256 in hashes.items():
-        if place not in places:
-            raise ArtifactError(f"{remote.name} lacks {place!r}, which its manifest names")
+    for name, sha256 in hashes.items():
+        if name not in paths:
+            raise ArtifactError(f"{repository} lacks {name!r}, which its manifest names")
 
-        file = folder / places[place]
+        file = folder / paths[name]
         if file_sha256(file) != sha256:
             file.unlink()
             raise ArtifactError(
-                f"{remote.name}: {places[place]} differs from its manifest: "
+                f"{repository}: {paths[name]} differs from its manifest: "
                 f"SHA-256 is not {sha256[:16]}…",
                 remedy="run the same command again; if it stays so, the repository is damaged",
             )

@@ -10,20 +10,20 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from racdeploy.bundles.hub.card import MARK, write_card
-from racdeploy.bundles.hub.layout import (
-    BUNDLES,
-    CARD,
-    check_repository,
-    list_artifacts,
-    name_bundle,
-    place_files,
-)
-from racdeploy.bundles.hub.remote import AbsentError, Remote, RemoteFile, UnreachableError
+from racdeploy.bundles.hub.layout import BUNDLES, lay_out, list_public, name_bundle
+from racdeploy.bundles.hub.remote import AbsentError, Remote, UnreachableError
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.storage.files import file_sha256
+from racdeploy.storage.reading import read_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Push:
 
     Args:
         bundle: its name in the repository.
-        files: where each file comes from, by its path in the repository; the card is not among
-            them.
+        contents: everything that is written, by its path, the card first: files, or bytes.
         removed: paths of this bundle's last push that are no longer in it.
         card: README.md of the repository; empty where somebody else's stays.
         notes: what a user should know beside it.
@@ -41,20 +40,10 @@ class Push:
 
     remote: Remote
     bundle: str
-    files: Mapping[str, Path]
+    contents: Mapping[str, Path | bytes]
     removed: tuple[str, ...]
     card: str
     notes: tuple[str, ...]
-
-    @property
-    def contents(self) -> dict[str, Path | bytes]:
-        """Everything that is written, by its path, the card first."""
-        contents: dict[str, Path | bytes] = {}
-        if self.card:
-            contents[CARD] = self.card.encode()
-
-        contents.update(self.files)
-        return contents
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -75,113 +64,79 @@ def plan_push(folder: Path, name: str, revision: str = "", *, blind: bool = Fals
         ArtifactError: the bundle is damaged.
         UsageError: a path in the repository is another bundle's or somebody else's.
     """
-    remote = Remote(check_repository(name), revision)
+    remote = Remote(name, revision)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
-
     own = name_bundle(manifest)
-    files = place_files(folder, manifest)
+    files = lay_out(folder, manifest)
 
-    notes = []
-    if manifest.verdict != "pass":
-        notes.append(f"the verdict of this bundle: {manifest.verdict}")
+    notes = [] if manifest.verdict == "pass" else [f"the bundle's verdict: {manifest.verdict}"]
 
-    there, others, note = _look(remote, blind)
-    if note:
-        notes.append(note)
+    there: Mapping[str, RepoSibling] = {}
+    others: dict[str, Manifest] = {}
+    try:
+        there, others = remote.files, dict(remote.manifests)
+    except (AbsentError, UnreachableError) as error:
+        if isinstance(error, UnreachableError) and not blind:
+            raise
+        notes.append(f"{error.message}; planned as if it were empty")
 
     former = others.pop(own, None)
-    _refuse_others(remote, files, there, others, former)
-    removed = _find_old(own, there, others, former) - set(files)
-
-    card = write_card(name, {own: manifest, **others})
-    if CARD in there and MARK not in remote.read_text(CARD):
-        notes.append(f"{CARD} of the repository is not racdeploy's and stays as it is")
-        card = ""
-
-    return Push(remote, own, files, tuple(sorted(removed)), card, tuple(notes))
-
-
-def push(planned: Push, *, message: str = "", private: bool = False, collection: str = "") -> str:
-    """Carry out a plan in one commit; return the commit's address."""
-    remote = planned.remote
-    remote.create(private)
-
-    message = message or f"Add {planned.bundle} with racdeploy"
-    commit = remote.write(planned.contents, planned.removed, message)
-    if collection:
-        remote.collect(collection)
-    return commit
-
-
-def _look(remote: Remote, blind: bool) -> tuple[Mapping[str, RemoteFile], dict[str, Manifest], str]:
-    """Return files and manifests of the repository, and a note where it cannot be seen."""
-    try:
-        return remote.files, dict(remote.manifests), ""
-    except AbsentError:
-        return {}, {}, f"{remote.name} is new, or not shown to you"
-    except UnreachableError as error:
-        if not blind:
-            raise
-        return {}, {}, f"{error.message}: what is in the repository is not known"
-    except UsageError:
-        if not remote.revision:
-            raise
-        return {}, {}, f"branch {remote.revision} is new"
-
-
-def _find_old(
-    own: str,
-    there: Mapping[str, RemoteFile],
-    others: Mapping[str, Manifest],
-    former: Manifest | None,
-) -> set[str]:
-    """Return the paths of this bundle's last push; none that another bundle has too."""
-    old = {path for path in there if path.startswith(f"{BUNDLES}/{own}/")}
-    if former:
-        old |= set(list_artifacts(former)) & set(there)
-
-    for other in others.values():
-        old -= set(list_artifacts(other))
-    return old
-
-
-def _refuse_others(
-    remote: Remote,
-    files: Mapping[str, Path],
-    there: Mapping[str, RemoteFile],
-    others: Mapping[str, Manifest],
-    former: Manifest | None,
-) -> None:
-    """Refuse to change a file that is not this bundle's own of an earlier push."""
-    owners = {path: name for name, other in others.items() for path in list_artifacts(other)}
-    ours = set(list_artifacts(former)) if former else set()
-    shared = any(path.endswith(".onnx") for path in owners)
-
-    for path, source in files.items():
-        if path not in there or path.startswith(f"{BUNDLES}/"):
-            continue
-
-        # What programs read beside graphs belongs to every bundle that has some.
-        if path not in owners and (path in ours or (former and not shared)):
-            continue
-
-        if not _is_same(source, there[path]):
-            known = f"bundle {owners[path]}" if path in owners else ""
-            owner = known or ("other bundles" if shared else "somebody else")
+    mine = list_public(former) if former else set()
+    owners = {path: name for name, other in others.items() for path in list_public(other)}
+    for path in files.keys() & there.keys():
+        is_mine = path.startswith(f"{BUNDLES}/") or path in mine - owners.keys()
+        if not is_mine and not _is_same(files[path], there[path]):
+            owner = f"bundle {owners[path]}" if path in owners else "somebody else"
             raise UsageError(
-                f"{remote.name} has another {path}, which belongs to {owner}",
+                f"{name} has another {path}, which belongs to {owner}",
                 remedy="push to another repository, or remove the file there first",
             )
 
+    # Of the last push, what no other bundle has too.
+    old = mine | {path for path in there if path.startswith(f"{BUNDLES}/{own}/")}
+    removed = old & there.keys() - owners.keys() - files.keys()
 
-def _is_same(source: Path, there: RemoteFile) -> bool:
-    if source.stat().st_size != there.size_bytes:
+    card = write_card(name, {own: manifest, **others})
+    if _CARD in there:
+        with remote.open_texts([_CARD]) as folder_there:
+            written = read_bytes(folder_there / _CARD).decode(errors="replace")
+        if MARK not in written:
+            notes.append(f"{_CARD} of the repository is not racdeploy's and stays as it is")
+            card = ""
+    contents: dict[str, Path | bytes] = {_CARD: card.encode()} if card else {}
+    contents |= files
+    return Push(remote, own, contents, tuple(sorted(removed)), card, tuple(notes))
+
+
+def push(planned: Push, *, message: str = "", private: bool = False) -> str:
+    """Carry out a plan in one commit; return the commit's address."""
+    remote, api = planned.remote, planned.remote.api
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    changes: list[CommitOperationAdd | CommitOperationDelete] = []
+    changes += [CommitOperationAdd(path, source) for path, source in planned.contents.items()]
+    changes += [CommitOperationDelete(path) for path in planned.removed]
+    message = message or f"Add {planned.bundle} with racdeploy"
+
+    def write() -> str:
+        api.create_repo(remote.name, private=private, exist_ok=True)
+        if remote.revision:
+            api.create_branch(remote.name, branch=remote.revision, exist_ok=True)
+        branch = remote.revision or None
+        made = api.create_commit(remote.name, changes, commit_message=message, revision=branch)
+        return str(made.commit_url)
+
+    return remote.ask(write, None)
+
+
+def _is_same(source: Path, there: RepoSibling) -> bool:
+    if source.stat().st_size != there.size:
         return False
-    if there.sha256:
-        return file_sha256(source) == there.sha256
+    if there.lfs:
+        return file_sha256(source) == there.lfs.sha256
 
     # Git's own id of a small file: SHA-1 over a header and the bytes.
     content = source.read_bytes()
     header = b"blob %d\0" % len(content)
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == there.git_id
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == there.blob_id

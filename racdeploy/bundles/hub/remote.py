@@ -1,55 +1,53 @@
-"""A repository of the Hub, through huggingface_hub: listed, read, written, and its refusals.
+"""A repository of the Hub, through huggingface_hub: listed and read at one commit.
 
 Tokens are found by huggingface_hub alone (``hf auth login`` or HF_TOKEN) and never seen here.
 """
 
 from __future__ import annotations
 
-import contextlib
+import glob
+import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from racdeploy import __version__
-from racdeploy.bundles.hub.layout import BUNDLES, list_bundles
-from racdeploy.errors import (
-    ArtifactError,
-    EnvironmentFailure,
-    RacdeployError,
-    UsageError,
-)
+from racdeploy.bundles.hub.layout import BUNDLES
+from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest
 from racdeploy.plugins import require
-from racdeploy.storage.reading import read_bytes, read_json
+from racdeploy.storage.reading import read_json
 
-_MOST_FILES = 10_000
-_MOST_BUNDLES = 100
-_LARGEST_TEXT = 16 << 20  # bytes of a manifest or a card
-_LONGEST_ANSWER = 200  # characters of the Hub's own words in an error
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+T = TypeVar("T")
+_MAX_FILES = 10_000
+_MAX_BUNDLES = 100
+_MAX_ANSWER = 200  # characters of the Hub's own words in an error
+# A Hub that sends a byte now and then never runs into the client's timeouts.
+_MAX_WAIT_S = 300.0
+_MIN_BYTES_PER_S = 50_000
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_MANIFEST = re.compile(rf"{BUNDLES}/([^/]+)/{re.escape(MANIFEST_NAME)}")
 _LOG_IN = "hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 
 
 class AbsentError(UsageError):
-    """There is no such repository, or it is not shown to this user."""
+    """There is no such repository or revision, or it is not shown to this user."""
 
 
 class UnreachableError(EnvironmentFailure):
     """The Hub does not answer."""
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: its size, and the SHA-256 of a large one or the id that git has."""
-
-    size_bytes: int
-    sha256: str
-    git_id: str
 
 
 @dataclass(frozen=True)
@@ -59,131 +57,137 @@ class Remote:
     name: str
     revision: str = ""
 
+    def __post_init__(self) -> None:
+        if not _REPOSITORY.fullmatch(self.name):
+            raise UsageError(
+                f"{self.name!r} is not the name of a repository",
+                remedy="write ORGANIZATION/NAME, or USER/NAME",
+            )
+
     @property
     def url(self) -> str:
         """Where a browser shows it."""
         address = f"{self.api.endpoint}/{self.name}"
-        if not self.revision:
-            return address
-        return f"{address}/tree/{self.revision}"
+        return f"{address}/tree/{self.revision}" if self.revision else address
 
     @cached_property
-    def api(self) -> Any:
+    def api(self) -> HfApi:
         """The client, which reads HF_ENDPOINT and the user's token."""
-        hub = _import_hub()
-        return hub.HfApi(library_name="racdeploy", library_version=__version__)
+        require("huggingface_hub")
+        import huggingface_hub
+
+        return huggingface_hub.HfApi(library_name="racdeploy", library_version=__version__)
 
     @cached_property
-    def commit(self) -> str:
-        """The commit that the revision is at; everything is read there."""
+    def info(self) -> ModelInfo:
+        """The listing at one commit, at which everything is read."""
         revision = self.revision or None
-        with self._refusals("read"):
-            info = self.api.repo_info(self.name, revision=revision)
-
-        return str(info.sha)
+        options: dict[str, Any] = {"revision": revision, "files_metadata": True}
+        return self.ask(lambda: self.api.model_info(self.name, **options))
 
     @cached_property
-    def files(self) -> dict[str, RemoteFile]:
-        """Every file by its path; what a repository has no use for is refused."""
-        found: dict[str, RemoteFile] = {}
-        commit = self.commit
+    def files(self) -> dict[str, RepoSibling]:
+        """Every file by its path."""
+        listed = self.info.siblings or []
+        if len(listed) > _MAX_FILES:
+            raise ArtifactError(f"{self.name} has more than {_MAX_FILES:,} files")
+        return {each.rfilename: each for each in listed}
 
-        with self._refusals("read"):
-            for entry in self.api.list_repo_tree(self.name, revision=commit, recursive=True):
-                if not hasattr(entry, "size"):
-                    continue  # a folder
-
-                sha256 = entry.lfs.sha256 if entry.lfs else ""
-                found[entry.path] = RemoteFile(int(entry.size), sha256, entry.blob_id)
-                if len(found) > _MOST_FILES:
-                    raise ArtifactError(f"{self.name} has more than {_MOST_FILES:,} files")
-        return found
+    def size_of(self, path: str) -> int:
+        """Return the bytes that a file is listed with."""
+        return self.files[path].size or 0
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
         """The manifest of every bundle, by its name in the repository."""
-        names = list_bundles(self.files)
-        if len(names) > _MOST_BUNDLES:
-            raise ArtifactError(f"{self.name} has more than {_MOST_BUNDLES} bundles")
+        paths = {match[1]: match[0] for match in map(_MANIFEST.fullmatch, self.files) if match}
+        if len(paths) > _MAX_BUNDLES:
+            raise ArtifactError(f"{self.name} has more than {_MAX_BUNDLES} bundles")
 
-        found = {}
-        for name in names:
-            path = f"{BUNDLES}/{name}/{MANIFEST_NAME}"
-            with self._text(path) as file:
+        manifests = {}
+        with self.open_texts(paths.values()) as folder:
+            for name, path in paths.items():
+                content = read_json(folder / path, MOST_MANIFEST_BYTES, once=True)
                 try:
-                    found[name] = Manifest.model_validate(
-                        read_json(file, MOST_MANIFEST_BYTES, once=True)
-                    )
+                    manifests[name] = Manifest.model_validate(content)
                 except ValidationError as error:
                     first = error.errors()[0]["msg"]
-                    raise ArtifactError(f"{self.name}: {path} is no manifest: {first}") from error
-        return found
+                    message = f"{self.name}: {path} is no manifest: {first}"
+                    raise ArtifactError(message) from error
+        return manifests
 
-    def read_text(self, path: str) -> str:
-        """Return a small text; what is not UTF-8 is replaced."""
-        with self._text(path) as file:
-            return read_bytes(file).decode("utf-8", errors="replace")
-
-    def download(self, path: str, folder: Path) -> Path:
-        """Write a file below a folder, resuming what an interrupted call has left there."""
-        with self._refusals("read"):
-            return Path(
-                self.api.hf_hub_download(self.name, path, revision=self.commit, local_dir=folder)
-            )
-
-    def create(self, private: bool) -> None:
-        """Make the repository and the branch where there are none."""
-        with self._refusals("write"):
-            self.api.create_repo(self.name, private=private, exist_ok=True)
-            if self.revision:
-                self.api.create_branch(self.name, branch=self.revision, exist_ok=True)
-
-    def write(self, files: Mapping[str, Path | bytes], removed: Sequence[str], message: str) -> str:
-        """Add and remove files in one commit; return its address."""
-        hub = _import_hub()
-        changes = [
-            hub.CommitOperationAdd(path, str(source) if isinstance(source, Path) else source)
-            for path, source in files.items()
-        ]
-        changes += [hub.CommitOperationDelete(path) for path in removed]
-
-        with self._refusals("write"):
-            revision = self.revision or None
-            made = self.api.create_commit(
-                self.name, changes, commit_message=message, revision=revision
-            )
-        return str(made.commit_url)
-
-    def collect(self, slug: str) -> None:
-        """Put the repository into a collection."""
-        with self._refusals("write", f"collection {slug}"):
-            self.api.add_collection_item(slug, self.name, "model", exists_ok=True)
-
-    @contextlib.contextmanager
-    def _text(self, path: str) -> Iterator[Path]:
-        size_bytes = self.files[path].size_bytes
-        if size_bytes > _LARGEST_TEXT:
-            raise ArtifactError(f"{self.name}: {path} has {size_bytes:,} bytes, which is too much")
+    @contextmanager
+    def open_texts(self, paths: Collection[str]) -> Iterator[Path]:
+        """Yield a folder with small files of the repository."""
+        for path in paths:
+            if self.size_of(path) > MOST_MANIFEST_BYTES:
+                raise ArtifactError(f"{self.name}: {path} has {self.size_of(path):,} bytes")
 
         with tempfile.TemporaryDirectory() as folder:
-            yield self.download(path, Path(folder))
+            self.download(paths, Path(folder))
+            yield Path(folder)
 
-    @contextlib.contextmanager
-    def _refusals(self, purpose: str, what: str = "") -> Iterator[None]:
-        """Turn what the Hub answers, or that it does not, into our errors."""
-        errors = _import_hub().errors
-        what = what or self.name
+    def download(self, paths: Collection[str], folder: Path) -> None:
+        """Write files below a folder, where what an earlier call has left is not asked for again.
+
+        Raises:
+            ArtifactError: a file has not the size that is listed.
+        """
+        if not paths:
+            return
+
+        patterns = [glob.escape(path) for path in paths]
+        options: dict[str, Any] = {"local_dir": folder, "allow_patterns": patterns}
+        commit = self.info.sha
+        self.ask(
+            lambda: self.api.snapshot_download(self.name, revision=commit, **options),
+            sum(map(self.size_of, paths)),
+        )
+
+        for path in paths:
+            file = folder / path
+            if not file.is_file() or file.stat().st_size != self.size_of(path):
+                file.unlink(missing_ok=True)
+                raise ArtifactError(
+                    f"{self.name}: {path} did not arrive with the {self.size_of(path):,} bytes "
+                    "that are listed",
+                    remedy="run the same command again",
+                )
+
+    def ask(self, call: Callable[[], T], size_bytes: int | None = 0) -> T:
+        """Return what a call of the client gives, in a limited time.
+
+        Args:
+            size_bytes: what is downloaded; None waits for ever.
+
+        Raises:
+            UsageError: the Hub refuses it.
+            EnvironmentFailure: the Hub does not answer, in time or at all.
+        """
+        errors = _import_errors()
+        limit_s = None if size_bytes is None else _MAX_WAIT_S + size_bytes / _MIN_BYTES_PER_S
+        answer: Future[T] = Future()
+        threading.Thread(target=_settle, args=(answer, call), daemon=True).start()
         try:
-            yield
-        except errors.LocalTokenNotFoundError as error:
-            raise EnvironmentFailure("nobody is logged in to the Hub", remedy=_LOG_IN) from error
+            return answer.result(limit_s)
         except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:
+            if not answer.done():
+                raise EnvironmentFailure(
+                    f"the Hub is too slow: {self.name} took more than {limit_s:,.0f} s",
+                    remedy="run the same command again: what has arrived is kept",
+                ) from error
             if getattr(error, "errno", None) is not None:  # the disk's
                 raise
-            raise self._explain(error, purpose, what) from error
+            raise self._explain(error) from error
 
-    def _explain(self, raised: BaseException, purpose: str, what: str) -> RacdeployError:
-        error = _find_answer(raised)
+    def _explain(self, raised: BaseException) -> RacdeployError:
+        """Return what a refusal of the Hub, or its silence, means for a user."""
+        errors = _import_errors()
+
+        # The Hub's answer is that of the error, or of what it came of.
+        error: Any = raised
+        while error is not None and getattr(error, "response", None) is None:
+            error = error.__cause__
         if error is None:
             return UnreachableError(
                 f"the Hub at {self.api.endpoint} cannot be reached: {type(raised).__name__}",
@@ -192,51 +196,35 @@ class Remote:
             )
 
         status = error.response.status_code
-        said = _one_line(error.server_message or "")
-        why = f": {said}" if said else ""
-        errors = _import_hub().errors
+        words = " ".join((error.server_message or "").split())
+        said = "".join(filter(str.isprintable, words))[:_MAX_ANSWER]
+        message = f"the Hub answers {status} for {self.name}: {said}"
 
         if isinstance(error, errors.GatedRepoError):
             remedy = f"ask for access at {self.api.endpoint}/{self.name}, then {_LOG_IN}"
-            return UsageError(f"{what} is gated, and you have no access{why}", remedy=remedy)
-        if isinstance(error, errors.RevisionNotFoundError):
-            return UsageError(f"{what} has no revision {self.revision!r}")
-
-        if status == 401 and purpose == "write":
-            return EnvironmentFailure(f"the Hub does not accept your token{why}", remedy=_LOG_IN)
-        if status in (401, 404):
-            return AbsentError(
-                f"the Hub has no {what}, or does not show it to you{why}",
-                remedy=f"check the name; for a private one: {_LOG_IN}",
-            )
+            return UsageError(message, remedy=remedy)
+        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+            message = f"the Hub has no {self.name}, or does not show it to you: {said}"
+            remedy = f"check the name and --revision; for a private one: {_LOG_IN}"
+            return AbsentError(message, remedy=remedy)
+        if status == 401:
+            return EnvironmentFailure(message, remedy=_LOG_IN)
         if status == 403:
-            remedy = (
-                "use a token that may write, or a name of your own; hf auth whoami says who you are"
-            )
-            return UsageError(f"you may not {purpose} {what}{why}", remedy=remedy)
-
-        remedy = "try again later" if status >= 500 or status == 429 else "see the Hub's answer"
-        return EnvironmentFailure(f"the Hub answers {status} for {what}{why}", remedy=remedy)
+            remedy = "use another token, or a name of your own; hf auth whoami says who you are"
+            return UsageError(message, remedy=remedy)
+        return EnvironmentFailure(message, remedy="try again later")
 
 
-def _import_hub() -> ModuleType:
+def _import_errors() -> Any:
+    """Return the client's errors: which of them HTTPError is depends on its version."""
     require("huggingface_hub")
-    import huggingface_hub
     import huggingface_hub.errors
 
-    return huggingface_hub
+    return huggingface_hub.errors
 
 
-def _find_answer(error: BaseException | None) -> Any:
-    """Return the error that has the Hub's answer: this one, or what it came of; None without."""
-    while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error
-        error = error.__cause__
-    return None
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    letters = filter(str.isprintable, line)
-    return "".join(letters)[:_LONGEST_ANSWER]
+def _settle(answer: Future[T], call: Callable[[], T]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - raised again where the answer is waited for
+        answer.set_exception(error)

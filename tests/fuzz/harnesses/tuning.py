@@ -1,27 +1,21 @@
-"""What a search found, as ``racdeploy report`` and ``racdeploy presets save`` read it.
+"""What a search found, as ``racdeploy report`` reads it.
 
-What is accepted is written and read again as the same search, and the preset that it is saved as
-is read as the same preset.
+What is accepted is written and read again as the same search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
-
-from racdeploy.cli.presets import read_preset
-from racdeploy.quant import saved_presets
 from racdeploy.report import markdown, tuning_page
 from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_files import read_tuning
 from tests.fuzz.mutation import of_json
-from tests.fuzz.oracle import expect, place, scratch
+from tests.fuzz.oracle import expect, place
 from tests.support.sample_tuning import build_tuning
 
 READERS = (
     *("racdeploy.report.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
-    *("racdeploy.quant.saved_presets", "racdeploy.cli.presets"),
 )
 _WORDS = (
     *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),
@@ -32,9 +26,8 @@ mutator = of_json(_WORDS)
 
 
 def target(data: bytes) -> None:
-    """Read a search, make its page and its Markdown, and keep its winner as a preset."""
-    file = place("tune.json", data)
-    tuning = read_tuning(file)
+    """Read a search, make its page and its Markdown."""
+    tuning = read_tuning(place("tune.json", data))
 
     text = tuning.model_dump_json()
     again = Tuning.model_validate_json(text)
@@ -43,12 +36,6 @@ def target(data: bytes) -> None:
     page = tuning_page.render(tuning)
     expect("<script>alert" not in page, "its words are code of the page")
     markdown.render_tuning(tuning)
-
-    preset = read_preset(file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(saved_presets.FOLDER_VARIABLE, str(scratch() / "presets"))
-        saved_presets.save("found", preset, replace=True)
-        expect(saved_presets.read("found") == preset, "it is kept as another preset")
 
 
 def seeds() -> Iterator[bytes]:
