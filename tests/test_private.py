@@ -29,7 +29,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "formats": ({"BACKEND", "export", "measure", "unpack"},),
     "onnx_exporters": ({"refusal", "build", "source_of"},),
     "checks": ({"check"},),
-    "harnesses": ({"TITLE", "PACKAGES", "INSTALL", "check", "arguments", "read"},),
+    "harnesses": ({"PACKAGE", "INSTALL", "arguments", "read"},),
 }
 """What each kind's plugins must have; of several sets one is enough."""
 PLUGINS = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]

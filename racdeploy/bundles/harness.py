@@ -10,8 +10,11 @@ import contextlib
 import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +24,12 @@ from racdeploy import __version__, harnesses, plugins
 from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.verify import ArtifactAnswerer
 from racdeploy.errors import EnvironmentFailure, UsageError
-from racdeploy.harnesses import Harness, Installed, Order, Score
+from racdeploy.harnesses import Harness, Order, Score
 from racdeploy.report.model import HarnessRun
 from racdeploy.runtime.control import describe_control
-from racdeploy.storage import child
+from racdeploy.storage import child, lifeline
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.files import file_sha256
-from racdeploy.storage.keeper import keep
 from racdeploy.storage.stages import Stage
 from racdeploy.storage.unprintable import visible
 from racdeploy.verify.answers import Respondent, identity
@@ -35,12 +37,11 @@ from racdeploy.verify.baseline import find_dense_arm
 from racdeploy.verify.harness import compare
 
 _POLL_S = 0.1
-_TAIL_BYTES = 65_536  # of a log in which progress is looked for
 _LAST_LINES = 12  # of a log in a message
 _READY = re.compile(r"^serving (\S+) at (http://\S+)\s", re.MULTILINE)
 _STARTING_S = 900.0  # of a server: a model of many gigabytes is hashed and read
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
-_SERVER_LOG, _LOG = "server.log", "harness.log"
+_ENDING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class HarnessComparison:
         tasks: names that it knows.
         limit: documents of each task; 0 asks all.
         include: where further tasks are, as the harness takes them.
-        python: the Python that has it; None looks for one.
+        python: the Python that has it; None is our own.
         baseline: the dense artifact; None, or a bundle, looks for it in the work folder.
     """
 
@@ -79,9 +80,14 @@ class HarnessComparison:
     def harness(self) -> Harness:
         return harnesses.load(self.name)
 
+    @property
+    def runner(self) -> Path:
+        """The Python that has the harness."""
+        return (self.python or Path(sys.executable)).absolute()
+
     @cached_property
-    def installed(self) -> Installed:
-        return harnesses.find(self.name, self.python)
+    def version(self) -> str:
+        return harnesses.read_version(self.harness, self.runner)
 
     @cached_property
     def dense(self) -> Path:
@@ -94,7 +100,7 @@ class HarnessComparison:
         found = locate_dense(self.local.work, find_dense_arm(own.report).files)
         if found is None:
             raise UsageError(
-                f"no dense artifact of {own.folder} for {self.harness.TITLE} to ask: "
+                f"no dense artifact of {own.folder} for {self.name} to ask: "
                 f"no stage in {self.local.work} holds it",
                 remedy="give the file that the build left below its --work folder with "
                 "--baseline, or that folder with --work",
@@ -102,24 +108,18 @@ class HarnessComparison:
         return found
 
     def plan(self) -> str:
-        """Return what will be asked; whatever is wrong is refused here, before any work."""
-        harness = self.harness
+        """Return what will be asked; what is missing is said here, before any work."""
         if not self.tasks:
             raise UsageError(
-                f"which tasks shall {harness.TITLE} ask? --harness-tasks is missing",
+                f"which tasks shall {self.name} ask? --harness-tasks is missing",
                 remedy="as --harness-tasks gsm8k; several with commas between them",
             )
-
         plugins.require("starlette")
         plugins.require("uvicorn")
-        harness.check(self.include)
-        installed, dense = self.installed, self.dense
 
         documents = f"{self.limit:,} documents of each" if self.limit else "all documents"
-        return (
-            f"{harness.TITLE} {installed.version} asks both models {', '.join(self.tasks)}, "
-            f"{documents}; dense is {dense}"
-        )
+        asked = f"both models {', '.join(self.tasks)}, {documents}"
+        return f"{self.name} {self.version} asks {asked}; dense is {self.dense}"
 
     def run(self) -> tuple[HarnessRun, list[str]]:
         """Ask both models; return what was found, and what a reader must know of it."""
@@ -134,13 +134,25 @@ class HarnessComparison:
         (dense, before), (pruned, after) = [self._ask(arm) for arm in arms]
 
         run = HarnessRun(
-            name=self.harness.TITLE,
-            version=self.installed.version,
-            settings=self._settings | {"packages": dict(self.installed.versions)},
+            name=self.name,
+            version=self.version,
+            settings=self._settings,
             confidence=bundle.gate.confidence,
             rows=compare(dense, pruned, bundle.gate.confidence),
         )
-        return run, [*self._notes(), *before, *after]
+        notes = [
+            f"{self.name} {self.version} asked both models through racdeploy serve, greedy, at "
+            f"most {bundle.settings.max_new_tokens:,} tokens of thinking and answer; it scores the "
+            "answer without the thinking, and a thought that never ends is an empty answer",
+        ]
+        generation = bundle.own.manifest.generation
+        control = describe_control(generation.max_thinking_tokens, generation.thinking)
+        if control:
+            notes.append(
+                f"{self.name} asked the pruned model as it ships, its thinking under control: "
+                f"{control}; nothing is done about the thinking of the dense one"
+            )
+        return run, [*notes, *before, *after]
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -158,16 +170,20 @@ class HarnessComparison:
     def _ask(self, arm: _Arm) -> tuple[list[Score], list[str]]:
         """Return the scores of one model, and notes on them."""
         stage = Stage.open(self.local.work, "harness", self._inputs(arm))
-        title = self.harness.TITLE
         if stage.finished:
             scores = [Score(**score) for score in stage.summary["scores"]]
-            return scores, [f"what {title} found of the {arm.name} model is of an earlier run"]
+            return scores, [f"what {self.name} found of the {arm.name} model is of an earlier run"]
 
+        tell = self.local.progress or (lambda *_: None)
+        tell(f"{self.name} {arm.name}", 0, 1)
+        results = (stage.folder / "results").resolve()
+        results.mkdir(exist_ok=True)
         with self._serving(arm, stage.folder) as (url, model):
-            self._run(arm, self._order(stage.folder / "results", url, model), stage.folder)
-        scores = harnesses.read(self.harness, self.installed, stage.folder / "results")
+            self._run(arm, self._order(results, url, model), stage.folder)
 
+        scores = harnesses.read(self.harness, self.runner, results)
         stage.finish({"scores": [asdict(score) for score in scores]})
+        tell(f"{self.name} {arm.name}", 1, 1)
         return scores, []
 
     def _inputs(self, arm: _Arm) -> dict[str, Any]:
@@ -177,7 +193,7 @@ class HarnessComparison:
 
         return {
             "version": release_of(__version__),
-            "harness": {self.name: dict(self.installed.versions), **self._settings},
+            "harness": {self.name: self.version, **self._settings},
             "include": _hash_files(self.include),
             "arm": arm.name,
             "tokenizers": tokenizers,
@@ -195,7 +211,7 @@ class HarnessComparison:
             max_new_tokens=settings.max_new_tokens,
             context_tokens=settings.context_tokens,
             parallel=settings.parallel,
-            out=out.resolve(),
+            out=out,
         )
 
     @contextlib.contextmanager
@@ -217,19 +233,16 @@ class HarnessComparison:
         bundle = self.local.bundle.folder.resolve()
         command = child.command("racdeploy", "serve", bundle, *chosen)
 
-        log = folder / _SERVER_LOG
+        log = folder / "server.log"
         log.unlink(missing_ok=True)
-        with keep(command, log, folder, child.environment()) as process:
-            ready = None
-            began = time.monotonic()
-            while ready is None:
-                ended = process.poll() is not None
-                ready = _READY.search(log.read_text(encoding="utf-8", errors="replace"))
-                if ended:
-                    raise _explain(f"the server of the {arm.name} model", process.returncode, log)
+        with _running(command, log, child.environment()) as process:
+            who, began = f"the server of the {arm.name} model", time.monotonic()
+            while not (ready := _READY.search(log.read_text(encoding="utf-8", errors="replace"))):
+                if process.poll() is not None:
+                    raise _explain(who, process.returncode, log)
                 if time.monotonic() > began + _STARTING_S:
                     raise EnvironmentFailure(
-                        f"the server of the {arm.name} model was not ready in {_STARTING_S:.0f} s",
+                        f"{who} was not ready in {_STARTING_S:.0f} s",
                         remedy=f"its whole output is in {log}",
                     )
                 time.sleep(_POLL_S)
@@ -238,63 +251,41 @@ class HarnessComparison:
 
     def _run(self, arm: _Arm, order: Order, folder: Path) -> None:
         """Run the harness to its end, its output in a log."""
-        order.out.mkdir(exist_ok=True)
-        command = [str(self.installed.python.absolute()), "-P", *self.harness.arguments(order)]
-        variables = harnesses.make_environment(self.harness, os.environ)
+        tied = [str(self.runner), "-P", lifeline.__file__, str(os.getpid())]
+        command = [*tied, *self.harness.arguments(order)]
 
-        log = folder / _LOG
+        log = folder / "harness.log"
         log.write_text(f"{shlex.join(command)}\n", encoding="utf-8")
-        total = 1
-        with keep(command, log, folder, variables) as process:
-            while process.poll() is None:
-                total = self._report(arm, log)
-                time.sleep(_POLL_S)
+        with _running(command, log, harnesses.make_environment()) as process:
+            code = process.wait()
+        if code:
+            raise _explain(f"{self.name}, asking the {arm.name} model,", code, log)
 
-        who = f"{self.harness.TITLE}, asking the {arm.name} model,"
-        if process.returncode:
-            raise _explain(who, process.returncode, log)
 
-        lost = self.harness.LOST
-        failed = lost and lost.search(log.read_text(encoding="utf-8", errors="replace"))
-        if failed:
-            raise EnvironmentFailure(
-                f"{who} went on without answers that it did not get: {failed[0]}",
-                remedy=f"its whole output is in {log}, the server's beside it",
-            )
-        self._tell(arm, total, total)
+@contextlib.contextmanager
+def _running(
+    command: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program in the body, its output added to a log, and end it and its children after."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            env=variables,
+            start_new_session=True,  # Ctrl-C reaches it through us alone
+        )
 
-    def _report(self, arm: _Arm, log: Path) -> int:
-        """Tell how far a harness is, as its log says; return how many requests there are."""
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            said = stream.read().decode("utf-8", "replace")
-
-        found = self.harness.PROGRESS.findall(said) if self.harness.PROGRESS else []
-        done, total = map(int, found[-1]) if found else (0, 1)
-        if done < total:  # the end of the requests is not that of the harness
-            self._tell(arm, done, total)
-        return total
-
-    def _tell(self, arm: _Arm, done: int, total: int) -> None:
-        if self.local.progress:
-            self.local.progress(f"{self.harness.TITLE} {arm.name}", done, total)
-
-    def _notes(self) -> list[str]:
-        title, settings = self.harness.TITLE, self.local.bundle.settings
-        notes = [
-            f"{title} {self.installed.version} asked both models through racdeploy serve, greedy, "
-            f"at most {settings.max_new_tokens:,} tokens of thinking and answer; it scores the "
-            "answer without the thinking, and a thought that never ends is an empty answer",
-        ]
-
-        generation = self.local.bundle.own.manifest.generation
-        control = describe_control(generation.max_thinking_tokens, generation.thinking)
-        if control:
-            notes.append(
-                f"{title} asked the pruned model as it ships, its thinking under control: "
-                f"{control}; nothing is done about the thinking of the dense one"
-            )
-        return notes
+    try:
+        yield process
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING_S)
 
 
 def _hash_files(include: Path | None) -> dict[str, str]:

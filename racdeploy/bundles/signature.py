@@ -13,7 +13,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.plugins import require
 from racdeploy.runtime.loading import refuse_unlisted
-from racdeploy.storage.files import file_sha256, write_atomic
+from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_bytes, refusing
 
 SIGNATURE_NAME = "model.sig"
@@ -31,8 +31,6 @@ _MOST_BYTES = 4_000_000
 _SAID = 300
 # Of a working copy and not of the bundle: nothing of it is read, so nobody signs it.
 _GIT = frozenset({".git", ".gitattributes", ".github", ".gitignore"})
-_MOST_NAMES = 3
-_METHOD = "files, sha256"  # what model-signing can also hash: pieces of files, and with BLAKE
 _NEW_COPY = "get bundle and signature again from their source; do not use this copy"
 _PUBLIC_KEY = "openssl ec -in key.pem -pubout -out key.pub makes the public one of a private key"
 _PRIVATE_KEY = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem makes one"
@@ -69,7 +67,8 @@ def sign(bundle: Path, signature: Path | None = None, key: Path | None = None) -
         UsageError: the key cannot sign.
         EnvironmentFailure: sigstore cannot be reached, or refuses.
     """
-    _require()
+    require("model_signing")
+    require("OpenSSL")
     manifest = Manifest.read(bundle)
     manifest.check_files(bundle)
     refuse_unlisted(bundle, manifest)
@@ -102,7 +101,8 @@ def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None
         UsageError: the public key is none.
         EnvironmentFailure: sigstore's roots cannot be had.
     """
-    _require()
+    require("model_signing")
+    require("OpenSSL")
     if not bundle.is_dir():
         raise ArtifactError(f"there is no folder {bundle}")
     if not signature.is_file():
@@ -119,20 +119,19 @@ def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / SIGNATURE_NAME  # what was read, whatever comes to lie there
         copy.write_bytes(content)
-        with _explaining(signature, signatory), contextlib.redirect_stdout(sys.stderr):
-            is_same = _compare(config, bundle, copy)
+        with _explaining(bundle, signature, signatory), contextlib.redirect_stdout(sys.stderr):
+            config.verify(bundle.resolve(), copy)  # a link to a bundle is the user's own
 
-    # Of the signatory, from here on: what it says of files is true.
+    # Of the signatory, from here on, who may have left out files of the bundle.
     with refusing(signature, _NEW_COPY):
         statement = json.loads(base64.b64decode(json.loads(content)["dsseEnvelope"]["payload"]))
-        _refuse_exceptions(statement, bundle, signature)
-    if not is_same:
-        raise _refuse_files(statement, bundle, signature)
-
-
-def _require() -> None:
-    for module in ("model_signing", "OpenSSL"):
-        require(module)
+        made = statement.get("predicate", {}).get("serialization", {})
+        left_out = {str(name) for name in made.get("ignore_paths", [])}
+    if others := left_out - _GIT - _list_signatures(bundle, signature):
+        raise ArtifactError(
+            f"{signature} leaves out files of {bundle}: {', '.join(sorted(others))[:_SAID]}",
+            remedy="ask for a signature over the whole folder: racdeploy sign",
+        )
 
 
 def _list_files(bundle: Path) -> Iterator[str]:
@@ -222,7 +221,7 @@ def _reaching_sigstore() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explaining(signature: Path, signatory: Signatory) -> Iterator[None]:
+def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator[None]:
     """Turn what model-signing raises about a signature into one line."""
     from cryptography.exceptions import InvalidSignature
     from sigstore.errors import VerificationError
@@ -234,61 +233,10 @@ def _explaining(signature: Path, signatory: Signatory) -> Iterator[None]:
         except (InvalidSignature, VerificationError) as error:
             raise other from error
         except ValueError as error:
-            if str(error).startswith("Key mismatch"):
+            kind, _, differences = str(error).partition(": ")
+            if kind == "Key mismatch":
                 raise other from error
+            if kind == "Signature mismatch":
+                said = f"{bundle} is not what {signature} signs: {differences[:_SAID]}"
+                raise ArtifactError(said, remedy=_NEW_COPY) from error
             raise
-
-
-def _compare(config: Any, bundle: Path, signature: Path) -> bool:
-    """Return whether the files are those of a signature, which is genuine where this returns."""
-    try:
-        config.verify(bundle.resolve(), signature)  # a link to a bundle is the user's own
-    except ValueError as error:
-        if not str(error).startswith("Signature mismatch: "):
-            raise
-        return False
-    return True
-
-
-def _refuse_exceptions(statement: Mapping[str, Any], bundle: Path, signature: Path) -> None:
-    """Refuse a genuine signature that was told to leave out files of the bundle."""
-    left_out = statement.get("predicate", {}).get("serialization", {}).get("ignore_paths", [])
-    allowed = _GIT | _list_signatures(bundle, signature)
-    if others := {str(name) for name in left_out} - allowed:
-        raise ArtifactError(
-            f"{signature} leaves out files of {bundle}: {_name_some(others)}",
-            remedy="ask for a signature over the whole folder: racdeploy sign",
-        )
-
-
-def _refuse_files(statement: Mapping[str, Any], bundle: Path, signature: Path) -> ArtifactError:
-    """Return the error that names what was added, removed and changed since the signature."""
-    predicate = statement.get("predicate", {})
-    made = predicate.get("serialization", {})
-    method = f"{made.get('method')}, {made.get('hash_type')}"
-    if method != _METHOD:
-        return ArtifactError(
-            f"{signature} is over {method[:_SAID]}, and compared are {_METHOD}",
-            remedy="ask for a signature that racdeploy sign makes",
-        )
-
-    resources = predicate.get("resources", [])
-    hashes = {entry["name"]: entry["digest"] for entry in resources}
-    there = set(_list_files(bundle)) - _list_signatures(bundle, signature)
-
-    both = there & set(hashes)
-    found = {
-        "added": there - set(hashes),
-        "removed": set(hashes) - there,
-        "changed": {name for name in both if file_sha256(bundle / name) != hashes[name]},
-    }
-    told = [f"{what}: {_name_some(names)}" for what, names in found.items() if names]
-    return ArtifactError(
-        f"{bundle} is not what {signature} signs: {'; '.join(told)}", remedy=_NEW_COPY
-    )
-
-
-def _name_some(names: set[str]) -> str:
-    some = sorted(names)
-    more = [f"and {len(some) - _MOST_NAMES} more"] if len(some) > _MOST_NAMES else []
-    return ", ".join([name[:_SAID] for name in some[:_MOST_NAMES]] + more)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
+from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +41,9 @@ GateOpt = Annotated[Path | None, typer.Option(help="TOML file with limits; see d
 TierOpt = Annotated[str, typer.Option(help="How much is verified: smoke, standard or release.")]
 WorkOpt = Annotated[Path | None, typer.Option(help="Folder of stage results; default: user cache.")]
 ThreadsOpt = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses every core.")]
-BudgetOpt = Annotated[int | None, typer.Option(min=0, help="Close the thinking after so many.")]
+BudgetOpt = Annotated[
+    int | None, typer.Option(min=0, help="Maximum thinking tokens; then the thinking is closed.")
+]
 TemperatureOpt = Annotated[
     float | None, typer.Option(min=0, help="0 is greedy; default: the bundle's.")
 ]
@@ -66,6 +71,22 @@ JsonOpt = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSO
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
 _Texts = list[str] | None
 _KIND = Parameter.KEYWORD_ONLY
+PANELS = {
+    "Model and task": (
+        *("model", "pruned", "target", "also", "recipe", "assignments", "task", "calibration_task"),
+        *("calibration", "trace_prompts", "trace_server", "allow_key_to"),
+    ),
+    "What is removed": ("keep", "vocabulary_text", "sparsity", "pattern", "method"),
+    "Number format and packing": (
+        *("quant", "packing", "allow_losing_zeros", "accept_token_differences"),
+    ),
+    "Recovery": ("recover_tokens",),
+    "Verification": ("tier", "prompts", "gate", "controls"),
+    "Output and resources": (
+        *("out_folder", "out_file", "work", "threads", "dry_run", "quiet", "json_output"),
+    ),
+}
+"""Fields of the commands' options by their group in --help, in its order."""
 
 
 def _option(default: Any, *names: str, **settings: Any) -> Any:
@@ -135,7 +156,7 @@ class PruneOptions(TraceOptions):
     keep: _Texts = _option(
         None,
         metavar="PART=SHARE",
-        help="How much of ffn, heads, groups, blocks or vocabulary stays; repeatable; "
+        help=f"How much of a part stays: {', '.join(plugins.names('structures'))}; repeatable; "
         "default: the target's.",
     )
     sparsity: str | None = _option(
@@ -323,13 +344,24 @@ def takes(options: type[O]) -> Callable[[Callable[[O], None]], Callable[..., Non
     """Give a command the fields of a dataclass as parameters, which typer reads and fills."""
     hints = get_type_hints(options, include_extras=True)
 
+    panels = {name: panel for panel, names in PANELS.items() for name in names}
+    order = list(panels)
+
     parameters = []
     for each in fields(options):  # type: ignore[arg-type]
         hint = hints[each.name]
         if "typer" in each.metadata:
-            hint = hints[each.name] = Annotated[hint, each.metadata["typer"]]
+            hint = Annotated[hint, each.metadata["typer"]]
+
+        kind, info = get_args(hint)
+        if isinstance(info, OptionInfo):
+            info = copy.copy(info)  # several commands share it
+            info.rich_help_panel = panels.get(each.name)
+
+        hint = hints[each.name] = Annotated[kind, info]
         default = Parameter.empty if each.default is MISSING else each.default
         parameters.append(Parameter(each.name, _KIND, default=default, annotation=hint))
+    parameters.sort(key=lambda each: order.index(each.name) if each.name in panels else -1)
 
     def decorate(command: Callable[[O], None]) -> Callable[..., None]:
         @functools.wraps(command)

@@ -145,7 +145,7 @@ def targets(json_output: JsonOpt = False) -> None:
 @reported
 def families(json_output: JsonOpt = False) -> None:
     """List the model families: what of each is pruned, stays dense and can be cut."""
-    from racdeploy.support import describe_families
+    from racdeploy.models.supported import describe_families
 
     found = describe_families()
     if json_output:
@@ -203,7 +203,7 @@ def doctor(
     json_output: JsonOpt = False,
 ) -> None:
     """Say what this machine has, what is missing, and how to get it."""
-    from racdeploy.doctor import examine
+    from racdeploy.cli.doctor import examine
 
     if setup is not None:
         _set_up(setup, json_output)

@@ -69,7 +69,7 @@ def verify(
     ),
     harness_python: Path | None = typer.Option(
         None,
-        help="Python that has it; default: ours, or that of its command.",
+        help="Python that has it; default: the one of racdeploy.",
         rich_help_panel=_HARNESS,
     ),
     signature: Path | None = typer.Option(

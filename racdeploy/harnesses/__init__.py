@@ -6,31 +6,18 @@ of it is imported here. A file says what to run and how to read what was written
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
-import shutil
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 from racdeploy import plugins
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 
-_VERSIONS = """
-import importlib.metadata, json, sys
-found = {}
-for name in sys.argv[1:]:
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-print(json.dumps(found))
-"""
+_PRINT_VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
 _START_S = 60.0
 
 
@@ -86,42 +73,18 @@ class Harness(Protocol):
     """The members of a harness's file.
 
     Args:
-        TITLE: its own name.
-        PACKAGES: what it cannot do this without, by their names for pip; the first is its own.
+        PACKAGE: its own name, for pip.
         INSTALL: what pip installs, versions that were tested.
-        VARIABLES: of the environment, over the user's.
-        PROGRESS: matches what it prints of its progress: requests done, and in all; or None.
-        LOST: matches what it prints of a request that failed where it goes on without.
     """
 
-    TITLE: ClassVar[str]
-    PACKAGES: ClassVar[tuple[str, ...]]
+    PACKAGE: ClassVar[str]
     INSTALL: ClassVar[str]
-    VARIABLES: ClassVar[Mapping[str, str]]
-    PROGRESS: ClassVar[re.Pattern[str] | None]
-    LOST: ClassVar[re.Pattern[str] | None]
-
-    def check(self, include: Path | None) -> None:
-        """Refuse further tasks that the harness cannot take."""
 
     def arguments(self, order: Order) -> list[str]:
-        """Return what follows ``python`` on the command line."""
+        """Return what follows ``python -m`` on the command line."""
 
     def read(self, out: Path, python: Path) -> list[Score]:
         """Return what it found; EnvironmentFailure where it wrote no results."""
-
-
-@dataclass(frozen=True)
-class Installed:
-    """A Python that has a harness, and the versions of its packages."""
-
-    python: Path
-    versions: Mapping[str, str]
-
-    @property
-    def version(self) -> str:
-        """The harness's own."""
-        return next(iter(self.versions.values()))
 
 
 def load(name: str) -> Harness:
@@ -129,92 +92,54 @@ def load(name: str) -> Harness:
     return cast(Harness, plugins.load("harnesses", name.replace("-", "_")))
 
 
-def find(name: str, python: Path | None) -> Installed:
-    """Return the Python that has a harness: the given one, our own, or that of its command.
+def read_version(harness: Harness, python: Path) -> str:
+    """Return the version of a harness in a Python.
 
     Raises:
-        UsageError: the given one is no file.
-        EnvironmentFailure: none has the harness, with all that it needs.
+        EnvironmentFailure: it is not there.
     """
-    harness = load(name)
-    if python is not None and not python.is_file():
-        raise UsageError(
-            f"--harness-python {python} is no file",
-            remedy="give the python of the environment that the harness is installed in",
+    command = [str(python), "-P", "-c", _PRINT_VERSION, harness.PACKAGE]
+    try:
+        done = subprocess.run(
+            command,
+            env=make_environment(),
+            capture_output=True,
+            text=True,
+            timeout=_START_S,
+            check=True,
         )
-
-    candidates = [python] if python else [Path(sys.executable), *_pythons_on_path(name)]
-    for candidate in candidates:
-        versions = _read_versions(candidate, harness.PACKAGES)
-        if set(versions) == set(harness.PACKAGES):
-            return Installed(candidate, {each: versions[each] for each in harness.PACKAGES})
-
-    places = ", ".join(map(str, candidates))
-    missing = ", ".join(each for each in harness.PACKAGES if each not in versions)
-    raise EnvironmentFailure(
-        f"{harness.TITLE} is not installed with all that it needs; missing: {missing} "
-        f"(looked at {places})",
-        remedy="python -m venv harness-venv && "
-        f"harness-venv/bin/pip install {harness.INSTALL}, then --harness-python "
-        "harness-venv/bin/python",
-    )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EnvironmentFailure(
+            f"{harness.PACKAGE} is not installed for {python}",
+            remedy=f"python -m venv harness-venv && harness-venv/bin/pip install {harness.INSTALL}"
+            ", then --harness-python harness-venv/bin/python",
+        ) from error
+    return done.stdout.strip()
 
 
-def read(harness: Harness, installed: Installed, out: Path) -> list[Score]:
+def read(harness: Harness, python: Path, out: Path) -> list[Score]:
     """Return what a harness wrote; what is no finite number is left out.
 
     Raises:
         EnvironmentFailure: it wrote nothing, or in a form that another version has.
     """
     try:
-        found = harness.read(out, installed.python)
+        scores = [score for score in harness.read(out, python) if math.isfinite(score.value)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentFailure(
-            f"{harness.TITLE} {installed.version} wrote results in {out} that are not in the known "
-            f"form: {type(error).__name__} {error}",
+            f"{harness.PACKAGE} wrote results in {out} that are not in the known form: "
+            f"{type(error).__name__} {error}",
             remedy=f"install the version that was tested: pip install {harness.INSTALL}",
         ) from error
 
-    scores = []
-    for score in found:
-        known = score.stderr is not None and math.isfinite(score.stderr)
-        if math.isfinite(score.value):
-            scores.append(replace(score, stderr=score.stderr if known else None))
-    return scores
+    return [
+        score if math.isfinite(score.stderr or 0.0) else replace(score, stderr=None)
+        for score in scores
+    ]
 
 
-def make_environment(harness: Harness, variables: Mapping[str, str]) -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     """Return the environment of a harness: no packages of ours, no proxy before this machine."""
-    found = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
-
-    direct = filter(None, (variables.get("NO_PROXY"), "127.0.0.1", "localhost"))
-    found["NO_PROXY"] = found["no_proxy"] = ",".join(direct)
-    return {**found, **harness.VARIABLES}
-
-
-def _pythons_on_path(name: str) -> list[Path]:
-    """Return the Python beside a harness's command, where there is one; a link is followed."""
-    command = shutil.which(name.replace("-", "_"))
-    if command is None:
-        return []
-    python = Path(command).resolve().with_name("python")
-    return [python] if python.is_file() else []
-
-
-def _read_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of those packages that a Python has; nothing is imported."""
-    command = [str(python), "-P", "-c", _VERSIONS, *packages]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    try:
-        done = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=_START_S, check=True
-        )
-        found: dict[str, str] = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        raise EnvironmentFailure(
-            f"{python} does not run as a Python: {error}",
-            remedy="give another with --harness-python",
-        ) from error
-
-    return found
+    direct = ",".join(filter(None, (variables.get("NO_PROXY"), "127.0.0.1", "localhost")))
+    return {**variables, "NO_PROXY": direct, "no_proxy": direct}

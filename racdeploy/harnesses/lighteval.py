@@ -8,24 +8,19 @@ they are the user's, and hold the answers of any model that had the same name.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.files import split_lines
 from racdeploy.storage.reading import read_json
 
-TITLE = "lighteval"
-PACKAGES = ("lighteval", "litellm", "diskcache")
+PACKAGE = "lighteval"
 # litellm 1.80 and later lack the cache that lighteval asks for, xxhash 4 takes no text.
 INSTALL = '"lighteval[litellm]==0.13.0" "litellm<1.80" "xxhash<4"'
-VARIABLES = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks GitHub for prices
-PROGRESS = None
-LOST = re.compile(r"API call failed after \d+ attempts")
 _ALL = "all"  # the mean over tasks, which is nobody's
 _STDERR = "_stderr"
 _READ_DETAILS = """
@@ -37,15 +32,6 @@ for name in sys.argv[1:]:
         line = {"task": doc["task_name"], "id": [doc["id"], doc["query"]], "metric": row["metric"]}
         print(json.dumps(line))
 """
-
-
-def check(include: Path | None) -> None:
-    """Take a Python file with tasks, if any."""
-    if include is not None and not (include.is_file() and include.suffix == ".py"):
-        raise UsageError(
-            f"--harness-include {include} is no Python file",
-            remedy="lighteval takes a file with TASKS_TABLE, its custom tasks",
-        )
 
 
 def arguments(order: Order) -> list[str]:
@@ -65,7 +51,7 @@ def arguments(order: Order) -> list[str]:
     settings.write_text(json.dumps({"model_parameters": model}, indent=1), encoding="utf-8")
 
     tasks = [task if "|" in task else f"{task}|0" for task in order.tasks]
-    chosen = ["-m", "lighteval", "endpoint", "litellm", str(settings), ",".join(tasks)]
+    chosen = ["lighteval", "endpoint", "litellm", str(settings), ",".join(tasks)]
     chosen += ["--output-dir", str(order.out), "--save-details"]
 
     if order.limit:

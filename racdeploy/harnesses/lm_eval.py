@@ -7,32 +7,18 @@ answer without the thinking. It logs every document, and keeps answers by reques
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.files import split_lines
 from racdeploy.storage.reading import read_json
 
-TITLE = "lm-eval"
-PACKAGES = ("lm_eval", "aiohttp", "tenacity")
+PACKAGE = "lm_eval"
 INSTALL = '"lm_eval[api]==0.4.13"'
-VARIABLES: dict[str, str] = {}
-PROGRESS = re.compile(r"Requesting API:[^\r\n]*?(\d+)/(\d+) \[")
-LOST = None
 _STDERR = "_stderr"
-
-
-def check(include: Path | None) -> None:
-    """Take a folder of tasks, if any."""
-    if include is not None and not include.is_dir():
-        raise UsageError(
-            f"--harness-include {include} is no folder",
-            remedy="lm-eval takes a folder with YAML files, one for each task",
-        )
 
 
 def arguments(order: Order) -> list[str]:
@@ -46,7 +32,7 @@ def arguments(order: Order) -> list[str]:
     }
     generation = {"max_gen_toks": order.max_new_tokens, "temperature": 0, "do_sample": False}
 
-    chosen = ["-m", "lm_eval", "run", "--tasks", ",".join(order.tasks)]
+    chosen = ["lm_eval", "run", "--tasks", ",".join(order.tasks)]
     chosen += ["--model", "local-chat-completions", "--model_args", json.dumps(model)]
     chosen += ["--gen_kwargs", json.dumps(generation)]
     chosen += ["--apply_chat_template", "--log_samples", "--output_path", str(order.out)]

@@ -13,8 +13,8 @@ import pytest
 from racdeploy import accel
 from racdeploy.accel import ggml_releases, kept_weights
 from racdeploy.accel.ggml_releases import Release
+from racdeploy.cli.doctor import examine
 from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.doctor import examine
 from racdeploy.engines.llamacpp import LlamaCppEngine
 from tests.support.accel_plugin import (
     build_plugin,

@@ -19,8 +19,8 @@ from safetensors.numpy import save_file
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
+from racdeploy.models.supported import describe_families
 from racdeploy.prune.assemble import assemble
-from racdeploy.support import describe_families
 from tests.support.accel_plugin import build_plugin, write_proof
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 

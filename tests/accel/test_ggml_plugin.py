@@ -23,8 +23,8 @@ from racdeploy import accel
 from racdeploy.accel import ggml_plugin, ggml_weights, kept_weights, library
 from racdeploy.accel.verdicts import thread_counts
 from racdeploy.cli.app import app
+from racdeploy.cli.doctor import examine
 from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.doctor import examine
 from racdeploy.engines import open_engine
 from racdeploy.engines.llamacpp import LlamaCppEngine
 from racdeploy.errors import EngineError, UsageError

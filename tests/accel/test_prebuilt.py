@@ -20,7 +20,7 @@ from racdeploy.accel.installed_ggml import Ggml
 from racdeploy.accel.library import Library, describe_maker
 from racdeploy.accel.proof import Kernels, Proof, readiness
 from racdeploy.accel.source_list import fingerprint, library_sources
-from racdeploy.doctor import examine
+from racdeploy.cli.doctor import examine
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.storage.files import file_sha256
 
@@ -236,8 +236,8 @@ def test_doctor_says_what_is_prebuilt(
     operator = ort_operator.LIBRARY
     found = Kernels(operator, "no.trial", "not built")
     monkeypatch.setattr(accel, "_ENGINES", {"onnxruntime": ("onnxruntime", lambda: found)})
-    monkeypatch.setattr("racdeploy.doctor._examine_kernels", lambda *_: [])
-    monkeypatch.setattr("racdeploy.doctor._examine_llama", lambda: {"what": "llama.cpp"})
+    monkeypatch.setattr("racdeploy.cli.doctor._examine_kernels", lambda *_: [])
+    monkeypatch.setattr("racdeploy.cli.doctor._examine_llama", lambda: {"what": "llama.cpp"})
 
     def ask() -> tuple[str, str]:
         (row,) = (row for row in examine() if row["what"] == "prebuilt kernels")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy import doctor
+from racdeploy.cli import doctor
 from racdeploy.decoding.child_engine import ChildEngine
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError, EngineError

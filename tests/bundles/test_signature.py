@@ -65,27 +65,39 @@ def _flip(file: Path, place: int = 100) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a byte of the artifact": (lambda b: _flip(b / MAIN), f": changed: {MAIN}"),
-    "a byte of the manifest": (lambda b: _flip(b / "racdeploy.json"), ": changed: racdeploy.json"),
-    "a file that no manifest lists": (lambda b: _flip(b / "README.md", 2), ": changed: README.md"),
+    "a byte of the artifact": (lambda b: _flip(b / MAIN), f"Hash mismatch for '{MAIN}'"),
+    "a byte of the manifest": (
+        lambda b: _flip(b / "racdeploy.json"),
+        "Hash mismatch for 'racdeploy.json'",
+    ),
+    "a file that no manifest lists": (
+        lambda b: _flip(b / "README.md", 2),
+        "Hash mismatch for 'README.md'",
+    ),
     "a template that was dropped in": (
         lambda b: (b / "chat_template.jinja").write_text("{{ 1 }}"),
-        ": added: chat_template.jinja",
+        "Extra files found in model 'bundle': chat_template.jinja",
     ),
     "a file in a folder": (
         lambda b: ((b / "sub").mkdir(), (b / "sub" / "x").touch()),
-        ": added: sub/x",
+        "Extra files found in model 'bundle': sub/x",
     ),
-    "a hidden file": (lambda b: (b / ".x").touch(), ": added: .x"),
-    "another signature": (lambda b: (b / "x.sig").touch(), ": added: x.sig"),
-    "a file less": (lambda b: (b / "records.jsonl").unlink(), ": removed: records.jsonl"),
+    "a hidden file": (lambda b: (b / ".x").touch(), "Extra files found in model 'bundle': .x"),
+    "another signature": (
+        lambda b: (b / "x.sig").touch(),
+        "Extra files found in model 'bundle': x.sig",
+    ),
+    "a file less": (
+        lambda b: (b / "records.jsonl").unlink(),
+        "Missing files in model 'bundle': records.jsonl",
+    ),
     "a name": (
         lambda b: (b / "README.md").rename(b / "readme.md"),
-        "added: readme.md; removed: README.md",
+        "'bundle': readme.md\", \"Missing files in model 'bundle': README.md",
     ),
     "two files in each other's place": (
         lambda b: shutil.copy(b / "report.json", b / "records.jsonl"),
-        ": changed: records.jsonl",
+        "Hash mismatch for 'records.jsonl'",
     ),
     "a link to the same bytes": (
         lambda b: ((b / "README.md").rename(b.parent / "r"), os.symlink("../r", b / "README.md")),
@@ -182,7 +194,9 @@ def test_the_signature_of_another_bundle_is_refused(
     """It is genuine, and says what it is over."""
     other = make_fake_bundle(tmp_path / "other", "q4_0")
     sign(other, key=tmp_path / "key.pem")
-    with pytest.raises(ArtifactError, match="added: .*; removed: .*; changed: racdeploy.json"):
+    with pytest.raises(
+        ArtifactError, match=r"Extra files found in .*Q8_0.*Missing files in .*Q4_0"
+    ):
         check_signature(signed, other / "model.sig", author)
 
 
@@ -198,21 +212,21 @@ def test_a_genuine_signature_that_leaves_files_out_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("config", "method"),
+    "config",
     [
-        (hashing.Config().use_file_serialization(hashing_algorithm="blake2"), "files, blake2"),
-        (hashing.Config().use_shard_serialization(), "shards, sha256"),
+        hashing.Config().use_file_serialization(hashing_algorithm="blake2"),
+        hashing.Config().use_shard_serialization(),
     ],
     ids=["other hashes", "pieces of files"],
 )
-def test_a_signature_over_something_else_says_over_what(
-    signed: Path, author: Signatory, tmp_path: Path, config: hashing.Config, method: str
+def test_a_signature_over_something_else_is_refused(
+    signed: Path, author: Signatory, tmp_path: Path, config: hashing.Config
 ) -> None:
-    """It is genuine, and nothing of the bundle has changed."""
+    """It is genuine, and over no file as racdeploy hashes it."""
     signer = signing.Config().use_elliptic_key_signer(private_key=tmp_path / "key.pem")
     config.set_ignored_paths(paths=["model.sig"])
     signer.set_hashing_config(config).sign(signed, signed / "model.sig")
-    with pytest.raises(ArtifactError, match=f"is over {method}.*, and compared are files, sha256"):
+    with pytest.raises(ArtifactError, match=r"is not what .*model\.sig signs: "):
         check_signature(signed, signed / "model.sig", author)
 
 
@@ -258,7 +272,7 @@ def test_longer_keys_sign(tmp_path: Path, curve: ec.EllipticCurve) -> None:
     owner = _write_keys(tmp_path, "long", ec.generate_private_key(curve))
     check_signature(bundle, sign(bundle, key=tmp_path / "long.pem"), owner)
     _flip(bundle / MAIN)
-    with pytest.raises(ArtifactError, match="changed: "):
+    with pytest.raises(ArtifactError, match="Hash mismatch"):
         check_signature(bundle, bundle / "model.sig", owner)
 
 

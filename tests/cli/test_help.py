@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy import plugins
+from racdeploy.cli import options
 from racdeploy.cli.app import app
 
 COMMANDS = [command.name for command in app.registered_commands if command.name]
@@ -34,6 +38,26 @@ def test_help_of_build_says_the_defaults() -> None:
         "default: the artifact's name",
     ):
         assert text in output
+
+
+def test_what_people_use_comes_first() -> None:
+    """The rest is under More."""
+    output = CliRunner().invoke(app, ["-h"], env={"COLUMNS": "100"}).output
+    first, _, more = output.partition("─ More ─")
+    rows = [line.split()[1] for line in first.partition("─ Commands ─")[2].splitlines()[1:-1]]
+    first_words = ["build", "tune", "run", "chat", "serve", "verify", "report", "inspect"]
+    assert [row for row in rows if row in COMMANDS] == first_words
+    assert all(f"│ {command} " in more for command in set(COMMANDS) - set(first_words))
+
+
+def test_options_of_build_are_in_groups() -> None:
+    """None is left over, and parts that can be cut are those of the folder."""
+    output = CliRunner().invoke(app, ["build", "-h"], env={"COLUMNS": "300"}).output
+    groups = [line.strip("╭─╮ ") for line in output.splitlines() if line.startswith("╭")]
+    assert groups[2:] == list(options.PANELS)
+    own = output.partition("─ Options ─")[2].partition("╰")[0]
+    assert re.findall(r"--[\w-]+", own) == ["--help"]
+    assert f"part stays: {', '.join(plugins.names('structures'))};" in output
 
 
 def test_the_shell_can_complete() -> None:

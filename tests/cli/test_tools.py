@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy import doctor
+from racdeploy.cli import doctor
 from racdeploy.cli.app import app
 from tests.support.tiny_models import make_checkpoint
 

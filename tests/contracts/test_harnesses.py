@@ -7,7 +7,6 @@ wrong. tests/end_to_end/test_harness.py runs them.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy import harnesses, plugins
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 from racdeploy.harnesses import Order
 from tests.support.stand_in_harness import install
 
@@ -143,55 +142,25 @@ def test_nothing_written_is_an_error(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_that_is_not_installed_says_how_to(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In an environment of its own, with the versions that were tested; exit code 4."""
-    monkeypatch.setenv("PATH", "")
-    bare = install(tmp_path / "bare", {})
-    with pytest.raises(EnvironmentFailure) as caught:
-        harnesses.find(name, bare)
-    assert harnesses.load(name).PACKAGES[0] in caught.value.message
-    assert harnesses.load(name).INSTALL in caught.value.remedy
-    assert "--harness-python" in caught.value.remedy
+def test_one_that_is_not_installed_says_how_to(name: str, tmp_path: Path) -> None:
+    """In an environment of its own, with the version that was tested; exit code 4."""
+    harness = harnesses.load(name)
+    for python in (install(tmp_path / "bare", {}), tmp_path / "nowhere", Path(__file__)):
+        with pytest.raises(EnvironmentFailure) as caught:
+            harnesses.read_version(harness, python)
+        assert f"{harness.PACKAGE} is not installed for {python}" in caught.value.message
+        assert harness.INSTALL in caught.value.remedy
+        assert "--harness-python" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tasks_that_are_nowhere_are_refused(name: str, tmp_path: Path) -> None:
-    """Before any work."""
-    with pytest.raises(UsageError):
-        harnesses.load(name).check(tmp_path / "nowhere")
-
-
-def test_one_is_found_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python beside it, through the link that pipx and uv make."""
-    python = install(tmp_path / "venv")
-    (python.parent / "lm_eval").write_text("#!/bin/sh\n")
-    (python.parent / "lm_eval").chmod(0o755)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "lm_eval").symlink_to(python.parent / "lm_eval")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(sys, "executable", str(install(tmp_path / "ours", {})))
-
-    found = harnesses.find("lm-eval", None)
-    assert (found.python, found.version) == (python, "0.4.13")
-
-
-@pytest.mark.parametrize("python", ["nowhere/python", "text"])
-def test_what_is_no_python_is_refused(python: str, tmp_path: Path) -> None:
-    """A path that is nowhere, and a file that is something else."""
-    (tmp_path / "text").write_text("no program")
-    with pytest.raises((UsageError, EnvironmentFailure), match=re.escape(python)):
-        harnesses.find("lm_eval", tmp_path / python)
-
-
-def test_its_environment_is_its_own() -> None:
+def test_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of our packages, and no proxy before this machine; the rest is the user's."""
     given = {"PYTHONPATH": "/ours", "HF_HOME": "/hf", "HTTP_PROXY": "http://p", "NO_PROXY": "a.b"}
-    found = harnesses.make_environment(harnesses.load("lighteval"), given)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    found = harnesses.make_environment()
     assert "PYTHONPATH" not in found
     assert (found["HF_HOME"], found["NO_PROXY"]) == ("/hf", "a.b,127.0.0.1,localhost")
-    assert found["LITELLM_LOCAL_MODEL_COST_MAP"] == "True"
 
 
 def test_results_of_another_version_are_an_error(tmp_path: Path) -> None:
@@ -199,18 +168,17 @@ def test_results_of_another_version_are_an_error(tmp_path: Path) -> None:
     _write_lm_eval(tmp_path)
     (file,) = tmp_path.glob("*/results_*.json")
     text = file.read_text()
-    installed = harnesses.Installed(Path(sys.executable), {"lm_eval": "0.5"})
-    lm_eval = harnesses.load("lm_eval")
+    lm_eval, python = harnesses.load("lm_eval"), Path(sys.executable)
 
     file.write_text(text.replace('_stderr,last-number": 0.5', '_stderr,last-number": NaN'))
-    (score,) = harnesses.read(lm_eval, installed, tmp_path)
+    (score,) = harnesses.read(lm_eval, python, tmp_path)
     assert (score.value, score.stderr) == (0.5, None)
     file.write_text(text.replace(',last-number": 0.5', ',last-number": NaN'))
-    assert harnesses.read(lm_eval, installed, tmp_path) == []
+    assert harnesses.read(lm_eval, python, tmp_path) == []
 
     file.write_text(text.replace("n-samples", "samples"))
-    with pytest.raises(EnvironmentFailure, match="lm-eval 0.5 .* not in the known form") as caught:
-        harnesses.read(lm_eval, installed, tmp_path)
+    with pytest.raises(EnvironmentFailure, match="not in the known form") as caught:
+        harnesses.read(lm_eval, python, tmp_path)
     assert "lm_eval[api]==0.4.13" in caught.value.remedy
 
 

@@ -153,7 +153,6 @@ def test_both_models_are_asked_and_paired(
     assert report.harness.settings["max_new_tokens"] == report.recipe["verify"]["max_new_tokens"]
     assert "harness" in [check.name for check in report.checks]
     assert "scores the answer without the thinking" in " ".join(report.notes)
-    assert f"lm-eval dense {DOCUMENTS}/{DOCUMENTS}" in outcome.err
 
     for form in ("report.md", "report.html"):
         text = (reports / form).read_text(encoding="utf-8")
@@ -193,7 +192,10 @@ def test_a_harness_that_fails_is_quoted(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks in /proc")
-def test_ctrl_c_leaves_no_child(built: Path, work: Path, include: Path, python: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_no_child(
+    built: Path, work: Path, include: Path, python: Path, number: signal.Signals
+) -> None:
     """Neither the server, nor its engine, nor the harness; the command that resumes is printed."""
     (include / "hang").touch()
     process = subprocess.Popen(
@@ -209,11 +211,13 @@ def test_ctrl_c_leaves_no_child(built: Path, work: Path, include: Path, python: 
             time.sleep(0.1)
 
         pids = _descendants(process.pid)
-        process.send_signal(signal.SIGINT)
-        assert "--harness lm-eval" in process.communicate(timeout=60)[1]
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
 
-    assert process.returncode == 130
-    assert len(pids) >= 5  # two keepers, the harness, the server and its engine
+    if number != signal.SIGKILL:
+        assert "--harness lm-eval" in said
+        assert process.returncode == 130
+    assert len(pids) >= 3  # the harness, the server and its engine
     assert int((include / "hang").read_text()) in pids
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids):

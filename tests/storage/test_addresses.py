@@ -84,7 +84,7 @@ def test_no_stage_reaches_what_comes_after_it() -> None:
     """Reports, checks, the job and the order may change without a stage being run again."""
     assert "engines/llamacpp/native.py" in _reached("answers")
     later = ("pipeline/build.py", "pipeline/job.py", "pipeline/preflight.py", "report/html.py")
-    later += ("report/tables.py", "verify/checks/", "bundles/", "cli/", "doctor.py")
+    later += ("report/tables.py", "verify/checks/", "bundles/", "cli/")
     for stage in STAGES:
         assert not [name for name in _reached(stage) if name.startswith(later)], stage
     assert not [name for name in _reached("traces") if name.startswith(("report/", "export/"))]

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from racdeploy import doctor
+from racdeploy.cli import doctor
 from racdeploy.cli.app import app
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.extras import SEPARATE

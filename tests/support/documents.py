@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from racdeploy import plugins
-from racdeploy.support import describe_families
+from racdeploy.models.supported import describe_families
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "racdeploy"

@@ -19,7 +19,7 @@ from typing import Any
 
 _WRITTEN = "2026-01-02T03-04-05.678901"
 _METADATA = "Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-VERSIONS = {"lm_eval": "0.4.13", "aiohttp": "3", "tenacity": "9"}
+VERSIONS = {"lm_eval": "0.4.13"}
 
 
 def install(folder: Path, versions: dict[str, str] | None = None) -> Path:
@@ -57,7 +57,6 @@ def main() -> None:
     for number, row in enumerate(rows):
         answer = _ask(model, settings, row["question"])
         right = float(rf"\boxed{{{row['answer']}}}" in answer)
-        print(f"\rRequesting API: 1%| | {number + 1}/{len(rows)} [00:01", flush=True)
         samples.append(
             {
                 "doc_id": number,

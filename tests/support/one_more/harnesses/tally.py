@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 from racdeploy.harnesses import Order, Score
 from racdeploy.storage.reading import read_json
 
-TITLE = "tally"
-PACKAGES = ("tally",)
+PACKAGE = "tally"
 INSTALL = "tally"
-VARIABLES: dict[str, str] = {}
-PROGRESS = None
-LOST = None
-
-
-def check(include: Path | None) -> None:
-    """Take no tasks but its own."""
-    if include is not None:
-        raise UsageError(f"tally has no further tasks: {include}")
 
 
 def arguments(order: Order) -> list[str]:
     """Return what it takes."""
     limit = ["--limit", str(order.limit)] if order.limit else []
     asked = [order.url, order.model, *order.tasks, str(order.max_new_tokens)]
-    return ["-m", "tally", *asked, *limit, "--out", str(order.out)]
+    return ["tally", *asked, *limit, "--out", str(order.out)]
 
 
 def read(out: Path, python: Path) -> list[Score]:

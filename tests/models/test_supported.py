@@ -11,8 +11,8 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.export.gguf.architecture import refusal
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.supported import describe_families
 from racdeploy.recipe import Structure
-from racdeploy.support import describe_families
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 
