@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -155,17 +155,25 @@ class HarnessComparison:
         return run, [*notes, *before, *after]
 
     @property
+    def _order(self) -> Order:
+        """What is asked, but for the server and the folder."""
+        settings = self.local.bundle.settings
+        return Order(
+            tasks=self.tasks,
+            limit=self.limit,
+            include=self.include.resolve() if self.include else None,
+            max_new_tokens=settings.max_new_tokens,
+            context_tokens=settings.context_tokens,
+            parallel=settings.parallel,
+        )
+
+    @property
     def _settings(self) -> dict[str, Any]:
-        """What decides what is asked, besides the model and the files of ``include``."""
-        verify = self.local.bundle.settings
-        return {
-            "tasks": list(self.tasks),
-            "limit": self.limit,
-            "temperature": 0,
-            "max_new_tokens": verify.max_new_tokens,
-            "context_tokens": verify.context_tokens,
-            "parallel": verify.parallel,
-        }
+        """The parts of the order that are a number or a name."""
+        order = self._order
+        names = ("limit", "max_new_tokens", "context_tokens", "parallel")
+        numbers = {name: getattr(order, name) for name in names}
+        return {"tasks": list(order.tasks), "temperature": 0, **numbers}
 
     def _ask(self, arm: _Arm) -> tuple[list[Score], list[str]]:
         """Return the scores of one model, and notes on them."""
@@ -179,7 +187,8 @@ class HarnessComparison:
         results = (stage.folder / "results").resolve()
         results.mkdir(exist_ok=True)
         with self._serving(arm, stage.folder) as (url, model):
-            self._run(arm, self._order(results, url, model), stage.folder)
+            order = replace(self._order, url=url, model=model, out=results)
+            self._run(arm, order, stage.folder)
 
         scores = harnesses.read(self.harness, self.runner, results)
         stage.finish({"scores": [asdict(score) for score in scores]})
@@ -199,20 +208,6 @@ class HarnessComparison:
             "tokenizers": tokenizers,
             **answers,
         }
-
-    def _order(self, out: Path, url: str, model: str) -> Order:
-        settings = self.local.bundle.settings
-        return Order(
-            tasks=self.tasks,
-            limit=self.limit,
-            include=self.include.resolve() if self.include else None,
-            url=url,
-            model=model,
-            max_new_tokens=settings.max_new_tokens,
-            context_tokens=settings.context_tokens,
-            parallel=settings.parallel,
-            out=out,
-        )
 
     @contextlib.contextmanager
     def _serving(self, arm: _Arm, folder: Path) -> Iterator[tuple[str, str]]:
@@ -248,6 +243,8 @@ class HarnessComparison:
                 time.sleep(_POLL_S)
 
             yield ready[2], ready[1]
+            if process.poll() is not None:  # some harnesses count a lost request as a wrong answer
+                raise _explain(who, process.returncode, log)
 
     def _run(self, arm: _Arm, order: Order, folder: Path) -> None:
         """Run the harness to its end, its output in a log."""

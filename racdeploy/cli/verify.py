@@ -14,7 +14,10 @@ from racdeploy.errors import UsageError
 
 _SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, too"
 _SIGNATURE = "A signature first"
-Questions = Literal["chat", "completions"]  # bundles.served.ServerApi, whose import takes longer
+Questions = Literal["chat", "completions"]
+"""As bundles.server_answers.ServerApi, whose import takes longer."""
+    "chat", "completions"
+]  # bundles.server_answers.ServerApi, whose import takes longer
 
 
 @reported
@@ -106,7 +109,7 @@ def verify(
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
     from racdeploy.bundles.bundle import Bundle
     from racdeploy.bundles.harness import HarnessComparison
-    from racdeploy.bundles.served import ServerAnswerer
+    from racdeploy.bundles.server_answers import ServerAnswerer
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.cli.progress import show_progress
     from racdeploy.report import html, junit

@@ -29,23 +29,23 @@ class Order:
         tasks: names that the harness knows.
         limit: documents of each task; 0 asks all.
         include: where further tasks are, a folder or a file as the harness takes it.
-        url: address of the API, as ``http://127.0.0.1:8000/v1``.
-        model: name of the model there.
         max_new_tokens: most tokens of thinking and answer together.
         context_tokens: most tokens of prompt and completion together.
         parallel: requests at a time.
+        url: address of the API, as ``http://127.0.0.1:8000/v1``.
+        model: name of the model there.
         out: folder for what it writes.
     """
 
     tasks: tuple[str, ...]
     limit: int
     include: Path | None
-    url: str
-    model: str
     max_new_tokens: int
     context_tokens: int
     parallel: int
-    out: Path
+    url: str = ""
+    model: str = ""
+    out: Path = Path()
 
 
 @dataclass(frozen=True)

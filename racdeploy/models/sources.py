@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
-from racdeploy.models.mistaken import is_bundle, refuse
+from racdeploy.models.wrong_input import is_bundle, refuse
 
 EMBEDDED = "tiny-reasoner"
 _WANTED = [

@@ -16,8 +16,8 @@ from starlette.routing import Route
 
 from racdeploy.runtime import AsyncTextStream, Continuation, Model, Result
 from racdeploy.serve import answers
+from racdeploy.serve.access import HostCheck, KeyCheck, Turnstile
 from racdeploy.serve.answers import Answer, Json
-from racdeploy.serve.door import HostCheck, KeyCheck, Turnstile
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
 from racdeploy.serve.text import ShownText

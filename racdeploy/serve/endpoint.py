@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from racdeploy.errors import RacdeployError
+from racdeploy.serve.access import Turnstile
 from racdeploy.serve.answers import Json, write_error
-from racdeploy.serve.door import Turnstile
 from racdeploy.serve.requests import RequestError, read_json
 
 LARGEST_BODY = 1_000_000  # bytes

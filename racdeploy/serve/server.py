@@ -20,8 +20,8 @@ from racdeploy.accel import Mode
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.runtime import Model, load
 from racdeploy.runtime.loading import load_dense
+from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import Served, make_app
-from racdeploy.serve.door import is_loopback
 
 GRACE_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

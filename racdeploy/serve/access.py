@@ -1,4 +1,4 @@
-"""Who is let in, and how many at a time."""
+"""Access to the server: a key, a host name of this machine, and a number of requests at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPEN_PATHS = ("/health",)
 
 
 class Turnstile:
-    """Counts the requests inside; there is room for so many."""
+    """A limit on the requests inside."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -38,7 +38,7 @@ class Turnstile:
 
 
 class KeyCheck:
-    """Lets in who has the key; the time it takes says nothing about it."""
+    """A check of the API key; the time that it takes says nothing about the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What was given in place of a model folder, recognized for what it is, with the right next step.
+"""Wrong input in place of a model folder: recognized for what it is, with the right next step.
 
 Source: peft's ``adapter_config.json``; GGUF files begin with the four letters.
 """
