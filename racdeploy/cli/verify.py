@@ -16,8 +16,6 @@ _SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, 
 _SIGNATURE = "A signature first"
 Questions = Literal["chat", "completions"]
 """As bundles.server_answers.ServerApi, whose import takes longer."""
-    "chat", "completions"
-]  # bundles.server_answers.ServerApi, whose import takes longer
 
 
 @reported
