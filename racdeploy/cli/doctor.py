@@ -95,12 +95,9 @@ def _examine_limits() -> dict[str, str]:
     version = landlock.version()
     if version:
         detail = f"Landlock, version {version}: engines and readers start and write nothing"
-        return _finding("limits", True, detail + _beyond(version))
+        more = " and open no TCP" if version >= landlock.TCP_VERSION else ""
+        return _finding("limits", True, detail + more)
     return _unused("limits", "the system has no Landlock; those of memory and time hold")
-
-
-def _beyond(version: int) -> str:
-    return " and open no TCP" if version >= landlock.TCP_VERSION else ""
 
 
 def _examine_gpu() -> dict[str, str]:

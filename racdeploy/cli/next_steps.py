@@ -59,15 +59,12 @@ def shrinks(job: Job) -> bool:
     if export.packing != "plain" or export.format != "gguf":
         return False
 
-    name = plugins.load("presets", export.quant).QUANT if _is_preset(export.quant) else export.quant
+    name = export.quant
+    if name in plugins.names("presets"):
+        name = plugins.load("presets", name).QUANT
+
     try:
         keeps_zeros = plugins.load("quant", name).PRESERVES_ZERO
         return keeps_zeros and not packing.load("bitmask").fits(name, job.recipe.prune.sparsity)
     except MissingExtraError:
         return False
-
-
-def _is_preset(quant: str) -> bool:
-    from racdeploy import plugins
-
-    return quant in plugins.names("presets")

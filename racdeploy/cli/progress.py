@@ -121,16 +121,10 @@ def show_progress(console: Console, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield lambda label, done, total, tokens=0: None
     elif console.is_terminal:
-        with _draw_bars(console) as draw:
-            yield draw
+        with make_bars(console) as shown:
+            yield fill_bars(shown)
     else:
         yield print_lines(console)
-
-
-@contextmanager
-def _draw_bars(console: Console) -> Iterator[Progress]:
-    with make_bars(console) as shown:
-        yield fill_bars(shown)
 
 
 def make_bars(console: Console) -> bars.Progress:

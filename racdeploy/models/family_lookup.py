@@ -75,7 +75,8 @@ def _find_nearest(config: Mapping[str, Any]) -> str:
 def _list_unknown(config: Mapping[str, Any], family: Family) -> list[str]:
     """Return keys of a config, with a value, that neither we nor a family know."""
     own = _list_own(family)
-    others = {name for each in _families() for name in _list_own(each)} - own
+    families = [plugins.load("families", name).FAMILY for name in plugins.names("families")]
+    others = {name for each in families for name in _list_own(each)} - own
     known = (settings.CHECKED - others) | own | _SHARED
     return sorted(key for key, value in config.items() if value is not None and key not in known)
 
@@ -85,7 +86,3 @@ def _list_own(family: Family) -> set[str]:
     named = (family.integers, family.numbers, family.sizes)
     keys = {*family.defaults, *family.fixed, family.logit_cap}
     return keys.union(*(each.values() for each in named))
-
-
-def _families() -> list[Family]:
-    return [plugins.load("families", name).FAMILY for name in plugins.names("families")]

@@ -80,7 +80,10 @@ def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str
         by_text = read_json(files.folder / "added_tokens.json")
         written["added_tokens.json"] = {text: ids[old] for text, old in by_text.items()}
 
-    texts = {name: _to_text(value) for name, value in written.items() if name in present}
+    texts = {}
+    for name, value in written.items():
+        if name in present:
+            texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     texts[FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
 
     if "merges.txt" in present:
@@ -187,7 +190,3 @@ def _find_ids(value: Any) -> Iterator[int]:
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and value >= 0
-
-
-def _to_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -34,8 +34,10 @@ def refuse(place: Path) -> ModelError:
             "to prune again, give the dense model's folder or Hub id",
         )
     if (place / _ADAPTER).is_file():
+        base = read_json(place / _ADAPTER).get("base_model_name_or_path")
+        of_base = f" of {base}" if base else ""
         return ModelError(
-            f"{place} is a LoRA adapter{_name_base(place)}, not a whole model",
+            f"{place} is a LoRA adapter{of_base}, not a whole model",
             remedy=f"merge it first: {_MERGE % place}",
         )
 
@@ -73,8 +75,3 @@ def _refuse_folder(folder: Path) -> ModelError:
         message += ", but GGUF files, which are made to run and no longer to be pruned"
         remedy = "give the Hugging Face folder or Hub id that they were made from"
     return ModelError(message, remedy=remedy)
-
-
-def _name_base(folder: Path) -> str:
-    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
-    return f" of {base}" if base else ""

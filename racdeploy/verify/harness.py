@@ -43,7 +43,9 @@ def compare(
 
 def judge(run: HarnessRun, gate: Gate) -> CheckResult:
     """Hold right answers to the margin of the accuracy; without any, nothing is decided."""
-    judged = [row for row in run.rows if _can_fall(row)]
+    # Right answers, of which the dense model has some to lose.
+    counted = [row for row in run.rows if row.lost is not None and row.larger_is_better]
+    judged = [row for row in counted if row.dense > 0]
     margin = gate.limits(accuracy.Limits).margin
     figures = _list_figures(run.rows)
 
@@ -113,11 +115,6 @@ def _refuse_pairs(dense: Score, pruned: Score) -> str:
         if abs(mean - score.value) > _ROUNDING:
             return "it is not the mean over documents"
     return ""
-
-
-def _can_fall(row: HarnessRow) -> bool:
-    """Return whether a row counts right answers, of which the dense model has some to lose."""
-    return row.lost is not None and row.larger_is_better and row.dense > 0
 
 
 def _drop(row: HarnessRow) -> verdicts.Interval:

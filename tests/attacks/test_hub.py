@@ -154,6 +154,16 @@ def test_sizes_are_bounded_before_anything_is_asked_for(hub: Hub, tmp_path: Path
     assert not [line for line in hub.asked if "report.json" in line]
 
 
+@pytest.mark.parametrize("size", ["x", None, -1, 1.5, [], {}])
+def test_a_size_that_is_none_is_refused(hub: Hub, tmp_path: Path, size: Any) -> None:
+    """Whatever the listing says, it is an error of ours that ends the pull."""
+    _serve(hub, tmp_path, {})
+    hub.sizes = {f"{OWN}/report.json": size}
+    with pytest.raises((ArtifactError, EnvironmentFailure)):
+        pull(NAME, Path("out"))
+    assert not Path("out").exists()
+
+
 def test_a_repository_of_too_many_files_is_refused(hub: Hub, tmp_path: Path) -> None:
     _serve(hub, tmp_path, {f"x{number}": b"" for number in range(10_001)})
     with pytest.raises(ArtifactError, match="more than 10,000 files"):

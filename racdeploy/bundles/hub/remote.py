@@ -91,11 +91,12 @@ class Remote:
         listed = self.info.siblings or []
         if len(listed) > _MAX_FILES:
             raise ArtifactError(f"{self.name} has more than {_MAX_FILES:,} files")
-        return {each.rfilename: each for each in listed}
+        return {str(each.rfilename): each for each in listed}
 
     def size_of(self, path: str) -> int:
-        """Return the bytes that a file is listed with."""
-        return self.files[path].size or 0
+        """Return the bytes that a file is listed with; 0 where that is no number."""
+        size_bytes = self.files[path].size
+        return size_bytes if isinstance(size_bytes, int) else 0
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
@@ -179,6 +180,11 @@ class Remote:
             if getattr(error, "errno", None) is not None:  # the disk's
                 raise
             raise self._explain(error) from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise EnvironmentFailure(
+                f"the Hub at {self.api.endpoint} answers in an unknown form",
+                remedy="check HF_ENDPOINT, or install a newer huggingface_hub",
+            ) from error
 
     def _explain(self, raised: BaseException) -> RacdeployError:
         """Return what a refusal of the Hub, or its silence, means for a user."""
