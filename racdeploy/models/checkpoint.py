@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models import further, fused, mistaken, settings, text_part, widths
+from racdeploy.models import further, fused, settings, text_part, widths, wrong_input
 from racdeploy.models.computed import SETTINGS
 from racdeploy.models.families import Family, InputGroups, name_experts
 from racdeploy.models.family_lookup import find_family
@@ -49,7 +49,7 @@ class Checkpoint:
             )
 
         if not (folder / "config.json").is_file():
-            raise mistaken.refuse(folder)
+            raise wrong_input.refuse(folder)
 
         self.folder = folder
 
