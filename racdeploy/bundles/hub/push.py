@@ -87,23 +87,16 @@ def plan_push(folder: Path, name: str, revision: str = "", *, blind: bool = Fals
     for path in files.keys() & there.keys():
         is_mine = path.startswith(f"{BUNDLES}/") or path in mine - owners.keys()
         if not is_mine and not _is_same(files[path], there[path]):
-            owner = f"bundle {owners[path]}" if path in owners else "somebody else"
-            raise UsageError(
-                f"{name} has another {path}, which belongs to {owner}",
-                remedy="push to another repository, or remove the file there first",
-            )
+            raise _refuse_change(name, path, owners.get(path, ""))
 
     # Of the last push, what no other bundle has too.
     old = mine | {path for path in there if path.startswith(f"{BUNDLES}/{own}/")}
     removed = old & there.keys() - owners.keys() - files.keys()
 
     card = write_card(name, {own: manifest, **others})
-    if _CARD in there:
-        with remote.open_texts([_CARD]) as folder_there:
-            written = read_bytes(folder_there / _CARD).decode(errors="replace")
-        if MARK not in written:
-            notes.append(f"{_CARD} of the repository is not racdeploy's and stays as it is")
-            card = ""
+    if _CARD in there and MARK not in _read_card(remote):
+        notes.append(f"{_CARD} of the repository is not racdeploy's and stays as it is")
+        card = ""
     contents: dict[str, Path | bytes] = {_CARD: card.encode()} if card else {}
     contents |= files
     return Push(remote, own, contents, tuple(sorted(removed)), card, tuple(notes))
@@ -128,6 +121,19 @@ def push(planned: Push, *, message: str = "", private: bool = False) -> str:
         return str(made.commit_url)
 
     return remote.ask(write, None)
+
+
+def _read_card(remote: Remote) -> str:
+    with remote.open_texts([_CARD]) as folder:
+        return read_bytes(folder / _CARD).decode(errors="replace")
+
+
+def _refuse_change(name: str, path: str, owner: str) -> UsageError:
+    whose = f"bundle {owner}" if owner else "somebody else"
+    return UsageError(
+        f"{name} has another {path}, which belongs to {whose}",
+        remedy="push to another repository, or remove the file there first",
+    )
 
 
 def _is_same(source: Path, there: RepoSibling) -> bool:
