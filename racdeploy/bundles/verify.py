@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from racdeploy import __version__, export
-from racdeploy.accel import STOCK, Mode, kernels
 from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.bundle import Bundle
 from racdeploy.decoding.completion_log import CompletionLog
@@ -22,6 +21,7 @@ from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.report.model import HarnessRun, Record, Report, TensorRow
 from racdeploy.runtime.control import NO_CONTROL, describe_control
+from racdeploy.sparse_kernels import STOCK, Mode, kernels_used
 from racdeploy.storage.addresses import release_of
 from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Respondent, identity
@@ -96,7 +96,7 @@ class ArtifactAnswerer:
     @cached_property
     def engine_settings(self) -> EngineSettings:
         # Kernels that are not used give the same answers as where they are switched off.
-        unused = self.accel == "auto" and kernels("auto", self.threads) == STOCK
+        unused = self.accel == "auto" and kernels_used("auto", self.threads) == STOCK
         settings = self.bundle.settings
         mode = "off" if unused else self.accel
         return EngineSettings(settings.context_tokens, settings.parallel, self.threads, accel=mode)

@@ -66,14 +66,6 @@ for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
     for verb, (command, example) in verbs.items():
         app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
-accel_app = typer.Typer(
-    no_args_is_help=True, help="Kernels for sparse weights on stock engines; see docs/accel.md."
-)
-app.add_typer(accel_app, name="accel", rich_help_panel=_MORE)
-_BUILD_KERNELS = "Example: racdeploy accel build"
-accel_app.command(name="build", epilog=_BUILD_KERNELS)(tools.build_kernels)
-_SOURCES = "Example: cmake -S $(racdeploy accel sources) -B build"
-accel_app.command(name="sources", epilog=_SOURCES)(tools.print_sources)
 cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
 app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
 cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)

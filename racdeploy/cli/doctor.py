@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.extras import OPTIONAL, SEPARATE, Package, installed_version, is_installed
 from racdeploy.models.sources import EMBEDDED, resolve
@@ -35,9 +35,7 @@ def examine() -> list[dict[str, str]]:
         _examine_gpu(),
         _examine_compiler(),
         _examine_llama(),
-        _examine_prebuilt(),
-        *_examine_kernels("sparse kernels", "llama.cpp"),
-        *_examine_kernels("sparse operator", "onnxruntime"),
+        *_examine_kernels(),
     ]
 
 
@@ -112,7 +110,7 @@ def _examine_compiler() -> dict[str, str]:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found:
         return _finding("compiler", True, found)
-    needed = "llama-cpp-python's source needs one, and accel build without racdeploy-kernels"
+    needed = "llama-cpp-python's source needs one, and so does that of racdeploy-kernels"
     return _unused("compiler", f"none found; {needed}")
 
 
@@ -130,42 +128,12 @@ def _examine_llama() -> dict[str, str]:
     return _finding("llama.cpp", True, f"built with {', '.join(features)}")
 
 
-def _examine_prebuilt() -> dict[str, str]:
-    """Say whether kernels need no compiler here, and why not where racdeploy-kernels is stale."""
-    is_used, detail = accel.describe_prebuilt()
-    state = "ok" if is_used else "unused"
-    return {"what": "prebuilt kernels", "state": state, "detail": detail}
-
-
-def _examine_kernels(what: str, engine: str) -> list[dict[str, str]]:
-    """Say whether an engine's sparse weights run on our kernels, and which weights these are."""
-    ready = accel.readiness(engine)
-    if isinstance(ready, str):
-        detail = f"models run on {engine}'s own: {ready}"
-        return [_unused(what, detail)]
-
-    library, proof = ready
-    more = _describe_llamacpp() if engine == "llama.cpp" else ""
-    missing = accel.explain_missing(proof.verdicts)
-    made = f"{proof.instruction_set}, {accel.describe_maker(library)}: {library}{more}"
-    detail = "; ".join(filter(None, (made, missing)))
-
-    found = [_finding(what, True, detail)]
-    for name, detail in accel.describe_verdicts(engine, proof).items():
-        found.append(_finding(f"{what}, {name}", True, detail))
-    return found
-
-
-def _describe_llamacpp() -> str:
-    """Say where in llama.cpp the kernels are, and what is kept for them."""
-    parts = [accel.describe_way_in()]
-
-    if kept := accel.kept_files():
-        size_mb = sum(file.stat().st_size for file in kept) / 1e6
-        weights = f"packed weights of {len(kept)} models, {size_mb:,.0f} MB"
-        parts.append(f"{weights}, in {kept[0].parent}")
-
-    return "".join(f"; {part}" for part in parts if part)
+def _examine_kernels() -> list[dict[str, str]]:
+    """Say whether sparse weights run on kernels of their own, and which weights these are."""
+    rows = []
+    for what, is_used, detail in sparse_kernels.findings():
+        rows.append(_finding(what, True, detail) if is_used else _unused(what, detail))
+    return rows
 
 
 def _unused(what: str, detail: str) -> dict[str, str]:

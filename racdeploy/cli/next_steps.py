@@ -39,16 +39,14 @@ def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence
 
 
 def advise(report: Report, job: Job) -> str:
-    """Return which kernels would make the zeros pay, or an empty string."""
-    from racdeploy import accel
+    """Return the command that gives kernels which may make the zeros pay, or an empty string."""
+    from racdeploy import sparse_kernels
 
     pruned = next((arm for arm in report.arms if arm.name == "pruned"), None)
     zeros = (pruned.sparsity or 0.0) if pruned else 0.0
     engine = {"llamacpp": "llama.cpp"}.get(job.backend, job.backend)
 
-    if zeros >= WORTH_KERNELS and accel.can_be_built(engine):
-        return "racdeploy accel build"
-    return ""
+    return sparse_kernels.next_command(engine) if zeros >= WORTH_KERNELS else ""
 
 
 def shrinks(job: Job) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 O = TypeVar("O")
 Kernels = Literal["auto", "off", "require"]
-"""As accel.Mode, whose import takes as long as all of --help."""
+"""As sparse_kernels.Mode, whose import takes as long as all of --help."""
 
 TargetOpt = Annotated[
     str | None, typer.Option(help="Where it will run, default: gguf; see: racdeploy targets.")
@@ -52,9 +52,7 @@ ShowThinkingOpt = Annotated[
     bool,
     typer.Option("--show-thinking", metavar="", help="Print the thinking too, on stderr."),
 ]
-AccelOpt = Annotated[
-    Kernels, typer.Option(help="Kernels for sparse weights; see: racdeploy accel build.")
-]
+AccelOpt = Annotated[Kernels, typer.Option(help="Kernels for sparse weights; see docs/accel.md.")]
 DryRunOpt = Annotated[
     bool,
     typer.Option("--dry-run", metavar="", help="Check all, print the plan, do nothing."),

@@ -1,10 +1,9 @@
-"""Commands that look, list and prepare, from ``inspect`` to ``accel build``."""
+"""Commands that look, list and prepare, from ``inspect`` to ``doctor``."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from racdeploy.cli.console import (
     say_replaced,
 )
 from racdeploy.cli.options import JsonOpt
-from racdeploy.errors import EngineError, EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
     from racdeploy.report.tables import Table
@@ -230,47 +229,3 @@ def _set_up(name: str, json_output: bool) -> None:
     python = environments.make(name, lambda line: err.print(line, markup=False, soft_wrap=True))
     folder = str(python.parents[1])
     print_result({"environment": folder}, [folder], json_output)
-
-
-@reported
-def build_kernels(json_output: JsonOpt = False) -> None:
-    """Prove the kernels for sparse weights on this machine: of racdeploy-kernels, or compiled here.
-
-    They are kept in the user's cache, for llama.cpp and for onnxruntime, whichever are installed.
-    """
-    from racdeploy import accel
-
-    built = accel.build_installed()
-    refusals = [f"{engine}: {made.refusal}" for engine, made in built.items() if made.refusal]
-    if json_output:
-        found = {
-            engine: asdict(made) | {"library": str(made.library or "")}
-            for engine, made in built.items()
-        }
-        print_json(found)
-        raise typer.Exit(EngineError.exit_code if refusals else 0)
-
-    for engine, made in built.items():
-        if made.library:
-            out.print(made.library, soft_wrap=True)
-
-        for line in accel.describe_built(made):
-            err.print(f"{engine}, {line}", markup=False, soft_wrap=True)
-
-    if refusals:
-        raise EngineError(
-            f"kernels are not used: {'; '.join(refusals)}",
-            remedy="everything runs without them, too",
-        )
-
-
-@reported
-def print_sources(json_output: JsonOpt = False) -> None:
-    """Print the folder of libracdeploy, for CMake: the kernels for apps in C and C++.
-
-    See docs/c.md.
-    """
-    from racdeploy import accel
-
-    folder = str(accel.SOURCES.parent)
-    print_result({"sources": folder}, [folder], json_output)

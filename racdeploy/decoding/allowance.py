@@ -1,23 +1,20 @@
 """What a stranger's model may take in its engine's process, beside the engine itself, and do there.
 
 Memory in all; and processor time of a step, after which there must be a token, or a part of a
-prompt: loading is one step. It reads files and devices; it writes to devices, and where kernels
-and drivers keep what they compute, and starts no program.
+prompt: loading is one step. It reads files and devices; it writes to devices, and where drivers
+keep what they compile, and starts no program.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
 
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.storage import landlock
-from racdeploy.storage.caches import ACCEL_PARTS, accel_folder
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.landlock import CHANGE_FILE, WRITE, Access
-from racdeploy.storage.ownership import make_private
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _PACKED = "_packed"
@@ -61,14 +58,7 @@ def memory_bytes(path: Path, settings: EngineSettings) -> int:
 
 def restrict() -> bool:
     """Keep this process within that, where the system can; return whether it does."""
-    kernels = accel_folder()
-    if kernels.is_dir():  # there are some, and what they keep is made later
-        with contextlib.suppress(OSError):
-            for part in ACCEL_PARTS:
-                make_private(kernels / part)
-
-    allowed = {kernels / part: WRITE for part in ACCEL_PARTS}
-    allowed |= dict.fromkeys(_driver_caches(), WRITE)
+    allowed = dict.fromkeys(_driver_caches(), WRITE)
     allowed |= {Path("/dev"): CHANGE_FILE, Path("/dev/shm"): WRITE}
     return landlock.restrict(WRITE | Access.EXECUTE, allowed)
 

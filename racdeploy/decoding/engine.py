@@ -42,7 +42,7 @@ class EngineSettings:
     flash_attention: bool = False  # always set: engines' defaults differ, and it changes traces
     # Weights rearranged as llama.cpp's fastest kernels want them (AMX, repacked rows).
     repack_weights: bool = True
-    # Kernels of racdeploy.accel: ``auto`` where built and proven faster, ``require`` or fail.
+    # Kernels of racdeploy.sparse_kernels: ``auto`` where proven faster, ``require`` or fail.
     accel: Literal["auto", "off", "require"] = "off"
     # Of an engine's process, beside the engine itself: 0 sets none, None one by the model's size.
     memory_limit_bytes: int | None = None

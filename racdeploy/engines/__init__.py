@@ -1,7 +1,7 @@
 """Inference engines: one package per engine, all with the same small contract.
 
 An engine has ``open_engine(path, settings) -> Engine`` and says with ``ACCEL`` whether it takes
-:mod:`racdeploy.accel`'s sparse kernels. Engines take and give token ids only.
+:mod:`racdeploy.sparse_kernels`' sparse kernels. Engines take and give token ids only.
 """
 
 from __future__ import annotations

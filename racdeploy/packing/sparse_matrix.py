@@ -6,7 +6,7 @@ of the 8 blocks of 32, then weights 8 to 15, and so on. The values of a row foll
 order of the bits: codes of 8 or 16 bits as they are; those of 4 bits in two streams, chunks 0 and 1
 of every group in the low halves of the bytes and chunks 2 and 3 in the high ones. ``offsets`` say
 where each row begins in ``values``; behind the last value are ``SLACK_BYTES`` that kernels may
-read. Little-endian throughout. Source: ``racdeploy/accel/sources/sparse_matrix.h``.
+read. Little-endian throughout. Source: ``kernels/sources/sparse_matrix.h``.
 """
 
 from __future__ import annotations

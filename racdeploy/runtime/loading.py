@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from racdeploy import engines
-from racdeploy.accel import Mode
 from racdeploy.decoding.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
@@ -16,6 +15,7 @@ from racdeploy.packing.raconnx import sidecar_name
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
+from racdeploy.sparse_kernels import Mode
 from racdeploy.storage.checked import State, file_state
 
 

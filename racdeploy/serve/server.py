@@ -16,12 +16,12 @@ from typing import TypedDict
 
 import uvicorn
 
-from racdeploy.accel import Mode
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.runtime import Model, load
 from racdeploy.runtime.loading import load_dense
 from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import Served, make_app
+from racdeploy.sparse_kernels import Mode
 
 GRACE_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

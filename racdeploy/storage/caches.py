@@ -14,15 +14,6 @@ def cache_folder(part: str = "", variable: str = "") -> Path:
     return Path(moved) if moved else platformdirs.user_cache_path("racdeploy", False) / part
 
 
-ACCEL_PARTS = ("kept", "zeros", "checked")
-"""Folders in that of sparse kernels that an engine's process writes to."""
-
-
-def accel_folder() -> Path:
-    """Return where sparse kernels are kept: ``RACDEPLOY_ACCEL``, or a part of the user's cache."""
-    return cache_folder("accel", "RACDEPLOY_ACCEL")
-
-
 def default_work() -> Path:
     """Return the folder of stage results: ``RACDEPLOY_WORK``, or the user's cache."""
     return cache_folder(variable="RACDEPLOY_WORK")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy import accel
 from racdeploy.decoding.engine import Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.pipeline.job import Job
 from racdeploy.report.tuning import DeviceRow, Wishes
+from racdeploy.sparse_kernels import Mode
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.files import canonical_hash
 from racdeploy.targets import Device, Target
@@ -130,7 +130,7 @@ class Predictor:
         prompt_tokens = context_tokens // 4
         new_tokens = min(_MEASURED_TOKENS, prompt_tokens)
         use = Use(context_tokens, prompt_tokens, new_tokens)
-        kernels: accel.Mode = "off" if self.job.recipe.tune.accel == "off" else "auto"
+        kernels: Mode = "off" if self.job.recipe.tune.accel == "off" else "auto"
         return measure(file, use, self.threads or available_cores(), self.job.backend, kernels)
 
     def _bound(self, size: Size) -> Takes:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy.accel import STOCK
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.files import read_records, read_report
 from racdeploy.report.model import ArmSummary, Record, Report
+from racdeploy.sparse_kernels import STOCK
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.toml import validate
 from racdeploy.tasks import Problem

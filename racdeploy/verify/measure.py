@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
@@ -251,7 +251,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "engine": engine,
         **{package: installed_version(package) or "not installed" for package in _PACKAGES},
-        "kernels": accel.kernels(mode, settings.threads),
+        "kernels": sparse_kernels.kernels_used(mode, settings.threads),
     }
 
 

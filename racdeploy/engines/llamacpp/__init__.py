@@ -17,7 +17,7 @@ from racdeploy.plugins import require
 
 ACCEL = True
 _NO_CONTEXT = 16  # tokens: none is made
-_LOG = logging.getLogger("racdeploy.accel")
+_LOG = logging.getLogger("racdeploy.sparse_kernels")
 
 
 class LlamaCppEngine(ChildEngine):

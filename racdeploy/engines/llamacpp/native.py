@@ -18,7 +18,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import BATCH_TOKENS, EngineSettings
 from racdeploy.errors import EngineError
@@ -81,11 +81,11 @@ class NativeModel:
     def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
         self._log = _Log()
         self._threads = settings.threads or available_cores()
-        kernels = accel.enable(path, settings.accel, threads=self._threads)
+        kernels = sparse_kernels.enable(path, settings.accel, threads=self._threads)
 
         llama_cpp.llama_backend_init()
         # Weights that are packed while they are loaded are read.
-        is_mapped = use_mmap and (kernels.kept or not kernels.tensors)
+        is_mapped = use_mmap and not kernels.tensors
         mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if is_mapped else llama_cpp.LLAMA_LOAD_MODE_NONE
         params = _fill(
             llama_cpp.llama_model_default_params(),
@@ -272,7 +272,7 @@ class _Batch:
         return self._batch
 
 
-def _describe(kernels: accel.Choice, required: bool) -> Mapping[str, Any]:
+def _describe(kernels: sparse_kernels.Choice, required: bool) -> Mapping[str, Any]:
     """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
     asked = len(kernels.tensors)
     packed = kernels.packed()

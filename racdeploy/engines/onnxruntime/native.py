@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from racdeploy.accel import choose_graph
 from racdeploy.decoding.batching import Row
 from racdeploy.decoding.engine import BATCH_LOGITS_BYTES, BATCH_TOKENS, EngineSettings
 from racdeploy.decoding.worker import LoadedModel
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.onnxruntime.graph import DecoderGraph, open_session
+from racdeploy.sparse_kernels import choose_graph
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.heap import return_tensors
 from racdeploy.storage.messages import Header

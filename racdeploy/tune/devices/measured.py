@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy import accel
 from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.sparse_kernels import Mode
 from racdeploy.targets import Device
 from racdeploy.tune.devices.profile import profile
 from racdeploy.verify.measure import fingerprint
@@ -19,7 +19,7 @@ def find_device(
     threads: int = 0,
     progress: Progress | None = None,
     *,
-    kernels: accel.Mode = "auto",
+    kernels: Mode = "auto",
 ) -> Device:
     """Measure an engine here with so many threads, for a minute or two, or find it measured.
 

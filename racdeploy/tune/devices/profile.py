@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from racdeploy import accel, plugins
+from racdeploy import plugins, sparse_kernels
 from racdeploy import quant as quants
 from racdeploy.decoding.engine import EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
@@ -60,12 +60,12 @@ _FORMS = {LLAMACPP: "gguf", ONNXRUNTIME: "onnx"}
 _NEEDS = {LLAMACPP: ("llama_cpp",), ONNXRUNTIME: ("onnxruntime", "onnx")}
 """Modules with which an engine is measured."""
 
-Measure = Callable[[Path, Use, int, str, accel.Mode], Sample]
+Measure = Callable[[Path, Use, int, str, sparse_kernels.Mode], Sample]
 """Gets a file, how it is run, threads, an engine and whether with kernels; says what it took."""
 
 
 def measure(
-    file: Path, use: Use, threads: int, engine: str = LLAMACPP, kernels: accel.Mode = "off"
+    file: Path, use: Use, threads: int, engine: str = LLAMACPP, kernels: sparse_kernels.Mode = "off"
 ) -> Sample:
     """Decode a few short answers with an engine in a child process; the fastest counts.
 
@@ -125,11 +125,9 @@ class Profiler:
         for done, piece in enumerate(self.pieces):
             report(done)
             file = write_piece(piece, self.scratch)
-            kernels: accel.Mode = "require" if piece.zeros else "off"
+            kernels: sparse_kernels.Mode = "require" if piece.zeros else "off"
             sample = self.measure(file, piece.use, self.threads, piece.engine, kernels)
             self.samples.setdefault((piece.engine, piece.name), []).append(sample)
-            if piece.zeros:
-                accel.forget(file)
             file.unlink()
 
     def fit(self) -> Device:
@@ -170,7 +168,7 @@ def profile(
     machine: Machine | None = None,
     engines: Sequence[str] = (),
     required: str = "",
-    kernels: accel.Mode = "auto",
+    kernels: sparse_kernels.Mode = "auto",
 ) -> Device:
     """Measure this machine for about a minute an engine, and a minute for its sparse kernels.
 
@@ -189,11 +187,11 @@ def profile(
     """
     chosen = engines or list_engines(required)
     is_wanted = kernels != "off" and LLAMACPP in chosen
-    faster_from = accel.faster_from(threads) if is_wanted else {}
+    faster_from = sparse_kernels.faster_from(threads) if is_wanted else {}
     if kernels == "require" and not faster_from:
         raise EngineError(
             "sparse kernels are required, and none that are faster are built for llama.cpp",
-            remedy="racdeploy accel build; or leave out --accel require",
+            remedy="racdeploy-kernels prove; or leave out --accel require",
         )
 
     known = machine or Machine.read()

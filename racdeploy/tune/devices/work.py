@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from racdeploy.accel import verdicts
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
@@ -17,6 +16,7 @@ from racdeploy.tune.devices.engines import LLAMACPP, read_bits
 
 _REPACKED_ROWS = 8  # a matrix with other numbers of rows is not repacked
 _SPARSE_COLUMNS = 32  # sparse kernels take multiples of this
+_MASK_BITS = 1  # of a weight: whether it is kept
 _PADDING_BITS = 0.5  # of a weight: the codes of each group of 128 fill up whole words
 
 Sparse = Mapping[tuple[str, Zeros], float]
@@ -79,7 +79,10 @@ class Work:
 
 def packed_bits(quant: str, zeros: Zeros) -> float:
     """Return the bits of a weight that sparse kernels hold, and read for a token."""
-    return verdicts.packed_bits(quant, count_zeros(zeros)) + _PADDING_BITS
+    stored_bits = GGML_TYPES[quant].bits
+    code_bits = int(stored_bits)  # the rest is its share of a scale
+    kept_bits = (1 - count_zeros(zeros)) * code_bits
+    return stored_bits - code_bits + _MASK_BITS + kept_bits + _PADDING_BITS
 
 
 def measure_work(

@@ -1,0 +1,69 @@
+"""Which weights of a GGUF file go to the plug-in for llama.cpp: those with enough zeros to gain."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from racdeploy.errors import ArtifactError
+from racdeploy.sparse_kernels import Choice
+from racdeploy.storage.gguf_header import read_header
+from racdeploy_kernels.ggml_plugin import Plugin, Zeros
+from racdeploy_kernels.library import PROVE, pin
+from racdeploy_kernels.proof import Proof
+from racdeploy_kernels.verdicts import Verdict, choose_verdict
+
+_NEVER = 2.0  # a share of zeros that no matrix has
+
+
+def enable(path: Path, threads: int, library: Path, proof: Proof) -> Choice | str:
+    """Give a file's sparse weights to the kernels when llama.cpp loads it next, or say why not.
+
+    Args:
+        threads: that the model will run on, and that pack it.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
+
+    kernels = proof.instruction_set
+    plugin = _load(pin(library, proof.sha256))
+    if plugin.instruction_set != kernels:
+        return f"the kernels were tried on another processor ({kernels}): {PROVE}"
+
+    verdict = choose_verdict(proof.verdicts, threads) or Verdict(threads)
+    found = plugin.zeros(path, read_header(path), threads)
+    names = _choose_names(found, verdict)
+    if not plugin.enable(names, threads):
+        return "ggml does not take the kernels"
+    if not names:
+        tried = f"{kernels} kernels on {verdict.name(threads)}"
+        return _explain_none(path, found, verdict, tried)
+
+    summary = f"sparse {kernels} kernels for {len(names)} matrices"
+    return Choice(path, summary, tensors=tuple(names), packed=plugin.packed)
+
+
+def _choose_names(found: Zeros, verdict: Verdict) -> list[str]:
+    """Return the weights with enough zeros for the kernels to be faster."""
+    faster_from = verdict.faster_from
+    return [
+        name for name, (quant, zeros) in found.items() if zeros >= faster_from.get(quant, _NEVER)
+    ]
+
+
+def _explain_none(path: Path, found: Zeros, verdict: Verdict, tried: str) -> str:
+    """Say why no weight of a file is faster with the kernels."""
+    formats = {quant for quant, _ in found.values()}
+    if not formats:
+        return f"{path.name} has no matrix in a number format that they are for"
+
+    enough = [zeros for quant, zeros in verdict.faster_from.items() if quant in formats]
+    if not enough:
+        named = " or ".join(sorted(formats))
+        return f"no share of zeros makes the sparse ones faster for {named} ({tried})"
+
+    least = f"{min(enough):.0%} at the least ({tried})"
+    return f"no matrix of {path.name} has enough zeros, which is {least}"
+
+
+_load = functools.cache(Plugin)  # it stays in the process
