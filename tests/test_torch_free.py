@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.bundles import served
 from racdeploy.cli import options, verify
 from tests.support.tiny_artifacts import make_onnx_bundle
@@ -70,12 +70,12 @@ def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     """Two options list their choices without importing those who take them."""
-    assert (options.Kernels, verify.Questions) == (accel.Mode, served.ServerApi)
+    assert (options.Kernels, verify.Questions) == (sparse_kernels.Mode, served.ServerApi)
 
 
 def test_kernels_in_front_of_another_program_bring_little() -> None:
     """What a process keeps beside its own llama_cpp: pydantic alone would be 12 MB."""
-    loaded = modules_after("from racdeploy import accel; accel.readiness()")
+    loaded = modules_after("from racdeploy import sparse_kernels as k; k.findings()")
     assert loaded.isdisjoint({*HEAVY, "pydantic", "tokenizers", "jinja2", "typer"})
 
 

@@ -19,23 +19,23 @@ needs_landlock = pytest.mark.skipif(
     landlock.version() < 6, reason="this system has no Landlock, or an older one"
 )
 SETTINGS = EngineSettings(context_tokens=64, parallel=1, threads=1)
-ALLOWED = {"read", "keep", "device", "end"}
+ALLOWED = {"read", "device", "end"}
 
 
 @needs_landlock
 def test_an_engine_starts_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But what kernels keep; it reads, and computes."""
-    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "accel"))
-    (tmp_path / "accel").mkdir()
+    """It reads, and computes: nor into the caches of its user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
     victim = tmp_path / "authorized_keys"
     victim.write_text("of the user")
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         given = {
             "victim": str(victim),
-            "kept": str(tmp_path / "accel" / "kept"),
+            "kept": str(tmp_path / "cache"),
             "port": server.getsockname()[1],
         }
         with pytest.raises(EngineError) as caught:
@@ -44,7 +44,7 @@ def test_an_engine_starts_and_writes_nothing(
     went = json.loads(caught.value.message)
     assert {name for name, did in went.items() if did} == ALLOWED
     assert victim.read_text() == "of the user"
-    assert {path.name for path in tmp_path.iterdir()} == {"accel", "authorized_keys"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "authorized_keys"}
 
 
 @needs_landlock

@@ -12,33 +12,38 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import command, environment
+from tests.support.commands import environment
 
 pytestmark = [
     pytest.mark.answers("L4"),
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are for Linux"),
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
 ]
-# It says its version at once, and compiles until it is ended.
-COMPILER = """#!/bin/sh
-case "$1" in --version) echo slow 1.0; exit;; esac
-touch "$STARTED"
-exec sleep 60
+# An export that writes its tensors until it is ended.
+STALLED = """
+import os, pathlib, time
+from racdeploy.export.gguf import writer
+def write_parts(*arguments):
+    pathlib.Path(os.environ["STARTED"]).touch()
+    time.sleep(60)
+writer._write_parts = write_parts
+import racdeploy.cli; racdeploy.cli.main()
 """
 
 
 @pytest.fixture
-def building(tmp_path: Path) -> dict[str, str]:
-    """The environment of a command that compiles for a minute."""
-    compiler = tmp_path / "slow-c++"
-    compiler.write_text(COMPILER)
-    compiler.chmod(0o755)
-    own = {"CXX": str(compiler), "RACDEPLOY_ACCEL": str(tmp_path / "accel")}
-    return environment() | own | {"STARTED": str(tmp_path / "started")}
+def exporting(tmp_path: Path) -> dict[str, str]:
+    """The environment of a command that takes a minute to write into a folder."""
+    (tmp_path / "out").mkdir()
+    return environment() | {"STARTED": str(tmp_path / "started"), "OUT": str(tmp_path / "out")}
+
+
+def _command(variables: dict[str, str], *options: str) -> list[str]:
+    return ["export", "tiny-reasoner", "--out", f"{variables['OUT']}/m.gguf", *options]
 
 
 def _start(variables: dict[str, str], *options: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        command("accel", "build", *options),
+        [sys.executable, "-c", STALLED, *_command(variables, *options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=variables,
@@ -52,35 +57,36 @@ def _start(variables: dict[str, str], *options: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_ends_a_command_with_a_word_and_a_clean_folder(
-    building: dict[str, str], name: str
+    exporting: dict[str, str], name: str
 ) -> None:
     """Exit code 130, the command that resumes, and no traceback."""
-    with _start(building) as process:
+    with _start(exporting) as process:
         process.send_signal(signal.Signals[name])
         out, said = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert "finished work is kept. Resume with:\n  racdeploy accel build" in said
+    again = " ".join(["racdeploy", *_command(exporting)])
+    assert f"finished work is kept. Resume with:\n  {again}" in said
     assert (name in said) == (name != "SIGINT")
     assert "Traceback" not in said
-    assert list(Path(building["RACDEPLOY_ACCEL"]).iterdir()) == []
+    assert list(Path(exporting["OUT"]).iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_with_json_an_interruption_is_one_object(building: dict[str, str], name: str) -> None:
+def test_with_json_an_interruption_is_one_object(exporting: dict[str, str], name: str) -> None:
     """As every other end of a command."""
-    with _start(building, "--json") as process:
+    with _start(exporting, "--json") as process:
         process.send_signal(signal.Signals[name])
         out, _ = process.communicate(timeout=60)
     found = json.loads(out)
     assert (process.returncode, found["exit_code"], found["kind"]) == (130, 130, "Interrupted")
-    assert found["remedy"] == "racdeploy accel build --json"
+    assert found["remedy"] == " ".join(["racdeploy", *_command(exporting, "--json")])
 
 
-def test_an_ignored_signal_stays_ignored(building: dict[str, str]) -> None:
+def test_an_ignored_signal_stays_ignored(exporting: dict[str, str]) -> None:
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        process = _start(building)
+        process = _start(exporting)
     finally:
         signal.signal(signal.SIGHUP, before)
     with process:
@@ -91,21 +97,21 @@ def test_an_ignored_signal_stays_ignored(building: dict[str, str]) -> None:
         process.communicate(timeout=60)
 
 
-def test_what_a_killed_build_left_is_swept_by_the_next(building: dict[str, str]) -> None:
+def test_what_a_killed_export_left_is_swept_by_the_next(exporting: dict[str, str]) -> None:
     """Not while it runs."""
-    folder = Path(building["RACDEPLOY_ACCEL"])
-    with _start(building) as killed:
+    folder = Path(exporting["OUT"])
+    with _start(exporting) as killed:
         (left,) = folder.iterdir()
-        os.remove(building["STARTED"])
-        with _start(building) as second:
+        os.remove(exporting["STARTED"])
+        with _start(exporting) as second:
             assert len(list(folder.iterdir())) == 2
             second.terminate()
             second.communicate(timeout=60)
         assert [left] == list(folder.iterdir())
         killed.kill()
 
-    os.remove(building["STARTED"])
-    with _start(building) as third:
+    os.remove(exporting["STARTED"])
+    with _start(exporting) as third:
         assert left not in folder.iterdir()
         third.terminate()
         third.communicate(timeout=60)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.cli import run
 from racdeploy.cli.app import app
 from racdeploy.cli.next_steps import advise, list_commands, shrinks
@@ -88,21 +88,23 @@ def test_packing_is_advised_where_it_makes_the_file_smaller(
 
 
 @pytest.mark.parametrize(
-    ("zeros", "possible", "advice"),
-    [(0.5, True, "racdeploy accel build"), (0.5, False, ""), (0.0, True, "")],
+    ("zeros", "command"), [(0.5, "racdeploy-kernels prove"), (0.5, ""), (0.0, "")]
 )
 def test_kernels_are_advised_where_zeros_and_processor_are_there(
     report: Report,
     monkeypatch: pytest.MonkeyPatch,
     zeros: float,
-    possible: bool,
-    advice: str,
+    command: str,
 ) -> None:
-    """And are not built yet."""
-    monkeypatch.setattr(accel, "can_be_built", lambda engine: possible)
+    """And were not tried yet."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        sparse_kernels, "next_command", lambda engine: asked.append(engine) or command
+    )
     dense, pruned, *_ = report.arms
     arms = (dense, pruned.model_copy(update={"sparsity": zeros}))
-    assert advise(report.model_copy(update={"arms": arms}), _job()) == advice
+    assert advise(report.model_copy(update={"arms": arms}), _job()) == command
+    assert asked == (["llama.cpp"] if zeros else [])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 
-from racdeploy.accel.onnx_properties import read_properties
 from racdeploy.bundles import inspect as inspection
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError, UsageError
@@ -69,7 +68,8 @@ def test_the_plain_graph_stays_and_the_second_has_its_weights(
 def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path) -> None:
     """Number format, weights and zeros, read without the weights; nothing else is left over."""
     result = export(sparse, tmp_path / "m.onnx", quant="matmulnbits_8", packing="bitmask_op")
-    (said,) = json.loads(read_properties(tmp_path / "m.accel.onnx")[ACCEL_KEY])
+    graph = onnx.load(tmp_path / "m.accel.onnx", load_external_data=False)
+    (said,) = json.loads({each.key: each.value for each in graph.metadata_props}[ACCEL_KEY])
     packed = [tensor for tensor in result.tensors if tensor.packing == "bitmask_op"]
     weights = sum(int(np.prod(tensor.shape)) for tensor in packed)
     zeros = sum(int(np.prod(tensor.shape)) * tensor.zeros for tensor in packed) / weights

@@ -25,7 +25,6 @@ EXTRAS = {
     "prune": "prune",
     "recover tiny-reasoner PRUNED --recover-tokens 1000": "prune",
     "export tiny-reasoner --quant q4_k": "llamacpp",
-    "accel build": "llamacpp",
 }
 
 

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from kernels.tests.support.plugin import write_proof
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
 from racdeploy.models.supported import describe_families
 from racdeploy.prune.assemble import assemble
-from tests.support.accel_plugin import build_plugin, write_proof
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
+pytestmark = pytest.mark.slow
 QUANTS = ("q8_0", "q4_0")
 ROWS = {row["family"]: row for row in reversed(describe_families())}  # without experts first
 _CHILD = """
@@ -32,14 +33,15 @@ import sys
 import llama_cpp
 import numpy as np
 
-from racdeploy import accel
+from pathlib import Path
+from racdeploy import sparse_kernels
 
 out, mode, *files = sys.argv[1:]
 ids = [5, 90, 17, 300, *range(100, 132)]
 for file in files:
-    status = accel.enable(file, mode, threads=1, keep=False)
+    status = sparse_kernels.enable(Path(file), mode, threads=1)
     options = {"n_ctx": 64, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    model = llama_cpp.Llama(file, logits_all=True, **options)
+    model = llama_cpp.Llama(file, logits_all=True, use_mmap=False, **options)
 
     model.eval(ids[:20])  # a batch, then one by one: the kernels have a way for each
     for token in ids[20:]:
@@ -77,14 +79,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     ran = {family: _write(root, family) for family in FAMILIES}
     files = [str(root / f"{family}-{quant}.gguf") for family in FAMILIES for quant in QUANTS]
 
-    plugin = build_plugin(tmp_path_factory)
-    write_proof(plugin, {f"{quant}{kind}": 0.3 for quant in QUANTS for kind in ("", " 2:4")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RACDEPLOY_ACCEL", str(root / "proofs"))
+        write_proof({f"{quant}{kind}": 0.3 for quant in QUANTS for kind in ("", " 2:4")})
     for mode in ("off", "require"):
         (root / mode).mkdir()
         subprocess.run(
             [sys.executable, "-c", _CHILD, str(root / mode), mode, *files],
             check=True,
-            env=os.environ | {"RACDEPLOY_ACCEL": str(plugin.parent)},
+            env=os.environ | {"RACDEPLOY_ACCEL": str(root / "proofs")},
         )
     return ran
 

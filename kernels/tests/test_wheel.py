@@ -11,19 +11,24 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from racdeploy import accel
-from racdeploy.accel.ggml_releases import read_table
-from racdeploy.accel.installed_ggml import find_ggml
-from racdeploy.accel.library import find_compiler
-from racdeploy.accel.source_list import FLAGS, library_sources, machine_flags
+import racdeploy_kernels
+from kernels.tests.support.compiling import find_wheel
+from racdeploy_kernels.proof import Kernels, Proof
 from tests.support import wheel as wheels
 from tests.support.wheel import ROOT, run
 
 KERNELS = ROOT / "kernels"
+FLAGS = {
+    "avx2": "-mavx2",
+    "avx_vnni": "-mavxvnni",
+    "evex_vnni": "-mavx512vnni",
+    "avx512": "-mavx512bf16",
+}
 _ENGINES = ("llama-cpp-python", "onnxruntime", "onnx")
 
 _ASK = """
@@ -54,71 +59,43 @@ def test_it_has_the_version_and_the_words_of_racdeploy() -> None:
     assert extras["kernels"] == [ours["project"]["name"]]
 
 
-def test_it_is_proven_with_the_newest_release_of_the_table() -> None:
-    """With another one its library for llama.cpp is not taken, and the machine compiles one."""
-    linux = _read_project(KERNELS)["tool"]["cibuildwheel"]["linux"]
-    (pinned,) = (each for each in linux["test-requires"] if each.startswith("llama-cpp-python"))
-    assert pinned == f"llama-cpp-python=={read_table()[-1].llama_cpp_python}"
-
-
-PREBUILT = "prebuilt: racdeploy-kernels 1.2"
 SLOW = "its avx2 kernels are not faster than ggml's own on this processor, on 1 thread"
 
 
 @pytest.mark.parametrize(
     ("llamacpp", "onnxruntime", "expected"),
     [
-        (("", PREBUILT), ("", PREBUILT), 0),
-        ((SLOW, PREBUILT), ("", PREBUILT), 0),
-        (("its self-test failed: q8_0", PREBUILT), ("", PREBUILT), 1),
-        (("", PREBUILT), ("f16, 7 × 32, 1 tokens: it is off", PREBUILT), 1),
-        (("ggml does not take it", PREBUILT), ("", PREBUILT), 1),
-        (("", "compiled: racdeploy-kernels 1.2 is damaged"), ("", PREBUILT), 1),
-        (("there is no libggml-base.so.0", ""), ("", PREBUILT), 1),
-        (None, ("", PREBUILT), 1),
+        ("", "", 0),
+        (SLOW, "", 0),
+        ("its self-test failed: q8_0", "", 1),
+        ("", "f16, 7 × 32, 1 tokens: it is off", 1),
+        (None, "", 1),
     ],
 )
 def test_what_is_not_proven_fails_where_it_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-    llamacpp: tuple[str, str] | None,
-    onnxruntime: tuple[str, str],
-    expected: int,
+    monkeypatch: pytest.MonkeyPatch, llamacpp: str | None, onnxruntime: str, expected: int
 ) -> None:
     """Slow kernels do not: machines that build are shared. On macOS llama.cpp has none."""
-    built = {}
-    for engine, made in (("llama.cpp", llamacpp), ("onnxruntime", onnxruntime)):
-        if made is not None:
-            refusal, maker = made
-            library = Path("library.so") if maker else None
-            built[engine] = accel.Built(library, refusal, maker=maker)
-    monkeypatch.setattr(accel, "build_installed", lambda: built)
+
+    def find(engine: str, refusal: str | None) -> Kernels | str:
+        if refusal is None:
+            return "there is no libggml-base.so.0"
+        return Kernels(Path("library.so"), refusal, engine)
+
+    monkeypatch.setattr(Kernels, "prove", lambda kernels: Proof(kernels.trial, ""))
+    answers = {"llama.cpp": llamacpp, "onnxruntime": onnxruntime}
+    found = {engine: partial(find, engine, refusal) for engine, refusal in answers.items()}
+    monkeypatch.setattr(racdeploy_kernels, "FINDERS", found)
     check = runpy.run_path(str(KERNELS / "check_installed.py"))["main"]
     monkeypatch.setattr(sys, "platform", "linux")
     assert check() == expected
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert check() == (not onnxruntime[1] or bool(onnxruntime[0]))
-
-
-def test_libracdeploy_has_the_version_that_comes_next() -> None:
-    """As the changelog names it; a release compares it with the tag."""
-    (written,) = re.findall(
-        r"^project\(racdeploy VERSION (\S+) ",
-        (ROOT / "racdeploy/accel/CMakeLists.txt").read_text(),
-        re.M,
-    )
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changes, re.M)
-    assert newest is not None
-    assert written == newest[1]
+    assert check() == bool(onnxruntime)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel, and ``objects``; pip fetches the build's packages."""
-    ggml = find_ggml()
-    if isinstance(ggml, str):
-        pytest.skip(ggml)
-
     folder = tmp_path_factory.mktemp("kernels")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
     if run(*pip, "download", "--no-deps", "--dest", folder / "probe", "scikit-build-core").code:
@@ -133,7 +110,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(
         *pip,
         *("wheel", "--no-deps", "--wheel-dir", folder, *settings, KERNELS),
-        RACDEPLOY_GGML_INCLUDE=str(ggml.include),
+        RACDEPLOY_GGML_INCLUDE=str(find_wheel().parent / "include"),
     )
     assert done.code == 0, done.err
     return folder
@@ -147,36 +124,26 @@ def test_the_wheel_has_libraries_for_every_engine_and_python(built: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         names = {name.rpartition("/")[2] for name in archive.namelist()}
     assert {name for name in names if name.endswith(".so")} == {"onnxruntime.so", "llamacpp.so"}
-    assert {"kernels.json", "LICENSE"} <= names
+    assert {"ggml_headers.sha256", "LICENSE"} <= names
 
 
 @pytest.mark.slow
-def test_what_is_compiled_is_what_the_fingerprint_says(built: Path) -> None:
-    """Every file with the flags of racdeploy's own list."""
-    text = (built / "objects" / "compile_commands.json").read_text(encoding="utf-8")
-    compiled = [entry for entry in json.loads(text) if "/accel/sources/" in entry["file"]]
-    for entry in compiled:
-        own = machine_flags(Path(entry["file"]).name, platform.machine())
-        given = [word for word in entry["command"].split() if word.startswith(("-m", "-f", "-O"))]
-        expected = [word for word in (*FLAGS, *own) if word.startswith(("-m", "-f", "-O"))]
-        assert sorted(set(given)) == sorted(set(expected)), entry["file"]
-
-    names = sorted(Path(entry["file"]).name for entry in compiled)
-    libraries = ("onnxruntime", "llamacpp")
-    assert names == sorted(file for name in libraries for file in library_sources(name))
-
-
-@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags of x86-64")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
-def test_no_code_of_an_instruction_set_is_shared(built: Path) -> None:
-    """A function that the linker merges with one of a common file would run on every processor."""
-    machine = platform.machine()
-    compiled = (built / "objects").rglob("*.o")
-    objects = [file for file in compiled if machine_flags(file.stem, machine)]
-    assert objects
-    for file in objects:
-        done = subprocess.run(["nm", "-C", str(file)], capture_output=True, text=True, check=True)
-        assert re.findall(r" [WVu] .*", done.stdout) == [], file
+def test_each_instruction_set_is_compiled_for_itself(built: Path) -> None:
+    """With its flags, and sharing no code: a function that the linker merges with one of a common
+    file would run on every processor.
+    """
+    text = (built / "objects" / "compile_commands.json").read_text(encoding="utf-8")
+    for entry in json.loads(text):
+        name, words = Path(entry["file"]).stem, entry["command"].split()
+        flag = FLAGS.get(name)
+        assert flag is None or flag in words, entry["command"]
+        assert flag or not any(word.startswith("-mavx") for word in words), name
+        if flag:
+            file = Path(entry["directory"]) / words[words.index("-o") + 1]
+            done = subprocess.run(["nm", "-C", str(file)], capture_output=True, text=True)
+            assert re.findall(r" [WVu] .*", done.stdout) == [], file
 
 
 @pytest.mark.slow
@@ -189,14 +156,8 @@ def test_kernels_are_proven_where_there_is_no_compiler(built: Path, tmp_path: Pa
     clean = {"PATH": str(programs), "CXX": "", "RACDEPLOY_ACCEL": str(tmp_path / "accel")}
     done = run(programs / "python", KERNELS / "check_installed.py", **clean)
     assert done.code == 0, done.out + done.err
-    assert done.out.count("prebuilt: racdeploy-kernels ") == 2
-    made = {file.name.partition("-")[0] for file in (tmp_path / "accel").glob("*-prebuilt.so")}
-    assert made == {"llamacpp", "onnxruntime"}
-
     done = run(programs / "racdeploy", "doctor", **clean)
-    assert re.search(
-        r"ok +prebuilt kernels: racdeploy-kernels \S+, for llama.cpp and onn", done.out
-    )
+    assert "sparse kernels for llama.cpp" in done.out
 
 
 @pytest.mark.slow
@@ -216,10 +177,8 @@ def test_one_library_serves_older_processors(
     with zipfile.ZipFile(wheel) as archive:
         library = archive.extract("racdeploy_kernels/onnxruntime.so", tmp_path)
 
-    compiler = find_compiler()
-    assert compiler is not None
     (tmp_path / "ask.cpp").write_text(_ASK)
-    command = [compiler, str(tmp_path / "ask.cpp"), "-ldl", "-o", str(tmp_path / "ask")]
+    command = ["c++", str(tmp_path / "ask.cpp"), "-ldl", "-o", str(tmp_path / "ask")]
     subprocess.run(command, check=True)
 
     emulator = ["qemu-x86_64-static", "-cpu", processor]

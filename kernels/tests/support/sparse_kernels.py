@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,57 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
-from racdeploy.accel.library import KERNELS, Library
+from kernels.tests.support.compiling import CROSS, EMULATOR, build
 
-_TESTS = Path(__file__).parents[1] / "accel"
-C_API = _TESTS / "c_api.cpp"
 SLACK_BYTES = 128
 QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-K_QUANTS = {"q3_k": 11, "q6_k": 14}
-NUMBERS = QUANTS | K_QUANTS
-PATTERNS = {"unstructured": 0, "two_of_four": 1, "four_of_eight": 2}
-FIXED_STRIDE = (  # formats and the patterns that store a fixed number of values of a row
-    ("q8_0", "two_of_four"),
-    ("q4_0", "two_of_four"),
-    ("q8_0", "four_of_eight"),
-    ("q4_0", "four_of_eight"),
-)
-# What each set of kernels makes of matrices that fit a pattern.
-_X86, _NEON = ("two_of_four",), ("two_of_four", "four_of_eight")
-_PREFERRED = dict.fromkeys(("avx2", "avx_vnni", "avx512"), _X86) | dict.fromkeys(
-    ("neon", "neon_i8mm"), _NEON
-)
-ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-_WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
-
-
-def build_kernels(*flags: str) -> Path:
-    """Compile the kernels and their C function; return the library."""
-    return Library("test-kernels", (*KERNELS, str(C_API)), flags=(*_WARNINGS, *flags)).build()
-
-
-@functools.cache
-def build_arm_kernels() -> Path | str:
-    """Compile the kernels for AArch64 into a program; return it, or what is missing for that."""
-    needed = {ARM_COMPILER: "g++-aarch64-linux-gnu", ARM_EMULATOR: "qemu-user-static"}
-    for name, package in needed.items():
-        if shutil.which(name) is None:
-            return f"there is no {name}: apt-get install {package}"
-
-    command = [ARM_EMULATOR, "-cpu", "help"]
-    known = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "cortex-a76" not in known.stdout:
-        return f"{ARM_EMULATOR} is older than QEMU 7.0 and has no cortex-a76"
-
-    sources = (*KERNELS, str(C_API), str(_TESTS / "kernel_driver.cpp"))
-    return Library(
-        "test-kernels-arm",
-        sources,
-        flags=_WARNINGS,
-        link_flags=("-static",),
-        machine="aarch64",
-        compiler=ARM_COMPILER,
-    ).build()
+PATTERNS = {"unstructured": 0, "two_of_four": 1}
+TWO_OF_FOUR = ("q8_0", "q4_0")  # formats that may have this pattern
+_PICKING = ("avx2", "avx_vnni", "neon", "neon_i8mm")  # kernels that are faster with it
 
 
 class Calls(Protocol):
@@ -123,9 +77,7 @@ class EmulatedCalls:
 @contextmanager
 def emulate(processor: str) -> Iterator[EmulatedCalls]:
     """Run the program on ``processor``, as QEMU names it, until the end of the context."""
-    program = build_arm_kernels()
-    assert isinstance(program, Path), program
-    command = [ARM_EMULATOR, "-cpu", processor, str(program)]
+    command = [EMULATOR, "-cpu", processor, str(build("kernel_driver", **CROSS))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield EmulatedCalls(process)
         assert process.stdin
@@ -150,7 +102,7 @@ class Packed:
 
     @property
     def numbers(self) -> list[int]:
-        return [NUMBERS[self.quant], PATTERNS[self.pattern], self.rows, self.columns]
+        return [QUANTS[self.quant], PATTERNS[self.pattern], self.rows, self.columns]
 
     @property
     def arrays(self) -> list[np.ndarray]:
@@ -175,12 +127,13 @@ class SparseKernels:
         name = np.frombuffer(f"{instruction_set}\0".encode(), np.uint8).copy()
         return bool(self._call("use", [], [name]))
 
-    def preferred_pattern(self, quant: str, pattern: str) -> str:
-        """Return how these kernels pack what fits a pattern: not all gain from a fixed stride."""
-        return pattern if pattern in _PREFERRED.get(self._instruction_set, ()) else "unstructured"
+    @property
+    def pattern(self) -> str:
+        """How these kernels pack what fits two_of_four: not all gain from a fixed stride."""
+        return "two_of_four" if self._instruction_set in _PICKING else "unstructured"
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
-        numbers = [NUMBERS[quant], len(blocks), columns]
+        numbers = [QUANTS[quant], len(blocks), columns]
         return list(PATTERNS)[self._call("preferred_pattern", numbers, [blocks])]
 
     def pack(
@@ -193,14 +146,14 @@ class SparseKernels:
     ) -> Packed:
         """Pack ggml's blocks, uint8 [rows, row bytes], in two calls that meet at row ``cut``."""
         rows = len(blocks)
-        matrix = [NUMBERS[quant], PATTERNS[pattern], columns]
+        matrix = [QUANTS[quant], PATTERNS[pattern], columns]
 
         counts = np.zeros(rows, np.int64)
         for begin, end in ((0, cut), (cut, rows)):
             self._call("count", [*matrix, begin, end], [blocks, counts])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
-        heads_bytes = self._call("heads_bytes", [NUMBERS[quant], rows, columns], [])
+        heads_bytes = self._call("heads_bytes", [QUANTS[quant], rows, columns], [])
         heads = np.full(heads_bytes, 0xAA, np.uint8)
         values = np.full(offsets[-1] + SLACK_BYTES, 0xAA, np.uint8)
         for begin, end in ((cut, rows), (0, cut)):
@@ -208,7 +161,7 @@ class SparseKernels:
         return Packed(quant, pattern, rows, columns, heads, values, offsets)
 
     def unpack(self, packed: Packed) -> np.ndarray:
-        row_bytes = self._call("row_bytes", [NUMBERS[packed.quant], packed.columns], [])
+        row_bytes = self._call("row_bytes", [QUANTS[packed.quant], packed.columns], [])
         blocks = np.full((packed.rows, row_bytes), 0xAA, np.uint8)
         self._call("unpack", [*packed.numbers, 0, packed.rows], [*packed.arrays, blocks])
         return blocks
@@ -219,12 +172,12 @@ class SparseKernels:
 
     def prepare(self, quant: str, activation_TI: np.ndarray) -> np.ndarray:
         tokens, columns = activation_TI.shape
-        size = self._call("workspace_bytes", [NUMBERS[quant], columns, tokens], [])
+        size = self._call("workspace_bytes", [QUANTS[quant], columns, tokens], [])
         unaligned = np.zeros(size + 64, np.uint8)
         start = -unaligned.ctypes.data % 64
         workspace = unaligned[start : start + size]
         for token in range(tokens):
-            numbers = [NUMBERS[quant], columns, tokens, token]
+            numbers = [QUANTS[quant], columns, tokens, token]
             self._call("prepare", numbers, [activation_TI[token], workspace])
         return workspace
 

@@ -6,30 +6,27 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+import racdeploy_kernels
+from kernels.tests.support.compiling import build
 from racdeploy import quant as quants
-from racdeploy.accel import ort_trial
-from racdeploy.accel.ort_operator import LIBRARY
-from racdeploy.accel.ort_trial import compare, make_model, make_sparse, open_session
 from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SLACK_BYTES, SparseMatrix, split
-from tests.support.sparse_kernels import C_API
+from racdeploy_kernels import ort_trial
+from racdeploy_kernels.ort_trial import compare, make_model, make_sparse, open_session
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
-SOURCES = Path(__file__).parents[2] / "racdeploy" / "accel" / "sources"
+SOURCES = Path(__file__).parents[1] / "sources"
 Array = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield replace(LIBRARY, sources=(*LIBRARY.sources, str(C_API))).build()
+def library() -> Path:
+    return build("test_operator")
 
 
 @pytest.fixture(params=("portable", "avx2", "avx_vnni", "avx512"))
@@ -252,7 +249,8 @@ def test_a_graph_of_an_earlier_layout_is_refused(library: Path) -> None:
 
 
 def test_the_layout_is_that_of_the_header() -> None:
-    """What is written is what the kernels read."""
+    """What is written is what the kernels read, and what the door asks for."""
+    assert racdeploy_kernels.LAYOUT == LAYOUT
     assert f"layout = {LAYOUT};" in (SOURCES / "sparse_matrix.h").read_text(encoding="utf-8")
 
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnxruntime import GraphOptimizationLevel
-from typer.testing import CliRunner
 
-from racdeploy import accel
-from racdeploy.accel import Proof, Verdict, choose_graph, proof
-from racdeploy.accel.ort_operator import LIBRARY, find_kernels
-from racdeploy.cli.app import app
+import racdeploy_kernels
+from kernels.tests.support.plugin import keep_proof
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.onnxruntime import native as _onnx_native
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.export.onnx import export
 from racdeploy.packing.sparse_matrix import accel_name
+from racdeploy.sparse_kernels import choose_graph
 from racdeploy.storage.files import file_sha256
+from racdeploy_kernels import proof
+from racdeploy_kernels.ort_operator import find_kernels
+from racdeploy_kernels.proof import Kernels, Proof
+from racdeploy_kernels.verdicts import Verdict
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 SETTINGS = EngineSettings(128, parallel=2, threads=1)
@@ -42,28 +43,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "m.onnx"
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The operator, built into a cache of this module's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RACDEPLOY_ACCEL", str(tmp_path_factory.mktemp("accel")))
-        yield LIBRARY.build()
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """The operator, of which nothing is known yet."""
+    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "proofs"))
+    found = find_kernels()
+    assert not isinstance(found, str), found
+    return found
 
 
-def record_of(library: Path) -> Path:
-    kernels = find_kernels()
-    assert not isinstance(kernels, str), kernels
-    return kernels.locate_record(library)
+def write_proof(kernels: Kernels, found: Proof) -> None:
+    signed = replace(found, sha256=file_sha256(kernels.library))
+    keep_proof(kernels, json.dumps(asdict(signed)))
 
 
-def write_proof(library: Path, found: Proof) -> None:
-    signed = replace(found, sha256=file_sha256(library))
-    record_of(library).write_text(json.dumps(asdict(signed)), encoding="utf-8")
-
-
-def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, model: Path) -> None:
+def test_a_proven_operator_gives_the_same_logits_and_says_so(kernels: Kernels, model: Path) -> None:
     """They differ by float32 sums, and by inputs that stock kernels round with other scales."""
-    write_proof(library, Proof("", "", "any", verdicts=FASTER))
+    write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
         assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
@@ -80,7 +76,7 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(library: Path, mode
 
 
 def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
-    library: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them against none, on the whole model: norms and attention are fused, the operator is
     left as it is.
@@ -88,7 +84,7 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     Inputs at the border of two codes then round to the other one, a step of 1/127 of their block's
     largest.
     """
-    write_proof(library, Proof("", "", "any", verdicts=FASTER))
+    write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     found = []
     for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
         options = _onnx_native.make_options(SETTINGS)
@@ -103,60 +99,41 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     np.testing.assert_array_equal(every_TV.argmax(axis=1), none_TV.argmax(axis=1))
 
 
-def test_where_it_is_not_used_it_says_why(library: Path, model: Path, tmp_path: Path) -> None:
+def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_path: Path) -> None:
     """Never tried, failed, not faster, no second graph: the plain one, or an error if required."""
     cases = {
-        "never tried": None,
+        "were not tried": None,
         "its self-test failed": Proof("its self-test failed", ""),
         "times as long as the stock ones": Proof("", "", "any", verdicts=SLOWER),
     }
     for reason, found in cases.items():
-        record_of(library).unlink(missing_ok=True)
+        kernels.locate_record().unlink(missing_ok=True)
         if found is not None:
-            write_proof(library, found)
+            write_proof(kernels, found)
         assert reason in str(choose_graph(model, "auto"))
         assert choose_graph(model, "auto").path == model
         with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
             choose_graph(model, "require")
-    assert "packing 'bitmask_op' writes one" in choose_graph(tmp_path / "other.onnx", "auto").reason
-    assert choose_graph(model, "off").reason == "sparse ones are switched off"
+    other = str(choose_graph(tmp_path / "other.onnx", "auto"))
+    assert other.endswith("there is no other.accel.onnx; packing 'bitmask_op' writes one")
 
 
-def test_the_verdict_is_that_of_the_sessions_threads(library: Path, model: Path) -> None:
+def test_the_verdict_is_that_of_the_sessions_threads(kernels: Kernels, model: Path) -> None:
     """Slower on one thread, faster on two: three, which nobody measured, count as two."""
     two = replace(FASTER[0], threads=2)
-    write_proof(library, Proof("", "", "any", verdicts=(*SLOWER, two)))
-    reason = choose_graph(model, "auto", threads=1).reason
+    write_proof(kernels, Proof("", "", "any", verdicts=(*SLOWER, two)))
+    reason = str(choose_graph(model, "auto", threads=1))
     assert "times as long as the stock ones (any kernels on 1 thread)" in reason
     for threads in (2, 3):
-        assert choose_graph(model, "auto", threads=threads).reason == ""
+        assert choose_graph(model, "auto", threads=threads).path != model
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
-        assert engine.about["kernels"].endswith(reason)
-
-
-def test_a_proof_of_one_thread_alone_is_stale(library: Path, model: Path) -> None:
-    """As earlier versions kept it."""
-    kept = {"refusal": "", "sha256": file_sha256(library), "speedups": {"q8_0": {"0.5": 2.0}}}
-    record_of(library).write_text(json.dumps(kept))
-    reason = choose_graph(model, "auto").reason
-    assert reason.endswith("was tried by another version of racdeploy: racdeploy accel build")
-
-
-def test_without_a_library_everything_is_as_it_was(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The answer names the command that builds it."""
-    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    assert accel.readiness("onnxruntime") == "the operator is not built: racdeploy accel build"
-    with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
-        assert "not built" in engine.about["kernels"]
-        assert engine.logits(IDS).shape[0] == len(IDS)
+        assert engine.about["kernels"] == reason
 
 
 def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
-    library: Path, model: Path, tmp_path: Path
+    kernels: Kernels, model: Path, tmp_path: Path
 ) -> None:
-    write_proof(library, Proof("", "", "any", verdicts=FASTER))
+    write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     (tmp_path / "m.onnx").write_bytes(model.read_bytes())
     second = model.with_name(accel_name(model.name)).read_bytes()
     (tmp_path / "m.accel.onnx").write_bytes(second[: len(second) // 2])
@@ -165,30 +142,10 @@ def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
 
 
 def test_without_the_onnx_package_the_operator_is_not_tried(
-    library: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trial writes its graphs with it; the refusal names what to install."""
     monkeypatch.setattr(proof, "is_installed", lambda module: False)
-    kernels = find_kernels()
-    assert not isinstance(kernels, str)
     refusal = "its self-test needs a package: pip install onnx"
-    assert kernels.prove(library).refusal == refusal
-    assert proof.readiness(kernels) == refusal
-
-
-def test_build_makes_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One library for each engine; the proofs are not run here, their outcome is."""
-    monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path))
-    found = Proof("", "", "any", verdicts=FASTER)
-    monkeypatch.setattr(proof, "_try_in_child", lambda module, library: found)
-    monkeypatch.setattr(
-        accel.ggml_plugin, "find_ggml", lambda: "ggml 9 is not one that the kernels were made for"
-    )
-    outcome = CliRunner().invoke(app, ["accel", "build", "--json"])
-    assert outcome.exit_code == 4
-    made = json.loads(outcome.stdout)
-    assert made["llama.cpp"]["refusal"].startswith("ggml 9")
-    assert made["onnxruntime"]["verdicts"] == [asdict(each) for each in FASTER]
-    library = Path(made["onnxruntime"]["library"])
-    assert accel.readiness("onnxruntime") == (library, replace(found, sha256=file_sha256(library)))
-    assert "any" in accel.kernels("auto")
+    assert kernels.prove().refusal == refusal
+    assert racdeploy_kernels.explain("onnxruntime") == refusal

@@ -16,15 +16,14 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.sparse_kernels import (
-    FIXED_STRIDE,
+from kernels.tests.support.compiling import build, explain_no_arm
+from kernels.tests.support.sparse_kernels import (
     QUANTS,
     SLACK_BYTES,
+    TWO_OF_FOUR,
     LibraryCalls,
     Packed,
     SparseKernels,
-    build_arm_kernels,
-    build_kernels,
     emulate,
 )
 
@@ -41,13 +40,13 @@ _EMULATED = tuple(processor for processor in INSTRUCTION_SETS if processor != "h
 
 @pytest.fixture(scope="module")
 def kernels() -> SparseKernels:
-    return SparseKernels(LibraryCalls(build_kernels()))
+    return SparseKernels(LibraryCalls(build("test_kernels")))
 
 
 @pytest.fixture(scope="module")
 def emulated() -> Iterator[dict[str, SparseKernels]]:
     """The kernels on the emulated processors, empty where these cannot be."""
-    if isinstance(build_arm_kernels(), str):
+    if explain_no_arm():
         yield {}
         return
     with ExitStack() as stack:
@@ -64,7 +63,7 @@ def use(
     emulated: dict[str, SparseKernels],
 ) -> SparseKernels:
     if processor != "here" and not emulated:
-        pytest.skip(str(build_arm_kernels()))
+        pytest.skip(explain_no_arm())
     found = kernels if processor == "here" else emulated[processor]
     if not found.use(instruction_set):
         assert processor == "here"
@@ -73,8 +72,15 @@ def use(
 
 
 @pytest.fixture(
-    params=[(name, each) for name, sets in INSTRUCTION_SETS.items() for each in sets],
-    ids="-".join,
+    params=[
+        pytest.param(
+            (name, each),
+            id=f"{name}-{each}",
+            marks=[] if name == "here" else pytest.mark.emulated,
+        )
+        for name, sets in INSTRUCTION_SETS.items()
+        for each in sets
+    ]
 )
 def chosen(
     request: pytest.FixtureRequest,
@@ -95,13 +101,12 @@ def draw_blocks(quant: str, rows: int, columns: int, sparsity: float, seed: int 
     )
 
 
-def draw_fixed(quant: str, pattern: str, rows: int, columns: int) -> np.ndarray:
-    """Return random blocks that fit a pattern: 2 of 4 or 4 of 8 weights may not be zero."""
-    stored = 4 if pattern == "four_of_eight" else 2
+def draw_two_of_four(quant: str, rows: int, columns: int) -> np.ndarray:
+    """Return random blocks of which at most two of every four weights are not zero."""
     generator = np.random.default_rng(1)
     weight_OI = generator.standard_normal((rows, columns)).astype(np.float32)
-    order = np.argsort(generator.random((rows, columns // stored // 2, 2 * stored)), axis=2)
-    weight_OI[(order < stored).reshape(rows, columns)] = 0
+    order = np.argsort(generator.random((rows, columns // 4, 4)), axis=2)
+    weight_OI[(order < 2).reshape(rows, columns)] = 0
     weight_OI[0, :8] = 0  # fewer are left: the pattern stores zeros
     return np.ascontiguousarray(
         quants.quantize(weight_OI, GGMLQuantizationType[quant.upper()]).view(np.uint8)
@@ -136,6 +141,7 @@ def test_unpacking_restores_every_byte(
             assert_packs(kernels, matrix, cut, expected)
 
 
+@pytest.mark.emulated
 @settings(max_examples=15)
 @given(matrix=matrices, cut=st.integers(0, 19))
 def test_unpacking_on_arm_restores_every_byte(
@@ -164,28 +170,28 @@ def assert_packs(
     assert kernels.unpack(packed).tobytes() == draw_blocks(**matrix).tobytes()
 
 
-@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
+@pytest.mark.parametrize("quant", TWO_OF_FOUR)
 def test_a_fixed_stride_is_restored(
-    chosen: SparseKernels, kernels: SparseKernels, quant: str, pattern: str
+    chosen: SparseKernels, kernels: SparseKernels, quant: str
 ) -> None:
-    """A 2:4 or 4:8 matrix packs with a fixed stride, the same everywhere, and comes back whole."""
-    blocks = draw_fixed(quant, pattern, 5, 384)
-    packed = chosen.pack(quant, blocks, 384, pattern, cut=2)
+    """A 2:4 matrix packs with a fixed stride, the same everywhere, and comes back whole."""
+    blocks = draw_two_of_four(quant, 5, 384)
+    packed = chosen.pack(quant, blocks, 384, "two_of_four", cut=2)
     assert set(np.diff(packed.offsets)) == {512 // (2 if quant == "q8_0" else 4)}  # whole groups
     assert chosen.valid(packed)
     assert chosen.unpack(packed).tobytes() == blocks.tobytes()
 
     kernels.use("portable")
-    expected = kernels.pack(quant, blocks, 384, pattern)
+    expected = kernels.pack(quant, blocks, 384, "two_of_four")
     assert packed.values.tobytes() == expected.values.tobytes()
     assert packed.heads.tobytes() == expected.heads.tobytes()
 
 
-@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
-def test_a_fixed_stride_is_found(chosen: SparseKernels, quant: str, pattern: str) -> None:
+@pytest.mark.parametrize("quant", TWO_OF_FOUR)
+def test_a_fixed_stride_is_found(chosen: SparseKernels, quant: str) -> None:
     """Where the kernels of this processor gain from one, and nowhere else."""
-    blocks = draw_fixed(quant, pattern, 5, 512)
-    assert chosen.wanted_pattern(quant, blocks, 512) == chosen.preferred_pattern(quant, pattern)
+    blocks = draw_two_of_four(quant, 5, 512)
+    assert chosen.wanted_pattern(quant, blocks, 512) == chosen.pattern
     for sparsity in (0.5, 0.0):
         unstructured = draw_blocks(quant, 5, 512, sparsity)
         assert chosen.wanted_pattern(quant, unstructured, 512) == "unstructured"
@@ -194,7 +200,7 @@ def test_a_fixed_stride_is_found(chosen: SparseKernels, quant: str, pattern: str
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
 def test_a_fixed_stride_needs_enough_values(chosen: SparseKernels, quant: str) -> None:
     """Where a row's last group is short, or most weights are zero, it would store zeros."""
-    short = draw_fixed(quant, "two_of_four", 5, 384)
+    short = draw_two_of_four(quant, 5, 384)
     assert chosen.wanted_pattern(quant, short, 384) == "unstructured"
     assert chosen.wanted_pattern(quant, draw_blocks(quant, 5, 512, 0.99), 512) == "unstructured"
 
@@ -202,7 +208,7 @@ def test_a_fixed_stride_needs_enough_values(chosen: SparseKernels, quant: str) -
 @pytest.mark.parametrize("quant", ["f16", "bf16"])
 def test_floats_are_unstructured(chosen: SparseKernels, quant: str) -> None:
     """Whatever the pattern of their zeros."""
-    blocks = draw_fixed(quant, "two_of_four", 5, 512)
+    blocks = draw_two_of_four(quant, 5, 512)
     assert chosen.wanted_pattern(quant, blocks, 512) == "unstructured"
 
 
@@ -226,18 +232,17 @@ def test_products_equal_the_weights_times_the_rounded_inputs(
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
-@pytest.mark.parametrize(("quant", "pattern"), FIXED_STRIDE)
-def test_products_of_a_fixed_stride(
-    chosen: SparseKernels, quant: str, pattern: str, tokens: int
-) -> None:
+@pytest.mark.parametrize("quant", TWO_OF_FOUR)
+def test_products_of_a_fixed_stride(chosen: SparseKernels, quant: str, tokens: int) -> None:
     """Exact as those of any mask."""
-    blocks = draw_fixed(quant, pattern, 21, 640)
+    blocks = draw_two_of_four(quant, 21, 640)
     if quant == "q8_0":
         codes = blocks.reshape(21, -1, 34)[:, :, 2:]
         codes[codes == 127] = 128  # -128, the code that has no positive twin
     activation_TI = draw_activations(tokens, 640)
     expected_TO = round_inputs(chosen, quant, activation_TI) @ dequantize(quant, blocks).T
-    output_TO = chosen.multiply(chosen.pack(quant, blocks, 640, pattern), activation_TI, cut=8)
+    packed = chosen.pack(quant, blocks, 640, "two_of_four")
+    output_TO = chosen.multiply(packed, activation_TI, cut=8)
     np.testing.assert_allclose(
         output_TO, expected_TO, rtol=0, atol=1e-6 * np.abs(expected_TO).max()
     )
@@ -281,13 +286,17 @@ def test_inputs_are_rounded_as_ggml_rounds_them(chosen: SparseKernels, quant: st
 
 
 @pytest.mark.parametrize(
-    ("quant", "pattern"), [*((quant, "unstructured") for quant in QUANTS), *FIXED_STRIDE]
+    ("quant", "pattern"),
+    [
+        *((quant, "unstructured") for quant in QUANTS),
+        *((quant, "two_of_four") for quant in TWO_OF_FOUR),
+    ],
 )
 def test_a_matrix_that_disagrees_with_itself_is_refused(
     kernels: SparseKernels, quant: str, pattern: str
 ) -> None:
     """Every kind of damage to a packed matrix is seen before a kernel reads it."""
-    packed = kernels.pack(quant, draw_fixed(quant, pattern, 4, 384), 384, pattern)
+    packed = kernels.pack(quant, draw_two_of_four(quant, 4, 384), 384, pattern)
     assert kernels.valid(packed)
     for name, damaged in damage(packed):
         assert not kernels.valid(damaged), f"{name} was not noticed"
@@ -297,8 +306,7 @@ def test_a_pattern_belongs_to_some_formats(kernels: SparseKernels) -> None:
     """A file that claims another one is refused."""
     for quant in QUANTS:
         packed = kernels.pack(quant, draw_blocks(quant, 2, 512, 0.5), 512)
-        for _, pattern in FIXED_STRIDE:
-            assert not kernels.valid(replace(packed, pattern=pattern))
+        assert not kernels.valid(replace(packed, pattern="two_of_four"))
 
 
 def damage(packed: Packed) -> list[tuple[str, Packed]]:
@@ -368,7 +376,5 @@ def arm_q8_0(activation_I: np.ndarray) -> np.ndarray:
 
 def test_slack_is_what_the_tests_give() -> None:
     """The slack behind the values is the one that the header asks for."""
-    header = (Path(__file__).parents[2] / "racdeploy/accel/sources/sparse_matrix.h").read_text(
-        encoding="utf-8"
-    )
-    assert f"slack_bytes = {SLACK_BYTES}" in header
+    header = Path(__file__).parents[1] / "sources" / "sparse_matrix.h"
+    assert f"slack_bytes = {SLACK_BYTES}" in header.read_text(encoding="utf-8")

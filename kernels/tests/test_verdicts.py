@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from racdeploy import accel
-from racdeploy.accel import verdicts
-from racdeploy.accel.verdicts import (
+from racdeploy_kernels import verdicts
+from racdeploy_kernels.verdicts import (
     Verdict,
     byte_bound,
     choose_verdict,
     describe,
+    explain_missing,
     measure,
     thread_counts,
     weights_bytes,
@@ -132,13 +132,9 @@ def test_one_thread_and_all_cores_are_described() -> None:
     assert describe([], {}) == {}
 
 
-def test_what_was_built_is_told_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And which of them could not be measured, with what to do."""
-    monkeypatch.setattr(accel, "available_cores", lambda: 3)
-    one, three = Verdict(1, {"q8_0": {"0.8": 1.5, "0.7": 0.9}}), Verdict(3, {"q8_0": {"0.8": 2.0}})
-    assert [*accel.describe_built(accel.Built(None, "", (one, three)))] == [
-        "q8_0: 1.50× at 80% zeros, 0.90× at 70% zeros, one token on 1 thread",
-        "q8_0: 2.00× at 80% zeros, one token on 3 threads",
-        "not measured on 2 threads: racdeploy accel build while nothing else runs",
-    ]
-    assert [*accel.describe_built(accel.Built(None, "it is not for this ggml"))] == []
+def test_threads_without_a_verdict_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do."""
+    monkeypatch.setattr(verdicts, "available_cores", lambda: 3)
+    missing = "not measured on 2 threads: racdeploy-kernels prove while nothing else runs"
+    assert explain_missing([Verdict(1), Verdict(3)]) == missing
+    assert explain_missing([Verdict(1), Verdict(2), Verdict(3)]) == ""

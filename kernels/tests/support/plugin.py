@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from racdeploy.accel import Proof, Verdict, ggml_plugin
-from racdeploy.accel.library import Library
-from racdeploy.accel.proof import Kernels
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.storage.files import file_sha256
+from racdeploy_kernels import ggml_plugin
+from racdeploy_kernels.proof import Kernels, Proof
+from racdeploy_kernels.verdicts import Verdict
 from tests.support.tiny_models import make_checkpoint
 
 # What a plug-in exports, doing nothing: name and parameters, and body.
 STUB = {
     "bool rac_ggml_enable()": "return true;",
-    "bool rac_ggml_keep()": "return false;",
-    "long rac_ggml_pack()": "return -1;",
-    "bool rac_ggml_maps_huge()": "return false;",
-    "int rac_ggml_layout()": "return 0;",
     "long rac_ggml_packed()": "return 0;",
     "long rac_ggml_stored_bytes()": "return 0;",
-    "int rac_ggml_wanted_pattern()": "return 0;",
-    "bool rac_ggml_is_device()": "return false;",
-    "void* ggml_backend_init()": "return nullptr;",
+    "void* ggml_backend_init()": "return registry;",
     "const char* rac_instruction_set()": 'return "portable";',
     "double rac_ggml_difference()": "return 0;",
     "void rac_ggml_time(int,long,long,long,double zeros,bool,int,"
@@ -42,45 +34,43 @@ STUB = {
         "for (int i = 0; i < counts; i++) stock[i] = 1, sparse[i] = 2;"
     ),
 }
+# A registry of ggml without devices, of its interface's version.
+_REGISTRY = """
+static const char* name(void*) { return "STUB"; }
+static unsigned long count(void*) { return 0; }
+static void* registry[6] = {reinterpret_cast<void*>(2), reinterpret_cast<void*>(name),
+                            reinterpret_cast<void*>(count)};
+"""
 _CHILD = """
-import sys; from pathlib import Path; from racdeploy.accel.ggml_plugin import Plugin
+import sys; from pathlib import Path; from racdeploy_kernels.ggml_plugin import Plugin
 print(Plugin(Path(sys.argv[1])).instruction_set)
 """
 
 
 def find_kernels() -> Kernels:
-    """Return the plug-in for the installed ggml, built or not."""
+    """Return the plug-in for the installed ggml."""
     kernels = ggml_plugin.find_kernels()
-    assert not isinstance(kernels, str), kernels
+    if isinstance(kernels, str):
+        pytest.skip(kernels)
     return kernels
 
 
-def build_plugin(factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the plug-in in a folder of its own; it is compiled once in a test run."""
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its folder inside that of the run
-        root = root.parent
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RACDEPLOY_ACCEL", str(root / "compiled"))
-        built = find_kernels().library.build()
-
-    return Path(shutil.copy(built, factory.mktemp("plugin")))
-
-
-def build_stub(folder: Path, bodies: Mapping[str, str]) -> Path:
+def build_stub(folder: Path, bodies: Mapping[str, str]) -> Kernels:
     """Build a library that exports what a plug-in does, with other bodies for some functions.
 
     Args:
         bodies: by the function's name without its beginning, ``rac_`` or ``rac_ggml_``.
     """
-    lines = []
+    lines = [_REGISTRY]
     for signature, body in STUB.items():
         name = signature.split("(")[0].split()[-1].removeprefix("rac_ggml_").removeprefix("rac_")
         attribute = '__attribute__((visibility("default")))'
         lines.append(f'extern "C" {attribute} {signature} {{ {bodies.get(name, body)} }}')
     (folder / "stub.cpp").write_text("\n".join(lines))
-    return Library("stub", (str(folder / "stub.cpp"),)).build()
+    library = folder / "stub.so"
+    command = ["c++", "-shared", "-fPIC", str(folder / "stub.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return replace(find_kernels(), library=library)
 
 
 def make_sparse_files(folder: Path, quants: Sequence[str]) -> dict[str, Path]:
@@ -113,8 +103,8 @@ def ask_instruction_set(library: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write_proof(library: Path, faster_from: dict[str, float], threads: int = 1) -> None:
-    """Keep a proof that uses a library from these shares of zeros on, on so many threads or more.
+def write_proof(faster_from: Mapping[str, float], threads: int = 1) -> Kernels:
+    """Keep a proof that uses the plug-in from these zeros on, on so many threads or more.
 
     On fewer it is slower.
     """
@@ -123,5 +113,15 @@ def write_proof(library: Path, faster_from: dict[str, float], threads: int = 1) 
     measured = {1: slower, threads: faster}
     verdicts = tuple(Verdict(*each) for each in measured.items())
 
-    proof = Proof("", file_sha256(library), ask_instruction_set(library), verdicts=verdicts)
-    library.with_suffix(".json").write_text(json.dumps(asdict(proof)))
+    kernels = find_kernels()
+    sha256 = file_sha256(kernels.library)
+    proof = Proof("", sha256, ask_instruction_set(kernels.library), verdicts=verdicts)
+    keep_proof(kernels, json.dumps(asdict(proof)))
+    return kernels
+
+
+def keep_proof(kernels: Kernels, text: str) -> None:
+    """Write what is found of kernels."""
+    record = kernels.locate_record()
+    record.parent.mkdir(0o700, parents=True, exist_ok=True)
+    record.write_text(text)
