@@ -9,8 +9,8 @@ candidates are decoded in turns, round after round, so that both meet the same m
 row for each candidate, and ends with 1 where a bar is missed: the bytes themselves (of ONNX, half a
 per cent: another program writes the graph), 5 % of the memory, 15 % of the speed.
 
-With ``--zeros`` candidates have zeros, and run on the sparse kernels that ``racdeploy accel build``
-made here.
+With ``--zeros`` candidates have zeros, and run on the sparse kernels that ``racdeploy-kernels
+prove`` found faster here.
 
 With ``--work`` files and samples are kept there, so that several short runs count together.
 """
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import accel
+from racdeploy import sparse_kernels
 from racdeploy.export.gguf import export as export_gguf
 from racdeploy.export.onnx import export as export_onnx
 from racdeploy.models import widths
@@ -133,11 +133,11 @@ def main() -> None:
 
         cases = SPARSE if arguments.zeros else CASES[arguments.engine]
         candidates = list(write_candidates(scratch, kept, arguments.smol, arguments.engine, cases))
-        faster_from = accel.faster_from(arguments.threads) if arguments.zeros else {}
+        faster_from = sparse_kernels.faster_from(arguments.threads) if arguments.zeros else {}
         profiler = Profiler(
             scratch, arguments.threads, engines=[arguments.engine], faster_from=faster_from
         )
-        kernels: accel.Mode = "require" if arguments.zeros else "off"
+        kernels: sparse_kernels.Mode = "require" if arguments.zeros else "off"
         record = kept / f"{arguments.engine}-{profiler.threads}{'-zeros' * arguments.zeros}.json"
         read_samples(record, profiler, candidates)
 

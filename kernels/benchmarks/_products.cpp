@@ -1,4 +1,4 @@
-// Times one token's products for accel_kernels.py, ours beside ggml's own dot products, in processor time.
+// Times one token's products for products.py, ours beside ggml's own dot products, in processor time.
 #include <sys/mman.h>
 #include <time.h>
 

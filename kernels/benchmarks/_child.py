@@ -1,4 +1,4 @@
-"""One measurement of ``accel_llamacpp.py``, in a process of llama-cpp-python and little else."""
+"""One measurement of ``llamacpp.py``, in a process of llama-cpp-python and little else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import llama_cpp
@@ -19,19 +20,16 @@ def measure(
     """Load a file as a user does, read a prompt, decode.
 
     ``state`` is what was before: ``warm``, the system has it cached; ``cold``, it is on the disk
-    only; ``new``, its packed weights were never kept, nor its zeros counted.
+    only.
     """
     if sparse:
-        from racdeploy import accel
-    if state == "new":
-        accel.forget(file)
+        from racdeploy import sparse_kernels
     if state == "cold":
-        for path in (file, *(accel.kept_files() if sparse else ())):
-            with open(path, "rb") as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.perf_counter()
     if sparse:
-        accel.enable(file, "require", threads=threads)
+        sparse_kernels.enable(Path(file), "require", threads=threads)
     model = llama_cpp.Llama(
         file,
         n_ctx=1024,

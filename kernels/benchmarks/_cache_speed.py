@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.accel.ggml_plugin import Plugin, Product, find_kernels
 from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy_kernels.ggml_plugin import Plugin, Product, find_kernels
 
 _COLUMNS = 2048
 _ROWS = (256, 768)  # of less than 2 MB; what a product costs besides is in both
@@ -21,11 +21,7 @@ def measure_ns(quant: str, zeros: float, threads: int) -> tuple[float, float]:
     kernels = find_kernels()
     if isinstance(kernels, str):
         raise SystemExit(kernels)
-    file = kernels.library.find()
-    if file is None:
-        raise SystemExit("racdeploy accel build")
-
-    plugin = Plugin(file)
+    plugin = Plugin(kernels.library)
     if not plugin.enable([], 1):
         raise SystemExit("ggml does not take the plug-in")
 

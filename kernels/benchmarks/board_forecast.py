@@ -1,9 +1,8 @@
 """How fast would sparse kernels be on a board that is not at hand? And how right is that?
 
     apt-get install g++-aarch64-linux-gnu llvm-19
-    python -m benchmarks.board_forecast                  # boards: cycles of the loops, tokens/s
-    racdeploy accel build
-    python -m benchmarks.board_forecast --here           # this machine: predicted beside measured
+    python -m kernels.benchmarks.board_forecast          # boards: cycles of the loops, tokens/s
+    python -m kernels.benchmarks.board_forecast --here   # this machine: predicted beside measured
 
 Every loop is compiled for AArch64, cut out of the assembly and timed by llvm-mca; it is never run.
 Dense ones are llama.cpp's (``_dense_neon.cpp``). A loop takes what llvm-mca says, or what its
@@ -11,7 +10,7 @@ instructions take to decode, if that is more: LLVM has no model of the Cortex-A7
 its twin, Neoverse N1, which does not know the decoder. ``-dispatch`` is given, since LLVM 19 and 22
 differ in it: Arm's guide to the N1 has 8.
 
-A token of the 1.1B model of ``accel_llamacpp.py`` is its linears and its dense Q8_0 output
+A token of the 1.1B model of ``llamacpp.py`` is its linears and its dense Q8_0 output
 projection; all else (attention, norms, waiting of threads) is left out. On one core, weights come
 from memory while others are multiplied, in part: a quarter of the shorter of both times is hidden
 for llama.cpp's dense loops, and half of it for ours, which ask memory ahead. These two shares were
@@ -30,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks._cache_speed import measure_ns
-from benchmarks.accel_llamacpp import (
+from kernels.benchmarks._cache_speed import measure_ns
+from kernels.benchmarks.llamacpp import (
     BITS,
     BLOCKS,
     HIDDEN,
@@ -42,9 +41,10 @@ from benchmarks.accel_llamacpp import (
     run_child,
     write_model,
 )
-from racdeploy.accel.source_list import FLAGS, SOURCES, machine_flags
 
 COMPILER = "aarch64-linux-gnu-g++"
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-march=armv8.2-a+dotprod")
+SOURCES = Path(__file__).parents[1] / "sources"
 HIDDEN_SHARE = {"dense": 0.25, "sparse": 0.5}  # of the shorter of computing and reading
 _OUTPUT_WEIGHTS = VOCABULARY * HIDDEN
 _LINEAR_WEIGHTS = BLOCKS * sum(outputs * inputs for outputs, inputs in LINEARS.values())
@@ -108,20 +108,18 @@ def loops() -> list[Loop]:
         half_bits = bits - value_bits + place_bits + value_bits / 2
         dense = f"dense_{quant.lower()}"
         spread = rf"multiply_rows<.*{number}, 2>"
-        picked = rf"multiply_rows_of_picked<.*{number}, .*{{}}, 2>"
+        picked = rf"multiply_rows_of_picked<.*{number}, 2>"
         found += [
             Loop(f"{quant} dense", quant, "dense", _DENSE, dense, 128, bits),
             Loop(f"{quant} 50 % zeros", quant, "sparse", _NEON, spread, 512, half_bits),
-            Loop(f"{quant} 4:8", quant, "sparse", _NEON, picked.format(2), 512, half_bits),
-            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked.format(1), 512, half_bits),
+            Loop(f"{quant} 2:4", quant, "sparse", _NEON, picked, 512, half_bits),
         ]
     return found
 
 
 def compile_loop(loop: Loop) -> list[str]:
     """Return the instructions of a loop."""
-    flags = machine_flags("neon.cpp", "aarch64")
-    command = [COMPILER, *FLAGS, *flags, f"-I{SOURCES}", "-S", str(loop.source), "-o", "-"]
+    command = [COMPILER, *FLAGS, f"-I{SOURCES}", "-S", str(loop.source), "-o", "-"]
     assembly = _run(command)
     for name, body in re.findall(r"^(\w[\w.]*):$(.*?)^\t\.size\t\1,", assembly, re.M | re.S):
         if re.search(rf"\b{loop.function}", _run(["c++filt", name.split(".")[0]])):

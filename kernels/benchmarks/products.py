@@ -1,6 +1,6 @@
 """How long does the product of 64 sparse weights take, from the cache and from memory?
 
-    python benchmarks/accel_kernels.py
+    python -m kernels.benchmarks.products
 
 One token on one thread, in processor time, for every instruction set that this processor has; 2:4
 weights in their own pattern, and as any others with half of them zero.
@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
-from racdeploy.accel.library import INSTRUCTION_SETS, KERNELS, Library
-from racdeploy.quant import ggml as quantizers
+from kernels.tests.support.compiling import build
+from racdeploy_kernels.library import INSTRUCTION_SETS
 
-SOURCE = Path(__file__).with_name("_accel_kernels.cpp")
 COLUMNS, FEW_ROWS, MANY_ROWS = 2048, 64, 32768
 CACHED_RUNS, CACHED_PASSES, MEMORY_RUNS = 300, 10, 15
 PATTERNS = {"unstructured": 0, "2:4": 1}
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--zeros", nargs="*", default=["0.5", "0.7", "2:4"])
     arguments = parser.parse_args()
 
-    library = ctypes.CDLL(str(Library("bench-kernels", (*KERNELS, str(SOURCE))).build()))
+    library = ctypes.CDLL(str(build("bench_products")))
     ggml = load_ggml()
 
     columns = ["kernels", "quant", "zeros", "packed", "cache ns", "ggml ns", "memory ns", "ggml ns"]
@@ -46,8 +45,6 @@ def main() -> None:
         for zeros in arguments.zeros:
             blocks = draw_blocks(quant, zeros)
             patterns = list(PATTERNS) if zeros in PATTERNS else ["unstructured"]
-            if is_k_quant(quant):
-                patterns = ["2:4"] if zeros == "2:4" else []
             for name, pattern in product(arguments.sets, patterns):
                 kind = name, quant, pattern
                 times = [
@@ -73,13 +70,8 @@ def measure(
     """
     instruction_set, quant, pattern = kind
     input_I = np.random.default_rng(1).standard_normal(COLUMNS).astype(np.float32)
-    if is_k_quant(quant):
-        input_blocks = quantize_q8_k(ggml, input_I)
-    else:
-        input_blocks = quants.quantize(input_I, GGMLQuantizationType.Q8_0)
-    rounding = "q8_K" if is_k_quant(quant) else "q8_0"
-    name = quant.lower().replace("_k", "_K")
-    dot = ctypes.cast(ggml[f"ggml_vec_dot_{name}_{rounding}"], ctypes.c_void_p)
+    input_blocks = quants.quantize(input_I, GGMLQuantizationType.Q8_0)
+    dot = ctypes.cast(ggml[f"ggml_vec_dot_{quant.lower()}_q8_0"], ctypes.c_void_p)
 
     dense_ns, sparse_ns = ctypes.c_double(), ctypes.c_double()
     ran = library.rac_time(
@@ -102,23 +94,8 @@ def draw_blocks(quant: str, zeros: str) -> np.ndarray:
         weight_OI[(fours.argsort(axis=1).argsort(axis=1) < 2).reshape(weight_OI.shape)] = 0
     else:
         weight_OI[random.random(weight_OI.shape) < float(zeros)] = 0
-    kind = GGMLQuantizationType[quant]
-    is_ours = not is_k_quant(quant)
-    blocks = quants.quantize(weight_OI, kind) if is_ours else quantizers.quantize(kind, weight_OI)
+    blocks = quants.quantize(weight_OI, GGMLQuantizationType[quant])
     return np.tile(blocks, (MANY_ROWS // len(blocks), 1))
-
-
-def is_k_quant(quant: str) -> bool:
-    """Return whether a format has super-blocks, which are packed in 2:4 alone."""
-    return quant.endswith("_K")
-
-
-def quantize_q8_k(ggml: ctypes.CDLL, input_I: np.ndarray) -> np.ndarray:
-    """Return the blocks that ggml multiplies super-blocks with."""
-    blocks = np.zeros(len(input_I) // 256 * (4 + 256 + 32), np.uint8)
-    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (input_I, blocks))
-    ggml.quantize_row_q8_K(*pointers, ctypes.c_int64(len(input_I)))
-    return blocks
 
 
 def load_ggml() -> ctypes.CDLL:
