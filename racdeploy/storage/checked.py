@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from racdeploy.errors import RacdeployError
@@ -43,37 +42,22 @@ def file_state(file: Path) -> State:
     return [str(file.resolve()), found.st_size, *times, found.st_ino, sample.hexdigest()[:32]]
 
 
-def check_once(
-    file: Path, key: str, check: Callable[[], bool], records: Path | None = None
-) -> bool:
-    """Return whether a file passes a check, which is left out where it passed it as it is now.
+def has_sha256(file: Path, sha256: str) -> bool:
+    """Return whether a file has a hash; it is not read again until it changes."""
+    digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    record = cache_folder("checked") / f"{digest[:32]}.json"
 
-    Args:
-        key: what else decides the outcome, as the hash that is expected.
-        records: the folder of what is remembered; by default a part of the user's cache.
-    """
     for _ in range(_TRIES):
         state = file_state(file)
-        record = _locate(file, records or cache_folder("checked"))
-        if _read(record) == [key, state]:
+        if _read(record) == [sha256, state]:
             return True
-        if not check():
+        if file_sha256(file) != sha256:
             return False
         if state == file_state(file):  # otherwise it was replaced meanwhile
-            _remember(record, key, state)
+            _remember(record, sha256, state)
             return True
 
     return False
-
-
-def has_sha256(file: Path, sha256: str) -> bool:
-    """Return whether a file has a hash; it is not read again until it changes."""
-    return check_once(file, sha256, lambda: file_sha256(file) == sha256)
-
-
-def _locate(file: Path, records: Path) -> Path:
-    digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
-    return records / f"{digest[:32]}.json"
 
 
 def _read(record: Path) -> object:
@@ -85,7 +69,7 @@ def _read(record: Path) -> object:
     return [key, state] if digest == canonical_hash([key, state]) else None
 
 
-def _remember(record: Path, key: str, state: State) -> None:
+def _remember(record: Path, sha256: str, state: State) -> None:
     _, _, modified_ns, changed_ns, *_ = state
     is_settled = time.time() - max(int(modified_ns), int(changed_ns)) / 1e9 > _SETTLED_S
     if not is_settled:
@@ -95,5 +79,5 @@ def _remember(record: Path, key: str, state: State) -> None:
     with contextlib.suppress(OSError, RacdeployError):
         make_private(record.parent)
         if not explain_foreign(record.parent):
-            text = json.dumps([key, state, canonical_hash([key, state])])
+            text = json.dumps([sha256, state, canonical_hash([sha256, state])])
             write_atomic(record, text, mode=0o600)
