@@ -22,7 +22,6 @@
 #include <thread>
 #include <utility>
 
-
 namespace racdeploy {
 namespace {
 

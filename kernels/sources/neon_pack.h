@@ -160,7 +160,8 @@ inline void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, u
 }
 
 inline void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    if (!is_quantized(blocks.quant) || blocks.pattern == Pattern::two_of_four) return portable::count(blocks, counts, rows);
+    const bool ours = is_quantized(blocks.quant) && blocks.pattern == Pattern::unstructured;
+    if (!ours) return portable::count(blocks, counts, rows);
 
     for (int64_t r = rows.begin; r < rows.end; r++) {
         int64_t stored[2] = {0, 0};  // of the first and the second 16 weights of the blocks

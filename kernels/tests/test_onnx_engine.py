@@ -89,11 +89,11 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
     for level in (GraphOptimizationLevel.ORT_ENABLE_ALL, GraphOptimizationLevel.ORT_DISABLE_ALL):
         options = _onnx_native.make_options(SETTINGS)
         options.graph_optimization_level = level
-        monkeypatch.setattr(_onnx_native, "make_options", lambda settings, options=options: options)
-        native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
+        with monkeypatch.context() as patch:
+            patch.setattr(_onnx_native, "make_options", lambda settings, options=options: options)
+            native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
         assert native.about["sparse_weights"] > 0
         found.append(native.teacher_forced(IDS, 0))
-        monkeypatch.undo()
     every_TV, none_TV = found
     assert np.abs(every_TV - none_TV).max() <= 0.02 * np.abs(none_TV).max()
     np.testing.assert_array_equal(every_TV.argmax(axis=1), none_TV.argmax(axis=1))
