@@ -12,10 +12,7 @@ from markupsafe import Markup
 
 from racdeploy.report.tables import number, plain
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_FOLD_SHARE = 0.97  # of all values that an axis shows at full size where a few are far beyond
-_FOLD_RATIO = 1.8  # how many times that far the farthest has to be
-_BAND, _GAP = 52.0, 16.0  # pixels for values beyond the last tick, and before them
+_MOST_POWERS = 6  # intervals of a logarithmic axis
 
 TickText = Callable[[float], str]
 
@@ -41,39 +38,21 @@ SQUARE = Frame(60, 440, 16, 396, height=442)
 
 @dataclass(frozen=True)
 class Axis:
-    """Data to pixels along one direction, from ``start`` to ``stop``.
-
-    Args:
-        farthest: of the values beyond the last tick, which share one place; None where none is.
-    """
+    """Data to pixels along one direction, from ``start`` to ``stop``."""
 
     label: str
     ticks: Sequence[float]
     start: float
     stop: float
     tick_text: TickText = number
-    farthest: float | None = None
+    logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        if self.is_beyond(value):
-            return self.edge
-
         first, last = self.ticks[0], self.ticks[-1]
         share = (value - first) / (last - first)
+        if self.logarithmic:
+            share = math.log(value / first) / math.log(last / first)
         return self.start + share * (self.stop - self.start)
-
-    @property
-    def edge(self) -> float:
-        """The place of all values beyond the last tick: the middle of a band."""
-        return self.stop + math.copysign(_GAP + _BAND / 2, self.stop - self.start)
-
-    def is_beyond(self, value: float) -> bool:
-        """Return whether a value is in the band."""
-        return self.farthest is not None and value > self.ticks[-1]
-
-    def log10(self, value: float) -> float:
-        """Return the place of a value on an axis of decimal logarithms."""
-        return self(math.log10(value))
 
 
 def across(
@@ -97,23 +76,12 @@ def upward_share(label: str, low: float, high: float, frame: Frame = FLAT) -> Ax
     return Axis(label, ticks, frame.bottom, frame.top, f"{{:.{digits}%}}".format)
 
 
-def upward_decades(label: str, low: float, high: float) -> Axis:
-    """Return an upward axis of decimal logarithms over whole powers of ten."""
-    first = math.floor(math.log10(low))
-    last = max(math.ceil(math.log10(high)), first + 1)
-    step = max(1, math.ceil((last - first) / 6))
-    ticks = range(first, last + step, step)
-    return Axis(label, ticks, FLAT.bottom, FLAT.top, _power_text)
-
-
-def across_counts(label: str, counts: Sequence[int], frame: Frame = FLAT) -> Axis:
-    """Return an axis from zero to the right; the few counts that are far beyond have a band."""
-    return _counts_axis(label, counts, frame.left, frame.right)
-
-
-def upward_counts(label: str, counts: Sequence[int], frame: Frame = FLAT) -> Axis:
-    """Return an axis from zero upward; the few counts that are far beyond have a band."""
-    return _counts_axis(label, counts, frame.bottom, frame.top)
+def powers(base: float, low: float, high: float) -> list[float]:
+    """Return the ticks of a logarithmic axis: powers of a base that cover the range."""
+    first = math.floor(math.log(low, base) + 1e-9)
+    last = max(math.ceil(math.log(high, base) - 1e-9), first + 1)
+    step = math.ceil((last - first) / _MOST_POWERS)
+    return [base**exponent for exponent in range(first, last + step, step)]
 
 
 def tokens_text(most: float) -> TickText:
@@ -144,28 +112,8 @@ def load_templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
 
-    environment.filters.update(plain=plain, px="{:.1f}".format, number=number, share=_share_text)
+    environment.filters.update(plain=plain, px="{:.1f}".format, number=number)
     return environment
-
-
-def _share_text(share: float) -> str:
-    """Return a share in per cent with three digits, however small it is."""
-    per_cent = 100 * share
-    if per_cent and per_cent < 0.01:
-        return "<0.01%"
-    return f"{per_cent:.1f}%" if per_cent >= 10 else f"{per_cent:.2f}%"
-
-
-def _counts_axis(label: str, counts: Sequence[int], start: float, stop: float) -> Axis:
-    in_order = sorted(counts)
-    farthest = in_order[-1]
-    most = in_order[math.ceil(_FOLD_SHARE * len(in_order)) - 1]
-
-    if farthest <= _FOLD_RATIO * max(most, 1):
-        return Axis(label, _round_ticks(0, farthest, most=5), start, stop)
-
-    stop -= math.copysign(_GAP + _BAND, stop - start)
-    return Axis(label, _round_ticks(0, most, most=5), start, stop, farthest=farthest)
 
 
 def _round_ticks(low: float, high: float, most: int) -> list[float]:
@@ -179,8 +127,3 @@ def _round_ticks(low: float, high: float, most: int) -> list[float]:
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [index * step for index in range(first, last + 1)]
-
-
-def _power_text(exponent: float) -> str:
-    power = f"{exponent:.0f}".translate(_SUPERSCRIPTS)
-    return f"10{power}"

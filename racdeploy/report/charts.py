@@ -1,4 +1,4 @@
-"""Charts of linears, blocks and traces as inline SVG; those of models and prompts lie beside.
+"""The charts of a report as inline SVG: accuracy by model, thinking by prompt, and recovery.
 
 What is drawn where; ``charts.svg.jinja`` draws it, without script and network and in the colours of
 the style sheet. Every mark carries a ``<title>``, which browsers show on hover and screen readers
@@ -8,201 +8,100 @@ read. A chart that would show nothing is empty.
 from __future__ import annotations
 
 import math
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from racdeploy.report import axis
-from racdeploy.report.model import (
-    LinearRow,
-    PositionRow,
-    RecoveryRow,
-    StructureRow,
-)
-from racdeploy.report.recovery import list_phases
-from racdeploy.report.tables import say
+from racdeploy.report.model import ArmSummary, RecoveryRow
+from racdeploy.report.pairs import Pair, list_lengths
+from racdeploy.report.tables import plain, say
 
-_VARIED = 5e-4  # shares that differ by less look alike
+POINTS = 2000
+"""Prompts that the chart of all prompts draws at most."""
+_ORDER = ("right", "wrong", "won", "lost")  # what pruning lost comes last, on top
 _FLOOR = 1e-9  # in nats: below it a mean KL is rounding
-_NAMED_BLOCKS = 16
-_NAME_PIXELS = 14  # from one upright name to the next
+_ROW = 34  # pixels from one model to the next
+_NAME_CHARACTERS = 20
 _NOTHING = Markup("")
+_ARM = "{0.name}: {0.accuracy:.1%} right, {0.accuracy_lower:.1%} to {0.accuracy_upper:.1%}"
 _LOOK = "{0.phase}, {0.tokens:,} tokens: KL {0.kl_nats:.3g} nats, {0.accuracy:.1%} right"
 
-Cell = tuple[str, int]
-"""Kind of a linear and its block."""
-_Mark = tuple[RecoveryRow, complex, str]
-"""A look, its place as x + iy in pixels, and what it saw."""
-_End = tuple[str, float, float]
-"""Name of a phase, where it ends and where the name is, both from the left in pixels."""
 
-
-def divergence_along(rows: Sequence[PositionRow]) -> Markup:
-    """Draw both divergences over the distance from the end of the prompt, logarithmically."""
-    if not rows:
+def accuracy_by_arm(arms: Sequence[ArmSummary]) -> Markup:
+    """Draw each model's accuracy in its interval, one row each; one alone compares nothing."""
+    if len(arms) < 2:
         return _NOTHING
 
-    pruning = [max(row.pruning_kl_nats, _FLOOR) for row in rows]
-    export = [max(row.export_kl_nats, _FLOOR) for row in rows]
-    least, most = min(pruning + export), max(pruning + export)
-    x = axis.across("completion tokens after the prompt", 0, rows[-1].stop_token)
-    y = axis.upward_decades("KL in nats", least, most)
-    values = {"pruning": pruning, "export": export}
-    return axis.draw("divergence", x=x, y=y, rows=rows, values=values)
+    bottom = 8.0 + _ROW * len(arms)
+    frame = axis.Frame(146, 396, 8, bottom, height=bottom + 46)
+    low = max(0.0, min(arm.accuracy_lower for arm in arms) - 0.01)
+    high = max(arm.accuracy_upper for arm in arms)
+    x = axis.across("accuracy", low, high, "{:.1%}".format, frame)
+
+    rows = []
+    for index, arm in enumerate(arms):
+        name = plain(arm.name)
+        if len(name) > _NAME_CHARACTERS:
+            name = f"{name[: _NAME_CHARACTERS - 1]}…"
+        rows.append((arm, name, frame.top + (index + 0.5) * _ROW, say(_ARM, arm)))
+
+    return axis.draw("arms", x=x, rows=rows, frame=frame)
 
 
-def heat_map(
-    label: str, linears: Iterable[LinearRow], value: Callable[[LinearRow], float | None]
-) -> Markup:
-    """Draw one number per linear: blocks across, kinds down; numbers of one cell are averaged.
+def thinking_by_prompt(pairs: Sequence[Pair], cap: int | None) -> Markup:
+    """Draw thinking tokens, pruned over dense, one point per prompt.
 
-    Where all are alike there is nothing to see, and nothing is drawn.
+    Both axes are logarithmic and alike: the distance from the diagonal is the ratio, which the
+    gate limits, and a few endless thoughts do not squeeze the others.
     """
-    cells: dict[Cell, list[float]] = defaultdict(list)
-    for row in linears:
-        number = value(row)
-        if number is not None and math.isfinite(number):
-            cells[_cell(row.name)].append(number)
-
-    if not cells:
+    if not pairs:
         return _NOTHING
 
-    means = {cell: sum(numbers) / len(numbers) for cell, numbers in cells.items()}
-    spread = max(means.values()) - min(means.values())
-    if spread <= _VARIED * max(map(abs, means.values())):
-        return _NOTHING
+    dense, pruned = list_lengths(pairs)
+    both = [max(tokens, 1) for tokens in dense + pruned]
+    ticks = axis.powers(2, min(both), max(both))
+    frame = axis.SQUARE
+    x = axis.Axis("dense: thinking tokens", ticks, frame.left, frame.right, logarithmic=True)
+    y = axis.Axis("pruned: thinking tokens", ticks, frame.bottom, frame.top, logarithmic=True)
 
-    kinds = list(dict.fromkeys(kind for kind, _ in means))
-    blocks = sorted({block for _, block in means})
-    return axis.draw("heat", label=label, means=means, kinds=kinds, blocks=blocks)
-
-
-def widths_by_block(structure: Sequence[StructureRow]) -> Markup:
-    """Draw the shares of channels and of query heads that each block keeps; none if all are."""
-    shares = {
-        "channels": [row.channels / row.channels_dense for row in structure],
-        "heads": [row.heads / row.heads_dense for row in structure],
-    }
-    cut = {name: kept for name, kept in shares.items() if any(share < 1 for share in kept)}
-    if not cut:
-        return _NOTHING
-
-    x = axis.Axis("block", (0, len(structure)), axis.FLAT.left, axis.FLAT.right)
-    y = axis.upward_share("kept", 0, 1)
-    every = math.ceil(len(structure) / _NAMED_BLOCKS)
-
-    names = []
-    for row in structure[::every]:
-        middle = x(row.block + 0.5)
-        names.append((middle, str(row.block)))
-
-    return axis.draw("widths", x=x, y=y, rows=structure, shares=cut, names=names)
+    every = math.ceil(len(pairs) / POINTS)
+    drawn = sorted(pairs[::every], key=lambda pair: _ORDER.index(pair.outcome))
+    return axis.draw("lengths", x=x, y=y, pairs=drawn, cap=cap, frame=frame)
 
 
 def recovery_over_tokens(rows: Sequence[RecoveryRow]) -> Markup:
-    """Draw divergence and right answers over the tokens learned, one panel for each."""
-    most = max((row.tokens for row in rows), default=0)
-    if not most:
-        return _NOTHING
-
-    x = axis.across("tokens learned", 0, most, axis.tokens_text(most))
-    ends = _phase_ends(rows, x)
-
-    # Divergence falls, so the names of phases are at the top; right answers rise: at the bottom.
-    return _recovery_kl(rows, x, ends) + _recovery_accuracy(rows, x, ends)
-
-
-def _recovery_kl(rows: Sequence[RecoveryRow], x: axis.Axis, ends: Sequence[_End]) -> Markup:
-    """Draw a line through the looks, logarithmically."""
+    """Draw the divergence from the dense model over the tokens learned, logarithmically."""
     looks = []
     for row in rows:
         if row.kl_nats is not None and math.isfinite(row.kl_nats):
             looks.append((row, max(row.kl_nats, _FLOOR)))
 
-    if not looks:
+    most = max((row.tokens for row, _ in looks), default=0)
+    if not most:
         return _NOTHING
 
     values = [value for _, value in looks]
-    y = axis.upward_decades("KL in nats", min(values), max(values))
-    marks = [_mark(row, x(row.tokens), y.log10(value)) for row, value in looks]
+    frame = axis.FLAT
+    ticks = axis.powers(10, min(values), max(values))
+    x = axis.across("tokens learned", 0, most, axis.tokens_text(most))
+    y = axis.Axis("KL in nats", ticks, frame.bottom, frame.top, "{:g}".format, logarithmic=True)
 
-    return axis.draw(
-        "recovery",
-        label="Divergence from the dense model over the tokens learned",
-        x=x,
-        y=y,
-        marks=marks,
-        lines=_phase_lines(marks),
-        ends=ends,
-    )
+    marks = [(row, x(row.tokens), y(value), say(_LOOK, row)) for row, value in looks]
+    return axis.draw("recovery", x=x, y=y, marks=marks, lines=_phase_lines(marks))
 
 
-def _recovery_accuracy(rows: Sequence[RecoveryRow], x: axis.Axis, ends: Sequence[_End]) -> Markup:
-    """Draw a mark for each time that the calibration prompts were asked."""
-    asked = []
-    for row in rows:
-        if row.accuracy is not None:
-            asked.append((row, row.accuracy))
-
-    if not asked:
-        return _NOTHING
-
-    shares = [share for _, share in asked]
-    low = max(0.0, min(shares) - 0.02)
-    high = min(1.0, max(shares) + 0.02)
-    y = axis.upward_share("calibration prompts right", low, high)
-    marks = [_mark(row, x(row.tokens), y(share)) for row, share in asked]
-
-    return axis.draw(
-        "recovery",
-        label="Calibration prompts right over the tokens learned",
-        x=x,
-        y=y,
-        marks=marks,
-        lines={},
-        ends=ends,
-    )
-
-
-def _mark(row: RecoveryRow, across: float, height: float) -> _Mark:
-    return row, complex(across, height), say(_LOOK, row)
-
-
-def _phase_lines(marks: Sequence[_Mark]) -> dict[tuple[str, bool], list[complex]]:
+def _phase_lines(
+    marks: Sequence[tuple[RecoveryRow, float, float, str]],
+) -> dict[tuple[str, bool], list[tuple[float, float]]]:
     """Return the line of each phase, from the last look that was kept, and whether it was kept."""
-    lines: dict[tuple[str, bool], list[complex]] = {}
-    start: list[complex] = []
+    lines: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    start: list[tuple[float, float]] = []
 
-    for row, place, _ in marks:
+    for row, across, up, _ in marks:
         line = lines.setdefault((row.phase, row.kept), list(start))
-        line.append(place)
+        line.append((across, up))
         if row.kept:
-            start = [place]
+            start = [(across, up)]
 
     return lines
-
-
-def _phase_ends(rows: Sequence[RecoveryRow], x: axis.Axis) -> list[_End]:
-    """Return where each phase ends, and where its name is: left of that, clear of the next."""
-    ends = []
-    free = math.inf
-
-    for phase in reversed(list_phases(rows)):
-        if phase.tokens:
-            end = x(phase.tokens)
-            free = min(end - 4, free)
-            ends.append((phase.phase, end, free))
-            free -= _NAME_PIXELS
-
-    return ends
-
-
-def _cell(name: str) -> Cell:
-    """Split a linear's name into its kind and its block, experts and the like folded into ``*``."""
-    match = re.search(r"\.(\d+)\.(.+)", name)
-    if match is None:
-        return name, 0
-    kind = re.sub(r"\.\d+\.", ".*.", match.group(2))
-    return kind.removeprefix("self_attn.").removeprefix("mlp."), int(match.group(1))

@@ -7,21 +7,19 @@ prompts page by page, copies, and opens everything for print; all else is there 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from operator import attrgetter
 
-from markupsafe import Markup
-
-from racdeploy.report import arm_charts, browser, charts, length_charts
+from racdeploy.report import browser, charts
 from racdeploy.report.facts import list_facts, write_command
-from racdeploy.report.front import front, who_wins
+from racdeploy.report.front import who_wins
 from racdeploy.report.highlights import highlights
 from racdeploy.report.model import LinearRow, Record, Report
 from racdeploy.report.page import render_page
-from racdeploy.report.pairs import Pair, length_quantiles, lengths_by_task, pair_records
+from racdeploy.report.pairs import Pair, length_quantiles, list_lengths, pair_records
 from racdeploy.report.settings import as_toml, list_sections
 from racdeploy.report.summary import findings
-from racdeploy.report.tables import HARNESS, Row, Table, list_next_steps, plain, tables
+from racdeploy.report.tables import HARNESS, Row, Table, list_next_steps, number, plain, tables
 
 _ROWS = 200
 _WORST = 8  # linears that are named
@@ -48,13 +46,25 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
         bundle: the folder that the command on the page runs; without it there is no command.
     """
     pairs = pair_records(records)
-    drawn = _draw_charts(report, pairs)
-    by_title = _tables(report)
+    by_title = _tables(report, pairs)
+    zeros = _describe_zeros(report.linears)
+    cap = report.comparison.length_budget_tokens if report.comparison else None
+
+    shown = {
+        "checks": True,
+        "thinking": pairs or len(report.arms) > 1 or "Tasks" in by_title,
+        "harness": HARNESS in by_title,
+        "size": "Dense and pruned" in by_title,
+        "structure": "Kept" in by_title,
+        "recovery": "Recovery" in by_title,
+        "pruning": zeros or {"Worst linears", "Drift", "Not as asked"} & by_title.keys(),
+        "prompts": pairs,
+        "made": True,
+    }
 
     values = {
-        **drawn,
         "report": report,
-        "sections": _list_sections(drawn, by_title, bool(pairs)),
+        "sections": {place: title for place, title in _TITLES.items() if shown[place]},
         "findings": findings(report),
         "facts": list_facts(report),
         "command": write_command(bundle, records),
@@ -63,11 +73,15 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
         "tables": by_title,
         "row_limit": _ROWS,
         "source": "report.json",
-        "zeros": _describe_zeros(report.linears),
+        "zeros": zeros,
         "winners": who_wins(report),
+        "accuracy_chart": charts.accuracy_by_arm(report.arms),
+        "scatter_chart": charts.thinking_by_prompt(pairs, cap),
+        "recovery_chart": charts.recovery_over_tokens(report.recovery),
+        "cap": cap,
         "quantiles": length_quantiles(pairs),
         "pairs": len(pairs),
-        "points": length_charts.POINTS,
+        "points": charts.POINTS,
         "prompts": browser.list_prompts(pairs),
         "cut": browser.cut,
         "count_shared": browser.count_shared,
@@ -79,61 +93,21 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
     return render_page("report.html.jinja", values, ["report.js"])
 
 
-def _draw_charts(report: Report, pairs: Sequence[Pair]) -> dict[str, Markup | str]:
-    arms, linears, best = report.arms, report.linears, front(report.arms)
-    cap = report.comparison.length_budget_tokens if report.comparison else None
-
-    return {
-        "accuracy_chart": arm_charts.accuracy_against_length(arms),
-        "size_chart": arm_charts.accuracy_against_size(arms, best),
-        "speed_chart": arm_charts.accuracy_against_speed(arms, best),
-        "divergence_chart": charts.divergence_along(report.positions),
-        "scatter_chart": length_charts.paired_lengths(pairs, cap),
-        "histogram_chart": length_charts.length_histogram(pairs, cap),
-        "tasks_chart": length_charts.lengths_of_tasks(lengths_by_task(pairs)),
-        "lengths_note": length_charts.describe_lengths(pairs, cap),
-        "widths_chart": charts.widths_by_block(report.structure),
-        "recovery_chart": charts.recovery_over_tokens(report.recovery),
-        "sparsity_chart": charts.heat_map(
-            "Sparsity by linear", linears, attrgetter("sparsity_reached")
-        ),
-        "error_chart": charts.heat_map(
-            "Held-out error by linear", linears, attrgetter("held_out_error")
-        ),
-    }
-
-
-def _list_sections(
-    drawn: dict[str, Markup | str], by_title: dict[str, Table], has_pairs: bool
-) -> dict[str, str]:
-    """Return the title of each part that has something to show, by its place in the page."""
-    shown = {
-        "checks": True,
-        "thinking": drawn["accuracy_chart"] or has_pairs or "Tasks" in by_title,
-        "harness": HARNESS in by_title,
-        "size": "Dense and pruned" in by_title,
-        "structure": "Kept" in by_title,
-        "recovery": "Recovery" in by_title,
-        "pruning": any(drawn[f"{name}_chart"] for name in ("sparsity", "error", "divergence"))
-        or any(title in by_title for title in ("Drift", "Not as asked")),
-        "prompts": has_pairs,
-        "made": True,
-    }
-    return {place: title for place, title in _TITLES.items() if shown[place]}
-
-
-def _tables(report: Report) -> dict[str, Table]:
-    """Return the tables by title; few models are columns, and each name is short."""
+def _tables(report: Report, pairs: Sequence[Pair]) -> dict[str, Table]:
+    """Return the tables by their short title, and those that only a page has."""
     found = {table.title.partition(" from ")[0]: table for table in tables(report)}
 
     arms = found.get("Dense and pruned")
     if arms and len(arms.rows) <= _COLUMNS:
-        head, *rows = zip(arms.columns, *arms.rows, strict=True)
-        found["Dense and pruned"] = Table(arms.title, head, tuple(rows))
+        found["Dense and pruned"] = arms.turn()
 
-    worst = _worst_linears(report.linears)
-    if worst:
-        found["Worst linears"] = Table("Worst linears", ("linear", "held-out error"), worst)
+    own = {
+        ("Worst linears", "linear|held-out error"): _worst_linears(report.linears),
+        ("Thinking by task", "task|prompts|dense|pruned|change"): _thinking_by_task(pairs),
+    }
+    for (title, columns), rows in own.items():
+        if rows:
+            found[title] = Table(title, tuple(columns.split("|")), rows)
     return found
 
 
@@ -143,9 +117,34 @@ def _worst_linears(linears: Sequence[LinearRow]) -> tuple[Row, ...]:
     return tuple((plain(name), f"{error:.2%}") for error, name in worst if error >= _VISIBLE)
 
 
+def _thinking_by_task(pairs: Sequence[Pair]) -> tuple[Row, ...]:
+    """Return mean thinking tokens, the task that got longest first; nothing for a single task."""
+    by_task: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_task[pair.dense.task].append(pair)
+    if len(by_task) < 2:
+        return ()
+
+    means = []
+    for task, alike in by_task.items():
+        dense, pruned = (sum(lengths) / len(alike) for lengths in list_lengths(alike))
+        means.append((pruned - dense, task, len(alike), dense, pruned))
+
+    rows = []
+    for _, task, prompts, dense, pruned in sorted(means, reverse=True):
+        change = round(100 * (pruned / dense - 1)) if dense else 0
+        sign = "+" if change > 0 else ""
+        figures = (f"{prompts:,}", f"{dense:,.1f}", f"{pruned:,.1f}", f"{sign}{number(change)}%")
+        rows.append((plain(task), *figures))
+    return tuple(rows)
+
+
 def _describe_zeros(linears: Sequence[LinearRow]) -> str:
-    """Return one sentence where all linears have as many zeros; empty where they differ."""
-    reached = {f"{row.sparsity_reached:.1%}" for row in linears}
-    if len(reached) != 1 or reached == {"0.0%"}:
+    """Return how many zeros the linears have, as a sentence; empty where there are none."""
+    reached = sorted(row.sparsity_reached for row in linears)
+    if not reached or f"{reached[-1]:.1%}" == "0.0%":
         return ""
-    return f"Each of the {len(linears):,} linears has {reached.pop()} zeros."
+
+    low, high = f"{reached[0]:.1%}", f"{reached[-1]:.1%}"
+    share = low if low == high else f"{low} to {high}"
+    return f"Each of the {len(linears):,} linears has {share} zeros."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,21 +32,6 @@ class Pair:
     def differs(self) -> bool:
         """Whether exactly one model was right."""
         return self.outcome in ("lost", "won")
-
-    @property
-    def unclosed(self) -> bool:
-        """Whether one of the thoughts did not end."""
-        return "open" in (self.dense.state, self.pruned.state)
-
-
-@dataclass(frozen=True)
-class TaskLengths:
-    """Mean thinking tokens of both models on one task."""
-
-    task: str
-    prompts: int
-    dense: float
-    pruned: float
 
 
 def pair_records(records: Sequence[Record]) -> list[Pair]:
@@ -81,17 +65,3 @@ def length_quantiles(pairs: Sequence[Pair]) -> list[tuple[str, int, int]]:
         found.append((name, dense[place], pruned[place]))
 
     return found
-
-
-def lengths_by_task(pairs: Sequence[Pair]) -> list[TaskLengths]:
-    """Return mean lengths of each task, the one that got longest first."""
-    by_task: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_task[pair.dense.task].append(pair)
-
-    found = []
-    for task, alike in by_task.items():
-        dense, pruned = map(sum, list_lengths(alike))
-        found.append(TaskLengths(task, len(alike), dense / len(alike), pruned / len(alike)))
-
-    return sorted(found, key=lambda row: row.dense - row.pruned)

@@ -75,6 +75,11 @@ class Table:
             for place in range(len(self.columns))
         )
 
+    def turn(self) -> Table:
+        """Return the table with a column for each row."""
+        head, *rows = zip(self.columns, *self.rows, strict=True)
+        return Table(self.title, head, tuple(rows))
+
 
 def tables(report: Report) -> list[Table]:
     """Return every table that has a row, in reading order."""

@@ -87,7 +87,7 @@ def print_table(table: Table, console: Console) -> None:
 
     widths = _fit(table, console.width)
     if widths is None and len(table.rows) <= _FEW < len(table.columns):
-        table = _turn(table)
+        table = table.turn()
         widths = _fit(table, console.width)
 
     if widths is None:
@@ -133,12 +133,6 @@ def _fit(table: Table, width: int) -> list[int] | None:
 
 def _longest_word(text: str) -> int:
     return max(map(cell_len, text.split()), default=0)
-
-
-def _turn(table: Table) -> Table:
-    """Return the table with a column for each row."""
-    head, *rows = zip(table.columns, *table.rows, strict=True)
-    return Table(table.title, head, tuple(rows))
 
 
 def _print_list(table: Table, console: Console) -> None:

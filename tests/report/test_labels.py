@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 
 import pytest
 
-from racdeploy.report import arm_charts
 from racdeploy.report.labels import RADIUS, Box, Label, group_marks, place_labels
-from racdeploy.report.model import ArmSummary
 
 FRAME = Box(56, 0, 460, 254)
 NAMES = ("dense", "pruned", "pruned, llamacpp", "dense q4_k", "dense q2_k", "sparse q8_0")
-
-
-def _arm(name: str, accuracy: float, tokens: float, size_bytes: int = 7) -> ArmSummary:
-    return ArmSummary(
-        name=name,
-        prompts=200,
-        correct=round(200 * accuracy),
-        accuracy=accuracy,
-        accuracy_lower=max(0.0, accuracy - 0.03),
-        accuracy_upper=min(1.0, accuracy + 0.02),
-        thinking_tokens_mean=tokens,
-        size_bytes=size_bytes,
-    )
 
 
 def _marks(places: list[complex]) -> list[Box]:
@@ -88,46 +72,3 @@ def test_a_name_far_from_its_mark_has_a_line() -> None:
     (label,) = place_labels(["dense"], [250 + 130j], wall, FRAME)
     assert label.leads
     assert not _collisions([label], wall)
-
-
-def test_models_that_coincide_are_rings(report: object) -> None:
-    """Of an equal model both marks are seen, both bars, and both names."""
-    arms = [_arm("dense", 0.99, 139.3), _arm("pruned", 0.99, 139.3)]
-    drawn = arm_charts.accuracy_against_length(arms)
-    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="(\d+)', drawn)
-    bars = re.findall(r'<line x1="([\d.]+)" x2="\1"', drawn)
-
-    assert [radius for *_, radius in circles] == ["11", "6"]
-    assert circles[0][:2] == circles[1][:2]
-    assert len(set(bars)) == 2
-    assert ">dense, pruned</text>" in drawn
-    assert 'class="arrow"' not in drawn
-
-
-def test_names_keep_clear_of_bars_and_arrow() -> None:
-    """In a real chart: pruned right below dense, joined by an arrow."""
-    arms = [
-        _arm("dense", 0.99, 139.0, 100),
-        _arm("pruned", 0.94, 141.0, 99),
-        _arm("pruned, llamacpp", 0.93, 140.0, 98),
-    ]
-    for drawn in (
-        arm_charts.accuracy_against_length(arms),
-        arm_charts.accuracy_against_size(arms, frozenset({"dense"})),
-    ):
-        boxes = [
-            Label(text, complex(float(x), float(y)), anchor, 0j).box  # type: ignore[arg-type]
-            for x, y, anchor, text in re.findall(
-                r'class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<', drawn
-            )
-        ]
-        bars = [
-            Box(float(x) - 1, min(float(a), float(b)), float(x) + 1, max(float(a), float(b)))
-            for x, a, b in re.findall(
-                r'<line x1="([\d.]+)" x2="\1" y1="([\d.]+)" y2="([\d.]+)"/><circle', drawn
-            )
-        ]
-        assert len(boxes) == 3
-        assert len(bars) == 3
-        pairs = [*itertools.combinations(boxes, 2), *itertools.product(boxes, bars)]
-        assert all(first.shared(second) == 0 for first, second in pairs)

@@ -1,10 +1,6 @@
-"""What is left of a cut model: the sentence, the table, and the chart of its blocks."""
+"""What is left of a cut model: the sentence, and the table."""
 
 from __future__ import annotations
-
-import re
-
-import pytest
 
 from racdeploy.report import html, markdown
 from racdeploy.report.model import Kept, Record, Report, StructureRow
@@ -69,20 +65,3 @@ def test_different_widths_are_added_up_with_their_range(report: Report) -> None:
         ("key and value heads", "2", "1", "50.0%"),
         ("tokens of the vocabulary", "512", "128", "25.0%"),
     ]
-
-
-@pytest.mark.parametrize(("heads", "kinds"), [([8, 6, 4], {"channels", "heads"}), ([8] * 3, None)])
-def test_the_chart_has_a_bar_for_each_block(
-    report: Report, records: list[Record], heads: list[int], kinds: set[str] | None
-) -> None:
-    """As high as the share that the block keeps; heads only where some of them went."""
-    page = html.render(cut_to(report, [512, 768, 1536], heads), records)
-    chart = page.split('aria-label="What each block keeps"')[1].split("</svg>")[0]
-    bars = re.findall(r'<rect class="(\w+)" [^>]*height="([\d.]+)"', chart)
-    assert {kind for kind, _ in bars} == (kinds or {"channels"})
-    legend = page.split("Kept in each block")[1].split("</figcaption>")[0]
-    assert ("query heads" in legend) == bool(kinds)
-    first, second, third = [float(height) for kind, height in bars if kind == "channels"]
-    assert first / third == pytest.approx(1 / 3, abs=0.001)
-    assert second / third == pytest.approx(1 / 2, abs=0.001)
-    assert "block 0, dense block 1: 512 of 1536 channels, 8 of 8 query heads" in chart
