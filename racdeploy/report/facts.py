@@ -32,18 +32,20 @@ class Fact:
 
 def list_facts(report: Report) -> list[Fact]:
     """Return method, zeros, cut, number format and file, as far as the report knows them."""
-    arms = {arm.name: arm for arm in report.arms}
-    pruned = arms.get("pruned")
+    recipe, pruned = report.recipe, report.arm("pruned")
+    method = _find(recipe, "prune", "method")
+    source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
+    kept = list_kept(report.kept, report.structure)
 
-    facts = [
-        _describe_method(report.recipe),
-        _describe_zeros(report.recipe, pruned),
-        _describe_cut(report),
-        Fact("Recovery", describe_recovery(report.recovery)),
-        _describe_format(report.recipe, pruned),
-        *_describe_file(pruned),
-    ]
-    return [fact for fact in facts if fact.text]
+    texts = {
+        "Method": _join(method, source) if method else "",
+        "Zeros": _describe_zeros(recipe, pruned),
+        "Kept": _join(*(f"{part.share} of the {part.what}" for part in kept)),
+        "Recovery": describe_recovery(report.recovery),
+        "Stored as": _describe_format(recipe, pruned),
+    }
+    facts = [Fact(name, plain(text)) for name, text in texts.items() if text]
+    return facts + _describe_file(pruned)
 
 
 def write_command(bundle: str, records: Sequence[Record]) -> str:
@@ -57,46 +59,32 @@ def write_command(bundle: str, records: Sequence[Record]) -> str:
 def find_question(records: Sequence[Record]) -> str:
     """Return a short question that the pruned model has answered right, if there is one."""
     for record in records:
-        if record.arm == "pruned" and record.correct and _is_short(record.question):
-            return record.question
+        question = record.question
+        is_short = len(question) <= _LONGEST_QUESTION and question == plain(question)
+        if is_short and record.arm == "pruned" and record.correct:
+            return question
     return _QUESTION
 
 
-def _is_short(question: str) -> bool:
-    return len(question) <= _LONGEST_QUESTION and question == plain(question)
-
-
-def _describe_method(recipe: Mapping[str, Any]) -> Fact:
-    method = _find(recipe, "prune", "method")
-    source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
-    return Fact("Method", plain(", ".join(filter(None, (method, source)))) if method else "")
-
-
-def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> Fact:
+def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
     """Return the zeros that are in the file, where any were asked for."""
-    asked = _find(recipe, "prune", "sparsity") not in ("", "0", "0.0")
     pattern = _find(recipe, "prune", "pattern")
     if _find(recipe, "prune", "shares") not in ("", "{}"):
         pattern = "each linear its own"
-    patterned = pattern not in ("", "unstructured")
-    if pruned is None or pruned.sparsity is None or not (asked or patterned):
-        return Fact("Zeros", "")
 
-    share = f"{pruned.sparsity:.1%} of the prunable weights"
-    return Fact("Zeros", plain(", ".join(filter(None, (share, pattern)))))
-
-
-def _describe_cut(report: Report) -> Fact:
-    kept = list_kept(report.kept, report.structure)
-    return Fact("Kept", ", ".join(f"{part.share} of the {part.what}" for part in kept))
+    is_plain = pattern in ("", "unstructured")
+    if is_plain and _find(recipe, "prune", "sparsity") in ("", "0", "0.0"):
+        return ""
+    if pruned is None or pruned.sparsity is None:
+        return ""
+    return _join(f"{pruned.sparsity:.1%} of the prunable weights", pattern)
 
 
-def _describe_format(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> Fact:
-    form = _find(recipe, "export", "format").upper()
+def _describe_format(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
     quant = (pruned.quant if pruned else None) or _find(recipe, "export", "quant")
     packing = _find(recipe, "export", "packing")
     packed = f"packed as {packing}" if packing not in ("", "plain") else ""
-    return Fact("Stored as", plain(", ".join(filter(None, (form, quant, packed)))))
+    return _join(_find(recipe, "export", "format").upper(), quant, packed)
 
 
 def _describe_file(pruned: ArmSummary | None) -> list[Fact]:
@@ -119,3 +107,7 @@ def _find(recipe: Mapping[str, Any], part: str, key: str) -> str:
     values = recipe.get(part)
     found = values.get(key) if isinstance(values, Mapping) else None
     return "" if found is None else str(found)
+
+
+def _join(*texts: str) -> str:
+    return ", ".join(filter(None, texts))

@@ -15,22 +15,21 @@ from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, say
 _SIZE_EVEN, _SPEED_EVEN = 1.02, 1.05
 _SIZE = "size ({:bytes}, pruned {:bytes})"
 _GAIN = "accuracy ({0.gain:points} points, {0.gain_lower:points} to {0.gain_upper:points})"
+_THINKING = f"thinking ({LENGTH}, {LENGTH_INTERVAL})"
 # -1: less is better.
 _SIGNS = {"size_bytes": -1, "tokens_per_s": 1, "accuracy": 1, "thinking_tokens_mean": -1}
 
 
 def front(arms: Sequence[ArmSummary]) -> frozenset[str]:
     """Return the names of the arms that no other arm equals in everything and beats anywhere."""
-    qualities: list[list[float]] = [[] for _ in arms]
+    qualities: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for field, sign in _SIGNS.items():
         values = [getattr(arm, field) for arm in arms]
-        if None in values:
-            continue
-        for own, value in zip(qualities, values, strict=True):
-            own.append(sign * value)
+        if None not in values:
+            for arm, value in zip(arms, values, strict=True):
+                qualities[arm.name].append(sign * value)
 
-    names = [arm.name for arm in arms]
-    return find_unbeaten(dict(zip(names, qualities, strict=True)))
+    return find_unbeaten(qualities)
 
 
 def find_unbeaten(qualities: Mapping[str, Sequence[float]]) -> frozenset[str]:
@@ -42,23 +41,24 @@ def find_unbeaten(qualities: Mapping[str, Sequence[float]]) -> frozenset[str]:
     for name, own in qualities.items():
         if not any(_beats(rival, own) for rival in qualities.values()):
             names.add(name)
-
     return frozenset(names)
 
 
 def who_wins(report: Report) -> list[str]:
     """Return one sentence for each rival and one for the front; nothing where there is no rival."""
-    by_name = {arm.name: arm for arm in report.arms}
-    pruned = by_name.get("pruned")
+    pruned = report.arm("pruned")
     if pruned is None or not report.rivals:
         return []
 
-    rows = [row for row in report.rivals if row.name in by_name]
-    sentences = [_compare(by_name[row.name], pruned, row) for row in rows]
+    sentences = []
+    for row in report.rivals:
+        if rival := report.arm(row.name):
+            sentences.append(_compare(rival, pruned, row))
 
     best = front(report.arms)
-    on = ", ".join(name for name in by_name if name in best)
-    off = ", ".join(name for name in by_name if name not in best)
+    names = [arm.name for arm in report.arms]
+    on = ", ".join(name for name in names if name in best)
+    off = ", ".join(name for name in names if name not in best)
     rest = f"; beaten or equalled in everything: {off}" if off else ""
     sentences.append(f"On the front of size, speed, accuracy and thinking: {on}{rest}.")
     return [plain(sentence) for sentence in sentences]
@@ -67,33 +67,28 @@ def who_wins(report: Report) -> list[str]:
 def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
     wins: dict[str, list[str]] = {rival.name: [], "pruned": [], "even": []}
 
+    def count(what: str, rival_wins: bool, pruned_wins: bool) -> None:
+        winner = "pruned" if pruned_wins else "even"
+        wins[rival.name if rival_wins else winner].append(what)
+
     if rival.size_bytes and pruned.size_bytes:
         ratio = rival.size_bytes / pruned.size_bytes
-        winner = _winner(rival, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN)
-        wins[winner].append(say(_SIZE, rival.size_bytes, pruned.size_bytes))
+        what = say(_SIZE, rival.size_bytes, pruned.size_bytes)
+        count(what, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN)
 
     if rival.tokens_per_s and pruned.tokens_per_s:
         ratio = rival.tokens_per_s / pruned.tokens_per_s
-        winner = _winner(rival, ratio > _SPEED_EVEN, ratio < 1 / _SPEED_EVEN)
-        wins[winner].append(f"speed ({ratio:.2f} times that of pruned)")
+        what = f"speed ({ratio:.2f} times that of pruned)"
+        count(what, ratio > _SPEED_EVEN, ratio < 1 / _SPEED_EVEN)
 
-    winner = _winner(rival, row.gain_lower > 0, row.gain_upper < 0)
-    wins[winner].append(say(_GAIN, row))
-
-    winner = _winner(rival, row.length_upper < 1, row.length_lower > 1)
-    wins[winner].append(say(f"thinking ({LENGTH}, {LENGTH_INTERVAL})", row))
+    count(say(_GAIN, row), row.gain_lower > 0, row.gain_upper < 0)
+    count(say(_THINKING, row), row.length_upper < 1, row.length_lower > 1)
 
     even = wins.pop("even")
     parts = [f"{name} wins on {_enumerate(what)}" for name, what in wins.items() if what]
     if even:
         parts.append(f"even on {_enumerate(even)}")
     return f"{rival.name} against pruned: {'; '.join(parts)}."
-
-
-def _winner(rival: ArmSummary, wins: bool, loses: bool) -> str:
-    if wins:
-        return rival.name
-    return "pruned" if loses else "even"
 
 
 def _beats(rival: Sequence[float], own: Sequence[float]) -> bool:

@@ -1,11 +1,63 @@
-"""What pruning gained and what it cost, in sentences that need no table."""
+"""What pruning gained and what it cost: in sentences, and as the four numbers of the page."""
 
 from __future__ import annotations
 
-from racdeploy.report.model import ArmSummary, Comparison, Kept, Report
-from racdeploy.report.tables import plain, readable_bytes, say
+from dataclasses import dataclass
+
+from racdeploy.report.model import ArmSummary, CheckVerdict, Comparison, Report
+from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, points, readable_bytes, say
 
 _EVEN_SIZE, _EVEN_SPEED = 0.02, 0.05  # changes that nobody notices
+_EVEN = 0.005  # a change that rounds to no per cent
+# Name, how a value is written, and the check that decides on it, by the field of an arm.
+_QUALITIES = {
+    "accuracy": ("Accuracy", "{:.1%}", "accuracy"),
+    "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}", "thinking"),
+    "size_bytes": ("Size", "{:bytes}", ""),
+    "tokens_per_s": ("Tokens/s", "{:,.0f}", "speed"),
+}
+_LOSS = (
+    "{0.drop:points} points lost ({0.drop_lower:points} to {0.drop_upper:points}), "
+    "margin {0.margin:points}"
+)
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """A number of both arms as text, with the comparison in a few words."""
+
+    name: str
+    dense: str
+    pruned: str
+    note: str
+    verdict: CheckVerdict | None = None
+
+
+def list_highlights(report: Report) -> list[Highlight]:
+    """Return accuracy, thinking, size and speed, as far as they were measured."""
+    dense, pruned = report.arm("dense"), report.arm("pruned")
+    if dense is None or pruned is None:
+        return []
+
+    comparison = report.comparison
+    notes = {
+        "accuracy": say(_LOSS, comparison) if comparison else "",
+        "thinking_tokens_mean": _compare_lengths(comparison),
+        "size_bytes": _change(dense.size_bytes, pruned.size_bytes, "larger", "smaller"),
+        "tokens_per_s": _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower"),
+    }
+
+    found = []
+    for field, (name, text, deciding) in _QUALITIES.items():
+        before, after = getattr(dense, field), getattr(pruned, field)
+        note = notes[field]
+        if before is None or after is None or note is None:
+            continue
+        check = report.check(deciding)
+        verdict = check.verdict if check else None
+        found.append(Highlight(name, say(text, before), say(text, after), note, verdict))
+
+    return found
 
 
 def describe_gains(report: Report) -> list[str]:
@@ -16,17 +68,35 @@ def describe_gains(report: Report) -> list[str]:
 
 def describe_savings(report: Report) -> list[str]:
     """Return what pruning did to size, parameters and speed, as far as they are known."""
-    arms = {arm.name: arm for arm in report.arms}
-    dense, pruned = arms.get("dense"), arms.get("pruned")
+    dense, pruned, kept = report.arm("dense"), report.arm("pruned"), report.kept
     if dense is None or pruned is None:
         return []
 
-    found = [
-        _describe_size(dense, pruned),
-        _describe_parameters(report.kept),
-        _describe_speed(dense, pruned),
-    ]
+    found = [_describe_size(dense, pruned)]
+    if kept:
+        fewer = 1 - kept.parameters / kept.parameters_dense
+        counts = f"{kept.parameters_dense:,} → {kept.parameters:,}"
+        found.append(f"{fewer:.0%} fewer parameters: {counts}")
+    found.append(_describe_speed(dense, pruned))
     return [plain(sentence) for sentence in found if sentence]
+
+
+def _compare_lengths(comparison: Comparison | None) -> str:
+    if comparison is None or comparison.length_ratio is None:
+        return ""
+    limit = ", limit {0.length_limit:.2f}" if comparison.length_limit else ""
+    return say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
+
+
+def _change(dense: float | None, pruned: float | None, more: str, less: str) -> str | None:
+    """Return by how much pruned is more or less than dense; None where one was not measured."""
+    if not dense or not pruned:
+        return None
+
+    change = pruned / dense - 1
+    if abs(change) < _EVEN:
+        return "as before"
+    return f"{abs(change):.0%} {more if change > 0 else less}"
 
 
 def _describe_size(dense: ArmSummary, pruned: ArmSummary) -> str:
@@ -39,13 +109,6 @@ def _describe_size(dense: ArmSummary, pruned: ArmSummary) -> str:
     if abs(change) < _EVEN_SIZE:
         return f"the file is as large as the dense one: {figures}"
     return f"the file is {abs(change):.0%} {'smaller' if change > 0 else 'larger'}: {figures}"
-
-
-def _describe_parameters(kept: Kept | None) -> str:
-    if kept is None:
-        return ""
-    fewer = 1 - kept.parameters / kept.parameters_dense
-    return f"{fewer:.0%} fewer parameters: {kept.parameters_dense:,} → {kept.parameters:,}"
 
 
 def _describe_speed(dense: ArmSummary, pruned: ArmSummary) -> str:
@@ -63,17 +126,14 @@ def _describe_accuracy(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
 
-    n = f"{comparison.n:,} prompts"
-    if comparison.drop_lower > 0:
-        return say("{0.drop:points} points fewer right answers on {1}", comparison, n)
+    on = f"on {comparison.n:,} prompts"
     if comparison.drop_upper < 0:
-        return say("{0:points} points more right answers on {1}", -comparison.drop, n)
-    if comparison.verdict != "pass":
-        return say(
-            "{0:points} points fewer right answers on {1}, which chance can explain",
-            comparison.drop,
-            n,
-        )
-    return say(
-        "no measurable loss of accuracy, at most {0.drop_upper:points} points on {1}", comparison, n
-    )
+        return f"{points(-comparison.drop)} points more right answers {on}"
+
+    is_even = comparison.drop_lower <= 0
+    if is_even and comparison.verdict == "pass":
+        most = points(comparison.drop_upper)
+        return f"no measurable loss of accuracy, at most {most} points {on}"
+
+    chance = ", which chance can explain" if is_even else ""
+    return f"{points(comparison.drop)} points fewer right answers {on}{chance}"

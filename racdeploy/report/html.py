@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from racdeploy.report import browser, charts
 from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.front import who_wins
-from racdeploy.report.highlights import highlights
+from racdeploy.report.gains import list_highlights
 from racdeploy.report.model import LinearRow, Record, Report
 from racdeploy.report.page import render_page
 from racdeploy.report.pairs import Pair, length_quantiles, list_lengths, pair_records
-from racdeploy.report.settings import as_toml, list_sections
+from racdeploy.report.settings import as_toml
 from racdeploy.report.summary import findings
-from racdeploy.report.tables import HARNESS, Row, Table, list_next_steps, number, plain, tables
+from racdeploy.report.tables import (
+    HARNESS,
+    Row,
+    Table,
+    list_next_steps,
+    number,
+    plain,
+    share_range,
+    tables,
+)
 
 _ROWS = 200
 _WORST = 8  # linears that are named
@@ -68,7 +77,7 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
         "findings": findings(report),
         "facts": list_facts(report),
         "command": write_command(bundle, records),
-        "highlights": highlights(report),
+        "highlights": list_highlights(report),
         "next_steps": list_next_steps(report),
         "tables": by_title,
         "row_limit": _ROWS,
@@ -85,10 +94,8 @@ def render(report: Report, records: Sequence[Record] = (), bundle: str = "") -> 
         "prompts": browser.list_prompts(pairs),
         "cut": browser.cut,
         "count_shared": browser.count_shared,
-        "recipe": list_sections(report.recipe),
-        "recipe_text": as_toml(report.recipe),
-        "machine": list_sections(report.fingerprint),
-        "machine_text": as_toml(report.fingerprint),
+        "recipe": as_toml(report.recipe),
+        "machine": as_toml(report.fingerprint),
     }
     return render_page("report.html.jinja", values, ["report.js"])
 
@@ -141,10 +148,7 @@ def _thinking_by_task(pairs: Sequence[Pair]) -> tuple[Row, ...]:
 
 def _describe_zeros(linears: Sequence[LinearRow]) -> str:
     """Return how many zeros the linears have, as a sentence; empty where there are none."""
-    reached = sorted(row.sparsity_reached for row in linears)
-    if not reached or f"{reached[-1]:.1%}" == "0.0%":
+    reached = share_range(row.sparsity_reached for row in linears) if linears else "0.0%"
+    if reached == "0.0%":
         return ""
-
-    low, high = f"{reached[0]:.1%}", f"{reached[-1]:.1%}"
-    share = low if low == high else f"{low} to {high}"
-    return f"Each of the {len(linears):,} linears has {share} zeros."
+    return f"Each of the {len(linears):,} linears has {reached} zeros."

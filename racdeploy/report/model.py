@@ -431,6 +431,14 @@ class Report(_Part):
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 
+    def arm(self, name: str) -> ArmSummary | None:
+        """Return the model of that name."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def check(self, name: str) -> CheckResult | None:
+        """Return what the check of that name found."""
+        return next((check for check in self.checks if check.name == name), None)
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:

@@ -1,11 +1,10 @@
-"""Nested settings for a reader: tables of keys and values, and the same as TOML to copy."""
+"""Nested settings as TOML, for a reader and to copy."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.storage.unprintable import visible
@@ -13,28 +12,9 @@ from racdeploy.storage.unprintable import visible
 _BARE = re.compile(r"[A-Za-z0-9_-]+$")
 
 
-@dataclass(frozen=True)
-class Section:
-    """One table of TOML: its dotted name, empty at the top, and each key with its value in TOML."""
-
-    title: str
-    rows: tuple[tuple[str, str], ...]
-
-
-def list_sections(settings: Mapping[str, Any]) -> list[Section]:
-    """Return every table that has a value of its own; what is None is left out, as in TOML."""
-    return list(_walk(settings, ""))
-
-
 def as_toml(settings: Mapping[str, Any]) -> str:
-    """Return the settings as a TOML document."""
-    parts = []
-    for section in list_sections(settings):
-        lines = [f"[{section.title}]"] if section.title else []
-        lines += [f"{key} = {value}" for key, value in section.rows]
-        parts.append("\n".join(lines) + "\n")
-
-    return "\n".join(parts)
+    """Return the settings as a TOML document; what is None is left out, as TOML has no word."""
+    return "\n".join(_write_tables(settings, ""))
 
 
 def write_key(key: object) -> str:
@@ -57,21 +37,23 @@ def write_value(value: object) -> str:
     return _quote(visible(str(value)))
 
 
-def _walk(settings: Mapping[str, Any], title: str) -> Iterator[Section]:
-    rows = []
-    tables = []
+def _write_tables(settings: Mapping[str, Any], title: str) -> Iterator[str]:
+    """Yield every table that has a value of its own, the outer ones first."""
+    lines = []
+    tables = {}
 
     for key, value in settings.items():
         name = write_key(key)
         if isinstance(value, Mapping):
-            tables.append((f"{title}.{name}" if title else name, value))
+            tables[f"{title}.{name}" if title else name] = value
         elif value is not None:
-            rows.append((name, write_value(value)))
+            lines.append(f"{name} = {write_value(value)}\n")
 
-    if rows:
-        yield Section(title, tuple(rows))
-    for name, table in tables:
-        yield from _walk(table, name)
+    if lines:
+        head = f"[{title}]\n" if title else ""
+        yield head + "".join(lines)
+    for name, table in tables.items():
+        yield from _write_tables(table, name)
 
 
 def _quote(text: str) -> str:

@@ -6,8 +6,6 @@ from racdeploy.report.model import Comparison, Report
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import describe_kept
 from racdeploy.report.tables import plain, say
-from racdeploy.report.tokens import describe_token_differences
-from racdeploy.report.zeros import describe_lost_zeros
 
 _EVEN = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
 _EVEN_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"
@@ -20,6 +18,10 @@ _LENGTH = (
     "{0.length_lower:ratio} to {0.length_upper:ratio}"
 )
 _LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
+_WIDENED = (
+    "{0} {1[prompts]:.0f} prompts can show: the margin was widened to {1[margin]:points} points "
+    "from {1[margin_asked]:points}."
+)
 
 
 def headline(report: Report) -> str:
@@ -79,6 +81,31 @@ def describe_thinking(comparison: Comparison) -> str:
     return say(f"{_LENGTH}{limit}.", comparison, how)
 
 
+def describe_lost_zeros(report: Report) -> str:
+    """Return what the number format left of the zeros; empty where all are in the file."""
+    check, pruned = report.check("sparsity"), report.arm("pruned")
+    if check is None or "sparsity_lost" not in check.figures:
+        return ""
+
+    why = f": {pruned.quant} does not keep them" if pruned and pruned.quant else ""
+    left, made = check.figures["sparsity_file"], check.figures["sparsity_asked"]
+    return f"The file holds {left:.1%} zeros of the {made:.1%} that were pruned{why}."
+
+
+def describe_token_differences(report: Report) -> str:
+    """Return how many strings the engine tokenizes differently, where that was accepted."""
+    check = report.check("tokens")
+    if check is None or check.verdict != "pass" or not check.figures.get("different"):
+        return ""
+
+    figures = check.figures
+    counted = f"{figures['different']:,} of {figures['strings']:,} hard strings"
+    return (
+        f"The artifact's engine tokenizes {counted} ({figures['share']:.3%}) differently from "
+        f"tokenizer.json, up to {figures['accepted']:.3%} is accepted; one is {figures['example']}."
+    )
+
+
 def _name_causes(report: Report) -> str:
     """Return which checks decided on a verdict that is no pass."""
     if report.verdict == "pass":
@@ -99,8 +126,7 @@ def _name_causes(report: Report) -> str:
 
 def _count_unclosed(report: Report) -> str:
     """Return how many thoughts never end, where there are more than before."""
-    arms = {arm.name: arm for arm in report.arms}
-    dense, pruned = arms.get("dense"), arms.get("pruned")
+    dense, pruned = report.arm("dense"), report.arm("pruned")
     if dense is None or pruned is None or pruned.unclosed <= dense.unclosed:
         return ""
 
@@ -110,19 +136,10 @@ def _count_unclosed(report: Report) -> str:
 
 def _explain_widened(report: Report) -> str:
     """Return what few prompts can show; empty where the limits are those of the gate."""
-    accuracy = {check.name: check.figures for check in report.checks}.get("accuracy", {})
-    if "margin_asked" not in accuracy:
+    check = report.check("accuracy")
+    if check is None or "margin_asked" not in check.figures:
         return ""
 
-    found = (
-        "No breakage was found, which is all that"
-        if report.verdict == "pass"
-        else "Breakage is what"
-    )
-    return say(
-        "{} {:.0f} prompts can show: the margin was widened to {:points} points from {:points}.",
-        found,
-        accuracy["prompts"],
-        accuracy["margin"],
-        accuracy["margin_asked"],
-    )
+    passed = report.verdict == "pass"
+    found = "No breakage was found, which is all that" if passed else "Breakage is what"
+    return say(_WIDENED, found, check.figures)

@@ -17,6 +17,7 @@ from racdeploy.report.model import (
     VECTORS_IN_F32,
     ArmSummary,
     BlockRow,
+    CheckResult,
     HarnessRun,
     LinearRow,
     RecoveryRow,
@@ -56,7 +57,6 @@ _PHASE = {
 HARNESS = "Evaluation harness"
 LENGTH = "{0.length_ratio:ratio} times as long"
 LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
-LIMIT = ", limit {0.length_limit:.2f}"
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,17 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """Return every table that has a row, in reading order."""
+    kept = list_kept(report.kept, report.structure)
     drift = "Drift from the dense model, worst first"
-    candidates = {
+    candidates: dict[tuple[str, str], list[Row]] = {
         ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
-        ("Kept", "what|dense|pruned|kept"): _kept(report),
+        ("Kept", "what|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_phase(end) for end in list_phases(report.recovery)],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         (HARNESS, _harness_columns(report.harness)): _harness(report.harness),
-        ("Checks", "check|verdict|found"): _checks(report),
+        ("Checks", "check|verdict|found"): [
+            (check.name, check.verdict, check.summary) for check in _by_need(report.checks)
+        ],
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
         ("Not as asked", "what|asked|real|where|why"): _deviations(report),
     }
@@ -107,7 +110,7 @@ def tables(report: Report) -> list[Table]:
 def list_next_steps(report: Report) -> list[str]:
     """Return what checks that did not pass advise, each advice once with those that give it."""
     steps: dict[str, list[str]] = defaultdict(list)
-    for check in sorted(report.checks, key=lambda check: _BY_NEED.index(check.verdict)):
+    for check in _by_need(report.checks):
         if check.remedy and check.verdict != "pass":
             steps[check.remedy].append(check.name)
 
@@ -151,6 +154,13 @@ def ratio_text(value: float | None) -> str:
     return "∞" if math.isinf(value) else f"{value:.2f}"
 
 
+def share_range(shares: Iterable[float]) -> str:
+    """Return the least and the largest share in per cent, one where they look alike."""
+    in_order = sorted(shares)
+    low, high = f"{in_order[0]:.1%}", f"{in_order[-1]:.1%}"
+    return low if low == high else f"{low} to {high}"
+
+
 def speed_text(tokens_per_s: float) -> str:
     """Return tokens a second with three digits at least."""
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
@@ -183,10 +193,6 @@ def _arm(arm: ArmSummary) -> Row:
     return tuple(say(cell, shown) for cell in _ARM.values())
 
 
-def _kept(report: Report) -> list[Row]:
-    return [part.row for part in list_kept(report.kept, report.structure)]
-
-
 def _phase(end: RecoveryRow) -> Row:
     entered = "yes" if end.kept else "no, undone"
     return tuple(say(cell, end, entered) for cell in _PHASE.values())
@@ -195,10 +201,12 @@ def _phase(end: RecoveryRow) -> Row:
 def _tasks(report: Report) -> list[Row]:
     rows: list[Row] = []
     for task in report.tasks:
-        dense = _share(task.dense_correct, task.prompts)
-        pruned = _share(task.pruned_correct, task.prompts)
         name = f"{task.task}, as {task.follows}" if task.follows else task.task
-        rows.append((name, f"{task.prompts:,}", dense, pruned))
+        counts = [_NONE, _NONE]
+        if task.prompts:
+            right = (task.dense_correct, task.pruned_correct)
+            counts = [f"{count:,} ({count / task.prompts:.1%})" for count in right]
+        rows.append((name, f"{task.prompts:,}", *counts))
     return rows
 
 
@@ -213,18 +221,21 @@ def _harness(run: HarnessRun | None) -> list[Row]:
     """Return figures in the harness's own unit, with its own standard errors."""
     rows: list[Row] = []
     for row in run.rows if run else ():
-        dense = _figure(row.dense, row.dense_stderr)
-        pruned = _figure(row.pruned, row.pruned_stderr)
-        compared = f"{_decimals(row.difference)}, {row.unpaired}"
-
+        rest = f", {row.unpaired}"
         if not row.unpaired:
-            ends = f"{_decimals(row.lower)} to {_decimals(row.upper)}"
-            compared = f"{_decimals(row.difference)} ({ends})"
+            rest = f" ({_decimals(row.lower)} to {_decimals(row.upper)})"
 
-        flips = [say("{:,}", count) for count in (row.lost, row.won)]
-        name = f"{row.task}, {row.metric}"
-        rows.append((name, f"{row.documents:,}", dense, pruned, compared, *flips))
-
+        rows.append(
+            (
+                f"{row.task}, {row.metric}",
+                f"{row.documents:,}",
+                _figure(row.dense, row.dense_stderr),
+                _figure(row.pruned, row.pruned_stderr),
+                f"{_decimals(row.difference)}{rest}",
+                say("{:,}", row.lost),
+                say("{:,}", row.won),
+            )
+        )
     return rows
 
 
@@ -237,24 +248,19 @@ def _decimals(value: float | None) -> str:
     return say("{:.4f}", value).replace("-0.0000", "0.0000").replace("-", "−")
 
 
-def _checks(report: Report) -> list[Row]:
-    """Return every check, those that need an eye first."""
-    in_order = sorted(report.checks, key=lambda check: _BY_NEED.index(check.verdict))
-    return [(check.name, check.verdict, check.summary) for check in in_order]
+def _by_need(checks: Iterable[CheckResult]) -> list[CheckResult]:
+    """Return the checks, those that need an eye first."""
+    return sorted(checks, key=lambda check: _BY_NEED.index(check.verdict))
 
 
 def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
     """Return the relative error of each task and each stream, of either kind the worst first."""
-    if not blocks:
-        return []
-
-    last = blocks[-1]
-
     rows: list[Row] = []
-    for kind, errors in (("task", last.drift_by_task), ("tokens of the", last.drift_by_stream)):
-        worst_first = sorted(errors.items(), key=lambda item: -item[1])
-        rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
-
+    for last in blocks[-1:]:
+        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_stream}
+        for kind, errors in kinds.items():
+            worst_first = sorted(errors.items(), key=lambda item: -item[1])
+            rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
     return rows
 
 
@@ -271,13 +277,14 @@ def _deviations(report: Report) -> list[Row]:
         if tensor.reason == VECTORS_IN_F32:  # nobody asks for anything else
             continue
 
-        if tensor.reason or tensor.quant_asked != tensor.quant_real:
+        asked, real = tensor.quant_asked, tensor.quant_real
+        if tensor.reason or asked != real:
             reason = tensor.reason or "no reason was recorded"
-            quants["quant", tensor.quant_asked, tensor.quant_real, reason].append(tensor.name)
+            quants["quant", asked, real, reason].append(tensor.name)
 
         if tensor.packing_reason:
-            reason = tensor.packing_reason
-            packings["packing", "packed", tensor.packing, reason].append(tensor.name)
+            packing = ("packing", "packed", tensor.packing, tensor.packing_reason)
+            packings[packing].append(tensor.name)
 
     for (what, asked, real, reason), names in (*quants.items(), *packings.items()):
         rows.append((what, asked, real, _where(names), reason))
@@ -293,12 +300,8 @@ def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
 
     rows: list[Row] = []
     for (asked, reason), alike in groups.items():
-        reached = sorted(linear.sparsity_reached for linear in alike)
-        low, high = f"{reached[0]:.1%}", f"{reached[-1]:.1%}"
-        real = low if low == high else f"{low} to {high}"
-        where = _where([linear.name for linear in alike])
-        rows.append(("sparsity", asked, real, where, reason))
-
+        real = share_range([linear.sparsity_reached for linear in alike])
+        rows.append(("sparsity", asked, real, _where([linear.name for linear in alike]), reason))
     return rows
 
 
@@ -308,14 +311,9 @@ def _where(names: Sequence[str]) -> str:
         return names[0]
 
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
-    parts = [f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items()]
-    return ", ".join(parts)
+    return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items())
 
 
 def _holds_numbers(cells: Iterable[str]) -> bool:
     filled = [cell for cell in cells if cell not in ("", _NONE)]
     return bool(filled) and all(_NUMBER.match(cell) for cell in filled)
-
-
-def _share(correct: int, prompts: int) -> str:
-    return f"{correct:,} ({correct / prompts:.1%})" if prompts else _NONE

@@ -24,8 +24,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.model import CheckResult
-from racdeploy.report.summary import findings
-from racdeploy.report.tokens import describe_token_differences
+from racdeploy.report.summary import describe_token_differences, findings
 from racdeploy.verify.checks import tokens
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.gate import read_gate
