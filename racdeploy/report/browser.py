@@ -48,30 +48,27 @@ def list_prompts(pairs: Sequence[Pair]) -> Prompts:
     """Return what fits on a page, prompts on which the models disagree first."""
     in_order = sorted(pairs, key=lambda pair: OUTCOMES.index(pair.outcome))
     entries: list[str] = []
-    brief = missing = 0
+    brief = 0
     left_bytes, left_brief_bytes = _TEXT_BYTES, _BRIEF_BYTES
 
     for pair in in_order:
         if left_bytes > 0:
             entry = _write(_describe(pair, _TEXT_CHARACTERS, thoughts=True))
             left_bytes -= len(entry.encode())
-            entries.append(entry)
-            continue
-
-        entry = _write(_describe(pair, _BRIEF_CHARACTERS, thoughts=False))
-        left_brief_bytes -= len(entry.encode())
-        if left_brief_bytes < 0:
-            missing = len(pairs) - len(entries)
-            break
-        brief += 1
+        else:
+            entry = _write(_describe(pair, _BRIEF_CHARACTERS, thoughts=False))
+            left_brief_bytes -= len(entry.encode())
+            if left_brief_bytes < 0:
+                break
+            brief += 1
         entries.append(entry)
 
     return Prompts(
         data=Markup(f"[{','.join(entries)}]"),
         counts=Counter(pair.outcome for pair in pairs),
-        first=[pair for pair in in_order if pair.differs][:FIRST],
+        first=[pair for pair in in_order if pair.outcome in ("lost", "won")][:FIRST],
         brief=brief,
-        missing=missing,
+        missing=len(pairs) - len(entries),
     )
 
 

@@ -92,21 +92,20 @@ def escape(text: str) -> str:
 def _fit(parts: Sequence[str], folded: Sequence[str], files: str = _REPORT) -> str:
     """Join what is open and what is folded; the folded part is the first to be cut."""
     text = "\n\n".join(parts)
-    cut = _CUT.format(LIMIT_CHARACTERS, files)
-    if len(text) > LIMIT_CHARACTERS:
-        return f"{_cut_at_line(text, LIMIT_CHARACTERS)}\n\n{cut}\n"
-    if not folded:
-        return f"{text}\n"
-
-    inside = "\n\n".join(folded)
     left = LIMIT_CHARACTERS - len(text)
-    if len(inside) > left:
-        inside = f"{_cut_at_line(inside, left)}\n\n{cut}"
+    if left < 0 or not folded:
+        return f"{_cut(text, LIMIT_CHARACTERS, files)}\n"
+
+    inside = _cut("\n\n".join(folded), left, files)
     return f"{text}\n\n{_fold('Details: how it was made, and how to read the figures', inside)}\n"
 
 
-def _cut_at_line(text: str, characters: int) -> str:
-    return text[:characters].rpartition("\n")[0]
+def _cut(text: str, characters: int, files: str) -> str:
+    """Return a text up to the end of a line, with a sign where some of it is missing."""
+    if len(text) <= characters:
+        return text
+    shown = text[:characters].rpartition("\n")[0]
+    return f"{shown}\n\n{_CUT.format(LIMIT_CHARACTERS, files)}"
 
 
 def _fold(summary: str, text: str) -> str:
@@ -122,8 +121,7 @@ def _list_lost(lost: Sequence[Pair]) -> str:
     shown = 0
 
     for pair in lost[:_LOST]:
-        cells = [escape(cell) for cell in _describe_lost(pair)]
-        line = _line(cells)
+        line = _line(map(escape, _describe_lost(pair)))
         left -= len(line)
         if left < 0:
             break

@@ -28,11 +28,6 @@ class Pair:
             return "right" if self.dense.correct else "wrong"
         return "lost" if self.dense.correct else "won"
 
-    @property
-    def differs(self) -> bool:
-        """Whether exactly one model was right."""
-        return self.outcome in ("lost", "won")
-
 
 def pair_records(records: Sequence[Record]) -> list[Pair]:
     """Match the records of the arms dense and pruned by prompt and sample, in prompt order."""

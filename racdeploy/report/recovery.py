@@ -31,18 +31,21 @@ def list_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
 
 def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
     """Return what entered the model, as the predicate of a sentence; empty where nothing did."""
-    learned_tokens = _count_kept_tokens(rows)
+    phases = list_phases(rows)
+    kept = [phase for phase in phases if phase.kept]
+
+    learned_tokens = before_tokens = 0
+    for phase in phases:
+        if phase.kept:
+            learned_tokens += phase.tokens - before_tokens
+        before_tokens = phase.tokens
     if not learned_tokens:
         return ""
 
     text = f"learned from the dense model on {learned_tokens:,} tokens afterwards"
-
-    kept = [phase for phase in list_phases(rows) if phase.kept]
-    before = rows[0].kl_nats
-    after = kept[-1].kl_nats
+    before, after = rows[0].kl_nats, kept[-1].kl_nats
     if before is None or after is None:
         return text
-
     return f"{text}: KL {before:.3g} → {after:.3g} nats on held-out traces"
 
 
@@ -53,15 +56,3 @@ def as_csv(rows: Sequence[RecoveryRow]) -> str:
     writer.writeheader()
     writer.writerows(row.model_dump() for row in rows)
     return file.getvalue()
-
-
-def _count_kept_tokens(rows: Sequence[RecoveryRow]) -> int:
-    """Return the tokens of the phases that entered the model."""
-    kept_tokens = before_tokens = 0
-
-    for phase in list_phases(rows):
-        if phase.kept:
-            kept_tokens += phase.tokens - before_tokens
-        before_tokens = phase.tokens
-
-    return kept_tokens

@@ -51,8 +51,7 @@ def print_report(report: Report, console: Console) -> None:
     }
     for title, lines in lists.items():
         if lines:
-            _print_line(console, "")
-            _print_line(console, title)
+            _print_line(console, f"\n{title}")
         for line in lines:
             _print_line(console, f"- {line}")
 
@@ -116,7 +115,7 @@ def _print_line(console: Console, text: str, style: str = "") -> None:
 def _fit(table: Table, width: int) -> list[int] | None:
     """Return column widths that break no word; None where there is no room for them."""
     columns = list(zip(table.columns, *table.rows, strict=True))
-    least = [max(map(_longest_word, column)) for column in columns]
+    least = [max(map(cell_len, " ".join(column).split()), default=0) for column in columns]
     widths = [max(map(cell_len, column)) for column in columns]
 
     room = width - _BORDERS * len(columns) - 1
@@ -124,15 +123,10 @@ def _fit(table: Table, width: int) -> list[int] | None:
         return None
 
     while sum(widths) > room:
-        shrinkable = [place for place, own in enumerate(widths) if own > least[place]]
-        widest = max(shrinkable, key=widths.__getitem__)
-        widths[widest] -= 1
+        shrinkable = (index for index, width in enumerate(widths) if width > least[index])
+        widths[max(shrinkable, key=widths.__getitem__)] -= 1
 
     return widths
-
-
-def _longest_word(text: str) -> int:
-    return max(map(cell_len, text.split()), default=0)
 
 
 def _print_list(table: Table, console: Console) -> None:
@@ -160,19 +154,14 @@ def _rich(table: Table, widths: Sequence[int]) -> RichTable:
 
 def _align(table: Table) -> list[str]:
     rows = [table.columns, *table.rows]
-    columns = zip(*rows, strict=True)
-    widths = [max(cell_len(cell) for cell in column) for column in columns]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
 
     lines = [table.title]
-
     for row in rows:
-        cells = zip(row, widths, table.numeric, strict=True)
-        padded = [_pad(cell, width, right) for cell, width, right in cells]
+        padded = []
+        for cell, width, right in zip(row, widths, table.numeric, strict=True):
+            spaces = " " * (width - cell_len(cell))
+            padded.append(spaces + cell if right else cell + spaces)
         lines.append("  ".join(padded).rstrip())
 
     return lines
-
-
-def _pad(cell: str, width: int, right: bool) -> str:
-    spaces = " " * (width - cell_len(cell))
-    return spaces + cell if right else cell + spaces
