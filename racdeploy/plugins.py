@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
     "packing": "racdeploy.packing.packers",
     "engines": "racdeploy.engines",
     "structures": "racdeploy.prune.structures",
+    "criteria": "racdeploy.prune.criteria",
     "methods": "racdeploy.prune.methods",
     "allocations": "racdeploy.prune.allocations",
     "ways": "racdeploy.recover.ways",
@@ -142,4 +143,5 @@ def closest(name: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _singular(kind: str) -> str:
-    return {"families": "family", "harnesses": "harness"}.get(kind, kind.removesuffix("s"))
+    irregular = {"families": "family", "harnesses": "harness", "criteria": "criterion"}
+    return irregular.get(kind, kind.removesuffix("s"))

@@ -286,21 +286,18 @@ class Structure(_Part):
     optional: bool = False
     uniform: bool = False
     multiple: int = Field(0, ge=0)
-    criterion: Literal["error", "magnitude"] = "error"
+    criterion: str = "error"
     vocabulary_text: tuple[str, ...] = ()
 
     @field_validator("keep")
     @classmethod
     def _check_keep(cls, value: dict[str, float]) -> dict[str, float]:
-        known = plugins.names("structures")
         for part, share in value.items():
-            if part not in known:
-                nearest = plugins.closest(part, known)
-                raise ValueError(f"unknown part {part!r}{nearest}; known: {', '.join(known)}")
-            is_count = part == "vocabulary" and share > 0 and share.is_integer()
-            if not (0 < share <= 1 or is_count):
-                counted = ", or a count of tokens" if part == "vocabulary" else ""
-                raise ValueError(f"{part} = {share:g} is not a share above 0, up to 1{counted}")
+            _check_name("structures", "part", part)
+            counted = plugins.constants("structures", part).get("COUNTED")
+            if not (0 < share <= 1 or (counted and share > 0 and share.is_integer())):
+                also = f", or a count of {counted}" if counted else ""
+                raise ValueError(f"{part} = {share:g} is not a share above 0, up to 1{also}")
         return value
 
     @property
@@ -315,9 +312,15 @@ class Structure(_Part):
         return self
 
     @property
+    def sizes(self) -> frozenset[str]:
+        """Letters of the sizes that become smaller, see :mod:`racdeploy.prune.structures`."""
+        read = plugins.constants
+        return frozenset(read("structures", part)["SIZE"] for part in self.parts)
+
+    @property
     def cuts_vocabulary(self) -> bool:
         """Whether fewer tokens stay than there are."""
-        return "vocabulary" in self.parts
+        return "V" in self.sizes
 
     @property
     def width_multiple(self) -> int:
@@ -360,11 +363,8 @@ class Recovery(_Part):
     @field_validator("ways")
     @classmethod
     def _check_ways(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = plugins.names("ways")
         for way in value:
-            if way not in known:
-                nearest = plugins.closest(way, known)
-                raise ValueError(f"unknown way {way!r}{nearest}; known: {', '.join(known)}")
+            _check_name("ways", "way", way)
         return value
 
     @model_validator(mode="after")
@@ -594,6 +594,7 @@ class Recipe(_Part):
         chosen = {
             "methods": self.prune.method,
             "allocations": self.prune.allocation,
+            "criteria": self.structure.criterion,
             "formats": self.export.format,
             "quant": self.export.quant,
             "packing": self.export.packing,
@@ -623,6 +624,13 @@ def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict
     if "keep" in structure:
         return {"prune": {"sparsity": 0.0}}
     return target.pruning
+
+
+def _check_name(kind: str, what: str, name: str) -> None:
+    known = plugins.names(kind)
+    if name not in known:
+        nearest = plugins.closest(name, known)
+        raise ValueError(f"unknown {what} {name!r}{nearest}; known: {', '.join(known)}")
 
 
 def _check_regex(pattern: str) -> None:

@@ -159,11 +159,11 @@ class Format(Protocol):
         **options: Any,
     ) -> ExportResult: ...
 
-    def refusal(self, checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+    def refusal(self, checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> str:
         """Return why the format cannot hold a dense model once parts of it are cut, or nothing.
 
-        ``parts`` are names of the plugin kind ``structures``; ``uniform`` says that all blocks get
-        the same widths.
+        ``sizes`` are letters, as plugins of the kind ``structures`` say them; ``uniform`` says that
+        all blocks get the same widths.
         """
         ...
 

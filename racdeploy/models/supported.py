@@ -74,7 +74,7 @@ def _list_cuts(family: Family) -> list[str]:
     cuts = ["experts"] if family.routed else []
     cuts += ["ffn"] if _feeds_forward_everywhere(family) else []
     if not family.only and (family.per_block or not family.square_queries):
-        cuts += ["groups", "heads"]
+        cuts += ["heads", "kv_groups"]
     if not family.window_period and not family.no_rope_period:
         cuts.append("blocks")
     return [*cuts, "vocabulary"]

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from racdeploy import __version__, export
+from racdeploy import __version__, export, plugins
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
@@ -327,11 +327,8 @@ def _describe_calibration(recipe: Recipe) -> str:
     """Return what the statistics saw that decided on weights; empty where none did."""
     prune, structure = recipe.prune, recipe.structure
     is_plain = prune.method == "magnitude" and not (prune.match_dense or prune.refit_steps)
-    cuts_by_error = structure.parts and structure.criterion == "error"
-
-    if is_plain and not cuts_by_error:
-        return ""
-    return _SOURCES[recipe.calibration.source]
+    cuts = structure.parts and plugins.constants("criteria", structure.criterion)["CALIBRATED"]
+    return "" if is_plain and not cuts else _SOURCES[recipe.calibration.source]
 
 
 def _sparsity_in_file(contents: Contents) -> float:

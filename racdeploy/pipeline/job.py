@@ -198,7 +198,7 @@ class Job:
     def structure(self) -> Structure:
         """What is cut, in widths that the number formats of all targets have blocks for."""
         structure = self.recipe.structure
-        if structure.multiple or "ffn" not in structure.keep:
+        if structure.multiple or "F" not in structure.sizes:
             return structure
 
         jobs = (self, *self.siblings)
@@ -257,7 +257,7 @@ class Job:
         if len(names) == 1:
             return names[0]
 
-        if "blocks" in self.structure.parts:  # the file numbers those that stay
+        if "L" in self.structure.sizes:  # the file numbers those that stay
             raise UsageError(
                 f"prune.joint with {', '.join(names)} needs every block where it is",
                 remedy="one number format for all linears, or leave out --keep blocks",

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from racdeploy import plugins
 from racdeploy.decoding.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
 from racdeploy.prune import PrunedModel
+from racdeploy.prune.structures import list_parts
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.report.model import BlockRow, LinearRow, StructureRow
@@ -177,10 +177,8 @@ class PruneStage:
     @property
     def _cuts(self) -> Structure:
         """The structure without what is rewritten once everything else is done."""
-        keep = {}
-        for part, share in self.structure.keep.items():
-            if plugins.load("structures", part).STEP != "folder":
-                keep[part] = share
+        last = list_parts(self.structure, "folder")
+        keep = {part: share for part, share in self.structure.keep.items() if part not in last}
         return self.structure.model_copy(update={"keep": keep, "vocabulary_text": ()})
 
     def _walk(

@@ -15,7 +15,8 @@ from racdeploy.models.families import generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
 from racdeploy.prune.assemble import Shape
-from racdeploy.prune.layout import IN_BLOCK, Layout, keep_alike
+from racdeploy.prune.layout import Layout, keep_alike
+from racdeploy.prune.structures import list_parts
 from racdeploy.recipe import Structure
 from racdeploy.report.model import Kept, StructureRow
 from racdeploy.report.structure import describe_kept
@@ -77,7 +78,7 @@ def check_structure(job: Job) -> None:
         plugins.load("structures", part).check(job.checkpoint, settings)
 
     allocation = job.recipe.prune.allocation
-    if "experts" in settings.parts and allocation != "uniform":
+    if "E" in settings.sizes and allocation != "uniform":
         raise UsageError(
             f"prune.allocation = {allocation!r} shares zeros out before it is known which experts"
             " stay",
@@ -88,15 +89,23 @@ def check_structure(job: Job) -> None:
 def check_format(job: Job) -> None:
     """Refuse a cut whose result the format of a job cannot hold, before any work."""
     settings, name = job.recipe.structure, job.recipe.export.format
-    parts, form = settings.parts, export.load(name)
-    why = form.refusal(job.checkpoint, parts, settings.uniform) if parts else ""
+    sizes, form = settings.sizes, export.load(name)
+    why = form.refusal(job.checkpoint, sizes, _is_uniform(job)) if sizes else ""
     if not why:
         return
 
     remedy = "leave that part whole, or choose another target"
-    if not settings.uniform and not form.refusal(job.checkpoint, parts, True):
+    if not settings.uniform and not form.refusal(job.checkpoint, sizes, True):
         remedy = "give all blocks the same widths: --set structure.uniform=true"
     raise UsageError(f"{name} cannot hold what is left: {why}", remedy=remedy)
+
+
+def _is_uniform(job: Job) -> bool:
+    """Return whether all blocks get the same widths."""
+    settings = job.recipe.structure
+    cuts = list_parts(settings, "block").values()
+    alike = [cut.layout(job.checkpoint, 0, settings).alike for cut in cuts]
+    return settings.uniform or all(alike)
 
 
 def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
@@ -104,8 +113,10 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
     from racdeploy.prune.outline import list_rows
 
     shape = expect_shape(checkpoint, settings)
-    share = settings.share("vocabulary")
-    tokens = int(share) if share > 1 else round(share * checkpoint.integer("vocab_size"))
+    tokens = checkpoint.integer("vocab_size")
+    for part, plugin in list_parts(settings, "folder").items():
+        tokens = plugin.layout(checkpoint, 0, settings).count(settings.share(part))
+
     sizes = _expect_sizes(checkpoint, shape, tokens)
 
     heads = shape.widths["num_key_value_heads"][0]
@@ -157,20 +168,21 @@ def expect_shape(
 
     ``spread`` changes how many units of a part each block keeps, of the same sum.
     """
-    from racdeploy.prune.outline import Outline
+    from racdeploy.prune.outline import Outline, whole
 
-    blocks = tuple(range(round(settings.share("blocks") * checkpoint.block_count)))
-    whole = Outline(blocks, {})
+    outline = whole(checkpoint)
+    for part, plugin in list_parts(settings, "model").items():
+        count = plugin.layout(checkpoint, 0, settings).count(settings.share(part))
+        outline = Outline(tuple(range(count)), {})
+
     units = {}
+    for part in list_parts(settings, "block"):
+        layouts = outline.layouts(checkpoint, part, settings)
+        counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
+        is_free = not (settings.uniform or layouts[0].alike)
+        units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
 
-    for part in settings.parts:
-        if plugins.load("structures", part).STEP in IN_BLOCK:
-            layouts = whole.layouts(checkpoint, part, settings)
-            counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
-            is_free = not (settings.uniform or layouts[0].alike)
-            units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
-
-    return Outline(blocks, units).shape(checkpoint, settings)
+    return Outline(outline.blocks, units).shape(checkpoint, settings)
 
 
 def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str, int]:

@@ -13,16 +13,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from racdeploy import plugins
 from racdeploy.prune.allocations import Effect, Observation
+from racdeploy.prune.cut import Site
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import IN_BLOCK, Layout, find_end, keep_alike
+from racdeploy.prune.layout import Layout, find_end, keep_alike
 from racdeploy.prune.outline import FILE, Outline, as_outline, read_outline, whole
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
+from racdeploy.prune.structures import list_parts
 from racdeploy.prune.survey import survey
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import write_atomic
@@ -47,35 +50,35 @@ def decide_outline(session: Session, structure: Structure, within: Path | None) 
 
 
 def _decide(session: Session, structure: Structure) -> Outline:
-    checkpoint, processes = session.blocks.checkpoint, session.processes
+    checkpoint = session.blocks.checkpoint
+    criterion = plugins.load("criteria", structure.criterion)
     outline = whole(checkpoint)
-    share = structure.share("blocks")
-    if share < 1:
-        plugin = plugins.load("structures", "blocks")
-        count = round(share * checkpoint.block_count)
-        chosen = processes.ask_first(lambda: plugin.choose(session, count))
-        outline = Outline(tuple(chosen), {})
+
+    for part, plugin in list_parts(structure, "model").items():
+        count = plugin.layout(checkpoint, 0, structure).count(structure.share(part))
+        outline = Outline(tuple(plugin.cut(Site(session, criterion, count))), {})
 
     layouts = {}
-    for part in structure.parts:
-        if plugins.load("structures", part).STEP in IN_BLOCK:
-            layouts[part] = outline.layouts(checkpoint, part, structure)
+    for part in list_parts(structure, "block"):
+        layouts[part] = outline.layouts(checkpoint, part, structure)
 
-    return Outline(outline.blocks, _share_out(session, outline.blocks, layouts, structure))
+    units = _share_out(session, criterion, outline.blocks, layouts, structure)
+    return Outline(outline.blocks, units)
 
 
 def _share_out(
     session: Session,
+    criterion: ModuleType,
     blocks: Sequence[int],
     layouts: Mapping[str, Sequence[Layout]],
     structure: Structure,
 ) -> dict[str, tuple[int, ...]]:
     """Return for each part the units of each block: by a survey, or as many everywhere."""
     surveyed = {}
-    if not structure.uniform and structure.criterion == "error":
+    if not structure.uniform and criterion.CALIBRATED:
         surveyed = {part: own for part, own in layouts.items() if not own[0].alike}
 
-    curves = _survey(session, blocks, surveyed, structure) if surveyed else {}
+    curves = _survey(session, criterion, blocks, surveyed, structure) if surveyed else {}
 
     units = {}
 
@@ -93,6 +96,7 @@ def _share_out(
 
 def _survey(
     session: Session,
+    criterion: ModuleType,
     blocks: Sequence[int],
     layouts: Mapping[str, Sequence[Layout]],
     structure: Structure,
@@ -113,7 +117,7 @@ def _survey(
         part, place = places[name]
         layout = layouts[part][place]
         share = structure.share(part)
-        return observe_widths(weight_OI, hessian, layout, effect, share)
+        return observe_widths(criterion, weight_OI, hessian, layout, effect, share)
 
     found = survey(session, list(places), observe)
 
@@ -130,7 +134,12 @@ def _survey(
 
 
 def observe_widths(
-    weight_OI: torch.Tensor, hessian: Hessian, layout: Layout, effect: Effect, share: float
+    criterion: ModuleType,
+    weight_OI: torch.Tensor,
+    hessian: Hessian,
+    layout: Layout,
+    effect: Effect,
+    share: float,
 ) -> Observation:
     """Return number of units that stay → share of the block's output that changes."""
     removal = Removal(weight_OI, hessian, layout)
@@ -140,10 +149,10 @@ def observe_widths(
     scale = 0.0
 
     for count in layout.counts:
-        removal.shrink(count)
-        losses[count] = removal.loss
-        if removal.loss > 0 and (count == nearest or not scale):
-            scale = effect(removal.full()) / removal.loss
+        criterion.shrink(removal, count)
+        losses[count] = loss = removal.loss()
+        if loss > 0 and (count == nearest or not scale):
+            scale = effect(removal.full()) / loss
 
     return {str(count): scale * loss for count, loss in losses.items()}
 

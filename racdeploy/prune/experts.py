@@ -26,8 +26,8 @@ from racdeploy.models.families import expert_of
 from racdeploy.models.widths import axes, shape
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.bounds import EXPERT_BYTES
-from racdeploy.prune.cut import BlockPair
 from racdeploy.prune.flow import Flow
+from racdeploy.prune.pair import BlockPair
 from racdeploy.prune.pruned_linear import PrunedLinear, without_bias
 from racdeploy.prune.routing import Routed, take
 from racdeploy.prune.session import Session
@@ -85,14 +85,11 @@ class ExpertGroup:
         session: Session,
         pair: BlockPair,
         wanted: Sequence[str],
-        flows: tuple[Flow, Flow],  # of the sparse and of the dense model
         *,
         match: bool,  # whether the target is the dense output
     ) -> None:
         self._session, self._pair = session, pair
         self._wanted = wanted
-        self._sparse, self._dense = flows
-
         family = session.blocks.checkpoint.family
         self._experts = family.experts
         self._is_inner = axes(family, f"{wanted[0]}.weight")[1] != "D"
@@ -152,8 +149,8 @@ class ExpertGroup:
             if batch.held_out:
                 continue
 
-            found = self._sparse.routed(pair.sparse, index)
-            wanted = self._dense.routed(pair.dense, index) if self._match else None
+            found = pair.sparse_flow.routed(pair.sparse, index)
+            wanted = pair.dense_flow.routed(pair.dense, index) if self._match else None
 
             for piece, statistic in zip(pieces, statistics, strict=True):
                 token_M = found.tokens(batch, None if piece.pooled else piece.expert)

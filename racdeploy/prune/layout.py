@@ -12,8 +12,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import Kept, axes
 from racdeploy.recipe import Structure
 
-IN_BLOCK = ("width", "experts")
-"""Steps of structures that are cut inside every block, and have a layout."""
 FAR = 0.04
 """A share that no number of units comes nearer to than this, or a quarter of it, is refused."""
 
@@ -45,6 +43,10 @@ class Layout:
         """Numbers of units that can stay, from all to the least."""
         steps = range(self.step, self.units, self.step)
         return [self.units, *(count for count in reversed(steps) if count >= self.least)]
+
+    def count(self, share: float) -> int:
+        """Return how many units a share is; above 1 it is their number."""
+        return int(share) if share > 1 else round(share * self.units)
 
     def nearest(self, share: float) -> int:
         """Return the count that is nearest to a share of all."""

@@ -29,7 +29,7 @@ from racdeploy.prune.decision import observe_widths
 from racdeploy.prune.device import choose_device
 from racdeploy.prune.ends import list_formats, observe_embedding, observe_head
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import IN_BLOCK, Layout, find_end
+from racdeploy.prune.layout import Layout, find_end
 from racdeploy.prune.methods import Pruned
 from racdeploy.prune.outline import whole
 from racdeploy.prune.patterns import make_pattern
@@ -145,6 +145,7 @@ class _Trial:
         blocks, settings = self.session.blocks, self.session.settings
         self.checkpoint = blocks.checkpoint
         self.method = plugins.load("methods", settings.method)
+        self.criterion = plugins.load("criteria", Structure().criterion)
         steps = min(settings.refit_steps, REFIT_STEPS)
         self.settings = settings.model_copy(update={"refit_steps": steps})
 
@@ -185,7 +186,7 @@ class _Trial:
 
         if name in self.layouts:
             _, _, layout = self.layouts[name]
-            errors = observe_widths(weight_OI, hessian, layout, effect, share=0.5)
+            errors = observe_widths(self.criterion, weight_OI, hessian, layout, effect, share=0.5)
             for count, error in errors.items():
                 observation[_WIDTH + count] = error
 
@@ -333,7 +334,7 @@ def _list_layouts(
 
     for part in parts:
         plugin = plugins.load("structures", part)
-        if plugin.STEP not in IN_BLOCK or checkpoint.family.uncut:
+        if plugin.STEP != "block" or checkpoint.family.uncut:
             continue
 
         own = outline.layouts(checkpoint, part, Structure())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,6 @@ class Outline:
 
     blocks: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]]
-
-    def experts(self, place: int) -> float:
-        """Return how many experts a block keeps; infinitely many where they are not cut."""
-        return self.units["experts"][place] if "experts" in self.units else math.inf
 
     def layouts(self, checkpoint: Checkpoint, part: str, structure: Structure) -> list[Layout]:
         """Return how a part is laid out in each of the blocks that stay."""

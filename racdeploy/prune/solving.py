@@ -1,98 +1,197 @@
-"""Choose the zeros of linears on one statistic: by the recipe's method, in the recipe's pattern."""
+"""Prune the linears of a block: in the recipe's pattern, by its method, on one statistic each.
+
+Those of one statistic are solved together, each linear in the process that owns it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
+from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.reordering import order_columns
+from racdeploy.prune.allocations import Shares
+from racdeploy.prune.block_files import BlockFiles
+from racdeploy.prune.blocks import put
+from racdeploy.prune.experts import ExpertGroup, Piece, count_tokens
 from racdeploy.prune.held_out import RelativeError
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.patterns import Pattern
+from racdeploy.prune.pair import BlockPair, gather_inputs
+from racdeploy.prune.patterns import AsBefore, Pattern, Within, make_pattern
 from racdeploy.prune.pruned_linear import PrunedLinear
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
+from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
-from racdeploy.quant import as_grid
-from racdeploy.recipe import Pruning
+from racdeploy.quant import Codes, as_grid, codes_of
 
 Solved = tuple[torch.Tensor, torch.Tensor, float]
 """Pruned weights, their target, and the damping."""
 
 
-class Solver:
+class LinearPruner:
     """What a recipe says of how linears are pruned."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Pruning, tasks: Sequence[str]) -> None:
-        self._checkpoint = checkpoint
-        self._settings, self._tasks = settings, tasks
-        self._method = plugins.load("methods", settings.method)
-
-    def solve(
+    def __init__(
         self,
-        own: Sequence[int],
-        linears: Sequence[str],
-        full: Sequence[torch.Tensor],
-        patterns: Sequence[Pattern],
-        statistic: InputStatistic,
-        quants: Sequence[str],
-    ) -> dict[int, Solved]:
-        """Return the linears at the places ``own`` of those that the statistic is of.
+        session: Session,
+        tasks: Sequence[str],
+        shares: Shares,
+        quant: Codes,  # whose codes are chosen; empty: the export rounds
+        earlier: BlockFiles | None,  # whose zeros stay
+        *,
+        keeps_own_zeros: bool,  # and gives no others
+    ) -> None:
+        self.session, self.shares, self.quant = session, shares, quant
+        self.tasks, self.earlier, self._keeps_own_zeros = tasks, earlier, keeps_own_zeros
+        self._method = plugins.load("methods", session.settings.method)
 
-        ``quants`` are the number formats whose codes are chosen, or empty strings.
-        """
-        hessian = statistic.hessian(self._settings.damping)
-        targets = dict(enumerate(full))
-        if self._settings.match_dense:
-            targets = statistic.targets(own, hessian)
+    def quant_of(self, pair: BlockPair, linear: str) -> str:
+        """Return the format whose codes a linear gets, or an empty string."""
+        return codes_of(self.quant, pair.dense_name(linear))
+
+    def prune_group(
+        self, pair: BlockPair, group: int, linears: Sequence[str]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears that share an input."""
+        # Dense still, but for what a cut took away.
+        full = {name: pair.sparse.get_parameter(f"{name}.weight") for name in linears}
+        if expert_of(linears[0]) is not None:
+            return self._prune_experts(pair, linears, full)
+
+        statistic = gather_inputs(self.session, pair, group, [*full.values()])
+        return self._prune(pair, [Piece(tuple(linears))], [statistic], full)
+
+    def _prune_experts(
+        self, pair: BlockPair, linears: Sequence[str], full: Mapping[str, torch.Tensor]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears of experts, as many as their sums leave memory for at a time."""
+        if not pair.tokens:
+            experts = len(pair.experts)
+            pair.tokens = count_tokens(self.session, pair.sparse_flow, pair.sparse, experts)
+
+        match = self.session.settings.match_dense
+        members = ExpertGroup(self.session, pair, linears, match=match)
+
+        pruned: dict[str, PrunedLinear] = {}
+        for pieces in members.split(members.pieces(), full):
+            statistics = members.gather(pieces, full)
+            pruned |= self._prune(pair, pieces, statistics, full)
+        return pruned
+
+    def _prune(
+        self,
+        pair: BlockPair,
+        pieces: Sequence[Piece],
+        statistics: Sequence[InputStatistic],
+        full: Mapping[str, torch.Tensor],
+    ) -> dict[str, PrunedLinear]:
+        """Prune what one pass has gathered the statistics of."""
+        processes = self.session.processes
+        works = [work for piece in pieces for work in piece.works]
+        costs = [sum(full[linear].numel() for linear in work) for work in works]
+        owners: dict[str, int] = {}
+        for work, owner in zip(works, processes.owners(costs), strict=True):
+            owners |= dict.fromkeys(work, owner)
+
+        # First all sums, then all solutions: no process waits for another's.
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            statistic.share(processes, [owners[linear] for linear in piece.linears])
+
+        solved: dict[str, Solved] = {}
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            patterns = {name: self._pattern(pair, name, full[name]) for name in piece.linears}
+            own = [name for name in piece.linears if owners[name] == processes.rank]
+            if own:
+                solved |= self._solve(pair, piece, own, patterns, statistic, full)
+
+        pruned = {}
+        match = self.session.settings.match_dense
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            for linear in piece.linears:
+                nothing = full[linear], full[linear], 0.0  # of the same shape
+                given = statistic, solved.pop(linear, nothing)
+                found = self._describe(pair, piece, linear, *given)
+                pruned[linear] = found.spread(processes, owners[linear], target=match)
+                put(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
+
+        return pruned
+
+    def _solve(
+        self,
+        pair: BlockPair,
+        piece: Piece,
+        own: Sequence[str],
+        patterns: Mapping[str, Pattern],
+        statistic: InputStatistic,
+        full: Mapping[str, torch.Tensor],
+    ) -> dict[str, Solved]:
+        """Return those linears of a piece that this process owns."""
+        settings = self.session.settings
+        hessian = statistic.hessian(settings.damping)
+        targets = [full[linear] for linear in piece.linears]
+        indices = [piece.linears.index(linear) for linear in own]
+        found = statistic.targets(indices, hessian) if settings.match_dense else targets
 
         solved = {}
-        for place in own:
-            given = targets[place], hessian, patterns[place]
-            weight_OI = self._prune(linears[place], quants[place], *given)
-            solved[place] = weight_OI, targets[place], hessian.damping
+        for index, linear in zip(indices, own, strict=True):
+            target_OI = found[index]
+            live_OI = target_OI * ~hessian.dead_I
+            pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
+            weight_OI = pruned.weight_OI
+
+            if name := self.quant_of(pair, linear):
+                quant = as_grid(name)
+                is_gguf = "gguf" in quant.FORMATS
+                order_I = find_order(pair.checkpoint, linear, target_OI) if is_gguf else None
+                weight_OI = round_to_grid(pruned, live_OI, hessian, quant, order_I)
+
+            solved[linear] = weight_OI, target_OI, hessian.damping
 
         return solved
 
-    def describe(
+    def _describe(
         self,
-        full_OI: torch.Tensor,
-        stored: torch.dtype,
+        pair: BlockPair,
+        piece: Piece,
+        linear: str,
         statistic: InputStatistic,
-        solved: Solved | None,
-        quant: str,
+        solved: Solved,
     ) -> PrunedLinear:
         """Return a linear as its owner solved it; elsewhere one of its shape."""
-        if quant:  # codes times a scale need more digits than bfloat16 has
-            stored = torch.float32
+        weight_OI, target_OI, damping = solved
+        # Codes times a scale need more digits than bfloat16 has.
+        has_codes = self.quant_of(pair, linear)
+        stored = torch.float32 if has_codes else pair.stored_dtype(f"{linear}.weight")
+        expert = expert_of(linear)
 
-        weight_OI, target_OI, damping = solved or (full_OI, full_OI, 0.0)
         return PrunedLinear(
             weight_OI.to(stored).contiguous(),
             target_OI,
             damping,
-            RelativeError(self._tasks),
+            RelativeError(self.tasks),
             statistic.importance_I,
             round(statistic.weight),
+            routed=None if expert is None else pair.tokens[expert],
+            pooled=piece.pooled,
         )
 
-    def _prune(
-        self, linear: str, name: str, target_OI: torch.Tensor, hessian: Hessian, pattern: Pattern
-    ) -> torch.Tensor:
-        live_OI = target_OI * ~hessian.dead_I
-        pruned = prune_and_refit(self._method, live_OI, hessian, pattern, self._settings)
-        if not name:
-            return pruned.weight_OI
+    def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
+        """Return the zeros that a linear shall have: at least those of the earlier walk."""
+        if self._keeps_own_zeros:
+            return AsBefore(weight_OI != 0)
 
-        quant = as_grid(name)
-        order_I = None
-        if "gguf" in quant.FORMATS:
-            order_I = find_order(self._checkpoint, linear, target_OI)
-        return round_to_grid(pruned, live_OI, hessian, quant, order_I)
+        settings, name = self.session.settings, pair.dense_name(linear)
+        settings.check_width(name, weight_OI.shape[1])
+        pattern = make_pattern(self.shares[name], settings.kept_of_linear(name))
+        if not self.earlier:
+            return pattern
+
+        own_name = pair.name(f"{linear}.weight")
+        gone_OI = self.earlier.zeros(pair.place, own_name, tuple(weight_OI.shape))
+        return Within(pattern, self.session.blocks.place(gone_OI))
 
 
 def find_order(checkpoint: Checkpoint, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:

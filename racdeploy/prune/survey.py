@@ -16,10 +16,10 @@ from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import put
-from racdeploy.prune.cut import BlockPair
 from racdeploy.prune.experts import ExpertGroup, count_tokens
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.pair import BlockPair
 from racdeploy.prune.session import Session
 from racdeploy.prune.shares import Shares, fill_shares
 from racdeploy.prune.statistics import PAD, InputStatistic
@@ -130,9 +130,8 @@ def _observe_block(
 
         if linears[0] in checkpoint.family.routed:
             tokens = tokens or count_tokens(session, flow, block, experts)
-            sizes = dict(checkpoint.sizes(index))
-            pair = BlockPair(index, index, block, block, sizes, tokens=tokens)
-            members = ExpertGroup(session, pair, names, (flow, flow), match=False)
+            pair = BlockPair(checkpoint, index, index, block, block, flow, flow, tokens=tokens)
+            members = ExpertGroup(session, pair, names, match=False)
             yield from _observe_experts(session, block, members)
             continue
 

@@ -54,15 +54,15 @@ def _check_memory(checkpoint: Checkpoint) -> None:
             )
 
 
-def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+def refusal(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> str:
     """Return why llama.cpp could not run a dense model once parts of it are cut, or nothing.
 
     Args:
-        parts: names of what is cut, of the kind ``structures``.
+        sizes: letters of what is cut, as plugins of the kind ``structures`` say them.
         uniform: whether all blocks get the same widths.
     """
     family = checkpoint.family
-    if "blocks" in parts and family.no_rope_period:
+    if "L" in sizes and family.no_rope_period:
         return (
             f"llama.cpp leaves rotary embeddings out of every block {family.no_rope_period} of"
             f" {family.gguf_arch}, wherever the blocks were before"
@@ -70,16 +70,16 @@ def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> st
 
     counts = any("=attention_scalar" in values for values in family.fixed.values())
     scaled = counts and checkpoint.setting("attention_scalar") != checkpoint.head_size
-    if scaled and not {"blocks", "heads", "groups"}.isdisjoint(parts):
+    if scaled and not {"L", "Q"}.isdisjoint(sizes):
         return (
             f"llama.cpp knows by {checkpoint.block_count} blocks and by the number of heads how"
             f" this {family.gguf_arch} scales attention"
         )
 
-    if not uniform and not {"ffn", "heads"}.isdisjoint(parts):
+    if not uniform and not {"F", "Q"}.isdisjoint(sizes):
         return _refuse_per_block(checkpoint)
 
-    if not {"heads", "groups"}.isdisjoint(parts) and family.per_block is None:
+    if "Q" in sizes and family.per_block is None:
         return _refuse_narrow(family)
     return ""
 

@@ -59,13 +59,13 @@ def check_options(*, exporter: str) -> None:
     check_exporter(exporter)
 
 
-def refusal(checkpoint: Checkpoint, parts: Collection[str], uniform: bool) -> str:
+def refusal(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> str:
     """Return why no graph is made of a dense model once parts of it are cut, or nothing.
 
     A graph may have any number of blocks, each of its own widths. With experts, blocks of different
     widths cannot be loaded under torch, with which a graph is compared.
     """
-    if uniform or not checkpoint.family.routed or {"ffn", "heads"}.isdisjoint(parts):
+    if uniform or not checkpoint.family.routed or {"F", "Q"}.isdisjoint(sizes):
         return ""
     return "blocks of different widths are not supported where a block has experts"
 

@@ -14,13 +14,20 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.activations import Activations
 from racdeploy.prune.batches import Batch
-from racdeploy.prune.layout import refuse_uncut
+from racdeploy.prune.cut import Site
+from racdeploy.prune.layout import Layout, refuse_uncut
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD
+from racdeploy.prune.units import Units
 from racdeploy.recipe import Structure
 
-STEP = "blocks"
+STEP, SIZE = "model", "L"
 PROBE_TOKENS = 2048
+
+
+def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+    """Return the blocks of the model."""
+    return Layout(SIZE, checkpoint.block_count, {SIZE: 1})
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
@@ -43,19 +50,33 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
         )
 
 
-def choose(session: Session, count: int) -> list[int]:
-    """Return the blocks that stay, so many, rising."""
-    probe = _take_probe(session)
-    checkpoint = session.blocks.checkpoint
-    left = list(range(checkpoint.block_count))
-    dense_BTD = None
+def cut(site: Site) -> list[int]:
+    """Return the blocks that stay; the first process chooses them."""
+    session = site.session
+    return session.processes.ask_first(lambda: site.choose(BlockUnits(session)))
 
-    while len(left) > count:
-        changes, whole_BTD = _measure(session, probe, left, dense_BTD)
-        dense_BTD = whole_BTD if dense_BTD is None else dense_BTD
-        left.remove(min(_list_removable(checkpoint, left), key=changes.__getitem__))
 
-    return left
+class BlockUnits(Units):
+    """The blocks of a model, which have no size but what they change."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.blocks.checkpoint.block_count)
+        self._session, self._probe = session, _take_probe(session)
+        self._dense_BTD: torch.Tensor | None = None
+
+    def costs(self) -> torch.Tensor:
+        """Return how far the last hidden states go from the dense ones without each block."""
+        left = self.kept
+        changes, whole_BTD = _measure(self._session, self._probe, left, self._dense_BTD)
+        if self._dense_BTD is None:
+            self._dense_BTD = whole_BTD
+
+        costs_U = torch.full_like(self.kept_U, torch.inf, dtype=torch.float64)
+        for block in _list_removable(self._session.blocks.checkpoint, left):
+            costs_U[block] = changes[block]
+        return costs_U
+
+    sizes = costs
 
 
 def _list_vital(checkpoint: Checkpoint) -> list[tuple[bool, ...]]:

@@ -10,8 +10,9 @@ Source of that norm: REAP (arXiv 2510.13999), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ from racdeploy.engines.transformers.experts import route
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import axes
+from racdeploy.prune.cut import BlockSite
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.layout import Layout
+from racdeploy.prune.pair import narrow
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD
+from racdeploy.prune.units import Units
 from racdeploy.recipe import Structure
 
-STEP = "experts"
+STEP, SIZE = "block", "E"
 PROBE_BYTES = 256 << 20
 """Of products of all pairs of experts' outputs, for each token that is looked at."""
 PROBE_TOKENS = 16_384
@@ -38,7 +42,7 @@ _GRID, _NORM_GRID = 2.0**36, 2.0**20  # sums go in steps of 1 over it: exactly, 
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    return Layout("E", checkpoint.experts, {"E": 1}, alike=True)
+    return Layout(SIZE, checkpoint.experts, {SIZE: 1}, alike=True)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
@@ -66,60 +70,71 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
         raise UsageError(f"experts = {share:g} removes none of {experts}", remedy=remedy)
 
 
-def choose(session: Session, flow: Flow, block: nn.Module, count: int, by_norm: bool) -> list[int]:
-    """Return the experts of a block that stay, so many, rising; each process returns the same.
-
-    Args:
-        flow: this process's batches, in front of the block.
-        by_norm: whether the router-weighted output norm decides, and not the block's output.
-    """
-    norms = measure_norms(session, flow, block)
-    largest = sorted(range(len(norms)), key=lambda expert: -norms[expert])
-    by_size = sorted(largest[:count])
-    if by_norm:
-        return by_size
-
-    probe = Probe(session, flow, block)
-    starts = [_remove_one_by_one(probe, norms, count), by_size]
-    best = min(starts, key=probe.measure)
-    return _exchange(probe, norms, best)
+def cut(site: BlockSite) -> list[int]:
+    """Remove experts of a block; each process chooses the same."""
+    pair = site.pair
+    units = site.choose(ExpertUnits(site.session, pair.sparse_flow, pair.sparse))
+    narrow(pair, site.layout, units)
+    return units
 
 
-def _remove_one_by_one(probe: Probe, norms: Sequence[float], count: int) -> list[int]:
-    left = list(range(len(norms)))
-    while len(left) > count:
-        probe.measure(left)
-        left.remove(_find_least(probe.without_each(left), norms))
-    return left
+class ExpertUnits(Units):
+    """The experts of a block; ``flow`` has this process's batches in front of it."""
 
+    def __init__(self, session: Session, flow: Flow, block: nn.Module) -> None:
+        super().__init__(session.blocks.checkpoint.experts)
+        self._given = session, flow, block
 
-def _exchange(probe: Probe, norms: Sequence[float], chosen: Sequence[int]) -> list[int]:
-    """Put one back and remove another, while that leaves less change."""
-    left, change = list(chosen), probe.measure(chosen)
+    @cached_property
+    def _norms(self) -> list[float]:
+        return measure_norms(*self._given)
 
-    for _ in range(EXCHANGES):
-        before = left
-        for expert in range(len(norms)):
-            if expert in left:
-                continue
+    @cached_property
+    def _probe(self) -> Probe:
+        return Probe(*self._given)
 
-            more = sorted([*left, expert])
-            change_more = probe.measure(more)
-            rises = probe.without_each(more)
-            other = _find_least(rises, norms)
-            if change_more + rises[other] < change:
-                change = change_more + rises[other]
-                left = [each for each in more if each != other]
+    def sizes(self) -> torch.Tensor:
+        """Return ranks by the router-weighted output norm; of equal ones the last is least."""
+        rising = sorted(range(len(self._norms)), key=lambda expert: (self._norms[expert], -expert))
+        return self._rank(rising)
 
-        if left == before:
-            break
+    def costs(self) -> torch.Tensor:
+        """Return ranks by the change of the output; where no token of the probe tells, by norm."""
+        left, norms = self.kept, self._norms
+        self._probe.measure(left)
+        rises = self._probe.without_each(left)
+        return self._rank(sorted(rises, key=lambda expert: (rises[expert], norms[expert])))
 
-    return left
+    def exchange(self) -> None:
+        """Begin with the largest if they change less; put one back and remove another."""
+        left, norms, probe = self.kept, self._norms, self._probe
+        largest = sorted(range(len(norms)), key=lambda expert: -norms[expert])[: len(left)]
+        left = min([left, sorted(largest)], key=probe.measure)
+        change = probe.measure(left)
 
+        for _ in range(EXCHANGES):
+            before = left
+            for expert in range(len(norms)):
+                if expert in left:
+                    continue
 
-def _find_least(rises: Mapping[int, float], norms: Sequence[float]) -> int:
-    """Return who is missed least; where no token of the probe tells, all tokens decide."""
-    return min(rises, key=lambda expert: (rises[expert], norms[expert]))
+                more = sorted([*left, expert])
+                change_more = probe.measure(more)
+                rises = probe.without_each(more)
+                other = min(rises, key=lambda each: (rises[each], norms[each]))
+                if change_more + rises[other] < change:
+                    change = change_more + rises[other]
+                    left = [each for each in more if each != other]
+
+            if left == before:
+                break
+
+        self.keep(left)
+
+    def _rank(self, rising: Sequence[int]) -> torch.Tensor:
+        rank_U = torch.zeros(len(self.kept_U))
+        rank_U[rising] = torch.arange(len(rising), dtype=rank_U.dtype)
+        return rank_U
 
 
 def measure_norms(session: Session, flow: Flow, block: nn.Module) -> list[float]:

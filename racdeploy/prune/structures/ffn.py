@@ -6,7 +6,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
-STEP = "width"
+STEP, SIZE = "block", "F"
 LEAST_CHANNELS = 64
 """llama.cpp computes 32 wrongly where it uses a processor's AMX: with 96 tokens at once, logits of
 Q8_0 and Q4_0 were off by more than their largest (llama-cpp-python 0.3.36)."""
@@ -14,8 +14,9 @@ Q8_0 and Q4_0 were off by more than their largest (llama-cpp-python 0.3.36)."""
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    channels = checkpoint.sizes(block)["F"]
-    return Layout("F", channels, {"F": 1}, step=structure.width_multiple, least=LEAST_CHANNELS)
+    channels = checkpoint.sizes(block)[SIZE]
+    step = structure.width_multiple
+    return Layout(SIZE, channels, {SIZE: 1}, step=step, least=LEAST_CHANNELS)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:

@@ -10,7 +10,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
-STEP = "width"
+STEP, SIZE = "block", "Q"
 
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
@@ -20,8 +20,8 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     groups = checkpoint.per_block("num_key_value_heads")[block]
 
     if heads == groups:
-        return Layout("Q", heads, {"Q": K, "KV": K, "H": 1}, alike=True)
-    return Layout("Q", heads, {"Q": K, "H": 1}, cohorts=groups, step=groups)
+        return Layout(SIZE, heads, {SIZE: K, "KV": K, "H": 1}, alike=True)
+    return Layout(SIZE, heads, {SIZE: K, "H": 1}, cohorts=groups, step=groups)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:

@@ -20,17 +20,22 @@ from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE, named_ids, renumber
 from racdeploy.models.tokenizer_files import read_tokenizer
-from racdeploy.prune.layout import refuse_uncut
+from racdeploy.prune.layout import Layout, refuse_uncut
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import write_entries
 from racdeploy.storage.texts import read_texts
 
-STEP = "folder"
+STEP, SIZE, COUNTED = "folder", "V", "tokens"
 # Kernels of ggml for interleaved rows take multiples of 8, those for AMX of 32.
 ROWS = 32
 TEXTS = "structure.vocabulary_text"
 _MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
+
+
+def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+    """Return the rows of the embedding."""
+    return Layout(SIZE, checkpoint.integer("vocab_size"), {SIZE: 1})
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:

@@ -10,7 +10,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
-STEP = "width"
+STEP, SIZE = "block", "Q"
 
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
@@ -19,15 +19,15 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     heads = checkpoint.per_block("num_attention_heads")[block]
     groups = checkpoint.per_block("num_key_value_heads")[block]
     each = heads // groups
-    return Layout("Q", groups, {"Q": K * each, "KV": K, "H": each}, alike=True)
+    return Layout(SIZE, groups, {SIZE: K * each, "KV": K, "H": each}, alike=True)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
     if structure.share("heads") < 1:
         raise UsageError(
-            "heads and groups cannot both be cut: groups go with their heads",
+            "heads and kv_groups cannot both be cut: groups go with their heads",
             remedy="keep one of the two whole",
         )
 
-    check_share("groups", checkpoint, layout, structure)
+    check_share("kv_groups", checkpoint, layout, structure)

@@ -1,0 +1,109 @@
+"""A block of the dense model and the same of the pruned one, with the batches in front of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from racdeploy.engines.transformers.experts import Experts
+from racdeploy.engines.transformers.torch_model import TORCH_DTYPES, fit_attention
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import expert_of
+from racdeploy.models.widths import find_kept
+from racdeploy.prune.blocks import put
+from racdeploy.prune.flow import Flow
+from racdeploy.prune.layout import Layout
+from racdeploy.prune.session import Session
+from racdeploy.prune.statistics import InputStatistic
+
+
+@dataclass
+class BlockPair:
+    """A dense block, and beside it the one that is cut and pruned."""
+
+    checkpoint: Checkpoint
+    index: int  # its number in the dense model
+    place: int  # and in the pruned one
+    dense: nn.Module
+    sparse: nn.Module
+    dense_flow: Flow
+    sparse_flow: Flow
+    kept: dict[str, list[int]] = field(default_factory=dict)  # part → units that stay
+    # Linear that lost inputs → mean squares of all that it had.
+    narrowed: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)  # calibration tokens of each expert
+    sizes: dict[str, int] = field(init=False)  # of the sparse one, by the letters of shapes
+    experts: list[int] = field(init=False)  # of the sparse one, by their dense numbers
+
+    def __post_init__(self) -> None:
+        self.sizes = dict(self.checkpoint.sizes(self.index))
+        self.experts = list(range(self.sizes.get("E", 0)))
+
+    def name(self, inside: str) -> str:
+        """Return the name in the pruned model of what has a name inside the sparse block."""
+        return f"{self.checkpoint.family.blocks}.{self.place}.{inside}"
+
+    def dense_name(self, inside: str) -> str:
+        """Return its name in the dense model."""
+        expert = expert_of(inside)
+        if expert is not None:
+            inside = inside.replace(f".{expert}.", f".{self.experts[expert]}.", 1)
+        return f"{self.checkpoint.family.blocks}.{self.index}.{inside}"
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """Return the type of a parameter of the sparse block in the checkpoint."""
+        return TORCH_DTYPES[self.checkpoint.entries[self.dense_name(parameter)].dtype]
+
+
+def narrow(pair: BlockPair, layout: Layout, units: Sequence[int]) -> None:
+    """Leave the sparse block so many units: experts, and of tensors rows and columns."""
+    family = pair.checkpoint.family
+    kept = layout.indices(units)
+
+    if "E" in kept:
+        experts: Any = pair.sparse.get_submodule(family.experts)
+        pair.sparse.set_submodule(family.experts, Experts([experts[unit] for unit in units]))
+        pair.experts = [pair.experts[unit] for unit in units]
+
+    for name, parameter in list(pair.sparse.named_parameters()):
+        value: torch.Tensor = parameter.data
+        for axis, index in enumerate(find_kept(family, name, kept, pair.sizes)):
+            if index is not None:
+                value = value.index_select(axis, torch.from_numpy(index).to(value.device))
+        put(pair.sparse, name, value)
+
+    for letter, index in kept.items():
+        pair.sizes[letter] = len(index)
+    fit_attention(pair.sparse, pair.sizes)
+
+
+def gather_inputs(
+    session: Session,
+    pair: BlockPair,
+    group: int,
+    full: Sequence[torch.Tensor],  # weights of its linears
+    *,
+    final: bool = True,  # whether nothing before it changes any more
+) -> InputStatistic:
+    """Return the statistic of a group's input, over this process's calibration batches."""
+    match = full if session.settings.match_dense else ()
+    linears = pair.checkpoint.input_groups(pair.index)[group]
+    narrowed = [linear for linear in linears if linear in pair.narrowed and match]
+    dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
+    statistic = InputStatistic(full[0].shape[1], session.weights_R, match, dense)
+
+    for index, batch in enumerate(session.batches):
+        if batch.held_out:
+            continue
+
+        statistic.add(  # no names: a batch's inputs are gone before the next one's are made
+            pair.sparse_flow.input(pair.sparse, group, index, final=final),
+            pair.dense_flow.input(pair.dense, group, index) if match else None,
+            batch.stream_BT,
+        )
+
+    return statistic
