@@ -49,6 +49,7 @@ USED = {
     "packing": ["twin", True],
     "engines": 4,
     "structures": [[32, 32], [64, 64]],
+    "criteria": [32, 32],
     "ways": [True, True],
     "methods": [0.5, 0.5],
     "formats": ["gguf_twin/tiny.gguf", [6, 512]],

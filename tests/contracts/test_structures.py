@@ -22,9 +22,9 @@ from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 ALL = plugins.names("structures")
-STEPS = {name: plugins.load("structures", name).STEP for name in ALL}
-WIDTHS = [name for name in ALL if STEPS[name] == "width"]
-IN_WALK = [name for name in ALL if STEPS[name] != "folder"]
+MODULES = {name: plugins.load("structures", name) for name in ALL}
+IN_WALK = [name for name in ALL if MODULES[name].STEP != "folder"]
+WIDTHS = [name for name in IN_WALK if not hasattr(MODULES[name], "cut")]
 SHARE = 0.5
 
 
@@ -35,9 +35,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
     made = {
         "": make_checkpoint(folder / "model", "llama", dtype="float32", **sizes),
-        "experts": make_checkpoint(folder / "experts", "qwen3_moe", dtype="float32"),
+        "E": make_checkpoint(folder / "experts", "qwen3_moe", dtype="float32"),
     }
-    return {name: Checkpoint(model) for name, model in made.items()}
+    return {size: Checkpoint(model) for size, model in made.items()}
 
 
 @pytest.fixture
@@ -51,23 +51,24 @@ def width(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_says_when_it_is_cut(name: str) -> None:
-    """One of the steps, with the members that belong to it."""
-    plugin = plugins.load("structures", name)
-    members = {
-        "width": ["layout"],
-        "experts": ["layout", "choose"],
-        "blocks": ["choose"],
-        "folder": ["choose", "rewrite"],
-    }
+def test_it_says_when_it_is_cut_and_of_how_many(models: dict[str, Checkpoint], name: str) -> None:
+    """By one of three steps, of units of a size; literally, so that a recipe reads it first."""
+    plugin = MODULES[name]
+    said = plugins.constants("structures", name)
+    assert (said["STEP"], said["SIZE"]) == (plugin.STEP, plugin.SIZE)
+    members = {"model": ["cut"], "block": [], "folder": ["choose", "rewrite"]}
     assert all(hasattr(plugin, member) for member in members[plugin.STEP])
+
+    layout = plugin.layout(models.get(plugin.SIZE, models[""]), 0, Structure())
+    assert layout.letter == plugin.SIZE
+    assert layout.count(1.0) == layout.units > 1
 
 
 @pytest.mark.parametrize("name", IN_WALK)
 def test_it_refuses_a_share_that_removes_nothing(models: dict[str, Checkpoint], name: str) -> None:
     """Before any work, with what can be asked instead; a half is taken."""
-    checkpoint = models.get(name, models[""])
-    plugin = plugins.load("structures", name)
+    plugin = MODULES[name]
+    checkpoint = models.get(plugin.SIZE, models[""])
     plugin.check(checkpoint, Structure(keep={name: SHARE}))
     with pytest.raises(UsageError, match=name) as caught:
         plugin.check(checkpoint, Structure(keep={name: 0.999}))
@@ -91,13 +92,14 @@ def test_its_units_are_all_that_a_linear_collects(
         assert layout.step % layout.cohorts == 0
 
 
+@pytest.mark.parametrize("criterion", plugins.names("criteria"))
 @pytest.mark.parametrize("name", IN_WALK)
 def test_what_it_leaves_is_a_model(
-    models: dict[str, Checkpoint], tmp_path: Path, name: str
+    models: dict[str, Checkpoint], tmp_path: Path, name: str, criterion: str
 ) -> None:
-    """It has about the share that was asked, and torch computes with it."""
-    checkpoint = models.get(name, models[""])
-    structure = Structure(keep={name: SHARE})
+    """By every criterion it has about the share that was asked, and torch computes with it."""
+    checkpoint = models.get(MODULES[name].SIZE, models[""])
+    structure = Structure(keep={name: SHARE}, criterion=criterion)
     blocks = tmp_path / "blocks"
     blocks.mkdir()
     prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.0), blocks, structure=structure)

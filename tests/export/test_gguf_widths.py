@@ -425,10 +425,10 @@ def test_families_without_a_door_are_refused_before_any_work(name: str, tmp_path
     """The dense model is enough to know, and a model that is there nevertheless is refused too."""
     family, config, why = REFUSED[name]
     whole = Checkpoint(make_whole(tmp_path / "whole", family, **config))
-    for parts in ({"ffn"}, {"heads"}, {"ffn", "heads"}):
-        assert why in refusal(whole, parts, uniform=False)
-    assert refusal(whole, {"vocabulary"}, uniform=False) == ""
-    assert refusal(whole, {"ffn"}, uniform=True) == ""
+    for sizes in ({"F"}, {"Q"}, {"F", "Q"}):
+        assert why in refusal(whole, sizes, uniform=False)
+    assert refusal(whole, {"V"}, uniform=False) == ""
+    assert refusal(whole, {"F"}, uniform=True) == ""
 
     folder = cut_checkpoint(whole.folder, tmp_path / "cut", DIFFERENT)
     with pytest.raises(ModelError, match=why) as caught:
@@ -441,15 +441,15 @@ def test_families_without_a_door_are_refused_before_any_work(name: str, tmp_path
 def test_what_can_be_written_is_not_refused(measured: dict[str, Measured], name: str) -> None:
     case = CASES[name]
     heads, channels = zip(*case.cut, strict=True)
-    parts = {"heads"} if min(heads) < 4 else set()
-    parts |= {"ffn"} if min(channels) < 96 else set()
+    sizes = {"Q"} if min(heads) < 4 else set()
+    sizes |= {"F"} if min(channels) < 96 else set()
     whole = Checkpoint(measured[name].cut.with_name(f"{name} whole"))
-    assert refusal(whole, parts, Checkpoint(measured[name].cut).is_uniform) == ""
+    assert refusal(whole, sizes, Checkpoint(measured[name].cut).is_uniform) == ""
 
 
 def test_phi_3_keeps_its_heads(tmp_path: Path) -> None:
     whole = Checkpoint(make_whole(tmp_path / "whole", "phi3"))
-    why = refusal(whole, {"heads"}, uniform=True)
+    why = refusal(whole, {"Q"}, uniform=True)
     assert "together as wide as a phi3 model" in why
 
     folder = cut_checkpoint(whole.folder, tmp_path / "cut", UNIFORM)
@@ -460,18 +460,18 @@ def test_phi_3_keeps_its_heads(tmp_path: Path) -> None:
 def test_smollm3_keeps_its_blocks(tmp_path: Path) -> None:
     """llama.cpp counts which block has no rotary embedding."""
     whole = Checkpoint(make_whole(tmp_path / "whole", "smollm3", num_hidden_layers=8))
-    assert "every block 4 of smollm3" in refusal(whole, {"blocks"}, uniform=True)
+    assert "every block 4 of smollm3" in refusal(whole, {"L"}, uniform=True)
     gemma = Checkpoint(make_whole(tmp_path / "gemma", "gemma3_text"))
-    assert refusal(gemma, {"blocks"}, uniform=False) == ""
+    assert refusal(gemma, {"L"}, uniform=False) == ""
 
 
 def test_the_largest_gemma_keeps_heads_and_blocks(tmp_path: Path) -> None:
     """llama.cpp knows it by its 62 blocks, and then scales by hidden size and number of heads."""
     config = {"num_hidden_layers": 62, "query_pre_attn_scalar": 16}
     whole = Checkpoint(make_whole(tmp_path / "whole", "gemma3_text", **config))
-    for part in ("heads", "blocks"):
-        assert "by 62 blocks" in refusal(whole, {part}, uniform=True)
-    assert refusal(whole, {"ffn"}, uniform=True) == ""
+    for size in ("Q", "L"):
+        assert "by 62 blocks" in refusal(whole, {size}, uniform=True)
+    assert refusal(whole, {"F"}, uniform=True) == ""
 
     export(whole, tmp_path / "whole.gguf", quant="q8_0")
     cut = cut_checkpoint(whole.folder, tmp_path / "cut", [(4, 96)] * 61, tuple(range(61)))

@@ -17,7 +17,7 @@ from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 
 ROWS = {(row["family"], row["experts"]): row for row in describe_families()}
-SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "groups": 0.5, "blocks": 2 / 3}
+SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "kv_groups": 0.5, "blocks": 2 / 3}
 
 
 def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
@@ -26,7 +26,7 @@ def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
         plugins.load("structures", part).check(checkpoint, structure)
     except UsageError:
         return False
-    return not refusal(checkpoint, [part], uniform=True)
+    return not refusal(checkpoint, structure.sizes, uniform=True)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoehybrid with experts"])

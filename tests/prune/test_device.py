@@ -113,7 +113,7 @@ def test_every_family_runs_on_a_device(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("far")
 @pytest.mark.parametrize(
-    "keep", [{"ffn": 0.5, "heads": 0.75, "blocks": 0.5}, {"groups": 0.5}], ids=str
+    "keep", [{"ffn": 0.5, "heads": 0.75, "blocks": 0.5}, {"kv_groups": 0.5}], ids=str
 )
 def test_cuts_are_made_on_a_device(keep: dict[str, float], tmp_path: Path) -> None:
     """The survey, the choice of blocks, the removal, and a walk within an earlier one."""

@@ -29,6 +29,7 @@ from racdeploy.prune.outline import read_outline
 from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.units import Units
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.report.model import BlockRow, LinearRow
@@ -262,6 +263,12 @@ def at_first_block(dense: Checkpoint, tmp_path: Path) -> Iterator[tuple[Session,
         yield session, flow, blocks.load(0)
 
 
+def _choose(criterion: str, given: tuple[Session, Flow, nn.Module], count: int) -> list[int]:
+    units: Units = plugins.load("structures", "experts").ExpertUnits(*given)
+    plugins.load("criteria", criterion).shrink(units, count)
+    return units.kept
+
+
 def test_those_stay_whose_output_changes_least_of_all_sets(
     at_first_block: tuple[Session, Flow, nn.Module],
 ) -> None:
@@ -271,9 +278,9 @@ def test_those_stay_whose_output_changes_least_of_all_sets(
     for count in (6, 5):
         changes = {left: probe.measure(left) for left in itertools.combinations(range(E), count)}
         best = min(changes, key=changes.__getitem__)
-        assert plugin.choose(*at_first_block, count, by_norm=False) == list(best)
+        assert _choose("error", at_first_block, count) == list(best)
 
-    by_norm = plugin.choose(*at_first_block, 6, by_norm=True)
+    by_norm = _choose("magnitude", at_first_block, 6)
     norms = plugin.measure_norms(*at_first_block)
     assert set(range(E)) - set(by_norm) == set(sorted(range(E), key=norms.__getitem__)[:2])
 

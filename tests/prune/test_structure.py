@@ -22,6 +22,7 @@ from racdeploy.prune.assemble import Shape, assemble
 from racdeploy.prune.batches import make_batches
 from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.cut import Site
 from racdeploy.prune.decision import allocate_units
 from racdeploy.prune.layout import Layout
 from racdeploy.prune.outline import list_rows, read_outline
@@ -140,7 +141,8 @@ def test_blocks_go_by_the_drift_that_their_removal_leaves(tmp_path: Path, count:
     batches = make_batches(TRACES, ["gcd"], held_out=False)
     session = Session(Blocks(dense), batches, batches, torch.ones(3), PLAIN, tmp_path, ALONE)
     with torch.inference_mode():
-        chosen = plugins.load("structures", "blocks").choose(session, count)
+        site = Site(session, plugins.load("criteria", "error"), count)
+        chosen = plugins.load("structures", "blocks").cut(site)
 
     model: Any = load_model(dense)
     wanted = {trace.index: _block_outputs(model, trace)[-1] for trace in TRACES}
@@ -170,13 +172,15 @@ def test_a_share_of_one_changes_nothing(tmp_path: Path) -> None:
     assert whole.sha256 == plain.sha256
 
 
-@pytest.mark.parametrize("keep", [{"ffn": 0.5}, {"heads": 0.5}, {"groups": 0.5}, {"blocks": 0.5}])
+@pytest.mark.parametrize(
+    "keep", [{"ffn": 0.5}, {"heads": 0.5}, {"kv_groups": 0.5}, {"blocks": 0.5}]
+)
 def test_uniform_models_are_plain_for_transformers(tmp_path: Path, keep: dict[str, float]) -> None:
     """Its own loader opens the folder, with the same logits."""
     from transformers import AutoModelForCausalLM
 
     dense = _make(tmp_path)
-    cut, *_ = _cut(dense, tmp_path, keep, structure={"uniform": True})
+    cut, *_ = _cut(dense, tmp_path, {part: 0.5}, structure={"uniform": True})
     assert cut.is_uniform
     theirs = AutoModelForCausalLM.from_pretrained(cut.folder, dtype=torch.float32)
     ids = torch.tensor([TRACES[0].ids])
@@ -310,8 +314,8 @@ def test_units_are_shared_out_with_the_least_sum_of_errors() -> None:
         ({"ffn": 0.02}, {}, "ffn = 0.02 keeps 2.56 of 128"),
         ({"ffn": 0.99}, {}, "removes nothing"),
         ({"heads": 0.75}, {"uniform": True}, "heads = 0.75 keeps 3 of 4 in a block"),
-        ({"groups": 0.7}, {}, "groups = 0.7 keeps 1.4 of 2"),
-        ({"heads": 0.5, "groups": 0.5}, {}, "heads and groups cannot both be cut"),
+        ({"kv_groups": 0.7}, {}, "groups = 0.7 keeps 1.4 of 2"),
+        ({"heads": 0.5, "kv_groups": 0.5}, {}, "heads and kv_groups cannot both be cut"),
         ({"blocks": 0.9}, {}, "blocks = 0.9 keeps 4 of 4"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:24],

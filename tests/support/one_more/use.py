@@ -108,6 +108,15 @@ def use_structure(folder: Path) -> Any:
     return [list(outline.units["channel_pairs"]), list(shape.widths["intermediate_size"])]
 
 
+def use_criterion(folder: Path) -> Any:
+    """Cut by it; return the channels that go from each block."""
+    structure = Structure(keep={"ffn": 2 / 3}, criterion="low_numbers", uniform=True)
+    _prune(folder, structure, method="magnitude")
+    files = sorted((folder / "method-ffn").glob("block-*.json"))
+    kept = [json.loads(file.read_text())["kept"]["ffn"] for file in files]
+    return [own[0] for own in kept]
+
+
 def use_way(folder: Path) -> Any:
     """Recover by it; return how many tokens were learned, and whether that helped."""
     place = folder / "way"
@@ -240,6 +249,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "packing": use_packing,
     "engines": use_engine,
     "structures": use_structure,
+    "criteria": use_criterion,
     "ways": use_way,
     "methods": use_method,
     "allocations": use_allocation,

@@ -6,13 +6,13 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
-STEP = "width"
+STEP, SIZE = "block", "F"
 
 
 def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    pairs = checkpoint.sizes(block)["F"] // 2
-    return Layout("F", pairs, {"F": 2}, step=structure.width_multiple // 2)
+    pairs = checkpoint.sizes(block)[SIZE] // 2
+    return Layout(SIZE, pairs, {SIZE: 2}, step=structure.width_multiple // 2)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:

@@ -1,0 +1,14 @@
+"""The units with the lowest numbers go, and the others make up for them."""
+
+from __future__ import annotations
+
+import torch
+
+from racdeploy.prune.units import Units
+
+CALIBRATED = True
+
+
+def shrink(units: Units, count: int) -> None:
+    """Remove units until so many are left."""
+    units.remove_lowest(lambda: torch.arange(len(units.kept_U)).float(), count)
