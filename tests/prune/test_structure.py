@@ -180,7 +180,7 @@ def test_uniform_models_are_plain_for_transformers(tmp_path: Path, keep: dict[st
     from transformers import AutoModelForCausalLM
 
     dense = _make(tmp_path)
-    cut, *_ = _cut(dense, tmp_path, {part: 0.5}, structure={"uniform": True})
+    cut, *_ = _cut(dense, tmp_path, keep, structure={"uniform": True})
     assert cut.is_uniform
     theirs = AutoModelForCausalLM.from_pretrained(cut.folder, dtype=torch.float32)
     ids = torch.tensor([TRACES[0].ids])
