@@ -7,6 +7,7 @@ A finished block is a file, so an interrupted walk resumes, and ends byte for by
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,34 +19,35 @@ import torch
 
 from racdeploy import plugins
 from racdeploy.decoding.engine import Progress
-from racdeploy.errors import UsageError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import check_covered
 from racdeploy.models.families import expert_of, name_experts
+from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.assemble import Shape
-from racdeploy.prune.batches import Batch, make_batches
+from racdeploy.prune.batches import Batch
 from racdeploy.prune.block_files import BlockFiles
-from racdeploy.prune.blocks import Blocks, put
-from racdeploy.prune.cut import BlockSite, Cut, cut_inputs, list_cuts
+from racdeploy.prune.blocks import put
+from racdeploy.prune.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
 from racdeploy.prune.decision import decide_outline
-from racdeploy.prune.device import choose_device
 from racdeploy.prune.experts import measure_experts
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.held_out import RelativeError
+from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.outline import Outline, whole
-from racdeploy.prune.pair import BlockPair, narrow
+from racdeploy.prune.pair import BlockPair
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
 from racdeploy.prune.routing import remember_routing
-from racdeploy.prune.session import Session
+from racdeploy.prune.session import Session, open_session
+from racdeploy.prune.shares import Shares, fill_shares
 from racdeploy.prune.solving import LinearPruner
-from racdeploy.prune.survey import decide_shares
+from racdeploy.prune.survey import survey
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.report.model import BlockRow, LinearRow
-from racdeploy.storage.heap import keep_heap
-from racdeploy.traces.trace import STREAMS, Trace
+from racdeploy.storage.files import write_atomic
+from racdeploy.storage.reading import read_json
+from racdeploy.traces.trace import Trace
 
 WHOLE = Structure()
 
@@ -73,38 +75,49 @@ def prune_blocks(
     Returns one row per linear, in forward order, and one per block; blocks that are left out have
     none, and the others are numbered anew.
     """
-    if not calibration:
-        reason = "no calibration traces are left after selection"
-        raise UsageError(reason, remedy="collect more traces")
-
-    check_covered(checkpoint)
-    keep_heap()
-    torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
-
-    tasks = sorted({trace.task for trace in (*calibration, *held_out)})
-    fitted = make_batches(calibration, tasks, held_out=False)
-    batches = fitted + make_batches(held_out, tasks, held_out=True)
-    mine = processes.mine([batch.ids_BT.numel() for batch in batches])
-    own = [batches[index] for index in mine]
-
-    blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
-    counts = weights or StreamWeights()
-    weights_R = blocks.place(torch.tensor([getattr(counts, stream) for stream in STREAMS]))
-    session = Session(blocks, own, fitted, weights_R, settings, folder, processes, progress)
+    given = checkpoint, calibration, held_out, settings, folder, weights, threads, progress
+    session = open_session(*given, processes)
 
     with torch.inference_mode():
         earlier = None if within == OWN_ZEROS else within
         outline = decide_outline(session, structure, earlier)
         pruner = LinearPruner(
             session,
-            tasks,
-            decide_shares(session, _count_weights(session, outline.shape(checkpoint, structure))),
+            _decide_shares(session, _count_weights(session, outline.shape(checkpoint, structure))),
             quant,
             BlockFiles(earlier, processes) if earlier else None,
             keeps_own_zeros=within == OWN_ZEROS,
         )
         with closing(_Walk(pruner, outline, structure)) as walk:
             return walk.run()
+
+
+def _decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
+    """Return the sparsity of each linear of these sizes, or read what an earlier run decided."""
+    file = session.folder / "allocation.json"
+    processes, settings = session.processes, session.settings
+
+    if not processes.ask_first(file.is_file):
+        plugin = plugins.load("allocations", settings.allocation)
+
+        def observe(
+            _: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
+        ) -> Observation:
+            found: Observation = plugin.observe(weight_OI, hessian, effect, settings)
+            return found
+
+        observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
+        if settings.shares:
+            shares = fill_shares(settings.shares, sizes, settings.sparsity)
+        else:
+            shares = plugin.allocate(observations, sizes, settings.sparsity)
+
+        if processes.first:
+            values = {"shares": shares, "observations": observations}
+            write_atomic(file, json.dumps(values, indent=1))
+
+    decided: Shares = processes.ask_first(lambda: read_json(file)["shares"])
+    return decided
 
 
 def _count_weights(session: Session, shape: Shape) -> dict[str, int]:
@@ -272,7 +285,7 @@ class _Walk:
 
     def _advance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> RelativeError:
         """Replace the hidden states by the blocks' outputs, and measure on held-out batches."""
-        drift = RelativeError(self.pruner.tasks)
+        drift = RelativeError(self.session.tasks)
 
         for index, batch in enumerate(self.batches):
             measured = pruned if batch.held_out else {}

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from racdeploy.engines.transformers.experts import Experts
+from racdeploy.engines.transformers.torch_model import fit_attention
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import ends_part
+from racdeploy.models.widths import find_kept
 from racdeploy.prune.blocks import put
 from racdeploy.prune.layout import Layout, find_end
 from racdeploy.prune.outline import Outline
-from racdeploy.prune.pair import BlockPair, gather_inputs, narrow
+from racdeploy.prune.pair import BlockPair, gather_inputs
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
 from racdeploy.prune.units import Units
@@ -123,3 +127,25 @@ def cut_inputs(site: BlockSite) -> list[int]:
     narrow(pair, layout, units)
     put(pair.sparse, f"{linear}.weight", processes.spread(weight_OK, owner))
     return units
+
+
+def narrow(pair: BlockPair, layout: Layout, units: Sequence[int]) -> None:
+    """Leave the sparse block so many units: experts, and of tensors rows and columns."""
+    family = pair.checkpoint.family
+    kept = layout.indices(units)
+
+    if "E" in kept:
+        experts: Any = pair.sparse.get_submodule(family.experts)
+        pair.sparse.set_submodule(family.experts, Experts([experts[unit] for unit in units]))
+        pair.experts = [pair.experts[unit] for unit in units]
+
+    for name, parameter in list(pair.sparse.named_parameters()):
+        value: torch.Tensor = parameter.data
+        for axis, index in enumerate(find_kept(family, name, kept, pair.sizes)):
+            if index is not None:
+                value = value.index_select(axis, torch.from_numpy(index).to(value.device))
+        put(pair.sparse, name, value)
+
+    for letter, index in kept.items():
+        pair.sizes[letter] = len(index)
+    fit_attention(pair.sparse, pair.sizes)

@@ -62,10 +62,7 @@ def count_tokens(session: Session, flow: Flow, block: nn.Module, experts: int) -
     """Return how many calibration tokens each expert of a block gets, over all processes."""
     counts_E = torch.zeros(experts, dtype=torch.float64)
 
-    for index, batch in enumerate(session.batches):
-        if batch.held_out:
-            continue
-
+    for index, batch in enumerate(session.fitted):
         routed = flow.routed(block, index)
         real_N = routed.tokens(batch, None)
         stream_N = batch.stream_BT.flatten()[real_N.cpu()]
@@ -145,10 +142,7 @@ class ExpertGroup:
             match = weights if self._match else ()
             statistics.append(InputStatistic(weights[0].shape[1], session.weights_R, match))
 
-        for index, batch in enumerate(session.batches):
-            if batch.held_out:
-                continue
-
+        for index, batch in enumerate(session.fitted):
             found = pair.sparse_flow.routed(pair.sparse, index)
             wanted = pair.dense_flow.routed(pair.dense, index) if self._match else None
 

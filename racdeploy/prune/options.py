@@ -19,38 +19,31 @@ import torch
 from racdeploy import plugins, quant
 from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
-from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import check_covered
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch, make_batches
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.decision import observe_widths
-from racdeploy.prune.device import choose_device
 from racdeploy.prune.ends import list_formats, observe_embedding, observe_head
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.layout import Layout, find_end
 from racdeploy.prune.methods import Pruned
 from racdeploy.prune.outline import whole
 from racdeploy.prune.patterns import make_pattern
-from racdeploy.prune.processes import ALONE
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
-from racdeploy.prune.session import Session
+from racdeploy.prune.session import Session, open_session
 from racdeploy.prune.solving import find_order
 from racdeploy.prune.survey import survey
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant.importance import scale
 from racdeploy.recipe import Pruning, StreamWeights, Structure
-from racdeploy.storage.heap import keep_heap
 from racdeploy.traces.select import within_budget
-from racdeploy.traces.trace import STREAMS, Trace
+from racdeploy.traces.trace import Trace
 
 REFIT_STEPS = 5  # at most, as where sparsities are shared out
 PROBE_TOKENS = 1024  # of the batch on which blocks are compared, a forward pass for each linear
 LARGEST_CHANGE = 0.03  # of a linear's output: beyond it, a block's output no longer follows in step
 LEAST_CHANGE = 1e-9  # of a linear's output: below it, rounding is all there is
-_ZEROS, _WIDTH = "zeros of ", "width "
 
 
 def survey_options(
@@ -86,34 +79,19 @@ def survey_options(
     """
     parsed = [Option.parse(key) for key in dict.fromkeys(options)]
     chosen = spread(calibration, most_tokens)
-    if not chosen:
-        reason = "no calibration traces are left after selection"
-        raise UsageError(reason, remedy="collect more traces")
-
-    check_covered(checkpoint)
-    keep_heap()
-    if threads:
-        torch.set_num_threads(threads)
-
-    tasks = sorted({trace.task for trace in chosen})
-    batches = make_batches(chosen, tasks, held_out=False)
+    given = checkpoint, chosen, (), settings, folder, weights, threads, progress
+    session = open_session(*given)
     few = spread(chosen, PROBE_TOKENS)  # of all lengths and tasks
-    (probe,) = make_batches(few, tasks, held_out=False, tokens=sys.maxsize)
-    blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
-    counts = weights or StreamWeights()
-    weights_R = blocks.place(torch.tensor([getattr(counts, stream) for stream in STREAMS]))
-    session = Session(blocks, batches, batches, weights_R, settings, folder, ALONE, progress)
-
+    (probe,) = make_batches(few, session.tasks, held_out=False, tokens=sys.maxsize)
     layouts = _list_layouts(checkpoint, parts)
     trial = _Trial(session, parsed, layouts)
 
     with torch.inference_mode():
-        found = survey(session, list(trial.weights), trial.observe, probe, trial.observe_ends)
+        survey(session, list(trial.weights), trial.observe, probe, trial.observe_ends)
 
-    linears = {name: _read_options(observation) for name, observation in found.items()}
     tokens = sum(len(trace.ids) for trace in chosen)
-    widths = trial.list_widths(found)
-    return Surveyed(tokens, trial.weights, linears, widths, trial.embedding, trial.head)
+    found = trial.linears, trial.widths, trial.embedding, trial.head
+    return Surveyed(tokens, trial.weights, *found)
 
 
 def spread(traces: Sequence[Trace], most_tokens: int) -> list[Trace]:
@@ -136,8 +114,10 @@ class _Trial:
 
     session: Session
     options: Sequence[Option]
-    layouts: Mapping[str, tuple[str, int, Layout]]  # linear that ends a part → part, block, layout
-    weights: dict[str, int] = field(init=False)
+    layouts: Mapping[str, tuple[str, Layout]]  # linear that ends a part → part, layout
+    weights: dict[str, int] = field(init=False, default_factory=dict)
+    linears: dict[str, dict[str, Stored]] = field(init=False, default_factory=dict)
+    widths: dict[str, list[dict[int, float]]] = field(init=False, default_factory=dict)
     embedding: dict[str, Stored] = field(init=False, default_factory=dict)
     head: dict[str, Stored] = field(init=False, default_factory=dict)
 
@@ -149,7 +129,6 @@ class _Trial:
         steps = min(settings.refit_steps, REFIT_STEPS)
         self.settings = settings.model_copy(update={"refit_steps": steps})
 
-        self.weights = {}
         for index in range(self.checkpoint.block_count):
             prefix = blocks.prefix(index)
 
@@ -161,36 +140,31 @@ class _Trial:
     def observe(
         self, name: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
     ) -> Observation:
-        """Return what each option of a linear changes, its zeros, and widths where a part ends."""
+        """Note what each option of a linear changes, its zeros, and widths where a part ends."""
         energy = hessian.energy(weight_OI) or 1.0  # of a linear that is zero
 
-        changes: dict[str, float] = {}
-        zeros: dict[str, float] = {}
+        found: dict[str, Stored] = {}
         probe = _Probe()
 
         for option, stored_OI in self._store(name, weight_OI, hessian):
             change = hessian.energy(stored_OI - weight_OI) / energy
-            if not math.isfinite(change):  # what is too large for the number format
-                continue
+            if math.isfinite(change):  # else it is too large for the number format
+                probe.offer(change, stored_OI)
+                zero_OI = stored_OI == 0
+                found[option.key] = Stored(change, float(zero_OI.float().mean()))
 
-            probe.offer(change, stored_OI)
-            changes[option.key] = change
-            zero_OI = stored_OI == 0
-            zeros[option.key] = float(zero_OI.float().mean())
-
-        observation: dict[str, float] = {}
         gain = probe.gain(effect)
-        for key, change in changes.items():
-            observation[key] = gain * change
-            observation[_ZEROS + key] = zeros[key]
+        self.linears[name] = {
+            key: Stored(gain * stored.error, stored.zeros) for key, stored in found.items()
+        }
 
         if name in self.layouts:
-            _, _, layout = self.layouts[name]
+            part, layout = self.layouts[name]
             errors = observe_widths(self.criterion, weight_OI, hessian, layout, effect, share=0.5)
-            for count, error in errors.items():
-                observation[_WIDTH + count] = error
+            curve = {int(count): error for count, error in errors.items()}
+            self.widths.setdefault(part, []).append(curve)
 
-        return observation
+        return {}
 
     def observe_ends(self, batch: Batch, hidden_BTD: torch.Tensor) -> None:
         """Try number formats of embedding and head, given what the last block makes of a batch."""
@@ -200,22 +174,6 @@ class _Trial:
         names = list_formats(self.session, self.options)
         self.embedding = observe_embedding(self.session, names, batch)
         self.head = observe_head(self.session, names, batch, hidden_BTD)
-
-    def list_widths(self, found: Mapping[str, Observation]) -> dict[str, list[dict[int, float]]]:
-        """Return of each part, block by block, units that stay → error."""
-        widths: dict[str, list[dict[int, float]]] = {}
-
-        for name, (part, _, _) in self.layouts.items():
-            curve = {}
-            for key, error in found[name].items():
-                _, is_width, count = key.partition(_WIDTH)
-                if is_width:
-                    curve[int(count)] = error
-
-            curves = widths.setdefault(part, [])
-            curves.append(curve)
-
-        return widths
 
     def _store(
         self, name: str, weight_OI: torch.Tensor, hessian: Hessian
@@ -325,11 +283,9 @@ def _descend(
     return round_to_grid(begun, target_OI, hessian, grid, order_I)
 
 
-def _list_layouts(
-    checkpoint: Checkpoint, parts: Sequence[str]
-) -> dict[str, tuple[str, int, Layout]]:
+def _list_layouts(checkpoint: Checkpoint, parts: Sequence[str]) -> dict[str, tuple[str, Layout]]:
     """Return the linears that end a part, of those whose blocks can differ in width."""
-    layouts: dict[str, tuple[str, int, Layout]] = {}
+    layouts: dict[str, tuple[str, Layout]] = {}
     outline = whole(checkpoint)
 
     for part in parts:
@@ -345,20 +301,6 @@ def _list_layouts(
 
         for block, layout in enumerate(own):
             name = f"{checkpoint.family.blocks}.{block}.{linear}"
-            layouts[name] = part, block, layout
+            layouts[name] = part, layout
 
     return layouts
-
-
-def _read_options(observation: Observation) -> dict[str, Stored]:
-    """Return what an observation says of options."""
-    found = {}
-
-    for key, error in observation.items():
-        if key.startswith((_ZEROS, _WIDTH)):
-            continue
-
-        zeros = observation[_ZEROS + key]
-        found[key] = Stored(error, zeros)
-
-    return found

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.experts import Experts
-from racdeploy.engines.transformers.torch_model import TORCH_DTYPES, fit_attention
+from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
-from racdeploy.models.widths import find_kept
-from racdeploy.prune.blocks import put
 from racdeploy.prune.flow import Flow
-from racdeploy.prune.layout import Layout
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
 
@@ -59,28 +54,6 @@ class BlockPair:
         return TORCH_DTYPES[self.checkpoint.entries[self.dense_name(parameter)].dtype]
 
 
-def narrow(pair: BlockPair, layout: Layout, units: Sequence[int]) -> None:
-    """Leave the sparse block so many units: experts, and of tensors rows and columns."""
-    family = pair.checkpoint.family
-    kept = layout.indices(units)
-
-    if "E" in kept:
-        experts: Any = pair.sparse.get_submodule(family.experts)
-        pair.sparse.set_submodule(family.experts, Experts([experts[unit] for unit in units]))
-        pair.experts = [pair.experts[unit] for unit in units]
-
-    for name, parameter in list(pair.sparse.named_parameters()):
-        value: torch.Tensor = parameter.data
-        for axis, index in enumerate(find_kept(family, name, kept, pair.sizes)):
-            if index is not None:
-                value = value.index_select(axis, torch.from_numpy(index).to(value.device))
-        put(pair.sparse, name, value)
-
-    for letter, index in kept.items():
-        pair.sizes[letter] = len(index)
-    fit_attention(pair.sparse, pair.sizes)
-
-
 def gather_inputs(
     session: Session,
     pair: BlockPair,
@@ -96,10 +69,7 @@ def gather_inputs(
     dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
     statistic = InputStatistic(full[0].shape[1], session.weights_R, match, dense)
 
-    for index, batch in enumerate(session.batches):
-        if batch.held_out:
-            continue
-
+    for index, batch in enumerate(session.fitted):
         statistic.add(  # no names: a batch's inputs are gone before the next one's are made
             pair.sparse_flow.input(pair.sparse, group, index, final=final),
             pair.dense_flow.input(pair.dense, group, index) if match else None,

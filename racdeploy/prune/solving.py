@@ -37,7 +37,6 @@ class LinearPruner:
     def __init__(
         self,
         session: Session,
-        tasks: Sequence[str],
         shares: Shares,
         quant: Codes,  # whose codes are chosen; empty: the export rounds
         earlier: BlockFiles | None,  # whose zeros stay
@@ -45,7 +44,7 @@ class LinearPruner:
         keeps_own_zeros: bool,  # and gives no others
     ) -> None:
         self.session, self.shares, self.quant = session, shares, quant
-        self.tasks, self.earlier, self._keeps_own_zeros = tasks, earlier, keeps_own_zeros
+        self.earlier, self._keeps_own_zeros = earlier, keeps_own_zeros
         self._method = plugins.load("methods", session.settings.method)
 
     def quant_of(self, pair: BlockPair, linear: str) -> str:
@@ -171,7 +170,7 @@ class LinearPruner:
             weight_OI.to(stored).contiguous(),
             target_OI,
             damping,
-            RelativeError(self.tasks),
+            RelativeError(self.session.tasks),
             statistic.importance_I,
             round(statistic.weight),
             routed=None if expert is None else pair.tokens[expert],

@@ -1,16 +1,14 @@
-"""The sparsity of every pruned linear, decided once before the walk, by a survey if asked for."""
+"""A look at the dense model before the walk: every wanted linear with the Hessian of its input."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 
 import torch
 from torch import nn
 
-from racdeploy import plugins
 from racdeploy.models.families import name_experts
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch
@@ -21,41 +19,10 @@ from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.pair import BlockPair
 from racdeploy.prune.session import Session
-from racdeploy.prune.shares import Shares, fill_shares
 from racdeploy.prune.statistics import PAD, InputStatistic
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
 AtEnd = Callable[[Batch, torch.Tensor], None]
-
-
-def decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
-    """Return the sparsity of each linear of these sizes, or read what an earlier run decided."""
-    file = session.folder / "allocation.json"
-    processes, settings = session.processes, session.settings
-
-    if not processes.ask_first(file.is_file):
-        plugin = plugins.load("allocations", settings.allocation)
-
-        def observe(
-            _: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
-        ) -> Observation:
-            found: Observation = plugin.observe(weight_OI, hessian, effect, settings)
-            return found
-
-        observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
-        if settings.shares:
-            shares = fill_shares(settings.shares, sizes, settings.sparsity)
-        else:
-            shares = plugin.allocate(observations, sizes, settings.sparsity)
-
-        if processes.first:
-            values = {"shares": shares, "observations": observations}
-            write_atomic(file, json.dumps(values, indent=1))
-
-    decided: Shares = processes.ask_first(lambda: read_json(file)["shares"])
-    return decided
 
 
 def survey(

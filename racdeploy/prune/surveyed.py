@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from racdeploy import plugins, quant
+from pydantic import TypeAdapter
+
+from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 _KEY = re.compile(r"(?P<quant>\w+)(@(?P<zeros>[\d.:]+))?(?P<joint>\+joint)?")
@@ -99,64 +101,14 @@ class Surveyed:
 
     def as_json(self) -> dict[str, Any]:
         """Return what :meth:`read` takes."""
-        return {
-            "tokens": self.tokens,
-            "weights": dict(self.weights),
-            "linears": {name: _list(found) for name, found in self.linears.items()},
-            "widths": dict(self.widths),
-            "embedding": _list(self.embedding),
-            "head": _list(self.head),
-        }
+        found: dict[str, Any] = TypeAdapter(Surveyed).dump_python(self, mode="json")
+        return found
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Self:
+    def read(cls, values: Mapping[str, Any]) -> Surveyed:
         """Return what was found, from a file."""
-        widths = {}
-        for part, curves in values["widths"].items():
-            widths[part] = [{int(n): error for n, error in curve.items()} for curve in curves]
-
-        return cls(
-            values["tokens"],
-            values["weights"],
-            {name: _read(found) for name, found in values["linears"].items()},
-            widths,
-            _read(values["embedding"]),
-            _read(values["head"]),
-        )
+        return TypeAdapter(Surveyed).validate_python(values)
 
     def total(self, option: str) -> float:
         """Return the sum of the errors where every linear is stored in one way, as far as it is."""
         return sum(found[option].error for found in self.linears.values() if option in found)
-
-
-def list_options(
-    form: str, zeros: Iterable[str] = (), *, most_bits: float = 16.0, joint: bool = False
-) -> tuple[str, ...]:
-    """Return the keys of every number format of a file format, and of those that keep zeros.
-
-    Args:
-        form: ``gguf`` or ``onnx``.
-        zeros: shares of zeros, or N:M patterns, beside none.
-        most_bits: what no number format of them has more than, a weight.
-        joint: whether codes are chosen, too, where a format has a grid for that.
-    """
-    keys = []
-
-    for name in plugins.names("quant"):
-        found = quant.load(name)
-        if form not in found.FORMATS or most_bits < found.BITS:
-            continue
-
-        ways = ("", "+joint") if joint and hasattr(found, "CODES") else ("",)
-        kept = [f"{name}@{each}" for each in zeros] if found.PRESERVES_ZERO else []
-        keys += [key + way for key in (name, *kept) for way in ways]
-
-    return tuple(keys)
-
-
-def _list(found: Mapping[str, Stored]) -> dict[str, list[float]]:
-    return {key: [stored.error, stored.zeros] for key, stored in found.items()}
-
-
-def _read(values: Mapping[str, list[float]]) -> dict[str, Stored]:
-    return {key: Stored(*pair) for key, pair in values.items()}

@@ -17,7 +17,7 @@ from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import RacdeployError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.options import spread, survey_options
-from racdeploy.prune.surveyed import Option, Surveyed, list_options
+from racdeploy.prune.surveyed import Option, Surveyed
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.traces.trace import Trace
 from tests.support.block_outputs import take_states
@@ -201,15 +201,6 @@ def test_another_key_is_refused(key: str) -> None:
     """A number format that is not there, no share, no pattern."""
     with pytest.raises(RacdeployError):
         Option.parse(key)
-
-
-def test_zeros_are_only_listed_where_they_are_kept() -> None:
-    """And codes where there is a grid."""
-    keys = list_options("gguf", ("0.5", "2:4"), most_bits=8.5, joint=True)
-    assert {"q4_0@0.5", "q4_0@2:4+joint", "q4_k", "q4_k+joint", "q8_0"} <= {*keys}
-    assert not {"q4_k@0.5", "f16", "iq4_nl+joint"} & {*keys}
-    assert all(Option.parse(key).key == key for key in keys)
-    assert {key.partition("@")[0] for key in list_options("onnx", ("0.5",))} >= {"k_quant"}
 
 
 def test_numbers_are_finite(surveyed: Surveyed) -> None:

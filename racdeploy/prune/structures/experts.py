@@ -22,10 +22,9 @@ from racdeploy.engines.transformers.experts import route
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import axes
-from racdeploy.prune.cut import BlockSite
+from racdeploy.prune.cut import BlockSite, narrow
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.layout import Layout
-from racdeploy.prune.pair import narrow
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD
 from racdeploy.prune.units import Units
@@ -142,10 +141,7 @@ def measure_norms(session: Session, flow: Flow, block: nn.Module) -> list[float]
     experts: Any = block.get_submodule(session.blocks.checkpoint.family.experts)
     sums_2E = torch.zeros(2, len(experts), dtype=torch.float64)  # of norms, and of tokens
 
-    for index, batch in enumerate(session.batches):
-        if batch.held_out:
-            continue
-
+    for index, batch in enumerate(session.fitted):
         routed = flow.routed(block, index)
         stream_N = batch.stream_BT.flatten()
 
@@ -195,9 +191,8 @@ class Probe:
         self._step = -(-tokens // most)
 
         self._parts: list[_Part] = []
-        for index, batch in enumerate(session.batches):
-            if not batch.held_out:
-                self._parts += self._look(flow, block, index)
+        for index in range(len(session.fitted)):
+            self._parts += self._look(flow, block, index)
 
     def without_each(self, left: Sequence[int]) -> dict[int, float]:
         """Return by how much more the output changes if one of those that are left goes, too."""
