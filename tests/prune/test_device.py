@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from racdeploy import plugins
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune import calibrate, device
+from racdeploy.prune import device
+from racdeploy.prune import session as sessions
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.device import choose_device
 from racdeploy.recipe import Pruning, Structure
@@ -84,7 +85,7 @@ def _prune(
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (calibrate, device):
+    for module in (sessions, device):
         monkeypatch.setattr(
             module, "choose_device", lambda asked: FAR if asked == "cuda" else device.CPU
         )
