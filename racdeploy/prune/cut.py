@@ -102,11 +102,12 @@ def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) ->
 def cut_inputs(site: BlockSite) -> list[int]:
     """Choose inputs of a linear in one process, and narrow the block in all; return what stays."""
     pair, linear, layout = site.pair, site.cut.linear, site.layout
-    processes = site.session.processes
+    processes, settings = site.session.processes, site.session.settings
     full_OI = pair.dense.get_parameter(f"{linear}.weight")
     (owner,) = processes.owners([full_OI.numel()])
 
-    statistic = gather_inputs(site.session, pair, site.cut.group, [full_OI], final=False)
+    given, match = (site.session, pair, site.cut.group, [full_OI]), settings.match_dense
+    statistic = gather_inputs(*given, match=match, final=False)
     statistic.share(processes, [owner])
     pair.narrowed[linear] = statistic.importance_I
 
@@ -114,9 +115,9 @@ def cut_inputs(site: BlockSite) -> list[int]:
     weight_OK = full_OI.new_empty(len(full_OI), site.count * layout.widths[layout.letter])
 
     if processes.rank == owner:
-        hessian = statistic.hessian(site.session.settings.damping)
+        hessian = statistic.hessian(settings.damping)
         target_OI: torch.Tensor = full_OI
-        if site.criterion.CALIBRATED and site.session.settings.match_dense:
+        if site.criterion.CALIBRATED and match:
             target_OI = statistic.targets([0], hessian)[0]
 
         removal = Removal(target_OI, hessian, layout)

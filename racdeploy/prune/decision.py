@@ -79,17 +79,14 @@ def _share_out(
         surveyed = {part: own for part, own in layouts.items() if not own[0].alike}
 
     curves = _survey(session, criterion, blocks, surveyed, structure) if surveyed else {}
-
     units = {}
 
     for part, own in layouts.items():
         share = structure.share(part)
         if part in curves:
-            counts = allocate_units(own, curves[part], share)
+            units[part] = tuple(allocate_units(own, curves[part], share))
         else:
-            counts = keep_alike(own, share, uniform=structure.uniform)
-
-        units[part] = tuple(counts)
+            units[part] = tuple(keep_alike(own, share, uniform=structure.uniform))
 
     return units
 
@@ -102,33 +99,23 @@ def _survey(
     structure: Structure,
 ) -> dict[str, list[dict[int, float]]]:
     """Return for each part the errors at the end of each block, by the units that stay in it."""
-    checkpoint = session.blocks.checkpoint
-    places: dict[str, tuple[str, int]] = {}
-
+    wanted: dict[str, tuple[str, Layout]] = {}
     for part, own in layouts.items():
-        linear = find_end(checkpoint, own[0].letter)
-        for place, block in enumerate(blocks):
-            prefix = session.blocks.prefix(block)
-            places[f"{prefix}.{linear}"] = part, place
+        linear = find_end(session.blocks.checkpoint, own[0].letter)
+        for block, layout in zip(blocks, own, strict=True):
+            wanted[f"{session.blocks.prefix(block)}.{linear}"] = part, layout
 
     def observe(
         name: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
     ) -> Observation:
-        part, place = places[name]
-        layout = layouts[part][place]
+        part, layout = wanted[name]
         share = structure.share(part)
         return observe_widths(criterion, weight_OI, hessian, layout, effect, share)
 
-    found = survey(session, list(places), observe)
-
-    curves: dict[str, list[dict[int, float]]] = {}
-    for part in layouts:
-        curves[part] = [{} for _ in blocks]
-
-    for name, observation in found.items():
-        part, place = places[name]
-        for count, error in observation.items():
-            curves[part][place][int(count)] = error
+    curves: dict[str, list[dict[int, float]]] = {part: [] for part in layouts}
+    for name, found in survey(session, list(wanted), observe).items():
+        curve = {int(count): error for count, error in found.items()}
+        curves[wanted[name][0]].append(curve)
 
     return curves
 

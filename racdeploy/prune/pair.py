@@ -60,14 +60,14 @@ def gather_inputs(
     group: int,
     full: Sequence[torch.Tensor],  # weights of its linears
     *,
+    match: bool,  # whether the drift from the dense input is gathered, too
     final: bool = True,  # whether nothing before it changes any more
 ) -> InputStatistic:
     """Return the statistic of a group's input, over this process's calibration batches."""
-    match = full if session.settings.match_dense else ()
     linears = pair.checkpoint.input_groups(pair.index)[group]
     narrowed = [linear for linear in linears if linear in pair.narrowed and match]
     dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
-    statistic = InputStatistic(full[0].shape[1], session.weights_R, match, dense)
+    statistic = InputStatistic(full[0].shape[1], session.weights_R, full if match else (), dense)
 
     for index, batch in enumerate(session.fitted):
         statistic.add(  # no names: a batch's inputs are gone before the next one's are made

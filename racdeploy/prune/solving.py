@@ -60,7 +60,8 @@ class LinearPruner:
         if expert_of(linears[0]) is not None:
             return self._prune_experts(pair, linears, full)
 
-        statistic = gather_inputs(self.session, pair, group, [*full.values()])
+        match = self.session.settings.match_dense
+        statistic = gather_inputs(self.session, pair, group, [*full.values()], match=match)
         return self._prune(pair, [Piece(tuple(linears))], [statistic], full)
 
     def _prune_experts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -17,7 +17,7 @@ from racdeploy.prune.blocks import put
 from racdeploy.prune.experts import ExpertGroup, count_tokens
 from racdeploy.prune.flow import Flow
 from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.pair import BlockPair
+from racdeploy.prune.pair import BlockPair, gather_inputs
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
 
@@ -87,48 +87,36 @@ def _observe_block(
     """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
     block = session.blocks.empty(index)
     checkpoint = session.blocks.checkpoint
-    experts = checkpoint.experts
-    tokens: list[int] = []
+    pair = BlockPair(checkpoint, index, index, block, block, flow, flow)
 
     for group, linears in enumerate(checkpoint.input_groups(index)):
-        names = [linear for linear in name_experts(linears, experts) if linear in wanted]
+        names = [linear for linear in name_experts(linears, checkpoint.experts) if linear in wanted]
+        full = {name: block.get_parameter(f"{name}.weight") for name in names}
         if not names:
             continue
 
-        if linears[0] in checkpoint.family.routed:
-            tokens = tokens or count_tokens(session, flow, block, experts)
-            pair = BlockPair(checkpoint, index, index, block, block, flow, flow, tokens=tokens)
-            members = ExpertGroup(session, pair, names, match=False)
-            yield from _observe_experts(session, block, members)
+        if linears[0] not in checkpoint.family.routed:
+            statistic = gather_inputs(session, pair, group, [*full.values()], match=False)
+            yield from _observe_owned(session, full, names, statistic)
             continue
 
-        width = block.get_parameter(f"{linears[0]}.weight").shape[1]
-        statistic = InputStatistic(width, session.weights_R)
+        if not pair.tokens:
+            pair.tokens = count_tokens(session, flow, block, checkpoint.experts)
 
-        for place, batch in enumerate(session.fitted):
-            statistic.add(flow.input(block, group, place), None, batch.stream_BT)
-
-        yield from _observe_owned(session, block, names, statistic)
-
-
-def _observe_experts(
-    session: Session, block: nn.Module, members: ExpertGroup
-) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
-    pieces = members.pieces()
-    names = [linear for piece in pieces for linear in piece.linears]
-    full = {name: block.get_parameter(f"{name}.weight") for name in names}
-
-    for part in members.split(pieces, full):
-        statistics = members.gather(part, full)
-        for piece, statistic in zip(part, statistics, strict=True):
-            yield from _observe_owned(session, block, piece.linears, statistic)
+        members = ExpertGroup(session, pair, names, match=False)
+        for part in members.split(members.pieces(), full):
+            for piece, statistic in zip(part, members.gather(part, full), strict=True):
+                yield from _observe_owned(session, full, piece.linears, statistic)
 
 
 def _observe_owned(
-    session: Session, block: nn.Module, names: Sequence[str], statistic: InputStatistic
+    session: Session,
+    full: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    statistic: InputStatistic,
 ) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
     processes = session.processes
-    weights = [block.get_parameter(f"{name}.weight") for name in names]
+    weights = [full[name] for name in names]
     owners = processes.owners([weight_OI.numel() for weight_OI in weights])
     statistic.share(processes, owners)
     if processes.rank not in owners:

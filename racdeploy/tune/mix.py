@@ -38,7 +38,7 @@ class Way:
     """One way to store a tensor.
 
     Args:
-        option: key of :class:`racdeploy.prune.surveyed.Option`; empty where there is no choice.
+        option: key of an :class:`~racdeploy.prune.surveyed.Option`; empty without a choice.
         size_bytes: in the file, padding included.
         error: sum of what it changes at the ends of the blocks.
     """

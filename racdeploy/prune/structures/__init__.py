@@ -12,8 +12,8 @@ blocks and ``"V"`` for that of tokens; ``COUNTED`` names the units where a recip
 - ``"folder"``: last. ``choose(checkpoint, keep, used) -> old_ids`` says what stays, and
   ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the finished one.
 
-Before the walk and in it, ``cut(site) -> list[int]`` gives :class:`~racdeploy.prune.units.Units` to
-``site.choose``, by which the recipe's criterion chooses, and returns the units that stay.
+Before the walk and in it, ``cut(site) -> list[int]`` returns the units that stay. It asks
+``site.choose`` with its :class:`~racdeploy.prune.units.Units`; there the criterion chooses.
 """
 
 from __future__ import annotations

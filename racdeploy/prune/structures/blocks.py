@@ -61,22 +61,51 @@ class BlockUnits(Units):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.blocks.checkpoint.block_count)
-        self._session, self._probe = session, _take_probe(session)
+        self._session = session
         self._dense_BTD: torch.Tensor | None = None
+
+        # The first sequences of the batch with the most tokens that count.
+        sizes = [int((batch.stream_BT != PAD).sum()) for batch in session.everyones]
+        batch = session.everyones[sizes.index(max(sizes))]
+        rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
+        self._probe = Batch(batch.ids_BT[:rows], batch.stream_BT[:rows], batch.task_B[:rows], False)
 
     def costs(self) -> torch.Tensor:
         """Return how far the last hidden states go from the dense ones without each block."""
-        left = self.kept
-        changes, whole_BTD = _measure(self._session, self._probe, left, self._dense_BTD)
-        if self._dense_BTD is None:
-            self._dense_BTD = whole_BTD
+        blocks, left = self._session.blocks, self.kept
+        (whole_BTD,) = blocks.embed([self._probe])
+        shapes = [tuple(whole_BTD.shape)] * len(left)
 
-        costs_U = torch.full_like(self.kept_U, torch.inf, dtype=torch.float64)
-        for block in _list_removable(self._session.blocks.checkpoint, left):
-            costs_U[block] = changes[block]
-        return costs_U
+        with closing(Activations(shapes, self._session.folder / "hypotheses.bin")) as without:
+            for place, index in enumerate(left):
+                block = blocks.load(index)
+                for earlier in range(place):
+                    without[earlier] = blocks.forward(block, without[earlier])
+
+                without[place] = whole_BTD
+                whole_BTD = blocks.forward(block, whole_BTD).cpu()
+
+                block.to("meta")
+                self._session.report("blocks", place + 1)
+
+            if self._dense_BTD is None:
+                self._dense_BTD = whole_BTD
+
+            costs_U = torch.full_like(self.kept_U, torch.inf, dtype=torch.float64)
+            for index in _list_removable(blocks.checkpoint, left):
+                costs_U[index] = self._relative_change(without[left.index(index)], self._dense_BTD)
+            return costs_U
 
     sizes = costs
+
+    def _relative_change(self, found_BTD: torch.Tensor, wanted_BTD: torch.Tensor) -> float:
+        """Return the mean over tokens of |change|² / |wanted|²: norms divide by a token's size."""
+        real_BT = self._probe.stream_BT != PAD
+        change_N = (found_BTD[real_BT] - wanted_BTD[real_BT]).square().sum(-1)
+        energy_N = wanted_BTD[real_BT].square().sum(-1)
+
+        weight_N = self._session.weights_R.cpu()[self._probe.stream_BT[real_BT]]
+        return float((change_N / energy_N) @ weight_N / weight_N.sum())
 
 
 def _list_vital(checkpoint: Checkpoint) -> list[tuple[bool, ...]]:
@@ -94,56 +123,3 @@ def _list_removable(checkpoint: Checkpoint, left: list[int]) -> list[int]:
         own = [block for block in left if role[block]]
         vital.update(own if len(own) == 1 else ())
     return [block for block in left if block not in vital]
-
-
-def _take_probe(session: Session) -> Batch:
-    """Return the first sequences of the batch with the most tokens that count."""
-    sizes = [int((batch.stream_BT != PAD).sum()) for batch in session.everyones]
-    batch = session.everyones[sizes.index(max(sizes))]
-    rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
-    return Batch(batch.ids_BT[:rows], batch.stream_BT[:rows], batch.task_B[:rows], False)
-
-
-def _measure(
-    session: Session, probe: Batch, left: list[int], dense_BTD: torch.Tensor | None
-) -> tuple[dict[int, float], torch.Tensor]:
-    """Return how far the last hidden states go from the dense ones without each block, too.
-
-    Second are those with all blocks that are left.
-    """
-    blocks = session.blocks
-    (whole_BTD,) = blocks.embed([probe])
-
-    file = session.folder / "hypotheses.bin"
-    shapes = [tuple(whole_BTD.shape)] * len(left)
-
-    with closing(Activations(shapes, file)) as without:
-        for place, index in enumerate(left):
-            block = blocks.load(index)
-            for earlier in range(place):
-                without[earlier] = blocks.forward(block, without[earlier])
-
-            without[place] = whole_BTD
-            whole_BTD = blocks.forward(block, whole_BTD).cpu()
-
-            block.to("meta")
-            session.report("blocks", place + 1)
-
-        wanted_BTD = whole_BTD if dense_BTD is None else dense_BTD
-        changes = {}
-        for place, index in enumerate(left):
-            changes[index] = _relative_change(without[place], wanted_BTD, probe, session)
-
-    return changes, whole_BTD
-
-
-def _relative_change(
-    found_BTD: torch.Tensor, wanted_BTD: torch.Tensor, probe: Batch, session: Session
-) -> float:
-    """Return the mean over tokens of |change|² / |wanted|²: norms divide by a token's size."""
-    real_BT = probe.stream_BT != PAD
-    change_N = (found_BTD[real_BT] - wanted_BTD[real_BT]).square().sum(-1)
-    energy_N = wanted_BTD[real_BT].square().sum(-1)
-
-    weight_N = session.weights_R.cpu()[probe.stream_BT[real_BT]]
-    return float((change_N / energy_N) @ weight_N / weight_N.sum())
