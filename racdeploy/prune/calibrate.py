@@ -22,7 +22,6 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, name_experts
-from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.assemble import Shape
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.block_files import BlockFiles
@@ -41,7 +40,7 @@ from racdeploy.prune.routing import remember_routing
 from racdeploy.prune.session import Session, open_session
 from racdeploy.prune.shares import Shares, fill_shares
 from racdeploy.prune.solving import LinearPruner
-from racdeploy.prune.survey import survey
+from racdeploy.prune.survey import Effect, Observation, survey
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.report.model import BlockRow, LinearRow

@@ -18,7 +18,6 @@ from types import ModuleType
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.cut import Site
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.layout import Layout, find_end, keep_alike
@@ -26,7 +25,7 @@ from racdeploy.prune.outline import FILE, Outline, as_outline, read_outline, who
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
 from racdeploy.prune.structures import list_parts
-from racdeploy.prune.survey import survey
+from racdeploy.prune.survey import Effect, Observation, survey
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json

@@ -20,7 +20,6 @@ from racdeploy import plugins, quant
 from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch, make_batches
 from racdeploy.prune.decision import observe_widths
 from racdeploy.prune.ends import list_formats, observe_embedding, observe_head
@@ -33,7 +32,7 @@ from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.session import Session, open_session
 from racdeploy.prune.solving import find_order
-from racdeploy.prune.survey import survey
+from racdeploy.prune.survey import Effect, Observation, survey
 from racdeploy.prune.surveyed import Option, Stored, Surveyed
 from racdeploy.quant.importance import scale
 from racdeploy.recipe import Pruning, StreamWeights, Structure

@@ -13,7 +13,6 @@ from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.reordering import order_columns
-from racdeploy.prune.allocations import Shares
 from racdeploy.prune.block_files import BlockFiles
 from racdeploy.prune.blocks import put
 from racdeploy.prune.experts import ExpertGroup, Piece, count_tokens
@@ -24,6 +23,7 @@ from racdeploy.prune.pruned_linear import PrunedLinear
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
 from racdeploy.prune.session import Session
+from racdeploy.prune.shares import Shares
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.quant import Codes, as_grid, codes_of
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from racdeploy.models.families import name_experts
-from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.beside import Beside
 from racdeploy.prune.blocks import put
@@ -21,6 +20,9 @@ from racdeploy.prune.pair import BlockPair, gather_inputs
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD, InputStatistic
 
+Effect = Callable[[torch.Tensor], float]
+"""Returns the change at the end of the block, with other weights in a linear."""
+Observation = Mapping[str, float]
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
 AtEnd = Callable[[Batch, torch.Tensor], None]
 

@@ -9,16 +9,13 @@ of |change|² / |output|² at the end of its block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-import torch
+from collections.abc import Mapping
 
 from racdeploy.prune.shares import HIGHEST, LOWEST, Shares
+from racdeploy.prune.survey import Effect, Observation
 
 __all__ = ["Effect", "Observation", "Shares", "shift_shares"]
 
-Effect = Callable[[torch.Tensor], float]
-Observation = Mapping[str, float]
 _HALVINGS = 60  # of an interval of 2: as narrow as a float is exact
 
 
