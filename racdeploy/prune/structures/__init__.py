@@ -12,8 +12,8 @@ blocks and ``"V"`` for that of tokens; ``COUNTED`` names the units where a recip
 - ``"folder"``: last. ``choose(checkpoint, keep, used) -> old_ids`` says what stays, and
   ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the finished one.
 
-Before the walk and in it, ``cut(site) -> list[int]`` returns the units that stay. It hands its
-``Units``, see :mod:`racdeploy.prune.units`, to ``site.choose``; there the criterion chooses.
+Before the walk and in it, ``cut(site) -> list[int]`` returns the units that stay. It hands what
+:mod:`racdeploy.prune.units` describes to ``site.choose``; there the criterion chooses.
 """
 
 from __future__ import annotations
