@@ -467,7 +467,7 @@ class Tune(_Part):
     """What ``racdeploy tune`` looks for, and among what; limits at 0 are none.
 
     Candidates are every number format of the target (or ``quants``), with nothing pruned, and with
-    these shares of the feed-forward part kept, or of zeros, or with these patterns of zeros.
+    these shares of the feed-forward part kept, or with these zeros.
     """
 
     objective: Literal["size", "speed", "seconds-per-correct-answer", "accuracy"] = "accuracy"
@@ -478,29 +478,21 @@ class Tune(_Part):
     budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
     quants: tuple[str, ...] = ()
     ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
-    zeros: tuple[float, ...] = (0.5, 0.6, 0.7)
-    patterns: tuple[str, ...] = ("2:4",)
+    zeros: tuple[Zeros, ...] = ()
     vocabulary: tuple[int, ...] = ()
     recover_tokens: int = Field(0, ge=0)
-    accel: Literal["auto", "off", "require"] = "auto"
     prompts: int = Field(256, ge=16, le=_MOST_PROMPTS)
-    survey_tokens: int = Field(8192, ge=256)
     seed: int = Field(1, ge=0)
 
     @field_validator("ffn", "zeros")
     @classmethod
-    def _check_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        for share in value:
-            if not 0 < share < 1:
-                raise ValueError(f"{share:g} is not a share between 0 and 1")
-        return value
-
-    @field_validator("patterns")
-    @classmethod
-    def _check_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            if Pruning(pattern=pattern).kept_of is None:
-                raise ValueError(f"{pattern!r} is not N:M, as 2:4")
+    def _check_shares(cls, value: tuple[Zeros, ...]) -> tuple[Zeros, ...]:
+        for zeros in value:
+            is_pattern = isinstance(zeros, str)
+            if is_pattern and read_kept_of(zeros) is None:
+                raise ValueError(f"{zeros!r} is not N:M, as 2:4")
+            if not is_pattern and not 0 < count_zeros(zeros) < 1:
+                raise ValueError(f"{zeros:g} is not a share between 0 and 1")
         return value
 
     @field_validator("vocabulary")

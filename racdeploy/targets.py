@@ -5,101 +5,39 @@ A target is data, ``targets/NAME.toml``, or a TOML file of the user's.
 
 from __future__ import annotations
 
-import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
 from racdeploy.storage.toml import merge, read_toml, validate
-
-_ZEROS = re.compile(r"^(0\.\d+|2:4)$")
-_REPACKED = 1.5  # bytes held for each byte of the file: a whole copy of some is among them
 
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FormatCost(_Data):
-    """What one weight of a number format costs an engine, for each token that it decodes."""
-
-    cached_ps: PositiveFloat  # picoseconds, where the whole model fits the cache
-    streamed_ps: PositiveFloat  # where it comes from memory
-    # Bytes held for each byte of the file; 2: repacked, less than 1: packed without its zeros.
-    resident: float = Field(1.0, ge=0, le=4)
-
-    def at(self, streamed: float) -> float:
-        """Return the picoseconds where a share of the weights comes from memory."""
-        return self.cached_ps + streamed * (self.streamed_ps - self.cached_ps)
-
-
-class EngineCosts(_Data):
-    """What decoding one token of one sequence costs, beside its weights, and memory."""
-
-    token_us: float = Field(ge=0)  # whatever the model is
-    block_us: float = Field(ge=0)  # for each block
-    attention_ps: float = Field(ge=0)  # for each position kept, times the width of the queries
-    vocabulary_ps: float = Field(0.0, ge=0)  # for each token of the vocabulary
-    base_bytes: int = Field(ge=0)  # resident memory of the process with no model to speak of
-    block_bytes: float = Field(0.0, ge=0)  # for each block, beside weights and cache
-    vocabulary_bytes: float = Field(0.0, ge=0)  # for each token of the vocabulary
-    formats: dict[str, FormatCost]
-    # By format and zeros, as "0.5" or "2:4": with sparse kernels, where they were measured faster.
-    sparse: dict[str, dict[str, FormatCost]] = Field(default_factory=dict)
-
-    @field_validator("sparse")
-    @classmethod
-    def _check_zeros(
-        cls, value: dict[str, dict[str, FormatCost]]
-    ) -> dict[str, dict[str, FormatCost]]:
-        for zeros in {zeros for costs in value.values() for zeros in costs}:
-            if not _ZEROS.match(zeros):
-                raise ValueError(f"{zeros!r} is no share of zeros, as 0.5, and not 2:4")
-        return value
-
-
 class Device(_Data):
-    """What decides how fast stock engines decode there, and how much memory they take.
+    """How fast stock engines decode there: weights read a second, and a constant for each token.
 
-    ``threads`` is what was, or would be, measured; ``instructions`` are those that matter to the
-    engines; ``source`` says where an estimate is from, or what was measured.
+    Args:
+        measured: whether it was; ``source`` says on what, or where an estimate is from.
+        cores: those that decode.
+        token_us: microseconds that a token takes beside its weights.
+        gb_per_s: 10⁹ bytes a second that decoding reads of weights in each number format.
+        repacked: number formats of which an engine keeps a copy for its fast kernels.
     """
 
     name: str
-    measured: bool
+    measured: bool = False
     source: str
     cores: PositiveInt
-    threads: PositiveInt
-    memory_bytes: PositiveInt
-    cache_bytes: PositiveInt
-    bandwidth_bytes_per_s: PositiveFloat  # that decoding reaches, not that of the memory chips
-    instructions: tuple[str, ...] = ()
-    engines: dict[str, EngineCosts]
-
-    def costs(self, engine: str) -> EngineCosts:
-        """Return what an engine costs there; a UsageError where nobody knows."""
-        if engine not in self.engines:
-            raise UsageError(
-                f"the profile of {self.name} has no figures for {engine}",
-                remedy=f"it has {', '.join(self.engines)}; racdeploy bench --profile measures more",
-            )
-        return self.engines[engine]
-
-    def without_kernels(self) -> Self:
-        """Return the device without what was measured with sparse kernels."""
-        bare = {}
-        for name, costs in self.engines.items():
-            bare[name] = costs.model_copy(update={"sparse": {}})
-        return self.model_copy(update={"engines": bare})
-
-    def repacked(self, engine: str) -> tuple[str, ...]:
-        """Return the number formats of which an engine keeps a faster copy, sorted."""
-        formats = self.costs(engine).formats
-        return tuple(sorted(name for name, cost in formats.items() if cost.resident >= _REPACKED))
+    token_us: float = Field(ge=0)
+    gb_per_s: dict[str, PositiveFloat] = Field(min_length=1)
+    repacked: tuple[str, ...] = ()
 
 
 class Target(BaseModel):

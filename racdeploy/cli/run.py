@@ -115,7 +115,7 @@ def bench(
 ) -> None:
     """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
     if profile:
-        _profile(target, threads, accel, out_file, json_output)
+        _profile(target, threads, out_file, json_output)
         return
     if bundle is None:
         raise UsageError(
@@ -147,35 +147,30 @@ def bench(
     _print_kernels(found.kernels, accel, zeros)
 
 
-def _profile(
-    target: str | None, threads: int, accel: Kernels, file: Path | None, json_output: bool
-) -> None:
-    """Measure this device, and write or print a target with its profile."""
+def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
+    """Measure llama.cpp on this device within a minute, and write or print a target with it."""
     from tempfile import TemporaryDirectory
 
-    from racdeploy import export
     from racdeploy.cli.progress import show_progress
-    from racdeploy.report.terminal import print_table
+    from racdeploy.report.settings import as_toml
+    from racdeploy.storage.cores import available_cores
     from racdeploy.storage.files import write_atomic
     from racdeploy.targets import Target
-    from racdeploy.tune.devices.described import list_costs, render_target
-    from racdeploy.tune.devices.profile import profile
+    from racdeploy.tune.speed import PROFILED, measure_device
 
     chosen = Target.read(target or "gguf")
-    engine = export.load(chosen.format).BACKEND
+    threads = threads or available_cores()
     with show_progress(err) as progress, TemporaryDirectory() as scratch:
-        device = profile(Path(scratch), threads, progress, required=engine, kernels=accel)
+        device = measure_device(Path(scratch), PROFILED, threads, progress)
 
-    text = render_target(chosen, device)
+    values = chosen.describe() | {"device": device.model_dump(mode="json")}
+    text = f"# Made by racdeploy bench --profile.\n{as_toml(values)}"
     if file:
         write_atomic(file, text)
-
+        err.print(f"use it: --target {file}", markup=False, soft_wrap=True)
     if json_output:
         print_json({"path": str(file) if file else "", **device.model_dump(mode="json")})
-    elif file:
-        print_table(list_costs(device), out)
-        err.print(f"use it: --target {file}", markup=False, soft_wrap=True)
-    else:
+    elif not file:
         out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
 
 

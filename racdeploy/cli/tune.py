@@ -23,7 +23,7 @@ def tune(options: TuneOptions) -> None:
     from racdeploy.cli.tune_view import show_search
     from racdeploy.pipeline.job import Job, fit_context
     from racdeploy.report.terminal import print_tuning, print_verdict
-    from racdeploy.report.tuning_files import FILE
+    from racdeploy.report.tuning_files import FILE, RECIPE
     from racdeploy.storage.caches import default_work
     from racdeploy.storage.stages import scratch_folder
     from racdeploy.tune.conclude import tune as search_and_build
@@ -32,23 +32,26 @@ def tune(options: TuneOptions) -> None:
 
     job = fit_context(Job.at_tier(recipe, options.tier, options.prompts or 0))
     work = options.work or default_work()
-    with show_search(console.err, options.quiet) as view, scratch_folder(work, 0) as scratch:
-        search = Search(job, work, scratch, options.threads, view.progress, view.show)
-        search.count()
+    with scratch_folder(work, 0) as scratch:
+        search = Search(job, work, scratch, options.threads)
+        search.plan()
         if options.dry_run:
             console.print_result(list_plan(search), write_plan(search), options.json_output)
             return
 
         if not options.quiet:
             console.print_notes(write_plan(search))
-        folder, report, tuning = search_and_build(search, options.out_folder)
+        with show_search(console.err, options.quiet) as (search.progress, search.show):
+            folder, report, tuning = search_and_build(search, options.out_folder)
 
     if options.json_output:
         found = json.loads(tuning.model_dump_json())  # which writes infinite ends as text
         console.print_json(found | {"folder": str(folder)})
     else:
         print_tuning(tuning, console.out)
-        console.print_notes(["", f"bundle: {folder}", f"open it: racdeploy report {folder / FILE}"])
+        again = f"build it again: racdeploy build --recipe {folder / RECIPE}"
+        page = f"open the page: racdeploy report {folder / FILE}"
+        console.print_notes(["", f"bundle: {folder}", page, again])
         print_verdict(report, console.out)
 
     if code := exit_code_of(report.verdict, job.gate.inconclusive):

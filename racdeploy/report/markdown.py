@@ -17,12 +17,7 @@ from racdeploy.report.pairs import Pair, pair_records
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, tables
 from racdeploy.report.tuning import Tuning
-from racdeploy.report.tuning_tables import (
-    OTHERS,
-    describe_device,
-    tuning_tables,
-    write_build,
-)
+from racdeploy.report.tuning_tables import list_facts, tuning_table
 
 LIMIT_CHARACTERS = 60_000
 _LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
@@ -64,19 +59,11 @@ def render(report: Report, records: Sequence[Record] = ()) -> str:
 
 def render_tuning(tuning: Tuning) -> str:
     """Return a search for the best model as GitHub-flavoured Markdown."""
-    winner = tuning.find(tuning.winner)
-    assert winner, "the data model has checked that"
-    device = escape(f"Figures of the device: {describe_device(tuning.device)}.")
-    command = f"```sh\n{write_build(tuning, winner)}\n```"
-    parts = [f"### {escape(tuning.verdict)}", device, command]
-
-    by_title = {table.title: table for table in tuning_tables(tuning)}
-    others = by_title.pop(OTHERS, None)
-    parts += [_table(table, _TUNING) for table in by_title.values()]
-    folded = [_table(others, _TUNING)] if others else []
-    if tuning.notes:
-        folded.append(_section("Notes", _items(tuning.notes[:_ROWS])))
-
+    facts = [f"{name}: {text}" for name, text in list_facts(tuning)]
+    command = "```sh\nracdeploy build --recipe recipe.toml\n```"
+    parts = [f"### {escape(tuning.verdict)}", "\n".join(_items(facts)), command]
+    parts.append(_table(tuning_table(tuning), _TUNING))
+    folded = [_section("Notes", _items(tuning.notes[:_ROWS]))] if tuning.notes else []
     return _fit(parts, folded, _TUNING)
 
 

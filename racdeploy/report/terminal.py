@@ -19,7 +19,7 @@ from racdeploy.report.model import Report
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import Table, list_next_steps, plain, tables
 from racdeploy.report.tuning import Tuning
-from racdeploy.report.tuning_tables import OTHERS, describe_device, tuning_tables
+from racdeploy.report.tuning_tables import list_facts, tuning_table
 
 _STYLES = {
     "pass": "green",
@@ -58,17 +58,15 @@ def print_report(report: Report, console: Console) -> None:
 
 def print_tuning(tuning: Tuning, console: Console) -> None:
     """Print a search for the best model; on a terminal without columns that have no room."""
-    for table in tuning_tables(tuning, brief=console.is_terminal):
-        if table.title == OTHERS:  # mostly a hundred
-            rest = f"{len(table.rows)} candidates did not answer: tune.html says why"
-            _print_line(console, rest)
-        else:
-            _print_shortened(table, console, "tune.html")
-            _print_line(console, "")
+    table = tuning_table(tuning, answered=True, brief=console.is_terminal)
+    _print_shortened(table, console, "tune.html")
+    others = sum(not each.prompts for each in tuning.candidates)
+    _print_line(console, f"{others} candidates did not answer: tune.html says why")
 
     for note in tuning.notes:
         _print_line(console, f"- {plain(note)}")
-    _print_line(console, f"figures of the device: {describe_device(tuning.device)}", "dim")
+    for name, text in list_facts(tuning):
+        _print_line(console, f"{name.lower()}: {text}", "dim")
     _print_line(console, plain(tuning.verdict), "bold")
 
 

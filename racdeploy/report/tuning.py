@@ -14,10 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from racdeploy.storage.toml import merge
-
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
-Reached = Literal["counted", "surveyed", "compared", "raced", "verified"]
+Reached = Literal["counted", "compared", "raced", "verified"]
 
 # Seconds for each right answer have no end where none is right.
 Number = Annotated[
@@ -35,7 +33,7 @@ class _Part(BaseModel):
     )
 
 
-class Wishes(_Part):
+class Constraints(_Part):
     """What was asked for; None is no limit.
 
     Args:
@@ -57,7 +55,7 @@ class DeviceRow(_Part):
     """The device that speed and memory are predicted for.
 
     Args:
-        measured: whether its profile was measured; else ``source`` says whose figures it has.
+        measured: whether it was measured; else ``source`` says whose figures it has.
     """
 
     name: str
@@ -108,17 +106,16 @@ class Candidate(_Part):
         dense: whether nothing is pruned: a plain model in a smaller number format.
         settings: keys of the recipe that make it, by part or dotted.
         reached: the last stage that it was in.
-        why: why it went no further; empty for the winner, and where it reached the end.
+        reason: why it went no further; empty for the winner, and where it reached the end.
         size_bytes: of the artifact, predicted unless ``size_measured``.
         memory_bytes, tokens_per_s: predicted for the device.
         measured_memory_bytes, measured_tokens_per_s: on this machine, where it answered alone.
-        error: predicted share of the blocks' outputs that changes, summed over the linears.
         kl_nats, top1: from the dense model on held-out traces, a token.
         prompts, correct: of the race, or of the verification.
         accuracy: with its 95 % interval.
         thinking_tokens_mean: per prompt.
         seconds_per_correct: seconds of decoding on the device for each answer that is right.
-        keeps_limits: whether it keeps every wish but that on accuracy.
+        keeps_limits: whether it keeps every limit but that on accuracy.
         on_front: whether none of those that answered is better in all of size, speed and accuracy.
     """
 
@@ -126,14 +123,13 @@ class Candidate(_Part):
     dense: bool
     settings: dict[str, Any] = Field(default_factory=dict)
     reached: Reached
-    why: str = ""
+    reason: str = ""
     size_bytes: int = Field(ge=0)
     size_measured: bool = False
     memory_bytes: int | None = Field(None, ge=0)
     tokens_per_s: float | None = Field(None, ge=0)
     measured_memory_bytes: int | None = Field(None, ge=0)
     measured_tokens_per_s: float | None = Field(None, ge=0)
-    error: float | None = Field(None, ge=0)
     kl_nats: float | None = None
     top1: float | None = Field(None, ge=0, le=1)
     prompts: int = Field(0, ge=0)
@@ -155,10 +151,9 @@ class Tuning(_Part):
             ``min_accuracy_ratio`` is a share of; empty where none answered.
         verdict: one sentence on who wins and by how much.
         gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
-        recipe: keys in which the search's recipe differs from a bare one, by part; a candidate's
-            settings go on top.
-        tier: how much was verified; empty where the recipe alone says it.
-        seconds: how long each stage took: count, survey, compare, race, verify, and others.
+        recipe: the winner's recipe, by part, without what its target says by itself: what
+            ``recipe.toml`` beside it holds.
+        seconds: how long each stage took: traces, measure, compare, race, verify.
         tokens_asked: of the race; ``tokens_saved`` are those that stopping early did not ask for.
         bundle: the winner's folder.
     """
@@ -169,7 +164,7 @@ class Tuning(_Part):
     model: str
     target: str
     tasks: tuple[str, ...] = ()
-    wishes: Wishes
+    constraints: Constraints
     device: DeviceRow
     candidates: tuple[Candidate, ...]
     winner: str
@@ -179,7 +174,6 @@ class Tuning(_Part):
     gain: Interval | None = None
     notes: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
-    tier: str = ""
     seconds: dict[str, float] = Field(default_factory=dict)
     tokens_asked: int = Field(0, ge=0)
     tokens_saved: int = Field(0, ge=0)
@@ -188,19 +182,6 @@ class Tuning(_Part):
     def find(self, name: str) -> Candidate | None:
         """Return the candidate of that name."""
         return next((each for each in self.candidates if each.name == name), None)
-
-    @property
-    def recipe_of_winner(self) -> dict[str, Any]:
-        """The settings of the winner as nested tables."""
-        winner = self.find(self.winner)
-        assert winner, "which was checked"
-
-        recipe: dict[str, Any] = {}
-        for key, value in winner.settings.items():
-            for part in reversed(key.split(".")):
-                value = {part: value}
-            recipe = merge(recipe, value)
-        return recipe
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -1,229 +1,138 @@
-"""Charts of a search for the best model: accuracy and seconds for each right answer.
+"""The picture of a search for the best model: accuracy over size, or over seconds an answer.
 
-Accuracy over size and speed, seconds over size; the limits that were asked for are lines.
+Plain SVG. A few names stand beside their points; every point has its figures as a tooltip.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import median
+from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from racdeploy.report import axis
-from racdeploy.report.arm_charts import bytes_text
-from racdeploy.report.points import Limit, Point, draw_points
-from racdeploy.report.tables import number, plain
-from racdeploy.report.tuning import Candidate, Interval, Tuning
-from racdeploy.report.tuning_tables import least_accuracy, share_text
+from racdeploy.report.tables import number, plain, readable_bytes
+from racdeploy.report.tuning import Candidate, Tuning
+from racdeploy.report.tuning_tables import least_accuracy
 
-_NAMED_WIDE, _NAMED = 16, 8  # names that a chart has room for
-_FAR = 3.0  # what is drawn, in distances of the best from the median
-_NEAR_SHARES, _NEAR_SECONDS = 0.1, 0.75  # what is drawn in any case, as shares of the best
-_REACH = 1.6  # how far an interval may stretch an axis, in spans of the estimates
-_NOTHING = Markup("")
-
-_Value = Callable[[Candidate], float | None]
-_Estimate = Callable[[Candidate], Interval | None]
-_Found = tuple[Candidate, float, Interval]
+_WIDTH, _HEIGHT = 760, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 730, 20, 340
+_TICKS = 5
+_LINE = '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke="var(--{})" {}/>'
+_TEXT = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
 
 
-def accuracy_over_size(tuning: Tuning) -> Markup:
-    """Draw accuracy over the size of the artifact, on the full width of a page."""
-    limit = _limit(tuning.wishes.max_bytes, bytes_text, "at most")
-    found = _collect(tuning, _size, _accuracy)[0]
-    x = _axis_of("size of the file", found, limit, bytes_text, axis.WIDE)
-    return _accuracy_chart("Accuracy over size, by model", tuning, found, x, axis.WIDE, limit)
+@dataclass(frozen=True)
+class _Scale:
+    """Values to pixels, from ``low`` at ``start`` to ``high`` at ``stop``."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
+
+    @property
+    def ticks(self) -> list[float]:
+        return [self.low + place / _TICKS * (self.high - self.low) for place in range(_TICKS + 1)]
 
 
-def accuracy_over_speed(tuning: Tuning) -> Markup:
-    """Draw accuracy over the tokens per second that are predicted for the device."""
-    limit = _limit(tuning.wishes.min_tokens_per_s, number, "at least")
-    found = _collect(tuning, lambda each: each.tokens_per_s or None, _accuracy)[0]
-    x = _axis_of("tokens/s, predicted for the device", found, limit, number, axis.TALL)
-    return _accuracy_chart("Accuracy over speed, by model", tuning, found, x, axis.TALL, limit)
+def draw_accuracy(tuning: Tuning) -> Markup:
+    """Draw the accuracy of all that answered; nothing where none has."""
+    answered = [each for each in tuning.candidates if each.accuracy]
+    limits = tuning.constraints
+    by_time = limits.objective in ("speed", "seconds-per-correct-answer")
+    across: Callable[[Candidate], float] = _seconds if by_time else lambda each: each.size_bytes
+    shown = [each for each in answered if math.isfinite(across(each))]
+    if not shown:
+        return Markup("")
 
+    label, write = ("size of the file", _write_bytes)
+    if by_time:
+        label, write = ("seconds an answer, predicted for the device", _write_seconds)
+    x = _scale([across(each) for each in shown], _LEFT, _RIGHT)
+    accuracies = [each.accuracy.value for each in shown if each.accuracy]
+    y = _scale(accuracies, _BOTTOM, _TOP, low_end=0.0, high_end=1.0)
 
-def seconds_over_size(tuning: Tuning) -> Markup:
-    """Draw seconds for each right answer over the size; without those that have no right one."""
-    limit = _limit(tuning.wishes.max_bytes, bytes_text, "at most")
-    found = _collect(tuning, _size, _seconds)[0]
-    x = _axis_of("size of the file", found, limit, bytes_text, axis.TALL)
-    if x is None:
-        return _NOTHING
-
-    low, high = _range_up(found)
-    least = max(0.0, low)
-    y = axis.upward("seconds for each right answer", least, high, frame=axis.TALL)
-
-    points = _points(tuning, found, y, "{:,.3g} s for each right one".format)
-    label = "Seconds for each right answer over size, by model"
-    return draw_points(label, points, x, y, axis.TALL, limit_across=limit)
-
-
-def describe_left_out(tuning: Tuning) -> dict[str, str]:
-    """Return one sentence on models that are too far off for ``accuracy`` and ``seconds``."""
-    charts: dict[str, tuple[_Estimate, Callable[[float], str]]] = {
-        "accuracy": (_accuracy, share_text),
-        "seconds": (_seconds, "{:,.3g} s".format),
-    }
-
-    sentences = {}
-    for name, (estimate, write) in charts.items():
-        listed = []
-        for each, _, interval in _collect(tuning, _size, estimate)[1]:
-            listed.append(f"{each.name} ({write(interval.value)})")
-
-        sentence = f"Too far off to draw: {', '.join(listed)}."
-        sentences[name] = plain(sentence) if listed else ""
-    return sentences
-
-
-def _accuracy_chart(
-    label: str,
-    tuning: Tuning,
-    found: Sequence[_Found],
-    x: axis.Axis | None,
-    frame: axis.Frame,
-    limit: Limit | None,
-) -> Markup:
-    if x is None:
-        return _NOTHING
-
-    low, high = _range_up(found)
+    parts = _draw_axes(x, y, label, write)
     least = least_accuracy(tuning)
-    if least is not None and low - (high - low) / 2 < least:
-        low = min(low, least)
+    if least is not None and y.low <= least <= y.high:
+        parts.append(_line(_LEFT, y(least), _RIGHT, y(least), "ink", 'stroke-dasharray="5 4"'))
+    if not by_time and limits.max_bytes and x.low <= limits.max_bytes <= x.high:
+        place = x(limits.max_bytes)
+        parts.append(_line(place, _TOP, place, _BOTTOM, "ink", 'stroke-dasharray="5 4"'))
+    for each in sorted(shown, key=lambda each: each.name == tuning.winner):
+        parts.append(_draw_point(tuning, each, x(across(each)), y))
 
-    y = axis.upward_share("accuracy", max(0.0, low), min(1.0, high), frame)
-    points = _points(tuning, found, y, lambda value: f"{share_text(value)} right", frame)
-    limit_up = _limit(least, share_text, "at least")
-    return draw_points(label, points, x, y, frame, limit_across=limit, limit_up=limit_up)
-
-
-def _collect(tuning: Tuning, across: _Value, up: _Estimate) -> tuple[list[_Found], list[_Found]]:
-    """Return the candidates that have both values, and of these those that are far off.
-
-    A few bad models would squeeze all others into one line.
-    """
-    found = []
-    for each in tuning.candidates:
-        value = across(each)
-        interval = up(each)
-        if value is None or interval is None or not math.isfinite(interval.value):
-            continue
-        found.append((each, value, interval))
-
-    if not found:
-        return [], []
-
-    values = [interval.value for *_, interval in found]
-    middle = median(values)
-    best, least_room = max(values), _NEAR_SHARES
-    if up is _seconds:
-        best, least_room = min(values), _NEAR_SECONDS
-    room = max(_FAR * abs(best - middle), least_room * abs(best))
-
-    near: list[_Found] = []
-    far: list[_Found] = []
-    for row in found:
-        distance = abs(row[2].value - middle)
-        (near if distance <= room else far).append(row)
-    return near, far
+    title = f"Accuracy over {label}, by model"
+    frame = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">'
+    return Markup("").join([Markup(frame), *parts, Markup("</svg>")])
 
 
-def _axis_of(
-    label: str,
-    found: Sequence[_Found],
-    limit: Limit | None,
-    tick_text: axis.TickText,
-    frame: axis.Frame,
-) -> axis.Axis | None:
-    """Return an axis from left to right that also has the limit, if that is not far away."""
-    if not found:
-        return None
-
-    amounts = [value for _, value, _ in found]
-    low = min(amounts) * 0.95
-    high = max(amounts) * 1.05
-
-    if limit and low / 1.5 <= limit.value <= high * 1.5:
-        low = min(low, limit.value)
-        high = max(high, limit.value)
-    return axis.across(label, low, high, tick_text, frame)
+def _draw_axes(x: _Scale, y: _Scale, label: str, write: Callable[[float], str]) -> list[Markup]:
+    parts = []
+    for tick in y.ticks:
+        parts.append(_line(_LEFT, y(tick), _RIGHT, y(tick), "line", 'stroke-width="1"'))
+        parts.append(_text("tick", _LEFT - 8, y(tick) + 4, f"{tick:.1%}", "end"))
+    for tick in x.ticks:
+        parts.append(_text("tick", x(tick), _BOTTOM + 20, write(tick)))
+    parts.append(_text("label", (_LEFT + _RIGHT) / 2, _BOTTOM + 44, label))
+    return parts
 
 
-def _range_up(found: Sequence[_Found]) -> tuple[float, float]:
-    """Return a range with every estimate; long intervals of few prompts do not squeeze it."""
-    intervals = [interval for _, _, interval in found]
-    least = min(interval.value for interval in intervals)
-    most = max(interval.value for interval in intervals)
+def _draw_point(tuning: Tuning, each: Candidate, x: float, y: _Scale) -> Markup:
+    assert each.accuracy
+    color = "dense" if each.dense else "pruned"
+    is_winner = each.name == tuning.winner
+    up = y(each.accuracy.value)
+    figures = f"{each.accuracy.value:.1%} right, {readable_bytes(each.size_bytes)}"
+    ring = 'stroke="var(--ink)" stroke-width="3"' if is_winner else 'stroke="var(--card)"'
 
-    span = (most - least) or abs(least) or 1.0
-    room = (_REACH - 1) * span / 2 + 0.02 * abs(most)
-
-    low = min(interval.lower for interval in intervals)
-    high = max(interval.upper for interval in intervals)
-    return max(low, least - room), min(high, most + room)
-
-
-def _points(
-    tuning: Tuning,
-    found: Sequence[_Found],
-    y: axis.Axis,
-    write: Callable[[float], str],
-    frame: axis.Frame = axis.TALL,
-) -> list[Point]:
-    """Return the points, bars cut at the ends of the axis; names as far as there is room."""
-    named = _choose_named(tuning, found, _NAMED_WIDE if frame is axis.WIDE else _NAMED)
-
-    # The winner comes last, on top.
-    in_order = sorted(found, key=lambda row: row[0].name == tuning.winner)
-
-    points = []
-    for each, value, interval in in_order:
-        kind = "dense" if each.dense else "pruned"
-        best = " best" if each.name == tuning.winner else ""
-        figures = f"{write(interval.value)}, {bytes_text(each.size_bytes)}"
-        speed = f", {number(each.tokens_per_s)} tokens/s" if each.tokens_per_s else ""
-        point = Point(
-            name=each.name,
-            kind=f"{kind}{best}",
-            across=value,
-            up=interval.value,
-            lower=max(interval.lower, y.ticks[0]),
-            upper=min(interval.upper, y.ticks[-1]),
-            text=f"{each.name}: {figures}{speed}",
-            is_filled=each.on_front,
-            is_named=each.name in named,
-        )
-        points.append(point)
-    return points
+    dot = f'<circle cx="{x:.1f}" cy="{up:.1f}" r="7" fill="var(--{color})" {ring}><title>'
+    parts = [
+        _line(x, y(each.accuracy.lower), x, y(each.accuracy.upper), color, 'opacity=".5"'),
+        Markup(dot) + escape(plain(f"{each.name}: {figures}")) + Markup("</title></circle>"),
+    ]
+    if each.name in (tuning.winner, tuning.rival):
+        anchor = "end" if x > (_LEFT + _RIGHT) / 2 else "start"
+        beside = x - 12 if anchor == "end" else x + 12
+        parts.append(_text("name", beside, up + (4 if is_winner else 20), each.name, anchor))
+    return Markup("").join(parts)
 
 
-def _choose_named(tuning: Tuning, found: Sequence[_Found], most: int) -> set[str]:
-    """Return whose names there is room for: what was compared, the front, then the others."""
-    chosen = (tuning.winner, tuning.rival, tuning.reference)
-
-    def rank(each: Candidate) -> tuple[bool, bool]:
-        return each.name not in chosen, not each.on_front
-
-    in_order = sorted((each for each, *_ in found), key=rank)
-    return {each.name for each in in_order[:most]}
-
-
-def _limit(value: float | None, write: Callable[[float], str], side: str) -> Limit | None:
-    return None if value is None else Limit(value, f"{side} {write(value)}")
+def _scale(
+    values: Sequence[float],
+    start: float,
+    stop: float,
+    low_end: float = 0.0,
+    high_end: float = math.inf,
+) -> _Scale:
+    """Return a scale with some room around the values, within what values can be."""
+    low, high = min(values), max(values)
+    room = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
+    return _Scale(max(low_end, low - room), min(high_end, high + room), start, stop)
 
 
-def _size(each: Candidate) -> float | None:
-    return float(each.size_bytes) or None
+def _line(x1: float, y1: float, x2: float, y2: float, color: str, more: str) -> Markup:
+    return Markup(_LINE.format(x1, y1, x2, y2, color, more))
 
 
-def _accuracy(each: Candidate) -> Interval | None:
-    return each.accuracy
+def _text(kind: str, x: float, y: float, content: str, anchor: str = "middle") -> Markup:
+    return Markup(_TEXT.format(kind, x, y, anchor, escape(plain(content))))
 
 
-def _seconds(each: Candidate) -> Interval | None:
-    return each.seconds_per_correct
+def _seconds(each: Candidate) -> float:
+    """Return the mean seconds of an answer, right or wrong."""
+    cost, accuracy = each.seconds_per_correct, each.accuracy
+    return cost.value * accuracy.value if cost and accuracy and accuracy.value else math.inf
+
+
+def _write_bytes(value: float) -> str:
+    return readable_bytes(round(value))
+
+
+def _write_seconds(value: float) -> str:
+    return f"{number(value)} s"

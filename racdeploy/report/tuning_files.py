@@ -1,4 +1,7 @@
-"""Every form of a search for the best model in one folder: ``tune.json`` and what is made of it."""
+"""Every form of a search for the best model in one folder: ``tune.json`` and what is made of it.
+
+``recipe.toml`` is the winner's, which ``racdeploy build --recipe`` takes for other models too.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError
 from racdeploy.report import markdown, tuning_page
+from racdeploy.report.settings import as_toml
+from racdeploy.report.tables import plain
 from racdeploy.report.tuning import Tuning
 from racdeploy.storage.files import disk_errors, write_atomic
 from racdeploy.storage.reading import name_problem, read_json
 
-FILE, PAGE = "tune.json", "tune.html"
+FILE, PAGE, RECIPE = "tune.json", "tune.html", "recipe.toml"
 _MOST_BYTES = 64_000_000
 _REMEDY = "copy it again, whole, or run racdeploy tune again"
 
@@ -27,6 +32,10 @@ def write_tuning(folder: Path, tuning: Tuning) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     write_atomic(folder / "tune.md", markdown.render_tuning(tuning))
+    write_atomic(
+        folder / RECIPE,
+        f"# {plain(tuning.winner)}, the winner of racdeploy tune\n{as_toml(tuning.recipe)}",
+    )
     write_atomic(folder / PAGE, tuning_page.render(tuning))
     # Last: it says that the others are there.
     write_atomic(folder / FILE, tuning.model_dump_json(indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""Which models a search looks at: number formats, alone and together with cuts and with zeros.
+"""Which models a search looks at: number formats, alone, with cuts and with zeros.
 
-A candidate is what it changes of the recipe. Those that cannot be are left out with a reason: a
-format that the target does not take, codes that no grid has, widths that no layout allows.
+A candidate is what it changes of the recipe. Codes are chosen with the pruning's statistic
+(``prune.joint``) wherever that pays: rounding is never better, and 6 bits and more need neither.
+Those that cannot be are left out with a reason.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy import export, plugins, quant
+from racdeploy import export, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
 from racdeploy.quant import presets
-from racdeploy.recipe import Recipe
+from racdeploy.recipe import Recipe, Zeros, count_zeros
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.toml import merge
 from racdeploy.targets import Target
 
-_MOST_BITS = 8.5
-"""Wider formats answer no better: they are tried only where the recipe names them."""
+MAX_BITS = 8.5  # wider formats answer no better: they are tried where the recipe names them
+_MAX_CODED_BITS = 6.0
 PLAIN = {
     "prune": {"sparsity": 0.0, "pattern": "unstructured", "joint": False},
     "recover": {"tokens": 0},
@@ -31,8 +32,6 @@ PLAIN = {
 }
 """What a candidate does where it says nothing else, whatever the target proposes."""
 
-CHOSEN = ", codes"
-"""Behind the name of a candidate whose codes are chosen while pruning."""
 Settings = Mapping[str, Any]
 
 
@@ -41,8 +40,7 @@ class Choice:
     """A candidate before anything is known of it.
 
     Args:
-        kind: what it has in common with others: ``dense``, ``dense codes``, ``cut``, ``zeros``, …;
-            errors that are predicted compare well within a kind.
+        kind: what is pruned: ``dense``, ``ffn 0.75``, ``50% zeros``, …
         settings: what it changes of the recipe, by part.
     """
 
@@ -54,7 +52,7 @@ class Choice:
     @property
     def dense(self) -> bool:
         """Whether nothing is pruned."""
-        return self.kind.startswith("dense")
+        return self.kind == "dense"
 
     @property
     def recipe(self) -> Recipe:
@@ -62,7 +60,7 @@ class Choice:
 
     @property
     def walk(self) -> str:
-        """What the weights depend on: candidates that share it are pruned once."""
+        """Hash of what the weights depend on: candidates that share it are pruned once."""
         recipe = self.recipe
         codes = self.job.joint_quant if recipe.prune.joint else ""
         parts = (recipe.structure, recipe.prune, recipe.recover)
@@ -85,24 +83,25 @@ class Proposals:
 def propose(job: Job) -> Proposals:
     """Return every candidate that a job's recipe, model and target allow, the plainest first."""
     check_model(job.changed(job.recipe.unpruned()))
-    found: dict[str, Choice] = {}
+    choices: list[Choice] = []
     left_out: dict[str, str] = {}
 
-    for name, kind, settings in _combine(job):
-        if name in found or name in left_out:
-            continue
-        try:
-            found[name] = make_choice(job, name, kind, settings)
-        except (UsageError, MissingExtraError) as error:
-            left_out[name] = error.message
+    for kind, settings in _list_kinds(job):
+        for name in list_quants(job.recipe):
+            title = name if kind == "dense" else f"{kind}, {name}"
+            try:
+                own = merge(settings, {"export": {"quant": name}})
+                choices.append(choose_codes(make_choice(job, title, kind, own)))
+            except (UsageError, MissingExtraError) as error:
+                left_out[title] = error.message
 
-    if not any(choice.dense for choice in found.values()):
+    if not any(choice.dense for choice in choices):
         reasons = "; ".join(dict.fromkeys(left_out.values()))
         raise UsageError(
             f"no number format is left to try: {reasons}",
             remedy="name others in tune.quants, or choose another target",
         )
-    return Proposals(tuple(found.values()), left_out)
+    return Proposals(tuple(choices), left_out)
 
 
 def make_choice(job: Job, name: str, kind: str, settings: Settings) -> Choice:
@@ -124,93 +123,65 @@ def make_choice(job: Job, name: str, kind: str, settings: Settings) -> Choice:
     return Choice(name, kind, settings, own)
 
 
-def _combine(job: Job) -> Iterator[tuple[str, str, Settings]]:
-    """Yield name, kind and settings of all that might be."""
-    cuts = list(_list_cuts(job))
-    zeros = list(_list_zeros(job))
-
-    for words, codes, encoding in _list_encodings(job):
-        yield from _vary(job, words, f"dense{codes}", encoding)
-
-        for cut, settings in cuts:
-            whole = merge(settings, encoding)
-            yield from _vary(job, f"{cut}, {words}", f"cut{codes}", whole)
-
-        for share, settings in zeros:
-            whole = merge(settings, encoding)
-            yield from _vary(job, f"{share}, {words}", f"zeros{codes}", whole)
-
-
-def _vary(
-    job: Job, name: str, kind: str, settings: Settings
-) -> Iterator[tuple[str, str, Settings]]:
-    """Yield a candidate, with fewer tokens in its vocabulary, and with what it learns back."""
-    tune = job.recipe.tune
-    yield name, kind, settings
-
-    if tune.recover_tokens and not kind.startswith("dense"):
-        learned = merge(settings, {"recover": {"tokens": tune.recover_tokens}})
-        yield f"{name}, recovered", f"{kind}, recovered", learned
-
-    for tokens in tune.vocabulary:
-        own = kind.replace("dense", "cut", 1)
-        keep = {"vocabulary": float(tokens)}
-        fewer = merge(settings, {"structure": {"keep": keep}})
-
-        yield f"{tokens:,} tokens, {name}", f"{own}, vocabulary", fewer
-
-
-def _list_encodings(job: Job) -> Iterator[tuple[str, str, Settings]]:
-    """Yield words, what the kind says of codes, and settings of each way to store the linears."""
-    for name in list_quants(job.recipe):
-        encoding = {"export": {"quant": name}}
-        yield name, "", encoding
-        yield f"{name}{CHOSEN}", " codes", merge(encoding, {"prune": {"joint": True}})
+def choose_codes(choice: Choice) -> Choice:
+    """Return the candidate with codes that are chosen, where a narrow format allows it."""
+    if _count_bits(choice.recipe.export.quant) > _MAX_CODED_BITS:
+        return choice
+    try:
+        settings = merge(choice.settings, {"prune": {"joint": True}})
+        return make_choice(choice.job, choice.name, choice.kind, settings)
+    except UsageError:  # no grid, or none for rows of this length
+        return choice
 
 
 def list_quants(recipe: Recipe) -> list[str]:
-    """Return the number formats and presets that are tried, the widest first."""
-    form = recipe.export.format
-    asked = recipe.tune.quants
-    if asked:
-        return list(asked)
+    """Return the number formats that are tried, the widest first."""
+    if recipe.tune.quants:
+        return list(recipe.tune.quants)
 
     allowed = Target.read(recipe.target).allowed_quants
-    known = [
-        *packings.list_stored(form, "quant"),
-        *packings.list_stored(form, "presets"),
-    ]
-
-    def bits(name: str) -> float:
-        return quant.load(presets.read(name).quant).BITS
-
+    known = packings.list_stored(recipe.export.format, "quant")
     fitting = [name for name in known if not allowed or name in allowed]
-    narrow = [name for name in fitting if bits(name) <= _MOST_BITS]
-    mixes = plugins.names("presets")
-    return sorted(narrow, key=lambda name: (-bits(name), name in mixes, name))
+    narrow = [name for name in fitting if _count_bits(name) <= MAX_BITS]
+    return sorted(narrow, key=lambda name: (-_count_bits(name), name))
 
 
-def _list_cuts(job: Job) -> Iterator[tuple[str, Settings]]:
-    for share in job.recipe.tune.ffn:
+def _count_bits(name: str) -> float:
+    return quant.load(presets.read(name).quant).BITS
+
+
+def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
+    """Yield what may be pruned, nothing first, each also with fewer tokens and with recovery."""
+    tune = job.recipe.tune
+    whole = [*_list_cuts(tune.ffn), *_list_zeros(job.recipe.export.format, tune.zeros)]
+    pruned = list(whole)
+    for tokens in tune.vocabulary:
+        keep = {"structure": {"keep": {"vocabulary": float(tokens)}}}
+        pruned.append((f"{tokens:,} tokens", keep))
+        pruned += [(f"{tokens:,} tokens, {kind}", merge(keep, own)) for kind, own in whole]
+
+    yield "dense", {}
+    for kind, settings in pruned:
+        yield kind, settings
+        if tune.recover_tokens:
+            learned = {"recover": {"tokens": tune.recover_tokens}}
+            yield f"{kind}, recovered", merge(settings, learned)
+
+
+def _list_cuts(shares: tuple[float, ...]) -> Iterator[tuple[str, Settings]]:
+    for share in shares:
         yield f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}
 
 
-def _list_zeros(job: Job) -> Iterator[tuple[str, Settings]]:
+def _list_zeros(form: str, zeros: tuple[Zeros, ...]) -> Iterator[tuple[str, Settings]]:
     """Yield zeros, packed: in a plain file they are as large as any weight."""
-    tune = job.recipe.tune
-    packing = find_packing(job.recipe.export.format)
-    if not packing:
-        return
-
-    packed = {"packing": packing}
-    for share in tune.zeros:
-        prune: dict[str, Any] = {"sparsity": share}
-        yield f"{share:.0%} zeros", {"prune": prune, "export": packed}
-
-    for pattern in tune.patterns:
-        kept, of = (int(part) for part in pattern.split(":"))
-        prune = {"pattern": pattern, "sparsity": 1 - kept / of}
-        yield f"{pattern} zeros", {"prune": prune, "export": packed}
+    packing = find_packing(form)
+    for each in zeros if packing else ():
+        prune: dict[str, Any] = {"sparsity": count_zeros(each)}
+        if isinstance(each, str):
+            prune["pattern"] = each
+        name = each if isinstance(each, str) else f"{each:.0%}"
+        yield f"{name} zeros", {"prune": prune, "export": {"packing": packing}}
 
 
 def find_packing(form: str) -> str:

@@ -2,105 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from racdeploy.export import ExportResult
 from racdeploy.prune import PrunedModel
 from racdeploy.report.front import find_unbeaten
 from racdeploy.report.tuning import (
     Candidate,
+    Constraints,
     CostInterval,
+    Objective,
     Reached,
     ShareInterval,
-    Wishes,
 )
 from racdeploy.tune.candidates import Choice
-from racdeploy.tune.devices.fit import Sample
-from racdeploy.tune.race import Marks, Runner
+from racdeploy.tune.race import Contestant, Scores
+from racdeploy.tune.speed import Sample
 from racdeploy.verify.stats.costs import cost_per_success
 from racdeploy.verify.stats.paired import wilson_interval
 
-_MISSING_KL = 99.0  # nats: of a candidate whose traces cannot be compared
+_MISSING_KL = 99.0  # nats: of a candidate that was not compared, or cannot be
 
 
 @dataclass(frozen=True)
-class Takes:
-    """What a candidate takes, as predicted."""
+class PredictedCost:
+    """Bytes of the file, bytes of the process that answers, and seconds for each token."""
 
     size_bytes: int
     memory_bytes: int
-    tokens_per_s: float
+    token_s: float
 
     @property
-    def seconds_per_token(self) -> float:
-        return 1 / self.tokens_per_s
+    def tokens_per_s(self) -> float:
+        return 1 / self.token_s
 
 
 @dataclass
 class Entry:
-    """One candidate; ``why`` says what ended its way, and is empty while it is in the search."""
+    """One candidate; ``reason`` says what ended its way, and is empty while it may still win."""
 
     choice: Choice
-    takes: Takes
+    cost: PredictedCost
     reached: Reached = "counted"
-    why: str = ""
+    reason: str = ""
     keeps_limits: bool = True
-    error: float | None = None
     kl_nats: float | None = None
     top1: float | None = None
     model: PrunedModel | None = field(default=None, repr=False)
     exported: ExportResult | None = field(default=None, repr=False)
-    marks: Marks | None = field(default=None, repr=False)
-    raced: Marks | None = field(default=None, repr=False)  # those of the race alone
-    alone: Sample | None = field(default=None, repr=False)  # decoding one sequence on the device
+    scores: Scores | None = field(default=None, repr=False)
+    raced: Scores | None = field(default=None, repr=False)  # those of the race alone
+    alone: Sample | None = field(default=None, repr=False)  # decoding one sequence on this machine
 
     @property
     def name(self) -> str:
         return self.choice.name
 
     @property
-    def is_in(self) -> bool:
-        """Whether it may still win."""
-        return not self.why
+    def is_active(self) -> bool:
+        return not self.reason
 
     @property
     def size_bytes(self) -> int:
         """Size of the artifact, measured where it is there."""
-        return self.exported.size_bytes if self.exported else self.takes.size_bytes
+        return self.exported.size_bytes if self.exported else self.cost.size_bytes
 
     @property
-    def quality(self) -> float:
-        """What is less the nearer it is to the dense model, as far as that is known."""
-        found = self.kl_nats if self.kl_nats is not None else self.error
-        return _MISSING_KL if found is None else found
+    def distance(self) -> float:
+        """Divergence from the dense model, in nats; large where it is not known."""
+        return _MISSING_KL if self.kl_nats is None else self.kl_nats
 
     @property
     def accuracy(self) -> float:
         """Share of right answers; it has answered."""
-        assert self.marks is not None
-        return float(self.marks.right_N.mean())
+        assert self.scores is not None
+        return float(self.scores.right_N.mean())
 
-    def leave(self, why: str) -> None:
+    def reject(self, reason: str) -> None:
         """End its way, unless it has ended before."""
-        self.why = self.why or why
+        self.reason = self.reason or reason
 
-    def judge(self, wishes: Wishes) -> None:
-        """See whether it keeps the limits, and end its way where it does not."""
-        broken = list_broken(self, wishes)
+    def check(self, limits: Constraints) -> None:
+        """Find out whether it keeps the limits, and reject it where it does not."""
+        broken = list_broken(self, limits)
         self.keeps_limits = not broken
-        if broken:
-            self.leave(", ".join(broken))
+        self.reject(", ".join(broken))
 
-    def as_runner(self) -> Runner:
+    def as_contestant(self) -> Contestant:
         """Return what the race has to know of it."""
-        return Runner(
-            self.name,
-            self.size_bytes,
-            self.takes.seconds_per_token,
-            self.quality,
-            self.choice.dense,
-        )
+        cost, dense = self.cost.token_s, self.choice.dense
+        return Contestant(self.name, self.size_bytes, cost, self.distance, dense)
 
     def as_row(self, on_front: bool) -> Candidate:
         """Return it as the report has it."""
@@ -110,76 +105,114 @@ class Entry:
             dense=self.choice.dense,
             settings=self.choice.given,
             reached=self.reached,
-            why=self.why,
+            reason=self.reason,
             size_bytes=self.size_bytes,
             size_measured=self.exported is not None,
-            memory_bytes=self.takes.memory_bytes,
-            tokens_per_s=self.takes.tokens_per_s,
+            memory_bytes=self.cost.memory_bytes,
+            tokens_per_s=self.cost.tokens_per_s,
             measured_memory_bytes=alone.peak_rss_bytes if alone else None,
             measured_tokens_per_s=1 / alone.token_s if alone else None,
-            error=self.error,
             kl_nats=self.kl_nats,
             top1=self.top1,
             keeps_limits=self.keeps_limits,
             on_front=on_front,
-            **_count(self.marks, self.takes.seconds_per_token),
+            **_count(self.scores, self.cost.token_s),
         )
 
 
-def _count(marks: Marks | None, seconds_per_token: float) -> dict[str, object]:
+def _count(scores: Scores | None, token_s: float) -> dict[str, object]:
     """Return what a candidate's answers say, as fields of its row."""
-    if marks is None:
+    if scores is None:
         return {}
 
-    prompts, correct = len(marks), int(marks.right_N.sum())
+    prompts, correct = len(scores), int(scores.right_N.sum())
     wilson = wilson_interval(correct, prompts)
     accuracy = ShareInterval(value=correct / prompts, lower=wilson.lower, upper=wilson.upper)
-
-    cost = cost_per_success(marks.tokens_N * seconds_per_token, marks.right_N)
-    seconds = CostInterval(value=cost.ratio, lower=cost.lower, upper=cost.upper)
+    cost = cost_per_success(scores.tokens_N * token_s, scores.right_N)
     return {
         "prompts": prompts,
         "correct": correct,
         "accuracy": accuracy,
-        "thinking_tokens_mean": float(marks.thinking_N.mean()),
-        "seconds_per_correct": seconds,
+        "thinking_tokens_mean": float(scores.thinking_N.mean()),
+        "seconds_per_correct": CostInterval(value=cost.ratio, lower=cost.lower, upper=cost.upper),
     }
 
 
-def list_broken(entry: Entry, wishes: Wishes) -> list[str]:
+def list_broken(entry: Entry, limits: Constraints) -> list[str]:
     """Return the limits that a candidate breaks, each with its figure."""
     broken = []
+    if limits.max_bytes and entry.size_bytes > limits.max_bytes:
+        broken.append(f"{entry.size_bytes:,} bytes, over {limits.max_bytes:,}")
 
-    size_bytes = entry.size_bytes
-    most_bytes = wishes.max_bytes
-    if most_bytes and size_bytes > most_bytes:
-        broken.append(f"{size_bytes:,} bytes, over {most_bytes:,}")
+    memory_bytes = entry.cost.memory_bytes
+    if limits.max_memory_bytes and memory_bytes > limits.max_memory_bytes:
+        broken.append(f"{memory_bytes:,} bytes of memory, over {limits.max_memory_bytes:,}")
 
-    memory_bytes = entry.takes.memory_bytes
-    most_memory = wishes.max_memory_bytes
-    if most_memory and memory_bytes > most_memory:
-        broken.append(f"{memory_bytes:,} bytes of memory, over {most_memory:,}")
-
-    speed = entry.takes.tokens_per_s
-    least_speed = wishes.min_tokens_per_s
-    if least_speed and speed < least_speed:
-        broken.append(f"{speed:,.1f} tokens/s, below {least_speed:g}")
-
+    speed = entry.cost.tokens_per_s
+    if limits.min_tokens_per_s and speed < limits.min_tokens_per_s:
+        broken.append(f"{speed:,.1f} tokens/s, below {limits.min_tokens_per_s:g}")
     return broken
+
+
+def find_nearest(entries: Sequence[Entry], limits: Constraints) -> tuple[Entry, str]:
+    """Return the candidate that is nearest to the limits, and the limits that it would keep."""
+    nearest = min(entries, key=lambda each: _measure_excess(each, limits))
+    cost, options = nearest.cost, []
+    if limits.max_bytes and nearest.size_bytes > limits.max_bytes:
+        options.append(f"--max-bytes {nearest.size_bytes}")
+    if limits.max_memory_bytes and cost.memory_bytes > limits.max_memory_bytes:
+        options.append(f"--max-memory {cost.memory_bytes}")
+    if limits.min_tokens_per_s and cost.tokens_per_s < limits.min_tokens_per_s:
+        options.append(f"--min-tokens-per-s {int(cost.tokens_per_s * 100) / 100:g}")
+    return nearest, " ".join(options)
+
+
+def _measure_excess(entry: Entry, limits: Constraints) -> float:
+    """Return how many times over its limits a candidate is, all of them together; 1 is within."""
+    cost = entry.cost
+    ratios = (
+        entry.size_bytes / (limits.max_bytes or math.inf),
+        cost.memory_bytes / (limits.max_memory_bytes or math.inf),
+        (limits.min_tokens_per_s or 0.0) * cost.token_s,
+    )
+    return math.prod(max(1.0, ratio) for ratio in ratios)
 
 
 def find_front(entries: Iterable[Entry]) -> frozenset[str]:
     """Return those that no other equals in size, speed and quality and beats in one of them."""
     qualities = {}
     for entry in entries:
-        speed = entry.takes.tokens_per_s
-        qualities[entry.name] = (-entry.size_bytes, speed, -_find_loss(entry))
-
+        lost = entry.distance
+        if entry.raced is not None:
+            lost = 1 - float(entry.raced.right_N.mean())
+        qualities[entry.name] = (-entry.size_bytes, entry.cost.tokens_per_s, -lost)
     return find_unbeaten(qualities)
 
 
-def _find_loss(entry: Entry) -> float:
-    """Return what is less the better: wrong answers where there are any, or the divergence."""
-    if entry.raced is not None:
-        return 1 - float(entry.raced.right_N.mean())
-    return entry.quality
+def order_entries(entries: Iterable[Entry], objective: Objective) -> list[Entry]:
+    """Return candidates in the order in which they are made: kinds take turns, dense ones first.
+
+    For accuracy the largest of a kind goes first. Else nobody knows yet how small is too small: the
+    one in the middle, both ends, then those between.
+    """
+    by_kind: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_kind[entry.choice.kind].append(entry)
+
+    rows = []
+    for own in by_kind.values():
+        own.sort(key=lambda entry: -entry.size_bytes)
+        rows.append(own if objective == "accuracy" else _spread(own))
+    return [entry for turn in zip_longest(*rows) for entry in turn if entry]
+
+
+def _spread(entries: Sequence[Entry]) -> list[Entry]:
+    last = len(entries) - 1
+    places = [last // 2, last, 0]
+    spans = [(0, last // 2), (last // 2, last)]
+    for low, high in spans:
+        middle = (low + high) // 2
+        if middle not in (low, high):
+            places.append(middle)
+            spans += [(low, middle), (middle, high)]
+    return [entries[place] for place in dict.fromkeys(places)]

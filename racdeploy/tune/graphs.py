@@ -1,4 +1,4 @@
-"""What an ONNX graph will hold, before another program writes it: tensors, bytes, and its work.
+"""What an ONNX graph will hold, before another program writes it: tensors and their bytes.
 
 The bytes of the weights are exact. Nodes, names and shapes are those of the exporter, about.
 """
@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.onnx.weights import choose_quant
 from racdeploy.export.onnx.writer import VOCABULARY
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize
 from racdeploy.packing.onnx.tensors import GraphTensor, list_tensors
-from racdeploy.packing.packers.bitmask_graph import FOLDED_BYTES
 from racdeploy.quant.matmulnbits import BLOCK
-from racdeploy.tune.devices.engines import ONNXRUNTIME, copy_linear, copy_table
-from racdeploy.tune.devices.work import Work, share_of_experts, sum_up
+from racdeploy.recipe import Zeros, count_zeros
+from racdeploy.tune.sizes import share_of_experts
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # About what onnxruntime-genai's builder writes beside weights and the list of them.
@@ -80,66 +79,28 @@ def _list_arrays(tensor: GraphTensor) -> list[int]:
     return arrays
 
 
-def list_packed(
-    packing: str, tensors: Sequence[GraphTensor], zeros: Mapping[str, float]
-) -> list[GraphTensor]:
-    """Return the tensors that a packing packs; the others stay plain.
-
-    Args:
-        zeros: share of the zeros of each weight that has some.
-    """
-    plugin = packings.load(packing)
-    packed = []
-    for tensor in tensors:
-        share = zeros.get(tensor.name, 0.0)
-        if share and not tensor.looked_up and not plugin.fits(tensor.quant, share):
-            packed.append(tensor)
-    return packed
-
-
-def expect_saved_bytes(packed: Collection[GraphTensor], zeros: Mapping[str, float]) -> float:
+def expect_saved_bytes(
+    packing: str, tensors: Sequence[GraphTensor], zeros: Mapping[str, Zeros]
+) -> float:
     """Return the bytes that packing leaves out: the zeros' codes, but for a mask of one bit."""
+    plugin = packings.load(packing)
     saved = 0.0
-    for tensor in packed:
+    for tensor in tensors:
+        share = count_zeros(zeros.get(tensor.name, zeros.get(generalize(tensor.name), 0.0)))
+        if not share or tensor.looked_up or plugin.fits(tensor.quant, share):
+            continue
         codes_bytes = _list_arrays(tensor)[0]
-        saved += max(0.0, zeros[tensor.name] * codes_bytes - math.prod(tensor.shape) / 8)
+        saved += max(0.0, share * codes_bytes - math.prod(tensor.shape) / 8)
+        if packing == "bitmask_graph":  # which unfolds its tensors with nodes of their own
+            saved -= JOINING_BYTES
     return saved
 
 
-def measure_graph(
-    checkpoint: Checkpoint,
-    tensors: Sequence[GraphTensor],
-    file_bytes: int,
-    unfolded: Collection[GraphTensor] = (),
-) -> Work:
-    """Return what a graph takes to decode with.
-
-    Args:
-        file_bytes: of the plain graph and its weights.
-        unfolded: packed tensors that onnxruntime unpacks when it loads the graph.
-    """
-    weights: dict[str, float] = defaultdict(float)
-    repacked: dict[str, int] = defaultdict(int)
-    kept = passing = 0.0
-
+def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> Mapping[str, float]:
+    """Return the bytes of weights that one token reads, by number format."""
+    read: dict[str, float] = defaultdict(float)
     for tensor in tensors:
-        is_table = tensor.looked_up
-        if len(tensor.shape) < 2 or (is_table and not checkpoint.tied):
-            continue
-
-        count = math.prod(tensor.shape)
-        size_bytes = count_bytes(tensor)
-        weights[tensor.quant] += count * share_of_experts(checkpoint, [tensor.name])
-        repacked[tensor.quant] += size_bytes
-
-        if is_table:
-            copies = copy_table(tensor.quant, count)
-        else:
-            copies = copy_linear(tensor.quant, size_bytes)
-        kept += copies.kept
-        passing += copies.passing
-
-    passing += FOLDED_BYTES * sum(math.prod(tensor.shape) for tensor in unfolded)
-
-    work = sum_up(checkpoint, weights, repacked, file_bytes, ONNXRUNTIME)
-    return replace(work, kept_bytes=kept, passing_bytes=passing)
+        if not tensor.looked_up or checkpoint.tied:
+            share = share_of_experts(checkpoint, [tensor.name])
+            read[tensor.quant] += share * count_bytes(tensor)
+    return read

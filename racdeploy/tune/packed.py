@@ -6,15 +6,16 @@ import math
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.recipe import Zeros, count_zeros, read_kept_of
-from racdeploy.tune.devices.synthetic import find_least
 
 _ROWS, _COLUMNS = 256, 2048  # of a matrix large enough for its table not to count
 
@@ -47,7 +48,7 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
 
     inputs_OI = np.exp(generator.standard_normal(shape))
     score_OI = np.abs(weight_OI) * inputs_OI
-    weight_OI[find_least(score_OI, zeros)] = 0
+    weight_OI[_find_least(score_OI, zeros)] = 0
 
     packed_OP = form.quantize(weight_OI)
 
@@ -58,6 +59,19 @@ def expect_packed_bits(packing: str, quant: str, zeros: Zeros) -> float:
         (row,) = plugin.pack_file(plain, plain.with_name(f"packed{plugin.SUFFIX}"))
 
     return 8 * row.stored_bytes / weight_OI.size
+
+
+def _find_least(score_OI: NDArray[Any], zeros: Zeros) -> NDArray[np.bool_]:
+    """Return True where a weight becomes zero: of all, or of each M, those with the least score."""
+    kept_of = read_kept_of(zeros)
+    # A group that does not fit is as good as any zeros.
+    if kept_of is None or score_OI.shape[1] % kept_of[1]:
+        bound = np.quantile(score_OI, count_zeros(zeros), method="higher")
+        return np.asarray(score_OI <= bound)
+
+    kept, of = kept_of
+    rank_OGS = score_OI.reshape(len(score_OI), -1, of).argsort(axis=2).argsort(axis=2)
+    return np.asarray(rank_OGS.reshape(score_OI.shape) < of - kept)
 
 
 def _choose_columns(of: int, block: int) -> int:

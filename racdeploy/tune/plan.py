@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from racdeploy.report.tables import readable_bytes
-from racdeploy.report.tuning import Wishes
-from racdeploy.report.tuning_tables import describe_device, duration_text
-from racdeploy.tune.clock import share_s
-from racdeploy.tune.search import MOST_RACED, Search
+from racdeploy.report.tuning_tables import describe_device, describe_limits, duration_text
+from racdeploy.tune.search import MAX_MADE, MAX_RACED, Search
 
 _INDENT = 9  # of what stands beside a heading
 
@@ -17,60 +14,32 @@ _INDENT = 9  # of what stands beside a heading
 def write_plan(search: Search) -> list[str]:
     """Return the plan of a search whose candidates have been counted."""
     tune = search.job.recipe.tune
-    aim = tune.objective.replace("-", " ")
-    device = describe_device(search.predictor.device_row)
-
-    compare = duration_text(share_s("compare", tune.budget_s))
-    race = duration_text(share_s("race", tune.budget_s))
-    budget = duration_text(tune.budget_s)
-    prompts = search.job.recipe.verify.count
+    kinds = Counter(entry.choice.kind for entry in search.entries if entry.is_active)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    least = duration_text(sum(search.budget.expected_s.values()))
+    device = describe_device(search.device_row)
+    if search.measures:
+        device += "; it is measured first, within a minute"
 
     steps = {
-        "asks": f"for the best {aim}{_list_limits(search.wishes)}",
+        "asks": describe_limits(search.limits),
         "device": device,
-        "counts": _count_kinds(search),
-        "surveys": f"the dense model on {tune.survey_tokens:,} tokens of its own traces",
-        "makes": f"the most promising of them, until {compare} have gone by",
-        "races": f"up to {MOST_RACED} on {tune.prompts} prompts, until {race} have gone by",
-        "verifies": f"the winner and its best rival on {prompts} other prompts",
-        "takes": f"{budget}, more where the verification needs it",
+        "counts": f"{len(search.entries)} candidates, {kinds.total()} may win: {counted}",
+        "makes": f"the most promising of them, {MAX_MADE} at most",
+        "races": f"the nearest to the dense model, mostly {MAX_RACED}, on {tune.prompts} prompts",
+        "verifies": f"the winner and its rival on {search.job.recipe.verify.count} other prompts",
+        "takes": f"{duration_text(tune.budget_s)}; about {least} at the least",
     }
     return [heading.ljust(_INDENT) + text for heading, text in steps.items()]
 
 
 def list_plan(search: Search) -> dict[str, object]:
     """Return the same as values."""
-    device = search.predictor.device_row
-    candidates = [json.loads(row.model_dump_json()) for row in search.rows()]
     return {
-        "wishes": search.wishes.model_dump(mode="json"),
-        "device": device.model_dump(mode="json"),
-        "candidates": candidates,
+        "constraints": search.limits.model_dump(mode="json"),
+        "device": search.device_row.model_dump(mode="json"),
+        "measures_device": search.measures,
+        "seconds_at_least": dict(search.budget.expected_s),
+        "candidates": [json.loads(row.model_dump_json()) for row in search.rows()],
         "left_out": dict(search.left_out),
     }
-
-
-def _count_kinds(search: Search) -> str:
-    kinds: Counter[str] = Counter()
-    for entry in search.entries:
-        if entry.is_in:
-            kinds[entry.choice.kind] += 1
-
-    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    left = kinds.total()
-    return f"{len(search.entries)} candidates, of which {left} may win: {counted}"
-
-
-def _list_limits(wishes: Wishes) -> str:
-    limits = []
-    if wishes.max_bytes:
-        limits.append(f"{readable_bytes(wishes.max_bytes)} at most")
-    if wishes.max_memory_bytes:
-        limits.append(f"{readable_bytes(wishes.max_memory_bytes)} of memory")
-    if wishes.min_tokens_per_s:
-        limits.append(f"{wishes.min_tokens_per_s:g} tokens/s at least")
-    if wishes.min_accuracy_ratio:
-        limits.append(f"{wishes.min_accuracy_ratio:.0%} of the accuracy")
-
-    said = ", ".join(limits)
-    return f" within {said}" if said else ""

@@ -1,48 +1,48 @@
 """The search: cheap questions about all candidates first, dear ones about the few that are left.
 
-Bytes, memory and speed are predicted for all, and errors by one survey of the dense model. Those
-that promise most are made, and compared with the dense model on held-out traces; the best of these
-race on prompts; the winner is verified beside the best of the other kind, on prompts that nobody
-has seen. Every stage is kept in the work folder: a search that is run again goes on where it ended.
+Sizes are counted for all, speed is predicted from the device's table. The most promising of each
+kind are made, and compared with the dense model on held-out traces; the best of these race on
+prompts. Every stage is kept in the work folder: a search that is run again resumes where it ended.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy import quant
 from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.engines import open_engine
 from racdeploy.errors import UsageError
+from racdeploy.packing import list_stored
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
-from racdeploy.report.tuning import Candidate, Wishes
+from racdeploy.pipeline.workplace import Workplace
+from racdeploy.report.tuning import Candidate, Constraints, DeviceRow
+from racdeploy.storage.stages import Stage
+from racdeploy.targets import Device, Target
 from racdeploy.tasks import Problem
-from racdeploy.traces.trace import Trace
-from racdeploy.tune.candidates import Choice, propose
-from racdeploy.tune.clock import Clock
+from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.tune.budget import Budget, check_held_out, count_weights, estimate_least
+from racdeploy.tune.candidates import MAX_BITS, Choice, propose
 from racdeploy.tune.divergence import DenseLogits
-from racdeploy.tune.entries import Entry, find_front
-from racdeploy.tune.predictor import Predictor, find_nearest
-from racdeploy.tune.race import Aim, Marks, Race
-from racdeploy.tune.strata import order_entries
-from racdeploy.tune.surveyor import Surveyor
+from racdeploy.tune.entries import Entry, find_front, find_nearest, order_entries
+from racdeploy.tune.fill import propose_mix
+from racdeploy.tune.predict import Predictor
+from racdeploy.tune.race import Aim, Race, Scores
+from racdeploy.tune.speed import ENGINE, Workload, find_device, look_up_device
 
+MAX_MADE, MAX_RACED = 12, 6
 _LATE = "the time for comparing was over"
-Show = Callable[[Sequence[Candidate]], None]
-"""Is told how all candidates stand, whenever one has come further."""
-
-_LEAST_WALKS = 4  # models that are pruned, however short the time
-MOST_RACED = 12
 _LEAST_TRACES = 16  # on which divergences are measured
-_SPARE = 1.2  # prompts that are drawn for one: some may be among those of the verification
-_MOST_TIMES = 8.0  # the nearest's divergence: who is farther does not race for accuracy
+_SPARE_PROMPTS = 1.2  # drawn for one: some may be among those of the verification
+_MAX_TIMES = 8.0  # the nearest's divergence: whoever is farther does not answer best
 _LEAST_KL = 1e-4  # nats: below it, nobody answers worse
 
 
@@ -53,7 +53,7 @@ class Search:
     Args:
         work: where stages are kept; 0 ``threads`` are every core.
         scratch: a folder for what lasts as long as the search.
-        show: is told how candidates stand.
+        show: gets a candidate whenever it has come further.
         left_out: why candidates cannot be, by name.
     """
 
@@ -62,198 +62,212 @@ class Search:
     scratch: Path
     threads: int = 0
     progress: Progress | None = None
-    show: Show | None = None
+    show: Callable[[Candidate], None] | None = None
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     race: Race | None = None
 
     def __post_init__(self) -> None:
-        self.clock = Clock(self.job.recipe.tune.budget_s)
+        self.budget = Budget(self.job.recipe.tune.budget_s)
+        device = self.target.device
+        device = device or look_up_device(self._place, self._workload, self.job.backend)
+        self._predictor = Predictor(self.scratch, device)
 
     @cached_property
-    def wishes(self) -> Wishes:
+    def target(self) -> Target:
+        """Where the models will run."""
+        return Target.read(self.job.recipe.target)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the device is this machine, and has yet to be measured."""
+        is_here = self.target.device is None and self.job.backend == ENGINE
+        return is_here and not self.device.measured
+
+    @property
+    def device(self) -> Device:
+        return self._predictor.device
+
+    @cached_property
+    def limits(self) -> Constraints:
         """What was asked for; without a limit of memory, the target's."""
         tune = self.job.recipe.tune
-        return Wishes(
+        return Constraints(
             objective=tune.objective,
             max_bytes=tune.max_bytes or None,
-            max_memory_bytes=tune.max_memory_bytes or self.predictor.target.memory_limit_bytes,
+            max_memory_bytes=tune.max_memory_bytes or self.target.memory_limit_bytes,
             min_tokens_per_s=tune.min_tokens_per_s or None,
             min_accuracy_ratio=tune.least_ratio or None,
             budget_s=tune.budget_s,
         )
 
-    @cached_property
-    def predictor(self) -> Predictor:
-        """What predicts for the candidates of this search."""
-        return Predictor(
-            self.job,
-            self.work,
-            self.scratch,
-            self.threads,
-            self.progress,
-        )
+    def plan(self) -> None:
+        """Count what every candidate takes, and what the search takes at least; measure nothing.
 
-    def count(self) -> None:
-        """Predict what every candidate takes; refuse wishes that none of them keeps."""
-        with self.clock.stage("count"):
-            proposals = propose(self.job)
-            self.left_out |= proposals.left_out
-            for choice in proposals.choices:
-                self._enter(choice)
-
+        Raises:
+            UsageError: no candidate keeps the limits, traces or time are too few; it says how many.
+        """
+        proposals = propose(self.job)
+        self.left_out |= proposals.left_out
+        for choice in proposals.choices:
+            self._enter(choice)
+        if self.limits.max_bytes:
+            self._mix(self.limits.max_bytes)
         self._refuse_impossible()
-        self.notes += filter(None, [self.predictor.note])
-        self._tell()
+
+        stage = Stage.at(self.work, "traces", self._build.trace_stage.inputs(self.job.checkpoint))
+        traces = TraceSet(stage.folder).read() if stage.finished else []
+        if not traces:
+            check_held_out(self.job)
+        token_s = min(entry.cost.token_s for entry in self.entries if entry.choice.dense)
+        cores, measures = self.device.cores, self.measures
+        self.budget.expected_s = estimate_least(self.job, token_s, cores, traces, measures=measures)
+        self.budget.check()
 
     def _enter(self, choice: Choice) -> None:
         try:
-            entry = Entry(choice, self.predictor.predict(choice))
+            entry = Entry(choice, self._predictor.predict(choice))
         except UsageError as error:
             self.left_out[choice.name] = error.message
             return
-
-        twin = self.predictor.find_twin(choice)
-        if twin:
-            entry.leave(f"the same file as {twin}")
-        entry.judge(self.wishes)
+        if twin := self._predictor.find_twin(choice):
+            entry.reject(f"the same file as {twin}")
+        entry.check(self._checked)
         self.entries.append(entry)
 
-    def survey(self) -> None:
-        """Predict how much every candidate changes, and mix formats for the bytes there are."""
-        with self.clock.stage("survey"):
-            surveyor = Surveyor(self.build(self.job), self.predictor)
-            calibration, _ = self._traces
-            surveyed = surveyor.survey(self._alive, calibration)
-            for choice in surveyor.propose_mixes(surveyed, self.wishes, self.entries):
+    def _mix(self, max_bytes: int) -> None:
+        """Let the widest candidate of each kind use the bytes that are left."""
+        widest: dict[str, Entry] = {}
+        for entry in sorted(self._active, key=lambda each: each.size_bytes):
+            widest[entry.choice.kind] = entry
+        for entry in widest.values():
+            size = self._predictor.size(entry.choice)
+            if choice := propose_mix(entry.choice, size, max_bytes):
                 self._enter(choice)
 
-            for entry in self._alive:
-                error = surveyor.predict_error(entry.choice, surveyed)
-                entry.reached = "surveyed"
-                if math.isinf(error):
-                    entry.leave("its number format cannot hold the weights of a linear")
-                else:
-                    entry.error = error
-
-        self._tell()
+    def measure(self) -> None:
+        """Measure this machine where it is the device, and reject what is too slow."""
+        with self.budget.stage("measure"):
+            if self.measures:
+                place = replace(self._place, progress=self.report)
+                self._predictor.device = find_device(place, self.scratch, self._workload)
+        for entry in self.entries:
+            entry.cost = self._predictor.predict(entry.choice)
+            entry.check(self._checked)
+            self._tell(entry)
+        self._refuse_impossible()
 
     def compare(self) -> None:
-        """Make the most promising ones, and see how far they are from the dense model."""
-        ordered = order_entries(self._alive, self.wishes.objective)
-        kept = tempfile.TemporaryDirectory(dir=self.scratch)
-        with self.clock.stage("compare"), kept as folder:
+        """Make the most promising ones, and measure how far they are from the dense model."""
+        with self.budget.stage("traces"):
+            self.budget.expected_s["traces"] *= bool(self._traces)
+        self.budget.learn("traces", self.budget.seconds["traces"])
+
+        ordered = order_entries(self._active, self.limits.objective)
+        with (
+            tempfile.TemporaryDirectory(dir=self.scratch) as folder,
+            self.budget.stage("compare"),
+        ):
             logits = self._remember_logits(Path(folder))
-            walked: set[str] = set()
-            longest_s = {True: 0.0, False: 0.0}  # by whether the weights were there
+            longest_s = 0.0
+            for entry in ordered:
+                kinds = {each.choice.dense for each in self._compared}
+                is_late = self.budget.left_s("compare") < longest_s
+                if entry.choice.dense in kinds and (is_late or len(self._compared) >= MAX_MADE):
+                    entry.reject(_LATE if is_late else f"{MAX_MADE} others are more promising")
+                elif self._is_hopeless(entry):
+                    entry.reject("the widest of its kind is too far from the dense model")
+                else:
+                    began = self.budget.elapsed_s
+                    self._try(entry, logits)
+                    longest_s = max(longest_s, self.budget.elapsed_s - began)
+                self._tell(entry)
 
-            while ordered:
-                entry = _take_next(ordered, walked)
-                walk = entry.choice.walk
-                is_known = walk in walked
-                is_late = self.clock.left_s("compare") < longest_s[is_known]
-                if is_late and (is_known or len(walked) >= _LEAST_WALKS):
-                    entry.leave(_LATE)
-                    continue
-
-                began = self.clock.elapsed_s
-                try:
-                    self._make(entry)
-                except UsageError as error:
-                    entry.leave(error.message)
-                    continue
-
-                entry.judge(self.wishes)
-                self._compare(entry, logits)
-
-                walked.add(walk)
-                took_s = self.clock.elapsed_s - began
-                longest_s[is_known] = max(longest_s[is_known], took_s)
-                self._tell()
-
-        late = [entry for entry in self.entries if entry.why == _LATE]
+        late = sum(entry.reason == _LATE for entry in self.entries)
         if late:
-            self.notes.append(
-                f"{len(late)} candidates were not tried, for want of time: a longer --budget would"
-            )
+            self.notes.append(f"{late} candidates were not tried, for want of time: raise --budget")
+
+    def _try(self, entry: Entry, logits: DenseLogits) -> None:
+        try:
+            self._make(entry)
+        except UsageError as error:
+            entry.reject(error.message)
+            return
+        entry.check(self._checked)
+
+        assert entry.model
+        assert entry.exported
+        job, path = entry.choice.job, entry.exported.path
+        exact = self._settings(parallel=1, cache_dtype="f32")
+        old_ids = job.renumbering(entry.model.folder)
+        result = logits.compare(lambda: closing(open_engine(job.backend, path, exact)), old_ids)
+        entry.reached = "compared"
+        if not math.isnan(result.kl_nats):  # else every trace has a token that is gone
+            entry.kl_nats = max(0.0, result.kl_nats)
+            entry.top1 = result.top1
 
     def _make(self, entry: Entry) -> None:
         """Prune and export a candidate, or find it made."""
         build = self.build(entry.choice.job)
         entry.model = build.prune()
-        folder = entry.model.folder
-        entry.exported = build.export(folder, name_artifact(build.job))
+        entry.exported = build.export(entry.model.folder, name_artifact(build.job))
 
-    def _compare(self, entry: Entry, logits: DenseLogits) -> None:
-        assert entry.model
-        assert entry.exported
-        job = entry.choice.job
-        path = entry.exported.path
-        exact = self._settings(parallel=1, cache_dtype="f32")
-
-        old_ids = job.renumbering(entry.model.folder)
-        found = logits.compare(
-            lambda: closing(open_engine(job.backend, path, exact)),
-            old_ids,
-        )
-        entry.reached = "compared"
-        if math.isnan(found.kl_nats):
-            return  # every trace has a token that is gone
-
-        entry.kl_nats = max(0.0, found.kl_nats)
-        entry.top1 = found.top1
+    def _is_hopeless(self, entry: Entry) -> bool:
+        """Return whether a wider one of its kind is too far from the dense model to answer best."""
+        if self.limits.objective != "accuracy" or not self._compared:
+            return False
+        nearest = max(min(each.distance for each in self._compared), _LEAST_KL)
+        kind = [each.distance for each in self._compared if each.choice.kind == entry.choice.kind]
+        return bool(kind) and min(kind) > _MAX_TIMES * nearest
 
     def run_race(self) -> list[Entry]:
         """Let the best ones answer the same prompts; return those that may win, the best first."""
-        raced = self._choose_runners()
+        raced = self._choose_contestants()
         reference = self.reference
         by_name = {entry.name: entry for entry in (*raced, reference)}
+        seconds = 0.0
+        answers = 0
 
-        def ask(name: str, count: int) -> Marks:
+        def ask(name: str, count: int) -> Scores:
+            nonlocal seconds, answers
             entry = by_name[name]
-            entry.marks = self._answer(entry, self.prompts[:count])
-            self._report_race(count)
-            self._tell()
-            return entry.marks
+            known = len(entry.scores) if entry.scores else 0
+            began = self.budget.elapsed_s
+            entry.scores = self._answer(entry, self.prompts[:count])
+            seconds += self.budget.elapsed_s - began
+            answers += count - known
+            self.report("race", count, len(self.prompts))
+            self._tell(entry)
+            return entry.scores
 
-        tune = self.job.recipe.tune
-        aim = Aim(self.wishes.objective, reference.name, tune.least_ratio)
-        runners = [entry.as_runner() for entry in raced]
-        self.race = Race(
-            runners,
-            aim,
-            ask,
-            len(self.prompts),
-            may_go_on=self._may_race,
-        )
+        def has_time(more: int) -> bool:
+            verified = 3 * len(self.job.problems("evaluation"))
+            each_s = seconds / answers
+            self.budget.learn("verify", each_s * verified)
+            return each_s * more <= self.budget.left_s("race")
 
-        with self.clock.stage("race"):
+        aim = Aim(self.limits.objective, reference.name, self.job.recipe.tune.least_ratio)
+        contestants = [entry.as_contestant() for entry in raced]
+        self.race = Race(contestants, aim, ask, len(self.prompts), has_time=has_time)
+        with self.budget.stage("race"):
             order = self.race.run()
-        for entry in raced:
-            entry.raced = entry.marks
-        _refuse_unanswered(raced)
+        if self.race.is_cut:
+            self.notes.append("the race ended early, for want of time: raise --budget")
 
         for entry in raced:
+            entry.raced = entry.scores
             entry.reached = "raced"
-            entry.leave(self.race.stopped.get(entry.name, ""))
+            entry.reject(self.race.stopped.get(entry.name, ""))
             if entry.name not in order:
-                entry.leave(f"too little of {reference.name}'s accuracy on the same prompts")
-
+                entry.reject(f"too little of {reference.name}'s accuracy on the same prompts")
+        _refuse_unanswered(raced)
         return [by_name[name] for name in order]
 
-    def _report_race(self, count: int) -> None:
-        if self.progress:
-            self.progress("race", count, len(self.prompts))
-
-    def _may_race(self) -> bool:
-        return self.clock.left_s("race") > 0
-
-    def _choose_runners(self) -> list[Entry]:
-        """Return who races: the nearest to the dense model, one of each kind at least."""
+    def _choose_contestants(self) -> list[Entry]:
+        """Return the candidates that race: the nearest to the dense model, one of each kind."""
         compared = sorted(
-            (entry for entry in self._alive if entry.reached == "compared"),
-            key=lambda entry: entry.quality,
+            (entry for entry in self._compared if entry.is_active), key=lambda each: each.distance
         )
         if not compared:
             self._refuse_measured()
@@ -262,35 +276,29 @@ class Search:
         front: frozenset[str] = frozenset()
         for is_dense in (True, False):
             front |= find_front(each for each in compared if each.choice.dense == is_dense)
-        first = {entry.choice.dense: entry.name for entry in reversed(compared)}
-        on_front = [entry.name for entry in compared if entry.name in front]
-        spaced = _space_out(on_front)
-        nearest = max(compared[0].quality, _LEAST_KL)
-        by_accuracy = self.wishes.objective == "accuracy"
+        first = {entry.choice.dense: entry for entry in reversed(compared)}.values()
+        is_far = self.limits.objective == "accuracy"
+        farthest = _MAX_TIMES * max(compared[0].distance, _LEAST_KL) if is_far else math.inf
 
-        chosen: list[Entry] = []
+        chosen: list[Entry] = list(first)
         for entry in compared:
-            times = entry.quality / nearest
-            if entry.name in first.values():
-                chosen.append(entry)
-            elif entry.name not in front:
-                entry.leave("another of its kind is as small, as fast and as near to the dense one")
-            elif by_accuracy and times > _MOST_TIMES:
-                entry.leave(f"{times:,.0f} times as far from the dense model as the nearest")
-            elif by_accuracy and len(chosen) >= MOST_RACED:
-                entry.leave(f"{MOST_RACED} others are nearer to the dense model")
-            elif not by_accuracy and entry.name not in spaced:
-                entry.leave(f"{MOST_RACED} others are spread over the front")
+            if entry in chosen:
+                continue
+            if entry.name not in front:
+                entry.reject("another of its kind is as small, as fast and as near")
+            elif entry.distance > farthest:
+                entry.reject("too far from the dense model, beside the nearest")
+            elif len(chosen) >= (MAX_RACED if is_far else MAX_MADE):
+                entry.reject(f"{len(chosen)} others are nearer to the dense model")
             else:
                 chosen.append(entry)
-
         return chosen
 
     @cached_property
     def reference(self) -> Entry:
         """The dense model in its widest format, whether or not it keeps the limits."""
-        dense = [entry for entry in self.entries if entry.choice.kind == "dense"]
-        widest = max(dense, key=lambda entry: entry.takes.size_bytes)
+        dense = [entry for entry in self.entries if entry.choice.dense]
+        widest = max(dense, key=lambda entry: entry.cost.size_bytes)
         if widest.exported is None:
             self._make(widest)
         return widest
@@ -300,18 +308,12 @@ class Search:
         """The race's prompts: others than those of the verification."""
         recipe = self.job.recipe
         wanted = recipe.tune.prompts
-        later = self.job.problems("evaluation")
-        asked_later = {problem.question for problem in later}
-
-        seed = recipe.tune.seed
-        if seed == recipe.verify.seed:
-            seed += 1
-        count = round(_SPARE * (wanted + len(later)))
-
-        fresh = []
-        for problem in self.job.tasks.draw("evaluation", seed, count):
-            if problem.question not in asked_later:
-                fresh.append(problem)
+        later = {problem.question for problem in self.job.problems("evaluation")}
+        seed = recipe.tune.seed + (recipe.tune.seed == recipe.verify.seed)
+        drawn = self.job.tasks.draw(
+            "evaluation", seed, round(_SPARE_PROMPTS * (wanted + len(later)))
+        )
+        fresh = [problem for problem in drawn if problem.question not in later]
 
         if len(fresh) < wanted:
             self.notes.append(
@@ -319,38 +321,75 @@ class Search:
                 "race asked calibration prompts, too"
             )
             fresh += self.job.problems("calibration")
-
         return fresh[:wanted]
 
-    def _answer(self, entry: Entry, problems: Sequence[Problem]) -> Marks:
+    def _answer(self, entry: Entry, problems: Sequence[Problem]) -> Scores:
         assert entry.model
         assert entry.exported
-        job = entry.choice.job
-        answers = self.build(job).evaluation.answer(
-            entry.exported,
-            entry.name,
-            self._settings(),
-            entry.model.folder,
-            problems=problems,
-        )
-        return Marks.of(answers.records)
+        evaluation = self.build(entry.choice.job).evaluation
+        folder, settings = entry.model.folder, self._settings()
+        answers = evaluation.answer(entry.exported, entry.name, settings, folder, problems=problems)
+        return Scores.of(answers.records)
 
     def build(self, job: Job) -> Build:
         """Return the build of a job in the search's work folder."""
-        return Build(job, self.work, self.threads, self.progress)
+        return Build(job, self.work, self.threads, self.report)
+
+    def report(self, label: str, done: int, total: int, tokens: int = 0) -> None:
+        """Show how far a stage is, and how much of the budget is left."""
+        if self.progress:
+            whole = math.ceil(self.budget.budget_s)
+            self.progress("budget", min(whole, round(self.budget.elapsed_s)), whole)
+            self.progress(label, done, total, tokens)
+
+    @property
+    def device_row(self) -> DeviceRow:
+        """The device as the report has it."""
+        device = self.device
+        return DeviceRow(
+            name=device.name, measured=device.measured, source=device.source, cores=device.cores
+        )
 
     def rows(self) -> list[Candidate]:
         """Return all candidates as the report has them."""
-        front = find_front(_list_alike(self.entries))
+        raced = [entry for entry in self.entries if entry.raced is not None and entry.keeps_limits]
+        most = max((len(entry.raced or ()) for entry in raced), default=0)
+        front = find_front(entry for entry in raced if len(entry.raced or ()) == most)
         return [entry.as_row(entry.name in front) for entry in self.entries]
 
-    def _tell(self) -> None:
+    def _tell(self, entry: Entry) -> None:
         if self.show:
-            self.show(self.rows())
+            self.show(entry.as_row(on_front=False))
 
     @property
-    def _alive(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.is_in]
+    def _active(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.is_active]
+
+    @property
+    def _compared(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.reached == "compared"]
+
+    @property
+    def _build(self) -> Build:
+        return self.build(self.job)
+
+    @property
+    def _place(self) -> Workplace:
+        return Workplace(self.work, self.threads)
+
+    @cached_property
+    def _workload(self) -> Workload:
+        checkpoint = self.job.checkpoint
+        weights = round(count_weights(checkpoint))
+        stored = list_stored(self.job.recipe.export.format, "quant")
+        narrow = [name for name in stored if quant.load(name).BITS <= MAX_BITS]
+        return Workload(weights, checkpoint.block_count, tuple(narrow))
+
+    @property
+    def _checked(self) -> Constraints:
+        """The limits, without that of speed while speed is a rough guess."""
+        unknown = {"min_tokens_per_s": None} if self.measures else {}
+        return self.limits.model_copy(update=unknown)
 
     def _settings(self, **changes: object) -> EngineSettings:
         verify = self.job.recipe.verify
@@ -358,84 +397,50 @@ class Search:
         return replace(settings, **changes)  # type: ignore[arg-type]
 
     @cached_property
-    def _traces(self) -> tuple[list[Trace], list[Trace]]:
-        """Traces of the dense model that calibrate, and some that are held out."""
-        build = self.build(self.job)
-        _, traces = build.traces()
-        calibration, held_out, _ = build.prune_stage.select(traces)
+    def _traces(self) -> list[Trace]:
+        """Traces of the dense model that are held out; others calibrate."""
+        _, traces = self._build.traces()
+        _, held_out, _ = self._build.prune_stage.select(traces)
         if not held_out:
             raise UsageError(
                 f"none of {len(traces)} traces is held out, so candidates cannot be compared",
                 remedy="raise --trace-prompts, or calibration.held_out_share",
             )
-        return calibration, held_out
+        return held_out
 
     def _remember_logits(self, folder: Path) -> DenseLogits:
-        _, held_out = self._traces
         exact = self._settings(parallel=1, cache_dtype="f32")
         model = self.job.model.folder
-
-        traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out]
+        traces = [(trace.prompt_ids, trace.completion_ids) for trace in self._traces]
         most = max(_LEAST_TRACES, self.job.recipe.verify.logit_traces)
         return DenseLogits(
-            lambda: closing(open_engine("transformers", model, exact)),
-            traces[:most],
-            folder,
+            lambda: closing(open_engine("transformers", model, exact)), traces[:most], folder
         )
 
     def _refuse_impossible(self) -> None:
         """Say what is possible where no candidate keeps the limits."""
-        if self._alive:
+        if self._active:
             return
-        nearest, what = find_nearest(self.entries, self.wishes)
+        nearest, options = find_nearest(self.entries, self._checked)
         raise UsageError(
             f"none of {len(self.entries)} candidates keeps the limits; the nearest is "
-            f"{nearest.name}: {nearest.why}",
-            remedy=what,
+            f"{nearest.name}: {nearest.reason}",
+            remedy=options,
         )
 
     def _refuse_measured(self) -> None:
         made = [entry for entry in self.entries if entry.exported]
-        nearest = min(made, key=lambda entry: entry.size_bytes)
+        nearest, options = find_nearest(made or self.entries, self._checked)
         raise UsageError(
             f"no candidate that was made keeps the limits; the nearest is {nearest.name}: "
-            f"{nearest.why}",
-            remedy=f"--max-bytes {nearest.size_bytes}, or a longer --budget to try more",
+            f"{nearest.reason}",
+            remedy=f"{options}, or a longer --budget to try more",
         )
-
-
-def _take_next(ordered: list[Entry], walked: Collection[str]) -> Entry:
-    """Take the next candidate whose weights are there already, or else the next of all."""
-    for place, entry in enumerate(ordered):
-        if entry.choice.walk in walked:
-            return ordered.pop(place)
-    return ordered.pop(0)
-
-
-def _space_out(names: Sequence[str]) -> set[str]:
-    """Return at most MOST_RACED of some names, as evenly spaced as they can be."""
-    count = len(names)
-    if count <= MOST_RACED:
-        return set(names)
-
-    kept = set()
-    step = (count - 1) / (MOST_RACED - 1)
-    for number in range(MOST_RACED):
-        place = round(number * step)
-        kept.add(names[place])
-    return kept
-
-
-def _list_alike(entries: Sequence[Entry]) -> list[Entry]:
-    """Return those that keep the limits and answered as many prompts of the race as any."""
-    raced = [entry for entry in entries if entry.raced is not None and entry.keeps_limits]
-    most = max((len(entry.raced or ()) for entry in raced), default=0)
-    return [entry for entry in raced if len(entry.raced or ()) == most]
 
 
 def _refuse_unanswered(raced: Sequence[Entry]) -> None:
     """Refuse a race in which nobody was right: nothing can be said of anybody."""
-    if any(entry.marks is not None and entry.marks.right_N.any() for entry in raced):
+    if any(entry.scores is not None and entry.scores.right_N.any() for entry in raced):
         return
     raise UsageError(
         f"none of {len(raced)} candidates answers a single prompt of the race right",

@@ -1,4 +1,4 @@
-"""How many bytes the artifact of a recipe will have, before anything is pruned.
+"""How many bytes the artifact of a recipe will have, and how many a token reads of it.
 
 A plain GGUF file is planned from a skeleton of the cut model: its config, its tokenizer, and the
 shapes of its weights without the values. So its size is exact, to the byte.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from racdeploy.export.gguf.body import ALIGNMENT
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
+from racdeploy.models.families import expert_of, generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
@@ -28,7 +29,6 @@ from racdeploy.prune.structures import vocabulary
 from racdeploy.recipe import Zeros, count_zeros
 from racdeploy.storage.files import canonical_hash
 from racdeploy.traces.trace import Trace
-from racdeploy.tune.devices.work import Work, measure_work
 from racdeploy.tune.packed import expect_saved_bytes
 
 _IN_BLOCK = re.compile(r"^blk\.\d+\.(.+)$")
@@ -38,8 +38,7 @@ _FREE_BLOCKS = "blocks are of several kinds, and which of them stay is not known
 _FREE_TOKENS = "which tokens stay is known once there are traces"
 _FREE_GRAPH = "another program writes the graph of an ONNX file"
 _FREE_PACKING = "how well {} packs is known once there are zeros"
-_UNFOLDING = "bitmask_graph"
-"""A packing that onnxruntime unpacks by itself."""
+_EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Size:
         plain_bytes: of those that the engine opens, the same unless the artifact is packed.
         why_inexact: why ``size_bytes`` is only expected; empty where it is exact.
         checkpoint: what will be exported, or its skeleton.
-        work: what it takes to decode with.
+        read_bytes: of the weights that are read for each token, by number format.
         tensors: of the GGUF file; empty for another format.
     """
 
@@ -59,7 +58,7 @@ class Size:
     plain_bytes: int
     why_inexact: str
     checkpoint: Checkpoint
-    work: Work
+    read_bytes: Mapping[str, float]
     tensors: tuple[PlannedTensor, ...] = ()
 
     @property
@@ -122,7 +121,7 @@ class Sizes:
             plain_bytes=plain_bytes,
             why_inexact=model.why_inexact,
             checkpoint=checkpoint,
-            work=measure_work(checkpoint, plan.tensors, plain_bytes, zeros),
+            read_bytes=count_read_bytes(checkpoint, plan.tensors),
             tensors=tuple(plan.tensors),
         )
         if not is_packed:
@@ -141,23 +140,15 @@ class Sizes:
         from racdeploy.tune import graphs
 
         checkpoint = self._find(job, traces, pruned).checkpoint
-        packing = job.recipe.export.packing if pruned else "plain"
         tensors = graphs.plan_graph(checkpoint, job.recipe.export.quant)
         plain_bytes = graphs.estimate_bytes(checkpoint, tensors)
-
-        shares = {}
-        if packing != "plain":
+        saved = 0.0
+        if pruned and job.recipe.export.packing != "plain":
             zeros = _expect_zeros(job, job.checkpoint)
-            for tensor in tensors:
-                name = tensor.name
-                shares[name] = count_zeros(zeros.get(name, zeros.get(generalize(name), 0.0)))
+            saved = graphs.expect_saved_bytes(job.recipe.export.packing, tensors, zeros)
 
-        packed = graphs.list_packed(packing, tensors, shares)
-        saved = graphs.expect_saved_bytes(packed, shares)
-        unfolded = packed if packing == _UNFOLDING else ()
-        saved -= graphs.JOINING_BYTES * len(unfolded)
-        work = graphs.measure_graph(checkpoint, tensors, plain_bytes, unfolded)
-        return Size(plain_bytes - round(saved), plain_bytes, _FREE_GRAPH, checkpoint, work)
+        read_bytes = graphs.count_read_bytes(checkpoint, tensors)
+        return Size(plain_bytes - round(saved), plain_bytes, _FREE_GRAPH, checkpoint, read_bytes)
 
     def _find(self, job: Job, traces: Sequence[Trace], pruned: bool) -> _Model:
         """Return the checkpoint that is exported, or a skeleton of it."""
@@ -196,6 +187,31 @@ class Sizes:
             return checkpoint
         folder = self._scratch / key
         return Checkpoint(folder if folder.is_dir() else sketch(checkpoint, folder, shape))
+
+
+def count_read_bytes(
+    checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]
+) -> Mapping[str, float]:
+    """Return the bytes of weights that one token reads, by number format."""
+    read: dict[str, float] = defaultdict(float)
+    names = {tensor.name for tensor in tensors}
+    is_head = "output.weight" not in names  # the embedding is
+
+    for tensor in tensors:
+        is_embedding = tensor.name.startswith(_EMBEDDINGS)
+        if is_embedding and not (is_head and tensor.name == "token_embd.weight"):
+            continue
+        read[tensor.quant_real] += tensor.size_bytes * share_of_experts(checkpoint, tensor.parts)
+    return read
+
+
+def share_of_experts(checkpoint: Checkpoint, names: Sequence[str]) -> float:
+    """Return which share of the experts of a tensor a token goes through; 1 where it has none."""
+    is_routed = any(expert_of(name) is not None for name in names)
+    used = checkpoint.config.get("num_experts_per_tok")
+    if not is_routed or not checkpoint.experts or not isinstance(used, int):
+        return 1.0
+    return min(1.0, used / checkpoint.experts)
 
 
 def _push(counts: list[int], layouts: Sequence[Layout]) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from racdeploy.report.tuning import Objective
-from racdeploy.tune.race import Aim, Marks, Race, Runner, list_rounds
+from racdeploy.tune.race import Aim, Scores, Race, Contestant, list_rounds
 from racdeploy.verify.stats.sequential import is_above_zero, wealth
 
 PROMPTS = 400
@@ -25,24 +25,24 @@ class Front:
     def __init__(self, seed: int, accuracies: Sequence[float]) -> None:
         random = np.random.default_rng(seed)
         difficulty_N = random.normal(size=PROMPTS)
-        self.runners = []
-        self.marks: dict[str, Marks] = {}
+        self.contestants = []
+        self.scores: dict[str, Scores] = {}
 
         for place, accuracy in enumerate((0.97, *accuracies)):
             name = REFERENCE if place == 0 else f"candidate {place}"
             luck_N = 0.8 * difficulty_N + 0.6 * random.normal(size=PROMPTS)
             right_N = luck_N < np.quantile(random.normal(size=20_000), accuracy)
             tokens_N = random.integers(100, 200, PROMPTS) + np.where(right_N, 0, 150)
-            self.marks[name] = Marks(right_N, tokens_N, tokens_N - 20)
+            self.scores[name] = Scores(right_N, tokens_N, tokens_N - 20)
             if place:
                 size = round(1e6 * (1 + accuracy))
-                runner = Runner(name, size, 1e-3 * (2 + accuracy), 1.01 - accuracy)
-                self.runners.append(runner)
+                contestant = Contestant(name, size, 1e-3 * (2 + accuracy), 1.01 - accuracy)
+                self.contestants.append(contestant)
 
-    def ask(self, name: str, prompts: int) -> Marks:
-        marks = self.marks[name]
-        return Marks(
-            *(values_N[:prompts] for values_N in (marks.right_N, marks.tokens_N, marks.thinking_N))
+    def ask(self, name: str, prompts: int) -> Scores:
+        scores = self.scores[name]
+        return Scores(
+            *(values_N[:prompts] for values_N in (scores.right_N, scores.tokens_N, scores.thinking_N))
         )
 
 
@@ -50,15 +50,15 @@ ACCURACIES = (0.96, 0.93, 0.88, 0.84, 0.8, 0.74, 0.7, 0.6, 0.5, 0.4, 0.25, 0.05)
 
 
 def _race(front: Front, objective: Objective, ratio: float, error: float = 0.05) -> Race:
-    return Race(front.runners, Aim(objective, REFERENCE, ratio), front.ask, PROMPTS, error)
+    return Race(front.contestants, Aim(objective, REFERENCE, ratio), front.ask, PROMPTS, error)
 
 
 def _run_to_the_end(race: Race) -> list[str]:
     """Return the order where everybody answers every prompt."""
-    whole = replace(race, marks={}, stopped={})
-    for name in (*(runner.name for runner in race.runners), REFERENCE):
-        whole.marks[name] = race.ask(name, PROMPTS)
-    return whole._rank()
+    whole = replace(race, scores={}, stopped={})
+    for name in (*(contestant.name for contestant in race.contestants), REFERENCE):
+        whole.scores[name] = race.ask(name, PROMPTS)
+    return whole.rank()
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_stopping_early_changes_no_winner_and_saves_most_tokens(
 def test_candidates_that_answer_alike_are_told_apart_by_their_divergence() -> None:
     """A race of equals ends long before its last prompt, with the nearest first."""
     front = Front(0, (0.96, 0.96, 0.96))
-    alike = dict.fromkeys(front.marks, front.marks["candidate 1"])
-    front.marks = alike
-    front.runners[1] = replace(front.runners[1], kl_nats=0.001)
+    alike = dict.fromkeys(front.scores, front.scores["candidate 1"])
+    front.scores = alike
+    front.contestants[1] = replace(front.contestants[1], kl_nats=0.001)
 
     race = _race(front, "accuracy", 0.0)
-    assert race.run()[0] == front.runners[1].name
-    assert len(race.marks[front.runners[1].name]) == 122
+    assert race.run()[0] == front.contestants[1].name
+    assert len(race.scores[front.contestants[1].name]) == 122
 
 
 def test_a_winner_that_is_stopped_is_noticed() -> None:
@@ -141,19 +141,19 @@ def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best() -> 
     stopped = 0
     for seed in range(40):
         random = np.random.default_rng(seed)
-        runners = [Runner(f"{place}", 1, 1e-3, 0.1) for place in range(12)]
-        marks = {}
-        for runner in runners:
+        contestants = [Contestant(f"{place}", 1, 1e-3, 0.1) for place in range(12)]
+        scores = {}
+        for contestant in contestants:
             tokens_N = np.where(random.random(256) < 0.03, 2048, random.integers(80, 160, 256))
             right_N = (random.random(256) < 0.9) & (tokens_N < 2048)
-            marks[runner.name] = Marks(right_N, tokens_N, tokens_N)
+            scores[contestant.name] = Scores(right_N, tokens_N, tokens_N)
 
-        def ask(name: str, count: int, marks: dict[str, Marks] = marks) -> Marks:
-            own = marks[name]
-            return Marks(own.right_N[:count], own.tokens_N[:count], own.thinking_N[:count])
+        def ask(name: str, count: int, scores: dict[str, Scores] = scores) -> Scores:
+            own = scores[name]
+            return Scores(own.right_N[:count], own.tokens_N[:count], own.thinking_N[:count])
 
         aim = Aim("seconds-per-correct-answer", "0")
-        race = Race(runners, aim, ask, 256)
+        race = Race(contestants, aim, ask, 256)
         race.run()
         stopped += "0" in race.stopped
 

@@ -1,1 +1,0 @@
-"""Devices: what decides speed and memory there, measured, and what a model will take on one."""

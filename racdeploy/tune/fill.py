@@ -1,0 +1,74 @@
+"""A mix of two number formats that uses the bytes there are: the most sensitive linears get more.
+
+The order is that in which llama.cpp's presets spend bits (``llama_tensor_get_type``): values and
+the down projection first, and the first and last blocks before those between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from racdeploy import packing as packings
+from racdeploy import quant
+from racdeploy.errors import UsageError
+from racdeploy.export.gguf.body import align
+from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.quant import presets
+from racdeploy.storage.toml import merge
+from racdeploy.tune.candidates import MAX_BITS, Choice, make_choice
+from racdeploy.tune.sizes import Size
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
+_SENSITIVE = ("attn_v", "ffn_down", "attn_output", "attn_k", "attn_q")
+_HEADER_BYTES = 512  # the file's description of itself may grow with the mix
+
+
+def fill(tensors: Sequence[PlannedTensor], wider: str, spare_bytes: int) -> Mapping[str, str]:
+    """Return patterns of tensor names → the wider format, for those that spare bytes allow."""
+    inside = [(match, each) for each in tensors if (match := _BLOCK.match(each.name))]
+    last = max((int(match[1]) for match, _ in inside), default=0)
+
+    def rank(found: tuple[re.Match[str], PlannedTensor]) -> tuple[int, int]:
+        match, _ = found
+        kind = match[2].partition(".")[0]
+        place = _SENSITIVE.index(kind) if kind in _SENSITIVE else len(_SENSITIVE)
+        block = int(match[1])
+        return place, min(block, last - block)
+
+    spare_bytes -= _HEADER_BYTES
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for match, tensor in sorted(inside, key=rank):
+        is_matrix = len(tensor.shape) > 1 and tensor.quant_real != "f32"
+        if not is_matrix or quant.fits(quant.load(wider), tensor.shape[-1]):
+            continue
+        stored = replace(tensor, quant_real=wider)
+        more = align(stored.size_bytes) - align(tensor.size_bytes)
+        if 0 < more <= spare_bytes:
+            spare_bytes -= more
+            blocks[match[2]].append(match[1])
+
+    return {rf"^blk\.({'|'.join(own)})\.{re.escape(name)}$": wider for name, own in blocks.items()}
+
+
+def propose_mix(choice: Choice, size: Size, max_bytes: int) -> Choice | None:
+    """Return a candidate with more bits for some tensors of a plain file; None if none fits."""
+    recipe = choice.recipe
+    if recipe.export.format != "gguf" or recipe.export.packing != "plain":
+        return None
+
+    bits = quant.load(presets.read(recipe.export.quant).quant).BITS
+    known = packings.list_stored("gguf", "quant")
+    wider = [name for name in known if bits < quant.load(name).BITS <= MAX_BITS]
+    for name in sorted(wider, key=lambda each: quant.load(each).BITS):
+        tensors = fill(size.tensors, name, max_bytes - size.size_bytes)
+        if not tensors:
+            continue
+        settings = merge(choice.settings, {"export": {"tensors": tensors}})
+        settings = merge(settings, {"prune": {"joint": recipe.prune.joint}})
+        with suppress(UsageError):  # codes of this format cannot be chosen
+            return make_choice(choice.job, f"{choice.name} + {name}", choice.kind, settings)
+    return None
