@@ -68,7 +68,7 @@ def main() -> None:
     recipe = Recipe.model_validate(read_report(arguments.tuned).recipe)
     job = fit_context(Job(recipe))
     (entry, *_) = Manifest.read(arguments.tuned).artifacts
-    most_bytes = tuning.wishes.max_bytes or entry.size_bytes
+    most_bytes = tuning.constraints.max_bytes or entry.size_bytes
     records = read_records(arguments.tuned)
     own = tuple(record for record in records if record.arm == "pruned")[: arguments.prompts]
 

@@ -98,8 +98,7 @@ def _draw_point(tuning: Tuning, each: Candidate, x: float, y: _Scale) -> Markup:
     ]
     if each.name in (tuning.winner, tuning.rival):
         anchor = "end" if x > (_LEFT + _RIGHT) / 2 else "start"
-        beside = x - 12 if anchor == "end" else x + 12
-        parts.append(_text("name", beside, up + (4 if is_winner else 20), each.name, anchor))
+        parts.append(_text("name", x, up - 14 if is_winner else up + 26, each.name, anchor))
     return Markup("").join(parts)
 
 
@@ -112,7 +111,7 @@ def _scale(
 ) -> _Scale:
     """Return a scale with some room around the values, within what values can be."""
     low, high = min(values), max(values)
-    room = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
+    room = max(0.15 * (high - low), 0.03 * abs(high)) or 0.05
     return _Scale(max(low_end, low - room), min(high_end, high + room), start, stop)
 
 

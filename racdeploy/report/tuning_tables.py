@@ -19,7 +19,7 @@ _CELLS: dict[str, Callable[[Candidate], str]] = {
     "memory": lambda each: say("{0.memory_bytes:bytes}", each),
     "tokens/s": lambda each: say("{0.tokens_per_s:speed}", each),
     "tokens/s, measured": lambda each: say("{0.measured_tokens_per_s:speed}", each),
-    "KL, nats": lambda each: say("{0.kl_nats:.2g}", each),
+    "KL, 10⁻³ nats": lambda each: "" if each.kl_nats is None else f"{1e3 * each.kl_nats:,.2g}",
     "right": lambda each: f"{each.correct:,} of {each.prompts:,}" if each.prompts else "",
     "accuracy (95%)": lambda each: interval_text(each.accuracy, "{:.1%}".format),
     "thinking tokens": lambda each: say("{0.thinking_tokens_mean:,.0f}", each),

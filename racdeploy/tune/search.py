@@ -161,7 +161,7 @@ class Search:
     def compare(self) -> None:
         """Make the most promising ones, and measure how far they are from the dense model."""
         with self.budget.stage("traces"):
-            self.budget.expected_s["traces"] *= bool(self._traces)
+            _ = self._traces  # which collects them
         self.budget.learn("traces", self.budget.seconds["traces"])
 
         ordered = order_entries(self._active, self.limits.objective)
@@ -235,6 +235,7 @@ class Search:
             known = len(entry.scores) if entry.scores else 0
             began = self.budget.elapsed_s
             entry.scores = self._answer(entry, self.prompts[:count])
+            entry.reached = "raced"
             seconds += self.budget.elapsed_s - began
             answers += count - known
             self.report("race", count, len(self.prompts))
@@ -257,7 +258,6 @@ class Search:
 
         for entry in raced:
             entry.raced = entry.scores
-            entry.reached = "raced"
             entry.reject(self.race.stopped.get(entry.name, ""))
             if entry.name not in order:
                 entry.reject(f"too little of {reference.name}'s accuracy on the same prompts")

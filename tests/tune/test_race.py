@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from racdeploy.report.tuning import Objective
-from racdeploy.tune.race import Aim, Scores, Race, Contestant, list_rounds
+from racdeploy.tune.race import Aim, Contestant, Race, Scores, list_rounds
 from racdeploy.verify.stats.sequential import is_above_zero, wealth
 
 PROMPTS = 400
@@ -42,7 +42,10 @@ class Front:
     def ask(self, name: str, prompts: int) -> Scores:
         scores = self.scores[name]
         return Scores(
-            *(values_N[:prompts] for values_N in (scores.right_N, scores.tokens_N, scores.thinking_N))
+            *(
+                values_N[:prompts]
+                for values_N in (scores.right_N, scores.tokens_N, scores.thinking_N)
+            )
         )
 
 

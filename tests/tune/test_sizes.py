@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from racdeploy import export as exports
 from racdeploy.errors import ModelError
@@ -232,12 +232,32 @@ def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
         FileSizes(Checkpoint(drawn)).plan(presets.read("q8_0"))
 
 
-def test_the_work_knows_which_weights_kernels_may_take(folder: Path, tmp_path: Path) -> None:
-    """Those that are pruned, by their zeros; a dense artifact has none."""
-    prune = {"pattern": "2:4", "sparsity": 0.5, "dense": ["down_proj"]}
-    job = make_job(folder, prune=prune, export={"quant": "q8_0", "packing": "bitmask"})
-    pruned = sum(math.prod(job.checkpoint.entries[name].shape) for name in job.weights_to_prune)
+def test_a_token_reads_all_but_the_rows_of_the_embedding(tmp_path: Path) -> None:
+    """An embedding that is the head counts, one beside a head does not; of experts, those used."""
+    for tied in (True, False):
+        model = make_checkpoint(tmp_path / f"tied {tied}", "qwen3", tied=tied)
+        size = Sizes(tmp_path).predict(make_job(model, export={"quant": "q8_0"}))
+        embedding = sum(t.size_bytes for t in size.tensors if t.name == "token_embd.weight")
+        whole = sum(tensor.size_bytes for tensor in size.tensors)
+        assert sum(size.read_bytes.values()) == whole - (0 if tied else embedding)
 
-    sizes = Sizes(tmp_path)
-    assert sizes.predict(job).work.sparse == {("q8_0", "2:4"): pruned}
-    assert sizes.predict(job, pruned=False).work.sparse == {}
+    model = make_checkpoint(tmp_path / "experts", "qwen3_moe")
+    for target in ("gguf", "onnx"):
+        job = Job(Recipe.combine(None, {"model": str(model), "target": target}))
+        size = Sizes(tmp_path).predict(job, pruned=False)
+        assert sum(size.read_bytes.values()) < 0.8 * size.size_bytes
+
+
+def test_a_head_that_is_the_embedding_is_counted_once_in_a_graph(tmp_path: Path) -> None:
+    """Also where the checkpoint stores it twice, which exporters do not."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+    job = Job(Recipe.combine(None, {"model": str(folder), "target": "onnx"}))
+    once = Sizes(tmp_path).predict(job, pruned=False)
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, file, {"format": "pt"})
+    again = Job(Recipe.combine(None, {"model": str(folder), "target": "onnx"}))
+    twice = Sizes(tmp_path).predict(again, pruned=False)
+    assert (twice.size_bytes, twice.read_bytes) == (once.size_bytes, once.read_bytes)

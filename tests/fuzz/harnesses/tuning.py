@@ -16,6 +16,7 @@ from tests.support.sample_tuning import build_tuning
 
 READERS = (
     *("racdeploy.report.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
+    *("racdeploy.report.tuning_charts", "racdeploy.report.settings"),
 )
 _WORDS = (
     *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),
@@ -27,7 +28,8 @@ mutator = of_json(_WORDS)
 
 def target(data: bytes) -> None:
     """Read a search, make its page and its Markdown."""
-    tuning = read_tuning(place("tune.json", data))
+    file = place("tune.json", data)
+    tuning = read_tuning(file)
 
     text = tuning.model_dump_json()
     again = Tuning.model_validate_json(text)

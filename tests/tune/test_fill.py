@@ -1,0 +1,54 @@
+"""A mix of two number formats uses the bytes that a limit leaves, and its file keeps the limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.pipeline.job import Job
+from racdeploy.recipe import Recipe
+from racdeploy.tune.candidates import Choice, choose_codes, make_choice
+from racdeploy.tune.fill import propose_mix
+from racdeploy.tune.sizes import Sizes
+
+
+def make_dense(quant: str, **parts: dict[str, Any]) -> Choice:
+    """Return the embedded model, with nothing pruned unless parts say so."""
+    job = Job(Recipe.combine(None, {"structure": {"keep": {}}}))
+    return choose_codes(make_choice(job, quant, "dense", {"export": {"quant": quant}, **parts}))
+
+
+@pytest.mark.parametrize("spare_bytes", [5_000, 60_000, 200_000])
+def test_a_mix_uses_the_bytes_there_are(spare_bytes: int, tmp_path: Path) -> None:
+    """The most sensitive linears get more bits, and codes are chosen as before."""
+    sizes = Sizes(tmp_path)
+    plain = make_dense("q4_0")
+    size = sizes.predict(plain.job)
+    most = size.size_bytes + spare_bytes
+
+    mix = propose_mix(plain, size, most)
+    assert mix
+    filled = sizes.predict(mix.job).size_bytes
+    assert size.size_bytes < filled <= most
+    assert mix.recipe.prune.joint == plain.recipe.prune.joint is True
+    first, *others = mix.recipe.export.tensors
+    assert "attn_v" in first
+    assert bool(others) == (spare_bytes > 100_000)
+
+
+def test_there_is_no_mix_without_room_or_names_of_tensors(tmp_path: Path) -> None:
+    """No spare bytes; a packed file, whose size is only expected."""
+    plain = make_dense("q4_0")
+    size = Sizes(tmp_path).predict(plain.job)
+    assert propose_mix(plain, size, size.size_bytes + 600) is None
+
+    packed = make_dense("q4_0", prune={"sparsity": 0.5})
+    packed = make_choice(
+        packed.job,
+        "zeros",
+        "50% zeros",
+        {"prune": {"sparsity": 0.5}, "export": {"quant": "q4_0", "packing": "bitmask"}},
+    )
+    assert propose_mix(packed, size, 2 * size.size_bytes) is None
