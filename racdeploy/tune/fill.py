@@ -63,8 +63,11 @@ def propose_mix(choice: Choice, size: Size, max_bytes: int) -> Choice | None:
     bits = quant.load(presets.read(recipe.export.quant).quant).BITS
     known = packings.list_stored("gguf", "quant")
     wider = [name for name in known if bits < quant.load(name).BITS <= MAX_BITS]
+    # Pruning chooses how wide each block is: only of equal widths is the size of a mix known.
+    is_free = "ffn" in recipe.structure.parts and not recipe.structure.uniform
+    fixed = [each for each in size.tensors if not (is_free and ".ffn_" in each.name)]
     for name in sorted(wider, key=lambda each: quant.load(each).BITS):
-        tensors = fill(size.tensors, name, max_bytes - size.size_bytes)
+        tensors = fill(fixed, name, max_bytes - size.size_bytes)
         if not tensors:
             continue
         settings = merge(choice.settings, {"export": {"tensors": tensors}})
