@@ -109,8 +109,8 @@ class Candidate(_Part):
         reason: why it went no further; empty for the winner, and where it reached the end.
         size_bytes: of the artifact, predicted unless ``size_measured``.
         memory_bytes, tokens_per_s: predicted for the device.
-        measured_memory_bytes, measured_tokens_per_s: on this machine, where it answered alone.
-        kl_nats, top1: from the dense model on held-out traces, a token.
+        measured_tokens_per_s: on this machine, where it answered alone.
+        kl_nats: from the dense model on held-out traces, a token.
         prompts, correct: of the race, or of the verification.
         accuracy: with its 95 % interval.
         thinking_tokens_mean: per prompt.
@@ -128,10 +128,8 @@ class Candidate(_Part):
     size_measured: bool = False
     memory_bytes: int | None = Field(None, ge=0)
     tokens_per_s: float | None = Field(None, ge=0)
-    measured_memory_bytes: int | None = Field(None, ge=0)
     measured_tokens_per_s: float | None = Field(None, ge=0)
     kl_nats: float | None = None
-    top1: float | None = Field(None, ge=0, le=1)
     prompts: int = Field(0, ge=0)
     correct: int = Field(0, ge=0)
     accuracy: ShareInterval | None = None

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
-from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace
 from racdeploy.tune.race import FIRST_ROUND
 from racdeploy.tune.sizes import share_of_experts
@@ -31,6 +30,7 @@ _ROUNDED = 5e6  # weights a second whose codes an export chooses
 _STARTING_S = 10.0  # of torch and of engines, for each stage
 _CODE_SWEEPS = 10  # over all columns, while codes are chosen
 _USUAL_SHARE = 0.25  # of the longest answer that may be given, while no answer is known
+_MORE_PROMPTS = 64  # than twice as many are not looked for
 _SPARE = 1.15  # of what the verification is expected to take
 
 
@@ -161,27 +161,19 @@ def check_held_out(job: Job) -> None:
         UsageError: it names the number that is needed.
     """
     asked = job.recipe.traces
-    if _count_held_out(job, job.problems("calibration")) >= LEAST_HELD_OUT:
+
+    def is_enough(count: int) -> bool:
+        counts = Counter(each.task for each in job.tasks.draw("calibration", asked.seed, count))
+        share = job.recipe.calibration.held_out_share
+        return sum(round(share * own) for own in counts.values()) >= LEAST_HELD_OUT
+
+    if is_enough(asked.count):
         return
-    for count in range(asked.count + 1, 64 * asked.count + 1024):
-        problems = job.tasks.draw("calibration", asked.seed, count)
-        if _count_held_out(job, problems) >= LEAST_HELD_OUT:
-            remedy = f"--trace-prompts {count} at least"
-            break
-        if len(problems) < count:
-            remedy = "raise calibration.held_out_share: the tasks have no more prompts"
-            break
-    else:
-        remedy = "raise calibration.held_out_share"
+    more = range(asked.count + 1, 2 * asked.count + _MORE_PROMPTS)
+    needed = next((count for count in more if is_enough(count)), 0)
+    remedy = f"--trace-prompts {needed} at least" if needed else "raise calibration.held_out_share"
     raise UsageError(
         f"of {asked.count} calibration prompts fewer than {LEAST_HELD_OUT} traces are held out, "
         "too few to compare candidates",
         remedy=remedy,
     )
-
-
-def _count_held_out(job: Job, problems: Sequence[Problem]) -> int:
-    """Return how many traces are held out: of each task its share."""
-    counts = Counter(problem.task for problem in problems)
-    share = job.recipe.calibration.held_out_share
-    return sum(round(share * count) for count in counts.values())

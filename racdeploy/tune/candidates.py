@@ -19,12 +19,12 @@ from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Zeros, count_zeros
-from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.toml import merge
 from racdeploy.targets import Target
 
 MAX_BITS = 8.5  # wider formats answer no better: they are tried where the recipe names them
 _MAX_CODED_BITS = 6.0
+_PACKING = "bitmask"  # of GGUF files: zeros in ONNX never paid
 PLAIN = {
     "prune": {"sparsity": 0.0, "pattern": "unstructured", "joint": False},
     "recover": {"tokens": 0},
@@ -57,14 +57,6 @@ class Choice:
     @property
     def recipe(self) -> Recipe:
         return self.job.recipe
-
-    @property
-    def walk(self) -> str:
-        """Hash of what the weights depend on: candidates that share it are pruned once."""
-        recipe = self.recipe
-        codes = self.job.joint_quant if recipe.prune.joint else ""
-        parts = (recipe.structure, recipe.prune, recipe.recover)
-        return canonical_hash([codes, *(part.model_dump() for part in parts)])
 
     @property
     def given(self) -> dict[str, Any]:
@@ -153,7 +145,9 @@ def _count_bits(name: str) -> float:
 def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
     """Yield what may be pruned, nothing first, each also with fewer tokens and with recovery."""
     tune = job.recipe.tune
-    whole = [*_list_cuts(tune.ffn), *_list_zeros(job.recipe.export.format, tune.zeros)]
+    whole = [*_list_cuts(tune.ffn)]
+    if job.recipe.export.format == "gguf":
+        whole += _list_zeros(tune.zeros)
     pruned = list(whole)
     for tokens in tune.vocabulary:
         keep = {"structure": {"keep": {"vocabulary": float(tokens)}}}
@@ -173,21 +167,11 @@ def _list_cuts(shares: tuple[float, ...]) -> Iterator[tuple[str, Settings]]:
         yield f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}
 
 
-def _list_zeros(form: str, zeros: tuple[Zeros, ...]) -> Iterator[tuple[str, Settings]]:
+def _list_zeros(zeros: tuple[Zeros, ...]) -> Iterator[tuple[str, Settings]]:
     """Yield zeros, packed: in a plain file they are as large as any weight."""
-    packing = find_packing(form)
-    for each in zeros if packing else ():
+    for each in zeros:
         prune: dict[str, Any] = {"sparsity": count_zeros(each)}
         if isinstance(each, str):
             prune["pattern"] = each
         name = each if isinstance(each, str) else f"{each:.0%}"
-        yield f"{name} zeros", {"prune": prune, "export": {"packing": packing}}
-
-
-def find_packing(form: str) -> str:
-    """Return the packing that leaves zeros out of a format's plain file; empty if there is none."""
-    for name in packings.names(form):
-        packing = packings.load(name)
-        if packing.REQUIRES_ZEROS and not packing.BESIDE_PLAIN:
-            return name
-    return ""
+        yield f"{name} zeros", {"prune": prune, "export": {"packing": _PACKING}}

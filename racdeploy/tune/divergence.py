@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.verify.answers import IdPair, Opener
 from racdeploy.verify.measure import divergences, predict_completion, renumber
-
-
-class Distance(NamedTuple):
-    """Means over all positions: KL(dense ‖ candidate) in nats, and how often the first choice is
-    the same.
-    """
-
-    kl_nats: float
-    top1: float
 
 
 class DenseLogits:
@@ -37,8 +28,8 @@ class DenseLogits:
         self._folder = folder
         self._files: list[Path] = []
 
-    def compare(self, artifact: Opener, old_ids: NDArray[np.int64] | None = None) -> Distance:
-        """Return how far an artifact is.
+    def compare(self, artifact: Opener, old_ids: NDArray[np.int64] | None = None) -> float:
+        """Return the mean of KL(dense ‖ artifact) over all positions, in nats.
 
         Args:
             old_ids: where it has fewer tokens, the dense id of each. Traces with a token that is
@@ -48,10 +39,9 @@ class DenseLogits:
         if old_ids is not None:
             dense, own = renumber(self._traces, old_ids)
         if not own:
-            return Distance(float("nan"), float("nan"))
+            return math.nan
 
         kl = []
-        same = []
         files = self._keep()
 
         with artifact() as engine:
@@ -60,11 +50,10 @@ class DenseLogits:
                 if old_ids is not None:
                     dense_TV = dense_TV[:, old_ids]
 
-                kl_T, same_T, _ = divergences(dense_TV, predict_completion(engine, asked))
+                kl_T, _, _ = divergences(dense_TV, predict_completion(engine, asked))
                 kl.append(kl_T)
-                same.append(same_T)
 
-        return Distance(float(np.concatenate(kl).mean()), float(np.concatenate(same).mean()))
+        return float(np.concatenate(kl).mean())
 
     def _keep(self) -> Sequence[Path]:
         """Return the files with the dense logits of each trace, written when first asked for."""

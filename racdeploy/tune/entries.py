@@ -51,7 +51,6 @@ class Entry:
     reason: str = ""
     keeps_limits: bool = True
     kl_nats: float | None = None
-    top1: float | None = None
     model: PrunedModel | None = field(default=None, repr=False)
     exported: ExportResult | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
@@ -110,10 +109,8 @@ class Entry:
             size_measured=self.exported is not None,
             memory_bytes=self.cost.memory_bytes,
             tokens_per_s=self.cost.tokens_per_s,
-            measured_memory_bytes=alone.peak_rss_bytes if alone else None,
             measured_tokens_per_s=1 / alone.token_s if alone else None,
             kl_nats=self.kl_nats,
-            top1=self.top1,
             keeps_limits=self.keeps_limits,
             on_front=on_front,
             **_count(self.scores, self.cost.token_s),

@@ -9,22 +9,17 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.export.onnx.weights import choose_quant
 from racdeploy.export.onnx.writer import VOCABULARY
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
 from racdeploy.packing.onnx.tensors import GraphTensor, list_tensors
 from racdeploy.quant.matmulnbits import BLOCK
-from racdeploy.recipe import Zeros, count_zeros
 from racdeploy.tune.sizes import share_of_experts
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # About what onnxruntime-genai's builder writes beside weights and the list of them.
 _GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
-JOINING_BYTES = 1700
-"""About what the nodes take that unfold a tensor: measured, 1,743 of the embedded model in f16."""
 _FLOAT_BYTES = 4
 
 
@@ -77,23 +72,6 @@ def _list_arrays(tensor: GraphTensor) -> list[int]:
     if quant.ZERO_POINTS:
         arrays.append(rows * -(-groups * quant.CODE_BITS // 8))
     return arrays
-
-
-def expect_saved_bytes(
-    packing: str, tensors: Sequence[GraphTensor], zeros: Mapping[str, Zeros]
-) -> float:
-    """Return the bytes that packing leaves out: the zeros' codes, but for a mask of one bit."""
-    plugin = packings.load(packing)
-    saved = 0.0
-    for tensor in tensors:
-        share = count_zeros(zeros.get(tensor.name, zeros.get(generalize(tensor.name), 0.0)))
-        if not share or tensor.looked_up or plugin.fits(tensor.quant, share):
-            continue
-        codes_bytes = _list_arrays(tensor)[0]
-        saved += max(0.0, share * codes_bytes - math.prod(tensor.shape) / 8)
-        if packing == "bitmask_graph":  # which unfolds its tensors with nodes of their own
-            saved -= JOINING_BYTES
-    return saved
 
 
 def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> Mapping[str, float]:

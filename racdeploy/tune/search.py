@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 from racdeploy import quant
 from racdeploy.decoding.engine import EngineSettings, Progress
@@ -201,11 +202,10 @@ class Search:
         job, path = entry.choice.job, entry.exported.path
         exact = self._settings(parallel=1, cache_dtype="f32")
         old_ids = job.renumbering(entry.model.folder)
-        result = logits.compare(lambda: closing(open_engine(job.backend, path, exact)), old_ids)
+        kl_nats = logits.compare(lambda: closing(open_engine(job.backend, path, exact)), old_ids)
         entry.reached = "compared"
-        if not math.isnan(result.kl_nats):  # else every trace has a token that is gone
-            entry.kl_nats = max(0.0, result.kl_nats)
-            entry.top1 = result.top1
+        if not math.isnan(kl_nats):  # else every trace has a token that is gone
+            entry.kl_nats = max(0.0, kl_nats)
 
     def _make(self, entry: Entry) -> None:
         """Prune and export a candidate, or find it made."""
@@ -270,7 +270,8 @@ class Search:
             (entry for entry in self._compared if entry.is_active), key=lambda each: each.distance
         )
         if not compared:
-            self._refuse_measured()
+            made = [entry for entry in self.entries if entry.exported]
+            self._refuse(made or self.entries, "no candidate that was made")
 
         # Among its own kind: the best dense model is a rival although a pruned one beats it.
         front: frozenset[str] = frozenset()
@@ -345,10 +346,7 @@ class Search:
     @property
     def device_row(self) -> DeviceRow:
         """The device as the report has it."""
-        device = self.device
-        return DeviceRow(
-            name=device.name, measured=device.measured, source=device.source, cores=device.cores
-        )
+        return DeviceRow(**self.device.model_dump(include=set(DeviceRow.model_fields)))
 
     def rows(self) -> list[Candidate]:
         """Return all candidates as the report has them."""
@@ -418,23 +416,15 @@ class Search:
         )
 
     def _refuse_impossible(self) -> None:
-        """Say what is possible where no candidate keeps the limits."""
-        if self._active:
-            return
-        nearest, options = find_nearest(self.entries, self._checked)
-        raise UsageError(
-            f"none of {len(self.entries)} candidates keeps the limits; the nearest is "
-            f"{nearest.name}: {nearest.reason}",
-            remedy=options,
-        )
+        if not self._active:
+            self._refuse(self.entries, f"none of {len(self.entries)} candidates")
 
-    def _refuse_measured(self) -> None:
-        made = [entry for entry in self.entries if entry.exported]
-        nearest, options = find_nearest(made or self.entries, self._checked)
+    def _refuse(self, entries: Sequence[Entry], what: str) -> NoReturn:
+        """Say what is possible where no candidate keeps the limits."""
+        nearest, options = find_nearest(entries, self._checked)
         raise UsageError(
-            f"no candidate that was made keeps the limits; the nearest is {nearest.name}: "
-            f"{nearest.reason}",
-            remedy=f"{options}, or a longer --budget to try more",
+            f"{what} keeps the limits; the nearest is {nearest.name}: {nearest.reason}",
+            remedy=options or "raise --budget to try more",
         )
 
 

@@ -6,12 +6,15 @@ shapes of its weights without the values. So its size is exact, to the byte.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy import packing as packings
+from racdeploy import quant
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint
@@ -22,9 +25,7 @@ from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.assemble import Shape, sketch
 from racdeploy.prune.layout import Layout
 from racdeploy.prune.structures import vocabulary
-from racdeploy.recipe import Zeros
 from racdeploy.storage.files import canonical_hash
-from racdeploy.tune.packed import expect_saved_bytes
 
 _EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row
 
@@ -89,30 +90,20 @@ class Sizes:
         plan = model.files.plan(job.quant_rules, metadata, split_bytes)
         plain_bytes = model.files.size_bytes(plan)
 
-        saved = 0.0
-        zeros = _expect_zeros(job) if is_packed else {}
-        for tensor in plan.tensors:
-            own = [zeros.get(generalize(part), 0.0) for part in tensor.parts]
-            if any(own) and len({*own}) == 1:
-                saved += expect_saved_bytes(settings.packing, tensor, own[0])
-
+        saved_bytes = round(_expect_saved_bytes(job, plan.tensors)) if is_packed else 0
         read_bytes = count_read_bytes(model.checkpoint, plan.tensors)
-        size_bytes = plain_bytes - round(saved)
+        size_bytes = plain_bytes - saved_bytes
         return Size(size_bytes, plain_bytes, model.checkpoint, read_bytes, tuple(plan.tensors))
 
     def _estimate_graph(self, job: Job) -> Size:
         # Whoever makes no ONNX files has no package for them.
         from racdeploy.tune import graphs
 
-        packing = job.recipe.export.packing
         checkpoint = self._find(job).checkpoint
         tensors = graphs.plan_graph(checkpoint, job.recipe.export.quant)
-        plain_bytes = graphs.estimate_bytes(checkpoint, tensors)
-        saved = 0.0
-        if packing != "plain":
-            saved = graphs.expect_saved_bytes(packing, tensors, _expect_zeros(job))
+        size_bytes = graphs.estimate_bytes(checkpoint, tensors)
         read_bytes = graphs.count_read_bytes(checkpoint, tensors)
-        return Size(plain_bytes - round(saved), plain_bytes, checkpoint, read_bytes)
+        return Size(size_bytes, size_bytes, checkpoint, read_bytes)
 
     def _find(self, job: Job) -> _Model:
         """Return the checkpoint that is exported, or a skeleton of it."""
@@ -189,8 +180,17 @@ def _push(counts: list[int], layouts: Sequence[Layout]) -> list[int]:
     return pushed if sum(pushed) == sum(counts) else counts
 
 
-def _expect_zeros(job: Job) -> dict[str, Zeros]:
-    """Return the zeros of each weight that is pruned, by its name in any block."""
-    settings = job.recipe.prune
-    alike = settings.pattern if settings.kept_of else settings.sparsity
-    return {generalize(weight): alike for weight in job.weights_to_prune}
+def _expect_saved_bytes(job: Job, tensors: Sequence[PlannedTensor]) -> float:
+    """Return the bytes that packing leaves out: the codes of zeros, but for a mask of one bit."""
+    recipe = job.recipe
+    sparsity = recipe.prune.sparsity
+    packing = packings.load(recipe.export.packing)
+    pruned = {generalize(weight) for weight in job.weights_to_prune}
+
+    saved = 0.0
+    for tensor in tensors:
+        is_pruned = all(generalize(part) in pruned for part in tensor.parts)
+        if is_pruned and not packing.fits(tensor.quant_real, sparsity):
+            code_bits = math.floor(quant.load(tensor.quant_real).BITS)
+            saved += max(0.0, sparsity * code_bits - 1) * math.prod(tensor.shape) / 8
+    return saved

@@ -141,7 +141,7 @@ def measure_device(
     began = clock()
     longest_s = 0.0
     file = scratch / "synthetic.gguf"
-    narrow = measure(write_model(file, "q8_0", Dimensions(work.blocks, _NARROW, _NARROW)), threads)
+    narrow = measure(write_model(file, "q8_0", Dimensions(work.blocks, _NARROW)), threads)
     speeds: dict[str, float] = {}
     repacked = []
 

@@ -23,11 +23,15 @@ _ROWS = 32  # quantized of a matrix
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The size of a synthetic model; widths are multiples of 64, of 256 for K-quants."""
+    """The size of a synthetic model, a multiple of 64 wide, of 256 for K-quants."""
 
     blocks: int
     hidden: int = 512
-    channels: int = 1536
+
+    @property
+    def channels(self) -> int:
+        """Width of the feed-forward part."""
+        return 3 * self.hidden
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:

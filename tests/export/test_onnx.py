@@ -36,13 +36,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx import file as onnx_file
 from racdeploy.storage import environments
 from racdeploy.storage.files import file_sha256
-from racdeploy.tune.graphs import (
-    JOINING_BYTES,
-    count_bytes,
-    estimate_bytes,
-    expect_saved_bytes,
-    plan_graph,
-)
+from racdeploy.tune.graphs import count_bytes, estimate_bytes, plan_graph
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_onnx import APPENDING, needs_optimum
 
@@ -131,25 +125,6 @@ def test_the_bytes_of_its_weights_are_known_before(
     planned = {tensor.name: (tensor.quant, count_bytes(tensor)) for tensor in plan}
     assert planned == {each.name: (each.quant_real, each.size_bytes) for each in result.tensors}
     assert estimate_bytes(checkpoint, plan) == pytest.approx(result.size_bytes, rel=0.03)
-
-
-@pytest.mark.usefixtures("chosen")
-def test_the_bytes_of_a_packed_graph_are_about_known_before(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """What leaving zeros out saves, and the nodes that put them back."""
-    result = export(checkpoint, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
-    plan = plan_graph(checkpoint, "f16")
-    saved = expect_saved_bytes("bitmask_graph", plan, {PRUNED: 0.5})
-
-    (packed,) = (each for each in plan if each.name == PRUNED)
-    (stored,) = (each for each in result.tensors if each.packing == "bitmask_graph")
-    assert stored.name == PRUNED
-    one_zero = 2
-    assert stored.size_bytes == count_bytes(packed) - (saved + JOINING_BYTES) + one_zero
-
-    expected = estimate_bytes(checkpoint, plan) - saved
-    assert expected == pytest.approx(result.size_bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -144,7 +144,6 @@ def _answered(
             "size_measured": True,
             "measured_tokens_per_s": measured,
             "kl_nats": 0.2,
-            "top1": 0.9,
             "prompts": count,
             "correct": round(share * count),
             "accuracy": ShareInterval(
@@ -176,7 +175,6 @@ def _other(
             "reached": reached,
             "reason": why,
             "kl_nats": float(kl_nats) if kl_nats else None,
-            "top1": 0.8 if kl_nats else None,
         }
     )
 
