@@ -252,6 +252,8 @@ class Search:
         contestants = [entry.as_contestant() for entry in raced]
         self.race = Race(contestants, aim, ask, len(self.prompts), has_time=has_time)
         with self.budget.stage("race"):
+            if aim.least_ratio and reference.exported is None:
+                self._make(reference)
             order = self.race.run()
         if self.race.is_cut:
             self.notes.append("the race ended early, for want of time: raise --budget")
@@ -281,9 +283,9 @@ class Search:
         is_far = self.limits.objective == "accuracy"
         farthest = _MAX_TIMES * max(compared[0].distance, _LEAST_KL) if is_far else math.inf
 
-        chosen: list[Entry] = list(first)
+        chosen = {entry.name: entry for entry in first}
         for entry in compared:
-            if entry in chosen:
+            if entry.name in chosen:
                 continue
             if entry.name not in front:
                 entry.reject("another of its kind is as small, as fast and as near")
@@ -292,17 +294,14 @@ class Search:
             elif len(chosen) >= (MAX_RACED if is_far else MAX_MADE):
                 entry.reject(f"{len(chosen)} others are nearer to the dense model")
             else:
-                chosen.append(entry)
-        return chosen
+                chosen[entry.name] = entry
+        return list(chosen.values())
 
     @cached_property
     def reference(self) -> Entry:
         """The dense model in its widest format, whether or not it keeps the limits."""
         dense = [entry for entry in self.entries if entry.choice.dense]
-        widest = max(dense, key=lambda entry: entry.cost.size_bytes)
-        if widest.exported is None:
-            self._make(widest)
-        return widest
+        return max(dense, key=lambda entry: entry.cost.size_bytes)
 
     @cached_property
     def prompts(self) -> list[Problem]:

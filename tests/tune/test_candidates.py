@@ -102,7 +102,7 @@ def test_the_recipe_of_a_candidate_builds_it_again(ask: Propose, tmp_path: Path)
     own = {"traces": {"count": 88}, "prune": {"method": "magnitude"}, "tasks": ["gcd"]}
     zeros = (0.5, "2:4")
     for target, quant in (("gguf", "q4_0"), ("raspberry-pi-5", "q4_0"), ("onnx", "k_quant")):
-        result = ask(target, quants=(quant,), ffn=(0.5,), zeros=zeros, vocabulary=(300,), **own)
+        result = ask(target, quants=(quant,), ffn=(2 / 3,), zeros=zeros, vocabulary=(300,), **own)
         assert len(result.choices) > 2
         for choice in result.choices:
             file = tmp_path / "recipe.toml"
