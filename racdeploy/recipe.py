@@ -23,7 +23,7 @@ from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
-_ZEROS = {"method", "pattern", "sparsity", "allocation", "schedule"}
+_ZEROS = {"method", "pattern", "sparsity", "allocation"}
 """Keys of ``prune`` that ask for zeros."""
 _PLAIN = {"magnitude": {"match_dense": False, "refit_steps": 0}}
 """What a method means by its name alone: magnitude moves no weight that stays."""
@@ -150,9 +150,7 @@ class Pruning(_Part):
     """How weights are chosen and compensated.
 
     ``shares`` are the zeros of linears by a regular expression, of which the first that matches
-    decides: a sparsity, or N:M. The others have what makes ``sparsity`` that of all together. After
-    each step of a schedule the sparse model answers the calibration prompts itself; the next one is
-    solved from the dense weights on its traces, with every zero kept.
+    decides: a sparsity, or N:M. The others have what makes ``sparsity`` that of all together.
     """
 
     method: str = "sparsegpt"
@@ -161,10 +159,6 @@ class Pruning(_Part):
     allocation: str = "uniform"
     match_dense: bool = True
     refit_steps: int = Field(20, ge=0)
-    schedule: tuple[float, ...] = ()
-    dense_traces: float = Field(0.25, ge=0, le=1)
-    probe_drop: float = Field(0.1, gt=0, lt=1)
-    probe_length: float = Field(1.3, gt=1)
     joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
     # 60 % zeros, embedded model: held-out error 0.0245 at 16 columns, 0.0314 at 128.
@@ -213,8 +207,6 @@ class Pruning(_Part):
     def _check_sparsity(self) -> Self:
         if self.shares and (self.kept_of or self.allocation != "uniform"):
             raise ValueError("shares go with pattern 'unstructured' and allocation 'uniform'")
-        if self.schedule:
-            self._check_schedule()
         if self.kept_of is None:
             return self
 
@@ -232,17 +224,6 @@ class Pruning(_Part):
 
         object.__setattr__(self, "sparsity", implied)
         return self
-
-    def _check_schedule(self) -> None:
-        steps = self.schedule
-        if any(isinstance(zeros, str) for zeros in self.shares.values()):
-            raise ValueError("a schedule goes with shares of zeros, and not with N:M")
-        if self.kept_of or self.allocation != "uniform":
-            raise ValueError("a schedule goes with pattern 'unstructured' and allocation 'uniform'")
-        if list(steps) != sorted({*steps}) or steps[0] <= 0 or steps[-1] != self.sparsity:
-            raise ValueError(
-                f"schedule {list(steps)} must rise from above 0 to the sparsity, {self.sparsity:g}"
-            )
 
     @property
     def kept_of(self) -> tuple[int, int] | None:
@@ -570,8 +551,7 @@ class Recipe(_Part):
         """Return this recipe with nothing cut, no zeros, and one format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
         none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        none |= {"shares": {}, "schedule": ()}
-        prune = self.prune.model_copy(update=none)
+        prune = self.prune.model_copy(update=none | {"shares": {}})
         export = self.export.model_copy(update={"tensors": {}})
 
         parts = {"structure": structure, "prune": prune, "export": export}

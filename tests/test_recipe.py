@@ -49,7 +49,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]
     }
     assert changed == {
-        *("also", "tasks", "calibration_tasks", "prune.dense", "prune.schedule", "verify.controls"),
+        *("also", "tasks", "calibration_tasks", "prune.dense", "verify.controls"),
         *("prune.shares", "prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
@@ -129,7 +129,6 @@ def test_every_target_gives_a_recipe(name: str) -> None:
         ("[prune]\npattern = '4:4'", "N:M with 0 < N < M"),
         ("[prune]\nshares = {a = '4:4'}", "no share from 0, below 1, and no N:M"),
         ("[prune]\nshares = {a = 1.5}", "no share from 0, below 1, and no N:M"),
-        ("[prune]\nshares = {a = '2:4'}\nschedule = [0.5]", "goes with shares of zeros"),
         ("[prune]\npattern = '2:4'\nsparsity = 0.6", "pattern 2:4 means sparsity 0.5, not 0.6"),
         ("[prune]\ndense = ['(']", "not a regular expression"),
         ("[prune\n", "is not valid TOML"),
@@ -177,7 +176,7 @@ def test_a_user_target_is_a_toml_file(tmp_path: Path) -> None:
 
 def test_a_resolved_recipe_reads_back() -> None:
     """What a manifest holds, every default written out, is a recipe again."""
-    for options in ({}, {"prune": {"pattern": "2:4"}}, {"prune": {"schedule": [0.3, 0.5]}}):
+    for options in ({}, {"prune": {"pattern": "2:4"}}):
         recipe = Recipe.combine(None, options)
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy import sparse_kernels
+from racdeploy.cli.doctor import examine
 from racdeploy.decoding.engine import EngineSettings
-from racdeploy.doctor import examine
 from racdeploy.engines.llamacpp import LlamaCppEngine
 from racdeploy.errors import EngineError
 from racdeploy.packing.sparse_matrix import LAYOUT

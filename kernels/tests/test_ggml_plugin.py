@@ -22,8 +22,8 @@ from kernels.tests.support.plugin import (
     write_proof,
 )
 from racdeploy import sparse_kernels
+from racdeploy.cli.doctor import examine
 from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.doctor import examine
 from racdeploy.engines.llamacpp import LlamaCppEngine
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.export import gguf

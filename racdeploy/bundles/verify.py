@@ -125,7 +125,6 @@ class ArtifactAnswerer:
                 ran.append(f"the one for {entry.backend} ran on {arm.kernels}")
 
         asked = own.recipe.prune.sparsity
-        reached = float(own.manifest.pruning.get("sparsity", asked))
         kept_dense = [row.name for row in own.report.linears if row.sparsity_asked == 0]
         asked_ids = {record.question: record.prompt_ids for record in own.pruned}
 
@@ -138,7 +137,6 @@ class ArtifactAnswerer:
             artifact=self.bundle.folder / main.path,
             artifact_files=_list_files(main),
             sparsity_asked=float(own.manifest.pruning.get("sparsity_asked", asked)),
-            sparsity_recipe=asked if reached < asked else None,
             dense_linears=frozenset(kept_dense),
             tensors=measured.tensors,
             prunable=measured.prunable,

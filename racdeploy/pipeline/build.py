@@ -69,8 +69,8 @@ class Build:
         trace_folder, traces = self.traces()
         model = self.prune()
 
-        # Steps and phases may have been undone: names say what was reached.
-        jobs = [job.at_sparsity(model.sparsity) for job in (self.job, *self.job.siblings)]
+        # Phases may have been undone: names say what was reached.
+        jobs = [self.job, *self.job.siblings]
         if model.before_recovery is None:
             jobs = [job.unrecovered() for job in jobs]
         dense = self._export_dense(model)
@@ -156,18 +156,22 @@ class Build:
 
     def _prune_and_recover(self) -> PrunedModel:
         if not self.job.recipe.recover.tokens:
-            return self.prune_stage.run(self.traces)
+            return self._run_prune(self.prune_stage)
 
         # Codes are chosen last: recovery would move the weights away from those chosen here.
         settings = self.prune_stage.settings.model_copy(update={"joint": False})
         uncoded = replace(self.prune_stage, quant="", settings=settings)
-        model = uncoded.run(self.traces)
-        name = name_model(self.job.at_sparsity(model.sparsity))
+        model = self._run_prune(uncoded)
+        name = name_model(self.job)
         recovered = self._recover(model, name)
 
         if recovered.before_recovery is None and self.job.recipe.prune.joint:
-            return self.prune_stage.run(self.traces)
+            return self._run_prune(self.prune_stage)
         return recovered
+
+    def _run_prune(self, stage: PruneStage) -> PrunedModel:
+        folder, traces = self.traces()
+        return stage.run(traces, TraceSet(folder).sha256)
 
     def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
         """Let a pruned model learn, and choose the codes that are asked for once it has."""
@@ -262,9 +266,7 @@ class Build:
             bound = "_at_most"
 
         cuts = bool(settings.structure.keep)
-        asks_here = settings.prune.schedule and (cuts or not settings.traces.server_reload)
-
-        if asks_here or not (stage.finished or settings.traces.server):
+        if not (stage.finished or settings.traces.server):
             together = min(settings.traces.batch, len(prompts))
             most = trace_bytes(checkpoint, together, max(prompts), max(longest))
             plan["trace_memory_bytes_at_most"] = most
@@ -320,7 +322,7 @@ class Build:
             job.structure,
             recipe.prune,
             job.joint_quant,
-            lambda sparsity: name_model(job.unrecovered().at_sparsity(sparsity)),
+            name_model(job.unrecovered()),
         )
 
     @property

@@ -55,10 +55,8 @@ def estimate_seconds(
     sweeps = _SOLVE_SWEEPS * checkpoint.integer("hidden_size")
     pruning_s = token_s * (_PRUNE_PASSES * tokens + sweeps)
 
-    seconds = token_s * _RECOVER_PASSES * recipe.recover.tokens
+    seconds: float = pruning_s + token_s * _RECOVER_PASSES * recipe.recover.tokens
     seconds += 0 if traces or recipe.traces.server else tracing_s
-    steps = len(recipe.prune.schedule)  # the model answers after each
-    seconds += steps * (pruning_s + tracing_s) if steps else pruning_s
 
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples

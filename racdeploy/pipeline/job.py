@@ -52,18 +52,6 @@ class Job:
         settings = getattr(gate.tiers, tier).apply(recipe.verify, prompts)
         return cls(recipe.model_copy(update={"verify": settings}), tier)
 
-    def at_sparsity(self, sparsity: float) -> Job:
-        """Return the job for a sparsity that a step of the schedule reaches, of the same model."""
-        prune = self.recipe.prune
-        if sparsity == prune.sparsity:
-            return self
-
-        steps = tuple(step for step in prune.schedule if step <= sparsity)
-        reached = prune.model_copy(update={"sparsity": sparsity, "schedule": steps})
-        recipe = self.recipe.model_copy(update={"prune": reached})
-
-        return replace(self, recipe=recipe, resolved=self.model)
-
     def unrecovered(self) -> Job:
         """Return the job without recovery, of the same model."""
         recipe = self.recipe

@@ -145,11 +145,8 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 
 def _possible_folders(job: Job) -> list[Path]:
-    # The last steps of a schedule may be undone.
-    # So may the recovery.
-    steps = job.recipe.prune.schedule or (job.recipe.prune.sparsity,)
-    reached = [job.at_sparsity(step) for step in steps]
-    names = [name_artifact(each) for job in reached for each in (job, job.unrecovered())]
+    # The recovery may be undone.
+    names = [name_artifact(each) for each in (job, job.unrecovered())]
     return [Path(name) for name in dict.fromkeys(names)]
 
 

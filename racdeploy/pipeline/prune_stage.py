@@ -1,15 +1,14 @@
-"""The prune stage: on traces, in one walk or along a schedule; torch is imported when needed."""
+"""The prune stage: one walk over the blocks on traces; torch is imported when needed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from racdeploy.decoding.engine import Progress
-from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
 from racdeploy.prune import PrunedModel
@@ -22,12 +21,9 @@ from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import scratch_folder
 from racdeploy.tasks import TaskSet
 from racdeploy.traces.collect import prompt_traces
-from racdeploy.traces.mix import Probe, mix
 from racdeploy.traces.select import select, within_budget
-from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.traces.trace import Trace
 
-CollectTraces = Callable[[Path | None], tuple[Path, list[Trace]]]
-"""Returns the folder and the traces of a model's folder; None is the dense model."""
 _SPARE_PROMPTS = 1.1  # prompts differ in length, so a few more are drawn than the mean asks for
 
 
@@ -44,37 +40,42 @@ class PruneStage:
     structure: Structure
     settings: Pruning
     quant: Codes
-    name_model: Callable[[float], str]
+    name: str  # of the pruned model's folder
 
-    def run(self, collect: CollectTraces) -> PrunedModel:
-        """Prune the model on its traces, or find it pruned; bad steps of a schedule are undone."""
-        dense_folder, dense = collect(None)
-        dense_sha256 = TraceSet(dense_folder).sha256
-        if not self.settings.schedule:
-            return self._prune_to(self.settings.sparsity, dense, dense_sha256, None)
+    def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
+        """Prune the model on its traces, or find it pruned."""
+        from racdeploy.prune.device import choose_device
 
-        traces = dense
-        sha256 = dense_sha256
+        device = choose_device(self.settings.device).type
+        settings = self.settings.model_copy(update={"device": device})
+        inputs = self.describe_code() | {
+            "traces_sha256": traces_sha256,
+            "tasks": self.tasks.identify_calibration(),
+            "calibration": self.calibration.model_dump(),
+            "structure": self._cuts.model_dump(),
+            "prune": settings.model_dump(),
+            "quant": self.quant,
+        }
 
-        model: PrunedModel | None = None
-        for sparsity in self.settings.schedule:
-            found = self._prune_to(sparsity, traces, sha256, model)
-            own_folder, own = collect(found.folder)
+        stage = self.place.open("prune", inputs)
 
-            probe = Probe.of(own, dense)
-            if reason := probe.reason(self.settings):
-                return _undo(model, sparsity, reason)
+        folder = stage.folder / self.name
+        if not stage.finished:
+            stage.finish(self._walk(folder, settings, traces, self.dense))
 
-            right = f"{probe.accuracy:.1%} of the calibration prompts right"
-            earlier = model.notes if model else ()
-            notes = (*earlier, f"schedule, {sparsity:.0%}: {right}", *found.notes)
-            model = replace(found, notes=tuple(dict.fromkeys(notes)))
+        summary = stage.summary
+        linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
+        notes = (note_held_out(summary["selection"]), note_experts(linears))
 
-            traces = mix(own, dense, self.settings.dense_traces)
-            sha256 = canonical_hash([dense_sha256, TraceSet(own_folder).sha256])
-
-        assert model, "a schedule has a step"
-        return model
+        return PrunedModel(
+            folder,
+            settings.sparsity,
+            linears,
+            tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
+            summary["selection"],
+            tuple(filter(None, notes)),
+            structure=tuple(StructureRow.model_validate(row) for row in summary["structure"]),
+        )
 
     def choose_codes(self, model: Path, traces: Sequence[Trace], name: str) -> Path:
         """Choose the codes of ``quant`` for a sparse model whose values are done, or find them.
@@ -96,9 +97,7 @@ class PruneStage:
         stage = self.place.open("codes", inputs)
         folder = stage.folder / name
         if not stage.finished:
-            from racdeploy.prune.calibrate import OWN_ZEROS
-
-            stage.finish(self._walk(folder, settings, traces, OWN_ZEROS, sparse))
+            stage.finish(self._walk(folder, settings, traces, sparse))
         return folder
 
     def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
@@ -131,49 +130,6 @@ class PruneStage:
         with scratch_folder(self.place.work, self.place.processes.rank) as scratch:
             self._prune_blocks(scratch, given)
 
-    def _prune_to(
-        self,
-        sparsity: float,
-        traces: Sequence[Trace],
-        traces_sha256: str,
-        before: PrunedModel | None,
-    ) -> PrunedModel:
-        """Prune the dense model to one sparsity, keeping the zeros of the model before."""
-        from racdeploy.prune.device import choose_device
-
-        device = choose_device(self.settings.device).type
-        settings = self.settings.model_copy(update={"sparsity": sparsity, "device": device})
-        inputs = self.describe_code() | {
-            "traces_sha256": traces_sha256,
-            "tasks": self.tasks.identify_calibration(),
-            "calibration": self.calibration.model_dump(),
-            "structure": self._cuts.model_dump(),
-            "prune": settings.model_dump(),
-            "quant": self.quant,
-            "within": Checkpoint(before.folder).sha256 if before else "",
-        }
-
-        stage = self.place.open("prune", inputs)
-
-        folder = stage.folder / self.name_model(sparsity)
-        if not stage.finished:
-            within = before.folder.parent if before else None
-            stage.finish(self._walk(folder, settings, traces, within, self.dense))
-
-        summary = stage.summary
-        linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
-        notes = (note_held_out(summary["selection"]), note_experts(linears))
-
-        return PrunedModel(
-            folder,
-            sparsity,
-            linears,
-            tuple(BlockRow.model_validate(row) for row in summary["blocks"]),
-            summary["selection"],
-            tuple(filter(None, notes)),
-            structure=tuple(StructureRow.model_validate(row) for row in summary["structure"]),
-        )
-
     @property
     def _cuts(self) -> Structure:
         """The structure without what is rewritten once everything else is done."""
@@ -186,7 +142,6 @@ class PruneStage:
         folder: Path,
         settings: Pruning,
         traces: Sequence[Trace],
-        within: Path | None,
         model: Checkpoint,
     ) -> dict[str, Any]:
         """Prune a model, the dense one or one that is sparse already, into a folder."""
@@ -205,7 +160,7 @@ class PruneStage:
             "settings": settings,
             "weights": self.calibration.weights,
             "quant": self.quant,
-            "within": within,
+            "keeps_own_zeros": model is not self.dense,
         }
 
         place, blocks_folder = self.place, folder.parent
@@ -245,17 +200,6 @@ class PruneStage:
 
         fresh = [problem for problem in drawn if problem.question not in held_out]
         return within_budget(prompt_traces(self.encoder, fresh), tokens)
-
-
-def _undo(model: PrunedModel | None, sparsity: float, reason: str) -> PrunedModel:
-    """Return the model before a step that went too far, with a note."""
-    if model is None:
-        raise UsageError(
-            f"the first step of the schedule, {sparsity:.0%}, goes too far: {reason}",
-            remedy="begin lower, or raise prune.probe_drop or prune.probe_length",
-        )
-    undone = f"schedule, {sparsity:.0%} was undone: {reason}"
-    return replace(model, notes=(*model.notes, undone), undone=undone)
 
 
 def count_tokens(traces: Sequence[Trace]) -> int:

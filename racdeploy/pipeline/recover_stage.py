@@ -27,7 +27,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.cores import multiplies_bfloat16
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import Stage, scratch_folder
-from racdeploy.traces.mix import Probe
+from racdeploy.traces.probe import Probe
 from racdeploy.traces.select import select
 from racdeploy.traces.text import choose_text, text_traces
 from racdeploy.traces.trace import Trace

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from racdeploy.prune.processes import Processes
@@ -37,14 +36,6 @@ class BlockFiles:
         for name, shape in self._processes.tell(shapes).items():
             value = stored[name].float() if first else torch.empty(shape)
             yield name, self._processes.spread(value)
-
-    def zeros(self, index: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return where the weights of a pruned linear are zero."""
-        zero_OI = torch.empty(shape, dtype=torch.bool)
-        if self._processes.first:
-            with safe_open(self._weights(index), "pt") as file:
-                zero_OI = file.get_tensor(name) == 0
-        return self._processes.spread(zero_OI)
 
     def rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
         report = self._report(index)

@@ -51,10 +51,6 @@ from racdeploy.traces.trace import Trace
 WHOLE = Structure()
 
 
-OWN_ZEROS = Path()
-"""In place of an earlier walk: a checkpoint keeps its own zeros and gets no others."""
-
-
 def prune_blocks(
     checkpoint: Checkpoint,
     calibration: Sequence[Trace],  # these decide the pruning
@@ -63,7 +59,7 @@ def prune_blocks(
     folder: Path,  # finished blocks in it are reused
     weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
     quant: Codes = "",  # format whose codes are chosen while pruning; empty: the export rounds
-    within: Path | None = None,  # an earlier walk, whose cuts and zeros stay, or OWN_ZEROS
+    keeps_own_zeros: bool = False,  # the checkpoint is sparse already, and gets no other zeros
     threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
     progress: Progress | None = None,
     processes: Processes = ALONE,  # each calls this with the same arguments and its own folder
@@ -78,14 +74,12 @@ def prune_blocks(
     session = open_session(*given, processes)
 
     with torch.inference_mode():
-        earlier = None if within == OWN_ZEROS else within
-        outline = decide_outline(session, structure, earlier)
+        outline = decide_outline(session, structure)
         pruner = LinearPruner(
             session,
             _decide_shares(session, _count_weights(session, outline.shape(checkpoint, structure))),
             quant,
-            BlockFiles(earlier, processes) if earlier else None,
-            keeps_own_zeros=within == OWN_ZEROS,
+            keeps_own_zeros=keeps_own_zeros,
         )
         with closing(_Walk(pruner, outline, structure)) as walk:
             return walk.run()
@@ -239,11 +233,10 @@ class _Walk:
         return linear_rows, block_row
 
     def _cut(self, pair: BlockPair, cut: Cut) -> None:
-        """Cut a part of a block, by the criterion or as an earlier walk did."""
-        plugin, earlier = plugins.load("structures", cut.part), self.pruner.earlier
-        kept = earlier.kept(pair.place)[cut.part] if earlier else None
+        """Cut a part of a block by the criterion."""
+        plugin = plugins.load("structures", cut.part)
         given = self.session, self.criterion, cut.counts[pair.place]
-        pair.kept[cut.part] = getattr(plugin, "cut", cut_inputs)(BlockSite(*given, pair, cut, kept))
+        pair.kept[cut.part] = getattr(plugin, "cut", cut_inputs)(BlockSite(*given, pair, cut))
 
         if cut.linear and pair.dense_name(cut.linear) not in self.pruner.shares:
             name = f"{cut.linear}.weight"

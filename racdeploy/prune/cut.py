@@ -44,21 +44,14 @@ class Site:
 
 @dataclass(frozen=True)
 class BlockSite(Site):
-    """Where a structure is cut inside a block; what an earlier walk kept stays."""
+    """Where a structure is cut inside a block."""
 
     pair: BlockPair
     cut: Cut
-    earlier: Sequence[int] | None
 
     @property
     def layout(self) -> Layout:
         return self.cut.layouts[self.pair.place]
-
-    def choose(self, units: Units) -> list[int]:
-        if self.earlier is None:
-            return super().choose(units)
-        units.keep(self.earlier)
-        return units.kept
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -21,7 +20,7 @@ from racdeploy import plugins
 from racdeploy.prune.cut import Site
 from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.layout import Layout, find_end, keep_alike
-from racdeploy.prune.outline import FILE, Outline, as_outline, read_outline, whole
+from racdeploy.prune.outline import FILE, Outline, as_outline, whole
 from racdeploy.prune.removal import Removal
 from racdeploy.prune.session import Session
 from racdeploy.prune.structures import list_parts
@@ -31,17 +30,13 @@ from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json
 
 
-def decide_outline(session: Session, structure: Structure, within: Path | None) -> Outline:
-    """Return what stays, or read what an earlier run decided: of this walk, or the one before."""
+def decide_outline(session: Session, structure: Structure) -> Outline:
+    """Return what stays, or read what an earlier run of this walk decided."""
     processes = session.processes
     file = session.folder / FILE
 
     if not processes.ask_first(file.is_file):
-        if within:
-            outline = processes.ask_first(lambda: read_outline(within))
-        else:
-            outline = _decide(session, structure)
-
+        outline = _decide(session, structure)
         if processes.first:
             write_atomic(file, json.dumps(asdict(outline), indent=1))
 

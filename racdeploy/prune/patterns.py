@@ -75,26 +75,6 @@ class NOfM:
 
 
 @dataclass(frozen=True)
-class Within:
-    """A pattern under which weights that are gone stay gone."""
-
-    pattern: Unstructured | NOfM
-    gone_OI: torch.Tensor  # True: pruned first; in no slice more than ``pattern`` has zeros
-
-    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
-        gone_OC = self.gone_OI[:, column : column + score_OC.shape[1]]
-        score_OC = score_OC.masked_fill(gone_OC, -1.0)
-        return self.pattern.keep(score_OC, column, pruned_before)
-
-    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        score_OI = score_OI.masked_fill(self.gone_OI, -1.0)
-        return self.pattern.keep_per_output(score_OI)
-
-    def group(self, column_block: int) -> int:
-        return self.pattern.group(column_block)
-
-
-@dataclass(frozen=True)
 class AsBefore:
     """The zeros that a linear has, and no others."""
 
@@ -110,7 +90,7 @@ class AsBefore:
         return column_block
 
 
-Pattern = Unstructured | NOfM | Within | AsBefore
+Pattern = Unstructured | NOfM | AsBefore
 
 
 def make_pattern(sparsity: float, kept_of: tuple[int, int] | None) -> Unstructured | NOfM:

@@ -13,12 +13,11 @@ from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.reordering import order_columns
-from racdeploy.prune.block_files import BlockFiles
 from racdeploy.prune.blocks import put
 from racdeploy.prune.experts import ExpertGroup, Piece, count_tokens
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.pair import BlockPair, gather_inputs
-from racdeploy.prune.patterns import AsBefore, Pattern, Within, make_pattern
+from racdeploy.prune.patterns import AsBefore, Pattern, make_pattern
 from racdeploy.prune.pruned_linear import PrunedLinear
 from racdeploy.prune.refit import prune_and_refit
 from racdeploy.prune.rounding import round_to_grid
@@ -39,12 +38,11 @@ class LinearPruner:
         session: Session,
         shares: Shares,
         quant: Codes,  # whose codes are chosen; empty: the export rounds
-        earlier: BlockFiles | None,  # whose zeros stay
         *,
-        keeps_own_zeros: bool,  # and gives no others
+        keeps_own_zeros: bool,  # of a sparse model, which gets no others
     ) -> None:
         self.session, self.shares, self.quant = session, shares, quant
-        self.earlier, self._keeps_own_zeros = earlier, keeps_own_zeros
+        self._keeps_own_zeros = keeps_own_zeros
         self._method = plugins.load("methods", session.settings.method)
 
     def quant_of(self, pair: BlockPair, linear: str) -> str:
@@ -179,19 +177,13 @@ class LinearPruner:
         )
 
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
-        """Return the zeros that a linear shall have: at least those of the earlier walk."""
+        """Return the zeros that a linear shall have."""
         if self._keeps_own_zeros:
             return AsBefore(weight_OI != 0)
 
         settings, name = self.session.settings, pair.dense_name(linear)
         settings.check_width(name, weight_OI.shape[1])
-        pattern = make_pattern(self.shares[name], settings.kept_of_linear(name))
-        if not self.earlier:
-            return pattern
-
-        own_name = pair.name(f"{linear}.weight")
-        gone_OI = self.earlier.zeros(pair.place, own_name, tuple(weight_OI.shape))
-        return Within(pattern, self.session.blocks.place(gone_OI))
+        return make_pattern(self.shares[name], settings.kept_of_linear(name))
 
 
 def find_order(checkpoint: Checkpoint, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:

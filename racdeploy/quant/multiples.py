@@ -154,7 +154,8 @@ class Finder(Candidates):
 
         # All weights of the group must be reached by the same step code.
         bits_NG: NDArray[np.uint64] = np.bitwise_and.reduce(self._bits_V[place_NGS], axis=2)
-        return bits_NG.all(axis=1), bits_NG
+        fits_N: NDArray[np.bool_] = np.all(bits_NG, axis=1)
+        return fits_N, bits_NG
 
 
 def find_divisor(weight_NGS: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -169,7 +169,6 @@ class Evidence:
         token_differences: share of the probes that may differ, 0 to 1.
         rivals: dense models in other quants; no check looks at them.
         stop_ids: None where the artifact holds no tokenizer.
-        sparsity_recipe: what the recipe asked for; None unless a step of its schedule was undone.
         unseen: why there is nothing to look at, by the name of the check.
         harness: what an evaluation harness found; None where none was run.
     """
@@ -193,7 +192,6 @@ class Evidence:
     prompts: tuple[PromptProbe, ...] = ()
     stop_ids: StopIds | None = None
     packing: str = "plain"
-    sparsity_recipe: float | None = None
     unseen: Mapping[str, str] = field(default_factory=dict)
     harness: HarnessRun | None = None
 

@@ -45,7 +45,6 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
         ({"pattern": "2:4"}, {}, 0.5),
         ({"method": "admm"}, {}, 0.5),
         ({"packing": "bitmask"}, {}, 0.5),
-        ({"assignments": ["prune.schedule=[0.3, 0.5]"]}, {}, 0.5),
         ({"keep": ["ffn=0.5"], "pattern": "2:4"}, {"ffn": 0.5}, 0.5),
         ({"quant": "q4_0"}, {"ffn": 0.9}, 0.0),
     ],

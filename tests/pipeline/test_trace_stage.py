@@ -180,23 +180,3 @@ def test_no_folder_has_traces_of_the_server_and_of_transformers(models: list[Pat
     assert here.inputs(dense) == there.inputs(dense)
     assert here.inputs(sparse) != there.inputs(sparse)
     assert {*here.inputs(sparse)} - {*there.inputs(sparse)} == {"torch", "transformers"}
-
-
-def test_a_schedule_is_answered_by_the_server(models: list[Path], tmp_path: Path) -> None:
-    """Each step but the last is loaded once, and the dense model is what the server ends with."""
-    dense = models[0]
-    server = ReloadingServer(dense)
-    prune = {"method": "magnitude", "sparsity": 0.4, "schedule": [0.2, 0.4], "probe_length": 99.0}
-    prune |= {"probe_drop": 0.99, "match_dense": False, "refit_steps": 0}
-    calibration = {"keep_truncated": True}
-    with serving(server.routes()) as url:
-        build = _build(dense, tmp_path, url, "vllm", prune=prune, calibration=calibration)
-        model = build.prune()
-
-    assert server.told[0] == server.told[-1] == dense
-    steps = [folder for folder in server.told if folder != dense]
-    assert len(steps) == len({*steps})
-    assert all(folder.is_relative_to(tmp_path.resolve()) for folder in steps)
-    assert steps
-    assert {*server.asked} == {dense, *steps}
-    assert model.sparsity == pytest.approx(0.4, abs=0.01)

@@ -104,21 +104,14 @@ def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> N
         assert found[0] > 50 << 20
 
 
-@pytest.mark.parametrize(
-    ("schedule", "reload", "planned"),
-    [((), "", False), ((0.3, 0.5), "", True), ((0.3, 0.5), "vllm", False)],
-)
-def test_a_server_takes_the_traces_elsewhere(
-    tmp_path: Path, schedule: tuple[float, ...], reload: str, planned: bool
-) -> None:
-    """But for those of a schedule's sparse models, which answer here unless it can load them."""
+def test_a_server_takes_the_traces_elsewhere(tmp_path: Path) -> None:
+    """Then no memory is planned for them here."""
     recipe = _build(tmp_path).job.recipe
-    server = {"server": "http://127.0.0.1:9/v1", "server_reload": reload}
-    traces = recipe.traces.model_copy(update=server)
-    prune = recipe.prune.model_copy(update={"schedule": schedule})
-    recipe = recipe.model_copy(update={"traces": traces, "prune": prune})
-    plan = Build(Job(recipe), tmp_path / "work", threads=1).plan_pruning()
-    assert ("trace_memory_bytes_at_most" in plan) == planned
+    for server, planned in (("", True), ("http://127.0.0.1:9/v1", False)):
+        traces = recipe.traces.model_copy(update={"server": server})
+        job = Job(recipe.model_copy(update={"traces": traces}))
+        plan = Build(job, tmp_path / "work", threads=1).plan_pruning()
+        assert ("trace_memory_bytes_at_most" in plan) == planned
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,6 @@ def _prune(
     checkpoint: Checkpoint,
     settings: Pruning,
     folder: Path,
-    within: Path | None = None,
     keep: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Return what the walk leaves and says, with the one attention kernel that every device has."""
@@ -75,7 +74,6 @@ def _prune(
             settings,
             folder,
             quant=quant,
-            within=within,
             structure=Structure(keep=dict(keep)),
         )
     files = {file.name: file_sha256(file) for file in folder.iterdir()}
@@ -117,7 +115,7 @@ def test_every_family_runs_on_a_device(family: str, tmp_path: Path) -> None:
     "keep", [{"ffn": 0.5, "heads": 0.75, "blocks": 0.5}, {"kv_groups": 0.5}], ids=str
 )
 def test_cuts_are_made_on_a_device(keep: dict[str, float], tmp_path: Path) -> None:
-    """The survey, the choice of blocks, the removal, and a walk within an earlier one."""
+    """The survey, the choice of blocks, and the removal."""
     checkpoint = Checkpoint(
         make_checkpoint(
             tmp_path / "model", "qwen2", dtype="float32", num_hidden_layers=4, intermediate_size=128
@@ -126,26 +124,21 @@ def test_cuts_are_made_on_a_device(keep: dict[str, float], tmp_path: Path) -> No
     found = {}
     for name, asked in (("cpu", "cpu"), ("far", "cuda")):
         with far_device():
-            before = tmp_path / f"{name}-before"
-            first = _prune(checkpoint, Pruning(sparsity=0.3, device=asked), before, keep=keep)
-            then = _prune(checkpoint, Pruning(device=asked), tmp_path / name, before, keep)
-            found[name] = first, then
+            settings = Pruning(sparsity=0.3, device=asked)
+            found[name] = _prune(checkpoint, settings, tmp_path / name, keep)
     assert found["cpu"] == found["far"]
 
 
 @pytest.mark.usefixtures("far")
 def test_a_step_goes_on_there_after_an_interruption(tmp_path: Path) -> None:
-    """Zeros of an earlier walk and blocks that are finished go to the device too."""
+    """Blocks that are finished go to the device too."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "llama", dtype="float32"))
-    _prune(checkpoint, Pruning(sparsity=0.3, device="cpu"), before := tmp_path / "before")
-    expected = _prune(checkpoint, Pruning(device="cpu"), tmp_path / "cpu", within=before)
+    expected = _prune(checkpoint, Pruning(device="cpu"), tmp_path / "cpu")
     with far_device():
-        _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before)
+        _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far")
         for file in (tmp_path / "far").glob("*-00001.*"):
             file.unlink()
-        assert expected == _prune(
-            checkpoint, Pruning(device="cuda"), tmp_path / "far", within=before
-        )
+        assert expected == _prune(checkpoint, Pruning(device="cuda"), tmp_path / "far")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")

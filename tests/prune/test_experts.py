@@ -358,31 +358,6 @@ def test_a_resumed_walk_ends_with_the_same_bytes(dense: Checkpoint, tmp_path: Pa
         assert file_sha256(file) == file_sha256(again / "blocks" / file.name)
 
 
-def test_a_later_walk_keeps_the_experts_of_the_one_before(
-    dense: Checkpoint, tmp_path: Path
-) -> None:
-    """And their zeros, on other traces."""
-    run(dense, tmp_path / "first", CUT, sparsity=0.3)
-    second = tmp_path / "second"
-    second.mkdir()
-    prune_blocks(
-        dense,
-        HELD_OUT,
-        [],
-        Pruning(sparsity=0.6, expert_tokens=1),
-        second,
-        structure=Structure(keep=CUT),
-        within=tmp_path / "first" / "blocks",
-    )
-    for place in range(2):
-        files = [folder / f"block-{place:05d}" for folder in (tmp_path / "first/blocks", second)]
-        kept = [json.loads(file.with_suffix(".json").read_text())["kept"] for file in files]
-        assert kept[0] == kept[1]
-        before, after = (load_file(file.with_suffix(".safetensors")) for file in files)
-        for name, weight_OI in after.items():
-            assert not weight_OI[before[name] == 0].any()
-
-
 def test_more_passes_leave_the_same_bytes(
     dense: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

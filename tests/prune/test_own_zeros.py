@@ -12,7 +12,7 @@ from racdeploy import quant as quants
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.assemble import assemble
-from racdeploy.prune.calibrate import OWN_ZEROS, prune_blocks
+from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.outline import read_outline
 from racdeploy.recipe import Pruning, Structure
 from tests.support.tiny_models import make_checkpoint
@@ -35,10 +35,15 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def walk(
-    checkpoint: Checkpoint, folder: Path, pruning: Pruning, quant: str, within: Path | None = None
+    checkpoint: Checkpoint,
+    folder: Path,
+    pruning: Pruning,
+    quant: str,
+    keeps_own_zeros: bool = False,
 ) -> Checkpoint:
     folder.mkdir()
-    prune_blocks(checkpoint, TRACES, [], pruning, folder, quant=quant, within=within)
+    given = {"quant": quant, "keeps_own_zeros": keeps_own_zeros}
+    prune_blocks(checkpoint, TRACES, [], pruning, folder, **given)
     shape = read_outline(folder).shape(checkpoint, Structure())
     return Checkpoint(assemble(checkpoint, folder, folder / "model", shape))
 
@@ -56,7 +61,7 @@ def logits_of(weights: Checkpoint | dict[str, torch.Tensor], model: Checkpoint) 
 def test_codes_are_chosen_and_zeros_stay(sparse: Checkpoint, tmp_path: Path) -> None:
     """Each linear keeps its own zeros, however many; one without gets none by the pattern."""
     pruning = Pruning(sparsity=0.0, dense=(DENSE_LINEAR,))
-    coded = walk(sparse, tmp_path / "coded", pruning, QUANT, OWN_ZEROS)
+    coded = walk(sparse, tmp_path / "coded", pruning, QUANT, keeps_own_zeros=True)
     grid = quants.as_grid(QUANT)
 
     before, after = load_file(sparse.folder / "model.safetensors"), {}
@@ -75,7 +80,7 @@ def test_codes_are_chosen_and_zeros_stay(sparse: Checkpoint, tmp_path: Path) -> 
 
 def test_they_are_nearer_to_the_model_than_rounded_ones(sparse: Checkpoint, tmp_path: Path) -> None:
     """Rounding is compensated, as it is while pruning."""
-    coded = walk(sparse, tmp_path / "coded", Pruning(sparsity=0.0), QUANT, OWN_ZEROS)
+    coded = walk(sparse, tmp_path / "coded", Pruning(sparsity=0.0), QUANT, keeps_own_zeros=True)
     grid = quants.as_grid(QUANT)
 
     rounded = {}

@@ -37,8 +37,7 @@ keep_truncated = true
 RECIPE_OF_TRACES = {"traces": {"count": 24, "batch": 5, "max_new_tokens": 12}}
 SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "error"\n'
-SCHEDULE = "prune.schedule = [0.3, 0.5]\nprune.probe_length = 9.0\n"
-CUT = SCHEDULE + "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\n"
+CUT = "structure.keep = {ffn = 0.5, heads = 0.75, blocks = 0.5}\n"
 EXPERTS = "prune.sparsity = 0.5\nprune.expert_tokens = 60\nstructure.keep = {experts = 0.75}\n"
 JOINT = 'prune.joint = true\nprune.match_dense = false\nprune.dense = ["0.mlp.up_proj"]\n'
 
@@ -143,9 +142,9 @@ def test_two_processes_leave_the_bytes_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [PLAIN, SCHEDULE, JOINT, CUT, EXPERTS])
+@pytest.mark.parametrize("settings", [PLAIN, JOINT, CUT, EXPERTS])
 def test_three_processes_leave_the_bytes_of_one(tmp_path: Path, settings: str) -> None:
-    """Again with a schedule, with chosen codes, with one linear left dense, and with experts."""
+    """Again with chosen codes, with one linear left dense, and with experts."""
     _model(tmp_path, settings)
     processes = _start(tmp_path, "three", 3)
     expected = _alone(tmp_path)

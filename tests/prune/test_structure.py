@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,6 @@ from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.report.model import BlockRow, LinearRow
-from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
 from tests.support.tiny_models import CUT_FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
@@ -202,41 +200,6 @@ def test_an_interrupted_cut_ends_with_the_same_bytes(tmp_path: Path) -> None:
     resumed, *found = _cut(dense, again, keep, Pruning(sparsity=0.5))
     assert found == expected
     assert resumed.sha256 == whole.sha256
-
-
-def test_a_later_walk_keeps_the_cuts_of_the_one_before(tmp_path: Path) -> None:
-    """On other traces too; the weights are solved anew and zeros stay zeros."""
-    dense = _make(tmp_path)
-    keep = {"ffn": 0.5, "heads": 0.75}
-    folders = tmp_path / "first", tmp_path / "second"
-    _cut(dense, folders[0], keep, Pruning(sparsity=0.3))
-
-    (folders[1] / "blocks").mkdir(parents=True)
-    other = [make_trace(50 + i, 7, 20, 4) for i in range(8)]
-    prune_blocks(
-        dense,
-        other,
-        HELD_OUT,
-        Pruning(sparsity=0.6),
-        folders[1] / "blocks",
-        structure=Structure(keep=keep),
-        within=folders[0] / "blocks",
-    )
-
-    for name in ("structure.json",):
-        first, second = (file_sha256(folder / "blocks" / name) for folder in folders)
-        assert first == second
-    for place in range(4):
-        kept = [
-            json.loads((folder / "blocks" / f"block-{place:05d}.json").read_text())["kept"]
-            for folder in folders
-        ]
-        assert kept[0] == kept[1]
-        before, after = (
-            load_file(folder / "blocks" / f"block-{place:05d}.safetensors") for folder in folders
-        )
-        for name, weight_OI in after.items():
-            assert not weight_OI[before[name] == 0].any()
 
 
 def test_a_linear_that_stays_dense_is_cut_all_the_same(tmp_path: Path) -> None:

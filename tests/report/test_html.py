@@ -378,7 +378,7 @@ def test_recipe_and_machine_are_shown_and_copied_as_toml(
         "model": 'a "quoted" name',
         "also": ["browser"],
         "export": {"pre_tokenizer": None, "tensors": {"blk.*.ffn": "q8_0"}},
-        "prune": {"sparsity": 0.5, "schedule": [0.25, 0.5], "joint": False, "steps": []},
+        "prune": {"sparsity": 0.5, "shares": [0.25, 0.5], "joint": False, "steps": []},
     }
     page = html.render(report.model_copy(update={"recipe": recipe}), records)
     elements = Elements(page)

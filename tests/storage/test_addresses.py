@@ -70,7 +70,7 @@ def test_a_stage_reaches_what_decides_its_content() -> None:
     """Scorers judge traces, raconnx packs a graph; the rest are plugins, and data they read."""
     assert {"scorers/boxed.py", "reading/answers.py", "tasks/gcd.py"} <= _reached("traces")
     assert {"engines/transformers/torch_model.py", "engines/openai/chat.py"} & _reached("traces")
-    assert {"prune/methods/admm.py", "prune/allocations/owl.py", "traces/mix.py"} <= _reached(
+    assert {"prune/methods/admm.py", "prune/allocations/owl.py", "traces/select.py"} <= _reached(
         "prune"
     )
     assert {"packing/raconnx.py", "packing/packers/bitmask.py"} <= _reached("export")

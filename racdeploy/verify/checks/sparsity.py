@@ -36,10 +36,6 @@ def check(evidence: Evidence) -> CheckResult:
     }
 
     text = f"{found:.1%} zeros in the file, {asked:.1%} asked"
-    if evidence.sparsity_recipe is not None:
-        figures["sparsity_recipe"] = evidence.sparsity_recipe
-        text += " by the last step that was kept, "
-        text += f"not the {evidence.sparsity_recipe:.1%} of the recipe"
 
     reached = found >= asked - evidence.gate.limits(Limits).tolerance
     if reached:
