@@ -8,6 +8,7 @@ Source: OpenSSF model signing 1.0; model-signing 1.1. This is the only place tha
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import json
@@ -237,6 +238,8 @@ def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator
             if kind == "Key mismatch":
                 raise other from error
             if kind == "Signature mismatch":
-                said = f"{bundle} is not what {signature} signs: {differences[:_SAID]}"
+                found = ast.literal_eval(differences)  # a list; hashes mean nothing to a reader
+                names = "; ".join(each.partition(": Expected '")[0] for each in found)
+                said = f"{bundle} is not what {signature} signs: {' '.join(names.split())[:_SAID]}"
                 raise ArtifactError(said, remedy=_NEW_COPY) from error
             raise

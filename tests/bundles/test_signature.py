@@ -93,7 +93,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a name": (
         lambda b: (b / "README.md").rename(b / "readme.md"),
-        "'bundle': readme.md\", \"Missing files in model 'bundle': README.md",
+        "'bundle': readme.md; Missing files in model 'bundle': README.md",
     ),
     "two files in each other's place": (
         lambda b: shutil.copy(b / "report.json", b / "records.jsonl"),
