@@ -154,7 +154,7 @@ class Finder(Candidates):
 
         # All weights of the group must be reached by the same step code.
         bits_NG: NDArray[np.uint64] = np.bitwise_and.reduce(self._bits_V[place_NGS], axis=2)
-        fits_N: NDArray[np.bool_] = np.all(bits_NG, axis=1)
+        fits_N: NDArray[np.bool_] = (bits_NG != 0).all(axis=1)
         return fits_N, bits_NG
 
 
