@@ -97,6 +97,7 @@ def test_an_ignored_signal_stays_ignored(exporting: dict[str, str]) -> None:
         process.communicate(timeout=60)
 
 
+@pytest.mark.takes(6, "three commands are started")
 def test_what_a_killed_export_left_is_swept_by_the_next(exporting: dict[str, str]) -> None:
     """Not while it runs."""
     folder = Path(exporting["OUT"])
