@@ -10,7 +10,7 @@ from functools import cache
 import jinja2
 from markupsafe import Markup
 
-from racdeploy.report.tables import number, plain
+from racdeploy.report.tables import number, plain, shorten
 
 _MOST_POWERS = 6  # intervals of a logarithmic axis
 
@@ -112,7 +112,7 @@ def load_templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
 
-    environment.filters.update(plain=plain, px="{:.1f}".format, number=number)
+    environment.filters.update(plain=plain, px="{:.1f}".format, number=number, shorten=shorten)
     return environment
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from racdeploy.report import axis
 from racdeploy.report.model import ArmSummary, RecoveryRow
 from racdeploy.report.pairs import Pair, list_lengths
-from racdeploy.report.tables import plain, say
+from racdeploy.report.tables import say, shorten
 
 POINTS = 2000
 """Prompts that the chart of all prompts draws at most."""
@@ -41,10 +41,9 @@ def accuracy_by_arm(arms: Sequence[ArmSummary]) -> Markup:
 
     rows = []
     for index, arm in enumerate(arms):
-        name = plain(arm.name)
-        if len(name) > _NAME_CHARACTERS:
-            name = f"{name[: _NAME_CHARACTERS - 1]}…"
-        rows.append((arm, name, frame.top + (index + 0.5) * _ROW, say(_ARM, arm)))
+        name = shorten(arm.name, _NAME_CHARACTERS)
+        height = frame.top + (index + 0.5) * _ROW
+        rows.append((arm, name, height, say(_ARM, arm)))
 
     return axis.draw("arms", x=x, rows=rows, frame=frame)
 

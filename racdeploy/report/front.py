@@ -7,7 +7,7 @@ the interval of the paired difference contains "no difference".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from racdeploy.report.model import ArmSummary, Report, RivalRow
 from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, say
@@ -67,28 +67,37 @@ def who_wins(report: Report) -> list[str]:
 def _compare(rival: ArmSummary, pruned: ArmSummary, row: RivalRow) -> str:
     wins: dict[str, list[str]] = {rival.name: [], "pruned": [], "even": []}
 
-    def count(what: str, rival_wins: bool, pruned_wins: bool) -> None:
-        winner = "pruned" if pruned_wins else "even"
-        wins[rival.name if rival_wins else winner].append(what)
-
-    if rival.size_bytes and pruned.size_bytes:
-        ratio = rival.size_bytes / pruned.size_bytes
-        what = say(_SIZE, rival.size_bytes, pruned.size_bytes)
-        count(what, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN)
-
-    if rival.tokens_per_s and pruned.tokens_per_s:
-        ratio = rival.tokens_per_s / pruned.tokens_per_s
-        what = f"speed ({ratio:.2f} times that of pruned)"
-        count(what, ratio > _SPEED_EVEN, ratio < 1 / _SPEED_EVEN)
-
-    count(say(_GAIN, row), row.gain_lower > 0, row.gain_upper < 0)
-    count(say(_THINKING, row), row.length_upper < 1, row.length_lower > 1)
+    for what, rival_wins, pruned_wins in _judge(rival, pruned, row):
+        winner = "even"
+        if rival_wins:
+            winner = rival.name
+        elif pruned_wins:
+            winner = "pruned"
+        wins[winner].append(what)
 
     even = wins.pop("even")
     parts = [f"{name} wins on {_enumerate(what)}" for name, what in wins.items() if what]
     if even:
         parts.append(f"even on {_enumerate(even)}")
     return f"{rival.name} against pruned: {'; '.join(parts)}."
+
+
+def _judge(
+    rival: ArmSummary, pruned: ArmSummary, row: RivalRow
+) -> Iterator[tuple[str, bool, bool]]:
+    """Yield each quality that both have with its figures, and whether rival or pruned wins."""
+    if rival.size_bytes and pruned.size_bytes:
+        ratio = rival.size_bytes / pruned.size_bytes
+        figures = say(_SIZE, rival.size_bytes, pruned.size_bytes)
+        yield figures, ratio < 1 / _SIZE_EVEN, ratio > _SIZE_EVEN
+
+    if rival.tokens_per_s and pruned.tokens_per_s:
+        ratio = rival.tokens_per_s / pruned.tokens_per_s
+        figures = f"speed ({ratio:.2f} times that of pruned)"
+        yield figures, ratio > _SPEED_EVEN, ratio < 1 / _SPEED_EVEN
+
+    yield say(_GAIN, row), row.gain_lower > 0, row.gain_upper < 0
+    yield say(_THINKING, row), row.length_upper < 1, row.length_lower > 1
 
 
 def _beats(rival: Sequence[float], own: Sequence[float]) -> bool:

@@ -132,18 +132,22 @@ def _thinking_by_task(pairs: Sequence[Pair]) -> tuple[Row, ...]:
     if len(by_task) < 2:
         return ()
 
-    means = []
+    rows = []
     for task, alike in by_task.items():
         dense, pruned = (sum(lengths) / len(alike) for lengths in list_lengths(alike))
-        means.append((pruned - dense, task, len(alike), dense, pruned))
-
-    rows = []
-    for _, task, prompts, dense, pruned in sorted(means, reverse=True):
         change = round(100 * (pruned / dense - 1)) if dense else 0
         sign = "+" if change > 0 else ""
-        figures = (f"{prompts:,}", f"{dense:,.1f}", f"{pruned:,.1f}", f"{sign}{number(change)}%")
-        rows.append((plain(task), *figures))
-    return tuple(rows)
+
+        cells = (
+            plain(task),
+            f"{len(alike):,}",
+            f"{dense:,.1f}",
+            f"{pruned:,.1f}",
+            f"{sign}{number(change)}%",
+        )
+        rows.append((dense - pruned, cells))
+
+    return tuple(cells for _, cells in sorted(rows))
 
 
 def _describe_zeros(linears: Sequence[LinearRow]) -> str:

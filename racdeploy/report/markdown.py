@@ -15,7 +15,7 @@ from racdeploy.report.gains import describe_savings
 from racdeploy.report.model import Record, Report
 from racdeploy.report.pairs import Pair, pair_records
 from racdeploy.report.summary import explanation, headline
-from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, tables
+from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, shorten, tables
 from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_tables import list_facts, tuning_table
 
@@ -125,9 +125,9 @@ def _list_lost(lost: Sequence[Pair]) -> str:
 def _describe_lost(pair: Pair) -> tuple[str, ...]:
     dense, pruned = pair.dense, pair.pruned
     return (
-        _shorten(dense.task, _ANSWER_CHARACTERS),
-        _shorten(dense.question, _QUESTION_CHARACTERS),
-        _shorten(dense.gold, _ANSWER_CHARACTERS),
+        shorten(dense.task, _ANSWER_CHARACTERS),
+        shorten(dense.question, _QUESTION_CHARACTERS),
+        shorten(dense.gold, _ANSWER_CHARACTERS),
         _answer(dense),
         _answer(pruned),
         f"{dense.thinking_tokens:,} → {pruned.thinking_tokens:,}",
@@ -137,10 +137,10 @@ def _describe_lost(pair: Pair) -> tuple[str, ...]:
 def _answer(record: Record) -> str:
     """Return what was scored, or why nothing was."""
     if record.extracted is not None:
-        return _shorten(record.extracted, _ANSWER_CHARACTERS)
+        return shorten(record.extracted, _ANSWER_CHARACTERS)
     if record.state == "open":
         return "repeats itself" if record.loop_tokens else "the thinking never ends"
-    return f"no answer found: {_shorten(record.answer_text, _ANSWER_CHARACTERS)}"
+    return f"no answer found: {shorten(record.answer_text, _ANSWER_CHARACTERS)}"
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
@@ -174,11 +174,6 @@ def _remainder(count: int, noun: str, prefix: str = "", files: str = _REPORT) ->
     if count <= _ROWS:
         return []
     return [f"{prefix}_{count - _ROWS:,} more {noun} are in {files}._"]
-
-
-def _shorten(text: str, characters: int) -> str:
-    text = plain(text)
-    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def _clip(cell: str) -> str:

@@ -122,6 +122,12 @@ def plain(text: str) -> str:
     return " ".join(visible(text).split())
 
 
+def shorten(text: str, characters: int) -> str:
+    """Return the text on one line, cut with a sign where it is longer."""
+    text = plain(text)
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
 def readable_bytes(size_bytes: int) -> str:
     """Return a size with three digits and a decimal unit, as file managers show it."""
     if size_bytes < 1000:
