@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from racdeploy.report.model import Kept, StructureRow
 
-_Widths = Callable[[StructureRow], tuple[int, int]]
-"""Returns the width of a part of a block, dense and pruned."""
-_IN_BLOCKS: dict[str, _Widths] = {
-    "feed-forward channels": lambda row: (row.channels_dense, row.channels),
-    "query heads": lambda row: (row.heads_dense, row.heads),
-    "experts": lambda row: (row.experts_dense, row.experts),
-}
+# Fields of a block; the width of the dense block has the same name with ``_dense`` behind it.
+_IN_BLOCKS = {"feed-forward channels": "channels", "query heads": "heads", "experts": "experts"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def list_kept(whole: Kept | None, structure: Sequence[StructureRow]) -> list[Kep
     found = [
         KeptPart("parameters", whole.parameters_dense, whole.parameters),
         KeptPart("blocks", whole.blocks_dense, whole.blocks),
-        *(_add_up(name, structure, widths) for name, widths in _IN_BLOCKS.items()),
+        *(_add_up(name, structure, field) for name, field in _IN_BLOCKS.items()),
         KeptPart("key and value heads", whole.key_value_heads_dense, whole.key_value_heads),
         KeptPart("tokens of the vocabulary", whole.vocabulary_dense, whole.vocabulary),
     ]
@@ -66,14 +61,12 @@ def list_kept(whole: Kept | None, structure: Sequence[StructureRow]) -> list[Kep
     return [kept for kept in found if kept.left != kept.dense]
 
 
-def _add_up(what: str, structure: Sequence[StructureRow], widths: _Widths) -> KeptPart:
+def _add_up(what: str, structure: Sequence[StructureRow], field: str) -> KeptPart:
     """Return the widths of the blocks that are left: of one where they are alike, or in all."""
-    pairs = [widths(row) for row in structure]
-    if len(set(pairs)) == 1:
-        dense, left = pairs[0]
-        return KeptPart(what, dense, left, "in each block")
+    dense = [getattr(row, f"{field}_dense") for row in structure]
+    left = [getattr(row, field) for row in structure]
+    if len(set(zip(dense, left, strict=True))) == 1:
+        return KeptPart(what, dense[0], left[0], "in each block")
 
-    dense = sum(width for width, _ in pairs)
-    widths_left = [left for _, left in pairs]
-    where = f"in all, {min(widths_left):,} to {max(widths_left):,} a block" if pairs else ""
-    return KeptPart(what, dense, sum(widths_left), where)
+    where = f"in all, {min(left):,} to {max(left):,} a block" if left else ""
+    return KeptPart(what, sum(dense), sum(left), where)
