@@ -53,7 +53,7 @@ def test_one_model_alone_is_not_drawn_and_a_long_name_is_cut(report: Report) -> 
 
 
 def test_one_outlier_does_not_squeeze_the_others(records: list[Record]) -> None:
-    """199 prompts between 100 and 298 tokens keep a third of the width beside one of 16,384."""
+    """199 prompts between 100 and 298 tokens keep room beside one of 1,024 or of 16,384."""
     lengths = [(100 + i, 99 + i) for i in range(199)]
     for longest, share in ((300, 0.5), (1024, 0.3), (16_384, 0.18)):
         drawn = charts.thinking_by_prompt(_pairs(records, [*lengths, (150, longest)]), None)
