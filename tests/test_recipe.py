@@ -146,6 +146,7 @@ def test_a_wrong_recipe_says_what_and_where(tmp_path: Path, text: str, complaint
         ({"target": "raspbery-pi-5"}, "did you mean 'raspberry-pi-5'"),
         ({"export": {"quant": "q8"}}, "unknown quant 'q8'"),
         ({"prune": {"method": "sparsgpt"}}, "did you mean 'sparsegpt'"),
+        ({"structure": {"criterion": "eror"}}, "did you mean 'error'"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(options: dict, complaint: str) -> None:
