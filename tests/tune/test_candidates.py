@@ -108,5 +108,5 @@ def test_the_recipe_of_a_candidate_builds_it_again(ask: Propose, tmp_path: Path)
             file = tmp_path / "recipe.toml"
             file.write_text(as_toml(list_changed(choice)), encoding="utf-8")
             again = Recipe.combine(file, {})
-            without = {"tune": True, "structure": {"optional"}}
+            without: dict[str, Any] = {"tune": True, "structure": {"optional"}}
             assert again.model_dump(exclude=without) == choice.recipe.model_dump(exclude=without)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,15 +31,15 @@ def make_entry(
     speed: float = 100.0,
     kl_nats: float | None = None,
     kind: str = "dense",
-    **values: object,
+    **values: Any,
 ) -> Entry:
     """Return a candidate of which so much is known."""
     cost = PredictedCost(size_bytes, 10 * size_bytes, 1 / speed)
-    return Entry(Choice(name, kind, {}, JOB), cost, kl_nats=kl_nats, **values)  # type: ignore[arg-type]
+    return Entry(Choice(name, kind, {}, JOB), cost, kl_nats=kl_nats, **values)
 
 
 def _limits(objective: Objective = "accuracy", **limits: float) -> Constraints:
-    return Constraints(objective=objective, budget_s=60, **limits)  # type: ignore[arg-type]
+    return Constraints(objective=objective, budget_s=60, **limits)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def _limits(objective: Objective = "accuracy", **limits: float) -> Constraints:
         ({"max_bytes": 1000, "max_memory_bytes": 10_000, "min_tokens_per_s": 100.0}, ""),
     ],
 )
-def test_a_limit_that_is_broken_ends_the_way(limits: dict[str, float], reason: str) -> None:
+def test_a_limit_that_is_broken_ends_the_way(limits: dict[str, Any], reason: str) -> None:
     """With the figure; what is exactly at a limit keeps it."""
     entry = make_entry("one")
     entry.check(_limits(**limits))
@@ -65,7 +67,7 @@ def test_a_limit_that_is_broken_ends_the_way(limits: dict[str, float], reason: s
     ],
 )
 def test_the_nearest_candidate_says_which_limits_it_would_keep(
-    limits: dict[str, float], name: str, options: str
+    limits: dict[str, Any], name: str, options: str
 ) -> None:
     """The nearest by how many times over the limits it is."""
     entries = [make_entry("small", 500, 100), make_entry("fast", 1000, 300)]

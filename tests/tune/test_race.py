@@ -41,12 +41,8 @@ class Front:
 
     def ask(self, name: str, prompts: int) -> Scores:
         scores = self.scores[name]
-        return Scores(
-            *(
-                values_N[:prompts]
-                for values_N in (scores.right_N, scores.tokens_N, scores.thinking_N)
-            )
-        )
+        right_N, tokens_N, thinking_N = scores.right_N, scores.tokens_N, scores.thinking_N
+        return Scores(right_N[:prompts], tokens_N[:prompts], thinking_N[:prompts])
 
 
 ACCURACIES = (0.96, 0.93, 0.88, 0.84, 0.8, 0.74, 0.7, 0.6, 0.5, 0.4, 0.25, 0.05)

@@ -70,7 +70,11 @@ def test_a_dense_file_is_as_large_as_predicted(family: str, tmp_path: Path) -> N
     """In one number format and in a mix, with metadata, and in several files."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, **CASES[family]))
     sizes = FileSizes(checkpoint)
-    metadata = {"racdeploy.sparsity": 0.5, "general.name": "a name", "general.base_model.count": 1}
+    metadata: dict[str, Any] = {
+        "racdeploy.sparsity": 0.5,
+        "general.name": "a name",
+        "general.base_model.count": 1,
+    }
 
     for number, quant in enumerate(QUANTS):
         split_bytes = 50_000 if number else 0
@@ -172,7 +176,7 @@ def test_a_packed_file_is_an_expectation(folder: Path, tmp_path: Path) -> None:
     assert 0.9 * size.size_bytes < written.size_bytes <= 1.02 * size.size_bytes
 
 
-_PLAIN: dict[str, dict[str, Any]] = {"export": {"quant": "q8_0"}, "prune": {"sparsity": 0.5}}
+_PLAIN: dict[str, Any] = {"export": {"quant": "q8_0"}, "prune": {"sparsity": 0.5}}
 
 
 def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
