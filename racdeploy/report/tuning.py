@@ -116,7 +116,6 @@ class Candidate(_Part):
         thinking_tokens_mean: per prompt.
         seconds_per_correct: seconds of decoding on the device for each answer that is right.
         keeps_limits: whether it keeps every limit but that on accuracy.
-        on_front: whether none of those that answered is better in all of size, speed and accuracy.
     """
 
     name: str
@@ -136,7 +135,6 @@ class Candidate(_Part):
     thinking_tokens_mean: float | None = Field(None, ge=0)
     seconds_per_correct: CostInterval | None = None
     keeps_limits: bool
-    on_front: bool = False
 
 
 class Tuning(_Part):

@@ -64,16 +64,11 @@ class Choice:
         return dict(merge(PLAIN, self.settings))
 
 
-@dataclass(frozen=True)
-class Proposals:
-    """All candidates of a job; ``left_out`` has the reasons of those that cannot be."""
+def propose(job: Job) -> tuple[list[Choice], dict[str, str]]:
+    """Return every candidate that a job's recipe, model and target allow, the plainest first.
 
-    choices: tuple[Choice, ...]
-    left_out: Mapping[str, str]
-
-
-def propose(job: Job) -> Proposals:
-    """Return every candidate that a job's recipe, model and target allow, the plainest first."""
+    With them come the reasons of those that cannot be, by name.
+    """
     check_model(job.changed(job.recipe.unpruned()))
     choices: list[Choice] = []
     left_out: dict[str, str] = {}
@@ -93,7 +88,7 @@ def propose(job: Job) -> Proposals:
             f"no number format is left to try: {reasons}",
             remedy="name others in tune.quants, or choose another target",
         )
-    return Proposals(tuple(choices), left_out)
+    return choices, left_out
 
 
 def make_choice(job: Job, name: str, kind: str, settings: Settings) -> Choice:

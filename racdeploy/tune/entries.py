@@ -54,7 +54,6 @@ class Entry:
     model: PrunedModel | None = field(default=None, repr=False)
     exported: ExportResult | None = field(default=None, repr=False)
     scores: Scores | None = field(default=None, repr=False)
-    raced: Scores | None = field(default=None, repr=False)  # those of the race alone
     alone: Sample | None = field(default=None, repr=False)  # decoding one sequence on this machine
 
     @property
@@ -96,7 +95,7 @@ class Entry:
         cost, dense = self.cost.token_s, self.choice.dense
         return Contestant(self.name, self.size_bytes, cost, self.distance, dense)
 
-    def as_row(self, on_front: bool) -> Candidate:
+    def as_row(self) -> Candidate:
         """Return it as the report has it."""
         alone = self.alone
         return Candidate(
@@ -112,7 +111,6 @@ class Entry:
             measured_tokens_per_s=1 / alone.token_s if alone else None,
             kl_nats=self.kl_nats,
             keeps_limits=self.keeps_limits,
-            on_front=on_front,
             **_count(self.scores, self.cost.token_s),
         )
 
@@ -179,10 +177,7 @@ def find_front(entries: Iterable[Entry]) -> frozenset[str]:
     """Return those that no other equals in size, speed and quality and beats in one of them."""
     qualities = {}
     for entry in entries:
-        lost = entry.distance
-        if entry.raced is not None:
-            lost = 1 - float(entry.raced.right_N.mean())
-        qualities[entry.name] = (-entry.size_bytes, entry.cost.tokens_per_s, -lost)
+        qualities[entry.name] = (-entry.size_bytes, entry.cost.tokens_per_s, -entry.distance)
     return find_unbeaten(qualities)
 
 

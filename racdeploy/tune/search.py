@@ -27,7 +27,7 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.report.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.storage.stages import Stage
-from racdeploy.targets import Device, Target
+from racdeploy.targets import Target
 from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.tune.budget import Budget, check_held_out, count_weights, estimate_least
@@ -37,7 +37,7 @@ from racdeploy.tune.entries import Entry, find_front, find_nearest, order_entrie
 from racdeploy.tune.fill import propose_mix
 from racdeploy.tune.predict import Predictor
 from racdeploy.tune.race import Aim, Race, Scores
-from racdeploy.tune.speed import ENGINE, Workload, find_device, look_up_device
+from racdeploy.tune.speed import ENGINE, Workload, find_device, look_up_device, predict_token_s
 
 MAX_MADE, MAX_RACED = 12, 6
 _LATE = "the time for comparing was over"
@@ -71,9 +71,8 @@ class Search:
 
     def __post_init__(self) -> None:
         self.budget = Budget(self.job.recipe.tune.budget_s)
-        device = self.target.device
-        device = device or look_up_device(self._place, self._workload, self.job.backend)
-        self._predictor = Predictor(self.scratch, device)
+        self._here = look_up_device(self._place, self._workload, self.job.backend)
+        self._predictor = Predictor(self.scratch, self.target.device or self._here)
 
     @cached_property
     def target(self) -> Target:
@@ -84,11 +83,7 @@ class Search:
     def measures(self) -> bool:
         """Whether the device is this machine, and has yet to be measured."""
         is_here = self.target.device is None and self.job.backend == ENGINE
-        return is_here and not self.device.measured
-
-    @property
-    def device(self) -> Device:
-        return self._predictor.device
+        return is_here and not self._predictor.device.measured
 
     @cached_property
     def limits(self) -> Constraints:
@@ -109,9 +104,8 @@ class Search:
         Raises:
             UsageError: no candidate keeps the limits, traces or time are too few; it says how many.
         """
-        proposals = propose(self.job)
-        self.left_out |= proposals.left_out
-        for choice in proposals.choices:
+        choices, self.left_out = propose(self.job)
+        for choice in choices:
             self._enter(choice)
         if self.limits.max_bytes:
             self._mix(self.limits.max_bytes)
@@ -121,9 +115,11 @@ class Search:
         traces = TraceSet(stage.folder).read() if stage.finished else []
         if not traces:
             check_held_out(self.job)
-        token_s = min(entry.cost.token_s for entry in self.entries if entry.choice.dense)
-        cores, measures = self.device.cores, self.measures
-        self.budget.expected_s = estimate_least(self.job, token_s, cores, traces, measures=measures)
+        read_bytes = self._predictor.size(self.reference.choice).read_bytes
+        token_s = predict_token_s(self._here, read_bytes)
+        self.budget.expected_s = estimate_least(
+            self.job, token_s, self._here.cores, traces, measures=self.measures
+        )
         self.budget.check()
 
     def _enter(self, choice: Choice) -> None:
@@ -259,7 +255,6 @@ class Search:
             self.notes.append("the race ended early, for want of time: raise --budget")
 
         for entry in raced:
-            entry.raced = entry.scores
             entry.reject(self.race.stopped.get(entry.name, ""))
             if entry.name not in order:
                 entry.reject(f"too little of {reference.name}'s accuracy on the same prompts")
@@ -345,18 +340,15 @@ class Search:
     @property
     def device_row(self) -> DeviceRow:
         """The device as the report has it."""
-        return DeviceRow(**self.device.model_dump(include=set(DeviceRow.model_fields)))
+        return DeviceRow(**self._predictor.device.model_dump(include=set(DeviceRow.model_fields)))
 
     def rows(self) -> list[Candidate]:
         """Return all candidates as the report has them."""
-        raced = [entry for entry in self.entries if entry.raced is not None and entry.keeps_limits]
-        most = max((len(entry.raced or ()) for entry in raced), default=0)
-        front = find_front(entry for entry in raced if len(entry.raced or ()) == most)
-        return [entry.as_row(entry.name in front) for entry in self.entries]
+        return [entry.as_row() for entry in self.entries]
 
     def _tell(self, entry: Entry) -> None:
         if self.show:
-            self.show(entry.as_row(on_front=False))
+            self.show(entry.as_row())
 
     @property
     def _active(self) -> list[Entry]:

@@ -56,7 +56,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What a word in a name asks for."""
 _VERIFIED = ("50% Q4_0 joint", "Q4_0")
-_FRONT = {"Q8_0", "2:4 Q4_0 joint", "60% Q4_0 joint", "ffn 75% Q4_0", "Q2_K joint", *_VERIFIED[:1]}
 
 
 def build_tuning() -> Tuning:
@@ -155,7 +154,6 @@ def _answered(
                 lower=seconds * (1 - half / share),
                 upper=seconds * (1 + half / share),
             ),
-            "on_front": name in _FRONT,
         }
     )
 

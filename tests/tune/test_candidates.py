@@ -12,11 +12,11 @@ from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Tune
 from racdeploy.report.settings import as_toml
-from racdeploy.tune.candidates import Proposals, propose
+from racdeploy.tune.candidates import Choice, propose
 from racdeploy.tune.conclude import list_changed
 from tests.support.tiny_models import make_checkpoint
 
-Propose = Callable[..., Proposals]
+Propose = Callable[..., tuple[list[Choice], dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Propose:
     """Proposals for a small Qwen3 and a target, with keys of [tune]."""
     model = make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
 
-    def propose_for(target: str = "gguf", **given: Any) -> Proposals:
+    def propose_for(target: str = "gguf", **given: Any) -> tuple[list[Choice], dict[str, str]]:
         tune = {key: given.pop(key) for key in [*given] if key in Tune.model_fields}
         values = {"model": str(model), "target": target, "tune": tune, **given}
         return propose(Job(Recipe.combine(None, values)))
@@ -34,21 +34,19 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Propose:
 
 def test_formats_are_tried_alone_with_cuts_and_with_zeros(ask: Propose) -> None:
     """Each once: narrow formats with codes that are chosen, wide ones rounded."""
-    result = ask(quants=("q8_0", "q4_0"), ffn=(0.5,), zeros=(0.5, "2:4"))
-    kinds = {choice.name: choice.kind for choice in result.choices}
+    choices, _ = ask(quants=("q8_0", "q4_0"), ffn=(0.5,), zeros=(0.5, "2:4"))
+    kinds = {choice.name: choice.kind for choice in choices}
     assert kinds["q4_0"] == "dense"
     assert kinds["ffn 0.5, q8_0"] == "ffn 0.5"
     assert kinds["50% zeros, q4_0"] == "50% zeros"
     assert kinds["2:4 zeros, q8_0"] == "2:4 zeros"
-    assert len(kinds) == len(result.choices) == 8
-    assert all(
-        choice.recipe.prune.joint == choice.name.endswith("q4_0") for choice in result.choices
-    )
+    assert len(kinds) == len(choices) == 8
+    assert all(each.recipe.prune.joint == each.name.endswith("q4_0") for each in choices)
 
 
 def test_what_a_target_proposes_is_not_in_a_candidate_that_prunes_nothing(ask: Propose) -> None:
     """The target gguf proposes a cut, which a dense model has not."""
-    dense, cut = (choice.recipe for choice in ask(quants=("q8_0",), ffn=(0.5,)).choices)
+    dense, cut = (choice.recipe for choice in ask(quants=("q8_0",), ffn=(0.5,))[0])
     assert not dense.structure.keep
     assert dense.prune.sparsity == 0
     assert cut.structure.keep == {"ffn": 0.5}
@@ -57,16 +55,16 @@ def test_what_a_target_proposes_is_not_in_a_candidate_that_prunes_nothing(ask: P
 
 def test_zeros_are_packed_where_a_packing_takes_the_format(ask: Propose) -> None:
     """Elsewhere they make no file smaller, and the reason is kept."""
-    result = ask(quants=("q4_0", "q6_k"), ffn=(), zeros=(0.5,))
-    packed = {each.name: each.recipe.export.packing for each in result.choices if not each.dense}
+    choices, left_out = ask(quants=("q4_0", "q6_k"), ffn=(), zeros=(0.5,))
+    packed = {each.name: each.recipe.export.packing for each in choices if not each.dense}
     assert packed == {"50% zeros, q4_0": "bitmask"}
-    assert "does not go with quant 'q6_k'" in result.left_out["50% zeros, q6_k"]
+    assert "does not go with quant 'q6_k'" in left_out["50% zeros, q6_k"]
 
 
 def test_a_recovered_twin_stands_beside_what_is_pruned(ask: Propose) -> None:
     """And not beside what is dense; fewer tokens stand beside both."""
-    result = ask(quants=("q8_0",), ffn=(0.5,), recover_tokens=1000, vocabulary=(300,))
-    names = {choice.name for choice in result.choices} | set(result.left_out)
+    choices, left_out = ask(quants=("q8_0",), ffn=(0.5,), recover_tokens=1000, vocabulary=(300,))
+    names = {choice.name for choice in choices} | set(left_out)
     assert names == {
         "q8_0",
         "ffn 0.5, q8_0",
@@ -80,8 +78,8 @@ def test_a_recovered_twin_stands_beside_what_is_pruned(ask: Propose) -> None:
 
 def test_a_target_that_takes_few_formats_gets_no_others(ask: Propose) -> None:
     """And a format that it refuses is refused when it is asked for, if no other is left."""
-    found = ask("raspberry-pi-5", ffn=())
-    assert {choice.recipe.export.quant for choice in found.choices} <= {
+    found, _ = ask("raspberry-pi-5", ffn=())
+    assert {choice.recipe.export.quant for choice in found} <= {
         *("q4_0", "q5_0", "q8_0", "q4_k", "q3_k")
     }
 
@@ -91,8 +89,8 @@ def test_a_target_that_takes_few_formats_gets_no_others(ask: Propose) -> None:
 
 def test_onnx_has_formats_of_its_own(ask: Propose) -> None:
     """Those of MatMulNBits and k_quant."""
-    found = ask("onnx", ffn=())
-    quants = {choice.recipe.export.quant for choice in found.choices}
+    found, _ = ask("onnx", ffn=())
+    quants = {choice.recipe.export.quant for choice in found}
     assert {"matmulnbits_4", "matmulnbits_8"} <= quants
     assert "q8_0" not in quants
 
@@ -102,9 +100,11 @@ def test_the_recipe_of_a_candidate_builds_it_again(ask: Propose, tmp_path: Path)
     own = {"traces": {"count": 88}, "prune": {"method": "magnitude"}, "tasks": ["gcd"]}
     zeros = (0.5, "2:4")
     for target, quant in (("gguf", "q4_0"), ("raspberry-pi-5", "q4_0"), ("onnx", "k_quant")):
-        result = ask(target, quants=(quant,), ffn=(2 / 3,), zeros=zeros, vocabulary=(300,), **own)
-        assert len(result.choices) > 2
-        for choice in result.choices:
+        choices, _ = ask(
+            target, quants=(quant,), ffn=(2 / 3,), zeros=zeros, vocabulary=(300,), **own
+        )
+        assert len(choices) > 2
+        for choice in choices:
             file = tmp_path / "recipe.toml"
             file.write_text(as_toml(list_changed(choice)), encoding="utf-8")
             again = Recipe.combine(file, {})

@@ -97,6 +97,28 @@ def test_candidates_that_answer_alike_are_told_apart_by_their_divergence() -> No
     assert len(race.scores[front.contestants[1].name]) == 122
 
 
+def test_a_race_without_time_for_a_round_ends_with_what_it_knows() -> None:
+    """The first round is always asked; nothing is said to be saved that time cut off."""
+    front = Front(0, ACCURACIES)
+    asked: list[int] = []
+
+    def has_time(answers: int) -> bool:
+        asked.append(answers)
+        return len(asked) < 2
+
+    aim = Aim("accuracy", REFERENCE)
+    race = Race(front.contestants, aim, front.ask, PROMPTS, has_time=has_time)
+    order = race.run()
+    assert order
+    assert race.is_cut
+    assert {len(race.scores[name]) for name in order} == {24}
+    assert asked[0] == 8 * sum(len(each) == 24 for each in race.scores.values())
+    stopped = [name for name in race.scores if name in race.stopped]
+    assert race.tokens_saved == pytest.approx(
+        sum(race.scores[n].tokens_N.mean() * (PROMPTS - len(race.scores[n])) for n in stopped), 1
+    )
+
+
 def test_a_winner_that_is_stopped_is_noticed() -> None:
     """With tests that err in half of all cases, a race and its whole run part ways."""
     fronts = [Front(seed, ACCURACIES) for seed in range(20)]
