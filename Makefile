@@ -1,5 +1,8 @@
 # make demo   set up .venv, then prune, export, verify and bundle the embedded model
 # make test   set up .venv, then run the tests
+# make test-docs   documents, site, pictures, wheels and workflows
+# make test-matrix   every family and number format, where `make test` takes one case of each
+# make test-kernels   compile and install ./kernels into .venv, then run its tests, emulated and slow ones too
 # make test-transformers5   set up .venv-transformers5, without optimum, then run what transformers 5 may change
 # make lint   set up .venv, then ruff and mypy
 # make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
@@ -14,9 +17,12 @@ SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
 VENV5  := .venv-transformers5
-TESTS5 ?= $(addprefix tests/,accel/test_ggml_families.py contracts engines end_to_end export prune recover)
+TESTS5 ?= $(addprefix tests/,contracts engines end_to_end export prune recover)
 
-.PHONY: demo test test-slow test-transformers5 fuzz lint docs check clean
+KERNELS ?= slow or not slow
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --durations 20
+
+.PHONY: demo test test-docs test-matrix test-kernels test-slow test-transformers5 fuzz lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -24,7 +30,17 @@ demo: $(VENV)/.base
 	@echo "== try it:  $(BIN)/racdeploy run $(OUT) 'What is 12 times 34?' --show-thinking"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(PYTEST) --ignore tests/documents --ignore tests/packaging
+
+test-docs: $(VENV)/.dev
+	$(PYTEST) tests/documents tests/packaging
+
+test-matrix: $(VENV)/.dev
+	$(PYTEST) -m matrix
+
+test-kernels: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps ./kernels
+	$(PYTEST) -m '$(KERNELS)' kernels/tests
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

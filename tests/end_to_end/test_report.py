@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.report.files import PAGE, write_reports
-from tests.support.commands import environment, racdeploy
+from tests.support.commands import environment, racdeploy, racdeploy_alone
 from tests.support.sample_report import build_records, build_report
 
 # What a base install does not have.
@@ -46,7 +46,7 @@ def test_the_page_of_a_bundle_is_found(built: Path) -> None:
 
 def test_the_browser_is_asked_for_the_page(reports: Path, browser: Path) -> None:
     """By its address, spaces and all."""
-    outcome = racdeploy("report", reports, "--open", BROWSER=f"{browser} %s")
+    outcome = racdeploy_alone("report", reports, "--open", BROWSER=f"{browser} %s")
     assert outcome.code == 0, outcome.err
     opened = (browser.parent / "opened").read_text().strip()
     assert opened == (reports / PAGE).as_uri()
@@ -56,9 +56,9 @@ def test_the_browser_is_asked_for_the_page(reports: Path, browser: Path) -> None
 def test_a_display_opens_it_without_being_asked(reports: Path, browser: Path) -> None:
     """And --no-open keeps it closed."""
     display = {"DISPLAY": ":7", "BROWSER": f"{browser} %s"}
-    assert racdeploy("report", reports, "--no-open", **display).code == 0
+    assert racdeploy_alone("report", reports, "--no-open", **display).code == 0
     assert not (browser.parent / "opened").exists()
-    found = json.loads(racdeploy("report", reports, "--json", **display).out)
+    found = json.loads(racdeploy_alone("report", reports, "--json", **display).out)
     assert found == {"page": str(reports / PAGE), "verdict": "pass", "opened": True}
     assert (browser.parent / "opened").exists()
 

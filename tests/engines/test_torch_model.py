@@ -16,6 +16,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.blocks import Blocks
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
+from tests.support.matrix import some
 from tests.support.tiny_models import CUT_FAMILIES, LONGROPE, YARN, edit_json, make_checkpoint
 
 # Float32 sums in another order: 64 to 96 terms of 6e-8 relative, through a few blocks.
@@ -37,7 +38,7 @@ def _make_cut(kind: str, blocks: int) -> Cut:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "per block"])
-@pytest.mark.parametrize("family", CUT_FAMILIES)
+@pytest.mark.parametrize("family", some(CUT_FAMILIES))
 def test_a_cut_model_computes_as_the_whole_one_with_zeros(
     family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -54,7 +55,7 @@ def test_a_cut_model_computes_as_the_whole_one_with_zeros(
     assert not torch.allclose(logits_BTV, _compute(load_model(Checkpoint(whole))), atol=0.01)
 
 
-@pytest.mark.parametrize("family", CUT_FAMILIES)
+@pytest.mark.parametrize("family", some(CUT_FAMILIES))
 def test_transformers_opens_a_uniform_cut_itself(family: str, tmp_path: Path) -> None:
     """What all blocks have in common is in the keys of transformers' own configuration."""
     whole = make_checkpoint(tmp_path / "whole", family, dtype="float32")
@@ -75,7 +76,7 @@ def _compare_with_skipping(small: Path, whole: Path, blocks: Sequence[int]) -> N
     torch.testing.assert_close(_compute(load_model(Checkpoint(small))), _compute(skipping), **_SAME)
 
 
-@pytest.mark.parametrize("family", CUT_FAMILIES)
+@pytest.mark.parametrize("family", some(CUT_FAMILIES))
 def test_a_model_without_a_block_computes_as_the_whole_one_that_skips_it(
     family: str, tmp_path: Path
 ) -> None:
@@ -87,7 +88,7 @@ def test_a_model_without_a_block_computes_as_the_whole_one_that_skips_it(
     _compare_with_skipping(small, whole, blocks)
 
 
-@pytest.mark.parametrize("family", CUT_FAMILIES)
+@pytest.mark.parametrize("family", some(CUT_FAMILIES))
 def test_the_walk_computes_a_model_of_different_blocks(family: str, tmp_path: Path) -> None:
     """Block after block, filled and run as pruning does, is the model that is loaded at once."""
     whole = make_checkpoint(tmp_path / "whole", family)

@@ -29,6 +29,7 @@ from racdeploy.models.reordering import order_rotary
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.llama_child import LlamaAnswer, ask_llama
+from tests.support.matrix import selected, some
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import (
     FAMILIES,
@@ -170,6 +171,11 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3 float32": {"family": "qwen3", "dtype": "float32"},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
+# One of each family, and one of each pre-tokenizer, in every run.
+_ALWAYS = {
+    *{case["family"]: name for name, case in reversed(CASES.items())}.values(),
+    *{case.get("pre_tokenizer"): name for name, case in reversed(CASES.items())}.values(),
+}
 _TABLED = ("gemma3_text", "gemma3n_text", "gemma4_text")
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 480, 96)]
 
@@ -184,10 +190,13 @@ class Measured:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Measured]:
     """Export every case to F32 and run all files in one child process."""
     root = tmp_path_factory.mktemp("gguf")
-    folders = {name: make_checkpoint(root / name, **case) for name, case in CASES.items()}
+    names = selected(request, "case")
+    folders = {name: make_checkpoint(root / name, **CASES[name]) for name in names}
     files = [
         export(Checkpoint(folder), root / f"{name}.gguf", quant="f32").path
         for name, folder in folders.items()
@@ -254,7 +263,7 @@ def change_weights(folder: Path, change: Any) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, _ALWAYS))
 def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
     """An F32 file with an F32 cache gives torch's logits.
 
@@ -273,7 +282,9 @@ def test_logits_equal_torch(measured: dict[str, Measured], case: str) -> None:
 _SHALLOW = [name for name, case in CASES.items() if case.get("num_hidden_layers", 0) < 20]
 
 
-@pytest.mark.parametrize("case", [case for case in _SHALLOW if case.startswith("gemma")])
+@pytest.mark.parametrize(
+    "case", some((case for case in _SHALLOW if case.startswith("gemma")), _ALWAYS)
+)
 def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], case: str) -> None:
     """Torch's own GELU is no nearer than 1e-4 at nine of ten positions.
 
@@ -293,7 +304,7 @@ def test_the_table_of_gelu_is_why_gemma_differs(measured: dict[str, Measured], c
     assert 0 < np.mean(own.astype(np.float16) != given.astype(np.float16)) < 0.01
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(CASES, _ALWAYS))
 def test_tokens_equal_tokenizers(measured: dict[str, Measured], case: str) -> None:
     """llama.cpp splits every probe string as the tokenizers library does."""
     found = measured[case]
@@ -332,7 +343,7 @@ def test_an_extra_end_token_reaches_llama(tmp_path: Path) -> None:
 _NEWER = ("gemma3n_text", "gemma4_text")
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in _NEWER])
+@pytest.mark.parametrize("family", some(name for name in FAMILIES if name not in _NEWER))
 @pytest.mark.parametrize("scaled", [False, True])
 def test_transformers_5_checkpoints_give_the_identical_file(
     tmp_path: Path, family: str, scaled: bool

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub.conftest import Run
-from tests.support.commands import racdeploy
+from tests.support.commands import racdeploy_alone
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import WRITES, Hub, Repository, point_at
 
@@ -180,11 +180,13 @@ def test_the_command_line_takes_endpoint_and_token_as_the_client_does(
     bundle = make_fake_bundle(tmp_path / "pushed")
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": WRITES, "HF_HUB_OFFLINE": "0"}
     home = {"HF_HOME": str(tmp_path / "home")}
-    pushed = racdeploy("push", bundle, NAME, cwd=tmp_path, **own, **home)
-    pulled = racdeploy("pull", NAME, "--out", "out", cwd=tmp_path, **own, **home)
+    pushed = racdeploy_alone("push", bundle, NAME, cwd=tmp_path, **own, **home)
+    pulled = racdeploy_alone("pull", NAME, "--out", "out", cwd=tmp_path, **own, **home)
     assert (pushed.code, pulled.code) == (0, 0), pushed.err + pulled.err
     assert read_files(tmp_path / "out") == read_files(bundle)
     assert WRITES not in pushed.out + pushed.err + pulled.out + pulled.err
 
-    offline = racdeploy("pull", NAME, "--out", "o", cwd=tmp_path, **own | {"HF_HUB_OFFLINE": "1"})
+    offline = racdeploy_alone(
+        "pull", NAME, "--out", "o", cwd=tmp_path, **own | {"HF_HUB_OFFLINE": "1"}
+    )
     assert (offline.code, "HF_HUB_OFFLINE" in offline.err) == (4, True)

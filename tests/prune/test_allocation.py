@@ -30,6 +30,7 @@ from racdeploy.prune.survey import survey
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
 from tests.support.block_outputs import take_states
+from tests.support.matrix import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -115,7 +116,7 @@ def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
     assert shares["sparse"] > min(zeros, 0.98) - 0.01
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES))
 def test_an_effect_is_that_in_the_whole_model(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

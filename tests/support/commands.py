@@ -1,12 +1,18 @@
-"""Run the command line in a process of its own, as a user does."""
+"""Run the command line: within the test's process, or in one of its own as a user does."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from racdeploy import cli
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,37 @@ def command(*arguments: object) -> list[str]:
 
 
 def racdeploy(*arguments: object, cwd: Path | None = None, **extra: str) -> Outcome:
-    """Run ``racdeploy`` to its end."""
+    """Run ``racdeploy`` to its end in this process, which has torch already.
+
+    Neither signals nor what a process leaves behind are seen so: see :func:`racdeploy_alone`.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["racdeploy", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, environment(**extra)),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")
+        code = _call_main()
+
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def _call_main() -> int:
+    """Return the exit code of the command line."""
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def racdeploy_alone(*arguments: object, cwd: Path | None = None, **extra: str) -> Outcome:
+    """Run ``racdeploy`` to its end in a process of its own."""
     done = subprocess.run(
         command(*arguments),
         capture_output=True,

@@ -3,7 +3,7 @@
 The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
 units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
 plugins`` lists, ``families`` a table of them with what tests compare; the others quote a file.
-tests/test_docs.py compares.
+tests/documents/test_docs.py compares.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.support.animation import animate
 from tests.support.drawing import draw, read_screen
 from tests.support.recordings import PICTURES, SESSIONS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _BAR = "\x1b[2K\rtraces {}/4\r\n\x1b[1A"
 
 

@@ -15,7 +15,7 @@ import typer.main
 from racdeploy import errors
 from racdeploy.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NO_NETWORK = """
 import socket
 def refuse(*_):

@@ -1,0 +1,29 @@
+"""Cases of every family: some in every run, all of them in ``make test-matrix``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+KINDS = ("qwen3", "qwen3_moe", "gemma3_text", "granitemoehybrid", "phi3")
+"""Families that stand for what others are, too: plain, of experts, with windows, with a state, and
+with parts of a block in one tensor."""
+
+
+def some(names: Iterable[str], kept: Collection[str] = KINDS) -> list[Any]:
+    """Return parameters of a test: the names that are kept, and the others for the matrix."""
+    return [
+        name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
+    ]
+
+
+def selected(request: pytest.FixtureRequest, argument: str) -> list[str]:
+    """Return the values of an argument that tests of the fixture's module will be called with."""
+    values = {}
+    for item in request.session.items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path == request.path and argument in parameters:
+            values[parameters[argument]] = None
+    return list(values)
