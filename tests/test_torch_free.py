@@ -11,7 +11,6 @@ import pytest
 
 import racdeploy
 from racdeploy import sparse_kernels
-from racdeploy.bundles import served
 from racdeploy.cli import options, verify
 from tests.support.tiny_artifacts import make_onnx_bundle
 
