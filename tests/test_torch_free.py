@@ -11,6 +11,7 @@ import pytest
 
 import racdeploy
 from racdeploy import sparse_kernels
+from racdeploy.bundles import server_answers
 from racdeploy.cli import options, verify
 from tests.support.tiny_artifacts import make_onnx_bundle
 
@@ -69,7 +70,7 @@ def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     """Two options list their choices without importing those who take them."""
-    assert (options.Kernels, verify.Questions) == (sparse_kernels.Mode, served.ServerApi)
+    assert (options.Kernels, verify.Questions) == (sparse_kernels.Mode, server_answers.ServerApi)
 
 
 def test_kernels_in_front_of_another_program_bring_little() -> None:
