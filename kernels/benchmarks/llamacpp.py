@@ -19,12 +19,8 @@ columns are the same with the files on the disk only, as after a restart.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -34,10 +30,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 from numpy.typing import NDArray
 
+from benchmarks._llama import Side, run_child
 from racdeploy.quant import ggml
 
 TWO_OF_FOUR = "2:4"
-CHILD = Path(__file__).with_name("_child.py")
 HIDDEN, INNER, HEADS, KV_HEADS, BLOCKS, VOCABULARY = 2048, 8192, 32, 8, 16, 49152
 LINEARS = {
     "attn_q": (HIDDEN, HIDDEN),
@@ -52,16 +48,6 @@ BITS = {  # dense, of a stored value, and to say which weights are stored
     "Q8_0": (8.5, 8, 1),
     "Q4_0": (4.5, 4, 1),
 }
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to run one file."""
-
-    label: str
-    file: Path
-    sparse: bool
-    use_mmap: bool = True
 
 
 def main() -> None:
@@ -158,22 +144,6 @@ def report(
                     else ""
                 )
         print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def run_child(side: Side, threads: int, tokens: int, state: str = "warm") -> dict[str, float]:
-    """Measure in a process of its own."""
-    how = {"sparse": side.sparse, "use_mmap": side.use_mmap}
-    values = {"file": str(side.file), **how, "threads": threads, "tokens": tokens, "state": state}
-    done = subprocess.run(
-        [sys.executable, str(CHILD), json.dumps(values)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{asdict(side)}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def bandwidth(threads: int) -> float:

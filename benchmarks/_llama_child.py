@@ -1,4 +1,4 @@
-"""One measurement of ``llamacpp.py``, in a process of llama-cpp-python and little else."""
+"""One measurement of ``_llama.py``, in a process of llama-cpp-python and little else."""
 
 from __future__ import annotations
 
