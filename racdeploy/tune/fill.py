@@ -19,7 +19,7 @@ from racdeploy.export.gguf.body import align
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.quant import presets
 from racdeploy.storage.toml import merge
-from racdeploy.tune.candidates import MAX_BITS, Choice, make_choice
+from racdeploy.tune.candidates import Choice, list_quants, make_choice
 from racdeploy.tune.sizes import Size
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
@@ -61,8 +61,9 @@ def propose_mix(choice: Choice, size: Size, max_bytes: int) -> Choice | None:
         return None
 
     bits = quant.load(presets.read(recipe.export.quant).quant).BITS
-    known = packings.list_stored("gguf", "quant")
-    wider = [name for name in known if bits < quant.load(name).BITS <= MAX_BITS]
+    stored = packings.list_stored("gguf", "quant")
+    known = [name for name in list_quants(recipe) if name in stored]
+    wider = [name for name in known if bits < quant.load(name).BITS]
     # Pruning chooses how wide each block is: only of equal widths is the size of a mix known.
     is_free = "ffn" in recipe.structure.parts and not recipe.structure.uniform
     fixed = [each for each in size.tensors if not (is_free and ".ffn_" in each.name)]

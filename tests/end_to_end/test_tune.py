@@ -78,7 +78,7 @@ def test_every_candidate_has_come_somewhere(tuned: Tuned) -> None:
     """Those that stopped say why, and those that were made have the size that was predicted."""
     tuning = read_tuning(tuned.bundle / "tune.json")
     names = {each.name for each in tuning.candidates}
-    assert {"q8_0", "q4_0", "q4_0 + q5_0", "ffn 0.5, q8_0", "50% zeros, q4_0"} <= names
+    assert {"q8_0", "q4_0", "q4_0 + q8_0", "ffn 0.5, q8_0", "50% zeros, q4_0"} <= names
 
     too_large = next(each for each in tuning.candidates if each.name == "q8_0")
     assert too_large.reason == f"{too_large.size_bytes:,} bytes, over 3,000,000"

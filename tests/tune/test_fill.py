@@ -14,10 +14,10 @@ from racdeploy.tune.fill import propose_mix
 from racdeploy.tune.sizes import Sizes
 
 
-def make_dense(quant: str, **parts: dict[str, Any]) -> Choice:
-    """Return the embedded model, with nothing pruned unless parts say so."""
-    job = Job(Recipe.combine(None, {"structure": {"keep": {}}}))
-    return choose_codes(make_choice(job, quant, "dense", {"export": {"quant": quant}, **parts}))
+def make_dense(quant: str, **tune: Any) -> Choice:
+    """Return the embedded model, with nothing pruned."""
+    job = Job(Recipe.combine(None, {"tune": tune}))
+    return choose_codes(make_choice(job, quant, "dense", {"export": {"quant": quant}}))
 
 
 @pytest.mark.parametrize("spare_bytes", [5_000, 60_000, 200_000])
@@ -44,11 +44,19 @@ def test_there_is_no_mix_without_room_or_names_of_tensors(tmp_path: Path) -> Non
     size = Sizes(tmp_path).predict(plain.job)
     assert propose_mix(plain, size, size.size_bytes + 600) is None
 
-    packed = make_dense("q4_0", prune={"sparsity": 0.5})
     packed = make_choice(
-        packed.job,
+        plain.job,
         "zeros",
         "50% zeros",
         {"prune": {"sparsity": 0.5}, "export": {"quant": "q4_0", "packing": "bitmask"}},
     )
     assert propose_mix(packed, size, 2 * size.size_bytes) is None
+
+
+def test_a_mix_has_formats_that_are_tried_alone(tmp_path: Path) -> None:
+    """Those that the recipe names, or the target takes."""
+    plain = make_dense("q4_0", quants=("q4_0", "q8_0"))
+    size = Sizes(tmp_path).predict(plain.job)
+    mix = propose_mix(plain, size, size.size_bytes + 300_000)
+    assert mix
+    assert set(mix.recipe.export.tensors.values()) == {"q8_0"}
