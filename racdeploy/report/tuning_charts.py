@@ -6,7 +6,7 @@ Plain SVG. A few names stand beside their points; every point has its figures as
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -50,13 +50,9 @@ def draw_accuracy(tuning: Tuning) -> Markup:
     x = _scale([float(each.size_bytes) for each in shown], _LEFT, _RIGHT)
     accuracies = [each.accuracy.value for each in shown if each.accuracy]
     y = _scale(accuracies, _BOTTOM, _TOP, high_end=1.0)
-    parts = _draw_axes(x, y)
+    parts = [*_draw_axes(x, y), *_draw_limits(tuning, x, y)]
 
-    least, most_bytes = least_accuracy(tuning), tuning.constraints.max_bytes
-    if least is not None and y.low <= least <= y.high:
-        parts.append(_line(_LEFT, y(least), _RIGHT, y(least), "ink", _DASHED))
-    if most_bytes and x.low <= most_bytes <= x.high:
-        parts.append(_line(x(most_bytes), _TOP, x(most_bytes), _BOTTOM, "ink", _DASHED))
+    # The winner comes last, on top.
     for each in sorted(shown, key=lambda each: each.name == tuning.winner):
         parts.append(_draw_point(tuning, each, x(each.size_bytes), y))
 
@@ -65,30 +61,40 @@ def draw_accuracy(tuning: Tuning) -> Markup:
     return Markup("").join([Markup(frame), *parts, Markup("</svg>")])
 
 
+def _draw_limits(tuning: Tuning, x: _Scale, y: _Scale) -> Iterator[Markup]:
+    least, most_bytes = least_accuracy(tuning), tuning.constraints.max_bytes
+    if least is not None and y.low <= least <= y.high:
+        yield _line(_LEFT, y(least), _RIGHT, y(least), "ink", _DASHED)
+    if most_bytes and x.low <= most_bytes <= x.high:
+        yield _line(x(most_bytes), _TOP, x(most_bytes), _BOTTOM, "ink", _DASHED)
+
+
 def _draw_axes(x: _Scale, y: _Scale) -> list[Markup]:
     parts = []
     for tick in y.ticks:
         parts.append(_line(_LEFT, y(tick), _RIGHT, y(tick), "line", 'stroke-width="1"'))
         parts.append(_text("tick", _LEFT - 8, y(tick) + 4, f"{tick:.1%}", "end"))
+
     for tick in x.ticks:
         parts.append(_text("tick", x(tick), _BOTTOM + 20, readable_bytes(round(tick))))
+
     parts.append(_text("label", (_LEFT + _RIGHT) / 2, _BOTTOM + 44, "size of the file"))
     return parts
 
 
 def _draw_point(tuning: Tuning, each: Candidate, x: float, y: _Scale) -> Markup:
-    assert each.accuracy
+    accuracy = each.accuracy
+    assert accuracy
     color = "dense" if each.dense else "pruned"
-    is_winner = each.name == tuning.winner
-    up = y(each.accuracy.value)
-    figures = f"{each.accuracy.value:.1%} right, {readable_bytes(each.size_bytes)}"
-    ring = 'stroke="var(--ink)" stroke-width="3"' if is_winner else 'stroke="var(--card)"'
+    bar = _line(x, y(accuracy.lower), x, y(accuracy.upper), color, 'opacity=".5"')
 
+    up = y(accuracy.value)
+    is_winner = each.name == tuning.winner
+    ring = 'stroke="var(--ink)" stroke-width="3"' if is_winner else 'stroke="var(--card)"'
     dot = f'<circle cx="{x:.1f}" cy="{up:.1f}" r="7" fill="var(--{color})" {ring}><title>'
-    parts = [
-        _line(x, y(each.accuracy.lower), x, y(each.accuracy.upper), color, 'opacity=".5"'),
-        Markup(dot) + escape(plain(f"{each.name}: {figures}")) + Markup("</title></circle>"),
-    ]
+    figures = f"{each.name}: {accuracy.value:.1%} right, {readable_bytes(each.size_bytes)}"
+    parts = [bar, Markup(dot), escape(plain(figures)), Markup("</title></circle>")]
+
     if each.name in (tuning.winner, tuning.rival):
         anchor = "end" if x > (_LEFT + _RIGHT) / 2 else "start"
         parts.append(_text("name", x, up - 14 if is_winner else up + 26, each.name, anchor))

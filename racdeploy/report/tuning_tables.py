@@ -37,6 +37,7 @@ _CELLS: dict[str, Callable[[Candidate], str]] = {
 }
 _WIDE = ("last stage", "memory", "right", "thinking tokens")
 """Columns that a terminal has no room for."""
+_NOTHING = {"", say("{}", None)}
 
 
 def tuning_table(tuning: Tuning, *, answered: bool = False, brief: bool = False) -> Table:
@@ -56,37 +57,35 @@ def tuning_table(tuning: Tuning, *, answered: bool = False, brief: bool = False)
     for each in sorted(tuning.candidates, key=rank):
         if answered and not each.prompts:
             continue
-        role = f", {roles[each.name]}" if each.name in roles else ""
-        name = f"{each.name}{' (dense)' if each.dense and each.name != 'dense' else ''}{role}"
-        rows.append((name, *(cell(each) for cell in _CELLS.values())))
 
-    nothing = ("", say("{}", None))
+        kind = " (dense)" if each.dense else ""
+        role = f", {roles[each.name]}" if each.name in roles else ""
+        cells = [cell(each) for cell in _CELLS.values()]
+        rows.append((f"{each.name}{kind}{role}", *cells))
+
+    columns = ("model", *_CELLS)
     kept = [0]
     for place, column in enumerate(_CELLS, start=1):
-        is_empty = all(row[place] in nothing for row in rows)
+        is_empty = _NOTHING.issuperset(row[place] for row in rows)
         if not is_empty and not (brief and column in _WIDE):
             kept.append(place)
 
-    columns = ("model", *_CELLS)
-    cells = [tuple(plain(row[place]) for place in kept) for row in rows]
-    return Table("Candidates", tuple(columns[place] for place in kept), tuple(cells))
+    table = []
+    for row in (columns, *rows):
+        table.append(tuple(plain(row[place]) for place in kept))
+
+    return Table("Candidates", table[0], tuple(table[1:]))
 
 
 def list_facts(tuning: Tuning) -> list[tuple[str, str]]:
     """Return what a reader has to know of the search, in a few words each."""
-    spent = sum(tuning.seconds.values())
-    stages = ", ".join(f"{name} {duration_text(each)}" for name, each in tuning.seconds.items())
-    whole = tuning.tokens_asked + tuning.tokens_saved
-    saved = f"; stopping early saved {tuning.tokens_saved / whole:.0%} of the race" if whole else ""
-
     facts = {
         "Asked for": describe_limits(tuning.constraints),
         "Device": describe_device(tuning.device),
         "Beside the winner": f"{tuning.rival}, on the same prompts" if tuning.rival else "",
         "Gain in accuracy": _describe_gain(tuning.gain),
         "Tasks": ", ".join(tuning.tasks),
-        "Time": f"{duration_text(spent)} of {duration_text(tuning.constraints.budget_s)}: "
-        f"{stages}{saved}",
+        "Time": _describe_time(tuning),
         "Bundle": tuning.bundle,
     }
     return [(name, plain(text)) for name, text in facts.items() if text]
@@ -104,6 +103,18 @@ def describe_limits(limits: Constraints) -> str:
     if limits.min_accuracy_ratio:
         words.append(f"{limits.min_accuracy_ratio:.0%} of the dense accuracy at least")
     return ", ".join(words)
+
+
+def _describe_time(tuning: Tuning) -> str:
+    spent = duration_text(sum(tuning.seconds.values()))
+    budget = duration_text(tuning.constraints.budget_s)
+    stages = [f"{name} {duration_text(each)}" for name, each in tuning.seconds.items()]
+    said = f"{spent} of {budget}: {', '.join(stages)}"
+
+    whole = tuning.tokens_asked + tuning.tokens_saved
+    if not whole:
+        return said
+    return f"{said}; stopping early saved {tuning.tokens_saved / whole:.0%} of the race"
 
 
 def _describe_gain(gain: Interval | None) -> str:

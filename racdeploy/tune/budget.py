@@ -88,6 +88,26 @@ class Budget:
         self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
 
 
+@dataclass(frozen=True)
+class _Effort:
+    """What this machine takes for work on a model; ``tokens`` are those of an answer."""
+
+    tokens: float
+    token_flops: float
+    flops_per_s: float
+
+    def answer_s(self, prompts: int, step_s: float, together: int) -> float:
+        """Return the seconds of so many answers, some of them decoded together."""
+        products_s = prompts * self.tokens * self.token_flops / self.flops_per_s
+        steps = math.ceil(prompts / together) * self.tokens
+        return products_s + steps * step_s
+
+    def compare_s(self, models: int, compared: int) -> float:
+        """Return the seconds of the logits of so many traces, by so many models."""
+        tokens = min(compared, _MAX_COMPARED) * self.tokens
+        return models * tokens * self.token_flops / self.flops_per_s
+
+
 def estimate_least(
     job: Job, token_s: float, cores: int, traces: Sequence[Trace], *, measures: bool
 ) -> dict[str, float]:
@@ -99,41 +119,37 @@ def estimate_least(
         measures: whether the device has yet to be measured.
     """
     recipe, checkpoint = job.recipe, job.checkpoint
-    flops_per_s = _FLOPS * cores
-    token_flops = 2.0 * count_weights(checkpoint)
-    longest = recipe.traces.max_new_tokens
-    tokens = _USUAL_SHARE * longest
+    tokens = _USUAL_SHARE * recipe.traces.max_new_tokens
     if traces:
         tokens = sum(len(trace.completion_ids) for trace in traces) / len(traces)
     tokens = min(tokens, recipe.verify.max_new_tokens)
-
-    def answer(prompts: int, step_s: float, together: int) -> float:
-        products_s = prompts * tokens * token_flops / flops_per_s
-        return products_s + math.ceil(prompts / together) * tokens * step_s
-
-    def compare(models: int, compared: int) -> float:
-        return models * min(compared, _MAX_COMPARED) * tokens * token_flops / flops_per_s
+    effort = _Effort(tokens, 2.0 * count_weights(checkpoint), _FLOPS * cores)
 
     prompts = len(job.problems("calibration"))
+    traces_s = 0.0
+    if not (traces or recipe.traces.server):
+        step_s = _TORCH_PASS_S * checkpoint.block_count + effort.token_flops / effort.flops_per_s
+        traces_s = _STARTING_S + effort.answer_s(prompts, step_s, recipe.traces.batch)
+
     calibrated = min(recipe.calibration.max_tokens or math.inf, prompts * tokens)
     held_out = round(recipe.calibration.held_out_share * prompts)
-    made_s = _walk_flops(checkpoint, calibrated) / flops_per_s
+    made_s = _walk_flops(checkpoint, calibrated) / effort.flops_per_s
     made_s += count_weights(checkpoint) / (_ROUNDED * cores)
-    asked, parallel = (
-        len(job.problems("evaluation")) * recipe.verify.samples,
-        recipe.verify.parallel,
-    )
-    models = 3 + len(recipe.verify.controls)  # dense, the winner and its rival
+    compared_s = effort.compare_s(1 + LEAST_MADE, held_out)
 
-    found = {"traces": 0.0, "measure": MAX_SECONDS / 2 if measures else 0.0}
-    if not (traces or recipe.traces.server):
-        step_s = _TORCH_PASS_S * checkpoint.block_count + token_flops / flops_per_s
-        found["traces"] = _STARTING_S + answer(prompts, step_s, recipe.traces.batch)
-    found["compare"] = _STARTING_S + LEAST_MADE * made_s + compare(1 + LEAST_MADE, held_out)
-    found["race"] = 3 * answer(FIRST_ROUND, token_s, parallel) + _STARTING_S
-    verify_s = models * answer(asked, token_s, parallel) + compare(3, recipe.verify.logit_traces)
-    found["verify"] = verify_s + 2 * _STARTING_S
-    return found
+    parallel = recipe.verify.parallel
+    asked = len(job.problems("evaluation")) * recipe.verify.samples
+    models = 3 + len(recipe.verify.controls)  # dense, the winner and its rival
+    verified_s = models * effort.answer_s(asked, token_s, parallel)
+    verified_s += effort.compare_s(3, recipe.verify.logit_traces)
+
+    return {
+        "traces": traces_s,
+        "measure": MAX_SECONDS / 2 if measures else 0.0,
+        "compare": _STARTING_S + LEAST_MADE * made_s + compared_s,
+        "race": _STARTING_S + 3 * effort.answer_s(FIRST_ROUND, token_s, parallel),
+        "verify": 2 * _STARTING_S + verified_s,
+    }
 
 
 def count_weights(checkpoint: Checkpoint) -> float:

@@ -127,10 +127,13 @@ def list_quants(recipe: Recipe) -> list[str]:
         return list(recipe.tune.quants)
 
     allowed = Target.read(recipe.target).allowed_quants
-    known = packings.list_stored(recipe.export.format, "quant")
-    fitting = [name for name in known if not allowed or name in allowed]
-    narrow = [name for name in fitting if _count_bits(name) <= MAX_BITS]
-    return sorted(narrow, key=lambda name: (-_count_bits(name), name))
+    fitting = []
+    for name in packings.list_stored(recipe.export.format, "quant"):
+        is_allowed = not allowed or name in allowed
+        if is_allowed and _count_bits(name) <= MAX_BITS:
+            fitting.append(name)
+
+    return sorted(fitting, key=lambda name: (-_count_bits(name), name))
 
 
 def _count_bits(name: str) -> float:
@@ -143,6 +146,7 @@ def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
     whole = [*_list_cuts(tune.ffn)]
     if job.recipe.export.format == "gguf":
         whole += _list_zeros(tune.zeros)
+
     pruned = list(whole)
     for tokens in tune.vocabulary:
         keep = {"structure": {"keep": {"vocabulary": float(tokens)}}}

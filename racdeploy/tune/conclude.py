@@ -138,6 +138,7 @@ def _summarize(
     gain = _find_gain(rival, report)
     confidence = report.comparison.confidence if report.comparison else 0.90
     race = search.race
+
     return Tuning(
         racdeploy=__version__,
         created=datetime.now(UTC),
@@ -188,14 +189,16 @@ def write_verdict(
         alone = "" if winner.choice.dense or rival else " No dense model made keeps the limits."
         return f"{first}{alone}"
 
-    other = "dense" if rival.choice.dense else "pruned"
+    more, fewer = points(gain.value), points(-gain.value)
     ends = f"{points(gain.lower)} to {points(gain.upper)} points"
     interval = f"{confidence:.0%} interval {ends}"
-    compared = f"in accuracy the two are even ({points(gain.value)} points, {interval})"
+    compared = f"in accuracy the two are even ({more} points, {interval})"
     if gain.lower > 0:
-        compared = f"{winner.name} answers {points(gain.value)} points more ({interval})"
+        compared = f"{winner.name} answers {more} points more ({interval})"
     if gain.upper < 0:
-        compared = f"{winner.name} answers {points(-gain.value)} points fewer ({interval})"
+        compared = f"{winner.name} answers {fewer} points fewer ({interval})"
+
+    other = "dense" if rival.choice.dense else "pruned"
     return f"{first} The best {other} rival, {rival.name}, has {_describe(rival)}; {compared}."
 
 
@@ -203,6 +206,7 @@ def _describe(entry: Entry) -> str:
     """Return accuracy, size, speed and what a right answer costs."""
     scores = entry.scores
     assert scores is not None, "both were verified"
+
     cost = cost_per_success(scores.tokens_N * entry.cost.token_s, scores.right_N)
     words = [
         f"{entry.accuracy:.1%} of {len(scores)} prompts right",
@@ -214,8 +218,12 @@ def _describe(entry: Entry) -> str:
 
 
 def _refuse_inaccurate(search: Search) -> UsageError:
-    answered = [entry for entry in search.entries if entry.scores is not None]
-    best = max((each for each in answered if each.keeps_limits), key=lambda each: each.accuracy)
+    allowed = []
+    for entry in search.entries:
+        if entry.scores is not None and entry.keeps_limits:
+            allowed.append(entry)
+    best = max(allowed, key=lambda each: each.accuracy)
+
     reference = search.reference
     dense = reference.accuracy
     ratio = math.floor(100 * best.accuracy / dense) / 100 if dense else 0.0

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import NamedTuple
 
 from racdeploy.export import ExportResult
 from racdeploy.prune import PrunedModel
@@ -86,9 +87,9 @@ class Entry:
 
     def check(self, limits: Constraints) -> None:
         """Find out whether it keeps the limits, and reject it where it does not."""
-        broken = list_broken(self, limits)
+        broken = _list_broken(self, limits)
         self.keeps_limits = not broken
-        self.reject(", ".join(broken))
+        self.reject(", ".join(each.said for each in broken))
 
     def as_contestant(self) -> Contestant:
         """Return what the race has to know of it."""
@@ -133,44 +134,44 @@ def _count(scores: Scores | None, token_s: float) -> dict[str, object]:
     }
 
 
-def list_broken(entry: Entry, limits: Constraints) -> list[str]:
-    """Return the limits that a candidate breaks, each with its figure."""
-    broken = []
-    if limits.max_bytes and entry.size_bytes > limits.max_bytes:
-        broken.append(f"{entry.size_bytes:,} bytes, over {limits.max_bytes:,}")
+class _Broken(NamedTuple):
+    """A limit that a candidate breaks: how many times over, in words, and what it would keep."""
 
-    memory_bytes = entry.cost.memory_bytes
-    if limits.max_memory_bytes and memory_bytes > limits.max_memory_bytes:
-        broken.append(f"{memory_bytes:,} bytes of memory, over {limits.max_memory_bytes:,}")
+    times: float
+    said: str
+    option: str
 
+
+def _list_broken(entry: Entry, limits: Constraints) -> list[_Broken]:
+    size, memory = entry.size_bytes, entry.cost.memory_bytes
     speed = entry.cost.tokens_per_s
-    if limits.min_tokens_per_s and speed < limits.min_tokens_per_s:
-        broken.append(f"{speed:,.1f} tokens/s, below {limits.min_tokens_per_s:g}")
+    broken = []
+
+    if (most := limits.max_bytes) and size > most:
+        said = f"{size:,} bytes, over {most:,}"
+        broken.append(_Broken(size / most, said, f"--max-bytes {size}"))
+
+    if (most := limits.max_memory_bytes) and memory > most:
+        said = f"{memory:,} bytes of memory, over {most:,}"
+        broken.append(_Broken(memory / most, said, f"--max-memory {memory}"))
+
+    if (least := limits.min_tokens_per_s) and speed < least:
+        said = f"{speed:,.1f} tokens/s, below {least:g}"
+        kept = math.floor(100 * speed) / 100
+        broken.append(_Broken(least / speed, said, f"--min-tokens-per-s {kept:g}"))
+
     return broken
 
 
 def find_nearest(entries: Sequence[Entry], limits: Constraints) -> tuple[Entry, str]:
     """Return the candidate that is nearest to the limits, and the limits that it would keep."""
-    nearest = min(entries, key=lambda each: _measure_excess(each, limits))
-    cost, options = nearest.cost, []
-    if limits.max_bytes and nearest.size_bytes > limits.max_bytes:
-        options.append(f"--max-bytes {nearest.size_bytes}")
-    if limits.max_memory_bytes and cost.memory_bytes > limits.max_memory_bytes:
-        options.append(f"--max-memory {cost.memory_bytes}")
-    if limits.min_tokens_per_s and cost.tokens_per_s < limits.min_tokens_per_s:
-        options.append(f"--min-tokens-per-s {int(cost.tokens_per_s * 100) / 100:g}")
+
+    def measure_excess(entry: Entry) -> float:
+        return math.prod(each.times for each in _list_broken(entry, limits))
+
+    nearest = min(entries, key=measure_excess)
+    options = [each.option for each in _list_broken(nearest, limits)]
     return nearest, " ".join(options)
-
-
-def _measure_excess(entry: Entry, limits: Constraints) -> float:
-    """Return how many times over its limits a candidate is, all of them together; 1 is within."""
-    cost = entry.cost
-    ratios = (
-        entry.size_bytes / (limits.max_bytes or math.inf),
-        cost.memory_bytes / (limits.max_memory_bytes or math.inf),
-        (limits.min_tokens_per_s or 0.0) * cost.token_s,
-    )
-    return math.prod(max(1.0, ratio) for ratio in ratios)
 
 
 def find_front(entries: Iterable[Entry]) -> frozenset[str]:
@@ -195,16 +196,20 @@ def order_entries(entries: Iterable[Entry], objective: Objective) -> list[Entry]
     for own in by_kind.values():
         own.sort(key=lambda entry: -entry.size_bytes)
         rows.append(own if objective == "accuracy" else _spread(own))
-    return [entry for turn in zip_longest(*rows) for entry in turn if entry]
+
+    turns = zip_longest(*rows)
+    return [entry for turn in turns for entry in turn if entry]
 
 
 def _spread(entries: Sequence[Entry]) -> list[Entry]:
     last = len(entries) - 1
     places = [last // 2, last, 0]
     spans = [(0, last // 2), (last // 2, last)]
+
     for low, high in spans:
         middle = (low + high) // 2
         if middle not in (low, high):
             places.append(middle)
             spans += [(low, middle), (middle, high)]
+
     return [entries[place] for place in dict.fromkeys(places)]

@@ -17,6 +17,7 @@ def write_plan(search: Search) -> list[str]:
     kinds = Counter(entry.choice.kind for entry in search.entries if entry.is_active)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     least = duration_text(sum(search.budget.expected_s.values()))
+
     device = describe_device(search.device_row)
     if search.measures:
         device += "; it is measured first, within a minute"

@@ -167,6 +167,7 @@ class Race:
         for each in self._active:
             if not ratio or each.name not in self.scores:
                 continue
+
             right_N, reference_N = self._pair(each.name, self.aim.reference)
             if is_above_zero(ratio * reference_N - right_N, self._share_of_error):
                 needed = f"{ratio:.0%} of {self.aim.reference}'s accuracy"
@@ -215,9 +216,13 @@ class Race:
             return False
 
         leader = max(self._active, key=lambda each: self._accuracy(each.name))
-        others = [each for each in self._active if each is not leader]
-        drops = [self._drop(leader.name, each.name) for each in others]
-        return all(max(-drop.lower, drop.upper) < _ALIKE for drop in drops)
+        for each in self._active:
+            drop = self._drop(leader.name, each.name)
+            farthest = max(-drop.lower, drop.upper)
+            if each is not leader and farthest >= _ALIKE:
+                return False
+
+        return True
 
     def preference(self, each: Contestant) -> tuple[float, float]:
         """Return what is least of the candidate that is wanted, where accuracy is only a limit."""
@@ -236,6 +241,7 @@ class Race:
                 self.stopped[each.name] = "another is wanted more, and keeps the accuracy"
             elif self._seems_to_keep(each.name):
                 active.append(each)
+
         if not active:
             return []
         leader = max(active, key=lambda each: (self._accuracy(each.name), -each.kl_nats))

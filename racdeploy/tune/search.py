@@ -107,6 +107,7 @@ class Search:
         choices, self.left_out = propose(self.job)
         for choice in choices:
             self._enter(choice)
+
         if self.limits.max_bytes:
             self._mix(self.limits.max_bytes)
         self._refuse_impossible()
@@ -115,6 +116,7 @@ class Search:
         traces = TraceSet(stage.folder).read() if stage.finished else []
         if not traces:
             check_held_out(self.job)
+
         read_bytes = self._predictor.size(self.reference.choice).read_bytes
         token_s = predict_token_s(self._here, read_bytes)
         self.budget.expected_s = estimate_least(
@@ -128,6 +130,7 @@ class Search:
         except UsageError as error:
             self.left_out[choice.name] = error.message
             return
+
         if twin := self._predictor.find_twin(choice):
             entry.reject(f"the same file as {twin}")
         entry.check(self._checked)
@@ -138,6 +141,7 @@ class Search:
         widest: dict[str, Entry] = {}
         for entry in sorted(self._active, key=lambda each: each.size_bytes):
             widest[entry.choice.kind] = entry
+
         for entry in widest.values():
             size = self._predictor.size(entry.choice)
             if choice := propose_mix(entry.choice, size, max_bytes):
@@ -149,6 +153,7 @@ class Search:
             if self.measures:
                 place = replace(self._place, progress=self.report)
                 self._predictor.device = find_device(place, self.scratch, self._workload)
+
         for entry in self.entries:
             entry.cost = self._predictor.predict(entry.choice)
             entry.check(self._checked)
@@ -168,6 +173,7 @@ class Search:
         ):
             logits = self._remember_logits(Path(folder))
             longest_s = 0.0
+
             for entry in ordered:
                 kinds = {each.choice.dense for each in self._compared}
                 is_late = self.budget.left_s("compare") < longest_s
@@ -191,6 +197,7 @@ class Search:
         except UsageError as error:
             entry.reject(error.message)
             return
+
         entry.check(self._checked)
 
         assert entry.model
@@ -230,10 +237,12 @@ class Search:
             entry = by_name[name]
             known = len(entry.scores) if entry.scores else 0
             began = self.budget.elapsed_s
+
             entry.scores = self._answer(entry, self.prompts[:count])
             entry.reached = "raced"
             seconds += self.budget.elapsed_s - began
             answers += count - known
+
             self.report("race", count, len(self.prompts))
             self._tell(entry)
             return entry.scores
@@ -251,6 +260,7 @@ class Search:
             if aim.least_ratio and reference.exported is None:
                 self._make(reference)
             order = self.race.run()
+
         if self.race.is_cut:
             self.notes.append("the race ended early, for want of time: raise --budget")
 
@@ -258,6 +268,7 @@ class Search:
             entry.reject(self.race.stopped.get(entry.name, ""))
             if entry.name not in order:
                 entry.reject(f"too little of {reference.name}'s accuracy on the same prompts")
+
         _refuse_unanswered(raced)
         return [by_name[name] for name in order]
 
@@ -274,6 +285,7 @@ class Search:
         front: frozenset[str] = frozenset()
         for is_dense in (True, False):
             front |= find_front(each for each in compared if each.choice.dense == is_dense)
+
         first = {entry.choice.dense: entry for entry in reversed(compared)}.values()
         is_far = self.limits.objective == "accuracy"
         farthest = _MAX_TIMES * max(compared[0].distance, _LEAST_KL) if is_far else math.inf

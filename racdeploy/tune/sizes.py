@@ -189,8 +189,12 @@ def _expect_saved_bytes(job: Job, tensors: Sequence[PlannedTensor]) -> float:
 
     saved = 0.0
     for tensor in tensors:
-        is_pruned = all(generalize(part) in pruned for part in tensor.parts)
-        if is_pruned and not packing.fits(tensor.quant_real, sparsity):
-            code_bits = math.floor(quant.load(tensor.quant_real).BITS)
-            saved += max(0.0, sparsity * code_bits - 1) * math.prod(tensor.shape) / 8
+        name = tensor.quant_real
+        is_pruned = pruned.issuperset(map(generalize, tensor.parts))
+
+        if is_pruned and not packing.fits(name, sparsity):
+            code_bits = math.floor(quant.load(name).BITS)
+            saved_bits = max(0.0, sparsity * code_bits - 1)
+            saved += saved_bits * math.prod(tensor.shape) / 8
+
     return saved

@@ -62,11 +62,13 @@ def measure_file(
 
     with open_engine(engine, file, settings) as opened:
         opened.generate([prompt[:4]], Sampling(max_new_tokens=2, stop_ids=()))
+
         for turn in range(_ANSWERS):
             # Another prompt each time: no engine has it in its cache.
             before = opened.stats[spent]
             opened.generate([[*prompt[turn:], *prompt[:turn]]], sampling)
             times.append(opened.stats[spent] - before)
+
         peak = int(opened.stats["peak_rss_bytes"])
 
     # The first new token comes out of the prompt's batch.
@@ -141,9 +143,11 @@ def measure_device(
     began = clock()
     longest_s = 0.0
     file = scratch / "synthetic.gguf"
-    narrow = measure(write_model(file, "q8_0", Dimensions(work.blocks, _NARROW)), threads)
     speeds: dict[str, float] = {}
     repacked = []
+
+    narrow = measure(write_model(file, "q8_0", Dimensions(work.blocks, _NARROW)), threads)
+    block_s = narrow.token_s / work.blocks
 
     for done, name in enumerate(work.quants):
         started = clock()
@@ -151,21 +155,25 @@ def measure_device(
             break
         if progress:
             progress("measure", done, len(work.quants))
+
         size = _choose_size(name, work.weights)
         sample = measure(write_model(file, name, size), threads)
 
-        block_s = narrow.token_s / work.blocks
+        # What is not the weights' is as in the narrow model, which has next to none.
         read_bytes = size.blocks * size.block_weights * quants.load(name).BITS / 8
         own_s = max(sample.token_s - block_s * size.blocks, 0.05 * sample.token_s)
         speeds[name] = float(f"{read_bytes / own_s / 1e9:.3g}")
+
         held = sample.peak_rss_bytes - narrow.peak_rss_bytes
         if held > _COPIED * read_bytes:
             repacked.append(name)
+
         longest_s = max(longest_s, clock() - started)
 
     file.unlink()
     if progress:
         progress("measure", len(work.quants), len(work.quants))
+
     slowest = min(speeds.values())
     return Device(
         name=_name_machine(),
