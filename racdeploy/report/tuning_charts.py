@@ -20,6 +20,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 730, 20, 340
 _TICKS = 5
 _DASHED = 'stroke-dasharray="5 4"'
 _LINE = '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke="var(--{})" {}/>'
+_DOT = '<circle cx="{:.1f}" cy="{:.1f}" r="7" fill="var(--{})" {}><title>'
 _TEXT = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
 
 
@@ -69,17 +70,13 @@ def _draw_limits(tuning: Tuning, x: _Scale, y: _Scale) -> Iterator[Markup]:
         yield _line(x(most_bytes), _TOP, x(most_bytes), _BOTTOM, "ink", _DASHED)
 
 
-def _draw_axes(x: _Scale, y: _Scale) -> list[Markup]:
-    parts = []
+def _draw_axes(x: _Scale, y: _Scale) -> Iterator[Markup]:
     for tick in y.ticks:
-        parts.append(_line(_LEFT, y(tick), _RIGHT, y(tick), "line", 'stroke-width="1"'))
-        parts.append(_text("tick", _LEFT - 8, y(tick) + 4, f"{tick:.1%}", "end"))
-
+        yield _line(_LEFT, y(tick), _RIGHT, y(tick), "line", 'stroke-width="1"')
+        yield _text("tick", _LEFT - 8, y(tick) + 4, f"{tick:.1%}", "end")
     for tick in x.ticks:
-        parts.append(_text("tick", x(tick), _BOTTOM + 20, readable_bytes(round(tick))))
-
-    parts.append(_text("label", (_LEFT + _RIGHT) / 2, _BOTTOM + 44, "size of the file"))
-    return parts
+        yield _text("tick", x(tick), _BOTTOM + 20, readable_bytes(round(tick)))
+    yield _text("label", (_LEFT + _RIGHT) / 2, _BOTTOM + 44, "size of the file")
 
 
 def _draw_point(tuning: Tuning, each: Candidate, x: float, y: _Scale) -> Markup:
@@ -90,8 +87,8 @@ def _draw_point(tuning: Tuning, each: Candidate, x: float, y: _Scale) -> Markup:
 
     up = y(accuracy.value)
     is_winner = each.name == tuning.winner
-    ring = 'stroke="var(--ink)" stroke-width="3"' if is_winner else 'stroke="var(--card)"'
-    dot = f'<circle cx="{x:.1f}" cy="{up:.1f}" r="7" fill="var(--{color})" {ring}><title>'
+    ring = 'stroke="var(--ink)" stroke-width="3"' if is_winner else ""
+    dot = _DOT.format(x, up, color, ring)
     figures = f"{each.name}: {accuracy.value:.1%} right, {readable_bytes(each.size_bytes)}"
     parts = [bar, Markup(dot), escape(plain(figures)), Markup("</title></circle>")]
 
