@@ -30,7 +30,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 from numpy.typing import NDArray
 
-from benchmarks._llama import Side, run_child
+from kernels.benchmarks._llama import Side, run_child
 from racdeploy.quant import ggml
 
 TWO_OF_FOUR = "2:4"
