@@ -30,8 +30,6 @@ class Frame:
 
 
 FLAT = Frame(56, 444, 16, 254, height=300)
-TALL = Frame(56, 444, 16, 324, height=370)
-WIDE = Frame(56, 744, 16, 354, height=400, width=760)
 SQUARE = Frame(60, 440, 16, 396, height=442)
 """Equal scales across and upward, so that a diagonal has 45 degrees."""
 
