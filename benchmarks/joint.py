@@ -28,7 +28,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from racdeploy.storage.caches import default_work
 from racdeploy.verify.measure import compare_logits
 from racdeploy.verify.stats import paired

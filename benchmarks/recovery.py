@@ -23,8 +23,9 @@ from benchmarks._setup import add_settings
 from benchmarks.calibration import COLUMNS, Cell, answers, measure, percent, recipe
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.report.model import Record, RecoveryRow
 from racdeploy.report.recovery import list_phases
+from racdeploy.results.answers import Record
+from racdeploy.results.pruning import RecoveryRow
 from racdeploy.storage.caches import default_work
 from racdeploy.storage.memory import resident_bytes
 from racdeploy.verify.stats.paired import wilson_interval

@@ -26,8 +26,8 @@ from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records, read_report
-from racdeploy.report.model import Record
 from racdeploy.report.tuning_files import FILE, read_tuning
+from racdeploy.results.answers import Record
 from racdeploy.storage.caches import default_work
 from racdeploy.tune.candidates import make_choice
 

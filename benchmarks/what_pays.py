@@ -42,7 +42,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from racdeploy.storage.caches import default_work
 from racdeploy.verify.answers import Answers
 from racdeploy.verify.measure import compare_logits

@@ -25,7 +25,7 @@ from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.verify import ArtifactAnswerer
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.harnesses import Harness, Order, Score
-from racdeploy.report.model import HarnessRun
+from racdeploy.results.answers import HarnessRun
 from racdeploy.runtime.control import describe_control
 from racdeploy.storage import child, lifeline
 from racdeploy.storage.addresses import release_of

@@ -9,7 +9,8 @@ import pytest
 
 if TYPE_CHECKING:
     from racdeploy.bundles.verify import Reverification
-    from racdeploy.report.model import CheckResult, Report
+    from racdeploy.results.checks import CheckResult
+    from racdeploy.results.report import Report
 
 _VERDICT = "verdict"
 
@@ -128,8 +129,8 @@ class Check(pytest.Item):
         return folder, None, self.nodeid
 
     def _result(self, report: Report) -> CheckResult:
-        from racdeploy.report.model import CheckResult
         from racdeploy.report.summary import explanation
+        from racdeploy.results.checks import CheckResult
 
         if self.name == _VERDICT:
             return CheckResult(name=_VERDICT, verdict=report.verdict, summary=explanation(report))

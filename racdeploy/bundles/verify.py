@@ -19,7 +19,9 @@ from racdeploy.engines import open_engine
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
-from racdeploy.report.model import HarnessRun, Record, Report, TensorRow
+from racdeploy.results.answers import HarnessRun, Record
+from racdeploy.results.pruning import TensorRow
+from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.sparse_kernels import STOCK, Mode, kernels_used
 from racdeploy.storage.addresses import release_of

@@ -26,7 +26,7 @@ from racdeploy.storage.unprintable import escape_unprintable, visible
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from racdeploy.report.model import Report
+    from racdeploy.results.report import Report
     from racdeploy.verify.gate import Gate
 
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from racdeploy.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from racdeploy.pipeline.job import Job
-    from racdeploy.report.model import Report
+    from racdeploy.results.report import Report
 
 WORTH_KERNELS = 0.3
 """Share of zeros from which on kernels for sparse weights are worth a word."""

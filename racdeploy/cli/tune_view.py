@@ -13,7 +13,7 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.report.tables import plain, say
 
 if TYPE_CHECKING:
-    from racdeploy.report.tuning import Candidate
+    from racdeploy.results.tuning import Candidate
 
 Show = Callable[["Candidate"], None]
 

@@ -55,7 +55,7 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Something of a whole file that is not as asked, see :class:`report.model.DeviationRow`."""
+    """Something of a whole file that is not as asked, see :class:`results.pruning.DeviationRow`."""
 
     what: str
     asked: str

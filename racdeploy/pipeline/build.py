@@ -33,7 +33,8 @@ from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.report.model import Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts

@@ -24,10 +24,11 @@ from racdeploy.pipeline.thinking import UNCONTROLLED, Control
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report import html, markdown
-from racdeploy.report.model import Record, Report
 from racdeploy.report.recovery import as_csv, describe_recovery
 from racdeploy.report.structure import describe_kept
 from racdeploy.report.summary import describe_lost_zeros, describe_token_differences
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.storage.files import atomic_folder, file_sha256

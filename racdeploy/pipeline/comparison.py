@@ -21,7 +21,9 @@ from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.thinking import UNCONTROLLED, Control, note_control
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
-from racdeploy.report.model import DeviationRow, Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.pruning import DeviationRow
+from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem, Split

@@ -15,7 +15,7 @@ from racdeploy.prune import PrunedModel
 from racdeploy.prune.structures import list_parts
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Pruning, Structure
-from racdeploy.report.model import BlockRow, LinearRow, StructureRow
+from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.files import canonical_hash
 from racdeploy.storage.stages import scratch_folder

@@ -22,7 +22,7 @@ from racdeploy.prune.processes import Processes
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
-from racdeploy.report.model import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.storage.cores import multiplies_bfloat16
 from racdeploy.storage.files import canonical_hash

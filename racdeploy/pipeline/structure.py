@@ -18,8 +18,8 @@ from racdeploy.prune.assemble import Shape
 from racdeploy.prune.layout import Layout, keep_alike
 from racdeploy.prune.structures import list_parts
 from racdeploy.recipe import Structure
-from racdeploy.report.model import Kept, StructureRow
 from racdeploy.report.structure import describe_kept
+from racdeploy.results.pruning import Kept, StructureRow
 
 Spread = Callable[[list[int], Sequence[Layout]], list[int]]
 """Gets how many units of a part each block keeps, and their layouts; returns other counts."""

@@ -13,7 +13,7 @@ from racdeploy.errors import UsageError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Verification
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from racdeploy.runtime.control import (
     NO_CONTROL,
     check_closing,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.report.model import BlockRow, LinearRow, RecoveryRow, StructureRow
+from racdeploy.results.pruning import BlockRow, LinearRow, RecoveryRow, StructureRow
 
 __all__ = ["PrunedModel"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 from racdeploy.prune.processes import Processes
 from racdeploy.prune.pruned_linear import PrunedLinear
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json
 

@@ -43,7 +43,7 @@ from racdeploy.prune.solving import LinearPruner
 from racdeploy.prune.survey import Effect, Observation, survey
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json
 from racdeploy.traces.trace import Trace

@@ -13,7 +13,7 @@ from racdeploy.models.widths import SETTINGS
 from racdeploy.prune.assemble import Shape
 from racdeploy.prune.layout import Layout
 from racdeploy.recipe import Structure
-from racdeploy.report.model import StructureRow
+from racdeploy.results.pruning import StructureRow
 from racdeploy.storage.reading import read_json
 
 FILE = "structure.json"

@@ -14,7 +14,7 @@ from torch import nn
 from racdeploy.prune.batches import Batch
 from racdeploy.prune.held_out import RelativeError
 from racdeploy.prune.processes import Processes
-from racdeploy.report.model import LinearRow
+from racdeploy.results.pruning import LinearRow
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from racdeploy.report.model import Record
 from racdeploy.report.pairs import OUTCOMES, Pair
+from racdeploy.results.answers import Record
 from racdeploy.storage.unprintable import visible
 
 FIRST = 10

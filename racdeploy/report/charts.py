@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from racdeploy.report import axis
-from racdeploy.report.model import ArmSummary, RecoveryRow
 from racdeploy.report.pairs import Pair, list_lengths
 from racdeploy.report.tables import say, shorten
+from racdeploy.results.answers import ArmSummary
+from racdeploy.results.pruning import RecoveryRow
 
 POINTS = 2000
 """Prompts that the chart of all prompts draws at most."""

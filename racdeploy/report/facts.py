@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.report.model import ArmSummary, Record, Report
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import list_kept
 from racdeploy.report.tables import number, plain, readable_bytes
+from racdeploy.results.answers import ArmSummary, Record
+from racdeploy.results.report import Report
 
 _SHORT = 16  # digits of a hash that a reader compares
 _LONGEST_QUESTION = 60  # characters of a question that is copied into a command

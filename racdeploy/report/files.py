@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.report import html, junit, markdown
-from racdeploy.report.model import Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from racdeploy.storage.files import disk_errors, write_atomic
 from racdeploy.storage.reading import parse_json, read_json, read_lines
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from racdeploy.report.model import ArmSummary, Report, RivalRow
 from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, say
+from racdeploy.results.answers import ArmSummary, RivalRow
+from racdeploy.results.report import Report
 
 _SIZE_EVEN, _SPEED_EVEN = 1.02, 1.05
 _SIZE = "size ({:bytes}, pruned {:bytes})"

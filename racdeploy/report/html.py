@@ -14,7 +14,6 @@ from racdeploy.report import browser, charts
 from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.front import who_wins
 from racdeploy.report.gains import list_highlights
-from racdeploy.report.model import LinearRow, Record, Report
 from racdeploy.report.page import render_page
 from racdeploy.report.pairs import Pair, length_quantiles, list_lengths, pair_records
 from racdeploy.report.settings import as_toml
@@ -29,6 +28,9 @@ from racdeploy.report.tables import (
     share_range,
     tables,
 )
+from racdeploy.results.answers import Record
+from racdeploy.results.pruning import LinearRow
+from racdeploy.results.report import Report
 
 _ROWS = 200
 _WORST = 8  # linears that are named

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterable
 from xml.etree import ElementTree
 
-from racdeploy.report.model import CheckResult, Report
 from racdeploy.report.summary import explanation
 from racdeploy.report.tables import plain
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.report import Report
 
 _TAGS = {
     "fail": "failure",

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 
 from racdeploy.report.front import who_wins
 from racdeploy.report.gains import describe_savings
-from racdeploy.report.model import Record, Report
 from racdeploy.report.pairs import Pair, pair_records
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, shorten, tables
-from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_tables import list_facts, tuning_table
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
+from racdeploy.results.tuning import Tuning
 
 LIMIT_CHARACTERS = 60_000
 _LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 
 Outcome = Literal["lost", "won", "wrong", "right"]
 OUTCOMES: tuple[Outcome, ...] = ("lost", "won", "wrong", "right")

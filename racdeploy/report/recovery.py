@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
 
-from racdeploy.report.model import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow
 
 
 def list_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from racdeploy.report.model import Kept, StructureRow
+from racdeploy.results.pruning import Kept, StructureRow
 
 # Fields of a block; the width of the dense block has the same name with ``_dense`` behind it.
 _IN_BLOCKS = {"feed-forward channels": "channels", "query heads": "heads", "experts": "experts"}

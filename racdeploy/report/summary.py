@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from racdeploy.report.model import Comparison, Report
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import describe_kept
 from racdeploy.report.tables import plain, say
+from racdeploy.results.answers import Comparison
+from racdeploy.results.report import Report
 
 _EVEN = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
 _EVEN_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"

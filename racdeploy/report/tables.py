@@ -13,18 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.report.model import (
-    VECTORS_IN_F32,
-    ArmSummary,
-    BlockRow,
-    CheckResult,
-    HarnessRun,
-    LinearRow,
-    RecoveryRow,
-    Report,
-)
 from racdeploy.report.recovery import list_phases
 from racdeploy.report.structure import list_kept
+from racdeploy.results.answers import ArmSummary, HarnessRun
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, RecoveryRow
+from racdeploy.results.report import Report
 from racdeploy.storage.unprintable import visible
 
 _NONE = "–"

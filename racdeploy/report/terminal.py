@@ -15,11 +15,11 @@ from rich.text import Text
 
 from racdeploy.report.front import who_wins
 from racdeploy.report.gains import describe_gains
-from racdeploy.report.model import Report
 from racdeploy.report.summary import explanation, headline
 from racdeploy.report.tables import Table, list_next_steps, plain, tables
-from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_tables import list_facts, tuning_table
+from racdeploy.results.report import Report
+from racdeploy.results.tuning import Tuning
 
 _STYLES = {
     "pass": "green",

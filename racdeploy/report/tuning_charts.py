@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from racdeploy.report.tables import plain, readable_bytes
-from racdeploy.report.tuning import Candidate, Tuning
 from racdeploy.report.tuning_tables import least_accuracy
+from racdeploy.results.tuning import Candidate, Tuning
 
 _WIDTH, _HEIGHT = 760, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 730, 20, 340

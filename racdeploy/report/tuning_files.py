@@ -13,7 +13,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.report import markdown, tuning_page
 from racdeploy.report.settings import as_toml
 from racdeploy.report.tables import plain
-from racdeploy.report.tuning import Tuning
+from racdeploy.results.tuning import Tuning
 from racdeploy.storage.files import disk_errors, write_atomic
 from racdeploy.storage.reading import name_problem, read_json
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from racdeploy.report.page import render_page
 from racdeploy.report.settings import as_toml
-from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_charts import draw_accuracy
 from racdeploy.report.tuning_tables import keeps_limits, list_facts, tuning_table
+from racdeploy.results.tuning import Tuning
 
 _ROWS = 400
 _TITLES = {"front": "Accuracy", "candidates": "Candidates", "again": "Build it again"}

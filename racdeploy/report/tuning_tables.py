@@ -19,7 +19,7 @@ from racdeploy.report.tables import (
     readable_bytes,
     say,
 )
-from racdeploy.report.tuning import Candidate, Constraints, DeviceRow, Interval, Reached, Tuning
+from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Interval, Reached, Tuning
 
 _REACHED: tuple[Reached, ...] = get_args(Reached)
 _CELLS: dict[str, Callable[[Candidate], str]] = {

@@ -16,11 +16,12 @@ from racdeploy.pipeline.bundling import check_replaceable
 from racdeploy.pipeline.comparison import Rival
 from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records
-from racdeploy.report.model import Record, Report
 from racdeploy.report.tables import points, readable_bytes
-from racdeploy.report.tuning import Constraints, Interval, Tuning
 from racdeploy.report.tuning_files import write_tuning
 from racdeploy.report.tuning_tables import describe_limits
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
+from racdeploy.results.tuning import Constraints, Interval, Tuning
 from racdeploy.storage.cores import available_cores
 from racdeploy.storage.toml import merge
 from racdeploy.tune.candidates import PLAIN, Choice

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from racdeploy.export import ExportResult
 from racdeploy.prune import PrunedModel
 from racdeploy.report.front import find_unbeaten
-from racdeploy.report.tuning import (
+from racdeploy.results.tuning import (
     Candidate,
     Constraints,
     CostInterval,

@@ -17,8 +17,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.report.model import Record
-from racdeploy.report.tuning import Objective
+from racdeploy.results.answers import Record
+from racdeploy.results.tuning import Objective
 from racdeploy.verify.stats.costs import compare_costs, cost_per_success
 from racdeploy.verify.stats.paired import drop_interval, paired_counts
 from racdeploy.verify.stats.sequential import is_above_zero

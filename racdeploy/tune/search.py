@@ -25,7 +25,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.workplace import Workplace
-from racdeploy.report.tuning import Candidate, Constraints, DeviceRow
+from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.storage.stages import Stage
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem

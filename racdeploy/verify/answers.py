@@ -19,7 +19,7 @@ from racdeploy.decoding.engine import (
 from racdeploy.errors import EngineError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.recipe import Verification
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from racdeploy.runtime.control import NO_CONTROL, make_budget
 from racdeploy.runtime.loops import find_loop
 from racdeploy.runtime.template import PromptEncoder

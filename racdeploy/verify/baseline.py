@@ -11,7 +11,8 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.files import read_records, read_report
-from racdeploy.report.model import ArmSummary, Record, Report
+from racdeploy.results.answers import ArmSummary, Record
+from racdeploy.results.report import Report
 from racdeploy.sparse_kernels import STOCK
 from racdeploy.storage.files import file_sha256
 from racdeploy.storage.toml import validate

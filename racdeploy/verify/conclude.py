@@ -9,7 +9,17 @@ from itertools import chain
 from typing import Any
 
 from racdeploy.recipe import Recipe
-from racdeploy.report import model as reports
+from racdeploy.results.answers import ArmSummary, Comparison, Record, RivalRow, TaskRow
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.pruning import (
+    BlockRow,
+    DeviationRow,
+    Kept,
+    LinearRow,
+    RecoveryRow,
+    StructureRow,
+)
+from racdeploy.results.report import Report
 from racdeploy.tasks import follows
 from racdeploy.verify import harness
 from racdeploy.verify.checks import accuracy, thinking
@@ -24,14 +34,14 @@ def conclude(
     model: str,
     target: str,
     recipe: Recipe,
-    linears: Sequence[reports.LinearRow],
-    blocks: Sequence[reports.BlockRow],
-    structure: Sequence[reports.StructureRow],
-    kept: reports.Kept | None,
-    recovery: Sequence[reports.RecoveryRow],
-    deviations: Sequence[reports.DeviationRow],
+    linears: Sequence[LinearRow],
+    blocks: Sequence[BlockRow],
+    structure: Sequence[StructureRow],
+    kept: Kept | None,
+    recovery: Sequence[RecoveryRow],
+    deviations: Sequence[DeviationRow],
     fingerprint: Mapping[str, Any],
-) -> tuple[reports.Report, list[reports.Record]]:
+) -> tuple[Report, list[Record]]:
     """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
     checks = run_checks(evidence)
     if evidence.harness:
@@ -40,7 +50,7 @@ def conclude(
     also = [other.arm for other in evidence.also]
     arms = (evidence.dense, evidence.pruned, *also, *evidence.rivals)
 
-    report = reports.Report(
+    report = Report(
         created=datetime.now(UTC),
         model=model,
         target=target,
@@ -67,14 +77,14 @@ def conclude(
     return report, list(chain.from_iterable(arm.records for arm in in_order))
 
 
-def _summarize_arm(arm: Arm) -> reports.ArmSummary:
+def _summarize_arm(arm: Arm) -> ArmSummary:
     """Return counts, means and the 95 % Wilson interval of one arm."""
     count = len(arm.records)
     correct = arm.count(is_correct)
     interval = paired.wilson_interval(correct, count)
     peak_rss_bytes = arm.stats.get("peak_rss_bytes")
 
-    return reports.ArmSummary(
+    return ArmSummary(
         name=arm.name,
         prompts=count,
         correct=correct,
@@ -95,7 +105,7 @@ def _summarize_arm(arm: Arm) -> reports.ArmSummary:
     )
 
 
-def _count_by_task(evidence: Evidence) -> tuple[reports.TaskRow, ...]:
+def _count_by_task(evidence: Evidence) -> tuple[TaskRow, ...]:
     asked = Counter(record.task for record in evidence.dense.records)
     dense = Counter(record.task for record in evidence.dense.records if record.correct)
     pruned = Counter(record.task for record in evidence.pruned.records if record.correct)
@@ -103,15 +113,13 @@ def _count_by_task(evidence: Evidence) -> tuple[reports.TaskRow, ...]:
     rows = []
     for task, prompts in asked.items():
         right = {"dense_correct": dense[task], "pruned_correct": pruned[task]}
-        row = reports.TaskRow(task=task, follows=follows(task), prompts=prompts, **right)
+        row = TaskRow(task=task, follows=follows(task), prompts=prompts, **right)
         rows.append(row)
 
     return tuple(rows)
 
 
-def _compare_arms(
-    evidence: Evidence, checks: Mapping[str, reports.CheckResult]
-) -> reports.Comparison:
+def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:
     """Return the comparison; its numbers are those on which the checks decided."""
     records = zip(evidence.dense.records, evidence.pruned.records, strict=True)
     outcomes = Counter((dense.correct, pruned.correct) for dense, pruned in records)
@@ -126,7 +134,7 @@ def _compare_arms(
     def length_figure(name: str) -> float | None:
         return float(length[name]) if name in length else None
 
-    return reports.Comparison(
+    return Comparison(
         drop=pairs.drop,
         drop_lower=interval.lower,
         drop_upper=interval.upper,
@@ -145,7 +153,7 @@ def _compare_arms(
     )
 
 
-def _compare_rivals(evidence: Evidence) -> tuple[reports.RivalRow, ...]:
+def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
     """Return all dense models against the pruned one; none where there is no rival."""
     if not evidence.rivals:
         return ()
@@ -163,7 +171,7 @@ def _compare_rivals(evidence: Evidence) -> tuple[reports.RivalRow, ...]:
         budget = evidence.budget_tokens
         length = lengths.length_ratio(pruned_lengths, arm_lengths, budget, confidence)
         rows.append(
-            reports.RivalRow(
+            RivalRow(
                 name=arm.name,
                 gain=pairs.drop,
                 gain_lower=gain.lower,

@@ -15,14 +15,9 @@ from typing import NamedTuple, TypeVar
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
-from racdeploy.report.model import (
-    CheckResult,
-    CheckVerdict,
-    HarnessRun,
-    PositionRow,
-    Record,
-    TensorRow,
-)
+from racdeploy.results.answers import HarnessRun, Record
+from racdeploy.results.checks import CheckResult, CheckVerdict
+from racdeploy.results.pruning import PositionRow, TensorRow
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.stats import paired
 

@@ -20,7 +20,7 @@ from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.models.renumbering import new_ids, translate
-from racdeploy.report.model import PositionRow, TensorRow
+from racdeploy.results.pruning import PositionRow, TensorRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.answers import IdPair, Opener
 from racdeploy.verify.evidence import Divergence, LogitComparison, PromptProbe, StopIds, TokenProbe

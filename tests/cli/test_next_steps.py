@@ -15,7 +15,7 @@ from racdeploy.cli.app import app
 from racdeploy.cli.next_steps import advise, list_commands, shrinks
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Report
+from racdeploy.results.report import Report
 from tests.support.records import record
 from tests.support.sample_report import build_report
 

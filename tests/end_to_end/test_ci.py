@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import xmlschema
 
-from racdeploy.report.model import Report
+from racdeploy.results.report import Report
 from tests.support.action_runner import run_action, write_program
 from tests.support.commands import racdeploy
 

@@ -23,7 +23,8 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.prune import PrunedModel
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.checks import sparsity, thinking
 from racdeploy.verify.evidence import Evidence

@@ -20,7 +20,7 @@ import pytest
 
 from racdeploy.bundles.bench import find_dense
 from racdeploy.report.files import read_records, read_report
-from racdeploy.report.model import HarnessRow
+from racdeploy.results.answers import HarnessRow
 from tests.support.commands import command, environment, racdeploy
 from tests.support.own_server import children
 from tests.support.stand_in_harness import install

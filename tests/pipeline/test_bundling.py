@@ -11,8 +11,9 @@ import pytest
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.bundling import Contents
 from racdeploy.recipe import Pruning
-from racdeploy.report.model import RecoveryRow, Report
 from racdeploy.report.recovery import as_csv
+from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.report import Report
 
 CURVE = "recover.csv"
 SENTENCE = (

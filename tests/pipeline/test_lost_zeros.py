@@ -18,8 +18,9 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_folder, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report.model import CheckResult, Report
 from racdeploy.report.summary import explanation
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.report import Report
 from racdeploy.verify.checks import sparsity
 from racdeploy.verify.evidence import Arm, Evidence
 from racdeploy.verify.gate import read_gate

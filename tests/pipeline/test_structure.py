@@ -21,7 +21,7 @@ from racdeploy.pipeline.structure import (
 )
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Recipe, Structure
-from racdeploy.report.model import LinearRow
+from racdeploy.results.pruning import LinearRow
 from tests.support.cut_models import cut_checkpoint
 from tests.support.tiny_models import make_checkpoint
 

@@ -14,7 +14,7 @@ from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.thinking import STRENGTHS, Control, note_control, read_control, tune
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from tests.support.records import record
 from tests.support.tiny_models import edit_json, make_checkpoint
 

@@ -23,8 +23,8 @@ from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report.model import CheckResult
 from racdeploy.report.summary import describe_token_differences, findings
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.checks import tokens
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.gate import read_gate

@@ -32,7 +32,7 @@ from racdeploy.prune.statistics import InputStatistic
 from racdeploy.prune.units import Units
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, Structure
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import file_sha256
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace

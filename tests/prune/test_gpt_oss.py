@@ -29,7 +29,7 @@ from racdeploy.prune.statistics import PAD
 from racdeploy.prune.structures.vocabulary import rewrite
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.recover.course import list_trained
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace
 

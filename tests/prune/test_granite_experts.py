@@ -27,7 +27,7 @@ from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import PAD
 from racdeploy.recipe import Pruning, Structure
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import make_trace

@@ -22,7 +22,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.recipe import Pruning
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import file_sha256
 from tests.support.block_outputs import take_states
 from tests.support.tiny_models import FAMILIES, make_checkpoint

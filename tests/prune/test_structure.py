@@ -29,7 +29,7 @@ from racdeploy.prune.processes import ALONE
 from racdeploy.prune.session import Session
 from racdeploy.prune.statistics import InputStatistic
 from racdeploy.recipe import Pruning, Structure
-from racdeploy.report.model import BlockRow, LinearRow
+from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.traces.trace import Trace
 from tests.support.matrix import some
 from tests.support.tiny_models import CUT_FAMILIES, make_checkpoint

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.report.model import Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from tests.support.sample_report import build_records, build_report
 
 

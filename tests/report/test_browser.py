@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy.report import html
-from racdeploy.report.model import Record, Report
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 from tests.support.browser import CHROMIUM, DRIVER, Browser, browser
 
 pytestmark = [

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from racdeploy.report import axis, charts, html
-from racdeploy.report.model import Record, Report
 from racdeploy.report.pairs import Pair
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
 
 
 def _pairs(records: list[Record], lengths: list[tuple[int, int]]) -> list[Pair]:

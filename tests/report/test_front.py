@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from racdeploy.report.front import front, who_wins
-from racdeploy.report.model import ArmSummary, Report
+from racdeploy.results.answers import ArmSummary
+from racdeploy.results.report import Report
 from tests.support.sample_report import arm
 
 

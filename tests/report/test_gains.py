@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from racdeploy.report.gains import describe_gains
-from racdeploy.report.model import Comparison, Kept, Report
+from racdeploy.results.answers import Comparison
+from racdeploy.results.pruning import Kept
+from racdeploy.results.report import Report
 
 
 def test_gains_are_sentences_with_both_figures(report: Report) -> None:

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from racdeploy.report import html, markdown, terminal
-from racdeploy.report.model import HarnessRow, HarnessRun, Report
 from racdeploy.report.tables import HARNESS, tables
+from racdeploy.results.answers import HarnessRow, HarnessRun
+from racdeploy.results.report import Report
 from tests.support.sample_report import HOSTILE
 
 PAIRED = HarnessRow(

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from racdeploy.report import html
-from racdeploy.report.model import ArmSummary, Record, Report
+from racdeploy.results.answers import ArmSummary, Record
+from racdeploy.results.report import Report
 from tests.support.elements import Elements
 from tests.support.sample_report import HOSTILE
 

@@ -9,7 +9,8 @@ import pytest
 import xmlschema
 
 from racdeploy.report import junit
-from racdeploy.report.model import CheckResult, Report
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.report import Report
 from tests.support.sample_report import HOSTILE
 
 SCHEMA = xmlschema.XMLSchema(Path(__file__).with_name("junit.xsd"))

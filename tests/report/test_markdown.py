@@ -7,8 +7,10 @@ import re
 import pytest
 
 from racdeploy.report import markdown
-from racdeploy.report.model import Comparison, LinearRow, Record, Report, TensorRow
 from racdeploy.report.tables import tables
+from racdeploy.results.answers import Comparison, Record
+from racdeploy.results.pruning import LinearRow, TensorRow
+from racdeploy.results.report import Report
 from tests.support.sample_report import GOLDEN, HOSTILE
 
 _UNEXPLAINED = "the method reached another sparsity than it was asked for"

@@ -11,15 +11,9 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from racdeploy.report.model import (
-    ArmSummary,
-    CheckResult,
-    CheckVerdict,
-    Comparison,
-    Record,
-    Report,
-    overall_verdict,
-)
+from racdeploy.results.answers import ArmSummary, Comparison, Record
+from racdeploy.results.checks import CheckResult, CheckVerdict, overall_verdict
+from racdeploy.results.report import Report
 from tests.support.sample_report import build_records, build_report
 
 

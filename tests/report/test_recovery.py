@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from racdeploy.report import charts, html, markdown
 from racdeploy.report.axis import tokens_text
-from racdeploy.report.model import Record, RecoveryRow, Report
 from racdeploy.report.recovery import as_csv, describe_recovery, list_phases
 from racdeploy.report.tables import tables
+from racdeploy.results.answers import Record
+from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.report import Report
 
 Points = list[tuple[str, str]]
 START = RecoveryRow(phase="start", tokens=0, kl_nats=0.9, accuracy=0.5)

@@ -13,8 +13,9 @@ import jsonschema
 import pytest
 from pydantic import BaseModel
 
-from racdeploy.report.model import Record, Report
-from racdeploy.report.tuning import CostInterval, Tuning
+from racdeploy.results.answers import Record
+from racdeploy.results.report import Report
+from racdeploy.results.tuning import CostInterval, Tuning
 from tests.support.sample_tuning import build_tuning
 
 DOCS = Path(__file__).parents[2] / "docs"

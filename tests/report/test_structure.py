@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from racdeploy.report import html, markdown
-from racdeploy.report.model import Kept, Record, Report, StructureRow
 from racdeploy.report.structure import describe_kept, list_kept
+from racdeploy.results.answers import Record
+from racdeploy.results.pruning import Kept, StructureRow
+from racdeploy.results.report import Report
 
 DENSE = Kept(
     parameters=1_000_000,

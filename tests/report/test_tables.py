@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.report.model import CheckResult, CheckVerdict, Report
 from racdeploy.report.tables import Table, list_next_steps, number, points, tables
+from racdeploy.results.checks import CheckResult, CheckVerdict
+from racdeploy.results.report import Report
 
 
 def _check(name: str, verdict: CheckVerdict, remedy: str = "") -> CheckResult:

@@ -7,8 +7,9 @@ import io
 from rich.console import Console
 
 from racdeploy.report import terminal
-from racdeploy.report.model import VECTORS_IN_F32, Report, TensorRow
 from racdeploy.report.tables import Table, tables
+from racdeploy.results.pruning import VECTORS_IN_F32, TensorRow
+from racdeploy.results.report import Report
 
 
 def printed(report: Report, *, is_terminal: bool, width: int = 100) -> str:

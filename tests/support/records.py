@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from racdeploy.report.model import Record
+from racdeploy.results.answers import Record
 from racdeploy.verify.evidence import Arm
 
 

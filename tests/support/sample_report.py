@@ -10,20 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from racdeploy.report import markdown
-from racdeploy.report.model import (
-    ArmSummary,
-    BlockRow,
-    CheckResult,
-    Comparison,
-    LinearRow,
-    PositionRow,
-    Record,
-    RecoveryRow,
-    Report,
-    RivalRow,
-    TaskRow,
-    TensorRow,
-)
+from racdeploy.results.answers import ArmSummary, Comparison, Record, RivalRow, TaskRow
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.pruning import BlockRow, LinearRow, PositionRow, RecoveryRow, TensorRow
+from racdeploy.results.report import Report
 
 GOLDEN = Path(__file__).parents[1] / "report" / "golden" / "report.md"
 HOSTILE = (

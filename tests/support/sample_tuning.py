@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from racdeploy.report.tuning import (
+from racdeploy.results.tuning import (
     Candidate,
     Constraints,
     CostInterval,

@@ -22,7 +22,7 @@ from racdeploy.problems.published import Published, Rows
 from racdeploy.problems.task import Task
 from racdeploy.recipe import Recipe
 from racdeploy.report import markdown
-from racdeploy.report.model import TaskRow
+from racdeploy.results.answers import TaskRow
 from racdeploy.scorers import score
 from racdeploy.tasks import TaskSet, aime24, gpqa_diamond, gsm8k
 from tests.support.dataset_hub import serve_dataset

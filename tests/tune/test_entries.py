@@ -10,7 +10,7 @@ import pytest
 from racdeploy.export import ExportResult
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.report.tuning import Constraints, Interval, Objective
+from racdeploy.results.tuning import Constraints, Interval, Objective
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.conclude import find_rival, write_verdict
 from racdeploy.tune.entries import (

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from racdeploy.report.tuning import Objective
+from racdeploy.results.tuning import Objective
 from racdeploy.tune.race import Aim, Contestant, Race, Scores, list_rounds
 from racdeploy.verify.stats.sequential import is_above_zero, wealth
 

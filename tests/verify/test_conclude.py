@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.recipe import Recipe, Verification
-from racdeploy.report.model import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.gate import read_gate

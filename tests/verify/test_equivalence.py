@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
-from racdeploy.report.model import Verdict
+from racdeploy.results.checks import Verdict
 from racdeploy.verify.stats.lengths import (
     length_deviation,
     length_power,

@@ -18,7 +18,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Verification
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.checks import accuracy, logits
 from racdeploy.verify.checks import thinking as thinking_check
 from racdeploy.verify.evidence import Arm, Divergence, Evidence, LogitComparison, run_checks

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from racdeploy.harnesses import Score
-from racdeploy.report.model import CheckResult, HarnessRow, HarnessRun
+from racdeploy.results.answers import HarnessRow, HarnessRun
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.gate import Gate, gate_model
 from racdeploy.verify.harness import compare, judge
 from racdeploy.verify.stats import paired

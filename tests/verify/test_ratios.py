@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.recipe import Verification
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.checks import memory, speed
 from racdeploy.verify.evidence import Arm, Evidence
 from racdeploy.verify.gate import read_gate

@@ -8,8 +8,8 @@ from racdeploy.cli.options import BuildOptions
 from racdeploy.errors import exit_code_of
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.report.model import Report
 from racdeploy.report.summary import explanation
+from racdeploy.results.report import Report
 from racdeploy.verify.checks import accuracy, backends, thinking
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.evidence import Evidence

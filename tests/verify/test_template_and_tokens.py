@@ -14,7 +14,7 @@ from racdeploy.engines.transformers import chat_ids
 from racdeploy.errors import ArtifactError
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.recipe import Verification
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.checks import template, tokens
 from racdeploy.verify.evidence import Evidence, StopIds, TokenProbe

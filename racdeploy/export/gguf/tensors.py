@@ -22,7 +22,7 @@ from racdeploy.models.decoder import Transform
 from racdeploy.models.families import EVERY_EXPERT, Family, generalize, name_experts
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
-from racdeploy.report.model import VECTORS_IN_F32
+from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.storage.mxfp4 import PackedEntry
 
 # As llama.cpp's converter stores them, whatever the format of the file.

@@ -20,7 +20,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, split_arrays
 from racdeploy.quant.matmulnbits import BLOCK
-from racdeploy.report.model import VECTORS_IN_F32
+from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.storage.safetensors import widen
 
 _FALLBACK = "f16"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy.report.model import CheckResult
 from racdeploy.report.tables import points
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Evidence, is_correct, make_result
 from racdeploy.verify.stats import paired, verdicts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.storage.files import file_sha256
 from racdeploy.verify.evidence import Evidence, OtherArtifact, make_result
 

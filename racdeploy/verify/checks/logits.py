@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from racdeploy import plugins
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Divergence, Evidence, make_result
 

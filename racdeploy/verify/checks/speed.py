@@ -6,7 +6,7 @@ from operator import ge
 
 from pydantic import Field
 
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.ratio import compare_figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.evidence import Evidence, PromptProbe, make_result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import (
     FAULTS,

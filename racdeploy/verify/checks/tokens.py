@@ -5,7 +5,7 @@ A share of the strings may differ where the recipe accepts that by name; it is s
 
 from __future__ import annotations
 
-from racdeploy.report.model import CheckResult
+from racdeploy.results.checks import CheckResult
 from racdeploy.verify.differences import TokenDifferences
 from racdeploy.verify.evidence import Evidence, StopIds, make_result
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from racdeploy.report.model import Verdict
+from racdeploy.results.checks import Verdict
 from racdeploy.verify.stats import distributions
 from racdeploy.verify.stats.distributions import ROUNDING, bisect, normal_quantile
 from racdeploy.verify.stats.verdicts import Interval, judge, judge_within

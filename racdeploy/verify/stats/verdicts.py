@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from racdeploy.report.model import Verdict
+from racdeploy.results.checks import Verdict
 
 _SEVERITY: tuple[Verdict, ...] = ("pass", "inconclusive", "fail")
 

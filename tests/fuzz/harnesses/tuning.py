@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from racdeploy.report import markdown, tuning_page
-from racdeploy.report.tuning import Tuning
 from racdeploy.report.tuning_files import read_tuning
+from racdeploy.results.tuning import Tuning
 from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import expect, place
 from tests.support.sample_tuning import build_tuning
 
 READERS = (
-    *("racdeploy.report.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
+    *("racdeploy.results.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
     *("racdeploy.report.tuning_charts", "racdeploy.report.settings"),
 )
 _WORDS = (
