@@ -232,8 +232,8 @@ def prune_ours(job: dict[str, Any], rows: list[list[int]]) -> None:
     import shutil
 
     from racdeploy.models.checkpoint import Checkpoint
-    from racdeploy.prune.assemble import assemble
     from racdeploy.prune.calibrate import prune_blocks
+    from racdeploy.prune.walk.assemble import assemble
     from racdeploy.recipe import Pruning
     from racdeploy.traces.trace import Trace
 

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from kernels.benchmarks._llama import Side, run_child
 from kernels.benchmarks._cache_speed import measure_ns
+from kernels.benchmarks._llama import Side, run_child
 from kernels.benchmarks.llamacpp import (
     BITS,
     BLOCKS,

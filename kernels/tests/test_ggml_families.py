@@ -21,7 +21,7 @@ from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
 from racdeploy.models.supported import describe_families
-from racdeploy.prune.assemble import assemble
+from racdeploy.prune.walk.assemble import assemble
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -163,7 +163,7 @@ def _open_build(job: Job, options: TraceOptions) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
     from racdeploy.cli.progress import show_progress
     from racdeploy.pipeline.build import Build
-    from racdeploy.prune.processes import join_processes
+    from racdeploy.prune.walk.processes import join_processes
     from racdeploy.storage.caches import default_work
 
     with show_progress(console.err, options.quiet) as progress, join_processes() as processes:

@@ -31,7 +31,7 @@ from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report

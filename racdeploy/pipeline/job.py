@@ -17,7 +17,7 @@ from racdeploy.models.families import generalize
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
-from racdeploy.prune.layout import find_end
+from racdeploy.prune.structure.layout import find_end
 from racdeploy.quant import Codes, presets
 from racdeploy.recipe import Recipe, Structure, Verification
 from racdeploy.runtime.template import PromptEncoder

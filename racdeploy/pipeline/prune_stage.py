@@ -44,7 +44,7 @@ class PruneStage:
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
         """Prune the model on its traces, or find it pruned."""
-        from racdeploy.prune.device import choose_device
+        from racdeploy.prune.walk.device import choose_device
 
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})
@@ -147,8 +147,8 @@ class PruneStage:
         """Prune a model, the dense one or one that is sparse already, into a folder."""
         self.place.report("prune", 0, model.block_count)
 
-        from racdeploy.prune.assemble import assemble
-        from racdeploy.prune.outline import list_rows, read_outline
+        from racdeploy.prune.structure.outline import list_rows, read_outline
+        from racdeploy.prune.walk.assemble import assemble
 
         calibration, held_out, counts = self.select(traces)
         cuts = self._cuts if model is self.dense else Structure()

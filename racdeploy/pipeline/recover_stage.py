@@ -18,7 +18,7 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.prune import PrunedModel
-from racdeploy.prune.processes import Processes
+from racdeploy.prune.walk.processes import Processes
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
@@ -289,7 +289,7 @@ class RecoverStage:
 
     def course(self, folder: Path, name: str, given: Mapping[str, Any]) -> Course:
         """Return what this process does of a phase; a line is printed by the first one alone."""
-        from racdeploy.prune.device import choose_device
+        from racdeploy.prune.walk.device import choose_device
         from racdeploy.recover.course import Course
 
         place = self.place
@@ -365,7 +365,7 @@ class _Teaching:
     @property
     def settings(self) -> Recovery:
         """The recipe's settings, with what this machine has in place of ``auto``."""
-        from racdeploy.prune.device import choose_device
+        from racdeploy.prune.walk.device import choose_device
 
         settings = self.stage.settings
         device = choose_device(settings.device).type

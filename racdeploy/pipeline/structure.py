@@ -14,9 +14,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import count_parameters
-from racdeploy.prune.assemble import Shape
-from racdeploy.prune.layout import Layout, keep_alike
+from racdeploy.prune.structure.layout import Layout, keep_alike
 from racdeploy.prune.structures import list_parts
+from racdeploy.prune.walk.assemble import Shape
 from racdeploy.recipe import Structure
 from racdeploy.report.structure import describe_kept
 from racdeploy.results.pruning import Kept, StructureRow
@@ -110,7 +110,7 @@ def _is_uniform(job: Job) -> bool:
 
 def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
     """Return about what a cut will leave, which :func:`check_structure` has allowed."""
-    from racdeploy.prune.outline import list_rows
+    from racdeploy.prune.structure.outline import list_rows
 
     shape = expect_shape(checkpoint, settings)
     tokens = checkpoint.integer("vocab_size")
@@ -168,7 +168,7 @@ def expect_shape(
 
     ``spread`` changes how many units of a part each block keeps, of the same sum.
     """
-    from racdeploy.prune.outline import Outline, whole
+    from racdeploy.prune.structure.outline import Outline, whole
 
     outline = whole(checkpoint)
     for part, plugin in list_parts(settings, "model").items():

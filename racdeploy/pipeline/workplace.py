@@ -11,7 +11,7 @@ from typing import Any
 from racdeploy import __version__
 from racdeploy.decoding.engine import Progress
 from racdeploy.extras import installed_version
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.storage.addresses import code_hash, release_of
 from racdeploy.storage.stages import Stage
 

@@ -22,25 +22,25 @@ from racdeploy.decoding.engine import Progress
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, name_experts
-from racdeploy.prune.assemble import Shape
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.block_files import BlockFiles
-from racdeploy.prune.blocks import put
-from racdeploy.prune.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
-from racdeploy.prune.decision import decide_outline
-from racdeploy.prune.experts import measure_experts
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.held_out import RelativeError
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.outline import Outline, whole
-from racdeploy.prune.pair import BlockPair
-from racdeploy.prune.processes import ALONE, Processes
-from racdeploy.prune.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
-from racdeploy.prune.routing import remember_routing
-from racdeploy.prune.session import Session, open_session
-from racdeploy.prune.shares import Shares, fill_shares
-from racdeploy.prune.solving import LinearPruner
-from racdeploy.prune.survey import Effect, Observation, survey
+from racdeploy.prune.structure.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
+from racdeploy.prune.structure.decision import decide_outline
+from racdeploy.prune.structure.outline import Outline, whole
+from racdeploy.prune.walk.assemble import Shape
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.block_files import BlockFiles
+from racdeploy.prune.walk.blocks import put
+from racdeploy.prune.walk.experts import measure_experts
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.held_out import RelativeError
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.pair import BlockPair
+from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.walk.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
+from racdeploy.prune.walk.routing import remember_routing
+from racdeploy.prune.walk.session import Session, open_session
+from racdeploy.prune.walk.survey import Effect, Observation, survey
+from racdeploy.prune.weights.shares import Shares, fill_shares
+from racdeploy.prune.weights.solving import LinearPruner
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow

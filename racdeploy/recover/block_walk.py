@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.batches import Batch, make_batches
-from racdeploy.prune.beside import Beside, Besides
-from racdeploy.prune.blocks import Blocks
-from racdeploy.prune.statistics import PAD
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.batches import Batch, make_batches
+from racdeploy.prune.walk.beside import Beside, Besides
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recover.course import Course, Lesson
 from racdeploy.recover.divergence import Head, measure_kl
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at

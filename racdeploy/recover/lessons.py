@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.batches import Batch, make_batches
-from racdeploy.prune.beside import Besides
-from racdeploy.prune.blocks import Blocks
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.batches import Batch, make_batches
+from racdeploy.prune.walk.beside import Besides
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recipe import StreamWeights
 from racdeploy.traces.trace import STREAMS, Trace
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from racdeploy.prune.activations import Activations
+from racdeploy.prune.walk.activations import Activations
 from racdeploy.recover.divergence import Head
 from racdeploy.traces.trace import Trace
 

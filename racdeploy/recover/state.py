@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.storage.files import atomic_file
 from racdeploy.storage.safetensors import (
     DTYPES,

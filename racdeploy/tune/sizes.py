@@ -22,9 +22,9 @@ from racdeploy.models.families import expert_of, generalize
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
-from racdeploy.prune.assemble import Shape, sketch
-from racdeploy.prune.layout import Layout
+from racdeploy.prune.structure.layout import Layout
 from racdeploy.prune.structures import vocabulary
+from racdeploy.prune.walk.assemble import Shape, sketch
 from racdeploy.storage.files import canonical_hash
 
 _EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.recipe import Pruning
 
 

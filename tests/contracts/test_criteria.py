@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import Layout
-from racdeploy.prune.removal import Removal
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.removal import Removal
+from racdeploy.prune.walk.hessian import Hessian
 
 
 @pytest.mark.parametrize("name", plugins.names("criteria"))

@@ -151,9 +151,9 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
     import torch
 
     from racdeploy.engines.transformers.torch_model import load_model
-    from racdeploy.prune.batches import Batch
-    from racdeploy.prune.beside import Beside
-    from racdeploy.prune.blocks import Blocks
+    from racdeploy.prune.walk.batches import Batch
+    from racdeploy.prune.walk.beside import Beside
+    from racdeploy.prune.walk.blocks import Blocks
 
     ids_BT = torch.randint(0, 480, (2, 60), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(2, dtype=torch.long), False)

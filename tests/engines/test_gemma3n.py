@@ -17,9 +17,9 @@ from racdeploy.errors import ModelError, UsageError
 from racdeploy.export.gguf import export
 from racdeploy.export.gguf.parameters import check_parameters
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.beside import Beside
-from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.beside import Beside
+from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.recipe import Structure
 from tests.support.tiny_models import FAMILIES, SHARING, edit_json, make_checkpoint
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import Shape, assemble
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
+from racdeploy.prune.walk.assemble import assemble
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
 _PARTS = [name for name in ("gemma3_text", "gemma3n_text", "gemma4_text") if name in FAMILIES]

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.blocks import Blocks
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.blocks import Blocks
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.matrix import some
 from tests.support.tiny_models import CUT_FAMILIES, LONGROPE, YARN, edit_json, make_checkpoint

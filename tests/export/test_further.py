@@ -17,7 +17,7 @@ from racdeploy.engines import open_engine
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
-from racdeploy.prune.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import Shape, assemble
 from tests.support.further_head import add_further_head
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 

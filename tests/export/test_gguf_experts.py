@@ -18,9 +18,9 @@ from racdeploy.export import gguf as gguf_format
 from racdeploy.export import measure_sparsity
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.outline import read_outline
+from racdeploy.prune.structure.outline import read_outline
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning, Structure

@@ -14,8 +14,8 @@ from racdeploy.export import measure_sparsity
 from racdeploy.export.gguf import export, is_linear
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import choose_quants
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.quant import IMPORTANCE_FILE, presets
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning

@@ -17,16 +17,16 @@ from racdeploy import plugins
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune import batches as batches_module
 from racdeploy.prune.allocations import Effect, Observation
-from racdeploy.prune.batches import make_batches
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.processes import ALONE
-from racdeploy.prune.session import Session
-from racdeploy.prune.shares import fill_shares
-from racdeploy.prune.survey import survey
+from racdeploy.prune.walk import batches as batches_module
+from racdeploy.prune.walk.batches import make_batches
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.processes import ALONE
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.survey import survey
+from racdeploy.prune.weights.shares import fill_shares
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
 from tests.support.block_outputs import take_states

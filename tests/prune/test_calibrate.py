@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.assemble import assemble
-from racdeploy.prune.batches import make_batches
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.assemble import assemble
+from racdeploy.prune.walk.batches import make_batches
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.storage.files import file_sha256

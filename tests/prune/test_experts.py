@@ -19,17 +19,17 @@ from racdeploy import plugins
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
-from racdeploy.prune.batches import make_batches
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.outline import read_outline
-from racdeploy.prune.processes import ALONE
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import InputStatistic
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.outline import read_outline
+from racdeploy.prune.structure.units import Units
+from racdeploy.prune.walk.assemble import assemble
+from racdeploy.prune.walk.batches import make_batches
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.processes import ALONE
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
@@ -364,7 +364,7 @@ def test_more_passes_leave_the_same_bytes(
     """Where memory is for the sums of one expert at a time."""
     found = []
     for name, size_bytes in (("together", 2 << 30), ("alone", 1)):
-        monkeypatch.setattr("racdeploy.prune.experts.EXPERT_BYTES", size_bytes)
+        monkeypatch.setattr("racdeploy.prune.walk.experts.EXPERT_BYTES", size_bytes)
         run(dense, tmp_path / name, sparsity=0.5, expert_tokens=120)
         files = sorted((tmp_path / name / "blocks").iterdir())
         found.append({file.name: file_sha256(file) for file in files})

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.beside import Beside
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.flow import Flow
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.beside import Beside
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.flow import Flow
 from racdeploy.recipe import Pruning
 from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace

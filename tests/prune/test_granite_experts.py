@@ -17,15 +17,15 @@ from racdeploy import plugins
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
-from racdeploy.prune.batches import make_batches
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.outline import read_outline
-from racdeploy.prune.processes import ALONE
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import PAD
+from racdeploy.prune.structure.outline import read_outline
+from racdeploy.prune.walk.assemble import assemble
+from racdeploy.prune.walk.batches import make_batches
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.processes import ALONE
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.llama_child import ask_llama

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned, sparsegpt
-from racdeploy.prune.patterns import Unstructured
-from racdeploy.prune.refit import refit
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import Unstructured
+from racdeploy.prune.weights.refit import refit
 from racdeploy.recipe import Pruning
 
 OUTPUTS, INPUTS = 10, 32

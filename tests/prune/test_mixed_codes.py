@@ -13,8 +13,8 @@ from racdeploy.errors import UsageError
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Recipe
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES

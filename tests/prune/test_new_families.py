@@ -19,8 +19,8 @@ import torch
 from racdeploy.decoding.engine import Progress
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import file_sha256

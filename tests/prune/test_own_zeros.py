@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from racdeploy import quant as quants
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.outline import read_outline
+from racdeploy.prune.structure.outline import read_outline
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Structure
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES

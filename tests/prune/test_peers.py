@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
-from racdeploy.prune.patterns import NOfM, Pattern, Unstructured
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import NOfM, Pattern, Unstructured
 from racdeploy.recipe import Pruning
 from tests.references import ist_daslab
 

@@ -19,8 +19,8 @@ import torch
 from racdeploy.pipeline import workplace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.prune.processes import Processes
-from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
 from racdeploy.storage.files import file_sha256
 from tests.support.commands import command, environment

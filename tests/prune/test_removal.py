@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from racdeploy.prune import removal as removals
 from racdeploy.prune.criteria import error, magnitude
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import Layout
-from racdeploy.prune.removal import Removal
+from racdeploy.prune.structure import removal as removals
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.removal import Removal
+from racdeploy.prune.walk.hessian import Hessian
 from tests.references import removal as textbook
 
 CHANNELS = Layout("F", 24, {"F": 1})

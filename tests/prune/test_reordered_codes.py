@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import order_columns
-from racdeploy.prune import solving
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.walk.assemble import assemble
+from racdeploy.prune.weights import solving
 from racdeploy.recipe import Pruning
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import TRACES

@@ -27,14 +27,14 @@ from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
-from racdeploy.prune import rounding
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned, sparsegpt
-from racdeploy.prune.patterns import Unstructured
-from racdeploy.prune.refit import refit
-from racdeploy.prune.rounding import find_codes, round_to_grid
+from racdeploy.prune.walk.assemble import assemble
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights import rounding
+from racdeploy.prune.weights.patterns import Unstructured
+from racdeploy.prune.weights.refit import refit
+from racdeploy.prune.weights.rounding import find_codes, round_to_grid
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning, Recipe
 from tests.support.tiny_models import make_checkpoint

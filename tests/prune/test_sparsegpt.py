@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import sparsegpt
-from racdeploy.prune.patterns import NOfM, Pattern, Unstructured
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import NOfM, Pattern, Unstructured
 from racdeploy.recipe import Pruning
 from tests.references import obs
 

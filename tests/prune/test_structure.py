@@ -17,17 +17,17 @@ from racdeploy import plugins
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import Shape, assemble
-from racdeploy.prune.batches import make_batches
-from racdeploy.prune.blocks import Blocks
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.cut import Site
-from racdeploy.prune.decision import allocate_units
-from racdeploy.prune.layout import Layout
-from racdeploy.prune.outline import list_rows, read_outline
-from racdeploy.prune.processes import ALONE
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.structure.cut import Site
+from racdeploy.prune.structure.decision import allocate_units
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.outline import list_rows, read_outline
+from racdeploy.prune.walk.assemble import Shape, assemble
+from racdeploy.prune.walk.batches import make_batches
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.processes import ALONE
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.traces.trace import Trace

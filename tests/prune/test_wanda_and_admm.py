@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.patterns import NOfM, Pattern, Unstructured
-from racdeploy.prune.refit import refit
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import NOfM, Pattern, Unstructured
+from racdeploy.prune.weights.refit import refit
 from racdeploy.recipe import Pruning
 from tests.references import obs
 

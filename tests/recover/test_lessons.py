@@ -13,7 +13,7 @@ import torch
 
 from racdeploy.engines.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import Activations
+from racdeploy.prune.walk.activations import Activations
 from racdeploy.recipe import StreamWeights
 from racdeploy.recover.lessons import Lessons, choose_taught, dense_states
 from tests.support.tiny_models import make_checkpoint

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import Shape, assemble
 
 # Per block: query heads and channels that stay. Groups of heads stay equally large in a block.
 Cut = Sequence[tuple[int, int]]

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.assemble import assemble
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.outline import list_rows, read_outline
+from racdeploy.prune.structure.outline import list_rows, read_outline
+from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Recovery, Structure
 from racdeploy.recover.course import Course
 from tests.support.tiny_models import make_checkpoint

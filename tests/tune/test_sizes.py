@@ -21,8 +21,8 @@ from racdeploy.models.widths import SETTINGS
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
-from racdeploy.prune.assemble import Shape, sketch
 from racdeploy.prune.structures import vocabulary
+from racdeploy.prune.walk.assemble import Shape, sketch
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
 from racdeploy.tune.sizes import Sizes

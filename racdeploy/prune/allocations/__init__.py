@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from racdeploy.prune.shares import HIGHEST, LOWEST, Shares
-from racdeploy.prune.survey import Effect, Observation
+from racdeploy.prune.walk.survey import Effect, Observation
+from racdeploy.prune.weights.shares import HIGHEST, LOWEST, Shares
 
 __all__ = ["Effect", "Observation", "Shares", "shift_shares"]
 

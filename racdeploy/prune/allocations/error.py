@@ -15,10 +15,10 @@ import torch
 
 from racdeploy import plugins
 from racdeploy.prune.allocations import Effect, Observation, Shares, shift_shares
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.patterns import Unstructured
-from racdeploy.prune.refit import prune_and_refit
-from racdeploy.prune.shares import HIGHEST
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import Unstructured
+from racdeploy.prune.weights.refit import prune_and_refit
+from racdeploy.prune.weights.shares import HIGHEST
 from racdeploy.recipe import Pruning
 
 SURVEYS = True

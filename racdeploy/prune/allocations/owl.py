@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from racdeploy.prune.allocations import Effect, Observation, Shares, shift_shares
-from racdeploy.prune.hessian import Hessian
+from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.recipe import Pruning
 
 SURVEYS = True

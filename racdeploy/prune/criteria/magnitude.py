@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.units import Units
 
 CALIBRATED = False
 

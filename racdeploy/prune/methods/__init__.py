@@ -2,7 +2,7 @@
 
 A method file has ``prune(weight_OI, hessian, pattern, settings) -> Pruned``. ``weight_OI`` is
 float32, may be overwritten, and is zero where an input was never active; ``hessian`` is the damped
-:class:`~racdeploy.prune.hessian.Hessian` that linears with the same input share. A method that
+:class:`~racdeploy.prune.walk.hessian.Hessian` that linears with the same input share. A method that
 takes other memory than most has ``MATRICES`` and ``COPIES``, see :mod:`racdeploy.prune.cost`.
 """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
-from racdeploy.prune.patterns import Pattern
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import Pattern
 from racdeploy.recipe import Pruning
 
 MATRICES = 1  # no factor

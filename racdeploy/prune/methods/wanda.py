@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
-from racdeploy.prune.patterns import Pattern
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import Pattern
 from racdeploy.recipe import Pruning
 
 MATRICES, COPIES = 1, 9  # no factor; two sorts with 64-bit places

@@ -13,7 +13,7 @@ blocks and ``"V"`` for that of tokens; ``COUNTED`` names the units where a recip
   ``rewrite(checkpoint, old_ids, out) -> Path`` makes another model folder of the finished one.
 
 Before the walk and in it, ``cut(site) -> list[int]`` returns the units that stay. It hands what
-:mod:`racdeploy.prune.units` describes to ``site.choose``; there the criterion chooses.
+:mod:`racdeploy.prune.structure.units` describes to ``site.choose``; there the criterion chooses.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ import torch
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.cut import Site
-from racdeploy.prune.layout import Layout, refuse_uncut
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import PAD
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.cut import Site
+from racdeploy.prune.structure.layout import Layout, refuse_uncut
+from racdeploy.prune.structure.units import Units
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "model", "L"

@@ -22,12 +22,12 @@ from racdeploy.engines.transformers.experts import route
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import axes
-from racdeploy.prune.cut import BlockSite, narrow
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.layout import Layout
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import PAD
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.cut import BlockSite, narrow
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.units import Units
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "block", "E"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.layout import Layout, check_share
+from racdeploy.prune.structure.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "block", "F"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.layout import Layout, check_share
+from racdeploy.prune.structure.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "block", "Q"

@@ -20,7 +20,7 @@ from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE, named_ids, renumber
 from racdeploy.models.tokenizer_files import read_tokenizer
-from racdeploy.prune.layout import Layout, refuse_uncut
+from racdeploy.prune.structure.layout import Layout, refuse_uncut
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import atomic_folder
 from racdeploy.storage.safetensors import write_entries

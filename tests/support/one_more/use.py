@@ -15,7 +15,7 @@ from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines.transformers import open_engine as open_torch
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.outline import read_outline
+from racdeploy.prune.structure.outline import read_outline
 from racdeploy.recipe import Pruning, Structure, Verification
 from racdeploy.traces.trace import Trace
 from racdeploy.verify.evidence import Evidence, run_checks

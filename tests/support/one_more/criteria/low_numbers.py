@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.units import Units
 
 CALIBRATED = True
 

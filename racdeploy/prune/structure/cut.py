@@ -18,13 +18,13 @@ from racdeploy.engines.transformers.torch_model import fit_attention
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import ends_part
 from racdeploy.models.widths import find_kept
-from racdeploy.prune.blocks import put
-from racdeploy.prune.layout import Layout, find_end
-from racdeploy.prune.outline import Outline
-from racdeploy.prune.pair import BlockPair, gather_inputs
-from racdeploy.prune.removal import Removal
-from racdeploy.prune.session import Session
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.layout import Layout, find_end
+from racdeploy.prune.structure.outline import Outline
+from racdeploy.prune.structure.removal import Removal
+from racdeploy.prune.structure.units import Units
+from racdeploy.prune.walk.blocks import put
+from racdeploy.prune.walk.pair import BlockPair, gather_inputs
+from racdeploy.prune.walk.session import Session
 from racdeploy.recipe import Structure
 
 

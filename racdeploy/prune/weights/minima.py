@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from racdeploy.prune.scales import CHUNK_WEIGHTS, divisor, nearest_steps
+from racdeploy.prune.weights.scales import CHUNK_WEIGHTS, divisor, nearest_steps
 from racdeploy.quant import MinimumGrid
 
 # Steps to try, as shares of the one that lets the codes reach from a group's lowest weight to its

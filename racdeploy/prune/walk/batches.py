@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from racdeploy.prune.bounds import TOKENS_PER_BATCH
-from racdeploy.prune.statistics import PAD
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.traces.trace import Trace
 
 

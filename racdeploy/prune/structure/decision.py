@@ -17,14 +17,14 @@ from types import ModuleType
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.cut import Site
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import Layout, find_end, keep_alike
-from racdeploy.prune.outline import FILE, Outline, as_outline, whole
-from racdeploy.prune.removal import Removal
-from racdeploy.prune.session import Session
+from racdeploy.prune.structure.cut import Site
+from racdeploy.prune.structure.layout import Layout, find_end, keep_alike
+from racdeploy.prune.structure.outline import FILE, Outline, as_outline, whole
+from racdeploy.prune.structure.removal import Removal
 from racdeploy.prune.structures import list_parts
-from racdeploy.prune.survey import Effect, Observation, survey
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.survey import Effect, Observation, survey
 from racdeploy.recipe import Structure
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.processes import Processes
-from racdeploy.prune.statistics import PAD
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.walk.statistics import PAD
 from racdeploy.traces.trace import STREAMS
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import InputStatistic
 
 
 @dataclass

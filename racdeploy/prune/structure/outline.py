@@ -10,8 +10,8 @@ from typing import Any
 from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
-from racdeploy.prune.assemble import Shape
-from racdeploy.prune.layout import Layout
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.walk.assemble import Shape
 from racdeploy.recipe import Structure
 from racdeploy.results.pruning import StructureRow
 from racdeploy.storage.reading import read_json

@@ -2,7 +2,7 @@
 
 Slab by slab, columns are rounded and those to come solved again. Then, again and again, each weight
 moves to the grid point that is best while all others stay, each group's step to the best for its
-codes. What :mod:`racdeploy.prune.scales` pins stays: quantizing again gives the same.
+codes. What :mod:`racdeploy.prune.weights.scales` pins stays: quantizing again gives the same.
 Source: QuantEase (arXiv 2309.01885) on a mask, in GPTQ's order (arXiv 2210.17323); scales move.
 """
 
@@ -13,11 +13,11 @@ from typing import cast
 
 import torch
 
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
-from racdeploy.prune.minima import fit_lines, start_lines
-from racdeploy.prune.refit import descend
-from racdeploy.prune.scales import divisor, nearest_steps, start_steps
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.minima import fit_lines, start_lines
+from racdeploy.prune.weights.refit import descend
+from racdeploy.prune.weights.scales import divisor, nearest_steps, start_steps
 from racdeploy.quant import Grid, MinimumGrid, has_minima, signed_codes
 
 SLABS, DESCENT_STEPS = 8, 4  # more lower the error of a linear by less than 1 %

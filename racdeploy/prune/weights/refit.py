@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from racdeploy.prune.hessian import Hessian
 from racdeploy.prune.methods import Pruned
-from racdeploy.prune.patterns import Pattern
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.weights.patterns import Pattern
 from racdeploy.recipe import Pruning
 
 _TINY = 1e-30  # a row that has converged divides by this: its steps are zero

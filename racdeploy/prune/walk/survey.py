@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from racdeploy.models.families import name_experts
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.beside import Beside
-from racdeploy.prune.blocks import put
-from racdeploy.prune.experts import ExpertGroup, count_tokens
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.pair import BlockPair, gather_inputs
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import PAD, InputStatistic
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.beside import Beside
+from racdeploy.prune.walk.blocks import put
+from racdeploy.prune.walk.experts import ExpertGroup, count_tokens
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.prune.walk.pair import BlockPair, gather_inputs
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import PAD, InputStatistic
 
 Effect = Callable[[torch.Tensor], float]
 """Returns the change at the end of the block, with other weights in a linear."""

@@ -13,17 +13,17 @@ from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.reordering import order_columns
-from racdeploy.prune.blocks import put
-from racdeploy.prune.experts import ExpertGroup, Piece, count_tokens
-from racdeploy.prune.held_out import RelativeError
-from racdeploy.prune.pair import BlockPair, gather_inputs
-from racdeploy.prune.patterns import AsBefore, Pattern, make_pattern
-from racdeploy.prune.pruned_linear import PrunedLinear
-from racdeploy.prune.refit import prune_and_refit
-from racdeploy.prune.rounding import round_to_grid
-from racdeploy.prune.session import Session
-from racdeploy.prune.shares import Shares
-from racdeploy.prune.statistics import InputStatistic
+from racdeploy.prune.walk.blocks import put
+from racdeploy.prune.walk.experts import ExpertGroup, Piece, count_tokens
+from racdeploy.prune.walk.held_out import RelativeError
+from racdeploy.prune.walk.pair import BlockPair, gather_inputs
+from racdeploy.prune.walk.pruned_linear import PrunedLinear
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import InputStatistic
+from racdeploy.prune.weights.patterns import AsBefore, Pattern, make_pattern
+from racdeploy.prune.weights.refit import prune_and_refit
+from racdeploy.prune.weights.rounding import round_to_grid
+from racdeploy.prune.weights.shares import Shares
 from racdeploy.quant import Codes, as_grid, codes_of
 
 Solved = tuple[torch.Tensor, torch.Tensor, float]

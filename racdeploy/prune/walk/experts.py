@@ -24,14 +24,14 @@ from torch import nn
 
 from racdeploy.models.families import expert_of
 from racdeploy.models.widths import axes, shape
-from racdeploy.prune.batches import Batch
 from racdeploy.prune.bounds import EXPERT_BYTES
-from racdeploy.prune.flow import Flow
-from racdeploy.prune.pair import BlockPair
-from racdeploy.prune.pruned_linear import PrunedLinear, without_bias
-from racdeploy.prune.routing import Routed, take
-from racdeploy.prune.session import Session
-from racdeploy.prune.statistics import InputStatistic, count_sums
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.flow import Flow
+from racdeploy.prune.walk.pair import BlockPair
+from racdeploy.prune.walk.pruned_linear import PrunedLinear, without_bias
+from racdeploy.prune.walk.routing import Routed, take
+from racdeploy.prune.walk.session import Session
+from racdeploy.prune.walk.statistics import InputStatistic, count_sums
 
 TOKENS_PER_INPUT = 2
 """With fewer, the tokens of all experts give smaller errors; see benchmarks/RESULTS.md."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.statistics import PAD
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.statistics import PAD
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.batches import Batch
-from racdeploy.prune.beside import Besides
-from racdeploy.prune.blocks import Blocks
-from racdeploy.prune.routing import Routed
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.beside import Besides
+from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.routing import Routed
 
 KEPT_BYTES = 2 << 30
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-from racdeploy.prune.processes import Processes
-from racdeploy.prune.pruned_linear import PrunedLinear
+from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.walk.pruned_linear import PrunedLinear
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.storage.files import write_atomic
 from racdeploy.storage.reading import read_json

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.activations import Activations
-from racdeploy.prune.batches import Batch
+from racdeploy.prune.walk.activations import Activations
+from racdeploy.prune.walk.batches import Batch
 
 Keys = MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]
 """Kind of attention, or number of the block that makes them → keys and values, (B, heads, T, K)."""

@@ -11,9 +11,9 @@ from functools import cached_property
 
 import torch
 
-from racdeploy.prune.hessian import Hessian
-from racdeploy.prune.layout import Layout
-from racdeploy.prune.units import Units
+from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.units import Units
+from racdeploy.prune.walk.hessian import Hessian
 
 BATCHES = 192
 """Least number of times that inputs are chosen anew on the way from all to none."""

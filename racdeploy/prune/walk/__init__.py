@@ -1,0 +1,1 @@
+"""Walks over the blocks, and what goes through them."""
