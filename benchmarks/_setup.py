@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from racdeploy.files.caches import default_work
+from racdeploy.files.toml import merge
 from racdeploy.models import widths
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.storage.caches import default_work
-from racdeploy.storage.safetensors import write_header
-from racdeploy.storage.toml import merge
+from racdeploy.tensors.safetensors import write_header
 
 Trace = tuple[tuple[int, ...], tuple[int, ...]]
 QWEN2_1_5B = {

@@ -26,16 +26,16 @@ from rich.console import Console
 
 from benchmarks._setup import add_settings, with_settings
 from racdeploy.bundles.bench import Load, compare
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import ExportResult
+from racdeploy.files.caches import default_work
+from racdeploy.files.toml import merge
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import Record
-from racdeploy.storage.caches import default_work
-from racdeploy.storage.toml import merge
 from racdeploy.verify.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verify.stats.paired import tango_interval, wilson_interval
 

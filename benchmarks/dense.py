@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.engine import EngineSettings
+from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.storage.caches import default_work
 
 
 def main() -> None:

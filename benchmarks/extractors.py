@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from racdeploy import scorers
-from racdeploy.tasks import gsm8k
+from racdeploy.tasks import scoring
+from racdeploy.tasks.sets import gsm8k
 
 _END = 70
 PARTS = ((40, 2), (4, 3), (1200, 34), (69000, 1000), (150, 100))
@@ -109,7 +109,7 @@ def read_answers(file: Path) -> list[dict[str, object]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         problem = gsm8k.ask({"question": "?", "answer": f"#### {row['gold']}"})
-        found = scorers.score(problem.scorer, row["answer"], problem.gold)
+        found = scoring.score(problem.scorer, row["answer"], problem.gold)
         answers.append(row | {"found": found.extracted, "how": found.how})
     return answers
 
@@ -117,7 +117,7 @@ def read_answers(file: Path) -> list[dict[str, object]]:
 def score_ours(answer: str, solution: str) -> bool:
     """Score as a build and a verification do."""
     problem = gsm8k.ask({"question": "?", "answer": solution})
-    return scorers.score(problem.scorer, answer, problem.gold).correct
+    return scoring.score(problem.scorer, answer, problem.gold).correct
 
 
 def score_lm_eval(answer: str, solution: str) -> bool:

@@ -16,12 +16,12 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
+from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.storage.caches import default_work
 from racdeploy.verify.answers import Respondent
 from racdeploy.verify.checks import accuracy, backends, thinking
 from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact

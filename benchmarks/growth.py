@@ -24,9 +24,9 @@ import numpy as np
 
 from benchmarks._setup import add_settings, with_settings, write_random_model
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.recipe import Pruning
-from racdeploy.storage.memory import resident_bytes
 from racdeploy.traces.trace import Trace
 
 BASE = {"tokens": 8192, "width": 512, "blocks": 2}

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from racdeploy import tasks
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder

@@ -21,15 +21,15 @@ from typing import Any
 from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import answers, gain
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import ExportResult
+from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import Record
-from racdeploy.storage.caches import default_work
 from racdeploy.verify.measure import compare_logits
 from racdeploy.verify.stats import paired
 

@@ -258,7 +258,7 @@ def losses(model: Path, pruned: Path, rows: list[list[int]]) -> dict[str, float]
     import torch
     from torch.nn.functional import cross_entropy, kl_div
 
-    from racdeploy.engines.transformers.torch_model import load_model
+    from racdeploy.engines.backends.transformers.torch_model import load_model
     from racdeploy.models.checkpoint import Checkpoint
 
     def look(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:

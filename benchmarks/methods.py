@@ -22,11 +22,11 @@ from pathlib import Path
 from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import ROWS, answers, zeros
 from racdeploy import plugins
+from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
-from racdeploy.storage.caches import default_work
 
 CALIBRATIONS = {"RAC": "rac", "prompt": "prompt"}
 

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from benchmarks._setup import QWEN2_1_5B, write_random_model
-from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 

@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.onnxruntime import OnnxRuntimeEngine, open_engine
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine, open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.export import ExportResult
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint

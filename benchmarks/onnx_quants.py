@@ -20,8 +20,9 @@ from statistics import median
 from benchmarks._setup import Trace, prune, pruning_parser
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines import onnxruntime, open_engine
+from racdeploy.engines import open_engine
+from racdeploy.engines.backends import onnxruntime
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.export import ExportResult
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from benchmarks._setup import Trace, prune, pruning_parser
 from racdeploy import plugins, quant
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE

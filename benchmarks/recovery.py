@@ -21,13 +21,13 @@ from rich.console import Console
 
 from benchmarks._setup import add_settings
 from benchmarks.calibration import COLUMNS, Cell, answers, measure, percent, recipe
+from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.report.recovery import list_phases
 from racdeploy.results.answers import Record
 from racdeploy.results.pruning import RecoveryRow
-from racdeploy.storage.caches import default_work
-from racdeploy.storage.memory import resident_bytes
 from racdeploy.verify.stats.paired import wilson_interval
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks._setup import write_random_model
 from racdeploy import export
-from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
 from tests.support.tiny_models import write_tokenizer

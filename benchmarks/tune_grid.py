@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration import gain
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import UsageError
+from racdeploy.files.caches import default_work
 from racdeploy.manifest import Manifest
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job, fit_context
@@ -28,7 +29,6 @@ from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records, read_report
 from racdeploy.report.tuning_files import FILE, read_tuning
 from racdeploy.results.answers import Record
-from racdeploy.storage.caches import default_work
 from racdeploy.tune.candidates import make_choice
 
 PLAIN = ("q4_0", "q4_k", "q3_k", "q2_k", "q4_k_m", "q3_k_m")

@@ -32,9 +32,10 @@ from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import gain, percent
 from racdeploy import quant as quants
 from racdeploy.bundles.bench import Load, compare
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import ExportResult, measure_sparsity
+from racdeploy.files.caches import default_work
 from racdeploy.models.families import generalize
 from racdeploy.packing.packers import bitmask
 from racdeploy.pipeline.build import Build
@@ -43,7 +44,6 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import Record
-from racdeploy.storage.caches import default_work
 from racdeploy.verify.answers import Answers
 from racdeploy.verify.measure import compare_logits
 from racdeploy.verify.stats.lengths import length_ratio

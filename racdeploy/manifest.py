@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.checked import has_sha256
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.reading import name_problem, read_json
+from racdeploy.files.checked import has_sha256
+from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.writing import file_sha256
 
 MANIFEST_NAME = "racdeploy.json"
 MOST_MANIFEST_BYTES = 4_000_000

@@ -21,13 +21,13 @@ from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPlugin
 from racdeploy.extras import PACKAGES, is_installed
 
 KINDS: dict[str, str] = {
-    "tasks": "racdeploy.tasks",
-    "scorers": "racdeploy.scorers",
+    "tasks": "racdeploy.tasks.sets",
+    "scorers": "racdeploy.tasks.scorers",
     "families": "racdeploy.models.families",
     "quant": "racdeploy.quant.formats",
     "presets": "racdeploy.quant.presets",
     "packing": "racdeploy.packing.packers",
-    "engines": "racdeploy.engines",
+    "engines": "racdeploy.engines.backends",
     "structures": "racdeploy.prune.structures",
     "criteria": "racdeploy.prune.criteria",
     "methods": "racdeploy.prune.methods",

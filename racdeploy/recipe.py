@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
+from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.manifest import MOST_TOKENS
-from racdeploy.storage.toml import merge, read_toml, validate
 from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast
 
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
-from racdeploy.storage.cores import available_cores
+from racdeploy.processes.cores import available_cores
 
 Mode = Literal["auto", "off", "require"]
 PACKAGE = "racdeploy-kernels"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.storage.toml import merge, read_toml, validate
+from racdeploy.files.toml import merge, read_toml, validate
 
 
 class _Data(BaseModel):

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure
+from racdeploy.files.partials import sweep
+from racdeploy.files.writing import atomic_folder, file_sha256, write_atomic
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.storage.files import atomic_folder, file_sha256, write_atomic
-from racdeploy.storage.partials import sweep
 from tests.support.tiny_artifacts import make_bundle
 
 if sys.platform != "win32":
@@ -64,7 +64,7 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
     file = tmp_path / "m[1].gguf"
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from racdeploy.storage.files import atomic_file\n"
+        "from racdeploy.files.writing import atomic_file\n"
         "with atomic_file(Path(sys.argv[1])) as stream: print('ready', flush=True), time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(file)]

@@ -57,10 +57,10 @@ def test_what_reaches_for_something_private_is_found(tmp_path: Path) -> None:
     file = tmp_path / "spoiled.py"
     file.write_text(
         "from racdeploy._hidden import thing\n"
-        "from racdeploy.storage import files, _child\n"
-        "from racdeploy.storage.files import _sync\n"
+        "from racdeploy.files import writing, _child\n"
+        "from racdeploy.files.writing import _sync\n"
         "from racdeploy import __version__\n"
-        "files._sync()\n"
+        "writing._sync()\n"
         "self._sync()\n"
     )
     assert [found.partition(" ")[0] for found in _reaches(file)] == ["1", "2", "3", "5"]

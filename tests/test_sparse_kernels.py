@@ -10,8 +10,8 @@ import pytest
 
 from racdeploy import sparse_kernels
 from racdeploy.cli.doctor import examine
-from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines.llamacpp import LlamaCppEngine
+from racdeploy.engines.backends.llamacpp import LlamaCppEngine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import EngineError
 from racdeploy.packing.sparse_matrix import LAYOUT
 from racdeploy.sparse_kernels import STOCK, Choice

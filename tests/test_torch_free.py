@@ -45,9 +45,9 @@ def modules_after(statement: str) -> set[str]:
     [
         "import racdeploy.runtime",
         "import racdeploy; racdeploy.load",
-        "import racdeploy.engines.llamacpp",
-        "import racdeploy.engines.onnxruntime",
-        "import racdeploy.engines.openai",
+        "import racdeploy.engines.backends.llamacpp",
+        "import racdeploy.engines.backends.onnxruntime",
+        "import racdeploy.engines.backends.openai",
     ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:

@@ -25,8 +25,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from racdeploy.storage.caches import default_work
-from racdeploy.storage.heap import keep_heap
+from racdeploy.files.caches import default_work
+from racdeploy.processes.heap import keep_heap
 
 sys.path += [
     str(Path(__file__).resolve().parents[1] / name) for name in ("smollm2", "tiny_reasoner")

@@ -21,8 +21,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from racdeploy import scorers, tasks
-from racdeploy.storage.heap import keep_heap
+from racdeploy import tasks
+from racdeploy.processes.heap import keep_heap
+from racdeploy.tasks import scoring
 
 TASKS = {  # name → share of the training examples; longer chains need more practice
     "word_problem": 1.0,
@@ -264,7 +265,7 @@ def probe(model: Qwen3ForCausalLM, tokenizer: Tokenizer, count: int = 48) -> dic
             )
         answers = [tokenizer.decode(row[T:].tolist()) for row in out_BT]
         right = [
-            scorers.score("", a, p.gold).correct for a, p in zip(answers, problems, strict=True)
+            scoring.score("", a, p.gold).correct for a, p in zip(answers, problems, strict=True)
         ]
         result[name] = sum(right) / count
     model.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.ggml_plugin import Plugin, Product, find_kernels
 
 _COLUMNS = 2048

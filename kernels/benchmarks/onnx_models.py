@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 
 from kernels.benchmarks.llamacpp import bandwidth
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.onnxruntime import open_engine
-from racdeploy.engines.onnxruntime.caches import AppendedCache, SharedCache
-from racdeploy.engines.onnxruntime.graph import DecoderGraph
-from racdeploy.engines.onnxruntime.graph import open_session as open_model
+from racdeploy.engines.backends.onnxruntime import open_engine
+from racdeploy.engines.backends.onnxruntime.caches import AppendedCache, SharedCache
+from racdeploy.engines.backends.onnxruntime.graph import DecoderGraph
+from racdeploy.engines.backends.onnxruntime.graph import open_session as open_model
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.export import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import KINDS, accel_name, split

@@ -21,7 +21,7 @@ from statistics import median
 
 import llama_cpp
 
-from racdeploy.storage.gguf_header import read_header
+from racdeploy.tensors.gguf_header import read_header
 from racdeploy_kernels.ggml_plugin import Plugin, find_kernels
 
 PROMPT = [(37 * i + 11) % 4000 + 100 for i in range(128)]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.storage.ggml_types import GGML_TYPES
-from racdeploy.storage.gguf_header import Header, TensorInfo
+from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.gguf_header import Header, TensorInfo
 from racdeploy_kernels.installed_ggml import find_ggml
 from racdeploy_kernels.library import PROVE, locate
 from racdeploy_kernels.proof import Kernels

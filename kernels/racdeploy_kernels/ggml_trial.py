@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from racdeploy.storage.cores import available_cores
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.processes.cores import available_cores
+from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.ggml_plugin import QUANTS, Plugin, Product
 from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import Verdict, measure, thread_counts, weights_bytes

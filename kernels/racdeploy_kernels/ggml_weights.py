@@ -7,7 +7,7 @@ from pathlib import Path
 
 from racdeploy.errors import ArtifactError
 from racdeploy.sparse_kernels import Choice
-from racdeploy.storage.gguf_header import read_header
+from racdeploy.tensors.gguf_header import read_header
 from racdeploy_kernels.ggml_plugin import Plugin, Zeros
 from racdeploy_kernels.library import PROVE, pin
 from racdeploy_kernels.proof import Proof

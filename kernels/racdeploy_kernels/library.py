@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from racdeploy.errors import EngineError, UsageError
-from racdeploy.storage.files import canonical_hash
+from racdeploy.files.writing import canonical_hash
 
 PROVE = "racdeploy-kernels prove"
 INSTRUCTION_SETS = ("portable", "avx2", "avx_vnni", "avx512", "neon", "neon_i8mm")

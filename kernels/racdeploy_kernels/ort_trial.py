@@ -29,7 +29,7 @@ from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
 from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, OPERATOR_DOMAIN, SparseMatrix, split
-from racdeploy.storage.cores import available_cores
+from racdeploy.processes.cores import available_cores
 from racdeploy_kernels.ggml_plugin import NAMES
 from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import Verdict, measure, thread_counts, weights_bytes

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.extras import is_installed
-from racdeploy.storage.caches import cache_folder
-from racdeploy.storage.child import run_module
-from racdeploy.storage.files import canonical_hash, disk_errors, file_sha256, write_atomic
-from racdeploy.storage.ownership import make_private, open_own, refuse_foreign
+from racdeploy.files.caches import cache_folder
+from racdeploy.files.ownership import make_private, open_own, refuse_foreign
+from racdeploy.files.writing import canonical_hash, disk_errors, file_sha256, write_atomic
+from racdeploy.processes.child import run_module
 from racdeploy_kernels.library import PROVE, chosen_instruction_set, processor
 from racdeploy_kernels.verdicts import Verdict, read_verdict
 

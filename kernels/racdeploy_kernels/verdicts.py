@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from racdeploy.storage.cores import available_cores, cache_bytes
-from racdeploy.storage.ggml_types import GGML_TYPES
-from racdeploy.storage.memory import free_bytes
+from racdeploy.processes.cores import available_cores, cache_bytes
+from racdeploy.processes.memory import free_bytes
+from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.library import PROVE
 
 LEAST_SPEEDUP = 1.05  # less is within what one measurement differs from the next

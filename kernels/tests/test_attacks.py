@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.errors import EngineError, EnvironmentFailure
-from racdeploy.storage.files import file_sha256
+from racdeploy.files.writing import file_sha256
 from racdeploy_kernels.library import pin
 from racdeploy_kernels.proof import Kernels, Proof, readiness
 

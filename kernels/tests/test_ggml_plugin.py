@@ -23,12 +23,12 @@ from kernels.tests.support.plugin import (
 )
 from racdeploy import sparse_kernels
 from racdeploy.cli.doctor import examine
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.llamacpp import LlamaCppEngine
+from racdeploy.engines.backends.llamacpp import LlamaCppEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.storage.cores import available_cores
+from racdeploy.processes.cores import available_cores
 from racdeploy_kernels import ggml_weights, installed_ggml, verdicts
 from racdeploy_kernels.__main__ import main
 from racdeploy_kernels.proof import Kernels, Proof

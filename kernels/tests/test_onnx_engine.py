@@ -12,14 +12,14 @@ from onnxruntime import GraphOptimizationLevel
 
 import racdeploy_kernels
 from kernels.tests.support.plugin import keep_proof
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
-from racdeploy.engines.onnxruntime import native as _onnx_native
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.backends.onnxruntime import native as _onnx_native
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.export.onnx import export
+from racdeploy.files.writing import file_sha256
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.sparse_kernels import choose_graph
-from racdeploy.storage.files import file_sha256
 from racdeploy_kernels import proof
 from racdeploy_kernels.ort_operator import find_kernels
 from racdeploy_kernels.proof import Kernels, Proof

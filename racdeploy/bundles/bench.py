@@ -10,17 +10,17 @@ from statistics import median
 from typing import Any
 
 from racdeploy import export
-from racdeploy.decoding.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult
+from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.files import read_report
 from racdeploy.report.tables import Table
 from racdeploy.runtime.loading import check_what_runs
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import Mode
-from racdeploy.storage.stages import finished_stages
 from racdeploy.verify.baseline import find_dense_arm
 
 _LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification

@@ -24,14 +24,14 @@ from racdeploy import __version__, harnesses, plugins
 from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.verify import ArtifactAnswerer
 from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.files.addresses import release_of
+from racdeploy.files.stages import Stage
+from racdeploy.files.unprintable import visible
+from racdeploy.files.writing import file_sha256
 from racdeploy.harnesses import Harness, Order, Score
+from racdeploy.processes import child, lifeline
 from racdeploy.results.answers import HarnessRun
 from racdeploy.runtime.control import describe_control
-from racdeploy.storage import child, lifeline
-from racdeploy.storage.addresses import release_of
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.stages import Stage
-from racdeploy.storage.unprintable import visible
 from racdeploy.verify.answers import Respondent, identity
 from racdeploy.verify.baseline import find_dense_arm
 from racdeploy.verify.harness import compare

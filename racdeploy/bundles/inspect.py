@@ -14,12 +14,12 @@ import numpy as np
 
 from racdeploy import export, plugins
 from racdeploy.errors import ArtifactError
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
 _HEAD_SIZE_KEY = ".attention.key_length"

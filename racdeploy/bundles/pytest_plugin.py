@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(
     from racdeploy.bundles.bundle import Bundle
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.errors import UsageError
-    from racdeploy.storage.caches import default_work
+    from racdeploy.files.caches import default_work
 
     threads = config.getoption("--racdeploy-threads")
     if threads < 0:

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from racdeploy import __version__, plugins
 from racdeploy.bundles.verify import ArtifactAnswerer, note_earlier
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.engines.openai import OpenAIEngine
-from racdeploy.engines.openai.chat import ChatEngine, Conversation
+from racdeploy.engines.backends.openai import OpenAIEngine
+from racdeploy.engines.backends.openai.chat import ChatEngine, Conversation
+from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.errors import UsageError
+from racdeploy.files.addresses import release_of
+from racdeploy.files.stages import Stage
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.runtime.thinking import prompt_state
-from racdeploy.storage.addresses import release_of
-from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Respondent, identity
 from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
 from racdeploy.verify.measure import probe_tokens

@@ -21,11 +21,11 @@ from typing import Any
 
 from racdeploy.bundles.hub.layout import refuse_name
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.files.reading import read_bytes, refusing
+from racdeploy.files.writing import write_atomic
 from racdeploy.manifest import Manifest
 from racdeploy.plugins import require
 from racdeploy.runtime.loading import refuse_unlisted
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_bytes, refusing
 
 SIGNATURE_NAME = "model.sig"
 _MOST_BYTES = 4_000_000

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 from racdeploy import __version__, export
 from racdeploy.bundles.bench import locate_dense
 from racdeploy.bundles.bundle import Bundle
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import Engine, EngineSettings, Progress
 from racdeploy.engines import open_engine
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.addresses import release_of
+from racdeploy.files.stages import Stage
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import HarnessRun, Record
@@ -24,8 +26,6 @@ from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.sparse_kernels import STOCK, Mode, kernels_used
-from racdeploy.storage.addresses import release_of
-from racdeploy.storage.stages import Stage
 from racdeploy.verify.answers import Answers, Respondent, identity
 from racdeploy.verify.baseline import Baseline, differences, find_dense_arm
 from racdeploy.verify.conclude import conclude

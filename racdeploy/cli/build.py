@@ -162,9 +162,9 @@ def _open_checked(verb: str, options: TraceOptions) -> Iterator[Build]:
 def _open_build(job: Job, options: TraceOptions) -> Iterator[Build]:
     """Yield the build in the first process of a job; the others do their share and end here."""
     from racdeploy.cli.progress import show_progress
+    from racdeploy.files.caches import default_work
     from racdeploy.pipeline.build import Build
     from racdeploy.prune.walk.processes import join_processes
-    from racdeploy.storage.caches import default_work
 
     with show_progress(console.err, options.quiet) as progress, join_processes() as processes:
         show = progress if processes.rank == 0 else None

@@ -11,7 +11,7 @@ from racdeploy.cli.console import err, out, print_json, reported
 from racdeploy.cli.options import JsonOpt, WorkOpt
 
 if TYPE_CHECKING:
-    from racdeploy.storage.leftovers import Leftover
+    from racdeploy.files.leftovers import Leftover
 
 _COLUMNS = ("name", "state", "size", "last used")
 
@@ -19,9 +19,9 @@ _COLUMNS = ("name", "state", "size", "last used")
 @reported
 def list_cache(work: WorkOpt = None, json_output: JsonOpt = False) -> None:
     """List stage folders and unpacked files: how large, when used, finished or not."""
+    from racdeploy.files.leftovers import list_leftovers
     from racdeploy.report.tables import Table, readable_bytes
     from racdeploy.report.terminal import print_table
-    from racdeploy.storage.leftovers import list_leftovers
 
     found = list_leftovers(work)
     if json_output:
@@ -50,8 +50,8 @@ def remove(
     json_output: JsonOpt = False,
 ) -> None:
     """Remove what can be made again; a folder in which a process works stays."""
+    from racdeploy.files import leftovers
     from racdeploy.report.tables import readable_bytes
-    from racdeploy.storage import leftovers
 
     chosen = leftovers.choose(leftovers.list_leftovers(work), names or [], older)
     for each in chosen:

@@ -21,7 +21,7 @@ from rich.measure import Measurement
 from rich.segment import Segment
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, exit_code_of
-from racdeploy.storage.unprintable import escape_unprintable, visible
+from racdeploy.files.unprintable import escape_unprintable, visible
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,11 @@ import sys
 from racdeploy import sparse_kernels
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.extras import OPTIONAL, SEPARATE, Package, installed_version, is_installed
+from racdeploy.files.caches import default_work
 from racdeploy.models.sources import EMBEDDED, resolve
-from racdeploy.storage import environments, landlock
-from racdeploy.storage.caches import default_work
-from racdeploy.storage.cores import available_cores, multiplies_bfloat16
-from racdeploy.storage.memory import free_bytes
+from racdeploy.processes import environments, landlock
+from racdeploy.processes.cores import available_cores, multiplies_bfloat16
+from racdeploy.processes.memory import free_bytes
 
 
 def examine() -> list[dict[str, str]]:

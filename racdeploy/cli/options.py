@@ -133,7 +133,7 @@ class TraceOptions:
         return recipe
 
     def _asked(self) -> dict[str, Any]:
-        from racdeploy.storage.toml import merge, read_assignments
+        from racdeploy.files.toml import merge, read_assignments
 
         return merge(self._values(), read_assignments(self.assignments or ()))
 
@@ -243,7 +243,7 @@ class BuildOptions(PruneOptions):
         return int(self._asked()["verify"]["count"] or 0)
 
     def _values(self) -> dict[str, Any]:
-        from racdeploy.storage.toml import read_toml
+        from racdeploy.files.toml import read_toml
         from racdeploy.verify.controls import SAME_SIZE
 
         controls = [SAME_SIZE] if self.controls else None

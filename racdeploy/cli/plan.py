@@ -210,7 +210,7 @@ def _describe_cost(plan: Plan) -> list[str]:
 
 def _advise(plan: Plan) -> list[str]:
     """Return what would make the run a better one: memory first, without which there is none."""
-    from racdeploy.storage.memory import free_bytes
+    from racdeploy.processes.memory import free_bytes
 
     cuts = [*plan.get("evaluation_cuts", ()), *plan.get("trace_cuts", ())]
     return [*list_shortages(plan, free_bytes()), *cuts, *_advise_on_prompts(plan)]

@@ -11,7 +11,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 
 LINE_EVERY_S = 10.0
 _BAR_WIDTH = 16  # all columns of a bar fit a terminal of 80

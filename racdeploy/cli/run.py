@@ -125,9 +125,9 @@ def bench(
 
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
+    from racdeploy.files.caches import default_work
     from racdeploy.manifest import Manifest
     from racdeploy.report.terminal import print_table
-    from racdeploy.storage.caches import default_work
 
     dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
     load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
@@ -152,9 +152,9 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     from tempfile import TemporaryDirectory
 
     from racdeploy.cli.progress import show_progress
+    from racdeploy.files.writing import write_atomic
+    from racdeploy.processes.cores import available_cores
     from racdeploy.report.settings import as_toml
-    from racdeploy.storage.cores import available_cores
-    from racdeploy.storage.files import write_atomic
     from racdeploy.targets import Target
     from racdeploy.tune.speed import PROFILED, measure_device
 

@@ -16,7 +16,7 @@ from rich.segment import ControlType
 
 from racdeploy.cli.console import err
 from racdeploy.errors import UsageError
-from racdeploy.storage.unprintable import drop_unprintable
+from racdeploy.files.unprintable import drop_unprintable
 
 if TYPE_CHECKING:
     from racdeploy.runtime.model import Result

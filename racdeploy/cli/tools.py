@@ -97,7 +97,7 @@ def unpack(
 ) -> None:
     """Write the plain file that a packed one stands for."""
     from racdeploy import export as exports
-    from racdeploy.storage.files import file_sha256
+    from racdeploy.files.writing import file_sha256
 
     if not exports.format_of(file):
         known = ", ".join(plugins.names("formats"))
@@ -180,8 +180,8 @@ def init(
     force: bool = typer.Option(False, "--force", metavar="", help="Replace an existing file."),
 ) -> None:
     """Write a commented recipe, or a commented gate file."""
+    from racdeploy.files.writing import write_atomic
     from racdeploy.recipe import EXAMPLE
-    from racdeploy.storage.files import write_atomic
     from racdeploy.verify.gate import GATE_EXAMPLE
 
     file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
@@ -217,7 +217,7 @@ def doctor(
 
 def _set_up(name: str, json_output: bool) -> None:
     from racdeploy.extras import SEPARATE
-    from racdeploy.storage import environments
+    from racdeploy.processes import environments
 
     if name not in SEPARATE:
         known = ", ".join(SEPARATE)

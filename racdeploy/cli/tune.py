@@ -21,11 +21,11 @@ def tune(options: TuneOptions) -> None:
     )
 
     from racdeploy.cli.tune_view import show_search
+    from racdeploy.files.caches import default_work
+    from racdeploy.files.stages import scratch_folder
     from racdeploy.pipeline.job import Job, fit_context
     from racdeploy.report.terminal import print_tuning, print_verdict
     from racdeploy.report.tuning_files import FILE, RECIPE
-    from racdeploy.storage.caches import default_work
-    from racdeploy.storage.stages import scratch_folder
     from racdeploy.tune.conclude import tune as search_and_build
     from racdeploy.tune.plan import list_plan, write_plan
     from racdeploy.tune.search import Search

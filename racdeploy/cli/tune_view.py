@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from racdeploy.cli.progress import fill_bars, make_bars, print_lines
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.report.tables import plain, say
 
 if TYPE_CHECKING:

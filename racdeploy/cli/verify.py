@@ -110,10 +110,10 @@ def verify(
     from racdeploy.bundles.server_answers import ServerAnswerer
     from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
     from racdeploy.cli.progress import show_progress
+    from racdeploy.files.caches import default_work
+    from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.report import html, junit
     from racdeploy.report.files import write_reports
-    from racdeploy.storage.caches import default_work
-    from racdeploy.storage.files import make_parent, write_atomic
 
     belongs = {
         "--server": (server, (server_model, server_key_env)),

@@ -1,4 +1,4 @@
-"""Inference engines: one package per engine, all with the same small contract.
+"""Inference engines: the contract that backends/ keep, batching, sampling, and child processes.
 
 An engine has ``open_engine(path, settings) -> Engine`` and says with ``ACCEL`` whether it takes
 :mod:`racdeploy.sparse_kernels`' sparse kernels. Engines take and give token ids only.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import Engine, EngineSettings
+from racdeploy.engines.engine import Engine, EngineSettings
 from racdeploy.errors import UsageError
 
 

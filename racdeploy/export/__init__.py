@@ -17,10 +17,10 @@ from typing import Any, Protocol, cast
 from racdeploy import packing as packings
 from racdeploy import plugins, recipe
 from racdeploy.errors import UsageError
+from racdeploy.files.writing import disk_errors
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family, generalize
-from racdeploy.storage.files import disk_errors
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes of the whole file."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import split_lines
 from racdeploy.harnesses import Order, Score
-from racdeploy.storage.files import split_lines
-from racdeploy.storage.reading import read_json
 
 PACKAGE = "lighteval"
 # litellm 1.80 and later lack the cache that lighteval asks for, xxhash 4 takes no text.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import split_lines
 from racdeploy.harnesses import Order, Score
-from racdeploy.storage.files import split_lines
-from racdeploy.storage.reading import read_json
 
 PACKAGE = "lm_eval"
 INSTALL = '"lm_eval[api]==0.4.13"'

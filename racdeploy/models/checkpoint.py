@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import file_sha256
 from racdeploy.models import further, fused, settings, text_part, widths, wrong_input
 from racdeploy.models.computed import SETTINGS
 from racdeploy.models.families import Family, InputGroups, name_experts
@@ -25,10 +27,8 @@ from racdeploy.models.foreign_code import name_code
 from racdeploy.models.model_card import read_license
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
 from racdeploy.models.weights import read_entries
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.mxfp4 import PackedEntry
-from racdeploy.storage.reading import read_json
-from racdeploy.storage.safetensors import (
+from racdeploy.tensors.mxfp4 import PackedEntry
+from racdeploy.tensors.safetensors import (
     DTYPES,
     PACKED,
     TensorEntry,

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from racdeploy.models import widths
 from racdeploy.models.families import Family
-from racdeploy.storage.safetensors import TensorEntry
+from racdeploy.tensors.safetensors import TensorEntry
 
 PREFIX = "mtp."
 BEGINNINGS = ("model.mtp.", PREFIX)

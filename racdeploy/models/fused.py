@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from racdeploy.errors import ModelError
-from racdeploy.storage.mxfp4 import BLOCK, PackedEntry
-from racdeploy.storage.safetensors import DTYPES, PACKED, Source, TensorEntry, widen
+from racdeploy.tensors.mxfp4 import BLOCK, PackedEntry
+from racdeploy.tensors.safetensors import DTYPES, PACKED, Source, TensorEntry, widen
 
 _CODES, _EXPONENTS = "_blocks", "_scales"  # ends of the names of what is stored as MXFP4
 _WIDE = "F32"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.files.reading import check_size, read_json, read_text
 from racdeploy.models import tokenizer_form
 from racdeploy.models.foreign_code import name_code
-from racdeploy.reading.tokenizer import MOST_BYTES, Tokenizer
-from racdeploy.storage.reading import check_size, read_json, read_text
+from racdeploy.sandbox.tokenizer import MOST_BYTES, Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from racdeploy.errors import ModelError
+from racdeploy.files.reading import read_json
 from racdeploy.models.foreign_code import refuse_weights
-from racdeploy.storage.reading import read_json
-from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 
 def read_entries(folder: Path) -> Mapping[str, TensorEntry]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.errors import ModelError
-from racdeploy.storage.reading import read_json
+from racdeploy.files.reading import read_json
 
 _BUNDLE, _ADAPTER, _CONFIG = "racdeploy.json", "adapter_config.json", "config.json"
 _MERGE = (

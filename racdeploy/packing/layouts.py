@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import GGML_TYPES
 
 Bytes = NDArray[np.uint8]
 CHUNK_WEIGHTS = 262144

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.engine import EngineSettings
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.pipeline.workplace import Workplace, address
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import Answers, Respondent, identity
 

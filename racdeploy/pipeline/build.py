@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import export as exports
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.files.stages import Stage
 from racdeploy.manifest import ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
@@ -36,7 +37,6 @@ from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.stages import Stage
 from racdeploy.traces.collect import trace_counts
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.verify.controls import SAME_SIZE, same_size_quants

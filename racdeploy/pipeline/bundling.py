@@ -16,6 +16,8 @@ from racdeploy import __version__, export, plugins
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.files.templates import render_text
+from racdeploy.files.writing import atomic_folder, file_sha256
 from racdeploy.manifest import CONFIGURATIONS, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
@@ -31,8 +33,6 @@ from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
-from racdeploy.storage.files import atomic_folder, file_sha256
-from racdeploy.storage.templates import render_text
 from racdeploy.targets import Target
 
 DENSE_FOLDER = "dense"

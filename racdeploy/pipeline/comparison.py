@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import export as exports
-from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
@@ -282,7 +282,7 @@ class Evaluation:
 
     def _chat_ids(self, folder: Path) -> dict[str, list[int]]:
         """Return a model's prompt ids by question, as transformers makes them."""
-        from racdeploy.engines.transformers import chat_ids
+        from racdeploy.engines.backends.transformers import chat_ids
 
         questions = [problem.question for problem in self.job.problems("evaluation")]
         return dict(zip(questions, chat_ids(folder, questions), strict=True))

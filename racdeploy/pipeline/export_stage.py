@@ -9,11 +9,11 @@ from typing import Any
 
 from racdeploy import export as exports
 from racdeploy.export import ExportResult
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import Workplace, address
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Export
-from racdeploy.storage.files import file_sha256
 
 # What decides whether a file is written, and not what is in it; the importance is hashed.
 _LEAVES = {"importance", "allow_losing_zeros", "accept_token_differences"}

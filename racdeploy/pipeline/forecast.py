@@ -13,7 +13,7 @@ import numpy as np
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
 from racdeploy.pipeline.job import Job
-from racdeploy.storage.cores import available_cores
+from racdeploy.processes.cores import available_cores
 from racdeploy.traces.trace import Trace
 
 _WIDTH = 768  # of matrices that fill every core and fit its cache

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from racdeploy import export as exports
 from racdeploy import plugins
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint

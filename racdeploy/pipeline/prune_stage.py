@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
+from racdeploy.files.stages import scratch_folder
+from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
 from racdeploy.prune import PrunedModel
@@ -17,8 +19,6 @@ from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import canonical_hash
-from racdeploy.storage.stages import scratch_folder
 from racdeploy.tasks import TaskSet
 from racdeploy.traces.collect import prompt_traces
 from racdeploy.traces.select import select, within_budget

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import read_json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune import PrunedModel
-from racdeploy.storage.reading import read_json
 
 _OUTLINE = "structure.json"
 """Where pruning leaves which blocks stay, beside the folder of the model."""

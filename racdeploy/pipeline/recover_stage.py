@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.files.stages import Stage, scratch_folder
+from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
+from racdeploy.processes.cores import multiplies_bfloat16
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.walk.processes import Processes
 from racdeploy.quant import Codes
@@ -24,9 +27,6 @@ from racdeploy.recipe import Calibration, Recovery
 from racdeploy.report import recovery
 from racdeploy.results.pruning import RecoveryRow
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.cores import multiplies_bfloat16
-from racdeploy.storage.files import canonical_hash
-from racdeploy.storage.stages import Stage, scratch_folder
 from racdeploy.traces.probe import Probe
 from racdeploy.traces.select import select
 from racdeploy.traces.text import choose_text, text_traces

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings
-from racdeploy.decoding.token_log import TokenLog
+from racdeploy.engines.engine import Completion, Engine, EngineSettings
+from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice

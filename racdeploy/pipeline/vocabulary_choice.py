@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.files.texts import read_texts
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
-from racdeploy.storage.texts import read_texts
 from racdeploy.traces.trace import Trace
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.files.writing import canonical_hash, file_sha256
 from racdeploy.models.bpe import BYTES, BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.segmentation import compare_segmentation
@@ -17,7 +18,6 @@ from racdeploy.pipeline.workplace import Workplace, address
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.structures import vocabulary
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import canonical_hash, file_sha256
 from racdeploy.traces.trace import Trace
 from racdeploy.verify.probe_strings import probe_strings
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import __version__
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.extras import installed_version
+from racdeploy.files.addresses import code_hash, release_of
+from racdeploy.files.stages import Stage
 from racdeploy.prune.walk.processes import ALONE, Processes
-from racdeploy.storage.addresses import code_hash, release_of
-from racdeploy.storage.stages import Stage
 
 COMPUTING = ("torch", "transformers")
 """Libraries that compute traces and sparse weights: another version rounds differently."""

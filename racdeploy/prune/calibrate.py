@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, name_experts
@@ -44,8 +46,6 @@ from racdeploy.prune.weights.solving import LinearPruner
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 from racdeploy.traces.trace import Trace
 
 WHOLE = Structure()

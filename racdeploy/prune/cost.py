@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from racdeploy import plugins
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import name_experts
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.prune.bounds import EXPERT_BYTES, TOKENS_PER_BATCH, WINDOW_BYTES
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning
-from racdeploy.storage.memory import resident_bytes
 
 _FLOAT32, _FLOAT64 = 4, 8
 _TRIANGLE = 0.56  # of the Hessian's squares are summed, 36 of 64 in 8 slabs of rows

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from racdeploy import plugins
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.quant.matmulnbits import Blocks
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import GGML_TYPES
 
 IMPORTANCE_FILE = "importance.safetensors"
 """Of a pruned model: the mean squared input of each column, by linear."""

@@ -17,12 +17,12 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.partials import partial_folder
+from racdeploy.files.writing import disk_errors
 from racdeploy.quant import IMPORTANCE_FILE
-from racdeploy.storage.files import disk_errors
-from racdeploy.storage.ggml_types import GGML_TYPES
-from racdeploy.storage.gguf_header import TensorInfo, read_header
-from racdeploy.storage.partials import partial_folder
-from racdeploy.storage.safetensors import read_tensor_entries
+from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.gguf_header import TensorInfo, read_header
+from racdeploy.tensors.safetensors import read_tensor_entries
 
 SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from racdeploy.quant import search
-from racdeploy.storage.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import GGML_TYPES
 
 
 def quantize(

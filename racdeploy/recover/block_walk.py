@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
+from racdeploy.processes.heap import keep_heap
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.beside import Beside, Besides
@@ -30,9 +33,6 @@ from racdeploy.recover.divergence import Head, measure_kl
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
 from racdeploy.recover.watch import Watch
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.heap import keep_heap
-from racdeploy.storage.reading import read_json
 from racdeploy.traces.trace import STREAMS
 
 BATCH_TOKENS = 1024

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from racdeploy import plugins, recover
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.processes.memory import free_bytes, resident_bytes
 from racdeploy.prune.bounds import WINDOW_BYTES
 from racdeploy.prune.walk.processes import processes_here
 from racdeploy.recover import block_walk, lessons
 from racdeploy.recover.course import Course
-from racdeploy.storage.memory import free_bytes, resident_bytes
 
 WEIGHT_BYTES = 4
 _GRADIENT_BYTES, _MOMENT_BYTES = 4, 4  # two moments of two bytes each

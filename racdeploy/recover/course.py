@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-from racdeploy.decoding.engine import Progress
-from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
+from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
+from racdeploy.engines.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
 from racdeploy.prune.walk.assemble import assemble

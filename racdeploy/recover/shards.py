@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed import fsdp
 
-from racdeploy.engines.transformers.torch_model import fill_parameter, skeleton
+from racdeploy.engines.backends.transformers.torch_model import fill_parameter, skeleton
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from racdeploy.files.writing import atomic_file
 from racdeploy.prune.walk.processes import ALONE, Processes
-from racdeploy.storage.files import atomic_file
-from racdeploy.storage.safetensors import (
+from racdeploy.tensors.safetensors import (
     DTYPES,
     TensorEntry,
     read_tensor_entries,

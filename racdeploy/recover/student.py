@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recover.shards import Shards

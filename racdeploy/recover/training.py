@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from racdeploy.processes.heap import keep_heap
 from racdeploy.recover.average import Average
 from racdeploy.recover.course import BEST_FILE, STATE_FILE, Course, Lesson
 from racdeploy.recover.divergence import Head, kl_and_slope, measure_kl
@@ -28,7 +29,6 @@ from racdeploy.recover.state import fill_tensors, read_values, write_tensors
 from racdeploy.recover.student import Student
 from racdeploy.recover.variables import Weights
 from racdeploy.recover.watch import Watch
-from racdeploy.storage.heap import keep_heap
 
 LOOKS = 20
 _FAR = 1.2  # times the best divergence: from further off, steps that long do not come back

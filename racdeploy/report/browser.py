@@ -14,9 +14,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from racdeploy.files.unprintable import visible
 from racdeploy.report.pairs import OUTCOMES, Pair
 from racdeploy.results.answers import Record
-from racdeploy.storage.unprintable import visible
 
 FIRST = 10
 """Prompts that are on the page without a script."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.reading import parse_json, read_json, read_lines
+from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
-from racdeploy.storage.files import disk_errors, write_atomic
-from racdeploy.storage.reading import parse_json, read_json, read_lines
 
 PAGE = "report.html"
 _MOST_REPORT_BYTES = 64_000_000

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from racdeploy.storage.unprintable import visible
+from racdeploy.files.unprintable import visible
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+$")
 

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from racdeploy.files.unprintable import visible
 from racdeploy.report.recovery import list_phases
 from racdeploy.report.structure import list_kept
 from racdeploy.results.answers import ArmSummary, HarnessRun
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, RecoveryRow
 from racdeploy.results.report import Report
-from racdeploy.storage.unprintable import visible
 
 _NONE = "–"
 # A figure with its unit, how many of how many, or its interval; no words after that.

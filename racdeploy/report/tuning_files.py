@@ -10,12 +10,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import markdown, tuning_page
 from racdeploy.report.settings import as_toml
 from racdeploy.report.tables import plain
 from racdeploy.results.tuning import Tuning
-from racdeploy.storage.files import disk_errors, write_atomic
-from racdeploy.storage.reading import name_problem, read_json
 
 FILE, PAGE, RECIPE = "tune.json", "tune.html", "recipe.toml"
 _MOST_BYTES = 64_000_000

@@ -169,7 +169,7 @@ class Record(Part):
         prompt_ids: the rendered prompt; empty in records of older versions.
         opening: the first thought began in the prompt, the completion, before it, or nowhere.
         loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
-        scorer: what decided, see :mod:`racdeploy.scorers`; empty is its default.
+        scorer: what decided, see :mod:`racdeploy.tasks.scoring`; empty is its default.
         extracted: the answer that was scored, None if none was found.
         extractor: where it was found, or why nothing was.
     """

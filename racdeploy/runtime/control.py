@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Sequence
 
-from racdeploy.decoding.engine import ThinkingBudget
+from racdeploy.engines.engine import ThinkingBudget
 from racdeploy.errors import UsageError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.runtime.template import PromptEncoder

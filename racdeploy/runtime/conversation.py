@@ -16,10 +16,10 @@ from typing import Literal, Self, Unpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.runtime.model import Model, Options, Result
 from racdeploy.runtime.text import OnText
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import name_problem, read_json
 
 
 @dataclass(frozen=True)

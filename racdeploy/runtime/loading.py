@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from racdeploy import engines
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.checked import State, file_state
 from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
@@ -16,7 +17,6 @@ from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import Mode
-from racdeploy.storage.checked import State, file_state
 
 
 def load(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict, Unpack
 
-from racdeploy.decoding import engine as decoding
+from racdeploy.engines import engine as decoding
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime.control import make_budget

@@ -1,6 +1,6 @@
 """Turn messages into prompt ids: the model's chat template, then its tokenizer.
 
-Both are a stranger's, so a process with limits computes them: :mod:`racdeploy.reading`. Rendering
+Both are a stranger's, so a process with limits computes them: :mod:`racdeploy.sandbox`. Rendering
 equals transformers' ``apply_chat_template``; the tokenizer adds nothing.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.reading.ids import unpack_all
-from racdeploy.reading.reader import SECONDS, Reader, Request
-from racdeploy.reading.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
+from racdeploy.sandbox.ids import unpack_all
+from racdeploy.sandbox.reader import SECONDS, Reader, Request
+from racdeploy.sandbox.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ class ChatTemplate:
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self.tokens = {name: text for name, text in named.items() if text is not None}
 
-        self.reader = reader or Reader("racdeploy.reading.texts")
+        self.reader = reader or Reader("racdeploy.sandbox.texts")
         self._name = f"template {next(_numbers)}"
         if len(source) > LONGEST_TEMPLATE:
             raise ArtifactError(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from racdeploy.decoding.sequence import count_begun, ends_with
+from racdeploy.engines.sequence import count_begun, ends_with
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import PromptEncoder
 
@@ -145,7 +145,7 @@ def split(
 
     Args:
         tags: None for a model that does not think.
-        forced_at: see :class:`racdeploy.decoding.engine.Completion`.
+        forced_at: see :class:`racdeploy.engines.engine.Completion`.
     """
     ids = list(completion_ids)
     while ids and ids[-1] in eos_ids:

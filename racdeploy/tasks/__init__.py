@@ -1,4 +1,4 @@
-"""What is asked of a model: one file per task.
+"""What is asked of a model: tasks in ``sets/``, scorers in ``scorers/``, one file each.
 
 A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
 list[Problem]``; a public set has ``SET`` and ``ask(row) -> Problem``. Which split a question
@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from racdeploy import plugins, scorers
+from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.problems.published import Published, read_hub, read_local
-from racdeploy.problems.rows import SUFFIXES, Row, refuse_table
-from racdeploy.problems.task import (
+from racdeploy.tasks import scoring
+from racdeploy.tasks.published import Published, read_hub, read_local
+from racdeploy.tasks.rows import SUFFIXES, Row, refuse_table
+from racdeploy.tasks.task import (
     FILE_SHARES,
     HUB,
     PROCEDURAL_SHARES,
@@ -177,7 +178,7 @@ def _load_published(spec: str, module: ModuleType, path: str) -> Task:
     asked = _ask_all(module, rows.evaluation, spec)
     pool, repeated = _keep_once(asked)
     for scorer in {problem.scorer for problem in pool}:
-        scorers.check(scorer)
+        scoring.check(scorer)
 
     task = Task(spec, None, pool, FILE_SHARES, repeated, published)
     if rows.calibration is None:

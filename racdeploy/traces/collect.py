@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy import scorers
-from racdeploy.decoding.engine import Completion, Sampling
+from racdeploy.engines.engine import Completion, Sampling
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
-from racdeploy.tasks import Problem
+from racdeploy.tasks import Problem, scoring
 from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
 
@@ -49,7 +48,7 @@ class _Reader:
 
         if parts.state != "open":
             answer_from = len(done.ids) - ended - len(parts.answer_ids)
-            correct = scorers.score(problem.scorer, answer, problem.gold).correct
+            correct = scoring.score(problem.scorer, answer, problem.gold).correct
 
         return Trace(
             index=index,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from racdeploy.decoding.engine import Completion, Progress
+from racdeploy.engines.engine import Completion, Progress
 
 
 @dataclass

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from racdeploy.engines.openai.http import Client, RefusedError
+from racdeploy.engines.backends.openai.http import Client, RefusedError
 from racdeploy.errors import EngineError, RacdeployError
 from racdeploy.recipe import Traces
 

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import Completion, EngineSettings
-from racdeploy.engines.openai import OpenAIEngine, Request, derive_seed
+from racdeploy.engines.backends.openai import OpenAIEngine, Request, derive_seed
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 from racdeploy.traces import reload
 from racdeploy.traces.collect import Answering, Asked
 from racdeploy.traces.counter import Counter

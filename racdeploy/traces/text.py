@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from racdeploy.errors import UsageError
+from racdeploy.files.texts import read_texts
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.texts import read_texts
 from racdeploy.traces.trace import Trace
 
 TASK = "text"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from racdeploy.errors import ArtifactError
-from racdeploy.storage.files import file_sha256, write_atomic
+from racdeploy.files.writing import file_sha256, write_atomic
 
 Stream = Literal["prompt", "thinking", "answer"]
 STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")

@@ -14,12 +14,12 @@ from typing import Any
 from racdeploy import export, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
+from racdeploy.files.toml import merge
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Zeros, count_zeros
-from racdeploy.storage.toml import merge
 from racdeploy.targets import Target
 
 MAX_BITS = 8.5  # wider formats answer no better: they are tried where the recipe names them

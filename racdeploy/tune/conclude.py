@@ -12,8 +12,10 @@ from pydantic import BaseModel
 
 from racdeploy import __version__
 from racdeploy.errors import UsageError
+from racdeploy.files.toml import merge
 from racdeploy.pipeline.bundling import check_replaceable
 from racdeploy.pipeline.comparison import Rival
+from racdeploy.processes.cores import available_cores
 from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records
 from racdeploy.report.tables import points, readable_bytes
@@ -22,8 +24,6 @@ from racdeploy.report.tuning_tables import describe_limits
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Constraints, Interval, Tuning
-from racdeploy.storage.cores import available_cores
-from racdeploy.storage.toml import merge
 from racdeploy.tune.candidates import PLAIN, Choice
 from racdeploy.tune.entries import Entry
 from racdeploy.tune.race import Scores

@@ -17,8 +17,8 @@ from racdeploy import quant
 from racdeploy.errors import UsageError
 from racdeploy.export.gguf.body import align
 from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.files.toml import merge
 from racdeploy.quant import presets
-from racdeploy.storage.toml import merge
 from racdeploy.tune.candidates import Choice, list_quants, make_choice
 from racdeploy.tune.sizes import Size
 

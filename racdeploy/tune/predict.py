@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from racdeploy.storage.files import canonical_hash
+from racdeploy.files.writing import canonical_hash
 from racdeploy.targets import Device
 from racdeploy.tune.candidates import Choice
 from racdeploy.tune.entries import PredictedCost

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from racdeploy import quant
-from racdeploy.decoding.engine import EngineSettings, Progress
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.errors import UsageError
+from racdeploy.files.stages import Stage
 from racdeploy.packing import list_stored
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
-from racdeploy.storage.stages import Stage
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet

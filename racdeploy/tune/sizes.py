@@ -17,6 +17,7 @@ from racdeploy import packing as packings
 from racdeploy import quant
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.pipeline.job import Job
@@ -25,7 +26,6 @@ from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.structure.layout import Layout
 from racdeploy.prune.structures import vocabulary
 from racdeploy.prune.walk.assemble import Shape, sketch
-from racdeploy.storage.files import canonical_hash
 
 _EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row
 

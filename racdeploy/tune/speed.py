@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings, Progress, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings, Progress, Sampling
+from racdeploy.files.stages import Stage
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import Workplace, address
-from racdeploy.storage.cores import available_cores
-from racdeploy.storage.stages import Stage
+from racdeploy.processes.cores import available_cores
 from racdeploy.targets import Device
 from racdeploy.tune.synthetic import Dimensions, write_model
 from racdeploy.verify.measure import fingerprint

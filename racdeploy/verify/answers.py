@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from racdeploy import scorers
-from racdeploy.decoding.completion_log import CompletionLog, make_key
-from racdeploy.decoding.engine import (
+from racdeploy.engines.completion_log import CompletionLog, make_key
+from racdeploy.engines.engine import (
     Completion,
     Engine,
     EngineSettings,
@@ -24,7 +23,7 @@ from racdeploy.runtime.control import NO_CONTROL, make_budget
 from racdeploy.runtime.loops import find_loop
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
-from racdeploy.tasks import Problem
+from racdeploy.tasks import Problem, scoring
 
 Opener = Callable[[], AbstractContextManager[Engine]]
 Prompts = Sequence[tuple[int, ...]]
@@ -171,7 +170,7 @@ class Respondent:
         loop = find_loop([token for token in done.ids if token not in self.stop_ids])
 
         answer = self.encoder.decode(parts.answer_ids)
-        scored = scorers.score(problem.scorer, answer, problem.gold)
+        scored = scoring.score(problem.scorer, answer, problem.gold)
         closed = parts.state != "open"  # an unclosed thought is wrong, whatever it mentions
 
         return Record(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.toml import validate
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.files import read_records, read_report
 from racdeploy.results.answers import ArmSummary, Record
 from racdeploy.results.report import Report
 from racdeploy.sparse_kernels import STOCK
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.toml import validate
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import DECODING
 

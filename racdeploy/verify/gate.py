@@ -17,8 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
+from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.recipe import Verification
-from racdeploy.storage.toml import merge, read_toml, validate
 from racdeploy.verify.stats import paired
 
 L = TypeVar("L", bound="Limits")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import sparse_kernels
-from racdeploy.decoding.engine import Engine, EngineSettings, Progress
+from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.export import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.models.renumbering import new_ids, translate

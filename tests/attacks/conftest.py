@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.storage.memory import resident_bytes
+from racdeploy.processes.memory import resident_bytes
 from tests.support.tiny_onnx import tiny_onnx
 
 if os.name != "nt":

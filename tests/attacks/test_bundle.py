@@ -13,11 +13,11 @@ import pytest
 import racdeploy
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError
+from racdeploy.files import checked
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import loading
 from racdeploy.runtime.loading import check_what_runs
-from racdeploy.storage import checked
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
 
 pytestmark = pytest.mark.answers("M5")

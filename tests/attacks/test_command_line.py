@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
+from racdeploy.files.writing import file_sha256
 from racdeploy.packing.packers import bitmask
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
 from tests.support.tiny_gguf import random_rows, write_gguf
 from tests.support.tiny_models import make_checkpoint

@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from racdeploy.decoding import allowance, child_engine
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines import allowance, child_engine
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
-from racdeploy.reading.reader import Reader, Request
+from racdeploy.sandbox.reader import Reader, Request
 from tests.support.tiny_onnx import tiny_onnx
 
 pytestmark = [pytest.mark.answers("L7"), pytest.mark.usefixtures("exported")]
@@ -125,7 +125,7 @@ def test_no_child_knows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with OnnxRuntimeEngine(tiny_onnx() / "genai" / "model.onnx", SETTINGS) as engine:
         check_environment(engine.pid)
 
-    reader = Reader("racdeploy.reading.texts")
+    reader = Reader("racdeploy.sandbox.texts")
     reader.start()
     assert reader.pid is not None
     check_environment(reader.pid)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.decoding import child as children
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.llamacpp import open_engine
+from racdeploy.engines import child as children
+from racdeploy.engines.backends.llamacpp import open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
-from racdeploy.storage.child import environment
+from racdeploy.processes.child import environment
 from tests.support.tiny_artifacts import make_bundle
 
 pytestmark = [
@@ -192,7 +192,7 @@ def test_a_parent_killed_while_its_child_starts_leaves_none(bundle: Path, delay_
     """Also before the child could ask to be ended: it looks who its parent is."""
     code = """
 import os, sys
-from racdeploy.storage import child
+from racdeploy.processes import child
 held = os.pipe()  # no pipe's end tells it
 child.start_module("timeit", "-n1", "-s", "import time", "time.sleep(60)", pass_fds=held)
 print("started", flush=True)

@@ -16,17 +16,17 @@ from onnx import TensorProto, helper
 from safetensors import SafetensorError, deserialize
 
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.engines.openai.http import Client
+from racdeploy.engines.backends.openai.http import Client
 from racdeploy.errors import ArtifactError, EngineError, ModelError, UsageError
+from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.bpe import BytePairs
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.quant.importance import Importance
-from racdeploy.reading.reader import Reader
 from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import ChatTemplate
-from racdeploy.storage.safetensors import read_tensor_entries
-from racdeploy.storage.toml import validate
+from racdeploy.sandbox.reader import Reader
+from racdeploy.tensors.safetensors import read_tensor_entries
 from tests.support.completion_server import Reply, serving
 from tests.support.fake_bundle import make_fake_bundle
 
@@ -184,7 +184,7 @@ def test_a_server_that_repeats_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_template_behind_one_that_fails_is_not_waited_for() -> None:
     """The first one began with the process, which had answered for it already."""
-    reader = Reader("racdeploy.reading.texts")
+    reader = Reader("racdeploy.sandbox.texts")
     try:
         broken = ChatTemplate("{{ 7 3 }}", reader=reader)
         with pytest.raises(ArtifactError, match="TemplateSyntaxError"):
@@ -201,7 +201,7 @@ def test_a_template_behind_one_that_fails_is_not_waited_for() -> None:
 
 
 def test_a_template_says_what_is_wrong_in_one_line() -> None:
-    reader = Reader("racdeploy.reading.texts")
+    reader = Reader("racdeploy.sandbox.texts")
     try:
         template = ChatTemplate("{{ raise_exception('no\\nerror: yes') }}", reader=reader)
         with pytest.raises(ArtifactError, match="no error: yes") as caught:

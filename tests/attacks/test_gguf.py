@@ -23,7 +23,7 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export.gguf.measurement import measure
 from racdeploy.quant import ggml
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.gguf_header import GGML_SIZES, Header, read_header
+from racdeploy.tensors.gguf_header import GGML_SIZES, Header, read_header
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 MOST_SECONDS, MOST_BYTES = 1.0, 200e6

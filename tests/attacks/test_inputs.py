@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.files.reading import refusing
+from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Verification
 from racdeploy.report.files import read_records, read_report
-from racdeploy.storage.reading import refusing
-from racdeploy.storage.toml import validate
 from tests.support.fake_bundle import make_fake_bundle
 from tests.support.tiny_models import make_checkpoint
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from racdeploy.cli import doctor
-from racdeploy.decoding.child_engine import ChildEngine
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.child_engine import ChildEngine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.reading.reader import Reader, Request
-from racdeploy.storage import landlock
+from racdeploy.processes import landlock
+from racdeploy.sandbox.reader import Reader, Request
 
 needs_landlock = pytest.mark.skipif(
     landlock.version() < 6, reason="this system has no Landlock, or an older one"

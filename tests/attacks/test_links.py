@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
+from racdeploy.files.writing import atomic_folder, write_atomic
 from racdeploy.packing.packers import bitmask
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.files import atomic_folder, write_atomic
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 SECRET = b"ssh-ed25519 AAAA of the user"

@@ -15,8 +15,8 @@ import onnx
 import pytest
 
 from racdeploy import load
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError
 from tests.support.tiny_artifacts import make_onnx_bundle
 from tests.support.tiny_models import edit_json

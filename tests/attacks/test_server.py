@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.openai import OpenAIEngine
-from racdeploy.engines.openai.http import Client
+from racdeploy.engines.backends.openai import OpenAIEngine
+from racdeploy.engines.backends.openai.http import Client
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError, UsageError
 from tests.attacks.test_inputs import bounded
 from tests.support.completion_server import Reply, models, serving
@@ -109,7 +109,7 @@ def test_an_answer_has_a_bound_by_what_was_asked() -> None:
     ids=["a flood of lists", "5,000 digits", "half a character", "no UTF-8"],
 )
 def test_an_answer_that_is_no_clean_json(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("racdeploy.engines.openai.http._FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr("racdeploy.engines.backends.openai.http._FIRST_DELAY_S", 0.0)
     with (
         serving({"v1/models": lambda _: Reply(body)}) as url,
         bounded(),

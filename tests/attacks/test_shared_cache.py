@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.packing.packers import bitmask
-from racdeploy.storage.child import environment
+from racdeploy.processes.child import environment
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 RACES = 50
@@ -86,7 +86,7 @@ def test_processes_of_one_number_unpack_at_once_and_get_the_right_bytes(
 WRITER = """
 import sys
 from pathlib import Path
-from racdeploy.storage.files import atomic_folder
+from racdeploy.files.writing import atomic_folder
 out = Path(sys.argv[1])
 for line in sys.stdin:
     with atomic_folder(out) as scratch:

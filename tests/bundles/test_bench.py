@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from racdeploy.bundles import bench as benchmark
 from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
 from racdeploy.cli.app import app
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling
+from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult, weight_bytes
+from racdeploy.files.stages import Stage
 from racdeploy.manifest import Manifest
-from racdeploy.storage.stages import Stage
 from tests.support.sample_report import arm, build_report
 from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
 

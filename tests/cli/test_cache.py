@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.storage.stages import Stage
+from racdeploy.files.stages import Stage
 from tests.support.commands import environment
 
 
@@ -81,7 +81,7 @@ def test_a_folder_in_use_stays(work: Path) -> None:
     """Named, it is refused; by age, it is passed over."""
     (folder,) = work.glob("traces-*")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom racdeploy.storage.locks import lock_folder\n"
+        "import sys\nfrom pathlib import Path\nfrom racdeploy.files.locks import lock_folder\n"
         "lock_folder(Path(sys.argv[1]))\nprint('locked', flush=True)\nsys.stdin.read()"
     )
     with subprocess.Popen(

@@ -12,8 +12,8 @@ import pytest
 from racdeploy.cli.chat import Chat
 from racdeploy.cli.stream import AnswerStream
 from racdeploy.errors import EngineError, UsageError
+from racdeploy.files.unprintable import drop_unprintable
 from racdeploy.runtime import Conversation, Model, load
-from racdeploy.storage.unprintable import drop_unprintable
 from tests.support.commands import Outcome, command, environment, racdeploy
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal
 from tests.support.tiny_artifacts import make_bundle

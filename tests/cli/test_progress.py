@@ -13,7 +13,7 @@ from rich.console import Console
 
 from racdeploy.cli import progress
 from racdeploy.cli.progress import Track, show_progress, write_duration
-from racdeploy.decoding.engine import Completion
+from racdeploy.engines.engine import Completion
 from racdeploy.traces.counter import Counter
 from tests.support.commands import command, environment
 

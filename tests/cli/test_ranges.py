@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.decoding.child_engine import ChildEngine
-from racdeploy.decoding.engine import EngineSettings
+from racdeploy.engines.child_engine import ChildEngine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.recipe import Recipe
 from racdeploy.verify.gate import read_gate

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import racdeploy
-from racdeploy.decoding.engine import Sampling
+from racdeploy.engines.engine import Sampling
 from racdeploy.export import onnx as onnx_format
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint

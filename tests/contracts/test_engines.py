@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
 from racdeploy.errors import EngineError, UsageError
 from tests.support.tiny_artifacts import (
     ANEW,

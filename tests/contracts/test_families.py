@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from racdeploy import plugins
-from racdeploy.engines.transformers.torch_model import skeleton
+from racdeploy.engines.backends.transformers.torch_model import skeleton
 from racdeploy.errors import EnvironmentFailure, ModelError
 from racdeploy.models import families
 from racdeploy.models.checkpoint import Checkpoint
@@ -150,7 +150,7 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    from racdeploy.engines.transformers.torch_model import load_model
+    from racdeploy.engines.backends.transformers.torch_model import load_model
     from racdeploy.prune.walk.batches import Batch
     from racdeploy.prune.walk.beside import Beside
     from racdeploy.prune.walk.blocks import Blocks

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy import plugins, scorers, tasks
+from racdeploy import plugins, tasks
 from racdeploy.errors import MissingExtraError, UnknownPluginError, UsageError
-from racdeploy.scorers import Scored, math
+from racdeploy.tasks import scoring
+from racdeploy.tasks.scorers import math
+from racdeploy.tasks.scoring import Scored
 
 # By scorer: answer, gold, whether it is right, what is extracted, and how.
 Case = tuple[str, str, bool, str | None, str]
@@ -100,13 +102,13 @@ def test_every_scorer_has_cases() -> None:
 @pytest.mark.parametrize("spec", WITH_ALL)
 def test_scorers_find_what_models_write(spec: str) -> None:
     """Right or wrong, what was compared, and where it was found; the same twice."""
-    scorers.check(spec)
+    scoring.check(spec)
     for answer, gold, right, extracted, how in CASES[spec]:
-        found = scorers.score(spec, answer, gold)
+        found = scoring.score(spec, answer, gold)
         assert (found.correct, found.how) == (right, how), answer
         if extracted is not None or not right:
             assert found.extracted == extracted, answer
-        assert found == scorers.score(spec, answer, gold)
+        assert found == scoring.score(spec, answer, gold)
 
 
 @pytest.mark.parametrize("spec", WITH_ALL)
@@ -115,7 +117,7 @@ def test_scorers_find_what_models_write(spec: str) -> None:
 )
 def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
     """Whatever it writes, it is an answer that is wrong."""
-    assert not scorers.score(spec, answer.encode("utf-8", "replace").decode(), "42").correct
+    assert not scoring.score(spec, answer.encode("utf-8", "replace").decode(), "42").correct
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
 def test_a_wrong_scorer_is_refused_with_its_line(tmp_path: Path, spec: str, complaint: str) -> None:
     """By itself, and in a problem file before any work."""
     with pytest.raises(UsageError, match=complaint):
-        scorers.check(spec)
+        scoring.check(spec)
     file = tmp_path / "problems.jsonl"
     file.write_text('{"question": "?", "answer": "42", "scorer": "%s"}\n' % spec)  # noqa: UP031 - braces
     with pytest.raises(UsageError, match=rf"problems.jsonl:1.*{complaint}"):
@@ -164,17 +166,17 @@ def test_an_answer_that_takes_too_long_is_wrong_and_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The process is ended, the record says so, and the next question has a new one."""
-    assert scorers.score("math", r"\boxed{5}", "5").correct
+    assert scoring.score("math", r"\boxed{5}", "5").correct
     with monkeypatch.context() as patch:
         patch.setattr(math, "SECONDS", 0.2)
-        slow = scorers.score("math", r"\boxed{9^{9^{9^{9}}}}", "7")
+        slow = scoring.score("math", r"\boxed{9^{9^{9^{9}}}}", "7")
     assert slow == Scored(
         False, None, "scorer 'math' failed: it took more than 0.2 s of processor time"
     )
-    assert scorers.score("math", r"\boxed{6}", "6").correct
+    assert scoring.score("math", r"\boxed{6}", "6").correct
 
 
 def test_an_unknown_scorer_is_no_scorer() -> None:
     """Scoring by a name that does not exist is an error, not a wrong answer."""
     with pytest.raises(UnknownPluginError):
-        scorers.score("nothing", "42", "42")
+        scoring.score("nothing", "42", "42")

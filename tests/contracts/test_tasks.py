@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from racdeploy import plugins, scorers, tasks
+from racdeploy import plugins, tasks
 from racdeploy.errors import UsageError
 from racdeploy.extras import is_installed
+from racdeploy.tasks import scoring
 
 SPLITS = ("training", "calibration", "evaluation")
 
@@ -94,7 +95,7 @@ PUBLIC = {
 
 
 def _score(answer: str, gold: str) -> bool:
-    return scorers.score("", answer, gold).correct
+    return scoring.score("", answer, gold).correct
 
 
 @pytest.fixture(params=tasks.procedural_names())
@@ -176,8 +177,8 @@ def test_a_public_set_asks_as_its_harness_does(public: str, tmp_path: Path) -> N
 
     (problem,) = tasks.load(f"{public}:{file}").pool
     assert example.prompt == problem.question
-    assert scorers.score(problem.scorer, example.right, problem.gold).correct
-    assert not scorers.score(problem.scorer, example.wrong, problem.gold).correct
+    assert scoring.score(problem.scorer, example.right, problem.gold).correct
+    assert not scoring.score(problem.scorer, example.wrong, problem.gold).correct
 
 
 def test_a_public_set_refuses_rows_without_a_column(public: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from racdeploy import plugins
 from tests.support.documents import FILES, rewrite
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 FOLDERS = [ROOT / name for name in ("benchmarks", "docs", "examples")]
 DOCUMENTS = sorted(

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from racdeploy import export as exports
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import ExportResult
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.gates import Findings
@@ -25,7 +26,6 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
-from racdeploy.storage.files import file_sha256
 from racdeploy.verify.checks import sparsity, thinking
 from racdeploy.verify.evidence import Evidence
 from racdeploy.verify.gate import read_gate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.storage.files import file_sha256
+from racdeploy.files.writing import file_sha256
 from tests.support.commands import command, environment
 from tests.support.tiny_models import make_checkpoint
 

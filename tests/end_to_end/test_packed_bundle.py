@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
-from racdeploy.storage.files import file_sha256
 from tests.support.commands import Outcome, racdeploy
 from tests.support.tiny_models import edit_json, make_checkpoint
 

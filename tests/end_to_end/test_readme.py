@@ -12,7 +12,7 @@ import typer
 
 import racdeploy
 from racdeploy.cli.app import app
-from racdeploy.tasks.word_problem import GAINS, LOSSES
+from racdeploy.tasks.sets.word_problem import GAINS, LOSSES
 from tests.support.commands import command, environment
 from tests.support.commands import racdeploy as run_racdeploy
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import Engine, EngineSettings, Sampling
 from racdeploy.manifest import Manifest
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags, split

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines import llamacpp, transformers
-from racdeploy.engines.transformers.torch_model import load_model, round_as_ggml
+from racdeploy.engines.backends import llamacpp, transformers
+from racdeploy.engines.backends.transformers.torch_model import load_model, round_as_ggml
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.export.gguf import export
 from racdeploy.export.gguf.parameters import check_parameters

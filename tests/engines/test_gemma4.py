@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from racdeploy import plugins
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.transformers import open_engine
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers import open_engine
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.export.gguf.parameters import check_parameters
 from racdeploy.models.checkpoint import Checkpoint

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines.transformers import TransformersEngine, sinks
-from racdeploy.engines.transformers.experts import part_experts
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers import TransformersEngine, sinks
+from racdeploy.engines.backends.transformers.experts import part_experts
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.llama_child import ask_llama

@@ -18,8 +18,8 @@ from random import Random
 import pytest
 from gguf import GGUFReader
 
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.llamacpp import LlamaCppEngine, open_engine
+from racdeploy.engines.backends.llamacpp import LlamaCppEngine, open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
 from tests.support.tiny_artifacts import make_gguf
 from tests.support.tiny_models import SPECIAL_TOKENS
@@ -30,8 +30,8 @@ WORK = [[9, 8]] * 400
 PARENT = """
 import os, sys
 from pathlib import Path
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.llamacpp import open_engine
+from racdeploy.engines.engine import EngineSettings, Sampling
+from racdeploy.engines.backends.llamacpp import open_engine
 with open_engine(Path(sys.argv[1]), EngineSettings(256, 1, 1)) as engine:
     print(engine.pid, flush=True)
     engine.generate([[9, 8]] * 100000, Sampling(250, ()))
@@ -108,8 +108,8 @@ def test_the_worker_ends_when_its_input_ends() -> None:
     worker = [
         sys.executable,
         "-m",
-        "racdeploy.decoding.worker",
-        "racdeploy.engines.llamacpp.native",
+        "racdeploy.engines.worker",
+        "racdeploy.engines.backends.llamacpp.native",
     ]
     ended = subprocess.run(worker, input=b"", capture_output=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout) == (0, b"")
@@ -188,7 +188,7 @@ def test_a_missing_file_and_a_missing_package_are_told_apart(
 def test_the_parent_never_imports_llama_cpp(model: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from racdeploy.decoding.engine import EngineSettings\n"
+        "from racdeploy.engines.engine import EngineSettings\n"
         "from racdeploy.engines import open_engine\n"
         f"with open_engine('llamacpp', Path({str(model)!r}), EngineSettings(64, 1, 1)) as engine:\n"
         "    engine.logits([1, 2])\n"

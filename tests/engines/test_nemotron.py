@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.walk.assemble import Shape, assemble

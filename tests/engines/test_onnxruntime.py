@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from racdeploy.decoding.engine import EngineSettings, Sampling
 from racdeploy.engines import open_engine
-from racdeploy.engines.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
 from tests.support.tiny_onnx import EXPORTERS, tiny_onnx
 

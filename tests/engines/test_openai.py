@@ -16,10 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
 from racdeploy.engines import open_engine
-from racdeploy.engines.openai import OpenAIEngine
-from racdeploy.engines.openai import http as http_client
+from racdeploy.engines.backends.openai import OpenAIEngine
+from racdeploy.engines.backends.openai import http as http_client
+from racdeploy.engines.engine import Completion, EngineSettings, Sampling
 from racdeploy.errors import (
     ArtifactError,
     EngineError,

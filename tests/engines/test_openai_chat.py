@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from racdeploy.decoding.engine import EngineSettings, Sampling, ThinkingBudget
-from racdeploy.engines.openai import http as http_client
-from racdeploy.engines.openai.chat import ChatEngine, Conversation
+from racdeploy.engines.backends.openai import http as http_client
+from racdeploy.engines.backends.openai.chat import ChatEngine, Conversation
+from racdeploy.engines.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags, split

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.transformers.engine import TransformersEngine
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.engine import TransformersEngine
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint

@@ -15,7 +15,7 @@ from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx.choice import check_exporter, choose
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.storage import environments
+from racdeploy.processes import environments
 from tests.support.tiny_models import make_checkpoint
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

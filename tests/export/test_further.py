@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered

@@ -24,9 +24,9 @@ from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError, EnvironmentFailure, ModelError, UsageError
 from racdeploy.export.gguf import body, export
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import order_rotary
-from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.llama_child import LlamaAnswer, ask_llama
 from tests.support.matrix import selected, some

@@ -17,6 +17,7 @@ from racdeploy.export import gguf as gguf_format
 from racdeploy.export.gguf import export
 from racdeploy.export.gguf.body import divide
 from racdeploy.export.gguf.tensors import PlannedTensor
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import (
     ArtifactEntry,
     GenerationSettings,
@@ -28,7 +29,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import label_size, name_artifact
 from racdeploy.recipe import Recipe
-from racdeploy.storage.files import file_sha256
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, make_checkpoint
 

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 
 from racdeploy import quant as quants
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.export import gguf as gguf_format
 from racdeploy.export import measure_sparsity
 from racdeploy.export.gguf import export
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.structure.outline import read_outline
@@ -24,7 +25,6 @@ from racdeploy.prune.walk.assemble import assemble
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning, Structure
-from racdeploy.storage.files import file_sha256
 from tests.support.llama_child import ask_llama
 from tests.support.llama_quantize import quantize
 from tests.support.tiny_models import make_checkpoint

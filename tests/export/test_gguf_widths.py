@@ -15,15 +15,15 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.transformers import TransformersEngine
+from racdeploy.engines.backends.transformers import TransformersEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ModelError, UsageError
 from racdeploy.export import ExportResult
 from racdeploy.export import gguf as gguf_format
 from racdeploy.export.gguf import export, is_linear, refusal
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE
-from racdeploy.storage.files import file_sha256
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.llama_child import LlamaAnswer, ask_llama

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import (
     ArtifactError,
     EngineError,
@@ -32,10 +32,10 @@ from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen, choose
 from racdeploy.export.onnx.graph import adopt
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx import file as onnx_file
-from racdeploy.storage import environments
-from racdeploy.storage.files import file_sha256
+from racdeploy.processes import environments
 from racdeploy.tune.graphs import count_bytes, estimate_bytes, plan_graph
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_onnx import APPENDING, needs_optimum

@@ -15,11 +15,11 @@ from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import check
 from racdeploy.export.onnx import export, measure, unpack
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import ACCEL_KEY
 from racdeploy.recipe import Export
-from racdeploy.storage.files import file_sha256
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 QUANTS = ("f16", "matmulnbits_8", "matmulnbits_4")

@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines.onnxruntime import open_engine
+from racdeploy.engines.backends.onnxruntime import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import export, measure, unpack
@@ -26,12 +26,12 @@ from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx import writer as onnx_writer
 from racdeploy.export.onnx.choice import Chosen
 from racdeploy.export.onnx.graph import adopt
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import raconnx
 from racdeploy.packing.onnx.folding import prove_folding
 from racdeploy.packing.packers import bitmask_graph
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
 QUANTS = ("f32", "f16", "matmulnbits_8")

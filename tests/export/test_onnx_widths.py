@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from racdeploy import quant as quants
-from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines.onnxruntime import open_engine
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.onnxruntime import open_engine
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import EnvironmentFailure, ModelError
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import choice, export, measure, unpack

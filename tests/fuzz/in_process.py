@@ -14,9 +14,9 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from racdeploy.reading import limits, worker
-from racdeploy.reading.reader import MEMORY_BYTES, Answer, Reader, Request, _rebuild
-from racdeploy.storage.memory import resident_bytes
+from racdeploy.processes.memory import resident_bytes
+from racdeploy.sandbox import limits, worker
+from racdeploy.sandbox.reader import MEMORY_BYTES, Answer, Reader, Request, _rebuild
 
 _SECONDS = 0.3  # less than there: a run has no time to lose, and the whole way decides
 _MORE_BYTES = 1 << 30  # native code ends the process where it gets no memory

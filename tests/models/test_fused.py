@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from racdeploy.errors import ModelError
 from racdeploy.models import fused
 from racdeploy.models.fused import Fused
-from racdeploy.storage import mxfp4
-from racdeploy.storage.safetensors import read_tensor_entries, write_entries
+from racdeploy.tensors import mxfp4
+from racdeploy.tensors.safetensors import read_tensor_entries, write_entries
 
 E, D, F = 3, 64, 32
 PARTS = ("experts.*.gate.weight", "experts.*.up.weight")

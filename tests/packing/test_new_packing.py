@@ -16,10 +16,10 @@ import pytest
 from racdeploy import plugins
 from racdeploy.export import gguf as gguf_format
 from racdeploy.export import onnx as onnx_format
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import packers, racgguf
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.gguf_header import read_header
+from racdeploy.tensors.gguf_header import read_header
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 # Every byte inverted, and in a GGUF file every second one dropped where they come in equal pairs.

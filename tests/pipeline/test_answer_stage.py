@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.decoding.engine import Completion, EngineSettings, Sampling
+from racdeploy.engines.engine import Completion, EngineSettings, Sampling
 from racdeploy.pipeline import answer_stage
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.recipe import Verification

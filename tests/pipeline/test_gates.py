@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from racdeploy.decoding.engine import Engine, EngineSettings
-from racdeploy.engines.transformers import torch_model
+from racdeploy.engines.backends.transformers import torch_model
+from racdeploy.engines.engine import Engine, EngineSettings
 from racdeploy.errors import GateError
 from racdeploy.export import ExportResult, write
 from racdeploy.models import reordering

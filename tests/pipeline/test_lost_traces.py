@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from racdeploy.decoding import token_log
-from racdeploy.decoding.token_log import TokenLog
-from racdeploy.engines.transformers import TransformersEngine
+from racdeploy.engines import token_log
+from racdeploy.engines.backends.transformers import TransformersEngine
+from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from racdeploy.errors import UsageError
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import recover_stage
 from racdeploy.pipeline.recover_stage import (
@@ -28,7 +29,6 @@ from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
 from tests.support.tiny_course import TAUGHT, make_course
 

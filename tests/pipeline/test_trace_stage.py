@@ -116,7 +116,7 @@ def test_nothing_is_asked_of_a_server_that_did_not_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error says what to do; the dense model is given back all the same."""
-    monkeypatch.setattr("racdeploy.engines.openai.http._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("racdeploy.engines.backends.openai.http._FIRST_DELAY_S", 0.01)
     dense, sparse, _ = models
     server = ReloadingServer(dense)
     load = server._load

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from racdeploy import plugins
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.allocations import Effect, Observation

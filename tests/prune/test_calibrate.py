@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.walk.activations import Activations
@@ -21,7 +22,6 @@ from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, StreamWeights
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 

@@ -13,10 +13,10 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.prune_stage import note_held_out
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.cost import peak_bytes, trace_bytes
 from racdeploy.recipe import Pruning, Recipe
-from racdeploy.storage.memory import resident_bytes
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from racdeploy import plugins
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.structure.outline import read_outline
@@ -33,7 +34,6 @@ from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace
 

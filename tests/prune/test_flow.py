@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.walk.batches import Batch
@@ -15,7 +16,6 @@ from racdeploy.prune.walk.beside import Beside
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.flow import Flow
 from racdeploy.recipe import Pruning
-from racdeploy.storage.files import file_sha256
 from racdeploy.traces.trace import Trace
 from tests.support.matrix import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint

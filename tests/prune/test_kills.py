@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.storage.files import file_sha256
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import make_checkpoint
 

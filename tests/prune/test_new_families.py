@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from racdeploy.decoding.engine import Progress
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.engine import Progress
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.storage.files import file_sha256
 from tests.support.block_outputs import take_states
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import make_trace

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.pipeline import workplace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.prune.walk.processes import Processes
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
-from racdeploy.storage.files import file_sha256
 from tests.support.commands import command, environment
 from tests.support.tiny_models import make_checkpoint
 

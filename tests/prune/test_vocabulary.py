@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from racdeploy.errors import UsageError
 from racdeploy.export.gguf import export
+from racdeploy.files.texts import read_texts
 from racdeploy.models.bpe import BytePairs, refusal
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.prune.structures import vocabulary
-from racdeploy.reading import tokenizer as reading
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.storage import safetensors
-from racdeploy.storage.texts import read_texts
+from racdeploy.sandbox import tokenizer as reading
+from racdeploy.tensors import safetensors
 from racdeploy.verify.mixed_text import mixed_lines
 from racdeploy.verify.probe_strings import probe_strings
 from tests.support.cut_models import cut_checkpoint

@@ -119,7 +119,7 @@ def test_a_head_makes_the_logits_of_its_model(
     tmp_path: Path, family: str, changed: dict[str, float], divisor: float, cap: float
 ) -> None:
     """As transformers makes them of the same last hidden states."""
-    from racdeploy.engines.transformers.torch_model import load_model
+    from racdeploy.engines.backends.transformers.torch_model import load_model
 
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "m", family, dtype="float32", **changed))
     head = Head.of(checkpoint, torch.device("cpu"))

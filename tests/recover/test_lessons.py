@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.recipe import StreamWeights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recover.divergence import Head
 from racdeploy.recover.lessons import dense_states

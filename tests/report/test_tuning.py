@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from racdeploy.errors import ArtifactError
+from racdeploy.files.toml import read_toml
 from racdeploy.report import markdown
 from racdeploy.report.terminal import print_tuning
 from racdeploy.report.tuning_charts import draw_accuracy
@@ -29,7 +30,6 @@ from racdeploy.report.tuning_files import (
 from racdeploy.report.tuning_page import render
 from racdeploy.report.tuning_tables import describe_device, keeps_limits, list_facts, tuning_table
 from racdeploy.results.tuning import Candidate, CostInterval, Tuning
-from racdeploy.storage.toml import read_toml
 from tests.support.elements import Elements
 from tests.support.sample_report import HOSTILE
 from tests.support.sample_tuning import build_tuning

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy.decoding.engine import Completion, Engine, Sampling
+from racdeploy.engines.engine import Completion, Engine, Sampling
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Conversation, Model

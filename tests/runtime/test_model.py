@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy.decoding.engine import Completion, Engine, Sampling
+from racdeploy.engines.engine import Completion, Engine, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Model, load

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.reading.reader import Reader
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
+from racdeploy.sandbox.reader import Reader
 from tests.support.tiny_models import edit_json, make_checkpoint, write_tokenizer
 
 QUESTION = [{"role": "user", "content": 'What is 2 < 3 && "x"? Größe 🚀 \\boxed{}\n\n  end'}]
@@ -148,7 +148,7 @@ def test_a_template_may_refuse_messages_in_its_own_words() -> None:
 
 def test_a_template_that_took_too_long_does_not_disturb_the_next() -> None:
     """Their process is ended, and the next one knows the other template."""
-    reader = Reader("racdeploy.reading.texts")
+    reader = Reader("racdeploy.sandbox.texts")
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     slow = ChatTemplate(endless, reader=reader)
     quick = ChatTemplate("{{ messages[0].content }}!", reader=reader)

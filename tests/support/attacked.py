@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy import scorers
 from racdeploy.errors import RacdeployError
 from racdeploy.models.model_card import read_license
-from racdeploy.reading.reader import Reader
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from racdeploy.storage.memory import resident_bytes
+from racdeploy.sandbox.reader import Reader
+from racdeploy.tasks import scoring
 
 TEXT = "There were eleven elephants; we let them sleep. " * 4
 
@@ -52,7 +52,7 @@ def attack(cases: Iterable[tuple[str, list[str]]]) -> list[Outcome]:
 
 
 def _template(source: str) -> str:
-    reader = Reader("racdeploy.reading.texts")
+    reader = Reader("racdeploy.sandbox.texts")
     try:
         return ChatTemplate(source, reader=reader).render([{"role": "user", "content": TEXT}])
     finally:
@@ -69,8 +69,8 @@ def _tokenizer(folder: str) -> str:
 
 
 def _scorer(spec: str, answer: str, gold: str) -> str:
-    scorers.check(spec)
-    return str(scorers.score(spec, answer, gold))
+    scoring.check(spec)
+    return str(scoring.score(spec, answer, gold))
 
 
 def _license(folder: str) -> str:

@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from racdeploy.decoding.engine import Engine, EngineSettings, Sampling
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import Engine, EngineSettings, Sampling
 from racdeploy.runtime.template import PromptEncoder
 
 Json = dict[str, Any]

@@ -32,7 +32,7 @@ class OwnServer:
         (engine,) = (
             child
             for child in children(self.process.pid)
-            if b"racdeploy.decoding.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+            if b"racdeploy.engines.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
         )
         return engine
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from racdeploy.decoding.engine import EngineSettings
-from racdeploy.engines.llamacpp import open_engine as open_llamacpp
+from racdeploy.engines.backends.llamacpp import open_engine as open_llamacpp
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.export import gguf
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
-from racdeploy.storage.files import file_sha256
 from tests.support.completion_server import answering, models, serving
 from tests.support.real_server import write_model
 from tests.support.tiny_models import SPECIAL_TOKENS, make_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from racdeploy.storage.gguf_header import GGML_SIZES
+from racdeploy.tensors.gguf_header import GGML_SIZES
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q6_k": 14, "bf16": 30, "mxfp4": 39}
 

@@ -18,13 +18,14 @@ from racdeploy import tasks
 from racdeploy.errors import UsageError
 from racdeploy.extras import is_installed
 from racdeploy.pipeline.job import Job
-from racdeploy.problems.published import Published, Rows
-from racdeploy.problems.task import Task
 from racdeploy.recipe import Recipe
 from racdeploy.report import markdown
 from racdeploy.results.answers import TaskRow
-from racdeploy.scorers import score
-from racdeploy.tasks import TaskSet, aime24, gpqa_diamond, gsm8k
+from racdeploy.tasks import TaskSet
+from racdeploy.tasks.published import Published, Rows
+from racdeploy.tasks.scoring import score
+from racdeploy.tasks.sets import aime24, gpqa_diamond, gsm8k
+from racdeploy.tasks.task import Task
 from tests.support.dataset_hub import serve_dataset
 from tests.support.sample_report import build_report
 

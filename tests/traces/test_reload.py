@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.engines.openai import http as http_client
+from racdeploy.engines.backends.openai import http as http_client
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.recipe import Traces
 from racdeploy.traces.reload import load, loaded

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy import tasks
-from racdeploy.decoding.engine import EngineSettings
 from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Calibration, Traces

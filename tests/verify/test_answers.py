@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from racdeploy.decoding.completion_log import CompletionLog
-from racdeploy.decoding.engine import Completion, Sampling, ThinkingBudget
-from racdeploy.decoding.sequence import Sequence as Running
+from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.engine import Completion, Sampling, ThinkingBudget
+from racdeploy.engines.sequence import Sequence as Running
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder

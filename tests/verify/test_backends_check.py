@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.recipe import Verification
-from racdeploy.storage.files import file_sha256
 from racdeploy.verify.checks import backends, integrity, tokens
 from racdeploy.verify.evidence import Evidence, OtherArtifact
 from racdeploy.verify.gate import read_gate

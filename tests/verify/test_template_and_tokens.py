@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from racdeploy import export
-from racdeploy.engines.transformers import chat_ids
+from racdeploy.engines.backends.transformers import chat_ids
 from racdeploy.errors import ArtifactError
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.recipe import Verification

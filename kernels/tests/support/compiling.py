@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from racdeploy.storage.files import canonical_hash
+from racdeploy.files.writing import canonical_hash
 
 _PROJECT = Path(__file__).parents[1]
 _BUILDS = _PROJECT.parents[1] / "build" / "kernels-tests"

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from racdeploy.export import gguf
+from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.storage.files import file_sha256
 from racdeploy_kernels import ggml_plugin
 from racdeploy_kernels.proof import Kernels, Proof
 from racdeploy_kernels.verdicts import Verdict

@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 
 from racdeploy import plugins
 from racdeploy.bundles.hub.layout import NUMBERED
+from racdeploy.files.templates import render_text
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.tables import readable_bytes
-from racdeploy.storage.templates import render_text
 
 MARK = "<!-- written by racdeploy push -->"
 """In every card that racdeploy has written, and may write again."""

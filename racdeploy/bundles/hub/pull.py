@@ -13,9 +13,9 @@ from pathlib import Path
 from racdeploy.bundles.hub.layout import find_files, list_artifacts
 from racdeploy.bundles.hub.remote import Remote
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.ownership import shut_off
+from racdeploy.files.writing import atomic_folder, file_sha256, make_parent, require_space
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.storage.files import atomic_folder, file_sha256, make_parent, require_space
-from racdeploy.storage.ownership import shut_off
 
 
 @dataclass(frozen=True)

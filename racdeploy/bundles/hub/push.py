@@ -16,9 +16,9 @@ from racdeploy.bundles.hub.card import MARK, write_card
 from racdeploy.bundles.hub.layout import BUNDLES, lay_out, list_public, name_bundle
 from racdeploy.bundles.hub.remote import AbsentError, Remote, UnreachableError
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import read_bytes
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
-from racdeploy.storage.files import file_sha256
-from racdeploy.storage.reading import read_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

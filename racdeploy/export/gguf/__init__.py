@@ -16,9 +16,9 @@ from racdeploy.export.gguf.programs import companions as companions
 from racdeploy.export.gguf.programs import usage as usage
 from racdeploy.export.gguf.vocabulary import write_approximated as write_approximated
 from racdeploy.export.gguf.writer import export as export
+from racdeploy.files.writing import refuse_another
 from racdeploy.models.families import Family
 from racdeploy.packing import racgguf
-from racdeploy.storage.files import refuse_another
 
 BACKEND = "llamacpp"
 NEEDS = {"llama_cpp": "llamacpp"}

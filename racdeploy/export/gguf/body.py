@@ -21,10 +21,10 @@ from racdeploy.export import ExportedTensor, Progress
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import order_columns, order_rows
+from racdeploy.processes.cores import available_cores
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.cores import available_cores
-from racdeploy.storage.mxfp4 import PackedEntry
-from racdeploy.storage.safetensors import widen
+from racdeploy.tensors.mxfp4 import PackedEntry
+from racdeploy.tensors.safetensors import widen
 
 ALIGNMENT = 32
 """Bytes: tensors begin at multiples of it."""

@@ -17,7 +17,7 @@ from racdeploy.errors import ArtifactError, MissingExtraError
 from racdeploy.export import MeasuredTensor
 from racdeploy.export.gguf.splits import read_parts
 from racdeploy.packing import racgguf
-from racdeploy.storage.gguf_header import GGML_SIZES, TensorInfo
+from racdeploy.tensors.gguf_header import GGML_SIZES, TensorInfo
 
 _SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
 _NUMBERS = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}

@@ -8,12 +8,12 @@ from pathlib import Path
 from racdeploy import packing as packings
 from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.export.gguf.vocabulary import adds_bos
+from racdeploy.files.templates import render_text
+from racdeploy.files.unprintable import visible
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import importance as importances
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.storage.templates import render_text
-from racdeploy.storage.unprintable import visible
 
 _OLLAMA_NAMES = {"top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
 

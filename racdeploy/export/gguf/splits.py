@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.storage.gguf_header import Header, read_header
+from racdeploy.tensors.gguf_header import Header, read_header
 
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = "split.no", "split.count", "split.tensors.count"
 MOST_PARTS = 99_999

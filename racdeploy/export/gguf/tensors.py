@@ -23,7 +23,7 @@ from racdeploy.models.families import EVERY_EXPERT, Family, generalize, name_exp
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.results.pruning import VECTORS_IN_F32
-from racdeploy.storage.mxfp4 import PackedEntry
+from racdeploy.tensors.mxfp4 import PackedEntry
 
 # As llama.cpp's converter stores them, whatever the format of the file.
 _IN_F32 = {

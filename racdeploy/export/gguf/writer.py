@@ -25,13 +25,13 @@ from racdeploy.export.gguf.parameters import check_parameters
 from racdeploy.export.gguf.splits import name_part
 from racdeploy.export.gguf.tensors import PlannedTensor, plan_tensors
 from racdeploy.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from racdeploy.files.partials import partial_folder
+from racdeploy.files.writing import disk_errors, file_sha256, require_space
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import racgguf
 from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.files import disk_errors, file_sha256, require_space
-from racdeploy.storage.partials import partial_folder
 
 _ROUNDED_RAMP = (
     "llama.cpp lets YaRN's ramp begin and end at whole dimensions, for which this model does not "

@@ -21,7 +21,7 @@ from racdeploy.export.onnx.layouts import fix_head_size
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
-from racdeploy.storage.safetensors import widen
+from racdeploy.tensors.safetensors import widen
 
 _SLAB_WEIGHTS = 4_194_304
 # An exporter's own constants: rotary tables, masks of one block, scalars. Larger ones without a

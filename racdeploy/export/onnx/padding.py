@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
-from racdeploy.storage.safetensors import write_header
+from racdeploy.tensors.safetensors import write_header
 
 Own = tuple[NDArray[np.int64] | None, ...]
 """For each axis of a tensor the places in the twin that the model's values have; None: all."""

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.export.onnx.graph import ROTARY_TABLES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import read_array

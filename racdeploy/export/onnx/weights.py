@@ -21,7 +21,7 @@ from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, split_arrays
 from racdeploy.quant.matmulnbits import BLOCK
 from racdeploy.results.pruning import VECTORS_IN_F32
-from racdeploy.storage.safetensors import widen
+from racdeploy.tensors.safetensors import widen
 
 _FALLBACK = "f16"
 _WIDE = "matmulnbits_8"

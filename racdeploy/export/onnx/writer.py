@@ -25,12 +25,12 @@ from racdeploy.export.onnx.choice import check_exporter, choose
 from racdeploy.export.onnx.layouts import note_clients
 from racdeploy.export.onnx.padding import count_twin_weights
 from racdeploy.export.onnx.weights import PlannedTensor, encode, plan_tensors, wire
+from racdeploy.files.partials import partial_folder
+from racdeploy.files.writing import disk_errors, file_sha256, refuse_another, require_space
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import load_graph, write_model
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tensors, read_tensors
-from racdeploy.storage.files import disk_errors, file_sha256, refuse_another, require_space
-from racdeploy.storage.partials import partial_folder
 
 VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 """Names of what keeps 8 bits at least."""

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from racdeploy.errors import EngineError
 from racdeploy.packing.onnx.file import load_graph, read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX
-from racdeploy.storage import child
+from racdeploy.processes import child
 
 _BASE_BYTES = 2 * 2**30
 _COPIES = 160  # 28 bytes while a weight is unfolded, of which the file may have a quarter

@@ -21,10 +21,10 @@ from racdeploy import packing as packings
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import parse_json
 from racdeploy.packing.onnx.file import read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, Packer
 from racdeploy.quant.matmulnbits import BLOCK, Blocks
-from racdeploy.storage.reading import parse_json
 
 TENSORS_KEY = "racdeploy.tensors"
 _KINDS = {"name": str, "shape": list, "quant": str, "looked_up": bool, "packing": str}

@@ -20,7 +20,7 @@ from racdeploy.packing.chunks import LEAST_WORD_WEIGHTS, pack_chunk, tally, unpa
 from racdeploy.packing.codes import refuse_mask
 from racdeploy.packing.layouts import CHUNK_WEIGHTS, LAYOUTS
 from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor, read_pieces
-from racdeploy.storage.gguf_header import Header, TensorInfo
+from racdeploy.tensors.gguf_header import Header, TensorInfo
 
 FORMATS = ("gguf",)
 REQUIRES_ZEROS = True

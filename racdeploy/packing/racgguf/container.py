@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError, EnvironmentFailure
-from racdeploy.storage import files
-from racdeploy.storage.caches import cache_folder
-from racdeploy.storage.checked import has_sha256
-from racdeploy.storage.gguf_header import (
+from racdeploy.files import writing as files
+from racdeploy.files.caches import cache_folder
+from racdeploy.files.checked import has_sha256
+from racdeploy.files.ownership import make_private
+from racdeploy.tensors.gguf_header import (
     FIXED_BYTES,
     Header,
     TensorInfo,
@@ -32,7 +33,6 @@ from racdeploy.storage.gguf_header import (
     read_header,
     tensor_bytes,
 )
-from racdeploy.storage.ownership import make_private
 
 SUFFIX = ".racgguf"
 VERSION = 2

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.partials import partial_folder
+from racdeploy.files.writing import disk_errors, file_sha256
 from racdeploy.packing.racgguf import container
-from racdeploy.storage.files import disk_errors, file_sha256
-from racdeploy.storage.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
-from racdeploy.storage.partials import partial_folder
+from racdeploy.tensors.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
 
 _COPY_BYTES = 1 << 20
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from racdeploy.engines.transformers.experts import Experts
-from racdeploy.engines.transformers.torch_model import fit_attention
+from racdeploy.engines.backends.transformers.experts import Experts
+from racdeploy.engines.backends.transformers.torch_model import fit_attention
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import ends_part
 from racdeploy.models.widths import find_kept

@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 
 from racdeploy import plugins
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.prune.structure.cut import Site
 from racdeploy.prune.structure.layout import Layout, find_end, keep_alike
 from racdeploy.prune.structure.outline import FILE, Outline, as_outline, whole
@@ -26,8 +28,6 @@ from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.survey import Effect, Observation, survey
 from racdeploy.recipe import Structure
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 
 
 def decide_outline(session: Session, structure: Structure) -> Outline:

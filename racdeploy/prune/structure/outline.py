@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
+from racdeploy.files.reading import read_json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import SETTINGS
 from racdeploy.prune.structure.layout import Layout
 from racdeploy.prune.walk.assemble import Shape
 from racdeploy.recipe import Structure
 from racdeploy.results.pruning import StructureRow
-from racdeploy.storage.reading import read_json
 
 FILE = "structure.json"
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.experts import route
+from racdeploy.engines.backends.transformers.experts import route
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.widths import axes

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import UsageError
+from racdeploy.files.texts import read_texts
+from racdeploy.files.writing import atomic_folder
 from racdeploy.models import fused
 from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
@@ -22,9 +24,7 @@ from racdeploy.models.renumbering import STALE, named_ids, renumber
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.prune.structure.layout import Layout, refuse_uncut
 from racdeploy.recipe import Structure
-from racdeploy.storage.files import atomic_folder
-from racdeploy.storage.safetensors import write_entries
-from racdeploy.storage.texts import read_texts
+from racdeploy.tensors.safetensors import write_entries
 
 STEP, SIZE, COUNTED = "folder", "V", "tokens"
 # Kernels of ggml for interleaved rows take multiples of 8, those for AMX of 32.

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from racdeploy.files.writing import disk_errors
 from racdeploy.prune.bounds import WINDOW_BYTES
-from racdeploy.storage.files import disk_errors
 
 
 class Activations:

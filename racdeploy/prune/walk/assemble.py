@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from racdeploy.files.writing import atomic_folder
 from racdeploy.models import fused, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.models.widths import SETTINGS
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.storage.files import atomic_folder
-from racdeploy.storage.safetensors import TensorEntry, read_tensor_entries, write_entries
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 _EXPERT_COUNTS = {"num_experts", "num_local_experts"}
 

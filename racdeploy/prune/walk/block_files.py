@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
 from racdeploy.prune.walk.processes import Processes
 from racdeploy.prune.walk.pruned_linear import PrunedLinear
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.storage.files import write_atomic
-from racdeploy.storage.reading import read_json
 
 Kept = Mapping[str, list[int]]
 """Part that was cut → numbers of the units that stay."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.torch_model import (
+from racdeploy.engines.backends.transformers.torch_model import (
     embed_positions,
     embedding_scale,
     fill_parameter,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from racdeploy.engines.transformers.torch_model import embedding_scale
+from racdeploy.engines.backends.transformers.torch_model import embedding_scale
 from racdeploy.models.checkpoint import Checkpoint
 
 _EMBEDDING = "model.embed_tokens.weight"

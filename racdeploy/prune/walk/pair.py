@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from racdeploy.engines.transformers.torch_model import TORCH_DTYPES
+from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of
 from racdeploy.prune.walk.flow import Flow

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from racdeploy.decoding.engine import Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
+from racdeploy.processes.heap import keep_heap
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.device import choose_device
 from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recipe import Pruning, StreamWeights
-from racdeploy.storage.heap import keep_heap
 from racdeploy.traces.trace import STREAMS, Trace
 
 

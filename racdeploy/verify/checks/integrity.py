@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from racdeploy.files.writing import file_sha256
 from racdeploy.results.checks import CheckResult
-from racdeploy.storage.files import file_sha256
 from racdeploy.verify.evidence import Evidence, OtherArtifact, make_result
 
 

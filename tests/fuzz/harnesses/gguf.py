@@ -19,12 +19,12 @@ from racdeploy.export.gguf import measurement
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.gguf_header import GGML_SIZES, Header, read_header
+from racdeploy.tensors.gguf_header import GGML_SIZES, Header, read_header
 from tests.fuzz.oracle import expect, place, scratch
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 READERS = (
-    *("racdeploy.storage.gguf_header", "racdeploy.export.gguf.measurement"),
+    *("racdeploy.tensors.gguf_header", "racdeploy.export.gguf.measurement"),
     *("racdeploy.export.gguf.splits", "racdeploy.quant.importance"),
 )
 DICTIONARY = (

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from racdeploy.bundles.hub.card import write_card
 from racdeploy.errors import RacdeployError
+from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.family_lookup import find_family
 from racdeploy.recipe import Recipe
 from racdeploy.runtime.loading import _choose_context, check_what_runs
-from racdeploy.storage.toml import validate
 from racdeploy.verify.gate import read_gate
 from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import expect, scratch
 from tests.support.fake_bundle import make_fake_bundle
 
-READERS = ("racdeploy.manifest", "racdeploy.runtime.loading", "racdeploy.storage.reading")
+READERS = ("racdeploy.manifest", "racdeploy.runtime.loading", "racdeploy.files.reading")
 _WORDS = (
     *("gguf", "onnx", "q8_0", "plain", "bitmask", "llamacpp", "onnxruntime", "tokenizer.json"),
     *("sparsity", "sparsity_file", "verify", "gate", "accuracy", "model_type", "files", "qwen3"),

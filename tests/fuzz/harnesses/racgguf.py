@@ -13,7 +13,7 @@ from pathlib import Path
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
-from racdeploy.storage.gguf_header import read_header
+from racdeploy.tensors.gguf_header import read_header
 from tests.fuzz.harnesses import gguf
 from tests.fuzz.oracle import expect, place, scratch
 from tests.support.tiny_gguf import random_rows, write_gguf

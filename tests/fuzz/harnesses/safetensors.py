@@ -17,12 +17,12 @@ from safetensors import deserialize
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import RacdeployError
 from racdeploy.quant.importance import Importance
-from racdeploy.storage.safetensors import read_tensor_entries, write_entries
+from racdeploy.tensors.safetensors import read_tensor_entries, write_entries
 from tests.fuzz.harness import Mutate, Mutator
 from tests.fuzz.mutation import change_json
 from tests.fuzz.oracle import expect, place, scratch
 
-READERS = ("racdeploy.storage.safetensors", "racdeploy.quant.importance")
+READERS = ("racdeploy.tensors.safetensors", "racdeploy.quant.importance")
 DICTIONARY = (b'"data_offsets":[0,', b'"dtype":"F32"', b'"shape":[1]', b'"__metadata__"')
 _WORDS = ("F64", "F32", "F16", "BF16", "I64", "BOOL", "dtype", "shape", "data_offsets", "a.tokens")
 _Tensors = dict[str, tuple[str, list[int], bytes]]

@@ -17,9 +17,9 @@ from typing import Any
 import httpcore
 import httpx
 
-from racdeploy.decoding.engine import Completion, EngineSettings
-from racdeploy.engines.openai import OpenAIEngine, answers, chat, http
-from racdeploy.engines.openai.engine import bound_answer
+from racdeploy.engines.backends.openai import OpenAIEngine, answers, chat, http
+from racdeploy.engines.backends.openai.engine import bound_answer
+from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import RacdeployError
 from racdeploy.traces import reload
 from racdeploy.traces.server import check_agreement
@@ -28,8 +28,8 @@ from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import apart, check_words, expect
 
 READERS = (
-    *("racdeploy.engines.openai.http", "racdeploy.engines.openai.transport"),
-    *("racdeploy.engines.openai.answers", "racdeploy.engines.openai.chat"),
+    *("racdeploy.engines.backends.openai.http", "racdeploy.engines.backends.openai.transport"),
+    *("racdeploy.engines.backends.openai.answers", "racdeploy.engines.backends.openai.chat"),
     "racdeploy.traces.server",
 )
 DICTIONARY = (

@@ -15,12 +15,16 @@ from typing import Any
 from racdeploy.errors import ArtifactError, RacdeployError
 from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.reading.reader import Reader
 from racdeploy.runtime.template import ChatTemplate
+from racdeploy.sandbox.reader import Reader
 from tests.fuzz.in_process import InProcess, reaches_limits
 from tests.fuzz.oracle import apart, check_words, expect, forgive, place
 
-READERS = ("racdeploy.reading.sandbox", "racdeploy.reading.texts", "racdeploy.export.gguf.ollama")
+READERS = (
+    "racdeploy.sandbox.chat_template",
+    "racdeploy.sandbox.texts",
+    "racdeploy.export.gguf.ollama",
+)
 DICTIONARY = (
     *(b"{% for message in messages %}", b"{% endfor %}", b"{{ message['content'] }}", b"{% if "),
     *(b"{% endif %}", b"{% set ", b"namespace(", b"{% macro ", b"{% endmacro %}", b"{%- ", b" -%}"),
@@ -47,7 +51,7 @@ def target(data: bytes) -> None:
     """Render conversations, and derive a Go template."""
     source = _read(data)
     with reaches_limits() as over:
-        ours = _render(source, InProcess("racdeploy.reading.texts"))
+        ours = _render(source, InProcess("racdeploy.sandbox.texts"))
     if over[0]:
         forgive()
     if over[0] or hashlib.sha256(data).digest()[0] < 3:
@@ -87,7 +91,7 @@ def _compare(source: str, ours: Sequence[str | RacdeployError], over: bool) -> N
 
 
 def _derive(source: str) -> None:
-    template = ChatTemplate(source, "<s>", "</s>", reader=InProcess("racdeploy.reading.texts"))
+    template = ChatTemplate(source, "<s>", "</s>", reader=InProcess("racdeploy.sandbox.texts"))
     with reaches_limits() as over:
         go, reason = make_go_template(template.render, "<s>")
     if over[0]:
@@ -98,7 +102,7 @@ def _derive(source: str) -> None:
 
 @cache
 def _reader() -> Reader:
-    return Reader("racdeploy.reading.texts")
+    return Reader("racdeploy.sandbox.texts")
 
 
 def survives(data: bytes) -> bool:

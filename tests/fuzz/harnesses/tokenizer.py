@@ -29,11 +29,11 @@ from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import named_ids, renumber
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.reading import tokenizer
-from racdeploy.reading.reader import Reader
 from racdeploy.runtime.control import find_hesitation
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
+from racdeploy.sandbox import tokenizer
+from racdeploy.sandbox.reader import Reader
 from tests.fuzz.in_process import InProcess, reaches_limits
 from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import apart, check_words, expect, forgive, scratch
@@ -41,7 +41,7 @@ from tests.fuzz.oracle import apart, check_words, expect, forgive, scratch
 READERS = (
     *("racdeploy.models.tokenizer_files", "racdeploy.models.bpe", "racdeploy.models.renumbering"),
     *("racdeploy.export.gguf.tokens", "racdeploy.export.gguf.pretokenizers"),
-    *("racdeploy.reading.texts", "racdeploy.reading.tokenizer"),
+    *("racdeploy.sandbox.texts", "racdeploy.sandbox.tokenizer"),
 )
 _STEPS = (
     *("Replace", "Prepend", "Strip", "Lowercase", "NFC", "Sequence", "ByteLevel", "Metaspace"),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.export.gguf import measure
+from racdeploy.files.writing import file_sha256
 from racdeploy.packing import racgguf
 from racdeploy.packing.layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
-from racdeploy.storage.files import file_sha256
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 PACKABLE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")

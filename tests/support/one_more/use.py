@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy import engines, export, harnesses, packing, quant, recover, scorers, tasks
-from racdeploy.decoding.engine import EngineSettings, Sampling
-from racdeploy.engines.transformers import open_engine as open_torch
+from racdeploy import engines, export, harnesses, packing, quant, recover, tasks
+from racdeploy.engines.backends.transformers import open_engine as open_torch
+from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.structure.outline import read_outline
 from racdeploy.recipe import Pruning, Structure, Verification
+from racdeploy.tasks import scoring
 from racdeploy.traces.trace import Trace
 from racdeploy.verify.evidence import Evidence, run_checks
 from racdeploy.verify.gate import read_gate
@@ -32,13 +33,13 @@ SETTINGS = EngineSettings(context_tokens=128, parallel=2, threads=1, cache_dtype
 def use_task(folder: Path) -> Any:
     """Draw an evaluation problem."""
     (problem,) = tasks.load("remainder").problems("evaluation", 0, 1)
-    return [problem.task, scorers.score("", rf"\boxed{{{problem.gold}}}", problem.gold).correct]
+    return [problem.task, scoring.score("", rf"\boxed{{{problem.gold}}}", problem.gold).correct]
 
 
 def use_scorer(folder: Path) -> Any:
     """Score one right and one wrong answer."""
     answers = ("It is Paris.", "It is Rome.")
-    return [scorers.score("last_word", answer, "paris").correct for answer in answers]
+    return [scoring.score("last_word", answer, "paris").correct for answer in answers]
 
 
 def use_family(folder: Path) -> Any:

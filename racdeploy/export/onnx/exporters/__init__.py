@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from racdeploy import plugins
 from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.storage import child
+from racdeploy.processes import child
 
 __all__ = ["Exporter", "limits_for", "load", "prepare", "run_module"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from racdeploy.decoding.engine import Engine, EngineSettings
-from racdeploy.engines import llamacpp
+from racdeploy.engines.backends import llamacpp
+from racdeploy.engines.engine import Engine, EngineSettings
 
 ACCEL = True
 

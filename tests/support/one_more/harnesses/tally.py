@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.files.reading import read_json
 from racdeploy.harnesses import Order, Score
-from racdeploy.storage.reading import read_json
 
 PACKAGE = "tally"
 INSTALL = "tally"

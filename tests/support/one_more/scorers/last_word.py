@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.scorers import Scored
+from racdeploy.tasks.scoring import Scored
 
 
 def score(answer: str, gold: str, argument: str) -> Scored:

@@ -16,7 +16,7 @@ from racdeploy.export.onnx.exporters import run_module
 from racdeploy.extras import installed_release, installed_version, is_installed
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
-from racdeploy.storage import environments
+from racdeploy.processes import environments
 
 __all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 

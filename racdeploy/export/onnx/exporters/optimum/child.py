@@ -11,7 +11,7 @@ from pathlib import Path
 
 from optimum.exporters.onnx import main_export, onnx_export_from_model
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 
 _TASK = "text-generation-with-past"

@@ -23,7 +23,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import AttentionInterface, DynamicCache
 
-from racdeploy.engines.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.export.onnx.exporters.torch import WEIGHTS
 from racdeploy.models.checkpoint import Checkpoint
 

@@ -1,1 +1,0 @@
-"""Decoding with any engine: the contract, sampling, batching, and engines in child processes."""

@@ -1,0 +1,1 @@
+"""Engines: one package each, with ``open_engine(path, settings)``."""

@@ -1,0 +1,333 @@
+"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the child only.
+
+Every sequence has its own stream of the key-value cache (``kv_unified`` off): it attends to its own
+cells only, whatever runs beside it, and the promised context is there for each.
+Source: llama.h of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import sparse_kernels
+from racdeploy.engines.batching import Row
+from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings
+from racdeploy.errors import EngineError
+from racdeploy.processes.cores import available_cores
+from racdeploy.processes.messages import Header
+
+_LEAST_CONTEXT = 32_768  # what any model may be asked for
+_BEYOND = 8  # times the context that a model is made for: a stretched rope goes so far
+_OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
+# A model of 90 MB gains by a context for each thread, one of 450 MB loses.
+_SMALL_BYTES = 128 * 2**20
+# From ggml.h; llama-cpp-python's own list is out of date.
+_LOG_WARN = 3
+_LOG_ERROR = 4
+_LOG_CONTINUED = 5
+
+
+def load(request: Header, settings: EngineSettings) -> NativeModel | _Vocabulary:
+    """Load the GGUF file of a request, or its vocabulary alone."""
+    path = Path(request["path"])
+    if request["vocabulary_only"]:
+        return _Vocabulary(path)
+    return NativeModel(path, settings, use_mmap=request["use_mmap"])
+
+
+class _Log:
+    """Keep llama.cpp's errors; write them and warnings to stderr too, which outlives an abort."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=8)
+        self._matters = False
+        # Kept here, since it must outlive the library's use of it.
+        self._callback = llama_cpp.llama_log_callback(self._receive)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        if level != _LOG_CONTINUED:
+            self._matters = level in (_LOG_WARN, _LOG_ERROR)
+
+        line = text.decode("utf-8", "replace")
+        if not self._matters or not line.strip():
+            return
+
+        os.write(2, line.encode())
+        if level != _LOG_WARN:
+            self.lines.append(line.strip())
+
+    def tail(self) -> str:
+        return " | ".join(self.lines) or "no message"
+
+
+class NativeModel:
+    """A loaded model and its contexts.
+
+    llama.cpp's threads meet after every operation. On a small model they wait longer than they
+    work, so there every thread has its own context and decodes its share of the slots alone; a
+    large model is read from memory once for all slots, by all threads.
+    """
+
+    def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
+        self._log = _Log()
+        self._threads = settings.threads or available_cores()
+        kernels = sparse_kernels.enable(path, settings.accel, threads=self._threads)
+
+        llama_cpp.llama_backend_init()
+        # Weights that are packed while they are loaded are read.
+        is_mapped = use_mmap and not kernels.tensors
+        mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if is_mapped else llama_cpp.LLAMA_LOAD_MODE_NONE
+        params = _fill(
+            llama_cpp.llama_model_default_params(),
+            load_mode=mode,
+            use_extra_bufts=settings.repack_weights,
+        )
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise EngineError(
+                f"llama.cpp cannot load {path}: {self._log.tail()}",
+                remedy="export the model again; a file packed by racdeploy needs "
+                "`racdeploy unpack` first",
+            )
+
+        _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
+        self.about = _describe(kernels, settings.accel == "require")
+        self.context_tokens = settings.context_tokens
+
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._contexts = self._open_contexts(settings)
+
+    def _open_contexts(self, settings: EngineSettings) -> list[_Context]:
+        is_small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
+        count = min(self._threads, settings.parallel) if is_small else 1
+
+        contexts = []
+        for place in range(count):
+            slots = len(range(place, settings.parallel, count))
+            context = _Context(self._model, settings, slots, self._log, self.vocabulary)
+            contexts.append(context)
+
+        return contexts
+
+    def decoders(self) -> list[_Context]:
+        return self._contexts
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        context = self._contexts[0]
+        context.share_threads(1)
+        if start == 0:
+            context.forget(0)
+
+        rows = []
+        for place, token in enumerate(ids[start : start + _OUTPUT_ROWS], start):
+            rows.append(Row(token, place, 0, True))
+
+        context.decode(rows)
+        return np.stack([context.logits_V(row) for row in range(len(rows))])
+
+    def tokenize(self, text: str) -> list[int]:
+        return _tokenize(self._vocab, text, self._log)
+
+
+class _Vocabulary:
+    """The tokenizer of a file, which may hold nothing else: no weight is read."""
+
+    about: Mapping[str, Any] = {}
+    context_tokens = 0
+
+    def __init__(self, path: Path) -> None:
+        self._log = _Log()
+        llama_cpp.llama_backend_init()
+        params = _fill(llama_cpp.llama_model_default_params(), vocab_only=True)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise EngineError(
+                f"llama.cpp cannot load the vocabulary of {path}: {self._log.tail()}",
+                remedy="name another pre-tokenizer: export.pre_tokenizer in the recipe",
+            )
+
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+
+    def decoders(self) -> list[_Context]:
+        return []
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        raise EngineError("only the vocabulary of this file was loaded")
+
+    def tokenize(self, text: str) -> list[int]:
+        return _tokenize(self._vocab, text, self._log)
+
+
+def _tokenize(vocab: Any, text: str, log: _Log) -> list[int]:
+    """Return the ids of a text; special tokens written in it are parsed, none are added."""
+    data = text.encode("utf-8")
+    room = len(data) + 1
+    add_special, parse_special = False, True
+
+    for _ in range(2):
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(
+            vocab, data, len(data), tokens, room, add_special, parse_special
+        )
+        if count >= 0:
+            return list(tokens[:count])
+        room = -count  # more tokens than bytes: the vocabulary expands the text
+
+    raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes: {log.tail()}")
+
+
+class _Context:
+    """Caches of some slots of a model, decoded together: a ``batching.Decoder``."""
+
+    def __init__(
+        self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
+    ) -> None:
+        self.slots = slots
+        self.batch_tokens = BATCH_TOKENS
+        self._all_threads = settings.threads or available_cores()
+        self._threads = 0  # llama.cpp's own default, which is not asked for
+        self._log = log
+        self._vocabulary = vocabulary
+
+        self._context = llama_cpp.llama_init_from_model(model, _context_params(settings, slots))
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {slots} × {settings.context_tokens} tokens: "
+                f"{log.tail()}",
+                remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
+            )
+
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = _Batch()
+
+    def share_threads(self, busy: int) -> None:
+        """Use an equal share of all threads."""
+        threads = max(1, self._all_threads // busy)
+        if threads != self._threads:
+            llama_cpp.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
+
+    def decode(self, rows: Sequence[Row]) -> None:
+        status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
+        if status:
+            llama_cpp.llama_memory_clear(self._memory, True)
+            raise EngineError(
+                f"llama.cpp failed to decode {len(rows)} tokens (status {status}): "
+                f"{self._log.tail()}",
+                remedy="lower context_tokens or parallel, or export the model again",
+            )
+
+    def logits_V(self, place: int) -> NDArray[np.float32]:
+        """Return the logits of a row of the last batch: a view that the next batch overwrites."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+        if not pointer:
+            raise EngineError(f"llama.cpp has no logits for row {place}: {self._log.tail()}")
+        return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
+
+    def forget(self, slot: int) -> None:
+        first, last = -1, -1  # all positions
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, first, last)
+
+
+class _Batch:
+    """A ``llama_batch`` over numpy arrays, which are filled by the column."""
+
+    def __init__(self) -> None:
+        dtypes = (np.int32, np.int32, np.int32, np.int8)
+        self._columns = [np.zeros(BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
+        token, position, slot, wants_logits = self._columns
+
+        # Every row is in one sequence; llama.cpp wants a pointer to the numbers of each.
+        self._slot_counts = np.ones(BATCH_TOKENS, dtype=np.int32)
+        offsets = slot.itemsize * np.arange(BATCH_TOKENS, dtype=np.uintp)
+        self._slot_pointers = slot.ctypes.data + offsets
+
+        integers = ctypes.POINTER(ctypes.c_int32)
+        self._batch = llama_cpp.llama_batch(
+            token=token.ctypes.data_as(integers),
+            pos=position.ctypes.data_as(integers),
+            n_seq_id=self._slot_counts.ctypes.data_as(integers),
+            seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
+            logits=wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(self, rows: Sequence[Row]) -> Any:
+        count = len(rows)
+        columns = np.array(rows, dtype=np.int32).T
+        for place, column in zip(self._columns, columns, strict=True):
+            place[:count] = column
+        self._batch.n_tokens = count
+        return self._batch
+
+
+def _describe(kernels: sparse_kernels.Choice, required: bool) -> Mapping[str, Any]:
+    """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
+    asked = len(kernels.tensors)
+    packed = kernels.packed()
+    if packed == asked:
+        return {"kernels": str(kernels), "sparse_weights": packed}
+
+    said = (
+        f"llama.cpp gave the sparse kernels {packed} of {asked} weights, "
+        "and the others to another device"
+    )
+    if required:
+        raise EngineError(said, remedy="leave out --accel require")
+
+    return {"kernels": said, "sparse_weights": packed}
+
+
+def _check_context(asked: int, trained: int) -> None:
+    """Refuse a context far beyond the model's: memory is taken for all of it at once."""
+    most = max(_LEAST_CONTEXT, _BEYOND * trained)
+    if asked > most:
+        raise EngineError(
+            f"context_tokens is {asked:,}, and the model is made for {trained:,}",
+            remedy=f"ask for at most {most:,}",
+        )
+
+
+def _context_params(settings: EngineSettings, slots: int) -> Any:
+    cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
+    cache_type = cache_types[settings.cache_dtype]
+    flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
+    return _fill(
+        llama_cpp.llama_context_default_params(),
+        n_ctx=settings.context_tokens * slots,
+        n_seq_max=slots,
+        n_batch=BATCH_TOKENS,
+        n_ubatch=BATCH_TOKENS,
+        n_outputs_max=max(_OUTPUT_ROWS, slots),
+        type_k=cache_type,
+        type_v=cache_type,
+        flash_attn_type=flash[settings.flash_attention],
+        kv_unified=False,
+    )
+
+
+def _fill(params: Any, **values: int) -> Any:
+    """Set fields of a ctypes structure, which would take any other name without a word."""
+    known = {field[0] for field in params._fields_}
+    for name, value in values.items():
+        if name not in known:
+            raise EngineError(
+                f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
+                remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
+            )
+
+        setattr(params, name, value)
+
+    return params

@@ -1,0 +1,179 @@
+"""From the answer of ``/completions`` to token ids, exactly or not at all.
+
+Where the server returns none, the text is tokenized again, and that counts only if the ids give
+the same text and are as many as the server generated.
+Source: vLLM 0.10.2 and SGLang 0.5.9 ``return_token_ids``; llama.cpp tools/server server-task.cpp
+and llama_cpp/llama.py of llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from racdeploy.engines.backends.openai.http import ODD
+from racdeploy.engines.engine import Completion
+from racdeploy.errors import EngineError
+from racdeploy.sandbox.tokenizer import Tokenizer
+
+_EXACT = (
+    "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
+)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads completions.
+
+    Args:
+        tokenizer: the model's own, or None: then the server must return ids.
+        counts_end: whether the server counts the end-of-sequence id among the generated tokens.
+            None: not known, and a text proves nothing, since a lost token would look like that id.
+    """
+
+    tokenizer: Tokenizer | None
+    vocabulary: int
+    counts_end: bool | None
+
+    def read(
+        self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
+    ) -> Completion:
+        """Return the completion in an answer; it is an error if its ids cannot be had exactly."""
+        choice = read_choice(answer)
+        _check_prompt(answer, choice, prompt)
+
+        ids = _returned_ids(answer, choice, self.vocabulary)
+        if ids is None:
+            ids = self._tokenize_text(answer, choice, stop_ids)
+
+        # Some servers finish a character beyond the cap.
+        ended = choice["finish_reason"] == "stop" and len(ids) <= cap
+        ids = ids[:cap]
+
+        if ended and (not ids or ids[-1] not in stop_ids):
+            raise EngineError(
+                f"the server ended a completion at token id {ids[-1] if ids else 'none'}; the "
+                f"model's end-of-sequence ids are {', '.join(map(str, stop_ids)) or 'none'}",
+                remedy="compare generation_config.json here with that of the served model",
+            )
+
+        if not ended and len(ids) < cap:
+            raise EngineError(
+                f"the server stopped after {len(ids)} of {cap} tokens "
+                f"({choice['finish_reason']!r}): its context does not hold {len(prompt) + cap} "
+                "tokens",
+                remedy="start it with a longer context, or lower traces.max_new_tokens",
+            )
+
+        return Completion(tuple(ids), "stop" if ended else "length")
+
+    def _tokenize_text(
+        self, answer: Mapping[str, Any], choice: Mapping[str, Any], stop_ids: Sequence[int]
+    ) -> list[int]:
+        """Tokenize the text of a completion again, and prove it as far as the server lets us."""
+        text = choice.get("text")
+        ended = choice["finish_reason"] == "stop"
+
+        if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
+            raise EngineError("the server returns no token ids", remedy=_EXACT)
+
+        ids = self.tokenizer.encode(text)
+        generated = read_usage(answer, "completion_tokens") - (ended and self.counts_end)
+        is_whole = "\ufffd" not in text
+        gives_same_text = self.tokenizer.decode(ids) == text
+
+        if len(ids) != generated or not is_whole or not gives_same_text:
+            raise EngineError(
+                f"the server returns no token ids, and its text gives {len(ids)} where it "
+                f"generated {generated}: a special token or part of a character is missing in "
+                f"{text[-40:]!r}, or was tokenized another way",
+                remedy=_EXACT,
+            )
+
+        return [*ids, _end_id(choice, stop_ids)] if ended else ids
+
+
+def _check_prompt(
+    answer: Mapping[str, Any], choice: Mapping[str, Any], prompt: Sequence[int]
+) -> None:
+    """Refuse an answer to another prompt; vLLM returns the ids that it read."""
+    count = read_usage(answer, "prompt_tokens")
+    read = choice.get("prompt_token_ids")
+    if count != len(prompt) or (read is not None and read != list(prompt)):
+        raise EngineError(
+            f"the server read {count} prompt tokens where {len(prompt)} were sent",
+            remedy="start it without options that change prompts, as an added "
+            "beginning-of-sequence token",
+        )
+
+
+def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
+    """Return the end-of-sequence id: the one that the server names, or the only one there is."""
+    named = choice.get("stop_reason", choice.get("matched_stop"))
+    if type(named) is int and named in stop_ids:
+        return named
+
+    if len(stop_ids) != 1:
+        ids = ", ".join(map(str, stop_ids))
+        raise EngineError(
+            f"the server does not say which of the end-of-sequence ids {ids} came", remedy=_EXACT
+        )
+
+    return stop_ids[0]
+
+
+def find_usage(answer: Mapping[str, Any], key: str) -> int | None:
+    """Return what the server counted, or None."""
+    usage = answer.get("usage")
+    count = usage.get(key) if isinstance(usage, dict) else None
+    return count if type(count) is int else None
+
+
+def read_usage(answer: Mapping[str, Any], key: str) -> int:
+    """Return what the server counted; it is an error if it does not say."""
+    count = find_usage(answer, key)
+    if count is None:
+        raise EngineError(f"the server's answer has no usage.{key}", remedy=ODD)
+    return count
+
+
+def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the only choice of an answer, which ended in a way that is known."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise EngineError("the server's answer holds no choice, or more than one", remedy=ODD)
+
+    choice: dict[str, Any] = choices[0]
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise EngineError(f"the server ended a completion with {str(reason)[:60]!r}", remedy=ODD)
+
+    return choice
+
+
+def _returned_ids(
+    answer: Mapping[str, Any], choice: Mapping[str, Any], vocabulary: int
+) -> list[int] | None:
+    verbose = answer.get("__verbose")
+    beside = verbose.get("tokens") if isinstance(verbose, dict) else None
+    ids = choice.get("token_ids", beside)
+    if ids is None:
+        return None
+
+    are_known = isinstance(ids, list) and all(
+        type(token) is int and 0 <= token < vocabulary for token in ids
+    )
+    if not are_known:
+        raise EngineError(
+            f"the server returns token ids that the model does not have: {str(ids)[:60]}",
+            remedy=ODD,
+        )
+
+    counted = read_usage(answer, "completion_tokens")
+    if len(ids) != counted:
+        raise EngineError(
+            f"the server returns {len(ids)} token ids and counts {counted}", remedy=ODD
+        )
+
+    return list(ids)

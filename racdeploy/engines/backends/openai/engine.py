@@ -1,0 +1,318 @@
+"""``/v1/completions`` of a server as an engine.
+
+Prompts go out as token ids, so that the model's own template decides. OpenAI's client package would
+hide the fields that hold the ids.
+Source: the servers' documentation and code; see :mod:`racdeploy.engines.backends.openai.answers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.engines.backends.openai.answers import Reader, read_usage
+from racdeploy.engines.backends.openai.http import Client, RefusedError
+from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.sequence import check_ids, check_request
+from racdeploy.errors import EngineError, UsageError
+from racdeploy.models.tokenizer_files import read_tokenizer
+
+Request = tuple[Sequence[int], Sampling, int]
+"""A prompt, how its completion is sampled, and its random stream."""
+OnEnd = Callable[[int, Completion], None]
+
+_ANSWER_BYTES = 1_000_000
+_TOKEN_BYTES = 256
+_POLL_S = 0.05
+_TEXT_TOKENIZER = "../extras/tokenize"  # llama_cpp.server's
+_COUNT_END = ("vllm", "sglang", "llamacpp")  # as /v1/models names them
+# Servers have their own defaults for these, some from the model's generation_config.json.
+_PLAIN_SAMPLING = {
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0,
+}
+# vLLM and SGLang: return_token_ids, and special tokens in the text; llama-server: the other two.
+_EXACT_IDS = {
+    "return_token_ids": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "return_tokens": True,
+    "verbose": True,
+}
+
+
+class OpenAIEngine(Engine):
+    """A model behind an address. It gives no logits and takes no thinking budget.
+
+    Args:
+        url: address of the API, as ``http://127.0.0.1:8000/v1``.
+        settings: ``parallel`` requests are under way together; ``context_tokens`` caps a sequence.
+        tokenizer: the model's ``tokenizer.json``, for servers that return text alone.
+        vocabulary: number of the model's token ids; 0 takes what the server reports, or no limit.
+        model: name of the model to ask; empty takes the only one there is.
+        key_env: environment variable that holds the key; empty sends none.
+        timeout_s: longest wait for one completion.
+
+    Raises:
+        UsageError: wrong address, key or model name.
+        EngineError: the server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        url: Path | str,
+        settings: EngineSettings,
+        *,
+        tokenizer: Path | None = None,
+        vocabulary: int = 0,
+        model: str = "",
+        key_env: str = "",
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self.stats = {}
+        self.about = {}
+        self._settings = settings
+        self._client = Client(str(url), key_env, timeout_s)
+        self._own = read_tokenizer(tokenizer) if tokenizer else None
+
+        card = self._choose_model(model)
+        self.model = str(card["id"])
+        self._vocabulary = vocabulary or _vocabulary(card)
+
+        self._tokenizer_path = self._find_tokenizer()
+        self._takes_text = self._tokenizer_path == _TEXT_TOKENIZER
+
+        # Whether the server counts end-of-sequence among the generated tokens; None: not known.
+        counts_end = False if self._takes_text else card.get("owned_by") in _COUNT_END or None
+        self._reader = Reader(self._own, self._vocabulary, counts_end)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the server has an endpoint that tokenizes."""
+        return self._tokenizer_path is not None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt; a completion is passed on whole: see :meth:`complete`."""
+        completions = [Completion((), "cancelled")] * len(prompts)
+
+        def on_end(index: int, completion: Completion) -> None:
+            completions[index] = completion
+            if on_tokens:
+                on_tokens(index, completion.ids)
+
+        requests = [(ids, sampling, sampling.stream(i)) for i, ids in enumerate(prompts)]
+        self.complete(requests, on_end, cancelled)
+        return completions
+
+    def complete(
+        self, requests: Sequence[Request], on_end: OnEnd, cancelled: Cancel | None = None
+    ) -> None:
+        """Make every request, ``parallel`` of them together; ``cancelled`` breaks them off.
+
+        Args:
+            on_end: gets the index of a request and its completion, in the order in which they end.
+
+        Raises:
+            EngineError: the server failed, or exact token ids cannot be had from it; what had ended
+                is given first.
+        """
+        for index, (ids, sampling, _) in enumerate(requests):
+            self._check(f"prompt {index}", ids, sampling)
+
+        together = asyncio.Semaphore(self._settings.parallel)
+
+        async def complete(request: Request) -> Completion:
+            async with together:
+                return await self._complete(request)
+
+        with self._client.loop() as loop:
+            pending: dict[Future[Completion], int] = {}
+            for index, request in enumerate(requests):
+                pending[loop.start_task_soon(complete, request)] = index
+
+            while pending and not (cancelled and cancelled()):
+                done, _ = wait(pending, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+                for future in sorted(done, key=lambda future: future.exception() is not None):
+                    on_end(pending.pop(future), future.result())
+
+            loop.call(loop.stop, True)  # cancels what is still under way
+
+    def _check(self, name: str, ids: Sequence[int], sampling: Sampling) -> None:
+        check_ids(ids, name, self._settings.context_tokens - 1, self._vocabulary)
+        check_request((), sampling, self._settings.context_tokens, self._vocabulary)
+        if sampling.budget is not None:
+            raise UsageError(
+                "a server cannot end the thinking after a number of tokens",
+                remedy="collect without a thinking budget, or with the transformers engine",
+            )
+        if any(sampling.begun):
+            raise UsageError(
+                "a server begins each completion anew", remedy="ask without what was begun"
+            )
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Refuse: a server keeps its logits to itself."""
+        raise UsageError("a server gives no logits", remedy="open the artifact on its own engine")
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the server's ids of a text, None where no endpoint gives them.
+
+        Special tokens are parsed; llama_cpp.server adds its own.
+        """
+        path = self._tokenizer_path
+        return None if path is None else self._client.run(self._ask_ids, path, text)
+
+    def count(self, text: str) -> int:
+        """Return how many prompt tokens the server makes of a text, with those that it adds."""
+        body = {"model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0}
+        return read_usage(self._client.ask("completions", body), "prompt_tokens")
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str | list[int] | None:
+        """Return the prompt of the server's own template: text or ids, None if it does not say."""
+        body = {"model": self.model, "messages": list(messages), "add_generation_prompt": True}
+
+        for path, key in (("../apply-template", "prompt"), ("../tokenize", "tokens")):
+            try:
+                prompt = self._client.ask(path, body).get(key)
+            except RefusedError:
+                continue
+
+            if prompt and isinstance(prompt, str | list):
+                return prompt
+
+        return None
+
+    async def _complete(self, request: Request) -> Completion:
+        ids, sampling, _ = request
+        body = {
+            **self._write_request(request),
+            "prompt": await self._write_text(ids) if self._takes_text else list(ids),
+            # No limit: llama_cpp.server refuses -1, older vLLM 0.
+            "top_k": 0 if self._takes_text else -1,
+            "stop_token_ids": list(sampling.stop_ids),
+            # In the words of every server at once; they pass over what they do not know.
+            **_PLAIN_SAMPLING,
+            **_EXACT_IDS,
+        }
+
+        most_bytes = bound_answer(len(ids), body["max_tokens"])
+        answer = await self._client.request("completions", body, most_bytes=most_bytes)
+        return self._reader.read(answer, ids, sampling.stop_ids, body["max_tokens"])
+
+    def _write_request(self, request: Request) -> dict[str, Any]:
+        ids, sampling, stream = request
+        return {
+            "model": self.model,
+            "max_tokens": min(sampling.max_new_tokens, self._settings.context_tokens - len(ids)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": derive_seed(sampling.seed, stream),
+        }
+
+    async def _write_text(self, ids: Sequence[int]) -> str:
+        """Return a text that the server tokenizes to these ids; it may add the first one itself."""
+        if self._own is None:
+            raise EngineError(
+                f"{self._client.url} takes no token ids, and no tokenizer is given to write text",
+                remedy="give the engine the model's tokenizer.json",
+            )
+
+        for start in (0, 1):
+            text = self._own.decode(ids[start:])
+            if await self._ask_ids(_TEXT_TOKENIZER, text) == list(ids):
+                return text
+
+        raise EngineError(
+            f"the server tokenizes the prompt that ends with {text[-40:]!r} in another way, "
+            "and takes no token ids",
+            remedy="use vLLM, SGLang or llama-server, which take them",
+        )
+
+    def _choose_model(self, name: str) -> dict[str, Any]:
+        try:
+            found = self._client.ask("models").get("data")
+        except RefusedError as error:
+            raise UsageError(
+                error.message, remedy="give the address of the API, which mostly ends in /v1"
+            ) from error
+
+        listed = found if isinstance(found, list) else []
+        cards = [card for card in listed if isinstance(card, dict) and "id" in card]
+
+        chosen = [card for card in cards if name in ("", card["id"])]
+        if len(chosen) == 1:
+            return chosen[0]
+
+        problem = f"no model {name!r}" if name else f"{len(cards)} models, and none is named"
+        names = ", ".join(str(card["id"]) for card in cards) or "none"
+        raise UsageError(
+            f"{self._client.url} has {problem}",
+            remedy=f"set traces.server_model to one of: {self._client.quote(names)}",
+        )
+
+    def _find_tokenizer(self) -> str | None:
+        for path in ("../tokenize", _TEXT_TOKENIZER):
+            try:
+                self._client.run(self._ask_ids, path, "2 + 2")
+            except RefusedError:
+                continue
+            return path
+        return None
+
+    async def _ask_ids(self, path: str, text: str) -> list[int]:
+        """Ask an endpoint for the ids of a text, in the words of every server at once."""
+        body = {
+            "model": self.model,
+            "prompt": text,
+            "add_special_tokens": False,
+            "content": text,
+            "add_special": False,
+            "parse_special": True,
+            "input": text,
+        }
+
+        answer = await self._client.request(path, body)
+
+        ids = answer.get("tokens")
+        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+            raise EngineError(
+                f"{self._client.url} answers {path} without token ids",
+                remedy="look at the server's log and version",
+            )
+
+        return ids
+
+
+def bound_answer(prompt_tokens: int, new_tokens: int) -> int:
+    """Return the most bytes of an answer: some hundred for each token, and what is round them."""
+    return _ANSWER_BYTES + _TOKEN_BYTES * (prompt_tokens + new_tokens)
+
+
+def derive_seed(seed: int, stream: int) -> int:
+    """Return the seed of one sequence: 31 bits, which every server takes."""
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+def _vocabulary(card: Mapping[str, Any]) -> int:
+    """Return the vocabulary that llama-server reports, or no limit: servers refuse strange ids."""
+    meta = card.get("meta")
+    size = meta.get("n_vocab") if isinstance(meta, dict) else None
+    return size if type(size) is int else sys.maxsize

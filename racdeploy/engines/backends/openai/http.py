@@ -1,0 +1,246 @@
+"""JSON over HTTP for one server: retries with doubling delays, and errors that name the cause.
+
+Requests must be safe to repeat. The key is blanked out of whatever a server says.
+Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.files.reading import parse_json
+from racdeploy.plugins import require
+
+if TYPE_CHECKING:
+    from racdeploy.engines.backends.openai.transport import Answer
+
+Value = TypeVar("Value")
+
+MOST_BYTES = 16_000_000
+"""Of an answer for which no narrower bound is given."""
+ODD = "look at the server's log and version: it does not answer as OpenAI's API does"
+_ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
+_ATTEMPTS = 6
+_FIRST_DELAY_S = 1.0
+_LONGEST_DELAY_S = 60.0
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_SAID_CHARACTERS = 300
+
+
+class RefusedError(EngineError):
+    """The server has no such endpoint, or does not take such a request."""
+
+
+class _PassingError(Exception):
+    """A failure that another attempt may not meet; ``pause_s`` is what the server asks for."""
+
+    def __init__(self, message: str, pause_s: float | None = None) -> None:
+        super().__init__(message)
+        self.pause_s = pause_s
+
+
+class Client:
+    """The client of one server, for :class:`~.engine.OpenAIEngine`."""
+
+    def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self._base = _read_address(url)
+        self._key_env = key_env
+        self._key = _read_key(key_env)
+        if self._key:
+            _refuse_clear(self._base, key_env)
+        self._timeout_s = timeout_s
+        self._reached = False  # a server that never answered is not waited for
+
+        require("httpx")
+        from anyio.from_thread import start_blocking_portal
+
+        from racdeploy.engines.backends.openai.transport import Transport
+
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._transport = Transport(headers, timeout_s)
+        # An event loop in a thread; an error in its `with` block cancels its tasks.
+        self.loop = start_blocking_portal
+
+    def run(self, function: Callable[..., Awaitable[Value]], *arguments: Any) -> Value:
+        with self.loop() as portal:
+            return portal.call(function, *arguments)
+
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, may_be_empty: bool = False
+    ) -> dict[str, Any]:
+        return self.run(self.request, path, body, may_be_empty)
+
+    async def request(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        may_be_empty: bool = False,
+        most_bytes: int = MOST_BYTES,
+    ) -> dict[str, Any]:
+        """Send a JSON object, or ask for a path without one; return the object that comes back.
+
+        A failure that may pass is tried again. An answer of more than ``most_bytes`` is not read to
+        its end. ``path`` is relative to the address, as
+        ``../tokenize``. An answer that ``may_be_empty`` is an empty object then.
+
+        Raises:
+            UsageError: the server refuses the key.
+            RefusedError: there is no such endpoint, or the server does not take the request.
+            EngineError: no usable answer, after every attempt.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        delay_s = _FIRST_DELAY_S
+
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                answer = await self._exchange(path, data, most_bytes)
+                return self._object(answer, path, may_be_empty)
+            except _PassingError as error:
+                if not attempts_left:
+                    raise EngineError(
+                        f"{self.url} {error} (tried {_ATTEMPTS} times)",
+                        remedy="look at the server's log and start it again if it ended",
+                    ) from error
+                pause_s = delay_s if error.pause_s is None else error.pause_s
+
+            await asyncio.sleep(min(pause_s, _LONGEST_DELAY_S))
+            delay_s *= 2
+
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _exchange(self, path: str, data: bytes | None, most_bytes: int) -> Answer:
+        url = urllib.parse.urljoin(self._base, path)
+        method = "GET" if data is None else "POST"
+
+        try:
+            answer = await self._transport.exchange(method, url, data, most_bytes)
+        except TimeoutError as error:
+            raise EngineError(
+                f"{self.url} did not answer within {self._timeout_s:g} s",
+                remedy="look whether the server works, or raise traces.server_timeout_s",
+            ) from error
+        except ConnectionError as error:
+            if self._reached:
+                raise _PassingError(f"cannot be used: {self._redact(str(error))}") from error
+            raise EngineError(
+                f"{self.url} cannot be reached: {self._redact(str(error))}",
+                remedy="look at the address, and start the server if it does not run",
+            ) from error
+        except ValueError as error:
+            raise EngineError(f"{self.url} answers with {error}", remedy=ODD) from error
+
+        self._reached = True
+        if not self._key:
+            return answer
+
+        # What a server repeats of the request would be shown, or logged, with whatever quotes it.
+        return replace(answer, body=answer.body.replace(self._key.encode(), b"***"))
+
+    def _object(self, answer: Answer, path: str, may_be_empty: bool) -> dict[str, Any]:
+        if answer.status in _RETRIED:
+            # A date in place of seconds is not worth a parser.
+            pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
+            raise _PassingError(f"answers {answer.status}: {self._quote(answer.body)}", pause_s)
+
+        if answer.status in (401, 403):
+            given = f"the key in {self._key_env}" if self._key_env else "a request without a key"
+            raise UsageError(
+                f"{self.url} refuses {given} ({answer.status}): {self._quote(answer.body)}",
+                remedy="set traces.server_key_env to the name of an environment variable that holds"
+                " the key",
+            )
+
+        is_page = answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<"
+        if is_page or not 200 <= answer.status < 300:
+            said = "a web page" if is_page else self._quote(answer.body)
+            raise RefusedError(
+                f"{self.url} does not serve {path} ({answer.status}): {said}",
+                remedy="look at the address, which mostly ends in /v1, and at the server's log",
+            )
+
+        if may_be_empty and not answer.body:
+            return {}
+
+        try:
+            value = parse_json(answer.body.decode("utf-8"), "the answer")
+        except (ArtifactError, UnicodeDecodeError) as error:
+            size = len(answer.body)
+            reason = error.message if isinstance(error, ArtifactError) else error
+            raise _PassingError(f"cannot be used: {size} bytes, {reason}") from error
+
+        if not isinstance(value, dict):
+            raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=ODD)
+
+        return value
+
+    def quote(self, text: str) -> str:
+        """Return the beginning of what a server said in one line, without the key."""
+        line = " ".join(text.split())
+        return self._redact(line)[:_SAID_CHARACTERS] or "nothing"
+
+    def _quote(self, body: bytes) -> str:
+        return self.quote(body.decode("utf-8", "replace"))
+
+    def _redact(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _read_address(url: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # read here, since it raises where it is no port
+    except ValueError as error:
+        raise UsageError(
+            f"the server's address cannot be read: {error}", remedy=_ADDRESS
+        ) from error
+
+    is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
+    if not is_http or parts.username or parts.query:
+        raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
+
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
+
+
+def _refuse_clear(base: str, key_env: str) -> None:
+    """Refuse a key over plain HTTP, which anybody on the way reads; this machine is no way."""
+    parts = urllib.parse.urlsplit(base)
+    host = parts.hostname or ""
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = False
+
+    if parts.scheme == "http" and not is_here:
+        raise UsageError(
+            f"the key in {key_env} would go to {host} unencrypted",
+            remedy=f"use https://{host}, or a tunnel to 127.0.0.1",
+        )
+
+
+def _read_key(name: str) -> str:
+    """Return the key that an environment variable holds; an empty name means none."""
+    key = os.environ.get(name, "").strip() if name else ""
+    if name and not key:
+        raise UsageError(
+            f"traces.server_key_env names {name}, which is not set",
+            remedy=f"export {name}=…, or leave server_key_env out for a server without a key",
+        )
+
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"the key in {name} holds white space or letters outside ASCII",
+            remedy=f"export {name}=… again",
+        )
+
+    return key

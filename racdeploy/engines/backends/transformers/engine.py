@@ -1,0 +1,191 @@
+"""A Hugging Face folder as an engine, in float32.
+
+Prompts are left-padded and decoded in batches of ``parallel``; sequences that have ended leave the
+batch. A state cannot be padded: models that have one decode a sequence at a time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from racdeploy.engines.backends.transformers.torch_model import (
+    load_model,
+    make_cache,
+    round_as_ggml,
+)
+from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.sequence import Sequence, check_ids, check_request
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.processes.heap import keep_heap
+
+_FED_TOKENS = 16_384
+"""Of all sequences together at once: what a block makes of more would fill the memory."""
+
+
+class TransformersEngine(Engine):
+    """A checkpoint in float32; ``cache_dtype`` and ``flash_attention`` do not apply."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        keep_heap()
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+
+        self.stats = {}
+        self.about = {}
+        self._settings = settings
+        self._checkpoint = Checkpoint(folder)
+        self._vocabulary = self._checkpoint.integer("vocab_size")
+        self._model = load_model(self._checkpoint)
+        takes = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
+        self._has_state = self._checkpoint.has_state
+        self._places_itself = not self._has_state or "cache_position" not in takes
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        sampling: Sampling,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
+    ) -> list[Completion]:
+        context_tokens = self._settings.context_tokens
+        check_request(prompts, sampling, context_tokens, self._vocabulary)
+        sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
+
+        for sequence in sequences:
+            if on_tokens and sequence.forced_first:
+                on_tokens(sequence.index, sequence.forced_first)
+
+        parallel = 1 if self._has_state else self._settings.parallel
+        for start in range(0, len(sequences), parallel):
+            group = sequences[start : start + parallel]
+            running = [s for s in group if s.finish_reason is None]
+            self._run(running, on_tokens, cancelled)
+
+        return [sequence.completion() for sequence in sequences]
+
+    @torch.inference_mode()
+    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
+        """Return logits_TV of a teacher-forced pass, rounded as by ggml's tables if asked."""
+        check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
+        rounding = round_as_ggml(self._model, self._checkpoint) if as_ggml else nullcontext()
+        with rounding:
+            output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+
+        logits_TV: NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits_TV
+
+    def close(self) -> None:
+        self._model = torch.nn.Module()
+
+    def _run(
+        self,
+        sequences: list[Sequence],
+        on_tokens: OnTokens | None,
+        cancelled: Cancel | None,
+    ) -> None:
+        """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
+        cache = make_cache(self._model, self._checkpoint)
+        mask_BX = torch.zeros((len(sequences), 0), dtype=torch.long)  # X: all tokens so far
+
+        while sequences:
+            if cancelled and cancelled():
+                for sequence in sequences:
+                    sequence.cancel()
+                return
+
+            # A forced close tag makes one sequence longer than the rest, hence padding in between.
+            ids_BT, mask_BT = _left_pad([sequence.unfed for sequence in sequences])
+            mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
+            position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
+            logits_BV, cache = self._feed(ids_BT, mask_BX, position_BX, cache)
+
+            for sequence, logits_V in zip(sequences, logits_BV, strict=True):
+                sequence.unfed = []
+                new_ids = sequence.step(logits_V)
+                if on_tokens:
+                    on_tokens(sequence.index, new_ids)
+
+            running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
+            if running and len(running) < len(sequences):
+                rows = torch.tensor(running, dtype=torch.long)
+                cache.batch_select_indices(rows)
+                mask_BX = mask_BX[rows]
+            sequences = [sequences[row] for row in running]
+
+    def _feed(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BX: torch.Tensor,
+        position_BX: torch.Tensor,
+        cache: Any,
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Feed T new tokens of each sequence, piece by piece.
+
+        Returns logits_BV of the last, and the cache.
+        """
+        rows, width = ids_BT.shape
+        piece = max(1, _FED_TOKENS // rows)
+        end = mask_BX.shape[1] - width
+        if self._has_state:  # transformers 4 moves a state on by a prompt, or by one token
+            piece = 1 if end else width
+
+        for ids_BP in torch.split(ids_BT, piece, dim=1):
+            start, end = end, end + ids_BP.shape[1]
+            place = {} if self._places_itself else {"cache_position": torch.arange(start, end)}
+            output = self._model(
+                input_ids=ids_BP,
+                attention_mask=mask_BX[:, :end],
+                position_ids=position_BX[:, start:end],
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_name: cache},
+                **place,  # Granite 4 in transformers 4 takes an empty cache for one token
+            )
+
+            cache = output[self._cache_name]
+
+        logits_BV: NDArray[np.float32] = output.logits[:, -1].numpy()
+        return logits_BV, cache
+
+
+def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
+    """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
+    # Silence the warning that the model names its own tokenizer class, with other rules maybe.
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    finally:
+        transformers_logging.set_verbosity(before)
+
+    prompts = []
+    for question in questions:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompts.append(list(ids))
+
+    return prompts
+
+
+def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids_BT and a mask_BT that is 1 on real tokens."""
+    tensors = [torch.tensor(ids) for ids in rows]
+
+    def pad(values: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(values, batch_first=True, padding_side="left")
+
+    return pad(tensors), pad([torch.ones_like(ids_T) for ids_T in tensors])

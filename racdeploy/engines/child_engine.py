@@ -1,0 +1,151 @@
+"""An engine whose model lives in a child process; requests are checked here, before sending."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.engines import allowance
+from racdeploy.engines.child import Child
+from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.sequence import check_ids, check_request
+from racdeploy.errors import EngineError
+
+STOP_SECONDS = 60.0  # a step of a large model on a slow machine takes less
+
+
+class ChildEngine(Engine):
+    """A model, loaded by an engine in a child process whose process id is ``pid``.
+
+    ``stats`` grows over the engine's life: ``load_ms``, ``prompt_tokens``, ``generated_tokens``,
+    ``prefill_s``, ``decode_s`` and ``decode_cpu_s`` (see ``Batcher``), the child's
+    ``peak_rss_bytes``. Threads may use it at the same time: their sequences are decoded together,
+    as many as there are slots. ``module`` loads the model there, ``name`` is for error messages,
+    ``options`` are the module's.
+    """
+
+    def __init__(
+        self, module: str, name: str, path: Path, settings: EngineSettings, **options: Any
+    ) -> None:
+        _check_settings(settings)
+        if settings.memory_limit_bytes is None:
+            settings = replace(settings, memory_limit_bytes=allowance.memory_bytes(path, settings))
+
+        self.stats, self.about = {}, {}
+        self._settings = settings
+        self._child = Child(module, name)
+        self.pid = self._child.pid
+
+        request = {
+            "path": str(path.resolve()),
+            "settings": asdict(settings),
+            "step_seconds": allowance.step_seconds(path, settings),
+            **options,
+        }
+
+        try:
+            loaded = self._ask("load", **request)
+        except BaseException:
+            self._child.close()
+            raise
+
+        self.about = dict(loaded["about"])
+        self._vocabulary = int(loaded["vocabulary"])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        on_tokens: OnTokens | None = None,
+        cancelled: Cancel | None = None,
+    ) -> list[Completion]:
+        check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
+        request = {
+            "prompts": [[int(token) for token in ids] for ids in prompts],
+            "sampling": _describe(sampling),
+            "stream": on_tokens is not None,
+        }
+
+        header: dict[str, Any] = {}
+        stop_by = float("inf")
+
+        with self._child.asking("generate", **request) as exchange:
+            for answer in exchange:
+                header = answer[0] if answer else {}
+                for index, ids in header.get("news", ()):
+                    assert on_tokens is not None
+                    on_tokens(index, ids)
+
+                # Ask no further once it has said so: the last answer is still to come.
+                if cancelled is not None and cancelled():
+                    cancelled = None
+                    exchange.cancel()
+                    stop_by = time.monotonic() + STOP_SECONDS
+
+                if not exchange.is_done and time.monotonic() > stop_by:
+                    self._child.kill()
+                    raise EngineError(
+                        f"the engine did not stop within {STOP_SECONDS:.0f} s of being cancelled, "
+                        "and was ended",
+                        remedy="load the model again; if it is a stranger's, it may never stop",
+                    )
+
+        self.stats = header["stats"]
+        return [
+            Completion(tuple(ids), reason, forced_at)
+            for ids, reason, forced_at in header["completions"]
+        ]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes."""
+        check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
+        request = {"ids": [int(token) for token in ids]}
+        logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
+
+        with self._child.asking("logits", **request) as exchange:
+            for header, payload in filter(None, exchange):
+                self.stats = header.get("stats", self.stats)
+
+                if header["event"] == "rows":
+                    start = header["start"]
+                    values_L = np.frombuffer(payload, dtype="<f4")
+                    rows_TV = values_L.reshape(-1, self._vocabulary)
+                    logits_TV[start : start + len(rows_TV)] = rows_TV
+
+        return logits_TV
+
+    def is_alive(self) -> bool:
+        return self._child.is_alive()
+
+    def close(self) -> None:
+        self._child.close()
+
+    def _ask(self, op: str, **values: Any) -> dict[str, Any]:
+        with self._child.asking(op, **values) as exchange:
+            *_, (header, _) = filter(None, exchange)
+        self.stats = header["stats"]
+        return header
+
+
+def _describe(sampling: Sampling) -> dict[str, Any]:
+    """Return what the worker rebuilds; a deep copy would take longer than a token."""
+    budget = vars(sampling.budget) if sampling.budget else None
+    return {**vars(sampling), "budget": budget}
+
+
+def _check_settings(settings: EngineSettings) -> None:
+    """Refuse a setting that no engine could be loaded with."""
+    least = {"context_tokens": 1, "parallel": 1, "threads": 0, "memory_limit_bytes": 0}
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            raise EngineError(
+                f"{name} is {value}, must be at least {lowest}",
+                remedy="threads = 0 uses every core" if name == "threads" else f"raise {name}",
+            )

@@ -1,1 +1,0 @@
-"""What lies on disk and what runs beside us: files, stage folders, locks, child processes."""

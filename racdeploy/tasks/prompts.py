@@ -1,0 +1,31 @@
+"""Prompts that several public sets share, word by word as in lighteval 0.13.0."""
+
+from __future__ import annotations
+
+from racdeploy.errors import UsageError
+from racdeploy.tasks.task import Problem
+
+BOXED = r"""
+Solve the following math problem efficiently and clearly.  The last line of your response should be of the following format: 'Therefore, the final answer is: $\boxed{{ANSWER}}$. I hope it is correct' (without quotes) where ANSWER is just the final number or expression that solves the problem. Think step by step before answering.
+
+{problem}
+"""  # noqa: E501 - as it is published
+_CHOICE = (
+    "Answer the following multiple choice question. The last line of your response should be of "
+    "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of {letters}. "
+    "Think step by step before answering.\n\n{question}"
+)
+
+
+def ask_choice(question: str, letters: str, gold: str) -> Problem:
+    """Ask for one of the letters; ``question`` holds the options."""
+    text = _CHOICE.format(letters=letters, question=question)
+    return Problem(text, gold=gold, scorer="choice")
+
+
+def read_contest_answer(answer: object) -> str:
+    """Return the answer of an AIME problem, a whole number from 0 to 999, without zeros before."""
+    text = str(answer).strip()
+    if not text.isdecimal() or int(text) > 999:
+        raise UsageError(f"the answer {answer!r} is no whole number from 0 to 999")
+    return str(int(text))

@@ -1,0 +1,107 @@
+"""Rows of a file as sets of questions are published: lines of JSON, a list, CSV or parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from racdeploy.errors import UsageError
+from racdeploy.files.writing import split_lines
+from racdeploy.plugins import require
+
+Row = Mapping[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_CONVERT = (
+    "python -c \"import csv, json, sys; [print(json.dumps({k: row[k] for k in ('question', "
+    "'answer')})) for row in csv.DictReader(sys.stdin)]\" < %s > %s"
+)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read every row of a file, by its suffix; a file of no rows or of something else is refused.
+
+    Raises:
+        MissingExtraError: a parquet file, and pyarrow is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(
+            f"cannot read {path}: its name does not end in {', '.join(SUFFIXES)}",
+            remedy="give the file as it was published, or a folder saved by datasets",
+        )
+
+    if suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    else:
+        rows = _read_json(path)
+
+    if not rows:
+        raise UsageError(f"{path} holds no rows", remedy="give the file as it was published")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """Return a file of text without its byte order mark, which Excel and Windows put in front."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror}"
+        raise UsageError(reason, remedy=f"give a {path.suffix} file that is there") from error
+    except UnicodeDecodeError as error:
+        copy = f"{path.stem}-utf8{path.suffix}"
+        raise UsageError(
+            f"cannot read {path}: byte {error.start} is not UTF-8",
+            remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {path} > {copy}",
+        ) from error
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Read a list of objects, or an object a line, which ``datasets`` calls ``.json`` as well."""
+    text = read_text(path)
+    try:
+        if text.lstrip().startswith("["):
+            found = json.loads(text)
+        else:
+            found = [json.loads(line) for line in split_lines(text) if line.strip()]
+    except (json.JSONDecodeError, RecursionError) as error:
+        remedy = "give an object a line, or one list of objects"
+        raise UsageError(f"{path} is not JSON: {error}", remedy=remedy) from error
+
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}: row {number} is a {type(row).__name__}, not an object")
+    return list(found)
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    require("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        found: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except OSError as error:
+        reason = error.strerror or str(error).splitlines()[0]
+        raise UsageError(f"cannot read {path}: {reason}") from error
+    except pyarrow.ArrowInvalid as error:
+        raise UsageError(f"{path} is no parquet file: {error}") from error
+    return found
+
+
+def refuse_table(path: str) -> None:
+    """Refuse a table in place of lines of JSON, with what makes them of it."""
+    stem, dot, suffix = path.rpartition(".")
+    if suffix.lower() not in ("csv", "tsv", "xlsx", "parquet") or not dot:
+        return
+
+    remedy = 'save it as lines of {"question": "…", "answer": "…"}, then --task jsonl:FILE'
+    if suffix.lower() == "csv":
+        made = f"{stem}.jsonl"
+        remedy = f"{_CONVERT % (path, made)}, then --task jsonl:{made}"
+    raise UsageError(f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy)

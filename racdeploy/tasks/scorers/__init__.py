@@ -1,0 +1,1 @@
+"""Scorers: whether an answer is right, one file each."""

@@ -1,0 +1,36 @@
+"""GSM8K: word problems of grade school, a whole number after ``####`` in the published answer.
+
+The prompt is lm-evaluation-harness 0.4.13's ``gsm8k_cot_zeroshot``. Like its ``flexible-extract``
+the score takes the last number, thousands separators left out; before that it looks for a box and
+for ``####``, and it compares values, so that 42.00 is 42. benchmarks/RESULTS.md has all differences
+from that harness and from lighteval over 200 answers. Source: arXiv 2110.14168; the mean length of
+thoughts is github.com/Muqi1029/NoThink-project's.
+"""
+
+from __future__ import annotations
+
+from racdeploy.errors import UsageError
+from racdeploy.tasks import Problem
+from racdeploy.tasks.extract import extract_hash_mark
+from racdeploy.tasks.published import HubSplit, Published
+from racdeploy.tasks.rows import Row
+
+_REVISION = "740312add88f781978c0658806c59bc2815b9866"
+SET = Published(
+    title="GSM8K",
+    evaluation=HubSplit("openai/gsm8k", "main", "test", _REVISION),
+    calibration=HubSplit("openai/gsm8k", "main", "train", _REVISION),
+    columns=("question", "answer"),
+    follows="lm-evaluation-harness 0.4.13 (gsm8k_cot_zeroshot, flexible-extract)",
+    thinking_tokens=2500,
+)
+
+
+def ask(row: Row) -> Problem:
+    """Ask one question; the gold answer is what follows the mark."""
+    gold = extract_hash_mark(row["answer"])
+    if gold is None:
+        raise UsageError("the answer has no '#### ' with the number after it")
+
+    question = f"Q: {row['question']}\nA: Let's think step by step."
+    return Problem(question, gold=gold)

@@ -1,0 +1,70 @@
+"""Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
+
+An answer that ends in ``#### 42``, as in GSM8K, is what follows. A line may name its ``scorer``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from racdeploy.errors import UsageError
+from racdeploy.files.writing import split_lines
+from racdeploy.tasks import Problem, scoring
+from racdeploy.tasks.extract import extract_hash_mark
+from racdeploy.tasks.rows import read_text
+
+
+def read(path: Path) -> list[Problem]:
+    """Read every problem of a file, one a line; bad lines are refused."""
+    lines = split_lines(read_text(path))
+
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            problems.append(_parse(f"{path}:{number}", line))
+
+    if not problems:
+        remedy = 'write {"question": …, "answer": …} lines'
+        raise UsageError(f"{path} holds no problems", remedy=remedy)
+
+    return problems
+
+
+def _parse(place: str, line: str) -> Problem:
+    remedy = 'each line is {"question": "…", "answer": "…"}'
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{place} is not JSON: {error}", remedy=remedy) from error
+
+    question = row.get("question") if isinstance(row, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise UsageError(
+            f"{place} has no question{_explain_missing(row, 'question')}", remedy=remedy
+        )
+
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UsageError(f"{place} has no answer{_explain_missing(row, 'answer')}", remedy=remedy)
+
+    scorer = row.get("scorer", "")
+    if not isinstance(scorer, str):
+        raise UsageError(f"{place} has a scorer that is no name", remedy=remedy)
+
+    try:
+        scoring.check(scorer)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error.message}", remedy=error.remedy) from error
+
+    text = str(answer)
+    return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)
+
+
+def _explain_missing(row: object, key: str) -> str:
+    """Return what a line has in place of a key of ours."""
+    if not isinstance(row, dict):
+        return f": it is a {type(row).__name__}, not an object"
+    if key in row:
+        return f": it is {row[key]!r}"
+    return f"; its keys are {', '.join(row) or 'none'}"

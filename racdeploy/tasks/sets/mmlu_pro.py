@@ -1,0 +1,41 @@
+"""MMLU-Pro: questions of 14 fields with up to ten options; the answer is a letter.
+
+The prompt is lighteval 0.13.0's ``mmlu_pro``, but for the letters that it allows: those of the
+question's options, where lighteval says ABCD of all. Calibration is on the 70 questions of the
+validation split. Source: arXiv 2406.01574.
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+
+from racdeploy.errors import UsageError
+from racdeploy.tasks import Problem
+from racdeploy.tasks.prompts import ask_choice
+from racdeploy.tasks.published import HubSplit, Published
+from racdeploy.tasks.rows import Row
+
+_REVISION = "3373e0b32277875b8db2aa555a333b78a08477ea"
+SET = Published(
+    title="MMLU-Pro",
+    evaluation=HubSplit("TIGER-Lab/MMLU-Pro", "default", "test", _REVISION),
+    calibration=HubSplit("TIGER-Lab/MMLU-Pro", "default", "validation", _REVISION),
+    columns=("question", "options", "answer"),
+    follows="lighteval 0.13.0 (mmlu_pro)",
+)
+
+
+def ask(row: Row) -> Problem:
+    """Ask one question with its options in their published order."""
+    options, answer = row["options"], row["answer"]
+    if not isinstance(options, list):
+        raise UsageError(f"its options are no list but {options!r}; CSV has none: give parquet")
+
+    letters = ascii_uppercase[: len(options)]
+    if answer not in [*letters]:
+        raise UsageError(f"the answer {answer!r} is none of {letters}")
+
+    listed = "\n".join(
+        f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)
+    )
+    return ask_choice(f"{row['question']}\n\n{listed}\n\nAnswer:", letters, answer)

@@ -1,0 +1,102 @@
+"""MXFP4 as checkpoints and as ggml store it: 32 codes of 4 bits, and a power of two they share.
+
+In a checkpoint the codes of a matrix are one tensor, two neighbours in a byte, and its exponents
+another. ggml puts the exponent in front of each block, whose first half is in the low nibbles.
+Source: OCP Microscaling Formats specification 1.0; ``block_mxfp4`` in ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ModelError
+from racdeploy.tensors.safetensors import TensorEntry
+
+BLOCK = 32
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BIAS, _NOT_A_NUMBER = 127, 255
+
+
+@dataclass(frozen=True)
+class PackedEntry(TensorEntry):
+    """A matrix of MXFP4, read as the bfloat16 numbers that it means, which are exact.
+
+    Args:
+        parts: ``codes``, 16 bytes for each block of a row, and ``exponents``, one byte.
+    """
+
+    parts: tuple[TensorEntry, ...] = ()
+
+    @classmethod
+    def of(cls, codes: TensorEntry, exponents: TensorEntry) -> PackedEntry:
+        """Return the matrix that codes and exponents mean, each by row and block."""
+        O, G, _ = codes.shape
+        place = codes.file, codes.start, codes.stop
+        return cls(*place, "BF16", (O, G * BLOCK), parts=(codes, exponents))
+
+    @property
+    def stored_as(self) -> str:
+        return "mxfp4"
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def read(self) -> NDArray[np.uint16]:
+        return decode(*self._read_parts())
+
+    def pieces(self) -> Iterator[bytes]:
+        yield self.read().tobytes()
+
+    def read_as_ggml(self) -> NDArray[np.uint8]:
+        """Return the same codes and exponents as packed rows of ggml's, packed_OP."""
+        return repack(*self._read_parts())
+
+    def _read_parts(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        code_OGP, exponent_OG = (part.read() for part in self.parts)
+        if (exponent_OG == _NOT_A_NUMBER).any():
+            raise ModelError(
+                f"{self.file}: some MXFP4 weights are no numbers",
+                remedy="copy or download the model again",
+            )
+        return code_OGP, exponent_OG
+
+
+def _tabulate() -> NDArray[np.uint32]:
+    """Return the bfloat16 bits of both codes in a byte, by exponent and byte; the first is low."""
+    code_X = np.array([*_MAGNITUDES, *(-size for size in _MAGNITUDES)])
+    exponent_Y1 = np.arange(_NOT_A_NUMBER)[:, None] - _BIAS
+
+    with np.errstate(over="ignore"):  # the largest are infinite in bfloat16, too
+        value_YX = np.ldexp(code_X, exponent_Y1).astype(np.float32)
+    bits_YX = value_YX.view(np.uint32) >> 16
+
+    byte_Z = np.arange(256)
+    pair_YZ: NDArray[np.uint32] = bits_YX[:, byte_Z & 15] | bits_YX[:, byte_Z >> 4] << 16
+    return pair_YZ.astype("<u4").reshape(-1)
+
+
+_PAIRS = _tabulate()
+
+
+def decode(code_OGP: NDArray[np.uint8], exponent_OG: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Return the values of a matrix as bfloat16 bits, 32 a block."""
+    place_OGP = exponent_OG[..., None].astype(np.uint16) << 8 | code_OGP
+    bits_OGX: NDArray[np.uint16] = _PAIRS[place_OGP].view(np.uint16)
+    return bits_OGX.reshape(len(code_OGP), -1)
+
+
+def repack(code_OGP: NDArray[np.uint8], exponent_OG: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the codes and exponents of a matrix as packed rows of ggml's, packed_OP."""
+    O, G, P = code_OGP.shape
+    first_OGX, second_OGX = np.split(code_OGP, 2, axis=-1)
+
+    packed_OGP = np.empty((O, G, 1 + P), np.uint8)
+    packed_OGP[..., 0] = exponent_OG
+    packed_OGP[..., 1::2] = first_OGX & 15 | second_OGX << 4
+    packed_OGP[..., 2::2] = first_OGX >> 4 | second_OGX & 240
+    return packed_OGP.reshape(O, -1)

@@ -1,0 +1,263 @@
+"""Safetensors files, read and copied without the library: numpy has no bfloat16.
+
+Source: safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.errors import ArtifactError, ModelError
+from racdeploy.files.reading import parse_json
+
+PACKED = "U8"
+"""dtype tag of what holds numbers in a form of its own."""
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", PACKED: "u1"}
+"""dtype tag → numpy's; bfloat16 is read as bit patterns."""
+_HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
+_MOST_AXES = 8
+_LONGEST_AXIS = 1 << 40
+_COPY_BYTES = 1 << 24  # of a tensor in memory at a time
+Rows = NDArray[np.int64]
+
+
+class Source(Protocol):
+    """A tensor that can be written into a file."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype tag."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How long its axes are."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes in order, a piece in memory at a time."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, absolute byte range, dtype tag and shape.
+
+    ``strides`` are numpy's, in bytes, of a tensor that is a part of another one; empty where its
+    bytes are all that lie between ``start`` and ``stop``, in order.
+    """
+
+    file: Path
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+
+    @property
+    def stored_as(self) -> str:
+        """Name of the number format that it has in the file."""
+        return self.dtype.lower()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its own in the file."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+    def read(self) -> NDArray[Any]:
+        """Return the tensor as stored; bfloat16 comes as uint16 bit patterns."""
+        dtype = np.dtype(DTYPES[self.dtype])
+        if self.strides and self.size_bytes:
+            stored = np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
+            return np.ndarray(self.shape, dtype, stored, strides=self.strides).copy()
+
+        count = self.size_bytes // dtype.itemsize
+        return np.fromfile(self.file, dtype, count, offset=self.start).reshape(self.shape)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes in order, a piece in memory at a time."""
+        if self.strides:
+            yield self.read().tobytes()
+            return
+
+        with self.file.open("rb") as source:
+            source.seek(self.start)
+            left = self.stop - self.start
+
+            while left:
+                piece = source.read(min(left, _COPY_BYTES))
+                assert piece, f"{self.file} shrank while it was read"
+                yield piece
+                left -= len(piece)
+
+
+def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
+    """Parse one safetensors header and check every range against the file."""
+    if not file.is_file():
+        raise ModelError(f"{file} is missing", remedy="copy or download it again")
+
+    size_bytes = file.stat().st_size
+    damaged = ModelError(
+        f"{file} is truncated or not a safetensors file", remedy="copy or download it again"
+    )
+
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
+            raise damaged
+        try:
+            header = parse_json(stream.read(length).decode("utf-8"), str(file), once=True)
+        except (ArtifactError, UnicodeDecodeError) as error:
+            raise damaged from error
+
+    if not isinstance(header, dict):
+        raise damaged
+
+    if not _is_metadata(header.pop("__metadata__", None)):
+        raise damaged
+
+    entries = {
+        name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
+    }
+    _check_places(file, entries, 8 + length, size_bytes)
+    return entries
+
+
+def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Return stored values as float32; not copied where they are that already."""
+    if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+
+    for name, (dtype, shape) in described.items():
+        stop = start + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    target.write(len(text).to_bytes(8, "little"))
+    target.write(text)
+
+
+def write_entries(
+    entries: Mapping[str, Source],
+    file: Path,
+    rows: Mapping[str, Rows] | None = None,
+    *,
+    hollow: bool = False,
+) -> None:
+    """Write a file of tensors that lie in others, a piece at a time.
+
+    Args:
+        entries: by the name in the new file, in its order.
+        rows: of some tensors the rows that stay, in the new order; all of the others stay.
+        hollow: whether a hole takes the place of the values, which are zeros when read.
+    """
+    rows = rows or {}
+
+    described = {}
+    for name, entry in entries.items():
+        shape = (len(rows[name]), *entry.shape[1:]) if name in rows else entry.shape
+        described[name] = (entry.dtype, shape)
+
+    with file.open("wb") as target:
+        write_header(target, described)
+        if hollow:
+            sizes = [math.prod(shape) * _item_bytes(dtype) for dtype, shape in described.values()]
+            target.truncate(target.tell() + sum(sizes))
+            return
+
+        for name, entry in entries.items():
+            pieces = _read_rows(entry, rows[name]) if name in rows else entry.pieces()
+            for piece in pieces:
+                target.write(piece)
+
+
+def _item_bytes(dtype: str) -> int:
+    return np.dtype(DTYPES[dtype]).itemsize
+
+
+def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:
+    assert type(entry) is TensorEntry, "rows stay of what lies in one piece"
+    assert not entry.strides, "rows stay of what lies in one piece"
+    stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
+    row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
+    together = max(1, _COPY_BYTES // max(1, row_bytes))
+
+    for start in range(0, len(rows), together):
+        yield stored[rows[start : start + together]].tobytes()
+
+
+def _check_places(
+    file: Path, entries: Mapping[str, TensorEntry], origin: int, size_bytes: int
+) -> None:
+    """Refuse bytes of two tensors or of none, as the reference library does."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    fault = ""
+    end = origin
+
+    for name, entry in ordered:
+        if entry.start != end and not fault:
+            touches = "overlaps another one" if entry.start < end else "lies behind a gap"
+            fault = f"the tensor {name!r} {touches}"
+        end = entry.stop
+
+    if not fault and end != size_bytes:
+        fault = f"{size_bytes - end} bytes belong to no tensor"
+    if fault:
+        raise ModelError(f"{file} is damaged: {fault}", remedy="copy or download it again")
+
+
+def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
+    if not isinstance(value, dict):
+        value = {}
+
+    shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
+    if not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)):
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+    if len(offsets) != 2:
+        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+
+    if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
+        raise ModelError(f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}")
+
+    if tag not in DTYPES:
+        raise ModelError(
+            f"{file}: tensor {name!r} has dtype {tag[:20]!r}, supported are {', '.join(DTYPES)}",
+            remedy="start from the unquantized checkpoint",
+        )
+
+    start, stop = origin + offsets[0], origin + offsets[1]
+    expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
+
+    is_inside = origin <= start and stop <= size_bytes
+    if not is_inside or stop - start != expected or min(shape, default=1) < 0:
+        raise ModelError(
+            f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
+            f" {size_bytes}",
+            remedy="copy or download it again",
+        )
+
+    return TensorEntry(file, start, stop, tag, tuple(shape))
+
+
+def _is_metadata(value: object) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return all(isinstance(text, str) for text in value.values())
+
+
+def _is_integers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(number) is int for number in value)

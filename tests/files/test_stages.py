@@ -1,0 +1,157 @@
+"""Stage folders: whose they are, what is refused, and what is said of those that a kill left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.files.stages import Stage, scratch_folder
+from tests.support.commands import environment
+
+INPUTS = {
+    "version": "1",
+    "code": "c" * 16,
+    "model": "a" * 64,
+    "traces_sha256": "b" * 64,
+    "prune": {"damping": 0.01, "method": "sparsegpt"},
+}
+
+
+def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
+    """A folder whose recorded inputs differ from the asked ones is not resumed."""
+    stage = Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
+    record = stage.folder / "inputs.json"
+    record.write_text(json.dumps({"model": "b", "seed": 1}))
+    with pytest.raises(ArtifactError, match="changed: model"):
+        Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
+
+
+def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) -> None:
+    """It is neither resumed nor ignored; once finished, or removed, it is in nobody's way."""
+    stage = Stage.open(tmp_path, "prune", {"model": "a", "version": "0.0.9", "code": "x"})
+    with pytest.raises(
+        ArtifactError, match=r"left half done by racdeploy 0\.0\.9; this is 0\.1\.0"
+    ) as caught:
+        Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
+    assert (caught.value.exit_code, f"rm -r {stage.folder}" in caught.value.remedy) == (2, True)
+    Stage.open(tmp_path, "prune", {"model": "b", "version": "0.1.0", "code": "y"})
+    stage.finish({})
+    Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
+
+
+@pytest.mark.parametrize("key", ["model", "prune", "traces_sha256", "code"])
+def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    """A folder whose record of model, recipe, traces or code is another one is not resumed."""
+    record = Stage.open(tmp_path, "prune", INPUTS).folder / "inputs.json"
+    changed = json.loads(record.read_text())
+    changed[key] = {"damping": 0.1, "method": "sparsegpt"} if key == "prune" else "d" * 16
+    record.write_text(json.dumps(changed))
+    with pytest.raises(
+        ArtifactError, match=f"changed: {'prune.damping 0.1 -> 0.01' if key == 'prune' else key}\n"
+    ):
+        Stage.open(tmp_path, "prune", INPUTS)
+
+
+def _other(**changed: Any) -> dict[str, Any]:
+    return INPUTS | {"prune": INPUTS["prune"] | changed.pop("prune", {}), **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prune": {"damping": 0.02}}, ["prune.damping 0.01 -> 0.02"]),
+        (
+            {"prune": {"method": "admm", "damping": 0.0}},
+            ["prune.damping 0.01 -> 0.0", "prune.method sparsegpt -> admm"],
+        ),
+        ({"code": "d" * 16}, ["code"]),
+        ({"traces_sha256": "d" * 64}, ["traces_sha256"]),
+        ({"model": "d" * 64, "traces_sha256": "e" * 64}, ["model", "traces_sha256"]),
+        ({"torch": {"torch": "2"}}, ["torch.torch null -> 2"]),
+    ],
+)
+def test_a_stage_that_starts_from_scratch_names_what_was_left_unfinished(
+    tmp_path: Path, changed: dict[str, Any], said: list[str]
+) -> None:
+    """With what changed, and both ways out; it is said once, and the old stage can be resumed."""
+    old = Stage.open(tmp_path, "prune", INPUTS)
+    new = Stage.open(tmp_path, "prune", _other(**changed))
+    left = f"{old.folder} was left unfinished, with other inputs: {', '.join(said)}"
+    assert f"{left}; {new.folder.name} starts from scratch\n" in new.notice
+    assert new.notice.endswith(f"undo the change; to remove it: rm -r {old.folder}")
+    assert not Stage.open(tmp_path, "prune", _other(**changed)).notice
+    assert Stage.open(tmp_path, "prune", INPUTS) == old
+
+
+def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:
+    """Finished stages, other kinds, another model and recipe, stages that another process uses."""
+    Stage.open(tmp_path, "prune", INPUTS).finish({})
+    Stage.open(tmp_path, "traces", INPUTS)
+    Stage.open(tmp_path, "prune", _other(model="d" * 64, prune={"damping": 0.5}))
+    running = (
+        "import json, sys, racdeploy.files.stages as s\n"
+        "s.Stage.open(s.Path(sys.argv[1]), 'prune', json.loads(sys.argv[2]))\n"
+        "print(flush=True), sys.stdin.read()"
+    )
+    inputs = _other(prune={"damping": 0.3})
+    command = [sys.executable, "-c", running, str(tmp_path), json.dumps(inputs)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        assert not Stage.open(tmp_path, "prune", _other(prune={"damping": 0.02})).notice
+        with pytest.raises(UsageError, match="another racdeploy is working in"):
+            Stage.open(tmp_path, "prune", inputs)
+        process.kill()
+    notice = Stage.open(tmp_path, "prune", _other(prune={"damping": 0.04})).notice
+    assert "prune.damping 0.02 -> 0.04" in notice or "prune.damping 0.3 -> 0.04" in notice
+    assert "(also unfinished: prune-" in notice
+
+
+def test_what_a_kill_left_half_written_is_removed_when_the_stage_goes_on(tmp_path: Path) -> None:
+    """Files and folders under their temporary names, also within the pruned model; nothing else."""
+    stage = Stage.open(tmp_path, "prune", INPUTS)
+    model = stage.folder / "model"
+    model.mkdir()
+    (stage.folder / ".block-00001.safetensors.123.partial").write_bytes(b"half")
+    (model / ".other.partial").mkdir()
+    (model / ".other.partial/config.json").write_bytes(b"{}")
+    (model / "config.json").write_bytes(b"{}")
+    Stage.open(tmp_path, "prune", INPUTS)
+    names = {file.relative_to(stage.folder).as_posix() for file in stage.folder.rglob("*")}
+    assert names == {".lock", "inputs.json", "model", "model/config.json"}
+
+
+def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path: Path) -> None:
+    """That of a running process stays; each says whose it is."""
+    holding = (
+        "import sys, racdeploy.files.stages as s\n"
+        "with s.scratch_folder(s.Path(sys.argv[1]), int(sys.argv[2])) as folder:\n"
+        "    print(folder, flush=True), sys.stdin.read()"
+    )
+    processes = []
+    for rank in (1, 2):
+        command = [sys.executable, "-c", holding, str(tmp_path), str(rank)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        processes.append(process)
+    first, second = (
+        Path(process.stdout.readline().strip()) for process in processes if process.stdout
+    )
+    assert first.name.startswith("scratch-of-process-1-")
+    assert second.name.startswith("scratch-of-process-2-")
+    processes[0].kill()
+    processes[0].communicate()
+    assert sorted(tmp_path.iterdir()) == [first, second]
+    with scratch_folder(tmp_path, 3) as own:
+        assert sorted(tmp_path.iterdir()) == [second, own]
+    processes[1].communicate("")
+    assert not list(tmp_path.iterdir())
