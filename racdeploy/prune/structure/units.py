@@ -44,7 +44,7 @@ class Units:
     def keep(self, units: Sequence[int]) -> None:
         """Remove all but the units of these numbers."""
         self.kept_U[:] = False
-        self.kept_U[list(units)] = True
+        self.kept_U[torch.tensor(units)] = True
 
     def remove_lowest(self, weigh: Callable[[], torch.Tensor], count: int) -> None:
         """Remove those that weigh least, as many of each run, until so many are left."""
