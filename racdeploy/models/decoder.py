@@ -39,21 +39,24 @@ NORMS = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
 }
-SANDWICH_NORMS = {  # before and after each part of a block
+HEAD_NORMS = {
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+}
+GEMMA_NORMS = {  # before and after each part of a block
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "post_attention_norm.weight",
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-}
-HEAD_NORMS = {
-    "self_attn.q_norm.weight": "attn_q_norm.weight",
-    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    **HEAD_NORMS,
 }
 BLOCK_TENSORS = {
     f"{linear}.{part}": f"{name}.{part}"
     for linear, name in _LINEARS.items()
     for part in ("weight", "bias")
 } | NORMS
+WITHOUT_MLP = {key: name for key, name in BLOCK_TENSORS.items() if not key.startswith("mlp.")}
+"""Tensors of a block whose feed-forward part is of another kind."""
 MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -77,6 +80,13 @@ SHAPES = {
     "ffn_up": ("F", "D"),
     "ffn_down": ("D", "F"),
 }
+EXPERT_SHAPES = {
+    "ffn_gate_inp": ("E", "D"),
+    "ffn_gate_exps": ("EF", "D"),
+    "ffn_up_exps": ("EF", "D"),
+    "ffn_down_exps": ("D", "EF"),
+}
+LLAMA_INTEGERS = {"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"}
 ROTARY: dict[str, Transform] = {
     f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
 }
@@ -106,7 +116,7 @@ DECI = Architecture(
     "deci",
     transforms=ROTARY,
     biases=ALL_LINEARS,
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=LLAMA_INTEGERS,
 )
 # Qwen3 with q, k and v in one matrix, and without an output projection.
 OPENELM = Architecture(
@@ -126,3 +136,4 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "pretraining_tp": (1,),
 }
+PARTLY_ROTARY = {key: values for key, values in FIXED.items() if key != "partial_rotary_factor"}

@@ -3,12 +3,11 @@
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
-_NORMS = {**decoder.SANDWICH_NORMS, **decoder.HEAD_NORMS}
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     gguf_arch="gemma3",
-    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS},
-    transforms={**dict.fromkeys(_NORMS, "plus_one"), "model.norm.weight": "plus_one"},
+    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS},
+    transforms={**dict.fromkeys(decoder.GEMMA_NORMS, "plus_one"), "model.norm.weight": "plus_one"},
     biases=(),
     defaults={
         "num_key_value_heads": 4,

@@ -48,7 +48,6 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_NORMS = {**decoder.SANDWICH_NORMS, **decoder.HEAD_NORMS}
 _OWN_INPUTS = {
     "per_layer_input_gate.weight": "inp_gate.weight",
     "per_layer_projection.weight": "proj.weight",
@@ -75,7 +74,7 @@ _STREAMS = {
 FAMILY = Family(
     architecture="Gemma3nForCausalLM",
     gguf_arch="gemma3n",
-    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_OWN_INPUTS, **_BESIDE},
+    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_OWN_INPUTS, **_BESIDE},
     model_tensors={
         **decoder.MODEL_TENSORS,
         **_STREAMS,

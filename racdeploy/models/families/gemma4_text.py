@@ -88,7 +88,6 @@ def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return widths
 
 
-_NORMS = {**decoder.SANDWICH_NORMS, **decoder.HEAD_NORMS}
 _OWN_INPUTS = {
     "per_layer_input_gate.weight": "inp_gate.weight",
     "per_layer_projection.weight": "proj.weight",
@@ -98,7 +97,7 @@ _OWN_INPUTS = {
 FAMILY = Family(
     architecture="Gemma4ForCausalLM",
     gguf_arch="gemma4",
-    block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_OWN_INPUTS},
+    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_OWN_INPUTS},
     model_tensors={
         **decoder.MODEL_TENSORS,
         "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",

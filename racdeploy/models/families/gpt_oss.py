@@ -38,7 +38,7 @@ FAMILY = Family(
     architecture="GptOssForCausalLM",
     gguf_arch="gpt-oss",
     block_tensors={
-        **{k: v for k, v in decoder.BLOCK_TENSORS.items() if not k.startswith("mlp.")},
+        **decoder.WITHOUT_MLP,
         "post_attention_layernorm.weight": "post_attention_norm.weight",
         "self_attn.sinks": "attn_sinks.weight",
         "mlp.router.weight": "ffn_gate_inp.weight",
@@ -58,14 +58,7 @@ FAMILY = Family(
         "mlp.experts.down_proj_bias": Fused(("mlp.experts.*.down_proj.bias",)),
     },
     transforms=dict.fromkeys(_EXPERTS, "stack"),
-    shapes={
-        **decoder.SHAPES,
-        "attn_sinks": ("H",),
-        "ffn_gate_inp": ("E", "D"),
-        "ffn_gate_exps": ("EF", "D"),
-        "ffn_up_exps": ("EF", "D"),
-        "ffn_down_exps": ("D", "EF"),
-    },
+    shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES, "attn_sinks": ("H",)},
     sizes={"E": "num_local_experts", "EF": "intermediate_size"},
     biases=(
         *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"),

@@ -14,7 +14,7 @@ FAMILY = Family(
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
     },
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=decoder.LLAMA_INTEGERS,
     numbers={
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",

@@ -57,7 +57,7 @@ _DENSE = Family(
     gguf_arch="granitehybrid",
     attending_arch="granite",
     block_tensors={
-        **{k: v for k, v in decoder.BLOCK_TENSORS.items() if not k.startswith("mlp.")},
+        **decoder.WITHOUT_MLP,
         **_FEED_FORWARD,
         **_STATE_SPACE,
     },
@@ -103,8 +103,7 @@ _DENSE = Family(
         "time_step_limit": (),
     },
     integers={
-        "vocab_size": "vocab_size",
-        "rope.dimension_count": "rotary_width",
+        **decoder.LLAMA_INTEGERS,
         "expert_count": "num_local_experts",
         "expert_used_count": "num_local_experts",  # a config may still say how many it once took
         "expert_shared_feed_forward_length": "intermediate_size",
@@ -152,10 +151,7 @@ _MIXTURE = replace(
     transforms={**_DENSE.transforms, **dict.fromkeys(_EXPERTS, "stack")},
     shapes={
         **_DENSE.shapes,
-        "ffn_gate_inp": ("E", "D"),
-        "ffn_gate_exps": ("EF", "D"),
-        "ffn_up_exps": ("EF", "D"),
-        "ffn_down_exps": ("D", "EF"),
+        **decoder.EXPERT_SHAPES,
         "ffn_gate_up_shexp": ("F+F", "D"),
         "ffn_down_shexp": ("D", "F"),
     },

@@ -8,7 +8,7 @@ FAMILY = Family(
     gguf_arch="llama",
     transforms=decoder.ROTARY,
     biases=decoder.ALL_LINEARS,
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=decoder.LLAMA_INTEGERS,
     rope_types=("default", "linear", "yarn", "llama3"),
     per_block=decoder.DECI,
 )

@@ -30,7 +30,7 @@ FAMILY = Family(
         "rope_theta": 1_000_000.0,
         "rms_norm_eps": 1e-5,
     },
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=decoder.LLAMA_INTEGERS,
     numbers={
         "rope.scaling.yarn_log_multiplier": "yarn_magnitude",
         "attention.temperature_scale": "attention_temperature",

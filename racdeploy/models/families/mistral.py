@@ -9,7 +9,7 @@ FAMILY = Family(
     transforms=decoder.ROTARY,
     biases=(),
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=decoder.LLAMA_INTEGERS,
     rope_types=("default", "linear", "yarn", "llama3"),
     per_block=decoder.DECI,
 )

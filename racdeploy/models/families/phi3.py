@@ -24,7 +24,7 @@ FAMILY = Family(
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    fixed={key: values for key, values in decoder.FIXED.items() if key != "partial_rotary_factor"},
+    fixed=decoder.PARTLY_ROTARY,
     integers={
         "rope.dimension_count": "rotary_width",
         "rope.scaling.original_context_length": "original_max_position_embeddings",

@@ -61,12 +61,7 @@ FAMILY = Family(
         **dict.fromkeys(_NORMS, "plus_one"),
         "model.norm.weight": "plus_one",
         **{f"mtp.{name}": "plus_one" for name in _FURTHER if "norm" in name},
-        "linear_attn.in_proj_qkv.weight": "value_rows",
-        "linear_attn.in_proj_z.weight": "value_rows",
-        "linear_attn.in_proj_b.weight": "value_rows",
-        "linear_attn.in_proj_a.weight": "value_rows",
-        "linear_attn.conv1d.weight": "value_rows",
-        "linear_attn.dt_bias": "value_rows",
+        **dict.fromkeys(list(_DELTA_NET)[:6], "value_rows"),
         "linear_attn.A_log": "decay",
         "linear_attn.out_proj.weight": "value_columns",
     },
@@ -105,7 +100,7 @@ FAMILY = Family(
         "linear_num_value_heads": 32,
     },
     fixed={
-        **{key: values for key, values in decoder.FIXED.items() if key != "partial_rotary_factor"},
+        **decoder.PARTLY_ROTARY,
         "linear_value_head_dim": ("=linear_key_head_dim",),
     },
     integers={

@@ -15,7 +15,7 @@ FAMILY = Family(
         "no_rope_layer_interval": 4,
         "use_sliding_window": False,
     },
-    integers={"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"},
+    integers=decoder.LLAMA_INTEGERS,
     no_rope_period=4,
     since="4.53",
 )
