@@ -16,27 +16,20 @@ FOLDERS = [ROOT / name for name in ("benchmarks", "docs", "examples")]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(file for folder in FOLDERS for file in folder.rglob("*.md"))]
 )
-LISTING = [file for file in (ARCHITECTURE, ROOT / "README.md") if file.is_file()]
 
 
 def _name(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def _listed_plugins(text: str) -> dict[str, list[str]]:
-    """Return the plugins between the markers: on each line the kind first, then its names, whatever
-    the markup.
-    """
+def test_the_listed_plugins_are_the_installed_ones() -> None:
+    """ARCHITECTURE lists what ``racdeploy plugins`` prints."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
     (listing,) = re.findall(r"<!-- plugins -->(.*?)<!-- /plugins -->", text, re.DOTALL)
+
     lines = [re.findall(r"\w+", line) for line in listing.splitlines()]
-    return {words[0]: words[1:] for words in lines if words and words[0] in plugins.KINDS}
-
-
-@pytest.mark.parametrize("file", LISTING, ids=_name)
-def test_the_listed_plugins_are_the_installed_ones(file: Path) -> None:
-    """A document lists what ``racdeploy plugins`` prints."""
-    installed = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
-    assert installed == _listed_plugins(file.read_text(encoding="utf-8"))
+    listed = {words[0]: words[1:] for words in lines if words and words[0] in plugins.KINDS}
+    assert listed == {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=_name)

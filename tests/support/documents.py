@@ -20,7 +20,7 @@ from racdeploy.models.supported import describe_families
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "racdeploy"
-_WRITTEN = ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "docs/families.md")
+_WRITTEN = ("ARCHITECTURE.md", "CONTRIBUTING.md", "docs/families.md")
 FILES = tuple(ROOT / name for name in _WRITTEN)
 PLUGIN_FOLDERS = {package.replace(".", "/") for package in plugins.KINDS.values()}
 COLUMNS = 118
