@@ -47,10 +47,9 @@ ZEROS = {
     "error": "--sparsity 0.5 --set 'prune.allocation=\"error\"'",
     "owl": "--sparsity 0.5 --set 'prune.allocation=\"owl\"'",
     "prompt": "--sparsity 0.5 --calibration prompt",
-    "schedule": "--sparsity 0.5 --set prune.schedule=[0.3,0.5]",
     "cut": "--sparsity 0.5 --keep ffn=0.75",
 }
-CUTS = ("ffn=0.5", "heads=0.75", "groups=0.5", "blocks=0.75", "experts=0.5")
+CUTS = ("ffn=0.5", "heads=0.75", "kv_groups=0.5", "blocks=0.75", "experts=0.5")
 CODES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0", "sparse_q4", "matmulnbits_4", "matmulnbits_8")
 WAYS = {"all": "on_policy=0.0", "blocks": "on_policy=0.0", "scales": "average=0.9"}
 PRUNED_FAMILIES = ("gemma3_text", "gpt_oss", "granitemoehybrid", "lfm2", "phi3", "qwen3_moe")
