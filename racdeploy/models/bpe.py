@@ -9,7 +9,7 @@ Source: tokenizers 0.22 ``models/bpe/word.rs`` (merge_all) and ``model.rs`` (ign
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,7 @@ from tokenizers.pre_tokenizers import ByteLevel  # type: ignore[import-untyped]
 
 from racdeploy.errors import UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles, read_tokenizer
+from racdeploy.models.tokenizer_form import flatten, read_merges
 
 BYTES = 256
 Pair = tuple[str, str]
@@ -154,8 +155,8 @@ def refusal(tokenizer: Mapping[str, Any]) -> str:
         return "its tokenizer has no vocabulary, or no merges"
 
     # SentencePiece's form of BPE falls back to bytes, or has no bytes at all.
-    names = set(_find_types(tokenizer.get("pre_tokenizer")))
-    if model.get("byte_fallback") or "ByteLevel" not in names:
+    steps = flatten(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if model.get("byte_fallback") or all(step.get("type") != "ByteLevel" for step in steps):
         return "its tokenizer is BPE in SentencePiece's form, and only byte-level BPE can be cut"
 
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
@@ -163,19 +164,3 @@ def refusal(tokenizer: Mapping[str, Any]) -> str:
             return f"its tokenizer has {option} {model[option]!r}"
 
     return ""
-
-
-def read_merges(model: Mapping[str, Any]) -> Iterator[Pair]:
-    """Yield the merges of a tokenizer.json, best first; older files write each in one string."""
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
-
-
-def _find_types(step: object) -> Iterator[str]:
-    """Yield the types of a pre-tokenizer's steps."""
-    if isinstance(step, dict):
-        yield str(step.get("type"))
-        parts = step.get("pretokenizers")
-        for part in parts if isinstance(parts, list) else []:
-            yield from _find_types(part)

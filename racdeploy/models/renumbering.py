@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import read_json
-from racdeploy.models.bpe import read_merges
 from racdeploy.models.tokenizer_files import TokenizerFiles
+from racdeploy.models.tokenizer_form import read_merges
 
 FILE = "vocabulary_ids.json"
 """Has under :data:`_KEY` the ids that tokens had in the model that was cut, in the new order."""

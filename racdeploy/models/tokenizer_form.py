@@ -6,7 +6,7 @@ may still not be what is read here. A part that is missing or None is for its re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from racdeploy.errors import ArtifactError
@@ -32,8 +32,24 @@ def check(tokenizer: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _table(value: object) -> str:
-    return "" if isinstance(value, dict) else "is no table"
+def read_merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the merges of a checked tokenizer, best first; older files write each as one string."""
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def flatten(step: object, key: str) -> list[dict[str, Any]]:
+    """Return the leaves of nested ``Sequence`` steps, whose parts are under ``key``."""
+    if not isinstance(step, dict):
+        return []
+
+    if step.get("type") != "Sequence":
+        return [step]
+
+    parts = step.get(key)
+    nested = parts if isinstance(parts, list) else []
+    return [leaf for part in nested for leaf in flatten(part, key)]
 
 
 def _text(value: object) -> str:
@@ -55,7 +71,9 @@ def _merges(value: object) -> str:
         return "is no list"
 
     for merge in value:
-        if not _is_merge(merge):
+        parts = merge.split(" ") if isinstance(merge, str) else merge  # one string in older files
+        is_pair = isinstance(parts, list) and len(parts) == 2
+        if not is_pair or not all(isinstance(part, str) for part in parts):
             return f"has {str(merge)[:80]!r}, which is not a merge"
     return ""
 
@@ -71,23 +89,14 @@ def _added(value: object) -> str:
     return ""
 
 
-def _is_merge(merge: object) -> bool:
-    if isinstance(merge, str):  # of older files
-        return merge.count(" ") == 1
-    return (
-        isinstance(merge, list) and len(merge) == 2 and all(isinstance(each, str) for each in merge)
-    )
-
-
 def _is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < _MOST_ID
 
 
 _FAULTS: Mapping[str, Fault] = {
-    "model": _table,
+    "model": lambda value: "" if isinstance(value, dict) else "is no table",
     "added_tokens": _added,
-    "model.type": _text,
-    "model.unk_token": _text,
+    **dict.fromkeys(("model.type", "model.unk_token"), _text),
     "model.vocab": _vocabulary,
     "model.merges": _merges,
 }

@@ -98,7 +98,7 @@ def test_optimum_on_its_own_gets_the_python_of_its_environment(
         asked.append(python)
         (tmp_path / "model.onnx").touch()
 
-    monkeypatch.setattr(optimum, "run_module", run)
+    monkeypatch.setattr(onnx_exporters, "run_module", run)
     monkeypatch.setattr(environments, "find", lambda name: Path("python"))
     optimum.build(tmp_path, tmp_path)
     install({"transformers": "5.24.0"})

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from racdeploy.errors import ModelError
+from racdeploy.models.tokenizer_form import flatten
 
 _SHOWN = 500  # characters of steps, in a message
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -140,16 +141,3 @@ def _name_steps(pre_tokenizer: object) -> Iterator[str]:
 def show(steps: Iterable[object]) -> str:
     """Return steps, which are as their author wrote them, in one line."""
     return " + ".join(" ".join(str(step).split()) for step in steps)[:_SHOWN]
-
-
-def flatten(step: object, key: str) -> list[dict[str, Any]]:
-    """Return the leaves of nested ``Sequence`` steps, whose parts are under ``key``."""
-    if not isinstance(step, dict):
-        return []
-
-    if step.get("type") != "Sequence":
-        return [step]
-
-    parts = step.get(key)
-    nested = parts if isinstance(parts, list) else []
-    return [leaf for part in nested for leaf in flatten(part, key)]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import MissingExtraError, ModelError
-from racdeploy.export.gguf.pretokenizers import flatten, show
+from racdeploy.export.gguf.pretokenizers import show
+from racdeploy.models.tokenizer_form import flatten, read_merges
 
 Encode = Callable[[str], list[int]]
 SPACE = "▁"
@@ -36,12 +37,8 @@ _FORMS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
 
 def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer.json spells unknown characters in bytes, as SentencePiece does."""
-    model = tokenizer.get("model")
-    return (
-        isinstance(model, dict)
-        and model.get("type", "BPE") == "BPE"
-        and bool(model.get("byte_fallback"))
-    )
+    model = tokenizer.get("model") or {}
+    return model.get("type", "BPE") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
@@ -79,7 +76,7 @@ def _only_replaces_spaces(
 
 def joins_lines(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether a merge joins the end of a line to something else."""
-    made = ("".join(split_merge(merge)) for merge in tokenizer["model"]["merges"])
+    made = map("".join, read_merges(tokenizer["model"]))
     return any("\n" in piece and piece.strip("\n") for piece in made)
 
 
@@ -129,17 +126,17 @@ def read_scores(
     added: Mapping[int, Mapping[str, Any]],
     model: Path,
     *,
-    has_other_form: bool = False,
+    has_other_form: bool,
 ) -> dict[str, float] | None:
     """Return the scores, of ``tokenizer.model`` or the merges' order; refuse if joins differ.
 
     With another form at hand, None is returned where joins differ.
     """
     vocab = tokenizer["model"]["vocab"]
-    merges = [split_merge(merge) for merge in tokenizer["model"]["merges"]]
+    merges = list(read_merges(tokenizer["model"]))
     _check_bytes(vocab)
 
-    texts = {str(token["content"]) for token in added.values()}
+    texts = {token["content"] for token in added.values()}
     _check_characters(vocab, texts)
 
     made = [left + right for left, right in merges]
@@ -162,17 +159,6 @@ def _check_bytes(vocab: Mapping[str, int]) -> None:
         raise ModelError(
             f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
         )
-
-
-def split_merge(merge: object) -> tuple[str, str]:
-    """Return the two parts that a merge joins; older files write them as one string."""
-    match merge:
-        case str() if merge.count(" ") == 1:
-            left, right = merge.split(" ")
-            return left, right
-        case [str(left), str(right)]:
-            return left, right
-    raise ModelError(f"tokenizer.json is damaged: {merge!r} is not a merge")
 
 
 def _find_wrong_join(

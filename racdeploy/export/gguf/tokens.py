@@ -12,10 +12,10 @@ from typing import Any
 from gguf import TokenType
 
 from racdeploy.errors import ModelError
-from racdeploy.export.gguf.pretokenizers import flatten
 from racdeploy.export.gguf.sentencepiece import is_sentencepiece
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import read_tokenizer, token_ids, token_text
+from racdeploy.models.tokenizer_form import flatten
 
 # Texts that llama.cpp takes for an end of generation by itself.
 _KNOWN_ENDS = {
@@ -37,9 +37,14 @@ class Tokens:
         """Read the tokens of a checkpoint, or refuse what llama.cpp has no counterpart of."""
         tokenizer = checkpoint.tokenizer.parsed
         _check_kind(tokenizer)
-        added = _read_added(tokenizer)
+        if tokenizer.get("added_tokens") is None:
+            raise ModelError(
+                "tokenizer.json is damaged: added_tokens has an entry without id or content"
+            )
+
+        added = {token["id"]: token for token in tokenizer["added_tokens"]}
         texts = _read_vocabulary(tokenizer["model"]["vocab"])
-        texts |= {i: str(token["content"]) for i, token in added.items()}
+        texts |= {i: token["content"] for i, token in added.items()}
         return cls(tokenizer, added, texts)
 
     def check_ids(self, checkpoint: Checkpoint) -> None:
@@ -76,7 +81,7 @@ class Tokens:
 
 def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     model = tokenizer.get("model")
-    if not isinstance(model, dict):
+    if model is None:
         raise ModelError("tokenizer.json is damaged: it has no model")
 
     kind = model.get("type", "BPE")
@@ -103,29 +108,13 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     if unusual := [key for key in lacking if model.get(key)]:
         raise ModelError(f"llama.cpp has no counterpart for the tokenizer's {', '.join(unusual)}")
 
-    merges = model.get("merges")
-    if not isinstance(model.get("vocab"), dict) or not isinstance(merges, list) or not merges:
+    if model.get("vocab") is None or not model.get("merges"):
         raise ModelError("tokenizer.json is damaged: its model has no vocab or no merges")
 
 
-def _read_added(tokenizer: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    try:
-        return {
-            int(token["id"]): token | {"content": str(token["content"])}
-            for token in tokenizer["added_tokens"]
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            "tokenizer.json is damaged: added_tokens has an entry without id or content"
-        ) from error
-
-
-def _read_vocabulary(vocab: Mapping[str, Any]) -> dict[int, str]:
+def _read_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
     texts: dict[int, str] = {}
     for text, i in vocab.items():
-        if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-            raise ModelError(f"tokenizer.json is damaged: token {text!r} has id {i!r}")
-
         if texts.setdefault(i, text) != text:
             raise ModelError(
                 f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}"

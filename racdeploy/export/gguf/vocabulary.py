@@ -23,6 +23,7 @@ from racdeploy.export.gguf.pretokenizers import (
 from racdeploy.export.gguf.tokens import SpecialTokens, Tokens, read_special_tokens
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import read_tokenizer
+from racdeploy.models.tokenizer_form import read_merges
 
 GEMMA4 = "gemma4"
 """llama.cpp's name for BPE by merges whose spaces are replaced and whose bytes are not mapped."""
@@ -108,7 +109,7 @@ def read_vocabulary(
         notes=(*([note] if note else []), *_notes(tokens, special)),
         pre_tokenizer=pre_tokenizer
         or find_pre_tokenizer(tokens.tokenizer, approximate=approximate),
-        merges=tuple(_merges(tokens.tokenizer["model"]["merges"])),
+        merges=tuple(_merges(tokens.tokenizer)),
     )
 
 
@@ -187,17 +188,19 @@ def _read_sentencepiece(
         merging = _with_merges(vocabulary, checkpoint, tokens)
         return _as_converted(merging) if is_gemma4 else merging
 
-    in_order = tuple(_score(tokens, scores, i) for i in range(size))
-    return replace(vocabulary, scores=in_order, space_first=space_first)
+    in_order = []
+    for i in range(size):
+        score = scores.get(tokens.texts.get(i, ""), pieces.UNUSED_SCORE)
+        in_order.append(pieces.ADDED_SCORE if i in tokens.added else score)
+    return replace(vocabulary, scores=tuple(in_order), space_first=space_first)
 
 
 def _with_merges(vocabulary: Vocabulary, checkpoint: Checkpoint, tokens: Tokens) -> Vocabulary:
     """Return pieces with their merges, in the form of Gemma 4."""
-    added = {str(token["content"]) for token in tokens.added.values()}
+    added = {token["content"] for token in tokens.added.values()}
     pieces.check_merges(tokens.tokenizer, added, read_tokenizer(checkpoint.tokenizer.file).encode)
 
-    merges = (pieces.split_merge(merge) for merge in tokens.tokenizer["model"]["merges"])
-    joined = tuple(" ".join(merge) for merge in merges)
+    joined = tuple(map(" ".join, read_merges(tokens.tokenizer["model"])))
     texts = _fill_gaps(tokens.texts, len(vocabulary.texts))  # as they are joined, also those added
     return replace(vocabulary, model=GEMMA4, texts=texts, pre_tokenizer=GEMMA4, merges=joined)
 
@@ -225,12 +228,6 @@ def _piece_type(tokens: Tokens, i: int) -> TokenType:
     return kind
 
 
-def _score(tokens: Tokens, scores: Mapping[str, float], i: int) -> float:
-    if i in tokens.added:
-        return pieces.ADDED_SCORE
-    return scores.get(tokens.texts.get(i, ""), pieces.UNUSED_SCORE)
-
-
 def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
     """Return a text for each row of the embedding; of the padding, llama.cpp's own."""
     filled = tuple(texts.get(i, f"[PAD{i}]") for i in range(size))
@@ -242,10 +239,9 @@ def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
     return filled
 
 
-def _merges(merges: list[Any]) -> Iterator[str]:
+def _merges(tokenizer: Mapping[str, Any]) -> Iterator[str]:
     """Yield ``left right``; a space inside a part is written as byte-level BPE maps it."""
-    for merge in merges:
-        left, right = pieces.split_merge(merge)
+    for left, right in read_merges(tokenizer["model"]):
         yield f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}"
 
 

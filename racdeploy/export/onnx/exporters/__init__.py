@@ -16,8 +16,6 @@ from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes import child
 
-__all__ = ["Exporter", "limits_for", "load", "prepare", "run_module"]
-
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -120,6 +118,22 @@ def run_module(
             f"{what} {outcome.failure}", remedy="free memory, or update it; try another exporter"
         )
     return outcome.value
+
+
+def write_graph(
+    module: str,
+    arguments: Sequence[str],
+    what: str,
+    prepared: Path,
+    out: Path,
+    python: Path | None = None,
+) -> Path:
+    """Run an exporter as :func:`run_module` does; return its graph, without which it failed."""
+    run_module(module, arguments, what, prepared, python)
+    graph = out / "model.onnx"
+    if not graph.is_file():
+        raise EngineError(f"{what} ended without an error and without a graph")
+    return graph
 
 
 def limits_for(model: Path) -> child.Limits:

@@ -14,15 +14,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError, EnvironmentFailure
-from racdeploy.export.onnx.exporters import run_module
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.export.onnx.exporters import write_graph
 from racdeploy.export.onnx.exporters.genai.narrowing import narrow
 from racdeploy.export.onnx.padding import pad, refuse_widths
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
-
-__all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 1
 PROVEN = frozenset({"granite", "llama", "mistral", "qwen2", "qwen3"})
@@ -93,14 +91,7 @@ def _run_builder(prepared: Path, out: Path) -> Path:
     arguments = [str(word) for option in options.items() for word in option]
     arguments += ["--extra_options", *_OPTIONS]
     what = "onnxruntime-genai's model builder"
-    run_module("onnxruntime_genai.models.builder", arguments, what, prepared)
-    graph = out / "model.onnx"
-    if not graph.is_file():
-        raise EngineError(
-            "onnxruntime-genai's model builder ended without an error and without a graph"
-        )
-
-    return graph
+    return write_graph("onnxruntime_genai.models.builder", arguments, what, prepared, out)
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:

@@ -11,14 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError, EnvironmentFailure
-from racdeploy.export.onnx.exporters import run_module
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.export.onnx.exporters import write_graph
 from racdeploy.extras import installed_release, installed_version, is_installed
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
 from racdeploy.processes import environments
-
-__all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 2
 PROVEN = frozenset(
@@ -58,12 +56,7 @@ def build(prepared: Path, out: Path) -> Path:
     python = None if _is_beside() else environments.find("optimum")
     folders = [str(prepared), str(out)]
     child = "racdeploy.export.onnx.exporters.optimum.child"
-    run_module(child, folders, "optimum's export", prepared, python)
-    graph = out / "model.onnx"
-    if not graph.is_file():
-        raise EngineError("optimum's export ended without an error and without a graph")
-
-    return graph
+    return write_graph(child, folders, "optimum's export", prepared, out, python)
 
 
 def _is_beside() -> bool:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import EngineError, EnvironmentFailure
-from racdeploy.export.onnx.exporters import run_module
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.export.onnx.exporters import write_graph
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
-
-__all__ = ["PREFERENCE", "PROVEN", "build", "check_environment", "refusal", "source_of"]
 
 PREFERENCE = 3
 PROVEN = frozenset(
@@ -59,12 +57,8 @@ def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; a failure, or no graph, is an EngineError."""
     check_environment()
     folders = [str(prepared), str(out)]
-    run_module("racdeploy.export.onnx.exporters.torch.child", folders, "torch's export", prepared)
-    graph = out / "model.onnx"
-    if not graph.is_file():
-        raise EngineError("torch's export ended without an error and without a graph")
-
-    return graph
+    child = "racdeploy.export.onnx.exporters.torch.child"
+    return write_graph(child, folders, "torch's export", prepared, out)
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:
