@@ -70,14 +70,24 @@ def prune_blocks(
     Returns one row per linear, in forward order, and one per block; blocks that are left out have
     none, and the others are numbered anew.
     """
-    given = checkpoint, calibration, held_out, settings, folder, weights, threads, progress
-    session = open_session(*given, processes)
+    session = open_session(
+        checkpoint,
+        calibration,
+        held_out,
+        settings,
+        folder,
+        weights,
+        threads,
+        progress,
+        processes,
+    )
 
     with torch.inference_mode():
         outline = decide_outline(session, structure)
+        sizes = _count_weights(session, outline.shape(checkpoint, structure))
         pruner = LinearPruner(
             session,
-            _decide_shares(session, _count_weights(session, outline.shape(checkpoint, structure))),
+            _decide_shares(session, sizes),
             quant,
             keeps_own_zeros=keeps_own_zeros,
         )
@@ -235,8 +245,8 @@ class _Walk:
     def _cut(self, pair: BlockPair, cut: Cut) -> None:
         """Cut a part of a block by the criterion."""
         plugin = plugins.load("structures", cut.part)
-        given = self.session, self.criterion, cut.counts[pair.place]
-        pair.kept[cut.part] = getattr(plugin, "cut", cut_inputs)(BlockSite(*given, pair, cut))
+        site = BlockSite(self.session, self.criterion, cut.counts[pair.place], pair, cut)
+        pair.kept[cut.part] = getattr(plugin, "cut", cut_inputs)(site)
 
         if cut.linear and pair.dense_name(cut.linear) not in self.pruner.shares:
             name = f"{cut.linear}.weight"

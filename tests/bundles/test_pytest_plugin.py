@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from racdeploy import plugins
 from racdeploy.bundles import verify
 from racdeploy.errors import ArtifactError
-from racdeploy.report.model import CheckResult, Report
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.report import Report
 from racdeploy.verify.gate import read_gate
 
 wanted = dict(part.split("=") for part in os.environ["WANTED"].split(","))

@@ -99,8 +99,14 @@ def cut_inputs(site: BlockSite) -> list[int]:
     full_OI = pair.dense.get_parameter(f"{linear}.weight")
     (owner,) = processes.owners([full_OI.numel()])
 
-    given, match = (site.session, pair, site.cut.group, [full_OI]), settings.match_dense
-    statistic = gather_inputs(*given, match=match, final=False)
+    statistic = gather_inputs(
+        site.session,
+        pair,
+        site.cut.group,
+        [full_OI],
+        match=settings.match_dense,
+        final=False,
+    )
     statistic.share(processes, [owner])
     pair.narrowed[linear] = statistic.importance_I
 
@@ -110,7 +116,7 @@ def cut_inputs(site: BlockSite) -> list[int]:
     if processes.rank == owner:
         hessian = statistic.hessian(settings.damping)
         target_OI: torch.Tensor = full_OI
-        if site.criterion.CALIBRATED and match:
+        if site.criterion.CALIBRATED and settings.match_dense:
             target_OI = statistic.targets([0], hessian)[0]
 
         removal = Removal(target_OI, hessian, layout)

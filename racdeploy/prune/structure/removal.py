@@ -50,10 +50,15 @@ class Removal(Units):
         if width == 1:
             return weight_OI.square().sum(0) / self._inverse_II.diagonal()
 
-        starts = range(0, weight_OI.shape[1], width)
-        own_USS = torch.stack([self._inverse_II[i : i + width, i : i + width] for i in starts])
+        blocks = []
+        for start in range(0, weight_OI.shape[1], width):
+            own = slice(start, start + width)
+            blocks.append(self._inverse_II[own, own])
+
+        own_USS = torch.stack(blocks)
         weight_UOS = weight_OI.view(len(weight_OI), -1, width).transpose(0, 1)
-        solved_USS: torch.Tensor = torch.linalg.solve(own_USS, weight_UOS.mT @ weight_UOS)
+        gram_USS = weight_UOS.mT @ weight_UOS
+        solved_USS: torch.Tensor = torch.linalg.solve(own_USS, gram_USS)
         return solved_USS.diagonal(dim1=1, dim2=2).sum(1)
 
     def loss(self) -> float:

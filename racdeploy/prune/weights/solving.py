@@ -110,8 +110,8 @@ class LinearPruner:
         for piece, statistic in zip(pieces, statistics, strict=True):
             for linear in piece.linears:
                 nothing = full[linear], full[linear], 0.0  # of the same shape
-                given = statistic, solved.pop(linear, nothing)
-                found = self._describe(pair, piece, linear, *given)
+                solution = solved.pop(linear, nothing)
+                found = self._describe(pair, piece, linear, statistic, solution)
                 pruned[linear] = found.spread(processes, owners[linear], target=match)
                 put(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
 
