@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from racdeploy.pipeline.gates import Findings, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
-from racdeploy.pipeline.prune_stage import PruneStage, count_tokens
+from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
@@ -38,7 +39,7 @@ from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import trace_counts
-from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.traces.trace import Trace, TraceSet, count_tokens
 from racdeploy.verify.controls import SAME_SIZE, same_size_quants
 
 
@@ -71,16 +72,17 @@ class Build:
         model = self.prune()
 
         # Phases may have been undone: names say what was reached.
-        jobs = [self.job, *self.job.siblings]
+        job = self.job
+        jobs = [job, *job.siblings]
         if model.before_recovery is None:
-            jobs = [job.unrecovered() for job in jobs]
+            jobs = [each.unrecovered() for each in jobs]
         dense = self._export_dense(model)
 
         artifacts = []
-        for job in jobs:
-            name = name_artifact(job)
-            exported = replace(self, job=job).export(model.folder, name)
-            artifacts.append(bundling.Artifact(name, job.recipe.export, exported))
+        for each in jobs:
+            name = name_artifact(each)
+            exported = replace(self, job=each).export(model.folder, name)
+            artifacts.append(bundling.Artifact(name, each.recipe.export, exported))
 
         pruned, *also = [artifact.result for artifact in artifacts]
 
@@ -91,7 +93,6 @@ class Build:
         rivals = [*self.rivals(model, dense, pruned), *beside]
         report, records = evaluation.verify(model, dense, pruned, findings, also, rivals)
 
-        job = self.job
         counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
         contents = bundling.Contents(
@@ -214,7 +215,6 @@ class Build:
         job = self.job
 
         names: list[str] = []
-
         for asked in job.recipe.verify.controls:
             if asked != SAME_SIZE:
                 names.append(asked)
@@ -226,11 +226,10 @@ class Build:
             names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
         rivals = []
-
-        if model.before_recovery:
-            before = model.before_recovery
-            exported = self.export(before, f"{before.name}-{job.recipe.export.quant}")
-            rivals.append(Rival(BEFORE, job.recipe.export.quant, exported, before))
+        if before := model.before_recovery:
+            quant = job.recipe.export.quant
+            exported = self.export(before, f"{before.name}-{quant}")
+            rivals.append(Rival(BEFORE, quant, exported, before))
 
         for name in dict.fromkeys(names):
             exported = self._export_dense(model, name)
@@ -256,7 +255,7 @@ class Build:
         if foreseen := job.foresee_cuts("calibration"):
             plan["trace_cuts"] = foreseen
 
-        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(checkpoint))
+        stage = self._traces_stage
         if stage.finished:
             calibration, held_out, _ = self.prune_stage.select(TraceSet(stage.folder).read())
             tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
@@ -266,14 +265,15 @@ class Build:
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
             bound = "_at_most"
 
-        cuts = bool(settings.structure.keep)
         if not (stage.finished or settings.traces.server):
             together = min(settings.traces.batch, len(prompts))
-            most = trace_bytes(checkpoint, together, max(prompts), max(longest))
-            plan["trace_memory_bytes_at_most"] = most
+            plan["trace_memory_bytes_at_most"] = trace_bytes(
+                checkpoint, together, max(prompts), max(longest)
+            )
 
-        counts = (tokens, held_out_tokens)
-        memory = peak_bytes(checkpoint, settings.prune, *counts, job.joint_quant, cuts=cuts)
+        counts = (tokens, held_out_tokens, job.joint_quant)
+        cuts = bool(settings.structure.keep)
+        memory = peak_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
 
         return plan | {
             f"prune_tokens{bound}": tokens,
@@ -283,7 +283,7 @@ class Build:
 
     def plan_time(self, plan: Mapping[str, Any]) -> dict[str, Any]:
         """Return about how many seconds all stages take, given the plan of all else."""
-        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+        stage = self._traces_stage
         traces = TraceSet(stage.folder).read() if stage.finished else []
         return {"seconds_expected": estimate_seconds(self.job, plan, traces, self.threads)}
 
@@ -291,8 +291,7 @@ class Build:
         """Return which model the trace server has, or raise why it can't answer; nothing else."""
         job = self.job
         settings = job.recipe.traces
-        stage = Stage.at(self.work, "traces", self.trace_stage.inputs(job.checkpoint))
-        if not settings.server or stage.finished:
+        if not settings.server or self._traces_stage.finished:
             return {}
 
         from racdeploy.traces.server import find_model
@@ -302,6 +301,10 @@ class Build:
     @property
     def place(self) -> Workplace:
         return Workplace(self.work, self.threads, self.progress, self.processes)
+
+    @property
+    def _traces_stage(self) -> Stage:
+        return Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
 
     @property
     def trace_stage(self) -> TraceStage:
@@ -329,8 +332,14 @@ class Build:
     @property
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
-        settings = (recipe.recover, recipe.calibration)
-        return RecoverStage(self.place, job.checkpoint, job.encoder, *settings, job.joint_quant)
+        return RecoverStage(
+            self.place,
+            job.checkpoint,
+            job.encoder,
+            recipe.recover,
+            recipe.calibration,
+            job.joint_quant,
+        )
 
     @property
     def evaluation(self) -> Evaluation:
@@ -365,13 +374,12 @@ class Build:
             renumbered = translate(ids, new_ids(old_ids))
             assert renumbered, "every token of the traces stays"
             ids = renumbered
-        jobs = (self.job, *self.job.siblings)
 
         found: list[Findings] = []
-        for job, artifact in zip(jobs, exported, strict=True):
-            self.place.report("check files", len(found), len(jobs))
+        report = partial(self.place.report, "check files", total=len(exported))
+        for job, artifact in zip((self.job, *self.job.siblings), exported, strict=True):
+            report(len(found))
             found.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
-
-        self.place.report("check files", len(jobs), len(jobs))
+        report(len(found))
 
         return replace(found[0], notes=tuple(note for each in found for note in each.notes))

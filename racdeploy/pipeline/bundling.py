@@ -130,14 +130,18 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             _copy_files(contents.job.model.folder, scratch / DENSE_FOLDER, _READ_FILES)
 
         manifest = _manifest(scratch, contents)
-        companions = _describe_to_programs(manifest, checkpoint, scratch)
+        companions: dict[str, str] = {}  # further files that programs want
+        for entry in manifest.artifacts:
+            form = export.load(entry.format)
+            companions |= form.companions(manifest, checkpoint, scratch)
         manifest = manifest.model_copy(update={"artifacts": _list_companions(manifest, companions)})
         records = [record.model_dump_json() + "\n" for record in contents.records]
+        shown = markdown.render(contents.report, contents.records)
         texts = {
             manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
-            "README.md": _card(manifest, contents),
+            "README.md": f"{_card(manifest, contents)}\n{shown}",
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
-            "report.md": markdown.render(contents.report, contents.records),
+            "report.md": shown,
             "report.html": html.render(contents.report, contents.records, out.name),
             "records.jsonl": "".join(records),
         }
@@ -150,16 +154,6 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
             (scratch / name).write_text(text, encoding="utf-8")
 
     return manifest
-
-
-def _describe_to_programs(
-    manifest: manifests.Manifest, checkpoint: Checkpoint, folder: Path
-) -> dict[str, str]:
-    """Return the texts of further files that programs want, by their paths in the bundle."""
-    texts: dict[str, str] = {}
-    for entry in manifest.artifacts:
-        texts |= export.load(entry.format).companions(manifest, checkpoint, folder)
-    return texts
 
 
 def _list_companions(
@@ -203,8 +197,19 @@ def _describe_tokenizer(bundle: Path, place: str, checkpoint: Checkpoint) -> Tok
 def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
     job, report = contents.job, contents.report
     recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
-    generation = _own_generation(checkpoint)
+    target = Target.read(recipe.target)
+
+    # What the model's authors recommend, where they name numbers.
+    own = checkpoint.tokenizer.generation.items()
+    generation = {key: value for key, value in own if type(value) in (int, float)}
+
+    # A context with room for long thoughts, within what model and target have.
+    most = min(checkpoint.positions, target.context_tokens)
+    context_tokens = max(recipe.verify.context_tokens, min(most, _ROOM_FOR_THOUGHTS))
+
     dense = _describe_tokenizer(folder, DENSE_FOLDER, checkpoint) if job.vocabulary else None
+    tokenizer = _describe_tokenizer(folder, "", contents.model.checkpoint)
+    differences = _count_differences(report)
 
     return manifests.Manifest(
         racdeploy_version=__version__,
@@ -229,9 +234,7 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             "structure": _structure(contents),
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
-        tokenizer=_describe_tokenizer(folder, "", contents.model.checkpoint).model_copy(
-            update={"differences": _count_differences(report)}
-        ),
+        tokenizer=tokenizer.model_copy(update={"differences": differences}),
         dense_tokenizer=dense,
         generation=manifests.GenerationSettings(
             temperature=float(generation.get("temperature", recipe.traces.temperature)),
@@ -241,7 +244,7 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
             thinking=contents.control.settings,
             context_tokens=recipe.verify.context_tokens,
             model_context_tokens=checkpoint.positions,
-            advised_context_tokens=_advise_context(contents.job),
+            advised_context_tokens=context_tokens,
         ),
         verdict=report.verdict,
         headline=_headline(report),
@@ -272,22 +275,7 @@ def _structure(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _advise_context(job: Job) -> int:
-    """Return a context with room for long thoughts, within what model and target have."""
-    verified = job.recipe.verify.context_tokens
-    target = Target.read(job.recipe.target)
-    most = min(job.checkpoint.positions, target.context_tokens)
-    return max(verified, min(most, _ROOM_FOR_THOUGHTS))
-
-
-def _own_generation(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the sampling settings that the model's authors recommend, where they name numbers."""
-    values = checkpoint.tokenizer.generation
-    return {key: value for key, value in values.items() if type(value) in (int, float)}
-
-
 def _headline(report: Report) -> dict[str, Any]:
-    comparison = report.comparison
     headline: dict[str, Any] = {
         arm.name: {
             "accuracy": arm.accuracy,
@@ -303,8 +291,9 @@ def _headline(report: Report) -> dict[str, Any]:
     if report.kept:
         headline["dense"]["parameters"] = report.kept.parameters_dense
         headline["pruned"]["parameters"] = report.kept.parameters
-    if comparison:
-        headline["drop"], headline["length_ratio"] = comparison.drop, comparison.length_ratio
+    if report.comparison:
+        headline["drop"] = report.comparison.drop
+        headline["length_ratio"] = report.comparison.length_ratio
     return headline
 
 
@@ -341,31 +330,27 @@ def _sparsity_in_file(contents: Contents) -> float:
 
 
 def _card(manifest: manifests.Manifest, contents: Contents) -> str:
-    """Return a model card with Hub metadata in front of the report."""
-    recipe, base, entries = contents.job.recipe, manifest.base, manifest.artifacts
-    own_name = base["model"] if contents.job.model.on_hub else base["name"]
+    """Return a model card with Hub metadata, which stands in front of the report."""
+    job, report, base, entries = contents.job, contents.report, manifest.base, manifest.artifacts
+    own_name = base["model"] if job.model.on_hub else base["name"]
 
-    forms = [export.load(entry.format) for entry in entries]
-    pairs = zip(forms, entries, strict=True)
-    usages = [form.usage(entry, manifest.generation) for form, entry in pairs]
+    usages = [export.load(entry.format).usage(entry, manifest.generation) for entry in entries]
 
-    front = render_text(
+    return render_text(
         "racdeploy.pipeline",
         "card.jinja",
         base=base,
         base_model=json.dumps(own_name),
-        library=forms[0].LIBRARY,
+        library=export.load(entries[0].format).LIBRARY,
         title=contents.artifacts[0].name,
         model=contents.model,
-        prune=recipe.prune,
-        calibrated_on=_describe_calibration(recipe),
+        prune=job.recipe.prune,
+        calibrated_on=_describe_calibration(job.recipe),
         done=_describe_pruning(contents),
-        kept=describe_kept(contents.report.kept, contents.report.structure),
-        learned=describe_recovery(contents.report.recovery),
-        lost=describe_lost_zeros(contents.report),
-        tokens=markdown.escape(describe_token_differences(contents.report)),
+        kept=describe_kept(report.kept, report.structure),
+        learned=describe_recovery(report.recovery),
+        lost=describe_lost_zeros(report),
+        tokens=markdown.escape(describe_token_differences(report)),
         entries=entries,
         usage=chain.from_iterable(usages),
     )
-
-    return front + "\n" + markdown.render(contents.report, contents.records)

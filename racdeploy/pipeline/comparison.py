@@ -32,7 +32,7 @@ from racdeploy.verify.answers import Answers, IdPair, Respondent
 from racdeploy.verify.checks import memory, speed
 from racdeploy.verify.conclude import conclude
 from racdeploy.verify.controls import control_notes
-from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact, StopIds
+from racdeploy.verify.evidence import Arm, Evidence, LogitComparison, OtherArtifact
 
 _NEARLY_ALL = 0.98  # of the tokens that whole traces would have been
 
@@ -49,13 +49,6 @@ class Rival:
     quant: str
     exported: ExportResult
     folder: Path
-
-
-def _read_stop_ids(
-    form: exports.Format, metadata: Mapping[str, Any], checkpoint: Checkpoint
-) -> StopIds | None:
-    """Return the end-of-sequence ids of a checkpoint, and that of the file."""
-    return measure.read_stop_ids(form.TOKENIZER_PREFIX, metadata, checkpoint.eos_ids)
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,7 @@ class Evaluation:
         self,
         exported: ExportResult,
         arm: str,
-        settings: EngineSettings,
-        model: Path | None = None,
+        folder: Path,
         control: Control = UNCONTROLLED,
         split: Split = "evaluation",
         problems: Sequence[Problem] = (),
@@ -84,15 +76,22 @@ class Evaluation:
         """Answer the prompts with one artifact, again where speed or memory have a limit.
 
         Prompts are those of a ``split``, or other ``problems``, and are written by the tokenizer of
-        a ``model``'s folder; None takes the dense one's.
+        a model's ``folder``.
         """
-        job = self.job
-        folder = model or job.model.folder
+        job, settings = self.job, self._engine_settings
         encoder = PromptEncoder.from_folder(folder)
-        stop_ids = Checkpoint(folder).eos_ids
-        asked = control.apply(job.recipe.verify)
-        tags = find_tags(encoder)
-        respondent = Respondent(encoder, tags, stop_ids, asked, self.progress, control.settings)
+        respondent = Respondent(
+            encoder,
+            find_tags(encoder),
+            Checkpoint(folder).eos_ids,
+            control.apply(job.recipe.verify),
+            self.progress,
+            control.settings,
+        )
+
+        # Speed and memory of both arms have to come from one run, where they have a limit.
+        limits = [job.gate.limits(check.Limits).ratio for check in (speed, memory)]
+        timed = split == "evaluation" and not problems and limits != [None, None]
 
         return answer_prompts(
             Workplace(self.work),
@@ -104,13 +103,13 @@ class Evaluation:
             job.backend,
             settings,
             measure.fingerprint(settings),
-            again=split == "evaluation" and not problems and self._timed(),
+            again=timed,
         )
 
     def try_control(self, pruned: ExportResult, model: Path, control: Control) -> Answers:
         """Answer the calibration prompts with the pruned artifact, its thinking under a control."""
         arm = f"penalty {control.settings.hesitation_penalty:g}"
-        return self.answer(pruned, arm, self._engine_settings, model, control, "calibration")
+        return self.answer(pruned, arm, model, control, "calibration")
 
     def verify(
         self,
@@ -127,7 +126,9 @@ class Evaluation:
         nothing.
         """
         recipe = self.job.recipe
-        arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
+        (dense_arm, pruned_arm, *others), traces, notes = self._answer_arms(
+            model, dense, pruned, rivals
+        )
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
         prunable = set(map(generalize, model.checkpoint.linear_weights))
@@ -137,10 +138,10 @@ class Evaluation:
         evidence = Evidence(
             settings=recipe.verify,
             gate=self.job.gate,
-            dense=arms[0],
-            pruned=arms[1],
+            dense=dense_arm,
+            pruned=pruned_arm,
             backend=self.job.backend,
-            rivals=tuple(arms[2:]),
+            rivals=tuple(others),
             artifact=pruned.path,
             artifact_files=pruned.files,
             sparsity_asked=model.sparsity_asked,
@@ -152,14 +153,16 @@ class Evaluation:
             logits=logits,
             also=self._answer_also(model, also),
             prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
-            stop_ids=_read_stop_ids(form, metadata, model.checkpoint),
+            stop_ids=measure.read_stop_ids(
+                form.TOKENIZER_PREFIX, metadata, model.checkpoint.eos_ids
+            ),
             packing=recipe.export.packing,
         )
 
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
         dense_rivals = [rival for rival in rivals if rival.name != BEFORE]
         missing = control_notes(recipe.verify, len(dense_rivals))
-        cut = self._vocabulary_notes(model, encoder, arms[0], logits)
+        cut = self._vocabulary_notes(model, encoder, dense_arm, logits)
 
         return conclude(
             evidence,
@@ -200,9 +203,7 @@ class Evaluation:
         found = []
         for one in asked:
             control = UNCONTROLLED if one.name.startswith("dense") else self.control
-            folder = one.folder
-            answers = self.answer(one.exported, one.name, self._engine_settings, folder, control)
-            found.append(answers)
+            found.append(self.answer(one.exported, one.name, one.folder, control))
 
         # Figures of then and of now are not put beside each other.
         counted_before = all(answers.earlier_stats for answers in found)
@@ -225,10 +226,7 @@ class Evaluation:
         for job, exported in zip(self.job.siblings, also, strict=True):
             sibling = replace(self, job=job)
             name = f"pruned, {job.backend}"
-            answers = sibling.answer(
-                exported, name, self._engine_settings, model.folder, self.control
-            )
-
+            answers = sibling.answer(exported, name, model.folder, self.control)
             stats = answers.earlier_stats or answers.stats
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)
             found.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
@@ -286,12 +284,6 @@ class Evaluation:
 
         questions = [problem.question for problem in self.job.problems("evaluation")]
         return dict(zip(questions, chat_ids(folder, questions), strict=True))
-
-    def _timed(self) -> bool:
-        """Return whether speed or memory of both arms have to come from one run."""
-        gate = self.job.gate
-        limits = (gate.limits(speed.Limits).ratio, gate.limits(memory.Limits).ratio)
-        return limits != (None, None)
 
 
 def _note_earlier(name: str, answers: Answers, counted_before: bool) -> str:

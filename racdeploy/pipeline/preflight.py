@@ -35,9 +35,15 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         _require({**_NEEDS, **export.load(each.recipe.export.format).NEEDS})
     export.check(job.recipe.export)
 
-    for place in [out] if out else _possible_folders(job):
+    # The recovery may be undone.
+    names = [name_artifact(job), name_artifact(job.unrecovered())]
+    for place in [out] if out else map(Path, names):
         bundling.check_replaceable(place)
-    _check_controls(job)
+
+    for name in job.recipe.verify.controls:
+        if name != SAME_SIZE:
+            plain = {"quant": name, "tensors": {}, "packing": "plain"}
+            export.check(job.recipe.export.model_copy(update=plain))
     check_model(job)
     _check_context(job)
     read_control(job, job.encoder)
@@ -79,7 +85,13 @@ def check_model(job: Job) -> None:
         settings.check_width(name, checkpoint.entries[name].shape[1])
 
     _ = checkpoint.eos_ids, job.encoder.encode("2 + 2?"), checkpoint.tied
-    _check_splits(job)
+
+    asked = {problem.question for problem in job.problems("evaluation")}
+    if shared := asked & {problem.question for problem in job.problems("calibration")}:
+        raise UsageError(
+            f"{len(shared)} questions are in both the calibration and the evaluation task",
+            remedy="give one file alone, which is split, or two files that share no question",
+        )
 
 
 def plan_build(job: Job) -> dict[str, Any]:
@@ -144,19 +156,6 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     return round((bits + rest * rest_bits) / 8)
 
 
-def _possible_folders(job: Job) -> list[Path]:
-    # The recovery may be undone.
-    names = [name_artifact(each) for each in (job, job.unrecovered())]
-    return [Path(name) for name in dict.fromkeys(names)]
-
-
-def _check_controls(job: Job) -> None:
-    for name in job.recipe.verify.controls:
-        if name != SAME_SIZE:
-            plain = {"quant": name, "tensors": {}, "packing": "plain"}
-            export.check(job.recipe.export.model_copy(update=plain))
-
-
 def _check_context(job: Job) -> None:
     settings = job.recipe.verify
     prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
@@ -215,15 +214,6 @@ def _check_dense(job: Job) -> None:
         raise UsageError(
             f"prune.dense leaves nothing to prune: it matches all {len(prunable)} linears",
             remedy=f"name fewer of {list_names(prunable)}",
-        )
-
-
-def _check_splits(job: Job) -> None:
-    asked = {problem.question for problem in job.problems("evaluation")}
-    if shared := asked & {problem.question for problem in job.problems("calibration")}:
-        raise UsageError(
-            f"{len(shared)} questions are in both the calibration and the evaluation task",
-            remedy="give one file alone, which is split, or two files that share no question",
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from racdeploy.engines.engine import Progress
 from racdeploy.files.stages import scratch_folder
-from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
 from racdeploy.prune import PrunedModel
@@ -22,7 +21,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.tasks import TaskSet
 from racdeploy.traces.collect import prompt_traces
 from racdeploy.traces.select import select, within_budget
-from racdeploy.traces.trace import Trace
+from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 _SPARE_PROMPTS = 1.1  # prompts differ in length, so a few more are drawn than the mean asks for
 
@@ -48,22 +47,8 @@ class PruneStage:
 
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})
-        inputs = self.describe_code() | {
-            "traces_sha256": traces_sha256,
-            "tasks": self.tasks.identify_calibration(),
-            "calibration": self.calibration.model_dump(),
-            "structure": self._cuts.model_dump(),
-            "prune": settings.model_dump(),
-            "quant": self.quant,
-        }
-
-        stage = self.place.open("prune", inputs)
-
-        folder = stage.folder / self.name
-        if not stage.finished:
-            stage.finish(self._walk(folder, settings, traces, self.dense))
-
-        summary = stage.summary
+        decides = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
+        folder, summary = self._run("prune", self.name, decides, settings, traces, self.dense)
         linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
         notes = (note_held_out(summary["selection"]), note_experts(linears))
 
@@ -85,35 +70,48 @@ class PruneStage:
         sparse = Checkpoint(model)
         unlimited = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
         settings = self.settings.model_copy(update={**unlimited, "shares": {}})
+        decides = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
+        folder, _ = self._run("codes", name, decides, settings, traces, sparse)
+        return folder
+
+    def _run(
+        self,
+        label: str,
+        name: str,
+        decides: Mapping[str, Any],
+        settings: Pruning,
+        traces: Sequence[Trace],
+        model: Checkpoint,
+    ) -> tuple[Path, Mapping[str, Any]]:
+        """Return the folder of that name in a stage, and its summary."""
         inputs = self.describe_code() | {
-            "sparse": sparse.sha256,
-            "traces": canonical_hash([trace.ids for trace in traces]),
+            **decides,
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
             "quant": self.quant,
         }
-
-        stage = self.place.open("codes", inputs)
+        stage = self.place.open(label, inputs)
         folder = stage.folder / name
         if not stage.finished:
-            stage.finish(self._walk(folder, settings, traces, sparse))
-        return folder
+            stage.finish(self._walk(folder, settings, traces, model))
+        return folder, stage.summary
 
     def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
         """Return calibration and held-out traces, and counts of both and of what was left out."""
         selection = select(traces, self.calibration)
         chosen = selection.calibration
+        tokens = count_tokens(chosen)
         if self.calibration.source == "prompt":
             held_out = {trace.question for trace in selection.held_out}
-            chosen = self._draw_prompts(traces, selection.tokens, held_out)
+            chosen = self._draw_prompts(traces, tokens, held_out)
 
         held_out_tasks = {trace.task for trace in selection.held_out}
         counts = {
             "source": self.calibration.source,
             "calibration_traces": len(chosen),
             "calibration_tokens": count_tokens(chosen),
-            "rac_tokens": selection.tokens,
+            "rac_tokens": tokens,
             "held_out_traces": len(selection.held_out),
             "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
             "left_out": selection.left_out,
@@ -133,8 +131,9 @@ class PruneStage:
     @property
     def _cuts(self) -> Structure:
         """The structure without what is rewritten once everything else is done."""
-        last = list_parts(self.structure, "folder")
-        keep = {part: share for part, share in self.structure.keep.items() if part not in last}
+        keep = dict(self.structure.keep)
+        for part in list_parts(self.structure, "folder"):
+            del keep[part]
         return self.structure.model_copy(update={"keep": keep, "vocabulary_text": ()})
 
     def _walk(
@@ -163,9 +162,9 @@ class PruneStage:
             "keeps_own_zeros": model is not self.dense,
         }
 
-        place, blocks_folder = self.place, folder.parent
-        with place.processes.job("prune", self.describe_code(), given):
-            linears, blocks = self._prune_blocks(blocks_folder, given, place.progress)
+        blocks_folder = folder.parent
+        with self.place.processes.job("prune", self.describe_code(), given):
+            linears, blocks = self._prune_blocks(blocks_folder, given, self.place.progress)
 
         shape = read_outline(blocks_folder).shape(model, cuts)
         assemble(model, blocks_folder, folder, shape)
@@ -200,11 +199,6 @@ class PruneStage:
 
         fresh = [problem for problem in drawn if problem.question not in held_out]
         return within_budget(prompt_traces(self.encoder, fresh), tokens)
-
-
-def count_tokens(traces: Sequence[Trace]) -> int:
-    """Return the tokens of whole traces."""
-    return sum(len(trace.ids) for trace in traces)
 
 
 def note_experts(linears: Sequence[LinearRow]) -> str:

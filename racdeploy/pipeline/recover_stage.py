@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.stages import Stage, scratch_folder
-from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.processes.cores import multiplies_bfloat16
@@ -30,7 +29,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import Probe
 from racdeploy.traces.select import select
 from racdeploy.traces.text import choose_text, text_traces
-from racdeploy.traces.trace import Trace
+from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 if TYPE_CHECKING:
     from racdeploy.recover.course import Course, Lesson
@@ -43,13 +42,9 @@ _LONGER = 1.05
 """Thinking that a phase may lengthen so many times before it is undone."""
 
 
-class CollectTraces(Protocol):
-    """Lets a model answer the calibration prompts, or the first so many of them."""
-
-    def __call__(self, sparse: Path | None, first: int = 0, /) -> tuple[Path, list[Trace]]:
-        """Return folder and traces; None is the dense model, 0 asks all."""
-
-
+CollectTraces = Callable[[Path | None, int], tuple[Path, list[Trace]]]
+"""Lets a model answer the first calibration prompts: its folder, None for the dense model, and how
+many, 0 for all; returns folder and traces."""
 ChooseCodes = Callable[[Path, Sequence[Trace], str], Path]
 """Puts a sparse model on the grid of a number format: its folder, the dense traces, a name."""
 
@@ -88,18 +83,15 @@ class _Questions:
 
     def ask(self, folder: Path, before: int) -> _State:
         """Let a model answer before the phase of that number; after the last, to judge it."""
-        first = min(max(PROBED, self._needed(before)), len(self.dense))
+        needed = 0
+        if before < len(self.phases) and self.phases[before].own:
+            tokens = self.phases[before].tokens
+            needed = math.ceil(tokens * len(self.dense) / count_tokens(self.dense))
+
+        first = min(max(PROBED, needed), len(self.dense))
         _, answers = self.collect(folder, first if first < len(self.dense) else 0)
 
-        probe = Probe.of(answers[:PROBED], self.dense[:PROBED])
-        return _State(folder, probe, answers)
-
-    def _needed(self, before: int) -> int:
-        """Return how many answers a phase learns from, if it does from the model's own."""
-        if before == len(self.phases) or not self.phases[before].own:
-            return 0
-        tokens = sum(len(trace.ids) for trace in self.dense)
-        return math.ceil(self.phases[before].tokens * len(self.dense) / tokens)
+        return _State(folder, Probe.of(answers[:PROBED], self.dense[:PROBED]), answers)
 
 
 @dataclass(frozen=True)
@@ -127,11 +119,12 @@ class RecoverStage:
             collect: lets a model answer the calibration prompts.
             choose_codes: puts what was gained on the grid of ``quant``; None leaves it off any.
         """
-        _, dense = collect(None)
+        from racdeploy.recover.cost import choose_ways
+
+        _, dense = collect(None, 0)
         # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
         every = self.calibration.model_copy(update={"max_tokens": 0})
         chosen = select(dense, every)
-        taught = chosen.calibration
 
         fewest, most = LOOKED_AT_TOKENS
         looked_at = min(most, max(fewest, self.settings.tokens // 25))
@@ -144,9 +137,10 @@ class RecoverStage:
             )
 
         text, text_held_out = self._read_text()
-        learns = _Teaching(self, model, name, taught, held_out, unseen, text, text_held_out)
+        sets = (chosen.calibration, held_out, unseen, text, text_held_out)
+        learns = _Teaching(self, model, name, *sets)
 
-        phases = list_phases(self.settings, learns.ways)
+        phases = list_phases(self.settings, choose_ways(learns.course))
         questions = _Questions(collect, dense, phases)
         start = questions.ask(model.folder, before=0)
         state = start
@@ -155,7 +149,10 @@ class RecoverStage:
             # A model without a gain gets no codes here: pruning chooses better ones itself.
             if choose_codes is None or state.folder == model.folder or state.is_coded:
                 return state
-            return self._on_grid(state, choose_codes(state.folder, dense, name))
+            names = [self.quant] if isinstance(self.quant, str) else sorted({*self.quant.values()})
+            note = f"codes of {', '.join(names)} were chosen after recovery"
+            folder = choose_codes(state.folder, dense, name)
+            return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
         for place, phase in enumerate(phases):
             if phase.way == "scales":
@@ -177,14 +174,14 @@ class RecoverStage:
             UsageError: the user's own text cannot be read, or is too short.
         """
         from racdeploy import recover
+        from racdeploy.recover.cost import choose_ways
 
         self._read_text()
         trace = Trace(0, "", "", "", prompt_ids=(0,) * longest)
         nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
-        teaching = _Teaching(self, nothing, "", [trace], [])
+        course = _Teaching(self, nothing, "", [trace], []).course
 
-        ways = teaching.ways
-        course = teaching.course
+        ways = choose_ways(course)
         phases = list_phases(self.settings, ways)
         memory = max(recover.load(way).peak_bytes(course) for way in ways)
 
@@ -202,7 +199,9 @@ class RecoverStage:
         ask: Callable[[Path], _State],
     ) -> _State:
         """Do one phase, and undo it if it made the model worse."""
-        taught = learns.choose_own(state.answers) if phase.own else learns.taught
+        taught = learns.taught
+        if phase.own:  # nothing is learned of a prompt whose dense trace is held out
+            taught = [trace for trace in state.answers if trace.index not in learns.unseen]
         found = learns.teach(phase, state, taught)
         if found.folder == state.folder:  # nothing was better than the start
             return found
@@ -217,21 +216,29 @@ class RecoverStage:
         note = f"recovery, {phase.name} was undone: {reason}"
         return replace(state, tokens=found.tokens, rows=rows, notes=(*found.notes, note))
 
-    def _on_grid(self, state: _State, folder: Path) -> _State:
-        """Return the state once its codes were chosen."""
-        names = [self.quant] if isinstance(self.quant, str) else sorted({*self.quant.values()})
-        note = f"codes of {', '.join(names)} were chosen after recovery"
-        return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
-
     def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
         """Return the model with all that is known of how it came about."""
         rows = _mark(state.rows, "start", start, kept=True)
         gained = state.folder != model.folder
 
         notes = [*model.notes, *state.notes]
-        notes.append(_summarize(start, state) if gained else _NO_GAIN)
+        if gained:
+            notes.append(
+                f"recovery: {start.accuracy:.1%} → {state.probe.accuracy:.1%} of the calibration "
+                f"prompts right, thinking {start.length_ratio:.3f} → "
+                f"{state.probe.length_ratio:.3f} times as long as dense, on {state.tokens:,} tokens"
+            )
+        else:
+            notes.append(
+                "recovery found nothing better than the pruned model, which is left as it was"
+            )
+
         if self.settings.mix:
-            notes.append(_compare_text(Path(self.settings.mix).name, rows))
+            kept = [row.text_kl_nats for row in recovery.list_phases(rows) if row.kept]
+            name = Path(self.settings.mix).name
+            notes.append(
+                f"recovery: KL on held-out parts of {name} {kept[0]:.3g} → {kept[-1]:.3g} nats"
+            )
 
         return replace(
             model,
@@ -276,16 +283,11 @@ class RecoverStage:
             return course, [Lesson(0, note="no own answer stays near the dense model's")]
 
         course.report(0)
-        text = self._choose_text(given["text"], course)
+        text = given["text_taught"]
+        if text:  # as much of it as its share of what is learned
+            text = choose_text(text, count_tokens(course.taught), course.settings.mix_share)
         course = replace(course, taught=(*course.taught, *text))
         return course, recover.load(phase.way).recover(course)
-
-    def _choose_text(self, text: Sequence[Trace], course: Course) -> list[Trace]:
-        """Return as much of the user's text as its share of what is learned."""
-        if not text:
-            return []
-        tokens = sum(len(trace.ids) for trace in course.taught)
-        return choose_text(text, tokens, course.settings.mix_share)
 
     def course(self, folder: Path, name: str, given: Mapping[str, Any]) -> Course:
         """Return what this process does of a phase; a line is printed by the first one alone."""
@@ -299,21 +301,16 @@ class RecoverStage:
         return Course(
             sparse=Checkpoint(given["sparse"]),
             dense=self.dense,
-            sources=given["sources"],
-            taught=given["taught"],
-            held_out=given["held_out"],
-            text=given["text_held_out"],
-            settings=given["settings"],
             tokens=phase.tokens,
             direction="reverse" if phase.own else "forward",
-            quant=given["quant"],
             folder=folder,
             out=folder / name,
-            device=choose_device(given["settings"].device),
+            device=choose_device(given["lesson"]["settings"].device),
             threads=place.threads,
             progress=place.progress if first else None,
             notify=print_notice if first else None,
             processes=place.processes,
+            **given["lesson"],
         )
 
     def _worse(self, probe: Probe, before: Probe) -> str:
@@ -333,7 +330,6 @@ class RecoverStage:
 
 _SHARED_OUT = {"tokens", "ways", "on_policy", "rounds", "probe_drop", "mix"}
 """Settings that phases do not depend on, beyond what is said of each."""
-_NO_GAIN = "recovery found nothing better than the pruned model, which is left as it was"
 
 
 @dataclass(frozen=True)
@@ -348,13 +344,6 @@ class _Teaching:
     unseen: frozenset[int] = frozenset()  # prompts of which nothing is learned
     text: Sequence[Trace] = ()
     text_held_out: Sequence[Trace] = ()
-
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """The ways of the dense phase: as asked, or the best that fits into memory."""
-        from racdeploy.recover.cost import choose_ways
-
-        return choose_ways(self.course)
 
     @property
     def course(self) -> Course:
@@ -377,10 +366,6 @@ class _Teaching:
 
         return settings.model_copy(update={"device": device, "compute": compute})
 
-    def choose_own(self, answers: Sequence[Trace]) -> list[Trace]:
-        """Return own answers to learn from: none to a prompt whose dense trace is held out."""
-        return [trace for trace in answers if trace.index not in self.unseen]
-
     def teach(self, phase: Phase, state: _State, traces: Sequence[Trace]) -> _State:
         """Do one phase, or find it done."""
         settings = self.settings
@@ -390,14 +375,14 @@ class _Teaching:
             "model": sparse.sha256,
             "dense": self.stage.dense.sha256,
             "phase": asdict(phase),
-            "traces": [trace.ids for trace in traces],
-            "held_out": [trace.ids for trace in self.held_out],
-            "text": [trace.ids for trace in (*self.text, *self.text_held_out)],
+            "traces": hash_ids(traces),
+            "held_out": hash_ids(self.held_out),
+            "text": hash_ids([*self.text, *self.text_held_out]),
             "recover": settings.model_dump(exclude=_SHARED_OUT),
             "quant": self._quant_of(phase),
         }
 
-        stage = self.stage.place.open("recover", _shorten(inputs))
+        stage = self.stage.place.open("recover", inputs)
         if not stage.finished:
             stage.finish(self._learn(phase, sparse, traces, stage))
 
@@ -413,7 +398,9 @@ class _Teaching:
         with teaching.place.processes.job("recover", teaching.describe_code(), given):
             course, lessons = teaching.learn(stage.folder, self.name, given)
 
-        better = _is_better(lessons)
+        # A state after the start is nearer to the dense model.
+        first, *later = (lesson.kl_nats for lesson in lessons)
+        better = first is not None and any(kl is not None and kl < first for kl in later)
         if better:
             course.write()
         course.clean()
@@ -441,20 +428,22 @@ class _Teaching:
 
         return {
             "sparse": sparse,
-            "sources": tuple(sources),
             "phase": phase,
-            "taught": list(traces),
-            "held_out": list(self.held_out),
-            "text": list(self.text),
-            "text_held_out": list(self.text_held_out),
-            "settings": self.settings,
-            "quant": self._quant_of(phase),
+            "text_taught": list(self.text),
+            "lesson": {
+                "sources": tuple(sources),
+                "taught": list(traces),
+                "held_out": list(self.held_out),
+                "text": list(self.text_held_out),
+                "settings": self.settings,
+                "quant": self._quant_of(phase),
+            },
         }
 
 
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
     """Return traces spread over all, of at most so many tokens in all, and at least one."""
-    total = sum(len(trace.ids) for trace in traces)
+    total = count_tokens(traces)
     if total <= tokens:
         return list(traces)
 
@@ -536,12 +525,6 @@ def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
     )
 
 
-def _is_better(lessons: Sequence[Lesson]) -> bool:
-    """Return whether any state after the start is nearer to the dense model."""
-    first, *later = (lesson.kl_nats for lesson in lessons)
-    return first is not None and any(value is not None and value < first for value in later)
-
-
 def _mark(
     rows: Sequence[RecoveryRow], phase: str, probe: Probe, *, kept: bool
 ) -> tuple[RecoveryRow, ...]:
@@ -556,26 +539,3 @@ def _mark(
         marked[last] = marked[last].model_copy(update={"accuracy": probe.accuracy})
 
     return tuple(marked)
-
-
-def _summarize(start: Probe, state: _State) -> str:
-    return (
-        f"recovery: {start.accuracy:.1%} → {state.probe.accuracy:.1%} of the calibration prompts "
-        f"right, thinking {start.length_ratio:.3f} → {state.probe.length_ratio:.3f} times as long "
-        f"as dense, on {state.tokens:,} tokens"
-    )
-
-
-def _compare_text(name: str, rows: Sequence[RecoveryRow]) -> str:
-    """Return how far the model is from dense on the user's own text, before and after."""
-    kept = [row.text_kl_nats for row in recovery.list_phases(rows) if row.kept]
-    before, after = kept[0], kept[-1]
-    return f"recovery: KL on held-out parts of {name} {before:.3g} → {after:.3g} nats"
-
-
-def _shorten(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs with hashes in place of long lists."""
-    short = dict(inputs)
-    for key in ("traces", "held_out", "text"):
-        short[key] = canonical_hash(short[key])
-    return short

@@ -18,10 +18,6 @@ class Selection:
     held_out: list[Trace]
     left_out: dict[str, int]
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(trace.ids) for trace in self.calibration)
-
 
 def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
     """Leave out unwanted traces, hold a share out evenly, and keep to the token budget."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.writing import file_sha256, write_atomic
+from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 
 Stream = Literal["prompt", "thinking", "answer"]
 STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
@@ -40,6 +40,16 @@ class Trace:
     @property
     def ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.completion_ids
+
+
+def count_tokens(traces: Sequence[Trace]) -> int:
+    """Return the tokens of whole traces."""
+    return sum(len(trace.ids) for trace in traces)
+
+
+def hash_ids(traces: Sequence[Trace]) -> str:
+    """Return the hash of all token ids."""
+    return canonical_hash([trace.ids for trace in traces])
 
 
 @dataclass(frozen=True)

@@ -334,8 +334,8 @@ class Search:
         assert entry.model
         assert entry.exported
         evaluation = self.build(entry.choice.job).evaluation
-        folder, settings = entry.model.folder, self._settings()
-        answers = evaluation.answer(entry.exported, entry.name, settings, folder, problems=problems)
+        folder = entry.model.folder
+        answers = evaluation.answer(entry.exported, entry.name, folder, problems=problems)
         return Scores.of(answers.records)
 
     def build(self, job: Job) -> Build:

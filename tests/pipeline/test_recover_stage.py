@@ -46,7 +46,7 @@ class Asked:
         self.models: list[Path | None] = []
         self.firsts: list[int] = []
 
-    def __call__(self, model: Path | None, first: int = 0, /) -> tuple[Path, list[Trace]]:
+    def __call__(self, model: Path | None, first: int, /) -> tuple[Path, list[Trace]]:
         if model is None:
             return self.folder, DENSE
         if model not in self.models:

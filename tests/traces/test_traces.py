@@ -17,7 +17,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.traces.collect import Answering, collect, prompt_traces
 from racdeploy.traces.select import select
-from racdeploy.traces.trace import TraceSet
+from racdeploy.traces.trace import TraceSet, count_tokens
 from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = Traces(count=7, batch=3, max_new_tokens=12)
@@ -98,7 +98,7 @@ def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) 
     selection = select(traces, Calibration())
     assert sorted(t.task for t in selection.held_out) == ["a", "b"]
     assert not {t.index for t in selection.held_out} & {t.index for t in selection.calibration}
-    budget = selection.tokens - 1
+    budget = count_tokens(selection.calibration) - 1
     shorter = select(traces, Calibration(max_tokens=budget))
     assert shorter.calibration == selection.calibration[:-1]
     assert shorter.left_out == {"over the token budget": 1}

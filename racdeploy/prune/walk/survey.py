@@ -24,27 +24,20 @@ Effect = Callable[[torch.Tensor], float]
 """Returns the change at the end of the block, with other weights in a linear."""
 Observation = Mapping[str, float]
 Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
-AtEnd = Callable[[Batch, torch.Tensor], None]
 
 
 def survey(
     session: Session,
     wanted: Collection[str],
     observe: Observe,
-    probe: Batch | None = None,
-    at_end: AtEnd | None = None,
 ) -> dict[str, Observation]:
     """Return what ``observe`` makes of each linear of these names, which it is told.
 
-    Args:
-        wanted: names of linears.
-        probe: the batch on which blocks are compared; None takes the one that counts most.
-        at_end: given that batch, and what the last block makes of it.
+    Blocks are compared on the batch that counts most, the same in each process.
     """
     blocks = session.blocks
-    if probe is None:  # each process has the same
-        totals = [float(weigh_tokens(session, batch).sum()) for batch in session.everyones]
-        probe = session.everyones[totals.index(max(totals))]
+    totals = [float(weigh_tokens(session, batch).sum()) for batch in session.everyones]
+    probe = session.everyones[totals.index(max(totals))]
 
     (probe_BTD,) = blocks.embed([probe])
     beside = Beside(probe.ids_BT)
@@ -72,9 +65,6 @@ def survey(
             probe_BTD = effects.output_BTD
             block.to("meta")
             session.report("survey", index + 1)
-
-    if at_end:
-        at_end(probe, probe_BTD)
 
     everyones: dict[str, Observation] = {}
     for part in session.processes.all(found):
