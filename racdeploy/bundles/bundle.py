@@ -74,7 +74,7 @@ class Bundle:
     def respondent(self, progress: Progress | None) -> Respondent:
         """Return who asks the pruned model, its thinking under control as it ships."""
         generation = self.own.manifest.generation
-        respondent = self._make_respondent(self.own.manifest.tokenizer, progress)
+        respondent = self.free_respondent(progress)
         budget = generation.max_thinking_tokens or 0
         settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
         return replace(respondent, settings=settings, control=generation.thinking)

@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy import export, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
+from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted
@@ -38,10 +38,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return _inspect_bundle(path)
     if path.is_dir():
         return _inspect_checkpoint(Checkpoint(path))
-    if export.format_of(path) and path.is_file():
+    if path.is_file() and (export.format_of(path) or path.suffix == ".safetensors"):
         return _inspect_file(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _inspect_weights(path)
 
     if not path.exists():
         raise ArtifactError(f"there is no {path}", remedy="check the path: ls shows what is there")
@@ -54,37 +52,30 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 
 def _inspect_file(path: Path) -> dict[str, Any]:
-    form = export.load(export.format_of(path))
-    metadata, tensors = form.measure(path)
-    summary = {
-        "file": str(path),
-        "size_bytes": export.weight_bytes(path),
-        "sha256": file_sha256(path),
-    }
+    metadata: Mapping[str, Any] = {}
+    if form := export.format_of(path):
+        metadata, tensors = export.load(form).measure(path)
+        size_bytes = export.weight_bytes(path)
+    else:
+        tensors = _measure(read_tensor_entries(path))
+        size_bytes = path.stat().st_size
 
+    summary = {"file": str(path), "size_bytes": size_bytes, "sha256": file_sha256(path)}
     shown = {key: value for key, value in metadata.items() if key.startswith(_SHOWN_KEYS)}
     return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 
-def _inspect_weights(path: Path) -> dict[str, Any]:
-    entries = read_tensor_entries(path)
-    tensors = [_measure(name, entry) for name, entry in entries.items()]
-    summary = {
-        "file": str(path),
-        "size_bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-    }
-    return _add_totals(summary | _describe_widths(tensors, {}), tensors)
-
-
-def _measure(name: str, entry: TensorEntry) -> export.MeasuredTensor:
-    weight = entry.read()
-    zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
-    return export.MeasuredTensor(name, entry.shape, entry.stored_as, zeros, entry.size_bytes)
+def _measure(entries: Mapping[str, TensorEntry]) -> list[export.MeasuredTensor]:
+    tensors = []
+    for name, entry in entries.items():
+        weight = entry.read()
+        zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
+        found = (name, entry.shape, entry.stored_as, zeros, entry.size_bytes)
+        tensors.append(export.MeasuredTensor(*found))
+    return tensors
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    tensors = [_measure(name, entry) for name, entry in checkpoint.entries.items()]
     summary = {
         "folder": str(checkpoint.folder),
         "architecture": checkpoint.family.architecture,
@@ -99,7 +90,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.notes:
         summary["note"] = "; ".join(checkpoint.notes)
 
-    return _add_totals(summary, tensors)
+    return _add_totals(summary, _measure(checkpoint.entries))
 
 
 def _inspect_bundle(path: Path) -> dict[str, Any]:
@@ -130,8 +121,11 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         )
 
     for entry in manifest.artifacts:
-        if second := _describe_second_graph(path, entry):
-            summary["graph for sparse kernels"] = second
+        # What packing ``bitmask_op`` wrote beside a plain graph.
+        name = accel_name(entry.path)
+        sizes = [(path / file).stat().st_size for file in entry.files if file.startswith(name)]
+        if sizes:
+            summary["graph for sparse kernels"] = f"{name}, {sum(sizes)} bytes"
 
     return _add_totals(summary | _describe_widths(tensors, metadata), tensors)
 
@@ -169,15 +163,6 @@ def _shorten(values: Sequence[int]) -> str:
         count = len(list(equal))
         runs.append(f"{value} × {count}" if count > 1 else str(value))
     return ", ".join(runs)
-
-
-def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
-    """Return what packing ``bitmask_op`` wrote beside a plain graph, or an empty string."""
-    name = accel_name(entry.path)
-    files = [bundle / file for file in entry.files if file.startswith(name)]
-    if not files:
-        return ""
-    return f"{name}, {sum(file.stat().st_size for file in files)} bytes"
 
 
 def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -> dict[str, Any]:

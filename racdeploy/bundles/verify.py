@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from racdeploy import __version__, export
 from racdeploy.bundles.bench import locate_dense
@@ -21,7 +21,7 @@ from racdeploy.files.addresses import release_of
 from racdeploy.files.stages import Stage
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
-from racdeploy.results.answers import HarnessRun, Record
+from racdeploy.results.answers import Record
 from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
@@ -34,13 +34,20 @@ from racdeploy.verify.evidence import (
     Evidence,
     OtherArtifact,
     StopIds,
-    TokenProbe,
     length_budget,
 )
 from racdeploy.verify.gate import Gate
 from racdeploy.verify.measure import fingerprint, probe_prompts, probe_tokens, read_stop_ids
 from racdeploy.verify.plan import expect_as_before, plan
 from racdeploy.verify.probe_strings import gate_strings
+
+if TYPE_CHECKING:
+    from racdeploy.bundles.harness import HarnessComparison
+
+_AS_BUILT = (
+    "model", "target", "linears", "blocks", "structure", "kept", "recovery", "deviations",
+)  # fmt: skip
+"""Fields of the report that stay as they were when the bundle was built."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +73,6 @@ class Answerer(Protocol):
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]: ...
 
     def forget(self) -> None: ...
-
-
-class Asker(Protocol):
-    """Who asks both models beside the bundle's own prompts.
-
-    ``plan`` refuses what cannot be done, and says what will be; ``run`` returns what was found, and
-    notes.
-    """
-
-    def plan(self) -> str: ...
-
-    def run(self) -> tuple[HarnessRun, list[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,8 @@ class ArtifactAnswerer:
         ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
         encoder = self.respondent.encoder
         accepted = own.recipe.export.accept_token_differences
-        probes = self._probe_tokens(main, accepted)
+        with self._open(main, self.bundle.folder / main.path) as engine:
+            probes = probe_tokens(engine, encoder, gate_strings(accepted))
 
         also = []
         for entry in others:
@@ -126,7 +122,7 @@ class ArtifactAnswerer:
             if arm.kernels:
                 ran.append(f"the one for {entry.backend} ran on {arm.kernels}")
 
-        asked = own.recipe.prune.sparsity
+        asked = own.manifest.pruning.get("sparsity_asked", own.recipe.prune.sparsity)
         kept_dense = [row.name for row in own.report.linears if row.sparsity_asked == 0]
         asked_ids = {record.question: record.prompt_ids for record in own.pruned}
 
@@ -138,7 +134,7 @@ class ArtifactAnswerer:
             backend=main.backend,
             artifact=self.bundle.folder / main.path,
             artifact_files=_list_files(main),
-            sparsity_asked=float(own.manifest.pruning.get("sparsity_asked", asked)),
+            sparsity_asked=float(asked),
             dense_linears=frozenset(kept_dense),
             tensors=measured.tensors,
             prunable=measured.prunable,
@@ -150,7 +146,10 @@ class ArtifactAnswerer:
             also=tuple(also),
         )
 
-        ran += self._note_control()
+        generation = own.manifest.generation
+        control = describe_control(generation.max_thinking_tokens, generation.thinking)
+        if control and generation.thinking != NO_CONTROL:
+            ran.append(f"the pruned model ran as it ships, its thinking under control: {control}")
         logits = "logits were compared when the bundle was built: "
         logits += "that needs the dense model and torch"
 
@@ -178,11 +177,6 @@ class ArtifactAnswerer:
         for folder in self._used:
             shutil.rmtree(folder)
 
-    def _probe_tokens(self, entry: ArtifactEntry, accepted: float) -> tuple[TokenProbe, ...] | None:
-        """Compare the tokenizers on strings, of which a share may differ."""
-        with self._open(entry, self.bundle.folder / entry.path) as engine:
-            return probe_tokens(engine, self.respondent.encoder, gate_strings(accepted))
-
     def _run(self, entry: ArtifactEntry, name: str) -> tuple[Arm, _Measured, int]:
         """Answer with an artifact, look into its file, and count what was answered before."""
         path = self.bundle.folder / entry.path
@@ -194,14 +188,6 @@ class ArtifactAnswerer:
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
 
         return arm, measured, answers.earlier
-
-    def _note_control(self) -> list[str]:
-        """Return what is done about the pruned model's thinking; nothing where nothing is."""
-        generation = self.bundle.own.manifest.generation
-        what = describe_control(generation.max_thinking_tokens, generation.thinking)
-        if not what or generation.thinking == NO_CONTROL:
-            return []
-        return [f"the pruned model ran as it ships, its thinking under control: {what}"]
 
     def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
         return open_engine(entry.backend, path, self.engine_settings)
@@ -221,7 +207,7 @@ class Reverification:
     local: ArtifactAnswerer
     answerer: Answerer | None = None
     baseline: Path | None = None
-    asker: Asker | None = None
+    asker: HarnessComparison | None = None
 
     @property
     def gate(self) -> Gate:
@@ -269,16 +255,9 @@ class Reverification:
         found = conclude(
             evidence,
             [*notes, *told],
-            model=own.report.model,
-            target=own.report.target,
             recipe=own.recipe,
-            linears=own.report.linears,
-            blocks=own.report.blocks,
-            structure=own.report.structure,
-            kept=own.report.kept,
-            recovery=own.report.recovery,
-            deviations=own.report.deviations,
             fingerprint=answerer.fingerprint,
+            **{name: getattr(own.report, name) for name in _AS_BUILT},
         )
 
         self.local.forget()
@@ -352,9 +331,8 @@ class Reverification:
             "and its speed is not shown beside one measured now"
         ]
 
-        if changed := differences(source.report.fingerprint, answerer.fingerprint):
-            conditions = "; ".join(changed)
-            notes.append(f"the dense answers were made under other conditions: {conditions}")
+        if changed := "; ".join(differences(source.report.fingerprint, answerer.fingerprint)):
+            notes.append(f"the dense answers were made under other conditions: {changed}")
 
         return Arm("dense", self._recorded(), *known, {}, files, recorded.kernels or ""), notes
 

@@ -189,17 +189,15 @@ class Job:
         if structure.multiple or "F" not in structure.sizes:
             return structure
 
+        # Weights whose rows are as long as the feed-forward part is wide.
+        end = f".{find_end(self.checkpoint, 'F')}.weight"
+        ends = [name for name in self.prunable_weights if name.endswith(end)]
+
         jobs = (self, *self.siblings)
-        formats = {each for job in jobs for name in self._ends for each in job.quants_of(name)}
+        formats = {each for job in jobs for name in ends for each in job.quants_of(name)}
         blocks = [quant.load(name).BLOCK for name in formats]
         multiple = max([structure.width_multiple, *blocks])
         return structure.model_copy(update={"multiple": multiple})
-
-    @property
-    def _ends(self) -> list[str]:
-        """Weights whose rows are as long as the feed-forward part is wide."""
-        ends = (f".{find_end(self.checkpoint, 'F')}.weight",)
-        return [name for name in self.prunable_weights if name.endswith(ends)]
 
     @cached_property
     def quant_rules(self) -> presets.Mix:

@@ -59,11 +59,12 @@ class LostZeros:
 
 def find_lost_zeros(job: Job) -> LostZeros | None:
     """Return what the number format of a job would lose; None where no zeros are asked for."""
-    if not job.recipe.prune.sparsity:
+    # Codes are chosen on a grid that has zero, or refused.
+    if not job.recipe.prune.sparsity or job.recipe.prune.joint:
         return None
 
     pruned = job.weights_to_prune
-    lost = [name for name in pruned if _loses_zeros(job, name)]
+    lost = [name for name in pruned if _loses(job.checkpoint, name, job.quants_of(name))]
     if not lost:
         return None
 
@@ -118,12 +119,6 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
         )
 
 
-def _loses_zeros(job: Job, weight: str) -> bool:
-    if job.recipe.prune.joint:  # on a grid that has zero, or refused
-        return False
-    return _loses(job.checkpoint, weight, job.quants_of(weight))
-
-
 def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> bool:
     """Return whether a weight, or one of its parts in the file, does not keep its zeros."""
     row_length = checkpoint.entries[weight].shape[-1]
@@ -169,13 +164,10 @@ def _list_keeping(job: Job) -> list[str]:
 
     formats = packing.list_stored(form, "quant")
     keeping = [name for name in formats if quant.load(name).PRESERVES_ZERO]
-    mixes = packing.list_stored(form, "presets")
-    keeping += [name for name in mixes if _keeps_all(name)]
+    for name in packing.list_stored(form, "presets"):
+        mix = plugins.load("presets", name)
+        stored = {mix.QUANT, *(rule.quant for rule in mix.RULES)}
+        if all(quant.load(each).PRESERVES_ZERO for each in stored):
+            keeping.append(name)
 
     return [name for name in keeping if not taken or name in taken]
-
-
-def _keeps_all(preset: str) -> bool:
-    mix = plugins.load("presets", preset)
-    formats = {mix.QUANT, *(rule.quant for rule in mix.RULES)}
-    return all(quant.load(name).PRESERVES_ZERO for name in formats)

@@ -27,14 +27,21 @@ def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
     _check_family(dense, sparse)
     _check_vocabulary(dense, sparse)
 
-    sparsity = _count_zeros(sparse)
-    if not sparsity and _is_whole(dense, sparse):
+    zeros = weights = 0
+    for name in sparse.linear_weights:
+        values = sparse.read_raw(name)
+        zeros += int(values.size - np.count_nonzero(values))
+        weights += values.size
+
+    shapes = {name: entry.shape for name, entry in dense.entries.items()}
+    left = {name: entry.shape for name, entry in sparse.entries.items()}
+    if not zeros and left == shapes:
         raise UsageError(
             f"{folder} has no zeros, and nothing was cut from it: there is nothing to recover",
             remedy="prune first: racdeploy prune MODEL --sparsity 0.5",
         )
 
-    return PrunedModel(folder, sparsity, (), (), {}, sources=_find_sources(dense, sparse))
+    return PrunedModel(folder, zeros / weights, (), (), {}, sources=_find_sources(dense, sparse))
 
 
 def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:
@@ -77,22 +84,6 @@ def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
             "it was pruned from another model",
             remedy="name the dense model that it was pruned from",
         )
-
-
-def _count_zeros(sparse: Checkpoint) -> float:
-    zeros = weights = 0
-    for name in sparse.linear_weights:
-        values = sparse.read_raw(name)
-        zeros += int(values.size - np.count_nonzero(values))
-        weights += values.size
-    return zeros / weights
-
-
-def _is_whole(dense: Checkpoint, sparse: Checkpoint) -> bool:
-    shapes = [
-        {name: entry.shape for name, entry in model.entries.items()} for model in (dense, sparse)
-    ]
-    return shapes[0] == shapes[1]
 
 
 def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:

@@ -90,7 +90,10 @@ def check_format(job: Job) -> None:
     """Refuse a cut whose result the format of a job cannot hold, before any work."""
     settings, name = job.recipe.structure, job.recipe.export.format
     sizes, form = settings.sizes, export.load(name)
-    why = form.refusal(job.checkpoint, sizes, _is_uniform(job)) if sizes else ""
+    cuts = list_parts(settings, "block").values()
+    alike = [cut.layout(job.checkpoint, 0, settings).alike for cut in cuts]
+    is_uniform = settings.uniform or all(alike)
+    why = form.refusal(job.checkpoint, sizes, is_uniform) if sizes else ""
     if not why:
         return
 
@@ -98,14 +101,6 @@ def check_format(job: Job) -> None:
     if not settings.uniform and not form.refusal(job.checkpoint, sizes, True):
         remedy = "give all blocks the same widths: --set structure.uniform=true"
     raise UsageError(f"{name} cannot hold what is left: {why}", remedy=remedy)
-
-
-def _is_uniform(job: Job) -> bool:
-    """Return whether all blocks get the same widths."""
-    settings = job.recipe.structure
-    cuts = list_parts(settings, "block").values()
-    alike = [cut.layout(job.checkpoint, 0, settings).alike for cut in cuts]
-    return settings.uniform or all(alike)
 
 
 def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
@@ -118,7 +113,6 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
         tokens = plugin.layout(checkpoint, 0, settings).count(settings.share(part))
 
     sizes = _expect_sizes(checkpoint, shape, tokens)
-
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
     return Expected(kept, list_rows(checkpoint, shape), sizes)

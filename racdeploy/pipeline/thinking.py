@@ -96,7 +96,11 @@ def read_control(job: Job, encoder: PromptEncoder) -> Control:
         hesitation=found,
         hesitation_penalty=asked.hesitation_penalty if any(found.values()) else 0.0,
     )
-    return Control(budget, settings, tuple(_note_missing(found)))
+    notes: tuple[str, ...] = ()
+    if missing := [word for word, ids in found.items() if not ids]:
+        words = ", ".join(missing)
+        notes = (f"no token of this model is one of: {words}; they are not penalized",)
+    return Control(budget, settings, notes)
 
 
 def tune(control: Control, answer: Answer, job: Job) -> Control:
@@ -146,10 +150,3 @@ def note_control(control: Control) -> list[str]:
     what = describe_control(control.max_tokens, control.settings)
     said = f"the pruned model is verified as it ships, its thinking under control: {what}"
     return [*([said] if what else []), *control.notes]
-
-
-def _note_missing(found: dict[str, tuple[int, ...]]) -> list[str]:
-    missing = [word for word, ids in found.items() if not ids]
-    if not missing:
-        return []
-    return [f"no token of this model is one of: {', '.join(missing)}; they are not penalized"]

@@ -68,8 +68,7 @@ class TraceStage:
             return stage.folder, out.read()
 
         settings = self.settings
-        problems = self.tasks.draw("calibration", settings.seed, settings.count)
-        problems = problems[: first or None]
+        problems = self.tasks.draw("calibration", settings.seed, settings.count)[: first or None]
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
         context_tokens = longest + settings.max_new_tokens + 1
 
@@ -103,7 +102,7 @@ class TraceStage:
 
         if all(processes.all(has_it)):
             with _open(folder, given["settings"]) as engine:
-                processes.serve(partial(_answer, engine))
+                processes.serve(lambda asked: engine.generate(*asked))
 
     @contextmanager
     def _answering(
@@ -173,10 +172,6 @@ def _write_shape(model: Checkpoint, name: str) -> str:
 def _open(folder: Path, settings: EngineSettings) -> Engine:
     engine: Engine = plugins.load("engines", "transformers").open_engine(folder, settings)
     return engine
-
-
-def _answer(engine: Engine, asked: Asked) -> list[Completion]:
-    return engine.generate(*asked)
 
 
 def _answer_durably(

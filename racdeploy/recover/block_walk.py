@@ -15,7 +15,6 @@ import math
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,15 +22,15 @@ from torch import nn
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.processes.heap import keep_heap
-from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch, make_batches
-from racdeploy.prune.walk.beside import Beside, Besides
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recover.course import Course, Lesson
 from racdeploy.recover.divergence import Head, measure_kl
+from racdeploy.recover.lessons import plan_steps
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
+from racdeploy.recover.stream import Stream
 from racdeploy.recover.watch import Watch
 from racdeploy.traces.trace import STREAMS
 
@@ -54,7 +53,16 @@ class BlockWalk:
         taught = make_batches(course.taught, tasks, held_out=False, tokens=tokens)
         held_out = make_batches(course.held_out, tasks, held_out=True, tokens=tokens)
         text = make_batches(course.text, tasks, held_out=True, tokens=tokens)
-        self.steps = _plan(taught, course.tokens, settings.step_tokens, settings.seed)
+        lengths = [int(_real(batch).sum()) for batch in taught]
+        generator = random.Random(settings.seed)
+
+        def draw() -> list[int]:
+            order = list(range(len(taught)))
+            generator.shuffle(order)
+            return order
+
+        length = lengths.__getitem__
+        self.steps = plan_steps(draw, length, course.tokens, settings.step_tokens)
         self.watch = Watch(course.tokens, 0, course.notify)
 
         # Batches keep their numbers in every process; each has the states of its own.
@@ -73,11 +81,9 @@ class BlockWalk:
             "start": self._stream("start", self.sparse, held_out=True),
         }
 
-    def _stream(self, name: str, blocks: Blocks, *, held_out: bool = False) -> _Stream:
-        chosen = {}
-        for index in self._chosen(held_out):
-            chosen[index] = self.batches[index]
-        return _Stream(blocks, chosen, self.course.folder, name)
+    def _stream(self, name: str, blocks: Blocks, *, held_out: bool = False) -> Stream:
+        chosen = {index: self.batches[index] for index in self._chosen(held_out)}
+        return Stream(blocks, chosen, self.course.folder, name)
 
     def close(self) -> None:
         """Remove the hidden states."""
@@ -107,14 +113,12 @@ class BlockWalk:
 
     def _conclude(self, loss: float) -> list[Lesson]:
         """Compare both ends with the dense model's; keep nothing that is no better."""
-        before = self._measure("start")
-        after = self._measure("sparse")
-        text = [self._measure(name, text=True) for name in ("start", "sparse")]
+        before, after = (self._measure(name) for name in ("start", "sparse"))
+        text: list[float | None] = [None, None]
+        if self.course.text:
+            text = [self._measure(name, text=True) for name in ("start", "sparse")]
+
         note = ""
-
-        assert before is not None
-        assert after is not None
-
         if not after < before:
             note = f"held-out KL would have been {after:.3g} nats, from {before:.3g}"
             shutil.rmtree(self.course.best_folder, ignore_errors=True)
@@ -170,7 +174,6 @@ class BlockWalk:
 
             done = number + 1
             self._report(place + done / len(self.steps))
-
             if done % every == 0 or done == len(self.steps):
                 error = self._error(block)
                 if error < best:
@@ -247,12 +250,9 @@ class BlockWalk:
         return float(sums[0] / sums[1])
 
     @torch.no_grad()
-    def _measure(self, name: str, *, text: bool = False) -> float | None:
-        """Return KL(dense ‖ a stream) at the end, over held-out traces or text; None without."""
+    def _measure(self, name: str, *, text: bool = False) -> float:
+        """Return KL(dense ‖ a stream) at the end, over held-out traces or text."""
         course = self.course
-        if text and not course.text:
-            return None
-
         head = Head.of(course.dense, course.device)
         norms = {"dense": self.dense.last_norm(), name: self.sparse.last_norm()}
         weights = course.settings.weights
@@ -309,64 +309,6 @@ class BlockWalk:
         tokens = round(blocks / len(self.course.sources) * self.course.tokens)
         self.course.report(tokens)
         return tokens
-
-
-class _Stream:
-    """Hidden states of some batches on their way through one model."""
-
-    def __init__(
-        self, blocks: Blocks, batches: Mapping[int, Batch], folder: Path, name: str
-    ) -> None:
-        self._blocks = blocks
-        self.places = {index: place for place, index in enumerate(batches)}
-        chosen = list(batches.values())
-        self._states = Activations(blocks.shapes(chosen), folder / f"states-{name}.bin")
-        self._besides = Besides(blocks.checkpoint, blocks.device, chosen, folder, f"states-{name}")
-        for place, hidden_BTD in enumerate(blocks.embed(chosen)):
-            self._states[place] = hidden_BTD
-
-    def read(self, index: int) -> torch.Tensor:
-        return self._states[self.places[index]]
-
-    def beside(self, index: int) -> Beside:
-        return self._besides[self.places[index]]
-
-    @torch.no_grad()
-    def leave(self, block: nn.Module) -> None:
-        for place in self.places.values():
-            beside = self._besides[place]
-            output_BTD = self._blocks.forward(block, self._states[place], beside=beside)
-            self._states[place] = output_BTD
-
-    def close(self) -> None:
-        self._states.close()
-        self._besides.close()
-
-
-def _plan(batches: Sequence[Batch], tokens: int, step_tokens: int, seed: int) -> list[list[int]]:
-    """Return steps of about so many tokens, each numbers of batches, until there are enough."""
-    sizes = [int(_real(batch).sum()) for batch in batches]
-    generator = random.Random(seed)
-
-    steps: list[list[int]] = [[]]
-    planned = in_step = 0
-
-    while planned < tokens:
-        order = list(range(len(batches)))
-        generator.shuffle(order)
-
-        for index in order:
-            if planned >= tokens:
-                break
-            if in_step >= step_tokens:
-                steps.append([])
-                in_step = 0
-
-            steps[-1].append(index)
-            planned += sizes[index]
-            in_step += sizes[index]
-
-    return steps
 
 
 def _real(batch: Batch) -> torch.Tensor:

@@ -10,22 +10,24 @@ learned by any of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch, make_batches
-from racdeploy.prune.walk.beside import Besides
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recipe import StreamWeights
+from racdeploy.recover.stream import Stream
 from racdeploy.traces.trace import STREAMS, Trace
 
+T = TypeVar("T")
 BATCH_TOKENS = 4096
 """Most tokens that go through the student together, padding included; a longer trace is alone."""
 STORED_BYTES = 16 << 30
@@ -70,21 +72,15 @@ class Lessons:
 
     def example(self, places: Sequence[int]) -> Example:
         """Put some of the traces together."""
-        traces = [self.traces[place] for place in places]
-        B = len(traces)
-        T = max(len(trace.ids) for trace in traces)
+        B, T = len(places), max(self._lengths[place] for place in places)
         D = self.states[places[0]].shape[1]
 
         ids_BT = torch.zeros(B, T, dtype=torch.long)
         weight_BT = torch.zeros(B, T)
         dense_BTD = torch.zeros(B, T, D)
-        tokens = 0
 
         for row, place in enumerate(places):
-            trace = traces[row]
-            length = len(trace.ids)
-            tokens += length
-
+            trace, length = self.traces[place], self._lengths[place]
             ids_BT[row, :length] = torch.tensor(trace.ids)
             dense_BTD[row, :length] = self.states[place]
 
@@ -92,6 +88,7 @@ class Lessons:
             weights = [self._weights[stream] for stream in trace.streams()]
             weight_BT[row, : length - 1] = torch.tensor(weights[1:])
 
+        tokens = sum(self._lengths[place] for place in places)
         return Example(ids_BT, dense_BTD, weight_BT, tokens)
 
     def in_order(self) -> list[list[int]]:
@@ -120,28 +117,38 @@ class Lessons:
         Every trace comes once before any comes again. Batches have traces of like length, so that
         little is padding; which ones is drawn again each time.
         """
-        lengths = self._lengths
         batch_tokens = min(step_tokens, BATCH_TOKENS)
         generator = random.Random(seed)  # of the order alone
 
-        steps: list[list[list[int]]] = [[]]
-        planned = in_step = 0
+        def draw() -> list[list[int]]:
+            return _shuffle(self._lengths, batch_tokens, generator)
 
-        while planned < tokens:
-            for places in _shuffle(lengths, batch_tokens, generator):
-                if planned >= tokens:
-                    break
+        def size(places: Sequence[int]) -> int:
+            return sum(self._lengths[place] for place in places)
 
-                if in_step >= step_tokens:
-                    steps.append([])
-                    in_step = 0
+        return plan_steps(draw, size, tokens, step_tokens)
 
-                steps[-1].append(places)
-                size = sum(lengths[place] for place in places)
-                planned += size
-                in_step += size
 
-        return steps
+def plan_steps(
+    draw: Callable[[], Sequence[T]], size: Callable[[T], int], tokens: int, step_tokens: int
+) -> list[list[T]]:
+    """Return steps of about ``step_tokens``, each of pieces that are drawn until all are enough."""
+    steps: list[list[T]] = [[]]
+    planned = in_step = 0
+
+    while planned < tokens:
+        for piece in draw():
+            if planned >= tokens:
+                break
+            if in_step >= step_tokens:
+                steps.append([])
+                in_step = 0
+
+            steps[-1].append(piece)
+            planned += size(piece)
+            in_step += size(piece)
+
+    return steps
 
 
 def _shuffle(
@@ -227,55 +234,35 @@ def dense_states(
     tasks = sorted({trace.task for trace in traces})
     batches = make_batches(traces, tasks, held_out=False)
     owners = processes.owners([batch.ids_BT.numel() for batch in batches])
+    own = {n: batches[n] for n, owner in enumerate(owners) if owner == processes.rank}
 
     width = dense.integer("hidden_size")
     shapes = [(len(trace.ids), width) for trace in traces]
     states = Activations(shapes, folder / f"dense-{name}.bin")
 
-    own = [batch for batch, owner in zip(batches, owners, strict=True) if owner == processes.rank]
-    passing = Activations(blocks.shapes(own), folder / f"passing-{name}.bin")
-
     try:
-        with torch.inference_mode():
-            _pass(blocks, own, passing, folder, name)
-            norm = blocks.last_norm()
-            passed = 0
+        with (
+            torch.inference_mode(),
+            closing(Stream(blocks, own, folder, f"passing-{name}")) as passing,
+        ):
+            for block in range(dense.block_count):
+                passing.leave(blocks.load(block))
+                blocks.empty(block).to("meta")
 
-            for owner, places in zip(owners, _places(traces, batches), strict=True):
-                if owner == processes.rank:
-                    hidden_BTD = norm(blocks.place(passing[passed])).cpu()
-                    passed += 1
+            norm = blocks.last_norm()
+            for number, places in enumerate(_places(traces, batches)):
+                if number in own:
+                    hidden_BTD = norm(blocks.place(passing.read(number))).cpu()
 
                 for row, place in enumerate(places):
                     states_TD = torch.empty(shapes[place])
-                    if owner == processes.rank:
+                    if number in own:
                         states_TD = hidden_BTD[row, : len(states_TD)].clone()
-                    states[place] = processes.spread(states_TD, owner)
+                    states[place] = processes.spread(states_TD, owners[number])
 
-        passing.close()
         yield states
     finally:
-        passing.close()
         states.close()
-
-
-def _pass(
-    blocks: Blocks, batches: Sequence[Batch], passing: Activations, folder: Path, name: str
-) -> None:
-    """Let batches pass all blocks, of which one is in memory at a time."""
-    besides = Besides(blocks.checkpoint, blocks.device, batches, folder, f"passing-{name}")
-    for index, hidden_BTD in enumerate(blocks.embed(batches)):
-        passing[index] = hidden_BTD
-
-    for block in range(blocks.checkpoint.block_count):
-        module = blocks.load(block)
-
-        for index in range(len(batches)):
-            passing[index] = blocks.forward(module, passing[index], beside=besides[index])
-
-        blocks.empty(block).to("meta")
-
-    besides.close()
 
 
 def _places(traces: Sequence[Trace], batches: Sequence[Batch]) -> list[list[int]]:

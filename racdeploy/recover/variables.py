@@ -59,12 +59,15 @@ class Scales(Weights):
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
-            step_OG, code_OI, exact = read_grid(weight_OI, grid)
+            step_OG = read_steps(weight_OI, grid)
+            code_OI = codes_of(weight_OI, step_OG, self._group_size)
+            exact = torch.equal(code_OI * _spread(step_OG, self._group_size), weight_OI.detach())
             if not all(processes.all(exact)):
                 weight_OI.requires_grad_(False)
                 continue
 
-            scale_OX = read_scales(weight_OI, grid)  # X: blocks of a row
+            # X: quant blocks of a row.
+            scale_OX = _read(weight_OI, grid, grid.scales, grid.BLOCK)
             self._scales[name] = scale_OX
             self._step_codes[name] = codes_of(step_OG, scale_OX, self._groups)
             self._codes[name] = code_OI.to(torch.int8)
@@ -97,22 +100,9 @@ class Scales(Weights):
             weight_OI.copy_(code_OI.float() * _spread(step_OG, self._group_size))
 
 
-def read_grid(weight_OI: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Return step_OG, code_OI, and whether these are the weights, to the last bit."""
-    step_OG = read_steps(weight_OI, grid)
-    code_OI = codes_of(weight_OI, step_OG, grid.GROUP_SIZE)
-    exact = torch.equal(code_OI * _spread(step_OG, grid.GROUP_SIZE), weight_OI.detach())
-    return step_OG, code_OI, exact
-
-
 def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return step_OG, the step of every group of weights that lie on a grid."""
     return _read(weight_OI, grid, grid.steps, grid.GROUP_SIZE)
-
-
-def read_scales(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return the scale of every quant block of weights that lie on a grid."""
-    return _read(weight_OI, grid, grid.scales, grid.BLOCK)
 
 
 def _read(

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from racdeploy.report.tables import number, plain, shorten
 
+_INTERVALS = 5
 _MOST_POWERS = 6  # intervals of a logarithmic axis
 
 TickText = Callable[[float], str]
@@ -53,25 +54,9 @@ class Axis:
         return self.start + share * (self.stop - self.start)
 
 
-def across(
-    label: str, low: float, high: float, tick_text: TickText = number, frame: Frame = FLAT
-) -> Axis:
+def across(label: str, low: float, high: float, tick_text: TickText, frame: Frame = FLAT) -> Axis:
     """Return an axis from left to right."""
-    return Axis(label, _round_ticks(low, high, most=5), frame.left, frame.right, tick_text)
-
-
-def upward(
-    label: str, low: float, high: float, tick_text: TickText = number, frame: Frame = FLAT
-) -> Axis:
-    """Return an axis from the bottom up."""
-    return Axis(label, _round_ticks(low, high, most=4), frame.bottom, frame.top, tick_text)
-
-
-def upward_share(label: str, low: float, high: float, frame: Frame = FLAT) -> Axis:
-    """Return an upward axis of percentages with as many digits as tell the ticks apart."""
-    ticks = _round_ticks(low, high, most=4)
-    digits = 0 if ticks[1] - ticks[0] >= 0.0099 else 1
-    return Axis(label, ticks, frame.bottom, frame.top, f"{{:.{digits}%}}".format)
+    return Axis(label, _round_ticks(low, high), frame.left, frame.right, tick_text)
 
 
 def powers(base: float, low: float, high: float) -> list[float]:
@@ -114,12 +99,12 @@ def load_templates() -> jinja2.Environment:
     return environment
 
 
-def _round_ticks(low: float, high: float, most: int) -> list[float]:
-    """Return ticks with at most about ``most`` intervals that cover the range."""
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Return ticks with about five intervals that cover the range."""
     span = (high - low) or abs(high) or 1.0
-    magnitude = 10.0 ** math.floor(math.log10(span / most))
+    magnitude = 10.0 ** math.floor(math.log10(span / _INTERVALS))
     steps = [factor * magnitude for factor in (1, 2, 5, 10)]
-    step = next(step for step in steps if span / step <= most + 1)
+    step = next(step for step in steps if span / step <= _INTERVALS + 1)
 
     # A hair of tolerance, so that rounding adds no interval to a range that ends on a tick.
     first = math.floor(low / step + 1e-9)

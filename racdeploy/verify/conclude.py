@@ -11,14 +11,6 @@ from typing import Any
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import ArmSummary, Comparison, Record, RivalRow, TaskRow
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import (
-    BlockRow,
-    DeviationRow,
-    Kept,
-    LinearRow,
-    RecoveryRow,
-    StructureRow,
-)
 from racdeploy.results.report import Report
 from racdeploy.tasks import follows
 from racdeploy.verify import harness
@@ -28,21 +20,14 @@ from racdeploy.verify.stats import lengths, paired
 
 
 def conclude(
-    evidence: Evidence,
-    notes: Sequence[str],
-    *,
-    model: str,
-    target: str,
-    recipe: Recipe,
-    linears: Sequence[LinearRow],
-    blocks: Sequence[BlockRow],
-    structure: Sequence[StructureRow],
-    kept: Kept | None,
-    recovery: Sequence[RecoveryRow],
-    deviations: Sequence[DeviationRow],
-    fingerprint: Mapping[str, Any],
+    evidence: Evidence, notes: Sequence[str], *, recipe: Recipe, **about: Any
 ) -> tuple[Report, list[Record]]:
-    """Decide, and return the report with the records of all arms; ``notes`` are for the reader."""
+    """Decide, and return the report with the records of all arms.
+
+    Args:
+        notes: for the reader.
+        about: further fields of the report, of model, target and machine.
+    """
     checks = run_checks(evidence)
     if evidence.harness:
         checks.append(harness.judge(evidence.harness, evidence.gate))
@@ -52,25 +37,17 @@ def conclude(
 
     report = Report(
         created=datetime.now(UTC),
-        model=model,
-        target=target,
         recipe=recipe.model_dump(mode="json"),
         arms=tuple(map(_summarize_arm, arms)),
         tasks=_count_by_task(evidence),
         comparison=_compare_arms(evidence, {check.name: check for check in checks}),
         rivals=_compare_rivals(evidence),
         checks=tuple(checks),
-        linears=tuple(linears),
-        blocks=tuple(blocks),
-        structure=tuple(structure),
-        kept=kept,
-        recovery=tuple(recovery),
         positions=evidence.logits.along if evidence.logits else (),
         tensors=evidence.tensors,
-        deviations=tuple(deviations),
         harness=evidence.harness,
         notes=tuple(notes),
-        fingerprint=dict(fingerprint),
+        **about,
     )
 
     in_order = (evidence.dense, evidence.pruned, *evidence.rivals, *also)

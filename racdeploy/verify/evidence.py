@@ -222,7 +222,16 @@ def make_result(
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
     """Run the checks that the gate asks for, by name; UsageError where one was not measured."""
-    results = [_run_check(name, evidence) for name in plugins.names("checks")]
+    results = []
+    for name in plugins.names("checks"):
+        result: CheckResult
+        if name in evidence.unseen:
+            result = make_result(name, "skipped", evidence.unseen[name])
+        elif not evidence.gate.runs(name):
+            result = make_result(name, "skipped", "the gate does not ask for it")
+        else:
+            result = plugins.load("checks", name).check(evidence)
+        results.append(result)
 
     for result in results:
         unmeasured = result.verdict == "inconclusive" and not result.figures
@@ -235,12 +244,3 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
             )
 
     return results
-
-
-def _run_check(name: str, evidence: Evidence) -> CheckResult:
-    if name in evidence.unseen:
-        return make_result(name, "skipped", evidence.unseen[name])
-    if not evidence.gate.runs(name):
-        return make_result(name, "skipped", "the gate does not ask for it")
-    result: CheckResult = plugins.load("checks", name).check(evidence)
-    return result

@@ -168,8 +168,7 @@ class Gate(_Table):
         smallest = paired.smallest_detectable_drop(prompts, _DISCORDANT, self.confidence, _POWER)
         least = min(math.ceil(1000 * smallest) / 1000, _WIDEST)
 
-        tables = {name: table for name, table in self if isinstance(table, Limits)}
-        wider = {name: table.widen(least) for name, table in tables.items()}
+        wider = {name: each.widen(least) for name, each in self if isinstance(each, Limits)}
         gate = self.model_copy(update=wider)
         gate._asked = self
 
@@ -184,8 +183,8 @@ def read_gate(file: Path | None = None, built: Mapping[str, Any] | None = None) 
     if file is None:
         return gate
 
-    written = read_toml(file, "racdeploy init --gate")
     made_by = "racdeploy init --gate"
+    written = read_toml(file, made_by)
     validate(model, written, str(file), made_by)
     gate = validate(model, merge(below, written), str(file), made_by)
     tables = frozenset(written) & frozenset(plugins.names("checks"))

@@ -7,7 +7,7 @@ of the check of the accuracy. Others have an interval and decide nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from racdeploy.harnesses import Score
 from racdeploy.report.tables import points
@@ -48,7 +48,10 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
     counted = [row for row in run.rows if row.lost is not None and row.larger_is_better]
     judged = [row for row in counted if row.dense > 0]
     margin = gate.limits(accuracy.Limits).margin
-    figures = _list_figures(run.rows)
+    figures = {}
+    for row in run.rows:
+        figures[f"{row.task} {row.metric} dense"] = row.dense
+        figures[f"{row.task} {row.metric} pruned"] = row.pruned
 
     if not judged or not gate.runs("accuracy"):
         reason = "the gate does not ask for accuracy"
@@ -122,11 +125,3 @@ def _drop(row: HarnessRow) -> verdicts.Interval:
     assert row.lower is not None
     assert row.upper is not None
     return verdicts.Interval(-row.upper, -row.lower)
-
-
-def _list_figures(rows: Sequence[HarnessRow]) -> Mapping[str, float]:
-    figures = {}
-    for row in rows:
-        figures[f"{row.task} {row.metric} dense"] = row.dense
-        figures[f"{row.task} {row.metric} pruned"] = row.pruned
-    return figures

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,13 @@ def compare_logits(
     if not traces:
         return None
 
-    advance = _count_steps(progress, 3 * len(traces))
+    done = itertools.count()
+
+    def advance() -> None:
+        if progress:
+            progress("compare logits", next(done), 3 * len(traces))
+
+    advance()
     pruning = []
     export = []
     lost = []
@@ -144,18 +150,6 @@ def compare_logits(
         traces=len(traces),
         lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
     )
-
-
-def _count_steps(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Return what says that one more of so many passes is done; none is so far."""
-    done = itertools.count()
-
-    def advance() -> None:
-        if progress:
-            progress("compare logits", next(done), total)
-
-    advance()
-    return advance
 
 
 def renumber(

@@ -13,97 +13,16 @@ _SCRIPTS = (
     (0x1E00, 0x1EFF), (0x3041, 0x3096), (0x30A1, 0x30FA), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3),
 )  # fmt: skip
 _DIGITS = ("0123456789", "٠١٢٣٤٥٦٧٨٩", "०१२३४५६७८९", "０１２３４５６７８９")
-_EMOJI = ("🚀", "😀", "👍🏽", "👨‍👩‍👧", "🇫🇷", "✅", "❤️", "🏳️‍🌈", "🦙")
-_MATH = (
-    r"\frac",
-    r"\boxed",
-    r"\sqrt",
-    "^{2}",
-    "_i",
-    "{",
-    "}",
-    "$",
-    r"\\",
-    r"\left(",
-    r"\right)",
-    "≤",
-    "∑",
-    "→",
-    "α",
+# Separated by "·", as some hold spaces.
+_SIGNS = (
+    "🚀·😀·👍🏽·👨‍👩‍👧·🇫🇷·✅·❤️·🏳️‍🌈·🦙"
+    r"·\frac·\boxed·\sqrt·^{2}·_i·{·}·$·\\·\left(·\right)·≤·∑·→·α"
+    """·def ·return·==·!=·->·();·[0]· += ·//·#·"·'·`·<b>·</b>·&&·::"""
+    "·<think>·</think>·<|im_start|>·<|im_end|>·[INST]·</s>·<answer>"
 )
-_CODE = (
-    "def ",
-    "return",
-    "==",
-    "!=",
-    "->",
-    "();",
-    "[0]",
-    " += ",
-    "//",
-    "#",
-    '"',
-    "'",
-    "`",
-    "<b>",
-    "</b>",
-    "&&",
-    "::",
-)
-_SPACES = (
-    " ",
-    " ",
-    " ",
-    "  ",
-    "    ",
-    "\t",
-    "\u00a0",
-    "\u3000",
-    " \t",
-    "        ",
-    "\r\n",
-    "\n",
-    "\n\n",
-)
-_MARKS = (
-    ".",
-    ",",
-    "!",
-    "?",
-    "…",
-    "—",
-    "-",
-    ":",
-    ";",
-    "(",
-    ")",
-    "'s",
-    "'ll",
-    "’t",
-    "“",
-    "”",
-    "。",
-    "、",
-    "…",
-    "/",
-)
-_TAGS = ("<think>", "</think>", "<|im_start|>", "<|im_end|>", "[INST]", "</s>", "<answer>")
-_WORDS = (
-    "the",
-    "The",
-    "answer",
-    "is",
-    "Wait",
-    "so",
-    "we",
-    "compute",
-    "step",
-    "hence",
-    "therefore",
-    "x",
-    "HTTP",
-    "iPhone",
-)
+_SPACES = " · · ·  ·    ·\t·\u00a0·\u3000· \t·        ·\r\n·\n·\n\n"
+_MARKS = ".·,·!·?·…·—·-·:·;·(·)·'s·'ll·’t·“·”·。·、·…·/"
+_WORDS = "the·The·answer·is·Wait·so·we·compute·step·hence·therefore·x·HTTP·iPhone"
 
 
 @cache
@@ -129,7 +48,7 @@ def _piece(random: Random) -> str:
         digits = random.choice(_DIGITS)
         return "".join(random.choice(digits) for _ in range(random.randint(1, 8)))
     if kind == 3:
-        return random.choice(_SPACES) * random.choice((1, 1, 1, 2, 5))
-    if kind == 4:
-        return random.choice(_EMOJI + _MATH + _CODE + _TAGS)
-    return random.choice(_MARKS if kind == 5 else _WORDS if kind < 8 else (" ",))
+        return random.choice(_SPACES.split("·")) * random.choice((1, 1, 1, 2, 5))
+
+    chosen = {4: _SIGNS, 5: _MARKS, 6: _WORDS, 7: _WORDS}.get(kind, " ")
+    return random.choice(chosen.split("·"))

@@ -204,7 +204,7 @@ def test_prompts_that_are_looked_at_teach_nothing(
 
     def watch(self: RecoverStage, folder: Path, name: str, given: dict[str, Any]) -> Any:
         for key, indices in seen.items():
-            indices.update(trace.index for trace in given[key])
+            indices.update(trace.index for trace in given["lesson"][key])
         return learn(self, folder, name, given)
 
     monkeypatch.setattr(RecoverStage, "learn", watch)

@@ -434,7 +434,6 @@ def test_the_length_gate_keeps_its_level_at_thirty_prompts() -> None:
         lambda: tango_interval(3, 2, 4),
         lambda: tango_interval(-1, 0, 4),
         lambda: tango_interval(0, 0, 0),
-        lambda: tango_interval(0.5, 0, 4),  # type: ignore[arg-type]
         lambda: tango_interval(0, 0, 4, 1.0),
         lambda: tango_interval(0, 0, 4, math.nan),
         lambda: non_inferiority(0, 0, 4, margin=1.0),

@@ -87,7 +87,11 @@ def plan_push(folder: Path, name: str, revision: str = "", *, blind: bool = Fals
     for path in files.keys() & there.keys():
         is_mine = path.startswith(f"{BUNDLES}/") or path in mine - owners.keys()
         if not is_mine and not _is_same(files[path], there[path]):
-            raise _refuse_change(name, path, owners.get(path, ""))
+            whose = f"bundle {owners[path]}" if path in owners else "somebody else"
+            raise UsageError(
+                f"{name} has another {path}, which belongs to {whose}",
+                remedy="push to another repository, or remove the file there first",
+            )
 
     # Of the last push, what no other bundle has too.
     old = mine | {path for path in there if path.startswith(f"{BUNDLES}/{own}/")}
@@ -126,14 +130,6 @@ def push(planned: Push, *, message: str = "", private: bool = False) -> str:
 def _read_card(remote: Remote) -> str:
     with remote.open_texts([_CARD]) as folder:
         return read_bytes(folder / _CARD).decode(errors="replace")
-
-
-def _refuse_change(name: str, path: str, owner: str) -> UsageError:
-    whose = f"bundle {owner}" if owner else "somebody else"
-    return UsageError(
-        f"{name} has another {path}, which belongs to {whose}",
-        remedy="push to another repository, or remove the file there first",
-    )
 
 
 def _is_same(source: Path, there: RepoSibling) -> bool:

@@ -168,7 +168,14 @@ class Remote:
         errors = _import_errors()
         limit_s = None if size_bytes is None else _MAX_WAIT_S + size_bytes / _MIN_BYTES_PER_S
         answer: Future[T] = Future()
-        threading.Thread(target=_settle, args=(answer, call), daemon=True).start()
+
+        def settle() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+                answer.set_exception(error)
+
+        threading.Thread(target=settle, daemon=True).start()
         try:
             return answer.result(limit_s)
         except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:
@@ -227,10 +234,3 @@ def _import_errors() -> Any:
     import huggingface_hub.errors
 
     return huggingface_hub.errors
-
-
-def _settle(answer: Future[T], call: Callable[[], T]) -> None:
-    try:
-        answer.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - raised again where the answer is waited for
-        answer.set_exception(error)

@@ -64,26 +64,30 @@ def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> Pairs:
     return Pairs(more / scale, fewer / scale, len(net_N) / scale)
 
 
-def tango_interval(n10: int, n01: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return the published score interval: every drop that Tango's score test does not reject."""
-    _check_counts(n10, n01, n)
-    return _score_interval(n10, n01, n, normal_quantile(confidence))
+def tango_interval(
+    n10: float, n01: float, n: float, confidence: float = 0.95, continuity: float = 0.0
+) -> Interval:
+    """Return the published score interval: every drop that Tango's score test does not reject.
+
+    With a ``continuity`` correction the difference is so many flips smaller.
+    """
+    _check_pairs(n10, n01, n)
+    quantile = normal_quantile(confidence)
+
+    # Swapping the arms turns the drop round, so one end is enough to solve for.
+    lower = -_upper_bound(n01, n10, n, quantile, continuity)
+    return Interval(lower, _upper_bound(n10, n01, n, quantile, continuity))
 
 
 def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> Interval:
     """Return the interval of the paired drop on which verdicts are based, for :class:`Pairs`."""
-    _check_pairs(n10, n01, n)
-    quantile = normal_quantile(confidence)
-    tail = (1 - confidence) / 2
-
-    lower, upper = _score_interval(n10, n01, n, quantile)
+    lower, upper = tango_interval(n10, n01, n, confidence)
     if lower > 0:
-        corrected = _score_interval(n10, n01, n, quantile, _HALF_A_PROMPT)
-        lower = max(corrected.lower, 0.0)
-
+        lower = max(tango_interval(n10, n01, n, confidence, _HALF_A_PROMPT).lower, 0.0)
     if upper < 0:
-        corrected = _score_interval(n10, n01, n, quantile, _HALF_A_PROMPT)
-        upper = min(corrected.upper, 0.0)
+        upper = min(tango_interval(n10, n01, n, confidence, _HALF_A_PROMPT).upper, 0.0)
+
+    tail = (1 - confidence) / 2
 
     if n01 == 0:
         lower = min(lower, distributions.exact_lower(n10, n, tail))
@@ -218,14 +222,6 @@ def score(
     deviation = np.sqrt(np.where(varies, variance, 1.0))
 
     return np.where(varies, difference / deviation, surprise)
-
-
-def _score_interval(
-    n10: float, n01: float, n: float, quantile: float, continuity: float = 0.0
-) -> Interval:
-    # Swapping the arms turns the drop round, so one end is enough to solve for.
-    lower = -_upper_bound(n01, n10, n, quantile, continuity)
-    return Interval(lower, _upper_bound(n10, n01, n, quantile, continuity))
 
 
 def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float) -> float:
