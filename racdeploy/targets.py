@@ -40,10 +40,8 @@ class Device(_Data):
     repacked: tuple[str, ...] = ()
 
 
-class Target(BaseModel):
+class Target(_Data):
     """A place to deploy to; what it names beside its limits are defaults of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     why: str  # one line on the choice

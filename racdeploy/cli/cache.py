@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, reported
+from racdeploy.cli.console import err, out, print_json, reported, show
 from racdeploy.cli.options import JsonOpt, WorkOpt
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def remove(
         return
 
     for each in chosen:
-        out.print(each.name, markup=False, soft_wrap=True)
+        show(each.name)
     total = readable_bytes(sum(each.size_bytes for each in chosen))
     err.print(f"{len(chosen)} removed, {total}")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, reported
+from racdeploy.cli.console import err, out, reported, say, say_error
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -185,7 +185,7 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         self.conversation.save(_name_file(argument, "/save"))
-        err.print(f"saved in {argument}", style="dim", markup=False, soft_wrap=True)
+        say(f"saved in {argument}", "dim")
 
     def _load(self, argument: str) -> None:
         file = _name_file(argument, "/load")
@@ -208,7 +208,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
     name = model.manifest.base.get("model", "a bundle")
     engine = model.manifest.artifacts[0].backend
     most = f"{model.context_tokens:,} tokens of context"
-    err.print(f"{name} on {engine}, {most}", style="bold", markup=False, soft_wrap=True)
+    say(f"{name} on {engine}, {most}", "bold")
     err.print("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
 
     for line in _ask_for_lines():
@@ -219,8 +219,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
         except KeyboardInterrupt:
             err.print("stopped", style="yellow")
         except (RacdeployError, OSError) as error:
-            err.print("error:", style="bold red", end=" ")
-            err.print(str(error), markup=False, soft_wrap=True)
+            say_error(error)
 
 
 def _ask_for_lines() -> Iterator[str]:

@@ -80,6 +80,22 @@ for _console in (out, err):
     _console.push_render_hook(_ShowOnly())
 
 
+def show(result: object, style: str | None = None) -> None:
+    """Print a result on stdout, as it is."""
+    out.print(result, style=style, markup=False, soft_wrap=True)
+
+
+def say(line: str, style: str | None = None) -> None:
+    """Print a line beside a result on stderr, as it is."""
+    err.print(line, style=style, markup=False, soft_wrap=True)
+
+
+def say_error(error: BaseException) -> None:
+    """Print an error with what to do about it."""
+    err.print("error:", style="bold red", end=" ")
+    say(str(error))
+
+
 def print_json(value: object) -> None:
     """Print one JSON object on stdout."""
     sys.stdout.write(escape_unprintable(json.dumps(value, ensure_ascii=False, indent=1)) + "\n")
@@ -91,7 +107,7 @@ def print_result(value: object, lines: Iterable[object], json_output: bool) -> N
         print_json(value)
         return
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        show(line)
 
 
 def say_replaced(file: Path) -> str:
@@ -102,7 +118,7 @@ def say_replaced(file: Path) -> str:
 def print_notes(notes: Iterable[str]) -> None:
     """Print lines beside a result."""
     for note in notes:
-        err.print(note, markup=False, soft_wrap=True)
+        say(note)
 
 
 def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = "") -> None:
@@ -113,13 +129,13 @@ def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = 
         print_json(plan)
         return
     for line in write_plan(plan, min(out.width, _WIDEST), out_folder):
-        out.print(line, markup=False, soft_wrap=True)
+        show(line)
 
 
 def announce(line: str, quiet: bool) -> None:
     """Say what a command begins with, before anything that takes long; once in a job of several."""
     if not quiet and os.environ.get("RANK", "0") == "0":
-        err.print(line, style="bold", markup=False, soft_wrap=True)
+        say(line, "bold")
 
 
 def finish(
@@ -216,7 +232,7 @@ def _end_early(signal_name: str, as_json: bool) -> NoReturn:
         print_json(details | {"exit_code": INTERRUPTED, "kind": "Interrupted"})
     else:
         err.print(f"{what}; finished work is kept. Resume with:", style="yellow")
-        err.print(f"  {again}", soft_wrap=True, markup=False)
+        say(f"  {again}")
     raise typer.Exit(INTERRUPTED) from None
 
 
@@ -237,6 +253,5 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
     else:
         if isinstance(error, ArtifactError):  # its values are a file's, and are no lines of ours
             error.message = " ".join(error.message.split())
-        err.print("error:", style="bold red", end=" ")
-        err.print(str(error), soft_wrap=True, markup=False)
+        say_error(error)
     raise typer.Exit(error.exit_code) from error

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, print_notes, reported
-from racdeploy.cli.options import JsonOpt, QuietOpt
+from racdeploy.cli.console import err, out, print_json, print_notes, reported, say, show
+from racdeploy.cli.options import JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
     from racdeploy.bundles.hub.push import Push
@@ -22,12 +22,8 @@ _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 def push(
     bundle: Path = typer.Argument(help="Bundle folder."),
     repository: str = _REPOSITORY,
-    dry_run: bool = typer.Option(
-        False, "--dry-run", metavar="", help="Show files, card and address; write nothing."
-    ),
-    private: bool = typer.Option(
-        False, "--private", metavar="", help="Make a new repository private."
-    ),
+    dry_run: bool = flag("--dry-run", "Show files, card and address; write nothing."),
+    private: bool = flag("--private", "Make a new repository private."),
     revision: str = typer.Option("", help="Branch to write to; default: main."),
     message: str = typer.Option("", help="Message of the commit."),
     quiet: QuietOpt = False,
@@ -56,9 +52,9 @@ def push(
         _show(planned)
         err.print("nothing was written; without --dry-run this is pushed to the address above")
     else:
-        out.print(planned.remote.url, markup=False, soft_wrap=True)
+        show(planned.remote.url)
         pull_line = f"racdeploy pull {repository} --quant {planned.bundle} --out bundle"
-        err.print(f"next: {pull_line}", markup=False, soft_wrap=True)
+        say(f"next: {pull_line}")
 
 
 @reported
@@ -84,13 +80,9 @@ def pull(
         print_json({**place, "commit": pulled.commit, "size_bytes": pulled.size_bytes})
         return
 
-    out.print(pulled.folder, markup=False, soft_wrap=True)
+    show(pulled.folder)
     size = readable_bytes(pulled.size_bytes)
-    err.print(
-        f"{pulled.bundle}, {size}, as its manifest says; next: racdeploy verify {pulled.folder}",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"{pulled.bundle}, {size}, as its manifest says; next: racdeploy verify {pulled.folder}")
 
 
 def _show(planned: Push) -> None:
@@ -101,13 +93,13 @@ def _show(planned: Push) -> None:
     rows = {path: readable_bytes(size_bytes) for path, size_bytes in planned.sizes.items()}
     rows |= dict.fromkeys(planned.removed, "removed")
     for path, size in rows.items():
-        out.print(f"{size:>8}  {path}", markup=False, soft_wrap=True)
+        show(f"{size:>8}  {path}")
 
     total_bytes = sum(planned.sizes.values())
     out.print(f"{len(planned.sizes)} files, {readable_bytes(total_bytes)}\n")
     if planned.card:
-        out.print(planned.card, markup=False, soft_wrap=True)
-    out.print(planned.remote.url, markup=False, soft_wrap=True)
+        show(planned.card)
+    show(planned.remote.url)
 
 
 def _hide_bars(quiet: bool) -> None:

@@ -24,18 +24,14 @@ def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence
 
     beside = ["--work", str(work)] if work else []
 
-    commands = [
-        ["racdeploy", "run", str(folder), find_question(read_records(folder))],
-        ["racdeploy", "chat", str(folder)],
-        ["racdeploy", "serve", str(folder)],
-        ["racdeploy", "verify", str(folder)],
-        ["racdeploy", "bench", str(folder), *beside],
-        ["racdeploy", "report", str(folder)],
-    ]
+    more = {"run": [find_question(read_records(folder))], "bench": beside}
 
+    commands = []
+    for verb in ("run", "chat", "serve", "verify", "bench", "report"):
+        commands.append([verb, str(folder), *more.get(verb, ())])
     if shrinks(job):
-        commands.append(["racdeploy", *arguments, "--packing", "bitmask"])
-    return [shlex.join(command) for command in commands]
+        commands.append([*arguments, "--packing", "bitmask"])
+    return [shlex.join(["racdeploy", *command]) for command in commands]
 
 
 def advise(report: Report, job: Job) -> str:

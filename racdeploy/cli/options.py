@@ -87,6 +87,11 @@ PANELS = {
 """Fields of the commands' options by their group in --help, in its order."""
 
 
+def flag(name: str, meaning: str) -> Any:
+    """Return an option that is on where it is given, and takes no value."""
+    return typer.Option(False, name, metavar="", help=meaning)
+
+
 def _option(default: Any, *names: str, **settings: Any) -> Any:
     """Return a field that is an option of a command too."""
     return field(default=default, metadata={"typer": typer.Option(*names, **settings)})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, reported
+from racdeploy.cli.console import err, print_json, reported, show
 from racdeploy.cli.options import JsonOpt
 
 
@@ -38,7 +38,7 @@ def report(
         print_json({"page": str(page), "verdict": verdict, "opened": opened})
         return
 
-    out.print(str(page), markup=False, soft_wrap=True)
+    show(str(page))
     if open_page and not opened:
         err.print("no browser could be started: open the file by hand", style="yellow")
 

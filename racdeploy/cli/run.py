@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported
+from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported, say, show
 from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
@@ -21,6 +21,7 @@ from racdeploy.cli.options import (
     TemperatureOpt,
     ThreadsOpt,
     WorkOpt,
+    flag,
 )
 from racdeploy.cli.stream import (
     AnswerStream,
@@ -104,9 +105,7 @@ def bench(
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
-    profile: bool = typer.Option(
-        False, "--profile", metavar="", help="Measure this device instead, and write a target."
-    ),
+    profile: bool = flag("--profile", "Measure this device instead, and write a target."),
     target: TargetOpt = None,
     out_file: Path | None = typer.Option(
         None, "--out", help="With --profile: the target's TOML file; default: printed."
@@ -141,8 +140,8 @@ def bench(
 
     print_table(found.to_table(), out)
     if payoff := found.payoff():
-        out.print(payoff, markup=False, soft_wrap=True)
-    err.print(f"dense: {found.dense}\npruned: {found.pruned}", markup=False, soft_wrap=True)
+        show(payoff)
+    say(f"dense: {found.dense}\npruned: {found.pruned}")
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
     _print_kernels(found.kernels, accel, zeros)
 
@@ -167,7 +166,7 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     text = f"# Made by racdeploy bench --profile.\n{as_toml(values)}"
     if file:
         write_atomic(file, text)
-        err.print(f"use it: --target {file}", markup=False, soft_wrap=True)
+        say(f"use it: --target {file}")
     if json_output:
         print_json({"path": str(file) if file else "", **device.model_dump(mode="json")})
     elif not file:
@@ -178,4 +177,4 @@ def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
     """Say in one line what ran a model, where its zeros make that a question."""
     matters = zeros >= WORTH_KERNELS or kernels.startswith("sparse")
     if kernels and matters and accel != "off":
-        err.print(f"kernels: {kernels}", style="dim", markup=False, soft_wrap=True)
+        say(f"kernels: {kernels}", "dim")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, out, reported
+from racdeploy.cli.console import INTERRUPTED, reported, show
 from racdeploy.cli.options import AccelOpt, ThreadsOpt
 
 if TYPE_CHECKING:
@@ -72,4 +72,4 @@ def _say_ready(url: str, served: Served, key_env: str) -> None:
     header = "-H 'Content-Type: application/json'"
     command = f"curl {url}/chat/completions {header}{key} -d '{body}'"
     for line in (f"serving {served.name} at {url}", f"try: {command}"):
-        out.print(line, markup=False, soft_wrap=True)
+        show(line)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, reported
-from racdeploy.cli.options import JsonOpt
+from racdeploy.cli.console import print_json, reported, say, show
+from racdeploy.cli.options import JsonOpt, flag
 from racdeploy.errors import UsageError
 
 
@@ -15,12 +15,7 @@ from racdeploy.errors import UsageError
 def sign(
     bundle: Path = typer.Argument(help="Bundle folder."),
     key: Path | None = typer.Option(None, help="PEM file of the private key to sign with."),
-    keyless: bool = typer.Option(
-        False,
-        "--keyless",
-        metavar="",
-        help="Sign as this workflow, or as who logs in, at sigstore.",
-    ),
+    keyless: bool = flag("--keyless", "Sign as this workflow, or as who logs in, at sigstore."),
     signature: Path | None = typer.Option(
         None, help="File to write; default: model.sig in the bundle."
     ),
@@ -40,7 +35,7 @@ def sign(
         print_json({"path": str(place)})
         return
 
-    out.print(place, markup=False, soft_wrap=True)
+    show(place)
     whose = "--public-key KEY.pub" if key else "--identity WHO --issuer URL"
     named = f" --signature {place}" if signature else ""
-    err.print(f"next: racdeploy verify {bundle}{named} {whose}", markup=False, soft_wrap=True)
+    say(f"next: racdeploy verify {bundle}{named} {whose}")

@@ -17,9 +17,11 @@ from racdeploy.cli.console import (
     print_notes,
     print_result,
     reported,
+    say,
     say_replaced,
+    show,
 )
-from racdeploy.cli.options import JsonOpt
+from racdeploy.cli.options import JsonOpt, flag
 from racdeploy.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
 @reported
 def inspect(
     path: Path = typer.Argument(help="A file of weights, a model folder, or a bundle."),
-    summary: bool = typer.Option(
-        False, "--summary", metavar="", help="Leave out the table of tensors."
-    ),
+    summary: bool = flag("--summary", "Leave out the table of tensors."),
     json_output: JsonOpt = False,
 ) -> None:
     """Show what is in a file or folder: types, sizes, zeros and hashes, and every tensor."""
@@ -49,7 +49,7 @@ def inspect(
     # Last, where it can be read after hundreds of tensors.
     print_table(_add_up_types(found["tensors"]), out)
     for key, value in found["summary"].items():
-        out.print(f"{key}: {value}", markup=False, soft_wrap=True)
+        show(f"{key}: {value}")
 
 
 def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
@@ -137,8 +137,8 @@ def targets(json_output: JsonOpt = False) -> None:
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
         line = f"{target.name:<16}{target.format}, {target.quant}, {what}, {limits}"
 
-        out.print(line, soft_wrap=True)
-        out.print(f"{'':<16}{target.why}", style="dim", soft_wrap=True)
+        show(line)
+        show(f"{'':<16}{target.why}", "dim")
 
 
 @reported
@@ -152,7 +152,7 @@ def families(json_output: JsonOpt = False) -> None:
         return
 
     for row in found:
-        out.print(f"{row['family']:<16}{row['models']}", soft_wrap=True, markup=False)
+        show(f"{row['family']:<16}{row['models']}")
         details = [
             f"transformers {row['transformers']}",
             f"llama.cpp {row['gguf']}",
@@ -160,7 +160,7 @@ def families(json_output: JsonOpt = False) -> None:
         ]
         if row["stays_dense"]:
             details.append(f"dense: {', '.join(row['stays_dense'])}")
-        out.print(f"{'':<16}{'; '.join(details)}", style="dim", soft_wrap=True, markup=False)
+        show(f"{'':<16}{'; '.join(details)}", "dim")
 
 
 @reported
@@ -176,8 +176,8 @@ def init(
     file: Path | None = typer.Argument(
         None, help="File to write; default: recipe.toml, or racdeploy-gate.toml."
     ),
-    gate: bool = typer.Option(False, "--gate", metavar="", help="Write a gate file instead."),
-    force: bool = typer.Option(False, "--force", metavar="", help="Replace an existing file."),
+    gate: bool = flag("--gate", "Write a gate file instead."),
+    force: bool = flag("--force", "Replace an existing file."),
 ) -> None:
     """Write a commented recipe, or a commented gate file."""
     from racdeploy.files.writing import write_atomic
@@ -226,6 +226,6 @@ def _set_up(name: str, json_output: bool) -> None:
             remedy=f"known: {known}",
         )
 
-    python = environments.make(name, lambda line: err.print(line, markup=False, soft_wrap=True))
+    python = environments.make(name, say)
     folder = str(python.parents[1])
     print_result({"environment": folder}, [folder], json_output)

@@ -9,7 +9,7 @@ from typing import Literal
 import typer
 
 from racdeploy.cli.console import err, finish, print_notes, print_plan, reported
-from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt
+from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt, flag
 from racdeploy.errors import UsageError
 
 _SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, too"
@@ -90,17 +90,13 @@ def verify(
     issuer: str = typer.Option(
         "", metavar="URL", help="Provider of that identity.", rich_help_panel=_SIGNATURE
     ),
-    show_plan: bool = typer.Option(
-        False, "--plan", metavar="", help="Print what the run can show, and do nothing."
-    ),
+    show_plan: bool = flag("--plan", "Print what the run can show, and do nothing."),
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     junit_file: Path | None = typer.Option(None, "--junit", help="JUnit XML to write."),
     html_file: Path | None = typer.Option(None, "--html", help="HTML report to write."),
     reports: Path | None = typer.Option(None, help="Folder for the report in every form."),
-    exit_zero: bool = typer.Option(
-        False, "--exit-zero", metavar="", help="Report only: a verdict is no exit code."
-    ),
+    exit_zero: bool = flag("--exit-zero", "Report only: a verdict is no exit code."),
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:

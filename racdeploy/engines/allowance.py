@@ -56,17 +56,15 @@ def memory_bytes(path: Path, settings: EngineSettings) -> int:
     return _BASE_BYTES + weights_bytes + cache_bytes + logits_bytes + threads_bytes
 
 
-def restrict() -> bool:
-    """Keep this process within that, where the system can; return whether it does."""
-    allowed = dict.fromkeys(_driver_caches(), WRITE)
-    allowed |= {Path("/dev"): CHANGE_FILE, Path("/dev/shm"): WRITE}
-    return landlock.restrict(WRITE | Access.EXECUTE, allowed)
-
-
-def _driver_caches() -> list[Path]:
-    """Return where drivers of GPUs keep compiled kernels."""
-    named = os.environ.get("CUDA_CACHE_PATH")
-    return [Path(named) if named else Path("~/.nv/ComputeCache").expanduser()]
+def restrict() -> None:
+    """Keep this process within that, where the system can."""
+    kernels = os.environ.get("CUDA_CACHE_PATH") or "~/.nv/ComputeCache"  # that drivers compile
+    allowed = {
+        Path(kernels).expanduser(): WRITE,
+        Path("/dev"): CHANGE_FILE,
+        Path("/dev/shm"): WRITE,
+    }
+    landlock.restrict(WRITE | Access.EXECUTE, allowed)
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from racdeploy.errors import ArtifactError
-from racdeploy.files.writing import disk_errors
+from racdeploy.files.appending import append_lines, read_appended
 
 _FLUSH_S = 1.0
 
@@ -26,7 +23,15 @@ class TokenLog:
         self.file = file
         self._new: dict[int, list[int]] = {}
         self._written_at = time.monotonic()
-        self.begun = self._read(prompts) if file.is_file() else ((),) * prompts
+        begun: list[list[int]] = [[] for _ in range(prompts)]
+
+        def take(line: Any) -> None:
+            index, ids = line
+            begun[index] += map(int, ids)
+
+        if file.is_file():
+            read_appended(file, take)
+        self.begun = tuple(map(tuple, begun))
 
     def append(self, index: int, ids: Sequence[int]) -> None:
         """Take new ids of a completion."""
@@ -41,30 +46,6 @@ class TokenLog:
         self._write()
 
     def _write(self) -> None:
-        lines = [json.dumps(item, separators=(",", ":")) + "\n" for item in self._new.items()]
-        with disk_errors(self.file), self.file.open("a", encoding="ascii", newline="") as out:
-            out.write("".join(lines))
-
+        append_lines(self.file, self._new.items())
         self._new.clear()
         self._written_at = time.monotonic()
-
-    def _read(self, prompts: int) -> tuple[tuple[int, ...], ...]:
-        data = self.file.read_bytes()
-        whole_bytes = data.rfind(b"\n") + 1  # a line that a kill tore off is dropped
-        begun: list[list[int]] = [[] for _ in range(prompts)]
-
-        for number, line in enumerate(data[:whole_bytes].splitlines(), 1):
-            try:
-                index, ids = json.loads(line)
-                begun[index] += map(int, ids)
-            except (ValueError, TypeError, IndexError) as error:
-                raise ArtifactError(
-                    f"{self.file}:{number} is damaged: {error}",
-                    remedy=f"remove {self.file} and run the command again",
-                ) from error
-
-        if whole_bytes < len(data):
-            with disk_errors(self.file):
-                os.truncate(self.file, whole_bytes)
-
-        return tuple(map(tuple, begun))

@@ -27,6 +27,7 @@ from racdeploy.engines.batching import Batcher, Decoder, Job, News
 from racdeploy.engines.engine import EngineSettings, Sampling, ThinkingBudget
 from racdeploy.engines.sequence import Sequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
+from racdeploy.processes.memory import resident_bytes
 from racdeploy.processes.messages import Header, read_message, write_message
 from racdeploy.sandbox.limits import StepLimit, limit_memory
 
@@ -60,7 +61,6 @@ class _Inbox:
     def __init__(self, stream: BinaryIO) -> None:
         self.requests: queue.SimpleQueue[Header] = queue.SimpleQueue()
         self.cancel: Callable[[int], None] = lambda call: None
-        self.answer: Callable[[int], None] = lambda call: None
         self._stream = stream
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -69,7 +69,6 @@ class _Inbox:
             header, _ = message
             if header["op"] == "cancel":
                 self.cancel(header["call"])
-                self.answer(header["call"])
             else:
                 self.requests.put(header)
 
@@ -127,7 +126,6 @@ class _Worker:
         self._latest = 0  # call that was taken from the inbox
         self._cancelled_early: set[int] = set()  # calls that are still in the inbox
         inbox.cancel = self._cancel
-        inbox.answer = self._say_alive
 
     def serve(self) -> None:
         while True:
@@ -140,7 +138,11 @@ class _Worker:
             except RacdeployError as error:
                 self._send_error(call, error)
             except MemoryError:
-                self._send_error(call, _lacks_memory())
+                lack = EngineError(
+                    "the model takes more memory than its process may",
+                    remedy="if you trust it, load it with a higher memory_limit_bytes",
+                )
+                self._send_error(call, lack)
             else:
                 if answer is not None:
                     self._send_done(call, answer)
@@ -164,9 +166,7 @@ class _Worker:
 
     def _logits(self, request: Header) -> dict[str, Any]:
         ids = request["ids"]
-
         start = 0
-
         with self._batcher.paused():
             while start < len(ids):
                 self._allow_step()
@@ -216,10 +216,7 @@ class _Worker:
 
         if job is not None:
             self._batcher.cancel(job)
-
-    def _say_alive(self, call: int) -> None:
-        """Tell who cancelled a call that it was heard, though a long step may still run."""
-        self._send(call, "alive")
+        self._send(call, "alive")  # it was heard, though a long step may still run
 
     def _end(self, call: int, job: Job) -> None:
         """Send what a job has come to."""
@@ -254,13 +251,6 @@ class _Worker:
             write_message(self._out, header, payload)
 
 
-def _lacks_memory() -> EngineError:
-    return EngineError(
-        "the model takes more memory than its process may",
-        remedy="if you trust it, load it with a higher memory_limit_bytes",
-    )
-
-
 def _read_sampling(values: Header) -> Sampling:
     """Rebuild a :class:`Sampling` from JSON, which has lists for its tuples: both do here."""
     budget = values["budget"]
@@ -269,13 +259,9 @@ def _read_sampling(values: Header) -> Sampling:
 
 def _peak_rss_bytes() -> int:
     """Return peak resident memory, 0 if unknown; getrusage counts the parent's before exec, too."""
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-
-    if sys.platform == "win32":
-        return 0
+    peak_bytes = resident_bytes("VmHWM")
+    if peak_bytes or sys.platform == "win32":
+        return peak_bytes
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

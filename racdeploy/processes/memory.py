@@ -10,7 +10,10 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def resident_bytes(entry: str = "VmRSS") -> int:
-    """Return resident memory, now or at its peak (``VmHWM``); 0 where the system does not say."""
+    """Return resident memory, now or at its peak (``VmHWM``); 0 where the system does not say.
+
+    ``VmData`` is private memory, resident or not, as RLIMIT_DATA counts it.
+    """
     return _read_table(_STATUS).get(entry, 0)
 
 

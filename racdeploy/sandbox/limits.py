@@ -6,19 +6,18 @@ parent's limit on the time of a call is what remains.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
 
 from racdeploy.processes import landlock
 from racdeploy.processes.landlock import ALL, WRITE, Access
+from racdeploy.processes.memory import resident_bytes
 
 if sys.platform != "win32":
     import resource
 
 _RENEWED_S = 1.0
-_STATUS = "/proc/self/status"
 
 
 def confine(memory_bytes: int, opens_files: bool) -> None:
@@ -44,8 +43,7 @@ def limit_memory(more_bytes: int) -> None:
 
     Files that are mapped to be read do not count: they take no memory of their own.
     """
-    taken = _private_bytes()
-    if taken is not None:
+    if taken := resident_bytes("VmData"):
         most = taken + more_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
@@ -72,12 +70,3 @@ class StepLimit:
         if now - self._renewed_at > _RENEWED_S:
             limit_processor(self._seconds)
             self._renewed_at = now
-
-
-def _private_bytes() -> int | None:
-    """Return what RLIMIT_DATA counts; None where the system does not say it."""
-    with contextlib.suppress(OSError), open(_STATUS, encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmData:"):
-                return int(line.split()[1]) * 1024
-    return None

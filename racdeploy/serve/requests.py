@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,45 +24,7 @@ EFFORTS = {"none": 0.0, "low": 0.2, "medium": 0.5, "high": 0.8}
 
 _LARGEST_SEED = 2**31
 _MOST_STOPS = 16
-# Says who asks and how it is billed: nothing about the answer.
-_NO_MATTER = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-)
-# Not done here, and harmless with these values.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "repeat_penalty": (1,),
-    "min_p": (0,),
-    "top_k": (-1, 0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "skip_special_tokens": (False,),
-    "spaces_between_special_tokens": (False,),
-    "return_tokens": (True, False),
-    "verbose": (True, False),
-}
-# In a message that a client got from a server and sends back.
-_NEUTRAL_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-}
+_TABLE = tomllib.loads((files("racdeploy.serve") / "harmless.toml").read_text(encoding="utf-8"))
 
 
 class RequestError(UsageError):
@@ -206,7 +170,7 @@ def read_chat(body: Mapping[str, Any]) -> ChatRequest:
     """Check a body of ``/v1/chat/completions``."""
     messages = body.get("messages")
     if isinstance(messages, list):
-        known = [_leave_out(m, _NEUTRAL_IN_MESSAGE) if isinstance(m, dict) else m for m in messages]
+        known = [_leave_out(m, _TABLE["message"]) if isinstance(m, dict) else m for m in messages]
         body = {**body, "messages": known}
     return _check(ChatRequest, body)
 
@@ -234,7 +198,7 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 
 def _check(kind: type[T], body: Mapping[str, Any]) -> T:
-    known = _leave_out(body, _NEUTRAL)
+    known = _leave_out(body, _TABLE["request"])
     try:
         return kind.model_validate(known)
     except ValidationError as error:
@@ -249,12 +213,12 @@ def _check(kind: type[T], body: Mapping[str, Any]) -> T:
     raise RequestError(400, f"{param}: {first['msg']} (got {first['input']!r:.60})", param=param)
 
 
-def _leave_out(body: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> Any:
+def _leave_out(body: Mapping[str, Any], neutral: Mapping[str, Sequence[object]]) -> Any:
     """Return a body without what changes nothing; what would is refused."""
     kept = {}
 
     for name, value in body.items():
-        if value is None or name in _NO_MATTER:
+        if value is None or name in _TABLE["ignored"]:
             continue
         if name not in neutral:
             kept[name] = value

@@ -144,8 +144,12 @@ class TaskSet:
 def load(spec: str) -> Task:
     """Load a task by name, by ``name:argument`` where it reads a file, or by ``hub:name``."""
     name, colon, argument = spec.partition(":")
-    if not colon:
-        refuse_path(spec)
+    if not colon:  # a file in the place of a task
+        refuse_table(spec)
+        if spec.endswith((".jsonl", ".json")):
+            remedy = f"write --task jsonl:{spec}"
+            raise UsageError(f"{spec} is a file and not a task", remedy=remedy)
+
     if name == HUB:
         return _load_published(spec, plugins.load("tasks", _find_set(argument)), "")
 
@@ -224,8 +228,7 @@ def _keep_once(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], int]:
 
 def public_names() -> tuple[str, ...]:
     """Return the names of the public sets."""
-    names = plugins.names("tasks")
-    return tuple(name for name in names if hasattr(plugins.load("tasks", name), "SET"))
+    return _names_with("SET")
 
 
 def follows(spec: str) -> str:
@@ -275,13 +278,6 @@ def _refuse_untrained(task: Task) -> UsageError:
     )
 
 
-def refuse_path(spec: str) -> None:
-    """Refuse a file that is given where a task is expected, with how it is given."""
-    refuse_table(spec)
-    if spec.endswith((".jsonl", ".json")):
-        raise UsageError(f"{spec} is a file and not a task", remedy=f"write --task jsonl:{spec}")
-
-
 def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
     files = [f"{task.spec} has {task.describe_pool()}" for task in tasks if task.draw is None]
     return UsageError(
@@ -294,8 +290,12 @@ def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
 
 def procedural_names() -> tuple[str, ...]:
     """Return the tasks that need no file."""
+    return _names_with("draw")
+
+
+def _names_with(member: str) -> tuple[str, ...]:
     names = plugins.names("tasks")
-    return tuple(name for name in names if hasattr(plugins.load("tasks", name), "draw"))
+    return tuple(name for name in names if hasattr(plugins.load("tasks", name), member))
 
 
 def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:

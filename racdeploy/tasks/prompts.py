@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.errors import UsageError
+from racdeploy.tasks.rows import Row
 from racdeploy.tasks.task import Problem
 
 BOXED = r"""
@@ -23,9 +24,10 @@ def ask_choice(question: str, letters: str, gold: str) -> Problem:
     return Problem(text, gold=gold, scorer="choice")
 
 
-def read_contest_answer(answer: object) -> str:
-    """Return the answer of an AIME problem, a whole number from 0 to 999, without zeros before."""
+def ask_contest(row: Row) -> Problem:
+    """Ask one problem of AIME; its answer is a whole number from 0 to 999, without zeros before."""
+    answer = row["answer"]
     text = str(answer).strip()
     if not text.isdecimal() or int(text) > 999:
         raise UsageError(f"the answer {answer!r} is no whole number from 0 to 999")
-    return str(int(text))
+    return Problem(BOXED.format(problem=row["problem"]), gold=str(int(text)))

@@ -105,12 +105,16 @@ def _download(part: HubSplit) -> tuple[Row, ...]:
 
 def _refuse_download(part: HubSplit, error: Exception) -> EnvironmentFailure:
     page = f"https://huggingface.co/datasets/{part.dataset}"
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-
     remedy = "connect to the Hub, or give what you have of it: --task NAME:FILE"
     if "gated" in str(error).lower():
         remedy = f"accept its terms at {page}, then: hf auth login"
-    return EnvironmentFailure(f"cannot read {part.dataset} from the Hub: {said}", remedy=remedy)
+    return EnvironmentFailure(
+        f"cannot read {part.dataset} from the Hub: {_first_line(error)}", remedy=remedy
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_folder(part: HubSplit, path: Path) -> Mapping[str, tuple[Row, ...]]:
@@ -125,9 +129,8 @@ def _read_folder(part: HubSplit, path: Path) -> Mapping[str, tuple[Row, ...]]:
             config = part.config if part.config in configs else configs[0]
             found = datasets.load_dataset(str(path), config)
     except (OSError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"cannot read the folder {path}: {said}",
+            f"cannot read the folder {path}: {_first_line(error)}",
             remedy="give a folder of save_to_disk, a copy of the one on the Hub, or a file",
         ) from error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard
@@ -67,7 +67,7 @@ class TensorEntry:
     @property
     def size_bytes(self) -> int:
         """Bytes of its own in the file."""
-        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        return _count_bytes(self.dtype, self.shape)
 
     def read(self) -> NDArray[Any]:
         """Return the tensor as stored; bfloat16 comes as uint16 bit patterns."""
@@ -115,10 +115,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
         except (ArtifactError, UnicodeDecodeError) as error:
             raise damaged from error
 
-    if not isinstance(header, dict):
-        raise damaged
-
-    if not _is_metadata(header.pop("__metadata__", None)):
+    if not isinstance(header, dict) or not _is_metadata(header.pop("__metadata__", None)):
         raise damaged
 
     entries = {
@@ -135,13 +132,17 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow."""
+def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow.
+
+    Returns:
+        How many bytes follow.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
 
     for name, (dtype, shape) in described.items():
-        stop = start + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        stop = start + _count_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
         start = stop
 
@@ -149,6 +150,7 @@ def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int,
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     target.write(len(text).to_bytes(8, "little"))
     target.write(text)
+    return start
 
 
 def write_entries(
@@ -173,10 +175,9 @@ def write_entries(
         described[name] = (entry.dtype, shape)
 
     with file.open("wb") as target:
-        write_header(target, described)
+        size_bytes = write_header(target, described)
         if hollow:
-            sizes = [math.prod(shape) * _item_bytes(dtype) for dtype, shape in described.values()]
-            target.truncate(target.tell() + sum(sizes))
+            target.truncate(target.tell() + size_bytes)
             return
 
         for name, entry in entries.items():
@@ -185,8 +186,8 @@ def write_entries(
                 target.write(piece)
 
 
-def _item_bytes(dtype: str) -> int:
-    return np.dtype(DTYPES[dtype]).itemsize
+def _count_bytes(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
 
 
 def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:
@@ -225,9 +226,8 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         value = {}
 
     shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
-    if not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)):
-        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
-    if len(offsets) != 2:
+    is_typed = _is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)
+    if not is_typed or len(offsets) != 2:
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
 
     if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
@@ -240,10 +240,8 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         )
 
     start, stop = origin + offsets[0], origin + offsets[1]
-    expected = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
-
     is_inside = origin <= start and stop <= size_bytes
-    if not is_inside or stop - start != expected or min(shape, default=1) < 0:
+    if not is_inside or stop - start != _count_bytes(tag, shape) or min(shape, default=1) < 0:
         raise ModelError(
             f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
             f" {size_bytes}",

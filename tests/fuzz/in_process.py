@@ -84,7 +84,7 @@ def reaches_limits() -> Iterator[list[bool]]:
 def _within_limits() -> Iterator[None]:
     global _over
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    taken = limits._private_bytes() or 0
+    taken = resident_bytes("VmData")
     before = resident_bytes("VmHWM")
     resource.setrlimit(resource.RLIMIT_DATA, (taken + _MORE_BYTES, hard))
     try:

@@ -6,10 +6,8 @@ the last number. The mean length of thoughts is arXiv 2505.15612's, table 4.
 
 from __future__ import annotations
 
-from racdeploy.tasks import Problem
-from racdeploy.tasks.prompts import BOXED, read_contest_answer
+from racdeploy.tasks.prompts import ask_contest
 from racdeploy.tasks.published import HubSplit, Published
-from racdeploy.tasks.rows import Row
 
 SET = Published(
     title="AIME 2024",
@@ -21,9 +19,4 @@ SET = Published(
     follows="lighteval 0.13.0 (aime24)",
     thinking_tokens=13400,
 )
-
-
-def ask(row: Row) -> Problem:
-    """Ask one problem."""
-    gold = read_contest_answer(row["answer"])
-    return Problem(BOXED.format(problem=row["problem"]), gold=gold)
+ask = ask_contest

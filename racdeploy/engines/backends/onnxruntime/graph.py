@@ -37,9 +37,11 @@ _MASK = "attention_mask"
 _POSITIONS = "position_ids"
 _KEPT = "num_logits_to_keep"
 # onnxruntime's own exceptions; its Python code adds the two plain ones.
-_STATES = ("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf")
-_MORE_STATES = ("ModelLoaded", "NoModel", "NoSuchFile", "NotImplemented", "RuntimeException")
-_ERRORS = (*(getattr(states, name) for name in (*_STATES, *_MORE_STATES)), RuntimeError, ValueError)
+_ERRORS = (
+    *(states.EPFail, states.EngineError, states.Fail, states.InvalidArgument, states.InvalidGraph),
+    *(states.InvalidProtobuf, states.ModelLoaded, states.NoModel, states.NoSuchFile),
+    *(states.NotImplemented, states.RuntimeException, RuntimeError, ValueError),
+)
 _REMEDY = "export the model again, and see that every file of it was copied"
 
 

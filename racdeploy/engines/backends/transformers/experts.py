@@ -58,7 +58,23 @@ class Experts(nn.ModuleList):
         return output_ND
 
 
-class Mixture(nn.Module):
+class _Routed(nn.Module):
+    """A part of a block that routes each token to K of its experts."""
+
+    experts: Experts
+    _K: int
+    _normed = True
+
+    def _mix(
+        self, hidden_ND: torch.Tensor, logits_NE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum over the chosen experts, and the shares of these."""
+        chosen_NK, share_NK = route(logits_NE, self._K, normed=self._normed)
+        share_NK = share_NK.to(logits_NE.dtype)
+        return self.experts(hidden_ND, chosen_NK, share_NK), share_NK
+
+
+class Mixture(_Routed):
     """Stands for the part of a block in transformers 4 that routes tokens to its experts."""
 
     def __init__(self, theirs: Any, experts: Experts) -> None:
@@ -68,13 +84,11 @@ class Mixture(nn.Module):
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         hidden_ND = hidden_BTD.view(-1, hidden_BTD.shape[-1])
-        logits_NE = self.gate(hidden_ND)
-        chosen_NK, share_NK = route(logits_NE, self._K, normed=self._normed)
-        output_ND: torch.Tensor = self.experts(hidden_ND, chosen_NK, share_NK.to(logits_NE.dtype))
+        output_ND, _ = self._mix(hidden_ND, self.gate(hidden_ND))
         return output_ND.view(hidden_BTD.shape)
 
 
-class GptOssMixture(nn.Module):
+class GptOssMixture(_Routed):
     """Stands for GPT-OSS's router and experts, which each release of transformers calls its way."""
 
     def __init__(self, theirs: Any) -> None:
@@ -91,9 +105,7 @@ class GptOssMixture(nn.Module):
         """Return the sum over the chosen experts, and the shares of these."""
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         logits_NE = nn.functional.linear(hidden_ND, self.router.weight, self.router.bias)
-        chosen_NK, share_NK = route(logits_NE, self._K, normed=True)
-        share_NK = share_NK.to(logits_NE.dtype)
-        output_ND: torch.Tensor = self.experts(hidden_ND, chosen_NK, share_NK)
+        output_ND, share_NK = self._mix(hidden_ND, logits_NE)
         return output_ND.view(hidden_BTD.shape), share_NK
 
 
@@ -105,7 +117,7 @@ class GraniteRouter(nn.Module):
         self.layer = nn.Linear(D, E, bias=False)
 
 
-class GraniteMixture(nn.Module):
+class GraniteMixture(_Routed):
     """Stands for the part of Granite's blocks that routes tokens to experts."""
 
     def __init__(self, theirs: Any) -> None:
@@ -123,8 +135,7 @@ class GraniteMixture(nn.Module):
     def forward(self, hidden_BTD: torch.Tensor) -> Any:
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         logits_NE = self.router.layer(hidden_ND)
-        chosen_NK, share_NK = route(logits_NE, self._K, normed=True)
-        output_ND: torch.Tensor = self.experts(hidden_ND, chosen_NK, share_NK.to(logits_NE.dtype))
+        output_ND, _ = self._mix(hidden_ND, logits_NE)
         output_BTD = output_ND.view(hidden_BTD.shape)
         return (output_BTD, logits_NE) if _TELLS_LOGITS else output_BTD
 
