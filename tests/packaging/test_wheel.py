@@ -73,7 +73,7 @@ def _read_metadata(wheel: Path) -> Message:
 
 
 def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
-    """Code, C++ sources, templates, the embedded model and the targets; nothing else."""
+    """Code, templates, the embedded model and the targets; nothing else, and no C++."""
     package = [file for file in (ROOT / "racdeploy").rglob("*") if file.is_file()]
     expected = {file.relative_to(ROOT).as_posix() for file in package if file.suffix != ".pyc"}
     expected |= {f"racdeploy/targets/{file.name}" for file in (ROOT / "targets").glob("*.toml")}
@@ -82,7 +82,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert found == expected
     assert {"racdeploy/py.typed", "racdeploy/targets/gguf.toml"} <= found
-    assert any(name.endswith(".cpp") for name in found)
+    assert not any(name.endswith((".cpp", ".h")) for name in found)
 
 
 def test_the_sdist_has_what_the_tests_need(folder: Path) -> None:
