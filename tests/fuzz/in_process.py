@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.sandbox import limits, worker
+from racdeploy.sandbox import worker
 from racdeploy.sandbox.reader import MEMORY_BYTES, Answer, Reader, Request, _rebuild
 
 _SECONDS = 0.3  # less than there: a run has no time to lose, and the whole way decides
