@@ -15,6 +15,7 @@ from racdeploy.errors import ModelError
 _MOST_LISTED = 4096
 _BLOCKS = 4096
 _WIDTH = 1 << 20
+_FEED_FORWARD = _WIDTH * 16
 _TOKENS = 1 << 24
 _POSITIONS = 1 << 30
 _NUMBER = 1e12
@@ -22,7 +23,7 @@ _NUMBER = 1e12
 _COUNTS: Mapping[str, int] = {
     "num_hidden_layers": _BLOCKS,
     "hidden_size": _WIDTH,
-    "intermediate_size": _WIDTH * 16,
+    "intermediate_size": _FEED_FORWARD,
     "num_attention_heads": _WIDTH,
     "num_key_value_heads": _WIDTH,
     "head_dim": _WIDTH,
@@ -30,7 +31,7 @@ _COUNTS: Mapping[str, int] = {
     "max_position_embeddings": _POSITIONS,
     "original_max_position_embeddings": _POSITIONS,
     "num_experts": _WIDTH,
-    "shared_intermediate_size": _WIDTH * 16,
+    "shared_intermediate_size": _FEED_FORWARD,
     "mamba_n_heads": _WIDTH,
     "mamba_num_heads": _WIDTH,
     "mamba_head_dim": _WIDTH,
@@ -44,7 +45,7 @@ _COUNTS: Mapping[str, int] = {
     "mamba_d_conv": _WIDTH,
     "mamba_expand": _WIDTH,
     "mamba_chunk_size": _WIDTH,
-    "moe_intermediate_size": _WIDTH * 16,
+    "moe_intermediate_size": _FEED_FORWARD,
     "linear_num_key_heads": _WIDTH,
     "linear_num_value_heads": _WIDTH,
     "linear_key_head_dim": _WIDTH,
@@ -52,7 +53,7 @@ _COUNTS: Mapping[str, int] = {
     "linear_conv_kernel_dim": _WIDTH,
     "full_attention_interval": _BLOCKS,
     "decoder_sparse_step": _BLOCKS,
-    "block_ff_dim": _WIDTH * 16,
+    "block_ff_dim": _FEED_FORWARD,
     "block_multiple_of": _WIDTH,
     "conv_L_cache": _WIDTH,
     "vocab_size_per_layer_input": _TOKENS,
@@ -101,75 +102,64 @@ _REPEATED = {"gemma3n_text": ("intermediate_size",)}
 _TABLES = ("rope_scaling", "rope_parameters")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-Fault = Callable[[Any], str]
+Kind = tuple[Callable[[Any], bool], str]
+"""Whether a value is of a kind, and what that is called."""
 
 
 def check(config: Mapping[str, Any], where: str) -> None:
     """Raise ModelError for the first setting of another kind, or out of its bounds."""
     repeated = _REPEATED.get(str(config.get("model_type")), ())
-    for key, find in _FAULTS.items():
+    for key, (is_one, kind) in _KINDS.items():
         value = config.get(key)
         values = value if key in repeated and isinstance(value, list) else [value]
-        faults = [find(each) for each in values[:_MOST_LISTED] if each is not None]
-        fault = next(filter(None, faults), "")
-        if fault:
+        if not all(each is None or is_one(each) for each in values[:_MOST_LISTED]):
             raise ModelError(
-                f"{where}: {key} is {str(value)[:80]!r}, not {fault}",
+                f"{where}: {key} is {str(value)[:80]!r}, not {kind}",
                 remedy="compare the file with the one that the model's authors publish",
             )
 
 
-def _count(least: int, most: int) -> Fault:
-    def find(value: Any) -> str:
-        if type(value) is int and value in range(least, most + 1):
-            return ""
-        return f"a whole number from {least} to {most:,}"
+def _count(least: int, most: int) -> Kind:
+    def is_count(value: Any) -> bool:
+        return type(value) is int and value in range(least, most + 1)
 
-    return find
+    return is_count, f"a whole number from {least} to {most:,}"
 
 
-def _number(value: object) -> str:
-    return "" if _is_number(value) else "a finite number"
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
 
 
-def _switch(value: object) -> str:
-    return "" if isinstance(value, bool) else "true or false"
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 200
 
 
-def _switch_or_text(value: object) -> str:
-    return _switch(value) and _text(value) and "true, false or a short text"
+def _is_switch_or_text(value: object) -> bool:
+    return _is_switch(value) or _is_text(value)
 
 
-def _text(value: object) -> str:
-    return "" if isinstance(value, str) and len(value) <= 200 else "a short text"
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_plain, value.values()))
 
 
-def _list(value: object) -> str:
-    return "" if _is_list(value) else f"a list of at most {_MOST_LISTED:,} texts or numbers"
-
-
-def _table(value: object) -> str:
-    is_one = isinstance(value, dict) and all(map(_is_plain, value.values()))
-    return "" if is_one else "a table of numbers, texts and lists of them"
-
-
-def _by_block(value: object) -> str:
-    fault = "a table of blocks, each a table of counts"
+def _is_by_block(value: object) -> bool:
     if not isinstance(value, dict) or len(value) > _BLOCKS:
-        return fault
+        return False
 
-    find = _count(1, _WIDTH * 16)
+    is_count, _ = _count(1, _FEED_FORWARD)
     for block, settings in value.items():
         is_number = str(block).isdecimal() and len(str(block)) < 6
-        if not is_number or not isinstance(settings, dict) or any(map(find, settings.values())):
-            return fault
-    return ""
+        if not is_number or not isinstance(settings, dict):
+            return False
+        if not all(map(is_count, settings.values())):
+            return False
+    return True
 
 
-def _token_ids(value: object) -> str:
+def _are_token_ids(value: object) -> bool:
     ids = value if isinstance(value, list) else [value]
     are_ids = all(type(each) is int and each in range(-1, _TOKENS) for each in ids)
-    return "" if are_ids and len(ids) <= _MOST_LISTED else "token ids"
+    return are_ids and len(ids) <= _MOST_LISTED
 
 
 def _is_number(value: object) -> bool:
@@ -192,17 +182,17 @@ def _is_plain(value: object) -> bool:
     return _is_single(value) or _is_list(value)
 
 
-_FAULTS: Mapping[str, Fault] = {
+_KINDS: Mapping[str, Kind] = {
     **{key: _count(1, most) for key, most in _COUNTS.items()},
     **{key: _count(0, most) for key, most in _COUNTS_OR_NONE.items()},
-    **dict.fromkeys(_NUMBERS, _number),
-    **dict.fromkeys(_SWITCHES, _switch),
-    **dict.fromkeys(_TEXTS, _text),
-    **dict.fromkeys(_LISTS, _list),
-    **dict.fromkeys(_TABLES, _table),
-    **dict.fromkeys(_TOKEN_IDS, _token_ids),
-    "use_bidirectional_attention": _switch_or_text,
-    "per_layer_config": _by_block,
+    **dict.fromkeys(_NUMBERS, (_is_number, "a finite number")),
+    **dict.fromkeys(_SWITCHES, (_is_switch, "true or false")),
+    **dict.fromkeys(_TEXTS, (_is_text, "a short text")),
+    **dict.fromkeys(_LISTS, (_is_list, f"a list of at most {_MOST_LISTED:,} texts or numbers")),
+    **dict.fromkeys(_TABLES, (_is_table, "a table of numbers, texts and lists of them")),
+    **dict.fromkeys(_TOKEN_IDS, (_are_token_ids, "token ids")),
+    "use_bidirectional_attention": (_is_switch_or_text, "true, false or a short text"),
+    "per_layer_config": (_is_by_block, "a table of blocks, each a table of counts"),
 }
-CHECKED = frozenset(_FAULTS)
+CHECKED = frozenset(_KINDS)
 """The settings that anybody reads."""
