@@ -13,12 +13,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    field_validator,
+    model_validator,
+)
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.manifest import MOST_TOKENS
+from racdeploy.results.part import InnerShare, Positive, Share
 from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
@@ -72,7 +81,7 @@ class Traces(_Part):
     top_p: float = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
     batch: int = Field(64, ge=1, le=_MOST_TOGETHER)  # one shard on disk each
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
@@ -130,16 +139,16 @@ class Traces(_Part):
 class StreamWeights(_Part):
     """What a token counts in the Hessian, by the stream it belongs to."""
 
-    prompt: float = Field(1.0, ge=0)
-    thinking: float = Field(1.0, ge=0)
-    answer: float = Field(1.0, ge=0)
+    prompt: NonNegativeFloat = 1.0
+    thinking: NonNegativeFloat = 1.0
+    answer: NonNegativeFloat = 1.0
 
 
 class Calibration(_Part):
     """Which trace tokens the statistics see."""
 
     source: Literal["rac", "prompt"] = "rac"
-    max_tokens: int = Field(0, ge=0)
+    max_tokens: NonNegativeInt = 0
     only_correct: bool = False
     keep_truncated: bool = False
     held_out_share: float = Field(0.125, ge=0, le=0.5)
@@ -158,16 +167,16 @@ class Pruning(_Part):
     pattern: str = "unstructured"
     allocation: str = "uniform"
     match_dense: bool = True
-    refit_steps: int = Field(20, ge=0)
+    refit_steps: NonNegativeInt = 20
     joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
     # 60 % zeros, embedded model: held-out error 0.0245 at 16 columns, 0.0314 at 128.
-    column_block: int = Field(16, ge=1)
+    column_block: Positive = 16
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dense: tuple[str, ...] = ()
     shares: dict[str, Zeros] = Field(default_factory=dict)
-    expert_tokens: int = Field(0, ge=0)
+    expert_tokens: NonNegativeInt = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -266,7 +275,7 @@ class Structure(_Part):
     keep: dict[str, float] = Field(default_factory=dict)
     optional: bool = False
     uniform: bool = False
-    multiple: int = Field(0, ge=0)
+    multiple: NonNegativeInt = 0
     criterion: str = "error"
     vocabulary_text: tuple[str, ...] = ()
 
@@ -316,7 +325,7 @@ class Structure(_Part):
 class LearnedWeights(StreamWeights):
     """What a token counts in what is learned: the model's own words, and not its prompts."""
 
-    prompt: float = Field(0.0, ge=0)
+    prompt: NonNegativeFloat = 0.0
 
 
 class Recovery(_Part):
@@ -326,20 +335,20 @@ class Recovery(_Part):
     fits into memory. A share of the tokens is learned on the model's own answers, in rounds.
     """
 
-    tokens: int = Field(0, ge=0)
+    tokens: NonNegativeInt = 0
     ways: tuple[str, ...] = ()
-    on_policy: float = Field(0.25, ge=0, le=1)
-    rounds: int = Field(2, ge=1)
+    on_policy: Share = 0.25
+    rounds: Positive = 2
     probe_drop: float = Field(0.01, ge=0, lt=1)
-    rate: float = Field(0.0, ge=0)
-    step_tokens: int = Field(2048, ge=1)
+    rate: NonNegativeFloat = 0.0
+    step_tokens: Positive = 2048
     average: float = Field(0.0, ge=0, lt=1)
     weights: LearnedWeights = Field(default_factory=LearnedWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mix: str = ""
-    mix_share: float = Field(0.3, gt=0, lt=1)
-    seed: int = Field(0, ge=0)
+    mix_share: InnerShare = 0.3
+    seed: NonNegativeInt = 0
 
     @field_validator("ways")
     @classmethod
@@ -370,7 +379,7 @@ class Export(_Part):
     exporter: str = "auto"
     tensors: dict[str, str] = Field(default_factory=dict)
     importance: str = ""
-    split_bytes: int = Field(48_000_000_000, ge=0)
+    split_bytes: NonNegativeInt = 48_000_000_000
     allow_losing_zeros: bool = False
 
     @field_validator("quant")
@@ -405,7 +414,7 @@ class Verification(_Part):
     controls: tuple[str, ...] = ()
     parallel: int = Field(16, ge=1, le=_MOST_TOGETHER)
     context_tokens: int = Field(2048, ge=16, le=MOST_TOKENS)
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:
@@ -452,18 +461,18 @@ class Tune(_Part):
     """
 
     objective: Literal["size", "speed", "seconds-per-correct-answer", "accuracy"] = "accuracy"
-    max_bytes: int = Field(0, ge=0)
-    max_memory_bytes: int = Field(0, ge=0)
+    max_bytes: NonNegativeInt = 0
+    max_memory_bytes: NonNegativeInt = 0
     min_tokens_per_s: float = Field(0.0, ge=0, allow_inf_nan=False)
-    min_accuracy_ratio: float = Field(0.0, ge=0, le=1)
+    min_accuracy_ratio: Share = 0.0
     budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
     quants: tuple[str, ...] = ()
     ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     zeros: tuple[Zeros, ...] = ()
     vocabulary: tuple[int, ...] = ()
-    recover_tokens: int = Field(0, ge=0)
+    recover_tokens: NonNegativeInt = 0
     prompts: int = Field(256, ge=16, le=_MOST_PROMPTS)
-    seed: int = Field(1, ge=0)
+    seed: NonNegativeInt = 1
 
     @field_validator("ffn", "zeros")
     @classmethod

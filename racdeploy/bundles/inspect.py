@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy import export, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import MANIFEST_NAME, Manifest
+from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted
@@ -121,11 +121,8 @@ def _inspect_bundle(path: Path) -> dict[str, Any]:
         )
 
     for entry in manifest.artifacts:
-        # What packing ``bitmask_op`` wrote beside a plain graph.
-        name = accel_name(entry.path)
-        sizes = [(path / file).stat().st_size for file in entry.files if file.startswith(name)]
-        if sizes:
-            summary["graph for sparse kernels"] = f"{name}, {sum(sizes)} bytes"
+        if second := _describe_second_graph(path, entry):
+            summary["graph for sparse kernels"] = second
 
     return _add_totals(summary | _describe_widths(tensors, metadata), tensors)
 
@@ -163,6 +160,13 @@ def _shorten(values: Sequence[int]) -> str:
         count = len(list(equal))
         runs.append(f"{value} × {count}" if count > 1 else str(value))
     return ", ".join(runs)
+
+
+def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
+    """Return what packing ``bitmask_op`` wrote beside a plain graph, or an empty string."""
+    name = accel_name(entry.path)
+    sizes = [(bundle / file).stat().st_size for file in entry.files if file.startswith(name)]
+    return f"{name}, {sum(sizes)} bytes" if sizes else ""
 
 
 def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -> dict[str, Any]:

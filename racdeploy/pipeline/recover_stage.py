@@ -74,27 +74,6 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Questions:
-    """The calibration prompts: as many as are needed to judge a model, and to teach it."""
-
-    collect: CollectTraces
-    dense: Sequence[Trace]
-    phases: Sequence[Phase]
-
-    def ask(self, folder: Path, before: int) -> _State:
-        """Let a model answer before the phase of that number; after the last, to judge it."""
-        needed = 0
-        if before < len(self.phases) and self.phases[before].own:
-            tokens = self.phases[before].tokens
-            needed = math.ceil(tokens * len(self.dense) / count_tokens(self.dense))
-
-        first = min(max(PROBED, needed), len(self.dense))
-        _, answers = self.collect(folder, first if first < len(self.dense) else 0)
-
-        return _State(folder, Probe.of(answers[:PROBED], self.dense[:PROBED]), answers)
-
-
-@dataclass(frozen=True)
 class RecoverStage:
     """A pruned model on its way back to its answers; ``quant``: whose codes it gets, or empty."""
 
@@ -141,9 +120,8 @@ class RecoverStage:
         learns = _Teaching(self, model, name, *sets)
 
         phases = list_phases(self.settings, choose_ways(learns.course))
-        questions = _Questions(collect, dense, phases)
-        start = questions.ask(model.folder, before=0)
-        state = start
+        following = [*phases, None]
+        state = start = _ask(collect, dense, following.pop(0), model.folder)
 
         def settle(state: _State) -> _State:
             # A model without a gain gets no codes here: pruning chooses better ones itself.
@@ -154,14 +132,14 @@ class RecoverStage:
             folder = choose_codes(state.folder, dense, name)
             return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
-        for place, phase in enumerate(phases):
+        for phase, after in zip(phases, following, strict=True):
             if phase.way == "scales":
                 state = settle(state)
             if phase.own and state.is_exhausted:
                 continue  # the last round would be done again
 
             before = state.folder
-            state = self._take(phase, state, learns, partial(questions.ask, before=place + 1))
+            state = self._take(phase, state, learns, partial(_ask, collect, dense, after))
             state = replace(state, is_exhausted=phase.own and state.folder == before)
 
         return self._conclude(model, start.probe, settle(state))
@@ -439,6 +417,19 @@ class _Teaching:
                 "quant": self._quant_of(phase),
             },
         }
+
+
+def _ask(
+    collect: CollectTraces, dense: Sequence[Trace], phase: Phase | None, folder: Path
+) -> _State:
+    """Let a model answer: as many prompts as judge it, and as teach the phase that follows."""
+    needed = PROBED
+    if phase and phase.own:
+        needed = max(needed, math.ceil(phase.tokens * len(dense) / count_tokens(dense)))
+
+    first = needed if needed < len(dense) else 0
+    _, answers = collect(folder, first)
+    return _State(folder, Probe.of(answers[:PROBED], dense[:PROBED]), answers)
 
 
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:

@@ -13,16 +13,14 @@ from racdeploy.traces.trace import Trace
 
 def cut_own(course: Course) -> Course:
     """Return the course with answers up to where they left the path; empty ones are left out."""
-    processes = course.processes
 
     def cut() -> list[Trace]:
         return cut_answers(Head.of(course.dense, course.device), states, course.taught)
 
     # Processors may differ where two tokens are about as likely, so one process decides.
-    with dense_states(
-        course.dense, course.taught, course.folder, "own", course.device, processes
-    ) as states:
-        traces = processes.ask_first(cut)
+    where = (course.folder, "own", course.device, course.processes)
+    with dense_states(course.dense, course.taught, *where) as states:
+        traces = course.processes.ask_first(cut)
 
     taught = [trace for trace in traces if trace.completion_ids]
     return replace(course, taught=taught)

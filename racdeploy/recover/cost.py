@@ -40,7 +40,9 @@ def whole_model_bytes(course: Course, trained: Sequence[str]) -> int:
     if processes > 1:
         # Each has some rows of all weights, and a block whole while the next one arrives.
         taken = math.ceil(taken / processes)
-        taken += 2 * (WEIGHT_BYTES + _GRADIENT_BYTES) * max(_unit_sizes(sparse))
+        embedding = sparse.integer("vocab_size") * sparse.integer("hidden_size")
+        whole = max(*_block_sizes(sparse), embedding)
+        taken += 2 * (WEIGHT_BYTES + _GRADIENT_BYTES) * whole
 
     taken += _head_bytes(course)
     if course.compute == "bfloat16":  # copies to compute with, of the output projection too
@@ -89,27 +91,20 @@ def choose_ways(course: Course) -> tuple[str, ...]:
 
     for name in asked:
         if needed[name] > most:
-            raise _refuse(name, needed[name], round(most / _SPARE), fitting, here)
+            each = f" for each of {here} processes" if here > 1 else ""
+            other = ""
+            remedy = "free some memory, or use a machine that has more"
+            if fitting:
+                other = f"; {fitting[0]!r} fits"
+                remedy = f'recover.ways = ["{fitting[0]}"]'
+
+            raise EnvironmentFailure(
+                f"recovery by {name!r} takes {needed[name] / 2**30:.1f} GiB of memory, "
+                f"and {round(most / _SPARE) / 2**30:.1f} GiB are free{each}{other}",
+                remedy=remedy,
+            )
 
     return tuple(asked)
-
-
-def _refuse(
-    name: str, needed: int, free: int, fitting: Sequence[str], here: int
-) -> EnvironmentFailure:
-    each = f" for each of {here} processes" if here > 1 else ""
-    other = ""
-    remedy = "free some memory, or use a machine that has more"
-
-    if fitting:
-        other = f"; {fitting[0]!r} fits"
-        remedy = f'recover.ways = ["{fitting[0]}"]'
-
-    return EnvironmentFailure(
-        f"recovery by {name!r} takes {needed / 2**30:.1f} GiB of memory, "
-        f"and {free / 2**30:.1f} GiB are free{each}{other}",
-        remedy=remedy,
-    )
 
 
 def _block_sizes(checkpoint: Checkpoint) -> list[int]:
@@ -120,12 +115,6 @@ def _block_sizes(checkpoint: Checkpoint) -> list[int]:
         if block is not None:
             sizes[block] += math.prod(entry.shape)
     return sizes
-
-
-def _unit_sizes(checkpoint: Checkpoint) -> list[int]:
-    """Return how many weights are whole in memory together, where processes share the others."""
-    embedding = checkpoint.integer("vocab_size") * checkpoint.integer("hidden_size")
-    return [*_block_sizes(checkpoint), embedding]
 
 
 def _block_activations(checkpoint: Checkpoint, tokens: int) -> int:

@@ -58,7 +58,7 @@ class Lessons:
     def __init__(
         self, traces: Sequence[Trace], states: Activations, weights: StreamWeights
     ) -> None:
-        self.traces, self.states = list(traces), states
+        self.traces, self.states = traces, states
         self._lengths = [len(trace.ids) for trace in traces]
         self._weights = [getattr(weights, stream) for stream in STREAMS]
 
@@ -93,7 +93,7 @@ class Lessons:
 
     def in_order(self) -> list[list[int]]:
         """Return every trace once, in batches of like lengths."""
-        by_length = sorted(range(len(self)), key=lambda place: self._lengths[place])
+        by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
         return _cut(self._lengths, by_length, BATCH_TOKENS)
 
     def share(self, batches: Sequence[Sequence[int]], processes: Processes) -> Iterator[Example]:
@@ -163,7 +163,7 @@ def _shuffle(
 
     batches: list[list[int]] = []
     for start in range(0, len(places), pool):
-        own = sorted(places[start : start + pool], key=lambda place: lengths[place])
+        own = sorted(places[start : start + pool], key=lengths.__getitem__)
         batches += _cut(lengths, own, batch_tokens)
 
     generator.shuffle(batches)

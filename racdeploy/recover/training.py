@@ -23,7 +23,7 @@ from racdeploy.processes.heap import keep_heap
 from racdeploy.recover.average import Average
 from racdeploy.recover.course import BEST_FILE, STATE_FILE, Course, Lesson
 from racdeploy.recover.divergence import Head, kl_and_slope, measure_kl
-from racdeploy.recover.lessons import STORED_BYTES, Lessons, choose_taught, dense_states
+from racdeploy.recover.lessons import STORED_BYTES, Example, Lessons, choose_taught, dense_states
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors, read_values, write_tensors
 from racdeploy.recover.student import Student
@@ -54,23 +54,16 @@ def distil(
     with ExitStack() as stack:
         width = course.dense.integer("hidden_size")
         taught = choose_taught(course.taught, width, STORED_BYTES)
+        sets = {"taught": taught, "held-out": course.held_out, "text": course.text}
 
         lessons = {}
-
-        sets = {"taught": taught, "held-out": course.held_out, "text": course.text}
-        processes = course.processes
-
         for name, traces in sets.items():
-            opened = dense_states(
-                course.dense, traces, course.folder, name, course.device, processes
-            )
-            states = stack.enter_context(opened)
+            where = (course.folder, name, course.device, course.processes)
+            states = stack.enter_context(dense_states(course.dense, traces, *where))
             lessons[name] = Lessons(traces, states, course.settings.weights)
 
-        student = Student(course.sparse, trained, course.compute, course.device, processes)
-        variables = arrange(student.weights)
-        training = _Training(course, student, variables, lessons)
-        return training.run()
+        student = Student(course.sparse, trained, course.compute, course.device, course.processes)
+        return _Training(course, student, arrange(student.weights), lessons).run()
 
 
 @dataclass
@@ -125,6 +118,10 @@ class _Training:
         else:
             self._look()
 
+        # Not so often that looking takes longer than a quarter of the learning.
+        read = self.lessons["held-out"].tokens / self.course.settings.step_tokens
+        every = max(1, len(self.steps) // LOOKS, math.ceil(read))
+
         for step in range(self.done.step, len(self.steps)):
             if self.done.ended:
                 break
@@ -133,7 +130,7 @@ class _Training:
             self.done.step = step + 1
             self.course.report(self.done.tokens)
 
-            if self._look_is_due():
+            if self.done.step % every == 0 or self.done.step == len(self.steps):
                 self._look()
 
         self.course.report(self.course.tokens)
@@ -151,7 +148,15 @@ class _Training:
         tokens = 0
 
         for example in examples:
-            loss += self._pull(example.ids_BT, example.dense_BTD, example.weight_BT / weight)
+            hidden_ND, dense_ND, weight_N = self._select(example, learns=True)
+            weight_N = (weight_N / weight).to(hidden_ND.device)
+            with torch.no_grad():
+                found, slope_ND = kl_and_slope(
+                    self.head, hidden_ND, dense_ND, weight_N, self.course.direction
+                )
+
+            self.student.pull(hidden_ND, slope_ND)
+            loss += float(found)
             tokens += example.tokens
 
         total = sum(processes.all(loss))
@@ -172,31 +177,16 @@ class _Training:
         self.variables.settle()
         self.average.follow(self.optimizer.steps)
 
-    def _pull(
-        self, ids_BT: torch.Tensor, dense_BTD: torch.Tensor, weight_BT: torch.Tensor
-    ) -> float:
-        """Add the gradients of a batch; return its share of the loss."""
-        hidden_BTD = self.student.hidden(ids_BT, learns=True)
+    def _select(
+        self, example: Example, *, learns: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return hidden states, the dense model's, and weights, of the tokens that count."""
+        hidden_BTD = self.student.hidden(example.ids_BT, learns=learns)
         device = hidden_BTD.device
 
-        counts_BT = weight_BT > 0
-        hidden_ND = hidden_BTD[counts_BT.to(device)]
-        dense_ND = dense_BTD[counts_BT].to(device)
-        weight_N = weight_BT[counts_BT].to(device)
-
-        with torch.no_grad():
-            loss, slope_ND = kl_and_slope(
-                self.head, hidden_ND, dense_ND, weight_N, self.course.direction
-            )
-
-        self.student.pull(hidden_ND, slope_ND)
-        return float(loss)
-
-    def _look_is_due(self) -> bool:
-        # Not so often that looking takes longer than a quarter of the learning.
-        read = self.lessons["held-out"].tokens / self.course.settings.step_tokens
-        every = max(1, len(self.steps) // LOOKS, math.ceil(read))
-        return self.done.step % every == 0 or self.done.step == len(self.steps)
+        counts_BT = example.weight_BT > 0
+        dense_ND = example.dense_BTD[counts_BT].to(device)
+        return hidden_BTD[counts_BT.to(device)], dense_ND, example.weight_BT[counts_BT]
 
     def _look(self) -> None:
         """Measure, keep the state if it is the best so far, and save."""
@@ -210,20 +200,17 @@ class _Training:
         if divergence == done.best:
             write_tensors(self.best_file, self._state(), processes=self.course.processes)
         elif divergence > _FAR * done.best or done.since_best % _LINGER == 0:
-            self._go_back()
+            # A rate is too high for one model and right for the next, so the best state learns on
+            # at half the pace. Moments stay: they are long from the steps that went too far, which
+            # makes the next ones short.
+            done.pace /= 2
+            fill_tensors(self.best_file, self._state(), self.course.processes)
+            self.variables.settle()
+            self.average.restart()
+
         if done.step:
-            self._save()
-
-    def _go_back(self) -> None:
-        """Return to the best state and learn at half the pace from there.
-
-        A rate is too high for one model and right for the next. Moments stay: they are long from
-        the steps that went too far, which makes the next ones short.
-        """
-        self.done.pace /= 2
-        fill_tensors(self.best_file, self._state(), self.course.processes)
-        self.variables.settle()
-        self.average.restart()
+            values = asdict(done) | {"optimizer_steps": self.optimizer.steps}
+            write_tensors(self.file, self._tensors(), values, self.course.processes)
 
     def _judge(self, weights: Mapping[str, torch.Tensor]) -> float:
         """Measure the weights, and keep them if they are the best; return the divergence."""
@@ -262,14 +249,8 @@ class _Training:
         total = weight = 0.0
 
         for example in lessons.share(lessons.in_order(), processes):
-            hidden_BTD = self.student.hidden(example.ids_BT, learns=False)
-            device = hidden_BTD.device
-
-            counts_BT = example.weight_BT > 0
-            weight_N = example.weight_BT[counts_BT].double()
-            dense_ND = example.dense_BTD[counts_BT].to(device)
-            hidden_ND = hidden_BTD[counts_BT.to(device)]
-
+            hidden_ND, dense_ND, weight_N = self._select(example, learns=False)
+            weight_N = weight_N.double()
             found_N = measure_kl(self.head, hidden_ND, dense_ND).double().cpu()
             total += float(found_N @ weight_N)
             weight += float(weight_N.sum())
@@ -288,10 +269,6 @@ class _Training:
         for name, mean in self.average.values.items():
             tensors[f"average.{name}"] = mean
         return tensors
-
-    def _save(self) -> None:
-        values = asdict(self.done) | {"optimizer_steps": self.optimizer.steps}
-        write_tensors(self.file, self._tensors(), values, self.course.processes)
 
     def _resume(self) -> None:
         processes = self.course.processes

@@ -40,7 +40,11 @@ def find_unbeaten(qualities: Mapping[str, Sequence[float]]) -> frozenset[str]:
     """
     names = set()
     for name, own in qualities.items():
-        if not any(_beats(rival, own) for rival in qualities.values()):
+        better = []
+        for rival in qualities.values():
+            pairs = zip(rival, own, strict=True)
+            better.append(rival != own and all(theirs >= ours for theirs, ours in pairs))
+        if not any(better):
             names.add(name)
     return frozenset(names)
 
@@ -99,11 +103,6 @@ def _judge(
 
     yield say(_GAIN, row), row.gain_lower > 0, row.gain_upper < 0
     yield say(_THINKING, row), row.length_upper < 1, row.length_lower > 1
-
-
-def _beats(rival: Sequence[float], own: Sequence[float]) -> bool:
-    at_least_equal = all(theirs >= ours for theirs, ours in zip(rival, own, strict=True))
-    return at_least_equal and rival != own
 
 
 def _enumerate(items: Sequence[str]) -> str:

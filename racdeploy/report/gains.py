@@ -42,9 +42,16 @@ def list_highlights(report: Report) -> list[Highlight]:
         return []
 
     comparison = report.comparison
+    loss = length = ""
+    if comparison:
+        loss = say(_LOSS, comparison)
+    if comparison and comparison.length_ratio is not None:
+        limit = ", limit {0.length_limit:.2f}" if comparison.length_limit else ""
+        length = say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
+
     notes = {
-        "accuracy": say(_LOSS, comparison) if comparison else "",
-        "thinking_tokens_mean": _compare_lengths(comparison),
+        "accuracy": loss,
+        "thinking_tokens_mean": length,
         "size_bytes": _change(dense.size_bytes, pruned.size_bytes, "larger", "smaller"),
         "tokens_per_s": _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower"),
     }
@@ -64,8 +71,10 @@ def list_highlights(report: Report) -> list[Highlight]:
 
 def describe_gains(report: Report) -> list[str]:
     """Return size, parameters, speed and accuracy, as far as they are known."""
-    accuracy = _describe_accuracy(report.comparison)
-    return [*describe_savings(report), *([accuracy] if accuracy else [])]
+    found = describe_savings(report)
+    if report.comparison:
+        found.append(_describe_accuracy(report.comparison))
+    return found
 
 
 def describe_savings(report: Report) -> list[str]:
@@ -81,13 +90,6 @@ def describe_savings(report: Report) -> list[str]:
         found.append(f"{fewer:.0%} fewer parameters: {counts}")
     found.append(_describe_speed(dense, pruned))
     return [plain(sentence) for sentence in found if sentence]
-
-
-def _compare_lengths(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.length_ratio is None:
-        return ""
-    limit = ", limit {0.length_limit:.2f}" if comparison.length_limit else ""
-    return say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
 
 
 def _change(dense: float | None, pruned: float | None, more: str, less: str) -> str | None:
@@ -124,10 +126,7 @@ def _describe_speed(dense: ArmSummary, pruned: ArmSummary) -> str:
     return f"{ratio:.2f} times as fast: {figures}"
 
 
-def _describe_accuracy(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return ""
-
+def _describe_accuracy(comparison: Comparison) -> str:
     on = f"on {comparison.n:,} prompts"
     if comparison.drop_upper < 0:
         return f"{points(-comparison.drop)} points more right answers {on}"

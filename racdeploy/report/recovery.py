@@ -17,12 +17,10 @@ def list_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
     Its divergence is that of the phase's best look, whose state is the one that was kept.
     """
     ends = []
-
     for _, looks in groupby(rows, key=attrgetter("phase")):
         phase = list(looks)
         measured = [look for look in phase if look.kl_nats is not None]
-        best = min(measured, key=lambda look: look.kl_nats or 0.0, default=phase[-1])
-
+        best = min(measured, key=attrgetter("kl_nats"), default=phase[-1])
         found = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
         ends.append(phase[-1].model_copy(update=found))
 

@@ -27,17 +27,16 @@ class KeptPart:
     @property
     def row(self) -> tuple[str, ...]:
         """What, dense, pruned and kept, as cells."""
-        place = f" {self.where}" if self.where else ""
-        return self.what, f"{self.dense:,}", f"{self.left:,}{place}", self.share
+        left = f"{self.left:,} {self.where}".rstrip()
+        return self.what, f"{self.dense:,}", left, self.share
 
 
 def describe_kept(whole: Kept | None, structure: Sequence[StructureRow]) -> str:
     """Return what is left, as the object of a sentence; empty where nothing was cut."""
-    parts = [
-        f"{kept.share} of the {kept.what} ({kept.left:,} of {kept.dense:,}"
-        f"{' ' if kept.where else ''}{kept.where})"
-        for kept in list_kept(whole, structure)
-    ]
+    parts = []
+    for kept in list_kept(whole, structure):
+        counts = f"{kept.left:,} of {kept.dense:,} {kept.where}".rstrip()
+        parts.append(f"{kept.share} of the {kept.what} ({counts})")
     if not parts:
         return ""
 

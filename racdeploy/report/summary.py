@@ -19,6 +19,7 @@ _LENGTH = (
     "{0.length_lower:ratio} to {0.length_upper:ratio}"
 )
 _LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
+_UNCLOSED = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, before {1.unclosed:,}."
 _WIDENED = (
     "{0} {1[prompts]:.0f} prompts can show: the margin was widened to {1[margin]:points} points "
     "from {1[margin_asked]:points}."
@@ -46,7 +47,15 @@ def findings(report: Report) -> str:
     if report.comparison:
         sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
 
-    sentences += [_count_unclosed(report), _explain_widened(report)]
+    dense, pruned = report.arm("dense"), report.arm("pruned")
+    if dense and pruned and pruned.unclosed > dense.unclosed:
+        sentences.append(say(_UNCLOSED, pruned, dense))
+
+    accuracy = report.check("accuracy")
+    if accuracy and "margin_asked" in accuracy.figures:
+        passed = report.verdict == "pass"
+        found = "No breakage was found, which is all that" if passed else "Breakage is what"
+        sentences.append(say(_WIDENED, found, accuracy.figures))
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
     return plain(" ".join(filter(None, sentences)))
 
@@ -123,24 +132,3 @@ def _name_causes(report: Report) -> str:
     if report.checks and all(check.verdict == "skipped" for check in report.checks):
         cause = "Every check was skipped"
     return f"{cause}, and missing data never passes."
-
-
-def _count_unclosed(report: Report) -> str:
-    """Return how many thoughts never end, where there are more than before."""
-    dense, pruned = report.arm("dense"), report.arm("pruned")
-    if dense is None or pruned is None or pruned.unclosed <= dense.unclosed:
-        return ""
-
-    template = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, before {1.unclosed:,}."
-    return say(template, pruned, dense)
-
-
-def _explain_widened(report: Report) -> str:
-    """Return what few prompts can show; empty where the limits are those of the gate."""
-    check = report.check("accuracy")
-    if check is None or "margin_asked" not in check.figures:
-        return ""
-
-    passed = report.verdict == "pass"
-    found = "No breakage was found, which is all that" if passed else "Breakage is what"
-    return say(_WIDENED, found, check.figures)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from racdeploy.results.checks import Verdict
-from racdeploy.results.part import Part, Ratio
+from racdeploy.results.part import Difference, InnerShare, Part, Positive, Ratio, Share
 
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
 ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
@@ -31,23 +31,23 @@ class ArmSummary(Part):
     """
 
     name: str
-    prompts: int = Field(ge=1)
-    correct: int = Field(ge=0)
-    accuracy: float = Field(ge=0, le=1)
-    accuracy_lower: float = Field(ge=0, le=1)
-    accuracy_upper: float = Field(ge=0, le=1)
-    thinking_tokens_mean: float | None = Field(None, ge=0)
-    answer_tokens_mean: float | None = Field(None, ge=0)
-    unclosed: int = Field(0, ge=0)
-    forced: int = Field(0, ge=0)
-    cut: int = Field(0, ge=0)
-    loops: int = Field(0, ge=0)
-    size_bytes: int | None = Field(None, ge=0)
-    tokens_per_s: float | None = Field(None, ge=0)
-    load_ms: float | None = Field(None, ge=0)
-    peak_rss_bytes: int | None = Field(None, ge=0)
+    prompts: Positive
+    correct: NonNegativeInt
+    accuracy: Share
+    accuracy_lower: Share
+    accuracy_upper: Share
+    thinking_tokens_mean: NonNegativeFloat | None = None
+    answer_tokens_mean: NonNegativeFloat | None = None
+    unclosed: NonNegativeInt = 0
+    forced: NonNegativeInt = 0
+    cut: NonNegativeInt = 0
+    loops: NonNegativeInt = 0
+    size_bytes: NonNegativeInt | None = None
+    tokens_per_s: NonNegativeFloat | None = None
+    load_ms: NonNegativeFloat | None = None
+    peak_rss_bytes: NonNegativeInt | None = None
     quant: str | None = None
-    sparsity: float | None = Field(None, ge=0, le=1)
+    sparsity: Share | None = None
     files: dict[str, str] = Field(default_factory=dict)
     kernels: str | None = None
 
@@ -63,9 +63,9 @@ class TaskRow(Part):
 
     task: str
     follows: str = ""
-    prompts: int = Field(ge=0)
-    dense_correct: int = Field(ge=0)
-    pruned_correct: int = Field(ge=0)
+    prompts: NonNegativeInt
+    dense_correct: NonNegativeInt
+    pruned_correct: NonNegativeInt
 
 
 class Comparison(Part):
@@ -82,21 +82,21 @@ class Comparison(Part):
         confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
     """
 
-    drop: float = Field(ge=-1, le=1)
-    drop_lower: float = Field(ge=-1, le=1)
-    drop_upper: float = Field(ge=-1, le=1)
+    drop: Difference
+    drop_lower: Difference
+    drop_upper: Difference
     verdict: Verdict
     margin: float
-    n10: int = Field(ge=0)
-    n01: int = Field(ge=0)
-    n: int = Field(ge=1)
+    n10: NonNegativeInt
+    n01: NonNegativeInt
+    n: Positive
     length_ratio: Ratio | None = None
     length_lower: Ratio | None = None
     length_upper: Ratio | None = None
     length_verdict: Verdict | None = None
-    length_limit: float | None = Field(None, gt=0)
-    length_budget_tokens: int | None = Field(None, ge=1)
-    confidence: float = Field(0.90, gt=0, lt=1)
+    length_limit: PositiveFloat | None = None
+    length_budget_tokens: Positive | None = None
+    confidence: InnerShare = 0.90
 
 
 class RivalRow(Part):
@@ -108,9 +108,9 @@ class RivalRow(Part):
     """
 
     name: str
-    gain: float = Field(ge=-1, le=1)
-    gain_lower: float = Field(ge=-1, le=1)
-    gain_upper: float = Field(ge=-1, le=1)
+    gain: Difference
+    gain_lower: Difference
+    gain_upper: Difference
     length_ratio: Ratio
     length_lower: Ratio
     length_upper: Ratio
@@ -131,7 +131,7 @@ class HarnessRow(Part):
 
     task: str
     metric: str
-    documents: int = Field(ge=0)
+    documents: NonNegativeInt
     dense: float
     pruned: float
     difference: float
@@ -140,8 +140,8 @@ class HarnessRow(Part):
     larger_is_better: bool = True
     lower: float | None = None
     upper: float | None = None
-    lost: int | None = Field(None, ge=0)
-    won: int | None = Field(None, ge=0)
+    lost: NonNegativeInt | None = None
+    won: NonNegativeInt | None = None
     unpaired: str = ""
 
 
@@ -157,7 +157,7 @@ class HarnessRun(Part):
     name: str
     version: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    confidence: float = Field(0.90, gt=0, lt=1)
+    confidence: InnerShare = 0.90
     rows: tuple[HarnessRow, ...] = ()
 
 
@@ -174,17 +174,17 @@ class Record(Part):
         extractor: where it was found, or why nothing was.
     """
 
-    prompt: int = Field(ge=0)
+    prompt: NonNegativeInt
     task: str
     question: str
     gold: str
     arm: str
-    sample: int = Field(0, ge=0)
-    thinking_tokens: int = Field(ge=0)
-    answer_tokens: int = Field(ge=0)
+    sample: NonNegativeInt = 0
+    thinking_tokens: NonNegativeInt
+    answer_tokens: NonNegativeInt
     state: ThinkingState
     opening: ThinkingOpening = "none"
-    loop_tokens: int = Field(0, ge=0)
+    loop_tokens: NonNegativeInt = 0
     finish_reason: Literal["stop", "length", "cancelled"]
     correct: bool
     extracted: str | None

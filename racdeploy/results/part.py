@@ -1,4 +1,4 @@
-"""What all records of a report are made from."""
+"""What all records of a report are made from, and the ranges of their numbers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+InnerShare = Annotated[float, Field(gt=0, lt=1)]
+Difference = Annotated[float, Field(ge=-1, le=1)]
 # A ratio of means, infinite where the denominator is zero.
 Ratio = Annotated[
     float,

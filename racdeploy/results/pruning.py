@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from racdeploy.results.part import Part
+from racdeploy.results.part import Part, Positive, Share
 
 
 class LinearRow(Part):
@@ -21,13 +21,13 @@ class LinearRow(Part):
     """
 
     name: str
-    sparsity_asked: float = Field(ge=0, le=1)
-    sparsity_reached: float = Field(ge=0, le=1)
+    sparsity_asked: Share
+    sparsity_reached: Share
     held_out_error: float | None = None
     error_by_stream: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
     reason: str = ""
-    tokens: int | None = Field(None, ge=0)
+    tokens: NonNegativeInt | None = None
     pooled: bool = False
 
 
@@ -39,7 +39,7 @@ class BlockRow(Part):
             ``thinking`` and ``answer`` tokens.
     """
 
-    block: int = Field(ge=0)
+    block: NonNegativeInt
     drift: float | None = None
     drift_by_stream: dict[str, float] = Field(default_factory=dict)
     drift_by_task: dict[str, float] = Field(default_factory=dict)
@@ -55,15 +55,15 @@ class StructureRow(Part):
         experts: 0 where the block has none.
     """
 
-    block: int = Field(ge=0)
-    source_block: int = Field(ge=0)
-    heads: int = Field(ge=1)
-    key_value_heads: int = Field(ge=1)
-    channels: int = Field(ge=1)
-    heads_dense: int = Field(ge=1)
-    channels_dense: int = Field(ge=1)
-    experts: int = Field(0, ge=0)
-    experts_dense: int = Field(0, ge=0)
+    block: NonNegativeInt
+    source_block: NonNegativeInt
+    heads: Positive
+    key_value_heads: Positive
+    channels: Positive
+    heads_dense: Positive
+    channels_dense: Positive
+    experts: NonNegativeInt = 0
+    experts_dense: NonNegativeInt = 0
 
 
 class Kept(Part):
@@ -74,14 +74,14 @@ class Kept(Part):
         vocabulary: tokens, with those that only fill it up.
     """
 
-    parameters: int = Field(ge=1)
-    parameters_dense: int = Field(ge=1)
-    blocks: int = Field(ge=1)
-    blocks_dense: int = Field(ge=1)
-    key_value_heads: int = Field(ge=1)
-    key_value_heads_dense: int = Field(ge=1)
-    vocabulary: int = Field(ge=1)
-    vocabulary_dense: int = Field(ge=1)
+    parameters: Positive
+    parameters_dense: Positive
+    blocks: Positive
+    blocks_dense: Positive
+    key_value_heads: Positive
+    key_value_heads_dense: Positive
+    vocabulary: Positive
+    vocabulary_dense: Positive
 
 
 class RecoveryRow(Part):
@@ -100,11 +100,11 @@ class RecoveryRow(Part):
     """
 
     phase: str
-    tokens: int = Field(ge=0)
+    tokens: NonNegativeInt
     loss: float | None = None
     kl_nats: float | None = None
     text_kl_nats: float | None = None
-    accuracy: float | None = Field(None, ge=0, le=1)
+    accuracy: Share | None = None
     kept: bool = True
 
 
@@ -118,9 +118,9 @@ class PositionRow(Part):
         pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
     """
 
-    start_token: int = Field(ge=0)
-    stop_token: int = Field(ge=1)
-    tokens: int = Field(ge=1)
+    start_token: NonNegativeInt
+    stop_token: Positive
+    tokens: Positive
     export_kl_nats: float
     pruning_kl_nats: float
 
@@ -159,9 +159,9 @@ class TensorRow(Part):
     name: str
     quant_asked: str
     quant_real: str
-    zeros: float = Field(ge=0, le=1)
-    size_bytes: int = Field(ge=0)
-    bits: float | None = Field(None, ge=0)
+    zeros: Share
+    size_bytes: NonNegativeInt
+    bits: NonNegativeFloat | None = None
     reason: str = ""
     packing: str = "plain"
     packing_reason: str = ""

@@ -10,9 +10,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
     WithJsonSchema,
     model_validator,
 )
+
+from racdeploy.results.part import Positive, Share
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
 Reached = Literal["counted", "compared", "raced", "verified"]
@@ -44,11 +49,11 @@ class Constraints(_Part):
     """
 
     objective: Objective
-    max_bytes: int | None = Field(None, ge=1)
-    max_memory_bytes: int | None = Field(None, ge=1)
-    min_tokens_per_s: float | None = Field(None, gt=0)
+    max_bytes: Positive | None = None
+    max_memory_bytes: Positive | None = None
+    min_tokens_per_s: PositiveFloat | None = None
     min_accuracy_ratio: float | None = Field(None, gt=0, le=1)
-    budget_s: float = Field(gt=0)
+    budget_s: PositiveFloat
 
 
 class DeviceRow(_Part):
@@ -61,7 +66,7 @@ class DeviceRow(_Part):
     name: str
     measured: bool
     source: str = ""
-    cores: int = Field(ge=1)
+    cores: Positive
 
 
 class Interval(_Part):
@@ -85,9 +90,9 @@ class Interval(_Part):
 class ShareInterval(Interval):
     """That of a share, from 0 to 1."""
 
-    value: float = Field(ge=0, le=1)
-    lower: float = Field(ge=0, le=1)
-    upper: float = Field(ge=0, le=1)
+    value: Share
+    lower: Share
+    upper: Share
 
 
 class CostInterval(Interval):
@@ -123,16 +128,16 @@ class Candidate(_Part):
     settings: dict[str, Any] = Field(default_factory=dict)
     reached: Reached
     reason: str = ""
-    size_bytes: int = Field(ge=0)
+    size_bytes: NonNegativeInt
     size_measured: bool = False
-    memory_bytes: int | None = Field(None, ge=0)
-    tokens_per_s: float | None = Field(None, ge=0)
-    measured_tokens_per_s: float | None = Field(None, ge=0)
+    memory_bytes: NonNegativeInt | None = None
+    tokens_per_s: NonNegativeFloat | None = None
+    measured_tokens_per_s: NonNegativeFloat | None = None
     kl_nats: float | None = None
-    prompts: int = Field(0, ge=0)
-    correct: int = Field(0, ge=0)
+    prompts: NonNegativeInt = 0
+    correct: NonNegativeInt = 0
     accuracy: ShareInterval | None = None
-    thinking_tokens_mean: float | None = Field(None, ge=0)
+    thinking_tokens_mean: NonNegativeFloat | None = None
     seconds_per_correct: CostInterval | None = None
     keeps_limits: bool
 
@@ -171,8 +176,8 @@ class Tuning(_Part):
     notes: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
-    tokens_asked: int = Field(0, ge=0)
-    tokens_saved: int = Field(0, ge=0)
+    tokens_asked: NonNegativeInt = 0
+    tokens_saved: NonNegativeInt = 0
     bundle: str = ""
 
     def find(self, name: str) -> Candidate | None:

@@ -53,7 +53,7 @@ def answering(
     folder: Path,  # of the trace stage; keeps the server's model, completions until all are there
     dense: Path,  # folder of the model that the server has in the end
     notify: Callable[[str], None],
-    counter: Counter | None = None,
+    counter: Counter,
 ) -> Iterator[Answering]:
     """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
 
@@ -117,7 +117,7 @@ def _open(
 def _answer(
     engine: OpenAIEngine,
     log: CompletionLog,
-    counter: Counter | None,
+    counter: Counter,
     asked: Sequence[Asked],
 ) -> list[list[Completion]]:
     """Return the completions of several shards; those that an earlier run received are reused."""
@@ -132,8 +132,7 @@ def _answer(
         ids, sampling, stream = missing[index]
         seed = derive_seed(sampling.seed, stream)
         log.append(ids, seed, completion)
-        if counter:
-            counter.on_completion(completion)
+        counter.on_completion(completion)
 
     engine.complete(missing, keep)
 

@@ -13,12 +13,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PrivateAttr,
+    create_model,
+)
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.recipe import Verification
+from racdeploy.results.part import InnerShare, Positive
 from racdeploy.verify.stats import paired
 
 L = TypeVar("L", bound="Limits")
@@ -77,9 +86,9 @@ class Tier(_Table):
         widen: whether limits that so few prompts cannot show are widened to what they can.
     """
 
-    prompts: int = Field(200, ge=1)
-    samples: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
+    prompts: Positive = 200
+    samples: Positive | None = None
+    temperature: NonNegativeFloat | None = None
     checks: CheckNames = ()
     inconclusive: Inconclusive | None = None
     widen: bool = False
@@ -94,7 +103,7 @@ class Tier(_Table):
 class SmokeTier(Tier):
     """Few prompts, which show a breakage and no small loss."""
 
-    prompts: int = Field(32, ge=1)
+    prompts: Positive = 32
     widen: bool = True
 
 
@@ -117,7 +126,7 @@ class Gate(_Table):
         tiers: what the names of ``--tier`` stand for.
     """
 
-    confidence: float = Field(0.90, gt=0, lt=1)
+    confidence: InnerShare = 0.90
     inconclusive: Inconclusive = "fail"
     checks: CheckNames = ()
     tiers: Tiers = Field(default_factory=Tiers)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from racdeploy.report.tables import points
 from racdeploy.results.checks import CheckResult
+from racdeploy.results.part import InnerShare
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Evidence, is_correct, make_result
 from racdeploy.verify.stats import paired, verdicts
@@ -25,7 +24,7 @@ class Limits(gate.Limits):
     """
 
     SHARES = ("margin",)
-    margin: float = Field(0.05, gt=0, lt=1)
+    margin: InnerShare = 0.05
 
 
 def check(evidence: Evidence) -> CheckResult:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from racdeploy.report.tables import points
 from racdeploy.results.checks import CheckResult
+from racdeploy.results.part import InnerShare
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Arm, Evidence, completion_tokens, is_correct, make_result
 from racdeploy.verify.stats import lengths, paired, verdicts
@@ -27,7 +28,7 @@ class Limits(gate.Limits):
     """
 
     SHARES = ("margin",)
-    margin: float = Field(0.05, gt=0, lt=1)
+    margin: InnerShare = 0.05
     length_ratio: float = Field(1.2, gt=1)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from racdeploy import plugins
 from racdeploy.results.checks import CheckResult
+from racdeploy.results.part import Share
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Divergence, Evidence, make_result
 
@@ -31,10 +32,10 @@ class Limits(gate.Limits):
             default.
     """
 
-    export_kl_nats: float | None = Field(None, gt=0)
-    export_changed: float | None = Field(None, ge=0, le=1)
-    pruning_kl_nats: float | None = Field(None, gt=0)
-    pruning_changed: float | None = Field(None, ge=0, le=1)
+    export_kl_nats: PositiveFloat | None = None
+    export_changed: Share | None = None
+    pruning_kl_nats: PositiveFloat | None = None
+    pruning_changed: Share | None = None
 
 
 def check(evidence: Evidence) -> CheckResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import le
 
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
@@ -19,7 +19,7 @@ class Limits(gate.Limits):
         ratio: largest ratio of peak memory, pruned to dense, that passes; none by default.
     """
 
-    ratio: float | None = Field(None, gt=0)
+    ratio: PositiveFloat | None = None
 
 
 def check(evidence: Evidence) -> CheckResult:

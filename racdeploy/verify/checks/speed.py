@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import ge
 
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from racdeploy.results.checks import CheckResult
 from racdeploy.verify import gate
@@ -20,7 +20,7 @@ class Limits(gate.Limits):
             default.
     """
 
-    ratio: float | None = Field(None, gt=0)
+    ratio: PositiveFloat | None = None
 
 
 def check(evidence: Evidence) -> CheckResult:

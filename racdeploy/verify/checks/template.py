@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from racdeploy.results.checks import CheckResult
@@ -35,9 +34,14 @@ def check(evidence: Evidence) -> CheckResult:
     first, *others = wrong or wrong_inside
     ids = first.rendered if wrong else first.artifact or ()
 
-    difference = _describe_difference(first.expected, ids)
+    # Where the two lists part, with the ids from there on.
+    alike = [wanted == found for wanted, found in zip(first.expected, ids, strict=False)]
+    place = [*alike, False].index(False)
+    wanted = list(first.expected[place : place + 6]) or "the end"
+    found = list(ids[place : place + 6]) or "the end"
+
     summary = f"{len(others) + 1} of {len(probes)} prompts differ{where}; the first is "
-    summary += f"{first.question[:60]!r}: {difference}"
+    summary += f"{first.question[:60]!r}: at token {place}, {wanted} expected, {found} found"
     remedy = "put the model's own chat template back: "
     remedy += "chat_template in tokenizer_config.json, or export again"
 
@@ -48,12 +52,3 @@ def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
     """Compare; a beginning-of-sequence that the tokenizer demands may precede."""
     with_lead = (*probe.lead, *probe.expected)
     return tuple(ids) in (probe.expected, with_lead)
-
-
-def _describe_difference(expected: Sequence[int], ids: Sequence[int]) -> str:
-    """Say where two lists part, with the ids from there on."""
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(expected, ids, strict=False))
-    place = len(list(same))
-    wanted = list(expected[place : place + 6]) or "the end"
-    found = list(ids[place : place + 6]) or "the end"
-    return f"at token {place}, {wanted} expected, {found} found"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from racdeploy.results.checks import CheckResult
+from racdeploy.results.part import InnerShare
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import (
     FAULTS,
@@ -35,11 +36,11 @@ class Limits(gate.Limits):
     """
 
     SHARES = ("unclosed", "loops", "forced", "cut")
-    length_ratio: float = Field(1.2, gt=0)
-    unclosed: float = Field(0.05, gt=0, lt=1)
-    loops: float = Field(0.05, gt=0, lt=1)
-    forced: float = Field(0.05, gt=0, lt=1)
-    cut: float = Field(0.05, gt=0, lt=1)
+    length_ratio: PositiveFloat = 1.2
+    unclosed: InnerShare = 0.05
+    loops: InnerShare = 0.05
+    forced: InnerShare = 0.05
+    cut: InnerShare = 0.05
 
 
 def check(evidence: Evidence) -> CheckResult:
