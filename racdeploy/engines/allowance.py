@@ -58,9 +58,9 @@ def memory_bytes(path: Path, settings: EngineSettings) -> int:
 
 def restrict() -> None:
     """Keep this process within that, where the system can."""
-    kernels = os.environ.get("CUDA_CACHE_PATH") or "~/.nv/ComputeCache"  # that drivers compile
+    compiled = os.environ.get("CUDA_CACHE_PATH") or Path.home() / ".nv/ComputeCache"
     allowed = {
-        Path(kernels).expanduser(): WRITE,
+        Path(compiled): WRITE,
         Path("/dev"): CHANGE_FILE,
         Path("/dev/shm"): WRITE,
     }

@@ -17,7 +17,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -160,30 +160,6 @@ def run_module(
     Args:
         python: that of another environment, which imports racdeploy from here and nothing else.
     """
-    if python is not None:
-        with _only_racdeploy() as path:
-            other = {**(variables or {}), "PYTHONPATH": str(path)}
-            return _run(module, arguments, timeout_s, other, limits, python)
-    return _run(module, arguments, timeout_s, variables, limits, None)
-
-
-@contextmanager
-def _only_racdeploy() -> Iterator[Path]:
-    """Yield a folder from which racdeploy is imported, and nothing that is installed beside it."""
-    with tempfile.TemporaryDirectory(prefix="racdeploy-package-") as folder:
-        package = Path(racdeploy.__file__).parent
-        (Path(folder) / package.name).symlink_to(package)
-        yield Path(folder)
-
-
-def _run(
-    module: str,
-    arguments: tuple[object, ...],
-    timeout_s: float | None,
-    variables: Mapping[str, str] | None,
-    limits: Limits | None,
-    python: Path | None,
-) -> Outcome:
     make = environment
     if limits is not None:
         make = clean_environment
@@ -191,19 +167,20 @@ def _run(
         arguments = (*bounds, module, *arguments)
         module = "racdeploy.processes.limited"
 
-    try:
-        done = subprocess.run(
-            command(module, *arguments, python=python),
-            env=make(variables),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(None, f"did not end within {timeout_s:.0f} s")
+    with _only_racdeploy() if python else nullcontext({}) as path:
+        try:
+            done = subprocess.run(
+                command(module, *arguments, python=python),
+                env=make({**(variables or {}), **path}),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(None, f"did not end within {timeout_s:.0f} s")
 
     if done.returncode:
         verb = "died" if done.returncode < 0 else "ended"
@@ -214,6 +191,15 @@ def _run(
         return Outcome(json.loads(_last_line(done.stdout)))
     except json.JSONDecodeError:
         return Outcome(None)
+
+
+@contextmanager
+def _only_racdeploy() -> Iterator[dict[str, str]]:
+    """Yield the variable with which racdeploy is imported, and nothing installed beside it."""
+    with tempfile.TemporaryDirectory(prefix="racdeploy-package-") as folder:
+        package = Path(racdeploy.__file__).parent
+        (Path(folder) / package.name).symlink_to(package)
+        yield {"PYTHONPATH": folder}
 
 
 def describe_exit(code: int) -> str:

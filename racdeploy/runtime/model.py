@@ -14,7 +14,7 @@ from racdeploy.engines import engine as decoding
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime.control import make_budget
-from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream, Work
+from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.text import OnText, TextReader
 from racdeploy.runtime.thinking import State, ThinkingTags, prompt_state, split, tags_of
@@ -150,11 +150,11 @@ class Model(AbstractContextManager["Model"]):
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream[Result]:
         """Return an iterator over the text as it comes; see :meth:`generate`."""
-        return TextStream(self._pool, self._work(prompt, options))
+        return TextStream(self._pool, partial(self.generate, prompt, **options))
 
     def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncTextStream[Result]:
         """Return an asynchronous iterator over the text as it comes; see :meth:`generate`."""
-        return AsyncTextStream(self._pool, self._work(prompt, options))
+        return AsyncTextStream(self._pool, partial(self.generate, prompt, **options))
 
     def generate_many(
         self,
@@ -217,11 +217,7 @@ class Model(AbstractContextManager["Model"]):
 
         All of it has the kind ``answer``.
         """
-
-        def work(on_text: OnText, cancel: threading.Event) -> Continuation:
-            return self.continue_text(prompt, on_text=on_text, cancel=cancel, **options)
-
-        return AsyncTextStream(self._pool, work)
+        return AsyncTextStream(self._pool, partial(self.continue_text, prompt, **options))
 
     def close(self) -> None:
         """Unload the model; what still runs ends with an EngineError. Again is harmless."""
@@ -229,12 +225,6 @@ class Model(AbstractContextManager["Model"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _work(self, prompt: Prompt, options: Options) -> Work[Result]:
-        def work(on_text: OnText, cancel: threading.Event) -> Result:
-            return self.generate(prompt, on_text=on_text, cancel=cancel, **options)
-
-        return work
 
     def _complete(
         self,

@@ -15,15 +15,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from racdeploy.errors import UsageError
-from racdeploy.runtime.text import Kind, OnText
+from racdeploy.runtime.text import Kind
 
 R = TypeVar("R")
-Work = Callable[[OnText, threading.Event], R]
-"""Generates: tells its text, ends early once the event is set, and returns its result."""
+Work = Callable[..., R]
+"""Generates: tells ``on_text``, ends early once ``cancel`` is set, and returns its result."""
 
 
 class Piece(NamedTuple):
@@ -109,7 +108,7 @@ class _Stream(Generic[R]):
         def on_text(text: str, kind: Kind) -> None:
             put(Piece(text, kind))
 
-        self._future = self._pool.submit(partial(self._work, on_text, self._cancel))
+        self._future = self._pool.submit(partial(self._work, on_text=on_text, cancel=self._cancel))
         self._future.add_done_callback(lambda _: put(None))
 
     def _end(self) -> None:
@@ -152,12 +151,7 @@ class TextStream(_Stream[R], Iterator[Piece]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cancel.set()
 
 
@@ -198,12 +192,7 @@ class AsyncTextStream(_Stream[R], AsyncIterator[Piece]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._cancel.set()
 
 

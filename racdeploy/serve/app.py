@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from starlette.applications import Starlette
@@ -53,23 +54,19 @@ def make_app(served: Served, key: str = "") -> Starlette:
         status = {"status": "ok" if is_well else "the engine has ended: start the server again"}
         return JSONResponse(status, 200 if is_well else 503)
 
-    async def ask_chat(body: Json) -> Reply:
-        return await _ask_chat(served, body)
-
-    async def ask_completion(body: Json) -> Reply:
-        return await _ask_completion(served, body)
-
-    async def tokenize(body: Json) -> Reply:
-        return _tokenize(served.model, body)
+    asked = {
+        "/v1/chat/completions": _ask_chat,
+        "/v1/completions": _ask_completion,
+        "/tokenize": _tokenize,
+    }
+    endpoints = {path: Endpoint(partial(ask, served), turnstile) for path, ask in asked.items()}
 
     return Starlette(
         routes=[
             Route("/health", show_health),
             Route("/v1/models", list_models),
             Route("/v1/models/{name}", show_model),
-            Route("/v1/chat/completions", Endpoint(ask_chat, turnstile), methods=["POST"]),
-            Route("/v1/completions", Endpoint(ask_completion, turnstile), methods=["POST"]),
-            Route("/tokenize", Endpoint(tokenize, turnstile), methods=["POST"]),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         ],
         middleware=[Middleware(KeyCheck, key=key) if key else Middleware(HostCheck)],
         exception_handlers={
@@ -166,14 +163,14 @@ async def _ask_completion(served: Served, body: Json) -> Reply:
     return await exchange.reply(as_stream=asked.stream)
 
 
-def _tokenize(model: Model, body: Json) -> Reply:
+async def _tokenize(served: Served, body: Json) -> Reply:
     """Return the engine's own ids of a text, as llama-server does; special tokens are parsed."""
     text = body.get("content")
     if not isinstance(text, str):
         raise RequestError(400, "content is no text", param="content")
 
-    ids = model.engine.tokenize(text)
-    return Reply({"tokens": model.encoder.encode_text(text) if ids is None else ids})
+    ids = served.model.engine.tokenize(text)
+    return Reply({"tokens": served.model.encoder.encode_text(text) if ids is None else ids})
 
 
 def _check_name(asked: str | None, name: str) -> None:

@@ -12,12 +12,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
 
 import uvicorn
 
 from racdeploy.errors import EnvironmentFailure, UsageError
-from racdeploy.runtime import Model, load
+from racdeploy.runtime import load
 from racdeploy.runtime.loading import load_dense
 from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import Served, make_app
@@ -60,32 +59,28 @@ def serve(
         )
 
     with _bind(host, port) as address:
-        asked: LoadOptions = {
-            "threads": threads,
-            "parallel": parallel,
-            "context_tokens": context_tokens,
-        }
         if dense:
-            model = load_dense(bundle, dense, **asked)
+            model = load_dense(
+                bundle, dense, threads=threads, parallel=parallel, context_tokens=context_tokens
+            )
         else:
-            model = load(bundle, **asked, accel=accel)
+            model = load(
+                bundle,
+                threads=threads,
+                parallel=parallel,
+                context_tokens=context_tokens,
+                accel=accel,
+            )
 
         with model:
-            name = dense.stem if dense else _name(model)
-            served = Served(model, name, parallel)
+            # A pruned model has the name of its artifact, which says how it was made.
+            file = dense or Path(model.manifest.artifacts[0].path)
+            served = Served(model, file.stem, parallel)
             url = _url(address)
             server = _Server(served, key, lambda: on_ready(url, served))
             asyncio.run(server.serve(sockets=[address]))
 
     return server.signal == signal.SIGINT
-
-
-class LoadOptions(TypedDict):
-    """What both models are loaded with; see :func:`racdeploy.load`."""
-
-    threads: int
-    parallel: int
-    context_tokens: int | None
 
 
 class _Server(uvicorn.Server):
@@ -125,11 +120,6 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self.signal = self.signal or number
-
-
-def _name(model: Model) -> str:
-    """Return the name of a model: that of its artifact, which says how it was made."""
-    return Path(model.manifest.artifacts[0].path).stem
 
 
 def _read_key(name: str) -> str:

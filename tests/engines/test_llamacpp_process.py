@@ -18,7 +18,7 @@ from random import Random
 import pytest
 from gguf import GGUFReader
 
-from racdeploy.engines.backends.llamacpp import LlamaCppEngine, open_engine
+from racdeploy.engines.backends.llamacpp import open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
 from tests.support.tiny_artifacts import make_gguf
@@ -210,7 +210,7 @@ def test_special_tokens_are_parsed_and_none_is_added(model: Path) -> None:
 
 
 def test_the_statistics_count_tokens_and_time(model: Path) -> None:
-    with LlamaCppEngine(model, SETTINGS, use_mmap=False) as engine:
+    with open_engine(model, SETTINGS) as engine:
         assert engine.stats["load_ms"] > 0
         engine.generate([[5, 6, 7], [8]], Sampling(4, ()))
         assert (engine.stats["prompt_tokens"], engine.stats["generated_tokens"]) == (4, 8)

@@ -21,7 +21,7 @@ _LOG = logging.getLogger("racdeploy.sparse_kernels")
 
 
 class LlamaCppEngine(ChildEngine):
-    """A GGUF file, loaded by llama.cpp in a child process: mapped, or read into memory.
+    """A GGUF file, loaded by llama.cpp in a child process.
 
     With ``vocabulary_only``, it tokenizes and does nothing else, and the file needs no tensors.
     """
@@ -31,7 +31,6 @@ class LlamaCppEngine(ChildEngine):
         path: Path,
         settings: EngineSettings,
         *,
-        use_mmap: bool = True,
         vocabulary_only: bool = False,
     ) -> None:
         require("llama_cpp")
@@ -39,8 +38,7 @@ class LlamaCppEngine(ChildEngine):
             raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
 
         native = "racdeploy.engines.backends.llamacpp.native"
-        options = {"use_mmap": use_mmap, "vocabulary_only": vocabulary_only}
-        super().__init__(native, "llama.cpp", path, settings, **options)
+        super().__init__(native, "llama.cpp", path, settings, vocabulary_only=vocabulary_only)
         if settings.accel != "off" and not vocabulary_only:
             _LOG.info(self.about["kernels"])
 

@@ -36,12 +36,12 @@ _LOG_ERROR = 4
 _LOG_CONTINUED = 5
 
 
-def load(request: Header, settings: EngineSettings) -> NativeModel | _Vocabulary:
+def load(request: Header, settings: EngineSettings) -> _Vocabulary:
     """Load the GGUF file of a request, or its vocabulary alone."""
     path = Path(request["path"])
     if request["vocabulary_only"]:
         return _Vocabulary(path)
-    return NativeModel(path, settings, use_mmap=request["use_mmap"])
+    return NativeModel(path, settings)
 
 
 class _Log:
@@ -70,7 +70,54 @@ class _Log:
         return " | ".join(self.lines) or "no message"
 
 
-class NativeModel:
+class _Vocabulary:
+    """The tokenizer of a file, which may hold nothing else: no weight is read."""
+
+    about: Mapping[str, Any] = {}
+    context_tokens = 0
+
+    def __init__(self, path: Path) -> None:
+        self._log = _Log()
+        remedy = "name another pre-tokenizer: export.pre_tokenizer in the recipe"
+        self._load(path, f"the vocabulary of {path}", remedy, vocab_only=True)
+
+    def _load(self, path: Path, what: str, remedy: str, **params: int) -> None:
+        llama_cpp.llama_backend_init()
+        filled = _fill(llama_cpp.llama_model_default_params(), **params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), filled)
+        if not self._model:
+            raise EngineError(f"llama.cpp cannot load {what}: {self._log.tail()}", remedy=remedy)
+
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+
+    def decoders(self) -> list[_Context]:
+        return []
+
+    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+        raise EngineError("only the vocabulary of this file was loaded")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens written in it are parsed, none are added."""
+        data = text.encode("utf-8")
+        room = len(data) + 1
+        add_special, parse_special = False, True
+
+        for _ in range(2):
+            tokens = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(
+                self._vocab, data, len(data), tokens, room, add_special, parse_special
+            )
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count  # more tokens than bytes: the vocabulary expands the text
+
+        raise EngineError(
+            f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
+        )
+
+
+class NativeModel(_Vocabulary):
     """A loaded model and its contexts.
 
     llama.cpp's threads meet after every operation. On a small model they wait longer than they
@@ -78,34 +125,23 @@ class NativeModel:
     large model is read from memory once for all slots, by all threads.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings, *, use_mmap: bool) -> None:
+    def __init__(self, path: Path, settings: EngineSettings) -> None:
         self._log = _Log()
         self._threads = settings.threads or available_cores()
         kernels = sparse_kernels.enable(path, settings.accel, threads=self._threads)
 
-        llama_cpp.llama_backend_init()
         # Weights that are packed while they are loaded are read.
-        is_mapped = use_mmap and not kernels.tensors
-        mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if is_mapped else llama_cpp.LLAMA_LOAD_MODE_NONE
-        params = _fill(
-            llama_cpp.llama_model_default_params(),
-            load_mode=mode,
+        read, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
+        self._load(
+            path,
+            str(path),
+            "export the model again; a file packed by racdeploy needs `racdeploy unpack` first",
+            load_mode=read if kernels.tensors else mapped,
             use_extra_bufts=settings.repack_weights,
         )
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise EngineError(
-                f"llama.cpp cannot load {path}: {self._log.tail()}",
-                remedy="export the model again; a file packed by racdeploy needs "
-                "`racdeploy unpack` first",
-            )
-
         _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
         self.about = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
-
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._contexts = self._open_contexts(settings)
 
     def _open_contexts(self, settings: EngineSettings) -> list[_Context]:
@@ -135,57 +171,6 @@ class NativeModel:
 
         context.decode(rows)
         return np.stack([context.logits_V(row) for row in range(len(rows))])
-
-    def tokenize(self, text: str) -> list[int]:
-        return _tokenize(self._vocab, text, self._log)
-
-
-class _Vocabulary:
-    """The tokenizer of a file, which may hold nothing else: no weight is read."""
-
-    about: Mapping[str, Any] = {}
-    context_tokens = 0
-
-    def __init__(self, path: Path) -> None:
-        self._log = _Log()
-        llama_cpp.llama_backend_init()
-        params = _fill(llama_cpp.llama_model_default_params(), vocab_only=True)
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise EngineError(
-                f"llama.cpp cannot load the vocabulary of {path}: {self._log.tail()}",
-                remedy="name another pre-tokenizer: export.pre_tokenizer in the recipe",
-            )
-
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-
-    def decoders(self) -> list[_Context]:
-        return []
-
-    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
-        raise EngineError("only the vocabulary of this file was loaded")
-
-    def tokenize(self, text: str) -> list[int]:
-        return _tokenize(self._vocab, text, self._log)
-
-
-def _tokenize(vocab: Any, text: str, log: _Log) -> list[int]:
-    """Return the ids of a text; special tokens written in it are parsed, none are added."""
-    data = text.encode("utf-8")
-    room = len(data) + 1
-    add_special, parse_special = False, True
-
-    for _ in range(2):
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(
-            vocab, data, len(data), tokens, room, add_special, parse_special
-        )
-        if count >= 0:
-            return list(tokens[:count])
-        room = -count  # more tokens than bytes: the vocabulary expands the text
-
-    raise EngineError(f"llama.cpp cannot tokenize a text of {len(data)} bytes: {log.tail()}")
 
 
 class _Context:
