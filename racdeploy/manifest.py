@@ -14,6 +14,7 @@ from racdeploy.files.checked import has_sha256
 from racdeploy.files.reading import name_problem, read_json
 from racdeploy.files.writing import file_sha256
 
+Json = dict[str, Any]
 MANIFEST_NAME = "racdeploy.json"
 MOST_MANIFEST_BYTES = 4_000_000
 MOST_TOKENS = 1 << 22
@@ -30,7 +31,7 @@ Files = Annotated[dict[Name, Sha256], Field(max_length=1024)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
-def _check_base(base: dict[str, Any]) -> dict[str, Any]:
+def _check_base(base: Json) -> Json:
     for key in ("model", "name", "revision", "license", "model_type"):
         if not isinstance(base.get(key), str | None):
             raise ValueError(f"{key} is no text")
@@ -39,7 +40,7 @@ def _check_base(base: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _check_pruning(pruning: dict[str, Any]) -> dict[str, Any]:
+def _check_pruning(pruning: Json) -> Json:
     for key, value in pruning.items():
         if not key.startswith("sparsity"):
             continue
@@ -48,7 +49,7 @@ def _check_pruning(pruning: dict[str, Any]) -> dict[str, Any]:
     return pruning
 
 
-def _check_headline(headline: dict[str, Any]) -> dict[str, Any]:
+def _check_headline(headline: Json) -> Json:
     for arm in ("dense", "pruned"):
         if not isinstance(headline.get(arm, {}), dict):
             raise ValueError(f"{arm} is no table")
@@ -194,16 +195,16 @@ class Manifest(_Entry):
 
     schema_version: Literal[1] = 1
     racdeploy_version: str
-    base: Annotated[dict[str, Any], AfterValidator(_check_base)]
-    recipe: dict[str, Any]
-    traces: dict[str, Any]
-    pruning: Annotated[dict[str, Any], AfterValidator(_check_pruning)]
+    base: Annotated[Json, AfterValidator(_check_base)]
+    recipe: Json
+    traces: Json
+    pruning: Annotated[Json, AfterValidator(_check_pruning)]
     artifacts: tuple[ArtifactEntry, ...] = Field(min_length=1, max_length=64)
     tokenizer: TokenizerEntry
     dense_tokenizer: TokenizerEntry | None = None
     generation: GenerationSettings
     verdict: str
-    headline: Annotated[dict[str, Any], AfterValidator(_check_headline)]
+    headline: Annotated[Json, AfterValidator(_check_headline)]
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:

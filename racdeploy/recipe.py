@@ -48,6 +48,7 @@ MOST_DIFFERENCES = 0.05
 _ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
+Names = tuple[str, ...]
 Zeros = float | str
 """Zeros of a linear: a share of its weights, or N:M."""
 
@@ -174,7 +175,7 @@ class Pruning(_Part):
     column_block: Positive = 16
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dense: tuple[str, ...] = ()
+    dense: Names = ()
     shares: dict[str, Zeros] = Field(default_factory=dict)
     expert_tokens: NonNegativeInt = 0
 
@@ -194,7 +195,7 @@ class Pruning(_Part):
 
     @field_validator("dense")
     @classmethod
-    def _check_dense(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_dense(cls, value: Names) -> Names:
         for pattern in value:
             _check_regex(pattern)
         return value
@@ -277,7 +278,7 @@ class Structure(_Part):
     uniform: bool = False
     multiple: NonNegativeInt = 0
     criterion: str = "error"
-    vocabulary_text: tuple[str, ...] = ()
+    vocabulary_text: Names = ()
 
     @field_validator("keep")
     @classmethod
@@ -291,7 +292,7 @@ class Structure(_Part):
         return value
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> Names:
         """Names of the parts that are cut, sorted."""
         return tuple(sorted(part for part, share in self.keep.items() if share != 1))
 
@@ -336,7 +337,7 @@ class Recovery(_Part):
     """
 
     tokens: NonNegativeInt = 0
-    ways: tuple[str, ...] = ()
+    ways: Names = ()
     on_policy: Share = 0.25
     rounds: Positive = 2
     probe_drop: float = Field(0.01, ge=0, lt=1)
@@ -352,7 +353,7 @@ class Recovery(_Part):
 
     @field_validator("ways")
     @classmethod
-    def _check_ways(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_ways(cls, value: Names) -> Names:
         for way in value:
             _check_name("ways", "way", way)
         return value
@@ -411,7 +412,7 @@ class Verification(_Part):
     max_thinking_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     logit_traces: int = Field(16, ge=0, le=_MOST_PROMPTS)
-    controls: tuple[str, ...] = ()
+    controls: Names = ()
     parallel: int = Field(16, ge=1, le=_MOST_TOGETHER)
     context_tokens: int = Field(2048, ge=16, le=MOST_TOKENS)
     seed: NonNegativeInt = 0
@@ -434,7 +435,7 @@ class Thinking(_Part):
     max_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     closing: str = ""
     close_bias: float = Field(0.0, ge=0, allow_inf_nan=False)
-    hesitation: tuple[str, ...] = _HESITATION
+    hesitation: Names = _HESITATION
     hesitation_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
     tune: bool = False
 
@@ -466,7 +467,7 @@ class Tune(_Part):
     min_tokens_per_s: float = Field(0.0, ge=0, allow_inf_nan=False)
     min_accuracy_ratio: Share = 0.0
     budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
-    quants: tuple[str, ...] = ()
+    quants: Names = ()
     ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     zeros: tuple[Zeros, ...] = ()
     vocabulary: tuple[int, ...] = ()
@@ -506,9 +507,9 @@ class Recipe(_Part):
 
     model: str = "tiny-reasoner"
     target: str = "gguf"
-    also: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    calibration_tasks: tuple[str, ...] = ()
+    also: Names = ()
+    tasks: Names = ()
+    calibration_tasks: Names = ()
     traces: Traces = Field(default_factory=Traces)
     calibration: Calibration = Field(default_factory=Calibration)
     structure: Structure = Field(default_factory=Structure)

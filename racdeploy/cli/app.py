@@ -35,35 +35,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _MORE = "More"
-_FIRST: dict[str, tuple[Callable[..., None], str]] = {
-    "build": (build.build, "racdeploy build ./my-model --sparsity 0.5 --out bundle"),
-    "tune": (tune.tune, "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h"),
-    "run": (run.run, 'racdeploy run bundle "What is 12 times 34?" --show-thinking'),
-    "chat": (chat.chat, "racdeploy chat bundle --max-thinking-tokens 512"),
-    "serve": (serve.serve, "racdeploy serve bundle --port 8080"),
-    "verify": (verify.verify, "racdeploy verify bundle --junit junit.xml"),
-    "report": (report.report, "racdeploy report bundle"),
-    "inspect": (tools.inspect, "racdeploy inspect bundle --summary"),
+_FIRST: dict[str, Callable[..., None]] = {
+    "racdeploy build ./my-model --sparsity 0.5 --out bundle": build.build,
+    "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h": tune.tune,
+    'racdeploy run bundle "What is 12 times 34?" --show-thinking': run.run,
+    "racdeploy chat bundle --max-thinking-tokens 512": chat.chat,
+    "racdeploy serve bundle --port 8080": serve.serve,
+    "racdeploy verify bundle --junit junit.xml": verify.verify,
+    "racdeploy report bundle": report.report,
+    "racdeploy inspect bundle --summary": tools.inspect,
 }
-_OTHERS: dict[str, tuple[Callable[..., None], str]] = {
-    "traces": (build.traces, "racdeploy traces ./my-model --trace-prompts 64"),
-    "prune": (build.prune, "racdeploy prune ./my-model --keep ffn=0.75"),
-    "recover": (build.recover, "racdeploy recover ./my-model PRUNED --recover-tokens 1000000"),
-    "export": (build.export, "racdeploy export ./my-model --quant q8_0"),
-    "bench": (run.bench, "racdeploy bench bundle --rounds 3"),
-    "push": (hub.push, "racdeploy push bundle me/my-model-GGUF --dry-run"),
-    "pull": (hub.pull, "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle"),
-    "sign": (sign.sign, "racdeploy sign bundle --key key.pem"),
-    "unpack": (tools.unpack, "racdeploy unpack model.racgguf"),
-    "targets": (tools.targets, "racdeploy targets"),
-    "plugins": (tools.list_plugins, "racdeploy plugins"),
-    "families": (tools.families, "racdeploy families"),
-    "init": (tools.init, "racdeploy init recipe.toml"),
-    "doctor": (tools.doctor, "racdeploy doctor"),
+_OTHERS: dict[str, Callable[..., None]] = {
+    "racdeploy traces ./my-model --trace-prompts 64": build.traces,
+    "racdeploy prune ./my-model --keep ffn=0.75": build.prune,
+    "racdeploy recover ./my-model PRUNED --recover-tokens 1000000": build.recover,
+    "racdeploy export ./my-model --quant q8_0": build.export,
+    "racdeploy bench bundle --rounds 3": run.bench,
+    "racdeploy push bundle me/my-model-GGUF --dry-run": hub.push,
+    "racdeploy pull me/my-model-GGUF --quant q8_0 --out bundle": hub.pull,
+    "racdeploy sign bundle --key key.pem": sign.sign,
+    "racdeploy unpack model.racgguf": tools.unpack,
+    "racdeploy targets": tools.targets,
+    "racdeploy plugins": tools.list_plugins,
+    "racdeploy families": tools.families,
+    "racdeploy init recipe.toml": tools.init,
+    "racdeploy doctor": tools.doctor,
 }
 
 for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
-    for verb, (command, example) in verbs.items():
+    for example, command in verbs.items():
+        _, verb, *_ = example.split()
         app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
 cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")

@@ -17,8 +17,10 @@ from racdeploy.processes import environments, landlock
 from racdeploy.processes.cores import available_cores, multiplies_bfloat16
 from racdeploy.processes.memory import free_bytes
 
+Finding = dict[str, str]
 
-def examine() -> list[dict[str, str]]:
+
+def examine() -> list[Finding]:
     """Return findings: ``what``, ``state`` (ok, missing, or unused: not needed), ``detail``.
 
     An extra that is not installed is not needed until somebody asks for what it brings.
@@ -39,7 +41,7 @@ def examine() -> list[dict[str, str]]:
     ]
 
 
-def _examine_package(package: Package) -> dict[str, str]:
+def _examine_package(package: Package) -> Finding:
     if is_installed(package.module):
         found = installed_version(package.name) or "installed, version unknown"
         return _finding(package.name, True, found)
@@ -48,7 +50,7 @@ def _examine_package(package: Package) -> dict[str, str]:
     return _unused(package.name, f"needed for {package.purpose}: {install}")
 
 
-def _examine_environment(name: str) -> dict[str, str]:
+def _examine_environment(name: str) -> Finding:
     """Say whether packages that may not go with the others have an environment of their own."""
     what = f"environment of {name}"
     try:
@@ -63,12 +65,12 @@ def _examine_environment(name: str) -> dict[str, str]:
     )
 
 
-def _examine_model() -> dict[str, str]:
+def _examine_model() -> Finding:
     model = resolve(EMBEDDED).folder / "model.safetensors"
     return _finding("embedded model", model.is_file(), str(model))
 
 
-def _examine_work() -> dict[str, str]:
+def _examine_work() -> Finding:
     work = default_work()
     parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
     free_gb = shutil.disk_usage(parent).free / 1e9
@@ -76,19 +78,19 @@ def _examine_work() -> dict[str, str]:
     return _finding("work folder", os.access(parent, os.W_OK), detail)
 
 
-def _examine_cores() -> dict[str, str]:
+def _examine_cores() -> Finding:
     products = "with" if multiplies_bfloat16() else "without"
     cores = f"{available_cores()} of {os.cpu_count()} cores"
     return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
 
 
-def _examine_memory() -> dict[str, str]:
+def _examine_memory() -> Finding:
     free = free_bytes()
     known = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
     return _finding("memory", True, known)
 
 
-def _examine_limits() -> dict[str, str]:
+def _examine_limits() -> Finding:
     """Say what keeps processes that open a stranger's files from the rest of the machine."""
     version = landlock.version()
     if version:
@@ -98,7 +100,7 @@ def _examine_limits() -> dict[str, str]:
     return _unused("limits", "the system has no Landlock; those of memory and time hold")
 
 
-def _examine_gpu() -> dict[str, str]:
+def _examine_gpu() -> Finding:
     """Look for a driver, without loading torch."""
     program = shutil.which("nvidia-smi")
     if program:
@@ -106,7 +108,7 @@ def _examine_gpu() -> dict[str, str]:
     return _unused("gpu", "none found; everything runs on CPUs")
 
 
-def _examine_compiler() -> dict[str, str]:
+def _examine_compiler() -> Finding:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if found:
         return _finding("compiler", True, found)
@@ -114,7 +116,7 @@ def _examine_compiler() -> dict[str, str]:
     return _unused("compiler", f"none found; {needed}")
 
 
-def _examine_llama() -> dict[str, str]:
+def _examine_llama() -> Finding:
     """Say what llama.cpp was built with, asked in a process of its own."""
     if not is_installed("llama_cpp"):
         return _unused("llama.cpp", 'not installed: pip install "racdeploy[llamacpp]"')
@@ -128,7 +130,7 @@ def _examine_llama() -> dict[str, str]:
     return _finding("llama.cpp", True, f"built with {', '.join(features)}")
 
 
-def _examine_kernels() -> list[dict[str, str]]:
+def _examine_kernels() -> list[Finding]:
     """Say whether sparse weights run on kernels of their own, and which weights these are."""
     rows = []
     for what, is_used, detail in sparse_kernels.findings():
@@ -136,9 +138,9 @@ def _examine_kernels() -> list[dict[str, str]]:
     return rows
 
 
-def _unused(what: str, detail: str) -> dict[str, str]:
+def _unused(what: str, detail: str) -> Finding:
     return {"what": what, "state": "unused", "detail": detail}
 
 
-def _finding(what: str, ok: bool, detail: str) -> dict[str, str]:
+def _finding(what: str, ok: bool, detail: str) -> Finding:
     return {"what": what, "state": "ok" if ok else "missing", "detail": detail}

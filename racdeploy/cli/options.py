@@ -69,6 +69,7 @@ JsonOpt = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSO
 _MODEL_HELP = "Local folder, Hub id, or tiny-reasoner, the default."
 _Texts = list[str] | None
 _KIND = Parameter.KEYWORD_ONLY
+Values = dict[str, Any]
 PANELS = {
     "Model and task": (
         *("model", "pruned", "target", "also", "recipe", "assignments", "task", "calibration_task"),
@@ -137,12 +138,12 @@ class TraceOptions:
         recipe.traces.refuse_key_of_a_file(asked.get("traces", {}), self.allow_key_to)
         return recipe
 
-    def _asked(self) -> dict[str, Any]:
+    def _asked(self) -> Values:
         from racdeploy.files.toml import merge, read_assignments
 
         return merge(self._values(), read_assignments(self.assignments or ()))
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Values:
         return {
             "model": self.model,
             "target": self.target,
@@ -178,7 +179,7 @@ class PruneOptions(TraceOptions):
     )
     dry_run: DryRunOpt = False
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Values:
         prune = {"sparsity": self.sparsity, "pattern": self.pattern, "method": self.method}
         return super()._values() | {
             "structure": {
@@ -209,7 +210,7 @@ class RecoverOptions(TraceOptions):
             )
         return self.pruned
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Values:
         return super()._values() | {"recover": {"tokens": self.recover_tokens}}
 
 
@@ -247,7 +248,7 @@ class BuildOptions(PruneOptions):
         """Evaluation prompts that the command line names, which win over a tier's; 0 for none."""
         return int(self._asked()["verify"]["count"] or 0)
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Values:
         from racdeploy.files.toml import read_toml
         from racdeploy.verify.controls import SAME_SIZE
 
@@ -291,7 +292,7 @@ class TuneOptions(TraceOptions):
     tier: TierOpt = ""
     dry_run: DryRunOpt = False
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self) -> Values:
         from racdeploy.cli.quantities import read_duration, read_size
 
         wishes = {

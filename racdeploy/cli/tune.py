@@ -16,9 +16,8 @@ from racdeploy.errors import exit_code_of
 def tune(options: TuneOptions) -> None:
     """Search for the best model of a device, plain dense ones among them, and prove it."""
     recipe = options.resolve()
-    console.announce(
-        _write_first_line(recipe.model, recipe.target, recipe.tune.objective), options.quiet
-    )
+    aim = recipe.tune.objective.replace("-", " ")
+    console.announce(f"tune: {recipe.model} for {recipe.target}, the best {aim}", options.quiet)
 
     from racdeploy.cli.tune_view import show_search
     from racdeploy.files.caches import default_work
@@ -56,8 +55,3 @@ def tune(options: TuneOptions) -> None:
 
     if code := exit_code_of(report.verdict, job.gate.inconclusive):
         raise typer.Exit(code)
-
-
-def _write_first_line(model: str, target: str, objective: str) -> str:
-    aim = objective.replace("-", " ")
-    return f"tune: {model} for {target}, the best {aim}"

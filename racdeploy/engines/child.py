@@ -21,9 +21,9 @@ from typing import IO, Any
 
 from racdeploy.errors import ArtifactError, EngineError, ForkedError
 from racdeploy.processes.child import clean_environment, describe_exit, start_module
-from racdeploy.processes.messages import Header, encode_message, read_message
+from racdeploy.processes.messages import Message, encode_message, read_message
 
-Message = tuple[Header, bytes]
+Box = queue.SimpleQueue[Message | None]
 
 _TAIL_BYTES = 2000
 _GRACE_S = 10.0
@@ -43,11 +43,11 @@ class _Mailboxes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._boxes: dict[int, queue.SimpleQueue[Message | None]] = {}
+        self._boxes: dict[int, Box] = {}
         self._has_ended = False
 
-    def open(self, call: int) -> queue.SimpleQueue[Message | None]:
-        box: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    def open(self, call: int) -> Box:
+        box: Box = queue.SimpleQueue()
         with self._lock:
             self._boxes[call] = box
             if self._has_ended:
@@ -251,7 +251,7 @@ class Exchange:
     process died.
     """
 
-    def __init__(self, child: Child, call: int, box: queue.SimpleQueue[Message | None]) -> None:
+    def __init__(self, child: Child, call: int, box: Box) -> None:
         self.is_done = False
         self._is_cancelled = False
         self._silent_s = 0.0  # since it was cancelled, and nothing was heard

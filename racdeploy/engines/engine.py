@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "cancelled"]
 OnTokens = Callable[[int, Sequence[int]], None]
 """Gets the index of a sequence and its new ids, while it runs."""
+Ids = tuple[int, ...]
 LAST_SHARE = 0.25
 """Of a thinking budget: where the bias on the close tag rises."""
 BATCH_TOKENS = 512
@@ -62,15 +63,15 @@ class ThinkingBudget:
     been generated; of a close tag that has begun, only the rest.
     """
 
-    close_ids: tuple[int, ...]
-    open_ids: tuple[int, ...]
+    close_ids: Ids
+    open_ids: Ids
     max_tokens: int | None  # None never forces the end
     starts_open: bool  # the rendered prompt already ends inside the thinking
-    closing_ids: tuple[int, ...] = ()  # a last sentence
+    closing_ids: Ids = ()  # a last sentence
     # Added to the logit of the close tag's first token at the end of the budget; rises from nothing
     # over its last quarter.
     close_bias: float = 0.0
-    hesitation_ids: tuple[int, ...] = ()
+    hesitation_ids: Ids = ()
     hesitation_penalty: float = 0.0  # subtracted from the logits of those tokens
 
     def bias_at(self, thought: int) -> float:
@@ -86,20 +87,20 @@ class Sampling:
     """How tokens are chosen."""
 
     max_new_tokens: int  # cap on the completion, forced tokens included
-    stop_ids: tuple[int, ...]  # the one that stops a completion is kept in it
+    stop_ids: Ids  # the one that stops a completion is kept in it
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0  # smallest probability mass to sample from, in (0, 1]
     seed: int = 0  # each sequence has a generator of ``(seed, stream)``, whatever the batching
     budget: ThinkingBudget | None = None
     streams: tuple[int, ...] = ()  # of each sequence of a call; empty takes its index
     # What an earlier run had generated of each completion; the rest is as if it had gone on.
-    begun: tuple[tuple[int, ...], ...] = ()
+    begun: tuple[Ids, ...] = ()
 
     def stream(self, index: int) -> int:
         """Return the random stream of a sequence."""
         return self.streams[index] if self.streams else index
 
-    def begun_by(self, index: int) -> tuple[int, ...]:
+    def begun_by(self, index: int) -> Ids:
         """Return the ids that the completion of a sequence begins with."""
         return tuple(self.begun[index]) if self.begun else ()
 
@@ -108,7 +109,7 @@ class Sampling:
 class Completion:
     """Token ids that followed a prompt, end-of-sequence included."""
 
-    ids: tuple[int, ...]
+    ids: Ids
     finish_reason: FinishReason  # ``stop`` at an end-of-sequence id, ``length`` at a cap
     forced_at: int | None = None  # in ``ids``: the first token of a forced close tag, or None
 

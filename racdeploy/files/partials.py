@@ -45,7 +45,7 @@ def partial_file(place: Path, mode: int = 0o666) -> Iterator[tuple[Path, int]]:
     What killed processes left of the same place is removed first.
     """
     sweep(place)
-    path, descriptor = _make(place, partial(_make_file, mode=mode))
+    path, descriptor = _make(place, partial(os.open, flags=_NEW, mode=mode))
     holder = os.dup(descriptor) if sys.platform != "win32" else None
     try:
         yield path, descriptor
@@ -70,15 +70,10 @@ def partial_folder(place: Path, mode: int = 0o700) -> Iterator[Path]:
 
 def sweep(place: Path) -> None:
     """Remove what killed processes left beside a place; in doubt it stays."""
-    prefix = _prefix(place)
-    with contextlib.suppress(OSError), os.scandir(place.parent) as entries:
-        for entry in entries:
-            name = entry.name
-            if not (name.startswith(prefix) and name.endswith(_SUFFIX)):
-                continue
-            if _RANDOM.fullmatch(name[len(prefix) : -len(_SUFFIX)]):
-                with contextlib.suppress(OSError):
-                    _remove_abandoned(Path(entry.path))
+    with contextlib.suppress(OSError):
+        for path in names_beside(place, _SUFFIX):
+            with contextlib.suppress(OSError):
+                _remove_abandoned(path)
 
 
 def name_beside(place: Path, suffix: str = _SUFFIX) -> Path:
@@ -103,10 +98,6 @@ def _prefix(place: Path) -> str:
     if len(name) > _MOST_NAME_BYTES:
         return f".{hashlib.sha256(name).hexdigest()[:32]}."
     return f".{place.name}."
-
-
-def _make_file(path: Path, mode: int) -> int:
-    return os.open(path, _NEW, mode)
 
 
 def _make_folder(path: Path, mode: int) -> int | None:

@@ -20,6 +20,7 @@ from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import canonical_hash, disk_errors, write_atomic
 
+Inputs = Mapping[str, Any]
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _SHOWN = 40  # characters of a value in a message
 _SCRATCH = "scratch-of-process-"
@@ -35,16 +36,16 @@ class Stage:
     """
 
     folder: Path
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     notice: str = ""
 
     @classmethod
-    def at(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+    def at(cls, work: Path, name: str, inputs: Inputs) -> Stage:
         """Return where a stage is, or would be; nothing is made."""
         return cls(work / f"{name}-{canonical_hash(inputs)[:16]}", inputs)
 
     @classmethod
-    def open(cls, work: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+    def open(cls, work: Path, name: str, inputs: Inputs) -> Stage:
         """Return the stage folder, made if need be, with its inputs recorded.
 
         Raises:
@@ -62,7 +63,11 @@ class Stage:
 
         record = stage.folder / "inputs.json"
         if record.is_file():
-            stage._check(read_json(record))
+            if changed := _differences(read_json(record), _as_json(inputs)):
+                raise ArtifactError(
+                    f"{stage.folder} was made from other inputs; changed: {', '.join(changed)}",
+                    remedy="remove that folder, or use another --work folder",
+                )
             return stage
 
         write_atomic(record, json.dumps(inputs, indent=1, sort_keys=True))
@@ -72,20 +77,13 @@ class Stage:
     def finished(self) -> bool:
         return (self.folder / "stage.json").is_file()
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Inputs) -> None:
         write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
 
     @property
     def summary(self) -> dict[str, Any]:
         """What :meth:`finish` was given."""
         return read_json(self.folder / "stage.json")
-
-    def _check(self, recorded: Mapping[str, Any]) -> None:
-        if changed := _differences(recorded, _as_json(self.inputs)):
-            raise ArtifactError(
-                f"{self.folder} was made from other inputs; changed: {', '.join(changed)}",
-                remedy="remove that folder, or use another --work folder",
-            )
 
 
 def finished_stages(work: Path, name: str) -> list[Stage]:
@@ -126,10 +124,10 @@ def _remove_partial(folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_other_version(work: Path, name: str, inputs: Mapping[str, Any]) -> None:
+def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
     """Refuse where an unfinished stage differs in nothing but the version of racdeploy."""
 
-    def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    def without_version(values: Inputs) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key not in ("version", "code")}
 
     wanted = without_version(_as_json(inputs))
@@ -178,7 +176,7 @@ def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield record.parent, read_json(record)
 
 
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any], within: str = "") -> list[str]:
+def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:
     """Return what differs, as ``part.key before -> after``; hashes and long values are left out."""
     found: list[str] = []
 
@@ -203,7 +201,7 @@ def _is_short(text: str) -> bool:
     return len(text) <= _SHOWN and not _HASH.fullmatch(text)
 
 
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(values: Inputs) -> dict[str, Any]:
     """Return values as they are read back from a file: tuples as lists."""
     read: dict[str, Any] = json.loads(json.dumps(values))
     return read

@@ -17,7 +17,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -167,7 +167,8 @@ def run_module(
         arguments = (*bounds, module, *arguments)
         module = "racdeploy.processes.limited"
 
-    with _only_racdeploy() if python else nullcontext({}) as path:
+    found: AbstractContextManager[dict[str, str]] = nullcontext({})
+    with _only_racdeploy() if python else found as path:
         try:
             done = subprocess.run(
                 command(module, *arguments, python=python),
@@ -184,7 +185,9 @@ def run_module(
 
     if done.returncode:
         verb = "died" if done.returncode < 0 else "ended"
-        last = _last_line(_without_remedies(done.stderr)) or "it wrote nothing"
+        said = done.stderr[-_SAID_CHARACTERS:].splitlines()
+        reasons = [line for line in said if not line.lstrip().startswith("→")]  # and no remedies
+        last = _last_line("\n".join(reasons)) or "it wrote nothing"
         return Outcome(None, f"{verb} with {describe_exit(done.returncode)}: {last}")
 
     try:
@@ -210,12 +213,6 @@ def describe_exit(code: int) -> str:
         return signal.Signals(-code).name
     except ValueError:
         return f"signal {-code}"
-
-
-def _without_remedies(text: str) -> str:
-    """Return the end of what a child said, but for the lines below an error on what to do."""
-    lines = text[-_SAID_CHARACTERS:].splitlines()
-    return "\n".join(line for line in lines if not line.lstrip().startswith("→"))
 
 
 def _last_line(text: str) -> str:

@@ -99,7 +99,11 @@ def restrict(denied: Access, allowed: Mapping[Path, Access]) -> bool:
 
 
 def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
-    known = _known(denied)
+    known = denied
+    for right, since in _SINCE.items():
+        if version() < since:
+            known &= ~right
+
     network = _TCP if version() >= TCP_VERSION else 0
     scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
     ruleset = _Ruleset(known, network, scopes)
@@ -113,14 +117,6 @@ def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
         _call(_RESTRICT_SELF, rules, 0)
     finally:
         os.close(rules)
-
-
-def _known(rights: Access) -> Access:
-    """Return the rights that this version has."""
-    for right, since in _SINCE.items():
-        if version() < since:
-            rights &= ~right
-    return rights
 
 
 def _allow(rules: int, place: Path, rights: Access) -> None:

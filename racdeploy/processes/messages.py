@@ -15,6 +15,7 @@ _PIECE_BYTES = 1 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, Any]
+Message = tuple[Header, bytes]
 
 
 class Source(Protocol):
@@ -38,7 +39,7 @@ def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes =
     stream.flush()
 
 
-def read_message(stream: Source, most_bytes: int = 0) -> tuple[Header, bytes] | None:
+def read_message(stream: Source, most_bytes: int = 0) -> Message | None:
     """Read one frame, or return None where the pipe has ended, also in mid-frame.
 
     With ``most_bytes``, a longer frame is an end, too: nothing of it is read.

@@ -171,7 +171,7 @@ class Model(AbstractContextManager["Model"]):
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         if not encoded:
             return []
-        if len({self._starts_open(ids) for ids in encoded}) > 1:
+        if self.tags and len({prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
             raise UsageError(
                 "some of these prompts end inside the thinking and some do not",
                 remedy="give them to generate_many in two calls",
@@ -274,9 +274,6 @@ class Model(AbstractContextManager["Model"]):
             seed,
             budget,
         )
-
-    def _starts_open(self, prompt_ids: Sequence[int]) -> bool:
-        return self.tags is not None and prompt_state(prompt_ids, self.tags) == "open"
 
     def _result(self, prompt_ids: Sequence[int], completion: decoding.Completion) -> Result:
         eos_ids = self.manifest.tokenizer.eos_ids

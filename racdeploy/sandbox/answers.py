@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from racdeploy import plugins
-from racdeploy.processes.messages import Header
-
-Answer = tuple[Header, bytes]
+from racdeploy.processes.messages import Header, Message
 
 
-def _prepare(header: Header, payload: bytes) -> Answer:
+def _prepare(header: Header, payload: bytes) -> Message:
     """Import a scorer, and what it imports late."""
     module = plugins.load("scorers", header["name"])
     if hasattr(module, "prepare"):
@@ -16,12 +14,12 @@ def _prepare(header: Header, payload: bytes) -> Answer:
     return {}, b""
 
 
-def _check(header: Header, payload: bytes) -> Answer:
+def _check(header: Header, payload: bytes) -> Message:
     plugins.load("scorers", header["name"]).check(header["argument"])
     return {}, b""
 
 
-def _score(header: Header, payload: bytes) -> Answer:
+def _score(header: Header, payload: bytes) -> Message:
     module = plugins.load("scorers", header["name"])
     scored = module.score(header["answer"], header["gold"], header["argument"])
     return {"scored": [scored.correct, scored.extracted, scored.how]}, b""

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import BinaryIO
 
-from racdeploy.processes.messages import Header, read_message
+from racdeploy.processes.messages import Message, read_message
 
 _PIECE_BYTES = 1 << 16
 
@@ -40,7 +40,7 @@ class AnswerPipe:
             self._poller = select.poll()
             self._poller.register(stream, select.POLLIN)
 
-    def receive(self, seconds: float) -> tuple[Header, bytes] | None:
+    def receive(self, seconds: float) -> Message | None:
         """Return the next frame, or None where there is none any more.
 
         Raises:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from racdeploy import errors
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError
 from racdeploy.processes.child import clean_environment, command, describe_exit, start_module
-from racdeploy.processes.messages import Header, write_message
+from racdeploy.processes.messages import Header, Message, write_message
 from racdeploy.sandbox.pipe import AnswerPipe
 
 MEMORY_BYTES = 128 * 2**20
@@ -27,8 +27,6 @@ _WALL_SECONDS = 30.0
 _START_SECONDS = 60.0
 _LARGEST_ANSWER = 128 * 2**20  # bytes
 _OVERTIME = "SIGPROF"
-
-Answer = tuple[Header, bytes]
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,9 @@ class Reader:
         """Start the process, and do not wait for it."""
         self._see_fork()
         with self._lock:
-            if self._process is None:
-                self._start()
+            self._start()
 
-    def ask(self, request: Request) -> Answer:
+    def ask(self, request: Request) -> Message:
         """Return what the process answers.
 
         Raises:
@@ -113,10 +110,7 @@ class Reader:
         """
         self._see_fork()
         with self._lock:
-            if self._process is None:
-                self._start()
-            assert self._process is not None
-            return self._ask(self._process, request)
+            return self._ask(self._start(), request)
 
     @property
     def pid(self) -> int | None:
@@ -139,16 +133,19 @@ class Reader:
         if self._owner != os.getpid():
             self._forget_process()
 
-    def _start(self) -> None:
-        self._process = _Process(self._module, self._megabytes, tuple(self._kept.values()))
-        self._finalizer = weakref.finalize(self, self._process.end)
+    def _start(self) -> _Process:
+        """Return the process, started if none runs."""
+        if self._process is None:
+            self._process = _Process(self._module, self._megabytes, tuple(self._kept.values()))
+            self._finalizer = weakref.finalize(self, self._process.end)
+        return self._process
 
     def _end(self) -> None:
         if self._process is not None:
             self._finalizer()
         self._process = None
 
-    def _ask(self, process: _Process, request: Request) -> Answer:
+    def _ask(self, process: _Process, request: Request) -> Message:
         try:
             process.settle()
             return process.ask(request)
@@ -200,7 +197,7 @@ class _Process:
             del self._unsettled[0]
         self._feeder.join()
 
-    def ask(self, request: Request) -> Answer:
+    def ask(self, request: Request) -> Message:
         """Send a request and return its answer."""
         self.is_ready = False
         with contextlib.suppress(BrokenPipeError):  # it died: its last answer is None
@@ -233,7 +230,7 @@ class _Process:
             )
         self.is_ready = self._has_started = True
 
-    def _receive(self, request: Request, wall_seconds: float) -> Answer:
+    def _receive(self, request: Request, wall_seconds: float) -> Message:
         """Return the next answer; ``is_ready`` is False where there may be no further one."""
         self.is_ready = False
         wall_seconds += _WALL_FACTOR * request.seconds

@@ -10,14 +10,12 @@ import json
 from jinja2 import Template
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-from racdeploy.processes.messages import Header
+from racdeploy.processes.messages import Header, Message
 from racdeploy.sandbox import chat_template
 from racdeploy.sandbox.ids import ID_BYTES, pack, unpack
 from racdeploy.sandbox.limits import limit_processor
 
 MOST_IDS = 4_000_000  # of one call; no model has such a context
-
-Answer = tuple[Header, bytes]
 
 
 class _Texts:
@@ -27,21 +25,21 @@ class _Texts:
         self._tokenizer: Tokenizer
         self._templates: dict[str, Template] = {}
 
-    def read_tokenizer(self, header: Header, payload: bytes) -> Answer:
+    def read_tokenizer(self, header: Header, payload: bytes) -> Message:
         """Read a tokenizer.json, without the limits of length that some files carry."""
         self._tokenizer = Tokenizer.from_buffer(payload)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         return {}, b""
 
-    def compile_template(self, header: Header, payload: bytes) -> Answer:
+    def compile_template(self, header: Header, payload: bytes) -> Message:
         self._templates[header["template"]] = chat_template.compile_template(header["source"])
         return {}, b""
 
-    def render(self, header: Header, payload: bytes) -> Answer:
+    def render(self, header: Header, payload: bytes) -> Message:
         return {"text": self._render(header)}, b""
 
-    def encode_rendered(self, header: Header, payload: bytes) -> Answer:
+    def encode_rendered(self, header: Header, payload: bytes) -> Message:
         """Render, put ``lead`` in front where it is not there, and encode what marks divide."""
         text = self._render(header)
         if not text.startswith(header["lead"]):
@@ -53,7 +51,7 @@ class _Texts:
         mark = header["mark"]
         return self._encode(text.split(mark) if mark else [text])
 
-    def encode(self, header: Header, payload: bytes) -> Answer:
+    def encode(self, header: Header, payload: bytes) -> Message:
         return self._encode(header["texts"])
 
     def _render(self, header: Header) -> str:
@@ -62,7 +60,7 @@ class _Texts:
         text.encode()  # a lone surrogate is no text
         return text
 
-    def _encode(self, texts: list[str]) -> Answer:
+    def _encode(self, texts: list[str]) -> Message:
         sequences = []
         count = 0
 
@@ -75,7 +73,7 @@ class _Texts:
         lengths, packed = pack(sequences)
         return {"lengths": lengths}, packed
 
-    def decode(self, header: Header, payload: bytes) -> Answer:
+    def decode(self, header: Header, payload: bytes) -> Message:
         texts = []
         length = 0
 
@@ -87,7 +85,7 @@ class _Texts:
 
         return {"texts": texts}, b""
 
-    def name_bytes(self, header: Header, payload: bytes) -> Answer:
+    def name_bytes(self, header: Header, payload: bytes) -> Message:
         """Return the bytes of ids where a text is the bytes of its tokens in a row, else none."""
         if not _joins_bytes(self._tokenizer):
             return {"lengths": None}, b""
@@ -96,11 +94,11 @@ class _Texts:
         found = [_to_bytes(self._tokenizer.id_to_token(token) or "") for token in ids]
         return {"lengths": list(map(len, found))}, b"".join(found)
 
-    def vocabulary(self, header: Header, payload: bytes) -> Answer:
+    def vocabulary(self, header: Header, payload: bytes) -> Message:
         added = header["with_added_tokens"]
         return {"ids": self._tokenizer.get_vocab(with_added_tokens=added)}, b""
 
-    def blank_ids(self, header: Header, payload: bytes) -> Answer:
+    def blank_ids(self, header: Header, payload: bytes) -> Message:
         """Return the tokens that consist of certain characters, or are one of some texts."""
         characters, texts = set(header["characters"]), set(header["texts"])
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -111,18 +109,18 @@ class _Texts:
                 found.append(token)
         return {"ids": found}, b""
 
-    def find_tokens(self, header: Header, payload: bytes) -> Answer:
+    def find_tokens(self, header: Header, payload: bytes) -> Message:
         """Return the ids of tokens, None where there is no such token."""
         return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
 
-    def describe(self, header: Header, payload: bytes) -> Answer:
+    def describe(self, header: Header, payload: bytes) -> Message:
         """Return how many tokens there are, the ids of those that are added, and control tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         controls = [token.content for token in added.values() if token.special]
         size = self._tokenizer.get_vocab_size()
         return {"size": size, "added": list(added), "controls": controls}, b""
 
-    def name_tokens(self, header: Header, payload: bytes) -> Answer:
+    def name_tokens(self, header: Header, payload: bytes) -> Message:
         """Return the tokens of ids as the vocabulary writes them, None where there is none."""
         return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
 

@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Mapping
 
 from racdeploy.errors import RacdeployError
-from racdeploy.processes.messages import Header, read_message, write_message
+from racdeploy.processes.messages import Header, Message, read_message, write_message
 from racdeploy.sandbox.limits import confine, limit_processor
 
-Answer = tuple[Header, bytes]
-Operations = Mapping[str, Callable[[Header, bytes], Answer]]
+Operations = Mapping[str, Callable[[Header, bytes], Message]]
 
 _LONGEST_REASON = 2000  # characters
 
@@ -40,7 +39,7 @@ def main() -> None:
     os._exit(0)  # nothing here is worth the time of an orderly end
 
 
-def _carry_out(operations: Operations, header: Header, payload: bytes) -> Answer:
+def _carry_out(operations: Operations, header: Header, payload: bytes) -> Message:
     try:
         limit_processor(header["seconds"])
         return operations[header["op"]](header, payload)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from racdeploy.serve.answers import error_body
@@ -37,42 +37,40 @@ class Turnstile:
             self._inside -= 1
 
 
-class KeyCheck:
-    """A check of the API key; the time that it takes says nothing about the key."""
+class AccessCheck:
+    """An application behind a check, which returns the answer to whom it keeps out."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, refuse: Callable[[Scope], Response | None]) -> None:
         self._app = app
-        self._wanted = f"Bearer {key}".encode()
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if scope["path"] in _OPEN_PATHS or hmac.compare_digest(given, self._wanted):
-            await self._app(scope, receive, send)
-            return
-
-        said = "the API key is wrong: send it as Authorization: Bearer KEY"
-        body = error_body(401, said, code="invalid_api_key")
-        refusal = JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
-        await refusal(scope, receive, send)
+        answer = self._refuse(scope) or self._app
+        await answer(scope, receive, send)
 
 
-class HostCheck:
-    """Without a key, lets in who asked for this machine by a name of its own.
+def refuse_other_keys(key: str, scope: Scope) -> Response | None:
+    """Keep out who has another key; the time that it takes says nothing about the key."""
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    if scope["path"] in _OPEN_PATHS or hmac.compare_digest(given, f"Bearer {key}".encode()):
+        return None
+
+    said = "the API key is wrong: send it as Authorization: Bearer KEY"
+    body = error_body(401, said, code="invalid_api_key")
+    return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
+
+
+def refuse_other_hosts(scope: Scope) -> Response | None:
+    """Keep out who asked for this machine by a name that is not its own.
 
     A web page whose name was made to point here (DNS rebinding) asks for that name.
     """
+    host = Headers(scope=scope).get("Host", "")
+    if is_loopback(_name_of(host)):
+        return None
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = Headers(scope=scope).get("Host", "")
-        if is_loopback(_name_of(host)):
-            await self._app(scope, receive, send)
-            return
-
-        said = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
-        await JSONResponse(error_body(403, said), 403)(scope, receive, send)
+    said = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
+    return JSONResponse(error_body(403, said), 403)
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from racdeploy.runtime import AsyncTextStream, Continuation, Model, Result
 from racdeploy.serve import answers
-from racdeploy.serve.access import HostCheck, KeyCheck, Turnstile
+from racdeploy.serve.access import AccessCheck, Turnstile, refuse_other_hosts, refuse_other_keys
 from racdeploy.serve.answers import Answer, Json
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
@@ -61,6 +61,7 @@ def make_app(served: Served, key: str = "") -> Starlette:
     }
     endpoints = {path: Endpoint(partial(ask, served), turnstile) for path, ask in asked.items()}
 
+    refuse = partial(refuse_other_keys, key) if key else refuse_other_hosts
     return Starlette(
         routes=[
             Route("/health", show_health),
@@ -68,7 +69,7 @@ def make_app(served: Served, key: str = "") -> Starlette:
             Route("/v1/models/{name}", show_model),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         ],
-        middleware=[Middleware(KeyCheck, key=key) if key else Middleware(HostCheck)],
+        middleware=[Middleware(AccessCheck, refuse=refuse)],
         exception_handlers={
             HTTPException: _answer_http_error,
             RequestError: _answer_refusal,

@@ -50,10 +50,13 @@ class ShownText(Generic[R]):
 
     def cut(self, answer: str) -> str:
         """Return a whole answer up to the first stop string."""
-        found = [answer.find(stop) for stop in self._stops]
-        starts = [start for start in found if start >= 0]
-        shown = answer[: min(starts)] if starts else answer
+        shown = answer[: self._find_stop(answer)]
         return shown.strip() if self._strip else shown
+
+    def _find_stop(self, text: str) -> int | None:
+        """Return where the first stop string begins, None without one."""
+        found = [text.find(stop) for stop in self._stops]
+        return min((start for start in found if start >= 0), default=None)
 
     def _read(self, text: str) -> str:
         """Return what of the text so far can be shown."""
@@ -61,12 +64,12 @@ class ShownText(Generic[R]):
         shown = len(self._held)
 
         if self._kind == "answer":
-            starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
-            if starts:
+            stop = self._find_stop(self._held)
+            if stop is not None:
                 self.is_stopped = True
-                shown = min(starts)
+                shown = stop
             else:
-                shown -= max((_count_begun(self._held, stop) for stop in self._stops), default=0)
+                shown -= max((_count_begun(self._held, each) for each in self._stops), default=0)
 
         if not self._strip:
             return self._take(shown)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.tensors.safetensors import TensorEntry
 
+Bytes = NDArray[np.uint8]
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS, _NOT_A_NUMBER = 127, 255
@@ -52,11 +53,11 @@ class PackedEntry(TensorEntry):
     def pieces(self) -> Iterator[bytes]:
         yield self.read().tobytes()
 
-    def read_as_ggml(self) -> NDArray[np.uint8]:
+    def read_as_ggml(self) -> Bytes:
         """Return the same codes and exponents as packed rows of ggml's, packed_OP."""
         return repack(*self._read_parts())
 
-    def _read_parts(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _read_parts(self) -> tuple[Bytes, Bytes]:
         code_OGP, exponent_OG = (part.read() for part in self.parts)
         if (exponent_OG == _NOT_A_NUMBER).any():
             raise ModelError(
@@ -83,14 +84,14 @@ def _tabulate() -> NDArray[np.uint32]:
 _PAIRS = _tabulate()
 
 
-def decode(code_OGP: NDArray[np.uint8], exponent_OG: NDArray[np.uint8]) -> NDArray[np.uint16]:
+def decode(code_OGP: Bytes, exponent_OG: Bytes) -> NDArray[np.uint16]:
     """Return the values of a matrix as bfloat16 bits, 32 a block."""
     place_OGP = exponent_OG[..., None].astype(np.uint16) << 8 | code_OGP
     bits_OGX: NDArray[np.uint16] = _PAIRS[place_OGP].view(np.uint16)
     return bits_OGX.reshape(len(code_OGP), -1)
 
 
-def repack(code_OGP: NDArray[np.uint8], exponent_OG: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def repack(code_OGP: Bytes, exponent_OG: Bytes) -> Bytes:
     """Return the codes and exponents of a matrix as packed rows of ggml's, packed_OP."""
     O, G, P = code_OGP.shape
     first_OGX, second_OGX = np.split(code_OGP, 2, axis=-1)

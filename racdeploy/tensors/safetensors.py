@@ -26,6 +26,7 @@ _HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header i
 _MOST_AXES = 8
 _LONGEST_AXIS = 1 << 40
 _COPY_BYTES = 1 << 24  # of a tensor in memory at a time
+Shape = tuple[int, ...]
 Rows = NDArray[np.int64]
 
 
@@ -37,7 +38,7 @@ class Source(Protocol):
         """Its dtype tag."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Shape:
         """How long its axes are."""
 
     def pieces(self) -> Iterator[bytes]:
@@ -56,8 +57,8 @@ class TensorEntry:
     start: int
     stop: int
     dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] = ()
+    shape: Shape
+    strides: Shape = ()
 
     @property
     def stored_as(self) -> str:
@@ -132,7 +133,7 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def write_header(target: BinaryIO, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+def write_header(target: BinaryIO, described: Mapping[str, tuple[str, Shape]]) -> int:
     """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow.
 
     Returns:
@@ -226,8 +227,10 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         value = {}
 
     shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
-    is_typed = _is_integers(shape) and _is_integers(offsets) and isinstance(tag, str)
-    if not is_typed or len(offsets) != 2:
+    if (
+        not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str))
+        or len(offsets) != 2
+    ):
         raise ModelError(f"{file}: the header entry of {name!r} is damaged")
 
     if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 from racdeploy.processes.memory import resident_bytes
+from racdeploy.processes.messages import Message
 from racdeploy.sandbox import worker
-from racdeploy.sandbox.reader import MEMORY_BYTES, Answer, Reader, Request, _rebuild
+from racdeploy.sandbox.reader import MEMORY_BYTES, Reader, Request, _rebuild
 
 _SECONDS = 0.3  # less than there: a run has no time to lose, and the whole way decides
 _MORE_BYTES = 1 << 30  # native code ends the process where it gets no memory
@@ -46,7 +47,7 @@ class InProcess(Reader):
     def start(self) -> None:
         pass
 
-    def ask(self, request: Request) -> Answer:
+    def ask(self, request: Request) -> Message:
         while self._unsettled:
             self._carry_out(self._unsettled[0])
             del self._unsettled[0]
@@ -55,7 +56,7 @@ class InProcess(Reader):
     def close(self) -> None:
         pass
 
-    def _carry_out(self, request: Request) -> Answer:
+    def _carry_out(self, request: Request) -> Message:
         sent = json.dumps({"op": request.op, "seconds": request.seconds, **request.values})
         with _within_limits():
             header, payload = worker._carry_out(self._operations, json.loads(sent), request.payload)

@@ -17,6 +17,7 @@ from racdeploy.engines.engine import Completion
 from racdeploy.errors import EngineError
 from racdeploy.sandbox.tokenizer import Tokenizer
 
+Json = Mapping[str, Any]
 _EXACT = (
     "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
 )
@@ -37,7 +38,7 @@ class Reader:
     counts_end: bool | None
 
     def read(
-        self, answer: Mapping[str, Any], prompt: Sequence[int], stop_ids: Sequence[int], cap: int
+        self, answer: Json, prompt: Sequence[int], stop_ids: Sequence[int], cap: int
     ) -> Completion:
         """Return the completion in an answer; it is an error if its ids cannot be had exactly."""
         choice = read_choice(answer)
@@ -68,9 +69,7 @@ class Reader:
 
         return Completion(tuple(ids), "stop" if ended else "length")
 
-    def _tokenize_text(
-        self, answer: Mapping[str, Any], choice: Mapping[str, Any], stop_ids: Sequence[int]
-    ) -> list[int]:
+    def _tokenize_text(self, answer: Json, choice: Json, stop_ids: Sequence[int]) -> list[int]:
         """Tokenize the text of a completion again, and prove it as far as the server lets us."""
         text = choice.get("text")
         ended = choice["finish_reason"] == "stop"
@@ -94,9 +93,7 @@ class Reader:
         return [*ids, _end_id(choice, stop_ids)] if ended else ids
 
 
-def _check_prompt(
-    answer: Mapping[str, Any], choice: Mapping[str, Any], prompt: Sequence[int]
-) -> None:
+def _check_prompt(answer: Json, choice: Json, prompt: Sequence[int]) -> None:
     """Refuse an answer to another prompt; vLLM returns the ids that it read."""
     count = read_usage(answer, "prompt_tokens")
     read = choice.get("prompt_token_ids")
@@ -108,7 +105,7 @@ def _check_prompt(
         )
 
 
-def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
+def _end_id(choice: Json, stop_ids: Sequence[int]) -> int:
     """Return the end-of-sequence id: the one that the server names, or the only one there is."""
     named = choice.get("stop_reason", choice.get("matched_stop"))
     if type(named) is int and named in stop_ids:
@@ -123,14 +120,14 @@ def _end_id(choice: Mapping[str, Any], stop_ids: Sequence[int]) -> int:
     return stop_ids[0]
 
 
-def find_usage(answer: Mapping[str, Any], key: str) -> int | None:
+def find_usage(answer: Json, key: str) -> int | None:
     """Return what the server counted, or None."""
     usage = answer.get("usage")
     count = usage.get(key) if isinstance(usage, dict) else None
     return count if type(count) is int else None
 
 
-def read_usage(answer: Mapping[str, Any], key: str) -> int:
+def read_usage(answer: Json, key: str) -> int:
     """Return what the server counted; it is an error if it does not say."""
     count = find_usage(answer, key)
     if count is None:
@@ -138,7 +135,7 @@ def read_usage(answer: Mapping[str, Any], key: str) -> int:
     return count
 
 
-def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
+def read_choice(answer: Json) -> dict[str, Any]:
     """Return the only choice of an answer, which ended in a way that is known."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -152,9 +149,7 @@ def read_choice(answer: Mapping[str, Any]) -> dict[str, Any]:
     return choice
 
 
-def _returned_ids(
-    answer: Mapping[str, Any], choice: Mapping[str, Any], vocabulary: int
-) -> list[int] | None:
+def _returned_ids(answer: Json, choice: Json, vocabulary: int) -> list[int] | None:
     verbose = answer.get("__verbose")
     beside = verbose.get("tokens") if isinstance(verbose, dict) else None
     ids = choice.get("token_ids", beside)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 _TELLS_LOGITS = transformers.__version__.startswith(
     "4."
 )  # the router of Granite, beside the output
-Activation = Callable[[torch.Tensor], torch.Tensor]
-Gating = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Activation = Callable[[Tensor], Tensor]
+Gating = Callable[[Tensor, Tensor], Tensor]
 """Returns what of F values of the gate and F others goes on."""
 
 
@@ -33,21 +33,19 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=bias)
         self._gating = gating
 
-    def inner(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def inner(self, hidden_ND: Tensor) -> Tensor:
         """Return what reaches ``down_proj``."""
         return self._gating(self.gate_proj(hidden_ND), self.up_proj(hidden_ND))
 
-    def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.down_proj(self.inner(hidden_ND))
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(self.inner(hidden_ND))
         return result
 
 
 class Experts(nn.ModuleList):
     """Stands for transformers' fused experts, with their signature."""
 
-    def forward(
-        self, hidden_ND: torch.Tensor, chosen_NK: torch.Tensor, share_NK: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_ND: Tensor, chosen_NK: Tensor, share_NK: Tensor) -> Tensor:
         """Return the sum over the K experts that each token chose, each by its share."""
         output_ND = torch.zeros_like(hidden_ND)
         for index, expert in enumerate(self):
@@ -65,9 +63,7 @@ class _Routed(nn.Module):
     _K: int
     _normed = True
 
-    def _mix(
-        self, hidden_ND: torch.Tensor, logits_NE: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mix(self, hidden_ND: Tensor, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum over the chosen experts, and the shares of these."""
         chosen_NK, share_NK = route(logits_NE, self._K, normed=self._normed)
         share_NK = share_NK.to(logits_NE.dtype)
@@ -82,7 +78,7 @@ class Mixture(_Routed):
         self.gate, self.experts = theirs.gate, experts
         self._K, self._normed = theirs.top_k, theirs.norm_topk_prob
 
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
         hidden_ND = hidden_BTD.view(-1, hidden_BTD.shape[-1])
         output_ND, _ = self._mix(hidden_ND, self.gate(hidden_ND))
         return output_ND.view(hidden_BTD.shape)
@@ -101,7 +97,7 @@ class GptOssMixture(_Routed):
         self.experts = Experts([Expert(D, F, gating, bias=True) for _ in range(E)])
         self._K = theirs.router.top_k
 
-    def forward(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum over the chosen experts, and the shares of these."""
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         logits_NE = nn.functional.linear(hidden_ND, self.router.weight, self.router.bias)
@@ -132,7 +128,7 @@ class GraniteMixture(_Routed):
         self.experts = Experts([Expert(D, F, _gate_by(activation)) for _ in range(E)])
         self._K = theirs.router.top_k
 
-    def forward(self, hidden_BTD: torch.Tensor) -> Any:
+    def forward(self, hidden_BTD: Tensor) -> Any:
         hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         logits_NE = self.router.layer(hidden_ND)
         output_ND, _ = self._mix(hidden_ND, logits_NE)
@@ -140,16 +136,14 @@ class GraniteMixture(_Routed):
         return (output_BTD, logits_NE) if _TELLS_LOGITS else output_BTD
 
 
-def gate_clamped(
-    gate_NF: torch.Tensor, up_NF: torch.Tensor, *, alpha: float, limit: float
-) -> torch.Tensor:
+def gate_clamped(gate_NF: Tensor, up_NF: Tensor, *, alpha: float, limit: float) -> Tensor:
     """Return SwiGLU of values that are cut off, where what is gated is one more than it says."""
     gate_NF = gate_NF.clamp(max=limit)
     up_NF = up_NF.clamp(-limit, limit)
     return (up_NF + 1) * gate_NF * torch.sigmoid(alpha * gate_NF)
 
 
-def route(logits_NE: torch.Tensor, K: int, *, normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits_NE: Tensor, K: int, *, normed: bool) -> tuple[Tensor, Tensor]:
     """Return the K experts that each token chooses, and their shares.
 
     Where a logit is minus infinity, the router is without that expert. ``normed``: shares of a
@@ -189,7 +183,7 @@ def _rebuild(listed: nn.ModuleList) -> Experts:
 
 
 def _gate_by(activation: Activation) -> Gating:
-    def gating(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+    def gating(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         return activation(gate_NF) * up_NF
 
     return gating

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "racdeploy_sinks"
@@ -29,15 +29,15 @@ def register() -> str:
 
 def attend(
     module: nn.Module,
-    query_BHTK: torch.Tensor,
-    key_BGSK: torch.Tensor,
-    value_BGSK: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query_BHTK: Tensor,
+    key_BGSK: Tensor,
+    value_BGSK: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
-    s_aux: torch.Tensor,
+    s_aux: Tensor,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Return what T queries see, (B, T, H, K); S keys and values are there for each of G groups.
 
     ``attention_mask`` is true where a query sees a key, and ``s_aux`` the score of each head's
@@ -76,8 +76,8 @@ def attend(
 
 
 def _see(
-    mask_B1TS: torch.Tensor | None, start: int, stop: int, T: int, S: int, device: torch.device
-) -> torch.Tensor:
+    mask_B1TS: Tensor | None, start: int, stop: int, T: int, S: int, device: torch.device
+) -> Tensor:
     """Return which keys some queries see; without a mask, those up to themselves."""
     if mask_B1TS is not None:
         return mask_B1TS[:, :, start:stop, :S]
