@@ -297,22 +297,6 @@ def _headline(report: Report) -> dict[str, Any]:
     return headline
 
 
-def _describe_pruning(contents: Contents) -> str:
-    """Return what was done to the model, as the first sentence of its card says it."""
-    model, prune, kept = contents.model, contents.job.recipe.prune, contents.report.kept
-
-    done = []
-    if kept:
-        done.append(f"cut to {kept.parameters / kept.parameters_dense:.0%} of its parameters")
-    if model.sparsity or not kept:
-        # A coarse number format makes further zeros, and some keep none.
-        sparsity = min(model.sparsity, _sparsity_in_file(contents))
-        zeros = f"{sparsity:.0%} zeros ({prune.patterns})"
-        done.append(f"pruned with {prune.method} to {zeros}")
-
-    return " and ".join(done)
-
-
 def _describe_calibration(recipe: Recipe) -> str:
     """Return what the statistics saw that decided on weights; empty where none did."""
     prune, structure = recipe.prune, recipe.structure
@@ -346,7 +330,9 @@ def _card(manifest: manifests.Manifest, contents: Contents) -> str:
         model=contents.model,
         prune=job.recipe.prune,
         calibrated_on=_describe_calibration(job.recipe),
-        done=_describe_pruning(contents),
+        whole=report.kept,
+        # A coarse number format makes further zeros, and some keep none.
+        sparsity=min(contents.model.sparsity, _sparsity_in_file(contents)),
         kept=describe_kept(report.kept, report.structure),
         learned=describe_recovery(report.recovery),
         lost=describe_lost_zeros(report),

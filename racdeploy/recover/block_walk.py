@@ -210,10 +210,8 @@ class BlockWalk:
         if processes.count == 1:
             return
 
-        reached: set[str] = set()
-        for names in processes.all([name for name in weights if weights[name].grad is not None]):
-            reached.update(names)
-
+        own = [name for name, weight in weights.items() if weight.grad is not None]
+        reached = set[str]().union(*processes.all(own))
         for name, value in weights.items():
             if name not in reached:
                 continue

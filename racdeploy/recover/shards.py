@@ -8,7 +8,7 @@ Source: FSDP2, ``torch.distributed.fsdp.fully_shard``, after Zhao et al. 2023 (a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,17 +56,14 @@ class Shards:
                 slopes[name] = parameter.grad.to_local()
                 parameter.grad = None
 
-        if self._routed:
-            slopes = self._reached(slopes)
-        for name, slope in slopes.items():
-            self.rows[name].grad = slope
+        reached = {*slopes}
+        if self._routed:  # experts that no token chose have zeros here, and alone no gradient
+            own = [name for name, slope in slopes.items() if slope.any()]
+            reached = set[str]().union(*self._processes.all(own))
 
-    def _reached(self, slopes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Leave out experts that no token chose: they have zeros here, and alone no gradient."""
-        reached: set[str] = set()
-        for names in self._processes.all([name for name in slopes if slopes[name].any()]):
-            reached.update(names)
-        return {name: slopes[name] for name in slopes if name in reached}
+        for name, slope in slopes.items():
+            if name in reached:
+                self.rows[name].grad = slope
 
 
 def _load(

@@ -9,16 +9,16 @@ import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.files.unprintable import visible
 from racdeploy.report.recovery import list_phases
 from racdeploy.report.structure import list_kept
-from racdeploy.results.answers import ArmSummary, HarnessRun
+from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, RecoveryRow
+from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow
 from racdeploy.results.report import Report
 
 _NONE = "–"
@@ -64,10 +64,11 @@ class Table:
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers alone, and are aligned to the right; the first names rows."""
-        return tuple(
-            place > 0 and _holds_numbers(row[place] for row in self.rows)
-            for place in range(len(self.columns))
-        )
+        found = []
+        for place in range(len(self.columns)):
+            cells = [row[place] for row in self.rows if row[place] not in ("", _NONE)]
+            found.append(place > 0 and bool(cells) and all(map(_NUMBER.match, cells)))
+        return tuple(found)
 
     def turn(self) -> Table:
         """Return the table with a column for each row."""
@@ -79,10 +80,12 @@ def tables(report: Report) -> list[Table]:
     """Return every table that has a row, in reading order."""
     kept = list_kept(report.kept, report.structure)
     drift = "Drift from the dense model, worst first"
+    arms = [arm.model_copy(update={"quant": arm.quant or None}) for arm in report.arms]
+    phases = [(end, "yes" if end.kept else "no, undone") for end in list_phases(report.recovery)]
     candidates: dict[tuple[str, str], list[Row]] = {
-        ("Dense and pruned", "|".join(_ARM)): [_arm(arm) for arm in report.arms],
+        ("Dense and pruned", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
         ("Kept", "what|dense|pruned|kept"): [part.row for part in kept],
-        ("Recovery", "|".join(_PHASE)): [_phase(end) for end in list_phases(report.recovery)],
+        ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
         (HARNESS, _harness_columns(report.harness)): _harness(report.harness),
         ("Checks", "check|verdict|found"): [
@@ -188,14 +191,8 @@ def say(template: str, *values: object) -> str:
     return _Units().format(template, *values)
 
 
-def _arm(arm: ArmSummary) -> Row:
-    shown = arm.model_copy(update={"quant": arm.quant or None})
-    return tuple(say(cell, shown) for cell in _ARM.values())
-
-
-def _phase(end: RecoveryRow) -> Row:
-    entered = "yes" if end.kept else "no, undone"
-    return tuple(say(cell, end, entered) for cell in _PHASE.values())
+def _fill(cells: Mapping[str, str], *values: object) -> Row:
+    return tuple(say(cell, *values) for cell in cells.values())
 
 
 def _tasks(report: Report) -> list[Row]:
@@ -312,8 +309,3 @@ def _where(names: Sequence[str]) -> str:
 
     kinds = Counter(re.sub(r"\d+", "*", name) for name in names)
     return ", ".join(f"{count} × {kind}" if count > 1 else kind for kind, count in kinds.items())
-
-
-def _holds_numbers(cells: Iterable[str]) -> bool:
-    filled = [cell for cell in cells if cell not in ("", _NONE)]
-    return bool(filled) and all(_NUMBER.match(cell) for cell in filled)

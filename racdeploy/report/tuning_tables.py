@@ -28,7 +28,9 @@ _CELLS: dict[str, Callable[[Candidate], str]] = {
     "memory": lambda each: say("{0.memory_bytes:bytes}", each),
     "tokens/s": lambda each: say("{0.tokens_per_s:speed}", each),
     "tokens/s, measured": lambda each: say("{0.measured_tokens_per_s:speed}", each),
-    "KL, 10⁻³ nats": lambda each: _write_kl(each.kl_nats),
+    "KL, 10⁻³ nats": lambda each: (
+        "" if each.kl_nats is None else number(float(f"{1e3 * each.kl_nats:.2g}"))
+    ),
     "right": lambda each: f"{each.correct:,} of {each.prompts:,}" if each.prompts else "",
     "accuracy (95%)": lambda each: interval_text(each.accuracy, "{:.1%}".format),
     "thinking tokens": lambda each: say("{0.thinking_tokens_mean:,.0f}", each),
@@ -143,10 +145,6 @@ def keeps_limits(tuning: Tuning) -> bool:
     if least is None or winner.accuracy is None:
         return False
     return winner.keeps_limits and winner.accuracy.value >= least
-
-
-def _write_kl(kl_nats: float | None) -> str:
-    return "" if kl_nats is None else number(float(f"{1e3 * kl_nats:.2g}"))
 
 
 def describe_device(device: DeviceRow) -> str:

@@ -106,10 +106,9 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
 
     verdict = checks["accuracy"].verdict
     length_verdict = checks["thinking"].verdict
-    length = checks["thinking"].figures
-
-    def length_figure(name: str) -> float | None:
-        return float(length[name]) if name in length else None
+    figures = checks["thinking"].figures
+    names = ("length_ratio", "length_lower", "length_upper")
+    length = {name: float(figures[name]) for name in names if name in figures}
 
     return Comparison(
         drop=pairs.drop,
@@ -120,13 +119,11 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
         n10=outcomes[True, False],
         n01=outcomes[False, True],
         n=evidence.prompt_count,
-        length_ratio=length_figure("length_ratio"),
-        length_lower=length_figure("length_lower"),
-        length_upper=length_figure("length_upper"),
         length_verdict=None if length_verdict == "skipped" else length_verdict,
         length_limit=evidence.gate.limits(thinking.Limits).length_ratio,
         length_budget_tokens=evidence.budget_tokens,
         confidence=evidence.gate.confidence,
+        **length,
     )
 
 
