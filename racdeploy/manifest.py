@@ -13,6 +13,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.files.checked import has_sha256
 from racdeploy.files.reading import name_problem, read_json
 from racdeploy.files.writing import file_sha256
+from racdeploy.results.part import Positive, Share
 
 Json = dict[str, Any]
 MANIFEST_NAME = "racdeploy.json"
@@ -114,9 +115,9 @@ class ArtifactEntry(_Entry):
 class TokenDifferences(_Entry):
     """How many hard strings an artifact's engine tokenizes differently from tokenizer.json."""
 
-    strings: int = Field(ge=1)
-    different: int = Field(ge=1)
-    accepted: float = Field(ge=0, le=1)
+    strings: Positive
+    different: Positive
+    accepted: Share
     example: str = Field(max_length=1024)
 
 

@@ -23,11 +23,6 @@ class Segmentation:
     same: int
     words: int
 
-    @property
-    def same_share(self) -> float:
-        """Share of the tokens before that are there after, at the same place."""
-        return self.same / max(1, self.before)
-
     def describe(self, what: str) -> str:
         """Return how much longer some texts got, as a sentence for the report."""
         words = max(1, self.words)

@@ -36,8 +36,12 @@ def check_tokens(checkpoint: Checkpoint, settings: Export) -> str:
         if not name:
             return ""
 
-        found = _count(checkpoint, form.BACKEND, file)
+        encoder = PromptEncoder.from_folder(checkpoint.folder)
+        with plugins.load("engines", form.BACKEND).open_vocabulary(file) as engine:
+            probes = probe_tokens(engine, encoder, gate_strings(MOST_DIFFERENCES))
 
+    assert probes is not None, "a vocabulary was written for it"
+    found = TokenDifferences.count(probes)
     accepted = settings.accept_token_differences
     if found.share <= accepted:
         return f"llama.cpp's pre-tokenizer {name}: {found}"
@@ -49,15 +53,6 @@ def check_tokens(checkpoint: Checkpoint, settings: Export) -> str:
         + str(found),
         remedy=_advise(found),
     )
-
-
-def _count(checkpoint: Checkpoint, backend: str, file: Path) -> TokenDifferences:
-    encoder = PromptEncoder.from_folder(checkpoint.folder)
-    with plugins.load("engines", backend).open_vocabulary(file) as engine:
-        probes = probe_tokens(engine, encoder, gate_strings(MOST_DIFFERENCES))
-
-    assert probes is not None, "a vocabulary was written for it"
-    return TokenDifferences.count(probes)
 
 
 def _advise(found: TokenDifferences) -> str:

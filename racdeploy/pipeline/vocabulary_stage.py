@@ -77,7 +77,7 @@ class VocabularyStage:
         if lacking:
             lost = f"; {lacking} bytes are in no token, before and after: text loses them"
 
-        share = f"{kept.same_share:.2%} of {kept.before:,} tokens"
+        share = f"{kept.same / max(1, kept.before):.2%} of {kept.before:,} tokens"
         return (
             f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
             f"traces, prompts and texts are cut as before at {share}{lost}"

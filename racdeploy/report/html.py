@@ -23,8 +23,8 @@ from racdeploy.report.tables import (
     Row,
     Table,
     list_next_steps,
+    make_tables,
     number,
-    plain,
     share_range,
     tables,
 )
@@ -114,16 +114,13 @@ def _tables(report: Report, pairs: Sequence[Pair]) -> dict[str, Table]:
         ("Worst linears", "linear|held-out error"): _worst_linears(report.linears),
         ("Thinking by task", "task|prompts|dense|pruned|change"): _thinking_by_task(pairs),
     }
-    for (title, columns), rows in own.items():
-        if rows:
-            found[title] = Table(title, tuple(columns.split("|")), rows)
-    return found
+    return found | {table.title: table for table in make_tables(own)}
 
 
 def _worst_linears(linears: Sequence[LinearRow]) -> tuple[Row, ...]:
     measured = [(row.held_out_error or 0.0, row.name) for row in linears]
     worst = sorted(measured, key=lambda found: -found[0])[:_WORST]
-    return tuple((plain(name), f"{error:.2%}") for error, name in worst if error >= _VISIBLE)
+    return tuple((name, f"{error:.2%}") for error, name in worst if error >= _VISIBLE)
 
 
 def _thinking_by_task(pairs: Sequence[Pair]) -> tuple[Row, ...]:
@@ -141,7 +138,7 @@ def _thinking_by_task(pairs: Sequence[Pair]) -> tuple[Row, ...]:
         sign = "+" if change > 0 else ""
 
         cells = (
-            plain(task),
+            task,
             f"{len(alike):,}",
             f"{dense:,.1f}",
             f"{pruned:,.1f}",

@@ -95,6 +95,11 @@ def tables(report: Report) -> list[Table]:
         ("Not as asked", "what|asked|real|where|why"): _deviations(report),
     }
 
+    return make_tables(candidates)
+
+
+def make_tables(candidates: Mapping[tuple[str, str], Sequence[Row]]) -> list[Table]:
+    """Return a table for each title and its columns, where there is a row."""
     found = []
     for (title, columns), rows in candidates.items():
         cells = [tuple(plain(cell) for cell in row) for row in rows]

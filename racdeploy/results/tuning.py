@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -17,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from racdeploy.results.part import Positive, Share
+from racdeploy.results.part import Part, Positive, Share
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
 Reached = Literal["counted", "compared", "raced", "verified"]
@@ -29,13 +28,8 @@ Number = Annotated[
 ]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        ser_json_inf_nan="strings",
-    )
+class _Part(Part):
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Constraints(_Part):
