@@ -15,6 +15,7 @@ from racdeploy.cli.console import err, out, reported, say, say_error
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
+    BundleArg,
     SeedOpt,
     ShowThinkingOpt,
     TemperatureOpt,
@@ -47,7 +48,7 @@ _HELP = {
 
 @reported
 def chat(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     system: str = typer.Option("", help="Message that the conversation begins with."),
     max_thinking_tokens: BudgetOpt = None,
     temperature: TemperatureOpt = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli.console import err, out, print_json, print_notes, reported, say, show
-from racdeploy.cli.options import JsonOpt, QuietOpt, flag
+from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
     from racdeploy.bundles.hub.push import Push
@@ -20,7 +20,7 @@ _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 
 @reported
 def push(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     repository: str = _REPOSITORY,
     dry_run: bool = flag("--dry-run", "Show files, card and address; write nothing."),
     private: bool = flag("--private", "Make a new repository private."),

@@ -23,6 +23,7 @@ O = TypeVar("O")
 Kernels = Literal["auto", "off", "require"]
 """As sparse_kernels.Mode, whose import takes as long as all of --help."""
 
+BundleArg = Annotated[Path, typer.Argument(help="Bundle folder.")]
 TargetOpt = Annotated[
     str | None, typer.Option(help="Where it will run, default: gguf; see: racdeploy targets.")
 ]

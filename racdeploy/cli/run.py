@@ -13,6 +13,7 @@ from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
+    BundleArg,
     JsonOpt,
     Kernels,
     SeedOpt,
@@ -36,7 +37,7 @@ from racdeploy.errors import UsageError
 
 @reported
 def run(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     prompt: str = typer.Argument("-", help="What to ask; - reads it from stdin."),
     max_thinking_tokens: BudgetOpt = None,
     temperature: TemperatureOpt = None,

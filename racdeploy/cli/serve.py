@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli.console import INTERRUPTED, reported, show
-from racdeploy.cli.options import AccelOpt, ThreadsOpt
+from racdeploy.cli.options import AccelOpt, BundleArg, ThreadsOpt
 
 if TYPE_CHECKING:
     from racdeploy.serve.app import Served
@@ -19,7 +19,7 @@ _QUESTION = "What is 12 times 34?"
 
 @reported
 def serve(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     host: str = typer.Option("127.0.0.1", help="Address to listen on; others need a key."),
     port: int = typer.Option(8080, min=0, max=65535, help="0 takes a free one."),
     api_key_env: str = typer.Option(

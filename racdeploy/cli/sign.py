@@ -7,13 +7,13 @@ from pathlib import Path
 import typer
 
 from racdeploy.cli.console import print_json, reported, say, show
-from racdeploy.cli.options import JsonOpt, flag
+from racdeploy.cli.options import BundleArg, JsonOpt, flag
 from racdeploy.errors import UsageError
 
 
 @reported
 def sign(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     key: Path | None = typer.Option(None, help="PEM file of the private key to sign with."),
     keyless: bool = flag("--keyless", "Sign as this workflow, or as who logs in, at sigstore."),
     signature: Path | None = typer.Option(

@@ -9,7 +9,16 @@ from typing import Literal
 import typer
 
 from racdeploy.cli.console import err, finish, print_notes, print_plan, reported
-from racdeploy.cli.options import AccelOpt, GateOpt, JsonOpt, ThreadsOpt, TierOpt, WorkOpt, flag
+from racdeploy.cli.options import (
+    AccelOpt,
+    BundleArg,
+    GateOpt,
+    JsonOpt,
+    ThreadsOpt,
+    TierOpt,
+    WorkOpt,
+    flag,
+)
 from racdeploy.errors import UsageError
 
 _SERVER, _HARNESS = "A server instead of the artifact", "An evaluation harness, too"
@@ -20,7 +29,7 @@ Questions = Literal["chat", "completions"]
 
 @reported
 def verify(
-    bundle: Path = typer.Argument(help="Bundle folder."),
+    bundle: BundleArg,
     gate: GateOpt = None,
     tier: TierOpt = "",
     baseline: Path | None = typer.Option(

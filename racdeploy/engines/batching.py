@@ -83,17 +83,15 @@ class Job:
 class Batcher:
     """Runs the sequences of jobs to their end, in place, on decoders side by side.
 
-    ``prefill_s`` and ``decode_s`` are the time in the decoders, of those that work together that of
-    one on average; a mixed batch is shared out by its tokens. ``decode_cpu_s`` is what of it the
-    processor gave the thread that decodes. ``on_step`` is called before each batch.
+    Of ``seconds``, ``prefill_s`` and ``decode_s`` are the time in the decoders, of those that work
+    together that of one on average; a mixed batch is shared out by its tokens. ``decode_cpu_s`` is
+    what of it the processor gave the thread that decodes. ``on_step`` is called before each batch.
     """
 
     def __init__(
         self, decoders: SequenceOf[Decoder], on_step: Callable[[], None] = lambda: None
     ) -> None:
-        self.prefill_s = 0.0
-        self.decode_s = 0.0
-        self.decode_cpu_s = 0.0
+        self.seconds = dict.fromkeys(("prefill_s", "decode_s", "decode_cpu_s"), 0.0)
         self._jobs: deque[Job] = deque()  # those with sequences that wait
         self._changed = threading.Condition()
         self._lanes = [_Lane(decoder, on_step) for decoder in decoders]
@@ -140,7 +138,8 @@ class Batcher:
             yield
         finally:
             for lane in self._lanes:
-                lane.forget_all()
+                for slot in range(lane.decoder.slots):
+                    lane.decoder.forget(slot)
 
     def _run(self, lane: _Lane) -> None:
         while True:
@@ -153,9 +152,8 @@ class Batcher:
                 job.tell(news)
 
             with self._changed:
-                self.prefill_s += step.prefill_s / busy
-                self.decode_s += step.decode_s / busy
-                self.decode_cpu_s += step.decode_cpu_s / busy
+                for name, seconds in step.seconds.items():
+                    self.seconds[name] += seconds / busy
                 ended = self._settle(lane, step.errors)
                 self._changed.notify_all()
 
@@ -185,7 +183,6 @@ class Batcher:
             self._drop(job)
 
         ended = []
-
         for slot, (job, sequence) in list(lane.running.items()):
             if sequence.finish_reason is None and not job.is_over:
                 continue
@@ -205,13 +202,11 @@ class Batcher:
 
 
 class _Step(NamedTuple):
-    """What a batch gave: new ids and errors by their jobs, and seconds."""
+    """What a batch gave: new ids and errors by their jobs, and seconds by their name."""
 
     news: dict[Job, News]
     errors: dict[Job, EngineError]
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    decode_cpu_s: float = 0.0
+    seconds: dict[str, float]
 
 
 class _Lane:
@@ -221,7 +216,7 @@ class _Lane:
         self._on_step = on_step
         self.running: dict[int, tuple[Job, Sequence]] = {}
         self.free = list(range(decoder.slots))
-        self._decoder = decoder
+        self.decoder = decoder
         self._positions = [0] * decoder.slots
 
     def take(self, job: Job, sequence: Sequence) -> None:
@@ -231,13 +226,9 @@ class _Lane:
 
     def release(self, slot: int) -> None:
         del self.running[slot]
-        self._decoder.forget(slot)
+        self.decoder.forget(slot)
         self.free.append(slot)
         self.free.sort()
-
-    def forget_all(self) -> None:
-        for slot in range(self._decoder.slots):
-            self._decoder.forget(slot)
 
     def step(self, busy: int) -> _Step:
         """Decode one batch; every sequence that is fed up to date takes its step."""
@@ -257,20 +248,24 @@ class _Lane:
                 up_to_date[last] = slot
                 decoding += len(tokens) == 1
 
-        self._decoder.share_threads(busy)
+        self.decoder.share_threads(busy)
         started, cpu_started = time.perf_counter(), time.thread_time()
         try:
             self._on_step()
-            self._decoder.decode(rows)
+            self.decoder.decode(rows)
         except EngineError as error:
-            return _Step({}, {job: error for job, _ in self.running.values()})
+            return _Step({}, {job: error for job, _ in self.running.values()}, {})
         elapsed_s = time.perf_counter() - started
         cpu_s = time.thread_time() - cpu_started
 
         news, errors = self._choose(up_to_date)
         decode_share = decoding / len(rows)
-        prefill_s = elapsed_s * (1.0 - decode_share)
-        return _Step(news, errors, prefill_s, elapsed_s * decode_share, cpu_s * decode_share)
+        seconds = {
+            "prefill_s": elapsed_s * (1.0 - decode_share),
+            "decode_s": elapsed_s * decode_share,
+            "decode_cpu_s": cpu_s * decode_share,
+        }
+        return _Step(news, errors, seconds)
 
     def _choose(self, places: dict[int, int]) -> tuple[dict[Job, News], dict[Job, EngineError]]:
         """Let the sequences of some slots choose their next token, by the rows at those places."""
@@ -280,7 +275,7 @@ class _Lane:
         for place, slot in places.items():
             job, sequence = self.running[slot]
             try:
-                ids = sequence.step(self._decoder.logits_V(place))
+                ids = sequence.step(self.decoder.logits_V(place))
             except EngineError as error:
                 errors[job] = error
                 continue
@@ -291,10 +286,8 @@ class _Lane:
 
     def _take_tokens(self) -> dict[int, list[int]]:
         """Take the tokens of a batch by slot: one of each running sequence first, then prompts."""
-        room = self._decoder.batch_tokens
-
+        room = self.decoder.batch_tokens
         taken = {}
-
         for slot, (_, sequence) in sorted(self.running.items(), key=_has_prompt):
             tokens = taken[slot] = sequence.unfed[:room]
             sequence.unfed = sequence.unfed[room:]

@@ -236,9 +236,7 @@ class _Worker:
         self._send_done(call, {"completions": completions})
 
     def _send_done(self, call: int, answer: Mapping[str, Any]) -> None:
-        names = ("prefill_s", "decode_s", "decode_cpu_s")
-        seconds = {name: getattr(self._batcher, name) for name in names}
-        stats = {**self._stats, **seconds, "peak_rss_bytes": _peak_rss_bytes()}
+        stats = {**self._stats, **self._batcher.seconds, "peak_rss_bytes": _peak_rss_bytes()}
         self._send(call, "done", stats=stats, **answer)
 
     def _send_error(self, call: int, error: RacdeployError) -> None:

@@ -151,8 +151,7 @@ class NativeModel(_Vocabulary):
         contexts = []
         for place in range(count):
             slots = len(range(place, settings.parallel, count))
-            context = _Context(self._model, settings, slots, self._log, self.vocabulary)
-            contexts.append(context)
+            contexts.append(_Context(self._model, settings, slots, self._log, self.vocabulary))
 
         return contexts
 
