@@ -64,7 +64,7 @@ _OTHERS: dict[str, Callable[..., None]] = {
 
 for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
     for example, command in verbs.items():
-        _, verb, *_ = example.split()
+        verb = example.split()[1]
         app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
 cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
