@@ -94,7 +94,7 @@ def flag(name: str, meaning: str) -> Any:
     return typer.Option(False, name, metavar="", help=meaning)
 
 
-def _option(default: Any, *names: str, **settings: Any) -> Any:
+def _option(*names: str, default: Any = None, **settings: Any) -> Any:
     """Return a field that is an option of a command too."""
     return field(default=default, metadata={"typer": typer.Option(*names, **settings)})
 
@@ -105,23 +105,22 @@ class TraceOptions:
 
     model: Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)] = None
     target: TargetOpt = None
-    recipe: Path | None = _option(None, help="TOML recipe; see: racdeploy init.")
+    recipe: Path | None = _option(help="TOML recipe; see: racdeploy init.")
     assignments: _Texts = _option(
-        None,
         "--set",
         metavar="PART.KEY=VALUE",
         help="A key of the recipe with a TOML value; repeatable, wins over other options.",
     )
     task: _Texts = _option(
-        None, help="Task to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k; repeatable."
+        help="Task to verify on: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k; repeatable."
     )
-    calibration_task: _Texts = _option(None, help="Task for the traces; default: --task.")
-    trace_prompts: int | None = _option(None, min=1, help="Calibration prompts; default: 256.")
+    calibration_task: _Texts = _option(help="Task for the traces; default: --task.")
+    trace_prompts: int | None = _option(min=1, help="Calibration prompts; default: 256.")
     trace_server: str | None = _option(
-        None, help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
+        help="OpenAI-compatible API that answers them, http://HOST:PORT/v1."
     )
     allow_key_to: str = _option(
-        "",
+        default="",
         metavar="HOST",
         help="Host that may get the key which a recipe file names; see docs/trace-servers.md.",
     )
@@ -159,24 +158,20 @@ class PruneOptions(TraceOptions):
     """Options of the commands that prune."""
 
     keep: _Texts = _option(
-        None,
         metavar="PART=SHARE",
         help=f"How much of a part stays: {', '.join(plugins.names('structures'))}; repeatable; "
         "default: the target's.",
     )
     sparsity: str | None = _option(
-        None,
         metavar="SHARE",
         help="Fraction of zeros, 0 to 1; default: 0, or 0.5 where zeros are asked for.",
     )
-    pattern: str | None = _option(None, help="N:M with N kept of M, or unstructured, the default.")
-    method: str | None = _option(None, help="Pruning method; default: sparsegpt.")
-    calibration: str | None = _option(
-        None, help="rac, the default: prompt and thinking; or prompt."
-    )
+    pattern: str | None = _option(help="N:M with N kept of M, or unstructured, the default.")
+    method: str | None = _option(help="Pruning method; default: sparsegpt.")
+    calibration: str | None = _option(help="rac, the default: prompt and thinking; or prompt.")
     recover_tokens: RecoverTokensOpt = None
     vocabulary_text: _Texts = _option(
-        None, metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
+        metavar="FILE", help="Text whose tokens a cut vocabulary keeps; repeatable."
     )
     dry_run: DryRunOpt = False
 
@@ -219,27 +214,27 @@ class RecoverOptions(TraceOptions):
 class BuildOptions(PruneOptions):
     """Options of the command that makes a bundle."""
 
-    also: _Texts = _option(None, help="A further target, for another engine; repeatable.")
+    also: _Texts = _option(help="A further target, for another engine; repeatable.")
     quant: QuantOpt = None
     packing: PackingOpt = None
     allow_losing_zeros: bool = _option(
-        False,
         "--allow-losing-zeros",
+        default=False,
         metavar="",
         help="Build although --quant does not keep the zeros that are pruned.",
     )
     accept_token_differences: AcceptOpt = None
     prompts: int | None = _option(
-        None, min=1, help="Evaluation prompts, over those of --tier; default: 200."
+        min=1, help="Evaluation prompts, over those of --tier; default: 200."
     )
     out_folder: Path | None = _option(
-        None, "--out", "-o", help="Folder to write; default: the artifact's name, see --dry-run."
+        "--out", "-o", help="Folder to write; default: the artifact's name, see --dry-run."
     )
     gate: GateOpt = None
     tier: TierOpt = ""
     controls: bool = _option(
-        False,
         "--controls",
+        default=False,
         metavar="",
         help="Let dense models of about the artifact's size answer too.",
     )
@@ -272,23 +267,23 @@ class TuneOptions(TraceOptions):
     """Options of the command that looks for the best model."""
 
     objective: str | None = _option(
-        None, help="accuracy, the default, size, speed or seconds-per-correct-answer."
+        help="accuracy, the default, size, speed or seconds-per-correct-answer."
     )
-    max_bytes: str | None = _option(None, metavar="SIZE", help="Largest file, as 1.5GB.")
+    max_bytes: str | None = _option(metavar="SIZE", help="Largest file, as 1.5GB.")
     max_memory: str | None = _option(
-        None, metavar="SIZE", help="Most memory; default: what the target holds."
+        metavar="SIZE", help="Most memory; default: what the target holds."
     )
-    min_tokens_per_s: float | None = _option(None, min=0, help="Least speed on the target.")
+    min_tokens_per_s: float | None = _option(min=0, help="Least speed on the target.")
     min_accuracy_ratio: float | None = _option(
-        None, min=0, max=1, help="Share of the dense accuracy that must stay."
+        min=0, max=1, help="Share of the dense accuracy that must stay."
     )
-    budget: str | None = _option(None, metavar="TIME", help="How long it may take: 90m, 2h.")
+    budget: str | None = _option(metavar="TIME", help="How long it may take: 90m, 2h.")
     recover_tokens: int | None = _option(
-        None, min=0, help="Let pruned models also learn so many tokens back."
+        min=0, help="Let pruned models also learn so many tokens back."
     )
-    prompts: int | None = _option(None, min=1, help="Prompts of the verification; default: 200.")
+    prompts: int | None = _option(min=1, help="Prompts of the verification; default: 200.")
     out_folder: Path | None = _option(
-        None, "--out", "-o", help="Folder of the bundle; default: the artifact's name."
+        "--out", "-o", help="Folder of the bundle; default: the artifact's name."
     )
     tier: TierOpt = ""
     dry_run: DryRunOpt = False
@@ -317,15 +312,13 @@ class ExportOptions:
     quant: QuantOpt = None
     packing: PackingOpt = None
     allow_losing_zeros: bool = _option(
-        False,
         "--allow-losing-zeros",
+        default=False,
         metavar="",
         help="Export although --quant does not keep the zeros of the model.",
     )
     accept_token_differences: AcceptOpt = None
-    out_file: Path | None = _option(
-        None, "--out", "-o", help="File to write; default: MODEL-QUANT here."
-    )
+    out_file: Path | None = _option("--out", "-o", help="File to write; default: MODEL-QUANT here.")
     json_output: JsonOpt = False
 
 

@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from racdeploy.engines.engine import Logits
 from racdeploy.engines.sequence import Sequence
 from racdeploy.errors import EngineError
 
@@ -44,7 +42,7 @@ class Decoder(Protocol):
 
     def decode(self, rows: SequenceOf[Row]) -> None: ...  # releases the interpreter's lock
 
-    def logits_V(self, place: int) -> NDArray[np.float32]: ...
+    def logits_V(self, place: int) -> Logits: ...
 
     def forget(self, slot: int) -> None: ...
 

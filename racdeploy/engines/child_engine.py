@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.engines import allowance
 from racdeploy.engines.child import Child
-from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.engine import (
+    Cancel,
+    Completion,
+    Engine,
+    EngineSettings,
+    Logits,
+    OnTokens,
+    Sampling,
+)
 from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
 
@@ -102,7 +109,7 @@ class ChildEngine(Engine):
             for ids, reason, forced_at in header["completions"]
         ]
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int]) -> Logits:
         """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes."""
         check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
         request = {"ids": [int(token) for token in ids]}

@@ -13,6 +13,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 OnTokens = Callable[[int, Sequence[int]], None]
 """Gets the index of a sequence and its new ids, while it runs."""
 Ids = tuple[int, ...]
+Logits = NDArray[np.float32]
 LAST_SHARE = 0.25
 """Of a thinking budget: where the bias on the close tag rises."""
 BATCH_TOKENS = 512
@@ -129,7 +130,7 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """Continue every prompt, given by its token ids."""
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int]) -> Logits:
         """Return float32 logits_TV of a teacher-forced pass; UsageError from a server."""
 
     def tokenize(self, text: str) -> list[int] | None:

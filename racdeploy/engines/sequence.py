@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.engines.engine import Completion, FinishReason, Sampling, ThinkingBudget
+from racdeploy.engines.engine import Completion, FinishReason, Logits, Sampling, ThinkingBudget
 from racdeploy.errors import ContextError, EngineError, PromptError
 
 _UNLIKELY = 1e-4  # of the likeliest token
@@ -51,7 +51,7 @@ class Sequence:
         self._begin(sampling.begun_by(index))
         self.unfed.extend(self.ids)
 
-    def step(self, logits_V: NDArray[np.float32]) -> list[int]:
+    def step(self, logits_V: Logits) -> list[int]:
         """Append the next token, and a close tag where the budget ends; return the new ids."""
         assert self.finish_reason is None, "a finished sequence takes no step"
 
@@ -104,7 +104,7 @@ class Sequence:
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _steer(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _steer(self, logits_V: Logits) -> Logits:
         """Return the logits, while the model thinks with what its budget adds and subtracts."""
         budget = self._budget
         if budget is None or self._thinking_from is None:
@@ -163,9 +163,7 @@ def count_begun(ids: SequenceOf[int], wanted: SequenceOf[int], start: int) -> in
     return count
 
 
-def choose(
-    logits_V: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator
-) -> int:
+def choose(logits_V: Logits, temperature: float, top_p: float, random: np.random.Generator) -> int:
     """Choose a token: the first largest logit at temperature 0, or a draw in float64.
 
     ``top_p`` is the smallest mass to draw from, in (0, 1]; at temperature 0, ``random`` is not

@@ -19,12 +19,9 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, BinaryIO, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.engines import allowance
 from racdeploy.engines.batching import Batcher, Decoder, Job, News
-from racdeploy.engines.engine import EngineSettings, Sampling, ThinkingBudget
+from racdeploy.engines.engine import EngineSettings, Logits, Sampling, ThinkingBudget
 from racdeploy.engines.sequence import Sequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
@@ -47,7 +44,7 @@ class LoadedModel(Protocol):
     def decoders(self) -> SequenceOf[Decoder]:
         """Return what decodes, side by side; the first one's slot 0 is used by teacher_forced."""
 
-    def teacher_forced(self, ids: SequenceOf[int], start: int) -> NDArray[np.float32]:
+    def teacher_forced(self, ids: SequenceOf[int], start: int) -> Logits:
         """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
 
     def tokenize(self, text: str) -> list[int] | None:

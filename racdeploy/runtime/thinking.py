@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from racdeploy.engines.engine import Ids
 from racdeploy.engines.sequence import count_begun, ends_with
 from racdeploy.errors import ArtifactError
 from racdeploy.runtime.template import PromptEncoder
@@ -48,10 +49,10 @@ class ThinkingTags:
     ``answer_ids`` are those of a tag in front of an answer without a thought, where there is one.
     """
 
-    open_ids: tuple[int, ...]
-    close_ids: tuple[int, ...]
+    open_ids: Ids
+    close_ids: Ids
     space_ids: frozenset[int] = frozenset()
-    answer_ids: tuple[int, ...] = ()
+    answer_ids: Ids = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Split:
             model, ``implied`` by a close tag alone, or ``none``.
     """
 
-    thinking_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    thinking_ids: Ids
+    answer_ids: Ids
     state: State
     opening: Opening = "none"
 

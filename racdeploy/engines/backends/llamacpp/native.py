@@ -16,11 +16,10 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import sparse_kernels
 from racdeploy.engines.batching import Row
-from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings
+from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings, Logits
 from racdeploy.errors import EngineError
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.messages import Header
@@ -94,7 +93,7 @@ class _Vocabulary:
     def decoders(self) -> list[_Context]:
         return []
 
-    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+    def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
         raise EngineError("only the vocabulary of this file was loaded")
 
     def tokenize(self, text: str) -> list[int]:
@@ -158,7 +157,7 @@ class NativeModel(_Vocabulary):
     def decoders(self) -> list[_Context]:
         return self._contexts
 
-    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+    def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
         context = self._contexts[0]
         context.share_threads(1)
         if start == 0:
@@ -213,7 +212,7 @@ class _Context:
                 remedy="lower context_tokens or parallel, or export the model again",
             )
 
-    def logits_V(self, place: int) -> NDArray[np.float32]:
+    def logits_V(self, place: int) -> Logits:
         """Return the logits of a row of the last batch: a view that the next batch overwrites."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, place)
         if not pointer:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from racdeploy.engines.backends.onnxruntime.graph import Array, DecoderGraph, engine_errors
+from racdeploy.engines.engine import Logits
 
-Logits = NDArray[np.float32]
 _FIRST_TOKENS = 256  # room of an appended cache at first
 
 

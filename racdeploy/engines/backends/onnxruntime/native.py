@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from racdeploy.engines.backends.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.backends.onnxruntime.graph import DecoderGraph, open_session
 from racdeploy.engines.batching import Row
-from racdeploy.engines.engine import BATCH_LOGITS_BYTES, BATCH_TOKENS, EngineSettings
+from racdeploy.engines.engine import BATCH_LOGITS_BYTES, BATCH_TOKENS, EngineSettings, Logits
 from racdeploy.engines.worker import LoadedModel
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.heap import return_tensors
@@ -44,7 +42,7 @@ class OnnxModel(LoadedModel):
 
         kind = SharedCache if graph.shares_buffer else AppendedCache
         self._cache = kind(graph, self.slots, self.context_tokens)
-        self._logits: dict[int, NDArray[np.float32]] = {}
+        self._logits: dict[int, Logits] = {}
 
     def decoders(self) -> list[OnnxModel]:
         """Return this model: one session on all threads batches better than several."""
@@ -72,7 +70,7 @@ class OnnxModel(LoadedModel):
             for slot, logits_TV in self._cache.feed_together(single).items():
                 self._logits[last_places[slot]] = logits_TV[-1]
 
-    def logits_V(self, place: int) -> NDArray[np.float32]:
+    def logits_V(self, place: int) -> Logits:
         """Return the logits of a row of the last batch that asked for them."""
         return self._logits[place]
 
@@ -82,7 +80,7 @@ class OnnxModel(LoadedModel):
     def share_threads(self, busy: int) -> None:
         """Change nothing: the session has a fixed number of threads, and is the only decoder."""
 
-    def teacher_forced(self, ids: Sequence[int], start: int) -> NDArray[np.float32]:
+    def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
         if start == 0:
             self.forget(0)
         return self._cache.feed(0, ids[start : start + self._output_rows], last=False)

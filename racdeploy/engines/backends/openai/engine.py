@@ -15,12 +15,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.engines.backends.openai.answers import Reader, read_usage
 from racdeploy.engines.backends.openai.http import Client, RefusedError
-from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.engine import (
+    Cancel,
+    Completion,
+    Engine,
+    EngineSettings,
+    Logits,
+    OnTokens,
+    Sampling,
+)
 from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.models.tokenizer_files import read_tokenizer
@@ -167,7 +172,7 @@ class OpenAIEngine(Engine):
                 "a server begins each completion anew", remedy="ask without what was begun"
             )
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int]) -> Logits:
         """Refuse: a server keeps its logits to itself."""
         raise UsageError("a server gives no logits", remedy="open the artifact on its own engine")
 

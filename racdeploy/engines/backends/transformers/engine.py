@@ -13,9 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -25,7 +23,15 @@ from racdeploy.engines.backends.transformers.torch_model import (
     make_cache,
     round_as_ggml,
 )
-from racdeploy.engines.engine import Cancel, Completion, Engine, EngineSettings, OnTokens, Sampling
+from racdeploy.engines.engine import (
+    Cancel,
+    Completion,
+    Engine,
+    EngineSettings,
+    Logits,
+    OnTokens,
+    Sampling,
+)
 from racdeploy.engines.sequence import Sequence, check_ids, check_request
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes.heap import keep_heap
@@ -78,14 +84,14 @@ class TransformersEngine(Engine):
         return [sequence.completion() for sequence in sequences]
 
     @torch.inference_mode()
-    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> NDArray[np.float32]:
+    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> Logits:
         """Return logits_TV of a teacher-forced pass, rounded as by ggml's tables if asked."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
         rounding = round_as_ggml(self._model, self._checkpoint) if as_ggml else nullcontext()
         with rounding:
             output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
 
-        logits_TV: NDArray[np.float32] = output.logits[0].float().numpy()
+        logits_TV: Logits = output.logits[0].float().numpy()
         return logits_TV
 
     def close(self) -> None:
@@ -132,7 +138,7 @@ class TransformersEngine(Engine):
         mask_BX: torch.Tensor,
         position_BX: torch.Tensor,
         cache: Any,
-    ) -> tuple[NDArray[np.float32], Any]:
+    ) -> tuple[Logits, Any]:
         """Feed T new tokens of each sequence, piece by piece.
 
         Returns logits_BV of the last, and the cache.
@@ -158,7 +164,7 @@ class TransformersEngine(Engine):
 
             cache = output[self._cache_name]
 
-        logits_BV: NDArray[np.float32] = output.logits[:, -1].numpy()
+        logits_BV: Logits = output.logits[:, -1].numpy()
         return logits_BV, cache
 
 
