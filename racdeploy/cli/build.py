@@ -164,7 +164,7 @@ def _open_build(job: Job, options: TraceOptions) -> Iterator[Build]:
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.caches import default_work
     from racdeploy.pipeline.build import Build
-    from racdeploy.prune.walk.processes import join_processes
+    from racdeploy.prune.processes import join_processes
 
     with show_progress(console.err, options.quiet) as progress, join_processes() as processes:
         show = progress if processes.rank == 0 else None

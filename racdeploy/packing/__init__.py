@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,7 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
 
 
 def _check_stored(format_name: str, kind: str, name: str) -> None:
-    if format_name not in plugins.load(kind, name).FORMATS:
+    if format_name not in _load(kind, name).FORMATS:
         raise UsageError(
             f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
             remedy=f"it stores {', '.join(list_stored(format_name, kind))}",
@@ -122,11 +122,18 @@ def _refuse_pair(packing_name: str, quant_name: str) -> str:
     return packing.fits(quant_name, 1.0)
 
 
+def _load(kind: str, name: str) -> Any:
+    # Each kind is written out: the address of a stage has the plugins of the kinds it can load.
+    if kind == "presets":
+        return plugins.load("presets", name)
+    return plugins.load("quant", name) if kind == "quant" else load(name)
+
+
 def list_stored(format_name: str, kind: str) -> list[str]:
     """Return the plugins of a kind that a file format stores and that this machine can import."""
     stored = []
     for name in plugins.names(kind):
         with suppress(MissingExtraError):  # not a way out on this machine
-            if format_name in plugins.load(kind, name).FORMATS:
+            if format_name in _load(kind, name).FORMATS:
                 stored.append(name)
     return stored

@@ -1,4 +1,6 @@
-"""The only place that knows the stages' order: traces → prune → export → verify → bundle."""
+"""The only place that knows the order of the stages: traces, prune, recover, vocabulary, export,
+verify, bundle.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import VocabularyStage
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
-from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report

@@ -16,7 +16,7 @@ from racdeploy.models.families import generalize
 from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import Findings
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.segmentation import compare_segmentation, note_logits
+from racdeploy.pipeline.segmentation import compare_segmentation
 from racdeploy.pipeline.structure import measure_kept
 from racdeploy.pipeline.thinking import UNCONTROLLED, Control, note_control
 from racdeploy.pipeline.workplace import Workplace
@@ -284,6 +284,25 @@ class Evaluation:
 
         questions = [problem.question for problem in self.job.problems("evaluation")]
         return dict(zip(questions, chat_ids(folder, questions), strict=True))
+
+
+def note_logits(found: LogitComparison | None, asked: int) -> list[str]:
+    """Return what a cut vocabulary means for the logits; ``asked`` answers were to be compared."""
+    compared = found.traces if found else 0
+
+    notes = []
+    if found:
+        notes.append(
+            f"the dense model gives {found.lost_mass:.2g} of its probability to tokens that are "
+            "gone; torch-dense is compared on those that stay"
+        )
+    if compared < asked:
+        notes.append(
+            f"{asked - compared} of {asked} dense answers have tokens that are gone: "
+            "no logits were compared on them"
+        )
+
+    return notes
 
 
 def _note_earlier(name: str, answers: Answers, counted_before: bool) -> str:

@@ -43,7 +43,7 @@ class PruneStage:
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
         """Prune the model on its traces, or find it pruned."""
-        from racdeploy.prune.walk.device import choose_device
+        from racdeploy.prune.device import choose_device
 
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})

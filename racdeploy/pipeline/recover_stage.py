@@ -20,11 +20,10 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.processes.cores import multiplies_bfloat16
 from racdeploy.prune import PrunedModel
-from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.processes import Processes
 from racdeploy.quant import Codes
 from racdeploy.recipe import Calibration, Recovery
-from racdeploy.report import recovery
-from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow, end_phases
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import Probe
 from racdeploy.traces.select import select
@@ -212,7 +211,7 @@ class RecoverStage:
             )
 
         if self.settings.mix:
-            kept = [row.text_kl_nats for row in recovery.list_phases(rows) if row.kept]
+            kept = [row.text_kl_nats for row in end_phases(rows) if row.kept]
             name = Path(self.settings.mix).name
             notes.append(
                 f"recovery: KL on held-out parts of {name} {kept[0]:.3g} → {kept[-1]:.3g} nats"
@@ -269,7 +268,7 @@ class RecoverStage:
 
     def course(self, folder: Path, name: str, given: Mapping[str, Any]) -> Course:
         """Return what this process does of a phase; a line is printed by the first one alone."""
-        from racdeploy.prune.walk.device import choose_device
+        from racdeploy.prune.device import choose_device
         from racdeploy.recover.course import Course
 
         place = self.place
@@ -332,7 +331,7 @@ class _Teaching:
     @property
     def settings(self) -> Recovery:
         """The recipe's settings, with what this machine has in place of ``auto``."""
-        from racdeploy.prune.walk.device import choose_device
+        from racdeploy.prune.device import choose_device
 
         settings = self.stage.settings
         device = choose_device(settings.device).type

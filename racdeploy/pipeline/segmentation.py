@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import GateError
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.evidence import LogitComparison
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,6 @@ def compare_segmentation(
         words += len(text.split())
 
     return Segmentation(before, after, same, words)
-
-
-def note_logits(found: LogitComparison | None, asked: int) -> list[str]:
-    """Return what a cut vocabulary means for the logits; ``asked`` answers were to be compared."""
-    compared = found.traces if found else 0
-
-    notes = []
-    if found:
-        notes.append(
-            f"the dense model gives {found.lost_mass:.2g} of its probability to tokens that are "
-            "gone; torch-dense is compared on those that stay"
-        )
-    if compared < asked:
-        notes.append(
-            f"{asked - compared} of {asked} dense answers have tokens that are gone: "
-            "no logits were compared on them"
-        )
-
-    return notes
 
 
 def _find_stops(encoder: PromptEncoder, ids: list[int]) -> list[int]:

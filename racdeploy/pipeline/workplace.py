@@ -13,7 +13,7 @@ from racdeploy.engines.engine import Progress
 from racdeploy.extras import installed_version
 from racdeploy.files.addresses import code_hash, release_of
 from racdeploy.files.stages import Stage
-from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.processes import ALONE, Processes
 
 COMPUTING = ("torch", "transformers")
 """Libraries that compute traces and sparse weights: another version rounds differently."""

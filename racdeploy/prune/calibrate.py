@@ -24,6 +24,7 @@ from racdeploy.files.writing import write_atomic
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, name_experts
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.structure.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
 from racdeploy.prune.structure.decision import decide_outline
 from racdeploy.prune.structure.outline import Outline, whole
@@ -36,7 +37,6 @@ from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.held_out import RelativeError
 from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.walk.pair import BlockPair
-from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.prune.walk.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
 from racdeploy.prune.walk.routing import remember_routing
 from racdeploy.prune.walk.session import Session, open_session

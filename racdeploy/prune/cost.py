@@ -112,8 +112,8 @@ def _process_bytes(checkpoint: Checkpoint | None = None, device: str = "auto") -
         return resident_bytes() + _LIBRARIES_BYTES
 
     if checkpoint:
+        from racdeploy.prune.device import choose_device
         from racdeploy.prune.walk.blocks import Blocks
-        from racdeploy.prune.walk.device import choose_device
 
         Blocks(checkpoint, device=choose_device(device))
     return resident_bytes()

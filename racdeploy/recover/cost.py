@@ -10,7 +10,7 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes.memory import free_bytes, resident_bytes
 from racdeploy.prune.bounds import WINDOW_BYTES
-from racdeploy.prune.walk.processes import processes_here
+from racdeploy.prune.processes import processes_here
 from racdeploy.recover import block_walk, lessons
 from racdeploy.recover.course import Course
 

@@ -14,8 +14,8 @@ from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.engines.engine import Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.walk.assemble import assemble
-from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.recipe import Recovery
 from racdeploy.recover.divergence import Direction

@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.blocks import Blocks
-from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recipe import StreamWeights
 from racdeploy.recover.stream import Stream
 from racdeploy.traces.trace import STREAMS, Trace

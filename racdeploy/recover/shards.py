@@ -19,7 +19,7 @@ from racdeploy.engines.backends.transformers.torch_model import fill_parameter, 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
-from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.processes import Processes
 
 _SUMS = "set_force_sum_reduction_for_comms"
 _UNUSED = "set_reduce_scatter_unused_params"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from racdeploy.files.writing import atomic_file
-from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.tensors.safetensors import (
     DTYPES,
     TensorEntry,

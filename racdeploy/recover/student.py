@@ -13,7 +13,7 @@ import torch
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.recover.shards import Shards
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from racdeploy.prune.walk.processes import ALONE, Processes
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import Grid
 
 _FACTORS = (0.5, 2.0)

@@ -5,31 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from itertools import groupby
-from operator import attrgetter
 
-from racdeploy.results.pruning import RecoveryRow
-
-
-def list_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
-    """Return the last look of each phase, in the order in which they were learned.
-
-    Its divergence is that of the phase's best look, whose state is the one that was kept.
-    """
-    ends = []
-    for _, looks in groupby(rows, key=attrgetter("phase")):
-        phase = list(looks)
-        measured = [look for look in phase if look.kl_nats is not None]
-        best = min(measured, key=attrgetter("kl_nats"), default=phase[-1])
-        found = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
-        ends.append(phase[-1].model_copy(update=found))
-
-    return ends
+from racdeploy.results.pruning import RecoveryRow, end_phases
 
 
 def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
     """Return what entered the model, as the predicate of a sentence; empty where nothing did."""
-    phases = list_phases(rows)
+    phases = end_phases(rows)
     kept = [phase for phase in phases if phase.kept]
 
     learned_tokens = before_tokens = 0

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.files.unprintable import visible
-from racdeploy.report.recovery import list_phases
 from racdeploy.report.structure import list_kept
 from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow
+from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, end_phases
 from racdeploy.results.report import Report
 
 _NONE = "–"
@@ -81,7 +80,7 @@ def tables(report: Report) -> list[Table]:
     kept = list_kept(report.kept, report.structure)
     drift = "Drift from the dense model, worst first"
     arms = [arm.model_copy(update={"quant": arm.quant or None}) for arm in report.arms]
-    phases = [(end, "yes" if end.kept else "no, undone") for end in list_phases(report.recovery)]
+    phases = [(end, "yes" if end.kept else "no, undone") for end in end_phases(report.recovery)]
     candidates: dict[tuple[str, str], list[Row]] = {
         ("Dense and pruned", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
         ("Kept", "what|dense|pruned|kept"): [part.row for part in kept],

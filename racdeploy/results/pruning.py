@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
+
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from racdeploy.results.part import Part, Positive, Share
@@ -106,6 +110,22 @@ class RecoveryRow(Part):
     text_kl_nats: float | None = None
     accuracy: Share | None = None
     kept: bool = True
+
+
+def end_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
+    """Return the last look of each phase, in the order in which they were learned.
+
+    Its divergence is that of the phase's best look, whose state is the one that was kept.
+    """
+    ends = []
+    for _, looks in groupby(rows, key=attrgetter("phase")):
+        phase = list(looks)
+        measured = [look for look in phase if look.kl_nats is not None]
+        best = min(measured, key=attrgetter("kl_nats"), default=phase[-1])
+        found = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
+        ends.append(phase[-1].model_copy(update=found))
+
+    return ends
 
 
 class PositionRow(Part):

@@ -1,4 +1,4 @@
-"""Whether an answer is right: one file per scorer.
+"""Score answers: by a plugin of ``scorers/``, in a process with limits.
 
 A scorer has ``score(answer, gold, argument) -> Scored`` and, where it takes an argument or needs a
 package, ``check(argument)``. ``answer`` is the text after the thinking, because a truncated thought

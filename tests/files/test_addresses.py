@@ -85,6 +85,12 @@ def test_a_stage_reaches_what_decides_its_content() -> None:
     assert "export/onnx/parity.py" in _reached("export")
 
 
+def test_answers_depend_on_no_pruning_and_no_harness() -> None:
+    """Stored answers outlive a change of a method, a harness or an exporter."""
+    apart = ("prune/m", "prune/w", "prune/s", "recover/", "harnesses/", "export/", "verify/checks/")
+    assert not [name for name in _reached("answers") if name.startswith(apart)]
+
+
 def test_no_stage_reaches_what_comes_after_it() -> None:
     """Reports, checks, the job and the order may change without a stage being run again."""
     assert "engines/backends/llamacpp/native.py" in _reached("answers")

@@ -19,11 +19,11 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.processes import ALONE
 from racdeploy.prune.walk import batches as batches_module
 from racdeploy.prune.walk.batches import make_batches
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.hessian import Hessian
-from racdeploy.prune.walk.processes import ALONE
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.survey import survey
 from racdeploy.prune.weights.shares import fill_shares

@@ -16,9 +16,9 @@ from racdeploy.errors import EnvironmentFailure
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.device import choose_device
 from racdeploy.prune.walk import device
 from racdeploy.prune.walk import session as sessions
-from racdeploy.prune.walk.device import choose_device
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.traces.trace import Trace
 from tests.support.far_device import FAR, far_device

@@ -21,6 +21,7 @@ from racdeploy.errors import UsageError
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.processes import ALONE
 from racdeploy.prune.structure.outline import read_outline
 from racdeploy.prune.structure.units import Units
 from racdeploy.prune.walk.assemble import assemble
@@ -28,7 +29,6 @@ from racdeploy.prune.walk.batches import make_batches
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.hessian import Hessian
-from racdeploy.prune.walk.processes import ALONE
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE

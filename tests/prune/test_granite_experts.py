@@ -18,12 +18,12 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.processes import ALONE
 from racdeploy.prune.structure.outline import read_outline
 from racdeploy.prune.walk.assemble import assemble
 from racdeploy.prune.walk.batches import make_batches
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.flow import Flow
-from racdeploy.prune.walk.processes import ALONE
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recipe import Pruning, Structure

@@ -20,7 +20,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.pipeline import workplace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
-from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
 from tests.support.commands import command, environment

@@ -18,6 +18,7 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.processes import ALONE
 from racdeploy.prune.structure.cut import Site
 from racdeploy.prune.structure.decision import allocate_units
 from racdeploy.prune.structure.layout import Layout
@@ -25,7 +26,6 @@ from racdeploy.prune.structure.outline import list_rows, read_outline
 from racdeploy.prune.walk.assemble import Shape, assemble
 from racdeploy.prune.walk.batches import make_batches
 from racdeploy.prune.walk.blocks import Blocks
-from racdeploy.prune.walk.processes import ALONE
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Pruning, Structure

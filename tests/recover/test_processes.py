@@ -25,7 +25,7 @@ from racdeploy.errors import EngineError, EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.workplace import Workplace
-from racdeploy.prune.walk.processes import Processes, join_processes
+from racdeploy.prune.processes import Processes, join_processes
 from racdeploy.quant import as_grid
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.recover import lessons, training

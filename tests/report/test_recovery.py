@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from racdeploy.report import charts, html, markdown
 from racdeploy.report.axis import tokens_text
-from racdeploy.report.recovery import as_csv, describe_recovery, list_phases
+from racdeploy.report.recovery import as_csv, describe_recovery
 from racdeploy.report.tables import tables
 from racdeploy.results.answers import Record
-from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow, end_phases
 from racdeploy.results.report import Report
 
 Points = list[tuple[str, str]]
@@ -39,7 +39,7 @@ def read_lines(rows: tuple[RecoveryRow, ...]) -> list[tuple[str, Points]]:
 def test_nothing_is_said_where_nothing_was_learned(report: Report, records: list[Record]) -> None:
     """No phase, no sentence, no table, no section."""
     cut = report.model_copy(update={"recovery": ()})
-    assert (list_phases(()), describe_recovery(())) == ([], "")
+    assert (end_phases(()), describe_recovery(())) == ([], "")
     assert 'id="recovery"' not in html.render(cut, records)
     assert "Recovery" not in markdown.render(cut)
     assert "learned from" not in markdown.render(cut)
@@ -47,8 +47,8 @@ def test_nothing_is_said_where_nothing_was_learned(report: Report, records: list
 
 def test_a_phase_is_what_its_last_look_saw() -> None:
     """One for each phase, in order; what was measured earlier in a phase is not its end."""
-    assert list_phases(ROWS) == [START, LOOKS[1], WORSE, BETTER]
-    assert list_phases(ROWS[:2]) == [START, LOOKS[0]]
+    assert end_phases(ROWS) == [START, LOOKS[1], WORSE, BETTER]
+    assert end_phases(ROWS[:2]) == [START, LOOKS[0]]
 
 
 def test_the_table_has_a_row_for_each_phase(report: Report) -> None:
@@ -189,5 +189,5 @@ def test_a_phase_has_the_divergence_of_the_state_it_left() -> None:
     """That of its best look: a training may get worse before it ends, and its best state stays."""
     best = RecoveryRow(phase="all", tokens=10, kl_nats=0.2, text_kl_nats=0.5)
     last = RecoveryRow(phase="all", tokens=20, kl_nats=0.4, text_kl_nats=0.6, accuracy=0.9)
-    (phase,) = list_phases((best, last))
+    (phase,) = end_phases((best, last))
     assert (phase.tokens, phase.kl_nats, phase.text_kl_nats, phase.accuracy) == (20, 0.2, 0.5, 0.9)

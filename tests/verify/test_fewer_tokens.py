@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import rel_entr, softmax
 
-from racdeploy.pipeline.segmentation import note_logits
+from racdeploy.pipeline.comparison import note_logits
 from racdeploy.verify.measure import compare_logits
 
 TOKENS = 12

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
-from racdeploy.prune.walk.processes import Processes
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.walk.pruned_linear import PrunedLinear
 from racdeploy.results.pruning import BlockRow, LinearRow
 

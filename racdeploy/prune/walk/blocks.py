@@ -19,9 +19,9 @@ from racdeploy.engines.backends.transformers.torch_model import (
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
 from racdeploy.models.families import InputGroups, ends_part
+from racdeploy.prune.device import CPU
 from racdeploy.prune.walk.batches import Batch
 from racdeploy.prune.walk.beside import Beside
-from racdeploy.prune.walk.device import CPU
 from racdeploy.prune.walk.own_inputs import OwnInputs
 from racdeploy.prune.walk.routing import Routed
 from racdeploy.prune.walk.streams import Streams

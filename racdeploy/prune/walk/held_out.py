@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.walk.batches import Batch
-from racdeploy.prune.walk.processes import Processes
 from racdeploy.prune.walk.statistics import PAD
 from racdeploy.traces.trace import STREAMS
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.walk.batches import Batch
 from racdeploy.prune.walk.held_out import RelativeError
-from racdeploy.prune.walk.processes import Processes
 from racdeploy.results.pruning import LinearRow
 
 

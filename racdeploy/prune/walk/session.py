@@ -13,10 +13,10 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
 from racdeploy.processes.heap import keep_heap
+from racdeploy.prune.device import choose_device
+from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.blocks import Blocks
-from racdeploy.prune.walk.device import choose_device
-from racdeploy.prune.walk.processes import ALONE, Processes
 from racdeploy.recipe import Pruning, StreamWeights
 from racdeploy.traces.trace import STREAMS, Trace
 

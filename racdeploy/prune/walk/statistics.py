@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from racdeploy.errors import UsageError
+from racdeploy.prune.processes import Processes
 from racdeploy.prune.walk.hessian import Hessian
-from racdeploy.prune.walk.processes import Processes
 
 PAD = -1
 # Of each slice of rows the part from the diagonal on is summed; narrower ones make slow products.
