@@ -66,16 +66,11 @@ def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelErro
     )
 
 
-def _star(name: str) -> str:
-    """Return a tensor's name with ``*`` for every number between dots."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def list_names(names: Iterable[str]) -> str:
     """Return a few names for a message; those that differ in numbers alone are one, with ``*``."""
     alike = defaultdict[str, list[str]](list)
     for name in names:
-        alike[_star(name)].append(name)
+        alike[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)].append(name)
 
     shown = []
     for kind, (first, *others) in alike.items():

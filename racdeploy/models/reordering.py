@@ -37,10 +37,6 @@ def order_rotary(rows: int, heads: int) -> Order:
     return order_H2X.swapaxes(1, 2).reshape(-1)
 
 
-def _order_queries(checkpoint: Checkpoint, rows: int) -> Order:
-    return order_rotary(rows, rows // checkpoint.head_size)
-
-
 def _order_value_heads(checkpoint: Checkpoint, rows: int) -> Order | None:
     """Lay value heads, the last rows, by their place among those of one key head.
 
@@ -61,7 +57,7 @@ def _order_value_heads(checkpoint: Checkpoint, rows: int) -> Order | None:
 
 
 _ROWS: Mapping[Any, Callable[[Checkpoint, int], Order | None]] = {
-    "rotary": _order_queries,
+    "rotary": lambda checkpoint, rows: order_rotary(rows, rows // checkpoint.head_size),
     "value_rows": _order_value_heads,
     "decay": _order_value_heads,
 }

@@ -86,10 +86,9 @@ def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[
         raise ModelError(f"{where}: {KEY} is not a table of {', '.join(known)}")
 
     widths = {}
-
     for setting, values in written.items():
         is_list = isinstance(values, list) and len(values) == blocks
-        if not is_list or not all(map(_is_count, values)):
+        if not is_list or not all(type(value) is int and value > 0 for value in values):
             raise ModelError(f"{where}: {KEY}.{setting} is not a list of {blocks} counts above 0")
 
         widths[setting] = tuple(values)
@@ -124,7 +123,3 @@ def write(
     if differing:
         changed[KEY] = differing
     return changed
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -62,8 +62,8 @@ def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
 def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = None) -> bytes:
     """Return the record of a chunk, the ``index``-th of its tensor; words have a table."""
     blocks_GP = plain.reshape(-1, layout.block_bytes)
-    heads = _split_columns(blocks_GP[:, : layout.head_bytes])
-    planes = [_encode(head, _MOST_HEAD_BITS) for head in heads]
+    heads_PG = np.ascontiguousarray(blocks_GP[:, : layout.head_bytes].T)
+    planes = [_encode(head_G, _MOST_HEAD_BITS) for head_G in heads_PG]
 
     codes = _split_codes(layout, plain)
     if table:
@@ -170,10 +170,6 @@ def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
         numbers[:, place] = packed >> np.uint8(place * bits)
     numbers &= np.uint8((1 << bits) - 1)
     return numbers.reshape(-1)
-
-
-def _split_columns(rows: Bytes) -> list[Bytes]:
-    return list(np.ascontiguousarray(rows.T))
 
 
 def _encode(plane: Bytes, most_bits: float) -> tuple[int, bytes]:

@@ -6,24 +6,16 @@ ggml itself may lose weights that lie on a format's grid, most of all where it k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import ggml
-from racdeploy.quant.multiples import Blocks
-
-AnyBlocks = TypeVar("AnyBlocks", bound=Blocks, covariant=True)
+from racdeploy.quant.multiples import Candidates
 
 
-class AnyFinder(Protocol[AnyBlocks]):
-    """Finds the blocks that a format holds exactly."""
-
-    def find(self, weight_NGS: NDArray[np.float32]) -> AnyBlocks: ...
-
-
-class ExactBlocks(Generic[AnyBlocks]):
+class ExactBlocks:
     """A format of ggml; ``pack`` makes blocks of its ``layout`` of what ``finder`` finds."""
 
     def __init__(
@@ -31,8 +23,8 @@ class ExactBlocks(Generic[AnyBlocks]):
         ggml_type: int,
         layout: np.dtype[np.void],
         group_shape: tuple[int, int],  # groups of a block, weights of a group
-        finder: AnyFinder[AnyBlocks],
-        pack: Callable[[AnyBlocks], NDArray[np.void]],
+        finder: Candidates,
+        pack: Callable[[Any], NDArray[np.void]],  # takes what the finder returns
     ) -> None:
         self._type, self._layout, self._group_shape = ggml_type, layout, group_shape
         self._finder, self._pack = finder, pack

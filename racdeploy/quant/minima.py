@@ -54,13 +54,14 @@ class LineFinder(Candidates):
         scale_N = self._try_scales(weight_NGS, self._fit, step_code_NG, minimum_code_NG)
 
         held_N = np.flatnonzero(scale_N)
-        return self._describe(
-            place_N[held_N],
-            weight_NGS[held_N] / scale_N[held_N, None, None],
-            scale_N[held_N],
-            step_code_NG[held_N],
-            minimum_code_NG[held_N],
-        )
+        scale_N, step_code_NG = scale_N[held_N], step_code_NG[held_N]
+        minimum_code_NG = minimum_code_NG[held_N]
+
+        over_NGS = np.rint(weight_NGS[held_N] / scale_N[:, None, None]).astype(np.int64)
+        over_NGS += (minimum_code_NG * self._units)[:, :, None]
+        code_NGS = over_NGS // np.where(step_code_NG == 0, 1, step_code_NG)[:, :, None]
+        half_N = scale_N.astype(np.float16)
+        return Lines(place_N[held_N], half_N, step_code_NG, code_NGS, minimum_code_NG)
 
     def _fit(
         self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]
@@ -88,7 +89,7 @@ class LineFinder(Candidates):
         lowest_NG, highest_NG = product_NGS.min(axis=2), product_NGS.max(axis=2)
         reach_NG = highest_NG - lowest_NG
         divisor_NG = np.gcd.reduce(product_NGS - lowest_NG[:, :, None], axis=2)
-        found = _Solved.nothing(lowest_NG.shape)
+        found = _Solved(lowest_NG.shape)
 
         # Codes on both sides of zero: all products are multiples of the step.
         around_NG = np.gcd(divisor_NG, lowest_NG)
@@ -146,29 +147,10 @@ class LineFinder(Candidates):
         found.step_code_NG[fits_NG] = step_NG[fits_NG]
         found.minimum_code_NG[fits_NG] = number_NG[fits_NG]
 
-    def _describe(
-        self,
-        place_N: NDArray[np.intp],
-        product_NGS: NDArray[np.float64],
-        scale_N: NDArray[np.float64],
-        step_code_NG: NDArray[np.int64],
-        minimum_code_NG: NDArray[np.int64],
-    ) -> Lines:
-        over_NGS = np.rint(product_NGS).astype(np.int64)
-        over_NGS += (minimum_code_NG * self._units)[:, :, None]
-        code_NGS = over_NGS // np.where(step_code_NG == 0, 1, step_code_NG)[:, :, None]
-        half_N = scale_N.astype(np.float16)
-        return Lines(place_N, half_N, step_code_NG, code_NGS, minimum_code_NG)
 
-
-@dataclass(frozen=True)
 class _Solved:
-    """Which groups have a step code and a minimum code, and these."""
+    """Which groups, of so many, have a step code and a minimum code, and these."""
 
-    fits_NG: NDArray[np.bool_]
-    step_code_NG: NDArray[np.int64]
-    minimum_code_NG: NDArray[np.int64]
-
-    @classmethod
-    def nothing(cls, shape: tuple[int, ...]) -> _Solved:
-        return cls(np.zeros(shape, np.bool_), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.fits_NG = np.zeros(shape, np.bool_)
+        self.step_code_NG, self.minimum_code_NG = np.zeros((2, *shape), np.int64)

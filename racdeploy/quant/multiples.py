@@ -37,6 +37,10 @@ class Candidates:
         self._most = most
         self._limit = most * float(np.finfo(np.float16).max)
 
+    def find(self, weight_NGS: NDArray[np.float32]) -> Blocks:
+        """Return what is held exactly; blocks of zeros have no scale and are left out."""
+        raise NotImplementedError
+
     def _find_candidates(self, weight_NGS: NDArray[np.float32]) -> NDArray[np.intp]:
         """Return the blocks whose largest weight is few enough times a common divisor."""
         N, G, S = weight_NGS.shape
@@ -118,22 +122,14 @@ class Finder(Candidates):
         scale_N = self._try_scales(weight_NGS, self._reach, bits_NG)
 
         held_N = np.flatnonzero(scale_N)
-        return self._describe(place_N[held_N], weight_NGS[held_N], scale_N[held_N], bits_NG[held_N])
-
-    def _describe(
-        self,
-        place_N: NDArray[np.intp],
-        weight_NGS: NDArray[np.float32],
-        scale_N: NDArray[np.float64],
-        bits_NG: NDArray[np.uint64],
-    ) -> Blocks:
-        step_code_NG = self._step_codes[_find_lowest_bit(bits_NG)]
+        scale_N = scale_N[held_N]
+        step_code_NG = self._step_codes[_find_lowest_bit(bits_NG[held_N])]
         step_NG = step_code_NG * scale_N[:, None]
         divisor_NG = np.where(step_NG == 0, 1, step_NG)
 
-        code_NGS = weight_NGS / divisor_NG[:, :, None]
+        code_NGS = weight_NGS[held_N] / divisor_NG[:, :, None]
         half_N = scale_N.astype(np.float16)
-        return Blocks(place_N, half_N, step_code_NG, code_NGS.astype(np.int64))
+        return Blocks(place_N[held_N], half_N, step_code_NG, code_NGS.astype(np.int64))
 
     def _reach(
         self, weight_NGS: NDArray[np.float32], scale_N: NDArray[np.float64]

@@ -121,8 +121,9 @@ def _refuse_per_block(checkpoint: Checkpoint) -> str:
         return f"{alike}, which has no output projection of its own, and this model has one"
 
     for name in sorted(list_used_tensors(checkpoint)):
-        linear = _find_biased(family, name)
-        if linear and linear not in other.biases:
+        stored = family.block_tensors.get(family.split_block(name)[1], "")
+        linear = stored.removesuffix(".bias")
+        if linear != stored and linear not in other.biases:
             return f"{alike}, which has no biases, and this model has {name}"
 
     return ""
@@ -133,10 +134,3 @@ def _refuse_narrow(family: Family) -> str:
     if not family.square_queries:
         return ""
     return f"llama.cpp wants query heads that are together as wide as a {family.gguf_arch} model"
-
-
-def _find_biased(family: Family, name: str) -> str:
-    """Return the GGUF name of a linear, given that of its bias in the checkpoint, or nothing."""
-    _, inside = family.split_block(name)
-    stored = family.block_tensors.get(inside, "")
-    return stored.removesuffix(".bias") if stored.endswith(".bias") else ""

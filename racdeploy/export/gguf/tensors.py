@@ -19,7 +19,7 @@ from racdeploy.models import further, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors, list_used_tensors
 from racdeploy.models.decoder import Transform
-from racdeploy.models.families import EVERY_EXPERT, Family, generalize, name_experts
+from racdeploy.models.families import Family, generalize, name_experts
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import Choice, Mix
 from racdeploy.results.pruning import VECTORS_IN_F32
@@ -103,7 +103,8 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     """Plan every tensor of the file, in file order."""
     family = find_architecture(checkpoint)
     sources = _list_sources(checkpoint, family)
-    parts = {name: _list_parts(checkpoint, named) for name, named in sources.items()}
+    experts = checkpoint.experts
+    parts = {name: name_experts(named, experts) for name, named in sources.items()}
 
     _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
 
@@ -136,18 +137,19 @@ def _plan_tensor(
 
     _, inside = family.split_block(source)
     transform = family.transforms.get(inside)
-    piece = _find_piece(family, inside, name)
+    piece = (0, 1)
+    if inside in family.block_tensors:
+        stored = family.list_stored(inside)
+        piece = (stored.index(name.split(".", 2)[2]), len(stored))
     shape = _lay(checkpoint, family, name, parts, piece, transform)
 
     usual_names = _list_usual_names(checkpoint, name, parts)
     choice = _choose(name, shape, mix, checkpoint, usual_names)
     return PlannedTensor(
-        name=name,
-        source=source,
-        shape=shape,
-        quant_asked=choice.asked,
-        quant_real=choice.quant,
-        reason=choice.reason,
+        name,
+        source,
+        shape,
+        *choice,
         parts=parts,
         transform=transform,
         piece=piece,
@@ -164,19 +166,9 @@ def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[Plan
         in_block = family.further[inside] if block is None else family.block_tensors[inside]
         name = f"blk.{checkpoint.block_count + (block or 0)}.{in_block}"
 
+        transform = family.transforms.get(source if block is None else inside)
         choice = _choose(name, entry.shape, mix, checkpoint, ())
-        plan.append(
-            PlannedTensor(
-                name=name,
-                source=source,
-                shape=entry.shape,
-                quant_asked=choice.asked,
-                quant_real=choice.quant,
-                reason=choice.reason,
-                parts=(source,),
-                transform=family.transforms.get(source if block is None else inside),
-            )
-        )
+        plan.append(PlannedTensor(name, source, entry.shape, *choice, (source,), transform))
 
     return plan
 
@@ -193,19 +185,10 @@ def _plan_unused_keys(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[
             name = f"blk.{block}.{stored}"
             shape = widths.shape(family, inside, checkpoint.sizes(block))
             choice = _choose(name, shape, mix, checkpoint, ())
-            formats = choice.asked, choice.quant, choice.reason
             zeros = np.broadcast_to(np.float32(0), shape)  # without memory
-            plan.append(PlannedTensor(name, "", shape, *formats, computed=zeros))
+            plan.append(PlannedTensor(name, "", shape, *choice, computed=zeros))
 
     return plan
-
-
-def _find_piece(family: Family, inside: str, name: str) -> tuple[int, int]:
-    """Return which of how many equal runs of a parameter's rows a tensor of the file is."""
-    if inside not in family.block_tensors:
-        return (0, 1)
-    stored = family.list_stored(inside)
-    return (stored.index(name.split(".", 2)[2]), len(stored))
 
 
 def _lay(
@@ -256,12 +239,6 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
                 stored.append(f"{family.blocks}.{block}.{source}")
 
     return names
-
-
-def _list_parts(checkpoint: Checkpoint, sources: list[str]) -> tuple[str, ...]:
-    if EVERY_EXPERT not in sources[0]:
-        return tuple(sources)
-    return name_experts(sources, checkpoint.experts)
 
 
 def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:

@@ -162,7 +162,10 @@ class _Wiring:
                 if found := self._resolve(name):
                     node.input[place] = self._classify(node, place, found)
 
-        turned = self._list_unread_turns()
+        read = {name for node in self._graph.node for name in node.input}
+        read |= {value.name for value in self._graph.output}
+        turns = [node for node in self._graph.node if node.op_type in _TURNS]
+        turned = [node for node in turns if not read & set(node.output)]
         for node in turned:
             self._graph.node.remove(node)
 
@@ -171,14 +174,6 @@ class _Wiring:
         for values in (self._graph.initializer, self._graph.value_info):
             for value in [value for value in values if value.name in gone]:
                 values.remove(value)
-
-    def _list_unread_turns(self) -> list[onnx.NodeProto]:
-        """Return the transpositions whose outputs nobody reads any more."""
-        read = {name for node in self._graph.node for name in node.input}
-        read |= {value.name for value in self._graph.output}
-
-        turns = [node for node in self._graph.node if node.op_type in _TURNS]
-        return [node for node in turns if not read & set(node.output)]
 
     def _resolve(self, name: str) -> _Weight | None:
         """Return the weight behind a value, through transpositions of two axes."""

@@ -138,15 +138,8 @@ def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
             values = checkpoint.read_raw(name)
             padded = np.zeros(shape, values.dtype)
 
-            own = find_own(checkpoint, name)
-            places = _index(own, shape)
-            padded[places] = values
+            own = zip(find_own(checkpoint, name), shape, strict=True)
+            places = [np.arange(size) if kept is None else kept for kept, size in own]
+            padded[np.ix_(*places)] = values
             flat = padded.reshape(-1)
             target.write(flat.view(np.uint8).data)
-
-
-def _index(own: Own, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], ...]:
-    lists = []
-    for places, size in zip(own, shape, strict=True):
-        lists.append(np.arange(size) if places is None else places)
-    return np.ix_(*lists)

@@ -232,7 +232,10 @@ def _open_scratch(out: Path) -> Iterator[Path]:
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its place, the graph last, and return its files' hashes."""
-    for stale in _list_files_beside(out.name):
+    beside = [data_name(out.name)]
+    for packing in packings.names("onnx"):
+        beside += packings.load_onnx(packing).GraphPacker.files_beside(out.name)
+    for stale in beside:
         (out.parent / stale).unlink(missing_ok=True)
 
     written = {file.name for file in scratch.iterdir()}
@@ -241,14 +244,6 @@ def _move_in(scratch: Path, out: Path) -> dict[str, str]:
         (scratch / name).replace(out.parent / name)
 
     return {name: file_sha256(out.parent / name) for name in names}
-
-
-def _list_files_beside(name: str) -> list[str]:
-    """Return the names of the files that may lie beside a graph of that name."""
-    found = [data_name(name)]
-    for packing in packings.names("onnx"):
-        found += packings.load_onnx(packing).GraphPacker.files_beside(name)
-    return found
 
 
 def _hash_unpacked(packed: Path) -> str:

@@ -172,11 +172,6 @@ class Family:
         """The module of a block that holds its experts by number; empty where it has none."""
         return self.routed[0].partition(f".{EVERY_EXPERT}")[0] if self.routed else ""
 
-    @property
-    def has_sinks(self) -> bool:
-        """Whether each head of its attention has a sink."""
-        return "attn_sinks.weight" in self.block_tensors.values()
-
     def has(self, kinds: Collection[str], inside: str) -> bool:
         """Return whether blocks of these kinds have what is called so inside a block."""
         owners = [each for each, begins in self.only.items() if inside.startswith(begins)]

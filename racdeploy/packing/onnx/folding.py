@@ -95,19 +95,19 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
 
 
 def _run_session(graph: Path, optimized: Path) -> None:
-    """Save the graph as a session optimizes it, in a child: it takes a whole model's memory."""
-    outcome = child.run_module(__name__, graph, optimized, limits=_limits_for(graph))
+    """Save the graph as a session optimizes it, in a child: it takes a whole model's memory.
+
+    Its limits are what no healthy graph comes near: a packed one is unfolded to 8 times its size.
+    """
+    size_bytes = sum(file.stat().st_size for file in graph.parent.iterdir() if file.is_file())
+    seconds = _BASE_SECONDS + size_bytes // 10**5
+    limits = child.Limits(_BASE_BYTES + _COPIES * size_bytes, seconds)
+    outcome = child.run_module(__name__, graph, optimized, limits=limits)
     if outcome.failure:
         raise EngineError(
             f"loading the packed graph {outcome.failure}",
             remedy="free memory, or use packing 'bitmask_sidecar'",
         )
-
-
-def _limits_for(graph: Path) -> child.Limits:
-    """Return what no healthy graph comes near: a packed one is unfolded to 8 times its size."""
-    size_bytes = sum(file.stat().st_size for file in graph.parent.iterdir() if file.is_file())
-    return child.Limits(_BASE_BYTES + _COPIES * size_bytes, _BASE_SECONDS + size_bytes // 10**5)
 
 
 def main() -> None:

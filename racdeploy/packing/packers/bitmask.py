@@ -64,7 +64,8 @@ class TensorPacker:
             if layout is None:
                 continue
 
-            self._tallies[tensor.name] = tallied = self._tally(tensor)
+            tallies = [tally(layout, chunk) for chunk in self._chunks(tensor)]
+            self._tallies[tensor.name] = tallied = np.sum(tallies, axis=0)
             if layout.in_words:
                 kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
                 alike.setdefault(kind, []).append(tensor.name)
@@ -91,11 +92,6 @@ class TensorPacker:
             yield table.stored
         for index, chunk in enumerate(self._chunks(tensor)):
             yield pack_chunk(LAYOUTS[tensor.ggml_type], chunk, index, table)
-
-    def _tally(self, tensor: TensorInfo) -> NDArray[np.int64]:
-        layout = LAYOUTS[tensor.ggml_type]
-        tallies = [tally(layout, chunk) for chunk in self._chunks(tensor)]
-        return np.asarray(np.sum(tallies, axis=0))
 
     def _chunks(self, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
         return read_pieces(tensor, self._source, LAYOUTS[tensor.ggml_type].chunk_bytes)

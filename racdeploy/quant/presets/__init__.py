@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from racdeploy import plugins, quant
 from racdeploy.errors import UsageError
@@ -61,8 +62,7 @@ _KEEP_8_BITS = Rule(
 _SHARED = "q, k and v are one tensor, which gets the most bits of the three"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The number format of a tensor: asked for, given, and why the two differ, or empty."""
 
     asked: str

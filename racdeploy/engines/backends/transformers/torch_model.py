@@ -44,7 +44,8 @@ TORCH_DTYPES = {
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
     checkpoint.family.check_transformers()
-    attention = sinks.register() if checkpoint.family.has_sinks else "sdpa"
+    has_sinks = "attn_sinks.weight" in checkpoint.family.block_tensors.values()
+    attention = sinks.register() if has_sinks else "sdpa"
     with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             _config(checkpoint), attn_implementation=attention, dtype=torch.float32

@@ -77,7 +77,8 @@ def _fit_attention(graph: onnx.GraphProto, checkpoint: Checkpoint) -> None:
         if node.op_type != _ATTENTION:
             continue
 
-        block = _find_block(node)
+        (keys,) = filter(None, map(_KEYS.match, node.input))
+        block = int(keys[1])
         for attribute in node.attribute:
             if attribute.name == "num_heads":
                 attribute.i = heads[block]
@@ -94,9 +95,3 @@ def _fit_attention(graph: onnx.GraphProto, checkpoint: Checkpoint) -> None:
     nodes = [*constants, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _find_block(node: onnx.NodeProto) -> int:
-    """Return the block of an attention node: the one whose keys it reads."""
-    (found,) = filter(None, map(_KEYS.match, node.input))
-    return int(found[1])
