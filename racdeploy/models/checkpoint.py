@@ -246,7 +246,7 @@ class Checkpoint:
     def integer(self, key: str) -> int:
         """Return a setting that is a whole number; a ModelError says that it is none."""
         value = self.setting(key)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if type(value) is not int:
             raise ModelError(f"{self.folder}/config.json: {key} is {value!r}, not a whole number")
         return value
 

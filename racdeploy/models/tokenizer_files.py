@@ -107,7 +107,7 @@ def token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
     """Return the ids of ``bos``, ``eos``, … that a config names: none, one or several."""
     value = config.get(f"{kind}_token_id")
     values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and not isinstance(i, bool)]
+    return [i for i in values if type(i) is int]
 
 
 def read_tokenizer(file: Path) -> Tokenizer:

@@ -92,6 +92,6 @@ def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
     found = {}
     for name, ollama_name in _OLLAMA_NAMES.items():
         value = checkpoint.tokenizer.generation.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if type(value) in (int, float):
             found[ollama_name] = value
     return found

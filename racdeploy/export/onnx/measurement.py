@@ -11,7 +11,7 @@ import onnx
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.export import MeasuredTensor
-from racdeploy.packing.onnx.file import array_bytes, load_graph, read_array
+from racdeploy.packing.onnx.file import array_bytes, load_graph, read_array, read_properties
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
     UNFIT,
@@ -25,7 +25,7 @@ from racdeploy.packing.onnx.tensors import (
 def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     """Return scalar metadata and one row per tensor; what is damaged is an ArtifactError."""
     model = load_graph(path)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = read_properties(model)
     stored = StoredArrays(model, path)
     rows = [_measure(tensor, stored, path) for tensor in read_tensors(properties, path)]
     rows += [_measure_other(tensor, path) for tensor in stored.left.values()]

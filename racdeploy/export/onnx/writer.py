@@ -28,7 +28,7 @@ from racdeploy.export.onnx.weights import PlannedTensor, encode, plan_tensors, w
 from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors, file_sha256, refuse_another, require_space
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.onnx.file import load_graph, write_model
+from racdeploy.packing.onnx.file import load_graph, read_properties, write_model
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, StoredArrays, list_tensors, read_tensors
 
@@ -255,7 +255,7 @@ def _hash_unpacked(packed: Path) -> str:
 def _write_plain(packed: Path, folder: Path, name: str) -> Path:
     """Write the plain graph with its weights into a folder."""
     model = load_graph(packed)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = read_properties(model)
     tensors = read_tensors(properties, packed)
     if any(packings.load(tensor.packing).BESIDE_PLAIN for tensor in tensors):
         raise UsageError(

@@ -50,6 +50,11 @@ def load_graph(file: Path) -> onnx.ModelProto:
     return model
 
 
+def read_properties(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the metadata properties of a graph."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def _list_texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
     """Yield the texts of a graph that are read here; protobuf gives bytes for one that is none."""
     entries = [model.metadata_props, *(each.external_data for each in model.graph.initializer)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.packing.onnx.file import load_graph, write_model
+from racdeploy.packing.onnx.file import load_graph, read_properties, write_model
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
@@ -61,7 +61,7 @@ def write_second(plain: Path, packing: str, zeros: Mapping[str, float]) -> str:
         return f"no tensor is sparse enough for {name}"
 
     model = load_graph(plain)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = read_properties(model)
     before = read_tensors(properties, plain)
 
     packed = {t.name: replace(t, packing=packing) for t in before if t.name in zeros}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from racdeploy.export.onnx.padding import find_own
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.onnx.file import load_graph, read_array, write_model
+from racdeploy.packing.onnx.file import load_graph, read_array, read_properties, write_model
 
 _ATTENTION = "GroupQueryAttention"
 _TURNED = ".MatMul.weight"  # stored inputs first
@@ -40,7 +40,7 @@ def narrow(
     stored = list(model.graph.initializer)
     del model.graph.initializer[:]
     arrays = _cut(stored, file.parent, checkpoint, source_of)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
+    properties = read_properties(model)
     write_model(model, arrays, folder, file.name, lambda: properties)
     return folder / file.name
 
