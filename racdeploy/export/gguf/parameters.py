@@ -340,6 +340,6 @@ def _magnitude(factor: float, scale: float) -> float:
 
 def _number(checkpoint: Checkpoint, config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
-    if type(value) not in (int, float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ModelError(f"{checkpoint.folder}/config.json: {key} is {value!r}, not a number")
     return float(value)

@@ -92,6 +92,6 @@ def _read_recommended(checkpoint: Checkpoint) -> dict[str, float]:
     found = {}
     for name, ollama_name in _OLLAMA_NAMES.items():
         value = checkpoint.tokenizer.generation.get(name)
-        if type(value) in (int, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             found[ollama_name] = value
     return found
