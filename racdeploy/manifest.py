@@ -13,7 +13,7 @@ from racdeploy.errors import ArtifactError
 from racdeploy.files.checked import has_sha256
 from racdeploy.files.reading import name_problem, read_json
 from racdeploy.files.writing import file_sha256
-from racdeploy.results.part import Positive, Share
+from racdeploy.results.part import Finite, Positive, Share
 
 Json = dict[str, Any]
 MANIFEST_NAME = "racdeploy.json"
@@ -151,9 +151,9 @@ class ThinkingControl(_Entry):
     """
 
     closing: str = ""
-    close_bias: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    close_bias: Finite = 0.0
     hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    hesitation_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    hesitation_penalty: Finite = 0.0
 
     @property
     def hesitation_ids(self) -> tuple[int, ...]:
@@ -171,7 +171,7 @@ class GenerationSettings(_Entry):
             within what model and target have.
     """
 
-    temperature: float = Field(ge=0, allow_inf_nan=False)
+    temperature: Finite
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: Tokens
     max_thinking_tokens: Tokens | None = None

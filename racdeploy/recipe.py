@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -27,7 +27,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.manifest import MOST_TOKENS
-from racdeploy.results.part import InnerShare, Positive, Share
+from racdeploy.results.part import Finite, InnerShare, Positive, Share
 from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ _PATTERN = re.compile(r"^(\d+):(\d+)$")
 # A bundle brings its recipe along, so no number in it may be without a bound.
 _MOST_PROMPTS = 1_000_000
 _MOST_SAMPLES = 256
-_MOST_TOGETHER = 1024
+BatchSize = Annotated[int, Field(ge=1, le=1024)]
 _MOST_SECONDS = 1e6
 MOST_DIFFERENCES = 0.05
 """Largest share of strings that may be tokenized differently: beyond it, a rule is another one."""
@@ -78,15 +78,15 @@ class Traces(_Part):
     """How the model's own chains of thought are collected."""
 
     count: int = Field(256, ge=1, le=_MOST_PROMPTS)
-    temperature: float = Field(0.6, ge=0, allow_inf_nan=False)
+    temperature: Finite = 0.6
     top_p: float = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
-    batch: int = Field(64, ge=1, le=_MOST_TOGETHER)  # one shard on disk each
+    batch: BatchSize = 64  # one shard on disk each
     seed: NonNegativeInt = 0
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
-    server_concurrency: int = Field(16, ge=1, le=_MOST_TOGETHER)
+    server_concurrency: BatchSize = 16
     server_timeout_s: float = Field(1800.0, gt=0, le=_MOST_SECONDS)
     server_reload: Literal["", "sglang", "vllm"] = ""
 
@@ -410,10 +410,10 @@ class Verification(_Part):
     samples: int = Field(1, ge=1, le=_MOST_SAMPLES)
     max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
     max_thinking_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    temperature: Finite = 0.0
     logit_traces: int = Field(16, ge=0, le=_MOST_PROMPTS)
     controls: Names = ()
-    parallel: int = Field(16, ge=1, le=_MOST_TOGETHER)
+    parallel: BatchSize = 16
     context_tokens: int = Field(2048, ge=16, le=MOST_TOKENS)
     seed: NonNegativeInt = 0
 
@@ -434,9 +434,9 @@ class Thinking(_Part):
 
     max_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
     closing: str = ""
-    close_bias: float = Field(0.0, ge=0, allow_inf_nan=False)
+    close_bias: Finite = 0.0
     hesitation: Names = _HESITATION
-    hesitation_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
+    hesitation_penalty: Finite = 0.0
     tune: bool = False
 
     @model_validator(mode="after")
@@ -464,7 +464,7 @@ class Tune(_Part):
     objective: Literal["size", "speed", "seconds-per-correct-answer", "accuracy"] = "accuracy"
     max_bytes: NonNegativeInt = 0
     max_memory_bytes: NonNegativeInt = 0
-    min_tokens_per_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_tokens_per_s: Finite = 0.0
     min_accuracy_ratio: Share = 0.0
     budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
     quants: Names = ()

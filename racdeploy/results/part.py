@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 InnerShare = Annotated[float, Field(gt=0, lt=1)]
 Difference = Annotated[float, Field(ge=-1, le=1)]
 # A ratio of means, infinite where the denominator is zero.
