@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from racdeploy import __version__, export
 from racdeploy.bundles.bench import locate_dense
@@ -43,6 +43,7 @@ from racdeploy.verify.probe_strings import gate_strings
 
 if TYPE_CHECKING:
     from racdeploy.bundles.harness import HarnessComparison
+    from racdeploy.bundles.server_answers import ServerAnswerer
 
 _AS_BUILT = (
     "model", "target", "linears", "blocks", "structure", "kept", "recovery", "deviations",
@@ -59,20 +60,6 @@ class _Measured:
     tensors: tuple[TensorRow, ...]
     prunable: frozenset[str]
     sparsity: float
-
-
-class Answerer(Protocol):
-    """Who gives the answers that are judged; ``fingerprint`` holds what they depend on.
-
-    ``gather`` returns what the checks look at and notes on both arms; ``forget`` removes answers.
-    """
-
-    @property
-    def fingerprint(self) -> dict[str, Any]: ...
-
-    def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]: ...
-
-    def forget(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,9 +87,11 @@ class ArtifactAnswerer:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
+        """What the answers depend on."""
         return fingerprint(self.engine_settings)
 
     def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
+        """Return what the checks look at, and notes on both arms."""
         own = self.bundle.own
         main, *others = own.manifest.artifacts
         pruned, measured, earlier = self._run(main, "pruned")
@@ -174,6 +163,7 @@ class ArtifactAnswerer:
         return respondent.answer(lambda: self._open(entry, path), problems, arm, log)
 
     def forget(self) -> None:
+        """Remove the answers."""
         for folder in self._used:
             shutil.rmtree(folder)
 
@@ -199,13 +189,13 @@ class Reverification:
 
     Args:
         local: runs artifacts here, the dense one among them.
-        answerer: gives the answers that are judged; None takes ``local``.
+        answerer: a server that gives the answers that are judged; None takes ``local``.
         baseline: dense artifact, or another bundle of the same dense model; None takes the own one.
         asker: an evaluation harness that asks both models, too.
     """
 
     local: ArtifactAnswerer
-    answerer: Answerer | None = None
+    answerer: ServerAnswerer | None = None
     baseline: Path | None = None
     asker: HarnessComparison | None = None
 
@@ -247,7 +237,7 @@ class Reverification:
 
         # First: a task that a harness does not know shows in a minute.
         asked, told = self.asker.run() if self.asker else (None, [])
-        dense, notes = self._answer_dense(answerer)
+        dense, notes = self._answer_dense(answerer.fingerprint)
         evidence, notes = answerer.gather(dense, notes)
         evidence = replace(evidence, harness=asked)
 
@@ -308,7 +298,7 @@ class Reverification:
             f"tiers.{bundle.tier}.prompts = {stored}; or --baseline {dense}",
         )
 
-    def _answer_dense(self, answerer: Answerer) -> tuple[Arm, list[str]]:
+    def _answer_dense(self, fingerprint: Mapping[str, Any]) -> tuple[Arm, list[str]]:
         """Return the dense arm, and where it comes from."""
         own = self.local.bundle.own
         recorded = find_dense_arm(own.report)
@@ -331,7 +321,7 @@ class Reverification:
             "and its speed is not shown beside one measured now"
         ]
 
-        if changed := "; ".join(differences(source.report.fingerprint, answerer.fingerprint)):
+        if changed := "; ".join(differences(source.report.fingerprint, fingerprint)):
             notes.append(f"the dense answers were made under other conditions: {changed}")
 
         return Arm("dense", self._recorded(), *known, {}, files, recorded.kernels or ""), notes
