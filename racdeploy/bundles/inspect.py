@@ -15,7 +15,7 @@ import numpy as np
 from racdeploy import export, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
+from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Json, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted
@@ -32,7 +32,7 @@ _EXPERTS = "ffn_down_exps.weight"
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
+def inspect_path(path: Path) -> Json:
     """Return ``summary`` and ``tensors`` of a file or folder."""
     if (path / MANIFEST_NAME).is_file():
         return _inspect_bundle(path)
@@ -51,7 +51,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     )
 
 
-def _inspect_file(path: Path) -> dict[str, Any]:
+def _inspect_file(path: Path) -> Json:
     metadata: Mapping[str, Any] = {}
     if form := export.format_of(path):
         metadata, tensors = export.load(form).measure(path)
@@ -75,7 +75,7 @@ def _measure(entries: Mapping[str, TensorEntry]) -> list[export.MeasuredTensor]:
     return tensors
 
 
-def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _inspect_checkpoint(checkpoint: Checkpoint) -> Json:
     summary = {
         "folder": str(checkpoint.folder),
         "architecture": checkpoint.family.architecture,
@@ -93,7 +93,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return _add_totals(summary, _measure(checkpoint.entries))
 
 
-def _inspect_bundle(path: Path) -> dict[str, Any]:
+def _inspect_bundle(path: Path) -> Json:
     manifest = Manifest.read(path)
     manifest.check_files(path)
     refuse_unlisted(path, manifest)
@@ -169,7 +169,7 @@ def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
     return f"{name}, {sum(sizes)} bytes" if sizes else ""
 
 
-def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -> dict[str, Any]:
+def _add_totals(summary: Json, tensors: list[export.MeasuredTensor]) -> Json:
     """Return summary and rows with bits a weight, and zeros over all tensors that have a count."""
     rows = []
     weights = size_bytes = counted = unknown = 0
@@ -187,7 +187,7 @@ def _add_totals(summary: dict[str, Any], tensors: list[export.MeasuredTensor]) -
             counted += count
             zeros += row.zeros * count
 
-    totals: dict[str, Any] = {"parameters": weights}
+    totals: Json = {"parameters": weights}
     if weights:
         totals["bits_per_weight"] = round(8 * size_bytes / weights, 4)
     if counted:

@@ -19,7 +19,7 @@ from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.addresses import release_of
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import ArtifactEntry
+from racdeploy.manifest import ArtifactEntry, Json
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import Record
 from racdeploy.results.pruning import TensorRow
@@ -55,7 +55,7 @@ _AS_BUILT = (
 class _Measured:
     """What is in an artifact's files; ``sparsity`` is that of the prunable linears."""
 
-    metadata: dict[str, Any]
+    metadata: Json
     stop_ids: StopIds | None
     tensors: tuple[TensorRow, ...]
     prunable: frozenset[str]
@@ -86,7 +86,7 @@ class ArtifactAnswerer:
         return EngineSettings(settings.context_tokens, settings.parallel, self.threads, accel=mode)
 
     @cached_property
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Json:
         """What the answers depend on."""
         return fingerprint(self.engine_settings)
 
@@ -203,7 +203,7 @@ class Reverification:
     def gate(self) -> Gate:
         return self.local.bundle.gate
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> Json:
         """Return what this verification can decide, before it runs; what it needs is looked at."""
         bundle = self.local.bundle
         fresh = self._fresh

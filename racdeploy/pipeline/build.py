@@ -15,7 +15,7 @@ from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import ThinkingControl
+from racdeploy.manifest import Json, ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling
@@ -148,7 +148,7 @@ class Build:
         self.plan_recovery()
         return self._recover(model, f"{folder.name}-recovered")
 
-    def plan_recovery(self) -> dict[str, Any]:
+    def plan_recovery(self) -> Json:
         """Return what recovery takes, or raise what would stop it; nothing where it is off."""
         settings = self.job.recipe
         if not settings.recover.tokens:
@@ -239,7 +239,7 @@ class Build:
 
         return rivals
 
-    def plan_pruning(self) -> dict[str, Any]:
+    def plan_pruning(self) -> Json:
         """Return what a cut leaves, and what pruning takes: tokens, peak memory, time if known.
 
         Tokens are of the traces, or of the longest there can be; without any, answering counts too.
@@ -283,13 +283,13 @@ class Build:
             **self.plan_recovery(),
         }
 
-    def plan_time(self, plan: Mapping[str, Any]) -> dict[str, Any]:
+    def plan_time(self, plan: Mapping[str, Any]) -> Json:
         """Return about how many seconds all stages take, given the plan of all else."""
         stage = self._traces_stage
         traces = TraceSet(stage.folder).read() if stage.finished else []
         return {"seconds_expected": estimate_seconds(self.job, plan, traces, self.threads)}
 
-    def plan_traces(self) -> dict[str, Any]:
+    def plan_traces(self) -> Json:
         """Return which model the trace server has, or raise why it can't answer; nothing else."""
         job = self.job
         settings = job.recipe.traces

@@ -18,7 +18,7 @@ from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
 from racdeploy.files.templates import render_text
 from racdeploy.files.writing import atomic_folder, file_sha256
-from racdeploy.manifest import CONFIGURATIONS, TokenizerEntry
+from racdeploy.manifest import CONFIGURATIONS, Json, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
@@ -261,7 +261,7 @@ def _count_differences(report: Report) -> manifests.TokenDifferences | None:
     )
 
 
-def _structure(contents: Contents) -> dict[str, Any]:
+def _structure(contents: Contents) -> Json:
     """Return what was asked to stay of the model, and what is left; empty where all of it is."""
     asked, report = contents.job.recipe.structure, contents.report
     if report.kept is None:
@@ -275,8 +275,8 @@ def _structure(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _headline(report: Report) -> dict[str, Any]:
-    headline: dict[str, Any] = {
+def _headline(report: Report) -> Json:
+    headline: Json = {
         arm.name: {
             "accuracy": arm.accuracy,
             "thinking_tokens_mean": arm.thinking_tokens_mean,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.stages import Stage, scratch_folder
+from racdeploy.manifest import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.processes.cores import multiplies_bfloat16
@@ -143,7 +144,7 @@ class RecoverStage:
 
         return self._conclude(model, start.probe, settle(state))
 
-    def plan(self, longest: int) -> dict[str, Any]:
+    def plan(self, longest: int) -> Json:
         """Return what recovery takes; ``longest`` is a bound of a trace's tokens.
 
         Raises:
@@ -367,7 +368,7 @@ class _Teaching:
 
     def _learn(
         self, phase: Phase, sparse: Checkpoint, traces: Sequence[Trace], stage: Stage
-    ) -> dict[str, Any]:
+    ) -> Json:
         teaching = self.stage
         given = self._given(sparse.folder.resolve(), phase, traces)
         given["sha256"] = sparse.sha256
@@ -397,7 +398,7 @@ class _Teaching:
             )
         return quant
 
-    def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> dict[str, Any]:
+    def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> Json:
         """Return what makes up a course, as it is sent to other processes."""
         stage, model = self.stage, self.model
         named = model.sources or [row.source_block for row in model.structure]

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
@@ -184,9 +184,7 @@ class BlockWalk:
             weight.requires_grad_(False)
         return before, best
 
-    def _learn(
-        self, block: nn.Module, step: Sequence[int], weights: Mapping[str, torch.Tensor]
-    ) -> bool:
+    def _learn(self, block: nn.Module, step: Sequence[int], weights: Mapping[str, Tensor]) -> bool:
         """Add up the gradients of a step; return whether they are numbers."""
         counts = [float(_real(self.batches[index]).sum()) for index in step]
         total = 0.0
@@ -204,7 +202,7 @@ class BlockWalk:
         self._add_up(weights)
         return all(map(math.isfinite, self.course.processes.all(total)))
 
-    def _add_up(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _add_up(self, weights: Mapping[str, Tensor]) -> None:
         """Sum each gradient that any process has; an expert that no token chose has none."""
         processes = self.course.processes
         if processes.count == 1:
@@ -219,7 +217,7 @@ class BlockWalk:
                 value.grad = torch.zeros_like(value)
             processes.total(value.grad)
 
-    def _errors(self, block: nn.Module, index: int) -> torch.Tensor:
+    def _errors(self, block: nn.Module, index: int) -> Tensor:
         """Return each token's squared error, relative to the dense state."""
         entering_BTD = self.streams["sparse"].read(index)
         left_BTD = self.sparse.place(self.streams["dense"].read(index))
@@ -309,6 +307,6 @@ class BlockWalk:
         return tokens
 
 
-def _real(batch: Batch) -> torch.Tensor:
+def _real(batch: Batch) -> Tensor:
     """Return 1 for tokens and 0 for padding, real_BT."""
     return (batch.stream_BT != PAD).float()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.engines.engine import Progress
@@ -118,7 +119,7 @@ class Course:
         if self.progress:
             self.progress("recover", min(done, self.tokens), self.tokens, done)
 
-    def stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def stored(self, name: str, value: Tensor) -> Tensor:
         """Return a weight as its file will hold it, every zero of the start still there."""
         dtype = TORCH_DTYPES[self.sparse.entries[name].dtype]
         rounded = value.detach().cpu().to(dtype)
@@ -130,7 +131,7 @@ class Course:
 
         return rounded.contiguous()
 
-    def keep(self, tensors: Mapping[str, torch.Tensor], *, whole: bool = False) -> None:
+    def keep(self, tensors: Mapping[str, Tensor], *, whole: bool = False) -> None:
         """Write the weights of the best state so far, a file per block.
 
         Args:

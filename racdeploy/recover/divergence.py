@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from racdeploy.models.checkpoint import Checkpoint
 
@@ -31,10 +32,10 @@ class Head:
     ``weight_VD`` is float32, ``short_VD`` the same in bfloat16 where products may be short.
     """
 
-    weight_VD: torch.Tensor
+    weight_VD: Tensor
     divisor: float = 1.0  # of the logits
     cap: float = 0.0  # logits are squeezed into ± cap; 0 leaves them
-    short_VD: torch.Tensor | None = None
+    short_VD: Tensor | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, device: torch.device, *, short: bool = False) -> Head:
@@ -54,13 +55,11 @@ class Head:
         """How many tokens' logits are in memory together."""
         return max(1, _CHUNK_LOGITS // len(self.weight_VD))
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return logits_NV in float32."""
         return self._squeeze(hidden_ND.float() @ self.weight_VD.T)
 
-    def both_logits(
-        self, hidden_ND: torch.Tensor, dense_ND: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def both_logits(self, hidden_ND: Tensor, dense_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of both models, as far apart as their states are.
 
         Short products round a logit by more than two models that are near differ in it. So what is
@@ -74,7 +73,7 @@ class Head:
         own_NV = dense_NV + (apart_ND.bfloat16() @ self.short_VD.T).float()
         return self._squeeze(own_NV), self._squeeze(dense_NV)
 
-    def pull_back(self, slope_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+    def pull_back(self, slope_NV: Tensor, logits_NV: Tensor) -> Tensor:
         """Return the slope with respect to the hidden states, given that to the logits."""
         if self.cap:
             slope_NV = slope_NV * (1 - (logits_NV / self.cap) ** 2)
@@ -82,7 +81,7 @@ class Head:
             return (slope_NV.bfloat16() @ self.short_VD).float() / self.divisor
         return slope_NV @ self.weight_VD / self.divisor
 
-    def _squeeze(self, logits_NV: torch.Tensor) -> torch.Tensor:
+    def _squeeze(self, logits_NV: Tensor) -> Tensor:
         if self.divisor != 1:
             logits_NV = logits_NV / self.divisor
         if self.cap:
@@ -91,8 +90,8 @@ class Head:
 
 
 def measure_kl(
-    head: Head, hidden_ND: torch.Tensor, dense_ND: torch.Tensor, direction: Direction = "forward"
-) -> torch.Tensor:
+    head: Head, hidden_ND: Tensor, dense_ND: Tensor, direction: Direction = "forward"
+) -> Tensor:
     """Return the divergence of every token in nats, divergence_N."""
     parts = []
 
@@ -106,11 +105,11 @@ def measure_kl(
 
 def kl_and_slope(
     head: Head,
-    hidden_ND: torch.Tensor,
-    dense_ND: torch.Tensor,
-    weight_N: torch.Tensor,
+    hidden_ND: Tensor,
+    dense_ND: Tensor,
+    weight_N: Tensor,
     direction: Direction = "forward",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return Σ weight · divergence, and its slope with respect to the hidden states.
 
     Args:
@@ -144,7 +143,7 @@ def kl_and_slope(
     return total, slope_ND
 
 
-def _read_rows(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def _read_rows(checkpoint: Checkpoint, name: str) -> Tensor:
     """Read a large matrix a few rows at a time: what passes is small beside what stays."""
     V, D = checkpoint.entries[name].shape
     weight_VD = torch.empty(V, D)
@@ -156,7 +155,7 @@ def _read_rows(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return weight_VD
 
 
-def _divergence(own_NV: torch.Tensor, dense_NV: torch.Tensor, direction: Direction) -> torch.Tensor:
+def _divergence(own_NV: Tensor, dense_NV: Tensor, direction: Direction) -> Tensor:
     if direction == "forward":
         return (dense_NV.exp() * (dense_NV - own_NV)).sum(1)
     return (own_NV.exp() * (own_NV - dense_NV)).sum(1)

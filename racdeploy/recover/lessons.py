@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.processes import ALONE, Processes
@@ -46,9 +47,9 @@ class Example:
         tokens: of the traces, without padding.
     """
 
-    ids_BT: torch.Tensor
-    dense_BTD: torch.Tensor
-    weight_BT: torch.Tensor
+    ids_BT: Tensor
+    dense_BTD: Tensor
+    weight_BT: Tensor
     tokens: int
 
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 BETAS = (0.9, 0.95)
 _EPSILON = 1e-8
@@ -23,11 +24,11 @@ _PIECE = 1 << 20  # weights at a time: passing copies stay in a core's cache
 class MaskedAdam:
     """Adam over named weights; their ``grad`` is read, and emptied by :meth:`step`."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], masked: Sequence[str]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], masked: Sequence[str]) -> None:
         self.weights = dict(weights)
         self.masked = frozenset(masked)
         self.steps = 0
-        self.moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
 
         for name, weight in weights.items():
             empty = torch.zeros_like(weight, dtype=torch.bfloat16, requires_grad=False)
@@ -62,8 +63,8 @@ class MaskedAdam:
 
 
 def _find_move(
-    slope_N: torch.Tensor, first_N: torch.Tensor, second_N: torch.Tensor, bias: tuple[float, ...]
-) -> torch.Tensor:
+    slope_N: Tensor, first_N: Tensor, second_N: Tensor, bias: tuple[float, ...]
+) -> Tensor:
     """Take a gradient into both moments, and return the move at a learning rate of 1."""
     mean_N = first_N.float().lerp_(slope_N, 1 - BETAS[0])
     square_N = second_N.float().lerp_(slope_N.square(), 1 - BETAS[1])
@@ -74,7 +75,7 @@ def _find_move(
     return mean_N.div_(bias[0]).div_(square_N.div_(bias[1]).sqrt_().add_(_EPSILON))
 
 
-def gradient_norm(weights: Mapping[str, torch.Tensor]) -> float:
+def gradient_norm(weights: Mapping[str, Tensor]) -> float:
     """Return the length of all gradients together, as one vector."""
     squares = []
     for weight in weights.values():

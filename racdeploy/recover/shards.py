@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import fsdp
 
 from racdeploy.engines.backends.transformers.torch_model import fill_parameter, skeleton
@@ -40,7 +40,7 @@ class Shards:
         self.model = _load(checkpoint, frozenset(trained), device, processes)
 
         self._parameters: dict[str, Any] = {}
-        self.rows: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
 
         for name in trained:
             parameter: Any = self.model.get_parameter(name)
@@ -49,7 +49,7 @@ class Shards:
 
     def collect(self) -> None:
         """Hand the gradients, each a sum over all processes, on to the rows."""
-        slopes: dict[str, torch.Tensor] = {}
+        slopes: dict[str, Tensor] = {}
 
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:

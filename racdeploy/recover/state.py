@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from racdeploy.files.writing import atomic_file
 from racdeploy.prune.processes import ALONE, Processes
@@ -31,7 +32,7 @@ _VALUES = "__values__"
 
 def write_tensors(
     file: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     values: Mapping[str, Any] | None = None,
     processes: Processes = ALONE,
 ) -> None:
@@ -75,9 +76,7 @@ def read_values(file: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fill_tensors(
-    file: Path, tensors: Mapping[str, torch.Tensor], processes: Processes = ALONE
-) -> None:
+def fill_tensors(file: Path, tensors: Mapping[str, Tensor], processes: Processes = ALONE) -> None:
     """Read the tensors of a file into those of the same names, shapes and types.
 
     With ``processes`` all call this with their rows, and the first one reads.
@@ -93,14 +92,14 @@ def fill_tensors(
         target.copy_(processes.part(whole, target))
 
 
-def _read(entry: TensorEntry) -> torch.Tensor:
+def _read(entry: TensorEntry) -> Tensor:
     count = math.prod(entry.shape)
     bits = np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.start)
     values = torch.from_numpy(bits).view(entry.shape)
     return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
     """Return the numbers as numpy holds them, which has no bfloat16."""
     flat = tensor.view(-1)
     if flat.dtype == torch.bfloat16:

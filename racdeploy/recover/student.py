@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
@@ -56,7 +57,7 @@ class Student:
         enable({"use_reentrant": False})
         model.config.attention_dropout = 0.0
 
-    def hidden(self, ids_BT: torch.Tensor, *, learns: bool) -> torch.Tensor:
+    def hidden(self, ids_BT: Tensor, *, learns: bool) -> Tensor:
         """Return the last hidden states after their norm, hidden_BTD in float32.
 
         All processes call this equally often, and the backward pass of what it returns.
@@ -68,10 +69,10 @@ class Student:
         with torch.set_grad_enabled(learns), compute, self._processes.talking():
             found = self._model.model(input_ids=ids_BT.to(self._device), use_cache=False)
 
-        hidden_BTD: torch.Tensor = found.last_hidden_state
+        hidden_BTD: Tensor = found.last_hidden_state
         return hidden_BTD.float()
 
-    def pull(self, hidden_ND: torch.Tensor, slope_ND: torch.Tensor) -> None:
+    def pull(self, hidden_ND: Tensor, slope_ND: Tensor) -> None:
         """Add to the gradients what a slope of hidden states means for them."""
         with self._processes.talking():
             hidden_ND.backward(slope_ND)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from racdeploy.processes.heap import keep_heap
 from racdeploy.recover.average import Average
@@ -39,7 +40,7 @@ _PATIENCE = 10  # looks without a better state; fewer would stop what comes down
 def distil(
     course: Course,
     trained: Sequence[str],
-    arrange: Callable[[Mapping[str, torch.Tensor]], Weights] = Weights,
+    arrange: Callable[[Mapping[str, Tensor]], Weights] = Weights,
 ) -> list[Lesson]:
     """Train some weights of the whole model, and keep the best state; return every look.
 
@@ -177,9 +178,7 @@ class _Training:
         self.variables.settle()
         self.average.follow(self.optimizer.steps)
 
-    def _select(
-        self, example: Example, *, learns: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _select(self, example: Example, *, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states, the dense model's, and weights, of the tokens that count."""
         hidden_BTD = self.student.hidden(example.ids_BT, learns=learns)
         device = hidden_BTD.device
@@ -212,7 +211,7 @@ class _Training:
             values = asdict(done) | {"optimizer_steps": self.optimizer.steps}
             write_tensors(self.file, self._tensors(), values, self.course.processes)
 
-    def _judge(self, weights: Mapping[str, torch.Tensor]) -> float:
+    def _judge(self, weights: Mapping[str, Tensor]) -> float:
         """Measure the weights, and keep them if they are the best; return the divergence."""
         done = self.done
         divergence = self.measure("held-out")
@@ -257,11 +256,11 @@ class _Training:
 
         return sum(processes.all(total)) / sum(processes.all(weight))
 
-    def _state(self) -> dict[str, torch.Tensor]:
+    def _state(self) -> dict[str, Tensor]:
         """Return what decides the weights."""
         return {f"weight.{name}": moved for name, moved in self.variables.moved.items()}
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         """Return what must be on disk to go on as if nothing had happened."""
         tensors = self._state()
         for name, (first, second) in self.optimizer.moments.items():

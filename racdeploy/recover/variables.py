@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.quant import Grid
@@ -26,7 +27,7 @@ _FACTORS = (0.5, 2.0)
 class Weights:
     """Weights that the optimizer moves themselves."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = self.moved = dict(weights)
 
     def gather(self) -> None:
@@ -45,17 +46,17 @@ class Scales(Weights):
 
     def __init__(
         self,
-        weights: Mapping[str, torch.Tensor],
-        linears: Mapping[str, torch.Tensor],
+        weights: Mapping[str, Tensor],
+        linears: Mapping[str, Tensor],
         grid: Grid,
         processes: Processes = ALONE,
     ) -> None:
         super().__init__({**weights, **linears})
         self._group_size = grid.GROUP_SIZE
         self._groups = grid.BLOCK // grid.GROUP_SIZE
-        self._codes: dict[str, torch.Tensor] = {}
-        self._step_codes: dict[str, torch.Tensor] = {}
-        self._scales: dict[str, torch.Tensor] = {}
+        self._codes: dict[str, Tensor] = {}
+        self._step_codes: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
@@ -100,17 +101,17 @@ class Scales(Weights):
             weight_OI.copy_(code_OI.float() * _spread(step_OG, self._group_size))
 
 
-def read_steps(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
+def read_steps(weight_OI: Tensor, grid: Grid) -> Tensor:
     """Return step_OG, the step of every group of weights that lie on a grid."""
     return _read(weight_OI, grid, grid.steps, grid.GROUP_SIZE)
 
 
 def _read(
-    weight_OI: torch.Tensor,
+    weight_OI: Tensor,
     grid: Grid,
     of_packed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     size: int,
-) -> torch.Tensor:
+) -> Tensor:
     O, I = weight_OI.shape
     if not O:  # of several processes, this one has no rows
         return weight_OI.new_zeros(O, I // size)
@@ -120,13 +121,13 @@ def _read(
     return torch.from_numpy(found).to(weight_OI.device)
 
 
-def codes_of(weight_OI: torch.Tensor, step_OG: torch.Tensor, group_size: int) -> torch.Tensor:
+def codes_of(weight_OI: Tensor, step_OG: Tensor, group_size: int) -> Tensor:
     """Return code_OI, whole numbers in float32; 0 where the step is."""
     divisor_OG = torch.where(step_OG == 0, 1, step_OG)
     quotient_OI = weight_OI.detach() / _spread(divisor_OG, group_size)
     return quotient_OI.round_()
 
 
-def _spread(value_OG: torch.Tensor, group_size: int) -> torch.Tensor:
+def _spread(value_OG: Tensor, group_size: int) -> Tensor:
     """Give every weight what its group has."""
     return value_OG.repeat_interleave(group_size, dim=1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.engines.engine import Completion, Sampling
+from racdeploy.engines.engine import Completion, Ids, Sampling
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
@@ -37,7 +37,7 @@ class _Reader:
 
     encoder: PromptEncoder
     tags: ThinkingTags | None
-    stop_ids: tuple[int, ...]
+    stop_ids: Ids
 
     def trace(self, index: int, problem: Problem, prompt: Sequence[int], done: Completion) -> Trace:
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
@@ -68,7 +68,7 @@ def collect(
     answering: Answering,
     encoder: PromptEncoder,
     tags: ThinkingTags | None,
-    stop_ids: tuple[int, ...],
+    stop_ids: Ids,
     problems: Sequence[Problem],
     settings: Traces,
     out: TraceSet,
@@ -110,7 +110,7 @@ def collect(
     return out.read()
 
 
-def _sampling(settings: Traces, stop_ids: tuple[int, ...], shard: int) -> Sampling:
+def _sampling(settings: Traces, stop_ids: Ids, shard: int) -> Sampling:
     return Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_ids,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import ArtifactError
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 
@@ -24,8 +25,8 @@ class Trace:
     task: str  # specification of the task that asked
     question: str
     gold: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...] = ()  # sampled, end-of-sequence included
+    prompt_ids: Ids
+    completion_ids: Ids = ()  # sampled, end-of-sequence included
     answer_from: int | None = None  # first token of ``completion_ids`` after the close tag, if any
     thinking_tokens: int = 0  # strictly between the tags
     truncated: bool = False  # the completion hit a cap
@@ -38,7 +39,7 @@ class Trace:
         return [0] * len(self.prompt_ids) + [1] * thinking + [2] * (completion - thinking)
 
     @property
-    def ids(self) -> tuple[int, ...]:
+    def ids(self) -> Ids:
         return self.prompt_ids + self.completion_ids
 
 

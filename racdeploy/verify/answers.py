@@ -12,6 +12,7 @@ from racdeploy.engines.engine import (
     Completion,
     Engine,
     EngineSettings,
+    Ids,
     Progress,
     Sampling,
 )
@@ -26,8 +27,8 @@ from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem, scoring
 
 Opener = Callable[[], AbstractContextManager[Engine]]
-Prompts = Sequence[tuple[int, ...]]
-IdPair = tuple[tuple[int, ...], tuple[int, ...]]
+Prompts = Sequence[Ids]
+IdPair = tuple[Ids, Ids]
 """Prompt ids and completion ids."""
 DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
 """Settings of a verification that decide the completion of a prompt."""
@@ -58,7 +59,7 @@ class Respondent:
 
     encoder: PromptEncoder
     tags: ThinkingTags | None
-    stop_ids: tuple[int, ...]
+    stop_ids: Ids
     settings: Verification
     progress: Progress | None = None
     control: ThinkingControl = NO_CONTROL
@@ -76,7 +77,7 @@ class Respondent:
         """
         log = log or CompletionLog(None)
 
-        prompts: list[tuple[int, ...]] = []
+        prompts: list[Ids] = []
         for problem in problems:
             ids = tuple(self.encoder.encode(problem.question))
             prompts += [ids] * self.settings.samples

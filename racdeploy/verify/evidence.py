@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from racdeploy import plugins
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import HarnessRun, Record
@@ -93,8 +94,8 @@ class TokenProbe:
     """A text with the ids the tokenizer gives and the ids the engine gives."""
 
     text: str
-    expected: tuple[int, ...]
-    actual: tuple[int, ...]
+    expected: Ids
+    actual: Ids
 
     @property
     def differs(self) -> bool:
@@ -110,17 +111,17 @@ class PromptProbe:
     """
 
     question: str
-    expected: tuple[int, ...]
-    rendered: tuple[int, ...]
-    artifact: tuple[int, ...] | None = None
-    lead: tuple[int, ...] = ()
+    expected: Ids
+    rendered: Ids
+    artifact: Ids | None = None
+    lead: Ids = ()
 
 
 @dataclass(frozen=True)
 class StopIds:
     """End-of-sequence ids of the checkpoint, and the one that the artifact names, or None."""
 
-    expected: tuple[int, ...]
+    expected: Ids
     actual: int | None
 
 

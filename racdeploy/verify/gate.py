@@ -26,7 +26,7 @@ from pydantic import (
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
-from racdeploy.recipe import Verification
+from racdeploy.recipe import Names, Verification
 from racdeploy.results.part import InnerShare, Positive
 from racdeploy.verify.stats import paired
 
@@ -42,7 +42,7 @@ GATE_EXAMPLE = (files("racdeploy.verify") / "gate.toml").read_text(encoding="utf
 """What ``racdeploy init --gate`` writes."""
 
 
-def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def _check_names(names: Names) -> Names:
     known = plugins.names("checks")
     for name in names:
         if name not in known:
@@ -51,7 +51,7 @@ def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-CheckNames = Annotated[tuple[str, ...], AfterValidator(_check_names)]
+CheckNames = Annotated[Names, AfterValidator(_check_names)]
 
 
 class _Table(BaseModel):
@@ -65,7 +65,7 @@ class Limits(_Table):
     drop: few prompts cannot show a small one.
     """
 
-    SHARES: ClassVar[tuple[str, ...]] = ()
+    SHARES: ClassVar[Names] = ()
 
     def widen(self, least: float) -> Self:
         """Return these limits, no share below the least one that the prompts can show."""

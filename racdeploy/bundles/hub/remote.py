@@ -23,7 +23,7 @@ from racdeploy import __version__
 from racdeploy.bundles.hub.layout import BUNDLES
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.files.reading import read_json
-from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest
+from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Json, Manifest
 from racdeploy.plugins import require
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Remote:
     def info(self) -> ModelInfo:
         """The listing at one commit, at which everything is read."""
         revision = self.revision or None
-        options: dict[str, Any] = {"revision": revision, "files_metadata": True}
+        options: Json = {"revision": revision, "files_metadata": True}
         return self.ask(lambda: self.api.model_info(self.name, **options))
 
     @cached_property
@@ -138,7 +138,7 @@ class Remote:
             return
 
         patterns = [glob.escape(path) for path in paths]
-        options: dict[str, Any] = {"local_dir": folder, "allow_patterns": patterns}
+        options: Json = {"local_dir": folder, "allow_patterns": patterns}
         commit = self.info.sha
         self.ask(
             lambda: self.api.snapshot_download(self.name, revision=commit, **options),
