@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.checked import has_sha256
-from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.reading import Json, name_problem, read_json
 from racdeploy.files.writing import file_sha256
 from racdeploy.results.part import Finite, Positive, Share
 
-Json = dict[str, Any]
 MANIFEST_NAME = "racdeploy.json"
 MOST_MANIFEST_BYTES = 4_000_000
 MOST_TOKENS = 1 << 22

@@ -25,7 +25,7 @@ from pydantic import (
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.files.toml import merge, read_toml, validate
+from racdeploy.files.toml import Table, merge, read_toml, validate
 from racdeploy.manifest import MOST_TOKENS
 from racdeploy.results.part import Finite, InnerShare, Positive, Share
 from racdeploy.targets import Target
@@ -108,7 +108,7 @@ class Traces(_Part):
         return self
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Table:
         """What decides the traces: the model and its sampling, and not how a server is reached.
 
         A server whose model is named may move; otherwise its address stands for the model.
@@ -519,7 +519,7 @@ class Recipe(_Part):
     runtime: Runtime = Field(default_factory=Runtime)
     verify: Verification = Field(default_factory=Verification)
     tune: Tune = Field(default_factory=Tune)
-    gate: dict[str, Any] = Field(default_factory=dict)
+    gate: Table = Field(default_factory=dict)
 
     @classmethod
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
@@ -590,7 +590,7 @@ class Recipe(_Part):
                 raise plugins.unknown(kind, name, known)
 
 
-def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, Table]:
     """Return what is pruned where nobody says it.
 
     Who asks for zeros, or for a packing that leaves them out, gets half of them if no more is said,
@@ -622,7 +622,7 @@ def _check_regex(pattern: str) -> None:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(options: Mapping[str, Any]) -> Table:
     kept = {}
     for key, value in options.items():
         if isinstance(value, Mapping):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.files.toml import merge, read_toml, validate
+from racdeploy.files.toml import Table, merge, read_toml, validate
 
 
 class _Data(BaseModel):
@@ -55,7 +55,7 @@ class Target(_Data):
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_formats: tuple[str, ...] = ("gguf",)
     allowed_quants: tuple[str, ...] = ()  # empty means all
-    recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    recipe: dict[str, Table] = Field(default_factory=dict)
     device: Device | None = None  # None: the machine at hand is measured
 
     @classmethod
@@ -78,20 +78,20 @@ class Target(_Data):
 
         return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Table:
         """Return what its TOML file holds, but for the device."""
         return self.model_dump(mode="json", exclude_unset=True, exclude={"name", "device"})
 
     @property
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self) -> Table:
         """The recipe values that this target proposes, :attr:`pruning` not among them."""
         export = {"format": self.format, "quant": self.quant, "packing": self.packing}
         return merge({"export": export}, self.recipe)
 
     @property
-    def pruning(self) -> dict[str, dict[str, Any]]:
+    def pruning(self) -> dict[str, Table]:
         """What this target proposes to prune: parts of the structure, zeros, or both."""
-        prune: dict[str, Any] = {"pattern": self.pattern}
+        prune: Table = {"pattern": self.pattern}
         if self.pattern == "unstructured":
             prune["sparsity"] = self.sparsity
 

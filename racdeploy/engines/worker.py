@@ -144,7 +144,7 @@ class _Worker:
                 if answer is not None:
                     self._send_done(call, answer)
 
-    def _load(self, request: Header) -> dict[str, Any]:
+    def _load(self, request: Header) -> Header:
         settings = EngineSettings(**request["settings"])
         module = importlib.import_module(self._module)
         if settings.memory_limit_bytes:
@@ -157,11 +157,11 @@ class _Worker:
         self._stats["load_ms"] = (time.perf_counter() - self._started) * 1000.0
         return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
 
-    def _tokenize(self, request: Header) -> dict[str, Any]:
+    def _tokenize(self, request: Header) -> Header:
         self._allow_step()
         return {"ids": self._model.tokenize(request["text"])}
 
-    def _logits(self, request: Header) -> dict[str, Any]:
+    def _logits(self, request: Header) -> Header:
         ids = request["ids"]
         start = 0
         with self._batcher.paused():

@@ -21,6 +21,8 @@ from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError, RacdeployError
 
+Json = dict[str, Any]
+"""A JSON object."""
 MOST_BYTES = 16_000_000
 """Of a file for which no other bound is given."""
 MOST_LINE_BYTES = 1_000_000
@@ -73,7 +75,7 @@ def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
     return _decode(read_bytes(file, most_bytes), file)
 
 
-def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -> dict[str, Any]:
+def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -> Json:
     """Return the JSON object in a file; anything else is an ArtifactError.
 
     ``once`` refuses a key that stands twice, and NaN and Infinity: programs disagree about them.
@@ -177,7 +179,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

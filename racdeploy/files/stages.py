@@ -17,7 +17,7 @@ from typing import Any
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import canonical_hash, disk_errors, write_atomic
 
 Inputs = Mapping[str, Any]
@@ -81,7 +81,7 @@ class Stage:
         write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What :meth:`finish` was given."""
         return read_json(self.folder / "stage.json")
 
@@ -127,7 +127,7 @@ def _remove_partial(folder: Path) -> None:
 def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
     """Refuse where an unfinished stage differs in nothing but the version of racdeploy."""
 
-    def without_version(values: Inputs) -> dict[str, Any]:
+    def without_version(values: Inputs) -> Json:
         return {key: value for key, value in values.items() if key not in ("version", "code")}
 
     wanted = without_version(_as_json(inputs))
@@ -170,7 +170,7 @@ def _left_unfinished(stage: Stage, name: str) -> str:
     )
 
 
-def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, Json]]:
     for record in sorted(work.glob(f"{name}-*/inputs.json")):
         if not (record.parent / "stage.json").is_file():
             yield record.parent, read_json(record)
@@ -201,7 +201,7 @@ def _is_short(text: str) -> bool:
     return len(text) <= _SHOWN and not _HASH.fullmatch(text)
 
 
-def _as_json(values: Inputs) -> dict[str, Any]:
+def _as_json(values: Inputs) -> Json:
     """Return values as they are read back from a file: tuples as lists."""
-    read: dict[str, Any] = json.loads(json.dumps(values))
+    read: Json = json.loads(json.dumps(values))
     return read

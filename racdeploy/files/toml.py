@@ -14,12 +14,13 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
+Table = dict[str, Any]
 _SHOWN = 80  # characters of a key or a value
 _MOST_PROBLEMS = 8
 _PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
-def read_toml(file: Path, made_by: str = "racdeploy init") -> dict[str, Any]:
+def read_toml(file: Path, made_by: str = "racdeploy init") -> Table:
     """Read a TOML file; a UsageError where it is missing or not TOML.
 
     ``made_by`` is the command that writes such a file.
@@ -40,9 +41,9 @@ def read_toml(file: Path, made_by: str = "racdeploy init") -> dict[str, Any]:
         ) from error
 
 
-def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+def read_assignments(assignments: Sequence[str]) -> Table:
     """Return the nested values of assignments from a command line, as ``prune.sparsity=0.6``."""
-    values: dict[str, Any] = {}
+    values: Table = {}
     for assignment in assignments:
         try:
             values = merge(values, tomllib.loads(assignment))
@@ -55,7 +56,7 @@ def read_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Table:
     """Return nested tables with the values of the second over those of the first."""
     merged = dict(low)
     for key, value in high.items():

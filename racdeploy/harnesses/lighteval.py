@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import split_lines
 from racdeploy.harnesses import Order, Score
 
@@ -98,7 +98,7 @@ def read(out: Path, python: Path) -> list[Score]:
     return scores
 
 
-def _read_details(files: list[Path], python: Path) -> list[dict[str, Any]]:
+def _read_details(files: list[Path], python: Path) -> list[Json]:
     """Return a line for each document."""
     command = [str(python), "-P", "-c", _READ_DETAILS, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import split_lines
 from racdeploy.harnesses import Order, Score
 
@@ -93,14 +93,14 @@ def _count(task: str, counts: Mapping[str, int], groups: Mapping[str, list[str]]
     return sum(_count(part, counts, groups) for part in groups.get(task, ()))
 
 
-def _read_samples(file: Path) -> list[dict[str, Any]]:
+def _read_samples(file: Path) -> list[Json]:
     """Return the log of a task; a group has none."""
     if not file.is_file():
         return []
     return [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
 
 
-def _take(samples: list[dict[str, Any]], metric: str, step: str) -> dict[str, float]:
+def _take(samples: list[Json], metric: str, step: str) -> dict[str, float]:
     """Return a metric by document; nothing where it is no number of every document."""
     lines = [line for line in samples if line.get("filter") == step]
     if not all(isinstance(line.get(metric), int | float) for line in lines):

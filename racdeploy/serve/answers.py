@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from racdeploy.errors import ContextError, PromptError, RacdeployError, UsageError
+from racdeploy.files.reading import Json
 from racdeploy.runtime import Continuation, Piece, Result
 from racdeploy.serve.requests import RequestError
 
-Json = dict[str, Any]
 OWNER = "racdeploy"
 
 
@@ -127,7 +126,7 @@ def error_body(status: int, message: str, param: str = "", code: str = "") -> Js
 
 def write_models(name: str, created: int, context_tokens: int) -> Json:
     """Return the list of the only model; its context has the name that vLLM gives it."""
-    card: Mapping[str, Any] = {
+    card: Json = {
         "id": name,
         "object": "model",
         "created": created,

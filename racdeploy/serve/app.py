@@ -15,10 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from racdeploy.files.reading import Json
 from racdeploy.runtime import AsyncTextStream, Continuation, Model, Result
 from racdeploy.serve import answers
 from racdeploy.serve.access import AccessCheck, Turnstile, refuse_other_hosts, refuse_other_keys
-from racdeploy.serve.answers import Answer, Json
+from racdeploy.serve.answers import Answer
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
 from racdeploy.serve.text import ShownText

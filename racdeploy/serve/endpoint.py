@@ -16,8 +16,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from racdeploy.errors import RacdeployError
+from racdeploy.files.reading import Json
 from racdeploy.serve.access import Turnstile
-from racdeploy.serve.answers import Json, write_error
+from racdeploy.serve.answers import write_error
 from racdeploy.serve.requests import RequestError, read_json
 
 LARGEST_BODY = 1_000_000  # bytes

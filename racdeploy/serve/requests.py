@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import Json
 from racdeploy.runtime import Options
 from racdeploy.runtime.model import TextOptions
 
@@ -166,7 +167,7 @@ class CompletionRequest(_Request):
         return [part for part in prompt if isinstance(part, int)]
 
 
-def read_chat(body: Mapping[str, Any]) -> ChatRequest:
+def read_chat(body: Json) -> ChatRequest:
     """Check a body of ``/v1/chat/completions``."""
     messages = body.get("messages")
     if isinstance(messages, list):
@@ -175,7 +176,7 @@ def read_chat(body: Mapping[str, Any]) -> ChatRequest:
     return _check(ChatRequest, body)
 
 
-def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
+def read_completion(body: Json) -> CompletionRequest:
     """Check a body of ``/v1/completions``."""
     asked = _check(CompletionRequest, body)
     if asked.return_token_ids and asked.stream:
@@ -185,7 +186,7 @@ def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
     return asked
 
 
-def read_json(data: bytes) -> dict[str, Any]:
+def read_json(data: bytes) -> Json:
     """Return the JSON object of a body."""
     try:
         body = json.loads(data)
@@ -197,7 +198,7 @@ def read_json(data: bytes) -> dict[str, Any]:
     return body
 
 
-def _check(kind: type[T], body: Mapping[str, Any]) -> T:
+def _check(kind: type[T], body: Json) -> T:
     known = _leave_out(body, _TABLE["request"])
     try:
         return kind.model_validate(known)
@@ -213,7 +214,7 @@ def _check(kind: type[T], body: Mapping[str, Any]) -> T:
     raise RequestError(400, f"{param}: {first['msg']} (got {first['input']!r:.60})", param=param)
 
 
-def _leave_out(body: Mapping[str, Any], neutral: Mapping[str, Sequence[object]]) -> Any:
+def _leave_out(body: Json, neutral: Mapping[str, Sequence[object]]) -> Any:
     """Return a body without what changes nothing; what would is refused."""
     kept = {}
 

@@ -8,16 +8,15 @@ and llama_cpp/llama.py of llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from racdeploy.engines.backends.openai.http import ODD
 from racdeploy.engines.engine import Completion
 from racdeploy.errors import EngineError
+from racdeploy.files.reading import Json
 from racdeploy.sandbox.tokenizer import Tokenizer
 
-Json = Mapping[str, Any]
 _EXACT = (
     "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
 )
@@ -135,13 +134,13 @@ def read_usage(answer: Json, key: str) -> int:
     return count
 
 
-def read_choice(answer: Json) -> dict[str, Any]:
+def read_choice(answer: Json) -> Json:
     """Return the only choice of an answer, which ended in a way that is known."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise EngineError("the server's answer holds no choice, or more than one", remedy=ODD)
 
-    choice: dict[str, Any] = choices[0]
+    choice: Json = choices[0]
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise EngineError(f"the server ended a completion with {str(reason)[:60]!r}", remedy=ODD)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy.errors import ArtifactError, EngineError, UsageError
-from racdeploy.files.reading import parse_json
+from racdeploy.files.reading import Json, parse_json
 from racdeploy.plugins import require
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Client:
 
     def ask(
         self, path: str, body: Mapping[str, Any] | None = None, *, may_be_empty: bool = False
-    ) -> dict[str, Any]:
+    ) -> Json:
         return self.run(self.request, path, body, may_be_empty)
 
     async def request(
@@ -87,7 +87,7 @@ class Client:
         body: Mapping[str, Any] | None = None,
         may_be_empty: bool = False,
         most_bytes: int = MOST_BYTES,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Send a JSON object, or ask for a path without one; return the object that comes back.
 
         A failure that may pass is tried again. An answer of more than ``most_bytes`` is not read to
@@ -147,7 +147,7 @@ class Client:
         # What a server repeats of the request would be shown, or logged, with whatever quotes it.
         return replace(answer, body=answer.body.replace(self._key.encode(), b"***"))
 
-    def _object(self, answer: Answer, path: str, may_be_empty: bool) -> dict[str, Any]:
+    def _object(self, answer: Answer, path: str, may_be_empty: bool) -> Json:
         if answer.status in _RETRIED:
             # A date in place of seconds is not worth a parser.
             pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
