@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
@@ -52,21 +53,21 @@ def _quieten(text: str) -> str:
     return _COMMAND.sub(r"\1: :", text).replace("##[", "# #[")
 
 
+@dataclass(frozen=True)
 class _Visible:
     """Whatever a console prints, without characters that would command the terminal."""
 
-    def __init__(self, shown: ConsoleRenderable) -> None:
-        self._shown = shown
+    shown: ConsoleRenderable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self._shown, options):
+        for segment in console.render(self.shown, options):
             if segment.control:
                 yield segment
             else:
                 yield Segment(_quieten(visible(segment.text)), segment.style)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement.get(console, options, self._shown)
+        return Measurement.get(console, options, self.shown)
 
 
 class _ShowOnly(RenderHook):

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 from racdeploy.engines import allowance
@@ -72,35 +73,30 @@ class _Inbox:
         os._exit(0)  # the parent is gone or done; the engine may be running in another thread
 
 
+@dataclass
 class _Outbox:
     """Passes on new tokens: at once if one sequence runs or ends, else in lots to spare a core."""
 
-    def __init__(
-        self,
-        sequences: SequenceOf[Sequence],
-        send: Callable[[News], None],
-        is_alone: Callable[[], bool],
-    ) -> None:
-        self._sequences = sequences
-        self._send = send
-        self._is_alone = is_alone
-        self._waiting: dict[int, list[int]] = {}
-        self._sent_at = float("-inf")
+    sequences: SequenceOf[Sequence]
+    send: Callable[[News], None]
+    is_alone: Callable[[], bool]
+    waiting: dict[int, list[int]] = field(default_factory=dict)
+    sent_at: float = float("-inf")
 
     def add(self, news: News) -> None:
         for index, ids in news:
-            self._waiting.setdefault(index, []).extend(ids)
+            self.waiting.setdefault(index, []).extend(ids)
 
-        ended = any(self._sequences[index].finish_reason is not None for index, _ in news)
-        is_due = time.monotonic() - self._sent_at >= _SEND_EVERY_S
-        if ended or is_due or self._is_alone():
+        ended = any(self.sequences[index].finish_reason is not None for index, _ in news)
+        is_due = time.monotonic() - self.sent_at >= _SEND_EVERY_S
+        if ended or is_due or self.is_alone():
             self.flush()
 
     def flush(self) -> None:
-        if self._waiting:
-            self._send(list(self._waiting.items()))
-            self._waiting = {}
-            self._sent_at = time.monotonic()
+        if self.waiting:
+            self.send(list(self.waiting.items()))
+            self.waiting = {}
+            self.sent_at = time.monotonic()
 
 
 class _Worker:

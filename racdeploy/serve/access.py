@@ -6,6 +6,7 @@ import contextlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -37,15 +38,15 @@ class Turnstile:
             self._inside -= 1
 
 
+@dataclass(frozen=True)
 class AccessCheck:
     """An application behind a check, which returns the answer to whom it keeps out."""
 
-    def __init__(self, app: ASGIApp, refuse: Callable[[Scope], Response | None]) -> None:
-        self._app = app
-        self._refuse = refuse
+    app: ASGIApp
+    refuse: Callable[[Scope], Response | None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._refuse(scope) or self._app
+        answer = self.refuse(scope) or self.app
         await answer(scope, receive, send)
 
 

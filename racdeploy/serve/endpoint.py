@@ -41,18 +41,18 @@ class Reply:
 Ask = Callable[[Json], Awaitable[Reply]]
 
 
+@dataclass(frozen=True)
 class Endpoint:
     """An ASGI application that gives the JSON object of a body to ``ask``."""
 
-    def __init__(self, ask: Ask, turnstile: Turnstile) -> None:
-        self._ask = ask
-        self._turnstile = turnstile
+    ask: Ask
+    turnstile: Turnstile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(scope, receive, send)
         try:
             body = await _read_body(Request(scope, receive))
-            with self._turnstile.entered():
+            with self.turnstile.entered():
                 await _unless_gone(receive, self._answer(body, sender))
         except RacdeployError as error:
             await sender.fail(error)
@@ -62,7 +62,7 @@ class Endpoint:
             await sender.fail(RequestError(503, "the server stops"))
 
     async def _answer(self, body: Json, sender: _Sender) -> None:
-        reply = await self._ask(body)
+        reply = await self.ask(body)
         if reply.rest is None:
             await sender.send_json(200, reply.body)
             return
@@ -74,36 +74,36 @@ class Endpoint:
         await sender.end_stream()
 
 
+@dataclass
 class _Sender:
     """Sends one object, or a stream of server-sent events that ends with ``[DONE]``."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._streams = False
+    scope: Scope
+    receive: Receive
+    send: Send
+    streams: bool = False
 
     async def send_json(self, status: int, body: Json) -> None:
         headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
         response = JSONResponse(body, status, headers=headers)
-        await response(self._scope, self._receive, self._send)
+        await response(self.scope, self.receive, self.send)
 
     async def send_event(self, body: Json) -> None:
-        if not self._streams:
-            self._streams = True
+        if not self.streams:
+            self.streams = True
             start = {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
-            await self._send(start)
+            await self.send(start)
 
         await self._send_line(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
 
     async def end_stream(self) -> None:
         await self._send_line("[DONE]")
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: RacdeployError) -> None:
         """Say what failed, in the place of what would have come."""
         status, body = write_error(error)
-        if not self._streams:
+        if not self.streams:
             await self.send_json(status, body)
             return
 
@@ -112,7 +112,7 @@ class _Sender:
 
     async def _send_line(self, data: str) -> None:
         body = f"data: {data}\n\n".encode()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self.send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _read_body(request: Request) -> Json:

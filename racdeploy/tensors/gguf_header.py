@@ -10,7 +10,6 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,42 +106,42 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
         ) from error
 
 
+@dataclass
 class _Reader:
-    def __init__(self, buffer: mmap.mmap, size_bytes: int, versions: tuple[int, ...]) -> None:
-        self._buffer = buffer
-        self._versions = versions
-        self._size_bytes = size_bytes
-        self._at = 0
+    buffer: mmap.mmap
+    size_bytes: int
+    versions: tuple[int, ...]
+    at: int = 0
 
     def header(self) -> Header:
         magic, version = self._take(4), self._number("I")
 
         if magic != b"GGUF":
-            self._fail("it does not begin with GGUF")
-        if version not in self._versions:
-            asked = "version 3" if self._versions == (3,) else "version 2 or 3"
+            raise ArtifactError("it does not begin with GGUF")
+        if version not in self.versions:
+            asked = "version 3" if self.versions == (3,) else "version 2 or 3"
             turned = " and big-endian" if version in (2 << 24, 3 << 24) else ""
-            self._fail(
+            raise ArtifactError(
                 f"it is of version {version:#x}{turned}; what can be read is little-endian, {asked}"
             )
 
         tensors, keys = self._number("Q"), self._number("Q")
-        if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self._size_bytes:
-            self._fail(f"{tensors} tensors and {keys} keys do not fit into it")
+        if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self.size_bytes:
+            raise ArtifactError(f"{tensors} tensors and {keys} keys do not fit into it")
 
         values: dict[str, Value] = {}
         starts: dict[str, int] = {}
 
         for _ in range(keys):
-            start = self._at
+            start = self.at
             key = self._text()
             if key in values or not key:
-                self._fail(f"the key {key[:80]!r} is there twice, or empty")
+                raise ArtifactError(f"the key {key[:80]!r} is there twice, or empty")
 
             starts[key] = start
             values[key] = self._value(self._number("I"))
 
-        starts[""] = self._at
+        starts[""] = self.at
 
         alignment = values.get("general.alignment", 32)
         if (
@@ -150,19 +149,19 @@ class _Reader:
             or not 0 < alignment <= _LARGEST_ALIGNMENT
             or alignment & (alignment - 1)
         ):
-            self._fail(f"the alignment {alignment!r} is no power of two")
+            raise ArtifactError(f"the alignment {alignment!r} is no power of two")
 
         infos = self._infos(tensors)
-        data_start = padded(self._at, alignment)
+        data_start = padded(self.at, alignment)
         placed = self._place(infos, data_start, alignment)
-        return Header(values, starts, placed, alignment, data_start, self._size_bytes)
+        return Header(values, starts, placed, alignment, data_start, self.size_bytes)
 
     def _infos(self, count: int) -> _Infos:
         infos: _Infos = {}
         for _ in range(count):
             name, dimensions = self._text(), self._number("I")
             if name in infos or not 1 <= dimensions <= _MOST_DIMENSIONS:
-                self._fail(
+                raise ArtifactError(
                     f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions"
                 )
 
@@ -178,11 +177,13 @@ class _Reader:
             size_bytes = tensor_bytes(shape, ggml_type)
             stop = data_start + offset + size_bytes
             if offset != expected:
-                self._fail(f"the tensor {name[:80]!r} lies at {offset} and not at {expected}")
-            if stop > self._size_bytes:
-                self._fail(
+                raise ArtifactError(
+                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}"
+                )
+            if stop > self.size_bytes:
+                raise ArtifactError(
                     f"it is cut off: the tensor {name[:80]!r} ends at byte {stop}, "
-                    f"the file at {self._size_bytes}"
+                    f"the file at {self.size_bytes}"
                 )
 
             tensors.append(TensorInfo(name, shape, ggml_type, size_bytes, data_start + offset))
@@ -196,19 +197,19 @@ class _Reader:
         if kind == _ARRAY:
             return self._array(self._number("I"), self._number("Q"))
         if kind not in _SCALARS:
-            self._fail(f"metadata type {kind} is unknown")
+            raise ArtifactError(f"metadata type {kind} is unknown")
         return self._scalar(_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> Value:
         if kind == _STRING:
-            if 8 * count > self._size_bytes - self._at:
-                self._fail(f"{count} strings do not fit into it")
+            if 8 * count > self.size_bytes - self.at:
+                raise ArtifactError(f"{count} strings do not fit into it")
             for _ in range(count):
                 self._take(self._number("Q"))
             return None
 
         if kind not in _SCALARS:
-            self._fail(f"an array of metadata type {kind}")
+            raise ArtifactError(f"an array of metadata type {kind}")
         data = self._take(count * struct.calcsize(_SCALARS[kind]))
         return np.frombuffer(data, dtype="<u8") if kind == _U64 else None
 
@@ -216,8 +217,8 @@ class _Reader:
         data = self._take(self._number("Q"))
         try:
             return data.decode("utf-8")
-        except UnicodeDecodeError:
-            self._fail(f"{data[:40]!r} is not UTF-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{data[:40]!r} is not UTF-8") from error
 
     def _number(self, code: str) -> int:
         return int(self._scalar(code))
@@ -228,10 +229,7 @@ class _Reader:
         return value
 
     def _take(self, count: int) -> bytes:
-        if count > self._size_bytes - self._at:
-            self._fail(f"{count} bytes at {self._at} end behind the file")
-        self._at += count
-        return self._buffer[self._at - count : self._at]
-
-    def _fail(self, message: str) -> NoReturn:
-        raise ArtifactError(message)
+        if count > self.size_bytes - self.at:
+            raise ArtifactError(f"{count} bytes at {self.at} end behind the file")
+        self.at += count
+        return self.buffer[self.at - count : self.at]
