@@ -16,6 +16,7 @@ import threading
 import tomllib
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from typing import IO, Any
 
@@ -244,6 +245,7 @@ class Child:
         )
 
 
+@dataclass
 class Exchange:
     """A request under way: iterate over its answers up to ``done``, None while there is none.
 
@@ -251,49 +253,48 @@ class Exchange:
     process died.
     """
 
-    def __init__(self, child: Child, call: int, box: Box) -> None:
-        self.is_done = False
-        self._is_cancelled = False
-        self._silent_s = 0.0  # since it was cancelled, and nothing was heard
-        self._child = child
-        self.call = call
-        self._box = box
+    child: Child
+    call: int
+    box: Box
+    is_done: bool = False
+    is_cancelled: bool = False
+    silent_s: float = 0.0  # since it was cancelled, and nothing was heard
 
     def __iter__(self) -> Iterator[Message | None]:
         while not self.is_done:
             try:
-                answer = self._box.get(timeout=_POLL_S)
+                answer = self.box.get(timeout=_POLL_S)
             except queue.Empty:
-                self._child.check_owner()
+                self.child.check_owner()
                 self._listen()
                 yield None
                 continue
 
-            self._silent_s = 0.0
+            self.silent_s = 0.0
             yield self._check(answer)
 
     def cancel(self) -> None:
         """Ask for an early end; the answers up to ``done`` still come, or a word that it lives."""
-        self._is_cancelled = True
-        self._child.cancel(self.call)
+        self.is_cancelled = True
+        self.child.cancel(self.call)
 
     def _listen(self) -> None:
         """Count how long nothing came, while this process ran; ask again, and give up at last."""
-        if not self._is_cancelled:
+        if not self.is_cancelled:
             return
 
-        before = self._silent_s
-        self._silent_s += _POLL_S
-        if self._silent_s > _STUCK_S:
+        before = self.silent_s
+        self.silent_s += _POLL_S
+        if self.silent_s > _STUCK_S:
             self.is_done = True
-            raise self._child.give_up()
-        if before // _ASK_AGAIN_S != self._silent_s // _ASK_AGAIN_S:
-            self._child.cancel(self.call)
+            raise self.child.give_up()
+        if before // _ASK_AGAIN_S != self.silent_s // _ASK_AGAIN_S:
+            self.child.cancel(self.call)
 
     def _check(self, answer: Message | None) -> Message:
         if answer is None:
             self.is_done = True
-            raise self._child.say_why()
+            raise self.child.say_why()
 
         header, _ = answer
         self.is_done = header["event"] in ("done", "error")
