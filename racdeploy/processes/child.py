@@ -167,12 +167,12 @@ def run_module(
         arguments = (*bounds, module, *arguments)
         module = "racdeploy.processes.limited"
 
-    found: AbstractContextManager[dict[str, str]] = nullcontext({})
-    with _only_racdeploy() if python else found as path:
+    same: AbstractContextManager[dict[str, str]] = nullcontext({})
+    with _only_racdeploy() if python else same as changed:
         try:
             done = subprocess.run(
                 command(module, *arguments, python=python),
-                env=make({**(variables or {}), **path}),
+                env=make({**(variables or {}), **changed}),
                 capture_output=True,
                 text=True,
                 encoding="utf-8",
