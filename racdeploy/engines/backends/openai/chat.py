@@ -16,6 +16,7 @@ from racdeploy.engines.backends.openai.engine import OnEnd, OpenAIEngine, Reques
 from racdeploy.engines.backends.openai.http import ODD
 from racdeploy.engines.engine import Cancel, Completion, EngineSettings
 from racdeploy.errors import EngineError
+from racdeploy.files.reading import Json
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class _Answer:
     counted: int | None
 
 
-def _read(body: Mapping[str, Any]) -> _Answer:
+def _read(body: Json) -> _Answer:
     choice = read_choice(body)
     message = choice.get("message")
     if not isinstance(message, dict):
