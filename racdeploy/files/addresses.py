@@ -47,7 +47,8 @@ def release_of(version: str) -> str:
 def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path]:
     """Return the files of racdeploy that some modules, by dotted name, reach, sorted."""
     root = root or _root()
-    waiting, seen = list(modules), set[str]()
+    waiting = list(modules)
+    seen = set[str]()
 
     reached: set[Path] = set()
 

@@ -132,7 +132,8 @@ def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
 
     wanted = without_version(_as_json(inputs))
     for folder, recorded in _unfinished(work, name):
-        left, here = recorded.get("version"), inputs.get("version")
+        left = recorded.get("version")
+        here = inputs.get("version")
 
         if left != here and without_version(recorded) == wanted:
             raise ArtifactError(

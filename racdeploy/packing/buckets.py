@@ -108,7 +108,8 @@ class Table:
         look = _describe_pairs(self.widths)
         ends = np.zeros(pair.size + 1, dtype=np.int64)
         np.add.accumulate(look.width.take(pair, mode="wrap"), out=ends[1:])
-        position, bits = ends[:-1], int(ends[-1])
+        position = ends[:-1]
+        bits = int(ends[-1])
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(
                 f"{payload.size} bytes of codes where their buckets need {bits} bits"

@@ -142,7 +142,8 @@ def _encode_codes(layout: Layout, kept: NDArray[Any], index: int) -> list[tuple[
     slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.has_fifth_bits
     most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
 
-    planes, shift = [], 0
+    planes = []
+    shift = 0
     for bits in layout.widths:
         planes.append(_encode(_pack_bits(kept >> shift, bits), most_bits))
         shift += bits

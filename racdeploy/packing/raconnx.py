@@ -141,7 +141,9 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
-    shape, start, stored = entry["shape"], entry["start"], entry["size_bytes"]
+    shape = entry["shape"]
+    start = entry["start"]
+    stored = entry["size_bytes"]
     numbers = [*shape, start, stored]
     counts = all(type(number) is int and number >= 0 for number in numbers)
     if not counts or entry["dtype"] not in BY_DTYPE:

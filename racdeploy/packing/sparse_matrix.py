@@ -117,7 +117,8 @@ def join(kind: Kind, matrix: SparseMatrix, I: int) -> Bytes:
     _check(kind, matrix, I)
 
     O = len(matrix.heads_OP)
-    code_bytes, scale_bytes = kind.code_bytes(I), kind.scale_bytes(I)
+    code_bytes = kind.code_bytes(I)
+    scale_bytes = kind.scale_bytes(I)
     packed_OP = np.empty((O, code_bytes + scale_bytes), dtype=np.uint8)
 
     step = max(1, _SLAB_WEIGHTS // I)

@@ -98,7 +98,8 @@ def prune_blocks(
 def _decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
     """Return the sparsity of each linear of these sizes, or read what an earlier run decided."""
     file = session.folder / "allocation.json"
-    processes, settings = session.processes, session.settings
+    processes = session.processes
+    settings = session.settings
 
     if not processes.ask_first(file.is_file):
         plugin = plugins.load("allocations", settings.allocation)
@@ -143,8 +144,11 @@ class _Walk:
     """The dense and the partly pruned model, side by side, on their way through the blocks."""
 
     def __init__(self, pruner: LinearPruner, outline: Outline, structure: Structure) -> None:
-        self.pruner, self.outline, self.session = pruner, outline, pruner.session
-        self.processes, self.batches = self.session.processes, self.session.batches
+        self.pruner = pruner
+        self.outline = outline
+        self.session = pruner.session
+        self.processes = self.session.processes
+        self.batches = self.session.batches
         self.blocks = self.session.blocks
         self.checkpoint = self.blocks.checkpoint
         self.criterion = plugins.load("criteria", structure.criterion)
@@ -313,7 +317,8 @@ class _Walk:
         dense: Mapping[str, torch.Tensor],
     ) -> torch.Tensor:
         """Let a batch pass the sparse block, and measure what it shows of some linears."""
-        batch, experts = self.batches[index], self.checkpoint.family.experts
+        batch = self.batches[index]
+        experts = self.checkpoint.family.experts
         shared = {name: row for name, row in measured.items() if expert_of(name) is None}
 
         if len(shared) == len(measured):

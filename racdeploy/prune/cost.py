@@ -86,7 +86,8 @@ def peak_bytes(
     worst = before = 0  # before: weights of the block's groups that were pruned already
 
     for group in groups:
-        I, rows = group.inputs, sum(group.outputs)
+        I = group.inputs
+        rows = sum(group.outputs)
         # The dense block; of what is pruned, float32 to compute with, 16 bits to write, the target.
         kept = _FLOAT32 * block + before * (_FLOAT32 * streams + 2)
         sums, others = group.sums_bytes(settings.match_dense)
@@ -133,7 +134,8 @@ class _Group:
 
     def sums_bytes(self, match_dense: bool) -> tuple[int, int]:
         """Return the bytes of one input's sums, and of other experts' in the same pass."""
-        I, rows = self.inputs, sum(self.outputs)
+        I = self.inputs
+        rows = sum(self.outputs)
         drift = 0
         if match_dense:  # of the outputs where these are few
             drift = rows if 2 * rows <= I else I

@@ -54,7 +54,8 @@ class Processes:
 
     def owners(self, costs: Sequence[int]) -> list[int]:
         """Return a process for each piece of work: the largest first, to whoever has least."""
-        loads, owners = [0] * self.count, [0] * len(costs)
+        loads = [0] * self.count
+        owners = [0] * len(costs)
         largest_first = sorted(range(len(costs)), key=lambda index: -costs[index])
         for index in largest_first:
             owner = loads.index(min(loads))

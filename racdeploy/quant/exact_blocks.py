@@ -50,7 +50,8 @@ class ExactBlocks:
             rest_OP = ggml.quantize(self._type, weight_OI[rest_O], importance_I)
             rest_OX = rest_OP.view(self._layout)
 
-            exact_OX, known_OX = exact_OX[rest_O], block_OX[rest_O]
+            exact_OX = exact_OX[rest_O]
+            known_OX = block_OX[rest_O]
             block_OX[rest_O] = np.where(exact_OX, known_OX, rest_OX)
 
         return block_OX.view(np.uint8)

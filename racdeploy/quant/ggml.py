@@ -111,6 +111,7 @@ def _library() -> ctypes.CDLL:
 
     for name, (result, *arguments) in signatures.items():
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype = result
+        function.argtypes = arguments
 
     return library

@@ -138,7 +138,8 @@ _Read = tuple[dict[str, NDArray[np.float32]], dict[str, int]]
 def _read_statistic(file: Path) -> _Read:
     """Read what pruning left: a row of means and a number of tokens for each linear."""
     entries = read_tensor_entries(file)
-    means, tokens = {}, {}
+    means = {}
+    tokens = {}
 
     for name, entry in entries.items():
         if name.endswith(_TOKENS):
@@ -165,7 +166,8 @@ def _read_imatrix(file: Path) -> _Read:
         raise ArtifactError(message, remedy="give what llama-imatrix wrote")
 
     tensors = {tensor.name: tensor for tensor in header.tensors}
-    means, tokens = {}, {}
+    means = {}
+    tokens = {}
 
     for sums in tensors:
         name, end, rest = sums.rpartition(_SUMS)

@@ -50,7 +50,8 @@ class LineFinder(Candidates):
         weight_NGS = weight_NGS[place_N]
 
         shape = weight_NGS.shape[:2]
-        step_code_NG, minimum_code_NG = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        step_code_NG = np.zeros(shape, np.int64)
+        minimum_code_NG = np.zeros(shape, np.int64)
         scale_N = self._try_scales(weight_NGS, self._fit, step_code_NG, minimum_code_NG)
 
         held_N = np.flatnonzero(scale_N)
@@ -86,7 +87,8 @@ class LineFinder(Candidates):
 
     def _solve(self, product_NGS: NDArray[np.int64]) -> _Solved:
         """Return a step code and a minimum code for every group that has some."""
-        lowest_NG, highest_NG = product_NGS.min(axis=2), product_NGS.max(axis=2)
+        lowest_NG = product_NGS.min(axis=2)
+        highest_NG = product_NGS.max(axis=2)
         reach_NG = highest_NG - lowest_NG
         divisor_NG = np.gcd.reduce(product_NGS - lowest_NG[:, :, None], axis=2)
         found = _Solved(lowest_NG.shape)

@@ -42,7 +42,8 @@ def choose_codes(
     importance_GS = np.tile(importance_I.astype(np.float32).reshape(G, block), (rows, 1))
     importance_SG = np.ascontiguousarray(importance_GS.T)
 
-    steps, code_chunks = [], []
+    steps = []
+    code_chunks = []
 
     for start in range(0, O, rows):
         weight_SG = np.ascontiguousarray(weight_OI[start : start + rows].reshape(-1, block).T)

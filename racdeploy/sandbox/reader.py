@@ -171,7 +171,8 @@ class _Process:
             start_new_session=True,
         )
 
-        stdin, stdout = self._popen.stdin, self._popen.stdout
+        stdin = self._popen.stdin
+        stdout = self._popen.stdout
         assert stdin is not None
         assert stdout is not None
         self._stdin: BinaryIO = stdin  # type: ignore[assignment]

@@ -100,7 +100,8 @@ class _Texts:
 
     def blank_ids(self, header: Header, payload: bytes) -> Message:
         """Return the tokens that consist of certain characters, or are one of some texts."""
-        characters, texts = set(header["characters"]), set(header["texts"])
+        characters = set(header["characters"])
+        texts = set(header["texts"])
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
 
         found = []

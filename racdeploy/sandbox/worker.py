@@ -29,7 +29,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
 
-    module, memory_bytes, opens_files = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
+    module = sys.argv[1]
+    memory_bytes = int(sys.argv[2])
+    opens_files = sys.argv[3] == "1"
     operations: Operations = importlib.import_module(module).OPERATIONS
     confine(memory_bytes, opens_files)
     write_message(answers, {})

@@ -114,7 +114,8 @@ class _Reader:
     at: int = 0
 
     def header(self) -> Header:
-        magic, version = self._take(4), self._number("I")
+        magic = self._take(4)
+        version = self._number("I")
 
         if magic != b"GGUF":
             raise ArtifactError("it does not begin with GGUF")
@@ -125,7 +126,8 @@ class _Reader:
                 f"it is of version {version:#x}{turned}; what can be read is little-endian, {asked}"
             )
 
-        tensors, keys = self._number("Q"), self._number("Q")
+        tensors = self._number("Q")
+        keys = self._number("Q")
         if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self.size_bytes:
             raise ArtifactError(f"{tensors} tensors and {keys} keys do not fit into it")
 
@@ -159,7 +161,8 @@ class _Reader:
     def _infos(self, count: int) -> _Infos:
         infos: _Infos = {}
         for _ in range(count):
-            name, dimensions = self._text(), self._number("I")
+            name = self._text()
+            dimensions = self._number("I")
             if name in infos or not 1 <= dimensions <= _MOST_DIMENSIONS:
                 raise ArtifactError(
                     f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions"
@@ -171,7 +174,8 @@ class _Reader:
         return infos
 
     def _place(self, infos: _Infos, data_start: int, alignment: int) -> tuple[TensorInfo, ...]:
-        tensors, expected = [], 0
+        tensors = []
+        expected = 0
 
         for name, (shape, ggml_type, offset) in infos.items():
             size_bytes = tensor_bytes(shape, ggml_type)

@@ -226,7 +226,9 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     if not isinstance(value, dict):
         value = {}
 
-    shape, offsets, tag = value.get("shape"), value.get("data_offsets"), value.get("dtype")
+    shape = value.get("shape")
+    offsets = value.get("data_offsets")
+    tag = value.get("dtype")
     if (
         not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str))
         or len(offsets) != 2

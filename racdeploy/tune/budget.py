@@ -118,7 +118,8 @@ def estimate_least(
         traces: those that are there already.
         measures: whether the device has yet to be measured.
     """
-    recipe, checkpoint = job.recipe, job.checkpoint
+    recipe = job.recipe
+    checkpoint = job.checkpoint
     tokens = _USUAL_SHARE * recipe.traces.max_new_tokens
     if traces:
         tokens = sum(len(trace.completion_ids) for trace in traces) / len(traces)

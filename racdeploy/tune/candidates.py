@@ -96,7 +96,8 @@ def make_choice(job: Job, name: str, kind: str, settings: Settings) -> Choice:
     recipe = job.recipe.unpruned().changed(merge(PLAIN, settings))
     own = job.changed(recipe)
 
-    form, prune = recipe.export, recipe.prune
+    form = recipe.export
+    prune = recipe.prune
     target = Target.read(recipe.target)
     target.check(form.format, form.quant, recipe.verify.context_tokens)
     export.check(form)

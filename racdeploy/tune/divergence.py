@@ -35,7 +35,8 @@ class DenseLogits:
             old_ids: where it has fewer tokens, the dense id of each. Traces with a token that is
                 gone are left out, and the others are compared on the tokens that are left.
         """
-        dense, own = self._traces, self._traces
+        dense = self._traces
+        own = self._traces
         if old_ids is not None:
             dense, own = renumber(self._traces, old_ids)
         if not own:

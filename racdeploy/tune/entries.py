@@ -121,7 +121,8 @@ def _count(scores: Scores | None, token_s: float) -> dict[str, object]:
     if scores is None:
         return {}
 
-    prompts, correct = len(scores), int(scores.right_N.sum())
+    prompts = len(scores)
+    correct = int(scores.right_N.sum())
     wilson = wilson_interval(correct, prompts)
     accuracy = ShareInterval(value=correct / prompts, lower=wilson.lower, upper=wilson.upper)
     cost = cost_per_success(scores.tokens_N * token_s, scores.right_N)
@@ -143,7 +144,8 @@ class _Broken(NamedTuple):
 
 
 def _list_broken(entry: Entry, limits: Constraints) -> list[_Broken]:
-    size, memory = entry.size_bytes, entry.cost.memory_bytes
+    size = entry.size_bytes
+    memory = entry.cost.memory_bytes
     speed = entry.cost.tokens_per_s
     broken = []
 

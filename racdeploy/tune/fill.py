@@ -58,7 +58,8 @@ def _list_by_need(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
 
     for tensor in tensors:
         if match := _match(tensor):
-            block, kind = int(match[1]), match[2]
+            block = int(match[1])
+            kind = match[2]
             need = _SENSITIVE.index(kind) if kind in _SENSITIVE else len(_SENSITIVE)
             ranked.append((need, min(block, last - block), len(ranked), tensor))
 

@@ -48,7 +48,8 @@ class Predictor:
 
     def find_twin(self, choice: Choice) -> str:
         """Return the name of an earlier candidate with the same file, or an empty string."""
-        recipe, prune = choice.recipe, choice.recipe.prune
+        recipe = choice.recipe
+        prune = choice.recipe.prune
         formats = [tensor.quant_real for tensor in self.size(choice).tensors]
         same = canonical_hash(
             [

@@ -202,7 +202,8 @@ class Search:
 
         assert entry.model
         assert entry.exported
-        job, path = entry.choice.job, entry.exported.path
+        job = entry.choice.job
+        path = entry.exported.path
         exact = self._settings(parallel=1, cache_dtype="f32")
         old_ids = job.renumbering(entry.model.folder)
         kl_nats = logits.compare(lambda: closing(open_engine(job.backend, path, exact)), old_ids)

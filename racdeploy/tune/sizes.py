@@ -107,7 +107,8 @@ class Sizes:
 
     def _find(self, job: Job) -> _Model:
         """Return the checkpoint that is exported, or a skeleton of it."""
-        export, structure = job.recipe.export, job.structure
+        export = job.recipe.export
+        structure = job.structure
         old_ids = job.vocabulary.choose() if job.vocabulary else None
         key = canonical_hash(
             {

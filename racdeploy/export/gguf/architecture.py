@@ -112,7 +112,8 @@ def _refuse_usual(checkpoint: Checkpoint) -> str:
 
 def _refuse_per_block(checkpoint: Checkpoint) -> str:
     family = checkpoint.family
-    usual, other = family.gguf_arch, family.per_block
+    usual = family.gguf_arch
+    other = family.per_block
     if other is None:
         return f"llama.cpp takes one width for all blocks of {usual}"
 

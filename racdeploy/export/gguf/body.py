@@ -138,12 +138,14 @@ def _iterate_slabs(
     missing = math.prod(tensor.shape[:-1])
 
     for part, raw in enumerate(tensor.read(checkpoint)):
-        raw_OI, order_O = raw.reshape(-1, row_length), None
+        raw_OI = raw.reshape(-1, row_length)
+        order_O = None
         missing -= len(raw_OI)
         if tensor.transform:
             order_O = order_rows(tensor.transform, checkpoint, len(raw))
             if raw.ndim == 1 and order_O is not None:  # a bias is one row
-                raw_OI, order_O = raw_OI[:, order_O], None
+                raw_OI = raw_OI[:, order_O]
+                order_O = None
 
         for start in range(0, len(raw_OI), step):
             rows = slice(start, start + step)

@@ -116,7 +116,8 @@ def check_parameters(checkpoint: Checkpoint) -> None:
     _check_shared_keys(checkpoint)
     _check_no_rope(checkpoint)
 
-    kind, known = checkpoint.rope["rope_type"], checkpoint.family.rope_types
+    kind = checkpoint.rope["rope_type"]
+    known = checkpoint.family.rope_types
     if kind not in known:
         arch = checkpoint.family.gguf_arch
         raise ModelError(

@@ -60,9 +60,11 @@ def choose_quant(name: str, shape: tuple[int, ...], quant: str, dense: bool) -> 
     if len(shape) == 1:
         return "f32", "" if quant == "f32" else VECTORS_IN_F32
 
-    chosen, reason = quant, ""
+    chosen = quant
+    reason = ""
     if dense and quants.is_blocks(quant) and quant != _WIDE:
-        chosen, reason = _WIDE, "embedding and output keep 8 bits"
+        chosen = _WIDE
+        reason = "embedding and output keep 8 bits"
     if why := quants.fits(quants.load(chosen), shape[1]):
         return _FALLBACK, "; ".join(filter(None, [reason, why]))
 

@@ -89,7 +89,8 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
 
     size_bytes = array_bytes(tensor)
     file, start = _locate(tensor, folder, size_bytes)
-    dtype, dims = _dtype(tensor), tuple(tensor.dims)
+    dtype = _dtype(tensor)
+    dims = tuple(tensor.dims)
     if not size_bytes:
         return np.zeros(dims, dtype=dtype)
 

@@ -73,7 +73,8 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     if {key: type(value) for key, value in values.items()} != _KINDS:
         return None
 
-    shape, quant = values["shape"], values["quant"]
+    shape = values["shape"]
+    quant = values["quant"]
     known = quant in plugins.names("quant") and "onnx" in quants.load(quant).FORMATS
     known = known and values["packing"] in packings.names("onnx")
 

@@ -184,7 +184,8 @@ def unpacked(path: Path) -> Path:
 
 def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> bytes:
     """Return the infos of tensors (name, dimensions, type, size) that lie one after another."""
-    infos, offset = b"", 0
+    infos = b""
+    offset = 0
 
     for name, dimensions, ggml_type, size_bytes in tensors:
         count = len(dimensions)
@@ -243,7 +244,8 @@ def _check_keys(values: dict[str, Value]) -> None:
 
 def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[StoredTensor, ...]:
     """Read of each tensor its plain type, the number of its dimensions, and these."""
-    tensors, place = [], 0
+    tensors = []
+    place = 0
     for info in header.tensors:
         # One dimension more than a tensor can have is enough to refuse it.
         count = min(recorded[place + 1], 5) if place + 1 < len(recorded) else 0

@@ -174,9 +174,11 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
 
     for tensor, row in zip(header.tensors, rows, strict=True):
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]
-        shape, ggml_type = tensor.dimensions, tensor.ggml_type
+        shape = tensor.dimensions
+        ggml_type = tensor.ggml_type
         if not row.reason:
-            shape, ggml_type = (row.stored_bytes,), container.PACKED_TYPE
+            shape = (row.stored_bytes,)
+            ggml_type = container.PACKED_TYPE
 
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 

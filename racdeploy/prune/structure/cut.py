@@ -94,8 +94,11 @@ def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) ->
 
 def cut_inputs(site: BlockSite) -> list[int]:
     """Choose inputs of a linear in one process, and narrow the block in all; return what stays."""
-    pair, linear, layout = site.pair, site.cut.linear, site.layout
-    processes, settings = site.session.processes, site.session.settings
+    pair = site.pair
+    linear = site.cut.linear
+    layout = site.layout
+    processes = site.session.processes
+    settings = site.session.settings
     full_OI = pair.dense.get_parameter(f"{linear}.weight")
     (owner,) = processes.owners([full_OI.numel()])
 

@@ -25,7 +25,8 @@ class Removal(Units):
     def __init__(self, target_OI: torch.Tensor, hessian: Hessian, layout: Layout) -> None:
         at_once = max(1, layout.units // BATCHES)
         super().__init__(layout.units, layout.cohorts, at_once, target_OI.device)
-        self._width, self._hessian = layout.widths[layout.letter], hessian
+        self._width = layout.widths[layout.letter]
+        self._hessian = hessian
         self._target_OI = target_OI * ~hessian.dead_I
         self._weight_OI = self._target_OI.clone()
         self._pending: list[torch.Tensor] = []
@@ -46,7 +47,8 @@ class Removal(Units):
 
     def costs(self) -> torch.Tensor:
         """Return tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ) of each unit's columns S."""
-        weight_OI, width = self.full(), self._width
+        weight_OI = self.full()
+        width = self._width
         if width == 1:
             return weight_OI.square().sum(0) / self._inverse_II.diagonal()
 

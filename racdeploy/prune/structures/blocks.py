@@ -41,8 +41,10 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
             remedy="leave out --keep blocks; cut ffn or heads instead",
         )
 
-    share, count = structure.share("blocks"), checkpoint.block_count
-    kept, least = round(share * count), max(1, len(_list_vital(checkpoint)))
+    share = structure.share("blocks")
+    count = checkpoint.block_count
+    kept = round(share * count)
+    least = max(1, len(_list_vital(checkpoint)))
     if share < 1 and not least <= kept < count:
         raise UsageError(
             f"blocks = {share:g} keeps {kept} of {count}",
@@ -72,7 +74,8 @@ class BlockUnits(Units):
 
     def costs(self) -> torch.Tensor:
         """Return how far the last hidden states go from the dense ones without each block."""
-        blocks, left = self._session.blocks, self.kept
+        blocks = self._session.blocks
+        left = self.kept
         (whole_BTD,) = blocks.embed([self._probe])
         shapes = [tuple(whole_BTD.shape)] * len(left)
 

@@ -46,7 +46,8 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    family, share = checkpoint.family, structure.share("experts")
+    family = checkpoint.family
+    share = structure.share("experts")
     experts = checkpoint.experts
     if not experts:
         raise UsageError(
@@ -106,7 +107,9 @@ class ExpertUnits(Units):
 
     def exchange(self) -> None:
         """Begin with the largest if they change less; put one back and remove another."""
-        left, norms, probe = self.kept, self._norms, self._probe
+        left = self.kept
+        norms = self._norms
+        probe = self._probe
         largest = sorted(range(len(norms)), key=lambda expert: -norms[expert])[: len(left)]
         left = min([left, sorted(largest)], key=probe.measure)
         change = probe.measure(left)
@@ -233,12 +236,14 @@ class Probe:
         return (product_ME * delta_ME).sum(1)
 
     def _look(self, flow: Flow, block: nn.Module, index: int) -> list[_Part]:
-        session, batch = self._session, self._session.batches[index]
+        session = self._session
+        batch = self._session.batches[index]
         routed = flow.routed(block, index)
         output_ND = flow.output(block, index).flatten(0, 1)
         token_M = routed.tokens(batch, None)[:: self._step]
 
-        E, D = len(self._experts), output_ND.shape[1]
+        E = len(self._experts)
+        D = output_ND.shape[1]
         parts = []
 
         for token_N in torch.split(token_M, max(1, _OUTPUT_VALUES // (E * D))):

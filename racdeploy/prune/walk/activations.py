@@ -22,7 +22,8 @@ class Activations:
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], file: Path, window_bytes: int = WINDOW_BYTES
     ) -> None:
-        self._shapes, self._file = list(shapes), file
+        self._shapes = list(shapes)
+        self._file = file
         self._room = [math.prod(shape) for shape in shapes]
 
         self._kept: dict[int, torch.Tensor] = {}
@@ -46,7 +47,8 @@ class Activations:
             return self._kept[index]
 
         shape = self._shapes[index]
-        count, offset = math.prod(shape), self._offsets[index]
+        count = math.prod(shape)
+        offset = self._offsets[index]
         values = np.fromfile(self._file, np.float32, count, offset=offset)
         return torch.from_numpy(values).view(shape)
 

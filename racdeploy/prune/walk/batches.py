@@ -47,7 +47,8 @@ def make_batches(
 
 
 def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:
-    B, T = len(traces), max(len(trace.ids) for trace in traces)
+    B = len(traces)
+    T = max(len(trace.ids) for trace in traces)
     ids_BT = torch.zeros(B, T, dtype=torch.long)
     stream_BT = torch.full((B, T), PAD)
 

@@ -36,7 +36,8 @@ class Blocks:
         compute: Literal["float32", "bfloat16"] = "float32",  # of the products
         device: torch.device = CPU,
     ) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint = checkpoint
+        self.device = device
         self._compute = compute
         self._model = skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})

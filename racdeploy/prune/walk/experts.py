@@ -101,7 +101,8 @@ class ExpertGroup:
         family = self._session.blocks.checkpoint.family
         I = shape(family, f"{self._wanted[0]}.weight", self._pair.sizes)[1]
         least = self._session.settings.expert_tokens or TOKENS_PER_INPUT * I
-        pieces, pooled = [], list[str]()
+        pieces = []
+        pooled = list[str]()
 
         for expert, linears in by_expert.items():
             too_few = self._pair.tokens[expert] < least
@@ -134,7 +135,8 @@ class ExpertGroup:
         self, pieces: Sequence[Piece], full: Mapping[str, torch.Tensor]
     ) -> list[InputStatistic]:
         """Return the statistics of some pieces, from one pass of this process's batches."""
-        session, pair = self._session, self._pair
+        session = self._session
+        pair = self._pair
 
         statistics = []
         for piece in pieces:

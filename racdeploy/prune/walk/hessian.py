@@ -25,7 +25,8 @@ class Hessian:
         self.norm_I = diagonal_I.sqrt()  # root of each input's mean energy, without damping
         self.matrix_II = matrix_II  # float32, symmetric, contiguous; becomes the damped one
         self.damping = damping
-        self._asked, self._mean = damping, float(diagonal_I.mean())
+        self._asked = damping
+        self._mean = float(diagonal_I.mean())
         self._damp(damping)
         matrix_II.diagonal()[self.dead_I] = 1.0
 
@@ -113,7 +114,8 @@ def _reverse(values_L: torch.Tensor) -> None:
     count = len(values_L)
     for start in range(0, count // 2, _CHUNK_VALUES):
         stop = min(start + _CHUNK_VALUES, count // 2)
-        front_L, back_L = values_L[start:stop], values_L[count - stop : count - start]
+        front_L = values_L[start:stop]
+        back_L = values_L[count - stop : count - start]
 
         reversed_back_L = back_L.flip(0)
         back_L.copy_(front_L.flip(0))

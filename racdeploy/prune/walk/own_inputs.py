@@ -33,7 +33,8 @@ class OwnInputs:
 
     def of(self, block: int, ids_BT: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return what a block gets beside the hidden states of a batch, (B, T, P)."""
-        checkpoint, P = self._checkpoint, self._width
+        checkpoint = self._checkpoint
+        P = self._width
         own = slice(block * P, (block + 1) * P)
         used_N, place_BT = torch.unique(ids_BT, return_inverse=True)
         rows = used_N.numpy()

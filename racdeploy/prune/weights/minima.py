@@ -82,8 +82,10 @@ def fit_lines(
     sum_S = H_SS.sum(1)
 
     # Along the step s and the minimum m: pulls, and curves of each and of both.
-    pull_s_O, pull_m_O = (code_SO * pull_SO).sum(0), -pull_SO.sum(0)
-    curve_ss_O, curve_mm = (code_SO * bent_SO).sum(0), sum_S.sum()
+    pull_s_O = (code_SO * pull_SO).sum(0)
+    pull_m_O = -pull_SO.sum(0)
+    curve_ss_O = (code_SO * bent_SO).sum(0)
+    curve_mm = sum_S.sum()
     curve_sm_O = -bent_SO.sum(0)
 
     bend_O = curve_ss_O * curve_mm - curve_sm_O.square()
@@ -121,7 +123,8 @@ def _search(
     reach_OG = weight_OGS.amax(2).clamp_min(0) - lowest_OG
     energy_1G = energy_1GS.sum(2)
 
-    best_s_OG, best_m_OG = torch.zeros_like(reach_OG), torch.zeros_like(reach_OG)
+    best_s_OG = torch.zeros_like(reach_OG)
+    best_m_OG = torch.zeros_like(reach_OG)
     least_OG = torch.full_like(reach_OG, torch.inf)
 
     for span in SPANS:

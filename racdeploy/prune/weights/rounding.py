@@ -45,7 +45,8 @@ def round_to_grid(
     H_II = hessian.matrix_II
     if order_I is not None:
         pruned = Pruned(pruned.weight_OI[:, order_I], pruned.keep_OI[:, order_I])
-        target_OI, H_II = target_OI[:, order_I], H_II[order_I][:, order_I]
+        target_OI = target_OI[:, order_I]
+        H_II = H_II[order_I][:, order_I]
 
     chosen_OI = _choose(pruned, target_OI, H_II, quant)
     return chosen_OI if order_I is None else chosen_OI[:, order_I.argsort()]
@@ -77,7 +78,8 @@ def find_codes(
 
 def _descend(search: _Search) -> None:
     """Go over the columns in slabs, then over codes and scales, then over codes alone."""
-    quant, I = search.quant, search.target_OI.shape[1]
+    quant = search.quant
+    I = search.target_OI.shape[1]
     width = math.ceil(I / (SLABS * quant.BLOCK)) * quant.BLOCK
 
     for start in range(0, I, width):
@@ -109,7 +111,8 @@ class _Search:
         self._start(weight_OI, pruned.keep_OI)
 
     def _start(self, weight_OI: torch.Tensor, keep_OI: torch.Tensor) -> None:
-        H_II, quant = self.H_II, self.quant
+        H_II = self.H_II
+        quant = self.quant
         self.step_OG, self.unit_OG, pinned_OI = start_steps(weight_OI, H_II.diagonal(), quant)
 
         has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
@@ -147,7 +150,8 @@ class _Search:
                 group = slice(begin, begin + self.S)
                 H_SS = H_CC[group, group]
 
-                weight_SO, pull_SO = weight_CO[group], pull_CO[group].clone()
+                weight_SO = weight_CO[group]
+                pull_SO = pull_CO[group].clone()
                 self._visit_group(index, weight_SO, pull_SO, free_CO[group], H_SS, scales)
 
                 # The other columns of the chunk feel this group's moves at once …
@@ -256,7 +260,8 @@ class _LineSearch(_Search):
         H_SS: torch.Tensor,
         scales: bool,
     ) -> None:
-        step_O, minimum_O = self.step_OG[:, index], self.minimum_OG[:, index]
+        step_O = self.step_OG[:, index]
+        minimum_O = self.minimum_OG[:, index]
         weight_SO += minimum_O
         self._move(weight_SO, pull_SO, free_SO, H_SS, divisor(step_O))
         weight_SO -= minimum_O

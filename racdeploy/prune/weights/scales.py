@@ -29,10 +29,12 @@ def start_steps(
         step_OG; unit_OG, as :func:`nearest_steps` takes it; pinned_OI, 0 where a code is free.
     """
     widest_OG, pinned_OI = _pin_largest(weight_OI, quant)
-    step_OG, unit_OG = torch.empty_like(widest_OG), torch.empty_like(widest_OG)
+    step_OG = torch.empty_like(widest_OG)
+    unit_OG = torch.empty_like(widest_OG)
 
     shape_OGS = (*widest_OG.shape, quant.GROUP_SIZE)
-    weight_OGS, pinned_OGS = weight_OI.view(shape_OGS), pinned_OI.view(shape_OGS)
+    weight_OGS = weight_OI.view(shape_OGS)
+    pinned_OGS = pinned_OI.view(shape_OGS)
     energy_1GS = diagonal_I.view(1, -1, quant.GROUP_SIZE)
     rows = max(CHUNK_WEIGHTS // weight_OI.shape[1], 1)
 
@@ -81,7 +83,8 @@ class _Trial:
             return self._search(unit_OG, self.widest_OG)[0], unit_OG
 
         # Steps that have no sign of their own have the scale's: the better one for all groups.
-        size_OG, unit_OG = self.widest_OG.abs(), unit_OG.abs()
+        size_OG = self.widest_OG.abs()
+        unit_OG = unit_OG.abs()
         up_OG, lost_up_OG = self._search(unit_OG, size_OG)
         down_OG, lost_down_OG = self._search(-unit_OG, -size_OG)
         is_up_OG = self._sum_blocks(lost_up_OG) <= self._sum_blocks(lost_down_OG)

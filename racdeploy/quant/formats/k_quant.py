@@ -37,7 +37,8 @@ def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
     slabs = np.split(weight_GS, range(_SLAB_BLOCKS, len(weight_GS), _SLAB_BLOCKS))
     chosen = zip(*map(_search, slabs), strict=True)
     code_GS, scale_G, zero_G = map(np.concatenate, chosen)
-    scale_OG, zero_OG = scale_G.reshape(O, -1), zero_G.reshape(O, -1)
+    scale_OG = scale_G.reshape(O, -1)
+    zero_OG = zero_G.reshape(O, -1)
     return Blocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
 
 
