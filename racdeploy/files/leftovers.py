@@ -109,7 +109,10 @@ def _read_state(stage: Path) -> str:
 
 
 def _describe(path: Path, state: str) -> Leftover:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    if path.is_file():
+        files = [path]
+    else:
+        files = [file for file in path.rglob("*") if file.is_file()]
     stats = [file.stat() for file in files]
 
     # The lock is touched by whoever looks.

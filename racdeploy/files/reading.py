@@ -158,7 +158,10 @@ def refusing(what: object, remedy: str = _COPY) -> Iterator[None]:
     except BaseException as error:
         said = " ".join(str(error).split())[:_SHOWN]
         kind = type(error).__name__
-        message = f"{what} is damaged: {kind}: {said}" if said else f"{what} is damaged: {kind}"
+        if said:
+            message = f"{what} is damaged: {kind}: {said}"
+        else:
+            message = f"{what} is damaged: {kind}"
         raise ArtifactError(message, remedy=remedy) from error
 
 

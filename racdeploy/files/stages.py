@@ -192,7 +192,9 @@ def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:
             continue
 
         texts = [json.dumps(value, ensure_ascii=False).strip('"') for value in (before, after)]
-        change = f" {texts[0]} -> {texts[1]}" if all(map(_is_short, texts)) else ""
+        change = ""
+        if all(map(_is_short, texts)):
+            change = f" {texts[0]} -> {texts[1]}"
         found.append(f"{within}{key}{change}")
 
     return found

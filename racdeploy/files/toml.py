@@ -97,7 +97,9 @@ def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
 
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
-    shown = f" (got {repr(given)[:_SHOWN]})" if isinstance(given, int | float | str) else ""
+    shown = ""
+    if isinstance(given, int | float | str):
+        shown = f" (got {repr(given)[:_SHOWN]})"
 
     return f"{name or 'value'}: {message}{shown}{_suggest_share(detail)}"
 

@@ -96,7 +96,9 @@ class Checkpoint:
         blocks = further.count_blocks([*head])
         sizes = self.sizes(block)
         shapes = further.expected_shapes(self.family, self.kinds(block), sizes, blocks)
-        return head if further.fits(head, shapes) else {}
+        if further.fits(head, shapes):
+            return head
+        return {}
 
     @cached_property
     def whole(self) -> Mapping[str, TensorEntry]:

@@ -51,7 +51,9 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
 
     near = _find_nearest(config)
     other = _list_unknown(config, plugins.load("families", near).FAMILY)[:_SHOWN]
-    differs = f", which knows no {', '.join(other)}" if other else ", which knows all its settings"
+    differs = ", which knows all its settings"
+    if other:
+        differs = f", which knows no {', '.join(other)}"
 
     return ModelError(
         f"unsupported architecture {model_type!r} ({classes}){own}",

@@ -54,7 +54,9 @@ def refuse_weights(folder: Path) -> ModelError:
             remedy="copy or download it again; weights are got and read as safetensors alone",
         )
 
-    more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+    more = ""
+    if len(pickles) > 1:
+        more = f" and {len(pickles) - 1} more"
     return ModelError(
         f"{missing}: its weights are in {pickles[0][:_LONGEST_NAME]}{more}, a pickle, "
         "which can run code when it is read and is not opened",

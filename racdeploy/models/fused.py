@@ -90,7 +90,9 @@ def _split(name: str, blocks: str) -> tuple[str, str]:
 def _take(name: str, entry: TensorEntry, fused: Fused, experts: int) -> dict[str, TensorEntry]:
     """Return the parts of a tensor: (experts, outputs), with inputs in front or behind or none."""
     shape = entry.shape
-    outputs = 2 if fused.inputs_first and len(shape) == 3 else 1
+    outputs = 1
+    if fused.inputs_first and len(shape) == 3:
+        outputs = 2
     is_whole = len(shape) in (2, 3) and shape[0] == experts and 0 not in shape
     if not is_whole or shape[outputs] % len(fused.parts):
         raise ModelError(
@@ -123,7 +125,9 @@ def _find(entry: TensorEntry, fused: Fused, expert: int, place: int, outputs: in
 
     start = entry.start + expert * strides[0] + ahead
     reach = sum((length - 1) * each for length, each in zip(shape[1:], strides[1:], strict=True))
-    stop = start + reach + itemsize if 0 not in shape else start
+    stop = start
+    if 0 not in shape:
+        stop = start + reach + itemsize
 
     axes = [outputs, *(axis for axis in range(1, len(shape)) if axis != outputs)]
     own_shape = tuple(shape[axis] for axis in axes)

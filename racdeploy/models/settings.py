@@ -111,7 +111,10 @@ def check(config: Mapping[str, Any], where: str) -> None:
     repeated = _REPEATED.get(str(config.get("model_type")), ())
     for key, (is_one, kind) in _KINDS.items():
         value = config.get(key)
-        values = value if key in repeated and isinstance(value, list) else [value]
+        if key in repeated and isinstance(value, list):
+            values = value
+        else:
+            values = [value]
         if not all(each is None or is_one(each) for each in values[:_MOST_LISTED]):
             raise ModelError(
                 f"{where}: {key} is {str(value)[:80]!r}, not {kind}",

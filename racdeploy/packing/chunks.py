@@ -98,7 +98,9 @@ def unpack_chunk(
     else:
         body = layout.join(_expand(layout, first, weights, sizes, take))
 
-    return _join_blocks(layout, heads, body) if heads else body
+    if heads:
+        return _join_blocks(layout, heads, body)
+    return body
 
 
 def _join_blocks(layout: Layout, heads: list[Bytes], body: Bytes) -> Bytes:

@@ -96,7 +96,9 @@ def peak_bytes(
         solve = _FLOAT32 * I * (matrices * I + targets + copies * max(group.outputs))
         if group.experts > 1:  # the others' sums, and what is solved already: weights and target
             solve += others + _FLOAT32 * streams * group.weights
-        effect = _FLOAT32 * _MATRICES * I * I + passing if surveys else 0
+        effect = 0
+        if surveys:
+            effect = _FLOAT32 * _MATRICES * I * I + passing
 
         worst = max(worst, kept + max(gather, solve, effect))
         before += group.weights

@@ -47,7 +47,10 @@ class Importance:
                 remedy="give the path of an importance matrix in export.importance",
             )
 
-        means, tokens = _read_imatrix(file) if file.suffix == ".gguf" else _read_statistic(file)
+        if file.suffix == ".gguf":
+            means, tokens = _read_imatrix(file)
+        else:
+            means, tokens = _read_statistic(file)
 
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():

@@ -55,7 +55,9 @@ class Blocks:
         code_end = I * bits // 8
         scale_end = code_end + 2 * G
 
-        zero_bytes = -(-G * bits // 8) if zero_points else 0
+        zero_bytes = 0
+        if zero_points:
+            zero_bytes = -(-G * bits // 8)
         row_bytes = packed_OP.shape[1]
         assert row_bytes == scale_end + zero_bytes, "packed rows do not match the row length"
 
@@ -63,7 +65,9 @@ class Blocks:
         code_OI = code_OP if bits == 8 else split_neighbours(code_OP, I)
 
         scale_OG = np.ascontiguousarray(scale_OP).view("<f2")
-        zero_OG = split_neighbours(zero_OP, G) if zero_points else None
+        zero_OG = None
+        if zero_points:
+            zero_OG = split_neighbours(zero_OP, G)
         return cls(bits, code_OI, scale_OG, zero_OG)
 
     def weights(self) -> NDArray[np.float32]:

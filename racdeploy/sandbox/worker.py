@@ -51,7 +51,10 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Messag
     except MemoryError:
         return {"failed": "it took more memory than its process may"}, b""
     except BaseException as error:  # noqa: BLE001 - a native library's panic is none of Exception
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if str(error):
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            reason = type(error).__name__
         return {"failed": reason[:_LONGEST_REASON]}, b""
     finally:
         limit_processor(0)

@@ -215,7 +215,9 @@ class _Reader:
         if kind not in _SCALARS:
             raise ArtifactError(f"an array of metadata type {kind}")
         data = self._take(count * struct.calcsize(_SCALARS[kind]))
-        return np.frombuffer(data, dtype="<u8") if kind == _U64 else None
+        if kind == _U64:
+            return np.frombuffer(data, dtype="<u8")
+        return None
 
     def _text(self) -> str:
         data = self._take(self._number("Q"))

@@ -172,7 +172,9 @@ def write_entries(
 
     described = {}
     for name, entry in entries.items():
-        shape = (len(rows[name]), *entry.shape[1:]) if name in rows else entry.shape
+        shape = entry.shape
+        if name in rows:
+            shape = (len(rows[name]), *entry.shape[1:])
         described[name] = (entry.dtype, shape)
 
     with file.open("wb") as target:
@@ -182,7 +184,10 @@ def write_entries(
             return
 
         for name, entry in entries.items():
-            pieces = _read_rows(entry, rows[name]) if name in rows else entry.pieces()
+            if name in rows:
+                pieces = _read_rows(entry, rows[name])
+            else:
+                pieces = entry.pieces()
             for piece in pieces:
                 target.write(piece)
 

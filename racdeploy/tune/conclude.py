@@ -227,7 +227,9 @@ def _refuse_inaccurate(search: Search) -> UsageError:
 
     reference = search.reference
     dense = reference.accuracy
-    ratio = math.floor(100 * best.accuracy / dense) / 100 if dense else 0.0
+    ratio = 0.0
+    if dense:
+        ratio = math.floor(100 * best.accuracy / dense) / 100
     return UsageError(
         f"no candidate keeps {search.job.recipe.tune.least_ratio:.0%} of the accuracy of "
         f"{reference.name}, {dense:.1%}; the nearest is {best.name}, {best.accuracy:.1%}",

@@ -60,7 +60,10 @@ def _list_by_need(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
         if match := _match(tensor):
             block = int(match[1])
             kind = match[2]
-            need = _SENSITIVE.index(kind) if kind in _SENSITIVE else len(_SENSITIVE)
+            if kind in _SENSITIVE:
+                need = _SENSITIVE.index(kind)
+            else:
+                need = len(_SENSITIVE)
             ranked.append((need, min(block, last - block), len(ranked), tensor))
 
     return [tensor for *_, tensor in sorted(ranked)]

@@ -90,7 +90,9 @@ class Sizes:
         plan = model.files.plan(job.quant_rules, metadata, split_bytes)
         plain_bytes = model.files.size_bytes(plan)
 
-        saved_bytes = round(_expect_saved_bytes(job, plan.tensors)) if is_packed else 0
+        saved_bytes = 0
+        if is_packed:
+            saved_bytes = round(_expect_saved_bytes(job, plan.tensors))
         read_bytes = count_read_bytes(model.checkpoint, plan.tensors)
         size_bytes = plain_bytes - saved_bytes
         return Size(size_bytes, plain_bytes, model.checkpoint, read_bytes, tuple(plan.tensors))
@@ -109,7 +111,9 @@ class Sizes:
         """Return the checkpoint that is exported, or a skeleton of it."""
         export = job.recipe.export
         structure = job.structure
-        old_ids = job.vocabulary.choose() if job.vocabulary else None
+        old_ids = None
+        if job.vocabulary:
+            old_ids = job.vocabulary.choose()
         key = canonical_hash(
             {
                 "folder": str(job.model.folder),

@@ -72,7 +72,10 @@ class Body:
             yield from _copy(packed, quant, tensor)
             return
 
-        known = tensor.importances(self.importance) if self.importance else [None]
+        if self.importance:
+            known = tensor.importances(self.importance)
+        else:
+            known = [None]
         order_I = order_columns(tensor.transform, self.checkpoint, tensor.shape[-1])
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]

@@ -61,7 +61,10 @@ def _describe(
     name = names.get(ggml_type, "")
 
     zeros = _count_zeros(pieces, ggml_type, name)
-    foreign = _TYPES[ggml_type].name.lower() if ggml_type in _TYPES else f"ggml type {ggml_type}"
+    if ggml_type in _TYPES:
+        foreign = _TYPES[ggml_type].name.lower()
+    else:
+        foreign = f"ggml type {ggml_type}"
     return MeasuredTensor(
         name=tensor.name,
         shape=tensor.dimensions[::-1],

@@ -109,7 +109,9 @@ def check_parameters(checkpoint: Checkpoint) -> None:
 
         fine = [checkpoint.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
         if value is not None and value not in fine:
-            computes = f"computes only {fine[0]!r}" if fine else "has no such thing"
+            computes = "has no such thing"
+            if fine:
+                computes = f"computes only {fine[0]!r}"
             raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
 
     _check_windows(checkpoint)

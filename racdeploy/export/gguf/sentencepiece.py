@@ -54,7 +54,9 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
 
     steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
     spaced = [step for step in pre_tokenizer if step.get("type") == "Metaspace"]
-    how = f" with prepend_scheme {str(spaced[0].get('prepend_scheme'))!r:.40}" if spaced else ""
+    how = ""
+    if spaced:
+        how = f" with prepend_scheme {str(spaced[0].get('prepend_scheme'))!r:.40}"
     raise ModelError(
         f"llama.cpp has no counterpart for the tokenizer's"
         f" {show(steps) or 'lack of a normalizer'}{how}",

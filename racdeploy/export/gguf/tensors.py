@@ -163,7 +163,10 @@ def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[Plan
 
     for source, entry in checkpoint.further.items():
         block, inside = further.split_block(source)
-        in_block = family.further[inside] if block is None else family.block_tensors[inside]
+        if block is None:
+            in_block = family.further[inside]
+        else:
+            in_block = family.block_tensors[inside]
         name = f"blk.{checkpoint.block_count + (block or 0)}.{in_block}"
 
         transform = family.transforms.get(source if block is None else inside)

@@ -211,7 +211,9 @@ def _publish(
     for file, partial in partials.items():
         rows += packer.pack_file(partial, file)
 
-    return _describe_packed(plain, packing, rows) if rows else plain
+    if rows:
+        return _describe_packed(plain, packing, rows)
+    return plain
 
 
 def _describe_packed(

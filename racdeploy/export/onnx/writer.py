@@ -76,7 +76,9 @@ def export(
         write_model(model, arrays, scratch, out.name, lambda: properties | writer.list_tensors())
 
         notes = [chosen.note, *note_clients(checkpoint), *writer.packer.complete()]
-        unpacked_sha256 = _hash_unpacked(scratch / out.name) if writer.is_packed else ""
+        unpacked_sha256 = ""
+        if writer.is_packed:
+            unpacked_sha256 = _hash_unpacked(scratch / out.name)
         files = _move_in(scratch, out)
 
     unread = () if writer.is_packed else writer.packer.files_beside(out.name)
@@ -210,7 +212,10 @@ def _check_request(
 
     # The exporter's graph, in float32, lies in the temporary folder until it was compared; where
     # blocks differ in width, beside it the zero-padded twin or that one's graph.
-    passing_bytes = 4 * weights if checkpoint.is_uniform else 8 * count_twin_weights(checkpoint)
+    if checkpoint.is_uniform:
+        passing_bytes = 4 * weights
+    else:
+        passing_bytes = 8 * count_twin_weights(checkpoint)
     scratch = Path(tempfile.gettempdir())
     require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")
     packings.load_onnx(packing).GraphPacker.check_size(weights)

@@ -87,7 +87,10 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
         found = {tensor.name: tensor for tensor in model.graph.initializer}
 
         for name, sha256 in expected.items():
-            folded = read_array(found[name], optimized.parent) if name in found else np.zeros(0)
+            if name in found:
+                folded = read_array(found[name], optimized.parent)
+            else:
+                folded = np.zeros(0)
             if hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest() != sha256:
                 raise EngineError(
                     f"onnxruntime folds {name!r} into other weights than the plain ones"

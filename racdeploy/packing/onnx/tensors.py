@@ -69,7 +69,9 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
 
 def _read_tensor(entry: object) -> GraphTensor | None:
     """Return a tensor of the list; None where the entry does not describe one."""
-    values: dict[str, Any] = {"packing": "plain", **entry} if isinstance(entry, dict) else {}
+    values: dict[str, Any] = {}
+    if isinstance(entry, dict):
+        values = {"packing": "plain", **entry}
     if {key: type(value) for key, value in values.items()} != _KINDS:
         return None
 

@@ -248,7 +248,9 @@ def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[St
     place = 0
     for info in header.tensors:
         # One dimension more than a tensor can have is enough to refuse it.
-        count = min(recorded[place + 1], 5) if place + 1 < len(recorded) else 0
+        count = 0
+        if place + 1 < len(recorded):
+            count = min(recorded[place + 1], 5)
         stop = place + 2 + count
         if stop > len(recorded):
             raise ArtifactError("racgguf.tensors ends early")

@@ -148,7 +148,9 @@ class _Store:
         if not comes_back:
             return "its packed form would unpack to other bytes"
 
-        return "its packed form is not smaller" if stored.stored_bytes >= tensor.size_bytes else ""
+        if stored.stored_bytes >= tensor.size_bytes:
+            return "its packed form is not smaller"
+        return ""
 
     def _unpacks(self, stored: container.StoredTensor, position: int) -> bool:
         """Return whether the sink unpacks to the bytes at ``position`` of the plain file."""

@@ -82,7 +82,9 @@ def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) ->
         if linear:
             group = groups.index((linear,))
             ends = [other for other in range(group) if ends_part(groups, other)]
-            before = ends[-1] + 1 if ends else 0
+            before = 0
+            if ends:
+                before = ends[-1] + 1
         else:
             before = [linears[:1] for linears in groups].index(first_of_experts)
             group = before
@@ -124,7 +126,10 @@ def cut_inputs(site: BlockSite) -> list[int]:
 
         removal = Removal(target_OI, hessian, layout)
         units = site.choose(removal)
-        weight_OK = removal.solve() if site.criterion.CALIBRATED else removal.rest()
+        if site.criterion.CALIBRATED:
+            weight_OK = removal.solve()
+        else:
+            weight_OK = removal.rest()
 
     units = processes.tell(units, owner)
     narrow(pair, layout, units)

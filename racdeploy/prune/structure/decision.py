@@ -72,7 +72,9 @@ def _share_out(
     if not structure.uniform and criterion.CALIBRATED:
         surveyed = {part: own for part, own in layouts.items() if not own[0].alike}
 
-    curves = _survey(session, criterion, blocks, surveyed, structure) if surveyed else {}
+    curves = {}
+    if surveyed:
+        curves = _survey(session, criterion, blocks, surveyed, structure)
     units = {}
 
     for part, own in layouts.items():

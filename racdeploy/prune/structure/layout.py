@@ -118,7 +118,9 @@ def check_share(
 
     if abs(kept / units - share) > min(FAR, share / 4):
         where = "every block keeps as many" if uniform else "blocks differ"
-        least = f" from {first.least} on" if first.least > first.step else ""
+        least = ""
+        if first.least > first.step:
+            least = f" from {first.least} on"
         raise UsageError(
             f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"
             f" only multiples of {first.step}{least} can stay ({where})",

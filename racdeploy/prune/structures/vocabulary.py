@@ -65,7 +65,10 @@ def choose(
     """
     pairs = BytePairs.read(checkpoint.tokenizer)
     tokens = len(pairs.texts)
-    asked = round(keep * tokens) if keep <= 1 else int(keep)
+    if keep <= 1:
+        asked = round(keep * tokens)
+    else:
+        asked = int(keep)
 
     if asked > tokens:
         raise UsageError(

@@ -139,8 +139,12 @@ class Blocks:
         with self.computing(), self._shortcuts(block, known or {}):
             output = block(self._streams.part(hidden_BTD) if self._streams else hidden_BTD, **given)
 
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return self._streams.join(result) if self._streams else result
+        result: torch.Tensor = output
+        if isinstance(output, tuple):
+            result = output[0]
+        if self._streams:
+            return self._streams.join(result)
+        return result
 
     def computing(self) -> AbstractContextManager[Any]:
         """Return what products are made under, so that they are those of a forward pass."""

@@ -121,7 +121,9 @@ class ExpertGroup:
         size_bytes = 0
 
         for piece in pieces:
-            outputs = sum(len(full[linear]) for linear in piece.linears) if self._match else 0
+            outputs = 0
+            if self._match:
+                outputs = sum(len(full[linear]) for linear in piece.linears)
             own_bytes = 8 * count_sums(full[piece.linears[0]].shape[1], outputs)
             size_bytes += own_bytes
             if parts[-1] and size_bytes > EXPERT_BYTES:
@@ -146,14 +148,19 @@ class ExpertGroup:
 
         for index, batch in enumerate(session.fitted):
             found = pair.sparse_flow.routed(pair.sparse, index)
-            wanted = pair.dense_flow.routed(pair.dense, index) if self._match else None
+            wanted = None
+            if self._match:
+                wanted = pair.dense_flow.routed(pair.dense, index)
 
             for piece, statistic in zip(pieces, statistics, strict=True):
                 token_M = found.tokens(batch, None if piece.pooled else piece.expert)
                 own_M1I = self._input(pair.sparse, piece.expert, found, token_M)
                 dense_M1I = None
                 if wanted is not None:
-                    number = None if piece.expert is None else pair.experts[piece.expert]
+                    if piece.expert is None:
+                        number = None
+                    else:
+                        number = pair.experts[piece.expert]
                     dense_M1I = self._input(pair.dense, number, wanted, token_M)
                 statistic.add(own_M1I, dense_M1I, take(batch, token_M).stream_BT)
 

@@ -134,7 +134,10 @@ class InputStatistic:
 
         for index in indices:
             weight_OI = self.match[index]
-            part_OI = parts[index] if self._projected else weight_OI @ drift_XI
+            if self._projected:
+                part_OI = parts[index]
+            else:
+                part_OI = weight_OI @ drift_XI
             found[index] = weight_OI + hessian.solve(part_OI)
 
         return found

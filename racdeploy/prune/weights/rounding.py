@@ -49,7 +49,9 @@ def round_to_grid(
         H_II = H_II[order_I][:, order_I]
 
     chosen_OI = _choose(pruned, target_OI, H_II, quant)
-    return chosen_OI if order_I is None else chosen_OI[:, order_I.argsort()]
+    if order_I is None:
+        return chosen_OI
+    return chosen_OI[:, order_I.argsort()]
 
 
 def _choose(

@@ -131,7 +131,9 @@ class LinearPruner:
         hessian = statistic.hessian(settings.damping)
         targets = [full[linear] for linear in piece.linears]
         indices = [piece.linears.index(linear) for linear in own]
-        found = statistic.targets(indices, hessian) if settings.match_dense else targets
+        found = targets
+        if settings.match_dense:
+            found = statistic.targets(indices, hessian)
 
         solved = {}
         for index, linear in zip(indices, own, strict=True):
@@ -143,7 +145,9 @@ class LinearPruner:
             if name := self.quant_of(pair, linear):
                 quant = as_grid(name)
                 is_gguf = "gguf" in quant.FORMATS
-                order_I = find_order(pair.checkpoint, linear, target_OI) if is_gguf else None
+                order_I = None
+                if is_gguf:
+                    order_I = find_order(pair.checkpoint, linear, target_OI)
                 weight_OI = round_to_grid(pruned, live_OI, hessian, quant, order_I)
 
             solved[linear] = weight_OI, target_OI, hessian.damping

@@ -94,7 +94,9 @@ class Mix:
         names = (name, _OUTPUT) if tied and name == _EMBEDDING else (name,)
         match = _BLOCK.match(name)
 
-        block = int(match[1]) if match else 0
+        block = 0
+        if match:
+            block = int(match[1])
 
         rules = [rule for rule in (*self.own, *self.rules) if rule.applies(block, blocks)]
         rule = _find_rule(rules, names)
@@ -104,7 +106,9 @@ class Mix:
             usual = Choice(asked, rule.quant, rule.reason)
 
         own = [_find_rule(self.own, [part]) for part in parts]
-        return _choose_widest(usual, own) if any(own) else usual
+        if any(own):
+            return _choose_widest(usual, own)
+        return usual
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse a pattern of the recipe that names no matrix of the file."""
