@@ -119,12 +119,16 @@ def _find(entry: TensorEntry, fused: Fused, expert: int, place: int, outputs: in
     count = len(fused.parts)
     step = strides[outputs]
     shape[outputs] //= count
-    ahead = place * step * (1 if fused.alternating else shape[outputs])
     if fused.alternating:
+        ahead = place * step
         strides[outputs] *= count
+    else:
+        ahead = place * step * shape[outputs]
 
     start = entry.start + expert * strides[0] + ahead
-    reach = sum((length - 1) * each for length, each in zip(shape[1:], strides[1:], strict=True))
+    reach = 0
+    for length, stride in zip(shape[1:], strides[1:], strict=True):
+        reach += (length - 1) * stride
     stop = start
     if 0 not in shape:
         stop = start + reach + itemsize

@@ -131,7 +131,9 @@ def _expand(
     for bits, size in zip(layout.widths, sizes, strict=True):
         plane = _decode(size, -(-kept.size * bits // 8), take)
         field = _unpack_bits(plane, bits)[: kept.size].astype(layout.kind, copy=False)
-        fields.append(field << shift if shift else field)
+        if shift:
+            field = field << shift
+        fields.append(field)
         shift += bits
 
     codes = np.zeros(weights, dtype=layout.kind)

@@ -237,8 +237,9 @@ class _Walk:
         self._write_weights(pair, pruned)
 
         drift = self._advance(pair, pruned)
-        for error in (drift, *(linear.error for linear in pruned.values())):
-            error.share(self.processes)
+        drift.share(self.processes)
+        for linear in pruned.values():
+            linear.error.share(self.processes)
 
         linear_rows = self._linear_rows(pair, pruned)
         parts = {"drift_by_stream": drift.by_stream, "drift_by_task": drift.by_task}
@@ -250,12 +251,14 @@ class _Walk:
         """Cut a part of a block by the criterion."""
         plugin = plugins.load("structures", cut.part)
         site = BlockSite(self.session, self.criterion, cut.counts[pair.place], pair, cut)
-        pair.kept[cut.part] = getattr(plugin, "cut", cut_inputs)(site)
+        cut_part = getattr(plugin, "cut", cut_inputs)
+        pair.kept[cut.part] = cut_part(site)
 
         if cut.linear and pair.dense_name(cut.linear) not in self.pruner.shares:
             name = f"{cut.linear}.weight"
             weight_OI = pair.sparse.get_parameter(name)
-            put(pair.sparse, name, weight_OI.to(pair.stored_dtype(name)).float())  # as read back
+            stored_OI = weight_OI.to(pair.stored_dtype(name))
+            put(pair.sparse, name, stored_OI.float())  # as read back
 
     def _write_weights(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
         named = {pair.name(f"{linear}.weight"): row for linear, row in pruned.items()}

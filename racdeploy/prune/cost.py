@@ -66,7 +66,8 @@ def peak_bytes(
     tokens = calibration_tokens + held_out_tokens
     dense_tokens = tokens if settings.match_dense else held_out_tokens
     wide = checkpoint.state_width
-    window = sum(min(_FLOAT32 * wide * count, WINDOW_BYTES) for count in (tokens, dense_tokens))
+    window = min(_FLOAT32 * wide * tokens, WINDOW_BYTES)
+    window += min(_FLOAT32 * wide * dense_tokens, WINDOW_BYTES)
 
     # A token: as above, two values of feed-forward width, a linear's input per stream.
     inner = max(group.inputs for group in groups)

@@ -139,7 +139,8 @@ class LineFinder(Candidates):
     ) -> None:
         """Note what the format has, of those that are tried and have nothing yet."""
         number_NG = minimum_NG // self._units
-        fits_NG = tried_NG & ~found.fits_NG & (step_NG >= 0) & (step_NG <= self._step_codes)
+        fits_NG = tried_NG & ~found.fits_NG
+        fits_NG &= (step_NG >= 0) & (step_NG <= self._step_codes)
         fits_NG &= (number_NG >= 0) & (number_NG <= self._minimum_codes)
         fits_NG &= number_NG * self._units == minimum_NG
         fits_NG &= lowest_NG + minimum_NG >= 0

@@ -77,7 +77,9 @@ def _tabulate() -> NDArray[np.uint32]:
     bits_YX = value_YX.view(np.uint32) >> 16
 
     byte_Z = np.arange(256)
-    pair_YZ: NDArray[np.uint32] = bits_YX[:, byte_Z & 15] | bits_YX[:, byte_Z >> 4] << 16
+    low_YZ = bits_YX[:, byte_Z & 15]
+    high_YZ = bits_YX[:, byte_Z >> 4]
+    pair_YZ: NDArray[np.uint32] = low_YZ | high_YZ << 16
     return pair_YZ.astype("<u4").reshape(-1)
 
 

@@ -129,7 +129,8 @@ def estimate_least(
     prompts = len(job.problems("calibration"))
     traces_s = 0.0
     if not (traces or recipe.traces.server):
-        step_s = _TORCH_PASS_S * checkpoint.block_count + effort.token_flops / effort.flops_per_s
+        step_s = _TORCH_PASS_S * checkpoint.block_count
+        step_s += effort.token_flops / effort.flops_per_s
         traces_s = _STARTING_S + effort.answer_s(prompts, step_s, recipe.traces.batch)
 
     calibrated = min(recipe.calibration.max_tokens or math.inf, prompts * tokens)

@@ -86,7 +86,9 @@ def propose_mix(choice: Choice, size: Size, max_bytes: int) -> Choice | None:
 
     # Pruning chooses how wide each block is: only of equal widths is the size of a mix known.
     is_free = "ffn" in recipe.structure.parts and not recipe.structure.uniform
-    fixed = [each for each in size.tensors if not (is_free and ".ffn_" in each.name)]
+    fixed = size.tensors
+    if is_free:
+        fixed = [each for each in fixed if ".ffn_" not in each.name]
 
     for name in sorted(wider, key=lambda each: quant.load(each).BITS):
         tensors = fill(fixed, name, max_bytes - size.size_bytes)

@@ -152,7 +152,12 @@ def _iterate_slabs(
 
         for start in range(0, len(raw_OI), step):
             rows = slice(start, start + step)
-            weight_OI = widen(raw_OI[rows] if order_O is None else raw_OI[order_O[rows]])
+            if order_O is None:
+                stored_OI = raw_OI[rows]
+            else:
+                stored_OI = raw_OI[order_O[rows]]
+
+            weight_OI = widen(stored_OI)
             if order_I is not None:
                 weight_OI = weight_OI[:, order_I]
             if tensor.transform == "plus_one":
@@ -162,7 +167,8 @@ def _iterate_slabs(
             yield part, weight_OI
 
     for start in range(0, missing, step):
-        yield 0, np.zeros((min(step, missing - start), row_length), np.float32)
+        rest = min(step, missing - start)
+        yield 0, np.zeros((rest, row_length), np.float32)
 
 
 def _map_ahead(

@@ -119,8 +119,11 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
 
     plan += _plan_unused_keys(checkpoint, mix, family)
     plan += _plan_further(checkpoint, mix, family)
-    matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
-    mix.check(name for tensor in matrices for name in (tensor.name, *tensor.usual_names))
+    names = []
+    for tensor in plan:
+        if len(tensor.shape) > 1:
+            names += [tensor.name, *tensor.usual_names]
+    mix.check(names)
     return plan
 
 

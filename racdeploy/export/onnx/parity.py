@@ -91,7 +91,8 @@ def _run_graph(
         results = session.run(None, inputs | cache)
 
         found = dict(zip(outputs, results, strict=True))
-        cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
+        for name in cache:
+            cache[name] = found[name.replace("past_key_values", "present")]
         logits.append(found["logits"][0])
         past = total
 

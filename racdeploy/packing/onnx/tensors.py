@@ -81,7 +81,9 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     known = known and values["packing"] in packings.names("onnx")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
-    if not known or not are_extents or len(shape) not in (1, 2) or math.prod(shape) > _MOST_WEIGHTS:
+    if not known or not are_extents:
+        return None
+    if len(shape) not in (1, 2) or math.prod(shape) > _MOST_WEIGHTS:
         return None
     return GraphTensor(**{**values, "shape": tuple(shape)})
 
@@ -127,8 +129,11 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
     """
     main = arrays[tensor.name]
     if not tensor.is_blocks:
-        values = np.ascontiguousarray(main.T if tensor.turned else main)
-        return values.reshape(1 if values.ndim == 1 else len(values), -1).view(np.uint8)
+        if tensor.turned:
+            main = main.T
+        values = np.ascontiguousarray(main)
+        rows = 1 if values.ndim == 1 else len(values)
+        return values.reshape(rows, -1).view(np.uint8)
 
     # The file has scales in float32, which the operator takes; the rows in half precision.
     scale_OG = arrays[f"{tensor.name}.scales"]

@@ -156,7 +156,8 @@ def measure_norms(session: Session, flow: Flow, block: nn.Module) -> list[float]
             is_own_MK = routed.chosen_NK[token_M] == number
             share_M = (routed.share_NK[token_M] * is_own_MK).sum(1)
             norm_M = share_M.float() * output_MD.float().norm(dim=1)
-            weight_M = session.weights_R[stream_N[token_M.cpu()].to(session.weights_R.device)]
+            stream_M = stream_N[token_M.cpu()].to(session.weights_R.device)
+            weight_M = session.weights_R[stream_M]
             sums_2E[0, number] += _sum_exactly(norm_M * weight_M, _NORM_GRID)
             sums_2E[1, number] += _sum_exactly(weight_M, _NORM_GRID)
 

@@ -44,7 +44,8 @@ class OwnInputs:
         projection_PD = torch.from_numpy(
             checkpoint.read_rows(_PROJECTION, np.arange(own.start, own.stop))
         ).to(device)
-        projected_NP = (embedded_ND * embedding_scale(checkpoint)) @ projection_PD.T * D**-0.5
+        scaled_ND = embedded_ND * embedding_scale(checkpoint)
+        projected_NP = scaled_ND @ projection_PD.T * D**-0.5
 
         weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)
         eps = float(checkpoint.config["rms_norm_eps"])

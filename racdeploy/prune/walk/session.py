@@ -71,7 +71,8 @@ def open_session(
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     fitted = make_batches(calibration, tasks, held_out=False)
     batches = fitted + make_batches(held_out, tasks, held_out=True)
-    own = [batches[index] for index in processes.mine([batch.ids_BT.numel() for batch in batches])]
+    sizes = [batch.ids_BT.numel() for batch in batches]
+    own = [batches[index] for index in processes.mine(sizes)]
 
     blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
     counts = weights or StreamWeights()

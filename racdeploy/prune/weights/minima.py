@@ -89,8 +89,10 @@ def fit_lines(
     curve_sm_O = -bent_SO.sum(0)
 
     bend_O = curve_ss_O * curve_mm - curve_sm_O.square()
-    solved_O = (pull_s_O * curve_mm - pull_m_O * curve_sm_O) / torch.where(bend_O > 0, bend_O, 1)
-    stepped_O = nearest_steps(step_O + torch.where(bend_O > 0, solved_O, 0), unit_O, quant)
+    is_bent_O = bend_O > 0
+    solved_O = pull_s_O * curve_mm - pull_m_O * curve_sm_O
+    solved_O /= torch.where(is_bent_O, bend_O, 1)
+    stepped_O = nearest_steps(step_O + torch.where(is_bent_O, solved_O, 0), unit_O, quant)
 
     for tried_O in (stepped_O, step_O.clone()):
         by_s_O = tried_O - step_O
@@ -136,11 +138,15 @@ def _search(
         mean_w_OG = (weight_OGS * energy_1GS).sum(2) / energy_1G
         away_OGS = (code_OGS - mean_c_OG[:, :, None]) * energy_1GS
         bend_OG = (away_OGS * code_OGS).sum(2)
-        slope_OG = (away_OGS * weight_OGS).sum(2) / torch.where(bend_OG > 0, bend_OG, 1)
-        slope_OG = torch.where((bend_OG > 0) & (slope_OG > 0), slope_OG, tried_OG)
+        is_bent_OG = bend_OG > 0
+        slope_OG = (away_OGS * weight_OGS).sum(2) / torch.where(is_bent_OG, bend_OG, 1)
+        is_rising_OG = is_bent_OG & (slope_OG > 0)
+        slope_OG = torch.where(is_rising_OG, slope_OG, tried_OG)
         minimum_OG = (mean_c_OG * slope_OG - mean_w_OG).clamp_min_(0)
 
-        lost_OGS = code_OGS * slope_OG[:, :, None] - minimum_OG[:, :, None] - weight_OGS
+        lost_OGS = code_OGS * slope_OG[:, :, None]
+        lost_OGS -= minimum_OG[:, :, None]
+        lost_OGS -= weight_OGS
         error_OG = (lost_OGS.square_() * energy_1GS).sum(2)
         better_OG = error_OG < least_OG
         least_OG = torch.where(better_OG, error_OG, least_OG)

@@ -88,7 +88,9 @@ class _Trial:
         up_OG, lost_up_OG = self._search(unit_OG, size_OG)
         down_OG, lost_down_OG = self._search(-unit_OG, -size_OG)
         is_up_OG = self._sum_blocks(lost_up_OG) <= self._sum_blocks(lost_down_OG)
-        return torch.where(is_up_OG, up_OG, down_OG), torch.where(is_up_OG, unit_OG, -unit_OG)
+        step_OG = torch.where(is_up_OG, up_OG, down_OG)
+        unit_OG = torch.where(is_up_OG, unit_OG, -unit_OG)
+        return step_OG, unit_OG
 
     def _sum_blocks(self, lost_OG: torch.Tensor) -> torch.Tensor:
         """Return the sum over each block, for each of its groups."""

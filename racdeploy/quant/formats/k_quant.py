@@ -62,7 +62,8 @@ def _search(
     importance_GS = np.abs(weight_GS) + np.sqrt(square_G1)
 
     for step in _STEPS:
-        inverse_G = np.divide(_MOST + step, width_G, out=np.zeros_like(width_G), where=width_G > 0)
+        inverse_G = np.zeros_like(width_G)
+        np.divide(_MOST + step, width_G, out=inverse_G, where=width_G > 0)
         tried_zero_G = np.clip(np.rint(-low_G * inverse_G), 0, _MOST)
         level_GS = _clip(np.rint(weight_GS * inverse_G[:, None]), tried_zero_G)
 
