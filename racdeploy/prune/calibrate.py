@@ -110,7 +110,9 @@ def _decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
             found: Observation = plugin.observe(weight_OI, hessian, effect, settings)
             return found
 
-        observations = survey(session, sizes, observe) if plugin.SURVEYS else {}
+        observations = {}
+        if plugin.SURVEYS:
+            observations = survey(session, sizes, observe)
         if settings.shares:
             shares = fill_shares(settings.shares, sizes, settings.sparsity)
         else:

@@ -155,10 +155,14 @@ def _list_groups(checkpoint: Checkpoint) -> list[_Group]:
     for block in range(checkpoint.block_count):
         groups = []
         for linears in checkpoint.input_groups(block):
-            experts = checkpoint.experts if linears[0] in family.routed else 1
+            experts = 1
+            if linears[0] in family.routed:
+                experts = checkpoint.experts
             names = [f"{family.blocks}.{block}.{name}.weight" for name in name_experts(linears, 1)]
             shapes = [checkpoint.entries[name].shape for name in names]
-            groups.append(_Group(shapes[0][1], [outputs for outputs, _ in shapes], experts))
+            _, inputs = shapes[0]
+            outputs = [rows for rows, _ in shapes]
+            groups.append(_Group(inputs, outputs, experts))
         blocks.append(groups)
 
     return max(blocks, key=lambda groups: sum(group.weights for group in groups))

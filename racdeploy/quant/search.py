@@ -46,14 +46,16 @@ def choose_codes(
     code_chunks = []
 
     for start in range(0, O, rows):
-        weight_SG = np.ascontiguousarray(weight_OI[start : start + rows].reshape(-1, block).T)
+        weight_GS = weight_OI[start : start + rows].reshape(-1, block)
+        weight_SG = np.ascontiguousarray(weight_GS.T)
         step_G, code_SG = _search(weight_SG, importance_SG[:, : weight_SG.shape[1]], codes, span_N)
 
         steps.append(step_G)
         code_chunks.append(code_SG.T.astype(np.int8))
 
     code_GS = np.concatenate(code_chunks)
-    return np.concatenate(steps).reshape(O, G), code_GS.reshape(O, G, block)
+    step_OG = np.concatenate(steps).reshape(O, G)
+    return step_OG, code_GS.reshape(O, G, block)
 
 
 def _search(

@@ -137,7 +137,9 @@ def _summarize(
 ) -> Tuning:
     recipe = search.job.recipe
     gain = _find_gain(rival, report)
-    confidence = report.comparison.confidence if report.comparison else 0.90
+    confidence = 0.90
+    if report.comparison:
+        confidence = report.comparison.confidence
     race = search.race
 
     return Tuning(
@@ -187,8 +189,9 @@ def write_verdict(
     kind = "plain dense weights" if winner.choice.dense else "a pruned model"
     first = f"Asked for {asked}: {kind} won: {winner.name}, {_describe(winner)}."
     if rival is None or gain is None:
-        alone = "" if winner.choice.dense or rival else " No dense model made keeps the limits."
-        return f"{first}{alone}"
+        if winner.choice.dense or rival:
+            return first
+        return f"{first} No dense model made keeps the limits."
 
     more, fewer = points(gain.value), points(-gain.value)
     ends = f"{points(gain.lower)} to {points(gain.upper)} points"

@@ -289,7 +289,9 @@ class Search:
 
         first = {entry.choice.dense: entry for entry in reversed(compared)}.values()
         is_far = self.limits.objective == "accuracy"
-        farthest = _MAX_TIMES * max(compared[0].distance, _LEAST_KL) if is_far else math.inf
+        farthest = math.inf
+        if is_far:
+            farthest = _MAX_TIMES * max(compared[0].distance, _LEAST_KL)
 
         chosen = {entry.name: entry for entry in first}
         for entry in compared:

@@ -227,7 +227,9 @@ def _lay(
 def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]]:
     """Return name in the file → names in the checkpoint, of all that the architecture may hold."""
     outside = dict(family.model_tensors)
-    output = outside.pop("lm_head.weight", "") if checkpoint.tied else ""
+    output = ""
+    if checkpoint.tied:
+        output = outside.pop("lm_head.weight", "")
 
     names: dict[str, list[str]] = {}
     for source, name in outside.items():
@@ -302,7 +304,9 @@ def _choose(
     wide = [why for end, why in _IN_F32.items() if name.endswith(end)]
     if len(shape) == 1 or wide:
         why = wide[0] if wide else VECTORS_IN_F32
-        return Choice(mix.quant, "f32", "" if mix.quant == "f32" else why)
+        if mix.quant == "f32":
+            why = ""
+        return Choice(mix.quant, "f32", why)
 
     choice = mix.choose(name, checkpoint.block_count, checkpoint.tied, usual_names)
     chosen = choice.quant

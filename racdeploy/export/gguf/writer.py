@@ -131,7 +131,9 @@ def make_plan(
 ) -> Plan:
     """Decide all of a file before it is written; the arguments are those of :func:`export`."""
     tensors = plan_tensors(checkpoint, mix)
-    divided = divide(tensors, 0 if out.suffix == racgguf.SUFFIX else split_bytes)
+    if out.suffix == racgguf.SUFFIX:
+        split_bytes = 0
+    divided = divide(tensors, split_bytes)
     parts = {out: tensors}
     if len(divided) > 1:
         names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))

@@ -97,7 +97,9 @@ def encode(
         parts.append(packed_OP)
         advance(weight_OI.size)
 
-    packed_OP = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    packed_OP = parts[0]
+    if len(parts) > 1:
+        packed_OP = np.concatenate(parts)
     return split_arrays(tensor, packed_OP), zeros
 
 

@@ -276,10 +276,12 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
     stored = StoredArrays(model, packed)
     constants = stored.constants(tensors)
     nodes = [node for node in model.graph.node if not node.name.startswith(PACKING_PREFIX)]
-    del model.graph.node[:], model.graph.initializer[:]
+    del model.graph.node[:]
+    del model.graph.initializer[:]
     model.graph.node.extend(nodes)
 
     arrays = (item for tensor in tensors for item in stored.take(tensor)[0].items())
-    properties[TENSORS_KEY] = list_tensors([replace(tensor, packing="plain") for tensor in tensors])
+    plain = [replace(tensor, packing="plain") for tensor in tensors]
+    properties[TENSORS_KEY] = list_tensors(plain)
     write_model(model, chain(constants, arrays), folder, name, lambda: properties)
     return folder / name

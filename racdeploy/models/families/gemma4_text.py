@@ -83,7 +83,9 @@ def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
 
     first_sharing = len(blocks) - config["num_kv_shared_layers"]
     width = config["intermediate_size"]
-    wide = width * 2 if config.get("use_double_wide_mlp") else width
+    wide = width
+    if config.get("use_double_wide_mlp"):
+        wide = width * 2
     widths["intermediate_size"] = [wide if block >= first_sharing else width for block in blocks]
     return widths
 

@@ -65,7 +65,8 @@ class TensorPacker:
                 continue
 
             tallies = [tally(layout, chunk) for chunk in self._chunks(tensor)]
-            self._tallies[tensor.name] = tallied = np.sum(tallies, axis=0)
+            tallied = np.sum(tallies, axis=0)
+            self._tallies[tensor.name] = tallied
             if layout.in_words:
                 kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
                 alike.setdefault(kind, []).append(tensor.name)

@@ -111,7 +111,8 @@ def _survey(
     curves: dict[str, list[dict[int, float]]] = {part: [] for part in layouts}
     for name, found in survey(session, list(wanted), observe).items():
         curve = {int(count): error for count, error in found.items()}
-        curves[wanted[name][0]].append(curve)
+        part, _ = wanted[name]
+        curves[part].append(curve)
 
     return curves
 

@@ -202,7 +202,9 @@ def measure_experts(
             is_inner = module is owner.down_proj
 
             with session.blocks.computing():
-                input_MI = owner.inner(hidden_MD) if is_inner else hidden_MD
+                input_MI = hidden_MD
+                if is_inner:
+                    input_MI = owner.inner(hidden_MD)
                 found_MO = without_bias(module, module(input_MI))
 
             wanted_MO = input_MI.float() @ linear.target_OI.T

@@ -166,7 +166,10 @@ class LinearPruner:
         weight_OI, target_OI, damping = solved
         # Codes times a scale need more digits than bfloat16 has.
         has_codes = self.quant_of(pair, linear)
-        stored = torch.float32 if has_codes else pair.stored_dtype(f"{linear}.weight")
+        if has_codes:
+            stored = torch.float32
+        else:
+            stored = pair.stored_dtype(f"{linear}.weight")
         expert = expert_of(linear)
 
         return PrunedLinear(

@@ -91,7 +91,9 @@ class Mix:
         Rules for the output apply to the embedding too where it is tied. ``parts`` are the usual
         names of what is laid into this tensor: patterns of the recipe may name them.
         """
-        names = (name, _OUTPUT) if tied and name == _EMBEDDING else (name,)
+        names = [name]
+        if tied and name == _EMBEDDING:
+            names.append(_OUTPUT)
         match = _BLOCK.match(name)
 
         block = 0
