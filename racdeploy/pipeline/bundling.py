@@ -197,16 +197,6 @@ def _describe_tokenizer(bundle: Path, place: str, checkpoint: Checkpoint) -> Tok
 def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
     job, report = contents.job, contents.report
     recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
-    target = Target.read(recipe.target)
-
-    # What the model's authors recommend, where they name numbers.
-    own = checkpoint.tokenizer.generation.items()
-    generation = {key: value for key, value in own if type(value) in (int, float)}
-
-    # A context with room for long thoughts, within what model and target have.
-    most = min(checkpoint.positions, target.context_tokens)
-    context_tokens = max(recipe.verify.context_tokens, min(most, _ROOM_FOR_THOUGHTS))
-
     dense = _describe_tokenizer(folder, DENSE_FOLDER, checkpoint) if job.vocabulary else None
     tokenizer = _describe_tokenizer(folder, "", contents.model.checkpoint)
     differences = _count_differences(report)
@@ -236,18 +226,34 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=tokenizer.model_copy(update={"differences": differences}),
         dense_tokenizer=dense,
-        generation=manifests.GenerationSettings(
-            temperature=float(generation.get("temperature", recipe.traces.temperature)),
-            top_p=float(generation.get("top_p", recipe.traces.top_p)),
-            max_new_tokens=recipe.verify.max_new_tokens,
-            max_thinking_tokens=contents.control.max_tokens,
-            thinking=contents.control.settings,
-            context_tokens=recipe.verify.context_tokens,
-            model_context_tokens=checkpoint.positions,
-            advised_context_tokens=context_tokens,
-        ),
+        generation=_advise_generation(job, contents.control),
         verdict=report.verdict,
         headline=_headline(report),
+    )
+
+
+def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettings:
+    """Return the settings of verification, and those that suit the model and the target."""
+    recipe = job.recipe
+    checkpoint = job.checkpoint
+
+    # What the model's authors recommend, where they name numbers.
+    own = checkpoint.tokenizer.generation.items()
+    generation = {key: value for key, value in own if type(value) in (int, float)}
+
+    # A context with room for long thoughts, within what model and target have.
+    most = min(checkpoint.positions, Target.read(recipe.target).context_tokens)
+    context_tokens = max(recipe.verify.context_tokens, min(most, _ROOM_FOR_THOUGHTS))
+
+    return manifests.GenerationSettings(
+        temperature=float(generation.get("temperature", recipe.traces.temperature)),
+        top_p=float(generation.get("top_p", recipe.traces.top_p)),
+        max_new_tokens=recipe.verify.max_new_tokens,
+        max_thinking_tokens=control.max_tokens,
+        thinking=control.settings,
+        context_tokens=recipe.verify.context_tokens,
+        model_context_tokens=checkpoint.positions,
+        advised_context_tokens=context_tokens,
     )
 
 

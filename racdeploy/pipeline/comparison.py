@@ -126,43 +126,13 @@ class Evaluation:
         nothing.
         """
         recipe = self.job.recipe
-        (dense_arm, pruned_arm, *others), traces, notes = self._answer_arms(
-            model, dense, pruned, rivals
-        )
-        form = exports.load(recipe.export.format)
-        metadata, _ = form.measure(pruned.path)
-        prunable = set(map(generalize, model.checkpoint.linear_weights))
-        encoder = PromptEncoder.from_folder(model.folder)
-        logits = self._compare_logits(model, pruned, traces)
-
-        evidence = Evidence(
-            settings=recipe.verify,
-            gate=self.job.gate,
-            dense=dense_arm,
-            pruned=pruned_arm,
-            backend=self.job.backend,
-            rivals=tuple(others),
-            artifact=pruned.path,
-            artifact_files=pruned.files,
-            sparsity_asked=model.sparsity_asked,
-            tensors=measure.list_tensors(pruned.tensors),
-            prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
-            dense_linears=frozenset(r.name for r in model.linears if r.sparsity_asked == 0),
-            probes=found.probes,
-            token_differences=recipe.export.accept_token_differences,
-            logits=logits,
-            also=self._answer_also(model, also),
-            prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
-            stop_ids=measure.read_stop_ids(
-                form.TOKENIZER_PREFIX, metadata, model.checkpoint.eos_ids
-            ),
-            packing=recipe.export.packing,
-        )
+        arms, traces, notes = self._answer_arms(model, dense, pruned, rivals)
+        evidence = self._gather(model, pruned, arms, traces, found, also)
 
         built = [*_selection_notes(model.selection), *model.notes, *pruned.notes, *found.notes]
         dense_rivals = [rival for rival in rivals if rival.name != BEFORE]
         missing = control_notes(recipe.verify, len(dense_rivals))
-        cut = self._vocabulary_notes(model, encoder, dense_arm, logits)
+        cut = self._vocabulary_notes(model, evidence.dense, evidence.logits)
 
         return conclude(
             evidence,
@@ -177,6 +147,47 @@ class Evaluation:
             kept=measure_kept(self.job.checkpoint, model.checkpoint),
             recovery=model.recovery,
             fingerprint=measure.fingerprint(self._engine_settings),
+        )
+
+    def _gather(
+        self,
+        model: PrunedModel,
+        pruned: ExportResult,
+        arms: Sequence[Arm],
+        traces: Sequence[IdPair],
+        found: Findings,
+        also: Sequence[ExportResult],
+    ) -> Evidence:
+        """Return what the checks look at, of arms in the order dense, pruned, rivals."""
+        recipe = self.job.recipe
+        dense_arm, pruned_arm, *others = arms
+        form = exports.load(recipe.export.format)
+        metadata, _ = form.measure(pruned.path)
+        prunable = set(map(generalize, model.checkpoint.linear_weights))
+        encoder = PromptEncoder.from_folder(model.folder)
+
+        return Evidence(
+            settings=recipe.verify,
+            gate=self.job.gate,
+            dense=dense_arm,
+            pruned=pruned_arm,
+            backend=self.job.backend,
+            rivals=tuple(others),
+            artifact=pruned.path,
+            artifact_files=pruned.files,
+            sparsity_asked=model.sparsity_asked,
+            tensors=measure.list_tensors(pruned.tensors),
+            prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
+            dense_linears=frozenset(r.name for r in model.linears if r.sparsity_asked == 0),
+            probes=found.probes,
+            token_differences=recipe.export.accept_token_differences,
+            logits=self._compare_logits(model, pruned, traces),
+            also=self._answer_also(model, also),
+            prompts=measure.probe_prompts(encoder, metadata, self._chat_ids(model.folder)),
+            stop_ids=measure.read_stop_ids(
+                form.TOKENIZER_PREFIX, metadata, model.checkpoint.eos_ids
+            ),
+            packing=recipe.export.packing,
         )
 
     @property
@@ -260,11 +271,7 @@ class Evaluation:
         )
 
     def _vocabulary_notes(
-        self,
-        model: PrunedModel,
-        encoder: PromptEncoder,
-        dense: Arm,
-        logits: LogitComparison | None,
+        self, model: PrunedModel, dense: Arm, logits: LogitComparison | None
     ) -> list[str]:
         """Return what a cut vocabulary means for the figures; nothing where all tokens stay."""
         old_ids = self.job.renumbering(model.folder)
@@ -273,6 +280,7 @@ class Evaluation:
 
         # No token was chosen for these texts.
         texts = [f"{record.thinking_text}\n{record.answer_text}" for record in dense.records]
+        encoder = PromptEncoder.from_folder(model.folder)
         found = compare_segmentation(self.job.encoder, encoder, old_ids, texts)
 
         asked = min(self.job.recipe.verify.logit_traces, len(texts))

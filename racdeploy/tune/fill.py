@@ -86,7 +86,7 @@ def propose_mix(choice: Choice, size: Size, max_bytes: int) -> Choice | None:
 
     # Pruning chooses how wide each block is: only of equal widths is the size of a mix known.
     is_free = "ffn" in recipe.structure.parts and not recipe.structure.uniform
-    fixed = size.tensors
+    fixed = list(size.tensors)
     if is_free:
         fixed = [each for each in fixed if ".ffn_" not in each.name]
 

@@ -94,9 +94,9 @@ class Mix:
         names = [name]
         if tied and name == _EMBEDDING:
             names.append(_OUTPUT)
-        match = _BLOCK.match(name)
 
         block = 0
+        match = _BLOCK.match(name)
         if match:
             block = int(match[1])
 
