@@ -206,7 +206,8 @@ def weight_bytes(path: Path) -> int:
     found = _PART.search(path.stem)
     parts = [path]
     if found:
-        parts = sorted(path.parent.glob(f"{path.stem[: found.start()]}-*{found[1]}{path.suffix}"))
+        stem = path.stem[: found.start()]
+        parts = sorted(path.parent.glob(f"{stem}-*{found[1]}{path.suffix}"))
 
     beside = load(format_of(path)).WEIGHT_SUFFIXES
     files = [*parts, *(path.with_name(path.name + suffix) for suffix in beside)]

@@ -136,7 +136,14 @@ def _find(entry: TensorEntry, fused: Fused, expert: int, place: int, outputs: in
     axes = [outputs, *(axis for axis in range(1, len(shape)) if axis != outputs)]
     own_shape = tuple(shape[axis] for axis in axes)
     own_strides = tuple(strides[axis] for axis in axes)
-    return TensorEntry(entry.file, start, stop, entry.dtype, own_shape, own_strides)
+    return TensorEntry(
+        file=entry.file,
+        start=start,
+        stop=stop,
+        dtype=entry.dtype,
+        shape=own_shape,
+        strides=own_strides,
+    )
 
 
 def _unpack(

@@ -53,7 +53,8 @@ def _order_value_heads(checkpoint: Checkpoint, rows: int) -> Order | None:
 
     own = heads if rows == heads else checkpoint.integer("linear_value_width")
     order_GHX = np.arange(rows - own, rows).reshape(groups, heads // groups, own // heads)
-    return np.concatenate([np.arange(rows - own), order_GHX.swapaxes(0, 1).reshape(-1)])
+    order_X = order_GHX.swapaxes(0, 1).reshape(-1)
+    return np.concatenate([np.arange(rows - own), order_X])
 
 
 _ROWS: Mapping[Any, Callable[[Checkpoint, int], Order | None]] = {

@@ -190,7 +190,15 @@ class _Reader:
                     f"the file at {self.size_bytes}"
                 )
 
-            tensors.append(TensorInfo(name, shape, ggml_type, size_bytes, data_start + offset))
+            tensors.append(
+                TensorInfo(
+                    name=name,
+                    dimensions=shape,
+                    ggml_type=ggml_type,
+                    size_bytes=size_bytes,
+                    position=data_start + offset,
+                )
+            )
             expected = padded(offset + size_bytes, alignment)
 
         return tuple(tensors)

@@ -152,7 +152,8 @@ def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
     for tokens in tune.vocabulary:
         keep = {"structure": {"keep": {"vocabulary": float(tokens)}}}
         pruned.append((f"{tokens:,} tokens", keep))
-        pruned += [(f"{tokens:,} tokens, {kind}", merge(keep, own)) for kind, own in whole]
+        for kind, own in whole:
+            pruned.append((f"{tokens:,} tokens, {kind}", merge(keep, own)))
 
     yield "dense", {}
     for kind, settings in pruned:

@@ -95,7 +95,13 @@ class Sizes:
             saved_bytes = round(_expect_saved_bytes(job, plan.tensors))
         read_bytes = count_read_bytes(model.checkpoint, plan.tensors)
         size_bytes = plain_bytes - saved_bytes
-        return Size(size_bytes, plain_bytes, model.checkpoint, read_bytes, tuple(plan.tensors))
+        return Size(
+            size_bytes=size_bytes,
+            plain_bytes=plain_bytes,
+            checkpoint=model.checkpoint,
+            read_bytes=read_bytes,
+            tensors=tuple(plan.tensors),
+        )
 
     def _estimate_graph(self, job: Job) -> Size:
         # Whoever makes no ONNX files has no package for them.
@@ -105,7 +111,12 @@ class Sizes:
         tensors = graphs.plan_graph(checkpoint, job.recipe.export.quant)
         size_bytes = graphs.estimate_bytes(checkpoint, tensors)
         read_bytes = graphs.count_read_bytes(checkpoint, tensors)
-        return Size(size_bytes, size_bytes, checkpoint, read_bytes)
+        return Size(
+            size_bytes=size_bytes,
+            plain_bytes=size_bytes,
+            checkpoint=checkpoint,
+            read_bytes=read_bytes,
+        )
 
     def _find(self, job: Job) -> _Model:
         """Return the checkpoint that is exported, or a skeleton of it."""

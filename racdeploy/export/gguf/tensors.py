@@ -109,7 +109,15 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
 
     plan = [
-        PlannedTensor(name, "", factors.shape, "f32", "f32", "", computed=factors)
+        PlannedTensor(
+            name=name,
+            source="",
+            shape=factors.shape,
+            quant_asked="f32",
+            quant_real="f32",
+            reason="",
+            computed=factors,
+        )
         for name, factors in make_rope_factors(checkpoint).items()
     ]
 

@@ -150,7 +150,15 @@ def make_plan(
         notes = (*notes, _ROUNDED_RAMP)
 
     deviations = list_deviations(checkpoint)
-    return Plan(tensors, parts, vocabulary, general, importance, notes, deviations)
+    return Plan(
+        tensors=tensors,
+        parts=parts,
+        vocabulary=vocabulary,
+        general=general,
+        importance=importance,
+        notes=notes,
+        deviations=deviations,
+    )
 
 
 def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:

@@ -188,7 +188,10 @@ class _Wiring:
         if found is None:
             return None
 
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
+        order = [1, 0]
+        for attribute in node.attribute:
+            if attribute.name == "perm":
+                order = list(attribute.ints)
         if order not in ([1, 0], [0, 1]):
             raise EngineError(f"{self._what} transposes {found.source!r} by {order}")
 

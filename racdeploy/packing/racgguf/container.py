@@ -220,7 +220,14 @@ def _check(path: Path, header: Header) -> Container:
         raise ArtifactError("racgguf.tensors is no array of u64")
 
     tensors = _read_tensors(header, recorded.tolist(), packing)
-    container = Container(path, header, packing, tensors, size_bytes, str(sha256))
+    container = Container(
+        path=path,
+        header=header,
+        packing=packing,
+        tensors=tensors,
+        size_bytes=size_bytes,
+        sha256=str(sha256),
+    )
     _check_size(container)
     return container
 

@@ -70,7 +70,12 @@ class BlockUnits(Units):
         sizes = [int((batch.stream_BT != PAD).sum()) for batch in session.everyones]
         batch = session.everyones[sizes.index(max(sizes))]
         rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
-        self._probe = Batch(batch.ids_BT[:rows], batch.stream_BT[:rows], batch.task_B[:rows], False)
+        self._probe = Batch(
+            ids_BT=batch.ids_BT[:rows],
+            stream_BT=batch.stream_BT[:rows],
+            task_B=batch.task_B[:rows],
+            held_out=False,
+        )
 
     def costs(self) -> torch.Tensor:
         """Return how far the last hidden states go from the dense ones without each block."""

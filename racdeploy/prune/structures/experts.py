@@ -110,8 +110,9 @@ class ExpertUnits(Units):
         left = self.kept
         norms = self._norms
         probe = self._probe
-        largest = sorted(range(len(norms)), key=lambda expert: -norms[expert])[: len(left)]
-        left = min([left, sorted(largest)], key=probe.measure)
+        by_norm = sorted(range(len(norms)), key=lambda expert: -norms[expert])
+        largest = sorted(by_norm[: len(left)])
+        left = min([left, largest], key=probe.measure)
         change = probe.measure(left)
 
         for _ in range(EXCHANGES):

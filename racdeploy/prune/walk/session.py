@@ -77,4 +77,14 @@ def open_session(
     blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
     counts = weights or StreamWeights()
     weights_R = blocks.place(torch.tensor([getattr(counts, stream) for stream in STREAMS]))
-    return Session(blocks, own, fitted, weights_R, settings, folder, processes, progress, tasks)
+    return Session(
+        blocks=blocks,
+        batches=own,
+        everyones=fitted,
+        weights_R=weights_R,
+        settings=settings,
+        folder=folder,
+        processes=processes,
+        progress=progress,
+        tasks=tasks,
+    )

@@ -79,7 +79,15 @@ def _observe_block(
     """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
     block = session.blocks.empty(index)
     checkpoint = session.blocks.checkpoint
-    pair = BlockPair(checkpoint, index, index, block, block, flow, flow)
+    pair = BlockPair(
+        checkpoint=checkpoint,
+        index=index,
+        place=index,
+        dense=block,
+        sparse=block,
+        dense_flow=flow,
+        sparse_flow=flow,
+    )
 
     for group, linears in enumerate(checkpoint.input_groups(index)):
         names = [linear for linear in name_experts(linears, checkpoint.experts) if linear in wanted]

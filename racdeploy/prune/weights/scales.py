@@ -40,7 +40,13 @@ def start_steps(
 
     for start in range(0, len(weight_OI), rows):
         chunk = slice(start, start + rows)
-        trial = _Trial(weight_OGS[chunk], pinned_OGS[chunk], energy_1GS, widest_OG[chunk], quant)
+        trial = _Trial(
+            weight_OGS=weight_OGS[chunk],
+            pinned_OGS=pinned_OGS[chunk],
+            energy_1GS=energy_1GS,
+            widest_OG=widest_OG[chunk],
+            quant=quant,
+        )
         step_OG[chunk], unit_OG[chunk] = trial.start()
 
     return step_OG, unit_OG, pinned_OI
