@@ -15,9 +15,9 @@ from racdeploy import plugins
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.prune import device
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.device import choose_device
-from racdeploy.prune import device
 from racdeploy.prune.walk import session as sessions
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.traces.trace import Trace
