@@ -179,9 +179,8 @@ def answers(
     build: Build, exported: ExportResult, arm: str, model: Path | None = None
 ) -> tuple[Record, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
-    settings = build.job.recipe.verify
-    engine = EngineSettings(settings.context_tokens, settings.parallel)
-    return tuple(build.evaluation.answer(exported, arm, engine, model).records)
+    folder = model or build.job.model.folder
+    return tuple(build.evaluation.answer(exported, arm, folder).records)
 
 
 def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:

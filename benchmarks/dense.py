@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 
-from racdeploy.engines.engine import EngineSettings
 from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
@@ -29,8 +28,7 @@ def main() -> None:
     )
     build = Build(Job(recipe), default_work())
     artifact = build.export(build.job.model.folder, "dense", pruned=False)
-    settings = EngineSettings(recipe.verify.context_tokens, recipe.verify.parallel)
-    records = build.evaluation.answer(artifact, "dense", settings).records
+    records = build.evaluation.answer(artifact, "dense", build.job.model.folder).records
     print("| task | accuracy | mean thinking tokens | longest |\n|---|---|---|---|")
     for task in build.job.tasks.evaluation:
         asked = [record for record in records if record.task == task]

@@ -25,9 +25,8 @@ from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.report.recovery import list_phases
 from racdeploy.results.answers import Record
-from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow, end_phases
 from racdeploy.verify.stats.paired import wilson_interval
 
 
@@ -105,7 +104,7 @@ def recover(
     seconds = time.process_time() - began
 
     cell = measure(build, row, column, dense)
-    phases = list_phases(model.recovery)
+    phases = end_phases(model.recovery)
     notes = [note for note in model.notes if note.startswith("recover")]
     return Recovered(cell, tokens, seconds, resident_bytes("VmHWM"), phases, notes)
 

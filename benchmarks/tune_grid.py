@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibration import gain
-from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import UsageError
 from racdeploy.files.caches import default_work
 from racdeploy.manifest import Manifest
@@ -120,10 +119,8 @@ def try_recipe(
     if exported.size_bytes > most_bytes:
         return {"bytes": exported.size_bytes, "why": f"over {most_bytes} bytes"}
 
-    verify = choice.recipe.verify
-    engine = EngineSettings(verify.context_tokens, verify.parallel, arguments.threads)
     problems = build.job.problems("evaluation")[: len(winner)]
-    answers = build.evaluation.answer(exported, name, engine, model.folder, problems=problems)
+    answers = build.evaluation.answer(exported, name, model.folder, problems=problems)
     own = answers.records
     return {"bytes": exported.size_bytes, **tell(own), "winner over it": gain(own, winner)}
 

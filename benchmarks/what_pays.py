@@ -168,9 +168,7 @@ def run(arm: Arm, arguments: argparse.Namespace) -> Done:
         exported = build.export(folder, name_artifact(build.job))
 
     print(f"{arm.name}: exported", flush=True)
-    settings = build.job.recipe.verify
-    engine = EngineSettings(settings.context_tokens, settings.parallel, arguments.threads)
-    answers = build.evaluation.answer(exported, arm.name, engine, folder)
+    answers = build.evaluation.answer(exported, arm.name, folder)
 
     row = Row(
         size=arm.size,

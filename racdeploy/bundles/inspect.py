@@ -14,8 +14,9 @@ import numpy as np
 
 from racdeploy import export, plugins
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Json, Manifest
+from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted

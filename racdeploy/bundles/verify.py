@@ -18,8 +18,9 @@ from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import Engine, EngineSettings, Progress
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.addresses import release_of
+from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import ArtifactEntry, Json
+from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import Record
 from racdeploy.results.pruning import TensorRow

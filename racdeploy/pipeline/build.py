@@ -14,8 +14,9 @@ from racdeploy import export as exports
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import Json, ThinkingControl
+from racdeploy.manifest import ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import new_ids, translate
 from racdeploy.pipeline import bundling

@@ -16,9 +16,10 @@ from racdeploy import __version__, export, plugins
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult
+from racdeploy.files.reading import Json
 from racdeploy.files.templates import render_text
 from racdeploy.files.writing import atomic_folder, file_sha256
-from racdeploy.manifest import CONFIGURATIONS, Json, TokenizerEntry
+from racdeploy.manifest import CONFIGURATIONS, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, scratch_folder
-from racdeploy.manifest import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
 from racdeploy.processes.cores import multiplies_bfloat16

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from racdeploy import __version__
 from racdeploy.bundles.hub.layout import BUNDLES
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
-from racdeploy.files.reading import read_json
-from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Json, Manifest
+from racdeploy.files.reading import Json, read_json
+from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest
 from racdeploy.plugins import require
 
 if TYPE_CHECKING:

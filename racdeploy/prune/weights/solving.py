@@ -131,13 +131,11 @@ class LinearPruner:
         hessian = statistic.hessian(settings.damping)
         targets = [full[linear] for linear in piece.linears]
         indices = [piece.linears.index(linear) for linear in own]
-        found = targets
-        if settings.match_dense:
-            found = statistic.targets(indices, hessian)
+        matched = statistic.targets(indices, hessian) if settings.match_dense else {}
 
         solved = {}
         for index, linear in zip(indices, own, strict=True):
-            target_OI = found[index]
+            target_OI = matched.get(index, targets[index])
             live_OI = target_OI * ~hessian.dead_I
             pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
             weight_OI = pruned.weight_OI
