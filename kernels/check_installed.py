@@ -8,9 +8,7 @@ from __future__ import annotations
 import sys
 
 import racdeploy_kernels
-
-_SLOW = "are not faster than"  # the only refusal that is none of the library's
-
+from racdeploy_kernels.proof import Proof
 
 def main() -> int:
     """Return 1 where a library is missing, or did not pass its self-test."""
@@ -18,14 +16,15 @@ def main() -> int:
     if sys.platform != "darwin":
         engines.append("llama.cpp")
 
-    failed = 0
+    failed = False
     for engine in engines:
         kernels = racdeploy_kernels.FINDERS[engine]()
-        refusal = kernels if isinstance(kernels, str) else kernels.prove().refusal
-        failed |= bool(refusal) and _SLOW not in refusal
-        print(f"{engine}: {refusal or 'proven, and faster'}")
+        proof = Proof(kernels, "") if isinstance(kernels, str) else kernels.prove()
+        failed |= bool(proof.failure)
+        passed = "" if proof.failure else "passed its self-test; "
+        print(f"{engine}: {passed}{proof.explain_unused() or 'faster here'}")
 
-    return failed
+    return int(failed)
 
 
 if __name__ == "__main__":

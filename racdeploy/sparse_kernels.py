@@ -8,6 +8,7 @@ and faster on this machine; where it is not used, one line says why. Imports not
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,10 @@ class Kernels(Protocol):
     def choose(self, engine: str, path: Path, threads: int) -> Choice | str:
         """Have a model's weights run on the kernels, or return why its engine's own run all."""
 
-    def is_proven(self, engine: str) -> bool:
+    def disable(self) -> None:
+        """Take back the weights that were chosen for llama.cpp's next model."""
+
+    def was_tried(self, engine: str) -> bool:
         """Return whether the kernels were tried with the installed engine, however that ended."""
 
     def explain(self, engine: str) -> str:
@@ -68,9 +72,6 @@ class Kernels(Protocol):
 
     def name_used(self, engine: str, threads: int) -> str:
         """Return instruction set and build of the kernels that are used, or an empty string."""
-
-    def faster_from(self, threads: int) -> Mapping[str, float]:
-        """Return the least share of zeros at which llama.cpp is faster with kernels, by format."""
 
 
 def find() -> Kernels | str:
@@ -102,6 +103,9 @@ def enable(path: Path, mode: Mode, *, threads: int = 0) -> Choice:
         EngineError: the kernels are required, and not ready or of no use to this file.
         ArtifactError: the file is not a GGUF file, or damaged.
     """
+    # An earlier model that did not load left its weights' names, and other models have the same.
+    if _MODULE in sys.modules and not isinstance(kernels := find(), str):
+        kernels.disable()
     return _choose("llama.cpp", "llama.cpp's own kernels", path, mode, threads)
 
 
@@ -150,15 +154,6 @@ def kernels_used(mode: Mode, threads: int = 0) -> str:
     return ", ".join(filter(None, used)) or STOCK
 
 
-def faster_from(threads: int = 0) -> Mapping[str, float]:
-    """Return the least share of zeros at which llama.cpp is faster with kernels, by format.
-
-    Nothing where the kernels are not used with so many threads; 0 stands for every core.
-    """
-    kernels = find()
-    return {} if isinstance(kernels, str) else kernels.faster_from(_count(threads))
-
-
 def next_command(engine: str) -> str:
     """Return what would give an installed engine kernels, or tell whether it gains by them."""
     if not is_installed(_ENGINES.get(engine, "")):
@@ -167,7 +162,7 @@ def next_command(engine: str) -> str:
     kernels = find()
     if isinstance(kernels, str):
         return f"{_INSTALL} && {_PROVE}"
-    return "" if kernels.is_proven(engine) else _PROVE
+    return "" if kernels.was_tried(engine) else _PROVE
 
 
 def findings() -> list[tuple[str, bool, str]]:

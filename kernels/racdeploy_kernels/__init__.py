@@ -1,7 +1,7 @@
 """Sparse kernels for stock llama.cpp and onnxruntime: what racdeploy's door asks for.
 
 racdeploy imports this module alone, see ``racdeploy/sparse_kernels.py``; this package may import
-all of racdeploy. Imports nothing heavy: every load of a model passes here.
+all of racdeploy. Imports no engine: every load of a model passes here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ def choose(engine: str, path: Path, threads: int) -> Choice | str:
     return ready if isinstance(ready, str) else _CHOOSERS[engine](path, threads, *ready)
 
 
-def is_proven(engine: str) -> bool:
+def was_tried(engine: str) -> bool:
     """Return whether the kernels were tried with the installed engine, however that ended."""
     kernels = FINDERS[engine]()
     return isinstance(kernels, Kernels) and isinstance(kernels.read_proof(), Proof)
+
+
+def disable() -> None:
+    """Take back the weights that were chosen for llama.cpp's next model."""
+    ggml_weights.disable()
 
 
 def explain(engine: str) -> str:
@@ -68,17 +73,3 @@ def name_used(engine: str, threads: int) -> str:
     if verdict is None or not verdict.faster_from:
         return ""
     return f"sparse {proof.instruction_set} ({library.stem} {proof.sha256[:16]})"
-
-
-def faster_from(threads: int) -> Mapping[str, float]:
-    """Return the least share of zeros at which llama.cpp is faster with kernels, by format.
-
-    A format is one of ggml's, or one with a pattern, as ``q8_0 2:4``.
-    """
-    ready = readiness(FINDERS["llama.cpp"]())
-    if isinstance(ready, str):
-        return {}
-
-    _, proof = ready
-    verdict = verdicts.choose_verdict(proof.verdicts, threads)
-    return verdict.faster_from if verdict else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from racdeploy.errors import ArtifactError
@@ -14,6 +13,7 @@ from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import Verdict, choose_verdict
 
 _NEVER = 2.0  # a share of zeros that no matrix has
+_plugins: dict[Path, Plugin] = {}  # by their files: they stay in the process
 
 
 def enable(path: Path, threads: int, library: Path, proof: Proof) -> Choice | str:
@@ -43,6 +43,18 @@ def enable(path: Path, threads: int, library: Path, proof: Proof) -> Choice | st
     return Choice(path, summary, tensors=tuple(names), packed=plugin.packed)
 
 
+def disable() -> None:
+    """Forget the names of an enabled model, which the plug-in keeps until a model is loaded."""
+    for plugin in _plugins.values():
+        plugin.enable([], 1)
+
+
+def _load(file: Path) -> Plugin:
+    if file not in _plugins:
+        _plugins[file] = Plugin(file)
+    return _plugins[file]
+
+
 def _choose_names(found: Zeros, verdict: Verdict) -> list[str]:
     """Return the weights with enough zeros for the kernels to be faster."""
     faster_from = verdict.faster_from
@@ -64,6 +76,3 @@ def _explain_none(path: Path, found: Zeros, verdict: Verdict, tried: str) -> str
 
     least = f"{min(enough):.0%} at the least ({tried})"
     return f"no matrix of {path.name} has enough zeros, which is {least}"
-
-
-_load = functools.cache(Plugin)  # it stays in the process

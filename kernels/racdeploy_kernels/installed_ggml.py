@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from racdeploy_kernels import library
 
-HEADERS = ("ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpp.h", "ggml-cpu.h")
-"""What the plug-in includes, as CMakeLists.txt hashes it."""
-_AGAIN = "pip install --force-reinstall --no-binary racdeploy-kernels racdeploy-kernels"
+HEADERS = ("ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpp.h", "ggml-cpu.h", "gguf.h")
+"""Those that the plug-in includes, and that these include, as CMakeLists.txt hashes them."""
+_AGAIN = "in a clone of racdeploy: pip install --force-reinstall --no-deps ./kernels"
 
 
 class Ggml(NamedTuple):
@@ -59,13 +59,13 @@ def refuse_headers(include: Path) -> str:
     """Return why the plug-in is not for a ggml with these headers; empty where it is."""
     compiled = library.compiled_headers()
     if not compiled:
-        return f"racdeploy-kernels was compiled where llama-cpp-python was not installed: {_AGAIN}"
+        return f"racdeploy-kernels was compiled for onnxruntime alone; {_AGAIN}"
 
     try:
         found = hash_headers(include)
     except OSError:
         return f"llama-cpp-python came without ggml's headers in {include}"
-    return "" if found == compiled else f"racdeploy-kernels is for another llama.cpp: {_AGAIN}"
+    return "" if found == compiled else f"racdeploy-kernels is for another llama.cpp; {_AGAIN}"
 
 
 def hash_headers(include: Path) -> str:

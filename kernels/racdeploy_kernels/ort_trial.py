@@ -52,12 +52,12 @@ def main() -> None:
     library = Path(sys.argv[1])
     onnxruntime.set_default_logger_severity(3)
 
-    difference, refusal = compare(library)
+    _, failure = compare(library)
     kernels = _instruction_set(library)
 
-    verdicts = () if refusal else _measure(library, thread_counts(available_cores()))
+    verdicts = () if failure else _measure(library, thread_counts(available_cores()))
 
-    proof = Proof(refusal, "", kernels, difference, verdicts)
+    proof = Proof(failure, "", kernels, verdicts)
     print(json.dumps(asdict(proof)))
 
 

@@ -17,7 +17,7 @@ from racdeploy.files.ownership import make_private, open_own, refuse_foreign
 from racdeploy.files.writing import canonical_hash, disk_errors, file_sha256, write_atomic
 from racdeploy.processes.child import run_module
 from racdeploy_kernels.library import PROVE, chosen_instruction_set, processor
-from racdeploy_kernels.verdicts import Verdict, read_verdict
+from racdeploy_kernels.verdicts import Verdict, explain_missing, read_verdict
 
 _TRIAL_S = 600.0
 
@@ -27,18 +27,35 @@ class Proof:
     """What the trial of a library found.
 
     Args:
-        refusal: why it may not be used; empty where it may.
+        failure: why its self-test failed; empty where it passed.
         sha256: of the library.
-        difference: largest one from the engine's own kernels, or from exact products where these
-            are inexact, over the largest output.
         verdicts: of each number of threads that was measured.
     """
 
-    refusal: str
+    failure: str
     sha256: str
     instruction_set: str = ""
-    difference: float = 0.0
     verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether some number format is faster on some number of threads."""
+        return any(verdict.faster_from for verdict in self.verdicts)
+
+    def explain_unused(self) -> str:
+        """Return why the library is not used: wrong, not measured or slow; empty if it is used."""
+        if self.failure or self.is_faster:
+            return self.failure
+
+        missing = explain_missing(self.verdicts)
+        if not self.verdicts:
+            return missing
+        tried = " or ".join(map(str, self.verdicts))
+        slow = (
+            f"its {self.instruction_set} kernels are not faster than the engine's own "
+            f"on this processor, on {tried}"
+        )
+        return f"{slow}; {missing}" if missing else slow
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
     proof = kernels.read_proof()
     if isinstance(proof, str):
         return proof
-    return proof.refusal or (kernels.library, proof)
+    return proof.explain_unused() or (kernels.library, proof)
 
 
 def _try_in_child(module: str, file: Path) -> Proof:

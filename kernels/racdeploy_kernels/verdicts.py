@@ -207,8 +207,9 @@ def explain_missing(measured: Sequence[Verdict]) -> str:
     if not missing:
         return ""
 
-    named = ", ".join(map(str, missing))
-    return f"not measured on {named} threads: {PROVE} while nothing else runs"
+    *others, last = missing
+    named = ", ".join([*map(str, others), count_threads(last)])
+    return f"not measured on {named}: {PROVE} while nothing else runs"
 
 
 def read_verdict(value: Any) -> Verdict:

@@ -2,7 +2,7 @@
 //
 // OrtApi is a table of functions to which a release only appends, so a function keeps its place; OrtCustomOp is a table
 // of ours that begins with the version it was written for, and onnxruntime reads no member that came later.
-// tests/accel/onnxruntime_header.cpp compares every place and signature with the header itself.
+// tests/onnxruntime_header.cpp compares every place and signature with the header itself.
 // Source: onnxruntime_c_api.h of onnxruntime 1.21.
 #pragma once
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Compares racdeploy/accel/sources/onnxruntime_abi.h with onnxruntime's own header; it is right if it compiles.
+// Compares sources/onnxruntime_abi.h with onnxruntime's own header; it is right if it compiles.
 #include <onnxruntime_c_api.h>
 
 #include <type_traits>
