@@ -10,6 +10,7 @@ import sys
 import racdeploy_kernels
 from racdeploy_kernels.proof import Proof
 
+
 def main() -> int:
     """Return 1 where a library is missing, or did not pass its self-test."""
     engines = ["onnxruntime"]

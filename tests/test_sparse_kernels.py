@@ -25,13 +25,17 @@ class StandIn:
     """In place of the package: llama.cpp's kernels take everything, onnxruntime's nothing."""
 
     LAYOUT = LAYOUT
+    disabled = 0
 
     def choose(self, engine: str, path: Path, threads: int) -> Choice | str:
         if engine == "onnxruntime":
             return f"slower on {threads} threads"
         return Choice(path, "sparse avx2 kernels for 2 matrices", tensors=("a", "b"))
 
-    def is_proven(self, engine: str) -> bool:
+    def disable(self) -> None:
+        self.disabled += 1
+
+    def was_tried(self, engine: str) -> bool:
         return engine == "onnxruntime"
 
     def explain(self, engine: str) -> str:
@@ -42,9 +46,6 @@ class StandIn:
 
     def name_used(self, engine: str, threads: int) -> str:
         return f"sparse avx2 on {threads}" if engine == "llama.cpp" else ""
-
-    def faster_from(self, threads: int) -> Mapping[str, float]:
-        return {"q8_0": 0.3}
 
 
 @pytest.fixture
@@ -80,7 +81,6 @@ def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: 
     assert "racdeploy doctor" in caught.value.remedy
 
     assert sparse_kernels.kernels_used("auto") == STOCK
-    assert sparse_kernels.faster_from() == {}
     install = "pip install racdeploy-kernels && racdeploy-kernels prove"
     assert sparse_kernels.next_command("llama.cpp") == install
     found = [each for each in examine() if each["what"].startswith("sparse kernels")]
@@ -102,6 +102,7 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
     assert sparse_kernels.enable(path, "auto").tensors == ("a", "b")
     off = sparse_kernels.enable(path, "off")
     assert (off.tensors, str(off)) == ((), "llama.cpp's own kernels: sparse ones are switched off")
+    assert package.disabled == 2  # before each: a model that did not load leaves its names
     said = str(sparse_kernels.choose_graph(path, "auto", threads=3))
     assert said == "onnxruntime's own operators: slower on 3 threads"
     with pytest.raises(EngineError, match="cannot be used: slower on 3 threads"):
@@ -109,7 +110,6 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
 
     assert sparse_kernels.kernels_used("require", 2) == "sparse avx2 on 2"
     assert sparse_kernels.kernels_used("off", 2) == STOCK
-    assert sparse_kernels.faster_from(1) == {"q8_0": 0.3}
     assert sparse_kernels.next_command("llama.cpp") == "racdeploy-kernels prove"
     assert sparse_kernels.next_command("onnxruntime") == ""
 

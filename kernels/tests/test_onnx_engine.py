@@ -104,7 +104,7 @@ def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_pat
     cases = {
         "were not tried": None,
         "its self-test failed": Proof("its self-test failed", ""),
-        "times as long as the stock ones": Proof("", "", "any", verdicts=SLOWER),
+        "its any kernels are not faster": Proof("", "", "any", verdicts=SLOWER),
     }
     for reason, found in cases.items():
         kernels.locate_record().unlink(missing_ok=True)
@@ -144,8 +144,8 @@ def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
 def test_without_the_onnx_package_the_operator_is_not_tried(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial writes its graphs with it; the refusal names what to install."""
+    """The trial writes its graphs with it; the failure names what to install."""
     monkeypatch.setattr(proof, "is_installed", lambda module: False)
-    refusal = "its self-test needs a package: pip install onnx"
-    assert kernels.prove().refusal == refusal
-    assert racdeploy_kernels.explain("onnxruntime") == refusal
+    failure = "its self-test needs a package: pip install onnx"
+    assert kernels.prove().failure == failure
+    assert racdeploy_kernels.explain("onnxruntime") == failure

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from racdeploy_kernels import verdicts
+from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import (
     Verdict,
     byte_bound,
@@ -138,3 +139,9 @@ def test_threads_without_a_verdict_are_said(monkeypatch: pytest.MonkeyPatch) -> 
     missing = "not measured on 2 threads: racdeploy-kernels prove while nothing else runs"
     assert explain_missing([Verdict(1), Verdict(3)]) == missing
     assert explain_missing([Verdict(1), Verdict(2), Verdict(3)]) == ""
+    assert Proof("", "").explain_unused().startswith("not measured on 1, 2, 3 threads: ")
+    slow = Proof("", "", "avx2", (Verdict(1, {"f16": {"0.8": 1.0}}), Verdict(3)))
+    assert slow.explain_unused() == (
+        "its avx2 kernels are not faster than the engine's own on this processor, "
+        f"on 1 thread or 3 threads; {missing}"
+    )
