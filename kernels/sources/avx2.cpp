@@ -6,7 +6,7 @@
 
 namespace racdeploy {
 const Kernels avx2_kernels = {
-    "avx2", has_avx2, prefers_two_of_four, count, pack, portable::unpack, prepare, multiply,
+    "avx2", has_avx2, true, count, pack, portable::unpack, prepare, multiply,
 };
 }  // namespace racdeploy
 

@@ -22,30 +22,6 @@ inline uint32_t stored_bits(const uint8_t* block) {
     return ~static_cast<uint32_t>(_mm_movemask_epi8(low) | _mm_movemask_epi8(high) << 16);
 }
 
-// Are at most 2 of every 4 weights not 0, and are whole groups stored? Where far fewer are not 0, a fixed stride would
-// store too many zeros.
-template <Quant quant>
-bool fits_two_of_four(int64_t rows, int64_t columns, const void* blocks) {
-    if (columns % group_weights) return false;
-
-    int64_t all = 0;
-    const uint8_t* block = static_cast<const uint8_t*>(blocks);
-    const uint8_t* end = block + rows * row_bytes(quant, columns);
-    for (; block < end; block += block_bytes(quant)) {
-        const uint32_t bits = stored_bits<quant>(block);
-        const uint32_t pairs = (bits & 0x55555555) + (bits >> 1 & 0x55555555);
-        const uint32_t fours = (pairs & 0x33333333) + (pairs >> 2 & 0x33333333);
-        if ((fours + 0x55555555) & 0x88888888) return false;
-        all += __builtin_popcount(bits);
-    }
-    return 5 * all >= 2 * rows * columns;
-}
-
-bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    if (quant == Quant::q8_0) return fits_two_of_four<Quant::q8_0>(rows, columns, blocks);
-    return quant == Quant::q4_0 && fits_two_of_four<Quant::q4_0>(rows, columns, blocks);
-}
-
 // For each 8 weights of which some are not 0: which 4 are stored, a byte each.
 struct StoredFours {
     uint32_t of[256];

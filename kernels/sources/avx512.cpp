@@ -344,11 +344,10 @@ void multiply_16(const SparseMatrix& matrix, int64_t tokens, const void* workspa
 // ---- the kernels ----
 
 void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) {
-    const auto run = matrix.pattern != Pattern::unstructured ? portable::multiply
-                     : matrix.quant == Quant::f16            ? multiply_16<Half>
-                     : matrix.quant == Quant::bf16           ? multiply_16<Bfloat>
-                     : matrix.quant == Quant::q8_0           ? multiply_quantized<Quant::q8_0>
-                                                             : multiply_quantized<Quant::q4_0>;
+    const auto run = matrix.quant == Quant::f16    ? multiply_16<Half>
+                     : matrix.quant == Quant::bf16 ? multiply_16<Bfloat>
+                     : matrix.quant == Quant::q8_0 ? multiply_quantized<Quant::q8_0>
+                                                   : multiply_quantized<Quant::q4_0>;
     run(matrix, tokens, workspace, outputs, rows);
 }
 
@@ -361,7 +360,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels avx512_kernels = {
-    "avx512", runs_here, nullptr, count, pack, portable::unpack, prepare, multiply,
+    "avx512", runs_here, false, count, pack, portable::unpack, prepare, multiply,
 };
 
 }  // namespace racdeploy

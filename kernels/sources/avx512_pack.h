@@ -68,10 +68,9 @@ void count_floats(const Blocks& blocks, int64_t* counts, Rows rows) {
 }
 
 void count(const Blocks& blocks, int64_t* counts, Rows rows) {
-    const auto run = blocks.pattern != Pattern::unstructured ? portable::count
-                     : blocks.quant == Quant::q8_0           ? count_quantized<Quant::q8_0>
-                     : blocks.quant == Quant::q4_0           ? count_quantized<Quant::q4_0>
-                                                             : count_floats;
+    const auto run = blocks.quant == Quant::q8_0   ? count_quantized<Quant::q8_0>
+                     : blocks.quant == Quant::q4_0 ? count_quantized<Quant::q4_0>
+                                                   : count_floats;
     run(blocks, counts, rows);
 }
 
@@ -141,10 +140,9 @@ void pack_floats(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, u
 }
 
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
-    const auto run = blocks.pattern != Pattern::unstructured ? portable::pack
-                     : blocks.quant == Quant::q8_0           ? pack_quantized<Quant::q8_0>
-                     : blocks.quant == Quant::q4_0           ? pack_quantized<Quant::q4_0>
-                                                             : pack_floats;
+    const auto run = blocks.quant == Quant::q8_0   ? pack_quantized<Quant::q8_0>
+                     : blocks.quant == Quant::q4_0 ? pack_quantized<Quant::q4_0>
+                                                   : pack_floats;
     run(blocks, offsets, heads, values, rows);
 }
 

@@ -16,7 +16,7 @@ bool runs_here() {
 }  // namespace
 
 const Kernels evex_vnni_kernels = {
-    "avx_vnni", runs_here, prefers_two_of_four, count, pack, portable::unpack, prepare, multiply,
+    "avx_vnni", runs_here, true, count, pack, portable::unpack, prepare, multiply,
 };
 
 }  // namespace racdeploy

@@ -28,7 +28,6 @@ void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Output
 namespace neon {
 void count(const Blocks&, int64_t* counts, Rows rows);
 void pack(const Blocks&, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows);
-bool prefers_two_of_four(Quant, int64_t rows, int64_t columns, const void* blocks);
 void prepare(Quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace);
 void multiply(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows);
 }  // namespace neon

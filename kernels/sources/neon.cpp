@@ -310,9 +310,6 @@ void count(const Blocks& blocks, int64_t* counts, Rows rows) { racdeploy::count(
 void pack(const Blocks& blocks, const int64_t* offsets, uint8_t* heads, uint8_t* values, Rows rows) {
     racdeploy::pack(blocks, offsets, heads, values, rows);
 }
-bool prefers_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    return fits_two_of_four(quant, rows, columns, blocks);
-}
 void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const float* activation, void* workspace) {
     racdeploy::prepare(quant, columns, tokens, token, activation, workspace);
 }
@@ -322,7 +319,7 @@ void prepare(Quant quant, int64_t columns, int64_t tokens, int64_t token, const 
 const Kernels neon_kernels = {
     "neon",
     runs_here,
-    neon::prefers_two_of_four,
+    true,
     neon::count,
     neon::pack,
     portable::unpack,

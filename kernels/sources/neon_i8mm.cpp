@@ -81,7 +81,7 @@ bool runs_here() {  // HWCAP2_I8MM
 const Kernels neon_i8mm_kernels = {
     "neon_i8mm",
     runs_here,
-    neon::prefers_two_of_four,
+    true,
     neon::count,
     neon::pack,
     portable::unpack,

@@ -20,25 +20,6 @@ inline uint8x16x2_t non_zero(Quant quant, const uint8_t* block) {
     return {{vtstq_u8(nibbles, vdupq_n_u8(15)), vtstq_u8(nibbles, vdupq_n_u8(0xf0))}};
 }
 
-// Are at most 2 of every 4 weights not 0, and are whole groups stored? Where far fewer are not 0, a fixed stride would
-// store too many zeros.
-inline bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    if (!is_quantized(quant) || columns % group_weights) return false;
-
-    int64_t all = 0;
-    const uint8_t* block = static_cast<const uint8_t*>(blocks);
-    const uint8_t* end = block + rows * row_bytes(quant, columns);
-    for (; block < end; block += block_bytes(quant)) {
-        const uint8x16x2_t marks = non_zero(quant, block);  // 0xff is -1
-        const int8x16_t minus = vdupq_n_s8(-1);
-        const int32x4_t low = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(marks.val[0]), minus);
-        const int32x4_t high = vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(marks.val[1]), minus);
-        if (vmaxvq_s32(vmaxq_s32(low, high)) > 2) return false;
-        all += vaddvq_s32(vaddq_s32(low, high));
-    }
-    return 5 * all >= 2 * rows * columns;
-}
-
 // For each 8 mask bits: where the set ones are, then what is nowhere; and the bits filled up as two_of_four
 // does.
 struct PackTables {

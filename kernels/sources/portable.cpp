@@ -263,7 +263,7 @@ void multiply(const SparseMatrix& matrix, int64_t tokens, const void* workspace,
 }  // namespace portable
 
 const Kernels portable_kernels = {
-    "portable",       [] { return true; }, nullptr,           portable::count,
+    "portable",       [] { return true; }, false,             portable::count,
     portable::pack,   portable::unpack,    portable::prepare, portable::multiply,
 };
 

@@ -30,6 +30,36 @@ const Kernels& best() {
 
 const Kernels* chosen = nullptr;
 
+// Of 8 weights of a block, a byte each: 1 where the weight is not 0.
+uint64_t stored_marks(Quant quant, const uint8_t* codes, int eight) {
+    constexpr uint64_t ones = 0x0101010101010101;
+    uint64_t marks = load<uint64_t>(codes + 8 * (quant == Quant::q8_0 ? eight : eight % 2));
+    if (quant == Quant::q4_0) marks = ((eight < 2 ? marks : marks >> 4) & 15 * ones) ^ 8 * ones;
+    return (((marks & 127 * ones) + 127 * ones) | marks) >> 7 & ones;
+}
+
+// Are at most 2 of every 4 weights not 0, and are whole groups stored? Where far fewer are not 0, a fixed stride would
+// store too many zeros.
+bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
+    if (!is_quantized(quant) || columns % group_weights) return false;
+
+    int64_t all = 0;
+    const uint8_t* block = static_cast<const uint8_t*>(blocks);
+    const uint8_t* end = block + rows * row_bytes(quant, columns);
+    for (; block < end; block += block_bytes(quant)) {
+        uint64_t sums = 0, too_many = 0;
+        for (int eight = 0; eight < 4; eight++) {
+            const uint64_t marks = stored_marks(quant, block + 2, eight), pairs = marks + (marks >> 8);
+            const uint64_t fours = (pairs + (pairs >> 16)) & 0x0000000700000007;
+            sums += fours;
+            too_many |= (fours + 0x0000000100000001) & 0x0000000400000004;
+        }
+        if (too_many) return false;
+        all += static_cast<int64_t>((sums + (sums >> 32)) & 0xff);
+    }
+    return 5 * all >= 2 * rows * columns;
+}
+
 // The 64 mask bits from a place of a row on.
 uint64_t mask_bits(const SparseMatrix& matrix, int64_t row, int64_t place) {
     const uint8_t* head = matrix.head(row) + place / group_weights * head_bytes(matrix.quant);
@@ -93,6 +123,11 @@ void* scratch_of_thread(int64_t bytes) {
 const Kernels& kernels() {
     static const Kernels& here = best();
     return chosen ? *chosen : here;
+}
+
+Pattern Kernels::preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
+    const bool fits = prefers_two_of_four && fits_two_of_four(quant, rows, columns, blocks);
+    return fits ? Pattern::two_of_four : Pattern::unstructured;
 }
 
 bool valid(const SparseMatrix& matrix, int64_t values_bytes) {

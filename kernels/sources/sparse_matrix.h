@@ -102,8 +102,8 @@ struct Kernels {
     const char* name;
     bool (*runs_here)();
 
-    // Is a matrix that fits two_of_four faster in that pattern? Null: never.
-    bool (*prefers_two_of_four)(Quant, int64_t rows, int64_t columns, const void* blocks) = nullptr;
+    // Is a matrix that fits two_of_four faster in that pattern? If not, only portable ones take it.
+    bool prefers_two_of_four = false;
 
     // ggml blocks -> packed. First count (bytes of values of each row), sum up to offsets, then pack.
     void (*count)(const Blocks&, int64_t* counts, Rows rows) = nullptr;
@@ -118,10 +118,7 @@ struct Kernels {
     // output[t][o] = sum over i of weight[o][i] * activation[t][i] for every token t.
     void (*multiply)(const SparseMatrix&, int64_t tokens, const void* workspace, Outputs outputs, Rows rows) = nullptr;
 
-    Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
-        const bool picks = prefers_two_of_four && prefers_two_of_four(quant, rows, columns, blocks);
-        return picks ? Pattern::two_of_four : Pattern::unstructured;
-    }
+    Pattern preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const;
 };
 
 // Of "avx512", "avx_vnni", "avx2", "neon_i8mm", "neon" and "portable" the best that this processor runs, or those that

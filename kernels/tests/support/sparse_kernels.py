@@ -19,6 +19,7 @@ QUANTS = {"f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
 PATTERNS = {"unstructured": 0, "two_of_four": 1}
 TWO_OF_FOUR = ("q8_0", "q4_0")  # formats that may have this pattern
 _PICKING = ("avx2", "avx_vnni", "neon", "neon_i8mm")  # kernels that are faster with it
+_ONE_PATTERN = ("avx512",)  # and those that do not take it
 
 
 class Calls(Protocol):
@@ -131,6 +132,11 @@ class SparseKernels:
     def pattern(self) -> str:
         """How these kernels pack what fits two_of_four: not all gain from a fixed stride."""
         return "two_of_four" if self._instruction_set in _PICKING else "unstructured"
+
+    @property
+    def takes_two_of_four(self) -> bool:
+        """Whether these kernels multiply what is packed with a fixed stride."""
+        return self._instruction_set not in _ONE_PATTERN
 
     def wanted_pattern(self, quant: str, blocks: np.ndarray, columns: int) -> str:
         numbers = [QUANTS[quant], len(blocks), columns]
