@@ -120,6 +120,8 @@ def measure(
     for name, tried in shares.items():
         racing = list(found)
         for zeros in sorted(tried, reverse=True):
+            if not racing:
+                break
             speedups = race(name, zeros, racing)
 
             faster = []
@@ -135,8 +137,6 @@ def measure(
 
             # Where it is slower, so it is at fewer zeros.
             racing = faster
-            if not racing:
-                break
 
     return tuple(Verdict(*each) for each in found.items())
 

@@ -75,6 +75,7 @@ def test_threads_that_could_not_be_measured_have_no_verdict() -> None:
     found = measure(shares, (1, 2, 4), race)
     assert [each.threads for each in found] == [1, 4]
     assert asked == [("q8_0", 1, 2, 4), ("q4_0", 1, 2, 4), ("q4_0", 1, 4), ("f16", 1, 4)]
+    assert measure(shares, (2,), race) == ()
 
 
 def test_what_wins_below_a_loss_does_not_count() -> None:
