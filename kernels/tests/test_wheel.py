@@ -89,6 +89,17 @@ def test_what_is_not_proven_fails_where_it_is_built(
     assert check() == bool(onnxruntime)
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
+@pytest.mark.skipif(sys.platform == "darwin", reason="there llama.cpp has no kernels")
+def test_a_build_without_the_headers_of_ggml_fails(tmp_path: Path) -> None:
+    """pip hides warnings: who wants kernels for onnxruntime alone has to say so."""
+    where = "-DRACDEPLOY_GGML_INCLUDE=/nowhere", f"-DSKBUILD_METADATA_DIR={tmp_path}"
+    configure = partial(run, "cmake", "-S", KERNELS, "-B", tmp_path / "objects", *where)
+    assert "there is no /nowhere/ggml.h" in configure().err
+    done = configure("-DRACDEPLOY_ONNXRUNTIME_ONLY=ON")
+    assert done.code == 0, done.err
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel, and ``objects``; pip fetches the build's packages."""
