@@ -92,7 +92,7 @@ def test_what_is_not_proven_fails_where_it_is_built(
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
 @pytest.mark.skipif(sys.platform == "darwin", reason="there llama.cpp has no kernels")
 def test_a_build_without_the_headers_of_ggml_fails(tmp_path: Path) -> None:
-    """pip hides warnings: who wants kernels for onnxruntime alone has to say so."""
+    """A warning would be hidden by pip: kernels for onnxruntime alone have to be asked for."""
     where = "-DRACDEPLOY_GGML_INCLUDE=/nowhere", f"-DSKBUILD_METADATA_DIR={tmp_path}"
     configure = partial(run, "cmake", "-S", KERNELS, "-B", tmp_path / "objects", *where)
     assert "there is no /nowhere/ggml.h" in configure().err
