@@ -30,32 +30,30 @@ const Kernels& best() {
 
 const Kernels* chosen = nullptr;
 
-// Of 8 weights of a block, a byte each: 1 where the weight is not 0.
-uint64_t stored_marks(Quant quant, const uint8_t* codes, int eight) {
-    constexpr uint64_t ones = 0x0101010101010101;
-    uint64_t marks = load<uint64_t>(codes + 8 * (quant == Quant::q8_0 ? eight : eight % 2));
-    if (quant == Quant::q4_0) marks = ((eight < 2 ? marks : marks >> 4) & 15 * ones) ^ 8 * ones;
-    return (((marks & 127 * ones) + 127 * ones) | marks) >> 7 & ones;
-}
-
 // Are at most 2 of every 4 weights not 0, and are whole groups stored? Where far fewer are not 0, a fixed stride would
-// store too many zeros.
-bool fits_two_of_four(Quant quant, int64_t rows, int64_t columns, const void* blocks) {
-    if (!is_quantized(quant) || columns % group_weights) return false;
+// store too many zeros. A word has 8 codes of Q8_0, or 16 of Q4_0; those of one four are 8 bits from each other.
+template <Quant quant>
+bool fits_two_of_four(int64_t rows, int64_t columns, const void* blocks) {
+    constexpr int bits = quant == Quant::q8_0 ? 8 : 4;
+    constexpr uint64_t ones = bits == 8 ? 0x0101010101010101 : 0x1111111111111111, tops = ones << (bits - 1);
+    constexpr uint64_t firsts = ones & 0x000000ff000000ff;  // where the sum over a four is
+    if (columns % group_weights) return false;
 
     int64_t all = 0;
     const uint8_t* block = static_cast<const uint8_t*>(blocks);
     const uint8_t* end = block + rows * row_bytes(quant, columns);
     for (; block < end; block += block_bytes(quant)) {
         uint64_t sums = 0, too_many = 0;
-        for (int eight = 0; eight < 4; eight++) {
-            const uint64_t marks = stored_marks(quant, block + 2, eight), pairs = marks + (marks >> 8);
-            const uint64_t fours = (pairs + (pairs >> 16)) & 0x0000000700000007;
+        for (int word = 0; word < bits / 2; word++) {
+            const uint64_t codes = load<uint64_t>(block + 2 + 8 * word) ^ (bits == 8 ? 0 : tops);
+            const uint64_t stored = (((codes & ~tops) + ~tops) | codes) >> (bits - 1) & ones;
+            const uint64_t pairs = stored + (stored >> 8), fours = (pairs + (pairs >> 16)) & 7 * firsts;
             sums += fours;
-            too_many |= (fours + 0x0000000100000001) & 0x0000000400000004;
+            too_many |= (fours + firsts) & 4 * firsts;
         }
         if (too_many) return false;
-        all += static_cast<int64_t>((sums + (sums >> 32)) & 0xff);
+        sums += sums >> 32;
+        all += static_cast<int64_t>(bits == 8 ? sums & 0xff : (sums & 15) + (sums >> 4 & 15));
     }
     return 5 * all >= 2 * rows * columns;
 }
@@ -126,7 +124,9 @@ const Kernels& kernels() {
 }
 
 Pattern Kernels::preferred_pattern(Quant quant, int64_t rows, int64_t columns, const void* blocks) const {
-    const bool fits = prefers_two_of_four && fits_two_of_four(quant, rows, columns, blocks);
+    if (!prefers_two_of_four || !is_quantized(quant)) return Pattern::unstructured;
+    const bool fits = quant == Quant::q8_0 ? fits_two_of_four<Quant::q8_0>(rows, columns, blocks)
+                                           : fits_two_of_four<Quant::q4_0>(rows, columns, blocks);
     return fits ? Pattern::two_of_four : Pattern::unstructured;
 }
 

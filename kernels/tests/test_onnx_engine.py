@@ -114,6 +114,7 @@ def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_pat
         assert choose_graph(model, "auto").path == model
         with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
             choose_graph(model, "require")
+    write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     other = str(choose_graph(tmp_path / "other.onnx", "auto"))
     assert other.endswith("there is no other.accel.onnx; packing 'bitmask_op' writes one")
 
