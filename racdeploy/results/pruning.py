@@ -160,10 +160,8 @@ class DeviationRow(Part):
     reason: str
 
 
-VECTORS_IN_F32 = (
-    "vectors are stored in f32"
-    """Why norms and biases have no number format of the linears, in every file of every format."""
-)
+VECTORS_IN_F32 = "vectors are stored in f32"
+"""Why norms and biases have no number format of the linears, in every file of every format."""
 
 
 class TensorRow(Part):
