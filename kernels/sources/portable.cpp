@@ -1,5 +1,5 @@
-// Every kernel in plain C++, weight by weight: for processors without a set of their own, for what a set leaves out, and
-// for the tests to compare the others with.
+// Every kernel in plain C++, weight by weight: for other processors, for what a set of kernels leaves out, and for the
+// tests to compare the others with.
 #include <algorithm>
 #include <cmath>
 
