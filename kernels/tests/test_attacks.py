@@ -18,6 +18,7 @@ from racdeploy.errors import EngineError, EnvironmentFailure
 from racdeploy.files.writing import file_sha256
 from racdeploy_kernels.library import pin
 from racdeploy_kernels.proof import Kernels, Proof, readiness
+from racdeploy_kernels.verdicts import Verdict
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 NOBODY = 65_534
@@ -49,7 +50,8 @@ def _compile(folder: Path, value: int) -> Path:
 def kernels(cache: Path, tmp_path: Path) -> Kernels:
     """A library that was tried and found good."""
     found = Kernels(_compile(tmp_path, 7), "no.trial", "1.0")
-    proof = Proof("", file_sha256(found.library))
+    faster = Verdict(1, {"q8_0": {"0.5": 2.0}})
+    proof = Proof("", file_sha256(found.library), verdicts=(faster,))
     found.locate_record().write_text(json.dumps(asdict(proof)))
     assert readiness(found) == (found.library, proof)
     return found

@@ -13,6 +13,7 @@ import tomllib
 import zipfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,7 +162,9 @@ def test_kernels_are_proven_where_there_is_no_compiler(built: Path, tmp_path: Pa
     programs = wheels.install(racdeploy, tmp_path / "fresh", wheel, packages=_ENGINES)
 
     clean = {"PATH": str(programs), "CXX": "", "RACDEPLOY_ACCEL": str(tmp_path / "accel")}
-    done = run(programs / "python", KERNELS / "check_installed.py", **clean)
+    settings: Any = _read_project(KERNELS)["tool"]["cibuildwheel"]
+    _, *arguments = settings["test-command"].format(project=ROOT).split()
+    done = run(programs / "python", *arguments, **clean)
     assert done.code == 0, done.out + done.err
     done = run(programs / "racdeploy", "doctor", **clean)
     assert "sparse kernels for llama.cpp" in done.out
