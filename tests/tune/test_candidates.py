@@ -22,7 +22,8 @@ Propose = Callable[..., tuple[list[Choice], dict[str, str]]]
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Propose:
     """Proposals for a small Qwen3 and a target, with keys of [tune]."""
-    model = make_checkpoint(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+    folder = tmp_path_factory.mktemp("model") / "qwen3"
+    model = make_checkpoint(folder, "qwen3", intermediate_size=128)
 
     def propose_for(target: str = "gguf", **given: Any) -> tuple[list[Choice], dict[str, str]]:
         tune = {key: given.pop(key) for key in [*given] if key in Tune.model_fields}
