@@ -102,7 +102,7 @@ def test_the_recipe_of_a_candidate_builds_it_again(ask: Propose, tmp_path: Path)
     zeros = (0.5, "2:4")
     for target, quant in (("gguf", "q4_0"), ("raspberry-pi-5", "q4_0"), ("onnx", "k_quant")):
         choices, _ = ask(
-            target, quants=(quant,), ffn=(2 / 3,), zeros=zeros, vocabulary=(300,), **own
+            target, quants=(quant,), ffn=(0.75,), zeros=zeros, vocabulary=(300,), **own
         )
         assert len(choices) > 2
         for choice in choices:
