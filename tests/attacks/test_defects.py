@@ -1,6 +1,7 @@
 """Every defect that attacks from outside have found has a test that keeps it from coming back.
 
-431 inputs in 520 runs: three severe defects (H), twelve (M) and nine small ones (L).
+431 inputs in 520 runs: three severe defects (H), twelve (M) and nine small ones (L). M7 and L6 were
+of weights that were kept packed, which nothing keeps any more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ DEFECTS = {
     "M4": "an expression or a gold answer of a record hangs the verification",
     "M5": "hashes of the manifest do not protect what runs",
     "M6": "native code is loaded from a folder of anybody",
-    "M7": "kept weights can be wrong and nobody says so",
     "M8": "texts of a model command the terminal",
     "M9": "texts of a model write lines of a Modelfile",
     "M10": "a recipe sends any secret to any host",
@@ -31,19 +31,19 @@ DEFECTS = {
     "L3": "generate inside on_text, or a stopped child, waits for ever",
     "L4": "SIGTERM and SIGHUP leave files and say nothing",
     "L5": "two builds to one place at once fail",
-    "L6": "a damaged count of zeros is an error",
     "L7": "an engine has keys, and no limits",
     "L8": "a control token in a user's text is one",
     "L9": "safetensors that the reference library refuses are read",
 }
-_TESTS = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
+_TESTS = [*_ROOT.glob("tests/**/test_*.py"), *_ROOT.glob("kernels/tests/test_*.py")]
 _MARKER = re.compile(r"pytest\.mark\.answers\(([^)]*)\)")
 LEAST_CASES = 200
 
 
 def _answered() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for file in _TESTS.rglob("test_*.py"):
+    for file in _TESTS:
         for names in _MARKER.findall(file.read_text(encoding="utf-8")):
             for name in re.findall(r'"(\w+)"', names):
                 found.setdefault(name, []).append(file.name)

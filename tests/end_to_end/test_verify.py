@@ -83,7 +83,7 @@ def test_a_signed_bundle_is_as_signed_after_it_was_verified_and_run(
         card.write(" ")
     refused = _verify(bundle, tmp_path / "work", *asked, "--exit-zero")
     assert refused.code == 2
-    assert "changed: README.md" in refused.out
+    assert "Hash mismatch for 'README.md'" in refused.out
 
 
 def test_a_killed_run_loses_only_the_prompts_in_flight(built: Path, tmp_path: Path) -> None:
