@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -178,20 +177,22 @@ def check_held_out(job: Job) -> None:
     Raises:
         UsageError: it names the number that is needed.
     """
-    asked = job.recipe.traces
+    asked = len(job.problems("calibration"))
+    share = job.recipe.calibration.held_out_share
+    tasks = len(job.tasks.calibration)
 
     def is_enough(count: int) -> bool:
-        counts = Counter(each.task for each in job.tasks.draw("calibration", asked.seed, count))
-        share = job.recipe.calibration.held_out_share
-        return sum(round(share * own) for own in counts.values()) >= LEAST_HELD_OUT
+        """Count as :func:`racdeploy.tasks.problems_of` shares prompts among tasks: evenly."""
+        each, rest = divmod(count, tasks)
+        held_out = rest * round(share * (each + 1)) + (tasks - rest) * round(share * each)
+        return held_out >= LEAST_HELD_OUT
 
-    if is_enough(asked.count):
+    if is_enough(asked):
         return
-    more = range(asked.count + 1, 2 * asked.count + _MORE_PROMPTS)
-    needed = next((count for count in more if is_enough(count)), 0)
+    needed = next(filter(is_enough, range(asked + 1, 2 * asked + _MORE_PROMPTS)), 0)
     remedy = f"--trace-prompts {needed} at least" if needed else "raise calibration.held_out_share"
     raise UsageError(
-        f"of {asked.count} calibration prompts fewer than {LEAST_HELD_OUT} traces are held out, "
+        f"of {asked} calibration prompts fewer than {LEAST_HELD_OUT} traces are held out, "
         "too few to compare candidates",
         remedy=remedy,
     )
