@@ -20,7 +20,7 @@ VENV5  := .venv-transformers5
 TESTS5 ?= $(addprefix tests/,contracts engines end_to_end export prune recover)
 
 KERNELS ?= slow or not slow
-PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --durations 20
+PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 20
 
 .PHONY: demo test test-docs test-matrix test-kernels test-slow test-transformers5 fuzz lint docs check clean
 

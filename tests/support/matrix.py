@@ -1,4 +1,4 @@
-"""Cases of every family: some in every run, all of them in ``make test-matrix``."""
+"""Cases of a test, as families: some in every run, all of them in ``make test-matrix``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("qwen3", "qwen3_moe", "gemma3_text", "granitemoehybrid", "phi3")
 with parts of a block in one tensor."""
 
 
-def some(names: Iterable[str], kept: Collection[str] = KINDS) -> list[Any]:
+def some(names: Iterable[str | int], kept: Collection[str | int] = KINDS) -> list[Any]:
     """Return parameters of a test: the names that are kept, and the others for the matrix."""
     return [
         name if name in kept else pytest.param(name, marks=pytest.mark.matrix) for name in names
