@@ -210,7 +210,7 @@ def time_files(build: Build, dense: ExportResult, arguments: argparse.Namespace)
     """Return bytes of both files, and ratios of their speed by number of threads."""
     model = build.prune().folder
     pruned = build.export(model, name_artifact(build.job))
-    vocabulary = Checkpoint(model).integer("vocab_size")
+    vocabulary = Checkpoint(model).shape.vocab_size
     found: dict[str, Any] = {"size_bytes": pruned.size_bytes, "dense_bytes": dense.size_bytes}
     found |= {"decode_ratios": {}, "prefill_ratios": {}}
 

@@ -53,7 +53,7 @@ def measure(checkpoint: Checkpoint, out: Path, criterion: str, share: float) -> 
     plain = Pruning(sparsity=0.0, match_dense=False, dense=("proj",))
     prune_blocks(checkpoint, CALIBRATION, [], plain, blocks, structure=structure)
 
-    shape = read_outline(blocks).shape(checkpoint, structure)
+    shape = read_outline(blocks).shape(checkpoint.shape, structure)
     cut = Checkpoint(assemble(checkpoint, blocks, out / "model", shape))
     models = [load_model(each) for each in (checkpoint, cut)]
 

@@ -112,7 +112,7 @@ def prune(
 
     traces = []
     for index in range(max(tokens // TRACE_TOKENS, 1)):
-        ids = tuple(random.integers(0, checkpoint.integer("vocab_size"), length).tolist())
+        ids = tuple(random.integers(0, checkpoint.shape.vocab_size, length).tolist())
         traces.append(
             Trace(
                 index=index,

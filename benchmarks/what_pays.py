@@ -125,7 +125,7 @@ def main() -> None:
 def known_arms(arguments: argparse.Namespace) -> tuple[Arm, ...]:
     """Return the arms that a model's rows allow."""
     checkpoint = Job(Recipe.combine(None, {"model": arguments.model})).checkpoint
-    columns = {checkpoint.entries[name].shape[1] for name in checkpoint.linear_weights}
+    columns = {checkpoint.entries[name].shape[1] for name in checkpoint.shape.linear_weights}
     return WIDE if all(each % 256 == 0 for each in columns) else NARROW
 
 
@@ -204,9 +204,13 @@ def measure_bits(
     that are not zero.
     """
     checkpoint = build.job.checkpoint
-    dense_weights = sum(math.prod(checkpoint.entries[n].shape) for n in checkpoint.linear_weights)
-    sources = set(map(generalize, checkpoint.linear_weights))
-    share = measure_sparsity(exported, checkpoint.linear_weights) if arm.kind == "zeros" else 0.0
+    dense_weights = sum(
+        math.prod(checkpoint.entries[n].shape) for n in checkpoint.shape.linear_weights
+    )
+    sources = set(map(generalize, checkpoint.shape.linear_weights))
+    share = (
+        measure_sparsity(exported, checkpoint.shape.linear_weights) if arm.kind == "zeros" else 0.0
+    )
     is_ideal = bool(share and bitmask.fits(arm.quant, share))
 
     stored = exported
@@ -349,7 +353,7 @@ def time_file(done: Done, rival: Done, mode: Any, rounds: int) -> dict[str, Any]
     """Return tokens a second of a file on one thread, timed in turns with its rival's."""
     load = Load(rounds, prompt_tokens=64, new_tokens=128, threads=1, accel=mode)
     settings = EngineSettings(512, 1, 1)
-    vocabulary = done.build.job.checkpoint.integer("vocab_size")
+    vocabulary = done.build.job.checkpoint.shape.vocab_size
     files = (rival.exported.path, done.exported.path)
     timed = compare(done.build.job.backend, *files, load, settings, vocabulary)
 

@@ -77,14 +77,15 @@ def _measure(entries: Mapping[str, TensorEntry]) -> list[export.MeasuredTensor]:
 
 
 def _inspect_checkpoint(checkpoint: Checkpoint) -> Json:
+    shape = checkpoint.shape
     summary = {
         "folder": str(checkpoint.folder),
         "architecture": checkpoint.family.architecture,
-        "blocks": checkpoint.block_count,
-        "feed_forward_channels": _shorten(checkpoint.per_block("intermediate_size")),
-        "query_heads": _shorten(checkpoint.per_block("num_attention_heads")),
-        "key_value_heads": _shorten(checkpoint.per_block("num_key_value_heads")),
-        **({"experts": checkpoint.experts} if checkpoint.experts else {}),
+        "blocks": shape.block_count,
+        "feed_forward_channels": _shorten(shape.widths["intermediate_size"]),
+        "query_heads": _shorten(shape.widths["num_attention_heads"]),
+        "key_value_heads": _shorten(shape.widths["num_key_value_heads"]),
+        **({"experts": shape.num_experts} if shape.num_experts else {}),
         "tied": checkpoint.tied,
         "sha256": checkpoint.sha256,
     }

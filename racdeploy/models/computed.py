@@ -1,53 +1,100 @@
-"""Settings that families name beside the keys of ``config.json``: computed from several of them."""
+"""Settings: the keys of a complete ``config.json``, and what is computed from several of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-if TYPE_CHECKING:
-    from racdeploy.models.checkpoint import Checkpoint
-
-
-def _attention_scalar(checkpoint: Checkpoint) -> float:
-    if checkpoint.block_count == 62:  # by which llama.cpp knows the 27B model
-        return checkpoint.integer("hidden_size") // checkpoint.integer("num_attention_heads")
-    return checkpoint.head_size
+from racdeploy.errors import ModelError
 
 
-def _width_of(checkpoint: Checkpoint, kind: str) -> int:
-    heads = checkpoint.integer(f"linear_num_{kind}_heads")
-    return heads * checkpoint.integer(f"linear_{kind}_head_dim")
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a model, by the names that families use for them."""
+
+    config: Mapping[str, Any]  # with the family's defaults
+    where: str  # the file, for messages
+
+    def setting(self, name: str) -> Any:
+        """Return a key of ``config.json``, or None, or one of :data:`SETTINGS`."""
+        compute = SETTINGS.get(name)
+        return compute(self) if compute else self.config.get(name)
+
+    def integer(self, key: str) -> int:
+        """Return a setting that is a whole number; a ModelError says that it is none."""
+        value = self.setting(key)
+        if type(value) is not int:
+            raise ModelError(f"{self.where}: {key} is {value!r}, not a whole number")
+        return value
 
 
-def _state_space_width(checkpoint: Checkpoint) -> int:
-    if checkpoint.config.get("mamba_head_dim"):
-        return checkpoint.integer("mamba_n_heads") * checkpoint.integer("mamba_head_dim")
-    return checkpoint.integer("mamba_expand") * checkpoint.integer("hidden_size")
+def read_head_dim(settings: Settings) -> int:
+    """Return the width of one attention head; ``head_dim`` where the config has it."""
+    explicit = settings.config.get("head_dim")
+    return int(explicit) if explicit else _hidden_per_head(settings)
 
 
-def _convolved_width(checkpoint: Checkpoint) -> int:
-    groups = checkpoint.integer("mamba_n_groups")
-    width: int = checkpoint.setting("mamba_width")
-    return width + 2 * groups * checkpoint.integer("mamba_d_state")
+def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope settings in one form: ``rope_theta``, ``rope_type`` and factors of scaling."""
+    # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
+    parameters = dict(config.get("rope_parameters") or {})
+    scaling = parameters or dict(config.get("rope_scaling") or {})
+    theta = parameters.get("rope_theta", config.get("rope_theta")) or 10_000.0
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind
+    return scaling | {"rope_theta": float(theta), "rope_type": kind}
 
 
-SETTINGS: Mapping[str, Callable[[Checkpoint], Any]] = {
-    "rotary_width": lambda c: int(c.head_size * (c.config.get("partial_rotary_factor") or 1)),
-    "root_of_hidden_size": lambda c: math.sqrt(c.integer("hidden_size")),
-    "window_or_0": lambda c: c.config.get("sliding_window") or 0,
+def _hidden_per_head(settings: Settings) -> int:
+    return settings.integer("hidden_size") // settings.integer("num_attention_heads")
+
+
+def _attention_scalar(settings: Settings) -> float:
+    if settings.integer("num_hidden_layers") == 62:  # by which llama.cpp knows the 27B model
+        return _hidden_per_head(settings)
+    return read_head_dim(settings)
+
+
+def _width_of(settings: Settings, kind: str) -> int:
+    heads = settings.integer(f"linear_num_{kind}_heads")
+    return heads * settings.integer(f"linear_{kind}_head_dim")
+
+
+def _state_space_width(settings: Settings) -> int:
+    if settings.config.get("mamba_head_dim"):
+        return settings.integer("mamba_n_heads") * settings.integer("mamba_head_dim")
+    return settings.integer("mamba_expand") * settings.integer("hidden_size")
+
+
+def _convolved_width(settings: Settings) -> int:
+    groups = settings.integer("mamba_n_groups")
+    return _state_space_width(settings) + 2 * groups * settings.integer("mamba_d_state")
+
+
+def _sparsity_of_gemma3n(settings: Settings) -> list[float]:
+    blocks = settings.integer("num_hidden_layers")
+    return [0.95] * min(10, blocks) + [0.0] * (blocks - 10)
+
+
+SETTINGS: Mapping[str, Callable[[Settings], Any]] = {
+    "rotary_width": lambda s: int(read_head_dim(s) * (s.config.get("partial_rotary_factor") or 1)),
+    "root_of_hidden_size": lambda s: math.sqrt(s.integer("hidden_size")),
+    "window_or_0": lambda s: s.config.get("sliding_window") or 0,
     "attention_scalar": _attention_scalar,
-    "theta": lambda c: c.rope["rope_theta"],
-    "linear_key_width": lambda c: _width_of(c, "key"),
-    "linear_value_width": lambda c: _width_of(c, "value"),
-    "logit_cap_or_0": lambda c: c.config.get("final_logit_softcapping") or 0.0,
-    "own_inputs_width": lambda c: c.block_count * c.integer("hidden_size_per_layer_input"),
-    "altup_pairs": lambda c: c.integer("altup_num_inputs") ** 2,
-    "blocks_beyond_20": lambda c: max(0, c.block_count - 20),
-    "sparsity_of_gemma3n": lambda c: [0.95] * min(10, c.block_count) + [0.0] * (c.block_count - 10),
+    "theta": lambda s: read_rope(s.config)["rope_theta"],
+    "linear_key_width": lambda s: _width_of(s, "key"),
+    "linear_value_width": lambda s: _width_of(s, "value"),
+    "logit_cap_or_0": lambda s: s.config.get("final_logit_softcapping") or 0.0,
+    "own_inputs_width": lambda s: (
+        s.integer("num_hidden_layers") * s.integer("hidden_size_per_layer_input")
+    ),
+    "altup_pairs": lambda s: s.integer("altup_num_inputs") ** 2,
+    "blocks_beyond_20": lambda s: max(0, s.integer("num_hidden_layers") - 20),
+    "sparsity_of_gemma3n": _sparsity_of_gemma3n,
     "mamba_width": _state_space_width,
-    "hidden_per_head": lambda c: c.integer("hidden_size") // c.integer("num_attention_heads"),
-    "mamba_group_width": lambda c: c.setting("mamba_width") // c.integer("mamba_n_groups"),
+    "hidden_per_head": _hidden_per_head,
+    "mamba_group_width": lambda s: _state_space_width(s) // s.integer("mamba_n_groups"),
     "mamba_convolved_width": _convolved_width,
 }

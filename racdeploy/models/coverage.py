@@ -25,9 +25,9 @@ def check_covered(checkpoint: Checkpoint) -> None:
         kind = generalize(inside)
         tensors = family.model_tensors if index is None else family.block_tensors
 
-        is_known = kind in tensors and (index or 0) < checkpoint.block_count
+        is_known = kind in tensors and (index or 0) < checkpoint.shape.block_count
         if kind != inside:
-            is_known = is_known and (expert_of(inside) or 0) < checkpoint.experts
+            is_known = is_known and (expert_of(inside) or 0) < checkpoint.shape.num_experts
         if not is_known and not name.endswith(IGNORED):
             unknown.append(name)
 

@@ -7,28 +7,21 @@ it is whole, and as wide as the blocks of the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 from racdeploy.models import widths
-from racdeploy.models.families import Family
+from racdeploy.models.shape import ModelShape
 from racdeploy.tensors.safetensors import TensorEntry
 
 PREFIX = "mtp."
 BEGINNINGS = ("model.mtp.", PREFIX)
 _BLOCK = re.compile(rf"{re.escape(PREFIX)}layers\.(\d{{1,6}})\.(.+)")
-Entry = TypeVar("Entry")
 
 
-def take(stored: Mapping[str, Entry]) -> dict[str, Entry]:
+def take(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Return the tensors of the head, by names that begin with :data:`PREFIX`."""
-    found = {}
-    for name, entry in stored.items():
-        for begins in BEGINNINGS:
-            if name.startswith(begins):
-                found[PREFIX + name.removeprefix(begins)] = entry
-                break
-    return found
+    head = {name: entry for name, entry in stored.items() if name.startswith(BEGINNINGS)}
+    return {name.removeprefix("model."): entry for name, entry in head.items()}
 
 
 def split_block(name: str) -> tuple[int | None, str]:
@@ -37,18 +30,25 @@ def split_block(name: str) -> tuple[int | None, str]:
     return (int(match[1]), match[2]) if match else (None, name.removeprefix(PREFIX))
 
 
-def count_blocks(names: Sequence[str]) -> int:
+def count_blocks(names: Iterable[str]) -> int:
     """Return how many blocks a head has, given its tensors."""
     return len({split_block(name)[0] for name in names} - {None})
 
 
-def expected_shapes(
-    family: Family, kinds: Sequence[str], sizes: Mapping[str, int], blocks: int
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a head whose blocks are like one of the model.
+def fits(shape: ModelShape, head: Mapping[str, TensorEntry]) -> bool:
+    """Return whether llama.cpp takes a head: it is whole, and like the last block that attends."""
+    attending = [block for block, attends in enumerate(shape.attends) if attends]
+    if not (head and shape.family.further and attending):
+        return False
 
-    ``kinds`` and ``sizes`` are of that block.
-    """
+    found = {name: tuple(entry.shape) for name, entry in head.items()}
+    return found == _expect_shapes(shape, attending[-1], count_blocks(head))
+
+
+def _expect_shapes(shape: ModelShape, like: int, blocks: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a head whose blocks are like one of the model."""
+    family = shape.family
+    sizes = shape.sizes[like]
     shapes = {}
 
     for name, stored in family.further.items():
@@ -57,12 +57,7 @@ def expected_shapes(
 
     for block in range(blocks):
         for inside in family.block_tensors:
-            if family.has(kinds, inside) and not inside.endswith(".bias"):
+            if family.has(shape.kinds[like], inside) and not inside.endswith(".bias"):
                 shapes[f"{PREFIX}layers.{block}.{inside}"] = widths.shape(family, inside, sizes)
 
     return shapes
-
-
-def fits(entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether a head has these tensors and no others."""
-    return {name: tuple(entry.shape) for name, entry in entries.items()} == dict(shapes)

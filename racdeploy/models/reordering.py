@@ -12,23 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.decoder import Transform
+from racdeploy.models.shape import ModelShape
 
 Order = NDArray[np.intp]
 
 
-def order_rows(transform: Transform | None, checkpoint: Checkpoint, rows: int) -> Order | None:
+def order_rows(transform: Transform | None, shape: ModelShape, rows: int) -> Order | None:
     """Return which row of a tensor comes at each place, or None where all stay."""
     make = _ROWS.get(transform)
-    return make(checkpoint, rows) if make else None
+    return make(shape, rows) if make else None
 
 
-def order_columns(
-    transform: Transform | None, checkpoint: Checkpoint, columns: int
-) -> Order | None:
+def order_columns(transform: Transform | None, shape: ModelShape, columns: int) -> Order | None:
     """Return which column of a matrix comes at each place, or None where all stay."""
-    return _order_value_heads(checkpoint, columns) if transform == "value_columns" else None
+    return _order_value_heads(shape, columns) if transform == "value_columns" else None
 
 
 def order_rotary(rows: int, heads: int) -> Order:
@@ -37,28 +35,28 @@ def order_rotary(rows: int, heads: int) -> Order:
     return order_H2X.swapaxes(1, 2).reshape(-1)
 
 
-def _order_value_heads(checkpoint: Checkpoint, rows: int) -> Order | None:
+def _order_value_heads(shape: ModelShape, rows: int) -> Order | None:
     """Lay value heads, the last rows, by their place among those of one key head.
 
     The checkpoint has all of the first key head, then all of the second; ggml repeats keys as a
     whole, so that the first of every key head come first.
     """
-    if not checkpoint.config.get("linear_num_key_heads"):
+    if not shape.config.get("linear_num_key_heads"):
         return None
 
-    groups = checkpoint.integer("linear_num_key_heads")
-    heads = checkpoint.integer("linear_num_value_heads")
+    groups = shape.integer("linear_num_key_heads")
+    heads = shape.integer("linear_num_value_heads")
     if heads == groups:
         return None
 
-    own = heads if rows == heads else checkpoint.integer("linear_value_width")
+    own = heads if rows == heads else shape.integer("linear_value_width")
     order_GHX = np.arange(rows - own, rows).reshape(groups, heads // groups, own // heads)
     order_X = order_GHX.swapaxes(0, 1).reshape(-1)
     return np.concatenate([np.arange(rows - own), order_X])
 
 
-_ROWS: Mapping[Any, Callable[[Checkpoint, int], Order | None]] = {
-    "rotary": lambda checkpoint, rows: order_rotary(rows, rows // checkpoint.head_size),
+_ROWS: Mapping[Any, Callable[[ModelShape, int], Order | None]] = {
+    "rotary": lambda shape, rows: order_rotary(rows, rows // shape.head_dim),
     "value_rows": _order_value_heads,
     "decay": _order_value_heads,
 }

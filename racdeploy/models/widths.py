@@ -52,6 +52,11 @@ def lengths(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in axes)
 
 
+def unit(letter: str, sizes: Mapping[str, int]) -> int:
+    """Return what one of a setting of :data:`SETTINGS` adds to the size of a letter."""
+    return 1 if letter == "F" else sizes["K"]
+
+
 def find_kept(
     family: Family, name: str, kept: Kept, sizes: Mapping[str, int]
 ) -> tuple[NDArray[np.int64] | None, ...]:

@@ -225,7 +225,7 @@ class Build:
 
             entries = job.checkpoint.entries
             shapes = {name: entries[name].shape for name in job.prunable_weights}
-            sparsity = exports.measure_sparsity(pruned, model.checkpoint.linear_weights)
+            sparsity = exports.measure_sparsity(pruned, model.checkpoint.shape.linear_weights)
             names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
         rivals = []

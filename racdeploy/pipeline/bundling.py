@@ -243,7 +243,7 @@ def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettin
     generation = {key: value for key, value in own if type(value) in (int, float)}
 
     # A context with room for long thoughts, within what model and target have.
-    most = min(checkpoint.positions, Target.read(recipe.target).context_tokens)
+    most = min(checkpoint.shape.positions, Target.read(recipe.target).context_tokens)
     context_tokens = max(recipe.verify.context_tokens, min(most, _ROOM_FOR_THOUGHTS))
 
     return manifests.GenerationSettings(
@@ -253,7 +253,7 @@ def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettin
         max_thinking_tokens=control.max_tokens,
         thinking=control.settings,
         context_tokens=recipe.verify.context_tokens,
-        model_context_tokens=checkpoint.positions,
+        model_context_tokens=checkpoint.shape.positions,
         advised_context_tokens=context_tokens,
     )
 

@@ -163,7 +163,7 @@ class Evaluation:
         dense_arm, pruned_arm, *others = arms
         form = exports.load(recipe.export.format)
         metadata, _ = form.measure(pruned.path)
-        prunable = set(map(generalize, model.checkpoint.linear_weights))
+        prunable = set(map(generalize, model.checkpoint.shape.linear_weights))
         encoder = PromptEncoder.from_folder(model.folder)
 
         return Evidence(

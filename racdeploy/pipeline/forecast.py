@@ -37,7 +37,7 @@ def estimate_seconds(
     recipe, checkpoint = job.recipe, job.checkpoint
     cores = min(threads or available_cores(), available_cores())
     speed = _SHARE_OF_SPEED * _measure_flops_per_s() * cores / available_cores()
-    token_s = 2 * _count_active_weights(checkpoint) / speed
+    token_s = 2 * count_active_weights(checkpoint) / speed
 
     lengths = [len(trace.completion_ids) for trace in traces] or [recipe.traces.max_new_tokens]
     usual = sum(lengths) / len(lengths)
@@ -45,14 +45,14 @@ def estimate_seconds(
     def answer_s(prompts: int, together: int, read_bytes: float) -> float:
         step_s = max(together * token_s, read_bytes / _READ_BYTES_PER_S)
         steps = math.ceil(prompts / together) * usual
-        return steps * (step_s + _PASS_S * checkpoint.block_count)
+        return steps * (step_s + _PASS_S * checkpoint.shape.block_count)
 
-    batch = 1 if checkpoint.has_state else recipe.traces.batch
+    batch = 1 if checkpoint.family.has_state else recipe.traces.batch
     read_bytes = 2 * token_s * speed  # in float32
     tracing_s = answer_s(len(job.problems("calibration")), batch, read_bytes)
 
     tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
-    sweeps = _SOLVE_SWEEPS * checkpoint.integer("hidden_size")
+    sweeps = _SOLVE_SWEEPS * checkpoint.shape.hidden_size
     pruning_s = token_s * (_PRUNE_PASSES * tokens + sweeps)
 
     seconds: float = pruning_s + token_s * _RECOVER_PASSES * recipe.recover.tokens
@@ -66,13 +66,14 @@ def estimate_seconds(
     return seconds
 
 
-def _count_active_weights(checkpoint: Checkpoint) -> int:
-    """Return the weights of linears that one token meets; of experts, those it is sent to."""
-    active = checkpoint.integer("vocab_size") * checkpoint.integer("hidden_size")
-    for name in checkpoint.linear_weights:
-        size = math.prod(checkpoint.entries[name].shape)
+def count_active_weights(checkpoint: Checkpoint) -> int:
+    """Return the weights that one token meets; of experts, those it is sent to."""
+    shape = checkpoint.shape
+    active = shape.vocab_size * shape.hidden_size
+    for name in shape.linear_weights:
+        size = checkpoint.entries[name].size
         if expert_of(name) is not None:
-            size = size * checkpoint.integer("num_experts_per_tok") // checkpoint.experts
+            size = size * shape.integer("num_experts_per_tok") // shape.num_experts
         active += size
     return active
 

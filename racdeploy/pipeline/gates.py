@@ -22,7 +22,6 @@ from racdeploy.errors import GateError
 from racdeploy.export import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.naming import count_parameters
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verify.checks.logits import find_kl_limit, most_changed
 from racdeploy.verify.differences import TokenDifferences
@@ -69,7 +68,7 @@ def check_artifact(
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
         as_engine_TV = expected_TV
-        if checkpoint.family.table_modules or checkpoint.rounds_ramp:
+        if checkpoint.family.table_modules or checkpoint.shape.rounds_ramp:
             as_engine_TV = torch_engine.logits(ids, as_ggml=True)
 
     f32_note = _check_f32(job, checkpoint, exact, ids, as_engine_TV)
@@ -186,7 +185,7 @@ def _check_f32(
     if form.COMPARES_F32:
         return ""
 
-    size_bytes = 4 * count_parameters(checkpoint)
+    size_bytes = 4 * checkpoint.parameters
     if size_bytes > F32_LIMIT_BYTES:
         return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
 

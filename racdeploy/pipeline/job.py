@@ -167,9 +167,9 @@ class Job:
         return read_old_ids(folder) if self.recipe.structure.cuts_vocabulary else None
 
     @cached_property
-    def prunable_weights(self) -> list[str]:
+    def prunable_weights(self) -> tuple[str, ...]:
         """Names of the dense model's weights that can be pruned, in forward order."""
-        return self.checkpoint.linear_weights
+        return self.checkpoint.shape.linear_weights
 
     @cached_property
     def weights_to_prune(self) -> list[str]:
@@ -190,7 +190,7 @@ class Job:
             return structure
 
         # Weights whose rows are as long as the feed-forward part is wide.
-        end = f".{find_end(self.checkpoint, 'F')}.weight"
+        end = f".{find_end(self.checkpoint.shape, 'F')}.weight"
         ends = [name for name in self.prunable_weights if name.endswith(end)]
 
         jobs = (self, *self.siblings)
@@ -256,7 +256,7 @@ def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> tu
     family = checkpoint.family
     block, linear = family.split_block(weight)
     stored = [f"blk.{block}.{name}" for name in family.list_stored(generalize(linear))]
-    blocks, tied = checkpoint.block_count, checkpoint.tied
+    blocks, tied = checkpoint.shape.block_count, checkpoint.tied
     return tuple(rules.choose(name, blocks, tied).quant for name in stored)
 
 
@@ -266,7 +266,7 @@ def fit_context(job: Job) -> Job:
     The job's notes say so; a recipe that asks for more is refused before any work.
     """
     settings = job.recipe.verify
-    positions = job.checkpoint.positions
+    positions = job.checkpoint.shape.positions
     default = Verification.model_fields["context_tokens"].default
     if settings.context_tokens != default or default <= positions:
         return job

@@ -7,7 +7,6 @@ pruning keep zeros in every format that they can be chosen for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,7 +102,7 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
     rules = presets.read(settings.quant, settings.tensors)
     zeros = weights = 0
 
-    for name in checkpoint.linear_weights:
+    for name in checkpoint.shape.linear_weights:
         formats = choose_quants(checkpoint, name, rules)
         if _loses(checkpoint, name, formats):
             weight_OI = checkpoint.read(name)
@@ -140,7 +139,7 @@ def _count_lost(
     # Columns that share a step are neighbours in the file.
     _, inside = checkpoint.family.split_block(name)
     transform = checkpoint.family.transforms.get(generalize(inside))
-    order_I = order_columns(transform, checkpoint, I)
+    order_I = order_columns(transform, checkpoint.shape, I)
 
     lost = 0
     for start in range(0, O, max(1, _SLAB_WEIGHTS // I)):
@@ -154,7 +153,7 @@ def _count_lost(
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:
     entries = job.checkpoint.entries
-    return sum(math.prod(entries[name].shape) for name in names)
+    return sum(entries[name].size for name in names)
 
 
 def _list_keeping(job: Job) -> list[str]:

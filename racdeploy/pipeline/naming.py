@@ -5,7 +5,6 @@ Source: ggml/docs/gguf.md, "GGUF Naming Convention": BaseName-SizeLabel-FineTune
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def name_artifact(job: Job) -> str:
 def name_model(job: Job) -> str:
     """Return the name of the pruned model: base, size, and what was done to it."""
     base = job.model.name
-    size = "" if _SIZE.search(base) else f"-{label_size(count_parameters(job.checkpoint))}"
+    size = "" if _SIZE.search(base) else f"-{label_size(job.checkpoint.parameters)}"
     return f"{base}{size}-{describe_pruning(job.recipe)}"
 
 
@@ -62,11 +61,6 @@ def describe_pruning(recipe: Recipe) -> str:
     return "-".join(words)
 
 
-def count_parameters(checkpoint: Checkpoint) -> int:
-    """Return how many weights a checkpoint holds."""
-    return sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
-
-
 def label_size(parameters: int) -> str:
     """Return how many parameters there are as a name says it, as ``1.5B`` or ``135M``."""
     reached = (letter for letter, scale in _SCALES.items() if parameters >= scale)
@@ -87,7 +81,7 @@ def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float 
         "general.base_model.count": 1,
         "general.base_model.0.name": model.name,
         "general.name": name_model(job),
-        "general.size_label": label_size(count_parameters(pruned)),
+        "general.size_label": label_size(pruned.parameters),
         "racdeploy.version": __version__,
         "racdeploy.base_model": recipe.model,
         "racdeploy.method": recipe.prune.method,

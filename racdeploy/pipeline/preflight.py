@@ -14,7 +14,7 @@ from racdeploy.models.coverage import check_covered, list_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
-from racdeploy.pipeline.naming import count_parameters, name_artifact
+from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
@@ -97,7 +97,7 @@ def check_model(job: Job) -> None:
 def plan_build(job: Job) -> dict[str, Any]:
     """Return what a build will ask of the model and of the machine."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
-    parameters = count_parameters(checkpoint)
+    parameters = checkpoint.parameters
 
     expected = expect_structure(checkpoint, job.structure)
     prunable = [name for name in job.prunable_weights if name in expected.sizes]
@@ -105,9 +105,10 @@ def plan_build(job: Job) -> dict[str, Any]:
 
     # Keys and values of a token, in half precision.
     kept = expected.kept
-    blocks = kept.blocks if kept else sum(checkpoint.attends)
-    heads = kept.key_value_heads if kept else checkpoint.key_value_heads
-    token_bytes = 2 * 2 * blocks * heads * checkpoint.head_size
+    shape = checkpoint.shape
+    blocks = kept.blocks if kept else sum(shape.attends)
+    heads = kept.key_value_heads if kept else shape.num_key_value_heads
+    token_bytes = 2 * 2 * blocks * heads * shape.head_dim
 
     # "same-size" stands for two models; where one recovers, it answers before that as well.
     models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
@@ -161,7 +162,7 @@ def _check_context(job: Job) -> None:
     prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
     longest = max(map(len, prompts))
 
-    positions = job.checkpoint.positions
+    positions = job.checkpoint.shape.positions
     if settings.context_tokens > positions:
         raise UsageError(
             f"verify.context_tokens is {settings.context_tokens}, and {job.model.name} is made for "

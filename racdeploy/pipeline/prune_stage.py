@@ -144,7 +144,7 @@ class PruneStage:
         model: Checkpoint,
     ) -> dict[str, Any]:
         """Prune a model, the dense one or one that is sparse already, into a folder."""
-        self.place.report("prune", 0, model.block_count)
+        self.place.report("prune", 0, model.shape.block_count)
 
         from racdeploy.prune.structure.outline import list_rows, read_outline
         from racdeploy.prune.walk.assemble import assemble
@@ -166,11 +166,11 @@ class PruneStage:
         with self.place.processes.job("prune", self.describe_code(), given):
             linears, blocks = self._prune_blocks(blocks_folder, given, self.place.progress)
 
-        shape = read_outline(blocks_folder).shape(model, cuts)
+        shape = read_outline(blocks_folder).shape(model.shape, cuts)
         assemble(model, blocks_folder, folder, shape)
 
         return {
-            "structure": [row.model_dump() for row in list_rows(model, shape)],
+            "structure": [row.model_dump() for row in list_rows(model.shape, shape)],
             "linears": [row.model_dump() for row in linears],
             "blocks": [row.model_dump() for row in blocks],
             "selection": counts,

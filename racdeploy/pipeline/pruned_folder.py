@@ -28,7 +28,7 @@ def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
     _check_vocabulary(dense, sparse)
 
     zeros = weights = 0
-    for name in sparse.linear_weights:
+    for name in sparse.shape.linear_weights:
         values = sparse.read_raw(name)
         zeros += int(values.size - np.count_nonzero(values))
         weights += values.size
@@ -55,10 +55,11 @@ def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:
                 remedy="name the dense model that it was pruned from",
             )
 
-    if sparse.head_size != dense.head_size or sparse.block_count > dense.block_count:
+    own, whole = sparse.shape, dense.shape
+    if own.head_dim != whole.head_dim or own.block_count > whole.block_count:
         raise UsageError(
-            f"{sparse.folder} has {sparse.block_count} blocks of heads {sparse.head_size} wide, "
-            f"{dense.folder} has {dense.block_count} of {dense.head_size}: "
+            f"{sparse.folder} has {own.block_count} blocks of heads {own.head_dim} wide, "
+            f"{dense.folder} has {whole.block_count} of {whole.head_dim}: "
             "it was pruned from another model",
             remedy="name the dense model that it was pruned from",
         )
@@ -66,7 +67,7 @@ def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:
 
 def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
     """Refuse other tokens: both models must say the same words, and embed them alike."""
-    theirs, own = dense.integer("vocab_size"), sparse.integer("vocab_size")
+    theirs, own = dense.shape.vocab_size, sparse.shape.vocab_size
     if theirs != own:
         raise UsageError(
             f"{sparse.folder} has {own} tokens and {dense.folder} has {theirs}: "
@@ -88,14 +89,14 @@ def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
 
 def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:
     """Return from which dense block each block was cut."""
-    if sparse.block_count == dense.block_count:
-        return tuple(range(dense.block_count))
+    left, blocks = sparse.shape.block_count, dense.shape.block_count
+    if left == blocks:
+        return range(blocks)
 
     outline = sparse.folder.parent / _OUTLINE
     if not outline.is_file():
         raise UsageError(
-            f"{sparse.folder} has {sparse.block_count} of {dense.block_count} blocks, "
-            f"and {outline} does not say which",
+            f"{sparse.folder} has {left} of {blocks} blocks, and {outline} does not say which",
             remedy="name the folder that racdeploy prune left in its work folder",
         )
 

@@ -402,7 +402,7 @@ class _Teaching:
         """Return what makes up a course, as it is sent to other processes."""
         stage, model = self.stage, self.model
         named = model.sources or [row.source_block for row in model.structure]
-        sources = named or range(stage.dense.block_count)
+        sources = named or range(stage.dense.shape.block_count)
 
         return {
             "sparse": sparse,

@@ -12,11 +12,11 @@ from racdeploy.errors import UsageError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize
+from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.naming import count_parameters
 from racdeploy.prune.structure.layout import Layout, keep_alike
 from racdeploy.prune.structures import list_parts
-from racdeploy.prune.walk.assemble import Shape
+from racdeploy.prune.walk.assemble import CutShape
 from racdeploy.recipe import Structure
 from racdeploy.report.structure import describe_kept
 from racdeploy.results.pruning import Kept, StructureRow
@@ -91,7 +91,7 @@ def check_format(job: Job) -> None:
     settings, name = job.recipe.structure, job.recipe.export.format
     sizes, form = settings.sizes, export.load(name)
     cuts = list_parts(settings, "block").values()
-    alike = [cut.layout(job.checkpoint, 0, settings).alike for cut in cuts]
+    alike = [cut.layout(job.checkpoint.shape, 0, settings).alike for cut in cuts]
     is_uniform = settings.uniform or all(alike)
     why = form.refusal(job.checkpoint, sizes, is_uniform) if sizes else ""
     if not why:
@@ -107,15 +107,16 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
     """Return about what a cut will leave, which :func:`check_structure` has allowed."""
     from racdeploy.prune.structure.outline import list_rows
 
-    shape = expect_shape(checkpoint, settings)
-    tokens = checkpoint.integer("vocab_size")
+    dense = checkpoint.shape
+    shape = expect_shape(dense, settings)
+    tokens = dense.vocab_size
     for part, plugin in list_parts(settings, "folder").items():
-        tokens = plugin.layout(checkpoint, 0, settings).count(settings.share(part))
+        tokens = plugin.layout(dense, 0, settings).count(settings.share(part))
 
     sizes = _expect_sizes(checkpoint, shape, tokens)
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
-    return Expected(kept, list_rows(checkpoint, shape), sizes)
+    return Expected(kept, list_rows(dense, shape), sizes)
 
 
 def plan_cut(job: Job) -> dict[str, Any]:
@@ -132,56 +133,54 @@ def plan_cut(job: Job) -> dict[str, Any]:
 
 def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:
     """Return what is left of a model; None where it has as many parameters as before."""
-    parameters, tokens = count_parameters(pruned), pruned.integer("vocab_size")
-    return _make_kept(dense, parameters, pruned.block_count, pruned.key_value_heads, tokens)
+    shape = pruned.shape
+    heads = shape.num_key_value_heads
+    return _make_kept(dense, pruned.parameters, shape.block_count, heads, shape.vocab_size)
 
 
 def _make_kept(
     dense: Checkpoint, parameters: int, blocks: int, key_value_heads: int, tokens: int
 ) -> Kept | None:
-    parameters_dense = count_parameters(dense)
-    if parameters == parameters_dense:
+    if parameters == dense.parameters:
         return None
 
+    shape = dense.shape
     return Kept(
         parameters=parameters,
-        parameters_dense=parameters_dense,
+        parameters_dense=dense.parameters,
         blocks=blocks,
-        blocks_dense=dense.block_count,
+        blocks_dense=shape.block_count,
         key_value_heads=key_value_heads,
-        key_value_heads_dense=dense.key_value_heads,
+        key_value_heads_dense=shape.num_key_value_heads,
         vocabulary=tokens,
-        vocabulary_dense=dense.integer("vocab_size"),
+        vocabulary_dense=shape.vocab_size,
     )
 
 
-def expect_shape(
-    checkpoint: Checkpoint, settings: Structure, spread: Spread | None = None
-) -> Shape:
+def expect_shape(dense: ModelShape, settings: Structure, spread: Spread | None = None) -> CutShape:
     """Return the shape that a cut leaves, as if the last blocks went and the others lost alike.
 
     ``spread`` changes how many units of a part each block keeps, of the same sum.
     """
     from racdeploy.prune.structure.outline import Outline, whole
 
-    outline = whole(checkpoint)
+    outline = whole(dense)
     for part, plugin in list_parts(settings, "model").items():
-        count = plugin.layout(checkpoint, 0, settings).count(settings.share(part))
+        count = plugin.layout(dense, 0, settings).count(settings.share(part))
         outline = Outline(tuple(range(count)), {})
 
     units = {}
     for part in list_parts(settings, "block"):
-        layouts = outline.layouts(checkpoint, part, settings)
+        layouts = outline.layouts(dense, part, settings)
         counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
         is_free = not (settings.uniform or layouts[0].alike)
         units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
 
-    return Outline(outline.blocks, units).shape(checkpoint, settings)
+    return Outline(outline.blocks, units).shape(dense, settings)
 
 
-def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str, int]:
-    family, vocabulary = checkpoint.family, checkpoint.integer("vocab_size")
-    lengths = [shape.sizes(checkpoint, block) for block in shape.blocks]
+def _expect_sizes(checkpoint: Checkpoint, shape: CutShape, tokens: int) -> dict[str, int]:
+    family, vocabulary = checkpoint.family, checkpoint.shape.vocab_size
     sizes = {}
 
     for name, entry in checkpoint.entries.items():
@@ -189,10 +188,10 @@ def _expect_sizes(checkpoint: Checkpoint, shape: Shape, tokens: int) -> dict[str
 
         block, inside = family.split_block(name)
         if block is not None:
-            if block >= len(lengths) or shape.removes(inside):
+            if block >= len(shape.sizes) or shape.removes(inside):
                 continue
             if generalize(inside) in family.block_tensors:
-                left = widths.shape(family, inside, lengths[block])
+                left = widths.shape(family, inside, shape.sizes[block])
 
         elif left[0] == vocabulary:
             left = (tokens, *left[1:])

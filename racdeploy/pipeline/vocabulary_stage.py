@@ -67,7 +67,7 @@ class VocabularyStage:
         compare_segmentation(dense, cut, old_ids, probe_strings())
 
         tokens = dense.tokenizer.get_vocab_size()
-        rows = self.choice.dense.integer("vocab_size")
+        rows = self.choice.dense.shape.vocab_size
         padding = ""
         if rows > tokens:
             padding = f", {rows - tokens:,} rows of padding gone"

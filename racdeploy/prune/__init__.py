@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +37,7 @@ class PrunedModel:
     @property
     def sparsity_asked(self) -> float:
         """Fraction of zeros asked of the linears, over all prunable weights that are left."""
-        entries, weights = self.checkpoint.entries, self.checkpoint.linear_weights
-        sizes = {name: math.prod(entries[name].shape) for name in weights}
+        entries, weights = self.checkpoint.entries, self.checkpoint.shape.linear_weights
+        sizes = {name: entries[name].size for name in weights}
         zeros = sum(row.sparsity_asked * sizes[f"{row.name}.weight"] for row in self.linears)
         return zeros / sum(sizes.values())

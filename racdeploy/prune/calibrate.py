@@ -28,7 +28,7 @@ from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.structure.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
 from racdeploy.prune.structure.decision import decide_outline
 from racdeploy.prune.structure.outline import Outline, whole
-from racdeploy.prune.walk.assemble import Shape
+from racdeploy.prune.walk.assemble import CutShape
 from racdeploy.prune.walk.batches import Batch
 from racdeploy.prune.walk.block_files import BlockFiles
 from racdeploy.prune.walk.blocks import put
@@ -84,7 +84,7 @@ def prune_blocks(
 
     with torch.inference_mode():
         outline = decide_outline(session, structure)
-        sizes = _count_weights(session, outline.shape(checkpoint, structure))
+        sizes = _count_weights(session, outline.shape(checkpoint.shape, structure))
         pruner = LinearPruner(
             session,
             _decide_shares(session, sizes),
@@ -126,17 +126,16 @@ def _decide_shares(session: Session, sizes: Mapping[str, int]) -> Shares:
     return decided
 
 
-def _count_weights(session: Session, shape: Shape) -> dict[str, int]:
+def _count_weights(session: Session, shape: CutShape) -> dict[str, int]:
     """Return how many weights each linear that is pruned has after the cut, by its dense name."""
-    checkpoint = session.blocks.checkpoint
+    dense = session.blocks.shape
     sizes = {}
 
     for place, index in enumerate(shape.blocks):
-        lengths = shape.sizes(checkpoint, place)
-        for linear in checkpoint.linears(index):
+        for linear in dense.linears[index]:
             name = f"{session.blocks.prefix(index)}.{linear}"
             if not any(re.search(pattern, name) for pattern in session.settings.dense):
-                own = widths.shape(checkpoint.family, f"{linear}.weight", lengths)
+                own = widths.shape(dense.family, f"{linear}.weight", shape.sizes[place])
                 sizes[name] = math.prod(own)
 
     return sizes
@@ -152,9 +151,9 @@ class _Walk:
         self.processes = self.session.processes
         self.batches = self.session.batches
         self.blocks = self.session.blocks
-        self.checkpoint = self.blocks.checkpoint
+        self.shape = self.blocks.shape
         self.criterion = plugins.load("criteria", structure.criterion)
-        self.cuts = list_cuts(self.checkpoint, outline, structure)
+        self.cuts = list_cuts(self.shape, outline, structure)
         self.files = BlockFiles(self.session.folder, self.processes)
 
         # What reaches each block. The dense model is only followed where its states are needed.
@@ -177,7 +176,7 @@ class _Walk:
         blocks: list[BlockRow] = []
         places = {index: place for place, index in enumerate(self.outline.blocks)}
 
-        for index in range(self.checkpoint.block_count):
+        for index in range(self.shape.block_count):
             if index in places:
                 pair = self._load(index, places[index])
                 pass_block = self._prune
@@ -200,7 +199,9 @@ class _Walk:
         dense = self.blocks.load(index)
         for name, parameter in dense.named_parameters():
             put(sparse, name, parameter)
-        return BlockPair(self.checkpoint, index, place, dense, sparse, self.dense, self.sparse)
+        return BlockPair(
+            self.blocks.checkpoint, index, place, dense, sparse, self.dense, self.sparse
+        )
 
     def _skip(self, index: int) -> None:
         """Let the dense model alone pass a block that the pruned one is without."""
@@ -226,7 +227,7 @@ class _Walk:
         """Cut and prune a block group by group, write it, and advance the hidden states."""
         pruned: dict[str, PrunedLinear] = {}
 
-        for group, linears in enumerate(self.checkpoint.input_groups(pair.index)):
+        for group, linears in enumerate(pair.input_groups):
             for cut in self.cuts:
                 if cut.before == group and not cut.leaves_whole(pair.place):
                     self._cut(pair, cut)
@@ -271,7 +272,7 @@ class _Walk:
 
         if not self.pruner.quant:  # the export chooses scales by importance, and these are chosen
             self.files.write_importance(pair.place, named)
-            if self.outline != whole(self.checkpoint):
+            if self.outline != whole(self.shape):
                 self._write_dense_importance(pair, pruned)
 
     def _write_dense_importance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
@@ -285,7 +286,7 @@ class _Walk:
 
     def _list_cut_tensors(self, pair: BlockPair) -> dict[str, torch.Tensor]:
         """Return what a cut changed, as it is stored, by new names."""
-        are_moved = len(pair.experts) < self.checkpoint.experts
+        are_moved = len(pair.experts) < self.shape.num_experts
 
         changed = {}
         for name, parameter in pair.sparse.named_parameters():
@@ -323,7 +324,7 @@ class _Walk:
     ) -> torch.Tensor:
         """Let a batch pass the sparse block, and measure what it shows of some linears."""
         batch = self.batches[index]
-        experts = self.checkpoint.family.experts
+        experts = self.shape.family.experts
         shared = {name: row for name, row in measured.items() if expert_of(name) is None}
 
         if len(shared) == len(measured):
@@ -344,7 +345,7 @@ class _Walk:
         return self.session.settings.match_dense or batch.held_out
 
     def _linear_rows(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
-        groups = self.checkpoint.input_groups(pair.index)
+        groups = pair.input_groups
         rows = []
 
         for linear in (name for group in groups for name in name_experts(group, len(pair.experts))):

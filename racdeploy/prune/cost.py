@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
 from racdeploy import plugins
+from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import name_experts
+from racdeploy.models.shape import ModelShape
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.prune.bounds import EXPERT_BYTES, TOKENS_PER_BATCH, WINDOW_BYTES
 from racdeploy.quant import Codes
@@ -29,19 +29,19 @@ def trace_bytes(checkpoint: Checkpoint, sequences: int, prompt: int, longest: in
 
     The process as it is, weights in float32, keys and values (a block's twice), and activations.
     """
-    width = checkpoint.integer("hidden_size")
-    sequences = 1 if checkpoint.has_state else sequences  # as the engine decodes them
-    inner = max(group.inputs for group in _list_groups(checkpoint))
+    shape = checkpoint.shape
+    width = shape.hidden_size
+    sequences = 1 if shape.family.has_state else sequences  # as the engine decodes them
+    inner = max(group.inputs for group in _list_groups(shape))
 
-    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
-    per_token = 2 * checkpoint.key_value_heads * checkpoint.head_size
-    cache = per_token * (sum(checkpoint.attends) + 1) * sequences * longest
+    per_token = 2 * shape.num_key_value_heads * shape.head_dim
+    cache = per_token * (sum(shape.attends) + 1) * sequences * longest
 
     # A prompt token: six values of hidden width, four of them of all that pass between blocks; four
     # of feed-forward width; the last logits twice.
-    passing = sequences * prompt * (2 * width + 4 * checkpoint.state_width + 4 * inner)
-    logits = 2 * sequences * checkpoint.integer("vocab_size")
-    return _process_bytes() + _FLOAT32 * (weights + cache + passing + logits)
+    passing = sequences * prompt * (2 * width + 4 * shape.state_width + 4 * inner)
+    logits = 2 * sequences * shape.vocab_size
+    return _process_bytes() + _FLOAT32 * (checkpoint.parameters + cache + passing + logits)
 
 
 def peak_bytes(
@@ -58,14 +58,15 @@ def peak_bytes(
     The process with transformers, the window of hidden states, and the costliest moment of a group.
     """
     process = _process_bytes(checkpoint, settings.device)
-    width = checkpoint.integer("hidden_size")
-    groups = _list_groups(checkpoint)
+    shape = checkpoint.shape
+    width = shape.hidden_size
+    groups = _list_groups(shape)
     block = sum(group.weights for group in groups)
     streams = 2 if settings.match_dense else 1  # of hidden states: sparse, and dense beside it
 
     tokens = calibration_tokens + held_out_tokens
     dense_tokens = tokens if settings.match_dense else held_out_tokens
-    wide = checkpoint.state_width
+    wide = shape.state_width
     window = min(_FLOAT32 * wide * tokens, WINDOW_BYTES)
     window += min(_FLOAT32 * wide * dense_tokens, WINDOW_BYTES)
 
@@ -147,19 +148,16 @@ class _Group:
         return own, min(self.experts * own, max(own, EXPERT_BYTES)) - own
 
 
-def _list_groups(checkpoint: Checkpoint) -> list[_Group]:
+def _list_groups(shape: ModelShape) -> list[_Group]:
     """Return the groups of the largest block."""
-    family = checkpoint.family
+    family = shape.family
     blocks = []
 
-    for block in range(checkpoint.block_count):
+    for input_groups, sizes in zip(shape.input_groups, shape.sizes, strict=True):
         groups = []
-        for linears in checkpoint.input_groups(block):
-            experts = 1
-            if linears[0] in family.routed:
-                experts = checkpoint.experts
-            names = [f"{family.blocks}.{block}.{name}.weight" for name in name_experts(linears, 1)]
-            shapes = [checkpoint.entries[name].shape for name in names]
+        for linears in input_groups:
+            experts = shape.num_experts if linears[0] in family.routed else 1
+            shapes = [widths.shape(family, f"{linear}.weight", sizes) for linear in linears]
             _, inputs = shapes[0]
             outputs = [rows for rows, _ in shapes]
             groups.append(_Group(inputs, outputs, experts))

@@ -102,7 +102,7 @@ class BlockWalk:
             losses.append(self._pass_block(place))
             self.sparse.empty(place).to("meta")
 
-        self._pass_dense(passed, self.course.dense.block_count)
+        self._pass_dense(passed, self.course.dense.shape.block_count)
         return self._conclude(sum(losses) / len(losses))
 
     def _pass_dense(self, start: int, stop: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from racdeploy import plugins, recover
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.processes.memory import free_bytes, resident_bytes
 from racdeploy.prune.bounds import WINDOW_BYTES
 from racdeploy.prune.processes import processes_here
@@ -25,23 +26,18 @@ _PREFERRED = ("all", "blocks")
 def whole_model_bytes(course: Course, trained: Sequence[str]) -> int:
     """Return the peak where the whole model is in memory; ``trained`` weights get gradients."""
     sparse = course.sparse
+    shape = sparse.shape
 
-    every = learning = 0
-    for name, entry in sparse.entries.items():
-        size = math.prod(entry.shape)
-        every += size
-        if name in trained:
-            learning += size
-
-    taken = WEIGHT_BYTES * every
+    learning = sum(entry.size for name, entry in sparse.entries.items() if name in trained)
+    taken = WEIGHT_BYTES * sparse.parameters
     taken += learning * (_GRADIENT_BYTES + _MOMENT_BYTES)
 
     processes = course.processes.count
     if processes > 1:
         # Each has some rows of all weights, and a block whole while the next one arrives.
         taken = math.ceil(taken / processes)
-        embedding = sparse.integer("vocab_size") * sparse.integer("hidden_size")
-        whole = max(*_block_sizes(sparse), embedding)
+        embedding = shape.vocab_size * shape.hidden_size
+        whole = max(_largest_block(sparse), embedding)
         taken += 2 * (WEIGHT_BYTES + _GRADIENT_BYTES) * whole
 
     taken += _head_bytes(course)
@@ -50,9 +46,9 @@ def whole_model_bytes(course: Course, trained: Sequence[str]) -> int:
 
     # What enters each block is kept; one block at a time computes the rest again.
     tokens = _batch_tokens(course, lessons.BATCH_TOKENS)
-    entering = sparse.state_width * (sparse.block_count + 4)
+    entering = shape.state_width * (shape.block_count + 4)
     taken += WEIGHT_BYTES * tokens * entering
-    taken += _block_activations(sparse, tokens)
+    taken += _block_activations(shape, tokens)
     taken += 2 * WINDOW_BYTES
 
     return resident_bytes() + round(_HOLES * taken)
@@ -63,9 +59,9 @@ def one_block_bytes(course: Course) -> int:
     of_weight = WEIGHT_BYTES + _GRADIENT_BYTES + _MOMENT_BYTES
     tokens = _batch_tokens(course, block_walk.BATCH_TOKENS)
 
-    learning = of_weight * max(_block_sizes(course.sparse))
-    learning += _block_activations(course.sparse, tokens)
-    dense = WEIGHT_BYTES * max(_block_sizes(course.dense))
+    learning = of_weight * _largest_block(course.sparse)
+    learning += _block_activations(course.sparse.shape, tokens)
+    dense = WEIGHT_BYTES * _largest_block(course.dense)
 
     # The projection comes when the blocks are gone, but may not fit into the holes they leave.
     worst = max(learning, dense) + _head_bytes(course)
@@ -107,26 +103,26 @@ def choose_ways(course: Course) -> tuple[str, ...]:
     return tuple(asked)
 
 
-def _block_sizes(checkpoint: Checkpoint) -> list[int]:
-    """Return how many weights each block has."""
-    sizes = [0] * checkpoint.block_count
+def _largest_block(checkpoint: Checkpoint) -> int:
+    """Return how many weights the largest block has."""
+    sizes = [0] * checkpoint.shape.block_count
     for name, entry in checkpoint.entries.items():
         block, _ = checkpoint.family.split_block(name)
         if block is not None:
-            sizes[block] += math.prod(entry.shape)
-    return sizes
+            sizes[block] += entry.size
+    return max(sizes)
 
 
-def _block_activations(checkpoint: Checkpoint, tokens: int) -> int:
+def _block_activations(shape: ModelShape, tokens: int) -> int:
     """Return what one block keeps for its backward pass, and the gradients on the way."""
-    width = checkpoint.integer("hidden_size")
-    inner = max(checkpoint.per_block("intermediate_size"))
-    return WEIGHT_BYTES * tokens * (8 * width + 4 * checkpoint.state_width + 6 * inner)
+    width = shape.hidden_size
+    inner = max(shape.widths["intermediate_size"])
+    return WEIGHT_BYTES * tokens * (8 * width + 4 * shape.state_width + 6 * inner)
 
 
 def _head_bytes(course: Course) -> int:
-    dense = course.dense
-    weights = dense.integer("vocab_size") * dense.integer("hidden_size")
+    dense = course.dense.shape
+    weights = dense.vocab_size * dense.hidden_size
     return WEIGHT_BYTES * weights + _HEAD_BYTES
 
 

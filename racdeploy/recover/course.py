@@ -86,9 +86,9 @@ class Course:
     processes: Processes = ALONE
 
     @property
-    def masked(self) -> list[str]:
+    def masked(self) -> Sequence[str]:
         """Names of the weights whose zeros stay."""
-        return self.sparse.linear_weights
+        return self.sparse.shape.linear_weights
 
     def rate(self, depth: int) -> float:
         """Return the highest learning rate where so many blocks learn together.
@@ -96,7 +96,7 @@ class Course:
         Wide models want a lower one, and so do deep ones: what one block changes, the others feel.
         Measured at 4 blocks of width 256 and at 30 of 576; a rate that is too high is halved.
         """
-        wide = self.sparse.integer("hidden_size")
+        wide = self.sparse.shape.hidden_size
         return self.settings.rate or 1.6 / (wide * max(depth, 4))
 
     @property

@@ -44,7 +44,7 @@ class Head:
         name = family.embedding if checkpoint.tied else "lm_head.weight"
         weight_VD = _read_rows(checkpoint, name).to(device)
 
-        divisor = checkpoint.setting(family.logit_divisor) if family.logit_divisor else 1.0
+        divisor = checkpoint.shape.setting(family.logit_divisor) if family.logit_divisor else 1.0
         cap = checkpoint.config.get(family.logit_cap) if family.logit_cap else None
 
         short_VD = weight_VD.bfloat16() if short else None

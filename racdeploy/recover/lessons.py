@@ -237,7 +237,7 @@ def dense_states(
     owners = processes.owners([batch.ids_BT.numel() for batch in batches])
     own = {n: batches[n] for n, owner in enumerate(owners) if owner == processes.rank}
 
-    width = dense.integer("hidden_size")
+    width = dense.shape.hidden_size
     shapes = [(len(trace.ids), width) for trace in traces]
     states = Activations(shapes, folder / f"dense-{name}.bin")
 
@@ -246,7 +246,7 @@ def dense_states(
             torch.inference_mode(),
             closing(Stream(blocks, own, folder, f"passing-{name}")) as passing,
         ):
-            for block in range(dense.block_count):
+            for block in range(dense.shape.block_count):
                 passing.leave(blocks.load(block))
                 blocks.empty(block).to("meta")
 

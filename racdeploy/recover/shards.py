@@ -85,7 +85,7 @@ def _load(
 
     mesh = processes.mesh(device)
     decoder, _, blocks = checkpoint.family.blocks.partition(".")
-    units = [f"{decoder}.{blocks}.{index}" for index in range(checkpoint.block_count)]
+    units = [f"{decoder}.{blocks}.{index}" for index in range(checkpoint.shape.block_count)]
 
     for unit in (*units, decoder):
         module = model.get_submodule(unit)

@@ -7,7 +7,6 @@ at a time. So a file does not depend on how many there are.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,7 @@ def fill_tensors(file: Path, tensors: Mapping[str, Tensor], processes: Processes
 
 
 def _read(entry: TensorEntry) -> Tensor:
-    count = math.prod(entry.shape)
-    bits = np.fromfile(entry.file, DTYPES[entry.dtype], count, offset=entry.start)
+    bits = np.fromfile(entry.file, DTYPES[entry.dtype], entry.size, offset=entry.start)
     values = torch.from_numpy(bits).view(entry.shape)
     return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
 

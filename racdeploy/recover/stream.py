@@ -24,7 +24,7 @@ class Stream:
         self.places = {index: place for place, index in enumerate(batches)}
         chosen = list(batches.values())
         self._states = Activations(blocks.shapes(chosen), folder / f"states-{name}.bin")
-        self._besides = Besides(blocks.checkpoint, blocks.device, chosen, folder, f"states-{name}")
+        self._besides = Besides(blocks.shape, blocks.device, chosen, folder, f"states-{name}")
         for place, hidden_BTD in enumerate(blocks.embed(chosen)):
             self._states[place] = hidden_BTD
 

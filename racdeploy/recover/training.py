@@ -53,7 +53,7 @@ def distil(
     keep_heap()
 
     with ExitStack() as stack:
-        width = course.dense.integer("hidden_size")
+        width = course.dense.shape.hidden_size
         taught = choose_taught(course.taught, width, STORED_BYTES)
         sets = {"taught": taught, "held-out": course.held_out, "text": course.text}
 
@@ -171,7 +171,7 @@ class _Training:
             return
 
         self.done.losses.append(total)
-        peak = self.done.pace * self.course.rate(depth=self.course.sparse.block_count)
+        peak = self.done.pace * self.course.rate(depth=self.course.sparse.shape.block_count)
         rate = rate_at(peak, (self.done.step + 0.5) / len(self.steps))
 
         self.optimizer.step(rate, norm)

@@ -66,6 +66,11 @@ class TensorEntry:
         return self.dtype.lower()
 
     @property
+    def size(self) -> int:
+        """Number of its values."""
+        return math.prod(self.shape)
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of its own in the file."""
         return _count_bytes(self.dtype, self.shape)
@@ -77,8 +82,7 @@ class TensorEntry:
             stored = np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
             return np.ndarray(self.shape, dtype, stored, strides=self.strides).copy()
 
-        count = self.size_bytes // dtype.itemsize
-        return np.fromfile(self.file, dtype, count, offset=self.start).reshape(self.shape)
+        return np.fromfile(self.file, dtype, self.size, offset=self.start).reshape(self.shape)
 
     def pieces(self) -> Iterator[bytes]:
         """Yield its bytes in order, a piece in memory at a time."""

@@ -107,7 +107,7 @@ def _open(
         settings.server,
         EngineSettings(context_tokens, settings.server_concurrency),
         tokenizer=TokenizerFiles(checkpoint.folder).file,
-        vocabulary=checkpoint.integer("vocab_size"),
+        vocabulary=checkpoint.shape.vocab_size,
         model=reload.choose_name(settings),
         key_env=settings.server_key_env,
         timeout_s=timeout_s,

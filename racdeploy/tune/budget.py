@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.forecast import count_active_weights
 from racdeploy.pipeline.job import Job
 from racdeploy.traces.trace import Trace
 from racdeploy.tune.race import FIRST_ROUND
-from racdeploy.tune.sizes import share_of_experts
 from racdeploy.tune.speed import MAX_SECONDS
 
 LEAST_MADE = 2  # candidates, a dense one and a pruned one, however short the time
@@ -123,19 +123,19 @@ def estimate_least(
     if traces:
         tokens = sum(len(trace.completion_ids) for trace in traces) / len(traces)
     tokens = min(tokens, recipe.verify.max_new_tokens)
-    effort = _Effort(tokens, 2.0 * count_weights(checkpoint), _FLOPS * cores)
+    effort = _Effort(tokens, 2.0 * count_active_weights(checkpoint), _FLOPS * cores)
 
     prompts = len(job.problems("calibration"))
     traces_s = 0.0
     if not (traces or recipe.traces.server):
-        step_s = _TORCH_PASS_S * checkpoint.block_count
+        step_s = _TORCH_PASS_S * checkpoint.shape.block_count
         step_s += effort.token_flops / effort.flops_per_s
         traces_s = _STARTING_S + effort.answer_s(prompts, step_s, recipe.traces.batch)
 
     calibrated = min(recipe.calibration.max_tokens or math.inf, prompts * tokens)
     held_out = round(recipe.calibration.held_out_share * prompts)
     made_s = _walk_flops(checkpoint, calibrated) / effort.flops_per_s
-    made_s += count_weights(checkpoint) / (_ROUNDED * cores)
+    made_s += count_active_weights(checkpoint) / (_ROUNDED * cores)
     compared_s = effort.compare_s(1 + LEAST_MADE, held_out)
 
     parallel = recipe.verify.parallel
@@ -153,19 +153,10 @@ def estimate_least(
     }
 
 
-def count_weights(checkpoint: Checkpoint) -> float:
-    """Return how many weights of linears and output projection one token meets."""
-    met = float(checkpoint.integer("vocab_size") * checkpoint.integer("hidden_size"))
-    for name in checkpoint.linear_weights:
-        shape = checkpoint.entries[name].shape
-        met += math.prod(shape) * share_of_experts(checkpoint, [name])
-    return met
-
-
 def _walk_flops(checkpoint: Checkpoint, tokens: float) -> float:
     """Return the operations of one walk over all blocks in which codes are chosen."""
-    flops = 6.0 * tokens * count_weights(checkpoint)
-    for name in checkpoint.linear_weights:
+    flops = 6.0 * tokens * count_active_weights(checkpoint)
+    for name in checkpoint.shape.linear_weights:
         *_, rows, inputs = checkpoint.entries[name].shape
         flops += (tokens + 2 * _CODE_SWEEPS * rows + 4 * inputs) * inputs**2
     return flops

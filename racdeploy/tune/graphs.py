@@ -40,8 +40,9 @@ def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
 
 def estimate_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> int:
     """Return about the bytes of a graph with its weights."""
+    shape = checkpoint.shape
     # The cosines and sines of every position are a table of float32.
-    total = _FLOAT_BYTES * checkpoint.positions * checkpoint.head_size
+    total = _FLOAT_BYTES * shape.positions * shape.head_dim
     arrays = 2
 
     for tensor in tensors:
@@ -50,7 +51,7 @@ def estimate_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> in
         arrays += len(own)
 
     total += len(list_tensors(list(tensors)).encode())
-    return total + _GRAPH_BYTES + _BLOCK_BYTES * checkpoint.block_count + _ARRAY_BYTES * arrays
+    return total + _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
 
 
 def count_bytes(tensor: GraphTensor) -> int:
@@ -79,6 +80,6 @@ def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> 
     read: dict[str, float] = defaultdict(float)
     for tensor in tensors:
         if not tensor.looked_up or checkpoint.tied:
-            share = share_of_experts(checkpoint, [tensor.name])
+            share = share_of_experts(checkpoint.shape, [tensor.name])
             read[tensor.quant] += share * count_bytes(tensor)
     return read

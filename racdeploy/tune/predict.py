@@ -37,7 +37,7 @@ class Predictor:
         size = self.size(choice)
         memory_bytes = predict_memory(
             self.device,
-            size.checkpoint,
+            size.checkpoint.shape,
             size.plain_bytes,
             size.read_bytes,
             choice.recipe.verify.context_tokens,

@@ -23,6 +23,7 @@ from racdeploy.errors import UsageError
 from racdeploy.files.stages import Stage
 from racdeploy.packing import list_stored
 from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.forecast import count_active_weights
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.workplace import Workplace
@@ -30,7 +31,7 @@ from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
-from racdeploy.tune.budget import Budget, check_held_out, count_weights, estimate_least
+from racdeploy.tune.budget import Budget, check_held_out, estimate_least
 from racdeploy.tune.candidates import MAX_BITS, Choice, propose
 from racdeploy.tune.divergence import DenseLogits
 from racdeploy.tune.entries import Entry, find_front, find_nearest, order_entries
@@ -384,10 +385,10 @@ class Search:
     @cached_property
     def _workload(self) -> Workload:
         checkpoint = self.job.checkpoint
-        weights = round(count_weights(checkpoint))
+        weights = count_active_weights(checkpoint)
         stored = list_stored(self.job.recipe.export.format, "quant")
         narrow = [name for name in stored if quant.load(name).BITS <= MAX_BITS]
-        return Workload(weights, checkpoint.block_count, tuple(narrow))
+        return Workload(weights, checkpoint.shape.block_count, tuple(narrow))
 
     @property
     def _checked(self) -> Constraints:

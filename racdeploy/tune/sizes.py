@@ -20,12 +20,13 @@ from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
+from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.structure.layout import Layout
 from racdeploy.prune.structures import vocabulary
-from racdeploy.prune.walk.assemble import Shape, sketch
+from racdeploy.prune.walk.assemble import CutShape, sketch
 
 _EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row
 
@@ -93,7 +94,7 @@ class Sizes:
         saved_bytes = 0
         if is_packed:
             saved_bytes = round(_expect_saved_bytes(job, plan.tensors))
-        read_bytes = count_read_bytes(model.checkpoint, plan.tensors)
+        read_bytes = count_read_bytes(model.checkpoint.shape, plan.tensors)
         size_bytes = plain_bytes - saved_bytes
         return Size(
             size_bytes=size_bytes,
@@ -138,7 +139,7 @@ class Sizes:
 
         checkpoint = job.checkpoint
         if structure.parts:
-            shape = expect_shape(checkpoint, structure, _push)
+            shape = expect_shape(checkpoint.shape, structure, _push)
             checkpoint = self._sketch(checkpoint, key, shape)
         if old_ids is not None:
             folder = self._scratch / f"{key}-tokens"
@@ -150,16 +151,14 @@ class Sizes:
         self._models[key] = model
         return model
 
-    def _sketch(self, checkpoint: Checkpoint, key: str, shape: Shape) -> Checkpoint:
-        if shape == Shape.of(checkpoint):
+    def _sketch(self, checkpoint: Checkpoint, key: str, shape: CutShape) -> Checkpoint:
+        if shape.sizes == checkpoint.shape.sizes:
             return checkpoint
         folder = self._scratch / key
         return Checkpoint(folder if folder.is_dir() else sketch(checkpoint, folder, shape))
 
 
-def count_read_bytes(
-    checkpoint: Checkpoint, tensors: Sequence[PlannedTensor]
-) -> Mapping[str, float]:
+def count_read_bytes(shape: ModelShape, tensors: Sequence[PlannedTensor]) -> Mapping[str, float]:
     """Return the bytes of weights that one token reads, by number format."""
     read: dict[str, float] = defaultdict(float)
     names = {tensor.name for tensor in tensors}
@@ -169,17 +168,17 @@ def count_read_bytes(
         is_embedding = tensor.name.startswith(_EMBEDDINGS)
         if is_embedding and not (is_head and tensor.name == "token_embd.weight"):
             continue
-        read[tensor.quant_real] += tensor.size_bytes * share_of_experts(checkpoint, tensor.parts)
+        read[tensor.quant_real] += tensor.size_bytes * share_of_experts(shape, tensor.parts)
     return read
 
 
-def share_of_experts(checkpoint: Checkpoint, names: Sequence[str]) -> float:
+def share_of_experts(shape: ModelShape, names: Sequence[str]) -> float:
     """Return which share of the experts of a tensor a token goes through; 1 where it has none."""
     is_routed = any(expert_of(name) is not None for name in names)
-    used = checkpoint.config.get("num_experts_per_tok")
-    if not is_routed or not checkpoint.experts or not isinstance(used, int):
+    used = shape.config.get("num_experts_per_tok")
+    if not is_routed or not shape.num_experts or not isinstance(used, int):
         return 1.0
-    return min(1.0, used / checkpoint.experts)
+    return min(1.0, used / shape.num_experts)
 
 
 def _push(counts: list[int], layouts: Sequence[Layout]) -> list[int]:

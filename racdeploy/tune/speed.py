@@ -16,7 +16,7 @@ from racdeploy import quant as quants
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Progress, Sampling
 from racdeploy.files.stages import Stage
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.workplace import Workplace, address
 from racdeploy.processes.cores import available_cores
 from racdeploy.targets import Device
@@ -204,7 +204,7 @@ def predict_token_s(device: Device, read_bytes: Mapping[str, float]) -> float:
 
 def predict_memory(
     device: Device,
-    checkpoint: Checkpoint,
+    shape: ModelShape,
     file_bytes: int,
     read_bytes: Mapping[str, float],
     context_tokens: int,
@@ -212,7 +212,7 @@ def predict_memory(
 ) -> int:
     """Return about the bytes of the process that answers: file, copies, key-value cache."""
     copies = sum(count for name, count in read_bytes.items() if name in device.repacked)
-    numbers = 2 * checkpoint.key_value_heads * checkpoint.head_size * sum(checkpoint.attends)
+    numbers = 2 * shape.num_key_value_heads * shape.head_dim * sum(shape.attends)
     cache = _CACHE_BYTES.get(engine, 4) * numbers * context_tokens
     return _BASE_BYTES + file_bytes + round(copies) + cache
 

@@ -99,7 +99,7 @@ def test_what_is_wrong_in_the_configs_is_named(
 
 def _use(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
-    _ = (checkpoint.block_count, checkpoint.tokenizer.chat_template)
+    _ = (checkpoint.shape.block_count, checkpoint.tokenizer.chat_template)
 
 
 def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
     """
     family = checkpoint.family
     places = set()
-    for block in range(checkpoint.block_count):
-        groups = checkpoint.input_groups(block)
-        parts = {linear.partition(".")[0] for linear in checkpoint.linears(block)}
+    for block in range(checkpoint.shape.block_count):
+        groups = checkpoint.shape.input_groups[block]
+        parts = {linear.partition(".")[0] for linear in checkpoint.shape.linears[block]}
         numbered = enumerate(groups)
         ends = {n: each for n, each in numbered if families.ends_part(groups, n)}
         assert len(parts) == len(ends)
@@ -89,7 +89,7 @@ def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
         for (linear,) in ends.values():
             one = linear.replace("*", "0")
             outputs, _ = checkpoint.entries[f"{family.blocks}.{block}.{one}.weight"].shape
-            assert checkpoint.integer("hidden_size") == outputs, linear
+            assert checkpoint.shape.hidden_size == outputs, linear
 
     assert len(places) == 1, "what is kept of a batch between passes is found by its place"
 
@@ -161,7 +161,7 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
     with torch.inference_mode():
         states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
         (hidden_BTD,) = blocks.embed([batch])
-        for index in range(checkpoint.block_count):
+        for index in range(checkpoint.shape.block_count):
             state_BTD = take_states(states[index])
             torch.testing.assert_close(hidden_BTD, state_BTD, rtol=1e-5, atol=1e-5)
             hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD, beside=beside)
@@ -169,10 +169,10 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
 
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     """One statistic serves a group, so its linears take the same input."""
-    for block in range(checkpoint.block_count):
+    for block in range(checkpoint.shape.block_count):
         prefix = f"{checkpoint.family.blocks}.{block}"
-        for group in checkpoint.input_groups(block):
-            names = families.name_experts(group, checkpoint.experts)
+        for group in checkpoint.shape.input_groups[block]:
+            names = families.name_experts(group, checkpoint.shape.num_experts)
             widths = {checkpoint.entries[f"{prefix}.{name}.weight"].shape[1] for name in names}
             assert len(widths) == 1, group
 
@@ -181,7 +181,7 @@ def test_tensors_of_nobody_are_named(checkpoint: Checkpoint) -> None:
     """Those of an expert beyond the last one, too, which a stack would leave out in silence."""
     check_covered(checkpoint)
     family, entries = checkpoint.family, dict(checkpoint.entries)
-    surplus = f"{family.blocks}.0.mlp.experts.{checkpoint.experts}.up_proj.weight"
+    surplus = f"{family.blocks}.0.mlp.experts.{checkpoint.shape.num_experts}.up_proj.weight"
     checkpoint.__dict__["entries"] = entries | {surplus: entries[family.embedding]}
     with pytest.raises(ModelError, match=re.escape(surplus)):
         check_covered(checkpoint)

@@ -59,7 +59,7 @@ def test_it_says_when_it_is_cut_and_of_how_many(models: dict[str, Checkpoint], n
     members = {"model": ["cut"], "block": [], "folder": ["choose", "rewrite"]}
     assert all(hasattr(plugin, member) for member in members[plugin.STEP])
 
-    layout = plugin.layout(models.get(plugin.SIZE, models[""]), 0, Structure())
+    layout = plugin.layout(models.get(plugin.SIZE, models[""]).shape, 0, Structure())
     assert layout.letter == plugin.SIZE
     assert layout.count(1.0) == layout.units > 1
 
@@ -79,12 +79,13 @@ def test_its_units_are_all_that_a_linear_collects(
     checkpoint: Checkpoint, width: ModuleType
 ) -> None:
     """Each index belongs to one unit; counts fall from all of them by whole steps."""
-    for block in range(checkpoint.block_count):
-        layout = width.layout(checkpoint, block, Structure())
-        assert find_end(checkpoint, layout.letter)
+    shape = checkpoint.shape
+    for block in range(shape.block_count):
+        layout = width.layout(shape, block, Structure())
+        assert find_end(shape, layout.letter)
         kept = layout.indices(range(layout.units))
         for letter, index in kept.items():
-            assert np.array_equal(index, np.arange(checkpoint.sizes(block)[letter]))
+            assert np.array_equal(index, np.arange(shape.sizes[block][letter]))
 
         assert layout.counts[0] == layout.units
         assert layout.counts == sorted(layout.counts, reverse=True)
@@ -105,15 +106,15 @@ def test_what_it_leaves_is_a_model(
     prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.0), blocks, structure=structure)
 
     outline = read_outline(blocks)
-    shape = outline.shape(checkpoint, structure)
+    shape = outline.shape(checkpoint.shape, structure)
     left = Checkpoint(assemble(checkpoint, blocks, tmp_path / "model", shape))
-    assert left.block_count == len(outline.blocks)
+    assert left.shape.block_count == len(outline.blocks)
     if name in outline.units:
-        layouts = outline.layouts(checkpoint, name, structure)
+        layouts = outline.layouts(checkpoint.shape, name, structure)
         units = sum(layout.units for layout in layouts)
         assert sum(outline.units[name]) / units == pytest.approx(SHARE, abs=0.04)
     else:
-        assert left.block_count == SHARE * checkpoint.block_count
+        assert left.shape.block_count == SHARE * checkpoint.shape.block_count
 
     with torch.inference_mode():
         logits_TV = load_model(left)(input_ids=torch.tensor([TRACES[0].ids])).logits

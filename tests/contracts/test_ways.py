@@ -77,7 +77,7 @@ def test_cuts_stay_cut(tmp_path: Path, way: str) -> None:
     course.write()
     model = Checkpoint(course.out)
     for setting in ("intermediate_size", "num_attention_heads"):
-        assert model.per_block(setting) == course.sparse.per_block(setting)
+        assert model.shape.widths[setting] == course.sparse.shape.widths[setting]
 
 
 def test_it_repeats(tmp_path: Path, way: str) -> None:

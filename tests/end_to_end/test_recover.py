@@ -123,7 +123,7 @@ def test_codes_are_chosen_for_what_was_recovered(
     recovered = Checkpoint(Path(values["folder"]))
     grid = quant.as_grid("q4_0")
 
-    for name in recovered.linear_weights:
+    for name in recovered.shape.linear_weights:
         weight_OI = recovered.read(name)
         stored_OI = grid.dequantize(grid.quantize(weight_OI), weight_OI.shape[1])
         assert np.array_equal(stored_OI, weight_OI), name

@@ -47,7 +47,7 @@ def test_the_walk_ends_with_the_models_last_hidden_state(tmp_path: Path) -> None
     with torch.inference_mode():
         (hidden_BTD,) = blocks.embed([batch])
         assert [tuple(hidden_BTD.shape)] == blocks.shapes([batch]) == [(1, 40, 4 * 64)]
-        for index in range(checkpoint.block_count):
+        for index in range(checkpoint.shape.block_count):
             hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD, beside=beside)
         found_BTD = blocks.last_norm()(hidden_BTD)
         model = load_model(checkpoint).get_submodule("model")
@@ -70,7 +70,7 @@ def test_llama_answers_as_torch_does(tmp_path: Path) -> None:
     settings = EngineSettings(context_tokens=64, parallel=3, cache_dtype="f32")
     with transformers.open_engine(folder, settings) as engine:
         own = engine.generate(prompts, sampling)
-        with round_as_ggml(engine._model, checkpoint):
+        with round_as_ggml(engine._model, checkpoint.shape):
             expected = engine.generate(prompts, sampling)
         assert own == engine.generate(prompts, sampling) != expected  # as it was before
 
@@ -98,7 +98,7 @@ def test_a_published_folder_is_read(tmp_path: Path) -> None:
     edit_json(text / "config.json", model_type="gemma3n", text_config=config)
 
     checkpoint = Checkpoint(text)
-    assert checkpoint.integer("intermediate_size") == 96
+    assert checkpoint.shape.integer("intermediate_size") == 96
     assert checkpoint.notes[0].startswith("3 tensors are left out")
     plan = export(checkpoint, tmp_path / "model.gguf", quant="q8_0").tensors
     zeros = {tensor.name for tensor in plan if tensor.zeros == 1}
@@ -148,7 +148,7 @@ def test_other_models_of_its_kind_are_refused(folder: Path, changes: dict[str, o
 )
 def test_what_llama_computes_otherwise_is_refused(folder: Path, changes: dict[str, object]) -> None:
     """It has these numbers in its source, whatever the file says."""
-    check_parameters(Checkpoint(folder))
+    check_parameters(Checkpoint(folder).shape)
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=next(iter(changes))):
-        check_parameters(Checkpoint(folder))
+        check_parameters(Checkpoint(folder).shape)

@@ -32,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
 def test_the_last_blocks_take_the_keys_of_the_last_earlier_one_of_their_kind(folder: Path) -> None:
     """They have no linears for keys and values, and twice the channels; heads go by kind."""
     checkpoint = Checkpoint(folder)
-    assert checkpoint.key_sources == (0, 1, 2, 1, 2)
-    assert [len(checkpoint.input_groups(block)[0]) for block in range(5)] == [3, 3, 3, 1, 1]
-    assert checkpoint.per_block("intermediate_size") == (96, 96, 96, 192, 192)
-    assert checkpoint.per_block("num_key_value_heads") == (2, 2, 1, 2, 1)
-    assert checkpoint.head_sizes == (16, 16, 32, 16, 32)
+    assert checkpoint.shape.key_sources == (0, 1, 2, 1, 2)
+    assert [len(checkpoint.shape.input_groups[block][0]) for block in range(5)] == [3, 3, 3, 1, 1]
+    assert checkpoint.shape.widths["intermediate_size"] == (96, 96, 96, 192, 192)
+    assert checkpoint.shape.widths["num_key_value_heads"] == (2, 2, 1, 2, 1)
+    assert [sizes["K"] for sizes in checkpoint.shape.sizes] == [16, 16, 32, 16, 32]
 
 
 def test_keys_that_nobody_takes_are_left_out(folder: Path) -> None:
@@ -100,13 +100,13 @@ def test_other_models_of_its_kind_are_refused(folder: Path, changes: dict[str, o
     """Larger ones are built otherwise; blocks of one kind that differ have no GGUF form."""
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=next(iter(changes)) + "|share keys"):
-        _ = Checkpoint(folder).key_sources
+        _ = Checkpoint(folder).shape.key_sources
 
 
 def test_keys_that_llama_would_take_from_another_block_are_refused(folder: Path) -> None:
     """It takes those of the last two blocks that make any: first a window, then none."""
-    check_parameters(Checkpoint(folder))
+    check_parameters(Checkpoint(folder).shape)
     kinds = [_FULL, _SLIDING, _SLIDING, _SLIDING, _FULL]
     edit_json(folder / "config.json", layer_types=kinds, per_layer_config={})
     with pytest.raises(ModelError, match="block 3 takes keys and values of block 2; llama"):
-        check_parameters(Checkpoint(folder))
+        check_parameters(Checkpoint(folder).shape)

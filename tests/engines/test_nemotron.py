@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import CutShape, assemble
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
@@ -39,18 +39,18 @@ def test_published_names_are_read_and_ours_are_written(folder: Path, tmp_path: P
     """
     assert "backbone.embeddings.weight" in load_file(folder / "model.safetensors")
     dense = Checkpoint(folder)
-    assert dense.layer_types == (
+    assert dense.shape.layer_types == (
         *("linear_attention", "mlp", "full_attention"),
         *("linear_attention", "mlp"),
     )
 
     blocks = tmp_path / "blocks"
     blocks.mkdir()
-    widths = {setting: values[1:4] for setting, values in Shape.of(dense).widths.items()}
-    cut = Checkpoint(assemble(dense, blocks, tmp_path / "cut", Shape((1, 2, 3), widths)))
+    left = CutShape((1, 2, 3), dense.shape.sizes[1:4])
+    cut = Checkpoint(assemble(dense, blocks, tmp_path / "cut", left))
     assert "model.embeddings.weight" in load_file(cut.folder / "model.safetensors")
     assert cut.written["hybrid_override_pattern"] == "-*M"
-    assert cut.block_count == 3
+    assert cut.shape.block_count == 3
 
     theirs = AutoModelForCausalLM.from_pretrained(cut.folder, dtype=torch.float32).eval()
     torch.testing.assert_close(_compute(load_model(cut)), _compute(theirs))

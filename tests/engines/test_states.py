@@ -69,7 +69,7 @@ def test_a_cut_granite_4_is_read_and_opened_by_transformers(tmp_path: Path) -> N
 
     small = cut_checkpoint(whole, tmp_path / "small", cut[:2], (0, 1))
     checkpoint = Checkpoint(small)
-    assert checkpoint.layer_types == ("linear_attention", "full_attention")
+    assert checkpoint.shape.layer_types == ("linear_attention", "full_attention")
     assert checkpoint.written["layer_types"] == ["mamba", "attention"]
     assert checkpoint.written["shared_intermediate_size"] == 64
 
@@ -96,4 +96,4 @@ def test_a_granite_4_has_as_many_experts_as_transformers_means(tmp_path: Path) -
     folder = make_checkpoint(tmp_path / "model", "granitemoehybrid")
     for given, experts in ((62, 62), (None, 8), (0, 0)):
         edit_json(folder / "config.json", num_local_experts=given)
-        assert Checkpoint(folder).experts == experts
+        assert Checkpoint(folder).shape.num_experts == experts

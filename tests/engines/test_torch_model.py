@@ -44,12 +44,12 @@ def test_a_cut_model_computes_as_the_whole_one_with_zeros(
 ) -> None:
     """Heads and channels whose outputs are multiplied by zero are those that are left out."""
     whole = make_checkpoint(tmp_path / "whole", family, dtype="float32")
-    cut = _make_cut(kind, Checkpoint(whole).block_count)
+    cut = _make_cut(kind, Checkpoint(whole).shape.block_count)
 
     small = Checkpoint(cut_checkpoint(whole, tmp_path / "small", cut))
     zeroed = Checkpoint(pad_checkpoint(whole, tmp_path / "zeroed", cut))
 
-    assert small.is_uniform == (kind == "uniform")
+    assert small.shape.is_uniform == (kind == "uniform")
     logits_BTV = _compute(load_model(small))
     torch.testing.assert_close(logits_BTV, _compute(load_model(zeroed)), **_SAME)
     assert not torch.allclose(logits_BTV, _compute(load_model(Checkpoint(whole))), atol=0.01)
@@ -59,7 +59,7 @@ def test_a_cut_model_computes_as_the_whole_one_with_zeros(
 def test_transformers_opens_a_uniform_cut_itself(family: str, tmp_path: Path) -> None:
     """What all blocks have in common is in the keys of transformers' own configuration."""
     whole = make_checkpoint(tmp_path / "whole", family, dtype="float32")
-    cut = [(2, 64)] * Checkpoint(whole).block_count
+    cut = [(2, 64)] * Checkpoint(whole).shape.block_count
     small = cut_checkpoint(whole, tmp_path / "small", cut)
 
     theirs = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
@@ -92,7 +92,7 @@ def test_a_model_without_a_block_computes_as_the_whole_one_that_skips_it(
 def test_the_walk_computes_a_model_of_different_blocks(family: str, tmp_path: Path) -> None:
     """Block after block, filled and run as pruning does, is the model that is loaded at once."""
     whole = make_checkpoint(tmp_path / "whole", family)
-    cut = _make_cut("per block", Checkpoint(whole).block_count)
+    cut = _make_cut("per block", Checkpoint(whole).shape.block_count)
     checkpoint = Checkpoint(cut_checkpoint(whole, tmp_path / "small", cut))
 
     ids_BT = torch.randint(0, 480, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def test_the_walk_computes_a_model_of_different_blocks(family: str, tmp_path: Pa
     with torch.inference_mode():
         states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
         (hidden_BTD,) = blocks.embed([batch])
-        for index in range(checkpoint.block_count):
+        for index in range(checkpoint.shape.block_count):
             torch.testing.assert_close(hidden_BTD, states[index], rtol=1e-5, atol=1e-5)
             hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD)
 

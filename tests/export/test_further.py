@@ -17,7 +17,7 @@ from racdeploy.engines.engine import EngineSettings
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_covered
-from racdeploy.prune.walk.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import CutShape, assemble
 from tests.support.further_head import add_further_head
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
@@ -85,10 +85,9 @@ def test_it_goes_into_a_pruned_folder_as_it_is(folder: Path, tmp_path: Path) -> 
     """And behind fewer blocks, where some are cut."""
     (tmp_path / "blocks").mkdir()
     dense = Checkpoint(folder)
-    widths = Shape.of(dense).widths
-    fewer = {setting: values[1:] for setting, values in widths.items()}
+    fewer = CutShape((1, 2, 3), dense.shape.sizes[1:])
 
-    for shape, last in ((None, "blk.4."), (Shape((1, 2, 3), fewer), "blk.3.")):
+    for shape, last in ((None, "blk.4."), (fewer, "blk.3.")):
         sparse = Checkpoint(assemble(dense, tmp_path / "blocks", tmp_path / last, shape))
         assert sparse.further.keys() == dense.further.keys()
         for name in dense.further:

@@ -50,7 +50,7 @@ def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     blocks = folder / "blocks"
     blocks.mkdir()
     prune_blocks(dense, TRACES, [], Pruning(sparsity=0.5), blocks, structure=structure)
-    shape = read_outline(blocks).shape(dense, structure)
+    shape = read_outline(blocks).shape(dense.shape, structure)
     return Checkpoint(assemble(dense, blocks, folder / "cut", shape))
 
 
@@ -104,7 +104,7 @@ def test_zeros_of_every_expert_are_counted(cut: Checkpoint, tmp_path: Path, quan
         np.testing.assert_array_equal(stored_OI, coded_OI)
         assert not stored_OI[weight_OI == 0].any()
 
-    assert 0.5 <= measure_sparsity(result, cut.linear_weights) < 0.6
+    assert 0.5 <= measure_sparsity(result, cut.shape.linear_weights) < 0.6
     assert inspect_path(result.path)["summary"]["experts"] == f"{KEPT} × 2"
     assert inspect_path(cut.folder)["summary"]["experts"] == KEPT
 

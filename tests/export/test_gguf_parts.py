@@ -49,7 +49,7 @@ def test_the_parts_are_the_rows_of_the_matrix_in_order(pruned: Checkpoint, tmp_p
     np.testing.assert_array_equal(np.concatenate(stored), coded_OI)
     assert not np.array_equal(np.concatenate(stored[::-1]), coded_OI)
 
-    assert 0.5 <= measure_sparsity(result, pruned.linear_weights) < 0.6
+    assert 0.5 <= measure_sparsity(result, pruned.shape.linear_weights) < 0.6
     assert all(is_linear(pruned.family, name) for name in PARTS)
 
     matrix = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "m.imatrix.gguf").tensors}

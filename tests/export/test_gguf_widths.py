@@ -450,7 +450,7 @@ def test_what_can_be_written_is_not_refused(measured: dict[str, Measured], name:
     sizes = {"Q"} if min(heads) < 4 else set()
     sizes |= {"F"} if min(channels) < 96 else set()
     whole = Checkpoint(measured[name].cut.with_name(f"{name} whole"))
-    assert refusal(whole, sizes, Checkpoint(measured[name].cut).is_uniform) == ""
+    assert refusal(whole, sizes, Checkpoint(measured[name].cut).shape.is_uniform) == ""
 
 
 def test_phi_3_keeps_its_heads(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def run_graph(file: Path | bytes, checkpoint: Checkpoint, *, optimized: bool = T
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file), options)
-    cache = np.zeros((1, checkpoint.key_value_heads, 0, checkpoint.head_size), np.float32)
+    cache = np.zeros(
+        (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim), np.float32
+    )
     offered = {
         "input_ids": IDS,
         "attention_mask": np.ones_like(IDS),
@@ -204,7 +206,7 @@ def test_the_result_describes_the_file(checkpoint: Checkpoint, tmp_path: Path, q
     (pruned,) = (tensor for tensor in result.tensors if tensor.source == PRUNED)
     assert pruned.zeros >= 0.5
     linears = [name for name in rows if is_linear(checkpoint.family, name)]
-    assert len(linears) == 7 * checkpoint.block_count
+    assert len(linears) == 7 * checkpoint.shape.block_count
     embedding = rows["model.embed_tokens.weight"]
     assert embedding.type == (quant if quant in ("f32", "f16") else "matmulnbits_8")
 
@@ -341,7 +343,7 @@ def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_t
     chosen = choose(checkpoint, "auto")
     assert chosen.note.startswith(f"ONNX graph by {APPENDING}")
     assert "not by genai: its logits differ from torch's" in chosen.note
-    assert len(chosen.graph.linears) == 7 * checkpoint.block_count + 1
+    assert len(chosen.graph.linears) == 7 * checkpoint.shape.block_count + 1
     for name in ("optimum", "torch"):
         exporter = onnx_exporters.load(name)
         monkeypatch.setattr(exporter, "refusal", lambda checkpoint: "it is not asked")

@@ -118,7 +118,9 @@ def run_torch(checkpoint: Checkpoint, weights: dict[str, np.ndarray] | None = No
 def run_graph(file: Path | bytes, checkpoint: Checkpoint) -> np.ndarray:
     """Return logits_TV of one pass on plain onnxruntime."""
     session = onnxruntime.InferenceSession(file if isinstance(file, bytes) else str(file))
-    cache = np.zeros((1, checkpoint.key_value_heads, 0, checkpoint.head_size), np.float32)
+    cache = np.zeros(
+        (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim), np.float32
+    )
     offered = {"input_ids": IDS[None], "attention_mask": np.ones((1, IDS.size), np.int64)}
     feeds = {value.name: offered.get(value.name, cache) for value in session.get_inputs()}
     return session.run(["logits"], feeds)[0][0]
@@ -138,8 +140,8 @@ def test_the_padded_twin_computes_what_the_model_computes(tmp_path: Path, family
     dense = Checkpoint(make_checkpoint(tmp_path / "dense", family))
     model = Checkpoint(cut_checkpoint(dense.folder, tmp_path / "cut", CUT, blocks))
     twin = Checkpoint(pad(model, tmp_path / "twin"))
-    assert twin.is_uniform
-    assert (twin.integer("num_attention_heads"), twin.integer("intermediate_size")) == (4, 64)
+    assert twin.shape.is_uniform
+    assert {(sizes["H"], sizes["F"]) for sizes in twin.shape.sizes} == {(4, 64)}
     assert relative(run_torch(model), run_torch(twin)) < choice.PARITY_LIMIT
     assert relative(run_torch(model), run_torch(dense)) > 100 * choice.PARITY_LIMIT
 
@@ -181,7 +183,7 @@ def test_other_heads_of_the_same_number_are_noticed(
         own = find_own(checkpoint, name)
         if name != "model.layers.1.self_attn.q_proj.weight":
             return own
-        return own[0] + checkpoint.head_size, *own[1:]
+        return own[0] + checkpoint.shape.head_dim, *own[1:]
 
     monkeypatch.setattr(narrowing, "find_own", take_last)
     with pytest.raises(ModelError, match="changed 'model.layers.1.self_attn.q_proj.weight'"):
@@ -271,7 +273,7 @@ def test_heads_that_break_the_groups_are_refused(
     """Before the builder runs."""
     folder = Path(shutil.copytree(checkpoint.folder, tmp_path / "model"))
     edit_json(folder / "config.json", **{widths.KEY: checkpoint.config[widths.KEY] | changes})
-    assert refuse_widths(Checkpoint(folder)) == genai.refusal(Checkpoint(folder)) == reason
+    assert refuse_widths(Checkpoint(folder).shape) == genai.refusal(Checkpoint(folder)) == reason
     assert genai.refusal(checkpoint) == ""
 
 

@@ -27,7 +27,7 @@ def _asking(**verify: int) -> Job:
 def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
     """The default yields to a model that is made for less, and a note says so."""
     job = fit_context(_asking())
-    assert job.recipe.verify.context_tokens == job.checkpoint.positions == 1024
+    assert job.recipe.verify.context_tokens == job.checkpoint.shape.positions == 1024
     assert job.notes == ("the model is made for 1,024 tokens, and is verified with as many",)
     assert fit_context(_asking(context_tokens=512)).recipe.verify.context_tokens == 512
 
@@ -75,4 +75,4 @@ def test_a_stretched_rope_counts(contents: bundling.Contents, tmp_path: Path) ->
     config.pop("rope_parameters", None)
     changed = config | {"max_position_embeddings": 256, "rope_scaling": yarn}
     (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-    assert Checkpoint(folder).positions == 1024
+    assert Checkpoint(folder).shape.positions == 1024

@@ -28,7 +28,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, family: str) -> 
         model(torch.arange(tokens)[None])
     counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(counted[name] for name in ("aten.mm", "aten.addmm") if name in counted)
-    weights = forecast._count_active_weights(Checkpoint(folder))
+    weights = forecast.count_active_weights(Checkpoint(folder))
     assert 2 * weights * tokens == pytest.approx(products, rel=0.03)
 
 

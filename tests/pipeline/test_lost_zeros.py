@@ -88,7 +88,7 @@ def test_a_folder_on_the_grid_may_be_exported(tmp_path: Path, quant: str) -> Non
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
-    for name in dense.linear_weights:
+    for name in dense.shape.linear_weights:
         weight_OI = weights[name].float()
         weights[name] = (weight_OI.sign() * (weight_OI.abs() > weight_OI.abs().median())) / 64
     save_file(weights, sparse / "model.safetensors")
@@ -108,7 +108,7 @@ def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> Non
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
-    for name in dense.linear_weights:
+    for name in dense.shape.linear_weights:
         weights[name][:, ::2] = 0
     save_file(weights, sparse / "model.safetensors")
 

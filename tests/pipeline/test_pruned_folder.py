@@ -22,7 +22,7 @@ def test_a_pruned_folder_is_taken(tmp_path: Path) -> None:
     model = read_pruned(course.dense, course.sparse.folder)
     assert model.folder == course.sparse.folder
     assert model.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert tuple(model.sources) == tuple(range(course.dense.block_count))
+    assert tuple(model.sources) == tuple(range(course.dense.shape.block_count))
 
 
 def test_blocks_that_are_left_are_known_from_beside_the_folder(tmp_path: Path) -> None:

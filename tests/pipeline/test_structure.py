@@ -55,7 +55,7 @@ def test_what_is_left_is_read_from_both_folders(dense: Path, cut: Path) -> None:
 def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
     """Each linear counts with the size that it has after the cut, by its new name."""
     checkpoint = Checkpoint(cut)
-    names = [name.removesuffix(".weight") for name in checkpoint.linear_weights]
+    names = [name.removesuffix(".weight") for name in checkpoint.shape.linear_weights]
     assert len(names) == 7
     assert all(name.startswith("model.layers.0.") for name in names)
 
@@ -122,7 +122,7 @@ def test_what_is_expected_is_what_a_cut_leaves(tmp_path: Path, family: str) -> N
     keep = {"ffn": 0.5, "heads": 0.5, "blocks": 0.75}
     expected = expect_structure(dense, Structure(keep=keep, uniform=True))
 
-    heads = dense.per_block("num_attention_heads")[0] // 2
+    heads = dense.shape.widths["num_attention_heads"][0] // 2
     cut = cut_checkpoint(dense.folder, tmp_path / "cut", [(heads, 64)] * 3, blocks=[0, 1, 3])
     assert expected.kept == measure_kept(dense, Checkpoint(cut))
     assert [(row.heads, row.channels) for row in expected.structure] == [(heads, 64)] * 3
@@ -136,8 +136,8 @@ def test_fewer_tokens_are_planned(dense: Path) -> None:
     plan = plan_cut(job)
     checkpoint = Checkpoint(dense)
     rows = 1 if checkpoint.tied else 2
-    gone = checkpoint.integer("vocab_size") - 256
-    width = checkpoint.integer("hidden_size")
+    gone = checkpoint.shape.vocab_size - 256
+    width = checkpoint.shape.hidden_size
     before = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     assert plan["parameters_left"] == before - rows * gone * width
     assert "of the tokens of the vocabulary (256 of " in plan["keeps"]

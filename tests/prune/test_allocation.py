@@ -139,8 +139,8 @@ def test_an_effect_is_that_in_the_whole_model(
     probed = TRACES[4:7]
     names = {
         f"model.layers.{n}.{linear}"
-        for n in range(checkpoint.block_count)
-        for linear in checkpoint.linears(n)
+        for n in range(checkpoint.shape.block_count)
+        for linear in checkpoint.shape.linears[n]
     }
     left_out = {name for name in names if "o_proj" in name}
     with torch.inference_mode():
@@ -149,9 +149,9 @@ def test_an_effect_is_that_in_the_whole_model(
         found = survey(session, names - left_out, observe)
         assert found.keys() == names - left_out
         model = load_model(checkpoint)
-        for number in range(checkpoint.block_count):
+        for number in range(checkpoint.shape.block_count):
             dense = _outputs(model, number, probed)
-            for linear in checkpoint.linears(number):
+            for linear in checkpoint.shape.linears[number]:
                 if f"model.layers.{number}.{linear}" in left_out:
                     continue
                 weight_OI = model.get_parameter(f"model.layers.{number}.{linear}.weight").data

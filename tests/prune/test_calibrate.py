@@ -39,7 +39,7 @@ def test_hessians_equal_those_of_a_whole_forward_pass(
     """
     seen: list[torch.Tensor] = []
     model = load_model(checkpoint)
-    (*_, name) = checkpoint.linear_weights
+    (*_, name) = checkpoint.shape.linear_weights
     last = model.get_submodule(name.removesuffix(".weight"))
     last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def test_hessians_equal_those_of_a_whole_forward_pass(
         )
         prune_blocks(checkpoint, TRACES, [], settings, _empty(tmp_path / "blocks"))
     tokens = sum(len(trace.ids) for trace in TRACES)
-    assert len(input_NI) < tokens if checkpoint.experts else len(input_NI) == tokens
+    assert len(input_NI) < tokens if checkpoint.shape.num_experts else len(input_NI) == tokens
     expected_II = input_NI.T @ input_NI / len(input_NI)
     torch.testing.assert_close(captured[-1], expected_II, rtol=1e-4, atol=1e-5)
 
@@ -75,8 +75,8 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
     model = load_model(checkpoint)
     linears = [
         f"model.layers.{i}.{n}"
-        for i in range(checkpoint.block_count)
-        for n in checkpoint.linears(i)
+        for i in range(checkpoint.shape.block_count)
+        for n in checkpoint.shape.linears[i]
     ]
     for name in linears:
         inputs = seen.setdefault(f"{name}.weight", [])
@@ -276,8 +276,8 @@ def test_a_dense_linear_stays_as_it_is(tmp_path: Path) -> None:
         checkpoint, TRACES, [], Pruning(dense=("gate_proj$", "o_proj$")), _empty(tmp_path / "b")
     )
     kept = [row.name.rpartition(".")[2] for row in rows if row.sparsity_asked == 0]
-    assert ["o_proj", "gate_proj"] * checkpoint.block_count == kept
-    assert len(rows) == len(checkpoint.family.linears) * checkpoint.block_count
+    assert ["o_proj", "gate_proj"] * checkpoint.shape.block_count == kept
+    assert len(rows) == len(checkpoint.family.linears) * checkpoint.shape.block_count
 
 
 def test_an_interrupted_walk_ends_with_the_same_bytes(
@@ -349,4 +349,4 @@ def test_experts_stay_dense_by_name(tmp_path: Path) -> None:
     reached = {row.name: row.sparsity_reached for row in rows}
     for name, sparsity in reached.items():
         assert sparsity == (0.0 if ".experts." in name else 0.5)
-    assert len(reached) == 2 * (4 + 3 * checkpoint.experts)
+    assert len(reached) == 2 * (4 + 3 * checkpoint.shape.num_experts)

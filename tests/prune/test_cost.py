@@ -94,7 +94,7 @@ def test_collecting_traces_takes_the_whole_model_in_float32(tmp_path: Path) -> N
     weights = 4 * sum(
         math.prod(deep.entries[name].shape) for name in set(deep.entries) - set(base.entries)
     )
-    values = 4 * 2 * deep.key_value_heads * deep.head_size
+    values = 4 * 2 * deep.shape.num_key_value_heads * deep.shape.head_dim
     page = 4 << 20  # the process itself may grow between two calls
     for sequences, longest in ((1, 30), (64, 1000)):
         found = [trace_bytes(checkpoint, sequences, 20, longest) for checkpoint in (base, deep)]
@@ -128,7 +128,7 @@ def test_choosing_codes_takes_more_memory(tmp_path: Path) -> None:
     """Two more copies of the largest linear, in float32, where solving is what takes most."""
     checkpoint = _checkpoint(tmp_path / "m", intermediate_size=3072)
     plain, codes = (peak_bytes(checkpoint, Pruning(), 30, 0, quant) for quant in ("", "q4_0"))
-    width = checkpoint.integer("hidden_size")
+    width = checkpoint.shape.hidden_size
     assert codes - plain == pytest.approx(4 * 2 * width * 3072, abs=4 << 20)
 
 

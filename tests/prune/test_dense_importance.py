@@ -32,7 +32,7 @@ def cut(dense: Checkpoint, out: Path, keep: dict[str, float]) -> Path:
     blocks = out / "blocks"
     blocks.mkdir(parents=True)
     prune_blocks(dense, TRACES, [], Pruning(sparsity=0.0), blocks, structure=structure)
-    shape = read_outline(blocks).shape(dense, structure)
+    shape = read_outline(blocks).shape(dense.shape, structure)
     return assemble(dense, blocks, out / "model", shape)
 
 
@@ -58,7 +58,9 @@ def test_it_is_of_all_inputs_by_dense_names(dense: Checkpoint, tmp_path: Path) -
     """
     model = cut(dense, tmp_path, {"ffn": 0.5})
     found = load_file(model / "dense-importance.safetensors")
-    assert {name for name in found if not name.endswith(".tokens")} == set(dense.linear_weights)
+    assert {name for name in found if not name.endswith(".tokens")} == set(
+        dense.shape.linear_weights
+    )
     tokens = sum(len(trace.ids) for trace in TRACES)
 
     for linear in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):

@@ -74,7 +74,7 @@ def run(
     blocks.mkdir(parents=True, exist_ok=True)
     given = Pruning.model_validate({"expert_tokens": 1, **settings})
     rows = prune_blocks(dense, CALIBRATION, HELD_OUT, given, blocks, structure=structure)
-    shape = read_outline(blocks).shape(dense, structure)
+    shape = read_outline(blocks).shape(dense.shape, structure)
     return Checkpoint(assemble(dense, blocks, folder / "model", shape)), *rows
 
 
@@ -218,10 +218,14 @@ def test_the_drift_is_that_of_whole_forward_passes(dense: Checkpoint, tmp_path: 
     drift = (states[1] - states[0]).square().sum() / states[0].square().sum()
     assert blocks[-1].drift == pytest.approx(float(drift), rel=1e-3)
     assert {round(row.sparsity_reached, 2) for row in rows} == {0.4}
-    assert cut.experts == json.loads((cut.folder / "config.json").read_text())["num_experts"] == 6
+    assert (
+        cut.shape.num_experts
+        == json.loads((cut.folder / "config.json").read_text())["num_experts"]
+        == 6
+    )
     assert len(rows) == 2 * (4 + 3 * 6)
     assert {row.name for row in rows} == {
-        name.removesuffix(".weight") for name in cut.linear_weights
+        name.removesuffix(".weight") for name in cut.shape.linear_weights
     }
 
 

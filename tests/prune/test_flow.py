@@ -49,7 +49,7 @@ def test_passes_that_start_later_give_the_same(
         besides = [Beside(batch.ids_BT) for batch in batches]
         for index, hidden_BTD in enumerate(expected):
             found.hidden[index] = hidden_BTD
-        for number in range(blocks.checkpoint.block_count):
+        for number in range(blocks.checkpoint.shape.block_count):
             block = blocks.load(number)
             for group, linears in enumerate(blocks.groups(block)):
                 if "*" in linears[0]:  # experts have no input of their own to start from

@@ -64,7 +64,7 @@ def run(
     blocks.mkdir(parents=True)
     given = Pruning.model_validate({"expert_tokens": 1, **settings})
     rows = prune_blocks(dense, CALIBRATION, HELD_OUT, given, blocks, structure=structure)
-    shape = read_outline(blocks).shape(dense, structure)
+    shape = read_outline(blocks).shape(dense.shape, structure)
     return Checkpoint(assemble(dense, blocks, folder / "model", shape)), *rows
 
 

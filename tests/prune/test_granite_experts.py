@@ -62,7 +62,7 @@ def run(dense: Checkpoint, folder: Path, keep: Mapping[str, float], **settings: 
     blocks.mkdir(parents=True)
     given = Pruning.model_validate({"expert_tokens": 1, "sparsity": 0.5, **settings})
     rows = prune_blocks(dense, CALIBRATION, HELD_OUT, given, blocks, structure=structure)
-    shape = read_outline(blocks).shape(dense, structure)
+    shape = read_outline(blocks).shape(dense.shape, structure)
     return Checkpoint(assemble(dense, blocks, folder / "model", shape)), *rows
 
 

@@ -101,8 +101,8 @@ def test_held_out_errors_are_below_those_of_magnitude(
     prefix = checkpoint.family.blocks
     assert [row.name for row in linears] == [
         f"{prefix}.{block}.{linear}"
-        for block in range(checkpoint.block_count)
-        for linear in checkpoint.linears(block)
+        for block in range(checkpoint.shape.block_count)
+        for linear in checkpoint.shape.linears[block]
     ]
     for row in linears:
         assert row.sparsity_reached == pytest.approx(0.5, abs=0.01), row.name
@@ -123,7 +123,7 @@ def test_the_pruned_model_is_as_far_from_the_dense_one_as_the_walk_says(
 
     states = []
     for model in (load_model(pruned), load_model(checkpoint)):
-        last = model.get_submodule(f"{checkpoint.family.blocks}.{checkpoint.block_count - 1}")
+        last = model.get_submodule(f"{checkpoint.family.blocks}.{checkpoint.shape.block_count - 1}")
         seen: list[torch.Tensor] = []
         last.register_forward_hook(lambda _, __, out, seen=seen: seen.append(take_states(out)))
         with torch.inference_mode():

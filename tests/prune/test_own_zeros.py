@@ -44,7 +44,7 @@ def walk(
     folder.mkdir()
     given = {"quant": quant, "keeps_own_zeros": keeps_own_zeros}
     prune_blocks(checkpoint, TRACES, [], pruning, folder, **given)
-    shape = read_outline(folder).shape(checkpoint, Structure())
+    shape = read_outline(folder).shape(checkpoint.shape, Structure())
     return Checkpoint(assemble(checkpoint, folder, folder / "model", shape))
 
 
@@ -65,7 +65,7 @@ def test_codes_are_chosen_and_zeros_stay(sparse: Checkpoint, tmp_path: Path) -> 
     grid = quants.as_grid(QUANT)
 
     before, after = load_file(sparse.folder / "model.safetensors"), {}
-    for name in sparse.linear_weights:
+    for name in sparse.shape.linear_weights:
         value_OI = torch.from_numpy(coded.read(name))
         after[name] = value_OI
         assert not value_OI[before[name] == 0].any(), name
@@ -84,7 +84,7 @@ def test_they_are_nearer_to_the_model_than_rounded_ones(sparse: Checkpoint, tmp_
     grid = quants.as_grid(QUANT)
 
     rounded = {}
-    for name in sparse.linear_weights:
+    for name in sparse.shape.linear_weights:
         value_OI = sparse.read(name)
         stored_OI = grid.dequantize(grid.quantize(value_OI), value_OI.shape[1])
         rounded[name] = torch.from_numpy(stored_OI.copy())

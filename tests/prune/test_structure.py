@@ -23,7 +23,7 @@ from racdeploy.prune.structure.cut import Site
 from racdeploy.prune.structure.decision import allocate_units
 from racdeploy.prune.structure.layout import Layout
 from racdeploy.prune.structure.outline import list_rows, read_outline
-from racdeploy.prune.walk.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import CutShape, assemble
 from racdeploy.prune.walk.batches import make_batches
 from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.session import Session
@@ -54,7 +54,7 @@ def _cut(
     rows = prune_blocks(
         checkpoint, TRACES, HELD_OUT, settings, blocks, structure=structure, **given
     )
-    shape = read_outline(blocks).shape(checkpoint, structure)
+    shape = read_outline(blocks).shape(checkpoint.shape, structure)
     return Checkpoint(assemble(checkpoint, blocks, folder / "model", shape)), *rows
 
 
@@ -101,14 +101,14 @@ def test_the_drift_of_a_cut_model_is_that_of_a_whole_forward_pass(
     settings = Pruning(sparsity=0.3, pattern="unstructured")
     cut, linears, blocks = _cut(dense, tmp_path, {"ffn": 0.5, "heads": 0.75}, settings)
 
-    sources = tuple(range(dense.block_count))
+    sources = tuple(range(dense.shape.block_count))
     expected = _drifts(dense, cut, sources)
     assert [row.drift for row in blocks] == pytest.approx(expected, rel=1e-3)
 
-    widths = cut.per_block("intermediate_size")
-    assert sum(widths) == sum(dense.per_block("intermediate_size")) / 2
-    assert sum(cut.per_block("num_attention_heads")) == pytest.approx(
-        0.75 * sum(dense.per_block("num_attention_heads")), abs=1
+    widths = cut.shape.widths["intermediate_size"]
+    assert sum(widths) == sum(dense.shape.widths["intermediate_size"]) / 2
+    assert sum(cut.shape.widths["num_attention_heads"]) == pytest.approx(
+        0.75 * sum(dense.shape.widths["num_attention_heads"]), abs=1
     )
     assert {round(row.sparsity_reached, 2) for row in linears} == {0.3}
     assert all(row.held_out_error is not None for row in linears)
@@ -121,16 +121,12 @@ def test_a_model_without_blocks_is_what_the_walk_saw(tmp_path: Path, family: str
     cut, linears, blocks = _cut(dense, tmp_path, {"blocks": 0.5, "ffn": 0.5})
 
     sources = read_outline(tmp_path / "blocks").blocks
-    assert len(sources) == cut.block_count == 2
+    assert len(sources) == cut.shape.block_count == 2
     assert [row.block for row in blocks] == [0, 1]
     assert {row.name.split(".")[2] for row in linears} == {"0", "1"}
     assert [row.drift for row in blocks] == pytest.approx(_drifts(dense, cut, sources), rel=1e-3)
-    rows = list_rows(dense, Shape(sources, {k: cut.per_block(k) for k in _settings()}))
+    rows = list_rows(dense.shape, CutShape(sources, cut.shape.sizes))
     assert [row.source_block for row in rows] == list(sources)
-
-
-def _settings() -> tuple[str, ...]:
-    return ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @pytest.mark.parametrize("count", [3, 2])
@@ -180,7 +176,7 @@ def test_uniform_models_are_plain_for_transformers(tmp_path: Path, keep: dict[st
 
     dense = _make(tmp_path)
     cut, *_ = _cut(dense, tmp_path, keep, structure={"uniform": True})
-    assert cut.is_uniform
+    assert cut.shape.is_uniform
     theirs = AutoModelForCausalLM.from_pretrained(cut.folder, dtype=torch.float32)
     ids = torch.tensor([TRACES[0].ids])
     with torch.inference_mode():
@@ -304,7 +300,7 @@ def test_one_block_that_attends_and_one_with_a_state_stay(tmp_path: Path) -> Non
     save_file(tensors, dense.folder / "model.safetensors", metadata={"format": "pt"})
 
     cut, *_ = _cut(dense, tmp_path, {"blocks": 0.5})
-    assert sorted(cut.layer_types) == ["conv", "full_attention"]
+    assert sorted(cut.shape.layer_types) == ["conv", "full_attention"]
 
     with pytest.raises(UsageError, match="keeps 1 of 4") as caught:
         plugins.load("structures", "blocks").check(dense, Structure(keep={"blocks": 0.25}))

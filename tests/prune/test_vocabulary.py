@@ -327,8 +327,8 @@ def test_widths_and_zeros_stay_as_they_are(tmp_path: Path) -> None:
     dense = make_checkpoint(tmp_path / "dense", "qwen2", dtype="float32")
     narrow = Checkpoint(cut_checkpoint(dense, tmp_path / "narrow", [(4, 64), (2, 32)]))
     cut = Checkpoint(_cut(narrow, 400, ("12+30=42",), tmp_path / "cut"))
-    assert cut.per_block("intermediate_size") == (64, 32)
-    assert cut.per_block("num_attention_heads") == (4, 2)
+    assert cut.shape.widths["intermediate_size"] == (64, 32)
+    assert cut.shape.widths["num_attention_heads"] == (4, 2)
 
     old_ids = read_old_ids(cut.folder)
     for name in narrow.entries:

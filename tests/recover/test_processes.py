@@ -231,7 +231,7 @@ def test_zeros_and_grids_stay(folder: Path, job: str) -> None:
     """To the last bit, though no process has seen a whole mask."""
     before = read_weights(folder / job / "sparse")
     after = read_weights(folder / job / "two" / "recovered")
-    masked = Checkpoint(folder / job / "sparse").linear_weights
+    masked = Checkpoint(folder / job / "sparse").shape.linear_weights
 
     for name in masked:
         assert not after[name][before[name] == 0].any()

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.assemble import Shape, assemble
+from racdeploy.prune.walk.assemble import CutShape, assemble
 
 # Per block: query heads and channels that stay. Groups of heads stay equally large in a block.
 Cut = Sequence[tuple[int, int]]
@@ -23,7 +23,7 @@ Cut = Sequence[tuple[int, int]]
 def cut_checkpoint(folder: Path, out: Path, cut: Cut, blocks: Sequence[int] | None = None) -> Path:
     """Write the model of a folder with these widths; the first heads of each group stay."""
     checkpoint = Checkpoint(folder)
-    chosen = tuple(blocks if blocks is not None else range(checkpoint.block_count))
+    chosen = tuple(blocks if blocks is not None else range(checkpoint.shape.block_count))
     pieces = out.with_name(f"{out.name}-pieces")
     pieces.mkdir(parents=True)
 
@@ -35,17 +35,17 @@ def cut_checkpoint(folder: Path, out: Path, cut: Cut, blocks: Sequence[int] | No
             if source not in checkpoint.entries:
                 continue
             value = checkpoint.read(source)
-            sizes = checkpoint.sizes(block)
+            sizes = checkpoint.shape.sizes[block]
             for axis, index in enumerate(widths.find_kept(checkpoint.family, name, kept, sizes)):
                 value = value if index is None else np.take(value, index, axis)
             tensors[f"{checkpoint.family.blocks}.{place}.{name}"] = np.ascontiguousarray(value)
         save_file(tensors, pieces / f"block-{place:05d}.safetensors")
 
-    given = {
-        "num_attention_heads": tuple(heads for heads, _ in cut),
-        "intermediate_size": tuple(channels for _, channels in cut),
-    }
-    return assemble(checkpoint, pieces, out, Shape(chosen, given))
+    sizes = []
+    for block, (heads, channels) in zip(chosen, cut, strict=True):
+        own = checkpoint.shape.sizes[block]
+        sizes.append({**own, "H": heads, "Q": heads * own["K"], "F": channels})
+    return assemble(checkpoint, pieces, out, CutShape(chosen, sizes))
 
 
 def pad_checkpoint(folder: Path, out: Path, cut: Cut) -> Path:
@@ -75,8 +75,8 @@ def choose(
     checkpoint: Checkpoint, block: int, heads: int, channels: int
 ) -> Mapping[str, np.ndarray]:
     """Return what stays: the first heads of each group, and channels spread over all."""
-    K, groups = checkpoint.head_size, checkpoint.key_value_heads
-    sizes = checkpoint.sizes(block)
+    K, groups = checkpoint.shape.head_dim, checkpoint.shape.num_key_value_heads
+    sizes = checkpoint.shape.sizes[block]
     own = np.arange(sizes["Q"]).reshape(groups, -1, K)
     spread = np.linspace(0, sizes["F"] - 1, channels).round().astype(np.int64)
     return {"Q": own[:, : heads // groups].reshape(-1), "F": spread}

@@ -44,10 +44,10 @@ def make_course(
     pruning = Pruning(method="magnitude", sparsity=SPARSITY, refit_steps=0, match_dense=False)
     prune_blocks(dense, TAUGHT, [], pruning, blocks, structure=cuts, quant=quant)
 
-    shape = read_outline(blocks).shape(dense, cuts)
+    shape = read_outline(blocks).shape(dense.shape, cuts)
     sparse = Checkpoint(assemble(dense, blocks, folder / "sparse", shape))
-    rows = list_rows(dense, shape)
-    sources = [row.source_block for row in rows] or range(dense.block_count)
+    rows = list_rows(dense.shape, shape)
+    sources = [row.source_block for row in rows] or range(dense.shape.block_count)
 
     phase = folder / "phase"
     phase.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from racdeploy.export.gguf import export
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.widths import SETTINGS
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_model
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.prune.structures import vocabulary
-from racdeploy.prune.walk.assemble import Shape, sketch
+from racdeploy.prune.walk.assemble import CutShape, sketch
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
 from racdeploy.tune.sizes import Sizes
@@ -57,11 +56,11 @@ def make_job(folder: Path, target: str = "gguf", **parts: dict[str, Any]) -> Job
 
 def cut_channels(job: Job, out: Path, moved: int = 0) -> Path:
     """Write the cut model; so many channels more stay in the first block, and fewer in the last."""
-    shape = expect_shape(job.checkpoint, job.structure)
+    shape = expect_shape(job.checkpoint.shape, job.structure)
     channels = list(shape.widths["intermediate_size"])
     channels[0] += moved
     channels[-1] -= moved
-    heads = job.checkpoint.integer("num_attention_heads")
+    heads = job.checkpoint.shape.integer("num_attention_heads")
     return cut_checkpoint(job.model.folder, out, [(heads, count) for count in channels])
 
 
@@ -120,26 +119,31 @@ def test_blocks_that_stay_and_equal_widths_are_exact(folder: Path, tmp_path: Pat
     job = make_job(folder, export={"quant": "q4_k_m"}, structure=structure)
     size = Sizes(tmp_path / "sketches").predict(job)
 
-    heads = job.checkpoint.integer("num_attention_heads")
+    heads = job.checkpoint.shape.integer("num_attention_heads")
     cut = Checkpoint(cut_checkpoint(folder, tmp_path / "cut", [(heads, 256)] * 2, [1, 3]))
     written = export(cut, tmp_path / "x.gguf", quant="q4_k_m", metadata=describe_model(job, cut))
     assert size.size_bytes == written.size_bytes
 
 
+def _narrow(dense: Checkpoint, channels: Sequence[int]) -> CutShape:
+    sizes = zip(dense.shape.sizes, channels, strict=True)
+    blocks = tuple(range(len(channels)))
+    return CutShape(blocks, [{**own, "F": left} for own, left in sizes])
+
+
 def test_a_sketch_is_the_cut_model_without_its_values(folder: Path, tmp_path: Path) -> None:
     """Names, shapes and config are those that pruning writes; no block of the disk is taken."""
     dense = Checkpoint(folder)
-    heads = dense.per_block("num_attention_heads")
+    heads = dense.shape.widths["num_attention_heads"]
     channels = (256, 512, 512, 256)
-    whole = Shape.of(dense)
-    shape = replace(whole, widths={**whole.widths, SETTINGS["F"]: channels})
+    shape = _narrow(dense, channels)
 
     cut = Checkpoint(cut_checkpoint(folder, tmp_path / "cut", [*zip(heads, channels, strict=True)]))
     drawn = Checkpoint(sketch(dense, tmp_path / "drawn", shape))
     assert drawn.written == cut.written
     shapes = [{name: each.shape for name, each in one.entries.items()} for one in (cut, drawn)]
     assert shapes[0] == shapes[1]
-    assert not np.any(drawn.read_raw(drawn.linear_weights[0]))
+    assert not np.any(drawn.read_raw(drawn.shape.linear_weights[0]))
 
     file = tmp_path / "drawn" / "model.safetensors"
     assert file.stat().st_blocks * 512 < file.stat().st_size / 4
@@ -168,7 +172,7 @@ def test_a_packed_file_is_an_expectation(folder: Path, tmp_path: Path) -> None:
     checkpoint = job.checkpoint
     sparse = shutil.copytree(folder, tmp_path / "sparse")
     weights = load_file(sparse / "model.safetensors")
-    for name in checkpoint.linear_weights:
+    for name in checkpoint.shape.linear_weights:
         magnitude = weights[name].float().abs()
         weights[name][magnitude < magnitude.median()] = 0
     save_file(weights, sparse / "model.safetensors", {"format": "pt"})
@@ -183,9 +187,7 @@ def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
     """As the writer would refuse it, hours later."""
     folder = make_checkpoint(tmp_path / "model", "qwen3")
     checkpoint = Checkpoint(folder)
-    whole = Shape.of(checkpoint)
-    channels = {**whole.widths, SETTINGS["F"]: (32, 64)}
-    drawn = sketch(checkpoint, tmp_path / "drawn", replace(whole, widths=channels))
+    drawn = sketch(checkpoint, tmp_path / "drawn", _narrow(checkpoint, (32, 64)))
     config = drawn / "config.json"
     config.write_text(config.read_text().replace(widths.KEY, "another_key"))
     with pytest.raises(ModelError, match="shape"):

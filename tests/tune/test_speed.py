@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.recipe import Recipe
@@ -101,14 +100,14 @@ def test_a_token_takes_its_bytes_and_a_constant() -> None:
 def test_memory_has_the_file_its_copies_and_the_cache() -> None:
     """More with a longer context, and with a format that is repacked."""
     job = Job(Recipe())
-    checkpoint: Checkpoint = job.checkpoint
+    shape = job.checkpoint.shape
     device = Device(name="a", source="b", cores=1, token_us=500, gb_per_s={"q4_0": 2.0})
     copying = device.model_copy(update={"repacked": ("q4_0",)})
     read = {"q4_0": 1e6}
-    least = predict_memory(device, checkpoint, 2_000_000, read, 1024)
-    width = 2 * checkpoint.key_value_heads * checkpoint.head_size * checkpoint.block_count
-    assert predict_memory(device, checkpoint, 2_000_000, read, 2048) == least + 2 * 1024 * width
-    assert predict_memory(copying, checkpoint, 2_000_000, read, 1024) == least + 1_000_000
+    least = predict_memory(device, shape, 2_000_000, read, 1024)
+    width = 2 * shape.num_key_value_heads * shape.head_dim * shape.block_count
+    assert predict_memory(device, shape, 2_000_000, read, 2048) == least + 2 * 1024 * width
+    assert predict_memory(copying, shape, 2_000_000, read, 1024) == least + 1_000_000
     assert least > 2_000_000
 
 

@@ -14,17 +14,19 @@ from racdeploy.export import Deviation
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import list_used_tensors
 from racdeploy.models.families import Family
+from racdeploy.models.shape import ModelShape
 
 
 def find_architecture(checkpoint: Checkpoint) -> Family:
     """Return the family as the file will have it; a ModelError where llama.cpp has none."""
-    family = checkpoint.family
+    shape = checkpoint.shape
+    family = shape.family
     _check_memory(checkpoint)
-    why_not = _refuse_usual(checkpoint)
+    why_not = _refuse_usual(shape)
     if not why_not:
-        return _find_usual(checkpoint)
+        return _find_usual(shape)
 
-    if checkpoint.is_uniform and family.per_block is None:
+    if shape.is_uniform and family.per_block is None:
         raise ModelError(
             f"{checkpoint.folder}: {why_not}", remedy="prune the dense model with all its heads"
         )
@@ -41,11 +43,12 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
 def _check_memory(checkpoint: Checkpoint) -> None:
     """Refuse a model for which llama.cpp would keep no keys, or no states: it ends there."""
     family = checkpoint.family
-    is_other = bool(family.attending_arch) and all(checkpoint.attends)
-    if not checkpoint.has_state or is_other:
+    shape = checkpoint.shape
+    is_other = bool(family.attending_arch) and all(shape.attends)
+    if not family.has_state or is_other:
         return
 
-    for what, roles in (("attention", checkpoint.attends), ("a state", checkpoint.recurs)):
+    for what, roles in (("attention", shape.attends), ("a state", shape.recurs)):
         if not any(roles):
             raise ModelError(
                 f"{checkpoint.folder}: no block has {what}; llama.cpp opens a {family.gguf_arch}"
@@ -61,7 +64,8 @@ def refusal(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> st
         sizes: letters of what is cut, as plugins of the kind ``structures`` say them.
         uniform: whether all blocks get the same widths.
     """
-    family = checkpoint.family
+    shape = checkpoint.shape
+    family = shape.family
     if "L" in sizes and family.no_rope_period:
         return (
             f"llama.cpp leaves rotary embeddings out of every block {family.no_rope_period} of"
@@ -69,10 +73,10 @@ def refusal(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> st
         )
 
     counts = any("=attention_scalar" in values for values in family.fixed.values())
-    scaled = counts and checkpoint.setting("attention_scalar") != checkpoint.head_size
+    scaled = counts and shape.setting("attention_scalar") != shape.head_dim
     if scaled and not {"L", "Q"}.isdisjoint(sizes):
         return (
-            f"llama.cpp knows by {checkpoint.block_count} blocks and by the number of heads how"
+            f"llama.cpp knows by {shape.block_count} blocks and by the number of heads how"
             f" this {family.gguf_arch} scales attention"
         )
 
@@ -86,26 +90,26 @@ def refusal(checkpoint: Checkpoint, sizes: Collection[str], uniform: bool) -> st
 
 def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
     """Return that the file is not of the family's usual architecture, if so, and why."""
-    usual, chosen = _find_usual(checkpoint), find_architecture(checkpoint)
+    usual, chosen = _find_usual(checkpoint.shape), find_architecture(checkpoint)
     if chosen == usual:
         return ()
 
-    reason = f"{_refuse_usual(checkpoint)}; {chosen.gguf_arch} computes the same"
+    reason = f"{_refuse_usual(checkpoint.shape)}; {chosen.gguf_arch} computes the same"
     return (Deviation("architecture", usual.gguf_arch, chosen.gguf_arch, reason),)
 
 
-def _find_usual(checkpoint: Checkpoint) -> Family:
-    family = checkpoint.family
-    if family.attending_arch and all(checkpoint.attends):
+def _find_usual(shape: ModelShape) -> Family:
+    family = shape.family
+    if family.attending_arch and all(shape.attends):
         return replace(family, gguf_arch=family.attending_arch)
     return family
 
 
-def _refuse_usual(checkpoint: Checkpoint) -> str:
-    family = checkpoint.family
-    if not checkpoint.is_uniform:
+def _refuse_usual(shape: ModelShape) -> str:
+    family = shape.family
+    if not shape.is_uniform:
         return f"llama.cpp takes one width for all blocks of {family.gguf_arch}"
-    if checkpoint.sizes(0)["Q"] != checkpoint.integer("hidden_size"):
+    if shape.sizes[0]["Q"] != shape.hidden_size:
         return _refuse_narrow(family)
     return ""
 

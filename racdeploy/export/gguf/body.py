@@ -76,7 +76,7 @@ class Body:
             known = tensor.importances(self.importance)
         else:
             known = [None]
-        order_I = order_columns(tensor.transform, self.checkpoint, tensor.shape[-1])
+        order_I = order_columns(tensor.transform, self.checkpoint.shape, tensor.shape[-1])
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]
 
@@ -137,7 +137,7 @@ def _iterate_slabs(
 
     step = max(1, slab_weights // row_length)
 
-    order_I = order_columns(tensor.transform, checkpoint, row_length)
+    order_I = order_columns(tensor.transform, checkpoint.shape, row_length)
     missing = math.prod(tensor.shape[:-1])
 
     for part, raw in enumerate(tensor.read(checkpoint)):
@@ -145,7 +145,7 @@ def _iterate_slabs(
         order_O = None
         missing -= len(raw_OI)
         if tensor.transform:
-            order_O = order_rows(tensor.transform, checkpoint, len(raw))
+            order_O = order_rows(tensor.transform, checkpoint.shape, len(raw))
             if raw.ndim == 1 and order_O is not None:  # a bias is one row
                 raw_OI = raw_OI[:, order_O]
                 order_O = None

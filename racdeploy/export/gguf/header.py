@@ -20,6 +20,7 @@ from racdeploy.export.gguf.parameters import write_parameters
 from racdeploy.export.gguf.tensors import PlannedTensor
 from racdeploy.export.gguf.vocabulary import Vocabulary
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.further import count_blocks
 from racdeploy.models.model_card import read_languages
 from racdeploy.quant import presets
 
@@ -70,7 +71,8 @@ def write_header(
         for key, value in general.items():
             _add_value(writer, key, value)
         if vocabulary:
-            write_parameters(writer, checkpoint, family)
+            drafting = count_blocks(checkpoint.further)
+            write_parameters(writer, checkpoint.shape, family, drafting)
             vocabulary.write(writer, checkpoint.tokenizer.chat_template)
 
         number, files, all_tensors = split

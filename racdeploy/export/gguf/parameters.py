@@ -15,9 +15,8 @@ from gguf import GGUFWriter, RopeScalingType
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
-from racdeploy.models.further import count_blocks
+from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import axes
 
 _SECTIONS = 4  # time, height, width, and one more
@@ -26,121 +25,120 @@ _ANY_LENGTH = 1 << 20
 _FIXED_YARN = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
 
 
-def write_parameters(writer: GGUFWriter, checkpoint: Checkpoint, family: Family) -> None:
+def write_parameters(writer: GGUFWriter, shape: ModelShape, family: Family, drafting: int) -> None:
     """Add the architecture's keys to a GGUF header, after :func:`check_parameters`.
 
-    ``family`` is the one that :func:`architecture.find_architecture` chose.
+    ``family`` is the one that :func:`architecture.find_architecture` chose; ``drafting`` are the
+    blocks of a head that predicts further tokens.
     """
-    drafting = count_blocks([*checkpoint.further])
-    writer.add_block_count(checkpoint.block_count + drafting)
+    writer.add_block_count(shape.block_count + drafting)
     if drafting:
         writer.add_nextn_predict_layers(drafting)
     writer.add_context_length(
-        checkpoint.integer("max_position_embeddings") if checkpoint.is_rotary else _ANY_LENGTH
+        shape.integer("max_position_embeddings") if shape.is_rotary else _ANY_LENGTH
     )
 
-    writer.add_embedding_length(checkpoint.integer("hidden_size"))
-    writer.add_feed_forward_length(_one_or_each(_list_feed_forward(checkpoint)))
-    writer.add_head_count(_each_or_all(checkpoint, "num_attention_heads"))
-    _write_key_value_heads(writer, checkpoint)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(_one_or_each(_list_feed_forward(shape)))
+    writer.add_head_count(_one_or_each(shape.widths["num_attention_heads"]))
+    _write_key_value_heads(writer, shape)
 
-    writer.add_layer_norm_rms_eps(_number(checkpoint, checkpoint.config, "rms_norm_eps"))
-    if checkpoint.config.get("head_dim") is not None:
-        head_size = checkpoint.config.get("global_head_dim") or checkpoint.head_size
+    writer.add_layer_norm_rms_eps(_number(shape, shape.config, "rms_norm_eps"))
+    if shape.config.get("head_dim") is not None:
+        head_size = shape.config.get("global_head_dim") or shape.head_dim
         writer.add_key_length(head_size)
         writer.add_value_length(head_size)
 
-    if checkpoint.is_rotary or checkpoint.says_theta:
-        writer.add_rope_freq_base(checkpoint.rope["rope_theta"])
-    _write_rope_scaling(writer, checkpoint)
+    # Its base, used or not.
+    places = (shape.config, shape.config.get("rope_parameters") or {})
+    says_theta = any(place.get("rope_theta") is not None for place in places)
+    if shape.is_rotary or says_theta:
+        writer.add_rope_freq_base(shape.rope["rope_theta"])
+    _write_rope_scaling(writer, shape)
     if family.rope_switch:  # llama.cpp has no rotary embedding where it is false
-        writer.add_rope_scaling_finetuned(checkpoint.is_rotary)
-    _write_windows(writer, checkpoint)
-    _write_recurrent(writer, checkpoint)
+        writer.add_rope_scaling_finetuned(shape.is_rotary)
+    _write_windows(writer, shape)
+    _write_recurrent(writer, shape, drafting)
 
     for key, setting in family.integers.items():
-        if checkpoint.setting(setting) is not None:
-            writer.add_uint32(f"{family.gguf_arch}.{key}", checkpoint.integer(setting))
+        if shape.setting(setting) is not None:
+            writer.add_uint32(f"{family.gguf_arch}.{key}", shape.integer(setting))
 
     for key, setting in family.numbers.items():
-        if checkpoint.setting(setting) is not None:
-            number = _number(checkpoint, {setting: checkpoint.setting(setting)}, setting)
+        if shape.setting(setting) is not None:
+            number = _number(shape, {setting: shape.setting(setting)}, setting)
             writer.add_float32(f"{family.gguf_arch}.{key}", number)
 
 
-def _write_key_value_heads(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    heads = checkpoint.per_block("num_key_value_heads")
-    if checkpoint.family.unattended != "no_heads":
-        writer.add_head_count_kv(_each_or_all(checkpoint, "num_key_value_heads"))
+def _write_key_value_heads(writer: GGUFWriter, shape: ModelShape) -> None:
+    heads = shape.widths["num_key_value_heads"]
+    if shape.family.unattended != "no_heads":
+        writer.add_head_count_kv(_one_or_each(heads))
         return
 
-    pairs = zip(heads, checkpoint.attends, strict=True)
+    pairs = zip(heads, shape.attends, strict=True)
     writer.add_head_count_kv([count if attends else 0 for count, attends in pairs])
 
 
-def _each_or_all(checkpoint: Checkpoint, setting: str) -> int | list[int]:
-    """Return a width of every block, or the one that all have."""
-    return _one_or_each(checkpoint.per_block(setting))
-
-
 def _one_or_each(values: Sequence[int]) -> int | list[int]:
+    """Return a width of every block, or the one that all have."""
     return list(values) if len(set(values)) > 1 else values[0]
 
 
-def _list_feed_forward(checkpoint: Checkpoint) -> Sequence[int]:
+def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
     """Return the feed-forward width of each block; 0 where it has none and others of it may."""
-    family = checkpoint.family
+    family = shape.family
     ends = [name for name in family.block_tensors if axes(family, name) == ("D", "F")]
-    widths = checkpoint.per_block(family.feed_forward)
-    if not ends:  # its experts have one
-        return widths
+    setting = family.feed_forward
+    if not ends or setting not in shape.widths:  # its experts have one
+        return [shape.integer(setting)]
 
     own = []
-    for block, width in enumerate(widths):
-        has_one = any(family.has(checkpoint.kinds(block), name) for name in ends)
+    for kinds, width in zip(shape.kinds, shape.widths[setting], strict=True):
+        has_one = any(family.has(kinds, name) for name in ends)
         own.append(width if has_one else 0)
     return own
 
 
-def check_parameters(checkpoint: Checkpoint) -> None:
+def check_parameters(shape: ModelShape) -> None:
     """Refuse settings that llama.cpp would ignore."""
-    for key, allowed in checkpoint.family.fixed.items():
-        value = checkpoint.config.get(key)
+    for key, allowed in shape.family.fixed.items():
+        value = shape.config.get(key)
 
-        fine = [checkpoint.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
+        fine = [shape.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
         if value is not None and value not in fine:
             computes = "has no such thing"
             if fine:
                 computes = f"computes only {fine[0]!r}"
             raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
 
-    _check_windows(checkpoint)
-    _check_shared_keys(checkpoint)
-    _check_no_rope(checkpoint)
+    _check_windows(shape)
+    _check_shared_keys(shape)
+    _check_no_rope(shape)
 
-    kind = checkpoint.rope["rope_type"]
-    known = checkpoint.family.rope_types
+    kind = shape.rope["rope_type"]
+    known = shape.family.rope_types
     if kind not in known:
-        arch = checkpoint.family.gguf_arch
+        arch = shape.family.gguf_arch
         raise ModelError(
             f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {arch}",
             remedy=f"supported are {', '.join(known)}",
         )
 
 
-def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+def make_rope_factors(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
     """Return the tensors that rope scaling adds: divisors of the rotary frequencies, by name."""
-    rope = checkpoint.rope
+    rope = shape.rope
     if rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(checkpoint)}
+        return {"rope_freqs.weight": _llama3_factors(shape)}
 
     if rope["rope_type"] == "proportional":
-        return {"rope_freqs.weight": _proportional_factors(checkpoint)}
+        return {"rope_freqs.weight": _proportional_factors(shape)}
 
     if rope["rope_type"] != "longrope":
         return {}
 
-    width = checkpoint.setting("rotary_width") // 2
+    width = shape.setting("rotary_width") // 2
 
     factors = {}
 
@@ -148,27 +146,25 @@ def make_rope_factors(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
         values = rope.get(f"{name}_factor")
         given = values if isinstance(values, list) else []
         if len(given) != width or not all(isinstance(v, int | float) for v in given):
-            raise ModelError(
-                f"{checkpoint.folder}/config.json: {name}_factor is not a list of {width} numbers"
-            )
+            raise ModelError(f"{shape.where}: {name}_factor is not a list of {width} numbers")
 
         factors[f"rope_factors_{name}.weight"] = np.array(given, dtype=np.float32)
 
     return factors
 
 
-def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
+def _llama3_factors(shape: ModelShape) -> NDArray[np.float32]:
     """Return Llama 3's divisor of each rotary frequency, blended between long and short waves.
 
     Source: transformers ``_compute_llama3_parameters``.
     """
-    rope = checkpoint.rope
-    factor = _number(checkpoint, rope, "factor")
-    low = _number(checkpoint, rope, "low_freq_factor")
-    high = _number(checkpoint, rope, "high_freq_factor")
-    context = _number(checkpoint, rope, "original_max_position_embeddings")
+    rope = shape.rope
+    factor = _number(shape, rope, "factor")
+    low = _number(shape, rope, "low_freq_factor")
+    high = _number(shape, rope, "high_freq_factor")
+    context = _number(shape, rope, "original_max_position_embeddings")
 
-    K = checkpoint.head_size
+    K = shape.head_dim
     exponent_K = np.arange(0, K, 2, dtype=np.float64) / K
 
     wavelength_K = 2 * math.pi * rope["rope_theta"] ** exponent_K
@@ -181,157 +177,154 @@ def _llama3_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
     return factor_K.astype(np.float32)
 
 
-def _proportional_factors(checkpoint: Checkpoint) -> NDArray[np.float32]:
+def _proportional_factors(shape: ModelShape) -> NDArray[np.float32]:
     """Return divisors of the rotary frequencies of full attention, so large that most stand still.
 
     Source: llama.cpp ``conversion/gemma.py`` (``Gemma4Model.generate_extra_tensors``).
     """
-    head_size = checkpoint.integer("global_head_dim")
-    share = _number(checkpoint, checkpoint.config, "partial_rotary_factor")
+    head_size = shape.integer("global_head_dim")
+    share = _number(shape, shape.config, "partial_rotary_factor")
     turning = int(head_size * share / 2)
     return np.where(np.arange(head_size // 2) < turning, 1, 1e30).astype(np.float32)
 
 
-def _check_windows(checkpoint: Checkpoint) -> None:
-    if checkpoint.family.window_period or checkpoint.family.only:
+def _check_windows(shape: ModelShape) -> None:
+    if shape.family.window_period or shape.family.only:
         return
 
-    if other := set(checkpoint.layer_types) - {"full_attention"}:
+    if other := set(shape.layer_types) - {"full_attention"}:
         raise ModelError(
             f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF"
         )
 
-    window = checkpoint.config.get("sliding_window")
-    context = checkpoint.integer("max_position_embeddings")
-    if window and window < context and checkpoint.config.get("use_sliding_window", True):
+    window = shape.config.get("sliding_window")
+    context = shape.integer("max_position_embeddings")
+    if window and window < context and shape.config.get("use_sliding_window", True):
         raise ModelError(
             f"config.json: sliding_window is {window} of {context} positions; llama.cpp's"
-            f" {checkpoint.family.gguf_arch} attends to all",
+            f" {shape.family.gguf_arch} attends to all",
             remedy=f"set max_position_embeddings to {window}, up to where both compute the same",
         )
 
 
-def _check_shared_keys(checkpoint: Checkpoint) -> None:
+def _check_shared_keys(shape: ModelShape) -> None:
     """Refuse blocks that take keys of other blocks than llama.cpp gives them.
 
     Source: llama.cpp ``src/llama-model.cpp`` (create_memory, ``reuse``).
     """
-    own = [source for block, source in enumerate(checkpoint.key_sources) if block == source]
-    for block in range(len(own), checkpoint.block_count):
-        slides = checkpoint.layer_types[block] == "sliding_attention"
+    own = [source for block, source in enumerate(shape.key_sources) if block == source]
+    for block in range(len(own), shape.block_count):
+        slides = shape.layer_types[block] == "sliding_attention"
         taken = len(own) - (2 if slides else 1)
-        if checkpoint.key_sources[block] != taken:
+        if shape.key_sources[block] != taken:
             raise ModelError(
                 f"config.json: block {block} takes keys and values of block"
-                f" {checkpoint.key_sources[block]}; llama.cpp gives it those of block {taken}"
+                f" {shape.key_sources[block]}; llama.cpp gives it those of block {taken}"
             )
 
 
-def _write_windows(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
+def _write_windows(writer: GGUFWriter, shape: ModelShape) -> None:
     """Write which blocks have a sliding window, where llama.cpp would take others."""
-    period = checkpoint.family.window_period
+    period = shape.family.window_period
     if not period:
         return
 
-    sliding = [kind == "sliding_attention" for kind in checkpoint.layer_types]
-    usual = [(block + 1) % period > 0 for block in range(checkpoint.block_count)]
-    if sliding != usual or checkpoint.family.lists_windows:
-        writer.add_array(f"{checkpoint.family.gguf_arch}.attention.sliding_window_pattern", sliding)
+    sliding = [kind == "sliding_attention" for kind in shape.layer_types]
+    usual = [(block + 1) % period > 0 for block in range(shape.block_count)]
+    if sliding != usual or shape.family.lists_windows:
+        writer.add_array(f"{shape.family.gguf_arch}.attention.sliding_window_pattern", sliding)
 
 
-def _write_recurrent(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    family = checkpoint.family
+def _write_recurrent(writer: GGUFWriter, shape: ModelShape, drafting: int) -> None:
+    family = shape.family
     if family.unattended == "listed":
-        recurrent = [not attends for attends in checkpoint.attends]
-        recurrent += [False] * count_blocks([*checkpoint.further])
+        recurrent = [not attends for attends in shape.attends]
+        recurrent += [False] * drafting
         writer.add_array(f"{family.gguf_arch}.attention.recurrent_layers", recurrent)
 
     if family.rope_sections:
-        listed = checkpoint.rope.get("mrope_section") or family.rope_sections
+        listed = shape.rope.get("mrope_section") or family.rope_sections
         are_counts = isinstance(listed, list | tuple) and all(type(each) is int for each in listed)
         if not are_counts or len(listed) > _SECTIONS:
             raise ModelError(
-                f"{checkpoint.folder}/config.json: mrope_section is {listed!r}, not counts of up to"
-                f" {_SECTIONS} parts"
+                f"{shape.where}: mrope_section is {listed!r}, not counts of up to {_SECTIONS} parts"
             )
         writer.add_rope_dimension_sections([*listed, *[0] * (_SECTIONS - len(listed))])
 
 
-def _check_no_rope(checkpoint: Checkpoint) -> None:
-    period = checkpoint.family.no_rope_period
+def _check_no_rope(shape: ModelShape) -> None:
+    period = shape.family.no_rope_period
     if not period:
         return
 
-    counted = [block % period != 0 for block in range(1, checkpoint.block_count + 1)]
-    if list(checkpoint.rotary_blocks) != counted:
+    counted = [block % period != 0 for block in range(1, shape.block_count + 1)]
+    if shape.rotary_blocks != counted:
         raise ModelError(
             f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this"
             " model not"
         )
 
 
-def _write_rope_scaling(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    match checkpoint.rope["rope_type"]:
+def _write_rope_scaling(writer: GGUFWriter, shape: ModelShape) -> None:
+    match shape.rope["rope_type"]:
         case "longrope":
-            writer.add_rope_scaling_attn_factors(_longrope_attention_factor(checkpoint))
+            writer.add_rope_scaling_attn_factors(_longrope_attention_factor(shape))
         case "linear":
-            writer.add_rope_scaling_factor(_number(checkpoint, checkpoint.rope, "factor"))
+            writer.add_rope_scaling_factor(_number(shape, shape.rope, "factor"))
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         case "yarn":
-            _write_yarn(writer, checkpoint)
+            _write_yarn(writer, shape)
 
 
-def _write_yarn(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
-    rope = checkpoint.rope
+def _write_yarn(writer: GGUFWriter, shape: ModelShape) -> None:
+    rope = shape.rope
     for key, fixed in _FIXED_YARN.items():
-        is_known = key == "truncate" and checkpoint.rounds_ramp
+        is_known = key == "truncate" and shape.rounds_ramp
         if rope.get(key) not in (None, fixed) and not is_known:
             raise ModelError(
                 f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}"
             )
 
-    factor = _number(checkpoint, rope, "factor")
+    factor = _number(shape, rope, "factor")
     writer.add_rope_scaling_factor(factor)
     writer.add_rope_scaling_type(RopeScalingType.YARN)
 
     context = rope.get("original_max_position_embeddings")
-    writer.add_rope_scaling_orig_ctx_len(
-        int(context or checkpoint.integer("max_position_embeddings"))
-    )
+    writer.add_rope_scaling_orig_ctx_len(int(context or shape.integer("max_position_embeddings")))
 
     if rope.get("beta_fast") is not None:
-        writer.add_rope_scaling_yarn_beta_fast(_number(checkpoint, rope, "beta_fast"))
+        writer.add_rope_scaling_yarn_beta_fast(_number(shape, rope, "beta_fast"))
     if rope.get("beta_slow") is not None:
-        writer.add_rope_scaling_yarn_beta_slow(_number(checkpoint, rope, "beta_slow"))
+        writer.add_rope_scaling_yarn_beta_slow(_number(shape, rope, "beta_slow"))
 
     # llama.cpp multiplies its own default by attn_factor; transformers states the whole factor.
     default = _magnitude(factor, 1.0)
-    if checkpoint.config.get("yarn_magnitude"):
-        default /= _magnitude(factor, _number(checkpoint, checkpoint.config, "yarn_magnitude"))
+    if shape.config.get("yarn_magnitude"):
+        default /= _magnitude(factor, _number(shape, shape.config, "yarn_magnitude"))
 
-    whole = _attention_factor(checkpoint, factor)
+    whole = _attention_factor(shape, factor)
     if whole != default:
         writer.add_rope_scaling_attn_factors(whole / default)
 
 
-def _longrope_attention_factor(checkpoint: Checkpoint) -> float:
+def _longrope_attention_factor(shape: ModelShape) -> float:
     """Return what rotary values are multiplied by, as ``_compute_longrope_parameters`` does."""
-    if checkpoint.rope.get("attention_factor") is not None:
-        return _number(checkpoint, checkpoint.rope, "attention_factor")
+    if shape.rope.get("attention_factor") is not None:
+        return _number(shape, shape.rope, "attention_factor")
 
-    original = checkpoint.integer("original_max_position_embeddings")
-    factor = checkpoint.integer("max_position_embeddings") / original
+    original = shape.integer("original_max_position_embeddings")
+    factor = shape.integer("max_position_embeddings") / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _attention_factor(checkpoint: Checkpoint, factor: float) -> float:
-    rope = checkpoint.rope
+def _attention_factor(shape: ModelShape, factor: float) -> float:
+    rope = shape.rope
     if rope.get("attention_factor") is not None:
-        return _number(checkpoint, rope, "attention_factor")
+        return _number(shape, rope, "attention_factor")
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        magnitude = _magnitude(factor, _number(checkpoint, rope, "mscale"))
-        return magnitude / _magnitude(factor, _number(checkpoint, rope, "mscale_all_dim"))
+        magnitude = _magnitude(factor, _number(shape, rope, "mscale"))
+        return magnitude / _magnitude(factor, _number(shape, rope, "mscale_all_dim"))
 
     return _magnitude(factor, 1.0)
 
@@ -341,8 +334,8 @@ def _magnitude(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _number(checkpoint: Checkpoint, config: Mapping[str, Any], key: str) -> float:
+def _number(shape: ModelShape, config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ModelError(f"{checkpoint.folder}/config.json: {key} is {value!r}, not a number")
+        raise ModelError(f"{shape.where}: {key} is {value!r}, not a number")
     return float(value)

@@ -35,7 +35,7 @@ class FileSizes:
     def __init__(
         self, checkpoint: Checkpoint, pre_tokenizer: str | None = None, *, approximate: bool = False
     ) -> None:
-        check_parameters(checkpoint)
+        check_parameters(checkpoint.shape)
         self.checkpoint = checkpoint
         self._vocabulary: Vocabulary = read_vocabulary(
             checkpoint, pre_tokenizer, approximate=approximate

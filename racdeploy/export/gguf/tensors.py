@@ -103,8 +103,8 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
     """Plan every tensor of the file, in file order."""
     family = find_architecture(checkpoint)
     sources = _list_sources(checkpoint, family)
-    experts = checkpoint.experts
-    parts = {name: name_experts(named, experts) for name, named in sources.items()}
+    shape = checkpoint.shape
+    parts = {name: name_experts(named, shape.num_experts) for name, named in sources.items()}
 
     _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
 
@@ -118,7 +118,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: Mix) -> list[PlannedTensor]:
             reason="",
             computed=factors,
         )
-        for name, factors in make_rope_factors(checkpoint).items()
+        for name, factors in make_rope_factors(shape).items()
     ]
 
     for name, (source, *_) in sources.items():
@@ -154,7 +154,7 @@ def _plan_tensor(
         piece = (stored.index(name.split(".", 2)[2]), len(stored))
     shape = _lay(checkpoint, family, name, parts, piece, transform)
 
-    usual_names = _list_usual_names(checkpoint, name, parts)
+    usual_names = _list_usual_names(checkpoint.family, name, parts)
     choice = _choose(name, shape, mix, checkpoint, usual_names)
     return PlannedTensor(
         name,
@@ -178,7 +178,7 @@ def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[Plan
             in_block = family.further[inside]
         else:
             in_block = family.block_tensors[inside]
-        name = f"blk.{checkpoint.block_count + (block or 0)}.{in_block}"
+        name = f"blk.{checkpoint.shape.block_count + (block or 0)}.{in_block}"
 
         transform = family.transforms.get(source if block is None else inside)
         choice = _choose(name, entry.shape, mix, checkpoint, ())
@@ -190,14 +190,13 @@ def _plan_further(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[Plan
 def _plan_unused_keys(checkpoint: Checkpoint, mix: Mix, family: Family) -> list[PlannedTensor]:
     """Plan zeros for the keys and values that llama.cpp wants and does not compute."""
     plan = []
-    for block in range(checkpoint.block_count if family.needs_keys else 0):
-        kinds = checkpoint.kinds(block)
+    for block, kinds in enumerate(checkpoint.shape.kinds if family.needs_keys else ()):
         for inside, stored in family.block_tensors.items():
             if family.has(kinds, inside) or not inside.endswith(".weight"):
                 continue
 
             name = f"blk.{block}.{stored}"
-            shape = widths.shape(family, inside, checkpoint.sizes(block))
+            shape = widths.shape(family, inside, checkpoint.shape.sizes[block])
             choice = _choose(name, shape, mix, checkpoint, ())
             zeros = np.broadcast_to(np.float32(0), shape)  # without memory
             plan.append(PlannedTensor(name, "", shape, *choice, computed=zeros))
@@ -222,7 +221,7 @@ def _lay(
 
     laid = family.laid.get(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight"))
     if laid:
-        sizes = checkpoint.sizes(block or 0)
+        sizes = checkpoint.shape.sizes[block or 0]
         return tuple(sizes[letter] for letter in laid)
 
     if len(shape) == 3 and shape[1] == 1:  # a convolution whose filters see one channel
@@ -245,8 +244,7 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     if output and family.needs_output:
         names[output] = [family.embedding]
 
-    for block in range(checkpoint.block_count):
-        kinds = checkpoint.kinds(block)
+    for block, kinds in enumerate(checkpoint.shape.kinds):
         for source in family.block_tensors:
             if not family.has(kinds, source):
                 continue
@@ -278,9 +276,7 @@ def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> 
 def _check_shape(checkpoint: Checkpoint, source: str) -> None:
     family = checkpoint.family
     block, inside = family.split_block(source)
-    sizes = checkpoint.sizes(block or 0)
-
-    expected = list(widths.shape(family, inside, sizes))
+    expected = list(widths.shape(family, inside, checkpoint.shape.sizes[block or 0]))
 
     shape = list(checkpoint.entries[source].shape)
     if shape != expected:
@@ -290,12 +286,11 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
         )
 
 
-def _list_usual_names(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+def _list_usual_names(family: Family, name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
     """Return what the parts of a tensor are called in the family's usual file, if otherwise."""
     if len(parts) == 1:
         return ()
 
-    family = checkpoint.family
     place = name.rpartition("blk.")[2].partition(".")[0]
     insides = [family.split_block(part)[1] for part in parts]
     usual = [family.block_tensors.get(inside) for inside in insides]  # None: an expert
@@ -316,7 +311,7 @@ def _choose(
             why = ""
         return Choice(mix.quant, "f32", why)
 
-    choice = mix.choose(name, checkpoint.block_count, checkpoint.tied, usual_names)
+    choice = mix.choose(name, checkpoint.shape.block_count, checkpoint.tied, usual_names)
     chosen = choice.quant
     reasons = {choice.reason: None}  # in order, each once
 

@@ -60,7 +60,7 @@ class Tokens:
                     remedy="ids of added tokens must follow the vocabulary without a gap",
                 )
 
-        size = checkpoint.integer("vocab_size")
+        size = checkpoint.shape.vocab_size
         if self.texts and max(self.texts) >= size:
             raise ModelError(
                 f"tokenizer.json has token id {max(self.texts)}, but the model's vocabulary ends at"

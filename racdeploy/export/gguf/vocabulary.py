@@ -99,7 +99,7 @@ def read_vocabulary(
     if pieces.is_sentencepiece(tokens.tokenizer):
         return _read_sentencepiece(checkpoint, tokens, special)
 
-    size = checkpoint.integer("vocab_size")
+    size = checkpoint.shape.vocab_size
     note = note_normalizer(tokens.tokenizer)
     return Vocabulary(
         model="gpt2",
@@ -167,7 +167,7 @@ def _read_sentencepiece(
             tokens.tokenizer, tokens.added, model_file, has_other_form=not space_first
         )
 
-    size = checkpoint.integer("vocab_size")
+    size = checkpoint.shape.vocab_size
     types = tuple(_piece_type(tokens, i) for i in range(size))
 
     # llama.cpp looks for these in the text before spaces are replaced

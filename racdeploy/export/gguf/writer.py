@@ -87,7 +87,7 @@ def export(
         split_bytes: most bytes of tensors in one file of several; 0, and packed: never split.
     """
     _check_request(out, quant, packing, metadata or {})
-    check_parameters(checkpoint)
+    check_parameters(checkpoint.shape)
 
     mix = presets.read(quant, tensors)
     known = importances.find(checkpoint.folder, importance)
@@ -146,7 +146,7 @@ def make_plan(
     if importance:
         chosen = [tensor for tensor in tensors if not tensor.list_packed(checkpoint)]
         notes = (*notes, _describe_importance(importance, chosen))
-    if checkpoint.rounds_ramp:
+    if checkpoint.shape.rounds_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
     deviations = list_deviations(checkpoint)

@@ -60,7 +60,7 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
             f"first {missing[0]!r}"
         )
 
-    fix_head_size(model, checkpoint.head_size)
+    fix_head_size(model, checkpoint.shape.head_dim)
     initializers = model.graph.initializer
     constants = {each.name: np.array(read_array(each, file.parent)) for each in initializers}
     del model.graph.initializer[:]

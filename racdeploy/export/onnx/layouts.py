@@ -15,6 +15,7 @@ import onnx
 from racdeploy import quant as quants
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 
 # The end of a file's name by its number format, as transformers.js has them.
 _NAME_ENDS = {
@@ -57,23 +58,23 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
 
     return {
         "config.json": _to_json(checkpoint.config | described),
-        "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint)),
+        "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint.shape)),
     }
 
 
-def note_clients(checkpoint: Checkpoint) -> list[str]:
+def note_clients(shape: ModelShape) -> list[str]:
     """Return in sentences which program cannot open the graph of a checkpoint.
 
     Source: ``ORTModelForCausalLM.__init__`` in optimum-onnx 0.1.0, which computes the head size.
     """
-    heads = checkpoint.integer("num_attention_heads")
-    computed = checkpoint.integer("hidden_size") // heads
-    if computed == checkpoint.head_size:
+    heads = shape.integer("num_attention_heads")
+    computed = shape.hidden_size // heads
+    if computed == shape.head_dim:
         return []
 
     return [
         f"optimum's ORTModelForCausalLM takes hidden_size / num_attention_heads = {computed} for"
-        f" the head size, which is {checkpoint.head_size}, and does not open this graph;"
+        f" the head size, which is {shape.head_dim}, and does not open this graph;"
         " onnxruntime-genai and transformers.js do"
     ]
 
@@ -91,7 +92,7 @@ def _describe_to_transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
 
 
 def _describe_to_genai(
-    model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, checkpoint: Checkpoint
+    model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, shape: ModelShape
 ) -> dict[str, Any]:
     taken = {value.name for value in model.graph.input}
     inputs = {name: name for name in _INPUTS if name in taken}
@@ -106,27 +107,27 @@ def _describe_to_genai(
 
     return {
         "model": {
-            "bos_token_id": checkpoint.config.get("bos_token_id") or eos_ids[0],
+            "bos_token_id": shape.config.get("bos_token_id") or eos_ids[0],
             "context_length": generation.context_tokens,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": entry.path,
-                "head_size": checkpoint.head_size,
-                "hidden_size": checkpoint.integer("hidden_size"),
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden_size,
                 "inputs": inputs,
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "num_attention_heads": checkpoint.integer("num_attention_heads"),
-                "num_hidden_layers": checkpoint.block_count,
-                "num_key_value_heads": checkpoint.key_value_heads,
+                "num_attention_heads": shape.integer("num_attention_heads"),
+                "num_hidden_layers": shape.block_count,
+                "num_key_value_heads": shape.num_key_value_heads,
             },
             "eos_token_id": eos_ids,
-            "pad_token_id": checkpoint.config.get("pad_token_id") or eos_ids[0],
-            "type": checkpoint.config["model_type"],
-            "vocab_size": checkpoint.integer("vocab_size"),
+            "pad_token_id": shape.config.get("pad_token_id") or eos_ids[0],
+            "type": shape.config["model_type"],
+            "vocab_size": shape.vocab_size,
         },
         "search": {
             "do_sample": generation.temperature > 0,

@@ -16,23 +16,24 @@ from numpy.typing import NDArray
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.widths import SETTINGS
+from racdeploy.models.families import Family
+from racdeploy.models.shape import ModelShape
 from racdeploy.tensors.safetensors import write_header
 
 Own = tuple[NDArray[np.int64] | None, ...]
 """For each axis of a tensor the places in the twin that the model's values have; None: all."""
 
 
-def refuse_widths(checkpoint: Checkpoint) -> str:
+def refuse_widths(shape: ModelShape) -> str:
     """Return why a model cannot be padded, or an empty string.
 
     Caches have one shape for all blocks, and zeros are added to each group of query heads alike.
     """
-    if len(set(checkpoint.per_block("num_key_value_heads"))) > 1:
+    if len(set(shape.widths["num_key_value_heads"])) > 1:
         return "its blocks differ in key and value heads"
 
-    groups = checkpoint.key_value_heads
-    for block, heads in enumerate(checkpoint.per_block("num_attention_heads")):
+    groups = shape.num_key_value_heads
+    for block, heads in enumerate(shape.widths["num_attention_heads"]):
         if heads % groups:
             return f"block {block} has {heads} query heads for {groups} groups"
 
@@ -55,9 +56,9 @@ def pad(checkpoint: Checkpoint, folder: Path) -> Path:
 
     config = dict(checkpoint.written)
     del config[widths.KEY]
-    config["head_dim"] = checkpoint.head_size
-    for setting in SETTINGS.values():
-        config[setting] = max(checkpoint.per_block(setting))
+    config["head_dim"] = checkpoint.shape.head_dim
+    for setting, values in checkpoint.shape.widths.items():
+        config[setting] = max(values)
 
     text = json.dumps(config)
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -74,56 +75,44 @@ def count_twin_weights(checkpoint: Checkpoint) -> int:
 
 def find_own(checkpoint: Checkpoint, name: str) -> Own:
     """Return where the values of a tensor lie in the twin's tensor of the same name."""
-    block, inside = _place(checkpoint, name)
+    shape = checkpoint.shape
+    block, inside = _place(checkpoint.family, name)
     if not inside:
         entry = checkpoint.entries[name]
         return (None,) * len(entry.shape)
 
-    kept = _keep(checkpoint, block)
-    sizes = _largest_sizes(checkpoint)
+    sizes = _largest_sizes(shape)
+    kept = _keep(shape.sizes[block], sizes, shape.num_key_value_heads)
     return widths.find_kept(checkpoint.family, inside, kept, sizes)
 
 
-def _place(checkpoint: Checkpoint, name: str) -> tuple[int, str]:
+def _place(family: Family, name: str) -> tuple[int, str]:
     """Return the block that a tensor is in, and its name there; empty outside of blocks."""
-    family = checkpoint.family
     block, inside = family.split_block(name)
     return (block or 0, inside) if inside in family.block_tensors else (0, "")
 
 
-def _keep(checkpoint: Checkpoint, block: int) -> widths.Kept:
+def _keep(own: Mapping[str, int], largest: Mapping[str, int], groups: int) -> widths.Kept:
     """Return what a block has of the widest one: its first channels, the first heads of a group."""
-    groups = checkpoint.key_value_heads
-    heads = checkpoint.per_block("num_attention_heads")[block]
-    assert heads % groups == 0, "refuse_widths was not asked"
-
-    own = checkpoint.sizes(block)
-    largest = _largest_sizes(checkpoint)
-
-    columns = np.arange(largest["Q"])
-    by_group = columns.reshape(groups, -1)
-    own_columns = own["Q"] // groups
-    first = by_group[:, :own_columns]
-
+    assert own["H"] % groups == 0, "refuse_widths was not asked"
+    by_group = np.arange(largest["Q"]).reshape(groups, -1)
+    first = by_group[:, : own["Q"] // groups]
     return {"Q": first.reshape(-1), "F": np.arange(own["F"])}
 
 
-def _largest_sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    blocks = range(checkpoint.block_count)
-    sizes = [checkpoint.sizes(block) for block in blocks]
-
+def _largest_sizes(shape: ModelShape) -> Mapping[str, int]:
     largest = {}
-    for letter in sizes[0]:
-        largest[letter] = max(each[letter] for each in sizes)
+    for letter in shape.sizes[0]:
+        largest[letter] = max(sizes[letter] for sizes in shape.sizes)
     return largest
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """Return the shape of a tensor in the twin."""
-    _, inside = _place(checkpoint, name)
+    _, inside = _place(checkpoint.family, name)
     if not inside:
         return checkpoint.entries[name].shape
-    return widths.shape(checkpoint.family, inside, _largest_sizes(checkpoint))
+    return widths.shape(checkpoint.family, inside, _largest_sizes(checkpoint.shape))
 
 
 def _write_weights(checkpoint: Checkpoint, file: Path) -> None:

@@ -29,7 +29,7 @@ def main() -> None:
     """Compare one graph."""
     checkpoint = Checkpoint(Path(sys.argv[1]))
     file = Path(sys.argv[2])
-    V = checkpoint.integer("vocab_size")
+    V = checkpoint.shape.vocab_size
     ids = np.random.default_rng(0).integers(0, V, _PREFILL + _DECODE)
 
     expected_TV, rotary = _run_torch(checkpoint, ids, file)
@@ -71,7 +71,7 @@ def _run_graph(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    shape = (1, checkpoint.key_value_heads, 0, checkpoint.head_size)
+    shape = (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim)
     wanted = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
     pasts = [name for name in wanted if name.startswith("past_key_values.")]

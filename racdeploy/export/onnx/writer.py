@@ -75,7 +75,7 @@ def export(
         arrays = chain(chosen.graph.constants.items(), writer.encode_all(progress))
         write_model(model, arrays, scratch, out.name, lambda: properties | writer.list_tensors())
 
-        notes = [chosen.note, *note_clients(checkpoint), *writer.packer.complete()]
+        notes = [chosen.note, *note_clients(checkpoint.shape), *writer.packer.complete()]
         unpacked_sha256 = ""
         if writer.is_packed:
             unpacked_sha256 = _hash_unpacked(scratch / out.name)
@@ -206,13 +206,13 @@ def _check_request(
 
     check_metadata(metadata, (TENSORS_KEY,))
 
-    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    weights = checkpoint.parameters
     artifact_bytes = round(quants.load(quant).BITS * weights / 8)
     require_space(out.parent, artifact_bytes, "choose another place with --out")
 
     # The exporter's graph, in float32, lies in the temporary folder until it was compared; where
     # blocks differ in width, beside it the zero-padded twin or that one's graph.
-    if checkpoint.is_uniform:
+    if checkpoint.shape.is_uniform:
         passing_bytes = 4 * weights
     else:
         passing_bytes = 8 * count_twin_weights(checkpoint)

@@ -39,7 +39,7 @@ class Family:
         model_tensors: parameter name outside the blocks → name in the GGUF file.
         input_groups: prunable linears of one block by the input they share; one statistic each, or
             with ``*`` one for each expert.
-        only: kind of block, one of ``Checkpoint.kinds`` → how names inside it begin that only such
+        only: kind of block, one of ``ModelShape.kinds`` → how names inside it begin that only such
             blocks have; where all blocks are alike, nothing.
         by_block: takes a complete ``config.json``; returns the settings of which blocks have values
             of their own, by rules of the family: one for each block.
@@ -160,6 +160,11 @@ class Family:
     def routed(self) -> tuple[str, ...]:
         """Those of the linears that see only the tokens that a router sends them."""
         return tuple(linear for linear in self.linears if EVERY_EXPERT in linear)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether blocks may carry a state from token to token, in place of keys."""
+        return bool(self.unattended)
 
     @property
     def embedding(self) -> str:

@@ -15,8 +15,8 @@ import torch
 
 from racdeploy.engines.backends.transformers.experts import Experts
 from racdeploy.engines.backends.transformers.torch_model import fit_attention
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import ends_part
+from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import find_kept
 from racdeploy.prune.structure.layout import Layout, find_end
 from racdeploy.prune.structure.outline import Outline
@@ -70,15 +70,15 @@ class Cut:
         return self.counts[place] == self.layouts[place].units
 
 
-def list_cuts(checkpoint: Checkpoint, outline: Outline, structure: Structure) -> list[Cut]:
+def list_cuts(shape: ModelShape, outline: Outline, structure: Structure) -> list[Cut]:
     """Return the cuts of an outline in forward order."""
-    groups = checkpoint.input_groups(0)  # what is cut lies at one place in all blocks
-    first_of_experts = checkpoint.family.routed[:1]
+    groups = shape.input_groups[0]  # what is cut lies at one place in all blocks
+    first_of_experts = shape.family.routed[:1]
     cuts = []
 
     for part, counts in outline.units.items():
-        layouts = outline.layouts(checkpoint, part, structure)
-        linear = find_end(checkpoint, layouts[0].letter)
+        layouts = outline.layouts(shape, part, structure)
+        linear = find_end(shape, layouts[0].letter)
         if linear:
             group = groups.index((linear,))
             ends = [other for other in range(group) if ends_part(groups, other)]

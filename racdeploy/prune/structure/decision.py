@@ -44,17 +44,17 @@ def decide_outline(session: Session, structure: Structure) -> Outline:
 
 
 def _decide(session: Session, structure: Structure) -> Outline:
-    checkpoint = session.blocks.checkpoint
+    shape = session.blocks.shape
     criterion = plugins.load("criteria", structure.criterion)
-    outline = whole(checkpoint)
+    outline = whole(shape)
 
     for part, plugin in list_parts(structure, "model").items():
-        count = plugin.layout(checkpoint, 0, structure).count(structure.share(part))
+        count = plugin.layout(shape, 0, structure).count(structure.share(part))
         outline = Outline(tuple(plugin.cut(Site(session, criterion, count))), {})
 
     layouts = {}
     for part in list_parts(structure, "block"):
-        layouts[part] = outline.layouts(checkpoint, part, structure)
+        layouts[part] = outline.layouts(shape, part, structure)
 
     units = _share_out(session, criterion, outline.blocks, layouts, structure)
     return Outline(outline.blocks, units)
@@ -97,7 +97,7 @@ def _survey(
     """Return for each part the errors at the end of each block, by the units that stay in it."""
     wanted: dict[str, tuple[str, Layout]] = {}
     for part, own in layouts.items():
-        linear = find_end(session.blocks.checkpoint, own[0].letter)
+        linear = find_end(session.blocks.shape, own[0].letter)
         for block, layout in zip(blocks, own, strict=True):
             wanted[f"{session.blocks.prefix(block)}.{linear}"] = part, layout
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from racdeploy.errors import UsageError
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
+from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import Kept, axes
 from racdeploy.recipe import Structure
 
@@ -62,22 +63,18 @@ class Layout:
         return kept
 
 
-def find_end(checkpoint: Checkpoint, letter: str) -> str:
+def find_end(shape: ModelShape, letter: str) -> str:
     """Return the linear that alone has a size as its input, in every block, or an empty string."""
-    family = checkpoint.family
-    for linears in checkpoint.input_groups(0):
+    family = shape.family
+    for linears in shape.input_groups[0]:
         if len(linears) == 1 and axes(family, f"{linears[0]}.weight")[1] == letter:
-            everywhere = all(
-                family.has(checkpoint.kinds(block), linears[0])
-                for block in range(checkpoint.block_count)
-            )
+            everywhere = all(family.has(kinds, linears[0]) for kinds in shape.kinds)
             return linears[0] if everywhere else ""
     return ""
 
 
-def refuse_uncut(part: str, checkpoint: Checkpoint) -> None:
+def refuse_uncut(part: str, family: Family) -> None:
     """Refuse to leave out anything of a family that has to stay whole."""
-    family = checkpoint.family
     if family.uncut:
         raise UsageError(
             f"{part} of {family.architecture} cannot be cut: {family.uncut}",
@@ -87,26 +84,25 @@ def refuse_uncut(part: str, checkpoint: Checkpoint) -> None:
 
 def check_share(
     part: str,
-    checkpoint: Checkpoint,
-    layout: Callable[[Checkpoint, int, Structure], Layout],
+    shape: ModelShape,
+    layout: Callable[[ModelShape, int, Structure], Layout],
     structure: Structure,
 ) -> None:
     """Refuse a share that the units of a part cannot come near to, or that removes nothing."""
-    refuse_uncut(part, checkpoint)
-    blocks = range(checkpoint.block_count)
-    layouts = [layout(checkpoint, block, structure) for block in blocks]
+    refuse_uncut(part, shape.family)
+    layouts = [layout(shape, block, structure) for block in range(shape.block_count)]
     share = structure.share(part)
     first = layouts[0]
     uniform = structure.uniform or first.alike
-    architecture = checkpoint.family.architecture
+    architecture = shape.family.architecture
 
-    if not find_end(checkpoint, first.letter):
+    if not find_end(shape, first.letter):
         raise UsageError(
             f"{part} of {architecture} cannot be cut: no linear of every block collects them",
             remedy=f"leave out --keep {part}",
         )
 
-    if (first.letter,) in checkpoint.family.shapes.values():
+    if (first.letter,) in shape.family.shapes.values():
         raise UsageError(
             f"{part} of {architecture} cannot be cut: a norm of what is left would be another",
             remedy=f"leave out --keep {part}",

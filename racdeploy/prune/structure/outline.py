@@ -9,10 +9,9 @@ from typing import Any
 
 from racdeploy import plugins
 from racdeploy.files.reading import read_json
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.widths import SETTINGS
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.layout import Layout
-from racdeploy.prune.walk.assemble import Shape
+from racdeploy.prune.walk.assemble import CutShape
 from racdeploy.recipe import Structure
 from racdeploy.results.pruning import StructureRow
 
@@ -26,35 +25,28 @@ class Outline:
     blocks: tuple[int, ...]
     units: Mapping[str, tuple[int, ...]]
 
-    def layouts(self, checkpoint: Checkpoint, part: str, structure: Structure) -> list[Layout]:
+    def layouts(self, dense: ModelShape, part: str, structure: Structure) -> list[Layout]:
         """Return how a part is laid out in each of the blocks that stay."""
         plugin = plugins.load("structures", part)
-        return [plugin.layout(checkpoint, block, structure) for block in self.blocks]
+        return [plugin.layout(dense, block, structure) for block in self.blocks]
 
-    def shape(self, checkpoint: Checkpoint, structure: Structure) -> Shape:
+    def shape(self, dense: ModelShape, structure: Structure) -> CutShape:
         """Return the widths of the blocks that stay, after the cut."""
-        sizes = [dict(checkpoint.sizes(block)) for block in self.blocks]
+        sizes = [dict(dense.sizes[block]) for block in self.blocks]
 
         for part, units in self.units.items():
-            layouts = self.layouts(checkpoint, part, structure)
+            layouts = self.layouts(dense, part, structure)
 
             for own, layout, count in zip(sizes, layouts, units, strict=True):
                 for letter, width in layout.widths.items():
                     own[letter] = count * width
 
-        widths = {}
-        for letter, setting in SETTINGS.items():
-            counts = []
-            for block, own in zip(self.blocks, sizes, strict=True):
-                counts.append(own[letter] // checkpoint.unit(letter, block))
-            widths[setting] = tuple(counts)
-
-        return Shape(self.blocks, widths, sizes[0].get("E", 0))
+        return CutShape(self.blocks, sizes)
 
 
-def whole(checkpoint: Checkpoint) -> Outline:
+def whole(dense: ModelShape) -> Outline:
     """Return the outline that leaves everything."""
-    return Outline(tuple(range(checkpoint.block_count)), {})
+    return Outline(tuple(range(dense.block_count)), {})
 
 
 def read_outline(folder: Path) -> Outline:
@@ -62,26 +54,26 @@ def read_outline(folder: Path) -> Outline:
     return as_outline(read_json(folder / FILE))
 
 
-def list_rows(checkpoint: Checkpoint, shape: Shape) -> tuple[StructureRow, ...]:
+def list_rows(dense: ModelShape, shape: CutShape) -> tuple[StructureRow, ...]:
     """Return how wide each block is, for the report; nothing where the model is whole."""
-    if shape == Shape.of(checkpoint):
+    if shape.sizes == dense.sizes:
         return ()
 
     rows = []
 
-    for place, index in enumerate(shape.blocks):
-        own = {setting: values[place] for setting, values in shape.widths.items()}
+    for place, (index, own) in enumerate(zip(shape.blocks, shape.sizes, strict=True)):
+        sizes = dense.sizes[index]
         rows.append(
             StructureRow(
                 block=place,
                 source_block=index,
-                heads=own["num_attention_heads"],
-                key_value_heads=own["num_key_value_heads"],
-                channels=own["intermediate_size"],
-                heads_dense=checkpoint.per_block("num_attention_heads")[index],
-                channels_dense=checkpoint.per_block("intermediate_size")[index],
+                heads=own["H"],
+                key_value_heads=own["KV"] // own["K"],
+                channels=own["F"],
+                heads_dense=sizes["H"],
+                channels_dense=sizes["F"],
                 experts=shape.experts,
-                experts_dense=checkpoint.experts,
+                experts_dense=dense.num_experts,
             )
         )
 

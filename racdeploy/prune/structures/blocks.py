@@ -12,6 +12,7 @@ import torch
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.cut import Site
 from racdeploy.prune.structure.layout import Layout, refuse_uncut
 from racdeploy.prune.structure.units import Units
@@ -25,14 +26,14 @@ STEP, SIZE = "model", "L"
 PROBE_TOKENS = 2048
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return the blocks of the model."""
-    return Layout(SIZE, checkpoint.block_count, {SIZE: 1})
+    return Layout(SIZE, shape.block_count, {SIZE: 1})
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    refuse_uncut("blocks", checkpoint)
+    refuse_uncut("blocks", checkpoint.family)
     family = checkpoint.family
     if family.window_period or family.no_rope_period:
         raise UsageError(
@@ -42,9 +43,10 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
         )
 
     share = structure.share("blocks")
-    count = checkpoint.block_count
+    shape = checkpoint.shape
+    count = shape.block_count
     kept = round(share * count)
-    least = max(1, len(_list_vital(checkpoint)))
+    least = max(1, len(_list_vital(shape)))
     if share < 1 and not least <= kept < count:
         raise UsageError(
             f"blocks = {share:g} keeps {kept} of {count}",
@@ -62,7 +64,7 @@ class BlockUnits(Units):
     """The blocks of a model, which have no size but what they change."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session.blocks.checkpoint.block_count)
+        super().__init__(session.blocks.shape.block_count)
         self._session = session
         self._dense_BTD: torch.Tensor | None = None
 
@@ -100,7 +102,7 @@ class BlockUnits(Units):
                 self._dense_BTD = whole_BTD
 
             costs_U = torch.full_like(self.kept_U, torch.inf, dtype=torch.float64)
-            for index in _list_removable(blocks.checkpoint, left):
+            for index in _list_removable(blocks.shape, left):
                 costs_U[index] = self._relative_change(without[left.index(index)], self._dense_BTD)
             return costs_U
 
@@ -116,18 +118,18 @@ class BlockUnits(Units):
         return float((change_N / energy_N) @ weight_N / weight_N.sum())
 
 
-def _list_vital(checkpoint: Checkpoint) -> list[tuple[bool, ...]]:
+def _list_vital(shape: ModelShape) -> list[tuple[bool, ...]]:
     """Return which blocks do what at least one has to do: attend, and carry a state, or neither.
 
     llama.cpp keeps memory for both where a model may have both, and ends where one is empty.
     """
-    roles = (checkpoint.attends, checkpoint.recurs)
-    return [role for role in roles if any(role)] if checkpoint.has_state else []
+    roles = (shape.attends, shape.recurs)
+    return [role for role in roles if any(role)] if shape.family.has_state else []
 
 
-def _list_removable(checkpoint: Checkpoint, left: list[int]) -> list[int]:
+def _list_removable(shape: ModelShape, left: list[int]) -> list[int]:
     vital = set[int]()
-    for role in _list_vital(checkpoint):
+    for role in _list_vital(shape):
         own = [block for block in left if role[block]]
         vital.update(own if len(own) == 1 else ())
     return [block for block in left if block not in vital]

@@ -21,6 +21,8 @@ from torch import nn
 from racdeploy.engines.backends.transformers.experts import route
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import Family
+from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import axes
 from racdeploy.prune.structure.cut import BlockSite, narrow
 from racdeploy.prune.structure.layout import Layout
@@ -39,22 +41,23 @@ _OUTPUT_VALUES = 1 << 25  # of all experts at some tokens, in memory at a time
 _GRID, _NORM_GRID = 2.0**36, 2.0**20  # sums go in steps of 1 over it: exactly, in any order
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    return Layout(SIZE, checkpoint.experts, {SIZE: 1}, alike=True)
+    return Layout(SIZE, shape.num_experts, {SIZE: 1}, alike=True)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    family = checkpoint.family
+    shape = checkpoint.shape
+    family = shape.family
     share = structure.share("experts")
-    experts = checkpoint.experts
+    experts = shape.num_experts
     if not experts:
         raise UsageError(
             f"{family.architecture} has no experts to cut", remedy="leave out --keep experts"
         )
 
-    used = checkpoint.integer(family.integers["expert_used_count"])
+    used = shape.integer(family.integers["expert_used_count"])
     kept = round(share * experts)
     counts = range(experts - 1, used - 1, -1)
     reachable = ", ".join(f"{count / experts:.3g}" for count in counts[:8])
@@ -82,7 +85,7 @@ class ExpertUnits(Units):
     """The experts of a block; ``flow`` has this process's batches in front of it."""
 
     def __init__(self, session: Session, flow: Flow, block: nn.Module) -> None:
-        super().__init__(session.blocks.checkpoint.experts)
+        super().__init__(session.blocks.shape.num_experts)
         self._given = session, flow, block
 
     @cached_property
@@ -142,7 +145,7 @@ class ExpertUnits(Units):
 
 def measure_norms(session: Session, flow: Flow, block: nn.Module) -> list[float]:
     """Return the router-weighted output norm of each expert; 0 where no token chose it."""
-    experts: Any = block.get_submodule(session.blocks.checkpoint.family.experts)
+    experts: Any = block.get_submodule(session.blocks.shape.family.experts)
     sums_2E = torch.zeros(2, len(experts), dtype=torch.float64)  # of norms, and of tokens
 
     for index, batch in enumerate(session.fitted):
@@ -184,11 +187,12 @@ class Probe:
 
     def __init__(self, session: Session, flow: Flow, block: nn.Module) -> None:
         self._session = session
-        checkpoint = session.blocks.checkpoint
-        self._K = checkpoint.integer(checkpoint.family.integers["expert_used_count"])
-        self._normed = bool(checkpoint.config.get("norm_topk_prob", True))
-        self._experts: Any = block.get_submodule(checkpoint.family.experts)
-        self._router = _find_router(checkpoint, block)
+        shape = session.blocks.shape
+        family = shape.family
+        self._K = shape.integer(family.integers["expert_used_count"])
+        self._normed = bool(shape.config.get("norm_topk_prob", True))
+        self._experts: Any = block.get_submodule(family.experts)
+        self._router = _find_router(family, block)
 
         E = len(self._router.weight)
         most = min(PROBE_TOKENS, PROBE_BYTES // (4 * E * E))
@@ -273,9 +277,8 @@ class Probe:
         return parts
 
 
-def _find_router(checkpoint: Checkpoint, block: nn.Module) -> nn.Linear:
+def _find_router(family: Family, block: nn.Module) -> nn.Linear:
     """Return a linear that computes the router's logits, whatever the module itself returns."""
-    family = checkpoint.family
     (name,) = [each for each in family.kept if axes(family, f"{each}.weight")[0] == "E"]
     weight_ED = block.get_parameter(f"{name}.weight")
     bias = dict(block.named_parameters()).get(f"{name}.bias")

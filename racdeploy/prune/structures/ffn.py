@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
@@ -12,13 +13,13 @@ LEAST_CHANNELS = 64
 Q8_0 and Q4_0 were off by more than their largest (llama-cpp-python 0.3.36)."""
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    channels = checkpoint.sizes(block)[SIZE]
+    channels = shape.sizes[block][SIZE]
     step = structure.width_multiple
     return Layout(SIZE, channels, {SIZE: 1}, step=step, least=LEAST_CHANNELS)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    check_share("ffn", checkpoint, layout, structure)
+    check_share("ffn", checkpoint.shape, layout, structure)

@@ -7,17 +7,19 @@ of cache.
 from __future__ import annotations
 
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "block", "Q"
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    K = checkpoint.head_sizes[block]
-    heads = checkpoint.per_block("num_attention_heads")[block]
-    groups = checkpoint.per_block("num_key_value_heads")[block]
+    sizes = shape.sizes[block]
+    K = sizes["K"]
+    heads = sizes["H"]
+    groups = sizes["KV"] // K
 
     if heads == groups:
         return Layout(SIZE, heads, {SIZE: K, "KV": K, "H": 1}, alike=True)
@@ -26,4 +28,4 @@ def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    check_share("heads", checkpoint, layout, structure)
+    check_share("heads", checkpoint.shape, layout, structure)

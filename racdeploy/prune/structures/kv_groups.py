@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.layout import Layout, check_share
 from racdeploy.recipe import Structure
 
 STEP, SIZE = "block", "Q"
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return what goes together in a block."""
-    K = checkpoint.head_sizes[block]
-    heads = checkpoint.per_block("num_attention_heads")[block]
-    groups = checkpoint.per_block("num_key_value_heads")[block]
+    sizes = shape.sizes[block]
+    K = sizes["K"]
+    heads = sizes["H"]
+    groups = sizes["KV"] // K
     each = heads // groups
     return Layout(SIZE, groups, {SIZE: K * each, "KV": K, "H": each}, alike=True)
 
@@ -30,4 +32,4 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
             remedy="keep one of the two whole",
         )
 
-    check_share("kv_groups", checkpoint, layout, structure)
+    check_share("kv_groups", checkpoint.shape, layout, structure)

@@ -21,6 +21,7 @@ from racdeploy.models import fused
 from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE, named_ids, renumber
+from racdeploy.models.shape import ModelShape
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.prune.structure.layout import Layout, refuse_uncut
 from racdeploy.recipe import Structure
@@ -33,14 +34,14 @@ TEXTS = "structure.vocabulary_text"
 _MOST_ADDED = 0.01  # of the tokens that were asked for, to reach a multiple
 
 
-def layout(checkpoint: Checkpoint, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
     """Return the rows of the embedding."""
-    return Layout(SIZE, checkpoint.integer("vocab_size"), {SIZE: 1})
+    return Layout(SIZE, shape.vocab_size, {SIZE: 1})
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, a text that cannot be read, and too few tokens."""
-    refuse_uncut("vocabulary", checkpoint)
+    refuse_uncut("vocabulary", checkpoint.family)
     tokenizer = read_tokenizer(checkpoint.tokenizer.file)
     used: set[int] = set()
     for text in read_texts(structure.vocabulary_text, TEXTS):
@@ -108,7 +109,7 @@ def rewrite(
     embedding, go. Files that hold neither weights nor ids are copied. A ``hollow`` folder has the
     shapes of the weights and not their values.
     """
-    rows = checkpoint.integer("vocab_size")
+    rows = checkpoint.shape.vocab_size
     cut = {}
     family = checkpoint.family
     for name in family.model_tensors:

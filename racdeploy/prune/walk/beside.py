@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch
 
@@ -41,7 +41,7 @@ class Besides:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        shape: ModelShape,
         device: torch.device,
         batches: Sequence[Batch],
         folder: Path,
@@ -52,13 +52,13 @@ class Besides:
         # By kind, and by number: transformers 5.8 asks Gemma 3n's for the block that made them.
         self._stored: dict[str | int, Activations] = {}
 
-        for block, source in enumerate(checkpoint.key_sources):
-            kind = checkpoint.layer_types[block]
+        for block, source in enumerate(shape.key_sources):
+            kind = shape.layer_types[block]
             if source == block or kind in self._stored:
                 continue
 
-            heads = checkpoint.per_block("num_key_value_heads")[source]
-            size = checkpoint.head_sizes[source]
+            heads = shape.widths["num_key_value_heads"][source]
+            size = shape.sizes[source]["K"]
             shapes = []
             for ids_BT in self._ids:
                 B, T = ids_BT.shape

@@ -37,22 +37,24 @@ class Blocks:
         device: torch.device = CPU,
     ) -> None:
         self.checkpoint = checkpoint
+        self.shape = checkpoint.shape
         self.device = device
         self._compute = compute
         self._model = skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
         self._own_inputs = OwnInputs(checkpoint) if OwnInputs.exist(checkpoint) else None
-        self._streams = Streams(checkpoint) if checkpoint.streams > 1 else None
+        self._streams = Streams(checkpoint) if checkpoint.family.streams else None
 
     def shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
         """Return (B, T, D) of each batch; D are those of all hidden states that a token has."""
-        D = self.checkpoint.state_width
+        D = self.shape.state_width
         return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def groups(self, block: Any) -> InputGroups:
         """Return the prunable linears of a block by the input they share."""
-        return self.checkpoint.family.groups_of(block.kinds)
+        number: int = block.number
+        return self.shape.input_groups[number]
 
     def end_widths(self) -> dict[int, int]:
         """Return the inputs of each group that ends a part, in the block where it has most.
@@ -61,11 +63,10 @@ class Blocks:
         """
         widths = dict[int, int]()
 
-        for index in range(self.checkpoint.block_count):
-            groups = self.checkpoint.input_groups(index)
+        for index, groups in enumerate(self.shape.input_groups):
             for group, (first, *_) in enumerate(groups):
                 name = f"{self.prefix(index)}.{first}.weight"
-                is_routed = first in self.checkpoint.family.routed
+                is_routed = first in self.shape.family.routed
                 if ends_part(groups, group) and not is_routed:
                     _, I = self.checkpoint.entries[name].shape
                     widths[group] = max(I, widths.get(group, 0))
@@ -79,9 +80,9 @@ class Blocks:
 
         # Only the rows of tokens that occur are read: the whole table may be larger than a block.
         used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
-        embedding = self.checkpoint.family.embedding
+        embedding = self.shape.family.embedding
         rows_ND = torch.from_numpy(self.checkpoint.read_rows(embedding, used_N.numpy()))
-        rows_ND *= embedding_scale(self.checkpoint)
+        rows_ND *= embedding_scale(self.shape)
         if self._streams:
             rows_ND = self._streams.begin(rows_ND)
 
@@ -89,7 +90,7 @@ class Blocks:
             yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
 
     def prefix(self, index: int) -> str:
-        return f"{self.checkpoint.family.blocks}.{index}"
+        return f"{self.shape.family.blocks}.{index}"
 
     def empty(self, index: int) -> nn.Module:
         return self._model.get_submodule(self.prefix(index))
@@ -104,7 +105,7 @@ class Blocks:
 
     def last_norm(self) -> nn.Module:
         """Return the norm after the last block, and what comes before it, on the device."""
-        name = self.checkpoint.family.last_norm
+        name = self.shape.family.last_norm
         norm = self._model.get_submodule(name)
         fill_parameter(self._model, f"{name}.weight", self.checkpoint)
         put(norm, "weight", self.place(norm.get_parameter("weight").data))
@@ -183,7 +184,7 @@ class Blocks:
             part = block.get_submodule(part_name)
             changed.append(part)
 
-            attends = block.attends and part_name == self.checkpoint.family.attention
+            attends = self.shape.attends[block.number] and part_name == self.shape.family.attention
             run_last = _run_attention if attends else _run_last
             part.forward = partial(run_last, block.get_submodule(name), self.place(input_BTI))
 
@@ -213,7 +214,7 @@ class Blocks:
         beside: Beside | None = None,
     ) -> Routed:
         """Return what reaches the experts of a block; none of them is computed."""
-        experts = self.checkpoint.family.experts
+        experts = self.shape.family.experts
         return Routed(*self._arguments(block, experts, hidden_BTD, known, beside))
 
     def _arguments(

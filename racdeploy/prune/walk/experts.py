@@ -87,7 +87,7 @@ class ExpertGroup:
     ) -> None:
         self._session, self._pair = session, pair
         self._wanted = wanted
-        family = session.blocks.checkpoint.family
+        family = session.blocks.shape.family
         self._experts = family.experts
         self._is_inner = axes(family, f"{wanted[0]}.weight")[1] != "D"
         self._match = match
@@ -98,7 +98,7 @@ class ExpertGroup:
         for linear in self._wanted:
             by_expert[expert_of(linear) or 0].append(linear)
 
-        family = self._session.blocks.checkpoint.family
+        family = self._session.blocks.shape.family
         I = shape(family, f"{self._wanted[0]}.weight", self._pair.sizes)[1]
         least = self._session.settings.expert_tokens or TOKENS_PER_INPUT * I
         pieces = []

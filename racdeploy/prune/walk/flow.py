@@ -34,7 +34,7 @@ class Flow:
     ) -> None:
         self._blocks = blocks
         self.hidden = Activations(blocks.shapes(batches), folder / f"hidden-{name}.bin")
-        self._besides = Besides(blocks.checkpoint, blocks.device, batches, folder, name)
+        self._besides = Besides(blocks.shape, blocks.device, batches, folder, name)
 
         widths = blocks.end_widths()
         kept = _choose_kept(batches, sum(widths.values()), kept_bytes)

@@ -24,7 +24,7 @@ class OwnInputs:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._width = checkpoint.integer("hidden_size_per_layer_input")
+        self._width = checkpoint.shape.integer("hidden_size_per_layer_input")
 
     @staticmethod
     def exist(checkpoint: Checkpoint) -> bool:
@@ -44,7 +44,7 @@ class OwnInputs:
         projection_PD = torch.from_numpy(
             checkpoint.read_rows(_PROJECTION, np.arange(own.start, own.stop))
         ).to(device)
-        scaled_ND = embedded_ND * embedding_scale(checkpoint)
+        scaled_ND = embedded_ND * embedding_scale(checkpoint.shape)
         projected_NP = scaled_ND @ projection_PD.T * D**-0.5
 
         weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)

@@ -10,7 +10,7 @@ from torch import nn
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import expert_of
+from racdeploy.models.families import InputGroups, expert_of
 from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.statistics import InputStatistic
@@ -35,8 +35,13 @@ class BlockPair:
     experts: list[int] = field(init=False)  # of the sparse one, by their dense numbers
 
     def __post_init__(self) -> None:
-        self.sizes = dict(self.checkpoint.sizes(self.index))
+        self.sizes = dict(self.checkpoint.shape.sizes[self.index])
         self.experts = list(range(self.sizes.get("E", 0)))
+
+    @property
+    def input_groups(self) -> InputGroups:
+        """Prunable linears of both by the input they share."""
+        return self.checkpoint.shape.input_groups[self.index]
 
     def name(self, inside: str) -> str:
         """Return the name in the pruned model of what has a name inside the sparse block."""
@@ -64,7 +69,7 @@ def gather_inputs(
     final: bool = True,  # whether nothing before it changes any more
 ) -> InputStatistic:
     """Return the statistic of a group's input, over this process's calibration batches."""
-    linears = pair.checkpoint.input_groups(pair.index)[group]
+    linears = pair.input_groups[group]
     narrowed = [linear for linear in linears if linear in pair.narrowed and match]
     dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
     statistic = InputStatistic(full[0].shape[1], session.weights_R, full if match else (), dense)

@@ -41,7 +41,7 @@ class Session:
 
     def report(self, label: str, done: int) -> None:
         if self.progress:
-            self.progress(label, done, self.blocks.checkpoint.block_count)
+            self.progress(label, done, self.blocks.shape.block_count)
 
 
 def open_session(

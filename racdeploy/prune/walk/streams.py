@@ -23,7 +23,7 @@ class Streams:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._count = checkpoint.streams
+        self._count = checkpoint.shape.integer(checkpoint.family.streams)
 
     def begin(self, embedded_ND: torch.Tensor) -> torch.Tensor:
         """Return all hidden states of tokens, side by side, of their embeddings."""

@@ -48,7 +48,7 @@ def survey(
         for place, hidden_BTD in enumerate(blocks.embed(session.fitted)):
             flow.hidden[place] = hidden_BTD
 
-        for index in range(blocks.checkpoint.block_count):
+        for index in range(blocks.shape.block_count):
             block = blocks.load(index)
             prefix = f"{blocks.prefix(index)}."
             own = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
@@ -79,6 +79,7 @@ def _observe_block(
     """Yield those of a block's wanted linears that this process owns: name, weights, Hessian."""
     block = session.blocks.empty(index)
     checkpoint = session.blocks.checkpoint
+    experts = checkpoint.shape.num_experts
     pair = BlockPair(
         checkpoint=checkpoint,
         index=index,
@@ -89,8 +90,8 @@ def _observe_block(
         sparse_flow=flow,
     )
 
-    for group, linears in enumerate(checkpoint.input_groups(index)):
-        names = [linear for linear in name_experts(linears, checkpoint.experts) if linear in wanted]
+    for group, linears in enumerate(pair.input_groups):
+        names = [linear for linear in name_experts(linears, experts) if linear in wanted]
         full = {name: block.get_parameter(f"{name}.weight") for name in names}
         if not names:
             continue
@@ -101,7 +102,7 @@ def _observe_block(
             continue
 
         if not pair.tokens:
-            pair.tokens = count_tokens(session, flow, block, checkpoint.experts)
+            pair.tokens = count_tokens(session, flow, block, experts)
 
         members = ExpertGroup(session, pair, names, match=False)
         for part in members.split(members.pieces(), full):

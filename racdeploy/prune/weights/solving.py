@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from racdeploy import plugins
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expert_of, generalize
 from racdeploy.models.reordering import order_columns
+from racdeploy.models.shape import ModelShape
 from racdeploy.prune.walk.blocks import put
 from racdeploy.prune.walk.experts import ExpertGroup, Piece, count_tokens
 from racdeploy.prune.walk.held_out import RelativeError
@@ -145,7 +145,7 @@ class LinearPruner:
                 is_gguf = "gguf" in quant.FORMATS
                 order_I = None
                 if is_gguf:
-                    order_I = find_order(pair.checkpoint, linear, target_OI)
+                    order_I = find_order(pair.checkpoint.shape, linear, target_OI)
                 weight_OI = round_to_grid(pruned, live_OI, hessian, quant, order_I)
 
             solved[linear] = weight_OI, target_OI, hessian.damping
@@ -191,8 +191,8 @@ class LinearPruner:
         return make_pattern(self.shares[name], settings.kept_of_linear(name))
 
 
-def find_order(checkpoint: Checkpoint, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:
+def find_order(shape: ModelShape, linear: str, weight_OI: torch.Tensor) -> torch.Tensor | None:
     """Return which column of a linear comes at each place of a GGUF file, if others do."""
-    transform = checkpoint.family.transforms.get(f"{generalize(linear)}.weight")
-    order_I = order_columns(transform, checkpoint, weight_OI.shape[1])
+    transform = shape.family.transforms.get(f"{generalize(linear)}.weight")
+    order_I = order_columns(transform, shape, weight_OI.shape[1])
     return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)

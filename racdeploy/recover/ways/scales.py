@@ -18,14 +18,14 @@ from racdeploy.recover.variables import Scales, Weights
 
 def peak_bytes(course: Course) -> int:
     """Return what :func:`recover` takes at most in memory."""
-    linears = course.masked if course.quant else []
+    linears = course.masked if course.quant else ()
     vectors = list_trained(course.sparse, vectors_only=True)
     return cost.whole_model_bytes(course, [*vectors, *linears])
 
 
 def recover(course: Course) -> list[Lesson]:
     """Train vectors and scales; zeros and codes stay as they are."""
-    linears = course.masked if course.quant else []
+    linears = course.masked if course.quant else ()
     vectors = list_trained(course.sparse, vectors_only=True)
 
     def arrange(weights: Mapping[str, torch.Tensor]) -> Weights:

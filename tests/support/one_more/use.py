@@ -105,7 +105,7 @@ def use_structure(folder: Path) -> Any:
     structure = Structure(keep={"channel_pairs": 2 / 3}, uniform=True)
     _prune(folder, structure, method="sparsegpt")
     outline = read_outline(folder / "method-channel_pairs")
-    shape = outline.shape(Checkpoint(folder / "dense"), structure)
+    shape = outline.shape(Checkpoint(folder / "dense").shape, structure)
     return [list(outline.units["channel_pairs"]), list(shape.widths["intermediate_size"])]
 
 

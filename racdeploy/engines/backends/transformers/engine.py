@@ -52,11 +52,11 @@ class TransformersEngine(Engine):
         self.about = {}
         self._settings = settings
         self._checkpoint = Checkpoint(folder)
-        self._vocabulary = self._checkpoint.integer("vocab_size")
+        self._vocabulary = self._checkpoint.shape.vocab_size
         self._model = load_model(self._checkpoint)
         takes = inspect.signature(self._model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
-        self._has_state = self._checkpoint.has_state
+        self._has_state = self._checkpoint.family.has_state
         self._places_itself = not self._has_state or "cache_position" not in takes
 
     @torch.inference_mode()
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
     def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> Logits:
         """Return logits_TV of a teacher-forced pass, rounded as by ggml's tables if asked."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
-        rounding = round_as_ggml(self._model, self._checkpoint) if as_ggml else nullcontext()
+        rounding = round_as_ggml(self._model, self._checkpoint.shape) if as_ggml else nullcontext()
         with rounding:
             output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
 

@@ -29,6 +29,7 @@ from racdeploy.files.reading import refusing
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.coverage import check_tensors
+from racdeploy.models.shape import ModelShape
 
 _DECODER = "model"
 _ROTARY = ("rotary_emb", "pos_emb")  # LFM2 in transformers 4 uses the second
@@ -43,8 +44,9 @@ TORCH_DTYPES = {
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
-    checkpoint.family.check_transformers()
-    has_sinks = "attn_sinks.weight" in checkpoint.family.block_tensors.values()
+    shape = checkpoint.shape
+    shape.family.check_transformers()
+    has_sinks = "attn_sinks.weight" in shape.family.block_tensors.values()
     attention = sinks.register() if has_sinks else "sdpa"
     with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -54,26 +56,26 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
         part_experts(model)
         _fix_buffers(model)
 
-    _tag_blocks(model, checkpoint)
-    if not checkpoint.is_uniform:
-        for block in range(checkpoint.block_count):
-            _fit_block(model, checkpoint, block)
+    _tag_blocks(model, shape)
+    if not shape.is_uniform:
+        for block in range(shape.block_count):
+            _fit_block(model, shape, block)
 
     # Buffers are computed and not in the file: they need values even while weights have none.
     for name, rotary in _rotary(model).items():
         model.set_submodule(f"{_DECODER}.{name}", _renew(rotary))
 
-    _fill_scales(model, checkpoint)
+    _fill_scales(model, shape)
 
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    model_type = checkpoint.config["model_type"]
+    model_type = shape.config["model_type"]
     assert not empty, f"families/{model_type}.py does not say how to fill {empty}"
     return model.eval()
 
 
-def _fill_scales(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
     """Give the numbers that modules multiply by, and that no file holds, their values."""
-    D = checkpoint.integer("hidden_size")
+    D = shape.hidden_size
     scales = {
         "router_input_scale": 1 / D,
         "per_layer_projection_scale": D**-0.5,
@@ -81,7 +83,7 @@ def _fill_scales(model: nn.Module, checkpoint: Checkpoint) -> None:
     }
 
     for module in list(model.modules()):
-        own = getattr(module, "scalar_embed_scale", embedding_scale(checkpoint))
+        own = getattr(module, "scalar_embed_scale", embedding_scale(shape))
         values = {**scales, "embed_scale": own}
 
         for name, _ in list(module.named_buffers(recurse=False)):
@@ -130,19 +132,17 @@ def _fix_buffers(model: nn.Module) -> None:
             module.register_parameter(leaf, nn.Parameter(buffer, requires_grad=False))
 
 
-def _tag_blocks(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _tag_blocks(model: nn.Module, shape: ModelShape) -> None:
     """Tell each block its kind, as the config lists them; without a list each has a window."""
     config: Any = model.config
     listed: Any = getattr(config, "layer_types", None)
-    if checkpoint.family.only:  # whose names differ between releases
-        listed = checkpoint.layer_types
+    if shape.family.only:  # whose names differ between releases
+        listed = shape.layer_types
 
-    kinds = listed or ["sliding_attention"] * checkpoint.block_count
+    kinds = listed or ["sliding_attention"] * shape.block_count
     for index, kind in enumerate(kinds):
-        block: Any = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
+        block: Any = model.get_submodule(f"{shape.family.blocks}.{index}")
         block.attention_type = kind
-        block.attends = checkpoint.attends[index]
-        block.kinds = checkpoint.kinds(index)
         block.number = index
 
 
@@ -167,18 +167,18 @@ def embed_positions(
     return {"position_embeddings": rotary(hidden_BTD, position_1T, *kind)}
 
 
-def _fit_block(model: nn.Module, checkpoint: Checkpoint, block: int) -> None:
+def _fit_block(model: nn.Module, shape: ModelShape, block: int) -> None:
     """Give the linears of a block, on the meta device, its own widths instead of the largest."""
-    family = checkpoint.family
+    family = shape.family
     module = model.get_submodule(f"{family.blocks}.{block}")
-    sizes = checkpoint.sizes(block)
+    sizes = shape.sizes[block]
 
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         empty = torch.empty(widths.shape(family, name, sizes), device="meta")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(empty))
 
-    for linear in checkpoint.linears(block):
+    for linear in shape.linears[block]:
         matrix: Any = module.get_submodule(linear)
         matrix.out_features, matrix.in_features = matrix.weight.shape
 
@@ -197,10 +197,10 @@ def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
     attention.config.num_key_value_heads = sizes["KV"] // sizes["K"]
 
 
-def embedding_scale(checkpoint: Checkpoint) -> float:
+def embedding_scale(shape: ModelShape) -> float:
     """Return what the model multiplies token embeddings by."""
-    setting = checkpoint.family.embedding_scale
-    return float(checkpoint.setting(setting)) if setting else 1.0
+    setting = shape.family.embedding_scale
+    return float(shape.setting(setting)) if setting else 1.0
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
@@ -222,21 +222,21 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 @contextmanager
-def round_as_ggml(model: nn.Module, checkpoint: Checkpoint) -> Iterator[None]:
+def round_as_ggml(model: nn.Module, shape: ModelShape) -> Iterator[None]:
     """Round what ggml looks up in a table as the table does, and the ends of YaRN's ramp.
 
     Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
     rounded to half precision, itself rounded to half precision; from -10 down it is 0, and from 10
     up the number itself. ``ggml_rope_yarn_corr_dims`` in ggml.c: the ends are whole dimensions.
     """
-    family = checkpoint.family
-    rotary = _rotary(model) if checkpoint.rounds_ramp else {}
+    family = shape.family
+    rotary = _rotary(model) if shape.rounds_ramp else {}
     for name, module in rotary.items():
         model.set_submodule(f"{_DECODER}.{name}", _round_ramp(module))
 
     hooks = []
     dropping = _drop_as_llama(model)
-    for block in range(checkpoint.integer("num_hidden_layers")):
+    for block in range(shape.block_count):
         for name in family.table_modules:
             module = model.get_submodule(f"{family.blocks}.{block}.{name}")
             hooks.append(module.register_forward_hook(_table_gelu))
@@ -283,7 +283,7 @@ def _table_gelu(
 
 def make_cache(model: nn.Module, checkpoint: Checkpoint) -> Any:
     """Return an empty cache of one or several sequences, or None where a model makes its own."""
-    if not checkpoint.has_state:
+    if not checkpoint.family.has_state:
         return DynamicCache()
 
     # transformers 4 makes most caches of models with a state itself, but not this one.
@@ -310,7 +310,8 @@ def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
 def _config(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration, with rope settings in the form that 4.57 reads."""
     folder = checkpoint.folder
-    rope = checkpoint.rope
+    shape = checkpoint.shape
+    rope = shape.rope
     rope_type = rope["rope_type"]
 
     if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
@@ -331,12 +332,12 @@ def _config(checkpoint: Checkpoint) -> Any:
     if rope_type != "proportional":  # which only transformers 5 has, and reads below
         values["rope_scaling"] = None if rope_type == "default" else scaling
     if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
-        values["rope_parameters"] = checkpoint.rope_parameters
+        values["rope_parameters"] = shape.rope_parameters
 
-    if not checkpoint.is_rotary:  # some configurations know no such settings
+    if not shape.is_rotary:  # some configurations know no such settings
         values = {key: value for key, value in values.items() if not key.startswith("rope_")}
 
-    values["head_dim"] = checkpoint.head_size  # YaRN on Mistral fails where it is null
+    values["head_dim"] = shape.head_dim  # YaRN on Mistral fails where it is null
     try:
         return AutoConfig.for_model(**values)
     except (ValueError, StrictDataclassError) as error:

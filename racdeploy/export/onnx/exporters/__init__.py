@@ -85,19 +85,20 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    rope = checkpoint.rope
+    shape = checkpoint.shape
+    rope = shape.rope
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_plain = rope["rope_type"] == "default"
 
-    kept = {key: value for key, value in checkpoint.config.items() if key not in _DROPPED}
+    kept = {key: value for key, value in shape.config.items() if key not in _DROPPED}
     return kept | {
         "dtype": "float32",
         "torch_dtype": "float32",
         "use_cache": True,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if is_plain else scaling,
-        "rope_parameters": checkpoint.rope_parameters,
-        "architectures": [checkpoint.family.architecture],
+        "rope_parameters": shape.rope_parameters,
+        "architectures": [shape.family.architecture],
         "tie_word_embeddings": checkpoint.tied,
     }
 

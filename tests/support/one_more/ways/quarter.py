@@ -17,7 +17,7 @@ def recover(course: Course) -> list[Lesson]:
 
 def _choose(course: Course) -> list[str]:
     family = course.sparse.family
-    first = course.sparse.block_count * 3 // 4
+    first = course.sparse.shape.block_count * 3 // 4
 
     chosen = []
     for name in list_trained(course.sparse):

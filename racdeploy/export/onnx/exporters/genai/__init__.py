@@ -63,17 +63,18 @@ def refusal(checkpoint: Checkpoint) -> str:
         return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
     if checkpoint.config.get("use_sliding_window"):
         return "its graph has one attention window for all blocks"
-    if checkpoint.rope["rope_type"] == "yarn" and "beta_fast" not in checkpoint.rope:
+    rope = checkpoint.shape.rope
+    if rope["rope_type"] == "yarn" and "beta_fast" not in rope:
         return "its graph leaves YaRN out where the configuration has no beta_fast"
 
-    return refuse_widths(checkpoint)
+    return refuse_widths(checkpoint.shape)
 
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32 for CPU; a failure, or no graph, is an EngineError."""
     check_environment()
     checkpoint = Checkpoint(prepared)
-    if checkpoint.is_uniform:
+    if checkpoint.shape.is_uniform:
         return _run_builder(prepared, out)
 
     padding = out.with_name(f"{out.name}-twin")

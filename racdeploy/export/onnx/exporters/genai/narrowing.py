@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from racdeploy.export.onnx.padding import find_own
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 from racdeploy.packing.onnx.file import load_graph, read_array, read_properties, write_model
 
 _ATTENTION = "GroupQueryAttention"
@@ -34,7 +35,7 @@ def narrow(
     """
     folder.mkdir(parents=True)
     model = load_graph(file)
-    _fit_attention(model.graph, checkpoint)
+    _fit_attention(model.graph, checkpoint.shape)
     del model.graph.value_info[:]  # shapes of the twin; onnxruntime infers its own
 
     stored = list(model.graph.initializer)
@@ -68,9 +69,9 @@ def _cut(
         yield tensor.name, values
 
 
-def _fit_attention(graph: onnx.GraphProto, checkpoint: Checkpoint) -> None:
+def _fit_attention(graph: onnx.GraphProto, shape: ModelShape) -> None:
     made_by = {output: node for node in graph.node for output in node.output}
-    heads = checkpoint.per_block("num_attention_heads")
+    heads = shape.widths["num_attention_heads"]
 
     constants = []
     for node in graph.node:
@@ -88,8 +89,8 @@ def _fit_attention(graph: onnx.GraphProto, checkpoint: Checkpoint) -> None:
             name = f"{query.name}/own_shape"
             query.input[1] = name
 
-            shape = [0, -1, heads[block] * checkpoint.head_size]
-            constant = onnx.helper.make_node("Constant", [], [name], name, value_ints=shape)
+            own = [0, -1, heads[block] * shape.head_dim]
+            constant = onnx.helper.make_node("Constant", [], [name], name, value_ints=own)
             constants.append(constant)
 
     nodes = [*constants, *graph.node]

@@ -21,7 +21,7 @@ def main() -> None:
     """Export one folder."""
     prepared, out = sys.argv[1:]
     checkpoint = Checkpoint(Path(prepared))
-    if not checkpoint.is_uniform:
+    if not checkpoint.shape.is_uniform:
         model = load_model(checkpoint)
         onnx_export_from_model(model, output=out, task=_TASK, do_validation=False, device="cpu")
         return

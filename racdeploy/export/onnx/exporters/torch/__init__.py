@@ -43,12 +43,12 @@ def refusal(checkpoint: Checkpoint) -> str:
     if checkpoint.family.routed:
         return "torch.export does not follow the choice of experts"
 
-    kinds = checkpoint.config.get("layer_types") or ()
-    if others := sorted({*kinds} - _ATTENTION):
+    shape = checkpoint.shape
+    if others := sorted({*shape.layer_types} - _ATTENTION):
         return f"blocks of kind {others[0]} keep more than keys and values"
-    if [*checkpoint.key_sources] != [*range(checkpoint.block_count)]:
+    if shape.key_sources != tuple(range(shape.block_count)):
         return "its last blocks keep nothing: they take the keys and values of earlier ones"
-    if len({*checkpoint.head_sizes}) > 1:
+    if len({sizes["K"] for sizes in shape.sizes}) > 1:
         return "blocks differ in how wide their heads are"
     return ""
 

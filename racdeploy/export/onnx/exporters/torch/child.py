@@ -26,6 +26,7 @@ from transformers import AttentionInterface, DynamicCache
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.export.onnx.exporters.torch import WEIGHTS
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.shape import ModelShape
 
 _OPSET = 23
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # a dimension of 1 in the example would be fixed
@@ -169,7 +170,7 @@ def main() -> None:
     model = load_model(checkpoint)
     _use_one_node(model)
     try:
-        program = _trace(model, checkpoint)
+        program = _trace(model, checkpoint.shape)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         first, *_ = [*str(cause).splitlines(), ""]
@@ -186,11 +187,11 @@ def main() -> None:
     onnx.save(graph, str(file))
 
 
-def _trace(model: nn.Module, checkpoint: Checkpoint) -> Any:
+def _trace(model: nn.Module, shape: ModelShape) -> Any:
     """Return torch's program of a model, its weights as they are."""
-    blocks = range(checkpoint.block_count)
+    blocks = range(shape.block_count)
     pasts = [f"past_key_values.{block}.{part}" for block in blocks for part in _PAIR]
-    cache = (_BATCH, checkpoint.key_value_heads, _PAST, checkpoint.head_size)
+    cache = (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim)
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     positions = torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1)
