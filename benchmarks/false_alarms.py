@@ -15,8 +15,10 @@ import shutil
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from racdeploy.engines import open_engine
+from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.files.caches import default_work
 from racdeploy.pipeline.build import Build
@@ -83,9 +85,12 @@ def answered(job: Job, backend: str, artifact: Path, quant: str, threads: int) -
     settings = job.recipe.verify
     respondent = Respondent(job.encoder, job.tags, job.checkpoint.eos_ids, settings)
     engine = EngineSettings(settings.context_tokens, 32, threads)
-    answers = respondent.answer(
-        lambda: closing(open_engine(backend, artifact, engine)), job.problems("evaluation"), "dense"
-    )
+    problems = job.problems("evaluation")
+    with TemporaryDirectory() as folder:
+        log = CompletionLog(Path(folder) / "completions.jsonl")
+        answers = respondent.answer(
+            lambda: closing(open_engine(backend, artifact, engine)), problems, "dense", log
+        )
     return Arm("dense", answers.records, 0, quant or "f32", 0.0)
 
 

@@ -67,8 +67,8 @@ class Kernels(Protocol):
     def explain(self, engine: str) -> str:
         """Return why the kernels are not used with an engine; an empty string if they are."""
 
-    def describe(self, engine: str) -> Mapping[str, str]:
-        """Return what is known of an engine's kernels: of all, and of each number format."""
+    def describe(self, engine: str) -> Mapping[str, tuple[bool, str]]:
+        """Return of an engine's kernels, all and by number format, whether used, and details."""
 
     def name_used(self, engine: str, threads: int) -> str:
         """Return instruction set and build of the kernels that are used, or an empty string."""
@@ -176,8 +176,8 @@ def findings() -> list[tuple[str, bool, str]]:
             rows.append((what, False, f"models run on {engine}'s own: {reason}"))
             continue
 
-        for name, detail in kernels.describe(engine).items():
-            rows.append((f"{what}, {name}" if name else what, True, detail))
+        for name, (is_used, detail) in kernels.describe(engine).items():
+            rows.append((f"{what}, {name}" if name else what, is_used, detail))
     return rows
 
 

@@ -18,7 +18,11 @@ from racdeploy.sparse_kernels import STOCK, Choice
 from tests.support.tiny_artifacts import make_bundle
 
 INSTALL = "racdeploy-kernels is not installed: pip install racdeploy-kernels"
-FORMATS = {"": "avx2: llamacpp.so", "q8_0": "on 1 thread from 30% zeros on"}
+FORMATS = {
+    "": (True, "avx2: llamacpp.so"),
+    "q8_0": (True, "on 1 thread from 30% zeros on"),
+    "q4_0": (False, "on 1 thread not faster"),
+}
 
 
 class StandIn:
@@ -41,7 +45,7 @@ class StandIn:
     def explain(self, engine: str) -> str:
         return "slower" if engine == "onnxruntime" else ""
 
-    def describe(self, engine: str) -> Mapping[str, str]:
+    def describe(self, engine: str) -> Mapping[str, tuple[bool, str]]:
         return FORMATS
 
     def name_used(self, engine: str, threads: int) -> str:
@@ -115,9 +119,10 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
 
 
 def test_the_doctor_names_what_is_faster(package: StandIn) -> None:
-    """A row for each number format, and why an engine's own kernels run."""
+    """A row for each number format, a slow one beside fast ones too, and why others run."""
     assert sparse_kernels.findings() == [
         ("sparse kernels for llama.cpp", True, "avx2: llamacpp.so"),
         ("sparse kernels for llama.cpp, q8_0", True, "on 1 thread from 30% zeros on"),
+        ("sparse kernels for llama.cpp, q4_0", False, "on 1 thread not faster"),
         ("sparse kernels for onnxruntime", False, "models run on onnxruntime's own: slower"),
     ]

@@ -48,8 +48,11 @@ def explain(engine: str) -> str:
     return ready if isinstance(ready, str) else ""
 
 
-def describe(engine: str) -> Mapping[str, str]:
-    """Return what is known of kernels that are used: under no name of all, then of each format."""
+def describe(engine: str) -> Mapping[str, tuple[bool, str]]:
+    """Return what is known of kernels that are used: under no name of all, then of each format.
+
+    Each says whether it is faster on any number of threads, and details.
+    """
     ready = readiness(FINDERS[engine]())
     if isinstance(ready, str):
         return {}
@@ -59,7 +62,7 @@ def describe(engine: str) -> Mapping[str, str]:
     whole = f"{proof.instruction_set}: {library}"
     dense_bits = ort_operator.DENSE_BITS if engine == "onnxruntime" else {}
     formats = verdicts.describe(proof.verdicts, dense_bits)
-    return {"": f"{whole}; {missing}" if missing else whole, **formats}
+    return {"": (True, f"{whole}; {missing}" if missing else whole), **formats}
 
 
 def name_used(engine: str, threads: int) -> str:

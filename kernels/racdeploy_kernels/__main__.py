@@ -53,7 +53,7 @@ def _print_status(engine: str) -> bool:
     reason = racdeploy_kernels.explain(engine)
     if reason:
         print(f"{engine}: its own kernels run: {reason}")
-    for name, detail in racdeploy_kernels.describe(engine).items():
+    for name, (_, detail) in racdeploy_kernels.describe(engine).items():
         print(f"{engine}{f', {name}' if name else ''}: {detail}")
     return not reason
 

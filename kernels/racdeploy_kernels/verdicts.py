@@ -164,8 +164,12 @@ def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
     return (dense_bits or stored_bits) / packed_bits
 
 
-def describe(verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]) -> dict[str, str]:
-    """Return by format from what zeros on it is faster, on the fewest threads and on the most.
+def describe(
+    verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]
+) -> dict[str, tuple[bool, str]]:
+    """Return by format whether it is ever faster, and from what zeros on.
+
+    Those are of the fewest threads and of the most.
 
     Args:
         dense_bits: as for :func:`byte_bound`, by format.
@@ -181,7 +185,8 @@ def describe(verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]) -> di
             before = f"{found[name]}; " if name in found else ""
             found[name] = before + text
 
-    return found
+    faster = {name for verdict in verdicts for name in verdict.faster_from}
+    return {name: (name in faster, text) for name, text in found.items()}
 
 
 def _describe(verdict: Verdict, name: str, dense_bits: float) -> str:

@@ -311,7 +311,7 @@ def test_doctor_explains_which_kernels_run(ready: Kernels, monkeypatch: pytest.M
     )
     monkeypatch.setattr(verdicts, "available_cores", lambda: 5)
     missing = "; not measured on 4, 5 threads: racdeploy-kernels prove while nothing else runs"
-    assert racdeploy_kernels.describe("llama.cpp")[""].endswith(missing)
+    assert racdeploy_kernels.describe("llama.cpp")[""][1].endswith(missing)
 
     assert racdeploy_kernels.was_tried("llama.cpp")
     ready.locate_record().unlink()

@@ -125,12 +125,22 @@ def test_one_thread_and_all_cores_are_described() -> None:
     one = Verdict(1, {"q8_0": {"0.8": 0.9}, "f16": {"0.8": 1.5, "0.5": 1.2, "0.4": 0.9}})
     four = Verdict(4, {"q8_0": {"0.8": 1.8, "0.5": 1.3, "0.3": 1.1}, "f16": {"0.8": 1.04}})
     assert describe([one, Verdict(2), four], {}) == {
-        "q8_0": "on 1 thread not faster (0.90× at 80%, 2.74× by bytes alone); "
-        "on 4 threads from 30% zeros on (1.30× at 50%, 1.55× by bytes alone)",
-        "f16": "on 1 thread from 50% zeros on (1.20× at 50%, 1.78× by bytes alone); "
-        "on 4 threads not faster (1.04× at 80%, 3.81× by bytes alone)",
+        "q8_0": (
+            True,
+            "on 1 thread not faster (0.90× at 80%, 2.74× by bytes alone); "
+            "on 4 threads from 30% zeros on (1.30× at 50%, 1.55× by bytes alone)",
+        ),
+        "f16": (
+            True,
+            "on 1 thread from 50% zeros on (1.20× at 50%, 1.78× by bytes alone); "
+            "on 4 threads not faster (1.04× at 80%, 3.81× by bytes alone)",
+        ),
     }
-    assert [*describe([one], {"q8_0": 9.0})] == ["q8_0", "f16"]
+    found = describe([one], {"q8_0": 9.0})
+    assert [(name, is_faster) for name, (is_faster, _) in found.items()] == [
+        ("q8_0", False),
+        ("f16", True),
+    ]
     assert describe([], {}) == {}
 
 

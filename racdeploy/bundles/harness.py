@@ -248,7 +248,7 @@ class HarnessComparison:
 
     def _run(self, arm: _Arm, order: Order, folder: Path) -> None:
         """Run the harness to its end, its output in a log."""
-        tied = [str(self.runner), "-P", lifeline.__file__, str(os.getpid())]
+        tied = [str(self.runner), "-P", lifeline.__file__, str(os.getpid()), "0", "0"]
         command = [*tied, *self.harness.arguments(order)]
 
         log = folder / "harness.log"

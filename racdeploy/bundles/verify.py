@@ -35,7 +35,6 @@ from racdeploy.verify.evidence import (
     Evidence,
     OtherArtifact,
     StopIds,
-    TokenProbe,
     length_budget,
 )
 from racdeploy.verify.gate import Gate
@@ -98,7 +97,10 @@ class ArtifactAnswerer:
         main, *others = own.manifest.artifacts
         pruned, measured, earlier = self._run(main, "pruned")
         ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
-        probes = self._probe(main)
+
+        accepted = own.recipe.export.accept_token_differences
+        with self._open(main, self.bundle.folder / main.path) as engine:
+            probes = probe_tokens(engine, self.respondent.encoder, gate_strings(accepted))
 
         also = []
         for entry in others:
@@ -127,7 +129,7 @@ class ArtifactAnswerer:
             tensors=measured.tensors,
             prunable=measured.prunable,
             probes=probes,
-            token_differences=own.recipe.export.accept_token_differences,
+            token_differences=accepted,
             prompts=probe_prompts(self.respondent.encoder, measured.metadata, asked_ids),
             stop_ids=measured.stop_ids,
             packing=main.packing,
@@ -177,12 +179,6 @@ class ArtifactAnswerer:
         arm = Arm(name, answers.records, *known, answers.stats, files, answers.kernels)
 
         return arm, measured, answers.earlier
-
-    def _probe(self, entry: ArtifactEntry) -> tuple[TokenProbe, ...] | None:
-        """Tokenize the strings of the gate with an artifact's engine."""
-        accepted = self.bundle.own.recipe.export.accept_token_differences
-        with self._open(entry, self.bundle.folder / entry.path) as engine:
-            return probe_tokens(engine, self.respondent.encoder, gate_strings(accepted))
 
     def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
         return open_engine(entry.backend, path, self.engine_settings)

@@ -41,9 +41,7 @@ def build(options: BuildOptions) -> None:
     job = Job.at_tier(recipe, options.tier, options.prompts_asked)
     with _open_build(job, options) as builder:
         if options.dry_run:
-            plan = check_build(builder.job, options.out_folder)
-            plan |= builder.plan_traces() | builder.plan_pruning()
-            plan |= builder.plan_time(plan)
+            plan = builder.plan(check_build(builder.job, options.out_folder))
             console.print_plan(plan, options.json_output, str(options.out_folder or ""))
             return
         folder, report = builder.run(options.out_folder)
@@ -71,9 +69,7 @@ def prune(options: PruneOptions) -> None:
     """Prune on the model's traces and print the folder of the sparse safetensors model."""
     with _open_checked("prune", options) as builder:
         if options.dry_run:
-            plan = builder.plan_traces() | builder.plan_pruning()
-            plan |= builder.plan_time(plan)
-            console.print_plan(plan, options.json_output)
+            console.print_plan(builder.plan({}), options.json_output)
             return
         pruned = builder.prune()
 

@@ -38,7 +38,7 @@ def advise(report: Report, job: Job) -> str:
     """Return the command that gives kernels which may make the zeros pay, or an empty string."""
     from racdeploy import sparse_kernels
 
-    pruned = next((arm for arm in report.arms if arm.name == "pruned"), None)
+    pruned = report.arm("pruned")
     zeros = (pruned.sparsity or 0.0) if pruned else 0.0
     engine = {"llamacpp": "llama.cpp"}.get(job.backend, job.backend)
 

@@ -152,7 +152,7 @@ def _describe_recovery(plan: Plan) -> list[str]:
 
 
 def _describe_verification(plan: Plan) -> list[str]:
-    from racdeploy.report.tables import points
+    from racdeploy.results.units import points
 
     if "evaluation_prompts" not in plan:
         return []
@@ -220,7 +220,7 @@ def _advise_on_prompts(plan: Plan) -> list[str]:
     if plan.get("accuracy_power", 1.0) >= _EXPECTED_POWER:
         return []
 
-    from racdeploy.report.tables import points
+    from racdeploy.results.units import points
     from racdeploy.verify.gate import Gate
     from racdeploy.verify.plan import Expectation, enough_prompts
 

@@ -116,13 +116,16 @@ class _Words(bars.ProgressColumn):
 
 
 @contextmanager
-def show_progress(console: Console, quiet: bool = False) -> Iterator[Progress]:
-    """Yield a progress callback that draws bars on a terminal, and prints lines elsewhere."""
+def show_progress(console: Console, quiet: bool = False, keep: bool = True) -> Iterator[Progress]:
+    """Yield a progress callback that draws bars on a terminal, and prints lines elsewhere.
+
+    ``keep`` leaves the bars of ended stages.
+    """
     if quiet:
         yield lambda label, done, total, tokens=0: None
     elif console.is_terminal:
         with make_bars(console) as shown:
-            yield fill_bars(shown)
+            yield fill_bars(shown, keep)
     else:
         yield print_lines(console)
 
@@ -137,7 +140,7 @@ def make_bars(console: Console) -> bars.Progress:
     return bars.Progress(*columns, console=console)
 
 
-def fill_bars(shown: bars.Progress, keep: bool = True) -> Progress:
+def fill_bars(shown: bars.Progress, keep: bool) -> Progress:
     """Return a progress callback that fills bars; ``keep`` leaves those of ended stages."""
     tracks = Tracks()
     tasks: dict[int, bars.TaskID] = {}

@@ -58,14 +58,16 @@ def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:
 def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
     """Draw the page again: the data is what the search found, and the page follows from it."""
     from racdeploy.bundles.signature import SIGNATURE_NAME
+    from racdeploy.files.writing import write_atomic
+    from racdeploy.report import tuning_page
     from racdeploy.report.terminal import print_tuning
-    from racdeploy.report.tuning_files import name_page, read_tuning, write_page
+    from racdeploy.report.tuning_files import name_page, read_tuning
 
     tuning = read_tuning(file)
     page = name_page(file).resolve()
     # Of a signed bundle no file may change.
     if not (page.is_file() and file.with_name(SIGNATURE_NAME).exists()):
-        write_page(file)
+        write_atomic(page, tuning_page.render(tuning))
     if not json_output:
         print_tuning(tuning, err)
     return page, tuning.verdict

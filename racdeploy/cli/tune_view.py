@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from racdeploy.cli.progress import fill_bars, make_bars, print_lines
+from racdeploy.cli.progress import show_progress
 from racdeploy.engines.engine import Progress
 from racdeploy.report.tables import plain, say
 
@@ -21,13 +21,8 @@ Show = Callable[["Candidate"], None]
 @contextmanager
 def show_search(console: Console, quiet: bool = False) -> Iterator[tuple[Progress, Show]]:
     """Yield what shows the stage that runs, and what shows a candidate that came further."""
-    if quiet:
-        yield (lambda label, done, total, tokens=0: None), (lambda candidate: None)
-    elif console.is_terminal:
-        with make_bars(console) as bars:
-            yield fill_bars(bars, keep=False), _print_steps(console)
-    else:
-        yield print_lines(console), _print_steps(console)
+    with show_progress(console, quiet, keep=False) as progress:
+        yield progress, (lambda candidate: None) if quiet else _print_steps(console)
 
 
 def _print_steps(console: Console) -> Show:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
-from racdeploy.engines.engine import Logits
+from racdeploy.engines.engine import Completion, Logits
 from racdeploy.engines.sequence import Sequence
 from racdeploy.errors import EngineError
 
-News = list[tuple[int, list[int]]]
-"""New ids of a step, by the index of their sequence."""
+News = list[tuple[int, list[int], Completion | None]]
+"""The index of each sequence with its new ids of a step, and its completion if it ended."""
 OnNews = Callable[[News], None]
 
 
@@ -104,9 +104,9 @@ class Batcher:
 
     def start(self, job: Job) -> None:
         """Begin a job, behind those that wait already."""
-        forced_first = [(s.index, s.forced_first) for s in job.sequences if s.forced_first]
-        if forced_first:
-            job.tell(forced_first)
+        known = [s for s in job.sequences if s.forced_first or s.finish_reason]
+        if known:
+            job.tell([(s.index, s.forced_first, s.ended) for s in known])
 
         if not job.waiting:
             job.on_end()
@@ -278,7 +278,7 @@ class _Lane:
                 errors[job] = error
                 continue
 
-            news.setdefault(job, []).append((sequence.index, ids))
+            news.setdefault(job, []).append((sequence.index, ids, sequence.ended))
 
         return news, errors
 

@@ -209,7 +209,7 @@ class Child:
         """Write a frame; one that nobody takes ends with an error."""
         left = memoryview(encode_message(header))
         while left:
-            if not _is_writable(self._stdin, _STUCK_S):
+            if not _is_writable(self._stdin):
                 raise self.give_up()
             written = self._stdin.write(left[:_PIPE_BYTES])
             left = left[written:]
@@ -305,14 +305,14 @@ class Exchange:
         return answer
 
 
-def _is_writable(stream: IO[bytes], seconds: float) -> bool:
-    """Wait until a pipe takes a few bytes; where the system cannot tell, say so at once."""
+def _is_writable(stream: IO[bytes]) -> bool:
+    """Wait a while until a pipe takes a few bytes; where the system cannot tell, say so at once."""
     if not hasattr(select, "poll"):
         return True
 
     poller = select.poll()
     poller.register(stream, select.POLLOUT)
-    return bool(poller.poll(seconds * 1000.0))
+    return bool(poller.poll(_STUCK_S * 1000.0))
 
 
 def _read(stream: IO[bytes], mailboxes: _Mailboxes) -> None:

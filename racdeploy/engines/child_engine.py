@@ -17,6 +17,7 @@ from racdeploy.engines.engine import (
     Completion,
     Engine,
     EngineSettings,
+    FinishReason,
     Logits,
     OnTokens,
     Sampling,
@@ -85,9 +86,9 @@ class ChildEngine(Engine):
         with self._child.asking("generate", **request) as exchange:
             for answer in exchange:
                 header = answer[0] if answer else {}
-                for index, ids in header.get("news", ()):
+                for index, ids, ended in header.get("news", ()):
                     assert on_tokens is not None
-                    on_tokens(index, ids)
+                    on_tokens(index, ids, _read(*ended) if ended else None)
 
                 # Ask no further once it has said so: the last answer is still to come.
                 if cancelled is not None and cancelled():
@@ -104,10 +105,7 @@ class ChildEngine(Engine):
                     )
 
         self.stats = header["stats"]
-        return [
-            Completion(tuple(ids), reason, forced_at)
-            for ids, reason, forced_at in header["completions"]
-        ]
+        return [_read(*values) for values in header["completions"]]
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Return float32 logits_TV of a teacher-forced pass; memory is T × V × 4 bytes."""
@@ -138,6 +136,10 @@ class ChildEngine(Engine):
             *_, (header, _) = filter(None, exchange)
         self.stats = header["stats"]
         return header
+
+
+def _read(ids: list[int], reason: FinishReason, forced_at: int | None) -> Completion:
+    return Completion(tuple(ids), reason, forced_at)
 
 
 def _describe(sampling: Sampling) -> dict[str, Any]:

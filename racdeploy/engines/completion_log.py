@@ -14,20 +14,19 @@ from racdeploy.files.appending import append_lines, read_appended
 
 
 class CompletionLog:
-    """One completion a line, appended as it ends; without a file nothing is kept on disk."""
+    """One completion a line, appended as it ends."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self.completions: dict[tuple[str, int], Completion] = {}
-        if file is not None and file.is_file():
+        if file.is_file():
             read_appended(file, self._take)
 
     def append(self, prompt: Sequence[int], stream: int, completion: Completion) -> None:
         """Keep a completion."""
         key = make_key(prompt, stream)
         self.completions[key] = completion
-        if self.file is not None:
-            append_lines(self.file, [[*key, asdict(completion)]])
+        append_lines(self.file, [[*key, asdict(completion)]])
 
     def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
         """Return what was kept, or None."""

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 FinishReason = Literal["stop", "length", "cancelled"]
-OnTokens = Callable[[int, Sequence[int]], None]
-"""Gets the index of a sequence and its new ids, while it runs."""
 Ids = tuple[int, ...]
 Logits = NDArray[np.float32]
 LAST_SHARE = 0.25
@@ -113,6 +111,10 @@ class Completion:
     ids: Ids
     finish_reason: FinishReason  # ``stop`` at an end-of-sequence id, ``length`` at a cap
     forced_at: int | None = None  # in ``ids``: the first token of a forced close tag, or None
+
+
+OnTokens = Callable[[int, Sequence[int], Completion | None], None]
+"""Gets the index of a sequence and its new ids while it runs, its completion with the last ones."""
 
 
 class Engine(Protocol):

@@ -78,6 +78,11 @@ class Sequence:
         assert self.finish_reason is not None, "the sequence has not finished"
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
 
+    @property
+    def ended(self) -> Completion | None:
+        """The completion, once it has ended."""
+        return self.completion() if self.finish_reason else None
+
     def _begin(self, begun: SequenceOf[int]) -> None:
         """Go through what was generated before as if it were now, draws and tags included."""
         while len(self.ids) < len(begun) and self.finish_reason is None:

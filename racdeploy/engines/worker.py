@@ -22,7 +22,13 @@ from typing import Any, BinaryIO, Protocol
 
 from racdeploy.engines import allowance
 from racdeploy.engines.batching import Batcher, Decoder, Job, News
-from racdeploy.engines.engine import EngineSettings, Logits, Sampling, ThinkingBudget
+from racdeploy.engines.engine import (
+    Completion,
+    EngineSettings,
+    Logits,
+    Sampling,
+    ThinkingBudget,
+)
 from racdeploy.engines.sequence import Sequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
@@ -77,25 +83,26 @@ class _Inbox:
 class _Outbox:
     """Passes on new tokens: at once if one sequence runs or ends, else in lots to spare a core."""
 
-    sequences: SequenceOf[Sequence]
     send: Callable[[News], None]
     is_alone: Callable[[], bool]
     waiting: dict[int, list[int]] = field(default_factory=dict)
+    ended: dict[int, Completion] = field(default_factory=dict)
     sent_at: float = float("-inf")
 
     def add(self, news: News) -> None:
-        for index, ids in news:
+        for index, ids, ended in news:
             self.waiting.setdefault(index, []).extend(ids)
+            if ended:
+                self.ended[index] = ended
 
-        ended = any(self.sequences[index].finish_reason is not None for index, _ in news)
         is_due = time.monotonic() - self.sent_at >= _SEND_EVERY_S
-        if ended or is_due or self.is_alone():
+        if self.ended or is_due or self.is_alone():
             self.flush()
 
     def flush(self) -> None:
         if self.waiting:
-            self.send(list(self.waiting.items()))
-            self.waiting = {}
+            self.send([(i, ids, self.ended.get(i)) for i, ids in self.waiting.items()])
+            self.waiting, self.ended = {}, {}
             self.sent_at = time.monotonic()
 
 
@@ -180,7 +187,8 @@ class _Worker:
 
         def send(news: News) -> None:
             if request["stream"]:
-                self._send(call, "tokens", news=news)
+                told = [(i, ids, _write(ended) if ended else None) for i, ids, ended in news]
+                self._send(call, "tokens", news=told)
 
         def end() -> None:
             outbox.flush()
@@ -189,7 +197,7 @@ class _Worker:
         def is_alone() -> bool:
             return len(sequences) == 1 and self._batcher.running == 1
 
-        outbox = _Outbox(sequences, send, is_alone)
+        outbox = _Outbox(send, is_alone)
         job = Job(sequences, outbox.add, end)
 
         with self._jobs_lock:
@@ -225,8 +233,8 @@ class _Worker:
             self._send_error(call, job.error)
             return
 
-        completions = [(s.ids, s.finish_reason, s.forced_at) for s in job.sequences]
-        self._send_done(call, {"completions": completions})
+        completions = [sequence.completion() for sequence in job.sequences]
+        self._send_done(call, {"completions": [*map(_write, completions)]})
 
     def _send_done(self, call: int, answer: Mapping[str, Any]) -> None:
         stats = {**self._stats, **self._batcher.seconds, "peak_rss_bytes": _peak_rss_bytes()}
@@ -240,6 +248,10 @@ class _Worker:
         header = {"call": call, "event": event, **values}
         with self._one_at_a_time:
             write_message(self._out, header, payload)
+
+
+def _write(completion: Completion) -> tuple[object, ...]:
+    return completion.ids, completion.finish_reason, completion.forced_at
 
 
 def _read_sampling(values: Header) -> Sampling:

@@ -17,16 +17,16 @@ from pathlib import Path
 from racdeploy import plugins
 
 _PACKAGE = "racdeploy"
+ROOT = Path(str(files(_PACKAGE)))
 _DATA_SUFFIXES = {".toml", ".json", ".jinja", ".txt", ".css"}
 
 
-def code_hash(*modules: str, root: Path | None = None) -> str:
-    """Return a hash over the code that modules reach; ``root`` None is this package's folder."""
-    root = root or _root()
+def code_hash(module: str) -> str:
+    """Return a hash over the code that a module reaches."""
     digest = hashlib.sha256()
 
-    for file in reached_files(modules, root):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+    for file in reached_files([module]):
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(file.read_bytes())
 
     return digest.hexdigest()[:16]
@@ -44,9 +44,8 @@ def release_of(version: str) -> str:
     return ".".join(parts + ["0"] * missing)
 
 
-def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path]:
+def reached_files(modules: Iterable[str]) -> list[Path]:
     """Return the files of racdeploy that some modules, by dotted name, reach, sorted."""
-    root = root or _root()
     waiting = list(modules)
     seen = set[str]()
 
@@ -54,37 +53,33 @@ def reached_files(modules: Iterable[str], root: Path | None = None) -> list[Path
 
     while waiting:
         name = waiting.pop()
-        file = _file_of(name, root)
+        file = _file_of(name)
         if name in seen or file is None:
             continue
 
         seen.add(name)
         source = file.read_bytes()
-        reached |= {file, *_packages_of(file, root), *_data_of(file, source)}
+        reached |= {file, *_packages_of(file), *_data_of(file, source)}
         waiting += _names_in(source)
 
     return sorted(reached)
 
 
-def _root() -> Path:
-    return Path(str(files(_PACKAGE)))
-
-
-def _file_of(name: str, root: Path) -> Path | None:
+def _file_of(name: str) -> Path | None:
     """Return the file of a module or package; None for another name, or for racdeploy itself."""
     package, *parts = name.split(".")
     if package != _PACKAGE or not all(parts) or not parts:
         return None
 
-    place = root.joinpath(*parts)
+    place = ROOT.joinpath(*parts)
     candidates = (place / "__init__.py", place.with_name(f"{place.name}.py"))
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _packages_of(file: Path, root: Path) -> Iterator[Path]:
-    for folder in file.relative_to(root).parents:
+def _packages_of(file: Path) -> Iterator[Path]:
+    for folder in file.relative_to(ROOT).parents:
         if folder.parts:  # racdeploy's own file only forwards names
-            yield root / folder / "__init__.py"
+            yield ROOT / folder / "__init__.py"
 
 
 def _data_of(file: Path, source: bytes) -> Iterator[Path]:
@@ -129,5 +124,5 @@ def _loaded(call: ast.Call) -> list[str]:
 
 
 def _is_module(text: str) -> bool:
-    file = _file_of(text, _root())
+    file = _file_of(text)
     return file is not None and file.name != "__init__.py"

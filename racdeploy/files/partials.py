@@ -39,7 +39,7 @@ D = TypeVar("D", int, int | None)
 
 
 @contextlib.contextmanager
-def partial_file(place: Path, mode: int = 0o666) -> Iterator[tuple[Path, int]]:
+def partial_file(place: Path, mode: int) -> Iterator[tuple[Path, int]]:
     """Yield a new file beside ``place`` and its descriptor; it is removed if it has that name then.
 
     What killed processes left of the same place is removed first.

@@ -33,7 +33,7 @@ from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import Control, read_control, tune
 from racdeploy.pipeline.trace_stage import TraceStage
-from racdeploy.pipeline.vocabulary_stage import VocabularyStage
+from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.processes import ALONE, Processes
@@ -135,7 +135,7 @@ class Build:
         choice.choose(traces)
 
         model = self._prune_and_recover()
-        return VocabularyStage(self.place, choice).run(model, traces)
+        return cut_vocabulary(self.place, choice, model, traces)
 
     def recover(self, folder: Path) -> PrunedModel:
         """Let the pruned model of a folder learn from the dense one."""
@@ -239,6 +239,11 @@ class Build:
             rivals.append(Rival(f"dense {name}", name, exported, job.model.folder))
 
         return rivals
+
+    def plan(self, checked: Mapping[str, Any]) -> Json:
+        """Return what was checked, and what the stages up to recovery take."""
+        plan = {**checked, **self.plan_traces(), **self.plan_pruning()}
+        return plan | self.plan_time(plan)
 
     def plan_pruning(self) -> Json:
         """Return what a cut leaves, and what pruning takes: tokens, peak memory, time if known.
@@ -357,7 +362,9 @@ class Build:
 
         def answer(settings: ThinkingControl) -> Sequence[Record]:
             tried = replace(control, settings=settings)
-            return self.evaluation.try_control(pruned, model.folder, tried).records
+            arm = f"penalty {settings.hesitation_penalty:g}"
+            found = self.evaluation.answer(pruned, arm, model.folder, tried, "calibration")
+            return found.records
 
         return tune(control, answer, self.job)
 

@@ -260,11 +260,11 @@ def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettin
 
 def _count_differences(report: Report) -> manifests.TokenDifferences | None:
     """Return what the check of the tokens found to differ; None where nothing does."""
-    figures = next((check.figures for check in report.checks if check.name == "tokens"), {})
-    if not figures.get("different"):
+    check = report.check("tokens")
+    if check is None or not check.figures.get("different"):
         return None
     return manifests.TokenDifferences.model_validate(
-        {key: figures[key] for key in manifests.TokenDifferences.model_fields}
+        {key: check.figures[key] for key in manifests.TokenDifferences.model_fields}
     )
 
 
@@ -314,10 +314,10 @@ def _describe_calibration(recipe: Recipe) -> str:
 
 def _sparsity_in_file(contents: Contents) -> float:
     """Return the zeros of the first artifact, counted; those of the model where nobody did."""
-    for arm in contents.report.arms:
-        if arm.name == "pruned" and arm.sparsity is not None:
-            return arm.sparsity
-    return contents.model.sparsity
+    pruned = contents.report.arm("pruned")
+    if pruned is None or pruned.sparsity is None:
+        return contents.model.sparsity
+    return pruned.sparsity
 
 
 def _card(manifest: manifests.Manifest, contents: Contents) -> str:

@@ -106,11 +106,6 @@ class Evaluation:
             again=timed,
         )
 
-    def try_control(self, pruned: ExportResult, model: Path, control: Control) -> Answers:
-        """Answer the calibration prompts with the pruned artifact, its thinking under a control."""
-        arm = f"penalty {control.settings.hesitation_penalty:g}"
-        return self.answer(pruned, arm, model, control, "calibration")
-
     def verify(
         self,
         model: PrunedModel,

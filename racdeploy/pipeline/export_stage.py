@@ -25,8 +25,8 @@ def export_model(
     name: str,
     settings: Export,
     metadata: Mapping[str, Any],
-    importance: Path | None = None,
-    label: str = "export",
+    importance: Path | None,
+    label: str,
 ) -> ExportResult:
     """Export a model folder, or find it exported, under a name without suffix.
 

@@ -8,7 +8,6 @@ pruning keep zeros in every format that they can be chosen for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,67 +27,37 @@ _STRAY = 0.02
 """Share of zeros that a model may have which nobody pruned."""
 
 
-@dataclass(frozen=True)
-class LostZeros:
-    """What of the zeros that a recipe asks for a number format would not keep.
-
-    Args:
-        quant: what was asked for, a number format or a preset.
-        formats: those of the linears that lose their zeros.
-        linears: how many those are, of ``linears_pruned``.
-        share: of the weights that are pruned, 0 to 1.
-    """
-
-    quant: str
-    formats: tuple[str, ...]
-    linears: int
-    linears_pruned: int
-    share: float
-
-    def describe(self) -> str:
-        """Return one sentence, without a full stop."""
-        stored = ", ".join(self.formats)
-        counted = f"{self.linears} of {self.linears_pruned} linears"
-        weights = f"{self.share:.0%} of the weights that are pruned"
-        return (
-            f"quant {self.quant} does not keep zeros: "
-            f"{counted} are stored as {stored}, with {weights}"
-        )
-
-
-def find_lost_zeros(job: Job) -> LostZeros | None:
-    """Return what the number format of a job would lose; None where no zeros are asked for."""
+def find_lost_zeros(job: Job) -> str:
+    """Return what the number format of a job would lose, one sentence; empty where nothing."""
     # Codes are chosen on a grid that has zero, or refused.
     if not job.recipe.prune.sparsity or job.recipe.prune.joint:
-        return None
+        return ""
 
     pruned = job.weights_to_prune
     lost = [name for name in pruned if _loses(job.checkpoint, name, job.quants_of(name))]
     if not lost:
-        return None
+        return ""
 
     formats = sorted({each for name in lost for each in job.quants_of(name)})
     share = _count_weights(job, lost) / _count_weights(job, pruned)
 
-    return LostZeros(
-        quant=job.recipe.export.quant,
-        formats=tuple(formats),
-        linears=len(lost),
-        linears_pruned=len(pruned),
-        share=share,
+    return (
+        f"quant {job.recipe.export.quant} does not keep zeros: {len(lost)} of {len(pruned)} "
+        f"linears are stored as {', '.join(formats)}, "
+        f"with {share:.0%} of the weights that are pruned"
     )
 
 
 def check_zeros(job: Job) -> None:
     """Refuse a number format that loses zeros, unless the recipe allows it."""
     lost = find_lost_zeros(job)
-    if lost is None or job.recipe.export.allow_losing_zeros:
+    if not lost or job.recipe.export.allow_losing_zeros:
         return
 
     sparsity = job.recipe.prune.sparsity
     keeping = ", ".join(_list_keeping(job))
     raise UsageError(
-        f"{lost.describe()}: there, the {sparsity:.1%} zeros asked for would be lost",
+        f"{lost}: there, the {sparsity:.1%} zeros asked for would be lost",
         remedy=f"keep them with one of {keeping}; or cut in place of zeros, as with "
         "--keep ffn=0.75; or build all the same with --allow-losing-zeros",
     )

@@ -136,7 +136,7 @@ def plan_build(job: Job) -> dict[str, Any]:
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
-        **({"zeros_lost": lost.describe()} if lost else {}),
+        **({"zeros_lost": lost} if lost else {}),
         **({"evaluation_cuts": cuts} if (cuts := job.foresee_cuts("evaluation")) else {}),
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError
@@ -21,7 +22,6 @@ from racdeploy.runtime.thinking import ThinkingTags
 from racdeploy.tasks import TaskSet
 from racdeploy.traces import server
 from racdeploy.traces.collect import Answering, Asked, collect, trace_counts
-from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
 
 _GROWING = "growing-"
@@ -74,7 +74,7 @@ class TraceStage:
 
         # The bar is there while the model is loaded.
         eos_ids = self.dense.eos_ids
-        counter = Counter(self.place.progress, len(problems), eos_ids)
+        counter = Counter(self.place.progress, "traces", len(problems))
         counter.keep(out.count())
 
         with self._answering(context_tokens, stage.folder, checkpoint, counter) as answering:
@@ -183,11 +183,10 @@ def _answer_durably(
     _forget_growing(folder, file)
 
     with TokenLog(file, len(prompts)) as log:
-        counter.resume(log.begun)
 
-        def on_tokens(index: int, ids: Sequence[int]) -> None:
+        def on_tokens(index: int, ids: Sequence[int], ended: Completion | None) -> None:
             log.append(index, ids)
-            counter.on_tokens(index, ids)
+            counter.on_tokens(index, ids, ended)
 
         return engine.generate(prompts, replace(sampling, begun=log.begun), on_tokens)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,63 +22,61 @@ from racdeploy.traces.trace import Trace
 from racdeploy.verify.probe_strings import probe_strings
 
 
-@dataclass(frozen=True)
-class VocabularyStage:
-    """A pruned model on its way to fewer tokens."""
+def cut_vocabulary(
+    place: Workplace, choice: VocabularyChoice, model: PrunedModel, traces: Sequence[Trace]
+) -> PrunedModel:
+    """Cut the vocabulary of a pruned model, or find it cut; ``traces`` are the dense model's.
 
-    place: Workplace
-    choice: VocabularyChoice
+    Raises:
+        UsageError: more tokens must stay than were asked for.
+        GateError: the new tokenizer does not give a text back as the old one does.
+    """
+    old_ids = choice.choose(traces)
+    texts = [*choice.given_texts, *choice.decode(traces)]
 
-    def run(self, model: PrunedModel, traces: Sequence[Trace]) -> PrunedModel:
-        """Cut the vocabulary of a pruned model, or find it cut; ``traces`` are the dense model's.
+    checkpoint = Checkpoint(model.folder)
+    files = filter(Path.is_file, sorted(model.folder.iterdir()))
 
-        Raises:
-            UsageError: more tokens must stay than were asked for.
-            GateError: the new tokenizer does not give a text back as the old one does.
-        """
-        old_ids = self.choice.choose(traces)
-        texts = [*self.choice.given_texts, *self.choice.decode(traces)]
+    inputs = address(__name__) | {
+        "files": {file.name: file_sha256(file) for file in files},
+        "old_ids": canonical_hash(old_ids.tolist()),
+        "texts": canonical_hash(texts),
+    }
 
-        checkpoint = Checkpoint(model.folder)
-        files = filter(Path.is_file, sorted(model.folder.iterdir()))
+    stage = place.open("vocabulary", inputs)
+    folder = stage.folder / model.folder.name
 
-        inputs = address(__name__) | {
-            "files": {file.name: file_sha256(file) for file in files},
-            "old_ids": canonical_hash(old_ids.tolist()),
-            "texts": canonical_hash(texts),
-        }
+    if not stage.finished:
+        vocabulary.rewrite(checkpoint, old_ids, folder)
+        note = _prove(choice, folder, old_ids, texts)
+        stage.finish({"note": note})
 
-        stage = self.place.open("vocabulary", inputs)
-        folder = stage.folder / model.folder.name
+    notes = (*model.notes, stage.summary["note"])
+    return replace(model, folder=folder, notes=notes)
 
-        if not stage.finished:
-            vocabulary.rewrite(checkpoint, old_ids, folder)
-            note = self._prove(folder, old_ids, texts)
-            stage.finish({"note": note})
 
-        notes = (*model.notes, stage.summary["note"])
-        return replace(model, folder=folder, notes=notes)
+def _prove(
+    choice: VocabularyChoice, folder: Path, old_ids: NDArray[np.int64], texts: Sequence[str]
+) -> str:
+    """Compare both tokenizers; return a sentence for the report."""
+    dense = choice.encoder
+    cut = PromptEncoder.from_folder(folder)
+    kept = compare_segmentation(dense, cut, old_ids, texts)
+    compare_segmentation(dense, cut, old_ids, probe_strings())
 
-    def _prove(self, folder: Path, old_ids: NDArray[np.int64], texts: Sequence[str]) -> str:
-        """Compare both tokenizers; return a sentence for the report."""
-        dense = self.choice.encoder
-        cut = PromptEncoder.from_folder(folder)
-        kept = compare_segmentation(dense, cut, old_ids, texts)
-        compare_segmentation(dense, cut, old_ids, probe_strings())
+    tokens = dense.tokenizer.get_vocab_size()
+    rows = choice.dense.shape.vocab_size
+    padding = ""
+    if rows > tokens:
+        padding = f", {rows - tokens:,} rows of padding gone"
 
-        tokens = dense.tokenizer.get_vocab_size()
-        rows = self.choice.dense.shape.vocab_size
-        padding = ""
-        if rows > tokens:
-            padding = f", {rows - tokens:,} rows of padding gone"
+    lacking = BYTES - len(BytePairs.read(choice.dense.tokenizer).byte_ids)
+    lost = ""
+    if lacking:
+        lost = f"; {lacking} bytes are in no token, before and after: text loses them"
 
-        lacking = BYTES - len(BytePairs.read(self.choice.dense.tokenizer).byte_ids)
-        lost = ""
-        if lacking:
-            lost = f"; {lacking} bytes are in no token, before and after: text loses them"
-
-        share = f"{kept.same / max(1, kept.before):.2%} of {kept.before:,} tokens"
-        return (
-            f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
-            f"traces, prompts and texts are cut as before at {share}{lost}"
-        )
+    share = f"{kept.same / max(1, kept.before):.2%} of {kept.before:,} tokens"
+    return (
+        f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
+        f"traces, prompts and texts are cut as before at {share}{lost}"
+    )

@@ -44,6 +44,9 @@ class Limits:
     processor_s: int
 
 
+UNLIMITED = Limits(0, 0)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a child ended: the JSON value of its stdout's last line, or None where it is none.
@@ -55,23 +58,22 @@ class Outcome:
     failure: str = ""
 
 
-def command(module: str, *arguments: object, python: Path | None = None) -> list[str]:
+def command(
+    module: str,
+    *arguments: object,
+    limits: Limits = UNLIMITED,
+    python: Path | None = None,
+) -> list[str]:
     """Return the command line that runs a module, tied to this process; see :func:`run_module`."""
-    tied = [
-        str(python or sys.executable),
-        "-P",
-        "-m",
-        "racdeploy.processes.lifeline",
-        str(os.getpid()),
-    ]
-    return [*tied, module, *map(str, arguments)]
+    tied = [python or sys.executable, "-P", "-m", "racdeploy.processes.lifeline", os.getpid()]
+    return [*map(str, (*tied, limits.memory_bytes, limits.processor_s, module, *arguments))]
 
 
-def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return this process's environment, with which a child imports what this one can."""
     root = str(Path(racdeploy.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, *sys.path]))
-    return {**os.environ, "PYTHONPATH": path, **(variables or {})}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -150,9 +152,9 @@ if hasattr(os, "register_at_fork"):
 def run_module(
     module: str,
     *arguments: object,
+    limits: Limits = UNLIMITED,
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
-    limits: Limits | None = None,
     python: Path | None = None,
 ) -> Outcome:
     """Run a module in its own process, to its end or for ``timeout_s``; then it is killed.
@@ -160,19 +162,12 @@ def run_module(
     Args:
         python: that of another environment, which imports racdeploy from here and nothing else.
     """
-    make = environment
-    if limits is not None:
-        make = clean_environment
-        bounds = limits.memory_bytes, limits.processor_s
-        arguments = (*bounds, module, *arguments)
-        module = "racdeploy.processes.limited"
-
     same: AbstractContextManager[dict[str, str]] = nullcontext({})
     with _only_racdeploy() if python else same as changed:
         try:
             done = subprocess.run(
-                command(module, *arguments, python=python),
-                env=make({**(variables or {}), **changed}),
+                command(module, *arguments, limits=limits, python=python),
+                env=clean_environment({**(variables or {}), **changed}),
                 capture_output=True,
                 text=True,
                 encoding="utf-8",

@@ -36,15 +36,8 @@ class Access(IntFlag):
     WRITE_FILE = 1 << 1
     READ_FILE = 1 << 2
     READ_FOLDER = 1 << 3
-    REMOVE_FOLDER = 1 << 4
-    REMOVE_FILE = 1 << 5
-    MAKE_DEVICE = 1 << 6
-    MAKE_FOLDER = 1 << 7
-    MAKE_FILE = 1 << 8
-    MAKE_SOCKET = 1 << 9
-    MAKE_PIPE = 1 << 10
-    MAKE_DISK = 1 << 11
-    MAKE_LINK = 1 << 12
+    REMOVE = 0b11 << 4  # a folder, a file
+    MAKE = 0b111_1111 << 6  # a device, folder, file, socket, pipe, disk, link
     MOVE = 1 << 13  # version 2
     TRUNCATE = 1 << 14  # version 3
 

@@ -25,16 +25,15 @@ class Source(Protocol):
         """Return at most so many bytes, nothing at the end."""
 
 
-def encode_message(header: Mapping[str, Any]) -> bytes:
-    """Return a frame without a payload."""
+def encode_message(header: Mapping[str, Any], payload_bytes: int = 0) -> bytes:
+    """Return a frame, without its payload of so many bytes."""
     text = _encode(header).encode()
-    return _LENGTHS.pack(len(text), 0) + text
+    return _LENGTHS.pack(len(text), payload_bytes) + text
 
 
 def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes = b"") -> None:
     """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
-    text = _encode(header).encode()
-    stream.write(_LENGTHS.pack(len(text), len(payload)) + text)
+    stream.write(encode_message(header, len(payload)))
     stream.write(payload)
     stream.flush()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, points, readable_bytes, say
+from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, readable_bytes, say
 from racdeploy.results.answers import ArmSummary, Comparison
 from racdeploy.results.checks import CheckVerdict
 from racdeploy.results.report import Report
+from racdeploy.results.units import points
 
 _EVEN_SIZE, _EVEN_SPEED = 0.02, 0.05  # changes that nobody notices
 _EVEN = 0.005  # a change that rounds to no per cent

@@ -19,6 +19,7 @@ from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, end_phases
 from racdeploy.results.report import Report
+from racdeploy.results.units import points
 
 _NONE = "–"
 # A figure with its unit, how many of how many, or its interval; no words after that.
@@ -147,11 +148,6 @@ def number(value: float) -> str:
     """Return a number with thousands separators and a true minus sign; six digits below 1,000."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
     return text.replace("-", "−")
-
-
-def points(fraction: float) -> str:
-    """Return a fraction in points of a hundred, with a true minus sign."""
-    return f"{100 * fraction:.1f}".replace("-0.0", "0.0").replace("-", "−")
 
 
 def ratio_text(value: float | None) -> str:

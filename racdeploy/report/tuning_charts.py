@@ -7,34 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from racdeploy.report.axis import draw
+from racdeploy.report.axis import Axis, draw
 from racdeploy.report.tables import readable_bytes
 from racdeploy.report.tuning_tables import least_accuracy
 from racdeploy.results.tuning import Tuning
 
 _TICKS = 5
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Values to pixels, from ``low`` at ``start`` to ``high`` at ``stop``."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
-
-    @property
-    def ticks(self) -> list[float]:
-        return [self.low + place / _TICKS * (self.high - self.low) for place in range(_TICKS + 1)]
 
 
 def draw_accuracy(tuning: Tuning) -> Markup:
@@ -57,10 +38,10 @@ def draw_accuracy(tuning: Tuning) -> Markup:
     )
 
 
-def _scale(
-    values: Sequence[float], start: float, stop: float, high_end: float = math.inf
-) -> _Scale:
-    """Return a scale with some room around the values, within what values can be."""
+def _scale(values: Sequence[float], start: float, stop: float, high_end: float = math.inf) -> Axis:
+    """Return an axis with some room around the values, within what values can be."""
     low, high = min(values), max(values)
     room = max(0.15 * (high - low), 0.03 * abs(high)) or 0.05
-    return _Scale(max(0.0, low - room), min(high_end, high + room), start, stop)
+    low, high = max(0.0, low - room), min(high_end, high + room)
+    ticks = [low + place / _TICKS * (high - low) for place in range(_TICKS + 1)]
+    return Axis("", ticks, start, stop)

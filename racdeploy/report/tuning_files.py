@@ -56,15 +56,3 @@ def read_tuning(file: Path) -> Tuning:
 def name_page(file: Path) -> Path:
     """Return the place of the page of a ``tune.json``: beside it."""
     return file.with_name(f"{file.stem}.html")
-
-
-def write_page(file: Path) -> Path:
-    """Write the page of a ``tune.json`` beside it, again where there is one; return the page.
-
-    Raises:
-        ArtifactError: the file is missing or damaged.
-        EnvironmentFailure: the page cannot be written there.
-    """
-    page = name_page(file)
-    write_atomic(page, tuning_page.render(read_tuning(file)))
-    return page

@@ -14,12 +14,12 @@ from racdeploy.report.tables import (
     Table,
     number,
     plain,
-    points,
     ratio_text,
     readable_bytes,
     say,
 )
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Interval, Reached, Tuning
+from racdeploy.results.units import points
 
 _REACHED: tuple[Reached, ...] = get_args(Reached)
 _CELLS: dict[str, Callable[[Candidate], str]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     AwareDatetime,
@@ -12,20 +12,13 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    WithJsonSchema,
     model_validator,
 )
 
-from racdeploy.results.part import Part, Positive, Share
+from racdeploy.results.part import Part, Positive, Ratio, Share
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
 Reached = Literal["counted", "compared", "raced", "verified"]
-
-# Seconds for each right answer have no end where none is right.
-Number = Annotated[
-    float,
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]}),
-]
 
 
 class _Part(Part):
@@ -66,11 +59,9 @@ class DeviceRow(_Part):
 class Interval(_Part):
     """An estimate and the ends of its interval."""
 
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    value: Number
-    lower: Number
-    upper: Number
+    value: float
+    lower: float
+    upper: float
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -90,11 +81,13 @@ class ShareInterval(Interval):
 
 
 class CostInterval(Interval):
-    """That of what is never negative, and may have no end."""
+    """That of what is never negative, and has no end where no answer is right."""
 
-    value: Number = Field(ge=0)
-    lower: Number = Field(ge=0)
-    upper: Number = Field(ge=0)
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    value: Ratio
+    lower: Ratio
+    upper: Ratio
 
 
 class Candidate(_Part):

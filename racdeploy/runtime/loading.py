@@ -88,9 +88,9 @@ def load_dense(
     bundle: str | Path,
     dense: Path,
     *,
-    threads: int = 0,
-    parallel: int = 1,
-    context_tokens: int | None = None,
+    threads: int,
+    parallel: int,
+    context_tokens: int | None,
 ) -> Model:
     """Load the dense artifact that a bundle was compared with in the place of the pruned one.
 

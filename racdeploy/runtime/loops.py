@@ -1,4 +1,4 @@
-"""Find where a completion repeats itself, by token ids.
+"""Measure how long a completion repeats itself, by token ids.
 
 A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last
 time perhaps cut off. A model that repeats itself with other numbers each time is not found.
@@ -7,7 +7,6 @@ time perhaps cut off. A model that repeats itself with other numbers each time i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +16,13 @@ _REPEATS = 4  # what is said three times may still be an argument
 _LONGEST_PERIOD = 1024
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A stretch of tokens that repeats; ``tokens`` counts the first time too."""
+def measure_loop(ids: Sequence[int]) -> int:
+    """Return the tokens of the longest loop of a completion without its end-of-sequence, or 0.
 
-    start: int
-    tokens: int
-    period: int
-
-
-def find_loop(ids: Sequence[int]) -> Loop | None:
-    """Return the longest loop of a completion without its end-of-sequence, or None.
-
-    Of equal ones that of the shortest period, then the first.
+    The first time counts too.
     """
     ids_T = np.asarray(ids, dtype=np.int64)
-
-    best: Loop | None = None
+    longest = 0
 
     for period in range(1, min(len(ids_T) // _REPEATS, _LONGEST_PERIOD) + 1):
         # Where a token is the one that came a period before it.
@@ -41,20 +30,15 @@ def find_loop(ids: Sequence[int]) -> Loop | None:
         if int(same_T.sum()) < period * (_REPEATS - 1):
             continue
 
-        start, length = _longest_run(same_T)
-        tokens = length + period
-        is_longer = best is None or tokens > best.tokens
+        tokens = _measure_run(same_T) + period
+        if tokens >= max(_TOKENS, _REPEATS * period):
+            longest = max(longest, tokens)
 
-        if is_longer and tokens >= max(_TOKENS, _REPEATS * period):
-            best = Loop(start, tokens, period)
-
-    return best
+    return longest
 
 
-def _longest_run(is_in_T: NDArray[np.bool_]) -> tuple[int, int]:
+def _measure_run(is_in_T: NDArray[np.bool_]) -> int:
+    """Return the length of the longest run."""
     fenced = np.concatenate(([False], is_in_T, [False]))
     edges = np.flatnonzero(np.diff(fenced))  # a run is between two of them
-    starts = edges[::2]
-    lengths = edges[1::2] - starts
-    place = np.argmax(lengths)
-    return int(starts[place]), int(lengths[place])
+    return int((edges[1::2] - edges[::2]).max())

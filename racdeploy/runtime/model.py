@@ -13,14 +13,14 @@ from typing import TypedDict, Unpack
 from racdeploy.engines import engine as decoding
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
+from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
 from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream
 from racdeploy.runtime.template import Message, PromptEncoder
 from racdeploy.runtime.text import OnText, TextReader
-from racdeploy.runtime.thinking import State, ThinkingTags, prompt_state, split, tags_of
+from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split, tags_of
 
 Prompt = str | Sequence[Message]
-_CHOICES = ("max_thinking_tokens", "max_new_tokens", "temperature", "top_p")
 # Threads of tasks and streams; what an engine has slots for runs together, the rest waits there.
 _THREADS = 256
 
@@ -56,7 +56,7 @@ class Result:
     thinking_tokens: int
     answer_tokens: int
     finish_reason: decoding.FinishReason
-    state: State
+    state: ThinkingState
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -88,13 +88,13 @@ class Model(AbstractContextManager["Model"]):
         manifest: Manifest,
         encoder: PromptEncoder,
         engine: decoding.Engine,
-        context_tokens: int | None = None,
+        context_tokens: int,
     ) -> None:
         self._pool = Pool(_THREADS)
         self.manifest = manifest
         self.encoder = encoder
         self.engine = engine
-        self.context_tokens = context_tokens or manifest.generation.context_tokens
+        self.context_tokens = context_tokens
         open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
         self.tags = tags_of(encoder, open_tag, close_tag) if open_tag and close_tag else None
 
@@ -102,25 +102,20 @@ class Model(AbstractContextManager["Model"]):
         self,
         prompt: Prompt,
         *,
-        max_thinking_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
+        **options: Unpack[Options],
     ) -> Result:
         """Answer one prompt. What is not given is taken from the bundle.
 
         Args:
             prompt: a question, or messages with ``role`` and ``content``.
-            max_thinking_tokens: the close tag is forced after so many thinking tokens.
-            max_new_tokens: cap on thinking and answer together.
-            temperature: 0 is greedy.
-            top_p: probability mass to sample from.
-            seed: of the draws; whatever runs beside it, the same seed draws the same.
             on_text: gets each piece of text as it comes, and whether it is thinking or answer.
             cancel: set it from another thread to stop early.
+            options: ``max_thinking_tokens``, after which the close tag is forced;
+                ``max_new_tokens``, a cap on thinking and answer together; ``temperature``, where 0
+                is greedy; ``top_p``, the probability mass to sample from; ``seed`` of the draws:
+                whatever runs beside it, the same seed draws the same.
 
         Raises:
             ArtifactError: the template failed on this conversation.
@@ -129,9 +124,7 @@ class Model(AbstractContextManager["Model"]):
             EngineError: the engine failed, or was closed.
         """
         prompt_ids = self.encoder.encode(prompt)
-        sampling = self._sampling(
-            prompt_ids, seed, max_thinking_tokens, max_new_tokens, temperature, top_p
-        )
+        sampling = self._sampling(prompt_ids, **options)
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
 
@@ -160,12 +153,8 @@ class Model(AbstractContextManager["Model"]):
         self,
         prompts: Sequence[Prompt],
         *,
-        max_thinking_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         cancel: threading.Event | None = None,
+        **options: Unpack[Options],
     ) -> list[Result]:
         """Answer prompts, as many at a time as the model was loaded for; see :meth:`generate`."""
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
@@ -177,9 +166,7 @@ class Model(AbstractContextManager["Model"]):
                 remedy="give them to generate_many in two calls",
             )
 
-        sampling = self._sampling(
-            encoded[0], seed, max_thinking_tokens, max_new_tokens, temperature, top_p
-        )
+        sampling = self._sampling(encoded[0], **options)
         cancelled = cancel.is_set if cancel else None
         completions = self.engine.generate(encoded, sampling, cancelled=cancelled)
         return [self._result(*pair) for pair in zip(encoded, completions, strict=True)]
@@ -188,12 +175,9 @@ class Model(AbstractContextManager["Model"]):
         self,
         prompt: str | Sequence[int],
         *,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
+        **options: Unpack[TextOptions],
     ) -> Continuation:
         """Continue a text or token ids as they are: no template, no budget, nothing split.
 
@@ -202,8 +186,7 @@ class Model(AbstractContextManager["Model"]):
             EngineError: the prompt is empty, or the engine failed or was closed.
         """
         ids = self.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
-        sampling = self._sampling(ids, seed, None, max_new_tokens, temperature, top_p)
-        free = replace(sampling, budget=None)
+        free = replace(self._sampling(ids, **options), budget=None)
 
         completion = self._complete(ids, free, None, on_text, cancel)
         text_ids = [token for token in completion.ids if token not in free.stop_ids]
@@ -250,17 +233,29 @@ class Model(AbstractContextManager["Model"]):
         return completion
 
     def _sampling(
-        self, prompt_ids: Sequence[int], seed: int, *choices: float | None
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_thinking_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
     ) -> decoding.Sampling:
-        """Return the bundle's sampling, with what a call gives of :data:`_CHOICES` in its place."""
-        named = zip(_CHOICES, choices, strict=True)
-        given = {name: value for name, value in named if value is not None}
-        if "max_thinking_tokens" in given and self.tags is None:
+        """Return the bundle's sampling, with what a call gives in its place."""
+        if max_thinking_tokens is not None and self.tags is None:
             raise UsageError(
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )
 
+        choices = {
+            "max_thinking_tokens": max_thinking_tokens,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        given = {name: value for name, value in choices.items() if value is not None}
         settings = self.manifest.generation.model_copy(update=given)
 
         max_tokens, control = settings.max_thinking_tokens, settings.thinking

@@ -31,11 +31,7 @@ _numbers = itertools.count()
 
 
 class ChatTemplate:
-    """A chat template; a token that is None is undefined in it.
-
-    Args:
-        reader: the process that computes it, or None for one of its own.
-    """
+    """A chat template; a token that is None is undefined in it, ``reader`` computes it."""
 
     def __init__(
         self,
@@ -43,13 +39,13 @@ class ChatTemplate:
         bos_token: str | None = None,
         eos_token: str | None = None,
         *,
-        reader: Reader | None = None,
+        reader: Reader,
     ) -> None:
         self.source = source
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self.tokens = {name: text for name, text in named.items() if text is not None}
 
-        self.reader = reader or Reader("racdeploy.sandbox.texts")
+        self.reader = reader
         self._name = f"template {next(_numbers)}"
         if len(source) > LONGEST_TEMPLATE:
             raise ArtifactError(
@@ -62,41 +58,25 @@ class ChatTemplate:
         self.reader.keep(self._name, compiling)
         weakref.finalize(self, self.reader.forget, self._name)
 
-    def computed_by(self, reader: Reader) -> ChatTemplate:
-        """Return the same template, computed by the process of a tokenizer."""
-        if reader is self.reader:
-            return self
-        return ChatTemplate(self.source, **self.tokens, reader=reader)
-
-    def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
-        """Return the prompt text; ``variables`` are the template's own, as ``enable_thinking``.
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt text.
 
         Raises:
             ArtifactError: the template failed, or took too much.
-            UsageError: a message or variable is no JSON.
+            UsageError: a message is no JSON.
         """
-        variables_json = self._write(messages, add_generation_prompt, variables)
+        variables_json = self._write(messages)
         header, _ = self.reader.ask(self._request("render", variables_json))
         return str(header["text"])
 
-    def encode(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        lead: str = "",
-        mark: str = "",
-        **variables: Any,
-    ) -> list[int]:
+    def encode(self, messages: Sequence[Message], lead: str, mark: str) -> list[int]:
         """Return the ids of the prompt text by the tokenizer of the same process.
 
         Args:
             lead: put in front of a text that does not begin with it.
             mark: left out of the text, which is encoded in pieces between marks.
         """
-        variables_json = self._write(messages, add_generation_prompt, variables)
+        variables_json = self._write(messages)
         request = self._request(
             "encode_rendered",
             variables_json,
@@ -110,12 +90,10 @@ class ChatTemplate:
         _, payload = self.reader.ask(request)
         return unpack_all(payload)
 
-    def _write(
-        self, messages: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> str:
+    def _write(self, messages: Sequence[Message]) -> str:
         """Return as JSON what the template is rendered with."""
-        given = {"tools": None, "documents": None, **self.tokens, **variables}
-        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        given: dict[str, Any] = {"tools": None, "documents": None, **self.tokens}
+        given |= {"messages": messages, "add_generation_prompt": True}
 
         try:
             return _write_json(given)
@@ -153,7 +131,7 @@ class PromptEncoder:
         self, tokenizer: Tokenizer, template: ChatTemplate, *, add_bos: bool = False
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template.computed_by(tokenizer.reader)
+        self.template = template
         self.bos_token = template.tokens.get("bos_token", "")
         self.lead = self.bos_token if add_bos else ""
 
@@ -188,13 +166,13 @@ class PromptEncoder:
         other.template = ChatTemplate(source, **self.template.tokens, reader=reader)
         return other
 
-    def render(self, prompt: str | Sequence[Message], **variables: Any) -> str:
+    def render(self, prompt: str | Sequence[Message]) -> str:
         """Return the prompt text of a conversation; a plain string is one message of the user."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.template.render(messages, **variables)
+        text = self.template.render(messages)
         return text if text.startswith(self.lead) else self.lead + text
 
-    def encode(self, prompt: str | Sequence[Message], **variables: Any) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`.
 
         A control token that somebody has typed, as ``<|im_end|>``, is text and ends no turn. Only
@@ -208,7 +186,7 @@ class PromptEncoder:
         if forged:
             mark = next(each for each in _MARKS if not any(each in text for text in typed))
             messages = [_mark(message, forged, mark) for message in messages]
-        return self.template.encode(messages, lead=self.lead, mark=mark, **variables)
+        return self.template.encode(messages, self.lead, mark)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text as it is: special tokens written in it count, none are added."""

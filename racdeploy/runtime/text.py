@@ -41,8 +41,8 @@ class TextReader:
         self._prefix = 0
         self._read = 0
 
-    def feed(self, index: int, ids: Sequence[int]) -> None:
-        """Read new ids; ``index`` is what an engine says of the only sequence of its call."""
+    def feed(self, index: int, ids: Sequence[int], ended: object) -> None:
+        """Read new ids of the only sequence of a call; see :data:`~.engine.OnTokens`."""
         scanner = self._scanner
         for token in ids:
             if token in self._eos_ids:

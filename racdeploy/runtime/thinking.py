@@ -14,10 +14,9 @@ from typing import Literal
 from racdeploy.engines.engine import Ids
 from racdeploy.engines.sequence import count_begun, ends_with
 from racdeploy.errors import ArtifactError
+from racdeploy.results.answers import ThinkingOpening, ThinkingState
 from racdeploy.runtime.template import PromptEncoder
 
-State = Literal["closed", "forced", "open", "absent", "reopened"]
-Opening = Literal["prefilled", "emitted", "implied", "none"]
 PromptState = Literal["open", "closed", "none"]
 
 TAGS = (
@@ -72,8 +71,8 @@ class Split:
 
     thinking_ids: Ids
     answer_ids: Ids
-    state: State
-    opening: Opening = "none"
+    state: ThinkingState
+    opening: ThinkingOpening = "none"
 
 
 class Scanner:
@@ -89,7 +88,7 @@ class Scanner:
         self.inside = self.prompt_state == "open"
         self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
         self.start = 0  # of the thought or answer we are in
-        self.opening: Opening = "prefilled" if self.inside else "none"
+        self.opening: ThinkingOpening = "prefilled" if self.inside else "none"
         self._tags = tags
 
     def feed(self, token: int) -> None:
@@ -120,7 +119,7 @@ class Scanner:
         tag = self._tags.answer_ids[: len(self.ids)]
         return not self.inside and self.start == 0 and list(tag) == self.ids != []
 
-    def _begin(self, opening: Opening) -> None:
+    def _begin(self, opening: ThinkingOpening) -> None:
         if self.opening == "none":
             self.opening = opening
 
@@ -173,7 +172,9 @@ def split(
     return Split(tuple(thinking_ids), tuple(answer_ids), state, scanner.opening)
 
 
-def _state(scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None) -> State:
+def _state(
+    scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None
+) -> ThinkingState:
     if not spans:
         return "absent"
     if scanner.inside:

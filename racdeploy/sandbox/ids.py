@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 _TYPE = "I"
-ID_BYTES = array(_TYPE).itemsize
 
 
 def pack(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from racdeploy.processes.messages import Header, Message
 from racdeploy.sandbox import chat_template
-from racdeploy.sandbox.ids import ID_BYTES, pack, unpack
+from racdeploy.sandbox.ids import pack, unpack, unpack_all
 from racdeploy.sandbox.limits import limit_processor
 
 MOST_IDS = 4_000_000  # of one call; no model has such a context
@@ -90,7 +90,7 @@ class _Texts:
         if not _joins_bytes(self._tokenizer):
             return {"lengths": None}, b""
 
-        (ids,) = unpack([len(payload) // ID_BYTES], payload)
+        ids = unpack_all(payload)
         found = [_to_bytes(self._tokenizer.id_to_token(token) or "") for token in ids]
         return {"lengths": list(map(len, found))}, b"".join(found)
 

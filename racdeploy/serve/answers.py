@@ -75,20 +75,6 @@ class Answer:
         }
 
 
-def write_chat_choice(result: Result, content: str) -> Json:
-    """Return the choice of a whole chat, without its end."""
-    thinking = result.thinking or None
-    return {"message": {"role": "assistant", "content": content, "reasoning_content": thinking}}
-
-
-def write_ids(continuation: Continuation) -> Json:
-    """Return the ids of both sides, as vLLM names them."""
-    return {
-        "token_ids": list(continuation.ids),
-        "prompt_token_ids": list(continuation.prompt_ids),
-    }
-
-
 def count_chat(result: Result) -> Json:
     """Return the ``usage`` of a chat."""
     details = {"reasoning_tokens": result.thinking_tokens}

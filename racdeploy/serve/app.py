@@ -141,7 +141,9 @@ async def _ask_chat(served: Served, body: Json) -> Reply:
     shown = ShownText(stream, asked.stops, strip=True)
 
     def write_choice(result: Result) -> Json:
-        return answers.write_chat_choice(result, shown.cut(result.answer))
+        thinking = result.thinking or None
+        content = shown.cut(result.answer)
+        return {"message": {"role": "assistant", "content": content, "reasoning_content": thinking}}
 
     answer = Answer(served.name, "chat.completion", asked.wants_usage)
     exchange = _Exchange(stream, shown, answer, write_choice, answers.count_chat)
@@ -157,8 +159,10 @@ async def _ask_completion(served: Served, body: Json) -> Reply:
     shown = ShownText(stream, asked.stops, strip=False)
 
     def write_choice(found: Continuation) -> Json:
-        ids = answers.write_ids(found) if asked.return_token_ids else {}
-        return {"text": shown.cut(found.text), **ids}
+        choice: Json = {"text": shown.cut(found.text)}
+        if asked.return_token_ids:  # named as vLLM does
+            choice |= {"token_ids": found.ids, "prompt_token_ids": found.prompt_ids}
+        return choice
 
     answer = Answer(served.name, "text_completion", asked.wants_usage)
     exchange = _Exchange(stream, shown, answer, write_choice, answers.count_text)

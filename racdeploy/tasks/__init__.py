@@ -177,19 +177,20 @@ def load(spec: str) -> Task:
 def _load_published(spec: str, module: ModuleType, path: str) -> Task:
     """Load a public set from a path; from the Hub if that is empty."""
     published: Published = module.SET
-    rows = read_local(published, Path(path)) if path else read_hub(published)
+    read = read_local(published, Path(path)) if path else read_hub(published)
+    evaluation, calibration = read
 
-    asked = _ask_all(module, rows.evaluation, spec)
+    asked = _ask_all(module, evaluation, spec)
     pool, repeated = _keep_once(asked)
     for scorer in {problem.scorer for problem in pool}:
         scoring.check(scorer)
 
     task = Task(spec, None, pool, FILE_SHARES, repeated, published)
-    if rows.calibration is None:
+    if calibration is None:
         return task
 
     # A few sets have a question in both splits: it is for evaluation.
-    taught = _ask_all(module, rows.calibration, spec)
+    taught = _ask_all(module, calibration, spec)
     tested = {problem.question for problem in pool}
     trained, _ = _keep_once([problem for problem in taught if problem.question not in tested])
     return replace(task, trained=trained)

@@ -53,30 +53,26 @@ class Published:
     caution: str = ""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a set; ``calibration`` None where they are not published apart from the rest."""
-
-    evaluation: tuple[Row, ...]
-    calibration: tuple[Row, ...] | None
+Rows = tuple[tuple[Row, ...], tuple[Row, ...] | None]
+"""Of evaluation, and of calibration; None where they are not published apart from the rest."""
 
 
 def read_hub(published: Published) -> Rows:
     """Read a set from the Hub, or from the cache of an earlier download."""
     evaluation = _download(published.evaluation)
     calibration = _download(published.calibration) if published.calibration else ()
-    return Rows(evaluation, calibration)
+    return evaluation, calibration
 
 
 def read_local(published: Published, path: Path) -> Rows:
     """Read a file in its published form, a folder of ``save_to_disk``, or a copy of the Hub's."""
     if not path.is_dir():
-        return Rows(tuple(read_rows(path)), None)
+        return tuple(read_rows(path)), None
 
     splits = _read_folder(published.evaluation, path)
     if len(splits) == 1:
         (only,) = splits.values()
-        return Rows(only, None)
+        return only, None
 
     # Several splits are used as on the Hub.
     wanted = published.evaluation.split
@@ -88,7 +84,7 @@ def read_local(published: Published, path: Path) -> Rows:
 
     source = published.calibration
     beside = source is not None and source.dataset == published.evaluation.dataset
-    return Rows(splits[wanted], splits.get(source.split, ()) if beside and source else ())
+    return splits[wanted], splits.get(source.split, ()) if beside and source else ()
 
 
 @cache

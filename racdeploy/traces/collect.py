@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import Completion, Ids, Sampling
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem, scoring
-from racdeploy.traces.counter import Counter
 from racdeploy.traces.trace import Trace, TraceSet
 
 _SHARD_STRIDE = 1_000_003  # a prime above any number of shards: no two seeds share a shard's seed
@@ -31,39 +32,6 @@ class Answering:
     together: int = 1
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """What turns a completion into a trace."""
-
-    encoder: PromptEncoder
-    tags: ThinkingTags | None
-    stop_ids: Ids
-
-    def trace(self, index: int, problem: Problem, prompt: Sequence[int], done: Completion) -> Trace:
-        parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
-        answer = self.encoder.decode(parts.answer_ids)
-        ended = done.finish_reason == "stop"
-
-        answer_from, correct = None, False
-
-        if parts.state != "open":
-            answer_from = len(done.ids) - ended - len(parts.answer_ids)
-            correct = scoring.score(problem.scorer, answer, problem.gold).correct
-
-        return Trace(
-            index=index,
-            task=problem.task,
-            question=problem.question,
-            gold=problem.gold,
-            prompt_ids=tuple(prompt),
-            completion_ids=done.ids,
-            answer_from=answer_from,
-            thinking_tokens=len(parts.thinking_ids),
-            truncated=not ended,
-            correct=correct,
-        )
-
-
 def collect(
     answering: Answering,
     encoder: PromptEncoder,
@@ -72,22 +40,14 @@ def collect(
     problems: Sequence[Problem],
     settings: Traces,
     out: TraceSet,
-    counter: Counter | None = None,
+    counter: Counter,
 ) -> list[Trace]:
     """Answer every problem and append the traces, shard by shard; finished shards are read back."""
-    reader = _Reader(encoder, tags, stop_ids)
+    make_trace = partial(_make_trace, encoder, tags, stop_ids)
     batch = settings.batch
     shards = [problems[start : start + batch] for start in range(0, len(problems), batch)]
-    done, missing = 0, []
-
-    for number in range(len(shards)):
-        if out.shard(number).is_file():
-            done += len(out.read_shard(out.shard(number)))
-        else:
-            missing.append(number)
-
-    if counter:
-        counter.keep(done)
+    missing = [number for number in range(len(shards)) if not out.shard(number).is_file()]
+    done = out.count()
 
     for first in range(0, len(missing), answering.together):
         numbers = missing[first : first + answering.together]
@@ -101,13 +61,45 @@ def collect(
         answered = zip(numbers, asked, answering.answer(asked), strict=True)
         for number, (prompts, _), completions in answered:
             rows = zip(shards[number], prompts, completions, strict=True)
-            traces = [reader.trace(index, *row) for index, row in enumerate(rows, number * batch)]
+            traces = [make_trace(index, *row) for index, row in enumerate(rows, number * batch)]
             out.append(number, traces)
             done += len(traces)
-            if counter:
-                counter.keep(done)
+            counter.keep(done)
 
     return out.read()
+
+
+def _make_trace(
+    encoder: PromptEncoder,
+    tags: ThinkingTags | None,
+    stop_ids: Ids,
+    index: int,
+    problem: Problem,
+    prompt: Sequence[int],
+    done: Completion,
+) -> Trace:
+    parts = split(prompt, done.ids, tags, eos_ids=stop_ids, forced_at=done.forced_at)
+    answer = encoder.decode(parts.answer_ids)
+    ended = done.finish_reason == "stop"
+
+    answer_from, correct = None, False
+
+    if parts.state != "open":
+        answer_from = len(done.ids) - ended - len(parts.answer_ids)
+        correct = scoring.score(problem.scorer, answer, problem.gold).correct
+
+    return Trace(
+        index=index,
+        task=problem.task,
+        question=problem.question,
+        gold=problem.gold,
+        prompt_ids=tuple(prompt),
+        completion_ids=done.ids,
+        answer_from=answer_from,
+        thinking_tokens=len(parts.thinking_ids),
+        truncated=not ended,
+        correct=correct,
+    )
 
 
 def _sampling(settings: Traces, stop_ids: Ids, shard: int) -> Sampling:

@@ -57,14 +57,6 @@ def load(settings: Traces, folder: Path) -> None:
         ) from error
 
 
-def choose_name(settings: Traces) -> str:
-    """Return the model to ask for, or an empty string for the only one there is.
-
-    SGLang forgets the name that it was given: what it has loaded is called by its folder.
-    """
-    return "" if settings.server_reload == "sglang" else settings.server_model
-
-
 def _load_into_sglang(client: Client, path: str) -> None:
     body = {"model_path": path, "flush_cache": True}
     answer = client.ask("../update_weights_from_disk", body)

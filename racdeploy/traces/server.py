@@ -16,6 +16,7 @@ from pathlib import Path
 
 from racdeploy.engines.backends.openai import OpenAIEngine, Request, derive_seed
 from racdeploy.engines.completion_log import CompletionLog
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.reading import read_json
@@ -26,7 +27,6 @@ from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces import reload
 from racdeploy.traces.collect import Answering, Asked
-from racdeploy.traces.counter import Counter
 
 _RECORD = "server.json"
 _SHOWN = 600  # characters of what a server says, and of what it should
@@ -103,12 +103,14 @@ def find_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder)
 def _open(
     settings: Traces, checkpoint: Checkpoint, context_tokens: int, timeout_s: float
 ) -> OpenAIEngine:
+    # SGLang forgets the name that it was given: what it has loaded is called by its folder.
+    name = "" if settings.server_reload == "sglang" else settings.server_model
     return OpenAIEngine(
         settings.server,
         EngineSettings(context_tokens, settings.server_concurrency),
         tokenizer=TokenizerFiles(checkpoint.folder).file,
         vocabulary=checkpoint.shape.vocab_size,
-        model=reload.choose_name(settings),
+        model=name,
         key_env=settings.server_key_env,
         timeout_s=timeout_s,
     )
@@ -132,7 +134,7 @@ def _answer(
         ids, sampling, stream = missing[index]
         seed = derive_seed(sampling.seed, stream)
         log.append(ids, seed, completion)
-        counter.on_completion(completion)
+        counter.on_tokens(index, completion.ids, completion)
 
     engine.complete(missing, keep)
 

@@ -18,12 +18,13 @@ from racdeploy.pipeline.comparison import Rival
 from racdeploy.processes.cores import available_cores
 from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records
-from racdeploy.report.tables import points, readable_bytes
+from racdeploy.report.tables import readable_bytes
 from racdeploy.report.tuning_files import write_tuning
 from racdeploy.report.tuning_tables import describe_limits
 from racdeploy.results.answers import Record
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Constraints, Interval, Tuning
+from racdeploy.results.units import points
 from racdeploy.tune.candidates import PLAIN, Choice
 from racdeploy.tune.entries import Entry
 from racdeploy.tune.race import Scores

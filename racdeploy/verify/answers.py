@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from racdeploy.engines.completion_log import CompletionLog, make_key
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import (
     Completion,
     Engine,
@@ -16,18 +17,16 @@ from racdeploy.engines.engine import (
     Progress,
     Sampling,
 )
-from racdeploy.errors import EngineError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import Record
 from racdeploy.runtime.control import NO_CONTROL, make_budget
-from racdeploy.runtime.loops import find_loop
+from racdeploy.runtime.loops import measure_loop
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, split
 from racdeploy.tasks import Problem, scoring
 
 Opener = Callable[[], AbstractContextManager[Engine]]
-Prompts = Sequence[Ids]
 IdPair = tuple[Ids, Ids]
 """Prompt ids and completion ids."""
 DECODING = ("max_new_tokens", "max_thinking_tokens", "temperature", "seed")
@@ -69,14 +68,12 @@ class Respondent:
         opener: Opener,
         problems: Sequence[Problem],
         arm: str,
-        log: CompletionLog | None = None,
+        log: CompletionLog,
     ) -> Answers:
         """Answer every problem; the engine is opened only if something is left to answer.
 
         ``arm`` is the name in the records, ``log`` the place of earlier and new completions.
         """
-        log = log or CompletionLog(None)
-
         prompts: list[Ids] = []
         for problem in problems:
             ids = tuple(self.encoder.encode(problem.question))
@@ -87,9 +84,10 @@ class Respondent:
         stats: Mapping[str, float] = {}
         kernels = ""
         if missing:
-            self._report(arm, len(prompts) - len(missing), len(prompts))
+            counter = Counter(self.progress, f"verify {arm}", len(prompts))
+            counter.keep(len(prompts) - len(missing))
             with opener() as engine:
-                self._generate(engine, prompts, missing, arm, log)
+                self._generate(engine, prompts, missing, log, counter)
                 stats = dict(engine.stats)
                 kernels = str(engine.about.get("kernels", ""))
 
@@ -109,45 +107,22 @@ class Respondent:
         return Answers(tuple(records), tuple(traces), stats, earlier, kernels)
 
     def _generate(
-        self, engine: Engine, prompts: Prompts, missing: Sequence[int], arm: str, log: CompletionLog
+        self,
+        engine: Engine,
+        prompts: Sequence[Ids],
+        missing: Sequence[int],
+        log: CompletionLog,
+        counter: Counter,
     ) -> None:
+        """Answer what is missing, and keep each completion the moment it ends."""
         sampling = replace(self.sampling(prompts), streams=tuple(missing))
-        growing: dict[int, list[int]] = {place: [] for place in missing}
-        total = len(prompts)
-        tokens = 0
 
-        def on_tokens(index: int, ids: Sequence[int]) -> None:
-            nonlocal tokens
-            tokens += len(ids)
-            place = missing[index]
-            prompt = prompts[place]
-            growing[place].extend(ids)
-            context_tokens = self.settings.context_tokens
-            done = end_completion(growing[place], len(prompt), sampling, context_tokens)
+        def on_tokens(index: int, ids: Sequence[int], ended: Completion | None) -> None:
+            if ended is not None:
+                log.append(prompts[missing[index]], missing[index], ended)
+            counter.on_tokens(index, ids, ended)
 
-            if done is not None:
-                log.append(prompt, place, done)
-                del growing[place]
-
-            self._report(arm, total - len(growing), total, tokens)
-
-        found = engine.generate([prompts[place] for place in missing], sampling, on_tokens)
-        for place, completion in zip(missing, found, strict=True):
-            kept = log.get(prompts[place], place)
-            if kept is None:  # an engine with a cap of its own
-                log.append(prompts[place], place, completion)
-            elif kept != completion:
-                raise EngineError(
-                    f"the engine's last word on prompt {place} is not what it streamed: "
-                    f"{completion} and {kept}",
-                    remedy="report it, with the engine's version",
-                )
-
-        self._report(arm, total, total, tokens)
-
-    def _report(self, arm: str, done: int, total: int, tokens: int = 0) -> None:
-        if self.progress:
-            self.progress(f"verify {arm}", done, total, tokens)
+        engine.generate([prompts[place] for place in missing], sampling, on_tokens)
 
     def sampling(self, prompts: Sequence[Sequence[int]]) -> Sampling:
         settings = self.settings
@@ -168,7 +143,6 @@ class Respondent:
     ) -> Record:
         index, sample = divmod(place, self.settings.samples)
         parts = split(prompt, done.ids, self.tags, eos_ids=self.stop_ids, forced_at=done.forced_at)
-        loop = find_loop([token for token in done.ids if token not in self.stop_ids])
 
         answer = self.encoder.decode(parts.answer_ids)
         scored = scoring.score(problem.scorer, answer, problem.gold)
@@ -185,7 +159,7 @@ class Respondent:
             answer_tokens=len(parts.answer_ids),
             state=parts.state,
             opening=parts.opening,
-            loop_tokens=loop.tokens if loop else 0,
+            loop_tokens=measure_loop([t for t in done.ids if t not in self.stop_ids]),
             finish_reason=done.finish_reason,
             correct=closed and scored.correct,
             extracted=scored.extracted if closed else None,
@@ -212,50 +186,3 @@ def identity(
         "engine": engine.that_decide(),
         "machine": {name: value for name, value in machine.items() if name != "engine"},
     }
-
-
-def end_completion(
-    ids: Sequence[int], prompt_tokens: int, sampling: Sampling, context_tokens: int
-) -> Completion | None:
-    """Return the completion if these ids are all of one, else None."""
-    cap = min(sampling.max_new_tokens, context_tokens - prompt_tokens)
-    stopped = bool(ids) and ids[-1] in sampling.stop_ids
-    if not stopped and len(ids) < cap:
-        return None
-
-    forced_at = _find_forced(ids, cap, sampling)
-    return Completion(tuple(ids), "stop" if stopped else "length", forced_at)
-
-
-def _find_forced(ids: Sequence[int], cap: int, sampling: Sampling) -> int | None:
-    """Return where a close tag was forced: the budget ended before the model's own tag did."""
-    budget = sampling.budget
-    if budget is None or budget.max_tokens is None:
-        return None
-
-    start = 0 if budget.starts_open else _find_end(ids, budget.open_ids, 0)
-    if start is None:
-        return None
-
-    end = start + budget.max_tokens
-    close = _find_end(ids, budget.close_ids, start)
-    closed_in_time = close is not None and close <= end
-    stopped = len(ids) == end and bool(ids) and ids[-1] in sampling.stop_ids
-    if closed_in_time or stopped or len(ids) < end or end >= cap:
-        return None
-
-    # The model may have begun the tag itself; what was forced is the rest of it.
-    begun = min(len(budget.close_ids) - 1, budget.max_tokens)
-    while list(ids[end - begun : end]) != list(budget.close_ids[:begun]):
-        begun -= 1
-
-    return end - begun
-
-
-def _find_end(ids: Sequence[int], wanted: Sequence[int], start: int) -> int | None:
-    """Return the index behind the first occurrence of some ids at or after ``start``, or None."""
-    size = len(wanted)
-    for stop in range(start + size, len(ids) + 1):
-        if list(ids[stop - size : stop]) == list(wanted):
-            return stop
-    return None

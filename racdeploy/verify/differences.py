@@ -23,7 +23,7 @@ class TokenDifferences:
     @classmethod
     def count(cls, probes: Sequence[TokenProbe]) -> TokenDifferences:
         """Count the probes whose ids differ."""
-        wrong = [probe for probe in probes if probe.differs]
+        wrong = [probe for probe in probes if probe.expected != probe.actual]
         return cls(len(probes), len(wrong), wrong[0] if wrong else None)
 
     @property

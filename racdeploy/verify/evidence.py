@@ -97,10 +97,6 @@ class TokenProbe:
     expected: Ids
     actual: Ids
 
-    @property
-    def differs(self) -> bool:
-        return self.expected != self.actual
-
 
 @dataclass(frozen=True)
 class PromptProbe:

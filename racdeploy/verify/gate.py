@@ -15,8 +15,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PrivateAttr,
@@ -27,7 +25,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
 from racdeploy.recipe import Names, Verification
-from racdeploy.results.part import InnerShare, Positive
+from racdeploy.results.part import InnerShare, Part, Positive
 from racdeploy.verify.stats import paired
 
 L = TypeVar("L", bound="Limits")
@@ -54,11 +52,7 @@ def _check_names(names: Names) -> Names:
 CheckNames = Annotated[Names, AfterValidator(_check_names)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Limits(_Table):
+class Limits(Part):
     """What a check holds the artifact to; each check with limits derives its own.
 
     ``SHARES`` names the limits on a share of the prompts, judged by the interval of the accuracy
@@ -73,7 +67,7 @@ class Limits(_Table):
         return self.model_copy(update=wider)
 
 
-class Tier(_Table):
+class Tier(Part):
     """How much is run.
 
     Args:
@@ -107,7 +101,7 @@ class SmokeTier(Tier):
     widen: bool = True
 
 
-class Tiers(_Table):
+class Tiers(Part):
     """What the names of ``--tier`` stand for."""
 
     smoke: SmokeTier = Field(default_factory=SmokeTier)
@@ -115,7 +109,7 @@ class Tiers(_Table):
     release: Tier = Field(default_factory=lambda: Tier(prompts=1000))
 
 
-class Gate(_Table):
+class Gate(Part):
     """The part of a gate that is no check's own; :func:`read_gate` returns it with a table for
     each check.
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 
 from racdeploy.harnesses import Score
-from racdeploy.report.tables import points
 from racdeploy.results.answers import HarnessRow, HarnessRun
 from racdeploy.results.checks import CheckResult
+from racdeploy.results.units import points
 from racdeploy.verify.checks import accuracy
 from racdeploy.verify.evidence import make_result
 from racdeploy.verify.gate import Gate

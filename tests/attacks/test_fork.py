@@ -88,7 +88,7 @@ def _run(code: str, *arguments: object, **variables: str) -> subprocess.Popen[st
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
-        env=environment(variables),
+        env=environment() | variables,
         text=True,
     )
 
@@ -221,7 +221,7 @@ def test_a_cancelled_call_of_a_stopped_child_ends_with_an_error(bundle: Path) ->
     with open_engine(bundle / "model.gguf", SETTINGS) as engine:
         cancelled = threading.Event()
 
-        def stop(index: int, ids: Sequence[int]) -> None:
+        def stop(index: int, ids: Sequence[int], ended: object) -> None:
             os.kill(engine.pid, signal.SIGSTOP)
             cancelled.set()
 
@@ -250,7 +250,7 @@ def test_a_child_that_was_stopped_for_a_moment_goes_on(bundle: Path) -> None:
     with open_engine(bundle / "model.gguf", SETTINGS) as engine:
         cancelled = threading.Event()
 
-        def stop(index: int, ids: Sequence[int]) -> None:
+        def stop(index: int, ids: Sequence[int], ended: object) -> None:
             if not cancelled.is_set():
                 os.kill(engine.pid, signal.SIGSTOP)
                 cancelled.set()

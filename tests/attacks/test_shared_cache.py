@@ -59,7 +59,7 @@ def test_processes_of_one_number_unpack_at_once_and_get_the_right_bytes(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment({"XDG_CACHE_HOME": str(cache)}),
+            env=environment() | {"XDG_CACHE_HOME": str(cache)},
             text=True,
         )
         for _ in range(2)

@@ -49,7 +49,7 @@ def test_a_gguf_commands_no_terminal(tmp_path: Path, name: str) -> None:
     writer.write_tensors_to_file()
     writer.close()
 
-    shown = _run("inspect", str(file))
+    shown = _run("inspect", str(file)) + _run("inspect", str(file), "--json")
     assert not [each for each in FORBIDDEN if each in shown]
     file.write_bytes(b"GGUF")
     shown = _run("inspect", str(file))

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from racdeploy.cli import progress
 from racdeploy.cli.progress import Track, show_progress, write_duration
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import Completion
-from racdeploy.traces.counter import Counter
 from tests.support.commands import command, environment
 
 
@@ -99,12 +99,16 @@ def test_quiet_shows_nothing() -> None:
 def test_answers_are_counted_while_they_grow() -> None:
     """From the first token on; a shard on disk replaces what was counted for it."""
     seen: list[tuple[int, int]] = []
-    counter = Counter(lambda label, done, total, tokens=0: seen.append((done, tokens)), 4, (9,))
+
+    def show(label: str, done: int, total: int, tokens: int = 0) -> None:
+        seen.append((done, tokens))
+
+    counter = Counter(show, "traces", 4)
     counter.keep(0)
-    counter.on_tokens(0, [5])
-    counter.on_tokens(1, [5, 9])
+    counter.on_tokens(0, [5], None)
+    counter.on_tokens(1, [5, 9], Completion((5, 9), "stop"))
     counter.keep(2)
-    counter.on_completion(Completion((5, 5, 9), "stop"))
+    counter.on_tokens(2, [5, 5, 9], Completion((5, 5, 9), "stop"))
     assert seen == [(0, 0), (0, 1), (1, 3), (2, 3), (3, 6)]
 
 

@@ -144,7 +144,7 @@ def test_a_completion_goes_on_from_what_an_earlier_run_had(name: str, engine: En
 
     told: dict[int, list[int]] = {index: list(ids) for index, ids in enumerate(parts)}
     sampling = replace(sampling, begun=tuple(parts))
-    assert engine.generate(PROMPTS, sampling, lambda i, ids: told[i].extend(ids)) == whole
+    assert engine.generate(PROMPTS, sampling, lambda i, ids, ended: told[i].extend(ids)) == whole
     assert [tuple(told[index]) for index in range(len(whole))] == [each.ids for each in whole]
 
 
@@ -228,20 +228,28 @@ def test_a_budget_of_nothing_closes_at_once(forcing: Engine) -> None:
     budget = ThinkingBudget((CLOSE_ID,), (OPEN_ID,), max_tokens=0, starts_open=True)
     told: list[int] = []
     (completion,) = forcing.generate(
-        PROMPTS[:1], replace(GREEDY, budget=budget), on_tokens=lambda _, ids: told.extend(ids)
+        PROMPTS[:1],
+        replace(GREEDY, budget=budget),
+        on_tokens=lambda _, ids, ended: told.extend(ids),
     )
     assert (completion.ids[0], completion.forced_at) == (CLOSE_ID, 0)
     assert tuple(told) == completion.ids
 
 
 def test_new_tokens_are_told_as_they_come(engine: Engine, greedy: list[Completion]) -> None:
+    """And each completion once, with its last tokens."""
     told: dict[int, list[int]] = {index: [] for index in range(len(PROMPTS))}
+    whole: dict[int, Completion] = {}
 
-    def on_tokens(index: int, ids: Sequence[int]) -> None:
+    def on_tokens(index: int, ids: Sequence[int], ended: Completion | None) -> None:
+        assert index not in whole
         told[index].extend(ids)
+        if ended:
+            assert tuple(told[index]) == ended.ids
+            whole[index] = ended
 
     engine.generate(PROMPTS, GREEDY, on_tokens=on_tokens)
-    assert [tuple(ids) for ids in told.values()] == [c.ids for c in greedy]
+    assert [whole[index] for index in told] == greedy
 
 
 def test_cancelling_ends_every_sequence_early(engine: Engine, greedy: list[Completion]) -> None:
@@ -257,7 +265,7 @@ def test_cancelling_ends_every_sequence_early(engine: Engine, greedy: list[Compl
 def test_a_failing_listener_leaves_the_engine_usable(
     engine: Engine, greedy: list[Completion]
 ) -> None:
-    def on_tokens(index: int, ids: Sequence[int]) -> None:
+    def on_tokens(index: int, ids: Sequence[int], ended: Completion | None) -> None:
         raise LookupError(index)
 
     with pytest.raises(LookupError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from racdeploy import plugins
-from racdeploy.errors import BrokenPluginError, UnknownPluginError
+from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)
@@ -28,16 +29,20 @@ def test_an_unknown_name_names_the_nearest() -> None:
 
 
 def test_a_broken_file_is_another_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plugin that exists and does not import says so, instead of "unknown"."""
+    """A plugin that exists and does not import says so, or which extra it lacks."""
     package = tmp_path / "broken_tasks"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "half.py").write_text("import a_package_that_is_not_there\n")
+    (package / "lacking.py").write_text("import llama_cpp\n")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(plugins.KINDS, "tasks", "broken_tasks")
     plugins.names.cache_clear()
     try:
         with pytest.raises(BrokenPluginError, match="a_package_that_is_not_there"):
             plugins.load("tasks", "half")
+        with pytest.raises(MissingExtraError, match="llama-cpp-python"):
+            plugins.load("tasks", "lacking")
     finally:
         plugins.names.cache_clear()

@@ -57,6 +57,13 @@ CASES: dict[str, list[Case]] = {
         ("A planet.\n\nC", "C", True, "C", "letter in the last line"),
         ("I'd take B)", "B", True, "B", "letter in the last line"),
         ("none of them", "A", False, None, "no letter"),
+        (
+            "Not option A: the answer is B",
+            "B",
+            True,
+            "B",
+            "after the word answer, choice or option",
+        ),
         ("The answer is (B)", "A", False, "B", "after the word answer, choice or option"),
     ],
     "exact": [

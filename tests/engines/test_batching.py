@@ -73,8 +73,9 @@ class Asked:
         told: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
 
         def on_news(news: News) -> None:
-            for index, ids in news:
+            for index, ids, ended in news:
                 told[index] += ids
+                assert ended is None or list(ended.ids) == told[index]
 
         def on_end() -> None:
             asked.ends += 1

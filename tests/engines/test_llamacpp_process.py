@@ -65,7 +65,7 @@ def test_the_death_of_the_child_is_an_error_with_its_signal(model: Path, name: s
     """In mid-generation; the error says what to do, and the engine then stays dead."""
     with open_engine(model, SETTINGS) as engine:
 
-        def kill(index: int, ids: Sequence[int]) -> None:
+        def kill(index: int, ids: Sequence[int], ended: object) -> None:
             os.kill(engine.pid, signal.Signals[name])
 
         with pytest.raises(EngineError, match=name) as caught:

@@ -11,6 +11,7 @@ import pytest
 
 from racdeploy.export.gguf.ollama import make_go_template
 from racdeploy.runtime.template import ChatTemplate, Message
+from racdeploy.sandbox.reader import Reader
 
 TURN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 CHATML = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -54,10 +55,11 @@ LONG: list[Message] = [
     for number, role in enumerate(("system", *("user", "assistant") * 4, "user"))
 ]
 BOS = "<s>"
+READER = Reader("racdeploy.sandbox.texts")
 
 
 def _render(source: str, messages: Sequence[Message]) -> str:
-    return ChatTemplate(source, BOS, "</s>").render(messages)
+    return ChatTemplate(source, BOS, "</s>", reader=READER).render(messages)
 
 
 def run_go(source: str, messages: Sequence[Message]) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 import racdeploy
 from racdeploy import plugins
+from racdeploy.files import addresses
 from racdeploy.files.addresses import code_hash, reached_files, release_of
 from racdeploy.pipeline import workplace
 
@@ -27,14 +28,16 @@ STAGES = {
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """Return the folder of a copy of the package, its code alone."""
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a copy of the package, its code alone, of which addresses are then."""
     only_code = shutil.ignore_patterns("__pycache__", "tiny_reasoner", "sources")
-    return shutil.copytree(ROOT, tmp_path / "racdeploy", ignore=only_code)
+    copied = shutil.copytree(ROOT, tmp_path / "racdeploy", ignore=only_code)
+    monkeypatch.setattr(addresses, "ROOT", copied)
+    return copied
 
 
-def _reached(stage: str, root: Path = ROOT) -> set[str]:
-    return {file.relative_to(root).as_posix() for file in reached_files([STAGES[stage]], root)}
+def _reached(stage: str) -> set[str]:
+    return {file.relative_to(ROOT).as_posix() for file in reached_files([STAGES[stage]])}
 
 
 def _edit(file: Path) -> None:
@@ -42,28 +45,32 @@ def _edit(file: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_file_that_a_stage_reaches_is_in_its_address(copy: Path, stage: str) -> None:
+def test_every_file_that_a_stage_reaches_is_in_its_address(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     """Each edit gives another address, and the whole copy the address of the original."""
     module = STAGES[stage]
-    reached = reached_files([module], copy)
-    addresses = [code_hash(module, root=copy)]
-    assert addresses == [code_hash(module)]
+    reached = reached_files([module])
+    found = [code_hash(module)]
+    with monkeypatch.context() as patch:
+        patch.setattr(addresses, "ROOT", ROOT)
+        assert found == [code_hash(module)]
 
     for file in reached:
         _edit(file)
-        addresses.append(code_hash(module, root=copy))
-    assert len(set(addresses)) == len(reached) + 1
+        found.append(code_hash(module))
+    assert len(set(found)) == len(reached) + 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_file_that_a_stage_does_not_reach_is_not_in_its_address(copy: Path, stage: str) -> None:
     """A report, a check, the order of the stages, the command line: none makes traces again."""
-    before = code_hash(STAGES[stage], root=copy)
-    reached = set(reached_files([STAGES[stage]], copy))
+    before = code_hash(STAGES[stage])
+    reached = set(reached_files([STAGES[stage]]))
     for file in copy.rglob("*.py"):
         if file not in reached:
             _edit(file)
-    assert code_hash(STAGES[stage], root=copy) == before
+    assert code_hash(STAGES[stage]) == before
 
 
 def test_a_stage_reaches_what_decides_its_content() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.engines.engine import Completion, EngineSettings, Sampling
+from racdeploy.engines.engine import Completion, EngineSettings, OnTokens, Sampling
 from racdeploy.pipeline import answer_stage
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.recipe import Verification
@@ -34,10 +34,14 @@ class CountingEngine:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        on_tokens: OnTokens | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Completion]:
-        return [Completion((EOS,), "stop") for _ in prompts]
+        assert on_tokens
+        completions = [Completion((EOS,), "stop") for _ in prompts]
+        for index, ended in enumerate(completions):
+            on_tokens(index, ended.ids, ended)
+        return completions
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from racdeploy.engines import token_log
 from racdeploy.engines.backends.transformers import TransformersEngine
+from racdeploy.engines.engine import Completion
 from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.pipeline.build import Build
@@ -39,9 +40,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def killed(self: Any, prompts: Any, sampling: Any, on_tokens: Any = None, *more: Any) -> Any:
         fuel = KILLED_AFTER
 
-        def listen(index: int, ids: Sequence[int]) -> None:
+        def listen(index: int, ids: Sequence[int], ended: Completion | None) -> None:
             nonlocal fuel
-            on_tokens(index, ids)
+            on_tokens(index, ids, ended)
             told[0] += len(ids)
             fuel -= len(ids)
             if fuel <= 0:

@@ -10,7 +10,7 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
-from racdeploy.pipeline.vocabulary_stage import VocabularyStage
+from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
 from racdeploy.pipeline.workplace import Workplace
 from racdeploy.prune import PrunedModel
 from racdeploy.prune.structures import vocabulary
@@ -49,8 +49,8 @@ def test_tokens_of_a_trace_stay_however_they_were_written(
     written = [i for text in "lazy dog" for i in choice.encoder.encode_text(text)]
     assert len(written) > len(letters)
 
-    stage = VocabularyStage(Workplace(tmp_path / "work"), choice)
-    cut = stage.run(model, [_trace(choice, written)])
+    place = Workplace(tmp_path / "work")
+    cut = cut_vocabulary(place, choice, model, [_trace(choice, written)])
     assert {*written, *letters} <= set(read_old_ids(cut.folder).tolist())
     assert not set(letters) <= set(choice.choose().tolist())
 
@@ -66,19 +66,19 @@ def test_a_killed_cut_leaves_the_same_bytes(
 ) -> None:
     """Killed while it writes, the stage begins again and ends as one that was not."""
     choice = _choose(model)
-    whole = VocabularyStage(Workplace(tmp_path / "whole"), choice).run(model, [])
+    whole = cut_vocabulary(Workplace(tmp_path / "whole"), choice, model, [])
 
     def write_and_die(*arguments: object, **options: object) -> None:
         Path(str(arguments[1])).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    stage = VocabularyStage(Workplace(tmp_path / "killed"), choice)
+    place = Workplace(tmp_path / "killed")
     with monkeypatch.context() as patch:
         patch.setattr(vocabulary, "write_entries", write_and_die)
         with pytest.raises(KeyboardInterrupt):
-            stage.run(model, [])
+            cut_vocabulary(place, choice, model, [])
 
-    again = stage.run(model, [])
+    again = cut_vocabulary(place, choice, model, [])
     assert again.notes == whole.notes
     contents = [
         {file.name: file.read_bytes() for file in found.folder.iterdir()}
@@ -87,7 +87,7 @@ def test_a_killed_cut_leaves_the_same_bytes(
     assert contents[0] == contents[1]
 
     monkeypatch.setattr(vocabulary, "rewrite", None)  # a finished stage is found again
-    assert stage.run(model, []) == again
+    assert cut_vocabulary(place, choice, model, []) == again
 
 
 def test_the_message_says_whether_traces_are_known(model: PrunedModel) -> None:

@@ -44,7 +44,8 @@ def test_every_form_of_a_word_is_found(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    own = PromptEncoder(read_tokenizer(tmp_path / "tokenizer.json"), ChatTemplate("x"))
+    read = read_tokenizer(tmp_path / "tokenizer.json")
+    own = PromptEncoder(read, ChatTemplate("x", reader=read.reader))
 
     found = find_hesitation(own, ["Wait", "Hmm", "Alternatively"])
     assert found == {"Wait": (0, 1, 2, 3, 4, 5, 6), "Hmm": (7, 8), "Alternatively": ()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy
-from racdeploy.engines.engine import Completion, Engine, Sampling
+from racdeploy.engines.engine import Completion, Engine, OnTokens, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Model, load
@@ -46,13 +46,13 @@ class ScriptedEngine(Engine):
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        on_tokens: Callable[[int, Sequence[int]], None] | None = None,
+        on_tokens: OnTokens | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         self.asked.append(sampling)
         for start in range(0, len(self.ids), 2):
             if on_tokens:
-                on_tokens(0, self.ids[start : start + 2])
+                on_tokens(0, self.ids[start : start + 2], None)
         return [Completion(tuple(self.ids), "stop", self.forced_at) for _ in prompts]
 
 
@@ -61,7 +61,8 @@ def scripted(
 ) -> tuple[Model, ScriptedEngine]:
     encoder = PromptEncoder.from_folder(bundle)
     engine = ScriptedEngine([*encoder.encode_text(text), EOS_ID])
-    return Model(manifest or Manifest.read(bundle), encoder, engine), engine
+    manifest = manifest or Manifest.read(bundle)
+    return Model(manifest, encoder, engine, manifest.generation.context_tokens), engine
 
 
 def test_a_bundle_answers_within_its_own_limits(model: Model) -> None:

@@ -217,7 +217,7 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
 def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
     source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.json")
-    plain = PromptEncoder(tokenizer, ChatTemplate(source))
+    plain = PromptEncoder(tokenizer, ChatTemplate(source, reader=tokenizer.reader))
     found = tags_of(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
     assert prompt_state(plain.encode("hello"), found) == "open"
@@ -238,7 +238,8 @@ def harmony(tokenizer_folder: Path) -> PromptEncoder:
     (kind, *_) = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
     added = [kind | {"id": 490 + n, "content": text} for n, text in enumerate(MARKERS)]
     edit_json(file, added_tokens=added)
-    return PromptEncoder(read_tokenizer(file), ChatTemplate(HARMONY))
+    tokenizer = read_tokenizer(file)
+    return PromptEncoder(tokenizer, ChatTemplate(HARMONY, reader=tokenizer.reader))
 
 
 _ANALYSIS = "<|channel|>analysis<|message|>"
@@ -277,7 +278,7 @@ def test_channels_of_gpt_oss_are_told_apart(
     shown: list[tuple[str, str]] = []
     reader = TextReader(harmony, prompt_ids, found, eos, lambda *piece: shown.append(piece))
     for token in completion_ids:
-        reader.feed(0, [token])
+        reader.feed(0, [token], None)
     reader.finish()
     for kind, expected in (("thinking", thinking), ("answer", answer)):
         assert "".join(text for text, own in shown if own == kind) == expected
@@ -299,7 +300,9 @@ def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None
     file = tokenizer_folder / "tokenizer.json"
     edit_json(file, added_tokens=[])
     source = "{{ messages[0]['content'] }}"
-    assert find_tag_names(PromptEncoder(read_tokenizer(file), ChatTemplate(source))) is None
+    tokenizer = read_tokenizer(file)
+    encoder = PromptEncoder(tokenizer, ChatTemplate(source, reader=tokenizer.reader))
+    assert find_tag_names(encoder) is None
 
 
 def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:

@@ -64,6 +64,9 @@ def test_a_stop_string_over_pieces_ends_the_answer() -> None:
     assert reader.is_stopped
     assert reader.cut("three END 4") == "three"
 
+    shown, _ = show([("aa", "answer"), ("b c", "answer")], ["aab"])
+    assert joined(shown, "answer") == "", "its longest beginning counts"
+
     shown, reader = show([("three E", "answer"), ("N", "answer")], ["END"])
     assert joined(shown, "answer") == "three EN"
     assert not reader.is_stopped

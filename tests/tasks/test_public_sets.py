@@ -188,8 +188,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(published: Published) -> Rows:
         if published is aime24.SET:
             rows = [{"problem": f"{i}?", "answer": i} for i in range(30)]
-            return Rows(tuple(rows), ())
-        return Rows(tuple(_rows(0, 40)), tuple(_rows(100, 60)))
+            return tuple(rows), ()
+        return tuple(_rows(0, 40)), tuple(_rows(100, 60))
 
     monkeypatch.setattr(tasks, "read_hub", read)
 

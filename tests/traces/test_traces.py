@@ -9,6 +9,7 @@ import pytest
 
 from racdeploy import tasks
 from racdeploy.engines import open_engine
+from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def _collect(folder: Path, out: Path, together: int = 1):
             task.problems("calibration", 0, 7),
             SETTINGS,
             TraceSet(out),
+            Counter(None, "traces", 7),
         )
 
 

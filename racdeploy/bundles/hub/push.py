@@ -54,7 +54,7 @@ class Push:
         }
 
 
-def plan_push(folder: Path, name: str, revision: str = "", *, blind: bool = False) -> Push:
+def plan_push(folder: Path, name: str, revision: str, *, blind: bool) -> Push:
     """Return what a push would do; the repository is looked at, and need not exist.
 
     Args:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from racdeploy.report.tables import points
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.part import InnerShare
+from racdeploy.results.units import points
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Evidence, is_correct, make_result
 from racdeploy.verify.stats import paired, verdicts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy.report.tables import points
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.part import InnerShare
+from racdeploy.results.units import points
 from racdeploy.verify import gate
 from racdeploy.verify.evidence import Arm, Evidence, completion_tokens, is_correct, make_result
 from racdeploy.verify.stats import lengths, paired, verdicts
@@ -62,7 +62,7 @@ def _compare(evidence: Evidence, arm: Arm, backend: str) -> CheckResult:
     tokens = arm.by_prompt(completion_tokens)
     ratio = lengths.length_ratio(main_tokens, tokens, evidence.budget_tokens, confidence)
 
-    alike = paired.equivalence(*pairs, limits.margin, confidence)
+    alike = verdicts.judge_within(interval, -limits.margin, limits.margin)
     as_long = verdicts.judge_within(ratio, 1 / limits.length_ratio, limits.length_ratio)
     same_answer, same_text = _share_same(main, arm)
 

@@ -1,8 +1,6 @@
 """What a right answer costs: the ratio of two means over the same prompts, and its interval.
 
-By the delta method, log(mean cost / mean right) has the variance
-var(cost / mean cost - right / mean right) / n. Two models over the same prompts are compared by the
-difference of their logarithms.
+Two models over the same prompts are compared by the difference of the logarithms of their costs.
 """
 
 from __future__ import annotations
@@ -10,12 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from racdeploy.verify.stats.distributions import check_confidence, student_quantile
+from racdeploy.verify.stats.means import Floats, estimate_ratio, ratio_of_means
 from racdeploy.verify.stats.verdicts import RatioEstimate
-
-Floats = NDArray[np.float64]
 
 
 def cost_per_success(
@@ -25,8 +21,7 @@ def cost_per_success(
 
     Without a success it is infinite, and its interval reaches from 0 to infinity.
     """
-    costs_N, right_N = _check(costs, successes)
-    return _estimate(*_log_ratio(costs_N, right_N), len(costs_N), confidence)
+    return estimate_ratio(*_find_cost(costs, successes), confidence)
 
 
 def compare_costs(
@@ -38,41 +33,23 @@ def compare_costs(
 
     Each is given as costs_N and successes_N.
     """
-    first_log, first_N = _log_ratio(*_check(*first))
-    second_log, second_N = _log_ratio(*_check(*second))
+    first_cost, first_N = _find_cost(*first)
+    second_cost, second_N = _find_cost(*second)
     if len(first_N) != len(second_N):
         raise ValueError(f"{len(first_N)} and {len(second_N)} costs: not the same prompts")
 
-    if math.isinf(first_log) and math.isinf(second_log):
-        return RatioEstimate(1.0, 0.0, math.inf, len(first_N))
-    return _estimate(second_log - first_log, second_N - first_N, len(first_N), confidence)
+    if math.isinf(first_cost) and math.isinf(second_cost):
+        return RatioEstimate(1.0, 0.0, math.inf)
+    ratio = second_cost / first_cost if first_cost else math.inf
+    return estimate_ratio(ratio, second_N - first_N, confidence)
 
 
-def _log_ratio(costs_N: Floats, right_N: Floats) -> tuple[float, Floats]:
-    """Return the logarithm of the ratio, and what each prompt moves it by."""
-    cost, right = float(costs_N.mean()), float(right_N.mean())
-    if not right or not cost:
-        return (math.inf if not right else -math.inf), np.full(len(costs_N), np.nan)
-    return math.log(cost / right), costs_N / cost - right_N / right
-
-
-def _estimate(log_ratio: float, moved_N: Floats, n: int, confidence: float) -> RatioEstimate:
-    check_confidence(confidence)
-    ratio = math.exp(log_ratio) if log_ratio < 700 else math.inf
-    if n == 1 or not np.isfinite(moved_N).all():
-        return RatioEstimate(ratio, 0.0, math.inf, n)
-
-    deviation = float(moved_N.std(ddof=1))
-    half = student_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n)
-    factor = math.exp(half) if half < 700 else math.inf
-    return RatioEstimate(ratio, ratio / factor, ratio * factor, n)
-
-
-def _check(costs: ArrayLike, successes: ArrayLike) -> tuple[Floats, Floats]:
+def _find_cost(costs: ArrayLike, successes: ArrayLike) -> tuple[float, Floats]:
+    """Return the cost of a success, and what each prompt moves its logarithm by."""
     costs_N = np.asarray(costs, dtype=np.float64)
     right_N = np.asarray(successes, dtype=np.float64)
     if costs_N.ndim != 1 or costs_N.shape != right_N.shape or not costs_N.size:
         raise ValueError(f"{costs_N.shape} costs and {right_N.shape} successes: not of one model")
     if not np.isfinite(costs_N).all() or (costs_N < 0).any():
         raise ValueError("a cost is negative or not finite")
-    return costs_N, right_N
+    return ratio_of_means(right_N, costs_N)

@@ -39,8 +39,10 @@ def normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def student_quantile(probability: float, freedom: int) -> float:
-    """Return Student's quantile for a probability p ≥ 1/2; bisects the angle of A&S 26.7.3-4."""
+def student_quantile(confidence: float, freedom: int) -> float:
+    """Return Student's quantile of a two-sided interval; bisects the angle of A&S 26.7.3-4."""
+    check_confidence(confidence)
+    probability = (1 + confidence) / 2
     if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
         normal = NormalDist().inv_cdf(probability)
         return normal + (normal**3 + normal) / (4 * freedom)

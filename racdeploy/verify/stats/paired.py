@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from racdeploy.results.checks import Verdict
 from racdeploy.verify.stats import distributions
 from racdeploy.verify.stats.distributions import ROUNDING, bisect, normal_quantile
-from racdeploy.verify.stats.verdicts import Interval, judge, judge_within
+from racdeploy.verify.stats.verdicts import Interval, judge
 
 LARGEST_N = 1_000_000
 """Prompts up to which :func:`power` is computed."""
@@ -106,14 +106,6 @@ def non_inferiority(
     """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1)."""
     _check_margin(margin)
     return judge(drop_interval(n10, n01, n, confidence), margin)
-
-
-def equivalence(
-    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
-) -> Verdict:
-    """Judge by two one-sided tests whether two arms are equally accurate within ``margin``."""
-    _check_margin(margin)
-    return judge_within(drop_interval(n10, n01, n, confidence), -margin, margin)
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:

@@ -22,12 +22,11 @@ class Interval(NamedTuple):
 
 
 class RatioEstimate(NamedTuple):
-    """A ratio of means over ``n`` prompts with its two-sided interval."""
+    """A ratio of means with its two-sided interval."""
 
     ratio: float
     lower: float
     upper: float
-    n: int
 
 
 def judge(estimate: Interval | RatioEstimate, limit: float) -> Verdict:

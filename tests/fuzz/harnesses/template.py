@@ -40,11 +40,7 @@ _TALK = [
     {"role": "assistant", "content": "408", "reasoning_content": "12 * 34"},
     {"role": "user", "content": "And 13?"},
 ]
-_CASES: Sequence[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = (
-    (_TALK, {}),
-    (_TALK[1:2], {"enable_thinking": False, "tools": [{"name": "a", "parameters": {}}]}),
-    ([], {"add_generation_prompt": False}),
-)
+_CASES: Sequence[Sequence[Mapping[str, Any]]] = (_TALK, _TALK[1:2], [])
 
 
 def target(data: bytes) -> None:
@@ -69,9 +65,9 @@ def _render(source: str, reader: Reader) -> list[str | RacdeployError]:
     """Return the text of each conversation, or the error in its place."""
     template = ChatTemplate(source, "<s>", "</s>", reader=reader)
     found: list[str | RacdeployError] = []
-    for messages, variables in _CASES:
+    for messages in _CASES:
         try:
-            found.append(template.render(messages, **variables))
+            found.append(template.render(messages))
         except RacdeployError as error:
             check_words(error)
             expect(isinstance(error, ArtifactError), f"{error!r} is no fault of a file")

@@ -120,7 +120,7 @@ class OpenAIEngine(Engine):
         def on_end(index: int, completion: Completion) -> None:
             completions[index] = completion
             if on_tokens:
-                on_tokens(index, completion.ids)
+                on_tokens(index, completion.ids, completion)
 
         requests = [(ids, sampling, sampling.stream(i)) for i, ids in enumerate(prompts)]
         self.complete(requests, on_end, cancelled)

@@ -72,8 +72,8 @@ class TransformersEngine(Engine):
         sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
 
         for sequence in sequences:
-            if on_tokens and sequence.forced_first:
-                on_tokens(sequence.index, sequence.forced_first)
+            if on_tokens and (sequence.forced_first or sequence.finish_reason):
+                on_tokens(sequence.index, sequence.forced_first, sequence.ended)
 
         parallel = 1 if self._has_state else self._settings.parallel
         for start in range(0, len(sequences), parallel):
@@ -123,7 +123,7 @@ class TransformersEngine(Engine):
                 sequence.unfed = []
                 new_ids = sequence.step(logits_V)
                 if on_tokens:
-                    on_tokens(sequence.index, new_ids)
+                    on_tokens(sequence.index, new_ids, sequence.ended)
 
             running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
             if running and len(running) < len(sequences):

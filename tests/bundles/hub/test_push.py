@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.hub.conftest import Run
+from tests.bundles.hub.conftest import Run
 from tests.support.fake_bundle import make_fake_bundle
 from tests.support.hub_server import READS, Hub, Repository
 

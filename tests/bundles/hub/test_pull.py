@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub.conftest import Run
+from tests.bundles.hub.conftest import Run
 from tests.support.commands import racdeploy_alone
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import WRITES, Hub, Repository, point_at
