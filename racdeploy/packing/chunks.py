@@ -34,21 +34,6 @@ _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
 _MOST_HEAD_BITS = 4.0
 
 
-class Taker:
-    """A :data:`Take` over bytes in memory; ``left`` counts those not taken yet."""
-
-    def __init__(self, stored: Bytes) -> None:
-        self._stored = stored
-        self.left = stored.size
-
-    def __call__(self, count: int) -> Bytes:
-        if count > self.left:
-            raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
-        start = self._stored.size - self.left
-        self.left -= count
-        return self._stored[start : start + count]
-
-
 def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
     """Return how many codes of a chunk are zero and how many not; of words, how many are which."""
     codes = _split_codes(layout, plain)

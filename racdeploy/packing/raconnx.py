@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.chunks import Taker, pack_chunk, unpack_chunk
+from racdeploy.packing.chunks import pack_chunk, unpack_chunk
 from racdeploy.packing.codes import BY_DTYPE
 from racdeploy.packing.layouts import Layout
+from racdeploy.packing.racgguf import Source
 
 PLACE = "racdeploy.load_sidecar"
 _MAGIC = b"RACONNX1"
@@ -71,9 +72,10 @@ class Sidecar:
             raise ArtifactError(f"{self.file} lacks {name!r}", remedy=remedy)
 
         entry = self.header[name]
-        start = self.origin + entry["start"]
-        stored = np.fromfile(self.file, np.uint8, count=entry["size_bytes"], offset=start)
-        return _join(Taker(stored), entry, BY_DTYPE[entry["dtype"]])
+        with self.file.open("rb", buffering=0) as stream:
+            source = Source(stream)
+            source.start(self.origin + entry["start"], entry["size_bytes"])
+            return _join(source, entry, BY_DTYPE[entry["dtype"]])
 
 
 class Writer:
@@ -155,12 +157,12 @@ def _check(name: str, entry: dict[str, Any], data_bytes: int) -> None:
         )
 
 
-def _join(take: Taker, entry: dict[str, Any], layout: Layout) -> NDArray[Any]:
+def _join(source: Source, entry: dict[str, Any], layout: Layout) -> NDArray[Any]:
     plain = np.empty(math.prod(entry["shape"]) * layout.block_bytes, dtype=np.uint8)
     again = "copy the file again"
     done = 0
-    while take.left:
-        chunk = unpack_chunk(layout, take)
+    while source.left:
+        chunk = unpack_chunk(layout, source.take)
         if done + chunk.size > plain.size:
             raise ArtifactError("packed weights are more than their shape says", remedy=again)
         plain[done : done + chunk.size] = chunk

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +114,9 @@ class RecoverStage:
                 remedy="raise traces.count or calibration.held_out_share",
             )
 
-        text, text_held_out = self._read_text()
-        sets = (chosen.calibration, held_out, unseen, text, text_held_out)
-        learns = _Teaching(self, model, name, *sets)
-
-        phases = list_phases(self.settings, choose_ways(learns.course))
+        given = self._list_given(model, chosen.calibration, held_out)
+        course = self.course(Path(), name, given)
+        phases = list_phases(self.settings, choose_ways(course))
         following = [*phases, None]
         state = start = _ask(collect, dense, following.pop(0), model.folder)
 
@@ -135,12 +132,20 @@ class RecoverStage:
         for phase, after in zip(phases, following, strict=True):
             if phase.way == "scales":
                 state = settle(state)
-            if phase.own and state.is_exhausted:
-                continue  # the last round would be done again
+            taught = chosen.calibration
+            if phase.own:
+                if state.is_exhausted:
+                    continue  # the last round would be done again
+                # nothing is learned of a prompt whose dense trace is held out
+                taught = [trace for trace in state.answers if trace.index not in unseen]
 
-            before = state.folder
-            state = self._take(phase, state, learns, partial(_ask, collect, dense, after))
-            state = replace(state, is_exhausted=phase.own and state.folder == before)
+            before = state
+            state = self._teach(phase, before, name, given, taught)
+            if state.folder != before.folder:  # else nothing was better than the start
+                asked = _ask(collect, dense, after, state.folder)
+                state = self._judge(phase, before, state, asked)
+            is_exhausted = phase.own and state.folder == before.folder
+            state = replace(state, is_exhausted=is_exhausted)
 
         return self._conclude(model, start.probe, settle(state))
 
@@ -154,10 +159,9 @@ class RecoverStage:
         from racdeploy import recover
         from racdeploy.recover.cost import choose_ways
 
-        self._read_text()
         trace = Trace(0, "", "", "", prompt_ids=(0,) * longest)
         nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
-        course = _Teaching(self, nothing, "", [trace], []).course
+        course = self.course(Path(), "", self._list_given(nothing, [trace], []))
 
         ways = choose_ways(course)
         phases = list_phases(self.settings, ways)
@@ -169,30 +173,16 @@ class RecoverStage:
             "recover_memory_bytes_at_most": memory,
         }
 
-    def _take(
-        self,
-        phase: Phase,
-        state: _State,
-        learns: _Teaching,
-        ask: Callable[[Path], _State],
-    ) -> _State:
-        """Do one phase, and undo it if it made the model worse."""
-        taught = learns.taught
-        if phase.own:  # nothing is learned of a prompt whose dense trace is held out
-            taught = [trace for trace in state.answers if trace.index not in learns.unseen]
-        found = learns.teach(phase, state, taught)
-        if found.folder == state.folder:  # nothing was better than the start
-            return found
-
-        asked = ask(found.folder)
-        reason = self._worse(asked.probe, state.probe)
-        rows = _mark(found.rows, phase.name, asked.probe, kept=not reason)
+    def _judge(self, phase: Phase, before: _State, taught: _State, asked: _State) -> _State:
+        """Return the state that a phase led to, or the one before if it made the model worse."""
+        reason = self._worse(asked.probe, before.probe)
+        rows = _mark(taught.rows, phase.name, asked.probe, kept=not reason)
 
         if not reason:
-            return replace(found, probe=asked.probe, answers=asked.answers, rows=rows)
+            return replace(taught, probe=asked.probe, answers=asked.answers, rows=rows)
 
         note = f"recovery, {phase.name} was undone: {reason}"
-        return replace(state, tokens=found.tokens, rows=rows, notes=(*found.notes, note))
+        return replace(before, tokens=taught.tokens, rows=rows, notes=(*taught.notes, note))
 
     def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
         """Return the model with all that is known of how it came about."""
@@ -226,11 +216,91 @@ class RecoverStage:
             notes=tuple(notes),
         )
 
-    def _read_text(self) -> tuple[list[Trace], list[Trace]]:
-        """Return the user's own text: what teaches, and what is held out."""
-        if not self.settings.mix:
-            return [], []
-        return text_traces(self.settings.mix, self.encoder)
+    def _list_given(
+        self, model: PrunedModel, taught: Sequence[Trace], held_out: Sequence[Trace]
+    ) -> Json:
+        """Return what all phases of a model have in common, as other processes get it."""
+        text: list[Trace] = []
+        text_held_out: list[Trace] = []
+        if self.settings.mix:
+            text, text_held_out = text_traces(self.settings.mix, self.encoder)
+
+        named = model.sources or [row.source_block for row in model.structure]
+        return {
+            "sparse": model.folder,
+            "phase": Phase("", "", False, 0),
+            "text_taught": text,
+            "lesson": {
+                "sources": tuple(named or range(self.dense.shape.block_count)),
+                "taught": taught,
+                "held_out": held_out,
+                "text": text_held_out,
+                "settings": self._choose_settings(),
+                "quant": "",
+            },
+        }
+
+    def _choose_settings(self) -> Recovery:
+        """Return the recipe's settings, with what this machine has in place of ``auto``."""
+        from racdeploy.prune.device import choose_device
+
+        device = choose_device(self.settings.device).type
+        compute = self.settings.compute
+        if compute == "auto":
+            short = device != "cpu" or multiplies_bfloat16()
+            compute = "bfloat16" if short else "float32"
+
+        return self.settings.model_copy(update={"device": device, "compute": compute})
+
+    def _teach(
+        self, phase: Phase, state: _State, name: str, given: Json, taught: Sequence[Trace]
+    ) -> _State:
+        """Do one phase, or find it done."""
+        sparse = Checkpoint(state.folder)
+        quant = self._quant_of(phase)
+        lesson = given["lesson"] | {"taught": taught, "quant": quant}
+
+        inputs = self.describe_code() | {
+            "sparse": sparse.sha256,
+            "phase": asdict(phase),
+            "traces": hash_ids(taught),
+            "held_out": hash_ids(lesson["held_out"]),
+            "text": hash_ids([*given["text_taught"], *lesson["text"]]),
+            "recover": lesson["settings"].model_dump(exclude=_SHARED_OUT),
+            "quant": quant,
+        }
+
+        stage = self.place.open("recover", inputs)
+        if not stage.finished:
+            own = {"sparse": sparse.folder.resolve(), "sha256": sparse.sha256, "phase": phase}
+            stage.finish(self._learn(stage, name, given | own | {"lesson": lesson}))
+
+        return _after(phase, state, stage, name)
+
+    def _learn(self, stage: Stage, name: str, given: Json) -> Json:
+        with self.place.processes.job("recover", self.describe_code(), given):
+            course, lessons = self.learn(stage.folder, name, given)
+
+        # A state after the start is nearer to the dense model.
+        first, *later = (lesson.kl_nats for lesson in lessons)
+        better = first is not None and any(kl is not None and kl < first for kl in later)
+        if better:
+            course.write()
+        course.clean()
+
+        return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
+
+    def _quant_of(self, phase: Phase) -> str:
+        """Return the format that a phase must keep to: weights learn before codes are chosen."""
+        if phase.way != "scales":
+            return ""
+
+        if not isinstance(self.quant, str):
+            raise UsageError(
+                "scales that learn need one number format for all linears",
+                remedy='recover.ways = ["all"], or a quant in place of a mix',
+            )
+        return self.quant
 
     def describe_code(self) -> dict[str, str]:
         """Return what all processes that teach together must have in common."""
@@ -308,115 +378,6 @@ class RecoverStage:
 
 _SHARED_OUT = {"tokens", "ways", "on_policy", "rounds", "probe_drop", "mix"}
 """Settings that phases do not depend on, beyond what is said of each."""
-
-
-@dataclass(frozen=True)
-class _Teaching:
-    """What all phases of one model share."""
-
-    stage: RecoverStage
-    model: PrunedModel
-    name: str
-    taught: Sequence[Trace]
-    held_out: Sequence[Trace]
-    unseen: frozenset[int] = frozenset()  # prompts of which nothing is learned
-    text: Sequence[Trace] = ()
-    text_held_out: Sequence[Trace] = ()
-
-    @property
-    def course(self) -> Course:
-        """What is learned, before it is known in which phases."""
-        given = self._given(self.model.folder, Phase("", "", False, 0), self.taught)
-        return self.stage.course(Path(), self.name, given)
-
-    @property
-    def settings(self) -> Recovery:
-        """The recipe's settings, with what this machine has in place of ``auto``."""
-        from racdeploy.prune.device import choose_device
-
-        settings = self.stage.settings
-        device = choose_device(settings.device).type
-
-        compute = settings.compute
-        if compute == "auto":
-            short = device != "cpu" or multiplies_bfloat16()
-            compute = "bfloat16" if short else "float32"
-
-        return settings.model_copy(update={"device": device, "compute": compute})
-
-    def teach(self, phase: Phase, state: _State, traces: Sequence[Trace]) -> _State:
-        """Do one phase, or find it done."""
-        settings = self.settings
-        sparse = Checkpoint(state.folder)
-
-        inputs = address(__name__, COMPUTING) | {
-            "model": sparse.sha256,
-            "dense": self.stage.dense.sha256,
-            "phase": asdict(phase),
-            "traces": hash_ids(traces),
-            "held_out": hash_ids(self.held_out),
-            "text": hash_ids([*self.text, *self.text_held_out]),
-            "recover": settings.model_dump(exclude=_SHARED_OUT),
-            "quant": self._quant_of(phase),
-        }
-
-        stage = self.stage.place.open("recover", inputs)
-        if not stage.finished:
-            stage.finish(self._learn(phase, sparse, traces, stage))
-
-        return _after(phase, state, stage, self.name)
-
-    def _learn(
-        self, phase: Phase, sparse: Checkpoint, traces: Sequence[Trace], stage: Stage
-    ) -> Json:
-        teaching = self.stage
-        given = self._given(sparse.folder.resolve(), phase, traces)
-        given["sha256"] = sparse.sha256
-
-        with teaching.place.processes.job("recover", teaching.describe_code(), given):
-            course, lessons = teaching.learn(stage.folder, self.name, given)
-
-        # A state after the start is nearer to the dense model.
-        first, *later = (lesson.kl_nats for lesson in lessons)
-        better = first is not None and any(kl is not None and kl < first for kl in later)
-        if better:
-            course.write()
-        course.clean()
-
-        return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
-
-    def _quant_of(self, phase: Phase) -> str:
-        """Return the format that a phase must keep to: weights learn before codes are chosen."""
-        if phase.way != "scales":
-            return ""
-
-        quant = self.stage.quant
-        if not isinstance(quant, str):
-            raise UsageError(
-                "scales that learn need one number format for all linears",
-                remedy='recover.ways = ["all"], or a quant in place of a mix',
-            )
-        return quant
-
-    def _given(self, sparse: Path, phase: Phase, traces: Sequence[Trace]) -> Json:
-        """Return what makes up a course, as it is sent to other processes."""
-        stage, model = self.stage, self.model
-        named = model.sources or [row.source_block for row in model.structure]
-        sources = named or range(stage.dense.shape.block_count)
-
-        return {
-            "sparse": sparse,
-            "phase": phase,
-            "text_taught": list(self.text),
-            "lesson": {
-                "sources": tuple(sources),
-                "taught": list(traces),
-                "held_out": list(self.held_out),
-                "text": list(self.text_held_out),
-                "settings": self.settings,
-                "quant": self._quant_of(phase),
-            },
-        }
 
 
 def _ask(

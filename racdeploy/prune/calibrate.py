@@ -19,19 +19,23 @@ import torch
 
 from racdeploy import plugins
 from racdeploy.engines.engine import Progress
+from racdeploy.errors import UsageError
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.coverage import check_covered
 from racdeploy.models.families import expert_of, name_experts
+from racdeploy.processes.heap import keep_heap
+from racdeploy.prune.device import choose_device
 from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.structure.cut import BlockSite, Cut, cut_inputs, list_cuts, narrow
 from racdeploy.prune.structure.decision import decide_outline
 from racdeploy.prune.structure.outline import Outline, whole
 from racdeploy.prune.walk.assemble import CutShape
-from racdeploy.prune.walk.batches import Batch
+from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.block_files import BlockFiles
-from racdeploy.prune.walk.blocks import put
+from racdeploy.prune.walk.blocks import Blocks, put
 from racdeploy.prune.walk.experts import measure_experts
 from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.held_out import RelativeError
@@ -39,16 +43,16 @@ from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.walk.pair import BlockPair
 from racdeploy.prune.walk.pruned_linear import PrunedLinear, measure_outputs, remember_outputs
 from racdeploy.prune.walk.routing import remember_routing
-from racdeploy.prune.walk.session import Session, open_session
+from racdeploy.prune.walk.session import Session
 from racdeploy.prune.walk.survey import Effect, Observation, survey
 from racdeploy.prune.weights.shares import Shares, fill_shares
 from racdeploy.prune.weights.solving import LinearPruner
 from racdeploy.quant import Codes
 from racdeploy.recipe import Pruning, StreamWeights, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.traces.trace import Trace
+from racdeploy.traces.trace import STREAMS, Trace
 
-WHOLE = Structure()
+WHOLE, ALIKE = Structure(), StreamWeights()
 
 
 def prune_blocks(
@@ -57,7 +61,7 @@ def prune_blocks(
     held_out: Sequence[Trace],  # these only measure it
     settings: Pruning,
     folder: Path,  # finished blocks in it are reused
-    weights: StreamWeights | None = None,  # what a token of each stream counts; None is 1 for all
+    weights: StreamWeights = ALIKE,  # what a token of each stream counts
     quant: Codes = "",  # format whose codes are chosen while pruning; empty: the export rounds
     keeps_own_zeros: bool = False,  # the checkpoint is sparse already, and gets no other zeros
     threads: int = 0,  # 0 leaves torch's choice; every process uses as many as the first
@@ -69,28 +73,41 @@ def prune_blocks(
 
     Returns one row per linear, in forward order, and one per block; blocks that are left out have
     none, and the others are numbered anew.
+
+    Raises:
+        UsageError: there are no calibration traces.
     """
-    session = open_session(
-        checkpoint,
-        calibration,
-        held_out,
-        settings,
-        folder,
-        weights,
-        threads,
-        progress,
-        processes,
+    if not calibration:
+        reason = "no calibration traces are left after selection"
+        raise UsageError(reason, remedy="collect more traces")
+
+    check_covered(checkpoint)
+    keep_heap()
+    torch.set_num_threads(processes.tell(threads or torch.get_num_threads()))
+
+    tasks = sorted({trace.task for trace in (*calibration, *held_out)})
+    fitted = make_batches(calibration, tasks, held_out=False)
+    batches = fitted + make_batches(held_out, tasks, held_out=True)
+    own = processes.mine([batch.ids_BT.numel() for batch in batches])
+
+    blocks = Blocks(checkpoint, settings.compute, choose_device(settings.device))
+    session = Session(
+        blocks=blocks,
+        batches=[batches[index] for index in own],
+        everyones=fitted,
+        weights_R=blocks.place(torch.tensor([getattr(weights, stream) for stream in STREAMS])),
+        settings=settings,
+        folder=folder,
+        processes=processes,
+        progress=progress,
+        tasks=tasks,
     )
 
     with torch.inference_mode():
         outline = decide_outline(session, structure)
         sizes = _count_weights(session, outline.shape(checkpoint.shape, structure))
-        pruner = LinearPruner(
-            session,
-            _decide_shares(session, sizes),
-            quant,
-            keeps_own_zeros=keeps_own_zeros,
-        )
+        shares = _decide_shares(session, sizes)
+        pruner = LinearPruner(session, shares, quant, keeps_own_zeros=keeps_own_zeros)
         with closing(_Walk(pruner, outline, structure)) as walk:
             return walk.run()
 
@@ -229,7 +246,8 @@ class _Walk:
 
         for group, linears in enumerate(pair.input_groups):
             for cut in self.cuts:
-                if cut.before == group and not cut.leaves_whole(pair.place):
+                is_cut = cut.counts[pair.place] < cut.layouts[pair.place].units
+                if cut.before == group and is_cut:
                     self._cut(pair, cut)
 
             names = name_experts(linears, len(pair.experts))

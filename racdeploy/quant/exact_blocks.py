@@ -16,7 +16,7 @@ from racdeploy.quant.multiples import Candidates
 
 
 class ExactBlocks:
-    """A format of ggml; ``pack`` makes blocks of its ``layout`` of what ``finder`` finds."""
+    """A format of ggml; ``fill`` puts into blocks of its ``layout`` what ``finder`` finds."""
 
     def __init__(
         self,
@@ -24,10 +24,11 @@ class ExactBlocks:
         layout: np.dtype[np.void],
         group_shape: tuple[int, int],  # groups of a block, weights of a group
         finder: Candidates,
-        pack: Callable[[Any], NDArray[np.void]],  # takes what the finder returns
+        fill: Callable[[NDArray[np.void], Any], None],  # gets what the finder returns, too
+        read_step_codes: Callable[[NDArray[np.void]], NDArray[Any]],
     ) -> None:
         self._type, self._layout, self._group_shape = ggml_type, layout, group_shape
-        self._finder, self._pack = finder, pack
+        self._finder, self._fill, self._read_step_codes = finder, fill, read_step_codes
 
     def quantize(
         self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
@@ -41,7 +42,10 @@ class ExactBlocks:
         # Blocks that the format can hold keep their weights.
         found = self._finder.find(weight_OI.reshape(-1, groups, size))
         np.put(exact_OX, found.place_N, True)
-        block_OX[exact_OX] = self._pack(found)
+        block_N = np.empty(len(found.scale_N), self._layout)
+        block_N["scale"] = found.scale_N
+        self._fill(block_N, found)
+        block_OX[exact_OX] = block_N
 
         # ggml reads whole rows, for the importance belongs to the inputs.
         rest_O = ~exact_OX.all(axis=1)
@@ -56,14 +60,19 @@ class ExactBlocks:
 
         return block_OX.view(np.uint8)
 
-    def view(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.void]:
-        """Return packed rows as blocks of the layout."""
-        return np.ascontiguousarray(packed_OP).view(self._layout)
-
     def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the half-precision scale of every block."""
-        scale_OX: NDArray[np.float16] = self.view(packed_OP)["scale"]
+        scale_OX: NDArray[np.float16] = self._view(packed_OP)["scale"]
         return scale_OX.astype(np.float32)
+
+    def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return step_OG, the scale of every group."""
+        step_code_OXG = self._read_step_codes(self._view(packed_OP))
+        step_OXG: NDArray[np.float32] = step_code_OXG * self.scales(packed_OP)[:, :, None]
+        return step_OXG.reshape(len(packed_OP), -1)
+
+    def _view(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.void]:
+        return np.ascontiguousarray(packed_OP).view(self._layout)
 
 
 def join_pairs(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -87,11 +87,10 @@ class LineFinder(Candidates):
 
     def _solve(self, product_NGS: NDArray[np.int64]) -> _Solved:
         """Return a step code and a minimum code for every group that has some."""
-        lowest_NG = product_NGS.min(axis=2)
-        highest_NG = product_NGS.max(axis=2)
-        reach_NG = highest_NG - lowest_NG
+        found = _Solved(product_NGS)
+        lowest_NG = found.lowest_NG
+        reach_NG = found.highest_NG - lowest_NG
         divisor_NG = np.gcd.reduce(product_NGS - lowest_NG[:, :, None], axis=2)
-        found = _Solved(lowest_NG.shape)
 
         # Codes on both sides of zero: all products are multiples of the step.
         around_NG = np.gcd(divisor_NG, lowest_NG)
@@ -99,7 +98,7 @@ class LineFinder(Candidates):
             step_NG = around_NG // times
             whole_NG = step_NG * times == around_NG
             minimum_NG = step_NG * self._zero
-            self._take(found, step_NG, minimum_NG, lowest_NG, highest_NG, whole_NG)
+            self._take(found, step_NG, minimum_NG, whole_NG)
 
         if found.fits_NG.all():
             return found
@@ -110,31 +109,27 @@ class LineFinder(Candidates):
             for code in range(self._codes + 1):
                 inside_NG = whole_NG & (reach_NG <= step_NG * (self._codes - code))
                 minimum_NG = step_NG * code - lowest_NG
-                self._take(found, step_NG, minimum_NG, lowest_NG, highest_NG, inside_NG)
+                self._take(found, step_NG, minimum_NG, inside_NG)
 
-        self._take_alike(found, lowest_NG, divisor_NG == 0)
+        self._take_alike(found, divisor_NG == 0)
         return found
 
-    def _take_alike(
-        self, found: _Solved, product_NG: NDArray[np.int64], alike_NG: NDArray[np.bool_]
-    ) -> None:
+    def _take_alike(self, found: _Solved, alike_NG: NDArray[np.bool_]) -> None:
         """Try every step for groups whose weights are all the same number."""
         if not (alike_NG & ~found.fits_NG).any():
             return
 
         for step in range(self._step_codes + 1):
-            step_NG = np.full_like(product_NG, step)
+            step_NG = np.full_like(found.lowest_NG, step)
             for code in range(self._codes + 1):
-                minimum_NG = step_NG * code - product_NG
-                self._take(found, step_NG, minimum_NG, product_NG, product_NG, alike_NG)
+                minimum_NG = step_NG * code - found.lowest_NG
+                self._take(found, step_NG, minimum_NG, alike_NG)
 
     def _take(
         self,
         found: _Solved,
         step_NG: NDArray[np.int64],
         minimum_NG: NDArray[np.int64],
-        lowest_NG: NDArray[np.int64],
-        highest_NG: NDArray[np.int64],
         tried_NG: NDArray[np.bool_],
     ) -> None:
         """Note what the format has, of those that are tried and have nothing yet."""
@@ -143,8 +138,8 @@ class LineFinder(Candidates):
         fits_NG &= (step_NG >= 0) & (step_NG <= self._step_codes)
         fits_NG &= (number_NG >= 0) & (number_NG <= self._minimum_codes)
         fits_NG &= number_NG * self._units == minimum_NG
-        fits_NG &= lowest_NG + minimum_NG >= 0
-        fits_NG &= highest_NG + minimum_NG <= step_NG * self._codes
+        fits_NG &= found.lowest_NG + minimum_NG >= 0
+        fits_NG &= found.highest_NG + minimum_NG <= step_NG * self._codes
 
         found.fits_NG[fits_NG] = True
         found.step_code_NG[fits_NG] = step_NG[fits_NG]
@@ -152,8 +147,10 @@ class LineFinder(Candidates):
 
 
 class _Solved:
-    """Which groups, of so many, have a step code and a minimum code, and these."""
+    """Which groups have a step code and a minimum code, and these; and the ends of each."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, product_NGS: NDArray[np.int64]) -> None:
+        self.lowest_NG, self.highest_NG = product_NGS.min(axis=2), product_NGS.max(axis=2)
+        shape = self.lowest_NG.shape
         self.fits_NG = np.zeros(shape, np.bool_)
         self.step_code_NG, self.minimum_code_NG = np.zeros((2, *shape), np.int64)

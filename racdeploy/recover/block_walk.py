@@ -24,13 +24,13 @@ from racdeploy.files.writing import write_atomic
 from racdeploy.processes.heap import keep_heap
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.statistics import PAD
 from racdeploy.recover.course import Course, Lesson
 from racdeploy.recover.divergence import Head, measure_kl
 from racdeploy.recover.lessons import plan_steps
 from racdeploy.recover.optimizer import MaskedAdam, gradient_norm, rate_at
 from racdeploy.recover.state import fill_tensors
-from racdeploy.recover.stream import Stream
 from racdeploy.recover.watch import Watch
 from racdeploy.traces.trace import STREAMS
 
@@ -75,20 +75,16 @@ class BlockWalk:
         self.sparse = Blocks(course.sparse, course.compute, course.device)
 
         # "start" is the model as it was, which is only measured.
-        self.streams = {
-            "dense": self._stream("dense", self.dense),
-            "sparse": self._stream("sparse", self.sparse),
-            "start": self._stream("start", self.sparse, held_out=True),
-        }
-
-    def _stream(self, name: str, blocks: Blocks, *, held_out: bool = False) -> Stream:
-        chosen = {index: self.batches[index] for index in self._chosen(held_out)}
-        return Stream(blocks, chosen, self.course.folder, name)
+        models = {"dense": self.dense, "sparse": self.sparse, "start": self.sparse}
+        self.flows = {}
+        for name, blocks in models.items():
+            self.flows[name] = Flow(blocks, self.batches, course.folder, name)
+            self.flows[name].enter(self._list_batches(name))
 
     def close(self) -> None:
         """Remove the hidden states."""
-        for stream in self.streams.values():
-            stream.close()
+        for flow in self.flows.values():
+            flow.close()
 
     def run(self) -> list[Lesson]:
         """Let block after block learn; return what that changed at the model's end."""
@@ -108,8 +104,14 @@ class BlockWalk:
     def _pass_dense(self, start: int, stop: int) -> None:
         """Let the dense model's states pass some of its blocks."""
         for index in range(start, stop):
-            self.streams["dense"].leave(self.dense.load(index))
+            self._pass("dense", self.dense.load(index))
             self.dense.empty(index).to("meta")
+
+    @torch.no_grad()
+    def _pass(self, name: str, block: nn.Module) -> None:
+        """Let the batches before a block pass it."""
+        for index in self._list_batches(name):
+            self.flows[name].leave(block, index)
 
     def _conclude(self, loss: float) -> list[Lesson]:
         """Compare both ends with the dense model's; keep nothing that is no better."""
@@ -135,7 +137,7 @@ class BlockWalk:
         file = self.course.folder / f"block-{place:05d}.json"
 
         block = self.sparse.load(place)
-        self.streams["start"].leave(block)
+        self._pass("start", block)
 
         if not processes.ask_first(file.is_file):
             errors = self._teach(place, block)
@@ -143,7 +145,7 @@ class BlockWalk:
                 write_atomic(file, json.dumps({"errors": errors}))
 
         self._restore(place, block)
-        self.streams["sparse"].leave(block)
+        self._pass("sparse", block)
 
         before, after = map(float, processes.ask_first(lambda: read_json(file)["errors"]))
         change = f"error of its output {before:.3g} → {after:.3g}"
@@ -190,7 +192,7 @@ class BlockWalk:
         total = 0.0
 
         for index in step:
-            if index not in self.streams["sparse"].places:
+            if index not in self.mine:
                 continue
 
             error_BT = self._errors(block, index)
@@ -219,10 +221,10 @@ class BlockWalk:
 
     def _errors(self, block: nn.Module, index: int) -> Tensor:
         """Return each token's squared error, relative to the dense state."""
-        entering_BTD = self.streams["sparse"].read(index)
-        left_BTD = self.sparse.place(self.streams["dense"].read(index))
-        beside = self.streams["sparse"].beside(index).apart()
-        found_BTD = self.sparse.forward(block, entering_BTD, beside=beside).float()
+        sparse = self.flows["sparse"]
+        left_BTD = self.sparse.place(self.flows["dense"].hidden[index])
+        beside = sparse.besides[index].apart()
+        found_BTD = self.sparse.forward(block, sparse.hidden[index], beside=beside).float()
 
         missed_BT = (found_BTD - left_BTD).square().sum(2)
         return missed_BT / left_BTD.square().sum(2).clamp_min(1e-12)
@@ -232,7 +234,7 @@ class BlockWalk:
         """Return the mean error on held-out traces."""
         sums = torch.zeros(2, dtype=torch.float64)
 
-        for index in self._chosen(held_out=True):
+        for index in self._list_batches("start"):
             if index in self.text:
                 continue
 
@@ -257,7 +259,7 @@ class BlockWalk:
 
         sums = torch.zeros(2, dtype=torch.float64)
 
-        for index in self._chosen(held_out=True):
+        for index in self._list_batches("start"):
             if (index in self.text) != text:
                 continue
 
@@ -268,8 +270,8 @@ class BlockWalk:
             weight_N = weight_BT[counts_BT].double()
 
             hidden = []
-            for stream, norm in norms.items():
-                states_BTD = self.sparse.place(self.streams[stream].read(index))
+            for flow, norm in norms.items():
+                states_BTD = self.sparse.place(self.flows[flow].hidden[index])
                 said_BTD = norm(states_BTD)[:, :-1]
                 hidden.append(said_BTD[self.sparse.place(counts_BT)])
 
@@ -296,8 +298,9 @@ class BlockWalk:
         for value in named.values():
             value.data = processes.spread(value.data)
 
-    def _chosen(self, held_out: bool) -> list[int]:
-        """Return the numbers of this process's batches, those that are held out or all."""
+    def _list_batches(self, flow: str) -> list[int]:
+        """Return the numbers of this process's batches in a flow."""
+        held_out = flow == "start"
         return [index for index in self.mine if self.batches[index].held_out or not held_out]
 
     def _report(self, blocks: float) -> int:

@@ -89,16 +89,14 @@ class Head:
         return logits_NV
 
 
-def measure_kl(
-    head: Head, hidden_ND: Tensor, dense_ND: Tensor, direction: Direction = "forward"
-) -> Tensor:
-    """Return the divergence of every token in nats, divergence_N."""
+def measure_kl(head: Head, hidden_ND: Tensor, dense_ND: Tensor) -> Tensor:
+    """Return KL(dense ‖ sparse) of every token in nats, divergence_N."""
     parts = []
 
     for chunk in _chunks(head, len(hidden_ND)):
         own_NV = torch.log_softmax(head.logits(hidden_ND[chunk]), dim=1)
         dense_NV = torch.log_softmax(head.logits(dense_ND[chunk]), dim=1)
-        parts.append(_divergence(own_NV, dense_NV, direction))
+        parts.append(_divergence(own_NV, dense_NV, "forward"))
 
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0)
 
@@ -108,7 +106,7 @@ def kl_and_slope(
     hidden_ND: Tensor,
     dense_ND: Tensor,
     weight_N: Tensor,
-    direction: Direction = "forward",
+    direction: Direction,
 ) -> tuple[Tensor, Tensor]:
     """Return Σ weight · divergence, and its slope with respect to the hidden states.
 

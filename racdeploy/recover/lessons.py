@@ -24,8 +24,8 @@ from racdeploy.prune.processes import ALONE, Processes
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch, make_batches
 from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.prune.walk.flow import Flow
 from racdeploy.recipe import StreamWeights
-from racdeploy.recover.stream import Stream
 from racdeploy.traces.trace import STREAMS, Trace
 
 T = TypeVar("T")
@@ -235,7 +235,7 @@ def dense_states(
     tasks = sorted({trace.task for trace in traces})
     batches = make_batches(traces, tasks, held_out=False)
     owners = processes.owners([batch.ids_BT.numel() for batch in batches])
-    own = {n: batches[n] for n, owner in enumerate(owners) if owner == processes.rank}
+    own = [number for number, owner in enumerate(owners) if owner == processes.rank]
 
     width = dense.shape.hidden_size
     shapes = [(len(trace.ids), width) for trace in traces]
@@ -244,16 +244,19 @@ def dense_states(
     try:
         with (
             torch.inference_mode(),
-            closing(Stream(blocks, own, folder, f"passing-{name}")) as passing,
+            closing(Flow(blocks, batches, folder, f"passing-{name}")) as passing,
         ):
+            passing.enter(own)
             for block in range(dense.shape.block_count):
-                passing.leave(blocks.load(block))
+                loaded = blocks.load(block)
+                for number in own:
+                    passing.leave(loaded, number)
                 blocks.empty(block).to("meta")
 
             norm = blocks.last_norm()
             for number, places in enumerate(_places(traces, batches)):
                 if number in own:
-                    hidden_BTD = norm(blocks.place(passing.read(number))).cpu()
+                    hidden_BTD = norm(blocks.place(passing.hidden[number])).cpu()
 
                 for row, place in enumerate(places):
                     states_TD = torch.empty(shapes[place])

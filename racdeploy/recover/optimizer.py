@@ -35,10 +35,10 @@ class MaskedAdam:
             self.moments[name] = (empty, empty.clone())
 
     @torch.no_grad()
-    def step(self, rate: float, norm: float, longest: float = 1.0) -> None:
-        """Move every weight that is not masked; gradients longer than ``longest`` are shortened."""
+    def step(self, rate: float, norm: float) -> None:
+        """Move every weight that is not masked; gradients longer than 1 are shortened."""
         self.steps += 1
-        shorten = min(1.0, longest / norm) if norm > 0 else 1.0
+        shorten = min(1.0, 1 / norm) if norm > 0 else 1.0
         bias = tuple(1 - beta**self.steps for beta in BETAS)
 
         for name, weight in self.weights.items():

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.recover.course import Course
 from racdeploy.recover.shards import Shards
 
 
@@ -26,24 +25,17 @@ class Student:
     again there. ``weights`` are whole in one process, and this one's rows of them in several.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        trained: Sequence[str],
-        compute: Literal["float32", "bfloat16"],
-        device: torch.device,
-        processes: Processes = ALONE,
-    ) -> None:
-        self._device, self._compute = device, compute
-        self._processes = processes
+    def __init__(self, course: Course, trained: Sequence[str]) -> None:
+        self._device, self._compute = course.device, course.compute
+        self._processes = course.processes
         self._shards: Shards | None = None
 
-        if processes.count > 1:
-            self._shards = Shards(checkpoint, trained, device, processes)
+        if course.processes.count > 1:
+            self._shards = Shards(course.sparse, trained, course.device, course.processes)
             model: Any = self._shards.model
             self.weights = self._shards.rows
         else:
-            model = load_model(checkpoint).to(device)
+            model = load_model(course.sparse).to(course.device)
             self.weights = {name: model.get_parameter(name) for name in trained}
             for weight in self.weights.values():
                 weight.requires_grad_(True)

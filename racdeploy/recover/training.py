@@ -63,7 +63,7 @@ def distil(
             states = stack.enter_context(dense_states(course.dense, traces, *where))
             lessons[name] = Lessons(traces, states, course.settings.weights)
 
-        student = Student(course.sparse, trained, course.compute, course.device, course.processes)
+        student = Student(course, trained)
         return _Training(course, student, arrange(student.weights), lessons).run()
 
 
@@ -109,14 +109,14 @@ class _Training:
         self.file = course.folder / STATE_FILE
         self.best_file = course.folder / BEST_FILE
         self.done = _Progress()
-        self.watch = Watch(course.tokens, 0, course.notify)
 
     def run(self) -> list[Lesson]:
         """Learn step by step; return every look, those of an interrupted run included."""
-        if self.course.processes.ask_first(self.file.is_file):
+        resumes = self.course.processes.ask_first(self.file.is_file)
+        if resumes:
             self._resume()
-            self.watch = Watch(self.course.tokens, self.done.tokens, self.course.notify)
-        else:
+        self.watch = Watch(self.course.tokens, self.done.tokens, self.course.notify)
+        if not resumes:
             self._look()
 
         # Not so often that looking takes longer than a quarter of the learning.

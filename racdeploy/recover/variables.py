@@ -54,9 +54,8 @@ class Scales(Weights):
         super().__init__({**weights, **linears})
         self._group_size = grid.GROUP_SIZE
         self._groups = grid.BLOCK // grid.GROUP_SIZE
-        self._codes: dict[str, Tensor] = {}
-        self._step_codes: dict[str, Tensor] = {}
-        self._scales: dict[str, Tensor] = {}
+        # Of each linear: its codes, the steps' numbers, and the scales as they were.
+        self._grids: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.moved = dict(weights)
 
         for name, weight_OI in linears.items():
@@ -69,15 +68,13 @@ class Scales(Weights):
 
             # X: quant blocks of a row.
             scale_OX = _read(weight_OI, grid, grid.scales, grid.BLOCK)
-            self._scales[name] = scale_OX
-            self._step_codes[name] = codes_of(step_OG, scale_OX, self._groups)
-            self._codes[name] = code_OI.to(torch.int8)
+            step_code_OG = codes_of(step_OG, scale_OX, self._groups)
+            self._grids[name] = code_OI.to(torch.int8), step_code_OG, scale_OX
             self.moved[name] = torch.ones_like(scale_OX)
 
     def gather(self) -> None:
-        for name, code_OI in self._codes.items():
+        for name, (code_OI, step_code_OG, scale_OX) in self._grids.items():
             weight_OI = self.weights[name]
-            scale_OX, step_code_OG = self._scales[name], self._step_codes[name]
             if weight_OI.grad is None:
                 continue
 
@@ -91,12 +88,11 @@ class Scales(Weights):
 
     @torch.no_grad()
     def settle(self) -> None:
-        for name, code_OI in self._codes.items():
+        for name, (code_OI, step_code_OG, scale_OX) in self._grids.items():
             factor_OX = self.moved[name].clamp_(*_FACTORS)
-            scale_OX = self._scales[name] * factor_OX
-            stored_OX = scale_OX.half().float()
+            stored_OX = (scale_OX * factor_OX).half().float()
 
-            step_OG = self._step_codes[name] * _spread(stored_OX, self._groups)
+            step_OG = step_code_OG * _spread(stored_OX, self._groups)
             weight_OI = self.weights[name]
             weight_OI.copy_(code_OI.float() * _spread(step_OG, self._group_size))
 

@@ -42,7 +42,6 @@ class Budget:
     now: Callable[[], float] = time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
     pace: float = 1.0  # how many times as long as expected it takes
-    _began: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._began = self.now()

@@ -144,7 +144,9 @@ def _count_bits(name: str) -> float:
 def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
     """Yield what may be pruned, nothing first, each also with fewer tokens and with recovery."""
     tune = job.recipe.tune
-    whole = [*_list_cuts(tune.ffn)]
+    whole: list[tuple[str, Settings]] = []
+    for share in tune.ffn:
+        whole.append((f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}))
     if job.recipe.export.format == "gguf":
         whole += _list_zeros(tune.zeros)
 
@@ -161,11 +163,6 @@ def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
         if tune.recover_tokens:
             learned = {"recover": {"tokens": tune.recover_tokens}}
             yield f"{kind}, recovered", merge(settings, learned)
-
-
-def _list_cuts(shares: tuple[float, ...]) -> Iterator[tuple[str, Settings]]:
-    for share in shares:
-        yield f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}
 
 
 def _list_zeros(zeros: tuple[Zeros, ...]) -> Iterator[tuple[str, Settings]]:

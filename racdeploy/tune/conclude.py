@@ -35,7 +35,7 @@ from racdeploy.verify.stats.costs import cost_per_success
 _MAX_PROMPT = 256  # tokens of the prompts on which the winner is timed
 
 
-def tune(search: Search, out: Path | None = None) -> tuple[Path, Report, Tuning]:
+def tune(search: Search, out: Path | None) -> tuple[Path, Report, Tuning]:
     """Search among counted candidates, and verify the winner.
 
     Returns the bundle, its report, and the search's.

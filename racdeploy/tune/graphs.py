@@ -46,7 +46,7 @@ def estimate_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> in
     arrays = 2
 
     for tensor in tensors:
-        own = _list_arrays(tensor)
+        own = list_arrays(tensor)
         total += sum(own)
         arrays += len(own)
 
@@ -54,12 +54,7 @@ def estimate_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> in
     return total + _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
 
 
-def count_bytes(tensor: GraphTensor) -> int:
-    """Return the bytes of a tensor's arrays."""
-    return sum(_list_arrays(tensor))
-
-
-def _list_arrays(tensor: GraphTensor) -> list[int]:
+def list_arrays(tensor: GraphTensor) -> list[int]:
     """Return the bytes of each array of a tensor: codes, scales in float32, zero points."""
     count = math.prod(tensor.shape)
     if not tensor.is_blocks:
@@ -81,5 +76,5 @@ def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> 
     for tensor in tensors:
         if not tensor.looked_up or checkpoint.tied:
             share = share_of_experts(checkpoint.shape, [tensor.name])
-            read[tensor.quant] += share * count_bytes(tensor)
+            read[tensor.quant] += share * sum(list_arrays(tensor))
     return read

@@ -19,7 +19,6 @@ class Predictor:
 
     scratch: Path
     device: Device
-    _sizes: Sizes = field(init=False)
     _known: dict[str, Size] = field(default_factory=dict)
     _first: dict[str, str] = field(default_factory=dict)  # candidate by the hash of its file
 

@@ -69,27 +69,21 @@ Ask = Callable[[str, int], Scores]
 """Lets a candidate answer so many prompts, those that it has answered among them."""
 
 
-@dataclass(frozen=True)
-class Aim:
-    """What decides; ``least_ratio`` is of the reference's accuracy, 0 where none is asked for."""
-
-    objective: Objective
-    reference: str
-    least_ratio: float = 0.0
-
-
 @dataclass
 class Race:
     """A race of candidates over at most so many prompts.
 
+    ``least_ratio`` is of the reference's accuracy, 0 where none is asked for.
     ``has_time`` is asked before each round but the first, with the answers that it takes. After
     :meth:`run`, ``scores`` has what each one did and ``stopped`` why it answered no more.
     """
 
     contestants: Sequence[Contestant]
-    aim: Aim
+    objective: Objective
+    reference: str
     ask: Ask
     prompts: int
+    least_ratio: float = 0.0
     error: float = ERROR
     has_time: Callable[[int], bool] = lambda answers: True
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -136,8 +130,8 @@ class Race:
     def _list_behind(self, count: int) -> dict[str, int]:
         """Return how many answers of so many are missing, of each one that has to answer."""
         names = [each.name for each in self._list_wanted()]
-        if self.aim.least_ratio:
-            names.append(self.aim.reference)
+        if self.least_ratio:
+            names.append(self.reference)
         missing = {name: count - len(self.scores.get(name, ())) for name in names}
         return {name: answers for name, answers in missing.items() if answers > 0}
 
@@ -159,18 +153,18 @@ class Race:
 
     @property
     def _in_order(self) -> bool:
-        return self.aim.objective in ("size", "speed")
+        return self.objective in ("size", "speed")
 
     def _stop_lacking(self) -> None:
         """Stop the candidates that surely lack the accuracy."""
-        ratio = self.aim.least_ratio
+        ratio = self.least_ratio
         for each in self._active:
             if not ratio or each.name not in self.scores:
                 continue
 
-            right_N, reference_N = self._pair(each.name, self.aim.reference)
+            right_N, reference_N = self._pair(each.name, self.reference)
             if is_above_zero(ratio * reference_N - right_N, self._share_of_error):
-                needed = f"{ratio:.0%} of {self.aim.reference}'s accuracy"
+                needed = f"{ratio:.0%} of {self.reference}'s accuracy"
                 self.stopped[each.name] = f"surely below {needed}"
 
     def _stop_beaten(self) -> None:
@@ -183,7 +177,7 @@ class Race:
         self.stopped |= losers
 
     def _beats(self, better: Contestant, worse: Contestant) -> bool:
-        if self.aim.objective == "accuracy":
+        if self.objective == "accuracy":
             better_N, worse_N = self._pair(better.name, worse.name)
             return is_above_zero(better_N - worse_N, self._share_of_error)
         return self._is_cheaper(better, worse)
@@ -200,8 +194,8 @@ class Race:
 
     def _keeps(self, name: str) -> bool:
         """Return whether one surely keeps the accuracy."""
-        right_N, reference_N = self._pair(name, self.aim.reference)
-        difference_N = right_N - self.aim.least_ratio * reference_N
+        right_N, reference_N = self._pair(name, self.reference)
+        difference_N = right_N - self.least_ratio * reference_N
         return is_above_zero(difference_N, self._share_of_error)
 
     def _is_decided(self) -> bool:
@@ -212,7 +206,7 @@ class Race:
 
     def _are_alike(self) -> bool:
         """Return whether all that are left answer so much alike that the divergence decides."""
-        if self.aim.objective != "accuracy" or self.aim.least_ratio:
+        if self.objective != "accuracy" or self.least_ratio:
             return False
 
         leader = max(self._active, key=lambda each: self._accuracy(each.name))
@@ -226,7 +220,7 @@ class Race:
 
     def preference(self, each: Contestant) -> tuple[float, float]:
         """Return what is least of the candidate that is wanted, where accuracy is only a limit."""
-        if self.aim.objective == "size":
+        if self.objective == "size":
             return each.size_bytes, each.seconds_per_token
         return each.seconds_per_token, each.size_bytes
 
@@ -247,11 +241,11 @@ class Race:
         leader = max(active, key=lambda each: (self._accuracy(each.name), -each.kl_nats))
 
         def key(each: Contestant) -> tuple[float, ...]:
-            if self.aim.objective == "accuracy":
+            if self.objective == "accuracy":
                 is_even = self._drop(leader.name, each.name).lower <= 0
                 lost = 0.0 if is_even else 1 - self._accuracy(each.name)
                 return lost, each.kl_nats, each.size_bytes
-            if self.aim.objective == "seconds-per-correct-answer":
+            if self.objective == "seconds-per-correct-answer":
                 return cost_per_success(*self._costs(each)).ratio, each.kl_nats
             return self.preference(each)
 
@@ -263,10 +257,10 @@ class Race:
         return drop_interval(pairs.n10, pairs.n01, pairs.n, _EVEN)
 
     def _seems_to_keep(self, name: str) -> bool:
-        if not self.aim.least_ratio:
+        if not self.least_ratio:
             return True
-        right_N, reference_N = self._pair(name, self.aim.reference)
-        return bool(right_N.mean() >= self.aim.least_ratio * reference_N.mean())
+        right_N, reference_N = self._pair(name, self.reference)
+        return bool(right_N.mean() >= self.least_ratio * reference_N.mean())
 
     def _costs(self, each: Contestant) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         scores = self.scores[each.name]

@@ -37,8 +37,9 @@ from racdeploy.tune.divergence import DenseLogits
 from racdeploy.tune.entries import Entry, find_front, find_nearest, order_entries
 from racdeploy.tune.fill import propose_mix
 from racdeploy.tune.predict import Predictor
-from racdeploy.tune.race import Aim, Race, Scores
+from racdeploy.tune.race import Race, Scores
 from racdeploy.tune.speed import ENGINE, Workload, find_device, look_up_device, predict_token_s
+from racdeploy.verify.answers import Opener
 
 MAX_MADE, MAX_RACED = 12, 6
 _LATE = "the time for comparing was over"
@@ -62,7 +63,7 @@ class Search:
     job: Job
     work: Path
     scratch: Path
-    threads: int = 0
+    threads: int
     progress: Progress | None = None
     show: Callable[[Candidate], None] | None = None
     entries: list[Entry] = field(default_factory=list)
@@ -205,9 +206,8 @@ class Search:
         assert entry.exported
         job = entry.choice.job
         path = entry.exported.path
-        exact = self._settings(parallel=1, cache_dtype="f32")
         old_ids = job.renumbering(entry.model.folder)
-        kl_nats = logits.compare(lambda: closing(open_engine(job.backend, path, exact)), old_ids)
+        kl_nats = logits.compare(self._opener(job.backend, path), old_ids)
         entry.reached = "compared"
         if not math.isnan(kl_nats):  # else every trace has a token that is gone
             entry.kl_nats = max(0.0, kl_nats)
@@ -255,11 +255,18 @@ class Search:
             self.budget.learn("verify", each_s * verified)
             return each_s * more <= self.budget.left_s("race")
 
-        aim = Aim(self.limits.objective, reference.name, self.job.recipe.tune.least_ratio)
-        contestants = [entry.as_contestant() for entry in raced]
-        self.race = Race(contestants, aim, ask, len(self.prompts), has_time=has_time)
+        least_ratio = self.job.recipe.tune.least_ratio
+        self.race = Race(
+            [entry.as_contestant() for entry in raced],
+            self.limits.objective,
+            reference.name,
+            ask,
+            len(self.prompts),
+            least_ratio,
+            has_time=has_time,
+        )
         with self.budget.stage("race"):
-            if aim.least_ratio and reference.exported is None:
+            if least_ratio and reference.exported is None:
                 self._make(reference)
             order = self.race.run()
 
@@ -396,10 +403,11 @@ class Search:
         unknown = {"min_tokens_per_s": None} if self.measures else {}
         return self.limits.model_copy(update=unknown)
 
-    def _settings(self, **changes: object) -> EngineSettings:
-        verify = self.job.recipe.verify
-        settings = EngineSettings(verify.context_tokens, verify.parallel, self.threads)
-        return replace(settings, **changes)  # type: ignore[arg-type]
+    def _opener(self, backend: str, model: Path) -> Opener:
+        """Return what opens a model for exact logits, one sequence at a time."""
+        context_tokens = self.job.recipe.verify.context_tokens
+        settings = EngineSettings(context_tokens, 1, self.threads, cache_dtype="f32")
+        return lambda: closing(open_engine(backend, model, settings))
 
     @cached_property
     def _traces(self) -> list[Trace]:
@@ -414,13 +422,10 @@ class Search:
         return held_out
 
     def _remember_logits(self, folder: Path) -> DenseLogits:
-        exact = self._settings(parallel=1, cache_dtype="f32")
-        model = self.job.model.folder
+        opener = self._opener("transformers", self.job.model.folder)
         traces = [(trace.prompt_ids, trace.completion_ids) for trace in self._traces]
         most = max(_LEAST_TRACES, self.job.recipe.verify.logit_traces)
-        return DenseLogits(
-            lambda: closing(open_engine("transformers", model, exact)), traces[:most], folder
-        )
+        return DenseLogits(opener, traces[:most], folder)
 
     def _refuse_impossible(self) -> None:
         if not self._active:

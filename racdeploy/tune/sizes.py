@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from racdeploy import packing as packings
@@ -50,25 +49,12 @@ class Size:
     tensors: tuple[PlannedTensor, ...] = ()
 
 
-@dataclass
-class _Model:
-    """A checkpoint that may be a skeleton, and what all files made of it share."""
-
-    checkpoint: Checkpoint
-    pre_tokenizer: str | None
-    approximate: bool
-
-    @cached_property
-    def files(self) -> FileSizes:
-        return FileSizes(self.checkpoint, self.pre_tokenizer, approximate=self.approximate)
-
-
 class Sizes:
     """Sizes of the candidates of a search; skeletons are written below ``scratch``, each once."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
-        self._models: dict[str, _Model] = {}
+        self._models: dict[str, FileSizes] = {}
 
     def predict(self, job: Job) -> Size:
         """Return the size of the artifact that a job's recipe ends with.
@@ -88,8 +74,8 @@ class Sizes:
         is_packed = settings.packing != "plain"
         split_bytes = 0 if is_packed else settings.split_bytes
         metadata = describe_model(job, model.checkpoint)
-        plan = model.files.plan(job.quant_rules, metadata, split_bytes)
-        plain_bytes = model.files.size_bytes(plan)
+        plan = model.plan(job.quant_rules, metadata, split_bytes)
+        plain_bytes = model.size_bytes(plan)
 
         saved_bytes = 0
         if is_packed:
@@ -119,8 +105,8 @@ class Sizes:
             read_bytes=read_bytes,
         )
 
-    def _find(self, job: Job) -> _Model:
-        """Return the checkpoint that is exported, or a skeleton of it."""
+    def _find(self, job: Job) -> FileSizes:
+        """Return the files of the checkpoint that is exported, or of a skeleton of it."""
         export = job.recipe.export
         structure = job.structure
         old_ids = None
@@ -147,7 +133,7 @@ class Sizes:
             checkpoint = Checkpoint(folder)
 
         approximate = export.accept_token_differences > 0
-        model = _Model(checkpoint, export.pre_tokenizer, approximate)
+        model = FileSizes(checkpoint, export.pre_tokenizer, approximate=approximate)
         self._models[key] = model
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from racdeploy.bundles.inspect import inspect_path
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError
 from racdeploy.packing import racgguf
-from racdeploy.packing.chunks import Taker, unpack_chunk
+from racdeploy.packing.chunks import unpack_chunk
 from racdeploy.packing.layouts import LAYOUTS
 from racdeploy.packing.packers import bitmask
 from racdeploy.packing.racgguf.container import KEYS, VERSION, tensor_infos
@@ -286,6 +287,12 @@ def _record(weights: int, *planes: tuple[bytes, bool]) -> bytes:
     )
 
 
+def _unpack(record: bytes) -> np.ndarray:
+    source = racgguf.Source(io.BytesIO(record))
+    source.start(0, len(record))
+    return unpack_chunk(LAYOUTS[0], source.take)
+
+
 @pytest.mark.parametrize(
     "case", ["bomb", "short", "trailing", "no end", "garbage", "not smaller", "two chunks"]
 )
@@ -308,6 +315,9 @@ def test_planes_that_inflate_to_something_else_are_refused(tmp_path: Path, case:
         2 if case == "two chunks" else 1
     )
     _is_refused(_container(tmp_path / "m.racgguf", stored, 8, weights // 8))
+    if case != "two chunks":
+        with pytest.raises(ArtifactError, match="inflate|deflated"):
+            _unpack(stored)
 
 
 def test_a_bomb_is_never_larger_than_its_masks_allow(tmp_path: Path) -> None:
@@ -317,7 +327,7 @@ def test_a_bomb_is_never_larger_than_its_masks_allow(tmp_path: Path) -> None:
     """
     weights = 262_144
     record = struct.pack("<5I", weights, 0, 0, 0, 0) + bytes(weights // 8)
-    assert not unpack_chunk(LAYOUTS[0], Taker(np.frombuffer(record, np.uint8))).any()
+    assert not _unpack(record).any()
     file = _container(tmp_path / "m.racgguf", record, 512, 512)
     assert racgguf.Container.open(file).size_bytes < 33 * file.stat().st_size
     _is_refused(file)

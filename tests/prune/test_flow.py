@@ -11,6 +11,7 @@ from torch import nn
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.prune.walk import flow
 from racdeploy.prune.walk.batches import Batch
 from racdeploy.prune.walk.beside import Beside
 from racdeploy.prune.walk.blocks import Blocks
@@ -34,16 +35,17 @@ def _batches(*shapes: tuple[int, int]) -> list[Batch]:
 @pytest.mark.parametrize("family", some(FAMILIES))
 @pytest.mark.parametrize("kept_bytes", [0, 100_000, 1 << 30])
 def test_passes_that_start_later_give_the_same(
-    family: str, kept_bytes: int, tmp_path: Path
+    family: str, kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every block, every input and the output, with weights that change on the way as pruning
     changes them.
 
     With no space, with space for one of the batches, and for all; beyond a sliding window.
     """
+    monkeypatch.setattr(flow, "KEPT_BYTES", kept_bytes)
     blocks = Blocks(Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32")))
     batches = _batches((2, 20), (3, 60))
-    found = Flow(blocks, batches, tmp_path, "found", kept_bytes)
+    found = Flow(blocks, batches, tmp_path, "found")
     with torch.inference_mode():
         expected = list(blocks.embed(batches))
         besides = [Beside(batch.ids_BT) for batch in batches]
@@ -112,7 +114,7 @@ def test_a_walk_without_space_ends_with_the_same_bytes(
     ]
     left = []
     for kept_bytes in (1 << 30, 0):
-        monkeypatch.setattr(Flow.__init__, "__defaults__", (kept_bytes,))
+        monkeypatch.setattr(flow, "KEPT_BYTES", kept_bytes)
         (folder := tmp_path / f"{kept_bytes}").mkdir()
         settings = Pruning(compute=compute, dense=(r"0\.self_attn\.o_proj",), refit_steps=2)
         prune_blocks(checkpoint, traces[1:], traces[:1], settings, folder)

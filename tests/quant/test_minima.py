@@ -115,7 +115,10 @@ def test_a_block_off_the_grid_changes_no_other(form: ModuleType) -> None:
     spoiled_OI[9, place] = np.nextafter(weight_OI[9, place], np.float32(0))
     packed_OP = form.quantize(spoiled_OI, draw_importance())
     stored_OI = ggml.dequantize(form.GGML_TYPE, packed_OP, I)
+    expected_OP = ggml.quantize(form.GGML_TYPE, spoiled_OI, draw_importance())
+    expected_OI = ggml.dequantize(form.GGML_TYPE, expected_OP, I)
     assert (stored_OI[9, 256:512] != spoiled_OI[9, 256:512]).any()
+    np.testing.assert_array_equal(stored_OI[9, 256:512], expected_OI[9, 256:512])
 
     spoiled_OI[9, 256:512] = stored_OI[9, 256:512] = 0
     np.testing.assert_array_equal(stored_OI, spoiled_OI)

@@ -112,7 +112,9 @@ def test_a_block_off_the_grid_changes_no_other() -> None:
     spoiled_OI = weight_OI.copy()
     spoiled_OI[9, place] = np.nextafter(weight_OI[9, place], np.float32(0))
     stored_OI = read(q3_k.quantize(spoiled_OI, draw_importance()))
+    expected_OI = read(ggml.quantize(q3_k.GGML_TYPE, spoiled_OI, draw_importance()))
     assert (stored_OI[9, 256:512] != spoiled_OI[9, 256:512]).any()
+    np.testing.assert_array_equal(stored_OI[9, 256:512], expected_OI[9, 256:512])
 
     spoiled_OI[9, 256:512] = stored_OI[9, 256:512] = 0
     np.testing.assert_array_equal(stored_OI, spoiled_OI)

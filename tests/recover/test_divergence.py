@@ -65,8 +65,9 @@ def test_value_and_slope_are_those_of_autograd(
     assert float(total) == pytest.approx(expected, rel=1e-4)
     assert (slope_ND - expected_ND).abs().max() < 1e-4 * expected_ND.abs().max()
 
-    found_N = measure_kl(head, own_ND, dense_ND, direction)
-    assert torch.allclose(found_N.double(), expected_N.detach(), rtol=1e-3, atol=1e-5)
+    if direction == "forward":
+        found_N = measure_kl(head, own_ND, dense_ND)
+        assert torch.allclose(found_N.double(), expected_N.detach(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -92,9 +93,9 @@ def test_short_products_know_how_far_apart_two_models_are(direction: Direction) 
 
 def test_directions_differ() -> None:
     """The reverse one is another number: nothing above compares a thing with itself."""
-    head, own_ND, dense_ND, _ = make_case(1.0, 0.0)
-    forward = measure_kl(head, own_ND, dense_ND, "forward").mean()
-    reverse = measure_kl(head, own_ND, dense_ND, "reverse").mean()
+    head, *given = make_case(1.0, 0.0)
+    forward, _ = kl_and_slope(head, *given, "forward")
+    reverse, _ = kl_and_slope(head, *given, "reverse")
     assert abs(float(forward - reverse)) > 0.01 * float(forward)
 
 

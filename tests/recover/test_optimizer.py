@@ -63,7 +63,7 @@ def test_long_gradients_are_shortened() -> None:
     adam = MaskedAdam({"w": weight}, [])
     weight.grad = torch.full((4,), 100.0)
     assert gradient_norm({"w": weight}) == pytest.approx(200)
-    adam.step(0.1, norm=200.0, longest=1.0)
+    adam.step(0.1, norm=200.0)
     first, _ = adam.moments["w"]
     assert torch.allclose(first.float(), torch.full((4,), 0.5 * (1 - BETAS[0])), rtol=0.01)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from racdeploy.results.tuning import Objective
-from racdeploy.tune.race import Aim, Contestant, Race, Scores, list_rounds
+from racdeploy.tune.race import Contestant, Race, Scores, list_rounds
 from racdeploy.verify.stats.sequential import is_above_zero, wealth
 
 PROMPTS = 400
@@ -49,7 +49,7 @@ ACCURACIES = (0.96, 0.93, 0.88, 0.84, 0.8, 0.74, 0.7, 0.6, 0.5, 0.4, 0.25, 0.05)
 
 
 def _race(front: Front, objective: Objective, ratio: float, error: float = 0.05) -> Race:
-    return Race(front.contestants, Aim(objective, REFERENCE, ratio), front.ask, PROMPTS, error)
+    return Race(front.contestants, objective, REFERENCE, front.ask, PROMPTS, ratio, error)
 
 
 def _run_to_the_end(race: Race) -> list[str]:
@@ -106,8 +106,8 @@ def test_a_race_without_time_for_a_round_ends_with_what_it_knows() -> None:
         asked.append(answers)
         return len(asked) < 2
 
-    aim = Aim("accuracy", REFERENCE)
-    race = Race(front.contestants, aim, front.ask, PROMPTS, has_time=has_time)
+    given = (front.contestants, "accuracy", REFERENCE, front.ask, PROMPTS)
+    race = Race(*given, has_time=has_time)
     order = race.run()
     assert order
     assert race.is_cut
@@ -173,8 +173,7 @@ def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best() -> 
             own = scores[name]
             return Scores(own.right_N[:count], own.tokens_N[:count], own.thinking_N[:count])
 
-        aim = Aim("seconds-per-correct-answer", "0")
-        race = Race(contestants, aim, ask, 256)
+        race = Race(contestants, "seconds-per-correct-answer", "0", ask, 256)
         race.run()
         stopped += "0" in race.stopped
 

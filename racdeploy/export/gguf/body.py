@@ -55,7 +55,9 @@ class Body:
                 for packed_OP, slab_zeros in self._code(pool, tensor):
                     zeros += slab_zeros
                     stream.write(packed_OP.data)
-                    self._report(packed_OP.nbytes)
+                    self._done_bytes += packed_OP.nbytes
+                    if self.progress:
+                        self.progress(self._done_bytes, self.total_bytes)
 
                 stream.write(bytes(end - stream.tell()))
                 tensors.append(_describe(tensor, zeros))
@@ -92,11 +94,6 @@ class Body:
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
         yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
-
-    def _report(self, written_bytes: int) -> None:
-        self._done_bytes += written_bytes
-        if self.progress:
-            self.progress(self._done_bytes, self.total_bytes)
 
 
 def _copy(

@@ -35,14 +35,12 @@ class FileSizes:
     def __init__(
         self, checkpoint: Checkpoint, pre_tokenizer: str | None = None, *, approximate: bool = False
     ) -> None:
-        check_parameters(checkpoint.shape)
         self.checkpoint = checkpoint
-        self._vocabulary: Vocabulary = read_vocabulary(
-            checkpoint, pre_tokenizer, approximate=approximate
-        )
+        self._pre_tokenizer, self._approximate = pre_tokenizer, approximate
 
     def plan(self, mix: Mix, metadata: Metadata | None = None, split_bytes: int = 0) -> Plan:
         """Return what the writer would write."""
+        check_parameters(self.checkpoint.shape)
         known = None  # an importance changes codes, and no size
         return make_plan(
             self.checkpoint, _OUT, mix, known, self._vocabulary, metadata or {}, split_bytes
@@ -62,6 +60,10 @@ class FileSizes:
             total += end - behind
 
         return total
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return read_vocabulary(self.checkpoint, self._pre_tokenizer, approximate=self._approximate)
 
     @cached_property
     def _vocabulary_bytes(self) -> int:

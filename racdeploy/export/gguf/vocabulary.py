@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
@@ -101,6 +100,10 @@ def read_vocabulary(
 
     size = checkpoint.shape.vocab_size
     note = note_normalizer(tokens.tokenizer)
+    merges = []
+    for left, right in read_merges(tokens.tokenizer["model"]):  # spaces as byte-level BPE maps them
+        merges.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
+
     return Vocabulary(
         model="gpt2",
         texts=_fill_gaps(tokens.texts, size),
@@ -109,7 +112,7 @@ def read_vocabulary(
         notes=(*([note] if note else []), *_notes(tokens, special)),
         pre_tokenizer=pre_tokenizer
         or find_pre_tokenizer(tokens.tokenizer, approximate=approximate),
-        merges=tuple(_merges(tokens.tokenizer)),
+        merges=tuple(merges),
     )
 
 
@@ -237,12 +240,6 @@ def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
             f"tokenizer.json has two ids for the token {twice!r}, which llama.cpp cannot load"
         )
     return filled
-
-
-def _merges(tokenizer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield ``left right``; a space inside a part is written as byte-level BPE maps it."""
-    for left, right in read_merges(tokenizer["model"]):
-        yield f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}"
 
 
 def _notes(tokens: Tokens, special: SpecialTokens) -> Iterator[str]:

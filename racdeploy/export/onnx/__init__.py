@@ -15,24 +15,14 @@ from pathlib import PurePosixPath
 
 from racdeploy import packing as packings
 from racdeploy.export.onnx.choice import check_exporter
-from racdeploy.export.onnx.layouts import companions, name_graph
-from racdeploy.export.onnx.measurement import measure
-from racdeploy.export.onnx.writer import export, unpack
+from racdeploy.export.onnx.layouts import companions as companions
+from racdeploy.export.onnx.layouts import name_graph
+from racdeploy.export.onnx.measurement import measure as measure
+from racdeploy.export.onnx.writer import export as export
+from racdeploy.export.onnx.writer import unpack as unpack
 from racdeploy.manifest import ArtifactEntry, GenerationSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
-
-__all__ = [
-    "artifact_path",
-    "check_options",
-    "companions",
-    "export",
-    "is_linear",
-    "measure",
-    "refusal",
-    "unpack",
-    "usage",
-]
 
 BACKEND = "onnxruntime"
 LIBRARY = "onnx"

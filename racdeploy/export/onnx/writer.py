@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -67,7 +66,7 @@ def export(
     chosen = choose(checkpoint, exporter)
     plan = plan_tensors(checkpoint, chosen.graph, quant, VOCABULARY)
 
-    with _open_scratch(out) as scratch:
+    with disk_errors(out), partial_folder(out) as scratch:
         model = wire(chosen.graph, [tensor.graph for tensor in plan])
         writer = _Writer(checkpoint, plan, packing, model, scratch / out.name)
         properties = _describe_model(checkpoint, metadata)
@@ -77,8 +76,10 @@ def export(
 
         notes = [chosen.note, *note_clients(checkpoint.shape), *writer.packer.complete()]
         unpacked_sha256 = ""
-        if writer.is_packed:
-            unpacked_sha256 = _hash_unpacked(scratch / out.name)
+        if writer.is_packed:  # of the graph that is restored from what was written
+            with partial_folder(scratch / out.name) as again:
+                plain = _write_plain(scratch / out.name, again, out.name)
+                unpacked_sha256 = file_sha256(plain)
         files = _move_in(scratch, out)
 
     unread = () if writer.is_packed else writer.packer.files_beside(out.name)
@@ -111,7 +112,7 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     if not plain.parent.is_dir():
         raise UsageError(f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}")
 
-    with _open_scratch(plain) as scratch:
+    with disk_errors(plain), partial_folder(plain) as scratch:
         _write_plain(packed, scratch, plain.name)
         for written in sorted(scratch.iterdir()):
             refuse_another(plain.with_name(written.name), file_sha256(written))
@@ -228,13 +229,6 @@ def _describe_model(checkpoint: Checkpoint, metadata: Metadata) -> dict[str, str
     return properties | {key: str(value) for key, value in metadata.items()}
 
 
-@contextmanager
-def _open_scratch(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out``, so that finished files are moved within one disk."""
-    with disk_errors(out), partial_folder(out) as scratch:
-        yield scratch
-
-
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its place, the graph last, and return its files' hashes."""
     beside = [data_name(out.name)]
@@ -249,12 +243,6 @@ def _move_in(scratch: Path, out: Path) -> dict[str, str]:
         (scratch / name).replace(out.parent / name)
 
     return {name: file_sha256(out.parent / name) for name in names}
-
-
-def _hash_unpacked(packed: Path) -> str:
-    """Return the hash of the graph that a packed one stands for, restored from what was written."""
-    with partial_folder(packed) as scratch:
-        return file_sha256(_write_plain(packed, scratch, packed.name))
 
 
 def _write_plain(packed: Path, folder: Path, name: str) -> Path:

@@ -65,10 +65,6 @@ class Cut:
     layouts: Sequence[Layout]
     counts: Sequence[int]
 
-    def leaves_whole(self, place: int) -> bool:
-        """Return whether the part keeps all its units in a block."""
-        return self.counts[place] == self.layouts[place].units
-
 
 def list_cuts(shape: ModelShape, outline: Outline, structure: Structure) -> list[Cut]:
     """Return the cuts of an outline in forward order."""

@@ -44,6 +44,7 @@ def decide_outline(session: Session, structure: Structure) -> Outline:
 
 
 def _decide(session: Session, structure: Structure) -> Outline:
+    """Choose blocks, then the units of each part in each: by a survey, or as many everywhere."""
     shape = session.blocks.shape
     criterion = plugins.load("criteria", structure.criterion)
     outline = whole(shape)
@@ -56,35 +57,22 @@ def _decide(session: Session, structure: Structure) -> Outline:
     for part in list_parts(structure, "block"):
         layouts[part] = outline.layouts(shape, part, structure)
 
-    units = _share_out(session, criterion, outline.blocks, layouts, structure)
-    return Outline(outline.blocks, units)
-
-
-def _share_out(
-    session: Session,
-    criterion: ModuleType,
-    blocks: Sequence[int],
-    layouts: Mapping[str, Sequence[Layout]],
-    structure: Structure,
-) -> dict[str, tuple[int, ...]]:
-    """Return for each part the units of each block: by a survey, or as many everywhere."""
     surveyed = {}
     if not structure.uniform and criterion.CALIBRATED:
         surveyed = {part: own for part, own in layouts.items() if not own[0].alike}
-
     curves = {}
     if surveyed:
-        curves = _survey(session, criterion, blocks, surveyed, structure)
-    units = {}
+        curves = _survey(session, criterion, outline.blocks, surveyed, structure)
 
+    units = {}
     for part, own in layouts.items():
         share = structure.share(part)
+        counts = keep_alike(own, share, uniform=structure.uniform)
         if part in curves:
-            units[part] = tuple(allocate_units(own, curves[part], share))
-        else:
-            units[part] = tuple(keep_alike(own, share, uniform=structure.uniform))
+            counts = allocate_units(own, curves[part], share)
+        units[part] = tuple(counts)
 
-    return units
+    return Outline(outline.blocks, units)
 
 
 def _survey(

@@ -38,10 +38,6 @@ class Activations:
                 self._offsets[index] = spilled
                 spilled += size
 
-        if spilled:
-            with disk_errors(file), file.open("wb") as stream:
-                stream.truncate(spilled)
-
     def __getitem__(self, index: int) -> torch.Tensor:
         if index not in self._offsets:
             return self._kept[index]
@@ -62,9 +58,11 @@ class Activations:
             self._kept[index] = hidden
             return
 
-        with disk_errors(self._file), self._file.open("r+b", buffering=0) as stream:
-            stream.seek(self._offsets[index])
-            stream.write(hidden.contiguous().numpy().data)
+        with disk_errors(self._file):
+            self._file.touch()
+            with self._file.open("r+b", buffering=0) as stream:
+                stream.seek(self._offsets[index])
+                stream.write(hidden.contiguous().numpy().data)
 
     def close(self) -> None:
         """Give memory and disk back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -38,15 +39,13 @@ class BlockFiles:
             yield name, self._processes.spread(value)
 
     def rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
-        report = self._report(index)
-        found = self._processes.ask_first(lambda: read_json(report))
+        found = self._read_report(index)
         linears = [LinearRow.model_validate(row) for row in found["linears"]]
         return linears, BlockRow.model_validate(found["block"])
 
     def kept(self, index: int) -> Kept:
         """Return which units of each part stay in a block; parts that are whole are not in it."""
-        report = self._report(index)
-        kept: Kept = self._processes.ask_first(lambda: read_json(report).get("kept", {}))
+        kept: Kept = self._read_report(index).get("kept", {})
         return kept
 
     def write_weights(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,6 +73,9 @@ class BlockFiles:
             rows = [row.model_dump() for row in linears]
             values = {"linears": rows, "block": block.model_dump(), "kept": kept}
             write_atomic(self._report(index), json.dumps(values, indent=1))
+
+    def _read_report(self, index: int) -> Any:
+        return self._processes.ask_first(lambda: read_json(self._report(index)))
 
     def _weights(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"

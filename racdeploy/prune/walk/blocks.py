@@ -232,13 +232,9 @@ class Blocks:
             seen.append(inputs)
             raise _Reached
 
-        handle = block.get_submodule(name).register_forward_pre_hook(stop)
-
-        try:
-            with suppress(_Reached):
-                self.forward(block, hidden_BTD, known, beside, to_end=False)
-        finally:
-            handle.remove()
+        hook = block.get_submodule(name).register_forward_pre_hook(stop)
+        with hook, suppress(_Reached):
+            self.forward(block, hidden_BTD, known, beside, to_end=False)
 
         return seen[0]
 

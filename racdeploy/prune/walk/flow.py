@@ -19,6 +19,7 @@ from racdeploy.prune.walk.blocks import Blocks
 from racdeploy.prune.walk.routing import Routed
 
 KEPT_BYTES = 2 << 30
+"""Of inputs on disk; later batches compute theirs each time."""
 
 
 class Flow:
@@ -30,14 +31,13 @@ class Flow:
         batches: Sequence[Batch],
         folder: Path,
         name: str,
-        kept_bytes: int = KEPT_BYTES,  # inputs on disk; later batches compute theirs each time
     ) -> None:
-        self._blocks = blocks
+        self._blocks, self._batches = blocks, batches
         self.hidden = Activations(blocks.shapes(batches), folder / f"hidden-{name}.bin")
-        self._besides = Besides(blocks.shape, blocks.device, batches, folder, name)
+        self.besides = Besides(blocks.shape, blocks.device, batches, folder, name)
 
         widths = blocks.end_widths()
-        kept = _choose_kept(batches, sum(widths.values()), kept_bytes)
+        kept = _choose_kept(batches, sum(widths.values()))
 
         self._inputs: dict[int, Activations] = {}
 
@@ -48,13 +48,19 @@ class Flow:
 
         self._known: list[set[int]] = [set() for _ in kept]  # groups with an input in this block
 
+    def enter(self, indices: Sequence[int]) -> None:
+        """Let some batches come before the first block."""
+        chosen = [self._batches[index] for index in indices]
+        for index, hidden_BTD in zip(indices, self._blocks.embed(chosen), strict=True):
+            self.hidden[index] = hidden_BTD
+
     def input(
         self, block: nn.Module, group: int, index: int, *, final: bool = True
     ) -> torch.Tensor:
         """Return what reaches a group of linears; ``final``: nothing before it changes any more."""
         linear = self._blocks.groups(block)[group][0]
         known = {place: x for place, x in self._inputs_of(index).items() if place < group}
-        beside = self._besides[index]
+        beside = self.besides[index]
         found_BTI = self._blocks.input(block, linear, self.hidden[index], known, beside)
 
         if final and group in self._inputs and index < len(self._known):
@@ -65,12 +71,12 @@ class Flow:
 
     def routed(self, block: nn.Module, index: int) -> Routed:
         """Return what reaches the experts of a block, whose attention does not change any more."""
-        known, beside = self._inputs_of(index), self._besides[index]
+        known, beside = self._inputs_of(index), self.besides[index]
         return self._blocks.routed(block, self.hidden[index], known, beside)
 
     def output(self, block: nn.Module, index: int) -> torch.Tensor:
         """Return what a block makes of a batch, which stays before it."""
-        known, beside = self._inputs_of(index), self._besides[index]
+        known, beside = self._inputs_of(index), self.besides[index]
         return self._blocks.forward(block, self.hidden[index], known, beside)
 
     def leave(self, block: nn.Module, index: int) -> torch.Tensor:
@@ -83,7 +89,7 @@ class Flow:
 
     def close(self) -> None:
         """Give memory and disk back."""
-        self._besides.close()
+        self.besides.close()
         for activations in (self.hidden, *self._inputs.values()):
             activations.close()
 
@@ -92,14 +98,14 @@ class Flow:
         return {group: self._inputs[group][index] for group in known}
 
 
-def _choose_kept(batches: Sequence[Batch], width: int, kept_bytes: int) -> list[Batch]:
+def _choose_kept(batches: Sequence[Batch], width: int) -> list[Batch]:
     """Return the first calibration batches whose inputs, ``width`` together, fit."""
     kept = []
     size_bytes = 0
 
     for batch in batches:
         size_bytes += 4 * batch.ids_BT.numel() * width
-        if batch.held_out or size_bytes > kept_bytes:
+        if batch.held_out or size_bytes > KEPT_BYTES:
             break
 
         kept.append(batch)

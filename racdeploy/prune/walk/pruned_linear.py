@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,8 @@ class PrunedLinear:
     error: RelativeError  # on held-out traces, against the target
     importance_I: torch.Tensor  # mean squared input
     tokens: int
-    routed: int | None = None  # calibration tokens of the expert that it belongs to
-    pooled: bool = False  # whether those of all experts decided
+    routed: int | None  # calibration tokens of the expert that it belongs to
+    pooled: bool  # whether those of all experts decided
 
     def spread(self, processes: Processes, owner: int, *, target: bool) -> PrunedLinear:
         """Return the linear as its owner has it; the targets are all the same unless ``target``."""
@@ -65,16 +65,11 @@ def remember_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[st
     def remember(name: str, module: nn.Module, _: Any, output_BTO: torch.Tensor) -> None:
         outputs[name] = without_bias(module, output_BTO)
 
-    handles = []
-    for name in names:
-        hook = partial(remember, name)
-        handles.append(block.get_submodule(name).register_forward_hook(hook))
-
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hook = partial(remember, name)
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -88,16 +83,11 @@ def measure_outputs(
 
     ``dense``: outputs of the dense model, for linears that had more inputs there.
     """
-    handles = []
-    for name, linear in pruned.items():
-        hook = partial(_add_error, linear, batch, dense.get(name))
-        handles.append(block.get_submodule(name).register_forward_hook(hook))
-
-    try:
+    with ExitStack() as hooks:
+        for name, linear in pruned.items():
+            hook = partial(_add_error, linear, batch, dense.get(name))
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_error(

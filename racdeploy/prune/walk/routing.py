@@ -49,9 +49,5 @@ def remember_routing(block: nn.Module, experts: str) -> Iterator[list[Routed]]:
     def remember(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         seen.append(Routed(*given))
 
-    handle = block.get_submodule(experts).register_forward_pre_hook(remember)
-
-    try:
+    with block.get_submodule(experts).register_forward_pre_hook(remember):
         yield seen
-    finally:
-        handle.remove()

@@ -32,9 +32,6 @@ class InputStatistic:
     dense: Sequence[torch.Tensor] = ()  # what makes that output, where it has more inputs
     weight: float = field(init=False)  # after :meth:`share`: of all tokens
     importance_I: torch.Tensor = field(init=False)  # after :meth:`share`: mean squared input
-    _sums: list[torch.Tensor] = field(init=False)
-    _drift: torch.Tensor = field(init=False)  # W D, a row per output, where smaller than D
-    _weight: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         I = self.width
@@ -44,6 +41,7 @@ class InputStatistic:
 
         zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
         self._weight = zeros(())
+        # W D, a row per output, where smaller than D.
         self._drift = zeros(rows if self.match else 0, I)
         self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
 

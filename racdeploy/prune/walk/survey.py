@@ -45,8 +45,8 @@ def survey(
     found: dict[str, Observation] = {}
 
     with closing(Flow(blocks, session.fitted, session.folder, "survey")) as flow:
-        for place, hidden_BTD in enumerate(blocks.embed(session.fitted)):
-            flow.hidden[place] = hidden_BTD
+        fitted = range(len(session.fitted))
+        flow.enter(fitted)
 
         for index in range(blocks.shape.block_count):
             block = blocks.load(index)
@@ -59,7 +59,7 @@ def survey(
                 effect = partial(effects.measure, linear)
                 found[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
 
-            for place in range(len(session.fitted)):
+            for place in fitted:
                 flow.leave(block, place)
 
             probe_BTD = effects.output_BTD

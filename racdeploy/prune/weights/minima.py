@@ -8,8 +8,6 @@ Source: ``block_q4_K`` and ``block_q2_K`` in ggml-common.h; ``make_qkx2_quants``
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from racdeploy.prune.weights.scales import CHUNK_WEIGHTS, divisor, nearest_steps
@@ -20,19 +18,16 @@ from racdeploy.quant import MinimumGrid
 SPANS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
 
-class Lines(NamedTuple):
-    """Of each group: its step, its minimum, and the unit that both are whole numbers of."""
+def start_lines(
+    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: MinimumGrid
+) -> tuple[torch.Tensor, ...]:
+    """Return lines of small error, weighed by the inputs.
 
-    step_OG: torch.Tensor
-    minimum_OG: torch.Tensor
-    unit_OG: torch.Tensor
-
-
-def start_lines(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: MinimumGrid) -> Lines:
-    """Return lines of small error, weighed by the inputs."""
+    Of each group these are its step, its minimum, and the unit that both are whole numbers of.
+    """
     O, I = weight_OI.shape
     groups = I // quant.GROUP_SIZE
-    found = Lines(*(weight_OI.new_empty(O, groups) for _ in range(3)))
+    found = tuple(weight_OI.new_empty(O, groups) for _ in range(3))
 
     weight_OGS = weight_OI.view(O, groups, quant.GROUP_SIZE)
     energy_1GS = diagonal_I.view(1, groups, quant.GROUP_SIZE)
@@ -49,9 +44,9 @@ def start_lines(weight_OI: torch.Tensor, diagonal_I: torch.Tensor, quant: Minimu
         over_OGS = code_OGS * step_OG[:, :, None] - weight_OGS[chunk]
         mean_OG = (over_OGS * energy_1GS).sum(2) / energy_1GS.sum(2)
 
-        found.step_OG[chunk] = step_OG
-        found.minimum_OG[chunk] = nearest_minima(mean_OG, unit_OG, quant)
-        found.unit_OG[chunk] = unit_OG
+        minimum_OG = nearest_minima(mean_OG, unit_OG, quant)
+        for own_OG, chosen_OG in zip(found, (step_OG, minimum_OG, unit_OG), strict=True):
+            own_OG[chunk] = chosen_OG
 
     return found
 

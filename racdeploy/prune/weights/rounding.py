@@ -90,7 +90,8 @@ def _descend(search: _Search) -> None:
 
         search.visit(start, min(start + width, I), scales=True)
 
-    search.recompute_pull()
+    off_OI = search.target_OI - search.weight_OI
+    torch.matmul(off_OI, search.H_II, out=search.pull_OI)
 
     for _ in range(SCALE_SWEEPS):
         search.visit(0, I, scales=True)
@@ -128,10 +129,6 @@ class _Search:
         weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
         H_CC = self.H_II[start:, start:]
         descend(weight_OC, pull_OC, self.free_OI[:, start:], H_CC, DESCENT_STEPS)
-
-    def recompute_pull(self) -> None:
-        off_OI = self.target_OI - self.weight_OI
-        torch.matmul(off_OI, self.H_II, out=self.pull_OI)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
         """Move each weight (with ``scales``, scales too) to its best value; return if any moved."""

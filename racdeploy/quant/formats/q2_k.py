@@ -28,22 +28,15 @@ _LAYOUT = np.dtype(
 )
 
 
-def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return step_OG, the scale of every group of 16."""
-    step_code_OXG = _BLOCKS.view(packed_OP)["numbers"] & 15
-    step_OXG = step_code_OXG * _BLOCKS.scales(packed_OP)[:, :, None]
-    return step_OXG.reshape(len(packed_OP), -1)
+def _read_step_codes(block_OX: NDArray[np.void]) -> NDArray[np.uint8]:
+    return np.asarray(block_OX["numbers"] & 15)
 
 
-def _pack(lines: Lines) -> NDArray[np.void]:
+def _fill(block_N: NDArray[np.void], lines: Lines) -> None:
     code_NGS = lines.code_NGS.astype(np.uint8)
-
-    block_N = np.empty(len(code_NGS), _LAYOUT)
-    block_N["scale"] = lines.scale_N
     block_N["minimum_scale"] = lines.scale_N * np.float16(MINIMUM_UNITS)
     block_N["numbers"] = lines.step_code_NG | lines.minimum_code_NG << 4
     block_N["codes"] = join_pairs(code_NGS.reshape(-1, 2, 4, 32)).reshape(-1, 64)
-    return block_N
 
 
 _BLOCKS = ExactBlocks(
@@ -51,7 +44,8 @@ _BLOCKS = ExactBlocks(
     _LAYOUT,
     (BLOCK // GROUP_SIZE, GROUP_SIZE),
     LineFinder(CODES[1], STEP_CODES[1], MINIMA[1], MINIMUM_UNITS, ZERO_CODE),
-    _pack,
+    _fill,
+    _read_step_codes,
 )
 quantize = _BLOCKS.quantize
-scales = _BLOCKS.scales
+steps, scales = _BLOCKS.steps, _BLOCKS.scales

@@ -27,23 +27,11 @@ _LAYOUT = np.dtype(
 _SHIFTS = (0, 2, 4, 6)  # of two bits in a byte
 
 
-def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return step_OG, the scale of every group of 16."""
-    step_code_OXG = _unpack_step_codes(_BLOCKS.view(packed_OP)["step_codes"])
-    scale_OX1 = _BLOCKS.scales(packed_OP)[:, :, None]
-    step_OXG = step_code_OXG * scale_OX1
-    return step_OXG.reshape(len(packed_OP), -1)
-
-
-def _pack(blocks: multiples.Blocks) -> NDArray[np.void]:
+def _fill(block_N: NDArray[np.void], blocks: multiples.Blocks) -> None:
     code_NGS = blocks.code_NGS - CODES[0]
     step_code_NG = blocks.step_code_NG - STEP_CODES[0]
-
-    block_N = np.empty(len(code_NGS), _LAYOUT)
     block_N["high"], block_N["low"] = _pack_codes(code_NGS.astype(np.uint8))
     block_N["step_codes"] = _pack_step_codes(step_code_NG.astype(np.uint8))
-    block_N["scale"] = blocks.scale_N
-    return block_N
 
 
 def _pack_codes(code_NGS: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -65,8 +53,8 @@ def _pack_step_codes(step_code_NG: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.concatenate([low_N8, high_N4], axis=1)
 
 
-def _unpack_step_codes(packed_OXP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    low_OX8, high_OX4 = np.split(packed_OXP, [8], axis=2)
+def _read_step_codes(block_OX: NDArray[np.void]) -> NDArray[np.float32]:
+    low_OX8, high_OX4 = np.split(block_OX["step_codes"], [8], axis=2)
     low_OXG = np.concatenate([low_OX8 & 15, low_OX8 >> 4], axis=2)
     high_OXG = np.concatenate([high_OX4 >> shift & 3 for shift in _SHIFTS], axis=2)
     stored_OXG: NDArray[np.uint8] = low_OXG | high_OXG << 4
@@ -78,7 +66,8 @@ _BLOCKS = ExactBlocks(
     _LAYOUT,
     (BLOCK // GROUP_SIZE, GROUP_SIZE),
     multiples.Finder(CODES, STEP_CODES),
-    _pack,
+    _fill,
+    _read_step_codes,
 )
 quantize = _BLOCKS.quantize
-scales = _BLOCKS.scales
+steps, scales = _BLOCKS.steps, _BLOCKS.scales

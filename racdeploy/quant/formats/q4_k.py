@@ -28,28 +28,20 @@ _LAYOUT = np.dtype(
 )
 
 
-def steps(packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return step_OG, the scale of every group of 32."""
-    number_OXP = _BLOCKS.view(packed_OP)["numbers"]
-    first_OX4, _, rest_OX4 = np.split(number_OXP, 3, axis=2)
+def _read_step_codes(block_OX: NDArray[np.void]) -> NDArray[np.uint8]:
+    first_OX4, _, rest_OX4 = np.split(block_OX["numbers"], 3, axis=2)
     later_OX4 = rest_OX4 & 15 | first_OX4 >> 6 << 4
-    step_code_OXG = np.concatenate([first_OX4 & 63, later_OX4], axis=2)
-    step_OXG = step_code_OXG * _BLOCKS.scales(packed_OP)[:, :, None]
-    return step_OXG.reshape(len(packed_OP), -1)
+    return np.concatenate([first_OX4 & 63, later_OX4], axis=2)
 
 
-def _pack(lines: Lines) -> NDArray[np.void]:
+def _fill(block_N: NDArray[np.void], lines: Lines) -> None:
     code_NGS = lines.code_NGS.astype(np.uint8)
-
-    block_N = np.empty(len(code_NGS), _LAYOUT)
-    block_N["scale"] = lines.scale_N
     block_N["minimum_scale"] = lines.scale_N * np.float16(MINIMUM_UNITS)
     block_N["numbers"] = _pack_numbers(
         lines.step_code_NG.astype(np.uint8), lines.minimum_code_NG.astype(np.uint8)
     )
     pair_N4P = numpy_ggml.pair_nibbles(code_NGS.reshape(-1, 4, 64))  # of two groups a byte
     block_N["codes"] = pair_N4P.reshape(-1, 128)
-    return block_N
 
 
 def _pack_numbers(step_NG: NDArray[np.uint8], minimum_NG: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -71,7 +63,8 @@ _BLOCKS = ExactBlocks(
     _LAYOUT,
     (BLOCK // GROUP_SIZE, GROUP_SIZE),
     LineFinder(CODES[1], STEP_CODES[1], MINIMA[1], MINIMUM_UNITS, ZERO_CODE),
-    _pack,
+    _fill,
+    _read_step_codes,
 )
 quantize = _BLOCKS.quantize
-scales = _BLOCKS.scales
+steps, scales = _BLOCKS.steps, _BLOCKS.scales

@@ -111,9 +111,11 @@ def run_module(
     An EngineError says that it failed or died, with the last line that it wrote. ``model`` is the
     folder that it reads, by whose size its limits grow; ``python`` that of another environment.
     """
-    outcome = child.run_module(
-        module, *arguments, variables=_QUIET, limits=limits_for(model), python=python
-    )
+    # What no healthy export comes near: it takes up to 7 float32 copies of the weights.
+    size_bytes = sum(file.stat().st_size for file in model.iterdir() if file.is_file())
+    seconds = _BASE_SECONDS + int(_SECONDS_PER_BYTE * size_bytes)
+    limits = child.Limits(_BASE_BYTES + _COPIES * size_bytes, seconds)
+    outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits, python=python)
     if outcome.failure:
         raise EngineError(
             f"{what} {outcome.failure}", remedy="free memory, or update it; try another exporter"
@@ -135,11 +137,3 @@ def write_graph(
     if not graph.is_file():
         raise EngineError(f"{what} ended without an error and without a graph")
     return graph
-
-
-def limits_for(model: Path) -> child.Limits:
-    """Return what no healthy export comes near: it takes up to 7 float32 copies of the weights."""
-    size_bytes = sum(file.stat().st_size for file in model.iterdir() if file.is_file())
-    return child.Limits(
-        _BASE_BYTES + _COPIES * size_bytes, _BASE_SECONDS + int(_SECONDS_PER_BYTE * size_bytes)
-    )
