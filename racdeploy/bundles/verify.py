@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from racdeploy.bundles.harness import HarnessComparison
     from racdeploy.bundles.server_answers import ServerAnswerer
 
+_NO_LOGITS = "logits were compared when the bundle was built: that needs the dense model and torch"
 _AS_BUILT = (
     "model", "target", "linears", "blocks", "structure", "kept", "recovery", "deviations",
 )  # fmt: skip
@@ -140,10 +141,8 @@ class ArtifactAnswerer:
         control = describe_control(generation.max_thinking_tokens, generation.thinking)
         if control and generation.thinking != NO_CONTROL:
             ran.append(f"the pruned model ran as it ships, its thinking under control: {control}")
-        logits = "logits were compared when the bundle was built: "
-        logits += "that needs the dense model and torch"
 
-        return evidence, [*notes, *ran, *note_earlier(earlier), logits]
+        return evidence, [*notes, *ran, *note_earlier(earlier), _NO_LOGITS]
 
     def answer(
         self,

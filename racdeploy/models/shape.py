@@ -103,27 +103,28 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
 
     layer_types = _list_layer_types(settings, family, count)
     key_sources = _find_key_sources(settings, layer_types)
-    kinds: list[tuple[str, ...]] = []
-    for block, kind in enumerate(layer_types):
-        kinds.append((kind, "own_keys") if key_sources[block] == block else (kind,))
+    kinds: list[tuple[str, ...]] = [
+        (kind, "own_keys") if source == block else (kind,)
+        for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True))
+    ]
 
     input_groups = [family.groups_of(own) for own in kinds]
-    linears = []
-    linear_weights = []
-    for block, groups in enumerate(input_groups):
-        own = [name for group in groups for name in name_experts(group, experts)]
-        linears.append(own)
-        linear_weights += [f"{family.blocks}.{block}.{linear}.weight" for linear in own]
+    linears = [
+        [name for group in groups for name in name_experts(group, experts)]
+        for groups in input_groups
+    ]
+    linear_weights = [
+        f"{family.blocks}.{block}.{linear}.weight"
+        for block, own in enumerate(linears)
+        for linear in own
+    ]
 
     heads = int(config.get("num_key_value_heads") or settings.integer("num_attention_heads"))
     head_dim = read_head_dim(settings)
     cut_widths = widths.read(config, count, where)
     own_widths = {**family.find_widths(config), **cut_widths}
-    by_setting = {}
-    for setting in widths.SETTINGS.values():
-        same = heads if setting == "num_key_value_heads" else settings.integer(setting)
-        by_setting[setting] = tuple(own_widths.get(setting, [same] * count))
     head_dims = own_widths.get("head_dim", [head_dim] * count)
+    by_setting = _list_widths(settings, own_widths, heads, count)
 
     rope = read_rope(config)
     is_exact = rope["rope_type"] == "yarn" and rope.get("truncate") is False
@@ -154,6 +155,17 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
         input_groups=input_groups,
         linears=linears,
     )
+
+
+def _list_widths(
+    settings: Settings, own: Mapping[str, Sequence[int]], heads: int, block_count: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the value of each setting of :data:`widths.SETTINGS` in each block."""
+    found = {}
+    for setting in widths.SETTINGS.values():
+        same = heads if setting == "num_key_value_heads" else settings.integer(setting)
+        found[setting] = tuple(own.get(setting, [same] * block_count))
+    return found
 
 
 def _list_layer_types(settings: Settings, family: Family, block_count: int) -> tuple[str, ...]:

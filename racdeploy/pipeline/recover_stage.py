@@ -115,8 +115,7 @@ class RecoverStage:
             )
 
         given = self._list_given(model, chosen.calibration, held_out)
-        course = self.course(Path(), name, given)
-        phases = list_phases(self.settings, choose_ways(course))
+        phases = list_phases(self.settings, choose_ways(self.course(Path(), name, given)))
         following = [*phases, None]
         state = start = _ask(collect, dense, following.pop(0), model.folder)
 

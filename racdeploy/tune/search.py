@@ -231,8 +231,7 @@ class Search:
         raced = self._choose_contestants()
         reference = self.reference
         by_name = {entry.name: entry for entry in (*raced, reference)}
-        seconds = 0.0
-        answers = 0
+        seconds, answers = 0.0, 0
 
         def ask(name: str, count: int) -> Scores:
             nonlocal seconds, answers
@@ -250,9 +249,8 @@ class Search:
             return entry.scores
 
         def has_time(more: int) -> bool:
-            verified = 3 * len(self.job.problems("evaluation"))
             each_s = seconds / answers
-            self.budget.learn("verify", each_s * verified)
+            self.budget.learn("verify", each_s * 3 * len(self.job.problems("evaluation")))
             return each_s * more <= self.budget.left_s("race")
 
         least_ratio = self.job.recipe.tune.least_ratio
