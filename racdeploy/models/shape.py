@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from racdeploy.errors import ModelError
@@ -30,7 +31,6 @@ class ModelShape(Settings):
         is_rotary: whether any block has a rotary embedding.
         rounds_ramp: whether llama.cpp rounds where YaRN's ramp begins and ends, and the model not.
         is_uniform: whether all blocks are of the widths that the family gives them.
-        linear_weights: names of the weights of linears that can be pruned, in forward order.
         layer_types: ``full_attention``, ``sliding_attention``, or what a family has.
         key_sources: the block whose keys and values it takes: its own, or an earlier one.
         kinds: its layer type, and ``own_keys`` where it makes keys of its own.
@@ -41,7 +41,6 @@ class ModelShape(Settings):
         sizes: what the letters of a family's shapes stand for.
         input_groups: prunable linears by the input they share, in forward order; those of experts
             are there once, with ``*`` for a number.
-        linears: prunable linears, without ``.weight``, in forward order.
     """
 
     family: Family
@@ -56,7 +55,6 @@ class ModelShape(Settings):
     is_rotary: bool
     rounds_ramp: bool
     is_uniform: bool
-    linear_weights: tuple[str, ...]
 
     layer_types: tuple[str, ...]
     key_sources: tuple[int, ...]
@@ -67,7 +65,23 @@ class ModelShape(Settings):
     widths: Mapping[str, tuple[int, ...]]
     sizes: Sequence[Mapping[str, int]]
     input_groups: Sequence[InputGroups]
-    linears: Sequence[Sequence[str]]
+
+    @cached_property
+    def linears(self) -> list[list[str]]:
+        """Prunable linears of each block, without ``.weight``, in forward order."""
+        return [
+            [name for group in groups for name in name_experts(group, self.num_experts)]
+            for groups in self.input_groups
+        ]
+
+    @cached_property
+    def linear_weights(self) -> tuple[str, ...]:
+        """Names of the weights of linears that can be pruned, in forward order."""
+        return tuple(
+            f"{self.family.blocks}.{block}.{linear}.weight"
+            for block, own in enumerate(self.linears)
+            for linear in own
+        )
 
     @property
     def positions(self) -> int:
@@ -109,25 +123,15 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
     ]
 
     input_groups = [family.groups_of(own) for own in kinds]
-    linears = [
-        [name for group in groups for name in name_experts(group, experts)]
-        for groups in input_groups
-    ]
-    linear_weights = [
-        f"{family.blocks}.{block}.{linear}.weight"
-        for block, own in enumerate(linears)
-        for linear in own
-    ]
 
     heads = int(config.get("num_key_value_heads") or settings.integer("num_attention_heads"))
-    head_dim = read_head_dim(settings)
     cut_widths = widths.read(config, count, where)
     own_widths = {**family.find_widths(config), **cut_widths}
+    head_dim = read_head_dim(settings)
     head_dims = own_widths.get("head_dim", [head_dim] * count)
     by_setting = _list_widths(settings, own_widths, heads, count)
 
     rope = read_rope(config)
-    is_exact = rope["rope_type"] == "yarn" and rope.get("truncate") is False
     return ModelShape(
         config,
         where,
@@ -141,9 +145,8 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
         state_width=streams * hidden_size,
         rope=rope,
         is_rotary=not family.rope_switch or config.get(family.rope_switch) == "rope",
-        rounds_ramp=family.rounds_ramp and is_exact,
+        rounds_ramp=family.rounds_ramp and _is_untruncated(rope),
         is_uniform=not cut_widths,
-        linear_weights=tuple(linear_weights),
         layer_types=layer_types,
         key_sources=key_sources,
         kinds=kinds,
@@ -153,8 +156,11 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
         widths=by_setting,
         sizes=_list_sizes(settings, family, by_setting, head_dims),
         input_groups=input_groups,
-        linears=linears,
     )
+
+
+def _is_untruncated(rope: Mapping[str, Any]) -> bool:
+    return rope["rope_type"] == "yarn" and rope.get("truncate") is False
 
 
 def _list_widths(
