@@ -22,12 +22,19 @@ from __future__ import annotations
 
 
 class RacdeployError(Exception):
-    """What is wrong, with its values; the remedy is the next step, as a command if there is one."""
+    """A short stable code for scripts, what is wrong with its values, and what to do about it.
+
+    Args:
+        code: two to four words such as ``no-config``: kept when the sentence is improved.
+        message: what happened, and where.
+        remedy: the next step, as a command if there is one.
+    """
 
     exit_code = 4
 
-    def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, code: str, message: str, *, remedy: str = "") -> None:
+        super().__init__(code, message)  # both, so that a pickled error comes back
+        self.code = code
         self.message = message
         self.remedy = remedy
 
@@ -89,6 +96,7 @@ class MissingExtraError(EnvironmentFailure):
     def __init__(self, package: str, extra: str) -> None:
         which = "which are" if "," in package else "which is"
         super().__init__(
+            "missing-extra",
             f"this needs {package}, {which} not installed",
             remedy=f'pip install "racdeploy[{extra}]"',
         )

@@ -99,6 +99,7 @@ class ArtifactEntry(_Entry):
         name = file.resolve().relative_to(bundle.resolve()).as_posix()
         if name not in self.companions:
             raise ArtifactError(
+                "file-not-listed",
                 f"{file} was used, and the manifest does not list it",
                 remedy="remove it, or copy the bundle again",
             )
@@ -221,7 +222,9 @@ class Manifest(_Entry):
             manifest = cls.model_validate(read_json(file, MOST_MANIFEST_BYTES, once=True))
         except ValidationError as error:
             raise ArtifactError(
-                f"{file}: {name_problem(error)}", remedy="build the bundle again"
+                "invalid-manifest",
+                f"{file}: {name_problem(error)}",
+                remedy="build the bundle again",
             ) from error
 
         for entry in manifest.artifacts:
@@ -229,7 +232,8 @@ class Manifest(_Entry):
                 _check_inside(bundle, name)
             if entry.files.get(entry.path) != entry.sha256:
                 raise ArtifactError(
-                    f"{file}: the files of {entry.path!r} lack it, or have another hash for it"
+                    "invalid-manifest",
+                    f"{file}: the files of {entry.path!r} lack it, or have another hash for it",
                 )
             _check_size(bundle, entry)
 
@@ -259,7 +263,7 @@ def _refuse_place(place: Path) -> ArtifactError:
     """Return the error for a place that is no bundle, which says what it is."""
     remedy = "give the folder that racdeploy build wrote: its last line names it"
     if not place.exists():
-        return ArtifactError(f"there is no folder {place}", remedy=remedy)
+        return ArtifactError("no-such-folder", f"there is no folder {place}", remedy=remedy)
 
     message = f"{place} is not a bundle: it has no {MANIFEST_NAME}"
     if place.suffix == ".gguf":
@@ -268,7 +272,7 @@ def _refuse_place(place: Path) -> ArtifactError:
     elif (place / "config.json").is_file():
         message = f"{place} is a model folder, not a bundle"
         remedy = f"racdeploy build {place} makes a bundle of it"
-    return ArtifactError(message, remedy=remedy)
+    return ArtifactError("not-a-bundle", message, remedy=remedy)
 
 
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
@@ -279,6 +283,7 @@ def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
 
 def _differs(file: Path, expected: str) -> ArtifactError:
     return ArtifactError(
+        "differs-from-manifest",
         f"{file} differs from its manifest: SHA-256 is not {expected[:16]}…",
         remedy="copy the bundle again, or build it again",
     )
@@ -288,6 +293,7 @@ def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
     there = sum((bundle / name).stat().st_size for name in entry.files)
     if entry.size_bytes > there:
         raise ArtifactError(
+            "artifact-cut-off",
             f"{bundle / MANIFEST_NAME} gives {entry.path!r} {entry.size_bytes:,} bytes, its files "
             f"have {there:,}",
             remedy="copy the bundle again, whole",
@@ -297,8 +303,13 @@ def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
 def _check_inside(bundle: Path, name: str) -> None:
     path = (bundle / name).resolve()
     if not path.is_relative_to(bundle.resolve()):
-        raise ArtifactError(f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}")
+        raise ArtifactError(
+            "path-outside-bundle",
+            f"{bundle / MANIFEST_NAME} names a path outside the bundle: {name!r}",
+        )
     if not os.path.isfile(path):  # also where the name is too long
         raise ArtifactError(
-            f"{path} is listed in the manifest and missing", remedy="copy the bundle again"
+            "bundle-file-missing",
+            f"{path} is listed in the manifest and missing",
+            remedy="copy the bundle again",
         )

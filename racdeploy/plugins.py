@@ -78,7 +78,9 @@ def load(kind: str, name: str) -> ModuleType:
             if package in PACKAGES:
                 raise _missing(package) from error
 
-        raise BrokenPluginError(f"{_singular(kind)} {name!r} does not import: {error}") from error
+        raise BrokenPluginError(
+            "broken-plugin", f"{_singular(kind)} {name!r} does not import: {error}"
+        ) from error
 
 
 def constants(kind: str, name: str) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
     reasons = getattr(importlib.import_module(KINDS[kind]), "REFUSED", {})
     if name in reasons:
         message = f"{wanted} is not offered: {reasons[name]}"
-    return UnknownPluginError(message, remedy=f"known: {', '.join(known)}")
+    return UnknownPluginError("unknown-plugin", message, remedy=f"known: {', '.join(known)}")
 
 
 def closest(name: str, known: tuple[str, ...] | list[str]) -> str:

@@ -132,6 +132,7 @@ class Traces(_Part):
             return
 
         raise UsageError(
+            "key-not-allowed",
             f"the recipe file sends the environment variable {self.server_key_env} to {host}",
             remedy=f"if you want that: --allow-key-to {host}",
         )
@@ -260,6 +261,7 @@ class Pruning(_Part):
         if kept_of and inputs % kept_of[1]:
             kept, of = kept_of
             raise UsageError(
+                "pattern-does-not-divide",
                 f"pattern {kept}:{of} does not divide the {inputs} inputs of {weight}",
                 remedy=f"choose an M that divides {inputs}, or --pattern unstructured",
             )

@@ -134,6 +134,7 @@ def _choose(engine: str, stock: str, path: Path, mode: Mode, threads: int) -> Ch
 
     if mode == "require":
         raise EngineError(
+            "kernels-unusable",
             f"sparse kernels are required for {path}, and cannot be used: {asked}",
             remedy="see racdeploy doctor; without --accel require everything runs, too",
         )

@@ -72,6 +72,7 @@ class Target(_Data):
             path = _folder() / f"{name}.toml"
         else:
             raise UnknownPluginError(
+                "unknown-target",
                 f"unknown target {name!r}{plugins.closest(name, cls.names())}",
                 remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
             )
@@ -101,6 +102,7 @@ class Target(_Data):
         """Refuse a format, a number format or a verified context that this target cannot run."""
         if form not in self.allowed_formats:
             raise UsageError(
+                "format-not-on-target",
                 f"target {self.name!r} cannot run format {form!r}",
                 remedy=f"it runs {', '.join(self.allowed_formats)}; "
                 "choose another target or format",
@@ -108,12 +110,14 @@ class Target(_Data):
 
         if self.allowed_quants and quant not in self.allowed_quants:
             raise UsageError(
+                "quant-not-on-target",
                 f"target {self.name!r} does not take quant {quant!r}: {self.why}",
                 remedy=f"it takes {', '.join(self.allowed_quants)}",
             )
 
         if context_tokens > self.context_tokens:
             raise UsageError(
+                "context-beyond-target",
                 f"target {self.name!r} is made for {self.context_tokens} tokens of context, "
                 f"the recipe verifies with {context_tokens}",
                 remedy="lower verify.context_tokens or choose another target",

@@ -83,7 +83,9 @@ class Plugin:
         try:
             self._library = ctypes.CDLL(str(file))
         except OSError as error:
-            raise EngineError(f"{file} does not load: {error}", remedy=PROVE) from error
+            raise EngineError(
+                "kernels-not-loaded", f"{file} does not load: {error}", remedy=PROVE
+            ) from error
 
         for name, (result, *arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
@@ -185,7 +187,9 @@ def _read_matrices(path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[
             part = blocks_P.data[: tensor.size_bytes]
             stream.seek(tensor.position)
             if stream.readinto(part) < tensor.size_bytes:
-                raise ArtifactError(f"{path} ended while it was read", remedy="copy it again")
+                raise ArtifactError(
+                    "file-became-shorter", f"{path} ended while it was read", remedy="copy it again"
+                )
 
             columns, rows = tensor.dimensions
             yield tensor.name, Matrix(tensor.ggml_type, rows, columns, blocks_P.ctypes.data)

@@ -23,7 +23,7 @@ def enable(path: Path, threads: int, library: Path, proof: Proof) -> Choice | st
         threads: that the model will run on, and that pack it.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
+        raise ArtifactError("no-gguf-file", f"{path} is not a file", remedy="give a .gguf file")
 
     kernels = proof.instruction_set
     plugin = _load(pin(library, proof.sha256))

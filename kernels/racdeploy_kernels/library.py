@@ -41,6 +41,7 @@ def chosen_instruction_set() -> str:
     chosen = os.environ.get(_CHOICE, "")
     if chosen and chosen not in INSTRUCTION_SETS:
         raise UsageError(
+            "unknown-instruction-set",
             f"{_CHOICE} is {chosen!r}, and there are no kernels of that name",
             remedy=f"set it to one of {', '.join(INSTRUCTION_SETS)}, or to nothing for the best",
         )
@@ -72,11 +73,13 @@ def pin(file: Path, sha256: str) -> Path:
         with open(descriptor, "rb", closefd=False) as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise EngineError(f"{file} is not loaded: {error}", remedy=PROVE) from error
+        raise EngineError(
+            "kernels-not-loaded", f"{file} is not loaded: {error}", remedy=PROVE
+        ) from error
 
     if found != sha256:
         os.close(descriptor)
-        raise EngineError(f"{file} is not the one that was tried", remedy=PROVE)
+        raise EngineError("kernels-changed", f"{file} is not the one that was tried", remedy=PROVE)
 
     place = Path(f"/proc/self/fd/{descriptor}")
     return place if sys.platform == "linux" and place.exists() else file

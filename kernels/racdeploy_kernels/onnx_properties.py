@@ -32,7 +32,7 @@ def read_properties(file: Path) -> dict[str, str]:
                 properties[pair.get(_KEY, b"").decode()] = pair.get(_VALUE, b"").decode()
     except (ValueError, OSError) as error:
         raise ArtifactError(
-            f"{file} is not a readable ONNX file: {error}", remedy="copy it again"
+            "damaged-onnx", f"{file} is not a readable ONNX file: {error}", remedy="copy it again"
         ) from error
 
     return properties

@@ -102,7 +102,9 @@ def _read_packed(accel: Path) -> list[Packed]:
                 packed.append(Packed(quant=quant, weights=weights, zeros=float(entry["zeros"])))
     except (RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{accel} does not say what is packed in it: {error}", remedy="export it again"
+            "damaged-onnx",
+            f"{accel} does not say what is packed in it: {error}",
+            remedy="export it again",
         ) from error
 
     return packed

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import EngineError, EnvironmentFailure
 from racdeploy.files.writing import file_sha256
 from racdeploy_kernels.library import pin
 from racdeploy_kernels.proof import Kernels, Proof, readiness
 from racdeploy_kernels.verdicts import Verdict
+from tests.support.errors import raises
 
 pytestmark = [
     pytest.mark.answers("M6"),
@@ -67,7 +67,7 @@ def test_proofs_in_a_folder_that_others_may_write_are_not_used(
     """Nor is one made there, which would run the library; a command says how to mend it."""
     cache.chmod(mode)
     assert f"chmod go-w {cache}" in str(readiness(kernels))
-    with pytest.raises(EnvironmentFailure, match="chmod go-w"):
+    with raises("folder-not-private", "chmod go-w"):
         kernels.prove()
 
 
@@ -101,5 +101,5 @@ def test_a_replaced_library_is_not_loaded(kernels: Kernels, tmp_path: Path) -> N
     sha256 = file_sha256(kernels.library)
     _compile(tmp_path, 8).replace(kernels.library)
     assert "were not tried" in str(readiness(kernels))
-    with pytest.raises(EngineError, match="is not the one that was tried"):
+    with raises("kernels-changed"):
         pin(kernels.library, sha256)

@@ -15,7 +15,6 @@ from kernels.tests.support.plugin import keep_proof
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.backends.onnxruntime import native as _onnx_native
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.export.onnx import export
 from racdeploy.files.writing import file_sha256
 from racdeploy.packing.sparse_matrix import accel_name
@@ -24,6 +23,7 @@ from racdeploy_kernels import proof
 from racdeploy_kernels.ort_operator import find_kernels
 from racdeploy_kernels.proof import Kernels, Proof
 from racdeploy_kernels.verdicts import Verdict
+from tests.support.errors import raises
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 SETTINGS = EngineSettings(128, parallel=2, threads=1)
@@ -112,7 +112,7 @@ def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_pat
             write_proof(kernels, found)
         assert reason in str(choose_graph(model, "auto"))
         assert choose_graph(model, "auto").path == model
-        with pytest.raises(EngineError, match=f"cannot be used: .*{reason}"):
+        with raises("kernels-unusable", reason):
             choose_graph(model, "require")
     write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     other = str(choose_graph(tmp_path / "other.onnx", "auto"))
@@ -138,7 +138,7 @@ def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
     (tmp_path / "m.onnx").write_bytes(model.read_bytes())
     second = model.with_name(accel_name(model.name)).read_bytes()
     (tmp_path / "m.accel.onnx").write_bytes(second[: len(second) // 2])
-    with pytest.raises(ArtifactError, match="m.accel.onnx"):
+    with raises("damaged-onnx", "m.accel.onnx"):
         choose_graph(tmp_path / "m.onnx", "auto")
 
 

@@ -143,11 +143,16 @@ def bench(
     entry = _find_artifact(bundle, manifest, artifact)
     check_what_runs(bundle, manifest, entry)
     if not dense.is_file():
-        raise ArtifactError(f"{dense} is not a file", remedy="give the dense artifact with --dense")
+        raise ArtifactError(
+            "no-dense-artifact",
+            f"{dense} is not a file",
+            remedy="give the dense artifact with --dense",
+        )
 
     context_tokens = manifest.generation.context_tokens
     if load.prompt_tokens + load.new_tokens > context_tokens:
         raise UsageError(
+            "load-beyond-context",
             f"{load.prompt_tokens} and {load.new_tokens} tokens are more than the bundle's context "
             f"of {context_tokens}",
             remedy="lower --prompt-tokens or --new-tokens",
@@ -208,7 +213,7 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
     )
     if entry != manifest.artifacts[0]:
         missing = f"a build makes no dense artifact beside {entry.path}"
-        raise ArtifactError(missing, remedy=build_again)
+        raise ArtifactError("no-dense-artifact", missing, remedy=build_again)
 
     dense = find_dense_arm(read_report(bundle))
 
@@ -217,6 +222,7 @@ def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
 
     name = manifest.base.get("name", "the model")
     raise ArtifactError(
+        "no-dense-artifact",
         f"no stage in {work} holds the dense {dense.quant} artifact of {name}",
         remedy=f"{build_again}; or name the build's folder with --work",
     )
@@ -244,7 +250,11 @@ def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry
             return entry
 
     known = ", ".join(entry.path for entry in manifest.artifacts)
-    raise UsageError(f"{bundle} has no artifact {path!r}", remedy=f"--artifact is one of {known}")
+    raise UsageError(
+        "unknown-artifact",
+        f"{bundle} has no artifact {path!r}",
+        remedy=f"--artifact is one of {known}",
+    )
 
 
 def _take_medians(rounds: Sequence[Round]) -> Round:
@@ -290,5 +300,7 @@ def _measure(
 
 def _read_stats(engine: Engine, backend: str) -> dict[str, float]:
     if not engine.stats:
-        raise EngineError(f"the engine {backend!r} does not count its time and memory")
+        raise EngineError(
+            "no-engine-stats", f"the engine {backend!r} does not count its time and memory"
+        )
     return dict(engine.stats)

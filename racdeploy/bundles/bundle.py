@@ -64,6 +64,7 @@ class Bundle:
         for ours, theirs in zip(drawn, recorded, strict=False):
             if (ours.question, ours.gold) != (theirs.question, theirs.gold):
                 raise UsageError(
+                    "problems-changed",
                     "the tasks no longer give the problems that the bundle was built with",
                     remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
                     f"which are in the bundle: --gate with tiers.{self.tier}.prompts",

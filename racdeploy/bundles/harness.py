@@ -100,6 +100,7 @@ class HarnessComparison:
         found = locate_dense(self.local.work, find_dense_arm(own.report).files)
         if found is None:
             raise UsageError(
+                "no-dense-for-harness",
                 f"no dense artifact of {own.folder} for {self.name} to ask: "
                 f"no stage in {self.local.work} holds it",
                 remedy="give the file that the build left below its --work folder with "
@@ -111,6 +112,7 @@ class HarnessComparison:
         """Return what will be asked; what is missing is said here, before any work."""
         if not self.tasks:
             raise UsageError(
+                "no-harness-tasks",
                 f"which tasks shall {self.name} ask? --harness-tasks is missing",
                 remedy="as --harness-tasks gsm8k; several with commas between them",
             )
@@ -237,6 +239,7 @@ class HarnessComparison:
                     raise _explain(who, process.returncode, log)
                 if time.monotonic() > began + _STARTING_S:
                     raise EnvironmentFailure(
+                        "server-not-ready",
                         f"{who} was not ready in {_STARTING_S:.0f} s",
                         remedy=f"its whole output is in {log}",
                     )
@@ -308,6 +311,7 @@ def _explain(who: str, code: int, log: Path) -> EnvironmentFailure:
     shown = "\n    ".join(last or ["nothing"])
 
     return EnvironmentFailure(
+        "harness-failed",
         f"{who} ended with {child.describe_exit(code)}; it said last:\n    {shown}",
         remedy=f"its whole output is in {log}",
     )

@@ -43,10 +43,13 @@ def inspect_path(path: Path) -> Json:
         return _inspect_file(path)
 
     if not path.exists():
-        raise ArtifactError(f"there is no {path}", remedy="check the path: ls shows what is there")
+        raise ArtifactError(
+            "path-not-found", f"there is no {path}", remedy="check the path: ls shows what is there"
+        )
 
     formats = " or ".join(plugins.names("formats"))
     raise ArtifactError(
+        "unknown-file-kind",
         f"{path} is neither an exported file nor a folder racdeploy knows",
         remedy=f"give a file of format {formats} or safetensors, a model or a bundle",
     )

@@ -60,6 +60,7 @@ class ServerAnswerer:
         respondent = self._respondent
         if not all(map(bundle.gate.runs, _JUDGED)):
             raise UsageError(
+                "gate-lacks-checks",
                 "the gate leaves out accuracy or thinking, which is what a server can be "
                 "verified for",
                 remedy="give a gate that runs both",

@@ -76,10 +76,13 @@ def sign(bundle: Path, signature: Path | None = None, key: Path | None = None) -
 
     place = signature or bundle / SIGNATURE_NAME
     if place.is_dir():
-        raise UsageError(f"{place} is a folder", remedy="name a file with --signature")
+        raise UsageError(
+            "signature-is-folder", f"{place} is a folder", remedy="name a file with --signature"
+        )
     for name in _list_files(bundle):
         if reason := refuse_name(name):
             raise ArtifactError(
+                "name-not-publishable",
                 f"{bundle / name} would be signed and never pushed: its name {reason}",
                 remedy="remove or rename it first",
             )
@@ -105,9 +108,10 @@ def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None
     require("model_signing")
     require("OpenSSL")
     if not bundle.is_dir():
-        raise ArtifactError(f"there is no folder {bundle}")
+        raise ArtifactError("no-such-folder", f"there is no folder {bundle}")
     if not signature.is_file():
         raise ArtifactError(
+            "no-signature",
             f"there is no signature {signature}",
             remedy="name it with --signature; racdeploy sign makes one",
         )
@@ -130,6 +134,7 @@ def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None
         left_out = {str(name) for name in made.get("ignore_paths", [])}
     if others := left_out - _GIT - _list_signatures(bundle, signature):
         raise ArtifactError(
+            "signature-incomplete",
             f"{signature} leaves out files of {bundle}: {', '.join(sorted(others))[:_SAID]}",
             remedy="ask for a signature over the whole folder: racdeploy sign",
         )
@@ -141,6 +146,7 @@ def _list_files(bundle: Path) -> Iterator[str]:
         name = path.relative_to(bundle).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(
+                "link-in-bundle",
                 f"{path} is a link or no file, and a signature is over files alone",
                 remedy="copy the bundle again, as files",
             )
@@ -176,7 +182,7 @@ def _open_signer(key: Path | None) -> Any:
     except ArtifactError as error:
         kind = "an encrypted private key" if b"ENCRYPTED" in content else "no private key"
         raise UsageError(
-            f"{key} is {kind} on P-256, P-384 or P-521", remedy=_PRIVATE_KEY
+            "signing-key-unusable", f"{key} is {kind} on P-256, P-384 or P-521", remedy=_PRIVATE_KEY
         ) from error
 
 
@@ -196,13 +202,15 @@ def _open_verifier(signatory: Signatory) -> Any:
             return config.use_elliptic_key_verifier(public_key=signatory.public_key)
     except ArtifactError as error:
         raise UsageError(
-            f"{signatory.public_key} is no public key on P-256, P-384 or P-521", remedy=_PUBLIC_KEY
+            "signing-key-unusable",
+            f"{signatory.public_key} is no public key on P-256, P-384 or P-521",
+            remedy=_PUBLIC_KEY,
         ) from error
 
 
 def _read_key(file: Path) -> bytes:
     if not file.is_file():
-        raise UsageError(f"there is no key {file}", remedy=_PRIVATE_KEY)
+        raise UsageError("no-signing-key", f"there is no key {file}", remedy=_PRIVATE_KEY)
     return read_bytes(file)
 
 
@@ -215,6 +223,7 @@ def _reaching_sigstore() -> Iterator[None]:
     except (ArtifactError, OSError) as error:  # those of the network are OSErrors
         cause = " ".join(str(error.__cause__ or error).split())[:_SAID]
         raise EnvironmentFailure(
+            "sigstore-failed",
             f"sigstore cannot be used: {cause}",
             remedy="it needs the network, and in a workflow the permission id-token: write; a key "
             "needs neither: --key, or --public-key",
@@ -227,7 +236,9 @@ def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator
     from cryptography.exceptions import InvalidSignature
     from sigstore.errors import VerificationError
 
-    other = ArtifactError(f"{signature} was not made by {signatory}", remedy=_NEW_COPY)
+    other = ArtifactError(
+        "signed-by-another", f"{signature} was not made by {signatory}", remedy=_NEW_COPY
+    )
     with refusing(signature, _NEW_COPY):
         try:
             yield
@@ -241,5 +252,5 @@ def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator
                 found = ast.literal_eval(differences)  # a list; hashes mean nothing to a reader
                 names = "; ".join(each.partition(": Expected '")[0] for each in found)
                 said = f"{bundle} is not what {signature} signs: {' '.join(names.split())[:_SAID]}"
-                raise ArtifactError(said, remedy=_NEW_COPY) from error
+                raise ArtifactError("signature-differs", said, remedy=_NEW_COPY) from error
             raise

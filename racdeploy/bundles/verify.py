@@ -292,6 +292,7 @@ class Reverification:
         dense = found or "DENSE, the artifact that the build left below its --work folder"
 
         raise UsageError(
+            "missing-dense-answers",
             f"{missing} of {wanted} answers of the dense model are not in {bundle.folder}: "
             f"tier {bundle.tier} asks {asked} prompts, and it stores the answers to {stored}",
             remedy=f"leave --tier out, which asks those {stored}; or a gate file with "
@@ -347,6 +348,7 @@ def _measure_artifact(own: Baseline, entry: ArtifactEntry) -> _Measured:
         name = tensor.name
         if tensor.zeros is None:
             raise ArtifactError(
+                "unreadable-tensor-type",
                 f"{path}: racdeploy cannot read type {tensor.type} of {name}",
                 remedy="build the bundle again with a quant of: racdeploy plugins",
             )

@@ -112,7 +112,9 @@ class Chat:
         name, _, argument = line.partition(" ")
         if name not in self._commands:
             raise UsageError(
-                f"there is no command {name}", remedy=f"there are: {', '.join(self._commands)}"
+                "unknown-chat-command",
+                f"there is no command {name}",
+                remedy=f"there are: {', '.join(self._commands)}",
             )
         self._commands[name](argument.strip())
 
@@ -157,9 +159,14 @@ class Chat:
     def _set_budget(self, argument: str) -> None:
         if argument and argument != "off":
             if not argument.isdecimal():
-                raise UsageError(f"{argument} is no number of tokens", remedy="/think 512")
+                raise UsageError(
+                    "not-a-token-count", f"{argument} is no number of tokens", remedy="/think 512"
+                )
             if self.conversation.model.tags is None:
-                raise UsageError("this model has no thinking tags, so there is nothing to close")
+                raise UsageError(
+                    "no-thinking-tags",
+                    "this model has no thinking tags, so there is nothing to close",
+                )
 
         if argument:
             self.max_thinking_tokens = None if argument == "off" else int(argument)
@@ -250,10 +257,12 @@ def _read_lines() -> Iterator[str]:
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise UsageError(f"line {number} is not text: {error}", remedy="UTF-8") from error
+            raise UsageError(
+                "text-not-utf8", f"line {number} is not text: {error}", remedy="UTF-8"
+            ) from error
 
 
 def _name_file(argument: str, command: str) -> Path:
     if not argument:
-        raise UsageError("which file?", remedy=f"{command} talk.json")
+        raise UsageError("no-file-named", "which file?", remedy=f"{command} talk.json")
     return Path(argument).expanduser()

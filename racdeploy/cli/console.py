@@ -91,10 +91,14 @@ def say(line: str, style: str | None = None) -> None:
     err.print(line, style=style, markup=False, soft_wrap=True)
 
 
-def say_error(error: BaseException) -> None:
-    """Print an error with what to do about it."""
+def say_error(error: RacdeployError | OSError) -> None:
+    """Print an error with its code and what to do about it."""
+    known = _as_ours(error)
     err.print("error:", style="bold red", end=" ")
-    say(str(error))
+    err.print(known.message, markup=False, soft_wrap=True, end=" ")
+    say(f"[{known.code}]", "dim")
+    if known.remedy:
+        say(f"  → {known.remedy}")
 
 
 def print_json(value: object) -> None:
@@ -204,12 +208,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         try:
             with _ended_by_signals():
                 return command(*args, **kwargs)
-        except RacdeployError as error:
-            _fail(error, as_json)
-        except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            message = f"{place}{error.strerror or error}"
-            _fail(EnvironmentFailure(message, remedy=_DISK_REMEDY), as_json)
+        except (RacdeployError, OSError) as error:
+            _fail(_as_ours(error), as_json)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except (KeyboardInterrupt, _Terminated) as interruption:
@@ -229,12 +229,21 @@ def _end_early(signal_name: str, as_json: bool) -> NoReturn:
     again = shlex.join(["racdeploy", *sys.argv[1:]])
     what = f"interrupted by {signal_name}" if signal_name else "interrupted"
     if as_json:
-        details = {"error": f"{what}; finished work is kept", "remedy": again}
-        print_json(details | {"exit_code": INTERRUPTED, "kind": "Interrupted"})
+        details = {"code": "run-interrupted", "error": f"{what}; finished work is kept"}
+        print_json(details | {"remedy": again, "exit_code": INTERRUPTED, "kind": "Interrupted"})
     else:
         err.print(f"{what}; finished work is kept. Resume with:", style="yellow")
         say(f"  {again}")
     raise typer.Exit(INTERRUPTED) from None
+
+
+def _as_ours(error: RacdeployError | OSError) -> RacdeployError:
+    """Return what to say of an error of the system; ours as it is."""
+    if isinstance(error, RacdeployError):
+        return error
+    place = f"{error.filename}: " if error.filename else ""
+    message = f"{place}{error.strerror or error}"
+    return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
 
 
 def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
@@ -242,6 +251,7 @@ def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
     said = " ".join(str(error).split())[:_SAID]
     kind = type(error).__name__
     return EnvironmentFailure(
+        "unexpected-error",
         f"racdeploy failed where it should not: {kind}: {said}",
         remedy=f"please report it, with the command and what {_TRACEBACK}=1 shows",
     )
@@ -249,8 +259,8 @@ def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
 
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
     if as_json:
-        details = {"error": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
-        print_json(details | {"kind": type(error).__name__})
+        details = {"code": error.code, "error": error.message, "remedy": error.remedy}
+        print_json(details | {"exit_code": error.exit_code, "kind": type(error).__name__})
     else:
         if isinstance(error, ArtifactError):  # its values are a file's, and are no lines of ours
             error.message = " ".join(error.message.split())

@@ -201,6 +201,7 @@ class RecoverOptions(TraceOptions):
         """The pruned model's folder, or an error that says how to give it."""
         if self.pruned is None:
             raise UsageError(
+                "no-pruned-model",
                 "which pruned model? Two models are needed, the dense one first",
                 remedy="racdeploy recover MODEL PRUNED --recover-tokens 1000000",
             )
@@ -331,6 +332,7 @@ def _read_shares(assignments: Sequence[str]) -> dict[str, float]:
             shares[part] = float(share)
         except ValueError:
             raise UsageError(
+                "invalid-assignment",
                 f"--keep {assignment} is not PART=SHARE with a number",
                 remedy="as --keep ffn=0.75, or --keep vocabulary=8192",
             ) from None

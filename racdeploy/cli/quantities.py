@@ -19,7 +19,9 @@ def read_size(text: str | None, option: str) -> int | None:
 
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise UsageError(f"{option} {text} is not a size", remedy=f"as {option} 1.5GB")
+        raise UsageError(
+            "not-a-size", f"{option} {text} is not a size", remedy=f"as {option} 1.5GB"
+        )
 
     binary = 1024 / 1000 if "i" in text.lower() else 1
     unit = match["unit"].lower()
@@ -34,5 +36,7 @@ def read_duration(text: str | None) -> float | None:
 
     match = _DURATION.fullmatch(text.strip())
     if not match:
-        raise UsageError(f"--budget {text} is not a time", remedy="as --budget 90m, or 2h")
+        raise UsageError(
+            "not-a-time", f"--budget {text} is not a time", remedy="as --budget 90m, or 2h"
+        )
     return float(match["number"]) * _SECONDS[match["unit"]]

@@ -83,11 +83,13 @@ def run(
 def _read_question() -> str:
     """Return what stdin holds; a terminal is not waited for."""
     if sys.stdin.isatty():
-        raise UsageError("there is no question", remedy='racdeploy run bundle "What is 2 + 2?"')
+        return ""
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not text: {error}", remedy="give it in UTF-8") from error
+        raise UsageError(
+            "text-not-utf8", f"stdin is not text: {error}", remedy="give it in UTF-8"
+        ) from error
 
 
 @reported
@@ -119,6 +121,7 @@ def bench(
         return
     if bundle is None:
         raise UsageError(
+            "no-bundle-named",
             "there is no bundle to measure",
             remedy="racdeploy bench bundle; racdeploy bench --profile measures the device",
         )

@@ -26,6 +26,7 @@ def sign(
 
     if keyless == (key is not None):
         raise UsageError(
+            "key-or-keyless",
             "a bundle is signed with a key or by sigstore",
             remedy="give --key FILE, or --keyless; docs/signatures.md has both",
         )

@@ -145,12 +145,14 @@ def check_question(text: str) -> str:
     """Return a question without the white space round it; one that is none is a UsageError."""
     question = text.strip()
     if not question:
-        raise UsageError("the question is empty", remedy='racdeploy run bundle "What is 2 + 2?"')
+        raise UsageError(
+            "no-question", "the question is empty", remedy='racdeploy run bundle "What is 2 + 2?"'
+        )
 
     try:
         question.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"the question is not text: {error.reason}", remedy="give it in UTF-8"
+            "text-not-utf8", f"the question is not text: {error.reason}", remedy="give it in UTF-8"
         ) from error
     return question

@@ -102,6 +102,7 @@ def unpack(
     if not exports.format_of(file):
         known = ", ".join(plugins.names("formats"))
         raise UsageError(
+            "unknown-suffix",
             f"the name of {file} is of no format",
             remedy=f"formats are {known}; see racdeploy inspect",
         )
@@ -186,7 +187,9 @@ def init(
 
     file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
     if file.exists() and not force:
-        raise UsageError(f"{file} exists", remedy="name another file, or add --force")
+        raise UsageError(
+            "output-exists", f"{file} exists", remedy="name another file, or add --force"
+        )
 
     write_atomic(file, GATE_EXAMPLE if gate else EXAMPLE)
     out.print(file)
@@ -222,6 +225,7 @@ def _set_up(name: str, json_output: bool) -> None:
     if name not in SEPARATE:
         known = ", ".join(SEPARATE)
         raise UsageError(
+            "unknown-environment",
             f"{name!r} gets no environment of its own{plugins.closest(name, [*SEPARATE])}",
             remedy=f"known: {known}",
         )

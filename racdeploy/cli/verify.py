@@ -167,6 +167,7 @@ def _check_signature(
 
     if bool(public_key) == bool(identity) or bool(identity) != bool(issuer):
         raise UsageError(
+            "key-or-identity",
             "a signature is compared with one key, or with one identity and its issuer",
             remedy="give --public-key FILE, or --identity WHO --issuer URL; see docs/signatures.md",
         )
@@ -183,12 +184,14 @@ def _refuse_mixed(belongs: Mapping[str, tuple[str, Sequence[object]]]) -> None:
     for option, (value, own) in belongs.items():
         if not value and any(own):
             raise UsageError(
+                "missing-main-option",
                 f"options that begin with {option}- belong to {option}",
                 remedy=f"add {option}, see racdeploy verify --help",
             )
 
     if all(value for value, _ in belongs.values()):
         raise UsageError(
+            "harness-with-server",
             "--harness asks the bundle's own models, which are served for it",
             remedy="leave out --server, or --harness",
         )

@@ -19,6 +19,7 @@ def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine
 
     if settings.accel == "require" and not plugin.ACCEL:
         raise UsageError(
+            "engine-without-kernels",
             f"sparse kernels are required, and {name} has none to switch on",
             remedy="leave out --accel require",
         )

@@ -147,6 +147,7 @@ class Child:
         """Raise ForkedError in a fork."""
         if not self.is_ours():
             raise ForkedError(
+                "model-forked",
                 f"this model was loaded before a fork, and belongs to the process that loaded it; "
                 f"this is another, {os.getpid()}",
                 remedy="call racdeploy.load in every worker, after the fork: gunicorn without "
@@ -216,13 +217,16 @@ class Child:
 
     def _stuck(self) -> EngineError:
         return EngineError(
+            "engine-stuck",
             f"the {self._engine} process did not react within {_STUCK_S:.0f} s and was ended: "
             "it was stopped, or the machine has no time or memory for it",
             remedy="load the model again",
         )
 
     def _closed(self) -> EngineError:
-        return EngineError(f"the {self._engine} engine is closed", remedy="open it again")
+        return EngineError(
+            "engine-closed", f"the {self._engine} engine is closed", remedy="open it again"
+        )
 
     def _obituary(self) -> EngineError:
         try:
@@ -239,6 +243,7 @@ class Child:
         self._stderr.seek(max(0, size - _TAIL_BYTES))
         words = self._stderr.read().decode("utf-8", "replace").strip() or "nothing"
         return EngineError(
+            "engine-died",
             f"the {self._engine} process died with {end} ({death['cause']}); "
             f"its last words: {words}",
             remedy=death["remedy"],
@@ -300,7 +305,7 @@ class Exchange:
         self.is_done = header["event"] in ("done", "error")
         if header["event"] == "error":
             kind = ArtifactError if header["damaged"] else EngineError
-            raise kind(header["message"], remedy=header["remedy"])
+            raise kind(header["code"], header["message"], remedy=header["remedy"])
 
         return answer
 

@@ -99,6 +99,7 @@ class ChildEngine(Engine):
                 if not exchange.is_done and time.monotonic() > stop_by:
                     self._child.kill()
                     raise EngineError(
+                        "engine-stuck",
                         f"the engine did not stop within {STOP_SECONDS:.0f} s of being cancelled, "
                         "and was ended",
                         remedy="load the model again; if it is a stranger's, it may never stop",
@@ -155,6 +156,7 @@ def _check_settings(settings: EngineSettings) -> None:
         value = getattr(settings, name)
         if value is not None and value < lowest:
             raise EngineError(
+                "bad-engine-setting",
                 f"{name} is {value}, must be at least {lowest}",
                 remedy="threads = 0 uses every core" if name == "threads" else f"raise {name}",
             )

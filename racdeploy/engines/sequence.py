@@ -92,6 +92,7 @@ class Sequence:
 
         if self.ids[: len(begun)] != list(begun):
             raise EngineError(
+                "resumed-tokens-differ",
                 f"what prompt {self.index} had generated is not what these settings generate",
                 remedy="begin it anew: remove what the earlier run left",
             )
@@ -177,6 +178,7 @@ def choose(logits_V: Logits, temperature: float, top_p: float, random: np.random
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):
         raise EngineError(
+            "logits-not-finite",
             f"the model's logits are not finite (token {best}: {logits_V[best]})",
             remedy="the weights are damaged or overflow; export again, or with another quant",
         )
@@ -217,16 +219,23 @@ def check_request(
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
     if problem := _find_problem(sampling, vocabulary):
-        raise EngineError(f"cannot generate: {problem}", remedy="correct the generation settings")
+        raise EngineError(
+            "bad-generation-setting",
+            f"cannot generate: {problem}",
+            remedy="correct the generation settings",
+        )
 
 
 def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
     """Refuse token ids that are none, too many, or outside the vocabulary."""
     if not ids:
-        raise PromptError(f"{what} has no tokens", remedy="render the chat template first")
+        raise PromptError(
+            "empty-prompt", f"{what} has no tokens", remedy="render the chat template first"
+        )
 
     if len(ids) > limit:
         raise ContextError(
+            "prompt-too-long",
             f"{what} has {len(ids)} tokens, the context takes at most {limit}",
             remedy="shorten the text, or raise context_tokens as far as the model is made for, as "
             "in racdeploy.load(BUNDLE, context_tokens=8192); racdeploy never clips a text",
@@ -235,6 +244,7 @@ def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> N
     if min(ids) < 0 or max(ids) >= vocabulary:
         strange = next(token for token in ids if not 0 <= token < vocabulary)
         raise PromptError(
+            "unknown-token-id",
             f"{what} holds token id {strange}, the model has ids 0 to {vocabulary - 1}",
             remedy="use the tokenizer that belongs to this model",
         )

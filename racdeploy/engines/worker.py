@@ -139,6 +139,7 @@ class _Worker:
                 self._send_error(call, error)
             except MemoryError:
                 lack = EngineError(
+                    "memory-limit-exceeded",
                     "the model takes more memory than its process may",
                     remedy="if you trust it, load it with a higher memory_limit_bytes",
                 )
@@ -242,7 +243,14 @@ class _Worker:
 
     def _send_error(self, call: int, error: RacdeployError) -> None:
         damaged = isinstance(error, ArtifactError)
-        self._send(call, "error", message=error.message, remedy=error.remedy, damaged=damaged)
+        self._send(
+            call,
+            "error",
+            code=error.code,
+            message=error.message,
+            remedy=error.remedy,
+            damaged=damaged,
+        )
 
     def _send(self, call: int, event: str, payload: bytes = b"", **values: Any) -> None:
         header = {"call": call, "event": event, **values}

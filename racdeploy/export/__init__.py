@@ -230,7 +230,9 @@ def check(settings: recipe.Export) -> None:
             call_default_factory=True
         ):
             raise UsageError(
-                f"format {settings.format!r} has no use for export.{name}", remedy="remove it"
+                "unused-setting",
+                f"format {settings.format!r} has no use for export.{name}",
+                remedy="remove it",
             )
 
     chosen.check_options(**_options(settings))
@@ -245,7 +247,8 @@ def check_metadata(metadata: Mapping[str, Any], reserved: Collection[str]) -> No
     for key in metadata:
         if key in reserved or not key.startswith(("racdeploy.", "general.")):
             raise UsageError(
-                f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys"
+                "reserved-metadata-key",
+                f"metadata key {key!r} is the exporter's; give racdeploy.* or general.* keys",
             )
 
 
@@ -271,6 +274,7 @@ def write(
     chosen = load(settings.format)
     if out.is_dir():
         raise UsageError(
+            "out-is-folder",
             f"{out} is a folder, and --out names the file to write",
             remedy=f"name a file in it, as --out {out / 'model'}{Path(out.name).suffix or '.gguf'}",
         )

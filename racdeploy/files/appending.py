@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.writing import disk_errors
+
+T = TypeVar("T")
 
 
 def append_lines(file: Path, values: Iterable[object]) -> None:
@@ -19,19 +21,32 @@ def append_lines(file: Path, values: Iterable[object]) -> None:
         out.write("".join(lines))
 
 
+def read_values(file: Path, content: bytes, take: Callable[[Any], T]) -> list[T]:
+    """Return what ``take`` makes of the value of every line of a file's content.
+
+    Raises:
+        ArtifactError: a line is no JSON, or ``take`` refuses its value.
+    """
+    taken = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            taken.append(take(json.loads(line)))
+        except (ValueError, TypeError, LookupError) as error:
+            raise ArtifactError(
+                "damaged-line",
+                f"{file}:{number} is damaged: {error}",
+                remedy=f"remove {file} and run the command again",
+            ) from error
+
+    return taken
+
+
 def read_appended(file: Path, take: Callable[[Any], None]) -> None:
     """Give the value of every line to ``take``; an ArtifactError where it refuses one."""
     data = file.read_bytes()
     whole_bytes = data.rfind(b"\n") + 1
 
-    for number, line in enumerate(data[:whole_bytes].splitlines(), 1):
-        try:
-            take(json.loads(line))
-        except (ValueError, TypeError, LookupError) as error:
-            raise ArtifactError(
-                f"{file}:{number} is damaged: {error}",
-                remedy=f"remove {file} and run the command again",
-            ) from error
+    read_values(file, data[:whole_bytes], take)
 
     if whole_bytes < len(data):
         with disk_errors(file):

@@ -66,6 +66,7 @@ def choose(
     """
     if not names and older_days is None:
         raise UsageError(
+            "nothing-to-remove",
             "what is to be removed?",
             remedy="name it as racdeploy cache ls does, or give --older 30",
         )
@@ -73,10 +74,16 @@ def choose(
     by_name = {leftover.name: leftover for leftover in leftovers}
     for name in names:
         if name not in by_name:
-            raise UsageError(f"there is no {name} in the cache", remedy="racdeploy cache ls")
+            raise UsageError(
+                "unknown-cache-entry",
+                f"there is no {name} in the cache",
+                remedy="racdeploy cache ls",
+            )
         if by_name[name].state == "in use":
             raise UsageError(
-                f"another racdeploy is working in {by_name[name].path}", remedy="wait for it"
+                "work-folder-in-use",
+                f"another racdeploy is working in {by_name[name].path}",
+                remedy="wait for it",
             )
 
     chosen = []

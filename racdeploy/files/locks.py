@@ -22,6 +22,7 @@ def lock_folder(folder: Path) -> None:
         lock.acquire()
     except TimeoutError as error:
         raise UsageError(
+            "work-folder-in-use",
             f"another racdeploy is working in {folder}",
             remedy="wait for it, or use another --work folder",
         ) from error

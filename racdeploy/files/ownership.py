@@ -78,6 +78,7 @@ def refuse_foreign(folder: Path) -> None:
     """Raise EnvironmentFailure where another user may have put something into a folder."""
     if reason := explain_foreign(folder):
         raise EnvironmentFailure(
+            "folder-not-private",
             f"{folder} is no place for what is run: {reason}",
             remedy="make it yours alone, or name another folder",
         )

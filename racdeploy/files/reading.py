@@ -82,7 +82,9 @@ def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -
     """
     value = parse_json(read_text(file, most_bytes), str(file), once=once)
     if not isinstance(value, dict):
-        raise ArtifactError(f"{file} holds a {type(value).__name__}, not an object")
+        raise ArtifactError(
+            "json-not-an-object", f"{file} holds a {type(value).__name__}, not an object"
+        )
     return value
 
 
@@ -95,6 +97,7 @@ def read_lines(file: Path, most_lines: int) -> Iterator[str]:
                 return
             if number > most_lines or len(line) > MOST_LINE_BYTES:
                 raise ArtifactError(
+                    "file-too-large",
                     f"{file} has more than {most_lines:,} lines, or one of more than "
                     f"{MOST_LINE_BYTES:,} bytes",
                     remedy=_COPY,
@@ -119,7 +122,7 @@ def open_regular(file: Path) -> BinaryIO:
         return stream
 
     stream.close()
-    raise ArtifactError(f"{file} is no regular file", remedy=_COPY)
+    raise ArtifactError("not-a-regular-file", f"{file} is no regular file", remedy=_COPY)
 
 
 def parse_json(text: str, where: str, *, once: bool = False) -> Any:
@@ -127,7 +130,8 @@ def parse_json(text: str, where: str, *, once: bool = False) -> Any:
     items = sum(map(text.count, ",[{"))
     if items > _MOST_ITEMS:
         raise ArtifactError(
-            f"{where} has {items:,} commas and brackets, and at most {_MOST_ITEMS:,} are read"
+            "json-too-large",
+            f"{where} has {items:,} commas and brackets, and at most {_MOST_ITEMS:,} are read",
         )
 
     try:
@@ -139,7 +143,9 @@ def parse_json(text: str, where: str, *, once: bool = False) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{where} is not valid JSON: {error}", remedy=_COPY) from error
+        raise ArtifactError(
+            "invalid-json", f"{where} is not valid JSON: {error}", remedy=_COPY
+        ) from error
 
     return value
 
@@ -162,19 +168,23 @@ def refusing(what: object, remedy: str = _COPY) -> Iterator[None]:
             message = f"{what} is damaged: {kind}: {said}"
         else:
             message = f"{what} is damaged: {kind}"
-        raise ArtifactError(message, remedy=remedy) from error
+        raise ArtifactError("damaged-file", message, remedy=remedy) from error
 
 
 def _decode(content: bytes, file: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"{file} is not UTF-8 text: {error}", remedy=_COPY) from error
+        raise ArtifactError(
+            "file-not-utf8", f"{file} is not UTF-8 text: {error}", remedy=_COPY
+        ) from error
 
 
 def _refuse_size(file: Path, size_bytes: int, most_bytes: int) -> ArtifactError:
     return ArtifactError(
-        f"{file} has {size_bytes:,} bytes, and at most {most_bytes:,} are read", remedy=_COPY
+        "file-too-large",
+        f"{file} has {size_bytes:,} bytes, and at most {most_bytes:,} are read",
+        remedy=_COPY,
     )
 
 

@@ -65,6 +65,7 @@ class Stage:
         if record.is_file():
             if changed := _differences(read_json(record), _as_json(inputs)):
                 raise ArtifactError(
+                    "stage-of-other-inputs",
                     f"{stage.folder} was made from other inputs; changed: {', '.join(changed)}",
                     remedy="remove that folder, or use another --work folder",
                 )
@@ -137,6 +138,7 @@ def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
 
         if left != here and without_version(recorded) == wanted:
             raise ArtifactError(
+                "stage-of-other-version",
                 f"{folder} was left half done by racdeploy {left}; "
                 f"this is {here}, which may give other results",
                 remedy=f"rm -r {folder}, or finish it with the version that began it",

@@ -39,6 +39,7 @@ def _read_text(file: Path, key: str) -> str:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(
+            "file-unreadable",
             f"{file} cannot be read: {error.strerror}",
             remedy=f"give the path of a text file in {key}",
         ) from error
@@ -48,6 +49,7 @@ def _read_text(file: Path, key: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(
+            "text-not-utf8",
             f"{file}:{line} is not UTF-8 text: {error.reason}",
             remedy=f"convert it: iconv -t utf-8 {file}",
         ) from error

@@ -28,7 +28,9 @@ def read_toml(file: Path, made_by: str = "racdeploy init") -> Table:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{file} does not exist", remedy=f"{made_by} {file} writes one") from error
+        raise UsageError(
+            "missing-toml-file", f"{file} does not exist", remedy=f"{made_by} {file} writes one"
+        ) from error
     except (
         tomllib.TOMLDecodeError,
         UnicodeDecodeError,
@@ -36,6 +38,7 @@ def read_toml(file: Path, made_by: str = "racdeploy init") -> Table:
         RecursionError,
     ) as error:
         raise UsageError(
+            "invalid-toml",
             f"{file} is not valid TOML: {error}",
             remedy=f"correct it there; {made_by} writes one to compare with",
         ) from error
@@ -49,6 +52,7 @@ def read_assignments(assignments: Sequence[str]) -> Table:
             values = merge(values, tomllib.loads(assignment))
         except tomllib.TOMLDecodeError as error:
             raise UsageError(
+                "invalid-assignment",
                 f"--set {assignment} is not PART.KEY=VALUE in TOML: {error}",
                 remedy="put text in double quotes, as --set 'prune.method=\"admm\"'",
             ) from error
@@ -81,7 +85,9 @@ def validate(model: type[M], values: Mapping[str, Any], where: str, made_by: str
             problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
         explained = f"; {made_by} writes every key with what it takes" if made_by else ""
         raise UsageError(
-            f"{where}: {'; '.join(problems)}", remedy=f"correct the value and run again{explained}"
+            "invalid-settings",
+            f"{where}: {'; '.join(problems)}",
+            remedy=f"correct the value and run again{explained}",
         ) from None
 
 

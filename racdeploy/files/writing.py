@@ -48,11 +48,13 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise EnvironmentFailure(
+            "missing-parent-folder",
             f"cannot write {where}: there is no folder {where.parent}",
             remedy=f"mkdir -p {where.parent}, then run the same command",
         ) from error
     except OSError as error:
         raise EnvironmentFailure(
+            "write-failed",
             f"cannot write {where}: {error.strerror}",
             remedy=f"free some space or choose another place than {where.parent}, "
             "then run the same command",
@@ -66,11 +68,12 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
         remedy: what a user can do beside freeing some space, as an option to name.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder", remedy=f"mkdir -p {folder}")
+        raise UsageError("no-out-folder", f"{folder} is not a folder", remedy=f"mkdir -p {folder}")
 
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise EnvironmentFailure(
+            "disk-full",
             f"{folder} has {free_bytes / 1e6:.0f} MB free "
             f"and {needed_bytes / 1e6:.0f} MB are needed",
             remedy=f"free some space, or {remedy}",
@@ -158,6 +161,7 @@ def refuse_another(path: Path, sha256: str) -> None:
     """Refuse to write where another file than the one to be written lies."""
     if path.exists() and not (path.is_file() and file_sha256(path) == sha256):
         raise UsageError(
+            "output-exists",
             f"{path} is there and is not that file",
             remedy="remove it, or name another one with --out",
         )

@@ -84,7 +84,7 @@ class Harness(Protocol):
         """Return what follows ``python -m`` on the command line."""
 
     def read(self, out: Path, python: Path) -> list[Score]:
-        """Return what it found; EnvironmentFailure where it wrote no results."""
+        """Return what it found; nothing where it wrote no results."""
 
 
 def load(name: str) -> Harness:
@@ -110,6 +110,7 @@ def read_version(harness: Harness, python: Path) -> str:
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise EnvironmentFailure(
+            "harness-not-installed",
             f"{harness.PACKAGE} is not installed for {python}",
             remedy=f"python -m venv harness-venv && harness-venv/bin/pip install {harness.INSTALL}"
             ", then --harness-python harness-venv/bin/python",
@@ -124,14 +125,20 @@ def read(harness: Harness, python: Path, out: Path) -> list[Score]:
         EnvironmentFailure: it wrote nothing, or in a form that another version has.
     """
     try:
-        scores = [score for score in harness.read(out, python) if math.isfinite(score.value)]
+        written = harness.read(out, python)
+        scores = [score for score in written if math.isfinite(score.value)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentFailure(
+            "unknown-harness-results",
             f"{harness.PACKAGE} wrote results in {out} that are not in the known form: "
             f"{type(error).__name__} {error}",
             remedy=f"install the version that was tested: pip install {harness.INSTALL}",
         ) from error
 
+    if not written:
+        raise EnvironmentFailure(
+            "no-harness-results", f"{harness.PACKAGE} wrote no results below {out}"
+        )
     return [
         score if math.isfinite(score.stderr or 0.0) else replace(score, stderr=None)
         for score in scores

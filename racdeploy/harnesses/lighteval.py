@@ -65,7 +65,7 @@ def read(out: Path, python: Path) -> list[Score]:
     """Return every metric of every task."""
     found = sorted(out.glob("results/**/results_*.json"), key=lambda file: file.name)
     if not found:
-        raise EnvironmentFailure(f"lighteval wrote no results below {out}")
+        return []
 
     results = read_json(found[-1])
     written = found[-1].stem.removeprefix("results_")
@@ -104,7 +104,9 @@ def _read_details(files: list[Path], python: Path) -> list[Json]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise EnvironmentFailure(f"the details that lighteval wrote cannot be read: {last}")
+        raise EnvironmentFailure(
+            "harness-details-unreadable", f"the details that lighteval wrote cannot be read: {last}"
+        )
 
     return [json.loads(line) for line in split_lines(done.stdout)]
 

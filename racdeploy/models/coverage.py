@@ -52,6 +52,7 @@ def check_tensors(
     needed = expected - optional - ({"lm_head.weight"} if checkpoint.tied else set())
     if missing := needed - found:
         raise ModelError(
+            "missing-tensors",
             f"{checkpoint.folder} lacks {len(missing)} tensors: {list_names(sorted(missing))}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
@@ -59,6 +60,7 @@ def check_tensors(
 
 def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelError:
     return ModelError(
+        "unknown-tensors",
         f"{checkpoint.folder} holds {len(unknown)} tensors that"
         f" {checkpoint.family.architecture} does not have: {list_names(unknown)}",
         remedy="merge adapters into the model first, and save it without what the architecture"

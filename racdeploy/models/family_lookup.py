@@ -56,6 +56,7 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
         differs = f", which knows no {', '.join(other)}"
 
     return ModelError(
+        "unknown-family",
         f"unsupported architecture {model_type!r} ({classes}){own}",
         remedy=f"the nearest family is {near}{differs}; racdeploy families lists all, and"
         f" {_GUIDE} says how to add models/families/{model_type}.py",

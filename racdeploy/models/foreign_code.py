@@ -50,6 +50,7 @@ def refuse_weights(folder: Path) -> ModelError:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
     if not pickles:
         return ModelError(
+            "no-weights",
             missing,
             remedy="copy or download it again; weights are got and read as safetensors alone",
         )
@@ -58,6 +59,7 @@ def refuse_weights(folder: Path) -> ModelError:
     if len(pickles) > 1:
         more = f" and {len(pickles) - 1} more"
     return ModelError(
+        "pickled-weights",
         f"{missing}: its weights are in {pickles[0][:_LONGEST_NAME]}{more}, a pickle, "
         "which can run code when it is read and is not opened",
         remedy=_CONVERT % folder,

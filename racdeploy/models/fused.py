@@ -73,7 +73,9 @@ def take_apart(
 
         for part, each in parts.items():
             if f"{block}{part}" in found:
-                raise ModelError(f"{name}: {block}{part} is stored twice", remedy=_DAMAGED)
+                raise ModelError(
+                    "tensor-stored-twice", f"{name}: {block}{part} is stored twice", remedy=_DAMAGED
+                )
             found[f"{block}{part}"] = each
 
     return found
@@ -96,6 +98,7 @@ def _take(name: str, entry: TensorEntry, fused: Fused, experts: int) -> dict[str
     is_whole = len(shape) in (2, 3) and shape[0] == experts and 0 not in shape
     if not is_whole or shape[outputs] % len(fused.parts):
         raise ModelError(
+            "damaged-experts",
             f"{name} has the shape {list(shape)}, which is not that of {experts} experts",
             remedy=_DAMAGED,
         )
@@ -158,7 +161,9 @@ def _unpack(
     exponents = entries.get(other)
     if exponents is None:
         raise ModelError(
-            f"{name} has no {other} beside it", remedy="copy or download the model again"
+            "damaged-experts",
+            f"{name} has no {other} beside it",
+            remedy="copy or download the model again",
         )
 
     shape = codes.shape
@@ -167,6 +172,7 @@ def _unpack(
     is_whole = is_whole and shape[0] == experts and 0 not in shape
     if not (are_bytes and is_whole and shape[:-1] == exponents.shape):
         raise ModelError(
+            "damaged-experts",
             f"{name} and {other} have the shapes {list(shape)} and {list(exponents.shape)}, which"
             f" are no MXFP4 of {experts} experts",
             remedy="copy or download the model again",

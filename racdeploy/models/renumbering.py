@@ -35,7 +35,9 @@ def read_old_ids(folder: Path) -> NDArray[np.int64]:
     """Return the id that each token of a folder had before the vocabulary was cut."""
     values = read_json(folder / FILE).get(_KEY)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ArtifactError(f"{folder / FILE} is damaged: {_KEY} is not a list of ids")
+        raise ArtifactError(
+            "damaged-vocabulary-ids", f"{folder / FILE} is damaged: {_KEY} is not a list of ids"
+        )
     return np.array(values, np.int64)
 
 

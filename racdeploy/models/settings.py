@@ -117,6 +117,7 @@ def check(config: Mapping[str, Any], where: str) -> None:
             values = [value]
         if not all(each is None or is_one(each) for each in values[:_MOST_LISTED]):
             raise ModelError(
+                "damaged-config",
                 f"{where}: {key} is {str(value)[:80]!r}, not {kind}",
                 remedy="compare the file with the one that the model's authors publish",
             )

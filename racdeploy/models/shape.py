@@ -179,6 +179,7 @@ def _list_layer_types(settings: Settings, family: Family, block_count: int) -> t
     if isinstance(listed, list):
         if len(listed) != block_count:
             raise ModelError(
+                "damaged-config",
                 f"{settings.where}: layer_types lists {len(listed)} blocks of {block_count}",
                 remedy="compare the file with the one that the model's authors publish",
             )
@@ -198,8 +199,9 @@ def _find_key_sources(settings: Settings, layer_types: Sequence[str]) -> tuple[i
         alike = [earlier for earlier in range(first) if layer_types[earlier] == kind]
         if not alike:
             raise ModelError(
+                "damaged-config",
                 f"{settings.where}: no block before the {len(sources) - first}"
-                f" that share keys and values makes any for {kind}"
+                f" that share keys and values makes any for {kind}",
             )
         sources[block] = alike[-1]
 

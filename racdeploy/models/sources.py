@@ -47,7 +47,9 @@ def resolve(model: str) -> ResolvedModel:
     parent_exists = folder.parent != Path() and folder.parent.is_dir()
     if model.startswith((".", "/", "~")) or not _HUB_ID.match(model) or parent_exists:
         raise ModelError(
-            f"there is no folder {model}", remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}"
+            "no-model-folder",
+            f"there is no folder {model}",
+            remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}",
         )
 
     return _download(model)
@@ -65,6 +67,7 @@ def _download(model: str) -> ResolvedModel:
     except (errors.HfHubHTTPError, *offline, OSError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EnvironmentFailure(
+            "no-model-from-hub",
             f"cannot get {model} from the Hub: {first}",
             remedy="check the name and the network, or give a local folder",
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class TokenizerFiles:
             code = name_code(self.config)
             own = f", and code of its own, {code}, is not run" if code else ""
             raise ModelError(
+                "no-tokenizer",
                 f"{self.folder} has no tokenizer.json{own}",
                 remedy="save the fast tokenizer:"
                 " AutoTokenizer.from_pretrained(…).save_pretrained(…)",
@@ -79,13 +80,15 @@ class TokenizerFiles:
 
         if not isinstance(template, str):
             raise ModelError(
+                "no-chat-template",
                 f"{self.folder} has no chat template",
                 remedy="add chat_template.jinja; reasoning prompts cannot be rendered without it",
             )
 
         if len(template.encode("utf-8", "replace")) > MOST_TEMPLATE_BYTES:
             raise ArtifactError(
-                f"the chat template of {self.folder} has more than {MOST_TEMPLATE_BYTES:,} bytes"
+                "template-too-long",
+                f"the chat template of {self.folder} has more than {MOST_TEMPLATE_BYTES:,} bytes",
             )
         return template
 
@@ -115,3 +118,14 @@ def read_tokenizer(file: Path) -> Tokenizer:
     tokenizer = Tokenizer(file)
     tokenizer.check()
     return tokenizer
+
+
+def check_ids(file: Path, texts: Iterable[tuple[int, str]], assigned: Mapping[str, int]) -> None:
+    """Refuse ids that the tokenizers library does not follow: it counts added tokens itself."""
+    for i, text in texts:
+        if assigned.get(text) != i:
+            raise ModelError(
+                "token-ids-differ",
+                f"{file} gives the token {text!r} the id {i}, but it loads as {assigned.get(text)}",
+                remedy="ids of added tokens must follow the vocabulary without a gap",
+            )

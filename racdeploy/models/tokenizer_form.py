@@ -28,7 +28,9 @@ def check(tokenizer: Mapping[str, Any], where: str) -> None:
         fault = "" if value is None else _FAULTS[name](value)
         if fault:
             raise ArtifactError(
-                f"{where} is damaged: {name} {fault}", remedy="copy the file again from its source"
+                "damaged-tokenizer",
+                f"{where} is damaged: {name} {fault}",
+                remedy="copy the file again from its source",
             )
 
 

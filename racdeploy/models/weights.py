@@ -26,21 +26,28 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
 
     weight_map = read_json(index, once=True).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
-        raise ModelError(f"{index} has no weight_map", remedy="copy or download it again")
+        raise ModelError(
+            "damaged-index", f"{index} has no weight_map", remedy="copy or download it again"
+        )
 
     entries: dict[str, TensorEntry] = {}
 
     for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
-            raise ModelError(f"{index} names a file outside the folder: {name!r}")
+            raise ModelError(
+                "shard-outside-folder", f"{index} names a file outside the folder: {name!r}"
+            )
         if not name.endswith(".safetensors"):
             raise ModelError(
+                "damaged-index",
                 f"{index} names {name!r}, and weights are read from safetensors alone",
                 remedy="copy or download the model again",
             )
         entries.update(read_tensor_entries(folder / name))
 
     if missing := sorted(set(weight_map) - set(entries)):
-        raise ModelError(f"{index} names tensors that no shard holds: {missing[:3]}")
+        raise ModelError(
+            "missing-tensors", f"{index} names tensors that no shard holds: {missing[:3]}"
+        )
 
     return entries

@@ -88,13 +88,16 @@ def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[
     written = config.get(KEY) or {}
     known = SETTINGS.values()
     if not isinstance(written, Mapping) or set(written) - set(known):
-        raise ModelError(f"{where}: {KEY} is not a table of {', '.join(known)}")
+        raise ModelError("damaged-config", f"{where}: {KEY} is not a table of {', '.join(known)}")
 
     widths = {}
     for setting, values in written.items():
         is_list = isinstance(values, list) and len(values) == blocks
         if not is_list or not all(type(value) is int and value > 0 for value in values):
-            raise ModelError(f"{where}: {KEY}.{setting} is not a list of {blocks} counts above 0")
+            raise ModelError(
+                "damaged-config",
+                f"{where}: {KEY}.{setting} is not a list of {blocks} counts above 0",
+            )
 
         widths[setting] = tuple(values)
 

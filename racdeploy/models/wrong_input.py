@@ -29,6 +29,7 @@ def refuse(place: Path) -> ModelError:
         return _refuse_file(place)
     if is_bundle(place):
         return ModelError(
+            "bundle-not-model",
             f"{place} is a bundle: its model is pruned and exported already",
             remedy=f'racdeploy run {place} "…" asks it, racdeploy verify {place} tests it; '
             "to prune again, give the dense model's folder or Hub id",
@@ -37,6 +38,7 @@ def refuse(place: Path) -> ModelError:
         base = read_json(place / _ADAPTER).get("base_model_name_or_path")
         of_base = f" of {base}" if base else ""
         return ModelError(
+            "adapter-not-model",
             f"{place} is a LoRA adapter{of_base}, not a whole model",
             remedy=f"merge it first: {_MERGE % place}",
         )
@@ -50,12 +52,14 @@ def _refuse_file(file: Path) -> ModelError:
 
     if is_gguf or file.suffix == ".gguf":
         return ModelError(
+            "gguf-not-model",
             f"{file} is a GGUF file: made to run, and no longer to be pruned",
             remedy="give the Hugging Face folder or Hub id that it was made from; "
             f"racdeploy inspect {file} shows what is in it",
         )
 
     return ModelError(
+        "no-model-folder",
         f"{file} is a file, not a model folder",
         remedy=f"give the folder that holds config.json, as {file.parent}/",
     )
@@ -65,13 +69,11 @@ def _refuse_folder(folder: Path) -> ModelError:
     remedy = "give the folder that save_pretrained wrote"
     message = f"{folder} is not a model folder: it has no {_CONFIG}"
     if not any(folder.iterdir()):
-        return ModelError(f"{message}, it is empty", remedy=f"{remedy}, or a Hub id")
-
-    inside = sorted(file.parent for file in folder.glob(f"*/{_CONFIG}"))
-    if inside:
-        return ModelError(message, remedy=f"give the folder in it that has one: {inside[-1]}")
-
-    if any(folder.glob("*.gguf")):
+        message += ", it is empty"
+        remedy += ", or a Hub id"
+    elif inside := sorted(file.parent for file in folder.glob(f"*/{_CONFIG}")):
+        remedy = f"give the folder in it that has one: {inside[-1]}"
+    elif any(folder.glob("*.gguf")):
         message += ", but GGUF files, which are made to run and no longer to be pruned"
         remedy = "give the Hugging Face folder or Hub id that they were made from"
-    return ModelError(message, remedy=remedy)
+    return ModelError("no-config", message, remedy=remedy)

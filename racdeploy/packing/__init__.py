@@ -102,6 +102,7 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
         quants = list_stored(format_name, "quant")
         others = [name for name in quants if not _refuse_pair(packing_name, name)]
         raise UsageError(
+            "packing-unfit-for-quant",
             f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
             remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
         )
@@ -110,6 +111,7 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
 def _check_stored(format_name: str, kind: str, name: str) -> None:
     if format_name not in _load(kind, name).FORMATS:
         raise UsageError(
+            "not-stored-by-format",
             f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
             remedy=f"it stores {', '.join(list_stored(format_name, kind))}",
         )

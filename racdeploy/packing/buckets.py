@@ -67,7 +67,9 @@ class Table:
         costs, widths = stored[:_CODES], stored[_CODES:]
         words = sum(1 << width for width in widths)
         if len(widths) != _BUCKETS or words != _WORDS:
-            raise ArtifactError(f"the buckets {list(widths)} do not hold {_WORDS} words")
+            raise ArtifactError(
+                "damaged-packing", f"the buckets {list(widths)} do not hold {_WORDS} words"
+            )
         return cls(costs, widths)
 
     @property
@@ -112,7 +114,8 @@ class Table:
         bits = int(ends[-1])
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
             raise ArtifactError(
-                f"{payload.size} bytes of codes where their buckets need {bits} bits"
+                "damaged-packing",
+                f"{payload.size} bytes of codes where their buckets need {bits} bits",
             )
 
         # The bits of a pair, 32 at most, begin at any bit: they lie in a window of 64 that begins

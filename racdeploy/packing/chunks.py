@@ -72,7 +72,9 @@ def unpack_chunk(
     blocks, *sizes = take(4 * (1 + layout.planes)).view("<u4").tolist()
     weights = blocks * layout.block_weights
     if not 0 < weights <= most_weights:
-        raise ArtifactError(f"a chunk of {weights} weights where 1 to {most_weights} can be")
+        raise ArtifactError(
+            "damaged-packing", f"a chunk of {weights} weights where 1 to {most_weights} can be"
+        )
 
     # Numbers of buckets or a mask, then planes: those of heads, then those of codes.
     first = take(5 * blocks if table else -(-weights // 8))
@@ -107,7 +109,7 @@ def _expand(
     layout: Layout, mask: Bytes, weights: int, sizes: list[int], take: Take
 ) -> NDArray[Any]:
     if weights % 8 and mask[-1] >> weights % 8:
-        raise ArtifactError("a mask keeps weights behind the end of its chunk")
+        raise ArtifactError("damaged-packing", "a mask keeps weights behind the end of its chunk")
 
     kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
     fields: list[NDArray[Any]] = []
@@ -183,13 +185,16 @@ def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
     """Return a plane, whose size field and bytes have to agree."""
     if not size & _DEFLATED:
         if size != plane_bytes:
-            raise ArtifactError(f"{size} bytes of codes where the mask keeps {plane_bytes}")
+            raise ArtifactError(
+                "damaged-packing", f"{size} bytes of codes where the mask keeps {plane_bytes}"
+            )
         return take(size)
 
     stored_bytes = size - _DEFLATED
     if stored_bytes >= plane_bytes:
         raise ArtifactError(
-            f"{stored_bytes} deflated bytes of codes where {plane_bytes} plain ones are enough"
+            "damaged-packing",
+            f"{stored_bytes} deflated bytes of codes where {plane_bytes} plain ones are enough",
         )
 
     # One byte more than there should be is enough to see that there are too many.
@@ -198,11 +203,12 @@ def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
     try:
         data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)
     except zlib.error as error:
-        raise ArtifactError(f"codes do not inflate: {error}") from error
+        raise ArtifactError("damaged-packing", f"codes do not inflate: {error}") from error
 
     if len(data) != plane_bytes or not inflate.eof or inflate.unused_data:
         raise ArtifactError(
-            f"codes inflate to {len(data)} bytes or end early, the mask keeps {plane_bytes}"
+            "damaged-packing",
+            f"codes inflate to {len(data)} bytes or end early, the mask keeps {plane_bytes}",
         )
 
     return np.frombuffer(data, dtype=np.uint8)

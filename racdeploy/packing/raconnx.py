@@ -62,14 +62,16 @@ class Sidecar:
         file = model.with_name(sidecar_name(model.name))
         if not file.is_file():
             message = f"{file} is missing; it holds weights of {model.name}"
-            raise ArtifactError(message, remedy="copy the whole folder")
+            raise ArtifactError("missing-data-file", message, remedy="copy the whole folder")
         return cls(file, *_read_header(file))
 
     def read(self, name: str) -> NDArray[Any]:
         """Return one tensor; an ArtifactError says that it is not there, or damaged."""
         if name not in self.header:
             remedy = "copy the model and this file together"
-            raise ArtifactError(f"{self.file} lacks {name!r}", remedy=remedy)
+            raise ArtifactError(
+                "missing-packed-weights", f"{self.file} lacks {name!r}", remedy=remedy
+            )
 
         entry = self.header[name]
         with self.file.open("rb", buffering=0) as stream:
@@ -127,17 +129,17 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         data_bytes = file.stat().st_size - 16 - length
         whole = len(start) == 16 and data_bytes >= 0 and length <= _MOST_HEADER_BYTES
         if start[:8] != _MAGIC or not whole:
-            raise ArtifactError(f"{file} holds no packed weights", remedy=again)
+            raise ArtifactError(
+                "no-packed-weights", f"{file} holds no packed weights", remedy=again
+            )
 
         try:
             header = json.loads(stream.read(length))
             for name, entry in header.items():
                 _check(name, entry, data_bytes)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ArtifactError(f"{file} has a damaged header: {error}", remedy=again) from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            message = f"{file} describes its weights wrongly: {error}"
-            raise ArtifactError(message, remedy=again) from error
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            message = f"{file} has a damaged header: {error}"
+            raise ArtifactError("damaged-packing-header", message, remedy=again) from error
 
     return header, 16 + length
 
@@ -164,11 +166,13 @@ def _join(source: Source, entry: dict[str, Any], layout: Layout) -> NDArray[Any]
     while source.left:
         chunk = unpack_chunk(layout, source.take)
         if done + chunk.size > plain.size:
-            raise ArtifactError("packed weights are more than their shape says", remedy=again)
+            message = f"packed weights are more than their shape {entry['shape']} says"
+            raise ArtifactError("damaged-packing", message, remedy=again)
         plain[done : done + chunk.size] = chunk
         done += chunk.size
 
     if done != plain.size:
-        raise ArtifactError("packed weights are fewer than their shape says", remedy=again)
+        message = f"packed weights are fewer than their shape {entry['shape']} says"
+        raise ArtifactError("damaged-packing", message, remedy=again)
 
     return np.asarray(plain.view(entry["dtype"]).reshape(entry["shape"]))

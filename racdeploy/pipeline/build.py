@@ -141,6 +141,7 @@ class Build:
         """Let the pruned model of a folder learn from the dense one."""
         if not self.job.recipe.recover.tokens:
             raise UsageError(
+                "nothing-to-learn",
                 "there is nothing to learn at 0 tokens",
                 remedy="--recover-tokens 1000000, or recover.tokens in the recipe",
             )

@@ -98,20 +98,27 @@ def check_replaceable(out: Path) -> None:
     """Refuse to write over something that is not a bundle."""
     if out.is_mount() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(
+            "output-not-replaceable",
             f"{out} cannot be replaced as a whole: it is a mount point or holds the current folder",
             remedy="name a folder inside it with --out",
         )
 
     parent = next(folder for folder in out.resolve().parents if folder.is_dir())
     if not os.access(parent, os.W_OK):
-        raise UsageError(f"{parent} is not writable", remedy="choose another folder with --out")
+        raise UsageError(
+            "folder-not-writable",
+            f"{parent} is not writable",
+            remedy="choose another folder with --out",
+        )
     if not out.exists():
         return
 
     is_bundle = (out / manifests.MANIFEST_NAME).is_file()
     if not out.is_dir() or (any(out.iterdir()) and not is_bundle):
         raise UsageError(
-            f"{out} exists and is not a bundle", remedy="choose another folder with --out"
+            "output-exists",
+            f"{out} exists and is not a bundle",
+            remedy="choose another folder with --out",
         )
 
 

@@ -104,6 +104,7 @@ def check_logits(
     if not kl <= kl_limit:  # not a number keeps no limit
         worst = int(np.nanargmax(kl_T)) if np.isfinite(kl_T).any() else 0
         raise GateError(
+            "logits-differ",
             f"the artifact computes something else than its checkpoint: mean KL {kl:.2g} "
             f"(limit {kl_limit:g}), worst at position {worst} with {kl_T[worst]:.2g}",
             remedy=_WIDER,
@@ -113,6 +114,7 @@ def check_logits(
     share, most = len(changed) / len(kl_T), most_changed(kl_limit)
     if share > most:
         raise GateError(
+            "first-choices-differ",
             f"the artifact chooses other tokens than its checkpoint: at {share:.1%} of the "
             "positions one that the checkpoint gives less than half the probability of its own "
             f"(limit {most:.1%}), first at position {changed[0]}",
@@ -148,6 +150,7 @@ def _check_plain_kernels(
         return
 
     raise GateError(
+        "wrong-fast-path",
         f"{error.message}; with llama.cpp's plain kernels (use_extra_bufts = False) it does not, "
         "so llama.cpp's fast path on this processor is wrong, and the file is right",
         remedy="keep more channels, or build on another processor",
@@ -163,6 +166,7 @@ def _check_tokens(probes: Sequence[TokenProbe], accepted: float) -> str:
     if found.share > accepted:
         limit = f" ({found.share:.3%}, accepted up to {accepted:.3%})" if accepted else ""
         raise GateError(
+            "tokens-differ",
             f"the artifact tokenizes differently from the checkpoint{limit}: {found}",
             remedy="name the right pre-tokenizer: export.pre_tokenizer in the recipe",
         )
@@ -203,6 +207,7 @@ def _check_f32(
         limit = LOOKED_UP_LIMIT
     if wrong := np.flatnonzero(~(error_T <= limit)).tolist():
         raise GateError(
+            "f32-file-differs",
             "an F32 file of the checkpoint computes something else than torch, "
             f"first at position {wrong[0]}: logits differ by {error_T[wrong[0]]:.2g} "
             f"of the largest (limit {limit:g})",

@@ -79,6 +79,7 @@ class Job:
             names = (self.recipe.target, *self.recipe.also)
             same = [name for name, backend in zip(names, backends, strict=True) if backend == twice]
             raise UsageError(
+                "targets-share-engine",
                 f"targets {' and '.join(same)} both run on {twice}: "
                 "a bundle holds one artifact for each engine",
                 remedy=f"leave --also {same[-1]} out; another number format is another bundle: "
@@ -226,6 +227,7 @@ class Job:
             name, *others = dict.fromkeys(self.quants_of(weight))
             if others:
                 raise UsageError(
+                    "codes-need-one-quant",
                     f"prune.joint needs one number format for {linear}, "
                     f"{self.quant_rules.name} gives its parts {', '.join((name, *others))}",
                     remedy="give them the same in export.tensors, or prune.joint = false",
@@ -233,6 +235,7 @@ class Job:
 
             if why := quant.fits(quant.as_grid(name), self.checkpoint.entries[weight].shape[1]):
                 raise UsageError(
+                    "quant-does-not-fit",
                     f"prune.joint with quant {name!r}: {weight}: {why}",
                     remedy="name the linear in prune.dense, or prune.joint = false",
                 )
@@ -245,6 +248,7 @@ class Job:
 
         if "L" in self.structure.sizes:  # the file numbers those that stay
             raise UsageError(
+                "codes-need-all-blocks",
                 f"prune.joint with {', '.join(names)} needs every block where it is",
                 remedy="one number format for all linears, or leave out --keep blocks",
             )

@@ -57,6 +57,7 @@ def check_zeros(job: Job) -> None:
     sparsity = job.recipe.prune.sparsity
     keeping = ", ".join(_list_keeping(job))
     raise UsageError(
+        "zeros-would-be-lost",
         f"{lost}: there, the {sparsity:.1%} zeros asked for would be lost",
         remedy=f"keep them with one of {keeping}; or cut in place of zeros, as with "
         "--keep ffn=0.75; or build all the same with --allow-losing-zeros",
@@ -80,6 +81,7 @@ def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
 
     if zeros > _STRAY * weights:
         raise UsageError(
+            "zeros-would-be-lost",
             f"quant {settings.quant} does not keep zeros: of the linears that it stores, "
             f"{zeros / weights:.1%} of the weights are zero and would be stored as numbers near it",
             remedy="choose q8_0, q4_0 or another format that keeps them; or export all the same "

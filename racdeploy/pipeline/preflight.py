@@ -73,6 +73,7 @@ def check_model(job: Job) -> None:
     check_structure(job)
     if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
         raise ModelError(
+            "missing-tensors",
             f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "
             f"{list_names(missing)}",
             remedy="the checkpoint is incomplete; save or download it again",
@@ -89,6 +90,7 @@ def check_model(job: Job) -> None:
     asked = {problem.question for problem in job.problems("evaluation")}
     if shared := asked & {problem.question for problem in job.problems("calibration")}:
         raise UsageError(
+            "shared-questions",
             f"{len(shared)} questions are in both the calibration and the evaluation task",
             remedy="give one file alone, which is split, or two files that share no question",
         )
@@ -165,6 +167,7 @@ def _check_context(job: Job) -> None:
     positions = job.checkpoint.shape.positions
     if settings.context_tokens > positions:
         raise UsageError(
+            "context-beyond-model",
             f"verify.context_tokens is {settings.context_tokens}, and {job.model.name} is made for "
             f"{positions} tokens",
             remedy=f"--set verify.context_tokens={positions}, or leave it out, which takes "
@@ -178,6 +181,7 @@ def _check_context(job: Job) -> None:
 
     if needed > settings.context_tokens:
         raise UsageError(
+            "prompt-beyond-context",
             f"the longest prompt has {longest} tokens; with verify.max_new_tokens "
             f"{settings.max_new_tokens} that is more than verify.context_tokens "
             f"{settings.context_tokens}",
@@ -191,6 +195,7 @@ def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
 
     if artifact_bytes + cache_bytes > target.memory_limit_bytes:
         raise UsageError(
+            "target-memory-too-small",
             f"the artifact takes {artifact_bytes / 1e9:.2f} GB and the cache of one sequence "
             f"{cache_bytes / 1e9:.2f} GB, target {target.name!r} holds "
             f"{target.memory_limit_bytes / 1e9:.2f} GB",
@@ -207,12 +212,14 @@ def _check_dense(job: Job) -> None:
     for pattern in job.recipe.prune.dense:
         if not any(re.search(pattern, name) for name in linears):
             raise UsageError(
+                "pattern-matches-nothing",
                 f"prune.dense pattern {pattern!r} matches no linear",
                 remedy=f"names look like {prunable[0]}",
             )
 
     if not job.weights_to_prune:
         raise UsageError(
+            "nothing-to-prune",
             f"prune.dense leaves nothing to prune: it matches all {len(prunable)} linears",
             remedy=f"name fewer of {list_names(prunable)}",
         )

@@ -37,6 +37,7 @@ def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
     left = {name: entry.shape for name, entry in sparse.entries.items()}
     if not zeros and left == shapes:
         raise UsageError(
+            "nothing-to-recover",
             f"{folder} has no zeros, and nothing was cut from it: there is nothing to recover",
             remedy="prune first: racdeploy prune MODEL --sparsity 0.5",
         )
@@ -49,19 +50,15 @@ def _check_family(dense: Checkpoint, sparse: Checkpoint) -> None:
     for key in ("model_type", "hidden_size"):
         theirs, own = dense.config.get(key), sparse.config.get(key)
         if theirs != own:
-            raise UsageError(
-                f"{sparse.folder} has {key} {own!r} and {dense.folder} has {theirs!r}: "
-                "it was pruned from another model",
-                remedy="name the dense model that it was pruned from",
+            raise _refuse_other(
+                f"{sparse.folder} has {key} {own!r} and {dense.folder} has {theirs!r}"
             )
 
     own, whole = sparse.shape, dense.shape
     if own.head_dim != whole.head_dim or own.block_count > whole.block_count:
-        raise UsageError(
+        raise _refuse_other(
             f"{sparse.folder} has {own.block_count} blocks of heads {own.head_dim} wide, "
-            f"{dense.folder} has {whole.block_count} of {whole.head_dim}: "
-            "it was pruned from another model",
-            remedy="name the dense model that it was pruned from",
+            f"{dense.folder} has {whole.block_count} of {whole.head_dim}"
         )
 
 
@@ -70,6 +67,7 @@ def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
     theirs, own = dense.shape.vocab_size, sparse.shape.vocab_size
     if theirs != own:
         raise UsageError(
+            "vocabulary-was-cut",
             f"{sparse.folder} has {own} tokens and {dense.folder} has {theirs}: "
             "the dense model cannot grade what it cannot say",
             remedy="recover before the vocabulary is cut: racdeploy build does both in order",
@@ -80,11 +78,15 @@ def _check_vocabulary(dense: Checkpoint, sparse: Checkpoint) -> None:
     theirs_ND = dense.read_rows(dense.family.embedding, rows)
     own_ND = sparse.read_rows(sparse.family.embedding, rows)
     if not np.array_equal(theirs_ND, own_ND):
-        raise UsageError(
-            f"{sparse.folder} embeds tokens otherwise than {dense.folder}: "
-            "it was pruned from another model",
-            remedy="name the dense model that it was pruned from",
-        )
+        raise _refuse_other(f"{sparse.folder} embeds tokens otherwise than {dense.folder}")
+
+
+def _refuse_other(difference: str) -> UsageError:
+    return UsageError(
+        "other-dense-model",
+        f"{difference}: it was pruned from another model",
+        remedy="name the dense model that it was pruned from",
+    )
 
 
 def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:
@@ -96,6 +98,7 @@ def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:
     outline = sparse.folder.parent / _OUTLINE
     if not outline.is_file():
         raise UsageError(
+            "blocks-not-recorded",
             f"{sparse.folder} has {left} of {blocks} blocks, and {outline} does not say which",
             remedy="name the folder that racdeploy prune left in its work folder",
         )

@@ -110,6 +110,7 @@ class RecoverStage:
         unseen = frozenset(trace.index for trace in chosen.held_out)
         if not held_out:
             raise UsageError(
+                "no-held-out-traces",
                 "recovery needs traces that are held out, to see which state is the best",
                 remedy="raise traces.count or calibration.held_out_share",
             )
@@ -296,6 +297,7 @@ class RecoverStage:
 
         if not isinstance(self.quant, str):
             raise UsageError(
+                "scales-need-one-quant",
                 "scales that learn need one number format for all linears",
                 remedy='recover.ways = ["all"], or a quant in place of a mix',
             )
@@ -440,6 +442,7 @@ def _require_model(processes: Processes, folder: Path, sha256: str) -> None:
 
     if lacking:
         raise EnvironmentFailure(
+            "work-folder-not-shared",
             f"process {', '.join(lacking)} does not have the pruned model in {folder}",
             remedy="recovery on several machines needs a --work folder on a shared file system, "
             "under the same path on each",

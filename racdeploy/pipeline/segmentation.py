@@ -53,6 +53,7 @@ def compare_segmentation(
         found = cut.decode(cut_ids)
         if found != dense.decode(dense_ids):
             raise GateError(
+                "text-not-restored",
                 f"the cut vocabulary gives {text[:60]!r} back as {found[:60]!r}",
                 remedy="report the tokenizer; leave vocabulary out of structure.keep until then",
             )

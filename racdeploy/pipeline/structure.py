@@ -80,6 +80,7 @@ def check_structure(job: Job) -> None:
     allocation = job.recipe.prune.allocation
     if "E" in settings.sizes and allocation != "uniform":
         raise UsageError(
+            "allocation-with-experts",
             f"prune.allocation = {allocation!r} shares zeros out before it is known which experts"
             " stay",
             remedy='use allocation = "uniform", or leave out --keep experts',
@@ -100,7 +101,9 @@ def check_format(job: Job) -> None:
     remedy = "leave that part whole, or choose another target"
     if not settings.uniform and not form.refusal(job.checkpoint, sizes, True):
         remedy = "give all blocks the same widths: --set structure.uniform=true"
-    raise UsageError(f"{name} cannot hold what is left: {why}", remedy=remedy)
+    raise UsageError(
+        "format-cannot-hold-cut", f"{name} cannot hold what is left: {why}", remedy=remedy
+    )
 
 
 def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:

@@ -84,6 +84,7 @@ def read_control(job: Job, encoder: PromptEncoder) -> Control:
     tags = find_tags(encoder)
     if tags is None:
         raise UsageError(
+            "no-thinking-tags",
             "this model has no thinking tags, so runtime.thinking cannot apply",
             remedy="leave runtime.thinking out of the recipe",
         )

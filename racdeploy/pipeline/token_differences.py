@@ -47,6 +47,7 @@ def check_tokens(checkpoint: Checkpoint, settings: Export) -> str:
         return f"llama.cpp's pre-tokenizer {name}: {found}"
 
     raise ModelError(
+        "no-equal-pre-tokenizer",
         f"llama.cpp has no equal of this tokenizer's pre-tokenizer; of those it has, {name!r} "
         f"leaves {found.share:.3%} of the strings different"
         + (f", and {accepted:.3%} is accepted: " if accepted else ": ")

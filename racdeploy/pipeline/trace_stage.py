@@ -61,6 +61,7 @@ class TraceStage:
         if stage.finished:
             if out.sha256 != stage.summary["traces_sha256"]:
                 raise ArtifactError(
+                    "traces-changed",
                     f"the traces in {stage.folder} are not the ones that were collected",
                     remedy=f"remove {stage.folder} and run the command again",
                 )

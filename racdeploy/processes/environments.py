@@ -92,6 +92,7 @@ def _run(name: str, *command: str | Path) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it wrote nothing"]
         raise EnvironmentFailure(
+            "environment-not-made",
             f"the environment of {name} was not made: {lines[-1]}",
             remedy=f"see that pip reaches its index, then run it again, which resumes: "
             f"racdeploy doctor --setup {name}",

@@ -79,7 +79,7 @@ def prune_blocks(
     """
     if not calibration:
         reason = "no calibration traces are left after selection"
-        raise UsageError(reason, remedy="collect more traces")
+        raise UsageError("no-calibration-traces", reason, remedy="collect more traces")
 
     check_covered(checkpoint)
     keep_heap()

@@ -21,6 +21,7 @@ def choose_device(asked: str) -> torch.device:
         return CPU
 
     raise EnvironmentFailure(
+        "no-gpu",
         f"prune.device is {asked!r}, and torch {torch.__version__} finds no GPU",
         remedy="install a build of torch for this GPU and its driver, or set prune.device to 'cpu'",
     )

@@ -164,6 +164,7 @@ class Processes:
         here = processes_here()
         if here > torch.cuda.device_count():
             raise EnvironmentFailure(
+                "processes-share-gpus",
                 f"{here} processes share {torch.cuda.device_count()} GPUs of this machine",
                 remedy="start one process for each GPU",
             )
@@ -231,6 +232,7 @@ class Processes:
             if different:
                 names = ", ".join(different)
                 raise ArtifactError(
+                    "processes-differ",
                     f"process {self.rank} is not like the first one; they differ in {names}",
                     remedy="give every machine the same model folder, "
                     "and the same racdeploy, torch and transformers",
@@ -310,7 +312,9 @@ def _talking() -> Iterator[None]:
 def _lost(error: Exception) -> EngineError:
     _ignore_terminate()
     reason = str(error).splitlines()[0].partition(". ")[0]
-    return EngineError(f"lost another process of this job: {reason}", remedy=_REMEDY)
+    return EngineError(
+        "lost-process", f"lost another process of this job: {reason}", remedy=_REMEDY
+    )
 
 
 @contextmanager
@@ -325,7 +329,9 @@ def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _on_terminate(signum: int, frame: FrameType | None) -> None:
     _ignore_terminate()
     raise EnvironmentFailure(
-        "stopped by torchrun, because another process of this job ended", remedy=_REMEDY
+        "stopped-by-torchrun",
+        "stopped by torchrun, because another process of this job ended",
+        remedy=_REMEDY,
     )
 
 

@@ -145,6 +145,7 @@ def as_grid(name: str) -> Grid:
             grids.append(other)
 
     raise UsageError(
+        "no-optimized-rounding",
         f"the codes of quant {name!r} cannot be chosen while pruning",
         remedy=f"use one of {', '.join(grids)}, or prune.joint = false",
     )
@@ -197,11 +198,13 @@ def check_finite(
 
     if np.isfinite(weight_OI).all():
         raise ModelError(
+            "weights-too-large",
             f"{name!r} has weights up to {float(np.abs(weight_OI).max()):g}, too large for {quant}",
             remedy=f"export with quant {wider}",
         )
 
     raise ModelError(
+        "weights-not-finite",
         f"{name!r} holds weights that are infinite or not a number",
         remedy="the checkpoint is damaged or its training diverged",
     )

@@ -54,7 +54,9 @@ def quantize(
         ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, matrix
     )
     if written != packed_OP.nbytes:
-        raise EngineError(f"ggml wrote {written} bytes of {packed_OP.nbytes} in type {ggml_type}")
+        raise EngineError(
+            "ggml-failed", f"ggml wrote {written} bytes of {packed_OP.nbytes} in type {ggml_type}"
+        )
 
     return packed_OP
 
@@ -94,6 +96,7 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(_LIBRARY_FILE))
     except OSError as error:
         raise EngineError(
+            "no-ggml-library",
             f"cannot load ggml from {_LIBRARY_FILE}: {error}",
             remedy="pip install --force-reinstall llama-cpp-python",
         ) from error

@@ -28,6 +28,7 @@ SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
 # Inputs that were never active would have no weight at all, and whole blocks of them no scale.
 _FLOOR = 1e-4
+_MAKE_AGAIN = "make it again with llama-imatrix, or prune again"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Importance:
         """Read a file of either form, or refuse a damaged or empty one."""
         if not file.is_file():
             raise UsageError(
+                "no-importance-file",
                 f"{file} is not a file",
                 remedy="give the path of an importance matrix in export.importance",
             )
@@ -54,12 +56,17 @@ class Importance:
 
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():
-                what = f"the importance of {name!r} is negative, infinite or not a number"
-                raise _refusal(file, what)
+                raise ArtifactError(
+                    "importance-not-finite",
+                    f"{file}: the importance of {name!r} is negative, infinite or not a number",
+                    remedy=_MAKE_AGAIN,
+                )
 
         if not means:
             raise ArtifactError(
-                f"{file} holds no importance", remedy="give what llama-imatrix or the pruning wrote"
+                "no-importance-matrix",
+                f"{file} holds no importance",
+                remedy="give what llama-imatrix or the pruning wrote",
             )
 
         return cls(file, means, tokens)
@@ -72,6 +79,7 @@ class Importance:
 
         if mean_I.shape != (columns,):
             raise ArtifactError(
+                "importance-of-other-model",
                 f"{self.file}: {name!r} has {columns} inputs and importances for {mean_I.size}",
                 remedy="it was made for another model; leave export.importance out",
             )
@@ -166,7 +174,7 @@ def _read_imatrix(file: Path) -> _Read:
     header = read_header(file)
     if header.values.get("general.type") != "imatrix":
         message = f"{file} is a GGUF file and no importance matrix"
-        raise ArtifactError(message, remedy="give what llama-imatrix wrote")
+        raise ArtifactError("no-importance-matrix", message, remedy="give what llama-imatrix wrote")
 
     tensors = {tensor.name: tensor for tensor in header.tensors}
     means = {}
@@ -208,6 +216,4 @@ def _read_count(file: Path, name: str, count: float) -> int:
 
 
 def _refusal(file: Path, message: str) -> ArtifactError:
-    return ArtifactError(
-        f"{file}: {message}", remedy="make it again with llama-imatrix, or prune again"
-    )
+    return ArtifactError("damaged-importance", f"{file}: {message}", remedy=_MAKE_AGAIN)

@@ -95,6 +95,7 @@ def choose_ways(course: Course) -> tuple[str, ...]:
                 remedy = f'recover.ways = ["{fitting[0]}"]'
 
             raise EnvironmentFailure(
+                "too-little-memory",
                 f"recovery by {name!r} takes {needed[name] / 2**30:.1f} GiB of memory, "
                 f"and {round(most / _SPARE) / 2**30:.1f} GiB are free{each}{other}",
                 remedy=remedy,

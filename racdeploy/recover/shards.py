@@ -73,6 +73,7 @@ def _load(
     needed = {_SUMS, _UNUSED} if checkpoint.family.routed else {_SUMS}
     if not needed.issubset(dir(fsdp.FSDPModule)):
         raise EnvironmentFailure(
+            "old-torch",
             f"torch {torch.__version__} cannot add up this model's gradients over processes",
             remedy='update torch, set recover.ways = ["blocks"], or start one process',
         )

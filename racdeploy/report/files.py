@@ -78,6 +78,7 @@ def find_page(folder: Path) -> Path:
     if not (folder / "report.json").is_file():
         reason = "it has no report.json" if folder.is_dir() else "it does not exist"
         raise UsageError(
+            "no-report",
             f"{folder} is neither a bundle nor a folder of reports: {reason}",
             remedy="give the folder that racdeploy build or racdeploy verify --reports wrote",
         )
@@ -90,12 +91,14 @@ def find_page(folder: Path) -> Path:
 def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
     if isinstance(error, OSError):
         return ArtifactError(
+            "bundle-file-unreadable",
             f"{error.filename} cannot be read: {error.strerror}",
             remedy="copy the bundle again, whole, or build it again",
         )
 
     first = str(error).splitlines()[0]
     return ArtifactError(
+        "damaged-records",
         f"{folder}: the records are damaged: {first}",
         remedy="copy the bundle again, or build it again",
     )

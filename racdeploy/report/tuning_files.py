@@ -47,10 +47,10 @@ def read_tuning(file: Path) -> Tuning:
         return Tuning.model_validate(read_json(file, _MOST_BYTES))
     except OSError as error:
         message = f"{file} cannot be read: {error.strerror}"
-        raise ArtifactError(message, remedy=_REMEDY) from error
+        raise ArtifactError("tuning-unreadable", message, remedy=_REMEDY) from error
     except ValidationError as error:
         message = f"{file} is not what racdeploy tune writes: {name_problem(error)}"
-        raise ArtifactError(message, remedy=_REMEDY) from error
+        raise ArtifactError("damaged-tuning", message, remedy=_REMEDY) from error
 
 
 def name_page(file: Path) -> Path:

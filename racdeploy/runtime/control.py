@@ -69,6 +69,7 @@ def check_closing(encoder: PromptEncoder, tags: ThinkingTags, closing: str) -> N
         tag = encoder.decode(tag_ids)
         if tag in encoder.decode(ids):
             raise UsageError(
+                "tag-in-closing-text",
                 f"the closing text of the thinking holds {tag}",
                 remedy="leave the tag out of runtime.thinking.closing: it is added",
             )

@@ -103,6 +103,7 @@ class Conversation:
             saved = _File.model_validate(read_json(file))
         except ValidationError as error:
             raise ArtifactError(
+                "not-a-conversation",
                 f"{file} is not a saved conversation: {name_problem(error)}",
                 remedy="give a file that Conversation.save or /save wrote",
             ) from error

@@ -76,6 +76,7 @@ def _check_what_ran(
     """Refuse what was replaced while it was loaded, or was used and is not as it is listed."""
     if states != _read_states(folder, artifact):
         raise ArtifactError(
+            "artifact-changed",
             f"{folder / artifact.path} changed while it was loaded",
             remedy="wait until it is copied, then load it again",
         )
@@ -134,6 +135,7 @@ def _choose_context(manifest: Manifest, asked: int | None) -> int:
     most = generation.model_context_tokens
     if most is not None and asked > most:
         raise UsageError(
+            "context-beyond-model",
             f"context_tokens is {asked}, and the model is made for {most}",
             remedy=f"racdeploy.load(…, context_tokens={most})",
         )
@@ -179,6 +181,7 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
     for name in unlisted:
         if os.path.lexists(folder / name):
             raise ArtifactError(
+                "file-not-listed",
                 f"{folder / name} would be used, and the manifest does not list it",
                 remedy="remove it, or copy the bundle again",
             )
@@ -193,6 +196,7 @@ def _check_container(folder: Path, artifact: ArtifactEntry) -> None:
     found = racgguf.Container.open(folder / artifact.path).sha256
     if found != artifact.unpacked_sha256:
         raise ArtifactError(
+            "differs-from-manifest",
             f"{folder / artifact.path} holds a file with SHA-256 {found[:16]}…, its manifest says "
             f"{artifact.unpacked_sha256[:16]}…",
             remedy="copy the bundle again, or build it again",
@@ -206,5 +210,7 @@ def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> A
 
     offered = ", ".join(sorted({entry.backend for entry in manifest.artifacts}))
     raise UsageError(
-        f"{folder} has no artifact for {backend!r}", remedy=f"it has one for: {offered}"
+        "no-artifact-for-engine",
+        f"{folder} has no artifact for {backend!r}",
+        remedy=f"it has one for: {offered}",
     )

@@ -162,6 +162,7 @@ class Model(AbstractContextManager["Model"]):
             return []
         if self.tags and len({prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
             raise UsageError(
+                "mixed-thinking-states",
                 "some of these prompts end inside the thinking and some do not",
                 remedy="give them to generate_many in two calls",
             )
@@ -245,6 +246,7 @@ class Model(AbstractContextManager["Model"]):
         """Return the bundle's sampling, with what a call gives in its place."""
         if max_thinking_tokens is not None and self.tags is None:
             raise UsageError(
+                "no-thinking-tags",
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )

@@ -93,6 +93,7 @@ class _Stream(Generic[R]):
         """What was generated, once the last piece is read or the stream is closed."""
         if self._future is None or not self._has_ended:
             raise UsageError(
+                "stream-not-ended",
                 "the stream has not ended, so it has no result yet",
                 remedy="read its pieces to the end, or close it",
             )

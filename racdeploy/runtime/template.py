@@ -49,6 +49,7 @@ class ChatTemplate:
         self._name = f"template {next(_numbers)}"
         if len(source) > LONGEST_TEMPLATE:
             raise ArtifactError(
+                "template-too-long",
                 f"the chat template has {len(source)} characters, and may have {LONGEST_TEMPLATE}",
                 remedy="use the template that the model was published with",
             )
@@ -99,6 +100,7 @@ class ChatTemplate:
             return _write_json(given)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(
+                "messages-not-json",
                 f"messages and template variables must be JSON: {error}",
                 remedy="give texts, numbers, lists and dicts",
             ) from error
@@ -113,6 +115,7 @@ class ChatTemplate:
         return Request(
             op,
             {"template": self._name, **values},
+            code="template-failed",
             what=what,
             remedy="compare the messages with the model card; if they are right, correct the "
             "template",

@@ -236,6 +236,7 @@ def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTa
 
     if not open_ids or not close_ids or open_ids == close_ids:
         raise ArtifactError(
+            "tags-not-encodable",
             f"the tokenizer cannot write the thinking tags {open_tag!r} and {close_tag!r}: "
             f"it gives ids {list(open_ids)} and {list(close_ids)}",
             remedy="use the tokenizer.json that the model was trained with",

@@ -35,7 +35,8 @@ class Request:
 
     Args:
         op: one of the module's operations; ``values`` and ``payload`` are its arguments.
-        what: begins the message of an ArtifactError, as ``the chat template failed``.
+        code: of the ArtifactError where it fails.
+        what: begins its message, as ``the chat template failed``.
         remedy: ends it.
         seconds: of processor time.
     """
@@ -43,6 +44,7 @@ class Request:
     op: str
     values: Header
     payload: bytes = b""
+    code: str = "file-not-read"
     what: str = "it could not be read"
     remedy: str = ""
     seconds: float = SECONDS
@@ -53,7 +55,7 @@ class Request:
 
     def failure(self, reason: str) -> ArtifactError:
         line = " ".join(reason.split())  # a template says what it likes
-        return ArtifactError(f"{self.what}: {line}", remedy=self.remedy)
+        return ArtifactError(self.code, f"{self.what}: {line}", remedy=self.remedy)
 
 
 class Reader:
@@ -226,6 +228,7 @@ class _Process:
 
         if started is None:
             raise EnvironmentFailure(
+                "reader-not-started",
                 "the process that reads what others sent does not start",
                 remedy=f"see what it says: {shlex.join(command(*self._module))}",
             )
@@ -263,7 +266,7 @@ def _rebuild(header: Header) -> RacdeployError:
     """Return an error as it was raised there."""
     kind = getattr(errors, header["raised"])
     error: RacdeployError = kind.__new__(kind)
-    RacdeployError.__init__(error, header["message"], remedy=header["remedy"])
+    RacdeployError.__init__(error, header["code"], header["message"], remedy=header["remedy"])
     return error
 
 

@@ -40,6 +40,7 @@ class Tokenizer:
             "read_tokenizer",
             {},
             payload=content,
+            code="not-a-tokenizer",
             what=f"{file} is not a tokenizer",
             remedy=_DAMAGED,
             seconds=SECONDS + _READING_S_PER_BYTE * size,
@@ -75,7 +76,9 @@ class Tokenizer:
             pieces = [known[token] for token in ids]
             size = sum(map(len, pieces))
             if size > _LONGEST_TEXT:
-                raise ArtifactError(f"{self._what}: more than {_LONGEST_TEXT} bytes of text")
+                raise ArtifactError(
+                    "tokenizer-failed", f"{self._what}: more than {_LONGEST_TEXT} bytes of text"
+                )
             texts.append(b"".join(pieces).decode("utf-8", "replace"))
         return texts
 
@@ -156,11 +159,14 @@ class Tokenizer:
         self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
     ) -> tuple[dict[str, Any], bytes]:
         seconds = SECONDS + more_seconds
-        return self.reader.ask(Request(op, values, payload, self._what, _DAMAGED, seconds))
+        failing = "tokenizer-failed", self._what, _DAMAGED
+        return self.reader.ask(Request(op, values, payload, *failing, seconds))
 
 
 def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:
     try:
         return pack(sequences)
     except (OverflowError, TypeError) as error:
-        raise UsageError(f"a token id is no number from 0 to 2**32 - 1: {error}") from error
+        raise UsageError(
+            "token-id-not-number", f"a token id is no number from 0 to 2**32 - 1: {error}"
+        ) from error

@@ -47,7 +47,12 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Messag
         return operations[header["op"]](header, payload)
     except RacdeployError as error:
         name = type(error).__name__
-        return {"raised": name, "message": error.message, "remedy": error.remedy}, b""
+        return {
+            "raised": name,
+            "code": error.code,
+            "message": error.message,
+            "remedy": error.remedy,
+        }, b""
     except MemoryError:
         return {"failed": "it took more memory than its process may"}, b""
     except BaseException as error:  # noqa: BLE001 - a native library's panic is none of Exception

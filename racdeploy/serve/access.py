@@ -29,7 +29,11 @@ class Turnstile:
     def entered(self) -> Iterator[None]:
         """Hold a place; without one the request is sent away."""
         if self._inside >= self._room:
-            raise RequestError(503, f"{self._inside} requests are under way or wait: try later")
+            raise RequestError(
+                "server-busy",
+                f"{self._inside} requests are under way or wait: try later",
+                status=503,
+            )
 
         self._inside += 1
         try:

@@ -9,12 +9,17 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Literal
 
-from racdeploy.errors import ContextError, PromptError, RacdeployError, UsageError
+from racdeploy.errors import PromptError, RacdeployError, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.runtime import Continuation, Piece, Result
 from racdeploy.serve.requests import RequestError
 
 OWNER = "racdeploy"
+# Where OpenAI has a code that clients know; elsewhere they get ours.
+_OPENAI_CODES = {
+    "model-not-served": "model_not_found",
+    "prompt-too-long": "context_length_exceeded",
+}
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,14 @@ def count_text(continuation: Continuation) -> Json:
 
 def write_error(error: RacdeployError) -> tuple[int, Json]:
     """Return the HTTP status and the object of an error."""
-    status = 500
-    param, code = "", ""
-
+    status, param = 500, ""
     if isinstance(error, RequestError):
-        status, param, code = error.status, error.param, error.code
-    elif isinstance(error, ContextError):
-        status, code = 400, "context_length_exceeded"
+        status, param = error.status, error.param
     elif isinstance(error, UsageError | PromptError):
         status = 400
 
     message = f"{error.message}; {error.remedy}" if error.remedy else error.message
+    code = _OPENAI_CODES.get(error.code, error.code)
     return status, error_body(status, message, param, code)
 
 

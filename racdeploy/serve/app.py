@@ -173,7 +173,7 @@ async def _tokenize(served: Served, body: Json) -> Reply:
     """Return the engine's own ids of a text, as llama-server does; special tokens are parsed."""
     text = body.get("content")
     if not isinstance(text, str):
-        raise RequestError(400, "content is no text", param="content")
+        raise RequestError("bad-parameter", "content is no text", param="content")
 
     ids = served.model.engine.tokenize(text)
     return Reply({"tokens": served.model.encoder.encode_text(text) if ids is None else ids})
@@ -182,10 +182,10 @@ async def _tokenize(served: Served, body: Json) -> Reply:
 def _check_name(asked: str | None, name: str) -> None:
     if asked not in (None, "", name):
         raise RequestError(
-            404,
+            "model-not-served",
             f"there is no model {asked!r} here: it is {name!r}, and may be left out",
+            status=404,
             param="model",
-            code="model_not_found",
         )
 
 
@@ -193,7 +193,7 @@ def _check_stop_ids(asked: Sequence[int], eos_ids: Collection[int]) -> None:
     others = sorted(set(asked) - set(eos_ids))
     if others:
         raise RequestError(
-            400,
+            "unsupported-parameter",
             f"stop_token_ids {others} are not supported: the model's own {sorted(eos_ids)} end a "
             "completion; use stop for a text",
             param="stop_token_ids",

@@ -59,7 +59,7 @@ class Endpoint:
         except ClientDisconnect:
             return
         except asyncio.CancelledError:  # only the server cancels: it stops, and has waited
-            await sender.fail(RequestError(503, "the server stops"))
+            await sender.fail(RequestError("server-stopping", "the server stops", status=503))
 
     async def _answer(self, body: Json, sender: _Sender) -> None:
         reply = await self.ask(body)
@@ -124,14 +124,18 @@ async def _read_body(request: Request) -> Json:
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(
-            415, f"the body is {kind or 'of no kind'}: send Content-Type: application/json"
+            "wrong-content-type",
+            f"the body is {kind or 'of no kind'}: send Content-Type: application/json",
+            status=415,
         )
 
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
         if len(received) > LARGEST_BODY:
-            raise RequestError(413, f"the body has more than {LARGEST_BODY} bytes")
+            raise RequestError(
+                "body-too-large", f"the body has more than {LARGEST_BODY} bytes", status=413
+            )
 
     return read_json(bytes(received))
 

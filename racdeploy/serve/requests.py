@@ -29,13 +29,12 @@ _TABLE = tomllib.loads((files("racdeploy.serve") / "harmless.toml").read_text(en
 
 
 class RequestError(UsageError):
-    """A request that is refused: its HTTP status, and what OpenAI's error objects say beside."""
+    """A request that is refused: its HTTP status, and the parameter that is wrong."""
 
-    def __init__(self, status: int, message: str, *, param: str = "", code: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, code: str, message: str, *, status: int = 400, param: str = "") -> None:
+        super().__init__(code, message)
         self.status = status
         self.param = param
-        self.code = code
 
 
 class _Model(BaseModel):
@@ -132,7 +131,7 @@ class ChatRequest(_Request):
 
         if budget is not None and effort is not None:
             raise RequestError(
-                400,
+                "parameters-conflict",
                 "max_thinking_tokens and reasoning_effort both set a thinking budget: give one",
                 param="reasoning_effort",
             )
@@ -161,7 +160,9 @@ class CompletionRequest(_Request):
             return prompts[0]
         if prompts:
             raise RequestError(
-                400, f"this server takes one prompt, and got {len(prompts)}", param="prompt"
+                "several-prompts",
+                f"this server takes one prompt, and got {len(prompts)}",
+                param="prompt",
             )
 
         return [part for part in prompt if isinstance(part, int)]
@@ -181,7 +182,9 @@ def read_completion(body: Json) -> CompletionRequest:
     asked = _check(CompletionRequest, body)
     if asked.return_token_ids and asked.stream:
         raise RequestError(
-            400, "return_token_ids is for answers without a stream", param="return_token_ids"
+            "parameters-conflict",
+            "return_token_ids is for answers without a stream",
+            param="return_token_ids",
         )
     return asked
 
@@ -191,10 +194,10 @@ def read_json(data: bytes) -> Json:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON: {error}") from error
+        raise RequestError("bad-body", f"the body is not JSON: {error}") from error
 
     if not isinstance(body, dict):
-        raise RequestError(400, "the body is no JSON object")
+        raise RequestError("bad-body", "the body is no JSON object")
     return body
 
 
@@ -208,10 +211,12 @@ def _check(kind: type[T], body: Json) -> T:
     named = [str(part) for part in first["loc"]]
     param = ".".join(part for part in named if part != "str" and "[" not in part)  # types in unions
     if first["type"] == "extra_forbidden":
-        raise RequestError(400, f"unknown parameter {param!r}", param=param)
+        raise RequestError("unknown-parameter", f"unknown parameter {param!r}", param=param)
     if first["type"] == "missing":
-        raise RequestError(400, f"{param} is missing", param=param)
-    raise RequestError(400, f"{param}: {first['msg']} (got {first['input']!r:.60})", param=param)
+        raise RequestError("missing-parameter", f"{param} is missing", param=param)
+    raise RequestError(
+        "bad-parameter", f"{param}: {first['msg']} (got {first['input']!r:.60})", param=param
+    )
 
 
 def _leave_out(body: Json, neutral: Mapping[str, Sequence[object]]) -> Any:
@@ -225,7 +230,7 @@ def _leave_out(body: Json, neutral: Mapping[str, Sequence[object]]) -> Any:
             kept[name] = value
         elif not any(_is_same(value, harmless) for harmless in neutral[name]):
             raise RequestError(
-                400,
+                "unsupported-parameter",
                 f"{name} = {json.dumps(value):.60} is not supported: leave it out",
                 param=name,
             )

@@ -54,6 +54,7 @@ def serve(
     key = _read_key(key_env)
     if not key and not is_loopback(host):
         raise UsageError(
+            "no-api-key",
             f"{host} can be reached from other machines, and there is no API key",
             remedy="export RACDEPLOY_KEY=…, and add --api-key-env RACDEPLOY_KEY",
         )
@@ -128,7 +129,11 @@ def _read_key(name: str) -> str:
 
     key = os.environ.get(name, "").strip()
     if not key:
-        raise UsageError(f"{name} is not set, so there is no API key", remedy=f"export {name}=…")
+        raise UsageError(
+            "api-key-not-set",
+            f"{name} is not set, so there is no API key",
+            remedy=f"export {name}=…",
+        )
     return key
 
 
@@ -142,6 +147,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         address.close()
         raise EnvironmentFailure(
+            "cannot-listen",
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             remedy="choose another --port, or 0 for a free one",
         ) from error

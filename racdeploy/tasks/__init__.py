@@ -66,7 +66,7 @@ class TaskSet:
         for specs in (evaluation, calibration):
             if len(set(specs)) < len(specs):
                 twice = f"a task is named twice: {', '.join(specs)}"
-                raise UsageError(twice, remedy="name each task once")
+                raise UsageError("task-named-twice", twice, remedy="name each task once")
 
         asked = {spec: load(spec) for spec in evaluation}
         trained = [spec for spec in asked if asked[spec].calibrates]
@@ -148,7 +148,7 @@ def load(spec: str) -> Task:
         refuse_table(spec)
         if spec.endswith((".jsonl", ".json")):
             remedy = f"write --task jsonl:{spec}"
-            raise UsageError(f"{spec} is a file and not a task", remedy=remedy)
+            raise UsageError("file-as-task", f"{spec} is a file and not a task", remedy=remedy)
 
     if name == HUB:
         return _load_published(spec, plugins.load("tasks", _find_set(argument)), "")
@@ -162,14 +162,18 @@ def load(spec: str) -> Task:
 
     if hasattr(module, "read"):
         if not argument:
-            raise UsageError(f"task {name!r} needs a file", remedy=f"write --task {name}:FILE")
+            raise UsageError(
+                "task-needs-file", f"task {name!r} needs a file", remedy=f"write --task {name}:FILE"
+            )
 
         refuse_table(argument)
         pool, repeated = _keep_once(module.read(Path(argument)))
         return Task(spec, None, pool, FILE_SHARES, repeated)
 
     if colon:
-        raise UsageError(f"task {name!r} takes no argument", remedy=f"write --task {name}")
+        raise UsageError(
+            "takes-no-argument", f"task {name!r} takes no argument", remedy=f"write --task {name}"
+        )
 
     return Task(spec, module.draw, (), PROCEDURAL_SHARES)
 
@@ -206,7 +210,8 @@ def _ask_all(module: ModuleType, rows: Sequence[Row], spec: str) -> list[Problem
         try:
             problems.append(module.ask(row))
         except UsageError as error:
-            raise UsageError(f"{place}: {error.message}", remedy=error.remedy) from error
+            error.message = f"{place}: {error.message}"
+            raise
 
     return problems
 
@@ -216,6 +221,7 @@ def _check_columns(published: Published, row: Row, place: str) -> None:
     for column in published.columns:
         if row.get(column) in (None, "", []):
             raise UsageError(
+                "missing-column",
                 f"{place} has no {column!r}; its columns are {', '.join(row)}",
                 remedy=f"give {published.title} as it was published: {page}",
             )
@@ -247,10 +253,13 @@ def _find_set(name: str) -> str:
     known = public_names()
     for each in known:
         if plugins.load("tasks", each).SET.evaluation.dataset.casefold() == name.casefold():
-            raise UsageError(f"{name} is task {each!r}", remedy=f"write --task {HUB}:{each}")
+            raise UsageError(
+                "dataset-as-task", f"{name} is task {each!r}", remedy=f"write --task {HUB}:{each}"
+            )
 
     if name not in known:
         raise UsageError(
+            "unknown-public-set",
             f"{name or 'nothing'} is no public set{plugins.closest(name, known)}",
             remedy=f"known: {', '.join(known)}; your own questions: --task jsonl:FILE",
         )
@@ -260,6 +269,7 @@ def _find_set(name: str) -> str:
 def _refuse_unsourced(name: str, published: Published) -> UsageError:
     forms = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
     return UsageError(
+        "task-needs-questions",
         f"task {name!r} needs its questions, which racdeploy neither ships nor downloads unasked",
         remedy=f"--task {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
         f'(pip install "racdeploy[tasks]"); --task {name}:PATH reads what you have of it '
@@ -272,6 +282,7 @@ def _refuse_untrained(task: Task) -> UsageError:
     title, name = task.published.title, name_of(task.spec)
     others = [each for each in ("math500", "gsm8k") if each != name]
     return UsageError(
+        "no-training-questions",
         f"{title} has no training questions to calibrate on: all {len(task.pool)} are for "
         "evaluation",
         remedy=f"add --calibration-task {HUB}:{others[0]}, or any other task; "
@@ -282,6 +293,7 @@ def _refuse_untrained(task: Task) -> UsageError:
 def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
     files = [f"{task.spec} has {task.describe_pool()}" for task in tasks if task.draw is None]
     return UsageError(
+        "no-problems-for-split",
         f"the task holds no {split} problem: {'; '.join(files)}",
         remedy=f"a hash of its text decides the half of a question: give {_SAFE_QUESTIONS} "
         f"different ones at least, {2 * wanted} for the {wanted} prompts that are asked for; or "

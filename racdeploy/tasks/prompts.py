@@ -29,5 +29,7 @@ def ask_contest(row: Row) -> Problem:
     answer = row["answer"]
     text = str(answer).strip()
     if not text.isdecimal() or int(text) > 999:
-        raise UsageError(f"the answer {answer!r} is no whole number from 0 to 999")
+        raise UsageError(
+            "answer-out-of-range", f"the answer {answer!r} is no whole number from 0 to 999"
+        )
     return Problem(BOXED.format(problem=row["problem"]), gold=str(int(text)))

@@ -78,6 +78,7 @@ def read_local(published: Published, path: Path) -> Rows:
     wanted = published.evaluation.split
     if wanted not in splits:
         raise UsageError(
+            "missing-dataset-split",
             f"{path} has no split {wanted!r} of {published.title}; it has {', '.join(splits)}",
             remedy="save that split, or give a folder with one split",
         )
@@ -105,7 +106,9 @@ def _refuse_download(part: HubSplit, error: Exception) -> EnvironmentFailure:
     if "gated" in str(error).lower():
         remedy = f"accept its terms at {page}, then: hf auth login"
     return EnvironmentFailure(
-        f"cannot read {part.dataset} from the Hub: {_first_line(error)}", remedy=remedy
+        "dataset-download-failed",
+        f"cannot read {part.dataset} from the Hub: {_first_line(error)}",
+        remedy=remedy,
     )
 
 
@@ -126,6 +129,7 @@ def _read_folder(part: HubSplit, path: Path) -> Mapping[str, tuple[Row, ...]]:
             found = datasets.load_dataset(str(path), config)
     except (OSError, ValueError) as error:
         raise UsageError(
+            "dataset-folder-unreadable",
             f"cannot read the folder {path}: {_first_line(error)}",
             remedy="give a folder of save_to_disk, a copy of the one on the Hub, or a file",
         ) from error

@@ -30,6 +30,7 @@ def read_rows(path: Path) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
+            "unknown-suffix",
             f"cannot read {path}: its name does not end in {', '.join(SUFFIXES)}",
             remedy="give the file as it was published, or a folder saved by datasets",
         )
@@ -42,7 +43,9 @@ def read_rows(path: Path) -> list[Row]:
         rows = _read_json(path)
 
     if not rows:
-        raise UsageError(f"{path} holds no rows", remedy="give the file as it was published")
+        raise UsageError(
+            "empty-task-file", f"{path} holds no rows", remedy="give the file as it was published"
+        )
     return rows
 
 
@@ -52,10 +55,13 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = f"cannot read {path}: {error.strerror}"
-        raise UsageError(reason, remedy=f"give a {path.suffix} file that is there") from error
+        raise UsageError(
+            "file-unreadable", reason, remedy=f"give a {path.suffix} file that is there"
+        ) from error
     except UnicodeDecodeError as error:
         copy = f"{path.stem}-utf8{path.suffix}"
         raise UsageError(
+            "text-not-utf8",
             f"cannot read {path}: byte {error.start} is not UTF-8",
             remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {path} > {copy}",
         ) from error
@@ -71,11 +77,14 @@ def _read_json(path: Path) -> list[Row]:
             found = [json.loads(line) for line in split_lines(text) if line.strip()]
     except (json.JSONDecodeError, RecursionError) as error:
         remedy = "give an object a line, or one list of objects"
-        raise UsageError(f"{path} is not JSON: {error}", remedy=remedy) from error
+        raise UsageError("row-not-json", f"{path} is not JSON: {error}", remedy=remedy) from error
 
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict):
-            raise UsageError(f"{path}: row {number} is a {type(row).__name__}, not an object")
+            raise UsageError(
+                "row-not-an-object",
+                f"{path}: row {number} is a {type(row).__name__}, not an object",
+            )
     return list(found)
 
 
@@ -88,9 +97,9 @@ def _read_parquet(path: Path) -> list[Row]:
         found: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
-        raise UsageError(f"cannot read {path}: {reason}") from error
+        raise UsageError("file-unreadable", f"cannot read {path}: {reason}") from error
     except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{path} is no parquet file: {error}") from error
+        raise UsageError("not-parquet", f"{path} is no parquet file: {error}") from error
     return found
 
 
@@ -104,4 +113,6 @@ def refuse_table(path: str) -> None:
     if suffix.lower() == "csv":
         made = f"{stem}.jsonl"
         remedy = f"{_CONVERT % (path, made)}, then --task jsonl:{made}"
-    raise UsageError(f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy)
+    raise UsageError(
+        "table-as-task", f"{path} is a table; racdeploy reads .jsonl files", remedy=remedy
+    )

@@ -21,7 +21,7 @@ from racdeploy import plugins
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.sandbox.reader import MEMORY_BYTES, SECONDS, Reader, Request
 
-__all__ = ["DEFAULT", "Scored", "check", "score"]
+__all__ = ["DEFAULT", "Scored", "check", "refuse_argument", "score"]
 
 DEFAULT = "auto"
 _PREPARING_SECONDS = 60.0
@@ -42,12 +42,19 @@ def check(spec: str) -> None:
     module = plugins.load("scorers", name)
 
     if not hasattr(module, "check"):
-        if colon:
-            raise UsageError(f"scorer {name!r} takes no argument", remedy=f"write {name}")
+        refuse_argument(name, colon)
     elif not argument or hasattr(module, "prepare"):
         module.check(argument)  # whether there is a package must be known without it
     else:
         _reader(name).ask(_request(module, name, "check", argument=argument))
+
+
+def refuse_argument(name: str, argument: str) -> None:
+    """Refuse an argument of a scorer that takes none."""
+    if argument:
+        raise UsageError(
+            "takes-no-argument", f"scorer {name!r} takes no argument", remedy=f"write {name}"
+        )
 
 
 def score(spec: str, answer: str, gold: str) -> Scored:
@@ -79,7 +86,9 @@ def _reader(name: str) -> Reader:
 
     reader = Reader("racdeploy.sandbox.answers", memory_bytes, opens_files=True)
     what = f"scorer {name!r} cannot be prepared"
-    preparing = Request("prepare", {"name": name}, what=what, seconds=_PREPARING_SECONDS)
+    preparing = Request(
+        "prepare", {"name": name}, code="scorer-failed", what=what, seconds=_PREPARING_SECONDS
+    )
     reader.keep("scorer", preparing)
     return reader
 
@@ -91,6 +100,7 @@ def _request(module: ModuleType, name: str, op: str, argument: str, **texts: Any
     return Request(
         op,
         values,
+        code="scorer-failed",
         what=f"scorer {spec[:200]!r} failed",
         remedy="correct the expression, or the gold answer" if argument else "",
         seconds=seconds,

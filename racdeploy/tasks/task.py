@@ -140,6 +140,7 @@ class Task:
 
         if len(found) < count:
             raise UsageError(
+                "too-few-problems",
                 f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
                 remedy="ask for fewer prompts in the recipe, or give a task with more of them",
             )

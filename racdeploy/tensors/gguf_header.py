@@ -67,7 +67,7 @@ def padded(size_bytes: int, alignment: int) -> int:
 def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
     """Return the size of a tensor; an ArtifactError where it cannot have that type or shape."""
     if ggml_type not in GGML_SIZES:
-        raise ArtifactError(f"tensor type {ggml_type} is unknown")
+        raise ArtifactError("damaged-gguf", f"tensor type {ggml_type} is unknown")
 
     block_weights, block_bytes = GGML_SIZES[ggml_type]
     weights = math.prod(dimensions)
@@ -77,7 +77,8 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
         or dimensions[0] % block_weights
     ):
         raise ArtifactError(
-            f"a tensor of type {ggml_type} cannot have the dimensions {list(dimensions)[:8]}"
+            "damaged-gguf",
+            f"a tensor of type {ggml_type} cannot have the dimensions {list(dimensions)[:8]}",
         )
 
     return weights // block_weights * block_bytes
@@ -89,12 +90,14 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
     ``versions`` are those accepted; 2 and 3 differ in nothing that is read here.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} is not a file", remedy="give a .gguf or .racgguf file")
+        raise ArtifactError(
+            "no-gguf-file", f"{path} is not a file", remedy="give a .gguf or .racgguf file"
+        )
 
     size_bytes = path.stat().st_size
     try:
         if size_bytes < FIXED_BYTES:
-            raise ArtifactError(f"{size_bytes} bytes are no GGUF file")
+            raise ArtifactError("damaged-gguf", f"{size_bytes} bytes are no GGUF file")
         with (
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
@@ -102,7 +105,7 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
             return _Reader(buffer, size_bytes, versions).header()
     except ArtifactError as error:
         raise ArtifactError(
-            f"{path} is damaged: {error.message}", remedy="copy or export it again"
+            "damaged-gguf", f"{path} is damaged: {error.message}", remedy="copy or export it again"
         ) from error
 
 
@@ -118,18 +121,22 @@ class _Reader:
         version = self._number("I")
 
         if magic != b"GGUF":
-            raise ArtifactError("it does not begin with GGUF")
+            raise ArtifactError("damaged-gguf", "it does not begin with GGUF")
         if version not in self.versions:
             asked = "version 3" if self.versions == (3,) else "version 2 or 3"
             turned = " and big-endian" if version in (2 << 24, 3 << 24) else ""
             raise ArtifactError(
-                f"it is of version {version:#x}{turned}; what can be read is little-endian, {asked}"
+                "damaged-gguf",
+                f"it is of version {version:#x}{turned}; what can be read is little-endian,"
+                f" {asked}",
             )
 
         tensors = self._number("Q")
         keys = self._number("Q")
         if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self.size_bytes:
-            raise ArtifactError(f"{tensors} tensors and {keys} keys do not fit into it")
+            raise ArtifactError(
+                "damaged-gguf", f"{tensors} tensors and {keys} keys do not fit into it"
+            )
 
         values: dict[str, Value] = {}
         starts: dict[str, int] = {}
@@ -138,7 +145,9 @@ class _Reader:
             start = self.at
             key = self._text()
             if key in values or not key:
-                raise ArtifactError(f"the key {key[:80]!r} is there twice, or empty")
+                raise ArtifactError(
+                    "damaged-gguf", f"the key {key[:80]!r} is there twice, or empty"
+                )
 
             starts[key] = start
             values[key] = self._value(self._number("I"))
@@ -151,7 +160,7 @@ class _Reader:
             or not 0 < alignment <= _LARGEST_ALIGNMENT
             or alignment & (alignment - 1)
         ):
-            raise ArtifactError(f"the alignment {alignment!r} is no power of two")
+            raise ArtifactError("damaged-gguf", f"the alignment {alignment!r} is no power of two")
 
         infos = self._infos(tensors)
         data_start = padded(self.at, alignment)
@@ -165,7 +174,8 @@ class _Reader:
             dimensions = self._number("I")
             if name in infos or not 1 <= dimensions <= _MOST_DIMENSIONS:
                 raise ArtifactError(
-                    f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions"
+                    "damaged-gguf",
+                    f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions",
                 )
 
             shape = tuple(self._number("Q") for _ in range(dimensions))
@@ -182,12 +192,14 @@ class _Reader:
             stop = data_start + offset + size_bytes
             if offset != expected:
                 raise ArtifactError(
-                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}"
+                    "damaged-gguf",
+                    f"the tensor {name[:80]!r} lies at {offset} and not at {expected}",
                 )
             if stop > self.size_bytes:
                 raise ArtifactError(
+                    "damaged-gguf",
                     f"it is cut off: the tensor {name[:80]!r} ends at byte {stop}, "
-                    f"the file at {self.size_bytes}"
+                    f"the file at {self.size_bytes}",
                 )
 
             tensors.append(
@@ -209,19 +221,19 @@ class _Reader:
         if kind == _ARRAY:
             return self._array(self._number("I"), self._number("Q"))
         if kind not in _SCALARS:
-            raise ArtifactError(f"metadata type {kind} is unknown")
+            raise ArtifactError("damaged-gguf", f"metadata type {kind} is unknown")
         return self._scalar(_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> Value:
         if kind == _STRING:
             if 8 * count > self.size_bytes - self.at:
-                raise ArtifactError(f"{count} strings do not fit into it")
+                raise ArtifactError("damaged-gguf", f"{count} strings do not fit into it")
             for _ in range(count):
                 self._take(self._number("Q"))
             return None
 
         if kind not in _SCALARS:
-            raise ArtifactError(f"an array of metadata type {kind}")
+            raise ArtifactError("damaged-gguf", f"an array of metadata type {kind}")
         data = self._take(count * struct.calcsize(_SCALARS[kind]))
         if kind == _U64:
             return np.frombuffer(data, dtype="<u8")
@@ -232,7 +244,7 @@ class _Reader:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ArtifactError(f"{data[:40]!r} is not UTF-8") from error
+            raise ArtifactError("damaged-gguf", f"{data[:40]!r} is not UTF-8") from error
 
     def _number(self, code: str) -> int:
         return int(self._scalar(code))
@@ -244,6 +256,6 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         if count > self.size_bytes - self.at:
-            raise ArtifactError(f"{count} bytes at {self.at} end behind the file")
+            raise ArtifactError("damaged-gguf", f"{count} bytes at {self.at} end behind the file")
         self.at += count
         return self.buffer[self.at - count : self.at]

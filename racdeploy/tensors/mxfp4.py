@@ -61,6 +61,7 @@ class PackedEntry(TensorEntry):
         code_OGP, exponent_OG = (part.read() for part in self.parts)
         if (exponent_OG == _NOT_A_NUMBER).any():
             raise ModelError(
+                "weights-not-finite",
                 f"{self.file}: some MXFP4 weights are no numbers",
                 remedy="copy or download the model again",
             )

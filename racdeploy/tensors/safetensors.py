@@ -104,11 +104,13 @@ class TensorEntry:
 def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
     """Parse one safetensors header and check every range against the file."""
     if not file.is_file():
-        raise ModelError(f"{file} is missing", remedy="copy or download it again")
+        raise ModelError("missing-shard", f"{file} is missing", remedy="copy or download it again")
 
     size_bytes = file.stat().st_size
     damaged = ModelError(
-        f"{file} is truncated or not a safetensors file", remedy="copy or download it again"
+        "damaged-safetensors",
+        f"{file} is truncated or not a safetensors file",
+        remedy="copy or download it again",
     )
 
     with file.open("rb") as stream:
@@ -228,7 +230,9 @@ def _check_places(
     if not fault and end != size_bytes:
         fault = f"{size_bytes - end} bytes belong to no tensor"
     if fault:
-        raise ModelError(f"{file} is damaged: {fault}", remedy="copy or download it again")
+        raise ModelError(
+            "damaged-safetensors", f"{file} is damaged: {fault}", remedy="copy or download it again"
+        )
 
 
 def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
@@ -242,13 +246,17 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
         not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str))
         or len(offsets) != 2
     ):
-        raise ModelError(f"{file}: the header entry of {name!r} is damaged")
+        raise ModelError("damaged-safetensors", f"{file}: the header entry of {name!r} is damaged")
 
     if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
-        raise ModelError(f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}")
+        raise ModelError(
+            "damaged-safetensors",
+            f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}",
+        )
 
     if tag not in DTYPES:
         raise ModelError(
+            "unsupported-dtype",
             f"{file}: tensor {name!r} has dtype {tag[:20]!r}, supported are {', '.join(DTYPES)}",
             remedy="start from the unquantized checkpoint",
         )
@@ -257,6 +265,7 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     is_inside = origin <= start and stop <= size_bytes
     if not is_inside or stop - start != _count_bytes(tag, shape) or min(shape, default=1) < 0:
         raise ModelError(
+            "damaged-safetensors",
             f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
             f" {size_bytes}",
             remedy="copy or download it again",

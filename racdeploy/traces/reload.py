@@ -52,6 +52,7 @@ def load(settings: Traces, folder: Path) -> None:
             _load_into_vllm(client, path)
     except EngineError as error:
         raise EngineError(
+            "model-not-loaded",
             f"the server did not load {path}: {error.message}",
             remedy=f"{error.remedy}; {_NEEDS[settings.server_reload]}",
         ) from error
@@ -63,7 +64,11 @@ def _load_into_sglang(client: Client, path: str) -> None:
 
     if answer.get("success") is not True:
         said = client.quote(str(answer.get("message", "")))
-        raise RefusedError(f"{client.url} says: {said}", remedy="look at the server's log")
+        raise RefusedError(
+            "server-refuses-request",
+            f"{client.url} says: {said}",
+            remedy="look at the server's log",
+        )
 
 
 def _load_into_vllm(client: Client, path: str) -> None:
@@ -73,7 +78,9 @@ def _load_into_vllm(client: Client, path: str) -> None:
     # One for each worker, each of them None; a worker that fails makes it a status of 500.
     if not answer.get("results"):
         raise RefusedError(
-            f"{client.url} names no worker that did", remedy="look at the server's log and version"
+            "server-refuses-request",
+            f"{client.url} names no worker that did",
+            remedy="look at the server's log and version",
         )
 
     client.ask("../reset_prefix_cache", {}, may_be_empty=True)

@@ -43,6 +43,7 @@ def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
     if not calibration:
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UsageError(
+            "no-calibration-traces",
             f"none of {len(traces)} traces can calibrate: {counts or 'there are none'}",
             remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
         )

@@ -82,10 +82,9 @@ def answering(
     except EngineError as error:
         count = len(CompletionLog(file).completions)
         kept = f"; {count} completions are kept in {folder}" if count else ""
-        raise EngineError(
-            f"{error.message}{kept}",
-            remedy=f"{error.remedy}; then run the same command, which resumes where it ended",
-        ) from error
+        error.message += kept
+        error.remedy += "; then run the same command, which resumes where it ended"
+        raise
 
 
 def find_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder) -> str:
@@ -169,6 +168,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
 
         if not agrees:
             raise UsageError(
+                "server-tokenizer-differs",
                 "the server's tokenizer is not the model's: "
                 f"{repr(text)[:_SHOWN]} is {repr(expected)[:_SHOWN]} here and "
                 f"{repr(actual)[:_SHOWN]} there",
@@ -180,6 +180,7 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
 
     if rendered not in (None, prompt, without_bos, encoder.encode_text(prompt)):
         raise UsageError(
+            "server-template-differs",
             "the server's chat template is not the model's: "
             f"{_QUESTION!r} is {repr(prompt)[:_SHOWN]} here and "
             f"{repr(rendered)[:_SHOWN]} there",
@@ -192,6 +193,7 @@ def _record(folder: Path, model: str) -> None:
     file = folder / _RECORD
     if file.is_file() and (before := read_json(file)["model"]) != model:
         raise ArtifactError(
+            "server-model-changed",
             f"the traces in {folder} were begun with the served model {before!r}, "
             f"this server has {model!r}",
             remedy=f"serve {before!r} again, or remove {folder}",

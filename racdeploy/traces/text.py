@@ -33,6 +33,7 @@ def text_traces(file: str, encoder: PromptEncoder) -> tuple[list[Trace], list[Tr
 
     if len(chunks) < _LEAST:
         raise UsageError(
+            "text-too-short",
             f"{file} has {len(ids)} tokens; to learn from it and to measure on it, "
             f"more than {CHUNK_TOKENS} are needed",
             remedy="give a longer text in recover.mix, or leave it out",

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from racdeploy.engines.engine import Ids
-from racdeploy.errors import ArtifactError
+from racdeploy.files.appending import read_values
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 
 Stream = Literal["prompt", "thinking", "answer"]
@@ -90,17 +90,10 @@ class TraceSet:
     @staticmethod
     def read_shard(file: Path) -> list[Trace]:
         """Return the traces of one shard, or raise ArtifactError where it is damaged."""
-        traces = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                values = json.loads(line)
-                values["prompt_ids"] = tuple(map(int, values["prompt_ids"]))
-                values["completion_ids"] = tuple(map(int, values["completion_ids"]))
-                traces.append(Trace(**values))
-            except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
-                raise ArtifactError(
-                    f"{file}:{number} is damaged: {error}",
-                    remedy=f"remove {file} and run the command again",
-                ) from error
+        return read_values(file, file.read_bytes(), _as_trace)
 
-        return traces
+
+def _as_trace(values: dict[str, Any]) -> Trace:
+    values["prompt_ids"] = tuple(map(int, values["prompt_ids"]))
+    values["completion_ids"] = tuple(map(int, values["completion_ids"]))
+    return Trace(**values)

@@ -73,6 +73,7 @@ class Budget:
             return
         minutes = math.ceil(least_s / 60)
         raise UsageError(
+            "budget-too-small",
             f"a search takes about {minutes} min at least here, and the budget is "
             f"{self.budget_s / 60:.3g} min",
             remedy=f"--budget {minutes}m; or fewer --trace-prompts and --prompts",
@@ -182,6 +183,7 @@ def check_held_out(job: Job) -> None:
     needed = next(filter(is_enough, range(asked + 1, 2 * asked + _MORE_PROMPTS)), 0)
     remedy = f"--trace-prompts {needed} at least" if needed else "raise calibration.held_out_share"
     raise UsageError(
+        "too-few-held-out",
         f"of {asked} calibration prompts fewer than {LEAST_HELD_OUT} traces are held out, "
         "too few to compare candidates",
         remedy=remedy,

@@ -85,6 +85,7 @@ def propose(job: Job) -> tuple[list[Choice], dict[str, str]]:
     if not any(choice.dense for choice in choices):
         reasons = "; ".join(dict.fromkeys(left_out.values()))
         raise UsageError(
+            "no-quant-left",
             f"no number format is left to try: {reasons}",
             remedy="name others in tune.quants, or choose another target",
         )

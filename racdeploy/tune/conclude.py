@@ -235,6 +235,7 @@ def _refuse_inaccurate(search: Search) -> UsageError:
     if dense:
         ratio = math.floor(100 * best.accuracy / dense) / 100
     return UsageError(
+        "no-candidate-accurate",
         f"no candidate keeps {search.job.recipe.tune.least_ratio:.0%} of the accuracy of "
         f"{reference.name}, {dense:.1%}; the nearest is {best.name}, {best.accuracy:.1%}",
         remedy=f"--min-accuracy-ratio {ratio:.2f}, or more room: --max-bytes, --max-memory",

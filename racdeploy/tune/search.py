@@ -414,6 +414,7 @@ class Search:
         _, held_out, _ = self._build.prune_stage.select(traces)
         if not held_out:
             raise UsageError(
+                "no-held-out-traces",
                 f"none of {len(traces)} traces is held out, so candidates cannot be compared",
                 remedy="raise --trace-prompts, or calibration.held_out_share",
             )
@@ -433,6 +434,7 @@ class Search:
         """Say what is possible where no candidate keeps the limits."""
         nearest, options = find_nearest(entries, self._checked)
         raise UsageError(
+            "no-candidate-fits",
             f"{what} keeps the limits; the nearest is {nearest.name}: {nearest.reason}",
             remedy=options or "raise --budget to try more",
         )
@@ -443,6 +445,7 @@ def _refuse_unanswered(raced: Sequence[Entry]) -> None:
     if any(entry.scores is not None and entry.scores.right_N.any() for entry in raced):
         return
     raise UsageError(
+        "no-candidate-answers",
         f"none of {len(raced)} candidates answers a single prompt of the race right",
         remedy="ask what the model can answer: --task NAME; or raise verify.max_new_tokens",
     )

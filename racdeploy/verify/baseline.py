@@ -46,6 +46,7 @@ class Baseline:
         expected = sum(arm.prompts for arm in report.arms if arm.name == "dense")
         if not dense or len(dense) != expected:
             raise ArtifactError(
+                "records-incomplete",
                 f"{folder}/records.jsonl holds {len(dense)} dense records, "
                 f"its report counts {expected}",
                 remedy="copy the bundle again, or build it again",
@@ -70,6 +71,7 @@ class Baseline:
         changed = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         if changed or not ours:
             raise ArtifactError(
+                "baseline-of-other-model",
                 f"{self.folder} has the answers of another dense model, "
                 f"{self.manifest.base.get('name')!r}: "
                 f"{', '.join(changed) or 'it names no files'} differ",
@@ -80,6 +82,7 @@ class Baseline:
         """Refuse a file that is not the dense artifact of this bundle's build, or none."""
         if not path.is_file():
             raise UsageError(
+                "missing-baseline",
                 f"{path} does not exist",
                 remedy="give the dense artifact, or a bundle of the same dense model",
             )
@@ -89,6 +92,7 @@ class Baseline:
         if found not in known:
             recorded = ", ".join(f"{sha256[:16]}…" for sha256 in known) or "none"
             raise ArtifactError(
+                "not-the-dense-artifact",
                 f"{path} is not the dense artifact of this bundle: "
                 f"SHA-256 {found[:16]}…, recorded {recorded}",
                 remedy="give the dense file that the build left below its --work folder, in "
@@ -111,6 +115,7 @@ class Baseline:
         wanted = len(problems) * settings.samples
         if len(found) < wanted:
             raise UsageError(
+                "missing-dense-answers",
                 f"{wanted - len(found)} of {wanted} answers of the dense model "
                 f"are not in {self.folder}",
                 remedy="give the dense artifact with --baseline, a bundle with more prompts, "
@@ -128,6 +133,7 @@ class Baseline:
 
         if changed:
             raise UsageError(
+                "dense-settings-differ",
                 f"the dense answers in {self.folder} were made with {', '.join(changed)}",
                 remedy="give the dense artifact with --baseline, which answers again",
             )

@@ -235,6 +235,7 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
         undecided = unmeasured or result.verdict in ("measured", "skipped")
         if result.name in evidence.gate.demanded and undecided:
             raise UsageError(
+                "check-not-measured",
                 f"the gate file names the check {result.name}, which has nothing to decide on: "
                 f"{result.summary}",
                 remedy=result.remedy or f"take [{result.name}] out of the gate file",

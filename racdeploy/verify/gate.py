@@ -156,6 +156,7 @@ class Gate(Part):
             return self
         if tier not in TIERS:
             raise UsageError(
+                "unknown-tier",
                 f"unknown tier {tier!r}{plugins.closest(tier, TIERS)}",
                 remedy=f"known: {', '.join(TIERS)}",
             )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.cli.app import app
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 from racdeploy.export.gguf.measurement import measure
 from racdeploy.quant import ggml
 from racdeploy.quant.importance import Importance
@@ -127,8 +127,8 @@ ATTACKS: dict[str, Attack] = {
 }  # fmt: skip
 
 
-def _is_refused(file: Path, read: Callable[[Path], object] = inspect_path) -> str:
-    """The file is an error of ours, quickly and in little memory; return what it says."""
+def _is_refused(file: Path, read: Callable[[Path], object] = inspect_path) -> RacdeployError:
+    """The file is an error of ours, quickly and in little memory; return it."""
     tracemalloc.start()
     start = time.process_time()
     try:
@@ -140,7 +140,7 @@ def _is_refused(file: Path, read: Callable[[Path], object] = inspect_path) -> st
     assert seconds < MOST_SECONDS
     assert peak < MOST_BYTES
     assert caught.value.remedy
-    return caught.value.message
+    return caught.value
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -150,7 +150,8 @@ def test_a_damaged_file_is_refused(intact: Path, tmp_path: Path, attack: str) ->
     ATTACKS[attack](data, read_header(intact))
     assert data != intact.read_bytes(), "the attack changed nothing"
     file.write_bytes(data)
-    assert str(file) in _is_refused(file)
+    refused = _is_refused(file)
+    assert (refused.code, str(file) in refused.message) == ("damaged-gguf", True)
 
 
 def _boundaries(file: Path) -> set[int]:
@@ -168,7 +169,7 @@ def test_a_cut_file_is_refused_wherever_it_ends(intact: Path, tmp_path: Path) ->
     data, file = intact.read_bytes(), tmp_path / "m.gguf"
     for place in sorted(_boundaries(intact)):
         file.write_bytes(data[:place])
-        _is_refused(file)
+        assert _is_refused(file).code == "damaged-gguf"
 
 
 def test_a_cut_matrix_is_refused_wherever_it_ends(matrix: Path, tmp_path: Path) -> None:
@@ -177,40 +178,48 @@ def test_a_cut_matrix_is_refused_wherever_it_ends(matrix: Path, tmp_path: Path) 
     assert len(Importance.read(matrix).means) == 2
     for place in sorted(_boundaries(matrix)):
         file.write_bytes(data[:place])
-        _is_refused(file, Importance.read)
+        assert _is_refused(file, Importance.read).code == "damaged-gguf"
 
 
 @pytest.mark.parametrize(
-    ("attack", "message"),
+    ("attack", "code", "value"),
     [
-        (lambda d: _swap(d, b"imatrix", b"imatriX"), "no importance matrix"),
+        (lambda d: _swap(d, b"imatrix", b"imatriX"), "no-importance-matrix", "m.gguf"),
         (
             lambda d: _swap(d, b"blk.0.w.weight.counts", b"blk.0.w.weight.countz"),
-            "sums and no counts",
+            "damaged-importance",
+            "'blk.0.w.weight'",
         ),
         (
             lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 4, "QQ", 32, 2),
-            "2 sums and 1 counts",
+            "damaged-importance",
+            "2 sums",
         ),
         (
             lambda d: _put(d, _info(d, b"blk.0.w.weight.in_sum2") + 20, "I", 26),
-            "not a matrix of F32",
+            "damaged-importance",
+            "'blk.0.w.weight.in_sum2'",
         ),
-        (lambda d: _put(d, len(d) - 32, "f", float("nan")), "nan tokens"),
-        (lambda d: _put(d, len(d) - 32, "f", -3.0), "-3.0 tokens"),
-        (lambda d: _put(d, len(d) - 32, "f", float("inf")), "inf tokens"),
-        (lambda d: _put(d, len(d) - 40, "f", float("inf")), "infinite"),
-        (lambda d: _put(d, len(d) - 40, "f", -1.0), "negative"),
+        (lambda d: _put(d, len(d) - 32, "f", float("nan")), "damaged-importance", "nan"),
+        (lambda d: _put(d, len(d) - 32, "f", -3.0), "damaged-importance", "-3.0"),
+        (lambda d: _put(d, len(d) - 32, "f", float("inf")), "damaged-importance", "inf"),
+        (
+            lambda d: _put(d, len(d) - 40, "f", float("inf")),
+            "importance-not-finite",
+            "'blk.1.w.weight'",
+        ),
+        (lambda d: _put(d, len(d) - 40, "f", -1.0), "importance-not-finite", "'blk.1.w.weight'"),
     ],
 )
 def test_a_hostile_matrix_is_refused(
-    matrix: Path, tmp_path: Path, attack: Callable[[bytearray], None], message: str
+    matrix: Path, tmp_path: Path, attack: Callable[[bytearray], None], code: str, value: str
 ) -> None:
     """Names, shapes, types and values are checked."""
     data, file = bytearray(matrix.read_bytes()), tmp_path / "m.gguf"
     attack(data)
     file.write_bytes(data)
-    assert message in _is_refused(file, Importance.read)
+    refused = _is_refused(file, Importance.read)
+    assert (refused.code, value in refused.message) == (code, True)
 
 
 def _write_part(
@@ -251,23 +260,23 @@ def test_parts_are_read_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("case", "code"),
     [
-        ("a part is missing", "is missing"),
-        ("given the second", "not the first"),
-        ("a part is another", "another part"),
-        ("counts differ", "another part"),
-        ("a tensor twice", "different tensors"),
-        ("a tensor too few", "different tensors"),
-        ("65535 parts", "is missing"),
-        ("the name says another count", "its name does not"),
-        ("the name says nothing", "its name does not"),
-        ("the name leads out of the folder", "is missing"),
-        ("a part is cut", "is damaged"),
-        ("the count is an array", "its name does not"),
+        ("a part is missing", "missing-split"),
+        ("given the second", "not-first-split"),
+        ("a part is another", "wrong-split"),
+        ("counts differ", "wrong-split"),
+        ("a tensor twice", "splits-differ"),
+        ("a tensor too few", "splits-differ"),
+        ("65535 parts", "missing-split"),
+        ("the name says another count", "renamed-split"),
+        ("the name says nothing", "renamed-split"),
+        ("the name leads out of the folder", "missing-split"),
+        ("a part is cut", "damaged-gguf"),
+        ("the count is an array", "renamed-split"),
     ],
 )
-def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
+def test_bad_parts_are_refused(tmp_path: Path, case: str, code: str) -> None:
     """Other files are looked for by the name of the first one, never by what stands in it."""
     first, second = (_write_part(tmp_path / _name(n), n, 2, [f"t{n}"]) for n in range(2))
     given = first
@@ -297,7 +306,7 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, message: str) -> None:
             _write_part(first, 0, 2, ["t0"], told=np.array([2, 2]))
         case "a part is cut":
             second.write_bytes(second.read_bytes()[:-40])
-    assert message in _is_refused(given)
+    assert _is_refused(given).code == code
 
 
 @pytest.mark.parametrize("ggml_type", sorted(GGML_SIZES))

@@ -15,6 +15,7 @@ from racdeploy.bundles.hub import remote
 from racdeploy.bundles.hub.layout import refuse_name
 from racdeploy.bundles.hub.pull import pull
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from tests.support.errors import raises
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import Hub, Repository, hub_server, point_at
 
@@ -105,7 +106,7 @@ def test_a_plain_name_is_written(name: str) -> None:
 
 def test_two_names_that_some_systems_hold_for_one_are_refused(hub: Hub, tmp_path: Path) -> None:
     _serve(hub, tmp_path, {f"{OWN}/Tokenizer.JSON": b"{}"})
-    with pytest.raises(ArtifactError, match="both"):
+    with raises("hub-names-collide", "Tokenizer.JSON"):
         pull(NAME, Path("out"))
 
 
@@ -123,20 +124,20 @@ def test_files_that_other_bundles_have_are_not_written(hub: Hub, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("manifest", "code"),
     [
-        (b"{", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "not an object"),
-        (b"{}", "is no manifest"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"{", "invalid-json"),
+        (b"[" * 100_000, "invalid-json"),
+        (b"[]", "json-not-an-object"),
+        (b"{}", "invalid-manifest"),
+        (b"\xff\xfe", "file-not-utf8"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(
-    hub: Hub, tmp_path: Path, manifest: bytes, said: str
+    hub: Hub, tmp_path: Path, manifest: bytes, code: str
 ) -> None:
     _serve(hub, tmp_path, {MANIFEST: manifest})
-    with pytest.raises(ArtifactError, match=said):
+    with raises(code, MANIFEST):
         pull(NAME, Path("out"))
     assert not Path("out").exists()
 
@@ -145,11 +146,11 @@ def test_sizes_are_bounded_before_anything_is_asked_for(hub: Hub, tmp_path: Path
     """A manifest of a gigabyte is not read, and more than the disk holds is not begun."""
     _serve(hub, tmp_path, {})
     hub.sizes = {MANIFEST: 1 << 30}
-    with pytest.raises(ArtifactError, match="bytes"):
+    with raises("hub-too-large", MANIFEST):
         pull(NAME, Path("out"))
 
     hub.sizes = {f"{OWN}/report.json": 1 << 60}
-    with pytest.raises(EnvironmentFailure, match="are needed"):
+    with raises("disk-full"):
         pull(NAME, Path("out"))
     assert not [line for line in hub.asked if "report.json" in line]
 
@@ -166,14 +167,14 @@ def test_a_size_that_is_none_is_refused(hub: Hub, tmp_path: Path, size: Any) -> 
 
 def test_a_repository_of_too_many_files_is_refused(hub: Hub, tmp_path: Path) -> None:
     _serve(hub, tmp_path, {f"x{number}": b"" for number in range(10_001)})
-    with pytest.raises(ArtifactError, match="more than 10,000 files"):
+    with raises("hub-too-large", "10,000 files"):
         pull(NAME, Path("out"))
 
 
 def test_a_repository_of_too_many_bundles_is_refused(hub: Hub, tmp_path: Path) -> None:
     """Each would be read."""
     _serve(hub, tmp_path, {f"racdeploy/b{n}/racdeploy.json": b"{}" for n in range(101)})
-    with pytest.raises(ArtifactError, match="more than 100 bundles"):
+    with raises("hub-too-large", "100 bundles"):
         pull(NAME, Path("out"))
     assert not [line for line in hub.asked if "/resolve/" in line]
 
@@ -233,7 +234,7 @@ def test_a_folder_of_another_user_is_refused(hub: Hub, tmp_path: Path) -> None:
     _serve(hub, tmp_path, {})
     Path(".out.pull").mkdir()
     os.chown(".out.pull", 12345, -1)
-    with pytest.raises(UsageError, match=r"\.out\.pull belongs to another user, of number 12345"):
+    with raises("folder-not-yours", ".out.pull", "12345"):
         pull(NAME, Path("out"))
     assert list(Path(".out.pull").iterdir()) == []
 
@@ -256,6 +257,6 @@ def test_a_hub_that_takes_for_ever_is_left(hub: Hub, monkeypatch: pytest.MonkeyP
     """Each of its answers may come within the client's own limits."""
     monkeypatch.setattr(remote, "_MAX_WAIT_S", 0.2)
     hub.slow_s = 2.0
-    with pytest.raises(EnvironmentFailure, match="the Hub is too slow"):
+    with raises("hub-too-slow"):
         pull(NAME, Path("out"))
     assert not Path("out").exists()

@@ -11,9 +11,10 @@ import pytest
 from racdeploy.cli import doctor
 from racdeploy.engines.child_engine import ChildEngine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.errors import EngineError
 from racdeploy.processes import landlock
 from racdeploy.sandbox.reader import Reader, Request
+from tests.support.errors import raises
 
 needs_landlock = pytest.mark.skipif(
     landlock.version() < 6, reason="this system has no Landlock, or an older one"
@@ -54,7 +55,7 @@ def test_a_reader_that_opens_files_does_no_more(tmp_path: Path, op: str) -> None
     victim = tmp_path / "authorized_keys"
     victim.write_text("of the user")
     reader = Reader("tests.support.opening", opens_files=True)
-    with pytest.raises(ArtifactError, match=r"PermissionError"):
+    with raises("file-not-read", "PermissionError"):
         reader.ask(Request(op, {"path": str(victim)}))
     reader.ask(Request("file", {}))
     reader.close()

@@ -79,6 +79,7 @@ def test_with_json_an_interruption_is_one_object(exporting: dict[str, str], name
         out, _ = process.communicate(timeout=60)
     found = json.loads(out)
     assert (process.returncode, found["exit_code"], found["kind"]) == (130, 130, "Interrupted")
+    assert found["code"] == "run-interrupted"
     assert found["remedy"] == " ".join(["racdeploy", *_command(exporting, "--json")])
 
 

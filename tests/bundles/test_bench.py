@@ -15,10 +15,10 @@ from racdeploy.bundles import bench as benchmark
 from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
 from racdeploy.cli.app import app
 from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling
-from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.export import ExportResult, weight_bytes
 from racdeploy.files.stages import Stage
 from racdeploy.manifest import Manifest
+from tests.support.errors import raises
 from tests.support.sample_report import arm, build_report
 from tests.support.tiny_artifacts import CONTEXT_TOKENS, make_bundle
 
@@ -123,12 +123,10 @@ def test_any_artifact_of_a_bundle_can_be_measured(
         copy, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf"
     )
     assert found.pruned == copy / "second.gguf"
-    with pytest.raises(ArtifactError, match=r"no dense artifact beside second\.gguf") as missing:
+    with raises("no-dense-artifact", "second.gguf", "--dense"):
         find_dense(copy, tmp_path, "second.gguf")
-    assert "--dense" in missing.value.remedy
-    with pytest.raises(UsageError, match="no artifact 'third.gguf'") as unknown:
+    with raises("unknown-artifact", "'third.gguf'", "model.gguf, second.gguf"):
         bench(copy, dense, Load(), artifact="third.gguf")
-    assert "model.gguf, second.gguf" in unknown.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -186,7 +184,7 @@ def test_an_engine_that_counts_nothing_is_refused(
 
     Silent.opened = []
     _engine(monkeypatch, Silent)
-    with pytest.raises(EngineError, match="does not count"):
+    with raises("no-engine-stats"):
         bench(bundle, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8))
 
 
@@ -194,9 +192,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
     bundle: Path, dense: Path
 ) -> None:
     """A context that is too short, a dense artifact that is not there."""
-    with pytest.raises(UsageError, match=f"more than the bundle's context of {CONTEXT_TOKENS}"):
+    with raises("load-beyond-context", str(CONTEXT_TOKENS)):
         bench(bundle, dense, Load(prompt_tokens=200, new_tokens=100))
-    with pytest.raises(ArtifactError, match="missing.gguf is not a file"):
+    with raises("no-dense-artifact", "missing.gguf"):
         bench(bundle, dense.with_name("missing.gguf"), Load())
 
 
@@ -213,11 +211,8 @@ def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -
     (copy / "report.json").write_text(report.model_dump_json())
 
     work = tmp_path / "work"
-    with pytest.raises(
-        ArtifactError, match="no stage in .* holds the dense q8_0 artifact of tiny"
-    ) as caught:
+    with raises("no-dense-artifact", str(work), "q8_0", "tiny", "--dense"):
         find_dense(copy, work)
-    assert "--dense" in caught.value.remedy
 
     for name, sha256, ends in (
         ("right.gguf", "a" * 64, True),

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.errors import ModelError
 from racdeploy.export import load, write
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
 from tests.support.cut_models import Cut, cut_checkpoint
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 DIFFERENT: Cut = [(4, 64), (4, 64), (2, 96)]
@@ -81,5 +81,5 @@ def test_no_weights_are_named(tmp_path: Path) -> None:
     """A download that stopped is called that."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\xff" * 20)
-    with pytest.raises(ModelError, match="truncated or not a safetensors file"):
+    with raises("damaged-safetensors", "model.safetensors"):
         inspect_path(file)

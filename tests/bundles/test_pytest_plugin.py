@@ -32,7 +32,7 @@ wanted = dict(part.split("=") for part in os.environ["WANTED"].split(","))
 def verified():
     open("verified", "a").write("x")
     if "error" in wanted:
-        raise ArtifactError("the bundle is damaged", remedy="copy it again")
+        raise ArtifactError("bundle-damaged", "the bundle is damaged", remedy="copy it again")
     checks = tuple(
         CheckResult(name=name, verdict=wanted.get(name, wanted["rest"]),
                     summary=f"what {name} found", remedy="do this", figures={"number": 0.25})

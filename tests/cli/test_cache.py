@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
 from racdeploy.files.stages import Stage
-from tests.support.commands import environment
+from tests.support.commands import environment, find_error_code
 
 
 @pytest.fixture
@@ -70,10 +70,13 @@ def test_old_ones_and_named_ones_are_removed(work: Path) -> None:
     assert (work / "my-notes").is_dir()
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"]])
-def test_nothing_is_removed_by_mistake(work: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], "nothing-to-remove"), (["nothing"], "unknown-cache-entry")]
+)
+def test_nothing_is_removed_by_mistake(work: Path, arguments: list[str], code: str) -> None:
     """Neither without a choice, nor by a name that is not there."""
-    assert CliRunner().invoke(app, ["cache", "rm", *arguments]).exit_code == 2
+    done = CliRunner().invoke(app, ["cache", "rm", *arguments])
+    assert (done.exit_code, find_error_code(done.output)) == (2, code)
     assert len(list(work.iterdir())) == 4
 
 
@@ -94,7 +97,7 @@ def test_a_folder_in_use_stays(work: Path) -> None:
         holder.stdout.readline()
         assert "in use" in {row["state"] for row in _run("ls")["found"]}
         refused = CliRunner().invoke(app, ["cache", "rm", folder.name])
-        assert refused.exit_code == 2
+        assert find_error_code(refused.output) == "work-folder-in-use"
         _run("rm", "--older", "0")
         holder.communicate(b"")
     assert folder.is_dir()

@@ -64,24 +64,24 @@ def test_what_is_asked_replaces_what_a_target_proposes(
 
 @pytest.mark.parametrize("command", ["build", "prune"])
 @pytest.mark.parametrize(
-    ("keep", "complaint"),
+    ("keep", "code", "named"),
     [
-        ("ffn", "--keep ffn is not PART=SHARE with a number"),
-        ("ffn=", "--keep ffn= is not PART=SHARE with a number"),
-        ("ffn=half", "--keep ffn=half is not PART=SHARE with a number"),
-        ("ffn=0", "ffn = 0 is not a share above 0, up to 1"),
-        ("ffn=2", "ffn = 2 is not a share above 0, up to 1"),
-        ("ffn=-0.5", "ffn = -0.5 is not a share above 0, up to 1"),
-        ("ffn=nan", "ffn = nan is not a share above 0, up to 1"),
-        ("vocabulary=inf", "vocabulary = inf is not a share above 0, up to 1, or a count"),
-        ("vocabulary=80.5", "vocabulary = 80.5 is not a share above 0, up to 1, or a count"),
-        ("fnn=0.5", "unknown part 'fnn' (did you mean 'ffn'?)"),
+        ("ffn", "invalid-assignment", "--keep ffn "),
+        ("ffn=", "invalid-assignment", "--keep ffn= "),
+        ("ffn=half", "invalid-assignment", "--keep ffn=half"),
+        ("ffn=0", "invalid-settings", "ffn = 0 "),
+        ("ffn=2", "invalid-settings", "ffn = 2 "),
+        ("ffn=-0.5", "invalid-settings", "ffn = -0.5 "),
+        ("ffn=nan", "invalid-settings", "ffn = nan "),
+        ("vocabulary=inf", "invalid-settings", "vocabulary = inf "),
+        ("vocabulary=80.5", "invalid-settings", "vocabulary = 80.5 "),
+        ("fnn=0.5", "invalid-settings", "'fnn' (did you mean 'ffn'?)"),
     ],
 )
-def test_a_wrong_share_is_refused(command: str, keep: str, complaint: str) -> None:
+def test_a_wrong_share_is_refused(command: str, keep: str, code: str, named: str) -> None:
     """Exit code 2 before any work, with what is wrong and what to type."""
     done = CliRunner().invoke(app, [command, "--keep", keep, "--json"])
     assert done.exit_code == 2
     said = json.loads(done.stdout)
-    assert complaint in said["error"]
+    assert (said["code"], named in said["error"]) == (code, True), said
     assert said["remedy"]

@@ -14,10 +14,10 @@ from racdeploy import plugins
 from racdeploy.cli import plan as plans
 from racdeploy.cli.app import app
 from racdeploy.cli.plan import list_groups, list_shortages, write_first_line, write_plan
-from racdeploy.errors import UnknownPluginError
 from racdeploy.recipe import Recipe
 from racdeploy.verify.plan import Expectation, enough_prompts
 from tests.support.commands import environment
+from tests.support.errors import raises
 
 
 def _plan(work: Path, *arguments: str) -> dict[str, object]:
@@ -107,8 +107,9 @@ def test_a_trace_server_that_does_not_listen_ends_the_plan(command: str, tmp_pat
     """Exit code 4, as it would end the run."""
     asked = ["--trace-server", "http://127.0.0.1:9/v1", "--dry-run", "--work", str(tmp_path)]
     done = CliRunner().invoke(app, [command, *asked, "--json"])
-    assert done.exit_code == 4
-    assert "http://127.0.0.1:9/v1 cannot be reached" in json.loads(done.stdout)["error"]
+    said = json.loads(done.stdout)
+    assert (done.exit_code, said["code"]) == (4, "server-unreachable")
+    assert "http://127.0.0.1:9/v1" in said["error"]
 
 
 def test_the_first_line_names_what_is_done() -> None:
@@ -127,5 +128,5 @@ def test_constants_of_a_plugin_are_read_and_not_imported() -> None:
     assert plugins.constants("methods", "wanda") == {"MATRICES": 1, "COPIES": 9}
     assert plugins.constants("allocations", "owl")["SURVEYS"] is True
     assert "FAMILY" not in plugins.constants("families", "qwen2")
-    with pytest.raises(UnknownPluginError, match="did you mean 'wanda'"):
+    with raises("unknown-plugin", "did you mean 'wanda'"):
         plugins.constants("methods", "wandaa")

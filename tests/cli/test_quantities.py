@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from racdeploy.cli.quantities import read_duration, read_size
-from racdeploy.errors import UsageError
+from tests.support.errors import raises
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def test_a_time_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1.5 parsecs", "1e9"])
 def test_what_is_no_quantity_is_refused_with_an_example(text: str) -> None:
     """The option and what was written are named."""
-    with pytest.raises(UsageError, match="--max-bytes .* is not a size"):
+    with raises("not-a-size", f"--max-bytes {text}"):
         read_size(text, "--max-bytes")
-    with pytest.raises(UsageError, match="--budget .* is not a time"):
+    with raises("not-a-time", f"--budget {text}"):
         read_duration(text)
 
 

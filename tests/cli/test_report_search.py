@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
 from racdeploy.report.tuning_files import FILE, PAGE, write_tuning
+from tests.support.commands import find_error_code
 from tests.support.sample_tuning import build_tuning
 
 
@@ -51,8 +52,7 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text('{"winner": "me"}')
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert done.exit_code == 2
-    assert "is not what racdeploy tune writes" in done.output
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
     assert "→" in done.output
     assert [each.name for each in tmp_path.iterdir()] == ["other.json"]
 
@@ -60,9 +60,9 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("winner", "nobody", "tune writes: the winner 'nobody' is no candidate"),
-        ("gain", {"value": 0.5, "lower": 0.1, "upper": 0.4}, "gain: an estimate is not between"),
-        ("gain", {"value": "NaN", "lower": 0, "upper": 1}, "gain.value: Input should be"),
+        ("winner", "nobody", "'nobody'"),
+        ("gain", {"value": 0.5, "lower": 0.1, "upper": 0.4}, "gain: "),
+        ("gain", {"value": "NaN", "lower": 0, "upper": 1}, "gain: "),
         ("tokens_asked", -1, "tokens_asked: "),
     ],
 )
@@ -74,5 +74,5 @@ def test_figures_that_cannot_be_are_refused(
     file = tmp_path / FILE
     file.write_text(json.dumps(values))
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert done.exit_code == 2
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
     assert said in " ".join(done.output.split())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from racdeploy import plugins
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling, ThinkingBudget
-from racdeploy.errors import EngineError, UsageError
+from tests.support.errors import raises
 from tests.support.tiny_artifacts import (
     ANEW,
     ARTIFACTS,
@@ -134,7 +134,7 @@ def test_a_completion_goes_on_from_what_an_earlier_run_had(name: str, engine: En
     """Nothing of it, a part, and all; only what is new is told. The draws are those of one run."""
     sampling = replace(GREEDY, temperature=1.0, seed=7)
     if name in ANEW:
-        with pytest.raises(UsageError, match="begins each completion anew"):
+        with raises("server-cannot-resume"):
             engine.generate(PROMPTS, replace(sampling, begun=((4,),) * len(PROMPTS)))
         return
 
@@ -278,17 +278,19 @@ def test_no_prompts_give_no_completions(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
+    ("ids", "code", "values"),
     [
-        ([4] * CONTEXT_TOKENS, f"prompt 1 has {CONTEXT_TOKENS} tokens, the context takes at most"),
-        ([], "prompt 1 has no tokens"),
-        ([3, 512], "prompt 1 holds token id 512"),
-        ([-1], "prompt 1 holds token id -1"),
+        ([4] * CONTEXT_TOKENS, "prompt-too-long", ["prompt 1", f"{CONTEXT_TOKENS} tokens"]),
+        ([], "empty-prompt", ["prompt 1"]),
+        ([3, 512], "unknown-token-id", ["prompt 1", "512"]),
+        ([-1], "unknown-token-id", ["prompt 1", "-1"]),
     ],
 )
-def test_an_impossible_prompt_is_named(engine: Engine, ids: list[int], message: str) -> None:
+def test_an_impossible_prompt_is_named(
+    engine: Engine, ids: list[int], code: str, values: list[str]
+) -> None:
     """Nothing is clipped, and nothing reaches the engine."""
-    with pytest.raises(EngineError, match=message):
+    with raises(code, *values):
         engine.generate([[3], ids], GREEDY)
 
 
@@ -305,22 +307,22 @@ def test_an_impossible_prompt_is_named(engine: Engine, ids: list[int], message: 
     ],
 )
 def test_impossible_settings_are_refused(engine: Engine, change: dict[str, object]) -> None:
-    with pytest.raises(EngineError, match="cannot generate"):
+    with raises("bad-generation-setting"):
         engine.generate([[3]], replace(GREEDY, **change))  # type: ignore[arg-type]
 
 
 def test_too_long_a_text_has_no_logits(logits: Logits) -> None:
-    with pytest.raises(EngineError, match="at most 256"):
+    with raises("prompt-too-long", "256"):
         logits([4] * (CONTEXT_TOKENS + 1))
 
 
 def test_an_engine_without_logits_or_budgets_says_so(name: str, engine: Engine) -> None:
     """What an engine cannot do is refused, never left out."""
     if name in WITHOUT_LOGITS:
-        with pytest.raises(UsageError, match="gives no logits"):
+        with raises("server-without-logits"):
             engine.logits([4])
     if name in WITHOUT_BUDGET:
-        with pytest.raises(UsageError, match="cannot end the thinking"):
+        with raises("server-without-budget"):
             engine.generate(
                 PROMPTS, replace(GREEDY, budget=ThinkingBudget((CLOSE_ID,), (OPEN_ID,), 4, True))
             )
@@ -337,7 +339,7 @@ def test_an_engine_says_whether_it_takes_sparse_kernels(name: str, path: Path | 
     accel: object = plugins.load("engines", name).ACCEL
     assert isinstance(accel, bool)
     if not accel:
-        with pytest.raises(UsageError, match=f"{name} has none to switch on"):
+        with raises("engine-without-kernels", name):
             open_engine(name, path, replace(SETTINGS, accel="require"))
 
 

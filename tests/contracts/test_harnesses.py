@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy import harnesses, plugins
-from racdeploy.errors import EnvironmentFailure
 from racdeploy.harnesses import Order
+from tests.support.errors import raises
 from tests.support.stand_in_harness import install
 
 NAMES = plugins.names("harnesses")
@@ -137,8 +137,8 @@ def test_what_a_harness_wrote_is_read(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_written_is_an_error(name: str, tmp_path: Path) -> None:
     """A harness that ends well and writes nothing has found nothing."""
-    with pytest.raises(EnvironmentFailure, match="wrote no"):
-        harnesses.load(name).read(tmp_path, Path(sys.executable))
+    with raises("no-harness-results", str(tmp_path)):
+        harnesses.read(harnesses.load(name), Path(sys.executable), tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,11 +146,9 @@ def test_one_that_is_not_installed_says_how_to(name: str, tmp_path: Path) -> Non
     """In an environment of its own, with the version that was tested; exit code 4."""
     harness = harnesses.load(name)
     for python in (install(tmp_path / "bare", {}), tmp_path / "nowhere", Path(__file__)):
-        with pytest.raises(EnvironmentFailure) as caught:
+        values = harness.PACKAGE, str(python), harness.INSTALL, "--harness-python"
+        with raises("harness-not-installed", *values):
             harnesses.read_version(harness, python)
-        assert f"{harness.PACKAGE} is not installed for {python}" in caught.value.message
-        assert harness.INSTALL in caught.value.remedy
-        assert "--harness-python" in caught.value.remedy
 
 
 def test_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +175,8 @@ def test_results_of_another_version_are_an_error(tmp_path: Path) -> None:
     assert harnesses.read(lm_eval, python, tmp_path) == []
 
     file.write_text(text.replace("n-samples", "samples"))
-    with pytest.raises(EnvironmentFailure, match="not in the known form") as caught:
+    with raises("unknown-harness-results", "lm_eval[api]==0.4.13"):
         harnesses.read(lm_eval, python, tmp_path)
-    assert "lm_eval[api]==0.4.13" in caught.value.remedy
 
 
 def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> None:

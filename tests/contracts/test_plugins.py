@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy import plugins
-from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
+from tests.support.errors import raises
 
 
 @pytest.mark.parametrize("kind", plugins.KINDS)
@@ -21,11 +21,8 @@ def test_every_plugin_imports(kind: str) -> None:
 
 def test_an_unknown_name_names_the_nearest() -> None:
     """A typing error is answered with the likely name and all known ones."""
-    with pytest.raises(
-        UnknownPluginError, match=r"unknown method 'sparsgpt' \(did you mean 'sparsegpt'\?\)"
-    ) as caught:
+    with raises("unknown-plugin", "method 'sparsgpt'", "'sparsegpt'", "magnitude"):
         plugins.load("methods", "sparsgpt")
-    assert "magnitude" in caught.value.remedy
 
 
 def test_a_broken_file_is_another_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +37,9 @@ def test_a_broken_file_is_another_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(plugins.KINDS, "tasks", "broken_tasks")
     plugins.names.cache_clear()
     try:
-        with pytest.raises(BrokenPluginError, match="a_package_that_is_not_there"):
+        with raises("broken-plugin", "a_package_that_is_not_there"):
             plugins.load("tasks", "half")
-        with pytest.raises(MissingExtraError, match="llama-cpp-python"):
+        with raises("missing-extra", "llama-cpp-python"):
             plugins.load("tasks", "lacking")
     finally:
         plugins.names.cache_clear()

@@ -11,8 +11,8 @@ from gguf import quants as gguf_quants
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.errors import MissingExtraError
 from racdeploy.quant import ggml
+from tests.support.errors import raises
 
 NAMES = plugins.names("quant")
 GGML_NAMES = tuple(name for name in NAMES if "gguf" in quants.load(name).FORMATS)
@@ -238,9 +238,8 @@ def test_a_missing_engine_is_named_with_its_extra(
     for package, module in ((quants, "ggml"), (quants.formats, name)):
         monkeypatch.delitem(sys.modules, f"{package.__name__}.{module}", raising=False)
         monkeypatch.delattr(package, module, raising=False)
-    with pytest.raises(MissingExtraError, match="llama-cpp-python") as caught:
+    with raises("missing-extra", "llama-cpp-python", 'pip install "racdeploy[llamacpp]"'):
         quants.load(name)
-    assert caught.value.remedy == 'pip install "racdeploy[llamacpp]"'
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from racdeploy import plugins, tasks
-from racdeploy.errors import MissingExtraError, UnknownPluginError, UsageError
 from racdeploy.tasks import scoring
 from racdeploy.tasks.scorers import math
 from racdeploy.tasks.scoring import Scored
+from tests.support.errors import raises
 
 # By scorer: answer, gold, whether it is right, what is extracted, and how.
 Case = tuple[str, str, bool, str | None, str]
@@ -128,24 +128,26 @@ def test_no_text_of_a_model_raises_or_scores(spec: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint"),
+    ("spec", "code", "values"),
     [
-        ("boxd", r"unknown scorer 'boxd' \(did you mean 'boxed'\?\)"),
-        ("boxed:3", "takes no argument"),
-        ("math:3", "takes no argument"),
-        ("ifeval:3", "takes no argument"),
-        ("regex", "says nothing"),
-        ("regex:(", "is not a regular expression"),
-        ("regex:x*", "says nothing"),
+        ("boxd", "unknown-plugin", ["'boxd'", "'boxed'"]),
+        ("boxed:3", "takes-no-argument", ["boxed"]),
+        ("math:3", "takes-no-argument", ["math"]),
+        ("ifeval:3", "takes-no-argument", ["ifeval"]),
+        ("regex", "regex-matches-empty", []),
+        ("regex:(", "invalid-regex", ["'('"]),
+        ("regex:x*", "regex-matches-empty", ["'x*'"]),
     ],
 )
-def test_a_wrong_scorer_is_refused_with_its_line(tmp_path: Path, spec: str, complaint: str) -> None:
+def test_a_wrong_scorer_is_refused_with_its_line(
+    tmp_path: Path, spec: str, code: str, values: list[str]
+) -> None:
     """By itself, and in a problem file before any work."""
-    with pytest.raises(UsageError, match=complaint):
+    with raises(code, *values):
         scoring.check(spec)
     file = tmp_path / "problems.jsonl"
     file.write_text('{"question": "?", "answer": "42", "scorer": "%s"}\n' % spec)  # noqa: UP031 - braces
-    with pytest.raises(UsageError, match=rf"problems.jsonl:1.*{complaint}"):
+    with raises(code, "problems.jsonl:1", *values):
         tasks.load(f"jsonl:{file}")
 
 
@@ -157,14 +159,14 @@ def test_a_row_chooses_its_scorer(tmp_path: Path) -> None:
     )
     assert [problem.scorer for problem in tasks.load(f"jsonl:{file}").pool] == ["choice", ""]
     file.write_text('{"question": "a?", "answer": "B", "scorer": 3}\n')
-    with pytest.raises(UsageError, match="scorer that is no name"):
+    with raises("scorer-not-a-name", "problems.jsonl:1"):
         tasks.load(f"jsonl:{file}")
 
 
 def test_math_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any work, with the command."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r'pip install "racdeploy\[math\]"'):
+    with raises("missing-extra", 'pip install "racdeploy[math]"'):
         math.check("")
 
 
@@ -185,5 +187,5 @@ def test_an_answer_that_takes_too_long_is_wrong_and_costs_nothing_else(
 
 def test_an_unknown_scorer_is_no_scorer() -> None:
     """Scoring by a name that does not exist is an error, not a wrong answer."""
-    with pytest.raises(UnknownPluginError):
+    with raises("unknown-plugin", "'nothing'"):
         scoring.score("nothing", "42", "42")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from racdeploy import plugins, tasks
-from racdeploy.errors import UsageError
 from racdeploy.extras import is_installed
 from racdeploy.tasks import scoring
+from tests.support.errors import raises
 
 SPLITS = ("training", "calibration", "evaluation")
 
@@ -188,9 +188,9 @@ def test_a_public_set_refuses_rows_without_a_column(public: str, tmp_path: Path)
     del row[published.columns[-1]]
     file = tmp_path / "published.jsonl"
     file.write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(UsageError, match=f"row 1 has no '{published.columns[-1]}'") as caught:
+    dataset = f"huggingface.co/datasets/{published.evaluation.dataset}"
+    with raises("missing-column", "row 1", f"'{published.columns[-1]}'", dataset):
         tasks.load(f"{public}:{file}")
-    assert f"huggingface.co/datasets/{published.evaluation.dataset}" in caught.value.remedy
 
 
 def test_problems_of_shares_evenly() -> None:
@@ -235,33 +235,36 @@ def test_one_file_is_split_into_disjoint_halves(problem_file: Path) -> None:
 
 def test_too_few_problems_is_an_error(problem_file: Path) -> None:
     """Asking for more than there are names both numbers."""
-    with pytest.raises(UsageError, match=r"has \d+ evaluation problems, 500 were asked for"):
-        tasks.load(f"jsonl:{problem_file}").problems("evaluation", 0, 500)
+    task = tasks.load(f"jsonl:{problem_file}")
+    with raises("too-few-problems", f"{task.available('evaluation')} ", "500"):
+        task.problems("evaluation", 0, 500)
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "code", "value"),
     [
-        ("not json", "is not JSON"),
-        ('{"answer": "4"}', "has no question"),
-        ('{"question": "2+2?"}', "has no answer"),
-        ('{"question": "2+2?", "answer": null}', "has no answer"),
-        ('["2+2?", "4"]', "has no question"),
-        ("", "holds no problems"),
+        ("not json", "row-not-json", "bad.jsonl:1"),
+        ('{"answer": "4"}', "missing-question", "bad.jsonl:1"),
+        ('{"question": "2+2?"}', "missing-answer", "bad.jsonl:1"),
+        ('{"question": "2+2?", "answer": null}', "missing-answer", "bad.jsonl:1"),
+        ('["2+2?", "4"]', "missing-question", "bad.jsonl:1"),
+        ("", "empty-task-file", "bad.jsonl"),
     ],
 )
-def test_a_damaged_file_names_its_line(tmp_path: Path, line: str, complaint: str) -> None:
+def test_a_damaged_file_names_its_line(tmp_path: Path, line: str, code: str, value: str) -> None:
     """Bad lines are refused with their number; an empty file is refused too."""
     file = tmp_path / "bad.jsonl"
     file.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(UsageError, match=complaint):
+    with raises(code, value):
         tasks.load(f"jsonl:{file}")
 
 
-@pytest.mark.parametrize("spec", ["jsonl", "gcd:file"])
-def test_an_argument_is_given_where_it_belongs(spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "code"), [("jsonl", "task-needs-file"), ("gcd:file", "takes-no-argument")]
+)
+def test_an_argument_is_given_where_it_belongs(spec: str, code: str) -> None:
     """Only tasks that read a file take one."""
-    with pytest.raises(UsageError, match="file|argument"):
+    with raises(code, spec.partition(":")[0]):
         tasks.load(spec)
 
 

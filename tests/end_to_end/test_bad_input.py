@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
+from tests.support.commands import find_error_code
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 Change = Callable[[Path], object]
@@ -33,22 +34,37 @@ def _truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-MODELS: dict[str, tuple[Change, str]] = {
-    "not a model folder": (lambda f: (f / "config.json").unlink(), "has no config.json"),
+MODELS: dict[str, tuple[Change, str, str]] = {
+    "not a model folder": (
+        lambda f: (f / "config.json").unlink(),
+        "no-config",
+        "config.json",
+    ),
     "unsupported architecture": (
         lambda f: edit_json(f / "config.json", model_type="mamba"),
+        "unknown-family",
         "'mamba'",
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "no-tokenizer",
+        "tokenizer.json",
+    ),
     "no template": (
         lambda f: edit_json(f / "tokenizer_config.json", chat_template=None),
-        "no chat template",
+        "no-chat-template",
+        "model",
     ),
-    "truncated weights": (_truncate, "truncated"),
-    "missing weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    "truncated weights": (_truncate, "damaged-safetensors", "model.safetensors"),
+    "missing weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "no-weights",
+        "model.safetensors",
+    ),
     "weights in a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "its weights are in pytorch_model.bin, a pickle",
+        "pickled-weights",
+        "pytorch_model.bin",
     ),
 }
 
@@ -56,44 +72,49 @@ MODELS: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("case", MODELS)
 def test_a_bad_model_is_named(model: Path, tmp_path: Path, case: str) -> None:
     """Exit code 2, the reason, and no bundle."""
-    change, reason = MODELS[case]
+    change, error, named = MODELS[case]
     change(model)
     code, output = _run("build", model, "--work", tmp_path / "work", "--out", tmp_path / "bundle")
-    assert code == 2, output
-    assert reason in output
+    assert (code, find_error_code(output)) == (2, error), output
+    assert named in output
     assert "→" in output, "the remedy is missing"
     assert not (tmp_path / "bundle").exists()
     assert not (tmp_path / "work").exists()
 
 
-OPTIONS: dict[str, tuple[list[str], str]] = {
-    "sparsity of 1": (["--sparsity", "1"], "less than 1"),
-    "negative sparsity": (["--sparsity", "-0.5"], "greater than or equal to 0"),
-    "pattern that keeps all": (["--pattern", "4:4"], "0 < N < M"),
-    "pattern that does not divide": (["--pattern", "3:7"], "does not divide the 64 inputs"),
-    "contradiction": (["--pattern", "2:4", "--sparsity", "0.7"], "means sparsity 0.5"),
+OPTIONS: dict[str, tuple[list[str], str, str]] = {
+    "sparsity of 1": (["--sparsity", "1"], "invalid-settings", "got '1'"),
+    "negative sparsity": (["--sparsity", "-0.5"], "invalid-settings", "got '-0.5'"),
+    "pattern that keeps all": (["--pattern", "4:4"], "invalid-settings", "got '4:4'"),
+    "pattern that does not divide": (["--pattern", "3:7"], "pattern-does-not-divide", "64"),
+    "contradiction": (["--pattern", "2:4", "--sparsity", "0.7"], "invalid-settings", "0.5"),
     "target that forbids it": (
         ["--target", "android-arm64", "--quant", "f16"],
-        "does not take quant",
+        "quant-not-on-target",
+        "'f16'",
     ),
-    "unknown target": (["--target", "androd-arm64"], "did you mean 'android-arm64'"),
-    "unknown quant": (["--quant", "q8_1"], "did you mean 'q8_0'"),
-    "unknown task": (["--task", "gdc"], "did you mean 'gcd'"),
-    "task without file": (["--task", "jsonl"], "needs a file"),
-    "task file missing": (["--task", "jsonl:nowhere.jsonl"], "cannot read nowhere.jsonl"),
-    "recipe missing": (["--recipe", "nowhere.toml"], "does not exist"),
+    "unknown target": (
+        ["--target", "androd-arm64"],
+        "unknown-target",
+        "did you mean 'android-arm64'",
+    ),
+    "unknown quant": (["--quant", "q8_1"], "unknown-plugin", "did you mean 'q8_0'"),
+    "unknown task": (["--task", "gdc"], "unknown-plugin", "did you mean 'gcd'"),
+    "task without file": (["--task", "jsonl"], "task-needs-file", "--task jsonl:FILE"),
+    "task file missing": (["--task", "jsonl:nowhere.jsonl"], "file-unreadable", "nowhere.jsonl"),
+    "recipe missing": (["--recipe", "nowhere.toml"], "missing-toml-file", "nowhere.toml"),
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_bad_option_is_refused_before_any_work(model: Path, tmp_path: Path, case: str) -> None:
     """Exit code 2 and nothing on disk."""
-    options, reason = OPTIONS[case]
+    options, error, named = OPTIONS[case]
     code, output = _run(
         "build", model, *options, "--work", tmp_path / "work", "--out", tmp_path / "bundle"
     )
-    assert code == 2, output
-    assert reason in output.replace("\n", " ")
+    assert (code, find_error_code(output)) == (2, error), output
+    assert named in output
     assert {"model"} == {path.name for path in tmp_path.iterdir()}
 
 
@@ -149,7 +170,7 @@ def test_tensors_that_the_architecture_lacks_are_named(
         code, output = _run(
             *command, model, "--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work"
         )
-        assert code == 2, output
+        assert (code, find_error_code(output)) == (2, "unknown-tensors"), output
         assert named in (told := " ".join(output.split()))
         assert ("and 5 more" in told) == (change is _extra_linears)
         assert "merge adapters" in told
@@ -181,37 +202,42 @@ def test_experts_are_planned(tmp_path: Path) -> None:
     assert proposed["note"].startswith("nothing is cut, though ffn 0.75 was proposed: ")
 
 
-RECIPES: dict[str, tuple[str, str]] = {
-    "unknown key": ("[prune]\nsparsty = 0.5\n", "did you mean 'sparsity'"),
-    "dense pattern that matches nothing": ('[prune]\ndense = ["down_prj$"]\n', "matches no linear"),
+RECIPES: dict[str, tuple[str, str, str]] = {
+    "unknown key": ("[prune]\nsparsty = 0.5\n", "invalid-settings", "did you mean 'sparsity'"),
+    "dense pattern that matches nothing": (
+        '[prune]\ndense = ["down_prj$"]\n',
+        "pattern-matches-nothing",
+        "'down_prj$'",
+    ),
     "dense pattern of what is no linear": (
         '[prune]\ndense = ["input_layernorm"]\n',
-        "matches no linear",
+        "pattern-matches-nothing",
+        "'input_layernorm'",
     ),
-    "all dense": (
-        '[prune]\ndense = [".*"]\n',
-        "leaves nothing to prune: it matches all 14 linears",
-    ),
+    "all dense": ('[prune]\ndense = [".*"]\n', "nothing-to-prune", "14 linears"),
     "all dense, by error": (
         '[prune]\ndense = ["attn", "mlp"]\nallocation = "error"\n',
-        "leaves nothing to prune",
+        "nothing-to-prune",
+        "14 linears",
     ),
     "all dense, with codes": (
         '[prune]\ndense = ["_proj$"]\njoint = true\n',
-        "leaves nothing to prune",
+        "nothing-to-prune",
+        "14 linears",
     ),
     "no room for the prompt": (
         "[verify]\ncontext_tokens = 64\nmax_new_tokens = 64\n",
-        "the longest prompt has",
+        "prompt-beyond-context",
+        "verify.max_new_tokens 64",
     ),
-    "a task named twice": ('tasks = ["gcd", "gcd"]\n', "named twice"),
+    "a task named twice": ('tasks = ["gcd", "gcd"]\n', "task-named-twice", "gcd"),
 }
 
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_bad_recipe_is_refused_before_any_work(model: Path, tmp_path: Path, case: str) -> None:
     """The recipe file is checked as strictly as the options."""
-    text, reason = RECIPES[case]
+    text, error, named = RECIPES[case]
     (tmp_path / "recipe.toml").write_text(text)
     options = [
         "--recipe",
@@ -222,8 +248,8 @@ def test_a_bad_recipe_is_refused_before_any_work(model: Path, tmp_path: Path, ca
         tmp_path / "bundle",
     ]
     code, output = _run("build", model, *options)
-    assert code == 2, output
-    assert reason in output.replace("\n", " ")
+    assert (code, find_error_code(output)) == (2, error), output
+    assert named in output
     assert not (tmp_path / "work").exists()
 
 
@@ -241,8 +267,7 @@ def test_a_file_without_problems_for_a_split_is_refused(model: Path, tmp_path: P
     code, output = _run(
         "build", model, "--task", f"jsonl:{tmp_path}/one.jsonl", "--work", tmp_path / "work"
     )
-    assert code == 2, output
-    assert "holds no" in output
+    assert (code, find_error_code(output)) == (2, "no-problems-for-split"), output
 
 
 def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> None:
@@ -256,23 +281,20 @@ def test_files_that_share_questions_are_refused(model: Path, tmp_path: Path) -> 
         f"jsonl:{tmp_path}/b.jsonl",
     ]
     code, output = _run("build", model, *tasks, "--work", tmp_path / "work")
-    assert code == 2, output
-    assert "1 questions are in both" in output
+    assert (code, find_error_code(output)) == (2, "shared-questions"), output
 
 
 def test_a_work_folder_that_is_a_file_is_an_error(model: Path, tmp_path: Path) -> None:
     """What the disk refuses is exit code 4 with a message, not a traceback."""
     (tmp_path / "work").write_text("")
     code, output = _run("prune", model, "--work", tmp_path / "work")
-    assert code == 4, output
-    assert "cannot write" in output
+    assert (code, find_error_code(output)) == (4, "write-failed"), output
 
 
 def test_a_folder_that_does_not_exist_is_not_taken_for_a_hub_id(tmp_path: Path) -> None:
     """A path is a path: no minutes of retries against a Hub."""
     code, output = _run("build", tmp_path / "nowhere")
-    assert code == 2
-    assert "there is no folder" in output
+    assert (code, find_error_code(output)) == (2, "no-model-folder")
 
 
 def test_an_existing_folder_is_not_overwritten(model: Path, tmp_path: Path) -> None:
@@ -281,8 +303,7 @@ def test_an_existing_folder_is_not_overwritten(model: Path, tmp_path: Path) -> N
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     code, output = _run("build", model, "--out", out, "--work", tmp_path / "work")
-    assert code == 2
-    assert "is not a bundle" in output
+    assert (code, find_error_code(output)) == (2, "output-exists")
     assert (out / "thesis.txt").read_text() == "years of work"
 
 
@@ -291,6 +312,7 @@ def test_an_error_as_json_is_one_object(model: Path) -> None:
     code, output = _run("build", model, "--quant", "q8_1", "--json")
     error = json.loads(output)
     assert (code, error["exit_code"], error["kind"]) == (2, 2, "UnknownPluginError")
+    assert error["code"] == "unknown-plugin"
     assert error["remedy"]
 
 

@@ -144,36 +144,38 @@ def test_experts_are_cut_pruned_and_built(
     assert inspect_path(out / main["path"])["summary"]["experts"] == "6 × 2"
 
 
-BAD: dict[str, tuple[str, list[str], str]] = {
-    "a share that no width comes near": (
+UNREACHABLE, UNCUT, UNEVEN = "share-not-reachable", "part-cannot-be-cut", "format-cannot-hold-cut"
+BAD: dict[str, tuple[str, str, str, str]] = {
+    "a share that no width comes near": ("llama", "ffn=0.6", UNREACHABLE, "32 from 64 on"),
+    "a share that removes nothing": ("llama", "ffn=0.99", UNREACHABLE, "32 of 128"),
+    "heads that break the groups": ("llama", "heads=0.7", UNREACHABLE, "multiples of 2 "),
+    "all blocks": ("llama", "blocks=0.1", UNREACHABLE, "0 of 4"),
+    "a part that the family has not": ("qwen3_moe", "ffn=0.5", UNCUT, "--keep ffn"),
+    "experts where there are none": ("llama", "experts=0.5", UNCUT, "--keep experts"),
+    "fewer experts than a token has": ("qwen3_moe", "experts=0.25", UNREACHABLE, "token to 2"),
+    "no door for widths of their own": ("phi3", "ffn=0.5", UNEVEN, "structure.uniform=true"),
+    "no door for fewer heads": ("granite", "heads=0.5", UNEVEN, "structure.uniform=true"),
+    "too few tokens": ("llama", "vocabulary=20", "vocabulary-too-small", "--keep vocabulary="),
+    "more tokens than there are": (
         "llama",
-        ["ffn=0.6"],
-        "only multiples of 32 from 64 on can stay",
+        "vocabulary=90000",
+        "vocabulary-too-large",
+        "vocabulary = 90000",
     ),
-    "a share that removes nothing": ("llama", ["ffn=0.99"], "removes nothing"),
-    "heads that break the groups": ("llama", ["heads=0.7"], "only multiples of 2 can stay"),
-    "all blocks": ("llama", ["blocks=0.1"], "blocks = 0.1 keeps 0 of 4"),
-    "a part that the family has not": ("qwen3_moe", ["ffn=0.5"], "cannot be cut"),
-    "experts where there are none": ("llama", ["experts=0.5"], "has no experts to cut"),
-    "fewer experts than a token has": ("qwen3_moe", ["experts=0.25"], "sends each token to 2"),
-    "no door for widths of their own": ("phi3", ["ffn=0.5"], "structure.uniform=true"),
-    "no door for fewer heads": ("granite", ["heads=0.5"], "structure.uniform=true"),
-    "too few tokens": ("llama", ["vocabulary=20"], "is the least"),
-    "more tokens than there are": ("llama", ["vocabulary=90000"], "vocabulary"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_cut_that_cannot_be_is_refused_before_any_work(tmp_path: Path, case: str) -> None:
     """Exit code 2, its own reason and what to do, and nothing on disk."""
-    family, keep, reason = BAD[case]
+    family, keep, code, named = BAD[case]
     model = make_checkpoint(tmp_path / "model", family, **SIZES)
-    asked = [part for each in keep for part in ("--keep", each)]
+    asked = ["--keep", keep]
     if case == "a share that no width comes near":
         asked += ["--set", "structure.uniform=true"]
     outcome = racdeploy("build", model, *_options(tmp_path), *asked, "--out", tmp_path / "bundle")
-    assert outcome.code == 2, outcome.out + outcome.err
-    assert reason in outcome.err, outcome.err
+    assert (outcome.code, outcome.error_code) == (2, code), outcome.out + outcome.err
+    assert named in outcome.err
     assert "→" in outcome.err
     assert not (tmp_path / "work").exists()
     assert not (tmp_path / "bundle").exists()

@@ -114,8 +114,8 @@ def test_a_damaged_dense_tokenizer_is_noticed(bundle: Path, tmp_path: Path) -> N
         outcome = racdeploy("verify", bundle, "--work", tmp_path / "work")
     finally:
         file.write_bytes(before)
-    assert outcome.code == 2
-    assert "dense/tokenizer.json differs from its manifest" in outcome.err
+    assert (outcome.code, outcome.error_code) == (2, "differs-from-manifest")
+    assert "dense/tokenizer.json" in outcome.err
 
 
 def test_too_few_tokens_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_too_few_tokens_are_refused_before_any_work(tmp_path: Path) -> None:
     outcome = racdeploy(
         "prune", "--task", "gcd", *few, "--work", tmp_path / "work", "--trace-prompts", 8
     )
-    assert outcome.code == 2
-    assert re.search(r"--keep vocabulary=\d+ is the least", outcome.err)
+    assert (outcome.code, outcome.error_code) == (2, "vocabulary-too-small")
+    assert re.search(r"--keep vocabulary=\d+ ", outcome.err)
     assert not (tmp_path / "work").exists()
 
 
@@ -134,5 +134,5 @@ def test_a_users_text_needs_a_cut_vocabulary(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("any")
     outcome = racdeploy("prune", "--vocabulary-text", text, "--work", tmp_path / "work")
-    assert outcome.code == 2
-    assert "vocabulary_text without vocabulary in keep" in outcome.err
+    assert (outcome.code, outcome.error_code) == (2, "invalid-settings")
+    assert "vocabulary_text" in outcome.err

@@ -184,8 +184,7 @@ def test_a_harness_that_fails_is_quoted(
     """Its last words, and where all of them are."""
     (include / "sums.yaml").unlink()
     outcome = racdeploy(*_arguments(built, work, include, python))
-    assert outcome.code == 4
-    assert "lm-eval, asking the dense model, ended with exit code 1" in outcome.err
+    assert (outcome.code, outcome.error_code) == (4, "harness-failed")
     assert "Tasks not found: sums" in outcome.err
     log = Path(outcome.err.split("its whole output is in ")[1].strip())
     assert "Tasks not found: sums" in log.read_text(encoding="utf-8")
@@ -231,24 +230,40 @@ def _descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "error", "named"),
     [
-        (("--harness", "lm-evil", "--harness-tasks", "x"), 2, "unknown harness 'lm_evil'"),
-        (("--harness", "lm-eval"), 2, "--harness-tasks is missing"),
-        (("--harness-tasks", "gsm8k"), 2, "belong to --harness"),
-        (("--harness", "lm-eval", "--server", "http://127.0.0.1:1/v1"), 2, "leave out --server"),
-        (("--harness", "lm-eval", "--harness-tasks", "x"), 4, "lm_eval[api]==0.4.13"),
+        (("--harness", "lm-evil", "--harness-tasks", "x"), 2, "unknown-plugin", "'lm_evil'"),
+        (("--harness", "lm-eval"), 2, "no-harness-tasks", "--harness-tasks"),
+        (("--harness-tasks", "gsm8k"), 2, "missing-main-option", "--harness"),
+        (
+            ("--harness", "lm-eval", "--server", "http://127.0.0.1:1/v1"),
+            2,
+            "harness-with-server",
+            "--server",
+        ),
+        (
+            ("--harness", "lm-eval", "--harness-tasks", "x"),
+            4,
+            "harness-not-installed",
+            "lm_eval[api]==0.4.13",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
-    built: Path, work: Path, tmp_path: Path, options: tuple[str, ...], code: int, said: str
+    built: Path,
+    work: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    code: int,
+    error: str,
+    named: str,
 ) -> None:
     """Wrong usage with exit code 2, what is missing with 4; nothing is served or asked."""
     bare = install(tmp_path / "bare", {})
     python = () if code == 2 else ("--harness-python", bare)
     outcome = racdeploy("verify", built, "--work", work, *options, *python)
-    assert outcome.code == code, outcome.err
-    assert said in outcome.err
+    assert (outcome.code, outcome.error_code) == (code, error), outcome.err
+    assert named in outcome.err
     assert "verify" not in outcome.err.partition("error:")[0]
 
 
@@ -258,8 +273,7 @@ def test_without_the_dense_artifact_nothing_is_asked(
     """The error says where it may be; a plan names the one that is found, or given."""
     arguments = _arguments(built, tmp_path / "empty", include, python)
     outcome = racdeploy(*arguments)
-    assert outcome.code == 2
-    assert "no dense artifact" in outcome.err
+    assert (outcome.code, outcome.error_code) == (2, "no-dense-for-harness")
     assert "--baseline" in outcome.err
 
     dense = find_dense(built, work)
@@ -269,8 +283,7 @@ def test_without_the_dense_artifact_nothing_is_asked(
     assert "lm-eval 0.4.13 asks both models sums, 6 documents of each" in said
 
     wrong = racdeploy("serve", built, "--port", 0, "--dense", include / "sums.yaml")
-    assert wrong.code == 2
-    assert "is not the dense artifact of this bundle" in wrong.err
+    assert (wrong.code, wrong.error_code) == (2, "not-the-dense-artifact")
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_a_container_of_another_file_is_refused(root: Path, tmp_path: Path) -> N
     edit_json(copy / "racdeploy.json", artifacts=[entry | {"unpacked_sha256": "0" * 64}])
     for command in (("run", copy, "2 + 2?"), ("verify", copy)):
         outcome = _run(root, *command)
-        assert (outcome.code, "its manifest says" in outcome.err) == (2, True), outcome.err
+        assert (outcome.code, outcome.error_code) == (2, "differs-from-manifest"), outcome.err
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_quant_that_cannot_be_packed_is_refused_before_any_work(
     """Exit code 2, the reason and other quants; no folder appears."""
     options = "--packing", "bitmask", "--work", tmp_path / "work", "--out", tmp_path / "bundle"
     outcome = racdeploy("build", "--quant", quant, *options)
-    assert outcome.code == 2, outcome.err
+    assert (outcome.code, outcome.error_code) == (2, "packing-unfit-for-quant"), outcome.err
     assert reason in outcome.err
     assert "q8_0" in outcome.err
     assert not list(tmp_path.iterdir())
@@ -150,4 +150,5 @@ def test_export_packs_what_it_writes(root: Path, tmp_path: Path) -> None:
     outcome = racdeploy("unpack", packed, "--out", plain)
     assert f"{plain} was there before, and has been replaced" in outcome.err
     outcome = racdeploy("export", folder, "--packing", "bitmask", "--out", tmp_path / "m.gguf")
-    assert (outcome.code, "name it m.racgguf" in outcome.err) == (2, True)
+    assert (outcome.code, outcome.error_code) == (2, "wrong-file-name")
+    assert "m.racgguf" in outcome.err

@@ -135,25 +135,23 @@ def test_what_cannot_be_recovered_is_refused_before_any_work(
 ) -> None:
     """Exit code 2, what is wrong, and what to type."""
     nothing = racdeploy("recover", model, *options, "--recover-tokens", 1000)
-    assert nothing.code == 2
+    assert (nothing.code, nothing.error_code) == (2, "no-pruned-model")
     assert "racdeploy recover MODEL PRUNED" in nothing.err
 
     off = racdeploy("recover", model, model, *options)
-    assert off.code == 2
+    assert (off.code, off.error_code) == (2, "nothing-to-learn")
     assert "--recover-tokens 1000000" in off.err
 
     whole = racdeploy("recover", model, model, *options, "--recover-tokens", 1000)
-    assert whole.code == 2
-    assert "there is nothing to recover" in whole.err
+    assert (whole.code, whole.error_code) == (2, "nothing-to-recover")
 
     way = racdeploy("build", model, *options, "--set", 'recover.ways=["block"]')
-    assert way.code == 2
+    assert (way.code, way.error_code) == (2, "invalid-settings")
     assert "did you mean 'blocks'?" in way.err
 
     short = tmp_path / "short.txt"
     short.write_text("short", encoding="utf-8")
     mixed = ["--sparsity", 0.6, "--recover-tokens", 1000, "--set", f'recover.mix="{short}"']
     text = racdeploy("build", model, *options, *mixed)
-    assert text.code == 2
-    assert "more than 512 are needed" in text.err
+    assert (text.code, text.error_code) == (2, "text-too-short")
     assert not [*(tmp_path / "work").glob("traces-*")]

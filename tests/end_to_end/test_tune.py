@@ -125,8 +125,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_number(tuned: Tuned) -> 
     outcome = racdeploy(
         *("tune", "tiny-reasoner", "--budget", "20s", "--work", tuned.work, "--dry-run")
     )
-    assert outcome.code == 2
-    assert "min at least here" in outcome.err
+    assert (outcome.code, outcome.error_code) == (2, "budget-too-small")
     assert "→ --budget" in outcome.err
 
 
@@ -136,6 +135,6 @@ def test_an_impossible_wish_ends_at_once_with_the_nearest(tuned: Tuned) -> None:
         *("tune", "tiny-reasoner", "--target", tuned.target, "--max-bytes", "10kB"),
         *("--set", 'tune.quants=["q8_0","q2_k"]', "--work", tuned.work),
     )
-    assert outcome.code == 2
+    assert (outcome.code, outcome.error_code) == (2, "no-candidate-fits")
     assert "over 10,000" in outcome.err
     assert "→ --max-bytes" in outcome.err

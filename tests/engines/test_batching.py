@@ -165,14 +165,15 @@ def test_a_decoder_that_fails_ends_what_it_ran() -> None:
     class Broken(Recorder):
         def decode(self, rows: SequenceOf[Row]) -> None:
             if any(row.token == 99 for row in rows):
-                raise EngineError("the decoder broke")
+                raise EngineError("decode-failed", "the decoder broke")
             super().decode(rows)
 
     batcher = Batcher([Broken(), Broken()])
     broken = Asked.of([[90], [91], [92], [93]], ENDLESS)
     batcher.start(broken.job)
     assert broken.ended.wait(10)
-    assert "the decoder broke" in str(broken.job.error)
+    assert broken.job.error is not None
+    assert broken.job.error.code == "decode-failed"
 
     well = Asked.of([[20]], SHORT)
     batcher.start(well.job)
@@ -194,7 +195,8 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
     batcher.start(well.job)
     assert well.ids() == [list(range(21, 27))]
     assert bad.ended.wait(10)
-    assert "not finite" in str(bad.job.error)
+    assert bad.job.error is not None
+    assert bad.job.error.code == "logits-not-finite"
 
 
 def test_a_pause_waits_for_all_requests() -> None:

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.walk.assemble import CutShape, assemble
+from tests.support.errors import raises
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
@@ -70,19 +70,23 @@ def test_a_step_of_a_state_is_as_short_as_the_config_says(folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "code", "value"),
     [
-        ({"hybrid_override_pattern": "M-*ME"}, "experts in 1 of 5 blocks"),
-        ({"hybrid_override_pattern": "M-*Mx"}, "names 'x'"),
-        ({"layers_block_type": ["mamba", "attention", "moe"]}, "experts in 1 of 3 blocks"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["conv"]}, "names 'conv'"),
+        ({"hybrid_override_pattern": "M-*ME"}, "unsupported-variant", "1 of 5"),
+        ({"hybrid_override_pattern": "M-*Mx"}, "damaged-config", "'x'"),
+        ({"layers_block_type": ["mamba", "attention", "moe"]}, "unsupported-variant", "1 of 3"),
+        (
+            {"hybrid_override_pattern": None, "layers_block_type": ["conv"]},
+            "damaged-config",
+            "'conv'",
+        ),
     ],
 )
 def test_blocks_that_cannot_be_are_named(
-    tmp_path: Path, changes: dict[str, object], message: str
+    tmp_path: Path, changes: dict[str, object], code: str, value: str
 ) -> None:
     """Before any tensor is read, in both ways to write them."""
     folder = make_checkpoint(tmp_path / "model", "nemotron_h")
     edit_json(folder / "config.json", **changes)
-    with pytest.raises(ModelError, match=message):
+    with raises(code, value):
         Checkpoint(folder)

@@ -14,7 +14,7 @@ import pytest
 from racdeploy.engines import open_engine
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.errors import ArtifactError, EngineError, MissingExtraError
+from tests.support.errors import raises
 from tests.support.tiny_onnx import EXPORTERS, tiny_onnx
 
 SETTINGS = EngineSettings(context_tokens=256, parallel=3, threads=1)
@@ -77,13 +77,13 @@ def test_threads_are_as_many_as_asked(model: Path) -> None:
 
 def test_a_killed_child_is_an_error_and_not_a_crash(engine: OnnxRuntimeEngine) -> None:
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match="onnxruntime process died with SIGKILL"):
+    with raises("engine-died", "onnxruntime", "SIGKILL"):
         engine.generate(RAGGED, GREEDY)
 
 
 def test_a_missing_file_or_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArtifactError, match="is not a file"):
+    with raises("no-onnx-file", "model.onnx"):
         OnnxRuntimeEngine(tmp_path / "model.onnx", SETTINGS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="ort"):
+    with raises("missing-extra", "racdeploy[ort]"):
         OnnxRuntimeEngine(tmp_path / "model.onnx", SETTINGS)

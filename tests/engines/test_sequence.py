@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from racdeploy.engines.engine import Sampling, ThinkingBudget
 from racdeploy.engines.sequence import Sequence, choose
-from racdeploy.errors import EngineError
 from racdeploy.runtime.thinking import ThinkingTags, split
+from tests.support.errors import raises
 
 VOCABULARY = 6
 OPEN, CLOSE, STOP = (4,), (1, 2), 5
@@ -161,5 +161,5 @@ def test_greedy_takes_the_first_of_equals() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float) -> None:
     logits_V = np.array([0, 1, bad, 2], dtype=np.float32)
-    with pytest.raises(EngineError, match="not finite"):
+    with raises("logits-not-finite"):
         choose(logits_V, temperature, 1.0, np.random.default_rng(0))

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.backends.transformers.engine import TransformersEngine
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
+from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, edit_json, make_checkpoint
 
 ATTENDING = {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
@@ -85,7 +85,7 @@ def test_a_model_of_one_kind_of_block_alone_is_no_file(
 ) -> None:
     """llama.cpp ends the process where it has nothing to remember of one of the two."""
     folder = make_checkpoint(tmp_path / "m", "lfm2", layer_types=kinds, num_hidden_layers=2)
-    with pytest.raises(ModelError, match=f"no block has {missing}; llama.cpp opens a lfm2"):
+    with raises("unsupported-cut", f"has {missing}", "lfm2"):
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="f16")
     assert not (tmp_path / "m.gguf").exists()
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from racdeploy.engines.engine import Sampling, ThinkingBudget
 from racdeploy.engines.sequence import Sequence, check_request
-from racdeploy.errors import EngineError
 from racdeploy.runtime.thinking import ThinkingTags, split
+from tests.support.errors import raises
 
 VOCABULARY = 8
 OPEN, CLOSE, STOP = (4,), (1, 2), 5
@@ -121,5 +121,5 @@ def test_the_engines_logits_are_left_as_they_are() -> None:
 )
 def test_what_no_engine_could_do_is_refused(change: dict[str, object]) -> None:
     sampling = replace(SAMPLING, budget=replace(BUDGET, **change))  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="the thinking budget is unusable"):
+    with raises("bad-generation-setting", "budget"):
         check_request([[0]], sampling, 100, VOCABULARY)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 from racdeploy.export.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.quant.importance import Importance
+from tests.support.errors import raises
 from tests.support.llama_quantize import quantize
 from tests.support.tiny_models import make_checkpoint
 
@@ -142,44 +142,53 @@ def test_a_file_of_llama_cpp_is_read(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code", "values"),
     [
         (
             lambda t: t.update(
                 {"model.layers.0.mlp.up_proj.weight": np.full(256, np.nan, np.float32)}
             ),
-            "not a number",
+            "importance-not-finite",
+            ["up_proj.weight"],
         ),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.full(256, -1, np.float32)}),
-            "negative",
+            "importance-not-finite",
+            ["up_proj.weight"],
         ),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.ones(255, np.float32)}),
-            "256 inputs and .* 255",
+            "importance-of-other-model",
+            ["256", "255"],
         ),
         (
             lambda t: t.update(
                 {"model.layers.0.mlp.up_proj.weight": np.ones((1, 256), np.float32)}
             ),
-            "of one row",
+            "damaged-importance",
+            ["up_proj.weight"],
         ),
-        (lambda t: t.pop("model.layers.0.mlp.up_proj.weight.tokens"), "number of tokens"),
+        (
+            lambda t: t.pop("model.layers.0.mlp.up_proj.weight.tokens"),
+            "damaged-importance",
+            ["up_proj.weight"],
+        ),
         (
             lambda t: t.update({"model.layers.0.mlp.up_proj.weight.tokens": np.zeros(1)}),
-            "rests on 0.0 tokens",
+            "damaged-importance",
+            ["0.0"],
         ),
-        (lambda t: t.clear(), "holds no importance"),
+        (lambda t: t.clear(), "no-importance-matrix", []),
     ],
 )
 def test_a_damaged_statistic_is_refused(
-    folder: Path, tmp_path: Path, change: object, message: str
+    folder: Path, tmp_path: Path, change: object, code: str, values: list[str]
 ) -> None:
     """Nothing is written."""
     tensors = load_file(folder / IMPORTANCE_FILE)
     change(tensors)  # type: ignore[operator]
     save_file(tensors, folder / IMPORTANCE_FILE)
-    with pytest.raises(ArtifactError, match=message):
+    with raises(code, *values):
         export(Checkpoint(folder), tmp_path / "m.gguf", quant="q4_0")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -191,12 +200,12 @@ def test_a_matrix_of_another_model_is_refused(folder: Path, tmp_path: Path) -> N
         f"other.{name}": value for name, value in load_file(folder / IMPORTANCE_FILE).items()
     }
     save_file(tensors, tmp_path / "other.safetensors")
-    for name, kind in (
-        ("other.safetensors", UsageError),
-        ("m.gguf", ArtifactError),
-        ("none.gguf", UsageError),
+    for name, code in (
+        ("other.safetensors", "importance-of-other-model"),
+        ("m.gguf", "no-importance-matrix"),
+        ("none.gguf", "no-importance-file"),
     ):
-        with pytest.raises(kind):
+        with raises(code, name):
             export(
                 Checkpoint(folder),
                 tmp_path / "n.gguf",
@@ -211,5 +220,5 @@ def test_a_cut_matrix_is_refused(folder: Path, tmp_path: Path, place: int) -> No
     export(Checkpoint(folder), tmp_path / "m.gguf", quant="q8_0")
     matrix = tmp_path / "m.imatrix.gguf"
     matrix.write_bytes(matrix.read_bytes()[:place])
-    with pytest.raises(RacdeployError, match="damaged"):
+    with raises("damaged-gguf", str(matrix)):
         Importance.read(matrix)

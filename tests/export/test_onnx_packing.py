@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.backends.onnxruntime import open_engine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.errors import ArtifactError
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import export, measure, unpack
 from racdeploy.export.onnx import exporters as onnx_exporters
@@ -32,6 +32,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import raconnx
 from racdeploy.packing.onnx.folding import prove_folding
 from racdeploy.packing.packers import bitmask_graph
+from tests.support.errors import raises
 from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
 QUANTS = ("f32", "f16", "matmulnbits_8")
@@ -129,14 +130,14 @@ def test_folding_is_proved_by_looking(sparse: Checkpoint, tmp_path: Path, quant:
     (mask,) = (tensor for tensor in model.graph.initializer if tensor.name == f"{name}.mask")
     final = f"{name}.f32" if quant == "f16" else name
     packer.expected[final] = "0" * 64
-    with pytest.raises(EngineError, match="into other weights than the plain ones"):
+    with raises("packed-weights-differ", repr(final)):
         prove_folding(tmp_path / "m.onnx", packer.expected)
     model.graph.initializer.remove(mask)
     model.graph.input.append(
         onnx.helper.make_tensor_value_info(mask.name, onnx.TensorProto.UINT8, mask.dims)
     )
     onnx.save(model, str(tmp_path / "open.onnx"))
-    with pytest.raises(EngineError, match="does not fold the packed weights: it keeps"):
+    with raises("not-folded"):
         prove_folding(tmp_path / "open.onnx", {})
 
 
@@ -184,19 +185,18 @@ def test_a_large_model_is_refused_with_its_price(
 ) -> None:
     """The message says how much memory a load would pass, and what to use."""
     monkeypatch.setattr(bitmask_graph, "MOST_WEIGHTS", 100_000)
-    with pytest.raises(UsageError, match="onnxruntime would pass") as caught:
+    with raises("too-large-for-packing", " GB ", "bitmask_sidecar"):
         export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
-    assert "bitmask_sidecar" in caught.value.remedy
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_sidecar")
 
 
 def test_unpacking_needs_something_packed(sparse: Checkpoint, tmp_path: Path) -> None:
     """A plain graph, the graph itself as its own copy, and a name that is none."""
     export(sparse, tmp_path / "m.onnx", quant="f16")
-    with pytest.raises(UsageError, match="nothing in .* is packed"):
+    with raises("nothing-packed", "m.onnx"):
         unpack(tmp_path / "m.onnx")
     for out in (tmp_path / "m.onnx", tmp_path / "m.gguf"):
-        with pytest.raises(UsageError, match="no name for the unpacked graph"):
+        with raises("wrong-file-name", str(out)):
             unpack(tmp_path / "m.onnx", out)
 
 
@@ -205,7 +205,7 @@ def test_unpacking_replaces_no_other_file(sparse: Checkpoint, tmp_path: Path) ->
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
     there = tmp_path / "m.plain.onnx"
     there.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="m.plain.onnx is there and is not that file"):
+    with raises("output-exists", "m.plain.onnx"):
         unpack(tmp_path / "m.onnx")
     assert there.read_bytes() == b"mine"
     there.unlink()
@@ -226,40 +226,55 @@ def _first(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return lambda file: _edit_header(file, lambda header: change(next(iter(header.values()))))  # type: ignore[arg-type, return-value]
 
 
-HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda file: file.unlink(), "is missing; it holds weights"),
-    "empty": (lambda file: file.write_bytes(b""), "holds no packed weights"),
+HOSTILE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "missing": (lambda file: file.unlink(), "missing-data-file", "m.onnx_packed"),
+    "empty": (lambda file: file.write_bytes(b""), "no-packed-weights", "m.onnx_packed"),
     "another file": (
         lambda file: file.write_bytes(b"GGUF" + bytes(100)),
-        "holds no packed weights",
+        "no-packed-weights",
+        "m.onnx_packed",
     ),
     "a header beyond the end": (
         lambda file: file.write_bytes(b"RACONNX1" + b"\xff" * 8),
-        "holds no packed weights",
+        "no-packed-weights",
+        "m.onnx_packed",
     ),
-    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-9]), "lies outside the file"),
+    "cut": (
+        lambda file: file.write_bytes(file.read_bytes()[:-9]),
+        "damaged-packing-header",
+        "model.layers",
+    ),
     "no object": (
         lambda file: _edit_header(file, lambda header: header.update(a=[1])),
-        "describes its weights wrongly",
+        "damaged-packing-header",
+        "m.onnx_packed",
     ),
     "a tensor less": (
         lambda file: _edit_header(file, lambda header: header.pop(next(iter(header)))),
-        "lacks",
+        "missing-packed-weights",
+        "m.onnx_packed",
     ),
     "a huge shape": (
         _first(lambda entry: entry.update(shape=[1 << 40, 1 << 20])),
-        "larger than its",
+        "damaged-packing-header",
+        "model.layers",
     ),
     "a negative place": (
         _first(lambda entry: entry.update(start=-8)),
-        "describes its weights wrongly",
+        "damaged-packing-header",
+        "-8",
     ),
     "another type": (
         _first(lambda entry: entry.update(dtype="<f8")),
-        "describes its weights wrongly",
+        "damaged-packing-header",
+        "<f8",
     ),
-    "fewer weights": (_first(lambda entry: entry.update(shape=[64, 65])), "than their shape says"),
-    "more weights": (_first(lambda entry: entry.update(shape=[8, 8])), "than their shape says"),
+    "fewer weights": (
+        _first(lambda entry: entry.update(shape=[64, 65])),
+        "damaged-packing",
+        "[64, 65]",
+    ),
+    "more weights": (_first(lambda entry: entry.update(shape=[8, 8])), "damaged-packing", "[8, 8]"),
 }
 
 
@@ -269,12 +284,11 @@ def test_a_damaged_sidecar_is_an_error_and_no_crash(
 ) -> None:
     """Measured, unpacked or run: each names the file, and none of them reads on."""
     export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_sidecar")
-    change, message = HOSTILE[name]
+    change, code, value = HOSTILE[name]
     change(tmp_path / "m.onnx_packed")
     for use in (measure, unpack):
-        with pytest.raises(ArtifactError) as caught:
+        with raises(code, value):
             use(tmp_path / "m.onnx")
-        assert message in str(caught.value)
     if name not in ("missing", "a tensor less"):
         with pytest.raises(ArtifactError):
             raconnx.load_sidecar(tmp_path / "m.onnx")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.stages import Stage, scratch_folder
 from tests.support.commands import environment
+from tests.support.errors import raises
 
 INPUTS = {
     "version": "1",
@@ -28,18 +28,15 @@ def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
     stage = Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
     record = stage.folder / "inputs.json"
     record.write_text(json.dumps({"model": "b", "seed": 1}))
-    with pytest.raises(ArtifactError, match="changed: model"):
+    with raises("stage-of-other-inputs", ": model b -> a\n"):
         Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
 
 
 def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) -> None:
     """It is neither resumed nor ignored; once finished, or removed, it is in nobody's way."""
     stage = Stage.open(tmp_path, "prune", {"model": "a", "version": "0.0.9", "code": "x"})
-    with pytest.raises(
-        ArtifactError, match=r"left half done by racdeploy 0\.0\.9; this is 0\.1\.0"
-    ) as caught:
+    with raises("stage-of-other-version", "0.0.9", "0.1.0", f"rm -r {stage.folder}"):
         Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
-    assert (caught.value.exit_code, f"rm -r {stage.folder}" in caught.value.remedy) == (2, True)
     Stage.open(tmp_path, "prune", {"model": "b", "version": "0.1.0", "code": "y"})
     stage.finish({})
     Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
@@ -52,9 +49,8 @@ def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: 
     changed = json.loads(record.read_text())
     changed[key] = {"damping": 0.1, "method": "sparsegpt"} if key == "prune" else "d" * 16
     record.write_text(json.dumps(changed))
-    with pytest.raises(
-        ArtifactError, match=f"changed: {'prune.damping 0.1 -> 0.01' if key == 'prune' else key}\n"
-    ):
+    named = "prune.damping 0.1 -> 0.01" if key == "prune" else key
+    with raises("stage-of-other-inputs", f": {named}\n"):
         Stage.open(tmp_path, "prune", INPUTS)
 
 
@@ -107,7 +103,7 @@ def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> Non
         assert process.stdout
         assert process.stdout.readline()
         assert not Stage.open(tmp_path, "prune", _other(prune={"damping": 0.02})).notice
-        with pytest.raises(UsageError, match="another racdeploy is working in"):
+        with raises("work-folder-in-use"):
             Stage.open(tmp_path, "prune", inputs)
         process.kill()
     notice = Stage.open(tmp_path, "prune", _other(prune={"damping": 0.04})).notice

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
+from tests.support.errors import raises
 from tests.support.tiny_models import edit_json
 
 
@@ -35,9 +35,9 @@ def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
 def test_a_recipe_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     """Before any work, with the most that there is."""
     job = fit_context(_asking(context_tokens=4096))
-    with pytest.raises(UsageError, match="is 4096, and tiny-reasoner is made for 1024") as caught:
+    named = ("4096", "tiny-reasoner", "--set verify.context_tokens=1024")
+    with raises("context-beyond-model", *named):
         check_build(job, tmp_path / "bundle")
-    assert "--set verify.context_tokens=1024" in caught.value.remedy
     check_build(fit_context(_asking()), tmp_path / "bundle")
 
 

@@ -12,10 +12,10 @@ from racdeploy.engines import token_log
 from racdeploy.engines.backends.transformers import TransformersEngine
 from racdeploy.engines.engine import Completion
 from racdeploy.engines.token_log import TokenLog
-from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 TRACES = {"count": 12, "batch": 6, "max_new_tokens": 40}
@@ -98,7 +98,7 @@ def test_a_torn_line_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -> Non
     assert TokenLog(file, 2).begun == ((), (5, 6, 7))
 
     file.write_text('[0,["x"]]\n')
-    with pytest.raises(ArtifactError, match=r"growing.jsonl:1 is damaged"):
+    with raises("damaged-line", "growing.jsonl:1"):
         TokenLog(file, 2)
 
 
@@ -112,5 +112,5 @@ def test_tokens_of_other_settings_are_refused(
 
     (file,) = (tmp_path / "work").glob("traces-*/growing-*")
     file.write_text(f"[0,{list(range(5, 100))}]\n")
-    with pytest.raises(EngineError, match="not what these settings generate"):
+    with raises("resumed-tokens-differ"):
         build.traces()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import ModelError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.recipe import Structure
+from tests.support.errors import raises
 from tests.support.tiny_course import make_course
 from tests.support.tiny_models import make_checkpoint
 
@@ -34,34 +34,33 @@ def test_blocks_that_are_left_are_known_from_beside_the_folder(tmp_path: Path) -
     assert tuple(model.sources) == tuple(course.sources)
 
     Path(beside).unlink()
-    with pytest.raises(UsageError, match="does not say which"):
+    with raises("blocks-not-recorded"):
         read_pruned(course.dense, course.sparse.folder)
 
 
 def test_what_was_not_pruned_is_refused(tmp_path: Path) -> None:
     """The dense model itself has nothing to get back."""
     course = make_course(tmp_path)
-    with pytest.raises(UsageError, match="nothing to recover"):
+    with raises("nothing-to-recover"):
         read_pruned(course.dense, course.dense.folder)
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes", "words"),
+    ("family", "sizes", "named"),
     [
-        ("qwen3", {}, "has model_type 'llama'"),
-        ("llama", {"hidden_size": 128, "head_dim": 32}, "has hidden_size 64"),
-        ("llama", {"num_hidden_layers": 1}, "blocks of heads"),
+        ("qwen3", {}, "model_type 'llama'"),
+        ("llama", {"hidden_size": 128, "head_dim": 32}, "hidden_size 64"),
+        ("llama", {"num_hidden_layers": 1}, "2 blocks"),
     ],
 )
 def test_a_model_of_another_shape_is_refused(
-    tmp_path: Path, family: str, sizes: dict[str, int], words: str
+    tmp_path: Path, family: str, sizes: dict[str, int], named: str
 ) -> None:
     """With what differs, and both values."""
     course = make_course(tmp_path)
     other = Checkpoint(make_checkpoint(tmp_path / "other", family, **sizes))
-    with pytest.raises(UsageError, match=words) as caught:
+    with raises("other-dense-model", named):
         read_pruned(other, course.sparse.folder)
-    assert "pruned from another model" in str(caught.value)
 
 
 def test_another_model_of_the_same_shape_is_refused(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_another_model_of_the_same_shape_is_refused(tmp_path: Path) -> None:
     course = make_course(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(UsageError, match="embeds tokens otherwise"):
+    with raises("other-dense-model"):
         read_pruned(make_course(other, seed=5).dense, course.sparse.folder)
 
 
@@ -79,13 +78,12 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     config = course.sparse.folder / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "vocab_size": values["vocab_size"] - 32}))
-    with pytest.raises(UsageError, match="cannot grade what it cannot say") as caught:
+    with raises("vocabulary-was-cut", "racdeploy build"):
         read_pruned(course.dense, course.sparse.folder)
-    assert "before the vocabulary is cut" in str(caught.value.remedy)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     """As any other command refuses it."""
     course = make_course(tmp_path)
-    with pytest.raises(ModelError):
+    with raises("no-model-folder", "nowhere"):
         read_pruned(course.dense, tmp_path / "nowhere")

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import recover_stage
@@ -30,6 +29,7 @@ from racdeploy.prune import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
+from tests.support.errors import raises
 from tests.support.matrix import some
 from tests.support.tiny_course import TAUGHT, make_course
 
@@ -327,9 +327,8 @@ def test_without_held_out_traces_nothing_can_be_chosen(
 ) -> None:
     """An error before any work, which says what to raise."""
     none = replace(stage, calibration=Calibration(held_out_share=0.0))
-    with pytest.raises(UsageError, match="held out") as caught:
+    with raises("no-held-out-traces", "held_out_share"):
         run(none, model, Asked(tmp_path, [0.5]))
-    assert "held_out_share" in str(caught.value.remedy)
     assert not (tmp_path / "work").exists()
 
 
@@ -357,9 +356,9 @@ def test_a_text_that_is_too_short_is_refused(
     file = tmp_path / "notes.txt"
     file.write_text("short")
     settings = stage.settings.model_copy(update={"mix": str(file)})
-    with pytest.raises(UsageError, match="more than 512 are needed"):
+    with raises("text-too-short", "512"):
         run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))
 
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="is not UTF-8 text"):
+    with raises("text-not-utf8", str(file)):
         run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))

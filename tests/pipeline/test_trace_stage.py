@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
@@ -16,6 +15,7 @@ from racdeploy.recipe import Recipe
 from racdeploy.traces.trace import Trace
 from tests.support.completion_server import Json, ReloadingServer, Reply, serving
 from tests.support.cut_models import cut_checkpoint
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 KINDS = ("sglang", "vllm")
@@ -99,7 +99,7 @@ def test_an_error_gives_the_dense_model_back(
 
     with serving(routes | {"v1/completions": fail_at_the_second}) as url:
         build = _build(dense, tmp_path, url, kind, server={"server_concurrency": 1})
-        with pytest.raises(EngineError, match="no credit is left"):
+        with raises("server-refuses-request", "no credit is left"):
             build.traces(sparse)
         assert server.told == [sparse, dense]
         assert _answers(build.traces(sparse)[1]) == expected[1]
@@ -122,10 +122,8 @@ def test_nothing_is_asked_of_a_server_that_did_not_load(
     load = server._load
     monkeypatch.setattr(server, "_load", lambda folder: folder != str(sparse) and load(folder))
 
-    with serving(server.routes()) as url, pytest.raises(EngineError) as caught:
+    with serving(server.routes()) as url, raises("model-not-loaded", str(sparse)):
         _build(dense, tmp_path, url, kind).traces(sparse)
-    assert f"did not load {sparse}" in caught.value.message
-    assert "under the same path" in caught.value.remedy
     assert server.asked == []
     assert server.told == [dense]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
@@ -17,6 +16,7 @@ from racdeploy.prune.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 KEPT = 330
@@ -93,10 +93,10 @@ def test_a_killed_cut_leaves_the_same_bytes(
 def test_the_message_says_whether_traces_are_known(model: PrunedModel) -> None:
     """Before the traces the least may still grow; afterwards it is the least."""
     choice = _choose(model, 270)
-    with pytest.raises(UsageError, match="before any traces") as before:
+    with raises("vocabulary-too-small") as before:
         choice.choose()
 
     trace = _trace(choice, choice.encoder.encode_text("The quick brown fox jumps"))
-    with pytest.raises(UsageError, match="prompts, texts and traces") as after:
+    with raises("vocabulary-too-small") as after:
         choice.choose([trace])
     assert before.value.remedy != after.value.remedy

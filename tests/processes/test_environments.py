@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from racdeploy.cli import doctor
 from racdeploy.cli.app import app
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import UsageError
 from racdeploy.extras import SEPARATE
 from racdeploy.files import ownership
 from racdeploy.processes import child, environments
+from tests.support.errors import raises
 from tests.support.wheel import ROOT
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -71,7 +72,7 @@ def test_an_environment_is_made_once(pip: Pip) -> None:
 def test_a_failed_one_is_resumed(pip: Pip, broken: str) -> None:
     """Nothing finds it before it is whole, and what it holds stays; pip's last line is told."""
     pip.broken = {broken}
-    with pytest.raises(EnvironmentFailure, match="was not made: no index"):
+    with raises("environment-not-made", "no index"):
         environments.make("optimum", print)
     assert environments.find("optimum") is None
     (partial,) = environments.cache_folder("environments").iterdir()
@@ -90,14 +91,14 @@ def test_what_others_may_write_into_is_neither_made_nor_run(
     """A stranger's Python would run as this user."""
     python = environments.make("optimum", print)
     monkeypatch.setattr(ownership, "explain_foreign", lambda folder: "other users may write")
-    with pytest.raises(EnvironmentFailure, match="other users may write"):
+    with raises("folder-not-private", "other users may write"):
         environments.find("optimum")
     (finding,) = [each for each in doctor.examine() if each["what"] == "environment of optimum"]
     assert finding["state"] == "missing"
 
     python.unlink()
     asked = len(pip.asked)
-    with pytest.raises(EnvironmentFailure, match="other users may write"):
+    with raises("folder-not-private", "other users may write"):
         environments.make("optimum", print)
     assert len(pip.asked) == asked
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.allocations import Effect, Observation
 from racdeploy.prune.calibrate import prune_blocks
@@ -30,6 +29,7 @@ from racdeploy.prune.weights.shares import fill_shares
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import STREAMS, Trace
 from tests.support.block_outputs import take_states
+from tests.support.errors import raises
 from tests.support.matrix import some
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
@@ -223,7 +223,7 @@ def test_the_walk_prunes_as_allocated(tmp_path: Path, allocation: str) -> None:
 
 def test_n_of_m_has_nothing_to_allocate() -> None:
     """Said before any work."""
-    with pytest.raises(UsageError, match="nothing to allocate"):
+    with raises("invalid-settings", "pattern 2:4", "allocation = 'uniform'"):
         Recipe.combine(None, {"prune": {"pattern": "2:4", "allocation": "error"}})
 
 
@@ -233,7 +233,7 @@ def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
     given = {"sparsity": 0.5, "shares": {"layers.0.mlp": 0.3, "down_proj$": 0.8, "o_proj$": 0.0}}
     if allocation != "uniform":
-        with pytest.raises(UsageError, match="shares go with"):
+        with raises("invalid-settings", "shares", "allocation 'uniform'"):
             Recipe.combine(None, {"prune": {**given, "allocation": allocation}})
         return
 
@@ -270,24 +270,24 @@ def test_a_linear_may_have_a_pattern_beside_others(tmp_path: Path) -> None:
         assert (len(zeros_OG.unique()) == 1) == (linear != "down_proj"), linear
 
     odd = Recipe.combine(None, {"prune": {"sparsity": 0.1, "shares": {"up_proj$": "1:7"}}}).prune
-    with pytest.raises(UsageError, match="1:7 does not divide the 64 inputs"):
+    with raises("pattern-does-not-divide", "1:7", "64"):
         odd.check_width("model.layers.0.mlp.up_proj.weight", 64)
     odd.check_width("model.layers.0.mlp.down_proj.weight", 64)
 
 
 @pytest.mark.parametrize(
-    ("given", "sparsity", "message"),
+    ("given", "sparsity", "code", "named"),
     [
-        ({"gate": 0.5}, 0.5, "'gate' names no linear"),
-        ({"a": 0.9, "b": 0.9}, 0.3, "make 0.6000 of all weights zeros"),
-        ({"a|b|c": 0.4}, 0.5, "make 0.4000 of all weights zeros"),
+        ({"gate": 0.5}, 0.5, "pattern-matches-nothing", "'gate'"),
+        ({"a": 0.9, "b": 0.9}, 0.3, "shares-miss-sparsity", "0.6000"),
+        ({"a|b|c": 0.4}, 0.5, "shares-miss-sparsity", "0.4000"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(
-    given: dict[str, float], sparsity: float, message: str
+    given: dict[str, float], sparsity: float, code: str, named: str
 ) -> None:
     """A pattern without a linear, and zeros that no choice for the others brings to the sum."""
-    with pytest.raises(UsageError, match=message):
+    with raises(code, named):
         fill_shares(given, SIZES, sparsity)
     assert fill_shares({"a|b|c": 0.4}, SIZES, 0.4) == dict.fromkeys(SIZES, 0.4)
     assert fill_shares({"a|b": "1:4"}, SIZES, 0.5) == {"a": 0.75, "b": 0.75, "c": 0.0}

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.errors import UsageError
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
@@ -22,6 +21,7 @@ from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Pruning, StreamWeights
+from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -319,7 +319,7 @@ def test_assemble_replaces_pruned_tensors_only(tmp_path: Path) -> None:
 
 def test_no_traces_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Pruning without data is refused."""
-    with pytest.raises(UsageError, match="no calibration traces"):
+    with raises("no-calibration-traces"):
         prune_blocks(checkpoint, [], [], Pruning(), _empty(tmp_path / "blocks"))
 
 
@@ -328,7 +328,7 @@ def test_streams_that_all_weigh_nothing_are_an_error(
 ) -> None:
     """A Hessian of nothing is no Hessian."""
     weights = StreamWeights(prompt=0, thinking=0, answer=0)
-    with pytest.raises(UsageError, match="no calibration token counts"):
+    with raises("no-weighted-tokens"):
         prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"), weights)
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from racdeploy.errors import EnvironmentFailure
 from racdeploy.prune.methods import Pruned, sparsegpt
 from racdeploy.prune.walk.hessian import Hessian
 from racdeploy.prune.weights.patterns import Unstructured
 from racdeploy.prune.weights.refit import refit
 from racdeploy.recipe import Pruning
+from tests.support.errors import raises
 
 OUTPUTS, INPUTS = 10, 32
 
@@ -53,7 +53,7 @@ def test_damping_is_raised_in_steps_and_reported() -> None:
 def test_a_hopeless_hessian_fails_with_a_remedy() -> None:
     """Nothing is swapped in silently when no damping helps."""
     _, hessian_II = _problem(4)
-    with pytest.raises(EnvironmentFailure, match="does not factor"):
+    with raises("hessian-not-factored"):
         _ = Hessian(-hessian_II - 100 * torch.eye(INPUTS), 0.01).inverse_factor_II
 
 

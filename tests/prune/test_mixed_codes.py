@@ -7,15 +7,14 @@ from typing import Any
 
 import gguf as gguf_py
 import numpy as np
-import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.export import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Recipe
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -70,12 +69,12 @@ def test_one_format_has_its_name(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "llama")
     dense = ["self_attn.[qk]_proj$", r"1\.mlp.down_proj$"]
     assert _job(folder, prune={"dense": dense}).joint_quant == "q4_0"
-    with pytest.raises(UsageError, match="'q6_k' cannot be chosen"):
+    with raises("no-optimized-rounding", "'q6_k'"):
         _ = _job(folder, export={"quant": "q6_k"}).joint_quant
 
 
 def test_blocks_that_go_need_one_format(tmp_path: Path) -> None:
     """Patterns are of the file, which numbers blocks otherwise."""
     folder = make_checkpoint(tmp_path / "dense", "llama")
-    with pytest.raises(UsageError, match="every block where it is"):
+    with raises("codes-need-all-blocks"):
         _ = _job(folder, structure={"keep": {"blocks": 0.5}}).joint_quant

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.errors import UsageError
 from racdeploy.export import ExportResult, gguf
 from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import exporters as onnx_exporters
@@ -37,6 +36,7 @@ from racdeploy.prune.weights.refit import refit
 from racdeploy.prune.weights.rounding import find_codes, round_to_grid
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Pruning, Recipe
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
 
@@ -493,9 +493,8 @@ def test_an_onnx_file_holds_the_very_codes(
 )
 def test_a_format_without_a_grid_is_refused(name: str, offered: str) -> None:
     """Said with the formats that work in the same kind of file."""
-    with pytest.raises(UsageError, match="cannot be chosen") as refused:
+    with raises("no-optimized-rounding", offered) as refused:
         quants.as_grid(name)
-    assert offered in refused.value.remedy
     assert ("q8_0" in refused.value.remedy) == ("gguf" in quants.load(name).FORMATS)
 
 
@@ -504,7 +503,7 @@ def test_a_linear_that_is_no_whole_blocks_is_refused_before_any_work(tmp_path: P
     folder = make_checkpoint(tmp_path / "model", "llama", intermediate_size=80)
     for target, name in (("gguf", "q4_0"), ("onnx", "matmulnbits_4"), ("onnx", "matmulnbits_8")):
         asked: dict[str, Any] = {"model": str(folder), "target": target, "export": {"quant": name}}
-        with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj.*80 weights"):
+        with raises("quant-does-not-fit", "layers.0.mlp.down_proj", "80 weights"):
             _ = Job(Recipe.combine(None, {**asked, "prune": {"joint": True}})).joint_quant
         assert (
             Job(

@@ -15,7 +15,6 @@ from torch import nn
 
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.processes import ALONE
@@ -31,6 +30,7 @@ from racdeploy.prune.walk.statistics import InputStatistic
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
 from racdeploy.traces.trace import Trace
+from tests.support.errors import raises
 from tests.support.matrix import some
 from tests.support.tiny_models import CUT_FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
@@ -268,26 +268,25 @@ def test_units_are_shared_out_with_the_least_sum_of_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "settings", "message"),
+    ("keep", "uniform", "code", "named"),
     [
-        ({"ffn": 0.1}, {}, "ffn = 0.1 keeps 12.8 of 128"),
-        ({"ffn": 0.02}, {}, "ffn = 0.02 keeps 2.56 of 128"),
-        ({"ffn": 0.99}, {}, "removes nothing"),
-        ({"heads": 0.75}, {"uniform": True}, "heads = 0.75 keeps 3 of 4 in a block"),
-        ({"kv_groups": 0.7}, {}, "groups = 0.7 keeps 1.4 of 2"),
-        ({"heads": 0.5, "kv_groups": 0.5}, {}, "heads and kv_groups cannot both be cut"),
-        ({"blocks": 0.9}, {}, "blocks = 0.9 keeps 4 of 4"),
+        ({"ffn": 0.1}, False, "share-not-reachable", "12.8 of 128"),
+        ({"ffn": 0.02}, False, "share-not-reachable", "2.56 of 128"),
+        ({"ffn": 0.99}, False, "share-not-reachable", "32 of 128"),
+        ({"heads": 0.75}, True, "share-not-reachable", "3 of 4"),
+        ({"kv_groups": 0.7}, False, "share-not-reachable", "1.4 of 2"),
+        ({"heads": 0.5, "kv_groups": 0.5}, False, "heads-with-kv-groups", "kv_groups"),
+        ({"blocks": 0.9}, False, "share-not-reachable", "4 of 4"),
     ],
-    ids=lambda value: "" if isinstance(value, dict) else value[:24],
 )
 def test_what_cannot_be_kept_is_refused(
-    tmp_path: Path, keep: dict[str, float], settings: dict[str, Any], message: str
+    tmp_path: Path, keep: dict[str, float], uniform: bool, code: str, named: str
 ) -> None:
     """Before any work, with the shares that can be."""
-    structure = Structure(keep=keep, **settings)
+    structure = Structure(keep=keep, uniform=uniform)
     dense = _make(tmp_path)
     part = [*keep][-1]
-    with pytest.raises(UsageError, match=message):
+    with raises(code, named):
         plugins.load("structures", part).check(dense, structure)
 
 
@@ -302,18 +301,17 @@ def test_one_block_that_attends_and_one_with_a_state_stay(tmp_path: Path) -> Non
     cut, *_ = _cut(dense, tmp_path, {"blocks": 0.5})
     assert sorted(cut.shape.layer_types) == ["conv", "full_attention"]
 
-    with pytest.raises(UsageError, match="keeps 1 of 4") as caught:
+    with raises("share-not-reachable", "1 of 4", "between 0.5 and 0.75"):
         plugins.load("structures", "blocks").check(dense, Structure(keep={"blocks": 0.25}))
-    assert caught.value.remedy == "choose a share between 0.5 and 0.75"
 
 
 def test_blocks_of_a_model_that_numbers_them_are_refused(tmp_path: Path) -> None:
     """And the feed-forward part of experts."""
-    with pytest.raises(UsageError, match="cannot be left out"):
+    with raises("part-cannot-be-cut", "--keep blocks"):
         plugins.load("structures", "blocks").check(
             _make(tmp_path, "smollm3"), Structure(keep={"blocks": 0.5})
         )
-    with pytest.raises(UsageError, match="ffn of Qwen3MoeForCausalLM cannot be cut"):
+    with raises("part-cannot-be-cut", "Qwen3MoeForCausalLM", "--keep ffn"):
         plugins.load("structures", "ffn").check(
             _make(tmp_path, "qwen3_moe"), Structure(keep={"ffn": 0.5})
         )

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from racdeploy import recover
-from racdeploy.errors import EngineError, EnvironmentFailure
+from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.workplace import Workplace
@@ -34,6 +34,7 @@ from racdeploy.recover.lessons import split_evenly
 from racdeploy.recover.variables import Scales
 from racdeploy.runtime.template import PromptEncoder
 from tests.support.commands import environment
+from tests.support.errors import raises
 from tests.support.tiny_course import make_course, read_weights
 from tests.support.tiny_models import make_checkpoint
 
@@ -306,7 +307,7 @@ def _teach_until_alone(variables: dict[str, str], course: Course) -> None:
     with suppress(EngineError), join_processes() as processes:
         own = course.folder / f"of-{processes.rank}"
         own.mkdir()
-        with pytest.raises(EngineError, match="lost another process") as caught:
+        with raises("lost-process") as caught:
             recover.load("all").recover(replace(course, folder=own, processes=processes))
         raise caught.value
 
@@ -357,9 +358,8 @@ def test_a_process_without_the_pruned_model_ends_the_job(tmp_path: Path) -> None
     stage = RecoverStage(place, dense, encoder, Recovery(), Calibration(), "")
 
     given = {"sparse": dense.folder, "sha256": dense.sha256}
-    with pytest.raises(EnvironmentFailure, match=f"process 1 .* {dense.folder}") as caught:
+    with raises("work-folder-not-shared", "process 1 ", str(dense.folder)):
         stage.learn(tmp_path, "model", given)
-    assert "shared file system" in caught.value.remedy
 
 
 RECIPE = """

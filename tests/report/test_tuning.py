@@ -14,7 +14,6 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from racdeploy.errors import ArtifactError
 from racdeploy.files.toml import read_toml
 from racdeploy.report import markdown
 from racdeploy.report.terminal import print_tuning
@@ -31,6 +30,7 @@ from racdeploy.report.tuning_page import render
 from racdeploy.report.tuning_tables import describe_device, keeps_limits, list_facts, tuning_table
 from racdeploy.results.tuning import Candidate, CostInterval, Tuning
 from tests.support.elements import Elements
+from tests.support.errors import raises
 from tests.support.sample_report import HOSTILE
 from tests.support.sample_tuning import build_tuning
 
@@ -241,11 +241,16 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
     assert (folder / PAGE).read_text() == render(tuning)
     assert name_page(folder / FILE) == folder / PAGE
 
-    for text in ("[]", "{}", "{", '{"winner": 7}'):
+    for text, code in (
+        ("[]", "json-not-an-object"),
+        ("{}", "damaged-tuning"),
+        ("{", "invalid-json"),
+        ('{"winner": 7}', "damaged-tuning"),
+    ):
         (folder / FILE).write_text(text)
-        with pytest.raises(ArtifactError):
+        with raises(code, FILE):
             read_tuning(folder / FILE)
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with raises("tuning-unreadable", "absent.json"):
         read_tuning(folder / "absent.json")
 
 

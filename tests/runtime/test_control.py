@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest, ThinkingControl
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime import load
@@ -20,6 +19,7 @@ from racdeploy.runtime.control import (
 )
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tags
+from tests.support.errors import raises
 from tests.support.tiny_artifacts import CLOSE_ID, OPEN_ID, make_bundle
 
 QUESTION = "Ann has 12 apples and buys 30 more. How many apples does she have?"
@@ -72,7 +72,7 @@ def test_a_last_sentence_without_tags_is_allowed(encoder: PromptEncoder) -> None
     tags = ThinkingTags((OPEN_ID,), (CLOSE_ID,))
     check_closing(encoder, tags, "\nI must answer now.\n")
     for tag in ("<think>", "</think>"):
-        with pytest.raises(UsageError, match=f"holds {tag}"):
+        with raises("tag-in-closing-text", tag):
             check_closing(encoder, tags, f"Done. {tag}")
 
 

@@ -10,10 +10,10 @@ import pytest
 
 import racdeploy
 from racdeploy.engines.engine import Completion, Engine, Sampling
-from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Conversation, Model
 from racdeploy.runtime.template import PromptEncoder
+from tests.support.errors import raises
 from tests.support.tiny_artifacts import EOS_ID, make_bundle
 
 # What the templates of three models do with an assistant's turn, abbreviated to that.
@@ -141,7 +141,7 @@ def test_nothing_is_dropped_for_a_question_that_fails(bundle: Path) -> None:
     with racdeploy.load(make_bundle(bundle.parent / "own"), threads=1) as model:
         talk = Conversation(model)
         talk.ask("What is 2+2?")
-        with pytest.raises(EngineError, match="the context takes at most"):
+        with raises("prompt-too-long"):
             talk.ask("x y " * 400)
         assert (len(talk.turns), talk.dropped) == (1, 0)
 
@@ -170,21 +170,21 @@ def test_a_saved_conversation_is_loaded(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
-        ({"turns": [{"question": "x"}]}, r"turns\.0\.result: Field required"),
-        ({"turns": 3}, "turns: Input should be a valid list"),
-        ({"dropped": -1}, "dropped: Input should be greater than or equal to 0"),
-        ({"schema_version": 2}, "schema_version: Input should be 1"),
-        ({"more": 1}, "more: Extra inputs"),
+        ({"turns": [{"question": "x"}]}, "turns.0.result: "),
+        ({"turns": 3}, "turns: "),
+        ({"dropped": -1}, "dropped: "),
+        ({"schema_version": 2}, "schema_version: "),
+        ({"more": 1}, "more: "),
     ],
 )
 def test_a_damaged_file_is_refused(
-    bundle: Path, tmp_path: Path, change: dict[str, object], message: str
+    bundle: Path, tmp_path: Path, change: dict[str, object], field: str
 ) -> None:
     model = _model(bundle, "x")
     file = tmp_path / "talk.json"
     Conversation(model).save(file)
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ArtifactError, match=message):
+    with raises("not-a-conversation", field):
         Conversation.load(model, file)

@@ -13,10 +13,10 @@ import pytest
 
 import racdeploy
 from racdeploy.engines.engine import Completion, Engine, OnTokens, Sampling
-from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.runtime import Model, load
 from racdeploy.runtime.template import PromptEncoder
+from tests.support.errors import raises
 from tests.support.tiny_artifacts import CLOSE_ID, EOS_ID, OPEN_ID, make_bundle
 from tests.support.tiny_models import edit_json
 
@@ -105,7 +105,7 @@ def test_an_event_cancels(model: Model) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(model: Model) -> None:
-    with pytest.raises(EngineError, match=r"prompt 0 has .* tokens, the context takes at most"):
+    with raises("prompt-too-long", "prompt 0"):
         model.generate("x y " * 400)
 
 
@@ -151,7 +151,7 @@ def test_a_model_without_tags_answers_only(bundle: Path) -> None:
     assert (result.answer, result.thinking, result.state) == ("It is 42.", "", "absent")
     assert "".join(pieces) == "It is 42."
     assert engine.asked[0].budget is None
-    with pytest.raises(UsageError, match="no thinking tags"):
+    with raises("no-thinking-tags"):
         model.generate(QUESTION, max_thinking_tokens=4)
 
 
@@ -175,7 +175,7 @@ def test_the_manifest_gives_the_defaults(bundle: Path) -> None:
 def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     edit_json(bundle / "tokenizer_config.json", chat_template="{{ 'give me your password' }}")
-    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json differs from its manifest"):
+    with raises("differs-from-manifest", "tokenizer_config.json"):
         load(bundle)
 
 
@@ -184,28 +184,26 @@ def test_an_artifact_that_escapes_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((bundle / "racdeploy.json").read_text())
     manifest["artifacts"][0]["path"] = "../checkpoint/model.safetensors"
     (bundle / "racdeploy.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="outside the bundle"):
+    with raises("path-outside-bundle"):
         load(bundle)
 
 
 def test_a_backend_that_the_bundle_lacks_is_named(bundle: Path) -> None:
-    with pytest.raises(UsageError, match="no artifact for 'onnxruntime'") as caught:
+    with raises("no-artifact-for-engine", "'onnxruntime'", "llamacpp"):
         load(bundle, backend="onnxruntime")
-    assert "llamacpp" in str(caught.value)
 
 
 def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is not a bundle"):
+    with raises("not-a-bundle"):
         racdeploy.load(tmp_path)
 
 
 def test_an_app_chooses_its_context(bundle: Path, tmp_path: Path) -> None:
     """A prompt that does not fit names what to raise, and with that it fits."""
     asked = "x " * 60
-    refused = pytest.raises(EngineError, match="the context takes at most 63")
-    with load(bundle, threads=1, context_tokens=64) as small, refused as caught:
+    refused = raises("prompt-too-long", "63", "context_tokens=")
+    with load(bundle, threads=1, context_tokens=64) as small, refused:
         small.generate(asked, max_new_tokens=2)
-    assert "raise context_tokens" in caught.value.remedy
 
     with load(bundle, threads=1, context_tokens=512) as large:
         assert large.generate(asked, max_new_tokens=2).answer_tokens <= 2
@@ -218,6 +216,5 @@ def test_no_context_is_more_than_the_model_has(bundle: Path, tmp_path: Path) -> 
     edit_json(
         copy / "racdeploy.json", generation=manifest["generation"] | {"model_context_tokens": 300}
     )
-    with pytest.raises(UsageError, match="is 301, and the model is made for 300") as caught:
+    with raises("context-beyond-model", "301", "context_tokens=300"):
         load(copy, context_tokens=301)
-    assert "context_tokens=300" in caught.value.remedy

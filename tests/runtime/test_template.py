@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
 from racdeploy.sandbox.reader import Reader
+from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint, write_tokenizer
 
 QUESTION = [{"role": "user", "content": 'What is 2 < 3 && "x"? Größe 🚀 \\boxed{}\n\n  end'}]
@@ -73,7 +73,7 @@ DATED = (
 
 def hostile(source: str, messages: list[dict[str, Any]] = QUESTION) -> str:
     """Render a template that must fail; return the message."""
-    with pytest.raises(ArtifactError, match="the chat template failed") as caught:
+    with raises("template-failed") as caught:
         ChatTemplate(source, "<s>", "</s>", reader=Reader("racdeploy.sandbox.texts")).render(
             messages
         )
@@ -153,7 +153,7 @@ def test_a_template_that_took_too_long_does_not_disturb_the_next() -> None:
     quick = ChatTemplate("{{ messages[0].content }}!", reader=reader)
 
     for _ in range(2):
-        with pytest.raises(ArtifactError, match="more than 1.0 s of processor time"):
+        with raises("template-failed", "1.0 s"):
             slow.render([])
         assert quick.render([{"content": "a"}]) == "a!"
 
@@ -167,16 +167,16 @@ def test_tokens_that_a_model_lacks_render_as_nothing() -> None:
 def test_a_damaged_tokenizer_is_an_error(tmp_path: Path, content: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"tokenizer\.json is not a tokenizer"):
+    with raises("not-a-tokenizer", "tokenizer.json"):
         PromptEncoder.from_folder(tmp_path)
 
 
 def test_a_folder_without_tokenizer_or_template_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no chat template"):
+    with raises("no-chat-template"):
         PromptEncoder.from_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ArtifactError, match="not UTF-8"):
+    with raises("file-not-utf8", "chat_template.jinja"):
         PromptEncoder.from_folder(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+    with raises("no-tokenizer", "tokenizer.json"):
         PromptEncoder.from_folder(tmp_path)

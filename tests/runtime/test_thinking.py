@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from racdeploy.errors import ArtifactError
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
 from racdeploy.runtime.text import TextReader
@@ -22,6 +21,7 @@ from racdeploy.runtime.thinking import (
     split,
     tags_of,
 )
+from tests.support.errors import raises
 from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, write_tokenizer
 
 EOS = "$"
@@ -307,5 +307,5 @@ def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None
 
 def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:
     encoder = PromptEncoder.from_folder(tokenizer_folder)
-    with pytest.raises(ArtifactError, match="cannot write the thinking tags"):
+    with raises("tags-not-encodable", "</think>"):
         tags_of(encoder, "", "</think>")

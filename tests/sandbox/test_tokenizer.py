@@ -8,9 +8,9 @@ from random import Random
 import pytest
 import tokenizers
 
-from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.sandbox import tokenizer as reading
 from racdeploy.sandbox.tokenizer import Tokenizer
+from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, write_tokenizer
 
 DECODERS = {
@@ -64,8 +64,8 @@ def test_known_tokens_are_not_asked_for_again(tmp_path: Path) -> None:
 def test_texts_beyond_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tokenizer(tmp_path)
     found = Tokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(UsageError, match="a token id is no number"):
+    with raises("token-id-not-number"):
         found.decode([-1])
     monkeypatch.setattr(reading, "_LONGEST_TEXT", 100)
-    with pytest.raises(ArtifactError, match="more than 100 bytes of text"):
+    with raises("tokenizer-failed", "100 bytes"):
         found.decode(list(range(20)) * 20)

@@ -21,6 +21,7 @@ from tests.support.tiny_artifacts import make_bundle
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 LONG = 3000  # tokens; the tiny model never ends by itself
 ENDLESS = HELLO | {"max_tokens": LONG, "max_thinking_tokens": LONG}
 
@@ -61,34 +62,50 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "options", "status", "said"),
+    ("method", "path", "options", "status", "code", "value"),
     [
-        ("POST", CHAT, {"json": HELLO | {"n": 3}}, 400, "n = 3 is not supported"),
-        ("POST", CHAT, {"json": {}}, 400, "messages is missing"),
-        ("POST", CHAT, {"json": [1]}, 400, "no JSON object"),
-        ("POST", CHAT, {"json": HELLO | {"stream": 1}}, 400, "stream: "),
-        ("POST", CHAT, {"json": HELLO | {"model": "other"}}, 404, "it is 'tiny'"),
-        ("POST", CHAT, {"content": json.dumps(HELLO)}, 415, "Content-Type: application/json"),
-        ("POST", CHAT, {"json": {"messages": "x" * LARGEST_BODY}}, 413, "more than 1000000 bytes"),
-        ("GET", CHAT, {}, 405, "Method Not Allowed"),
-        ("GET", "/v1/embeddings", {}, 404, "Not Found"),
-        ("GET", "/v1/models/other", {}, 404, "it is 'tiny'"),
-        ("POST", "/v1/completions", {"json": {"prompt": []}}, 400, "has no tokens"),
-        ("POST", "/v1/completions", {"json": {"prompt": [99999]}}, 400, "holds token id 99999"),
-        ("POST", "/v1/completions", {"json": {"prompt": "a" * 9999}}, 400, "takes at most 4095"),
+        ("POST", CHAT, {"json": HELLO | {"n": 3}}, 400, "unsupported-parameter", "n = 3"),
+        ("POST", CHAT, {"json": {}}, 400, "missing-parameter", "messages"),
+        ("POST", CHAT, {"json": [1]}, 400, "bad-body", ""),
+        ("POST", CHAT, {"json": HELLO | {"stream": 1}}, 400, "bad-parameter", "stream: "),
+        ("POST", CHAT, {"json": HELLO | {"model": "other"}}, 404, "model_not_found", "'tiny'"),
+        ("POST", CHAT, {"content": json.dumps(HELLO)}, 415, "wrong-content-type", "/json"),
         (
-            *("POST", "/v1/completions"),
-            *({"json": {"prompt": "a", "stop_token_ids": [5]}}, 400, "[5] are not supported"),
+            "POST",
+            CHAT,
+            {"json": {"messages": "x" * LARGEST_BODY}},
+            413,
+            "body-too-large",
+            "1000000",
         ),
-        ("POST", "/tokenize", {"json": {"content": 1}}, 400, "content is no text"),
+        ("GET", CHAT, {}, 405, None, "Method Not Allowed"),
+        ("GET", "/v1/embeddings", {}, 404, None, "Not Found"),
+        ("GET", "/v1/models/other", {}, 404, "model_not_found", "'tiny'"),
+        ("POST", TEXT, {"json": {"prompt": []}}, 400, "empty-prompt", ""),
+        ("POST", TEXT, {"json": {"prompt": [99999]}}, 400, "unknown-token-id", "99999"),
+        ("POST", TEXT, {"json": {"prompt": "a" * 9999}}, 400, "context_length_exceeded", "4095"),
+        (
+            *("POST", TEXT, {"json": {"prompt": "a", "stop_token_ids": [5]}}),
+            *(400, "unsupported-parameter", "[5]"),
+        ),
+        ("POST", "/tokenize", {"json": {"content": 1}}, 400, "bad-parameter", "content"),
     ],
 )
 def test_a_refusal_has_its_status_and_says_why(
-    app: Starlette, method: str, path: str, options: dict[str, Any], status: int, said: str
+    app: Starlette,
+    method: str,
+    path: str,
+    options: dict[str, Any],
+    status: int,
+    code: str | None,
+    value: str,
 ) -> None:
+    """The code is OpenAI's where it has one."""
     answer = request(app, method, path, **options)
     assert answer.status_code == status, answer.text
-    assert said in error_of(answer)["message"]
+    error = error_of(answer)
+    assert error["code"] == code
+    assert value in error["message"]
 
 
 def test_a_template_that_refuses_is_the_clients_mistake(app: Starlette, model: Model) -> None:
@@ -208,7 +225,7 @@ def test_an_engine_that_dies_is_told(tmp_path: Path) -> None:
         sent = call(app, ENDLESS | {"stream": True}, close_engine)
         events = b"".join(message.get("body", b"") for message in sent).split(b"\n\n")
         error = json.loads(events[-3].removeprefix(b"data: "))["error"]
-        assert "engine is closed" in error["message"]
+        assert error["code"] == "engine-closed"
         assert events[-2] == b"data: [DONE]"
 
         answer = request(app, "POST", CHAT, json=HELLO)

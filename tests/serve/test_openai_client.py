@@ -137,14 +137,13 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
 
 
 def test_what_is_wrong_is_an_error_of_the_client(client: openai.OpenAI, server: OwnServer) -> None:
-    with pytest.raises(openai.BadRequestError, match="n = 2 is not supported"):
+    with pytest.raises(openai.BadRequestError, match="n = 2"):
         ask(client, n=2)
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5'"):
+    with pytest.raises(openai.NotFoundError, match="'gpt-5'") as absent:
         ask(client, model="gpt-5")
+    assert absent.value.code == "model_not_found"
     for stream in (False, True):
-        with pytest.raises(
-            openai.BadRequestError, match="the context takes at most 1023"
-        ) as caught:
+        with pytest.raises(openai.BadRequestError, match="1023") as caught:
             ask(client, "word " * 2000, stream=stream)
         assert caught.value.code == "context_length_exceeded"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,9 @@ from unittest import mock
 
 from racdeploy import cli
 
+_CODE = r"([a-z0-9]+(?:-[a-z0-9]+)+)"
+_ERROR_CODE = re.compile(rf'error: .*? \[{_CODE}\](?:\s|$)|"code": "{_CODE}"', re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -22,6 +26,17 @@ class Outcome:
     code: int
     out: str
     err: str
+
+    @property
+    def error_code(self) -> str:
+        """The code of the error that was printed, or nothing."""
+        return find_error_code(self.out + self.err)
+
+
+def find_error_code(printed: str) -> str:
+    """Return the code of the error in what a command printed, or nothing."""
+    found = _ERROR_CODE.search(printed)
+    return found[1] or found[2] if found else ""
 
 
 def environment(**extra: str) -> dict[str, str]:

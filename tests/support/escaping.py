@@ -44,7 +44,7 @@ def load(request: dict[str, Any], settings: object) -> NoReturn:
             went[name] = False
         else:
             went[name] = True
-    raise EngineError(json.dumps(went))
+    raise EngineError("escapes-tried", json.dumps(went))
 
 
 def _in_thread(work: Callable[[], object]) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.structure import plan_cut
 from racdeploy.recipe import Recipe
 from racdeploy.tasks import TaskSet, load
+from tests.support.errors import raises
 
 
 def _write(file: Path, rows: Sequence[object], encoding: str = "utf-8") -> str:
@@ -35,9 +34,8 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
 def test_another_encoding_is_named_with_what_turns_it(tmp_path: Path) -> None:
     """The byte that is no UTF-8, and a command."""
     spec = _write(tmp_path / "old.jsonl", [{"question": "é?", "answer": "é"}], "latin-1")
-    with pytest.raises(UsageError, match=r"byte \d+ is not UTF-8") as caught:
+    with raises("text-not-utf8", "byte 14", "iconv -f latin1 -t utf8"):
         load(spec)
-    assert "iconv -f latin1 -t utf8" in caught.value.remedy
 
 
 def test_whole_numbers_and_fractions_are_answers(tmp_path: Path) -> None:
@@ -67,8 +65,8 @@ def test_repeated_questions_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "counted"),
     [
-        (_rows(1), "has 1 question: "),
-        (_rows(1) * 300, r"has 1 question \(299 of its 300 lines repeat another\): "),
+        (_rows(1), "1 question: "),
+        (_rows(1) * 300, "299 of its 300 lines"),
     ],
 )
 def test_too_few_problems_are_counted_by_half(
@@ -76,42 +74,47 @@ def test_too_few_problems_are_counted_by_half(
 ) -> None:
     """How many fell into which half, and how many are needed."""
     found = TaskSet.load([_write(tmp_path / "few.jsonl", rows)], [])
-    halves = "0 for calibration, 1 for evaluation"
-    with pytest.raises(UsageError, match=counted + halves) as caught:
+    halves = ("0 for calibration, 1 for evaluation", "20 different ones", "400 for the 200")
+    with raises("no-problems-for-split", counted, *halves):
         found.draw("calibration", 0, 200)
-    assert "give 20 different ones at least, 400 for the 200 prompts" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "code", "told"),
     [
-        ({"prompt": "2 + 2?", "solution": 4}, "has no question; its keys are prompt, solution"),
-        ({"question": "2 + 2?", "gold": 4}, "has no answer; its keys are question, gold"),
-        ({"question": "2 + 2?", "answer": None}, "has no answer: it is None"),
-        ({"question": " ", "answer": 4}, "has no question: it is ' '"),
-        (["2 + 2?", 4], "has no question: it is a list, not an object"),
+        ({"prompt": "2 + 2?", "solution": 4}, "missing-question", "prompt, solution"),
+        ({"question": "2 + 2?", "gold": 4}, "missing-answer", "question, gold"),
+        ({"question": "2 + 2?", "answer": None}, "missing-answer", "None"),
+        ({"question": " ", "answer": 4}, "missing-question", "' '"),
+        (["2 + 2?", 4], "missing-question", "list"),
     ],
 )
-def test_a_wrong_line_is_shown_with_what_it_has(tmp_path: Path, row: object, told: str) -> None:
+def test_a_wrong_line_is_shown_with_what_it_has(
+    tmp_path: Path, row: object, code: str, told: str
+) -> None:
     """The keys that are there, or the value that is no answer."""
     spec = _write(tmp_path / "keys.jsonl", [row])
-    with pytest.raises(UsageError, match=re.escape(f"keys.jsonl:1 {told}")):
+    with raises(code, "keys.jsonl:1", told):
         load(spec)
 
 
 @pytest.mark.parametrize(
-    ("spec", "remedy"),
+    ("spec", "code", "remedy"),
     [
-        ("three.jsonl", "write --task jsonl:three.jsonl"),
-        ("data/three.json", "write --task jsonl:data/three.json"),
-        ("data.csv", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
-        ("jsonl:data.csv", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
-        ("data.parquet", 'save it as lines of {"question": "…", "answer": "…"}'),
+        ("three.jsonl", "file-as-task", "--task jsonl:three.jsonl"),
+        ("data/three.json", "file-as-task", "--task jsonl:data/three.json"),
+        ("data.csv", "table-as-task", "< data.csv > data.jsonl, then --task jsonl:data.jsonl"),
+        (
+            "jsonl:data.csv",
+            "table-as-task",
+            "< data.csv > data.jsonl, then --task jsonl:data.jsonl",
+        ),
+        ("data.parquet", "table-as-task", '{"question": "…", "answer": "…"}'),
     ],
 )
-def test_a_file_in_place_of_a_task_gets_the_way_to_give_it(spec: str, remedy: str) -> None:
+def test_a_file_in_place_of_a_task_gets_the_way_to_give_it(
+    spec: str, code: str, remedy: str
+) -> None:
     """A name of a file is no misspelled task."""
-    with pytest.raises(UsageError) as caught:
+    with raises(code, remedy):
         load(spec)
-    assert remedy in caught.value.remedy
-    assert "did you mean" not in caught.value.message

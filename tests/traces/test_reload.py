@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from racdeploy.engines.backends.openai import http as http_client
-from racdeploy.errors import EngineError, UsageError
 from racdeploy.recipe import Traces
 from racdeploy.traces.reload import load, loaded
 from tests.support.completion_server import Answer, Json, Reply, serving
+from tests.support.errors import raises
 from tests.support.real_server import free_port
 
 GOOD = {
@@ -68,30 +68,30 @@ def test_each_server_is_told_in_its_own_words(
         (
             "sglang",
             Reply({"success": False, "message": "size mismatch for q_proj"}),
-            r"did not load /.*/model: .*size mismatch for q_proj",
-            "SGLang must see this folder under the same path",
+            "size mismatch for q_proj",
+            "SGLang",
         ),
         (
             "sglang",
             Reply({"success": False, "message": "no such folder"}, 400),
-            r"does not serve \.\./update_weights_from_disk \(400\): .*no such folder",
-            "SGLang must see this folder",
+            "no such folder",
+            "SGLang",
         ),
-        ("sglang", Reply({}), "says: nothing", "the server's log"),
+        ("sglang", Reply({}), "nothing", "the server's log"),
         (
             "vllm",
             Reply({"detail": "Not Found"}, 404),
-            r"does not serve \.\./collective_rpc \(404\)",
+            "../collective_rpc (404)",
             "VLLM_SERVER_DEV_MODE=1",
         ),
         (
             "vllm",
             Reply({"error": "unexpected keyword argument 'weights_path'"}, 500),
             "unexpected keyword argument 'weights_path'",
-            "vLLM must see this folder",
+            "vLLM",
         ),
-        ("vllm", Reply({"results": []}), "names no worker that did", "version"),
-        ("vllm", Reply(b""), "0 bytes, the answer is not valid JSON", "the server's log"),
+        ("vllm", Reply({"results": []}), "worker", "version"),
+        ("vllm", Reply(b""), "0 bytes", "the server's log"),
     ],
 )
 def test_a_refusal_is_an_error(
@@ -101,18 +101,16 @@ def test_a_refusal_is_an_error(
     folder = tmp_path / "model"
     with (
         serving(_routes(kind, reply, [])) as url,
-        pytest.raises(EngineError, match=message) as caught,
+        raises("model-not-loaded", str(folder), message, remedy),
     ):
         load(Traces(server=url, server_reload=kind), folder)
-    assert str(folder) in caught.value.message
-    assert remedy in caught.value.remedy
 
 
 def test_a_vllm_that_keeps_its_cache_is_an_error(tmp_path: Path) -> None:
     """Prompts that it remembers would be answered with two models' weights."""
     routes = _routes("vllm", GOOD["vllm"], [])
     del routes["reset_prefix_cache"]
-    with serving(routes) as url, pytest.raises(EngineError, match="reset_prefix_cache"):
+    with serving(routes) as url, raises("model-not-loaded", "reset_prefix_cache"):
         load(Traces(server=url, server_reload="vllm"), tmp_path)
 
 
@@ -120,7 +118,7 @@ def test_a_key_that_is_refused_is_wrong_usage(tmp_path: Path) -> None:
     """As for every other request."""
     with (
         serving(_routes("sglang", Reply({"detail": "admin key?"}, 401), [])) as url,
-        pytest.raises(UsageError, match="refuses a request without a key"),
+        raises("server-refuses-key"),
     ):
         load(Traces(server=url, server_reload="sglang"), tmp_path)
 
@@ -130,7 +128,7 @@ def test_nobody_at_the_address_is_said_once(tmp_path: Path) -> None:
     notices: list[str] = []
     settings = Traces(server=f"http://127.0.0.1:{free_port()}/v1", server_reload="vllm")
     with (
-        pytest.raises(EngineError, match="cannot be reached"),
+        raises("model-not-loaded", settings.server),
         loaded(settings, tmp_path / "sparse", tmp_path / "dense", notices.append),
     ):
         pytest.fail("no server, and yet it has loaded the model")

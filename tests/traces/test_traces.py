@@ -11,7 +11,6 @@ from racdeploy import tasks
 from racdeploy.engines import open_engine
 from racdeploy.engines.counter import Counter
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
@@ -19,6 +18,7 @@ from racdeploy.runtime.thinking import find_tags
 from racdeploy.traces.collect import Answering, collect, prompt_traces
 from racdeploy.traces.select import select
 from racdeploy.traces.trace import TraceSet, count_tokens
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = Traces(count=7, batch=3, max_new_tokens=12)
@@ -85,7 +85,7 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
     _collect(folder, tmp_path / "traces")
     shard = tmp_path / "traces/shard-00002.jsonl"
     shard.write_text(shard.read_text()[:-20])
-    with pytest.raises(ArtifactError, match=r"shard-00002.jsonl:1 is damaged"):
+    with raises("damaged-line", "shard-00002.jsonl:1"):
         TraceSet(tmp_path / "traces").read()
 
 
@@ -109,7 +109,7 @@ def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) 
 def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
     """A cut chain of thought has no end to calibrate on; leaving out all is an error."""
     cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
-    with pytest.raises(UsageError, match="16 truncated"):
+    with raises("no-calibration-traces", "16 truncated"):
         select(cut, Calibration())
     assert len(select(cut, Calibration(keep_truncated=True)).calibration) == 14
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.tune.budget import Budget, check_held_out, estimate_least
+from tests.support.errors import raises
 
 EXPECTED = {"traces": 10.0, "measure": 10.0, "compare": 20.0, "race": 20.0, "verify": 40.0}
 
@@ -27,9 +27,8 @@ class Clock:
 
 def test_a_budget_below_the_least_is_refused_with_the_number() -> None:
     """In whole minutes, which are then enough."""
-    with pytest.raises(UsageError, match="about 2 min at least") as caught:
+    with raises("budget-too-small", "--budget 2m"):
         Budget(99.0, EXPECTED).check()
-    assert "--budget 2m" in (caught.value.remedy or "")
     Budget(120.0, EXPECTED).check()
 
 
@@ -74,13 +73,12 @@ def test_a_larger_job_is_expected_to_take_longer() -> None:
 
 def test_too_few_calibration_prompts_are_refused_with_the_number() -> None:
     """Which is then enough, and one less is not."""
-    with pytest.raises(UsageError, match="fewer than 4 traces are held out") as caught:
+    with raises("too-few-held-out", "fewer than 4") as caught:
         check_held_out(make_job(traces={"count": 8}))
-    needed = int((caught.value.remedy or "").split()[1])
+    needed = int(caught.value.remedy.split()[1])
     check_held_out(make_job(traces={"count": needed}))
-    with pytest.raises(UsageError):
+    with raises("too-few-held-out"):
         check_held_out(make_job(traces={"count": needed - 1}))
 
-    with pytest.raises(UsageError) as caught:
+    with raises("too-few-held-out", "calibration.held_out_share"):
         check_held_out(make_job(calibration={"held_out_share": 0.0}))
-    assert "raise calibration.held_out_share" in (caught.value.remedy or "")

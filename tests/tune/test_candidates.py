@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Tune
 from racdeploy.report.settings import as_toml
 from racdeploy.tune.candidates import Choice, propose
 from racdeploy.tune.conclude import list_changed
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 Propose = Callable[..., tuple[list[Choice], dict[str, str]]]
@@ -84,7 +84,7 @@ def test_a_target_that_takes_few_formats_gets_no_others(ask: Propose) -> None:
         *("q4_0", "q5_0", "q8_0", "q4_k", "q3_k")
     }
 
-    with pytest.raises(UsageError, match="does not take quant 'q6_k'"):
+    with raises("no-quant-left", "'q6_k'"):
         ask("raspberry-pi-5", quants=("q6_k",), ffn=())
 
 

@@ -12,7 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from racdeploy import export as exports
-from racdeploy.errors import ModelError
 from racdeploy.export.gguf import export
 from racdeploy.export.gguf.sizes import FileSizes
 from racdeploy.models import widths
@@ -26,6 +25,7 @@ from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
 from racdeploy.tune.sizes import Sizes
 from tests.support.cut_models import cut_checkpoint
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 # Attention, experts, a piece tokenizer, windows, and blocks without attention.
@@ -190,7 +190,7 @@ def test_what_no_format_holds_is_refused(tmp_path: Path) -> None:
     drawn = sketch(checkpoint, tmp_path / "drawn", _narrow(checkpoint, (32, 64)))
     config = drawn / "config.json"
     config.write_text(config.read_text().replace(widths.KEY, "another_key"))
-    with pytest.raises(ModelError, match="shape"):
+    with raises("wrong-tensor-shape"):
         FileSizes(Checkpoint(drawn)).plan(presets.read("q8_0"))
 
 

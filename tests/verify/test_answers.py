@@ -13,12 +13,12 @@ import pytest
 
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import Completion, OnTokens, Sampling
-from racdeploy.errors import ArtifactError
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
 from racdeploy.verify.answers import Respondent
+from tests.support.errors import raises
 from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
@@ -148,7 +148,7 @@ def test_a_torn_line_is_dropped_and_a_damaged_one_is_named(tmp_path: Path) -> No
     assert log.get([1, 2], 0) == Completion((3, 4), "stop", 1)
     assert file.read_bytes() == whole
     file.write_bytes(b'["x", 0, {"ids": [1]}]\n' + whole)
-    with pytest.raises(ArtifactError, match=r"log.jsonl:1 is damaged"):
+    with raises("damaged-line", "log.jsonl:1"):
         CompletionLog(file)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from racdeploy import plugins
-from racdeploy.errors import UsageError
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe, Verification
 from racdeploy.results.checks import CheckResult
@@ -23,8 +22,10 @@ from racdeploy.verify.checks import accuracy, logits
 from racdeploy.verify.checks import thinking as thinking_check
 from racdeploy.verify.evidence import Arm, Divergence, Evidence, LogitComparison, run_checks
 from racdeploy.verify.gate import GATE_EXAMPLE, TIERS, gate_model, read_gate
+from tests.support.errors import raises
 from tests.support.records import arm_of, record
 
+INVALID = "invalid-settings"
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -58,42 +59,42 @@ def test_a_gate_file_replaces_limits_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "code", "named"),
     [
-        ("[acuracy]\nmargin = 0.02\n", r"unknown key 'acuracy' \(did you mean 'accuracy'\?\)"),
-        ("margin = 0.02\n", "unknown key 'margin'"),
+        ("[acuracy]\nmargin = 0.02\n", INVALID, "'acuracy' (did you mean 'accuracy'?)"),
+        ("margin = 0.02\n", INVALID, "'margin'"),
         (
             "[accuracy]\nmargn = 0.02\n",
-            r"unknown key 'accuracy.margn' \(did you mean 'margin'\?\); known: margin",
+            INVALID,
+            "'accuracy.margn' (did you mean 'margin'?); known: margin",
         ),
-        ("[accuracy]\nmargin = 1.5\n", r"accuracy.margin: .* less than 1 \(got 1.5\)"),
-        ("[accuracy]\nmargin = nan\n", "accuracy.margin"),
-        ('[accuracy]\nmargin = "low"\n', "accuracy.margin"),
-        ("accuracy = 3\n", "accuracy"),
-        ("confidence = 90\n", "confidence"),
-        ('checks = ["acuracy"]\n', r"unknown check 'acuracy' \(did you mean 'accuracy'\?\)"),
-        ("[tiers.realease]\nprompts = 3\n", r"did you mean 'release'\?"),
-        ("[tiers.smoke]\nprompts = 0\n", "greater than or equal to 1"),
-        ('[tiers.smoke]\nchecks = ["logit"]\n', r"did you mean 'logits'\?"),
-        ("[integrity]\nlimit = 1\n", "unknown key 'integrity.limit'"),
-        ("[[accuracy]]\nmargin = 0.1\n", "accuracy"),
-        ("this is not TOML", "is not valid TOML"),
-        ("margin = \x00", "is not valid TOML"),
+        ("[accuracy]\nmargin = 1.5\n", INVALID, "accuracy.margin: "),
+        ("[accuracy]\nmargin = nan\n", INVALID, "accuracy.margin: "),
+        ('[accuracy]\nmargin = "low"\n', INVALID, "accuracy.margin: "),
+        ("accuracy = 3\n", INVALID, "accuracy: "),
+        ("confidence = 90\n", INVALID, "confidence: "),
+        ('checks = ["acuracy"]\n', INVALID, "'acuracy' (did you mean 'accuracy'?)"),
+        ("[tiers.realease]\nprompts = 3\n", INVALID, "did you mean 'release'?"),
+        ("[tiers.smoke]\nprompts = 0\n", INVALID, "tiers.smoke.prompts: "),
+        ('[tiers.smoke]\nchecks = ["logit"]\n', INVALID, "did you mean 'logits'?"),
+        ("[integrity]\nlimit = 1\n", INVALID, "'integrity.limit'"),
+        ("[[accuracy]]\nmargin = 0.1\n", INVALID, "accuracy: "),
+        ("this is not TOML", "invalid-toml", "gate.toml"),
+        ("margin = \x00", "invalid-toml", "gate.toml"),
     ],
 )
-def test_a_malformed_gate_is_named(tmp_path: Path, text: str, complaint: str) -> None:
-    """Exit code 2, the file, the key, and the nearest known one."""
-    with pytest.raises(UsageError, match=complaint) as caught:
+def test_a_malformed_gate_is_named(tmp_path: Path, text: str, code: str, named: str) -> None:
+    """The file, the key, and the nearest known one."""
+    with raises(code, "gate.toml", named):
         read_gate(_file(tmp_path, text))
-    assert "gate.toml" in str(caught.value)
 
 
 def test_a_gate_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
     """Neither is the empty gate."""
-    with pytest.raises(UsageError, match="does not exist"):
+    with raises("missing-toml-file", "nowhere.toml"):
         read_gate(tmp_path / "nowhere.toml")
     (tmp_path / "gate.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match="is not valid TOML"):
+    with raises("invalid-toml"):
         read_gate(tmp_path / "gate.toml")
 
 
@@ -120,13 +121,13 @@ def test_a_tier_says_how_much_is_run() -> None:
     )
     assert read_gate().at("smoke").inconclusive == "fail"
     assert gate.at("") is gate
-    with pytest.raises(UsageError, match=r"unknown tier 'standart' \(did you mean 'standard'\?\)"):
+    with raises("unknown-tier", "'standart' (did you mean 'standard'?)"):
         gate.at("standart")
 
 
 def test_equal_samples_are_refused() -> None:
     """Two greedy samples are one."""
-    with pytest.raises(UsageError, match="2 samples at temperature 0"):
+    with raises("invalid-settings", "2 samples", "temperature 0"):
         Job.at_tier(Recipe(gate={"tiers": {"smoke": {"samples": 2}}}), "smoke")
 
 
@@ -135,7 +136,7 @@ def test_a_recipe_carries_its_gate() -> None:
     assert (
         Job(Recipe(gate={"accuracy": {"margin": 0.3}})).gate.limits(accuracy.Limits).margin == 0.3
     )
-    with pytest.raises(UsageError, match=r"\[gate\].*did you mean 'margin'"):
+    with raises("invalid-settings", "[gate]", "did you mean 'margin'"):
         _ = Job(Recipe(gate={"accuracy": {"magin": 0.3}})).gate
 
 
@@ -159,12 +160,19 @@ def test_what_the_gate_does_not_ask_for_is_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[logits]\npruning_kl_nats = 0.1\n", "[speed]\nratio = 1.1\n", 'checks = ["logits"]\n']
+    ("text", "check"),
+    [
+        ("[logits]\npruning_kl_nats = 0.1\n", "logits"),
+        ("[speed]\nratio = 1.1\n", "speed"),
+        ('checks = ["logits"]\n', "logits"),
+    ],
 )
-def test_a_limit_on_what_was_not_measured_is_an_error(tmp_path: Path, text: str) -> None:
+def test_a_limit_on_what_was_not_measured_is_an_error(
+    tmp_path: Path, text: str, check: str
+) -> None:
     """Never a pass: exit code 2, and the check is named."""
     arm = arm_of([record(index) for index in range(80)])
-    with pytest.raises(UsageError, match=r"the gate file names the check (logits|speed)"):
+    with raises("check-not-measured", check):
         run_checks(_evidence(_file(tmp_path, text), arm, arm))
 
 
@@ -173,7 +181,7 @@ def test_a_demanded_check_without_a_limit_is_an_error(tmp_path: Path) -> None:
     stats = {"decode_s": 1.0, "generated_tokens": 500.0}
     arm = replace(arm_of([record(index) for index in range(80)]), stats=stats)
     gate = _file(tmp_path, 'checks = ["speed", "accuracy"]')
-    with pytest.raises(UsageError, match="the gate file names the check speed"):
+    with raises("check-not-measured", "speed"):
         run_checks(_evidence(gate, arm, arm))
 
     found = {check.name: check for check in run_checks(_evidence(None, arm, arm))}

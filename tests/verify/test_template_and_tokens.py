@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from racdeploy import export
 from racdeploy.engines.backends.transformers import chat_ids
-from racdeploy.errors import ArtifactError
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.recipe import Verification
 from racdeploy.results.checks import CheckResult
@@ -20,6 +19,7 @@ from racdeploy.verify.checks import template, tokens
 from racdeploy.verify.evidence import Evidence, StopIds, TokenProbe
 from racdeploy.verify.gate import read_gate
 from racdeploy.verify.measure import probe_prompts, read_stop_ids
+from tests.support.errors import raises
 from tests.support.records import arm_of, record
 from tests.support.tiny_models import edit_json, write_tokenizer
 
@@ -101,7 +101,7 @@ def test_the_template_inside_the_artifact_is_rendered_too(folder: Path) -> None:
         4,
     )
     assert "by the artifact's own template" in found.summary
-    with pytest.raises(ArtifactError, match="the chat template failed"):
+    with raises("template-failed"):
         _checked(folder, {"tokenizer.chat_template": "{% for %}"}, expected)
 
 

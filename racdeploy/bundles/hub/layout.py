@@ -80,6 +80,7 @@ def find_files(name: str, manifest: Manifest, there: Iterable[str]) -> dict[str,
     artifacts = {path: path for path in list_artifacts(manifest)}
     if missing := sorted(artifacts.keys() - set(there)):
         raise ArtifactError(
+            "hub-file-missing",
             f"the repository lacks {missing[0]!r}, which bundle {name} consists of",
             remedy="push the bundle again, or pull an earlier --revision",
         )
@@ -87,12 +88,16 @@ def find_files(name: str, manifest: Manifest, there: Iterable[str]) -> dict[str,
     seen: dict[str, str] = {}
     for path in sorted(paths | artifacts):
         if reason := refuse_name(path):
-            raise ArtifactError(f"the repository has a file {path!r}: its name {reason}")
+            raise ArtifactError(
+                "hub-name-refused", f"the repository has a file {path!r}: its name {reason}"
+            )
 
         # Where letters are compared without their case, one would replace the other.
         folded = unicodedata.normalize("NFKC", path).casefold()
         if folded in seen:
-            raise ArtifactError(f"the repository has both {seen[folded]!r} and {path!r}")
+            raise ArtifactError(
+                "hub-names-collide", f"the repository has both {seen[folded]!r} and {path!r}"
+            )
         seen[folded] = path
     return paths | artifacts
 

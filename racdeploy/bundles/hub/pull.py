@@ -44,7 +44,9 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
     out = out or Path(name.partition("/")[2])
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or (out.exists() and not is_empty):
-        raise UsageError(f"{out} exists", remedy="name another folder with --out, or remove it")
+        raise UsageError(
+            "output-exists", f"{out} exists", remedy="name another folder with --out, or remove it"
+        )
 
     bundle = _choose(remote, quant)
     manifest = remote.manifests[bundle]
@@ -63,7 +65,9 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
             target.parent.mkdir(parents=True, exist_ok=True)
             (partial / path).replace(target)
         if Manifest.read(scratch) != manifest:
-            raise ArtifactError(f"{remote.name}: {MANIFEST_NAME} of {bundle} changed meanwhile")
+            raise ArtifactError(
+                "hub-changed", f"{remote.name}: {MANIFEST_NAME} of {bundle} changed meanwhile"
+            )
 
     shutil.rmtree(partial)
     return Pulled(out, bundle, str(remote.info.sha), size_bytes)
@@ -77,7 +81,7 @@ def _choose(remote: Remote, quant: str) -> str:
         if MANIFEST_NAME in remote.files:
             why = "was not written by racdeploy push"
         remedy = f"hf download {remote.name} --local-dir DIR gets its files"
-        raise UsageError(f"{remote.name} {why}", remedy=remedy)
+        raise UsageError("no-bundle-on-hub", f"{remote.name} {why}", remedy=remedy)
 
     fitting = []
     for name, manifest in found.items():
@@ -90,6 +94,7 @@ def _choose(remote: Remote, quant: str) -> str:
     listed = "; ".join(f"{name} ({found[name].artifacts[0].quant})" for name in fitting or found)
     which = f"{len(fitting)} bundles" if fitting else f"no bundle {quant!r}"
     raise UsageError(
+        "hub-bundle-unclear",
         f"{remote.name} has {which}: {listed}",
         remedy="name one with --quant, by its number format or its name",
     )
@@ -109,6 +114,7 @@ def _open_partial(out: Path) -> Path:
         is_doubtful = shut_off(partial)
     except PermissionError as error:
         raise UsageError(
+            "folder-not-yours",
             f"files would arrive in a folder that is not yours: {error}",
             remedy="name another place with --out",
         ) from error
@@ -127,12 +133,15 @@ def _check(repository: str, folder: Path, paths: dict[str, str], manifest: Manif
 
     for name, sha256 in hashes.items():
         if name not in paths:
-            raise ArtifactError(f"{repository} lacks {name!r}, which its manifest names")
+            raise ArtifactError(
+                "hub-file-missing", f"{repository} lacks {name!r}, which its manifest names"
+            )
 
         file = folder / paths[name]
         if file_sha256(file) != sha256:
             file.unlink()
             raise ArtifactError(
+                "hub-file-differs",
                 f"{repository}: {paths[name]} differs from its manifest: "
                 f"SHA-256 is not {sha256[:16]}…",
                 remedy="run the same command again; if it stays so, the repository is damaged",

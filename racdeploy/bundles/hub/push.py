@@ -89,6 +89,7 @@ def plan_push(folder: Path, name: str, revision: str, *, blind: bool) -> Push:
         if not is_mine and not _is_same(files[path], there[path]):
             whose = f"bundle {owners[path]}" if path in owners else "somebody else"
             raise UsageError(
+                "hub-path-taken",
                 f"{name} has another {path}, which belongs to {whose}",
                 remedy="push to another repository, or remove the file there first",
             )

@@ -60,6 +60,7 @@ class Remote:
     def __post_init__(self) -> None:
         if not _REPOSITORY.fullmatch(self.name):
             raise UsageError(
+                "bad-repository-name",
                 f"{self.name!r} is not the name of a repository",
                 remedy="write ORGANIZATION/NAME, or USER/NAME",
             )
@@ -90,7 +91,7 @@ class Remote:
         """Every file by its path."""
         listed = self.info.siblings or []
         if len(listed) > _MAX_FILES:
-            raise ArtifactError(f"{self.name} has more than {_MAX_FILES:,} files")
+            raise ArtifactError("hub-too-large", f"{self.name} has more than {_MAX_FILES:,} files")
         return {str(each.rfilename): each for each in listed}
 
     def size_of(self, path: str) -> int:
@@ -103,7 +104,9 @@ class Remote:
         """The manifest of every bundle, by its name in the repository."""
         paths = {match[1]: match[0] for match in map(_MANIFEST.fullmatch, self.files) if match}
         if len(paths) > _MAX_BUNDLES:
-            raise ArtifactError(f"{self.name} has more than {_MAX_BUNDLES} bundles")
+            raise ArtifactError(
+                "hub-too-large", f"{self.name} has more than {_MAX_BUNDLES} bundles"
+            )
 
         manifests = {}
         with self.open_texts(paths.values()) as folder:
@@ -114,7 +117,7 @@ class Remote:
                 except ValidationError as error:
                     first = error.errors()[0]["msg"]
                     message = f"{self.name}: {path} is no manifest: {first}"
-                    raise ArtifactError(message) from error
+                    raise ArtifactError("invalid-manifest", message) from error
         return manifests
 
     @contextmanager
@@ -122,7 +125,9 @@ class Remote:
         """Yield a folder with small files of the repository."""
         for path in paths:
             if self.size_of(path) > MOST_MANIFEST_BYTES:
-                raise ArtifactError(f"{self.name}: {path} has {self.size_of(path):,} bytes")
+                raise ArtifactError(
+                    "hub-too-large", f"{self.name}: {path} has {self.size_of(path):,} bytes"
+                )
 
         with tempfile.TemporaryDirectory() as folder:
             self.download(paths, Path(folder))
@@ -150,6 +155,7 @@ class Remote:
             if not file.is_file() or file.stat().st_size != self.size_of(path):
                 file.unlink(missing_ok=True)
                 raise ArtifactError(
+                    "download-incomplete",
                     f"{self.name}: {path} did not arrive with the {self.size_of(path):,} bytes "
                     "that are listed",
                     remedy="run the same command again",
@@ -181,6 +187,7 @@ class Remote:
         except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:
             if not answer.done():
                 raise EnvironmentFailure(
+                    "hub-too-slow",
                     f"the Hub is too slow: {self.name} took more than {limit_s:,.0f} s",
                     remedy="run the same command again: what has arrived is kept",
                 ) from error
@@ -189,6 +196,7 @@ class Remote:
             raise self._explain(error) from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise EnvironmentFailure(
+                "hub-answers-oddly",
                 f"the Hub at {self.api.endpoint} answers in an unknown form",
                 remedy="check HF_ENDPOINT, or install a newer huggingface_hub",
             ) from error
@@ -203,6 +211,7 @@ class Remote:
             error = error.__cause__
         if error is None:
             return UnreachableError(
+                "hub-unreachable",
                 f"the Hub at {self.api.endpoint} cannot be reached: {type(raised).__name__}",
                 remedy="check the network; HF_HUB_OFFLINE must not be set, "
                 "HF_ENDPOINT names a mirror",
@@ -215,17 +224,17 @@ class Remote:
 
         if isinstance(error, errors.GatedRepoError):
             remedy = f"ask for access at {self.api.endpoint}/{self.name}, then {_LOG_IN}"
-            return UsageError(message, remedy=remedy)
+            return UsageError("hub-gated", message, remedy=remedy)
         if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
             message = f"the Hub has no {self.name}, or does not show it to you: {said}"
             remedy = f"check the name and --revision; for a private one: {_LOG_IN}"
-            return AbsentError(message, remedy=remedy)
+            return AbsentError("hub-not-found", message, remedy=remedy)
         if status == 401:
-            return EnvironmentFailure(message, remedy=_LOG_IN)
+            return EnvironmentFailure("hub-login-needed", message, remedy=_LOG_IN)
         if status == 403:
             remedy = "use another token, or a name of your own; hf auth whoami says who you are"
-            return UsageError(message, remedy=remedy)
-        return EnvironmentFailure(message, remedy="try again later")
+            return UsageError("hub-forbidden", message, remedy=remedy)
+        return EnvironmentFailure("hub-failed", message, remedy="try again later")
 
 
 def _import_errors() -> Any:

@@ -52,7 +52,9 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     plain = out or packed.with_suffix(".gguf")
     if plain.resolve() == packed.resolve():
         raise UsageError(
-            f"{plain} would replace the packed file", remedy="name another file with --out"
+            "wrong-file-name",
+            f"{plain} would replace the packed file",
+            remedy="name another file with --out",
         )
 
     refuse_another(plain, container.sha256)

@@ -28,11 +28,14 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
 
     if shape.is_uniform and family.per_block is None:
         raise ModelError(
-            f"{checkpoint.folder}: {why_not}", remedy="prune the dense model with all its heads"
+            "unsupported-cut",
+            f"{checkpoint.folder}: {why_not}",
+            remedy="prune the dense model with all its heads",
         )
 
     if why := _refuse_per_block(checkpoint):
         raise ModelError(
+            "unsupported-cut",
             f"{checkpoint.folder}: {why}",
             remedy="prune the dense model again with structure.uniform = true",
         )
@@ -51,6 +54,7 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     for what, roles in (("attention", shape.attends), ("a state", shape.recurs)):
         if not any(roles):
             raise ModelError(
+                "unsupported-cut",
                 f"{checkpoint.folder}: no block has {what}; llama.cpp opens a {family.gguf_arch}"
                 " only with both, attention and a state",
                 remedy="prune the dense model again with more of its blocks",

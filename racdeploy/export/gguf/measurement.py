@@ -85,7 +85,9 @@ def _read_pieces(file: Path, tensor: TensorInfo) -> Iterator[Bytes]:
             piece = np.fromfile(stream, np.uint8, size_bytes)
             if piece.size < size_bytes:
                 raise ArtifactError(
-                    f"{file} became shorter while it was read", remedy="copy it again"
+                    "file-became-shorter",
+                    f"{file} became shorter while it was read",
+                    remedy="copy it again",
                 )
 
             yield piece

@@ -110,7 +110,9 @@ def check_parameters(shape: ModelShape) -> None:
             computes = "has no such thing"
             if fine:
                 computes = f"computes only {fine[0]!r}"
-            raise ModelError(f"config.json: {key} is {value!r}; llama.cpp {computes}")
+            raise ModelError(
+                "unsupported-by-llama-cpp", f"config.json: {key} is {value!r}; llama.cpp {computes}"
+            )
 
     _check_windows(shape)
     _check_shared_keys(shape)
@@ -121,6 +123,7 @@ def check_parameters(shape: ModelShape) -> None:
     if kind not in known:
         arch = shape.family.gguf_arch
         raise ModelError(
+            "unsupported-by-llama-cpp",
             f"config.json: rope scaling {kind!r} is unknown to llama.cpp's {arch}",
             remedy=f"supported are {', '.join(known)}",
         )
@@ -146,7 +149,9 @@ def make_rope_factors(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
         values = rope.get(f"{name}_factor")
         given = values if isinstance(values, list) else []
         if len(given) != width or not all(isinstance(v, int | float) for v in given):
-            raise ModelError(f"{shape.where}: {name}_factor is not a list of {width} numbers")
+            raise ModelError(
+                "damaged-config", f"{shape.where}: {name}_factor is not a list of {width} numbers"
+            )
 
         factors[f"rope_factors_{name}.weight"] = np.array(given, dtype=np.float32)
 
@@ -194,13 +199,15 @@ def _check_windows(shape: ModelShape) -> None:
 
     if other := set(shape.layer_types) - {"full_attention"}:
         raise ModelError(
-            f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF"
+            "unsupported-by-llama-cpp",
+            f"config.json: blocks with {', '.join(sorted(other))} cannot be exported to GGUF",
         )
 
     window = shape.config.get("sliding_window")
     context = shape.integer("max_position_embeddings")
     if window and window < context and shape.config.get("use_sliding_window", True):
         raise ModelError(
+            "unsupported-by-llama-cpp",
             f"config.json: sliding_window is {window} of {context} positions; llama.cpp's"
             f" {shape.family.gguf_arch} attends to all",
             remedy=f"set max_position_embeddings to {window}, up to where both compute the same",
@@ -218,8 +225,9 @@ def _check_shared_keys(shape: ModelShape) -> None:
         taken = len(own) - (2 if slides else 1)
         if shape.key_sources[block] != taken:
             raise ModelError(
+                "unsupported-by-llama-cpp",
                 f"config.json: block {block} takes keys and values of block"
-                f" {shape.key_sources[block]}; llama.cpp gives it those of block {taken}"
+                f" {shape.key_sources[block]}; llama.cpp gives it those of block {taken}",
             )
 
 
@@ -247,7 +255,8 @@ def _write_recurrent(writer: GGUFWriter, shape: ModelShape, drafting: int) -> No
         are_counts = isinstance(listed, list | tuple) and all(type(each) is int for each in listed)
         if not are_counts or len(listed) > _SECTIONS:
             raise ModelError(
-                f"{shape.where}: mrope_section is {listed!r}, not counts of up to {_SECTIONS} parts"
+                "damaged-config",
+                f"{shape.where}: mrope_section is {listed!r}, not counts of up to {_SECTIONS} parts",
             )
         writer.add_rope_dimension_sections([*listed, *[0] * (_SECTIONS - len(listed))])
 
@@ -260,8 +269,9 @@ def _check_no_rope(shape: ModelShape) -> None:
     counted = [block % period != 0 for block in range(1, shape.block_count + 1)]
     if shape.rotary_blocks != counted:
         raise ModelError(
+            "unsupported-by-llama-cpp",
             f"config.json: llama.cpp leaves rotary embeddings out of every block {period}, this"
-            " model not"
+            " model not",
         )
 
 
@@ -282,7 +292,8 @@ def _write_yarn(writer: GGUFWriter, shape: ModelShape) -> None:
         is_known = key == "truncate" and shape.rounds_ramp
         if rope.get(key) not in (None, fixed) and not is_known:
             raise ModelError(
-                f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}"
+                "unsupported-by-llama-cpp",
+                f"config.json: YaRN with {key} {rope[key]!r}; llama.cpp computes only {fixed!r}",
             )
 
     factor = _number(shape, rope, "factor")
@@ -337,5 +348,5 @@ def _magnitude(factor: float, scale: float) -> float:
 def _number(shape: ModelShape, config: Mapping[str, Any], key: str) -> float:
     value = config.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ModelError(f"{shape.where}: {key} is {value!r}, not a number")
+        raise ModelError("damaged-config", f"{shape.where}: {key} is {value!r}, not a number")
     return float(value)

@@ -82,6 +82,7 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any], *, approximate: bool = Fals
         return known.nearest
     if known:
         raise ModelError(
+            "approximate-pre-tokenizer",
             f"llama.cpp only approximates the pre-tokenizer {known.known_as} of this tokenizer:"
             " capitals outside ASCII and combining marks are split differently",
             remedy="accept a share of hard strings that differ, which is counted and shown: "
@@ -93,6 +94,7 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any], *, approximate: bool = Fals
     name = TABLE.get((steps, ignore_merges))
     if name is None:
         raise ModelError(
+            "unknown-pre-tokenizer",
             f"no llama.cpp pre-tokenizer is known for {show(steps) or 'none'} with"
             f" ignore_merges {ignore_merges}",
             remedy="look it up in llama.cpp's src/llama-vocab.cpp and set export.pre_tokenizer in"
@@ -115,6 +117,7 @@ def note_normalizer(tokenizer: Mapping[str, Any]) -> str:
         )
 
     raise ModelError(
+        "unsupported-tokenizer",
         f"the tokenizer's normalizer {show(kinds)} has no counterpart in llama.cpp",
         remedy="only byte-level BPE tokenizers without a normalizer or with NFC can be exported"
         " to GGUF",

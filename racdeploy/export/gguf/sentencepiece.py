@@ -58,6 +58,7 @@ def puts_space_first(tokenizer: Mapping[str, Any]) -> bool:
     if spaced:
         how = f" with prepend_scheme {str(spaced[0].get('prepend_scheme'))!r:.40}"
     raise ModelError(
+        "unsupported-tokenizer",
         f"llama.cpp has no counterpart for the tokenizer's"
         f" {show(steps) or 'lack of a normalizer'}{how}",
         remedy="SentencePiece tokenizers whose normalizer replaces spaces, with or without one put"
@@ -94,12 +95,16 @@ def check_merges(tokenizer: Mapping[str, Any], added: AbstractSet[str], encode: 
 
     for piece in vocab.keys() - added:
         if " " in piece or ("\n" in piece and {*piece} != {"\n"}):
-            raise ModelError(f"llama.cpp splits a text within the token {piece!r}")
+            raise ModelError(
+                "unsupported-tokenizer", f"llama.cpp splits a text within the token {piece!r}"
+            )
 
         # llama.cpp looks a run of line ends up as a whole before it joins.
         if "\n" in piece and encode(piece) != [vocab[piece]]:
             raise ModelError(
-                f"llama.cpp takes {piece!r} for one token, and the tokenizer's merges never make it"
+                "unsupported-tokenizer",
+                f"llama.cpp takes {piece!r} for one token, and the tokenizer's merges never make"
+                " it",
             )
 
 
@@ -109,6 +114,7 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
         content = token["content"]
         if token.get("normalized") and (space_first or " " in content):
             raise ModelError(
+                "unsupported-tokenizer",
                 f"the tokenizer looks for its added token {content!r} in normalized text, llama.cpp"
                 " in the text itself",
                 remedy='set "normalized": false for it in tokenizer.json',
@@ -118,8 +124,9 @@ def check_added(added: Mapping[int, Mapping[str, Any]], space_first: bool) -> No
         content = token["content"]
         if space_first and not token.get("special") and SPACE in content:
             raise ModelError(
+                "unsupported-tokenizer",
                 f"llama.cpp finds the added token {content!r} before it puts a space first, not"
-                " after"
+                " after",
             )
 
 
@@ -159,7 +166,8 @@ def read_scores(
 def _check_bytes(vocab: Mapping[str, int]) -> None:
     if missing := sorted(BYTES - vocab.keys()):
         raise ModelError(
-            f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}"
+            "unsupported-tokenizer",
+            f"the tokenizer spells unknown characters in bytes and has no token {missing[0]!r}",
         )
 
 
@@ -172,6 +180,7 @@ def _find_wrong_join(
             left, right = piece[:place], piece[place:]
             if left in vocab and right in vocab and (left, right) not in merges:
                 return ModelError(
+                    "missing-merge",
                     f"llama.cpp would join {left!r} and {right!r} to {piece!r}, and the tokenizer"
                     " has no such merge",
                     remedy="its merges were not made from a SentencePiece model, and with a space"
@@ -187,7 +196,8 @@ def _check_characters(vocab: Mapping[str, int], added: set[str]) -> None:
         strange = [character for character in piece if character not in vocab]
         if len(piece) > 1 and strange:
             raise ModelError(
-                f"the token {piece!r} holds {strange[0]!r}, which the tokenizer's vocabulary lacks"
+                "unsupported-tokenizer",
+                f"the token {piece!r} holds {strange[0]!r}, which the tokenizer's vocabulary lacks",
             )
 
 
@@ -221,6 +231,7 @@ def _find_wrong_order(made: Sequence[tuple[str, float]], added: set[str]) -> Mod
     for (early, score), (late, next_score) in itertools.pairwise(joined):
         if next_score > score:
             return ModelError(
+                "merges-against-scores",
                 f"the tokenizer merges to {early!r} before {late!r}, and its scores say the"
                 " reverse",
                 remedy="tokenizer.model and tokenizer.json belong to different models, or the"
@@ -243,7 +254,9 @@ def _read_stored_scores(
         processor = SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"{model} cannot be loaded: {error}", remedy="copy it again; or remove it"
+            "damaged-sentencepiece",
+            f"{model} cannot be loaded: {error}",
+            remedy="copy it again; or remove it",
         ) from error
 
     scores = dict.fromkeys(vocab, ADDED_SCORE)
@@ -255,6 +268,7 @@ def _read_stored_scores(
         stored = processor.id_to_piece(i)
         if stored != piece:
             raise ModelError(
+                "tokenizers-differ",
                 f"{model} has the piece {stored!r} where tokenizer.json has {piece!r}",
                 remedy="the files belong to different models",
             )

@@ -32,13 +32,16 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
     match = _NAME.match(path.name)
     if match is None or count is None or not 1 < count <= MOST_PARTS or int(match[3]) != count:
         raise ArtifactError(
+            "renamed-split",
             f"{path} says that it is one of {count!r} files, and its name does not",
             remedy="give the files their names back, as in model-00001-of-00003.gguf",
         )
 
     if _read_number(header, NUMBER_KEY) != 0:
         first = path.with_name(name_part(match[1], 0, count))
-        raise UsageError(f"{path} is not the first of {count} files", remedy=f"give {first}")
+        raise UsageError(
+            "not-first-split", f"{path} is not the first of {count} files", remedy=f"give {first}"
+        )
 
     parts = [(path, header)]
 
@@ -53,12 +56,16 @@ def read_parts(path: Path) -> list[tuple[Path, Header]]:
 def _read_part(file: Path, first: Path, number: int, count: int) -> Header:
     if not file.is_file():
         raise ArtifactError(
-            f"{file} is missing: {first.name} is one of {count} files", remedy="copy it again"
+            "missing-split",
+            f"{file} is missing: {first.name} is one of {count} files",
+            remedy="copy it again",
         )
 
     header = read_header(file)
     if (_read_number(header, NUMBER_KEY), _read_number(header, COUNT_KEY)) != (number, count):
-        raise ArtifactError(f"{file} is another part, or of another model", remedy="copy it again")
+        raise ArtifactError(
+            "wrong-split", f"{file} is another part, or of another model", remedy="copy it again"
+        )
 
     return header
 
@@ -69,6 +76,7 @@ def _check_tensors(path: Path, parts: list[tuple[Path, Header]]) -> None:
     expected = _read_number(parts[0][1], TENSORS_KEY, len(names))
     if len(names) != expected or len(set(names)) < len(names):
         raise ArtifactError(
+            "splits-differ",
             f"{path.name} and its other parts hold {len(set(names))} different tensors of"
             f" {expected!r}",
             remedy="copy all of them again, from one model",

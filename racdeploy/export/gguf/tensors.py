@@ -269,7 +269,8 @@ def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> 
     for name in sorted(biased):
         if family.block_tensors[name].removesuffix(".bias") not in family.biases:
             raise ModelError(
-                f"llama.cpp's {family.gguf_arch} models have no {name}, and this checkpoint does"
+                "unsupported-by-llama-cpp",
+                f"llama.cpp's {family.gguf_arch} models have no {name}, and this checkpoint does",
             )
 
 
@@ -281,6 +282,7 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
     shape = list(checkpoint.entries[source].shape)
     if shape != expected:
         raise ModelError(
+            "wrong-tensor-shape",
             f"{checkpoint.folder}: {source!r} has shape {shape}, its config.json means {expected}",
             remedy="the weights and the config belong to different models",
         )

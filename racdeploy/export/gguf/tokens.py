@@ -11,10 +11,10 @@ from typing import Any
 
 from gguf import TokenType
 
-from racdeploy.errors import ModelError
+from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.export.gguf.sentencepiece import is_sentencepiece
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.tokenizer_files import read_tokenizer, token_ids, token_text
+from racdeploy.models.tokenizer_files import check_ids, read_tokenizer, token_ids, token_text
 from racdeploy.models.tokenizer_form import flatten
 
 # Texts that llama.cpp takes for an end of generation by itself.
@@ -37,32 +37,20 @@ class Tokens:
         """Read the tokens of a checkpoint, or refuse what llama.cpp has no counterpart of."""
         tokenizer = checkpoint.tokenizer.parsed
         _check_kind(tokenizer)
-        if tokenizer.get("added_tokens") is None:
-            raise ModelError(
-                "tokenizer.json is damaged: added_tokens has an entry without id or content"
-            )
-
-        added = {token["id"]: token for token in tokenizer["added_tokens"]}
+        added = {token["id"]: token for token in tokenizer.get("added_tokens") or []}
         texts = _read_vocabulary(tokenizer["model"]["vocab"])
         texts |= {i: token["content"] for i, token in added.items()}
         return cls(tokenizer, added, texts)
 
     def check_ids(self, checkpoint: Checkpoint) -> None:
-        """Refuse ids that the tokenizers library does not follow: it counts added tokens itself."""
+        """Refuse ids that the tokenizers library does not follow, or the model does not have."""
         file = checkpoint.tokenizer.file
-        assigned = read_tokenizer(file).get_vocab(with_added_tokens=True)
-
-        for i, text in self.texts.items():
-            if assigned.get(text) != i:
-                raise ModelError(
-                    f"{file} gives the token {text!r} the id {i}, but it loads as"
-                    f" {assigned.get(text)}",
-                    remedy="ids of added tokens must follow the vocabulary without a gap",
-                )
+        check_ids(file, self.texts.items(), read_tokenizer(file).get_vocab(with_added_tokens=True))
 
         size = checkpoint.shape.vocab_size
         if self.texts and max(self.texts) >= size:
             raise ModelError(
+                "token-outside-vocabulary",
                 f"tokenizer.json has token id {max(self.texts)}, but the model's vocabulary ends at"
                 f" {size - 1}",
                 remedy="the tokenizer belongs to another model, or the embedding was not resized",
@@ -82,11 +70,12 @@ class Tokens:
 def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     model = tokenizer.get("model")
     if model is None:
-        raise ModelError("tokenizer.json is damaged: it has no model")
+        raise ArtifactError("damaged-tokenizer", "tokenizer.json is damaged: it has no model")
 
     kind = model.get("type", "BPE")
     if kind == "Unigram" and model.get("byte_fallback"):
         raise ModelError(
+            "unsupported-tokenizer",
             "llama.cpp's Unigram writes one unknown token for characters outside the vocabulary,"
             " where this tokenizer writes their bytes",
             remedy="export to ONNX, whose programs read tokenizer.json: --target onnx",
@@ -95,6 +84,7 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
     maps_bytes = "'ByteLevel'" in str(tokenizer.get("pre_tokenizer"))
     if not is_sentencepiece(tokenizer) and (kind != "BPE" or not maps_bytes):
         raise ModelError(
+            "unsupported-tokenizer",
             f"a tokenizer of type {str(kind)[:40]!r} without byte-level pre-tokenization or byte"
             " fallback has no GGUF form yet",
             remedy="byte-level BPE works (Qwen, Llama 3, SmolLM, Granite), and SentencePiece BPE"
@@ -106,18 +96,24 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
         lacking.append("ignore_merges")
 
     if unusual := [key for key in lacking if model.get(key)]:
-        raise ModelError(f"llama.cpp has no counterpart for the tokenizer's {', '.join(unusual)}")
+        raise ModelError(
+            "unsupported-tokenizer",
+            f"llama.cpp has no counterpart for the tokenizer's {', '.join(unusual)}",
+        )
 
     if model.get("vocab") is None or not model.get("merges"):
-        raise ModelError("tokenizer.json is damaged: its model has no vocab or no merges")
+        raise ArtifactError(
+            "damaged-tokenizer", "tokenizer.json is damaged: its model has no vocab or no merges"
+        )
 
 
 def _read_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
     texts: dict[int, str] = {}
     for text, i in vocab.items():
         if texts.setdefault(i, text) != text:
-            raise ModelError(
-                f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}"
+            raise ArtifactError(
+                "damaged-tokenizer",
+                f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}",
             )
 
     return texts
@@ -148,6 +144,7 @@ def read_special_tokens(checkpoint: Checkpoint, tokens: Tokens) -> SpecialTokens
     ids = _read_ids(checkpoint, tokens)
     if "eos" not in ids:
         raise ModelError(
+            "no-eos-token",
             f"{checkpoint.folder} names no end-of-sequence token; llama.cpp would stop at an"
             " arbitrary one",
             remedy="set eos_token in tokenizer_config.json",

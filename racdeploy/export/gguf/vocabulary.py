@@ -77,6 +77,7 @@ class Vocabulary:
         missing = [text for text in wanted if text not in self.texts]
         if asks and missing:
             raise ModelError(
+                "misleading-model-name",
                 f"the name {name!r} holds {asks[0]!r}, so llama.cpp asks for a token {missing[0]!r}"
                 " and fails without it",
                 remedy="rename the model's folder",
@@ -237,7 +238,8 @@ def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
     if len(set(filled)) != size:
         twice = next(text for text in filled if filled.count(text) > 1)
         raise ModelError(
-            f"tokenizer.json has two ids for the token {twice!r}, which llama.cpp cannot load"
+            "unsupported-tokenizer",
+            f"tokenizer.json has two ids for the token {twice!r}, which llama.cpp cannot load",
         )
     return filled
 

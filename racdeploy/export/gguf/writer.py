@@ -9,7 +9,7 @@ from typing import Any
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.export import (
     Deviation,
     ExportedTensor,
@@ -113,6 +113,7 @@ def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> N
     suffix = packings.load_gguf(packing).SUFFIX
     if (out.suffix == racgguf.SUFFIX) != (suffix == racgguf.SUFFIX):
         raise UsageError(
+            "wrong-file-name",
             f"{out} is no name for a file with packing {packing!r}",
             remedy=f"name it {out.stem}{suffix}",
         )
@@ -169,8 +170,10 @@ def _describe_importance(known: Importance, plan: list[PlannedTensor]) -> str:
         if any(row_I is not None for row_I in tensor.importances(known)):
             weighed.append(tensor)
     if coded and not weighed:
-        raise UsageError(
-            f"{known.file} names no tensor of this model", remedy="leave export.importance out"
+        raise ArtifactError(
+            "importance-of-other-model",
+            f"{known.file} names no tensor of this model",
+            remedy="leave export.importance out",
         )
 
     return (

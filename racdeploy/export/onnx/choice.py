@@ -36,6 +36,7 @@ def check_exporter(name: str) -> None:
     known = ("auto", *plugins.names("onnx_exporters"))
     if name not in known:
         raise UnknownPluginError(
+            "unknown-plugin",
             f"unknown ONNX exporter {name!r}{plugins.closest(name, known)}",
             remedy=f"known: {', '.join(known)}",
         )
@@ -80,6 +81,7 @@ def choose(checkpoint: Checkpoint, exporter: str) -> Chosen:
         return Chosen(graph, "; ".join([note, *(f"not by {reason}" for reason in reasons)]))
 
     raise ModelError(
+        "no-onnx-exporter",
         f"no ONNX exporter can export {checkpoint.folder}: {'; '.join(reasons)}",
         remedy="export it as gguf, or report the model with this message",
     )
@@ -116,15 +118,18 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]
         found = run_module("racdeploy.export.onnx.parity", arguments, what, checkpoint.folder)
 
     if not isinstance(found, dict):
-        raise EngineError("the comparison with torch ended without a result")
+        raise EngineError("exporter-failed", "the comparison with torch ended without a result")
 
     for part in ("prefill", "decode"):
         if not found[part] <= PARITY_LIMIT:
             raise EngineError(
-                f"its logits differ from torch's by {found[part]:.1e} of the largest in {part}"
+                "parity-failed",
+                f"its logits differ from torch's by {found[part]:.1e} of the largest in {part}",
             )
 
     if not found.get("rotary", 0.0) <= _ROTARY_LIMIT:
-        raise EngineError(f"its rotary tables differ from torch's by {found['rotary']:.1e}")
+        raise EngineError(
+            "parity-failed", f"its rotary tables differ from torch's by {found['rotary']:.1e}"
+        )
 
     return graph, found

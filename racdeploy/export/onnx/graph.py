@@ -56,8 +56,9 @@ def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> 
     used = wiring.linears | wiring.embeddings | wiring.vectors
     if missing := sorted(list_used_tensors(checkpoint) - used):
         raise EngineError(
+            "graph-differs",
             f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, "
-            f"first {missing[0]!r}"
+            f"first {missing[0]!r}",
         )
 
     fix_head_size(model, checkpoint.shape.head_dim)
@@ -94,14 +95,17 @@ def _match_weights(
             continue
         if initializer.data_type != onnx.TensorProto.FLOAT:
             raise EngineError(
-                f"{what} stored {source!r} as type {initializer.data_type}, not in float32"
+                "graph-differs",
+                f"{what} stored {source!r} as type {initializer.data_type}, not in float32",
             )
 
         weights[initializer.name] = _compare(initializer, file, checkpoint, source, what)
 
     uses = Counter(weight.source for weight in weights.values())
     if repeated := sorted(source for source, count in uses.items() if count > 1):
-        raise EngineError(f"the graph of {what} stores {repeated[0]!r} more than once")
+        raise EngineError(
+            "graph-differs", f"the graph of {what} stores {repeated[0]!r} more than once"
+        )
 
     return weights
 
@@ -110,8 +114,9 @@ def _check_constant(initializer: onnx.TensorProto, source: str, what: str) -> No
     count = int(np.prod(list(initializer.dims)))
     if source or (count > _MOST_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
         raise EngineError(
+            "graph-differs",
             f"the graph of {what} holds a tensor {initializer.name!r} of {count} values "
-            "that the checkpoint lacks"
+            "that the checkpoint lacks",
         )
 
 
@@ -128,8 +133,9 @@ def _compare(
             return _Weight(source, transposed)
 
     raise EngineError(
+        "graph-differs",
         f"{what} changed {source!r}: shape {list(found.shape)} with values that are not the "
-        f"checkpoint's {list(expected.shape)}"
+        f"checkpoint's {list(expected.shape)}",
     )
 
 
@@ -193,7 +199,9 @@ class _Wiring:
             if attribute.name == "perm":
                 order = list(attribute.ints)
         if order not in ([1, 0], [0, 1]):
-            raise EngineError(f"{self._what} transposes {found.source!r} by {order}")
+            raise EngineError(
+                "graph-differs", f"{self._what} transposes {found.source!r} by {order}"
+            )
 
         return _Weight(found.source, found.transposed != (order == [1, 0]))
 
@@ -210,8 +218,9 @@ class _Wiring:
                 self.vectors.add(weight.source)
             case _:
                 raise EngineError(
+                    "graph-differs",
                     f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, "
-                    "which is not known"
+                    "which is not known",
                 )
 
         return weight.source

@@ -50,12 +50,14 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
         packed_OP = join_arrays(tensor, arrays)
     except UNFIT as error:
         raise ArtifactError(
-            f"{path}: the arrays of {tensor.name!r} are missing or of other shapes: {error}"
+            "arrays-do-not-fit",
+            f"{path}: the arrays of {tensor.name!r} are missing or of other shapes: {error}",
         ) from error
 
     if packed_OP.shape != (O, I * quant.BITS / 8):
         raise ArtifactError(
-            f"{path}: {tensor.name!r} is not of shape {list(tensor.shape)} in {tensor.quant}"
+            "damaged-tensor-list",
+            f"{path}: {tensor.name!r} is not of shape {list(tensor.shape)} in {tensor.quant}",
         )
 
     kept = int(np.count_nonzero(quant.dequantize(packed_OP, I)))

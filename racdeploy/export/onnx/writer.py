@@ -105,12 +105,15 @@ def unpack(packed: Path, out: Path | None = None) -> Path:
     plain = out or packed.with_suffix(".plain.onnx")
     if plain.resolve() == packed.resolve() or plain.suffix != ".onnx":
         raise UsageError(
+            "wrong-file-name",
             f"{plain} is no name for the unpacked graph",
             remedy="name another .onnx file with --out",
         )
 
     if not plain.parent.is_dir():
-        raise UsageError(f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}")
+        raise UsageError(
+            "no-out-folder", f"{plain.parent} is not a folder", remedy=f"mkdir -p {plain.parent}"
+        )
 
     with disk_errors(plain), partial_folder(plain) as scratch:
         _write_plain(packed, scratch, plain.name)
@@ -203,7 +206,11 @@ def _check_request(
     packings.check("onnx", quant, packing)
     check_exporter(exporter)
     if out.suffix != ".onnx":
-        raise UsageError(f"{out} is no name for an ONNX graph", remedy=f"name it {out.stem}.onnx")
+        raise UsageError(
+            "wrong-file-name",
+            f"{out} is no name for an ONNX graph",
+            remedy=f"name it {out.stem}.onnx",
+        )
 
     check_metadata(metadata, (TENSORS_KEY,))
 
@@ -252,13 +259,16 @@ def _write_plain(packed: Path, folder: Path, name: str) -> Path:
     tensors = read_tensors(properties, packed)
     if any(packings.load(tensor.packing).BESIDE_PLAIN for tensor in tensors):
         raise UsageError(
+            "has-plain-graph",
             f"{packed} is for racdeploy's operator",
             remedy="its plain graph lies beside it, without .accel in its name",
         )
 
     if all(tensor.packing == "plain" for tensor in tensors):
         raise UsageError(
-            f"nothing in {packed} is packed", remedy="racdeploy inspect shows what is in it"
+            "nothing-packed",
+            f"nothing in {packed} is packed",
+            remedy="racdeploy inspect shows what is in it",
         )
 
     stored = StoredArrays(model, packed)

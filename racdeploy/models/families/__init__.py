@@ -243,6 +243,7 @@ class Family:
         """Refuse a model that the installed transformers is too old for, without importing it."""
         if installed_release("transformers") < tuple(map(int, self.since.split("."))):
             raise EnvironmentFailure(
+                "old-transformers",
                 f"{self.architecture} needs transformers {self.since}, and"
                 f" {installed_version('transformers')} is installed",
                 remedy=f'pip install "transformers>={self.since}"; exporters that need an older one'
@@ -267,6 +268,7 @@ def _explain_odd(config: Mapping[str, Any]) -> Iterator[None]:
         empty = sorted(key for key, value in config.items() if value is None)
         said = f"; null are {', '.join(empty)}" if empty else ""
         raise ModelError(
+            "damaged-config",
             f"config.json lacks what a {config.get('model_type')} needs: {error}{said}",
             remedy="take it as it was published",
         ) from error

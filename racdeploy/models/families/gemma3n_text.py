@@ -21,7 +21,7 @@ _NEEDED = ("num_hidden_layers", "vocab_size_per_layer_input", "final_logit_softc
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in _NEEDED:
         if config[key] is None:
-            raise ModelError(f"config.json: {key} is null")
+            raise ModelError("damaged-config", f"config.json: {key} is null")
 
     count = config["num_hidden_layers"]
     blocks = range(1, 1 + count)
@@ -32,13 +32,16 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(width, list):  # one for each block
         if len(width) != count or len(set(width)) > 1:
             raise ModelError(
+                "unsupported-variant",
                 "config.json: intermediate_size differs between blocks, and llama.cpp takes one",
                 remedy="take E2B or E4B, whose blocks are alike",
             )
         width = width[0]
 
     if config["vocab_size_per_layer_input"] > (config.get("vocab_size") or 262_400):
-        raise ModelError("config.json: vocab_size_per_layer_input is above vocab_size")
+        raise ModelError(
+            "damaged-config", "config.json: vocab_size_per_layer_input is above vocab_size"
+        )
 
     return {
         "layer_types": config.get("layer_types") or counted,

@@ -43,13 +43,17 @@ def _refuse_others(config: Mapping[str, Any]) -> None:
         wrong.append("hidden_size_per_layer_input")
     if wrong:
         raise ModelError(
+            "unsupported-variant",
             f"config.json: {wrong[0]} is {config.get(wrong[0])!r}, and of Gemma 4 only models like"
-            " E2B and E4B are supported, with inputs of each block and without experts"
+            " E2B and E4B are supported, with inputs of each block and without experts",
         )
 
     rope = config["rope_parameters"] or {}
     if (kind := rope.get("sliding_attention", {}).get("rope_type", "default")) != "default":
-        raise ModelError(f"config.json: rope scaling {kind!r} in blocks with a sliding window")
+        raise ModelError(
+            "unsupported-variant",
+            f"config.json: rope scaling {kind!r} in blocks with a sliding window",
+        )
 
 
 def _read_full(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int]:
@@ -66,10 +70,16 @@ def _read_full(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int
         if kind == "full_attention":
             found.append(values)
         elif changed:
-            raise ModelError(f"config.json: per_layer_config has block {block}, with a window")
+            raise ModelError(
+                "unsupported-variant",
+                f"config.json: per_layer_config has block {block}, with a window",
+            )
 
     if any(values != found[0] for values in found):
-        raise ModelError("config.json: per_layer_config has blocks of one kind that differ")
+        raise ModelError(
+            "unsupported-variant",
+            "config.json: per_layer_config has blocks of one kind that differ",
+        )
     return found[0]
 
 

@@ -52,6 +52,7 @@ def _list_kinds(config: Mapping[str, Any]) -> list[str]:
     found = [_OLD_NAMES.get(kind, kind) for kind in listed]
     if _EXPERTS in found:
         raise ModelError(
+            "unsupported-variant",
             f"this Nemotron has experts in {found.count(_EXPERTS)} of {len(found)} blocks, which"
             " are not supported: they have no gate, and a bias beside the router chooses them",
             remedy="take one without: Nemotron-H 4B or 8B, Nemotron Nano 2 9B or 12B, or"
@@ -60,6 +61,7 @@ def _list_kinds(config: Mapping[str, Any]) -> list[str]:
 
     if unknown := sorted(map(str, set(found) - _LETTERS.keys())):
         raise ModelError(
+            "damaged-config",
             f"config.json: hybrid_override_pattern or layers_block_type names {unknown[0]!r}; a"
             f" block is one of {', '.join(_LETTERS)}",
             remedy="compare the file with the one that the model's authors publish",

@@ -37,14 +37,18 @@ def load_graph(file: Path) -> onnx.ModelProto:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         message = f"{file} is not a readable ONNX file: {error}"
-        raise ArtifactError(message, remedy="copy or export it again") from error
+        raise ArtifactError("damaged-onnx", message, remedy="copy or export it again") from error
 
     if not model.HasField("graph") or not model.opset_import:
-        raise ArtifactError(f"{file} holds no ONNX graph", remedy="copy or export it again")
+        raise ArtifactError(
+            "no-onnx-graph", f"{file} holds no ONNX graph", remedy="copy or export it again"
+        )
 
     if not all(isinstance(text, str) for text in _list_texts(model)):
         raise ArtifactError(
-            f"{file} has names that are not UTF-8", remedy="copy or export it again"
+            "names-not-utf8",
+            f"{file} has names that are not UTF-8",
+            remedy="copy or export it again",
         )
 
     return model
@@ -85,7 +89,9 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
         try:
             return np.asarray(numpy_helper.to_array(tensor))
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"the values of {tensor.name!r} are damaged: {error}") from error
+            raise ArtifactError(
+                "damaged-onnx", f"the values of {tensor.name!r} are damaged: {error}"
+            ) from error
 
     size_bytes = array_bytes(tensor)
     file, start = _locate(tensor, folder, size_bytes)
@@ -109,6 +115,7 @@ def _check_form(tensor: onnx.TensorProto) -> None:
     is_held = count <= most and sum(tensor.dims) <= _MOST_VALUES
     if not (known and is_array and is_held):
         raise ArtifactError(
+            "damaged-onnx",
             f"{tensor.name!r} has type {tensor.data_type} and shape {list(tensor.dims)[:8]}, "
             f"which no {tensor.ByteSize():,} bytes hold",
             remedy="copy or export it again",
@@ -122,23 +129,25 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
     file = (folder / location.replace("\0", "")).resolve()
     if not location or "\0" in location or not file.is_relative_to(folder.resolve()):
         raise ArtifactError(
+            "data-outside-folder",
             f"the values of {tensor.name!r} lie outside the folder of the model, in "
-            f"{location[:200]!r}"
+            f"{location[:200]!r}",
         )
 
     if not os.path.isfile(file):  # also where the name is too long
         message = f"{file} is missing; it holds {tensor.name!r}"
-        raise ArtifactError(message, remedy="copy the whole folder")
+        raise ArtifactError("missing-data-file", message, remedy="copy the whole folder")
 
     try:
         start = int(where.get("offset", 0))
         length = int(where.get("length", size_bytes))
     except ValueError as error:
         message = f"the place of {tensor.name!r} in {file} is no number: {where}"
-        raise ArtifactError(message) from error
+        raise ArtifactError("wrong-data-place", message) from error
 
     if start < 0 or length != size_bytes or start + length > file.stat().st_size:
         raise ArtifactError(
+            "wrong-data-place",
             f"{file} is shorter than the model says, or {tensor.name!r} has another size",
             remedy="copy it again",
         )

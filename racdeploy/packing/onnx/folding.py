@@ -80,8 +80,9 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
         left = [node.name for node in model.graph.node if node.name.startswith(PACKING_PREFIX)]
         if left:
             raise EngineError(
+                "not-folded",
                 "onnxruntime does not fold the packed weights: "
-                f"it keeps {len(left)} nodes, {left[0]!r}"
+                f"it keeps {len(left)} nodes, {left[0]!r}",
             )
 
         found = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -93,7 +94,8 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
                 folded = np.zeros(0)
             if hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest() != sha256:
                 raise EngineError(
-                    f"onnxruntime folds {name!r} into other weights than the plain ones"
+                    "packed-weights-differ",
+                    f"onnxruntime folds {name!r} into other weights than the plain ones",
                 )
 
 
@@ -108,6 +110,7 @@ def _run_session(graph: Path, optimized: Path) -> None:
     outcome = child.run_module(__name__, graph, optimized, limits=limits)
     if outcome.failure:
         raise EngineError(
+            "packed-graph-fails",
             f"loading the packed graph {outcome.failure}",
             remedy="free memory, or use packing 'bitmask_sidecar'",
         )

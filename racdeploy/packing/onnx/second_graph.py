@@ -90,7 +90,7 @@ def check_form(model: onnx.ModelProto, path: Path) -> None:
         if opset.domain == OPERATOR_DOMAIN and opset.version != LAYOUT:
             message = f"{path} packs its matrices in form {opset.version}; known is {LAYOUT}"
             remedy = "export it again, or use the racdeploy that made it"
-            raise ArtifactError(message, remedy=remedy)
+            raise ArtifactError("unknown-packing-version", message, remedy=remedy)
 
 
 def join_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
@@ -185,4 +185,4 @@ def _compare(plain: Path, accel: Path, packed: Mapping[str, GraphTensor]) -> Non
 
         if not np.array_equal(join_arrays(tensor, expected), join_arrays(tensor, found)):
             message = f"{accel} does not hold the weights of {tensor.name!r}"
-            raise EngineError(message, remedy="check disk and memory")
+            raise EngineError("packed-weights-differ", message, remedy="check disk and memory")

@@ -62,7 +62,7 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
     for entry, tensor in zip(entries, tensors, strict=True):
         if tensor is None:
             message = f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}"
-            raise ArtifactError(message, remedy="export it again")
+            raise ArtifactError("damaged-tensor-list", message, remedy="export it again")
 
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -178,6 +178,7 @@ class StoredArrays:
             return packer.read(tensor, stored)
         except UNFIT as error:
             raise ArtifactError(
+                "arrays-do-not-fit",
                 f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
                 remedy="copy or export it again",
             ) from error

@@ -57,6 +57,7 @@ class GraphPacker(Packer):
     def check_size(cls, weights: int) -> None:
         if weights > MOST_WEIGHTS:
             raise UsageError(
+                "too-large-for-packing",
                 f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, "
                 f"this model has {weights / 1e6:.0f}M: onnxruntime would pass "
                 f"{FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",

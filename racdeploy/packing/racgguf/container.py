@@ -82,7 +82,7 @@ class Container:
             return _check(path, header)
         except ArtifactError as error:
             remedy = error.remedy or _COPY_AGAIN
-            raise ArtifactError(f"{path}: {error.message}", remedy=remedy) from error
+            raise ArtifactError(error.code, f"{path}: {error.message}", remedy=remedy) from error
 
     @property
     def metadata(self) -> dict[str, Value]:
@@ -115,7 +115,7 @@ class Container:
                         yield chunk.data
                 except ArtifactError as error:
                     message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
-                    raise ArtifactError(message, remedy=_COPY_AGAIN) from error
+                    raise ArtifactError("damaged-packing", message, remedy=_COPY_AGAIN) from error
 
                 written = start + tensor.plain_bytes
 
@@ -141,6 +141,7 @@ class Container:
         found = digest.hexdigest()
         if found != self.sha256:
             raise ArtifactError(
+                "damaged-packing",
                 f"{self.path} unpacks to a file with SHA-256 {found[:16]}…, "
                 f"not {self.sha256[:16]}…",
                 remedy=_COPY_AGAIN,
@@ -176,6 +177,7 @@ def unpacked(path: Path) -> Path:
 
     if not has_sha256(file, container.sha256):
         raise EnvironmentFailure(
+            "written-file-differs",
             f"{file} does not hold what was written there",
             remedy="check the disk, then run the same command",
         )
@@ -210,14 +212,15 @@ def _check(path: Path, header: Header) -> Container:
     known = [name for name in stored if packings.load_gguf(name).SUFFIX == SUFFIX]
     if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
+            "unknown-packing-version",
             f"container version {version!r} with packing {packing!r}; "
-            f"known is {VERSION} with {', '.join(map(repr, known))}"
+            f"known is {VERSION} with {', '.join(map(repr, known))}",
         )
 
     if type(size_bytes) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
-        raise ArtifactError("its size or SHA-256 of the plain file is malformed")
+        raise ArtifactError("damaged-packing", "its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
-        raise ArtifactError("racgguf.tensors is no array of u64")
+        raise ArtifactError("damaged-packing", "racgguf.tensors is no array of u64")
 
     tensors = _read_tensors(header, recorded.tolist(), packing)
     container = Container(
@@ -236,16 +239,21 @@ def _check_keys(values: dict[str, Value]) -> None:
     own = [key for key in values if key.startswith("racgguf.")]
     if not own:
         message = "it is a plain GGUF file, no .racgguf container"
-        raise ArtifactError(message, remedy="use it as it is")
+        raise ArtifactError("plain-gguf", message, remedy="use it as it is")
 
     version = values.get(KEYS[0])
     if isinstance(version, int) and version != VERSION:
         remedy = "update racdeploy, or pack the plain file again with this one"
-        raise ArtifactError(f"container version {version!r}; known is {VERSION}", remedy=remedy)
+        raise ArtifactError(
+            "unknown-packing-version",
+            f"container version {version!r}; known is {VERSION}",
+            remedy=remedy,
+        )
 
     if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
         raise ArtifactError(
-            "it is no .racgguf container: its five keys are not at the end of the metadata"
+            "damaged-packing",
+            "it is no .racgguf container: its five keys are not at the end of the metadata",
         )
 
 
@@ -260,17 +268,21 @@ def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[St
             count = min(recorded[place + 1], 5)
         stop = place + 2 + count
         if stop > len(recorded):
-            raise ArtifactError("racgguf.tensors ends early")
+            raise ArtifactError("damaged-packing", "racgguf.tensors ends early")
 
         dimensions = tuple(recorded[place + 2 : stop])
         tensor = _describe(info, dimensions, recorded[place], packing)
         if tensor.packing == PLAIN and dimensions != info.dimensions:
-            raise ArtifactError(f"the dimensions of {info.name!r} are not those recorded")
+            raise ArtifactError(
+                "damaged-packing", f"the dimensions of {info.name!r} are not those recorded"
+            )
         tensors.append(tensor)
         place = stop
 
     if place != len(recorded):
-        raise ArtifactError("racgguf.tensors records more tensors than there are")
+        raise ArtifactError(
+            "damaged-packing", "racgguf.tensors records more tensors than there are"
+        )
 
     return tuple(tensors)
 
@@ -283,12 +295,12 @@ def _describe(
         packing = PLAIN
     elif info.ggml_type != PACKED_TYPE:
         message = f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
-        raise ArtifactError(message)
+        raise ArtifactError("damaged-packing", message)
 
     stored = info.size_bytes, info.position
     tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
     if reason := packings.load_gguf(packing).refuse_stored(tensor):
-        raise ArtifactError(f"{info.name!r} {reason}")
+        raise ArtifactError("damaged-packing", f"{info.name!r} {reason}")
 
     return tensor
 
@@ -300,7 +312,8 @@ def _check_size(container: Container) -> None:
         size_bytes = padded(size_bytes, alignment) + tensor.plain_bytes
     if not size_bytes <= container.size_bytes <= padded(size_bytes, alignment):
         raise ArtifactError(
-            f"its tensors make {size_bytes} bytes and racgguf.size_bytes is {container.size_bytes}"
+            "damaged-packing",
+            f"its tensors make {size_bytes} bytes and racgguf.size_bytes is {container.size_bytes}",
         )
 
 
@@ -309,7 +322,7 @@ def unpack_stored(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.u
     source.start(tensor.position, tensor.stored_bytes)
     yield from packings.load_gguf(tensor.packing).unpack_tensor(tensor, source)
     if source.left:
-        raise ArtifactError(f"{source.left} bytes follow the last chunk")
+        raise ArtifactError("damaged-packing", f"{source.left} bytes follow the last chunk")
 
 
 class Source:
@@ -331,7 +344,9 @@ class Source:
     def take(self, count: int) -> NDArray[np.uint8]:
         """Return that many further bytes; an ArtifactError says that there are fewer."""
         if count > self.left:
-            raise ArtifactError(f"{count} bytes are wanted where {self.left} are left")
+            raise ArtifactError(
+                "damaged-packing", f"{count} bytes are wanted where {self.left} are left"
+            )
         if self._taken + count > self._ahead.size:
             self._read(count)
 
@@ -345,6 +360,6 @@ class Source:
         wanted = max(count, min(self.left, READ_BYTES)) - rest.size
         read = np.frombuffer(self._stream.read(wanted), dtype=np.uint8)
         if read.size < wanted:
-            raise ArtifactError("the file ends early")
+            raise ArtifactError("damaged-packing", "the file ends early")
         self._ahead = np.concatenate([rest, read]) if rest.size else read
         self._taken = 0

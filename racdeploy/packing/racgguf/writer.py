@@ -63,13 +63,14 @@ def pack(
     """
     if out.suffix != container.SUFFIX or not out.parent.is_dir():
         raise UsageError(
+            "wrong-file-name",
             f"{out} is not a {container.SUFFIX} file in a folder that is there",
             remedy=f"name it *{container.SUFFIX}",
         )
 
     header = read_header(plain, (3,))
     if any(key.startswith("racgguf.") for key in header.values):
-        raise ArtifactError(f"{plain} is a container already")
+        raise ArtifactError("already-packed", f"{plain} is a container already")
 
     with disk_errors(out), partial_folder(out) as scratch:
         data = scratch / "data"
@@ -103,7 +104,7 @@ def read_pieces(
         piece = np.fromfile(source, dtype=np.uint8, count=min(left, piece_bytes))
         if not piece.size:
             message = "the file became shorter while it was read"
-            raise ArtifactError(message, remedy="export it again")
+            raise ArtifactError("file-became-shorter", message, remedy="export it again")
 
         left -= piece.size
         yield piece
@@ -216,6 +217,7 @@ def _check(plain: Path, packed: Path) -> None:
         container.Container.open(packed).check_sha256()
     except ArtifactError as error:
         raise ArtifactError(
+            "cannot-be-packed",
             f"{plain} cannot be packed: bytes between its tensors "
             "or behind the last one are not zero",
             remedy="write it again with racdeploy export or llama.cpp",

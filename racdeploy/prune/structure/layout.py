@@ -76,10 +76,16 @@ def find_end(shape: ModelShape, letter: str) -> str:
 def refuse_uncut(part: str, family: Family) -> None:
     """Refuse to leave out anything of a family that has to stay whole."""
     if family.uncut:
-        raise UsageError(
-            f"{part} of {family.architecture} cannot be cut: {family.uncut}",
-            remedy=f"leave out --keep {part}",
-        )
+        raise refuse_part(part, family, family.uncut)
+
+
+def refuse_part(part: str, family: Family, why: str) -> UsageError:
+    """Return the error for a part that this architecture does not allow to cut."""
+    return UsageError(
+        "part-cannot-be-cut",
+        f"{part} of {family.architecture} cannot be cut: {why}",
+        remedy=f"leave out --keep {part}",
+    )
 
 
 def check_share(
@@ -94,19 +100,12 @@ def check_share(
     share = structure.share(part)
     first = layouts[0]
     uniform = structure.uniform or first.alike
-    architecture = shape.family.architecture
 
     if not find_end(shape, first.letter):
-        raise UsageError(
-            f"{part} of {architecture} cannot be cut: no linear of every block collects them",
-            remedy=f"leave out --keep {part}",
-        )
+        raise refuse_part(part, shape.family, "no linear of every block collects them")
 
     if (first.letter,) in shape.family.shapes.values():
-        raise UsageError(
-            f"{part} of {architecture} cannot be cut: a norm of what is left would be another",
-            remedy=f"leave out --keep {part}",
-        )
+        raise refuse_part(part, shape.family, "a norm of what is left would be another")
 
     kept = sum(keep_alike(layouts, share, uniform=structure.uniform))
     units = sum(each.units for each in layouts)
@@ -118,6 +117,7 @@ def check_share(
         if first.least > first.step:
             least = f" from {first.least} on"
         raise UsageError(
+            "share-not-reachable",
             f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"
             f" only multiples of {first.step}{least} can stay ({where})",
             remedy=f"choose one of {', '.join(reachable)}",
@@ -125,6 +125,7 @@ def check_share(
 
     if share < 1 and kept == units:
         raise UsageError(
+            "share-not-reachable",
             f"{part} = {share:g} removes nothing: {first.step} of {first.units} go at a time",
             remedy=f"choose one of {', '.join(reachable[1:])}",
         )

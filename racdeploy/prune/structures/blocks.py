@@ -14,7 +14,7 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.prune.structure.cut import Site
-from racdeploy.prune.structure.layout import Layout, refuse_uncut
+from racdeploy.prune.structure.layout import Layout, refuse_part, refuse_uncut
 from racdeploy.prune.structure.units import Units
 from racdeploy.prune.walk.activations import Activations
 from racdeploy.prune.walk.batches import Batch
@@ -36,11 +36,8 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     refuse_uncut("blocks", checkpoint.family)
     family = checkpoint.family
     if family.window_period or family.no_rope_period:
-        raise UsageError(
-            f"blocks of {family.architecture} cannot be left out: engines tell from a block's"
-            " number how it attends",
-            remedy="leave out --keep blocks; cut ffn or heads instead",
-        )
+        why = "engines tell from a block's number how it attends, so cut ffn or heads instead"
+        raise refuse_part("blocks", checkpoint, why)
 
     share = structure.share("blocks")
     shape = checkpoint.shape
@@ -49,6 +46,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     least = max(1, len(_list_vital(shape)))
     if share < 1 and not least <= kept < count:
         raise UsageError(
+            "share-not-reachable",
             f"blocks = {share:g} keeps {kept} of {count}",
             remedy=f"choose a share between {least / count:.3g} and {(count - 1) / count:.3g}",
         )

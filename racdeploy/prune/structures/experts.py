@@ -25,7 +25,7 @@ from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import axes
 from racdeploy.prune.structure.cut import BlockSite, narrow
-from racdeploy.prune.structure.layout import Layout
+from racdeploy.prune.structure.layout import Layout, refuse_part
 from racdeploy.prune.structure.units import Units
 from racdeploy.prune.walk.flow import Flow
 from racdeploy.prune.walk.session import Session
@@ -53,9 +53,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     share = structure.share("experts")
     experts = shape.num_experts
     if not experts:
-        raise UsageError(
-            f"{family.architecture} has no experts to cut", remedy="leave out --keep experts"
-        )
+        raise refuse_part("experts", family, "it has none")
 
     used = shape.integer(family.integers["expert_used_count"])
     kept = round(share * experts)
@@ -65,12 +63,15 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
 
     if kept < used:
         raise UsageError(
+            "share-not-reachable",
             f"experts = {share:g} keeps {kept} of {experts} in a block, and the router sends each"
             f" token to {used}",
             remedy=remedy,
         )
     if share < 1 and kept == experts:
-        raise UsageError(f"experts = {share:g} removes none of {experts}", remedy=remedy)
+        raise UsageError(
+            "share-not-reachable", f"experts = {share:g} removes none of {experts}", remedy=remedy
+        )
 
 
 def cut(site: BlockSite) -> list[int]:

@@ -28,6 +28,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
     if structure.share("heads") < 1:
         raise UsageError(
+            "heads-with-kv-groups",
             "heads and kv_groups cannot both be cut: groups go with their heads",
             remedy="keep one of the two whole",
         )

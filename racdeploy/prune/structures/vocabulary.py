@@ -73,6 +73,7 @@ def choose(
 
     if asked > tokens:
         raise UsageError(
+            "vocabulary-too-large",
             f"structure.keep has vocabulary = {asked}, the tokenizer of {checkpoint.folder} has "
             f"{tokens} tokens",
             remedy="ask for fewer, or leave vocabulary out of structure.keep",
@@ -86,6 +87,7 @@ def choose(
     needed = pairs.close(named.union(used))
     if len(needed) > asked:
         raise UsageError(
+            "vocabulary-too-small",
             f"structure.keep has vocabulary = {asked} tokens, {len(needed)} must stay: special "
             f"and added ones, single bytes, and what {users} use",
             remedy=f"--keep vocabulary={len(needed)} is the least; fewer texts need less",

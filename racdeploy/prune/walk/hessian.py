@@ -57,6 +57,7 @@ class Hessian:
             del factor_II, by_columns_II  # before the next one is made
 
         raise EnvironmentFailure(
+            "hessian-not-factored",
             f"the Hessian does not factor, even with damping {self.damping:g}",
             remedy="collect more traces, or raise prune.damping in the recipe",
         )

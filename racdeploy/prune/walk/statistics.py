@@ -103,6 +103,7 @@ class InputStatistic:
         """Return the damped mean Hessian; the sum is freed on the way."""
         if self._weight <= 0:
             raise UsageError(
+                "no-weighted-tokens",
                 "no calibration token counts: the weight of every stream that the traces have is 0",
                 remedy="raise prompt, thinking or answer under [calibration.weights]",
             )

@@ -32,6 +32,7 @@ def fill_shares(given: Mapping[str, Zeros], sizes: Mapping[str, int], sparsity: 
 
     if unused:
         raise UsageError(
+            "pattern-matches-nothing",
             f"prune.shares: the pattern {min(unused)!r} names no linear that is pruned",
             remedy=f"their names are like {next(iter(sizes), 'none')}",
         )
@@ -46,6 +47,7 @@ def fill_shares(given: Mapping[str, Zeros], sizes: Mapping[str, int], sparsity: 
     if not is_exact or not LOWEST <= rest <= HIGHEST:
         share = zeros / weights
         raise UsageError(
+            "shares-miss-sparsity",
             f"prune.shares make {share:.4f} of all weights zeros by themselves, "
             f"and the others cannot make that {sparsity:g}",
             remedy=f"prune.sparsity = {share:.4f} leaves the others dense",

@@ -119,6 +119,7 @@ class Mix:
             if not any(re.search(rule.tensors, name) for name in found):
                 kinds = dict.fromkeys(re.sub(r"\d+", "0", name) for name in found)
                 raise UsageError(
+                    "pattern-matches-nothing",
                     f"export.tensors: the pattern {rule.tensors!r} names no matrix of the file",
                     remedy=f"their names are {', '.join(kinds)}",
                 )

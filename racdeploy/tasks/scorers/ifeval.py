@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 
-from racdeploy.errors import EnvironmentFailure, UsageError
+from racdeploy.errors import EnvironmentFailure
 from racdeploy.plugins import require
-from racdeploy.tasks.scoring import Scored
+from racdeploy.tasks.scoring import Scored, refuse_argument
 
 SECONDS = 10.0
 MEMORY_BYTES = 4 * 2**30  # the harness imports much
@@ -21,9 +21,7 @@ _DATA = "tokenizers/punkt_tab"
 
 def check(argument: str) -> None:
     """Refuse an argument, and a machine without the harness or NLTK's data."""
-    if argument:
-        raise UsageError("scorer 'ifeval' takes no argument", remedy="write ifeval")
-
+    refuse_argument("ifeval", argument)
     for package in ("lm_eval", "langdetect"):
         require(package)
     import nltk
@@ -32,6 +30,7 @@ def check(argument: str) -> None:
         nltk.data.find(_DATA)
     except LookupError as error:
         raise EnvironmentFailure(
+            "missing-nltk-data",
             "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine",
             remedy="python -m nltk.downloader punkt_tab",
         ) from error

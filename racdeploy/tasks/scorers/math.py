@@ -6,9 +6,8 @@ Source: math-verify 0.8.
 
 from __future__ import annotations
 
-from racdeploy.errors import UsageError
 from racdeploy.plugins import require
-from racdeploy.tasks.scoring import Scored
+from racdeploy.tasks.scoring import Scored, refuse_argument
 
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
@@ -17,8 +16,7 @@ GIVES_UP = True
 
 def check(argument: str) -> None:
     """Refuse an argument, and a machine without Math-Verify."""
-    if argument:
-        raise UsageError("scorer 'math' takes no argument", remedy="write math")
+    refuse_argument("math", argument)
     require("math_verify")
 
 

@@ -15,10 +15,11 @@ def check(argument: str) -> None:
         compiled = re.compile(argument)
     except re.error as error:
         reason = f"scorer regex: {argument!r} is not a regular expression: {error}"
-        raise UsageError(reason) from error
+        raise UsageError("invalid-regex", reason) from error
 
     if not argument or compiled.match(""):
         raise UsageError(
+            "regex-matches-empty",
             f"scorer regex: {argument!r} matches an answer that says nothing",
             remedy=r"write regex:answer=(\d+)",
         )

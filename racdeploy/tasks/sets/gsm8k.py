@@ -30,7 +30,7 @@ def ask(row: Row) -> Problem:
     """Ask one question; the gold answer is what follows the mark."""
     gold = extract_hash_mark(row["answer"])
     if gold is None:
-        raise UsageError("the answer has no '#### ' with the number after it")
+        raise UsageError("no-final-answer", "the answer has no '#### ' with the number after it")
 
     question = f"Q: {row['question']}\nA: Let's think step by step."
     return Problem(question, gold=gold)

@@ -26,7 +26,7 @@ def read(path: Path) -> list[Problem]:
 
     if not problems:
         remedy = 'write {"question": …, "answer": …} lines'
-        raise UsageError(f"{path} holds no problems", remedy=remedy)
+        raise UsageError("empty-task-file", f"{path} holds no problems", remedy=remedy)
 
     return problems
 
@@ -36,26 +36,35 @@ def _parse(place: str, line: str) -> Problem:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{place} is not JSON: {error}", remedy=remedy) from error
+        raise UsageError("row-not-json", f"{place} is not JSON: {error}", remedy=remedy) from error
 
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise UsageError(
-            f"{place} has no question{_explain_missing(row, 'question')}", remedy=remedy
+            "missing-question",
+            f"{place} has no question{_explain_missing(row, 'question')}",
+            remedy=remedy,
         )
 
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UsageError(f"{place} has no answer{_explain_missing(row, 'answer')}", remedy=remedy)
+        raise UsageError(
+            "missing-answer",
+            f"{place} has no answer{_explain_missing(row, 'answer')}",
+            remedy=remedy,
+        )
 
     scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
-        raise UsageError(f"{place} has a scorer that is no name", remedy=remedy)
+        raise UsageError(
+            "scorer-not-a-name", f"{place} has a scorer that is no name", remedy=remedy
+        )
 
     try:
         scoring.check(scorer)
     except UsageError as error:
-        raise UsageError(f"{place}: {error.message}", remedy=error.remedy) from error
+        error.message = f"{place}: {error.message}"
+        raise
 
     text = str(answer)
     return Problem(question, gold=extract_hash_mark(text) or text.strip(), scorer=scorer)

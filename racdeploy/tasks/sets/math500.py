@@ -37,6 +37,6 @@ def ask(row: Row) -> Problem:
     """Ask one problem; where no column has the answer alone, it is the box of the solution."""
     gold = row.get("answer") or extract_boxed(row["solution"])
     if not gold:
-        raise UsageError("it has no answer, and its solution has no box")
+        raise UsageError("no-final-answer", "it has no answer, and its solution has no box")
 
     return Problem(BOXED.format(problem=row["problem"]), gold=gold, scorer="math")

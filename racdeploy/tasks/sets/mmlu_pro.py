@@ -29,11 +29,14 @@ def ask(row: Row) -> Problem:
     """Ask one question with its options in their published order."""
     options, answer = row["options"], row["answer"]
     if not isinstance(options, list):
-        raise UsageError(f"its options are no list but {options!r}; CSV has none: give parquet")
+        raise UsageError(
+            "options-not-a-list",
+            f"its options are no list but {options!r}; CSV has none: give parquet",
+        )
 
     letters = ascii_uppercase[: len(options)]
     if answer not in [*letters]:
-        raise UsageError(f"the answer {answer!r} is none of {letters}")
+        raise UsageError("answer-not-an-option", f"the answer {answer!r} is none of {letters}")
 
     listed = "\n".join(
         f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)

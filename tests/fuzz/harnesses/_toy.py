@@ -21,10 +21,10 @@ _MAGIC = b"RACTOY"
 def target(data: bytes) -> None:
     """Carry out the planted defect that the input names; refuse whatever else."""
     if data[: len(_MAGIC)] != _MAGIC:
-        raise ArtifactError("no toy", remedy="write RACTOY")
+        raise ArtifactError("no-toy", "no toy", remedy="write RACTOY")
     action = ACTIONS.get(data[len(_MAGIC) :].strip().decode("utf-8", "replace"))
     if action is None:
-        raise ArtifactError("a toy that does nothing", remedy="name one of its actions")
+        raise ArtifactError("idle-toy", "a toy that does nothing", remedy="name one of its actions")
     action()
 
 
@@ -33,7 +33,7 @@ def _raise() -> None:
 
 
 def _say_lines() -> None:
-    raise ArtifactError("one line\nand another")
+    raise ArtifactError("two-lines", "one line\nand another")
 
 
 def _say_nothing() -> None:
@@ -41,7 +41,7 @@ def _say_nothing() -> None:
 
 
 def _say_half() -> None:
-    raise ArtifactError("half a character: \ud800")
+    raise ArtifactError("half-a-character", "half a character: \ud800")
 
 
 def _allocate() -> None:
@@ -76,7 +76,7 @@ def _behave() -> None:
 
 
 def _refuse() -> None:
-    raise ArtifactError("refused in one line", remedy="and what to do")
+    raise ArtifactError("toy-refused", "refused in one line", remedy="and what to do")
 
 
 ACTIONS: Mapping[str, Callable[[], None]] = {

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from racdeploy.export.gguf import measure
 from racdeploy.files.writing import file_sha256
 from racdeploy.packing import racgguf
 from racdeploy.packing.layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
+from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 PACKABLE = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
@@ -164,7 +164,8 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, where: str) -> None:
     else:
         data += bytes(100)
     plain.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"cannot be packed|container already"):
+    code = "already-packed" if where == "a container" else "cannot-be-packed"
+    with raises(code, str(plain)):
         bitmask.pack_file(plain, tmp_path / "n.racgguf")
     assert not [file for file in tmp_path.iterdir() if file.name.startswith((".", "n"))]
 
@@ -172,15 +173,15 @@ def test_what_cannot_be_restored_is_refused(tmp_path: Path, where: str) -> None:
 def test_unpacking_checks_its_place_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing folder, a wrong suffix and a full disk are errors before anything is written."""
     plain = write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
-    with pytest.raises(UsageError, match="name it"):
+    with raises("wrong-file-name", "*.racgguf"):
         bitmask.pack_file(plain, tmp_path / "m.bin")
     bitmask.pack_file(plain, tmp_path / "m.racgguf")
     container = racgguf.Container.open(tmp_path / "m.racgguf")
-    with pytest.raises(UsageError, match="mkdir"):
+    with raises("no-out-folder", f"mkdir -p {tmp_path / 'nowhere'}"):
         container.unpack(tmp_path / "nowhere" / "m.gguf")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
-    with pytest.raises(EnvironmentFailure, match="free"):
+    with raises("disk-full", str(tmp_path)):
         container.unpack(tmp_path / "out.gguf")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "m.racgguf"]
 

@@ -35,7 +35,7 @@ class LlamaCppEngine(ChildEngine):
     ) -> None:
         require("llama_cpp")
         if not path.is_file():
-            raise ArtifactError(f"{path} is not a file", remedy="give a .gguf file")
+            raise ArtifactError("no-gguf-file", f"{path} is not a file", remedy="give a .gguf file")
 
         native = "racdeploy.engines.backends.llamacpp.native"
         super().__init__(native, "llama.cpp", path, settings, vocabulary_only=vocabulary_only)
@@ -48,7 +48,9 @@ class LlamaCppEngine(ChildEngine):
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise EngineError(
-                f"the text is not Unicode: {error}", remedy="remove lone surrogates"
+                "text-not-unicode",
+                f"the text is not Unicode: {error}",
+                remedy="remove lone surrogates",
             ) from error
         return list(self._ask("tokenize", text=text)["ids"])
 

@@ -85,7 +85,9 @@ class _Vocabulary:
         filled = _fill(llama_cpp.llama_model_default_params(), **params)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), filled)
         if not self._model:
-            raise EngineError(f"llama.cpp cannot load {what}: {self._log.tail()}", remedy=remedy)
+            raise EngineError(
+                "load-failed", f"llama.cpp cannot load {what}: {self._log.tail()}", remedy=remedy
+            )
 
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
@@ -94,7 +96,7 @@ class _Vocabulary:
         return []
 
     def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
-        raise EngineError("only the vocabulary of this file was loaded")
+        raise NotImplementedError  # no weight is read
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are parsed, none are added."""
@@ -112,7 +114,8 @@ class _Vocabulary:
             room = -count  # more tokens than bytes: the vocabulary expands the text
 
         raise EngineError(
-            f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}"
+            "tokenize-failed",
+            f"llama.cpp cannot tokenize a text of {len(data)} bytes: {self._log.tail()}",
         )
 
 
@@ -187,6 +190,7 @@ class _Context:
         self._context = llama_cpp.llama_init_from_model(model, _context_params(settings, slots))
         if not self._context:
             raise EngineError(
+                "context-out-of-memory",
                 f"llama.cpp cannot make a context of {slots} × {settings.context_tokens} tokens: "
                 f"{log.tail()}",
                 remedy="lower context_tokens or parallel; the key-value cache must fit in memory",
@@ -207,6 +211,7 @@ class _Context:
         if status:
             llama_cpp.llama_memory_clear(self._memory, True)
             raise EngineError(
+                "decode-failed",
                 f"llama.cpp failed to decode {len(rows)} tokens (status {status}): "
                 f"{self._log.tail()}",
                 remedy="lower context_tokens or parallel, or export the model again",
@@ -216,7 +221,9 @@ class _Context:
         """Return the logits of a row of the last batch: a view that the next batch overwrites."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, place)
         if not pointer:
-            raise EngineError(f"llama.cpp has no logits for row {place}: {self._log.tail()}")
+            raise EngineError(
+                "decode-failed", f"llama.cpp has no logits for row {place}: {self._log.tail()}"
+            )
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
     def forget(self, slot: int) -> None:
@@ -267,7 +274,7 @@ def _describe(kernels: sparse_kernels.Choice, required: bool) -> Mapping[str, An
         "and the others to another device"
     )
     if required:
-        raise EngineError(said, remedy="leave out --accel require")
+        raise EngineError("kernels-passed-over", said, remedy="leave out --accel require")
 
     return {"kernels": said, "sparse_weights": packed}
 
@@ -277,6 +284,7 @@ def _check_context(asked: int, trained: int) -> None:
     most = max(_LEAST_CONTEXT, _BEYOND * trained)
     if asked > most:
         raise EngineError(
+            "context-too-large",
             f"context_tokens is {asked:,}, and the model is made for {trained:,}",
             remedy=f"ask for at most {most:,}",
         )
@@ -307,6 +315,7 @@ def _fill(params: Any, **values: int) -> Any:
     for name, value in values.items():
         if name not in known:
             raise EngineError(
+                "llamacpp-too-old",
                 f"llama-cpp-python {llama_cpp.__version__} has no setting {name!r}",
                 remedy='pip install --upgrade "llama-cpp-python>=0.3.36"',
             )

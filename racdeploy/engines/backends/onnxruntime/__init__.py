@@ -22,7 +22,9 @@ class OnnxRuntimeEngine(ChildEngine):
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         require("onnxruntime")
         if not path.is_file():
-            raise ArtifactError(f"{path} is not a file", remedy="give an .onnx file")
+            raise ArtifactError(
+                "no-onnx-file", f"{path} is not a file", remedy="give an .onnx file"
+            )
         super().__init__(
             "racdeploy.engines.backends.onnxruntime.native", "onnxruntime", path, settings
         )

@@ -52,7 +52,9 @@ def engine_errors(what: str, remedy: str = _REMEDY) -> Iterator[None]:
         yield
     except _ERRORS as error:
         said = " ".join(str(error).split())
-        raise EngineError(f"onnxruntime cannot {what}: {said}", remedy=remedy) from error
+        raise EngineError(
+            "onnxruntime-failed", f"onnxruntime cannot {what}: {said}", remedy=remedy
+        ) from error
 
 
 def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -150,6 +152,7 @@ class DecoderGraph:
         unknown = sorted(others - {_TOKENS, _MASK, _POSITIONS, _KEPT})
         if unknown:
             raise EngineError(
+                "unknown-graph-inputs",
                 f"the graph wants inputs that racdeploy does not know: {', '.join(unknown)}",
                 remedy="export a decoder with past: its inputs are input_ids, attention_mask, "
                 "position_ids and past_key_values.N.key and .value",
@@ -161,6 +164,7 @@ class DecoderGraph:
         missing += [name for name in outputs if name not in self._outputs]
         if missing:
             raise EngineError(
+                "graph-not-decoder",
                 "the graph is not a decoder with a key-value cache: "
                 f"it has no {', '.join(missing)}",
                 remedy="export it for text generation with past",
@@ -170,14 +174,16 @@ class DecoderGraph:
         node = self._inputs[name]
         if len(node.shape) != 4 or not isinstance(node.shape[1], int):
             raise EngineError(
-                f"{name} has shape {node.shape}, not batch × heads × length × head size"
+                "graph-not-decoder",
+                f"{name} has shape {node.shape}, not batch × heads × length × head size",
             )
 
         dtype = _dtype(node)
         present = _present(name)
         if dtype not in (np.float32, np.float16) or _dtype(self._outputs[present]) != dtype:
             raise EngineError(
-                f"{name} is {node.type}; a cache is float or float16, past and present alike"
+                "graph-type-unsupported",
+                f"{name} is {node.type}; a cache is float or float16, past and present alike",
             )
 
         _, heads, _, size = node.shape
@@ -201,6 +207,7 @@ class DecoderGraph:
 
         if logits.shape[0] != 1 or rows not in (1, 2) or wrong:
             raise EngineError(
+                "graph-not-decoder",
                 "the graph is not a decoder: two tokens behind two give logits of shape "
                 f"{logits.shape} and {wrong} caches of another length than four",
                 remedy=_REMEDY,
@@ -233,6 +240,7 @@ def _present(past: str) -> str:
 def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
     if node.type not in _DTYPES:
         raise EngineError(
+            "graph-type-unsupported",
             f"{node.name} has type {node.type}, racdeploy knows {', '.join(_DTYPES)}",
             remedy="export the model with float32 or float16 inputs and outputs",
         )
@@ -254,6 +262,7 @@ def _read_head_size(folder: Path, name: str) -> tuple[int, Path]:
             return size, place / file
 
     raise EngineError(
+        "no-head-size",
         f"the graph leaves the last dimension of {name} open, "
         "and no configuration tells the head size",
         remedy=f"put config.json into {folder} or the folder above it",

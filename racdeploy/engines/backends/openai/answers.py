@@ -53,6 +53,7 @@ class Reader:
 
         if ended and (not ids or ids[-1] not in stop_ids):
             raise EngineError(
+                "end-ids-differ",
                 f"the server ended a completion at token id {ids[-1] if ids else 'none'}; the "
                 f"model's end-of-sequence ids are {', '.join(map(str, stop_ids)) or 'none'}",
                 remedy="compare generation_config.json here with that of the served model",
@@ -60,6 +61,7 @@ class Reader:
 
         if not ended and len(ids) < cap:
             raise EngineError(
+                "server-context-too-short",
                 f"the server stopped after {len(ids)} of {cap} tokens "
                 f"({choice['finish_reason']!r}): its context does not hold {len(prompt) + cap} "
                 "tokens",
@@ -74,7 +76,9 @@ class Reader:
         ended = choice["finish_reason"] == "stop"
 
         if self.tokenizer is None or self.counts_end is None or not isinstance(text, str):
-            raise EngineError("the server returns no token ids", remedy=_EXACT)
+            raise EngineError(
+                "no-server-token-ids", "the server returns no token ids", remedy=_EXACT
+            )
 
         ids = self.tokenizer.encode(text)
         generated = read_usage(answer, "completion_tokens") - (ended and self.counts_end)
@@ -83,6 +87,7 @@ class Reader:
 
         if len(ids) != generated or not is_whole or not gives_same_text:
             raise EngineError(
+                "token-ids-unproven",
                 f"the server returns no token ids, and its text gives {len(ids)} where it "
                 f"generated {generated}: a special token or part of a character is missing in "
                 f"{text[-40:]!r}, or was tokenized another way",
@@ -98,6 +103,7 @@ def _check_prompt(answer: Json, choice: Json, prompt: Sequence[int]) -> None:
     read = choice.get("prompt_token_ids")
     if count != len(prompt) or (read is not None and read != list(prompt)):
         raise EngineError(
+            "server-changes-prompt",
             f"the server read {count} prompt tokens where {len(prompt)} were sent",
             remedy="start it without options that change prompts, as an added "
             "beginning-of-sequence token",
@@ -113,7 +119,9 @@ def _end_id(choice: Json, stop_ids: Sequence[int]) -> int:
     if len(stop_ids) != 1:
         ids = ", ".join(map(str, stop_ids))
         raise EngineError(
-            f"the server does not say which of the end-of-sequence ids {ids} came", remedy=_EXACT
+            "end-id-unknown",
+            f"the server does not say which of the end-of-sequence ids {ids} came",
+            remedy=_EXACT,
         )
 
     return stop_ids[0]
@@ -130,7 +138,9 @@ def read_usage(answer: Json, key: str) -> int:
     """Return what the server counted; it is an error if it does not say."""
     count = find_usage(answer, key)
     if count is None:
-        raise EngineError(f"the server's answer has no usage.{key}", remedy=ODD)
+        raise EngineError(
+            "odd-server-answer", f"the server's answer has no usage.{key}", remedy=ODD
+        )
     return count
 
 
@@ -138,12 +148,18 @@ def read_choice(answer: Json) -> Json:
     """Return the only choice of an answer, which ended in a way that is known."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise EngineError("the server's answer holds no choice, or more than one", remedy=ODD)
+        raise EngineError(
+            "no-server-choice", "the server's answer holds no choice, or more than one", remedy=ODD
+        )
 
     choice: Json = choices[0]
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise EngineError(f"the server ended a completion with {str(reason)[:60]!r}", remedy=ODD)
+        raise EngineError(
+            "odd-server-answer",
+            f"the server ended a completion with {str(reason)[:60]!r}",
+            remedy=ODD,
+        )
 
     return choice
 
@@ -160,6 +176,7 @@ def _returned_ids(answer: Json, choice: Json, vocabulary: int) -> list[int] | No
     )
     if not are_known:
         raise EngineError(
+            "odd-server-answer",
             f"the server returns token ids that the model does not have: {str(ids)[:60]}",
             remedy=ODD,
         )
@@ -167,7 +184,9 @@ def _returned_ids(answer: Json, choice: Json, vocabulary: int) -> list[int] | No
     counted = read_usage(answer, "completion_tokens")
     if len(ids) != counted:
         raise EngineError(
-            f"the server returns {len(ids)} token ids and counts {counted}", remedy=ODD
+            "odd-server-answer",
+            f"the server returns {len(ids)} token ids and counts {counted}",
+            remedy=ODD,
         )
 
     return list(ids)

@@ -72,6 +72,7 @@ class ChatEngine(OpenAIEngine):
         super().complete(requests, on_end, cancelled)
         if self._silent and all(self._silent):
             raise EngineError(
+                "thinking-hidden",
                 f"none of {len(self._silent)} answers tells where its thinking ends, and the "
                 "server counts more tokens than their texts hold: it leaves the thinking or its "
                 "tags out",
@@ -93,6 +94,7 @@ class ChatEngine(OpenAIEngine):
         is_full = answer.counted is None or answer.counted >= cap
         if answer.finish_reason == "length" and not is_full:
             raise EngineError(
+                "server-context-too-short",
                 f"the server stopped after {answer.counted} of {cap} tokens: "
                 "its context is too short",
                 remedy="start it with a longer context",
@@ -131,13 +133,15 @@ def _read(body: Json) -> _Answer:
     choice = read_choice(body)
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise EngineError("the server's answer holds no message", remedy=ODD)
+        raise EngineError("no-server-message", "the server's answer holds no message", remedy=ODD)
 
     text = message.get("content") or ""
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(thinking, str):
         raise EngineError(
-            f"the server answers with {str(message)[:80]} in place of texts", remedy=ODD
+            "odd-server-answer",
+            f"the server answers with {str(message)[:80]} in place of texts",
+            remedy=ODD,
         )
 
     counted = find_usage(body, "completion_tokens")

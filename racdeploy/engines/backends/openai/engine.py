@@ -164,17 +164,24 @@ class OpenAIEngine(Engine):
         check_request((), sampling, self._settings.context_tokens, self._vocabulary)
         if sampling.budget is not None:
             raise UsageError(
+                "server-without-budget",
                 "a server cannot end the thinking after a number of tokens",
                 remedy="collect without a thinking budget, or with the transformers engine",
             )
         if any(sampling.begun):
             raise UsageError(
-                "a server begins each completion anew", remedy="ask without what was begun"
+                "server-cannot-resume",
+                "a server begins each completion anew",
+                remedy="ask without what was begun",
             )
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Refuse: a server keeps its logits to itself."""
-        raise UsageError("a server gives no logits", remedy="open the artifact on its own engine")
+        raise UsageError(
+            "server-without-logits",
+            "a server gives no logits",
+            remedy="open the artifact on its own engine",
+        )
 
     def tokenize(self, text: str) -> list[int] | None:
         """Return the server's ids of a text, None where no endpoint gives them.
@@ -235,6 +242,7 @@ class OpenAIEngine(Engine):
         """Return a text that the server tokenizes to these ids; it may add the first one itself."""
         if self._own is None:
             raise EngineError(
+                "server-needs-tokenizer",
                 f"{self._client.url} takes no token ids, and no tokenizer is given to write text",
                 remedy="give the engine the model's tokenizer.json",
             )
@@ -245,6 +253,7 @@ class OpenAIEngine(Engine):
                 return text
 
         raise EngineError(
+            "server-tokens-differ",
             f"the server tokenizes the prompt that ends with {text[-40:]!r} in another way, "
             "and takes no token ids",
             remedy="use vLLM, SGLang or llama-server, which take them",
@@ -255,7 +264,9 @@ class OpenAIEngine(Engine):
             found = self._client.ask("models").get("data")
         except RefusedError as error:
             raise UsageError(
-                error.message, remedy="give the address of the API, which mostly ends in /v1"
+                "no-api-at-address",
+                error.message,
+                remedy="give the address of the API, which mostly ends in /v1",
             ) from error
 
         listed = found if isinstance(found, list) else []
@@ -268,6 +279,7 @@ class OpenAIEngine(Engine):
         problem = f"no model {name!r}" if name else f"{len(cards)} models, and none is named"
         names = ", ".join(str(card["id"]) for card in cards) or "none"
         raise UsageError(
+            "served-model-unclear",
             f"{self._client.url} has {problem}",
             remedy=f"set traces.server_model to one of: {self._client.quote(names)}",
         )
@@ -298,6 +310,7 @@ class OpenAIEngine(Engine):
         ids = answer.get("tokens")
         if not isinstance(ids, list) or any(type(token) is not int for token in ids):
             raise EngineError(
+                "odd-server-answer",
                 f"{self._client.url} answers {path} without token ids",
                 remedy="look at the server's log and version",
             )

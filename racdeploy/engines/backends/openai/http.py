@@ -109,6 +109,7 @@ class Client:
             except _PassingError as error:
                 if not attempts_left:
                     raise EngineError(
+                        "server-keeps-failing",
                         f"{self.url} {error} (tried {_ATTEMPTS} times)",
                         remedy="look at the server's log and start it again if it ended",
                     ) from error
@@ -127,6 +128,7 @@ class Client:
             answer = await self._transport.exchange(method, url, data, most_bytes)
         except TimeoutError as error:
             raise EngineError(
+                "server-timeout",
                 f"{self.url} did not answer within {self._timeout_s:g} s",
                 remedy="look whether the server works, or raise traces.server_timeout_s",
             ) from error
@@ -134,11 +136,14 @@ class Client:
             if self._reached:
                 raise _PassingError(f"cannot be used: {self._redact(str(error))}") from error
             raise EngineError(
+                "server-unreachable",
                 f"{self.url} cannot be reached: {self._redact(str(error))}",
                 remedy="look at the address, and start the server if it does not run",
             ) from error
         except ValueError as error:
-            raise EngineError(f"{self.url} answers with {error}", remedy=ODD) from error
+            raise EngineError(
+                "odd-server-answer", f"{self.url} answers with {error}", remedy=ODD
+            ) from error
 
         self._reached = True
         if not self._key:
@@ -156,6 +161,7 @@ class Client:
         if answer.status in (401, 403):
             given = f"the key in {self._key_env}" if self._key_env else "a request without a key"
             raise UsageError(
+                "server-refuses-key",
                 f"{self.url} refuses {given} ({answer.status}): {self._quote(answer.body)}",
                 remedy="set traces.server_key_env to the name of an environment variable that holds"
                 " the key",
@@ -165,6 +171,7 @@ class Client:
         if is_page or not 200 <= answer.status < 300:
             said = "a web page" if is_page else self._quote(answer.body)
             raise RefusedError(
+                "server-refuses-request",
                 f"{self.url} does not serve {path} ({answer.status}): {said}",
                 remedy="look at the address, which mostly ends in /v1, and at the server's log",
             )
@@ -180,7 +187,9 @@ class Client:
             raise _PassingError(f"cannot be used: {size} bytes, {reason}") from error
 
         if not isinstance(value, dict):
-            raise EngineError(f"{self.url} answers {path} with no JSON object", remedy=ODD)
+            raise EngineError(
+                "odd-server-answer", f"{self.url} answers {path} with no JSON object", remedy=ODD
+            )
 
         return value
 
@@ -202,12 +211,14 @@ def _read_address(url: str) -> str:
         _ = parts.port  # read here, since it raises where it is no port
     except ValueError as error:
         raise UsageError(
-            f"the server's address cannot be read: {error}", remedy=_ADDRESS
+            "bad-server-address", f"the server's address cannot be read: {error}", remedy=_ADDRESS
         ) from error
 
     is_http = parts.scheme in ("http", "https") and bool(parts.hostname)
     if not is_http or parts.username or parts.query:
-        raise UsageError("the server's address is not that of an API", remedy=_ADDRESS)
+        raise UsageError(
+            "bad-server-address", "the server's address is not that of an API", remedy=_ADDRESS
+        )
 
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
 
@@ -223,6 +234,7 @@ def _refuse_clear(base: str, key_env: str) -> None:
 
     if parts.scheme == "http" and not is_here:
         raise UsageError(
+            "key-unencrypted",
             f"the key in {key_env} would go to {host} unencrypted",
             remedy=f"use https://{host}, or a tunnel to 127.0.0.1",
         )
@@ -233,12 +245,14 @@ def _read_key(name: str) -> str:
     key = os.environ.get(name, "").strip() if name else ""
     if name and not key:
         raise UsageError(
+            "api-key-not-set",
             f"traces.server_key_env names {name}, which is not set",
             remedy=f"export {name}=…, or leave server_key_env out for a server without a key",
         )
 
     if not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
+            "api-key-malformed",
             f"the key in {name} holds white space or letters outside ASCII",
             remedy=f"export {name}=… again",
         )

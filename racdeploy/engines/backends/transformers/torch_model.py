@@ -301,7 +301,8 @@ def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     expected = module.get_parameter(leaf).shape
     if expected != value.shape:
         raise ModelError(
-            f"{name} is {tuple(value.shape)} in the file and {tuple(expected)} by config.json"
+            "wrong-tensor-shape",
+            f"{name} is {tuple(value.shape)} in the file and {tuple(expected)} by config.json",
         )
 
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
@@ -315,9 +316,13 @@ def _config(checkpoint: Checkpoint) -> Any:
     rope_type = rope["rope_type"]
 
     if rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
-        raise ModelError(f"unknown rope type {rope_type!r} in {folder}/config.json")
+        raise ModelError(
+            "unsupported-variant", f"unknown rope type {rope_type!r} in {folder}/config.json"
+        )
     if checkpoint.config.get("use_sliding_window"):
-        raise ModelError(f"{folder}: sliding-window attention is not supported")
+        raise ModelError(
+            "unsupported-variant", f"{folder}: sliding-window attention is not supported"
+        )
 
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     if rope_type == "longrope":  # Phi3Config wants exactly these
@@ -342,6 +347,7 @@ def _config(checkpoint: Checkpoint) -> Any:
         return AutoConfig.for_model(**values)
     except (ValueError, StrictDataclassError) as error:
         raise ModelError(
+            "transformers-refuses",
             f"transformers refuses {folder}/config.json: {error}",
             remedy="if heads were cut, prune the dense model again with all of them",
         ) from error

@@ -118,7 +118,9 @@ def run_module(
     outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits, python=python)
     if outcome.failure:
         raise EngineError(
-            f"{what} {outcome.failure}", remedy="free memory, or update it; try another exporter"
+            "exporter-failed",
+            f"{what} {outcome.failure}",
+            remedy="free memory, or update it; try another exporter",
         )
     return outcome.value
 
@@ -135,5 +137,5 @@ def write_graph(
     run_module(module, arguments, what, prepared, python)
     graph = out / "model.onnx"
     if not graph.is_file():
-        raise EngineError(f"{what} ended without an error and without a graph")
+        raise EngineError("no-graph-written", f"{what} ended without an error and without a graph")
     return graph

@@ -50,6 +50,7 @@ def check_environment() -> None:
     if is_new and installed_release("transformers") < (5,):
         builder, models = map(installed_version, ("onnxruntime-genai", "transformers"))
         raise EnvironmentFailure(
+            "old-transformers",
             f"the model builder of onnxruntime-genai {builder} needs transformers 5, and {models} "
             "is installed",
             remedy='pip install "onnxruntime-genai<0.16", or "transformers>=5"',

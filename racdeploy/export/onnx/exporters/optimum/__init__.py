@@ -37,6 +37,7 @@ def check_environment() -> None:
             require(package)
 
     raise EnvironmentFailure(
+        "new-transformers",
         f"optimum-onnx needs transformers below 4.58, and {installed_version('transformers')} is "
         "installed",
         remedy="run `racdeploy doctor --setup optimum`, once",

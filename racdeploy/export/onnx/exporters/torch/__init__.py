@@ -33,6 +33,7 @@ def check_environment() -> None:
     require("onnxscript")
     if installed_release("torch") < _FIRST_WITH_ATTENTION:
         raise EnvironmentFailure(
+            "old-torch",
             f"torch {installed_version('torch')} writes no ONNX graph with attention of opset 23",
             remedy='pip install "torch>=2.9"',
         )
