@@ -256,7 +256,8 @@ def _write_recurrent(writer: GGUFWriter, shape: ModelShape, drafting: int) -> No
         if not are_counts or len(listed) > _SECTIONS:
             raise ModelError(
                 "damaged-config",
-                f"{shape.where}: mrope_section is {listed!r}, not counts of up to {_SECTIONS} parts",
+                f"{shape.where}: mrope_section is {listed!r}, not counts of up to"
+                f" {_SECTIONS} parts",
             )
         writer.add_rope_dimension_sections([*listed, *[0] * (_SECTIONS - len(listed))])
 

@@ -37,7 +37,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     family = checkpoint.family
     if family.window_period or family.no_rope_period:
         why = "engines tell from a block's number how it attends, so cut ffn or heads instead"
-        raise refuse_part("blocks", checkpoint, why)
+        raise refuse_part("blocks", family, why)
 
     share = structure.share("blocks")
     shape = checkpoint.shape

@@ -37,7 +37,7 @@ def _say_lines() -> None:
 
 
 def _say_nothing() -> None:
-    raise ArtifactError("")
+    raise ArtifactError("says-nothing", "")
 
 
 def _say_half() -> None:
