@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -21,22 +20,9 @@ class Package:
     purpose: str
 
 
-@dataclass(frozen=True)
-class Separate:
-    """Packages that get an environment of their own where they do not go with what is installed.
-
-    ``module`` proves that they were installed, ``size`` says what they take.
-    """
-
-    requirements: Sequence[str]
-    module: str
-    size: str
-
-
 _TABLE = tomllib.loads((files("racdeploy") / "extras.toml").read_text(encoding="utf-8"))
 PACKAGES = {module: Package(module, *row) for module, row in _TABLE["optional"].items()}
 OPTIONAL = tuple(PACKAGES.values())
-SEPARATE = {name: Separate(**values) for name, values in _TABLE["separate"].items()}
 
 
 def is_installed(module: str) -> bool:

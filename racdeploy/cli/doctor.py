@@ -9,11 +9,10 @@ import subprocess
 import sys
 
 from racdeploy import sparse_kernels
-from racdeploy.errors import EnvironmentFailure
-from racdeploy.extras import OPTIONAL, SEPARATE, Package, installed_version, is_installed
+from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
 from racdeploy.files.caches import default_work
 from racdeploy.models.sources import EMBEDDED, resolve
-from racdeploy.processes import environments, landlock
+from racdeploy.processes import landlock
 from racdeploy.processes.cores import available_cores, multiplies_bfloat16
 from racdeploy.processes.memory import free_bytes
 
@@ -28,7 +27,6 @@ def examine() -> list[Finding]:
     return [
         _finding("python", True, sys.version.split()[0]),
         *(_examine_package(package) for package in OPTIONAL),
-        *(_examine_environment(name) for name in SEPARATE),
         _examine_model(),
         _examine_work(),
         _examine_cores(),
@@ -48,21 +46,6 @@ def _examine_package(package: Package) -> Finding:
 
     install = f'pip install "racdeploy[{package.extra}]"'
     return _unused(package.name, f"needed for {package.purpose}: {install}")
-
-
-def _examine_environment(name: str) -> Finding:
-    """Say whether packages that may not go with the others have an environment of their own."""
-    what = f"environment of {name}"
-    try:
-        python = environments.find(name)
-    except EnvironmentFailure as failure:
-        return _finding(what, False, failure.message)
-
-    if python:
-        return _finding(what, True, str(python.parents[1]))
-    return _unused(
-        what, f"where {name} does not go with the others: racdeploy doctor --setup {name}"
-    )
 
 
 def _examine_model() -> Finding:

@@ -17,7 +17,6 @@ from racdeploy.cli.console import (
     print_notes,
     print_result,
     reported,
-    say,
     say_replaced,
     show,
 )
@@ -198,38 +197,12 @@ def init(
 
 
 @reported
-def doctor(
-    setup: str | None = typer.Option(
-        None, metavar="NAME", help="Give it an environment of its own: optimum."
-    ),
-    json_output: JsonOpt = False,
-) -> None:
+def doctor(json_output: JsonOpt = False) -> None:
     """Say what this machine has, what is missing, and how to get it."""
     from racdeploy.cli.doctor import examine
-
-    if setup is not None:
-        _set_up(setup, json_output)
-        return
 
     findings = examine()
     lines = (f"{each['state']:>8}  {each['what']}: {each['detail']}" for each in findings)
     print_result({"findings": findings}, lines, json_output)
     if any(finding["state"] == "missing" for finding in findings):
         raise typer.Exit(EnvironmentFailure.exit_code)
-
-
-def _set_up(name: str, json_output: bool) -> None:
-    from racdeploy.extras import SEPARATE
-    from racdeploy.processes import environments
-
-    if name not in SEPARATE:
-        known = ", ".join(SEPARATE)
-        raise UsageError(
-            "unknown-environment",
-            f"{name!r} gets no environment of its own{plugins.closest(name, [*SEPARATE])}",
-            remedy=f"known: {known}",
-        )
-
-    python = environments.make(name, say)
-    folder = str(python.parents[1])
-    print_result({"environment": folder}, [folder], json_output)

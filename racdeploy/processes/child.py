@@ -12,12 +12,10 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -58,14 +56,9 @@ class Outcome:
     failure: str = ""
 
 
-def command(
-    module: str,
-    *arguments: object,
-    limits: Limits = UNLIMITED,
-    python: Path | None = None,
-) -> list[str]:
+def command(module: str, *arguments: object, limits: Limits = UNLIMITED) -> list[str]:
     """Return the command line that runs a module, tied to this process; see :func:`run_module`."""
-    tied = [python or sys.executable, "-P", "-m", "racdeploy.processes.lifeline", os.getpid()]
+    tied = [sys.executable, "-P", "-m", "racdeploy.processes.lifeline", os.getpid()]
     return [*map(str, (*tied, limits.memory_bytes, limits.processor_s, module, *arguments))]
 
 
@@ -155,28 +148,21 @@ def run_module(
     limits: Limits = UNLIMITED,
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
-    python: Path | None = None,
 ) -> Outcome:
-    """Run a module in its own process, to its end or for ``timeout_s``; then it is killed.
-
-    Args:
-        python: that of another environment, which imports racdeploy from here and nothing else.
-    """
-    same: AbstractContextManager[dict[str, str]] = nullcontext({})
-    with _only_racdeploy() if python else same as changed:
-        try:
-            done = subprocess.run(
-                command(module, *arguments, limits=limits, python=python),
-                env=clean_environment({**(variables or {}), **changed}),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Outcome(None, f"did not end within {timeout_s:.0f} s")
+    """Run a module in its own process, to its end or for ``timeout_s``; then it is killed."""
+    try:
+        done = subprocess.run(
+            command(module, *arguments, limits=limits),
+            env=clean_environment(variables),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(None, f"did not end within {timeout_s:.0f} s")
 
     if done.returncode:
         verb = "died" if done.returncode < 0 else "ended"
@@ -189,15 +175,6 @@ def run_module(
         return Outcome(json.loads(_last_line(done.stdout)))
     except json.JSONDecodeError:
         return Outcome(None)
-
-
-@contextmanager
-def _only_racdeploy() -> Iterator[dict[str, str]]:
-    """Yield the variable with which racdeploy is imported, and nothing installed beside it."""
-    with tempfile.TemporaryDirectory(prefix="racdeploy-package-") as folder:
-        package = Path(racdeploy.__file__).parent
-        (Path(folder) / package.name).symlink_to(package)
-        yield {"PYTHONPATH": folder}
 
 
 def describe_exit(code: int) -> str:

@@ -15,7 +15,6 @@ from racdeploy.export import onnx as onnx_format
 from racdeploy.export.onnx import exporters as onnx_exporters
 from racdeploy.export.onnx.choice import check_exporter, choose
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.processes import environments
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -24,10 +23,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give packages other versions; an empty one is not installed. No environment is set up."""
+    """Give packages other versions; an empty one is not installed."""
     versions: dict[str, str] = {"transformers": "4.57.6", "onnxruntime-genai": "0.15.2"}
     monkeypatch.setattr(extras, "installed_version", lambda name: versions.get(name, "9.0"))
-    monkeypatch.setattr(environments, "find", lambda name: None)
 
     for name in ("genai", "optimum"):
         exporter = onnx_exporters.load(name)
@@ -62,10 +60,8 @@ def test_the_builder_is_asked_where_it_goes_with_transformers(
         check_exporter("genai")
 
 
-def test_optimum_runs_beside_transformers_4_or_on_its_own(
-    install: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it is missing, one line says how to get it: from the extra, or set up by doctor."""
+def test_optimum_runs_beside_transformers_4(install: Any) -> None:
+    """Where it is missing, one line says how to get it."""
     check_exporter("optimum")
 
     install({"accelerate": ""})
@@ -74,30 +70,8 @@ def test_optimum_runs_beside_transformers_4_or_on_its_own(
     assert missing.value.remedy == 'pip install "racdeploy[optimum]"'
 
     install({"accelerate": "1.15", "transformers": "5.24.0"})
-    with raises("new-transformers", "5.24.0", "racdeploy doctor --setup optimum"):
+    with raises("new-transformers", "5.24.0", "racdeploy[all,optimum]"):
         check_exporter("optimum")
-
-    monkeypatch.setattr(environments, "find", lambda name: Path("python"))
-    check_exporter("optimum")
-
-
-def test_optimum_on_its_own_gets_the_python_of_its_environment(
-    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside transformers 4 it runs in this one."""
-    asked = []
-    optimum = onnx_exporters.load("optimum")
-
-    def run(module: str, arguments: list[str], what: str, model: Path, python: Any) -> None:
-        asked.append(python)
-        (tmp_path / "model.onnx").touch()
-
-    monkeypatch.setattr(onnx_exporters, "run_module", run)
-    monkeypatch.setattr(environments, "find", lambda name: Path("python"))
-    optimum.build(tmp_path, tmp_path)
-    install({"transformers": "5.24.0"})
-    optimum.build(tmp_path, tmp_path)
-    assert asked == [None, Path("python")]
 
 
 def test_auto_passes_over_what_cannot_run_here_and_says_how_to_get_it(

@@ -27,7 +27,6 @@ from racdeploy.export.onnx.graph import adopt
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx import file as onnx_file
-from racdeploy.processes import environments
 from racdeploy.tune.graphs import estimate_bytes, list_arrays, plan_graph
 from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, make_checkpoint
@@ -331,7 +330,7 @@ def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_t
     """
     swapped = _spoil(built, tmp_path / "spoiled", _swap)
     monkeypatch.setattr(onnx_exporters.load("genai"), "build", lambda prepared, out: swapped)
-    monkeypatch.setattr(environments, "find", lambda name: None)
+    monkeypatch.setattr(onnx_exporters.load("optimum"), "_TOO_NEW", (0,))
     chosen = choose(checkpoint, "auto")
     assert chosen.note.startswith(f"ONNX graph by {APPENDING}")
     _, _, reason = chosen.note.partition("; not by ")

@@ -103,19 +103,17 @@ def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def run_module(
-    module: str, arguments: Sequence[str], what: str, model: Path, python: Path | None = None
-) -> Any:
+def run_module(module: str, arguments: Sequence[str], what: str, model: Path) -> Any:
     """Run a module in its own process; return the JSON value of its last line, if it is one.
 
     An EngineError says that it failed or died, with the last line that it wrote. ``model`` is the
-    folder that it reads, by whose size its limits grow; ``python`` that of another environment.
+    folder that it reads, by whose size its limits grow.
     """
     # What no healthy export comes near: it takes up to 7 float32 copies of the weights.
     size_bytes = sum(file.stat().st_size for file in model.iterdir() if file.is_file())
     seconds = _BASE_SECONDS + int(_SECONDS_PER_BYTE * size_bytes)
     limits = child.Limits(_BASE_BYTES + _COPIES * size_bytes, seconds)
-    outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits, python=python)
+    outcome = child.run_module(module, *arguments, variables=_QUIET, limits=limits)
     if outcome.failure:
         raise EngineError(
             "exporter-failed",
@@ -126,15 +124,10 @@ def run_module(
 
 
 def write_graph(
-    module: str,
-    arguments: Sequence[str],
-    what: str,
-    prepared: Path,
-    out: Path,
-    python: Path | None = None,
+    module: str, arguments: Sequence[str], what: str, prepared: Path, out: Path
 ) -> Path:
     """Run an exporter as :func:`run_module` does; return its graph, without which it failed."""
-    run_module(module, arguments, what, prepared, python)
+    run_module(module, arguments, what, prepared)
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError("no-graph-written", f"{what} ended without an error and without a graph")

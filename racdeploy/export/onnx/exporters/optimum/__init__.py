@@ -2,7 +2,7 @@
 
 Source: ``optimum/exporters/onnx`` of optimum-onnx 0.1.0. Its own validation only warns; its linears
 are transposed and renamed, so they are known by the node that takes them. It needs transformers
-4.57; where that is not what is installed, it runs in an environment of its own.
+4.57.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.export.onnx.exporters import write_graph
-from racdeploy.extras import installed_release, installed_version, is_installed
+from racdeploy.extras import installed_release, installed_version
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.plugins import require
-from racdeploy.processes import environments
 
 PREFERENCE = 2
 PROVEN = frozenset(
@@ -28,20 +27,17 @@ _RENAMED = re.compile(r"^onnx::MatMul_\d+$")
 
 
 def check_environment() -> None:
-    """Raise EnvironmentFailure where optimum is neither beside transformers nor on its own."""
-    if _is_beside() or environments.find("optimum"):
-        return
+    """Raise EnvironmentFailure where optimum is not installed, or transformers is too new."""
+    if installed_release("transformers") >= _TOO_NEW:
+        raise EnvironmentFailure(
+            "new-transformers",
+            f"optimum-onnx needs transformers below 4.58, and {installed_version('transformers')} "
+            "is installed",
+            remedy='pip install "racdeploy[all,optimum]" in another virtual environment',
+        )
 
-    if installed_release("transformers") < _TOO_NEW:
-        for package in _PACKAGES:
-            require(package)
-
-    raise EnvironmentFailure(
-        "new-transformers",
-        f"optimum-onnx needs transformers below 4.58, and {installed_version('transformers')} is "
-        "installed",
-        remedy="run `racdeploy doctor --setup optimum`, once",
-    )
+    for package in _PACKAGES:
+        require(package)
 
 
 def refusal(checkpoint: Checkpoint) -> str:
@@ -53,17 +49,9 @@ def refusal(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; a failure, or no graph, is an EngineError."""
-    check_environment()
-    python = None if _is_beside() else environments.find("optimum")
     folders = [str(prepared), str(out)]
     child = "racdeploy.export.onnx.exporters.optimum.child"
-    return write_graph(child, folders, "optimum's export", prepared, out, python)
-
-
-def _is_beside() -> bool:
-    """Return whether optimum is installed with a transformers that it goes with."""
-    fits = installed_release("transformers") < _TOO_NEW
-    return fits and all(map(is_installed, _PACKAGES))
+    return write_graph(child, folders, "optimum's export", prepared, out)
 
 
 def source_of(initializer: str, consumers: Sequence[str]) -> str:
