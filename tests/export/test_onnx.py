@@ -70,7 +70,7 @@ def built(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def chosen(checkpoint: Checkpoint, built: Path, monkeypatch: pytest.MonkeyPatch) -> Chosen:
     """The same graph for every export of this file."""
-    found = Chosen(adopt(built, checkpoint, onnx_exporters.load("genai"), "genai"), "built once")
+    found = Chosen(adopt(built, checkpoint, onnx_exporters.load("genai")), "built once")
     monkeypatch.setattr(onnx_writer, "choose", lambda checkpoint, exporter: found)
     return found
 
@@ -318,7 +318,7 @@ def test_a_graph_that_differs_from_the_checkpoint_is_refused(
     change, value = SPOILED[name]
     file = _spoil(built, tmp_path / "spoiled", change)
     with raises("graph-differs", value):
-        adopt(file, checkpoint, onnx_exporters.load("genai"), "genai")
+        adopt(file, checkpoint, onnx_exporters.load("genai"))
 
 
 def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_taken(

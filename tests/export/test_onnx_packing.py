@@ -58,7 +58,7 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every export here takes one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     file = tiny_onnx() / APPENDING / "model.onnx"
-    graph = adopt(file, dense, onnx_exporters.load(APPENDING), APPENDING)
+    graph = adopt(file, dense, onnx_exporters.load(APPENDING))
     monkeypatch.setattr(
         onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )

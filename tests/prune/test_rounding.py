@@ -470,7 +470,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
         onnx_exporters.load("genai"),
     )
     built = genai.build(onnx_exporters.prepare(checkpoint, folder / "in"), folder / "out")
-    return Chosen(adopt(built, checkpoint, genai, "genai"), "built once")
+    return Chosen(adopt(built, checkpoint, genai), "built once")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

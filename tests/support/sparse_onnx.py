@@ -31,7 +31,7 @@ def use_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every export take one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     file = tiny_onnx() / APPENDING / "model.onnx"
-    graph = adopt(file, dense, onnx_exporters.load(APPENDING), APPENDING)
+    graph = adopt(file, dense, onnx_exporters.load(APPENDING))
     monkeypatch.setattr(
         onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from racdeploy import plugins, quant
-from racdeploy.errors import ArtifactError, MissingExtraError
+from racdeploy.errors import MissingExtraError
 from racdeploy.export import MeasuredTensor
 from racdeploy.export.gguf.splits import read_parts
 from racdeploy.packing import racgguf
 from racdeploy.tensors.gguf_header import GGML_SIZES, TensorInfo
 
-_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
+_PIECE_BYTES = 1 << 20  # up to 16 MiB of float32
 _NUMBERS = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
 _TYPES = {int(kind): kind for kind in GGMLQuantizationType}
 
@@ -41,11 +41,12 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     else:
         (_, first), *_ = parts = read_parts(path)
         values = first.values
-        rows = [
-            _describe(tensor, _read_pieces(file, tensor), names, tensor.size_bytes)
-            for file, header in parts
-            for tensor in header.tensors
-        ]
+        rows = []
+        for file, header in parts:
+            with file.open("rb") as stream:
+                for tensor in header.tensors:
+                    pieces = racgguf.read_pieces(tensor, stream, _PIECE_BYTES)
+                    rows.append(_describe(tensor, pieces, names, tensor.size_bytes))
 
     scalars = {key: value for key, value in values.items() if isinstance(value, str | int | float)}
     return scalars, rows
@@ -72,25 +73,6 @@ def _describe(
         zeros=None if zeros is None else zeros / math.prod(tensor.dimensions),
         size_bytes=size_bytes,
     )
-
-
-def _read_pieces(file: Path, tensor: TensorInfo) -> Iterator[Bytes]:
-    block_weights, block_bytes = GGML_SIZES[tensor.ggml_type]
-    step = _SLAB_WEIGHTS // block_weights * block_bytes
-
-    with file.open("rb") as stream:
-        stream.seek(tensor.position)
-        for start in range(0, tensor.size_bytes, step):
-            size_bytes = min(step, tensor.size_bytes - start)
-            piece = np.fromfile(stream, np.uint8, size_bytes)
-            if piece.size < size_bytes:
-                raise ArtifactError(
-                    "file-became-shorter",
-                    f"{file} became shorter while it was read",
-                    remedy="copy it again",
-                )
-
-            yield piece
 
 
 def _count_zeros(pieces: Iterable[Bytes], ggml_type: int, name: str) -> int | None:

@@ -112,7 +112,7 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[Graph, dict[str, float]
         folder = Path(scratch) / checkpoint.folder.resolve().name
         prepared = onnx_exporters.prepare(checkpoint, folder)
         file = exporter.build(prepared, Path(scratch) / "graph")
-        graph = adopt(file, checkpoint, exporter, name)
+        graph = adopt(file, checkpoint, exporter)
         arguments = [str(checkpoint.folder.resolve()), str(file)]
         what = "the comparison with torch"
         found = run_module("racdeploy.export.onnx.parity", arguments, what, checkpoint.folder)

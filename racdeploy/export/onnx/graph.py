@@ -42,23 +42,21 @@ class Graph:
     vectors: frozenset[str]  # all others
 
 
-def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str) -> Graph:
+def adopt(file: Path, checkpoint: Checkpoint, exporter: Exporter) -> Graph:
     """Compare a graph in float32 with the checkpoint, and return it without weights.
 
-    An EngineError says which weight differs, is missing, or is unknown in itself or in its use;
-    ``what`` is the exporter's name in it.
+    An EngineError says which weight differs, is missing, or is unknown in itself or in its use.
     """
     model = onnx.load(str(file), load_external_data=False)
-    sources = _match_weights(model, file, checkpoint, exporter, what)
-    wiring = _Wiring(model, sources, what)
+    sources = _match_weights(model, file, checkpoint, exporter)
+    wiring = _Wiring(model, sources)
     wiring.rewire()
 
     used = wiring.linears | wiring.embeddings | wiring.vectors
     if missing := sorted(list_used_tensors(checkpoint) - used):
         raise EngineError(
             "graph-differs",
-            f"the graph of {what} lacks {len(missing)} tensors of the checkpoint, "
-            f"first {missing[0]!r}",
+            f"the graph lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}",
         )
 
     fix_head_size(model, checkpoint.shape.head_dim)
@@ -78,7 +76,7 @@ class _Weight:
 
 
 def _match_weights(
-    model: onnx.ModelProto, file: Path, checkpoint: Checkpoint, exporter: Exporter, what: str
+    model: onnx.ModelProto, file: Path, checkpoint: Checkpoint, exporter: Exporter
 ) -> dict[str, _Weight]:
     consumers: defaultdict[str, list[str]] = defaultdict(list)
     for node in model.graph.node:
@@ -91,37 +89,35 @@ def _match_weights(
         if source == "lm_head.weight" and checkpoint.tied:
             source = "model.embed_tokens.weight"
         if source not in checkpoint.entries:
-            _check_constant(initializer, source, what)
+            _check_constant(initializer, source)
             continue
         if initializer.data_type != onnx.TensorProto.FLOAT:
             raise EngineError(
                 "graph-differs",
-                f"{what} stored {source!r} as type {initializer.data_type}, not in float32",
+                f"the graph stores {source!r} as type {initializer.data_type}, not in float32",
             )
 
-        weights[initializer.name] = _compare(initializer, file, checkpoint, source, what)
+        weights[initializer.name] = _compare(initializer, file, checkpoint, source)
 
     uses = Counter(weight.source for weight in weights.values())
     if repeated := sorted(source for source, count in uses.items() if count > 1):
-        raise EngineError(
-            "graph-differs", f"the graph of {what} stores {repeated[0]!r} more than once"
-        )
+        raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
 
     return weights
 
 
-def _check_constant(initializer: onnx.TensorProto, source: str, what: str) -> None:
+def _check_constant(initializer: onnx.TensorProto, source: str) -> None:
     count = int(np.prod(list(initializer.dims)))
     if source or (count > _MOST_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
         raise EngineError(
             "graph-differs",
-            f"the graph of {what} holds a tensor {initializer.name!r} of {count} values "
+            f"the graph holds a tensor {initializer.name!r} of {count} values "
             "that the checkpoint lacks",
         )
 
 
 def _compare(
-    initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str, what: str
+    initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str
 ) -> _Weight:
     """Return which way round the tensor is stored; every value must be the checkpoint's."""
     found = read_array(initializer, file.parent)
@@ -134,7 +130,7 @@ def _compare(
 
     raise EngineError(
         "graph-differs",
-        f"{what} changed {source!r}: shape {list(found.shape)} with values that are not the "
+        f"the graph changes {source!r}: shape {list(found.shape)} with values that are not the "
         f"checkpoint's {list(expected.shape)}",
     )
 
@@ -152,13 +148,12 @@ def _equal(found: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
 class _Wiring:
     """Finds what each weight is for, and names it as in the checkpoint."""
 
-    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, _Weight], what: str) -> None:
+    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, _Weight]) -> None:
         self.linears: set[str] = set()
         self.embeddings: set[str] = set()
         self.vectors: set[str] = set()
         self._graph = model.graph
         self._sources = sources
-        self._what = what
         self._made_by = {name: node for node in self._graph.node for name in node.output}
 
     def rewire(self) -> None:
@@ -199,9 +194,7 @@ class _Wiring:
             if attribute.name == "perm":
                 order = list(attribute.ints)
         if order not in ([1, 0], [0, 1]):
-            raise EngineError(
-                "graph-differs", f"{self._what} transposes {found.source!r} by {order}"
-            )
+            raise EngineError("graph-differs", f"the graph transposes {found.source!r} by {order}")
 
         return _Weight(found.source, found.transposed != (order == [1, 0]))
 
@@ -219,7 +212,7 @@ class _Wiring:
             case _:
                 raise EngineError(
                     "graph-differs",
-                    f"{self._what} uses {weight.source!r} as input {place} of {node.op_type}, "
+                    f"the graph uses {weight.source!r} as input {place} of {node.op_type}, "
                     "which is not known",
                 )
 

@@ -104,7 +104,7 @@ def read_pieces(
         piece = np.fromfile(source, dtype=np.uint8, count=min(left, piece_bytes))
         if not piece.size:
             message = "the file became shorter while it was read"
-            raise ArtifactError("file-became-shorter", message, remedy="export it again")
+            raise ArtifactError("file-became-shorter", message, remedy="copy or export it again")
 
         left -= piece.size
         yield piece
