@@ -22,7 +22,6 @@ class Package:
 
 _TABLE = tomllib.loads((files("racdeploy") / "extras.toml").read_text(encoding="utf-8"))
 PACKAGES = {module: Package(module, *row) for module, row in _TABLE["optional"].items()}
-OPTIONAL = tuple(PACKAGES.values())
 
 
 def is_installed(module: str) -> bool:

@@ -117,7 +117,7 @@ def _read_assignment(statement: ast.Assign) -> dict[str, Any]:
 
 
 def require(module: str) -> None:
-    """Raise MissingExtraError without a package of :data:`racdeploy.extras.OPTIONAL`."""
+    """Raise MissingExtraError without a package of :data:`racdeploy.extras.PACKAGES`."""
     if not is_installed(module):
         raise _missing(module)
 

@@ -25,7 +25,6 @@ from racdeploy.verify.baseline import find_dense_arm
 
 _LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
 _MOST_ANSWERS = 32
-_SMALLER = 1.02  # a dense file that is not even this much larger promises nothing
 Round = Mapping[str, float]
 
 FIGURES = {
@@ -76,26 +75,6 @@ class Benchmark:
             name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
         }
 
-    @property
-    def bytes_ratio(self) -> float | None:
-        """How many times as many bytes the dense files have; None where that is unknown."""
-        if not self.dense_bytes or not self.pruned_bytes:
-            return None
-        return self.dense_bytes / self.pruned_bytes
-
-    def payoff(self) -> str:
-        """Return what smaller files pay in speed, in one sentence; empty where they are not."""
-        promised = self.bytes_ratio
-        if promised is None or promised < _SMALLER:
-            return ""
-
-        ratios = {name: median(found) for name, found in self.ratios().items()}
-        decode, prefill = ratios["decode_tokens_per_s"], ratios["prefill_tokens_per_s"]
-        return (
-            f"decode {decode:.2f}× of {promised:.2f}× by bytes ({decode / promised:.0%}), "
-            f"prefill {prefill:.2f}×, memory {ratios['peak_rss_bytes']:.2f}×"
-        )
-
     def to_table(self) -> Table:
         """Return the medians of both, their ratio and its range over the rounds."""
         medians = self.medians()
@@ -106,10 +85,10 @@ class Benchmark:
             spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
             rows.append((FIGURES[name], *sides, f"{median(ratios):.2f}", spread))
 
-        if self.bytes_ratio:
+        if self.dense_bytes and self.pruned_bytes:
             sizes = (self.dense_bytes, self.pruned_bytes)
             sides = [_format_figure("file_bytes", size) for size in sizes]
-            rows.append(("files", *sides, f"{1 / self.bytes_ratio:.2f}", ""))
+            rows.append(("files", *sides, f"{sizes[1] / sizes[0]:.2f}", ""))
 
         together = self.load.parallel
         what = f"{together} at once" if together > 1 else "one sequence"
@@ -129,7 +108,6 @@ class Benchmark:
             "ratio": {name: median(found) for name, found in ratios.items()},
             "ratio_range": {name: [found[0], found[-1]] for name, found in ratios.items()},
             "file_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes},
-            "ratio_by_bytes": self.bytes_ratio,
             **load,
             "kernels": self.kernels,
         }

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from racdeploy import sparse_kernels
-from racdeploy.extras import OPTIONAL, Package, installed_version, is_installed
+from racdeploy.extras import PACKAGES, Package, installed_version, is_installed
 from racdeploy.files.caches import default_work
 from racdeploy.models.sources import EMBEDDED, resolve
 from racdeploy.processes import landlock
@@ -26,7 +26,7 @@ def examine() -> list[Finding]:
     """
     return [
         _finding("python", True, sys.version.split()[0]),
-        *(_examine_package(package) for package in OPTIONAL),
+        *(_examine_package(package) for package in PACKAGES.values()),
         _examine_model(),
         _examine_work(),
         _examine_cores(),

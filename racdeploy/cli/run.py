@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported, say, show
+from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported, say
 from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
@@ -143,8 +143,6 @@ def bench(
         return
 
     print_table(found.to_table(), out)
-    if payoff := found.payoff():
-        show(payoff)
     say(f"dense: {found.dense}\npruned: {found.pruned}")
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
     _print_kernels(found.kernels, accel, zeros)

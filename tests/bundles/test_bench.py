@@ -129,31 +129,14 @@ def test_any_artifact_of_a_bundle_can_be_measured(
         bench(copy, dense, Load(), artifact="third.gguf")
 
 
-@pytest.mark.parametrize(
-    ("dense_bytes", "pruned_bytes", "said"),
-    [
-        (3000, 2000, "decode 1.20× of 1.50× by bytes (80%), prefill 0.90×, memory 0.50×"),
-        (2000, 2000, ""),
-        (3000, 0, ""),
-    ],
-)
-def test_what_smaller_files_pay_is_said_beside_what_they_promise(
-    dense_bytes: int, pruned_bytes: int, said: str
-) -> None:
-    """Speed over bytes; nothing where no file is smaller, or where another file is read."""
-    before = dict.fromkeys(FIGURES, 10.0)
-    after = before | {
-        "decode_tokens_per_s": 12.0,
-        "prefill_tokens_per_s": 9.0,
-        "peak_rss_bytes": 5.0,
-    }
-    sides = (Path("dense"), Path("pruned"), (before,), (after,))
+@pytest.mark.parametrize(("dense_bytes", "pruned_bytes"), [(3000, 2000), (2000, 2000), (3000, 0)])
+def test_the_files_stand_beside_the_speed(dense_bytes: int, pruned_bytes: int) -> None:
+    """Nothing of them where another file is read."""
+    figures = dict.fromkeys(FIGURES, 10.0)
+    sides = (Path("dense"), Path("pruned"), (figures,), (figures,))
     found = benchmark.Benchmark(Load(rounds=1), *sides, "", dense_bytes, pruned_bytes)
-    assert found.payoff() == said
     files = [row for row in found.to_table().rows if row[0] == "files"]
     assert bool(files) == bool(pruned_bytes)
-    expected = pytest.approx(dense_bytes / pruned_bytes) if pruned_bytes else None
-    assert found.to_json()["ratio_by_bytes"] == expected
 
 
 def test_all_files_of_an_artifact_are_counted(tmp_path: Path) -> None:

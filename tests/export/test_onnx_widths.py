@@ -294,7 +294,7 @@ def test_room_for_the_twin_is_asked_for(
     weights = sum(np.prod(entry.shape) for entry in checkpoint.entries.values())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=8 * weights))
-    with raises("disk-full", str(tmp_path)):
+    with raises("disk-full", "TMPDIR"):
         export(checkpoint, tmp_path / "m.onnx", quant="f16")
 
 

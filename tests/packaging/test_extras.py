@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from racdeploy.extras import OPTIONAL, Package
+from racdeploy.extras import PACKAGES, Package
 from tests.support.wheel import ROOT, run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -43,7 +43,7 @@ def test_only_the_extra_that_needs_it_holds_transformers_back() -> None:
     assert "optimum" not in _expand("all") | _expand("test")
 
 
-@pytest.mark.parametrize("package", OPTIONAL, ids=lambda package: package.name)
+@pytest.mark.parametrize("package", PACKAGES.values(), ids=lambda package: package.name)
 def test_a_hint_names_an_extra_that_brings_the_package(package: Package) -> None:
     """What doctor and errors say is what pip does."""
     brought = set()
