@@ -2,8 +2,8 @@
 
 The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
 units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
-plugins`` lists, ``families`` a table of them with what tests compare; the others quote a file.
-tests/documents/test_docs.py compares.
+plugins`` lists, ``families`` a table of them with what tests compare, ``errors`` every error with
+its code; the others quote a file. tests/documents/test_docs.py compares.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy.models.supported import describe_families
+from tests.support.error_codes import EXIT_CODES, list_raised
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "racdeploy"
-_WRITTEN = ("ARCHITECTURE.md", "CONTRIBUTING.md", "docs/families.md")
+_WRITTEN = ("ARCHITECTURE.md", "CONTRIBUTING.md", "docs/families.md", "docs/reference/errors.md")
 FILES = tuple(ROOT / name for name in _WRITTEN)
 PLUGIN_FOLDERS = {package.replace(".", "/") for package in plugins.KINDS.values()}
 COLUMNS = 118
@@ -77,6 +78,19 @@ def tabulate_families() -> str:
     return "\n".join(lines)
 
 
+def tabulate_errors() -> str:
+    """Return a row for each code and sentence, values in braces as the source has them."""
+    lines = ["| code | exit | what it says | what to do |", "|---|---|---|---|"]
+    for each in list_raised():
+        cells = (f"`{each.code}`", str(EXIT_CODES[each.kind]), each.sentence, each.remedy)
+        lines.append(f"| {' | '.join(map(_as_cell, cells))} |")
+    return "\n".join(lines)
+
+
+def _as_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def _list_cases(path: str) -> set[str]:
     """Return the families that a table of cases names."""
     text = (ROOT / path).read_text(encoding="utf-8")
@@ -120,6 +134,7 @@ def _describe(name: str, file: Path, depth: int) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "errors": tabulate_errors,
     "families": tabulate_families,
     "plugins": list_plugins,
     "q5_k": partial(quote, "racdeploy/quant/formats/q5_k.py"),
