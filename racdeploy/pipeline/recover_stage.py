@@ -101,8 +101,7 @@ class RecoverStage:
 
         _, dense = collect(None, 0)
         # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
-        every = self.calibration.model_copy(update={"max_tokens": 0})
-        chosen = select(dense, every)
+        chosen = select(dense, self.calibration.model_copy(update={"max_tokens": 0}))
 
         fewest, most = LOOKED_AT_TOKENS
         looked_at = min(most, max(fewest, self.settings.tokens // 25))

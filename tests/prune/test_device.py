@@ -14,10 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from racdeploy import plugins
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune import device
+from racdeploy.prune import calibrate, device
 from racdeploy.prune.calibrate import prune_blocks
 from racdeploy.prune.device import choose_device
-from racdeploy.prune.walk import session as sessions
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
@@ -84,7 +83,7 @@ def _prune(
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sessions, device):
+    for module in (calibrate, device):
         monkeypatch.setattr(
             module, "choose_device", lambda asked: FAR if asked == "cuda" else device.CPU
         )
