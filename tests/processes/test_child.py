@@ -23,7 +23,7 @@ from racdeploy.processes.child import Limits, Outcome, run_module
             Outcome(None, "ended with exit code 1: no such layer"),
         ),
         (
-            "from racdeploy.errors import ModelError; raise ModelError('a-b', 'no such', remedy='x')",
+            "from racdeploy.errors import ModelError; raise ModelError('a', 'no such', remedy='x')",
             Outcome(None, "ended with exit code 1: racdeploy.errors.ModelError: no such"),
         ),
         ("import os; os.abort()", Outcome(None, "died with SIGABRT: it wrote nothing")),
