@@ -157,10 +157,11 @@ def test_rounds_grow_to_all_prompts() -> None:
     assert list_rounds(7) == [7]
 
 
-def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best() -> None:
+@pytest.mark.parametrize("races", [20, pytest.param(40, marks=pytest.mark.matrix)])
+def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best(races: int) -> None:
     """12 equal models, 3 % of whose thoughts take twenty times as long."""
     stopped = 0
-    for seed in range(40):
+    for seed in range(races):
         random = np.random.default_rng(seed)
         contestants = [Contestant(f"{place}", 1, 1e-3, 0.1) for place in range(12)]
         scores = {}
@@ -177,4 +178,4 @@ def test_of_equal_costs_with_rare_endless_thoughts_few_races_stop_the_best() -> 
         race.run()
         stopped += "0" in race.stopped
 
-    assert stopped <= 4
+    assert stopped <= races / 10
