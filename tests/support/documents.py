@@ -88,7 +88,9 @@ def tabulate_errors() -> str:
 
 
 def _as_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Return a text that is no link, tag or end of a cell."""
+    text = " ".join(text.split()).replace("<", "&lt;")
+    return re.sub(r"([|\[\]])", r"\\\1", text)
 
 
 def _list_cases(path: str) -> set[str]:
