@@ -246,8 +246,7 @@ class Family:
                 "old-transformers",
                 f"{self.architecture} needs transformers {self.since}, and"
                 f" {installed_version('transformers')} is installed",
-                remedy=f'pip install "transformers>={self.since}"; exporters that need an older one'
-                " keep it in an environment of their own: racdeploy doctor",
+                remedy=f'pip install "transformers>={self.since}"',
             )
 
     def split_block(self, name: str) -> tuple[int | None, str]:
