@@ -103,7 +103,7 @@ def read_pieces(
     while left:
         piece = np.fromfile(source, dtype=np.uint8, count=min(left, piece_bytes))
         if not piece.size:
-            message = "the file became shorter while it was read"
+            message = f"{source.name} became shorter while it was read"
             raise ArtifactError("file-became-shorter", message, remedy="copy or export it again")
 
         left -= piece.size
