@@ -311,15 +311,15 @@ def _names_with(member: str) -> tuple[str, ...]:
     return tuple(name for name in names if hasattr(plugins.load("tasks", name), member))
 
 
+def share_evenly(count: int, tasks: int) -> list[int]:
+    """Return how many of ``count`` problems each task has; the first ones have the rest."""
+    share, rest = divmod(count, tasks)
+    return [share + (place < rest) for place in range(tasks)]
+
+
 def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
     """Share ``count`` problems evenly among tasks and interleave them."""
-    share, rest = divmod(count, len(tasks))
-
-    columns = []
-
-    for place, task in enumerate(tasks):
-        own = share + 1 if place < rest else share
-        columns.append(task.problems(split, seed, own))
-
+    shares = share_evenly(count, len(tasks))
+    columns = [task.problems(split, seed, own) for task, own in zip(tasks, shares, strict=True)]
     rows = itertools.zip_longest(*columns)
     return [problem for row in rows for problem in row if problem is not None]

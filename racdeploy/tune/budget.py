@@ -16,6 +16,7 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.forecast import count_active_weights
 from racdeploy.pipeline.job import Job
+from racdeploy.tasks import share_evenly
 from racdeploy.traces.trace import Trace
 from racdeploy.tune.race import FIRST_ROUND
 from racdeploy.tune.speed import MAX_SECONDS
@@ -173,10 +174,7 @@ def check_held_out(job: Job) -> None:
     tasks = len(job.tasks.calibration)
 
     def is_enough(count: int) -> bool:
-        """Count as :func:`racdeploy.tasks.problems_of` shares prompts among tasks: evenly."""
-        each, rest = divmod(count, tasks)
-        held_out = rest * round(share * (each + 1)) + (tasks - rest) * round(share * each)
-        return held_out >= LEAST_HELD_OUT
+        return sum(round(share * own) for own in share_evenly(count, tasks)) >= LEAST_HELD_OUT
 
     if is_enough(asked):
         return
