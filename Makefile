@@ -17,7 +17,7 @@ SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
 VENV5  := .venv-transformers5
-TESTS5 ?= $(addprefix tests/,contracts engines end_to_end export prune recover)
+TESTS5 ?= $(addprefix tests/,contracts engines end_to_end exporting pruning recovery)
 
 KERNELS ?= slow or not slow
 PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 SIZES = (2.5, 3.0, 3.5, 4.5, 8.5)
 """Bits for each weight of a dense linear."""
-_JOINT = ("joint=true",)
+_OPTIMIZED = ('export.rounding="optimized"',)
 _RECOVERED = ("recover.tokens=250000", "recover.on_policy=0.0")
 
 
@@ -36,8 +36,8 @@ class Arm:
 
 def dense(size: float, quant: str, *settings: str) -> Arm:
     """Return the arm whose codes are chosen without zeros."""
-    found = ("sparsity=0.0", *_JOINT, *settings)
-    return Arm(size, f"dense {quant} joint", quant, found)
+    found = ("sparsity=0.0", *_OPTIMIZED, *settings)
+    return Arm(size, f"dense {quant} optimized", quant, found)
 
 
 def rounded(size: float, quant: str, *settings: str) -> Arm:
@@ -48,12 +48,12 @@ def rounded(size: float, quant: str, *settings: str) -> Arm:
 def zeros(size: float, quant: str, share: float, *settings: str) -> Arm:
     """Return the arm with a share of zeros, packed."""
     name = f"zeros {share:.1%} {quant}".replace(".0%", "%").replace("%", " %")
-    return Arm(size, name, quant, (f"sparsity={share}", *_JOINT, *settings))
+    return Arm(size, name, quant, (f"sparsity={share}", *_OPTIMIZED, *settings))
 
 
 def cut(size: float, quant: str, share: float, *settings: str) -> Arm:
     """Return the arm of whose feed-forward channels a share stays."""
-    found = ("sparsity=0.0", *_JOINT, f"structure.keep.ffn={share}", *settings)
+    found = ("sparsity=0.0", *_OPTIMIZED, f"structure.keep.ffn={share}", *settings)
     return Arm(size, f"cut ffn={share:g} {quant}", quant, found)
 
 
@@ -67,11 +67,11 @@ def half_and_half(size: float) -> tuple[Arm, Arm]:
     """Return mixes of two K-quants, 2 bits for gate and up: rounded, and half of it chosen."""
     pattern = "ffn_(gate|up)"
     tensors = f'export.tensors={{"{pattern}" = "q2_k"}}'
-    stay = 'dense=["self_attn", "down_proj"]'
-    chosen = ("sparsity=0.0", *_JOINT, stay, tensors)
+    stay = 'ignore=["self_attn", "down_proj"]'
+    chosen = ("sparsity=0.0", *_OPTIMIZED, stay, tensors)
     return (
         Arm(size, "dense q3_k, gate and up q2_k", "q3_k", (tensors,), rounded=True),
-        Arm(size, "dense q3_k, gate and up q2_k joint", "q3_k", chosen),
+        Arm(size, "dense q3_k, gate and up q2_k optimized", "q3_k", chosen),
     )
 
 
@@ -99,8 +99,8 @@ WIDE = (
     zeros(4.5, "q5_0", 0.38),
     cut(4.5, "q5_0", 0.7576),
     dense(8.5, "q8_0"),
-    zeros(8.5, "f16", 0.53, "joint=false"),
-    cut(8.5, "f16", 0.375, "joint=false"),
+    zeros(8.5, "f16", 0.53, 'export.rounding="nearest"'),
+    cut(8.5, "f16", 0.375, 'export.rounding="nearest"'),
     recovered(zeros(2.5, "q4_0", 0.7)),
     recovered(cut(2.5, "q4_0", 0.4074)),
     recovered(zeros(3.0, "q4_0", 0.56)),
@@ -119,6 +119,6 @@ NARROW = (
     rounded(4.5, "q4_0"),
     zeros(4.5, "q8_0", 0.605),
     cut(4.5, "q5_0", 0.7576),
-    zeros(8.5, "f16", 0.53, "joint=false"),
-    cut(8.5, "f16", 0.375, "joint=false"),
+    zeros(8.5, "f16", 0.53, 'export.rounding="nearest"'),
+    cut(8.5, "f16", 0.375, 'export.rounding="nearest"'),
 )

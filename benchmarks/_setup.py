@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.files.toml import merge
 from racdeploy.models import widths
 from racdeploy.pipeline.build import Build
@@ -68,7 +68,7 @@ def pruning_parser(about: str) -> argparse.ArgumentParser:
     made.add_argument("--traces", type=int, default=256)
     made.add_argument("--max-new-tokens", type=int, default=1024)
     made.add_argument("--compared", type=int, default=16, help="held-out traces for the KL")
-    made.add_argument("--work", type=Path, default=default_work())
+    made.add_argument("--work", type=Path, default=default_work_folder())
     made.add_argument("--threads", type=int, default=0)
     made.add_argument("--out", type=Path, required=True)
     return made
@@ -90,7 +90,7 @@ def prune(arguments: argparse.Namespace) -> tuple[Build, Path, list[Trace]]:
         },
     )
     build = Build(Job(recipe), arguments.work, arguments.threads)
-    _, held_out, _ = build.prune_stage.select(build.traces()[1])
+    _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
     traces = [(trace.prompt_ids, trace.completion_ids) for trace in held_out[: arguments.compared]]
     return build, build.prune().folder, traces
 
@@ -127,7 +127,7 @@ def write_random_model(
         "torch_dtype": "bfloat16",
     }
     if len({*channels}) > 1:
-        config = widths.write(config, range(len(channels)), {"intermediate_size": channels})
+        config = widths.cut_config(config, range(len(channels)), {"intermediate_size": channels})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -25,24 +25,24 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks._setup import add_settings, with_settings
-from racdeploy.bundles.bench import Load, compare
+from racdeploy.bundles.bench import BenchSettings, measure_pair
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export import ExportResult
-from racdeploy.files.caches import default_work
+from racdeploy.exporting import ExportResult
+from racdeploy.files.caches import default_work_folder
 from racdeploy.files.toml import merge
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
-from racdeploy.results.answers import Record
-from racdeploy.verify.stats.lengths import length_ratio, restrict_lengths
-from racdeploy.verify.stats.paired import tango_interval, wilson_interval
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.verification.stats.lengths import length_ratio, restrict_lengths
+from racdeploy.verification.stats.paired import tango_interval, wilson_interval
 
 ROWS = ("50 %", "60 %", "70 %", "2:4")
 COLUMNS: dict[str, dict[str, dict[str, object]]] = {
     "magnitude": {
-        "prune": {"method": "magnitude", "match_dense": False, "refit_steps": 0},
+        "prune": {"method": "magnitude", "target": "linear_output", "refit_steps": 0},
         "structure": {"criterion": "magnitude"},
     },
     "prompt only": {"calibration": {"source": "prompt"}},
@@ -97,12 +97,12 @@ def main() -> None:
     parser.add_argument("--engine-threads", nargs="*", type=int, default=[])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--columns", nargs="*", default=list(COLUMNS), choices=list(COLUMNS))
-    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--work", type=Path, default=default_work_folder())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    dense: tuple[Record, ...] | None = None
+    dense: tuple[AnswerRecord, ...] | None = None
     cells = []
 
     for row in arguments.rows:
@@ -177,19 +177,19 @@ def parts(row: str) -> dict[str, float]:
 
 def answers(
     build: Build, exported: ExportResult, arm: str, model: Path | None = None
-) -> tuple[Record, ...]:
+) -> tuple[AnswerRecord, ...]:
     """Answer the evaluation prompts with one artifact on its engine."""
     folder = model or build.job.model.folder
     return tuple(build.evaluation.answer(exported, arm, folder).records)
 
 
-def pruned_answers(build: Build, arm: str) -> tuple[Record, ...]:
+def pruned_answers(build: Build, arm: str) -> tuple[AnswerRecord, ...]:
     """Prune, export and answer."""
     folder = build.prune().folder
     return answers(build, build.export(folder, name_artifact(build.job)), arm, folder)
 
 
-def gain(before: tuple[Record, ...], after: tuple[Record, ...]) -> dict[str, float]:
+def gain(before: tuple[AnswerRecord, ...], after: tuple[AnswerRecord, ...]) -> dict[str, float]:
     """Return how much more often the second arm is right, with the interval over the pairs, and
     what it rests on.
     """
@@ -215,9 +215,9 @@ def time_files(build: Build, dense: ExportResult, arguments: argparse.Namespace)
     found |= {"decode_ratios": {}, "prefill_ratios": {}}
 
     for threads in arguments.engine_threads:
-        load = Load(arguments.rounds, threads=threads, accel="off")
+        load = BenchSettings(arguments.rounds, threads=threads, accel="off")
         settings = EngineSettings(512, 1, threads)
-        timed = compare(build.job.backend, dense.path, pruned.path, load, settings, vocabulary)
+        timed = measure_pair(build.job.backend, dense.path, pruned.path, load, settings, vocabulary)
         ratios = {name: median(values) for name, values in timed.ratios().items()}
         found["decode_ratios"][threads] = ratios["decode_tokens_per_s"]
         found["prefill_ratios"][threads] = ratios["prefill_tokens_per_s"]
@@ -225,7 +225,7 @@ def time_files(build: Build, dense: ExportResult, arguments: argparse.Namespace)
     return found
 
 
-def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> Cell:
+def measure(build: Build, row: str, column: str, dense: tuple[AnswerRecord, ...]) -> Cell:
     """Prune, export, answer and compare."""
     model, pruned = build.prune(), pruned_answers(build, column)
     drop = gain(pruned, dense)
@@ -254,7 +254,7 @@ def measure(build: Build, row: str, column: str, dense: tuple[Record, ...]) -> C
     )
 
 
-def table(cells: list[Cell], dense: tuple[Record, ...]) -> str:
+def table(cells: list[Cell], dense: tuple[AnswerRecord, ...]) -> str:
     """Return Markdown: patterns down, calibrations across, missing cells left empty."""
     right = sum(record.correct for record in dense)
     interval = wilson_interval(right, len(dense))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
@@ -26,7 +26,7 @@ def main() -> None:
     recipe = Recipe.combine(
         None, {"model": arguments.model, "verify": verify, "export": {"quant": "f32"}}
     )
-    build = Build(Job(recipe), default_work())
+    build = Build(Job(recipe), default_work_folder())
     artifact = build.export(build.job.model.folder, "dense", pruned=False)
     records = build.evaluation.answer(artifact, "dense", build.job.model.folder).records
     print("| task | accuracy | mean thinking tokens | longest |\n|---|---|---|---|")

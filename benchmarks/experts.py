@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.structure.outline import read_outline
-from racdeploy.prune.walk.assemble import assemble
+from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.structure.cut_plan import read_cut_plan
+from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Structure
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace
@@ -50,10 +50,10 @@ def measure(checkpoint: Checkpoint, out: Path, criterion: str, share: float) -> 
     blocks = out / "blocks"
     blocks.mkdir(parents=True)
     structure = Structure.model_validate({"keep": {"experts": share}, "criterion": criterion})
-    plain = Pruning(sparsity=0.0, match_dense=False, dense=("proj",))
+    plain = Pruning(sparsity=0.0, target="linear_output", ignore=("proj",))
     prune_blocks(checkpoint, CALIBRATION, [], plain, blocks, structure=structure)
 
-    shape = read_outline(blocks).shape(checkpoint.shape, structure)
+    shape = read_cut_plan(blocks).shape(checkpoint.shape, structure)
     cut = Checkpoint(assemble(checkpoint, blocks, out / "model", shape))
     models = [load_model(each) for each in (checkpoint, cut)]
 

@@ -105,7 +105,7 @@ def write_importance(folder: Path) -> None:
 def run(arm: str, folder: Path, out: Path, quant: str) -> dict[str, float]:
     """Export once; return seconds and the peak of the largest process that worked."""
     if arm != "llama.cpp":
-        from racdeploy.export.gguf import export
+        from racdeploy.exporting.gguf import export
         from racdeploy.models.checkpoint import Checkpoint
 
         start = time.perf_counter()

@@ -41,7 +41,8 @@ ZEROS = {
     "magnitude": "--sparsity 0.5 --method magnitude",
     "wanda": "--sparsity 0.5 --method wanda",
     "sparsegpt": "--sparsity 0.5",
-    "sparsegpt-alone": "--sparsity 0.5 --set prune.refit_steps=0 --set prune.match_dense=false",
+    "sparsegpt-alone": "--sparsity 0.5 --set prune.refit_steps=0 "
+    "--set 'prune.target=\"linear_output\"'",
     "admm": "--sparsity 0.5 --method admm",
     "2of4": "--pattern 2:4",
     "error": "--sparsity 0.5 --set 'prune.allocation=\"error\"'",
@@ -51,7 +52,7 @@ ZEROS = {
 }
 CUTS = ("ffn=0.5", "heads=0.75", "kv_groups=0.5", "blocks=0.75", "experts=0.5")
 CODES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0", "sparse_q4", "matmulnbits_4", "matmulnbits_8")
-WAYS = {"all": "on_policy=0.0", "blocks": "on_policy=0.0", "scales": "average=0.9"}
+METHODS = {"full": "on_policy=0.0", "blockwise": "on_policy=0.0", "scales": "ema_decay=0.9"}
 PRUNED_FAMILIES = ("gemma3_text", "gpt_oss", "granitemoehybrid", "lfm2", "phi3", "qwen3_moe")
 
 
@@ -70,7 +71,7 @@ def list_exports(quants: Iterable[str]) -> Commands:
         yield f"packing/{quant}-unpacked", f"unpack {packed} --out OUT/model.gguf"
 
     for quant in ("f32", "matmulnbits_4", "matmulnbits_8", "k_quant"):
-        for packing in ("plain", "bitmask_graph", "bitmask_sidecar", "bitmask_op"):
+        for packing in ("plain", "bitmask_graph", "bitmask_op"):
             options = f"--target onnx --quant {quant} --packing {packing} --out OUT/model.onnx"
             yield f"onnx/{quant}-{packing}", f"export {sparse} {options}"
 
@@ -91,17 +92,18 @@ def list_prunings() -> Commands:
 
     for quant in CODES:
         target = "onnx" if quant.startswith("matmulnbits") else "gguf"
-        options = f"--set prune.joint=true --set 'export.quant=\"{quant}\"' --target {target}"
+        optimized = "--set 'export.rounding=\"optimized\"'"
+        options = f"{optimized} --set 'export.quant=\"{quant}\"' --target {target}"
         pruning = f"prune {REASONER} --sparsity 0.5 {options}"
         yield f"codes/{quant}", pruning
         options = f"--allow-losing-zeros --target {target} --out OUT/model.{target}"
         yield f"codes/{quant}-exported", f"export $({pruning}) --quant {quant} {options}"
 
     models = REASONER.replace(" ", f" $(prune {REASONER} --sparsity 0.75) ", 1)
-    few = "--recover-tokens 20000 --set recover.rounds=1 --set recover.probe_drop=0.5"
-    for way, setting in WAYS.items():
-        options = f"{few} --set 'recover.ways=[\"{way}\"]' --set recover.{setting}"
-        yield f"recovered/{way}", f"recover {models} {options}"
+    few = "--recover-tokens 20000 --set recover.rounds=1 --set recover.max_accuracy_drop=0.5"
+    for method, setting in METHODS.items():
+        options = f"{few} --set 'recover.methods=[\"{method}\"]' --set recover.{setting}"
+        yield f"recovered/{method}", f"recover {models} {options}"
 
 
 def list_models() -> Commands:

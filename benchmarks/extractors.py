@@ -108,15 +108,15 @@ def read_answers(file: Path) -> list[dict[str, object]]:
     answers: list[dict[str, object]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        problem = gsm8k.ask({"question": "?", "answer": f"#### {row['gold']}"})
+        problem = gsm8k.make_problem({"question": "?", "answer": f"#### {row['gold']}"})
         found = scoring.score(problem.scorer, row["answer"], problem.gold)
-        answers.append(row | {"found": found.extracted, "how": found.how})
+        answers.append(row | {"found": found.extracted, "how": found.extractor})
     return answers
 
 
 def score_ours(answer: str, solution: str) -> bool:
     """Score as a build and a verification do."""
-    problem = gsm8k.ask({"question": "?", "answer": solution})
+    problem = gsm8k.make_problem({"question": "?", "answer": solution})
     return scoring.score(problem.scorer, answer, problem.gold).correct
 
 

@@ -20,14 +20,14 @@ from tempfile import TemporaryDirectory
 from racdeploy.engines import open_engine
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.verify.answers import Respondent
-from racdeploy.verify.checks import accuracy, backends, thinking
-from racdeploy.verify.evidence import Arm, Evidence, OtherArtifact
-from racdeploy.verify.gate import read_gate
+from racdeploy.verification.answer_sampler import AnswerSampler
+from racdeploy.verification.checks import accuracy, backends, thinking
+from racdeploy.verification.evidence import ArmResult, Evidence, OtherArtifact
+from racdeploy.verification.gate import read_gate
 
 OTHERS = {
     "llama.cpp F16": ("llamacpp", "gguf", "f16"),
@@ -74,27 +74,31 @@ def exported(model: str, form: str, quant: str) -> Path:
             None, {"model": model, "target": target, "export": {"format": form, "quant": quant}}
         )
     )
-    path = Build(job, default_work()).export(job.model.folder, f"dense-{quant}", pruned=False).path
+    path = (
+        Build(job, default_work_folder())
+        .export(job.model.folder, f"dense-{quant}", pruned=False)
+        .path
+    )
     if form == "onnx":  # the engine reads the head size there
         shutil.copyfile(job.model.folder / "config.json", path.parent / "config.json")
     return path
 
 
-def answered(job: Job, backend: str, artifact: Path, quant: str, threads: int) -> Arm:
+def answered(job: Job, backend: str, artifact: Path, quant: str, threads: int) -> ArmResult:
     """Answer the problems of one seed."""
     settings = job.recipe.verify
-    respondent = Respondent(job.encoder, job.tags, job.checkpoint.eos_ids, settings)
+    sampler = AnswerSampler(job.encoder, job.tags, job.checkpoint.eos_ids, settings)
     engine = EngineSettings(settings.context_tokens, 32, threads)
     problems = job.problems("evaluation")
     with TemporaryDirectory() as folder:
         log = CompletionLog(Path(folder) / "completions.jsonl")
-        answers = respondent.answer(
+        answers = sampler.answer(
             lambda: closing(open_engine(backend, artifact, engine)), problems, "dense", log
         )
-    return Arm("dense", answers.records, 0, quant or "f32", 0.0)
+    return ArmResult("dense", answers.records, 0, quant or "f32", 0.0)
 
 
-def compared(job: Job, reference: Arm, other: Arm) -> dict[str, str]:
+def compared(job: Job, reference: ArmResult, other: ArmResult) -> dict[str, str]:
     """Return the verdicts: the other as a pruned arm, and as a second engine."""
     evidence = Evidence(
         job.recipe.verify,
@@ -105,7 +109,7 @@ def compared(job: Job, reference: Arm, other: Arm) -> dict[str, str]:
         {},
         0.0,
         backend="llamacpp",
-        also=(OtherArtifact(reference, "llamacpp", Path(), {}),),
+        other_artifacts=(OtherArtifact(reference, "llamacpp", Path(), {}),),
     )
     checks = {"accuracy": accuracy, "thinking": thinking, "backends": backends}
     return {name: check.check(evidence).verdict for name, check in checks.items()}

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks._setup import add_settings, with_settings, write_random_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.prune.calibrate import prune_blocks
+from racdeploy.pruning.block_pruning import prune_blocks
 from racdeploy.recipe import Pruning
 from racdeploy.traces.trace import Trace
 

@@ -22,7 +22,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.verify.answers import Respondent
+from racdeploy.verification.answer_sampler import AnswerSampler
 
 
 def main() -> None:
@@ -46,11 +46,11 @@ def main() -> None:
     )
     settings = EngineSettings(asked.context_tokens, asked.parallel, arguments.threads)
     stop_ids = Checkpoint(arguments.model).eos_ids
-    respondent = Respondent(encoder, find_tags(encoder), stop_ids, asked, progress=Progress())
+    sampler = AnswerSampler(encoder, find_tags(encoder), stop_ids, asked, progress=Progress())
 
     log = CompletionLog(arguments.out.with_suffix(".completions"))
     problems = tasks.load(arguments.task).pool[: arguments.count]
-    answers = respondent.answer(
+    answers = sampler.answer(
         lambda: open_engine("llamacpp", arguments.artifact, settings), problems, "model", log
     )
 

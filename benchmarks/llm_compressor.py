@@ -32,7 +32,7 @@ PATTERNS = {
     "50 %": {"sparsity": 0.5, "pattern": "unstructured"},
     "2:4": {"sparsity": 0.5, "pattern": "2:4"},
 }
-ALONE = {"match_dense": False, "refit_steps": 0, "column_block": 128}
+ALONE = {"target": "linear_output", "refit_steps": 0, "column_block": 128}
 PROGRAMS: dict[str, dict[str, Any]] = {
     "llm-compressor": {},
     "racdeploy, SparseGPT alone": ALONE,
@@ -133,7 +133,7 @@ def token_rows(model: Path, tokens: int) -> dict[str, list[list[int]]]:
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     count = max(tokens // ROW_TOKENS, 1) + HELD_OUT_ROWS
-    names, ids, random = tasks.procedural_names(), list[int](), Random(0)
+    names, ids, random = tasks.list_procedural_tasks(), list[int](), Random(0)
     while len(ids) < count * ROW_TOKENS:
         draw = tasks.load(names[random.randrange(len(names))]).draw
         assert draw is not None  # a procedural task has it
@@ -232,8 +232,8 @@ def prune_ours(job: dict[str, Any], rows: list[list[int]]) -> None:
     import shutil
 
     from racdeploy.models.checkpoint import Checkpoint
-    from racdeploy.prune.calibrate import prune_blocks
-    from racdeploy.prune.walk.assemble import assemble
+    from racdeploy.pruning.block_pruning import prune_blocks
+    from racdeploy.pruning.walk.assemble import assemble
     from racdeploy.recipe import Pruning
     from racdeploy.traces.trace import Trace
 

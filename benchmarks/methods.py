@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import ROWS, answers, zeros
 from racdeploy import plugins
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
@@ -51,7 +51,7 @@ def main() -> None:
     """Prune every cell and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-reasoner")
-    parser.add_argument("--methods", nargs="*", default=list(plugins.names("methods")))
+    parser.add_argument("--methods", nargs="*", default=list(plugins.list_names("prune_methods")))
     parser.add_argument(
         "--rows", nargs="*", default=ROWS, help='shares of zeros, "60 %%", or patterns, "2:4"'
     )
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=0, help="0 leaves accuracy out")
     add_settings(parser)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--work", type=Path, default=default_work_folder())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

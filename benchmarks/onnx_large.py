@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks._setup import QWEN2_1_5B, write_random_model
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 
 

@@ -27,13 +27,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine, open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export import ExportResult
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import ExportResult
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import EMBEDDED, resolve
+from racdeploy.models.sources import EMBEDDED, resolve_model
 
 QUANTS = ("f32", "f16", "matmulnbits_8")
-PACKINGS = ("plain", "bitmask_graph", "bitmask_sidecar")
+PACKINGS = ("plain", "bitmask_graph")
 TURNS = 8
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 def make_model(folder: Path, hidden: int, blocks: int, zeros: float = 0.5) -> Checkpoint:
     """Write random weights with the tokenizer of the embedded model."""
     torch.manual_seed(0)
-    embedded = resolve(EMBEDDED).folder
+    embedded = resolve_model(EMBEDDED).folder
     config = LlamaConfig(
         vocab_size=512, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=blocks,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128,

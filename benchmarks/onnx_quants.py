@@ -23,10 +23,10 @@ from racdeploy import quant as quants
 from racdeploy.engines import open_engine
 from racdeploy.engines.backends import onnxruntime
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export import ExportResult
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import ExportResult
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.verify.measure import compare_logits
+from racdeploy.verification.measurements import compare_logits
 
 NEW_TOKENS = 128
 
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     _, folder, traces = prune(arguments)
     checkpoint = Checkpoint(folder)
-    names = [name for name in plugins.names("quant") if "onnx" in quants.load(name).FORMATS]
+    names = [name for name in plugins.list_names("quant") if "onnx" in quants.load(name).FORMATS]
     names.sort(key=lambda name: -quants.load(name).BITS)
     exports = {name: export(checkpoint, arguments.out / name, name) for name in names}
     compared = {
@@ -58,7 +58,7 @@ def main() -> None:
         linears = [
             tensor
             for tensor in result.tensors
-            if tensor.quant_real == name and len(tensor.shape) == 2
+            if tensor.actual_quant == name and len(tensor.shape) == 2
         ]
         bits = (
             8

@@ -21,11 +21,11 @@ from benchmarks._setup import Trace, prune, pruning_parser
 from racdeploy import plugins, quant
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.quant.importance import Importance
-from racdeploy.verify.measure import divergences, predict_completion
+from racdeploy.verification.measurements import compare_positions, completion_logits
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
@@ -39,7 +39,7 @@ def main() -> None:
     with open_engine(
         "transformers", folder, EngineSettings(2048, 1, arguments.threads, "f32")
     ) as engine:
-        references = [predict_completion(engine, trace) for trace in traces]
+        references = [completion_logits(engine, trace) for trace in traces]
     tokens, rows = sum(map(len, references)), []
     print(
         f"{tokens} tokens of {len(traces)} traces; difference: chosen less ggml, 95 % over traces"
@@ -53,7 +53,7 @@ def main() -> None:
         kls: dict[str, list[NDArray[np.float64]]] = {}
         row = {
             "quant": name,
-            "ratio": ratio(folder, name) if name in plugins.names("quant") else None,
+            "ratio": ratio(folder, name) if name in plugins.list_names("quant") else None,
         }
         for arm, importance in (("ggml", "none"), ("chosen", "")):
             file = arguments.out / f"{arm}.gguf"
@@ -86,8 +86,8 @@ def ratio(folder: Path, name: str) -> float | None:
     errors = np.zeros(2)
     for source in known.means:
         weight_OI = checkpoint.read(source)
-        importance_I = known.of("", source, weight_OI.shape[1])
-        if importance_I is None or quant.fits(form, weight_OI.shape[1]):
+        importance_I = known.for_weight("", source, weight_OI.shape[1])
+        if importance_I is None or quant.explain_misfit(form, weight_OI.shape[1]):
             continue
         for index, given in enumerate((importance_I, None)):
             error_OI = (
@@ -105,7 +105,7 @@ def measure(
     """
     with open_engine("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
         found = [
-            divergences(r, predict_completion(engine, t))
+            compare_positions(r, completion_logits(engine, t))
             for r, t in zip(references, traces, strict=True)
         ]
     return [kl_T for kl_T, *_ in found], float(

@@ -21,13 +21,13 @@ from rich.console import Console
 
 from benchmarks._setup import add_settings
 from benchmarks.calibration import COLUMNS, Cell, answers, measure, percent, recipe
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.results.answers import Record
-from racdeploy.results.pruning import RecoveryRow, end_phases
-from racdeploy.verify.stats.paired import wilson_interval
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.pruning import RecoveryRow, list_phase_ends
+from racdeploy.verification.stats.paired import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=[0, 1_000_000])
     last = list(COLUMNS)[-1]
     parser.add_argument("--columns", nargs="*", default=[last], choices=list(COLUMNS))
-    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--work", type=Path, default=default_work_folder())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
     console = Console(stderr=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    dense: tuple[Record, ...] | None = None
+    dense: tuple[AnswerRecord, ...] | None = None
     found: list[Recovered] = []
 
     for row in arguments.rows:
@@ -93,10 +93,10 @@ def open_build(arguments: argparse.Namespace, row: str, column: str, tokens: int
 
 
 def recover(
-    build: Build, row: str, column: str, tokens: int, dense: tuple[Record, ...]
+    build: Build, row: str, column: str, tokens: int, dense: tuple[AnswerRecord, ...]
 ) -> Recovered:
     """Prune, measure what recovery adds in seconds of one core, and compare with dense."""
-    unrecovered = Build(build.job.unrecovered(), build.work)
+    unrecovered = Build(build.job.without_recovery(), build.work)
     unrecovered.prune()
 
     began = time.process_time()  # of all threads: other jobs on the machine do not count
@@ -104,19 +104,19 @@ def recover(
     seconds = time.process_time() - began
 
     cell = measure(build, row, column, dense)
-    phases = end_phases(model.recovery)
+    phases = list_phase_ends(model.recovery)
     notes = [note for note in model.notes if note.startswith("recover")]
     return Recovered(cell, tokens, seconds, resident_bytes("VmHWM"), phases, notes)
 
 
-def write(out: Path, found: list[Recovered], dense: tuple[Record, ...]) -> None:
+def write(out: Path, found: list[Recovered], dense: tuple[AnswerRecord, ...]) -> None:
     """Write what is known so far."""
     (out / "table.md").write_text(table(found, dense), encoding="utf-8")
     values = [each.to_json() for each in found]
     (out / "results.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def table(found: list[Recovered], dense: tuple[Record, ...]) -> str:
+def table(found: list[Recovered], dense: tuple[AnswerRecord, ...]) -> str:
     """Return Markdown: one line a cell."""
     right = sum(record.correct for record in dense)
     interval = wilson_interval(right, len(dense))

@@ -23,7 +23,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks._setup import write_random_model
-from racdeploy import export
+from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.models.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ def write_sides(arguments: argparse.Namespace, quant: str) -> dict[str, Path]:
         files[side] = model / quant / f"model.{arguments.format}"
         if not files[side].is_file():
             settings = Export(format=arguments.format, quant=quant)
-            export.write(Checkpoint(model), files[side], settings)
+            exporting.write(Checkpoint(model), files[side], settings)
             (files[side].parent / "config.json").write_bytes((model / "config.json").read_bytes())
     return files
 

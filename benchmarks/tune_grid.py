@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.calibration import gain
 from racdeploy.errors import UsageError
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.manifest import Manifest
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job, fit_context
@@ -27,28 +27,28 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records, read_report
 from racdeploy.report.tuning_files import FILE, read_tuning
-from racdeploy.results.answers import Record
-from racdeploy.tune.candidates import make_choice
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.tuning.candidates import make_spec
 
 PLAIN = ("q4_0", "q4_k", "q3_k", "q2_k", "q4_k_m", "q3_k_m")
 CODES = ("q4_0", "q4_k", "q3_k", "q2_k")
 ZEROS = (
-    ("q4_0", 0.5, False),
-    ("q4_0", 0.5, True),
-    ("q4_0", 0.6, True),
-    ("q5_0", 0.6, True),
-    ("q8_0", 0.7, False),
-    ("q8_0", 0.7, True),
+    ("q4_0", 0.5, "nearest"),
+    ("q4_0", 0.5, "optimized"),
+    ("q4_0", 0.6, "optimized"),
+    ("q5_0", 0.6, "optimized"),
+    ("q8_0", 0.7, "nearest"),
+    ("q8_0", 0.7, "optimized"),
 )
 CUTS = (
-    ("q4_0", 0.875, True),
-    ("q4_0", 0.75, False),
-    ("q4_0", 0.75, True),
-    ("q5_0", 0.75, True),
-    ("q4_0", 0.5, True),
-    ("q5_0", 0.5, True),
-    ("q8_0", 0.5, False),
-    ("q8_0", 0.625, False),
+    ("q4_0", 0.875, "optimized"),
+    ("q4_0", 0.75, "nearest"),
+    ("q4_0", 0.75, "optimized"),
+    ("q5_0", 0.75, "optimized"),
+    ("q4_0", 0.5, "optimized"),
+    ("q5_0", 0.5, "optimized"),
+    ("q8_0", 0.5, "nearest"),
+    ("q8_0", 0.625, "nearest"),
 )
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     """Make the recipes, let those that fit answer, and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tuned", type=Path, help="bundle that racdeploy tune wrote")
-    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--work", type=Path, default=default_work_folder())
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--prompts", type=int, help="default: all of the verification")
     parser.add_argument("--out", type=Path, required=True)
@@ -67,13 +67,13 @@ def main() -> None:
     recipe = Recipe.model_validate(read_report(arguments.tuned).recipe)
     job = fit_context(Job(recipe))
     (entry, *_) = Manifest.read(arguments.tuned).artifacts
-    most_bytes = tuning.constraints.max_bytes or entry.size_bytes
+    max_bytes = tuning.constraints.max_bytes or entry.size_bytes
     records = read_records(arguments.tuned)
     own = tuple(record for record in records if record.arm == "pruned")[: arguments.prompts]
 
     rows: list[dict[str, Any]] = [{"recipe": tuning.winner, "bytes": entry.size_bytes, **tell(own)}]
     for name, settings in list_recipes().items():
-        rows.append({"recipe": name} | try_recipe(job, name, settings, most_bytes, own, arguments))
+        rows.append({"recipe": name} | try_recipe(job, name, settings, max_bytes, own, arguments))
         print(json.dumps(rows[-1]), flush=True)
         (arguments.out / "results.json").write_text(json.dumps(rows, indent=1))
 
@@ -84,17 +84,17 @@ def list_recipes() -> dict[str, Mapping[str, Any]]:
     for name in PLAIN:
         found[name] = {"export": {"quant": name}}
     for name in CODES:
-        found[f"{name} codes"] = {"export": {"quant": name}, "prune": {"joint": True}}
+        found[f"{name} codes"] = {"export": {"quant": name, "rounding": "optimized"}}
 
-    for name, share, joint in ZEROS:
-        export = {"quant": name, "packing": "bitmask"}
-        words = f"{share:.0%} zeros, {name}{' codes' if joint else ''}"
-        found[words] = {"export": export, "prune": {"sparsity": share, "joint": joint}}
+    for name, share, rounding in ZEROS:
+        export = {"quant": name, "packing": "bitmask", "rounding": rounding}
+        words = f"{share:.0%} zeros, {name}{' codes' if rounding == 'optimized' else ''}"
+        found[words] = {"export": export, "prune": {"sparsity": share}}
 
-    for name, share, joint in CUTS:
-        words = f"ffn {share:g}, {name}{' codes' if joint else ''}"
+    for name, share, rounding in CUTS:
+        words = f"ffn {share:g}, {name}{' codes' if rounding == 'optimized' else ''}"
         cut = {"structure": {"keep": {"ffn": share}}}
-        found[words] = {"export": {"quant": name}, "prune": {"joint": joint}, **cut}
+        found[words] = {"export": {"quant": name, "rounding": rounding}, **cut}
 
     return found
 
@@ -103,21 +103,21 @@ def try_recipe(
     job: Job,
     name: str,
     settings: Mapping[str, Any],
-    most_bytes: int,
-    winner: tuple[Record, ...],
+    max_bytes: int,
+    winner: tuple[AnswerRecord, ...],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return size, accuracy and what the winner gains over one recipe, or why there is nothing."""
     try:
-        choice = make_choice(job, name, "by hand", settings)
+        choice = make_spec(job, name, "by hand", settings)
     except UsageError as error:
         return {"why": error.message}
 
     build = Build(choice.job, arguments.work, arguments.threads)
     model = build.prune()
     exported = build.export(model.folder, name_artifact(build.job))
-    if exported.size_bytes > most_bytes:
-        return {"bytes": exported.size_bytes, "why": f"over {most_bytes} bytes"}
+    if exported.size_bytes > max_bytes:
+        return {"bytes": exported.size_bytes, "why": f"over {max_bytes} bytes"}
 
     problems = build.job.problems("evaluation")[: len(winner)]
     answers = build.evaluation.answer(exported, name, model.folder, problems=problems)
@@ -125,7 +125,7 @@ def try_recipe(
     return {"bytes": exported.size_bytes, **tell(own), "winner over it": gain(own, winner)}
 
 
-def tell(records: tuple[Record, ...]) -> dict[str, float]:
+def tell(records: tuple[AnswerRecord, ...]) -> dict[str, float]:
     """Return accuracy and thinking length."""
     count = len(records)
     return {

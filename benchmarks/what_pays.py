@@ -31,23 +31,23 @@ from benchmarks._arms import NARROW, SIZES, WIDE, Arm
 from benchmarks._setup import add_settings, with_settings
 from benchmarks.calibration import gain, percent
 from racdeploy import quant as quants
-from racdeploy.bundles.bench import Load, compare
+from racdeploy.bundles.bench import BenchSettings, measure_pair
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export import ExportResult, measure_sparsity
-from racdeploy.files.caches import default_work
-from racdeploy.models.families import generalize
+from racdeploy.exporting import ExportResult, measure_sparsity
+from racdeploy.files.caches import default_work_folder
+from racdeploy.models.families import generalize_expert
 from racdeploy.packing.packers import bitmask
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
-from racdeploy.results.answers import Record
-from racdeploy.verify.answers import Answers
-from racdeploy.verify.measure import compare_logits
-from racdeploy.verify.stats.lengths import length_ratio
-from racdeploy.verify.stats.paired import wilson_interval
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.verification.answer_sampler import SampledAnswers
+from racdeploy.verification.measurements import compare_logits
+from racdeploy.verification.stats.lengths import length_ratio
+from racdeploy.verification.stats.paired import wilson_interval
 
 NEAR = 0.03
 """Share of its size by which an arm may miss it without a word."""
@@ -89,7 +89,7 @@ class Done:
     arm: Arm
     build: Build
     exported: ExportResult
-    answers: Answers
+    answers: SampledAnswers
     row: Row
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", type=float, default=SIZES)
     parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS")
     add_settings(parser)
-    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--work", type=Path, default=default_work_folder())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -125,7 +125,7 @@ def main() -> None:
 def known_arms(arguments: argparse.Namespace) -> tuple[Arm, ...]:
     """Return the arms that a model's rows allow."""
     checkpoint = Job(Recipe.combine(None, {"model": arguments.model})).checkpoint
-    columns = {checkpoint.entries[name].shape[1] for name in checkpoint.shape.linear_weights}
+    columns = {checkpoint.entries[name].shape[1] for name in checkpoint.shape.prunable_weights}
     return WIDE if all(each % 256 == 0 for each in columns) else NARROW
 
 
@@ -205,13 +205,15 @@ def measure_bits(
     """
     checkpoint = build.job.checkpoint
     dense_weights = sum(
-        math.prod(checkpoint.entries[n].shape) for n in checkpoint.shape.linear_weights
+        math.prod(checkpoint.entries[n].shape) for n in checkpoint.shape.prunable_weights
     )
-    sources = set(map(generalize, checkpoint.shape.linear_weights))
+    sources = set(map(generalize_expert, checkpoint.shape.prunable_weights))
     share = (
-        measure_sparsity(exported, checkpoint.shape.linear_weights) if arm.kind == "zeros" else 0.0
+        measure_sparsity(exported, checkpoint.shape.prunable_weights)
+        if arm.kind == "zeros"
+        else 0.0
     )
-    is_ideal = bool(share and bitmask.fits(arm.quant, share))
+    is_ideal = bool(share and bitmask.reason_for_plain(arm.quant, share))
 
     stored = exported
     if share and not is_ideal:
@@ -220,7 +222,7 @@ def measure_bits(
 
     size_bytes = sum(each.size_bytes for each in stored.tensors if each.source in sources)
     if is_ideal:
-        low, high = quants.as_grid(arm.quant).CODES
+        low, high = quants.load_grid(arm.quant).CODE_RANGE
         size_bytes += round(dense_weights * (1 - share * math.log2(high - low + 1)) / 8)
 
     return {
@@ -231,7 +233,7 @@ def measure_bits(
     }
 
 
-def describe_answers(records: tuple[Record, ...]) -> dict[str, Any]:
+def describe_answers(records: tuple[AnswerRecord, ...]) -> dict[str, Any]:
     """Return accuracy with its interval, thinking length and unclosed thoughts."""
     right = sum(record.correct for record in records)
     interval = wilson_interval(right, len(records))
@@ -245,9 +247,9 @@ def describe_answers(records: tuple[Record, ...]) -> dict[str, Any]:
     }
 
 
-def serve_seconds(answers: Answers) -> tuple[float, float, float] | None:
+def serve_seconds(answers: SampledAnswers) -> tuple[float, float, float] | None:
     """Return the engine's seconds for a correct answer; None where two runs answered."""
-    counted = answers.stats or answers.earlier_stats
+    counted = answers.stats or answers.reused_stats
     if not counted:
         return None
 
@@ -269,7 +271,7 @@ def divergence(
     if kept.is_file():
         return dict(json.loads(kept.read_text()))
 
-    _, held_out, _ = build.prune_stage.select(build.traces()[1])
+    _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
     exact = EngineSettings(arguments.context_tokens, 1, build.threads, "f32")
     compared = compare_logits(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),
@@ -351,11 +353,11 @@ def time_answers(
 
 def time_file(done: Done, rival: Done, mode: Any, rounds: int) -> dict[str, Any]:
     """Return tokens a second of a file on one thread, timed in turns with its rival's."""
-    load = Load(rounds, prompt_tokens=64, new_tokens=128, threads=1, accel=mode)
+    load = BenchSettings(rounds, prompt_tokens=64, new_tokens=128, threads=1, accel=mode)
     settings = EngineSettings(512, 1, 1)
     vocabulary = done.build.job.checkpoint.shape.vocab_size
     files = (rival.exported.path, done.exported.path)
-    timed = compare(done.build.job.backend, *files, load, settings, vocabulary)
+    timed = measure_pair(done.build.job.backend, *files, load, settings, vocabulary)
 
     _, own = timed.medians()
     names = ("prefill_tokens_per_s", "decode_tokens_per_s")
@@ -363,7 +365,9 @@ def time_file(done: Done, rival: Done, mode: Any, rounds: int) -> dict[str, Any]
     return {name: own[name] for name in names} | {"ratio": ratio, "kernels": timed.kernels}
 
 
-def seconds_per_right(answers: Answers, speed: Mapping[str, float]) -> tuple[float, float, float]:
+def seconds_per_right(
+    answers: SampledAnswers, speed: Mapping[str, float]
+) -> tuple[float, float, float]:
     """Return seconds for a correct answer; the interval is a bootstrap over the prompts."""
     read_N = np.array([len(prompt) for prompt, _ in answers.traces])
     written_N = np.array([len(completion) for _, completion in answers.traces])

@@ -1,23 +1,26 @@
 """Prune a reasoning model, ship it to the edge, prove that it still reasons.
 
-``racdeploy.load("bundle/")`` gives a model to run. What it needs is imported on first use, so that
-importing racdeploy costs nothing, and no torch ever comes with it.
+``racdeploy.build("./my-model", out="bundle")`` makes a bundle, ``racdeploy.load("bundle")`` gives a
+model to run. What a function needs is imported when it is called: the import costs nothing.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from racdeploy import errors
 from racdeploy.errors import RacdeployError
 
 if TYPE_CHECKING:
+    from racdeploy.api.functions import build, export, prune, recover, tune, verify
+    from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
     from racdeploy.runtime import (
         AsyncTextStream,
         Conversation,
+        GenerationResult,
         Model,
-        Piece,
-        Result,
+        TextChunk,
         TextStream,
         load,
     )
@@ -26,28 +29,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncTextStream",
+    "Bundle",
     "Conversation",
+    "ExportedFile",
+    "GenerationResult",
     "Model",
-    "Piece",
+    "PrunedFolder",
     "RacdeployError",
-    "Result",
+    "TextChunk",
     "TextStream",
+    "TunedBundle",
+    "Verdict",
     "__version__",
+    "build",
     "errors",
+    "export",
     "load",
+    "prune",
+    "recover",
+    "tune",
+    "verify",
 ]
 
 _NOT_INSTALLED = "0+unknown"  # run from a folder that nobody installed
-_LAZY = ("AsyncTextStream", "Conversation", "Model", "Piece", "Result", "TextStream", "load")
+_HOMES = ("racdeploy.runtime", "racdeploy.api.functions", "racdeploy.api.records")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = _find_version()
-    elif name in _LAZY:
-        from racdeploy import runtime
-
-        value = getattr(runtime, name)
+    elif name in __all__:
+        homes = map(importlib.import_module, _HOMES)
+        value = next(getattr(home, name) for home in homes if hasattr(home, name))
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -56,7 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "__version__"})
+    return sorted({*globals(), *__all__})
 
 
 def _find_version() -> str:

@@ -1,4 +1,4 @@
-"""Every error that racdeploy raises on purpose, with its exit code.
+"""Errors that racdeploy raises on purpose, with their exit codes.
 
 ::
 
@@ -12,9 +12,9 @@
     └── EnvironmentFailure         4    an engine, a missing extra, the disk or the machine
         ├── MissingExtraError      4    an optional dependency is not installed
         ├── EngineError            4    llama.cpp or another engine failed or aborted
-        │   ├── ForkedError        4    a model is asked by a fork of its process
-        │   └── PromptError        4    a prompt that the engine cannot take
-        │       └── ContextError   4    … since it is longer than the context
+        │   ├── ForkedError        4    a model was used in a fork of the process that loaded it
+        │   └── PromptError        4    the engine cannot process a prompt
+        │       └── ContextError   4    … because it is longer than the context
         └── BrokenPluginError      4    a plugin file exists but does not import
 """
 
@@ -22,10 +22,10 @@ from __future__ import annotations
 
 
 class RacdeployError(Exception):
-    """A short stable code for scripts, what is wrong with its values, and what to do about it.
+    """Base class: a stable code for scripts, a message with the values, and a remedy.
 
     Args:
-        code: two to four words such as ``no-config``: kept when the sentence is improved.
+        code: two to four words such as ``no-config``; stays when the message is reworded.
         message: what happened, and where.
         remedy: the next step, as a command if there is one.
     """
@@ -55,7 +55,7 @@ class UsageError(RacdeployError):
 
 
 class UnknownPluginError(UsageError):
-    """There is no plugin of that name."""
+    """A plugin or target of that name does not exist."""
 
 
 class ModelError(UsageError):
@@ -63,11 +63,11 @@ class ModelError(UsageError):
 
 
 class ArtifactError(UsageError):
-    """A file that racdeploy was given is damaged, hostile, or belongs to something else."""
+    """A given file is damaged, hostile, or belongs to another model or bundle."""
 
 
 class InconclusiveError(RacdeployError):
-    """The gate demands a verdict and there is too little data for one."""
+    """Too little data for the verdict that the gate demands."""
 
     exit_code = 3
 
@@ -77,7 +77,7 @@ def exit_code_of(verdict: str, inconclusive: str) -> int:
 
     Args:
         verdict: ``pass``, ``fail`` or ``inconclusive``.
-        inconclusive: what the gate makes of too little data, ``pass`` or ``fail``.
+        inconclusive: the gate's setting for an inconclusive verdict, ``pass`` or ``fail``.
     """
     if verdict == "inconclusive" and inconclusive == "fail":
         return InconclusiveError.exit_code
@@ -91,7 +91,7 @@ class EnvironmentFailure(RacdeployError):
 
 
 class MissingExtraError(EnvironmentFailure):
-    """An optional dependency is not installed, or several, with commas between them."""
+    """Optional packages are not installed; several are separated by commas."""
 
     def __init__(self, package: str, extra: str) -> None:
         which = "which are" if "," in package else "which is"
@@ -107,11 +107,11 @@ class EngineError(EnvironmentFailure):
 
 
 class ForkedError(EngineError):
-    """A model belongs to the process that loaded it, and a fork of that one asks it."""
+    """A model was used in a fork of the process that loaded it."""
 
 
 class PromptError(EngineError):
-    """A prompt has no tokens, too many, or some that the model does not have."""
+    """A prompt is empty, too long, or has token ids outside the vocabulary."""
 
 
 class ContextError(PromptError):
@@ -119,4 +119,4 @@ class ContextError(PromptError):
 
 
 class BrokenPluginError(EnvironmentFailure):
-    """A plugin file exists but does not import."""
+    """A plugin file exists but its import fails."""

@@ -1,4 +1,4 @@
-"""Packages that racdeploy can do without: the extra that brings each one, and what it is for."""
+"""Optional packages: the extra that installs each, and its purpose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Package:
-    """A package of an extra: what is imported, what pip installs, what does not work without."""
+    """An optional package: its module, name for pip, extra, and the features that need it."""
 
     module: str
     name: str
@@ -25,7 +25,7 @@ PACKAGES = {module: Package(module, *row) for module, row in _TABLE["optional"].
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module could be imported; it is not."""
+    """Return True if a module can be found; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # an import hook refuses it
@@ -33,7 +33,7 @@ def is_installed(module: str) -> bool:
 
 
 def installed_version(package: str) -> str:
-    """Return the version of a package, or an empty string where it is not installed."""
+    """Return the version of a package, or an empty string if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -41,6 +41,6 @@ def installed_version(package: str) -> str:
 
 
 def installed_release(package: str) -> tuple[int, ...]:
-    """Return the release of a package as numbers, ``(4, 57, 6)``, or nothing without one."""
-    found = re.match(r"\d+(?:\.\d+)*", installed_version(package))
-    return tuple(map(int, found[0].split("."))) if found else ()
+    """Return the release of a package, as ``(4, 57, 6)``; empty if it is not installed."""
+    match = re.match(r"\d+(?:\.\d+)*", installed_version(package))
+    return tuple(map(int, match[0].split("."))) if match else ()

@@ -1,4 +1,4 @@
-"""The manifest of a bundle, ``racdeploy.json``: all that a device needs, and what was measured."""
+"""Manifest of a bundle, ``racdeploy.json``: run-time settings, file hashes and measured results."""
 
 from __future__ import annotations
 
@@ -10,33 +10,40 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.checked import has_sha256
-from racdeploy.files.reading import Json, name_problem, read_json
+from racdeploy.files.reading import Json, describe_validation_error, read_json
+from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.files.writing import file_sha256
-from racdeploy.results.part import Finite, Positive, Share
+from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
 
 MANIFEST_NAME = "racdeploy.json"
-MOST_MANIFEST_BYTES = 4_000_000
-MOST_TOKENS = 1 << 22
-"""Longest sequence that anybody may ask for: above any model's of today."""
+MAX_MANIFEST_BYTES = 4_000_000
+MAX_TOKENS = 1 << 22
+"""Maximum length of a sequence in a recipe or manifest: above that of any current model."""
 
-CONFIGURATIONS = ("genai_config.json", "config.json")
-"""Files that say what a graph leaves open: beside it, or in the folder above."""
+CONFIG_FILES = ("genai_config.json", "config.json")
+"""Configuration files of an ONNX graph, in its folder or the one above."""
 
-_MOST_BYTES = 1 << 50  # of an artifact
-Name = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_VERSION = 2
+_MAX_BYTES = 1 << 50  # of an artifact
+BundlePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A path within a bundle."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Files = Annotated[dict[Name, Sha256], Field(max_length=1024)]
-Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Files = Annotated[dict[BundlePath, Sha256], Field(max_length=1024)]
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+def _check_version(version: int) -> int:
+    if version != _VERSION:
+        raise ValueError("made by another version of racdeploy")
+    return version
 
 
 def _check_base(base: Json) -> Json:
     for key in ("model", "name", "revision", "license", "model_type"):
         if not isinstance(base.get(key), str | None):
-            raise ValueError(f"{key} is no text")
+            raise ValueError(f"{key} is not a string")
     if not isinstance(base.get("files", {}), dict):
-        raise ValueError("files is no table")
+        raise ValueError("files is not an object")
     return base
 
 
@@ -45,14 +52,14 @@ def _check_pruning(pruning: Json) -> Json:
         if not key.startswith("sparsity"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{key} is no share")
+            raise ValueError(f"{key} is not a number from 0 to 1")
     return pruning
 
 
 def _check_headline(headline: Json) -> Json:
     for arm in ("dense", "pruned"):
         if not isinstance(headline.get(arm, {}), dict):
-            raise ValueError(f"{arm} is no table")
+            raise ValueError(f"{arm} is not an object")
     return headline
 
 
@@ -63,18 +70,18 @@ class _Entry(BaseModel):
 class ArtifactEntry(_Entry):
     """One exported artifact of a bundle; ``path`` is its main file, relative to the bundle.
 
-    ``files`` are the hashes of all its files by their path in the bundle; an old manifest has none,
-    and means the main file. ``size_bytes`` is of those that every engine opens: not of the second
-    graph of packing ``bitmask_op``. ``unpacked_sha256`` is that of the file that a packed one is
-    made from, empty where nothing is packed. ``companions`` are the hashes of configurations beside
-    it, which are compared where one is used; bundles that were made before have none.
+    ``files`` maps the path of each file in the bundle to its SHA-256; if empty, it becomes the main
+    file alone. ``size_bytes`` counts the files that every engine opens, so not the second graph of
+    packing ``bitmask_op``. ``unpacked_sha256`` is the hash of the plain file in a container, empty
+    without one. ``companions`` maps configuration files to their hashes; each is compared when an
+    engine uses it.
     """
 
-    path: Name
+    path: BundlePath
     format: str
     quant: str
     packing: str
-    size_bytes: int = Field(ge=0, le=_MOST_BYTES)
+    size_bytes: int = Field(ge=0, le=_MAX_BYTES)
     sha256: Sha256
     backend: str
     unpacked_sha256: Sha256 | Literal[""] = ""
@@ -91,8 +98,8 @@ class ArtifactEntry(_Entry):
         """Raise ArtifactError for the first file of the artifact that differs from its hash."""
         _check_hashes(bundle, self.files)
 
-    def check_companion(self, bundle: Path, file: Path) -> None:
-        """Raise ArtifactError for a configuration that was used and is not as it is listed."""
+    def check_config_file(self, bundle: Path, file: Path) -> None:
+        """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
         if not self.companions:
             return
 
@@ -105,18 +112,18 @@ class ArtifactEntry(_Entry):
             )
         _check_hashes(bundle, {name: self.companions[name]})
 
-    def check_once(self, bundle: Path) -> None:
-        """Do the same, and leave out what has passed and is as it was then."""
+    def check_changed_files(self, bundle: Path) -> None:
+        """Check the files again, except those that passed before and have not changed since."""
         for name, expected in self.files.items():
             if not has_sha256(bundle / name, expected):
-                raise _differs(bundle / name, expected)
+                raise _hash_error(bundle / name, expected)
 
 
-class TokenDifferences(_Entry):
-    """How many hard strings an artifact's engine tokenizes differently from tokenizer.json."""
+class AcceptedTokenDifferences(_Entry):
+    """Hard strings that an artifact's engine tokenizes differently from tokenizer.json."""
 
-    strings: Positive
-    different: Positive
+    strings: PositiveCount
+    different: PositiveCount
     accepted: Share
     example: str = Field(max_length=1024)
 
@@ -124,7 +131,7 @@ class TokenDifferences(_Entry):
 class TokenizerEntry(_Entry):
     """Tokenizer files with their hashes, thinking tags and end-of-sequence ids.
 
-    ``differences`` are those that the recipe accepts; None where every string has equal ids.
+    ``differences`` counts the strings that the recipe accepts as different; None if all are equal.
     """
 
     files: Files
@@ -132,46 +139,45 @@ class TokenizerEntry(_Entry):
     open_tag: str | None
     close_tag: str | None
     eos_ids: tuple[int, ...] = Field(max_length=1024)
-    differences: TokenDifferences | None = None
+    differences: AcceptedTokenDifferences | None = None
 
     @property
-    def place(self) -> PurePosixPath:
-        """The folder of its files in the bundle."""
+    def folder(self) -> PurePosixPath:
+        """Folder of the tokenizer files in the bundle."""
         return PurePosixPath(min(self.files, default="")).parent
 
 
 class ThinkingControl(_Entry):
-    """What is done about the thinking besides its budget; by default nothing.
+    """Control of the thinking besides its budget; off by default.
 
     Args:
-        closing: text that is forced before the close tag where the budget ends.
-        close_bias: logits that the close tag has gained at the end of the budget.
-        hesitation: token ids of words such as "Wait", by the word.
-        hesitation_penalty: logits that those tokens lose while the model thinks.
+        closing: text forced before the close tag when the budget ends.
+        close_bias: logits added to the close tag, rising to this value at the end of the budget.
+        hesitation: words such as "Wait" and their token ids.
+        hesitation_penalty: logits subtracted from those tokens while the model thinks.
     """
 
     closing: str = ""
-    close_bias: Finite = 0.0
+    close_bias: FiniteNonNegative = 0.0
     hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    hesitation_penalty: Finite = 0.0
+    hesitation_penalty: FiniteNonNegative = 0.0
 
     @property
     def hesitation_ids(self) -> tuple[int, ...]:
-        """The tokens of all words, sorted."""
+        """Token ids of all hesitation words, sorted."""
         return tuple(sorted({token for ids in self.hesitation.values() for token in ids}))
 
 
 class GenerationSettings(_Entry):
-    """How to run the model: its authors' sampling, and the limits it was verified with.
+    """Sampling recommended by the model's authors, and the limits that it was verified with.
 
     Args:
-        model_context_tokens: the longest sequence that the model is made for; None in bundles that
-            were made before it was kept.
-        advised_context_tokens: what other programs should be started with: room for long thoughts,
-            within what model and target have.
+        model_context_tokens: longest sequence that the model supports; None if unknown.
+        advised_context_tokens: context to start other programs with: room for long thoughts, within
+            the limits of model and target.
     """
 
-    temperature: Finite
+    temperature: FiniteNonNegative
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: Tokens
     max_thinking_tokens: Tokens | None = None
@@ -181,20 +187,21 @@ class GenerationSettings(_Entry):
     advised_context_tokens: Tokens | None = None
 
     @property
-    def context_to_start_with(self) -> int:
-        """What other programs should be started with."""
+    def default_context_tokens(self) -> int:
+        """Context to start other programs with, such as llama-server."""
         return self.advised_context_tokens or self.context_tokens
 
 
 class Manifest(_Entry):
-    """``racdeploy.json``: everything a device needs to run a bundle, and what was measured.
+    """Contents of ``racdeploy.json``.
 
-    ``base`` has model, revision, licence and file hashes; ``traces`` hash and counts; ``pruning``
-    the sparsity and error; ``verdict`` and ``headline`` are the result of the verification.
-    ``dense_tokenizer`` is that of the dense model where the pruned one has fewer tokens.
+    ``base`` has model, revision, license and file hashes; ``traces`` has hash and counts;
+    ``pruning`` has sparsity and error; ``verdict`` and ``headline`` are the verification's result.
+    ``dense_tokenizer`` is set if the pruned model has a smaller vocabulary. ``schema_version``
+    rises when a key is renamed: other versions are refused.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[int, AfterValidator(_check_version)] = _VERSION
     racdeploy_version: str
     base: Annotated[Json, AfterValidator(_check_base)]
     recipe: Json
@@ -209,31 +216,33 @@ class Manifest(_Entry):
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
-        """Read and check the manifest of a bundle; its paths are inside the bundle and exist.
+        """Read and validate the manifest of a bundle; its paths exist and are inside the bundle.
 
         Raises:
-            ArtifactError: not a bundle, a damaged manifest, or a path that escapes.
+            ArtifactError: not a bundle, a damaged manifest or one of another version, or a path
+                outside the bundle.
         """
         file = bundle / MANIFEST_NAME
         if not file.is_file():
-            raise _refuse_place(bundle)
+            raise _explain_not_a_bundle(bundle)
 
         try:
-            manifest = cls.model_validate(read_json(file, MOST_MANIFEST_BYTES, once=True))
+            manifest = cls.model_validate(read_json(file, MAX_MANIFEST_BYTES, strict=True))
         except ValidationError as error:
             raise ArtifactError(
                 "invalid-manifest",
-                f"{file}: {name_problem(error)}",
+                f"{file}: {describe_validation_error(error)}",
                 remedy="build the bundle again",
             ) from error
 
+        # A manifest may come from a stranger: check all its paths before any file is opened.
         for entry in manifest.artifacts:
             for name in (entry.path, *entry.files, *entry.companions):
                 _check_inside(bundle, name)
             if entry.files.get(entry.path) != entry.sha256:
                 raise ArtifactError(
                     "invalid-manifest",
-                    f"{file}: the files of {entry.path!r} lack it, or have another hash for it",
+                    f"{file}: {entry.path!r} is not among its own files, or has another hash",
                 )
             _check_size(bundle, entry)
 
@@ -244,7 +253,7 @@ class Manifest(_Entry):
 
     @property
     def tokenizers(self) -> tuple[TokenizerEntry, ...]:
-        """The tokenizer, and that of the dense model where it is another one."""
+        """Tokenizer of the pruned model, then the dense model's if it differs."""
         return tuple(filter(None, (self.tokenizer, self.dense_tokenizer)))
 
     def check_tokenizer(self, bundle: Path) -> None:
@@ -259,29 +268,29 @@ class Manifest(_Entry):
         self.check_tokenizer(bundle)
 
 
-def _refuse_place(place: Path) -> ArtifactError:
-    """Return the error for a place that is no bundle, which says what it is."""
+def _explain_not_a_bundle(path: Path) -> ArtifactError:
+    """Return the error for a path that is not a bundle; its remedy depends on what was found."""
     remedy = "give the folder that racdeploy build wrote: its last line names it"
-    if not place.exists():
-        return ArtifactError("no-such-folder", f"there is no folder {place}", remedy=remedy)
+    if not path.exists():
+        return ArtifactError("no-such-folder", f"there is no folder {path}", remedy=remedy)
 
-    message = f"{place} is not a bundle: it has no {MANIFEST_NAME}"
-    if place.suffix == ".gguf":
-        message = f"{place} is a GGUF file, not a bundle"
-        remedy = f"racdeploy inspect {place} shows it, llama-cli -m {place} runs it; or {remedy}"
-    elif (place / "config.json").is_file():
-        message = f"{place} is a model folder, not a bundle"
-        remedy = f"racdeploy build {place} makes a bundle of it"
+    message = f"{path} is not a bundle: it has no {MANIFEST_NAME}"
+    if path.suffix == ".gguf":
+        message = f"{path} is a GGUF file, not a bundle"
+        remedy = f"racdeploy inspect {path} shows it, llama-cli -m {path} runs it; or {remedy}"
+    elif (path / "config.json").is_file():
+        message = f"{path} is a model folder, not a bundle"
+        remedy = f"racdeploy build {path} makes a bundle of it"
     return ArtifactError("not-a-bundle", message, remedy=remedy)
 
 
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
     for name, expected in listed.items():
         if file_sha256(bundle / name) != expected:
-            raise _differs(bundle / name, expected)
+            raise _hash_error(bundle / name, expected)
 
 
-def _differs(file: Path, expected: str) -> ArtifactError:
+def _hash_error(file: Path, expected: str) -> ArtifactError:
     return ArtifactError(
         "differs-from-manifest",
         f"{file} differs from its manifest: SHA-256 is not {expected[:16]}…",
@@ -290,12 +299,12 @@ def _differs(file: Path, expected: str) -> ArtifactError:
 
 
 def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
-    there = sum((bundle / name).stat().st_size for name in entry.files)
-    if entry.size_bytes > there:
+    found_bytes = sum((bundle / name).stat().st_size for name in entry.files)
+    if entry.size_bytes > found_bytes:
         raise ArtifactError(
             "artifact-cut-off",
             f"{bundle / MANIFEST_NAME} gives {entry.path!r} {entry.size_bytes:,} bytes, its files "
-            f"have {there:,}",
+            f"have {found_bytes:,}",
             remedy="copy the bundle again, whole",
         )
 

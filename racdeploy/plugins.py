@@ -1,7 +1,7 @@
-"""Find plugins by file name: a file or a package in a plugin folder is its registration.
+"""Find plugins by file name: a module or package in a plugin folder registers itself.
 
-A plugin folder has plugins and nothing else, and is listed before anything is imported: an unknown
-name and a broken file are different errors.
+Folders are listed without importing, so an unknown name and a module that fails to import are
+different errors.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ KINDS: dict[str, str] = {
     "presets": "racdeploy.quant.presets",
     "packing": "racdeploy.packing.packers",
     "engines": "racdeploy.engines.backends",
-    "structures": "racdeploy.prune.structures",
-    "criteria": "racdeploy.prune.criteria",
-    "methods": "racdeploy.prune.methods",
-    "allocations": "racdeploy.prune.allocations",
-    "ways": "racdeploy.recover.ways",
-    "formats": "racdeploy.export",
-    "onnx_exporters": "racdeploy.export.onnx.exporters",
-    "checks": "racdeploy.verify.checks",
+    "structures": "racdeploy.pruning.structures",
+    "criteria": "racdeploy.pruning.criteria",
+    "prune_methods": "racdeploy.pruning.methods",
+    "allocations": "racdeploy.pruning.allocations",
+    "recover_methods": "racdeploy.recovery.methods",
+    "formats": "racdeploy.exporting",
+    "onnx_exporters": "racdeploy.exporting.onnx.exporters",
+    "checks": "racdeploy.verification.checks",
     "harnesses": "racdeploy.harnesses",
 }
 
 
 @cache
-def names(kind: str) -> tuple[str, ...]:
+def list_names(kind: str) -> tuple[str, ...]:
     """Return the plugin names of a kind, sorted, without importing any of them."""
     folders = [str(folder) for folder in _folders(kind)]
     return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
@@ -52,7 +52,7 @@ def _folders(kind: str) -> list[Path]:
     if package in sys.modules:
         return [Path(folder) for folder in sys.modules[package].__path__]
 
-    # Without an import of the packages around it, which may need an extra.
+    # Do not import the parent packages: they may need an extra.
     root, *parts = package.split(".")
     spec = importlib.util.find_spec(root)
     roots = spec.submodule_search_locations if spec else None
@@ -65,10 +65,10 @@ def load(kind: str, name: str) -> ModuleType:
 
     Raises:
         MissingExtraError: the plugin needs an optional dependency.
-        BrokenPluginError: the file is there and does not import.
+        BrokenPluginError: the file exists but its import fails.
     """
-    if name not in names(kind):
-        raise unknown(kind, name, names(kind))
+    if name not in list_names(kind):
+        raise unknown_plugin(kind, name, list_names(kind))
 
     try:
         return importlib.import_module(f"{KINDS[kind]}.{name}")
@@ -83,24 +83,27 @@ def load(kind: str, name: str) -> ModuleType:
         ) from error
 
 
-def constants(kind: str, name: str) -> dict[str, Any]:
-    """Return the literal constants of a plugin's file, by name, without importing it."""
-    if name not in names(kind):
-        raise unknown(kind, name, names(kind))
+def read_constants(kind: str, name: str) -> dict[str, Any]:
+    """Return the literal constants of a plugin's module without importing it.
+
+    The plan needs them where the plugin's extra may be missing.
+    """
+    if name not in list_names(kind):
+        raise unknown_plugin(kind, name, list_names(kind))
 
     parts = (f"{name}.py", f"{name}/__init__.py")
     files = [folder / part for folder in _folders(kind) for part in parts]
     source = next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
-    found = {}
+    values = {}
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Assign):
-            found.update(_read_assignment(statement))
-    return found
+            values.update(_read_assignment(statement))
+    return values
 
 
 def _read_assignment(statement: ast.Assign) -> dict[str, Any]:
-    """Return the names that a statement gives literal values; nothing where it computes them."""
+    """Return names and literal values of an assignment; empty if a value is computed."""
     try:
         value = ast.literal_eval(statement.value)
     except ValueError:
@@ -113,11 +116,11 @@ def _read_assignment(statement: ast.Assign) -> dict[str, Any]:
         return {}
 
     pairs = zip(target.elts, value, strict=True)
-    return {part.id: own for part, own in pairs if isinstance(part, ast.Name)}
+    return {part.id: literal for part, literal in pairs if isinstance(part, ast.Name)}
 
 
-def require(module: str) -> None:
-    """Raise MissingExtraError without a package of :data:`racdeploy.extras.PACKAGES`."""
+def require_package(module: str) -> None:
+    """Raise MissingExtraError if a module of :data:`racdeploy.extras.PACKAGES` is missing."""
     if not is_installed(module):
         raise _missing(module)
 
@@ -127,10 +130,10 @@ def _missing(module: str) -> MissingExtraError:
     return MissingExtraError(package.name, package.extra)
 
 
-def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
-    """Return the error for a name; a kind's ``REFUSED`` has reasons for names that people try."""
+def unknown_plugin(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
+    """Return the error for an unknown name; ``REFUSED`` of a kind's package has known reasons."""
     wanted = f"{_singular(kind)} {name!r}"
-    message = f"unknown {wanted}{closest(name, known)}"
+    message = f"unknown {wanted}{suggest(name, known)}"
 
     reasons = getattr(importlib.import_module(KINDS[kind]), "REFUSED", {})
     if name in reasons:
@@ -138,7 +141,7 @@ def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
     return UnknownPluginError("unknown-plugin", message, remedy=f"known: {', '.join(known)}")
 
 
-def closest(name: str, known: tuple[str, ...] | list[str]) -> str:
+def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

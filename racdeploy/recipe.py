@@ -1,7 +1,7 @@
-"""What a build shall do: its parts, and how target, recipe file and options combine.
+"""Recipe of a build: its sections, validated, and the merge of target, recipe file and options.
 
-Precedence, low to high: defaults, target, recipe file, command-line options. A target's limits
-bind: a recipe that contradicts one is an error. ``recipe.toml`` explains every key.
+Precedence, low to high: defaults, target, recipe file, command-line options. A recipe that exceeds
+a limit of its target is an error. ``recipe.toml`` explains every key.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -25,75 +26,93 @@ from pydantic import (
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.files.toml import Table, merge, read_toml, validate
-from racdeploy.manifest import MOST_TOKENS
-from racdeploy.results.part import Finite, InnerShare, Positive, Share
+from racdeploy.files.toml import TomlTable, merge, read_toml, validate
+from racdeploy.manifest import MAX_TOKENS
+from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
-"""What ``racdeploy init`` writes: every option, those that are seldom set as comments."""
-_ZEROS = {"method", "pattern", "sparsity", "allocation"}
+"""Recipe that ``racdeploy init`` writes: every key, the seldom used ones as comments."""
+_ZERO_KEYS = {"method", "pattern", "sparsity", "allocation"}
 """Keys of ``prune`` that ask for zeros."""
-_PLAIN = {"magnitude": {"match_dense": False, "refit_steps": 0}}
-"""What a method means by its name alone: magnitude moves no weight that stays."""
-_HESITATION = ("Wait", "Alternatively", "Hmm", "But", "However", "Maybe", "Perhaps", "Actually")
+_METHOD_DEFAULTS = {"magnitude": {"target": "linear_output", "refit_steps": 0}}
+"""Defaults that a method changes: magnitude pruning moves no weight that it keeps."""
+_HESITATION_WORDS = (
+    "Wait",
+    "Alternatively",
+    "Hmm",
+    "But",
+    "However",
+    "Maybe",
+    "Perhaps",
+    "Actually",
+)
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
-# A bundle brings its recipe along, so no number in it may be without a bound.
-_MOST_PROMPTS = 1_000_000
-_MOST_SAMPLES = 256
+# A downloaded bundle contains a recipe: bound every number, so that it cannot exhaust the machine.
+_MAX_PROMPTS = 1_000_000
+_MAX_SAMPLES = 256
 BatchSize = Annotated[int, Field(ge=1, le=1024)]
-_MOST_SECONDS = 1e6
-MOST_DIFFERENCES = 0.05
-"""Largest share of strings that may be tokenized differently: beyond it, a rule is another one."""
-_ADDRESS = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+_MAX_SECONDS = 1e6
+MAX_TOKEN_DIFFERENCES = 0.05
+"""Maximum share of strings tokenized differently; beyond it the pre-tokenizer is a wrong one."""
+_SERVER_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
 
 
+def _check_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_check_regex)]
 Names = tuple[str, ...]
-Zeros = float | str
-"""Zeros of a linear: a share of its weights, or N:M."""
+SparsityOrPattern = float | str
+"""Zeros of a linear: a sparsity, or a pattern N:M."""
 
 
-def read_kept_of(zeros: Zeros) -> tuple[int, int] | None:
-    """Return N and M, of which N are kept, or None of a share and of a text that is not N:M."""
+def parse_pattern(zeros: SparsityOrPattern) -> tuple[int, int] | None:
+    """Return N and M of a pattern N:M, which keeps N of M weights; None for anything else."""
     match = _PATTERN.match(zeros) if isinstance(zeros, str) else None
     if not match or not 0 < int(match[1]) < int(match[2]):
         return None
     return int(match[1]), int(match[2])
 
 
-def count_zeros(zeros: Zeros) -> float:
+def sparsity_of(zeros: SparsityOrPattern) -> float:
     """Return the share of a linear's weights that are zeros."""
     if not isinstance(zeros, str):
         return zeros
-    kept_of = read_kept_of(zeros)
-    assert kept_of, "which was checked"
-    return 1 - kept_of[0] / kept_of[1]
+    n_m = parse_pattern(zeros)
+    assert n_m, "patterns are validated when the recipe is read"
+    return 1 - n_m[0] / n_m[1]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Traces(_Part):
-    """How the model's own chains of thought are collected."""
+class Traces(_Section):
+    """Collection of the model's own chains of thought."""
 
-    count: int = Field(256, ge=1, le=_MOST_PROMPTS)
-    temperature: Finite = 0.6
+    count: int = Field(256, ge=1, le=_MAX_PROMPTS)
+    temperature: FiniteNonNegative = 0.6
     top_p: float = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
-    batch: BatchSize = 64  # one shard on disk each
+    max_new_tokens: int = Field(1024, ge=1, le=MAX_TOKENS)
+    batch_size: BatchSize = 64  # one shard on disk each
     seed: NonNegativeInt = 0
     server: str = ""
     server_model: str = ""
     server_key_env: str = ""
     server_concurrency: BatchSize = 16
-    server_timeout_s: float = Field(1800.0, gt=0, le=_MOST_SECONDS)
+    server_timeout_s: float = Field(1800.0, gt=0, le=_MAX_SECONDS)
     server_reload: Literal["", "sglang", "vllm"] = ""
 
-    # Not of the field: the message would show an address with a key in it.
+    # Not a field validator: its message would quote the address, which may contain a key.
     @model_validator(mode="after")
     def _check_server(self) -> Self:
-        if self.server and not _ADDRESS.match(self.server):
+        if self.server and not _SERVER_URL.match(self.server):
             raise ValueError(
                 "server is not http://HOST:PORT/v1, with http or https; "
                 "no name, key or query belongs in it"
@@ -108,10 +127,11 @@ class Traces(_Part):
         return self
 
     @property
-    def identity(self) -> Table:
-        """What decides the traces: the model and its sampling, and not how a server is reached.
+    def identity(self) -> TomlTable:
+        """Settings that determine the traces: sampling and model, not how the server is reached.
 
-        A server whose model is named may move; otherwise its address stands for the model.
+        A server with a named model may change its address; otherwise the address identifies the
+        model.
         """
         values = self.model_dump()
         sampling = {key: value for key, value in values.items() if not key.startswith("server")}
@@ -119,14 +139,14 @@ class Traces(_Part):
             sampling["server"] = self.server_model or self.server
         return sampling
 
-    def refuse_key_of_a_file(self, typed: Mapping[str, Any], allowed: str) -> None:
-        """Refuse to send a secret of this machine where only a recipe file says so.
+    def check_key_destination(self, trace_options: Mapping[str, Any], allowed: str) -> None:
+        """Refuse to send a key of this machine to a host that only a recipe file names.
 
         Args:
-            typed: what the command line says of the traces.
-            allowed: host that the user names as one that may have the key.
+            trace_options: ``traces`` settings from the command line.
+            allowed: host that the user permits with ``--allow-key-to``.
         """
-        is_typed = typed.get("server_key_env") and typed.get("server")
+        is_typed = trace_options.get("server_key_env") and trace_options.get("server")
         host = urllib.parse.urlsplit(self.server).hostname or ""
         if not self.server_key_env or is_typed or host == allowed.lower():
             return
@@ -138,46 +158,45 @@ class Traces(_Part):
         )
 
 
-class StreamWeights(_Part):
-    """What a token counts in the Hessian, by the stream it belongs to."""
+class SegmentWeights(_Section):
+    """Weights of tokens in the Hessian, by segment."""
 
     prompt: NonNegativeFloat = 1.0
     thinking: NonNegativeFloat = 1.0
     answer: NonNegativeFloat = 1.0
 
 
-class Calibration(_Part):
-    """Which trace tokens the statistics see."""
+class Calibration(_Section):
+    """Selection and weights of the trace tokens that the statistics are gathered on."""
 
     source: Literal["rac", "prompt"] = "rac"
     max_tokens: NonNegativeInt = 0
     only_correct: bool = False
     keep_truncated: bool = False
     held_out_share: float = Field(0.125, ge=0, le=0.5)
-    weights: StreamWeights = Field(default_factory=StreamWeights)
+    segment_weights: SegmentWeights = Field(default_factory=SegmentWeights)
 
 
-class Pruning(_Part):
-    """How weights are chosen and compensated.
+class Pruning(_Section):
+    """Choice of the zeros and update of the weights that are kept.
 
-    ``shares`` are the zeros of linears by a regular expression, of which the first that matches
-    decides: a sparsity, or N:M. The others have what makes ``sparsity`` that of all together.
+    ``shares`` maps regular expressions over names of linears to a sparsity or N:M; the first match
+    applies. The sparsity of the other linears is set so that the total is ``sparsity``.
     """
 
     method: str = "sparsegpt"
     sparsity: float = Field(0.5, ge=0, lt=1)
     pattern: str = "unstructured"
     allocation: str = "uniform"
-    match_dense: bool = True
+    target: Literal["dense_output", "linear_output"] = "dense_output"
     refit_steps: NonNegativeInt = 20
-    joint: bool = False
     damping: float = Field(0.01, gt=0, le=1)
     # 60 % zeros, embedded model: held-out error 0.0245 at 16 columns, 0.0314 at 128.
-    column_block: Positive = 16
+    column_block: PositiveCount = 16
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dense: Names = ()
-    shares: dict[str, Zeros] = Field(default_factory=dict)
+    ignore: tuple[Regex, ...] = ()
+    shares: dict[Regex, SparsityOrPattern] = Field(default_factory=dict)
     expert_tokens: NonNegativeInt = 0
 
     @model_validator(mode="before")
@@ -185,40 +204,32 @@ class Pruning(_Part):
     def _fill_method(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {**_PLAIN.get(str(values.get("method")), {}), **values}
+        return {**_METHOD_DEFAULTS.get(str(values.get("method")), {}), **values}
 
     @field_validator("pattern")
     @classmethod
     def _check_pattern(cls, value: str) -> str:
-        if value != "unstructured" and read_kept_of(value) is None:
+        if value != "unstructured" and parse_pattern(value) is None:
             raise ValueError("neither 'unstructured' nor N:M with 0 < N < M, as 2:4")
-        return value
-
-    @field_validator("dense")
-    @classmethod
-    def _check_dense(cls, value: Names) -> Names:
-        for pattern in value:
-            _check_regex(pattern)
         return value
 
     @field_validator("shares")
     @classmethod
-    def _check_shares(cls, value: dict[str, Zeros]) -> dict[str, Zeros]:
+    def _check_shares(cls, value: dict[str, SparsityOrPattern]) -> dict[str, SparsityOrPattern]:
         for pattern, zeros in value.items():
-            _check_regex(pattern)
             if isinstance(zeros, str):
-                is_known = read_kept_of(zeros) is not None
+                is_known = parse_pattern(zeros) is not None
             else:
                 is_known = 0 <= zeros < 1
             if not is_known:
-                raise ValueError(f"{pattern!r} = {zeros!r} is no share from 0, below 1, and no N:M")
+                raise ValueError(f"{pattern!r} = {zeros!r} is neither a share in [0, 1) nor N:M")
         return value
 
     @model_validator(mode="after")
     def _check_sparsity(self) -> Self:
-        if self.shares and (self.kept_of or self.allocation != "uniform"):
-            raise ValueError("shares go with pattern 'unstructured' and allocation 'uniform'")
-        if self.kept_of is None:
+        if self.shares and (self.n_m or self.allocation != "uniform"):
+            raise ValueError("shares needs pattern = 'unstructured' and allocation = 'uniform'")
+        if self.n_m is None:
             return self
 
         if self.allocation != "uniform":
@@ -226,40 +237,49 @@ class Pruning(_Part):
                 f"pattern {self.pattern} leaves nothing to allocate; use allocation = 'uniform'"
             )
 
-        kept, of = self.kept_of
+        kept, of = self.n_m
         implied = 1 - kept / of
         if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
             raise ValueError(
                 f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}"
             )
 
+        # The model is frozen; set the value anyway, so that readers need not know the pattern.
         object.__setattr__(self, "sparsity", implied)
         return self
 
     @property
-    def kept_of(self) -> tuple[int, int] | None:
+    def match_dense(self) -> bool:
+        """True if linears match the dense model's outputs.
+
+        Otherwise each matches the outputs of its own dense weights on the pruned model's inputs.
+        """
+        return self.target == "dense_output"
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
         """N and M of the N:M pattern of all linears, or None."""
-        return read_kept_of(self.pattern)
+        return parse_pattern(self.pattern)
 
     @property
     def patterns(self) -> str:
-        """The pattern of all linears, or those that ``shares`` give some, with "and" between."""
+        """Pattern of all linears; several patterns from ``shares`` are joined by "and"."""
         given = filter(None, self.shares.values())
         named = {zeros if isinstance(zeros, str) else self.pattern for zeros in given}
         return " and ".join(sorted(named)) or self.pattern
 
-    def kept_of_linear(self, linear: str) -> tuple[int, int] | None:
-        """Return N and M of a linear's own pattern, or of that of all; None where it has none."""
+    def n_m_of_linear(self, linear: str) -> tuple[int, int] | None:
+        """Return N and M of a linear by ``shares`` or ``pattern``; None if it is unstructured."""
         for pattern, zeros in self.shares.items():
             if re.search(pattern, linear):
-                return read_kept_of(zeros)
-        return self.kept_of
+                return parse_pattern(zeros)
+        return self.n_m
 
     def check_width(self, weight: str, inputs: int) -> None:
-        """Refuse a weight whose inputs its N:M pattern does not divide."""
-        kept_of = self.kept_of_linear(weight.removesuffix(".weight"))
-        if kept_of and inputs % kept_of[1]:
-            kept, of = kept_of
+        """Refuse a weight with a number of inputs that is not a multiple of its M."""
+        n_m = self.n_m_of_linear(weight.removesuffix(".weight"))
+        if n_m and inputs % n_m[1]:
+            kept, of = n_m
             raise UsageError(
                 "pattern-does-not-divide",
                 f"pattern {kept}:{of} does not divide the {inputs} inputs of {weight}",
@@ -267,12 +287,12 @@ class Pruning(_Part):
             )
 
 
-class Structure(_Part):
-    """How much of the model's structure stays, before zeros are chosen in what is left.
+class Structure(_Section):
+    """Structured pruning, done before zeros are chosen in the weights that are left.
 
-    ``keep`` has a share for each part that is cut, by the name of its plugin; of the vocabulary a
-    count of tokens, too. What is ``optional`` is cut less, or not at all, where a model or a format
-    has no room for it.
+    ``keep`` maps a part, named as its plugin, to the share that is kept; for the vocabulary, a
+    number of tokens is also accepted. With ``optional`` a part is cut less, or not at all, if the
+    model or the format does not allow it; otherwise that is an error.
     """
 
     keep: dict[str, float] = Field(default_factory=dict)
@@ -287,14 +307,14 @@ class Structure(_Part):
     def _check_keep(cls, value: dict[str, float]) -> dict[str, float]:
         for part, share in value.items():
             _check_name("structures", "part", part)
-            counted = plugins.constants("structures", part).get("COUNTED")
+            counted = plugins.read_constants("structures", part).get("COUNT_UNIT")
             if not (0 < share <= 1 or (counted and share > 0 and share.is_integer())):
                 also = f", or a count of {counted}" if counted else ""
                 raise ValueError(f"{part} = {share:g} is not a share above 0, up to 1{also}")
         return value
 
     @property
-    def parts(self) -> Names:
+    def cut_parts(self) -> Names:
         """Names of the parts that are cut, sorted."""
         return tuple(sorted(part for part, share in self.keep.items() if share != 1))
 
@@ -306,81 +326,90 @@ class Structure(_Part):
 
     @property
     def sizes(self) -> frozenset[str]:
-        """Letters of the sizes that become smaller, see :mod:`racdeploy.prune.structures`."""
-        read = plugins.constants
-        return frozenset(read("structures", part)["SIZE"] for part in self.parts)
+        """Letters of the dimensions that shrink, see :mod:`racdeploy.pruning.structures`."""
+        read = plugins.read_constants
+        return frozenset(read("structures", part)["SIZE_LETTER"] for part in self.cut_parts)
 
     @property
     def cuts_vocabulary(self) -> bool:
-        """Whether fewer tokens stay than there are."""
+        """True if the vocabulary is cut."""
         return "V" in self.sizes
 
     @property
     def width_multiple(self) -> int:
-        """What feed-forward widths are multiples of; most number formats have blocks of 32."""
+        """Divisor of feed-forward widths; most number formats have blocks of 32."""
         return self.multiple or 32
 
-    def share(self, part: str) -> float:
-        """Return how much of a part stays; 1 is all of it."""
+    def kept_share(self, part: str) -> float:
+        """Return the share of a part that is kept; 1 if it is not cut."""
         return self.keep.get(part, 1.0)
 
 
-class LearnedWeights(StreamWeights):
-    """What a token counts in what is learned: the model's own words, and not its prompts."""
+class LossWeights(SegmentWeights):
+    """Weights of tokens in the loss of recovery, by segment; prompts do not count by default."""
 
     prompt: NonNegativeFloat = 0.0
 
 
-class Recovery(_Part):
-    """How a pruned model learns from the dense one; nothing at 0 tokens.
+class Recovery(_Section):
+    """Distillation of the dense model into the pruned one; off at 0 tokens.
 
-    ``ways`` are plugins, one after the other on the dense model's traces; none is the best that
-    fits into memory. A share of the tokens is learned on the model's own answers, in rounds.
+    ``methods`` are plugins that run in order on the dense model's traces; an empty list selects the
+    best method that fits into memory. The share ``on_policy`` of the tokens is learned on the
+    pruned model's own answers, in ``rounds``.
     """
 
     tokens: NonNegativeInt = 0
-    ways: Names = ()
+    methods: Names = ()
     on_policy: Share = 0.25
-    rounds: Positive = 2
-    probe_drop: float = Field(0.01, ge=0, lt=1)
-    rate: NonNegativeFloat = 0.0
-    step_tokens: Positive = 2048
-    average: float = Field(0.0, ge=0, lt=1)
-    weights: LearnedWeights = Field(default_factory=LearnedWeights)
+    rounds: PositiveCount = 2
+    max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
+    learning_rate: NonNegativeFloat = 0.0
+    batch_tokens: PositiveCount = 2048
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    segment_weights: LossWeights = Field(default_factory=LossWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    mix: str = ""
-    mix_share: InnerShare = 0.3
+    extra_text: str = ""
+    extra_text_share: OpenShare = 0.3
     seed: NonNegativeInt = 0
 
-    @field_validator("ways")
+    @field_validator("methods")
     @classmethod
-    def _check_ways(cls, value: Names) -> Names:
-        for way in value:
-            _check_name("ways", "way", way)
+    def _check_methods(cls, value: Names) -> Names:
+        for method in value:
+            _check_name("recover_methods", "method", method)
         return value
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if not (self.weights.thinking or self.weights.answer):
-            raise ValueError("weights leave nothing to learn: thinking or answer must count")
+        if not (self.segment_weights.thinking or self.segment_weights.answer):
+            raise ValueError(
+                "segment_weights leave nothing to learn: thinking or answer must count"
+            )
         return self
 
 
-class Export(_Part):
-    """The exported file; of ``tensors`` the first pattern that matches overrides the preset.
+class Export(_Section):
+    """Format of the exported file.
 
-    ``allow_losing_zeros`` lets a build go on whose number format does not keep what it prunes,
-    ``accept_token_differences`` one whose engine tokenizes that share of hard strings differently.
+    ``tensors`` maps patterns of tensor names to number formats; the first match overrides the
+    preset. ``rounding`` is ``nearest``, or ``optimized``: codes are chosen while pruning to reduce
+    the error of the outputs, with or without zeros. ``allow_losing_zeros`` permits a number format
+    that does not represent zeros exactly, and ``accept_token_differences`` an engine that tokenizes
+    up to that share of hard strings differently.
     """
 
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
+    rounding: Literal["nearest", "optimized"] = "nearest"
     pre_tokenizer: str | None = None
-    accept_token_differences: float = Field(0.0, ge=0, le=MOST_DIFFERENCES, allow_inf_nan=False)
+    accept_token_differences: float = Field(
+        0.0, ge=0, le=MAX_TOKEN_DIFFERENCES, allow_inf_nan=False
+    )
     exporter: str = "auto"
-    tensors: dict[str, str] = Field(default_factory=dict)
+    tensors: dict[Regex, str] = Field(default_factory=dict)
     importance: str = ""
     split_bytes: NonNegativeInt = 48_000_000_000
     allow_losing_zeros: bool = False
@@ -393,30 +422,29 @@ class Export(_Part):
     @field_validator("tensors")
     @classmethod
     def _check_tensors(cls, value: dict[str, str]) -> dict[str, str]:
-        known = plugins.names("quant")
+        known = plugins.list_names("quant")
         checked = {}
 
         for pattern, quant in value.items():
-            _check_regex(pattern)
             name = checked[pattern] = quant.lower()
             if name not in known:
-                nearest = plugins.closest(name, known)
+                nearest = plugins.suggest(name, known)
                 raise ValueError(f"unknown quant {quant!r} for {pattern!r}{nearest}")
         return checked
 
 
-class Verification(_Part):
-    """How the artifact is compared with the dense model."""
+class Verification(_Section):
+    """Comparison of the artifact with the dense model."""
 
-    count: int = Field(200, ge=1, le=_MOST_PROMPTS)
-    samples: int = Field(1, ge=1, le=_MOST_SAMPLES)
-    max_new_tokens: int = Field(1024, ge=1, le=MOST_TOKENS)
-    max_thinking_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
-    temperature: Finite = 0.0
-    logit_traces: int = Field(16, ge=0, le=_MOST_PROMPTS)
+    count: int = Field(200, ge=1, le=_MAX_PROMPTS)
+    samples: int = Field(1, ge=1, le=_MAX_SAMPLES)
+    max_new_tokens: int = Field(1024, ge=1, le=MAX_TOKENS)
+    max_thinking_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
+    temperature: FiniteNonNegative = 0.0
+    logit_traces: int = Field(16, ge=0, le=_MAX_PROMPTS)
     controls: Names = ()
     parallel: BatchSize = 16
-    context_tokens: int = Field(2048, ge=16, le=MOST_TOKENS)
+    context_tokens: int = Field(2048, ge=16, le=MAX_TOKENS)
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -428,63 +456,63 @@ class Verification(_Part):
         return self
 
 
-class Thinking(_Part):
-    """What is done about the thinking of what ships; see docs/thinking.md.
+class Thinking(_Section):
+    """Control of the exported model's thinking; see docs/thinking.md.
 
-    ``closing`` and ``close_bias`` also go with a budget that the app or a user gives later.
+    ``closing`` and ``close_bias`` also apply to a budget that an app or user sets later.
     """
 
-    max_tokens: int = Field(0, ge=0, le=MOST_TOKENS)
+    max_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     closing: str = ""
-    close_bias: Finite = 0.0
-    hesitation: Names = _HESITATION
-    hesitation_penalty: Finite = 0.0
+    close_bias: FiniteNonNegative = 0.0
+    hesitation: Names = _HESITATION_WORDS
+    hesitation_penalty: FiniteNonNegative = 0.0
     tune: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.hesitation and (self.tune or self.hesitation_penalty):
-            raise ValueError("there are no words of hesitation to penalize")
+            raise ValueError("hesitation is empty: there are no words to penalize")
         if self.tune and self.hesitation_penalty:
-            raise ValueError("hesitation_penalty is what tune = true chooses: give one of them")
+            raise ValueError("tune = true chooses hesitation_penalty: set only one of them")
         return self
 
 
-class Runtime(_Part):
-    """How the model is run where it ships, which is how it is verified."""
+class Runtime(_Section):
+    """Settings of the deployed model, with which it is also verified."""
 
     thinking: Thinking = Field(default_factory=Thinking)
 
 
-class Tune(_Part):
-    """What ``racdeploy tune`` looks for, and among what; limits at 0 are none.
+class Tune(_Section):
+    """Objective, limits and candidates of ``racdeploy tune``; a limit of 0 is off.
 
-    Candidates are every number format of the target (or ``quants``), with nothing pruned, and with
-    these shares of the feed-forward part kept, or with these zeros.
+    Each number format of the target (or of ``quants``) is a candidate unpruned, with each share
+    ``ffn`` of the feed-forward part kept, and with each entry of ``zeros``.
     """
 
     objective: Literal["size", "speed", "seconds-per-correct-answer", "accuracy"] = "accuracy"
     max_bytes: NonNegativeInt = 0
     max_memory_bytes: NonNegativeInt = 0
-    min_tokens_per_s: Finite = 0.0
+    min_tokens_per_s: FiniteNonNegative = 0.0
     min_accuracy_ratio: Share = 0.0
-    budget_s: float = Field(3600.0, gt=0, le=_MOST_SECONDS)
+    budget_s: float = Field(3600.0, gt=0, le=_MAX_SECONDS)
     quants: Names = ()
     ffn: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
-    zeros: tuple[Zeros, ...] = ()
+    zeros: tuple[SparsityOrPattern, ...] = ()
     vocabulary: tuple[int, ...] = ()
     recover_tokens: NonNegativeInt = 0
-    prompts: int = Field(256, ge=16, le=_MOST_PROMPTS)
+    prompts: int = Field(256, ge=16, le=_MAX_PROMPTS)
     seed: NonNegativeInt = 1
 
     @field_validator("ffn", "zeros")
     @classmethod
-    def _check_shares(cls, value: tuple[Zeros, ...]) -> tuple[Zeros, ...]:
+    def _check_shares(cls, value: tuple[SparsityOrPattern, ...]) -> tuple[SparsityOrPattern, ...]:
         for zeros in value:
             is_pattern = isinstance(zeros, str)
-            if is_pattern and read_kept_of(zeros) is None:
+            if is_pattern and parse_pattern(zeros) is None:
                 raise ValueError(f"{zeros!r} is not N:M, as 2:4")
-            if not is_pattern and not 0 < count_zeros(zeros) < 1:
+            if not is_pattern and not 0 < sparsity_of(zeros) < 1:
                 raise ValueError(f"{zeros:g} is not a share between 0 and 1")
         return value
 
@@ -493,19 +521,19 @@ class Tune(_Part):
     def _check_vocabulary(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         for tokens in value:
             if tokens < 2:
-                raise ValueError(f"{tokens} is no number of tokens that are kept")
+                raise ValueError(f"{tokens} is not a vocabulary size: keep at least 2 tokens")
         return value
 
     @property
-    def least_ratio(self) -> float:
-        """What of the dense model's accuracy must stay: where accuracy is no aim, most of it."""
+    def effective_min_accuracy_ratio(self) -> float:
+        """Minimum ratio of accuracy to the dense model's; 0.98 by default for size and speed."""
         if self.min_accuracy_ratio or self.objective in ("accuracy", "seconds-per-correct-answer"):
             return self.min_accuracy_ratio
         return 0.98
 
 
-class Recipe(_Part):
-    """One build, complete; ``gate`` is read by :mod:`racdeploy.verify.gate`."""
+class Recipe(_Section):
+    """Complete settings of one build; :mod:`racdeploy.verification.gate` reads ``gate``."""
 
     model: str = "tiny-reasoner"
     target: str = "gguf"
@@ -521,46 +549,51 @@ class Recipe(_Part):
     runtime: Runtime = Field(default_factory=Runtime)
     verify: Verification = Field(default_factory=Verification)
     tune: Tune = Field(default_factory=Tune)
-    gate: Table = Field(default_factory=dict)
+    gate: TomlTable = Field(default_factory=dict)
 
     @classmethod
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
-        """Build a recipe from its target, a recipe file and nested options, checked.
+        """Merge target, recipe file and nested options into a validated recipe.
 
-        Options win over the file; those that are None are ignored.
+        Options override the file; options that are None are ignored.
+
+        Raises:
+            UsageError: a key or value is invalid, or exceeds a limit of the target.
+            UnknownPluginError: a plugin or target does not exist.
         """
         written = read_toml(file) if file else {}
-        asked = merge(written, _without_none(options))
+        requested = merge(written, _without_none(options))
 
-        name = asked.get("target", cls.model_fields["target"].default)
+        name = requested.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
-        proposed = merge(target.defaults, _propose_pruning(target, asked))
-        merged = merge(proposed, asked)
+        proposed = merge(target.defaults, _propose_pruning(target, requested))
+        merged = merge(proposed, requested)
         where = str(file) if file else "the command line"
         recipe = validate(cls, merged, where, "racdeploy init")
 
-        for each in (recipe, *map(recipe.at, recipe.also)):
+        for each in (recipe, *map(recipe.for_target, recipe.also)):
             each._check_plugins()
             export, context_tokens = each.export, each.verify.context_tokens
             Target.read(each.target).check(export.format, export.quant, context_tokens)
 
         return recipe
 
-    def at(self, target: str) -> Self:
-        """Return this recipe for another target alone, with that target's export."""
-        other = Target.read(target)
-        asked = {
-            "format": other.format,
-            "quant": other.quant,
-            "packing": other.packing,
+    def for_target(self, target: str) -> Self:
+        """Return this recipe with another target and that target's export settings."""
+        new_target = Target.read(target)
+        settings = {
+            "format": new_target.format,
+            "quant": new_target.quant,
+            "packing": new_target.packing,
+            "rounding": self.export.rounding,
             "allow_losing_zeros": self.export.allow_losing_zeros,
         }
-        export = validate(Export, asked, f"target {target}")
+        export = validate(Export, settings, f"target {target}")
         return self.model_copy(update={"target": target, "also": (), "export": export})
 
-    def unpruned(self) -> Self:
-        """Return this recipe with nothing cut, no zeros, and one format for all linears."""
+    def without_pruning(self) -> Self:
+        """Return this recipe without cuts and zeros, and with one number format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
         none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
         prune = self.prune.model_copy(update=none | {"shares": {}})
@@ -569,14 +602,14 @@ class Recipe(_Part):
         parts = {"structure": structure, "prune": prune, "export": export}
         return self.model_copy(update=parts)
 
-    def changed(self, settings: Mapping[str, Any]) -> Self:
-        """Return this recipe with other values of some keys, by part, checked."""
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """Return this recipe with nested settings replaced, validated."""
         values = merge(self.model_dump(), settings)
         return validate(type(self), values, "the candidate")
 
     def _check_plugins(self) -> None:
         chosen = {
-            "methods": self.prune.method,
+            "prune_methods": self.prune.method,
             "allocations": self.prune.allocation,
             "criteria": self.structure.criterion,
             "formats": self.export.format,
@@ -585,46 +618,39 @@ class Recipe(_Part):
         }
 
         for kind, name in chosen.items():
-            known = plugins.names(kind)
+            known = plugins.list_names(kind)
             if kind == "quant":
-                known += plugins.names("presets")
+                known += plugins.list_names("presets")
             if name not in known:
-                raise plugins.unknown(kind, name, known)
+                raise plugins.unknown_plugin(kind, name, known)
 
 
-def _propose_pruning(target: Target, asked: Mapping[str, Any]) -> dict[str, Table]:
-    """Return what is pruned where nobody says it.
+def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, TomlTable]:
+    """Return the default pruning for the sections that the user has set.
 
-    Who asks for zeros, or for a packing that leaves them out, gets half of them if no more is said,
-    and nothing is cut; who asks for a cut gets no zeros; who asks for neither gets what the target
-    proposes.
+    A user who asks for zeros, or for a packing that omits them, gets the recipe's default sparsity
+    and no cut. A user who sets ``structure.keep`` gets no zeros. Otherwise the target's proposal
+    applies.
     """
-    parts = [asked.get(name, {}) for name in ("prune", "structure", "export")]
+    parts = [requested.get(name, {}) for name in ("prune", "structure", "export")]
     prune, structure, export = (part if isinstance(part, Mapping) else {} for part in parts)
 
     packed = export.get("packing", target.packing) != "plain"
-    if packed or not _ZEROS.isdisjoint(prune):
+    if packed or not _ZERO_KEYS.isdisjoint(prune):
         return {}
     if "keep" in structure:
         return {"prune": {"sparsity": 0.0}}
     return target.pruning
 
 
-def _check_name(kind: str, what: str, name: str) -> None:
-    known = plugins.names(kind)
+def _check_name(kind: str, noun: str, name: str) -> None:
+    known = plugins.list_names(kind)
     if name not in known:
-        nearest = plugins.closest(name, known)
-        raise ValueError(f"unknown {what} {name!r}{nearest}; known: {', '.join(known)}")
+        nearest = plugins.suggest(name, known)
+        raise ValueError(f"unknown {noun} {name!r}{nearest}; known: {', '.join(known)}")
 
 
-def _check_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def _without_none(options: Mapping[str, Any]) -> Table:
+def _without_none(options: Mapping[str, Any]) -> TomlTable:
     kept = {}
     for key, value in options.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""The one door to racdeploy-kernels: sparse kernels for stock llama.cpp and onnxruntime.
+"""Interface to racdeploy-kernels: sparse kernels for stock llama.cpp and onnxruntime.
 
-That package is a project of its own (``kernels/``), compiled where it is installed; nothing else
-here imports it. It computes with sparse weights where ``racdeploy-kernels prove`` found it right
-and faster on this machine; where it is not used, one line says why. Imports nothing heavy.
+That package is a separate project (``kernels/``), compiled where it is installed; no other module
+imports it. Its kernels are used where ``racdeploy-kernels prove`` measured correct and faster
+results on this machine; where they are not used, one line gives the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
 from racdeploy.processes.cores import available_cores
 
-Mode = Literal["auto", "off", "require"]
+AccelMode = Literal["auto", "off", "require"]
 PACKAGE = "racdeploy-kernels"
 STOCK = "the engine's own"
 _MODULE = "racdeploy_kernels"
@@ -28,124 +28,128 @@ _ENGINES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What runs the next model: sparse kernels, or the engine's own alone.
+class KernelChoice:
+    """Kernels of the next model: sparse ones, or only the engine's own.
 
     Args:
         path: the file to load.
-        summary: what runs it, in one line.
-        library: that the engine has to load first.
-        tensors: names of the weights that the kernels ask for, where that is decided by weight.
-        packed: returns how many weights the kernels have; for llama.cpp, tensors by now.
+        summary: one line on the kernels.
+        library: the engine has to load it first.
+        tensors: names of the weights for the kernels, where that is decided for each weight.
+        count_packed: returns the number of weights on the kernels; with llama.cpp, those packed by
+            now.
     """
 
     path: Path
     summary: str
     library: Path | None = None
     tensors: tuple[str, ...] = ()
-    packed: Callable[[], int] = field(default=lambda: 0, compare=False)
+    count_packed: Callable[[], int] = field(default=lambda: 0, compare=False)
 
     def __str__(self) -> str:
         return self.summary
 
 
 class Kernels(Protocol):
-    """The module racdeploy_kernels; an engine is ``llama.cpp`` or ``onnxruntime``."""
+    """Interface of the module racdeploy_kernels; an engine is ``llama.cpp`` or ``onnxruntime``."""
 
-    LAYOUT: int
-    """Version of the packed matrices that the kernels read, as an export writes it."""
+    LAYOUT_VERSION: int
+    """Version of the packed matrix layout that the kernels read, as exports write it."""
 
-    def choose(self, engine: str, path: Path, threads: int) -> Choice | str:
-        """Have a model's weights run on the kernels, or return why its engine's own run all."""
+    def choose(self, engine: str, path: Path, threads: int) -> KernelChoice | str:
+        """Let the kernels run a model's weights, or return the reason why they do not."""
 
     def disable(self) -> None:
-        """Take back the weights that were chosen for llama.cpp's next model."""
+        """Undo the choice of weights for llama.cpp's next model."""
 
     def was_tried(self, engine: str) -> bool:
-        """Return whether the kernels were tried with the installed engine, however that ended."""
+        """Return True if the kernels were tested with the installed engine, whatever the result."""
 
     def explain(self, engine: str) -> str:
-        """Return why the kernels are not used with an engine; an empty string if they are."""
+        """Return the reason why an engine does not use the kernels, or an empty string."""
 
     def describe(self, engine: str) -> Mapping[str, tuple[bool, str]]:
-        """Return of an engine's kernels, all and by number format, whether used, and details."""
+        """Return use and details of an engine's kernels: of all, and by number format."""
 
     def name_used(self, engine: str, threads: int) -> str:
-        """Return instruction set and build of the kernels that are used, or an empty string."""
+        """Return instruction set and build of the kernels in use, or an empty string."""
 
 
 def find() -> Kernels | str:
-    """Return the installed kernels, or why there are none for this racdeploy."""
+    """Return the installed kernels, or the reason why there are none for this racdeploy."""
     if not is_installed(_MODULE):
         return f"{PACKAGE} is not installed: {_INSTALL}; {_PROVE}"
 
-    from racdeploy.packing.sparse_matrix import LAYOUT
+    from racdeploy.packing.sparse_matrix import LAYOUT_VERSION
 
     kernels = importlib.import_module(_MODULE)
-    if getattr(kernels, "LAYOUT", None) != LAYOUT:
+    if getattr(kernels, "LAYOUT_VERSION", None) != LAYOUT_VERSION:
         return f"{PACKAGE} is for another racdeploy: pip install --upgrade racdeploy {PACKAGE}"
     return cast(Kernels, kernels)
 
 
-def enable(path: Path, mode: Mode, *, threads: int = 0) -> Choice:
-    """Give the sparse weights of a GGUF file to the kernels when llama.cpp loads it next.
+def enable(path: Path, mode: AccelMode, *, threads: int = 0) -> KernelChoice:
+    """Let the kernels run the sparse weights of a GGUF file that llama.cpp loads next.
 
-    Call it before every model that is to be accelerated. Its packed weights are not mapped from
-    the file: load it without a map, which would only take memory.
+    Call it before each model that is to be accelerated, and load the model without memory mapping:
+    packed weights are not mapped, and the mapping would only take memory.
 
     Args:
-        mode: ``auto`` leaves everything to llama.cpp where the kernels cannot be used or are not
+        mode: ``auto`` uses llama.cpp's own kernels where the sparse ones cannot be used or are not
             faster; ``require`` makes that an error; ``off`` does nothing.
-        threads: that the model will run on, which decide whether the kernels are faster, and that
-            pack it now; 0 stands for every core. With llama-cpp-python it is ``n_threads``.
+        threads: of the model, 0 for every core; ``n_threads`` in llama-cpp-python. They decide
+            whether the kernels are faster, and they pack the weights now.
 
     Raises:
-        EngineError: the kernels are required, and not ready or of no use to this file.
+        EngineError: the kernels are required, and are not ready or do not apply to this file.
         ArtifactError: the file is not a GGUF file, or damaged.
     """
-    # An earlier model that did not load left its weights' names, and other models have the same.
+    # If an earlier model failed to load, its weights' names are still registered, and weights of
+    # other models have the same names.
     if _MODULE in sys.modules and not isinstance(kernels := find(), str):
         kernels.disable()
     return _choose("llama.cpp", "llama.cpp's own kernels", path, mode, threads)
 
 
-def choose_graph(model: Path, mode: Mode, *, threads: int = 0) -> Choice:
-    """Return the graph for onnxruntime to load: the packed one where it is proven and faster.
+def choose_graph(model: Path, mode: AccelMode, *, threads: int = 0) -> KernelChoice:
+    """Return the graph for onnxruntime: the packed one if it was measured correct and faster.
 
     Args:
-        mode: ``off`` takes the plain graph; ``require`` makes it an error not to take the packed.
-        threads: that the session will have; 0 stands for every core.
+        mode: ``off`` takes the plain graph; ``require`` raises where the packed one is not taken.
+        threads: of the session; 0 for every core.
 
     Raises:
-        EngineError: the operator is required, and not ready or of no use to this model.
+        EngineError: the operator is required, and is not ready or does not apply to this model.
         ArtifactError: the packed graph is damaged.
     """
     return _choose("onnxruntime", "onnxruntime's own operators", model, mode, threads)
 
 
-def _choose(engine: str, stock: str, path: Path, mode: Mode, threads: int) -> Choice:
+def _choose(engine: str, stock: str, path: Path, mode: AccelMode, threads: int) -> KernelChoice:
     if mode == "off":
-        return Choice(path, f"{stock}: sparse ones are switched off")
+        return KernelChoice(path, f"{stock}: sparse ones are switched off")
 
     kernels = find()
-    asked = kernels if isinstance(kernels, str) else kernels.choose(engine, path, _count(threads))
-    if isinstance(asked, Choice):
-        return asked
+    result = kernels if isinstance(kernels, str) else kernels.choose(engine, path, _count(threads))
+    if isinstance(result, KernelChoice):
+        return result
 
     if mode == "require":
         raise EngineError(
             "kernels-unusable",
-            f"sparse kernels are required for {path}, and cannot be used: {asked}",
-            remedy="see racdeploy doctor; without --accel require everything runs, too",
+            f"sparse kernels are required for {path}, and cannot be used: {result}",
+            remedy="see racdeploy doctor; it also runs without --accel require",
         )
-    return Choice(path, f"{stock}: {asked}")
+    return KernelChoice(path, f"{stock}: {result}")
 
 
-def kernels_used(mode: Mode, threads: int = 0) -> str:
-    """Return what answers depend on under a mode: sparse kernels and their build, or ``STOCK``.
+def kernels_used(mode: AccelMode, threads: int = 0) -> str:
+    """Return the kernels in use under a mode, with their build, or ``STOCK``.
+
+    Answers depend on them.
 
     Args:
-        threads: of the model; 0 stands for every core.
+        threads: of the model; 0 for every core.
     """
     kernels = STOCK if mode == "off" else find()
     if isinstance(kernels, str):
@@ -155,8 +159,8 @@ def kernels_used(mode: Mode, threads: int = 0) -> str:
     return ", ".join(filter(None, used)) or STOCK
 
 
-def next_command(engine: str) -> str:
-    """Return what would give an installed engine kernels, or tell whether it gains by them."""
+def suggest_command(engine: str) -> str:
+    """Return the command that installs or tests an engine's kernels, or an empty string."""
     if not is_installed(_ENGINES.get(engine, "")):
         return ""
 
@@ -166,19 +170,19 @@ def next_command(engine: str) -> str:
     return "" if kernels.was_tried(engine) else _PROVE
 
 
-def findings() -> list[tuple[str, bool, str]]:
-    """Return what there is to know of each engine's kernels: name, whether used, and details."""
+def list_kernels() -> list[tuple[str, bool, str]]:
+    """Return the rows of racdeploy doctor on kernels: name, whether used, and details."""
     kernels = find()
     rows = []
     for engine in _ENGINES:
-        what = f"sparse kernels for {engine}"
+        label = f"sparse kernels for {engine}"
         reason = kernels if isinstance(kernels, str) else kernels.explain(engine)
         if reason or isinstance(kernels, str):
-            rows.append((what, False, f"models run on {engine}'s own: {reason}"))
+            rows.append((label, False, f"models run on {engine}'s own: {reason}"))
             continue
 
         for name, (is_used, detail) in kernels.describe(engine).items():
-            rows.append((f"{what}, {name}" if name else what, is_used, detail))
+            rows.append((f"{label}, {name}" if name else label, is_used, detail))
     return rows
 
 

@@ -1,6 +1,6 @@
-"""Deployment targets: where a model will run, defaults for its recipe, and limits that bind.
+"""Deployment targets: a device or engine, defaults for the recipe, and limits.
 
-A target is data, ``targets/NAME.toml``, or a TOML file of the user's.
+A target is data: ``targets/NAME.toml``, or a user's TOML file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.files.toml import Table, merge, read_toml, validate
+from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 
 
 class _Data(BaseModel):
@@ -21,14 +21,14 @@ class _Data(BaseModel):
 
 
 class Device(_Data):
-    """How fast stock engines decode there: weights read a second, and a constant for each token.
+    """Decoding speed of stock engines on a device: bandwidth by number format, time per token.
 
     Args:
-        measured: whether it was; ``source`` says on what, or where an estimate is from.
-        cores: those that decode.
-        token_us: microseconds that a token takes beside its weights.
-        gb_per_s: 10⁹ bytes a second that decoding reads of weights in each number format.
-        repacked: number formats of which an engine keeps a copy for its fast kernels.
+        measured: True if measured; ``source`` names the machine, or the origin of an estimate.
+        cores: processor cores that decode.
+        token_us: microseconds per token besides reading the weights.
+        gb_per_s: weights read while decoding, in 10⁹ bytes per second, by number format.
+        repacked: number formats that an engine keeps a second copy of, for its fast kernels.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Device(_Data):
 
 
 class Target(_Data):
-    """A place to deploy to; what it names beside its limits are defaults of a recipe."""
+    """A deployment target: limits that a recipe must keep, and defaults for the recipe."""
 
     name: str
-    why: str  # one line on the choice
+    description: str  # one line on the choice
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
@@ -55,12 +55,12 @@ class Target(_Data):
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_formats: tuple[str, ...] = ("gguf",)
     allowed_quants: tuple[str, ...] = ()  # empty means all
-    recipe: dict[str, Table] = Field(default_factory=dict)
+    recipe: dict[str, TomlTable] = Field(default_factory=dict)
     device: Device | None = None  # None: the machine at hand is measured
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the targets that ship with racdeploy, sorted."""
+        """Return the names of the targets that ship with racdeploy, sorted."""
         return tuple(sorted(file.stem for file in _folder().glob("*.toml")))
 
     @classmethod
@@ -73,33 +73,33 @@ class Target(_Data):
         else:
             raise UnknownPluginError(
                 "unknown-target",
-                f"unknown target {name!r}{plugins.closest(name, cls.names())}",
+                f"unknown target {name!r}{plugins.suggest(name, cls.names())}",
                 remedy=f"known: {', '.join(cls.names())}; or give the path of a .toml file",
             )
 
         return validate(cls, {"name": path.stem, **read_toml(path)}, str(path))
 
-    def describe(self) -> Table:
-        """Return what its TOML file holds, but for the device."""
+    def describe(self) -> TomlTable:
+        """Return the values of its TOML file, without the device."""
         return self.model_dump(mode="json", exclude_unset=True, exclude={"name", "device"})
 
     @property
-    def defaults(self) -> Table:
-        """The recipe values that this target proposes, :attr:`pruning` not among them."""
+    def defaults(self) -> TomlTable:
+        """Recipe values that this target proposes, except :attr:`pruning`."""
         export = {"format": self.format, "quant": self.quant, "packing": self.packing}
         return merge({"export": export}, self.recipe)
 
     @property
-    def pruning(self) -> dict[str, Table]:
-        """What this target proposes to prune: parts of the structure, zeros, or both."""
-        prune: Table = {"pattern": self.pattern}
+    def pruning(self) -> dict[str, TomlTable]:
+        """Default pruning of this target: cuts, zeros, or both."""
+        prune: TomlTable = {"pattern": self.pattern}
         if self.pattern == "unstructured":
             prune["sparsity"] = self.sparsity
 
         return {"prune": prune, "structure": {"keep": self.keep, "optional": True}}
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
-        """Refuse a format, a number format or a verified context that this target cannot run."""
+        """Raise UsageError if the target cannot run a format, number format or context length."""
         if form not in self.allowed_formats:
             raise UsageError(
                 "format-not-on-target",
@@ -111,21 +111,21 @@ class Target(_Data):
         if self.allowed_quants and quant not in self.allowed_quants:
             raise UsageError(
                 "quant-not-on-target",
-                f"target {self.name!r} does not take quant {quant!r}: {self.why}",
-                remedy=f"it takes {', '.join(self.allowed_quants)}",
+                f"target {self.name!r} does not support quant {quant!r}: {self.description}",
+                remedy=f"use one of {', '.join(self.allowed_quants)}",
             )
 
         if context_tokens > self.context_tokens:
             raise UsageError(
                 "context-beyond-target",
-                f"target {self.name!r} is made for {self.context_tokens} tokens of context, "
+                f"target {self.name!r} allows {self.context_tokens} tokens of context, "
                 f"the recipe verifies with {context_tokens}",
                 remedy="lower verify.context_tokens or choose another target",
             )
 
 
 def _folder() -> Path:
-    """Return the targets folder: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder of targets: beside the package in a checkout, inside it in a wheel."""
     package = Path(str(files("racdeploy")))
     inside = package / "targets"
     return inside if inside.is_dir() else package.parent / "targets"

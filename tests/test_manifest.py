@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from racdeploy.files.partials import sweep
+from racdeploy.files.partials import remove_abandoned
 from racdeploy.files.writing import atomic_folder, file_sha256, write_atomic
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from tests.support.errors import raises
@@ -87,9 +87,9 @@ def test_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path: P
         left = next(path for path in both if not _is_locked(path))
         with left.open("rb") as elsewhere:  # as the process of another machine
             fcntl.flock(elsewhere, fcntl.LOCK_EX)
-            sweep(file)
+            remove_abandoned(file)
             assert left.exists()
-        sweep(file)
+        remove_abandoned(file)
         assert {*both, *others} - {left} == set(tmp_path.iterdir())
         running.kill()
 
@@ -161,7 +161,7 @@ def test_a_manifest_cannot_name_files_outside(bundle: Path, tmp_path: Path, path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schema_version": 2},
+        {"schema_version": 3},
         {"artifacts": []},
         {"surprise": 1},
         {"generation": {"temperature": "hot"}},
@@ -173,6 +173,13 @@ def test_a_damaged_manifest_is_an_error(
     """Unknown versions, missing parts, unknown keys and wrong types are refused with the place."""
     with raises("invalid-manifest", *changes):
         Manifest.read(_edited(bundle, tmp_path, **changes))
+
+
+def test_a_bundle_of_an_earlier_version_is_to_be_built_again(bundle: Path, tmp_path: Path) -> None:
+    """Its recipe has keys of other names, so one line says what to do."""
+    with raises("invalid-manifest", "made by another version of racdeploy") as refused:
+        Manifest.read(_edited(bundle, tmp_path, schema_version=1))
+    assert refused.value.remedy == "build the bundle again"
 
 
 def test_a_changed_file_is_found(bundle: Path, tmp_path: Path) -> None:

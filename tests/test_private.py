@@ -15,25 +15,25 @@ from racdeploy.errors import MissingExtraError
 ROOT = Path(racdeploy.__file__).parent
 LOOSE_MODULES = 9
 MEMBERS: dict[str, tuple[set[str], ...]] = {
-    "tasks": ({"draw"}, {"read"}, {"SET", "ask"}),
+    "tasks": ({"draw"}, {"read"}, {"DATASET", "make_problem"}),
     "scorers": ({"score"},),
     "families": ({"FAMILY"},),
-    "quant": ({"FORMATS", "BITS", "BLOCK", "PRESERVES_ZERO", "quantize", "dequantize"},),
+    "quant": ({"FORMATS", "BITS", "BLOCK_SIZE", "PRESERVES_ZERO", "quantize", "dequantize"},),
     "presets": ({"FORMATS", "QUANT", "RULES"},),
-    "packing": ({"FORMATS", "REQUIRES_ZEROS", "BESIDE_PLAIN", "fits", "usage"},),
+    "packing": ({"FORMATS", "REQUIRES_ZEROS", "KEEPS_PLAIN_FILE", "reason_for_plain"},),
     "engines": ({"open_engine"},),
-    "structures": ({"STEP", "SIZE", "layout", "check"},),
-    "criteria": ({"CALIBRATED", "shrink"},),
-    "ways": ({"peak_bytes", "recover"},),
-    "methods": ({"prune"},),
-    "allocations": ({"SURVEYS", "allocate"},),
-    "formats": ({"BACKEND", "export", "measure", "unpack"},),
-    "onnx_exporters": ({"refusal", "build", "source_of"},),
+    "structures": ({"SCOPE", "SIZE_LETTER", "layout", "check"},),
+    "criteria": ({"USES_TRACES", "remove_units"},),
+    "recover_methods": ({"peak_bytes", "recover"},),
+    "prune_methods": ({"prune"},),
+    "allocations": ({"NEEDS_SURVEY", "allocate"},),
+    "formats": ({"BACKEND", "export", "measure"},),
+    "onnx_exporters": ({"unsupported_reason", "build", "find_checkpoint_name"},),
     "checks": ({"check"},),
     "harnesses": ({"PACKAGE", "INSTALL", "arguments", "read"},),
 }
 """What each kind's plugins must have; of several sets one is enough."""
-PLUGINS = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
+PLUGINS = [(kind, name) for kind in plugins.KINDS for name in plugins.list_names(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), PLUGINS, ids=lambda part: str(part))

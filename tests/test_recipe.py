@@ -49,8 +49,14 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         key for key, value in _leaves(recipe.model_dump(mode="json")) if value != defaults[key]
     }
     assert changed == {
-        *("also", "tasks", "calibration_tasks", "prune.dense", "verify.controls"),
-        *("prune.shares", "prune.sparsity", "recover.tokens", "recover.ways", "recover.mix"),
+        *("also", "tasks", "calibration_tasks", "prune.ignore", "verify.controls"),
+        *(
+            "prune.shares",
+            "prune.sparsity",
+            "recover.tokens",
+            "recover.methods",
+            "recover.extra_text",
+        ),
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
@@ -112,7 +118,7 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     """Each shipped target is complete, says why, and accepts its own defaults."""
     target = Target.read(name)
     recipe = Recipe.combine(None, {"target": name})
-    assert target.why
+    assert target.description
     assert (target.quant, target.pattern) == (recipe.export.quant, recipe.prune.pattern)
 
 
@@ -130,7 +136,7 @@ def test_every_target_gives_a_recipe(name: str) -> None:
         ("[prune]\nshares = {a = '4:4'}", "'a' = '4:4'"),
         ("[prune]\nshares = {a = 1.5}", "'a' = 1.5"),
         ("[prune]\npattern = '2:4'\nsparsity = 0.6", "0.5, not 0.6"),
-        ("[prune]\ndense = ['(']", "'('"),
+        ("[prune]\nignore = ['(']", "'('"),
     ],
 )
 def test_a_wrong_recipe_says_what_and_where(tmp_path: Path, text: str, named: str) -> None:
@@ -178,7 +184,9 @@ def test_a_recipe_that_contradicts_its_target_is_refused(
 def test_a_user_target_is_a_toml_file(tmp_path: Path) -> None:
     """A target needs no code: a path to a TOML file will do."""
     file = tmp_path / "board.toml"
-    file.write_text('why = "mine"\nmemory_limit_bytes = 1000\nquant = "q4_0"\n', encoding="utf-8")
+    file.write_text(
+        'description = "mine"\nmemory_limit_bytes = 1000\nquant = "q4_0"\n', encoding="utf-8"
+    )
     assert Recipe.combine(None, {"target": str(file)}).export.quant == "q4_0"
 
 
@@ -194,7 +202,7 @@ def test_magnitude_alone_is_plain_magnitude() -> None:
     plain = Recipe.combine(None, {"prune": {"method": "magnitude"}}).prune
     assert (plain.match_dense, plain.refit_steps) == (False, 0)
 
-    asked = {"method": "magnitude", "match_dense": True, "refit_steps": 5}
+    asked = {"method": "magnitude", "target": "dense_output", "refit_steps": 5}
     refitted = Recipe.combine(None, {"prune": asked}).prune
     assert (refitted.match_dense, refitted.refit_steps) == (True, 5)
 

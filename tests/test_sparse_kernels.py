@@ -12,8 +12,8 @@ from racdeploy import sparse_kernels
 from racdeploy.cli.doctor import examine
 from racdeploy.engines.backends.llamacpp import LlamaCppEngine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.packing.sparse_matrix import LAYOUT
-from racdeploy.sparse_kernels import STOCK, Choice
+from racdeploy.packing.sparse_matrix import LAYOUT_VERSION
+from racdeploy.sparse_kernels import STOCK, KernelChoice
 from tests.support.errors import raises
 from tests.support.tiny_artifacts import make_bundle
 
@@ -28,13 +28,13 @@ FORMATS = {
 class StandIn:
     """In place of the package: llama.cpp's kernels take everything, onnxruntime's nothing."""
 
-    LAYOUT = LAYOUT
+    LAYOUT_VERSION = LAYOUT_VERSION
     disabled = 0
 
-    def choose(self, engine: str, path: Path, threads: int) -> Choice | str:
+    def choose(self, engine: str, path: Path, threads: int) -> KernelChoice | str:
         if engine == "onnxruntime":
             return f"slower on {threads} threads"
-        return Choice(path, "sparse avx2 kernels for 2 matrices", tensors=("a", "b"))
+        return KernelChoice(path, "sparse avx2 kernels for 2 matrices", tensors=("a", "b"))
 
     def disable(self) -> None:
         self.disabled += 1
@@ -76,7 +76,7 @@ def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: 
     """The engine, the fingerprint, the doctor and the advice; required, it is one error."""
     file = make_bundle(tmp_path) / "model.gguf"
     with LlamaCppEngine(file, EngineSettings(64, 1, 1, accel="auto")) as engine:
-        assert engine.about["sparse_weights"] == 0
+        assert engine.info["sparse_weights"] == 0
     assert str(sparse_kernels.enable(file, "auto")).startswith(
         f"llama.cpp's own kernels: {INSTALL}"
     )
@@ -85,7 +85,7 @@ def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: 
 
     assert sparse_kernels.kernels_used("auto") == STOCK
     install = "pip install racdeploy-kernels && racdeploy-kernels prove"
-    assert sparse_kernels.next_command("llama.cpp") == install
+    assert sparse_kernels.suggest_command("llama.cpp") == install
     found = [each for each in examine() if each["what"].startswith("sparse kernels")]
     assert [each["state"] for each in found] == ["unused", "unused"]
     assert all(INSTALL in each["detail"] for each in found)
@@ -93,7 +93,7 @@ def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: 
 
 def test_a_package_of_another_layout_is_not_used(package: StandIn) -> None:
     """It would read other bytes than an export writes."""
-    package.LAYOUT = LAYOUT + 1
+    package.LAYOUT_VERSION = LAYOUT_VERSION + 1
     other = "racdeploy-kernels is for another racdeploy: pip install --upgrade"
     assert str(sparse_kernels.find()).startswith(other)
     assert other in str(sparse_kernels.choose_graph(Path("m.onnx"), "auto"))
@@ -113,13 +113,13 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
 
     assert sparse_kernels.kernels_used("require", 2) == "sparse avx2 on 2"
     assert sparse_kernels.kernels_used("off", 2) == STOCK
-    assert sparse_kernels.next_command("llama.cpp") == "racdeploy-kernels prove"
-    assert sparse_kernels.next_command("onnxruntime") == ""
+    assert sparse_kernels.suggest_command("llama.cpp") == "racdeploy-kernels prove"
+    assert sparse_kernels.suggest_command("onnxruntime") == ""
 
 
 def test_the_doctor_names_what_is_faster(package: StandIn) -> None:
     """A row for each number format, a slow one beside fast ones too, and why others run."""
-    assert sparse_kernels.findings() == [
+    assert sparse_kernels.list_kernels() == [
         ("sparse kernels for llama.cpp", True, "avx2: llamacpp.so"),
         ("sparse kernels for llama.cpp, q8_0", True, "on 1 thread from 30% zeros on"),
         ("sparse kernels for llama.cpp, q4_0", False, "on 1 thread not faster"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import racdeploy
 from racdeploy import sparse_kernels
 from racdeploy.bundles import server_answers
-from racdeploy.cli import options, verify
+from racdeploy.cli import options
 from tests.support.tiny_artifacts import make_onnx_bundle
 
 HEAVY = (
@@ -47,7 +50,7 @@ def modules_after(statement: str) -> set[str]:
         "import racdeploy; racdeploy.load",
         "import racdeploy.engines.backends.llamacpp",
         "import racdeploy.engines.backends.onnxruntime",
-        "import racdeploy.engines.backends.openai",
+        "import racdeploy.engines.backends.server",
     ],
 )
 def test_running_a_bundle_imports_nothing_heavy(statement: str) -> None:
@@ -70,24 +73,37 @@ def test_a_verb_imports_what_it_needs_when_it_is_called() -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     """Two options list their choices without importing those who take them."""
-    assert (options.Kernels, verify.Questions) == (sparse_kernels.Mode, server_answers.ServerApi)
+    questions = inspect.signature(racdeploy.verify).parameters["server_api"].annotation
+    assert options.Kernels == sparse_kernels.AccelMode
+    assert re.findall(r"'(\w+)'", questions) == [*get_args(server_answers.ServerApi)]
 
 
 def test_kernels_in_front_of_another_program_bring_little() -> None:
     """What a process keeps beside its own llama_cpp: pydantic alone would be 12 MB."""
-    loaded = modules_after("from racdeploy import sparse_kernels as k; k.findings()")
+    loaded = modules_after("from racdeploy import sparse_kernels as k; k.list_kernels()")
     assert loaded.isdisjoint({*HEAVY, "pydantic", "tokenizers", "jinja2", "typer"})
 
 
 def test_a_search_for_gguf_needs_no_package_of_onnx() -> None:
     """Its sizes, and the profile of a device."""
-    loaded = modules_after("import racdeploy.tune.conclude")
+    loaded = modules_after("import racdeploy.tuning.winner")
     assert loaded.isdisjoint({"onnx", "onnxruntime"})
 
 
 def test_everything_that_is_public_is_there() -> None:
     assert all(getattr(racdeploy, name) is not None for name in racdeploy.__all__)
     assert set(racdeploy.__all__) <= set(dir(racdeploy))
+
+
+def test_the_functions_are_there_without_torch() -> None:
+    """Also after the package of the same name was imported; a signature needs nothing more."""
+    loaded = modules_after(
+        "import inspect, racdeploy, racdeploy.exporting.gguf\n"
+        "assert callable(racdeploy.build) and callable(racdeploy.export)\n"
+        "assert 'sparsity' in inspect.signature(racdeploy.prune).parameters\n"
+        "from racdeploy import exporting; exporting.load"
+    )
+    assert loaded.isdisjoint({"torch", "transformers", "optimum"})
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -41,7 +41,7 @@ async def ask(model: racdeploy.Model, questions: list[str]) -> list[str]:
 
     stream = model.astream(questions[0], seed=3)
     async for text, kind in stream:
-        print(text)
+        print(text, kind)
 
     reveal_type(stream.result)
     reveal_type(model.continue_text([1, 2]))
@@ -49,35 +49,96 @@ async def ask(model: racdeploy.Model, questions: list[str]) -> list[str]:
 """
 
 
-def run_mypy(folder: Path, program: str) -> tuple[int, str]:
-    """Check a program strictly, without a configuration; return the exit code and the output."""
-    (folder / "program.py").write_text(program, encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "program.py"]
+MAKE = """
+import racdeploy
+
+
+def make(model: str) -> bool:
+    bundle = racdeploy.build(model, sparsity=0.5, keep={"ffn": 0.75}, task=["gcd"], out="bundle")
+    reveal_type(bundle)
+    reveal_type(racdeploy.prune(model, pattern="2:4").recovery)
+    reveal_type(racdeploy.export(bundle.folder).size_bytes)
+    reveal_type(racdeploy.tune(model, budget=600).tuning.winner)
+    verdict = racdeploy.verify(bundle.folder, tier="smoke", accel="off")
+    return verdict.verdict == "pass" and verdict.accuracy > 0.5
+"""
+
+
+PROGRAMS = {"use": PROGRAM, "serve": APP, "make": MAKE}
+MISUSES = {
+    "use": (("threads=2", "threads='two'"), ("result.answer,", "result.answer_text,")),
+    "serve": (("seed=3", "sead=3"),),
+    "make": (("sparsity=0.5", "sparsty=0.5"), ("budget=600", "budget='2h'")),
+}
+
+
+def check(folder: Path, programs: dict[str, str], *command: str) -> tuple[int, str]:
+    """Let a type checker check programs without a configuration; return exit code and output."""
+    for name, program in programs.items():
+        (folder / f"{name}.py").write_text(program, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("MYPYPATH", None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    files = [f"{name}.py" for name in programs]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *files],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_users_program_is_checked_strictly(tmp_path: Path) -> None:
-    """What ``racdeploy.load`` gives has its types, and a wrong use is found where it is."""
-    code, printed = run_mypy(tmp_path, PROGRAM)
-    assert code == 0, printed
-    assert "racdeploy.runtime.model.Result" in printed
+def misuse(name: str) -> str:
+    """Return a program with an unknown name, or a value of another type, in each place."""
+    program = PROGRAMS[name]
+    for right, wrong in MISUSES[name]:
+        assert right in program
+        program = program.replace(right, wrong)
+    return program
 
-    wrong = PROGRAM.replace("threads=2", "threads='two'")
-    wrong = wrong.replace("return result.answer,", "return result.answer_text,")
-    code, printed = run_mypy(tmp_path, wrong)
+
+def test_mypy_knows_the_types_of_users_programs(tmp_path: Path) -> None:
+    """Strictly: results, tasks, iterators, records; what is wrong is found where it is."""
+    mypy = ("mypy", "--strict", "--config-file=")
+    code, printed = check(tmp_path, PROGRAMS, *mypy)
+    assert code == 0, printed
+    revealed = {
+        name: re.findall(rf'{name}\.py.*Revealed type is "(.*)"', printed) for name in PROGRAMS
+    }
+    assert revealed == {
+        "use": ["racdeploy.runtime.model.GenerationResult"],
+        "serve": [
+            "Literal['thinking'] | Literal['answer']",
+            "racdeploy.runtime.model.GenerationResult",
+            "racdeploy.runtime.model.Continuation",
+        ],
+        "make": [
+            "racdeploy.api.records.Bundle",
+            "tuple[racdeploy.results.pruning.RecoveryRow, ...]",
+            "int",
+            "str",
+        ],
+    }
+
+    code, printed = check(tmp_path, {name: misuse(name) for name in PROGRAMS}, *mypy)
     assert code == 1
-    assert re.findall(r"\[([a-z-]+)\]", printed) == ["arg-type", "attr-defined"]
+    found = {name: re.findall(rf"{name}\.py.*\[([a-z-]+)\]", printed) for name in PROGRAMS}
+    assert found == {
+        "use": ["arg-type", "attr-defined"],
+        "serve": ["call-arg"],
+        "make": ["call-arg", "arg-type"],
+    }
 
 
-def test_an_asynchronous_program_is_checked_strictly(tmp_path: Path) -> None:
-    """Tasks, iterators and their pieces have exact types; an option that is none is found."""
-    code, printed = run_mypy(tmp_path, APP)
+def test_pyright_knows_them_too(tmp_path: Path) -> None:
+    """With all rules of its strictest mode."""
+    pyright = ("basedpyright", "--pythonpath", sys.executable)
+    code, printed = check(tmp_path, PROGRAMS, *pyright)
     assert code == 0, printed
-    for revealed in ("'thinking'", "'answer'", "runtime.model.Result", "model.Continuation"):
-        assert revealed in printed
+    assert '"bundle" is "Bundle"' in printed
 
-    code, printed = run_mypy(tmp_path, APP.replace("seed=3", "sead=3"))
-    assert (code, "[call-arg]" in printed) == (1, True), printed
+    code, printed = check(tmp_path, {name: misuse(name) for name in PROGRAMS}, *pyright)
+    assert code == 1
+    rules = set(re.findall(r"\((report\w+)\)", printed))
+    assert {"reportArgumentType", "reportAttributeAccessIssue", "reportCallIssue"} <= rules

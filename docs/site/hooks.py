@@ -21,9 +21,15 @@ COPIED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "results.md",
+    "kernels/README.md": "kernels.md",
+    "benchmarks/RESULTS-archive.md": "results-archive.md",
 }
 """Documents outside docs/, and the pages that show them."""
-TITLES = {"how-it-works.md": "How it works", "results.md": "Results"}
+TITLES = {
+    "how-it-works.md": "How it works",
+    "results.md": "Results",
+    "results-archive.md": "Results: archive",
+}
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 

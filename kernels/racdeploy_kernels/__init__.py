@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from racdeploy.sparse_kernels import Choice
+from racdeploy.sparse_kernels import KernelChoice
 from racdeploy_kernels import ggml_plugin, ggml_weights, ort_operator, verdicts
-from racdeploy_kernels.proof import Kernels, Proof, readiness
+from racdeploy_kernels.proof import EngineKernels, Proof, readiness
 
-LAYOUT = 2  # of sparse_matrix.h, as racdeploy.packing.sparse_matrix writes it
+LAYOUT_VERSION = 2  # of sparse_matrix.h, as racdeploy.packing.sparse_matrix writes it
 FINDERS = {"llama.cpp": ggml_plugin.find_kernels, "onnxruntime": ort_operator.find_kernels}
 """Functions that return an engine's kernels, or why there are none for it."""
 _CHOOSERS = {"llama.cpp": ggml_weights.enable, "onnxruntime": ort_operator.choose}
 
 
-def choose(engine: str, path: Path, threads: int) -> Choice | str:
+def choose(engine: str, path: Path, threads: int) -> KernelChoice | str:
     """Have a model's weights run on the kernels, or return why its engine's own run all.
 
     Args:
@@ -34,7 +34,7 @@ def choose(engine: str, path: Path, threads: int) -> Choice | str:
 def was_tried(engine: str) -> bool:
     """Return whether the kernels were tried with the installed engine, however that ended."""
     kernels = FINDERS[engine]()
-    return isinstance(kernels, Kernels) and isinstance(kernels.read_proof(), Proof)
+    return isinstance(kernels, EngineKernels) and isinstance(kernels.read_proof(), Proof)
 
 
 def disable() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import racdeploy_kernels
 from racdeploy.errors import EngineError, RacdeployError
 from racdeploy.extras import installed_version
-from racdeploy_kernels.proof import Kernels, Proof
+from racdeploy_kernels.proof import EngineKernels, Proof
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def prove() -> int:
     used = []
     for engine, find_kernels in racdeploy_kernels.FINDERS.items():
         kernels = find_kernels()
-        if isinstance(kernels, Kernels):
+        if isinstance(kernels, EngineKernels):
             proof = kernels.prove()
             for line in _describe(proof):
                 print(f"{engine}, {line}")

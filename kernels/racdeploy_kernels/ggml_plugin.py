@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.tensors.ggml_types import GGML_TYPES
-from racdeploy.tensors.gguf_header import Header, TensorInfo
+from racdeploy.tensors.gguf_header import GgufHeader, TensorInfo
 from racdeploy_kernels.installed_ggml import find_ggml
 from racdeploy_kernels.library import PROVE, locate
-from racdeploy_kernels.proof import Kernels
+from racdeploy_kernels.proof import EngineKernels
 
 QUANTS = ("q8_0", "q4_0", "f16", "bf16")  # what can be packed
-NAMES = {GGML_TYPES[name].number: name for name in QUANTS}
+NAMES = {GGML_TYPES[name].type_id: name for name in QUANTS}
 _COLUMNS = 32  # of every matrix a multiple
 _TWO_OF_FOUR = 1  # the pattern
 Zeros = dict[str, tuple[str, float]]
@@ -41,7 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # the result first
 }
 
 
-def find_kernels() -> Kernels | str:
+def find_kernels() -> EngineKernels | str:
     """Return the plug-in for the installed ggml, or why there is none for it."""
     ggml = find_ggml()
     if isinstance(ggml, str):
@@ -50,7 +50,7 @@ def find_kernels() -> Kernels | str:
     file = locate("llamacpp")
     if isinstance(file, str):
         return file
-    return Kernels(file, "racdeploy_kernels.ggml_trial", " ".join(ggml))
+    return EngineKernels(file, "racdeploy_kernels.ggml_trial", " ".join(ggml))
 
 
 class Matrix(NamedTuple):
@@ -111,7 +111,7 @@ class Plugin:
         """Return how many weights were packed since :meth:`enable`."""
         return int(self._library.rac_ggml_packed())
 
-    def zeros(self, path: Path, header: Header, threads: int) -> Zeros:
+    def zeros(self, path: Path, header: GgufHeader, threads: int) -> Zeros:
         """Return format, or ``FORMAT 2:4``, and share of zeros of each matrix to pack."""
         matrices = [tensor for tensor in header.tensors if _is_packable(tensor)]
 
@@ -119,12 +119,12 @@ class Plugin:
             share = _read_matrices(path, matrices[start::threads])
             return {name: self._count_zeros(matrix) for name, matrix in share}
 
-        found: Zeros = {}
+        zeros: Zeros = {}
         with ThreadPoolExecutor(threads) as pool:
             for share in pool.map(count_share, range(threads)):
-                found.update(share)
+                zeros.update(share)
 
-        return found
+        return zeros
 
     def difference(self, product: Product, threads: int, seed: int) -> float:
         """Return the largest difference from ggml's own product, over its largest value.
@@ -179,8 +179,8 @@ def _load_device(file: Path) -> bool:
 
 def _read_matrices(path: Path, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, Matrix]]:
     """Read matrices into one place by turns: a map of the file would count as our memory."""
-    most_bytes = max((tensor.size_bytes for tensor in tensors), default=0)
-    blocks_P = np.empty(most_bytes, np.uint8)
+    max_bytes = max((tensor.size_bytes for tensor in tensors), default=0)
+    blocks_P = np.empty(max_bytes, np.uint8)
 
     with path.open("rb") as stream:
         for tensor in tensors:

@@ -17,7 +17,7 @@ from racdeploy.processes.cores import available_cores
 from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.ggml_plugin import QUANTS, Plugin, Product
 from racdeploy_kernels.proof import Proof
-from racdeploy_kernels.verdicts import Verdict, measure, thread_counts, weights_bytes
+from racdeploy_kernels.verdicts import ThreadVerdict, measure, thread_counts, weights_bytes
 
 _TOLERANCE = 1e-6  # of the largest output: float32 sums in another order
 _SHAPES = 12
@@ -61,7 +61,7 @@ def _judge(difference: float) -> str:
 
 def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, int]:
     """Return a product and its threads; first come the hard cases: no zeros, all zeros, 2:4."""
-    number = GGML_TYPES[quant].number
+    number = GGML_TYPES[quant].type_id
     threads = 1 + seed % 2
     rows = rng.randint(16, 300)
     columns = 32 * rng.randint(1, 90)
@@ -78,7 +78,7 @@ def _draw_product(rng: random.Random, quant: str, seed: int) -> tuple[Product, i
     return Product(number, rows, columns, tokens, zeros, two_of_four), threads
 
 
-def _measure(plugin: Plugin, cores: int) -> tuple[Verdict, ...]:
+def _measure(plugin: Plugin, cores: int) -> tuple[ThreadVerdict, ...]:
     size_bytes = weights_bytes()
 
     def race(name: str, zeros: float, threads: Sequence[int]) -> list[float]:
@@ -87,7 +87,7 @@ def _measure(plugin: Plugin, cores: int) -> tuple[Verdict, ...]:
         count = int(size_bytes / (_ROWS * _COLUMNS * ggml_type.bits / 8)) + 1
 
         matrix = Product(
-            ggml_type.number,
+            ggml_type.type_id,
             _ROWS,
             _COLUMNS,
             1,

@@ -22,7 +22,7 @@ _AGAIN = "in a clone of racdeploy: pip install --force-reinstall --no-deps ./ker
 
 
 class Ggml(NamedTuple):
-    """What the ggml of llama-cpp-python says of itself."""
+    """Version and commit of the ggml in llama-cpp-python."""
 
     version: str
     commit: str
@@ -62,10 +62,10 @@ def refuse_headers(include: Path) -> str:
         return f"racdeploy-kernels was compiled for onnxruntime alone; {_AGAIN}"
 
     try:
-        found = hash_headers(include)
+        sha256 = hash_headers(include)
     except OSError:
         return f"llama-cpp-python came without ggml's headers in {include}"
-    return "" if found == compiled else f"racdeploy-kernels is for another llama.cpp; {_AGAIN}"
+    return "" if sha256 == compiled else f"racdeploy-kernels is for another llama.cpp; {_AGAIN}"
 
 
 def hash_headers(include: Path) -> str:

@@ -71,15 +71,15 @@ def pin(file: Path, sha256: str) -> Path:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         with open(descriptor, "rb", closefd=False) as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise EngineError(
             "kernels-not-loaded", f"{file} is not loaded: {error}", remedy=PROVE
         ) from error
 
-    if found != sha256:
+    if digest != sha256:
         os.close(descriptor)
         raise EngineError("kernels-changed", f"{file} is not the one that was tried", remedy=PROVE)
 
-    place = Path(f"/proc/self/fd/{descriptor}")
-    return place if sys.platform == "linux" and place.exists() else file
+    descriptor_path = Path(f"/proc/self/fd/{descriptor}")
+    return descriptor_path if sys.platform == "linux" and descriptor_path.exists() else file

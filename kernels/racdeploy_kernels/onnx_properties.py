@@ -14,7 +14,7 @@ from racdeploy.errors import ArtifactError
 
 _PROPERTIES = 14  # field number in ModelProto
 _KEY, _VALUE = 1, 2  # in StringStringEntryProto
-_MOST_PROPERTY_BYTES = 64_000_000
+_MAX_PROPERTY_BYTES = 64_000_000
 _NUMBER, _BYTES = 0, 2  # wire types
 
 
@@ -55,7 +55,7 @@ def _read_fields(
             raise ValueError(f"a field of {length} bytes ends behind the file")
         if number not in wanted:
             stream.seek(length, io.SEEK_CUR)
-        elif length > _MOST_PROPERTY_BYTES:
+        elif length > _MAX_PROPERTY_BYTES:
             raise ValueError(f"a property of {length} bytes")
         else:
             yield number, stream.read(length)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from racdeploy.errors import ArtifactError
 from racdeploy.extras import installed_version
-from racdeploy.packing.sparse_matrix import ACCEL_KEY, Packed, accel_name
-from racdeploy.sparse_kernels import Choice
+from racdeploy.packing.sparse_matrix import ACCEL_KEY, PackedWeights, accel_name
+from racdeploy.sparse_kernels import KernelChoice
 from racdeploy_kernels.ggml_plugin import NAMES
 from racdeploy_kernels.library import locate, pin
 from racdeploy_kernels.onnx_properties import read_properties
-from racdeploy_kernels.proof import Kernels, Proof
-from racdeploy_kernels.verdicts import LEAST_SPEEDUP, Verdict, choose_verdict
+from racdeploy_kernels.proof import EngineKernels, Proof
+from racdeploy_kernels.verdicts import MIN_SPEEDUP, ThreadVerdict, choose_verdict
 
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on
 _UNMEASURED = 0.5  # speed-up at fewer zeros than were measured: the operator is slower there
@@ -27,7 +27,7 @@ _UNMEASURED = 0.5  # speed-up at fewer zeros than were measured: the operator is
 DENSE_BITS = {"q8_0": 9.0, "q4_0": 5.0, "f16": 32.0}
 
 
-def find_kernels() -> Kernels | str:
+def find_kernels() -> EngineKernels | str:
     """Return the operator for the installed onnxruntime, or why there is none for it."""
     version = installed_version("onnxruntime")
     if not version:
@@ -36,10 +36,10 @@ def find_kernels() -> Kernels | str:
     file = locate("onnxruntime")
     if isinstance(file, str):
         return file
-    return Kernels(file, "racdeploy_kernels.ort_trial", version, ("onnx",))
+    return EngineKernels(file, "racdeploy_kernels.ort_trial", version, ("onnx",))
 
 
-def choose(model: Path, threads: int, library: Path, proof: Proof) -> Choice | str:
+def choose(model: Path, threads: int, library: Path, proof: Proof) -> KernelChoice | str:
     """Return the second graph of a model where the operator is faster with it, or why it is not.
 
     Args:
@@ -59,18 +59,18 @@ def choose(model: Path, threads: int, library: Path, proof: Proof) -> Choice | s
     weights = sum(entry["weights"] for entry in packed)
     summary = f"sparse {proof.instruction_set} operator for {weights:,} weights of {accel.name}"
     pinned = pin(library, proof.sha256)
-    return Choice(accel, summary, library=pinned, packed=lambda: weights)
+    return KernelChoice(accel, summary, library=pinned, count_packed=lambda: weights)
 
 
-def explain_slower(proof: Proof, packed: Sequence[Packed], threads: int) -> str:
+def explain_slower(proof: Proof, packed: Sequence[PackedWeights], threads: int) -> str:
     """Return why a model is not faster with the operator, or an empty string."""
     if not packed:
         return "the graph does not say what is packed in it"
 
-    verdict = choose_verdict(proof.verdicts, threads) or Verdict(threads)
+    verdict = choose_verdict(proof.verdicts, threads) or ThreadVerdict(threads)
     before = sum(entry["weights"] for entry in packed)
     after = sum(entry["weights"] / _speedup(verdict, entry) for entry in packed)
-    if before >= LEAST_SPEEDUP * after:
+    if before >= MIN_SPEEDUP * after:
         return ""
 
     zeros = sum(entry["weights"] * entry["zeros"] for entry in packed) / before
@@ -80,26 +80,28 @@ def explain_slower(proof: Proof, packed: Sequence[Packed], threads: int) -> str:
     )
 
 
-def _speedup(verdict: Verdict, entry: Packed) -> float:
+def _speedup(verdict: ThreadVerdict, entry: PackedWeights) -> float:
     name = NAMES.get(entry["quant"], "")
-    most = entry["zeros"] + _SAME_ZEROS
+    max_zeros = entry["zeros"] + _SAME_ZEROS
 
     speedup = _UNMEASURED
 
     for zeros, measured in sorted(verdict.speedups.get(name, {}).items()):
-        if float(zeros) <= most:
+        if float(zeros) <= max_zeros:
             speedup = measured
 
     return speedup
 
 
-def _read_packed(accel: Path) -> list[Packed]:
+def _read_packed(accel: Path) -> list[PackedWeights]:
     packed = []
     try:
         for entry in json.loads(read_properties(accel).get(ACCEL_KEY, "[]")):
             quant, weights = int(entry["quant"]), int(entry["weights"])
             if weights > 0:
-                packed.append(Packed(quant=quant, weights=weights, zeros=float(entry["zeros"])))
+                packed.append(
+                    PackedWeights(quant=quant, weights=weights, zeros=float(entry["zeros"]))
+                )
     except (RecursionError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             "damaged-onnx",

@@ -28,11 +28,17 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, OPERATOR_DOMAIN, SparseMatrix, split
+from racdeploy.packing.sparse_matrix import (
+    KERNEL_FORMATS,
+    LAYOUT_VERSION,
+    OPERATOR_DOMAIN,
+    SparseMatrix,
+    to_sparse,
+)
 from racdeploy.processes.cores import available_cores
 from racdeploy_kernels.ggml_plugin import NAMES
 from racdeploy_kernels.proof import Proof
-from racdeploy_kernels.verdicts import Verdict, measure, thread_counts, weights_bytes
+from racdeploy_kernels.verdicts import ThreadVerdict, measure, thread_counts, weights_bytes
 
 _SHAPES = ((64, 256), (100, 576), (7, 1056), (33, 32), (256, 2048))
 _TOKENS = (1, 2, 5, 37)
@@ -40,8 +46,8 @@ _TOLERANCE = 1e-6  # of the largest output: both sum at most 2048 products in fl
 _SPEED_SHAPE = (4096, 8192)
 _DRAWN_ROWS = 128  # over and over: to draw all of them takes longer than the measurement
 _SPARSITIES = (0.5, 0.6, 0.7)
-_LEAST_RUNS = 5
-_ENOUGH_S, _MOST_S = 0.1, 3.0  # of runs that count, and of all of both sides
+_MIN_RUNS = 5
+_MIN_S, _MAX_S = 0.1, 3.0  # of runs that count, and of all of both sides
 _BUSY_SHARE = 0.8
 Array = NDArray[Any]
 Product = tuple[onnx.NodeProto, dict[str, Array]]
@@ -97,13 +103,13 @@ def make_sparse(
     """Return a node of our operator and its initializers; ``attributes`` override the matrix's."""
     parts: dict[str, Array] = {"heads": matrix.heads_OP, "values": matrix.values}
     parts["offsets"] = matrix.offsets
-    own = {"I": I, "O": len(matrix.heads_OP), "quant": KINDS[name].ggml_type}
+    defaults = {"I": I, "O": len(matrix.heads_OP), "quant": KERNEL_FORMATS[name].ggml_type}
     return _make_product(
         number,
         "SparseMatMul",
         OPERATOR_DOMAIN,
         parts,
-        **own | attributes,
+        **defaults | attributes,
     )
 
 
@@ -123,7 +129,10 @@ def _make_product(
 
 
 def make_model(
-    nodes: Sequence[onnx.NodeProto], arrays: Mapping[str, Array], I: int, version: int = LAYOUT
+    nodes: Sequence[onnx.NodeProto],
+    arrays: Mapping[str, Array],
+    I: int,
+    version: int = LAYOUT_VERSION,
 ) -> bytes:
     """Return a model of those operators on one input ``x`` [any, any, I]; all are outputs."""
     # Versions that every onnxruntime with the operator's interface reads.
@@ -160,19 +169,19 @@ def compare(library: Path) -> tuple[float, str]:
     generator = np.random.default_rng(0)
 
     largest = 0.0
-    for name, (O, I) in product(KINDS, _SHAPES):
+    for name, (O, I) in product(KERNEL_FORMATS, _SHAPES):
         sparsity = generator.choice([0.3, 0.5, 0.7, 1.0])
         packed_OP = _draw_rows(generator, name, O, I, sparsity)
         weight_OI = quants.load(name).dequantize(packed_OP, I).astype(np.float64)
-        stock, ours = _open_pair(library, name, packed_OP, I)
+        stock, sparse = _open_pair(library, name, packed_OP, I)
 
         for tokens in _TOKENS:
             feeds = {"x": _draw_exact_inputs(generator, tokens, I)}
             (expected_BTO,) = stock.run(None, feeds)
-            (found_BTO,) = ours.run(None, feeds)
+            (output_BTO,) = sparse.run(None, feeds)
 
             exact_BTO = feeds["x"].astype(np.float64) @ weight_OI.T
-            difference, problem = _judge(expected_BTO, exact_BTO, found_BTO)
+            difference, problem = _judge(expected_BTO, exact_BTO, output_BTO)
             largest = max(largest, difference)
             if problem:
                 return largest, f"{name}, {O} × {I}, {tokens} tokens: {problem}"
@@ -180,25 +189,25 @@ def compare(library: Path) -> tuple[float, str]:
     return largest, ""
 
 
-def _judge(stock_BTO: Array, exact_BTO: Array, found_BTO: Array) -> tuple[float, str]:
-    if found_BTO.shape != stock_BTO.shape:
-        return 0.0, f"its shape is {found_BTO.shape}"
+def _judge(stock_BTO: Array, exact_BTO: Array, output_BTO: Array) -> tuple[float, str]:
+    if output_BTO.shape != stock_BTO.shape:
+        return 0.0, f"its shape is {output_BTO.shape}"
 
-    difference = _difference(stock_BTO, found_BTO)
-    other = "the stock operator"
+    difference = _difference(stock_BTO, output_BTO)
+    reference = "the stock operator"
 
     # Skip an inexact reference: products in float64 decide.
     if _difference(exact_BTO, stock_BTO) > _TOLERANCE:
-        difference = min(difference, _difference(exact_BTO, found_BTO))
-        other = "exact products and the stock operator, which is inexact"
+        difference = min(difference, _difference(exact_BTO, output_BTO))
+        reference = "exact products and the stock operator, which is inexact"
 
     if difference <= _TOLERANCE:
         return difference, ""
-    return difference, f"it is {difference:.1e} of the maximum off {other}"
+    return difference, f"it is {difference:.1e} of the maximum off {reference}"
 
 
-def _difference(expected_BTO: Array, found_BTO: Array) -> float:
-    error = np.abs(expected_BTO - found_BTO).max()
+def _difference(expected_BTO: Array, output_BTO: Array) -> float:
+    error = np.abs(expected_BTO - output_BTO).max()
     largest = np.abs(expected_BTO).max()
     return float(error / max(largest, 1e-30))
 
@@ -207,8 +216,8 @@ def _open_pair(
     library: Path, name: str, packed_OP: Array, I: int
 ) -> list[onnxruntime.InferenceSession]:
     stock = make_stock(name, packed_OP, I)
-    ours = make_sparse(name, split(KINDS[name], packed_OP), I)
-    models = [make_model([node], arrays, I) for node, arrays in (stock, ours)]
+    sparse = make_sparse(name, to_sparse(KERNEL_FORMATS[name], packed_OP), I)
+    models = [make_model([node], arrays, I) for node, arrays in (stock, sparse)]
     return [open_session(model, library) for model in models]
 
 
@@ -230,9 +239,9 @@ def _draw_exact_inputs(generator: Generator, tokens: int, I: int) -> Array:
     return input_TGS.reshape(1, tokens, I)
 
 
-def _measure(library: Path, counts: Sequence[int]) -> tuple[Verdict, ...]:
+def _measure(library: Path, counts: Sequence[int]) -> tuple[ThreadVerdict, ...]:
     size_bytes = weights_bytes() // 2  # a session takes memory several times, and seconds
-    kinds = {NAMES[kind.ggml_type]: name for name, kind in KINDS.items()}
+    kinds = {NAMES[kind.ggml_type]: name for name, kind in KERNEL_FORMATS.items()}
 
     def race(quant: str, zeros: float, threads: Sequence[int]) -> list[float]:
         models = _make_models(kinds[quant], zeros, size_bytes)
@@ -242,22 +251,22 @@ def _measure(library: Path, counts: Sequence[int]) -> tuple[Verdict, ...]:
 
 
 def _make_models(name: str, sparsity: float, size_bytes: int) -> list[bytes]:
-    """Return a model of stock operators with so many bytes of weights, and the same of ours."""
+    """Return two models with ``size_bytes`` of weights: of stock operators, and of sparse ones."""
     O, I = _SPEED_SHAPE
     generator = np.random.default_rng(0)
     drawn_OP = _draw_rows(generator, name, _DRAWN_ROWS, I, sparsity)
     packed_OP = np.tile(drawn_OP, (O // _DRAWN_ROWS, 1))
-    matrix = split(KINDS[name], packed_OP)
+    matrix = to_sparse(KERNEL_FORMATS[name], packed_OP)
 
     stock = _Graph(I)
-    ours = _Graph(I)
+    sparse = _Graph(I)
     number = 0
     while stock.size_bytes < size_bytes:
         stock.add(make_stock(name, packed_OP, I, number))
-        ours.add(make_sparse(name, matrix, I, number))
+        sparse.add(make_sparse(name, matrix, I, number))
         number += 1
 
-    return [stock.make(), ours.make()]
+    return [stock.make(), sparse.make()]
 
 
 class _Graph:
@@ -280,19 +289,19 @@ class _Graph:
 
 
 def _speedup(models: Sequence[bytes], library: Path, threads: int) -> float:
-    stock, ours = (_Fastest(model, library, threads) for model in models)
+    stock, sparse = (_Fastest(model, library, threads) for model in models)
 
-    end_s = time.perf_counter() + _MOST_S
+    end_s = time.perf_counter() + _MAX_S
     rounds = 0
-    while rounds < _LEAST_RUNS or time.perf_counter() < end_s:
+    while rounds < _MIN_RUNS or time.perf_counter() < end_s:
         stock.run()
-        ours.run()
+        sparse.run()
 
         rounds += 1
-        if stock.well_known and ours.well_known:
+        if stock.well_known and sparse.well_known:
             break
 
-    return stock.fastest_s / ours.fastest_s
+    return stock.fastest_s / sparse.fastest_s
 
 
 class _Fastest:
@@ -302,8 +311,8 @@ class _Fastest:
         self._session = open_session(model, library, threads)
         self._threads = threads
 
-        (asked,) = self._session.get_inputs()
-        _, _, I = asked.shape
+        (model_input,) = self._session.get_inputs()
+        _, _, I = model_input.shape
         generator = np.random.default_rng(0)
         self._feeds = {"x": generator.standard_normal((1, 1, I), dtype=np.float32)}
 
@@ -316,29 +325,29 @@ class _Fastest:
         other, so there the wall counts, if all were running: who waits for another does so busily.
         """
         start_s = time.perf_counter()
-        own_s = time.thread_time()
+        thread_s = time.thread_time()
         all_s = time.process_time()
 
         self._session.run(None, self._feeds)
 
-        own_s = time.thread_time() - own_s
+        thread_s = time.thread_time() - thread_s
         all_s = time.process_time() - all_s
         wall_s = time.perf_counter() - start_s
 
         if self._threads == 1:
-            self._counted_s.append(own_s)
+            self._counted_s.append(thread_s)
         elif all_s >= _BUSY_SHARE * self._threads * wall_s:
             self._counted_s.append(wall_s)
 
     @property
     def well_known(self) -> bool:
-        enough = len(self._counted_s) >= _LEAST_RUNS
-        return enough and sum(self._counted_s) >= _ENOUGH_S
+        enough = len(self._counted_s) >= _MIN_RUNS
+        return enough and sum(self._counted_s) >= _MIN_S
 
     @property
     def fastest_s(self) -> float:
-        """It is no number where too few runs counted."""
-        if len(self._counted_s) < _LEAST_RUNS:
+        """Time of the fastest run; NaN if too few runs counted."""
+        if len(self._counted_s) < _MIN_RUNS:
             return math.nan
         return min(self._counted_s)
 

@@ -1,4 +1,4 @@
-"""Whether the kernels may be used: a child process tries them, and what it found is kept.
+"""Proof that the kernels are correct and faster: a child process tries them, its result is kept.
 
 It compares every kernel with the engine's own on random matrices, measures both, and prints a
 :class:`Proof` as JSON. That is kept in the user's cache, for one library, engine and processor.
@@ -13,33 +13,33 @@ from typing import Any
 
 from racdeploy.extras import is_installed
 from racdeploy.files.caches import cache_folder
-from racdeploy.files.ownership import make_private, open_own, refuse_foreign
+from racdeploy.files.ownership import check_private, make_private, open_private
 from racdeploy.files.writing import canonical_hash, disk_errors, file_sha256, write_atomic
-from racdeploy.processes.child import run_module
+from racdeploy.processes.child_process import run_module
 from racdeploy_kernels.library import PROVE, chosen_instruction_set, processor
-from racdeploy_kernels.verdicts import Verdict, explain_missing, read_verdict
+from racdeploy_kernels.verdicts import ThreadVerdict, explain_missing, read_verdict
 
 _TRIAL_S = 600.0
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What the trial of a library found.
+    """Result of the trial of a library.
 
     Args:
-        failure: why its self-test failed; empty where it passed.
+        failure: reason why its self-test failed; empty if it passed.
         sha256: of the library.
-        verdicts: of each number of threads that was measured.
+        verdicts: one for each number of threads that was measured.
     """
 
     failure: str
     sha256: str
     instruction_set: str = ""
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[ThreadVerdict, ...] = ()
 
     @property
     def is_faster(self) -> bool:
-        """Whether some number format is faster on some number of threads."""
+        """True if some number format is faster on some number of threads."""
         return any(verdict.faster_from for verdict in self.verdicts)
 
     def explain_unused(self) -> str:
@@ -59,7 +59,7 @@ class Proof:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class EngineKernels:
     """The sparse kernels of one engine.
 
     Args:
@@ -78,7 +78,7 @@ class Kernels:
         chosen = chosen_instruction_set()
         record = self.locate_record()
         make_private(record.parent)
-        refuse_foreign(record.parent)
+        check_private(record.parent)
 
         missing = [package for package in self.packages if not is_installed(package)]
         if missing:
@@ -100,7 +100,7 @@ class Kernels:
             return f"the kernels were not tried with this engine on this processor: {PROVE}"
 
         try:
-            with open(open_own(record), "rb") as stream:
+            with open(open_private(record), "rb") as stream:
                 return _read(json.load(stream))
         except OSError as error:
             return f"{record} is not used: {error}"
@@ -118,7 +118,7 @@ def proofs_folder() -> Path:
     return cache_folder("accel", "RACDEPLOY_ACCEL")
 
 
-def readiness(kernels: Kernels | str) -> tuple[Path, Proof] | str:
+def readiness(kernels: EngineKernels | str) -> tuple[Path, Proof] | str:
     """Return the library to load and its proof, or why there is none: ``kernels`` may say so."""
     chosen_instruction_set()  # an unknown one is an error, whatever is installed
     if isinstance(kernels, str):

@@ -1,4 +1,4 @@
-"""How fast sparse kernels are beside the engine's own, for each number of threads.
+"""Speed of the sparse kernels relative to the engine's own, for each number of threads.
 
 Cores share the bandwidth of memory. Sparse weights are fewer bytes and more work for each, so what
 loses on one thread may win on four: each number of threads has a verdict of its own. Weights are
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from racdeploy.processes.cores import available_cores, cache_bytes
+from racdeploy.processes.cores import available_cores, last_level_cache_bytes
 from racdeploy.processes.memory import free_bytes
 from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.library import PROVE
 
-LEAST_SPEEDUP = 1.05  # less is within what one measurement differs from the next
-_LEAST_BYTES = 72 << 20  # where the system does not say how large the cache is
-_MOST_BYTES = 512 << 20  # beyond this a measurement takes too long
+MIN_SPEEDUP = 1.05  # less is within what one measurement differs from the next
+_MIN_BYTES = 72 << 20  # where the system does not say how large the cache is
+_MAX_BYTES = 512 << 20  # beyond this a measurement takes too long
 _CACHES = 4  # at 80 % zeros, the packed weights are still larger than the cache
 _MEMORY_SHARE = 8  # of free memory one part, for the dense weights
 _MASK_BITS = 1  # of a weight: whether it is stored
@@ -28,12 +28,12 @@ Speedups = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was measured on one number of threads.
+class ThreadVerdict:
+    """Speedups measured on one number of threads.
 
     Args:
-        threads: that shared the products.
-        speedups: of one token, by ggml's name of the format and share of zeros.
+        threads: number of threads that shared the products.
+        speedups: for one token, by ggml's name of the format and share of zeros.
     """
 
     threads: int
@@ -41,20 +41,20 @@ class Verdict:
 
     @property
     def faster_from(self) -> dict[str, float]:
-        """Least share of zeros at which it is faster, by format; only those that are."""
-        found = {}
+        """Minimum share of zeros at which the kernels are faster, by format."""
+        thresholds = {}
         for name, measured in self.speedups.items():
             for zeros, speedup in sorted(measured.items(), key=_share, reverse=True):
-                if speedup < LEAST_SPEEDUP:
+                if speedup < MIN_SPEEDUP:
                     break  # so it is at fewer zeros
-                found[name] = float(zeros)
+                thresholds[name] = float(zeros)
 
-        return found
+        return thresholds
 
     def name(self, threads: int) -> str:
         """Return ``4 threads``, or ``6 threads, measured on 4`` where it was not as many."""
-        own = f", measured on {self.threads}" if threads != self.threads else ""
-        return count_threads(threads) + own
+        measured_on = f", measured on {self.threads}" if threads != self.threads else ""
+        return count_threads(threads) + measured_on
 
     def __str__(self) -> str:
         return count_threads(self.threads)
@@ -82,7 +82,7 @@ def thread_counts(cores: int) -> list[int]:
     return [*counts, cores]
 
 
-def choose_verdict(verdicts: Sequence[Verdict], threads: int) -> Verdict | None:
+def choose_verdict(verdicts: Sequence[ThreadVerdict], threads: int) -> ThreadVerdict | None:
     """Return the verdict that counts for a number of threads: of as many, or the next fewer.
 
     The more threads share the memory, the more it pays to read fewer bytes: a verdict of fewer
@@ -103,7 +103,7 @@ def measure(
     shares: Mapping[str, Sequence[float]],
     counts: Sequence[int],
     race: Callable[[str, float, Sequence[int]], Sequence[float]],
-) -> tuple[Verdict, ...]:
+) -> tuple[ThreadVerdict, ...]:
     """Measure formats as far down in zeros as they are faster, for each number of threads.
 
     A number of threads has no verdict where one measurement of it failed.
@@ -113,12 +113,12 @@ def measure(
         race: returns the speed-up at one format and share on each of several numbers of threads;
             no number (NaN) where other programs kept the cores busy.
     """
-    found: dict[int, dict[str, dict[str, float]]] = {}
+    results: dict[int, dict[str, dict[str, float]]] = {}
     for threads in counts:
-        found[threads] = {}
+        results[threads] = {}
 
     for name, tried in shares.items():
-        racing = list(found)
+        racing = list(results)
         for zeros in sorted(tried, reverse=True):
             if not racing:
                 break
@@ -127,27 +127,27 @@ def measure(
             faster = []
             for threads, speedup in zip(racing, speedups, strict=True):
                 if math.isnan(speedup):
-                    del found[threads]
+                    del results[threads]
                     continue
 
-                measured = found[threads].setdefault(name, {})
+                measured = results[threads].setdefault(name, {})
                 measured[f"{zeros:g}"] = speedup
-                if speedup >= LEAST_SPEEDUP:
+                if speedup >= MIN_SPEEDUP:
                     faster.append(threads)
 
             # Where it is slower, so it is at fewer zeros.
             racing = faster
 
-    return tuple(Verdict(*each) for each in found.items())
+    return tuple(ThreadVerdict(*each) for each in results.items())
 
 
 def weights_bytes() -> int:
     """Return how large dense weights must be for a measurement to read them from memory."""
-    wanted = max(_LEAST_BYTES, _CACHES * cache_bytes())
+    wanted = max(_MIN_BYTES, _CACHES * last_level_cache_bytes())
     free = free_bytes()
     if free is not None:
         wanted = min(wanted, free // _MEMORY_SHARE)
-    return min(wanted, _MOST_BYTES)
+    return min(wanted, _MAX_BYTES)
 
 
 def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
@@ -165,7 +165,7 @@ def byte_bound(name: str, zeros: float, dense_bits: float = 0) -> float:
 
 
 def describe(
-    verdicts: Sequence[Verdict], dense_bits: Mapping[str, float]
+    verdicts: Sequence[ThreadVerdict], dense_bits: Mapping[str, float]
 ) -> dict[str, tuple[bool, str]]:
     """Return by format whether it is ever faster, and from what zeros on.
 
@@ -178,18 +178,18 @@ def describe(
     if len(verdicts) > 1:
         ends.append(verdicts[-1])
 
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     for verdict in ends:
         for name in verdict.speedups:
             text = _describe(verdict, name, dense_bits.get(name, 0))
-            before = f"{found[name]}; " if name in found else ""
-            found[name] = before + text
+            before = f"{descriptions[name]}; " if name in descriptions else ""
+            descriptions[name] = before + text
 
     faster = {name for verdict in verdicts for name in verdict.faster_from}
-    return {name: (name in faster, text) for name, text in found.items()}
+    return {name: (name in faster, text) for name, text in descriptions.items()}
 
 
-def _describe(verdict: Verdict, name: str, dense_bits: float) -> str:
+def _describe(verdict: ThreadVerdict, name: str, dense_bits: float) -> str:
     measured = verdict.speedups[name]
     zeros = _TYPICAL
     if zeros not in measured:
@@ -199,13 +199,13 @@ def _describe(verdict: Verdict, name: str, dense_bits: float) -> str:
     bound = byte_bound(name, share, dense_bits)
     figures = f"{measured[zeros]:.2f}× at {share:.0%}, {bound:.2f}× by bytes alone"
 
-    least = verdict.faster_from.get(name)
-    if least is None:
+    minimum = verdict.faster_from.get(name)
+    if minimum is None:
         return f"on {verdict} not faster ({figures})"
-    return f"on {verdict} from {least:.0%} zeros on ({figures})"
+    return f"on {verdict} from {minimum:.0%} zeros on ({figures})"
 
 
-def explain_missing(measured: Sequence[Verdict]) -> str:
+def explain_missing(measured: Sequence[ThreadVerdict]) -> str:
     """Say which threads have no verdict on this process's cores, and what to do; or nothing."""
     counts = {verdict.threads for verdict in measured}
     missing = [each for each in thread_counts(available_cores()) if each not in counts]
@@ -217,7 +217,7 @@ def explain_missing(measured: Sequence[Verdict]) -> str:
     return f"not measured on {named}: {PROVE} while nothing else runs"
 
 
-def read_verdict(value: Any) -> Verdict:
+def read_verdict(value: Any) -> ThreadVerdict:
     """Return a verdict from JSON.
 
     Raises:
@@ -232,7 +232,7 @@ def read_verdict(value: Any) -> Verdict:
     speedups = {}
     for name, measured in found.items():
         speedups[name] = _read(name, measured)
-    return Verdict(threads, speedups)
+    return ThreadVerdict(threads, speedups)
 
 
 def _read(name: str, measured: Any) -> dict[str, float]:

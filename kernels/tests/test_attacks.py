@@ -16,8 +16,8 @@ import pytest
 
 from racdeploy.files.writing import file_sha256
 from racdeploy_kernels.library import pin
-from racdeploy_kernels.proof import Kernels, Proof, readiness
-from racdeploy_kernels.verdicts import Verdict
+from racdeploy_kernels.proof import EngineKernels, Proof, readiness
+from racdeploy_kernels.verdicts import ThreadVerdict
 from tests.support.errors import raises
 
 pytestmark = [
@@ -50,10 +50,10 @@ def _compile(folder: Path, value: int) -> Path:
 
 
 @pytest.fixture
-def kernels(cache: Path, tmp_path: Path) -> Kernels:
+def kernels(cache: Path, tmp_path: Path) -> EngineKernels:
     """A library that was tried and found good."""
-    found = Kernels(_compile(tmp_path, 7), "no.trial", "1.0")
-    faster = Verdict(1, {"q8_0": {"0.5": 2.0}})
+    found = EngineKernels(_compile(tmp_path, 7), "no.trial", "1.0")
+    faster = ThreadVerdict(1, {"q8_0": {"0.5": 2.0}})
     proof = Proof("", file_sha256(found.library), verdicts=(faster,))
     found.locate_record().write_text(json.dumps(asdict(proof)))
     assert readiness(found) == (found.library, proof)
@@ -62,7 +62,7 @@ def kernels(cache: Path, tmp_path: Path) -> Kernels:
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o703])
 def test_proofs_in_a_folder_that_others_may_write_are_not_used(
-    kernels: Kernels, cache: Path, mode: int
+    kernels: EngineKernels, cache: Path, mode: int
 ) -> None:
     """Nor is one made there, which would run the library; a command says how to mend it."""
     cache.chmod(mode)
@@ -73,14 +73,16 @@ def test_proofs_in_a_folder_that_others_may_write_are_not_used(
 
 @as_root
 @pytest.mark.parametrize("what", ["folder", "record"])
-def test_a_proof_of_another_user_is_not_used(kernels: Kernels, cache: Path, what: str) -> None:
+def test_a_proof_of_another_user_is_not_used(
+    kernels: EngineKernels, cache: Path, what: str
+) -> None:
     """Whichever of the folder and the proof was made by somebody else."""
     place = {"folder": cache, "record": kernels.locate_record()}[what]
     os.chown(place, NOBODY, NOBODY)
     assert f"{place} belongs to another user" in str(readiness(kernels))
 
 
-def test_a_link_to_a_proof_is_not_used(kernels: Kernels, tmp_path: Path) -> None:
+def test_a_link_to_a_proof_is_not_used(kernels: EngineKernels, tmp_path: Path) -> None:
     """Though what it leads to is the very proof."""
     record = kernels.locate_record()
     record.rename(tmp_path / "moved.json")
@@ -89,14 +91,14 @@ def test_a_link_to_a_proof_is_not_used(kernels: Kernels, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="by the name of a descriptor in /proc")
-def test_what_is_loaded_is_what_was_checked(kernels: Kernels, tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_checked(kernels: EngineKernels, tmp_path: Path) -> None:
     """Though another library takes its name between the check and the load."""
     pinned = pin(kernels.library, file_sha256(kernels.library))
     _compile(tmp_path, 8).replace(kernels.library)
     assert ctypes.CDLL(str(pinned)).value() == 7
 
 
-def test_a_replaced_library_is_not_loaded(kernels: Kernels, tmp_path: Path) -> None:
+def test_a_replaced_library_is_not_loaded(kernels: EngineKernels, tmp_path: Path) -> None:
     """Neither at the first look nor by the hash that was read before."""
     sha256 = file_sha256(kernels.library)
     _compile(tmp_path, 8).replace(kernels.library)

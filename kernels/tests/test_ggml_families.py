@@ -17,11 +17,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from kernels.tests.support.plugin import write_proof
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
-from racdeploy.models.supported import describe_families
-from racdeploy.prune.walk.assemble import assemble
+from racdeploy.models.families import generalize_expert
+from racdeploy.models.family_support import describe_families
+from racdeploy.pruning.walk.assemble import assemble
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ for file in files:
     for token in ids[20:]:
         model.eval([token])
 
-    assert mode == "off" or status.packed() == len(status.tensors)
+    assert mode == "off" or status.count_packed() == len(status.tensors)
     name = file.rpartition("/")[2]
     np.savez(f"{out}/{name}.npz", logits_TV=model.scores[: len(ids)], taken=status.tensors)
     model.close()
@@ -100,7 +100,7 @@ def _write(root: Path, family: str) -> Ran:
     for quant in QUANTS:
         for tensor in gguf.export(checkpoint, root / f"{family}-{quant}.gguf", quant=quant).tensors:
             inside = checkpoint.family.split_block(tensor.source)[1]
-            sources[tensor.name] = generalize(inside).removesuffix(".weight")
+            sources[tensor.name] = generalize_expert(inside).removesuffix(".weight")
     return Ran(root / family, sources)
 
 

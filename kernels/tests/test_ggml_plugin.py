@@ -25,13 +25,13 @@ from racdeploy import sparse_kernels
 from racdeploy.cli.doctor import examine
 from racdeploy.engines.backends.llamacpp import LlamaCppEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes.cores import available_cores
 from racdeploy_kernels import ggml_weights, installed_ggml, verdicts
 from racdeploy_kernels.__main__ import main
-from racdeploy_kernels.proof import Kernels, Proof
-from racdeploy_kernels.verdicts import Verdict, thread_counts
+from racdeploy_kernels.proof import EngineKernels, Proof
+from racdeploy_kernels.verdicts import ThreadVerdict, thread_counts
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -41,7 +41,7 @@ QUANTS = ("q8_0", "q4_0", "f16", "bf16")
 
 
 @pytest.fixture
-def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineKernels:
     """The plug-in with a proof that uses it from 30 % zeros on, however fast it is here."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "proofs"))
     return write_proof(dict.fromkeys((*QUANTS, "q8_0 2:4"), 0.3))
@@ -84,7 +84,9 @@ def test_each_number_of_threads_has_its_own_verdict(tmp_path: Path) -> None:
     assert proof.is_faster == (available_cores() > 1)
 
 
-def test_a_model_has_the_verdict_of_its_threads(ready: Kernels, files: dict[str, Path]) -> None:
+def test_a_model_has_the_verdict_of_its_threads(
+    ready: EngineKernels, files: dict[str, Path]
+) -> None:
     """On one thread the kernels are slower, and the reason names it; on two and more they run."""
     write_proof({"q8_0": 0.3}, threads=2)
     taken = []
@@ -92,9 +94,9 @@ def test_a_model_has_the_verdict_of_its_threads(ready: Kernels, files: dict[str,
         with LlamaCppEngine(
             files["q8_0"], replace(SETTINGS, accel="auto", threads=threads)
         ) as engine:
-            taken.append(engine.about["sparse_weights"])
+            taken.append(engine.info["sparse_weights"])
             if threads == 1:
-                kernels = str(engine.about["kernels"])
+                kernels = str(engine.info["kernels"])
 
     assert taken == [0, 12, 12]
     assert re.search(
@@ -109,7 +111,7 @@ def test_a_model_has_the_verdict_of_its_threads(ready: Kernels, files: dict[str,
 
 def test_why_no_weight_is_taken_is_said() -> None:
     """No number format of the kernels, none that gains, or too few zeros."""
-    verdict = Verdict(1, {"q8_0": {"0.5": 1.2}})
+    verdict = ThreadVerdict(1, {"q8_0": {"0.5": 1.2}})
     cases = {
         "m.gguf has no matrix in a number format that they are for": {},
         "no share of zeros makes the sparse ones faster for f16 (avx2)": {"a": ("f16", 0.9)},
@@ -159,7 +161,9 @@ def test_what_is_wrong_with_a_plugin_is_found_in_the_child(
     assert kernels.read_proof() == proof
 
 
-def test_an_instruction_set_can_be_chosen(ready: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instruction_set_can_be_chosen(
+    ready: EngineKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The library takes it; its proof is kept apart from that of the best one."""
     record = ready.locate_record()
     monkeypatch.setenv("RACDEPLOY_KERNELS", "portable")
@@ -203,22 +207,24 @@ def test_the_plugin_is_for_the_headers_that_it_was_compiled_with(
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_logits_are_those_of_the_stock_engine(
-    quant: str, ready: Kernels, files: dict[str, Path]
+    quant: str, ready: EngineKernels, files: dict[str, Path]
 ) -> None:
     """Every number format, in one batch; float32 sums in another order are all that differs."""
     with LlamaCppEngine(files[quant], SETTINGS) as stock:
         expected_TV = stock.logits(IDS)
-        assert stock.about["kernels"] == "llama.cpp's own kernels: sparse ones are switched off"
+        assert stock.info["kernels"] == "llama.cpp's own kernels: sparse ones are switched off"
     with LlamaCppEngine(files[quant], replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
-        assert engine.about["sparse_weights"] == 2 * 6  # of each block all linears but down_proj
+        assert engine.info["sparse_weights"] == 2 * 6  # of each block all linears but down_proj
     # Rounded activations (bf16: 8 bits) pass a changed last bit on; one step of 2^-9 of them is
     # 0.2 % of a logit.
     assert np.abs(found_TV - expected_TV).max() <= 2e-3 * np.abs(expected_TV).max()
     assert (found_TV.argmax(1) == expected_TV.argmax(1)).all()
 
 
-def test_greedy_answers_do_not_depend_on_batching(ready: Kernels, files: dict[str, Path]) -> None:
+def test_greedy_answers_do_not_depend_on_batching(
+    ready: EngineKernels, files: dict[str, Path]
+) -> None:
     """One token of one sequence and of five go other ways through the kernels to the same sums."""
     prompts = [[7 + i, 100, 20 * i + 3] for i in range(5)]
     sampling = Sampling(max_new_tokens=24, stop_ids=())
@@ -230,7 +236,9 @@ def test_greedy_answers_do_not_depend_on_batching(ready: Kernels, files: dict[st
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_only_weights_with_enough_zeros_are_taken(ready: Kernels, files: dict[str, Path]) -> None:
+def test_only_weights_with_enough_zeros_are_taken(
+    ready: EngineKernels, files: dict[str, Path]
+) -> None:
     """Counted in the file: not those of ``down_proj``, the embeddings or the norms."""
     code = (
         "from pathlib import Path; from racdeploy import sparse_kernels\n"
@@ -244,7 +252,7 @@ def test_only_weights_with_enough_zeros_are_taken(ready: Kernels, files: dict[st
     )
 
 
-def test_a_dense_file_is_left_alone(ready: Kernels, tmp_path: Path) -> None:
+def test_a_dense_file_is_left_alone(ready: EngineKernels, tmp_path: Path) -> None:
     """And it is an error only where kernels are required."""
     dense = tmp_path / "dense.gguf"
     gguf.export(Checkpoint(make_checkpoint(tmp_path / "checkpoint", "qwen3")), dense, quant="q8_0")
@@ -252,7 +260,7 @@ def test_a_dense_file_is_left_alone(ready: Kernels, tmp_path: Path) -> None:
     assert isinstance(proof, Proof)
     tried = f"{proof.instruction_set} kernels on 3 threads, measured on 1"
     with LlamaCppEngine(dense, replace(SETTINGS, accel="auto", threads=3)) as engine:
-        assert engine.about["kernels"].endswith(
+        assert engine.info["kernels"].endswith(
             f"no matrix of dense.gguf has enough zeros, which is 30% at the least ({tried})"
         )
     with raises("kernels-unusable", "has enough zeros"):
@@ -260,7 +268,7 @@ def test_a_dense_file_is_left_alone(ready: Kernels, tmp_path: Path) -> None:
 
 
 def test_a_users_own_llama_gets_the_kernels_for_one_model(
-    ready: Kernels, files: dict[str, Path]
+    ready: EngineKernels, files: dict[str, Path]
 ) -> None:
     """Also after another was loaded; the next has the same names, and llama.cpp's own.
 
@@ -278,11 +286,11 @@ def load(file):
     return model, model.scores[:3].sum()
 plain, expected = load(file)
 status = sparse_kernels.enable(file, "auto", threads=1)
-print(status, status.packed())
+print(status, status.count_packed())
 first, found = load(file)
-print(status.packed(), abs(found - expected) < 2e-3 * abs(expected))
+print(status.count_packed(), abs(found - expected) < 2e-3 * abs(expected))
 second, other = load({str(files["q4_0"])!r})
-print(status.packed())
+print(status.count_packed())
 first.close()
 third, found = load(file)
 print(found == expected)
@@ -290,7 +298,7 @@ print(found == expected)
 status = sparse_kernels.enable(file, "auto", threads=1)
 sparse_kernels.enable(file, "off")
 fourth, found = load(file)
-print(status.packed(), found == expected)
+print(status.count_packed(), found == expected)
 """
     found = run_in_child(code)
     assert found[0].startswith("sparse ")
@@ -298,7 +306,9 @@ print(status.packed(), found == expected)
     assert found[1:] == ["12 True", "12", "True", "0 True"]
 
 
-def test_doctor_explains_which_kernels_run(ready: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_explains_which_kernels_run(
+    ready: EngineKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kernels that are missing are no fault of the machine."""
     write_proof({"q8_0": 0.3}, threads=2)
     what = "sparse kernels for llama.cpp"
@@ -321,7 +331,7 @@ def test_doctor_explains_which_kernels_run(ready: Kernels, monkeypatch: pytest.M
 
 
 def test_the_command_proves_and_says_what_is_used(
-    ready: Kernels,
+    ready: EngineKernels,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -368,7 +378,7 @@ def test_the_command_proves_and_says_what_is_used(
         ),
     ],
 )
-def test_a_damaged_verdict_is_none(content: str, ready: Kernels) -> None:
+def test_a_damaged_verdict_is_none(content: str, ready: EngineKernels) -> None:
     """The next trial makes it again."""
     keep_proof(ready, content)
     assert racdeploy_kernels.explain("llama.cpp").endswith("is damaged: racdeploy-kernels prove")

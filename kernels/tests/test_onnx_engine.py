@@ -15,21 +15,21 @@ from kernels.tests.support.plugin import keep_proof
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.backends.onnxruntime import native as _onnx_native
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export.onnx import export
+from racdeploy.exporting.onnx import export
 from racdeploy.files.writing import file_sha256
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.sparse_kernels import choose_graph
 from racdeploy_kernels import proof
 from racdeploy_kernels.ort_operator import find_kernels
-from racdeploy_kernels.proof import Kernels, Proof
-from racdeploy_kernels.verdicts import Verdict
+from racdeploy_kernels.proof import EngineKernels, Proof
+from racdeploy_kernels.verdicts import ThreadVerdict
 from tests.support.errors import raises
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
 SETTINGS = EngineSettings(128, parallel=2, threads=1)
 IDS = list(range(3, 40))
-FASTER = (Verdict(1, {"q8_0": {"0.5": 2.0}}),)
-SLOWER = (Verdict(1, {"q8_0": {"0.5": 0.7}}),)
+FASTER = (ThreadVerdict(1, {"q8_0": {"0.5": 2.0}}),)
+SLOWER = (ThreadVerdict(1, {"q8_0": {"0.5": 0.7}}),)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineKernels:
     """The operator, of which nothing is known yet."""
     monkeypatch.setenv("RACDEPLOY_ACCEL", str(tmp_path / "proofs"))
     found = find_kernels()
@@ -52,20 +52,22 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     return found
 
 
-def write_proof(kernels: Kernels, found: Proof) -> None:
+def write_proof(kernels: EngineKernels, found: Proof) -> None:
     signed = replace(found, sha256=file_sha256(kernels.library))
     keep_proof(kernels, json.dumps(asdict(signed)))
 
 
-def test_a_proven_operator_gives_the_same_logits_and_says_so(kernels: Kernels, model: Path) -> None:
+def test_a_proven_operator_gives_the_same_logits_and_says_so(
+    kernels: EngineKernels, model: Path
+) -> None:
     """They differ by float32 sums, and by inputs that stock kernels round with other scales."""
     write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
-        assert plain.about["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
+        assert plain.info["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
-        assert engine.about["kernels"].startswith("sparse any operator for ")
+        assert engine.info["kernels"].startswith("sparse any operator for ")
         greedy = Sampling(max_new_tokens=12, stop_ids=())
         alone, beside = (
             engine.generate([IDS[:9]], greedy),
@@ -76,7 +78,7 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(kernels: Kernels, m
 
 
 def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
-    kernels: Kernels, model: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: EngineKernels, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of them against none, on the whole model: norms and attention are fused, the operator is
     left as it is.
@@ -92,14 +94,16 @@ def test_optimizations_of_the_session_change_nothing_but_the_order_of_sums(
         with monkeypatch.context() as patch:
             patch.setattr(_onnx_native, "make_options", lambda settings, options=options: options)
             native = _onnx_native.OnnxModel(model, replace(SETTINGS, accel="require"))
-        assert native.about["sparse_weights"] > 0
-        found.append(native.teacher_forced(IDS, 0))
+        assert native.info["sparse_weights"] > 0
+        found.append(native.teacher_forced_logits(IDS, 0))
     every_TV, none_TV = found
     assert np.abs(every_TV - none_TV).max() <= 0.02 * np.abs(none_TV).max()
     np.testing.assert_array_equal(every_TV.argmax(axis=1), none_TV.argmax(axis=1))
 
 
-def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_path: Path) -> None:
+def test_where_it_is_not_used_it_says_why(
+    kernels: EngineKernels, model: Path, tmp_path: Path
+) -> None:
     """Never tried, failed, not faster, no second graph: the plain one, or an error if required."""
     cases = {
         "were not tried": None,
@@ -119,7 +123,7 @@ def test_where_it_is_not_used_it_says_why(kernels: Kernels, model: Path, tmp_pat
     assert other.endswith("there is no other.accel.onnx; packing 'bitmask_op' writes one")
 
 
-def test_the_verdict_is_that_of_the_sessions_threads(kernels: Kernels, model: Path) -> None:
+def test_the_verdict_is_that_of_the_sessions_threads(kernels: EngineKernels, model: Path) -> None:
     """Slower on one thread, faster on two: three, which nobody measured, count as two."""
     two = replace(FASTER[0], threads=2)
     write_proof(kernels, Proof("", "", "any", verdicts=(*SLOWER, two)))
@@ -128,11 +132,11 @@ def test_the_verdict_is_that_of_the_sessions_threads(kernels: Kernels, model: Pa
     for threads in (2, 3):
         assert choose_graph(model, "auto", threads=threads).path != model
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="auto")) as engine:
-        assert engine.about["kernels"] == reason
+        assert engine.info["kernels"] == reason
 
 
 def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
-    kernels: Kernels, model: Path, tmp_path: Path
+    kernels: EngineKernels, model: Path, tmp_path: Path
 ) -> None:
     write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     (tmp_path / "m.onnx").write_bytes(model.read_bytes())
@@ -143,7 +147,7 @@ def test_a_second_graph_that_does_not_say_what_it_holds_is_damaged(
 
 
 def test_without_the_onnx_package_the_operator_is_not_tried(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+    kernels: EngineKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trial writes its graphs with it; the failure names what to install."""
     monkeypatch.setattr(proof, "is_installed", lambda module: False)

@@ -15,7 +15,13 @@ import pytest
 import racdeploy_kernels
 from kernels.tests.support.compiling import build
 from racdeploy import quant as quants
-from racdeploy.packing.sparse_matrix import KINDS, LAYOUT, SLACK_BYTES, SparseMatrix, split
+from racdeploy.packing.sparse_matrix import (
+    KERNEL_FORMATS,
+    LAYOUT_VERSION,
+    SLACK_BYTES,
+    SparseMatrix,
+    to_sparse,
+)
 from racdeploy_kernels import ort_trial
 from racdeploy_kernels.ort_trial import compare, make_model, make_sparse, open_session
 
@@ -47,7 +53,13 @@ def draw_rows(quant: str, O: int, I: int, sparsity: float, seed: int = 0) -> Arr
 
 
 def graph_of(
-    quant: str, matrix: SparseMatrix, O: int, I: int, /, version: int = LAYOUT, **attributes: int
+    quant: str,
+    matrix: SparseMatrix,
+    O: int,
+    I: int,
+    /,
+    version: int = LAYOUT_VERSION,
+    **attributes: int,
 ) -> bytes:
     node, parts = make_sparse(quant, matrix, I, **({"O": O} | attributes))
     return make_model([node], parts, I, version)
@@ -88,7 +100,9 @@ def test_products_are_those_of_the_same_arithmetic(
 ) -> None:
     """Within 1e-6 of the largest: at most 2048 products, in float32 by lanes and in float64."""
     packed_OP = draw_rows(quant, O, I, sparsity)
-    session = open_session(graph_of(quant, split(KINDS[quant], packed_OP), O, I), library)
+    session = open_session(
+        graph_of(quant, to_sparse(KERNEL_FORMATS[quant], packed_OP), O, I), library
+    )
     weight_OI = quants.load(quant).dequantize(packed_OP, I).astype(np.float64)
     for shape in ((1, 1, I), (2, 3, I), (1, 37, I)):
         x_BTI = draw_inputs(shape)
@@ -129,7 +143,7 @@ def test_an_exact_stock_operator_is_who_to_equal() -> None:
 def test_threads_and_batches_change_no_bit(kernels: str, library: Path, quant: str) -> None:
     """One thread and three; all tokens at once, more than one pass holds, and one by one."""
     O, I = 96, 512
-    graph = graph_of(quant, split(KINDS[quant], draw_rows(quant, O, I, 0.6)), O, I)
+    graph = graph_of(quant, to_sparse(KERNEL_FORMATS[quant], draw_rows(quant, O, I, 0.6)), O, I)
     one, three = (open_session(graph, library, threads) for threads in (1, 3))
     x_BTI = draw_inputs((1, 1100, I))
     together = one.run(None, {"x": x_BTI})[0]
@@ -147,8 +161,8 @@ def test_the_trial_has_a_verdict_where_nothing_was_in_the_way(
     """Every format on one thread; none on two whose time other programs took."""
     monkeypatch.setattr(ort_trial, "_SPEED_SHAPE", (128, 256))
     monkeypatch.setattr(ort_trial, "weights_bytes", lambda: 1 << 17)
-    monkeypatch.setattr(ort_trial, "_ENOUGH_S", 0.0)
-    monkeypatch.setattr(ort_trial, "_MOST_S", 0.1)
+    monkeypatch.setattr(ort_trial, "_MIN_S", 0.0)
+    monkeypatch.setattr(ort_trial, "_MAX_S", 0.1)
     monkeypatch.setattr(ort_trial, "_BUSY_SHARE", 10.0)
     (verdict,) = ort_trial._measure(library, (1, 2))
     assert verdict.threads == 1
@@ -161,7 +175,7 @@ def test_the_trial_has_a_verdict_where_nothing_was_in_the_way(
 
 def test_no_tokens_and_wrong_inputs(library: Path) -> None:
     """Nothing in, nothing out; inputs of another length are an error of onnxruntime."""
-    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
     session = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library)
     assert session.run(None, {"x": np.zeros((1, 0, 64), np.float32)})[0].shape == (1, 0, 8)
     node, parts = make_sparse("matmulnbits_8", matrix, 64)
@@ -172,7 +186,7 @@ def test_no_tokens_and_wrong_inputs(library: Path) -> None:
 
 def test_shapes_are_inferred(library: Path) -> None:
     """A session knows the shape of the output, as it does for its own operators."""
-    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS["matmulnbits_8"], draw_rows("matmulnbits_8", 8, 64, 0.5))
     (output,) = open_session(graph_of("matmulnbits_8", matrix, 8, 64), library).get_outputs()
     assert output.shape == ["open0", "open1", 8]
 
@@ -232,7 +246,7 @@ def test_a_matrix_that_lies_is_an_error_of_the_session(
     library: Path, quant: str, name: str
 ) -> None:
     """Whatever is wrong with it, no product is ever computed."""
-    matrix = split(KINDS[quant], draw_rows(quant, 16, 576, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS[quant], draw_rows(quant, 16, 576, 0.5))
     if name == "another format" and quant == "matmulnbits_4":
         pytest.skip("that is the format of this matrix")
     changed = HOSTILE[name](matrix) if name in HOSTILE else matrix
@@ -243,20 +257,24 @@ def test_a_matrix_that_lies_is_an_error_of_the_session(
 
 def test_a_graph_of_an_earlier_layout_is_refused(library: Path) -> None:
     """Its masks fit as well, and mean other weights."""
-    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 256, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 256, 0.5))
     with pytest.raises(Exception, match="SparseMatMul"):
-        open_session(graph_of("matmulnbits_8", matrix, 16, 256, version=LAYOUT - 1), library)
+        open_session(
+            graph_of("matmulnbits_8", matrix, 16, 256, version=LAYOUT_VERSION - 1), library
+        )
 
 
 def test_the_layout_is_that_of_the_header() -> None:
     """What is written is what the kernels read, and what the door asks for."""
-    assert racdeploy_kernels.LAYOUT == LAYOUT
-    assert f"layout = {LAYOUT};" in (SOURCES / "sparse_matrix.h").read_text(encoding="utf-8")
+    assert racdeploy_kernels.LAYOUT_VERSION == LAYOUT_VERSION
+    assert f"layout = {LAYOUT_VERSION};" in (SOURCES / "sparse_matrix.h").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
     """Its parts as inputs of the graph could change from run to run."""
-    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
     inputs = ("x", "x", "values", "offsets")
     node, _ = make_sparse("matmulnbits_8", matrix, 64)
     node.input[:] = inputs
@@ -267,7 +285,7 @@ def test_a_matrix_that_is_no_constant_is_refused(library: Path) -> None:
 
 def test_sessions_without_the_operator_refuse_the_graph() -> None:
     """Nothing else is computed in its place."""
-    matrix = split(KINDS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
+    matrix = to_sparse(KERNEL_FORMATS["matmulnbits_8"], draw_rows("matmulnbits_8", 16, 64, 0.5))
     with pytest.raises(Exception, match="racdeploy"):
         onnxruntime.InferenceSession(
             graph_of("matmulnbits_8", matrix, 16, 64), providers=["CPUExecutionProvider"]

@@ -10,7 +10,7 @@ import pytest
 from racdeploy_kernels import verdicts
 from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import (
-    Verdict,
+    ThreadVerdict,
     byte_bound,
     choose_verdict,
     describe,
@@ -41,12 +41,12 @@ def test_few_numbers_of_threads_are_measured(cores: int, expected: list[int]) ->
 )
 def test_a_number_that_was_not_measured_takes_the_next_fewer(threads: int, expected: int) -> None:
     """More would promise what nobody measured."""
-    measured = [Verdict(count) for count in (6, 1, 4, 2)]
+    measured = [ThreadVerdict(count) for count in (6, 1, 4, 2)]
     chosen = choose_verdict(measured, threads)
     assert chosen is not None
     assert chosen.threads == expected
     assert chosen.name(threads).endswith(str(chosen) if threads == expected else f"on {expected}")
-    assert choose_verdict([Verdict(4)], 2) is None
+    assert choose_verdict([ThreadVerdict(4)], 2) is None
 
 
 def test_kernels_that_lose_on_one_thread_keep_their_verdict_on_four() -> None:
@@ -80,7 +80,7 @@ def test_threads_that_could_not_be_measured_have_no_verdict() -> None:
 
 def test_what_wins_below_a_loss_does_not_count() -> None:
     """Fewer zeros are fewer bytes saved: that was chance."""
-    verdict = Verdict(1, {"q8_0": {"0.3": 1.2, "0.5": 1.0, "0.7": 1.3}, "f16": {"0.8": 1.04}})
+    verdict = ThreadVerdict(1, {"q8_0": {"0.3": 1.2, "0.5": 1.0, "0.7": 1.3}, "f16": {"0.8": 1.04}})
     assert verdict.faster_from == {"q8_0": 0.7}
 
 
@@ -97,7 +97,7 @@ def test_weights_are_larger_than_the_cache_and_take_a_part_of_free_memory(
     cache: int, free: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the cache is not known, larger than most."""
-    monkeypatch.setattr(verdicts, "cache_bytes", lambda: cache)
+    monkeypatch.setattr(verdicts, "last_level_cache_bytes", lambda: cache)
     monkeypatch.setattr(verdicts, "free_bytes", lambda: free)
     assert weights_bytes() == expected
 
@@ -122,9 +122,9 @@ def test_bytes_alone_bound_the_speedup(
 
 def test_one_thread_and_all_cores_are_described() -> None:
     """At half zeros, or where that was not measured, at the least that was."""
-    one = Verdict(1, {"q8_0": {"0.8": 0.9}, "f16": {"0.8": 1.5, "0.5": 1.2, "0.4": 0.9}})
-    four = Verdict(4, {"q8_0": {"0.8": 1.8, "0.5": 1.3, "0.3": 1.1}, "f16": {"0.8": 1.04}})
-    assert describe([one, Verdict(2), four], {}) == {
+    one = ThreadVerdict(1, {"q8_0": {"0.8": 0.9}, "f16": {"0.8": 1.5, "0.5": 1.2, "0.4": 0.9}})
+    four = ThreadVerdict(4, {"q8_0": {"0.8": 1.8, "0.5": 1.3, "0.3": 1.1}, "f16": {"0.8": 1.04}})
+    assert describe([one, ThreadVerdict(2), four], {}) == {
         "q8_0": (
             True,
             "on 1 thread not faster (0.90× at 80%, 2.74× by bytes alone); "
@@ -148,10 +148,10 @@ def test_threads_without_a_verdict_are_said(monkeypatch: pytest.MonkeyPatch) -> 
     """With what to do."""
     monkeypatch.setattr(verdicts, "available_cores", lambda: 3)
     missing = "not measured on 2 threads: racdeploy-kernels prove while nothing else runs"
-    assert explain_missing([Verdict(1), Verdict(3)]) == missing
-    assert explain_missing([Verdict(1), Verdict(2), Verdict(3)]) == ""
+    assert explain_missing([ThreadVerdict(1), ThreadVerdict(3)]) == missing
+    assert explain_missing([ThreadVerdict(1), ThreadVerdict(2), ThreadVerdict(3)]) == ""
     assert Proof("", "").explain_unused().startswith("not measured on 1, 2, 3 threads: ")
-    slow = Proof("", "", "avx2", (Verdict(1, {"f16": {"0.8": 1.0}}), Verdict(3)))
+    slow = Proof("", "", "avx2", (ThreadVerdict(1, {"f16": {"0.8": 1.0}}), ThreadVerdict(3)))
     assert slow.explain_unused() == (
         "its avx2 kernels are not faster than the engine's own on this processor, "
         f"on 1 thread or 3 threads; {missing}"

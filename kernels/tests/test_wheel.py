@@ -19,7 +19,7 @@ import pytest
 
 import racdeploy_kernels
 from kernels.tests.support.compiling import find_wheel
-from racdeploy_kernels.proof import Kernels, Proof
+from racdeploy_kernels.proof import EngineKernels, Proof
 from tests.support import wheel as wheels
 from tests.support.wheel import ROOT, run
 
@@ -74,12 +74,12 @@ def test_what_is_not_proven_fails_where_it_is_built(
 ) -> None:
     """Slow kernels do not: machines that build are shared. On macOS llama.cpp has none."""
 
-    def find(engine: str, refusal: str | None) -> Kernels | str:
+    def find(engine: str, refusal: str | None) -> EngineKernels | str:
         if refusal is None:
             return "there is no libggml-base.so.0"
-        return Kernels(Path("library.so"), refusal, engine)
+        return EngineKernels(Path("library.so"), refusal, engine)
 
-    monkeypatch.setattr(Kernels, "prove", lambda kernels: Proof(kernels.trial, ""))
+    monkeypatch.setattr(EngineKernels, "prove", lambda kernels: Proof(kernels.trial, ""))
     answers = {"llama.cpp": llamacpp, "onnxruntime": onnxruntime}
     found = {engine: partial(find, engine, refusal) for engine, refusal in answers.items()}
     monkeypatch.setattr(racdeploy_kernels, "FINDERS", found)

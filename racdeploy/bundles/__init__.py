@@ -1,1 +1,1 @@
-"""Everything that is done to a finished bundle."""
+"""Verification, benchmarks, signatures and distribution of finished bundles."""

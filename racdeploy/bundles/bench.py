@@ -1,4 +1,4 @@
-"""Speed and memory of a bundle's artifact beside the dense one: medians of alternating rounds."""
+"""Benchmark of a bundle's artifact against the dense one: medians of alternating rounds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from racdeploy import export
+from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
-from racdeploy.export import ExportResult
 from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.files import read_report
-from racdeploy.report.tables import Table
-from racdeploy.runtime.loading import check_what_runs
+from racdeploy.report.tables import ReportTable
+from racdeploy.runtime.loading import check_artifact_files
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.sparse_kernels import Mode
-from racdeploy.verify.baseline import find_dense_arm
+from racdeploy.sparse_kernels import AccelMode
+from racdeploy.verification.baseline import find_dense_arm
 
-_LEAST_DECODE_S = 0.5  # decoding has to last this long, or the clock's own noise shows
-_MOST_ANSWERS = 32
-Round = Mapping[str, float]
+_MIN_DECODE_S = 0.5  # shorter measurements are dominated by clock noise
+_MAX_ANSWERS = 32
+Figures = Mapping[str, float]
 
 FIGURES = {
     "load_ms": "ms to load",
@@ -36,11 +35,11 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Load:
-    """What every round does.
+class BenchSettings:
+    """Settings of each round.
 
-    ``parallel`` sequences are decoded together, and their tokens counted together; 0 ``threads``
-    use every core. ``accel`` is for the pruned artifact, see :mod:`racdeploy.sparse_kernels`.
+    ``parallel`` sequences are decoded together and their tokens are added up; 0 ``threads`` uses
+    every core. ``accel`` applies to the pruned artifact, see :mod:`racdeploy.sparse_kernels`.
     """
 
     rounds: int = 5
@@ -48,35 +47,35 @@ class Load:
     new_tokens: int = 128
     parallel: int = 1
     threads: int = 0
-    accel: Mode = "auto"
+    accel: AccelMode = "auto"
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Figures of both artifacts for each round, by the names in ``FIGURES``, and what ran."""
+class BenchResult:
+    """Figures of both artifacts per round, by the names in ``FIGURES``, and the settings."""
 
-    load: Load
+    load: BenchSettings
     dense: Path
     pruned: Path
-    dense_rounds: tuple[Round, ...]
-    pruned_rounds: tuple[Round, ...]
+    dense_rounds: tuple[Figures, ...]
+    pruned_rounds: tuple[Figures, ...]
     kernels: str = ""
     dense_bytes: int = 0
-    pruned_bytes: int = 0  # of the files; 0 where the engine opens another one, made of them
+    pruned_bytes: int = 0  # of the files; 0 if they are packed
 
-    def medians(self) -> tuple[Round, Round]:
-        """Return those of the dense and of the pruned artifact."""
+    def medians(self) -> tuple[Figures, Figures]:
+        """Return the median figures of the dense and the pruned artifact."""
         return _take_medians(self.dense_rounds), _take_medians(self.pruned_rounds)
 
     def ratios(self) -> dict[str, list[float]]:
-        """Return pruned over dense in every round, sorted, by the name of the figure."""
+        """Return the ratios of pruned to dense of all rounds, sorted, by the name of the figure."""
         rounds = list(zip(self.dense_rounds, self.pruned_rounds, strict=True))
         return {
             name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
         }
 
-    def to_table(self) -> Table:
-        """Return the medians of both, their ratio and its range over the rounds."""
+    def to_table(self) -> ReportTable:
+        """Return a table of both medians, and of the median and range of their ratio."""
         medians = self.medians()
 
         rows = []
@@ -94,7 +93,7 @@ class Benchmark:
         what = f"{together} at once" if together > 1 else "one sequence"
         columns = (what, "dense", "pruned", "ratio", f"range of {self.load.rounds}")
 
-        return Table("", columns, tuple(rows))
+        return ReportTable("", columns, tuple(rows))
 
     def to_json(self) -> dict[str, Any]:
         dense, pruned = self.medians()
@@ -105,8 +104,8 @@ class Benchmark:
         return {
             "dense": {"path": str(self.dense), **dense},
             "pruned": {"path": str(self.pruned), **pruned},
-            "ratio": {name: median(found) for name, found in ratios.items()},
-            "ratio_range": {name: [found[0], found[-1]] for name, found in ratios.items()},
+            "ratio": {name: median(values) for name, values in ratios.items()},
+            "ratio_range": {name: [values[0], values[-1]] for name, values in ratios.items()},
             "file_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes},
             **load,
             "kernels": self.kernels,
@@ -114,12 +113,26 @@ class Benchmark:
 
 
 def bench(
-    bundle: Path, dense: Path, load: Load, progress: Progress | None = None, *, artifact: str = ""
-) -> Benchmark:
-    """Measure an artifact, by its path or the first; ``progress`` gets label, loads done, loads."""
+    bundle: Path,
+    dense: Path,
+    load: BenchSettings,
+    progress: Progress | None = None,
+    *,
+    artifact: str = "",
+) -> BenchResult:
+    """Measure an artifact of a bundle against a dense file.
+
+    Args:
+        progress: called with a label, the number of finished loads, and the number of all.
+        artifact: path in the bundle; empty takes the first.
+
+    Raises:
+        ArtifactError: the dense file is missing, or the bundle is damaged.
+        UsageError: the tokens exceed the context, or the artifact does not exist.
+    """
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
-    check_what_runs(bundle, manifest, entry)
+    check_artifact_files(bundle, manifest, entry)
     if not dense.is_file():
         raise ArtifactError(
             "no-dense-artifact",
@@ -140,78 +153,84 @@ def bench(
     settings = EngineSettings(context_tokens, load.parallel, load.threads)
     pruned = bundle / entry.path
 
-    found = compare(entry.backend, dense, pruned, load, settings, vocabulary, progress)
-    # Where the engine reads what is unpacked, the size of the packed file says nothing of speed.
-    return replace(found, pruned_bytes=0 if entry.unpacked_sha256 else entry.size_bytes)
+    result = measure_pair(entry.backend, dense, pruned, load, settings, vocabulary, progress)
+    # The engine reads other bytes than those of a packed file, whose size explains no speed.
+    return replace(result, pruned_bytes=entry.size_bytes if entry.packing == "plain" else 0)
 
 
-def compare(
+def measure_pair(
     backend: str,
     dense: Path,
     pruned: Path,
-    load: Load,
+    load: BenchSettings,
     settings: EngineSettings,
     vocabulary: int,
     progress: Progress | None = None,
-) -> Benchmark:
-    """Measure two files of one engine in turns, on a prompt of ids below ``vocabulary``."""
+) -> BenchResult:
+    """Measure two files of one engine in alternation, on random ids below ``vocabulary``.
+
+    Alternating, and reversing the order each round, spreads slow drifts of the machine (heat, other
+    load) evenly over both.
+    """
     ids = random.Random(0).choices(range(vocabulary), k=load.prompt_tokens)
     sides = [("dense", dense, settings), ("pruned", pruned, replace(settings, accel=load.accel))]
 
     progress = progress or (lambda label, done, loads, tokens=0: None)
     loads = 2 * (load.rounds + 1)
-    rounds: dict[str, list[Round]] = {"dense": [], "pruned": []}
+    rounds: dict[str, list[Figures]] = {"dense": [], "pruned": []}
 
     kernels: dict[str, str] = {}
     for number in range(loads // 2):
-        for place, (name, file, own) in enumerate(sides):
-            progress("bench", 2 * number + place, loads)
-            figures, kernels[name] = _measure(backend, file, own, ids, load.new_tokens)
+        for index, (name, file, side_settings) in enumerate(sides):
+            progress("bench", 2 * number + index, loads)
+            figures, kernels[name] = _measure(backend, file, side_settings, ids, load.new_tokens)
             rounds[name].append(figures)
 
         sides.reverse()
 
     progress("bench", loads, loads)
 
-    # The first round only fills the page cache.
+    # The first round only warms the page cache.
     dense_rounds = tuple(rounds["dense"][1:])
     pruned_rounds = tuple(rounds["pruned"][1:])
 
     ran = (load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
-    return Benchmark(*ran, export.weight_bytes(dense), export.weight_bytes(pruned))
+    return BenchResult(
+        *ran, exporting.count_weight_bytes(dense), exporting.count_weight_bytes(pruned)
+    )
 
 
-def find_dense(bundle: Path, work: Path, artifact: str = "") -> Path:
-    """Return the dense artifact that the build left in ``work``; it has one for the first alone."""
+def find_dense_artifact(bundle: Path, work: Path, artifact: str = "") -> Path:
+    """Return the dense artifact in ``work``; a build leaves one for the first artifact only."""
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
     build_again = (
         f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, "
         "then give the file with --dense"
     )
+    # A build compares only its first artifact with a dense one, so no other dense file exists.
     if entry != manifest.artifacts[0]:
         missing = f"a build makes no dense artifact beside {entry.path}"
         raise ArtifactError("no-dense-artifact", missing, remedy=build_again)
 
     dense = find_dense_arm(read_report(bundle))
 
-    if found := locate_dense(work, dense.files):
-        return found
+    if file := find_dense_in_work(work, dense.files):
+        return file
 
     name = manifest.base.get("name", "the model")
     raise ArtifactError(
         "no-dense-artifact",
-        f"no stage in {work} holds the dense {dense.quant} artifact of {name}",
+        f"no stage in {work} contains the dense {dense.quant} artifact of {name}",
         remedy=f"{build_again}; or name the build's folder with --work",
     )
 
 
-def locate_dense(work: Path, files: Mapping[str, str]) -> Path | None:
-    """Return where a build left the artifact with these hashes, or None."""
+def find_dense_in_work(work: Path, files: Mapping[str, str]) -> Path | None:
+    """Return the path of an exported artifact with these file hashes, or None."""
     for stage in finished_stages(work, "export"):
-        exported = ExportResult.from_json(stage.folder, stage.summary)
-        if exported.files == files:
-            return exported.path
+        if stage.summary.get("files") == files:
+            return stage.folder / str(stage.summary["path"])
 
     return None
 
@@ -235,16 +254,16 @@ def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry
     )
 
 
-def _take_medians(rounds: Sequence[Round]) -> Round:
+def _take_medians(rounds: Sequence[Figures]) -> Figures:
     return {name: median(figures[name] for figures in rounds) for name in FIGURES}
 
 
 def _measure(
     backend: str, file: Path, settings: EngineSettings, ids: Sequence[int], new_tokens: int
-) -> tuple[Round, str]:
-    """Return the figures of one load, long enough to be measured, and the engine's kernels."""
+) -> tuple[Figures, str]:
+    """Load a file, decode for at least ``_MIN_DECODE_S``, and return figures and kernels."""
     sampling = Sampling(max_new_tokens=new_tokens, stop_ids=())
-    most_answers = _MOST_ANSWERS * settings.parallel
+    max_answers = _MAX_ANSWERS * settings.parallel
 
     answers = 0
     with open_engine(backend, file, settings) as engine:
@@ -252,23 +271,23 @@ def _measure(
         before = _read_stats(engine, backend)
 
         lasted_s = 0.0
-        while not answers or (answers < most_answers and lasted_s < _LEAST_DECODE_S):
-            # Every prompt is turned further: no engine has it in its cache.
-            turns = [place % len(ids) for place in range(answers, answers + settings.parallel)]
-            prompts = [[*ids[turn:], *ids[:turn]] for turn in turns]
+        while not answers or (answers < max_answers and lasted_s < _MIN_DECODE_S):
+            # Rotate each prompt by another offset, so that no prefix cache can serve it.
+            offsets = [index % len(ids) for index in range(answers, answers + settings.parallel)]
+            prompts = [[*ids[offset:], *ids[:offset]] for offset in offsets]
             engine.generate(prompts, sampling)
 
             answers += settings.parallel
             after = _read_stats(engine, backend)
             lasted_s = after["decode_s"] - before["decode_s"]
 
-        kernels = str(engine.about.get("kernels", ""))
+        kernels = str(engine.info.get("kernels", ""))
 
     spent = {name: after[name] - before[name] for name in after}
     figures = {
         "load_ms": after["load_ms"],
         "prefill_tokens_per_s": spent["prompt_tokens"] / spent["prefill_s"],
-        # The first new token of an answer comes out of the prompt's last batch.
+        # The first new token of each answer is computed with the prompt's last batch.
         "decode_tokens_per_s": (spent["generated_tokens"] - answers) / spent["decode_s"],
         "peak_rss_bytes": after["peak_rss_bytes"],
     }
@@ -278,7 +297,5 @@ def _measure(
 
 def _read_stats(engine: Engine, backend: str) -> dict[str, float]:
     if not engine.stats:
-        raise EngineError(
-            "no-engine-stats", f"the engine {backend!r} does not count its time and memory"
-        )
+        raise EngineError("no-engine-stats", f"the engine {backend!r} reports no time and memory")
     return dict(engine.stats)

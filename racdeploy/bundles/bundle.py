@@ -1,4 +1,4 @@
-"""A finished bundle, read once: what it recorded, the gate that judges it, and what it is asked."""
+"""A finished bundle for verification: its records, its gate and its problems."""
 
 from __future__ import annotations
 
@@ -10,88 +10,92 @@ from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
-from racdeploy.runtime.loading import check_beside
+from racdeploy.runtime.loading import check_companion_files
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import tags_of
+from racdeploy.runtime.thinking import encode_tags
 from racdeploy.tasks import Problem, TaskSet
-from racdeploy.verify.answers import Respondent
-from racdeploy.verify.baseline import Baseline
-from racdeploy.verify.gate import Gate, read_gate
+from racdeploy.verification.answer_sampler import AnswerSampler
+from racdeploy.verification.baseline import Baseline
+from racdeploy.verification.gate import Gate, read_gate
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """A bundle, the limits that go over its own, and a tier; empty asks what the build asked."""
+class BundleToVerify:
+    """A bundle, a gate file that overrides its own limits, and a tier.
+
+    Without a tier the bundle's own problems are asked again.
+    """
 
     folder: Path
     gate_file: Path | None = None
     tier: str = ""
 
     @cached_property
-    def own(self) -> Baseline:
-        """The bundle with its records, its files checked."""
-        found = Baseline.read(self.folder)
-        check_beside(self.folder, found.manifest, found.manifest.artifacts[0])
-        return found
+    def contents(self) -> Baseline:
+        """Manifest, recipe, report and records of the bundle; its files are checked first."""
+        baseline = Baseline.read(self.folder)
+        check_companion_files(self.folder, baseline.manifest, baseline.manifest.artifacts[0])
+        return baseline
 
     @cached_property
     def gate(self) -> Gate:
-        """The limits of the file over those of the bundle, for the tier."""
-        # A wrong file or tier is reported before the bundle is read.
-        read_gate(self.gate_file).at(self.tier)
-        return read_gate(self.gate_file, self.own.recipe.gate).at(self.tier)
+        """Limits of the gate file merged over the bundle's, for the tier."""
+        # Report a wrong file or tier before the bundle is read, which takes longer.
+        read_gate(self.gate_file).for_tier(self.tier)
+        return read_gate(self.gate_file, self.contents.recipe.gate).for_tier(self.tier)
 
     @cached_property
     def settings(self) -> Verification:
-        """How prompts are answered; logits need the checkpoints and torch."""
-        settings = self.own.recipe.verify
+        """Settings of the verification, without logits: these need both checkpoints and torch."""
+        settings = self.contents.recipe.verify
         if self.tier:
             settings = getattr(self.gate.tiers, self.tier).apply(settings)
         return settings.model_copy(update={"logit_traces": 0})
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """A part of what the build asked, or all of it and its tasks' further problems."""
-        recorded = self.own.problems
+        """Problems to ask: the recorded ones, fewer, or more drawn from the same tasks."""
+        recorded = self.contents.problems
         if not self.tier:
             return recorded
         if self.settings.count <= len(recorded):
             return recorded[: self.settings.count]
 
-        recipe = self.own.recipe
+        recipe = self.contents.recipe
         tasks = TaskSet.load(recipe.tasks, recipe.calibration_tasks)
         drawn = tasks.draw("evaluation", self.settings.seed, self.settings.count)
-        for ours, theirs in zip(drawn, recorded, strict=False):
-            if (ours.question, ours.gold) != (theirs.question, theirs.gold):
+        # The files of the tasks may have changed: recorded answers would belong to other problems.
+        for problem, record in zip(drawn, recorded, strict=False):
+            if (problem.question, problem.gold) != (record.question, record.gold):
                 raise UsageError(
                     "problems-changed",
-                    "the tasks no longer give the problems that the bundle was built with",
+                    "the tasks no longer draw the problems that the bundle was built with",
                     remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
                     f"which are in the bundle: --gate with tiers.{self.tier}.prompts",
                 )
 
         return drawn
 
-    def respondent(self, progress: Progress | None) -> Respondent:
-        """Return who asks the pruned model, its thinking under control as it ships."""
-        generation = self.own.manifest.generation
-        respondent = self.free_respondent(progress)
+    def make_sampler(self, progress: Progress | None) -> AnswerSampler:
+        """Return an answer sampler for the pruned model, with its thinking control and budget."""
+        generation = self.contents.manifest.generation
+        sampler = self.make_uncontrolled_sampler(progress)
         budget = generation.max_thinking_tokens or 0
         settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
-        return replace(respondent, settings=settings, control=generation.thinking)
+        return replace(sampler, settings=settings, control=generation.thinking)
 
-    def free_respondent(self, progress: Progress | None) -> Respondent:
-        """Return who asks the pruned model where nobody here can control its thinking."""
-        return self._make_respondent(self.own.manifest.tokenizer, progress)
+    def make_uncontrolled_sampler(self, progress: Progress | None) -> AnswerSampler:
+        """Return an answer sampler for the pruned model without thinking control."""
+        return self._make_sampler(self.contents.manifest.tokenizer, progress)
 
-    def dense_respondent(self, progress: Progress | None) -> Respondent:
-        """Return who asks the dense model, which may have more tokens."""
-        manifest = self.own.manifest
-        return self._make_respondent(manifest.dense_tokenizer or manifest.tokenizer, progress)
+    def make_dense_sampler(self, progress: Progress | None) -> AnswerSampler:
+        """Return an answer sampler for the dense model, whose vocabulary may be larger."""
+        manifest = self.contents.manifest
+        return self._make_sampler(manifest.dense_tokenizer or manifest.tokenizer, progress)
 
-    def _make_respondent(self, tokenizer: TokenizerEntry, progress: Progress | None) -> Respondent:
-        encoder = PromptEncoder.from_folder(self.folder / tokenizer.place)
+    def _make_sampler(self, tokenizer: TokenizerEntry, progress: Progress | None) -> AnswerSampler:
+        encoder = PromptEncoder.from_folder(self.folder / tokenizer.folder)
         tags = None
         if tokenizer.open_tag and tokenizer.close_tag:
-            tags = tags_of(encoder, tokenizer.open_tag, tokenizer.close_tag)
-        return Respondent(encoder, tags, tokenizer.eos_ids, self.settings, progress)
+            tags = encode_tags(encoder, tokenizer.open_tag, tokenizer.close_tag)
+        return AnswerSampler(encoder, tags, tokenizer.eos_ids, self.settings, progress)

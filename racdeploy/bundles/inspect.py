@@ -1,4 +1,4 @@
-"""Look into an exported file, a model folder or a bundle: tensors, types, zeros, hashes."""
+"""Inspect an exported file, a model folder or a bundle: tensors, types, zeros, hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy import export, plugins
+from racdeploy import exporting, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
@@ -24,22 +24,27 @@ from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
 _HEAD_SIZE_KEY = ".attention.key_length"
-# What the linears that end the parts of a block are called, in exported files and in checkpoints.
-_ENDS = {
+# Names of the last linear of each part of a block, in exported files and in checkpoints: its inputs
+# are the width of the part.
+_LAST_LINEARS = {
     "feed_forward_channels": ("ffn_down.weight", "mlp.down_proj.weight"),
     "query_columns": ("attn_output.weight", "self_attn.o_proj.weight"),
 }
-_EXPERTS = "ffn_down_exps.weight"
+_EXPERT_STACK = "ffn_down_exps.weight"
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
 def inspect_path(path: Path) -> Json:
-    """Return ``summary`` and ``tensors`` of a file or folder."""
+    """Return a dict with ``summary`` and ``tensors`` of a file or folder.
+
+    Raises:
+        ArtifactError: the path does not exist, or its kind is unknown.
+    """
     if (path / MANIFEST_NAME).is_file():
         return _inspect_bundle(path)
     if path.is_dir():
         return _inspect_checkpoint(Checkpoint(path))
-    if path.is_file() and (export.format_of(path) or path.suffix == ".safetensors"):
+    if path.is_file() and (exporting.find_format(path) or path.suffix == ".safetensors"):
         return _inspect_file(path)
 
     if not path.exists():
@@ -47,19 +52,19 @@ def inspect_path(path: Path) -> Json:
             "path-not-found", f"there is no {path}", remedy="check the path: ls shows what is there"
         )
 
-    formats = " or ".join(plugins.names("formats"))
+    formats = " or ".join(plugins.list_names("formats"))
     raise ArtifactError(
         "unknown-file-kind",
-        f"{path} is neither an exported file nor a folder racdeploy knows",
+        f"{path} is neither an exported file nor a model folder nor a bundle",
         remedy=f"give a file of format {formats} or safetensors, a model or a bundle",
     )
 
 
 def _inspect_file(path: Path) -> Json:
     metadata: Mapping[str, Any] = {}
-    if form := export.format_of(path):
-        metadata, tensors = export.load(form).measure(path)
-        size_bytes = export.weight_bytes(path)
+    if form := exporting.find_format(path):
+        metadata, tensors = exporting.load(form).measure(path)
+        size_bytes = exporting.count_weight_bytes(path)
     else:
         tensors = _measure(read_tensor_entries(path))
         size_bytes = path.stat().st_size
@@ -69,13 +74,13 @@ def _inspect_file(path: Path) -> Json:
     return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 
-def _measure(entries: Mapping[str, TensorEntry]) -> list[export.MeasuredTensor]:
+def _measure(entries: Mapping[str, TensorEntry]) -> list[exporting.MeasuredTensor]:
     tensors = []
     for name, entry in entries.items():
         weight = entry.read()
         zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
-        found = (name, entry.shape, entry.stored_as, zeros, entry.size_bytes)
-        tensors.append(export.MeasuredTensor(*found))
+        measured = (name, entry.shape, entry.quant, zeros, entry.size_bytes)
+        tensors.append(exporting.MeasuredTensor(*measured))
     return tensors
 
 
@@ -103,7 +108,7 @@ def _inspect_bundle(path: Path) -> Json:
     manifest.check_files(path)
     refuse_unlisted(path, manifest)
     main, *others = manifest.artifacts
-    metadata, tensors = export.load(main.format).measure(path / main.path)
+    metadata, tensors = exporting.load(main.format).measure(path / main.path)
 
     summary = {
         "bundle": str(path),
@@ -133,33 +138,34 @@ def _inspect_bundle(path: Path) -> Json:
 
 
 def _describe_widths(
-    tensors: Sequence[export.MeasuredTensor], metadata: Mapping[str, Any]
+    tensors: Sequence[exporting.MeasuredTensor], metadata: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Return how wide the parts of the blocks are, by the shapes of the linears that end them."""
-    found: dict[str, dict[int, int]] = {what: {} for what in _ENDS}
+    """Return the widths of the blocks' parts, from the shapes of their last linears."""
+    width_by_block: dict[str, dict[int, int]] = {part: {} for part in _LAST_LINEARS}
     for tensor in tensors:
         block = re.search(r"\.(\d+)\.", tensor.name)
-        for what, ends in _ENDS.items():
+        for part, ends in _LAST_LINEARS.items():
             if block and len(tensor.shape) == 2 and tensor.name.endswith(ends):
-                found[what][int(block[1])] = tensor.shape[1]
+                width_by_block[part][int(block[1])] = tensor.shape[1]
 
-    stacks = [tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EXPERTS)]
+    stacks = [tensor.shape[0] for tensor in tensors if tensor.name.endswith(_EXPERT_STACK)]
     widths = {"experts": _shorten(stacks)} if stacks else {}
     sizes = [size for key, size in metadata.items() if key.endswith(_HEAD_SIZE_KEY)]
 
-    for what, by_block in found.items():
-        values = [by_block[block] for block in sorted(by_block)]
-        is_known = what == "query_columns" and sizes and isinstance(sizes[0], int) and sizes[0] > 0
+    for part, block_widths in width_by_block.items():
+        values = [block_widths[block] for block in sorted(block_widths)]
+        # Query heads are not stored: divide the columns by the head size in the metadata.
+        is_known = part == "query_columns" and sizes and isinstance(sizes[0], int) and sizes[0] > 0
         if is_known:
-            what, values = "query_heads", [columns // sizes[0] for columns in values]
+            part, values = "query_heads", [columns // sizes[0] for columns in values]
         if values:
-            widths[what] = _shorten(values)
+            widths[part] = _shorten(values)
 
     return widths
 
 
 def _shorten(values: Sequence[int]) -> str:
-    """Return a number of each block in order, each run of equal ones once: ``96 × 2, 64``."""
+    """Return the values with runs of equal ones collapsed: ``96 × 2, 64``."""
     runs = []
     for value, equal in groupby(values):
         count = len(list(equal))
@@ -168,14 +174,14 @@ def _shorten(values: Sequence[int]) -> str:
 
 
 def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
-    """Return what packing ``bitmask_op`` wrote beside a plain graph, or an empty string."""
+    """Return name and size of the second graph of packing ``bitmask_op``; empty without one."""
     name = accel_name(entry.path)
     sizes = [(bundle / file).stat().st_size for file in entry.files if file.startswith(name)]
     return f"{name}, {sum(sizes)} bytes" if sizes else ""
 
 
-def _add_totals(summary: Json, tensors: list[export.MeasuredTensor]) -> Json:
-    """Return summary and rows with bits a weight, and zeros over all tensors that have a count."""
+def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:
+    """Return summary and rows with bits per weight, and zeros over all tensors with a count."""
     rows = []
     weights = size_bytes = counted = unknown = 0
     zeros = 0.0
@@ -186,6 +192,7 @@ def _add_totals(summary: Json, tensors: list[export.MeasuredTensor]) -> Json:
 
         weights += count
         size_bytes += row.size_bytes
+        # Tensors without a count do not enter the share of zeros; their number is reported.
         if row.zeros is None:
             unknown += 1
         else:

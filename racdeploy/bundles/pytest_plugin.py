@@ -1,4 +1,7 @@
-"""``pytest --racdeploy-bundle BUNDLE``: each check as a test; imports nothing unless asked."""
+"""pytest plugin: ``pytest --racdeploy-bundle BUNDLE`` runs each check of a bundle as a test.
+
+Nothing of racdeploy is imported unless the option is given, since pytest loads every plugin.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from racdeploy.bundles.verify import Reverification
+    from racdeploy.bundles.verify import BundleVerification
     from racdeploy.results.checks import CheckResult
     from racdeploy.results.report import Report
 
@@ -16,11 +19,11 @@ _VERDICT = "verdict"
 
 
 class CheckFailure(Exception):
-    """A check did not pass; the message is all there is to show."""
+    """A check did not pass; pytest shows the message without a traceback."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the command-line options."""
     group = parser.getgroup("racdeploy", "verification of a racdeploy bundle")
     group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
     group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
@@ -33,29 +36,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Add the tests of the bundle behind those that were collected."""
+    """Append the bundle's tests to the collected ones."""
     folder: Path | None = config.getoption("--racdeploy-bundle")
     gate_file: Path | None = config.getoption("--racdeploy-gate")
     tier: str = config.getoption("--racdeploy-tier")
     if folder is None:
-        for option, given in (("gate", gate_file), ("tier", tier)):
-            if given:
+        for option, value in (("gate", gate_file), ("tier", tier)):
+            if value:
                 raise pytest.UsageError(f"--racdeploy-{option} without --racdeploy-bundle")
         return
 
-    from racdeploy.bundles.bundle import Bundle
-    from racdeploy.bundles.verify import ArtifactAnswerer, Reverification
+    from racdeploy.bundles.bundle import BundleToVerify
+    from racdeploy.bundles.verify import BundleVerification, LocalAnswerSource
     from racdeploy.errors import UsageError
-    from racdeploy.files.caches import default_work
+    from racdeploy.files.caches import default_work_folder
 
     threads = config.getoption("--racdeploy-threads")
     if threads < 0:
         raise pytest.UsageError(f"--racdeploy-threads is {threads}, must be at least 0")
 
-    local = ArtifactAnswerer(Bundle(folder, gate_file, tier), default_work(), threads)
+    local = LocalAnswerSource(
+        BundleToVerify(folder, gate_file, tier), default_work_folder(), threads
+    )
 
     try:
-        again = Reverification(local)
+        again = BundleVerification(local)
         accepts_inconclusive = again.gate.inconclusive == "pass"
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
@@ -67,34 +72,34 @@ def pytest_collection_modifyitems(
 
 
 class BundleTests(pytest.Collector):
-    """A bundle: verified when its first test runs, once."""
+    """Collector of a bundle's tests; the first test that runs verifies the bundle for all."""
 
-    def prepare(self, folder: Path, again: Reverification, accepts_inconclusive: bool) -> None:
+    def prepare(self, folder: Path, again: BundleVerification, accepts_inconclusive: bool) -> None:
         self.folder = folder
         self.accepts_inconclusive = accepts_inconclusive
         self._again = again
-        self._found: Report | Exception | None = None
+        self._result: Report | Exception | None = None
 
     def collect(self) -> list[pytest.Item]:
         from racdeploy import plugins
 
-        names = [*plugins.names("checks"), _VERDICT]
+        names = [*plugins.list_names("checks"), _VERDICT]
         return [Check.from_parent(self, name=name) for name in names]
 
     def report(self) -> Report:
-        """Return the report; an error is the same for every test."""
+        """Return the report, made once; an error is raised again for every test."""
         from racdeploy.errors import RacdeployError
 
-        if self._found is None:
+        if self._result is None:
             try:
-                self._found, _ = self._again.run()
+                self._result, _ = self._again.run()
             except RacdeployError as error:
-                self._found = error
+                self._result = error
 
-        if isinstance(self._found, Exception):
-            raise self._found
+        if isinstance(self._result, Exception):
+            raise self._result
 
-        return self._found
+        return self._result
 
 
 class Check(pytest.Item):
@@ -112,12 +117,12 @@ class Check(pytest.Item):
             pytest.skip(f"{check.verdict}: {check.summary}")
 
         if check.verdict != "pass":
-            found = f"{check.name}: {check.verdict}: {check.summary}"
+            message = f"{check.name}: {check.verdict}: {check.summary}"
             remedy = check.remedy or "see the report"
-            raise CheckFailure(f"{found}\n  → {remedy}")
+            raise CheckFailure(f"{message}\n  → {remedy}")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """Show what a check or racdeploy says; a traceback is for everything else."""
+        """Show the message of a failed check or racdeploy error; other errors get a traceback."""
         from racdeploy.errors import RacdeployError
 
         if isinstance(excinfo.value, CheckFailure | RacdeployError):
@@ -129,9 +134,11 @@ class Check(pytest.Item):
         return folder, None, self.nodeid
 
     def _result(self, report: Report) -> CheckResult:
-        from racdeploy.report.summary import explanation
+        from racdeploy.report.summary import write_explanation
         from racdeploy.results.checks import CheckResult
 
         if self.name == _VERDICT:
-            return CheckResult(name=_VERDICT, verdict=report.verdict, summary=explanation(report))
+            return CheckResult(
+                name=_VERDICT, verdict=report.verdict, summary=write_explanation(report)
+            )
         return next(check for check in report.checks if check.name == self.name)

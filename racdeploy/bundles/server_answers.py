@@ -1,6 +1,6 @@
-"""Ask a server, by default through ``/chat/completions``, in the place of a bundle's artifact.
+"""Answers of a server in place of a bundle's artifact, by default from ``/chat/completions``.
 
-Nobody sees the weights behind an address: checks of files and logits are skipped.
+The weights behind a URL cannot be inspected: checks of files and logits are skipped.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 from racdeploy import __version__, plugins
-from racdeploy.bundles.verify import ArtifactAnswerer, note_earlier
-from racdeploy.engines.backends.openai import OpenAIEngine
-from racdeploy.engines.backends.openai.chat import ChatEngine, Conversation
+from racdeploy.bundles.verify import LocalAnswerSource, note_resumed_answers
+from racdeploy.engines.backends.server import ServerEngine
+from racdeploy.engines.backends.server.chat import ChatEngine, ChatTokenizer
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.errors import UsageError
-from racdeploy.files.addresses import release_of
+from racdeploy.files.code_hashes import base_version
 from racdeploy.files.stages import Stage
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.runtime.thinking import prompt_state
-from racdeploy.verify.answers import Respondent, identity
-from racdeploy.verify.evidence import Arm, Evidence, TokenProbe
-from racdeploy.verify.measure import probe_tokens
-from racdeploy.verify.probe_strings import gate_strings
+from racdeploy.runtime.thinking import find_prompt_state
+from racdeploy.verification.answer_sampler import AnswerSampler, identify_answers
+from racdeploy.verification.evidence import ArmResult, Evidence, TokenProbe
+from racdeploy.verification.measurements import probe_tokens
+from racdeploy.verification.probe_strings import choose_probe_strings
 
 ServerApi = Literal["chat", "completions"]
 
@@ -32,18 +32,18 @@ _JUDGED = ("accuracy", "thinking")
 
 
 @dataclass(frozen=True)
-class ServerAnswerer:
-    """A server in the place of a bundle's artifacts; ``local`` says how prompts are asked.
+class ServerAnswerSource:
+    """A server that answers in place of a bundle's artifacts, with the settings of ``local``.
 
     Args:
-        url: address of the API, as ``http://127.0.0.1:8000/v1``.
-        model: name that the server gives the model; empty takes the only one there is.
-        key_env: environment variable that holds the key; empty sends none.
-        api: ``chat`` asks questions as users do, ``completions`` sends token ids.
-        timeout_s: longest wait for one answer, from the first byte sent to the last one received.
+        url: URL of the API, as ``http://127.0.0.1:8000/v1``.
+        model: the server's name of the model; empty takes its only one.
+        key_env: environment variable with the API key; empty sends none.
+        api: ``chat`` sends questions as users do, ``completions`` sends token ids.
+        timeout_s: maximum wait for one answer, from the first byte sent to the last received.
     """
 
-    local: ArtifactAnswerer
+    local: LocalAnswerSource
     url: str
     model: str = ""
     key_env: str = ""
@@ -54,73 +54,74 @@ class ServerAnswerer:
     def fingerprint(self) -> dict[str, Any]:
         return self.local.fingerprint | {"server": {"url": self.url, "api": self.api}}
 
-    def gather(self, dense: Arm, notes: list[str]) -> tuple[Evidence, list[str]]:
-        """Ask every prompt."""
+    def gather(self, dense: ArmResult, notes: list[str]) -> tuple[Evidence, list[str]]:
+        """Ask all prompts; return the evidence for the checks, and notes for the report."""
         bundle = self.local.bundle
-        respondent = self._respondent
-        if not all(map(bundle.gate.runs, _JUDGED)):
+        sampler = self._answer_sampler
+        if not all(map(bundle.gate.is_enabled, _JUDGED)):
             raise UsageError(
                 "gate-lacks-checks",
-                "the gate leaves out accuracy or thinking, which is what a server can be "
-                "verified for",
-                remedy="give a gate that runs both",
+                "the gate omits accuracy or thinking, the checks that a server can be verified by",
+                remedy="use a gate that runs both",
             )
 
         with self._reach() as engine:
             name = engine.model
             log = CompletionLog(self._stage.folder / "completions.jsonl")
-            answers = respondent.answer(
+            answers = sampler.answer(
                 lambda: contextlib.nullcontext(engine), bundle.problems, "pruned", log
             )
             probes = self._probe_tokens(engine)
 
-        hidden = set(plugins.names("checks")) - {*_JUDGED, "tokens"}
-        unseen = dict.fromkeys(hidden, "a server shows no files")
+        # Checks without evidence are skipped, with the reason in the report.
+        hidden = set(plugins.list_names("checks")) - {*_JUDGED, "tokens"}
+        unseen = dict.fromkeys(hidden, "the files behind a server cannot be read")
         if probes is None:
-            unseen["tokens"] = "the server has no endpoint that tokenizes"
+            unseen["tokens"] = "the server has no endpoint for tokenizing"
 
         evidence = Evidence(
             settings=bundle.settings,
             gate=bundle.gate,
             dense=dense,
-            pruned=Arm("pruned", answers.records),
-            backend="openai",
+            pruned=ArmResult("pruned", answers.records),
+            backend="server",
             probes=probes,
             token_differences=self._accepted,
-            unseen=unseen,
+            skip_reasons=unseen,
         )
 
         served = [
-            f"the pruned arm is what {self.url} serves as {name!r}; "
-            "which weights that are, nobody can see"
+            f"the pruned arm is what {self.url} serves as {name!r}; its weights cannot be checked"
         ]
         if self.api == "chat":
-            served.append("its thinking is counted in tokens of its texts")
+            served.append("its thinking tokens are counted by tokenizing its texts")
 
-        return evidence, [*served, *notes, *note_earlier(answers.earlier)]
+        return evidence, [*served, *notes, *note_resumed_answers(answers.reused)]
 
     def forget(self) -> None:
         shutil.rmtree(self._stage.folder)
 
     @cached_property
-    def _respondent(self) -> Respondent:
-        """Who asks; what is done about the thinking is the server's to do."""
-        return self.local.bundle.free_respondent(self.local.progress)
+    def _answer_sampler(self) -> AnswerSampler:
+        """Answer sampler without thinking control, which is the server's task."""
+        return self.local.bundle.make_uncontrolled_sampler(self.local.progress)
 
     @property
     def _accepted(self) -> float:
-        """Share of the strings that the bundle's recipe lets differ."""
-        return self.local.bundle.own.recipe.export.accept_token_differences
+        """Share of strings that the bundle's recipe accepts as tokenized differently."""
+        return self.local.bundle.contents.recipe.export.accept_token_differences
 
     @cached_property
     def _stage(self) -> Stage:
         local = self.local
-        who = {"server": f"{self.url} {self.model} {self.api}"}
-        inputs = identity(who, self._respondent, local.engine_settings, self.fingerprint)
-        version = release_of(__version__)
+        server = {"server": f"{self.url} {self.model} {self.api}"}
+        inputs = identify_answers(
+            server, self._answer_sampler, local.engine_settings, self.fingerprint
+        )
+        version = base_version(__version__)
         return Stage.open(local.work, "verify-served", {"version": version, **inputs})
 
-    def _reach(self) -> OpenAIEngine:
+    def _reach(self) -> ServerEngine:
         bundle = self.local.bundle
         settings = self.local.engine_settings
         names: dict[str, Any] = {
@@ -130,29 +131,33 @@ class ServerAnswerer:
         }
         if self.api == "completions":
             tokenizer = TokenizerFiles(bundle.folder).file
-            return OpenAIEngine(self.url, settings, tokenizer=tokenizer, **names)
+            return ServerEngine(self.url, settings, tokenizer=tokenizer, **names)
 
-        encoder = self.local.respondent.encoder
-        asked = [problem.question for problem in bundle.problems]
-        questions = {tuple(encoder.encode(question)): question for question in asked}
-        conversation = Conversation(questions, encoder.encode_text)
-        tags = self.local.respondent.tags
+        encoder = self.local.answer_sampler.encoder
+        # The chat API takes questions, not ids: map the ids of each prompt back to its question.
+        texts = [problem.question for problem in bundle.problems]
+        questions = {tuple(encoder.encode(question)): question for question in texts}
+        conversation = ChatTokenizer(questions, encoder.encode_text)
+        tags = self.local.answer_sampler.tags
         if tags is not None:
             first = next(iter(questions))
             conversation = replace(
                 conversation,
                 open_ids=tags.open_ids,
                 close_ids=tags.close_ids,
-                starts_open=prompt_state(first, tags) == "open",
+                starts_open=find_prompt_state(first, tags) == "open",
             )
 
         return ChatEngine(self.url, settings, conversation, **names)
 
-    def _probe_tokens(self, engine: OpenAIEngine) -> tuple[TokenProbe, ...] | None:
-        """Compare tokenizers if there is an endpoint; llama_cpp.server puts a BOS before a text."""
-        encoder = self.local.respondent.encoder
+    def _probe_tokens(self, engine: ServerEngine) -> tuple[TokenProbe, ...] | None:
+        """Compare tokenizers; None if the server has no endpoint for it.
+
+        A leading BOS is dropped where every text has one, as llama_cpp.server adds it.
+        """
+        encoder = self.local.answer_sampler.encoder
         lead = tuple(encoder.encode_text(encoder.bos_token))
-        probes = probe_tokens(engine, encoder, gate_strings(self._accepted))
+        probes = probe_tokens(engine, encoder, choose_probe_strings(self._accepted))
         if not probes or not lead:
             return probes
 

@@ -1,9 +1,9 @@
-"""Signatures over every file of a bundle, in OpenSSF's form for models; model-signing makes them.
+"""Signatures over all files of a bundle, in the OpenSSF model signing format.
 
-A signature lists each file of the folder with its hash, also those that the manifest does not name.
-So a file that was added is found as one that was changed. Whose signature it is, its reader must
-say: a public key, or an identity that sigstore has seen.
-Source: OpenSSF model signing 1.0; model-signing 1.1. This is the only place that imports it.
+A signature lists every file of the folder with its hash, including those that the manifest does not
+name, so added files are detected like changed ones. The verifier must state the expected signer: a
+public key, or an identity that sigstore has recorded.
+Source: OpenSSF model signing 1.0; model-signing 1.1. Only this module imports model-signing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from racdeploy.bundles.hub.layout import refuse_name
+from racdeploy.bundles.hub.layout import explain_bad_name
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
-from racdeploy.files.reading import read_bytes, refusing
+from racdeploy.files.reading import artifact_errors, read_bytes
 from racdeploy.files.writing import write_atomic
 from racdeploy.manifest import Manifest
-from racdeploy.plugins import require
+from racdeploy.plugins import require_package
 from racdeploy.runtime.loading import refuse_unlisted
 
 SIGNATURE_NAME = "model.sig"
-_MOST_BYTES = 4_000_000
-_SAID = 300
-# Of a working copy and not of the bundle: nothing of it is read, so nobody signs it.
+_MAX_BYTES = 4_000_000
+_MAX_MESSAGE = 300
+# Files of a git working copy. racdeploy reads none of them, so they are not signed.
 _GIT = frozenset({".git", ".gitattributes", ".github", ".gitignore"})
 _NEW_COPY = "get bundle and signature again from their source; do not use this copy"
 _PUBLIC_KEY = "openssl ec -in key.pem -pubout -out key.pub makes the public one of a private key"
@@ -38,13 +38,13 @@ _PRIVATE_KEY = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem mak
 
 
 @dataclass(frozen=True)
-class Signatory:
-    """Who must have signed: a public key's owner, or an identity that an issuer vouches for.
+class Signer:
+    """Expected signer of a bundle: a public key, or an identity with the issuer that confirms it.
 
     Args:
-        public_key: PEM file; None where the identity counts.
-        identity: e-mail address or workflow, as the certificate of sigstore names it.
-        issuer: the OpenID provider of that identity.
+        public_key: PEM file; None to check the identity.
+        identity: e-mail address or workflow, as in the sigstore certificate.
+        issuer: OpenID provider of the identity.
     """
 
     public_key: Path | None = None
@@ -56,57 +56,58 @@ class Signatory:
 
 
 def sign(bundle: Path, signature: Path | None = None, key: Path | None = None) -> Path:
-    """Sign every file of a bundle that is as its manifest says; return the signature's file.
+    """Check a bundle against its manifest and sign all its files; return the signature's path.
 
     Args:
         signature: file to write; None is :data:`SIGNATURE_NAME` in the bundle.
-        key: PEM file of a private key on P-256, P-384 or P-521; None signs with the identity of
-            this job, or of whoever logs in, at sigstore, whose public log will have it.
+        key: PEM file of a private key on P-256, P-384 or P-521; None signs through sigstore with
+            the identity of this CI job or of the user who logs in, recorded in a public log.
 
     Raises:
-        ArtifactError: the bundle is damaged, or has a file that could not be published.
+        ArtifactError: the bundle is damaged, or has a file name that cannot be published.
         UsageError: the key cannot sign.
-        EnvironmentFailure: sigstore cannot be reached, or refuses.
+        EnvironmentFailure: sigstore cannot be reached, or refuses the request.
     """
-    require("model_signing")
-    require("OpenSSL")
+    require_package("model_signing")
+    require_package("OpenSSL")
     manifest = Manifest.read(bundle)
     manifest.check_files(bundle)
     refuse_unlisted(bundle, manifest)
 
-    place = signature or bundle / SIGNATURE_NAME
-    if place.is_dir():
+    path = signature or bundle / SIGNATURE_NAME
+    if path.is_dir():
         raise UsageError(
-            "signature-is-folder", f"{place} is a folder", remedy="name a file with --signature"
+            "signature-is-folder", f"{path} is a folder", remedy="name a file with --signature"
         )
     for name in _list_files(bundle):
-        if reason := refuse_name(name):
+        if reason := explain_bad_name(name):
             raise ArtifactError(
                 "name-not-publishable",
-                f"{bundle / name} would be signed and never pushed: its name {reason}",
+                f"{bundle / name} would be signed and not pushed: its name {reason}",
                 remedy="remove or rename it first",
             )
 
+    # Sign into a temporary file: a signer that fails must not leave half a signature.
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / SIGNATURE_NAME
         with contextlib.nullcontext() if key else _reaching_sigstore():
-            config = _open_signer(key).set_hashing_config(_leave_out(bundle, place))
+            config = _open_signer(key).set_hashing_config(_make_hashing_config(bundle, path))
             config.sign(bundle.resolve(), written)
-        write_atomic(place, written.read_bytes())
-    return place
+        write_atomic(path, written.read_bytes())
+    return path
 
 
-def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None:
-    """Compare every file of a bundle with a signature, before any of them is used.
+def check_signature(bundle: Path, signature: Path, signer: Signer) -> None:
+    """Compare every file of a bundle with its signature; call it before any file is used.
 
     Raises:
-        ArtifactError: a file was changed, added or removed, or the signature is another's, damaged
-            or leaves a file out.
-        UsageError: the public key is none.
-        EnvironmentFailure: sigstore's roots cannot be had.
+        ArtifactError: a file was changed, added or removed; or the signature is by another signer,
+            damaged or incomplete.
+        UsageError: the public key cannot be used.
+        EnvironmentFailure: sigstore's trust roots cannot be downloaded.
     """
-    require("model_signing")
-    require("OpenSSL")
+    require_package("model_signing")
+    require_package("OpenSSL")
     if not bundle.is_dir():
         raise ArtifactError("no-such-folder", f"there is no folder {bundle}")
     if not signature.is_file():
@@ -116,38 +117,38 @@ def check_signature(bundle: Path, signature: Path, signatory: Signatory) -> None
             remedy="name it with --signature; racdeploy sign makes one",
         )
 
-    content = read_bytes(signature, _MOST_BYTES)
+    content = read_bytes(signature, _MAX_BYTES)
     for _ in _list_files(bundle):
-        pass  # links and devices end it before anything is hashed
-    config = _open_verifier(signatory).set_hashing_config(_leave_out(bundle, signature))
+        pass  # raises for links and devices before anything is hashed
+    config = _open_verifier(signer).set_hashing_config(_make_hashing_config(bundle, signature))
 
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / SIGNATURE_NAME  # what was read, whatever comes to lie there
+        copy = Path(folder) / SIGNATURE_NAME  # verify the bytes that were read, not a later file
         copy.write_bytes(content)
-        with _explaining(bundle, signature, signatory), contextlib.redirect_stdout(sys.stderr):
-            config.verify(bundle.resolve(), copy)  # a link to a bundle is the user's own
+        with _explaining(bundle, signature, signer), contextlib.redirect_stdout(sys.stderr):
+            config.verify(bundle.resolve(), copy)  # the user may name the bundle by a link
 
-    # Of the signatory, from here on, who may have left out files of the bundle.
-    with refusing(signature, _NEW_COPY):
+    # The content is authentic now, but its signer may have excluded files of the bundle.
+    with artifact_errors(signature, _NEW_COPY):
         statement = json.loads(base64.b64decode(json.loads(content)["dsseEnvelope"]["payload"]))
         made = statement.get("predicate", {}).get("serialization", {})
-        left_out = {str(name) for name in made.get("ignore_paths", [])}
-    if others := left_out - _GIT - _list_signatures(bundle, signature):
+        unsigned = {str(name) for name in made.get("ignore_paths", [])}
+    if others := unsigned - _GIT - _list_signatures(bundle, signature):
         raise ArtifactError(
             "signature-incomplete",
-            f"{signature} leaves out files of {bundle}: {', '.join(sorted(others))[:_SAID]}",
+            f"{signature} omits files of {bundle}: {', '.join(sorted(others))[:_MAX_MESSAGE]}",
             remedy="ask for a signature over the whole folder: racdeploy sign",
         )
 
 
 def _list_files(bundle: Path) -> Iterator[str]:
-    """Yield the files that a signature is over; what is neither file nor folder is refused."""
+    """Yield the paths of signed files; raise ArtifactError for anything but files and folders."""
     for path in sorted(bundle.rglob("*")):
         name = path.relative_to(bundle).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(
                 "link-in-bundle",
-                f"{path} is a link or no file, and a signature is over files alone",
+                f"{path} is a link or a device; only regular files can be signed",
                 remedy="copy the bundle again, as files",
             )
         if path.is_file() and name.partition("/")[0] not in _GIT:
@@ -155,14 +156,14 @@ def _list_files(bundle: Path) -> Iterator[str]:
 
 
 def _list_signatures(bundle: Path, signature: Path) -> set[str]:
-    """Return where a signature may lie in the bundle, which it cannot be over."""
-    place, folder = signature.resolve(), bundle.resolve()
-    inside = {place.relative_to(folder).as_posix()} if place.is_relative_to(folder) else set()
+    """Return paths of signatures in the bundle: a signature cannot cover itself."""
+    path, folder = signature.resolve(), bundle.resolve()
+    inside = {path.relative_to(folder).as_posix()} if path.is_relative_to(folder) else set()
     return {SIGNATURE_NAME, *inside}
 
 
-def _leave_out(bundle: Path, signature: Path) -> Any:
-    """Return what is hashed: every file but signatures and git's own."""
+def _make_hashing_config(bundle: Path, signature: Path) -> Any:
+    """Return the configuration that hashes every file except signatures and git's files."""
     from model_signing import hashing
 
     return hashing.Config().set_ignored_paths(paths=sorted(_list_signatures(bundle, signature)))
@@ -177,7 +178,7 @@ def _open_signer(key: Path | None) -> Any:
 
     content = _read_key(key)
     try:
-        with refusing(key):
+        with artifact_errors(key):
             return config.use_elliptic_key_signer(private_key=key)
     except ArtifactError as error:
         kind = "an encrypted private key" if b"ENCRYPTED" in content else "no private key"
@@ -186,24 +187,22 @@ def _open_signer(key: Path | None) -> Any:
         ) from error
 
 
-def _open_verifier(signatory: Signatory) -> Any:
+def _open_verifier(signer: Signer) -> Any:
     from model_signing import verifying
 
     config = verifying.Config()
-    if signatory.public_key is None:
+    if signer.public_key is None:
         with _reaching_sigstore():
-            return config.use_sigstore_verifier(
-                identity=signatory.identity, oidc_issuer=signatory.issuer
-            )
+            return config.use_sigstore_verifier(identity=signer.identity, oidc_issuer=signer.issuer)
 
-    _read_key(signatory.public_key)
+    _read_key(signer.public_key)
     try:
-        with refusing(signatory.public_key):
-            return config.use_elliptic_key_verifier(public_key=signatory.public_key)
+        with artifact_errors(signer.public_key):
+            return config.use_elliptic_key_verifier(public_key=signer.public_key)
     except ArtifactError as error:
         raise UsageError(
             "signing-key-unusable",
-            f"{signatory.public_key} is no public key on P-256, P-384 or P-521",
+            f"{signer.public_key} is no public key on P-256, P-384 or P-521",
             remedy=_PUBLIC_KEY,
         ) from error
 
@@ -216,12 +215,12 @@ def _read_key(file: Path) -> bytes:
 
 @contextlib.contextmanager
 def _reaching_sigstore() -> Iterator[None]:
-    """Turn what sigstore's client raises into an error of the machine."""
+    """Convert errors of sigstore's client into EnvironmentFailure."""
     try:
-        with refusing("what sigstore answers"):
+        with artifact_errors("what sigstore answers"):
             yield
     except (ArtifactError, OSError) as error:  # those of the network are OSErrors
-        cause = " ".join(str(error.__cause__ or error).split())[:_SAID]
+        cause = " ".join(str(error.__cause__ or error).split())[:_MAX_MESSAGE]
         raise EnvironmentFailure(
             "sigstore-failed",
             f"sigstore cannot be used: {cause}",
@@ -231,15 +230,15 @@ def _reaching_sigstore() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator[None]:
-    """Turn what model-signing raises about a signature into one line."""
+def _explaining(bundle: Path, signature: Path, signer: Signer) -> Iterator[None]:
+    """Convert errors of model-signing about a signature into an ArtifactError of one line."""
     from cryptography.exceptions import InvalidSignature
     from sigstore.errors import VerificationError
 
     other = ArtifactError(
-        "signed-by-another", f"{signature} was not made by {signatory}", remedy=_NEW_COPY
+        "signed-by-another", f"{signature} was not made by {signer}", remedy=_NEW_COPY
     )
-    with refusing(signature, _NEW_COPY):
+    with artifact_errors(signature, _NEW_COPY):
         try:
             yield
         except (InvalidSignature, VerificationError) as error:
@@ -249,8 +248,10 @@ def _explaining(bundle: Path, signature: Path, signatory: Signatory) -> Iterator
             if kind == "Key mismatch":
                 raise other from error
             if kind == "Signature mismatch":
-                found = ast.literal_eval(differences)  # a list; hashes mean nothing to a reader
-                names = "; ".join(each.partition(": Expected '")[0] for each in found)
-                said = f"{bundle} is not what {signature} signs: {' '.join(names.split())[:_SAID]}"
-                raise ArtifactError("signature-differs", said, remedy=_NEW_COPY) from error
+                changes = ast.literal_eval(differences)  # a list; omit the hashes
+                names = "; ".join(each.partition(": Expected '")[0] for each in changes)
+                message = (
+                    f"{bundle} differs from {signature}: {' '.join(names.split())[:_MAX_MESSAGE]}"
+                )
+                raise ArtifactError("signature-differs", message, remedy=_NEW_COPY) from error
             raise

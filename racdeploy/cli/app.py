@@ -1,7 +1,7 @@
-"""The command line: one command per verb, no logic. A verb imports what it needs when it is called.
+"""The command line: one command per verb, without logic; its imports happen when it is called.
 
-stdout carries the result, stderr the rest. Exit codes are those of :mod:`racdeploy.errors`, 0 where
-all is well, and 130 where a run was interrupted.
+stdout has the result, stderr everything else. Exit codes are 0, those of :mod:`racdeploy.errors`,
+and 130 after an interruption.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
         verb = example.split()[1]
         app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
-cache_app = typer.Typer(no_args_is_help=True, help="What builds left behind, and how to remove it.")
+cache_app = typer.Typer(no_args_is_help=True, help="List and remove cached results of builds.")
 app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
 cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
 cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)

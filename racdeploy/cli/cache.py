@@ -1,4 +1,4 @@
-"""Commands that show and remove what builds left in the user's cache."""
+"""Commands that list and remove cached results of builds."""
 
 from __future__ import annotations
 
@@ -7,55 +7,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, reported, show
+from racdeploy.cli.console import err, out, print_json, report_errors, show
 from racdeploy.cli.options import JsonOpt, WorkOpt
 
 if TYPE_CHECKING:
-    from racdeploy.files.leftovers import Leftover
+    from racdeploy.files.cache_entries import CacheEntry
 
 _COLUMNS = ("name", "state", "size", "last used")
 
 
-@reported
+@report_errors
 def list_cache(work: WorkOpt = None, json_output: JsonOpt = False) -> None:
-    """List stage folders and unpacked files: how large, when used, finished or not."""
-    from racdeploy.files.leftovers import list_leftovers
-    from racdeploy.report.tables import Table, readable_bytes
+    """List cached folders and files with size, last use and state."""
+    from racdeploy.files.cache_entries import list_cache_entries
+    from racdeploy.report.tables import ReportTable, format_bytes
     from racdeploy.report.terminal import print_table
 
-    found = list_leftovers(work)
+    entries = list_cache_entries(work)
     if json_output:
-        print_json(_as_json(found))
+        print_json(_as_json(entries))
         return
 
     rows = []
-    for each in found:
+    for each in entries:
         used = f"{each.idle_days:.0f} days ago" if each.idle_days >= 1 else "today"
-        rows.append((each.name, each.state, readable_bytes(each.size_bytes), used))
+        rows.append((each.name, each.state, format_bytes(each.size_bytes), used))
 
-    print_table(Table("", _COLUMNS, tuple(rows)), out)
-    total = readable_bytes(sum(each.size_bytes for each in found))
-    err.print(f"{len(found)} in all, {total}; racdeploy cache rm --older 30 removes old ones")
+    print_table(ReportTable("", _COLUMNS, tuple(rows)), out)
+    total = format_bytes(sum(each.size_bytes for each in entries))
+    err.print(f"{len(entries)} in all, {total}; racdeploy cache rm --older 30 removes old ones")
 
 
-@reported
+@report_errors
 def remove(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Names as racdeploy cache ls prints them.")
+        list[str] | None, typer.Argument(help="Names, as printed by racdeploy cache ls.")
     ] = None,
     older: Annotated[
-        float | None, typer.Option(min=0, help="Only what was not used for so many days.")
+        float | None,
+        typer.Option(min=0, help="Only entries that were not used for this many days."),
     ] = None,
     work: WorkOpt = None,
     json_output: JsonOpt = False,
 ) -> None:
-    """Remove what can be made again; a folder in which a process works stays."""
-    from racdeploy.files import leftovers
-    from racdeploy.report.tables import readable_bytes
+    """Remove cached results; folders that a process is using are kept."""
+    from racdeploy.files import cache_entries
+    from racdeploy.report.tables import format_bytes
 
-    chosen = leftovers.choose(leftovers.list_leftovers(work), names or [], older)
+    chosen = cache_entries.select_entries(
+        cache_entries.list_cache_entries(work), names or [], older
+    )
     for each in chosen:
-        leftovers.remove(each)
+        cache_entries.remove_entry(each)
 
     if json_output:
         print_json(_as_json(chosen))
@@ -63,13 +66,13 @@ def remove(
 
     for each in chosen:
         show(each.name)
-    total = readable_bytes(sum(each.size_bytes for each in chosen))
+    total = format_bytes(sum(each.size_bytes for each in chosen))
     err.print(f"{len(chosen)} removed, {total}")
 
 
-def _as_json(found: Sequence[Leftover]) -> dict[str, Any]:
+def _as_json(entries: Sequence[CacheEntry]) -> dict[str, Any]:
     rows = []
-    for each in found:
+    for each in entries:
         rows.append(
             {
                 "name": each.name,
@@ -79,4 +82,4 @@ def _as_json(found: Sequence[Leftover]) -> dict[str, Any]:
                 "idle_days": round(each.idle_days, 2),
             }
         )
-    return {"size_bytes": sum(each.size_bytes for each in found), "found": rows}
+    return {"size_bytes": sum(each.size_bytes for each in entries), "found": rows}

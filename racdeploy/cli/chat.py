@@ -1,4 +1,4 @@
-"""Talk with a bundle in a terminal: many turns, streamed, with commands that begin with ``/``."""
+"""Chat with a bundle in a terminal: streamed answers, and commands that begin with ``/``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, reported, say, say_error
+from racdeploy.cli.console import err, out, report_errors, say, say_error
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -32,24 +32,24 @@ from racdeploy.cli.stream import (
 from racdeploy.errors import RacdeployError, UsageError
 
 if TYPE_CHECKING:
-    from racdeploy.runtime import Conversation, Model, Result
+    from racdeploy.runtime import Conversation, GenerationResult, Model
 
 _HELP = {
     "/think N": "close the thinking after N tokens",
-    "/think off": "back to what the bundle says",
-    "/thoughts": "show the last thinking in full",
+    "/think off": "use the bundle's default",
+    "/thoughts": "show the thinking of the last answer",
     "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
-    "/load FILE": "go on with a saved one",
-    "/help": "this list",
+    "/load FILE": "continue a saved conversation",
+    "/help": "show this list",
     "/bye": "leave, as Ctrl-D does",
 }
 
 
-@reported
+@report_errors
 def chat(
     bundle: BundleArg,
-    system: str = typer.Option("", help="Message that the conversation begins with."),
+    system: str = typer.Option("", help="System message."),
     max_thinking_tokens: BudgetOpt = None,
     temperature: TemperatureOpt = None,
     seed: SeedOpt = 0,
@@ -57,7 +57,7 @@ def chat(
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
 ) -> None:
-    """Talk with a bundle. Piped: one question a line, and the answers alone on stdout."""
+    """Chat with a bundle. From a pipe, each line is a question; stdout has only answers."""
     show_line(f"loading {bundle} …")
 
     from racdeploy.runtime import Conversation, load
@@ -72,11 +72,11 @@ def chat(
         else:
             with contextlib.suppress(EOFError):
                 for line in _read_lines():
-                    talk.take(line)
+                    talk.handle(line)
 
 
 class Chat:
-    """A conversation and its settings; takes one line after the other."""
+    """A conversation with its settings."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class Chat:
             "/bye": self._leave,
         }
 
-    def take(self, line: str) -> None:
-        """Carry out a command or ask a question; EOFError where it asks to leave."""
+    def handle(self, line: str) -> None:
+        """Run a command, or ask a question. The command ``/bye`` raises EOFError."""
         line = line.strip()
         if not line:
             return
@@ -139,22 +139,24 @@ class Chat:
             stream.finish()
 
         elapsed_s = time.perf_counter() - started
-        self._say_beside(result, elapsed_s, conversation.dropped - dropped)
+        self._print_statistics(result, elapsed_s, conversation.dropped - dropped)
 
-    def _say_beside(self, result: Result, elapsed_s: float, dropped: int) -> None:
+    def _print_statistics(self, result: GenerationResult, elapsed_s: float, dropped: int) -> None:
         if cut := describe_cut(result):
-            unseen = "" if result.answer else "; the next question does not know of this one"
+            unseen = "" if result.answer else "; the next question is asked without it"
             err.print(cut + unseen, style="yellow")
         if dropped:
-            most = self.conversation.model.context_tokens
+            context_tokens = self.conversation.model.context_tokens
             turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
-            err.print(f"{turns} left out: the context has {most:,} tokens", style="yellow")
+            err.print(
+                f"{turns} left out: the context has {context_tokens:,} tokens", style="yellow"
+            )
 
         if err.is_terminal:
             tokens = result.thinking_tokens + result.answer_tokens
             thought = f"thought for {result.thinking_tokens:,} tokens (/thoughts shows them), "
-            said = thought if result.thinking_tokens else ""
-            err.print(f"{said}{tokens / elapsed_s:,.0f} tokens/s", style="dim")
+            prefix = thought if result.thinking_tokens else ""
+            err.print(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", style="dim")
 
     def _set_budget(self, argument: str) -> None:
         if argument and argument != "off":
@@ -171,10 +173,10 @@ class Chat:
         if argument:
             self.max_thinking_tokens = None if argument == "off" else int(argument)
 
-        own = self.conversation.model.manifest.generation.max_thinking_tokens
-        budget = own if self.max_thinking_tokens is None else self.max_thinking_tokens
-        says = "no budget" if budget is None else f"a budget of {budget:,} tokens"
-        err.print(f"thinking has {says}", style="dim")
+        default_budget = self.conversation.model.manifest.generation.max_thinking_tokens
+        budget = default_budget if self.max_thinking_tokens is None else self.max_thinking_tokens
+        limit = "no budget" if budget is None else f"a budget of {budget:,} tokens"
+        err.print(f"thinking has {limit}", style="dim")
 
     def _show_thoughts(self, _: str) -> None:
         turns = self.conversation.turns
@@ -209,19 +211,19 @@ class Chat:
 
 
 def _talk_in_terminal(talk: Chat, model: Model) -> None:
-    """Read lines with history and arrow keys; errors of a line end that line only."""
+    """Read lines with history; an error ends its line, not the conversation."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - input() uses it once it is imported
 
     name = model.manifest.base.get("model", "a bundle")
     engine = model.manifest.artifacts[0].backend
-    most = f"{model.context_tokens:,} tokens of context"
-    say(f"{name} on {engine}, {most}", "bold")
+    context = f"{model.context_tokens:,} tokens of context"
+    say(f"{name} on {engine}, {context}", "bold")
     err.print("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
 
     for line in _ask_for_lines():
         try:
-            talk.take(line)
+            talk.handle(line)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -231,7 +233,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
 
 
 def _ask_for_lines() -> Iterator[str]:
-    """Yield what is typed until Ctrl-D, or Ctrl-C twice in a row."""
+    """Yield typed lines until Ctrl-D, or Ctrl-C twice in a row."""
     interrupted = False
     while True:
         try:

@@ -1,9 +1,10 @@
-"""What commands share: where things are printed, and how errors end a command."""
+"""Output of the commands on stdout and stderr, and the errors that end a command."""
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import shlex
@@ -21,20 +22,17 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook,
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, exit_code_of
-from racdeploy.files.unprintable import escape_unprintable, visible
+from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError
+from racdeploy.files.unprintable import escape_unprintable, replace_unprintable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from racdeploy.results.report import Report
-    from racdeploy.verify.gate import Gate
+    from racdeploy.api.records import Verdict
 
 P = ParamSpec("P")
 R = TypeVar("R")
 INTERRUPTED = 130
 _TRACEBACK = "RACDEPLOY_TRACEBACK"
-_SAID = 200
+_MAX_QUOTED = 200
 _COMMAND = re.compile(r"^(\s*)::", re.MULTILINE)
 _WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
@@ -44,7 +42,7 @@ err = Console(stderr=True, highlight=False)
 
 
 def _quieten(text: str) -> str:
-    """Return a text without commands to the workflow whose log it is printed to, where it is one.
+    """Return a text without GitHub workflow commands, if a workflow runs this.
 
     Source: ``ActionCommand.cs`` of actions/runner: ``::`` begins a line, ``##[`` is anywhere.
     """
@@ -55,7 +53,7 @@ def _quieten(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Visible:
-    """Whatever a console prints, without characters that would command the terminal."""
+    """A renderable without control characters."""
 
     shown: ConsoleRenderable
 
@@ -64,14 +62,14 @@ class _Visible:
             if segment.control:
                 yield segment
             else:
-                yield Segment(_quieten(visible(segment.text)), segment.style)
+                yield Segment(_quieten(replace_unprintable(segment.text)), segment.style)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self.shown)
 
 
 class _ShowOnly(RenderHook):
-    """Names, paths, messages and answers come from anybody, and all of them are printed here."""
+    """Hook that removes control characters from all output: it contains untrusted text."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Visible(each) for each in renderables]
@@ -82,18 +80,30 @@ for _console in (out, err):
 
 
 def show(result: object, style: str | None = None) -> None:
-    """Print a result on stdout, as it is."""
+    """Print a result on stdout, without markup."""
     out.print(result, style=style, markup=False, soft_wrap=True)
 
 
 def say(line: str, style: str | None = None) -> None:
-    """Print a line beside a result on stderr, as it is."""
+    """Print a line on stderr, without markup."""
     err.print(line, style=style, markup=False, soft_wrap=True)
 
 
+class _Notices(logging.Handler):
+    """Prints racdeploy's log messages on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+_log = logging.getLogger("racdeploy")
+_log.setLevel(logging.INFO)
+_log.addHandler(_Notices())
+
+
 def say_error(error: RacdeployError | OSError) -> None:
-    """Print an error with its code and what to do about it."""
-    known = _as_ours(error)
+    """Print an error with its code and remedy."""
+    known = _to_racdeploy_error(error)
     err.print("error:", style="bold red", end=" ")
     err.print(known.message, markup=False, soft_wrap=True, end=" ")
     say(f"[{known.code}]", "dim")
@@ -107,7 +117,7 @@ def print_json(value: object) -> None:
 
 
 def print_result(value: object, lines: Iterable[object], json_output: bool) -> None:
-    """Print one JSON object, or lines that say the same."""
+    """Print one JSON object, or the lines for people."""
     if json_output:
         print_json(value)
         return
@@ -115,19 +125,14 @@ def print_result(value: object, lines: Iterable[object], json_output: bool) -> N
         show(line)
 
 
-def say_replaced(file: Path) -> str:
-    """Return what is said where a command has written over a file."""
-    return f"{file} was there before, and has been replaced"
-
-
 def print_notes(notes: Iterable[str]) -> None:
-    """Print lines beside a result."""
+    """Print notes on stderr."""
     for note in notes:
         say(note)
 
 
 def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = "") -> None:
-    """Print what a run would do."""
+    """Print the plan of a run."""
     from racdeploy.cli.plan import write_plan
 
     if json_output:
@@ -137,69 +142,68 @@ def print_plan(plan: Mapping[str, object], json_output: bool, out_folder: str = 
         show(line)
 
 
-def announce(line: str, quiet: bool) -> None:
-    """Say what a command begins with, before anything that takes long; once in a job of several."""
+def print_first_line(line: str, quiet: bool) -> None:
+    """Print the first line of a command, before any long work; only in the first process."""
     if not quiet and os.environ.get("RANK", "0") == "0":
         say(line, "bold")
 
 
-def finish(
-    report: Report,
-    json_output: bool,
-    last_lines: Sequence[str],
-    gate: Gate,
-    exit_zero: bool = False,
-) -> None:
-    """Print a report and end with its verdict's exit code, or with 0 where it only reports."""
-    from racdeploy.report.terminal import print_report, print_verdict
+def finish(verdict: Verdict, json_output: bool, last_lines: Sequence[str] = ()) -> None:
+    """Print a report, and exit with the code of its verdict."""
+    from racdeploy.report.terminal import print_report
 
     if json_output:
-        print_json(report.model_dump(mode="json"))
+        print_json(verdict.report.model_dump(mode="json"))
     else:
-        print_report(report, out)
+        print_report(verdict.report, out)
 
     print_notes(last_lines)
-    if not json_output:
-        print_verdict(report, out)
+    end(verdict, json_output)
 
-    code = exit_code_of(report.verdict, gate.inconclusive)
-    if code and not exit_zero:
-        raise typer.Exit(code)
+
+def end(verdict: Verdict, json_output: bool) -> None:
+    """Print a verdict, and exit with its code."""
+    from racdeploy.report.terminal import print_verdict
+
+    if not json_output:
+        print_verdict(verdict.report, out)
+    if verdict.exit_code:
+        raise typer.Exit(verdict.exit_code)
 
 
 class _Terminated(SystemExit):
-    """A signal asks the process to end; not KeyboardInterrupt, which a chat goes on after."""
+    """A signal asks the process to end; a chat survives KeyboardInterrupt, but not this."""
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, whatever is open closed.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that open files are closed.
 
-    One that is ignored, as nohup does, or that somebody else handles is left alone.
+    A signal that is ignored, as under nohup, or has another handler is left alone.
     """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    default_signals = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
-        ours = []
+        default_signals = []
 
     def end(number: int, frame: FrameType | None) -> None:
-        for other in ours:  # a second one would break into what is being closed
+        for other in default_signals:  # a second signal would interrupt the closing
             signal.signal(other, signal.SIG_IGN)
         raise _Terminated(signal.Signals(number).name)
 
-    for number in ours:
+    for number in default_signals:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in ours:
-            if signal.getsignal(number) is end:  # not where one came, or torchrun's is ignored
+        for number in default_signals:
+            if signal.getsignal(number) is end:  # unchanged since: no signal came
                 signal.signal(number, signal.SIG_DFL)
 
 
-def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors, Ctrl-C and other signals into a message, a remedy and an exit code."""
+def report_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors, Ctrl-C and other signals into a message, a remedy and an exit code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -209,14 +213,14 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             with _ended_by_signals():
                 return command(*args, **kwargs)
         except (RacdeployError, OSError) as error:
-            _fail(_as_ours(error), as_json)
+            _fail(_to_racdeploy_error(error), as_json)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except (KeyboardInterrupt, _Terminated) as interruption:
             _end_early(str(interruption), as_json)
         except (SystemExit, GeneratorExit):
             raise
-        except BaseException as error:  # native libraries raise what is no Exception
+        except BaseException as error:  # native libraries may raise others than Exception
             if os.environ.get(_TRACEBACK):
                 raise
             _fail(_describe_unexpected(error), as_json)
@@ -225,34 +229,34 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _end_early(signal_name: str, as_json: bool) -> NoReturn:
-    """Say how to resume after Ctrl-C, which has no name, or another signal."""
+    """Print how to resume after a signal; the name is empty for Ctrl-C."""
     again = shlex.join(["racdeploy", *sys.argv[1:]])
-    what = f"interrupted by {signal_name}" if signal_name else "interrupted"
+    outcome = f"interrupted by {signal_name}" if signal_name else "interrupted"
     if as_json:
-        details = {"code": "run-interrupted", "error": f"{what}; finished work is kept"}
+        details = {"code": "run-interrupted", "error": f"{outcome}; finished work is kept"}
         print_json(details | {"remedy": again, "exit_code": INTERRUPTED, "kind": "Interrupted"})
     else:
-        err.print(f"{what}; finished work is kept. Resume with:", style="yellow")
+        err.print(f"{outcome}; finished work is kept. Resume with:", style="yellow")
         say(f"  {again}")
     raise typer.Exit(INTERRUPTED) from None
 
 
-def _as_ours(error: RacdeployError | OSError) -> RacdeployError:
-    """Return what to say of an error of the system; ours as it is."""
+def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
+    """Return the RacdeployError for an OSError; others unchanged."""
     if isinstance(error, RacdeployError):
         return error
-    place = f"{error.filename}: " if error.filename else ""
-    message = f"{place}{error.strerror or error}"
+    prefix = f"{error.filename}: " if error.filename else ""
+    message = f"{prefix}{error.strerror or error}"
     return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
 
 
 def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
-    """Return what to say of a mistake of ours: no traceback, and no exit code of a verdict."""
-    said = " ".join(str(error).split())[:_SAID]
+    """Return the error for a bug in racdeploy: without traceback, and no verdict's exit code."""
+    message = " ".join(str(error).split())[:_MAX_QUOTED]
     kind = type(error).__name__
     return EnvironmentFailure(
         "unexpected-error",
-        f"racdeploy failed where it should not: {kind}: {said}",
+        f"racdeploy failed where it should not: {kind}: {message}",
         remedy=f"please report it, with the command and what {_TRACEBACK}=1 shows",
     )
 
@@ -262,7 +266,7 @@ def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
         details = {"code": error.code, "error": error.message, "remedy": error.remedy}
         print_json(details | {"exit_code": error.exit_code, "kind": type(error).__name__})
     else:
-        if isinstance(error, ArtifactError):  # its values are a file's, and are no lines of ours
+        if isinstance(error, ArtifactError):  # values of a file must not look like lines of ours
             error.message = " ".join(error.message.split())
         say_error(error)
     raise typer.Exit(error.exit_code) from error

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and how to get it."""
+"""Findings on this machine: installed and missing parts, and how to install them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import sys
 
 from racdeploy import sparse_kernels
 from racdeploy.extras import PACKAGES, Package, installed_version, is_installed
-from racdeploy.files.caches import default_work
-from racdeploy.models.sources import EMBEDDED, resolve
+from racdeploy.files.caches import default_work_folder
+from racdeploy.models.sources import EMBEDDED, resolve_model
 from racdeploy.processes import landlock
-from racdeploy.processes.cores import available_cores, multiplies_bfloat16
+from racdeploy.processes.cores import available_cores, has_bfloat16
 from racdeploy.processes.memory import free_bytes
 
 Finding = dict[str, str]
 
 
 def examine() -> list[Finding]:
-    """Return findings: ``what``, ``state`` (ok, missing, or unused: not needed), ``detail``.
+    """Return findings with the keys ``what``, ``state`` and ``detail``.
 
-    An extra that is not installed is not needed until somebody asks for what it brings.
+    ``state`` is ok, missing or unused. An extra that is not installed is unused.
     """
     return [
         _finding("python", True, sys.version.split()[0]),
@@ -41,20 +41,20 @@ def examine() -> list[Finding]:
 
 def _examine_package(package: Package) -> Finding:
     if is_installed(package.module):
-        found = installed_version(package.name) or "installed, version unknown"
-        return _finding(package.name, True, found)
+        version = installed_version(package.name) or "installed, version unknown"
+        return _finding(package.name, True, version)
 
     install = f'pip install "racdeploy[{package.extra}]"'
     return _unused(package.name, f"needed for {package.purpose}: {install}")
 
 
 def _examine_model() -> Finding:
-    model = resolve(EMBEDDED).folder / "model.safetensors"
+    model = resolve_model(EMBEDDED).folder / "model.safetensors"
     return _finding("embedded model", model.is_file(), str(model))
 
 
 def _examine_work() -> Finding:
-    work = default_work()
+    work = default_work_folder()
     parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
     free_gb = shutil.disk_usage(parent).free / 1e9
     detail = f"{work}, {free_gb:.0f} GB free; RACDEPLOY_WORK moves it"
@@ -62,7 +62,7 @@ def _examine_work() -> Finding:
 
 
 def _examine_cores() -> Finding:
-    products = "with" if multiplies_bfloat16() else "without"
+    products = "with" if has_bfloat16() else "without"
     cores = f"{available_cores()} of {os.cpu_count()} cores"
     return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
 
@@ -74,7 +74,7 @@ def _examine_memory() -> Finding:
 
 
 def _examine_limits() -> Finding:
-    """Say what keeps processes that open a stranger's files from the rest of the machine."""
+    """Report how processes that read untrusted files are isolated from the machine."""
     version = landlock.version()
     if version:
         detail = f"Landlock, version {version}: engines and readers start and write nothing"
@@ -84,7 +84,7 @@ def _examine_limits() -> Finding:
 
 
 def _examine_gpu() -> Finding:
-    """Look for a driver, without loading torch."""
+    """Find a GPU driver, without importing torch."""
     program = shutil.which("nvidia-smi")
     if program:
         return _finding("gpu", True, f"driver found: {program}")
@@ -92,15 +92,15 @@ def _examine_gpu() -> Finding:
 
 
 def _examine_compiler() -> Finding:
-    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if found:
-        return _finding("compiler", True, found)
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler:
+        return _finding("compiler", True, compiler)
     needed = "llama-cpp-python's source needs one, and so does that of racdeploy-kernels"
     return _unused("compiler", f"none found; {needed}")
 
 
 def _examine_llama() -> Finding:
-    """Say what llama.cpp was built with, asked in a process of its own."""
+    """Report the features that llama.cpp was built with, read in a child process."""
     if not is_installed("llama_cpp"):
         return _unused("llama.cpp", 'not installed: pip install "racdeploy[llamacpp]"')
 
@@ -114,16 +114,16 @@ def _examine_llama() -> Finding:
 
 
 def _examine_kernels() -> list[Finding]:
-    """Say whether sparse weights run on kernels of their own, and which weights these are."""
+    """Report for each engine if the sparse kernels are used, and for which weights."""
     rows = []
-    for what, is_used, detail in sparse_kernels.findings():
-        rows.append(_finding(what, True, detail) if is_used else _unused(what, detail))
+    for engine, is_used, detail in sparse_kernels.list_kernels():
+        rows.append(_finding(engine, True, detail) if is_used else _unused(engine, detail))
     return rows
 
 
-def _unused(what: str, detail: str) -> Finding:
-    return {"what": what, "state": "unused", "detail": detail}
+def _unused(subject: str, detail: str) -> Finding:
+    return {"what": subject, "state": "unused", "detail": detail}
 
 
-def _finding(what: str, ok: bool, detail: str) -> Finding:
-    return {"what": what, "state": "ok" if ok else "missing", "detail": detail}
+def _finding(subject: str, ok: bool, detail: str) -> Finding:
+    return {"what": subject, "state": "ok" if ok else "missing", "detail": detail}

@@ -1,4 +1,4 @@
-"""Commands that push a bundle into a repository of the Hub, and pull one out of it."""
+"""Commands that push bundles to the Hugging Face Hub and pull them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, print_notes, reported, say, show
+from racdeploy.cli.console import err, out, print_json, print_notes, report_errors, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
-    from racdeploy.bundles.hub.push import Push
+    from racdeploy.bundles.hub.push import PushPlan
 
 _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 
 
-@reported
+@report_errors
 def push(
     bundle: BundleArg,
     repository: str = _REPOSITORY,
-    dry_run: bool = flag("--dry-run", "Show files, card and address; write nothing."),
+    dry_run: bool = flag("--dry-run", "Print files, card and address; push nothing."),
     private: bool = flag("--private", "Make a new repository private."),
     revision: str = typer.Option("", help="Branch to write to; default: main."),
-    message: str = typer.Option("", help="Message of the commit."),
+    message: str = typer.Option("", help="Commit message."),
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
-    """Push a bundle to the Hub, beside other bundles of the same repository."""
+    """Push a bundle to the Hub; a repository can have several bundles."""
     from racdeploy.bundles.hub.push import plan_push
     from racdeploy.bundles.hub.push import push as push_planned
 
     _hide_bars(quiet)
-    planned = plan_push(bundle, repository, revision, blind=dry_run)
+    planned = plan_push(bundle, repository, revision, ignore_unreachable=dry_run)
     print_notes(planned.notes)
 
     commit = ""
@@ -57,10 +57,10 @@ def push(
         say(f"next: {pull_line}")
 
 
-@reported
+@report_errors
 def pull(
     repository: str = _REPOSITORY,
-    quant: str = typer.Option("", help="Number format or name, where there are several bundles."),
+    quant: str = typer.Option("", help="Number format or name, if there are several bundles."),
     out_folder: Path | None = typer.Option(
         None, "--out", "-o", help="Folder to write; default: NAME of the repository."
     ),
@@ -68,41 +68,41 @@ def pull(
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
-    """Pull a bundle from the Hub, and check every file that its manifest names."""
+    """Pull a bundle from the Hub and check its files against the manifest."""
     from racdeploy.bundles.hub.pull import pull as pull_bundle
-    from racdeploy.report.tables import readable_bytes
+    from racdeploy.report.tables import format_bytes
 
     _hide_bars(quiet)
     pulled = pull_bundle(repository, out_folder, quant=quant, revision=revision)
 
     if json_output:
-        place = {"path": str(pulled.folder), "bundle": pulled.bundle}
-        print_json({**place, "commit": pulled.commit, "size_bytes": pulled.size_bytes})
+        location = {"path": str(pulled.folder), "bundle": pulled.bundle}
+        print_json({**location, "commit": pulled.commit, "size_bytes": pulled.size_bytes})
         return
 
     show(pulled.folder)
-    size = readable_bytes(pulled.size_bytes)
+    size = format_bytes(pulled.size_bytes)
     say(f"{pulled.bundle}, {size}, as its manifest says; next: racdeploy verify {pulled.folder}")
 
 
-def _show(planned: Push) -> None:
-    """Print what would be pushed: files with sizes, the card, and the address last."""
-    from racdeploy.report.tables import readable_bytes
+def _show(planned: PushPlan) -> None:
+    """Print a plan: files with sizes, the card, and the address last."""
+    from racdeploy.report.tables import format_bytes
 
-    # Sizes first: paths are long, and beside them a size would be broken.
-    rows = {path: readable_bytes(size_bytes) for path, size_bytes in planned.sizes.items()}
+    # Sizes first: after a long path, a size would be wrapped.
+    rows = {path: format_bytes(size_bytes) for path, size_bytes in planned.sizes.items()}
     rows |= dict.fromkeys(planned.removed, "removed")
     for path, size in rows.items():
         show(f"{size:>8}  {path}")
 
     total_bytes = sum(planned.sizes.values())
-    out.print(f"{len(planned.sizes)} files, {readable_bytes(total_bytes)}\n")
+    out.print(f"{len(planned.sizes)} files, {format_bytes(total_bytes)}\n")
     if planned.card:
         show(planned.card)
     show(planned.remote.url)
 
 
 def _hide_bars(quiet: bool) -> None:
-    """Leave the client's bars to terminals; it asks this when it is imported."""
+    """Turn off the Hub client's bars without a terminal; it reads this when imported."""
     if quiet or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,4 +1,4 @@
-"""What to do with a bundle that was just built, as commands that can be copied."""
+"""Commands to copy for a bundle that was just built."""
 
 from __future__ import annotations
 
@@ -10,55 +10,60 @@ from typing import TYPE_CHECKING
 from racdeploy.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from racdeploy.pipeline.job import Job
+    from racdeploy.recipe import Recipe
     from racdeploy.results.report import Report
 
 WORTH_KERNELS = 0.3
-"""Share of zeros from which on kernels for sparse weights are worth a word."""
+"""Share of zeros from which kernels for sparse weights are mentioned."""
 
 
-def list_commands(job: Job, folder: Path, work: Path | None, arguments: Sequence[str]) -> list[str]:
-    """Return what can be done with the bundle now; ``arguments`` built it."""
+def list_commands(
+    recipe: Recipe, folder: Path, work: Path | None, arguments: Sequence[str]
+) -> list[str]:
+    """Return commands for a bundle; ``arguments`` are those of its build."""
     from racdeploy.report.facts import find_question
     from racdeploy.report.files import read_records
 
-    beside = ["--work", str(work)] if work else []
+    work_option = ["--work", str(work)] if work else []
 
-    more = {"run": [find_question(read_records(folder))], "bench": beside}
+    more = {"run": [find_question(read_records(folder))], "bench": work_option}
 
     commands = []
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         commands.append([verb, str(folder), *more.get(verb, ())])
-    if shrinks(job):
+    if is_shrunk_by_packing(recipe):
         commands.append([*arguments, "--packing", "bitmask"])
     return [shlex.join(["racdeploy", *command]) for command in commands]
 
 
-def advise(report: Report, job: Job) -> str:
-    """Return the command that gives kernels which may make the zeros pay, or an empty string."""
-    from racdeploy import sparse_kernels
+def advise(report: Report, recipe: Recipe) -> str:
+    """Return the command that installs kernels for sparse weights, or an empty string."""
+    from racdeploy import plugins, sparse_kernels
 
-    pruned = report.arm("pruned")
+    pruned = report.find_arm("pruned")
     zeros = (pruned.sparsity or 0.0) if pruned else 0.0
-    engine = {"llamacpp": "llama.cpp"}.get(job.backend, job.backend)
+    backend = plugins.load("formats", recipe.export.format).BACKEND
+    engine = {"llamacpp": "llama.cpp"}.get(backend, backend)
 
-    return sparse_kernels.next_command(engine) if zeros >= WORTH_KERNELS else ""
+    return sparse_kernels.suggest_command(engine) if zeros >= WORTH_KERNELS else ""
 
 
-def shrinks(job: Job) -> bool:
-    """Return whether a packing would make the file smaller, which the recipe does not ask for."""
+def is_shrunk_by_packing(recipe: Recipe) -> bool:
+    """Return True if the recipe uses no packing, and one would make the file smaller."""
     from racdeploy import packing, plugins
 
-    export = job.recipe.export
+    export = recipe.export
     if export.packing != "plain" or export.format != "gguf":
         return False
 
     name = export.quant
-    if name in plugins.names("presets"):
+    if name in plugins.list_names("presets"):
         name = plugins.load("presets", name).QUANT
 
     try:
         keeps_zeros = plugins.load("quant", name).PRESERVES_ZERO
-        return keeps_zeros and not packing.load("bitmask").fits(name, job.recipe.prune.sparsity)
+        return keeps_zeros and not packing.load("bitmask").reason_for_plain(
+            name, recipe.prune.sparsity
+        )
     except MissingExtraError:
         return False

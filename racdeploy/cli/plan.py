@@ -1,4 +1,4 @@
-"""What a command is about to do, in words."""
+"""Sentences that describe the plan of a command."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
 
 Plan = Mapping[str, Any]
-_INDENT = 10  # of what stands beside a heading
+_INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
 _WORTH_NAMING = 0.05 * _GIB
 _EXPECTED_POWER = 0.8
 
 
 def write_first_line(verb: str, recipe: Recipe) -> str:
-    """Return what is going to be made from what, from the recipe alone."""
+    """Return the first line of a command: input and output, from the recipe alone."""
     model = recipe.model
-    asked = f"{recipe.traces.count} prompts"
+    prompts = f"{recipe.traces.count} prompts"
 
     if verb == "traces":
-        return f"traces: {model} answers {asked}"
+        return f"traces: {model} answers {prompts}"
     if verb == "recover":
         return f"recover: a pruned model learns {recipe.recover.tokens:,} tokens from {model}"
 
     done = describe_pruning(recipe)
     if verb == "prune":
-        return f"prune: {model}, {done}, calibrated on {asked}"
+        return f"prune: {model}, {done}, calibrated on {prompts}"
 
     targets = " and ".join((recipe.target, *recipe.also))
     return f"build: {model} for {targets}, {done}, stored in {recipe.export.quant}"
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is cut and how many zeros are chosen."""
+    """Return the removed structure and the zeros of a recipe, in words."""
     prune, structure = recipe.prune, recipe.structure
 
     parts = []
-    for part in structure.parts:
-        share = structure.share(part)
+    for part in structure.cut_parts:
+        share = structure.kept_share(part)
         amount = f"{int(share):,} tokens" if share > 1 else f"{share:.0%}"
         parts.append(f"{amount} of {part} kept")
 
-    if prune.kept_of:
+    if prune.n_m:
         parts.append(f"{prune.pattern} zeros")
     elif prune.sparsity:
-        own = f" ({prune.patterns})" if prune.patterns != prune.pattern else ""
-        parts.append(f"{prune.sparsity:.0%} zeros{own}")
+        patterns = f" ({prune.patterns})" if prune.patterns != prune.pattern else ""
+        parts.append(f"{prune.sparsity:.0%} zeros{patterns}")
     if recipe.recover.tokens:
         parts.append(f"then {recipe.recover.tokens:,} tokens learned back")
 
@@ -55,7 +55,7 @@ def describe_pruning(recipe: Recipe) -> str:
 
 
 def list_groups(plan: Plan, out: str = "") -> dict[str, list[str]]:
-    """Return the sentences of a plan by heading; ``out`` is the folder that was asked for."""
+    """Return the sentences of a plan by heading; ``out`` is the requested folder."""
     groups = {
         "makes": _describe_made(plan, out),
         "prunes": _describe_cut(plan),
@@ -70,7 +70,7 @@ def list_groups(plan: Plan, out: str = "") -> dict[str, list[str]]:
 
 
 def write_plan(plan: Plan, width: int, out: str = "") -> list[str]:
-    """Return the lines of a plan, wrapped beside their headings."""
+    """Return the lines of a plan, indented and wrapped after their headings."""
     import textwrap
 
     lines = []
@@ -91,7 +91,7 @@ def write_plan(plan: Plan, width: int, out: str = "") -> list[str]:
 
 
 def _describe_made(plan: Plan, out: str) -> list[str]:
-    from racdeploy.report.tables import readable_bytes
+    from racdeploy.report.tables import format_bytes
 
     if "bundle" in plan:
         return [f"a report on {plan['bundle']}, tier {plan['tier']}"]
@@ -99,7 +99,7 @@ def _describe_made(plan: Plan, out: str) -> list[str]:
         return []
 
     folder = out or f"{plan['artifact']}/ (--out names another)"
-    size = readable_bytes(plan["artifact_bytes"])
+    size = format_bytes(plan["artifact_bytes"])
     return [f"the bundle {folder}", f"with a file of about {size}"]
 
 
@@ -114,8 +114,8 @@ def _describe_cut(plan: Plan) -> list[str]:
         lines.append(f"keeps {plan['keeps']}")
     if plan.get("linears_pruned"):
         dense = plan["linears_kept_dense"]
-        beside = f", {dense} stay dense" if dense else ""
-        lines.append(f"chooses zeros in {plan['linears_pruned']} linears{beside}")
+        dense_note = f", {dense} stay dense" if dense else ""
+        lines.append(f"chooses zeros in {plan['linears_pruned']} linears{dense_note}")
     if "zeros_lost" in plan:
         lines.append(f"loses zeros: {plan['zeros_lost']}")
     if "token_differences" in plan:
@@ -152,7 +152,7 @@ def _describe_recovery(plan: Plan) -> list[str]:
 
 
 def _describe_verification(plan: Plan) -> list[str]:
-    from racdeploy.results.units import points
+    from racdeploy.results.units import format_points
 
     if "evaluation_prompts" not in plan:
         return []
@@ -163,14 +163,14 @@ def _describe_verification(plan: Plan) -> list[str]:
     if "dense_answers" in plan:
         lines.append(f"dense answers: {plan['dense_answers']}")
 
-    drop = points(plan["smallest_detectable_drop"])
+    drop = format_points(plan["smallest_detectable_drop"])
     lines.append(f"can show a loss of accuracy above {drop} points")
     if plan["smallest_detectable_ratio"]:
         longer = max(0.01, plan["smallest_detectable_ratio"] - 1)
         lines.append(f"can show thinking that is more than {longer:.0%} longer")
 
     runs = round(100 * plan["accuracy_power"])
-    margin = points(plan["accuracy_margin"])
+    margin = format_points(plan["accuracy_margin"])
     lines.append(f"margin {margin} points: a model as good as dense passes {runs} times in 100")
     if "harness" in plan:
         lines.append(plan["harness"])
@@ -180,7 +180,7 @@ def _describe_verification(plan: Plan) -> list[str]:
 
 def _describe_cost(plan: Plan) -> list[str]:
     from racdeploy.cli.progress import write_duration
-    from racdeploy.report.tables import readable_bytes
+    from racdeploy.report.tables import format_bytes
 
     stages = {
         "traces": ("trace_memory_bytes_at_most",),
@@ -201,7 +201,7 @@ def _describe_cost(plan: Plan) -> list[str]:
     if "artifact_bytes" in plan:
         # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
         disk = 2 * 2 * plan["parameters"] + 3 * plan["artifact_bytes"]
-        lines.append(f"disk: about {readable_bytes(disk)} in the work folder and the bundle")
+        lines.append(f"disk: about {format_bytes(disk)} in the work folder and the bundle")
     if plan.get("seconds_expected"):
         time = write_duration(plan["seconds_expected"])
         lines.append(f"time: roughly {time}; the bars show what is left")
@@ -209,7 +209,7 @@ def _describe_cost(plan: Plan) -> list[str]:
 
 
 def _advise(plan: Plan) -> list[str]:
-    """Return what would make the run a better one: memory first, without which there is none."""
+    """Return advice on a run, first on memory that is too small."""
     from racdeploy.processes.memory import free_bytes
 
     cuts = [*plan.get("evaluation_cuts", ()), *plan.get("trace_cuts", ())]
@@ -220,22 +220,22 @@ def _advise_on_prompts(plan: Plan) -> list[str]:
     if plan.get("accuracy_power", 1.0) >= _EXPECTED_POWER:
         return []
 
-    from racdeploy.results.units import points
-    from racdeploy.verify.gate import Gate
-    from racdeploy.verify.plan import Expectation, enough_prompts
+    from racdeploy.results.units import format_points
+    from racdeploy.verification.gate import Gate
+    from racdeploy.verification.plan import Expectation, find_min_prompts
 
     expected = Expectation(plan["discordant_share"])
-    enough = enough_prompts(expected, plan["accuracy_margin"], Gate().confidence)
-    drop = points(plan["smallest_detectable_drop"])
+    enough = find_min_prompts(expected, plan["accuracy_margin"], Gate().confidence)
+    drop = format_points(plan["smallest_detectable_drop"])
 
-    said = f"{plan['evaluation_prompts']} prompts can only show drops above {drop} points"
+    advice = f"{plan['evaluation_prompts']} prompts can only show drops above {drop} points"
     if enough is None:
-        return [f"{said}: allow a wider margin in the gate"]
-    return [f"{said}: raise --prompts to {enough}"]
+        return [f"{advice}: allow a wider margin in the gate"]
+    return [f"{advice}: raise --prompts to {enough}"]
 
 
 def list_shortages(plan: Plan, free_bytes: int | None) -> Sequence[str]:
-    """Return which stages may need more memory than is free."""
+    """Return a sentence for each stage that may need more memory than is free."""
     if free_bytes is None:
         return []
 

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar per stage on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: a bar per stage on a terminal, else a line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LINE_EVERY_S = 10.0
 _BAR_WIDTH = 16  # all columns of a bar fit a terminal of 80
 _PERCENT_FROM = 10_000  # larger counts are bytes or tokens, which nobody reads one by one
 _KNOWN_SHARE, _KNOWN = 8, 64
-"""Answers are decoded together and short ones end first: what they take is known from an eighth of
-them on, or from this many."""
+"""Answers are decoded together, and short ones end first: the remaining time is estimated only
+after an eighth of them, or this many."""
 
 
 @dataclass
-class Track:
-    """How far one stage is; times are of :func:`time.monotonic`.
+class StageProgress:
+    """Progress of one stage; times are of :func:`time.monotonic`.
 
     Args:
-        first: units that an earlier run had done.
-        tokens: generated or learned since it began; 0 where units are something else.
+        first: units that an earlier run finished.
+        tokens: tokens generated or trained on so far; 0 for stages without tokens.
     """
 
     label: str
@@ -39,45 +39,45 @@ class Track:
     ended_s: float | None = None
 
     def update(self, done: int, total: int, tokens: int, now_s: float) -> None:
-        """Take what a progress callback gets."""
+        """Store the arguments of a progress callback."""
         if tokens and not self.tokens:  # the model is loaded from here on
             self.began_s = now_s
 
         self.done, self.total, self.tokens = done, total, tokens
-        if self.ended and self.ended_s is None:
+        if self.is_finished and self.ended_s is None:
             self.ended_s = now_s
 
     @property
-    def ended(self) -> bool:
+    def is_finished(self) -> bool:
         return self.done >= self.total
 
     @property
     def amount(self) -> str:
-        """How much is done, as a count or as per cent."""
+        """Finished units: a count, or per cent of a large total."""
         if self.total < _PERCENT_FROM:
             return f"{self.done}/{self.total}"
         return f"{self.done / self.total:.0%}"
 
     def list_words(self, now_s: float) -> list[str]:
-        """Return the amount, the rate where it is known, and the time that is left or was taken."""
+        """Return amount, speed if it is known, and remaining or elapsed time."""
         elapsed_s = (self.ended_s or now_s) - self.began_s
         words = [self.amount]
 
         if self.tokens and elapsed_s > 0:
             words.append(f"{self.tokens / elapsed_s:,.0f} tokens/s")
 
-        left_s = self.left_s(now_s)
-        if self.ended:
+        remaining_s = self.estimate_remaining_s(now_s)
+        if self.is_finished:
             words.append(f"took {write_duration(elapsed_s)}")
-        elif left_s is not None:
-            words.append(f"about {write_duration(left_s)} left")
+        elif remaining_s is not None:
+            words.append(f"about {write_duration(remaining_s)} left")
         elif elapsed_s >= 1:
             words.append(f"{write_duration(elapsed_s)} so far")
 
         return words
 
-    def left_s(self, now_s: float) -> float | None:
-        """Return the seconds that are left at the pace so far; None where that says too little."""
+    def estimate_remaining_s(self, now_s: float) -> float | None:
+        """Return the remaining seconds at the speed so far; None if it is too early to tell."""
         new, missing = self.done - self.first, self.total - self.done
         needed = 1
         if self.tokens:
@@ -88,38 +88,38 @@ class Track:
         return (now_s - self.began_s) * missing / new
 
 
-class Tracks:
-    """The stages of a run by label; what begins again after its end is a stage of its own."""
+class StageProgresses:
+    """Stages of a run by label; a label that starts again is a new stage."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Track] = {}
+        self._open: dict[str, StageProgress] = {}
 
-    def update(self, label: str, done: int, total: int, tokens: int) -> tuple[Track, bool]:
-        """Return the track of a label, and whether it is a new one."""
+    def update(self, label: str, done: int, total: int, tokens: int) -> tuple[StageProgress, bool]:
+        """Return the progress of a label, and True if the stage is new."""
         now_s = time.monotonic()
         track = self._open.get(label)
         is_new = track is None or done < track.done
 
         if track is None or is_new:
-            track = self._open[label] = Track(label, now_s, done, done, total)
+            track = self._open[label] = StageProgress(label, now_s, done, done, total)
 
         track.update(done, total, tokens, now_s)
         return track, is_new
 
 
 class _Words(bars.ProgressColumn):
-    """What a track says of itself, at any moment."""
+    """Column with amount, speed and time of a stage."""
 
     def render(self, task: bars.Task) -> Text:
-        track: Track = task.fields["track"]
+        track: StageProgress = task.fields["track"]
         return Text("  ".join(track.list_words(time.monotonic())))
 
 
 @contextmanager
 def show_progress(console: Console, quiet: bool = False, keep: bool = True) -> Iterator[Progress]:
-    """Yield a progress callback that draws bars on a terminal, and prints lines elsewhere.
+    """Yield a progress callback that draws bars on a terminal, and else prints lines.
 
-    ``keep`` leaves the bars of ended stages.
+    ``keep`` leaves the bars of finished stages on the screen.
     """
     if quiet:
         yield lambda label, done, total, tokens=0: None
@@ -131,7 +131,7 @@ def show_progress(console: Console, quiet: bool = False, keep: bool = True) -> I
 
 
 def make_bars(console: Console) -> bars.Progress:
-    """Return bars that are not drawn yet."""
+    """Return the bars, not started yet."""
     columns = (
         bars.TextColumn("{task.description:<16}"),
         bars.BarColumn(_BAR_WIDTH),
@@ -141,8 +141,8 @@ def make_bars(console: Console) -> bars.Progress:
 
 
 def fill_bars(shown: bars.Progress, keep: bool) -> Progress:
-    """Return a progress callback that fills bars; ``keep`` leaves those of ended stages."""
-    tracks = Tracks()
+    """Return a progress callback that fills bars; ``keep`` leaves those of finished stages."""
+    tracks = StageProgresses()
     tasks: dict[int, bars.TaskID] = {}
 
     def draw(label: str, done: int, total: int, tokens: int = 0) -> None:
@@ -152,28 +152,28 @@ def fill_bars(shown: bars.Progress, keep: bool) -> Progress:
         if id(track) in tasks:
             shown.update(tasks[id(track)], completed=done, total=total)
 
-        if track.ended and not keep and id(track) in tasks:
+        if track.is_finished and not keep and id(track) in tasks:
             shown.remove_task(tasks.pop(id(track)))
 
     return draw
 
 
 def print_lines(console: Console) -> Progress:
-    """Return a progress callback that prints a line now and then."""
-    tracks = Tracks()
+    """Return a progress callback that prints a line every ``LINE_EVERY_S``."""
+    tracks = StageProgresses()
     printed_s: dict[str, float] = {}
 
     def advance(label: str, done: int, total: int, tokens: int = 0) -> None:
         track, is_new = tracks.update(label, done, total, tokens)
         now_s = time.monotonic()
 
-        ends_now = track.ended and label in printed_s
+        ends_now = track.is_finished and label in printed_s
         due = now_s - printed_s.get(label, now_s) >= LINE_EVERY_S
         if not (is_new or ends_now or due):
             return
 
         printed_s[label] = now_s
-        if track.ended:
+        if track.is_finished:
             del printed_s[label]
         line = f"{label} {', '.join(track.list_words(now_s))}"
         console.print(line, markup=False, soft_wrap=True)
@@ -182,7 +182,7 @@ def print_lines(console: Console) -> Progress:
 
 
 def write_duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a duration with its unit: seconds, minutes or hours."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
 

@@ -1,4 +1,4 @@
-"""Sizes and times as people write them: 1.5GB, 90m."""
+"""Sizes and durations as text: 1.5GB, 90m."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def read_size(text: str | None, option: str) -> int | None:
-    """Return bytes of a number with a unit or without."""
+    """Return the bytes of a size as 1.5GB, 300MiB or 2000."""
     if text is None:
         return None
 
@@ -30,7 +30,7 @@ def read_size(text: str | None, option: str) -> int | None:
 
 
 def read_duration(text: str | None) -> float | None:
-    """Return seconds of a number with a unit; without one it is seconds."""
+    """Return the seconds of a duration as 90m, 2h or 30; without a unit it is in seconds."""
     if text is None:
         return None
 

@@ -1,4 +1,4 @@
-"""The command that shows the report of a bundle, or of a search, in a browser."""
+"""The command ``report``, which opens the report of a bundle or a search in a browser."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, print_json, reported, show
+from racdeploy.cli.console import err, print_json, report_errors, show
 from racdeploy.cli.options import JsonOpt
 
 
-@reported
+@report_errors
 def report(
-    bundle: Path = typer.Argument(
-        help="Bundle folder, one that verify --reports wrote, or a tune.json."
-    ),
+    bundle: Path = typer.Argument(help="Bundle folder, folder of verify --reports, or tune.json."),
     open_page: bool | None = typer.Option(
         None,
         "--open/--no-open",
         metavar="",
-        help="Open the page; default: where there is a display.",
+        help="Open the page; default: if there is a display.",
     ),
     json_output: JsonOpt = False,
 ) -> None:
-    """Open the report of a bundle or a search in the browser, and print where it is."""
+    """Open the report of a bundle or a search in a browser, and print its path."""
     wanted = _has_display() if open_page is None else open_page
     if bundle.suffix == ".json" and not bundle.is_dir():
         page, verdict = _draw_search(bundle, json_output)
@@ -44,28 +42,28 @@ def report(
 
 
 def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:
-    """Return the page of a bundle and its verdict, which is printed."""
+    """Return the page of a bundle and its verdict; print the verdict."""
     from racdeploy.report.files import find_page, read_report
     from racdeploy.report.terminal import print_verdict
 
     page = find_page(bundle).resolve()
-    found = read_report(bundle)
+    report = read_report(bundle)
     if not json_output:
-        print_verdict(found, err)
-    return page, found.verdict
+        print_verdict(report, err)
+    return page, report.verdict
 
 
 def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
-    """Draw the page again: the data is what the search found, and the page follows from it."""
+    """Render the page of a search from its JSON; return it with the verdict."""
     from racdeploy.bundles.signature import SIGNATURE_NAME
     from racdeploy.files.writing import write_atomic
     from racdeploy.report import tuning_page
     from racdeploy.report.terminal import print_tuning
-    from racdeploy.report.tuning_files import name_page, read_tuning
+    from racdeploy.report.tuning_files import find_tuning_page, read_tuning
 
     tuning = read_tuning(file)
-    page = name_page(file).resolve()
-    # Of a signed bundle no file may change.
+    page = find_tuning_page(file).resolve()
+    # No file of a signed bundle may change.
     if not (page.is_file() and file.with_name(SIGNATURE_NAME).exists()):
         write_atomic(page, tuning_page.render(tuning))
     if not json_output:
@@ -74,7 +72,7 @@ def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
 
 
 def _has_display() -> bool:
-    """Return whether a browser has where to open; without one, Linux may start one in text."""
+    """Return True if there is a display; without one, Linux may start a text browser."""
     if sys.platform in ("darwin", "win32"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

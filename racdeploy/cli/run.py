@@ -1,4 +1,4 @@
-"""Commands that run a bundle: ``run`` asks it, ``bench`` measures it."""
+"""Commands that run a bundle: ``run`` asks a question, ``bench`` measures speed and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, err, out, print_json, reported, say
+from racdeploy.cli.console import INTERRUPTED, err, out, print_json, report_errors, say
 from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
@@ -35,10 +35,10 @@ from racdeploy.cli.stream import (
 from racdeploy.errors import UsageError
 
 
-@reported
+@report_errors
 def run(
     bundle: BundleArg,
-    prompt: str = typer.Argument("-", help="What to ask; - reads it from stdin."),
+    prompt: str = typer.Argument("-", help="Question; - reads it from stdin."),
     max_thinking_tokens: BudgetOpt = None,
     temperature: TemperatureOpt = None,
     seed: SeedOpt = 0,
@@ -47,7 +47,7 @@ def run(
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
 ) -> None:
-    """Ask a bundle one question; the answer is printed as it comes."""
+    """Ask a bundle one question and stream the answer."""
     question = check_question(_read_question() if prompt == "-" else prompt)
     show_line(f"loading {bundle} …")
 
@@ -58,7 +58,7 @@ def run(
     with load(bundle, threads=threads, accel=accel) as model:
         clear_line()
         zeros = model.manifest.pruning.get("sparsity", 0.0)
-        _print_kernels(model.engine.about.get("kernels", ""), accel, zeros)
+        _print_kernels(model.engine.info.get("kernels", ""), accel, zeros)
 
         with stopped_by_ctrl_c() as cancel:
             result = model.generate(
@@ -81,7 +81,7 @@ def run(
 
 
 def _read_question() -> str:
-    """Return what stdin holds; a terminal is not waited for."""
+    """Return the text of stdin, or an empty string if it is a terminal."""
     if sys.stdin.isatty():
         return ""
     try:
@@ -92,30 +92,30 @@ def _read_question() -> str:
         ) from error
 
 
-@reported
+@report_errors
 def bench(
-    bundle: Path | None = typer.Argument(None, help="Bundle folder; none with --profile."),
+    bundle: Path | None = typer.Argument(None, help="Bundle folder; not with --profile."),
     dense: Path | None = typer.Option(
-        None, help="Dense artifact; default: the one that the build left in --work."
+        None, help="Dense artifact; default: the build's, in the --work folder."
     ),
     artifact: str = typer.Option(
-        "", help="Path in the bundle of the artifact; default: the first one."
+        "", help="Path of the artifact in the bundle; default: the first one."
     ),
-    rounds: int = typer.Option(5, min=1, help="Alternating runs of each artifact."),
+    rounds: int = typer.Option(5, min=1, help="Runs of each artifact, alternating."),
     prompt_tokens: int = typer.Option(256, min=8, help="Length of the prompt."),
     new_tokens: int = typer.Option(128, min=2, help="Tokens to decode."),
     parallel: int = typer.Option(1, min=1, help="Sequences decoded together."),
     work: WorkOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
-    profile: bool = flag("--profile", "Measure this device instead, and write a target."),
+    profile: bool = flag("--profile", "Measure this device instead, and write a target file."),
     target: TargetOpt = None,
     out_file: Path | None = typer.Option(
-        None, "--out", help="With --profile: the target's TOML file; default: printed."
+        None, "--out", help="With --profile: target file to write, TOML; default: stdout."
     ),
     json_output: JsonOpt = False,
 ) -> None:
-    """Measure speed and memory of an artifact beside the dense one, alternating in one run."""
+    """Compare speed and memory of an artifact with the dense one, in alternating runs."""
     if profile:
         _profile(target, threads, out_file, json_output)
         return
@@ -128,44 +128,44 @@ def bench(
 
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
-    from racdeploy.files.caches import default_work
+    from racdeploy.files.caches import default_work_folder
     from racdeploy.manifest import Manifest
     from racdeploy.report.terminal import print_table
 
-    dense = dense or benchmark.find_dense(bundle, work or default_work(), artifact)
-    load = benchmark.Load(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
+    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder(), artifact)
+    load = benchmark.BenchSettings(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
 
     with show_progress(err) as progress:
-        found = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
+        result = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
 
     if json_output:
-        print_json(found.to_json())
+        print_json(result.to_json())
         return
 
-    print_table(found.to_table(), out)
-    say(f"dense: {found.dense}\npruned: {found.pruned}")
+    print_table(result.to_table(), out)
+    say(f"dense: {result.dense}\npruned: {result.pruned}")
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
-    _print_kernels(found.kernels, accel, zeros)
+    _print_kernels(result.kernels, accel, zeros)
 
 
 def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
-    """Measure llama.cpp on this device within a minute, and write or print a target with it."""
+    """Measure llama.cpp on this device within a minute, and write or print it as a target."""
     from tempfile import TemporaryDirectory
 
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.writing import write_atomic
     from racdeploy.processes.cores import available_cores
-    from racdeploy.report.settings import as_toml
+    from racdeploy.report.toml_writer import to_toml
     from racdeploy.targets import Target
-    from racdeploy.tune.speed import PROFILED, measure_device
+    from racdeploy.tuning.speed import PROFILE_WORKLOAD, measure_device
 
     chosen = Target.read(target or "gguf")
     threads = threads or available_cores()
     with show_progress(err) as progress, TemporaryDirectory() as scratch:
-        device = measure_device(Path(scratch), PROFILED, threads, progress)
+        device = measure_device(Path(scratch), PROFILE_WORKLOAD, threads, progress)
 
     values = chosen.describe() | {"device": device.model_dump(mode="json")}
-    text = f"# Made by racdeploy bench --profile.\n{as_toml(values)}"
+    text = f"# Made by racdeploy bench --profile.\n{to_toml(values)}"
     if file:
         write_atomic(file, text)
         say(f"use it: --target {file}")
@@ -176,7 +176,7 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
 
 
 def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
-    """Say in one line what ran a model, where its zeros make that a question."""
+    """Print the kernels that ran a model, if it has enough zeros for sparse kernels."""
     matters = zeros >= WORTH_KERNELS or kernels.startswith("sparse")
     if kernels and matters and accel != "off":
         say(f"kernels: {kernels}", "dim")

@@ -1,4 +1,4 @@
-"""``serve``: a bundle behind OpenAI's API."""
+"""The command ``serve``, an OpenAI-compatible server for a bundle."""
 
 from __future__ import annotations
 
@@ -8,44 +8,46 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, reported, show
+from racdeploy.cli.console import INTERRUPTED, report_errors, show
 from racdeploy.cli.options import AccelOpt, BundleArg, ThreadsOpt
 
 if TYPE_CHECKING:
-    from racdeploy.serve.app import Served
+    from racdeploy.serve.app import ServedModel
 
 _QUESTION = "What is 12 times 34?"
 
 
-@reported
+@report_errors
 def serve(
     bundle: BundleArg,
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; others need a key."),
-    port: int = typer.Option(8080, min=0, max=65535, help="0 takes a free one."),
+    host: str = typer.Option(
+        "127.0.0.1", help="Address to listen on; other than localhost needs an API key."
+    ),
+    port: int = typer.Option(8080, min=0, max=65535, help="Port; 0 chooses a free one."),
     api_key_env: str = typer.Option(
         "", metavar="NAME", help="Environment variable that holds the API key; default: no key."
     ),
     parallel: int = typer.Option(
-        4, min=1, help="Requests decoded together; each takes memory for a context."
+        4, min=1, help="Requests decoded together; each needs the memory of a context."
     ),
     context_tokens: int | None = typer.Option(
-        None, min=1, help="Longest prompt and completion together; default: the bundle's."
+        None, min=1, help="Maximum tokens of prompt and completion; default: the bundle's."
     ),
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     dense: Path | None = typer.Option(
-        None, help="Serve the dense artifact of the build in its place, its thinking free."
+        None, help="Dense artifact of the build to serve instead, without thinking control."
     ),
 ) -> None:
-    """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/serve.md."""
-    from racdeploy.plugins import require
+    """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/run.md."""
+    from racdeploy.plugins import require_package
 
-    require("starlette")
-    require("uvicorn")
+    require_package("starlette")
+    require_package("uvicorn")
     from racdeploy.serve.server import serve as run
 
     if dense:
-        from racdeploy.verify.baseline import Baseline
+        from racdeploy.verification.baseline import Baseline
 
         Baseline.read(bundle).check_artifact(dense)
 
@@ -65,8 +67,8 @@ def serve(
         raise typer.Exit(INTERRUPTED)
 
 
-def _say_ready(url: str, served: Served, key_env: str) -> None:
-    """Say what it is, where it is, and how to try it."""
+def _say_ready(url: str, served: ServedModel, key_env: str) -> None:
+    """Print the model, the address and a command to try it."""
     body = json.dumps({"messages": [{"role": "user", "content": _QUESTION}]})
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     header = "-H 'Content-Type: application/json'"

@@ -1,4 +1,4 @@
-"""The command that signs a finished bundle."""
+"""The command ``sign``, which signs a finished bundle."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import print_json, reported, say, show
+from racdeploy.cli.console import print_json, report_errors, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, flag
 from racdeploy.errors import UsageError
 
 
-@reported
+@report_errors
 def sign(
     bundle: BundleArg,
     key: Path | None = typer.Option(None, help="PEM file of the private key to sign with."),
-    keyless: bool = flag("--keyless", "Sign as this workflow, or as who logs in, at sigstore."),
+    keyless: bool = flag(
+        "--keyless", "Sign with sigstore, as this workflow or a person who logs in."
+    ),
     signature: Path | None = typer.Option(
         None, help="File to write; default: model.sig in the bundle."
     ),
     json_output: JsonOpt = False,
 ) -> None:
-    """Sign every file of a bundle, so that a changed or added one is found."""
+    """Sign all files of a bundle, so that verify detects changed or added ones."""
     from racdeploy.bundles.signature import sign as write_signature
 
     if keyless == (key is not None):
         raise UsageError(
             "key-or-keyless",
             "a bundle is signed with a key or by sigstore",
-            remedy="give --key FILE, or --keyless; docs/signatures.md has both",
+            remedy="give --key FILE, or --keyless; docs/publish.md has both",
         )
 
-    place = write_signature(bundle, signature, key)
+    written = write_signature(bundle, signature, key)
     if json_output:
-        print_json({"path": str(place)})
+        print_json({"path": str(written)})
         return
 
-    show(place)
+    show(written)
     whose = "--public-key KEY.pub" if key else "--identity WHO --issuer URL"
-    named = f" --signature {place}" if signature else ""
+    named = f" --signature {written}" if signature else ""
     say(f"next: racdeploy verify {bundle}{named} {whose}")

@@ -1,4 +1,4 @@
-"""Show an answer as it comes: thinking dim or counted in one line, the answer plain on stdout."""
+"""Streaming of an answer: thinking on stderr, in full or as a count; the answer on stdout."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from racdeploy.errors import UsageError
 from racdeploy.files.unprintable import drop_unprintable
 
 if TYPE_CHECKING:
-    from racdeploy.runtime.model import Result
+    from racdeploy.runtime.model import GenerationResult
 
-_EVERY_S = 0.1  # the line that counts tokens is written again
+_EVERY_S = 0.1  # interval of updates of the token count
 
 
 class AnswerStream:
-    """Takes the text of one answer as it comes; white space round a part is left out.
+    """Prints one answer while it is generated, without the white space around its parts.
 
     Args:
-        show_thinking: print it dim on stderr; otherwise a terminal counts its tokens in a line that
-            vanishes.
-        show_answer: False leaves stdout to the caller.
+        show_thinking: print the thinking on stderr; otherwise a terminal shows its token count
+            while it lasts.
+        show_answer: print the answer on stdout.
     """
 
     def __init__(self, show_thinking: bool = False, show_answer: bool = True) -> None:
@@ -38,7 +38,7 @@ class AnswerStream:
         self._show_answer = show_answer
         self._is_terminal = sys.stdout.isatty()
         self._part = ""
-        self._spaces = ""  # held back: they may be the last ones
+        self._spaces = ""  # held back, in case they are the last ones
         self._is_line_open = False
         self._tokens = 0
         self._counted_at = float("-inf")
@@ -62,12 +62,12 @@ class AnswerStream:
             self._count()
 
     def finish(self) -> None:
-        """End what is on the screen, so that the next line begins a line."""
+        """End the current line on the screen."""
         self._end_part()
         clear_line()
 
     def _strip(self, text: str) -> str:
-        """Return what can be shown: no white space before the first word or after the last."""
+        """Return the text to show: no white space before the first word or after the last."""
         text = self._spaces + text
         if not self._is_line_open:
             text = text.lstrip()
@@ -78,7 +78,7 @@ class AnswerStream:
         return seen
 
     def _count(self) -> None:
-        """Say how many tokens were thought; a token that ends inside a character is not counted."""
+        """Show the number of thinking tokens; one that ends inside a character is not counted."""
         self._tokens += 1
         now = time.monotonic()
         if now - self._counted_at < _EVERY_S:
@@ -98,20 +98,20 @@ class AnswerStream:
 
 
 def show_line(text: str) -> None:
-    """Say what is going on, in a line that the next one replaces; only on a terminal."""
+    """Show a status line on a terminal, which the next line replaces."""
     if err.is_terminal:
         clear_line()
         err.print(text, style="dim", end="", markup=False, no_wrap=True, overflow="ellipsis")
 
 
 def clear_line() -> None:
-    """Empty the line that the cursor is in, where stderr is a terminal."""
+    """Clear the status line, if stderr is a terminal."""
     if err.is_terminal:
         err.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
 
 
-def describe_cut(result: Result) -> str:
-    """Return why an answer is missing or not whole, or an empty string."""
+def describe_cut(result: GenerationResult) -> str:
+    """Return the reason why an answer is missing or incomplete, or an empty string."""
     if result.finish_reason == "cancelled":
         return "stopped" if result.answer else "stopped before there was an answer"
     if result.state == "open":
@@ -123,9 +123,9 @@ def describe_cut(result: Result) -> str:
 
 @contextmanager
 def stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C sets, so that what was said so far is kept.
+    """Yield an event that Ctrl-C sets, so that the answer so far is kept.
 
-    A second Ctrl-C does not wait for the engine: it raises KeyboardInterrupt.
+    A second Ctrl-C raises KeyboardInterrupt at once.
     """
     cancel = threading.Event()
 
@@ -142,7 +142,7 @@ def stopped_by_ctrl_c() -> Iterator[threading.Event]:
 
 
 def check_question(text: str) -> str:
-    """Return a question without the white space round it; one that is none is a UsageError."""
+    """Return a question without surrounding white space; raise UsageError if it is no text."""
     question = text.strip()
     if not question:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Commands that look, list and prepare, from ``inspect`` to ``doctor``."""
+"""Commands that inspect files, list plugins and targets, and check the machine."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from racdeploy import plugins
+from racdeploy.api.jobs import note_replaced
 from racdeploy.cli.console import (
     err,
     out,
     print_json,
     print_notes,
     print_result,
-    reported,
-    say_replaced,
+    report_errors,
     show,
 )
 from racdeploy.cli.options import JsonOpt, flag
 from racdeploy.errors import EnvironmentFailure, UsageError
 
 if TYPE_CHECKING:
-    from racdeploy.report.tables import Table
+    from racdeploy.report.tables import ReportTable
 
 
-@reported
+@report_errors
 def inspect(
-    path: Path = typer.Argument(help="A file of weights, a model folder, or a bundle."),
-    summary: bool = flag("--summary", "Leave out the table of tensors."),
+    path: Path = typer.Argument(help="File of weights, model folder, or bundle."),
+    summary: bool = flag("--summary", "Print no table of tensors."),
     json_output: JsonOpt = False,
 ) -> None:
-    """Show what is in a file or folder: types, sizes, zeros and hashes, and every tensor."""
+    """Print types, sizes, zeros and hashes of a file or folder, and all its tensors."""
     from racdeploy.bundles.inspect import inspect_path
     from racdeploy.report.terminal import print_table
 
-    found = inspect_path(path)
+    contents = inspect_path(path)
     if json_output:
-        print_json(found)
+        print_json(contents)
         return
 
     if not summary:
-        _print_tensors(found["tensors"])
+        _print_tensors(contents["tensors"])
 
-    # Last, where it can be read after hundreds of tensors.
-    print_table(_add_up_types(found["tensors"]), out)
-    for key, value in found["summary"].items():
+    # Last, so that it is not scrolled away by hundreds of tensors.
+    print_table(_add_up_types(contents["tensors"]), out)
+    for key, value in contents["summary"].items():
         show(f"{key}: {value}")
 
 
 def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
-    from racdeploy.report.tables import Table
+    from racdeploy.report.tables import ReportTable
     from racdeploy.report.terminal import print_table
 
     rows = [
@@ -69,12 +69,12 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
     ]
 
     columns = ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
-    print_table(Table("", columns, tuple(rows)), out)
+    print_table(ReportTable("", columns, tuple(rows)), out)
 
 
-def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> Table:
-    """Return how many tensors and bytes there are of each type, the largest first."""
-    from racdeploy.report.tables import Table, readable_bytes
+def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> ReportTable:
+    """Return the number of tensors and bytes of each type, the largest first."""
+    from racdeploy.report.tables import ReportTable, format_bytes
 
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -82,76 +82,76 @@ def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> Table:
         counts[row["type"]] += 1
         sizes[row["type"]] += row["size_bytes"]
 
-    rows = [(kind, str(counts[kind]), readable_bytes(size)) for kind, size in sizes.most_common()]
-    return Table("", ("type", "tensors", "size"), tuple(rows))
+    rows = [(kind, str(counts[kind]), format_bytes(size)) for kind, size in sizes.most_common()]
+    return ReportTable("", ("type", "tensors", "size"), tuple(rows))
 
 
-@reported
+@report_errors
 def unpack(
-    file: Path = typer.Argument(help="A packed file, as .racgguf."),
+    file: Path = typer.Argument(help="Packed file, .racgguf."),
     out_file: Path | None = typer.Option(
-        None, "--out", "-o", help="File to write; default: beside it."
+        None, "--out", "-o", help="File to write; default: next to it."
     ),
     json_output: JsonOpt = False,
 ) -> None:
-    """Write the plain file that a packed one stands for."""
-    from racdeploy import export as exports
+    """Unpack a packed file into the plain one."""
+    from racdeploy.exporting.gguf import unpack as write_plain
     from racdeploy.files.writing import file_sha256
+    from racdeploy.packing.racgguf import SUFFIX
 
-    if not exports.format_of(file):
-        known = ", ".join(plugins.names("formats"))
+    if file.suffix != SUFFIX:
         raise UsageError(
             "unknown-suffix",
-            f"the name of {file} is of no format",
-            remedy=f"formats are {known}; see racdeploy inspect",
+            f"{file} is not a {SUFFIX} file",
+            remedy="other programs read it as it is; see racdeploy inspect",
         )
 
-    replaced = [say_replaced(out_file)] if out_file and out_file.exists() else []
-    plain = exports.load(exports.format_of(file)).unpack(file, out_file)
+    replaced = note_replaced(out_file)
+    plain = write_plain(file, out_file)
 
     details: dict[str, object] = {"path": str(plain), "size_bytes": plain.stat().st_size}
-    if json_output:  # the hash was compared with the packed file's while it was written
+    if json_output:  # it was compared with the packed file's hash while writing
         details["sha256"] = file_sha256(plain)
     print_result(details, [plain], json_output)
     print_notes(replaced)
 
 
-@reported
+@report_errors
 def targets(json_output: JsonOpt = False) -> None:
     """List the deployment targets."""
     from racdeploy.targets import Target
 
-    found = [Target.read(name) for name in Target.names()]
+    known_targets = [Target.read(name) for name in Target.names()]
     if json_output:
-        print_json({target.name: target.model_dump() for target in found})
+        print_json({target.name: target.model_dump() for target in known_targets})
         return
 
-    for target in found:
+    for target in known_targets:
         pruned = [f"{part} {share:g}" for part, share in target.keep.items()]
         if target.pattern != "unstructured":
             pruned.append(target.pattern)
         elif target.sparsity:
             pruned.append(f"{target.sparsity:.0%} zeros")
 
-        what = ", ".join(pruned) or "nothing pruned"
+        pruning = ", ".join(pruned) or "nothing pruned"
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
-        line = f"{target.name:<16}{target.format}, {target.quant}, {what}, {limits}"
+        line = f"{target.name:<16}{target.format}, {target.quant}, {pruning}, {limits}"
 
         show(line)
-        show(f"{'':<16}{target.why}", "dim")
+        show(f"{'':<16}{target.description}", "dim")
 
 
-@reported
+@report_errors
 def families(json_output: JsonOpt = False) -> None:
-    """List the model families: what of each is pruned, stays dense and can be cut."""
-    from racdeploy.models.supported import describe_families
+    """List the model families, with linears that stay dense and parts that can be cut."""
+    from racdeploy.models.family_support import describe_families
 
-    found = describe_families()
+    rows = describe_families()
     if json_output:
-        print_json({"families": found})
+        print_json({"families": rows})
         return
 
-    for row in found:
+    for row in rows:
         show(f"{row['family']:<16}{row['models']}")
         details = [
             f"transformers {row['transformers']}",
@@ -163,15 +163,15 @@ def families(json_output: JsonOpt = False) -> None:
         show(f"{'':<16}{'; '.join(details)}", "dim")
 
 
-@reported
+@report_errors
 def list_plugins(json_output: JsonOpt = False) -> None:
-    """List every plugin by kind."""
-    found = {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
-    lines = (f"{kind}: {', '.join(names)}" for kind, names in found.items())
-    print_result(found, lines, json_output)
+    """List all plugins by kind."""
+    names_by_kind = {kind: list(plugins.list_names(kind)) for kind in plugins.KINDS}
+    lines = (f"{kind}: {', '.join(names)}" for kind, names in names_by_kind.items())
+    print_result(names_by_kind, lines, json_output)
 
 
-@reported
+@report_errors
 def init(
     file: Path | None = typer.Argument(
         None, help="File to write; default: recipe.toml, or racdeploy-gate.toml."
@@ -179,10 +179,10 @@ def init(
     gate: bool = flag("--gate", "Write a gate file instead."),
     force: bool = flag("--force", "Replace an existing file."),
 ) -> None:
-    """Write a commented recipe, or a commented gate file."""
+    """Write a recipe or a gate file with comments, to edit."""
     from racdeploy.files.writing import write_atomic
     from racdeploy.recipe import EXAMPLE
-    from racdeploy.verify.gate import GATE_EXAMPLE
+    from racdeploy.verification.gate import GATE_EXAMPLE
 
     file = file or Path("racdeploy-gate.toml" if gate else "recipe.toml")
     if file.exists() and not force:
@@ -196,9 +196,9 @@ def init(
     err.print(f"next: racdeploy {next_step}", markup=False)
 
 
-@reported
+@report_errors
 def doctor(json_output: JsonOpt = False) -> None:
-    """Say what this machine has, what is missing, and how to get it."""
+    """Report installed and missing parts of this machine, and how to install them."""
     from racdeploy.cli.doctor import examine
 
     findings = examine()

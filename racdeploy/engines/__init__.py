@@ -1,7 +1,7 @@
-"""Inference engines: the contract that backends/ keep, batching, sampling, and child processes.
+"""Inference engines: their contract, backends, batching, sampling and child processes.
 
-An engine has ``open_engine(path, settings) -> Engine`` and says with ``ACCEL`` whether it takes
-:mod:`racdeploy.sparse_kernels`' sparse kernels. Engines take and give token ids only.
+A backend has ``open_engine(path, settings) -> Engine``, and its ``ACCEL`` is True where it can use
+the kernels of :mod:`racdeploy.sparse_kernels`. Engines take and return token ids only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from racdeploy.errors import UsageError
 
 
 def open_engine(name: str, path: Path | str, settings: EngineSettings) -> Engine:
-    """Load ``path`` with the engine of that plugin name; the path of ``openai`` is an address."""
+    """Load an artifact with an engine; the path of the engine ``server`` is an address."""
     plugin = plugins.load("engines", name)
 
     if settings.accel == "require" and not plugin.ACCEL:
         raise UsageError(
             "engine-without-kernels",
-            f"sparse kernels are required, and {name} has none to switch on",
+            f"sparse kernels are required, and the engine {name} has none",
             remedy="leave out --accel require",
         )
 

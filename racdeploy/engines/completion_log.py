@@ -1,4 +1,4 @@
-"""Completions on disk, each kept the moment it ends: token ids by prompt and random stream."""
+"""Completions on disk, written as they end: token ids by prompt and random generator."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.engines.engine import Completion
-from racdeploy.files.appending import append_lines, read_appended
+from racdeploy.files.json_lines import append_json_lines, read_json_lines
 
 
 class CompletionLog:
-    """One completion a line, appended as it ends."""
+    """A JSON Lines file of completions, appended as they end."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.completions: dict[tuple[str, int], Completion] = {}
         if file.is_file():
-            read_appended(file, self._take)
+            read_json_lines(file, self._read_line)
 
-    def append(self, prompt: Sequence[int], stream: int, completion: Completion) -> None:
-        """Keep a completion."""
-        key = make_key(prompt, stream)
+    def append(self, prompt: Sequence[int], rng_index: int, completion: Completion) -> None:
+        """Append a completion to the file."""
+        key = make_key(prompt, rng_index)
         self.completions[key] = completion
-        append_lines(self.file, [[*key, asdict(completion)]])
+        append_json_lines(self.file, [[*key, asdict(completion)]])
 
-    def get(self, prompt: Sequence[int], stream: int) -> Completion | None:
-        """Return what was kept, or None."""
-        return self.completions.get(make_key(prompt, stream))
+    def get(self, prompt: Sequence[int], rng_index: int) -> Completion | None:
+        """Return the completion of a prompt, or None."""
+        return self.completions.get(make_key(prompt, rng_index))
 
-    def _take(self, line: Any) -> None:
-        prompt, stream, values = line
+    def _read_line(self, line: Any) -> None:
+        prompt, rng_index, values = line
         ids = tuple(map(int, values["ids"]))
-        found = Completion(ids, values["finish_reason"], values["forced_at"])
-        self.completions[str(prompt), int(stream)] = found
+        completion = Completion(ids, values["finish_reason"], values["forced_at"])
+        self.completions[str(prompt), int(rng_index)] = completion
 
 
-def make_key(prompt: Sequence[int], stream: int) -> tuple[str, int]:
-    """Return what a completion is kept by: a hash of the prompt's ids, and the random stream."""
+def make_key(prompt: Sequence[int], rng_index: int) -> tuple[str, int]:
+    """Return the key of a completion: a hash of the prompt's ids, and the generator's index."""
     digest = hashlib.sha256(json.dumps(list(prompt)).encode()).hexdigest()
-    return digest[:24], stream
+    return digest[:24], rng_index

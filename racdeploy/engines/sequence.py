@@ -1,14 +1,14 @@
-"""One sequence being generated: choose a token, steer and end the thinking, know when to stop.
+"""Generation of one sequence: sample a token, limit the thinking, detect the end.
 
-Every engine uses it, so greedy ties, sampling, budgets and finish reasons mean the same everywhere.
-The draw of a sequence depends on its seed, its stream and its own logits only.
+Every engine uses it, so that greedy ties, sampling, budgets and finish reasons are the same in all.
+A sampled token depends only on seed, index of the random generator and the sequence's own logits.
 Source: nucleus sampling, arXiv 1904.09751; budget forcing, arXiv 2501.19393; a penalty on words of
 hesitation, arXiv 2606.00206.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,89 +16,92 @@ from numpy.typing import NDArray
 from racdeploy.engines.engine import Completion, FinishReason, Logits, Sampling, ThinkingBudget
 from racdeploy.errors import ContextError, EngineError, PromptError
 
-_UNLIKELY = 1e-4  # of the likeliest token
+_MIN_WEIGHT = 1e-4  # relative to the likeliest token
 
 
-class Sequence:
-    """A prompt and the completion that grows behind it.
+class GeneratedSequence:
+    """A prompt and its growing completion.
 
-    The engine feeds ``unfed`` (emptying it as it goes), then calls :meth:`step` with the logits of
-    the last fed token, and stops when ``finish_reason`` is set. The completion is capped where it
-    and the prompt reach ``context_tokens``; ``index`` is the prompt's place in the call. Ids that
-    the sampling says were begun with are taken as they are, and draw what they drew.
+    The engine feeds the pending ids to the model and removes them, calls :meth:`step` with the
+    logits of the last one, and stops when ``finish_reason`` is set. ``index`` is the prompt's index
+    in the call. Prompt and completion together have at most ``context_tokens``. Ids of an earlier
+    run are taken over, and each consumes its random number again.
     """
 
     def __init__(
-        self, index: int, prompt_ids: SequenceOf[int], sampling: Sampling, context_tokens: int
+        self, index: int, prompt_ids: Sequence[int], sampling: Sampling, context_tokens: int
     ) -> None:
         self.index = index
         self.prompt_tokens = len(prompt_ids)
         self.ids: list[int] = []
-        self.unfed: list[int] = list(prompt_ids)
+        self.pending_ids: list[int] = list(prompt_ids)
         self.finish_reason: FinishReason | None = None
         self.forced_at: int | None = None
 
         self._sampling = sampling
         self._cap = min(sampling.max_new_tokens, context_tokens - len(prompt_ids))
 
-        seeds = [sampling.seed, sampling.stream(index)]
+        seeds = [sampling.seed, sampling.rng_index(index)]
         self._random = np.random.Generator(np.random.PCG64(seeds))
 
         self._budget = sampling.budget
         self._thinking_from = 0 if self._budget and self._budget.starts_open else None
 
-        self._force_close()  # a budget of nothing closes at once
-        self._begin(sampling.begun_by(index))
-        self.unfed.extend(self.ids)
+        self._force_close()  # a budget of 0 ends at once
+        self._resume(sampling.resumed_ids(index))
+        self.pending_ids.extend(self.ids)
 
     def step(self, logits_V: Logits) -> list[int]:
-        """Append the next token, and a close tag where the budget ends; return the new ids."""
+        """Append the next token, and a forced close tag where the budget ends; return both."""
         assert self.finish_reason is None, "a finished sequence takes no step"
 
         length = len(self.ids)
-        steered_V = self._steer(logits_V)
-        token = choose(steered_V, self._sampling.temperature, self._sampling.top_p, self._random)
-        self._take(token)
+        biased_V = self._add_biases(logits_V)
+        token = sample_token(
+            biased_V, self._sampling.temperature, self._sampling.top_p, self._random
+        )
+        self._append(token)
 
         new_ids = self.ids[length:]
-        self.unfed.extend(new_ids)
+        self.pending_ids.extend(new_ids)
         return new_ids
 
     @property
-    def forced_first(self) -> list[int]:
-        """Ids that were forced before any step, and that no earlier run had."""
-        return self.ids[len(self._sampling.begun_by(self.index)) :]
+    def initial_forced_ids(self) -> list[int]:
+        """Ids that were forced before any step, without those of an earlier run."""
+        return self.ids[len(self._sampling.resumed_ids(self.index)) :]
 
     def cancel(self) -> None:
-        """End the sequence here, unless it has ended already."""
+        """End the sequence now, unless it has ended."""
         self.finish_reason = self.finish_reason or "cancelled"
 
     def completion(self) -> Completion:
-        """Return what was generated so far."""
+        """Return the completion of a finished sequence."""
         assert self.finish_reason is not None, "the sequence has not finished"
         return Completion(tuple(self.ids), self.finish_reason, self.forced_at)
 
     @property
-    def ended(self) -> Completion | None:
-        """The completion, once it has ended."""
+    def final_completion(self) -> Completion | None:
+        """Completion of a finished sequence, else None."""
         return self.completion() if self.finish_reason else None
 
-    def _begin(self, begun: SequenceOf[int]) -> None:
-        """Go through what was generated before as if it were now, draws and tags included."""
-        while len(self.ids) < len(begun) and self.finish_reason is None:
+    def _resume(self, ids: Sequence[int]) -> None:
+        """Append the ids of an earlier run; random generator and budget follow."""
+        while len(self.ids) < len(ids) and self.finish_reason is None:
             if self._sampling.temperature:
                 self._random.random()
-            self._take(begun[len(self.ids)])
+            self._append(ids[len(self.ids)])
 
-        if self.ids[: len(begun)] != list(begun):
+        # Tokens that are forced here must be those that were forced there.
+        if self.ids[: len(ids)] != list(ids):
             raise EngineError(
                 "resumed-tokens-differ",
-                f"what prompt {self.index} had generated is not what these settings generate",
-                remedy="begin it anew: remove what the earlier run left",
+                f"an earlier run generated other tokens of prompt {self.index} than these settings",
+                remedy="start again: remove the files of the earlier run",
             )
 
-    def _take(self, token: int) -> None:
-        """Append a token, and what it forces; notice the end."""
+    def _append(self, token: int) -> None:
+        """Append a token and the ids that it forces; set the finish reason."""
         self.ids.append(token)
 
         if token in self._sampling.stop_ids:
@@ -110,8 +113,8 @@ class Sequence:
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _steer(self, logits_V: Logits) -> Logits:
-        """Return the logits, while the model thinks with what its budget adds and subtracts."""
+    def _add_biases(self, logits_V: Logits) -> Logits:
+        """Return the logits, with the biases of the budget while the model thinks."""
         budget = self._budget
         if budget is None or self._thinking_from is None:
             return logits_V
@@ -120,13 +123,13 @@ class Sequence:
         if not bias and not budget.hesitation_penalty:
             return logits_V
 
-        steered_V = logits_V.copy()
-        steered_V[list(budget.hesitation_ids)] -= budget.hesitation_penalty
-        steered_V[budget.close_ids[0]] += bias
-        return steered_V
+        biased_V = logits_V.copy()
+        biased_V[list(budget.hesitation_ids)] -= budget.hesitation_penalty
+        biased_V[budget.close_ids[0]] += bias
+        return biased_V
 
     def _track_thinking(self) -> None:
-        """Notice a tag that the last token completes; a reopened thought has no budget any more."""
+        """Detect a tag that the last token completes; later thinking has no budget."""
         if self._budget is None:
             return
         if self._thinking_from is None:
@@ -136,18 +139,19 @@ class Sequence:
             self._budget = None
 
     def _force_close(self) -> None:
-        """Append what ends the thought, or the rest of a tag that has begun, after the budget."""
+        """After the budget, append closing message and tag, or the rest of a tag that has begun."""
         budget = self._budget
         if budget is None or self._thinking_from is None or budget.max_tokens is None:
             return
         if len(self.ids) - self._thinking_from < budget.max_tokens:
             return
 
-        begun = count_begun(self.ids, budget.close_ids, self._thinking_from)
-        whole = budget.closing_ids + budget.close_ids
+        # A message in the middle of a tag would break it: complete a tag that has begun.
+        generated = count_partial_match(self.ids, budget.close_ids, self._thinking_from)
+        rest = budget.close_ids[generated:]
         room = self._cap - len(self.ids)
-        forced = (budget.close_ids[begun:] if begun else whole)[:room]
-        self.forced_at = len(self.ids) - begun if forced else None
+        forced = (rest if generated else budget.closing_message_ids + budget.close_ids)[:room]
+        self.forced_at = len(self.ids) - generated if forced else None
         self.ids.extend(forced)
         self._budget = None
 
@@ -155,25 +159,27 @@ class Sequence:
             self.finish_reason = "length"
 
 
-def ends_with(ids: SequenceOf[int], wanted: SequenceOf[int], start: int = 0) -> bool:
+def ends_with(ids: Sequence[int], wanted: Sequence[int], start: int = 0) -> bool:
     """Return whether the ids from ``start`` on end with ``wanted``."""
     first = len(ids) - len(wanted)
     return first >= start and list(ids[first:]) == list(wanted)
 
 
-def count_begun(ids: SequenceOf[int], wanted: SequenceOf[int], start: int) -> int:
-    """Return how many of the last ids from ``start`` on may be the beginning of ``wanted``."""
+def count_partial_match(ids: Sequence[int], wanted: Sequence[int], start: int) -> int:
+    """Return how many of the last ids, from ``start`` on, match the beginning of ``wanted``."""
     count = len(wanted) - 1
     while not ends_with(ids, wanted[:count], start):
         count -= 1
     return count
 
 
-def choose(logits_V: Logits, temperature: float, top_p: float, random: np.random.Generator) -> int:
-    """Choose a token: the first largest logit at temperature 0, or a draw in float64.
+def sample_token(
+    logits_V: Logits, temperature: float, top_p: float, random: np.random.Generator
+) -> int:
+    """Return the next token: the first largest logit at temperature 0, else sampled in float64.
 
-    ``top_p`` is the smallest mass to draw from, in (0, 1]; at temperature 0, ``random`` is not
-    used.
+    ``top_p`` is the smallest probability mass to sample from, in (0, 1]; temperature 0 does not
+    use ``random``.
     """
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):
@@ -188,34 +194,35 @@ def choose(logits_V: Logits, temperature: float, top_p: float, random: np.random
 
     scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
     weight_V = np.exp(scaled_V)
-    draw = random.random()
+    uniform = random.random()
 
     if top_p == 1.0:
-        return _draw(np.arange(weight_V.size), weight_V, draw)
+        return _sample(np.arange(weight_V.size), weight_V, uniform)
 
-    # Sort a few likely tokens instead of all: the same result, unless they lack the mass.
+    # Sorting the whole vocabulary is slow. Likely tokens alone give the same nucleus if they hold
+    # its mass; else all are sorted.
     wanted = top_p * weight_V.sum()
-    likely = np.flatnonzero(weight_V > _UNLIKELY)
+    likely = np.flatnonzero(weight_V > _MIN_WEIGHT)
     if weight_V[likely].sum() < wanted:
         likely = np.arange(weight_V.size)
 
     order = likely[np.argsort(-weight_V[likely], kind="stable")]
     count = int(np.searchsorted(np.cumsum(weight_V[order]), wanted)) + 1
     nucleus = order[:count]
-    return _draw(nucleus, weight_V[nucleus], draw)
+    return _sample(nucleus, weight_V[nucleus], uniform)
 
 
-def _draw(ids: NDArray[np.int64], weights: NDArray[np.float64], draw: float) -> int:
-    """Return the id at ``draw`` in [0, 1) of the cumulative weight."""
+def _sample(ids: NDArray[np.int64], weights: NDArray[np.float64], uniform: float) -> int:
+    """Return the id at ``uniform``, in [0, 1), of the cumulative weight."""
     cumulative = np.cumsum(weights)
-    place = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
-    return int(ids[min(place, ids.size - 1)])
+    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(ids[min(index, ids.size - 1)])
 
 
 def check_request(
-    prompts: SequenceOf[SequenceOf[int]], sampling: Sampling, context_tokens: int, vocabulary: int
+    prompts: Sequence[Sequence[int]], sampling: Sampling, context_tokens: int, vocabulary: int
 ) -> None:
-    """Refuse what no engine could carry out; nothing is ever clipped."""
+    """Raise for prompts and settings that no engine can carry out; nothing is ever clipped."""
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
     if problem := _find_problem(sampling, vocabulary):
@@ -226,26 +233,26 @@ def check_request(
         )
 
 
-def check_ids(ids: SequenceOf[int], what: str, limit: int, vocabulary: int) -> None:
-    """Refuse token ids that are none, too many, or outside the vocabulary."""
+def check_ids(ids: Sequence[int], subject: str, limit: int, vocabulary: int) -> None:
+    """Raise where there are no token ids, too many, or ids outside the vocabulary."""
     if not ids:
         raise PromptError(
-            "empty-prompt", f"{what} has no tokens", remedy="render the chat template first"
+            "empty-prompt", f"{subject} has no tokens", remedy="render the chat template first"
         )
 
     if len(ids) > limit:
         raise ContextError(
             "prompt-too-long",
-            f"{what} has {len(ids)} tokens, the context takes at most {limit}",
+            f"{subject} has {len(ids)} tokens, the context takes at most {limit}",
             remedy="shorten the text, or raise context_tokens as far as the model is made for, as "
             "in racdeploy.load(BUNDLE, context_tokens=8192); racdeploy never clips a text",
         )
 
     if min(ids) < 0 or max(ids) >= vocabulary:
-        strange = next(token for token in ids if not 0 <= token < vocabulary)
+        unknown = next(token for token in ids if not 0 <= token < vocabulary)
         raise PromptError(
             "unknown-token-id",
-            f"{what} holds token id {strange}, the model has ids 0 to {vocabulary - 1}",
+            f"{subject} holds token id {unknown}, the model has ids 0 to {vocabulary - 1}",
             remedy="use the tokenizer that belongs to this model",
         )
 
@@ -274,5 +281,5 @@ def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
         return False
 
     tags = budget.close_ids + budget.open_ids
-    named = tags + budget.closing_ids + budget.hesitation_ids
+    named = tags + budget.closing_message_ids + budget.hesitation_ids
     return all(0 <= token < vocabulary for token in named)

@@ -1,7 +1,8 @@
-"""The child process that holds a model: ``python -m racdeploy.engines.worker MODULE``.
+"""Child process that holds a model: ``python -m racdeploy.engines.worker MODULE``.
 
-Reads stdin, answers on what was stdout, and ends when stdin ends, even while it computes: a dead
-parent leaves no child. ``MODULE`` has ``load(request, settings) -> LoadedModel``.
+It reads requests from stdin, writes responses to the original stdout, and ends when stdin ends,
+even while it computes, so that no child outlives its parent. ``MODULE`` has
+``load(request, settings) -> LoadedModel``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
-from racdeploy.engines import allowance
-from racdeploy.engines.batching import Batcher, Decoder, Job, News
+from racdeploy.engines import process_limits
+from racdeploy.engines.batching import Batcher, Decoder, SequenceGroup, TokenUpdates
 from racdeploy.engines.engine import (
     Completion,
     EngineSettings,
@@ -29,7 +29,7 @@ from racdeploy.engines.engine import (
     Sampling,
     ThinkingBudget,
 )
-from racdeploy.engines.sequence import Sequence
+from racdeploy.engines.sequence import GeneratedSequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.processes.messages import Header, read_message, write_message
@@ -38,20 +38,20 @@ from racdeploy.sandbox.limits import StepLimit, limit_memory
 if sys.platform != "win32":
     import resource
 
-_SEND_EVERY_S = 0.05  # a reader sees no difference
+_SEND_EVERY_S = 0.05  # too short for a human reader to notice
 
 
 class LoadedModel(Protocol):
-    """A model in this process; ``about`` is what its engine says of itself, as JSON."""
+    """A model in this process; its details are a JSON object."""
 
     context_tokens: int
     vocabulary: int
-    about: Mapping[str, Any]
+    info: Mapping[str, Any]
 
-    def decoders(self) -> SequenceOf[Decoder]:
-        """Return what decodes, side by side; the first one's slot 0 is used by teacher_forced."""
+    def decoders(self) -> Sequence[Decoder]:
+        """Return the parallel decoders; a teacher-forced pass uses slot 0 of the first."""
 
-    def teacher_forced(self, ids: SequenceOf[int], start: int) -> Logits:
+    def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         """Return logits_TV of the next few ids; ``start`` is 0 or where the last call ended."""
 
     def tokenize(self, text: str) -> list[int] | None:
@@ -60,7 +60,7 @@ class LoadedModel(Protocol):
 
 
 class _Inbox:
-    """Requests as they come; a cancel overtakes them, and the end of the pipe ends the process."""
+    """Queue of incoming requests; a cancellation overtakes them, a closed pipe ends the process."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.requests: queue.SimpleQueue[Header] = queue.SimpleQueue()
@@ -76,21 +76,21 @@ class _Inbox:
             else:
                 self.requests.put(header)
 
-        os._exit(0)  # the parent is gone or done; the engine may be running in another thread
+        os._exit(0)  # at once: the engine may be running in another thread
 
 
 @dataclass
 class _Outbox:
-    """Passes on new tokens: at once if one sequence runs or ends, else in lots to spare a core."""
+    """Sends new tokens at once if a sequence runs alone or ends, else in groups to spare a core."""
 
-    send: Callable[[News], None]
+    send: Callable[[TokenUpdates], None]
     is_alone: Callable[[], bool]
     waiting: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, Completion] = field(default_factory=dict)
     sent_at: float = float("-inf")
 
-    def add(self, news: News) -> None:
-        for index, ids, ended in news:
+    def add(self, updates: TokenUpdates) -> None:
+        for index, ids, ended in updates:
             self.waiting.setdefault(index, []).extend(ids)
             if ended:
                 self.ended[index] = ended
@@ -107,43 +107,43 @@ class _Outbox:
 
 
 class _Worker:
-    """Carries out requests in their order; those that generate run together, see ``batching``."""
+    """Carries out requests in order; completions are generated together, see ``batching``."""
 
     def __init__(self, module: str, inbox: _Inbox, out: BinaryIO, started: float) -> None:
         self._module = module
-        self._started = started  # a time of perf_counter
+        self._started = started  # from perf_counter
         self._inbox = inbox
         self._out = out
-        self._one_at_a_time = threading.Lock()  # frames are whole
+        self._sending = threading.Lock()  # frames must not mix
         self._model: LoadedModel
         self._batcher: Batcher
         self._allow_step: Callable[[], None]
         counted = ("load_ms", "prompt_tokens", "generated_tokens")
         self._stats: dict[str, float] = dict.fromkeys(counted, 0)
 
-        self._jobs_lock = threading.RLock()  # a job may end while it is started
-        self._jobs: dict[int, Job] = {}
-        self._latest = 0  # call that was taken from the inbox
-        self._cancelled_early: set[int] = set()  # calls that are still in the inbox
+        self._jobs_lock = threading.RLock()  # reentrant: a group may end while it is started
+        self._jobs: dict[int, SequenceGroup] = {}
+        self._latest = 0  # number of the last request from the inbox
+        self._cancelled_early: set[int] = set()  # numbers of requests that are still in the inbox
         inbox.cancel = self._cancel
 
     def serve(self) -> None:
         while True:
             request = self._inbox.requests.get()
             call = request["call"]
-            carry_out = getattr(self, f"_{request['op']}")  # as _load and those below it
+            carry_out = getattr(self, f"_{request['op']}")  # _load, _tokenize, _logits or _generate
 
             try:
                 answer = carry_out(request)
             except RacdeployError as error:
                 self._send_error(call, error)
             except MemoryError:
-                lack = EngineError(
+                out_of_memory = EngineError(
                     "memory-limit-exceeded",
-                    "the model takes more memory than its process may",
+                    "the model needs more memory than its process may use",
                     remedy="if you trust it, load it with a higher memory_limit_bytes",
                 )
-                self._send_error(call, lack)
+                self._send_error(call, out_of_memory)
             else:
                 if answer is not None:
                     self._send_done(call, answer)
@@ -159,7 +159,7 @@ class _Worker:
         self._model = module.load(request, settings)
         self._batcher = Batcher(self._model.decoders(), self._allow_step)
         self._stats["load_ms"] = (time.perf_counter() - self._started) * 1000.0
-        return {"vocabulary": self._model.vocabulary, "about": dict(self._model.about)}
+        return {"vocabulary": self._model.vocabulary, "info": dict(self._model.info)}
 
     def _tokenize(self, request: Header) -> Header:
         self._allow_step()
@@ -171,7 +171,7 @@ class _Worker:
         with self._batcher.paused():
             while start < len(ids):
                 self._allow_step()
-                logits_TV = self._model.teacher_forced(ids, start)
+                logits_TV = self._model.teacher_forced_logits(ids, start)
                 payload = logits_TV.astype("<f4").tobytes()
                 self._send(request["call"], "rows", payload, start=start)
                 start += len(logits_TV)
@@ -179,17 +179,19 @@ class _Worker:
         return {}
 
     def _generate(self, request: Header) -> None:
-        """Start a job and return; its end is its answer."""
+        """Start a sequence group; the response is sent when it ends."""
         call = request["call"]
         prompts = request["prompts"]
         sampling = _read_sampling(request["sampling"])
         context_tokens = self._model.context_tokens
-        sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
+        sequences = [
+            GeneratedSequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)
+        ]
 
-        def send(news: News) -> None:
+        def send(updates: TokenUpdates) -> None:
             if request["stream"]:
-                told = [(i, ids, _write(ended) if ended else None) for i, ids, ended in news]
-                self._send(call, "tokens", news=told)
+                values = [(i, ids, _write(ended) if ended else None) for i, ids, ended in updates]
+                self._send(call, "tokens", updates=values)
 
         def end() -> None:
             outbox.flush()
@@ -199,13 +201,14 @@ class _Worker:
             return len(sequences) == 1 and self._batcher.running == 1
 
         outbox = _Outbox(send, is_alone)
-        job = Job(sequences, outbox.add, end)
+        job = SequenceGroup(sequences, outbox.add, end)
 
         with self._jobs_lock:
             self._jobs[call] = job
             self._latest = call
             self._batcher.start(job)
 
+            # The parent may cancel a request before it is taken from the inbox.
             if call in self._cancelled_early:
                 self._batcher.cancel(job)
             self._cancelled_early = {other for other in self._cancelled_early if other > call}
@@ -218,10 +221,10 @@ class _Worker:
 
         if job is not None:
             self._batcher.cancel(job)
-        self._send(call, "alive")  # it was heard, though a long step may still run
+        self._send(call, "alive")  # received, though a long step may still run
 
-    def _end(self, call: int, job: Job) -> None:
-        """Send what a job has come to."""
+    def _end(self, call: int, job: SequenceGroup) -> None:
+        """Send the completions of an ended group, or its error."""
         with self._jobs_lock:
             del self._jobs[call]
 
@@ -254,7 +257,7 @@ class _Worker:
 
     def _send(self, call: int, event: str, payload: bytes = b"", **values: Any) -> None:
         header = {"call": call, "event": event, **values}
-        with self._one_at_a_time:
+        with self._sending:
             write_message(self._out, header, payload)
 
 
@@ -263,13 +266,16 @@ def _write(completion: Completion) -> tuple[object, ...]:
 
 
 def _read_sampling(values: Header) -> Sampling:
-    """Rebuild a :class:`Sampling` from JSON, which has lists for its tuples: both do here."""
+    """Return the :class:`Sampling` of a request; its tuples are lists, which work as well."""
     budget = values["budget"]
     return Sampling(**{**values, "budget": ThinkingBudget(**budget) if budget else None})
 
 
 def _peak_rss_bytes() -> int:
-    """Return peak resident memory, 0 if unknown; getrusage counts the parent's before exec, too."""
+    """Return peak resident memory, 0 if unknown.
+
+    Not by getrusage on Linux: it includes the parent's memory before exec.
+    """
     peak_bytes = resident_bytes("VmHWM")
     if peak_bytes or sys.platform == "win32":
         return peak_bytes
@@ -279,13 +285,13 @@ def _peak_rss_bytes() -> int:
 
 
 def _die(failure: threading.ExceptHookArgs) -> None:
-    """End the process where a thread of it fails: the parent reads why, and waits for nothing."""
+    """End the process where a thread fails, so that the parent does not wait for it."""
     traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
     os._exit(1)
 
 
 def main() -> None:
-    """Keep the pipes for messages alone, then answer requests until the process ends."""
+    """Reserve the pipes for messages, then answer requests until the process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform != "win32":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
@@ -298,12 +304,12 @@ def main() -> None:
     os.close(nowhere)
     os.dup2(2, 1)
 
-    # An import may start programs, and keeps what it has compiled, so the engine's comes before.
-    # What is wrong with it is the answer to the request to load.
+    # An import may start programs and write compiled files, so it comes before the restriction. If
+    # it fails, the same error is the response to the load request.
     started = time.perf_counter()
     with contextlib.suppress(RacdeployError):
         importlib.import_module(sys.argv[1])
-    allowance.restrict()
+    process_limits.restrict()
 
     _Worker(sys.argv[1], _Inbox(inbox), out, started).serve()
 

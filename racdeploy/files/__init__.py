@@ -1,1 +1,1 @@
-"""Files on disk: written whole or not at all, read within bounds, locked, hashed, addressed."""
+"""Files on disk: atomic writes, reads with size limits, locks, hashes, stage folders."""

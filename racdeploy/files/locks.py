@@ -1,4 +1,4 @@
-"""Locks of folders, also across machines that share a disk; each ends with its process."""
+"""Locks of folders, also between machines that share a disk; each ends with its process."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from filelock import FileLock
 
 from racdeploy.errors import UsageError
 
-_LOOKING_S = 0.2  # a process that only looks holds a lock for a moment
-_locks: dict[Path, FileLock] = {}  # kept until they are released, or the process ends
+_TIMEOUT_S = 0.2  # is_folder_in_use of another process holds a lock for a moment
+_locks: dict[Path, FileLock] = {}  # held until release, or the end of the process
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder for this process; a UsageError where another one works in it."""
+    """Lock a folder for this process; UsageError where another process works in it."""
     if folder in _locks:
         return
 
-    lock = FileLock(folder / ".lock", timeout=_LOOKING_S, thread_local=False)
+    lock = FileLock(folder / ".lock", timeout=_TIMEOUT_S, thread_local=False)
     try:
         lock.acquire()
     except TimeoutError as error:
@@ -31,13 +31,13 @@ def lock_folder(folder: Path) -> None:
 
 
 def release_folder(folder: Path) -> None:
-    """Release the lock of a folder, if this process has it."""
+    """Release the lock of a folder, if this process holds it."""
     if lock := _locks.pop(folder, None):
         lock.release()
 
 
 def is_folder_in_use(folder: Path) -> bool:
-    """Return whether another process works in a folder, or it cannot be known."""
+    """Return whether another process works in a folder; True if unknown."""
     if folder in _locks:
         return False
 
@@ -48,5 +48,5 @@ def is_folder_in_use(folder: Path) -> bool:
     try:
         with FileLock(file, timeout=0):
             return False
-    except OSError:  # its time-out, or a file that may not be opened
+    except OSError:  # its timeout, or a file that cannot be opened
         return True

@@ -1,6 +1,6 @@
-"""Whether only this user, and root, can have put something into a folder; POSIX permissions.
+"""Checks that only this user, and root, can write into a folder, by POSIX permissions.
 
-Windows keeps a user's folders to the user by itself, and is not asked.
+On Windows a user's folders are private by default, and nothing is checked.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from racdeploy.errors import EnvironmentFailure
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_READ |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe is not waited for
+_READ |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # do not wait for a pipe
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder and those above it that are missing, for this user alone."""
-    for place in [*reversed(folder.parents), folder]:
-        if not place.is_dir():
-            place.mkdir(0o700, exist_ok=True)
+    """Make a folder and its missing parents, accessible for this user only."""
+    for path in [*reversed(folder.parents), folder]:
+        if not path.is_dir():
+            path.mkdir(0o700, exist_ok=True)
 
 
-def shut_off(folder: Path) -> bool:
-    """Keep everybody else out of a folder of this user; return whether others could write there.
+def restrict_to_owner(folder: Path) -> bool:
+    """Make a folder accessible for its owner only; return whether others could write before.
 
     Raises:
         PermissionError: it belongs to another user.
@@ -39,61 +39,64 @@ def shut_off(folder: Path) -> bool:
     try:
         state = os.fstat(descriptor)
         if state.st_uid != os.geteuid():
-            raise PermissionError(f"{folder} belongs to another user, of number {state.st_uid}")
+            raise PermissionError(f"{folder} belongs to another user, with user id {state.st_uid}")
         os.fchmod(descriptor, 0o700)
     finally:
         os.close(descriptor)
     return bool(state.st_mode & _OTHERS_WRITE)
 
 
-def explain_foreign(folder: Path) -> str:
-    """Return why another user may have put something into a folder, or an empty string.
+def explain_not_private(folder: Path) -> str:
+    """Return why a folder is not private, or an empty string.
 
-    The folder and all above it belong to this user or to root. Nobody else may write into it, nor
-    exchange a folder above it, unless one further up keeps everybody else out.
+    A private folder and all its parents belong to this user or root. Others can neither write into
+    it nor replace a parent, unless a parent further up denies them access.
     """
     if sys.platform == "win32":
         return ""
 
-    place = folder.resolve()
-    can_be_reached = True
-    for above in [*reversed(place.parents), place]:
+    path = folder.resolve()
+    is_reachable = True
+    for parent in [*reversed(path.parents), path]:
         try:
-            state = above.stat()
+            state = parent.stat()
         except OSError as error:
-            return f"{above} cannot be examined: {error.strerror}"
+            return f"{parent} cannot be examined: {error.strerror}"
 
-        if reason := _explain_owner(above, state):
+        if reason := _explain_owner(parent, state):
             return reason
 
-        is_guarded = state.st_mode & stat.S_ISVTX and above != place
-        if can_be_reached and state.st_mode & _OTHERS_WRITE and not is_guarded:
-            return f"other users may write into {above}: chmod go-w {above}"
-        can_be_reached = can_be_reached and bool(state.st_mode & _OTHERS_ENTER)
+        # The sticky bit of /tmp keeps others from renaming folders in it.
+        is_sticky = state.st_mode & stat.S_ISVTX and parent != path
+        if is_reachable and state.st_mode & _OTHERS_WRITE and not is_sticky:
+            return f"other users may write into {parent}: chmod go-w {parent}"
+        is_reachable = is_reachable and bool(state.st_mode & _OTHERS_ENTER)
 
     return ""
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise EnvironmentFailure where another user may have put something into a folder."""
-    if reason := explain_foreign(folder):
+def check_private(folder: Path) -> None:
+    """Raise EnvironmentFailure where a folder is not private."""
+    if reason := explain_not_private(folder):
         raise EnvironmentFailure(
             "folder-not-private",
-            f"{folder} is no place for what is run: {reason}",
-            remedy="make it yours alone, or name another folder",
+            f"{folder} is not private, so its files are not run: {reason}",
+            remedy="make it private to you, or give another folder",
         )
 
 
-def open_own(file: Path) -> int:
-    """Return the descriptor of a file in such a folder that is no link and belongs to the same.
+def open_private(file: Path) -> int:
+    """Open a file in a private folder for reading; return its descriptor.
 
     Raises:
-        PermissionError: it is a link, or belongs to another user, or others may write it.
+        PermissionError: the folder is not private, or the file belongs to another user, is
+            writable for others, or is not a regular file.
         OSError: it cannot be opened.
     """
-    if reason := explain_foreign(file.parent):
+    if reason := explain_not_private(file.parent):
         raise PermissionError(reason)
 
+    # The open descriptor is checked, since the path may be replaced at any time.
     descriptor = os.open(file, _READ)
     try:
         state = os.fstat(descriptor)
@@ -114,10 +117,10 @@ def open_own(file: Path) -> int:
 def _explain_owner(path: Path, state: os.stat_result) -> str:
     if sys.platform == "win32" or state.st_uid in (0, os.geteuid()):
         return ""
-    return f"{path} belongs to another user, of number {state.st_uid}"
+    return f"{path} belongs to another user, with user id {state.st_uid}"
 
 
 def _is_shut_off(folder: Path) -> bool:
-    """Return whether a folder on the way to this one lets nobody else through."""
-    place = folder.resolve()
-    return any(not above.stat().st_mode & _OTHERS_ENTER for above in (place, *place.parents))
+    """Return whether a folder or one of its parents denies others access."""
+    path = folder.resolve()
+    return any(not parent.stat().st_mode & _OTHERS_ENTER for parent in (path, *path.parents))

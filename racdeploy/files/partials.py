@@ -1,8 +1,8 @@
-"""What is still being written: ``.NAME.RANDOM.partial`` beside its place, new, ours and locked.
+"""Partial files and folders: ``.NAME.RANDOM.partial`` beside their destination, new and locked.
 
-Nobody can foresee such a name, and it is made where nothing lies: a link that a stranger put there
-is never followed. The lock ends with its process, so what can be locked was left behind. Process
-ids tell nothing: in two containers that share a disk, both may be process 1.
+The random name cannot be guessed and must not exist, so a link that a stranger has put there is
+never followed. A lock ends with its process, so a partial file that can be locked was abandoned.
+Process ids are no help: in two containers that share a disk, both may be process 1.
 """
 
 from __future__ import annotations
@@ -26,92 +26,93 @@ if sys.platform != "win32":
     import fcntl
 
 _SUFFIX = ".partial"
-_RANDOM = re.compile("[0-9a-f]{1,16}")  # older versions wrote the number of their process
+_RANDOM = re.compile("[0-9a-f]{1,16}")  # older versions wrote a process id
 _TRIES = 100
-_MOST_NAME_BYTES = 200
-_FORGOTTEN_S = 86_400.0  # where there are no locks, what nobody has written for a day
-_OURS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | _OURS
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
-_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _OURS
-_HELD = (errno.EAGAIN, errno.EACCES)
+_MAX_NAME_BYTES = 200
+_ABANDONED_S = 86_400.0  # without locks, a file is abandoned a day after the last write
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | _SAFE
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # do not wait for a pipe
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _SAFE
+_LOCKED = (errno.EAGAIN, errno.EACCES)
 D = TypeVar("D", int, int | None)
 
 
 @contextlib.contextmanager
-def partial_file(place: Path, mode: int) -> Iterator[tuple[Path, int]]:
-    """Yield a new file beside ``place`` and its descriptor; it is removed if it has that name then.
+def partial_file(destination: Path, mode: int) -> Iterator[tuple[Path, int]]:
+    """Yield a new file beside ``destination``, and its descriptor; remove it unless it was renamed.
 
-    What killed processes left of the same place is removed first.
+    Files that killed processes left for the same destination are removed first.
     """
-    sweep(place)
-    path, descriptor = _make(place, partial(os.open, flags=_NEW, mode=mode))
-    holder = os.dup(descriptor) if sys.platform != "win32" else None
+    remove_abandoned(destination)
+    path, descriptor = _make(destination, partial(os.open, flags=_NEW, mode=mode))
+    # The duplicate holds the lock, since the body may close the descriptor.
+    lock_holder = os.dup(descriptor) if sys.platform != "win32" else None
     try:
         yield path, descriptor
     finally:
         path.unlink(missing_ok=True)
-        if holder is not None:
-            os.close(holder)
+        if lock_holder is not None:
+            os.close(lock_holder)
 
 
 @contextlib.contextmanager
-def partial_folder(place: Path, mode: int = 0o700) -> Iterator[Path]:
-    """Yield a new folder beside ``place``; it is removed if it has that name then."""
-    sweep(place)
-    path, holder = _make(place, partial(_make_folder, mode=mode))
+def partial_folder(destination: Path, mode: int = 0o700) -> Iterator[Path]:
+    """Yield a new folder beside ``destination``; remove it unless it was renamed."""
+    remove_abandoned(destination)
+    path, lock_holder = _make(destination, partial(_make_folder, mode=mode))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        if holder is not None:
-            os.close(holder)
+        if lock_holder is not None:
+            os.close(lock_holder)
 
 
-def sweep(place: Path) -> None:
-    """Remove what killed processes left beside a place; in doubt it stays."""
+def remove_abandoned(destination: Path) -> None:
+    """Remove partial files of killed processes; keep those that may be in use."""
     with contextlib.suppress(OSError):
-        for path in names_beside(place, _SUFFIX):
+        for path in find_siblings(destination, _SUFFIX):
             with contextlib.suppress(OSError):
                 _remove_abandoned(path)
 
 
-def name_beside(place: Path, suffix: str = _SUFFIX) -> Path:
-    """Return a hidden name beside a place that nobody has used."""
-    return place.with_name(f"{_prefix(place)}{secrets.token_hex(8)}{suffix}")
+def make_sibling_name(destination: Path, suffix: str = _SUFFIX) -> Path:
+    """Return an unused hidden name beside a file or folder."""
+    return destination.with_name(f"{_prefix(destination)}{secrets.token_hex(8)}{suffix}")
 
 
-def names_beside(place: Path, suffix: str) -> list[Path]:
-    """Return what has such a name, the oldest first."""
-    prefix = _prefix(place)
-    found = []
-    for path in place.parent.glob(f".*{suffix}"):
+def find_siblings(destination: Path, suffix: str) -> list[Path]:
+    """Return the files and folders with such names, oldest first."""
+    prefix = _prefix(destination)
+    siblings = []
+    for path in destination.parent.glob(f".*{suffix}"):
         middle = path.name[len(prefix) : -len(suffix)]
         if path.name.startswith(prefix) and _RANDOM.fullmatch(middle):
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                found.append((path.lstat().st_mtime_ns, path))
-    return [path for _, path in sorted(found)]
+                siblings.append((path.lstat().st_mtime_ns, path))
+    return [path for _, path in sorted(siblings)]
 
 
-def _prefix(place: Path) -> str:
-    name = os.fsencode(place.name)
-    if len(name) > _MOST_NAME_BYTES:
+def _prefix(destination: Path) -> str:
+    name = os.fsencode(destination.name)
+    if len(name) > _MAX_NAME_BYTES:
         return f".{hashlib.sha256(name).hexdigest()[:32]}."
-    return f".{place.name}."
+    return f".{destination.name}."
 
 
 def _make_folder(path: Path, mode: int) -> int | None:
     path.mkdir(mode)
     try:
         return None if sys.platform == "win32" else os.open(path, _FOLDER)
-    except FileNotFoundError as error:  # a sweep was faster, before there was a lock
-        raise FileExistsError(errno.EEXIST, "the name was taken away", str(path)) from error
+    except FileNotFoundError as error:  # another process removed it before it was locked
+        raise FileExistsError(errno.EEXIST, "the new folder was removed", str(path)) from error
 
 
-def _make(place: Path, make: Callable[[Path], D]) -> tuple[Path, D]:
-    """Make something of a new name and lock it before a sweep can take it for abandoned."""
+def _make(destination: Path, make: Callable[[Path], D]) -> tuple[Path, D]:
+    """Make a file or folder with a new name, and lock it before it can seem abandoned."""
     for _ in range(_TRIES):
-        path = name_beside(place)
+        path = make_sibling_name(destination)
         try:
             descriptor = make(path)
         except FileExistsError:
@@ -120,13 +121,14 @@ def _make(place: Path, make: Callable[[Path], D]) -> tuple[Path, D]:
             return path, descriptor
         os.close(descriptor)
 
-    raise FileExistsError(errno.EEXIST, "no new name could be made there", str(place.parent))
+    raise FileExistsError(errno.EEXIST, "no new name could be made there", str(destination.parent))
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock what is open: False where another process has it or has removed it, None without locks.
+    """Lock an open file or folder, and return whether that worked.
 
-    Not by filelock, whose older versions empty the file that they lock.
+    Return False where another process has locked or removed it, None where there are no locks.
+    filelock is not used, since its older versions empty the file that they lock.
     """
     if sys.platform == "win32":
         return None
@@ -134,21 +136,21 @@ def _lock(descriptor: int) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # not every file system has locks
-        return False if error.errno in _HELD else None
+        return False if error.errno in _LOCKED else None
     return os.fstat(descriptor).st_nlink > 0
 
 
 def _remove_abandoned(path: Path) -> None:
     kind = path.lstat().st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # never made by us
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # not a partial file
         return
 
     if sys.platform == "win32":
-        is_abandoned = _is_forgotten(path)
+        is_abandoned = _is_old(path)
     else:
-        descriptor = os.open(path, _FOLDER if stat.S_ISDIR(kind) else os.O_RDWR | _NO_WAIT | _OURS)
+        descriptor = os.open(path, _FOLDER if stat.S_ISDIR(kind) else os.O_RDWR | _NO_WAIT | _SAFE)
         locked = _lock(descriptor)
-        is_abandoned = _is_forgotten(path) if locked is None else locked
+        is_abandoned = _is_old(path) if locked is None else locked
 
     try:
         if is_abandoned:
@@ -159,7 +161,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, as far as that is possible."""
+    """Remove a file, a link or a folder; ignore errors."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -167,6 +169,6 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_forgotten(path: Path) -> bool:
+def _is_old(path: Path) -> bool:
     written = max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
-    return time.time() - written > _FORGOTTEN_S
+    return time.time() - written > _ABANDONED_S

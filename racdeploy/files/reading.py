@@ -1,8 +1,7 @@
-"""Reading what a stranger may have sent: a bound on its bytes first, and one error for the rest.
+"""Read files of strangers with a limit on their size; every failure is an ArtifactError.
 
-Files of bundles and model folders come from anybody. They are opened here, so that a file of any
-size, a pipe or a device costs nothing, and whatever a parser makes of bytes that were meant to harm
-it becomes one line that names the file.
+Files of bundles and model folders may come from anyone. They are opened here, so that a huge file,
+a pipe or a device does no harm, and a parser's failure becomes one line that names the file.
 """
 
 from __future__ import annotations
@@ -23,64 +22,64 @@ from racdeploy.errors import ArtifactError, RacdeployError
 
 Json = dict[str, Any]
 """A JSON object."""
-MOST_BYTES = 16_000_000
-"""Of a file for which no other bound is given."""
-MOST_LINE_BYTES = 1_000_000
-"""Of a line of JSON Lines."""
+MAX_BYTES = 16_000_000
+"""Maximum size of a file, unless another limit is given."""
+MAX_LINE_BYTES = 1_000_000
+"""Maximum size of a line in JSON Lines."""
 
-# An empty list takes 3 bytes of text and 64 of memory. The tokenizer of 262,144 tokens has 1.6
+# An empty list has 3 bytes of text and takes 64 of memory. A tokenizer of 262,144 tokens has 1.6
 # million commas and brackets.
-_MOST_ITEMS = 4_000_000
-_COPY = "copy it again from its source"
-_SHOWN = 200
+_MAX_ITEMS = 4_000_000
+_COPY_AGAIN = "copy it again from its source"
+_SHOWN_CHARACTERS = 200
 _BINARY = getattr(os, "O_BINARY", 0)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-# What is no failure of reading: somebody wants the program to end.
-_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+# Requests to end the program, not failures of reading.
+_EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
-def name_problem(error: ValidationError) -> str:
-    """Return the first thing that is wrong with a file's values, and its place if it has one.
+def describe_validation_error(error: ValidationError) -> str:
+    """Return the first problem in a file's values, after the path of its key.
 
-    The names of keys are those of whoever wrote the file.
+    Keys are any text of the file's author, so white space in them is removed.
     """
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    where = " ".join(place.split())[:_SHOWN]
+    key = ".".join(map(str, first["loc"]))
+    where = " ".join(key.split())[:_SHOWN_CHARACTERS]
 
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
-def read_bytes(file: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """Return what a regular file holds.
+def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return the content of a regular file.
 
     Raises:
-        ArtifactError: it holds more than ``most_bytes``, or is no regular file.
-        OSError: it is not there, or cannot be opened.
+        ArtifactError: it has more than ``max_bytes``, or is no regular file.
+        OSError: it does not exist, or cannot be opened.
     """
     with open_regular(file) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
-        # A buffer is made for all that is asked for; one byte more shows that the file grows.
-        content = stream.read(min(size_bytes, most_bytes) + 1)
+        # read() allocates a buffer of the size given; one byte more detects a growing file.
+        content = stream.read(min(size_bytes, max_bytes) + 1)
 
-    if max(size_bytes, len(content)) > most_bytes:
-        raise _refuse_size(file, max(size_bytes, len(content)), most_bytes)
+    if max(size_bytes, len(content)) > max_bytes:
+        raise _refuse_size(file, max(size_bytes, len(content)), max_bytes)
 
     return content
 
 
-def read_text(file: Path, most_bytes: int = MOST_BYTES) -> str:
+def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
     """Return the UTF-8 text of a file; see :func:`read_bytes`."""
-    return _decode(read_bytes(file, most_bytes), file)
+    return _decode(read_bytes(file, max_bytes), file)
 
 
-def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -> Json:
-    """Return the JSON object in a file; anything else is an ArtifactError.
+def read_json(file: Path, max_bytes: int = MAX_BYTES, *, strict: bool = False) -> Json:
+    """Return the JSON object in a file; ArtifactError for anything else.
 
-    ``once`` refuses a key that stands twice, and NaN and Infinity: programs disagree about them.
+    ``strict`` refuses duplicate keys, NaN and Infinity, which programs read differently.
     """
-    value = parse_json(read_text(file, most_bytes), str(file), once=once)
+    value = parse_json(read_text(file, max_bytes), str(file), strict=strict)
     if not isinstance(value, dict):
         raise ArtifactError(
             "json-not-an-object", f"{file} holds a {type(value).__name__}, not an object"
@@ -88,86 +87,92 @@ def read_json(file: Path, most_bytes: int = MOST_BYTES, *, once: bool = False) -
     return value
 
 
-def read_lines(file: Path, most_lines: int) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text, each of at most a million bytes; see :func:`read_bytes`."""
+def read_lines(file: Path, max_lines: int) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text, each of at most MAX_LINE_BYTES; see :func:`read_bytes`."""
     with open_regular(file) as stream:
         for number in count(1):
-            line = stream.readline(MOST_LINE_BYTES + 1)
+            line = stream.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
-            if number > most_lines or len(line) > MOST_LINE_BYTES:
+            if number > max_lines or len(line) > MAX_LINE_BYTES:
                 raise ArtifactError(
                     "file-too-large",
-                    f"{file} has more than {most_lines:,} lines, or one of more than "
-                    f"{MOST_LINE_BYTES:,} bytes",
-                    remedy=_COPY,
+                    f"{file} has more than {max_lines:,} lines, or one of more than "
+                    f"{MAX_LINE_BYTES:,} bytes",
+                    remedy=_COPY_AGAIN,
                 )
 
             yield _decode(line, file).removesuffix("\n")
 
 
-def check_size(file: Path, most_bytes: int) -> None:
-    """Raise ArtifactError where a file that something else reads is too large, or no file."""
+def check_size(file: Path, max_bytes: int) -> None:
+    """Raise ArtifactError where a file is too large or not regular; a library reads it later."""
     with open_regular(file) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
-    if size_bytes > most_bytes:
-        raise _refuse_size(file, size_bytes, most_bytes)
+    if size_bytes > max_bytes:
+        raise _refuse_size(file, size_bytes, max_bytes)
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Open a file to read it; ArtifactError where it is a pipe, which would wait, or a device."""
+    """Open a regular file for reading; ArtifactError for a pipe or a device."""
+    # Without O_NONBLOCK, a pipe would be waited for.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     stream = os.fdopen(descriptor, "rb")
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return stream
 
     stream.close()
-    raise ArtifactError("not-a-regular-file", f"{file} is no regular file", remedy=_COPY)
+    raise ArtifactError("not-a-regular-file", f"{file} is not a regular file", remedy=_COPY_AGAIN)
 
 
-def parse_json(text: str, where: str, *, once: bool = False) -> Any:
-    """Return a JSON value of which every text can be written again as UTF-8."""
+def parse_json(text: str, where: str, *, strict: bool = False) -> Any:
+    """Return a JSON value; all of its texts can be encoded as UTF-8.
+
+    Raises:
+        ArtifactError: it is too large, or is not valid JSON.
+    """
+    # Limit the memory before it is taken: Python's objects are much larger than their text.
     items = sum(map(text.count, ",[{"))
-    if items > _MOST_ITEMS:
+    if items > _MAX_ITEMS:
         raise ArtifactError(
             "json-too-large",
-            f"{where} has {items:,} commas and brackets, and at most {_MOST_ITEMS:,} are read",
+            f"{where} has {items:,} commas and brackets, and at most {_MAX_ITEMS:,} are read",
         )
 
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_refuse_twice if once else None,
-            parse_constant=_refuse_constant if once else None,
+            object_pairs_hook=_refuse_duplicates if strict else None,
+            parse_constant=_refuse_constant if strict else None,
         )
-        if _SURROGATE.search(text):
+        if _SURROGATE.search(text):  # a lone one is valid JSON and cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
-            "invalid-json", f"{where} is not valid JSON: {error}", remedy=_COPY
+            "invalid-json", f"{where} is not valid JSON: {error}", remedy=_COPY_AGAIN
         ) from error
 
     return value
 
 
 @contextlib.contextmanager
-def refusing(what: object, remedy: str = _COPY) -> Iterator[None]:
-    """Turn whatever reading something raises into an ArtifactError of one line.
+def artifact_errors(subject: object, remedy: str = _COPY_AGAIN) -> Iterator[None]:
+    """Turn all exceptions of the body into an ArtifactError of one line.
 
-    Native libraries end in exceptions that are no ``Exception``; our own errors pass, and OSError,
-    which says what the system has against it.
+    Native libraries raise exceptions that are no ``Exception``. Errors of racdeploy pass, and so
+    does OSError, which has the system's reason.
     """
     try:
         yield
-    except (RacdeployError, OSError, *_ENDS):
+    except (RacdeployError, OSError, *_EXITS):
         raise
     except BaseException as error:
-        said = " ".join(str(error).split())[:_SHOWN]
+        reason = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
         kind = type(error).__name__
-        if said:
-            message = f"{what} is damaged: {kind}: {said}"
+        if reason:
+            message = f"{subject} is damaged: {kind}: {reason}"
         else:
-            message = f"{what} is damaged: {kind}"
+            message = f"{subject} is damaged: {kind}"
         raise ArtifactError("damaged-file", message, remedy=remedy) from error
 
 
@@ -176,26 +181,26 @@ def _decode(content: bytes, file: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(
-            "file-not-utf8", f"{file} is not UTF-8 text: {error}", remedy=_COPY
+            "file-not-utf8", f"{file} is not UTF-8 text: {error}", remedy=_COPY_AGAIN
         ) from error
 
 
-def _refuse_size(file: Path, size_bytes: int, most_bytes: int) -> ArtifactError:
+def _refuse_size(file: Path, size_bytes: int, max_bytes: int) -> ArtifactError:
     return ArtifactError(
         "file-too-large",
-        f"{file} has {size_bytes:,} bytes, and at most {most_bytes:,} are read",
-        remedy=_COPY,
+        f"{file} has {size_bytes:,} bytes, and at most {max_bytes:,} are read",
+        remedy=_COPY_AGAIN,
     )
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> Json:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {duplicate!r} occurs twice")
+    return value

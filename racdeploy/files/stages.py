@@ -1,6 +1,6 @@
-"""Folders of stages: addressed by what decides them, used by one process, resumable.
+"""Stage folders: named by a hash of their inputs, locked by one process, resumable.
 
-A finished one has ``stage.json`` and is reused; under other inputs it is left as it is.
+A finished stage has ``stage.json`` and is reused. Other inputs belong to another folder.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from racdeploy.files.writing import canonical_hash, disk_errors, write_atomic
 
 Inputs = Mapping[str, Any]
 _HASH = re.compile(r"[0-9a-f]{16,}")
-_SHOWN = 40  # characters of a value in a message
+_SHOWN_CHARACTERS = 40  # characters of a value in a message
 _SCRATCH = "scratch-of-process-"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's folder, ``WORK/NAME-HASH``, addressed by everything that decides its content.
+    """The folder of a stage, ``WORK/NAME-HASH``, named by the hash of all its inputs.
 
     Args:
-        inputs: what was hashed; kept in the folder so that a mismatch can be named.
-        notice: what a user should know where one was left unfinished beside it, or empty.
+        inputs: hashed, and recorded in the folder, so that a difference can be named.
+        notice: for the user, on a similar stage that was left unfinished; or empty.
     """
 
     folder: Path
@@ -40,20 +40,20 @@ class Stage:
     notice: str = ""
 
     @classmethod
-    def at(cls, work: Path, name: str, inputs: Inputs) -> Stage:
-        """Return where a stage is, or would be; nothing is made."""
+    def locate(cls, work: Path, name: str, inputs: Inputs) -> Stage:
+        """Return a stage, whose folder need not exist."""
         return cls(work / f"{name}-{canonical_hash(inputs)[:16]}", inputs)
 
     @classmethod
     def open(cls, work: Path, name: str, inputs: Inputs) -> Stage:
-        """Return the stage folder, made if need be, with its inputs recorded.
+        """Return a stage; make and lock its folder, and record its inputs.
 
         Raises:
-            ArtifactError: it holds other inputs, or another version of racdeploy left it half done.
+            ArtifactError: it has other inputs, or another version of racdeploy left it unfinished.
             UsageError: another process works in the folder.
             EnvironmentFailure: the disk is full or not writable.
         """
-        stage = cls.at(work, name, inputs)
+        stage = cls.locate(work, name, inputs)
 
         _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
@@ -75,7 +75,7 @@ class Stage:
         return replace(stage, notice=_left_unfinished(stage, name))
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return (self.folder / "stage.json").is_file()
 
     def finish(self, summary: Inputs) -> None:
@@ -83,41 +83,41 @@ class Stage:
 
     @property
     def summary(self) -> Json:
-        """What :meth:`finish` was given."""
+        """The summary that :meth:`finish` has written."""
         return read_json(self.folder / "stage.json")
 
 
 def finished_stages(work: Path, name: str) -> list[Stage]:
-    """Return the stages of that name which ended, the newest first."""
-    ended = sorted(work.glob(f"{name}-*/stage.json"), key=lambda file: file.stat().st_mtime)
-    return [Stage(file.parent, read_json(file.with_name("inputs.json"))) for file in ended[::-1]]
+    """Return the finished stages of a name, newest first."""
+    records = sorted(work.glob(f"{name}-*/stage.json"), key=lambda file: file.stat().st_mtime)
+    return [Stage(file.parent, read_json(file.with_name("inputs.json"))) for file in records[::-1]]
 
 
 @contextlib.contextmanager
 def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
-    """Yield an empty folder for one process of a job, gone with the body.
+    """Yield an empty folder for one process of a job; remove it after the body.
 
-    It takes its name when it is locked, so one just being made does not look left behind.
+    It is renamed once it is locked, so that a new folder never seems abandoned.
     """
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        for left in work.glob(f"{_SCRATCH}*"):
-            if not is_folder_in_use(left):
-                shutil.rmtree(left, ignore_errors=True)
+        for abandoned in work.glob(f"{_SCRATCH}*"):
+            if not is_folder_in_use(abandoned):
+                shutil.rmtree(abandoned, ignore_errors=True)
 
-        made = Path(tempfile.mkdtemp(prefix=f".{_SCRATCH}{rank}-", dir=work))
-        lock_folder(made)
-        folder = made.rename(work / made.name[1:])
+        hidden = Path(tempfile.mkdtemp(prefix=f".{_SCRATCH}{rank}-", dir=work))
+        lock_folder(hidden)
+        folder = hidden.rename(work / hidden.name[1:])
 
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        release_folder(made)
+        release_folder(hidden)
 
 
 def _remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half written; the folder is locked, so nobody writes it."""
+    """Remove partial files of killed processes; the folder is locked, so none is in use."""
     for partial in sorted(folder.rglob(".*.partial")):
         if partial.is_file():
             partial.unlink()
@@ -126,44 +126,45 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
-    """Refuse where an unfinished stage differs in nothing but the version of racdeploy."""
+    """Raise ArtifactError where an unfinished stage differs only in the version of racdeploy."""
 
     def without_version(values: Inputs) -> Json:
         return {key: value for key, value in values.items() if key not in ("version", "code")}
 
     wanted = without_version(_as_json(inputs))
     for folder, recorded in _unfinished(work, name):
-        left = recorded.get("version")
-        here = inputs.get("version")
+        other = recorded.get("version")
+        version = inputs.get("version")
 
-        if left != here and without_version(recorded) == wanted:
+        if other != version and without_version(recorded) == wanted:
             raise ArtifactError(
                 "stage-of-other-version",
-                f"{folder} was left half done by racdeploy {left}; "
-                f"this is {here}, which may give other results",
-                remedy=f"rm -r {folder}, or finish it with the version that began it",
+                f"{folder} was left unfinished by racdeploy {other}; "
+                f"this is {version}, which may give other results",
+                remedy=f"rm -r {folder}, or finish it with that version",
             )
 
 
 def _left_unfinished(stage: Stage, name: str) -> str:
-    """Return a line on unfinished stages that a user may have meant; empty without one."""
-    given = _as_json(stage.inputs)
-    if "model" not in given:
+    """Return a notice on unfinished stages that the user may have meant, or an empty string."""
+    inputs = _as_json(stage.inputs)
+    if "model" not in inputs:
         return ""
 
-    found = []
+    candidates = []
     for folder, recorded in _unfinished(stage.folder.parent, name):
         if folder == stage.folder or is_folder_in_use(folder):
             continue
 
-        different = {key for key in {*recorded, *given} if recorded.get(key) != given.get(key)}
+        # A stage of another model or name is other work, unless little else differs.
+        different = {key for key in {*recorded, *inputs} if recorded.get(key) != inputs.get(key)}
         if not different & {"model", "name"} or different <= {"model", "traces_sha256"}:
-            found.append((_differences(recorded, given), folder))
+            candidates.append((_differences(recorded, inputs), folder))
 
-    if not found:
+    if not candidates:
         return ""
 
-    (changed, folder), *others = sorted(found, key=lambda pair: len(pair[0]))
+    (changed, folder), *others = sorted(candidates, key=lambda pair: len(pair[0]))
     names = ", ".join(other.name for _, other in others)
     also = f" (also unfinished: {names})" if names else ""
     return (
@@ -180,8 +181,8 @@ def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, Json]]:
 
 
 def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:
-    """Return what differs, as ``part.key before -> after``; hashes and long values are left out."""
-    found: list[str] = []
+    """Return the differences as ``part.key before -> after``, without hashes and long values."""
+    differences: list[str] = []
 
     for key in sorted({*left, *right}):
         before, after = left.get(key), right.get(key)
@@ -190,23 +191,19 @@ def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:
 
         parts = [value for value in (before, after) if value is not None]
         if all(isinstance(part, Mapping) for part in parts):
-            found += _differences(before or {}, after or {}, f"{within}{key}.")
+            differences += _differences(before or {}, after or {}, f"{within}{key}.")
             continue
 
         texts = [json.dumps(value, ensure_ascii=False).strip('"') for value in (before, after)]
         change = ""
-        if all(map(_is_short, texts)):
+        if all(len(text) <= _SHOWN_CHARACTERS and not _HASH.fullmatch(text) for text in texts):
             change = f" {texts[0]} -> {texts[1]}"
-        found.append(f"{within}{key}{change}")
+        differences.append(f"{within}{key}{change}")
 
-    return found
-
-
-def _is_short(text: str) -> bool:
-    return len(text) <= _SHOWN and not _HASH.fullmatch(text)
+    return differences
 
 
 def _as_json(values: Inputs) -> Json:
-    """Return values as they are read back from a file: tuples as lists."""
-    read: Json = json.loads(json.dumps(values))
-    return read
+    """Return values as a JSON file holds them: tuples as lists."""
+    converted: Json = json.loads(json.dumps(values))
+    return converted

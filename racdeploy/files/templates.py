@@ -1,4 +1,4 @@
-"""Plain texts from jinja templates that lie beside the modules which use them."""
+"""Render plain texts from jinja templates in racdeploy's packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 
 def render_text(package: str, name: str, **values: object) -> str:
-    """Return the text of a template of a package; a value that is not given is an error."""
+    """Return the rendered template of a package; a missing value is an error."""
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )

@@ -1,4 +1,4 @@
-"""A user's text files, in pieces."""
+"""Read a user's text files in chunks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from pathlib import Path
 
 from racdeploy.errors import UsageError
 
-_PIECE = 1 << 16  # characters that are encoded together
+_CHUNK_CHARACTERS = 1 << 16  # encoded together
 # Pre-tokenizers may join an end of line with white space behind it, and with nothing else.
 _LINES = re.compile(r"(?<=\n)(?=\S)")
 
 
 def read_texts(files: Sequence[str], key: str) -> list[str]:
-    """Return text files in pieces that are tokenized as the whole is.
+    """Return the chunks of text files; their tokens together are those of the whole text.
 
     Raises:
-        UsageError: one cannot be read or is not UTF-8; ``key`` of the recipe names it.
+        UsageError: a file cannot be read or is not UTF-8; ``key`` is the recipe key that names it.
     """
-    pieces = []
-
+    chunks = []
     for name in files:
         text = ""
         for part in _LINES.split(_read_text(Path(name), key)):
             text += part
-            if len(text) >= _PIECE:
-                pieces.append(text)
+            if len(text) >= _CHUNK_CHARACTERS:
+                chunks.append(text)
                 text = ""
 
-        pieces.append(text)
+        chunks.append(text)
 
-    return [text for text in pieces if text]
+    return [text for text in chunks if text]
 
 
 def _read_text(file: Path, key: str) -> str:

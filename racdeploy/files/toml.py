@@ -1,4 +1,4 @@
-"""TOML that users write: read, merged, and validated; messages name the nearest known key."""
+"""Read, merge and validate TOML of users; messages suggest the nearest known key."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
-Table = dict[str, Any]
-_SHOWN = 80  # characters of a key or a value
-_MOST_PROBLEMS = 8
+TomlTable = dict[str, Any]
+_SHOWN_CHARACTERS = 80  # characters of a key or a value
+_MAX_PROBLEMS = 8
 _PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
-def read_toml(file: Path, made_by: str = "racdeploy init") -> Table:
-    """Read a TOML file; a UsageError where it is missing or not TOML.
+def read_toml(file: Path, init_command: str = "racdeploy init") -> TomlTable:
+    """Read a TOML file; UsageError where it is missing or not TOML.
 
-    ``made_by`` is the command that writes such a file.
+    ``init_command`` is the command that writes such a file.
     """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(
-            "missing-toml-file", f"{file} does not exist", remedy=f"{made_by} {file} writes one"
+            "missing-toml-file",
+            f"{file} does not exist",
+            remedy=f"{init_command} {file} writes one",
         ) from error
     except (
         tomllib.TOMLDecodeError,
@@ -40,13 +42,13 @@ def read_toml(file: Path, made_by: str = "racdeploy init") -> Table:
         raise UsageError(
             "invalid-toml",
             f"{file} is not valid TOML: {error}",
-            remedy=f"correct it there; {made_by} writes one to compare with",
+            remedy=f"correct it; {init_command} writes a valid one to compare with",
         ) from error
 
 
-def read_assignments(assignments: Sequence[str]) -> Table:
-    """Return the nested values of assignments from a command line, as ``prune.sparsity=0.6``."""
-    values: Table = {}
+def read_assignments(assignments: Sequence[str]) -> TomlTable:
+    """Return the nested values of command line assignments, as ``prune.sparsity=0.6``."""
+    values: TomlTable = {}
     for assignment in assignments:
         try:
             values = merge(values, tomllib.loads(assignment))
@@ -60,58 +62,60 @@ def read_assignments(assignments: Sequence[str]) -> Table:
     return values
 
 
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> Table:
-    """Return nested tables with the values of the second over those of the first."""
-    merged = dict(low)
-    for key, value in high.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = merge(below, value)
+def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> TomlTable:
+    """Return nested tables in which ``overrides`` replace values of ``defaults``."""
+    merged = dict(defaults)
+    for key, value in overrides.items():
+        default = merged.get(key)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            value = merge(default, value)
         merged[key] = value
     return merged
 
 
-def validate(model: type[M], values: Mapping[str, Any], where: str, made_by: str = "") -> M:
-    """Validate values, which are from ``where``, into a model, or say what is wrong with each.
+def validate(model: type[M], values: Mapping[str, Any], where: str, init_command: str = "") -> M:
+    """Return the validated model of values; UsageError with every problem.
 
-    ``made_by`` is the command that writes all of them with a comment, if there is one.
+    Args:
+        where: source of the values, named in the message.
+        init_command: command that writes all keys with comments, if any.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         details = error.errors()
-        problems = [_explain(model, dict(detail)) for detail in details[:_MOST_PROBLEMS]]
-        if len(details) > _MOST_PROBLEMS:
-            problems.append(f"and {len(details) - _MOST_PROBLEMS} more")
-        explained = f"; {made_by} writes every key with what it takes" if made_by else ""
+        problems = [_explain(model, dict(detail)) for detail in details[:_MAX_PROBLEMS]]
+        if len(details) > _MAX_PROBLEMS:
+            problems.append(f"and {len(details) - _MAX_PROBLEMS} more")
+        hint = f"; {init_command} writes every key with its allowed values" if init_command else ""
         raise UsageError(
             "invalid-settings",
             f"{where}: {'; '.join(problems)}",
-            remedy=f"correct the value and run again{explained}",
+            remedy=f"correct the value and run again{hint}",
         ) from None
 
 
 def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
-    # Keys are of who wrote the file, which may be a stranger.
-    location = [" ".join(str(part).split())[:_SHOWN] for part in detail["loc"]]
+    # A stranger may have written the file: keys can be any text.
+    location = [" ".join(str(part).split())[:_SHOWN_CHARACTERS] for part in detail["loc"]]
     name = ".".join(location)
 
     if detail["type"] == "extra_forbidden":
         known = tuple(_known_keys(model, location[:-1]))
-        nearest = plugins.closest(location[-1], known)
+        nearest = plugins.suggest(location[-1], known)
         return f"unknown key {name!r}{nearest}; known: {', '.join(known)}"
 
     message = str(detail["msg"]).removeprefix("Value error, ")
-    given = detail.get("input")
-    shown = ""
-    if isinstance(given, int | float | str):
-        shown = f" (got {repr(given)[:_SHOWN]})"
+    value = detail.get("input")
+    got = ""
+    if isinstance(value, int | float | str):
+        got = f" (got {repr(value)[:_SHOWN_CHARACTERS]})"
 
-    return f"{name or 'value'}: {message}{shown}{_suggest_share(detail)}"
+    return f"{name or 'value'}: {message}{got}{_suggest_share(detail)}"
 
 
 def _suggest_share(detail: Mapping[str, Any]) -> str:
-    """Return the share that was meant where it was written in per cent, or an empty string."""
+    """Return a suggestion where a share was written in per cent, or an empty string."""
     match = _PER_CENT.match(str(detail.get("input")))
     limits = detail.get("ctx", {})
     below_1 = 1 in (limits.get("lt"), limits.get("le"))

@@ -1,4 +1,4 @@
-"""Files on disk: written under a temporary name and renamed, so whole or not at all; hashed."""
+"""Write files and folders atomically, under a temporary name that is renamed; hash files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import BinaryIO
 
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.partials import (
-    name_beside,
-    names_beside,
+    find_siblings,
+    make_sibling_name,
     partial_file,
     partial_folder,
     remove,
 )
 
-# The kernel takes one large piece in two thirds of the time of many small ones.
+# One large write takes two thirds of the time of many small ones.
 _WRITE_BYTES = 1 << 20
 _TRIES = 100
 _OLD = ".old"
-# What a folder cannot be renamed to since one is there; Windows calls it a lack of permission.
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, *((errno.EACCES,) if sys.platform == "win32" else ()))
+# Errors of a rename where another folder has that name; Windows reports a lack of permission.
+_NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, *((errno.EACCES,) if sys.platform == "win32" else ()))
 
 
 def canonical_hash(value: object) -> str:
@@ -37,13 +37,13 @@ def canonical_hash(value: object) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Return the lines of JSON Lines; str.splitlines would cut strings, at U+2028 for one."""
+    """Return the lines of JSON Lines; str.splitlines would also split at U+2028 within strings."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full, read-only or otherwise unwilling disk into an error with a remedy."""
+    """Turn OSErrors of writing, as for a full or read-only disk, into an error with a remedy."""
     try:
         yield
     except FileNotFoundError as error:
@@ -56,16 +56,16 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise EnvironmentFailure(
             "write-failed",
             f"cannot write {where}: {error.strerror}",
-            remedy=f"free some space or choose another place than {where.parent}, "
+            remedy=f"free some space or choose another folder than {where.parent}, "
             "then run the same command",
         ) from error
 
 
 def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
-    """Ask the disk of a folder for space, before any work.
+    """Raise EnvironmentFailure where the disk of a folder has too little free space.
 
     Args:
-        remedy: what a user can do beside freeing some space, as an option to name.
+        remedy: an alternative to freeing space, as an option of the command.
     """
     if not folder.is_dir():
         raise UsageError("no-out-folder", f"{folder} is not a folder", remedy=f"mkdir -p {folder}")
@@ -82,9 +82,9 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Yield a stream; what was written is on the disk as ``file`` when the body succeeds.
+    """Yield a stream whose content becomes ``file`` if the body succeeds.
 
-    A link of that name is replaced and never followed. The stream can be read, too.
+    A link of that name is replaced, never followed. The stream can also be read.
     """
     with disk_errors(file), partial_file(file, mode) as (partial, descriptor):
         with open(descriptor, "w+b", buffering=_WRITE_BYTES) as stream:
@@ -97,22 +97,22 @@ def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def make_parent(file: Path) -> None:
-    """Make the folder that a file will be written in, before the work that fills it."""
+    """Make the folder of a file that will be written, so that an error comes before the work."""
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomic(file: Path, content: bytes | str, mode: int = 0o666) -> None:
-    """Write a file so that it is whole or absent."""
+    """Write a file atomically: it is whole or unchanged."""
     with atomic_file(file, mode) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder that takes the name ``folder``, replacing it, if the body succeeds.
+    """Yield a new folder that replaces ``folder`` if the body succeeds.
 
-    Of two processes that write the same one, the last to finish is there, whole.
+    If two processes write the same folder, that of the last one stays, whole.
     """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _exchange(scratch: Path, folder: Path) -> None:
-    """Give a folder the name of another, which is removed; other processes may do the same."""
+    """Rename ``scratch`` to ``folder``, and remove the old folder of that name.
+
+    A folder cannot be replaced in one step: the old one is moved aside first. Another process may
+    do the same between the two renames, hence the attempts.
+    """
     aside: list[Path] = []
     try:
         for _ in range(_TRIES):
             with contextlib.suppress(FileNotFoundError):
-                old = name_beside(folder, _OLD)
+                old = make_sibling_name(folder, _OLD)
                 folder.replace(old)
                 aside.append(old)
 
@@ -137,10 +141,11 @@ def _exchange(scratch: Path, folder: Path) -> None:
                 scratch.replace(folder)
                 return
             except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise  # otherwise another process was faster
-        raise OSError(errno.EBUSY, "other processes write it again and again", str(folder))
+                if error.errno not in _NAME_TAKEN:
+                    raise  # else another process was faster
+        raise OSError(errno.EBUSY, "other processes keep replacing it", str(folder))
     finally:
+        # After a failure, nothing has the name: put the newest old folder back.
         if aside and not os.path.lexists(folder):
             aside[-1].replace(folder)
         for old in aside:
@@ -148,22 +153,22 @@ def _exchange(scratch: Path, folder: Path) -> None:
 
 
 def _restore_or_remove_old(folder: Path) -> None:
-    """See to what a process left that was killed between the two renames of an exchange."""
-    old = names_beside(folder, _OLD)
+    """Restore or remove old folders of processes killed between the two renames of an exchange."""
+    old = find_siblings(folder, _OLD)
     if old and not os.path.lexists(folder):
-        with contextlib.suppress(OSError):  # another process has seen to it
+        with contextlib.suppress(OSError):  # another process has done it
             old.pop().replace(folder)
     for path in old:
         remove(path)
 
 
-def refuse_another(path: Path, sha256: str) -> None:
-    """Refuse to write where another file than the one to be written lies."""
+def refuse_overwrite(path: Path, sha256: str) -> None:
+    """Raise UsageError where another file than the one to be written has its path."""
     if path.exists() and not (path.is_file() and file_sha256(path) == sha256):
         raise UsageError(
             "output-exists",
-            f"{path} is there and is not that file",
-            remedy="remove it, or name another one with --out",
+            f"{path} exists and is a different file",
+            remedy="remove it, or give another path with --out",
         )
 
 

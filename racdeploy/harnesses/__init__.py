@@ -1,7 +1,7 @@
-"""Evaluation harnesses: programs of others that ask and score public tasks, one file each.
+"""Evaluation harnesses: external programs that ask and score public tasks, one file each.
 
-A harness is installed in a Python of its own, runs as a child process and asks a server, so nothing
-of it is imported here. A file says what to run and how to read what was written.
+A harness is installed in its own Python environment, runs as a child process and asks a server:
+nothing of it is imported here. A file makes its command line and reads its results.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _START_S = 60.0
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a harness shall do.
+class HarnessRequest:
+    """Request to a harness: tasks, sizes and the server to ask.
 
     Args:
         tasks: names that the harness knows.
         limit: documents of each task; 0 asks all.
-        include: where further tasks are, a folder or a file as the harness takes it.
-        max_new_tokens: most tokens of thinking and answer together.
-        context_tokens: most tokens of prompt and completion together.
-        parallel: requests at a time.
+        include: folder or file with additional tasks, as the harness expects it.
+        max_new_tokens: maximum tokens of thinking and answer together.
+        context_tokens: maximum tokens of prompt and completion together.
+        parallel: number of parallel requests.
         url: address of the API, as ``http://127.0.0.1:8000/v1``.
-        model: name of the model there.
-        out: folder for what it writes.
+        model: name of the model at that address.
+        out: folder for the harness's results.
     """
 
     tasks: tuple[str, ...]
@@ -49,15 +49,15 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One metric of one task, as the harness has it.
+class HarnessScore:
+    """Score of one metric of one task, as the harness reports it.
 
     Args:
-        documents: how many were asked.
-        stderr: the harness's own standard error of the value; None where it has none.
-        larger_is_better: what the harness says of the metric.
-        samples: the metric by document, where it was logged; a document has the same name whoever
-            answers it.
+        documents: number of documents asked.
+        stderr: the harness's own standard error of the value; None without one.
+        larger_is_better: as the harness declares the metric.
+        by_document: the metric by document, if it was logged; a document has the same name for
+            every model.
     """
 
     task: str
@@ -66,43 +66,44 @@ class Score:
     documents: int
     stderr: float | None = None
     larger_is_better: bool = True
-    samples: Mapping[str, float] = field(default_factory=dict)
+    by_document: Mapping[str, float] = field(default_factory=dict)
 
 
 class Harness(Protocol):
-    """The members of a harness's file.
+    """Members of a harness's file.
 
     Args:
-        PACKAGE: its own name, for pip.
-        INSTALL: what pip installs, versions that were tested.
+        PACKAGE: name of its distribution.
+        INSTALL: arguments of ``pip install``, with the tested versions.
     """
 
     PACKAGE: ClassVar[str]
     INSTALL: ClassVar[str]
 
-    def arguments(self, order: Order) -> list[str]:
-        """Return what follows ``python -m`` on the command line."""
+    def arguments(self, order: HarnessRequest) -> list[str]:
+        """Return the command-line arguments after ``python -m``."""
 
-    def read(self, out: Path, python: Path) -> list[Score]:
-        """Return what it found; nothing where it wrote no results."""
+    def read(self, out: Path, python: Path) -> list[HarnessScore]:
+        """Return the scores in a results folder; empty if it holds no results."""
 
 
 def load(name: str) -> Harness:
-    """Return the harness of that name; ``lm-eval`` is ``lm_eval`` too."""
+    """Return the harness of that name; ``lm-eval`` and ``lm_eval`` are the same."""
     return cast(Harness, plugins.load("harnesses", name.replace("-", "_")))
 
 
 def read_version(harness: Harness, python: Path) -> str:
-    """Return the version of a harness in a Python.
+    """Return the version of a harness in another Python environment.
 
     Raises:
-        EnvironmentFailure: it is not there.
+        EnvironmentFailure: the harness is not installed there.
     """
+    # -P keeps the current folder out of sys.path: a file there must not shadow the package.
     command = [str(python), "-P", "-c", _PRINT_VERSION, harness.PACKAGE]
     try:
         done = subprocess.run(
             command,
-            env=make_environment(),
+            env=harness_environment(),
             capture_output=True,
             text=True,
             timeout=_START_S,
@@ -118,21 +119,22 @@ def read_version(harness: Harness, python: Path) -> str:
     return done.stdout.strip()
 
 
-def read(harness: Harness, python: Path, out: Path) -> list[Score]:
-    """Return what a harness wrote; what is no finite number is left out.
+def read(harness: Harness, python: Path, out: Path) -> list[HarnessScore]:
+    """Return the scores that a harness wrote, without values that are not finite.
 
     Raises:
-        EnvironmentFailure: it wrote nothing, or in a form that another version has.
+        EnvironmentFailure: it wrote no results, or in an unknown format.
     """
+    # Results are read by key, so the format of another version fails with one of these errors.
     try:
         written = harness.read(out, python)
         scores = [score for score in written if math.isfinite(score.value)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentFailure(
             "unknown-harness-results",
-            f"{harness.PACKAGE} wrote results in {out} that are not in the known form: "
+            f"{harness.PACKAGE} wrote results in {out} in an unknown format: "
             f"{type(error).__name__} {error}",
-            remedy=f"install the version that was tested: pip install {harness.INSTALL}",
+            remedy=f"install the tested version: pip install {harness.INSTALL}",
         ) from error
 
     if not written:
@@ -145,8 +147,8 @@ def read(harness: Harness, python: Path, out: Path) -> list[Score]:
     ]
 
 
-def make_environment() -> dict[str, str]:
-    """Return the environment of a harness: no packages of ours, no proxy before this machine."""
+def harness_environment() -> dict[str, str]:
+    """Return a harness's environment variables: without our PYTHONPATH, no proxy for localhost."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     direct = ",".join(filter(None, (variables.get("NO_PROXY"), "127.0.0.1", "localhost")))
     return {**variables, "NO_PROXY": direct, "no_proxy": direct}

@@ -1,8 +1,8 @@
-"""lighteval of Hugging Face, through litellm and OpenAI's API; read as of 0.13.0.
+"""lighteval by Hugging Face, through litellm and OpenAI's API; tested with 0.13.0.
 
-It keeps the thinking apart, as the server does, and scores the answer without it. Its details are
-parquet, which its own Python reads. Both its caches are kept in the folder of the run: by default
-they are the user's, and hold the answers of any model that had the same name.
+It receives the thinking apart from the answer, and scores the answer alone. Its details are parquet
+files, which its own Python reads. Its caches are placed in the folder of the run: the default ones
+are shared by all runs, and hold the answers of any model with the same name.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import split_lines
-from racdeploy.harnesses import Order, Score
+from racdeploy.harnesses import HarnessRequest, HarnessScore
 
 PACKAGE = "lighteval"
 # litellm 1.80 and later lack the cache that lighteval asks for, xxhash 4 takes no text.
 INSTALL = '"lighteval[litellm]==0.13.0" "litellm<1.80" "xxhash<4"'
-_ALL = "all"  # the mean over tasks, which is nobody's
+_ALL = "all"  # the mean over tasks, which is not a task
 _STDERR = "_stderr"
 _READ_DETAILS = """
 import json, sys
@@ -34,8 +34,8 @@ for name in sys.argv[1:]:
 """
 
 
-def arguments(order: Order) -> list[str]:
-    """Return a greedy run that logs every document."""
+def arguments(order: HarnessRequest) -> list[str]:
+    """Return the arguments of a greedy run that logs every document."""
     model = {
         "model_name": f"openai/{order.model}",
         "provider": "openai",
@@ -61,15 +61,16 @@ def arguments(order: Order) -> list[str]:
     return chosen
 
 
-def read(out: Path, python: Path) -> list[Score]:
+def read(out: Path, python: Path) -> list[HarnessScore]:
     """Return every metric of every task."""
-    found = sorted(out.glob("results/**/results_*.json"), key=lambda file: file.name)
-    if not found:
+    files = sorted(out.glob("results/**/results_*.json"), key=lambda file: file.name)
+    if not files:
         return []
 
-    results = read_json(found[-1])
-    written = found[-1].stem.removeprefix("results_")
-    details = _read_details(sorted(out.glob(f"details/**/details_*_{written}.parquet")), python)
+    # Names end in the time of writing: the last one is of this run, after an interrupted one.
+    results = read_json(files[-1])
+    timestamp = files[-1].stem.removeprefix("results_")
+    details = _read_details(sorted(out.glob(f"details/**/details_*_{timestamp}.parquet")), python)
 
     scores = []
     for task, values in results["results"].items():
@@ -77,21 +78,21 @@ def read(out: Path, python: Path) -> list[Score]:
             continue
 
         lines = [line for line in details if line["task"] == task]
-        known = results["config_tasks"].get(task, {}).get("metrics", ())
-        better = {each["metric_name"]: each["higher_is_better"] for each in known}
+        metrics = results["config_tasks"].get(task, {}).get("metrics", ())
+        better = {each["metric_name"]: each["higher_is_better"] for each in metrics}
 
         for metric, value in values.items():
             if metric.endswith(_STDERR):
                 continue
             scores.append(
-                Score(
+                HarnessScore(
                     task=task.removesuffix("|0"),
                     metric=metric,
                     value=float(value),
                     documents=len(lines),
                     stderr=values.get(f"{metric}{_STDERR}"),
                     larger_is_better=better.get(metric) is not False,
-                    samples=_take(lines, metric),
+                    by_document=_collect_metric(lines, metric),
                 )
             )
 
@@ -99,7 +100,7 @@ def read(out: Path, python: Path) -> list[Score]:
 
 
 def _read_details(files: list[Path], python: Path) -> list[Json]:
-    """Return a line for each document."""
+    """Return one object for each document: its task, id and metrics."""
     command = [str(python), "-P", "-c", _READ_DETAILS, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -111,8 +112,8 @@ def _read_details(files: list[Path], python: Path) -> list[Json]:
     return [json.loads(line) for line in split_lines(done.stdout)]
 
 
-def _take(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    """Return a metric by document; nothing where it is no number of every document."""
+def _collect_metric(lines: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Return a metric by document; empty if some document has no number for it."""
     if not all(isinstance(line["metric"].get(metric), int | float) for line in lines):
         return {}
     return {json.dumps(line["id"]): float(line["metric"][metric]) for line in lines}

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness of EleutherAI, through ``local-chat-completions``; read as of 0.4.13.
+"""lm-evaluation-harness by EleutherAI, through ``local-chat-completions``; tested with 0.4.13.
 
-It sends chats, so tasks that compare likelihoods are refused by it. It sees ``content`` alone: the
-answer without the thinking. It logs every document, and keeps answers by request in a cache.
+It sends chats, so it refuses tasks that compare likelihoods. It sees ``content`` alone: the answer
+without the thinking. It logs every document, and caches answers by request.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import split_lines
-from racdeploy.harnesses import Order, Score
+from racdeploy.harnesses import HarnessRequest, HarnessScore
 
 PACKAGE = "lm_eval"
 INSTALL = '"lm_eval[api]==0.4.13"'
 _STDERR = "_stderr"
 
 
-def arguments(order: Order) -> list[str]:
-    """Return a greedy run that logs every document."""
+def arguments(order: HarnessRequest) -> list[str]:
+    """Return the arguments of a greedy run that logs every document."""
     model = {
         "base_url": f"{order.url}/chat/completions",
         "model": order.model,
         "num_concurrent": order.parallel,
         "max_retries": 3,
-        "timeout": 86_400,  # a thought may take long; a server that ended is noticed at once
+        "timeout": 86_400,  # a long thought takes hours; a stopped server is noticed at once
     }
     generation = {"max_gen_toks": order.max_new_tokens, "temperature": 0, "do_sample": False}
 
@@ -44,33 +44,34 @@ def arguments(order: Order) -> list[str]:
     return chosen
 
 
-def read(out: Path, python: Path) -> list[Score]:
+def read(out: Path, python: Path) -> list[HarnessScore]:
     """Return every metric of every task, and of groups of tasks."""
-    found = sorted(out.glob("*/results_*.json"))
-    if not found:
+    files = sorted(out.glob("*/results_*.json"))
+    if not files:
         return []
 
-    results = read_json(found[-1])
-    written = found[-1].stem.removeprefix("results_")
+    # Names end in the time of writing: the last one is of this run, after an interrupted one.
+    results = read_json(files[-1])
+    timestamp = files[-1].stem.removeprefix("results_")
     counts = {task: count["effective"] for task, count in results["n-samples"].items()}
 
     scores = []
     for task, values in results["results"].items():
-        samples = _read_samples(found[-1].with_name(f"samples_{task}_{written}.jsonl"))
+        samples = _read_samples(files[-1].with_name(f"samples_{task}_{timestamp}.jsonl"))
         better = results["higher_is_better"].get(task, {})
 
         for key, value in _list_metrics(values):
-            metric, _, step = key.partition(",")
-            error = values.get(f"{metric}{_STDERR},{step}")
+            metric, _, filter_name = key.partition(",")
+            error = values.get(f"{metric}{_STDERR},{filter_name}")
             scores.append(
-                Score(
+                HarnessScore(
                     task=task,
-                    metric=metric if step == "none" else key,
+                    metric=metric if filter_name == "none" else key,
                     value=value,
-                    documents=_count(task, counts, results["group_subtasks"]),
+                    documents=_count_documents(task, counts, results["group_subtasks"]),
                     stderr=error if isinstance(error, float) else None,
                     larger_is_better=better.get(metric) is not False,
-                    samples=_take(samples, metric, step),
+                    by_document=_collect_metric(samples, metric, filter_name),
                 )
             )
 
@@ -78,30 +79,30 @@ def read(out: Path, python: Path) -> list[Score]:
 
 
 def _list_metrics(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield ``METRIC,FILTER`` with its value."""
+    """Yield ``METRIC,FILTER`` and its value, without standard errors."""
     for key, value in values.items():
-        metric, _, step = key.partition(",")
-        if step and not metric.endswith(_STDERR) and isinstance(value, int | float):
+        metric, _, filter_name = key.partition(",")
+        if filter_name and not metric.endswith(_STDERR) and isinstance(value, int | float):
             yield key, float(value)
 
 
-def _count(task: str, counts: Mapping[str, int], groups: Mapping[str, list[str]]) -> int:
-    """Return the documents of a task, or of all tasks of a group."""
+def _count_documents(task: str, counts: Mapping[str, int], groups: Mapping[str, list[str]]) -> int:
+    """Return the number of documents of a task, or of all tasks of a group."""
     if task in counts:
         return counts[task]
-    return sum(_count(part, counts, groups) for part in groups.get(task, ()))
+    return sum(_count_documents(subtask, counts, groups) for subtask in groups.get(task, ()))
 
 
 def _read_samples(file: Path) -> list[Json]:
-    """Return the log of a task; a group has none."""
+    """Return the logged documents of a task; empty for a group, which has no log."""
     if not file.is_file():
         return []
     return [json.loads(line) for line in split_lines(file.read_text(encoding="utf-8"))]
 
 
-def _take(samples: list[Json], metric: str, step: str) -> dict[str, float]:
-    """Return a metric by document; nothing where it is no number of every document."""
-    lines = [line for line in samples if line.get("filter") == step]
+def _collect_metric(samples: list[Json], metric: str, filter_name: str) -> dict[str, float]:
+    """Return a metric by document; empty if some document has no number for it."""
+    lines = [line for line in samples if line.get("filter") == filter_name]
     if not all(isinstance(line.get(metric), int | float) for line in lines):
         return {}
     return {f"{line['doc_id']} {line['doc_hash']}": float(line[metric]) for line in lines}

@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder without torch: config, and tensors one at a time.
+"""A Hugging Face model folder, read without torch: config, and tensors one at a time.
 
 ``config.json`` is read directly: transformers 4 and 5 each ignore the other's rope settings.
 bfloat16, which numpy lacks, is widened to float32 when read.
@@ -19,20 +19,25 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import file_sha256
-from racdeploy.models import further, fused, settings, text_part, wrong_input
+from racdeploy.models import config_schema, fused_experts, mtp, multimodal, wrong_input
 from racdeploy.models.families import Family
 from racdeploy.models.family_lookup import find_family
-from racdeploy.models.foreign_code import name_code
 from racdeploy.models.model_card import read_license
-from racdeploy.models.shape import ModelShape, find_shape
-from racdeploy.models.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, token_ids, token_text
+from racdeploy.models.remote_code import list_remote_code
+from racdeploy.models.shape import ModelShape, read_shape
+from racdeploy.models.tokenizer_files import (
+    TOKENIZER_FILES,
+    TokenizerFiles,
+    find_token_ids,
+    token_text,
+)
 from racdeploy.models.weights import read_entries
-from racdeploy.tensors.mxfp4 import PackedEntry
+from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from racdeploy.tensors.safetensors import (
+    BYTE_DTYPE,
     DTYPES,
-    PACKED,
     TensorEntry,
-    widen,
+    to_float32,
 )
 
 
@@ -48,60 +53,65 @@ class Checkpoint:
             )
 
         if not (folder / "config.json").is_file():
-            raise wrong_input.refuse(folder)
+            raise wrong_input.wrong_folder_error(folder)
 
         self.folder = folder
 
+        # A multimodal model is read as the text model in it: checks see only its text config.
         written = read_json(folder / "config.json")
-        self.is_part = text_part.is_inside(written)
-        if self.is_part:
-            written = text_part.take_config(written)
-        settings.check(written, f"{folder}/config.json")
-        self.written: Mapping[str, Any] = written
+        self.is_multimodal = multimodal.is_multimodal(written)
+        if self.is_multimodal:
+            written = multimodal.extract_text_config(written)
+        config_schema.check_config(written, f"{folder}/config.json")
+        self.raw_config: Mapping[str, Any] = written
         self.family: Family = find_family(written)
         self.config: dict[str, Any] = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
     @cached_property
     def shape(self) -> ModelShape:
-        """What ``config.json`` and the family alone say."""
-        return find_shape(self.config, self.family, f"{self.folder}/config.json")
+        """Sizes and kinds of blocks, by ``config.json`` and the family alone."""
+        return read_shape(self.config, self.family, f"{self.folder}/config.json")
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
         """Every tensor of the model by its state_dict name; checked against the file sizes.
 
-        What the file has of all experts in one tensor is here expert by expert.
+        Fused experts are listed expert by expert.
         """
         family = self.family
         experts = self.shape.num_experts
-        entries = fused.take_apart(self._own, family.blocks, family.fused, experts)
+        entries = fused_experts.unfuse(
+            self._text_entries, family.blocks, family.fused_experts, experts
+        )
         for name, entry in entries.items():
-            if entry.dtype == PACKED:
+            if entry.dtype == BYTE_DTYPE:
                 raise ModelError(
                     "unsupported-dtype",
-                    f"{entry.file}: {name!r} holds packed numbers of a form that is not known",
+                    f"{entry.file}: {name!r} holds packed numbers in an unknown format",
                     remedy="start from the unquantized checkpoint",
                 )
         return entries
 
     @cached_property
-    def _own(self) -> Mapping[str, TensorEntry]:
-        """Tensors of the folder that the model computes with, as they are stored."""
-        usual = {self.family.rename(name): entry for name, entry in self._stored.items()}
-        own = text_part.take_entries(usual) if self.is_part else usual
-        return {name: entry for name, entry in own.items() if self._uses(name)}
+    def _text_entries(self) -> Mapping[str, TensorEntry]:
+        """Tensors of the folder that the text model computes with, as they are stored."""
+        renamed = {
+            self.family.rename_published(name): entry for name, entry in self._stored.items()
+        }
+        entries = multimodal.extract_text_entries(renamed) if self.is_multimodal else renamed
+        return {name: entry for name, entry in entries.items() if self._uses(name)}
 
     @cached_property
-    def further(self) -> Mapping[str, TensorEntry]:
-        """A head that predicts further tokens, where llama.cpp has it beside this model."""
-        head = further.take(self._stored)
-        return head if further.fits(self.shape, head) else {}
+    def mtp_entries(self) -> Mapping[str, TensorEntry]:
+        """Tensors of the multi-token-prediction head; empty unless llama.cpp supports it here."""
+        head = mtp.select_tensors(self._stored)
+        return head if mtp.is_supported(self.shape, head) else {}
 
     @cached_property
-    def whole(self) -> Mapping[str, TensorEntry]:
-        """Every tensor that a folder made of this one has."""
-        return {**self.entries, **self.further}
+    def all_entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors of the model and of its multi-token-prediction head."""
+        return {**self.entries, **self.mtp_entries}
 
     @property
     def parameters(self) -> int:
@@ -110,19 +120,19 @@ class Checkpoint:
 
     @property
     def is_packed(self) -> bool:
-        """Whether some of its weights are stored in fewer bits than they are read with."""
-        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
+        """True if some weights are stored packed, in fewer bits than they are read with."""
+        return any(isinstance(entry, Mxfp4Entry) for entry in self.entries.values())
 
     def _uses(self, name: str) -> bool:
-        """Return whether a tensor is of no other head, and makes no keys that nobody takes."""
-        if name.startswith(further.BEGINNINGS):
+        """Return False for tensors of an MTP head, and for keys and values that no block uses."""
+        if name.startswith(mtp.PREFIXES):
             return False
 
         block, inside = self.family.split_block(name)
         if block is None or block >= self.shape.block_count:
             return True
         kinds = self.shape.kinds[block]
-        return "own_keys" in kinds or self.family.has(kinds, inside)
+        return "own_keys" in kinds or self.family.has_tensor(kinds, inside)
 
     @cached_property
     def _stored(self) -> Mapping[str, TensorEntry]:
@@ -131,26 +141,30 @@ class Checkpoint:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """Return one tensor as float32, copied from the file."""
-        return widen(self.read_raw(name))
+        return to_float32(self.read_raw(name))
 
     def read_rows(
         self, name: str, rows: NDArray[np.int64], columns: slice = slice(None)
     ) -> NDArray[np.float32]:
-        """Return some rows of a tensor as float32; the others are never in memory."""
+        """Return some rows of a tensor as float32, without loading the others."""
         entry = self.entries[name]
         assert type(entry) is TensorEntry, f"{name} is packed"
         assert not entry.strides, f"{name} does not lie in one piece"
         stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
-        return widen(stored[rows, columns])
+        return to_float32(stored[rows, columns])
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""
-        entry = self.entries.get(name) or self.further[name]
+        entry = self.entries.get(name) or self.mtp_entries[name]
         return entry.read()
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output projection is the embedding, by what the file holds."""
+        """True if the output projection is the embedding, by the tensors of the file.
+
+        Raises:
+            ModelError: config and file contradict each other.
+        """
         declared = bool(self.config.get("tie_word_embeddings", False))
         if "lm_head.weight" not in self.entries:
             if not declared:
@@ -163,6 +177,7 @@ class Checkpoint:
 
             return True
 
+        # Loaders disagree where a tied config comes with another lm_head, so that is refused.
         if declared:
             head = self.read_raw("lm_head.weight")
             if not np.array_equal(head, self.read_raw(self.family.embedding)):
@@ -177,51 +192,51 @@ class Checkpoint:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """End-of-sequence ids that the configs and the tokenizer name, without repeats."""
+        """End-of-sequence ids of the configs and the tokenizer, without repeats."""
         tokenizer = self.tokenizer
-        ids = token_ids(tokenizer.generation, "eos") + token_ids(self.config, "eos")
+        ids = find_token_ids(tokenizer.generation, "eos") + find_token_ids(self.config, "eos")
 
         content = token_text(tokenizer.config.get("eos_token"))
 
-        for entry in tokenizer.parsed.get("added_tokens") or []:
+        for entry in tokenizer.tokenizer_json.get("added_tokens") or []:
             if entry.get("content") == content:
                 ids.append(entry["id"])
 
-        found = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
-        if not found:
+        eos_ids = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+        if not eos_ids:
             raise ModelError(
                 "no-eos-token",
                 f"{self.folder} names no end-of-sequence token",
                 remedy="set eos_token_id in generation_config.json",
             )
 
-        return found
+        return eos_ids
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the folder: code in it that is not run."""
-        told = []
-        if self.further:
-            told.append(
-                f"{len(self.further)} tensors of a head that predicts further tokens stay as they"
-                " are, for llama.cpp to draft with; where blocks become narrower, they go"
+        """Sentences for the user on tensors that are left out, and on code that is not run."""
+        notes = []
+        if self.mtp_entries:
+            notes.append(
+                f"{len(self.mtp_entries)} tensors of a multi-token-prediction head stay as they"
+                " are, for llama.cpp to draft with; they are removed if blocks become narrower"
             )
-        if left_out := len(self._stored) - len(self._own) - len(self.further):
-            told.append(
-                f"{left_out} tensors are left out: the text model does not compute with what sees,"
-                " hears, predicts further tokens, or makes keys that nobody takes"
+        if left_out := len(self._stored) - len(self._text_entries) - len(self.mtp_entries):
+            notes.append(
+                f"{left_out} tensors are left out, since the text model does not compute with them:"
+                " vision, audio, multi-token prediction, or keys that no block uses"
             )
-        if code := name_code(self.config):
-            told.append(
-                f"config.json names code of the model's own ({code}), which is not run: it is read "
-                f"as transformers' {self.family.architecture}, and its author's may differ"
+        if code := list_remote_code(self.config):
+            notes.append(
+                f"config.json names remote code ({code}), which is not run: the model is read as "
+                f"transformers' {self.family.architecture}, and its author's code may differ"
             )
-        if code := name_code(self.tokenizer.config):
-            told.append(
-                f"tokenizer_config.json names code of the model's own ({code}), which is not run: "
+        if code := list_remote_code(self.tokenizer.config):
+            notes.append(
+                f"tokenizer_config.json names remote code ({code}), which is not run: "
                 "tokenizer.json decides"
             )
-        return tuple(told)
+        return tuple(notes)
 
     @property
     def license(self) -> str:
@@ -231,7 +246,7 @@ class Checkpoint:
     def files(self) -> Iterator[Path]:
         """Yield the files that decide what the model does: config, weights, tokenizer, template."""
         yield self.folder / "config.json"
-        parts = [getattr(entry, "parts", (entry,)) for entry in self.whole.values()]
+        parts = [getattr(entry, "parts", (entry,)) for entry in self.all_entries.values()]
         yield from sorted({part.file for each in parts for part in each})
         for name in TOKENIZER_FILES:
             if (self.folder / name).is_file():
@@ -247,8 +262,8 @@ class Checkpoint:
 
 
 def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Return the config with transformers' defaults, and in transformers 4's form."""
-    config = family.complete(config)
+    """Return the config with transformers' defaults, in the form of transformers 4."""
+    config = family.complete_config(config)
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:  # transformers 5, where there are two kinds of attention
         local = parameters.get("sliding_attention", {})

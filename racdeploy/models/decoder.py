@@ -1,4 +1,4 @@
-"""What Llama-shaped decoders share: tensor names, shapes, and what llama.cpp computes for them."""
+"""Defaults of Llama-shaped decoders: tensor names, shapes, and the configs llama.cpp supports."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns", "decay"]
-"""What the exporter can do to a tensor; one implementation each, in ``export/gguf/body.py``.
+"""A change of a tensor on export; implemented in ``exporting/gguf/tensor_writer.py``.
 
 - ``rotary``: reorder each head's rows from half-split rotary pairs to llama.cpp's interleaved ones.
 - ``plus_one``: add 1, for norms that the model stores as the distance from 1.
-- ``stack``: lay matrices into one tensor of three axes: those of all experts, whose names differ
+- ``stack``: stack matrices into one tensor of three axes: those of all experts, whose names differ
   in ``*``, or those that have one name in the file.
 - ``value_rows``, ``value_columns``: reorder the value heads of linear attention, which have fewer
   key heads, along one axis.
-- ``decay``: the rate that a logarithm of it means, as a negative number, heads in that order.
+- ``decay``: from the logarithm ``A_log`` to the negative rate, heads in the order of value_rows.
 """
 
 INPUT_GROUPS = (
@@ -55,8 +55,8 @@ BLOCK_TENSORS = {
     for linear, name in _LINEARS.items()
     for part in ("weight", "bias")
 } | NORMS
-WITHOUT_MLP = {key: name for key, name in BLOCK_TENSORS.items() if not key.startswith("mlp.")}
-"""Tensors of a block whose feed-forward part is of another kind."""
+NON_MLP_TENSORS = {key: name for key, name in BLOCK_TENSORS.items() if not key.startswith("mlp.")}
+"""Tensors of a block without those of Llama's feed-forward part."""
 MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -64,9 +64,9 @@ MODEL_TENSORS = {
 }
 ALL_LINEARS = tuple(_LINEARS.values())
 
-# D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q all query heads' columns, KV
-# all key heads', E experts, EF one expert's feed-forward; a sum where matrices are laid into one.
-# What is not here is a vector of D.
+# D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q columns of all query heads,
+# KV of all key heads, E experts, EF one expert's feed-forward; a sum where one tensor holds several
+# matrices. A tensor that is not listed is a vector of D.
 SHAPES = {
     "token_embd": ("V", "D"),
     "output": ("V", "D"),
@@ -87,17 +87,17 @@ EXPERT_SHAPES = {
     "ffn_down_exps": ("D", "EF"),
 }
 LLAMA_INTEGERS = {"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"}
-ROTARY: dict[str, Transform] = {
+ROTARY_TRANSFORMS: dict[str, Transform] = {
     f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
 }
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One of llama.cpp's that computes a family too, with widths of its own in each block.
+class GgufArchitecture:
+    """An architecture of llama.cpp that also computes a family, with other widths in each block.
 
-    Its fields replace those of the family. Several parameters with one GGUF name are laid below
-    each other.
+    Its fields replace those of the family. Several parameters with one GGUF name are concatenated
+    along the outputs.
 
     Args:
         tied: whether the output projection must be the embedding.
@@ -107,33 +107,35 @@ class Architecture:
     block_tensors: Mapping[str, str] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    integers: Mapping[str, str] = field(default_factory=dict)
+    gguf_integers: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
 
 
 # Llama, written for Nemotron, whose blocks differ.
-DECI = Architecture(
+DECI = GgufArchitecture(
     "deci",
-    transforms=ROTARY,
+    transforms=ROTARY_TRANSFORMS,
     biases=ALL_LINEARS,
-    integers=LLAMA_INTEGERS,
+    gguf_integers=LLAMA_INTEGERS,
 )
 # Qwen3 with q, k and v in one matrix, and without an output projection.
-OPENELM = Architecture(
+OPENELM = GgufArchitecture(
     "openelm",
     block_tensors=dict.fromkeys(
         (f"self_attn.{name}_proj.weight" for name in "qkv"), "attn_qkv.weight"
     ),
-    integers={"rope.dimension_count": "rotary_width"},
+    gguf_integers={"rope.dimension_count": "rotary_width"},
     tied=True,
 )
 
-# What llama.cpp computes whatever the header says. A key that config.json lacks means the same.
-FIXED: dict[str, tuple[Any, ...]] = {
+# Values of config.json that llama.cpp takes for granted; a missing key counts as one of them.
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1, 1.0),
     "is_causal": (True,),
     "pretraining_tp": (1,),
 }
-PARTLY_ROTARY = {key: values for key, values in FIXED.items() if key != "partial_rotary_factor"}
+PARTIAL_ROTARY_VALUES = {
+    key: values for key, values in SUPPORTED_VALUES.items() if key != "partial_rotary_factor"
+}

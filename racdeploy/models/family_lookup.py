@@ -1,4 +1,4 @@
-"""Which family a ``config.json`` belongs to; where none does, which is nearest and what differs."""
+"""Lookup of the family of a ``config.json``; an error names the nearest family and what differs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
-from racdeploy.models import settings
+from racdeploy.models import config_schema
 from racdeploy.models.families import Family
-from racdeploy.models.foreign_code import name_code
+from racdeploy.models.remote_code import list_remote_code
 
 _GUIDE = "CONTRIBUTING.md#the-others"
 _SHOWN = 6
-# Of nearly every model, and known by each family, or no matter for what it computes.
+# Keys of nearly every model: each family knows them, or they do not change the computation.
 _SHARED = frozenset(
     {
         *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
@@ -30,13 +30,13 @@ _SHARED = frozenset(
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """Return the family of a parsed ``config.json``; a ModelError says that none supports it."""
+    """Return the family of a parsed ``config.json``; raises ModelError if none supports it."""
     model_type = config.get("model_type")
-    if model_type not in plugins.names("families"):
+    if model_type not in plugins.list_names("families"):
         raise _refuse(config)
 
     family: Family = plugins.load("families", model_type).FAMILY
-    mixture = family.mixture
+    mixture = family.moe_variant
     if mixture and {**mixture.defaults, **config}.get(mixture.sizes["E"]):
         return mixture
     return family
@@ -46,8 +46,8 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
     """Return the error for a ``config.json`` of a model type without a family."""
     model_type = str(config.get("model_type"))
     classes = ", ".join(map(str, config.get("architectures") or []))
-    code = name_code(config)
-    own = f" from code of its own, {code}, which is not run" if code else ""
+    code = list_remote_code(config)
+    origin = f" from remote code, {code}, which is not run" if code else ""
 
     near = _find_nearest(config)
     other = _list_unknown(config, plugins.load("families", near).FAMILY)[:_SHOWN]
@@ -57,35 +57,35 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
 
     return ModelError(
         "unknown-family",
-        f"unsupported architecture {model_type!r} ({classes}){own}",
+        f"unsupported architecture {model_type!r} ({classes}){origin}",
         remedy=f"the nearest family is {near}{differs}; racdeploy families lists all, and"
         f" {_GUIDE} says how to add models/families/{model_type}.py",
     )
 
 
 def _find_nearest(config: Mapping[str, Any]) -> str:
-    """Return the family that leaves fewest settings unknown; of these, that of the likest name."""
+    """Return the family with the fewest unknown keys; on a tie, the one of the nearest name."""
     model_type = str(config.get("model_type"))
 
     def distance(name: str) -> tuple[int, float]:
         family: Family = plugins.load("families", name).FAMILY
-        alike = SequenceMatcher(None, name, model_type).ratio()
-        return len(_list_unknown(config, family)), -alike
+        similarity = SequenceMatcher(None, name, model_type).ratio()
+        return len(_list_unknown(config, family)), -similarity
 
-    return min(plugins.names("families"), key=distance)
+    return min(plugins.list_names("families"), key=distance)
 
 
 def _list_unknown(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Return keys of a config, with a value, that neither we nor a family know."""
-    own = _list_own(family)
-    families = [plugins.load("families", name).FAMILY for name in plugins.names("families")]
-    others = {name for each in families for name in _list_own(each)} - own
-    known = (settings.CHECKED - others) | own | _SHARED
+    """Return the keys of a config, with a value, that neither racdeploy nor the family knows."""
+    family_keys = _list_specific_keys(family)
+    families = [plugins.load("families", name).FAMILY for name in plugins.list_names("families")]
+    others = {name for each in families for name in _list_specific_keys(each)} - family_keys
+    known = (config_schema.CHECKED_KEYS - others) | family_keys | _SHARED
     return sorted(key for key, value in config.items() if value is not None and key not in known)
 
 
-def _list_own(family: Family) -> set[str]:
+def _list_specific_keys(family: Family) -> set[str]:
     """Return the settings that a family file names."""
-    named = (family.integers, family.numbers, family.sizes)
-    keys = {*family.defaults, *family.fixed, family.logit_cap}
+    named = (family.gguf_integers, family.gguf_floats, family.sizes)
+    keys = {*family.defaults, *family.supported_values, family.logit_cap_key}
     return keys.union(*(each.values() for each in named))

@@ -1,6 +1,6 @@
-"""What families with state spaces of Mamba 2 share: tensor names, shapes, and settings.
+"""State spaces of Mamba 2, as several families have them: tensor names, shapes, and settings.
 
-M: all channels of a state space; MH: its heads; MC: what the convolution sees; C: its length.
+M: all channels of a state space; MH: its heads; MC: channels of its convolution; C: its length.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ SHAPES = {
     "ssm_norm": ("M",),
     "ssm_out": ("D", "M"),
 }
-LAID = {"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1")}
+GGUF_SHAPES = {"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1")}
 SIZES = {
     "M": "mamba_width",
     "MC": "mamba_convolved_width",
     "MH": "mamba_n_heads",
     "C": "mamba_d_conv",
 }
-# As transformers 5 writes it, and as others do.
+# No limit, as transformers 5 writes infinity, and as others do.
 _UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
 
 
 def name_tensors(module: str) -> dict[str, str]:
-    """Return names inside a block, of a state space that is this module → GGUF names."""
+    """Return the names of a state space's tensors inside a block → GGUF names."""
     return {f"{module}.{name}": in_file for name, in_file in _NAMES.items()}
 
 
 def read_limit(config: Mapping[str, Any]) -> Any:
-    """Return how long the steps of a state may be; None where any length may be."""
+    """Return the limits of a state's time step; None if there are none."""
     limit = config.get("time_step_limit")
     return None if limit in _UNLIMITED else limit

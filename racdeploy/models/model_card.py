@@ -1,4 +1,4 @@
-"""What the front matter of a model card says; two keys need no YAML parser."""
+"""License and languages from the front matter of a model card, read without a YAML parser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 _FRONT = re.compile(r"\A---[ \t\r]*\n(.*?\n)---", re.DOTALL)
 _LICENSE = re.compile(r"^license:[ \t]*([\w.+-]+)[ \t]*$", re.MULTILINE)
-# on one line, in brackets, or as a list below
+# A value on the same line, a list in brackets, or a list on the lines below.
 _LANGUAGES = re.compile(
     r"^language:[ \t]*(?:\[(.*?)\]|([\w-]+)[ \t]*$|\n((?:[ \t]*-[ \t]*[\w-]+[ \t]*\n?)+))",
     re.MULTILINE,
@@ -15,17 +15,17 @@ _LANGUAGES = re.compile(
 
 
 def read_license(folder: Path) -> str:
-    """Return the licence of a model folder, or an empty string."""
-    found = _LICENSE.search(_read_front(folder))
-    return found[1] if found else ""
+    """Return the license in the card of a model folder, or an empty string."""
+    match = _LICENSE.search(_read_front(folder))
+    return match[1] if match else ""
 
 
 def read_languages(folder: Path) -> list[str]:
-    """Return the languages of a model folder, as many as its card names."""
-    found = _LANGUAGES.search(_read_front(folder))
-    if not found:
+    """Return the languages in the card of a model folder."""
+    match = _LANGUAGES.search(_read_front(folder))
+    if not match:
         return []
-    written = next(filter(None, found.groups()), "")
+    written = next(filter(None, match.groups()), "")
     return re.findall(r"[A-Za-z][\w-]*", written)
 
 

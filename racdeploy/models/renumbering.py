@@ -1,7 +1,7 @@
-"""The files of a model whose tokens got new numbers: tokenizer, configs, and the list of old ones.
+"""New token ids in the files of a model: tokenizer, configs, and the list of old ids.
 
-The place of an id in :data:`FILE` is the new one. A number that a config gives a token that is gone
-is taken out; texts, as in the chat template, stay as they are.
+The index of an old id in :data:`OLD_IDS_FILE` is its new id. Ids of removed tokens are removed
+from the configs; texts, as in the chat template, do not change.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import read_json
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.models.tokenizer_form import read_merges
+from racdeploy.models.tokenizer_schema import read_merges
 
-FILE = "vocabulary_ids.json"
-"""Has under :data:`_KEY` the ids that tokens had in the model that was cut, in the new order."""
-STALE = frozenset({"tokenizer.model"})
-"""Files that hold a tokenizer in a form that is not rewritten; byte-level BPE has no need of it."""
+OLD_IDS_FILE = "vocabulary_ids.json"
+"""Holds under :data:`_KEY` the ids of the tokens in the uncut model, in the new order."""
+STALE_FILES = frozenset({"tokenizer.model"})
+"""Tokenizer files that are not rewritten and not copied; byte-level BPE does not need them."""
 _KEY = "old_ids"
 _NAMING = ("_token_id", "_token_ids", "_token_index")
 _ID_KEYS = (*_NAMING, "pad_id", "suppress_tokens", "bad_words_ids")
@@ -32,41 +32,42 @@ NewIds = Mapping[int, int]
 
 
 def read_old_ids(folder: Path) -> NDArray[np.int64]:
-    """Return the id that each token of a folder had before the vocabulary was cut."""
-    values = read_json(folder / FILE).get(_KEY)
+    """Return the ids that a folder's tokens had before the vocabulary was cut, in the new order."""
+    values = read_json(folder / OLD_IDS_FILE).get(_KEY)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise ArtifactError(
-            "damaged-vocabulary-ids", f"{folder / FILE} is damaged: {_KEY} is not a list of ids"
+            "damaged-vocabulary-ids",
+            f"{folder / OLD_IDS_FILE} is damaged: {_KEY} is not a list of ids",
         )
     return np.array(values, np.int64)
 
 
-def new_ids(old_ids: NDArray[np.int64]) -> NewIds:
-    """Return the new id of each old one that stays."""
+def map_new_ids(old_ids: NDArray[np.int64]) -> NewIds:
+    """Return a map from the old id of each kept token to its new id."""
     return {old: new for new, old in enumerate(old_ids.tolist())}
 
 
-def translate(ids: Iterable[int], new: NewIds) -> tuple[int, ...] | None:
-    """Return some old ids by their new numbers; None where one of them is gone."""
-    found = [new.get(old) for old in ids]
-    kept = [i for i in found if i is not None]
-    return tuple(kept) if len(kept) == len(found) else None
+def translate_ids(ids: Iterable[int], new: NewIds) -> tuple[int, ...] | None:
+    """Return the new ids of some old ones; None if one of the tokens was removed."""
+    translated = [new.get(old) for old in ids]
+    kept = [i for i in translated if i is not None]
+    return tuple(kept) if len(kept) == len(translated) else None
 
 
-def named_ids(files: TokenizerFiles) -> set[int]:
-    """Return the ids that the configs give a role: ends of sequence, padding and others."""
-    found: set[int] = set()
+def find_config_ids(files: TokenizerFiles) -> set[int]:
+    """Return the ids that the configs name: end of sequence, padding and others."""
+    ids: set[int] = set()
     for name in _CONFIGS:
         file = files.folder / name
         if file.is_file():
-            found.update(_find_ids(read_json(file)))
-    return found
+            ids.update(_find_ids(read_json(file)))
+    return ids
 
 
-def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str]:
-    """Return the texts of all files that name ids, by file name; ``config.json`` among them."""
-    ids = new_ids(old_ids)
-    tokenizer = renumber_tokenizer(files.parsed, ids)
+def renumber_files(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str]:
+    """Return the new texts of all files that name ids, by file name."""
+    ids = map_new_ids(old_ids)
+    tokenizer = renumber_tokenizer(files.tokenizer_json, ids)
     model = tokenizer["model"]
 
     written: dict[str, Any] = {"tokenizer.json": tokenizer, "vocab.json": model["vocab"]}
@@ -79,14 +80,15 @@ def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str
     written["config.json"]["vocab_size"] = len(old_ids)
 
     if "added_tokens.json" in present:
-        by_text = read_json(files.folder / "added_tokens.json")
-        written["added_tokens.json"] = {text: ids[old] for text, old in by_text.items()}
+        ids_by_text = read_json(files.folder / "added_tokens.json")
+        written["added_tokens.json"] = {text: ids[old] for text, old in ids_by_text.items()}
 
+    # vocab.json and merges.txt repeat tokenizer.json: they are written only if the folder has them.
     texts = {}
     for name, value in written.items():
         if name in present:
             texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    texts[FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
+    texts[OLD_IDS_FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
 
     if "merges.txt" in present:
         lines = ["#version: 0.2"]
@@ -97,14 +99,15 @@ def renumber(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str
 
 
 def renumber_tokenizer(tokenizer: Mapping[str, Any], ids: NewIds) -> dict[str, Any]:
-    """Return a parsed tokenizer.json with the tokens of ``ids`` alone, by their new ids.
+    """Return a parsed tokenizer.json with only the tokens of ``ids``, under their new ids.
 
-    A merge stays, in its order, where its parts and its result do.
+    A merge is kept, in its order, if its two parts and its result are kept.
     """
     model = dict(tokenizer["model"])
     kept = {text: ids[old] for text, old in model["vocab"].items() if old in ids}
     model["vocab"] = dict(sorted(kept.items(), key=itemgetter(1)))
 
+    # The order of the merges is their rank, so kept ones stay in order and in their written form.
     merges = []
     for merge, pair in zip(model["merges"], read_merges(model), strict=True):
         if kept.keys() >= {*pair, "".join(pair)}:
@@ -125,7 +128,7 @@ def renumber_tokenizer(tokenizer: Mapping[str, Any], ids: NewIds) -> dict[str, A
 
 
 def _renumber_processor(step: Any, ids: NewIds) -> Any:
-    """Renumber what is put before and behind a text: ``ids`` of a template, ``[text, id]``."""
+    """Renumber the tokens around a text: ``ids`` of a template, and pairs ``[text, id]``."""
     if isinstance(step, list):
         return [_renumber_processor(each, ids) for each in step]
     if not isinstance(step, dict):
@@ -144,7 +147,7 @@ def _renumber_processor(step: Any, ids: NewIds) -> Any:
 
 
 def _renumber_ids(value: Any, ids: NewIds) -> Any:
-    """Renumber what a config names by keys that end as :data:`_ID_KEYS` do, and its decoder."""
+    """Renumber the values of keys that end as in :data:`_ID_KEYS`, and ``added_tokens_decoder``."""
     if not isinstance(value, dict):
         return value
 
@@ -162,7 +165,7 @@ def _renumber_ids(value: Any, ids: NewIds) -> Any:
 
 
 def _replace(value: Any, ids: NewIds) -> Any:
-    """Return an id, or those of a list, by the new numbers; a list of lists loses whole ones."""
+    """Return the new id, or list of ids; a list within a list is dropped if it lost a token."""
     if _is_id(value):
         return ids.get(value)
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""In which order llama.cpp wants rows and columns, where it is another than the checkpoint's.
+"""The order of rows and columns in llama.cpp, where it differs from the checkpoint's.
 
 Source: llama.cpp ``conversion/llama.py`` (``LlamaModel.permute``) and ``conversion/qwen.py``
 (``_LinearAttentionVReorderBase``).
@@ -18,28 +18,30 @@ from racdeploy.models.shape import ModelShape
 Order = NDArray[np.intp]
 
 
-def order_rows(transform: Transform | None, shape: ModelShape, rows: int) -> Order | None:
-    """Return which row of a tensor comes at each place, or None where all stay."""
+def find_gguf_row_order(transform: Transform | None, shape: ModelShape, rows: int) -> Order | None:
+    """Return the order of a tensor's rows in GGUF, or None if it does not change."""
     make = _ROWS.get(transform)
     return make(shape, rows) if make else None
 
 
-def order_columns(transform: Transform | None, shape: ModelShape, columns: int) -> Order | None:
-    """Return which column of a matrix comes at each place, or None where all stay."""
+def find_gguf_column_order(
+    transform: Transform | None, shape: ModelShape, columns: int
+) -> Order | None:
+    """Return the order of a matrix's columns in GGUF, or None if it does not change."""
     return _order_value_heads(shape, columns) if transform == "value_columns" else None
 
 
-def order_rotary(rows: int, heads: int) -> Order:
-    """Return the row order that turns half-split rotary pairs into llama.cpp's interleaved ones."""
+def find_rotary_order(rows: int, heads: int) -> Order:
+    """Return the row order from half-split rotary pairs to llama.cpp's interleaved ones."""
     order_H2X = np.arange(rows).reshape(heads, 2, rows // heads // 2)
     return order_H2X.swapaxes(1, 2).reshape(-1)
 
 
 def _order_value_heads(shape: ModelShape, rows: int) -> Order | None:
-    """Lay value heads, the last rows, by their place among those of one key head.
+    """Return the order of value heads, the last rows, by their index among those of one key head.
 
-    The checkpoint has all of the first key head, then all of the second; ggml repeats keys as a
-    whole, so that the first of every key head come first.
+    The checkpoint has all value heads of the first key head, then those of the second; ggml repeats
+    keys as a whole, so the first value head of every key head comes first.
     """
     if not shape.config.get("linear_num_key_heads"):
         return None
@@ -49,14 +51,16 @@ def _order_value_heads(shape: ModelShape, rows: int) -> Order | None:
     if heads == groups:
         return None
 
-    own = heads if rows == heads else shape.integer("linear_value_width")
-    order_GHX = np.arange(rows - own, rows).reshape(groups, heads // groups, own // heads)
+    value_rows = heads if rows == heads else shape.integer("linear_value_width")
+    order_GHX = np.arange(rows - value_rows, rows).reshape(
+        groups, heads // groups, value_rows // heads
+    )
     order_X = order_GHX.swapaxes(0, 1).reshape(-1)
-    return np.concatenate([np.arange(rows - own), order_X])
+    return np.concatenate([np.arange(rows - value_rows), order_X])
 
 
 _ROWS: Mapping[Any, Callable[[ModelShape, int], Order | None]] = {
-    "rotary": lambda shape, rows: order_rotary(rows, rows // shape.head_dim),
+    "rotary": lambda shape, rows: find_rotary_order(rows, rows // shape.head_dim),
     "value_rows": _order_value_heads,
     "decay": _order_value_heads,
 }

@@ -1,6 +1,6 @@
 """The shape of a model: all that follows from ``config.json`` and the family, computed once.
 
-What the files of the folder hold is not known here: see :mod:`racdeploy.models.checkpoint`.
+It knows nothing of the files of the folder: see :mod:`racdeploy.models.checkpoint`.
 """
 
 from __future__ import annotations
@@ -12,35 +12,36 @@ from typing import Any
 
 from racdeploy.errors import ModelError
 from racdeploy.models import widths
-from racdeploy.models.computed import Settings, read_head_dim, read_rope
-from racdeploy.models.families import Family, InputGroups, name_experts
+from racdeploy.models.computed_settings import ModelSettings, read_head_dim, read_rope
+from racdeploy.models.families import Family, InputGroups, expand_experts
 
 _ATTENDING = ("full_attention", "sliding_attention")
 _RECURRENT = ("linear_attention", "conv")
 
 
 @dataclass(frozen=True)
-class ModelShape(Settings):
-    """Facts about the shape of a model; those of the second part have one item for each block.
+class ModelShape(ModelSettings):
+    """The shape of a model; fields of the second group have one item for each block.
 
     Args:
-        num_key_value_heads: those of the widest block.
-        num_experts: of a block that has some; 0 where the family knows none.
-        state_width: values of a token that pass from block to block: all its hidden states.
+        num_key_value_heads: of the widest block.
+        num_experts: of a block with experts; 0 if the family has none.
+        hidden_states_width: values of a token that enter a block: in AltUp, those of all its
+            hidden states.
         rope: settings in one form: ``rope_theta``, ``rope_type`` and factors of scaling.
-        is_rotary: whether any block has a rotary embedding.
-        rounds_ramp: whether llama.cpp rounds where YaRN's ramp begins and ends, and the model not.
-        is_uniform: whether all blocks are of the widths that the family gives them.
-        layer_types: ``full_attention``, ``sliding_attention``, or what a family has.
-        key_sources: the block whose keys and values it takes: its own, or an earlier one.
-        kinds: its layer type, and ``own_keys`` where it makes keys of its own.
-        attends: whether it has attention, and so keys and values that an engine keeps.
-        recurs: whether it carries a state from token to token; some do neither.
-        rotary_blocks: whether it has a rotary embedding.
+        is_rotary: True if any block has a rotary embedding.
+        rounds_yarn_ramp: True if llama.cpp rounds the ends of YaRN's ramp, and the model does not.
+        is_uniform: True if no block was cut to another width than the family gives it.
+        layer_types: ``full_attention``, ``sliding_attention``, or another type of the family.
+        kv_sources: the block whose keys and values it uses: itself, or an earlier one.
+        kinds: its layer type, and ``own_keys`` if it computes its own keys and values.
+        attends: True if it has attention, and so keys and values in an engine's cache.
+        recurs: True if it carries a state from token to token; some blocks do neither.
+        rotary_blocks: True if it has a rotary embedding.
         widths: a setting of :data:`widths.SETTINGS` → its value in each block.
-        sizes: what the letters of a family's shapes stand for.
+        sizes: letter of a family's shapes → its size.
         input_groups: prunable linears by the input they share, in forward order; those of experts
-            are there once, with ``*`` for a number.
+            are listed once, with ``*`` for the expert's number.
     """
 
     family: Family
@@ -50,14 +51,14 @@ class ModelShape(Settings):
     head_dim: int
     num_key_value_heads: int
     num_experts: int
-    state_width: int
+    hidden_states_width: int
     rope: Mapping[str, Any]
     is_rotary: bool
-    rounds_ramp: bool
+    rounds_yarn_ramp: bool
     is_uniform: bool
 
     layer_types: tuple[str, ...]
-    key_sources: tuple[int, ...]
+    kv_sources: tuple[int, ...]
     kinds: Sequence[tuple[str, ...]]
     attends: tuple[bool, ...]
     recurs: tuple[bool, ...]
@@ -70,12 +71,12 @@ class ModelShape(Settings):
     def linears(self) -> list[list[str]]:
         """Prunable linears of each block, without ``.weight``, in forward order."""
         return [
-            [name for group in groups for name in name_experts(group, self.num_experts)]
+            [name for group in groups for name in expand_experts(group, self.num_experts)]
             for groups in self.input_groups
         ]
 
     @cached_property
-    def linear_weights(self) -> tuple[str, ...]:
+    def prunable_weights(self) -> tuple[str, ...]:
         """Names of the weights of linears that can be pruned, in forward order."""
         return tuple(
             f"{self.family.blocks}.{block}.{linear}.weight"
@@ -84,22 +85,22 @@ class ModelShape(Settings):
         )
 
     @property
-    def positions(self) -> int:
-        """Longest sequence that the model is made for, in tokens."""
+    def max_positions(self) -> int:
+        """Length in tokens of the longest sequence that the model was made for."""
         listed = self.integer("max_position_embeddings")
         original = self.config.get("original_max_position_embeddings")
         original = self.rope.get("original_max_position_embeddings", original)
         factor = self.rope.get("factor")
 
-        # Some configs leave the number as it was before the rope was stretched.
+        # Some configs keep the length from before rope scaling.
         if isinstance(original, int) and isinstance(factor, int | float):
             return max(listed, round(original * factor))
         return listed
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """Rope settings as transformers 5 has them: by kind of block, where these differ."""
-        if not self.family.window_period or self.family.one_rope:
+        """Rope settings in the form of transformers 5: by layer type, if these differ."""
+        if not self.family.window_period or self.family.has_uniform_rope:
             return {**self.rope}
 
         local = self.config.get("rope_local_base_freq") or self.rope["rope_theta"]
@@ -107,12 +108,12 @@ class ModelShape(Settings):
         return {"full_attention": {**self.rope}, "sliding_attention": sliding}
 
 
-def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelShape:
-    """Return the shape of a model by its complete config, or raise a ModelError on nonsense."""
-    settings = Settings(config, where)
+def read_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelShape:
+    """Return the shape of a model by its complete config; raises ModelError if that is damaged."""
+    settings = ModelSettings(config, where)
     count = settings.integer("num_hidden_layers")
     hidden_size = settings.integer("hidden_size")
-    streams = settings.integer(family.streams) if family.streams else 1
+    hidden_states = settings.integer(family.altup_inputs) if family.altup_inputs else 1
     experts = settings.integer(family.sizes["E"]) if "E" in family.sizes else 0
 
     layer_types = _list_layer_types(settings, family, count)
@@ -122,16 +123,16 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
         for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True))
     ]
 
-    input_groups = [family.groups_of(own) for own in kinds]
-
+    # Widths of a cut win over those by which the family's own blocks differ.
     heads = int(config.get("num_key_value_heads") or settings.integer("num_attention_heads"))
-    cut_widths = widths.read(config, count, where)
-    own_widths = {**family.find_widths(config), **cut_widths}
+    cut_widths = widths.read_widths(config, count, where)
+    block_settings = {**family.find_block_settings(config), **cut_widths}
     head_dim = read_head_dim(settings)
-    head_dims = own_widths.get("head_dim", [head_dim] * count)
-    by_setting = _list_widths(settings, own_widths, heads, count)
+    head_dims = block_settings.get("head_dim", [head_dim] * count)
+    widths_by_setting = _list_widths(settings, block_settings, heads, count)
 
     rope = read_rope(config)
+    is_untruncated_yarn = rope["rope_type"] == "yarn" and rope.get("truncate") is False
     return ModelShape(
         config,
         where,
@@ -142,39 +143,39 @@ def find_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelSh
         head_dim=head_dim,
         num_key_value_heads=heads,
         num_experts=experts,
-        state_width=streams * hidden_size,
+        hidden_states_width=hidden_states * hidden_size,
         rope=rope,
-        is_rotary=not family.rope_switch or config.get(family.rope_switch) == "rope",
-        rounds_ramp=family.rounds_ramp and _is_untruncated(rope),
+        is_rotary=not family.position_embedding_key
+        or config.get(family.position_embedding_key) == "rope",
+        rounds_yarn_ramp=family.rounds_yarn_ramp and is_untruncated_yarn,
         is_uniform=not cut_widths,
         layer_types=layer_types,
-        key_sources=key_sources,
+        kv_sources=key_sources,
         kinds=kinds,
         attends=tuple(kind in _ATTENDING for kind in layer_types),
         recurs=tuple(kind in _RECURRENT for kind in layer_types),
         rotary_blocks=_find_rotary_blocks(config, count),
-        widths=by_setting,
-        sizes=_list_sizes(settings, family, by_setting, head_dims),
-        input_groups=input_groups,
+        widths=widths_by_setting,
+        sizes=_list_sizes(settings, family, widths_by_setting, head_dims),
+        input_groups=list(map(family.list_input_groups, kinds)),
     )
 
 
-def _is_untruncated(rope: Mapping[str, Any]) -> bool:
-    return rope["rope_type"] == "yarn" and rope.get("truncate") is False
-
-
 def _list_widths(
-    settings: Settings, own: Mapping[str, Sequence[int]], heads: int, block_count: int
+    settings: ModelSettings,
+    block_settings: Mapping[str, Sequence[int]],
+    heads: int,
+    block_count: int,
 ) -> dict[str, tuple[int, ...]]:
     """Return the value of each setting of :data:`widths.SETTINGS` in each block."""
-    found = {}
+    widths_by_setting = {}
     for setting in widths.SETTINGS.values():
         same = heads if setting == "num_key_value_heads" else settings.integer(setting)
-        found[setting] = tuple(own.get(setting, [same] * block_count))
-    return found
+        widths_by_setting[setting] = tuple(block_settings.get(setting, [same] * block_count))
+    return widths_by_setting
 
 
-def _list_layer_types(settings: Settings, family: Family, block_count: int) -> tuple[str, ...]:
+def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> tuple[str, ...]:
     listed = settings.config.get("layer_types")
     if isinstance(listed, list):
         if len(listed) != block_count:
@@ -190,26 +191,27 @@ def _list_layer_types(settings: Settings, family: Family, block_count: int) -> t
     return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
 
 
-def _find_key_sources(settings: Settings, layer_types: Sequence[str]) -> tuple[int, ...]:
+def _find_key_sources(settings: ModelSettings, layer_types: Sequence[str]) -> tuple[int, ...]:
+    # The last blocks share the keys of the last block of their type that still makes some.
     sources = list(range(len(layer_types)))
     first = len(sources) - int(settings.config.get("num_kv_shared_layers") or 0)
 
     for block in sources[first:]:
         kind = layer_types[block]
-        alike = [earlier for earlier in range(first) if layer_types[earlier] == kind]
-        if not alike:
+        same_type = [earlier for earlier in range(first) if layer_types[earlier] == kind]
+        if not same_type:
             raise ModelError(
                 "damaged-config",
                 f"{settings.where}: no block before the {len(sources) - first}"
                 f" that share keys and values makes any for {kind}",
             )
-        sources[block] = alike[-1]
+        sources[block] = same_type[-1]
 
     return tuple(sources)
 
 
 def _find_rotary_blocks(config: Mapping[str, Any], block_count: int) -> Sequence[bool]:
-    listed = config.get("no_rope_layers")  # 1 where it has one, for all its name
+    listed = config.get("no_rope_layers")  # despite its name, 1 means that a block has rope
     if listed:
         return [bool(each) for each in listed]
 
@@ -218,18 +220,18 @@ def _find_rotary_blocks(config: Mapping[str, Any], block_count: int) -> Sequence
 
 
 def _list_sizes(
-    settings: Settings,
+    settings: ModelSettings,
     family: Family,
-    by_setting: Mapping[str, Sequence[int]],
+    widths_by_setting: Mapping[str, Sequence[int]],
     head_dims: Sequence[int],
 ) -> list[dict[str, int]]:
     same = {"D": settings.integer("hidden_size"), "V": settings.integer("vocab_size"), "1": 1}
-    of_family = {letter: settings.integer(name) for letter, name in family.sizes.items()}
+    family_sizes = {letter: settings.integer(name) for letter, name in family.sizes.items()}
 
-    found = []
+    block_sizes = []
     for block, head_dim in enumerate(head_dims):
-        sizes = {**same, "K": head_dim, "H": by_setting["num_attention_heads"][block]}
+        sizes = {**same, "K": head_dim, "H": widths_by_setting["num_attention_heads"][block]}
         for letter, setting in widths.SETTINGS.items():
-            sizes[letter] = by_setting[setting][block] * widths.unit(letter, sizes)
-        found.append(sizes | of_family)
-    return found
+            sizes[letter] = widths_by_setting[setting][block] * widths.width_per_unit(letter, sizes)
+        block_sizes.append(sizes | family_sizes)
+    return block_sizes

@@ -1,4 +1,4 @@
-"""Where a model comes from: the embedded one, a local folder, or the Hub."""
+"""Sources of models: the embedded one, a local folder, or the Hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
-from racdeploy.models.wrong_input import is_bundle, refuse
+from racdeploy.models.wrong_input import is_bundle, wrong_folder_error
 
 EMBEDDED = "tiny-reasoner"
-_WANTED = [
+_DOWNLOADED_FILES = [
     "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md",
 ]  # fmt: skip
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -27,19 +27,24 @@ class ResolvedModel:
     revision: str = ""
 
     @property
-    def on_hub(self) -> bool:
-        """Whether it was taken from the Hub."""
+    def is_from_hub(self) -> bool:
+        """True if it was downloaded from the Hub."""
         return bool(self.revision)
 
 
-def resolve(model: str) -> ResolvedModel:
-    """Find a model without loading it: the embedded one, a folder, or a Hub id."""
+def resolve_model(model: str) -> ResolvedModel:
+    """Find a model by name, folder or Hub id, without loading it.
+
+    Raises:
+        ModelError: there is no such folder, or it is a bundle.
+        EnvironmentFailure: the Hub does not answer, or has no such model.
+    """
     if model == EMBEDDED:
         return ResolvedModel(EMBEDDED, Path(str(files(__package__))) / "tiny_reasoner", EMBEDDED)
 
     folder = Path(model).expanduser()
     if folder.is_file() or (folder.is_dir() and is_bundle(folder)):
-        raise refuse(folder)
+        raise wrong_folder_error(folder)
     if folder.is_dir():
         return ResolvedModel(folder.resolve().name, folder, model)
 
@@ -63,12 +68,12 @@ def _download(model: str) -> ResolvedModel:
 
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
     except (errors.HfHubHTTPError, *offline, OSError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EnvironmentFailure(
             "no-model-from-hub",
-            f"cannot get {model} from the Hub: {first}",
+            f"cannot get {model} from the Hub: {reason}",
             remedy="check the name and the network, or give a local folder",
         ) from error
 

@@ -1,4 +1,4 @@
-"""The tensors that a model folder stores: in one file of safetensors, or in shards by an index."""
+"""The tensors of a model folder, in one safetensors file or in shards with an index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from racdeploy.errors import ModelError
 from racdeploy.files.reading import read_json
-from racdeploy.models.foreign_code import refuse_weights
+from racdeploy.models.remote_code import no_safetensors_error
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 
@@ -15,23 +15,23 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
     """Return every tensor of a folder by name, without its values.
 
     Raises:
-        ModelError: there is none, or the index names what is not there.
+        ModelError: there is no safetensors file, or the index names missing files or tensors.
     """
     index = folder / "model.safetensors.index.json"
-    whole = folder / "model.safetensors"
+    single = folder / "model.safetensors"
     if not index.is_file():
-        if not whole.is_file():
-            raise refuse_weights(folder)
-        return read_tensor_entries(whole)
+        if not single.is_file():
+            raise no_safetensors_error(folder)
+        return read_tensor_entries(single)
 
-    weight_map = read_json(index, once=True).get("weight_map")
+    weight_map = read_json(index, strict=True).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
         raise ModelError(
             "damaged-index", f"{index} has no weight_map", remedy="copy or download it again"
         )
 
+    # Names in the index come from a stranger: no path may lead out of the folder.
     entries: dict[str, TensorEntry] = {}
-
     for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
             raise ModelError(
@@ -40,7 +40,7 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
         if not name.endswith(".safetensors"):
             raise ModelError(
                 "damaged-index",
-                f"{index} names {name!r}, and weights are read from safetensors alone",
+                f"{index} names {name!r}, and weights are read from safetensors only",
                 remedy="copy or download the model again",
             )
         entries.update(read_tensor_entries(folder / name))

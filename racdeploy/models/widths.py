@@ -1,7 +1,7 @@
-"""How wide the parts of each block are, and what of a tensor stays where a part is narrower.
+"""Widths of the parts of each block, and the kept indices of a tensor whose part was cut.
 
-A family says which sizes each tensor has, in the letters of :mod:`racdeploy.models.decoder`. So a
-cut of the feed-forward part (``F``) or of heads (``Q``, ``KV``) finds every tensor that it narrows.
+A family lists the sizes of each tensor, in the letters of :mod:`racdeploy.models.decoder`. So a cut
+of the feed-forward part (``F``) or of heads (``Q``, ``KV``) finds every tensor that it narrows.
 """
 
 from __future__ import annotations
@@ -13,78 +13,79 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.models.families import Family, generalize
+from racdeploy.models.families import Family, generalize_expert
 
 KEY = "racdeploy_block_widths"
 """Key of ``config.json``: a setting of :data:`SETTINGS` → its value in each block.
 
-Only what differs between blocks is there; transformers' own key then holds the largest value.
+Only settings that differ between blocks are listed; transformers' own key has the largest value.
 """
 SETTINGS = {
     "F": "intermediate_size",
     "Q": "num_attention_heads",
     "KV": "num_key_value_heads",
 }
-Kept = Mapping[str, NDArray[np.int64]]
-"""Letter → indices of what stays along it, rising: channels (``F``), columns (``Q``, ``KV``)."""
+KeptIndices = Mapping[str, NDArray[np.int64]]
+"""Letter → kept indices along it, ascending: channels (``F``), columns (``Q``, ``KV``)."""
 
 
-def axes(family: Family, name: str) -> tuple[str, ...]:
-    """Return the sizes of a tensor, outputs first, as letters or sums: ``("Q", "D")``.
+def list_axes(family: Family, name: str) -> tuple[str, ...]:
+    """Return the axes of a tensor, outputs first, as letters or sums: ``("Q", "D")``.
 
-    ``name`` is that inside its block, or of a tensor outside the blocks.
+    ``name`` is the name inside its block, or of a tensor outside the blocks.
     """
-    inside = generalize(name)
+    inside = generalize_expert(name)
     stored = family.block_tensors.get(inside) or family.model_tensors[name]
-    in_file, _, kind = stored.rpartition(".")
-    in_file = in_file or kind  # some names have no end
-    letters = family.shapes.get(in_file, ("D",))
+    stored_name, _, kind = stored.rpartition(".")
+    stored_name = stored_name or kind  # some names have no ".weight"
+    letters = family.shapes.get(stored_name, ("D",))
     return letters[:1] if kind == "bias" else letters
 
 
-def shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return how large a tensor is, outputs first, where the letters have these sizes."""
-    return lengths(axes(family, name), sizes)
+def tensor_shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the shape of a tensor, outputs first, given the sizes of the letters."""
+    return axis_lengths(list_axes(family, name), sizes)
 
 
-def lengths(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return how long axes are, given as letters or sums of them."""
-    return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in axes)
+def axis_lengths(list_axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the lengths of axes that are given as letters or sums of them."""
+    return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in list_axes)
 
 
-def unit(letter: str, sizes: Mapping[str, int]) -> int:
-    """Return what one of a setting of :data:`SETTINGS` adds to the size of a letter."""
+def width_per_unit(letter: str, sizes: Mapping[str, int]) -> int:
+    """Return the size of a letter per unit of its setting: 1 per channel, K columns per head."""
     return 1 if letter == "F" else sizes["K"]
 
 
-def find_kept(
-    family: Family, name: str, kept: Kept, sizes: Mapping[str, int]
+def list_kept_indices(
+    family: Family, name: str, kept: KeptIndices, sizes: Mapping[str, int]
 ) -> tuple[NDArray[np.int64] | None, ...]:
-    """Return for each axis of a block's tensor the indices that stay, None where all do.
+    """Return the kept indices along each axis of a block's tensor; None if all are kept.
 
-    ``sizes`` are those before the cut. Matrices laid into one, as ``Q+KV+KV``, are cut one by one.
+    ``sizes`` are those before the cut. Matrices in one tensor, as ``Q+KV+KV``, are cut one by one.
     """
-    found: list[NDArray[np.int64] | None] = []
-
-    for axis in axes(family, name):
+    indices: list[NDArray[np.int64] | None] = []
+    for axis in list_axes(family, name):
         letters = axis.split("+")
         if not any(letter in kept for letter in letters):
-            found.append(None)
+            indices.append(None)
             continue
 
         parts = []
         start = 0
         for letter in letters:
-            own = kept.get(letter)
-            parts.append(start + (np.arange(sizes[letter]) if own is None else own))
+            kept_indices = kept.get(letter)
+            parts.append(
+                start + (np.arange(sizes[letter]) if kept_indices is None else kept_indices)
+            )
             start += sizes[letter]
-        found.append(np.concatenate(parts))
+        indices.append(np.concatenate(parts))
 
-    return tuple(found)
+    return tuple(indices)
 
 
-def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[int, ...]]:
-    """Return the settings that differ between blocks, or raise a ModelError on nonsense."""
+def read_widths(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Return the settings that differ between blocks; raises ModelError if they are damaged."""
     written = config.get(KEY) or {}
     known = SETTINGS.values()
     if not isinstance(written, Mapping) or set(written) - set(known):
@@ -104,13 +105,13 @@ def read(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[
     return widths
 
 
-def write(
+def cut_config(
     config: Mapping[str, Any], blocks: Sequence[int], widths: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """Return the config of a model that consists of some blocks of one, by their numbers.
+    """Return the config of a model with only some of the blocks, given by their numbers.
 
-    ``widths`` are settings with one value for each of them. What is equal everywhere is written
-    plainly, so that transformers reads it.
+    ``widths`` are settings with one value for each kept block. A setting that is equal in all of
+    them is written under its usual key, so that transformers reads it.
     """
     count = config["num_hidden_layers"]
     changed = {key: value for key, value in config.items() if key != KEY}

@@ -1,4 +1,4 @@
-"""Wrong input in place of a model folder: recognized for what it is, with the right next step.
+"""Errors for input that is not a model folder: a bundle, an adapter, or a GGUF file.
 
 Source: peft's ``adapter_config.json``; GGUF files begin with the four letters.
 """
@@ -19,31 +19,31 @@ _MERGE = (
 
 
 def is_bundle(folder: Path) -> bool:
-    """Return whether a folder is what ``racdeploy build`` wrote."""
+    """Return True if ``racdeploy build`` wrote a folder."""
     return (folder / _BUNDLE).is_file()
 
 
-def refuse(place: Path) -> ModelError:
-    """Return the error for a file or folder that is no model."""
-    if place.is_file():
-        return _refuse_file(place)
-    if is_bundle(place):
+def wrong_folder_error(path: Path) -> ModelError:
+    """Return the error for a file or folder that is not a model, with the next step."""
+    if path.is_file():
+        return _refuse_file(path)
+    if is_bundle(path):
         return ModelError(
             "bundle-not-model",
-            f"{place} is a bundle: its model is pruned and exported already",
-            remedy=f'racdeploy run {place} "…" asks it, racdeploy verify {place} tests it; '
+            f"{path} is a bundle: its model is pruned and exported already",
+            remedy=f'racdeploy run {path} "…" asks it, racdeploy verify {path} tests it; '
             "to prune again, give the dense model's folder or Hub id",
         )
-    if (place / _ADAPTER).is_file():
-        base = read_json(place / _ADAPTER).get("base_model_name_or_path")
-        of_base = f" of {base}" if base else ""
+    if (path / _ADAPTER).is_file():
+        base = read_json(path / _ADAPTER).get("base_model_name_or_path")
+        base_note = f" of {base}" if base else ""
         return ModelError(
             "adapter-not-model",
-            f"{place} is a LoRA adapter{of_base}, not a whole model",
-            remedy=f"merge it first: {_MERGE % place}",
+            f"{path} is a LoRA adapter{base_note}, not a whole model",
+            remedy=f"merge it first: {_MERGE % path}",
         )
 
-    return _refuse_folder(place)
+    return _refuse_folder(path)
 
 
 def _refuse_file(file: Path) -> ModelError:
@@ -53,7 +53,7 @@ def _refuse_file(file: Path) -> ModelError:
     if is_gguf or file.suffix == ".gguf":
         return ModelError(
             "gguf-not-model",
-            f"{file} is a GGUF file: made to run, and no longer to be pruned",
+            f"{file} is a GGUF file, which can be run but no longer pruned",
             remedy="give the Hugging Face folder or Hub id that it was made from; "
             f"racdeploy inspect {file} shows what is in it",
         )
@@ -74,6 +74,6 @@ def _refuse_folder(folder: Path) -> ModelError:
     elif inside := sorted(file.parent for file in folder.glob(f"*/{_CONFIG}")):
         remedy = f"give the folder in it that has one: {inside[-1]}"
     elif any(folder.glob("*.gguf")):
-        message += ", but GGUF files, which are made to run and no longer to be pruned"
+        message += ", but GGUF files, which can be run but no longer pruned"
         remedy = "give the Hugging Face folder or Hub id that they were made from"
     return ModelError("no-config", message, remedy=remedy)

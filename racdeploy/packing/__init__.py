@@ -1,7 +1,7 @@
-"""Packings: how zeros are left out of a file, one plugin in ``packers/`` for each way.
+"""Packings: ways to leave the zeros out of a file, one plugin in ``packers/`` for each.
 
-The exporters ask the plugin; a file names its packing, so reading asks the same plugin again.
-Whatever is read and damaged, or missing, is an ArtifactError.
+The exporters call the plugin; a file names its packing, so that reading calls the same plugin.
+Damaged or missing input is an ArtifactError.
 """
 
 from __future__ import annotations
@@ -18,53 +18,54 @@ from racdeploy import plugins
 from racdeploy.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from racdeploy.packing.onnx.packer import Packer
-    from racdeploy.packing.racgguf import PackedTensor, Source, StoredTensor
+    from racdeploy.packing.onnx.packer import BaseGraphPacker
+    from racdeploy.packing.racgguf import ByteReader, PackedTensor, StoredTensor
 
 
 class Packing(Protocol):
     """A packing, as a module; importable without any extra.
 
-    ``FORMATS`` store it: with gguf it is a :class:`GgufPacking`, with onnx an :class:`OnnxPacking`.
-    ``REQUIRES_ZEROS`` is True where zeros are left out, ``BESIDE_PLAIN`` where the artifact stays
-    plain and the packed form is a further file. ``fits`` returns why a tensor is better stored
-    plain, or an empty string; ``usage`` the lines of the model card that say what other programs
-    must do with the file at ``path``.
+    ``FORMATS`` are the file formats that store it: one for gguf is a :class:`GgufPacking`, one for
+    onnx an :class:`OnnxPacking`. ``REQUIRES_ZEROS``: it leaves zeros out, so the quant has to keep
+    them. ``KEEPS_PLAIN_FILE``: the artifact stays plain, and the packed form is an extra file.
+    ``reason_for_plain`` returns why a tensor is better stored plain, or an empty string.
     """
 
     FORMATS: tuple[str, ...]
     REQUIRES_ZEROS: bool
-    BESIDE_PLAIN: bool
+    KEEPS_PLAIN_FILE: bool
 
-    def fits(self, quant: str, zeros_fraction: float) -> str: ...
-
-    def usage(self, path: str) -> list[str]: ...
+    def reason_for_plain(self, quant: str, zeros_fraction: float) -> str: ...
 
 
 class GgufPacking(Packing, Protocol):
     """A packing of GGUF files.
 
     ``SUFFIX`` is that of the file it makes. ``pack_file`` turns a finished plain file into ``out``,
-    which unpacks to it byte for byte, and returns how each tensor is stored; nothing where the file
-    stays as it is. The other two read a container: ``refuse_stored`` returns why a tensor cannot be
-    one of this packing, or an empty string, and ``unpack_tensor`` yields its plain bytes.
+    which unpacks to it byte for byte, and returns how each tensor is stored, or nothing if the file
+    stays as it is. ``usage`` returns lines for the model card: what other programs have to do with
+    the file at ``path``. The other two read a container: ``find_damage`` returns why a stored
+    tensor cannot be one of this packing, or an empty string, and ``unpack_tensor`` yields its plain
+    bytes.
     """
 
     SUFFIX: str
 
     def pack_file(self, plain: Path, out: Path) -> tuple[PackedTensor, ...]: ...
 
-    def refuse_stored(self, tensor: StoredTensor) -> str: ...
+    def usage(self, path: str) -> list[str]: ...
+
+    def find_damage(self, tensor: StoredTensor) -> str: ...
 
     def unpack_tensor(
-        self, tensor: StoredTensor, source: Source
+        self, tensor: StoredTensor, source: ByteReader
     ) -> Iterator[NDArray[np.uint8]]: ...
 
 
 class OnnxPacking(Packing, Protocol):
     """A packing of ONNX graphs: ``GraphPacker`` stores and reads the tensors of one graph."""
 
-    GraphPacker: type[Packer]
+    GraphPacker: type[BaseGraphPacker]
 
 
 def load(name: str) -> Packing:
@@ -73,37 +74,40 @@ def load(name: str) -> Packing:
 
 
 def load_gguf(name: str) -> GgufPacking:
-    """Import the packing of that name; the caller knows that GGUF stores it."""
+    """Import the packing of that name, which has to store GGUF files."""
     return cast(GgufPacking, plugins.load("packing", name))
 
 
 def load_onnx(name: str) -> OnnxPacking:
-    """Import the packing of that name; the caller knows that ONNX stores it."""
+    """Import the packing of that name, which has to store ONNX graphs."""
     return cast(OnnxPacking, plugins.load("packing", name))
 
 
 def names(format_name: str) -> list[str]:
-    """Return the packings that a file format stores."""
-    return [name for name in plugins.names("packing") if format_name in load(name).FORMATS]
+    """Return the names of the packings that a file format stores."""
+    return [name for name in plugins.list_names("packing") if format_name in load(name).FORMATS]
 
 
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
-    """Refuse a quant or packing that the format does not store, or a pair that does not go.
+    """Refuse a quant or packing that the format does not store, or a pair that does not work.
 
-    A packing does not go with a quant that loses zeros, or that it cannot pack even where all are
-    zero; a preset is judged by the quant of most of its tensors. A UsageError names what would do.
+    A packing does not work with a quant that loses zeros, nor with one that it cannot pack even if
+    all weights are zero. A preset is judged by the quant of most of its tensors.
+
+    Raises:
+        UsageError: with the quants or packings that would work.
     """
-    preset = quant_name in plugins.names("presets")
+    preset = quant_name in plugins.list_names("presets")
     _check_stored(format_name, "presets" if preset else "quant", quant_name)
     _check_stored(format_name, "packing", packing_name)
 
-    most = plugins.load("presets", quant_name).QUANT if preset else quant_name
-    if reason := _refuse_pair(packing_name, most):
-        quants = list_stored(format_name, "quant")
-        others = [name for name in quants if not _refuse_pair(packing_name, name)]
+    main_quant = plugins.load("presets", quant_name).QUANT if preset else quant_name
+    if reason := _reason_against_pair(packing_name, main_quant):
+        quants = list_supported(format_name, "quant")
+        others = [name for name in quants if not _reason_against_pair(packing_name, name)]
         raise UsageError(
             "packing-unfit-for-quant",
-            f"packing {packing_name!r} does not go with quant {quant_name!r}: {reason}",
+            f"packing {packing_name!r} does not work with quant {quant_name!r}: {reason}",
             remedy=f"use packing 'plain', or one of the quants {', '.join(others)}",
         )
 
@@ -113,29 +117,30 @@ def _check_stored(format_name: str, kind: str, name: str) -> None:
         raise UsageError(
             "not-stored-by-format",
             f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
-            remedy=f"it stores {', '.join(list_stored(format_name, kind))}",
+            remedy=f"it stores {', '.join(list_supported(format_name, kind))}",
         )
 
 
-def _refuse_pair(packing_name: str, quant_name: str) -> str:
+def _reason_against_pair(packing_name: str, quant_name: str) -> str:
     packing = load(packing_name)
     if packing.REQUIRES_ZEROS and not plugins.load("quant", quant_name).PRESERVES_ZERO:
         return "it leaves zeros out, and the quant does not keep them"
-    return packing.fits(quant_name, 1.0)
+    return packing.reason_for_plain(quant_name, 1.0)
 
 
 def _load(kind: str, name: str) -> Any:
-    # Each kind is written out: the address of a stage has the plugins of the kinds it can load.
+    # Each kind is written out, because the address of a stage covers the plugins of all
+    # kinds that its code loads, and finds them by these literals.
     if kind == "presets":
         return plugins.load("presets", name)
     return plugins.load("quant", name) if kind == "quant" else load(name)
 
 
-def list_stored(format_name: str, kind: str) -> list[str]:
-    """Return the plugins of a kind that a file format stores and that this machine can import."""
+def list_supported(format_name: str, kind: str) -> list[str]:
+    """Return the plugins of a kind that a file format stores and this machine can import."""
     stored = []
-    for name in plugins.names(kind):
-        with suppress(MissingExtraError):  # not a way out on this machine
+    for name in plugins.list_names(kind):
+        with suppress(MissingExtraError):  # its packages are not installed here
             if format_name in _load(kind, name).FORMATS:
                 stored.append(name)
     return stored

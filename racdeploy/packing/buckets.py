@@ -1,7 +1,8 @@
-"""Four-bit codes in words of four: each word is a bucket of 2^n words, then n bits that name one.
+"""Entropy coding of four-bit codes: four are a word, stored as its bucket and its index there.
 
-Words are ranked by how likely they are, and cut into 32 buckets that grow with the rank: a code
-with extra bits (RFC 1951, section 3.2.5), which numpy reads all at once. Form: docs/racgguf.md.
+Words are ranked by likelihood and cut into 32 buckets of 2^n words, which grow with the rank. The
+index takes n extra bits, as in RFC 1951, section 3.2.5; numpy reads all of them at once.
+Format: docs/reference/racgguf.md.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.layouts import Bytes
+from racdeploy.packing.block_layouts import Bytes
 
 TABLE_BYTES = 48
 _CODES = 16
 _BUCKETS = 32
 _WORD_BITS = 16
 _WORDS = 1 << _WORD_BITS
-_COST_STEPS = 8  # of a cost for a bit
-# Two bucket numbers of five bits are a pair of ten. The file has the low eight bits of every pair,
-# then the two high ones, four pairs a byte.
+_COST_STEPS = 8  # steps of a cost in one bit
+# Two bucket numbers of five bits make a pair of ten. The file has the low eight bits of every
+# pair, then the two high ones, four pairs a byte.
 _SHIFTS = np.arange(0, 8, 2)
-# By that byte, bits 8 and 9 of its four pairs as one item.
+# Lookup by that byte: bits 8 and 9 of its four pairs, as one item.
 _HIGH_BITS = (np.arange(256)[:, None] << 8 >> _SHIFTS & 0x300).astype(np.uint16).view("V8")
-_UPPER = np.uint32(16)  # where the second of two words begins
-# Arrays of no dimension: numpy takes half as long over them as over its scalars.
+_UPPER = np.uint32(16)  # first bit of the second of two words
+# Arrays without dimensions: numpy handles them in half the time of its scalars.
 _LOWER_HALF = np.array(0x0000FFFF, dtype=np.uint32)
 _UPPER_HALF = np.array(0xFFFF0000, dtype=np.uint32)
 _5, _31 = np.array(5), np.array(31)
@@ -37,20 +38,20 @@ _WINDOW = np.dtype("<u8")
 
 
 @dataclass(frozen=True)
-class Table:
-    """What a tensor's buckets hold."""
+class BucketTable:
+    """Buckets of a tensor: the ranking of all words, and the size of each bucket."""
 
     costs: bytes  # of each code, in eighths of a bit
-    widths: bytes  # for each bucket, the binary logarithm of the number of its words
+    bucket_bits: bytes  # of each bucket, the binary logarithm of its number of words
 
     @classmethod
-    def fit(cls, tally: NDArray[np.int64]) -> Table:
-        """Return the table for codes that come up as often as ``tally`` says, one number a code."""
-        share = np.maximum(tally, 0.5) / tally.sum()  # a code that never came up costs a finite sum
+    def from_counts(cls, tally: NDArray[np.int64]) -> BucketTable:
+        """Return the table that stores codes of these counts, one count a code, in fewest bits."""
+        share = np.maximum(tally, 0.5) / tally.sum()  # an unseen code has a finite cost
         cost = np.rint(-_COST_STEPS * np.log2(share))
         costs = np.clip(cost, 0, 255).astype(np.uint8).tobytes()
 
-        # How likely each word is, by its rank.
+        # Likelihood of each word, by its rank.
         words = _rank_words(costs)
         expected = np.ones(_WORDS)
 
@@ -62,8 +63,8 @@ class Table:
 
     @classmethod
     @lru_cache(maxsize=8)  # tensors share tables
-    def read(cls, stored: bytes) -> Table:
-        """Read a table."""
+    def from_bytes(cls, stored: bytes) -> BucketTable:
+        """Return the table with these stored bytes; an ArtifactError if they are damaged."""
         costs, widths = stored[:_CODES], stored[_CODES:]
         words = sum(1 << width for width in widths)
         if len(widths) != _BUCKETS or words != _WORDS:
@@ -73,22 +74,22 @@ class Table:
         return cls(costs, widths)
 
     @property
-    def stored(self) -> bytes:
-        """The bytes that :meth:`read` takes."""
-        return self.costs + self.widths
+    def as_bytes(self) -> bytes:
+        """Bytes of the table in a file, as :meth:`from_bytes` takes them."""
+        return self.costs + self.bucket_bits
 
     def encode(self, nibbles: Bytes) -> tuple[Bytes, Bytes]:
-        """Return the numbers of the buckets and the bits that follow, of two codes a byte."""
+        """Return the bucket numbers and the index bits of codes, given two codes a byte."""
         ranks = np.empty(_WORDS, dtype=np.int64)
         ranks[_rank_words(self.costs)] = np.arange(_WORDS)
         rank = ranks[nibbles.view("<u2")]
 
-        width, start = _bound_buckets(self.widths)
+        width, start = _bound_buckets(self.bucket_bits)
         bucket = np.searchsorted(start, rank, side="right") - 1
 
-        # Behind the number of its bucket, a word is its place in it: as many low bits as the width.
-        place = (rank - start[bucket]).astype("<u2")
-        bits = np.unpackbits(place.view(np.uint8), bitorder="little").reshape(-1, _WORD_BITS)
+        # A word is its bucket's number, then its index there in as many bits as the bucket needs.
+        index = (rank - start[bucket]).astype("<u2")
+        bits = np.unpackbits(index.view(np.uint8), bitorder="little").reshape(-1, _WORD_BITS)
         counts = np.arange(_WORD_BITS) < width[bucket, None]
         payload = np.packbits(bits[counts], bitorder="little")
 
@@ -100,16 +101,20 @@ class Table:
         return numbers, payload
 
     def decode(self, numbers: Bytes, payload: Bytes, zero: int = 0) -> Bytes:
-        """Return the nibbles, two a byte, each XOR ``zero``: the way back of :meth:`encode`."""
-        # Every index below is in range; mode="wrap" is a look-up without its check.
+        """Return the codes, two a byte, each XOR ``zero``: the inverse of :meth:`encode`.
+
+        Raises:
+            ArtifactError: the payload has other bits than its buckets need.
+        """
+        # Every index below is in range: mode="wrap" only avoids numpy's check of it.
         low_bytes = numbers.size // 5 * 4
         pair16 = _HIGH_BITS.take(numbers[low_bytes:], mode="wrap").view(np.uint16)
         pair16 |= numbers[:low_bytes]
         pair = pair16.astype(np.intp)
 
-        look = _describe_pairs(self.widths)
+        pairs = _describe_pairs(self.bucket_bits)
         ends = np.zeros(pair.size + 1, dtype=np.int64)
-        np.add.accumulate(look.width.take(pair, mode="wrap"), out=ends[1:])
+        np.add.accumulate(pairs.width.take(pair, mode="wrap"), out=ends[1:])
         position = ends[:-1]
         bits = int(ends[-1])
         if payload.size != -(-bits // 8) or (bits % 8 and payload[-1] >> bits % 8):
@@ -118,7 +123,7 @@ class Table:
                 f"{payload.size} bytes of codes where their buckets need {bits} bits",
             )
 
-        # The bits of a pair, 32 at most, begin at any bit: they lie in a window of 64 that begins
+        # The bits of a pair, 32 at most, may begin at any bit: read a window of 64 bits that begins
         # at a multiple of 32.
         padded = np.zeros(payload.size + 12, dtype=np.uint8)
         padded[: payload.size] = payload
@@ -129,25 +134,25 @@ class Table:
 
         # Both words in one number of 32 bits, the second in the upper half.
         first = window.astype(np.uint32)
-        both = first << look.shift.take(pair, mode="wrap")
+        both = first << pairs.shift.take(pair, mode="wrap")
         first &= _LOWER_HALF
         both &= _UPPER_HALF
         both |= first
-        both &= look.mask.take(pair, mode="wrap")
+        both &= pairs.mask.take(pair, mode="wrap")
 
-        # A place in a bucket and the first rank of it make a rank, and the rank a word.
-        both += look.start.take(pair, mode="wrap")
+        # Index in the bucket plus the first rank of the bucket is the rank, which gives the word.
+        both += pairs.start.take(pair, mode="wrap")
         rank = both.view(np.uint16)
         words: NDArray[np.uint16] = _rank_words(self.costs, zero).take(rank, mode="wrap")
         return words.view(np.uint8)
 
 
 class _Pairs(NamedTuple):
-    """For every pair of buckets, by its ten bits; both halves of a number are a word's."""
+    """Properties of all pairs of buckets, by their ten bits; a word has half of each number."""
 
     width: NDArray[np.int64]  # bits of both
-    shift: NDArray[np.uint32]  # how far those of the second move
-    mask: NDArray[np.uint32]  # which bits count
+    shift: NDArray[np.uint32]  # of the second word's bits, to the upper half
+    mask: NDArray[np.uint32]  # of the bits that belong to the words
     start: NDArray[np.uint32]  # the first ranks
 
 
@@ -176,9 +181,9 @@ def _bound_buckets(widths: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]
 
 @lru_cache(maxsize=8)
 def _rank_words(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
-    """Return all words, cheap ones first, equal ones by number; each nibble XOR ``zero``."""
+    """Return all words by rank: by cost, equal ones by number; each code XOR ``zero``."""
     cost = np.frombuffer(costs, dtype=np.uint8).astype(np.uint16)
-    for _ in range(2):  # of 16 codes to 256 pairs of them to all words
+    for _ in range(2):  # costs of 16 codes → of 256 pairs → of all words
         cost = np.add.outer(cost, cost).reshape(-1)
 
     words = np.argsort(cost, kind="stable").astype("<u2")
@@ -188,13 +193,15 @@ def _rank_words(costs: bytes, zero: int = 0) -> NDArray[np.uint16]:
 def _cut(expected_before: NDArray[np.float64]) -> list[int]:
     """Return the widths of the buckets that need fewest bits.
 
-    Halving a bucket saves one bit for each of its words, whatever else is cut, so the fullest is
-    halved next. ``expected_before``: share of words in front of every rank, and 1 behind the last.
-    """
-    # Negative share, first rank, width: a heap has the least on top.
-    waiting = [(-1.0, 0, _WORD_BITS)]
+    Halving a bucket saves one bit for each of its words, independently of the other buckets, so
+    halving the fullest one each time is optimal.
 
-    single: list[tuple[float, int, int]] = []
+    Args:
+        expected_before: share of words in front of each rank, and 1 behind the last.
+    """
+    # Negative share, first rank, width: the top of a heap is its smallest item.
+    waiting = [(-1.0, 0, _WORD_BITS)]
+    single: list[tuple[float, int, int]] = []  # buckets of one word
 
     while len(waiting) + len(single) < _BUCKETS:
         bucket = heapq.heappop(waiting)
@@ -208,5 +215,5 @@ def _cut(expected_before: NDArray[np.float64]) -> list[int]:
             share = expected_before[first + half] - expected_before[first]
             heapq.heappush(waiting, (-float(share), first, width - 1))
 
-    by_rank = sorted(waiting + single, key=lambda bucket: bucket[1])
-    return [width for _, _, width in by_rank]
+    ordered = sorted(waiting + single, key=lambda bucket: bucket[1])
+    return [width for _, _, width in ordered]

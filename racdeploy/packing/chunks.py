@@ -1,7 +1,7 @@
-"""Chunks of a bitmask packing: heads, a mask with one bit a weight, and the codes not zero.
+"""Pack and unpack chunks of a bitmask packing: heads, a mask of one bit a weight, non-zero codes.
 
-Four-bit codes have no mask: words of four are stored, zeros included, as ``buckets.py`` says. A
-chunk depends on no other, so memory stays at one chunk. The form: docs/racgguf.md.
+Four-bit codes have no mask: words of four are stored, zeros included, see ``buckets.py``. A chunk
+depends on no other, so one chunk is in memory at a time. Format: docs/reference/racgguf.md.
 """
 
 from __future__ import annotations
@@ -15,40 +15,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.packing.buckets import Table
-from racdeploy.packing.layouts import CHUNK_WEIGHTS, Bytes, Layout
+from racdeploy.packing.block_layouts import CHUNK_WEIGHTS, BlockLayout, Bytes
+from racdeploy.packing.buckets import BucketTable
 
-Take = Callable[[int], Bytes]
-"""Returns that many further bytes, or raises ArtifactError where there are fewer."""
-LEAST_WORD_WEIGHTS = 4096
-"""Of the smallest tensor packed in words: a table takes as long to build as 200,000 to unpack."""
+ReadBytes = Callable[[int], Bytes]
+"""Returns the next bytes of a file, as many as asked for, or raises an ArtifactError."""
+MIN_WORD_WEIGHTS = 4096
+"""Minimum weights of a tensor packed in words.
 
-_DEFLATED = 1 << 31  # the bit of a size field that says so
-# A plane of more than 6 bits a byte inflates at about 90 MB/s and saves little: it is deflated in
-# one chunk of eight, which is what a file needs to be smaller than zstd -19 makes it, and costs a
-# quarter of the speed at most. Files of five-bit codes are smaller without.
-_MOST_ENTROPY_BITS = 6.0
-_MOST_IN_SLOW_CHUNK = 7.9
+Unpacking has to build its table, which takes as long as unpacking 200,000 weights.
+"""
+
+_DEFLATED = 1 << 31  # bit of a size field: the plane is deflated
+# A plane with an entropy of more than 6 bits a byte inflates at about 90 MB/s and saves little. It
+# is deflated in one chunk of eight: enough for the file to be smaller than zstd -19 makes it, at a
+# quarter of the speed at most. Files of five-bit codes are small enough without.
+_MAX_ENTROPY_BITS = 6.0
+_MAX_IN_SLOW_CHUNK = 7.9
 _SLOW_CHUNK, _SLOW_CYCLE = 3, 8
-# Scales are few: inflating them takes longer than their bytes are worth, unless it saves half.
-_MOST_HEAD_BITS = 4.0
+# Scales are few: inflating them takes longer than reading them, unless it saves half.
+_MAX_HEAD_BITS = 4.0
 
 
-def tally(layout: Layout, plain: Bytes) -> NDArray[np.int64]:
-    """Return how many codes of a chunk are zero and how many not; of words, how many are which."""
+def count_codes(layout: BlockLayout, plain: Bytes) -> NDArray[np.int64]:
+    """Count zero and other codes of a chunk; for codes in words, count each of the 16 codes."""
     codes = _split_codes(layout, plain)
-    if layout.in_words:
+    if layout.uses_words:
         pairs = np.bincount(codes, minlength=256).reshape(16, 16)  # two codes a byte
         return np.asarray(pairs.sum(0) + pairs.sum(1))
     kept = int(np.count_nonzero(codes))
     return np.array([codes.size - kept, kept])
 
 
-def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = None) -> bytes:
-    """Return the record of a chunk, the ``index``-th of its tensor; words have a table."""
+def pack_chunk(
+    layout: BlockLayout, plain: Bytes, index: int, table: BucketTable | None = None
+) -> bytes:
+    """Return the stored bytes of a chunk.
+
+    Args:
+        plain: its bytes in the plain file, whole blocks.
+        index: of the chunk in its tensor.
+        table: of the tensor, if its codes are stored in words.
+    """
     blocks_GP = plain.reshape(-1, layout.block_bytes)
     heads_PG = np.ascontiguousarray(blocks_GP[:, : layout.head_bytes].T)
-    planes = [_encode(head_G, _MOST_HEAD_BITS) for head_G in heads_PG]
+    planes = [_encode(head_G, _MAX_HEAD_BITS) for head_G in heads_PG]
 
     codes = _split_codes(layout, plain)
     if table:
@@ -66,22 +77,29 @@ def pack_chunk(layout: Layout, plain: Bytes, index: int, table: Table | None = N
 
 
 def unpack_chunk(
-    layout: Layout, take: Take, table: Table | None = None, most_weights: int = CHUNK_WEIGHTS
+    layout: BlockLayout,
+    take: ReadBytes,
+    table: BucketTable | None = None,
+    max_weights: int = CHUNK_WEIGHTS,
 ) -> Bytes:
-    """Return the bytes of the next chunk; one of more weights is refused before it is allocated."""
-    blocks, *sizes = take(4 * (1 + layout.planes)).view("<u4").tolist()
+    """Return the plain bytes of the next chunk.
+
+    Raises:
+        ArtifactError: it is damaged, or has more weights than allowed; nothing is allocated then.
+    """
+    blocks, *sizes = take(4 * (1 + layout.plane_count)).view("<u4").tolist()
     weights = blocks * layout.block_weights
-    if not 0 < weights <= most_weights:
+    if not 0 < weights <= max_weights:
         raise ArtifactError(
-            "damaged-packing", f"a chunk of {weights} weights where 1 to {most_weights} can be"
+            "damaged-packing", f"a chunk of {weights} weights where 1 to {max_weights} can be"
         )
 
-    # Numbers of buckets or a mask, then planes: those of heads, then those of codes.
+    # Bucket numbers or a mask, then planes: those of heads, then those of codes.
     first = take(5 * blocks if table else -(-weights // 8))
     heads = [_decode(sizes.pop(0), blocks, take) for _ in range(layout.head_bytes)]
 
     if table:
-        body = table.decode(first, take(sizes[0]), layout.flip & 15)
+        body = table.decode(first, take(sizes[0]), layout.xor_byte & 15)
     else:
         body = layout.join(_expand(layout, first, weights, sizes, take))
 
@@ -90,53 +108,52 @@ def unpack_chunk(
     return body
 
 
-def _join_blocks(layout: Layout, heads: list[Bytes], body: Bytes) -> Bytes:
-    """Return blocks, of whose heads each plane has a byte a block."""
+def _join_blocks(layout: BlockLayout, heads: list[Bytes], body: Bytes) -> Bytes:
+    """Return whole blocks; each plane of heads has one byte of every block."""
     plain = np.empty(heads[0].size * layout.block_bytes, dtype=np.uint8)
-    plain_G = plain.view(layout.block)
+    plain_G = plain.view(layout.block_dtype)
     for number, head in enumerate(heads):
         plain_G[f"head_{number}"] = head
-    plain_G["body"] = body.view(layout.block["body"])
+    plain_G["body"] = body.view(layout.block_dtype["body"])
     return plain
 
 
-def _split_codes(layout: Layout, plain: Bytes) -> NDArray[Any]:
+def _split_codes(layout: BlockLayout, plain: Bytes) -> NDArray[Any]:
     blocks_GP = plain.reshape(-1, layout.block_bytes)
     return layout.split(blocks_GP[:, layout.head_bytes :])
 
 
 def _expand(
-    layout: Layout, mask: Bytes, weights: int, sizes: list[int], take: Take
+    layout: BlockLayout, mask: Bytes, weights: int, sizes: list[int], take: ReadBytes
 ) -> NDArray[Any]:
     if weights % 8 and mask[-1] >> weights % 8:
-        raise ArtifactError("damaged-packing", "a mask keeps weights behind the end of its chunk")
+        raise ArtifactError("damaged-packing", "a mask has bits behind the end of its chunk")
 
     kept = np.flatnonzero(np.unpackbits(mask, bitorder="little").view(np.bool_))
     fields: list[NDArray[Any]] = []
     shift = 0
-
-    for bits, size in zip(layout.widths, sizes, strict=True):
+    for bits, size in zip(layout.plane_bits, sizes, strict=True):
         plane = _decode(size, -(-kept.size * bits // 8), take)
-        field = _unpack_bits(plane, bits)[: kept.size].astype(layout.kind, copy=False)
+        field = _unpack_bits(plane, bits)[: kept.size].astype(layout.code_dtype, copy=False)
         if shift:
             field = field << shift
         fields.append(field)
         shift += bits
 
-    codes = np.zeros(weights, dtype=layout.kind)
+    codes = np.zeros(weights, dtype=layout.code_dtype)
     codes[kept] = reduce(np.bitwise_or, fields)
     return codes
 
 
-def _encode_codes(layout: Layout, kept: NDArray[Any], index: int) -> list[tuple[int, bytes]]:
-    """Return the planes of codes: low bytes apart from sign and exponent, which repeat."""
+def _encode_codes(layout: BlockLayout, kept: NDArray[Any], index: int) -> list[tuple[int, bytes]]:
+    """Return the planes of codes; low bytes are apart from sign and exponent, which repeat."""
     slow = index % _SLOW_CYCLE == _SLOW_CHUNK and not layout.has_fifth_bits
-    most_bits = _MOST_IN_SLOW_CHUNK if slow else _MOST_ENTROPY_BITS
+    max_bits = _MAX_IN_SLOW_CHUNK if slow else _MAX_ENTROPY_BITS
 
     planes = []
     shift = 0
-    for bits in layout.widths:
-        planes.append(_encode(_pack_bits(kept >> shift, bits), most_bits))
+    for bits in layout.plane_bits:
+        planes.append(_encode(_pack_bits(kept >> shift, bits), max_bits))
         shift += bits
     return planes
 
@@ -147,26 +164,26 @@ def _pack_bits(numbers: NDArray[Any], bits: int) -> Bytes:
     padded = np.zeros(-(-numbers.size // each) * each, dtype=np.uint8)
     padded[: numbers.size] = numbers & ((1 << bits) - 1)
     packed = padded[::each].copy()
-    for place in range(1, each):
-        packed |= padded[place::each] << place * bits
+    for index in range(1, each):
+        packed |= padded[index::each] << index * bits
     return packed
 
 
 def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
-    """Return the numbers that :func:`_pack_bits` packed, and zeros that fill the last byte."""
+    """Return the numbers that :func:`_pack_bits` packed, and the zeros that fill the last byte."""
     if bits == 8:
         return packed
 
     numbers = np.empty((packed.size, 8 // bits), dtype=np.uint8)
-    for place in range(8 // bits):
-        numbers[:, place] = packed >> np.uint8(place * bits)
+    for index in range(8 // bits):
+        numbers[:, index] = packed >> np.uint8(index * bits)
     numbers &= np.uint8((1 << bits) - 1)
     return numbers.reshape(-1)
 
 
-def _encode(plane: Bytes, most_bits: float) -> tuple[int, bytes]:
-    """Return the size field and the bytes of a plane, deflated where its entropy is that low."""
-    if plane.size and _measure_entropy(plane) <= most_bits:
+def _encode(plane: Bytes, max_bits: float) -> tuple[int, bytes]:
+    """Return the size field and bytes of a plane, deflated if its entropy is low enough."""
+    if plane.size and _measure_entropy(plane) <= max_bits:
         deflate = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
         data = deflate.compress(plane.data) + deflate.flush()
         if len(data) < plane.size:
@@ -175,14 +192,14 @@ def _encode(plane: Bytes, most_bits: float) -> tuple[int, bytes]:
 
 
 def _measure_entropy(plane: Bytes) -> float:
-    """Return the bits of a byte where bytes are independent."""
+    """Return the entropy of a byte in bits, as if bytes were independent."""
     share = np.bincount(plane, minlength=256) / plane.size
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum())
 
 
-def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
-    """Return a plane, whose size field and bytes have to agree."""
+def _decode(size: int, plane_bytes: int, take: ReadBytes) -> Bytes:
+    """Return the plane with this size field; a size other than expected is an ArtifactError."""
     if not size & _DEFLATED:
         if size != plane_bytes:
             raise ArtifactError(
@@ -203,7 +220,7 @@ def _decode(size: int, plane_bytes: int, take: Take) -> Bytes:
     try:
         data = inflate.decompress(take(stored_bytes).data, plane_bytes + 1)
     except zlib.error as error:
-        raise ArtifactError("damaged-packing", f"codes do not inflate: {error}") from error
+        raise ArtifactError("damaged-packing", f"its codes cannot be inflated: {error}") from error
 
     if len(data) != plane_bytes or not inflate.eof or inflate.unused_data:
         raise ArtifactError(

@@ -1,1 +1,1 @@
-"""Everything that happens while a bundle is made."""
+"""Stages of a build, from the traces to the bundle."""

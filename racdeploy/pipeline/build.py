@@ -1,5 +1,6 @@
-"""The only place that knows the order of the stages: traces, prune, recover, vocabulary, export,
-verify, bundle.
+"""The build: traces, prune, recover, vocabulary, export, verify, bundle.
+
+No other module knows the order of the stages.
 """
 
 from __future__ import annotations
@@ -10,75 +11,79 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from racdeploy import export as exports
+from racdeploy import exporting
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportResult
+from racdeploy.exporting import ExportResult
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
 from racdeploy.manifest import ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.renumbering import new_ids, translate
+from racdeploy.models.renumbering import map_new_ids, translate_ids
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.comparison import BEFORE, Evaluation, Rival
+from racdeploy.pipeline.evaluation import BEFORE_RECOVERY, Evaluation, Rival
 from racdeploy.pipeline.export_stage import export_model
 from racdeploy.pipeline.forecast import estimate_seconds
-from racdeploy.pipeline.gates import Findings, check_artifact
+from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job, fit_context
-from racdeploy.pipeline.naming import describe_model, name_artifact, name_model
+from racdeploy.pipeline.naming import list_metadata, name_artifact, name_model
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
-from racdeploy.pipeline.thinking import Control, read_control, tune
+from racdeploy.pipeline.thinking import ShippedControl, read_control, tune_hesitation_penalty
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
-from racdeploy.pipeline.workplace import Workplace
-from racdeploy.prune import PrunedModel
-from racdeploy.prune.processes import ALONE, Processes
+from racdeploy.pipeline.workspace import Workspace
+from racdeploy.pruning import PrunedModel
+from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.traces.collect import trace_counts
+from racdeploy.traces.collect import summarize_traces
 from racdeploy.traces.trace import Trace, TraceSet, count_tokens
-from racdeploy.verify.controls import SAME_SIZE, same_size_quants
+from racdeploy.verification.rivals import SAME_SIZE, find_same_size_quants
 
 
 @dataclass(frozen=True)
 class Build:
-    """A job on its way to a bundle, with its stage folders in ``work``.
+    """The build of a job's bundle, with stage folders in ``work``.
 
-    Only the first of the processes that share traces, pruning and recovery runs the stages; the
-    others :meth:`follow` it. ``progress`` is called with a label, units done and units in all.
+    If several processes share traces, pruning and recovery, the first one runs the stages, and the
+    others :meth:`follow` it. ``progress`` is called with a label, units done and all units.
     """
 
     job: Job
     work: Path
     threads: int = 0
     progress: Progress | None = None
-    processes: Processes = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def __post_init__(self) -> None:
-        """Settle what is cut, and the context: every stage and name goes by them."""
+        """Fit the cut and the context: every stage and name depends on them."""
         object.__setattr__(self, "job", fit_context(fit_structure(self.job)))
 
-    def run(self, out: Path | None = None, beside: Sequence[Rival] = ()) -> tuple[Path, Report]:
-        """Do everything; return the bundle's folder, by default the artifact's name, and report.
+    def run(
+        self, out: Path | None = None, extra_rivals: Sequence[Rival] = ()
+    ) -> tuple[Path, Report]:
+        """Run all stages; return the bundle's folder and its report.
 
-        Models ``beside`` answer too, after those that the recipe names.
+        Args:
+            out: the bundle's folder; by default the artifact's name.
+            extra_rivals: models to compare with, after those that the recipe names.
         """
         check_build(self.job, out)
         self.plan_recovery()
         trace_folder, traces = self.traces()
         model = self.prune()
 
-        # Phases may have been undone: names say what was reached.
+        # Recovery may have been undone as a whole: then names do not claim it.
         job = self.job
         jobs = [job, *job.siblings]
         if model.before_recovery is None:
-            jobs = [each.unrecovered() for each in jobs]
+            jobs = [each.without_recovery() for each in jobs]
         dense = self._export_dense(model)
 
         artifacts = []
@@ -93,56 +98,63 @@ class Build:
         control = self._control(model, pruned)
 
         evaluation = replace(self.evaluation, control=control)
-        rivals = [*self.rivals(model, dense, pruned), *beside]
+        rivals = [*self.rivals(model, dense, pruned), *extra_rivals]
         report, records = evaluation.verify(model, dense, pruned, findings, also, rivals)
 
-        counts = trace_counts(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
+        counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
-        contents = bundling.Contents(
+        contents = bundling.BundleContents(
             artifacts, job, model, counts | origin, report, records, control
         )
 
         folder = out or Path(artifacts[0].name)
-        self.place.report("bundle", 0, 1)
-        bundling.write(folder, contents)
-        self.place.report("bundle", 1, 1)
+        self.workspace.report("bundle", 0, 1)
+        bundling.write_bundle(folder, contents)
+        self.workspace.report("bundle", 1, 1)
         return folder, report
 
     def follow(self) -> None:
-        """Do this process's share of what the first one asks for, until it needs no more."""
+        """Do this process's share of the first one's jobs until they end."""
         stages: dict[str, TraceStage | PruneStage | RecoverStage]
         stages = {
             "traces": self.trace_stage,
             "prune": self.prune_stage,
             "recover": self.recover_stage,
         }
-        for name, given in self.processes.jobs(lambda name: stages[name].describe_code()):
-            stages[name].share(given)
+        for name, arguments in self.processes.receive_jobs(
+            lambda name: stages[name].describe_code()
+        ):
+            stages[name].run_as_follower(arguments)
 
-    def traces(self, sparse: Path | None = None, first: int = 0) -> tuple[Path, list[Trace]]:
-        """Collect a model's traces, or read them back; None asks the dense model, 0 for all."""
-        return self.trace_stage.run(sparse, first)
+    def traces(self, sparse: Path | None = None, max_prompts: int = 0) -> tuple[Path, list[Trace]]:
+        """Collect a model's traces, or read them back.
+
+        Args:
+            sparse: folder of a pruned model; None for the dense one.
+            max_prompts: number of prompts to answer, the first ones; 0 for all.
+        """
+        return self.trace_stage.run(sparse, max_prompts)
 
     def prune(self) -> PrunedModel:
-        """Prune the model on its traces; the vocabulary is cut last, of what is left."""
+        """Prune the model on its traces, recover it, and cut the vocabulary last."""
         self.plan_recovery()
         choice = self.job.vocabulary
         if choice is None:
             return self._prune_and_recover()
 
-        # What the traces need may be more than was asked for: that is said before the long walk.
+        # Traces may need more tokens than the recipe keeps: refuse that before the long pruning.
         _, traces = self.traces()
         choice.choose(traces)
 
         model = self._prune_and_recover()
-        return cut_vocabulary(self.place, choice, model, traces)
+        return cut_vocabulary(self.workspace, choice, model, traces)
 
     def recover(self, folder: Path) -> PrunedModel:
-        """Let the pruned model of a folder learn from the dense one."""
+        """Train the pruned model of a folder to match the dense one."""
         if not self.job.recipe.recover.tokens:
             raise UsageError(
                 "nothing-to-learn",
-                "there is nothing to learn at 0 tokens",
+                "recover.tokens is 0, so there is nothing to learn",
                 remedy="--recover-tokens 1000000, or recover.tokens in the recipe",
             )
 
@@ -151,7 +163,7 @@ class Build:
         return self._recover(model, f"{folder.name}-recovered")
 
     def plan_recovery(self) -> Json:
-        """Return what recovery takes, or raise what would stop it; nothing where it is off."""
+        """Return the plan of recovery, empty if it is off; raise the errors that would stop it."""
         settings = self.job.recipe
         if not settings.recover.tokens:
             return {}
@@ -161,18 +173,17 @@ class Build:
         return self.recover_stage.plan(longest + settings.traces.max_new_tokens)
 
     def _prune_and_recover(self) -> PrunedModel:
+        stage = self.prune_stage
         if not self.job.recipe.recover.tokens:
-            return self._run_prune(self.prune_stage)
+            return self._run_prune(stage)
 
         # Codes are chosen last: recovery would move the weights away from those chosen here.
-        settings = self.prune_stage.settings.model_copy(update={"joint": False})
-        uncoded = replace(self.prune_stage, quant="", settings=settings)
-        model = self._run_prune(uncoded)
+        model = self._run_prune(replace(stage, quant=""))
         name = name_model(self.job)
         recovered = self._recover(model, name)
 
-        if recovered.before_recovery is None and self.job.recipe.prune.joint:
-            return self._run_prune(self.prune_stage)
+        if recovered.before_recovery is None and stage.quant:
+            return self._run_prune(stage)
         return recovered
 
     def _run_prune(self, stage: PruneStage) -> PrunedModel:
@@ -180,8 +191,9 @@ class Build:
         return stage.run(traces, TraceSet(folder).sha256)
 
     def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
-        """Let a pruned model learn, and choose the codes that are asked for once it has."""
-        choose_codes = self.prune_stage.choose_codes if self.job.recipe.prune.joint else None
+        """Recover a pruned model, then choose its codes if the recipe asks for it."""
+        stage = self.prune_stage
+        choose_codes = stage.choose_codes if stage.quant else None
         return self.recover_stage.run(model, name, self.traces, choose_codes)
 
     def export(
@@ -193,12 +205,12 @@ class Build:
         importance: Path | None = None,
         quant: str = "",
     ) -> ExportResult:
-        """Export a model folder, or find it exported.
+        """Export a model folder, or return its earlier export.
 
         Args:
-            pruned: whether packing applies; the dense model is always plain.
-            importance: file of a pruned model's statistic that chooses the scales of this one too,
-                so that both arms are quantized alike.
+            pruned: True for the pruned model; the dense one is always stored plain.
+            importance: file with the pruned model's statistic, for the scales of the dense one too,
+                so that both are quantized alike.
             quant: number format; empty takes the recipe's, with its choices for single tensors.
         """
         settings = self.job.recipe.export
@@ -207,33 +219,34 @@ class Build:
         if not pruned:
             settings = settings.model_copy(update={"packing": "plain"})
 
-        metadata = describe_model(self.job, Checkpoint(folder)) if pruned else {}
+        metadata = list_metadata(self.job, Checkpoint(folder)) if pruned else {}
         label = "export" if pruned else "export dense"
-        return export_model(self.place, folder, name, settings, metadata, importance, label)
+        return export_model(self.workspace, folder, name, settings, metadata, importance, label)
 
     def rivals(self, model: PrunedModel, dense: ExportResult, pruned: ExportResult) -> list[Rival]:
-        """Export the dense model in the quants that ``verify.controls`` asks for, in that order.
+        """Export the dense model in the quants of ``verify.controls``, in that order.
 
-        Where recovery changed the pruned model, the one before comes first.
+        If recovery changed the pruned model, the model before it comes first.
         """
         job = self.job
 
         names: list[str] = []
-        for asked in job.recipe.verify.controls:
-            if asked != SAME_SIZE:
-                names.append(asked)
+        for control in job.recipe.verify.controls:
+            if control != SAME_SIZE:
+                names.append(control)
                 continue
 
             entries = job.checkpoint.entries
             shapes = {name: entries[name].shape for name in job.prunable_weights}
-            sparsity = exports.measure_sparsity(pruned, model.checkpoint.shape.linear_weights)
-            names += same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
+            sparsity = exporting.measure_sparsity(pruned, model.checkpoint.shape.prunable_weights)
+            # The two dense quants nearest to the pruned file, whose size is known only now.
+            names += find_same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
 
         rivals = []
         if before := model.before_recovery:
             quant = job.recipe.export.quant
             exported = self.export(before, f"{before.name}-{quant}")
-            rivals.append(Rival(BEFORE, quant, exported, before))
+            rivals.append(Rival(BEFORE_RECOVERY, quant, exported, before))
 
         for name in dict.fromkeys(names):
             exported = self._export_dense(model, name)
@@ -242,16 +255,17 @@ class Build:
         return rivals
 
     def plan(self, checked: Mapping[str, Any]) -> Json:
-        """Return what was checked, and what the stages up to recovery take."""
+        """Return the results of the checks, and the cost of the stages up to recovery."""
         plan = {**checked, **self.plan_traces(), **self.plan_pruning()}
         return plan | self.plan_time(plan)
 
     def plan_pruning(self) -> Json:
-        """Return what a cut leaves, and what pruning takes: tokens, peak memory, time if known.
+        """Return the parameters that a cut leaves, and pruning's tokens and peak memory.
 
-        Tokens are of the traces, or of the longest there can be; without any, answering counts too.
+        Tokens are those of the traces. If there are none yet, traces of maximum length count, and
+        so does the memory for answering; such keys end in ``_at_most``.
         """
-        from racdeploy.prune.cost import peak_bytes, trace_bytes
+        from racdeploy.pruning.memory_estimate import estimate_pruning_bytes, estimate_tracing_bytes
 
         job, settings = self.job, self.job.recipe
         checkpoint = job.checkpoint
@@ -261,12 +275,13 @@ class Build:
         plan = plan_cut(job)
         if job.tasks.sources:
             plan["asks"] = [*job.tasks.sources]
-        if foreseen := job.foresee_cuts("calibration"):
-            plan["trace_cuts"] = foreseen
+        if truncation := job.predict_truncation("calibration"):
+            plan["trace_cuts"] = truncation
 
+        # Known traces give the tokens; before that, the plan has only an upper bound of them.
         stage = self._traces_stage
-        if stage.finished:
-            calibration, held_out, _ = self.prune_stage.select(TraceSet(stage.folder).read())
+        if stage.is_finished:
+            calibration, held_out, _ = self.prune_stage.select_traces(TraceSet(stage.folder).read())
             tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
             bound = ""
         else:
@@ -274,15 +289,15 @@ class Build:
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
             bound = "_at_most"
 
-        if not (stage.finished or settings.traces.server):
-            together = min(settings.traces.batch, len(prompts))
-            plan["trace_memory_bytes_at_most"] = trace_bytes(
+        if not (stage.is_finished or settings.traces.server):
+            together = min(settings.traces.batch_size, len(prompts))
+            plan["trace_memory_bytes_at_most"] = estimate_tracing_bytes(
                 checkpoint, together, max(prompts), max(longest)
             )
 
-        counts = (tokens, held_out_tokens, job.joint_quant)
+        counts = (tokens, held_out_tokens, job.rounding_quant)
         cuts = bool(settings.structure.keep)
-        memory = peak_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
+        memory = estimate_pruning_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
 
         return plan | {
             f"prune_tokens{bound}": tokens,
@@ -291,42 +306,45 @@ class Build:
         }
 
     def plan_time(self, plan: Mapping[str, Any]) -> Json:
-        """Return about how many seconds all stages take, given the plan of all else."""
+        """Return an estimate of the seconds of all stages, given the rest of the plan."""
         stage = self._traces_stage
-        traces = TraceSet(stage.folder).read() if stage.finished else []
+        traces = TraceSet(stage.folder).read() if stage.is_finished else []
         return {"seconds_expected": estimate_seconds(self.job, plan, traces, self.threads)}
 
     def plan_traces(self) -> Json:
-        """Return which model the trace server has, or raise why it can't answer; nothing else."""
+        """Return the model of the trace server; raises an error if it cannot answer.
+
+        Empty without a server, or if the traces were collected.
+        """
         job = self.job
         settings = job.recipe.traces
-        if not settings.server or self._traces_stage.finished:
+        if not settings.server or self._traces_stage.is_finished:
             return {}
 
-        from racdeploy.traces.server import find_model
+        from racdeploy.traces.server import find_served_model
 
-        return {"trace_server_model": find_model(settings, job.checkpoint, job.encoder)}
+        return {"trace_server_model": find_served_model(settings, job.checkpoint, job.encoder)}
 
     @property
-    def place(self) -> Workplace:
-        return Workplace(self.work, self.threads, self.progress, self.processes)
+    def workspace(self) -> Workspace:
+        return Workspace(self.work, self.threads, self.progress, self.processes)
 
     @property
     def _traces_stage(self) -> Stage:
-        return Stage.at(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+        return Stage.locate(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
 
     @property
     def trace_stage(self) -> TraceStage:
         job = self.job
         return TraceStage(
-            self.place, job.checkpoint, job.encoder, job.tags, job.tasks, job.recipe.traces
+            self.workspace, job.checkpoint, job.encoder, job.tags, job.tasks, job.recipe.traces
         )
 
     @property
     def prune_stage(self) -> PruneStage:
         job, recipe = self.job, self.job.recipe
         return PruneStage(
-            self.place,
+            self.workspace,
             job.checkpoint,
             job.encoder,
             job.tasks,
@@ -334,63 +352,63 @@ class Build:
             recipe.calibration,
             job.structure,
             recipe.prune,
-            job.joint_quant,
-            name_model(job.unrecovered()),
+            job.rounding_quant,
+            name_model(job.without_recovery()),
         )
 
     @property
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
         return RecoverStage(
-            self.place,
+            self.workspace,
             job.checkpoint,
             job.encoder,
             recipe.recover,
             recipe.calibration,
-            job.joint_quant,
+            job.rounding_quant,
         )
 
     @property
     def evaluation(self) -> Evaluation:
         return Evaluation(self.job, self.work, self.threads, self.progress)
 
-    def _control(self, model: PrunedModel, pruned: ExportResult) -> Control:
-        """Return what is done about the pruned model's thinking, tuned where that is asked for."""
+    def _control(self, model: PrunedModel, pruned: ExportResult) -> ShippedControl:
+        """Return the thinking control of the pruned model, tuned if the recipe asks for it."""
         encoder = PromptEncoder.from_folder(model.folder)
         control = read_control(self.job, encoder)
         if not self.job.recipe.runtime.thinking.tune:
             return control
 
-        def answer(settings: ThinkingControl) -> Sequence[Record]:
+        def answer(settings: ThinkingControl) -> Sequence[AnswerRecord]:
             tried = replace(control, settings=settings)
             arm = f"penalty {settings.hesitation_penalty:g}"
-            found = self.evaluation.answer(pruned, arm, model.folder, tried, "calibration")
-            return found.records
+            answers = self.evaluation.answer(pruned, arm, model.folder, tried, "calibration")
+            return answers.records
 
-        return tune(control, answer, self.job)
+        return tune_hesitation_penalty(control, answer, self.job)
 
     def _export_dense(self, model: PrunedModel, quant: str = "") -> ExportResult:
         dense, own_quant = self.job.model, self.job.recipe.export.quant
         name = f"{dense.name}-dense-{quant or own_quant}"
-        own = model.folder / DENSE_IMPORTANCE_FILE
-        matrix = own if own.is_file() else model.folder / IMPORTANCE_FILE
+        dense_importance = model.folder / DENSE_IMPORTANCE_FILE
+        matrix = dense_importance if dense_importance.is_file() else model.folder / IMPORTANCE_FILE
         return self.export(dense.folder, name, pruned=False, importance=matrix, quant=quant)
 
     def _check_artifacts(
         self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
-    ) -> Findings:
-        """Stop the build at the first artifact that computes something else than its model."""
-        old_ids = self.job.renumbering(model.folder)
+    ) -> GateResult:
+        """Check all artifacts; raises GateError for the first that differs from its model."""
+        old_ids = self.job.find_old_ids(model.folder)
         if old_ids is not None:
-            renumbered = translate(ids, new_ids(old_ids))
-            assert renumbered, "every token of the traces stays"
+            renumbered = translate_ids(ids, map_new_ids(old_ids))
+            assert renumbered, "every token of the traces is kept"
             ids = renumbered
 
-        found: list[Findings] = []
-        report = partial(self.place.report, "check files", total=len(exported))
+        results: list[GateResult] = []
+        report = partial(self.workspace.report, "check files", total=len(exported))
         for job, artifact in zip((self.job, *self.job.siblings), exported, strict=True):
-            report(len(found))
-            found.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
-        report(len(found))
+            report(len(results))
+            results.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
+        report(len(results))
 
-        return replace(found[0], notes=tuple(note for each in found for note in each.notes))
+        return replace(results[0], notes=tuple(note for each in results for note in each.notes))

@@ -1,4 +1,4 @@
-"""Write a bundle, whole or not at all: all that a device needs, and all that was measured."""
+"""Bundles: folders with all files that a device needs, and all measurements."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from racdeploy import __version__, export, plugins
+from racdeploy import __version__, exporting, plugins
 from racdeploy import manifest as manifests
 from racdeploy.errors import UsageError
-from racdeploy.export import ExportResult
+from racdeploy.exporting import ExportResult
 from racdeploy.files.reading import Json
 from racdeploy.files.templates import render_text
 from racdeploy.files.writing import atomic_folder, file_sha256
-from racdeploy.manifest import CONFIGURATIONS, TokenizerEntry
+from racdeploy.manifest import CONFIG_FILES, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.thinking import UNCONTROLLED, Control
-from racdeploy.prune import PrunedModel
+from racdeploy.pipeline.thinking import UNCONTROLLED, ShippedControl
+from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report import html, markdown
-from racdeploy.report.recovery import as_csv, describe_recovery
-from racdeploy.report.structure import describe_kept
+from racdeploy.report.recovery import describe_recovery, to_csv
+from racdeploy.report.structure import describe_remaining
 from racdeploy.report.summary import describe_lost_zeros, describe_token_differences
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
 from racdeploy.targets import Target
 
-DENSE_FOLDER = "dense"
-"""Place in a bundle of the dense model's tokenizer, where the pruned one has fewer tokens."""
-_ROOM_FOR_THOUGHTS = 16_384  # tokens: a thought takes thousands
+DENSE_TOKENIZER_FOLDER = "dense"
+"""Folder in a bundle for the dense model's tokenizer, if the pruned one has fewer tokens."""
+_THINKING_CONTEXT_TOKENS = 16_384  # thinking takes thousands of tokens
 _READ_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
@@ -47,7 +47,7 @@ _SOURCES = {"rac": "its own chain of thought", "prompt": "prompts alone"}
 
 @dataclass(frozen=True)
 class Artifact:
-    """An exported model and how it was asked for; ``name`` is without suffix."""
+    """An exported model and its settings; ``name`` is without suffix."""
 
     name: str
     settings: Export
@@ -55,14 +55,14 @@ class Artifact:
 
     @property
     def path(self) -> PurePosixPath:
-        """The main file's place in the bundle; of several numbered ones, that of the first."""
-        form = export.load(self.settings.format)
-        place = form.artifact_path(self.name, self.settings.quant, self.settings.packing)
-        return place.with_name(self.result.path.name)
+        """Path of the main file in the bundle; if it is split, of the first part."""
+        form = exporting.load(self.settings.format)
+        path = form.artifact_path(self.name, self.settings.quant, self.settings.packing)
+        return path.with_name(self.result.path.name)
 
     @property
     def files(self) -> dict[str, str]:
-        """Path in the bundle of every file, by its path from the folder of the main one."""
+        """Path in the bundle of every file, by its path relative to the main file's folder."""
         folder = self.path.parent
         return {name: (folder / name).as_posix() for name in self.result.files}
 
@@ -75,27 +75,28 @@ class Artifact:
             packing=self.settings.packing,
             size_bytes=self.result.size_bytes,
             sha256=self.result.sha256,
-            backend=export.load(self.settings.format).BACKEND,
+            backend=exporting.load(self.settings.format).BACKEND,
             unpacked_sha256=self.result.unpacked_sha256,
-            files={place: self.result.files[name] for name, place in self.files.items()},
+            files={path: self.result.files[name] for name, path in self.files.items()},
         )
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What goes into a bundle; the first artifact was compared with the dense model."""
+class BundleContents:
+    """The contents of a bundle; the first artifact is the one compared with the dense model."""
 
     artifacts: Sequence[Artifact]
     job: Job
     model: PrunedModel
     traces: Mapping[str, Any]
     report: Report
-    records: Sequence[Record]
-    control: Control = UNCONTROLLED
+    records: Sequence[AnswerRecord]
+    control: ShippedControl = UNCONTROLLED
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse to write over something that is not a bundle."""
+    """Refuse an output folder that cannot be replaced: not a bundle, a mount, or not writable."""
+    # A bundle is renamed into place, which a mount point or the current folder does not allow.
     if out.is_mount() or out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(
             "output-not-replaceable",
@@ -122,39 +123,39 @@ def check_replaceable(out: Path) -> None:
         )
 
 
-def write(out: Path, contents: Contents) -> manifests.Manifest:
-    """Write the bundle folder; an older one of that name is replaced when the new one is whole."""
+def write_bundle(out: Path, contents: BundleContents) -> manifests.Manifest:
+    """Write the bundle folder; an older one is replaced only when the new one is complete."""
     out = out.resolve()
 
     with atomic_folder(out) as scratch:
         for artifact in contents.artifacts:
-            for name, place in artifact.files.items():
-                (scratch / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(artifact.result.path.parent / name, scratch / place)
+            for name, path in artifact.files.items():
+                (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(artifact.result.path.parent / name, scratch / path)
 
         checkpoint = contents.model.checkpoint
         _copy_files(checkpoint.folder, scratch, TOKENIZER_FILES)
         if contents.job.vocabulary:
-            _copy_files(contents.job.model.folder, scratch / DENSE_FOLDER, _READ_FILES)
+            _copy_files(contents.job.model.folder, scratch / DENSE_TOKENIZER_FOLDER, _READ_FILES)
 
-        manifest = _manifest(scratch, contents)
-        companions: dict[str, str] = {}  # further files that programs want
+        manifest = _make_manifest(scratch, contents)
+        companions: dict[str, str] = {}  # configs that other programs read
         for entry in manifest.artifacts:
-            form = export.load(entry.format)
+            form = exporting.load(entry.format)
             companions |= form.companions(manifest, checkpoint, scratch)
         manifest = manifest.model_copy(update={"artifacts": _list_companions(manifest, companions)})
         records = [record.model_dump_json() + "\n" for record in contents.records]
         shown = markdown.render(contents.report, contents.records)
         texts = {
             manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
-            "README.md": f"{_card(manifest, contents)}\n{shown}",
+            "README.md": f"{_render_card(manifest, contents)}\n{shown}",
             "report.json": contents.report.model_dump_json(indent=1) + "\n",
             "report.md": shown,
             "report.html": html.render(contents.report, contents.records, out.name),
             "records.jsonl": "".join(records),
         }
         if contents.report.recovery:
-            texts["recover.csv"] = as_csv(contents.report.recovery)
+            texts["recover.csv"] = to_csv(contents.report.recovery)
 
         texts |= companions
         for name, text in texts.items():
@@ -167,11 +168,11 @@ def write(out: Path, contents: Contents) -> manifests.Manifest:
 def _list_companions(
     manifest: manifests.Manifest, texts: Mapping[str, str]
 ) -> tuple[manifests.ArtifactEntry, ...]:
-    """Return the artifacts with the hashes of configurations that an engine of ours may read."""
+    """Return the artifacts with the hashes of the configs that racdeploy's engines read."""
     hashes = {
         name: hashlib.sha256(text.encode()).hexdigest()
         for name, text in texts.items()
-        if Path(name).name in CONFIGURATIONS
+        if Path(name).name in CONFIG_FILES
     }
     return tuple(
         entry.model_copy(update={"companions": hashes if entry.format == "onnx" else {}})
@@ -186,15 +187,15 @@ def _copy_files(source: Path, out: Path, names: Sequence[str]) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def _describe_tokenizer(bundle: Path, place: str, checkpoint: Checkpoint) -> TokenizerEntry:
-    """Return the entry of the tokenizer that lies at a place in a bundle."""
-    folder = bundle / place
+def _describe_tokenizer(bundle: Path, subfolder: str, checkpoint: Checkpoint) -> TokenizerEntry:
+    """Return the manifest's entry of the tokenizer in a subfolder of a bundle."""
+    folder = bundle / subfolder
     encoder = PromptEncoder.from_folder(folder)
     names = find_tag_names(encoder)
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
     return TokenizerEntry(
-        files={(Path(place) / name).as_posix(): file_sha256(folder / name) for name in present},
+        files={(Path(subfolder) / name).as_posix(): file_sha256(folder / name) for name in present},
         template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
         open_tag=names[0] if names else None,
         close_tag=names[1] if names else None,
@@ -202,10 +203,12 @@ def _describe_tokenizer(bundle: Path, place: str, checkpoint: Checkpoint) -> Tok
     )
 
 
-def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
+def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest:
     job, report = contents.job, contents.report
     recipe, checkpoint, model = job.recipe, job.checkpoint, job.model
-    dense = _describe_tokenizer(folder, DENSE_FOLDER, checkpoint) if job.vocabulary else None
+    dense = (
+        _describe_tokenizer(folder, DENSE_TOKENIZER_FOLDER, checkpoint) if job.vocabulary else None
+    )
     tokenizer = _describe_tokenizer(folder, "", contents.model.checkpoint)
     differences = _count_differences(report)
 
@@ -225,33 +228,34 @@ def _manifest(folder: Path, contents: Contents) -> manifests.Manifest:
         pruning={
             "method": recipe.prune.method,
             "pattern": recipe.prune.patterns,
+            # Rounding adds zeros or loses them, so the file has its own number.
             "sparsity": contents.model.sparsity,
-            "sparsity_asked": contents.model.sparsity_asked,
+            "requested_sparsity": contents.model.requested_sparsity,
             "sparsity_file": _sparsity_in_file(contents),
             "linears": [row.model_dump() for row in report.linears],
-            "structure": _structure(contents),
+            "structure": _describe_structure(contents),
         },
         artifacts=tuple(artifact.entry for artifact in contents.artifacts),
         tokenizer=tokenizer.model_copy(update={"differences": differences}),
         dense_tokenizer=dense,
         generation=_advise_generation(job, contents.control),
         verdict=report.verdict,
-        headline=_headline(report),
+        headline=_make_headline(report),
     )
 
 
-def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettings:
-    """Return the settings of verification, and those that suit the model and the target."""
+def _advise_generation(job: Job, control: ShippedControl) -> manifests.GenerationSettings:
+    """Return the settings of the verification, and those advised for model and target."""
     recipe = job.recipe
     checkpoint = job.checkpoint
 
-    # What the model's authors recommend, where they name numbers.
-    own = checkpoint.tokenizer.generation.items()
-    generation = {key: value for key, value in own if type(value) in (int, float)}
+    # The recommendation of the model's authors, as far as it is numbers.
+    generation_items = checkpoint.tokenizer.generation.items()
+    generation = {key: value for key, value in generation_items if type(value) in (int, float)}
 
-    # A context with room for long thoughts, within what model and target have.
-    most = min(checkpoint.shape.positions, Target.read(recipe.target).context_tokens)
-    context_tokens = max(recipe.verify.context_tokens, min(most, _ROOM_FOR_THOUGHTS))
+    # A context with room for long thinking, within the limits of model and target.
+    limit = min(checkpoint.shape.max_positions, Target.read(recipe.target).context_tokens)
+    context_tokens = max(recipe.verify.context_tokens, min(limit, _THINKING_CONTEXT_TOKENS))
 
     return manifests.GenerationSettings(
         temperature=float(generation.get("temperature", recipe.traces.temperature)),
@@ -260,36 +264,37 @@ def _advise_generation(job: Job, control: Control) -> manifests.GenerationSettin
         max_thinking_tokens=control.max_tokens,
         thinking=control.settings,
         context_tokens=recipe.verify.context_tokens,
-        model_context_tokens=checkpoint.shape.positions,
+        model_context_tokens=checkpoint.shape.max_positions,
         advised_context_tokens=context_tokens,
     )
 
 
-def _count_differences(report: Report) -> manifests.TokenDifferences | None:
-    """Return what the check of the tokens found to differ; None where nothing does."""
-    check = report.check("tokens")
+def _count_differences(report: Report) -> manifests.AcceptedTokenDifferences | None:
+    """Return the counts of the tokens check; None if no string differs."""
+    check = report.find_check("tokens")
     if check is None or not check.figures.get("different"):
         return None
-    return manifests.TokenDifferences.model_validate(
-        {key: check.figures[key] for key in manifests.TokenDifferences.model_fields}
+    return manifests.AcceptedTokenDifferences.model_validate(
+        {key: check.figures[key] for key in manifests.AcceptedTokenDifferences.model_fields}
     )
 
 
-def _structure(contents: Contents) -> Json:
-    """Return what was asked to stay of the model, and what is left; empty where all of it is."""
-    asked, report = contents.job.recipe.structure, contents.report
-    if report.kept is None:
+def _describe_structure(contents: BundleContents) -> Json:
+    """Return the kept shares of the recipe and the kept sizes; empty if nothing was cut."""
+    structure, report = contents.job.recipe.structure, contents.report
+    if report.kept_structure is None:
         return {}
 
     return {
-        "keep": {part: asked.share(part) for part in asked.parts},
-        "uniform": asked.uniform,
-        **report.kept.model_dump(),
+        "keep": {part: structure.kept_share(part) for part in structure.cut_parts},
+        "uniform": structure.uniform,
+        **report.kept_structure.model_dump(),
         "block_rows": [row.model_dump() for row in report.structure],
     }
 
 
-def _headline(report: Report) -> Json:
+def _make_headline(report: Report) -> Json:
+    """Return the main figures of each model, for programs that read only the manifest."""
     headline: Json = {
         arm.name: {
             "accuracy": arm.accuracy,
@@ -302,9 +307,9 @@ def _headline(report: Report) -> Json:
         for arm in report.arms
     }
 
-    if report.kept:
-        headline["dense"]["parameters"] = report.kept.parameters_dense
-        headline["pruned"]["parameters"] = report.kept.parameters
+    if report.kept_structure:
+        headline["dense"]["parameters"] = report.kept_structure.parameters_dense
+        headline["pruned"]["parameters"] = report.kept_structure.parameters
     if report.comparison:
         headline["drop"] = report.comparison.drop
         headline["length_ratio"] = report.comparison.length_ratio
@@ -312,42 +317,45 @@ def _headline(report: Report) -> Json:
 
 
 def _describe_calibration(recipe: Recipe) -> str:
-    """Return what the statistics saw that decided on weights; empty where none did."""
+    """Return the source of the calibration; empty if no statistic decided on weights."""
     prune, structure = recipe.prune, recipe.structure
     is_plain = prune.method == "magnitude" and not (prune.match_dense or prune.refit_steps)
-    cuts = structure.parts and plugins.constants("criteria", structure.criterion)["CALIBRATED"]
+    cuts = (
+        structure.cut_parts
+        and plugins.read_constants("criteria", structure.criterion)["USES_TRACES"]
+    )
     return "" if is_plain and not cuts else _SOURCES[recipe.calibration.source]
 
 
-def _sparsity_in_file(contents: Contents) -> float:
-    """Return the zeros of the first artifact, counted; those of the model where nobody did."""
-    pruned = contents.report.arm("pruned")
+def _sparsity_in_file(contents: BundleContents) -> float:
+    """Return the counted sparsity of the first artifact, or the model's if it was not counted."""
+    pruned = contents.report.find_arm("pruned")
     if pruned is None or pruned.sparsity is None:
         return contents.model.sparsity
     return pruned.sparsity
 
 
-def _card(manifest: manifests.Manifest, contents: Contents) -> str:
-    """Return a model card with Hub metadata, which stands in front of the report."""
+def _render_card(manifest: manifests.Manifest, contents: BundleContents) -> str:
+    """Return a model card with Hub metadata, which precedes the report."""
     job, report, base, entries = contents.job, contents.report, manifest.base, manifest.artifacts
-    own_name = base["model"] if job.model.on_hub else base["name"]
+    own_name = base["model"] if job.model.is_from_hub else base["name"]
 
-    usages = [export.load(entry.format).usage(entry, manifest.generation) for entry in entries]
+    usages = [exporting.load(entry.format).usage(entry, manifest.generation) for entry in entries]
 
     return render_text(
         "racdeploy.pipeline",
         "card.jinja",
         base=base,
         base_model=json.dumps(own_name),
-        library=export.load(entries[0].format).LIBRARY,
+        library=exporting.load(entries[0].format).HUB_LIBRARY,
         title=contents.artifacts[0].name,
         model=contents.model,
         prune=job.recipe.prune,
         calibrated_on=_describe_calibration(job.recipe),
-        whole=report.kept,
-        # A coarse number format makes further zeros, and some keep none.
+        whole=report.kept_structure,
+        # A coarse number format adds zeros, and some formats keep none.
         sparsity=min(contents.model.sparsity, _sparsity_in_file(contents)),
-        kept=describe_kept(report.kept, report.structure),
+        kept=describe_remaining(report.kept_structure, report.structure),
         learned=describe_recovery(report.recovery),
         lost=describe_lost_zeros(report),
         tokens=markdown.escape(describe_token_differences(report)),

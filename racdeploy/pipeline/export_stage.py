@@ -1,4 +1,4 @@
-"""The export stage: a model folder is written as an artifact, dense or pruned."""
+"""The export stage: writes a model folder, dense or pruned, as an artifact."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from racdeploy import export as exports
-from racdeploy.export import ExportResult
+from racdeploy import exporting
+from racdeploy.exporting import ExportResult
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import Workplace, address
+from racdeploy.pipeline.workspace import Workspace, identify_code
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Export
 
-# What decides whether a file is written, and not what is in it; the importance is hashed.
-_LEAVES = {"importance", "allow_losing_zeros", "accept_token_differences"}
+# Settings that do not change the file; the importance is hashed by content instead.
+_IGNORED_SETTINGS = {"importance", "allow_losing_zeros", "accept_token_differences"}
 
 
 def export_model(
-    place: Workplace,
+    workspace: Workspace,
     folder: Path,
     name: str,
     settings: Export,
@@ -28,37 +28,39 @@ def export_model(
     importance: Path | None,
     label: str,
 ) -> ExportResult:
-    """Export a model folder, or find it exported, under a name without suffix.
+    """Export a model folder under a name without suffix, or return its earlier export.
 
-    ``importance`` is the file whose statistic chooses the scales; None takes this model's own.
-    ``label`` names the stage where its progress is shown.
+    Args:
+        importance: file with the statistic that chooses the scales; None takes the model's own.
+        label: name of the stage in progress reports.
     """
     checkpoint = Checkpoint(folder)
-    form = exports.load(settings.format)
+    form = exporting.load(settings.format)
 
-    own = importance or folder / IMPORTANCE_FILE
-    matrix = Path(settings.importance) if settings.importance else own
+    # A file that the user names wins over the importance of either model.
+    default_importance = importance or folder / IMPORTANCE_FILE
+    matrix = Path(settings.importance) if settings.importance else default_importance
 
     if importance and matrix.is_file() and "importance" in form.OPTIONS:
         settings = settings.model_copy(update={"importance": str(matrix)})
 
     sha256 = file_sha256(matrix) if matrix.is_file() else settings.importance
-    inputs = address(__name__) | {
+    inputs = identify_code(__name__) | {
         "model": checkpoint.sha256,
-        "export": settings.model_dump(exclude=_LEAVES),
+        "export": settings.model_dump(exclude=_IGNORED_SETTINGS),
         "importance": sha256,
         "name": name,
         "metadata": metadata,
     }
 
-    stage = place.open("export", inputs)
-    if stage.finished:
+    stage = workspace.open("export", inputs)
+    if stage.is_finished:
         return ExportResult.from_json(stage.folder, stage.summary)
 
-    report = partial(place.progress, label) if place.progress else None
-    place.report(label, 0, 1)  # until it is known how many bytes there are
+    report = partial(workspace.progress, label) if workspace.progress else None
+    workspace.report(label, 0, 1)  # until the number of bytes is known
     path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
-    result = exports.write(checkpoint, path, settings, metadata=metadata, progress=report)
+    result = exporting.write(checkpoint, path, settings, metadata=metadata, progress=report)
 
     stage.finish(result.to_json(stage.folder))
     return result

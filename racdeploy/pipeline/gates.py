@@ -1,7 +1,8 @@
-"""Gates between the export and the long evaluation: a wrong file stops the build at once.
+"""Checks between the export and the long evaluation: a wrong file stops the build at once.
 
-Logits of an F32 file, as torch's up to the order of sums, come before those of the artifact: so a
-wrong tensor is told from a coarse number format. Engines run in a child process, or are torch.
+An F32 file, which differs from torch only in the order of sums, is compared before the artifact: so
+a wrong tensor is not mistaken for a coarse number format. Engines run in a child process, or are
+torch.
 """
 
 from __future__ import annotations
@@ -14,34 +15,34 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import export as exports
-from racdeploy import plugins
+from racdeploy import exporting, plugins
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import GateError
-from racdeploy.export import ExportResult
+from racdeploy.exporting import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.checks.logits import find_kl_limit, most_changed
-from racdeploy.verify.differences import TokenDifferences
-from racdeploy.verify.evidence import TokenProbe
-from racdeploy.verify.measure import divergences, probe_tokens
-from racdeploy.verify.probe_strings import gate_strings
+from racdeploy.verification.checks.logits import find_change_limit, find_kl_limit
+from racdeploy.verification.evidence import TokenProbe
+from racdeploy.verification.measurements import compare_positions, probe_tokens
+from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.token_comparison import TokenComparison
 
-F32_LIMIT_BYTES = 2 << 30
-TOKENS = 128
-F32_LIMIT = 1e-4
-"""How far logits of an F32 file may be from torch's, over the largest; sums' order makes 1e-6."""
-LOOKED_UP_LIMIT = 2**-10
-"""The same where a table is looked up: an input that an error of 1e-7 rounds the other way changes
-by 2^-11, and its value is rounded by as much again. Half of the positions keep F32_LIMIT."""
+MAX_F32_BYTES = 2 << 30
+LOGIT_TOKENS = 128
+MAX_F32_ERROR = 1e-4
+"""Largest error of an F32 file's logits, over the largest logit; the order of sums makes 1e-6."""
+MAX_LOOKUP_ERROR = 2**-10
+"""The limit if ggml looks values up in a table: an error of 1e-7 may round an input the other way,
+which changes it by 2^-11, and its value is rounded by as much again. Half of the positions still
+keep MAX_F32_ERROR."""
 _WIDER = "choose a wider quant; if it stays, report the model: a tensor is wrong"
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What the gates found: ids of the hard strings, and sentences for the report."""
+class GateResult:
+    """The result of the gates: token ids of the hard strings, and sentences for the report."""
 
     probes: tuple[TokenProbe, ...] | None
     notes: tuple[str, ...]
@@ -49,29 +50,33 @@ class Findings:
 
 def check_artifact(
     job: Job, checkpoint: Checkpoint, artifact: ExportResult, ids: Sequence[int], threads: int
-) -> Findings:
-    """Compare the artifact of a job's pruned checkpoint with that under torch.
+) -> GateResult:
+    """Compare an artifact on its engine with its pruned checkpoint under torch.
 
-    Logits are of the first :data:`TOKENS` of ``ids``; the first difference is a GateError.
+    Logits are those of the first :data:`LOGIT_TOKENS` of ``ids``.
+
+    Raises:
+        GateError: tokens or logits differ.
     """
-    ids = ids[:TOKENS]
+    ids = ids[:LOGIT_TOKENS]
     accepted = job.recipe.export.accept_token_differences
-    exact = EngineSettings(TOKENS + 1, 1, threads, cache_dtype="f32")
+    exact = EngineSettings(LOGIT_TOKENS + 1, 1, threads, cache_dtype="f32")
     encoder = PromptEncoder.from_folder(checkpoint.folder)
 
     with open_engine(job.backend, artifact.path, exact) as engine:
-        probes = probe_tokens(engine, encoder, gate_strings(accepted))
+        probes = probe_tokens(engine, encoder, choose_probe_strings(accepted))
         strings = _check_tokens(probes or (), accepted)
         artifact_TV = engine.logits(ids)
 
     torch_plugin = plugins.load("engines", "transformers")
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
-        as_engine_TV = expected_TV
-        if checkpoint.family.table_modules or checkpoint.shape.rounds_ramp:
-            as_engine_TV = torch_engine.logits(ids, as_ggml=True)
+        # The F32 file must match to the last digits, so torch imitates ggml's own rounding.
+        reference_TV = expected_TV
+        if checkpoint.family.lookup_table_modules or checkpoint.shape.rounds_yarn_ramp:
+            reference_TV = torch_engine.logits(ids, as_ggml=True)
 
-    f32_note = _check_f32(job, checkpoint, exact, ids, as_engine_TV)
+    f32_note = _check_f32(job, checkpoint, exact, ids, reference_TV)
     try:
         divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
     except GateError as error:
@@ -80,28 +85,32 @@ def check_artifact(
 
     note = f"before the evaluation, {job.backend}: {strings}{divergence}"
 
-    return Findings(probes, tuple(filter(None, (f32_note, note))))
+    return GateResult(probes, tuple(filter(None, (f32_note, note))))
 
 
 def check_logits(
     checkpoint: Checkpoint,
     artifact: ExportResult,
     expected_TV: NDArray[np.float32],
-    found_TV: NDArray[np.float32],
+    artifact_TV: NDArray[np.float32],
 ) -> str:
-    """Return how the artifact's logits compare; GateError beyond what number formats explain."""
+    """Return a sentence on the artifact's logits.
+
+    Raises:
+        GateError: they differ more than the number formats explain.
+    """
     prefix = checkpoint.family.blocks
     quants = {
-        tensor.quant_real
+        tensor.actual_quant
         for tensor in artifact.tensors
         if tensor.source.startswith(prefix) and len(tensor.shape) > 1
     }
 
     kl_limit = find_kl_limit(quants)
-    kl_T, same_T, changed_T = divergences(expected_TV, found_TV)
+    kl_T, same_T, changed_T = compare_positions(expected_TV, artifact_TV)
     kl = kl_T.mean()
 
-    if not kl <= kl_limit:  # not a number keeps no limit
+    if not kl <= kl_limit:  # NaN fails too
         worst = int(np.nanargmax(kl_T)) if np.isfinite(kl_T).any() else 0
         raise GateError(
             "logits-differ",
@@ -111,19 +120,19 @@ def check_logits(
         )
 
     changed = np.flatnonzero(changed_T)
-    share, most = len(changed) / len(kl_T), most_changed(kl_limit)
-    if share > most:
+    share, max_share = len(changed) / len(kl_T), find_change_limit(kl_limit)
+    if share > max_share:
         raise GateError(
             "first-choices-differ",
             f"the artifact chooses other tokens than its checkpoint: at {share:.1%} of the "
             "positions one that the checkpoint gives less than half the probability of its own "
-            f"(limit {most:.1%}), first at position {changed[0]}",
+            f"(limit {max_share:.1%}), first at position {changed[0]}",
             remedy=_WIDER,
         )
 
     return (
         f"KL {kl:.1e} and top-1 {same_T.mean():.1%} on {len(kl_T)} tokens, "
-        f"from the prompt's first; clearly other tokens: {share:.1%} (limit {most:.1%})"
+        f"from the prompt's first; clearly other tokens: {share:.1%} (limit {max_share:.1%})"
     )
 
 
@@ -158,21 +167,21 @@ def _check_plain_kernels(
 
 
 def _check_tokens(probes: Sequence[TokenProbe], accepted: float) -> str:
-    """Return what was found, for a note; GateError where more differs than is accepted."""
+    """Return a clause for the note; raises GateError if more strings differ than accepted."""
     if not probes:
         return ""
 
-    found = TokenDifferences.count(probes)
-    if found.share > accepted:
-        limit = f" ({found.share:.3%}, accepted up to {accepted:.3%})" if accepted else ""
+    counted = TokenComparison.count(probes)
+    if counted.share > accepted:
+        limit = f" ({counted.share:.3%}, accepted up to {accepted:.3%})" if accepted else ""
         raise GateError(
             "tokens-differ",
-            f"the artifact tokenizes differently from the checkpoint{limit}: {found}",
+            f"the artifact tokenizes differently from the checkpoint{limit}: {counted}",
             remedy="name the right pre-tokenizer: export.pre_tokenizer in the recipe",
         )
 
-    if found.different:
-        return f"{found.different} of {len(probes)} strings tokenize differently, as accepted; "
+    if counted.different:
+        return f"{counted.different} of {len(probes)} strings tokenize differently, as accepted; "
     return f"{len(probes)} strings tokenize alike, "
 
 
@@ -183,28 +192,29 @@ def _check_f32(
     ids: Sequence[int],
     expected_TV: NDArray[np.float32],
 ) -> str:
-    """Return how an F32 file of the checkpoint differs from torch, or why none was compared."""
+    """Return a sentence on an F32 file's error against torch, or on why it was not compared."""
     settings = job.recipe.export
-    form = exports.load(settings.format)
+    form = exporting.load(settings.format)
     if form.COMPARES_F32:
         return ""
 
     size_bytes = 4 * checkpoint.parameters
-    if size_bytes > F32_LIMIT_BYTES:
+    if size_bytes > MAX_F32_BYTES:
         return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
 
     plain = {"quant": "f32", "packing": "plain", "tensors": {}, "importance": "none"}
 
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / form.artifact_path("f32", "f32", "plain")
-        file = exports.write(checkpoint, place, settings.model_copy(update=plain)).path
+        path = Path(folder) / form.artifact_path("f32", "f32", "plain")
+        file = exporting.write(checkpoint, path, settings.model_copy(update=plain)).path
         with open_engine(job.backend, file, exact) as engine:
-            found_TV = engine.logits(ids)
+            file_TV = engine.logits(ids)
 
-    error_T = np.abs(found_TV - expected_TV).max(1) / np.abs(expected_TV).max()
-    limit = F32_LIMIT
-    if checkpoint.family.table_modules and np.median(error_T) <= F32_LIMIT:
-        limit = LOOKED_UP_LIMIT
+    # Over the largest logit: the error of small logits says nothing about the tensors.
+    error_T = np.abs(file_TV - expected_TV).max(1) / np.abs(expected_TV).max()
+    limit = MAX_F32_ERROR
+    if checkpoint.family.lookup_table_modules and np.median(error_T) <= MAX_F32_ERROR:
+        limit = MAX_LOOKUP_ERROR
     if wrong := np.flatnonzero(~(error_T <= limit)).tolist():
         raise GateError(
             "f32-file-differs",

@@ -1,4 +1,4 @@
-"""One recipe, resolved on this machine: its model, tokenizer, problems, gate and number formats."""
+"""Jobs: recipes resolved on this machine, with model, tokenizer, problems, gate and formats."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import export, quant
+from racdeploy import exporting, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
+from racdeploy.models.families import generalize_expert
 from racdeploy.models.renumbering import read_old_ids
-from racdeploy.models.sources import ResolvedModel, resolve
+from racdeploy.models.sources import ResolvedModel, resolve_model
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
-from racdeploy.prune.structure.layout import find_end
-from racdeploy.quant import Codes, presets
+from racdeploy.pruning.structure.layout import find_consumer
+from racdeploy.quant import RoundingQuant, presets
 from racdeploy.recipe import Recipe, Structure, Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
 from racdeploy.tasks import Problem, Split, TaskSet
-from racdeploy.verify.gate import Gate, read_gate
+from racdeploy.verification.gate import Gate, read_gate
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe means on this machine; each part is looked up when it is first asked for.
+    """A recipe resolved on this machine; each part is looked up on first use.
 
-    Without a ``tier``, what the recipe says; ``resolved`` is the dense model where found before,
-    ``notes`` say where the job differs from what its target proposes.
+    Args:
+        tier: tier of the gate that sets prompts and samples; empty takes the recipe's numbers.
+        resolved: the dense model, if it was found before.
+        notes: sentences on differences from the proposal of the target.
     """
 
     recipe: Recipe
@@ -43,16 +45,16 @@ class Job:
     def at_tier(cls, recipe: Recipe, tier: str, prompts: int = 0) -> Job:
         """Return the job of a recipe, with the prompts and samples of a tier of its gate.
 
-        As many ``prompts`` as a user asks for beside the tier win over the tier's.
+        ``prompts`` above 0 override the number of the tier.
         """
-        gate = read_gate(built=recipe.gate).at(tier)
+        gate = read_gate(built=recipe.gate).for_tier(tier)
         if not tier:
             return cls(recipe)
 
         settings = getattr(gate.tiers, tier).apply(recipe.verify, prompts)
         return cls(recipe.model_copy(update={"verify": settings}), tier)
 
-    def unrecovered(self) -> Job:
+    def without_recovery(self) -> Job:
         """Return the job without recovery, of the same model."""
         recipe = self.recipe
         if not recipe.recover.tokens:
@@ -61,17 +63,19 @@ class Job:
         off = recipe.recover.model_copy(update={"tokens": 0})
         return replace(self, recipe=recipe.model_copy(update={"recover": off}), resolved=self.model)
 
-    def changed(self, recipe: Recipe) -> Job:
-        """Return the job of another recipe for the same model, read once."""
+    def with_recipe(self, recipe: Recipe) -> Job:
+        """Return the job of another recipe for the same model, which is not read again."""
         changed = replace(self, recipe=recipe, resolved=self.model)
         known = {name: getattr(self, name) for name in ("checkpoint", "encoder", "tags", "tasks")}
-        vars(changed).update(known)  # as cached_property keeps them
+        vars(changed).update(known)  # cached_property keeps its values there
         return changed
 
     @cached_property
     def siblings(self) -> tuple[Job, ...]:
-        """The same job for each of the recipe's further targets, each for another engine."""
-        jobs = tuple(replace(self, recipe=self.recipe.at(name)) for name in self.recipe.also)
+        """Jobs for the other targets of the recipe, each on another engine."""
+        jobs = tuple(
+            replace(self, recipe=self.recipe.for_target(name)) for name in self.recipe.also
+        )
         backends = [job.backend for job in (self, *jobs)]
 
         if len(set(backends)) < len(backends):
@@ -91,15 +95,15 @@ class Job:
     @cached_property
     def gate(self) -> Gate:
         gate = read_gate(built=self.recipe.gate)
-        return gate.at(self.tier, len(self.problems("evaluation"))) if self.tier else gate
+        return gate.for_tier(self.tier, len(self.problems("evaluation"))) if self.tier else gate
 
     @property
     def backend(self) -> str:
-        return export.load(self.recipe.export.format).BACKEND
+        return exporting.load(self.recipe.export.format).BACKEND
 
     @cached_property
     def model(self) -> ResolvedModel:
-        return self.resolved or resolve(self.recipe.model)
+        return self.resolved or resolve_model(self.recipe.model)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -114,68 +118,68 @@ class Job:
         return find_tags(self.encoder)
 
     @property
-    def hints(self) -> tuple[str, ...]:
-        """What a plan should say of the inputs: sentences on tasks, tags and notes of the job."""
+    def input_notes(self) -> tuple[str, ...]:
+        """Sentences for the plan: notes of the job, the model and the tasks, and missing tags."""
         names = find_tag_names(self.encoder)
         source = self.encoder.template.source
-        told = []
+        missing_tags = []
         if names and not any(tag in source for tag in names):
-            told.append(
+            missing_tags.append(
                 f"the chat template does not write {names[0]}, though {names[0]} and {names[1]} "
                 "are tokens: if the model does not think by itself, its thinking will be empty"
             )
-        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *told)
+        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *missing_tags)
 
     @cached_property
     def tasks(self) -> TaskSet:
-        """What the model is asked, when it is verified and when traces are collected."""
+        """The tasks of evaluation and of calibration."""
         return TaskSet.load(self.recipe.tasks, self.recipe.calibration_tasks)
 
-    def foresee_cuts(self, split: Split) -> list[str]:
-        """Return a sentence for each task whose thoughts are usually longer than they may be."""
+    def predict_truncation(self, split: Split) -> list[str]:
+        """Return a sentence for each task whose usual thinking is longer than its token limit."""
         verify = self.recipe.verify
         budgets = {
             "verify.max_new_tokens": verify.max_new_tokens,
             "verify.context_tokens": verify.context_tokens,
             "verify.max_thinking_tokens": verify.max_thinking_tokens or verify.context_tokens,
         }
-        asked = self.tasks.evaluation
+        tasks = self.tasks.evaluation
         if split == "calibration":
             budgets = {"traces.max_new_tokens": self.recipe.traces.max_new_tokens}
-            asked = self.tasks.calibration
+            tasks = self.tasks.calibration
 
         key = min(budgets, key=lambda name: budgets[name])
-        cuts = filter(None, (task.foresee_cut(budgets[key]) for task in asked.values()))
+        cuts = filter(None, (task.predict_truncation(budgets[key]) for task in tasks.values()))
         return [f"{cut}: raise {key}" for cut in cuts]
 
     def problems(self, split: Split) -> list[Problem]:
-        """Return the problems of a split: as many as the recipe asks for, or as a file holds."""
+        """Return the problems of a split: as many as the recipe asks for, or as a file has."""
         settings = self.recipe.traces if split == "calibration" else self.recipe.verify
         return self.tasks.draw(split, settings.seed, settings.count)
 
     @cached_property
     def vocabulary(self) -> VocabularyChoice | None:
-        """Which tokens the pruned model keeps; None where it keeps all."""
+        """The choice of the tokens that the pruned model keeps; None if it keeps all."""
         if not self.recipe.structure.cuts_vocabulary:
             return None
 
-        asked = [*self.problems("calibration"), *self.problems("evaluation")]
-        questions = tuple(problem.question for problem in asked)
+        problems = [*self.problems("calibration"), *self.problems("evaluation")]
+        questions = tuple(problem.question for problem in problems)
         return VocabularyChoice(self.checkpoint, self.encoder, questions, self.recipe.structure)
 
-    def renumbering(self, folder: Path) -> NDArray[np.int64] | None:
-        """Return the dense id of each token of a pruned model's folder; None where all stay."""
+    def find_old_ids(self, folder: Path) -> NDArray[np.int64] | None:
+        """Return the dense ids of a pruned model's tokens; None if the vocabulary was not cut."""
         return read_old_ids(folder) if self.recipe.structure.cuts_vocabulary else None
 
     @cached_property
     def prunable_weights(self) -> tuple[str, ...]:
         """Names of the dense model's weights that can be pruned, in forward order."""
-        return self.checkpoint.shape.linear_weights
+        return self.checkpoint.shape.prunable_weights
 
     @cached_property
     def weights_to_prune(self) -> list[str]:
-        """:attr:`prunable_weights` without those that ``prune.dense`` leaves alone."""
-        patterns = self.recipe.prune.dense
+        """:attr:`prunable_weights` without those that ``prune.ignore`` leaves alone."""
+        patterns = self.recipe.prune.ignore
 
         def stays_dense(name: str) -> bool:
             linear = name.removesuffix(".weight")
@@ -185,40 +189,40 @@ class Job:
 
     @cached_property
     def structure(self) -> Structure:
-        """What is cut, in widths that the number formats of all targets have blocks for."""
+        """The cut of the recipe, with feed-forward widths that fit the blocks of all formats."""
         structure = self.recipe.structure
         if structure.multiple or "F" not in structure.sizes:
             return structure
 
-        # Weights whose rows are as long as the feed-forward part is wide.
-        end = f".{find_end(self.checkpoint.shape, 'F')}.weight"
+        # Only linears whose inputs are feed-forward channels get rows of the new width.
+        end = f".{find_consumer(self.checkpoint.shape, 'F')}.weight"
         ends = [name for name in self.prunable_weights if name.endswith(end)]
 
         jobs = (self, *self.siblings)
         formats = {each for job in jobs for name in ends for each in job.quants_of(name)}
-        blocks = [quant.load(name).BLOCK for name in formats]
+        blocks = [quant.load(name).BLOCK_SIZE for name in formats]
         multiple = max([structure.width_multiple, *blocks])
         return structure.model_copy(update={"multiple": multiple})
 
     @cached_property
-    def quant_rules(self) -> presets.Mix:
+    def quant_rules(self) -> presets.QuantRules:
         return presets.read(self.recipe.export.quant, self.recipe.export.tensors)
 
     def quants_of(self, weight: str) -> tuple[str, ...]:
         """Return the number formats of a prunable weight, given its name in the checkpoint.
 
-        There are several where the file has it in as many equal parts.
+        Usually one; several if the file stores the weight in equal parts.
         """
         return choose_quants(self.checkpoint, weight, self.quant_rules)
 
     @property
-    def joint_quant(self) -> Codes:
-        """The format whose codes are chosen while pruning, or linear → one; empty: none are.
+    def rounding_quant(self) -> RoundingQuant:
+        """The format whose codes pruning chooses, or linear → format; empty if it chooses none.
 
         Raises:
-            UsageError: one has no grid, or does not fit the rows of a linear.
+            UsageError: a format has no grid, or does not fit the rows of a linear.
         """
-        if not self.recipe.prune.joint:
+        if self.recipe.export.rounding == "nearest":
             return ""
         chosen = {}
 
@@ -228,16 +232,18 @@ class Job:
             if others:
                 raise UsageError(
                     "codes-need-one-quant",
-                    f"prune.joint needs one number format for {linear}, "
+                    f"optimized rounding needs one number format for {linear}, "
                     f"{self.quant_rules.name} gives its parts {', '.join((name, *others))}",
-                    remedy="give them the same in export.tensors, or prune.joint = false",
+                    remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
                 )
 
-            if why := quant.fits(quant.as_grid(name), self.checkpoint.entries[weight].shape[1]):
+            if reason := quant.explain_misfit(
+                quant.load_grid(name), self.checkpoint.entries[weight].shape[1]
+            ):
                 raise UsageError(
                     "quant-does-not-fit",
-                    f"prune.joint with quant {name!r}: {weight}: {why}",
-                    remedy="name the linear in prune.dense, or prune.joint = false",
+                    f"optimized rounding to quant {name!r}: {weight}: {reason}",
+                    remedy="name the linear in prune.ignore, or export.rounding = 'nearest'",
                 )
 
             chosen[linear] = name
@@ -246,36 +252,38 @@ class Job:
         if len(names) == 1:
             return names[0]
 
-        if "L" in self.structure.sizes:  # the file numbers those that stay
+        if "L" in self.structure.sizes:  # names in the file would count only the kept blocks
             raise UsageError(
                 "codes-need-all-blocks",
-                f"prune.joint with {', '.join(names)} needs every block where it is",
+                f"optimized rounding to several formats ({', '.join(names)}) needs all blocks",
                 remedy="one number format for all linears, or leave out --keep blocks",
             )
         return chosen
 
 
-def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.Mix) -> tuple[str, ...]:
-    """Return the number formats that the parts of a prunable weight get in a file, mostly one."""
+def choose_quants(
+    checkpoint: Checkpoint, weight: str, rules: presets.QuantRules
+) -> tuple[str, ...]:
+    """Return the number formats of a prunable weight's parts in a file, usually one."""
     family = checkpoint.family
     block, linear = family.split_block(weight)
-    stored = [f"blk.{block}.{name}" for name in family.list_stored(generalize(linear))]
+    stored = [f"blk.{block}.{name}" for name in family.list_gguf_names(generalize_expert(linear))]
     blocks, tied = checkpoint.shape.block_count, checkpoint.tied
     return tuple(rules.choose(name, blocks, tied).quant for name in stored)
 
 
 def fit_context(job: Job) -> Job:
-    """Return the job with no more context than its model has, where the recipe names none.
+    """Return the job with a context within its model's, if the recipe has the default.
 
-    The job's notes say so; a recipe that asks for more is refused before any work.
+    A note reports it. A longer context in the recipe is refused by the checks before a build.
     """
     settings = job.recipe.verify
-    positions = job.checkpoint.shape.positions
+    positions = job.checkpoint.shape.max_positions
     default = Verification.model_fields["context_tokens"].default
     if settings.context_tokens != default or default <= positions:
         return job
 
     fitted = settings.model_copy(update={"context_tokens": positions})
     recipe = job.recipe.model_copy(update={"verify": fitted})
-    note = f"the model is made for {positions:,} tokens, and is verified with as many"
+    note = f"the model was made for {positions:,} tokens, so it is verified with this context"
     return replace(job, recipe=recipe, resolved=job.model, notes=(*job.notes, note))

@@ -1,8 +1,8 @@
-"""Zeros that a number format would not keep: found before any work, and refused or told.
+"""Zeros that a number format would lose, which are refused or reported before the first stage.
 
-A format declares whether zeros survive (``PRESERVES_ZERO``). Some of a format that does not are
-zero all the same, so what is left is counted in the finished file. Codes that are chosen while
-pruning keep zeros in every format that they can be chosen for.
+A format declares whether it keeps zeros (``PRESERVES_ZERO``). One that does not keeps some of them
+by chance, so the finished file is counted. Codes that pruning chooses keep zeros in every format
+that has a grid.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from racdeploy import packing, plugins, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
-from racdeploy.models.reordering import order_columns
+from racdeploy.models.families import generalize_expert
+from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.pipeline.job import Job, choose_quants
 from racdeploy.quant import presets
 from racdeploy.recipe import Export
 from racdeploy.targets import Target
 
 _SLAB_WEIGHTS = 1 << 20  # quantized at a time
-_STRAY = 0.02
-"""Share of zeros that a model may have which nobody pruned."""
+_MAX_UNPRUNED_ZEROS = 0.02
+"""Share of zeros that a model may have without pruning."""
 
 
 def find_lost_zeros(job: Job) -> str:
-    """Return what the number format of a job would lose, one sentence; empty where nothing."""
-    # Codes are chosen on a grid that has zero, or refused.
-    if not job.recipe.prune.sparsity or job.recipe.prune.joint:
+    """Return a sentence on the zeros that a job's number format would lose, or an empty string."""
+    # Codes are chosen only on a grid that has zero; other formats are refused elsewhere.
+    if not job.recipe.prune.sparsity or job.recipe.export.rounding == "optimized":
         return ""
 
     pruned = job.weights_to_prune
@@ -58,59 +58,61 @@ def check_zeros(job: Job) -> None:
     keeping = ", ".join(_list_keeping(job))
     raise UsageError(
         "zeros-would-be-lost",
-        f"{lost}: there, the {sparsity:.1%} zeros asked for would be lost",
-        remedy=f"keep them with one of {keeping}; or cut in place of zeros, as with "
-        "--keep ffn=0.75; or build all the same with --allow-losing-zeros",
+        f"{lost}: there, the requested {sparsity:.1%} zeros would be lost",
+        remedy=f"keep them with one of {keeping}; or cut structure in place of zeros, as with "
+        "--keep ffn=0.75; or build nevertheless with --allow-losing-zeros",
     )
 
 
-def check_folder(checkpoint: Checkpoint, settings: Export) -> None:
-    """Refuse to export a model that has zeros in a number format that loses them."""
+def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
+    """Refuse to export a pruned model in a number format that loses its zeros."""
     if settings.allow_losing_zeros:
         return
 
+    # Dense models have a few zeros too; only a pruned one has more than a small share.
     rules = presets.read(settings.quant, settings.tensors)
     zeros = weights = 0
-
-    for name in checkpoint.shape.linear_weights:
+    for name in checkpoint.shape.prunable_weights:
         formats = choose_quants(checkpoint, name, rules)
         if _loses(checkpoint, name, formats):
             weight_OI = checkpoint.read(name)
             zeros += _count_lost(checkpoint, name, weight_OI, formats)
             weights += weight_OI.size
 
-    if zeros > _STRAY * weights:
+    if zeros > _MAX_UNPRUNED_ZEROS * weights:
         raise UsageError(
             "zeros-would-be-lost",
             f"quant {settings.quant} does not keep zeros: of the linears that it stores, "
             f"{zeros / weights:.1%} of the weights are zero and would be stored as numbers near it",
-            remedy="choose q8_0, q4_0 or another format that keeps them; or export all the same "
+            remedy="choose q8_0, q4_0 or another format that keeps them; or export nevertheless "
             "with --allow-losing-zeros",
         )
 
 
 def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> bool:
-    """Return whether a weight, or one of its parts in the file, does not keep its zeros."""
+    """Return True if a weight, or one of its parts in the file, loses its zeros."""
     row_length = checkpoint.entries[weight].shape[-1]
 
     # Rows that do not divide into quant blocks get another format, which keeps zeros.
     forms = [quant.load(name) for name in quant_names]
-    return any(not quant.fits(form, row_length) and not form.PRESERVES_ZERO for form in forms)
+    return any(
+        not quant.explain_misfit(form, row_length) and not form.PRESERVES_ZERO for form in forms
+    )
 
 
 def _count_lost(
     checkpoint: Checkpoint, name: str, weight_OI: NDArray[np.float32], quant_names: Sequence[str]
 ) -> int:
-    """Return how many zeros a format loses: all, but for those that lie on its grid."""
+    """Return the number of zeros that a format loses: all, except those on its grid."""
     O, I = weight_OI.shape
     form = quant.load(quant_names[0])
-    if len({*quant_names}) > 1 or not hasattr(form, "CODES"):
+    if len({*quant_names}) > 1 or not hasattr(form, "CODE_RANGE"):
         return weight_OI.size - int(np.count_nonzero(weight_OI))
 
     # Columns that share a step are neighbours in the file.
     _, inside = checkpoint.family.split_block(name)
-    transform = checkpoint.family.transforms.get(generalize(inside))
-    order_I = order_columns(transform, checkpoint.shape, I)
+    transform = checkpoint.family.transforms.get(generalize_expert(inside))
+    order_I = find_gguf_column_order(transform, checkpoint.shape, I)
 
     lost = 0
     for start in range(0, O, max(1, _SLAB_WEIGHTS // I)):
@@ -128,13 +130,13 @@ def _count_weights(job: Job, names: Sequence[str]) -> int:
 
 
 def _list_keeping(job: Job) -> list[str]:
-    """Return the number formats and presets that keep every zero, of those the target takes."""
+    """Return the number formats and presets of the target that keep every zero."""
     form = job.recipe.export.format
     taken = Target.read(job.recipe.target).allowed_quants
 
-    formats = packing.list_stored(form, "quant")
+    formats = packing.list_supported(form, "quant")
     keeping = [name for name in formats if quant.load(name).PRESERVES_ZERO]
-    for name in packing.list_stored(form, "presets"):
+    for name in packing.list_supported(form, "presets"):
         mix = plugins.load("presets", name)
         stored = {mix.QUANT, *(rule.quant for rule in mix.RULES)}
         if all(quant.load(each).PRESERVES_ZERO for each in stored):

@@ -1,4 +1,4 @@
-"""What a pruned model and its artifact are called: base, size, what was done to it, and encoding.
+"""Names of pruned models and artifacts: base, size, label of the pruning, and encoding.
 
 Source: ggml/docs/gguf.md, "GGUF Naming Convention": BaseName-SizeLabel-FineTune-Version-Encoding.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from racdeploy import __version__, export
+from racdeploy import __version__, exporting
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Export, Recipe
@@ -24,35 +24,35 @@ def name_artifact(job: Job) -> str:
 
 
 def name_model(job: Job) -> str:
-    """Return the name of the pruned model: base, size, and what was done to it."""
+    """Return the name of the pruned model: base, size and label of the pruning."""
     base = job.model.name
     size = "" if _SIZE.search(base) else f"-{label_size(job.checkpoint.parameters)}"
     return f"{base}{size}-{describe_pruning(job.recipe)}"
 
 
-def place_export(model: str, settings: Export) -> Path:
-    """Return where a model is exported to by default: a file, or a folder of several."""
+def default_export_path(model: str, settings: Export) -> Path:
+    """Return the default path of an export: a file, or a folder if the format has several."""
     name = f"{model}-{settings.quant}"
-    form = export.load(settings.format)
-    place = Path(form.artifact_path(name, settings.quant, settings.packing))
-    return place if len(place.parts) == 1 else Path(name) / place
+    form = exporting.load(settings.format)
+    path = Path(form.artifact_path(name, settings.quant, settings.packing))
+    return path if len(path.parts) == 1 else Path(name) / path
 
 
 def describe_pruning(recipe: Recipe) -> str:
-    """Return what is done to a model, ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac-recovered``.
+    """Return the label of a recipe: ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac-recovered``.
 
-    A part that is cut has the per cent that stay, or the count of tokens.
+    A cut part has the percentage that is kept, or the number of tokens.
     """
     prune, structure = recipe.prune, recipe.structure
     words = []
-    for part in structure.parts:
-        share = structure.share(part)
+    for part in structure.cut_parts:
+        share = structure.kept_share(part)
         words.append(f"{part}{int(share)}" if share > 1 else f"{part}{100 * share:g}")
 
     words.append(recipe.calibration.source if prune.method == "sparsegpt" else prune.method)
-    if prune.kept_of:
+    if prune.n_m:
         words.append(prune.pattern.replace(":", "of"))
-    elif prune.sparsity or not structure.parts:
+    elif prune.sparsity or not structure.cut_parts:
         words.append(f"{100 * prune.sparsity:g}")
 
     if recipe.recover.tokens:
@@ -62,17 +62,17 @@ def describe_pruning(recipe: Recipe) -> str:
 
 
 def label_size(parameters: int) -> str:
-    """Return how many parameters there are as a name says it, as ``1.5B`` or ``135M``."""
-    reached = (letter for letter, scale in _SCALES.items() if parameters >= scale)
-    letter = next(reached, "K")
+    """Return a number of parameters as in names: ``1.5B`` or ``135M``."""
+    fitting = (letter for letter, scale in _SCALES.items() if parameters >= scale)
+    letter = next(fitting, "K")
     number = parameters / _SCALES[letter]
     if number >= 10:
         return f"{number:.0f}{letter}"
     return f"{number:.1f}".removesuffix(".0") + letter
 
 
-def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float | bool]:
-    """Return the keys of a pruned model's file that say which model it was made of, and how."""
+def list_metadata(job: Job, pruned: Checkpoint) -> dict[str, str | int | float | bool]:
+    """Return the metadata of a pruned model's file: its base model and its pruning."""
     recipe, model = job.recipe, job.model
     values: dict[str, str | int | float | bool] = {
         "general.basename": model.name,
@@ -90,12 +90,13 @@ def describe_model(job: Job, pruned: Checkpoint) -> dict[str, str | int | float 
         "racdeploy.calibration": recipe.calibration.source,
     }
 
+    # Keys of steps that a recipe leaves out are left out too.
     if recipe.recover.tokens:
         values["racdeploy.recover_tokens"] = recipe.recover.tokens
-    for part in recipe.structure.parts:
-        values[f"racdeploy.keep.{part}"] = recipe.structure.share(part)
+    for part in recipe.structure.cut_parts:
+        values[f"racdeploy.keep.{part}"] = recipe.structure.kept_share(part)
 
-    if model.on_hub:
+    if model.is_from_hub:
         values["general.base_model.0.organization"] = model.origin.partition("/")[0]
         values["general.base_model.0.repo_url"] = f"https://huggingface.co/{model.origin}"
 

@@ -1,4 +1,4 @@
-"""Checks before any work: whatever would go wrong later, and the plan of power and bytes."""
+"""Checks before the first stage: errors of later stages, and the plan of tokens and bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from racdeploy import export, quant
+from racdeploy import exporting, quant
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.extras import PACKAGES, is_installed
-from racdeploy.models.coverage import check_covered, list_names
+from racdeploy.models.tensor_coverage import check_known_tensors, shorten_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
@@ -19,38 +19,38 @@ from racdeploy.pipeline.structure import check_format, check_structure, expect_s
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.targets import Target
-from racdeploy.verify.controls import SAME_SIZE
-from racdeploy.verify.plan import Expectation, plan
+from racdeploy.verification.plan import Expectation, plan
+from racdeploy.verification.rivals import SAME_SIZE
 
 _NEEDS = {module: PACKAGES[module].extra for module in ("torch", "transformers", "safetensors")}
-_LEAST_ROOM = 16  # tokens of an answer
-_LEAST_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
+_MIN_ANSWER_TOKENS = 16
+_MIN_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
 def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
-    """Look for the first thing that would go wrong later, raise it, or return the plan."""
+    """Return the plan of a build; raise the first error that a later stage would raise."""
     jobs = (job, *job.siblings)
 
     for each in jobs:
-        _require({**_NEEDS, **export.load(each.recipe.export.format).NEEDS})
-    export.check(job.recipe.export)
+        _require({**_NEEDS, **exporting.load(each.recipe.export.format).REQUIRED_PACKAGES})
+    exporting.check(job.recipe.export)
 
-    # The recovery may be undone.
-    names = [name_artifact(job), name_artifact(job.unrecovered())]
-    for place in [out] if out else map(Path, names):
-        bundling.check_replaceable(place)
+    # Recovery may be undone, which changes the artifact's name.
+    names = [name_artifact(job), name_artifact(job.without_recovery())]
+    for folder in [out] if out else map(Path, names):
+        bundling.check_replaceable(folder)
 
     for name in job.recipe.verify.controls:
         if name != SAME_SIZE:
             plain = {"quant": name, "tensors": {}, "packing": "plain"}
-            export.check(job.recipe.export.model_copy(update=plain))
+            exporting.check(job.recipe.export.model_copy(update=plain))
     check_model(job)
     _check_context(job)
     read_control(job, job.encoder)
 
     plans = [plan_build(each) for each in jobs]
     for each, planned in zip(jobs, plans, strict=True):
-        export.check(each.recipe.export)
+        exporting.check(each.recipe.export)
         check_zeros(each)
         check_format(each)
         if tokens := check_tokens(each.checkpoint, each.recipe.export):
@@ -61,13 +61,14 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
 
 
 def check_model(job: Job) -> None:
-    """Look at what traces and pruning need: the model's parts, the pattern, and the problems."""
+    """Check the inputs of traces and pruning: tensors, structure, patterns and problems."""
+    # Some properties are read only for the errors that they raise.
     _require(_NEEDS)
     checkpoint, settings = job.checkpoint, job.recipe.prune
     checkpoint.family.check_transformers()
     _ = job.gate
 
-    check_covered(checkpoint)
+    check_known_tensors(checkpoint)
     if job.vocabulary:
         job.vocabulary.choose()
     check_structure(job)
@@ -75,20 +76,20 @@ def check_model(job: Job) -> None:
         raise ModelError(
             "missing-tensors",
             f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "
-            f"{list_names(missing)}",
+            f"{shorten_names(missing)}",
             remedy="the checkpoint is incomplete; save or download it again",
         )
 
     _check_dense(job)
-    _ = job.joint_quant
+    _ = job.rounding_quant
 
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])
 
     _ = checkpoint.eos_ids, job.encoder.encode("2 + 2?"), checkpoint.tied
 
-    asked = {problem.question for problem in job.problems("evaluation")}
-    if shared := asked & {problem.question for problem in job.problems("calibration")}:
+    questions = {problem.question for problem in job.problems("evaluation")}
+    if shared := questions & {problem.question for problem in job.problems("calibration")}:
         raise UsageError(
             "shared-questions",
             f"{len(shared)} questions are in both the calibration and the evaluation task",
@@ -97,7 +98,7 @@ def check_model(job: Job) -> None:
 
 
 def plan_build(job: Job) -> dict[str, Any]:
-    """Return what a build will ask of the model and of the machine."""
+    """Return the plan of a build: models, tokens, bytes, and detectable differences."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
     parameters = checkpoint.parameters
 
@@ -112,7 +113,7 @@ def plan_build(job: Job) -> dict[str, Any]:
     heads = kept.key_value_heads if kept else shape.num_key_value_heads
     token_bytes = 2 * 2 * blocks * heads * shape.head_dim
 
-    # "same-size" stands for two models; where one recovers, it answers before that as well.
+    # "same-size" stands for two models; a recovered model also answers as it was before.
     models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
     models += bool(recipe.recover.tokens)
     prompts = len(job.problems("evaluation"))
@@ -139,24 +140,24 @@ def plan_build(job: Job) -> dict[str, Any]:
         "verify_memory_bytes_at_least": 4 * parameters,
         "artifact": name_artifact(job),
         **({"zeros_lost": lost} if lost else {}),
-        **({"evaluation_cuts": cuts} if (cuts := job.foresee_cuts("evaluation")) else {}),
+        **({"evaluation_cuts": cuts} if (cuts := job.predict_truncation("evaluation")) else {}),
     }
 
 
 def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
-    """Return about how large the artifact will be; ``sizes`` are the weights of its tensors."""
-    rest = sum(sizes.values())
+    """Return an estimate of the artifact's bytes; ``sizes`` are the weights of its tensors."""
+    other_weights = sum(sizes.values())
     bits = 0.0
 
     for name in job.prunable_weights:
         if name in sizes:
             formats = job.quants_of(name)
             bits += sizes[name] * sum(quant.load(each).BITS for each in formats) / len(formats)
-            rest -= sizes[name]
+            other_weights -= sizes[name]
 
-    # What is no linear keeps at least 8 bits, whatever the quant.
-    rest_bits = max(quant.load(job.quant_rules.quant).BITS, _LEAST_EMBEDDING_BITS)
-    return round((bits + rest * rest_bits) / 8)
+    # Tensors that are not linears keep at least 8 bits, whatever the quant.
+    other_bits = max(quant.load(job.quant_rules.quant).BITS, _MIN_EMBEDDING_BITS)
+    return round((bits + other_weights * other_bits) / 8)
 
 
 def _check_context(job: Job) -> None:
@@ -164,20 +165,20 @@ def _check_context(job: Job) -> None:
     prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
     longest = max(map(len, prompts))
 
-    positions = job.checkpoint.shape.positions
+    positions = job.checkpoint.shape.max_positions
     if settings.context_tokens > positions:
         raise UsageError(
             "context-beyond-model",
-            f"verify.context_tokens is {settings.context_tokens}, and {job.model.name} is made for "
-            f"{positions} tokens",
-            remedy=f"--set verify.context_tokens={positions}, or leave it out, which takes "
-            "as much as the model has",
+            f"verify.context_tokens is {settings.context_tokens}, and {job.model.name} was made "
+            f"for {positions} tokens",
+            remedy=f"--set verify.context_tokens={positions}, or leave it out to use the model's "
+            "whole context",
         )
 
-    # In all that the model has, completions may end for want of room: both arms' alike.
+    # With the model's whole context, completions may be cut short by it, equally in both arms.
     needed = longest + settings.max_new_tokens
     if settings.context_tokens == positions:
-        needed = longest + min(settings.max_new_tokens, _LEAST_ROOM)
+        needed = longest + min(settings.max_new_tokens, _MIN_ANSWER_TOKENS)
 
     if needed > settings.context_tokens:
         raise UsageError(
@@ -204,24 +205,25 @@ def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
 
 
 def _check_dense(job: Job) -> None:
-    """Refuse patterns of ``prune.dense`` that name no linear, or together name every one."""
+    """Refuse patterns of ``prune.ignore`` that match no linear, or together match all of them."""
     prunable = [name.removesuffix(".weight") for name in job.prunable_weights]
     entries = job.checkpoint.entries.items()
     linears = [name.removesuffix(".weight") for name, entry in entries if len(entry.shape) > 1]
 
-    for pattern in job.recipe.prune.dense:
+    # A pattern may name a linear that is never pruned, as a router: that is harmless.
+    for pattern in job.recipe.prune.ignore:
         if not any(re.search(pattern, name) for name in linears):
             raise UsageError(
                 "pattern-matches-nothing",
-                f"prune.dense pattern {pattern!r} matches no linear",
+                f"prune.ignore pattern {pattern!r} matches no linear",
                 remedy=f"names look like {prunable[0]}",
             )
 
     if not job.weights_to_prune:
         raise UsageError(
             "nothing-to-prune",
-            f"prune.dense leaves nothing to prune: it matches all {len(prunable)} linears",
-            remedy=f"name fewer of {list_names(prunable)}",
+            f"prune.ignore leaves nothing to prune: it matches all {len(prunable)} linears",
+            remedy=f"name fewer of {shorten_names(prunable)}",
         )
 
 

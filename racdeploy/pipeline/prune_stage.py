@@ -1,4 +1,4 @@
-"""The prune stage: one walk over the blocks on traces; torch is imported when needed."""
+"""The prune stage: prunes block after block on traces; torch is imported when needed."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ from typing import Any
 from racdeploy.engines.engine import Progress
 from racdeploy.files.stages import scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Workplace, address
-from racdeploy.prune import PrunedModel
-from racdeploy.prune.structures import list_parts
-from racdeploy.quant import Codes
+from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
+from racdeploy.pruning import PrunedModel
+from racdeploy.pruning.structures import list_parts
+from racdeploy.quant import RoundingQuant
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.tasks import TaskSet
-from racdeploy.traces.collect import prompt_traces
-from racdeploy.traces.select import select, within_budget
+from racdeploy.traces.collect import make_prompt_traces
+from racdeploy.traces.select import select_traces, take_within_budget
 from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
-_SPARE_PROMPTS = 1.1  # prompts differ in length, so a few more are drawn than the mean asks for
+_DRAW_RATIO = 1.1  # drawn prompts over expected ones, since their lengths differ
 
 
 @dataclass(frozen=True)
 class PruneStage:
-    """A dense model on its way to a sparse one, for the number format ``quant`` where joint."""
+    """The stage that makes a dense model sparse, with codes of ``quant`` if they are chosen too."""
 
-    place: Workplace
+    workspace: Workspace
     dense: Checkpoint
     encoder: PromptEncoder
     tasks: TaskSet
-    trace_seed: int  # decides the calibration prompts that are drawn
+    trace_seed: int  # of the drawn calibration prompts
     calibration: Calibration
     structure: Structure
     settings: Pruning
-    quant: Codes
+    quant: RoundingQuant
     name: str  # of the pruned model's folder
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
-        """Prune the model on its traces, or find it pruned."""
-        from racdeploy.prune.device import choose_device
+        """Prune the model on its traces, or return it pruned earlier."""
+        from racdeploy.pruning.device import choose_device
 
+        # "auto" is resolved first: another device computes other weights, so it decides the folder.
         device = choose_device(self.settings.device).type
         settings = self.settings.model_copy(update={"device": device})
-        decides = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
-        folder, summary = self._run("prune", self.name, decides, settings, traces, self.dense)
+        identity = {"traces_sha256": traces_sha256, "structure": self._cuts.model_dump()}
+        folder, summary = self._run("prune", self.name, identity, settings, traces, self.dense)
         linears = tuple(LinearRow.model_validate(row) for row in summary["linears"])
         notes = (note_held_out(summary["selection"]), note_experts(linears))
 
@@ -63,46 +64,49 @@ class PruneStage:
         )
 
     def choose_codes(self, model: Path, traces: Sequence[Trace], name: str) -> Path:
-        """Choose the codes of ``quant`` for a sparse model whose values are done, or find them.
+        """Choose the codes of ``quant`` for a sparse model after its recovery; return the folder.
 
-        Its zeros stay, and rounding is compensated for its own outputs. Returns the folder.
+        Its zeros are kept, and rounding errors are compensated against its own outputs.
         """
         sparse = Checkpoint(model)
-        unlimited = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        settings = self.settings.model_copy(update={**unlimited, "shares": {}})
-        decides = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
-        folder, _ = self._run("codes", name, decides, settings, traces, sparse)
+        no_zeros = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
+        settings = self.settings.model_copy(update={**no_zeros, "shares": {}})
+        identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
+        folder, _ = self._run("codes", name, identity, settings, traces, sparse)
         return folder
 
     def _run(
         self,
         label: str,
         name: str,
-        decides: Mapping[str, Any],
+        identity: Mapping[str, Any],
         settings: Pruning,
         traces: Sequence[Trace],
         model: Checkpoint,
     ) -> tuple[Path, Mapping[str, Any]]:
         """Return the folder of that name in a stage, and its summary."""
         inputs = self.describe_code() | {
-            **decides,
+            **identity,
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
             "quant": self.quant,
         }
-        stage = self.place.open(label, inputs)
+        stage = self.workspace.open(label, inputs)
         folder = stage.folder / name
-        if not stage.finished:
+        if not stage.is_finished:
             stage.finish(self._walk(folder, settings, traces, model))
         return folder, stage.summary
 
-    def select(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
-        """Return calibration and held-out traces, and counts of both and of what was left out."""
-        selection = select(traces, self.calibration)
+    def select_traces(
+        self, traces: Sequence[Trace]
+    ) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
+        """Return calibration and held-out traces, and counts of both and of those left out."""
+        selection = select_traces(traces, self.calibration)
         chosen = selection.calibration
         tokens = count_tokens(chosen)
         if self.calibration.source == "prompt":
+            # Prompts alone get as many tokens as whole traces, so that only the source differs.
             held_out = {trace.question for trace in selection.held_out}
             chosen = self._draw_prompts(traces, tokens, held_out)
 
@@ -114,23 +118,23 @@ class PruneStage:
             "rac_tokens": tokens,
             "held_out_traces": len(selection.held_out),
             "tasks_not_held_out": sorted({trace.task for trace in traces} - held_out_tasks),
-            "left_out": selection.left_out,
+            "left_out": selection.excluded,
         }
 
         return chosen, selection.held_out, counts
 
     def describe_code(self) -> dict[str, str]:
-        """Return what all processes that prune together must have in common."""
-        return address(__name__, COMPUTING) | {"model": self.dense.sha256}
+        """Return the code, libraries and model that must be equal in all processes."""
+        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
 
-    def share(self, given: Mapping[str, Any]) -> None:
-        """Do the share of a process that follows the first one."""
-        with scratch_folder(self.place.work, self.place.processes.rank) as scratch:
-            self._prune_blocks(scratch, given)
+    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+        """Do the share of a process other than the first one."""
+        with scratch_folder(self.workspace.work, self.workspace.processes.rank) as scratch:
+            self._prune_blocks(scratch, arguments)
 
     @property
     def _cuts(self) -> Structure:
-        """The structure without what is rewritten once everything else is done."""
+        """The structure without parts that are cut last, by rewriting the folder."""
         keep = dict(self.structure.keep)
         for part in list_parts(self.structure, "folder"):
             del keep[part]
@@ -143,66 +147,67 @@ class PruneStage:
         traces: Sequence[Trace],
         model: Checkpoint,
     ) -> dict[str, Any]:
-        """Prune a model, the dense one or one that is sparse already, into a folder."""
-        self.place.report("prune", 0, model.shape.block_count)
+        """Prune a dense model, or choose the codes of a sparse one, into a folder."""
+        self.workspace.report("prune", 0, model.shape.block_count)
 
-        from racdeploy.prune.structure.outline import list_rows, read_outline
-        from racdeploy.prune.walk.assemble import assemble
+        from racdeploy.pruning.structure.cut_plan import list_structure_rows, read_cut_plan
+        from racdeploy.pruning.walk.assemble import assemble
 
-        calibration, held_out, counts = self.select(traces)
+        # Structure is cut only once; a sparse model comes here for its codes, and keeps its zeros.
+        calibration, held_out, counts = self.select_traces(traces)
         cuts = self._cuts if model is self.dense else Structure()
-        given = {
+        arguments = {
             "checkpoint": model.folder.resolve(),
             "calibration": calibration,
             "held_out": held_out,
             "structure": cuts,
             "settings": settings,
-            "weights": self.calibration.weights,
+            "weights": self.calibration.segment_weights,
             "quant": self.quant,
-            "keeps_own_zeros": model is not self.dense,
+            "keep_existing_zeros": model is not self.dense,
         }
 
         blocks_folder = folder.parent
-        with self.place.processes.job("prune", self.describe_code(), given):
-            linears, blocks = self._prune_blocks(blocks_folder, given, self.place.progress)
+        with self.workspace.processes.announce_job("prune", self.describe_code(), arguments):
+            linears, blocks = self._prune_blocks(blocks_folder, arguments, self.workspace.progress)
 
-        shape = read_outline(blocks_folder).shape(model.shape, cuts)
+        shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)
         assemble(model, blocks_folder, folder, shape)
 
         return {
-            "structure": [row.model_dump() for row in list_rows(model.shape, shape)],
+            "structure": [row.model_dump() for row in list_structure_rows(model.shape, shape)],
             "linears": [row.model_dump() for row in linears],
             "blocks": [row.model_dump() for row in blocks],
             "selection": counts,
         }
 
     def _prune_blocks(
-        self, folder: Path, given: Mapping[str, Any], progress: Progress | None = None
+        self, folder: Path, arguments: Mapping[str, Any], progress: Progress | None = None
     ) -> tuple[list[LinearRow], list[BlockRow]]:
-        from racdeploy.prune.calibrate import prune_blocks
+        from racdeploy.pruning.block_pruning import prune_blocks
 
         return prune_blocks(
             folder=folder,
-            threads=self.place.threads,
+            threads=self.workspace.threads,
             progress=progress,
-            processes=self.place.processes,
-            **{**given, "checkpoint": Checkpoint(given["checkpoint"])},
+            processes=self.workspace.processes,
+            **{**arguments, "checkpoint": Checkpoint(arguments["checkpoint"])},
         )
 
     def _draw_prompts(
         self, traces: Sequence[Trace], tokens: int, held_out: set[str]
     ) -> list[Trace]:
-        """Return prompts of about so many tokens, without the questions that are held out."""
+        """Return prompts with about ``tokens`` tokens, without held-out questions."""
         mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
-        count = math.ceil(_SPARE_PROMPTS * tokens / mean)
+        count = math.ceil(_DRAW_RATIO * tokens / mean)
         drawn = self.tasks.draw("calibration", self.trace_seed, count)
 
         fresh = [problem for problem in drawn if problem.question not in held_out]
-        return within_budget(prompt_traces(self.encoder, fresh), tokens)
+        return take_within_budget(make_prompt_traces(self.encoder, fresh), tokens)
 
 
 def note_experts(linears: Sequence[LinearRow]) -> str:
-    """Return how many calibration tokens experts had, and which had too few; empty without any."""
+    """Return a sentence on the calibration tokens of experts; empty without experts."""
     routed = [row for row in linears if row.tokens is not None]
     tokens = {row.name.rpartition(".")[0]: row.tokens or 0 for row in routed}
     pooled = [row for row in routed if row.pooled]
@@ -210,6 +215,7 @@ def note_experts(linears: Sequence[LinearRow]) -> str:
     if not tokens:
         return ""
 
+    # Experts see only the tokens sent to them; too few make a poor statistic.
     fewest = min(tokens, key=tokens.__getitem__)
     median = sorted(tokens.values())[len(tokens) // 2]
     note = (
@@ -225,13 +231,13 @@ def note_experts(linears: Sequence[LinearRow]) -> str:
 
 
 def note_held_out(selection: Mapping[str, Any]) -> str:
-    """Return which tasks have no error on held-out traces; empty where all have."""
+    """Return a sentence on tasks without held-out traces; empty if all have some."""
     missing = ", ".join(selection["tasks_not_held_out"])
     if not missing:
         return ""
 
-    of_tasks = f" of {missing}" if selection["held_out_traces"] else ""
+    task_note = f" of {missing}" if selection["held_out_traces"] else ""
     return (
-        f"no trace{of_tasks} is held out, so no error{of_tasks} was measured; "
+        f"no trace{task_note} is held out, so no error{task_note} was measured; "
         "raise traces.count or calibration.held_out_share"
     )

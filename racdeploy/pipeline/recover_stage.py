@@ -1,8 +1,8 @@
 """The recover stage: a pruned model learns from the dense one; torch is imported when needed.
 
-First on the dense model's traces, way after way; then on its own answers, which the dense model
-grades token by token; scales last, once codes are chosen. After each phase the model answers the
-calibration prompts, and what made it worse is undone.
+Phases: distillation on the dense model's traces, one phase for each method; then on-policy, on its
+own answers, with the dense model's probability of each token; scales last, once codes are chosen.
+After each phase the model answers the calibration prompts; a phase that made it worse is undone.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
-from racdeploy.processes.cores import multiplies_bfloat16
-from racdeploy.prune import PrunedModel
-from racdeploy.prune.processes import Processes
-from racdeploy.quant import Codes
+from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify
+from racdeploy.processes.cores import has_bfloat16
+from racdeploy.pruning import PrunedModel
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.quant import RoundingQuant
 from racdeploy.recipe import Calibration, Recovery
-from racdeploy.results.pruning import RecoveryRow, end_phases
+from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.traces.probe import Probe
-from racdeploy.traces.select import select
-from racdeploy.traces.text import choose_text, text_traces
+from racdeploy.traces.probe import ProbeResult
+from racdeploy.traces.select import select_traces
+from racdeploy.traces.text import choose_text_traces, read_text_traces
 from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 if TYPE_CHECKING:
-    from racdeploy.recover.course import Course, Lesson
+    from racdeploy.recovery.training_run import LogRow, TrainingRun
 
-PROBED = 512
-"""Most calibration prompts that decide whether a phase is undone: always the first ones."""
-LOOKED_AT_TOKENS = (2_048, 16_384)
-"""Fewest and most tokens of held-out traces that every look reads, in float32."""
-_LONGER = 1.05
-"""Thinking that a phase may lengthen so many times before it is undone."""
-
+PROBE_PROMPTS = 512
+"""Maximum number of calibration prompts that judge a phase: always the first ones."""
+EVAL_TOKENS = (2_048, 16_384)
+"""Minimum and maximum tokens of held-out traces in each evaluation, in float32."""
+_MAX_LENGTH_RATIO = 1.05
+"""Factor by which a phase may lengthen the thinking; a phase above it is undone."""
 
 CollectTraces = Callable[[Path | None, int], tuple[Path, list[Trace]]]
-"""Lets a model answer the first calibration prompts: its folder, None for the dense model, and how
-many, 0 for all; returns folder and traces."""
+"""Collects a model's traces. It takes the model's folder, None for the dense one, and the number of
+prompts, 0 for all; it returns the traces' folder and the traces."""
 ChooseCodes = Callable[[Path, Sequence[Trace], str], Path]
-"""Puts a sparse model on the grid of a number format: its folder, the dense traces, a name."""
+"""Chooses a sparse model's codes. It takes the model's folder, the dense traces and a name; it
+returns the new folder."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the recovery: which way, on whose answers, and how many tokens."""
+    """A part of the recovery: method, dense or own answers, and number of tokens."""
 
     name: str
-    way: str
-    own: bool
+    method: str
+    is_on_policy: bool
     tokens: int
 
 
 @dataclass(frozen=True)
 class _State:
-    """A model on its way, how it answers, and what was seen so far."""
+    """A model between phases, how it answers, and the record of the recovery so far."""
 
     folder: Path
-    probe: Probe
+    probe: ProbeResult
     answers: Sequence[Trace]
-    tokens: int = 0  # learned since the start, undone or not
-    is_exhausted: bool = False  # own answers taught it nothing
+    tokens: int = 0  # trained on since the start, in undone phases too
+    is_exhausted: bool = False  # a round of own answers brought no gain
     is_coded: bool = False
     rows: tuple[RecoveryRow, ...] = ()
     notes: tuple[str, ...] = ()
@@ -74,14 +74,14 @@ class _State:
 
 @dataclass(frozen=True)
 class RecoverStage:
-    """A pruned model on its way back to its answers; ``quant``: whose codes it gets, or empty."""
+    """The stage that recovers a pruned model; ``quant`` is the format of its codes, or empty."""
 
-    place: Workplace
+    workspace: Workspace
     dense: Checkpoint
     encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
-    quant: Codes
+    quant: RoundingQuant
 
     def run(
         self,
@@ -90,37 +90,37 @@ class RecoverStage:
         collect: CollectTraces,
         choose_codes: ChooseCodes | None = None,
     ) -> PrunedModel:
-        """Teach the pruned model, or find it taught; without a gain it is returned as it was.
+        """Recover the pruned model, or return it recovered earlier; without a gain, as it was.
 
         Args:
-            name: of the recovered model's folder.
+            name: name of the recovered model's folder.
             collect: lets a model answer the calibration prompts.
-            choose_codes: puts what was gained on the grid of ``quant``; None leaves it off any.
+            choose_codes: chooses the codes of a recovered model; None chooses none.
         """
-        from racdeploy.recover.cost import choose_ways
+        from racdeploy.recovery.cost import choose_methods
 
         _, dense = collect(None, 0)
-        # Whole traces and all of them, whatever the pruning saw: more to learn does no harm.
-        chosen = select(dense, self.calibration.model_copy(update={"max_tokens": 0}))
+        # All traces, beyond the token budget of pruning: more training data does no harm.
+        chosen = select_traces(dense, self.calibration.model_copy(update={"max_tokens": 0}))
 
-        fewest, most = LOOKED_AT_TOKENS
-        looked_at = min(most, max(fewest, self.settings.tokens // 25))
-        held_out = spread_evenly(chosen.held_out, looked_at)
+        minimum, maximum = EVAL_TOKENS
+        eval_tokens = min(maximum, max(minimum, self.settings.tokens // 25))
+        held_out = spread_evenly(chosen.held_out, eval_tokens)
         unseen = frozenset(trace.index for trace in chosen.held_out)
         if not held_out:
             raise UsageError(
                 "no-held-out-traces",
-                "recovery needs traces that are held out, to see which state is the best",
+                "recovery needs held-out traces to choose the best state",
                 remedy="raise traces.count or calibration.held_out_share",
             )
 
-        given = self._list_given(model, chosen.calibration, held_out)
-        phases = list_phases(self.settings, choose_ways(self.course(Path(), name, given)))
+        shared = self._shared_arguments(model, chosen.calibration, held_out)
+        phases = list_phases(self.settings, choose_methods(self.training_run(Path(), name, shared)))
         following = [*phases, None]
         state = start = _ask(collect, dense, following.pop(0), model.folder)
 
         def settle(state: _State) -> _State:
-            # A model without a gain gets no codes here: pruning chooses better ones itself.
+            # A model without a gain gets no codes here: pruning chooses better ones.
             if choose_codes is None or state.folder == model.folder or state.is_coded:
                 return state
             names = [self.quant] if isinstance(self.quant, str) else sorted({*self.quant.values()})
@@ -129,42 +129,42 @@ class RecoverStage:
             return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
         for phase, after in zip(phases, following, strict=True):
-            if phase.way == "scales":
+            if phase.method == "scales":
                 state = settle(state)
-            taught = chosen.calibration
-            if phase.own:
+            train_traces = chosen.calibration
+            if phase.is_on_policy:
                 if state.is_exhausted:
-                    continue  # the last round would be done again
-                # nothing is learned of a prompt whose dense trace is held out
-                taught = [trace for trace in state.answers if trace.index not in unseen]
+                    continue  # the same round would run again
+                # Held-out prompts stay out of the training, in the model's own answers too.
+                train_traces = [trace for trace in state.answers if trace.index not in unseen]
 
             before = state
-            state = self._teach(phase, before, name, given, taught)
-            if state.folder != before.folder:  # else nothing was better than the start
-                asked = _ask(collect, dense, after, state.folder)
-                state = self._judge(phase, before, state, asked)
-            is_exhausted = phase.own and state.folder == before.folder
+            state = self._teach(phase, before, name, shared, train_traces)
+            if state.folder != before.folder:  # otherwise no state was better than the start
+                probed = _ask(collect, dense, after, state.folder)
+                state = self._judge(phase, before, state, probed)
+            is_exhausted = phase.is_on_policy and state.folder == before.folder
             state = replace(state, is_exhausted=is_exhausted)
 
         return self._conclude(model, start.probe, settle(state))
 
-    def plan(self, longest: int) -> Json:
-        """Return what recovery takes; ``longest`` is a bound of a trace's tokens.
+    def plan(self, max_trace_tokens: int) -> Json:
+        """Return tokens, phases and memory of recovery, for traces up to a length.
 
         Raises:
             EnvironmentFailure: there is too little memory.
             UsageError: the user's own text cannot be read, or is too short.
         """
-        from racdeploy import recover
-        from racdeploy.recover.cost import choose_ways
+        from racdeploy import recovery
+        from racdeploy.recovery.cost import choose_methods
 
-        trace = Trace(0, "", "", "", prompt_ids=(0,) * longest)
+        trace = Trace(0, "", "", "", prompt_ids=(0,) * max_trace_tokens)
         nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
-        course = self.course(Path(), "", self._list_given(nothing, [trace], []))
+        training_run = self.training_run(Path(), "", self._shared_arguments(nothing, [trace], []))
 
-        ways = choose_ways(course)
-        phases = list_phases(self.settings, ways)
-        memory = max(recover.load(way).peak_bytes(course) for way in ways)
+        methods = choose_methods(training_run)
+        phases = list_phases(self.settings, methods)
+        memory = max(recovery.load(method).peak_bytes(training_run) for method in methods)
 
         return {
             "recover_tokens": sum(phase.tokens for phase in phases),
@@ -172,19 +172,20 @@ class RecoverStage:
             "recover_memory_bytes_at_most": memory,
         }
 
-    def _judge(self, phase: Phase, before: _State, taught: _State, asked: _State) -> _State:
-        """Return the state that a phase led to, or the one before if it made the model worse."""
-        reason = self._worse(asked.probe, before.probe)
-        rows = _mark(taught.rows, phase.name, asked.probe, kept=not reason)
+    def _judge(self, phase: Phase, before: _State, after: _State, probed: _State) -> _State:
+        """Return the state after a phase, or the one before if the phase made the model worse."""
+        reason = self._find_loss(probed.probe, before.probe)
+        rows = _mark(after.rows, phase.name, probed.probe, kept=not reason)
 
         if not reason:
-            return replace(taught, probe=asked.probe, answers=asked.answers, rows=rows)
+            return replace(after, probe=probed.probe, answers=probed.answers, rows=rows)
 
         note = f"recovery, {phase.name} was undone: {reason}"
-        return replace(before, tokens=taught.tokens, rows=rows, notes=(*taught.notes, note))
+        return replace(before, tokens=after.tokens, rows=rows, notes=(*after.notes, note))
 
-    def _conclude(self, model: PrunedModel, start: Probe, state: _State) -> PrunedModel:
-        """Return the model with all that is known of how it came about."""
+    def _conclude(self, model: PrunedModel, start: ProbeResult, state: _State) -> PrunedModel:
+        """Return the recovered model with the rows and notes of its recovery."""
+        # The start is a row of the curve too: what the phases gained is read off against it.
         rows = _mark(state.rows, "start", start, kept=True)
         gained = state.folder != model.folder
 
@@ -196,13 +197,11 @@ class RecoverStage:
                 f"{state.probe.length_ratio:.3f} times as long as dense, on {state.tokens:,} tokens"
             )
         else:
-            notes.append(
-                "recovery found nothing better than the pruned model, which is left as it was"
-            )
+            notes.append("recovery found no better state than the pruned model, which is unchanged")
 
-        if self.settings.mix:
-            kept = [row.text_kl_nats for row in end_phases(rows) if row.kept]
-            name = Path(self.settings.mix).name
+        if self.settings.extra_text:
+            kept = [row.text_kl_nats for row in list_phase_ends(rows) if row.kept]
+            name = Path(self.settings.extra_text).name
             notes.append(
                 f"recovery: KL on held-out parts of {name} {kept[0]:.3g} → {kept[-1]:.3g} nats"
             )
@@ -215,23 +214,24 @@ class RecoverStage:
             notes=tuple(notes),
         )
 
-    def _list_given(
-        self, model: PrunedModel, taught: Sequence[Trace], held_out: Sequence[Trace]
+    def _shared_arguments(
+        self, model: PrunedModel, train_traces: Sequence[Trace], held_out: Sequence[Trace]
     ) -> Json:
-        """Return what all phases of a model have in common, as other processes get it."""
+        """Return the arguments that all phases of a model share, as sent to other processes."""
         text: list[Trace] = []
         text_held_out: list[Trace] = []
-        if self.settings.mix:
-            text, text_held_out = text_traces(self.settings.mix, self.encoder)
+        if self.settings.extra_text:
+            text, text_held_out = read_text_traces(self.settings.extra_text, self.encoder)
 
-        named = model.sources or [row.source_block for row in model.structure]
+        # A model that lost blocks learns each block from the dense block that it was.
+        named = model.source_blocks or [row.source_block for row in model.structure]
         return {
             "sparse": model.folder,
             "phase": Phase("", "", False, 0),
-            "text_taught": text,
-            "lesson": {
+            "train_text": text,
+            "training": {
                 "sources": tuple(named or range(self.dense.shape.block_count)),
-                "taught": taught,
+                "train_traces": train_traces,
                 "held_out": held_out,
                 "text": text_held_out,
                 "settings": self._choose_settings(),
@@ -240,135 +240,146 @@ class RecoverStage:
         }
 
     def _choose_settings(self) -> Recovery:
-        """Return the recipe's settings, with what this machine has in place of ``auto``."""
-        from racdeploy.prune.device import choose_device
+        """Return the recipe's settings, with ``auto`` resolved on this machine."""
+        from racdeploy.pruning.device import choose_device
 
         device = choose_device(self.settings.device).type
         compute = self.settings.compute
         if compute == "auto":
-            short = device != "cpu" or multiplies_bfloat16()
-            compute = "bfloat16" if short else "float32"
+            is_fast = device != "cpu" or has_bfloat16()
+            compute = "bfloat16" if is_fast else "float32"
 
         return self.settings.model_copy(update={"device": device, "compute": compute})
 
     def _teach(
-        self, phase: Phase, state: _State, name: str, given: Json, taught: Sequence[Trace]
+        self, phase: Phase, state: _State, name: str, arguments: Json, train_traces: Sequence[Trace]
     ) -> _State:
-        """Do one phase, or find it done."""
+        """Run one phase, or take the result of an earlier run."""
+        # The folder of a phase is decided by all that it learns from, and by nothing else.
         sparse = Checkpoint(state.folder)
         quant = self._quant_of(phase)
-        lesson = given["lesson"] | {"taught": taught, "quant": quant}
+        training = arguments["training"] | {"train_traces": train_traces, "quant": quant}
 
         inputs = self.describe_code() | {
             "sparse": sparse.sha256,
             "phase": asdict(phase),
-            "traces": hash_ids(taught),
-            "held_out": hash_ids(lesson["held_out"]),
-            "text": hash_ids([*given["text_taught"], *lesson["text"]]),
-            "recover": lesson["settings"].model_dump(exclude=_SHARED_OUT),
+            "traces": hash_ids(train_traces),
+            "held_out": hash_ids(training["held_out"]),
+            "text": hash_ids([*arguments["train_text"], *training["text"]]),
+            "recover": training["settings"].model_dump(exclude=_PHASE_INDEPENDENT),
             "quant": quant,
         }
 
-        stage = self.place.open("recover", inputs)
-        if not stage.finished:
-            own = {"sparse": sparse.folder.resolve(), "sha256": sparse.sha256, "phase": phase}
-            stage.finish(self._learn(stage, name, given | own | {"lesson": lesson}))
+        stage = self.workspace.open("recover", inputs)
+        if not stage.is_finished:
+            phase_arguments = {
+                "sparse": sparse.folder.resolve(),
+                "sha256": sparse.sha256,
+                "phase": phase,
+            }
+            stage.finish(
+                self._learn(stage, name, arguments | phase_arguments | {"training": training})
+            )
 
         return _after(phase, state, stage, name)
 
-    def _learn(self, stage: Stage, name: str, given: Json) -> Json:
-        with self.place.processes.job("recover", self.describe_code(), given):
-            course, lessons = self.learn(stage.folder, name, given)
+    def _learn(self, stage: Stage, name: str, arguments: Json) -> Json:
+        with self.workspace.processes.announce_job("recover", self.describe_code(), arguments):
+            training_run, log = self.train(stage.folder, name, arguments)
 
-        # A state after the start is nearer to the dense model.
-        first, *later = (lesson.kl_nats for lesson in lessons)
+        # Keep the phase only if some state after the start is nearer to the dense model.
+        first, *later = (row.kl_nats for row in log)
         better = first is not None and any(kl is not None and kl < first for kl in later)
         if better:
-            course.write()
-        course.clean()
+            training_run.write()
+        training_run.remove_states()
 
-        return {"lessons": [asdict(lesson) for lesson in lessons], "better": better}
+        return {"log": [asdict(row) for row in log], "better": better}
 
     def _quant_of(self, phase: Phase) -> str:
-        """Return the format that a phase must keep to: weights learn before codes are chosen."""
-        if phase.way != "scales":
+        """Return the format whose codes a phase must keep: one for scales, otherwise none."""
+        if phase.method != "scales":
             return ""
 
         if not isinstance(self.quant, str):
             raise UsageError(
                 "scales-need-one-quant",
-                "scales that learn need one number format for all linears",
-                remedy='recover.ways = ["all"], or a quant in place of a mix',
+                "training of scales needs one number format for all linears",
+                remedy='recover.methods = ["full"], or a quant in place of a mix',
             )
         return self.quant
 
     def describe_code(self) -> dict[str, str]:
-        """Return what all processes that teach together must have in common."""
-        return address(__name__, COMPUTING) | {"model": self.dense.sha256}
+        """Return the code, libraries and model that must be equal in all processes."""
+        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
 
-    def share(self, given: Mapping[str, Any]) -> None:
-        """Do the share of a process that follows the first one."""
-        with scratch_folder(self.place.work, self.place.processes.rank) as scratch:
-            self.learn(scratch, scratch.name, given)
+    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+        """Do the share of a process other than the first one."""
+        with scratch_folder(self.workspace.work, self.workspace.processes.rank) as scratch:
+            self.train(scratch, scratch.name, arguments)
 
-    def learn(
-        self, folder: Path, name: str, given: Mapping[str, Any]
-    ) -> tuple[Course, list[Lesson]]:
-        """Do one phase, all processes together; the first one's folder is to last."""
-        from racdeploy import recover
-        from racdeploy.recover.answers import cut_own
-        from racdeploy.recover.course import Lesson
+    def train(
+        self, folder: Path, name: str, arguments: Mapping[str, Any]
+    ) -> tuple[TrainingRun, list[LogRow]]:
+        """Run one phase in all processes together; only the first one's folder is kept."""
+        from racdeploy import recovery
+        from racdeploy.recovery.on_policy import truncate_own_answers
+        from racdeploy.recovery.training_run import LogRow
 
-        _require_model(self.place.processes, given["sparse"], given["sha256"])
+        _require_model(self.workspace.processes, arguments["sparse"], arguments["sha256"])
 
-        phase: Phase = given["phase"]
-        course = self.course(folder, name, given)
-        course.settle_threads()
-        if phase.own:
-            course = cut_own(course)
+        phase: Phase = arguments["phase"]
+        training_run = self.training_run(folder, name, arguments)
+        training_run.set_threads()
+        if phase.is_on_policy:
+            training_run = truncate_own_answers(training_run)
 
-        if not course.taught:
-            return course, [Lesson(0, note="no own answer stays near the dense model's")]
+        if not training_run.train_traces:
+            return training_run, [LogRow(0, note="no own answer stays near the dense model's")]
 
-        course.report(0)
-        text = given["text_taught"]
-        if text:  # as much of it as its share of what is learned
-            text = choose_text(text, count_tokens(course.taught), course.settings.mix_share)
-        course = replace(course, taught=(*course.taught, *text))
-        return course, recover.load(phase.way).recover(course)
+        training_run.report_progress(0)
+        text = arguments["train_text"]
+        if text:  # cut to its share of the training tokens
+            text = choose_text_traces(
+                text,
+                count_tokens(training_run.train_traces),
+                training_run.settings.extra_text_share,
+            )
+        training_run = replace(training_run, train_traces=(*training_run.train_traces, *text))
+        return training_run, recovery.load(phase.method).recover(training_run)
 
-    def course(self, folder: Path, name: str, given: Mapping[str, Any]) -> Course:
-        """Return what this process does of a phase; a line is printed by the first one alone."""
-        from racdeploy.prune.device import choose_device
-        from racdeploy.recover.course import Course
+    def training_run(self, folder: Path, name: str, arguments: Mapping[str, Any]) -> TrainingRun:
+        """Return the training of a phase in this process; only the first one reports progress."""
+        from racdeploy.pruning.device import choose_device
+        from racdeploy.recovery.training_run import TrainingRun
 
-        place = self.place
-        phase: Phase = given["phase"]
-        first = place.processes.first
+        workspace = self.workspace
+        phase: Phase = arguments["phase"]
+        first = workspace.processes.is_first
 
-        return Course(
-            sparse=Checkpoint(given["sparse"]),
+        return TrainingRun(
+            sparse=Checkpoint(arguments["sparse"]),
             dense=self.dense,
             tokens=phase.tokens,
-            direction="reverse" if phase.own else "forward",
+            direction="reverse" if phase.is_on_policy else "forward",
             folder=folder,
             out=folder / name,
-            device=choose_device(given["lesson"]["settings"].device),
-            threads=place.threads,
-            progress=place.progress if first else None,
-            notify=print_notice if first else None,
-            processes=place.processes,
-            **given["lesson"],
+            device=choose_device(arguments["training"]["settings"].device),
+            threads=workspace.threads,
+            progress=workspace.progress if first else None,
+            notify=notify if first else None,
+            processes=workspace.processes,
+            **arguments["training"],
         )
 
-    def _worse(self, probe: Probe, before: Probe) -> str:
-        """Return why a phase made the model worse, or an empty string."""
-        if before.accuracy - probe.accuracy > self.settings.probe_drop:
+    def _find_loss(self, probe: ProbeResult, before: ProbeResult) -> str:
+        """Return a clause on how a phase made the model worse, or an empty string."""
+        if before.accuracy - probe.accuracy > self.settings.max_accuracy_drop:
             return (
                 f"{probe.accuracy:.1%} of the calibration prompts right, "
                 f"{before.accuracy:.1%} before"
             )
-        if probe.length_ratio > _LONGER * max(before.length_ratio, 1.0):
+        if probe.length_ratio > _MAX_LENGTH_RATIO * max(before.length_ratio, 1.0):
             return (
                 f"thinking {probe.length_ratio:.2f} times as long as dense, "
                 f"{before.length_ratio:.2f} before"
@@ -376,25 +387,27 @@ class RecoverStage:
         return ""
 
 
-_SHARED_OUT = {"tokens", "ways", "on_policy", "rounds", "probe_drop", "mix"}
-"""Settings that phases do not depend on, beyond what is said of each."""
+_PHASE_INDEPENDENT = {"tokens", "methods", "on_policy", "rounds", "max_accuracy_drop", "extra_text"}
+"""Settings that do not change a phase, beyond its own name, method and tokens."""
 
 
 def _ask(
     collect: CollectTraces, dense: Sequence[Trace], phase: Phase | None, folder: Path
 ) -> _State:
-    """Let a model answer: as many prompts as judge it, and as teach the phase that follows."""
-    needed = PROBED
-    if phase and phase.own:
+    """Let a model answer the prompts that judge it and those that the next phase trains on."""
+    needed = PROBE_PROMPTS
+    if phase and phase.is_on_policy:
         needed = max(needed, math.ceil(phase.tokens * len(dense) / count_tokens(dense)))
 
     first = needed if needed < len(dense) else 0
     _, answers = collect(folder, first)
-    return _State(folder, Probe.of(answers[:PROBED], dense[:PROBED]), answers)
+    return _State(
+        folder, ProbeResult.measure(answers[:PROBE_PROMPTS], dense[:PROBE_PROMPTS]), answers
+    )
 
 
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
-    """Return traces spread over all, of at most so many tokens in all, and at least one."""
+    """Return traces spread over all, with at most about ``tokens`` tokens, and at least one."""
     total = count_tokens(traces)
     if total <= tokens:
         return list(traces)
@@ -403,41 +416,41 @@ def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
     return [traces[part * len(traces) // count] for part in range(count)]
 
 
-def list_phases(settings: Recovery, ways: Sequence[str]) -> list[Phase]:
-    """Return the phases in order, with the tokens of each; those with none are left out.
+def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
+    """Return the phases in order, with the tokens of each; phases without tokens are left out.
 
-    The dense model's traces come first: without them the model's own answers are too far off to be
-    graded. Scales come last, when everything else has found its place.
+    The dense model's traces come first: without them the model's own answers are too poor to learn
+    from. Scales come last, when the weights are final.
     """
     own_tokens = round(settings.on_policy * settings.tokens)
     dense_tokens = settings.tokens - own_tokens
 
-    # Scales are few numbers: a tenth is enough for them, where anything else learns too.
-    shares = {way: 1.0 if way != "scales" or len(ways) == 1 else 0.1 for way in ways}
+    # Scales are few parameters: a tenth of the tokens is enough, if weights learn too.
+    shares = {method: 1.0 if method != "scales" or len(methods) == 1 else 0.1 for method in methods}
     dense: list[Phase] = []
     last: list[Phase] = []
 
-    for way in ways:
-        tokens = round(dense_tokens * shares[way] / sum(shares.values()))
-        phases = last if way == "scales" and len(ways) > 1 else dense
-        phases.append(Phase(way, way, False, tokens))
+    for method in methods:
+        tokens = round(dense_tokens * shares[method] / sum(shares.values()))
+        phases = last if method == "scales" and len(methods) > 1 else dense
+        phases.append(Phase(method, method, False, tokens))
 
-    own = []
-    teacher = next((way for way in ways if way != "scales"), ways[0])
+    on_policy = []
+    teacher = next((method for method in methods if method != "scales"), methods[0])
     for number in range(settings.rounds):
         name = f"own answers {number + 1}"
-        own.append(Phase(name, teacher, True, own_tokens // settings.rounds))
+        on_policy.append(Phase(name, teacher, True, own_tokens // settings.rounds))
 
-    return [phase for phase in (*dense, *own, *last) if phase.tokens]
+    return [phase for phase in (*dense, *on_policy, *last) if phase.tokens]
 
 
-def _require_model(processes: Processes, folder: Path, sha256: str) -> None:
-    """Stop all processes where any of them lacks the model that is to learn."""
-    if processes.count == 1:
+def _require_model(processes: ProcessGroup, folder: Path, sha256: str) -> None:
+    """Stop all processes if any of them lacks the model to train."""
+    if processes.world_size == 1:
         return
 
-    is_there = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
-    lacking = [str(rank) for rank, has in enumerate(processes.all(is_there)) if not has]
+    is_present = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+    lacking = [str(rank) for rank, has in enumerate(processes.all_gather(is_present)) if not has]
 
     if lacking:
         raise EnvironmentFailure(
@@ -449,24 +462,24 @@ def _require_model(processes: Processes, folder: Path, sha256: str) -> None:
 
 
 def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
-    """Return the state after a phase that ended."""
+    """Return the state after a phase, with the rows of its curve."""
+    # Every phase evaluates its start, but the curve needs only the first one's.
     summary = stage.summary
     rows = []
-
-    for lesson in summary["lessons"]:
-        if lesson["tokens"] or not state.rows:
+    for row in summary["log"]:
+        if row["tokens"] or not state.rows:
             rows.append(
                 RecoveryRow(
-                    phase=phase.name if lesson["tokens"] else "start",
-                    tokens=state.tokens + lesson["tokens"],
-                    loss=lesson["loss"],
-                    kl_nats=lesson["kl_nats"],
-                    text_kl_nats=lesson["text_kl_nats"],
-                    kept=summary["better"] or not lesson["tokens"],
+                    phase=phase.name if row["tokens"] else "start",
+                    tokens=state.tokens + row["tokens"],
+                    loss=row["loss"],
+                    kl_nats=row["kl_nats"],
+                    text_kl_nats=row["text_kl_nats"],
+                    kept=summary["better"] or not row["tokens"],
                 )
             )
 
-    ended = summary["lessons"][-1]["note"]
+    ended = summary["log"][-1]["note"]
     notes = (f"recovery, {phase.name}: {ended}",) if ended else ()
 
     return replace(
@@ -479,16 +492,15 @@ def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
 
 
 def _mark(
-    rows: Sequence[RecoveryRow], phase: str, probe: Probe, *, kept: bool
+    rows: Sequence[RecoveryRow], phase: str, probe: ProbeResult, *, kept: bool
 ) -> tuple[RecoveryRow, ...]:
-    """Return the rows with what became of a phase; how the model answers is on its last row."""
-    places = [place for place, row in enumerate(rows) if row.phase == phase]
+    """Return the rows with a phase marked as kept or undone, and its accuracy on the last row."""
+    indices = [index for index, row in enumerate(rows) if row.phase == phase]
     marked = list(rows)
-
-    for place in places:
-        marked[place] = rows[place].model_copy(update={"kept": kept})
-    if places:
-        last = places[-1]
+    for index in indices:
+        marked[index] = rows[index].model_copy(update={"kept": kept})
+    if indices:
+        last = indices[-1]
         marked[last] = marked[last].model_copy(update={"accuracy": probe.accuracy})
 
     return tuple(marked)

@@ -1,4 +1,4 @@
-"""What a recipe cuts of a model: whether it can, what will be left of the whole, and what is."""
+"""Structure cuts of a recipe: checks, the expected remaining model, and the measured one."""
 
 from __future__ import annotations
 
@@ -7,62 +7,63 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from racdeploy import export, plugins
+from racdeploy import exporting, plugins
 from racdeploy.errors import UsageError
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize
+from racdeploy.models.families import generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.prune.structure.layout import Layout, keep_alike
-from racdeploy.prune.structures import list_parts
-from racdeploy.prune.walk.assemble import CutShape
+from racdeploy.pruning.structure.layout import UnitLayout, nearest_counts
+from racdeploy.pruning.structures import list_parts
+from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.recipe import Structure
-from racdeploy.report.structure import describe_kept
-from racdeploy.results.pruning import Kept, StructureRow
+from racdeploy.report.structure import describe_remaining
+from racdeploy.results.pruning import KeptStructure, StructureRow
 
-Spread = Callable[[list[int], Sequence[Layout]], list[int]]
-"""Gets how many units of a part each block keeps, and their layouts; returns other counts."""
+SpreadUnits = Callable[[list[int], Sequence[UnitLayout]], list[int]]
+"""Takes the kept units of a part in each block, and the layouts; returns other counts."""
 
 
 @dataclass(frozen=True)
-class Expected:
-    """About what a cut will leave, as if blocks lost alike and the last ones went.
+class ExpectedStructure:
+    """Estimate of the model after a cut, as if blocks lost equally and the last ones were removed.
 
-    ``sizes`` are the weights of every tensor that is left.
+    ``sizes`` are the numbers of weights of every remaining tensor.
     """
 
-    kept: Kept | None
+    kept: KeptStructure | None
     structure: tuple[StructureRow, ...]
     sizes: Mapping[str, int]
 
 
 def fit_structure(job: Job) -> Job:
-    """Return the job with a cut that its model and formats have room for, where it is optional.
+    """Return the job with a cut that its model and formats support, if the cut is optional.
 
-    What can't be cut to a width for each block is cut to one for all, or not at all; the job's
-    notes say so.
+    A cut to a width for each block becomes one width for all blocks, or none; the job's notes say
+    so.
     """
-    asked = job.recipe.structure
-    if not asked.optional:
+    requested = job.recipe.structure
+    if not requested.optional:
         return job
 
-    decided = asked.model_copy(update={"optional": False})
-    why = ""
-    for uniform in (asked.uniform, True):
+    # The first refusal is reported: it is about the cut that was proposed.
+    decided = requested.model_copy(update={"optional": False})
+    reason = ""
+    for uniform in (requested.uniform, True):
         fitted = _cut(job, decided.model_copy(update={"uniform": uniform}))
         try:
             check_structure(fitted)
             for each in (fitted, *fitted.siblings):
                 check_format(each)
         except UsageError as error:
-            why = why or error.message
+            reason = reason or error.message
         else:
-            notes = (f"all blocks get the same widths: {why}",) if why else ()
+            notes = (f"all blocks get the same widths: {reason}",) if reason else ()
             return replace(fitted, notes=notes)
 
-    parts = ", ".join(f"{part} {share:g}" for part, share in asked.keep.items())
-    note = f"nothing is cut, though {parts} was proposed: {why}"
+    parts = ", ".join(f"{part} {share:g}" for part, share in requested.keep.items())
+    note = f"nothing is cut, though {parts} was proposed: {reason}"
     return replace(_cut(job, decided.model_copy(update={"keep": {}})), notes=(note,))
 
 
@@ -72,9 +73,9 @@ def _cut(job: Job, structure: Structure) -> Job:
 
 
 def check_structure(job: Job) -> None:
-    """Refuse a cut that the model does not allow, before any work."""
+    """Refuse a cut that the model does not support."""
     settings = job.structure
-    for part in settings.parts:
+    for part in settings.cut_parts:
         plugins.load("structures", part).check(job.checkpoint, settings)
 
     allocation = job.recipe.prune.allocation
@@ -88,54 +89,54 @@ def check_structure(job: Job) -> None:
 
 
 def check_format(job: Job) -> None:
-    """Refuse a cut whose result the format of a job cannot hold, before any work."""
+    """Refuse a cut whose result the format of a job cannot store."""
     settings, name = job.recipe.structure, job.recipe.export.format
-    sizes, form = settings.sizes, export.load(name)
+    sizes, form = settings.sizes, exporting.load(name)
     cuts = list_parts(settings, "block").values()
-    alike = [cut.layout(job.checkpoint.shape, 0, settings).alike for cut in cuts]
-    is_uniform = settings.uniform or all(alike)
-    why = form.refusal(job.checkpoint, sizes, is_uniform) if sizes else ""
-    if not why:
+    uniform_cuts = [cut.layout(job.checkpoint.shape, 0, settings).is_uniform for cut in cuts]
+    is_uniform = settings.uniform or all(uniform_cuts)
+    reason = form.unsupported_reason(job.checkpoint, sizes, is_uniform) if sizes else ""
+    if not reason:
         return
 
-    remedy = "leave that part whole, or choose another target"
-    if not settings.uniform and not form.refusal(job.checkpoint, sizes, True):
+    remedy = "leave that part uncut, or choose another target"
+    if not settings.uniform and not form.unsupported_reason(job.checkpoint, sizes, True):
         remedy = "give all blocks the same widths: --set structure.uniform=true"
     raise UsageError(
-        "format-cannot-hold-cut", f"{name} cannot hold what is left: {why}", remedy=remedy
+        "format-cannot-hold-cut", f"{name} cannot store the cut model: {reason}", remedy=remedy
     )
 
 
-def expect_structure(checkpoint: Checkpoint, settings: Structure) -> Expected:
-    """Return about what a cut will leave, which :func:`check_structure` has allowed."""
-    from racdeploy.prune.structure.outline import list_rows
+def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStructure:
+    """Return an estimate of the model after a cut that :func:`check_structure` allowed."""
+    from racdeploy.pruning.structure.cut_plan import list_structure_rows
 
     dense = checkpoint.shape
     shape = expect_shape(dense, settings)
     tokens = dense.vocab_size
     for part, plugin in list_parts(settings, "folder").items():
-        tokens = plugin.layout(dense, 0, settings).count(settings.share(part))
+        tokens = plugin.layout(dense, 0, settings).count(settings.kept_share(part))
 
     sizes = _expect_sizes(checkpoint, shape, tokens)
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
-    return Expected(kept, list_rows(dense, shape), sizes)
+    return ExpectedStructure(kept, list_structure_rows(dense, shape), sizes)
 
 
 def plan_cut(job: Job) -> dict[str, Any]:
-    """Return about what will be left of a job's model, and where its target proposed more."""
-    plan: dict[str, Any] = {"note": "; ".join(job.hints)} if job.hints else {}
+    """Return the expected remaining model of a job, and notes on its inputs, for the plan."""
+    plan: dict[str, Any] = {"note": "; ".join(job.input_notes)} if job.input_notes else {}
     expected = expect_structure(job.checkpoint, job.structure)
     kept = expected.kept
     if kept is None:
         return plan
 
-    about = describe_kept(kept, expected.structure)
+    about = describe_remaining(kept, expected.structure)
     return plan | {"parameters_left": kept.parameters, "keeps": f"about {about}"}
 
 
-def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:
-    """Return what is left of a model; None where it has as many parameters as before."""
+def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> KeptStructure | None:
+    """Return the sizes that a pruned model kept; None if it has all its parameters."""
     shape = pruned.shape
     heads = shape.num_key_value_heads
     return _make_kept(dense, pruned.parameters, shape.block_count, heads, shape.vocab_size)
@@ -143,12 +144,12 @@ def measure_kept(dense: Checkpoint, pruned: Checkpoint) -> Kept | None:
 
 def _make_kept(
     dense: Checkpoint, parameters: int, blocks: int, key_value_heads: int, tokens: int
-) -> Kept | None:
+) -> KeptStructure | None:
     if parameters == dense.parameters:
         return None
 
     shape = dense.shape
-    return Kept(
+    return KeptStructure(
         parameters=parameters,
         parameters_dense=dense.parameters,
         blocks=blocks,
@@ -160,26 +161,28 @@ def _make_kept(
     )
 
 
-def expect_shape(dense: ModelShape, settings: Structure, spread: Spread | None = None) -> CutShape:
-    """Return the shape that a cut leaves, as if the last blocks went and the others lost alike.
+def expect_shape(
+    dense: ModelShape, settings: Structure, spread: SpreadUnits | None = None
+) -> CutShape:
+    """Return the shape after a cut, as if the last blocks were removed and the others lost equally.
 
-    ``spread`` changes how many units of a part each block keeps, of the same sum.
+    ``spread`` may shift units of a part between blocks, with the same sum.
     """
-    from racdeploy.prune.structure.outline import Outline, whole
+    from racdeploy.pruning.structure.cut_plan import CutPlan, keep_everything
 
-    outline = whole(dense)
+    outline = keep_everything(dense)
     for part, plugin in list_parts(settings, "model").items():
-        count = plugin.layout(dense, 0, settings).count(settings.share(part))
-        outline = Outline(tuple(range(count)), {})
+        count = plugin.layout(dense, 0, settings).count(settings.kept_share(part))
+        outline = CutPlan(tuple(range(count)), {})
 
     units = {}
     for part in list_parts(settings, "block"):
         layouts = outline.layouts(dense, part, settings)
-        counts = keep_alike(layouts, settings.share(part), uniform=settings.uniform)
-        is_free = not (settings.uniform or layouts[0].alike)
+        counts = nearest_counts(layouts, settings.kept_share(part), uniform=settings.uniform)
+        is_free = not (settings.uniform or layouts[0].is_uniform)
         units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
 
-    return Outline(outline.blocks, units).shape(dense, settings)
+    return CutPlan(outline.blocks, units).shape(dense, settings)
 
 
 def _expect_sizes(checkpoint: Checkpoint, shape: CutShape, tokens: int) -> dict[str, int]:
@@ -187,18 +190,18 @@ def _expect_sizes(checkpoint: Checkpoint, shape: CutShape, tokens: int) -> dict[
     sizes = {}
 
     for name, entry in checkpoint.entries.items():
-        left: Sequence[int] = entry.shape
+        remaining: Sequence[int] = entry.shape
 
         block, inside = family.split_block(name)
         if block is not None:
-            if block >= len(shape.sizes) or shape.removes(inside):
+            if block >= len(shape.sizes) or shape.is_removed(inside):
                 continue
-            if generalize(inside) in family.block_tensors:
-                left = widths.shape(family, inside, shape.sizes[block])
+            if generalize_expert(inside) in family.block_tensors:
+                remaining = widths.tensor_shape(family, inside, shape.sizes[block])
 
-        elif left[0] == vocabulary:
-            left = (tokens, *left[1:])
+        elif remaining[0] == vocabulary:
+            remaining = (tokens, *remaining[1:])
 
-        sizes[name] = math.prod(left)
+        sizes[name] = math.prod(remaining)
 
     return sizes

@@ -1,7 +1,7 @@
-"""Thoughts under control: what the recipe asks for, and how strong a penalty should be.
+"""Control of the thinking: the settings of the recipe, and the tuning of the hesitation penalty.
 
-The penalty is tuned on the calibration prompts, which the pruned artifact answers at each strength.
-The evaluation prompts then judge what was chosen.
+The penalty is tuned on the calibration prompts, which the pruned artifact answers once per penalty.
+The evaluation prompts then judge the choice.
 """
 
 from __future__ import annotations
@@ -13,74 +13,75 @@ from racdeploy.errors import UsageError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Verification
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.runtime.control import (
     NO_CONTROL,
-    check_closing,
+    check_closing_text,
     describe_control,
-    find_hesitation,
+    find_hesitation_ids,
 )
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.verify.checks import accuracy
-from racdeploy.verify.evidence import Arm, is_correct, thinking_tokens
-from racdeploy.verify.stats import lengths, paired
-from racdeploy.verify.stats.verdicts import Interval, RatioEstimate
+from racdeploy.verification.checks import accuracy
+from racdeploy.verification.evidence import ArmResult, is_correct, thinking_tokens
+from racdeploy.verification.stats import lengths, paired
+from racdeploy.verification.stats.verdicts import ConfidenceInterval, RatioEstimate
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
-"""Penalties that are tried, in logits."""
-Answer = Callable[[ThinkingControl], Sequence[Record]]
-"""Answers the calibration prompts under a control."""
+PENALTIES = (1.0, 2.0, 4.0, 8.0)
+"""Penalties to try, in logits."""
+AnswerUnderControl = Callable[[ThinkingControl], Sequence[AnswerRecord]]
+"""Answers the calibration prompts under a thinking control."""
 
 
 @dataclass(frozen=True)
-class Control:
-    """What ships, and sentences for the report on how it was chosen."""
+class ShippedControl:
+    """The thinking budget and control that ship, and notes for the report on their choice."""
 
     max_tokens: int | None = None
     settings: ThinkingControl = NO_CONTROL
     notes: tuple[str, ...] = ()
 
     def apply(self, settings: Verification) -> Verification:
-        """Return the settings of a verification with this budget, where there is one."""
+        """Return the settings of a verification with this budget, if there is one."""
         if self.max_tokens is None:
             return settings
         return settings.model_copy(update={"max_thinking_tokens": self.max_tokens})
 
 
-UNCONTROLLED = Control()
+UNCONTROLLED = ShippedControl()
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One strength beside none, on the same prompts."""
+class PenaltyTrial:
+    """The effect of one penalty against none, on the same prompts."""
 
-    strength: float
+    penalty: float
     drop: float
-    drop_interval: Interval
+    drop_interval: ConfidenceInterval
     length: RatioEstimate
 
     def __str__(self) -> str:
         lower, upper = self.drop_interval
         return (
-            f"{self.strength:g}: {self.length.ratio:.3f} times the length "
+            f"{self.penalty:g}: {self.length.ratio:.3f} times the length "
             f"({self.length.lower:.3f} to {self.length.upper:.3f}), "
             f"{100 * self.drop:+.1f} points lost ({100 * lower:+.1f} to {100 * upper:+.1f})"
         )
 
 
-def read_control(job: Job, encoder: PromptEncoder) -> Control:
-    """Return what a recipe asks for, in tokens of a model's tokenizer; the penalty may be tuned.
+def read_control(job: Job, encoder: PromptEncoder) -> ShippedControl:
+    """Return the control that a recipe asks for, in tokens of a model; its penalty may be tuned.
 
     Raises:
-        UsageError: it cannot be done to this model.
+        UsageError: the model has no thinking tags, or the closing text does not fit them.
     """
-    asked = job.recipe.runtime.thinking
-    budget = asked.max_tokens or job.recipe.verify.max_thinking_tokens or None
-    wants_penalty = asked.tune or asked.hesitation_penalty > 0
-    if not (asked.max_tokens or asked.closing or asked.close_bias or wants_penalty):
-        return Control(budget)
+    thinking = job.recipe.runtime.thinking
+    budget = thinking.max_tokens or job.recipe.verify.max_thinking_tokens or None
+    wants_penalty = thinking.tune or thinking.hesitation_penalty > 0
+    if not (thinking.max_tokens or thinking.closing or thinking.close_bias or wants_penalty):
+        return ShippedControl(budget)
 
+    # All settings below need the tags; the budget of the verification alone does not.
     tags = find_tags(encoder)
     if tags is None:
         raise UsageError(
@@ -88,66 +89,71 @@ def read_control(job: Job, encoder: PromptEncoder) -> Control:
             "this model has no thinking tags, so runtime.thinking cannot apply",
             remedy="leave runtime.thinking out of the recipe",
         )
-    check_closing(encoder, tags, asked.closing)
+    check_closing_text(encoder, tags, thinking.closing)
 
-    found = find_hesitation(encoder, asked.hesitation) if wants_penalty else {}
+    hesitation = find_hesitation_ids(encoder, thinking.hesitation) if wants_penalty else {}
     settings = ThinkingControl(
-        closing=asked.closing,
-        close_bias=asked.close_bias,
-        hesitation=found,
-        hesitation_penalty=asked.hesitation_penalty if any(found.values()) else 0.0,
+        closing=thinking.closing,
+        close_bias=thinking.close_bias,
+        hesitation=hesitation,
+        hesitation_penalty=thinking.hesitation_penalty if any(hesitation.values()) else 0.0,
     )
     notes: tuple[str, ...] = ()
-    if missing := [word for word, ids in found.items() if not ids]:
+    if missing := [word for word, ids in hesitation.items() if not ids]:
         words = ", ".join(missing)
-        notes = (f"no token of this model is one of: {words}; they are not penalized",)
-    return Control(budget, settings, notes)
+        notes = (f"this model has no token for these words, which are not penalized: {words}",)
+    return ShippedControl(budget, settings, notes)
 
 
-def tune(control: Control, answer: Answer, job: Job) -> Control:
+def tune_hesitation_penalty(
+    control: ShippedControl, answer: AnswerUnderControl, job: Job
+) -> ShippedControl:
     """Choose the penalty that shortens the thinking most without losing accuracy, or none.
 
-    It counts as shorter if the whole interval of the length ratio is below 1, and as no loss if the
-    interval of the drop is within the gate's margin.
+    The thinking is shorter if the whole interval of the length ratio is below 1; accuracy is not
+    lost if the interval of the drop is below the gate's margin.
     """
     if not control.settings.hesitation_ids:
         return control
 
-    def at(strength: float) -> ThinkingControl:
-        return control.settings.model_copy(update={"hesitation_penalty": strength})
+    def with_penalty(penalty: float) -> ThinkingControl:
+        return control.settings.model_copy(update={"hesitation_penalty": penalty})
 
     margin = job.gate.limits(accuracy.Limits).margin
     confidence = job.gate.confidence
-    without = Arm("without", tuple(answer(at(0.0))))
-    most = job.recipe.verify.max_new_tokens
+    # Both arms answer the same prompts, so the comparison is paired.
+    without = ArmResult("without", tuple(answer(with_penalty(0.0))))
+    max_tokens = job.recipe.verify.max_new_tokens
 
     trials = []
-    for strength in STRENGTHS:
-        arm = Arm("with", tuple(answer(at(strength))))
-        pairs = paired.paired_counts(without.by_prompt(is_correct), arm.by_prompt(is_correct))
-        before, after = (each.by_prompt(thinking_tokens) for each in (without, arm))
-        length = lengths.length_ratio(before, after, most, confidence)
+    for penalty in PENALTIES:
+        arm = ArmResult("with", tuple(answer(with_penalty(penalty))))
+        pairs = paired.paired_counts(
+            without.group_by_prompt(is_correct), arm.group_by_prompt(is_correct)
+        )
+        before, after = (each.group_by_prompt(thinking_tokens) for each in (without, arm))
+        length = lengths.length_ratio(before, after, max_tokens, confidence)
         interval = paired.drop_interval(*pairs, confidence)
-        trials.append(Trial(strength, pairs.drop, interval, length))
+        trials.append(PenaltyTrial(penalty, pairs.drop, interval, length))
 
     good = [t for t in trials if t.length.upper < 1 and t.drop_interval.upper < margin]
     best = min(good, key=lambda trial: trial.length.ratio, default=None)
 
     tried = "; ".join(map(str, trials))
-    prompts = len(without.by_prompt(is_correct))
+    prompts = len(without.group_by_prompt(is_correct))
     chosen = "none shortens the thinking without losing accuracy"
     if best:
-        chosen = f"{best.strength:g} was chosen"
-    note = f"penalty on words of hesitation, tuned on {prompts} calibration prompts: {chosen}"
+        chosen = f"{best.penalty:g} was chosen"
+    note = f"penalty on hesitation words, tuned on {prompts} calibration prompts: {chosen}"
 
-    settings = at(best.strength if best else 0.0)
-    return Control(control.max_tokens, settings, (*control.notes, f"{note}; tried {tried}"))
+    settings = with_penalty(best.penalty if best else 0.0)
+    return ShippedControl(control.max_tokens, settings, (*control.notes, f"{note}; tried {tried}"))
 
 
-def note_control(control: Control) -> list[str]:
-    """Return what a reader of the report must know; nothing where nothing is done."""
+def note_control(control: ShippedControl) -> list[str]:
+    """Return the notes on a control for the report; none if it does nothing."""
     if control.settings == NO_CONTROL:
         return list(control.notes)
-    what = describe_control(control.max_tokens, control.settings)
-    said = f"the pruned model is verified as it ships, its thinking under control: {what}"
-    return [*([said] if what else []), *control.notes]
+    settings = describe_control(control.max_tokens, control.settings)
+    note = f"the pruned model is verified as it ships, its thinking under control: {settings}"
+    return [*([note] if settings else []), *control.notes]

@@ -1,7 +1,7 @@
-"""Strings that llama.cpp would tokenize differently: counted before any work, refused or accepted.
+"""Strings that llama.cpp would tokenize differently, counted before any work.
 
-Only tokenizers for which no equal pre-tokenizer is known are looked at here; every artifact is
-compared again when it is exported.
+Only tokenizers without an equal pre-tokenizer in llama.cpp are checked here; every artifact is
+compared again after its export.
 """
 
 from __future__ import annotations
@@ -9,58 +9,61 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from racdeploy import export as exports
-from racdeploy import plugins
+from racdeploy import exporting, plugins
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.recipe import MOST_DIFFERENCES, Export
+from racdeploy.recipe import MAX_TOKEN_DIFFERENCES, Export
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.differences import TokenDifferences
-from racdeploy.verify.measure import probe_tokens
-from racdeploy.verify.probe_strings import gate_strings
+from racdeploy.verification.measurements import probe_tokens
+from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.token_comparison import TokenComparison
 
 
 def check_tokens(checkpoint: Checkpoint, settings: Export) -> str:
-    """Count them on the tokenizer alone, and refuse more than the settings accept.
+    """Count the differing strings by the tokenizer alone, and refuse more than is accepted.
 
     Returns:
-        What was found, one sentence; empty where the engine is known to tokenize alike.
+        A sentence on the differences; empty if the engine is known to tokenize alike.
+
+    Raises:
+        ModelError: more strings differ than the settings accept.
     """
-    form = exports.load(settings.format)
+    form = exporting.load(settings.format)
     if not form.TOKENIZER_PREFIX:
         return ""
 
+    # A GGUF file without tensors is enough for llama.cpp's tokenizer.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "vocabulary.gguf"
-        name = form.write_approximated(checkpoint, file, settings.pre_tokenizer)
+        name = form.write_approximate_tokenizer(checkpoint, file, settings.pre_tokenizer)
         if not name:
             return ""
 
         encoder = PromptEncoder.from_folder(checkpoint.folder)
         with plugins.load("engines", form.BACKEND).open_vocabulary(file) as engine:
-            probes = probe_tokens(engine, encoder, gate_strings(MOST_DIFFERENCES))
+            probes = probe_tokens(engine, encoder, choose_probe_strings(MAX_TOKEN_DIFFERENCES))
 
     assert probes is not None, "a vocabulary was written for it"
-    found = TokenDifferences.count(probes)
+    differences = TokenComparison.count(probes)
     accepted = settings.accept_token_differences
-    if found.share <= accepted:
-        return f"llama.cpp's pre-tokenizer {name}: {found}"
+    if differences.share <= accepted:
+        return f"llama.cpp's pre-tokenizer {name}: {differences}"
 
     raise ModelError(
         "no-equal-pre-tokenizer",
-        f"llama.cpp has no equal of this tokenizer's pre-tokenizer; of those it has, {name!r} "
-        f"leaves {found.share:.3%} of the strings different"
+        f"llama.cpp has no equal of this tokenizer's pre-tokenizer; with the nearest, {name!r}, "
+        f"{differences.share:.3%} of the strings differ"
         + (f", and {accepted:.3%} is accepted: " if accepted else ": ")
-        + str(found),
-        remedy=_advise(found),
+        + str(differences),
+        remedy=_advise(differences),
     )
 
 
-def _advise(found: TokenDifferences) -> str:
-    needed = found.share_to_accept
-    if needed > MOST_DIFFERENCES:
+def _advise(differences: TokenComparison) -> str:
+    needed = differences.share_to_accept
+    if needed > MAX_TOKEN_DIFFERENCES:
         return (
-            f"more than {MOST_DIFFERENCES:.0%} cannot be accepted: name another pre-tokenizer "
+            f"more than {MAX_TOKEN_DIFFERENCES:.0%} cannot be accepted: name another pre-tokenizer "
             "with export.pre_tokenizer, or export to ONNX, whose programs read tokenizer.json"
         )
 

@@ -10,55 +10,60 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
-from racdeploy.engines.counter import Counter
+from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workplace import COMPUTING, Workplace, address, print_notice
+from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
 from racdeploy.tasks import TaskSet
 from racdeploy.traces import server
-from racdeploy.traces.collect import Answering, Asked, collect, trace_counts
+from racdeploy.traces.collect import (
+    CompletionSource,
+    ShardRequest,
+    collect_traces,
+    summarize_traces,
+)
 from racdeploy.traces.trace import Trace, TraceSet
 
-_GROWING = "growing-"
+_UNFINISHED = "growing-"  # prefix of token logs of shards that are being answered
 
 
 @dataclass(frozen=True)
 class TraceStage:
-    """Traces of the dense model, or of a sparse one on its way."""
+    """The stage that collects traces of the dense model, or of a sparse one in recovery."""
 
-    place: Workplace
+    workspace: Workspace
     dense: Checkpoint
     encoder: PromptEncoder
     tags: ThinkingTags | None
     tasks: TaskSet
     settings: Traces
 
-    def inputs(self, checkpoint: Checkpoint, first: int = 0) -> dict[str, Any]:
-        """Return what decides the traces of a model; a server's do not depend on torch here."""
-        return address(__name__, () if self._is_served(checkpoint) else COMPUTING) | {
+    def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0) -> dict[str, Any]:
+        """Return the inputs of a model's traces; torch is one only if it generates them."""
+        return identify_code(__name__, () if self._is_served(checkpoint) else COMPUTE_LIBRARIES) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
-            **({"first": first} if first else {}),
+            **({"first": max_prompts} if max_prompts else {}),
         }
 
-    def run(self, sparse: Path | None = None, first: int = 0) -> tuple[Path, list[Trace]]:
-        """Return the stage folder and the traces of the dense model, or of a sparse one's.
+    def run(self, sparse: Path | None = None, max_prompts: int = 0) -> tuple[Path, list[Trace]]:
+        """Return the stage folder and the traces of a model.
 
         Args:
-            sparse: its folder.
-            first: how many of the prompts are answered; 0 is all.
+            sparse: folder of a sparse model; None for the dense one.
+            max_prompts: number of prompts to answer, the first ones; 0 for all.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
-        stage = self.place.open("traces", self.inputs(checkpoint, first))
+        stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts))
         out = TraceSet(stage.folder)
 
-        if stage.finished:
+        if stage.is_finished:
             if out.sha256 != stage.summary["traces_sha256"]:
                 raise ArtifactError(
                     "traces-changed",
@@ -69,85 +74,100 @@ class TraceStage:
             return stage.folder, out.read()
 
         settings = self.settings
-        problems = self.tasks.draw("calibration", settings.seed, settings.count)[: first or None]
+        problems = self.tasks.draw("calibration", settings.seed, settings.count)[
+            : max_prompts or None
+        ]
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
         context_tokens = longest + settings.max_new_tokens + 1
 
-        # The bar is there while the model is loaded.
+        # Progress is shown before the model is loaded, which takes a while.
         eos_ids = self.dense.eos_ids
-        counter = Counter(self.place.progress, "traces", len(problems))
-        counter.keep(out.count())
+        completion_progress = CompletionProgress(self.workspace.progress, "traces", len(problems))
+        completion_progress.set_saved(out.count())
 
-        with self._answering(context_tokens, stage.folder, checkpoint, counter) as answering:
-            traces = collect(
-                answering, self.encoder, self.tags, eos_ids, problems, settings, out, counter
+        with self._open_source(
+            context_tokens, stage.folder, checkpoint, completion_progress
+        ) as source:
+            traces = collect_traces(
+                source,
+                self.encoder,
+                self.tags,
+                eos_ids,
+                problems,
+                settings,
+                out,
+                completion_progress,
             )
 
-        _forget_growing(stage.folder)
-        counts = trace_counts(traces, checkpoint, self.encoder, settings.identity)
+        _remove_finished_logs(stage.folder)
+        counts = summarize_traces(traces, checkpoint, self.encoder, settings.identity)
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
     def describe_code(self) -> dict[str, str]:
-        """Return what all processes that answer together must have in common."""
-        return address(__name__, COMPUTING) | {"model": self.dense.sha256}
+        """Return the code, libraries and model that must be equal in all processes."""
+        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
 
-    def share(self, given: Mapping[str, Any]) -> None:
-        """Answer this process's share; where any lacks the model, the first one answers all."""
-        sha256 = given["sha256"]
+    def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
+        """Answer this process's share; if a process lacks the model, the first one answers all."""
+        sha256 = arguments["sha256"]
         is_dense = sha256 == self.dense.sha256
-        folder = self.dense.folder if is_dense else given["folder"]
+        folder = self.dense.folder if is_dense else arguments["folder"]
 
-        processes = self.place.processes
-        has_it = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+        processes = self.workspace.processes
+        has_model = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
 
-        if all(processes.all(has_it)):
-            with _open(folder, given["settings"]) as engine:
-                processes.serve(lambda asked: engine.generate(*asked))
+        if all(processes.all_gather(has_model)):
+            with _open(folder, arguments["settings"]) as engine:
+                processes.serve_map(lambda request: engine.generate(*request))
 
     @contextmanager
-    def _answering(
-        self, context_tokens: int, folder: Path, checkpoint: Checkpoint, counter: Counter
-    ) -> Iterator[Answering]:
-        """Yield what answers: a server that the recipe names, or the processes of this job."""
+    def _open_source(
+        self,
+        context_tokens: int,
+        folder: Path,
+        checkpoint: Checkpoint,
+        completion_progress: CompletionProgress,
+    ) -> Iterator[CompletionSource]:
+        """Yield the source of completions: the recipe's server, or the processes of this job."""
         if self._is_served(checkpoint):
-            with server.answering(
+            with server.open_server(
                 self.settings,
                 checkpoint,
                 self.encoder,
                 context_tokens,
                 folder,
                 self.dense.folder,
-                print_notice,
-                counter,
-            ) as answering:
-                yield answering
+                notify,
+                completion_progress,
+            ) as source:
+                yield source
             return
 
         if self.settings.server_reload:
             cut = _find_cut(self.dense, checkpoint)
-            print_notice(
-                f"{checkpoint.folder.name} is asked here and not on the server, which keeps the "
-                f"shapes it was started with: {cut}"
+            notify(
+                f"{checkpoint.folder.name} answers here and not on the server, which cannot load "
+                f"other tensor shapes than it started with: {cut}"
             )
 
-        processes = self.place.processes
-        settings = EngineSettings(context_tokens, self.settings.batch, self.place.threads)
+        processes = self.workspace.processes
+        settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
         model = checkpoint.folder.resolve()
-        given = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
+        arguments = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
 
         with _open(model, settings) as engine:
-            answer = partial(_answer_durably, engine, folder, counter)
+            answer = partial(_answer_durably, engine, folder, completion_progress)
 
-            # A process that cannot read a sparse model, which the first wrote, leaves all to it.
-            with processes.job("traces", self.describe_code(), given):
-                together = all(processes.all(True))
-                if together:
-                    yield Answering(partial(processes.each, answer), processes.count)
-                    processes.tell(())
+            # Only the first process may see the sparse model that it wrote; then it answers all.
+            with processes.announce_job("traces", self.describe_code(), arguments):
+                all_have_model = all(processes.all_gather(True))
+                if all_have_model:
+                    yield CompletionSource(partial(processes.map, answer), processes.world_size)
+                    processes.broadcast_object(())
 
-            if not together:
-                yield Answering(lambda asked: [answer(each) for each in asked])
+            if not all_have_model:
+                yield CompletionSource(lambda requests: [answer(each) for each in requests])
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
         if checkpoint.sha256 == self.dense.sha256:
@@ -156,7 +176,7 @@ class TraceStage:
 
 
 def _find_cut(dense: Checkpoint, sparse: Checkpoint) -> str:
-    """Return a tensor of another shape than the dense model's, or an empty string."""
+    """Return a clause on the first tensor with another shape than in the dense model, or empty."""
     for name in sorted({*dense.entries, *sparse.entries}):
         before, after = _write_shape(dense, name), _write_shape(sparse, name)
         if before != after:
@@ -176,24 +196,24 @@ def _open(folder: Path, settings: EngineSettings) -> Engine:
 
 
 def _answer_durably(
-    engine: Engine, folder: Path, counter: Counter, asked: Asked
+    engine: Engine, folder: Path, completion_progress: CompletionProgress, request: ShardRequest
 ) -> list[Completion]:
-    """Answer a shard; every token is on disk within a second, and a run that was killed goes on."""
-    prompts, sampling = asked
-    file = folder / f"{_GROWING}{sampling.seed}.jsonl"  # each shard has a seed of its own
-    _forget_growing(folder, file)
+    """Answer a shard; tokens are on disk within a second, so a killed run resumes there."""
+    prompts, sampling = request
+    file = folder / f"{_UNFINISHED}{sampling.seed}.jsonl"  # each shard has a seed of its own
+    _remove_finished_logs(folder, file)
 
     with TokenLog(file, len(prompts)) as log:
 
         def on_tokens(index: int, ids: Sequence[int], ended: Completion | None) -> None:
             log.append(index, ids)
-            counter.on_tokens(index, ids, ended)
+            completion_progress.on_tokens(index, ids, ended)
 
-        return engine.generate(prompts, replace(sampling, begun=log.begun), on_tokens)
+        return engine.generate(prompts, replace(sampling, resume_from=log.resume_from), on_tokens)
 
 
-def _forget_growing(folder: Path, kept: Path | None = None) -> None:
-    """Remove the tokens of shards that are finished."""
-    for file in folder.glob(f"{_GROWING}*"):
+def _remove_finished_logs(folder: Path, kept: Path | None = None) -> None:
+    """Remove the token logs of finished shards: all but ``kept``."""
+    for file in folder.glob(f"{_UNFINISHED}*"):
         if file != kept:
             file.unlink()

@@ -1,4 +1,4 @@
-"""Which tokens a pruned model keeps: what its traces, prompts and the user's texts need."""
+"""Choice of the tokens that a pruned model keeps: those of traces, prompts and user texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from racdeploy.files.texts import read_texts
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.structures import vocabulary
+from racdeploy.pruning.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tag_names
@@ -20,7 +20,7 @@ from racdeploy.traces.trace import Trace
 
 @dataclass(frozen=True)
 class VocabularyChoice:
-    """The choice for a dense model; ``questions`` are asked when it is calibrated and verified."""
+    """The choice for a dense model; ``questions`` are those of calibration and evaluation."""
 
     dense: Checkpoint
     encoder: PromptEncoder
@@ -28,34 +28,33 @@ class VocabularyChoice:
     settings: Structure
 
     @cached_property
-    def given_texts(self) -> tuple[str, ...]:
-        """The prompts, the thinking tags, and the user's texts in pieces."""
+    def required_texts(self) -> tuple[str, ...]:
+        """The prompts, the thinking tags, and pieces of the user's texts."""
         prompts = map(self.encoder.render, self.questions)
         tags = find_tag_names(self.encoder) or ()
-        texts = read_texts(self.settings.vocabulary_text, vocabulary.TEXTS)
+        texts = read_texts(self.settings.vocabulary_text, vocabulary.TEXTS_KEY)
         return (*prompts, *tags, *texts)
 
-    @cached_property
-    def _given_ids(self) -> frozenset[int]:
-        return self._find_ids(self.given_texts)
-
     def choose(self, traces: Sequence[Trace] = ()) -> NDArray[np.int64]:
-        """Return the ids that stay, rising; a UsageError says that they are more than asked for.
+        """Return the ids of the kept tokens, ascending.
 
-        Before there are traces, that is known of prompts and texts alone.
+        Without traces, only prompts and texts count: a check before the long stages.
+
+        Raises:
+            UsageError: more tokens are needed than the recipe keeps.
         """
-        used = self._given_ids | self._find_ids(self.decode(traces))
+        used = self._find_ids([*self.required_texts, *self.decode(traces)])
 
-        # A model may write a text in other tokens than the tokenizer.
+        # A model may write a text with other tokens than the tokenizer would.
         for trace in traces:
             used = used.union(trace.ids)
 
-        users = "the prompts, texts and traces"
+        source = "the prompts, texts and traces"
         if not traces:
-            users = "the prompts and texts, before any traces,"
+            source = "the prompts and texts, before any traces,"
 
-        keep = self.settings.share("vocabulary")
-        return vocabulary.choose(self.dense, keep, used, users)
+        keep = self.settings.kept_share("vocabulary")
+        return vocabulary.choose(self.dense, keep, used, source)
 
     def decode(self, traces: Sequence[Trace]) -> list[str]:
         """Return the texts of traces."""

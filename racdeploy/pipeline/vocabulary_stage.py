@@ -1,4 +1,4 @@
-"""The vocabulary stage: tokens that are not needed leave the pruned model, after all else."""
+"""The vocabulary stage: removes unneeded tokens from the pruned model, as the last change."""
 
 from __future__ import annotations
 
@@ -10,59 +10,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.files.writing import canonical_hash, file_sha256
-from racdeploy.models.bpe import BYTES, BytePairs
+from racdeploy.models.bpe import BYTE_COUNT, ByteLevelBPE
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.segmentation import compare_segmentation
+from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
-from racdeploy.pipeline.workplace import Workplace, address
-from racdeploy.prune import PrunedModel
-from racdeploy.prune.structures import vocabulary
+from racdeploy.pipeline.workspace import Workspace, identify_code
+from racdeploy.pruning import PrunedModel
+from racdeploy.pruning.structures import vocabulary
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
-from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verification.probe_strings import read_probe_strings
 
 
 def cut_vocabulary(
-    place: Workplace, choice: VocabularyChoice, model: PrunedModel, traces: Sequence[Trace]
+    workspace: Workspace, choice: VocabularyChoice, model: PrunedModel, traces: Sequence[Trace]
 ) -> PrunedModel:
-    """Cut the vocabulary of a pruned model, or find it cut; ``traces`` are the dense model's.
+    """Cut the vocabulary of a pruned model, or return it cut earlier.
+
+    ``traces`` are the dense model's.
 
     Raises:
-        UsageError: more tokens must stay than were asked for.
-        GateError: the new tokenizer does not give a text back as the old one does.
+        UsageError: more tokens are needed than the recipe keeps.
+        GateError: the new tokenizer restores another text than the old one.
     """
     old_ids = choice.choose(traces)
-    texts = [*choice.given_texts, *choice.decode(traces)]
+    texts = [*choice.required_texts, *choice.decode(traces)]
 
     checkpoint = Checkpoint(model.folder)
     files = filter(Path.is_file, sorted(model.folder.iterdir()))
 
-    inputs = address(__name__) | {
+    # All files of the folder are inputs, since the tokenizer and the configs are rewritten too.
+    inputs = identify_code(__name__) | {
         "files": {file.name: file_sha256(file) for file in files},
         "old_ids": canonical_hash(old_ids.tolist()),
         "texts": canonical_hash(texts),
     }
 
-    stage = place.open("vocabulary", inputs)
+    stage = workspace.open("vocabulary", inputs)
     folder = stage.folder / model.folder.name
 
-    if not stage.finished:
+    if not stage.is_finished:
         vocabulary.rewrite(checkpoint, old_ids, folder)
-        note = _prove(choice, folder, old_ids, texts)
+        note = _compare_tokenizers(choice, folder, old_ids, texts)
         stage.finish({"note": note})
 
     notes = (*model.notes, stage.summary["note"])
     return replace(model, folder=folder, notes=notes)
 
 
-def _prove(
+def _compare_tokenizers(
     choice: VocabularyChoice, folder: Path, old_ids: NDArray[np.int64], texts: Sequence[str]
 ) -> str:
     """Compare both tokenizers; return a sentence for the report."""
     dense = choice.encoder
     cut = PromptEncoder.from_folder(folder)
-    kept = compare_segmentation(dense, cut, old_ids, texts)
-    compare_segmentation(dense, cut, old_ids, probe_strings())
+    kept = compare_tokenization(dense, cut, old_ids, texts)
+    compare_tokenization(dense, cut, old_ids, read_probe_strings())  # only the restored text counts
 
     tokens = dense.tokenizer.get_vocab_size()
     rows = choice.dense.shape.vocab_size
@@ -70,13 +73,13 @@ def _prove(
     if rows > tokens:
         padding = f", {rows - tokens:,} rows of padding gone"
 
-    lacking = BYTES - len(BytePairs.read(choice.dense.tokenizer).byte_ids)
+    lacking = BYTE_COUNT - len(ByteLevelBPE.read(choice.dense.tokenizer).byte_ids)
     lost = ""
     if lacking:
-        lost = f"; {lacking} bytes are in no token, before and after: text loses them"
+        lost = f"; {lacking} bytes are in no token, before and after, so text loses them"
 
     share = f"{kept.same / max(1, kept.before):.2%} of {kept.before:,} tokens"
     return (
         f"vocabulary: {tokens:,} → {len(old_ids):,} tokens{padding}; "
-        f"traces, prompts and texts are cut as before at {share}{lost}"
+        f"traces, prompts and texts keep {share}{lost}"
     )

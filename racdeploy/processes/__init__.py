@@ -1,1 +1,1 @@
-"""What runs beside us: child processes with limits, and what this machine has for them."""
+"""Child processes with limits, and the cores and memory of this machine."""

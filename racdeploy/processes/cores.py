@@ -1,37 +1,37 @@
-"""What this process may use of the processor: cores, their last-level cache, and which products."""
+"""Processor of this machine: cores that this process may use, their cache, and bfloat16."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-_ABOUT = Path("/proc/cpuinfo")
+_CPU_INFO = Path("/proc/cpuinfo")
 _CORES = Path("/sys/devices/system/cpu")
-_SHORT = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
 
 
 def available_cores() -> int:
-    """Return the cores of this process's affinity, or of the machine where there is none."""
+    """Return the number of cores in this process's affinity, or of the machine without one."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def cache_bytes() -> int:
-    """Return the last-level cache of those cores, all of its parts; 0 where it is not known."""
+def last_level_cache_bytes() -> int:
+    """Return the size of the last-level caches of those cores together; 0 if unknown."""
     affinity = getattr(os, "sched_getaffinity", None)
 
-    parts: dict[str, int] = {}  # by the cores that share one
+    sizes: dict[str, int] = {}  # by the list of cores that share a cache
     for core in affinity(0) if affinity else ():
         levels = dict(map(_read_cache, (_CORES / f"cpu{core}" / "cache").glob("index*")))
         if levels:
             shared, size_bytes = levels[max(levels)]
-            parts[shared] = size_bytes
+            sizes[shared] = size_bytes
 
-    return sum(parts.values())
+    return sum(sizes.values())
 
 
 def _read_cache(folder: Path) -> tuple[int, tuple[str, int]]:
-    """Return the level of a cache, the cores that share it, and its bytes."""
+    """Return the level of a cache, the cores that share it, and its size in bytes."""
     try:
         texts = [(folder / name).read_text() for name in ("level", "shared_cpu_list", "size")]
         level, shared, size = map(str.strip, texts)
@@ -40,16 +40,16 @@ def _read_cache(folder: Path) -> tuple[int, tuple[str, int]]:
         return 0, ("", 0)
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether the processor has products of bfloat16, as far as the system tells."""
+def has_bfloat16() -> bool:
+    """Return whether the processor has bfloat16 instructions; False if unknown."""
     try:
-        lines = _ABOUT.read_text().splitlines()
+        lines = _CPU_INFO.read_text().splitlines()
     except OSError:
         return False
 
     for line in lines:
         name, _, flags = line.partition(":")
         if name.strip() in {"flags", "Features"}:
-            return not _SHORT.isdisjoint(flags.split())
+            return not _BFLOAT16_FLAGS.isdisjoint(flags.split())
 
     return False

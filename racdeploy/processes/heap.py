@@ -1,7 +1,7 @@
-"""Whether glibc keeps freed tensors, which is fast, or returns them to the kernel. See mallopt(3).
+"""Settings of glibc's heap: keep freed memory, or return it to the kernel. See mallopt(3).
 
 Training and pruning of small models are 5 to 10 times faster on a heap that is kept, since mapping
-each activation is slow. A process that loads a model and holds it is smaller without.
+each activation is slow. A process that loads a model and holds it is smaller if memory is returned.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Mapping
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _TOP_PAD_BYTES = 64 * 1024 * 1024
-_LEAST_MAPPED_BYTES = 128 * 1024  # glibc's own, which it raises with what is freed
+_MIN_MAPPED_BYTES = 128 * 1024  # glibc's default; unless set, it rises as blocks are freed
 
 
 def keep_heap() -> bool:
-    """Tell the C library to keep its heap; return whether it listened (glibc only)."""
-    return _tell({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD_BYTES})
+    """Keep freed memory in the heap; return whether that worked (glibc only)."""
+    return _set_options({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD_BYTES})
 
 
-def return_tensors() -> bool:
-    """Tell the C library to return each freed tensor at once; return whether it listened."""
-    return _tell({_M_MMAP_THRESHOLD: _LEAST_MAPPED_BYTES})
+def return_freed_memory() -> bool:
+    """Return freed tensors to the kernel at once; return whether that worked (glibc only)."""
+    return _set_options({_M_MMAP_THRESHOLD: _MIN_MAPPED_BYTES})
 
 
-def _tell(settings: Mapping[int, int]) -> bool:
+def _set_options(settings: Mapping[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

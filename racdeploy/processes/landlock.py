@@ -1,8 +1,8 @@
-"""Landlock: what a thread, and all that it starts later, may never do again (Linux 5.13 and later).
+"""Landlock: irrevocable restrictions of a thread and all that it starts (Linux 5.13 and later).
 
-Nothing is executed, and files are written in named places alone; further versions of the interface
-add TCP (4), and signals to processes outside (6). It asks for no privilege. Where the system has
-less, less holds. Datagrams (UDP) are beyond it.
+Program starts and file accesses are denied but for named paths; later versions of the interface add
+TCP (4), and signals to processes outside (6). It needs no privilege. An older kernel enforces the
+part that it knows. UDP is not covered.
 Source: linux/landlock.h and Documentation/userspace-api/landlock.rst of Linux 6.12.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from enum import IntFlag
 from pathlib import Path
 
-# The same numbers on every architecture.
+# System call numbers, the same on every architecture.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ASK_VERSION = 1
 _PATH_BENEATH = 1
@@ -30,7 +30,7 @@ _SCOPES = 0b11  # abstract Unix sockets, signals
 
 
 class Access(IntFlag):
-    """Rights to files and folders."""
+    """Access rights to files and folders."""
 
     EXECUTE = 1 << 0
     WRITE_FILE = 1 << 1
@@ -64,7 +64,7 @@ class _Beneath(ctypes.Structure):
 
 @functools.cache
 def version() -> int:
-    """Return the version of the interface, 0 where the system has none or does not allow it."""
+    """Return the version of the interface, 0 where Landlock is missing or disabled."""
     if sys.platform != "linux":
         return 0
     with contextlib.suppress(OSError):
@@ -73,50 +73,52 @@ def version() -> int:
 
 
 def restrict(denied: Access, allowed: Mapping[Path, Access]) -> bool:
-    """Deny this thread, and what it starts, rights to files, and the network and signals outside.
+    """Deny this thread, and all that it starts, rights to files, TCP and signals to outside.
 
     Args:
-        denied: everywhere but in ``allowed``: rights to these files, or below these folders; those
-            that do not exist are left out.
+        denied: rights to all paths but those in ``allowed``.
+        allowed: rights to these files, or below these folders; missing paths are ignored.
 
     Returns:
-        Whether that holds now; without Landlock, nothing does.
+        True if it is enforced now, False without Landlock.
     """
     if not version():
         return False
     try:
         _restrict(denied, allowed)
-    except OSError:  # too many layers of it, or a file system that has none
+    except OSError:  # too many layers, or a file system without support
         return False
     return True
 
 
 def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
-    known = denied
+    # An older kernel refuses a ruleset with rights that it does not know.
+    handled = denied
     for right, since in _SINCE.items():
         if version() < since:
-            known &= ~right
+            handled &= ~right
 
     network = _TCP if version() >= TCP_VERSION else 0
     scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
-    ruleset = _Ruleset(known, network, scopes)
+    ruleset = _Ruleset(handled, network, scopes)
     rules = _call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
 
     try:
-        for place, rights in allowed.items():
+        for path, rights in allowed.items():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                _allow(rules, place, known & rights)
+                _allow(rules, path, handled & rights)
+        # The kernel demands this of a process without privileges.
         _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
         _call(_RESTRICT_SELF, rules, 0)
     finally:
         os.close(rules)
 
 
-def _allow(rules: int, place: Path, rights: Access) -> None:
-    if not place.is_dir():
+def _allow(rules: int, path: Path, rights: Access) -> None:
+    if not path.is_dir():  # the kernel refuses rights of folders for a file
         rights &= CHANGE_FILE | Access.READ_FILE | Access.EXECUTE
 
-    descriptor = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         beneath = _Beneath(rights, descriptor)
         _call(_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(beneath), 0)

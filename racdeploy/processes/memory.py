@@ -1,16 +1,16 @@
-"""How much memory this process has, has had at most, and can still get."""
+"""Memory of this process: resident, peak, and still available."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_MACHINE = Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")
+_MEMORY_INFO = Path("/proc/meminfo")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def resident_bytes(entry: str = "VmRSS") -> int:
-    """Return resident memory, now or at its peak (``VmHWM``); 0 where the system does not say.
+    """Return resident memory, now or at its peak (``VmHWM``); 0 if unknown.
 
     ``VmData`` is private memory, resident or not, as RLIMIT_DATA counts it.
     """
@@ -18,19 +18,19 @@ def resident_bytes(entry: str = "VmRSS") -> int:
 
 
 def free_bytes() -> int | None:
-    """Return what can still be had, of the machine and of a container's limit; None if unknown."""
-    found = _read_table(_MACHINE).get("MemAvailable")
-    limit = _read_number(_GROUP / "memory.max")
-    used = _read_number(_GROUP / "memory.current")
+    """Return the memory that is still available, within a container's limit; None if unknown."""
+    available = _read_table(_MEMORY_INFO).get("MemAvailable")
+    limit = _read_number(_CONTROL_GROUP / "memory.max")
+    used = _read_number(_CONTROL_GROUP / "memory.current")
 
     if limit is None or used is None:
-        return found
-    left = max(0, limit - used)
-    return left if found is None else min(found, left)
+        return available
+    within_limit = max(0, limit - used)
+    return within_limit if available is None else min(available, within_limit)
 
 
 def _read_table(file: Path) -> dict[str, int]:
-    """Return bytes by name, of a file whose lines are ``Name:  number kB``."""
+    """Return bytes by name from a file with lines ``Name:  number kB``."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -47,7 +47,7 @@ def _read_table(file: Path) -> dict[str, int]:
 
 
 def _read_number(file: Path) -> int | None:
-    """Return the number that a file of a control group holds; None for ``max`` or no file."""
+    """Return the number in a file of a control group; None for ``max`` or no file."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Frames on a pipe: a JSON header and raw bytes behind it. Nothing is ever unpickled.
+"""Messages on a pipe: a JSON header and a payload of raw bytes. Nothing is ever unpickled.
 
 A frame is the header's length (u32) and the payload's (u64), both little-endian, then the two.
 """
@@ -11,44 +11,44 @@ from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 _LENGTHS = struct.Struct("<IQ")
-_PIECE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 Header = dict[str, Any]
 Message = tuple[Header, bytes]
 
 
-class Source(Protocol):
-    """What frames are read from."""
+class SupportsRead(Protocol):
+    """A stream from which frames are read."""
 
     def read(self, count: int, /) -> bytes:
-        """Return at most so many bytes, nothing at the end."""
+        """Return at most ``count`` bytes, none at the end."""
 
 
 def encode_message(header: Mapping[str, Any], payload_bytes: int = 0) -> bytes:
-    """Return a frame, without its payload of so many bytes."""
+    """Return a frame without its payload, whose size is ``payload_bytes``."""
     text = _encode(header).encode()
     return _LENGTHS.pack(len(text), payload_bytes) + text
 
 
 def write_message(stream: IO[bytes], header: Mapping[str, Any], payload: bytes = b"") -> None:
-    """Write one frame and flush it; BrokenPipeError where nobody reads any more."""
+    """Write one frame and flush it; BrokenPipeError where the reader is gone."""
     stream.write(encode_message(header, len(payload)))
     stream.write(payload)
     stream.flush()
 
 
-def read_message(stream: Source, most_bytes: int = 0) -> Message | None:
-    """Read one frame, or return None where the pipe has ended, also in mid-frame.
+def read_message(stream: SupportsRead, max_bytes: int = 0) -> Message | None:
+    """Read one frame, or return None where the pipe has ended, also within a frame.
 
-    With ``most_bytes``, a longer frame is an end, too: nothing of it is read.
+    With ``max_bytes``, a longer frame counts as the end: nothing of it is read.
     """
     lengths = _read(stream, _LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None
 
     header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
-    if most_bytes and header_bytes + payload_bytes > most_bytes:
+    if max_bytes and header_bytes + payload_bytes > max_bytes:
         return None
 
     text = _read(stream, header_bytes)
@@ -60,10 +60,10 @@ def read_message(stream: Source, most_bytes: int = 0) -> Message | None:
     return json.loads(text), payload
 
 
-def _read(stream: Source, count: int) -> bytes:
-    """Read so many bytes, fewer where the pipe ends; a stream without a buffer gives pieces."""
-    pieces = []
-    while count and (piece := stream.read(min(count, _PIECE_BYTES))):
-        pieces.append(piece)
-        count -= len(piece)
-    return b"".join(pieces)
+def _read(stream: SupportsRead, count: int) -> bytes:
+    """Read ``count`` bytes, fewer where the pipe ends; an unbuffered stream returns chunks."""
+    chunks = []
+    while count and (chunk := stream.read(min(count, _CHUNK_BYTES))):
+        chunks.append(chunk)
+        count -= len(chunk)
+    return b"".join(chunks)

@@ -1,6 +1,6 @@
-"""Number formats: one file each, numpy in and packed bytes out.
+"""Number formats, one file each in ``formats``: numpy arrays in, packed bytes out.
 
-A file has the members of :class:`Quant`. Where ``PRESERVES_ZERO`` is True, zeros stay zeros.
+A file has the members of :class:`Quant`. If its ``PRESERVES_ZERO`` is True, zeros stay zeros.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from numpy.typing import NDArray
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError, UsageError
-from racdeploy.quant.matmulnbits import Blocks
+from racdeploy.quant.matmulnbits import MatMulNBitsBlocks
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
 IMPORTANCE_FILE = "importance.safetensors"
-"""Of a pruned model: the mean squared input of each column, by linear."""
+"""File of a pruned model: mean squared inputs, by linear."""
 DENSE_IMPORTANCE_FILE = "dense-importance.safetensors"
-"""The same for the model that it was cut from, by that one's names and with all its inputs."""
+"""File with those of the dense model, under its names and for all its inputs."""
 
 
-Codes = str | Mapping[str, str]
-"""The number format whose codes are chosen while pruning, or linear → one; empty: none are."""
+RoundingQuant = str | Mapping[str, str]
+"""Number format whose codes are chosen while pruning, or linear → format; empty for none."""
 
 
-def codes_of(codes: Codes, linear: str) -> str:
-    """Return the number format whose codes a linear gets, or an empty string."""
+def rounding_quant_of(codes: RoundingQuant, linear: str) -> str:
+    """Return the number format whose codes are chosen for a linear, or an empty string."""
     return codes if isinstance(codes, str) else codes.get(linear, "")
 
 
 class Quant(Protocol):
-    """A number format, as a module.
+    """Interface of a number format's module.
 
-    ``FORMATS`` are the file formats that store it, ``BITS`` the bits per weight with scales, and
-    ``BLOCK`` how many weights of a row share their scales. ``quantize`` takes finite float32
-    weight_OI, ``I`` a multiple of ``BLOCK``, and returns packed_OP, ``I * BITS / 8`` bytes a row.
+    ``FORMATS`` are the file formats that store it, ``BITS`` the bits per weight including scales,
+    and ``BLOCK_SIZE`` the number of consecutive weights of a row in a quant block. ``quantize``
+    takes finite float32 weight_OI, ``I`` a multiple of ``BLOCK_SIZE``, and returns packed_OP with
+    ``I * BITS / 8`` bytes per row.
     """
 
     FORMATS: tuple[str, ...]
     BITS: float
-    BLOCK: int
+    BLOCK_SIZE: int
     PRESERVES_ZERO: bool
 
     def quantize(self, weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]: ...
@@ -52,8 +53,8 @@ class Quant(Protocol):
 class GgmlQuant(Quant, Protocol):
     """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id.
 
-    With importance_I, what the squared error of each input counts, above 0, the scales are chosen
-    for the least weighted error; without it the bytes are those that ggml writes.
+    With importance_I, a positive weight of each input's squared error, the scales minimize the
+    weighted error; without it the bytes are those that ggml writes.
     """
 
     GGML_TYPE: int
@@ -64,116 +65,120 @@ class GgmlQuant(Quant, Protocol):
 
 
 class OnnxQuant(Quant, Protocol):
-    """A number format of ONNX graphs; ``JS_DTYPE`` is what transformers.js calls it."""
+    """A number format of ONNX graphs; ``JS_DTYPE`` is its ``dtype`` in transformers.js."""
 
     JS_DTYPE: str
 
 
-class BlockQuant(OnnxQuant, Protocol):
-    """A number format of MatMulNBits, of CODE_BITS a code; blocks may have ZERO_POINTS."""
+class MatMulNBitsQuant(OnnxQuant, Protocol):
+    """A format of onnxruntime's MatMulNBits: ``CODE_BITS`` per code, maybe with ``ZERO_POINTS``."""
 
     CODE_BITS: int
     ZERO_POINTS: bool
 
-    def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> Blocks: ...
+    def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> MatMulNBitsBlocks: ...
 
 
 class Grid(Quant, Protocol):
-    """A format whose weights are whole codes times the step of their group.
+    """A uniform quantization grid: weights are integer codes times the step of their group.
 
-    ``CODES`` are the lowest and the highest code. Zero has the code 0, but for a
-    :class:`MinimumGrid`; see :func:`signed_codes`. ``GROUP_SIZE`` weights share a step: a whole
-    number, from ``STEP_CODES``, times the scale of the quant block, in half precision. ``steps``
-    returns step_OG, the step of every group, and ``scales`` the scale of every block; of a format
-    whose blocks are one group they are the same.
+    ``CODE_RANGE`` are the lowest and the highest code. Code 0 is zero, except in a
+    :class:`AsymmetricGrid`; see :func:`signed_code_range`. ``GROUP_SIZE`` weights share a step,
+    which is an integer from ``STEP_CODE_RANGE`` times the quant block's scale in half precision.
+    ``steps`` returns step_OG, the step of every group, and ``scales`` the scale of every block;
+    they are equal if a block is one group.
 
-    Weights on the grid are quantized to themselves; see also :func:`pins_largest`.
+    Weights on the grid are quantized to themselves; see also :func:`needs_extreme_code`.
     """
 
-    CODES: tuple[int, int]
+    CODE_RANGE: tuple[int, int]
     GROUP_SIZE: int
-    STEP_CODES: tuple[int, int]
+    STEP_CODE_RANGE: tuple[int, int]
 
     def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
     def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
 
-class MinimumGrid(Grid, Protocol):
-    """A grid whose groups have a minimum besides: a weight is step · code − minimum.
+class AsymmetricGrid(Grid, Protocol):
+    """An asymmetric grid, whose groups have a minimum: a weight is step · code − minimum.
 
-    A minimum is a whole number, from ``MINIMA``, of ``MINIMUM_UNITS`` times the scale of the block.
-    With a minimum of ``ZERO_CODE`` steps that code is zero, so where zeros are kept, every group
-    has that minimum.
+    A minimum is an integer from ``MINIMUM_CODE_RANGE`` times ``MINIMUM_SCALE_RATIO`` times the
+    block's scale. If it is ``ZERO_CODE`` steps, that code is exactly zero; pruning gives every
+    group that minimum to keep zeros.
     """
 
-    MINIMA: tuple[int, int]
-    MINIMUM_UNITS: int
+    MINIMUM_CODE_RANGE: tuple[int, int]
+    MINIMUM_SCALE_RATIO: int
     ZERO_CODE: int
 
 
-def has_minima(grid: Grid) -> bool:
-    """Return whether a grid is a :class:`MinimumGrid`."""
-    return hasattr(grid, "MINIMA")
+def is_asymmetric(grid: Grid) -> bool:
+    """Return True for a :class:`AsymmetricGrid`."""
+    return hasattr(grid, "MINIMUM_CODE_RANGE")
 
 
-def signed_codes(grid: Grid) -> tuple[int, int]:
-    """Return the lowest and the highest code where 0 is zero."""
-    zero = cast(MinimumGrid, grid).ZERO_CODE if has_minima(grid) else 0
-    return grid.CODES[0] - zero, grid.CODES[1] - zero
+def signed_code_range(grid: Grid) -> tuple[int, int]:
+    """Return the lowest and the highest code, shifted so that code 0 is zero."""
+    zero = cast(AsymmetricGrid, grid).ZERO_CODE if is_asymmetric(grid) else 0
+    return grid.CODE_RANGE[0] - zero, grid.CODE_RANGE[1] - zero
 
 
-def pins_largest(grid: Grid) -> bool:
-    """Return whether a format finds weights again only by a largest code in every group.
+def needs_extreme_code(grid: Grid) -> bool:
+    """Return True if weights on the grid round-trip only with an extreme code in every group.
 
-    So it is where a group has a scale of its own. Without an importance, the weight of largest
-    magnitude gets the code of largest magnitude.
+    That holds if a group is a whole block: without an importance its scale is computed from the
+    weight of largest magnitude, which gets the code of largest magnitude.
     """
-    return grid.GROUP_SIZE == grid.BLOCK
+    return grid.GROUP_SIZE == grid.BLOCK_SIZE
 
 
-def as_grid(name: str) -> Grid:
-    """Import a number format whose codes can be chosen while pruning, or refuse it."""
+def load_grid(name: str) -> Grid:
+    """Import a number format whose codes can be chosen while pruning.
+
+    Raises:
+        UsageError: the format has no such codes; it names those of the same file format that do.
+    """
     quant = load(name)
-    if hasattr(quant, "CODES"):
+    if hasattr(quant, "CODE_RANGE"):
         return cast(Grid, quant)
 
     grids = []
-    for other in plugins.names("quant"):
+    for other in plugins.list_names("quant"):
         form = load(other)
-        if hasattr(form, "CODES") and {*form.FORMATS} & {*quant.FORMATS}:
+        if hasattr(form, "CODE_RANGE") and {*form.FORMATS} & {*quant.FORMATS}:
             grids.append(other)
 
     raise UsageError(
         "no-optimized-rounding",
         f"the codes of quant {name!r} cannot be chosen while pruning",
-        remedy=f"use one of {', '.join(grids)}, or prune.joint = false",
+        remedy=f"use one of {', '.join(grids)}, or export.rounding = 'nearest'",
     )
 
 
 def read_ggml_type(name: str) -> tuple[int, float, int]:
-    """Return ``GGML_TYPE``, ``BITS`` and ``BLOCK`` of a format that ggml has under that name."""
+    """Return ``GGML_TYPE``, ``BITS`` and ``BLOCK_SIZE`` of ggml's type of that name."""
     known = GGML_TYPES[name]
-    return known.number, known.bits, known.block_weights
+    return known.type_id, known.bits, known.block_weights
 
 
 def load_ggml(name: str) -> GgmlQuant:
-    """Import the number format of that name, which GGUF stores."""
+    """Import the number format of that name, one of GGUF."""
     return cast(GgmlQuant, plugins.load("quant", name))
 
 
 def load_onnx(name: str) -> OnnxQuant:
-    """Import the number format of that name, which ONNX stores."""
+    """Import the number format of that name, one of ONNX."""
     return cast(OnnxQuant, plugins.load("quant", name))
 
 
-def load_blocks(name: str) -> BlockQuant:
-    """Import the number format of that name, which is one of MatMulNBits."""
-    return cast(BlockQuant, plugins.load("quant", name))
+def load_matmulnbits(name: str) -> MatMulNBitsQuant:
+    """Import the number format of that name, one of MatMulNBits."""
+    return cast(MatMulNBitsQuant, plugins.load("quant", name))
 
 
-def is_blocks(name: str) -> bool:
-    """Return whether a number format is one of MatMulNBits."""
+def is_matmulnbits(name: str) -> bool:
+    """Return True for a number format of MatMulNBits."""
     return hasattr(load(name), "blocks")
 
 
@@ -189,9 +194,13 @@ def check_finite(
     stored_OI: NDArray[np.float32],
     wider: str,
 ) -> None:
-    """Refuse weights that came out of a number format, stored_OI, infinite or as no numbers.
+    """Raise if the dequantized weights, stored_OI, are not all finite.
 
-    ``wider`` are number formats for larger weights, for the message.
+    Args:
+        wider: number formats for larger weights, for the message.
+
+    Raises:
+        ModelError: the weights are too large for the format, or are not finite themselves.
     """
     if np.isfinite(stored_OI).all():
         return
@@ -210,8 +219,8 @@ def check_finite(
     )
 
 
-def fits(quant: Quant, row_length: int) -> str:
-    """Return why rows of that many weights cannot be stored in a format, or an empty string."""
-    if row_length % quant.BLOCK == 0:
+def explain_misfit(quant: Quant, row_length: int) -> str:
+    """Return the reason why a format cannot store rows of that length, or an empty string."""
+    if row_length % quant.BLOCK_SIZE == 0:
         return ""
-    return f"rows of {row_length} weights do not divide into quant blocks of {quant.BLOCK}"
+    return f"rows of {row_length} weights do not divide into quant blocks of {quant.BLOCK_SIZE}"

@@ -1,6 +1,7 @@
-"""Pack the blocks that a format holds exactly as they are; all others are ggml's.
+"""Pack blocks that a format can hold exactly without loss, and all others with ggml.
 
-ggml itself may lose weights that lie on a format's grid, most of all where it knows an importance.
+ggml's own scale search may change weights that lie on a format's grid, above all with an importance
+matrix. Pruning chooses such weights, and they must reach the file unchanged.
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import ggml
-from racdeploy.quant.multiples import Candidates
+from racdeploy.quant.exact_scales import ExactBlockFinder
 
 
-class ExactBlocks:
-    """A format of ggml; ``fill`` puts into blocks of its ``layout`` what ``finder`` finds."""
+class ExactBlockCodec:
+    """Quantizer of a K-quant format that stores weights on its grid exactly.
+
+    Args:
+        layout: numpy dtype of a packed block, with a field ``scale``.
+        group_shape: groups of a block, weights of a group.
+        finder: finds the blocks that the format holds exactly.
+        fill: packs the finder's codes into blocks of ``layout``.
+        read_step_codes: returns the step code of every group of packed blocks.
+    """
 
     def __init__(
         self,
         ggml_type: int,
         layout: np.dtype[np.void],
-        group_shape: tuple[int, int],  # groups of a block, weights of a group
-        finder: Candidates,
-        fill: Callable[[NDArray[np.void], Any], None],  # gets what the finder returns, too
+        group_shape: tuple[int, int],
+        finder: ExactBlockFinder,
+        fill: Callable[[NDArray[np.void], Any], None],
         read_step_codes: Callable[[NDArray[np.void]], NDArray[Any]],
     ) -> None:
         self._type, self._layout, self._group_shape = ggml_type, layout, group_shape
@@ -33,21 +42,20 @@ class ExactBlocks:
     def quantize(
         self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
     ) -> NDArray[np.uint8]:
-        """Return packed rows: of blocks that the format can hold their very weights."""
+        """Return packed_OP; blocks on the format's grid dequantize to the same weights."""
         O, I = weight_OI.shape
         groups, size = self._group_shape
         block_OX = np.zeros((O, I // (groups * size)), self._layout)  # X: blocks of a row
         exact_OX = np.zeros(block_OX.shape, np.bool_)
 
-        # Blocks that the format can hold keep their weights.
-        found = self._finder.find(weight_OI.reshape(-1, groups, size))
-        np.put(exact_OX, found.place_N, True)
-        block_N = np.empty(len(found.scale_N), self._layout)
-        block_N["scale"] = found.scale_N
-        self._fill(block_N, found)
+        exact = self._finder.find(weight_OI.reshape(-1, groups, size))
+        np.put(exact_OX, exact.index_N, True)
+        block_N = np.empty(len(exact.scale_N), self._layout)
+        block_N["scale"] = exact.scale_N
+        self._fill(block_N, exact)
         block_OX[exact_OX] = block_N
 
-        # ggml reads whole rows, for the importance belongs to the inputs.
+        # ggml gets whole rows, exact blocks included: an importance has one number per input.
         rest_O = ~exact_OX.all(axis=1)
 
         if rest_O.any():
@@ -55,8 +63,8 @@ class ExactBlocks:
             rest_OX = rest_OP.view(self._layout)
 
             exact_OX = exact_OX[rest_O]
-            known_OX = block_OX[rest_O]
-            block_OX[rest_O] = np.where(exact_OX, known_OX, rest_OX)
+            kept_OX = block_OX[rest_O]
+            block_OX[rest_O] = np.where(exact_OX, kept_OX, rest_OX)
 
         return block_OX.view(np.uint8)
 
@@ -66,7 +74,7 @@ class ExactBlocks:
         return scale_OX.astype(np.float32)
 
     def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return step_OG, the scale of every group."""
+        """Return step_OG, the step of every group: its step code times the block's scale."""
         step_code_OXG = self._read_step_codes(self._view(packed_OP))
         step_OXG: NDArray[np.float32] = step_code_OXG * self.scales(packed_OP)[:, :, None]
         return step_OXG.reshape(len(packed_OP), -1)
@@ -75,8 +83,8 @@ class ExactBlocks:
         return np.ascontiguousarray(packed_OP).view(self._layout)
 
 
-def join_pairs(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return bytes of four times two bits each, the first one lowest."""
+def pack_two_bits(pair_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return bytes of four two-bit numbers each, the first one in the lowest bits."""
     shift_41 = np.array([0, 2, 4, 6], np.uint8)[:, None]
     joined_NX: NDArray[np.uint8] = np.bitwise_or.reduce(pair_N4X << shift_41, axis=-2)
     return joined_NX

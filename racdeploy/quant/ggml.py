@@ -1,7 +1,7 @@
 """Call ggml's own C quantizers through ctypes, in the library that llama-cpp-python ships.
 
-ggml aborts the process for a type that needs an importance matrix, and reads past the end of a row
-that is not whole blocks, so both are refused here first.
+ggml aborts the process for a type that needs an importance matrix, and reads past the end of rows
+that are not a multiple of the block size; both are asserted here first.
 Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h.
 """
 
@@ -18,22 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import EngineError
-from racdeploy.plugins import require
+from racdeploy.plugins import require_package
 
-_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
-require("llama_cpp")
+_FILES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+require_package("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
 assert _SPEC, "require() found it"
 assert _SPEC.origin, "llama_cpp is a package with a file"
-_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _NAMES.get(sys.platform, "libggml-base.so")
+_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _FILES.get(sys.platform, "libggml-base.so")
 
 
 def quantize(
     ggml_type: int, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed_OP of float32 weights, rows of whole blocks.
+    """Return packed_OP of float32 weights, whose rows are whole blocks.
 
-    importance_I, ggml's importance matrix, is what the squared error of an input counts, above 0.
+    importance_I, a row of ggml's importance matrix, weighs each input's squared error; above 0.
     """
     library = _library()
     needs_matrix = library.ggml_quantize_requires_imatrix(ggml_type)
@@ -62,7 +62,7 @@ def quantize(
 
 
 def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weight_OI of packed rows of a block format."""
+    """Return float32 weight_OI of packed rows."""
     O, P = packed_OP.shape
     assert _count_row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
     packed_OP = np.ascontiguousarray(packed_OP)
@@ -71,7 +71,6 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
     library = _library()
     type_name = library.ggml_type_name(ggml_type).decode()
     convert = library[f"dequantize_row_{type_name}"]
-
     convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)

@@ -1,7 +1,7 @@
-"""The importance of every input: its mean squared value, the diagonal of the Hessian.
+"""Importance matrices: the mean square of every input, which is the diagonal of the Hessian.
 
-Pruning leaves it in safetensors by the names of the checkpoint; llama.cpp keeps ``NAME.in_sum2``
-and ``NAME.counts`` in a GGUF file by the names of the file.
+Pruning writes them as safetensors under the checkpoint's tensor names. llama.cpp's file is GGUF,
+with ``NAME.in_sum2`` and ``NAME.counts`` under the names of the GGUF model.
 Source: ``common/imatrix-loader.cpp`` and ``tools/imatrix/imatrix.cpp`` of llama.cpp.
 """
 
@@ -26,14 +26,14 @@ from racdeploy.tensors.safetensors import read_tensor_entries
 
 SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
-# Inputs that were never active would have no weight at all, and whole blocks of them no scale.
-_FLOOR = 1e-4
-_MAKE_AGAIN = "make it again with llama-imatrix, or prune again"
+# Of the mean: a block of inputs that were never active would otherwise have no scale (NaN).
+_MIN_IMPORTANCE = 1e-4
+_REMEDY = "make it again with llama-imatrix, or prune again"
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squares of inputs and the tokens behind them, by weight of checkpoint or file."""
+    """Mean squares of inputs and their token counts, by the weight's name in checkpoint or GGUF."""
 
     file: Path
     means: Mapping[str, NDArray[np.float32]]
@@ -41,7 +41,12 @@ class Importance:
 
     @classmethod
     def read(cls, file: Path) -> Importance:
-        """Read a file of either form, or refuse a damaged or empty one."""
+        """Read a file of either format.
+
+        Raises:
+            UsageError: there is no such file.
+            ArtifactError: it is damaged, empty, or no importance matrix.
+        """
         if not file.is_file():
             raise UsageError(
                 "no-importance-file",
@@ -59,7 +64,7 @@ class Importance:
                 raise ArtifactError(
                     "importance-not-finite",
                     f"{file}: the importance of {name!r} is negative, infinite or not a number",
-                    remedy=_MAKE_AGAIN,
+                    remedy=_REMEDY,
                 )
 
         if not means:
@@ -71,8 +76,14 @@ class Importance:
 
         return cls(file, means, tokens)
 
-    def of(self, name: str, source: str, columns: int) -> NDArray[np.float32] | None:
-        """Return the importance of a weight's columns, all above 0, or None if nothing is known."""
+    def for_weight(self, name: str, source: str, columns: int) -> NDArray[np.float32] | None:
+        """Return importance_I of a weight, all above 0, or None if unknown.
+
+        Args:
+            name: of the weight in the exported file.
+            source: its name in the checkpoint.
+            columns: number of inputs, for a check.
+        """
         mean_I = self.means.get(name, self.means.get(source))
         if mean_I is None or not mean_I.any():
             return None
@@ -84,11 +95,13 @@ class Importance:
                 remedy="it was made for another model; leave export.importance out",
             )
 
-        return scale(mean_I)
+        return normalize(mean_I)
 
     def write_imatrix(self, file: Path, names: Mapping[str, Sequence[str]]) -> None:
-        """Write llama.cpp's file; ``names``: of the exported file → one in the checkpoint, or one
-        for each expert.
+        """Write an importance matrix that llama.cpp reads.
+
+        Args:
+            names: name in the exported file → names in the checkpoint, one for each expert.
         """
         sources = {}
         for name, parts in names.items():
@@ -96,7 +109,7 @@ class Importance:
                 sources[name] = parts
 
         known = [part for parts in sources.values() for part in parts if part in self.tokens]
-        most_tokens = max(self.tokens[part] for part in known)
+        max_tokens = max(self.tokens[part] for part in known)
 
         with disk_errors(file), partial_folder(file) as scratch:
             written = scratch / file.name
@@ -104,10 +117,10 @@ class Importance:
                 writer.add_type("imatrix")
                 writer.add_array("imatrix.datasets", ["racdeploy calibration"])
                 writer.add_uint32("imatrix.chunk_count", 1)
-                writer.add_uint32("imatrix.chunk_size", most_tokens)
+                writer.add_uint32("imatrix.chunk_size", max_tokens)
 
                 for name, parts in sorted(sources.items()):
-                    sum_EI, count_E1 = self._lay(parts)
+                    sum_EI, count_E1 = self._stack(parts)
                     writer.add_tensor(name + _SUMS, sum_EI)
                     writer.add_tensor(name + _COUNTS, count_E1)
 
@@ -117,8 +130,8 @@ class Importance:
 
             written.replace(file)
 
-    def _lay(self, parts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return sums and counts, a row for each part; one without tokens counts none."""
+    def _stack(self, parts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return sum_EI and count_E1, a row per part; a part without tokens has zeros."""
         known = next(self.means[part] for part in parts if part in self.means)
         rows = [self.means.get(part, np.zeros_like(known)) for part in parts]
         counts = [[self.tokens.get(part, 0)] for part in parts]
@@ -127,18 +140,21 @@ class Importance:
         return np.stack(rows) * count_E1, count_E1
 
 
-def scale(mean_I: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return mean squares of inputs, not all of them 0, as what number formats take: above 0."""
+def normalize(mean_I: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return importance_I for number formats, with mean 1 and above 0, from mean squares."""
     scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
-    return np.maximum(scaled_I, np.float32(_FLOOR))
+    return np.maximum(scaled_I, np.float32(_MIN_IMPORTANCE))
 
 
-def find(folder: Path, asked: str) -> Importance | None:
-    """Return the importance that an export uses: what is asked for, or what pruning left."""
-    if asked == "none":
+def find_importance(folder: Path, setting: str) -> Importance | None:
+    """Return the importance for an export: the file of the setting, or the pruned model's own.
+
+    It is None for the setting ``none`` and for models without a file.
+    """
+    if setting == "none":
         return None
-    if asked:
-        return Importance.read(Path(asked))
+    if setting:
+        return Importance.read(Path(setting))
     file = folder / IMPORTANCE_FILE
     return Importance.read(file) if file.is_file() else None
 
@@ -147,7 +163,7 @@ _Read = tuple[dict[str, NDArray[np.float32]], dict[str, int]]
 
 
 def _read_statistic(file: Path) -> _Read:
-    """Read what pruning left: a row of means and a number of tokens for each linear."""
+    """Read the file that pruning writes: mean_I and a token count for each linear."""
     entries = read_tensor_entries(file)
     means = {}
     tokens = {}
@@ -170,9 +186,9 @@ def _read_statistic(file: Path) -> _Read:
 
 
 def _read_imatrix(file: Path) -> _Read:
-    """Read llama.cpp's form; several rows of sums are those of experts, and are left out."""
+    """Read llama.cpp's GGUF file; tensors of several experts are skipped."""
     header = read_header(file)
-    if header.values.get("general.type") != "imatrix":
+    if header.metadata.get("general.type") != "imatrix":
         message = f"{file} is a GGUF file and no importance matrix"
         raise ArtifactError("no-importance-matrix", message, remedy="give what llama-imatrix wrote")
 
@@ -203,17 +219,17 @@ def _read_imatrix(file: Path) -> _Read:
 
 
 def _read_matrix(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
-    if tensor.ggml_type != GGML_TYPES["f32"].number or len(tensor.dimensions) > 2:
+    if tensor.ggml_type != GGML_TYPES["f32"].type_id or len(tensor.dimensions) > 2:
         raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
     values = np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position)
     return values.reshape(-1, tensor.dimensions[0])
 
 
 def _read_count(file: Path, name: str, count: float) -> int:
-    if not 0 < count < 2**53:  # false for "not a number" too
+    if not 0 < count < 2**53:  # NaN is refused, too
         raise _refusal(file, f"{name!r} rests on {count} tokens")
     return max(1, round(count))
 
 
 def _refusal(file: Path, message: str) -> ArtifactError:
-    return ArtifactError("damaged-importance", f"{file}: {message}", remedy=_MAKE_AGAIN)
+    return ArtifactError("damaged-importance", f"{file}: {message}", remedy=_REMEDY)

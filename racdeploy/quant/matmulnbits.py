@@ -1,7 +1,7 @@
-"""Blocks of onnxruntime's MatMulNBits: 32 unsigned codes, one scale, and a code that means zero.
+"""Quant blocks of onnxruntime's MatMulNBits: 32 unsigned codes, a scale, and a zero point.
 
-A packed row is its codes, then its scales in half precision, then the zero points where blocks have
-them. The file has the same scales in float32, which the operator takes.
+A packed row is its codes, its scales in half precision, and its zero points if the format has them.
+The ONNX file stores the same scales in float32, as the operator expects.
 Source: contrib operator ``com.microsoft.MatMulNBits``, onnxruntime 1.32.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 32
+BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Rows of blocks, 4 or 8 bits a code; without zero_OG the middle of the range means zero."""
+class MatMulNBitsBlocks:
+    """Quantized rows, 4 or 8 bits per code; without zero_OG the middle code is zero."""
 
     bits: int
     code_OI: NDArray[np.uint8]
@@ -26,20 +26,20 @@ class Blocks:
 
     @property
     def code_OP(self) -> NDArray[np.uint8]:
-        """Codes as MatMulNBits stores them: of four bits two in a byte, the first one low."""
-        return self.code_OI if self.bits == 8 else _pair_neighbours(self.code_OI)
+        """Codes as MatMulNBits stores them: 4-bit codes two per byte, the first one low."""
+        return self.code_OI if self.bits == 8 else _pack_nibbles(self.code_OI)
 
     @property
     def zero_OP(self) -> NDArray[np.uint8] | None:
-        """Zero points, packed like codes; an odd last one is alone in its byte."""
+        """Zero points, packed like codes; of an odd number the last has its own byte."""
         if self.zero_OG is None or self.bits == 8:
             return self.zero_OG
 
         odd = self.zero_OG.shape[1] % 2
-        return _pair_neighbours(np.pad(self.zero_OG, ((0, 0), (0, odd))))
+        return _pack_nibbles(np.pad(self.zero_OG, ((0, 0), (0, odd))))
 
     def pack(self) -> NDArray[np.uint8]:
-        """Return packed_OP."""
+        """Return packed_OP: codes, scales, zero points."""
         scale_OP = np.ascontiguousarray(self.scale_OG).view(np.uint8)
         parts = [self.code_OP, scale_OP]
         if self.zero_OP is not None:
@@ -49,9 +49,9 @@ class Blocks:
     @classmethod
     def read(
         cls, packed_OP: NDArray[np.uint8], I: int, bits: int, *, zero_points: bool = False
-    ) -> Blocks:
-        """Read packed rows of that many weights."""
-        G = I // BLOCK
+    ) -> MatMulNBitsBlocks:
+        """Unpack rows of ``I`` weights."""
+        G = I // BLOCK_SIZE
         code_end = I * bits // 8
         scale_end = code_end + 2 * G
 
@@ -62,17 +62,17 @@ class Blocks:
         assert row_bytes == scale_end + zero_bytes, "packed rows do not match the row length"
 
         code_OP, scale_OP, zero_OP = np.split(packed_OP, [code_end, scale_end], axis=1)
-        code_OI = code_OP if bits == 8 else split_neighbours(code_OP, I)
+        code_OI = code_OP if bits == 8 else unpack_nibbles(code_OP, I)
 
         scale_OG = np.ascontiguousarray(scale_OP).view("<f2")
         zero_OG = None
         if zero_points:
-            zero_OG = split_neighbours(zero_OP, G)
+            zero_OG = unpack_nibbles(zero_OP, G)
         return cls(bits, code_OI, scale_OG, zero_OG)
 
-    def weights(self) -> NDArray[np.float32]:
+    def dequantize(self) -> NDArray[np.float32]:
         """Return float32 weight_OI: (code − zero) · scale, as onnxruntime computes it."""
-        code_OGS = self.code_OI.reshape(len(self.code_OI), -1, BLOCK).astype(np.float32)
+        code_OGS = self.code_OI.reshape(len(self.code_OI), -1, BLOCK_SIZE).astype(np.float32)
         if self.zero_OG is None:
             code_OGS -= _middle(self.bits)
         else:
@@ -82,44 +82,46 @@ class Blocks:
 
 
 def quantize(weight_OI: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
-    """Return packed rows: at each scale the codes of onnxruntime's own quantizer."""
-    return choose_symmetric(weight_OI, bits).pack()
+    """Return packed rows with the codes of onnxruntime's own quantizer."""
+    return quantize_symmetric(weight_OI, bits).pack()
 
 
 def dequantize(packed_OP: NDArray[np.uint8], I: int, bits: int) -> NDArray[np.float32]:
-    """Return float32 weights of packed rows without zero points."""
-    return Blocks.read(packed_OP, I, bits).weights()
+    """Return float32 weight_OI of packed rows without zero points."""
+    return MatMulNBitsBlocks.read(packed_OP, I, bits).dequantize()
 
 
-def choose_symmetric(weight_OI: NDArray[np.float32], bits: int) -> Blocks:
-    """Return onnxruntime's own blocks: the weight of largest magnitude has the lowest code."""
-    weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK)
-    place_OG1 = np.abs(weight_OGS).argmax(axis=2, keepdims=True)
-    extreme_OG = np.take_along_axis(weight_OGS, place_OG1, axis=2)[:, :, 0]
+def quantize_symmetric(weight_OI: NDArray[np.float32], bits: int) -> MatMulNBitsBlocks:
+    """Quantize as onnxruntime: the weight of largest magnitude gets the lowest code."""
+    weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
+    index_OG1 = np.abs(weight_OGS).argmax(axis=2, keepdims=True)
+    extreme_OG = np.take_along_axis(weight_OGS, index_OG1, axis=2)[:, :, 0]
     scale_OG = (extreme_OG / -_middle(bits)).astype(np.float16)
-    return Blocks(bits, round_to_codes(weight_OI, scale_OG.astype(np.float32), bits), scale_OG)
+    return MatMulNBitsBlocks(
+        bits, round_to_codes(weight_OI, scale_OG.astype(np.float32), bits), scale_OG
+    )
 
 
 def round_to_codes(
     weight_OI: NDArray[np.float32], scale_OG: NDArray[np.float32], bits: int
 ) -> NDArray[np.uint8]:
     """Return the nearest codes; a block of zeros has the scale 0 and the middle code."""
-    weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK)
+    weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
     code_OGS = weight_OGS * invert(scale_OG)[:, :, None] + _middle(bits)
-    most = np.float32((1 << bits) - 1)
-    # onnxruntime rounds halves up, numpy's rint to even
-    code_OGS = np.clip(np.floor(code_OGS + np.float32(0.5)), 0, most)
+    max_code = np.float32((1 << bits) - 1)
+    # onnxruntime rounds halves up, numpy's rint rounds them to even.
+    code_OGS = np.clip(np.floor(code_OGS + np.float32(0.5)), 0, max_code)
     return np.asarray(code_OGS.reshape(weight_OI.shape).astype(np.uint8))
 
 
 def read_scales(packed_OP: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
     """Return scale_OG of packed rows without zero points."""
-    G = packed_OP.shape[1] // (BLOCK * bits // 8 + 2)
-    return Blocks.read(packed_OP, G * BLOCK, bits).scale_OG.astype(np.float32)
+    G = packed_OP.shape[1] // (BLOCK_SIZE * bits // 8 + 2)
+    return MatMulNBitsBlocks.read(packed_OP, G * BLOCK_SIZE, bits).scale_OG.astype(np.float32)
 
 
 def invert(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return 1 / scale, and 0 for a scale of 0: what a block of zeros is multiplied by."""
+    """Return 1 / scale, and 0 for the scale 0 of a block of zeros."""
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
 
 
@@ -127,11 +129,11 @@ def _middle(bits: int) -> np.float32:
     return np.float32(1 << (bits - 1))
 
 
-def _pair_neighbours(code_OI: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _pack_nibbles(code_OI: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4)
 
 
-def split_neighbours(code_OP: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+def unpack_nibbles(code_OP: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Return the first ``count`` four-bit codes of each row."""
     code_OP2 = np.stack([code_OP & 15, code_OP >> 4], axis=2)
     return code_OP2.reshape(len(code_OP), -1)[:, :count]

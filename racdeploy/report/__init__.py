@@ -1,4 +1,4 @@
-"""Print a report: Markdown for a pull request, a terminal, JUnit, one self-contained HTML file.
+"""Renderers of a report: Markdown, terminal, JUnit XML, and one self-contained HTML file.
 
-The data are in :mod:`racdeploy.results`; nothing here measures or decides anything.
+The data models are in :mod:`racdeploy.results`; nothing here measures or decides anything.
 """

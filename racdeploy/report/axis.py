@@ -1,4 +1,4 @@
-"""The axes of a chart, over round ticks, and the template that draws charts and page."""
+"""Axes of a chart with round ticks, and the templates of charts and pages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from functools import cache
 import jinja2
 from markupsafe import Markup
 
-from racdeploy.report.tables import number, plain, shorten
+from racdeploy.report.tables import format_number, shorten, to_single_line
 
 _INTERVALS = 5
-_MOST_POWERS = 6  # intervals of a logarithmic axis
+_MAX_POWERS = 6  # intervals of a logarithmic axis
 
-TickText = Callable[[float], str]
+TickFormatter = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The inside of a chart and the picture around it, in pixels."""
+    """Plotting area of a chart, and the size of its picture, in pixels."""
 
     left: float
     right: float
@@ -30,23 +30,24 @@ class Frame:
     width: float = 460.0
 
 
-FLAT = Frame(56, 444, 16, 254, height=300)
-SQUARE = Frame(60, 440, 16, 396, height=442)
-"""Equal scales across and upward, so that a diagonal has 45 degrees."""
+FLAT_FRAME = Frame(56, 444, 16, 254, height=300)
+SQUARE_FRAME = Frame(60, 440, 16, 396, height=442)
+"""Equal scales of both axes, so that the diagonal has 45 degrees."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Data to pixels along one direction, from ``start`` to ``stop``."""
+    """Axis that maps data to pixels, from ``start`` to ``stop``; call it with a value."""
 
     label: str
     ticks: Sequence[float]
     start: float
     stop: float
-    tick_text: TickText = number
+    format_tick: TickFormatter = format_number
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
         first, last = self.ticks[0], self.ticks[-1]
         share = (value - first) / (last - first)
         if self.logarithmic:
@@ -54,29 +55,31 @@ class Axis:
         return self.start + share * (self.stop - self.start)
 
 
-def across(label: str, low: float, high: float, tick_text: TickText, frame: Frame = FLAT) -> Axis:
-    """Return an axis from left to right."""
-    return Axis(label, _round_ticks(low, high), frame.left, frame.right, tick_text)
+def make_horizontal_axis(
+    label: str, low: float, high: float, format_tick: TickFormatter, frame: Frame = FLAT_FRAME
+) -> Axis:
+    """Return an axis from left to right that covers a range."""
+    return Axis(label, _round_ticks(low, high), frame.left, frame.right, format_tick)
 
 
-def powers(base: float, low: float, high: float) -> list[float]:
+def list_power_ticks(base: float, low: float, high: float) -> list[float]:
     """Return the ticks of a logarithmic axis: powers of a base that cover the range."""
     first = math.floor(math.log(low, base) + 1e-9)
     last = max(math.ceil(math.log(high, base) - 1e-9), first + 1)
-    step = math.ceil((last - first) / _MOST_POWERS)
+    step = math.ceil((last - first) / _MAX_POWERS)
     return [base**exponent for exponent in range(first, last + step, step)]
 
 
-def tokens_text(most: float) -> TickText:
-    """Return how counts up to ``most`` are written, all in one unit: as 0.5M, 200k or 50."""
-    if most >= 1e6:
+def make_token_formatter(max_tokens: float) -> TickFormatter:
+    """Return a formatter of counts up to ``max_tokens``, all in one unit: as 0.5M, 200k or 50."""
+    if max_tokens >= 1e6:
         return lambda tokens: f"{tokens / 1e6:g}M" if tokens else "0"
-    if most >= 1e3:
+    if max_tokens >= 1e3:
         return lambda tokens: f"{tokens / 1e3:g}k" if tokens else "0"
-    return number
+    return format_number
 
 
-def draw(chart: str, **values: object) -> Markup:
+def draw_chart(chart: str, **values: object) -> Markup:
     """Draw a chart by its macro in ``charts.svg.jinja``."""
     macros = load_templates().get_template("charts.svg.jinja").module
     markup = getattr(macros, chart)(**values)
@@ -86,7 +89,7 @@ def draw(chart: str, **values: object) -> Markup:
 
 @cache
 def load_templates() -> jinja2.Environment:
-    """Return the environment of the page and the charts, which escapes everything."""
+    """Return the template environment of pages and charts, which escapes everything."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("racdeploy.report", ""),
         autoescape=True,
@@ -95,18 +98,20 @@ def load_templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
 
-    environment.filters.update(plain=plain, px="{:.1f}".format, number=number, shorten=shorten)
+    environment.filters.update(
+        plain=to_single_line, px="{:.1f}".format, number=format_number, shorten=shorten
+    )
     return environment
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Return ticks with about five intervals that cover the range."""
+    """Return ticks at multiples of 1, 2, 5 or 10 with about five intervals over the range."""
     span = (high - low) or abs(high) or 1.0
     magnitude = 10.0 ** math.floor(math.log10(span / _INTERVALS))
     steps = [factor * magnitude for factor in (1, 2, 5, 10)]
     step = next(step for step in steps if span / step <= _INTERVALS + 1)
 
-    # A hair of tolerance, so that rounding adds no interval to a range that ends on a tick.
+    # A small tolerance, so that rounding adds no interval to a range that ends on a tick.
     first = math.floor(low / step + 1e-9)
     last = max(math.ceil(high / step - 1e-9), first + 1)
     return [index * step for index in range(first, last + 1)]

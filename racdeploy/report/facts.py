@@ -1,4 +1,4 @@
-"""What was built and how to run it: the lines under the headline of the page."""
+"""Facts under the headline of the page: method, format and file, and the command to run it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.report.recovery import describe_recovery
-from racdeploy.report.structure import list_kept
-from racdeploy.report.tables import number, plain, readable_bytes
-from racdeploy.results.answers import ArmSummary, Record
+from racdeploy.report.structure import list_remaining
+from racdeploy.report.tables import format_bytes, format_number, to_single_line
+from racdeploy.results.answers import AnswerRecord, ArmSummary
 from racdeploy.results.report import Report
 
-_SHORT = 16  # digits of a hash that a reader compares
-_LONGEST_QUESTION = 60  # characters of a question that is copied into a command
+_HASH_DIGITS = 16  # shown of a hash
+_MAX_QUESTION_CHARACTERS = 60  # of a question in a command
 _QUESTION = "What is 12 times 34?"
 _SOURCES = {
     "rac": "calibrated on its own chain of thought",
@@ -24,7 +24,7 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class Fact:
-    """A name and what there is to say; ``copied`` is the whole of what is shown in short."""
+    """Fact with its name; ``copied`` is the full text for the copy button, if ``text`` is short."""
 
     name: str
     text: str
@@ -32,46 +32,48 @@ class Fact:
 
 
 def list_facts(report: Report) -> list[Fact]:
-    """Return method, zeros, cut, number format and file, as far as the report knows them."""
-    recipe, pruned = report.recipe, report.arm("pruned")
+    """Return method, zeros, structure, recovery, number format and file, if they are known."""
+    recipe, pruned = report.recipe, report.find_arm("pruned")
     method = _find(recipe, "prune", "method")
     source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
-    kept = list_kept(report.kept, report.structure)
+    kept = list_remaining(report.kept_structure, report.structure)
 
     texts = {
         "Method": _join(method, source) if method else "",
         "Zeros": _describe_zeros(recipe, pruned),
-        "Kept": _join(*(f"{part.share} of the {part.what}" for part in kept)),
+        "Kept": _join(*(f"{part.share} of the {part.name}" for part in kept)),
         "Recovery": describe_recovery(report.recovery),
         "Stored as": _describe_format(recipe, pruned),
     }
-    facts = [Fact(name, plain(text)) for name, text in texts.items() if text]
+    facts = [Fact(name, to_single_line(text)) for name, text in texts.items() if text]
     return facts + _describe_file(pruned)
 
 
-def write_command(bundle: str, records: Sequence[Record]) -> str:
-    """Return a command that asks a bundle one of its questions; empty where there is no bundle."""
+def write_command(bundle: str, records: Sequence[AnswerRecord]) -> str:
+    """Return a command that asks a bundle one of its questions; empty without a bundle."""
     if not bundle:
         return ""
 
-    return shlex.join(["racdeploy", "run", plain(bundle), find_question(records)])
+    return shlex.join(["racdeploy", "run", to_single_line(bundle), find_question(records)])
 
 
-def find_question(records: Sequence[Record]) -> str:
-    """Return a short question that the pruned model has answered right, if there is one."""
+def find_question(records: Sequence[AnswerRecord]) -> str:
+    """Return a short question that the pruned model answered right, or a default question."""
     for record in records:
         question = record.question
-        is_short = len(question) <= _LONGEST_QUESTION and question == plain(question)
+        is_short = len(question) <= _MAX_QUESTION_CHARACTERS and question == to_single_line(
+            question
+        )
         if is_short and record.arm == "pruned" and record.correct:
             return question
     return _QUESTION
 
 
 def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
-    """Return the zeros that are in the file, where any were asked for."""
+    """Return the share of zeros in the file and their pattern; empty if none were requested."""
     pattern = _find(recipe, "prune", "pattern")
     if _find(recipe, "prune", "shares") not in ("", "{}"):
-        pattern = "each linear its own"
+        pattern = "a share for each linear"
 
     is_plain = pattern in ("", "unstructured")
     if is_plain and _find(recipe, "prune", "sparsity") in ("", "0", "0.0"):
@@ -93,21 +95,21 @@ def _describe_file(pruned: ArmSummary | None) -> list[Fact]:
         return []
 
     (name, sha256), *others = pruned.files.items()
-    beside = f" and {len(others)} beside it" if others else ""
-    facts = [Fact("File", plain(f"{name}{beside}"), plain(name))]
-    facts.append(Fact("SHA-256", f"{sha256[:_SHORT]}…", sha256))
+    more = f" and {len(others)} more" if others else ""
+    facts = [Fact("File", to_single_line(f"{name}{more}"), to_single_line(name))]
+    facts.append(Fact("SHA-256", f"{sha256[:_HASH_DIGITS]}…", sha256))
 
     if pruned.size_bytes:
-        size = f"{readable_bytes(pruned.size_bytes)} ({number(pruned.size_bytes)} bytes)"
+        size = f"{format_bytes(pruned.size_bytes)} ({format_number(pruned.size_bytes)} bytes)"
         facts.append(Fact("Size", size))
     return facts
 
 
 def _find(recipe: Mapping[str, Any], part: str, key: str) -> str:
-    """Return a value of a recipe as text; empty where this report does not have it."""
+    """Return a value of a recipe as text; empty if the report does not have it."""
     values = recipe.get(part)
-    found = values.get(key) if isinstance(values, Mapping) else None
-    return "" if found is None else str(found)
+    value = values.get(key) if isinstance(values, Mapping) else None
+    return "" if value is None else str(value)
 
 
 def _join(*texts: str) -> str:

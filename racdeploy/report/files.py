@@ -1,4 +1,4 @@
-"""Every form of a report in one folder, as a bundle and a CI job have it."""
+"""Report files of a folder: written in every format, and read again."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import parse_json, read_json, read_lines
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 
 PAGE = "report.html"
-_MOST_REPORT_BYTES = 64_000_000
-_MOST_RECORDS = 100_000
+_MAX_REPORT_BYTES = 64_000_000
+_MAX_RECORDS = 100_000
 
 
 def write_reports(
-    folder: Path, report: Report, records: Sequence[Record], bundle: str = ""
+    folder: Path, report: Report, records: Sequence[AnswerRecord], bundle: str = ""
 ) -> None:
-    """Write the report in every form, and the records; each file is whole or absent.
+    """Write the report in every format, and the records; each file is complete or absent.
 
-    ``bundle`` is the folder that was verified, for the command on the page.
+    Args:
+        bundle: folder that was verified, for the command on the page.
 
     Raises:
         EnvironmentFailure: the disk is full or not writable.
@@ -38,7 +39,7 @@ def write_reports(
         PAGE: html.render(report, records, bundle),
         "junit.xml": junit.render(report),
         "records.jsonl": "".join(lines),
-        # Last: it says that the others are there.
+        # Last: readers take it as the sign that the other files are complete.
         "report.json": report.model_dump_json(indent=1) + "\n",
     }
 
@@ -47,28 +48,36 @@ def write_reports(
 
 
 def read_report(folder: Path) -> Report:
-    """Read the report of a folder; ArtifactError where it is missing or damaged."""
+    """Read the report of a folder.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     try:
-        return Report.model_validate(read_json(folder / "report.json", _MOST_REPORT_BYTES))
+        return Report.model_validate(read_json(folder / "report.json", _MAX_REPORT_BYTES))
     except (ValidationError, OSError) as error:
         raise _refuse_damage(folder, error) from error
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Read the records of a folder; ArtifactError where they are missing or damaged."""
+def read_records(folder: Path) -> list[AnswerRecord]:
+    """Read the records of a folder.
+
+    Raises:
+        ArtifactError: they are missing or damaged.
+    """
     try:
-        lines = read_lines(folder / "records.jsonl", _MOST_RECORDS)
-        return [Record.model_validate(parse_json(line, "a line")) for line in lines]
+        lines = read_lines(folder / "records.jsonl", _MAX_RECORDS)
+        return [AnswerRecord.model_validate(parse_json(line, "a line")) for line in lines]
     except (ValidationError, OSError) as error:
         raise _refuse_damage(folder, error) from error
 
 
 def find_page(folder: Path) -> Path:
-    """Return the page of a bundle or a folder of reports; it is written where there is none.
+    """Return the page of a bundle or a folder of reports; it is written if it is missing.
 
     Raises:
         UsageError: the folder holds no report.
-        ArtifactError: the page is missing, and what it is made of is missing or damaged.
+        ArtifactError: the page is missing, and the report or its records are missing or damaged.
         EnvironmentFailure: the page cannot be written there.
     """
     page = folder / PAGE
@@ -89,11 +98,12 @@ def find_page(folder: Path) -> Path:
 
 
 def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
+    """Return the error for a file that cannot be read or is invalid."""
     if isinstance(error, OSError):
         return ArtifactError(
             "bundle-file-unreadable",
             f"{error.filename} cannot be read: {error.strerror}",
-            remedy="copy the bundle again, whole, or build it again",
+            remedy="copy the whole bundle again, or build it again",
         )
 
     first = str(error).splitlines()[0]

@@ -1,19 +1,25 @@
-"""What pruning gained and what it cost: in sentences, and as the four numbers of the page."""
+"""Gains and losses by pruning, in sentences and as the four highlights of the page."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from racdeploy.report.tables import LENGTH, LENGTH_INTERVAL, plain, readable_bytes, say
+from racdeploy.report.tables import (
+    LENGTH_INTERVAL,
+    LENGTH_RATIO,
+    format_bytes,
+    format_with_units,
+    to_single_line,
+)
 from racdeploy.results.answers import ArmSummary, Comparison
 from racdeploy.results.checks import CheckVerdict
 from racdeploy.results.report import Report
-from racdeploy.results.units import points
+from racdeploy.results.units import format_points
 
-_EVEN_SIZE, _EVEN_SPEED = 0.02, 0.05  # changes that nobody notices
-_EVEN = 0.005  # a change that rounds to no per cent
-# Name, how a value is written, and the check that decides on it, by the field of an arm.
-_QUALITIES = {
+_EQUAL_SIZE, _EQUAL_SPEED = 0.02, 0.05  # changes too small to matter
+_EQUAL = 0.005  # a change that rounds to 0 %
+# Name, format of the value, and the check that decides on it, by the field of an arm.
+_METRICS = {
     "accuracy": ("Accuracy", "{:.1%}", "accuracy"),
     "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}", "thinking"),
     "size_bytes": ("Size", "{:bytes}", ""),
@@ -27,7 +33,7 @@ _LOSS = (
 
 @dataclass(frozen=True)
 class Highlight:
-    """A number of both arms as text, with the comparison in a few words."""
+    """Figure of both arms as text, with their comparison in a few words."""
 
     name: str
     dense: str
@@ -37,18 +43,18 @@ class Highlight:
 
 
 def list_highlights(report: Report) -> list[Highlight]:
-    """Return accuracy, thinking, size and speed, as far as they were measured."""
-    dense, pruned = report.arm("dense"), report.arm("pruned")
+    """Return accuracy, thinking, size and speed, if they were measured."""
+    dense, pruned = report.find_arm("dense"), report.find_arm("pruned")
     if dense is None or pruned is None:
         return []
 
     comparison = report.comparison
     loss = length = ""
     if comparison:
-        loss = say(_LOSS, comparison)
+        loss = format_with_units(_LOSS, comparison)
     if comparison and comparison.length_ratio is not None:
         limit = ", limit {0.length_limit:.2f}" if comparison.length_limit else ""
-        length = say(f"{LENGTH} ({LENGTH_INTERVAL}){limit}", comparison)
+        length = format_with_units(f"{LENGTH_RATIO} ({LENGTH_INTERVAL}){limit}", comparison)
 
     notes = {
         "accuracy": loss,
@@ -57,49 +63,53 @@ def list_highlights(report: Report) -> list[Highlight]:
         "tokens_per_s": _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower"),
     }
 
-    found = []
-    for field, (name, text, deciding) in _QUALITIES.items():
+    highlights = []
+    for field, (name, text, deciding) in _METRICS.items():
         before, after = getattr(dense, field), getattr(pruned, field)
         note = notes[field]
         if before is None or after is None or note is None:
             continue
-        check = report.check(deciding)
+        check = report.find_check(deciding)
         verdict = check.verdict if check else None
-        found.append(Highlight(name, say(text, before), say(text, after), note, verdict))
+        highlights.append(
+            Highlight(
+                name, format_with_units(text, before), format_with_units(text, after), note, verdict
+            )
+        )
 
-    return found
+    return highlights
 
 
 def describe_gains(report: Report) -> list[str]:
-    """Return size, parameters, speed and accuracy, as far as they are known."""
-    found = describe_savings(report)
+    """Return sentences on size, parameters, speed and accuracy, if they are known."""
+    sentences = describe_savings(report)
     if report.comparison:
-        found.append(_describe_accuracy(report.comparison))
-    return found
+        sentences.append(_describe_accuracy(report.comparison))
+    return sentences
 
 
 def describe_savings(report: Report) -> list[str]:
-    """Return what pruning did to size, parameters and speed, as far as they are known."""
-    dense, pruned, kept = report.arm("dense"), report.arm("pruned"), report.kept
+    """Return sentences on the change of size, parameters and speed, if they are known."""
+    dense, pruned, kept = report.find_arm("dense"), report.find_arm("pruned"), report.kept_structure
     if dense is None or pruned is None:
         return []
 
-    found = [_describe_size(dense, pruned)]
+    sentences = [_describe_size(dense, pruned)]
     if kept:
         fewer = 1 - kept.parameters / kept.parameters_dense
         counts = f"{kept.parameters_dense:,} → {kept.parameters:,}"
-        found.append(f"{fewer:.0%} fewer parameters: {counts}")
-    found.append(_describe_speed(dense, pruned))
-    return [plain(sentence) for sentence in found if sentence]
+        sentences.append(f"{fewer:.0%} fewer parameters: {counts}")
+    sentences.append(_describe_speed(dense, pruned))
+    return [to_single_line(sentence) for sentence in sentences if sentence]
 
 
 def _change(dense: float | None, pruned: float | None, more: str, less: str) -> str | None:
-    """Return by how much pruned is more or less than dense; None where one was not measured."""
+    """Return the relative change from dense to pruned in words; None if one was not measured."""
     if not dense or not pruned:
         return None
 
     change = pruned / dense - 1
-    if abs(change) < _EVEN:
+    if abs(change) < _EQUAL:
         return "as before"
     return f"{abs(change):.0%} {more if change > 0 else less}"
 
@@ -109,9 +119,9 @@ def _describe_size(dense: ArmSummary, pruned: ArmSummary) -> str:
     if not before or not after:
         return ""
 
-    figures = f"{readable_bytes(before)} → {readable_bytes(after)}"
+    figures = f"{format_bytes(before)} → {format_bytes(after)}"
     change = 1 - after / before
-    if abs(change) < _EVEN_SIZE:
+    if abs(change) < _EQUAL_SIZE:
         return f"the file is as large as the dense one: {figures}"
     return f"the file is {abs(change):.0%} {'smaller' if change > 0 else 'larger'}: {figures}"
 
@@ -122,20 +132,21 @@ def _describe_speed(dense: ArmSummary, pruned: ArmSummary) -> str:
 
     ratio = pruned.tokens_per_s / dense.tokens_per_s
     figures = f"{dense.tokens_per_s:,.0f} → {pruned.tokens_per_s:,.0f} tokens/s"
-    if abs(ratio - 1) < _EVEN_SPEED:
+    if abs(ratio - 1) < _EQUAL_SPEED:
         return f"as fast as the dense one: {figures}"
     return f"{ratio:.2f} times as fast: {figures}"
 
 
 def _describe_accuracy(comparison: Comparison) -> str:
+    """Return the change of accuracy, and whether chance can explain it."""
     on = f"on {comparison.n:,} prompts"
     if comparison.drop_upper < 0:
-        return f"{points(-comparison.drop)} points more right answers {on}"
+        return f"{format_points(-comparison.drop)} points more right answers {on}"
 
-    is_even = comparison.drop_lower <= 0
-    if is_even and comparison.verdict == "pass":
-        most = points(comparison.drop_upper)
-        return f"no measurable loss of accuracy, at most {most} points {on}"
+    is_equal = comparison.drop_lower <= 0
+    if is_equal and comparison.verdict == "pass":
+        max_drop = format_points(comparison.drop_upper)
+        return f"no measurable loss of accuracy, at most {max_drop} points {on}"
 
-    chance = ", which chance can explain" if is_even else ""
-    return f"{points(comparison.drop)} points fewer right answers {on}{chance}"
+    chance = ", which chance can explain" if is_equal else ""
+    return f"{format_points(comparison.drop)} points fewer right answers {on}{chance}"

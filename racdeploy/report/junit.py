@@ -1,8 +1,8 @@
-"""A report as JUnit XML: one test case per check, for CI servers that draw test results.
+"""Report as JUnit XML: one test case per check, for CI servers that show test results.
 
 A failed check is a failure, an inconclusive one an error, one that decides nothing a skip. CI
-servers take a file without failures for a success, so an inconclusive report in which no check says
-so gets a test case ``verdict`` with an error. The figures are properties of the suite, as
+servers take a file without failures as a success, so an inconclusive report without an inconclusive
+check gets a test case ``verdict`` with an error. The figures are properties of the suite, named
 ``CHECK.FIGURE``: some servers refuse them in a test case, where pytest writes them.
 Source: the XML schema of the Jenkins xUnit plugin, junit-10.xsd.
 """
@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable
 from xml.etree import ElementTree
 
-from racdeploy.report.summary import explanation
-from racdeploy.report.tables import plain
+from racdeploy.report.summary import write_explanation
+from racdeploy.report.tables import to_single_line
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
 
@@ -30,8 +30,9 @@ def render(report: Report) -> str:
     """Return the report as a JUnit XML document."""
     checks = list(report.checks)
     verdicts = Counter[str](check.verdict for check in checks)
+    # Skipped checks alone would look like success to a CI server.
     if report.verdict == "inconclusive" and not verdicts["inconclusive"]:
-        summary = explanation(report)
+        summary = write_explanation(report)
         checks.append(CheckResult(name="verdict", verdict="inconclusive", summary=summary))
         verdicts["inconclusive"] = 1
 
@@ -44,13 +45,13 @@ def render(report: Report) -> str:
     root = ElementTree.Element("testsuites", {"name": "racdeploy", **counts})
 
     created = report.created.isoformat(timespec="seconds")
-    about = {"name": plain(report.model), "timestamp": created, **counts}
+    about = {"name": to_single_line(report.model), "timestamp": created, **counts}
     undecided = verdicts["skipped"] + verdicts["measured"]
     suite = ElementTree.SubElement(root, "testsuite", about, skipped=str(undecided))
     _add_properties(suite, checks)
 
     for check in checks:
-        _add_case(suite, check, f"racdeploy.{plain(report.target)}")
+        _add_case(suite, check, f"racdeploy.{to_single_line(report.target)}")
 
     ElementTree.indent(root)
     document = ElementTree.tostring(root, encoding="unicode")
@@ -67,19 +68,20 @@ def _add_properties(suite: ElementTree.Element, checks: Iterable[CheckResult]) -
     properties = ElementTree.SubElement(suite, "properties")
 
     for name, value in figures.items():
-        about = {"name": plain(name), "value": plain(str(value))}
+        about = {"name": to_single_line(name), "value": to_single_line(str(value))}
         ElementTree.SubElement(properties, "property", about)
 
 
 def _add_case(suite: ElementTree.Element, check: CheckResult, class_name: str) -> None:
-    about = {"classname": class_name, "name": plain(check.name)}
+    """Add a test case; its message is the summary, its text the remedy."""
+    about = {"classname": class_name, "name": to_single_line(check.name)}
     case = ElementTree.SubElement(suite, "testcase", about)
     tag = _TAGS.get(check.verdict)
     if tag is None:
-        ElementTree.SubElement(case, "system-out").text = plain(check.summary)
+        ElementTree.SubElement(case, "system-out").text = to_single_line(check.summary)
         return
 
-    outcome = ElementTree.SubElement(case, tag, {"message": plain(check.summary)})
+    outcome = ElementTree.SubElement(case, tag, {"message": to_single_line(check.summary)})
     if tag != "skipped":
         outcome.set("type", check.verdict)
-    outcome.text = plain(check.remedy) or None
+    outcome.text = to_single_line(check.remedy) or None

@@ -1,7 +1,7 @@
-"""A report as Markdown that fits a pull-request comment, of which GitHub takes 65,536 characters.
+"""Report as Markdown that fits into a pull-request comment: GitHub allows 65,536 characters.
 
-Verdict, figures and checks are in the open; prompts that were lost and what explains the figures
-are folded. Text of models and prompts stays text, and is cut with a sign that says so.
+Verdict, figures and checks are visible; lost prompts and details are folded. Texts of models and
+prompts are escaped, and truncated with a note.
 """
 
 from __future__ import annotations
@@ -10,21 +10,28 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from racdeploy.report.front import who_wins
 from racdeploy.report.gains import describe_savings
-from racdeploy.report.pairs import Pair, pair_records
-from racdeploy.report.summary import explanation, headline
-from racdeploy.report.tables import HARNESS, Table, list_next_steps, plain, shorten, tables
-from racdeploy.report.tuning_tables import list_facts, tuning_table
-from racdeploy.results.answers import Record
+from racdeploy.report.pairs import AnswerPair, pair_records
+from racdeploy.report.pareto import describe_rivals
+from racdeploy.report.summary import write_explanation, write_headline
+from racdeploy.report.tables import (
+    HARNESS_TITLE,
+    ReportTable,
+    list_next_steps,
+    list_tables,
+    shorten,
+    to_single_line,
+)
+from racdeploy.report.tuning_tables import list_facts, make_tuning_table
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Tuning
 
-LIMIT_CHARACTERS = 60_000
-_LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
+MAX_CHARACTERS = 60_000
+_MAX_LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
 _QUESTION_CHARACTERS, _ANSWER_CHARACTERS = 240, 80
-_ROWS, _CELL_CHARACTERS = 30, 400
-_OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS)  # the other tables are folded
+_MAX_ROWS, _CELL_CHARACTERS = 30, 400
+_OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS_TITLE)  # the other tables are folded
 _SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
 _SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
 _REPORT, _TUNING = "report.html and report.json", "tune.html and tune.json"
@@ -32,27 +39,31 @@ _CUT = "_Cut at {:,} characters; the rest is in {}._"
 _LOST_COLUMNS = ("task", "question", "right", "dense", "pruned", "thinking tokens")
 
 
-def render(report: Report, records: Sequence[Record] = ()) -> str:
-    """Return the report as GitHub-flavoured Markdown; ``records`` are those of its arms."""
-    parts = [f"### {_SIGNS[report.verdict]} {escape(headline(report))}"]
-    if reasons := explanation(report):
+def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
+    """Return the report as GitHub-flavoured Markdown.
+
+    Args:
+        records: of all arms; lost prompts are listed from them.
+    """
+    parts = [f"### {_SIGNS[report.verdict]} {escape(write_headline(report))}"]
+    if reasons := write_explanation(report):
         parts.append(escape(reasons))
     if savings := describe_savings(report):
         parts.append("\n".join(_items(savings)))
 
-    by_title = {table.title: table for table in tables(report)}
-    parts += [_table(by_title.pop(title)) for title in _OPEN if title in by_title]
+    tables_by_title = {table.title: table for table in list_tables(report)}
+    parts += [_table(tables_by_title.pop(title)) for title in _OPEN if title in tables_by_title]
     lost = [pair for pair in pair_records(records) if pair.outcome == "lost"]
     if lost:
         parts.append(_list_lost(lost))
     if steps := list_next_steps(report):
         parts.append(_section("Next steps", _items(steps)))
 
-    folded = [_table(table) for table in by_title.values()]
-    if sentences := who_wins(report):
-        folded.append(_section("Who wins where", _items(sentences)))
+    folded = [_table(table) for table in tables_by_title.values()]
+    if sentences := describe_rivals(report):
+        folded.append(_section("Comparison with dense models", _items(sentences)))
     if report.notes:
-        notes = _items(report.notes[:_ROWS]) + _remainder(len(report.notes), "notes", "- ")
+        notes = _items(report.notes[:_MAX_ROWS]) + _remainder(len(report.notes), "notes", "- ")
         folded.append(_section("Notes", notes))
 
     return _fit(parts, folded)
@@ -63,14 +74,14 @@ def render_tuning(tuning: Tuning) -> str:
     facts = [f"{name}: {text}" for name, text in list_facts(tuning)]
     command = "```sh\nracdeploy build --recipe recipe.toml\n```"
     parts = [f"### {escape(tuning.verdict)}", "\n".join(_items(facts)), command]
-    parts.append(_table(tuning_table(tuning), _TUNING))
-    folded = [_section("Notes", _items(tuning.notes[:_ROWS]))] if tuning.notes else []
+    parts.append(_table(make_tuning_table(tuning), _TUNING))
+    folded = [_section("Notes", _items(tuning.notes[:_MAX_ROWS]))] if tuning.notes else []
     return _fit(parts, folded, _TUNING)
 
 
 def escape(text: str) -> str:
-    """Return the text on one line; Markdown, HTML, mentions and issue links in it stay text."""
-    text = html.escape(plain(text), quote=False)
+    """Return the text on one line, with Markdown, HTML, mentions and issue links escaped."""
+    text = html.escape(to_single_line(text), quote=False)
     text = _SPECIAL.sub(r"\\\g<0>", text)
     text = re.sub(r"#(?=\w)", "&#35;", text)
     text = re.sub(r"(?i)\bgh-(?=\d)", "GH&#45;", text)
@@ -78,22 +89,22 @@ def escape(text: str) -> str:
 
 
 def _fit(parts: Sequence[str], folded: Sequence[str], files: str = _REPORT) -> str:
-    """Join what is open and what is folded; the folded part is the first to be cut."""
+    """Join visible and folded parts within the limit; the folded part is truncated first."""
     text = "\n\n".join(parts)
-    left = LIMIT_CHARACTERS - len(text)
-    if left < 0 or not folded:
-        return f"{_cut(text, LIMIT_CHARACTERS, files)}\n"
+    remaining = MAX_CHARACTERS - len(text)
+    if remaining < 0 or not folded:
+        return f"{_cut(text, MAX_CHARACTERS, files)}\n"
 
-    inside = _cut("\n\n".join(folded), left, files)
-    return f"{text}\n\n{_fold('Details: how it was made, and how to read the figures', inside)}\n"
+    inside = _cut("\n\n".join(folded), remaining, files)
+    return f"{text}\n\n{_fold('Details: recovery, deviations and notes', inside)}\n"
 
 
 def _cut(text: str, characters: int, files: str) -> str:
-    """Return a text up to the end of a line, with a sign where some of it is missing."""
+    """Return a text, truncated at the end of a line with a note if it is too long."""
     if len(text) <= characters:
         return text
     shown = text[:characters].rpartition("\n")[0]
-    return f"{shown}\n\n{_CUT.format(LIMIT_CHARACTERS, files)}"
+    return f"{shown}\n\n{_CUT.format(MAX_CHARACTERS, files)}"
 
 
 def _fold(summary: str, text: str) -> str:
@@ -101,17 +112,18 @@ def _fold(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def _list_lost(lost: Sequence[Pair]) -> str:
-    """Return a folded table of prompts that dense answers and pruned does not."""
+def _list_lost(lost: Sequence[AnswerPair]) -> str:
+    """Return a folded table of prompts that dense answers right and pruned does not."""
     rules = ["---"] * (len(_LOST_COLUMNS) - 1) + ["---:"]
     lines = [_line(_LOST_COLUMNS), _line(rules)]
-    left = _LOST_CHARACTERS
+    remaining = _LOST_CHARACTERS
     shown = 0
 
-    for pair in lost[:_LOST]:
+    # Escaping can lengthen a text many times: the budget counts characters, not only rows.
+    for pair in lost[:_MAX_LOST]:
         line = _line(map(escape, _describe_lost(pair)))
-        left -= len(line)
-        if left < 0:
+        remaining -= len(line)
+        if remaining < 0:
             break
         lines.append(line)
         shown += 1
@@ -123,7 +135,7 @@ def _list_lost(lost: Sequence[Pair]) -> str:
     return _fold(f"{prompts} lost: dense is right and pruned is not", "\n".join(lines))
 
 
-def _describe_lost(pair: Pair) -> tuple[str, ...]:
+def _describe_lost(pair: AnswerPair) -> tuple[str, ...]:
     dense, pruned = pair.dense, pair.pruned
     return (
         shorten(dense.task, _ANSWER_CHARACTERS),
@@ -135,8 +147,8 @@ def _describe_lost(pair: Pair) -> tuple[str, ...]:
     )
 
 
-def _answer(record: Record) -> str:
-    """Return what was scored, or why nothing was."""
+def _answer(record: AnswerRecord) -> str:
+    """Return the scored answer, or the reason why there is none."""
     if record.extracted is not None:
         return shorten(record.extracted, _ANSWER_CHARACTERS)
     if record.state == "open":
@@ -149,13 +161,13 @@ def _section(title: str, lines: Iterable[str]) -> str:
 
 
 def _items(texts: Iterable[str]) -> list[str]:
-    return [f"- {escape(_clip(plain(text)))}" for text in texts]
+    return [f"- {escape(_clip(to_single_line(text)))}" for text in texts]
 
 
-def _table(table: Table, files: str = _REPORT) -> str:
+def _table(table: ReportTable, files: str = _REPORT) -> str:
     rules = ["---:" if right else "---" for right in table.numeric]
     lines = [_line(table.columns), _line(rules)]
-    for row in table.rows[:_ROWS]:
+    for row in table.rows[:_MAX_ROWS]:
         cells = [escape(_clip(cell)) for cell in row]
         if table.title == "Checks":
             verdict = row[1]
@@ -172,9 +184,9 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _remainder(count: int, noun: str, prefix: str = "", files: str = _REPORT) -> list[str]:
-    if count <= _ROWS:
+    if count <= _MAX_ROWS:
         return []
-    return [f"{prefix}_{count - _ROWS:,} more {noun} are in {files}._"]
+    return [f"{prefix}_{count - _MAX_ROWS:,} more {noun} are in {files}._"]
 
 
 def _clip(cell: str) -> str:

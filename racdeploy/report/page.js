@@ -1,5 +1,5 @@
 "use strict";
-// What every page does by script: copy, mark wide tables, open everything for paper.
+// Script of every page: copy buttons, marks of wide tables, everything open for print.
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -8,7 +8,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Copy buttons: what they copy is in the page, so they also work where it is a file on a disk.
+// Copy buttons: their text is in the page, so they also work for a local file.
 
 async function copy(text) {
   try {
@@ -33,7 +33,7 @@ for (const button of document.querySelectorAll("button.copy")) {
   });
 }
 
-// Tables that are wider than the screen say so.
+// Mark tables that are wider than the screen.
 
 function markWide() {
   for (const box of document.querySelectorAll(".scroll, nav > div")) {
@@ -44,7 +44,7 @@ function markWide() {
 addEventListener("resize", markWide);
 markWide();
 
-// Paper cannot be opened: everything is, and afterwards closed again.
+// Open every detail for print, and close it again afterwards.
 
 let opened = [];
 addEventListener("beforeprint", () => {

@@ -1,6 +1,6 @@
-"""What pages share: their style, their script, and the policy that lets nothing else run.
+"""HTML pages: a template with its style, its script, and a policy that allows nothing else.
 
-Text in them is hostile: the templates escape everything. ``parts.html.jinja`` has their elements.
+Text in them is hostile: the templates escape everything. ``parts.html.jinja`` has shared elements.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SCRIPT = "page.js"
 
 
 def render_page(template: str, values: Mapping[str, object], scripts: Sequence[str] = ()) -> str:
-    """Return a page that fetches nothing and runs its own style and script alone.
+    """Return a self-contained page, whose security policy allows only its own style and script.
 
     Args:
-        template: its file beside this module.
-        values: what the template shows.
-        scripts: files beside this module that follow the script of every page.
+        template: file in the folder of this module.
+        values: variables of the template.
+        scripts: files in the folder of this module, appended to the script of every page.
     """
     style = _read_assets(_STYLE)
     script = _read_assets(_SCRIPT, *scripts)
@@ -40,13 +40,13 @@ def render_page(template: str, values: Mapping[str, object], scripts: Sequence[s
 
 @cache
 def _read_assets(*names: str) -> Markup:
-    """Return files beside this module, as they are between the tags of their element."""
+    """Return files of this folder as the content of one element: its hash must match exactly."""
     folder = files("racdeploy.report")
     texts = [(folder / name).read_text(encoding="utf-8") for name in names]
     return Markup("\n" + "\n".join(texts))
 
 
 def _hash(text: str) -> str:
-    """Return how a policy names what is between two tags."""
+    """Return the source expression of an inline element in a content security policy."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

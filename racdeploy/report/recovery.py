@@ -1,4 +1,4 @@
-"""How a pruned model learned from the dense one: its phases, in one sentence, and as CSV."""
+"""Recovery of a pruned model: its phases in one sentence, and as CSV."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import csv
 import io
 from collections.abc import Sequence
 
-from racdeploy.results.pruning import RecoveryRow, end_phases
+from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 
 
 def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
-    """Return what entered the model, as the predicate of a sentence; empty where nothing did."""
-    phases = end_phases(rows)
+    """Return the kept phases, as the predicate of a sentence; empty if nothing was kept."""
+    phases = list_phase_ends(rows)
     kept = [phase for phase in phases if phase.kept]
 
+    # Tokens count over all phases; those of undone phases are left out.
     learned_tokens = before_tokens = 0
     for phase in phases:
         if phase.kept:
@@ -29,8 +30,8 @@ def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
     return f"{text}: KL {before:.3g} → {after:.3g} nats on held-out traces"
 
 
-def as_csv(rows: Sequence[RecoveryRow]) -> str:
-    """Return one line for each look under a header; what was not measured is empty."""
+def to_csv(rows: Sequence[RecoveryRow]) -> str:
+    """Return a header and one line for each row; figures that were not measured are empty."""
     file = io.StringIO()
     writer = csv.DictWriter(file, RecoveryRow.model_fields, lineterminator="\n")
     writer.writeheader()

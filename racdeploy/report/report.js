@@ -1,5 +1,5 @@
-// The browser of prompts in report.html, behind page.js. Text of models and prompts goes into the
-// page as text nodes alone.
+// Prompt list of report.html, after page.js. Texts of models and prompts are inserted as text nodes
+// only.
 
 const PAGE = 20;
 const $ = (id) => document.getElementById(id);
@@ -98,7 +98,7 @@ function browse(entries) {
 
     state.textContent = shown.length
       ? `${number(first + 1)}–${number(first + here.length)} of ${number(shown.length)} prompts`
-      : "No prompt is like that.";
+      : "No prompt matches.";
     pager.hidden = shown.length <= PAGE;
     $("previous").disabled = first === 0;
     $("next").disabled = first + PAGE >= shown.length;

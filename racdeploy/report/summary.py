@@ -1,15 +1,15 @@
-"""The first words of a report, for every output: a headline, and what was found in sentences."""
+"""Headline and explanation of a report, in sentences for every output."""
 
 from __future__ import annotations
 
 from racdeploy.report.recovery import describe_recovery
-from racdeploy.report.structure import describe_kept
-from racdeploy.report.tables import plain, say
+from racdeploy.report.structure import describe_remaining
+from racdeploy.report.tables import format_with_units, to_single_line
 from racdeploy.results.answers import Comparison
 from racdeploy.results.report import Report
 
-_EVEN = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
-_EVEN_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"
+_NO_LOSS = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
+_NO_LOSS_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"
 _UNSURE = "{1:points} points {2} right answers, which chance can explain ({3})"
 _CHANGED = "{1:points} points {2} right answers ({3})"
 _INTERVAL = "{0.confidence:.0%} interval of the loss {0.drop_lower:points} to {0.drop_upper:points}"
@@ -22,89 +22,89 @@ _LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
 _UNCLOSED = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, before {1.unclosed:,}."
 _WIDENED = (
     "{0} {1[prompts]:.0f} prompts can show: the margin was widened to {1[margin]:points} points "
-    "from {1[margin_asked]:points}."
+    "from {1[requested_margin]:points}."
 )
 
 
-def headline(report: Report) -> str:
-    """Return the verdict and what it is about, without a full stop."""
-    return plain(f"{report.verdict.upper()}: {report.model} for {report.target}")
+def write_headline(report: Report) -> str:
+    """Return the verdict with model and target, without a full stop."""
+    return to_single_line(f"{report.verdict.upper()}: {report.model} for {report.target}")
 
 
-def explanation(report: Report) -> str:
-    """Return what was found, and what was made of the model."""
-    sentences = [findings(report)]
-    if kept := describe_kept(report.kept, report.structure):
+def write_explanation(report: Report) -> str:
+    """Return the findings, and how pruning and recovery changed the model."""
+    sentences = [write_findings(report)]
+    if kept := describe_remaining(report.kept_structure, report.structure):
         sentences.append(f"Pruned keeps {kept}.")
     if learned := describe_recovery(report.recovery):
         sentences.append(f"Pruned {learned}.")
-    return plain(" ".join(filter(None, sentences)))
+    return to_single_line(" ".join(filter(None, sentences)))
 
 
-def findings(report: Report) -> str:
-    """Return checks that did not pass, the numbers compared, and what they cannot show."""
+def write_findings(report: Report) -> str:
+    """Return the checks that did not pass, the compared figures, and their limitations."""
     sentences = [_name_causes(report)]
     if report.comparison:
         sentences += [describe_accuracy(report.comparison), describe_thinking(report.comparison)]
 
-    dense, pruned = report.arm("dense"), report.arm("pruned")
+    dense, pruned = report.find_arm("dense"), report.find_arm("pruned")
     if dense and pruned and pruned.unclosed > dense.unclosed:
-        sentences.append(say(_UNCLOSED, pruned, dense))
+        sentences.append(format_with_units(_UNCLOSED, pruned, dense))
 
-    accuracy = report.check("accuracy")
-    if accuracy and "margin_asked" in accuracy.figures:
+    accuracy = report.find_check("accuracy")
+    if accuracy and "requested_margin" in accuracy.figures:
         passed = report.verdict == "pass"
-        found = "No breakage was found, which is all that" if passed else "Breakage is what"
-        sentences.append(say(_WIDENED, found, accuracy.figures))
+        finding = "No breakage was found, which is all that" if passed else "Breakage is what"
+        sentences.append(format_with_units(_WIDENED, finding, accuracy.figures))
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
-    return plain(" ".join(filter(None, sentences)))
+    return to_single_line(" ".join(filter(None, sentences)))
 
 
 def describe_accuracy(comparison: Comparison) -> str:
-    """Return what pruning did to right answers, as a sentence."""
-    basis = say(_BASIS, comparison)
+    """Return a sentence on the change of accuracy; "no loss" only if the margin is kept."""
+    basis = format_with_units(_BASIS, comparison)
     if comparison.verdict == "pass" and comparison.drop_lower <= 0 <= comparison.drop_upper:
-        template = _EVEN_BETTER if comparison.drop < 0 else _EVEN
-        return say(f"{template} ({basis}).", comparison, abs(comparison.drop))
+        template = _NO_LOSS_BETTER if comparison.drop < 0 else _NO_LOSS
+        return format_with_units(f"{template} ({basis}).", comparison, abs(comparison.drop))
 
     more_or_fewer = "fewer" if comparison.drop >= 0 else "more"
-    even = comparison.drop_lower <= 0 <= comparison.drop_upper
-    template = _UNSURE if even else _CHANGED
-    interval = say(_INTERVAL, comparison)
-    return say(
+    is_equal = comparison.drop_lower <= 0 <= comparison.drop_upper
+    template = _UNSURE if is_equal else _CHANGED
+    interval = format_with_units(_INTERVAL, comparison)
+    return format_with_units(
         f"{template}.", comparison, abs(comparison.drop), more_or_fewer, f"{interval}, {basis}"
     )
 
 
 def describe_thinking(comparison: Comparison) -> str:
-    """Return what pruning did to the length of thoughts; empty where it was not measured."""
+    """Return a sentence on the change of thinking lengths; empty if they were not measured."""
     if comparison.length_ratio is None:
         return ""
 
-    how = "as long as before"
+    change = "as long as before"
     if comparison.length_lower is not None and comparison.length_lower > 1:
-        how = "longer"
+        change = "longer"
     if comparison.length_upper is not None and comparison.length_upper < 1:
-        how = "shorter"
+        change = "shorter"
 
-    limit = say(_LENGTH_LIMIT, comparison) if comparison.length_limit else ""
-    return say(f"{_LENGTH}{limit}.", comparison, how)
+    limit = format_with_units(_LENGTH_LIMIT, comparison) if comparison.length_limit else ""
+    return format_with_units(f"{_LENGTH}{limit}.", comparison, change)
 
 
 def describe_lost_zeros(report: Report) -> str:
-    """Return what the number format left of the zeros; empty where all are in the file."""
-    check, pruned = report.check("sparsity"), report.arm("pruned")
+    """Return a sentence on zeros that the number format lost; empty if all are in the file."""
+    check, pruned = report.find_check("sparsity"), report.find_arm("pruned")
     if check is None or "sparsity_lost" not in check.figures:
         return ""
 
-    why = f": {pruned.quant} does not keep them" if pruned and pruned.quant else ""
-    left, made = check.figures["sparsity_file"], check.figures["sparsity_asked"]
-    return f"The file holds {left:.1%} zeros of the {made:.1%} that were pruned{why}."
+    reason = f": {pruned.quant} does not keep them" if pruned and pruned.quant else ""
+    stored, pruned_share = check.figures["sparsity_file"], check.figures["requested_sparsity"]
+    return f"The file holds {stored:.1%} zeros of the {pruned_share:.1%} that were pruned{reason}."
 
 
 def describe_token_differences(report: Report) -> str:
-    """Return how many strings the engine tokenizes differently, where that was accepted."""
-    check = report.check("tokens")
+    """Return a sentence on strings with different token ids, if the recipe accepted them."""
+    check = report.find_check("tokens")
     if check is None or check.verdict != "pass" or not check.figures.get("different"):
         return ""
 
@@ -117,7 +117,7 @@ def describe_token_differences(report: Report) -> str:
 
 
 def _name_causes(report: Report) -> str:
-    """Return which checks decided on a verdict that is no pass."""
+    """Return the checks that prevented a pass, or the reason why none decided."""
     if report.verdict == "pass":
         return ""
 

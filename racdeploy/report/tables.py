@@ -1,6 +1,6 @@
-"""The tables of a report as plain text, for every output, and how numbers are written in them.
+"""Tables of a report as plain text, for every output, and the formatting of their numbers.
 
-Each output escapes for itself. Cells are single lines without control characters.
+Cells are single lines without control characters; each output escapes them itself.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.files.unprintable import visible
-from racdeploy.report.structure import list_kept
+from racdeploy.files.unprintable import replace_unprintable
+from racdeploy.report.structure import list_remaining
 from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, end_phases
+from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, list_phase_ends
 from racdeploy.results.report import Report
-from racdeploy.results.units import points
+from racdeploy.results.units import format_points
 
 _NONE = "–"
-# A figure with its unit, how many of how many, or its interval; no words after that.
+# A figure with its unit, "N of M", or its interval, without words after it.
 _NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\)| in (all|each).*)?$")
-_BY_NEED = ("fail", "inconclusive", "pass", "measured", "skipped")
-# Half a per mille: N of M in a row that is no multiple of M rounds by less.
+_VERDICT_ORDER = ("fail", "inconclusive", "pass", "measured", "skipped")
+# Half a per mille: N:M rounds by less in a row whose length is not a multiple of M.
 _SPARSITY_TOLERANCE = 5e-4
 
-Row = tuple[str, ...]
+TableRow = tuple[str, ...]
 _ARM = {
     "model": "{0.name}",
     "accuracy (95%)": "{0.accuracy:.1%} ({0.accuracy_lower:.1%} to {0.accuracy_upper:.1%})",
     "thinking tokens": "{0.thinking_tokens_mean:,.1f}",
     "unclosed": "{0.unclosed:,} of {0.prompts:,}",
     "forced": "{0.forced:,}",
-    "cut": "{0.cut:,}",
+    "truncated": "{0.truncated:,}",
     "size": "{0.size_bytes:bytes}",
     "tokens/s": "{0.tokens_per_s:,.0f}",
     "quant": "{0.quant}",
@@ -46,91 +46,94 @@ _PHASE = {
     "tokens": "{0.tokens:,}",
     "KL on held-out traces, nats": "{0.kl_nats:.3g}",
     "calibration prompts right": "{0.accuracy:.1%}",
-    "entered the model": "{1}",
+    "kept": "{1}",
 }
-HARNESS = "Evaluation harness"
-LENGTH = "{0.length_ratio:ratio} times as long"
+HARNESS_TITLE = "Evaluation harness"
+LENGTH_RATIO = "{0.length_ratio:ratio} times as long"
 LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
 
 
 @dataclass(frozen=True)
-class Table:
-    """A titled table; every row has as many cells as ``columns``."""
+class ReportTable:
+    """Table with a title; every row has as many cells as ``columns``."""
 
     title: str
-    columns: Row
-    rows: tuple[Row, ...]
+    columns: TableRow
+    rows: tuple[TableRow, ...]
 
     @property
     def numeric(self) -> tuple[bool, ...]:
-        """Which columns hold numbers alone, and are aligned to the right; the first names rows."""
-        found = []
-        for place in range(len(self.columns)):
-            cells = [row[place] for row in self.rows if row[place] not in ("", _NONE)]
-            found.append(place > 0 and bool(cells) and all(map(_NUMBER.match, cells)))
-        return tuple(found)
+        """True for columns of numbers, which are aligned to the right; the first names the rows."""
+        flags = []
+        for index in range(len(self.columns)):
+            cells = [row[index] for row in self.rows if row[index] not in ("", _NONE)]
+            flags.append(index > 0 and bool(cells) and all(map(_NUMBER.match, cells)))
+        return tuple(flags)
 
-    def turn(self) -> Table:
-        """Return the table with a column for each row."""
+    def transpose(self) -> ReportTable:
+        """Return the transposed table, with a column for each row."""
         head, *rows = zip(self.columns, *self.rows, strict=True)
-        return Table(self.title, head, tuple(rows))
+        return ReportTable(self.title, head, tuple(rows))
 
 
-def tables(report: Report) -> list[Table]:
-    """Return every table that has a row, in reading order."""
-    kept = list_kept(report.kept, report.structure)
+def list_tables(report: Report) -> list[ReportTable]:
+    """Return every table with rows, in reading order."""
+    kept = list_remaining(report.kept_structure, report.structure)
     drift = "Drift from the dense model, worst first"
+    # An unknown quant becomes a dash, like any other None.
     arms = [arm.model_copy(update={"quant": arm.quant or None}) for arm in report.arms]
-    phases = [(end, "yes" if end.kept else "no, undone") for end in end_phases(report.recovery)]
-    candidates: dict[tuple[str, str], list[Row]] = {
+    phases = [
+        (end, "yes" if end.kept else "no, undone") for end in list_phase_ends(report.recovery)
+    ]
+    candidates: dict[tuple[str, str], list[TableRow]] = {
         ("Dense and pruned", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
-        ("Kept", "what|dense|pruned|kept"): [part.row for part in kept],
+        ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
-        (HARNESS, _harness_columns(report.harness)): _harness(report.harness),
-        ("Checks", "check|verdict|found"): [
-            (check.name, check.verdict, check.summary) for check in _by_need(report.checks)
+        (HARNESS_TITLE, _harness_columns(report.harness)): _harness(report.harness),
+        ("Checks", "check|verdict|result"): [
+            (check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)
         ],
         (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
-        ("Not as asked", "what|asked|real|where|why"): _deviations(report),
+        ("Deviations", "property|requested|actual|where|reason"): _deviations(report),
     }
 
     return make_tables(candidates)
 
 
-def make_tables(candidates: Mapping[tuple[str, str], Sequence[Row]]) -> list[Table]:
-    """Return a table for each title and its columns, where there is a row."""
-    found = []
+def make_tables(candidates: Mapping[tuple[str, str], Sequence[TableRow]]) -> list[ReportTable]:
+    """Return a table for each title and its columns, without tables that have no rows."""
+    made = []
     for (title, columns), rows in candidates.items():
-        cells = [tuple(plain(cell) for cell in row) for row in rows]
+        cells = [tuple(to_single_line(cell) for cell in row) for row in rows]
         if cells:
-            found.append(Table(title, tuple(columns.split("|")), tuple(cells)))
+            made.append(ReportTable(title, tuple(columns.split("|")), tuple(cells)))
 
-    return found
+    return made
 
 
 def list_next_steps(report: Report) -> list[str]:
-    """Return what checks that did not pass advise, each advice once with those that give it."""
+    """Return the remedies of checks that did not pass, each once with the names of its checks."""
     steps: dict[str, list[str]] = defaultdict(list)
-    for check in _by_need(report.checks):
+    for check in _sort_checks(report.checks):
         if check.remedy and check.verdict != "pass":
             steps[check.remedy].append(check.name)
 
-    return [plain(f"{', '.join(names)}: {step}") for step, names in steps.items()]
+    return [to_single_line(f"{', '.join(names)}: {step}") for step, names in steps.items()]
 
 
-def plain(text: str) -> str:
-    """Return the text on one line, with :func:`visible` applied."""
-    return " ".join(visible(text).split())
+def to_single_line(text: str) -> str:
+    """Return the text on one line, without control characters."""
+    return " ".join(replace_unprintable(text).split())
 
 
 def shorten(text: str, characters: int) -> str:
-    """Return the text on one line, cut with a sign where it is longer."""
-    text = plain(text)
+    """Return the text on one line, truncated with "…" to a number of characters."""
+    text = to_single_line(text)
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
-def readable_bytes(size_bytes: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """Return a size with three digits and a decimal unit, as file managers show it."""
     if size_bytes < 1000:
         return f"{size_bytes} B"
@@ -144,61 +147,61 @@ def readable_bytes(size_bytes: int) -> str:
     return f"{value:.3g} TB"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Return a number with thousands separators and a true minus sign; six digits below 1,000."""
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
     return text.replace("-", "−")
 
 
-def ratio_text(value: float | None) -> str:
-    """Return a ratio with two digits, also where it has no upper end or was not measured."""
+def format_ratio(value: float | None) -> str:
+    """Return a ratio with two decimals; infinite and unmeasured ones have a text of their own."""
     if value is None:
         return "unknown"
     return "∞" if math.isinf(value) else f"{value:.2f}"
 
 
-def share_range(shares: Iterable[float]) -> str:
-    """Return the least and the largest share in per cent, one where they look alike."""
+def format_share_range(shares: Iterable[float]) -> str:
+    """Return the smallest and largest share in per cent, as one number if both print the same."""
     in_order = sorted(shares)
     low, high = f"{in_order[0]:.1%}", f"{in_order[-1]:.1%}"
     return low if low == high else f"{low} to {high}"
 
 
-def speed_text(tokens_per_s: float) -> str:
-    """Return tokens a second with three digits at least."""
+def format_speed(tokens_per_s: float) -> str:
+    """Return tokens per second with at least three significant digits."""
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
 
 
 class _Units(string.Formatter):
-    """Formats numbers in a report's units: ``bytes``, ``points``, ``ratio`` and ``speed``.
+    """Formatter with a report's units: ``bytes``, ``format_points``, ``ratio`` and ``speed``.
 
-    None is a dash.
+    None is printed as a dash.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if format_spec == "ratio":
-            return ratio_text(value)
+            return format_ratio(value)
         if value is None:
             return _NONE
 
-        units = {"bytes": readable_bytes, "points": points, "speed": speed_text}
+        units = {"bytes": format_bytes, "points": format_points, "speed": format_speed}
         unit = units.get(format_spec)
         return unit(value) if unit else str(super().format_field(value, format_spec))
 
 
-def say(template: str, *values: object) -> str:
-    """Return a text of :meth:`str.format` with the units of a report."""
+def format_with_units(template: str, *values: object) -> str:
+    """Format a template like :meth:`str.format`, with the units of a report."""
     return _Units().format(template, *values)
 
 
-def _fill(cells: Mapping[str, str], *values: object) -> Row:
-    return tuple(say(cell, *values) for cell in cells.values())
+def _fill(cells: Mapping[str, str], *values: object) -> TableRow:
+    return tuple(format_with_units(cell, *values) for cell in cells.values())
 
 
-def _tasks(report: Report) -> list[Row]:
-    rows: list[Row] = []
+def _tasks(report: Report) -> list[TableRow]:
+    rows: list[TableRow] = []
     for task in report.tasks:
-        name = f"{task.task}, as {task.follows}" if task.follows else task.task
+        name = f"{task.task}, as {task.protocol}" if task.protocol else task.task
         counts = [_NONE, _NONE]
         if task.prompts:
             right = (task.dense_correct, task.pruned_correct)
@@ -210,16 +213,16 @@ def _tasks(report: Report) -> list[Row]:
 def _harness_columns(run: HarnessRun | None) -> str:
     if run is None:
         return ""
-    asked = plain(f"{run.name} {run.version}").replace("|", " ")
-    return f"{asked}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
+    harness = to_single_line(f"{run.name} {run.version}").replace("|", " ")
+    return f"{harness}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
 
 
-def _harness(run: HarnessRun | None) -> list[Row]:
-    """Return figures in the harness's own unit, with its own standard errors."""
-    rows: list[Row] = []
+def _harness(run: HarnessRun | None) -> list[TableRow]:
+    """Return the harness's figures in its own unit, with its own standard errors."""
+    rows: list[TableRow] = []
     for row in run.rows if run else ():
-        rest = f", {row.unpaired}"
-        if not row.unpaired:
+        rest = f", {row.unpaired_reason}"
+        if not row.unpaired_reason:
             rest = f" ({_decimals(row.lower)} to {_decimals(row.upper)})"
 
         rows.append(
@@ -229,8 +232,8 @@ def _harness(run: HarnessRun | None) -> list[Row]:
                 _figure(row.dense, row.dense_stderr),
                 _figure(row.pruned, row.pruned_stderr),
                 f"{_decimals(row.difference)}{rest}",
-                say("{:,}", row.lost),
-                say("{:,}", row.won),
+                format_with_units("{:,}", row.lost),
+                format_with_units("{:,}", row.won),
             )
         )
     return rows
@@ -241,69 +244,72 @@ def _figure(value: float, stderr: float | None) -> str:
 
 
 def _decimals(value: float | None) -> str:
-    """Return a figure as harnesses print it."""
-    return say("{:.4f}", value).replace("-0.0000", "0.0000").replace("-", "−")
+    """Return a figure with four decimals, as harnesses print it."""
+    return format_with_units("{:.4f}", value).replace("-0.0000", "0.0000").replace("-", "−")
 
 
-def _by_need(checks: Iterable[CheckResult]) -> list[CheckResult]:
-    """Return the checks, those that need an eye first."""
-    return sorted(checks, key=lambda check: _BY_NEED.index(check.verdict))
+def _sort_checks(checks: Iterable[CheckResult]) -> list[CheckResult]:
+    """Return the checks, those that need attention first."""
+    return sorted(checks, key=lambda check: _VERDICT_ORDER.index(check.verdict))
 
 
-def _drift(blocks: Sequence[BlockRow]) -> list[Row]:
-    """Return the relative error of each task and each stream, of either kind the worst first."""
-    rows: list[Row] = []
+def _drift(blocks: Sequence[BlockRow]) -> list[TableRow]:
+    """Return the error after the last block by task, then by segment, each the worst first."""
+    rows: list[TableRow] = []
     for last in blocks[-1:]:
-        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_stream}
+        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_segment}
         for kind, errors in kinds.items():
             worst_first = sorted(errors.items(), key=lambda item: -item[1])
             rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
     return rows
 
 
-def _deviations(report: Report) -> list[Row]:
-    """Return what was not pruned or not exported as asked, alike ones together."""
+def _deviations(report: Report) -> list[TableRow]:
+    """Return pruning and export that differ from the request, with equal rows merged."""
     rows = _unpruned(report.linears)
     for row in report.deviations:
-        rows.append((row.what, row.asked, row.real, "the file", row.reason))
+        rows.append((row.subject, row.requested, row.actual, "the file", row.reason))
 
-    quants: dict[Row, list[str]] = defaultdict(list)
-    packings: dict[Row, list[str]] = defaultdict(list)
+    quants: dict[TableRow, list[str]] = defaultdict(list)
+    packings: dict[TableRow, list[str]] = defaultdict(list)
 
     for tensor in report.tensors:
-        if tensor.reason == VECTORS_IN_F32:  # nobody asks for anything else
+        if tensor.reason == VECTORS_IN_F32:  # true of every file
             continue
 
-        asked, real = tensor.quant_asked, tensor.quant_real
-        if tensor.reason or asked != real:
+        requested, actual = tensor.requested_quant, tensor.actual_quant
+        if tensor.reason or requested != actual:
             reason = tensor.reason or "no reason was recorded"
-            quants["quant", asked, real, reason].append(tensor.name)
+            quants["quant", requested, actual, reason].append(tensor.name)
 
         if tensor.packing_reason:
             packing = ("packing", "packed", tensor.packing, tensor.packing_reason)
             packings[packing].append(tensor.name)
 
-    for (what, asked, real, reason), names in (*quants.items(), *packings.items()):
-        rows.append((what, asked, real, _where(names), reason))
+    for (subject, requested, actual, reason), names in (*quants.items(), *packings.items()):
+        rows.append((subject, requested, actual, _where(names), reason))
     return rows
 
 
-def _unpruned(linears: Iterable[LinearRow]) -> list[Row]:
-    groups: dict[Row, list[LinearRow]] = defaultdict(list)
+def _unpruned(linears: Iterable[LinearRow]) -> list[TableRow]:
+    """Return linears whose sparsity is not the requested one, merged by request and reason."""
+    groups: dict[TableRow, list[LinearRow]] = defaultdict(list)
     for linear in linears:
-        if abs(linear.sparsity_asked - linear.sparsity_reached) > _SPARSITY_TOLERANCE:
-            reason = linear.reason or "the method reached another sparsity than it was asked for"
-            groups[f"{linear.sparsity_asked:.1%}", reason].append(linear)
+        if abs(linear.requested_sparsity - linear.actual_sparsity) > _SPARSITY_TOLERANCE:
+            reason = linear.reason or "the method reached another sparsity than requested"
+            groups[f"{linear.requested_sparsity:.1%}", reason].append(linear)
 
-    rows: list[Row] = []
-    for (asked, reason), alike in groups.items():
-        real = share_range([linear.sparsity_reached for linear in alike])
-        rows.append(("sparsity", asked, real, _where([linear.name for linear in alike]), reason))
+    rows: list[TableRow] = []
+    for (requested, reason), group in groups.items():
+        actual = format_share_range([linear.actual_sparsity for linear in group])
+        rows.append(
+            ("sparsity", requested, actual, _where([linear.name for linear in group]), reason)
+        )
     return rows
 
 
 def _where(names: Sequence[str]) -> str:
-    """Return one name, or how many there are of each kind, numbers in the names left out."""
+    """Return one name, or the count of each kind of name, with "*" in place of numbers."""
     if len(names) == 1:
         return names[0]
 

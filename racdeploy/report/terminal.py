@@ -1,7 +1,7 @@
-"""A report on a terminal: rich tables, or aligned plain text in a file or a pipe.
+"""Report on a terminal: rich tables, or aligned plain text in a file or a pipe.
 
-No word is broken on a terminal of 80 columns: a table that is too wide is turned on its side, or
-becomes a list.
+No word is broken on a terminal of 80 columns: a table that is too wide is transposed, or printed
+as a list.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from racdeploy.report.front import who_wins
 from racdeploy.report.gains import describe_gains
-from racdeploy.report.summary import explanation, headline
-from racdeploy.report.tables import Table, list_next_steps, plain, tables
-from racdeploy.report.tuning_tables import list_facts, tuning_table
+from racdeploy.report.pareto import describe_rivals
+from racdeploy.report.summary import write_explanation, write_headline
+from racdeploy.report.tables import ReportTable, list_next_steps, list_tables, to_single_line
+from racdeploy.report.tuning_tables import list_facts, make_tuning_table
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Tuning
 
@@ -28,26 +28,26 @@ _STYLES = {
     "measured": "dim",
     "skipped": "dim",
 }
-_ROWS = 20
-_BORDERS = 3  # characters that a column takes beside its cells
-_FEW = 4  # rows that can be columns
+_MAX_ROWS = 20
+_BORDER_CHARACTERS = 3  # of a column, besides its cells
+_MAX_TRANSPOSED_ROWS = 4
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the report; cells are text, never rich markup."""
     print_verdict(report, console)
-    if reasons := explanation(report):
+    if reasons := write_explanation(report):
         _print_line(console, reasons)
 
-    for table in tables(report):
+    for table in list_tables(report):
         _print_line(console, "")
         _print_shortened(table, console)
 
     lists = {
         "Next steps": list_next_steps(report),
-        "Who wins where": who_wins(report),
-        "Notes": [plain(note) for note in report.notes],
-        "What was gained": describe_gains(report),
+        "Comparison with dense models": describe_rivals(report),
+        "Notes": [to_single_line(note) for note in report.notes],
+        "Gains and losses": describe_gains(report),
     }
     for title, lines in lists.items():
         if lines:
@@ -57,77 +57,79 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def print_tuning(tuning: Tuning, console: Console) -> None:
-    """Print a search for the best model; on a terminal without columns that have no room."""
-    table = tuning_table(tuning, answered=True, brief=console.is_terminal)
+    """Print a search for the best model; a terminal gets fewer columns than a file."""
+    table = make_tuning_table(tuning, answered=True, brief=console.is_terminal)
     _print_shortened(table, console, "tune.html")
     others = sum(not each.prompts for each in tuning.candidates)
     _print_line(console, f"{others} candidates did not answer: tune.html says why")
 
     for note in tuning.notes:
-        _print_line(console, f"- {plain(note)}")
+        _print_line(console, f"- {to_single_line(note)}")
     for name, text in list_facts(tuning):
         _print_line(console, f"{name.lower()}: {text}", "dim")
-    _print_line(console, plain(tuning.verdict), "bold")
+    _print_line(console, to_single_line(tuning.verdict), "bold")
 
 
 def print_verdict(report: Report, console: Console) -> None:
-    """Print the verdict and what it is about, on one line."""
-    _print_line(console, headline(report), _STYLES[report.verdict])
+    """Print the verdict with model and target, on one line."""
+    _print_line(console, write_headline(report), _STYLES[report.verdict])
 
 
-def print_table(table: Table, console: Console) -> None:
-    """Print a table; no cell is cut short, however narrow the terminal is."""
+def print_table(table: ReportTable, console: Console) -> None:
+    """Print a table; no cell is truncated, however narrow the terminal is."""
     if not console.is_terminal:
         for line in _align(table):
             _print_line(console, line)
         return
 
+    # Too wide: a table of few rows is transposed, any other becomes a list.
     widths = _fit(table, console.width)
-    if widths is None and len(table.rows) <= _FEW < len(table.columns):
-        table = table.turn()
+    if widths is None and len(table.rows) <= _MAX_TRANSPOSED_ROWS < len(table.columns):
+        table = table.transpose()
         widths = _fit(table, console.width)
 
     if widths is None:
         _print_list(table, console)
     else:
-        console.print(_rich(table, widths))
+        console.print(_make_rich_table(table, widths))
 
 
-def _print_shortened(table: Table, console: Console, page: str = "report.html") -> None:
-    """Print a table of a report; on a terminal the end of a long one is left to the browser."""
-    more = len(table.rows) - _ROWS
+def _print_shortened(table: ReportTable, console: Console, page: str = "report.html") -> None:
+    """Print a table; on a terminal, a long one is truncated and refers to the page."""
+    more = len(table.rows) - _MAX_ROWS
     if not console.is_terminal or more <= 0:
         print_table(table, console)
         return
 
-    print_table(Table(table.title, table.columns, table.rows[:_ROWS]), console)
+    print_table(ReportTable(table.title, table.columns, table.rows[:_MAX_ROWS]), console)
     _print_line(console, f"{more} more rows are in {page}", "dim")
 
 
 def _print_line(console: Console, text: str, style: str = "") -> None:
-    # A pipe gets one line per line, however wide: what reads it may look for words.
+    # No wrapping in a pipe: programs such as grep expect whole lines.
     wrap_softly = not console.is_terminal
     console.print(Text(text, style=style), soft_wrap=wrap_softly)
 
 
-def _fit(table: Table, width: int) -> list[int] | None:
-    """Return column widths that break no word; None where there is no room for them."""
+def _fit(table: ReportTable, width: int) -> list[int] | None:
+    """Return column widths that break no word; None if the terminal is too narrow."""
     columns = list(zip(table.columns, *table.rows, strict=True))
-    least = [max(map(cell_len, " ".join(column).split()), default=0) for column in columns]
+    min_widths = [max(map(cell_len, " ".join(column).split()), default=0) for column in columns]
     widths = [max(map(cell_len, column)) for column in columns]
 
-    room = width - _BORDERS * len(columns) - 1
-    if sum(least) > room:
+    available = width - _BORDER_CHARACTERS * len(columns) - 1
+    if sum(min_widths) > available:
         return None
 
-    while sum(widths) > room:
-        shrinkable = (index for index, width in enumerate(widths) if width > least[index])
+    # Take from the widest column each time, so that all stay as readable as possible.
+    while sum(widths) > available:
+        shrinkable = (index for index, width in enumerate(widths) if width > min_widths[index])
         widths[max(shrinkable, key=widths.__getitem__)] -= 1
 
     return widths
 
 
-def _print_list(table: Table, console: Console) -> None:
+def _print_list(table: ReportTable, console: Console) -> None:
     """Print each row as a paragraph."""
     _print_line(console, table.title, "bold")
 
@@ -138,7 +140,8 @@ def _print_list(table: Table, console: Console) -> None:
                 _print_line(console, f"  {column}: {cell}")
 
 
-def _rich(table: Table, widths: Sequence[int]) -> RichTable:
+def _make_rich_table(table: ReportTable, widths: Sequence[int]) -> RichTable:
+    """Return the table for rich; cells are text, never rich markup."""
     rich_table = RichTable(title=Text(table.title), title_justify="left")
     for column, width, right in zip(table.columns, widths, table.numeric, strict=True):
         justify: JustifyMethod = "right" if right else "left"
@@ -150,7 +153,8 @@ def _rich(table: Table, widths: Sequence[int]) -> RichTable:
     return rich_table
 
 
-def _align(table: Table) -> list[str]:
+def _align(table: ReportTable) -> list[str]:
+    """Return the lines of an aligned plain-text table."""
     rows = [table.columns, *table.rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
 

@@ -1,6 +1,6 @@
-"""Every form of a search for the best model in one folder: ``tune.json`` and what is made of it.
+"""Files of a search for the best model: ``tune.json``, its page, its Markdown and a recipe.
 
-``recipe.toml`` is the winner's, which ``racdeploy build --recipe`` takes for other models too.
+``recipe.toml`` is the winner's; ``racdeploy build --recipe`` accepts it for other models too.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.reading import describe_validation_error, read_json
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import markdown, tuning_page
-from racdeploy.report.settings import as_toml
-from racdeploy.report.tables import plain
+from racdeploy.report.tables import to_single_line
+from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.tuning import Tuning
 
 FILE, PAGE, RECIPE = "tune.json", "tune.html", "recipe.toml"
-_MOST_BYTES = 64_000_000
-_REMEDY = "copy it again, whole, or run racdeploy tune again"
+_MAX_BYTES = 64_000_000
+_REMEDY = "copy the whole file again, or run racdeploy tune again"
 
 
 def write_tuning(folder: Path, tuning: Tuning) -> None:
-    """Write the search in every form; each file is whole or absent.
+    """Write the search in every format; each file is complete or absent.
 
     Raises:
         EnvironmentFailure: the disk is full or not writable.
@@ -34,25 +34,29 @@ def write_tuning(folder: Path, tuning: Tuning) -> None:
     write_atomic(folder / "tune.md", markdown.render_tuning(tuning))
     write_atomic(
         folder / RECIPE,
-        f"# {plain(tuning.winner)}, the winner of racdeploy tune\n{as_toml(tuning.recipe)}",
+        f"# {to_single_line(tuning.winner)}, by racdeploy tune\n{to_toml(tuning.recipe)}",
     )
     write_atomic(folder / PAGE, tuning_page.render(tuning))
-    # Last: it says that the others are there.
+    # Last: readers take it as the sign that the other files are complete.
     write_atomic(folder / FILE, tuning.model_dump_json(indent=1) + "\n")
 
 
 def read_tuning(file: Path) -> Tuning:
-    """Read a ``tune.json``; ArtifactError where it is missing or damaged."""
+    """Read a ``tune.json``.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     try:
-        return Tuning.model_validate(read_json(file, _MOST_BYTES))
+        return Tuning.model_validate(read_json(file, _MAX_BYTES))
     except OSError as error:
         message = f"{file} cannot be read: {error.strerror}"
         raise ArtifactError("tuning-unreadable", message, remedy=_REMEDY) from error
     except ValidationError as error:
-        message = f"{file} is not what racdeploy tune writes: {name_problem(error)}"
+        message = f"{file} is not a result of racdeploy tune: {describe_validation_error(error)}"
         raise ArtifactError("damaged-tuning", message, remedy=_REMEDY) from error
 
 
-def name_page(file: Path) -> Path:
-    """Return the place of the page of a ``tune.json``: beside it."""
+def find_tuning_page(file: Path) -> Path:
+    """Return the path of the page of a ``tune.json``, in the same folder."""
     return file.with_name(f"{file.stem}.html")

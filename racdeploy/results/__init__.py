@@ -1,1 +1,1 @@
-"""The records of a report and of a search: data alone, which others fill in and print."""
+"""Data models of a report and of a search; other packages fill them in and print them."""

@@ -1,4 +1,4 @@
-"""What models answered, as data: each prompt, each model, and how two compare."""
+"""Data models of answers: records of prompts, summaries of models, and comparisons."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from racdeploy.results.checks import Verdict
-from racdeploy.results.part import Difference, InnerShare, Part, Positive, Ratio, Share
+from racdeploy.results.checks import VerdictName
+from racdeploy.results.schema import Difference, FrozenModel, OpenShare, PositiveCount, Ratio, Share
 
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
 ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
 
 
-class ArmSummary(Part):
-    """One model that answered the prompts: ``dense``, ``pruned`` or a rival.
+class ArmSummary(FrozenModel):
+    """Summary of one arm, a model that answered the prompts: ``dense``, ``pruned`` or a rival.
 
     Args:
-        name: ``dense`` and ``pruned`` are the two that are compared.
+        name: ``dense`` and ``pruned`` are the two arms that the verdict compares.
         prompts: prompts answered, the denominator of ``accuracy``.
-        accuracy_lower, accuracy_upper: the 95 % Wilson interval.
+        accuracy_lower, accuracy_upper: 95 % Wilson interval.
         unclosed: completions that ended inside the thinking; they count as wrong.
         forced: completions whose thinking was closed by the budget.
-        cut: completions that hit the token cap after the thinking.
+        truncated: completions that reached the token limit after the thinking.
         loops: completions that began to repeat themselves.
         size_bytes: of the files that every engine opens; without the graph of ``bitmask_op``.
         sparsity: zeros in the exported file, over the prunable weights.
         files: SHA-256 of each file of the artifact.
-        kernels: what ran it, in the engine's words.
+        kernels: kernels that ran, in the engine's words.
     """
 
     name: str
-    prompts: Positive
+    prompts: PositiveCount
     correct: NonNegativeInt
     accuracy: Share
     accuracy_lower: Share
@@ -40,7 +40,7 @@ class ArmSummary(Part):
     answer_tokens_mean: NonNegativeFloat | None = None
     unclosed: NonNegativeInt = 0
     forced: NonNegativeInt = 0
-    cut: NonNegativeInt = 0
+    truncated: NonNegativeInt = 0
     loops: NonNegativeInt = 0
     size_bytes: NonNegativeInt | None = None
     tokens_per_s: NonNegativeFloat | None = None
@@ -58,53 +58,57 @@ class ArmSummary(Part):
         return self
 
 
-class TaskRow(Part):
-    """Correct answers of both arms on one task, and the harness whose prompt and score it has."""
+class TaskRow(FrozenModel):
+    """Correct answers of both arms on one task.
+
+    Args:
+        protocol: harness and version whose prompt and score the task has; empty for our own.
+    """
 
     task: str
-    follows: str = ""
+    protocol: str = ""
     prompts: NonNegativeInt
     dense_correct: NonNegativeInt
     pruned_correct: NonNegativeInt
 
 
-class Comparison(Part):
-    """The pruned arm against the dense one over the same prompts.
+class Comparison(FrozenModel):
+    """Comparison of the pruned arm with the dense one over the same prompts.
 
     Args:
-        drop: accuracy lost by pruning, as a fraction; negative where pruning won.
+        drop: accuracy lost by pruning, as a fraction; negative if pruned is better.
         margin: largest drop that passes; ``verdict`` is non-inferiority within it.
-        n10, n01: answers, over all samples, that only dense and that only pruned gets right.
+        n10, n01: answers, over all samples, that only dense or only pruned gets right.
         n: prompts answered by both arms.
-        length_ratio: restricted mean thinking length, pruned over dense; None if not measured.
+        length_ratio: restricted mean thinking length, pruned to dense; None if not measured.
         length_limit: largest ratio that passes.
-        length_budget_tokens: the cap at which lengths are restricted, equal for both arms.
+        length_budget_tokens: cap at which lengths are restricted, equal for both arms.
         confidence: level of both two-sided intervals; 0.90 makes each gate a one-sided 5 % test.
     """
 
     drop: Difference
     drop_lower: Difference
     drop_upper: Difference
-    verdict: Verdict
+    verdict: VerdictName
     margin: float
     n10: NonNegativeInt
     n01: NonNegativeInt
-    n: Positive
+    n: PositiveCount
     length_ratio: Ratio | None = None
     length_lower: Ratio | None = None
     length_upper: Ratio | None = None
-    length_verdict: Verdict | None = None
+    length_verdict: VerdictName | None = None
     length_limit: PositiveFloat | None = None
-    length_budget_tokens: Positive | None = None
-    confidence: InnerShare = 0.90
+    length_budget_tokens: PositiveCount | None = None
+    confidence: OpenShare = 0.90
 
 
-class RivalRow(Part):
-    """A dense model against the pruned one, over the same prompts.
+class RivalRow(FrozenModel):
+    """Comparison of a dense model with the pruned one over the same prompts.
 
     Args:
-        gain: accuracy of the rival less that of the pruned model, as a fraction.
-        length_ratio: restricted mean thinking length, rival over pruned.
+        gain: accuracy of the rival minus that of the pruned model, as a fraction.
+        length_ratio: restricted mean thinking length, rival to pruned.
     """
 
     name: str
@@ -116,17 +120,17 @@ class RivalRow(Part):
     length_upper: Ratio
 
 
-class HarnessRow(Part):
-    """One metric of one task of an evaluation harness, of both models, in the harness's own unit.
+class HarnessRow(FrozenModel):
+    """One metric of one task of an evaluation harness, for both models, in the harness's own unit.
 
     Args:
-        documents: asked, of each model.
-        difference: pruned less dense.
+        documents: number of documents that each model was asked.
+        difference: pruned minus dense.
         dense_stderr, pruned_stderr: the harness's own standard errors.
-        lower, upper: interval of the difference over the same documents; None where not paired.
-        lost, won: documents that only dense and that only pruned gets right; None for figures that
-            are not right or wrong.
-        unpaired: why documents could not be compared one by one; empty where they were.
+        lower, upper: interval of the difference over the same documents; None if not paired.
+        lost, won: documents that only dense or only pruned gets right; None for metrics that are
+            not right or wrong.
+        unpaired_reason: reason why documents could not be paired; empty if they were.
     """
 
     task: str
@@ -142,36 +146,37 @@ class HarnessRow(Part):
     upper: float | None = None
     lost: NonNegativeInt | None = None
     won: NonNegativeInt | None = None
-    unpaired: str = ""
+    unpaired_reason: str = ""
 
 
-class HarnessRun(Part):
-    """What an evaluation harness found, asking both models through a server.
+class HarnessRun(FrozenModel):
+    """Results of an evaluation harness, which asked both models through a server.
 
     Args:
         name, version: of the harness.
-        settings: what was asked and how: tasks, limit, tokens, requests at a time.
+        settings: tasks, limit, tokens, parallel requests.
         confidence: level of the rows' two-sided intervals.
     """
 
     name: str
     version: str
     settings: dict[str, Any] = Field(default_factory=dict)
-    confidence: InnerShare = 0.90
+    confidence: OpenShare = 0.90
     rows: tuple[HarnessRow, ...] = ()
 
 
-class Record(Part):
-    """One line of ``records.jsonl``: one prompt, arm and sample.
+class AnswerRecord(FrozenModel):
+    """One line of ``records.jsonl``: the answer of one arm to one prompt, in one sample.
 
     Args:
         prompt: index of the prompt; both arms share it.
-        prompt_ids: the rendered prompt; empty in records of older versions.
-        opening: the first thought began in the prompt, the completion, before it, or nowhere.
-        loop_tokens: length of the longest stretch that repeats itself, 0 where there is none.
-        scorer: what decided, see :mod:`racdeploy.tasks.scoring`; empty is its default.
-        extracted: the answer that was scored, None if none was found.
-        extractor: where it was found, or why nothing was.
+        prompt_ids: rendered prompt; empty in records of older versions.
+        opening: ``prefilled`` if the first thought begins in the prompt, ``emitted`` if in the
+            completion, ``implied`` if before it, ``none`` without a thought.
+        loop_tokens: length of the longest repeated passage; 0 without one.
+        scorer: see :mod:`racdeploy.tasks.scoring`; empty is its default.
+        extracted: answer that was scored; None if none was found.
+        extractor: place where it was found, or the reason why none was.
     """
 
     prompt: NonNegativeInt

@@ -1,4 +1,4 @@
-"""Verdicts: of each check, and of a whole report, which follows from them."""
+"""Verdicts of checks, and the verdict of a report, which follows from them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Literal
 
 from pydantic import Field
 
-from racdeploy.results.part import Part
+from racdeploy.results.schema import FrozenModel
 
-Verdict = Literal["pass", "fail", "inconclusive"]
+VerdictName = Literal["pass", "fail", "inconclusive"]
 CheckVerdict = Literal["pass", "fail", "inconclusive", "measured", "skipped"]
 
 
-class CheckResult(Part):
-    """What one check of the gate found.
+class CheckResult(FrozenModel):
+    """Result of one check of the gate.
 
     Args:
-        name: the check's plugin name.
-        verdict: ``measured`` has figures and no limit, ``skipped`` has none; neither decides.
-        summary: one sentence with the numbers that decided; ``figures`` has units in the names.
-        remedy: the next thing to do where it did not pass.
+        name: plugin name of the check.
+        verdict: ``measured`` has figures but no limit, ``skipped`` has neither; neither decides.
+        summary: one sentence with the numbers that decided.
+        figures: the same numbers by name; names end in their units.
+        remedy: next step if the check did not pass.
     """
 
     name: str
@@ -30,11 +31,11 @@ class CheckResult(Part):
     remedy: str = ""
 
 
-def overall_verdict(checks: Iterable[CheckResult]) -> Verdict:
+def overall_verdict(checks: Iterable[CheckResult]) -> VerdictName:
     """Return the verdict of a whole report.
 
-    One failed check fails it. Otherwise one inconclusive check makes it inconclusive, and so do no
-    checks at all or only ones that decide nothing: missing data never passes.
+    One failed check fails the report. Otherwise one inconclusive check makes it inconclusive, as do
+    reports without a check that decides: missing data never passes.
     """
     verdicts = {check.verdict for check in checks}
     if "fail" in verdicts:

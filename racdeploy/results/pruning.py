@@ -1,4 +1,4 @@
-"""How a model was pruned and exported, as data: by linear, block, phase and tensor."""
+"""Data models of pruning, recovery and export: one row per linear, block, phase or tensor."""
 
 from __future__ import annotations
 
@@ -8,99 +8,99 @@ from operator import attrgetter
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from racdeploy.results.part import Part, Positive, Share
+from racdeploy.results.schema import FrozenModel, PositiveCount, Share
 
 
-class LinearRow(Part):
-    """How one linear was pruned.
+class LinearRow(FrozenModel):
+    """Pruning of one linear.
 
     Args:
         held_out_error: relative error of the output, over traces that were not used to prune.
-        error_by_stream: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
+        error_by_segment: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
         damping: share of the mean diagonal that was added to the Hessian.
-        reason: why the zeros are not as asked; empty where they are.
-        tokens: of the calibration that the router sent to the linear's expert; None where all see
-            it.
-        pooled: whether these were too few, so that the tokens of all experts of the block decided.
+        reason: reason why the sparsity is not the requested one; empty if it is.
+        tokens: calibration tokens that the router sent to the linear's expert; None for a linear
+            that sees all tokens.
+        pooled: the expert had too few tokens, so those of all experts of the block were used.
     """
 
     name: str
-    sparsity_asked: Share
-    sparsity_reached: Share
+    requested_sparsity: Share
+    actual_sparsity: Share
     held_out_error: float | None = None
-    error_by_stream: dict[str, float] = Field(default_factory=dict)
+    error_by_segment: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
     reason: str = ""
     tokens: NonNegativeInt | None = None
     pooled: bool = False
 
 
-class BlockRow(Part):
-    """How far the hidden states after one block are from the dense model's, on held-out traces.
+class BlockRow(FrozenModel):
+    """Error of the hidden states after one block against the dense model's, on held-out traces.
 
     Args:
-        drift: relative error, Σ |sparse − dense|² / Σ |dense|²; by stream: ``prompt``,
-            ``thinking`` and ``answer`` tokens.
+        drift: relative error, Σ |sparse − dense|² / Σ |dense|².
+        drift_by_segment: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
     """
 
     block: NonNegativeInt
     drift: float | None = None
-    drift_by_stream: dict[str, float] = Field(default_factory=dict)
+    drift_by_segment: dict[str, float] = Field(default_factory=dict)
     drift_by_task: dict[str, float] = Field(default_factory=dict)
 
 
-class StructureRow(Part):
-    """How wide one block of the pruned model is, beside the dense block that it was cut from.
+class StructureRow(FrozenModel):
+    """Widths of one block of the pruned model, and of the dense block that it was cut from.
 
     Args:
-        block: its number in the pruned model.
-        source_block: its number in the dense model.
-        heads: query heads; ``channels`` are those of the feed-forward part.
-        experts: 0 where the block has none.
+        block: index in the pruned model.
+        source_block: index in the dense model.
+        heads: query heads.
+        channels: of the feed-forward part.
+        experts: 0 if the block has none.
     """
 
     block: NonNegativeInt
     source_block: NonNegativeInt
-    heads: Positive
-    key_value_heads: Positive
-    channels: Positive
-    heads_dense: Positive
-    channels_dense: Positive
+    heads: PositiveCount
+    key_value_heads: PositiveCount
+    channels: PositiveCount
+    heads_dense: PositiveCount
+    channels_dense: PositiveCount
     experts: NonNegativeInt = 0
     experts_dense: NonNegativeInt = 0
 
 
-class Kept(Part):
-    """What is left of the whole model where something of its structure was cut.
+class KeptStructure(FrozenModel):
+    """Counts of the whole model before and after its structure was cut.
 
     Args:
-        key_value_heads: of each block, as in every other.
-        vocabulary: tokens, with those that only fill it up.
+        key_value_heads: of each block; equal in all.
+        vocabulary: tokens, including padding.
     """
 
-    parameters: Positive
-    parameters_dense: Positive
-    blocks: Positive
-    blocks_dense: Positive
-    key_value_heads: Positive
-    key_value_heads_dense: Positive
-    vocabulary: Positive
-    vocabulary_dense: Positive
+    parameters: PositiveCount
+    parameters_dense: PositiveCount
+    blocks: PositiveCount
+    blocks_dense: PositiveCount
+    key_value_heads: PositiveCount
+    key_value_heads_dense: PositiveCount
+    vocabulary: PositiveCount
+    vocabulary_dense: PositiveCount
 
 
-class RecoveryRow(Part):
-    """One look at the pruned model while it learned from the dense one.
+class RecoveryRow(FrozenModel):
+    """Measurement of the pruned model during recovery, while it learned from the dense one.
 
     Args:
-        phase: ``start``, the name of a way (``all``, ``blocks``, ``scales``), or ``own answers N``.
-        tokens: of traces learned since the start, over all phases.
-        loss: mean over what was learned since the look before, in the way's own unit; None at the
-            start.
-        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None where it was not measured.
-        text_kl_nats: the same over the user's own text, held-out parts; None where there was none.
-        accuracy: share of the calibration prompts that it answers right; None where it was not
-            asked.
-        kept: whether the phase entered the model; one that made it worse was undone.
+        phase: ``start``, the name of a method (``full``, ``blockwise``, ``scales``), or
+            ``own answers N``.
+        tokens: trace tokens learned since the start, over all phases.
+        loss: mean since the measurement before, in the method's own unit; None at the start.
+        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.
+        text_kl_nats: the same over held-out parts of the user's own text; None without such text.
+        accuracy: share of the calibration prompts answered right; None if not measured.
+        kept: the phase's result was kept; a phase that made the model worse was undone.
     """
 
     phase: str
@@ -112,71 +112,72 @@ class RecoveryRow(Part):
     kept: bool = True
 
 
-def end_phases(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
-    """Return the last look of each phase, in the order in which they were learned.
+def list_phase_ends(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
+    """Return the last row of each phase, in order.
 
-    Its divergence is that of the phase's best look, whose state is the one that was kept.
+    Its divergence is that of the phase's best row, because that row's weights were kept.
     """
     ends = []
-    for _, looks in groupby(rows, key=attrgetter("phase")):
-        phase = list(looks)
-        measured = [look for look in phase if look.kl_nats is not None]
+    for _, group in groupby(rows, key=attrgetter("phase")):
+        phase = list(group)
+        measured = [row for row in phase if row.kl_nats is not None]
         best = min(measured, key=attrgetter("kl_nats"), default=phase[-1])
-        found = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
-        ends.append(phase[-1].model_copy(update=found))
+        divergence = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
+        ends.append(phase[-1].model_copy(update=divergence))
 
     return ends
 
 
-class PositionRow(Part):
-    """Mean divergence over a stretch of the dense model's completions, teacher-forced.
+class PositionRow(FrozenModel):
+    """Mean divergence over a range of positions in the dense model's completions, teacher-forced.
 
     Args:
-        start_token, stop_token: the half-open stretch, counted from the end of the prompt.
-        tokens: positions of all traces in it.
+        start_token, stop_token: half-open range, counted from the end of the prompt.
+        tokens: positions of all traces in the range.
         export_kl_nats: mean KL(torch-pruned ‖ artifact).
         pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
     """
 
     start_token: NonNegativeInt
-    stop_token: Positive
-    tokens: Positive
+    stop_token: PositiveCount
+    tokens: PositiveCount
     export_kl_nats: float
     pruning_kl_nats: float
 
 
-class DeviationRow(Part):
-    """Something of a whole file that is not as asked, beside linears and tensors.
+class DeviationRow(FrozenModel):
+    """Property of a whole file that is not as requested.
 
     Args:
-        what: as ``architecture``.
-        asked, real: what was expected, and what it became.
-        reason: why they differ.
+        subject: name of the property, as ``architecture``.
+        requested, actual: requested and actual value.
+        reason: reason for the difference.
     """
 
-    what: str
-    asked: str
-    real: str
+    subject: str
+    requested: str
+    actual: str
     reason: str
 
 
 VECTORS_IN_F32 = "vectors are stored in f32"
-"""Why norms and biases have no number format of the linears, in every file of every format."""
+"""Reason for the number format of norms and biases, the same in every file of every format."""
 
 
-class TensorRow(Part):
-    """How one tensor was exported.
+class TensorRow(FrozenModel):
+    """Export of one tensor.
 
     Args:
         zeros: exact zeros in the exported tensor, as a fraction of its weights.
         size_bytes: as stored.
-        bits: of a weight, as stored; None in reports that were written before it was kept.
-        reason, packing_reason: why it is not as asked; empty where it is.
+        bits: bits per weight as stored; None in reports of older versions.
+        reason: reason why the quant is not the requested one; empty if it is.
+        packing_reason: reason why the packing is not the requested one; empty if it is.
     """
 
     name: str
-    quant_asked: str
-    quant_real: str
+    requested_quant: str
+    actual_quant: str
     zeros: Share
     size_bytes: NonNegativeInt
     bits: NonNegativeFloat | None = None

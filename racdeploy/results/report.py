@@ -1,7 +1,6 @@
-"""The report: what a verification found, as data.
+"""Report: the results of a verification, as data.
 
-The verdict is never stored on its own: it follows from the checks, and a file with another verdict
-is refused.
+The verdict follows from the checks; a file with another verdict is refused.
 """
 
 from __future__ import annotations
@@ -18,36 +17,35 @@ from pydantic import (
 )
 
 from racdeploy.results.answers import ArmSummary, Comparison, HarnessRun, RivalRow, TaskRow
-from racdeploy.results.checks import CheckResult, Verdict, overall_verdict
-from racdeploy.results.part import Part
+from racdeploy.results.checks import CheckResult, VerdictName, overall_verdict
 from racdeploy.results.pruning import (
     BlockRow,
     DeviationRow,
-    Kept,
+    KeptStructure,
     LinearRow,
     PositionRow,
     RecoveryRow,
     StructureRow,
     TensorRow,
 )
+from racdeploy.results.schema import FrozenModel
 
 
-class Report(Part):
-    """Everything ``report.json`` holds.
+class Report(FrozenModel):
+    """Content of ``report.json``.
 
     Args:
-        created: when the verification ended, with time zone.
-        recipe: the resolved recipe.
-        structure: one row for each block of the pruned model; empty where blocks are as they were.
-        kept: what is left of the whole model; None where nothing was cut.
-        recovery: looks at the pruned model while it learned from the dense one, in order; empty
-            where it did not.
-        harness: what an evaluation harness found; None where none was run.
-        notes: whatever a reader must know and no table says.
+        created: end of the verification, with time zone.
+        recipe: resolved recipe.
+        structure: one row for each block of the pruned model; empty if no block was cut.
+        kept_structure: counts of the whole model before and after the cut; None without a cut.
+        recovery: measurements of the pruned model during recovery, in order; empty without it.
+        harness: results of an evaluation harness; None without one.
+        notes: sentences that a reader needs and no table holds.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created: AwareDatetime
     model: str
     target: str
@@ -60,7 +58,7 @@ class Report(Part):
     linears: tuple[LinearRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
     structure: tuple[StructureRow, ...] = ()
-    kept: Kept | None = None
+    kept_structure: KeptStructure | None = None
     recovery: tuple[RecoveryRow, ...] = ()
     positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
@@ -69,18 +67,18 @@ class Report(Part):
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 
-    def arm(self, name: str) -> ArmSummary | None:
-        """Return the model of that name."""
+    def find_arm(self, name: str) -> ArmSummary | None:
+        """Return the arm of that name, or None."""
         return next((arm for arm in self.arms if arm.name == name), None)
 
-    def check(self, name: str) -> CheckResult | None:
-        """Return what the check of that name found."""
+    def find_check(self, name: str) -> CheckResult | None:
+        """Return the result of the check of that name, or None."""
         return next((check for check in self.checks if check.name == name), None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def verdict(self) -> Verdict:
-        """The one verdict that is printed and that decides the exit code."""
+    def verdict(self) -> VerdictName:
+        """Verdict that is printed and decides the exit code."""
         return overall_verdict(self.checks)
 
     @model_validator(mode="wrap")

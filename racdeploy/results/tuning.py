@@ -1,4 +1,4 @@
-"""What a search for the best model of a device found, as data: ``tune.json``."""
+"""Result of a search for the best model of a device: the schema of ``tune.json``."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from pydantic import (
     model_validator,
 )
 
-from racdeploy.results.part import Part, Positive, Ratio, Share
+from racdeploy.results.schema import FrozenModel, PositiveCount, Ratio, Share
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
 Reached = Literal["counted", "compared", "raced", "verified"]
 
 
-class _Part(Part):
+class _FinitePart(FrozenModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-class Constraints(_Part):
-    """What was asked for; None is no limit.
+class Constraints(_FinitePart):
+    """Objective and limits of the search; None is no limit.
 
     Args:
         max_bytes: of the artifact.
-        max_memory_bytes: of the process that answers, at its peak.
-        min_accuracy_ratio: of the dense model's accuracy, in its widest format.
-        budget_s: how long the search may take.
+        max_memory_bytes: peak memory of the inference process.
+        min_accuracy_ratio: to the accuracy of the dense model in its widest format.
+        budget_s: time limit of the search.
     """
 
     objective: Objective
-    max_bytes: Positive | None = None
-    max_memory_bytes: Positive | None = None
+    max_bytes: PositiveCount | None = None
+    max_memory_bytes: PositiveCount | None = None
     min_tokens_per_s: PositiveFloat | None = None
     min_accuracy_ratio: float | None = Field(None, gt=0, le=1)
     budget_s: PositiveFloat
 
 
-class DeviceRow(_Part):
-    """The device that speed and memory are predicted for.
+class DeviceRow(_FinitePart):
+    """The device for which speed and memory are predicted.
 
     Args:
-        measured: whether it was measured; else ``source`` says whose figures it has.
+        measured: on this machine; otherwise ``source`` names the origin of the figures.
     """
 
     name: str
     measured: bool
     source: str = ""
-    cores: Positive
+    cores: PositiveCount
 
 
-class Interval(_Part):
-    """An estimate and the ends of its interval."""
+class Estimate(_FinitePart):
+    """An estimate with its confidence interval."""
 
     value: float
     lower: float
@@ -68,20 +68,20 @@ class Interval(_Part):
         above = self.lower <= self.value or math.isclose(self.lower, self.value)
         below = self.value <= self.upper or math.isclose(self.value, self.upper)
         if not (above and below and self.lower <= self.upper):
-            raise ValueError("an estimate is not between the ends of its interval")
+            raise ValueError("an estimate is outside of its interval")
         return self
 
 
-class ShareInterval(Interval):
-    """That of a share, from 0 to 1."""
+class ShareEstimate(Estimate):
+    """Estimate of a share, from 0 to 1."""
 
     value: Share
     lower: Share
     upper: Share
 
 
-class CostInterval(Interval):
-    """That of what is never negative, and has no end where no answer is right."""
+class CostEstimate(Estimate):
+    """Estimate of a cost, which is not negative, and infinite if no answer is right."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
@@ -90,24 +90,24 @@ class CostInterval(Interval):
     upper: Ratio
 
 
-class Candidate(_Part):
-    """One model that the search looked at, and how far it came.
+class Candidate(_FinitePart):
+    """A candidate model and its results.
 
     Args:
         name: short, unique.
-        dense: whether nothing is pruned: a plain model in a smaller number format.
-        settings: keys of the recipe that make it, by part or dotted.
-        reached: the last stage that it was in.
-        reason: why it went no further; empty for the winner, and where it reached the end.
+        dense: not pruned: a plain model in a smaller number format.
+        settings: the recipe keys that make it, by part or dotted.
+        reached: the last stage that it took part in.
+        reason: of its rejection; empty for the winner and for others that reached the end.
         size_bytes: of the artifact, predicted unless ``size_measured``.
         memory_bytes, tokens_per_s: predicted for the device.
-        measured_tokens_per_s: on this machine, where it answered alone.
-        kl_nats: from the dense model on held-out traces, a token.
+        measured_tokens_per_s: single-sequence decoding on this machine.
+        kl_nats: mean KL(dense ‖ candidate) per token on held-out traces.
         prompts, correct: of the race, or of the verification.
         accuracy: with its 95 % interval.
         thinking_tokens_mean: per prompt.
-        seconds_per_correct: seconds of decoding on the device for each answer that is right.
-        keeps_limits: whether it keeps every limit but that on accuracy.
+        seconds_per_correct: predicted decoding seconds on the device per correct answer.
+        meets_limits: it meets all limits except that on accuracy.
     """
 
     name: str
@@ -123,30 +123,31 @@ class Candidate(_Part):
     kl_nats: float | None = None
     prompts: NonNegativeInt = 0
     correct: NonNegativeInt = 0
-    accuracy: ShareInterval | None = None
+    accuracy: ShareEstimate | None = None
     thinking_tokens_mean: NonNegativeFloat | None = None
-    seconds_per_correct: CostInterval | None = None
-    keeps_limits: bool
+    seconds_per_correct: CostEstimate | None = None
+    meets_limits: bool
 
 
-class Tuning(_Part):
-    """A whole search.
+class Tuning(_FinitePart):
+    """Result of a whole search.
 
     Args:
-        winner, rival: names of candidates: what was built, and what stood beside it: the best dense
-            model, or the best pruned one where a dense one wins.
-        reference: name of the dense candidate in its widest format, whose accuracy
-            ``min_accuracy_ratio`` is a share of; empty where none answered.
-        verdict: one sentence on who wins and by how much.
-        gain: accuracy of the winner over the rival's, paired, with its 90 % interval.
-        recipe: the winner's recipe, by part, without what its target says by itself: what
-            ``recipe.toml`` beside it holds.
-        seconds: how long each stage took: traces, measure, compare, race, verify.
-        tokens_asked: of the race; ``tokens_saved`` are those that stopping early did not ask for.
+        winner: name of the candidate that was built.
+        rival: name of the best candidate of the other kind, verified too: the best dense model, or
+            the best pruned one if a dense model wins.
+        reference: name of the dense candidate in its widest format, to whose accuracy
+            ``min_accuracy_ratio`` refers; empty if none answered.
+        verdict: one sentence that names the winner and its lead.
+        gain: paired accuracy difference, winner minus rival, with its 90 % interval.
+        recipe: the winner's recipe, by part, without the defaults of its target, as in
+            ``recipe.toml`` of the bundle.
+        seconds: duration of each stage: traces, measure, compare, race, verify.
+        tokens_asked: tokens generated in the race; stopping early saved about ``tokens_saved``.
         bundle: the winner's folder.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     racdeploy: str
     created: AwareDatetime
     model: str
@@ -159,7 +160,7 @@ class Tuning(_Part):
     rival: str = ""
     reference: str = ""
     verdict: str
-    gain: Interval | None = None
+    gain: Estimate | None = None
     notes: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
@@ -168,7 +169,7 @@ class Tuning(_Part):
     bundle: str = ""
 
     def find(self, name: str) -> Candidate | None:
-        """Return the candidate of that name."""
+        """Return the candidate of that name, or None."""
         return next((each for each in self.candidates if each.name == name), None)
 
     @model_validator(mode="after")

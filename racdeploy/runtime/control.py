@@ -1,7 +1,7 @@
-"""Thoughts under control: budgets with a last sentence, and tokens that lengthen a thought.
+"""Control of the thinking: budgets with a closing text, and a penalty on hesitation.
 
 Source: Lotfi et al., Quantized Reasoning Models Think They Need to Think Longer, but They Do Not,
-arXiv 2606.00206: a fixed penalty on the logits of words of hesitation.
+arXiv 2606.00206: a fixed penalty on the logits of hesitation words.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from racdeploy.engines.engine import ThinkingBudget
 from racdeploy.errors import UsageError
 from racdeploy.manifest import ThinkingControl
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import ThinkingTags, prompt_state
+from racdeploy.runtime.thinking import ThinkingTags, find_prompt_state
 
 NO_CONTROL = ThinkingControl()
-_ROUND_A_WORD = string.whitespace + string.punctuation + "\u2026"
+_AROUND_WORD = string.whitespace + string.punctuation + "\u2026"
 
 
 def make_budget(
@@ -26,7 +26,12 @@ def make_budget(
     max_tokens: int | None,
     control: ThinkingControl = NO_CONTROL,
 ) -> ThinkingBudget | None:
-    """Return what an engine does about the thinking behind a prompt; None where that is nothing."""
+    """Return the engine's thinking control for a prompt; None if nothing is controlled.
+
+    Args:
+        tags: None for a model that does not think.
+        max_tokens: thinking tokens after which the close tag is forced; None sets no limit.
+    """
     if tags is None or (max_tokens is None and not control.hesitation_penalty):
         return None
 
@@ -34,49 +39,52 @@ def make_budget(
         close_ids=tags.close_ids,
         open_ids=tags.open_ids,
         max_tokens=max_tokens,
-        starts_open=prompt_state(prompt_ids, tags) == "open",
-        closing_ids=tuple(encoder.encode_text(control.closing)),
+        starts_open=find_prompt_state(prompt_ids, tags) == "open",
+        closing_message_ids=tuple(encoder.encode_text(control.closing)),
         close_bias=control.close_bias,
         hesitation_ids=control.hesitation_ids,
         hesitation_penalty=control.hesitation_penalty,
     )
 
 
-def find_hesitation(encoder: PromptEncoder, words: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Return the ids of every token that is one of some words, by the word.
+def find_hesitation_ids(
+    encoder: PromptEncoder, words: Collection[str]
+) -> dict[str, tuple[int, ...]]:
+    """Return, for each word, the ids of all tokens that spell it.
 
-    A token counts whatever its case and with white space and punctuation round it, as `` wait,``.
-    A word that the tokenizer only writes in pieces has none.
+    Case, white space and punctuation around it are ignored, as in `` wait,``. A word that the
+    tokenizer always splits has no ids.
     """
-    found: dict[str, list[int]] = {word: [] for word in words}
-    by_form = {word.casefold(): word for word in words}
+    ids_by_word: dict[str, list[int]] = {word: [] for word in words}
+    word_by_form = {word.casefold(): word for word in words}
 
+    # Decode every token: the vocabulary spells spaces and bytes in its own alphabet.
     tokens = sorted(encoder.tokenizer.get_vocab(with_added_tokens=False).values())
     texts = encoder.tokenizer.decode_batch([[token] for token in tokens])
 
     for token, written in zip(tokens, texts, strict=True):
-        text = written.strip(_ROUND_A_WORD).casefold()
-        if text in by_form:
-            found[by_form[text]].append(token)
+        text = written.strip(_AROUND_WORD).casefold()
+        if text in word_by_form:
+            ids_by_word[word_by_form[text]].append(token)
 
-    return {word: tuple(ids) for word, ids in found.items()}
+    return {word: tuple(ids) for word, ids in ids_by_word.items()}
 
 
-def check_closing(encoder: PromptEncoder, tags: ThinkingTags, closing: str) -> None:
-    """Refuse a last sentence that would end the thought itself, or begin another."""
+def check_closing_text(encoder: PromptEncoder, tags: ThinkingTags, closing: str) -> None:
+    """Raise UsageError if a closing text contains a tag: it would close or open a thought."""
     ids = encoder.encode_text(closing)
     for tag_ids in (tags.close_ids, tags.open_ids):
         tag = encoder.decode(tag_ids)
         if tag in encoder.decode(ids):
             raise UsageError(
                 "tag-in-closing-text",
-                f"the closing text of the thinking holds {tag}",
+                f"the closing text of the thinking contains {tag}",
                 remedy="leave the tag out of runtime.thinking.closing: it is added",
             )
 
 
 def describe_control(max_tokens: int | None, control: ThinkingControl) -> str:
-    """Return what is done about the thinking, in words; empty where nothing is."""
+    """Return a description of the thinking control; empty if there is none."""
     done = []
     if max_tokens is not None:
         done.append(f"it ends after {max_tokens:,} tokens")

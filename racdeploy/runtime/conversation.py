@@ -1,8 +1,8 @@
-"""A conversation with a model: its turns are kept, and rendered by the model's own template.
+"""Conversation with a model: turns are kept and rendered by the model's chat template.
 
-Of earlier turns the model is shown the answers alone. Templates that cut past thoughts, as those of
-Qwen3 and DeepSeek-R1, give the same prompt either way; for those that do not, as SmolLM3's, model
-cards advise it.
+Prompts contain the answers of earlier turns without their thoughts. Templates that remove past
+thoughts, as those of Qwen3 and DeepSeek-R1, give the same prompt either way; for templates that
+keep them, as SmolLM3's, the model cards advise removing them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Literal, Self, Unpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import name_problem, read_json
+from racdeploy.files.reading import describe_validation_error, read_json
 from racdeploy.files.writing import write_atomic
-from racdeploy.runtime.model import Model, Options, Result
+from racdeploy.runtime.model import GenerationOptions, GenerationResult, Model
 from racdeploy.runtime.text import OnText
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and what the model said to it."""
+    """A question and the model's result."""
 
     question: str
-    result: Result
+    result: GenerationResult
 
 
 class _File(BaseModel):
-    """What a saved conversation holds."""
+    """File format of a saved conversation."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,15 +42,15 @@ class _File(BaseModel):
 
 
 class Conversation:
-    """Turns over a loaded model.
+    """Conversation with a loaded model.
 
-    Where question and history leave no room for an answer, the oldest turns are dropped: they stay
-    in ``turns``, and the model is not shown them any more. ``dropped`` counts them. A turn without
-    an answer, as one that was cancelled while the model thought, is not shown either.
+    If question and history leave no room for an answer, the oldest turns are dropped from prompts;
+    ``dropped`` counts them, and they stay in ``turns``. Turns without an answer, such as those
+    cancelled during the thinking, are not part of prompts either.
 
     Args:
-        model: stays the caller's, who closes it.
-        system: message that every prompt begins with; empty for none.
+        model: a loaded model; the caller closes it.
+        system: system message of every prompt; empty for none.
     """
 
     def __init__(self, model: Model, system: str = "") -> None:
@@ -61,7 +61,7 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """What the model will be shown before the next question."""
+        """Messages of the next prompt, before its question."""
         return self._messages(self.dropped)
 
     def ask(
@@ -70,11 +70,11 @@ class Conversation:
         *,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
-        **options: Unpack[Options],
-    ) -> Result:
-        """Ask the next question; arguments and errors are those of :meth:`Model.generate`."""
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult:
+        """Ask the next question; arguments and errors as in :meth:`Model.generate`."""
         dropped = self._count_dropped(text, options.get("max_new_tokens"))
-        messages = [*self._messages(dropped), _say("user", text)]
+        messages = [*self._messages(dropped), _make_message("user", text)]
         result = self.model.generate(messages, on_text=on_text, cancel=cancel, **options)
 
         self.dropped = dropped
@@ -87,16 +87,16 @@ class Conversation:
         self.dropped = 0
 
     def save(self, path: str | Path) -> None:
-        """Write the turns as JSON, thoughts included."""
+        """Write the turns as JSON, including thoughts."""
         saved = _File(system=self.system, dropped=self.dropped, turns=self.turns)
         write_atomic(Path(path), saved.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, model: Model, path: str | Path) -> Self:
-        """Return a saved conversation, to go on with over this model.
+        """Load a saved conversation, to continue it with this model.
 
         Raises:
-            ArtifactError: not a file that :meth:`save` wrote.
+            ArtifactError: the file was not written by :meth:`save`.
         """
         file = Path(path)
         try:
@@ -104,7 +104,7 @@ class Conversation:
         except ValidationError as error:
             raise ArtifactError(
                 "not-a-conversation",
-                f"{file} is not a saved conversation: {name_problem(error)}",
+                f"{file} is not a saved conversation: {describe_validation_error(error)}",
                 remedy="give a file that Conversation.save or /save wrote",
             ) from error
 
@@ -114,25 +114,26 @@ class Conversation:
         return conversation
 
     def _messages(self, first: int) -> list[dict[str, str]]:
-        """Return the system message, and the turns from ``first`` on that have an answer."""
-        messages = [_say("system", self.system)] if self.system else []
+        """Return the system message and the turns from ``first`` on that have an answer."""
+        messages = [_make_message("system", self.system)] if self.system else []
 
         for turn in self.turns[first:]:
             if turn.result.answer:
-                messages.append(_say("user", turn.question))
-                messages.append(_say("assistant", turn.result.answer))
+                messages.append(_make_message("user", turn.question))
+                messages.append(_make_message("assistant", turn.result.answer))
 
         return messages
 
     def _count_dropped(self, text: str, max_new_tokens: int | None) -> int:
-        """Return how many of the oldest turns have to go, so that thinking and answer have room.
+        """Return how many of the oldest turns to drop so that thinking and answer have room.
 
-        That room is what the model may generate, but no more than half of the context.
+        The room is the number of new tokens, but at most half of the context: otherwise a large
+        limit would drop the whole history.
         """
         context_tokens = self.model.context_tokens
-        most = max_new_tokens or self.model.manifest.generation.max_new_tokens
-        room = min(most, context_tokens // 2)
-        question = _say("user", text)
+        new_tokens = max_new_tokens or self.model.manifest.generation.max_new_tokens
+        room = min(new_tokens, context_tokens // 2)
+        question = _make_message("user", text)
 
         dropped = self.dropped
         while dropped < len(self.turns):
@@ -144,5 +145,5 @@ class Conversation:
         return dropped
 
 
-def _say(role: Literal["system", "user", "assistant"], content: str) -> dict[str, str]:
+def _make_message(role: Literal["system", "user", "assistant"], content: str) -> dict[str, str]:
     return {"role": role, "content": content}

@@ -1,4 +1,4 @@
-"""Load a bundle: choose its artifact, compare it with the manifest, open the engine."""
+"""Loading of bundles: choose an artifact, check it against the manifest, open the engine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from racdeploy import engines
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.checked import State, file_state
+from racdeploy.files.sha256_cache import FileState, file_state
 from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
-from racdeploy.packing.raconnx import sidecar_name
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.sparse_kernels import Mode
+from racdeploy.sparse_kernels import AccelMode
 
 
 def load(
@@ -26,35 +25,36 @@ def load(
     threads: int = 0,
     parallel: int = 1,
     context_tokens: int | None = None,
-    accel: Mode = "auto",
+    accel: AccelMode = "auto",
     memory_limit_bytes: int | None = None,
 ) -> Model:
-    """Load a bundle.
+    """Load a bundle and return the model.
 
     Args:
         bundle: folder that ``racdeploy build`` wrote.
-        backend: engine to use where the bundle has artifacts for several; None takes the first.
+        backend: engine, if the bundle has artifacts for several; None takes the first.
         threads: 0 uses every core.
-        parallel: requests that are decoded together, of :meth:`Model.generate_many`, threads and
-            tasks; each takes memory for a context. More wait for their turn.
-        context_tokens: longest prompt and completion together; None takes what the bundle was
-            verified with. It takes memory, and the model is made for a limited number.
-        accel: kernels for sparse weights; ``auto`` uses them where they are built and proven.
-        memory_limit_bytes: what the model may take in its engine's process, beside the engine and
-            files that are mapped; 0 sets no limit, None one by its files and its context, which no
-            healthy model reaches. Linux alone has it.
+        parallel: maximum number of requests decoded together, from :meth:`Model.generate_many`,
+            threads and tasks; each takes memory for a context. Further requests wait.
+        context_tokens: maximum length of prompt and completion together; None takes the length that
+            the bundle was verified with. More takes more memory.
+        accel: kernels for sparse weights; ``auto`` uses them if they are built and tested.
+        memory_limit_bytes: memory limit of the engine's process, without the engine itself and
+            mapped files; 0 sets no limit, None derives one from files and context that no healthy
+            model reaches. Linux only.
 
     Raises:
-        ArtifactError: not a bundle, or what runs is not what its manifest lists.
-        UsageError: it has no artifact for that backend, or the model is made for less context.
+        ArtifactError: the folder is not a bundle, or a file differs from its manifest.
+        UsageError: there is no artifact for that backend, or the context is too long for the model.
         MissingExtraError: the engine is not installed.
         EngineError: the engine cannot load the artifact.
     """
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     artifact = _choose_artifact(manifest, folder, backend)
+    # Taken before the hashes are checked, so that any later change is detected.
     states = _read_states(folder, artifact)
-    check_what_runs(folder, manifest, artifact)
+    check_artifact_files(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
     settings = EngineSettings(
@@ -63,26 +63,26 @@ def load(
     model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
 
     try:
-        _check_what_ran(folder, artifact, model, states)
+        _check_loaded_files(folder, artifact, model, states)
     except BaseException:
         model.close()
         raise
     return model
 
 
-def _check_what_ran(
-    folder: Path, artifact: ArtifactEntry, model: Model, states: list[State]
+def _check_loaded_files(
+    folder: Path, artifact: ArtifactEntry, model: Model, states: list[FileState]
 ) -> None:
-    """Refuse what was replaced while it was loaded, or was used and is not as it is listed."""
+    """Raise ArtifactError if a file was replaced while loading, or an unlisted one was used."""
     if states != _read_states(folder, artifact):
         raise ArtifactError(
             "artifact-changed",
             f"{folder / artifact.path} changed while it was loaded",
-            remedy="wait until it is copied, then load it again",
+            remedy="wait until the copy is complete, then load it again",
         )
 
-    if configuration := model.engine.about.get("configuration"):
-        artifact.check_companion(folder, Path(configuration))
+    if configuration := model.engine.info.get("configuration"):
+        artifact.check_config_file(folder, Path(configuration))
 
 
 def load_dense(
@@ -93,10 +93,10 @@ def load_dense(
     parallel: int,
     context_tokens: int | None,
 ) -> Model:
-    """Load the dense artifact that a bundle was compared with in the place of the pruned one.
+    """Load the dense artifact of a bundle instead of the pruned one.
 
-    It has the dense model's tokenizer, and nothing is done about its thinking. The other arguments
-    and errors are those of :func:`load`; whether the file is that artifact is not looked at.
+    It gets the dense model's tokenizer and no thinking control. Other arguments and errors are
+    those of :func:`load`; the file itself is not checked.
     """
     folder = Path(bundle)
     manifest = Manifest.read(folder)
@@ -115,7 +115,9 @@ def load_dense(
 def _open(
     folder: Path, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
 ) -> Model:
-    encoder = PromptEncoder.begin(folder / manifest.tokenizer.place)  # while the engine loads
+    encoder = PromptEncoder.start_loading(
+        folder / manifest.tokenizer.folder
+    )  # while the engine loads
     engine = engines.open_engine(backend, file, settings)
 
     try:
@@ -126,36 +128,37 @@ def _open(
         raise
 
 
-def _choose_context(manifest: Manifest, asked: int | None) -> int:
-    """Return the context to load a model with; one that it is not made for is refused."""
+def _choose_context(manifest: Manifest, context_tokens: int | None) -> int:
+    """Return the context length to load; raise UsageError if the model does not support it."""
     generation = manifest.generation
-    if asked is None:
+    if context_tokens is None:
         return generation.context_tokens
 
-    most = generation.model_context_tokens
-    if most is not None and asked > most:
+    max_tokens = generation.model_context_tokens
+    if max_tokens is not None and context_tokens > max_tokens:
         raise UsageError(
             "context-beyond-model",
-            f"context_tokens is {asked}, and the model is made for {most}",
-            remedy=f"racdeploy.load(…, context_tokens={most})",
+            f"context_tokens is {context_tokens}, and the model supports {max_tokens}",
+            remedy=f"racdeploy.load(…, context_tokens={max_tokens})",
         )
-    return asked
+    return context_tokens
 
 
-def check_what_runs(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
-    """Compare every file that runs with its hash, and refuse what is not listed and would be used.
+def check_artifact_files(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+    """Compare all files to run with their hashes, and refuse unlisted files that would be used.
 
-    A large file that has passed is not read again until it changes.
+    A file that passed is not hashed again until it changes.
     """
-    check_beside(folder, manifest, artifact)
+    check_companion_files(folder, manifest, artifact)
     if artifact.packing == "plain":
-        artifact.check_once(folder)
+        artifact.check_changed_files(folder)
 
 
-def check_beside(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
-    """Compare what is used beside a plain artifact, whose bytes are for a verification to judge.
+def check_companion_files(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
+    """Compare the files beside an artifact with their hashes.
 
-    A packed artifact is compared, too: what is wrong in it could not be unpacked.
+    A plain artifact itself is not compared: verification judges its bytes. A packed one is, because
+    a damaged one could not be unpacked.
     """
     manifest.check_tokenizer(folder)
     refuse_unlisted(folder, manifest)
@@ -163,20 +166,18 @@ def check_beside(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> N
     if artifact.path.endswith(racgguf.SUFFIX):
         _check_container(folder, artifact)
     elif artifact.packing != "plain":
-        artifact.check_once(folder)
+        artifact.check_changed_files(folder)
 
 
 def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Refuse files that would be found by their names, though the manifest does not know them."""
+    """Raise ArtifactError for unlisted files that an engine or tokenizer would find by name."""
     unlisted = []
     for tokenizer in manifest.tokenizers:
-        names = {str(tokenizer.place / name) for name in TOKENIZER_FILES}
+        names = {str(tokenizer.folder / name) for name in TOKENIZER_FILES}
         unlisted += sorted(names - tokenizer.files.keys())
 
     for artifact in manifest.artifacts:
-        second = accel_name(artifact.path)
-        names = {second, sidecar_name(artifact.path), sidecar_name(second)}
-        unlisted += sorted(names - artifact.files.keys())
+        unlisted += {accel_name(artifact.path)} - artifact.files.keys()
 
     for name in unlisted:
         if os.path.lexists(folder / name):
@@ -187,17 +188,17 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def _read_states(folder: Path, artifact: ArtifactEntry) -> list[State]:
+def _read_states(folder: Path, artifact: ArtifactEntry) -> list[FileState]:
     return [file_state(folder / name) for name in artifact.files]
 
 
 def _check_container(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare what a container holds with the manifest; it is checked as it is unpacked."""
-    found = racgguf.Container.open(folder / artifact.path).sha256
-    if found != artifact.unpacked_sha256:
+    """Compare the hash recorded in a container with the manifest; unpacking checks the content."""
+    sha256 = racgguf.Container.open(folder / artifact.path).sha256
+    if sha256 != artifact.unpacked_sha256:
         raise ArtifactError(
             "differs-from-manifest",
-            f"{folder / artifact.path} holds a file with SHA-256 {found[:16]}…, its manifest says "
+            f"{folder / artifact.path} contains a file with SHA-256 {sha256[:16]}…, not "
             f"{artifact.unpacked_sha256[:16]}…",
             remedy="copy the bundle again, or build it again",
         )

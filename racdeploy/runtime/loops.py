@@ -1,7 +1,7 @@
-"""Measure how long a completion repeats itself, by token ids.
+"""Detection of loops in a completion, by token ids.
 
-A loop is a stretch of at least 64 tokens that is one n-gram at least four times in a row, the last
-time perhaps cut off. A model that repeats itself with other numbers each time is not found.
+A loop is a run of at least 64 tokens in which one n-gram repeats at least four times, the last
+perhaps cut off. Repetition with changing numbers is not detected.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_TOKENS = 64  # a line of dashes or an indented table is shorter
-_REPEATS = 4  # what is said three times may still be an argument
-_LONGEST_PERIOD = 1024
+_MIN_TOKENS = 64  # a line of dashes or an indented table is shorter
+_MIN_REPEATS = 4  # three repetitions may still be an argument
+_MAX_PERIOD = 1024
 
 
 def measure_loop(ids: Sequence[int]) -> int:
-    """Return the tokens of the longest loop of a completion without its end-of-sequence, or 0.
+    """Return the length of the longest loop in tokens, its first n-gram included, or 0.
 
-    The first time counts too.
+    Args:
+        ids: a completion without its end-of-sequence token.
     """
     ids_T = np.asarray(ids, dtype=np.int64)
     longest = 0
 
-    for period in range(1, min(len(ids_T) // _REPEATS, _LONGEST_PERIOD) + 1):
-        # Where a token is the one that came a period before it.
+    for period in range(1, min(len(ids_T) // _MIN_REPEATS, _MAX_PERIOD) + 1):
+        # A loop of this period is a run of tokens equal to those one period before.
         same_T = ids_T[period:] == ids_T[:-period]
-        if int(same_T.sum()) < period * (_REPEATS - 1):
+        if int(same_T.sum()) < period * (_MIN_REPEATS - 1):
             continue
 
         tokens = _measure_run(same_T) + period
-        if tokens >= max(_TOKENS, _REPEATS * period):
+        if tokens >= max(_MIN_TOKENS, _MIN_REPEATS * period):
             longest = max(longest, tokens)
 
     return longest
 
 
 def _measure_run(is_in_T: NDArray[np.bool_]) -> int:
-    """Return the length of the longest run."""
+    """Return the length of the longest run of True."""
     fenced = np.concatenate(([False], is_in_T, [False]))
-    edges = np.flatnonzero(np.diff(fenced))  # a run is between two of them
+    edges = np.flatnonzero(np.diff(fenced))  # starts and stops of runs alternate
     return int((edges[1::2] - edges[::2]).max())

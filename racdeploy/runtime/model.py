@@ -1,4 +1,4 @@
-"""A bundle, ready to run: render, generate, split, decode. No torch behind it."""
+"""Model of a loaded bundle: render, generate, split, decode; without torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
-from racdeploy.runtime.streams import AsyncTextStream, Pool, TextStream
+from racdeploy.runtime.streams import AsyncTextStream, DaemonThreadPool, TextStream
 from racdeploy.runtime.template import Message, PromptEncoder
-from racdeploy.runtime.text import OnText, TextReader
-from racdeploy.runtime.thinking import ThinkingTags, prompt_state, split, tags_of
+from racdeploy.runtime.text import OnText, StreamDecoder
+from racdeploy.runtime.thinking import (
+    ThinkingTags,
+    encode_tags,
+    find_prompt_state,
+    split_completion,
+)
 
 Prompt = str | Sequence[Message]
-# Threads of tasks and streams; what an engine has slots for runs together, the rest waits there.
+# Maximum threads of tasks and streams; calls beyond the engine's slots wait in the engine.
 _THREADS = 256
 
 
-class TextOptions(TypedDict, total=False):
-    """What a continuation may choose; see :meth:`Model.continue_text`."""
+class ContinuationOptions(TypedDict, total=False):
+    """Options of :meth:`Model.continue_text`."""
 
     max_new_tokens: int | None
     temperature: float | None
@@ -34,21 +39,21 @@ class TextOptions(TypedDict, total=False):
     seed: int
 
 
-class Options(TextOptions, total=False):
-    """What an answer may choose; see :meth:`Model.generate`."""
+class GenerationOptions(ContinuationOptions, total=False):
+    """Options of :meth:`Model.generate`."""
 
     max_thinking_tokens: int | None
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a model said.
+class GenerationResult:
+    """Result of a generation.
 
     Args:
-        answer: text after the thinking, stripped; empty where the thinking never ended.
+        answer: text after the thinking, stripped; empty if the thinking did not end.
         thinking: text between the tags, stripped.
-        state: how the thinking ended, see :class:`racdeploy.runtime.thinking.Split`.
-        completion_tokens: thinking, answer, tags and end-of-sequence.
+        state: end of the thinking, see :class:`racdeploy.runtime.thinking.SplitCompletion`.
+        completion_tokens: all new tokens, with tags and end-of-sequence.
     """
 
     answer: str
@@ -63,11 +68,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What followed a prompt as it is, tags written out.
+    """Raw continuation of a prompt, with tags written out.
 
     Args:
-        text: without end-of-sequence.
-        ids: with it.
+        text: without the end-of-sequence token.
+        ids: with the end-of-sequence token.
     """
 
     text: str
@@ -77,10 +82,10 @@ class Continuation:
 
 
 class Model(AbstractContextManager["Model"]):
-    """A loaded bundle. Use it in a ``with`` block, or close it, which closes its engine.
+    """A loaded bundle; close it or use it in a ``with`` block, to close its engine.
 
-    Threads and tasks may use it at the same time: what they ask is decoded together, as many as it
-    was loaded for, and each gets what it would get alone.
+    Threads and tasks may call it concurrently: up to ``parallel`` requests are decoded together,
+    and each gets the same result as alone.
     """
 
     def __init__(
@@ -90,13 +95,13 @@ class Model(AbstractContextManager["Model"]):
         engine: decoding.Engine,
         context_tokens: int,
     ) -> None:
-        self._pool = Pool(_THREADS)
+        self._pool = DaemonThreadPool(_THREADS)
         self.manifest = manifest
         self.encoder = encoder
         self.engine = engine
         self.context_tokens = context_tokens
         open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
-        self.tags = tags_of(encoder, open_tag, close_tag) if open_tag and close_tag else None
+        self.tags = encode_tags(encoder, open_tag, close_tag) if open_tag and close_tag else None
 
     def generate(
         self,
@@ -104,21 +109,21 @@ class Model(AbstractContextManager["Model"]):
         *,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
-        **options: Unpack[Options],
-    ) -> Result:
-        """Answer one prompt. What is not given is taken from the bundle.
+        **options: Unpack[GenerationOptions],
+    ) -> GenerationResult:
+        """Answer one prompt; options default to the bundle's settings.
 
         Args:
             prompt: a question, or messages with ``role`` and ``content``.
-            on_text: gets each piece of text as it comes, and whether it is thinking or answer.
-            cancel: set it from another thread to stop early.
+            on_text: called with each piece of text and its kind, ``thinking`` or ``answer``.
+            cancel: event that stops the generation early, set from another thread.
             options: ``max_thinking_tokens``, after which the close tag is forced;
-                ``max_new_tokens``, a cap on thinking and answer together; ``temperature``, where 0
-                is greedy; ``top_p``, the probability mass to sample from; ``seed`` of the draws:
-                whatever runs beside it, the same seed draws the same.
+                ``max_new_tokens``, the limit of thinking and answer together; ``temperature``, 0
+                for greedy; ``top_p``, the probability mass to sample from; ``seed`` of the
+                sampling, with the same result whatever runs concurrently.
 
         Raises:
-            ArtifactError: the template failed on this conversation.
+            ArtifactError: the chat template failed on this conversation.
             UsageError: a thinking budget for a model without thinking tags.
             ContextError: the prompt does not fit the context.
             EngineError: the engine failed, or was closed.
@@ -128,10 +133,12 @@ class Model(AbstractContextManager["Model"]):
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
 
-    async def agenerate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
+    async def agenerate(
+        self, prompt: Prompt, **options: Unpack[GenerationOptions]
+    ) -> GenerationResult:
         """Answer one prompt without blocking the event loop; see :meth:`generate`.
 
-        Cancelling the task that waits ends the generation.
+        Cancelling the awaiting task stops the generation.
         """
         cancel = threading.Event()
         work = partial(self.generate, prompt, cancel=cancel, **options)
@@ -141,12 +148,16 @@ class Model(AbstractContextManager["Model"]):
         finally:
             cancel.set()
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream[Result]:
-        """Return an iterator over the text as it comes; see :meth:`generate`."""
+    def stream(
+        self, prompt: Prompt, **options: Unpack[GenerationOptions]
+    ) -> TextStream[GenerationResult]:
+        """Return an iterator over the text as it is generated; see :meth:`generate`."""
         return TextStream(self._pool, partial(self.generate, prompt, **options))
 
-    def astream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncTextStream[Result]:
-        """Return an asynchronous iterator over the text as it comes; see :meth:`generate`."""
+    def astream(
+        self, prompt: Prompt, **options: Unpack[GenerationOptions]
+    ) -> AsyncTextStream[GenerationResult]:
+        """Return an asynchronous iterator over the text; see :meth:`generate`."""
         return AsyncTextStream(self._pool, partial(self.generate, prompt, **options))
 
     def generate_many(
@@ -154,17 +165,17 @@ class Model(AbstractContextManager["Model"]):
         prompts: Sequence[Prompt],
         *,
         cancel: threading.Event | None = None,
-        **options: Unpack[Options],
-    ) -> list[Result]:
-        """Answer prompts, as many at a time as the model was loaded for; see :meth:`generate`."""
+        **options: Unpack[GenerationOptions],
+    ) -> list[GenerationResult]:
+        """Answer prompts, up to ``parallel`` of them together; see :meth:`generate`."""
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         if not encoded:
             return []
-        if self.tags and len({prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
+        if self.tags and len({find_prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
             raise UsageError(
                 "mixed-thinking-states",
-                "some of these prompts end inside the thinking and some do not",
-                remedy="give them to generate_many in two calls",
+                "some of these prompts end inside a thought and some do not",
+                remedy="split them into two calls of generate_many",
             )
 
         sampling = self._sampling(encoded[0], **options)
@@ -178,9 +189,9 @@ class Model(AbstractContextManager["Model"]):
         *,
         on_text: OnText | None = None,
         cancel: threading.Event | None = None,
-        **options: Unpack[TextOptions],
+        **options: Unpack[ContinuationOptions],
     ) -> Continuation:
-        """Continue a text or token ids as they are: no template, no budget, nothing split.
+        """Continue a text or token ids without template, thinking budget or splitting.
 
         Raises:
             ContextError: the prompt does not fit the context.
@@ -195,16 +206,16 @@ class Model(AbstractContextManager["Model"]):
         return Continuation(text, completion.ids, tuple(ids), completion.finish_reason)
 
     def acontinue_text(
-        self, prompt: str | Sequence[int], **options: Unpack[TextOptions]
+        self, prompt: str | Sequence[int], **options: Unpack[ContinuationOptions]
     ) -> AsyncTextStream[Continuation]:
-        """Return an asynchronous iterator over what follows; see :meth:`continue_text`.
+        """Return an asynchronous iterator over the continuation; see :meth:`continue_text`.
 
-        All of it has the kind ``answer``.
+        All pieces have the kind ``answer``.
         """
         return AsyncTextStream(self._pool, partial(self.continue_text, prompt, **options))
 
     def close(self) -> None:
-        """Unload the model; what still runs ends with an EngineError. Again is harmless."""
+        """Unload the model; running generations fail with EngineError. May be called again."""
         self.engine.close()
 
     def __exit__(self, *_: object) -> None:
@@ -218,9 +229,11 @@ class Model(AbstractContextManager["Model"]):
         on_text: OnText | None,
         cancel: threading.Event | None,
     ) -> decoding.Completion:
-        """Generate, and tell the text as it comes, split by the tags."""
+        """Generate, and stream the text to ``on_text``, split by the tags."""
         eos_ids = self.manifest.tokenizer.eos_ids
-        reader = TextReader(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
+        reader = (
+            StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
+        )
 
         (completion,) = self.engine.generate(
             [prompt_ids],
@@ -243,7 +256,7 @@ class Model(AbstractContextManager["Model"]):
         top_p: float | None = None,
         seed: int = 0,
     ) -> decoding.Sampling:
-        """Return the bundle's sampling, with what a call gives in its place."""
+        """Return the bundle's sampling, overridden by the options of a call."""
         if max_thinking_tokens is not None and self.tags is None:
             raise UsageError(
                 "no-thinking-tags",
@@ -257,8 +270,8 @@ class Model(AbstractContextManager["Model"]):
             "temperature": temperature,
             "top_p": top_p,
         }
-        given = {name: value for name, value in choices.items() if value is not None}
-        settings = self.manifest.generation.model_copy(update=given)
+        overrides = {name: value for name, value in choices.items() if value is not None}
+        settings = self.manifest.generation.model_copy(update=overrides)
 
         max_tokens, control = settings.max_thinking_tokens, settings.thinking
         budget = make_budget(self.encoder, self.tags, prompt_ids, max_tokens, control)
@@ -272,13 +285,15 @@ class Model(AbstractContextManager["Model"]):
             budget,
         )
 
-    def _result(self, prompt_ids: Sequence[int], completion: decoding.Completion) -> Result:
+    def _result(
+        self, prompt_ids: Sequence[int], completion: decoding.Completion
+    ) -> GenerationResult:
         eos_ids = self.manifest.tokenizer.eos_ids
-        parts = split(
+        parts = split_completion(
             prompt_ids, completion.ids, self.tags, eos_ids=eos_ids, forced_at=completion.forced_at
         )
         texts = self.encoder.tokenizer.decode_batch([parts.answer_ids, parts.thinking_ids])
-        return Result(
+        return GenerationResult(
             answer=texts[0].strip(),
             thinking=texts[1].strip(),
             thinking_tokens=len(parts.thinking_ids),

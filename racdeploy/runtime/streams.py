@@ -1,7 +1,7 @@
-"""Text as it comes, for a loop or a task: iterators over what a thread generates.
+"""Streams of generated text: iterators, synchronous and asynchronous, over a thread's output.
 
-The threads are daemons, so that a program may end in the middle of an answer; an executor's would
-keep it until the answer is whole.
+The threads are daemons, so that a program can exit during an answer; threads of an executor would
+block the exit until the answer is finished.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from functools import partial
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from racdeploy.errors import UsageError
-from racdeploy.runtime.text import Kind
+from racdeploy.runtime.text import TextKind
 
 R = TypeVar("R")
-Work = Callable[..., R]
-"""Generates: tells ``on_text``, ends early once ``cancel`` is set, and returns its result."""
+GenerationCall = Callable[..., R]
+"""Function that calls ``on_text``, stops once ``cancel`` is set, and returns its result."""
 
 
-class Piece(NamedTuple):
-    """A piece of text as it came, of the thinking or of the answer."""
+class TextChunk(NamedTuple):
+    """Piece of generated text, of the thinking or of the answer."""
 
     text: str
-    kind: Kind
+    kind: TextKind
 
 
-class Pool:
-    """Runs work in threads, at most so many at a time; the rest waits in order."""
+class DaemonThreadPool:
+    """Pool of daemon threads; work beyond ``largest`` threads waits in order."""
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
@@ -46,7 +46,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], R]) -> Future[R]:
-        if self._process != os.getpid():  # a fork has none of the threads, and maybe a held lock
+        if self._process != os.getpid():  # a fork has none of the threads, and the lock may be held
             self._begin()
 
         future: Future[R] = Future()
@@ -71,16 +71,16 @@ class Pool:
                 continue
             try:
                 result = work()
-            except BaseException as error:  # noqa: BLE001 - who waits for the future gets it
+            except BaseException as error:  # noqa: BLE001 - raised by the future
                 future.set_exception(error)
             else:
                 future.set_result(result)
 
 
 class _Stream(Generic[R]):
-    """What both kinds of iterator share; dropping one ends its generation."""
+    """Base of both iterators; dropping the last reference stops the generation."""
 
-    def __init__(self, pool: Pool, work: Work[R]) -> None:
+    def __init__(self, pool: DaemonThreadPool, work: GenerationCall[R]) -> None:
         self._pool = pool
         self._work = work
         self._cancel = threading.Event()
@@ -90,7 +90,7 @@ class _Stream(Generic[R]):
 
     @property
     def result(self) -> R:
-        """What was generated, once the last piece is read or the stream is closed."""
+        """Result of the generation, available once the last piece is read or the stream closed."""
         if self._future is None or not self._has_ended:
             raise UsageError(
                 "stream-not-ended",
@@ -100,37 +100,37 @@ class _Stream(Generic[R]):
         return self._future.result()
 
     def cancel(self) -> None:
-        """End the generation early, without waiting for it; harmless where it has ended."""
+        """Stop the generation early without waiting; no effect if it has ended."""
         self._cancel.set()
 
-    def _start(self, put: Callable[[Piece | None], None]) -> None:
-        """Begin to generate; ``put`` gets the pieces and None behind the last."""
+    def _start(self, put: Callable[[TextChunk | None], None]) -> None:
+        """Start the generation; ``put`` receives the pieces, then None."""
 
-        def on_text(text: str, kind: Kind) -> None:
-            put(Piece(text, kind))
+        def on_text(text: str, kind: TextKind) -> None:
+            put(TextChunk(text, kind))
 
         self._future = self._pool.submit(partial(self._work, on_text=on_text, cancel=self._cancel))
         self._future.add_done_callback(lambda _: put(None))
 
     def _end(self) -> None:
-        """Raise what failed, if anything."""
+        """Mark the end, and raise the error of the generation if it failed."""
         self._has_ended = True
         assert self._future is not None
         self._future.result()
 
 
-class TextStream(_Stream[R], Iterator[Piece]):
-    """Pieces of text as they come; ``result`` follows the last.
+class TextStream(_Stream[R], Iterator[TextChunk]):
+    """Iterator over generated text; ``result`` is available after the last piece.
 
-    Generation begins with the first piece that is asked for. An error is raised where the next
-    piece would be. To leave early, close it, use it in a ``with`` block, or drop it.
+    Generation starts with the first ``next``. An error is raised in place of the next piece. To
+    stop early, close the stream, leave its ``with`` block, or drop it.
     """
 
-    def __init__(self, pool: Pool, work: Work[R]) -> None:
+    def __init__(self, pool: DaemonThreadPool, work: GenerationCall[R]) -> None:
         super().__init__(pool, work)
-        self._pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[TextChunk | None] = queue.SimpleQueue()
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> TextChunk:
         if self._has_ended:
             raise StopIteration
         if self._future is None:
@@ -144,7 +144,7 @@ class TextStream(_Stream[R], Iterator[Piece]):
         return piece
 
     def close(self) -> None:
-        """End the generation early; ``result`` then is what came so far."""
+        """Stop the generation early; ``result`` has the text so far."""
         self._cancel.set()
         for _ in self:
             pass
@@ -156,21 +156,21 @@ class TextStream(_Stream[R], Iterator[Piece]):
         self._cancel.set()
 
 
-class AsyncTextStream(_Stream[R], AsyncIterator[Piece]):
-    """Pieces of text as they come, in an event loop; see :class:`TextStream`.
+class AsyncTextStream(_Stream[R], AsyncIterator[TextChunk]):
+    """Asynchronous iterator over generated text; see :class:`TextStream`.
 
-    Cancelling the task that waits for a piece ends the generation, too.
+    Cancelling the task that awaits a piece stops the generation.
     """
 
-    def __init__(self, pool: Pool, work: Work[R]) -> None:
+    def __init__(self, pool: DaemonThreadPool, work: GenerationCall[R]) -> None:
         super().__init__(pool, work)
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        self._pieces: asyncio.Queue[TextChunk | None] = asyncio.Queue()
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> TextChunk:
         if self._has_ended:
             raise StopAsyncIteration
         if self._future is None:
-            self._start(_putting(self._pieces, self._cancel))
+            self._start(_make_thread_safe_put(self._pieces, self._cancel))
 
         try:
             piece = await self._pieces.get()
@@ -185,7 +185,7 @@ class AsyncTextStream(_Stream[R], AsyncIterator[Piece]):
         return piece
 
     async def aclose(self) -> None:
-        """End the generation early; ``result`` then is what came so far."""
+        """Stop the generation early; ``result`` has the text so far."""
         self._cancel.set()
         async for _ in self:
             pass
@@ -197,13 +197,13 @@ class AsyncTextStream(_Stream[R], AsyncIterator[Piece]):
         self._cancel.set()
 
 
-def _putting(
-    pieces: asyncio.Queue[Piece | None], cancel: threading.Event
-) -> Callable[[Piece | None], None]:
-    """Return what puts a piece into a queue of the running loop, from any thread."""
+def _make_thread_safe_put(
+    pieces: asyncio.Queue[TextChunk | None], cancel: threading.Event
+) -> Callable[[TextChunk | None], None]:
+    """Return a function that puts pieces into a queue of the running loop from any thread."""
     loop = asyncio.get_running_loop()
 
-    def put(piece: Piece | None) -> None:
+    def put(piece: TextChunk | None) -> None:
         try:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
         except RuntimeError:  # the loop is closed: nobody reads any more

@@ -1,4 +1,4 @@
-"""From token ids to text as they come: tags left out, characters whole."""
+"""Streaming decoder from token ids to text: without tags, in whole characters."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import Scanner, ThinkingTags
+from racdeploy.runtime.thinking import ThinkingScanner, ThinkingTags
 
-Kind = Literal["thinking", "answer"]
-OnText = Callable[[str, Kind], None]
-"""Gets each piece of text as it comes, and whether it is thinking or answer."""
+TextKind = Literal["thinking", "answer"]
+OnText = Callable[[str, TextKind], None]
+"""Callback for each piece of text and its kind."""
 
-_NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never come
+_NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never occur
 
 
-class TextReader:
-    """Turns the new ids of a completion into text.
+class StreamDecoder:
+    """Decoder of the new ids of a completion into text.
 
     Args:
-        tags: None for a model that does not think, or where tags are text as any other.
-        eos_ids: end-of-sequence ids, which are no text.
+        tags: None for a model that does not think, or to treat tags as text.
+        eos_ids: end-of-sequence ids, which are not decoded.
+        on_text: receives the text.
     """
 
     def __init__(
@@ -35,19 +36,20 @@ class TextReader:
         self._encoder = encoder
         self._eos_ids = eos_ids
         self._on_text = on_text
-        self._scanner = Scanner(prompt_ids, self._tags)
+        self._scanner = ThinkingScanner(prompt_ids, self._tags)
 
-        # What is between them is shown already, and is the context that the next ids need.
+        # Ids from _prefix to _read are shown already; decoding them again gives the next ids their
+        # context, as many tokenizers decode a token differently at the start of a text.
         self._prefix = 0
         self._read = 0
 
     def feed(self, index: int, ids: Sequence[int], ended: object) -> None:
-        """Read new ids of the only sequence of a call; see :data:`~.engine.OnTokens`."""
+        """Process new ids of the only sequence of a call; see :data:`~.engine.OnTokens`."""
         scanner = self._scanner
         for token in ids:
             if token in self._eos_ids:
                 continue
-            inside = scanner.inside
+            inside = scanner.is_thinking
             start = scanner.start
             scanner.feed(token)
 
@@ -55,16 +57,16 @@ class TextReader:
                 self._show(len(scanner.ids) - scanner.count_held_back(), inside)
                 continue
 
-            # A tag ended here. Before a close tag alone, everything is shown already.
-            if scanner.inside or inside:
+            # A tag ended: show the text before it. Before an implied open tag it is shown already.
+            if scanner.is_thinking or inside:
                 tag = self._tags.close_ids if inside else self._tags.open_ids
                 self._show(len(scanner.ids) - len(tag), inside, whole=True)
 
             self._prefix = self._read = scanner.start
 
     def finish(self) -> None:
-        """Show what was held back as the possible beginning of a tag or half a character."""
-        self._show(len(self._scanner.ids), self._scanner.inside, whole=True)
+        """Show the rest, held back as the possible start of a tag or part of a character."""
+        self._show(len(self._scanner.ids), self._scanner.is_thinking, whole=True)
 
     def _show(self, stop: int, inside: bool, whole: bool = False) -> None:
         if stop <= self._read:

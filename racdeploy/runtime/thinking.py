@@ -1,8 +1,8 @@
-"""Split a completion into thinking and answer, by token ids and the tail of the prompt.
+"""Splitting of completions into thinking and answer, by token ids and the end of the prompt.
 
-R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking turned off it
-is in the prompt already closed; looking for both tags in the output text misses the first case and
-scores a thought that was cut as an answer.
+R1 templates write the open tag into the prompt, Qwen3 generates it, and with thinking off it is in
+the prompt already closed. Searching for both tags in the output text misses the first case and
+scores a truncated thought as an answer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from racdeploy.engines.engine import Ids
-from racdeploy.engines.sequence import count_begun, ends_with
+from racdeploy.engines.sequence import count_partial_match, ends_with
 from racdeploy.errors import ArtifactError
 from racdeploy.results.answers import ThinkingOpening, ThinkingState
 from racdeploy.runtime.template import PromptEncoder
 
 PromptState = Literal["open", "closed", "none"]
 
-TAGS = (
+KNOWN_TAGS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
@@ -29,23 +29,23 @@ TAGS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
-    # GPT-OSS: what is said in between, in further channels, counts as thinking.
+    # GPT-OSS: text in other channels between these two counts as thinking.
     (
         "<|channel|>analysis<|message|>",
         "<|end|><|start|>assistant<|channel|>final<|message|>",
     ),
 )
 _ANSWERS = {"<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
-"""Open tag → what an answer without a thought begins with, where that is no part of its text."""
+"""Open tag → tag in front of an answer without a thought, which is not part of its text."""
 _SPACES = frozenset(" \n\r\t▁ĠĊčĉ")  # as sentencepiece and byte-level vocabularies write them
 _SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
 
 
 @dataclass(frozen=True)
 class ThinkingTags:
-    """Token ids of the tags round a thought, and of white space behind a tag in a prompt.
+    """Token ids of the tags around a thought, and of white space after a tag in a prompt.
 
-    ``answer_ids`` are those of a tag in front of an answer without a thought, where there is one.
+    ``answer_ids`` is a tag in front of an answer without a thought; empty for most models.
     """
 
     open_ids: Ids
@@ -55,18 +55,17 @@ class ThinkingTags:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A completion in parts.
+class SplitCompletion:
+    """Thinking and answer of a completion.
 
     Args:
-        thinking_ids: strictly between the tags; of a reopened completion, all its thoughts.
-        answer_ids: after the last close tag, without end-of-sequence; empty while a thought is
-            open.
-        state: ``closed`` by the model; ``forced`` by the budget; ``open``: cut inside a thought,
-            the first or a later one; ``absent``: the whole completion is the answer; ``reopened``:
-            more than one thought, or one although the prompt had closed it.
-        opening: where the first thought began: ``prefilled`` by the prompt, ``emitted`` by the
-            model, ``implied`` by a close tag alone, or ``none``.
+        thinking_ids: strictly between the tags; all thoughts of a reopened completion.
+        answer_ids: after the last close tag, without end-of-sequence; empty if a thought is open.
+        state: ``closed`` by the model; ``forced`` by the budget; ``open``: truncated inside a
+            thought; ``absent``: no thought; ``reopened``: several thoughts, or one after the prompt
+            had closed it.
+        opening: start of the first thought: ``prefilled`` by the prompt, ``emitted`` by the model,
+            ``implied`` by a close tag alone, or ``none``.
     """
 
     thinking_ids: Ids
@@ -75,31 +74,31 @@ class Split:
     opening: ThinkingOpening = "none"
 
 
-class Scanner:
-    """Follow a completion token by token.
+class ThinkingScanner:
+    """Incremental parser of thoughts in a completion.
 
-    A close tag without any open tag before it means that the model left out the open tag:
-    everything before it was the thought.
+    A close tag without an open tag means that the model omitted the open tag: everything before it
+    is the thought.
     """
 
     def __init__(self, prompt_ids: Sequence[int], tags: ThinkingTags) -> None:
-        self.prompt_state = prompt_state(prompt_ids, tags)
+        self.prompt_state = find_prompt_state(prompt_ids, tags)
         self.ids: list[int] = []
-        self.inside = self.prompt_state == "open"
+        self.is_thinking = self.prompt_state == "open"
         self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
-        self.start = 0  # of the thought or answer we are in
-        self.opening: ThinkingOpening = "prefilled" if self.inside else "none"
+        self.start = 0  # of the current thought or answer
+        self.opening: ThinkingOpening = "prefilled" if self.is_thinking else "none"
         self._tags = tags
 
     def feed(self, token: int) -> None:
         self.ids.append(token)
         close_ids = self._tags.close_ids
 
-        if self.inside:
+        if self.is_thinking:
             if self._ends_with(close_ids):
                 self._close(self.start)
         elif self._ends_with(self._tags.open_ids):
-            self.inside = True
+            self.is_thinking = True
             self.start = len(self.ids)
             self._begin("emitted")
         elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
@@ -109,15 +108,15 @@ class Scanner:
             self.start = len(self.ids)
 
     def count_held_back(self) -> int:
-        """Return how many of the last tokens may be the beginning of a tag."""
-        wanted = self._tags.close_ids if self.inside else self._tags.open_ids
-        begun = count_begun(self.ids, wanted, self.start)
+        """Return the number of last tokens that may be the start of a tag."""
+        wanted = self._tags.close_ids if self.is_thinking else self._tags.open_ids
+        begun = count_partial_match(self.ids, wanted, self.start)
         return max(begun, len(self.ids)) if self._begins_answer() else begun
 
     def _begins_answer(self) -> bool:
-        """Return whether all so far begins the tag of an answer without a thought, or is it."""
+        """Return True if all ids so far are a prefix of the tag of an answer without a thought."""
         tag = self._tags.answer_ids[: len(self.ids)]
-        return not self.inside and self.start == 0 and list(tag) == self.ids != []
+        return not self.is_thinking and self.start == 0 and list(tag) == self.ids != []
 
     def _begin(self, opening: ThinkingOpening) -> None:
         if self.opening == "none":
@@ -126,22 +125,22 @@ class Scanner:
     def _close(self, start: int) -> None:
         stop = len(self.ids) - len(self._tags.close_ids)
         self.thoughts.append((start, stop))
-        self.inside = False
+        self.is_thinking = False
         self.start = len(self.ids)
 
     def _ends_with(self, wanted: Sequence[int]) -> bool:
         return ends_with(self.ids, wanted, self.start)
 
 
-def split(
+def split_completion(
     prompt_ids: Sequence[int],
     completion_ids: Sequence[int],
     tags: ThinkingTags | None,
     *,
     eos_ids: Collection[int],
     forced_at: int | None = None,
-) -> Split:
-    """Split a completion into thinking and answer; ``eos_ids`` are stripped from its end.
+) -> SplitCompletion:
+    """Split a completion into thinking and answer; trailing ``eos_ids`` are removed.
 
     Args:
         tags: None for a model that does not think.
@@ -151,45 +150,45 @@ def split(
     while ids and ids[-1] in eos_ids:
         ids.pop()
     if tags is None:
-        return Split((), tuple(ids), "absent")
+        return SplitCompletion((), tuple(ids), "absent")
 
-    scanner = Scanner(prompt_ids, tags)
+    scanner = ThinkingScanner(prompt_ids, tags)
 
     for token in ids:
         scanner.feed(token)
 
     spans = list(scanner.thoughts)
     answer_ids = ids[scanner.start :]
-    if scanner.inside:
+    if scanner.is_thinking:
         stop = len(ids)
         if not spans and forced_at is not None:
-            stop = forced_at  # the cap cut the forced tag short: its tokens are no thinking
+            stop = forced_at  # the token limit truncated the forced tag, which is not thinking
         spans.append((scanner.start, stop))
         answer_ids = []
 
     thinking_ids = [token for start, stop in spans for token in ids[start:stop]]
     state = _state(scanner, spans, forced_at)
-    return Split(tuple(thinking_ids), tuple(answer_ids), state, scanner.opening)
+    return SplitCompletion(tuple(thinking_ids), tuple(answer_ids), state, scanner.opening)
 
 
 def _state(
-    scanner: Scanner, spans: Sequence[tuple[int, int]], forced_at: int | None
+    scanner: ThinkingScanner, spans: Sequence[tuple[int, int]], forced_at: int | None
 ) -> ThinkingState:
     if not spans:
         return "absent"
-    if scanner.inside:
+    if scanner.is_thinking:
         return "open"
     if len(spans) > 1 or scanner.prompt_state == "closed":
         return "reopened"
-    # What was forced may begin with a last sentence, which is a part of the thought.
+    # Forced tokens may start with the closing text, which is part of the thought.
     start, stop = spans[0]
     return "forced" if forced_at is not None and start <= forced_at <= stop else "closed"
 
 
-def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
-    """Return what the prompt ends with, white space aside: an open tag, a close tag, or neither.
+def find_prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
+    """Return ``open`` or ``closed`` if the prompt ends with such a tag, else ``none``.
 
-    Only the tail decides: a user may write tags in a question.
+    White space after the tag is skipped. Tags elsewhere do not count: a user may type them.
     """
     ids = list(prompt_ids)
     while True:
@@ -202,18 +201,18 @@ def prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:
 
 
 def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
-    """Return the tags of a model, or None where it does not think; see :func:`find_tag_names`."""
+    """Return the tags of a model, or None if it does not think; see :func:`find_tag_names`."""
     names = find_tag_names(encoder)
-    return tags_of(encoder, *names) if names else None
+    return encode_tags(encoder, *names) if names else None
 
 
 def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
-    """Return the texts of a model's tags.
+    """Return open and close tag of a model as texts, or None if it does not think.
 
-    A known pair counts if the chat template writes it, or if both tags are single tokens; a pair
-    for which both are true comes first.
+    A known pair counts if both tags are single tokens, or if the chat template contains one of
+    them; a pair with both properties is preferred.
     """
-    texts = [tag for tags in TAGS for tag in tags]
+    texts = [tag for tags in KNOWN_TAGS for tag in tags]
     ids = dict(zip(texts, encoder.tokenizer.tokens_to_ids(texts), strict=True))
 
     def rank(tags: tuple[str, str]) -> int:
@@ -221,15 +220,18 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
         are_tokens = all(ids[tag] is not None for tag in tags)
         return 2 * are_tokens + is_written
 
-    best = max(TAGS, key=rank)  # the first of equal ones
+    best = max(KNOWN_TAGS, key=rank)  # the first of equal ones
     return best if rank(best) else None
 
 
-def tags_of(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
-    """Return the ids of two tags and of white space; it is an error if a tag has none.
+def encode_tags(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
+    """Return the ids of two tags and of white space.
 
-    A tag of several tokens is looked for as it is tokenized alone; a tokenizer that merges it with
-    its neighbours hides it.
+    A tag of several tokens is matched as it is tokenized alone: it is missed if the tokenizer
+    merges it with neighboring text.
+
+    Raises:
+        ArtifactError: a tag has no ids, or both have the same.
     """
     texts = [open_tag, close_tag, _ANSWERS.get(open_tag, "")]
     open_ids, close_ids, answer_ids = map(tuple, encoder.tokenizer.encode_batch(texts))

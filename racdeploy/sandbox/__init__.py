@@ -1,5 +1,5 @@
-"""What strangers wrote and we compute: templates, tokenizers, scorers, in a process with limits.
+"""Sandboxed processes that compute with files of strangers: templates, tokenizers, scorers.
 
-``reader`` is this side of it: it starts, asks and ends the process. ``worker`` and ``limits`` are
-the other side, which runs one module of operations: ``texts`` or ``answers``.
+The client starts, asks and ends the process. ``worker`` and ``limits`` run in it, with one module
+of operations: on texts, or for scoring.
 """

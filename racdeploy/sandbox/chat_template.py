@@ -1,7 +1,7 @@
-"""Chat templates, compiled and rendered in jinja2's sandbox: no access to Python's internals.
+"""Compile and render chat templates in jinja2's sandbox, without access to Python's internals.
 
-What a template takes in time and memory is bounded by the process that this runs in. Rendering
-equals transformers' ``apply_chat_template``.
+The process that this runs in limits time and memory. Rendering equals transformers'
+``apply_chat_template``.
 Source: transformers 4.57 ``utils/chat_template_utils.py``.
 """
 
@@ -20,12 +20,14 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LARGEST_TEXT = 16_000_000  # characters; a template of real models renders to a few millions at most
+MAX_TEXT_CHARACTERS = (
+    16_000_000  # templates of real models render to a few million characters at most
+)
 
-# jinja2 imports them late, and this process opens no files later.
+# jinja2 imports these lazily, and this process cannot open files later.
 for _name in ("encodings.ascii", "encodings.unicode_escape", "jinja2.debug", "pprint", "textwrap"):
     import_module(_name)
-time.localtime()  # as the C library reads the time zone
+time.localtime()  # so that the C library reads the time zone now
 
 
 class _Generation(Extension):
@@ -47,23 +49,23 @@ def compile_template(source: str) -> Template:
     )
 
     environment.filters["tojson"] = _to_json
-    environment.globals.pop("lipsum")  # writes as much text as it is asked for
+    environment.globals.pop("lipsum")  # it generates text of any length
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment.from_string(source)
 
 
 def render(template: Template, variables: Mapping[str, Any]) -> str:
-    """Return the text of a template."""
-    pieces = []
+    """Return the rendered text; SecurityError where it is too long."""
+    chunks = []
     length = 0
 
-    for piece in template.generate(**variables):
-        pieces.append(piece)
-        length += len(piece)
-        if length > LARGEST_TEXT:
-            raise SecurityError(f"more than {LARGEST_TEXT} characters of output")
+    for chunk in template.generate(**variables):
+        chunks.append(chunk)
+        length += len(chunk)
+        if length > MAX_TEXT_CHARACTERS:
+            raise SecurityError(f"more than {MAX_TEXT_CHARACTERS} characters of output")
 
-    return "".join(pieces)
+    return "".join(chunks)
 
 
 def _raise_exception(message: str) -> None:

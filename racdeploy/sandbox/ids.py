@@ -1,4 +1,4 @@
-"""Token ids on their way between processes: u32, one sequence behind the other."""
+"""Token ids as bytes for another process: u32, all sequences concatenated."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 _TYPE = "I"
 
 
-def pack(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
-    """Return the lengths of sequences, and all their ids."""
+def ids_to_bytes(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
+    """Return the lengths of sequences, and the bytes of their concatenated ids."""
     lengths = []
     ids = array(_TYPE)
     for sequence in sequences:
@@ -18,9 +18,9 @@ def pack(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
     return lengths, ids.tobytes()
 
 
-def unpack(lengths: Iterable[int], payload: bytes) -> list[list[int]]:
-    """Return the sequences again."""
-    ids = unpack_all(payload)
+def ids_from_bytes(lengths: Iterable[int], payload: bytes) -> list[list[int]]:
+    """Return sequences of ids from their lengths and bytes."""
+    ids = all_ids_from_bytes(payload)
     sequences = []
     start = 0
     for length in lengths:
@@ -29,8 +29,8 @@ def unpack(lengths: Iterable[int], payload: bytes) -> list[list[int]]:
     return sequences
 
 
-def unpack_all(payload: bytes) -> list[int]:
-    """Return all ids as one sequence."""
+def all_ids_from_bytes(payload: bytes) -> list[int]:
+    """Return the ids of all sequences as one list."""
     ids = array(_TYPE)
     ids.frombytes(payload)
     return ids.tolist()

@@ -1,7 +1,7 @@
-"""What a reading process may take: set by itself, once it has imported what it needs.
+"""Limits that a sandboxed process sets on itself after its imports.
 
-On Linux all of it holds. macOS bounds no memory, and Windows has none of these limits: there the
-parent's limit on the time of a call is what remains.
+All of them hold on Linux. macOS does not limit memory, and Windows has none of these limits: there
+only the parent's limit on the time of a call remains.
 """
 
 from __future__ import annotations
@@ -17,47 +17,48 @@ from racdeploy.processes.memory import resident_bytes
 if sys.platform != "win32":
     import resource
 
-_RENEWED_S = 1.0
+_RENEW_AFTER_S = 1.0
 
 
 def confine(memory_bytes: int, opens_files: bool) -> None:
-    """Take so much more memory than now at most, write no file, and start no program.
+    """Deny this process file writes, programs, and more memory than ``memory_bytes`` beyond now.
 
-    Where operations open no files either, nothing is opened any more: no file, socket or pipe.
+    Unless it ``opens_files``, it can open nothing more: no file, socket or pipe.
     """
     if sys.platform == "win32":
         return
 
-    limit_memory(memory_bytes)  # which reads a file
+    limit_memory(memory_bytes)  # first, since it reads a file
     landlock.restrict(WRITE | Access.EXECUTE if opens_files else ALL, {})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    # No new descriptor of any kind: those that are open can still be used.
+    # No new descriptor of any kind; open ones still work.
     if not opens_files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Bound the private, writable memory of this process to what it has now and so much more.
+    """Limit the private, writable memory of this process to ``more_bytes`` above the present.
 
-    Files that are mapped to be read do not count: they take no memory of their own.
+    Files that are mapped for reading do not count.
     """
-    if taken := resident_bytes("VmData"):
-        most = taken + more_bytes
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    if used := resident_bytes("VmData"):
+        limit = used + more_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def limit_processor(seconds: float) -> None:
-    """End this process by SIGPROF after so much more processor time; 0 lifts the limit."""
+def limit_cpu_time(seconds: float) -> None:
+    """End this process by SIGPROF after ``seconds`` more of processor time; 0 lifts the limit."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 class StepLimit:
-    """Ends this process where a step takes more processor time, up to a second for each thread.
+    """Limit on the processor time of a step; a longer step ends this process.
 
-    Setting the timer costs more than a short step: within a second, it is left as it is.
+    Setting the timer costs more than a short step, so it is set at most once a second. The limit is
+    exact up to a second for each thread.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -65,8 +66,8 @@ class StepLimit:
         self._renewed_at = float("-inf")
 
     def renew(self) -> None:
-        """Begin a step."""
+        """Start the time of a new step."""
         now = time.monotonic()
-        if now - self._renewed_at > _RENEWED_S:
-            limit_processor(self._seconds)
+        if now - self._renewed_at > _RENEW_AFTER_S:
+            limit_cpu_time(self._seconds)
             self._renewed_at = now

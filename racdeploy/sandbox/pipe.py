@@ -1,6 +1,6 @@
-"""Frames of another process, waited for no longer than a time that is given.
+"""Read frames of another process with a time limit.
 
-Who asks reads by itself: a thread that did would have to wake it for each answer.
+The calling thread reads the pipe itself: a reading thread would have to wake it for each answer.
 """
 
 from __future__ import annotations
@@ -14,70 +14,70 @@ from typing import BinaryIO
 
 from racdeploy.processes.messages import Message, read_message
 
-_PIECE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 16
 
 
 class AnswerPipe:
-    """The reading end of a pipe.
+    """Reading end of a pipe.
 
     Args:
-        most_bytes: of a frame; a longer one counts as the end.
+        max_bytes: maximum size of a frame; a longer one counts as the end.
     """
 
-    def __init__(self, stream: BinaryIO, most_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, max_bytes: int) -> None:
         self._stream = stream
-        self._most_bytes = most_bytes
-        self._until = 0.0
-        self._piece = memoryview(b"")
+        self._max_bytes = max_bytes
+        self._deadline = 0.0
+        self._chunk = memoryview(b"")
 
-        # Windows cannot wait for a pipe: there a thread does.
-        self._moved: queue.SimpleQueue[bytes] | None = None
+        # Windows cannot poll a pipe: there a thread reads it.
+        self._chunks: queue.SimpleQueue[bytes] | None = None
         if not hasattr(select, "poll"):
-            self._moved = queue.SimpleQueue()
-            self._mover = threading.Thread(target=_move, args=(stream, self._moved), daemon=True)
-            self._mover.start()
+            self._chunks = queue.SimpleQueue()
+            self._thread = threading.Thread(target=_move, args=(stream, self._chunks), daemon=True)
+            self._thread.start()
         else:
             self._poller = select.poll()
             self._poller.register(stream, select.POLLIN)
 
     def receive(self, seconds: float) -> Message | None:
-        """Return the next frame, or None where there is none any more.
+        """Return the next frame, or None at the end of the pipe.
 
         Raises:
-            TimeoutError: it is not there after so many seconds.
+            TimeoutError: no frame within ``seconds``.
         """
-        self._until = time.monotonic() + seconds
-        return read_message(self, self._most_bytes)
+        self._deadline = time.monotonic() + seconds
+        return read_message(self, self._max_bytes)
 
     def read(self, count: int) -> bytes:
-        """Return at least a byte and at most so many; nothing at the end."""
-        if not self._piece:
-            self._piece = memoryview(self._wait())
-        found = bytes(self._piece[:count])
-        self._piece = self._piece[count:]
-        return found
+        """Return 1 to ``count`` bytes, or none at the end; TimeoutError after the time limit."""
+        if not self._chunk:
+            self._chunk = memoryview(self._wait())
+        data = bytes(self._chunk[:count])
+        self._chunk = self._chunk[count:]
+        return data
 
     def close(self) -> None:
         """Close the pipe, once its other end is closed."""
-        if self._moved is not None:
-            self._mover.join()
+        if self._chunks is not None:
+            self._thread.join()
         self._stream.close()
 
     def _wait(self) -> bytes:
-        left = max(0.0, self._until - time.monotonic())
-        if self._moved is not None:
+        remaining_s = max(0.0, self._deadline - time.monotonic())
+        if self._chunks is not None:
             try:
-                return self._moved.get(timeout=left)
+                return self._chunks.get(timeout=remaining_s)
             except queue.Empty:
                 raise TimeoutError from None
 
-        if not self._poller.poll(left * 1000.0):
+        if not self._poller.poll(remaining_s * 1000.0):
             raise TimeoutError
-        return os.read(self._stream.fileno(), _PIECE_BYTES)
+        return os.read(self._stream.fileno(), _CHUNK_BYTES)
 
 
-def _move(stream: BinaryIO, pieces: queue.SimpleQueue[bytes]) -> None:
-    """Move what comes to a queue; nothing marks the end."""
-    while piece := os.read(stream.fileno(), _PIECE_BYTES):
-        pieces.put(piece)
-    pieces.put(b"")
+def _move(stream: BinaryIO, chunks: queue.SimpleQueue[bytes]) -> None:
+    """Move the pipe's bytes to a queue; an empty chunk marks the end."""
+    while chunk := os.read(stream.fileno(), _CHUNK_BYTES):
+        chunks.put(chunk)
+    chunks.put(b"")

@@ -1,8 +1,8 @@
-"""The process that computes: ``python -m racdeploy.sandbox.worker MODULE MEMORY FILES``.
+"""Sandboxed process: ``python -m racdeploy.sandbox.worker MODULE MEMORY FILES``.
 
-``MODULE`` has ``OPERATIONS``: each gets a request's header and payload and returns the answer's.
-Whatever one raises is an answer too. ``MEMORY`` is in bytes, ``FILES`` is 1 where operations open
-files. The first answer, to no request, says that the module is imported; it ends with its stdin.
+``MODULE`` has ``OPERATIONS``: each gets the header and payload of a request and returns those of
+the answer; an exception is an answer too. ``MEMORY`` is in bytes, ``FILES`` is 1 where operations
+open files. A first, empty answer follows the import of the module; the process ends with its stdin.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Callable, Mapping
 
 from racdeploy.errors import RacdeployError
 from racdeploy.processes.messages import Header, Message, read_message, write_message
-from racdeploy.sandbox.limits import confine, limit_processor
+from racdeploy.sandbox.limits import confine, limit_cpu_time
 
 Operations = Mapping[str, Callable[[Header, bytes], Message]]
 
-_LONGEST_REASON = 2000  # characters
+_MAX_REASON_CHARACTERS = 2000
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # a library's prints must not mix with answers
 
     module = sys.argv[1]
     memory_bytes = int(sys.argv[2])
@@ -38,12 +38,12 @@ def main() -> None:
 
     while (request := read_message(requests)) is not None:
         write_message(answers, *_carry_out(operations, *request))
-    os._exit(0)  # nothing here is worth the time of an orderly end
+    os._exit(0)  # at once: there is nothing to save
 
 
 def _carry_out(operations: Operations, header: Header, payload: bytes) -> Message:
     try:
-        limit_processor(header["seconds"])
+        limit_cpu_time(header["seconds"])
         return operations[header["op"]](header, payload)
     except RacdeployError as error:
         name = type(error).__name__
@@ -54,15 +54,15 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Messag
             "remedy": error.remedy,
         }, b""
     except MemoryError:
-        return {"failed": "it took more memory than its process may"}, b""
-    except BaseException as error:  # noqa: BLE001 - a native library's panic is none of Exception
+        return {"failed": "it needed more memory than its process may use"}, b""
+    except BaseException as error:  # noqa: BLE001 - a native panic is no Exception
         if str(error):
             reason = f"{type(error).__name__}: {error}"
         else:
             reason = type(error).__name__
-        return {"failed": reason[:_LONGEST_REASON]}, b""
+        return {"failed": reason[:_MAX_REASON_CHARACTERS]}, b""
     finally:
-        limit_processor(0)
+        limit_cpu_time(0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Access to the server: a key, a host name of this machine, and a number of requests at a time."""
+"""Access control of the server: API key, host name, and number of concurrent requests."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from racdeploy.serve.requests import RequestError
 _OPEN_PATHS = ("/health",)
 
 
-class Turnstile:
-    """A limit on the requests inside."""
+class RequestLimit:
+    """Limit on concurrent requests."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._inside = 0
+    def __init__(self, max_requests: int) -> None:
+        self._limit = max_requests
+        self._running = 0
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Hold a place; without one the request is sent away."""
-        if self._inside >= self._room:
+    def slot(self) -> Iterator[None]:
+        """Hold a slot during the body; raise RequestError if all are taken."""
+        if self._running >= self._limit:
             raise RequestError(
                 "server-busy",
-                f"{self._inside} requests are under way or wait: try later",
+                f"{self._running} requests are running or waiting: try again later",
                 status=503,
             )
 
-        self._inside += 1
+        self._running += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._running -= 1
 
 
 @dataclass(frozen=True)
-class AccessCheck:
-    """An application behind a check, which returns the answer to whom it keeps out."""
+class AccessMiddleware:
+    """ASGI middleware: ``refuse`` returns the response to a request without access, or None."""
 
     app: ASGIApp
     refuse: Callable[[Scope], Response | None]
@@ -55,31 +55,31 @@ class AccessCheck:
 
 
 def refuse_other_keys(key: str, scope: Scope) -> Response | None:
-    """Keep out who has another key; the time that it takes says nothing about the key."""
-    given = dict(scope["headers"]).get(b"authorization", b"")
-    if scope["path"] in _OPEN_PATHS or hmac.compare_digest(given, f"Bearer {key}".encode()):
+    """Return a 401 response if the key is wrong; compared in constant time."""
+    authorization = dict(scope["headers"]).get(b"authorization", b"")
+    if scope["path"] in _OPEN_PATHS or hmac.compare_digest(authorization, f"Bearer {key}".encode()):
         return None
 
-    said = "the API key is wrong: send it as Authorization: Bearer KEY"
-    body = error_body(401, said, code="invalid_api_key")
+    message = "the API key is wrong: send it as Authorization: Bearer KEY"
+    body = error_body(401, message, code="invalid_api_key")
     return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
 
 
 def refuse_other_hosts(scope: Scope) -> Response | None:
-    """Keep out who asked for this machine by a name that is not its own.
+    """Return a 403 response unless the Host header names this machine.
 
-    A web page whose name was made to point here (DNS rebinding) asks for that name.
+    It stops DNS rebinding: a web page whose domain resolves to 127.0.0.1 sends its own domain.
     """
     host = Headers(scope=scope).get("Host", "")
     if is_loopback(_name_of(host)):
         return None
 
-    said = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
-    return JSONResponse(error_body(403, said), 403)
+    message = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
+    return JSONResponse(error_body(403, message), 403)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a name or an address is this machine's own."""
+    """Return True for localhost and loopback addresses."""
     if host == "localhost":
         return True
     try:
@@ -89,7 +89,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """Return a Host header without its port."""
+    """Return the host of a Host header, without port and brackets."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0]

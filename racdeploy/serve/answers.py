@@ -1,6 +1,4 @@
-"""Answers in OpenAI's form, with ``reasoning_content`` beside ``content`` as vLLM and llama-server
-have it.
-"""
+"""Responses in OpenAI's format, with ``reasoning_content`` as vLLM and llama-server have it."""
 
 from __future__ import annotations
 
@@ -11,11 +9,11 @@ from typing import Literal
 
 from racdeploy.errors import PromptError, RacdeployError, UsageError
 from racdeploy.files.reading import Json
-from racdeploy.runtime import Continuation, Piece, Result
+from racdeploy.runtime import Continuation, GenerationResult, TextChunk
 from racdeploy.serve.requests import RequestError
 
 OWNER = "racdeploy"
-# Where OpenAI has a code that clients know; elsewhere they get ours.
+# Errors with an OpenAI code that clients know; others keep racdeploy's code.
 _OPENAI_CODES = {
     "model-not-served": "model_not_found",
     "prompt-too-long": "context_length_exceeded",
@@ -23,12 +21,12 @@ _OPENAI_CODES = {
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One answer: what all its objects have in common.
+class CompletionResponse:
+    """Writer of one completion's objects, whole or in chunks, with a common id.
 
     Args:
         kind: ``chat.completion`` or ``text_completion``.
-        has_counts: a stream ends with a chunk of counts; the others then have an empty ``usage``.
+        has_counts: a stream ends with a chunk of ``usage``; all other chunks have a null one.
     """
 
     model: str
@@ -38,27 +36,27 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choice: Json, usage: Json) -> Json:
-        """Return the answer without a stream."""
+        """Return the object of a response without streaming."""
         return {**self._head(self.kind), "choices": [{"index": 0, **choice}], "usage": usage}
 
     def begin(self) -> Json:
-        """Return the first chunk of a chat."""
+        """Return the first chunk of a chat stream."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, piece: Piece) -> Json:
-        """Return a chunk of text."""
+    def piece(self, piece: TextChunk) -> Json:
+        """Return a chunk with text."""
         if self.kind == "text_completion":
             return self._chunk({"text": piece.text})
         key = "reasoning_content" if piece.kind == "thinking" else "content"
         return self._chunk({"delta": {key: piece.text}})
 
     def end(self, finish_reason: str) -> Json:
-        """Return the chunk that says why it ended."""
+        """Return the chunk with the finish reason."""
         last: Json = {"text": ""} if self.kind == "text_completion" else {"delta": {}}
         return self._chunk(last, finish_reason)
 
     def counts(self, usage: Json) -> Json:
-        """Return the chunk behind the last."""
+        """Return the final chunk with ``usage``."""
         return {**self._head(self._chunk_kind), "choices": [], "usage": usage}
 
     @property
@@ -80,20 +78,20 @@ class Answer:
         }
 
 
-def count_chat(result: Result) -> Json:
-    """Return the ``usage`` of a chat."""
+def write_chat_usage(result: GenerationResult) -> Json:
+    """Return the ``usage`` object of a chat."""
     details = {"reasoning_tokens": result.thinking_tokens}
     counted = _count(result.prompt_tokens, result.completion_tokens)
     return {**counted, "completion_tokens_details": details}
 
 
-def count_text(continuation: Continuation) -> Json:
-    """Return the ``usage`` of a completion."""
+def write_text_usage(continuation: Continuation) -> Json:
+    """Return the ``usage`` object of a completion."""
     return _count(len(continuation.prompt_ids), len(continuation.ids))
 
 
 def write_error(error: RacdeployError) -> tuple[int, Json]:
-    """Return the HTTP status and the object of an error."""
+    """Return HTTP status and error object of an exception."""
     status, param = 500, ""
     if isinstance(error, RequestError):
         status, param = error.status, error.param
@@ -113,7 +111,7 @@ def error_body(status: int, message: str, param: str = "", code: str = "") -> Js
 
 
 def write_models(name: str, created: int, context_tokens: int) -> Json:
-    """Return the list of the only model; its context has the name that vLLM gives it."""
+    """Return the list with the only model; ``max_model_len`` is vLLM's name of the context."""
     card: Json = {
         "id": name,
         "object": "model",

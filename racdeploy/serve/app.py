@@ -1,4 +1,4 @@
-"""The ASGI application: routes, what is asked of the model, and the objects that come back."""
+"""ASGI application: routes, calls of the model, and response objects."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from racdeploy.files.reading import Json
-from racdeploy.runtime import AsyncTextStream, Continuation, Model, Result
+from racdeploy.runtime import AsyncTextStream, Continuation, GenerationResult, Model
 from racdeploy.serve import answers
-from racdeploy.serve.access import AccessCheck, Turnstile, refuse_other_hosts, refuse_other_keys
-from racdeploy.serve.answers import Answer
+from racdeploy.serve.access import (
+    AccessMiddleware,
+    RequestLimit,
+    refuse_other_hosts,
+    refuse_other_keys,
+)
+from racdeploy.serve.answers import CompletionResponse
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
-from racdeploy.serve.text import ShownText
+from racdeploy.serve.text import VisibleText
 
-R = TypeVar("R", Result, Continuation)
-WAITING = 64  # requests that may wait for a slot; more are sent away
+R = TypeVar("R", GenerationResult, Continuation)
+MAX_WAITING_REQUESTS = 64  # requests that may wait for a slot; more get status 503
 
 
 @dataclass(frozen=True)
-class Served:
-    """What is served: a loaded model, its name, and how many requests it decodes together."""
+class ServedModel:
+    """Served model: the loaded model, its name, and its number of parallel requests."""
 
     model: Model
     name: str
     parallel: int
 
 
-def make_app(served: Served, key: str = "") -> Starlette:
-    """Return the application; an empty key lets every program of this machine in."""
+def make_app(served: ServedModel, key: str = "") -> Starlette:
+    """Return the application; with an empty key, all programs of this machine have access."""
     started = int(time.time())
     models = answers.write_models(served.name, started, served.model.context_tokens)
-    turnstile = Turnstile(served.parallel + WAITING)
+    request_limit = RequestLimit(served.parallel + MAX_WAITING_REQUESTS)
 
     async def list_models(request: Request) -> Response:
         return JSONResponse(models)
@@ -55,12 +60,14 @@ def make_app(served: Served, key: str = "") -> Starlette:
         status = {"status": "ok" if is_well else "the engine has ended: start the server again"}
         return JSONResponse(status, 200 if is_well else 503)
 
-    asked = {
+    handlers = {
         "/v1/chat/completions": _ask_chat,
         "/v1/completions": _ask_completion,
         "/tokenize": _tokenize,
     }
-    endpoints = {path: Endpoint(partial(ask, served), turnstile) for path, ask in asked.items()}
+    endpoints = {
+        path: Endpoint(partial(ask, served), request_limit) for path, ask in handlers.items()
+    }
 
     refuse = partial(refuse_other_keys, key) if key else refuse_other_hosts
     return Starlette(
@@ -70,7 +77,7 @@ def make_app(served: Served, key: str = "") -> Starlette:
             Route("/v1/models/{name}", show_model),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         ],
-        middleware=[Middleware(AccessCheck, refuse=refuse)],
+        middleware=[Middleware(AccessMiddleware, refuse=refuse)],
         exception_handlers={
             HTTPException: _answer_http_error,
             RequestError: _answer_refusal,
@@ -81,21 +88,24 @@ def make_app(served: Served, key: str = "") -> Starlette:
 
 @dataclass(frozen=True)
 class _Exchange(Generic[R]):
-    """A request under way, of either endpoint.
+    """A running request of either endpoint.
 
     Args:
-        write_choice: the choice of a whole answer, without its end.
-        count: its ``usage``.
+        write_choice: returns the choice of a whole response, without the finish reason.
+        count: returns its ``usage``.
     """
 
     stream: AsyncTextStream[R]
-    shown: ShownText[R]
-    answer: Answer
+    shown: VisibleText[R]
+    answer: CompletionResponse
     write_choice: Callable[[R], Json]
     count: Callable[[R], Json]
 
     async def reply(self, *, as_stream: bool) -> Reply:
-        """Read to the end; or to the first piece, so that an error before it has its status."""
+        """Return the whole response, or a stream with its first chunk.
+
+        The first chunk is awaited, so that an error before it still gets its HTTP status.
+        """
         if as_stream:
             chunks = self._write_chunks()
             return Reply(await anext(chunks), chunks)
@@ -122,88 +132,88 @@ class _Exchange(Generic[R]):
             if self.answer.has_counts:
                 yield self.answer.counts(self.count(result))
         finally:
-            self.stream.cancel()  # where the client went away
+            self.stream.cancel()  # if the client has disconnected
 
     def _reason(self, result: R) -> str:
         ran_out = result.finish_reason == "length" and not self.shown.is_stopped
         return "length" if ran_out else "stop"
 
 
-async def _ask_chat(served: Served, body: Json) -> Reply:
-    asked = read_chat(body)
-    _check_name(asked.model, served.name)
+async def _ask_chat(served: ServedModel, body: Json) -> Reply:
+    request = read_chat(body)
+    _check_name(request.model, served.name)
     model = served.model
-    most = model.manifest.generation.max_new_tokens
-    options = asked.options(most, thinks=model.tags is not None)
-    messages = [message.to_message() for message in asked.messages]
+    max_new_tokens = model.manifest.generation.max_new_tokens
+    options = request.options(max_new_tokens, thinks=model.tags is not None)
+    messages = [message.to_message() for message in request.messages]
 
     stream = model.astream(messages, **options)
-    shown = ShownText(stream, asked.stops, strip=True)
+    shown = VisibleText(stream, request.stops, strip=True)
 
-    def write_choice(result: Result) -> Json:
+    def write_choice(result: GenerationResult) -> Json:
         thinking = result.thinking or None
         content = shown.cut(result.answer)
         return {"message": {"role": "assistant", "content": content, "reasoning_content": thinking}}
 
-    answer = Answer(served.name, "chat.completion", asked.wants_usage)
-    exchange = _Exchange(stream, shown, answer, write_choice, answers.count_chat)
-    return await exchange.reply(as_stream=asked.stream)
+    answer = CompletionResponse(served.name, "chat.completion", request.wants_usage)
+    exchange = _Exchange(stream, shown, answer, write_choice, answers.write_chat_usage)
+    return await exchange.reply(as_stream=request.stream)
 
 
-async def _ask_completion(served: Served, body: Json) -> Reply:
-    asked = read_completion(body)
-    _check_name(asked.model, served.name)
-    _check_stop_ids(asked.stop_token_ids, served.model.manifest.tokenizer.eos_ids)
+async def _ask_completion(served: ServedModel, body: Json) -> Reply:
+    request = read_completion(body)
+    _check_name(request.model, served.name)
+    _check_stop_ids(request.stop_token_ids, served.model.manifest.tokenizer.eos_ids)
 
-    stream = served.model.acontinue_text(asked.only_prompt, **asked.text_options())
-    shown = ShownText(stream, asked.stops, strip=False)
+    stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
+    shown = VisibleText(stream, request.stops, strip=False)
 
-    def write_choice(found: Continuation) -> Json:
-        choice: Json = {"text": shown.cut(found.text)}
-        if asked.return_token_ids:  # named as vLLM does
-            choice |= {"token_ids": found.ids, "prompt_token_ids": found.prompt_ids}
+    def write_choice(result: Continuation) -> Json:
+        choice: Json = {"text": shown.cut(result.text)}
+        if request.return_token_ids:  # named as vLLM does
+            choice |= {"token_ids": result.ids, "prompt_token_ids": result.prompt_ids}
         return choice
 
-    answer = Answer(served.name, "text_completion", asked.wants_usage)
-    exchange = _Exchange(stream, shown, answer, write_choice, answers.count_text)
-    return await exchange.reply(as_stream=asked.stream)
+    answer = CompletionResponse(served.name, "text_completion", request.wants_usage)
+    exchange = _Exchange(stream, shown, answer, write_choice, answers.write_text_usage)
+    return await exchange.reply(as_stream=request.stream)
 
 
-async def _tokenize(served: Served, body: Json) -> Reply:
-    """Return the engine's own ids of a text, as llama-server does; special tokens are parsed."""
+async def _tokenize(served: ServedModel, body: Json) -> Reply:
+    """Return the engine's ids of a text, like llama-server's /tokenize; parse special tokens."""
     text = body.get("content")
     if not isinstance(text, str):
-        raise RequestError("bad-parameter", "content is no text", param="content")
+        raise RequestError("bad-parameter", "content is not a string", param="content")
 
     ids = served.model.engine.tokenize(text)
     return Reply({"tokens": served.model.encoder.encode_text(text) if ids is None else ids})
 
 
-def _check_name(asked: str | None, name: str) -> None:
-    if asked not in (None, "", name):
+def _check_name(requested: str | None, name: str) -> None:
+    if requested not in (None, "", name):
         raise RequestError(
             "model-not-served",
-            f"there is no model {asked!r} here: it is {name!r}, and may be left out",
+            f"there is no model {requested!r}: the model is {name!r}, and may be omitted",
             status=404,
             param="model",
         )
 
 
-def _check_stop_ids(asked: Sequence[int], eos_ids: Collection[int]) -> None:
-    others = sorted(set(asked) - set(eos_ids))
-    if others:
+def _check_stop_ids(stop_ids: Sequence[int], eos_ids: Collection[int]) -> None:
+    unsupported = sorted(set(stop_ids) - set(eos_ids))
+    if unsupported:
         raise RequestError(
             "unsupported-parameter",
-            f"stop_token_ids {others} are not supported: the model's own {sorted(eos_ids)} end a "
-            "completion; use stop for a text",
+            f"stop_token_ids {unsupported} are not supported: the model's own {sorted(eos_ids)} "
+            "end a completion; use stop for a text",
             param="stop_token_ids",
         )
 
 
 def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = f"{request.method} {request.url.path}: {error.detail}"
-    body = answers.error_body(error.status_code, said)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    body = answers.error_body(error.status_code, message)
     return JSONResponse(body, error.status_code, headers=error.headers)
 
 
@@ -214,5 +224,5 @@ def _answer_refusal(request: Request, error: Exception) -> Response:
 
 
 def _answer_failure(request: Request, error: Exception) -> Response:
-    """Say no more than that: the server's own log has the rest."""
+    """Return a generic error: details stay in the server's log."""
     return JSONResponse(answers.error_body(500, "the server failed; its log says why"), 500)

@@ -1,6 +1,4 @@
-"""One request from its body to its last byte: limits, a client that goes away, and a server that
-stops.
-"""
+"""Handling of one request: size limit, client disconnect, server shutdown, streaming."""
 
 from __future__ import annotations
 
@@ -17,49 +15,51 @@ from starlette.types import Message, Receive, Scope, Send
 
 from racdeploy.errors import RacdeployError
 from racdeploy.files.reading import Json
-from racdeploy.serve.access import Turnstile
+from racdeploy.serve.access import RequestLimit
 from racdeploy.serve.answers import write_error
 from racdeploy.serve.requests import RequestError, read_json
 
-LARGEST_BODY = 1_000_000  # bytes
+MAX_BODY_BYTES = 1_000_000  # bytes
 _RETRY_AFTER_S = 5
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would keep pieces back
+    (b"x-accel-buffering", b"no"),  # nginx would buffer the stream
 ]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back: one object, or a stream of them of which the first is there already."""
+    """Response body: one object, or the first object of a stream and the rest."""
 
     body: Json
     rest: AsyncGenerator[Json, None] | None = None
 
 
-Ask = Callable[[Json], Awaitable[Reply]]
+Handler = Callable[[Json], Awaitable[Reply]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An ASGI application that gives the JSON object of a body to ``ask``."""
+    """ASGI application that passes the JSON object of a request body to ``ask``."""
 
-    ask: Ask
-    turnstile: Turnstile
+    ask: Handler
+    request_limit: RequestLimit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(scope, receive, send)
         try:
             body = await _read_body(Request(scope, receive))
-            with self.turnstile.entered():
-                await _unless_gone(receive, self._answer(body, sender))
+            with self.request_limit.slot():
+                await _cancel_if_disconnected(receive, self._answer(body, sender))
         except RacdeployError as error:
             await sender.fail(error)
         except ClientDisconnect:
             return
-        except asyncio.CancelledError:  # only the server cancels: it stops, and has waited
-            await sender.fail(RequestError("server-stopping", "the server stops", status=503))
+        except asyncio.CancelledError:  # only the server cancels, after its grace period
+            await sender.fail(
+                RequestError("server-stopping", "the server is shutting down", status=503)
+            )
 
     async def _answer(self, body: Json, sender: _Sender) -> None:
         reply = await self.ask(body)
@@ -76,7 +76,7 @@ class Endpoint:
 
 @dataclass
 class _Sender:
-    """Sends one object, or a stream of server-sent events that ends with ``[DONE]``."""
+    """Sender of one object, or of server-sent events that end with ``[DONE]``."""
 
     scope: Scope
     receive: Receive
@@ -101,7 +101,7 @@ class _Sender:
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: RacdeployError) -> None:
-        """Say what failed, in the place of what would have come."""
+        """Send an error, as a response or as an event if the stream has started."""
         status, body = write_error(error)
         if not self.streams:
             await self.send_json(status, body)
@@ -116,34 +116,34 @@ class _Sender:
 
 
 async def _read_body(request: Request) -> Json:
-    """Return the object of a body.
+    """Read and parse a request body.
 
-    A page in a browser can send no JSON to another site without asking first, which nobody here
-    answers: so a body of another kind is refused.
+    Other content types than JSON are refused: a browser sends JSON to another origin only after a
+    CORS preflight, which this server does not answer.
     """
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(
             "wrong-content-type",
-            f"the body is {kind or 'of no kind'}: send Content-Type: application/json",
+            f"the body is {kind or 'of no type'}: send Content-Type: application/json",
             status=415,
         )
 
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
-        if len(received) > LARGEST_BODY:
+        if len(received) > MAX_BODY_BYTES:
             raise RequestError(
-                "body-too-large", f"the body has more than {LARGEST_BODY} bytes", status=413
+                "body-too-large", f"the body has more than {MAX_BODY_BYTES} bytes", status=413
             )
 
     return read_json(bytes(received))
 
 
-async def _unless_gone(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
-    """Answer, unless the client goes away or the server stops meanwhile."""
+async def _cancel_if_disconnected(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
+    """Run ``answer`` until it ends, the client disconnects or the server stops."""
     answering = asyncio.create_task(answer)
-    leaving = asyncio.create_task(_wait_until_gone(receive))
+    leaving = asyncio.create_task(_wait_until_disconnected(receive))
 
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,7 +156,7 @@ async def _unless_gone(receive: Receive, answer: Coroutine[Any, Any, None]) -> N
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
-async def _wait_until_gone(receive: Receive) -> None:
+async def _wait_until_disconnected(receive: Receive) -> None:
     message: Message = {"type": ""}
     while message["type"] != "http.disconnect":
         message = await receive()

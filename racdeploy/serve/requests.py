@@ -1,6 +1,6 @@
-"""Requests in OpenAI's form: read and checked; nothing that matters is passed over without a word.
+"""Requests in OpenAI's format: parsed and validated.
 
-What a client sends beyond what this server does is refused, unless its value changes nothing.
+An unsupported parameter is refused, unless its value has no effect: see ``harmless.toml``.
 Source: OpenAI's API reference, chat and completions; ``return_token_ids`` is vLLM's.
 """
 
@@ -17,19 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
-from racdeploy.runtime import Options
-from racdeploy.runtime.model import TextOptions
+from racdeploy.runtime import GenerationOptions
+from racdeploy.runtime.model import ContinuationOptions
 
-EFFORTS = {"none": 0.0, "low": 0.2, "medium": 0.5, "high": 0.8}
-"""``reasoning_effort``: the share of ``max_tokens`` that the thinking may take."""
+REASONING_EFFORTS = {"none": 0.0, "low": 0.2, "medium": 0.5, "high": 0.8}
+"""``reasoning_effort`` and the maximum share of ``max_tokens`` for the thinking."""
 
 _LARGEST_SEED = 2**31
-_MOST_STOPS = 16
+_MAX_STOPS = 16
 _TABLE = tomllib.loads((files("racdeploy.serve") / "harmless.toml").read_text(encoding="utf-8"))
 
 
 class RequestError(UsageError):
-    """A request that is refused: its HTTP status, and the parameter that is wrong."""
+    """A refused request, with HTTP status and the wrong parameter."""
 
     def __init__(self, code: str, message: str, *, status: int = 400, param: str = "") -> None:
         super().__init__(code, message)
@@ -42,21 +42,21 @@ class _Model(BaseModel):
 
 
 class TextPart(_Model):
-    """A part of a message; images and sound are refused."""
+    """Text part of a message; images and audio are refused."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Model):
-    """A turn; ``reasoning_content`` reaches the model's template, which mostly leaves it out."""
+    """A message; ``reasoning_content`` is passed to the chat template, which mostly omits it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     reasoning_content: str | None = None
 
     def to_message(self) -> dict[str, str]:
-        """Return what templates know."""
+        """Return the message for the chat template."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         role = "system" if self.role == "developer" else self.role
@@ -68,36 +68,36 @@ class ChatMessage(_Model):
 
 
 class StreamOptions(_Model):
-    """What a stream says beside the text."""
+    """Options of a streaming response."""
 
     include_usage: bool = False
 
 
 class _Request(_Model):
-    """What both endpoints take; None is the bundle's."""
+    """Parameters of both endpoints; None takes the bundle's value."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=_MOST_STOPS)
+    stop: str | list[str] | None = Field(None, max_length=_MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> list[str]:
-        """The strings that end an answer."""
+        """Strings that end an answer."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [stop for stop in stops if stop]
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
+        """True if a stream ends with a ``usage`` chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def text_options(self) -> TextOptions:
-        """Return the sampling; every request without a seed draws its own."""
+    def text_options(self) -> ContinuationOptions:
+        """Return the sampling options; a request without a seed gets a random one."""
         seed = secrets.randbelow(_LARGEST_SEED) if self.seed is None else self.seed
         return {
             "max_new_tokens": self.max_tokens,
@@ -118,14 +118,14 @@ class ChatRequest(_Request):
     max_thinking_tokens: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
 
-    def options(self, max_new_tokens: int, thinks: bool) -> Options:
-        """Return the sampling and the thinking budget.
+    def options(self, max_new_tokens: int, thinks: bool) -> GenerationOptions:
+        """Return the sampling options and the thinking budget.
 
         Args:
-            max_new_tokens: the bundle's, where the request has none.
-            thinks: whether the model has thinking tags, without which no budget can be kept.
+            max_new_tokens: the bundle's limit, used if the request has none.
+            thinks: True if the model has thinking tags, which a budget needs.
         """
-        most = self.max_completion_tokens or self.max_tokens or max_new_tokens
+        max_new = self.max_completion_tokens or self.max_tokens or max_new_tokens
         budget = self.max_thinking_tokens
         effort = self.reasoning_effort
 
@@ -136,9 +136,9 @@ class ChatRequest(_Request):
                 param="reasoning_effort",
             )
         if effort is not None and (thinks or effort != "none"):
-            budget = int(EFFORTS[effort] * most)
+            budget = int(REASONING_EFFORTS[effort] * max_new)
 
-        return {**self.text_options(), "max_new_tokens": most, "max_thinking_tokens": budget}
+        return {**self.text_options(), "max_new_tokens": max_new, "max_thinking_tokens": budget}
 
 
 class CompletionRequest(_Request):
@@ -179,14 +179,14 @@ def read_chat(body: Json) -> ChatRequest:
 
 def read_completion(body: Json) -> CompletionRequest:
     """Check a body of ``/v1/completions``."""
-    asked = _check(CompletionRequest, body)
-    if asked.return_token_ids and asked.stream:
+    request = _check(CompletionRequest, body)
+    if request.return_token_ids and request.stream:
         raise RequestError(
             "parameters-conflict",
             "return_token_ids is for answers without a stream",
             param="return_token_ids",
         )
-    return asked
+    return request
 
 
 def read_json(data: bytes) -> Json:
@@ -228,7 +228,11 @@ def _leave_out(body: Json, neutral: Mapping[str, Sequence[object]]) -> Any:
             continue
         if name not in neutral:
             kept[name] = value
-        elif not any(_is_same(value, harmless) for harmless in neutral[name]):
+        # 0 and false are equal in Python, and not in JSON.
+        elif not any(
+            value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
+            for harmless in neutral[name]
+        ):
             raise RequestError(
                 "unsupported-parameter",
                 f"{name} = {json.dumps(value):.60} is not supported: leave it out",
@@ -236,8 +240,3 @@ def _leave_out(body: Json, neutral: Mapping[str, Sequence[object]]) -> Any:
             )
 
     return kept
-
-
-def _is_same(value: object, other: object) -> bool:
-    """Return whether two JSON values are equal; 0 and false are not."""
-    return value == other and isinstance(value, bool) == isinstance(other, bool)

@@ -1,6 +1,7 @@
-"""Run the server: an address, a loaded bundle, and an end in good order.
+"""Server process: bind an address, load a bundle, serve, shut down on a signal.
 
-On the first signal nobody new is let in and what runs has a few seconds; a second one ends it now.
+After the first signal no request is accepted and running ones get ``SHUTDOWN_GRACE_S`` seconds; a
+second signal stops them at once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.runtime import load
 from racdeploy.runtime.loading import load_dense
 from racdeploy.serve.access import is_loopback
-from racdeploy.serve.app import Served, make_app
-from racdeploy.sparse_kernels import Mode
+from racdeploy.serve.app import ServedModel, make_app
+from racdeploy.sparse_kernels import AccelMode
 
-GRACE_S = 5
+SHUTDOWN_GRACE_S = 5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -35,21 +36,21 @@ def serve(
     parallel: int = 4,
     context_tokens: int | None = None,
     threads: int = 0,
-    accel: Mode = "auto",
+    accel: AccelMode = "auto",
     dense: Path | None = None,
-    on_ready: Callable[[str, Served], None],
+    on_ready: Callable[[str, ServedModel], None],
 ) -> bool:
-    """Serve a bundle until a signal comes; return whether it was Ctrl-C.
+    """Serve a bundle until a signal; return True if it was SIGINT (Ctrl-C).
 
     Args:
-        port: 0 takes a free one.
-        key_env: environment variable that holds the API key; empty asks for none.
-        dense: the dense artifact, to be served in the place of the pruned one.
-        on_ready: gets the address of the API, once it answers, and what is served.
+        port: 0 selects a free one.
+        key_env: environment variable with the API key; empty requires no key.
+        dense: dense artifact to serve instead of the pruned one.
+        on_ready: called once with the URL of the API and the served model, when it answers.
 
     Raises:
-        UsageError: the key is not set, or the host is open to others and there is none.
-        EnvironmentFailure: the address cannot be used.
+        UsageError: the key is not set, or is missing although other machines can reach the host.
+        EnvironmentFailure: the address cannot be bound.
     """
     key = _read_key(key_env)
     if not key and not is_loopback(host):
@@ -74,9 +75,9 @@ def serve(
             )
 
         with model:
-            # A pruned model has the name of its artifact, which says how it was made.
+            # The model is named by its artifact, whose name tells quant and pruning.
             file = dense or Path(model.manifest.artifacts[0].path)
-            served = Served(model, file.stem, parallel)
+            served = ServedModel(model, file.stem, parallel)
             url = _url(address)
             server = _Server(served, key, lambda: on_ready(url, served))
             asyncio.run(server.serve(sockets=[address]))
@@ -85,9 +86,9 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it is ready and returns after a signal."""
+    """uvicorn's server with a ready callback; returns after a signal instead of re-raising it."""
 
-    def __init__(self, served: Served, key: str, on_ready: Callable[[], None]) -> None:
+    def __init__(self, served: ServedModel, key: str, on_ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             make_app(served, key),
             log_config=None,
@@ -95,7 +96,7 @@ class _Server(uvicorn.Server):
             lifespan="off",
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=GRACE_S,
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         )
         super().__init__(config)
         self.signal = 0

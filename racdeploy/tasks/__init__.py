@@ -1,9 +1,9 @@
-"""What is asked of a model: tasks in ``sets/``, scorers in ``scorers/``, one file each.
+"""Tasks for models: problems in ``sets/``, scorers in ``scorers/``, one file each.
 
 A procedural task has ``draw(random) -> Problem``; a task over a file has ``read(path) ->
-list[Problem]``; a public set has ``SET`` and ``ask(row) -> Problem``. Which split a question
-belongs to is decided by a hash of its text, so training, calibration and evaluation never share
-one, whatever the seeds. Splits that a set was published with are kept.
+list[Problem]``; a public dataset has ``DATASET`` and ``make_problem(row) -> Problem``. A hash of
+its text decides the split of a question, so training, calibration and evaluation never share one,
+whatever the seeds. Published splits of a dataset are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.tasks import scoring
-from racdeploy.tasks.published import Published, read_hub, read_local
+from racdeploy.tasks.public_dataset import PublicDataset, read_hub, read_local
 from racdeploy.tasks.rows import SUFFIXES, Row, refuse_table
 from racdeploy.tasks.task import (
     FILE_SHARES,
@@ -27,8 +27,8 @@ from racdeploy.tasks.task import (
     Problem,
     Split,
     Task,
-    name_of,
-    split_share,
+    hash_to_unit,
+    task_name,
 )
 
 __all__ = [
@@ -36,115 +36,123 @@ __all__ = [
     "Split",
     "Task",
     "TaskSet",
-    "follows",
+    "draw_from_tasks",
+    "find_protocol",
+    "hash_to_unit",
+    "list_procedural_tasks",
+    "list_public_tasks",
     "load",
-    "problems_of",
-    "procedural_names",
-    "public_names",
-    "split_share",
 ]
 
 _SAFE_QUESTIONS = 20
-"""One of two halves of so many is empty once in 500,000 files."""
+"""Questions for which a hash leaves one of two halves empty in one of 500,000 files."""
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """What a model is asked, by specification: when it is verified, and when it is calibrated."""
+    """Tasks of verification and of calibration, by specification."""
 
     evaluation: Mapping[str, Task]
     calibration: Mapping[str, Task]
 
     @classmethod
     def load(cls, evaluation: Sequence[str], calibration: Sequence[str]) -> TaskSet:
-        """Load tasks: by default all procedural ones, and for calibration those of evaluation.
+        """Load tasks: by default all procedural ones, and the same tasks for calibration.
 
-        A public set without training questions is only evaluated on; others must calibrate.
+        Raises:
+            UsageError: a task is named twice, or no task has questions for calibration.
         """
-        evaluation = tuple(evaluation) or procedural_names()
+        evaluation = tuple(evaluation) or list_procedural_tasks()
 
         for specs in (evaluation, calibration):
             if len(set(specs)) < len(specs):
                 twice = f"a task is named twice: {', '.join(specs)}"
                 raise UsageError("task-named-twice", twice, remedy="name each task once")
 
-        asked = {spec: load(spec) for spec in evaluation}
-        trained = [spec for spec in asked if asked[spec].calibrates]
+        evaluated = {spec: load(spec) for spec in evaluation}
+        trained = [spec for spec in evaluated if evaluated[spec].has_calibration]
 
-        others = {}
+        calibrated = {}
         for spec in calibration or trained:
-            if spec in asked and spec not in trained:
-                raise _refuse_untrained(asked[spec])
-            others[spec] = asked.get(spec) or load(spec)
+            if spec in evaluated and spec not in trained:
+                raise _refuse_untrained(evaluated[spec])
+            calibrated[spec] = evaluated.get(spec) or load(spec)
 
-        if not others:
-            raise _refuse_untrained(asked[evaluation[0]])
-        return cls(asked, others)
+        if not calibrated:
+            raise _refuse_untrained(evaluated[evaluation[0]])
+        return cls(evaluated, calibrated)
 
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
-        """Return up to ``count`` problems of a split, evenly shared; a file for it alone: all."""
-        asked, others = self.evaluation, self.calibration
-        if split == "calibration":
-            asked, others = others, asked
+        """Return up to ``count`` problems of a split, shared evenly among its tasks.
 
-        chosen = [task.serving(split, whole=spec not in others) for spec, task in asked.items()]
+        A file that serves only this split gives all its problems to it.
+        """
+        drawn_from, others = self.evaluation, self.calibration
+        if split == "calibration":
+            drawn_from, others = others, drawn_from
+
+        chosen = [
+            task.for_split(split, whole=spec not in others) for spec, task in drawn_from.items()
+        ]
         wanted = count
 
+        # Every task gives the same number: the smallest file limits all of them.
         for task in chosen:
-            available = task.available(split)
+            available = task.count_available(split)
             if available is not None:
                 count = min(count, len(chosen) * available)
 
         if not count:
             raise _refuse_few(chosen, split, wanted)
 
-        return problems_of(chosen, split, seed, count)
+        return draw_from_tasks(chosen, split, seed, count)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on files in which questions repeat."""
+        """Notes on files with repeated questions."""
         files = {**self.evaluation, **self.calibration}
         return tuple(
-            f"{task.spec} has {task.repeated} lines whose question another line has, too: "
+            f"{task.spec} has {task.duplicate_count} lines that repeat another question: "
             f"each of {len(task.pool)} questions counts once"
             for task in files.values()
-            if task.repeated
+            if task.duplicate_count
         )
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Sentences on files and public sets: where from, how split, as which harness asks."""
-        told: list[str] = []
+        """Sentences on files and public datasets: their source, split and protocol."""
+        sentences: list[str] = []
         calibration = ", ".join(self.calibration)
 
         for spec, task in {**self.evaluation, **self.calibration}.items():
             whole = spec not in self.evaluation or spec not in self.calibration
-            told += task.describe(whole=whole)
+            sentences += task.describe(whole=whole)
 
-            if spec in self.evaluation and not task.calibrates:
-                told.append(f"{spec} is only evaluated on; calibration: {calibration}")
+            if spec in self.evaluation and not task.has_calibration:
+                sentences.append(f"{spec} is only evaluated on; calibration: {calibration}")
 
-        # A set is told of once, also where a file of it is there beside the Hub's.
-        return tuple(dict.fromkeys(told))
+        # Once for each dataset, even if it comes from a file as well as from the Hub.
+        return tuple(dict.fromkeys(sentences))
 
     def identify_calibration(self) -> list[dict[str, str]]:
-        """Return what decides the calibration prompts: names of tasks, hashes of their files."""
+        """Return everything that the calibration prompts depend on: task names, file hashes."""
         identities = []
 
         for spec, task in self.calibration.items():
-            serving = task.serving("calibration", whole=spec not in self.evaluation)
-            problems = task.pool if serving.trained is None else serving.trained
+            serving = task.for_split("calibration", whole=spec not in self.evaluation)
+            problems = task.pool if serving.calibration_pool is None else serving.calibration_pool
 
             lines = [f"{each.question}\0{each.gold}\0{each.scorer}" for each in problems]
             pool = "\n".join(lines).encode()
-            identities.append({"name": name_of(spec), "pool": hashlib.sha256(pool).hexdigest()})
+            identities.append({"name": task_name(spec), "pool": hashlib.sha256(pool).hexdigest()})
         return identities
 
 
 def load(spec: str) -> Task:
-    """Load a task by name, by ``name:argument`` where it reads a file, or by ``hub:name``."""
+    """Load a task by name, by ``name:argument`` if it reads a file, or by ``hub:name``."""
     name, colon, argument = spec.partition(":")
-    if not colon:  # a file in the place of a task
+    # A file in place of a task is a common mistake: tell the user how to write it.
+    if not colon:
         refuse_table(spec)
         if spec.endswith((".jsonl", ".json")):
             remedy = f"write --task jsonl:{spec}"
@@ -155,9 +163,9 @@ def load(spec: str) -> Task:
 
     module = plugins.load("tasks", name)
 
-    if hasattr(module, "SET"):
+    if hasattr(module, "DATASET"):
         if not argument:
-            raise _refuse_unsourced(name, module.SET)
+            raise _refuse_unsourced(name, module.DATASET)
         return _load_published(spec, module, argument)
 
     if hasattr(module, "read"):
@@ -167,7 +175,7 @@ def load(spec: str) -> Task:
             )
 
         refuse_table(argument)
-        pool, repeated = _keep_once(module.read(Path(argument)))
+        pool, repeated = _drop_duplicates(module.read(Path(argument)))
         return Task(spec, None, pool, FILE_SHARES, repeated)
 
     if colon:
@@ -179,13 +187,13 @@ def load(spec: str) -> Task:
 
 
 def _load_published(spec: str, module: ModuleType, path: str) -> Task:
-    """Load a public set from a path; from the Hub if that is empty."""
-    published: Published = module.SET
+    """Load a public dataset from a path, or from the Hub if the path is empty."""
+    published: PublicDataset = module.DATASET
     read = read_local(published, Path(path)) if path else read_hub(published)
     evaluation, calibration = read
 
-    asked = _ask_all(module, evaluation, spec)
-    pool, repeated = _keep_once(asked)
+    problems = _ask_all(module, evaluation, spec)
+    pool, repeated = _drop_duplicates(problems)
     for scorer in {problem.scorer for problem in pool}:
         scoring.check(scorer)
 
@@ -193,66 +201,70 @@ def _load_published(spec: str, module: ModuleType, path: str) -> Task:
     if calibration is None:
         return task
 
-    # A few sets have a question in both splits: it is for evaluation.
-    taught = _ask_all(module, calibration, spec)
+    # A few datasets have a question in both splits: it is for evaluation.
+    training = _ask_all(module, calibration, spec)
     tested = {problem.question for problem in pool}
-    trained, _ = _keep_once([problem for problem in taught if problem.question not in tested])
-    return replace(task, trained=trained)
+    trained, _ = _drop_duplicates([each for each in training if each.question not in tested])
+    return replace(task, calibration_pool=trained)
 
 
 def _ask_all(module: ModuleType, rows: Sequence[Row], spec: str) -> list[Problem]:
-    """Return a problem for each row; the first row that is not as published is refused."""
-    problems: list[Problem] = []
+    """Return a problem for each row.
 
+    Raises:
+        UsageError: a row lacks a column or is not as published.
+    """
+    problems: list[Problem] = []
     for number, row in enumerate(rows, 1):
-        place = f"{spec}: row {number}"
-        _check_columns(module.SET, row, place)
+        row_name = f"{spec}: row {number}"
+        _check_columns(module.DATASET, row, row_name)
         try:
-            problems.append(module.ask(row))
+            problems.append(module.make_problem(row))
         except UsageError as error:
-            error.message = f"{place}: {error.message}"
+            error.message = f"{row_name}: {error.message}"
             raise
 
     return problems
 
 
-def _check_columns(published: Published, row: Row, place: str) -> None:
+def _check_columns(published: PublicDataset, row: Row, row_name: str) -> None:
+    """Refuse a row with a missing or empty column; ``row_name`` is its file and number."""
     page = f"https://huggingface.co/datasets/{published.evaluation.dataset}"
     for column in published.columns:
         if row.get(column) in (None, "", []):
             raise UsageError(
                 "missing-column",
-                f"{place} has no {column!r}; its columns are {', '.join(row)}",
+                f"{row_name} has no {column!r}; its columns are {', '.join(row)}",
                 remedy=f"give {published.title} as it was published: {page}",
             )
 
 
-def _keep_once(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], int]:
-    """Return the problems, each question once, and how many repeat another's."""
-    by_question = {problem.question: problem for problem in problems}
-    return tuple(by_question.values()), len(problems) - len(by_question)
+def _drop_duplicates(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], int]:
+    """Return the problems with each question once, and the number of duplicates."""
+    problem_by_question = {problem.question: problem for problem in problems}
+    return tuple(problem_by_question.values()), len(problems) - len(problem_by_question)
 
 
-def public_names() -> tuple[str, ...]:
-    """Return the names of the public sets."""
-    return _names_with("SET")
+def list_public_tasks() -> tuple[str, ...]:
+    """Return the names of the public datasets."""
+    return _names_with("DATASET")
 
 
-def follows(spec: str) -> str:
-    """Return whose prompt and score a task has, harness and version; empty for our own."""
-    name = name_of(spec)
-    if name not in plugins.names("tasks"):
+def find_protocol(spec: str) -> str:
+    """Return the harness and version whose prompt and score a task has; empty for our own."""
+    name = task_name(spec)
+    if name not in plugins.list_names("tasks"):
         return ""
 
-    published = getattr(plugins.load("tasks", name), "SET", None)
-    return published.follows if published else ""
+    published = getattr(plugins.load("tasks", name), "DATASET", None)
+    return published.protocol if published else ""
 
 
 def _find_set(name: str) -> str:
-    """Return the name, or the one of a dataset's id on the Hub; refuse what is no public set."""
-    known = public_names()
+    """Return the name of a public dataset, or refuse it; an id of the Hub gets a hint."""
+    known = list_public_tasks()
     for each in known:
-        if plugins.load("tasks", each).SET.evaluation.dataset.casefold() == name.casefold():
+        if plugins.load("tasks", each).DATASET.evaluation.dataset.casefold() == name.casefold():
             raise UsageError(
                 "dataset-as-task", f"{name} is task {each!r}", remedy=f"write --task {HUB}:{each}"
             )
@@ -260,33 +272,33 @@ def _find_set(name: str) -> str:
     if name not in known:
         raise UsageError(
             "unknown-public-set",
-            f"{name or 'nothing'} is no public set{plugins.closest(name, known)}",
+            f"{name or 'nothing'} is not a public dataset{plugins.suggest(name, known)}",
             remedy=f"known: {', '.join(known)}; your own questions: --task jsonl:FILE",
         )
     return name
 
 
-def _refuse_unsourced(name: str, published: Published) -> UsageError:
+def _refuse_unsourced(name: str, published: PublicDataset) -> UsageError:
     forms = ", ".join(suffix.removeprefix(".") for suffix in SUFFIXES)
     return UsageError(
         "task-needs-questions",
         f"task {name!r} needs its questions, which racdeploy neither ships nor downloads unasked",
         remedy=f"--task {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
-        f'(pip install "racdeploy[tasks]"); --task {name}:PATH reads what you have of it '
+        f'(pip install "racdeploy[tasks]"); --task {name}:PATH reads your copy of it '
         f"({forms}, or a folder saved by datasets)",
     )
 
 
 def _refuse_untrained(task: Task) -> UsageError:
-    assert task.published is not None
-    title, name = task.published.title, name_of(task.spec)
+    assert task.dataset is not None
+    title, name = task.dataset.title, task_name(task.spec)
     others = [each for each in ("math500", "gsm8k") if each != name]
     return UsageError(
         "no-training-questions",
         f"{title} has no training questions to calibrate on: all {len(task.pool)} are for "
         "evaluation",
         remedy=f"add --calibration-task {HUB}:{others[0]}, or any other task; "
-        f"--task {name}:FILE splits a file of it by a hash",
+        f"--task {name}:FILE splits a file by a hash of the questions",
     )
 
 
@@ -295,31 +307,35 @@ def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
     return UsageError(
         "no-problems-for-split",
         f"the task holds no {split} problem: {'; '.join(files)}",
-        remedy=f"a hash of its text decides the half of a question: give {_SAFE_QUESTIONS} "
-        f"different ones at least, {2 * wanted} for the {wanted} prompts that are asked for; or "
+        remedy=f"questions are split in half by a hash of their text: give at least "
+        f"{_SAFE_QUESTIONS} different ones, or {2 * wanted} for the {wanted} prompts asked for; or "
         "two files, --task jsonl:ONE and --calibration-task jsonl:OTHER",
     )
 
 
-def procedural_names() -> tuple[str, ...]:
-    """Return the tasks that need no file."""
+def list_procedural_tasks() -> tuple[str, ...]:
+    """Return the names of the tasks that draw their problems and need no file."""
     return _names_with("draw")
 
 
 def _names_with(member: str) -> tuple[str, ...]:
-    names = plugins.names("tasks")
+    names = plugins.list_names("tasks")
     return tuple(name for name in names if hasattr(plugins.load("tasks", name), member))
 
 
-def share_evenly(count: int, tasks: int) -> list[int]:
-    """Return how many of ``count`` problems each task has; the first ones have the rest."""
+def split_evenly(count: int, tasks: int) -> list[int]:
+    """Return how many of ``count`` problems each task gets; the first ones get the remainder."""
     share, rest = divmod(count, tasks)
-    return [share + (place < rest) for place in range(tasks)]
+    return [share + (index < rest) for index in range(tasks)]
 
 
-def problems_of(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
+def draw_from_tasks(tasks: Sequence[Task], split: Split, seed: int, count: int) -> list[Problem]:
     """Share ``count`` problems evenly among tasks and interleave them."""
-    shares = share_evenly(count, len(tasks))
-    columns = [task.problems(split, seed, own) for task, own in zip(tasks, shares, strict=True)]
-    rows = itertools.zip_longest(*columns)
+    counts = split_evenly(count, len(tasks))
+    problems_by_task = [
+        task.draw_problems(split, seed, n) for task, n in zip(tasks, counts, strict=True)
+    ]
+
+    # Interleaved, so that the first prompts of any number cover every task.
+    rows = itertools.zip_longest(*problems_by_task)
     return [problem for row in rows for problem in row if problem is not None]

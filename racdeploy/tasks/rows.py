@@ -1,4 +1,4 @@
-"""Rows of a file as sets of questions are published: lines of JSON, a list, CSV or parquet."""
+"""Rows of a dataset file: JSON lines, a JSON list, CSV or parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from racdeploy.errors import UsageError
 from racdeploy.files.writing import split_lines
-from racdeploy.plugins import require
+from racdeploy.plugins import require_package
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -22,9 +22,10 @@ _CONVERT = (
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read every row of a file, by its suffix; a file of no rows or of something else is refused.
+    """Read every row of a file, by its suffix.
 
     Raises:
+        UsageError: the file is empty, unreadable or of another format.
         MissingExtraError: a parquet file, and pyarrow is not installed.
     """
     suffix = path.suffix.lower()
@@ -50,13 +51,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_text(path: Path) -> str:
-    """Return a file of text without its byte order mark, which Excel and Windows put in front."""
+    """Read a text file without its byte order mark, which Excel and Windows add."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = f"cannot read {path}: {error.strerror}"
         raise UsageError(
-            "file-unreadable", reason, remedy=f"give a {path.suffix} file that is there"
+            "file-unreadable", reason, remedy=f"give an existing {path.suffix} file"
         ) from error
     except UnicodeDecodeError as error:
         copy = f"{path.stem}-utf8{path.suffix}"
@@ -68,43 +69,43 @@ def read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> list[Row]:
-    """Read a list of objects, or an object a line, which ``datasets`` calls ``.json`` as well."""
+    """Read a list of objects, or one object a line, which ``datasets`` also names ``.json``."""
     text = read_text(path)
     try:
         if text.lstrip().startswith("["):
-            found = json.loads(text)
+            rows = json.loads(text)
         else:
-            found = [json.loads(line) for line in split_lines(text) if line.strip()]
+            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
     except (json.JSONDecodeError, RecursionError) as error:
-        remedy = "give an object a line, or one list of objects"
+        remedy = "give one object a line, or one list of objects"
         raise UsageError("row-not-json", f"{path} is not JSON: {error}", remedy=remedy) from error
 
-    for number, row in enumerate(found, 1):
+    for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UsageError(
                 "row-not-an-object",
                 f"{path}: row {number} is a {type(row).__name__}, not an object",
             )
-    return list(found)
+    return list(rows)
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    require("pyarrow")
+    require_package("pyarrow")
     import pyarrow
     import pyarrow.parquet
 
     try:
-        found: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise UsageError("file-unreadable", f"cannot read {path}: {reason}") from error
     except pyarrow.ArrowInvalid as error:
-        raise UsageError("not-parquet", f"{path} is no parquet file: {error}") from error
-    return found
+        raise UsageError("not-parquet", f"{path} is not a parquet file: {error}") from error
+    return rows
 
 
 def refuse_table(path: str) -> None:
-    """Refuse a table in place of lines of JSON, with what makes them of it."""
+    """Refuse a table in place of JSON lines; the error holds a command that converts it."""
     stem, dot, suffix = path.rpartition(".")
     if suffix.lower() not in ("csv", "tsv", "xlsx", "parquet") or not dot:
         return

@@ -1,4 +1,4 @@
-"""A task: its problems, and which of them each split gets."""
+"""Tasks: their problems, and the division of problems into splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 from typing import Literal
 
 from racdeploy.errors import UsageError
-from racdeploy.tasks.published import Published
+from racdeploy.tasks.public_dataset import PublicDataset
 
 Split = Literal["training", "calibration", "evaluation"]
 PROCEDURAL_SHARES: dict[Split, tuple[float, float]] = {
@@ -22,163 +22,174 @@ FILE_SHARES: dict[Split, tuple[float, float]] = {
     "calibration": (0.0, 0.5),
     "evaluation": (0.5, 1.0),
 }
-_DRAWS_PER_PROBLEM = 1000
+_MAX_DRAWS_PER_PROBLEM = 1000
 HUB = "hub"
-"""In front of a public set's name: read it from the Hub."""
+"""Prefix of a public dataset's name that is read from the Hub."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer."""
+    """Question with its gold answer."""
 
-    question: str  # what the user asks, without a chat template
+    question: str  # the user's message, without a chat template
     gold: str  # the right answer, as its scorer expects it
-    thinking: str | None = None  # a worked solution, where the task can write one (training only)
-    task: str = ""  # the task's specification, filled in by :meth:`Task.problems`
-    scorer: str = ""  # of :mod:`racdeploy.tasks.scoring`; empty is its default
+    thinking: str | None = None  # a worked solution, if the task can write one (training only)
+    task: str = ""  # specification of the task, set by :meth:`Task.draw_problems`
+    scorer: str = ""  # see :mod:`racdeploy.tasks.scoring`; empty is its default
 
 
 @dataclass(frozen=True)
 class Task:
-    """A loaded task."""
+    """Loaded task."""
 
-    spec: str  # what the user typed, ``jsonl:FILE`` or a plain name
+    spec: str  # as the user typed it, ``jsonl:FILE`` or a plain name
     draw: Callable[[Random], Problem] | None  # makes a problem; None for a task over a file
     pool: tuple[Problem, ...]
-    # Which part of all questions, by their hash, each split gets.
+    # The part of [0, 1) of each split, for the hashes of questions.
     shares: Mapping[Split, tuple[float, float]] = field(default_factory=dict)
-    repeated: int = 0  # problems of a file whose question another one has, too
-    published: Published | None = None
-    # Problems published for training, so that the pool is for evaluation alone; None: a hash
-    # splits the pool.
-    trained: tuple[Problem, ...] | None = None
+    duplicate_count: int = 0  # problems of a file that repeat another one's question
+    dataset: PublicDataset | None = None
+    # Problems published for training: the pool is then for evaluation alone. None: a hash splits
+    # the pool.
+    calibration_pool: tuple[Problem, ...] | None = None
 
     @property
-    def calibrates(self) -> bool:
-        """Whether it has problems for calibration beside those for evaluation."""
-        return self.trained is None or bool(self.trained)
+    def has_calibration(self) -> bool:
+        """True if the task has problems for calibration as well as for evaluation."""
+        return self.calibration_pool is None or bool(self.calibration_pool)
 
-    def serving(self, split: Split, *, whole: bool) -> Task:
-        """Return the task for one split; with ``whole``, a file gives that split all it has."""
+    def for_split(self, split: Split, *, whole: bool) -> Task:
+        """Return the task for one split; with ``whole``, that split gets all problems of a file."""
         if self.draw or not whole:
             return self
-        if self.trained is None:
+        if self.calibration_pool is None:
             return replace(self, shares={split: (0.0, 1.0)})
-        if split == "calibration" and not self.trained:
-            return replace(self, trained=self.pool)
+        if split == "calibration" and not self.calibration_pool:
+            return replace(self, calibration_pool=self.pool)
         return self
 
     def describe(self, *, whole: bool) -> list[str]:
-        """Return what a plan says of the questions: how they are split, whom the prompt follows.
+        """Return sentences for the plan: the split of the questions, and the protocol.
 
         Args:
-            whole: one split gets all that a file has.
+            whole: one split gets all problems of a file.
         """
-        published = self.published
-        told = []
+        published = self.dataset
+        sentences = []
 
-        # A public set has its own splits, one file is split here.
-        if published and self.trained is not None:
-            told.append(self._describe_splits(published, self.trained))
+        # A public dataset has its own splits, a file is split here.
+        if published and self.calibration_pool is not None:
+            sentences.append(self._describe_splits(published, self.calibration_pool))
         elif not (self.draw or whole):
-            told.append(f"{self.spec}: {self.describe_pool()}, as a hash of each decides")
+            sentences.append(f"{self.spec}: {self.describe_pool()}, split by a hash of each")
 
         if published:
-            told.append(f"{published.title} is asked and scored as in {published.follows}")
+            sentences.append(f"{published.title} is asked and scored as in {published.protocol}")
         if published and published.caution:
-            told.append(f"{published.title}: {published.caution}")
-        return told
+            sentences.append(f"{published.title}: {published.caution}")
+        return sentences
 
-    def _describe_splits(self, published: Published, trained: tuple[Problem, ...]) -> str:
-        asked, source = published.evaluation, published.calibration
+    def _describe_splits(self, published: PublicDataset, trained: tuple[Problem, ...]) -> str:
+        """Return the sizes and names of the published splits."""
+        evaluation, source = published.evaluation, published.calibration
 
-        name = f"{published.title} ({asked.split})"
-        said = f"{self.spec}: {len(self.pool):,} questions of {name}"
+        name = f"{published.title} ({evaluation.split})"
+        text = f"{self.spec}: {len(self.pool):,} questions of {name}"
         if source is None or not trained:
-            return f"{said}, none for calibration"
+            return f"{text}, none for calibration"
 
-        place = f"its {source.split} split"
-        if source.dataset != asked.dataset:
-            place = f"{source.dataset} ({source.split})"
+        split = f"its {source.split} split"
+        if source.dataset != evaluation.dataset:
+            split = f"{source.dataset} ({source.split})"
 
         count = f"{len(trained):,}"
-        return f"{said}, calibration on the {count} of {place}"
+        return f"{text}, calibration on the {count} of {split}"
 
-    def foresee_cut(self, budget: int) -> str:
-        """Return what so many tokens usually cut of a public set's thoughts, or an empty string."""
-        if self.published is None or budget >= self.published.thinking_tokens:
+    def predict_truncation(self, budget: int) -> str:
+        """Return a warning if a thinking budget truncates many thoughts of a public dataset.
+
+        Empty if the budget is large enough, or the usual length is unknown.
+        """
+        if self.dataset is None or budget >= self.dataset.thinking_tokens:
             return ""
 
-        typical = self.published.thinking_tokens
+        typical = self.dataset.thinking_tokens
         share = "most" if budget < typical / 2 else "about half"
-        thoughts = f"{self.published.title}'s thoughts"
+        thoughts = f"{self.dataset.title}'s thoughts"
         return f"{budget:,} tokens cut {share} of {thoughts} (typical: {typical:,})"
 
     def describe_pool(self) -> str:
-        """Return how many questions a file has, and how many of them each half got."""
+        """Return the numbers of questions in a file and in each of its two splits, as text."""
         questions = f"{len(self.pool):,} question{'s' if len(self.pool) > 1 else ''}"
-        if self.repeated:
-            total = len(self.pool) + self.repeated
-            questions += f" ({self.repeated} of its {total} lines repeat another)"
+        if self.duplicate_count:
+            total = len(self.pool) + self.duplicate_count
+            questions += f" ({self.duplicate_count} of its {total} lines repeat another)"
 
-        calibration = self.available("calibration")
-        evaluation = self.available("evaluation")
+        calibration = self.count_available("calibration")
+        evaluation = self.count_available("evaluation")
         return f"{questions}: {calibration} for calibration, {evaluation} for evaluation"
 
-    def available(self, split: Split) -> int | None:
-        """Return how many problems a split of a file holds, or None where they are drawn."""
+    def count_available(self, split: Split) -> int | None:
+        """Return the number of problems in a split of a file, or None if problems are drawn."""
         return None if self.draw else len(self._members(split))
 
-    def problems(self, split: Split, seed: int, count: int) -> list[Problem]:
-        """Return ``count`` distinct problems of a split, or fail; the same ones for a seed."""
-        random = Random(f"{name_of(self.spec)}/{split}/{seed}")
-        if self.draw:
-            found = self._draw_distinct(self.draw, random, split, count)
-        else:
-            found = self._members(split)
-            random.shuffle(found)
+    def draw_problems(self, split: Split, seed: int, count: int) -> list[Problem]:
+        """Return ``count`` distinct problems of a split, the same ones for the same seed.
 
-        if len(found) < count:
+        Raises:
+            UsageError: the task has fewer problems.
+        """
+        random = Random(f"{task_name(self.spec)}/{split}/{seed}")
+        if self.draw:
+            problems = self._draw_distinct(self.draw, random, split, count)
+        else:
+            # Shuffled: a random subset, as the first questions of a file are often easier.
+            problems = self._members(split)
+            random.shuffle(problems)
+
+        if len(problems) < count:
             raise UsageError(
                 "too-few-problems",
-                f"task {self.spec!r} has {len(found)} {split} problems, {count} were asked for",
-                remedy="ask for fewer prompts in the recipe, or give a task with more of them",
+                f"task {self.spec!r} has {len(problems)} {split} problems, {count} were asked for",
+                remedy="ask for fewer prompts in the recipe, or give a task with more problems",
             )
 
-        return [replace(problem, task=self.spec) for problem in found[:count]]
+        return [replace(problem, task=self.spec) for problem in problems[:count]]
 
     def _draw_distinct(
         self, draw: Callable[[Random], Problem], random: Random, split: Split, count: int
     ) -> list[Problem]:
-        found: dict[str, Problem] = {}
-        for _ in range(count * _DRAWS_PER_PROBLEM):
-            if len(found) == count:
+        """Draw until ``count`` different questions of the split are found, or give up."""
+        problem_by_question: dict[str, Problem] = {}
+        for _ in range(count * _MAX_DRAWS_PER_PROBLEM):
+            if len(problem_by_question) == count:
                 break
 
             problem = draw(random)
-            if self._serves(split, problem):
-                found.setdefault(problem.question, problem)
+            if self._is_in_split(split, problem):
+                problem_by_question.setdefault(problem.question, problem)
 
-        return [*found.values()]
+        return [*problem_by_question.values()]
 
     def _members(self, split: Split) -> list[Problem]:
-        if self.trained is not None:
-            apart = {"evaluation": self.pool, "calibration": self.trained}
-            return [*apart.get(split, ())]
-        return [problem for problem in self.pool if self._serves(split, problem)]
+        """Return the problems of a file that belong to a split."""
+        if self.calibration_pool is not None:
+            pools = {"evaluation": self.pool, "calibration": self.calibration_pool}
+            return [*pools.get(split, ())]
+        return [problem for problem in self.pool if self._is_in_split(split, problem)]
 
-    def _serves(self, split: Split, problem: Problem) -> bool:
+    def _is_in_split(self, split: Split, problem: Problem) -> bool:
         low, high = self.shares[split]
-        return low <= split_share(problem.question) < high
+        return low <= hash_to_unit(problem.question) < high
 
 
-def name_of(spec: str) -> str:
-    """Return the name of the plugin that a specification asks for."""
+def task_name(spec: str) -> str:
+    """Return the name of the plugin in a specification: ``gsm8k`` for ``hub:gsm8k``."""
     name, _, argument = spec.partition(":")
     return argument if name == HUB else name
 
 
-def split_share(question: str) -> float:
-    """Return the place of a question in [0, 1), decided by a hash of its text alone."""
+def hash_to_unit(question: str) -> float:
+    """Return a number in [0, 1) for a question, which depends on its text alone."""
     digest = hashlib.sha256(question.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

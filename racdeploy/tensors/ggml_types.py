@@ -1,4 +1,4 @@
-"""The number formats of ggml: type id, and weights and bytes of a quant block.
+"""Number formats of ggml: type id, and weights and bytes of a quant block.
 
 Source: ``type_traits`` in ggml.c, which a test compares with ``ggml_types.toml``.
 """
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 
 class GgmlType(NamedTuple):
-    """One number format: its id in a GGUF file, weights and bytes of a quant block."""
+    """A number format of ggml: its id in a GGUF file, and weights and bytes of a quant block."""
 
-    number: int
+    type_id: int
     block_weights: int
     block_bytes: int
 
@@ -26,4 +26,4 @@ class GgmlType(NamedTuple):
 _TABLE = files("racdeploy.tensors") / "ggml_types.toml"
 _ROWS = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
 GGML_TYPES = {name: GgmlType(*row) for name, row in _ROWS.items()}
-"""By name, as quants are called."""
+"""Number formats by the name of their quant."""

@@ -1,4 +1,4 @@
-"""Read the header of a GGUF file, trust none of it, and be as strict as ggml.
+"""Read and check the header of a GGUF file, as strictly as ggml does.
 
 Source: ggml/docs/gguf.md and ``gguf_init_from_file`` in gguf.cpp.
 """
@@ -17,22 +17,30 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
-Value = str | int | float | bool | NDArray[np.uint64] | None
+MetadataValue = str | int | float | bool | NDArray[np.uint64] | None
 _Infos = dict[str, tuple[tuple[int, ...], int, int]]  # dimensions, type and offset by name
-FIXED_BYTES = 24
-GGML_SIZES = {kind.number: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()}
+FIXED_HEADER_BYTES = 24
+GGML_QUANT_SIZES = {
+    kind.type_id: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()
+}
 """Type id → weights and bytes of a quant block."""
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _U64 = 8, 9, 10
-_LEAST_KEY_BYTES, _LEAST_INFO_BYTES = 13, 32
-_MOST_DIMENSIONS = 4
-_LARGEST = 1 << 62
-_LARGEST_ALIGNMENT = 1 << 20
+_MIN_KEY_BYTES, _MIN_INFO_BYTES = 13, 32
+_MAX_DIMENSIONS = 4
+_MAX_WEIGHTS = 1 << 62
+_MAX_ALIGNMENT = 1 << 20
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: its dimensions, row length first, and its bytes without padding."""
+    """A tensor of a GGUF file.
+
+    Args:
+        dimensions: row length first.
+        size_bytes: without padding.
+        position: of its first byte in the file.
+    """
 
     name: str
     dimensions: tuple[int, ...]
@@ -42,38 +50,38 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Header:
+class GgufHeader:
     """The header of a GGUF file, with its tensors in file order.
 
     Args:
-        values: metadata; an array of u64 as numbers, other arrays as None.
-        starts: position of each key, and of the end of the metadata under the empty key.
+        metadata: by key; an array of u64 is kept, other arrays are None.
+        key_positions: position of each key in the file; under the empty key, the end of the last.
         data_start: position of the first tensor.
     """
 
-    values: dict[str, Value]
-    starts: dict[str, int]
+    metadata: dict[str, MetadataValue]
+    key_positions: dict[str, int]
     tensors: tuple[TensorInfo, ...]
     alignment: int
     data_start: int
     size_bytes: int
 
 
-def padded(size_bytes: int, alignment: int) -> int:
-    """Return a size rounded up to the alignment."""
+def align_up(size_bytes: int, alignment: int) -> int:
+    """Return a size rounded up to a multiple of the alignment."""
     return -(-size_bytes // alignment) * alignment
 
 
-def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
-    """Return the size of a tensor; an ArtifactError where it cannot have that type or shape."""
-    if ggml_type not in GGML_SIZES:
+def count_tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
+    """Return the bytes of a tensor, or raise an ArtifactError for an impossible type or shape."""
+    if ggml_type not in GGML_QUANT_SIZES:
         raise ArtifactError("damaged-gguf", f"tensor type {ggml_type} is unknown")
 
-    block_weights, block_bytes = GGML_SIZES[ggml_type]
+    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     weights = math.prod(dimensions)
     if (
-        not 1 <= len(dimensions) <= _MOST_DIMENSIONS
-        or not 0 < weights < _LARGEST
+        not 1 <= len(dimensions) <= _MAX_DIMENSIONS
+        or not 0 < weights < _MAX_WEIGHTS
         or dimensions[0] % block_weights
     ):
         raise ArtifactError(
@@ -84,10 +92,14 @@ def tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
     return weights // block_weights * block_bytes
 
 
-def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
-    """Read the header of a file; ArtifactError unless its tensors lie inside it, in order.
+def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> GgufHeader:
+    """Read the header of a GGUF file.
 
-    ``versions`` are those accepted; 2 and 3 differ in nothing that is read here.
+    Args:
+        versions: format versions to accept; the header is the same in 2 and 3.
+
+    Raises:
+        ArtifactError: the header is damaged, or its tensors do not lie in the file in order.
     """
     if not path.is_file():
         raise ArtifactError(
@@ -96,8 +108,8 @@ def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> Header:
 
     size_bytes = path.stat().st_size
     try:
-        if size_bytes < FIXED_BYTES:
-            raise ArtifactError("damaged-gguf", f"{size_bytes} bytes are no GGUF file")
+        if size_bytes < FIXED_HEADER_BYTES:
+            raise ArtifactError("damaged-gguf", f"{size_bytes} bytes are too few for a GGUF file")
         with (
             path.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
@@ -114,35 +126,34 @@ class _Reader:
     buffer: mmap.mmap
     size_bytes: int
     versions: tuple[int, ...]
-    at: int = 0
+    position: int = 0
 
-    def header(self) -> Header:
+    def header(self) -> GgufHeader:
         magic = self._take(4)
         version = self._number("I")
 
         if magic != b"GGUF":
             raise ArtifactError("damaged-gguf", "it does not begin with GGUF")
         if version not in self.versions:
-            asked = "version 3" if self.versions == (3,) else "version 2 or 3"
-            turned = " and big-endian" if version in (2 << 24, 3 << 24) else ""
+            readable = "version 3" if self.versions == (3,) else "version 2 or 3"
+            order = " and big-endian" if version in (2 << 24, 3 << 24) else ""
             raise ArtifactError(
                 "damaged-gguf",
-                f"it is of version {version:#x}{turned}; what can be read is little-endian,"
-                f" {asked}",
+                f"it is of version {version:#x}{order}; only little-endian {readable} can be read",
             )
 
         tensors = self._number("Q")
         keys = self._number("Q")
-        if tensors * _LEAST_INFO_BYTES + keys * _LEAST_KEY_BYTES > self.size_bytes:
+        # Before anything is allocated: hostile counts must not outgrow the file.
+        if tensors * _MIN_INFO_BYTES + keys * _MIN_KEY_BYTES > self.size_bytes:
             raise ArtifactError(
                 "damaged-gguf", f"{tensors} tensors and {keys} keys do not fit into it"
             )
 
-        values: dict[str, Value] = {}
+        values: dict[str, MetadataValue] = {}
         starts: dict[str, int] = {}
-
         for _ in range(keys):
-            start = self.at
+            start = self.position
             key = self._text()
             if key in values or not key:
                 raise ArtifactError(
@@ -152,27 +163,27 @@ class _Reader:
             starts[key] = start
             values[key] = self._value(self._number("I"))
 
-        starts[""] = self.at
+        starts[""] = self.position
 
         alignment = values.get("general.alignment", 32)
         if (
             type(alignment) is not int
-            or not 0 < alignment <= _LARGEST_ALIGNMENT
+            or not 0 < alignment <= _MAX_ALIGNMENT
             or alignment & (alignment - 1)
         ):
             raise ArtifactError("damaged-gguf", f"the alignment {alignment!r} is no power of two")
 
         infos = self._infos(tensors)
-        data_start = padded(self.at, alignment)
-        placed = self._place(infos, data_start, alignment)
-        return Header(values, starts, placed, alignment, data_start, self.size_bytes)
+        data_start = align_up(self.position, alignment)
+        located = self._locate_tensors(infos, data_start, alignment)
+        return GgufHeader(values, starts, located, alignment, data_start, self.size_bytes)
 
     def _infos(self, count: int) -> _Infos:
         infos: _Infos = {}
         for _ in range(count):
             name = self._text()
             dimensions = self._number("I")
-            if name in infos or not 1 <= dimensions <= _MOST_DIMENSIONS:
+            if name in infos or not 1 <= dimensions <= _MAX_DIMENSIONS:
                 raise ArtifactError(
                     "damaged-gguf",
                     f"the tensor {name[:80]!r} is there twice, or has {dimensions} dimensions",
@@ -183,12 +194,14 @@ class _Reader:
 
         return infos
 
-    def _place(self, infos: _Infos, data_start: int, alignment: int) -> tuple[TensorInfo, ...]:
+    def _locate_tensors(
+        self, infos: _Infos, data_start: int, alignment: int
+    ) -> tuple[TensorInfo, ...]:
         tensors = []
         expected = 0
-
         for name, (shape, ggml_type, offset) in infos.items():
-            size_bytes = tensor_bytes(shape, ggml_type)
+            # As ggml: tensors are in order, without gaps other than padding.
+            size_bytes = count_tensor_bytes(shape, ggml_type)
             stop = data_start + offset + size_bytes
             if offset != expected:
                 raise ArtifactError(
@@ -211,11 +224,11 @@ class _Reader:
                     position=data_start + offset,
                 )
             )
-            expected = padded(offset + size_bytes, alignment)
+            expected = align_up(offset + size_bytes, alignment)
 
         return tuple(tensors)
 
-    def _value(self, kind: int) -> Value:
+    def _value(self, kind: int) -> MetadataValue:
         if kind == _STRING:
             return self._text()
         if kind == _ARRAY:
@@ -224,9 +237,9 @@ class _Reader:
             raise ArtifactError("damaged-gguf", f"metadata type {kind} is unknown")
         return self._scalar(_SCALARS[kind])
 
-    def _array(self, kind: int, count: int) -> Value:
+    def _array(self, kind: int, count: int) -> MetadataValue:
         if kind == _STRING:
-            if 8 * count > self.size_bytes - self.at:
+            if 8 * count > self.size_bytes - self.position:
                 raise ArtifactError("damaged-gguf", f"{count} strings do not fit into it")
             for _ in range(count):
                 self._take(self._number("Q"))
@@ -255,7 +268,9 @@ class _Reader:
         return value
 
     def _take(self, count: int) -> bytes:
-        if count > self.size_bytes - self.at:
-            raise ArtifactError("damaged-gguf", f"{count} bytes at {self.at} end behind the file")
-        self.at += count
-        return self.buffer[self.at - count : self.at]
+        if count > self.size_bytes - self.position:
+            raise ArtifactError(
+                "damaged-gguf", f"{count} bytes at {self.position} end behind the file"
+            )
+        self.position += count
+        return self.buffer[self.position - count : self.position]

@@ -1,7 +1,7 @@
-"""MXFP4 as checkpoints and as ggml store it: 32 codes of 4 bits, and a power of two they share.
+"""MXFP4 as checkpoints and as ggml store it: 32 codes of 4 bits that share a power of two.
 
-In a checkpoint the codes of a matrix are one tensor, two neighbours in a byte, and its exponents
-another. ggml puts the exponent in front of each block, whose first half is in the low nibbles.
+A checkpoint has a matrix as two tensors: its codes, two neighbours in a byte, and its exponents.
+ggml puts the exponent in front of each block, and the first half of a block in the low nibbles.
 Source: OCP Microscaling Formats specification 1.0; ``block_mxfp4`` in ggml-common.h.
 """
 
@@ -19,28 +19,28 @@ from racdeploy.tensors.safetensors import TensorEntry
 Bytes = NDArray[np.uint8]
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BIAS, _NOT_A_NUMBER = 127, 255
+_BIAS, _NAN = 127, 255
 
 
 @dataclass(frozen=True)
-class PackedEntry(TensorEntry):
-    """A matrix of MXFP4, read as the bfloat16 numbers that it means, which are exact.
+class Mxfp4Entry(TensorEntry):
+    """A matrix in MXFP4, read as bfloat16, which holds its values exactly.
 
     Args:
-        parts: ``codes``, 16 bytes for each block of a row, and ``exponents``, one byte.
+        parts: the codes, 16 bytes for each block of a row, and the exponents, one byte each.
     """
 
     parts: tuple[TensorEntry, ...] = ()
 
     @classmethod
-    def of(cls, codes: TensorEntry, exponents: TensorEntry) -> PackedEntry:
-        """Return the matrix that codes and exponents mean, each by row and block."""
+    def from_parts(cls, codes: TensorEntry, exponents: TensorEntry) -> Mxfp4Entry:
+        """Return the matrix of these codes and exponents, each of shape [rows, blocks, …]."""
         O, G, _ = codes.shape
-        place = codes.file, codes.start, codes.stop
-        return cls(*place, "BF16", (O, G * BLOCK), parts=(codes, exponents))
+        location = codes.file, codes.start, codes.stop
+        return cls(*location, "BF16", (O, G * BLOCK), parts=(codes, exponents))
 
     @property
-    def stored_as(self) -> str:
+    def quant(self) -> str:
         return "mxfp4"
 
     @property
@@ -48,32 +48,32 @@ class PackedEntry(TensorEntry):
         return sum(part.size_bytes for part in self.parts)
 
     def read(self) -> NDArray[np.uint16]:
-        return decode(*self._read_parts())
+        return to_bfloat16(*self._read_parts())
 
-    def pieces(self) -> Iterator[bytes]:
+    def iter_bytes(self) -> Iterator[bytes]:
         yield self.read().tobytes()
 
     def read_as_ggml(self) -> Bytes:
-        """Return the same codes and exponents as packed rows of ggml's, packed_OP."""
-        return repack(*self._read_parts())
+        """Return the same codes and exponents as rows of ggml blocks, packed_OP."""
+        return to_ggml_rows(*self._read_parts())
 
     def _read_parts(self) -> tuple[Bytes, Bytes]:
         code_OGP, exponent_OG = (part.read() for part in self.parts)
-        if (exponent_OG == _NOT_A_NUMBER).any():
+        if (exponent_OG == _NAN).any():
             raise ModelError(
                 "weights-not-finite",
-                f"{self.file}: some MXFP4 weights are no numbers",
+                f"{self.file}: some MXFP4 weights are NaN",
                 remedy="copy or download the model again",
             )
         return code_OGP, exponent_OG
 
 
 def _tabulate() -> NDArray[np.uint32]:
-    """Return the bfloat16 bits of both codes in a byte, by exponent and byte; the first is low."""
+    """Return a table by exponent and byte: the bfloat16 bits of both codes, the first one low."""
     code_X = np.array([*_MAGNITUDES, *(-size for size in _MAGNITUDES)])
-    exponent_Y1 = np.arange(_NOT_A_NUMBER)[:, None] - _BIAS
+    exponent_Y1 = np.arange(_NAN)[:, None] - _BIAS
 
-    with np.errstate(over="ignore"):  # the largest are infinite in bfloat16, too
+    with np.errstate(over="ignore"):  # the largest overflow in bfloat16, too
         value_YX = np.ldexp(code_X, exponent_Y1).astype(np.float32)
     bits_YX = value_YX.view(np.uint32) >> 16
 
@@ -87,16 +87,17 @@ def _tabulate() -> NDArray[np.uint32]:
 _PAIRS = _tabulate()
 
 
-def decode(code_OGP: Bytes, exponent_OG: Bytes) -> NDArray[np.uint16]:
+def to_bfloat16(code_OGP: Bytes, exponent_OG: Bytes) -> NDArray[np.uint16]:
     """Return the values of a matrix as bfloat16 bits, 32 a block."""
-    place_OGP = exponent_OG[..., None].astype(np.uint16) << 8 | code_OGP
-    bits_OGX: NDArray[np.uint16] = _PAIRS[place_OGP].view(np.uint16)
+    index_OGP = exponent_OG[..., None].astype(np.uint16) << 8 | code_OGP
+    bits_OGX: NDArray[np.uint16] = _PAIRS[index_OGP].view(np.uint16)
     return bits_OGX.reshape(len(code_OGP), -1)
 
 
-def repack(code_OGP: Bytes, exponent_OG: Bytes) -> Bytes:
-    """Return the codes and exponents of a matrix as packed rows of ggml's, packed_OP."""
+def to_ggml_rows(code_OGP: Bytes, exponent_OG: Bytes) -> Bytes:
+    """Return the codes and exponents of a matrix as rows of ggml blocks, packed_OP."""
     O, G, P = code_OGP.shape
+    # The checkpoint pairs weights 2n and 2n + 1 in a byte, ggml weights n and n + 16.
     first_OGX, second_OGX = np.split(code_OGP, 2, axis=-1)
 
     packed_OGP = np.empty((O, G, 1 + P), np.uint8)

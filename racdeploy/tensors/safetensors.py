@@ -1,4 +1,4 @@
-"""Safetensors files, read and copied without the library: numpy has no bfloat16.
+"""Read and write safetensors files without the library, because numpy has no bfloat16.
 
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.files.reading import parse_json
 
-PACKED = "U8"
-"""dtype tag of what holds numbers in a form of its own."""
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", PACKED: "u1"}
-"""dtype tag → numpy's; bfloat16 is read as bit patterns."""
-_HEADER_LIMIT_BYTES = 100_000_000  # as the reference library: a longer header is an attack
-_MOST_AXES = 8
-_LONGEST_AXIS = 1 << 40
-_COPY_BYTES = 1 << 24  # of a tensor in memory at a time
+BYTE_DTYPE = "U8"
+"""dtype tag of tensors that hold packed codes, such as those of MXFP4."""
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", BYTE_DTYPE: "u1"}
+"""dtype tag → numpy dtype; bfloat16 is read as bit patterns."""
+_MAX_HEADER_BYTES = 100_000_000  # as the reference library: a longer one is an attack
+_MAX_AXES = 8
+_MAX_AXIS_LENGTH = 1 << 40
+_COPY_BYTES = 1 << 24  # of a tensor, in memory at a time
 Shape = tuple[int, ...]
-Rows = NDArray[np.int64]
+RowIndices = NDArray[np.int64]
 
 
-class Source(Protocol):
-    """A tensor that can be written into a file."""
+class WritableTensor(Protocol):
+    """A tensor that can be written into a file, wherever its values come from."""
 
     @property
     def dtype(self) -> str:
@@ -39,18 +39,18 @@ class Source(Protocol):
 
     @property
     def shape(self) -> Shape:
-        """How long its axes are."""
+        """Length of each axis."""
 
-    def pieces(self) -> Iterator[bytes]:
+    def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes in order, a piece in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: file, absolute byte range, dtype tag and shape.
+    """Location of one tensor: file, absolute byte range, dtype tag and shape.
 
-    ``strides`` are numpy's, in bytes, of a tensor that is a part of another one; empty where its
-    bytes are all that lie between ``start`` and ``stop``, in order.
+    ``strides`` are those of numpy, in bytes, for a tensor that is a slice of another one. They are
+    empty if the tensor is contiguous: its bytes are then exactly those from ``start`` to ``stop``.
     """
 
     file: Path
@@ -61,18 +61,18 @@ class TensorEntry:
     strides: Shape = ()
 
     @property
-    def stored_as(self) -> str:
-        """Name of the number format that it has in the file."""
+    def quant(self) -> str:
+        """Number format in the file."""
         return self.dtype.lower()
 
     @property
     def size(self) -> int:
-        """Number of its values."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its own in the file."""
+        """Bytes of its values in the file."""
         return _count_bytes(self.dtype, self.shape)
 
     def read(self) -> NDArray[Any]:
@@ -84,7 +84,7 @@ class TensorEntry:
 
         return np.fromfile(self.file, dtype, self.size, offset=self.start).reshape(self.shape)
 
-    def pieces(self) -> Iterator[bytes]:
+    def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes in order, a piece in memory at a time."""
         if self.strides:
             yield self.read().tobytes()
@@ -92,13 +92,13 @@ class TensorEntry:
 
         with self.file.open("rb") as source:
             source.seek(self.start)
-            left = self.stop - self.start
+            remaining = self.stop - self.start
 
-            while left:
-                piece = source.read(min(left, _COPY_BYTES))
+            while remaining:
+                piece = source.read(min(remaining, _COPY_BYTES))
                 assert piece, f"{self.file} shrank while it was read"
                 yield piece
-                left -= len(piece)
+                remaining -= len(piece)
 
 
 def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
@@ -115,10 +115,10 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
 
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size_bytes < 8 or length > min(size_bytes - 8, _HEADER_LIMIT_BYTES):
+        if size_bytes < 8 or length > min(size_bytes - 8, _MAX_HEADER_BYTES):
             raise damaged
         try:
-            header = parse_json(stream.read(length).decode("utf-8"), str(file), once=True)
+            header = parse_json(stream.read(length).decode("utf-8"), str(file), strict=True)
         except (ArtifactError, UnicodeDecodeError) as error:
             raise damaged from error
 
@@ -126,28 +126,31 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
         raise damaged
 
     entries = {
-        name: _entry(file, name, value, 8 + length, size_bytes) for name, value in header.items()
+        name: _read_entry(file, name, value, 8 + length, size_bytes)
+        for name, value in header.items()
     }
-    _check_places(file, entries, 8 + length, size_bytes)
+    _check_ranges(file, entries, 8 + length, size_bytes)
     return entries
 
 
-def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
-    """Return stored values as float32; not copied where they are that already."""
+def to_float32(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """Return stored values as float32, without a copy if they are float32 already."""
     if raw.dtype == np.uint16:  # bfloat16 is the upper half of a float32
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
 
 def write_header(target: BinaryIO, described: Mapping[str, tuple[str, Shape]]) -> int:
-    """Begin a file of tensors, of which dtype tag and shape are known; their bytes follow.
+    """Write the header of a safetensors file; the caller writes the tensors' bytes behind it.
+
+    Args:
+        described: name → dtype tag and shape, in file order.
 
     Returns:
-        How many bytes follow.
+        Number of bytes that have to follow.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-
     for name, (dtype, shape) in described.items():
         stop = start + _count_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
@@ -161,18 +164,19 @@ def write_header(target: BinaryIO, described: Mapping[str, tuple[str, Shape]]) -
 
 
 def write_entries(
-    entries: Mapping[str, Source],
+    entries: Mapping[str, WritableTensor],
     file: Path,
-    rows: Mapping[str, Rows] | None = None,
+    rows: Mapping[str, RowIndices] | None = None,
     *,
-    hollow: bool = False,
+    zero_filled: bool = False,
 ) -> None:
-    """Write a file of tensors that lie in others, a piece at a time.
+    """Write tensors of other files into a new file, a piece of each in memory at a time.
 
     Args:
-        entries: by the name in the new file, in its order.
-        rows: of some tensors the rows that stay, in the new order; all of the others stay.
-        hollow: whether a hole takes the place of the values, which are zeros when read.
+        entries: tensors by their name in the new file, in file order.
+        rows: for some tensors the rows to keep, in their new order; other tensors keep all rows.
+        zero_filled: write a hole of the right size in place of the values, which then read as
+            zeros.
     """
     rows = rows or {}
 
@@ -185,7 +189,7 @@ def write_entries(
 
     with file.open("wb") as target:
         size_bytes = write_header(target, described)
-        if hollow:
+        if zero_filled:
             target.truncate(target.tell() + size_bytes)
             return
 
@@ -193,7 +197,7 @@ def write_entries(
             if name in rows:
                 pieces = _read_rows(entry, rows[name])
             else:
-                pieces = entry.pieces()
+                pieces = entry.iter_bytes()
             for piece in pieces:
                 target.write(piece)
 
@@ -202,29 +206,29 @@ def _count_bytes(dtype: str, shape: Sequence[int]) -> int:
     return math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
 
 
-def _read_rows(entry: Source, rows: Rows) -> Iterator[bytes]:
-    assert type(entry) is TensorEntry, "rows stay of what lies in one piece"
-    assert not entry.strides, "rows stay of what lies in one piece"
+def _read_rows(entry: WritableTensor, rows: RowIndices) -> Iterator[bytes]:
+    assert type(entry) is TensorEntry, "only rows of a contiguous tensor can be picked"
+    assert not entry.strides, "only rows of a contiguous tensor can be picked"
     stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
     row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
-    together = max(1, _COPY_BYTES // max(1, row_bytes))
+    rows_per_piece = max(1, _COPY_BYTES // max(1, row_bytes))
 
-    for start in range(0, len(rows), together):
-        yield stored[rows[start : start + together]].tobytes()
+    for start in range(0, len(rows), rows_per_piece):
+        yield stored[rows[start : start + rows_per_piece]].tobytes()
 
 
-def _check_places(
-    file: Path, entries: Mapping[str, TensorEntry], origin: int, size_bytes: int
+def _check_ranges(
+    file: Path, entries: Mapping[str, TensorEntry], data_start: int, size_bytes: int
 ) -> None:
-    """Refuse bytes of two tensors or of none, as the reference library does."""
+    """Refuse overlapping tensors and gaps between them, as the reference library does."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     fault = ""
-    end = origin
+    end = data_start
 
     for name, entry in ordered:
         if entry.start != end and not fault:
-            touches = "overlaps another one" if entry.start < end else "lies behind a gap"
-            fault = f"the tensor {name!r} {touches}"
+            problem = "overlaps another one" if entry.start < end else "lies behind a gap"
+            fault = f"the tensor {name!r} {problem}"
         end = entry.stop
 
     if not fault and end != size_bytes:
@@ -235,7 +239,9 @@ def _check_places(
         )
 
 
-def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -> TensorEntry:
+def _read_entry(
+    file: Path, name: str, value: object, data_start: int, size_bytes: int
+) -> TensorEntry:
     if not isinstance(value, dict):
         value = {}
 
@@ -248,7 +254,7 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
     ):
         raise ModelError("damaged-safetensors", f"{file}: the header entry of {name!r} is damaged")
 
-    if len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
+    if len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_AXIS_LENGTH:
         raise ModelError(
             "damaged-safetensors",
             f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}",
@@ -261,8 +267,8 @@ def _entry(file: Path, name: str, value: object, origin: int, size_bytes: int) -
             remedy="start from the unquantized checkpoint",
         )
 
-    start, stop = origin + offsets[0], origin + offsets[1]
-    is_inside = origin <= start and stop <= size_bytes
+    start, stop = data_start + offsets[0], data_start + offsets[1]
+    is_inside = data_start <= start and stop <= size_bytes
     if not is_inside or stop - start != _count_bytes(tag, shape) or min(shape, default=1) < 0:
         raise ModelError(
             "damaged-safetensors",

@@ -1,7 +1,7 @@
-"""New weights for a server that runs: it loads a model's folder before that model is asked.
+"""New weights for a running server: it loads a model's folder before that model answers.
 
-A server keeps the shapes that it was started with. What it computed of prompts belongs to the old
-weights, and is dropped with them.
+A server keeps the tensor shapes that it started with. Its prefix cache belongs to the old weights,
+and is dropped with them.
 Source: SGLang, docs/advanced_features/sglang_for_rl.md (Update Weights from Disk), and its
 TokenizerManager, which renames the model; vLLM, docs/training/layerwise.md (reload_weights), and
 vllm/entrypoints/serve (rpc, cache).
@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from racdeploy.engines.backends.openai.http import Client, RefusedError
+from racdeploy.engines.backends.server.http import Client, RefusedError
 from racdeploy.errors import EngineError, RacdeployError
 from racdeploy.recipe import Traces
 
@@ -24,24 +24,26 @@ _NEEDS = {
 
 
 @contextlib.contextmanager
-def loaded(
+def loaded_weights(
     settings: Traces, folder: Path, dense: Path, notify: Callable[[str], None]
 ) -> Iterator[None]:
-    """Let the server answer with the weights of a folder; in the end it has the dense ones.
+    """Let the server answer with the weights of a folder; afterwards it loads the dense ones.
 
-    Raises EngineError where it does not load the folder. If it does not take the dense model back,
-    that is only a notice: the next run loads the model that it asks.
+    A failure to load the dense model is only a notice: the next run loads the model that it needs.
+
+    Raises:
+        EngineError: the server does not load the folder.
     """
     try:
-        load(settings, folder)
+        load_weights(settings, folder)
         yield
     finally:
         if folder != dense:
-            _give_back(settings, folder, dense, notify)
+            _restore_dense(settings, folder, dense, notify)
 
 
-def load(settings: Traces, folder: Path) -> None:
-    """Let the server load a folder, and return when every answer is of its weights."""
+def load_weights(settings: Traces, folder: Path) -> None:
+    """Let the server load a folder; return when all answers come from its weights."""
     path = str(folder.resolve())
     client = Client(settings.server, settings.server_key_env, settings.server_timeout_s)
 
@@ -63,10 +65,10 @@ def _load_into_sglang(client: Client, path: str) -> None:
     answer = client.ask("../update_weights_from_disk", body)
 
     if answer.get("success") is not True:
-        said = client.quote(str(answer.get("message", "")))
+        message = client.quote(str(answer.get("message", "")))
         raise RefusedError(
             "server-refuses-request",
-            f"{client.url} says: {said}",
+            f"{client.url} says: {message}",
             remedy="look at the server's log",
         )
 
@@ -75,20 +77,22 @@ def _load_into_vllm(client: Client, path: str) -> None:
     body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
     answer = client.ask("../collective_rpc", body)
 
-    # One for each worker, each of them None; a worker that fails makes it a status of 500.
+    # One result for each worker, each None; if a worker fails, the status is 500.
     if not answer.get("results"):
         raise RefusedError(
             "server-refuses-request",
-            f"{client.url} names no worker that did",
+            f"{client.url} names no worker that loaded it",
             remedy="look at the server's log and version",
         )
 
     client.ask("../reset_prefix_cache", {}, may_be_empty=True)
 
 
-def _give_back(settings: Traces, folder: Path, dense: Path, notify: Callable[[str], None]) -> None:
+def _restore_dense(
+    settings: Traces, folder: Path, dense: Path, notify: Callable[[str], None]
+) -> None:
     try:
-        load(settings, dense)
+        load_weights(settings, dense)
     except RacdeployError as error:
         notify(
             f"start the server again before others use it: it may have the weights of {folder}, "

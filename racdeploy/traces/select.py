@@ -1,4 +1,4 @@
-"""Choose which traces calibrate and which are held out."""
+"""Selection of the traces that calibrate and of those that are held out."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from racdeploy.traces.trace import Trace
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Traces by purpose, and how many others were left out for what reason."""
+class TraceSelection:
+    """Traces by purpose, and the number of others by reason for leaving them out."""
 
     calibration: list[Trace]
     held_out: list[Trace]
-    left_out: dict[str, int]
+    excluded: dict[str, int]
 
 
-def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
-    """Leave out unwanted traces, hold a share out evenly, and keep to the token budget."""
+def select_traces(traces: Sequence[Trace], settings: Calibration) -> TraceSelection:
+    """Leave out unwanted traces, hold a share out evenly, and apply the token budget.
+
+    Raises:
+        UsageError: no trace is left to calibrate.
+    """
     reasons = {"truncated": 0, "wrong answer": 0, "over the token budget": 0}
 
     wanted = []
-
     for trace in traces:
         if trace.truncated and not settings.keep_truncated:
             reasons["truncated"] += 1
@@ -33,26 +36,27 @@ def select(traces: Sequence[Trace], settings: Calibration) -> Selection:
         else:
             wanted.append(trace)
 
+    # Held out before the budget, so that a smaller budget holds out the same traces.
     chosen = _choose_held_out(wanted, settings.held_out_share)
     held_out = [trace for trace in wanted if trace.index in chosen]
     rest = [trace for trace in wanted if trace.index not in chosen]
-    calibration = within_budget(rest, settings.max_tokens)
+    calibration = take_within_budget(rest, settings.max_tokens)
     reasons["over the token budget"] = len(rest) - len(calibration)
-    left_out = {reason: count for reason, count in reasons.items() if count}
+    excluded = {reason: count for reason, count in reasons.items() if count}
 
     if not calibration:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        counts = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
         raise UsageError(
             "no-calibration-traces",
             f"none of {len(traces)} traces can calibrate: {counts or 'there are none'}",
             remedy="raise traces.max_new_tokens, or set calibration.keep_truncated = true",
         )
 
-    return Selection(calibration, held_out, left_out)
+    return TraceSelection(calibration, held_out, excluded)
 
 
-def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
-    """Return whole traces in order up to a token budget; 0 means all. A trace is never cut."""
+def take_within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
+    """Return whole traces in order up to a token budget, 0 for all; no trace is truncated."""
     if not max_tokens:
         return list(traces)
 
@@ -68,7 +72,7 @@ def within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
 
 
 def _choose_held_out(traces: Sequence[Trace], share: float) -> set[int]:
-    """Return the indices to hold out: of each task the asked share, spread evenly."""
+    """Return the indices to hold out: the same share of each task, spread evenly."""
     chosen: set[int] = set()
     for task in dict.fromkeys(trace.task for trace in traces):
         indices = [trace.index for trace in traces if trace.task == task]

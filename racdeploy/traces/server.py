@@ -1,8 +1,7 @@
-"""Traces from a server: open it, compare it with the model, and remember which one it was.
+"""Traces from a server: it is opened, compared with the model, and its model's name is recorded.
 
-A server that tokenizes differently answers other prompts than ours, so nothing is asked before it
-agrees. That its weights are the model's cannot be seen from outside, unless it was told to load
-them.
+A server that tokenizes differently would answer other prompts, so its tokenizer and template are
+checked first. Its weights cannot be checked from outside, unless it loaded them on request.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from racdeploy.engines.backends.openai import OpenAIEngine, Request, derive_seed
+from racdeploy.engines.backends.server import CompletionRequest, ServerEngine, derive_seed
 from racdeploy.engines.completion_log import CompletionLog
-from racdeploy.engines.counter import Counter
+from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.reading import read_json
@@ -26,11 +25,11 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces import reload
-from racdeploy.traces.collect import Answering, Asked
+from racdeploy.traces.collect import CompletionSource, ShardRequest
 
 _RECORD = "server.json"
-_SHOWN = 600  # characters of what a server says, and of what it should
-_LOOKING_S = 20.0  # a plan waits no longer for an answer
+_MAX_SHOWN = 600  # characters of a tokenization in a message
+_PLAN_TIMEOUT_S = 20.0  # of an answer while planning
 _JOURNAL = "completions.jsonl"
 _QUESTION = "What is 12 times 34?"
 _PROBES = (
@@ -45,26 +44,28 @@ _PROBES = (
 
 
 @contextlib.contextmanager
-def answering(
+def open_server(
     settings: Traces,
     checkpoint: Checkpoint,
     encoder: PromptEncoder,
     context_tokens: int,
-    folder: Path,  # of the trace stage; keeps the server's model, completions until all are there
-    dense: Path,  # folder of the model that the server has in the end
+    folder: Path,  # of the trace stage; keeps the server's model, and completions until the end
+    dense: Path,  # folder of the model that the server loads in the end
     notify: Callable[[str], None],
-    counter: Counter,
-) -> Iterator[Answering]:
-    """Yield a server that agrees with the model; it gets as many shards at a time as it can answer.
+    completion_progress: CompletionProgress,
+) -> Iterator[CompletionSource]:
+    """Yield the server as a source of completions, after its tokenizer was checked.
 
-    Raises ArtifactError where the shards in the folder came from another model, and EngineError
-    where the server failed; completions that had ended are kept.
+    Raises:
+        ArtifactError: the shards in the folder came from another model.
+        EngineError: the server failed; finished completions are kept.
+        UsageError: its tokenizer or template differ from the model's.
     """
     file = folder / _JOURNAL
 
     weights: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if settings.server_reload:
-        weights = reload.loaded(settings, checkpoint.folder, dense, notify)
+        weights = reload.loaded_weights(settings, checkpoint.folder, dense, notify)
 
     try:
         with (
@@ -75,8 +76,8 @@ def answering(
             _record(folder, settings.server_model or engine.model)
 
             log = CompletionLog(file)
-            together = math.ceil(settings.server_concurrency / settings.batch)
-            yield Answering(partial(_answer, engine, log, counter), together)
+            together = math.ceil(settings.server_concurrency / settings.batch_size)
+            yield CompletionSource(partial(_answer, engine, log, completion_progress), together)
 
         file.unlink(missing_ok=True)
     except EngineError as error:
@@ -87,24 +88,24 @@ def answering(
         raise
 
 
-def find_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder) -> str:
-    """Return the name of the model that a server has; it tokenizes as the checkpoint does.
+def find_served_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptEncoder) -> str:
+    """Return the name of the server's model, after its tokenizer was checked.
 
     Raises:
-        EngineError: nothing listens there, or it does not answer in time.
-        UsageError: it has another model.
+        EngineError: no server listens there, or it does not answer in time.
+        UsageError: its tokenizer or template differ from the checkpoint's.
     """
-    with _open(settings, checkpoint, 1, min(_LOOKING_S, settings.server_timeout_s)) as engine:
+    with _open(settings, checkpoint, 1, min(_PLAN_TIMEOUT_S, settings.server_timeout_s)) as engine:
         check_agreement(engine, encoder)
         return settings.server_model or engine.model
 
 
 def _open(
     settings: Traces, checkpoint: Checkpoint, context_tokens: int, timeout_s: float
-) -> OpenAIEngine:
-    # SGLang forgets the name that it was given: what it has loaded is called by its folder.
+) -> ServerEngine:
+    # SGLang names a reloaded model by its folder, not by the name that it was started with.
     name = "" if settings.server_reload == "sglang" else settings.server_model
-    return OpenAIEngine(
+    return ServerEngine(
         settings.server,
         EngineSettings(context_tokens, settings.server_concurrency),
         tokenizer=TokenizerFiles(checkpoint.folder).file,
@@ -116,46 +117,46 @@ def _open(
 
 
 def _answer(
-    engine: OpenAIEngine,
+    engine: ServerEngine,
     log: CompletionLog,
-    counter: Counter,
-    asked: Sequence[Asked],
+    completion_progress: CompletionProgress,
+    shard_requests: Sequence[ShardRequest],
 ) -> list[list[Completion]]:
-    """Return the completions of several shards; those that an earlier run received are reused."""
-    shards: list[list[Request]] = []
-    for prompts, sampling in asked:
-        shards.append([(ids, sampling, stream) for stream, ids in enumerate(prompts)])
+    """Return the completions of several shards; those of an earlier run are reused."""
+    shards: list[list[CompletionRequest]] = []
+    for prompts, sampling in shard_requests:
+        shards.append([(ids, sampling, rng_index) for rng_index, ids in enumerate(prompts)])
 
     requests = [request for shard in shards for request in shard]
-    missing = [request for request in requests if _find_kept(log, request) is None]
+    missing = [request for request in requests if _find_logged(log, request) is None]
 
+    # A completion is logged the moment it ends, so a killed run loses only unfinished ones.
     def keep(index: int, completion: Completion) -> None:
-        ids, sampling, stream = missing[index]
-        seed = derive_seed(sampling.seed, stream)
+        ids, sampling, rng_index = missing[index]
+        seed = derive_seed(sampling.seed, rng_index)
         log.append(ids, seed, completion)
-        counter.on_tokens(index, completion.ids, completion)
+        completion_progress.on_tokens(index, completion.ids, completion)
 
     engine.complete(missing, keep)
 
     answers = []
-
     for shard in shards:
-        found = [_find_kept(log, request) for request in shard]
-        answers.append([completion for completion in found if completion])
+        logged = [_find_logged(log, request) for request in shard]
+        answers.append([completion for completion in logged if completion])
 
     return answers
 
 
-def _find_kept(log: CompletionLog, request: Request) -> Completion | None:
-    ids, sampling, stream = request
-    return log.get(ids, derive_seed(sampling.seed, stream))
+def _find_logged(log: CompletionLog, request: CompletionRequest) -> Completion | None:
+    ids, sampling, rng_index = request
+    return log.get(ids, derive_seed(sampling.seed, rng_index))
 
 
-def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
-    """Refuse a server whose tokenizer or template differ from the model's, naming the text."""
+def check_agreement(engine: ServerEngine, encoder: PromptEncoder) -> None:
+    """Refuse a server whose tokenizer or template differ from the model's on a probe text."""
     prompt = encoder.render(_QUESTION)
     bos_ids = encoder.encode_text(encoder.bos_token)  # llama_cpp.server puts it before every text
-    lead = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
+    added = 0 if engine.has_tokenizer else engine.count("a") - len(encoder.encode_text("a"))
 
     for text in (*_PROBES, prompt):
         expected = encoder.encode_text(text)
@@ -164,15 +165,15 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
             agrees = actual in (expected, bos_ids + expected)
         else:
             actual = engine.count(text)
-            agrees = actual == len(expected) + lead
+            agrees = actual == len(expected) + added
 
         if not agrees:
             raise UsageError(
                 "server-tokenizer-differs",
                 "the server's tokenizer is not the model's: "
-                f"{repr(text)[:_SHOWN]} is {repr(expected)[:_SHOWN]} here and "
-                f"{repr(actual)[:_SHOWN]} there",
-                remedy="serve the very model that is pruned, or name its folder",
+                f"{repr(text)[:_MAX_SHOWN]} is {repr(expected)[:_MAX_SHOWN]} here and "
+                f"{repr(actual)[:_MAX_SHOWN]} there",
+                remedy="serve the model that is pruned, or name the folder of the served one",
             )
 
     without_bos = prompt.removeprefix(encoder.bos_token)  # llama-server's tokenizer adds it
@@ -182,20 +183,20 @@ def check_agreement(engine: OpenAIEngine, encoder: PromptEncoder) -> None:
         raise UsageError(
             "server-template-differs",
             "the server's chat template is not the model's: "
-            f"{_QUESTION!r} is {repr(prompt)[:_SHOWN]} here and "
-            f"{repr(rendered)[:_SHOWN]} there",
+            f"{_QUESTION!r} is {repr(prompt)[:_MAX_SHOWN]} here and "
+            f"{repr(rendered)[:_MAX_SHOWN]} there",
             remedy="start the server with the model's tokenizer files and no other chat template",
         )
 
 
 def _record(folder: Path, model: str) -> None:
-    """Write down who answers, or refuse to mix the answers of two."""
+    """Record the server's model, or refuse to mix its answers with those of another."""
     file = folder / _RECORD
     if file.is_file() and (before := read_json(file)["model"]) != model:
         raise ArtifactError(
             "server-model-changed",
-            f"the traces in {folder} were begun with the served model {before!r}, "
-            f"this server has {model!r}",
+            f"the traces in {folder} were started with the served model {before!r}, "
+            f"but this server has {model!r}",
             remedy=f"serve {before!r} again, or remove {folder}",
         )
 

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from racdeploy.engines.engine import Ids
-from racdeploy.files.appending import read_values
+from racdeploy.files.json_lines import parse_json_lines
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 
-Stream = Literal["prompt", "thinking", "answer"]
-STREAMS: tuple[Stream, ...] = ("prompt", "thinking", "answer")
+Segment = Literal["prompt", "thinking", "answer"]
+SEGMENTS: tuple[Segment, ...] = ("prompt", "thinking", "answer")
 
 
 @dataclass(frozen=True)
 class Trace:
     """A prompt and the model's completion of it, as token ids."""
 
-    index: int  # place in the trace set
-    task: str  # specification of the task that asked
+    index: int  # position in the trace set
+    task: str  # specification of its task
     question: str
     gold: str
     prompt_ids: Ids
@@ -32,8 +32,8 @@ class Trace:
     truncated: bool = False  # the completion hit a cap
     correct: bool = False
 
-    def streams(self) -> list[int]:
-        """Return, for every token, the index of its stream in ``STREAMS``."""
+    def segments(self) -> list[int]:
+        """Return, for every token, the index of its segment in ``SEGMENTS``."""
         completion = len(self.completion_ids)
         thinking = completion if self.answer_from is None else self.answer_from
         return [0] * len(self.prompt_ids) + [1] * thinking + [2] * (completion - thinking)
@@ -44,7 +44,7 @@ class Trace:
 
 
 def count_tokens(traces: Sequence[Trace]) -> int:
-    """Return the tokens of whole traces."""
+    """Return the number of tokens of prompts and completions together."""
     return sum(len(trace.ids) for trace in traces)
 
 
@@ -74,14 +74,18 @@ class TraceSet:
         return hashlib.sha256(hashes.encode()).hexdigest()
 
     def read(self) -> list[Trace]:
-        """Return every trace in order; :meth:`read_shard` says what it refuses."""
+        """Return every trace in order.
+
+        Raises:
+            ArtifactError: a shard is damaged.
+        """
         traces = []
         for file in self._shards():
             traces += self.read_shard(file)
         return traces
 
     def count(self) -> int:
-        """Return how many traces there are so far."""
+        """Return the number of traces so far."""
         return sum(len(self.read_shard(file)) for file in self._shards())
 
     def _shards(self) -> list[Path]:
@@ -89,8 +93,8 @@ class TraceSet:
 
     @staticmethod
     def read_shard(file: Path) -> list[Trace]:
-        """Return the traces of one shard, or raise ArtifactError where it is damaged."""
-        return read_values(file, file.read_bytes(), _as_trace)
+        """Return the traces of one shard; raises ArtifactError if it is damaged."""
+        return parse_json_lines(file, file.read_bytes(), _as_trace)
 
 
 def _as_trace(values: dict[str, Any]) -> Trace:

@@ -21,11 +21,11 @@ from tests.support.tiny_onnx import tiny_onnx
 if os.name != "nt":
     import resource
 
-MOST_SECONDS = 2.0
+MAX_SECONDS = 2.0
 """Of processor time, of the test and of all processes that it started; a machine may be busy. On a
 processor that counts slower than REFERENCE_SECONDS to a million, as many times more."""
 REFERENCE_SECONDS = 0.03
-MOST_BYTES = 300e6
+MAX_BYTES = 300e6
 """More resident memory than before, and more in a child than a healthy engine has."""
 _ENGINE_BYTES = 250e6
 _RECORD = os.environ.get("RACDEPLOY_ATTACKS_RECORD")  # a file that gets a line for each test
@@ -63,14 +63,14 @@ def _bar(request: pytest.FixtureRequest, slowness: float) -> Iterator[None]:
             stream.write(json.dumps([request.node.nodeid, *taken]) + "\n")
 
     marker = request.node.get_closest_marker("takes")
-    seconds = slowness * (marker.args[0] if marker else MOST_SECONDS)
+    seconds = slowness * (marker.args[0] if marker else MAX_SECONDS)
     assert took_s < seconds, f"it took {took_s:.1f} s of processor time"
-    assert own_bytes < MOST_BYTES, f"it took {own_bytes / 1e6:.0f} MB"
+    assert own_bytes < MAX_BYTES, f"it took {own_bytes / 1e6:.0f} MB"
 
     # Before it is another program, a child has what this process has. The system keeps the largest
     # of all: it is of this test only where it has grown.
     healthy_bytes = max(_ENGINE_BYTES, resident_bytes("VmHWM"))
-    is_small = child_bytes < healthy_bytes + MOST_BYTES or child_bytes == before_child_bytes
+    is_small = child_bytes < healthy_bytes + MAX_BYTES or child_bytes == before_child_bytes
     assert is_small, f"a child had {child_bytes / 1e6:.0f} MB"
 
 

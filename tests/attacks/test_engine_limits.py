@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from racdeploy.engines import allowance, child_engine
+from racdeploy.engines import process_limits, subprocess_engine
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
-from racdeploy.sandbox.reader import Reader, Request
+from racdeploy.sandbox.client import Sandbox, SandboxRequest
 from tests.support.errors import raises
 from tests.support.tiny_onnx import tiny_onnx
 
@@ -97,7 +97,7 @@ def test_a_graph_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:
 
 def test_an_endless_graph_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the processor time of a step: the first one is while it is loaded."""
-    monkeypatch.setattr(allowance, "step_seconds", lambda path, settings: 1.0)
+    monkeypatch.setattr(process_limits, "step_limit_seconds", lambda path, settings: 1.0)
     with raises("engine-died", "SIGPROF"):
         OnnxRuntimeEngine(endless(tmp_path), SETTINGS)
 
@@ -106,7 +106,7 @@ def test_an_engine_that_does_not_stop_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled, and stopped from outside: it answers nobody."""
-    monkeypatch.setattr(child_engine, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(subprocess_engine, "STOP_SECONDS", 0.2)
 
     with OnnxRuntimeEngine(large(tmp_path, 1000), SETTINGS) as engine:
         os.kill(engine.pid, signal.SIGSTOP)
@@ -126,7 +126,7 @@ def test_no_child_knows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with OnnxRuntimeEngine(tiny_onnx() / "genai" / "model.onnx", SETTINGS) as engine:
         check_environment(engine.pid)
 
-    reader = Reader("racdeploy.sandbox.texts")
+    reader = Sandbox("racdeploy.sandbox.text_operations")
     reader.start()
     assert reader.pid is not None
     check_environment(reader.pid)
@@ -146,9 +146,9 @@ def check_environment(process: int) -> None:
 
 def test_a_reading_process_opens_nothing(tmp_path: Path) -> None:
     """Neither a file nor a socket, and it cannot raise its own limits where nobody is root."""
-    reader = Reader("tests.support.opening")
+    reader = Sandbox("tests.support.opening")
     for op in ("file", "socket", "pipe", "write"):
         with pytest.raises(Exception, match="Too many open files"):
-            reader.ask(Request(op, {"path": str(tmp_path / "new")}))
+            reader.ask(SandboxRequest(op, {"path": str(tmp_path / "new")}))
     reader.close()
     assert not (tmp_path / "new").exists()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.engines import child as children
+from racdeploy.engines import engine_process as children
 from racdeploy.engines.backends.llamacpp import open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.processes.child import environment
+from racdeploy.processes.child_process import environment
 from tests.support.errors import raises
 from tests.support.tiny_artifacts import make_bundle
 
@@ -192,9 +192,9 @@ def test_a_parent_killed_while_its_child_starts_leaves_none(bundle: Path, delay_
     """Also before the child could ask to be ended: it looks who its parent is."""
     code = """
 import os, sys
-from racdeploy.processes import child
+from racdeploy.processes import child_process
 held = os.pipe()  # no pipe's end tells it
-child.start_module("timeit", "-n1", "-s", "import time", "time.sleep(60)", pass_fds=held)
+child_process.start_module("timeit", "-n1", "-s", "import time", "time.sleep(60)", pass_fds=held)
 print("started", flush=True)
 sys.stdin.read()
 """
@@ -212,7 +212,7 @@ sys.stdin.read()
 @pytest.fixture
 def short_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "_STUCK_S", 1.0)
-    monkeypatch.setattr(children, "_ASK_AGAIN_S", 0.2)
+    monkeypatch.setattr(children, "_REPEAT_CANCEL_S", 0.2)
 
 
 @pytest.mark.usefixtures("short_bound")

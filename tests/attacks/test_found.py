@@ -16,16 +16,16 @@ from onnx import TensorProto, helper
 from safetensors import SafetensorError, deserialize
 
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.engines.backends.openai.http import Client
+from racdeploy.engines.backends.server.http import Client
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.models.bpe import BytePairs
+from racdeploy.models.bpe import ByteLevelBPE
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Recipe
 from racdeploy.runtime.template import ChatTemplate
-from racdeploy.sandbox.reader import Reader
+from racdeploy.sandbox.client import Sandbox
 from racdeploy.tensors.safetensors import read_tensor_entries
 from tests.support.completion_server import Reply, serving
 from tests.support.errors import raises
@@ -113,7 +113,7 @@ def _outside(dims: list[int], kind: int = TensorProto.UINT8, **places: str) -> T
     return values
 
 
-LISTED = {"name": "w", "shape": [2, 64], "quant": "f32", "looked_up": False}
+LISTED = {"name": "w", "shape": [2, 64], "quant": "f32", "is_embedding": False}
 BLOCKS = {**LISTED, "quant": "matmulnbits_8"}
 MASKED = {**LISTED, "packing": "bitmask_graph"}
 SCALES = TensorProto(name="w.scales", dims=[2, 4], data_type=TensorProto.FLOAT, raw_data=bytes(32))
@@ -185,10 +185,10 @@ def test_a_server_that_repeats_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_template_behind_one_that_fails_is_not_waited_for() -> None:
     """The first one began with the process, which had answered for it already."""
-    reader = Reader("racdeploy.sandbox.texts")
+    reader = Sandbox("racdeploy.sandbox.text_operations")
     try:
         # Not with our raises: its frame would keep the traceback, and so the template, alive.
-        broken = ChatTemplate("{{ 7 3 }}", reader=reader)
+        broken = ChatTemplate("{{ 7 3 }}", sandbox=reader)
         with pytest.raises(ArtifactError, match="TemplateSyntaxError"):
             broken.render([])
         with pytest.raises(ArtifactError, match="TemplateSyntaxError"):
@@ -196,16 +196,16 @@ def test_a_template_behind_one_that_fails_is_not_waited_for() -> None:
         del broken
 
         began = time.monotonic()
-        assert ChatTemplate("{{ 1 + 1 }}", reader=reader).render([]) == "2"
+        assert ChatTemplate("{{ 1 + 1 }}", sandbox=reader).render([]) == "2"
         assert time.monotonic() - began < 20  # it was 40
     finally:
         reader.close()
 
 
 def test_a_template_says_what_is_wrong_in_one_line() -> None:
-    reader = Reader("racdeploy.sandbox.texts")
+    reader = Sandbox("racdeploy.sandbox.text_operations")
     try:
-        template = ChatTemplate("{{ raise_exception('no\\nerror: yes') }}", reader=reader)
+        template = ChatTemplate("{{ raise_exception('no\\nerror: yes') }}", sandbox=reader)
         with raises("template-failed", "no error: yes") as caught:
             template.render([])
         assert "\n" not in caught.value.message
@@ -235,7 +235,7 @@ def test_a_tokenizer_of_other_kinds(tmp_path: Path, name: str) -> None:
     values = {"model": model, "added_tokens": [], **TOKENIZERS[name]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises((ArtifactError, UsageError)) as caught:
-        BytePairs.read(TokenizerFiles(tmp_path))
+        ByteLevelBPE.read(TokenizerFiles(tmp_path))
     assert "\n" not in caught.value.message
 
 

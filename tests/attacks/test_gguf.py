@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
-from racdeploy.export.gguf.measurement import measure
+from racdeploy.exporting.gguf.measurement import measure
 from racdeploy.quant import ggml
 from racdeploy.quant.importance import Importance
-from racdeploy.tensors.gguf_header import GGML_SIZES, Header, read_header
+from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES, GgufHeader, read_header
 from tests.support.tiny_gguf import random_rows, write_gguf
 
-MOST_SECONDS, MOST_BYTES = 1.0, 200e6
-Attack = Callable[[bytearray, Header], object]
+MAX_SECONDS, MAX_BYTES = 1.0, 200e6
+Attack = Callable[[bytearray, GgufHeader], object]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def _put(data: bytearray, position: int, code: str, *values: float) -> None:
     struct.pack_into(f"<{code}", data, position, *values)
 
 
-def _value(header: Header, key: str) -> int:
+def _value(header: GgufHeader, key: str) -> int:
     """Return the position of a key's type; its value follows 4 bytes later."""
-    return header.starts[key] + 8 + len(key)
+    return header.key_positions[key] + 8 + len(key)
 
 
 def _info(data: bytearray, name: bytes) -> int:
@@ -88,7 +88,7 @@ ATTACKS: dict[str, Attack] = {
     "2^64 - 1 tensors": lambda d, h: _put(d, 8, "Q", 2**64 - 1),
     "2^63 keys": lambda d, h: _put(d, 16, "Q", 2**63),
     "one tensor more": lambda d, h: _put(d, 8, "Q", 4),
-    "one key more": lambda d, h: _put(d, 16, "Q", len(h.values) + 1),
+    "one key more": lambda d, h: _put(d, 16, "Q", len(h.metadata) + 1),
     "key of 2^64 - 8 bytes": lambda d, h: _put(d, 24, "Q", 2**64 - 8),
     "empty key": lambda d, h: _put(d, 24, "Q", 0),
     "key is not UTF-8": lambda d, h: _put(d, 32, "B", 0xFF),
@@ -102,8 +102,8 @@ ATTACKS: dict[str, Attack] = {
     "array of 2^62 floats": lambda d, h: _put(
         d, _value(h, "tokenizer.ggml.scores") + 8, "Q", 2**62
     ),
-    "name of 2^63 bytes": lambda d, h: _put(d, h.starts[""], "Q", 2**63),
-    "name is not UTF-8": lambda d, h: _put(d, h.starts[""] + 8, "B", 0xFE),
+    "name of 2^63 bytes": lambda d, h: _put(d, h.key_positions[""], "Q", 2**63),
+    "name is not UTF-8": lambda d, h: _put(d, h.key_positions[""] + 8, "B", 0xFE),
     "name twice": lambda d, h: _swap(d, b"blk.1.weight", b"blk.0.weight"),
     "no dimensions": lambda d, h: _put(d, _info(d, b"blk.0.weight"), "I", 0),
     "5 dimensions": lambda d, h: _put(d, _info(d, b"blk.0.weight"), "I", 5),
@@ -137,8 +137,8 @@ def _is_refused(file: Path, read: Callable[[Path], object] = inspect_path) -> Ra
         seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert seconds < MOST_SECONDS
-    assert peak < MOST_BYTES
+    assert seconds < MAX_SECONDS
+    assert peak < MAX_BYTES
     assert caught.value.remedy
     return caught.value
 
@@ -157,7 +157,7 @@ def test_a_damaged_file_is_refused(intact: Path, tmp_path: Path, attack: str) ->
 def _boundaries(file: Path) -> set[int]:
     header = read_header(file)
     places = {0, 3, 4, 8, 16, 24, header.data_start - 1}
-    for start in header.starts.values():
+    for start in header.key_positions.values():
         places |= {start - 1, start, start + 4, start + 9}
     for tensor in header.tensors:
         places |= {tensor.position, tensor.position + 3, tensor.position + tensor.size_bytes - 1}
@@ -309,12 +309,12 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, code: str) -> None:
     assert _is_refused(given).code == code
 
 
-@pytest.mark.parametrize("ggml_type", sorted(GGML_SIZES))
+@pytest.mark.parametrize("ggml_type", sorted(GGML_QUANT_SIZES))
 def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are
     unknown.
     """
-    block_weights, block_bytes = GGML_SIZES[ggml_type]
+    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     library = ggml._library()
     assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (
         block_weights,

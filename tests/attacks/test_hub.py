@@ -12,7 +12,7 @@ import pytest
 
 from racdeploy.bundles.hub import pull as pulling
 from racdeploy.bundles.hub import remote
-from racdeploy.bundles.hub.layout import refuse_name
+from racdeploy.bundles.hub.layout import explain_bad_name
 from racdeploy.bundles.hub.pull import pull
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
 from tests.support.errors import raises
@@ -79,7 +79,7 @@ def _left(tmp_path: Path) -> set[str]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_name_that_is_no_plain_path_is_not_written(hub: Hub, tmp_path: Path, name: str) -> None:
     """Neither as a file of a bundle nor as an artifact; nothing is written at all."""
-    assert refuse_name(name)
+    assert explain_bad_name(name)
     _serve(hub, tmp_path, {f"{OWN}/{name}": b"pwned"})
     with pytest.raises(ArtifactError):
         pull(NAME, Path("out"))
@@ -101,7 +101,7 @@ def test_an_artifact_with_such_a_name_is_not_written(hub: Hub, tmp_path: Path, n
     "name", ["model.gguf", "onnx/model_q8.onnx", "a-b_c.d/é.json", "README.md"]
 )
 def test_a_plain_name_is_written(name: str) -> None:
-    assert refuse_name(name) == ""
+    assert explain_bad_name(name) == ""
 
 
 def test_two_names_that_some_systems_hold_for_one_are_refused(hub: Hub, tmp_path: Path) -> None:

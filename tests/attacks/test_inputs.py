@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.files.reading import refusing
+from racdeploy.files.reading import artifact_errors
 from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from tests.support.tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.answers("M3", "L1")
 
-MOST_SECONDS, MOST_BYTES = 2.0, 300e6
+MAX_SECONDS, MAX_BYTES = 2.0, 300e6
 Edit = Callable[[dict[str, Any]], object]
 NUL, SURROGATE = "a\0b", "a\ud800b"
 WRONG: tuple[Any, ...] = ("x", [], {}, -2, 10**30, 10**400, 1.5, [[1]], {"a": {"b": {}}})
@@ -95,7 +95,7 @@ MANIFESTS: dict[str, Edit] = {
     "another hash": _set("artifacts", 0, "sha256", to="0" * 64),
     "1,025 files": _set("artifacts", 0, "files", to={f"f{i}": "0" * 64 for i in range(1025)}),
     "an unknown key": _set("surprise", to=1),
-    "another schema": _set("schema_version", to=2),
+    "another schema": _set("schema_version", to=3),
     "2,000 ends": _set("tokenizer", "eos_ids", to=list(range(2000))),
     "an end that is none": _set("tokenizer", "eos_ids", to=["x"]),
     "hot": _set("generation", "temperature", to=1e999),
@@ -114,8 +114,8 @@ PATHS = ("", "..", "../secret", "/etc/passwd", NUL, "a\nb", "x" * 2000, "missing
 def bounded() -> Iterator[None]:
     before, began = _peak_bytes(), time.process_time()
     yield
-    assert time.process_time() - began < MOST_SECONDS
-    assert _peak_bytes() - before < MOST_BYTES
+    assert time.process_time() - began < MAX_SECONDS
+    assert _peak_bytes() - before < MAX_BYTES
 
 
 def _peak_bytes() -> int:
@@ -310,8 +310,8 @@ def test_what_a_native_library_raises_is_one_line() -> None:
         pass
 
     said = "PanicException: called unwrap on None"
-    with raises("damaged-file", "x.json", said), refusing("x.json"):
+    with raises("damaged-file", "x.json", said), artifact_errors("x.json"):
         raise PanicException("called unwrap\non None")
 
-    with pytest.raises(KeyboardInterrupt), refusing("x.json"):
+    with pytest.raises(KeyboardInterrupt), artifact_errors("x.json"):
         raise KeyboardInterrupt

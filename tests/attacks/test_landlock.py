@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from racdeploy.cli import doctor
-from racdeploy.engines.child_engine import ChildEngine
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.errors import EngineError
 from racdeploy.processes import landlock
-from racdeploy.sandbox.reader import Reader, Request
+from racdeploy.sandbox.client import Sandbox, SandboxRequest
 from tests.support.errors import raises
 
 needs_landlock = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def test_an_engine_starts_and_writes_nothing(
             "port": server.getsockname()[1],
         }
         with pytest.raises(EngineError) as caught:
-            ChildEngine("tests.support.escaping", "the engine", victim, SETTINGS, **given)
+            SubprocessEngine("tests.support.escaping", "the engine", victim, SETTINGS, **given)
 
     went = json.loads(caught.value.message)
     assert {name for name, did in went.items() if did} == ALLOWED
@@ -54,10 +54,10 @@ def test_a_reader_that_opens_files_does_no_more(tmp_path: Path, op: str) -> None
     """Scorers import what they need late."""
     victim = tmp_path / "authorized_keys"
     victim.write_text("of the user")
-    reader = Reader("tests.support.opening", opens_files=True)
+    reader = Sandbox("tests.support.opening", opens_files=True)
     with raises("file-not-read", "PermissionError"):
-        reader.ask(Request(op, {"path": str(victim)}))
-    reader.ask(Request("file", {}))
+        reader.ask(SandboxRequest(op, {"path": str(victim)}))
+    reader.ask(SandboxRequest("file", {}))
     reader.close()
     assert victim.read_text() == "of the user"
 

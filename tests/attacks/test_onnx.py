@@ -190,11 +190,9 @@ def test_a_bundle_whose_graph_is_gone_or_a_link_outwards_is_refused(tmp_path: Pa
 
 
 def test_packed_files_of_another_bundle_are_refused(tmp_path: Path) -> None:
-    """Weights that are packed apart from their graph are compared with the manifest before they are
-    joined.
-    """
+    """They are compared with the manifest before they are loaded."""
     bundle = make_onnx_bundle(tmp_path)
-    edit_json(bundle / "racdeploy.json", artifacts=_with_packing(bundle, "bitmask_sidecar"))
+    edit_json(bundle / "racdeploy.json", artifacts=_with_packing(bundle, "bitmask_graph"))
     load(bundle).close()
     data = bundle / "onnx" / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"?")

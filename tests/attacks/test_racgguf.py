@@ -20,15 +20,15 @@ from racdeploy.bundles.inspect import inspect_path
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError
 from racdeploy.packing import racgguf
+from racdeploy.packing.block_layouts import BLOCK_LAYOUTS
 from racdeploy.packing.chunks import unpack_chunk
-from racdeploy.packing.layouts import LAYOUTS
 from racdeploy.packing.packers import bitmask
-from racdeploy.packing.racgguf.container import KEYS, VERSION, tensor_infos
+from racdeploy.packing.racgguf.container import KEYS, VERSION, pack_tensor_infos
 from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 Attack = Callable[[bytearray, racgguf.Container], object]
-MOST_SECONDS, MOST_BYTES = 1.0, 200e6
+MAX_SECONDS, MAX_BYTES = 1.0, 200e6
 DEFLATED = 1 << 31
 
 
@@ -51,11 +51,11 @@ def _put(data: bytearray, position: int, code: str, *values: int) -> None:
 
 def _value(container: racgguf.Container, key: str) -> int:
     """Return the position of a key's type; its value follows 4 bytes later."""
-    return container.header.starts[key] + 8 + len(key)
+    return container.header.key_positions[key] + 8 + len(key)
 
 
 def _infos(container: racgguf.Container) -> int:
-    return container.header.starts[""]
+    return container.header.key_positions[""]
 
 
 def _chunk(container: racgguf.Container, tensor: int) -> int:
@@ -70,7 +70,7 @@ def _recorded(container: racgguf.Container, index: int) -> int:
 def _mask(container: racgguf.Container, tensor: int) -> int:
     """Return the position of the mask of a tensor of one chunk."""
     kept = container.tensors[tensor]
-    return kept.position + 4 * (1 + LAYOUTS[kept.ggml_type].planes)
+    return kept.position + 4 * (1 + BLOCK_LAYOUTS[kept.ggml_type].plane_count)
 
 
 def _swap_two_bits(data: bytearray, position: int) -> None:
@@ -107,7 +107,7 @@ HEADER: dict[str, Attack] = {
     "tensor count overflows": lambda d, c: _put(d, 8, "Q", 2**64 - 1),
     "key count overflows": lambda d, c: _put(d, 16, "Q", 2**63),
     "one tensor more than there is": lambda d, c: _put(d, 8, "Q", 5),
-    "one key less than there is": lambda d, c: _put(d, 16, "Q", len(c.header.values) - 1),
+    "one key less than there is": lambda d, c: _put(d, 16, "Q", len(c.header.metadata) - 1),
     "key length overflows": lambda d, c: _put(d, 24, "Q", 2**64 - 8),
     "key is not UTF-8": lambda d, c: _put(d, 32, "B", 0xFF),
     "key twice": lambda d, c: _rename(d, b"tokenizer.ggml.scores", b"tokenizer.ggml.tokens"),
@@ -223,8 +223,8 @@ def _is_refused(file: Path) -> None:
         seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert seconds < MOST_SECONDS
-    assert peak < MOST_BYTES
+    assert seconds < MAX_SECONDS
+    assert peak < MAX_BYTES
     assert before == sorted(file.parent.iterdir())
 
 
@@ -242,7 +242,7 @@ def test_a_truncated_container_is_refused_wherever_it_ends(intact: Path, tmp_pat
     """Nothing, half of the fixed part, before and in every key, info, tensor, mask and plane."""
     container, data = racgguf.Container.open(intact), intact.read_bytes()
     places = {0, 3, 4, 8, 16, 24, container.header.data_start, container.header.data_start - 1}
-    for start in container.header.starts.values():
+    for start in container.header.key_positions.values():
         places |= {start - 1, start, start + 4, start + 9}
     for index, tensor in enumerate(container.tensors):
         places |= {tensor.position, tensor.position + 3, tensor.position + tensor.stored_bytes - 1}
@@ -255,7 +255,7 @@ def test_a_truncated_container_is_refused_wherever_it_ends(intact: Path, tmp_pat
 
 def _container(file: Path, stored: bytes, rows: int, row_length: int) -> Path:
     """Write a container of one packed f32 tensor with these stored bytes."""
-    plain = 24 + len(tensor_infos([("w", (row_length, rows), 0, 0)], 32))
+    plain = 24 + len(pack_tensor_infos([("w", (row_length, rows), 0, 0)], 32))
     size_bytes = -(-plain // 32) * 32 + 4 * rows * row_length
     text = lambda value: struct.pack("<Q", len(value)) + value  # noqa: E731
     values = [
@@ -268,7 +268,7 @@ def _container(file: Path, stored: bytes, rows: int, row_length: int) -> Path:
     data = struct.pack("<4sIQQ", b"GGUF", 3, 1, 5)
     for key, (kind, value) in zip(KEYS, values, strict=True):
         data += text(key.encode()) + struct.pack("<I", kind) + value
-    data += tensor_infos([("w", (len(stored),), 24, len(stored))], 32)
+    data += pack_tensor_infos([("w", (len(stored),), 24, len(stored))], 32)
     file.write_bytes(data + bytes(-len(data) % 32) + stored)
     return file
 
@@ -289,9 +289,9 @@ def _record(weights: int, *planes: tuple[bytes, bool]) -> bytes:
 
 
 def _unpack(record: bytes) -> np.ndarray:
-    source = racgguf.Source(io.BytesIO(record))
-    source.start(0, len(record))
-    return unpack_chunk(LAYOUTS[0], source.take)
+    source = racgguf.ByteReader(io.BytesIO(record))
+    source.seek(0, len(record))
+    return unpack_chunk(BLOCK_LAYOUTS[0], source.read)
 
 
 @pytest.mark.parametrize(
@@ -364,13 +364,22 @@ def test_unpack_writes_the_plain_file(intact: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "m.onnx", "m"])
+def test_only_a_container_is_unpacked(tmp_path: Path, name: str) -> None:
+    """A file of another suffix is named, and no file is written."""
+    (tmp_path / name).write_bytes(b"GGUF")
+    outcome = CliRunner().invoke(app, ["unpack", str(tmp_path / name)])
+    assert (outcome.exit_code, "[unknown-suffix]" in outcome.output) == (2, True)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_another_file_is_never_replaced(intact: Path, tmp_path: Path) -> None:
     """A file or a folder of that name is refused with a remedy, and stays."""
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "other.gguf").write_bytes(b"mine")
     for name in ("folder.gguf", "other.gguf"):
         refused = CliRunner().invoke(app, ["unpack", str(intact), "--out", str(tmp_path / name)])
-        assert (refused.exit_code, "name another one" in refused.output) == (2, True)
+        assert (refused.exit_code, "give another path" in refused.output) == (2, True)
     assert (tmp_path / "other.gguf").read_bytes() == b"mine"
 
 

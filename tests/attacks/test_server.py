@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.engines.backends.openai import OpenAIEngine
-from racdeploy.engines.backends.openai.http import Client
+from racdeploy.engines.backends.server import ServerEngine
+from racdeploy.engines.backends.server.http import Client
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
 from tests.attacks.test_inputs import bounded
@@ -92,7 +92,7 @@ def test_an_answer_has_a_bound_by_what_was_asked() -> None:
     routes = {"v1/models": models("tiny"), "v1/completions": lambda _: text}
     with (
         serving(routes) as url,
-        OpenAIEngine(url, SETTINGS, vocabulary=480) as engine,
+        ServerEngine(url, SETTINGS, vocabulary=480) as engine,
         bounded(),
         raises("odd-server-answer", "more than 1,00"),
     ):
@@ -110,7 +110,7 @@ def test_an_answer_has_a_bound_by_what_was_asked() -> None:
     ids=["a flood of lists", "5,000 digits", "half a character", "no UTF-8"],
 )
 def test_an_answer_that_is_no_clean_json(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("racdeploy.engines.backends.openai.http._FIRST_DELAY_S", 0.0)
+    monkeypatch.setattr("racdeploy.engines.backends.server.http._FIRST_DELAY_S", 0.0)
     with (
         serving({"v1/models": lambda _: Reply(body)}) as url,
         bounded(),

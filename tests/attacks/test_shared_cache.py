@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.packing.packers import bitmask
-from racdeploy.processes.child import environment
+from racdeploy.processes.child_process import environment
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 RACES = 50
@@ -23,7 +23,7 @@ from pathlib import Path
 os.getpid = lambda: 1
 from racdeploy.packing import racgguf
 for line in sys.stdin:
-    file = racgguf.unpacked(Path(sys.argv[1]))
+    file = racgguf.unpack_to_cache(Path(sys.argv[1]))
     print(hashlib.sha256(file.read_bytes()).hexdigest(), flush=True)
 """
 APART = ["unshare", "--pid", "--fork", "--kill-child"]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
 from racdeploy.cli.console import print_result
-from racdeploy.export.gguf.programs import companions
+from racdeploy.exporting.gguf.programs import companions
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.fake_bundle import make_fake_bundle

@@ -21,7 +21,7 @@ pytestmark = [
 # An export that writes its tensors until it is ended.
 STALLED = """
 import os, pathlib, time
-from racdeploy.export.gguf import writer
+from racdeploy.exporting.gguf import writer
 def write_parts(*arguments):
     pathlib.Path(os.environ["STARTED"]).touch()
     time.sleep(60)

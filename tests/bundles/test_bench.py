@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.bundles import bench as benchmark
-from racdeploy.bundles.bench import FIGURES, Load, bench, find_dense
+from racdeploy.bundles.bench import FIGURES, BenchSettings, bench, find_dense_artifact
 from racdeploy.cli.app import app
 from racdeploy.engines.engine import Completion, Engine, EngineSettings, Sampling
-from racdeploy.export import ExportResult, weight_bytes
+from racdeploy.exporting import ExportResult, count_weight_bytes
 from racdeploy.files.stages import Stage
 from racdeploy.manifest import Manifest
 from tests.support.errors import raises
@@ -31,7 +31,7 @@ class CountingEngine(Engine):
     opened: list[Path]
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        self.about: dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
         self._parallel = settings.parallel
         self.opened.append(path)
         self._slow = (1.0 if "dense" in path.name else 0.5) * (1 + len(self.opened) / 100)
@@ -79,7 +79,7 @@ def test_the_artifacts_take_turns_and_the_first_round_does_not_count(
     """Which comes first changes, so that a machine that grows slower harms both alike."""
     CountingEngine.opened = []
     _engine(monkeypatch, CountingEngine)
-    found = bench(bundle, dense, Load(rounds=3, prompt_tokens=100, new_tokens=50))
+    found = bench(bundle, dense, BenchSettings(rounds=3, prompt_tokens=100, new_tokens=50))
     names = ["dense" if path == dense else "pruned" for path in CountingEngine.opened]
     assert names == ["dense", "pruned", "pruned", "dense", "dense", "pruned", "pruned", "dense"]
     assert len(found.dense_rounds) == len(found.pruned_rounds) == 3
@@ -100,7 +100,9 @@ def test_sequences_together_count_together(
     """Four at once, in the time of one each: four times the tokens a second."""
     CountingEngine.opened = []
     _engine(monkeypatch, CountingEngine)
-    found = bench(bundle, dense, Load(rounds=1, prompt_tokens=100, new_tokens=50, parallel=4))
+    found = bench(
+        bundle, dense, BenchSettings(rounds=1, prompt_tokens=100, new_tokens=50, parallel=4)
+    )
     assert found.medians()[0]["decode_tokens_per_s"] == pytest.approx(4 * 50, rel=0.1)
     assert found.to_json()["parallel"] == 4
 
@@ -120,13 +122,13 @@ def test_any_artifact_of_a_bundle_can_be_measured(
     CountingEngine.opened = []
     _engine(monkeypatch, CountingEngine)
     found = bench(
-        copy, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf"
+        copy, dense, BenchSettings(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf"
     )
     assert found.pruned == copy / "second.gguf"
     with raises("no-dense-artifact", "second.gguf", "--dense"):
-        find_dense(copy, tmp_path, "second.gguf")
+        find_dense_artifact(copy, tmp_path, "second.gguf")
     with raises("unknown-artifact", "'third.gguf'", "model.gguf, second.gguf"):
-        bench(copy, dense, Load(), artifact="third.gguf")
+        bench(copy, dense, BenchSettings(), artifact="third.gguf")
 
 
 @pytest.mark.parametrize(("dense_bytes", "pruned_bytes"), [(3000, 2000), (2000, 2000), (3000, 0)])
@@ -134,7 +136,7 @@ def test_the_files_stand_beside_the_speed(dense_bytes: int, pruned_bytes: int) -
     """Nothing of them where another file is read."""
     figures = dict.fromkeys(FIGURES, 10.0)
     sides = (Path("dense"), Path("pruned"), (figures,), (figures,))
-    found = benchmark.Benchmark(Load(rounds=1), *sides, "", dense_bytes, pruned_bytes)
+    found = benchmark.BenchResult(BenchSettings(rounds=1), *sides, "", dense_bytes, pruned_bytes)
     files = [row for row in found.to_table().rows if row[0] == "files"]
     assert bool(files) == bool(pruned_bytes)
 
@@ -146,8 +148,8 @@ def test_all_files_of_an_artifact_are_counted(tmp_path: Path) -> None:
     (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"x" * 7)
     for name, size in (("model.onnx", 10), ("model.onnx_data", 90), ("other.onnx_data", 3)):
         (tmp_path / name).write_bytes(b"x" * size)
-    assert weight_bytes(tmp_path / "m-00001-of-00002.gguf") == 150
-    assert weight_bytes(tmp_path / "model.onnx") == 100
+    assert count_weight_bytes(tmp_path / "m-00001-of-00002.gguf") == 150
+    assert count_weight_bytes(tmp_path / "model.onnx") == 100
 
 
 def test_an_engine_that_counts_nothing_is_refused(
@@ -168,7 +170,7 @@ def test_an_engine_that_counts_nothing_is_refused(
     Silent.opened = []
     _engine(monkeypatch, Silent)
     with raises("no-engine-stats"):
-        bench(bundle, dense, Load(rounds=1, prompt_tokens=32, new_tokens=8))
+        bench(bundle, dense, BenchSettings(rounds=1, prompt_tokens=32, new_tokens=8))
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
@@ -176,9 +178,9 @@ def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
 ) -> None:
     """A context that is too short, a dense artifact that is not there."""
     with raises("load-beyond-context", str(CONTEXT_TOKENS)):
-        bench(bundle, dense, Load(prompt_tokens=200, new_tokens=100))
+        bench(bundle, dense, BenchSettings(prompt_tokens=200, new_tokens=100))
     with raises("no-dense-artifact", "missing.gguf"):
-        bench(bundle, dense.with_name("missing.gguf"), Load())
+        bench(bundle, dense.with_name("missing.gguf"), BenchSettings())
 
 
 def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -
 
     work = tmp_path / "work"
     with raises("no-dense-artifact", str(work), "q8_0", "tiny", "--dense"):
-        find_dense(copy, work)
+        find_dense_artifact(copy, work)
 
     for name, sha256, ends in (
         ("right.gguf", "a" * 64, True),
@@ -208,7 +210,7 @@ def test_the_dense_artifact_is_found_by_its_hash(bundle: Path, tmp_path: Path) -
             file = stage.folder / name
             file.write_bytes(b"x")
             stage.finish(ExportResult(file, (), 1, {name: sha256}).to_json(stage.folder))
-    assert find_dense(copy, work).name == "right.gguf"
+    assert find_dense_artifact(copy, work).name == "right.gguf"
 
 
 def test_the_command_measures_a_real_model_against_itself(bundle: Path) -> None:

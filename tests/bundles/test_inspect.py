@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.export import load, write
+from racdeploy.exporting import load, write
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
 from tests.support.cut_models import Cut, cut_checkpoint

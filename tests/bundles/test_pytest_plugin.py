@@ -25,7 +25,7 @@ from racdeploy.bundles import verify
 from racdeploy.errors import ArtifactError
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
-from racdeploy.verify.gate import read_gate
+from racdeploy.verification.gate import read_gate
 
 wanted = dict(part.split("=") for part in os.environ["WANTED"].split(","))
 
@@ -36,18 +36,18 @@ def verified():
     checks = tuple(
         CheckResult(name=name, verdict=wanted.get(name, wanted["rest"]),
                     summary=f"what {name} found", remedy="do this", figures={"number": 0.25})
-        for name in plugins.names("checks")
+        for name in plugins.list_names("checks")
     )
     return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
 
 class Verification:
     def __init__(self, local):
-        self.gate = read_gate(local.bundle.gate_file).at(local.bundle.tier)
+        self.gate = read_gate(local.bundle.gate_file).for_tier(local.bundle.tier)
 
     def run(self):
         return verified()
 
-verify.Reverification = Verification
+verify.BundleVerification = Verification
 """
 
 
@@ -66,11 +66,12 @@ def _pytest(folder: Path, wanted: str, *arguments: str) -> subprocess.CompletedP
         "--rootdir",
         str(folder),
     ]
-    environment = os.environ | {"WANTED": wanted, "PYTHONPATH": str(ROOT)}
+    # Other plugins of the environment take a second to import.
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, "-p", "no:cacheprovider", *arguments],
         cwd=folder,
-        env=environment,
+        env=os.environ | plain | {"WANTED": wanted},
         capture_output=True,
         text=True,
     )

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import racdeploy
 from racdeploy import plugins
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.bundles.signature import Signatory, check_signature, sign
+from racdeploy.bundles.signature import Signer, check_signature, sign
 from racdeploy.cli.app import app
 from racdeploy.errors import ArtifactError
 from tests.support.errors import raises
@@ -33,26 +33,24 @@ MAIN = "thinker-1B-rac-v1.0-Q8_0.gguf"
 PEM, PKCS8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
 
 
-def _write_keys(
-    folder: Path, name: str, key: ec.EllipticCurvePrivateKey | None = None
-) -> Signatory:
+def _write_keys(folder: Path, name: str, key: ec.EllipticCurvePrivateKey | None = None) -> Signer:
     """Write ``NAME.pem`` and ``NAME.pub``; return whose they are."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(PEM, PKCS8, serialization.NoEncryption())
     public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     (folder / f"{name}.pem").write_bytes(private)
     (folder / f"{name}.pub").write_bytes(public)
-    return Signatory(folder / f"{name}.pub")
+    return Signer(folder / f"{name}.pub")
 
 
 @pytest.fixture
-def author(tmp_path: Path) -> Signatory:
+def author(tmp_path: Path) -> Signer:
     """Whose keys lie as key.pem and key.pub."""
     return _write_keys(tmp_path, "key")
 
 
 @pytest.fixture
-def signed(tmp_path: Path, author: Signatory) -> Path:
+def signed(tmp_path: Path, author: Signer) -> Path:
     bundle = make_fake_bundle(tmp_path / "bundle")
     assert sign(bundle, key=tmp_path / "key.pem") == bundle / "model.sig"
     check_signature(bundle, bundle / "model.sig", author)
@@ -133,7 +131,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_bundle_that_changed_is_refused(signed: Path, author: Signatory, change: str) -> None:
+def test_a_bundle_that_changed_is_refused(signed: Path, author: Signer, change: str) -> None:
     """Whatever it is, in one line that names it."""
     spoil, code, complaint = CHANGES[change]
     spoil(signed)
@@ -185,7 +183,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_signature_is_refused(signed: Path, author: Signatory, damage: str) -> None:
+def test_a_damaged_signature_is_refused(signed: Path, author: Signer, damage: str) -> None:
     """It is one line that names the file, never a traceback."""
     DAMAGES[damage](signed / "model.sig")
     with pytest.raises(ArtifactError, match=r"model\.sig") as refused:
@@ -193,7 +191,7 @@ def test_a_damaged_signature_is_refused(signed: Path, author: Signatory, damage:
     assert len(str(refused.value)) < 700
 
 
-def test_a_key_of_somebody_else_is_refused(signed: Path, author: Signatory, tmp_path: Path) -> None:
+def test_a_key_of_somebody_else_is_refused(signed: Path, author: Signer, tmp_path: Path) -> None:
     """Also where the signature claims to be of the key that is asked for."""
     other = _write_keys(tmp_path, "other")
     with raises("signed-by-another", "other.pub"):
@@ -207,7 +205,7 @@ def test_a_key_of_somebody_else_is_refused(signed: Path, author: Signatory, tmp_
 
 
 def test_the_signature_of_another_bundle_is_refused(
-    signed: Path, author: Signatory, tmp_path: Path
+    signed: Path, author: Signer, tmp_path: Path
 ) -> None:
     """It is genuine, and says what it is over."""
     other = make_fake_bundle(tmp_path / "other", "q4_0")
@@ -217,7 +215,7 @@ def test_the_signature_of_another_bundle_is_refused(
 
 
 def test_a_genuine_signature_that_leaves_files_out_is_refused(
-    signed: Path, author: Signatory, tmp_path: Path
+    signed: Path, author: Signer, tmp_path: Path
 ) -> None:
     """model-signing's own command can ignore paths; git's are the only ones that may be."""
     ignored = hashing.Config().set_ignored_paths(paths=["model.sig", "chat_template.jinja"])
@@ -236,7 +234,7 @@ def test_a_genuine_signature_that_leaves_files_out_is_refused(
     ids=["other hashes", "pieces of files"],
 )
 def test_a_signature_over_something_else_is_refused(
-    signed: Path, author: Signatory, tmp_path: Path, config: hashing.Config
+    signed: Path, author: Signer, tmp_path: Path, config: hashing.Config
 ) -> None:
     """It is genuine, and over no file as racdeploy hashes it."""
     signer = signing.Config().use_elliptic_key_signer(private_key=tmp_path / "key.pem")
@@ -247,7 +245,7 @@ def test_a_signature_over_something_else_is_refused(
 
 
 def test_other_programs_check_the_same_signature(
-    signed: Path, author: Signatory, tmp_path: Path
+    signed: Path, author: Signer, tmp_path: Path
 ) -> None:
     """model-signing's command takes ours, and its own is taken here."""
     place = ["--signature", signed / "model.sig", signed]
@@ -265,7 +263,7 @@ def test_other_programs_check_the_same_signature(
 
 
 def test_a_signature_may_lie_elsewhere_and_the_folder_be_renamed(
-    signed: Path, author: Signatory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signed: Path, author: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bundle is known by its files; git's own files are not among them."""
     (signed / "model.sig").rename(tmp_path / "apart.sig")
@@ -313,10 +311,10 @@ def test_what_cannot_sign_or_check_is_a_wrong_key(signed: Path, tmp_path: Path) 
     for name in ("text.pem", "key.pem", "none.pub"):
         code = "no-signing-key" if name == "none.pub" else "signing-key-unusable"
         with raises(code, name):
-            check_signature(signed, signed / "model.sig", Signatory(tmp_path / name))
+            check_signature(signed, signed / "model.sig", Signer(tmp_path / name))
 
 
-def test_a_bundle_that_is_not_whole_is_not_signed(tmp_path: Path, author: Signatory) -> None:
+def test_a_bundle_that_is_not_whole_is_not_signed(tmp_path: Path, author: Signer) -> None:
     """Nor one with files that no push would publish: its signature would fail after a pull."""
     bundle = make_fake_bundle(tmp_path / "bundle")
     (bundle / ".DS_Store").touch()
@@ -331,7 +329,7 @@ def test_a_bundle_that_is_not_whole_is_not_signed(tmp_path: Path, author: Signat
 
 
 def test_a_signed_bundle_is_pushed_and_pulled_with_its_signature(
-    signed: Path, author: Signatory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signed: Path, author: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a file of the bundle like any other."""
     with hub_server() as server:
@@ -347,7 +345,7 @@ def test_a_signed_bundle_is_pushed_and_pulled_with_its_signature(
     check_signature(tmp_path / "pulled", tmp_path / "pulled" / "model.sig", author)
 
 
-def test_using_a_bundle_leaves_its_signature_valid(tmp_path: Path, author: Signatory) -> None:
+def test_using_a_bundle_leaves_its_signature_valid(tmp_path: Path, author: Signer) -> None:
     """Loading, answering and looking write nothing into it."""
     bundle = make_bundle(tmp_path)
     sign(bundle, key=tmp_path / "key.pem")
@@ -365,7 +363,7 @@ def _call(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_commands_follow_each_other(tmp_path: Path, author: Signatory) -> None:
+def test_the_commands_follow_each_other(tmp_path: Path, author: Signer) -> None:
     """``sign`` names the next one, whose plan begins with the signature."""
     bundle = make_fake_bundle(tmp_path / "bundle")
     done = _call("sign", bundle, "--key", tmp_path / "key.pem")
@@ -378,20 +376,20 @@ def test_the_commands_follow_each_other(tmp_path: Path, author: Signatory) -> No
 
     # This bundle has no records: what is said of them comes after the signature.
     done = _call("verify", bundle, "--plan", "--public-key", author.public_key)
-    said = f"every file of {bundle} is as {author.public_key} signed it"
+    said = f"every file of {bundle} matches the signature of {author.public_key}"
     assert said in " ".join(done.stderr.split())
     assert done.exit_code == 2
 
 
 @pytest.mark.parametrize("more", [(), ("--exit-zero",), ("--plan",), ("--json",)])
 def test_nothing_of_a_bundle_is_read_before_its_signature(
-    signed: Path, author: Signatory, more: tuple[str, ...]
+    signed: Path, author: Signer, more: tuple[str, ...]
 ) -> None:
     """A failing one is exit code 2, whatever is asked: there is no verdict to report only."""
     (signed / "racdeploy.json").write_text("{")
     done = _call("verify", signed, "--public-key", author.public_key, *more)
     assert done.exit_code == 2
-    assert f"is not what {signed / 'model.sig'} signs" in done.output
+    assert f"differs from {signed / 'model.sig'}" in done.output
     assert "not valid JSON" not in done.output
 
 
@@ -416,7 +414,7 @@ def test_options_that_do_not_say_whose_it_is_are_refused(
     assert "--key" in done.stderr or "--public-key FILE, or --identity" in done.stderr
 
 
-def test_a_missing_signature_is_an_error(signed: Path, author: Signatory) -> None:
+def test_a_missing_signature_is_an_error(signed: Path, author: Signer) -> None:
     (signed / "model.sig").unlink()
     done = _call("verify", signed, "--public-key", author.public_key)
     assert done.exit_code == 2
@@ -437,12 +435,12 @@ def test_sigstore_out_of_reach_is_an_error_of_the_machine(
     with raises("sigstore-failed"):
         sign(signed)
     with raises("sigstore-failed"):
-        check_signature(signed, signed / "model.sig", Signatory(None, "me@x", "https://issuer"))
+        check_signature(signed, signed / "model.sig", Signer(None, "me@x", "https://issuer"))
     assert (signed / "model.sig").read_bytes() == before
 
 
 def test_without_the_package_the_extra_is_named(
-    signed: Path, author: Signatory, monkeypatch: pytest.MonkeyPatch
+    signed: Path, author: Signer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of both packages, and nothing else imports them."""
     for missing in ("model_signing", "OpenSSL"):

@@ -24,8 +24,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RACDEPLOY_WORK", str(tmp_path / "racdeploy"))
     folder = tmp_path / "racdeploy"
 
-    old = Stage.at(folder, "traces", {"a": 1})
-    new = Stage.at(folder, "prune", {"b": 2})
+    old = Stage.locate(folder, "traces", {"a": 1})
+    new = Stage.locate(folder, "prune", {"b": 2})
     for stage in (old, new):
         stage.folder.mkdir(parents=True)
         (stage.folder / ".lock").touch()

@@ -195,7 +195,7 @@ def test_a_line_that_cannot_be_carried_out(
     """It changes nothing."""
     talk = Chat(Conversation(model), max_thinking_tokens=5)
     with refused:
-        talk.take(line)
+        talk.handle(line)
     assert (talk.max_thinking_tokens, talk.conversation.turns) == (5, [])
 
 
@@ -203,12 +203,12 @@ def test_settings_of_a_chat(model: Model, capsys: pytest.CaptureFixture[str]) ->
     """The budget holds for what follows; without one of its own, the bundle's does."""
     talk = Chat(Conversation(model))
     for line, expected in (("/think 3", 3), ("/think", 3), ("/think off", 8)):
-        talk.take(line)
+        talk.handle(line)
         assert f"a budget of {expected} tokens" in capsys.readouterr().err
-        talk.take("Count.")
+        talk.handle("Count.")
         assert talk.conversation.turns[-1].result.thinking_tokens == expected
 
-    talk.take("/thoughts")
+    talk.handle("/thoughts")
     assert talk.conversation.turns[-1].result.thinking[:3] in capsys.readouterr().out
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy.api.jobs import read_recipe
 from racdeploy.cli.app import app
-from racdeploy.cli.options import BuildOptions
 
 
 def test_shares_are_combined_by_part(tmp_path: Path) -> None:
@@ -19,18 +19,19 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
     """
     target = tmp_path / "board.toml"
     target.write_text(
-        'why = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\nheads = 0.9\nblocks = 0.9\n'
+        'description = "mine"\nmemory_limit_bytes = 1000\n'
+        "[keep]\nffn = 0.9\nheads = 0.9\nblocks = 0.9\n"
     )
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'target = "{target}"\n[structure]\nkeep = {{heads = 0.8, blocks = 0.8}}\n')
-    options = BuildOptions(
-        recipe=recipe,
-        keep=["blocks=0.7", "vocabulary=8192"],
-        assignments=["structure.keep={vocabulary=4096}"],
-    )
+    options = {
+        "recipe": recipe,
+        "keep": {"blocks": 0.7, "vocabulary": 8192},
+        "settings": {"structure.keep": {"vocabulary": 4096}},
+    }
     expected = {"heads": 0.8, "blocks": 0.7, "vocabulary": 4096}
-    assert options.resolve().structure.keep == expected
-    alone = BuildOptions(target=str(target)).resolve().structure
+    assert read_recipe(options).structure.keep == expected
+    alone = read_recipe({"target": str(target)}).structure
     assert alone.keep == {"ffn": 0.9, "heads": 0.9, "blocks": 0.9}
     assert alone.optional
 
@@ -39,13 +40,13 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
     ("asked", "keep", "sparsity"),
     [
         ({}, {"ffn": 0.9}, 0.0),
-        ({"keep": ["heads=0.75"]}, {"heads": 0.75}, 0.0),
+        ({"keep": {"heads": 0.75}}, {"heads": 0.75}, 0.0),
         ({"sparsity": 0.6}, {}, 0.6),
         ({"sparsity": 0.0}, {}, 0.0),
         ({"pattern": "2:4"}, {}, 0.5),
         ({"method": "admm"}, {}, 0.5),
         ({"packing": "bitmask"}, {}, 0.5),
-        ({"keep": ["ffn=0.5"], "pattern": "2:4"}, {"ffn": 0.5}, 0.5),
+        ({"keep": {"ffn": 0.5}, "pattern": "2:4"}, {"ffn": 0.5}, 0.5),
         ({"quant": "q4_0"}, {"ffn": 0.9}, 0.0),
     ],
 )
@@ -56,8 +57,8 @@ def test_what_is_asked_replaces_what_a_target_proposes(
     asked for is not optional.
     """
     target = tmp_path / "board.toml"
-    target.write_text('why = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\n')
-    recipe = BuildOptions(target=str(target), **asked).resolve()
+    target.write_text('description = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\n')
+    recipe = read_recipe({"target": str(target), **asked})
     assert (recipe.structure.keep, recipe.prune.sparsity) == (keep, sparsity)
     assert recipe.structure.optional == (keep == {"ffn": 0.9})
 

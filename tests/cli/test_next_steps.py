@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 from racdeploy import sparse_kernels
 from racdeploy.cli import run
 from racdeploy.cli.app import app
-from racdeploy.cli.next_steps import advise, list_commands, shrinks
-from racdeploy.pipeline.job import Job
+from racdeploy.cli.next_steps import advise, is_shrunk_by_packing, list_commands
 from racdeploy.recipe import Recipe
 from racdeploy.results.report import Report
 from tests.support.records import record
@@ -25,8 +24,8 @@ def report() -> Report:
     return build_report()
 
 
-def _job(**values: Any) -> Job:
-    return Job(Recipe.combine(None, values))
+def _recipe(**values: Any) -> Recipe:
+    return Recipe.combine(None, values)
 
 
 def _bundle(folder: Path, *answered: tuple[str, str, bool]) -> Path:
@@ -51,7 +50,7 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
         ("pruned", "Long? " * 20, True),
         ("pruned", "What is 3 + 3?", True),
     )
-    commands = [shlex.split(each) for each in list_commands(_job(), folder, tmp_path, ["build"])]
+    commands = [shlex.split(each) for each in list_commands(_recipe(), folder, tmp_path, ["build"])]
 
     assert commands == [
         ["racdeploy", "run", str(folder), "What is 3 + 3?"],
@@ -80,9 +79,9 @@ def test_packing_is_advised_where_it_makes_the_file_smaller(
     values: dict[str, Any], expected: bool, tmp_path: Path
 ) -> None:
     """Zeros that the format keeps, and no packing yet; the same command with one option more."""
-    job = _job(**values)
-    assert shrinks(job) == expected
-    last = list_commands(job, _bundle(tmp_path / "b"), None, ["build", "--sparsity", "0.5"])[-1]
+    recipe = _recipe(**values)
+    assert is_shrunk_by_packing(recipe) == expected
+    last = list_commands(recipe, _bundle(tmp_path / "b"), None, ["build", "--sparsity", "0.5"])[-1]
     again = "racdeploy build --sparsity 0.5 --packing bitmask"
     assert (last == again) == expected
 
@@ -99,11 +98,11 @@ def test_kernels_are_advised_where_zeros_and_processor_are_there(
     """And were not tried yet."""
     asked: list[str] = []
     monkeypatch.setattr(
-        sparse_kernels, "next_command", lambda engine: asked.append(engine) or command
+        sparse_kernels, "suggest_command", lambda engine: asked.append(engine) or command
     )
     dense, pruned, *_ = report.arms
     arms = (dense, pruned.model_copy(update={"sparsity": zeros}))
-    assert advise(report.model_copy(update={"arms": arms}), _job()) == command
+    assert advise(report.model_copy(update={"arms": arms}), _recipe()) == command
     assert asked == (["llama.cpp"] if zeros else [])
 
 

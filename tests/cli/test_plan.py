@@ -15,7 +15,7 @@ from racdeploy.cli import plan as plans
 from racdeploy.cli.app import app
 from racdeploy.cli.plan import list_groups, list_shortages, write_first_line, write_plan
 from racdeploy.recipe import Recipe
-from racdeploy.verify.plan import Expectation, enough_prompts
+from racdeploy.verification.plan import Expectation, find_min_prompts
 from tests.support.commands import environment
 from tests.support.errors import raises
 
@@ -66,8 +66,8 @@ def test_the_folder_that_was_asked_for_is_named(tmp_path: Path) -> None:
 def test_enough_prompts_need_no_advice(tmp_path: Path) -> None:
     """The number that is advised is the first one that is enough."""
     few, many = Expectation(0.1), Expectation(0.5)
-    assert enough_prompts(few, 0.05, 0.9) == 300
-    assert enough_prompts(many, 0.001, 0.9) is None
+    assert find_min_prompts(few, 0.05, 0.9) == 300
+    assert find_min_prompts(many, 0.001, 0.9) is None
     assert "advice" not in list_groups(_plan(tmp_path, "--prompts", "300"))
 
 
@@ -125,8 +125,8 @@ def test_the_first_line_names_what_is_done() -> None:
 
 def test_constants_of_a_plugin_are_read_and_not_imported() -> None:
     """Single ones and pairs; what is computed is left out, and an unknown name is refused."""
-    assert plugins.constants("methods", "wanda") == {"MATRICES": 1, "COPIES": 9}
-    assert plugins.constants("allocations", "owl")["SURVEYS"] is True
-    assert "FAMILY" not in plugins.constants("families", "qwen2")
+    assert plugins.read_constants("prune_methods", "wanda") == {"MATRICES": 1, "COPIES": 9}
+    assert plugins.read_constants("allocations", "owl")["NEEDS_SURVEY"] is True
+    assert "FAMILY" not in plugins.read_constants("families", "qwen2")
     with raises("unknown-plugin", "did you mean 'wanda'"):
-        plugins.constants("methods", "wandaa")
+        plugins.read_constants("prune_methods", "wandaa")

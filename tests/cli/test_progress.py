@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from racdeploy.cli import progress
-from racdeploy.cli.progress import Track, show_progress, write_duration
-from racdeploy.engines.counter import Counter
+from racdeploy.cli.progress import StageProgress, show_progress, write_duration
+from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion
 from tests.support.commands import command, environment
 
@@ -56,12 +56,12 @@ def test_stages_without_tokens_know_the_time_left_from_the_first_unit(
     wait: Callable[[float], None],
 ) -> None:
     """What an earlier run finished is not counted; bytes are shown as per cent."""
-    track = Track("prune", time.monotonic(), first=2, done=2, total=6)
+    track = StageProgress("prune", time.monotonic(), first=2, done=2, total=6)
     wait(40)
     track.update(3, 6, 0, time.monotonic())
     assert track.list_words(time.monotonic()) == ["3/6", "about 2 min left"]
 
-    file = Track("export", time.monotonic(), first=0, done=250_000, total=1_000_000)
+    file = StageProgress("export", time.monotonic(), first=0, done=250_000, total=1_000_000)
     assert file.amount == "25%"
 
 
@@ -103,11 +103,11 @@ def test_answers_are_counted_while_they_grow() -> None:
     def show(label: str, done: int, total: int, tokens: int = 0) -> None:
         seen.append((done, tokens))
 
-    counter = Counter(show, "traces", 4)
-    counter.keep(0)
+    counter = CompletionProgress(show, "traces", 4)
+    counter.set_saved(0)
     counter.on_tokens(0, [5], None)
     counter.on_tokens(1, [5, 9], Completion((5, 9), "stop"))
-    counter.keep(2)
+    counter.set_saved(2)
     counter.on_tokens(2, [5, 5, 9], Completion((5, 5, 9), "stop"))
     assert seen == [(0, 0), (0, 1), (1, 3), (2, 3), (3, 6)]
 

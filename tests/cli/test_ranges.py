@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.engines.child_engine import ChildEngine
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.recipe import Recipe
-from racdeploy.verify.gate import read_gate
+from racdeploy.verification.gate import read_gate
 from tests.support.errors import raises
 
 RUN = ("run", "bundle", "2 + 2?")
@@ -95,6 +95,6 @@ def test_seeds_of_a_recipe_are_not_negative(part: str) -> None:
 def test_an_engine_names_the_setting_that_is_wrong(settings: EngineSettings, named: str) -> None:
     """That one alone, and nothing of the others."""
     with raises("bad-engine-setting", str(getattr(settings, named))) as caught:
-        ChildEngine("no.module", "engine", Path("model"), settings)
+        SubprocessEngine("no.module", "engine", Path("model"), settings)
     names = ("threads", "parallel", "context_tokens")
     assert [name for name in names if name in caught.value.message] == [named]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy.api.jobs import read_recipe
 from racdeploy.cli.app import app
-from racdeploy.cli.options import BuildOptions
+from racdeploy.files.toml import read_assignments
 from racdeploy.recipe import Recipe
 from tests.support.commands import environment, find_error_code
 
@@ -34,7 +35,8 @@ def test_every_key_of_a_recipe_is_reached(key: str) -> None:
     prune: that yields to whoever says what is pruned.
     """
     value = json.dumps(DEFAULTS[key])
-    asked = BuildOptions(assignments=[f"{key}={value}"]).resolve().model_dump(mode="json")
+    settings = read_assignments([f"{key}={value}"])
+    asked = read_recipe({"settings": settings}).model_dump(mode="json")
     assert dict(_leaves(asked))[key] == DEFAULTS[key]
 
     whole = Recipe.combine(None, {}).model_dump(mode="json")
@@ -46,24 +48,22 @@ def test_every_key_of_a_recipe_is_reached(key: str) -> None:
 
 def test_values_are_set_over_other_options() -> None:
     """Also where an option, or another ``--set``, says something else; tables are merged."""
-    options = BuildOptions(
-        sparsity="0.3",
-        quant="q8_0",
-        assignments=[
+    settings = read_assignments(
+        [
             "prune.sparsity=0.6",
             'export.quant="q4_k"',
-            'prune.dense=["down_proj$"]',
+            'prune.ignore=["down_proj$"]',
             "gate.accuracy.margin=0.1",
-            "calibration.weights={thinking=2.0}",
+            "calibration.segment_weights={thinking=2.0}",
             "prune.refit_steps=30",
             "prune.refit_steps=40",
-        ],
+        ]
     )
-    recipe = options.resolve()
+    recipe = read_recipe({"sparsity": "0.3", "quant": "q8_0", "settings": settings})
     assert (recipe.prune.sparsity, recipe.export.quant) == (0.6, "q4_k")
-    assert (recipe.prune.dense, recipe.prune.refit_steps) == (("down_proj$",), 40)
+    assert (recipe.prune.ignore, recipe.prune.refit_steps) == (("down_proj$",), 40)
     assert recipe.gate == {"accuracy": {"margin": 0.1}}
-    assert recipe.calibration.weights.thinking == 2.0
+    assert recipe.calibration.segment_weights.thinking == 2.0
 
 
 @pytest.mark.parametrize("command", ["build", "traces", "prune"])

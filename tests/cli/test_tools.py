@@ -41,7 +41,7 @@ def test_a_base_install_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores, products, memory, driver and compiler; what is not there can be done without."""
     monkeypatch.setattr(doctor, "free_bytes", lambda: 3 << 30)
-    monkeypatch.setattr(doctor, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(doctor, "has_bfloat16", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda program: None)
     found = {each["what"]: each for each in doctor.examine()}
     assert found["memory"]["detail"] == "3.0 GiB free"

@@ -20,7 +20,7 @@ import pytest
 
 import racdeploy
 from racdeploy.engines.engine import Sampling
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.commands import racdeploy as command

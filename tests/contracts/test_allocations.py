@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from racdeploy import plugins
-from racdeploy.prune.walk.hessian import Hessian
+from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.recipe import Pruning
 
 
-@pytest.fixture(params=plugins.names("allocations"))
+@pytest.fixture(params=plugins.list_names("allocations"))
 def allocation(request: pytest.FixtureRequest):
     return plugins.load("allocations", request.param)
 
@@ -26,7 +26,7 @@ def _observations(allocation) -> tuple[dict[str, object], dict[str, int]]:
                 -1, 0.4 * block, 32
             )
             hessian = Hessian(input_NI.T @ input_NI / 96, 0.01)
-            if allocation.SURVEYS:
+            if allocation.NEEDS_SURVEY:
                 observations[name] = allocation.observe(
                     weight_OI, hessian, lambda changed_OI: 0.01, Pruning()
                 )

@@ -87,7 +87,7 @@ def greedy(engine: Engine) -> list[Completion]:
 
 def test_every_engine_is_tested() -> None:
     """An engine file without a way to make its artifact here is a mistake."""
-    assert set(plugins.names("engines")) == {kind.partition(":")[0] for kind in ARTIFACTS}
+    assert set(plugins.list_names("engines")) == {kind.partition(":")[0] for kind in ARTIFACTS}
 
 
 def test_greedy_does_not_depend_on_batching(single: Engine, greedy: list[Completion]) -> None:
@@ -135,7 +135,7 @@ def test_a_completion_goes_on_from_what_an_earlier_run_had(name: str, engine: En
     sampling = replace(GREEDY, temperature=1.0, seed=7)
     if name in ANEW:
         with raises("server-cannot-resume"):
-            engine.generate(PROMPTS, replace(sampling, begun=((4,),) * len(PROMPTS)))
+            engine.generate(PROMPTS, replace(sampling, resume_from=((4,),) * len(PROMPTS)))
         return
 
     whole = engine.generate(PROMPTS, sampling)
@@ -143,7 +143,7 @@ def test_a_completion_goes_on_from_what_an_earlier_run_had(name: str, engine: En
     parts[-1] = whole[-1].ids
 
     told: dict[int, list[int]] = {index: list(ids) for index, ids in enumerate(parts)}
-    sampling = replace(sampling, begun=tuple(parts))
+    sampling = replace(sampling, resume_from=tuple(parts))
     assert engine.generate(PROMPTS, sampling, lambda i, ids, ended: told[i].extend(ids)) == whole
     assert [tuple(told[index]) for index in range(len(whole))] == [each.ids for each in whole]
 
@@ -193,7 +193,9 @@ def test_what_follows_a_forced_tag_has_seen_it(forcing: Engine, logits: Logits) 
 
 def test_a_budget_ends_with_a_last_sentence(forcing: Engine, greedy: list[Completion]) -> None:
     """Said before the forced tag, by every sequence alike."""
-    budget = ThinkingBudget((CLOSE_ID,), (OPEN_ID,), 4, starts_open=True, closing_ids=(60, 61))
+    budget = ThinkingBudget(
+        (CLOSE_ID,), (OPEN_ID,), 4, starts_open=True, closing_message_ids=(60, 61)
+    )
     completions = forcing.generate(PROMPTS, replace(GREEDY, budget=budget))
     for free, forced in zip(greedy, completions, strict=True):
         assert (forced.ids[:7], forced.forced_at) == ((*free.ids[:4], 60, 61, CLOSE_ID), 4)
@@ -346,4 +348,4 @@ def test_an_engine_says_whether_it_takes_sparse_kernels(name: str, path: Path | 
 def test_an_engine_that_says_nothing_of_itself_says_so(engine: Engine) -> None:
     """What it counts and what it says are always there, and are empty where there is nothing."""
     assert all(isinstance(value, int | float) for value in engine.stats.values())
-    assert isinstance(engine.about.get("kernels", ""), str)
+    assert isinstance(engine.info.get("kernels", ""), str)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from racdeploy import plugins
-from racdeploy.engines.backends.transformers.torch_model import skeleton
+from racdeploy.engines.backends.transformers.torch_model import build_skeleton
 from racdeploy.errors import ModelError
 from racdeploy.models import families
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import check_covered
 from racdeploy.models.family_lookup import find_family
+from racdeploy.models.tensor_coverage import check_known_tensors
 from tests.support.block_outputs import take_states
 from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, make_checkpoint
@@ -44,7 +44,7 @@ def test_a_setting_without_a_value_is_no_crash(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     for key in {*checkpoint.config, *family.defaults}:
         with suppress(ModelError):
-            family.find_widths(family.complete({**checkpoint.config, key: None}))
+            family.find_block_settings(family.complete_config({**checkpoint.config, key: None}))
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "rope_parameters.sliding_attention"])
@@ -56,7 +56,7 @@ def test_a_null_that_a_family_counts_with_is_named(key: str) -> None:
     config[setting] = {inside: None} if inside else None
 
     with raises("damaged-config", "gemma4_text"):
-        family.complete(config)
+        family.complete_config(config)
 
 
 def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -> None:
@@ -64,11 +64,13 @@ def test_linears_are_exactly_the_blocks_linear_modules(checkpoint: Checkpoint) -
     family = checkpoint.family
     found = {
         _general(name).removesuffix(".weight")
-        for name, parameter in skeleton(checkpoint).get_submodule(family.blocks).named_parameters()
+        for name, parameter in build_skeleton(checkpoint)
+        .get_submodule(family.blocks)
+        .named_parameters()
         if parameter.ndim == 2
     }
     found = {name.partition(".")[2] for name in found}
-    assert found == {*family.linears, *family.kept}
+    assert found == {*family.linears, *family.never_pruned}
 
 
 def test_the_last_linears_of_attention_and_feed_forward_end_their_part(
@@ -152,20 +154,22 @@ def test_the_walk_computes_the_model(checkpoint: Checkpoint) -> None:
     import torch
 
     from racdeploy.engines.backends.transformers.torch_model import load_model
-    from racdeploy.prune.walk.batches import Batch
-    from racdeploy.prune.walk.beside import Beside
-    from racdeploy.prune.walk.blocks import Blocks
+    from racdeploy.pruning.walk.batches import Batch
+    from racdeploy.pruning.walk.block_inputs import BlockInputs
+    from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 
     ids_BT = torch.randint(0, 480, (2, 60), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(2, dtype=torch.long), False)
-    blocks, beside = Blocks(checkpoint), Beside(ids_BT)
+    blocks, block_inputs = BlockwiseModel(checkpoint), BlockInputs(ids_BT)
     with torch.inference_mode():
         states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
         (hidden_BTD,) = blocks.embed([batch])
         for index in range(checkpoint.shape.block_count):
             state_BTD = take_states(states[index])
             torch.testing.assert_close(hidden_BTD, state_BTD, rtol=1e-5, atol=1e-5)
-            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD, beside=beside)
+            hidden_BTD = blocks.forward(
+                blocks.load_block(index), hidden_BTD, block_inputs=block_inputs
+            )
 
 
 def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
@@ -173,19 +177,19 @@ def test_linears_of_a_group_share_their_width(checkpoint: Checkpoint) -> None:
     for block in range(checkpoint.shape.block_count):
         prefix = f"{checkpoint.family.blocks}.{block}"
         for group in checkpoint.shape.input_groups[block]:
-            names = families.name_experts(group, checkpoint.shape.num_experts)
+            names = families.expand_experts(group, checkpoint.shape.num_experts)
             widths = {checkpoint.entries[f"{prefix}.{name}.weight"].shape[1] for name in names}
             assert len(widths) == 1, group
 
 
 def test_tensors_of_nobody_are_named(checkpoint: Checkpoint) -> None:
     """Those of an expert beyond the last one, too, which a stack would leave out in silence."""
-    check_covered(checkpoint)
+    check_known_tensors(checkpoint)
     family, entries = checkpoint.family, dict(checkpoint.entries)
     surplus = f"{family.blocks}.0.mlp.experts.{checkpoint.shape.num_experts}.up_proj.weight"
     checkpoint.__dict__["entries"] = entries | {surplus: entries[family.embedding]}
     with raises("unknown-tensors", surplus):
-        check_covered(checkpoint)
+        check_known_tensors(checkpoint)
 
 
 def _general(name: str) -> str:
@@ -199,7 +203,7 @@ def test_an_unsupported_architecture_is_named() -> None:
         find_family({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
 
 
-@pytest.mark.parametrize("name", plugins.names("families"))
+@pytest.mark.parametrize("name", plugins.list_names("families"))
 def test_transformers_has_the_family_since_it_says(name: str) -> None:
     """The first release that knows it is the one that an older one's user is told of.
 
@@ -208,7 +212,7 @@ def test_transformers_has_the_family_since_it_says(name: str) -> None:
     import transformers
     from packaging.version import Version
 
-    since = Version(plugins.load("families", name).FAMILY.since)
+    since = Version(plugins.load("families", name).FAMILY.min_transformers)
     is_known = name in transformers.CONFIG_MAPPING
     if name == "gemma3n_text" and Version(transformers.__version__) < since:
         is_known = False
@@ -218,7 +222,7 @@ def test_transformers_has_the_family_since_it_says(name: str) -> None:
 def test_the_nearest_family_and_what_differs_are_named(checkpoint: Checkpoint) -> None:
     """A relative of a family, with one more setting, is told so."""
     model_type = checkpoint.config["model_type"]
-    config = checkpoint.written | {"model_type": f"{model_type}x", "new_thing": 3}
+    config = checkpoint.raw_config | {"model_type": f"{model_type}x", "new_thing": 3}
     nearest = f" {model_type},"
     with raises("unknown-family", nearest, "new_thing", f"models/families/{model_type}x.py"):
         find_family(config)
@@ -226,13 +230,17 @@ def test_the_nearest_family_and_what_differs_are_named(checkpoint: Checkpoint) -
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in plugins.names("families") if plugins.load("families", name).FAMILY.per_block],
+    [
+        name
+        for name in plugins.list_names("families")
+        if plugins.load("families", name).FAMILY.per_block_arch
+    ],
 )
 def test_the_architecture_for_different_widths_has_the_tensors(name: str) -> None:
     """gguf-py knows the architecture, and every tensor that the family has there."""
     import gguf
 
-    family = plugins.load("families", name).FAMILY.as_per_block()
+    family = plugins.load("families", name).FAMILY.with_per_block_arch()
     (arch,) = [each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == family.gguf_arch]
     kinds = gguf.MODEL_TENSORS[arch]
     known = {gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}.") for kind in kinds}
@@ -250,4 +258,4 @@ def test_a_model_that_the_installed_transformers_is_too_old_for(
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3"))
     monkeypatch.setattr(families, "installed_release", lambda name: (4, 50, 3))
     with raises("old-transformers", "Qwen3ForCausalLM", "transformers 4.51"):
-        skeleton(checkpoint)
+        build_skeleton(checkpoint)

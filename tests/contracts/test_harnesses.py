@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from racdeploy import harnesses, plugins
-from racdeploy.harnesses import Order
+from racdeploy.harnesses import HarnessRequest
 from tests.support.errors import raises
 from tests.support.stand_in_harness import install
 
-NAMES = plugins.names("harnesses")
+NAMES = plugins.list_names("harnesses")
 FIGURES = {"first question": 1.0, "second question": 0.0}
 
 
@@ -90,8 +90,8 @@ WRITTEN: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _order(out: Path) -> Order:
-    return Order(
+def _order(out: Path) -> HarnessRequest:
+    return HarnessRequest(
         tasks=("sums", "words"),
         limit=7,
         include=None,
@@ -129,8 +129,8 @@ def test_what_a_harness_wrote_is_read(name: str, tmp_path: Path) -> None:
     (score,) = harnesses.load(name).read(tmp_path, Path(sys.executable))
     assert (score.task, score.value, score.documents) == ("sums", 0.5, 2)
     assert score.larger_is_better
-    assert sorted(score.samples.values()) == [0.0, 1.0]
-    (right,) = [document for document, figure in score.samples.items() if figure]
+    assert sorted(score.by_document.values()) == [0.0, 1.0]
+    (right,) = [document for document, figure in score.by_document.items() if figure]
     assert "first question" in right or right.startswith("0 ")
 
 
@@ -156,7 +156,7 @@ def test_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"PYTHONPATH": "/ours", "HF_HOME": "/hf", "HTTP_PROXY": "http://p", "NO_PROXY": "a.b"}
     for variable, value in given.items():
         monkeypatch.setenv(variable, value)
-    found = harnesses.make_environment()
+    found = harnesses.harness_environment()
     assert "PYTHONPATH" not in found
     assert (found["HF_HOME"], found["NO_PROXY"]) == ("/hf", "a.b,127.0.0.1,localhost")
 
@@ -185,4 +185,4 @@ def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> N
     (file,) = tmp_path.glob("*/samples_*.jsonl")
     file.write_text(file.read_text().replace('"exact_match": 0.0', '"exact_match": [true]'))
     (score,) = harnesses.load("lm_eval").read(tmp_path, Path(sys.executable))
-    assert (score.value, score.samples) == (0.5, {})
+    assert (score.value, score.by_document) == (0.5, {})

@@ -14,9 +14,9 @@ from racdeploy import quant as quants
 from tests.support.errors import raises
 from tests.support.packed_files import draw_rows, store_in_gguf, store_in_onnx
 
-PACKINGS = plugins.names("packing")
-QUANTS = plugins.names("quant")
-FORMATS = plugins.names("formats")
+PACKINGS = plugins.list_names("packing")
+QUANTS = plugins.list_names("quant")
+FORMATS = plugins.list_names("formats")
 
 
 def shared_formats(packing_name: str, quant_name: str) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     module, load = ModuleType("sparse"), plugins.load
     module.FORMATS = ("gguf", "onnx")  # type: ignore[attr-defined]
     module.REQUIRES_ZEROS = True  # type: ignore[attr-defined]
-    module.fits = lambda quant, zeros_fraction: ""  # type: ignore[attr-defined]
+    module.reason_for_plain = lambda quant, zeros_fraction: ""  # type: ignore[attr-defined]
     monkeypatch.setattr(
         plugins,
         "load",
@@ -44,7 +44,7 @@ def refuse_pair(packing_name: str, quant_name: str, zeros: float) -> bool:
     packing, quant = packings.load(packing_name), quants.load(quant_name)
     if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
         return True
-    return bool(packing.fits(quant_name, zeros))
+    return bool(packing.reason_for_plain(quant_name, zeros))
 
 
 @pytest.mark.parametrize("packing_name", PACKINGS)
@@ -90,8 +90,8 @@ def test_a_quant_is_refused_before_any_work_or_packs_zeros(
         packings.check(name, quant_name, packing_name)
     if not formats:
         return
-    assert packing.fits(quant_name, 0.5) == ""
-    assert bool(packing.fits(quant_name, 0.0)) == packing.REQUIRES_ZEROS
+    assert packing.reason_for_plain(quant_name, 0.5) == ""
+    assert bool(packing.reason_for_plain(quant_name, 0.0)) == packing.REQUIRES_ZEROS
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_leaving_zeros_out_needs_a_quant_that_keeps_them(quant_name: str) -> Non
 @pytest.mark.parametrize("kind", ["quant", "packing"])
 def test_what_a_format_does_not_store_is_refused(kind: str) -> None:
     """The message names the format and what it stores, which it then takes."""
-    for name in plugins.names(kind):
+    for name in plugins.list_names(kind):
         stored_by = plugins.load(kind, name).FORMATS
         assert stored_by
         assert set(stored_by) <= {*FORMATS, "onnx"}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy import plugins
 from racdeploy import quant as quants
-from racdeploy.export.gguf import export
+from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
@@ -22,7 +22,7 @@ from tests.support.errors import raises
 from tests.support.llama_quantize import quantize
 from tests.support.tiny_models import make_checkpoint
 
-NAMES = plugins.names("presets")
+NAMES = plugins.list_names("presets")
 OF_EXPERTS = "mxfp4_moe"
 SPARSE = tuple(name for name in NAMES if name.startswith("sparse_"))
 MIXED = tuple(name for name in NAMES if name not in (*SPARSE, OF_EXPERTS))
@@ -44,7 +44,7 @@ def read_types(file: Path) -> dict[str, str]:
 def export_types(checkpoint: Checkpoint, out: Path, preset: str) -> dict[str, str]:
     """Export with a preset; return the types in the file, which the result states too."""
     result = export(checkpoint, out, quant=preset)
-    assert {tensor.name: tensor.quant_real for tensor in result.tensors} == read_types(out)
+    assert {tensor.name: tensor.actual_quant for tensor in result.tensors} == read_types(out)
     return read_types(out)
 
 
@@ -120,12 +120,12 @@ def test_a_sparse_preset_keeps_every_zero(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = export(Checkpoint(folder), tmp_path / "m.gguf", quant=preset)
     linears = [tensor for tensor in result.tensors if tensor.source.endswith("proj.weight")]
-    assert all(quants.load(tensor.quant_real).PRESERVES_ZERO for tensor in linears)
+    assert all(quants.load(tensor.actual_quant).PRESERVES_ZERO for tensor in linears)
     assert min(tensor.zeros for tensor in linears) >= 0.5
     dense = [
         tensor for tensor in result.tensors if tensor.name in ("token_embd.weight", "output.weight")
     ]
-    assert all(quants.load(tensor.quant_real).BITS >= 8 for tensor in dense)
+    assert all(quants.load(tensor.actual_quant).BITS >= 8 for tensor in dense)
 
 
 @pytest.mark.parametrize("preset", NAMES)

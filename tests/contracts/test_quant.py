@@ -14,11 +14,11 @@ from racdeploy import quant as quants
 from racdeploy.quant import ggml
 from tests.support.errors import raises
 
-NAMES = plugins.names("quant")
+NAMES = plugins.list_names("quant")
 GGML_NAMES = tuple(name for name in NAMES if "gguf" in quants.load(name).FORMATS)
 NUMPY_FORMATS = ("f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
 C_FORMATS = tuple(name for name in GGML_NAMES if name.endswith("_k") or name.startswith("iq"))
-BLOCK_FORMATS = tuple(name for name in GGML_NAMES if quants.load(name).BLOCK > 1)
+BLOCK_FORMATS = tuple(name for name in GGML_NAMES if quants.load(name).BLOCK_SIZE > 1)
 O, I = 24, 512
 HALF_PRECISION = 2.0**-11
 
@@ -42,9 +42,13 @@ def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
     d for a scale, 4 d <= a < 8 d, and no value above 6 d: a is clipped by less than a quarter. Its
     values from 4 d on are 2 d apart: half of that is as much.
     """
-    if quant.BLOCK == 1:
+    if quant.BLOCK_SIZE == 1:
         return np.abs(weight_OI) * 0 if quant.BITS == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
-    largest = np.abs(weight_OI.reshape(O, -1, quant.BLOCK)).max(axis=2).repeat(quant.BLOCK, axis=1)
+    largest = (
+        np.abs(weight_OI.reshape(O, -1, quant.BLOCK_SIZE))
+        .max(axis=2)
+        .repeat(quant.BLOCK_SIZE, axis=1)
+    )
     if getattr(quant, "GGML_TYPE", None) == GGMLQuantizationType.MXFP4:
         return largest / 4
     return largest * (2.0 ** (1 - int(quant.BITS)) + HALF_PRECISION)
@@ -94,7 +98,7 @@ def test_zeros_survive_exactly_where_promised(name: str, pattern: str) -> None:
     quant = quants.load(name)
     packed_OP = quant.quantize(weight_OI)
     read_OI = quant.dequantize(packed_OP, I)
-    if quant.BLOCK > 1 and "gguf" in quant.FORMATS:
+    if quant.BLOCK_SIZE > 1 and "gguf" in quant.FORMATS:
         np.testing.assert_array_equal(
             ggml.dequantize(quants.load_ggml(name).GGML_TYPE, packed_OP, I), read_OI
         )
@@ -114,7 +118,7 @@ def weigh_error(
     quant = quants.load(name)
     read_OI = ggml.dequantize(quant.GGML_TYPE, quant.quantize(weight_OI, given), I)
     error_OI = (read_OI - weight_OI).astype(np.float64) ** 2 * importance_I
-    return error_OI.reshape(O, -1, quant.BLOCK).sum(axis=2)
+    return error_OI.reshape(O, -1, quant.BLOCK_SIZE).sum(axis=2)
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -153,7 +157,7 @@ def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
     thirds.
     """
     weight_OI, importance_I = draw_weights(0.5)[:4], draw_importance()
-    quant = quants.as_grid(name)
+    quant = quants.load_grid(name)
     found, ggml = (
         float(
             (
@@ -166,9 +170,9 @@ def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
     for weight_K, importance_K in zip(
         weight_OI.reshape(-1, 32), np.tile(importance_I.reshape(-1, 32), (4, 1)), strict=True
     ):
-        widest = weight_K[np.abs(weight_K).argmax()] / quant.CODES[0]
+        widest = weight_K[np.abs(weight_K).argmax()] / quant.CODE_RANGE[0]
         step_S1 = (np.linspace(0.5, 1.5, 4000) * widest)[:, None]
-        code_SK = np.clip(np.rint(weight_K / step_S1), *quant.CODES)
+        code_SK = np.clip(np.rint(weight_K / step_S1), *quant.CODE_RANGE)
         best += float(((weight_K - code_SK * step_S1) ** 2 * importance_K).sum(axis=1).min())
     assert best <= found < best + (ggml - best) / 3
 
@@ -246,6 +250,6 @@ def test_a_missing_engine_is_named_with_its_extra(
 def test_odd_rows_are_refused_with_a_reason(name: str) -> None:
     """Rows that are not whole blocks get a reason, whole ones an empty string."""
     quant = quants.load(name)
-    assert quants.fits(quant, 512) == ""
-    assert bool(quants.fits(quant, 520 + 1)) == (quant.BLOCK > 1)
-    assert "521" in quants.fits(quant, 521) or quant.BLOCK == 1
+    assert quants.explain_misfit(quant, 512) == ""
+    assert bool(quants.explain_misfit(quant, 520 + 1)) == (quant.BLOCK_SIZE > 1)
+    assert "521" in quants.explain_misfit(quant, 521) or quant.BLOCK_SIZE == 1

@@ -11,7 +11,7 @@ import pytest
 from racdeploy import plugins, tasks
 from racdeploy.tasks import scoring
 from racdeploy.tasks.scorers import math
-from racdeploy.tasks.scoring import Scored
+from racdeploy.tasks.scoring import AnswerScore
 from tests.support.errors import raises
 
 # By scorer: answer, gold, whether it is right, what is extracted, and how.
@@ -103,7 +103,7 @@ WITH_ALL = [pytest.param(scorer, marks=MARKS.get(scorer, ())) for scorer in CASE
 
 def test_every_scorer_has_cases() -> None:
     """A new scorer is tested here before it is used."""
-    assert {spec.partition(":")[0] for spec in CASES} == set(plugins.names("scorers"))
+    assert {spec.partition(":")[0] for spec in CASES} == set(plugins.list_names("scorers"))
 
 
 @pytest.mark.parametrize("spec", WITH_ALL)
@@ -112,7 +112,7 @@ def test_scorers_find_what_models_write(spec: str) -> None:
     scoring.check(spec)
     for answer, gold, right, extracted, how in CASES[spec]:
         found = scoring.score(spec, answer, gold)
-        assert (found.correct, found.how) == (right, how), answer
+        assert (found.correct, found.extractor) == (right, how), answer
         if extracted is not None or not right:
             assert found.extracted == extracted, answer
         assert found == scoring.score(spec, answer, gold)
@@ -179,7 +179,7 @@ def test_an_answer_that_takes_too_long_is_wrong_and_costs_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(math, "SECONDS", 0.2)
         slow = scoring.score("math", r"\boxed{9^{9^{9^{9}}}}", "7")
-    assert slow == Scored(
+    assert slow == AnswerScore(
         False, None, "scorer 'math' failed: it took more than 0.2 s of processor time"
     )
     assert scoring.score("math", r"\boxed{6}", "6").correct

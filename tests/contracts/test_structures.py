@@ -13,17 +13,17 @@ from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.structure.layout import find_end
-from racdeploy.prune.structure.outline import read_outline
-from racdeploy.prune.walk.assemble import assemble
+from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.structure.cut_plan import read_cut_plan
+from racdeploy.pruning.structure.layout import find_consumer
+from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Structure
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
-ALL = plugins.names("structures")
+ALL = plugins.list_names("structures")
 MODULES = {name: plugins.load("structures", name) for name in ALL}
-IN_WALK = [name for name in ALL if MODULES[name].STEP != "folder"]
+IN_WALK = [name for name in ALL if MODULES[name].SCOPE != "folder"]
 WIDTHS = [name for name in IN_WALK if not hasattr(MODULES[name], "cut")]
 SHARE = 0.5
 
@@ -54,13 +54,13 @@ def width(request: pytest.FixtureRequest) -> ModuleType:
 def test_it_says_when_it_is_cut_and_of_how_many(models: dict[str, Checkpoint], name: str) -> None:
     """By one of three steps, of units of a size; literally, so that a recipe reads it first."""
     plugin = MODULES[name]
-    said = plugins.constants("structures", name)
-    assert (said["STEP"], said["SIZE"]) == (plugin.STEP, plugin.SIZE)
+    said = plugins.read_constants("structures", name)
+    assert (said["SCOPE"], said["SIZE_LETTER"]) == (plugin.SCOPE, plugin.SIZE_LETTER)
     members = {"model": ["cut"], "block": [], "folder": ["choose", "rewrite"]}
-    assert all(hasattr(plugin, member) for member in members[plugin.STEP])
+    assert all(hasattr(plugin, member) for member in members[plugin.SCOPE])
 
-    layout = plugin.layout(models.get(plugin.SIZE, models[""]).shape, 0, Structure())
-    assert layout.letter == plugin.SIZE
+    layout = plugin.layout(models.get(plugin.SIZE_LETTER, models[""]).shape, 0, Structure())
+    assert layout.letter == plugin.SIZE_LETTER
     assert layout.count(1.0) == layout.units > 1
 
 
@@ -68,7 +68,7 @@ def test_it_says_when_it_is_cut_and_of_how_many(models: dict[str, Checkpoint], n
 def test_it_refuses_a_share_that_removes_nothing(models: dict[str, Checkpoint], name: str) -> None:
     """Before any work, with what can be asked instead; a half is taken."""
     plugin = MODULES[name]
-    checkpoint = models.get(plugin.SIZE, models[""])
+    checkpoint = models.get(plugin.SIZE_LETTER, models[""])
     plugin.check(checkpoint, Structure(keep={name: SHARE}))
     with pytest.raises(UsageError, match=name) as caught:
         plugin.check(checkpoint, Structure(keep={name: 0.999}))
@@ -82,8 +82,8 @@ def test_its_units_are_all_that_a_linear_collects(
     shape = checkpoint.shape
     for block in range(shape.block_count):
         layout = width.layout(shape, block, Structure())
-        assert find_end(shape, layout.letter)
-        kept = layout.indices(range(layout.units))
+        assert find_consumer(shape, layout.letter)
+        kept = layout.kept_indices(range(layout.units))
         for letter, index in kept.items():
             assert np.array_equal(index, np.arange(shape.sizes[block][letter]))
 
@@ -93,19 +93,19 @@ def test_its_units_are_all_that_a_linear_collects(
         assert layout.step % layout.cohorts == 0
 
 
-@pytest.mark.parametrize("criterion", plugins.names("criteria"))
+@pytest.mark.parametrize("criterion", plugins.list_names("criteria"))
 @pytest.mark.parametrize("name", IN_WALK)
 def test_what_it_leaves_is_a_model(
     models: dict[str, Checkpoint], tmp_path: Path, name: str, criterion: str
 ) -> None:
     """By every criterion it has about the share that was asked, and torch computes with it."""
-    checkpoint = models.get(MODULES[name].SIZE, models[""])
+    checkpoint = models.get(MODULES[name].SIZE_LETTER, models[""])
     structure = Structure(keep={name: SHARE}, criterion=criterion)
     blocks = tmp_path / "blocks"
     blocks.mkdir()
     prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.0), blocks, structure=structure)
 
-    outline = read_outline(blocks)
+    outline = read_cut_plan(blocks)
     shape = outline.shape(checkpoint.shape, structure)
     left = Checkpoint(assemble(checkpoint, blocks, tmp_path / "model", shape))
     assert left.shape.block_count == len(outline.blocks)

@@ -98,14 +98,14 @@ def _score(answer: str, gold: str) -> bool:
     return scoring.score("", answer, gold).correct
 
 
-@pytest.fixture(params=tasks.procedural_names())
+@pytest.fixture(params=tasks.list_procedural_tasks())
 def task(request: pytest.FixtureRequest) -> tasks.Task:
     return tasks.load(request.param)
 
 
 def test_seeds_decide_the_problems(task: tasks.Task) -> None:
     """The same seed gives the same problems, another seed gives others."""
-    first, again, other = (task.problems("evaluation", seed, 20) for seed in (1, 1, 2))
+    first, again, other = (task.draw_problems("evaluation", seed, 20) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -113,7 +113,7 @@ def test_seeds_decide_the_problems(task: tasks.Task) -> None:
 def test_splits_never_share_a_question(task: tasks.Task) -> None:
     """Calibration, training and evaluation are disjoint, whatever the seeds."""
     asked = [
-        {p.question for seed in range(5) for p in task.problems(split, seed, 60)}  # type: ignore[arg-type]
+        {p.question for seed in range(5) for p in task.draw_problems(split, seed, 60)}  # type: ignore[arg-type]
         for split in SPLITS
     ]
     assert not asked[0] & asked[1]
@@ -123,20 +123,20 @@ def test_splits_never_share_a_question(task: tasks.Task) -> None:
 
 def test_there_are_enough_evaluation_problems(task: tasks.Task) -> None:
     """A benchmark of 600 prompts over six tasks finds its share, all different."""
-    questions = {problem.question for problem in task.problems("evaluation", 0, 200)}
+    questions = {problem.question for problem in task.draw_problems("evaluation", 0, 200)}
     assert len(questions) == 200
 
 
 def test_the_worked_solution_leads_to_the_gold_answer(task: tasks.Task) -> None:
     """The thinking is complete: its last line holds the answer."""
-    for problem in task.problems("training", 3, 50):
+    for problem in task.draw_problems("training", 3, 50):
         assert problem.thinking is not None
         assert problem.gold in problem.thinking
 
 
 def test_score_takes_the_gold_answer_and_refuses_others(task: tasks.Task) -> None:
     """The gold answer scores in a box and in a sentence; a wrong or missing one does not."""
-    for problem in task.problems("evaluation", 4, 20):
+    for problem in task.draw_problems("evaluation", 4, 20):
         assert _score(rf"The answer is \boxed{{{problem.gold}}}.", problem.gold)
         assert _score(f"It is {problem.gold}", problem.gold)
         assert not _score(rf"The answer is \boxed{{{problem.gold}1}}.", problem.gold)
@@ -145,25 +145,27 @@ def test_score_takes_the_gold_answer_and_refuses_others(task: tasks.Task) -> Non
 
 def test_every_task_file_draws_reads_or_asks() -> None:
     """A task is procedural, reads a file, or is a public set."""
-    for name in plugins.names("tasks"):
+    for name in plugins.list_names("tasks"):
         module = plugins.load("tasks", name)
-        ways = [hasattr(module, way) for way in ("draw", "read", "ask")]
+        ways = [hasattr(module, way) for way in ("draw", "read", "make_problem")]
         assert ways.count(True) == 1, name
-        assert hasattr(module, "SET") == hasattr(module, "ask"), name
+        assert hasattr(module, "DATASET") == hasattr(module, "make_problem"), name
 
 
-@pytest.fixture(params=tasks.public_names())
+@pytest.fixture(params=tasks.list_public_tasks())
 def public(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 def test_a_public_set_is_pinned_and_says_whom_it_follows(public: str) -> None:
     """A commit of the Hub for each split; a harness with its version; an example below."""
-    published = plugins.load("tasks", public).SET
+    published = plugins.load("tasks", public).DATASET
     for split in filter(None, (published.evaluation, published.calibration)):
         assert re.fullmatch("[0-9a-f]{40}", split.revision)
         assert re.fullmatch(r"[\w-]+/[\w-]+", split.dataset)
-    assert re.match(r"(lm-evaluation-harness|lighteval) \d+\.\d+", tasks.follows(f"hub:{public}"))
+    assert re.match(
+        r"(lm-evaluation-harness|lighteval) \d+\.\d+", tasks.find_protocol(f"hub:{public}")
+    )
     assert public in PUBLIC, "a new set needs an example of its rows here"
 
 
@@ -184,7 +186,7 @@ def test_a_public_set_asks_as_its_harness_does(public: str, tmp_path: Path) -> N
 def test_a_public_set_refuses_rows_without_a_column(public: str, tmp_path: Path) -> None:
     """With the column, those that are there, and where the set is published."""
     row = dict(PUBLIC[public].row)
-    published = plugins.load("tasks", public).SET
+    published = plugins.load("tasks", public).DATASET
     del row[published.columns[-1]]
     file = tmp_path / "published.jsonl"
     file.write_text(json.dumps(row), encoding="utf-8")
@@ -195,8 +197,8 @@ def test_a_public_set_refuses_rows_without_a_column(public: str, tmp_path: Path)
 
 def test_problems_of_shares_evenly() -> None:
     """Seven problems over three tasks are three, two and two, interleaved."""
-    chosen = [tasks.load(name) for name in tasks.procedural_names()[:3]]
-    names = [problem.task for problem in tasks.problems_of(chosen, "evaluation", 0, 7)]
+    chosen = [tasks.load(name) for name in tasks.list_procedural_tasks()[:3]]
+    names = [problem.task for problem in tasks.draw_from_tasks(chosen, "evaluation", 0, 7)]
     assert [names.count(task.spec) for task in chosen] == [3, 2, 2]
     assert names[:3] == [task.spec for task in chosen]
 
@@ -226,7 +228,7 @@ def test_one_file_is_split_into_disjoint_halves(problem_file: Path) -> None:
     """A file given alone serves calibration and evaluation without sharing a question."""
     task = tasks.load(f"jsonl:{problem_file}")
     halves = [
-        {p.question for p in task.problems(split, 0, task.available(split) or 0)}  # type: ignore[arg-type]
+        {p.question for p in task.draw_problems(split, 0, task.count_available(split) or 0)}  # type: ignore[arg-type]
         for split in ("calibration", "evaluation")
     ]
     assert not halves[0] & halves[1]
@@ -236,8 +238,8 @@ def test_one_file_is_split_into_disjoint_halves(problem_file: Path) -> None:
 def test_too_few_problems_is_an_error(problem_file: Path) -> None:
     """Asking for more than there are names both numbers."""
     task = tasks.load(f"jsonl:{problem_file}")
-    with raises("too-few-problems", f"{task.available('evaluation')} ", "500"):
-        task.problems("evaluation", 0, 500)
+    with raises("too-few-problems", f"{task.count_available('evaluation')} ", "500"):
+        task.draw_problems("evaluation", 0, 500)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_an_argument_is_given_where_it_belongs(spec: str, code: str) -> None:
 
 def test_draws_vary() -> None:
     """A generator that always draws the same would pass for a task."""
-    for name in tasks.procedural_names():
+    for name in tasks.list_procedural_tasks():
         draw = plugins.load("tasks", name).draw
         assert len({draw(Random(seed)).question for seed in range(50)}) > 40, name
 
@@ -300,4 +302,4 @@ def test_jsonl_answers_are_read_as_written(answer: str, gold: str, right: bool) 
 def test_two_files_are_used_whole(problem_file: Path) -> None:
     """A file that serves a single split gives all it has."""
     task = tasks.load(f"jsonl:{problem_file}")
-    assert task.serving("evaluation", whole=True).available("evaluation") == 80
+    assert task.for_split("evaluation", whole=True).count_available("evaluation") == 80

@@ -29,7 +29,7 @@ def test_the_listed_plugins_are_the_installed_ones() -> None:
 
     lines = [re.findall(r"\w+", line) for line in listing.splitlines()]
     listed = {words[0]: words[1:] for words in lines if words and words[0] in plugins.KINDS}
-    assert listed == {kind: list(plugins.names(kind)) for kind in plugins.KINDS}
+    assert listed == {kind: list(plugins.list_names(kind)) for kind in plugins.KINDS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=_name)

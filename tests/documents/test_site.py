@@ -82,7 +82,7 @@ def test_every_document_is_a_page(site: Path) -> None:
     """Also those that the repository has outside docs/; each is in the navigation of the first."""
     start = (site / "index.html").read_text(encoding="utf-8")
     names = {file.stem for file in (ROOT / "docs").glob("*.md")} - {"index"}
-    for name in names | {"how-it-works", "contributing", "changelog", "results"}:
+    for name in names | {"how-it-works", "contributing", "changelog", "results", "results-archive"}:
         assert f'href="{name}/"' in start, name
 
 
@@ -98,7 +98,12 @@ def test_the_reference_has_every_command(site: Path) -> None:
 def test_the_reference_has_the_public_names(site: Path) -> None:
     """Functions with their parameters, and every error."""
     text = _read(site, "reference/api")
-    for name in ("loading.load", "model.Model.generate", "model.Result", "streams.TextStream"):
+    for name in (
+        "loading.load",
+        "model.Model.generate",
+        "model.GenerationResult",
+        "streams.TextStream",
+    ):
         assert f'id="racdeploy.runtime.{name}"' in text
     raised = [name for name in vars(errors) if name.endswith(("Error", "Failure"))]
     assert len(raised) > 8

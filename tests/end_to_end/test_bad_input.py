@@ -165,7 +165,7 @@ def test_tensors_that_the_architecture_lacks_are_named(
 ) -> None:
     """All of them, briefly, before any work; no pattern of the recipe makes an engine use them."""
     change(model)
-    (tmp_path / "recipe.toml").write_text(f"[prune]\ndense = {json.dumps(dense)}\n")
+    (tmp_path / "recipe.toml").write_text(f"[prune]\nignore = {json.dumps(dense)}\n")
     for command in (["prune"], ["build", "--out", tmp_path / "bundle"]):
         code, output = _run(
             *command, model, "--recipe", tmp_path / "recipe.toml", "--work", tmp_path / "work"
@@ -184,7 +184,7 @@ def test_experts_are_planned(tmp_path: Path) -> None:
     found = []
     for options in (
         ["--sparsity", 0.5],
-        ["--set", 'prune.dense=["experts"]', "--sparsity", 0.5],
+        ["--set", 'prune.ignore=["experts"]', "--sparsity", 0.5],
         ["--keep", "experts=0.5", "--sparsity", 0.5],
         [],
     ):
@@ -205,23 +205,23 @@ def test_experts_are_planned(tmp_path: Path) -> None:
 RECIPES: dict[str, tuple[str, str, str]] = {
     "unknown key": ("[prune]\nsparsty = 0.5\n", "invalid-settings", "did you mean 'sparsity'"),
     "dense pattern that matches nothing": (
-        '[prune]\ndense = ["down_prj$"]\n',
+        '[prune]\nignore = ["down_prj$"]\n',
         "pattern-matches-nothing",
         "'down_prj$'",
     ),
     "dense pattern of what is no linear": (
-        '[prune]\ndense = ["input_layernorm"]\n',
+        '[prune]\nignore = ["input_layernorm"]\n',
         "pattern-matches-nothing",
         "'input_layernorm'",
     ),
-    "all dense": ('[prune]\ndense = [".*"]\n', "nothing-to-prune", "14 linears"),
+    "all dense": ('[prune]\nignore = [".*"]\n', "nothing-to-prune", "14 linears"),
     "all dense, by error": (
-        '[prune]\ndense = ["attn", "mlp"]\nallocation = "error"\n',
+        '[prune]\nignore = ["attn", "mlp"]\nallocation = "error"\n',
         "nothing-to-prune",
         "14 linears",
     ),
     "all dense, with codes": (
-        '[prune]\ndense = ["_proj$"]\njoint = true\n',
+        '[prune]\nignore = ["_proj$"]\n[export]\nrounding = "optimized"\n',
         "nothing-to-prune",
         "14 linears",
     ),

@@ -35,7 +35,7 @@ def _problems(folder: Path) -> Path:
 
 def _recipe(folder: Path) -> Path:
     file = folder / "recipe.toml"
-    text = "[traces]\nmax_new_tokens = 24\nbatch = 8\n[calibration]\nkeep_truncated = true\n"
+    text = "[traces]\nmax_new_tokens = 24\nbatch_size = 8\n[calibration]\nkeep_truncated = true\n"
     file.write_text(
         text + "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n",
         encoding="utf-8",
@@ -94,7 +94,8 @@ def test_dense_models_of_the_same_size_answer_too(tmp_path: Path) -> None:
     assert {arms[name]["quant"] for name in rivals} & {"q8_0"} == set()
     lines = (tmp_path / "bundle" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["arm"] for line in lines} == set(arms)
-    assert "Who wins where" in (tmp_path / "bundle" / "report.md").read_text(encoding="utf-8")
+    page = (tmp_path / "bundle" / "report.md").read_text(encoding="utf-8")
+    assert "Comparison with dense models" in page
 
 
 def test_the_embedded_model_passes_and_answers(built: Path) -> None:
@@ -183,8 +184,8 @@ def test_a_second_build_reuses_every_stage(built: Path, work: Path, tmp_path: Pa
         assert after["tokens_per_s"] > 0
     assert any("and so are speed and memory" in note for note in second["notes"])
 
-    assert "Not as asked" not in outcome.out
-    *_, gained = outcome.out.partition("What was gained\n")
+    assert "Deviations" not in outcome.out
+    *_, gained = outcome.out.partition("Gains and losses\n")
     assert "the file is as large as the dense one" in gained
     assert gained.endswith("PASS: tiny-reasoner for ci-smoke\n")
 

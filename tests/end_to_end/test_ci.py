@@ -107,11 +107,11 @@ def test_pytest_verifies_a_real_bundle(built: Path, tmp_path: Path) -> None:
         "--racdeploy-threads",
         1,
     ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*command, *map(str, options)],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | plain,
         capture_output=True,
         text=True,
     )

@@ -16,7 +16,7 @@ SIZES = {"num_hidden_layers": 4, "intermediate_size": 128}
 RECIPE = """
 [traces]
 max_new_tokens = 24
-batch = 8
+batch_size = 8
 [calibration]
 keep_truncated = true
 [verify]
@@ -55,7 +55,7 @@ def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
 
-    kept, rows = report["kept"], report["structure"]
+    kept, rows = report["kept_structure"], report["structure"]
     assert kept["parameters"] == plan["parameters_left"]
     assert (kept["blocks"], kept["blocks_dense"]) == (3, 4)
     assert [row["block"] for row in rows] == [0, 1, 2]
@@ -80,7 +80,7 @@ def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     again = racdeploy("verify", out, "--work", tmp_path / "work", "--threads", 1, "--json")
     assert again.code == 3, again.err
     found = json.loads(again.out)
-    assert (found["kept"], found["structure"]) == (kept, rows)
+    assert (found["kept_structure"], found["structure"]) == (kept, rows)
     verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
     assert {verdicts[name] for name in ("integrity", "sparsity", "tokens")} == {"pass"}
 
@@ -131,7 +131,7 @@ def test_experts_are_cut_pruned_and_built(
     verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
     assert {verdicts[name] for name in ("integrity", "logits", "sparsity", "tokens")} == {"pass"}
 
-    assert report["kept"]["parameters"] == plan["parameters_left"]
+    assert report["kept_structure"]["parameters"] == plan["parameters_left"]
     assert {(row["experts"], row["experts_dense"]) for row in report["structure"]} == {(6, 8)}
     rows = [row for row in report["linears"] if ".experts." in row["name"]]
     assert len(rows) == 2 * 3 * 6

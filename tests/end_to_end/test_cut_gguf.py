@@ -1,4 +1,4 @@
-"""A model of different widths in a block each, with joint codes and packed, from one command."""
+"""One command: blocks of different widths, with optimized codes, packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.commands import racdeploy
 pytestmark = pytest.mark.slow
 KEPT = ("--keep", "ffn=0.75", "--keep", "heads=0.75")
 ASKED = ("--task", "gcd", "--trace-prompts", 32, "--prompts", 8, "--sparsity", 0.5)
-STORED = ("--quant", "q4_0", "--packing", "bitmask", "--set", "prune.joint=true")
+STORED = ("--quant", "q4_0", "--packing", "bitmask", "--set", 'export.rounding="optimized"')
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def test_the_report_explains_the_file(bundle: Path) -> None:
     names = ("integrity", "logits", "sparsity", "template", "tokens")
     assert {name: checks[name] for name in names} == dict.fromkeys(names, "pass")
     (other,) = report["deviations"]
-    assert (other["what"], other["real"]) == ("architecture", "openelm")
+    assert (other["subject"], other["actual"]) == ("architecture", "openelm")
 
     joined = [row for row in report["tensors"] if row["name"].endswith("attn_qkv.weight")]
     assert len(joined) == 4
-    assert {(row["quant_real"], row["packing"]) for row in joined} == {("q4_0", "bitmask")}
+    assert {(row["actual_quant"], row["packing"]) for row in joined} == {("q4_0", "bitmask")}
     assert all(0.4 < row["zeros"] < 0.8 for row in joined)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import racdeploy as package
-from racdeploy.export.onnx import measure
+from racdeploy.exporting.onnx import measure
 from racdeploy.manifest import Manifest
 from tests.support.commands import racdeploy
 

@@ -1,5 +1,5 @@
 """What verification catches: real damage to a real artifact, and the check that says so.
-docs/what-it-catches.md.
+docs/verification.md.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy import export as exports
+from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export import ExportResult
+from racdeploy.exporting import ExportResult
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.gates import Findings
+from racdeploy.pipeline.gates import GateResult
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
-from racdeploy.prune import PrunedModel
+from racdeploy.pruning import PrunedModel
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
-from racdeploy.verify.checks import sparsity, thinking
-from racdeploy.verify.evidence import Evidence
-from racdeploy.verify.gate import read_gate
-from racdeploy.verify.measure import list_tensors, probe_tokens
-from racdeploy.verify.probe_strings import probe_strings
+from racdeploy.verification.checks import sparsity, thinking
+from racdeploy.verification.evidence import Evidence
+from racdeploy.verification.gate import read_gate
+from racdeploy.verification.measurements import list_tensors, probe_tokens
+from racdeploy.verification.probe_strings import read_probe_strings
 from tests.references import gguf_damage as damage
 from tests.support.commands import racdeploy
 from tests.support.records import arm_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "what-it-catches.md"
+PAGE = Path(__file__).parents[2] / "docs" / "verification.md"
 OPTIONS = {
     "target": "ci-smoke",
     "prune": {"sparsity": 0.5},
@@ -56,11 +56,11 @@ class Bench:
 
     def verify(
         self, pruned: ExportResult, build: Build | None = None, model: PrunedModel | None = None
-    ) -> tuple[Report, list[Record]]:
+    ) -> tuple[Report, list[AnswerRecord]]:
         """Verify an artifact that got past the gates in front of a build's verification."""
         build = build or self.build
         with open_engine(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
-            findings = Findings(probe_tokens(engine, build.job.encoder, probe_strings()), ())
+            findings = GateResult(probe_tokens(engine, build.job.encoder, read_probe_strings()), ())
         return build.evaluation.verify(model or self.model, self.dense, pruned, findings)
 
 
@@ -111,7 +111,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "answers that never end": (
         lambda file: damage.zero_rows(file, "token_embd.weight", [EOS_ID]),
         "thinking",
-        "cut: ",
+        "truncated: ",
     ),
     "unclosed thoughts": (
         lambda file: damage.zero_rows(file, "token_embd.weight", [CLOSE_ID]),
@@ -162,7 +162,7 @@ def test_a_quant_that_loses_zeros_is_refused_and_caught(bench: Bench, tmp_path: 
     )
     assert (outcome.code, outcome.error_code) == (2, "packing-unfit-for-quant"), outcome.err
     settings = bench.build.job.recipe.export.model_copy(update={"quant": "q4_k"})
-    exported = exports.write(Checkpoint(bench.model.folder), tmp_path / "model.gguf", settings)
+    exported = exporting.write(Checkpoint(bench.model.folder), tmp_path / "model.gguf", settings)
     linears = [
         tensor for tensor in exported.tensors if tensor.source in bench.build.job.prunable_weights
     ]

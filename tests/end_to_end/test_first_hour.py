@@ -94,7 +94,7 @@ def test_an_exported_file_is_not_replaced_in_silence(
     assert code == 0, output
     assert "has been replaced" not in output
     _, output = _type("export model", tmp_path, monkeypatch)
-    assert "model-q8_0.gguf was there before, and has been replaced" in output
+    assert "model-q8_0.gguf existed and was replaced" in output
 
     code, output = _type("export model -o model", tmp_path, monkeypatch)
     assert (code, find_error_code(output)) == (2, "out-is-folder"), output
@@ -107,7 +107,7 @@ def test_inspect_shows_what_its_help_promises(
     """Types, sizes, zeros, hashes and tensors, also of weights without a folder."""
     make_checkpoint(tmp_path / "model", "qwen2")
     _, described = _type("inspect -h", tmp_path, monkeypatch)
-    assert "types, sizes, zeros and hashes, and every tensor" in described
+    assert "types, sizes, zeros and hashes of a file or folder, and all its tensors" in described
     assert "template" not in described
 
     for target in ("model", "model/model.safetensors"):

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from racdeploy.bundles.bench import find_dense
+from racdeploy.bundles.bench import find_dense_artifact
 from racdeploy.report.files import read_records, read_report
 from racdeploy.results.answers import HarnessRow
 from tests.support.commands import command, environment, racdeploy
@@ -142,7 +142,7 @@ def test_both_models_are_asked_and_paired(
     assert row.dense == sum(each["dense"] for each in asked) / DOCUMENTS
     assert row.pruned == sum(each["pruned"] for each in asked) / DOCUMENTS
     assert row.lost == sum(each["dense"] and not each["pruned"] for each in asked)
-    assert row.unpaired == ""
+    assert row.unpaired_reason == ""
     words = _row(reports, "words")
     assert words.lower is not None
     assert not words.larger_is_better
@@ -168,7 +168,7 @@ def test_both_models_are_asked_and_paired(
     assert again.code == 0, again.err
     assert [(stage / "stage.json").stat().st_mtime_ns for stage in _stages(work)] == before
     assert _row(tmp_path / "again", "exact_match") == row
-    assert "of the dense model is of an earlier run" in again.out
+    assert "the scores of the dense model by" in again.out
 
     # Another document is another question.
     (include / "questions.jsonl").write_text('{"question": "What is 2 + 2?", "answer": "4"}\n')
@@ -276,7 +276,7 @@ def test_without_the_dense_artifact_nothing_is_asked(
     assert (outcome.code, outcome.error_code) == (2, "no-dense-for-harness")
     assert "--baseline" in outcome.err
 
-    dense = find_dense(built, work)
+    dense = find_dense_artifact(built, work)
     given = racdeploy(*arguments, "--baseline", dense, "--plan")
     assert given.code == 0, given.err
     said = " ".join(given.out.split())
@@ -320,6 +320,6 @@ def test_the_real_harness_agrees_with_our_own_verification(
     metric = {"lm-eval": "exact_match,last-number", "lighteval": "extractive_match"}[harness]
     row = _row(tmp_path / "reports", metric)
     assert row.documents == len(questions)
-    assert (row.unpaired, row.larger_is_better) == ("", True)
+    assert (row.unpaired_reason, row.larger_is_better) == ("", True)
     assert row.dense == sum(each["dense"] for each in questions) / len(questions)
     assert row.pruned == sum(each["pruned"] for each in questions) / len(questions)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from racdeploy.files.writing import file_sha256
-from tests.support.commands import command, environment
+from tests.support.commands import command, environment, racdeploy
 from tests.support.matrix import some
 from tests.support.tiny_models import make_checkpoint
 
 RECIPE = """
 [traces]
 count = 48
-batch = 4
-max_new_tokens = 40
+batch_size = 4
+max_new_tokens = 16
 [calibration]
 keep_truncated = true
 [verify]
@@ -29,19 +29,9 @@ logit_traces = 1
 NO_TRACEBACK = {0, 1, 3}  # whatever the verdict on a random model is
 
 
-def _command(folder: Path, place: Path) -> list[str]:
-    recipe = ("--recipe", folder / "recipe.toml")
-    return command(
-        "build",
-        folder / "model",
-        *recipe,
-        "--work",
-        place / "work",
-        "--out",
-        place / "bundle",
-        "--threads",
-        1,
-    )
+def _arguments(folder: Path, place: Path) -> list[object]:
+    recipe = ("--recipe", folder / "recipe.toml", "--threads", 1)
+    return ["build", folder / "model", *recipe, "--work", place / "work", "--out", place / "bundle"]
 
 
 def _contents(place: Path) -> dict[str, str]:
@@ -61,10 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "model", "qwen3", num_hidden_layers=6, hidden_size=128, intermediate_size=256
     )
     (folder / "recipe.toml").write_text(RECIPE)
-    done = subprocess.run(
-        _command(folder, folder / "whole"), capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode in NO_TRACEBACK, done.stderr
+    done = racdeploy(*_arguments(folder, folder / "whole"))
+    assert done.code in NO_TRACEBACK, done.err
     return folder
 
 
@@ -81,7 +69,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     """Killed right after a shard or block appears, it goes on there and ends the same."""
     work = tmp_path / "work"
     process = subprocess.Popen(
-        _command(folder, tmp_path),
+        command(*_arguments(folder, tmp_path)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),
@@ -94,10 +82,8 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     (seen,) = work.glob(pattern)
     changed_at = seen.stat().st_mtime_ns
-    done = subprocess.run(
-        _command(folder, tmp_path), capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode in NO_TRACEBACK, done.stderr
+    done = racdeploy(*_arguments(folder, tmp_path))
+    assert done.code in NO_TRACEBACK, done.err
     assert seen.stat().st_mtime_ns == changed_at, "finished work was done again"
     whole = _contents(folder / "whole")
     assert any(name.startswith("bundle/") for name in whole)

@@ -298,7 +298,7 @@ def test_a_mark_of_excel_is_no_mistake(tmp_path: Path, monkeypatch: pytest.Monke
 
     code, output = _type("build --dry-run --task jsonl:excel.jsonl", tmp_path, monkeypatch)
     assert code == 0, output
-    assert "1 lines whose question another line has, too" in output
+    assert "1 lines that repeat another question" in output
 
 
 def test_a_template_that_never_thinks_is_told(
@@ -360,7 +360,7 @@ def test_a_tier_larger_than_the_bundle_says_what_can_be_done(
     """Three ways, with the number that goes into the gate file."""
     code, output = _type("verify bundle --tier standard --plan", tmp_path, monkeypatch)
     assert (code, find_error_code(output)) == (2, "missing-dense-answers"), output
-    for way in ("leave --tier out", "tiers.standard.prompts = 60", "--baseline"):
+    for way in ("omit --tier", "tiers.standard.prompts = 60", "--baseline"):
         assert way in output
 
 

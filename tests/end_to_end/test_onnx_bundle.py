@@ -21,7 +21,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
     (root / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     text = (
-        'also = ["gguf"]\n[traces]\nmax_new_tokens = 24\nbatch = 8\n'
+        'also = ["gguf"]\n[traces]\nmax_new_tokens = 24\nbatch_size = 8\n'
         '[calibration]\nkeep_truncated = true\n[export]\nquant = "f32"\n'
         "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n"
     )

@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_checkpoint(root / "model", "qwen3")
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
     (root / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    text = "[traces]\nmax_new_tokens = 24\nbatch = 8\n[calibration]\nkeep_truncated = true\n"
+    text = "[traces]\nmax_new_tokens = 24\nbatch_size = 8\n[calibration]\nkeep_truncated = true\n"
     text += "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n"
     (root / "recipe.toml").write_text(text, encoding="utf-8")
     outcome = _run(
@@ -148,7 +148,7 @@ def test_export_packs_what_it_writes(root: Path, tmp_path: Path) -> None:
     assert racdeploy("unpack", packed).code == 0
     assert plain.read_bytes() == (tmp_path / "packed.gguf").read_bytes()
     outcome = racdeploy("unpack", packed, "--out", plain)
-    assert f"{plain} was there before, and has been replaced" in outcome.err
+    assert f"{plain} existed and was replaced" in outcome.err
     outcome = racdeploy("export", folder, "--packing", "bitmask", "--out", tmp_path / "m.gguf")
     assert (outcome.code, outcome.error_code) == (2, "wrong-file-name")
     assert "m.racgguf" in outcome.err

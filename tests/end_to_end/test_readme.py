@@ -101,6 +101,22 @@ def test_every_question_is_answered_right(built: Path) -> None:
         assert f"\\boxed{{{_gold(question)}}}" in answer, question
 
 
+def test_the_python_example_runs(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the settings of the bundle that is built already, whose stages it takes."""
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    settings = 'target="ci-smoke", sparsity=0.5, trace_prompts=64, prompts=60'
+    assert 'target="gguf"' in example
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RACDEPLOY_WORK", str(work))
+    exec(compile(example.replace('target="gguf"', settings), "README.md", "exec"), {})
+
+    verdict, *_, tokens = capsys.readouterr().out.split()
+    assert verdict == "pass"
+    assert int(tokens) > 20
+
+
 @pytest.mark.slow
 def test_the_block_runs_as_it_is_written(tmp_path: Path) -> None:
     """From the build of the embedded model on."""

@@ -17,16 +17,16 @@ from tests.support.tiny_models import make_checkpoint
 RECIPE = """
 [traces]
 max_new_tokens = 24
-batch = 8
+batch_size = 8
 [calibration]
 keep_truncated = true
 [prune]
 method = "magnitude"
-match_dense = false
+target = "linear_output"
 refit_steps = 0
 [recover]
-rate = 1e-3
-step_tokens = 400
+learning_rate = 1e-3
+batch_tokens = 400
 [verify]
 max_new_tokens = 24
 context_tokens = 128
@@ -57,7 +57,7 @@ def test_a_recovered_model_is_built_beside_the_one_before(
     planned = racdeploy("build", model, *options, *asked, "--dry-run", "--json")
     plan = json.loads(planned.out)
     assert plan["recover_tokens"] == 20_000
-    assert plan["recover_phases"].startswith("all 15,000, own answers 1 2,500")
+    assert plan["recover_phases"].startswith("full 15,000, own answers 1 2,500")
     assert plan["recover_memory_bytes_at_most"] > 0
 
     out = tmp_path / "bundle"
@@ -113,7 +113,7 @@ def test_codes_are_chosen_for_what_was_recovered(
     pruned = racdeploy("prune", model, *options, "--sparsity", 0.6)
     sparse = Checkpoint(Path(pruned.out.splitlines()[0]))
 
-    coded = ["--set", "prune.joint=true", "--set", 'export.quant="q4_0"']
+    coded = ["--set", 'export.rounding="optimized"', "--set", 'export.quant="q4_0"']
     asked = ["recover", model, sparse.folder, *options, *coded, "--recover-tokens", 20_000]
     found = racdeploy(*asked, "--json")
     assert found.code == 0, found.err
@@ -121,9 +121,9 @@ def test_codes_are_chosen_for_what_was_recovered(
     assert "codes of q4_0 were chosen after recovery" in values["notes"]
 
     recovered = Checkpoint(Path(values["folder"]))
-    grid = quant.as_grid("q4_0")
+    grid = quant.load_grid("q4_0")
 
-    for name in recovered.shape.linear_weights:
+    for name in recovered.shape.prunable_weights:
         weight_OI = recovered.read(name)
         stored_OI = grid.dequantize(grid.quantize(weight_OI), weight_OI.shape[1])
         assert np.array_equal(stored_OI, weight_OI), name
@@ -145,13 +145,13 @@ def test_what_cannot_be_recovered_is_refused_before_any_work(
     whole = racdeploy("recover", model, model, *options, "--recover-tokens", 1000)
     assert (whole.code, whole.error_code) == (2, "nothing-to-recover")
 
-    way = racdeploy("build", model, *options, "--set", 'recover.ways=["block"]')
+    way = racdeploy("build", model, *options, "--set", 'recover.methods=["blockwis"]')
     assert (way.code, way.error_code) == (2, "invalid-settings")
-    assert "did you mean 'blocks'?" in way.err
+    assert "did you mean 'blockwise'?" in way.err
 
     short = tmp_path / "short.txt"
     short.write_text("short", encoding="utf-8")
-    mixed = ["--sparsity", 0.6, "--recover-tokens", 1000, "--set", f'recover.mix="{short}"']
+    mixed = ["--sparsity", 0.6, "--recover-tokens", 1000, "--set", f'recover.extra_text="{short}"']
     text = racdeploy("build", model, *options, *mixed)
     assert (text.code, text.error_code) == (2, "text-too-short")
     assert not [*(tmp_path / "work").glob("traces-*")]

@@ -15,7 +15,7 @@ from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Engine, EngineSettings, Sampling
 from racdeploy.manifest import Manifest
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import find_tags, split
+from racdeploy.runtime.thinking import find_tags, split_completion
 from tests.support.commands import Outcome, command, racdeploy
 from tests.support.completion_server import Answer, Json, answering, models, serving
 from tests.support.real_server import hide_tags, llama_cpp_server, running, write_model
@@ -54,7 +54,7 @@ def _chatting(bundle: Path, engine: Engine, padding: str = "") -> Answer:
             (done,) = engine.generate(
                 [prompt], Sampling(body["max_tokens"], eos_ids, body["temperature"])
             )
-        parts = split(prompt, done.ids, tags, eos_ids=eos_ids)
+        parts = split_completion(prompt, done.ids, tags, eos_ids=eos_ids)
         thinking = padding + encoder.decode(parts.thinking_ids)
         message = {"content": encoder.decode(parts.answer_ids), "reasoning_content": thinking}
         usage = {"completion_tokens": len(done.ids)}
@@ -83,9 +83,9 @@ def test_what_is_served_passes_as_the_bundle_does(built: Path, engine: Engine) -
     assert checks["thinking"]["figures"]["length_ratio"] == pytest.approx(1, abs=0.02)
     assert (checks["integrity"]["verdict"], checks["integrity"]["summary"]) == (
         "skipped",
-        "a server shows no files",
+        "the files behind a server cannot be read",
     )
-    assert checks["tokens"]["summary"] == "the server has no endpoint that tokenizes"
+    assert checks["tokens"]["summary"] == "the server has no endpoint for tokenizing"
     assert f"{url} serves as 'app'" in report["notes"][0]
     assert [arm["size_bytes"] for arm in report["arms"] if arm["name"] == "pruned"] == [None]
 

@@ -12,7 +12,7 @@ from tests.support.tiny_models import make_checkpoint
 RECIPE = """
 [traces]
 max_new_tokens = 24
-batch = 8
+batch_size = 8
 [calibration]
 keep_truncated = true
 [runtime.thinking]
@@ -65,7 +65,7 @@ def test_control_goes_from_the_recipe_into_the_bundle(tmp_path: Path) -> None:
 
     again = racdeploy("verify", bundle, "--work", tmp_path / "work", "--threads", 1, "--json")
     report = json.loads(again.out)
-    assert "ran as it ships, its thinking under control" in " ".join(report["notes"])
+    assert "ran with its thinking control" in " ".join(report["notes"])
     prompts = report["comparison"]["n"]
     forced = {arm["name"]: arm["forced"] for arm in report["arms"]}
     assert forced == {"dense": 0, "pruned": prompts}

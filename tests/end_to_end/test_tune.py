@@ -16,7 +16,7 @@ from racdeploy.targets import Target
 from tests.support.commands import Outcome, racdeploy
 
 TARGETS = Path(__file__).parents[2] / "targets"
-MOST_BYTES = 3_000_000
+MAX_BYTES = 3_000_000
 SETTINGS = (
     *("--set", 'tune.quants=["q8_0","q4_0"]', "--set", "tune.ffn=[0.5]"),
     *("--set", "tune.zeros=[0.5]", "--set", "tune.prompts=24"),
@@ -47,7 +47,7 @@ def tuned(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
     bundle = folder / "bundle"
     outcome = racdeploy(
-        *("tune", "tiny-reasoner", "--target", target, "--max-bytes", MOST_BYTES),
+        *("tune", "tiny-reasoner", "--target", target, "--max-bytes", MAX_BYTES),
         *("--budget", "10m", *SETTINGS, "--work", work, "--out", bundle),
     )
     assert outcome.code == 0, outcome.out + outcome.err
@@ -59,7 +59,7 @@ def test_the_winner_keeps_the_limits_and_is_proven(tuned: Tuned) -> None:
     tuning = read_tuning(tuned.bundle / "tune.json")
     report = read_report(tuned.bundle)
     (entry,) = Manifest.read(tuned.bundle).artifacts
-    assert entry.size_bytes <= MOST_BYTES
+    assert entry.size_bytes <= MAX_BYTES
     assert report.verdict == "pass"
 
     winner = tuning.find(tuning.winner)
@@ -100,7 +100,7 @@ def test_a_search_that_is_run_again_makes_nothing_twice(tuned: Tuned) -> None:
     """All stages are found, and the winner is the same."""
     before = {folder.name for folder in tuned.work.iterdir()}
     again = racdeploy(
-        *("tune", "tiny-reasoner", "--target", tuned.target, "--max-bytes", MOST_BYTES),
+        *("tune", "tiny-reasoner", "--target", tuned.target, "--max-bytes", MAX_BYTES),
         *("--budget", "10m", *SETTINGS, "--work", tuned.work, "--out", tuned.bundle, "--json"),
     )
     assert again.code == 0, again.err

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from racdeploy.engines.batching import Batcher, Job, News, Row
+from racdeploy.engines.batching import Batcher, BatchToken, SequenceGroup, TokenUpdates
 from racdeploy.engines.engine import Sampling
-from racdeploy.engines.sequence import Sequence
+from racdeploy.engines.sequence import GeneratedSequence
 from racdeploy.errors import EngineError
 
 SHORT = Sampling(max_new_tokens=6, stop_ids=(50,))
@@ -30,10 +30,10 @@ class Recorder:
         self.together: list[int] = []  # slots in each batch
         self.shares: list[int] = []
         self._seen: dict[int, list[int]] = {slot: [] for slot in range(self.slots)}
-        self._rows: SequenceOf[Row] = []
+        self._rows: Sequence[BatchToken] = []
         self._gate = gate
 
-    def decode(self, rows: SequenceOf[Row]) -> None:
+    def decode(self, rows: Sequence[BatchToken]) -> None:
         time.sleep(0.0002)  # as a real one, it lets other threads run meanwhile
         if self._gate:
             self._gate.acquire()
@@ -51,7 +51,7 @@ class Recorder:
         assert self._rows[place].wants_logits
         return np.eye(100, dtype=np.float32)[(self._rows[place].token + 1) % 100]
 
-    def forget(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         self._seen[slot] = []
 
     def share_threads(self, busy: int) -> None:
@@ -62,17 +62,19 @@ class Recorder:
 class Asked:
     """A request: its job, what it was told, and whether it has ended."""
 
-    job: Job
+    job: SequenceGroup
     told: dict[int, list[int]]
     ended: threading.Event = field(default_factory=threading.Event)
     ends: int = 0
 
     @classmethod
-    def of(cls, prompts: SequenceOf[list[int]], sampling: Sampling) -> Asked:
-        sequences = [Sequence(i, ids, sampling, 2_000_000) for i, ids in enumerate(prompts)]
+    def of(cls, prompts: Sequence[list[int]], sampling: Sampling) -> Asked:
+        sequences = [
+            GeneratedSequence(i, ids, sampling, 2_000_000) for i, ids in enumerate(prompts)
+        ]
         told: dict[int, list[int]] = {i: [] for i in range(len(prompts))}
 
-        def on_news(news: News) -> None:
+        def on_news(news: TokenUpdates) -> None:
             for index, ids, ended in news:
                 told[index] += ids
                 assert ended is None or list(ended.ids) == told[index]
@@ -81,7 +83,7 @@ class Asked:
             asked.ends += 1
             asked.ended.set()
 
-        asked = cls(Job(sequences, on_news, on_end), told)
+        asked = cls(SequenceGroup(sequences, on_news, on_end), told)
         return asked
 
     def ids(self) -> list[list[int]]:
@@ -163,7 +165,7 @@ def test_a_decoder_that_fails_ends_what_it_ran() -> None:
     """The error is its requests' alone, and nobody goes on for answers that are lost."""
 
     class Broken(Recorder):
-        def decode(self, rows: SequenceOf[Row]) -> None:
+        def decode(self, rows: Sequence[BatchToken]) -> None:
             if any(row.token == 99 for row in rows):
                 raise EngineError("decode-failed", "the decoder broke")
             super().decode(rows)

@@ -13,12 +13,12 @@ from racdeploy import plugins
 from racdeploy.engines.backends import llamacpp, transformers
 from racdeploy.engines.backends.transformers.torch_model import load_model, round_as_ggml
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export.gguf import export
-from racdeploy.export.gguf.parameters import check_parameters
+from racdeploy.exporting.gguf import export
+from racdeploy.exporting.gguf.parameters import check_parameters
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.batches import Batch
-from racdeploy.prune.walk.beside import Beside
-from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.block_inputs import BlockInputs
+from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.recipe import Structure
 from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, SHARING, edit_json, make_checkpoint
@@ -42,14 +42,16 @@ def test_the_walk_ends_with_the_models_last_hidden_state(tmp_path: Path) -> None
     ids_BT = IDS[None].clone()
     ids_BT[0, 7] = 505
     batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(1, dtype=torch.long), False)
-    blocks, beside = Blocks(checkpoint), Beside(ids_BT)
+    blocks, block_inputs = BlockwiseModel(checkpoint), BlockInputs(ids_BT)
 
     with torch.inference_mode():
         (hidden_BTD,) = blocks.embed([batch])
-        assert [tuple(hidden_BTD.shape)] == blocks.shapes([batch]) == [(1, 40, 4 * 64)]
+        assert [tuple(hidden_BTD.shape)] == blocks.hidden_shapes([batch]) == [(1, 40, 4 * 64)]
         for index in range(checkpoint.shape.block_count):
-            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD, beside=beside)
-        found_BTD = blocks.last_norm()(hidden_BTD)
+            hidden_BTD = blocks.forward(
+                blocks.load_block(index), hidden_BTD, block_inputs=block_inputs
+            )
+        found_BTD = blocks.load_final_norm()(hidden_BTD)
         model = load_model(checkpoint).get_submodule("model")
         wanted_BTD = model(input_ids=ids_BT, use_cache=False).last_hidden_state
 
@@ -107,7 +109,7 @@ def test_a_published_folder_is_read(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("part", [p for p in plugins.names("structures") if p != "experts"])
+@pytest.mark.parametrize("part", [p for p in plugins.list_names("structures") if p != "experts"])
 def test_nothing_is_cut(folder: Path, part: str, tmp_path: Path) -> None:
     """Before any work, with the reason."""
     (tmp_path / "text.txt").write_text("1 + 1")

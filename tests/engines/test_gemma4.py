@@ -12,7 +12,7 @@ from racdeploy import plugins
 from racdeploy.engines.backends.transformers import open_engine
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export.gguf.parameters import check_parameters
+from racdeploy.exporting.gguf.parameters import check_parameters
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Structure
 from tests.support.errors import raises
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_last_blocks_take_the_keys_of_the_last_earlier_one_of_their_kind(folder: Path) -> None:
     """They have no linears for keys and values, and twice the channels; heads go by kind."""
     checkpoint = Checkpoint(folder)
-    assert checkpoint.shape.key_sources == (0, 1, 2, 1, 2)
+    assert checkpoint.shape.kv_sources == (0, 1, 2, 1, 2)
     assert [len(checkpoint.shape.input_groups[block][0]) for block in range(5)] == [3, 3, 3, 1, 1]
     assert checkpoint.shape.widths["intermediate_size"] == (96, 96, 96, 192, 192)
     assert checkpoint.shape.widths["num_key_value_heads"] == (2, 2, 1, 2, 1)
@@ -74,7 +74,7 @@ def test_batches_are_decoded_as_the_model_computes(folder: Path) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("part", [p for p in plugins.names("structures") if p != "experts"])
+@pytest.mark.parametrize("part", [p for p in plugins.list_names("structures") if p != "experts"])
 def test_nothing_is_cut(folder: Path, part: str, tmp_path: Path) -> None:
     """Before any work, with the reason."""
     (tmp_path / "text.txt").write_text("1 + 1")
@@ -111,7 +111,7 @@ def test_other_models_of_its_kind_are_refused(
     """Larger ones are built otherwise; blocks of one kind that differ have no GGUF form."""
     edit_json(folder / "config.json", **changes)
     with raises(code, value):
-        _ = Checkpoint(folder).shape.key_sources
+        _ = Checkpoint(folder).shape.kv_sources
 
 
 def test_keys_that_llama_would_take_from_another_block_are_refused(folder: Path) -> None:

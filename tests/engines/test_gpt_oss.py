@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers import TransformersEngine, sinks
-from racdeploy.engines.backends.transformers.experts import part_experts
+from racdeploy.engines.backends.transformers.experts import unfuse_experts
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export.gguf import export
+from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import GPT_OSS, make_checkpoint
@@ -58,7 +58,7 @@ def test_large_values_are_cut_off_as_transformers_does(tmp_path: Path) -> None:
 
     ours = type(theirs)(load_theirs(folder).config)
     holder = torch.nn.ModuleDict({"mlp": ours})
-    part_experts(holder)
+    unfuse_experts(holder)
     mixture: Any = holder["mlp"]
     mixture.router = theirs.router
     for number, expert in enumerate(mixture.experts):
@@ -115,7 +115,7 @@ def test_a_published_folder_is_read_and_exported(tmp_path: Path) -> None:
     assert np.abs(answer.logits_TV - expected_TV).max() < 1e-4 * np.abs(expected_TV).max()
 
     result = export(checkpoint, tmp_path / "m.gguf", quant="mxfp4_moe", importance="none")
-    kinds = {t.quant_real for t in result.tensors if t.name.endswith("_exps.weight")}
+    kinds = {t.actual_quant for t in result.tensors if t.name.endswith("_exps.weight")}
     assert kinds == {"mxfp4"}
     zeros = {t.name: t.zeros for t in result.tensors}
     for part, stored in (("gate", "ffn_gate"), ("up", "ffn_up"), ("down", "ffn_down")):

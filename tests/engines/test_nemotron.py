@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.assemble import CutShape, assemble
+from racdeploy.pruning.walk.assemble import CutShape, assemble
 from tests.support.errors import raises
 from tests.support.nemotron import follow_config
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
@@ -49,7 +49,7 @@ def test_published_names_are_read_and_ours_are_written(folder: Path, tmp_path: P
     left = CutShape((1, 2, 3), dense.shape.sizes[1:4])
     cut = Checkpoint(assemble(dense, blocks, tmp_path / "cut", left))
     assert "model.embeddings.weight" in load_file(cut.folder / "model.safetensors")
-    assert cut.written["hybrid_override_pattern"] == "-*M"
+    assert cut.raw_config["hybrid_override_pattern"] == "-*M"
     assert cut.shape.block_count == 3
 
     theirs = AutoModelForCausalLM.from_pretrained(cut.folder, dtype=torch.float32).eval()

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from racdeploy.engines.engine import Sampling, ThinkingBudget
-from racdeploy.engines.sequence import Sequence, choose
-from racdeploy.runtime.thinking import ThinkingTags, split
+from racdeploy.engines.sequence import GeneratedSequence, sample_token
+from racdeploy.runtime.thinking import ThinkingTags, split_completion
 from tests.support.errors import raises
 
 VOCABULARY = 6
@@ -20,12 +20,12 @@ SAMPLING = Sampling(max_new_tokens=20, stop_ids=(STOP,))
 BUDGET = ThinkingBudget(CLOSE, OPEN, max_tokens=3, starts_open=True)
 
 
-def run(script: list[int], sampling: Sampling, context_tokens: int = 100) -> Sequence:
+def run(script: list[int], sampling: Sampling, context_tokens: int = 100) -> GeneratedSequence:
     """Feed logits that prefer the scripted tokens, one after another; then stop ids."""
-    sequence = Sequence(0, [0], sampling, context_tokens)
+    sequence = GeneratedSequence(0, [0], sampling, context_tokens)
     tokens = iter(script)
     while sequence.finish_reason is None:
-        sequence.unfed = []
+        sequence.pending_ids = []
         logits_V = np.zeros(VOCABULARY, dtype=np.float32)
         logits_V[next(tokens, STOP)] = 9.0
         sequence.step(logits_V)
@@ -104,7 +104,9 @@ def test_a_budget_and_the_splitter_agree(
     completion = run(script, replace(SAMPLING, budget=budget, max_new_tokens=cap)).completion()
     prompt = [0, *OPEN] if starts_open else [0]
     tags = ThinkingTags(OPEN, close)
-    parts = split(prompt, completion.ids, tags, eos_ids=(STOP,), forced_at=completion.forced_at)
+    parts = split_completion(
+        prompt, completion.ids, tags, eos_ids=(STOP,), forced_at=completion.forced_at
+    )
     assert len(completion.ids) <= cap
     seen = bytes(prompt) + bytes(completion.ids)
     before, _, after = seen.partition(bytes(OPEN))
@@ -148,13 +150,13 @@ def test_sampling_is_nucleus_sampling(top_p: float, spread: float) -> None:
     for seed in range(40):
         logits_V = (spread * random.standard_normal(300)).astype(np.float32)
         draw = np.random.Generator(np.random.PCG64(seed)).random()
-        found = choose(logits_V, 0.7, top_p, np.random.Generator(np.random.PCG64(seed)))
+        found = sample_token(logits_V, 0.7, top_p, np.random.Generator(np.random.PCG64(seed)))
         assert slow_nucleus(logits_V, 0.7, top_p, draw) == found
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits_V = np.array([0, 2, 2, 1], dtype=np.float32)
-    assert choose(logits_V, 0.0, 1.0, np.random.default_rng(0)) == 1
+    assert sample_token(logits_V, 0.0, 1.0, np.random.default_rng(0)) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -162,4 +164,4 @@ def test_greedy_takes_the_first_of_equals() -> None:
 def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float) -> None:
     logits_V = np.array([0, 1, bad, 2], dtype=np.float32)
     with raises("logits-not-finite"):
-        choose(logits_V, temperature, 1.0, np.random.default_rng(0))
+        sample_token(logits_V, temperature, 1.0, np.random.default_rng(0))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from racdeploy.engines.backends.transformers.engine import TransformersEngine
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.engines.engine import EngineSettings, Sampling
-from racdeploy.export.gguf import export
+from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.errors import raises
@@ -70,8 +70,8 @@ def test_a_cut_granite_4_is_read_and_opened_by_transformers(tmp_path: Path) -> N
     small = cut_checkpoint(whole, tmp_path / "small", cut[:2], (0, 1))
     checkpoint = Checkpoint(small)
     assert checkpoint.shape.layer_types == ("linear_attention", "full_attention")
-    assert checkpoint.written["layer_types"] == ["mamba", "attention"]
-    assert checkpoint.written["shared_intermediate_size"] == 64
+    assert checkpoint.raw_config["layer_types"] == ["mamba", "attention"]
+    assert checkpoint.raw_config["shared_intermediate_size"] == 64
 
     theirs = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
     torch.testing.assert_close(_compute(load_model(checkpoint), IDS), _compute(theirs, IDS))

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from racdeploy.engines.engine import Sampling, ThinkingBudget
-from racdeploy.engines.sequence import Sequence, check_request
-from racdeploy.runtime.thinking import ThinkingTags, split
+from racdeploy.engines.sequence import GeneratedSequence, check_request
+from racdeploy.runtime.thinking import ThinkingTags, split_completion
 from tests.support.errors import raises
 
 VOCABULARY = 8
@@ -20,12 +20,14 @@ BUDGET = ThinkingBudget(CLOSE, OPEN, max_tokens=4, starts_open=True)
 LAST_WORDS = (6, 7)
 
 
-def run(script: list[int], budget: ThinkingBudget, cap: int = 40, by: float = 9.0) -> Sequence:
+def run(
+    script: list[int], budget: ThinkingBudget, cap: int = 40, by: float = 9.0
+) -> GeneratedSequence:
     """Feed logits that prefer the scripted tokens by so much, then stop ids."""
-    sequence = Sequence(0, [0], replace(SAMPLING, budget=budget, max_new_tokens=cap), 100)
+    sequence = GeneratedSequence(0, [0], replace(SAMPLING, budget=budget, max_new_tokens=cap), 100)
     tokens = iter(script)
     while sequence.finish_reason is None:
-        sequence.unfed = []
+        sequence.pending_ids = []
         sequence.step(_prefer(next(tokens, STOP), by))
     return sequence
 
@@ -38,26 +40,30 @@ def _prefer(token: int, by: float = 9.0) -> NDArray[np.float32]:
 
 def test_a_last_sentence_comes_before_the_forced_tag() -> None:
     """It is a part of the thought, and the thought counts as forced."""
-    completion = run([3] * 4 + [0], replace(BUDGET, closing_ids=LAST_WORDS)).completion()
+    completion = run([3] * 4 + [0], replace(BUDGET, closing_message_ids=LAST_WORDS)).completion()
     assert completion.ids == (3, 3, 3, 3, *LAST_WORDS, *CLOSE, 0, STOP)
     assert completion.forced_at == 4
 
-    parts = split([0, 4], completion.ids, ThinkingTags(OPEN, CLOSE), eos_ids=(STOP,), forced_at=4)
+    parts = split_completion(
+        [0, 4], completion.ids, ThinkingTags(OPEN, CLOSE), eos_ids=(STOP,), forced_at=4
+    )
     assert (parts.state, parts.thinking_ids) == ("forced", (3, 3, 3, 3, *LAST_WORDS))
     assert parts.answer_ids == (0,)
 
 
 def test_a_tag_that_has_begun_gets_no_last_sentence() -> None:
-    completion = run([3, 3, 3, 1, 0], replace(BUDGET, closing_ids=LAST_WORDS)).completion()
+    completion = run([3, 3, 3, 1, 0], replace(BUDGET, closing_message_ids=LAST_WORDS)).completion()
     assert (completion.ids, completion.forced_at) == ((3, 3, 3, 1, 2, 0, STOP), 3)
 
 
 @pytest.mark.parametrize("cap", [5, 6, 7])
 def test_the_cap_cuts_a_last_sentence(cap: int) -> None:
     """What was forced of it is no thinking, as with a tag that the cap cuts."""
-    completion = run([3] * 4, replace(BUDGET, closing_ids=LAST_WORDS), cap).completion()
+    completion = run([3] * 4, replace(BUDGET, closing_message_ids=LAST_WORDS), cap).completion()
     assert (len(completion.ids), completion.finish_reason) == (cap, "length")
-    parts = split([0, 4], completion.ids, ThinkingTags(OPEN, CLOSE), eos_ids=(STOP,), forced_at=4)
+    parts = split_completion(
+        [0, 4], completion.ids, ThinkingTags(OPEN, CLOSE), eos_ids=(STOP,), forced_at=4
+    )
     assert (parts.state, parts.thinking_ids) == ("open", (3,) * 4)
 
 
@@ -71,7 +77,7 @@ def test_the_bias_rises_over_the_last_quarter_of_the_budget() -> None:
 def test_the_close_tag_is_chosen_once_the_bias_outweighs_the_rest() -> None:
     """Against a lead of 3 logits, after 34 tokens: the bias is 3.2 then. Nothing is forced."""
     budget = replace(BUDGET, max_tokens=40, close_bias=8.0)
-    sequence = Sequence(0, [0], replace(SAMPLING, budget=budget, max_new_tokens=99), 200)
+    sequence = GeneratedSequence(0, [0], replace(SAMPLING, budget=budget, max_new_tokens=99), 200)
     while 1 not in sequence.ids:
         sequence.step(_prefer(3, by=3.0))
     assert sequence.ids == [3] * 34 + [1]
@@ -103,7 +109,7 @@ def test_a_penalty_needs_no_budget_and_waits_for_the_open_tag() -> None:
 def test_the_engines_logits_are_left_as_they_are() -> None:
     """They may be a view of its memory."""
     budget = replace(BUDGET, hesitation_ids=(3,), hesitation_penalty=20.0)
-    sequence = Sequence(0, [0], replace(SAMPLING, budget=budget), 100)
+    sequence = GeneratedSequence(0, [0], replace(SAMPLING, budget=budget), 100)
     logits_V = _prefer(3)
     sequence.step(logits_V)
     assert logits_V[3] == 9.0
@@ -113,7 +119,7 @@ def test_the_engines_logits_are_left_as_they_are() -> None:
     "change",
     [
         {"max_tokens": -1},
-        {"closing_ids": (VOCABULARY,)},
+        {"closing_message_ids": (VOCABULARY,)},
         {"hesitation_ids": (-1,)},
         {"close_bias": float("nan")},
         {"hesitation_penalty": float("inf")},

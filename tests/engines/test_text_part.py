@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.assemble import assemble
+from racdeploy.pruning.walk.assemble import assemble
 from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
 _PARTS = [name for name in ("gemma3_text", "gemma3n_text", "gemma4_text") if name in FAMILIES]
@@ -75,7 +75,7 @@ def test_a_head_for_further_tokens_is_left_out(tmp_path: Path) -> None:
 
     checkpoint = Checkpoint(text)
     assert "mtp.fc.weight" not in checkpoint.entries
-    assert "predicts further tokens" in checkpoint.notes[0]
+    assert "multi-token prediction" in checkpoint.notes[0]
 
 
 def test_a_known_model_with_settings_for_text_is_no_part(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.batches import Batch
-from racdeploy.prune.walk.blocks import Blocks
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.errors import raises
 from tests.support.matrix import some
@@ -97,14 +97,14 @@ def test_the_walk_computes_a_model_of_different_blocks(family: str, tmp_path: Pa
 
     ids_BT = torch.randint(0, 480, (2, 40), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids_BT, torch.zeros_like(ids_BT), torch.zeros(2, dtype=torch.long), False)
-    blocks = Blocks(checkpoint)
+    blocks = BlockwiseModel(checkpoint)
 
     with torch.inference_mode():
         states = load_model(checkpoint)(input_ids=ids_BT, output_hidden_states=True).hidden_states
         (hidden_BTD,) = blocks.embed([batch])
         for index in range(checkpoint.shape.block_count):
             torch.testing.assert_close(hidden_BTD, states[index], rtol=1e-5, atol=1e-5)
-            hidden_BTD = blocks.forward(blocks.load(index), hidden_BTD)
+            hidden_BTD = blocks.forward(blocks.load_block(index), hidden_BTD)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import yaml
 
 from racdeploy.cli.app import app
 from racdeploy.recipe import Recipe
-from racdeploy.verify.gate import read_gate
+from racdeploy.verification.gate import read_gate
 from tests.support.tiny_artifacts import make_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,9 @@ def test_the_recipes_say_what_their_names_say() -> None:
 
 def test_the_gate_sets_limits() -> None:
     """The gate file parses, and names the checks whose limits it sets."""
-    assert {"accuracy", "thinking"} == read_gate(EXAMPLES / "ci" / "racdeploy-gate.toml").demanded
+    assert {"accuracy", "thinking"} == read_gate(
+        EXAMPLES / "ci" / "racdeploy-gate.toml"
+    ).required_checks
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from types import FrameType
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.processes.messages import Message
 from racdeploy.sandbox import worker
-from racdeploy.sandbox.reader import MEMORY_BYTES, Reader, Request, _rebuild
+from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, Sandbox, SandboxRequest, _rebuild
 
 _SECONDS = 0.3  # less than there: a run has no time to lose, and the whole way decides
 _MORE_BYTES = 1 << 30  # native code ends the process where it gets no memory
@@ -28,26 +28,26 @@ class _Overtime(BaseException):
     """An operation takes longer than it may."""
 
 
-class InProcess(Reader):
+class InProcess(Sandbox):
     """A reader whose process is this one."""
 
     def __init__(
-        self, module: str, memory_bytes: int = MEMORY_BYTES, *, opens_files: bool = False
+        self, module: str, memory_bytes: int = DEFAULT_MEMORY_BYTES, *, opens_files: bool = False
     ) -> None:
         super().__init__(module, memory_bytes, opens_files=opens_files)
         self._operations = importlib.import_module(module).OPERATIONS
-        self._unsettled: list[Request] = []
+        self._unsettled: list[SandboxRequest] = []
 
-    def keep(self, key: str, request: Request) -> None:
+    def add_setup(self, key: str, request: SandboxRequest) -> None:
         self._unsettled.append(request)
 
-    def forget(self, key: str) -> None:
+    def remove_setup(self, key: str) -> None:
         pass
 
     def start(self) -> None:
         pass
 
-    def ask(self, request: Request) -> Message:
+    def ask(self, request: SandboxRequest) -> Message:
         while self._unsettled:
             self._carry_out(self._unsettled[0])
             del self._unsettled[0]
@@ -56,14 +56,14 @@ class InProcess(Reader):
     def close(self) -> None:
         pass
 
-    def _carry_out(self, request: Request) -> Message:
+    def _carry_out(self, request: SandboxRequest) -> Message:
         sent = json.dumps({"op": request.op, "seconds": request.seconds, **request.values})
         with _within_limits():
             header, payload = worker._carry_out(self._operations, json.loads(sent), request.payload)
 
         answer = json.loads(json.dumps(header))
         if "failed" in answer:
-            raise request.failure(answer["failed"])
+            raise request.make_error(answer["failed"])
         if "raised" in answer:
             raise _rebuild(answer)
         return answer, payload
@@ -92,7 +92,7 @@ def _within_limits() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-        if resident_bytes("VmHWM") - before > MEMORY_BYTES // 2:
+        if resident_bytes("VmHWM") - before > DEFAULT_MEMORY_BYTES // 2:
             _over = True
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tests.fuzz import oracle
 from tests.fuzz.harness import CORPUS, MENDED, Harness
 
-MOST_BYTES = 36_000
+MAX_BYTES = 36_000
 """Of the kept inputs of a harness."""
 _LARGEST = 8_000
 Arcs = set[tuple[CodeType, int, int]]
@@ -57,7 +57,7 @@ def keep(harness: Harness, work: Path) -> str:
     chosen: list[bytes] = []
     size_bytes = 0
     for data in sorted(inputs, key=lambda data: (len(data), data)):
-        if size_bytes + len(data) <= MOST_BYTES and (arcs := _trace(harness, data)) - reached:
+        if size_bytes + len(data) <= MAX_BYTES and (arcs := _trace(harness, data)) - reached:
             reached |= arcs
             size_bytes += len(data)
             chosen.append(data)

@@ -16,7 +16,7 @@ _ODD: tuple[Any, ...] = (
     *("", "a", "..", "/etc/passwd", "a\0b", "\n", "\u202e", "\ud800", "☃", "a" * 300, "0" * 64),
     *([], {}, [[]], [0], ["a"], {"a": 1}, [1, 2], [[1, 2]], {"type": "a"}, {"content": "a"}),
 )
-_MOST_STEPS = 3
+_MAX_STEPS = 3
 
 
 def of_json(words: tuple[Any, ...] = ()) -> Callable[[Mutate], Mutator]:
@@ -41,7 +41,7 @@ def change_json(data: bytes, random: Random, words: tuple[Any, ...] = ()) -> byt
         return None
 
     root = [value]
-    for _ in range(random.randint(1, _MOST_STEPS)):
+    for _ in range(random.randint(1, _MAX_STEPS)):
         _change(root, random, words)
 
     try:

@@ -21,8 +21,8 @@ from racdeploy.errors import RacdeployError
 
 Target = Callable[[bytes], None]
 
-MOST_SECONDS = 2.0
-MOST_BYTES = 300_000_000
+MAX_SECONDS = 2.0
+MAX_BYTES = 300_000_000
 _LONGEST_MESSAGE = 3000
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = (
@@ -81,7 +81,7 @@ def judge(target: Target, data: bytes) -> None:
     if _watch.is_forgiven:
         return
     _check_memory(before, _Memory.now())
-    if seconds > MOST_SECONDS:
+    if seconds > MAX_SECONDS:
         raise BrokenPromise(f"it took {seconds:.1f} s of processor time")
 
 
@@ -138,7 +138,7 @@ def _status() -> int:
 def _check_memory(before: _Memory, after: _Memory) -> None:
     had, most_before = before
     _, most = after
-    if most > most_before and most - had > MOST_BYTES:
+    if most > most_before and most - had > MAX_BYTES:
         raise BrokenPromise(f"it took {(most - had) / 1e6:.0f} MB")
 
 

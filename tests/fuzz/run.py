@@ -14,7 +14,7 @@ from tests.fuzz.harness import CORPUS, Harness
 
 _PROGRESS = re.compile(r"^#(\d+)\s.*\bcov: (\d+) ft: (\d+)")
 _ROOT = Path(__file__).resolve().parents[2]
-_MOST_ENDS = 100  # of the process, in one run
+_MAX_ENDS = 100  # of the process, in one run
 _HANG_S = 25  # judged by its own oracle before, unless native code hangs
 
 
@@ -66,7 +66,7 @@ def run(harness: Harness, work: Path, seconds: float) -> Tally:
     before = set(found.iterdir())
 
     with (work / "log").open("w", encoding="utf-8", errors="replace") as log:
-        for _ in range(_MOST_ENDS):
+        for _ in range(_MAX_ENDS):
             left = round(seconds - (time.monotonic() - began))
             if left <= 0:
                 break

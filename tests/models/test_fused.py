@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from racdeploy.models import fused
-from racdeploy.models.fused import Fused
+from racdeploy.models import fused_experts
+from racdeploy.models.fused_experts import FusedExperts
 from racdeploy.tensors import mxfp4
 from racdeploy.tensors.safetensors import read_tensor_entries, write_entries
 from tests.support.errors import raises
@@ -20,8 +20,8 @@ from tests.support.errors import raises
 E, D, F = 3, 64, 32
 PARTS = ("experts.*.gate.weight", "experts.*.up.weight")
 LAYOUTS = [
-    Fused(PARTS, alternating=alternating, inputs_first=inputs_first)
-    for alternating in (False, True)
+    FusedExperts(PARTS, interleaved=interleaved, inputs_first=inputs_first)
+    for interleaved in (False, True)
     for inputs_first in (False, True)
 ]
 
@@ -37,7 +37,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("is_bias", [False, True])
 def test_each_expert_is_read_by_itself_and_all_are_written_back(
-    layout: Fused, is_bias: bool, tmp_path: Path
+    layout: FusedExperts, is_bias: bool, tmp_path: Path
 ) -> None:
     """Against torch's own slices; a file that is written again has the same bytes."""
     shape = (E, 2 * F) if is_bias else (E, D, 2 * F) if layout.inputs_first else (E, 2 * F, D)
@@ -45,7 +45,7 @@ def test_each_expert_is_read_by_itself_and_all_are_written_back(
     whole = torch.randn(shape).bfloat16()
     file = write(tmp_path, {"gate_up": whole})
 
-    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout}, E)
+    apart = fused_experts.unfuse(read_tensor_entries(file), "b", {"gate_up": layout}, E)
     assert set(apart) == {"norm"} | {
         f"b.0.{layout.name(part, expert)}" for part in PARTS for expert in range(E)
     }
@@ -53,13 +53,15 @@ def test_each_expert_is_read_by_itself_and_all_are_written_back(
     for expert in range(E):
         rows = whole[expert].T if layout.inputs_first and not is_bias else whole[expert]
         for place, part in enumerate(PARTS):
-            own = rows[place::2] if layout.alternating else rows[place * F : (place + 1) * F]
+            own = rows[place::2] if layout.interleaved else rows[place * F : (place + 1) * F]
             entry = apart[f"b.0.{layout.name(part, expert)}"]
             assert entry.size_bytes == 2 * own.numel()
             found = torch.from_numpy(entry.read()).view(torch.bfloat16)
             torch.testing.assert_close(found, own, rtol=0, atol=0)
 
-    write_entries(fused.join(apart, "b", {"gate_up": layout}), tmp_path / "again.safetensors")
+    write_entries(
+        fused_experts.fuse(apart, "b", {"gate_up": layout}), tmp_path / "again.safetensors"
+    )
     again = load_file(tmp_path / "again.safetensors")
     assert torch.equal(again["b.0.gate_up"], whole)
     assert set(again) == {"norm", "b.0.gate_up"}
@@ -82,14 +84,14 @@ def test_mxfp4_is_read_as_transformers_and_ggml_do(
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     file, codes, exponents = packed
-    layout = Fused(PARTS, alternating=True, inputs_first=True)
-    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": layout}, E)
+    layout = FusedExperts(PARTS, interleaved=True, inputs_first=True)
+    apart = fused_experts.unfuse(read_tensor_entries(file), "b", {"gate_up": layout}, E)
     expected = convert_moe_packed_tensors(codes, exponents, dtype=torch.float32)  # inputs first
 
     for expert in range(E):
         for place, part in enumerate(PARTS):
             entry = apart[f"b.0.{layout.name(part, expert)}"]
-            assert isinstance(entry, mxfp4.PackedEntry)
+            assert isinstance(entry, mxfp4.Mxfp4Entry)
             found_OI = (entry.read().astype(np.uint32) << 16).view(np.float32)
             own_OI = expected[expert].T[place::2].numpy()
             np.testing.assert_array_equal(found_OI.view(np.int32), own_OI.view(np.int32))
@@ -109,11 +111,13 @@ def test_mxfp4_is_written_as_bfloat16(
 ) -> None:
     """Which holds the same values: codes have two bits behind the point."""
     file, _, _ = packed
-    layout = Fused(PARTS, alternating=True, inputs_first=True)
+    layout = FusedExperts(PARTS, interleaved=True, inputs_first=True)
     described = {"gate_up": layout}
-    apart = fused.take_apart(read_tensor_entries(file), "b", described, E)
-    write_entries(fused.join(apart, "b", described), tmp_path / "again.safetensors")
-    again = fused.take_apart(read_tensor_entries(tmp_path / "again.safetensors"), "b", described, E)
+    apart = fused_experts.unfuse(read_tensor_entries(file), "b", described, E)
+    write_entries(fused_experts.fuse(apart, "b", described), tmp_path / "again.safetensors")
+    again = fused_experts.unfuse(
+        read_tensor_entries(tmp_path / "again.safetensors"), "b", described, E
+    )
     for name, entry in apart.items():
         np.testing.assert_array_equal(again[name].read(), entry.read())
     assert again["b.0.experts.0.up.weight"].dtype == "BF16"
@@ -122,7 +126,7 @@ def test_mxfp4_is_written_as_bfloat16(
 def test_exponents_at_the_ends_are_what_the_format_says() -> None:
     """2^-128 is exact, too."""
     codes = np.full((1, 2, 16), 0x71, np.uint8)  # half of one, and six
-    bits = mxfp4.decode(codes, np.array([[0, 127]], np.uint8))
+    bits = mxfp4.to_bfloat16(codes, np.array([[0, 127]], np.uint8))
     values = (bits.astype(np.uint32) << 16).view(np.float32)[0]
     assert values[[0, 1]].tolist() == [2.0**-128, 6 * 2.0**-127]
     assert values[[32, 33]].tolist() == [0.5, 6.0]
@@ -135,8 +139,8 @@ def test_weights_that_are_no_numbers_are_refused(
     file, codes, exponents = packed
     exponents[1, 7, 0] = 255
     write(file.parent, {"gate_up_blocks": codes, "gate_up_scales": exponents})
-    described = {"gate_up": Fused(PARTS, alternating=True)}
-    apart = fused.take_apart(read_tensor_entries(file), "b", described, E)
+    described = {"gate_up": FusedExperts(PARTS, interleaved=True)}
+    apart = fused_experts.unfuse(read_tensor_entries(file), "b", described, E)
     apart["b.0.experts.1.gate.weight"].read()
     with raises("weights-not-finite", "fused.safetensors"):
         apart["b.0.experts.1.up.weight"].read()
@@ -186,7 +190,7 @@ def test_what_cannot_be_taken_apart_is_refused(
 ) -> None:
     entries = read_tensor_entries(write(tmp_path, tensors))
     with raises(code, value):
-        fused.take_apart(entries, "b", {"gate_up": Fused(PARTS)}, 2)
+        fused_experts.unfuse(entries, "b", {"gate_up": FusedExperts(PARTS)}, 2)
 
 
 def test_a_tensor_of_very_many_experts_costs_nothing(tmp_path: Path) -> None:
@@ -196,11 +200,13 @@ def test_a_tensor_of_very_many_experts_costs_nothing(tmp_path: Path) -> None:
     name = "b.0.gate_up"
     entries[name] = replace(entries[name], shape=(1 << 40, 0, 2))
     with raises("damaged-experts", str([1 << 40, 0, 2])):
-        fused.take_apart(entries, "b", {"gate_up": Fused(PARTS)}, 2)
+        fused_experts.unfuse(entries, "b", {"gate_up": FusedExperts(PARTS)}, 2)
 
 
 def test_exponents_alone_are_no_secret(tmp_path: Path) -> None:
     """They stay among the tensors, and are refused there as unknown."""
     file = write(tmp_path, {"gate_up_scales": torch.ones(2, 4, 1, dtype=torch.uint8)})
-    apart = fused.take_apart(read_tensor_entries(file), "b", {"gate_up": Fused(PARTS)}, 2)
+    apart = fused_experts.unfuse(
+        read_tensor_entries(file), "b", {"gate_up": FusedExperts(PARTS)}, 2
+    )
     assert "b.0.gate_up_scales" in apart

@@ -9,9 +9,9 @@ import pytest
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
-from racdeploy.export.gguf.architecture import refusal
+from racdeploy.exporting.gguf.architecture import unsupported_reason
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.supported import describe_families
+from racdeploy.models.family_support import describe_families
 from racdeploy.recipe import Structure
 from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
@@ -26,7 +26,7 @@ def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
         plugins.load("structures", part).check(checkpoint, structure)
     except UsageError:
         return False
-    return not refusal(checkpoint, structure.sizes, uniform=True)
+    return not unsupported_reason(checkpoint, structure.sizes, uniform=True)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoehybrid with experts"])
@@ -38,12 +38,12 @@ def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
     more = GRANITE_EXPERTS if mixture else {}
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", name, **more))
     found = {part for part in SHARES if _can_cut(checkpoint, part)}
-    row = ROWS[name, bool(checkpoint.family.routed)]
+    row = ROWS[name, bool(checkpoint.family.expert_linears)]
     assert found == set(row["cuts"]) - {"vocabulary"}
 
 
 def test_the_command_prints_every_family() -> None:
     """As a line for people, and as JSON for programs."""
     listed = racdeploy("families").out
-    assert all(name in listed for name in plugins.names("families"))
+    assert all(name in listed for name in plugins.list_names("families"))
     assert json.loads(racdeploy("families", "--json").out) == {"families": list(ROWS.values())}

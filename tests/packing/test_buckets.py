@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from racdeploy.packing.buckets import TABLE_BYTES, Table
+from racdeploy.packing.buckets import TABLE_BYTES, BucketTable
 from tests.support.errors import raises
 
 BUCKETS = 32
@@ -38,8 +38,8 @@ def _shares(zeros: float, spread: float) -> np.ndarray:
 )
 def test_any_codes_come_back_from_any_table(tally: list[int], nibbles: bytes) -> None:
     """A table only decides about the size, also where it counts on codes that never come up."""
-    table = Table.fit(np.array(tally))
-    assert table == Table.read(table.stored)
+    table = BucketTable.from_counts(np.array(tally))
+    assert table == BucketTable.from_bytes(table.as_bytes)
     numbers, payload = table.encode(np.frombuffer(nibbles, np.uint8))
     assert table.decode(numbers, payload).tobytes() == nibbles
 
@@ -52,24 +52,25 @@ def test_no_other_cut_needs_fewer_bits(zeros: float, spread: float) -> None:
     """
     share = _shares(zeros, spread)
     tally = np.rint(1e6 * share).astype(np.int64)
-    table = Table.fit(tally)
+    table = BucketTable.from_counts(tally)
     ranked = np.array(_ranked_slowly(table.costs))
     probability = np.prod(
         [(np.maximum(tally, 0.5) / tally.sum())[ranked >> shift & 15] for shift in (0, 4, 8, 12)], 0
     )
     bounds = np.concatenate(
-        [[0], np.cumsum(1 << np.frombuffer(table.widths, np.uint8).astype(np.int64))]
+        [[0], np.cumsum(1 << np.frombuffer(table.bucket_bits, np.uint8).astype(np.int64))]
     )
     bits = sum(
         width * probability[start:stop].sum()
-        for width, start, stop in zip(table.widths, bounds[:-1], bounds[1:], strict=True)
+        for width, start, stop in zip(table.bucket_bits, bounds[:-1], bounds[1:], strict=True)
     )
     assert bits == pytest.approx(_fewest_bits(probability), rel=1e-9)
 
 
 def _ranked_slowly(costs: bytes) -> list[int]:
-    """Return all words by the sum of their costs, equal ones by their number, as docs/racgguf.md
-    has it.
+    """Return all words by the sum of their costs, equal ones by their number.
+
+    Source: docs/reference/racgguf.md.
     """
     return sorted(
         range(1 << 16),
@@ -105,17 +106,19 @@ def test_words_cost_little_more_than_their_entropy(zeros: float) -> None:
     """
     share = _shares(zeros, 2.5)
     nibbles = _nibbles(share, 1 << 16)
-    numbers, payload = Table.fit(np.rint(1e6 * share).astype(np.int64)).encode(nibbles)
+    numbers, payload = BucketTable.from_counts(np.rint(1e6 * share).astype(np.int64)).encode(
+        nibbles
+    )
     entropy_bits = -4 * float((share[share > 0] * np.log2(share[share > 0])).sum())
     assert entropy_bits < 8 * (numbers.size + payload.size) / (1 << 16) < 1.1 * entropy_bits
 
 
 def test_damaged_words_are_refused() -> None:
     """Buckets that do not add up, a payload of another size, and bits behind its end."""
-    table = Table.fit(np.arange(16, 0, -1))
+    table = BucketTable.from_counts(np.arange(16, 0, -1))
     numbers, payload = table.encode(_nibbles(_shares(0.5, 3.0), 8))
     with raises("damaged-packing", str([0] * BUCKETS)):
-        Table.read(table.costs + bytes(TABLE_BYTES - 16))
+        BucketTable.from_bytes(table.costs + bytes(TABLE_BYTES - 16))
     for damaged in (
         payload[:-1],
         np.append(payload, np.uint8(0)),

@@ -14,8 +14,8 @@ import onnx
 import pytest
 
 from racdeploy import plugins
-from racdeploy.export import gguf as gguf_format
-from racdeploy.export import onnx as onnx_format
+from racdeploy.exporting import gguf as gguf_format
+from racdeploy.exporting import onnx as onnx_format
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing import packers, racgguf
@@ -27,15 +27,15 @@ MIRROR = """
 import numpy as np
 
 from racdeploy.packing import racgguf
-from racdeploy.packing.onnx.packer import Packer
+from racdeploy.packing.onnx.packer import BaseGraphPacker
 
 FORMATS = ("gguf", "onnx")
 REQUIRES_ZEROS = True
-BESIDE_PLAIN = False
+KEEPS_PLAIN_FILE = False
 SUFFIX = racgguf.SUFFIX
 
 
-def fits(quant, zeros_fraction):
+def reason_for_plain(quant, zeros_fraction):
     return "" if zeros_fraction > 0.25 else "too few zeros for a mirror"
 
 
@@ -47,11 +47,11 @@ class TensorPacker:
     def __init__(self, header, source):
         self.source = source
 
-    def refusal(self, tensor):
+    def reason_for_plain(self, tensor):
         return "" if tensor.name.endswith("ffn_up.weight") else "only one of them is mirrored"
 
     def pack(self, tensor):
-        (plain,) = racgguf.read_pieces(tensor, self.source, tensor.size_bytes)
+        (plain,) = racgguf.iter_tensor_bytes(tensor, self.source, tensor.size_bytes)
         kept = plain.view("<u4")[plain.view("<u4") != 0]
         yield np.packbits(plain.view("<u4") != 0).tobytes()
         yield (~kept).tobytes()
@@ -61,32 +61,31 @@ def pack_file(plain, out):
     return racgguf.pack(plain, out, "mirror", TensorPacker)
 
 
-def refuse_stored(tensor):
+def find_damage(tensor):
     return "" if tensor.ggml_type == 0 else "is no mirror image"
 
 
 def unpack_tensor(tensor, source):
     count = tensor.plain_bytes // 4
     plain = np.zeros(count, "<u4")
-    keep = np.unpackbits(source.take(-(-count // 8)), count=count).astype(bool)
-    plain[keep] = ~source.take(source.left).view("<u4")
+    keep = np.unpackbits(source.read(-(-count // 8)), count=count).astype(bool)
+    plain[keep] = ~source.read(source.remaining).view("<u4")
     yield plain.view(np.uint8)
 
 
-class GraphPacker(Packer):
-    PARTS = (".image",)
+class GraphPacker(BaseGraphPacker):
+    ARRAY_SUFFIXES = (".image",)
 
-    def refusal(self, tensor, zeros):
-        return fits(tensor.quant, zeros)
+    def reason_for_plain(self, tensor, zeros):
+        return reason_for_plain(tensor.quant, zeros)
 
     def store(self, tensor, arrays, zeros):
         (values,) = arrays.values()
-        yield from super().store(tensor, {f"{tensor.name}.image": ~values.view("<u4")}, zeros)
+        return {f"{tensor.name}.image": ~values.view("<u4")}
 
-    def read(self, tensor, stored):
-        arrays, size_bytes = super().read(tensor, stored)
+    def read(self, tensor, arrays):
         (image,) = arrays.values()
-        return {tensor.name: (~image).view("<f4")}, size_bytes
+        return {tensor.name: (~image).view("<f4")}
 """
 
 
@@ -97,10 +96,10 @@ def _mirror(tmp_path: Path) -> Iterator[None]:
     folder.mkdir()
     (folder / "mirror.py").write_text(MIRROR)
     packers.__path__.append(str(folder))
-    plugins.names.cache_clear()
+    plugins.list_names.cache_clear()
     yield
     packers.__path__.remove(str(folder))
-    plugins.names.cache_clear()
+    plugins.list_names.cache_clear()
     sys.modules.pop("racdeploy.packing.packers.mirror", None)
 
 
@@ -120,7 +119,7 @@ def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_
     assert {tensor.packing for tensor in packed.tensors} == {"plain", "mirror"}
     reasons = {tensor.packing_reason for tensor in packed.tensors if tensor.packing == "plain"}
     assert reasons == {"only one of them is mirrored"}
-    assert read_header(packed.path).values["racgguf.packing"] == "mirror"
+    assert read_header(packed.path).metadata["racgguf.packing"] == "mirror"
     measured = {row.name: row.packing for row in gguf_format.measure(packed.path)[1]}
     assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
 
@@ -128,20 +127,17 @@ def test_a_gguf_file_is_packed_named_and_unpacked_by_it(sparse: Checkpoint, tmp_
     (tensor, *_) = (tensor for tensor in container.tensors if tensor.packing == "mirror")
     raw = np.fromfile(packed.path, np.uint8, tensor.stored_bytes, offset=tensor.position)
     kept = ~raw[-(-tensor.plain_bytes // 32) :].view("<u4")
-    weight = np.concatenate(list(container.chunks(tensor))).view("<u4")
+    weight = np.concatenate(list(container.iter_chunks(tensor))).view("<u4")
     np.testing.assert_array_equal(kept, weight[weight != 0])
 
     (tmp_path / "m.gguf").unlink()
     assert file_sha256(gguf_format.unpack(packed.path)) == plain.sha256 == packed.unpacked_sha256
 
 
-def test_an_onnx_graph_is_packed_named_and_unpacked_by_it(
+def test_an_onnx_graph_is_packed_named_and_read_by_it(
     sparse: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sparse tensors are mirror images in the graph, which says so.
-
-    Unpacking makes the plain graph of it.
-    """
+    """Sparse tensors are mirror images in the graph, which says so, and are read as plain ones."""
     use_one_graph(monkeypatch)
     plain = onnx_format.export(sparse, tmp_path / "plain.onnx", quant="f32")
     packed = onnx_format.export(sparse, tmp_path / "m.onnx", quant="f32", packing="mirror")
@@ -149,10 +145,10 @@ def test_an_onnx_graph_is_packed_named_and_unpacked_by_it(
     found = {tensor.packing: tensor for tensor in packed.tensors}
     assert set(found) == {"plain", "mirror"}
     assert found["plain"].packing_reason == "too few zeros for a mirror"
-    measured = {row.name: row.packing for row in onnx_format.measure(packed.path)[1]}
-    assert measured == {tensor.name: tensor.packing for tensor in packed.tensors}
+    measured = {row.name: (row.packing, row.zeros) for row in onnx_format.measure(packed.path)[1]}
+    zeros = {tensor.name: tensor.zeros for tensor in plain.tensors}
+    assert measured == {t.name: (t.packing, zeros[t.name]) for t in packed.tensors}
 
     graph = onnx.load(str(packed.path)).graph
     images = [value.name for value in graph.initializer if value.name.endswith(".image")]
     assert images == [f"{t.name}.image" for t in packed.tensors if t.packing == "mirror"]
-    assert file_sha256(onnx_format.unpack(packed.path)) == plain.sha256 == packed.unpacked_sha256

@@ -10,12 +10,12 @@ import pytest
 
 from racdeploy.engines.engine import Completion, EngineSettings, OnTokens, Sampling
 from racdeploy.pipeline import answer_stage
-from racdeploy.pipeline.workplace import Workplace
+from racdeploy.pipeline.workspace import Workspace
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.tasks import Problem
-from racdeploy.verify.answers import Answers, Respondent
+from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers
 from tests.support.tiny_models import SPECIAL_TOKENS, write_tokenizer
 
 EOS = SPECIAL_TOKENS["<|im_end|>"]
@@ -28,7 +28,7 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.stats = COUNTED
-        self.about = {"kernels": "stock"}
+        self.info = {"kernels": "stock"}
 
     def generate(
         self,
@@ -45,17 +45,17 @@ class CountingEngine:
 
 
 @pytest.fixture
-def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answers]:
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SampledAnswers]:
     """Answer the problems as a build does, in one work folder."""
     monkeypatch.setattr(answer_stage, "open_engine", lambda *_: nullcontext(CountingEngine()))
     write_tokenizer(tmp_path)
     encoder = PromptEncoder.from_folder(tmp_path)
-    respondent = Respondent(encoder, find_tags(encoder), (EOS,), Verification())
+    sampler = AnswerSampler(encoder, find_tags(encoder), (EOS,), Verification())
 
-    def run(again: bool = False) -> Answers:
+    def run(repeat_finished: bool = False) -> SampledAnswers:
         return answer_stage.answer_prompts(
-            Workplace(tmp_path / "work"),
-            respondent,
+            Workspace(tmp_path / "work"),
+            sampler,
             PROBLEMS,
             "dense",
             tmp_path / "model.gguf",
@@ -63,25 +63,27 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ans
             "llamacpp",
             EngineSettings(),
             {},
-            again,
+            repeat_finished,
         )
 
     return run
 
 
-def test_a_second_build_finds_what_the_first_counted(answer: Callable[..., Answers]) -> None:
+def test_a_second_build_finds_what_the_first_counted(answer: Callable[..., SampledAnswers]) -> None:
     """Speed, memory and kernels, apart from what a run counts itself; a third finds it, too."""
     first = answer()
-    assert (first.earlier, first.stats, first.earlier_stats) == (0, COUNTED, {})
+    assert (first.reused, first.stats, first.reused_stats) == (0, COUNTED, {})
 
     for _ in range(2):
         later = answer()
-        assert (later.earlier, later.stats, later.earlier_stats) == (3, {}, COUNTED)
+        assert (later.reused, later.stats, later.reused_stats) == (3, {}, COUNTED)
         assert later.kernels == first.kernels == "stock"
 
 
-def test_figures_that_have_to_be_new_are_measured_again(answer: Callable[..., Answers]) -> None:
+def test_figures_that_have_to_be_new_are_measured_again(
+    answer: Callable[..., SampledAnswers],
+) -> None:
     """Where speed or memory have a limit, nothing stored counts."""
     answer()
-    repeated = answer(again=True)
-    assert (repeated.earlier, repeated.stats, repeated.earlier_stats) == (0, COUNTED, {})
+    repeated = answer(repeat_finished=True)
+    assert (repeated.reused, repeated.stats, repeated.reused_stats) == (0, COUNTED, {})

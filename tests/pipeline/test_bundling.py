@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from racdeploy.pipeline import bundling
-from racdeploy.pipeline.bundling import Contents
+from racdeploy.pipeline.bundling import BundleContents
 from racdeploy.recipe import Pruning
-from racdeploy.report.recovery import as_csv
+from racdeploy.report.recovery import to_csv
 from racdeploy.results.pruning import RecoveryRow
 from racdeploy.results.report import Report
 
@@ -22,42 +22,42 @@ SENTENCE = (
 )
 
 
-def with_recovery(contents: Contents, rows: tuple[RecoveryRow, ...]) -> Contents:
+def with_recovery(contents: BundleContents, rows: tuple[RecoveryRow, ...]) -> BundleContents:
     report = contents.report.model_copy(update={"recovery": rows})
-    return Contents(**{**vars(contents), "report": report})
+    return BundleContents(**{**vars(contents), "report": report})
 
 
-def test_a_bundle_has_the_curve_of_its_recovery(contents: Contents, tmp_path: Path) -> None:
+def test_a_bundle_has_the_curve_of_its_recovery(contents: BundleContents, tmp_path: Path) -> None:
     """As a file, in the stored report, and as a sentence of the card."""
-    bundling.write(tmp_path / "bundle", contents)
+    bundling.write_bundle(tmp_path / "bundle", contents)
     stored = json.loads((tmp_path / "bundle" / "report.json").read_text(encoding="utf-8"))
     rows = Report.model_validate(stored).recovery
     assert rows == contents.report.recovery
-    assert (tmp_path / "bundle" / CURVE).read_text(encoding="utf-8") == as_csv(rows)
+    assert (tmp_path / "bundle" / CURVE).read_text(encoding="utf-8") == to_csv(rows)
     assert SENTENCE in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8").split("\n")
 
 
-def test_a_bundle_without_recovery_has_no_curve(contents: Contents, tmp_path: Path) -> None:
+def test_a_bundle_without_recovery_has_no_curve(contents: BundleContents, tmp_path: Path) -> None:
     """Nor is that of the bundle which it replaces left over."""
-    bundling.write(tmp_path / "bundle", contents)
+    bundling.write_bundle(tmp_path / "bundle", contents)
     before = {file.name for file in (tmp_path / "bundle").iterdir()}
-    bundling.write(tmp_path / "bundle", with_recovery(contents, ()))
+    bundling.write_bundle(tmp_path / "bundle", with_recovery(contents, ()))
     after = {file.name for file in (tmp_path / "bundle").iterdir()}
     assert before - after == {CURVE}
     assert "It learned" not in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_curve_that_cannot_be_written_leaves_no_bundle(
-    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contents: BundleContents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or absent: no folder, no rest of one."""
 
     def fail(_: object) -> str:
         raise ValueError("no curve")
 
-    monkeypatch.setattr(bundling, "as_csv", fail)
+    monkeypatch.setattr(bundling, "to_csv", fail)
     with pytest.raises(ValueError, match="no curve"):
-        bundling.write(tmp_path / "bundle", contents)
+        bundling.write_bundle(tmp_path / "bundle", contents)
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
@@ -70,11 +70,11 @@ def test_a_curve_that_cannot_be_written_leaves_no_bundle(
     ],
 )
 def test_a_card_names_calibration_where_it_decided(
-    contents: Contents, tmp_path: Path, prune: dict[str, object], says_so: bool
+    contents: BundleContents, tmp_path: Path, prune: dict[str, object], says_so: bool
 ) -> None:
     """Plain magnitude looks at the weights alone."""
     recipe = contents.job.recipe.model_copy(update={"prune": Pruning(**prune)})  # type: ignore[arg-type]
     told = replace(contents, job=replace(contents.job, recipe=recipe))
-    bundling.write(tmp_path / "bundle", told)
+    bundling.write_bundle(tmp_path / "bundle", told)
     card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
     assert (", calibrated on its own chain of thought, stored as" in card) == says_so

@@ -27,8 +27,10 @@ def _asking(**verify: int) -> Job:
 def test_a_verification_takes_no_more_context_than_the_model_has() -> None:
     """The default yields to a model that is made for less, and a note says so."""
     job = fit_context(_asking())
-    assert job.recipe.verify.context_tokens == job.checkpoint.shape.positions == 1024
-    assert job.notes == ("the model is made for 1,024 tokens, and is verified with as many",)
+    assert job.recipe.verify.context_tokens == job.checkpoint.shape.max_positions == 1024
+    assert job.notes == (
+        "the model was made for 1,024 tokens, so it is verified with this context",
+    )
     assert fit_context(_asking(context_tokens=512)).recipe.verify.context_tokens == 512
 
 
@@ -46,14 +48,14 @@ def test_a_recipe_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     [(1024, "gguf", 1024), (131_072, "gguf", 16_384), (131_072, "raspberry-pi-5", 4096)],
 )
 def test_card_modelfile_and_manifest_name_one_context(
-    contents: bundling.Contents, tmp_path: Path, positions: int, target: str, advised: int
+    contents: bundling.BundleContents, tmp_path: Path, positions: int, target: str, advised: int
 ) -> None:
     """As much as thoughts need, of what the model and its target have."""
     dense = Path(shutil.copytree(contents.model.folder, tmp_path / "dense"))
     edit_json(dense / "config.json", max_position_embeddings=positions)
     recipe = contents.job.recipe.model_copy(update={"model": str(dense), "target": target})
     told = replace(contents, job=fit_context(Job(recipe)))
-    bundling.write(tmp_path / "bundle", told)
+    bundling.write_bundle(tmp_path / "bundle", told)
 
     generation = Manifest.read(tmp_path / "bundle").generation
     assert generation.advised_context_tokens == advised
@@ -67,7 +69,7 @@ def test_card_modelfile_and_manifest_name_one_context(
     assert re.findall(r"a context length of (\d+)", card) == [str(advised)]
 
 
-def test_a_stretched_rope_counts(contents: bundling.Contents, tmp_path: Path) -> None:
+def test_a_stretched_rope_counts(contents: bundling.BundleContents, tmp_path: Path) -> None:
     """Some configs leave the number of positions as it was before."""
     folder = Path(shutil.copytree(contents.model.folder, tmp_path / "model"))
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -75,4 +77,4 @@ def test_a_stretched_rope_counts(contents: bundling.Contents, tmp_path: Path) ->
     config.pop("rope_parameters", None)
     changed = config | {"max_position_embeddings": 256, "rope_scaling": yarn}
     (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-    assert Checkpoint(folder).shape.positions == 1024
+    assert Checkpoint(folder).shape.max_positions == 1024

@@ -38,7 +38,7 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     """Less once the traces are there or where a server has them; nothing where a GPU may do it."""
     options = {
         "model": str(make_checkpoint(tmp_path / "model", "qwen3")),
-        "traces": {"count": 8, "batch": 4, "max_new_tokens": 12},
+        "traces": {"count": 8, "batch_size": 4, "max_new_tokens": 12},
         "tasks": ("gcd",),
         "calibration": {"keep_truncated": True},
         "prune": {"sparsity": 0.5},

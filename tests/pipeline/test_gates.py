@@ -10,11 +10,11 @@ import pytest
 
 from racdeploy.engines.backends.transformers import torch_model
 from racdeploy.engines.engine import Engine, EngineSettings
-from racdeploy.export import ExportResult, write
+from racdeploy.exporting import ExportResult, write
 from racdeploy.models import reordering
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import gates
-from racdeploy.pipeline.gates import Findings, check_artifact
+from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Export, Recipe
 from tests.support.errors import raises
@@ -32,7 +32,7 @@ def _export(checkpoint: Checkpoint, out: Path, settings: Export) -> ExportResult
     return write(checkpoint, out, settings)
 
 
-def _check(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> Findings:
+def _check(checkpoint: Checkpoint, artifact: ExportResult, settings: Export) -> GateResult:
     job = Job(Recipe(model=str(checkpoint.folder), export=settings))
     return check_artifact(job, checkpoint, artifact, IDS, threads=1)
 
@@ -63,8 +63,10 @@ def test_a_wrong_tensor_is_found_in_the_f32_file(
     """Rows in a wrong order change logits from the second position: the first is not rotated."""
     settings = Export(quant="q8_0")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    order = reordering.order_rotary
-    monkeypatch.setattr(reordering, "order_rotary", lambda rows, heads: sorted(order(rows, heads)))
+    order = reordering.find_rotary_order
+    monkeypatch.setattr(
+        reordering, "find_rotary_order", lambda rows, heads: sorted(order(rows, heads))
+    )
     with raises("f32-file-differs", "position 1:"):
         _check(checkpoint, artifact, settings)
 
@@ -129,7 +131,9 @@ def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
     assert "(limit 0.000976562)" in _check(checkpoint, artifact, settings).notes[0]
     with monkeypatch.context() as patch:
-        patch.setattr(gates.exports, "write", lambda _, out, settings: write(other, out, settings))
+        patch.setattr(
+            gates.exporting, "write", lambda _, out, settings: write(other, out, settings)
+        )
         with raises("f32-file-differs", "limit 0.0001") as caught:
             _check(checkpoint, artifact, settings)
         assert re.search("position [1-9]", caught.value.message)
@@ -142,7 +146,7 @@ def test_a_large_model_says_why_there_was_no_f32_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason is in the report's notes."""
-    monkeypatch.setattr(gates, "F32_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(gates, "MAX_F32_BYTES", 1000)
     settings = Export(quant="q8_0")
     held = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
     assert "no F32 file was compared with torch: it would take 0.0 GB" in held.notes[0]

@@ -18,7 +18,7 @@ from racdeploy.recipe import Recipe
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
-TRACES = {"count": 12, "batch": 6, "max_new_tokens": 40}
+TRACES = {"count": 12, "batch_size": 6, "max_new_tokens": 40}
 KILLED_AFTER = 50
 
 
@@ -94,8 +94,8 @@ def test_a_torn_line_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -> Non
 
     with file.open("a") as out:
         out.write("[0,[8")
-    assert TokenLog(file, 2).begun == ((), (5, 6, 7))
-    assert TokenLog(file, 2).begun == ((), (5, 6, 7))
+    assert TokenLog(file, 2).resume_from == ((), (5, 6, 7))
+    assert TokenLog(file, 2).resume_from == ((), (5, 6, 7))
 
     file.write_text('[0,["x"]]\n')
     with raises("damaged-line", "growing.jsonl:1"):

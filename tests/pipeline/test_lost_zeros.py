@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.lost_zeros import check_folder, check_zeros, find_lost_zeros
+from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report.summary import explanation
+from racdeploy.report.summary import write_explanation
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
-from racdeploy.verify.checks import sparsity
-from racdeploy.verify.evidence import Arm, Evidence
-from racdeploy.verify.gate import read_gate
+from racdeploy.verification.checks import sparsity
+from racdeploy.verification.evidence import ArmResult, Evidence
+from racdeploy.verification.gate import read_gate
 from tests.support.errors import raises
 from tests.support.sample_report import build_report
 from tests.support.tiny_models import make_checkpoint
@@ -85,17 +85,17 @@ def test_a_folder_on_the_grid_may_be_exported(tmp_path: Path, quant: str) -> Non
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
-    for name in dense.shape.linear_weights:
+    for name in dense.shape.prunable_weights:
         weight_OI = weights[name].float()
         weights[name] = (weight_OI.sign() * (weight_OI.abs() > weight_OI.abs().median())) / 64
     save_file(weights, sparse / "model.safetensors")
-    check_folder(Checkpoint(sparse), _export_settings(quant=quant))
+    check_folder_zeros(Checkpoint(sparse), _export_settings(quant=quant))
 
     weights["model.layers.0.mlp.up_proj.weight"][:, 1] += 0.3
     weights["model.layers.1.mlp.up_proj.weight"][:, 1] += 0.3
     save_file(weights, sparse / "model.safetensors")
     with raises("zeros-would-be-lost"):
-        check_folder(Checkpoint(sparse), _export_settings(quant=quant))
+        check_folder_zeros(Checkpoint(sparse), _export_settings(quant=quant))
 
 
 def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> None:
@@ -105,17 +105,17 @@ def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> Non
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
-    for name in dense.shape.linear_weights:
+    for name in dense.shape.prunable_weights:
         weights[name][:, ::2] = 0
     save_file(weights, sparse / "model.safetensors")
 
     losing = _export_settings(quant="q4_k")
-    check_folder(dense, losing)
-    check_folder(Checkpoint(sparse), _export_settings(quant="q8_0"))
-    check_folder(Checkpoint(sparse), _export_settings(quant="q4_k", allow_losing_zeros=True))
+    check_folder_zeros(dense, losing)
+    check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q8_0"))
+    check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q4_k", allow_losing_zeros=True))
 
     with raises("zeros-would-be-lost", "49.9%", "--allow-losing-zeros"):
-        check_folder(Checkpoint(sparse), losing)
+        check_folder_zeros(Checkpoint(sparse), losing)
 
 
 def test_the_plan_says_what_an_allowed_build_loses() -> None:
@@ -131,21 +131,21 @@ def test_the_plan_says_what_an_allowed_build_loses() -> None:
 def test_further_targets_keep_the_leave() -> None:
     """What is allowed is allowed for every artifact of the bundle."""
     recipe = _asking("q4_k", allow_losing_zeros=True).recipe
-    assert recipe.at("onnx").export.allow_losing_zeros
+    assert recipe.for_target("onnx").export.allow_losing_zeros
 
 
 def _told(left: float) -> Report:
     """Return a report on a file in which that share of zeros is left of a half."""
     tensors = tuple(
-        row.model_copy(update={"quant_real": "q4_k"}) for row in build_report().tensors[:1]
+        row.model_copy(update={"actual_quant": "q4_k"}) for row in build_report().tensors[:1]
     )
-    arm = Arm("pruned", (), quant="q4_k", sparsity=left)
+    arm = ArmResult("pruned", (), quant="q4_k", sparsity=left)
     evidence = Evidence(
         Recipe().verify,
         read_gate(),
         arm,
         arm,
-        sparsity_asked=0.5,
+        requested_sparsity=0.5,
         tensors=tensors,
         prunable=frozenset(row.name for row in tensors),
     )
@@ -165,16 +165,16 @@ def _told(left: float) -> Report:
 
 def test_the_report_says_what_is_left() -> None:
     """In the sentences below its headline, which every output prints."""
-    assert LEFT in explanation(_told(0.078))
-    assert "The file holds" not in explanation(build_report())
+    assert LEFT in write_explanation(_told(0.078))
+    assert "The file holds" not in write_explanation(build_report())
 
 
 def test_the_card_claims_no_zeros_that_are_not_in_the_file(
-    contents: bundling.Contents, tmp_path: Path
+    contents: bundling.BundleContents, tmp_path: Path
 ) -> None:
     """Its sentence and its tags go by the finished file."""
     told = replace(contents, report=_told(0.078))
-    bundling.write(tmp_path / "bundle", told)
+    bundling.write_bundle(tmp_path / "bundle", told)
     card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
     assert "pruned with sparsegpt to 8% zeros (unstructured)" in card
     assert LEFT in card

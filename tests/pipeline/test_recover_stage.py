@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,17 +23,19 @@ from racdeploy.pipeline.recover_stage import (
     list_phases,
     spread_evenly,
 )
-from racdeploy.pipeline.workplace import Workplace
-from racdeploy.prune import PrunedModel
+from racdeploy.pipeline.workspace import Workspace
+from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
+from tests.support.fork_server import fork_context
 from tests.support.matrix import some
-from tests.support.tiny_course import TAUGHT, make_course
+from tests.support.tiny_training_run import TAUGHT, make_training_run
 
 TOKENS = 3000
-SETTINGS = Recovery(tokens=TOKENS, step_tokens=100, rate=1e-3, ways=("all",))
+SETTINGS = Recovery(tokens=TOKENS, batch_tokens=100, learning_rate=1e-3, methods=("full",))
+IN_PHASES = SETTINGS.model_copy(update={"tokens": 1200, "methods": ("blockwise", "full")})
 CALIBRATION = Calibration(source="prompt")
 DENSE = [replace(trace, correct=True) for trace in TAUGHT]
 
@@ -67,15 +68,15 @@ class Asked:
         ]
 
 
-def make_stage(place: Workplace, dense: Checkpoint, settings: Recovery) -> RecoverStage:
+def make_stage(place: Workspace, dense: Checkpoint, settings: Recovery) -> RecoverStage:
     encoder = PromptEncoder.from_folder(dense.folder)
     return RecoverStage(place, dense, encoder, settings, CALIBRATION, "")
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> RecoverStage:
-    course = make_course(tmp_path)
-    return make_stage(Workplace(tmp_path / "work", 1), course.dense, SETTINGS)
+    training_run = make_training_run(tmp_path)
+    return make_stage(Workspace(tmp_path / "work", 1), training_run.dense, SETTINGS)
 
 
 @pytest.fixture
@@ -89,37 +90,37 @@ def run(stage: RecoverStage, model: PrunedModel, collect: CollectTraces) -> Prun
 
 
 def test_dense_traces_come_before_own_answers() -> None:
-    """A quarter of the tokens is learned on those, in rounds, by the way that can do the most."""
+    """A quarter of the tokens is learned on those, in rounds, by the most capable method."""
     settings = Recovery(tokens=800)
-    assert list_phases(settings, ("blocks", "all")) == [
-        Phase("blocks", "blocks", False, 300),
-        Phase("all", "all", False, 300),
-        Phase("own answers 1", "blocks", True, 100),
-        Phase("own answers 2", "blocks", True, 100),
+    assert list_phases(settings, ("blockwise", "full")) == [
+        Phase("blockwise", "blockwise", False, 300),
+        Phase("full", "full", False, 300),
+        Phase("own answers 1", "blockwise", True, 100),
+        Phase("own answers 2", "blockwise", True, 100),
     ]
 
 
 def test_scales_take_a_tenth_and_teach_no_answers() -> None:
     """They are few numbers; alone they take all."""
     settings = Recovery(tokens=1100, on_policy=0.0)
-    assert [phase.tokens for phase in list_phases(settings, ("all", "scales"))] == [1000, 100]
+    assert [phase.tokens for phase in list_phases(settings, ("full", "scales"))] == [1000, 100]
     assert [phase.tokens for phase in list_phases(settings, ("scales",))] == [1100]
 
-    own = list_phases(Recovery(tokens=1100, on_policy=1.0, rounds=1), ("all", "scales"))
-    assert own == [Phase("own answers 1", "all", True, 1100)]
+    own = list_phases(Recovery(tokens=1100, on_policy=1.0, rounds=1), ("full", "scales"))
+    assert own == [Phase("own answers 1", "full", True, 1100)]
 
 
 def test_scales_come_last() -> None:
     """After own answers too, for those move the weights; alone they come first."""
-    phases = list_phases(Recovery(tokens=2200, on_policy=0.5, rounds=1), ("all", "scales"))
-    assert [phase.name for phase in phases] == ["all", "own answers 1", "scales"]
+    phases = list_phases(Recovery(tokens=2200, on_policy=0.5, rounds=1), ("full", "scales"))
+    assert [phase.name for phase in phases] == ["full", "own answers 1", "scales"]
     alone = list_phases(Recovery(tokens=2200, on_policy=0.5, rounds=1), ("scales",))
     assert [phase.name for phase in alone] == ["scales", "own answers 1"]
 
 
-@pytest.mark.parametrize(("ways", "moved"), [(("all",), False), (("all", "scales"), True)])
+@pytest.mark.parametrize(("methods", "moved"), [(("full",), False), (("full", "scales"), True)])
 def test_codes_are_chosen_once_the_weights_are_done(
-    stage: RecoverStage, model: PrunedModel, tmp_path: Path, ways: tuple[str, ...], moved: bool
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path, methods: tuple[str, ...], moved: bool
 ) -> None:
     """Of what own answers left, on the dense traces; scales learn on them."""
     chosen: list[tuple[Path, Sequence[Trace], str]] = []
@@ -128,7 +129,7 @@ def test_codes_are_chosen_once_the_weights_are_done(
         chosen.append((folder, traces, name))
         return Path(shutil.copytree(folder, tmp_path / "coded"))
 
-    settings = stage.settings.model_copy(update={"ways": ways, "on_policy": 0.0})
+    settings = stage.settings.model_copy(update={"methods": methods, "on_policy": 0.0})
     coding = replace(stage, settings=settings, quant="q4_0")
     asked = Asked(tmp_path, [0.5, 0.8, 0.9])
     found = coding.run(model, "tiny-recovered", asked, choose_codes)
@@ -161,7 +162,7 @@ def test_no_more_is_asked_than_is_learned_from_or_judged(
     answered: list[int],
 ) -> None:
     """Answers that teach are as many as the next phase has tokens for; the others only judge."""
-    monkeypatch.setattr(recover_stage, "PROBED", 10)
+    monkeypatch.setattr(recover_stage, "PROBE_PROMPTS", 10)
     settings = SETTINGS.model_copy(update={"on_policy": own_share})
     asked = Asked(tmp_path, [0.5, 0.8, 0.9, 0.9])
     found = run(replace(stage, settings=settings), model, asked)
@@ -179,11 +180,13 @@ def test_each_phase_begins_where_the_one_before_ended(
 ) -> None:
     """Divergence and tokens run on; the recovered model is the last one, and its rows say all."""
     asked = Asked(tmp_path, [0.5, 0.8, 0.9, 0.9])
-    stage = replace(stage, settings=stage.settings.model_copy(update={"ways": ("blocks", "all")}))
+    stage = replace(
+        stage, settings=stage.settings.model_copy(update={"methods": ("blockwise", "full")})
+    )
     found = run(stage, model, asked)
 
     phases = list(dict.fromkeys(row.phase for row in found.recovery))
-    assert phases[:3] == ["start", "blocks", "all"]
+    assert phases[:3] == ["start", "blockwise", "full"]
     tokens = [row.tokens for row in found.recovery]
     assert tokens == sorted(tokens)
     assert found.recovery[0].accuracy == 0.5
@@ -200,20 +203,20 @@ def test_prompts_that_are_looked_at_teach_nothing(
     stage: RecoverStage, model: PrunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the dense model's traces of them nor the own answers: else a look would flatter."""
-    seen: dict[str, set[int]] = {"taught": set(), "held_out": set()}
-    learn = RecoverStage.learn
+    seen: dict[str, set[int]] = {"train_traces": set(), "held_out": set()}
+    learn = RecoverStage.train
 
     def watch(self: RecoverStage, folder: Path, name: str, given: dict[str, Any]) -> Any:
         for key, indices in seen.items():
-            indices.update(trace.index for trace in given["lesson"][key])
+            indices.update(trace.index for trace in given["training"][key])
         return learn(self, folder, name, given)
 
-    monkeypatch.setattr(RecoverStage, "learn", watch)
+    monkeypatch.setattr(RecoverStage, "train", watch)
     found = run(stage, model, Asked(tmp_path, [0.5, 0.9, 0.9, 0.9]))
     assert any(row.phase.startswith("own") for row in found.recovery) or found.notes
     assert seen["held_out"]
-    assert not seen["taught"] & seen["held_out"]
-    assert len(seen["taught"] | seen["held_out"]) == len(DENSE)
+    assert not seen["train_traces"] & seen["held_out"]
+    assert len(seen["train_traces"] | seen["held_out"]) == len(DENSE)
 
 
 def test_looks_have_a_bound() -> None:
@@ -233,11 +236,11 @@ def test_a_phase_that_loses_answers_is_undone(
     found = run(stage, model, Asked(tmp_path, [0.9, 0.5, 0.5, 0.5]))
     assert found.folder == model.folder
     assert found.before_recovery is None
-    assert "recovery, all was undone: 50.0% of the calibration prompts right, 90.0% before" in (
+    assert "recovery, full was undone: 50.0% of the calibration prompts right, 90.0% before" in (
         found.notes
     )
-    assert found.notes[-1].startswith("recovery found nothing better")
-    assert not any(row.kept for row in found.recovery if row.phase == "all")
+    assert found.notes[-1].startswith("recovery found no better state")
+    assert not any(row.kept for row in found.recovery if row.phase == "full")
 
 
 def test_a_phase_that_thinks_longer_is_undone(
@@ -253,12 +256,12 @@ def test_a_start_that_cannot_be_bettered_is_returned(
     stage: RecoverStage, model: PrunedModel, tmp_path: Path
 ) -> None:
     """With a rate that only harms; no model but the start is ever asked."""
-    harmful = stage.settings.model_copy(update={"rate": 3.0, "on_policy": 0.0})
+    harmful = stage.settings.model_copy(update={"learning_rate": 3.0, "on_policy": 0.0})
     asked = Asked(tmp_path, [0.9])
     found = run(replace(stage, settings=harmful), model, asked)
     assert found.folder == model.folder
     assert asked.models == [model.folder]
-    assert found.notes[-1].startswith("recovery found nothing better")
+    assert found.notes[-1].startswith("recovery found no better state")
 
 
 def test_answers_that_are_nowhere_near_teach_nothing(
@@ -285,19 +288,17 @@ def test_it_is_found_done(stage: RecoverStage, model: PrunedModel, tmp_path: Pat
 
 @pytest.mark.parametrize("percent", some([0, 30, 60, 90], kept=[30, 60]))
 def test_a_kill_in_any_phase_leaves_the_same_bytes(tmp_path: Path, percent: int) -> None:
-    """Killed after so much of a way, the run that follows ends with the bytes of an undisturbed."""
+    """Killed after so much of a method, the next run ends with the bytes of an undisturbed one."""
     contents = []
     for name in ("whole", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        course = make_course(folder)
-        model = PrunedModel(course.sparse.folder, 0.5, (), (), {})
-        settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
-        stage = make_stage(Workplace(folder / "work", 1), course.dense, settings)
+        training_run = make_training_run(folder)
+        model = PrunedModel(training_run.sparse.folder, 0.5, (), (), {})
+        stage = make_stage(Workspace(folder / "work", 1), training_run.dense, IN_PHASES)
 
         if name == "killed":
-            context = multiprocessing.get_context("spawn")
-            victim = context.Process(target=_recover_and_die, args=(folder, percent))
+            victim = fork_context().Process(target=_recover_and_die, args=(folder, percent))
             victim.start()
             victim.join(300)
             assert victim.exitcode == -signal.SIGKILL
@@ -315,10 +316,9 @@ def _recover_and_die(folder: Path, percent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = PrunedModel(folder / "sparse", 0.5, (), (), {})
-    settings = SETTINGS.model_copy(update={"ways": ("blocks", "all")})
-    place = Workplace(folder / "work", 1, die)
+    place = Workspace(folder / "work", 1, die)
     dense = Checkpoint(folder / "dense")
-    stage = make_stage(place, dense, settings)
+    stage = make_stage(place, dense, IN_PHASES)
     run(stage, model, Asked(folder, [0.5, 0.9, 0.9, 0.9, 0.9]))
 
 
@@ -339,8 +339,8 @@ def test_own_text_is_learned_and_measured(
     file = tmp_path / "notes.txt"
     file.write_text("How many apples does she have? " * 400)
 
-    for way in ("all", "blocks"):
-        changed = {"mix": str(file), "ways": (way,), "on_policy": 0.0}
+    for method in ("full", "blockwise"):
+        changed = {"extra_text": str(file), "methods": (method,), "on_policy": 0.0}
         settings = stage.settings.model_copy(update=changed)
         found = run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5, 0.9]))
 
@@ -355,7 +355,7 @@ def test_a_text_that_is_too_short_is_refused(
     """Before anything is learned, with how much is needed; and so is one that is no text."""
     file = tmp_path / "notes.txt"
     file.write_text("short")
-    settings = stage.settings.model_copy(update={"mix": str(file)})
+    settings = stage.settings.model_copy(update={"extra_text": str(file)})
     with raises("text-too-short", "512"):
         run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))
 

@@ -10,10 +10,10 @@ import pytest
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
-from racdeploy.pipeline.segmentation import compare_segmentation
-from racdeploy.prune.structures import vocabulary
+from racdeploy.pipeline.tokenization import compare_tokenization
+from racdeploy.pruning.structures import vocabulary
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verify.mixed_text import mixed_lines
+from racdeploy.verification.mixed_text import make_mixed_lines
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
@@ -34,11 +34,11 @@ def test_tokens_are_counted_in_both(folders: tuple[Path, Path]) -> None:
     """Kept text is the same; other text takes more tokens, by the count of both tokenizers."""
     dense, cut = map(PromptEncoder.from_folder, folders)
     old_ids = read_old_ids(folders[1])
-    kept = compare_segmentation(dense, cut, old_ids, [KEPT])
+    kept = compare_tokenization(dense, cut, old_ids, [KEPT])
     count = len(dense.encode_text(KEPT))
     assert (count, count, count, 8) == (kept.before, kept.after, kept.same, kept.words)
 
-    other = compare_segmentation(dense, cut, old_ids, [KEPT, "the lazy dog"])
+    other = compare_tokenization(dense, cut, old_ids, [KEPT, "the lazy dog"])
     added = [len(encoder.encode_text("the lazy dog")) for encoder in (dense, cut)]
     assert [count + more for more in added] == [other.before, other.after]
     assert 0 < other.same < other.before
@@ -55,14 +55,14 @@ def test_a_text_that_does_not_come_back_stops_the_build(folders: tuple[Path, Pat
     file.write_text(json.dumps(written), encoding="utf-8")
 
     dense, cut = map(PromptEncoder.from_folder, folders)
-    texts = mixed_lines(20)
-    same = compare_segmentation(dense, cut, read_old_ids(folders[1]), texts)
+    texts = make_mixed_lines(20)
+    same = compare_tokenization(dense, cut, read_old_ids(folders[1]), texts)
     assert same.same < same.before, "ids are others; the texts still come back"
 
     written["model"]["vocab"] = {**vocab, "a": vocab["b"], "b": vocab["a"]}
     written["decoder"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "x"}
     file.write_text(json.dumps(written), encoding="utf-8")
     with raises("text-not-restored"):
-        compare_segmentation(
+        compare_tokenization(
             dense, PromptEncoder.from_folder(folders[1]), np.arange(290), [KEPT, *texts]
         )

@@ -10,7 +10,7 @@ import pytest
 from racdeploy.cli.plan import write_first_line
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
-from racdeploy.pipeline.naming import describe_model, describe_pruning, name_artifact
+from racdeploy.pipeline.naming import describe_pruning, list_metadata, name_artifact
 from racdeploy.pipeline.structure import (
     check_format,
     check_structure,
@@ -19,7 +19,7 @@ from racdeploy.pipeline.structure import (
     measure_kept,
     plan_cut,
 )
-from racdeploy.prune import PrunedModel
+from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Recipe, Structure
 from racdeploy.results.pruning import LinearRow
 from tests.support.cut_models import cut_checkpoint
@@ -55,13 +55,13 @@ def test_what_is_left_is_read_from_both_folders(dense: Path, cut: Path) -> None:
 def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
     """Each linear counts with the size that it has after the cut, by its new name."""
     checkpoint = Checkpoint(cut)
-    names = [name.removesuffix(".weight") for name in checkpoint.shape.linear_weights]
+    names = [name.removesuffix(".weight") for name in checkpoint.shape.prunable_weights]
     assert len(names) == 7
     assert all(name.startswith("model.layers.0.") for name in names)
 
     down = "model.layers.0.mlp.down_proj"
     rows = [
-        LinearRow(name=name, sparsity_asked=float(name == down), sparsity_reached=0.0)
+        LinearRow(name=name, requested_sparsity=float(name == down), actual_sparsity=0.0)
         for name in names
     ]
     entries = checkpoint.entries
@@ -69,7 +69,7 @@ def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
     weights = {name: outputs * inputs for name, (outputs, inputs) in sizes.items()}
     model = PrunedModel(cut, 0.5, tuple(rows), (), {})
     assert sizes[down][1] == 64
-    assert model.sparsity_asked == pytest.approx(weights[down] / sum(weights.values()))
+    assert model.requested_sparsity == pytest.approx(weights[down] / sum(weights.values()))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_mix_of_patterns_is_named_by_each(dense: Path) -> None:
     shares = {r"\.0\.": "2:4", r"\.1\.mlp": 0.6, "attn": 0.0}
     prune = {"sparsity": 0.4, "shares": shares}
     recipe = Recipe.combine(None, {"model": str(dense), "prune": prune})
-    found = describe_model(Job(recipe), Checkpoint(dense))
+    found = list_metadata(Job(recipe), Checkpoint(dense))
     assert found["racdeploy.pattern"] == "2:4 and unstructured"
     assert "40% zeros (2:4 and unstructured)" in write_first_line("build", recipe)
 
@@ -106,10 +106,10 @@ def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:
     """Its metadata has the shares that were asked, and the size that it has now."""
     options = {"model": str(dense), "structure": {"keep": {"ffn": 0.5, "heads": 1}}}
     job = Job(Recipe.combine(None, options))
-    found = describe_model(job, Checkpoint(cut))
+    found = list_metadata(job, Checkpoint(cut))
     keys = {key: value for key, value in found.items() if key.startswith("racdeploy.keep.")}
     assert keys == {"racdeploy.keep.ffn": 0.5}
-    before = describe_model(job, Checkpoint(dense))
+    before = list_metadata(job, Checkpoint(dense))
     assert found["general.size_label"] != before["general.size_label"]
     assert "-ffn50-rac-v1.0-" in name_artifact(job)
 
@@ -170,6 +170,6 @@ def test_what_is_optional_fits_the_model(tmp_path: Path) -> None:
         assert bool(job.notes) == (folder != wide)
         assert plan_cut(job).get("note", "") == "".join(job.notes)
 
-    assert (found[wide].parts, found[wide].uniform) == (("ffn",), False)
-    assert (found[untied].parts, found[untied].uniform) == (("ffn",), True)
-    assert found[narrow].parts == ()
+    assert (found[wide].cut_parts, found[wide].uniform) == (("ffn",), False)
+    assert (found[untied].cut_parts, found[untied].uniform) == (("ffn",), True)
+    assert found[narrow].cut_parts == ()

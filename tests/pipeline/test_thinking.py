@@ -11,15 +11,21 @@ import pytest
 from racdeploy.manifest import ThinkingControl
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.preflight import check_build
-from racdeploy.pipeline.thinking import STRENGTHS, Control, note_control, read_control, tune
+from racdeploy.pipeline.thinking import (
+    PENALTIES,
+    ShippedControl,
+    note_control,
+    read_control,
+    tune_hesitation_penalty,
+)
 from racdeploy.recipe import Recipe
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from tests.support.errors import raises
 from tests.support.records import record
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 PROMPTS = 200
-WITH_WORDS = Control(settings=ThinkingControl(hesitation={"Wait": (7,)}))
+WITH_WORDS = ShippedControl(settings=ThinkingControl(hesitation={"Wait": (7,)}))
 
 
 def _job(model: str | Path = "tiny-reasoner", **thinking: Any) -> Job:
@@ -28,10 +34,10 @@ def _job(model: str | Path = "tiny-reasoner", **thinking: Any) -> Job:
 
 def _answer(
     length: dict[float, int], wrong: dict[float, int]
-) -> Callable[[ThinkingControl], Sequence[Record]]:
+) -> Callable[[ThinkingControl], Sequence[AnswerRecord]]:
     """Answer with thoughts of a length, about, and with so many wrong, by the penalty."""
 
-    def answer(control: ThinkingControl) -> Sequence[Record]:
+    def answer(control: ThinkingControl) -> Sequence[AnswerRecord]:
         penalty = control.hesitation_penalty
         return [
             record(prompt=i, correct=i >= wrong[penalty], thinking_tokens=length[penalty] + i % 3)
@@ -56,17 +62,17 @@ def test_the_penalty_that_shortens_most_without_a_loss_is_chosen(
     lengths: list[int], wrong: list[int], chosen: float
 ) -> None:
     """It is said what was tried, and so it is where none is good."""
-    strengths = (0.0, *STRENGTHS)
+    strengths = (0.0, *PENALTIES)
     answer = _answer(
         dict(zip(strengths, lengths, strict=True)), dict(zip(strengths, wrong, strict=True))
     )
-    found = tune(WITH_WORDS, answer, _job(tune=True))
+    found = tune_hesitation_penalty(WITH_WORDS, answer, _job(tune=True))
 
     assert found.settings.hesitation_penalty == chosen
     (note,) = found.notes
     assert f"tuned on {PROMPTS} calibration prompts" in note
     assert (f"{chosen:g} was chosen" if chosen else "none shortens the thinking") in note
-    for strength in STRENGTHS:
+    for strength in PENALTIES:
         assert f" {strength:g}: " in note
 
     said = note_control(found)
@@ -80,12 +86,12 @@ def test_without_words_in_the_vocabulary_nothing_is_tried() -> None:
     control = read_control(job, job.encoder)
     assert control.settings.hesitation_ids == ()
 
-    def answer(_: ThinkingControl) -> Sequence[Record]:
+    def answer(_: ThinkingControl) -> Sequence[AnswerRecord]:
         raise AssertionError
 
-    found = tune(control, answer, job)
+    found = tune_hesitation_penalty(control, answer, job)
     assert found.settings.hesitation_penalty == 0
-    assert "no token of this model is one of: Wait, Alternatively" in " ".join(note_control(found))
+    assert "not penalized: Wait, Alternatively" in " ".join(note_control(found))
 
 
 def test_a_budget_is_that_of_the_recipe_or_of_the_verification() -> None:
@@ -100,7 +106,7 @@ def test_a_budget_is_that_of_the_recipe_or_of_the_verification() -> None:
     assert (later.max_tokens, later.settings.close_bias) == (None, 4.0)
 
     both = Job(Recipe.combine(None, {"verify": {"max_thinking_tokens": 500}}))
-    assert read_control(both, both.encoder) == Control(500)
+    assert read_control(both, both.encoder) == ShippedControl(500)
     assert note_control(read_control(_job(), job.encoder)) == []
 
 

@@ -15,19 +15,19 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.export import ExportResult, write
+from racdeploy.exporting import ExportResult, write
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline import bundling, gates, token_differences
-from racdeploy.pipeline.gates import Findings, check_artifact
+from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report.summary import describe_token_differences, findings
+from racdeploy.report.summary import describe_token_differences, write_findings
 from racdeploy.results.checks import CheckResult
-from racdeploy.verify.checks import tokens
-from racdeploy.verify.evidence import Evidence
-from racdeploy.verify.gate import read_gate
-from racdeploy.verify.probe_strings import gate_strings, probe_strings
+from racdeploy.verification.checks import tokens
+from racdeploy.verification.evidence import Evidence
+from racdeploy.verification.gate import read_gate
+from racdeploy.verification.probe_strings import choose_probe_strings, read_probe_strings
 from tests.support.approximated import STRINGS, write_o200k
 from tests.support.commands import find_error_code
 from tests.support.errors import raises
@@ -61,21 +61,21 @@ def few_strings() -> Iterator[None]:
     """Compare 200 strings in the place of 10,380: the share of one is known then."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (gates, token_differences):
-            patch.setattr(module, "gate_strings", lambda accepted: STRINGS)
+            patch.setattr(module, "choose_probe_strings", lambda accepted: STRINGS)
         yield
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint: Checkpoint, artifact: ExportResult) -> Findings:
+def found(checkpoint: Checkpoint, artifact: ExportResult) -> GateResult:
     return _check(checkpoint, artifact, 0.01)
 
 
-def _check(checkpoint: Checkpoint, artifact: ExportResult, share: float) -> Findings:
+def _check(checkpoint: Checkpoint, artifact: ExportResult, share: float) -> GateResult:
     job = Job(Recipe(model=str(checkpoint.folder), export=_accepting(share)))
     return check_artifact(job, checkpoint, artifact, IDS, threads=1)
 
 
-def _judge(found: Findings, share: float) -> CheckResult:
+def _judge(found: GateResult, share: float) -> CheckResult:
     arm = arm_of([record(0)])
     evidence = Evidence(
         Recipe().verify, read_gate(), arm, arm, probes=found.probes, token_differences=share
@@ -106,7 +106,7 @@ def test_too_many_differences_cannot_be_accepted(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The remedy names no share beyond the largest."""
-    monkeypatch.setattr(token_differences, "gate_strings", lambda accepted: STRINGS[-1:])
+    monkeypatch.setattr(token_differences, "choose_probe_strings", lambda accepted: STRINGS[-1:])
     with raises("no-equal-pre-tokenizer", "100.000%", "5%"):
         check_tokens(checkpoint, _accepting(0.05))
 
@@ -118,7 +118,9 @@ def test_a_known_pre_tokenizer_is_not_counted_again(
     known = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     assert check_tokens(known, Export(pre_tokenizer="qwen2")).endswith("200 strings, equal ids")
 
-    monkeypatch.setattr(token_differences, "gate_strings", lambda accepted: probe_strings())
+    monkeypatch.setattr(
+        token_differences, "choose_probe_strings", lambda accepted: read_probe_strings()
+    )
     with raises("no-equal-pre-tokenizer", "'gpt-2'"):
         check_tokens(known, Export(pre_tokenizer="gpt-2"))
 
@@ -127,7 +129,7 @@ def test_a_known_pre_tokenizer_is_not_counted_again(
 
 
 def test_the_gate_counts_in_the_artifact(
-    checkpoint: Checkpoint, artifact: ExportResult, found: Findings
+    checkpoint: Checkpoint, artifact: ExportResult, found: GateResult
 ) -> None:
     """Within the share, a note; above it, an error with the count."""
     assert "1 of 200 strings tokenize differently, as accepted; KL " in found.notes[1]
@@ -139,7 +141,7 @@ def test_the_gate_counts_in_the_artifact(
 
 
 def test_report_card_and_manifest_show_what_was_accepted(
-    found: Findings, contents: bundling.Contents, tmp_path: Path
+    found: GateResult, contents: bundling.BundleContents, tmp_path: Path
 ) -> None:
     """The count, the share and an example; the check fails where less is accepted."""
     judged = _judge(found, 0.01)
@@ -152,19 +154,19 @@ def test_report_card_and_manifest_show_what_was_accepted(
     others = [check for check in contents.report.checks if check.name != "tokens"]
     report = contents.report.model_copy(update={"checks": (*others, judged)})
     assert describe_token_differences(report) == SENTENCE
-    assert SENTENCE in findings(report)
+    assert SENTENCE in write_findings(report)
 
-    bundling.write(tmp_path / "bundle", replace(contents, report=report))
+    bundling.write_bundle(tmp_path / "bundle", replace(contents, report=report))
     assert SENTENCE in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
     manifest = json.loads((tmp_path / "bundle" / "racdeploy.json").read_text(encoding="utf-8"))
     differences = {"strings": 200, "different": 1, "accepted": 0.01, "example": "'the GRÜNE'"}
     assert manifest["tokenizer"]["differences"] == differences
 
 
-def test_equal_ids_are_no_difference(contents: bundling.Contents, tmp_path: Path) -> None:
+def test_equal_ids_are_no_difference(contents: bundling.BundleContents, tmp_path: Path) -> None:
     """Neither card nor manifest says anything then."""
     assert describe_token_differences(contents.report) == ""
-    manifest = bundling.write(tmp_path / "bundle", contents)
+    manifest = bundling.write_bundle(tmp_path / "bundle", contents)
     assert manifest.tokenizer.differences is None
 
 
@@ -190,5 +192,5 @@ def test_shares_that_are_none_are_refused(share: float) -> None:
 
 def test_shares_are_of_ten_thousand_strings() -> None:
     """Of 380 alone, one string would be more than most would accept; without a share, all count."""
-    assert gate_strings(0.0) == probe_strings()
-    assert len({*gate_strings(0.0005)}) > 10_300
+    assert choose_probe_strings(0.0) == read_probe_strings()
+    assert len({*choose_probe_strings(0.0005)}) > 10_300

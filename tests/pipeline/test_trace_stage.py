@@ -19,7 +19,7 @@ from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
 KINDS = ("sglang", "vllm")
-TRACES = {"count": 3, "batch": 2, "temperature": 0.0, "max_new_tokens": 6}
+TRACES = {"count": 3, "batch_size": 2, "temperature": 0.0, "max_new_tokens": 6}
 URL = "http://127.0.0.1:9/v1"
 
 
@@ -116,7 +116,7 @@ def test_nothing_is_asked_of_a_server_that_did_not_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The error says what to do; the dense model is given back all the same."""
-    monkeypatch.setattr("racdeploy.engines.backends.openai.http._FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("racdeploy.engines.backends.server.http._FIRST_DELAY_S", 0.01)
     dense, sparse, _ = models
     server = ReloadingServer(dense)
     load = server._load
@@ -132,10 +132,11 @@ def test_a_dense_model_that_is_not_taken_back_is_a_notice(
     models: list[Path],
     expected: list[Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The traces are all there, and the next run loads what it asks."""
+    caplog.set_level("INFO", "racdeploy")
     dense, sparse, _ = models
     server = ReloadingServer(dense)
     load = server._load
@@ -144,7 +145,7 @@ def test_a_dense_model_that_is_not_taken_back_is_a_notice(
     with serving(server.routes()) as url:
         _, traces = _build(dense, tmp_path, url, "sglang").traces(sparse)
     assert _answers(traces) == expected[1]
-    assert f"it may have the weights of {sparse}" in capsys.readouterr().err
+    assert f"it may have the weights of {sparse}" in caplog.text
 
 
 CUTS: dict[str, Callable[[Path, Path], Path]] = {
@@ -155,9 +156,10 @@ CUTS: dict[str, Callable[[Path, Path], Path]] = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_cut_model_is_asked_here(
-    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: str
+    models: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: str
 ) -> None:
     """A notice names a tensor that differs, and the server hears nothing."""
+    caplog.set_level("INFO", "racdeploy")
     dense = models[0]
     sparse = CUTS[cut](dense, tmp_path / "cut")
     server = ReloadingServer(dense)
@@ -166,9 +168,8 @@ def test_a_cut_model_is_asked_here(
 
     assert len(traces) == TRACES["count"]
     assert (server.told, server.asked) == ([], [])
-    error = capsys.readouterr().err
-    assert "cut is asked here and not on the server" in error
-    assert ", in the dense model " in error
+    assert "cut answers here and not on the server" in caplog.text
+    assert ", in the dense model " in caplog.text
 
 
 def test_no_folder_has_traces_of_the_server_and_of_transformers(models: list[Path]) -> None:

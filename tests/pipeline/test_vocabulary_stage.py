@@ -10,9 +10,9 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
-from racdeploy.pipeline.workplace import Workplace
-from racdeploy.prune import PrunedModel
-from racdeploy.prune.structures import vocabulary
+from racdeploy.pipeline.workspace import Workspace
+from racdeploy.pruning import PrunedModel
+from racdeploy.pruning.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
@@ -49,7 +49,7 @@ def test_tokens_of_a_trace_stay_however_they_were_written(
     written = [i for text in "lazy dog" for i in choice.encoder.encode_text(text)]
     assert len(written) > len(letters)
 
-    place = Workplace(tmp_path / "work")
+    place = Workspace(tmp_path / "work")
     cut = cut_vocabulary(place, choice, model, [_trace(choice, written)])
     assert {*written, *letters} <= set(read_old_ids(cut.folder).tolist())
     assert not set(letters) <= set(choice.choose().tolist())
@@ -58,7 +58,7 @@ def test_tokens_of_a_trace_stay_however_they_were_written(
     assert cut.folder.parent.name.startswith("vocabulary-")
     assert cut.notes[0] == "pruned"
     assert f"485 → {KEPT} tokens, 27 rows of padding gone" in cut.notes[1]
-    assert "at 100.00% of" in cut.notes[1]
+    assert "keep 100.00% of" in cut.notes[1]
 
 
 def test_a_killed_cut_leaves_the_same_bytes(
@@ -66,13 +66,13 @@ def test_a_killed_cut_leaves_the_same_bytes(
 ) -> None:
     """Killed while it writes, the stage begins again and ends as one that was not."""
     choice = _choose(model)
-    whole = cut_vocabulary(Workplace(tmp_path / "whole"), choice, model, [])
+    whole = cut_vocabulary(Workspace(tmp_path / "whole"), choice, model, [])
 
     def write_and_die(*arguments: object, **options: object) -> None:
         Path(str(arguments[1])).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    place = Workplace(tmp_path / "killed")
+    place = Workspace(tmp_path / "killed")
     with monkeypatch.context() as patch:
         patch.setattr(vocabulary, "write_entries", write_and_die)
         with pytest.raises(KeyboardInterrupt):

@@ -13,8 +13,8 @@ from racdeploy.processes import memory
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands in for the system's files; nothing is in it."""
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
     return tmp_path
 
 

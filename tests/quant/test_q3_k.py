@@ -11,7 +11,7 @@ from racdeploy.quant import ggml
 from racdeploy.quant.formats import q3_k
 
 O, BLOCKS, GROUPS = 200, 3, 16
-I = BLOCKS * q3_k.BLOCK
+I = BLOCKS * q3_k.BLOCK_SIZE
 TINIEST, LARGEST = 2.0**-24, 65504.0
 
 
@@ -65,7 +65,7 @@ def test_ggml_alone_would_lose_them() -> None:
     """So the test above can fail: with an importance most sparse blocks come out changed."""
     weight_OI = draw_grid(0.9)
     stored_OI = read(ggml.quantize(q3_k.GGML_TYPE, weight_OI, draw_importance()))
-    changed_OXB = (stored_OI != weight_OI).reshape(O, BLOCKS, q3_k.BLOCK)
+    changed_OXB = (stored_OI != weight_OI).reshape(O, BLOCKS, q3_k.BLOCK_SIZE)
     assert changed_OXB.any(axis=2).mean() > 0.3
 
 

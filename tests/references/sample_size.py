@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.verify.stats.paired import LARGEST_N, power
+from racdeploy.verification.stats.paired import MAX_PROMPTS, power
 
 
 def required_n(
@@ -30,11 +30,11 @@ def required_n(
 
     high = 1
     while power(high, discordant_rate, margin, confidence, drop) < target_power:
-        if high == LARGEST_N:
+        if high == MAX_PROMPTS:
             raise ValueError(
-                f"more than {LARGEST_N} prompts would be needed for a margin of {margin}"
+                f"more than {MAX_PROMPTS} prompts would be needed for a margin of {margin}"
             )
-        high = min(2 * high, LARGEST_N)
+        high = min(2 * high, MAX_PROMPTS)
 
     low = high // 2
     while high - low > 1:

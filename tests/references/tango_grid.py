@@ -9,6 +9,7 @@ a bisection.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -16,6 +17,7 @@ from scipy.special import xlogy
 from scipy.stats import norm
 
 
+@cache  # the grids of two confidences share their points
 def score(n10: int, n01: int, n: int, drop: float) -> float:
     """Return the score statistic for a true drop, with p01 maximised numerically."""
     low, high = max(0.0, -drop), (1 - drop) / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from tests.support.sample_report import build_records, build_report
 
@@ -15,5 +15,5 @@ def report() -> Report:
 
 
 @pytest.fixture(scope="session")
-def records() -> list[Record]:
+def records() -> list[AnswerRecord]:
     return build_records()

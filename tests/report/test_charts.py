@@ -8,18 +8,18 @@ import re
 import pytest
 
 from racdeploy.report import axis, charts, html
-from racdeploy.report.pairs import Pair
-from racdeploy.results.answers import Record
+from racdeploy.report.pairs import AnswerPair
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 
 
-def _pairs(records: list[Record], lengths: list[tuple[int, int]]) -> list[Pair]:
+def _pairs(records: list[AnswerRecord], lengths: list[tuple[int, int]]) -> list[AnswerPair]:
     """Return pairs with these thinking tokens, of two tasks in turn."""
     pairs = []
     for prompt, (dense, pruned) in enumerate(lengths):
         about = {"prompt": prompt, "task": "gcd" if prompt % 2 else "sum"}
         pairs.append(
-            Pair(
+            AnswerPair(
                 records[0].model_copy(update=about | {"thinking_tokens": dense}),
                 records[1].model_copy(update=about | {"thinking_tokens": pruned}),
             )
@@ -35,7 +35,7 @@ def _dots(drawn: str) -> dict[int, tuple[float, float]]:
 
 def test_each_model_has_a_row_with_its_interval(report: Report) -> None:
     """From the lower end to the upper, the mark inside, the figure beside it; rows apart."""
-    drawn = charts.accuracy_by_arm(report.arms)
+    drawn = charts.draw_accuracy_by_model(report.arms)
     bars = re.findall(r'</title><line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="\2"', drawn)
     marks = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
     assert len(bars) == len(marks) == len(report.arms)
@@ -48,25 +48,27 @@ def test_each_model_has_a_row_with_its_interval(report: Report) -> None:
 
 
 def test_one_model_alone_is_not_drawn_and_a_long_name_is_cut(report: Report) -> None:
-    assert charts.accuracy_by_arm(report.arms[:1]) == ""
+    assert charts.draw_accuracy_by_model(report.arms[:1]) == ""
     long = report.arms[1].model_copy(update={"name": "pruned, " + 40 * "x"})
-    assert f">pruned, {11 * 'x'}…</text>" in charts.accuracy_by_arm((report.arms[0], long))
+    assert f">pruned, {11 * 'x'}…</text>" in charts.draw_accuracy_by_model((report.arms[0], long))
 
 
-def test_one_outlier_does_not_squeeze_the_others(records: list[Record]) -> None:
+def test_one_outlier_does_not_squeeze_the_others(records: list[AnswerRecord]) -> None:
     """199 prompts between 100 and 298 tokens keep room beside one of 1,024 or of 16,384."""
     lengths = [(100 + i, 99 + i) for i in range(199)]
     for longest, share in ((300, 0.5), (1024, 0.3), (16_384, 0.18)):
-        drawn = charts.thinking_by_prompt(_pairs(records, [*lengths, (150, longest)]), None)
+        drawn = charts.draw_thinking_by_prompt(_pairs(records, [*lengths, (150, longest)]), None)
         across = [x for prompt, (x, _) in _dots(drawn).items() if prompt < 199]
-        assert max(across) - min(across) > share * (axis.SQUARE.right - axis.SQUARE.left)
+        assert max(across) - min(across) > share * (
+            axis.SQUARE_FRAME.right - axis.SQUARE_FRAME.left
+        )
         assert "prompt 199: 150 dense, " in drawn
 
 
-def test_the_distance_from_the_diagonal_is_the_ratio(records: list[Record]) -> None:
+def test_the_distance_from_the_diagonal_is_the_ratio(records: list[AnswerRecord]) -> None:
     """Equal thoughts are on a line of 45 degrees, and twice as long is as far up everywhere."""
     pairs = _pairs(records, [(10, 10), (100, 100), (200, 200), (50, 100), (200, 400)])
-    places = _dots(charts.thinking_by_prompt(pairs, None))
+    places = _dots(charts.draw_thinking_by_prompt(pairs, None))
     for first, second in ((0, 1), (1, 2)):
         across = places[second][0] - places[first][0]
         up = places[first][1] - places[second][1]
@@ -75,35 +77,35 @@ def test_the_distance_from_the_diagonal_is_the_ratio(records: list[Record]) -> N
     assert above[0] == pytest.approx(above[1], abs=0.21)
 
 
-def test_the_cap_is_on_both_axes(records: list[Record]) -> None:
+def test_the_cap_is_on_both_axes(records: list[AnswerRecord]) -> None:
     """Where it is on the axes; where it is far beyond, the page says it."""
     near = _pairs(records, [(100, 120), (500, 512), (300, 512)])
-    assert charts.thinking_by_prompt(near, 512).count('class="cap"') == 2
+    assert charts.draw_thinking_by_prompt(near, 512).count('class="cap"') == 2
 
     far = _pairs(records, [(100, 120)] * 40)
-    assert 'class="cap"' not in charts.thinking_by_prompt(far, 1024)
+    assert 'class="cap"' not in charts.draw_thinking_by_prompt(far, 1024)
 
 
-def test_no_thinking_at_all_has_a_place(records: list[Record]) -> None:
+def test_no_thinking_at_all_has_a_place(records: list[AnswerRecord]) -> None:
     """At one token, the end of an axis that has no zero."""
-    places = _dots(charts.thinking_by_prompt(_pairs(records, [(0, 0), (8, 0)]), None))
-    assert places[0] == (axis.SQUARE.left, axis.SQUARE.bottom)
-    assert places[1][1] == axis.SQUARE.bottom
+    places = _dots(charts.draw_thinking_by_prompt(_pairs(records, [(0, 0), (8, 0)]), None))
+    assert places[0] == (axis.SQUARE_FRAME.left, axis.SQUARE_FRAME.bottom)
+    assert places[1][1] == axis.SQUARE_FRAME.bottom
 
 
 @pytest.mark.parametrize("base", [2, 10])
 def test_powers_cover_the_range_in_few_steps(base: float) -> None:
     """Whatever the range; a power at an end adds no step."""
     for low, high in itertools.combinations([1e-9, 0.03, 1, 8, 100, 1000, 131_072], 2):
-        ticks = axis.powers(base, low, high)
+        ticks = axis.list_power_ticks(base, low, high)
         assert ticks[0] <= low * 1.001
         assert high <= ticks[-1] * 1.001
         assert 2 <= len(ticks) <= 8
-    assert axis.powers(10, 1, 1000) == [1, 10, 100, 1000]
-    assert axis.powers(2, 8, 8) == [8, 16]
+    assert axis.list_power_ticks(10, 1, 1000) == [1, 10, 100, 1000]
+    assert axis.list_power_ticks(2, 8, 8) == [8, 16]
 
 
-def test_tasks_are_listed_from_worst_to_best(report: Report, records: list[Record]) -> None:
+def test_tasks_are_listed_from_worst_to_best(report: Report, records: list[AnswerRecord]) -> None:
     """With the change in per cent; one task alone compares nothing."""
     answered = [
         record

@@ -1,4 +1,4 @@
-"""What was gained, in sentences: size, parameters, speed and accuracy."""
+"""Gains and losses in sentences: size, parameters, speed and accuracy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from racdeploy.report.gains import describe_gains
 from racdeploy.results.answers import Comparison
-from racdeploy.results.pruning import Kept
+from racdeploy.results.pruning import KeptStructure
 from racdeploy.results.report import Report
 
 
@@ -35,7 +35,7 @@ def test_no_gain_is_said_as_well(report: Report) -> None:
 
 def test_fewer_parameters_are_counted(report: Report) -> None:
     """Where structure was cut."""
-    kept = Kept(
+    kept = KeptStructure(
         parameters=750,
         parameters_dense=1000,
         blocks=2,
@@ -46,7 +46,7 @@ def test_fewer_parameters_are_counted(report: Report) -> None:
         vocabulary_dense=9,
     )
     assert "25% fewer parameters: 1,000 → 750" in describe_gains(
-        report.model_copy(update={"kept": kept})
+        report.model_copy(update={"kept_structure": kept})
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from racdeploy.report import html, markdown, terminal
-from racdeploy.report.tables import HARNESS, tables
+from racdeploy.report.tables import HARNESS_TITLE, list_tables
 from racdeploy.results.answers import HarnessRow, HarnessRun
 from racdeploy.results.report import Report
 from tests.support.sample_report import HOSTILE
@@ -34,7 +34,7 @@ UNPAIRED = HarnessRow(
     dense=12.5,
     pruned=12.49999,
     difference=-0.00001,
-    unpaired="no figure of every document was logged",
+    unpaired_reason="no figure of every document was logged",
 )
 
 
@@ -47,7 +47,7 @@ def asked(report: Report) -> Report:
 
 def test_figures_are_as_the_harness_prints_them(asked: Report) -> None:
     """With its standard errors, the interval of the difference, and what changed sides."""
-    (table,) = [table for table in tables(asked) if table.title == HARNESS]
+    (table,) = [table for table in list_tables(asked) if table.title == HARNESS_TITLE]
     assert table.columns[0] == "lm-eval 0.4.13"
     assert table.columns[4] == "difference (90%)"
     assert table.rows[0] == (
@@ -86,7 +86,7 @@ def test_every_form_shows_it(asked: Report, report: Report) -> None:
     assert max(map(len, printed.splitlines())) <= 80
 
     for without in (markdown.render(report), html.render(report)):
-        assert HARNESS not in without
+        assert HARNESS_TITLE not in without
 
 
 def test_it_is_read_back(asked: Report) -> None:

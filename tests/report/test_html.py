@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from racdeploy.report import html
-from racdeploy.results.answers import ArmSummary, Record
+from racdeploy.results.answers import AnswerRecord, ArmSummary
 from racdeploy.results.report import Report
 from tests.support.elements import Elements
 from tests.support.sample_report import HOSTILE
@@ -25,7 +25,7 @@ def prompts(page: str) -> list[dict[str, Any]]:
     return json.loads(text)
 
 
-def discordant(records: list[Record], count: int, **values: object) -> list[Record]:
+def discordant(records: list[AnswerRecord], count: int, **values: object) -> list[AnswerRecord]:
     """Return pairs of records of which pruned is wrong."""
     return [
         template.model_copy(update={"prompt": prompt, "correct": template.arm == "dense", **values})
@@ -34,7 +34,7 @@ def discordant(records: list[Record], count: int, **values: object) -> list[Reco
     ]
 
 
-def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) -> None:
+def test_hostile_text_becomes_no_element(report: Report, records: list[AnswerRecord]) -> None:
     """The only elements are the template's own, whoever wrote model name, prompt, arm and
     linear.
     """
@@ -75,7 +75,7 @@ def test_hostile_text_becomes_no_element(report: Report, records: list[Record]) 
         "&lt;/script&gt;",
     ],
 )
-def test_no_text_ends_the_data(records: list[Record], report: Report, text: str) -> None:
+def test_no_text_ends_the_data(records: list[AnswerRecord], report: Report, text: str) -> None:
     """What a model says is data to the script, character by character, and never markup."""
     names = ("question", "gold", "task", "thinking_text", "answer_text", "extracted")
     hostile = discordant(records, 1, **dict.fromkeys(names, text))
@@ -89,7 +89,9 @@ def test_no_text_ends_the_data(records: list[Record], report: Report, text: str)
     assert elements.tags.count("script") == 2
 
 
-def test_only_the_script_and_style_of_the_page_run(report: Report, records: list[Record]) -> None:
+def test_only_the_script_and_style_of_the_page_run(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """The policy names both by the hash of what is between their tags, and allows nothing else."""
     page = html.render(report, records)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
@@ -111,7 +113,7 @@ def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None:
+def test_the_page_fetches_nothing(report: Report, records: list[AnswerRecord]) -> None:
     """No attribute that loads, no CSS import, no address outside the hostile prompts, and a policy
     on top.
     """
@@ -129,7 +131,7 @@ def test_the_page_fetches_nothing(report: Report, records: list[Record]) -> None
     assert "default-src 'none'" in page.replace("&#39;", "'")
 
 
-def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> None:
+def test_every_chart_is_drawn_once(report: Report, records: list[AnswerRecord]) -> None:
     """Accuracy, thinking by prompt and recovery, all with a text for screen readers."""
     elements = Elements(html.render(report, records))
     labels = elements.values("svg", "aria-label")
@@ -140,7 +142,7 @@ def test_every_chart_is_drawn_once(report: Report, records: list[Record]) -> Non
     assert (dots.count("dot lost"), dots.count("dot won")) == (4, 2)
 
 
-def test_what_shows_nothing_is_not_drawn(report: Report, records: list[Record]) -> None:
+def test_what_shows_nothing_is_not_drawn(report: Report, records: list[AnswerRecord]) -> None:
     """A single model and no records: no chart of either."""
     lone = html.render(report.model_copy(update={"arms": report.arms[1:2]}), [])
     assert Elements(lone).values("svg", "aria-label") == [
@@ -161,14 +163,14 @@ def test_zeros_of_linears_are_one_sentence(
 ) -> None:
     """One share where all have it, else both ends; nothing where none has zeros."""
     linears = tuple(
-        row.model_copy(update={"sparsity_reached": reached[index % 2]})
+        row.model_copy(update={"actual_sparsity": reached[index % 2]})
         for index, row in enumerate(report.linears)
     )
     page = html.render(report.model_copy(update={"linears": linears}))
     assert re.findall(r"Each of the [\d,]+ linears[^<]*", page) == ([said] if said else [])
 
 
-def test_links_and_headings_say_the_same(report: Report, records: list[Record]) -> None:
+def test_links_and_headings_say_the_same(report: Report, records: list[AnswerRecord]) -> None:
     """In the same order; each heading is at most one level below the one before it."""
     page = html.render(report, records)
     elements = Elements(page)
@@ -180,12 +182,12 @@ def test_links_and_headings_say_the_same(report: Report, records: list[Record]) 
     assert levels.count(1) == 1
     assert all(below <= level + 1 for level, below in itertools.pairwise(levels))
     titles = [text for level, text in headings if level == "3"]
-    assert "Thinking, prompt by prompt" in titles
+    assert "Thinking by prompt" in titles
     assert "Worst linears" in titles
 
 
 def test_the_header_says_what_was_built_and_how_to_run_it(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """Method, zeros, number format, file, hash and size; hash and command are copied whole."""
     sha256 = "ab" * 32
@@ -210,7 +212,7 @@ def test_the_header_says_what_was_built_and_how_to_run_it(
         "learned from the dense model on 400,000 tokens afterwards: "
         "KL 0.912 → 0.0346 nats on held-out traces",
         "GGUF, Q8_0, packed as bitmask",
-        "model-Q8_0.gguf and 1 beside it",
+        "model-Q8_0.gguf and 1 more",
         "abababababababab…",
         "5.31 MB (5,310,000 bytes)",
     ]
@@ -222,7 +224,7 @@ def test_the_header_says_what_was_built_and_how_to_run_it(
 
 
 def test_the_quantiles_of_the_lengths_are_on_the_page(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     dense = sorted(record.thinking_tokens for record in records if record.arm == "dense")
     pruned = sorted(record.thinking_tokens for record in records if record.arm == "pruned")
@@ -239,7 +241,7 @@ def test_the_quantiles_of_the_lengths_are_on_the_page(
 
 
 def test_discordant_prompts_can_be_read_without_a_script(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """One disclosure per prompt, those that pruning lost first, both thoughts inside; controls that
     need the script are hidden.
@@ -255,7 +257,7 @@ def test_discordant_prompts_can_be_read_without_a_script(
     assert hidden.count("button") == page.count('class="copy"')
 
 
-def test_a_long_question_is_cut_with_a_sign(report: Report, records: list[Record]) -> None:
+def test_a_long_question_is_cut_with_a_sign(report: Report, records: list[AnswerRecord]) -> None:
     """In the line of a prompt; the whole question is inside."""
     question = "How many stamps does Ann have " + "now and then " * 40 + "today?"
     page = html.render(report, discordant(records, 1, question=question))
@@ -265,7 +267,9 @@ def test_a_long_question_is_cut_with_a_sign(report: Report, records: list[Record
     assert question in page
 
 
-def test_the_script_gets_every_prompt_of_a_usual_run(report: Report, records: list[Record]) -> None:
+def test_the_script_gets_every_prompt_of_a_usual_run(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """Lost ones first, then won, then those on which the models agree; all with both thoughts."""
     entries = prompts(html.render(report, records))
     outcomes = [entry["outcome"] for entry in entries]
@@ -283,7 +287,7 @@ def test_the_page_follows_light_and_dark_and_paper(report: Report) -> None:
     assert "beforeprint" in page
 
 
-def test_a_large_run_stays_below_six_megabytes(report: Report, records: list[Record]) -> None:
+def test_a_large_run_stays_below_six_megabytes(report: Report, records: list[AnswerRecord]) -> None:
     """Ten thousand prompts, all discordant, with long thinking made of characters that grow when
     escaped; what is left out is counted.
     """
@@ -295,14 +299,14 @@ def test_a_large_run_stays_below_six_megabytes(report: Report, records: list[Rec
 
     assert len(page.encode()) < 6_000_000
     assert with_thoughts
-    assert f"The thoughts of {brief:,} prompts are left to records.jsonl" in page
-    assert f"{missing:,} more prompts are in records.jsonl alone." in page
+    assert f"The thoughts of {brief:,} prompts are only in records.jsonl" in page
+    assert f"{missing:,} more prompts are only in records.jsonl." in page
     assert "6,000 more characters in records.jsonl" in page
     assert "At most 2,000 of the 10,000 prompts are drawn." in page
 
 
 def test_five_thousand_ordinary_prompts_are_all_there(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """With what a reader looks for first: question, answers and lengths."""
     many = [
@@ -312,7 +316,7 @@ def test_five_thousand_ordinary_prompts_are_all_there(
     ][: 2 * 5000]
     page = html.render(report, many)
     assert len(prompts(page)) == 5000
-    assert "records.jsonl alone" not in page
+    assert "only in records.jsonl" not in page
     assert len(Elements(page).tags) < 12_000
 
 
@@ -323,7 +327,7 @@ def test_an_empty_report_renders(report: Report) -> None:
     assert "No check ran, and missing data never passes." in page
 
 
-def test_degenerate_charts_render(report: Report, records: list[Record]) -> None:
+def test_degenerate_charts_render(report: Report, records: list[AnswerRecord]) -> None:
     """No thinking at all, equal numbers, one linear: no division by a zero span."""
     alike = [
         ArmSummary(
@@ -348,7 +352,7 @@ def test_degenerate_charts_render(report: Report, records: list[Record]) -> None
 
 
 def test_what_both_thoughts_begin_with_ends_at_a_word(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """The grey part is common to both sides and never cuts a word; equal thoughts are grey as a
     whole. The script gets the same in units of UTF-16.
@@ -372,14 +376,14 @@ def test_what_both_thoughts_begin_with_ends_at_a_word(
 
 
 def test_recipe_and_machine_are_shown_and_copied_as_toml(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """What is copied is the recipe again, and so is what is shown; no JSON is."""
     recipe = {
         "model": 'a "quoted" name',
         "also": ["browser"],
         "export": {"pre_tokenizer": None, "tensors": {"blk.*.ffn": "q8_0"}},
-        "prune": {"sparsity": 0.5, "shares": [0.25, 0.5], "joint": False, "steps": []},
+        "prune": {"sparsity": 0.5, "shares": [0.25, 0.5], "steps": []},
     }
     page = html.render(report.model_copy(update={"recipe": recipe}), records)
     elements = Elements(page)

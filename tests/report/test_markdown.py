@@ -7,27 +7,29 @@ import re
 import pytest
 
 from racdeploy.report import markdown
-from racdeploy.report.tables import tables
-from racdeploy.results.answers import Comparison, Record
+from racdeploy.report.tables import list_tables
+from racdeploy.results.answers import AnswerRecord, Comparison
 from racdeploy.results.pruning import LinearRow, TensorRow
 from racdeploy.results.report import Report
 from tests.support.sample_report import GOLDEN, HOSTILE
 
-_UNEXPLAINED = "the method reached another sparsity than it was asked for"
+_UNEXPLAINED = "the method reached another sparsity than requested"
 
 
 def changed(report: Report, **values: object) -> Report:
     return report.model_copy(update=values)
 
 
-def test_the_report_matches_the_golden_file(report: Report, records: list[Record]) -> None:
+def test_the_report_matches_the_golden_file(report: Report, records: list[AnswerRecord]) -> None:
     """Every character; ``python -m tests.support.sample_report`` writes it again, to read the
     diff.
     """
     assert markdown.render(report, records) == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_the_golden_test_notices_one_changed_value(report: Report, records: list[Record]) -> None:
+def test_the_golden_test_notices_one_changed_value(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """One more wrong answer, one other size, one other verdict: each shows."""
     golden = GOLDEN.read_text(encoding="utf-8")
     pruned = report.arms[1]
@@ -53,8 +55,8 @@ def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
     rows = [
         LinearRow(
             name=f"model.layers.{i}.o_proj",
-            sparsity_asked=0.5,
-            sparsity_reached=0.5 + i / 100,
+            requested_sparsity=0.5,
+            actual_sparsity=0.5 + i / 100,
             reason=reason,
         )
         for i, reason in enumerate(
@@ -63,8 +65,8 @@ def test_zeros_that_are_not_as_asked_have_a_reason(report: Report) -> None:
     ]
     (table,) = [
         table
-        for table in tables(changed(report, linears=tuple(rows), tensors=()))
-        if "asked" in table.title
+        for table in list_tables(changed(report, linears=tuple(rows), tensors=()))
+        if table.title == "Deviations"
     ]
     assert table.rows == (
         (
@@ -108,8 +110,8 @@ def test_a_huge_report_fits_a_comment_and_says_what_is_missing(report: Report) -
     tensors = tuple(
         TensorRow(
             name=f"{i}",
-            quant_asked="Q4_K",
-            quant_real="F16",
+            requested_quant="Q4_K",
+            actual_quant="F16",
             zeros=0,
             size_bytes=1,
             reason=f"{i} " + "x" * 3000,
@@ -129,8 +131,8 @@ def test_a_text_beyond_the_limit_is_cut_at_a_line(report: Report) -> None:
     tensors = tuple(
         TensorRow(
             name=f"{i}",
-            quant_asked="a",
-            quant_real="b",
+            requested_quant="a",
+            actual_quant="b",
             zeros=0,
             size_bytes=1,
             reason=f"{i}" + "@" * 390,
@@ -189,7 +191,9 @@ def test_the_first_sentence_is_in_words(
     assert words in text
 
 
-def test_lost_prompts_are_folded_into_the_comment(report: Report, records: list[Record]) -> None:
+def test_lost_prompts_are_folded_into_the_comment(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """Those of the sample: question, right answer, both answers and both lengths, on one line."""
     text = markdown.render(report, records)
     lines = _lost_lines(text)
@@ -203,7 +207,7 @@ def test_lost_prompts_are_folded_into_the_comment(report: Report, records: list[
 
 
 def test_many_lost_prompts_leave_room_and_are_counted(
-    report: Report, records: list[Record]
+    report: Report, records: list[AnswerRecord]
 ) -> None:
     """Ten rows at most, fewer where each is long; every one of the others is counted."""
     lost = [
@@ -226,7 +230,7 @@ def test_many_lost_prompts_leave_room_and_are_counted(
     ],
 )
 def test_no_text_of_a_model_leaves_its_cell(
-    report: Report, records: list[Record], attack: str
+    report: Report, records: list[AnswerRecord], attack: str
 ) -> None:
     """Whatever it says, the comment fits, its folds end, and nobody is called by name."""
     texts = dict.fromkeys(("task", "question", "gold", "extracted", "answer_text"), attack)

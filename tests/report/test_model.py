@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from racdeploy.results.answers import ArmSummary, Comparison, Record
+from racdeploy.results.answers import AnswerRecord, ArmSummary, Comparison
 from racdeploy.results.checks import CheckResult, CheckVerdict, overall_verdict
 from racdeploy.results.report import Report
 from tests.support.sample_report import build_records, build_report
@@ -64,7 +64,7 @@ def test_a_record_reads_back_as_it_was() -> None:
     for record in build_records()[:60]:
         line = record.model_dump_json()
         assert "\n" not in line
-        assert Record.model_validate_json(line) == record
+        assert AnswerRecord.model_validate_json(line) == record
 
 
 def test_an_unbounded_interval_is_valid_json() -> None:
@@ -89,7 +89,7 @@ def test_a_forged_verdict_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema_version": 2},
+        {"schema_version": 1},
         {"verdikt": "pass"},
         {"created": "2026-11-24T12:00:00"},
         {"arms": [{"name": "dense", "prompts": 0}]},

@@ -11,18 +11,18 @@ import pytest
 from pydantic import ValidationError
 
 from racdeploy.report import charts, html, markdown
-from racdeploy.report.axis import tokens_text
-from racdeploy.report.recovery import as_csv, describe_recovery
-from racdeploy.report.tables import tables
-from racdeploy.results.answers import Record
-from racdeploy.results.pruning import RecoveryRow, end_phases
+from racdeploy.report.axis import make_token_formatter
+from racdeploy.report.recovery import describe_recovery, to_csv
+from racdeploy.report.tables import list_tables
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.results.report import Report
 
 Points = list[tuple[str, str]]
 START = RecoveryRow(phase="start", tokens=0, kl_nats=0.9, accuracy=0.5)
 LOOKS = (
-    RecoveryRow(phase="all", tokens=500_000, loss=0.4, kl_nats=0.09),
-    RecoveryRow(phase="all", tokens=1_000_000, loss=0.2, kl_nats=0.03, accuracy=0.9),
+    RecoveryRow(phase="full", tokens=500_000, loss=0.4, kl_nats=0.09),
+    RecoveryRow(phase="full", tokens=1_000_000, loss=0.2, kl_nats=0.03, accuracy=0.9),
 )
 WORSE = RecoveryRow(phase="own answers 1", tokens=1_200_000, kl_nats=0.3, accuracy=0.8, kept=False)
 BETTER = RecoveryRow(phase="own answers 2", tokens=1_500_000, kl_nats=0.02, accuracy=0.95)
@@ -31,15 +31,17 @@ ROWS = (START, *LOOKS, WORSE, BETTER)
 
 def read_lines(rows: tuple[RecoveryRow, ...]) -> list[tuple[str, Points]]:
     """Return the class and the points of every line of the chart."""
-    drawn = charts.recovery_over_tokens(rows)
+    drawn = charts.draw_recovery(rows)
     lines = re.findall(r'<polyline class="path( undone)?" points="([^"]*)"', drawn)
     return [(kind.strip(), re.findall(r"([\d.]+),([\d.]+)", points)) for kind, points in lines]
 
 
-def test_nothing_is_said_where_nothing_was_learned(report: Report, records: list[Record]) -> None:
+def test_nothing_is_said_where_nothing_was_learned(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """No phase, no sentence, no table, no section."""
     cut = report.model_copy(update={"recovery": ()})
-    assert (end_phases(()), describe_recovery(())) == ([], "")
+    assert (list_phase_ends(()), describe_recovery(())) == ([], "")
     assert 'id="recovery"' not in html.render(cut, records)
     assert "Recovery" not in markdown.render(cut)
     assert "learned from" not in markdown.render(cut)
@@ -47,18 +49,18 @@ def test_nothing_is_said_where_nothing_was_learned(report: Report, records: list
 
 def test_a_phase_is_what_its_last_look_saw() -> None:
     """One for each phase, in order; what was measured earlier in a phase is not its end."""
-    assert end_phases(ROWS) == [START, LOOKS[1], WORSE, BETTER]
-    assert end_phases(ROWS[:2]) == [START, LOOKS[0]]
+    assert list_phase_ends(ROWS) == [START, LOOKS[1], WORSE, BETTER]
+    assert list_phase_ends(ROWS[:2]) == [START, LOOKS[0]]
 
 
 def test_the_table_has_a_row_for_each_phase(report: Report) -> None:
     """Three digits of KL, a dash where nothing was asked, and what was undone."""
     silent = BETTER.model_copy(update={"kl_nats": None, "accuracy": None})
     learned = report.model_copy(update={"recovery": (START, *LOOKS, WORSE, silent)})
-    (table,) = [table for table in tables(learned) if table.title == "Recovery"]
+    (table,) = [table for table in list_tables(learned) if table.title == "Recovery"]
     assert table.rows == (
         ("start", "0", "0.9", "50.0%", "yes"),
-        ("all", "1,000,000", "0.03", "90.0%", "yes"),
+        ("full", "1,000,000", "0.03", "90.0%", "yes"),
         ("own answers 1", "1,200,000", "0.3", "80.0%", "no, undone"),
         ("own answers 2", "1,500,000", "–", "–", "yes"),
     )
@@ -83,16 +85,16 @@ def test_only_what_entered_the_model_is_in_the_sentence(
 
 def test_the_csv_reads_back_as_the_looks() -> None:
     """A header and one line for each look; what was not measured is empty."""
-    text = as_csv((START, LOOKS[0], WORSE))
+    text = to_csv((START, LOOKS[0], WORSE))
     assert text == (
         "phase,tokens,loss,kl_nats,text_kl_nats,accuracy,kept\n"
         "start,0,,0.9,,0.5,True\n"
-        "all,500000,0.4,0.09,,,True\n"
+        "full,500000,0.4,0.09,,,True\n"
         "own answers 1,1200000,,0.3,,0.8,False\n"
     )
 
     found = []
-    for line in csv.DictReader(as_csv(ROWS).splitlines()):
+    for line in csv.DictReader(to_csv(ROWS).splitlines()):
         found.append(RecoveryRow.model_validate({key: line[key] or None for key in line}))
     assert tuple(found) == ROWS
 
@@ -100,7 +102,7 @@ def test_the_csv_reads_back_as_the_looks() -> None:
 def test_a_name_with_a_comma_stays_one_cell() -> None:
     """Commas, quotes and line ends of a name are quoted."""
     named = START.model_copy(update={"phase": 'a, "b"\nc'})
-    header, row = csv.reader(as_csv((named,)).splitlines(keepends=True))
+    header, row = csv.reader(to_csv((named,)).splitlines(keepends=True))
     assert (len(row), row[0]) == (len(header), 'a, "b"\nc')
 
 
@@ -125,12 +127,12 @@ def test_the_line_is_logarithmic_in_nats() -> None:
 
 def test_every_look_has_a_mark_with_its_numbers() -> None:
     """Marks of an undone phase are hollow and say so."""
-    drawn = charts.recovery_over_tokens(ROWS)
+    drawn = charts.draw_recovery(ROWS)
     marks = re.findall(r'<circle class="look( undone)?" [^>]*><title>([^<]*)</title>', drawn)
     assert drawn.count("<circle") == len(marks) == len(ROWS)
     assert [bool(undone) for undone, _ in marks] == [not row.kept for row in ROWS]
     assert [title.endswith(", undone") for _, title in marks] == [not row.kept for row in ROWS]
-    assert "all, 1,000,000 tokens: KL 0.03 nats, 90.0% right" in drawn
+    assert "full, 1,000,000 tokens: KL 0.03 nats, 90.0% right" in drawn
 
 
 @pytest.mark.parametrize(
@@ -145,14 +147,14 @@ def test_every_look_has_a_mark_with_its_numbers() -> None:
 )
 def test_tokens_on_an_axis_have_one_unit(most: float, tokens: float, written: str) -> None:
     """That of the largest."""
-    assert tokens_text(most)(tokens) == written
+    assert make_token_formatter(most)(tokens) == written
 
 
 def test_without_a_number_there_is_no_chart() -> None:
     """Nothing learned, or no KL measured."""
     unmeasured = tuple(row.model_copy(update={"kl_nats": None}) for row in ROWS)
     for rows in ((), (START,), unmeasured):
-        assert charts.recovery_over_tokens(rows) == ""
+        assert charts.draw_recovery(rows) == ""
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_without_a_number_there_is_no_chart() -> None:
 def test_a_number_without_a_place_is_not_drawn(kl_nats: float, marks: int) -> None:
     """What diverged has no mark; what is zero but for rounding lies at the floor."""
     rows = (*ROWS[:3], WORSE.model_copy(update={"kl_nats": kl_nats}), BETTER)
-    drawn = charts.recovery_over_tokens(rows)
+    drawn = charts.draw_recovery(rows)
     assert drawn.count("<circle") == marks
     assert not re.search(r'="[^"]*(nan|inf)', drawn)
 
@@ -187,7 +189,7 @@ def test_a_report_from_before_has_none(report: Report) -> None:
 
 def test_a_phase_has_the_divergence_of_the_state_it_left() -> None:
     """That of its best look: a training may get worse before it ends, and its best state stays."""
-    best = RecoveryRow(phase="all", tokens=10, kl_nats=0.2, text_kl_nats=0.5)
-    last = RecoveryRow(phase="all", tokens=20, kl_nats=0.4, text_kl_nats=0.6, accuracy=0.9)
-    (phase,) = end_phases((best, last))
+    best = RecoveryRow(phase="full", tokens=10, kl_nats=0.2, text_kl_nats=0.5)
+    last = RecoveryRow(phase="full", tokens=20, kl_nats=0.4, text_kl_nats=0.6, accuracy=0.9)
+    (phase,) = list_phase_ends((best, last))
     assert (phase.tokens, phase.kl_nats, phase.text_kl_nats, phase.accuracy) == (20, 0.2, 0.5, 0.9)

@@ -13,15 +13,15 @@ import jsonschema
 import pytest
 from pydantic import BaseModel
 
-from racdeploy.results.answers import Record
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
-from racdeploy.results.tuning import CostInterval, Tuning
+from racdeploy.results.tuning import CostEstimate, Tuning
 from tests.support.sample_tuning import build_tuning
 
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLISHED: dict[str, type[BaseModel]] = {
     "report.schema.json": Report,
-    "record.schema.json": Record,
+    "record.schema.json": AnswerRecord,
     "tune.schema.json": Tuning,
 }
 Json = dict[str, object]
@@ -41,7 +41,9 @@ def test_the_published_schema_is_current(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(published)
 
 
-def test_a_report_and_its_records_keep_the_schema(report: Report, records: list[Record]) -> None:
+def test_a_report_and_its_records_keep_the_schema(
+    report: Report, records: list[AnswerRecord]
+) -> None:
     """As written to disk, infinite ends of an interval included."""
     assert report.comparison
     unbounded = report.comparison.model_copy(update={"length_upper": float("inf")})
@@ -56,7 +58,7 @@ def test_a_report_and_its_records_keep_the_schema(report: Report, records: list[
 def test_a_search_keeps_the_schema() -> None:
     """As written to disk, with seconds for right answers of which there is none."""
     tuning = build_tuning()
-    never = CostInterval(value=float("inf"), lower=9.0, upper=float("inf"))
+    never = CostEstimate(value=float("inf"), lower=9.0, upper=float("inf"))
     first = tuning.candidates[0].model_copy(update={"seconds_per_correct": never})
     changed = tuning.model_copy(update={"candidates": (first, *tuning.candidates[1:])})
 

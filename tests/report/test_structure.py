@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from racdeploy.report import html, markdown
-from racdeploy.report.structure import describe_kept, list_kept
-from racdeploy.results.answers import Record
-from racdeploy.results.pruning import Kept, StructureRow
+from racdeploy.report.structure import describe_remaining, list_remaining
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.pruning import KeptStructure, StructureRow
 from racdeploy.results.report import Report
 
-DENSE = Kept(
+DENSE = KeptStructure(
     parameters=1_000_000,
     parameters_dense=1_000_000,
     blocks=4,
@@ -35,31 +35,34 @@ def cut_to(report: Report, channels: list[int], heads: list[int], **whole: int) 
         for block, (own, own_heads) in enumerate(zip(channels, heads, strict=True))
     )
     kept = DENSE.model_copy(update={"parameters": 700_000, **whole})
-    return report.model_copy(update={"structure": rows, "kept": kept})
+    return report.model_copy(update={"structure": rows, "kept_structure": kept})
 
 
-def test_nothing_is_said_where_nothing_was_cut(report: Report, records: list[Record]) -> None:
+def test_nothing_is_said_where_nothing_was_cut(report: Report, records: list[AnswerRecord]) -> None:
     """No sentence, no table, no section."""
-    assert (describe_kept(None, ()), list_kept(None, ())) == ("", [])
+    assert (describe_remaining(None, ()), list_remaining(None, ())) == ("", [])
     assert "What is left" not in html.render(report, records)
-    assert "#### Kept" not in markdown.render(report)
+    assert "#### Structure" not in markdown.render(report)
 
 
 def test_equal_widths_are_those_of_each_block(report: Report) -> None:
     """One width where all blocks are alike; what is whole is not listed."""
     cut = cut_to(report, [1152] * 4, [8] * 4)
-    assert describe_kept(cut.kept, cut.structure) == (
+    assert describe_remaining(cut.kept_structure, cut.structure) == (
         "70.0% of the parameters (700,000 of 1,000,000) and 75.0% of the feed-forward channels "
         "(1,152 of 1,536 in each block)"
     )
-    assert f"Pruned keeps {describe_kept(cut.kept, cut.structure)}." in markdown.render(cut)
+    assert (
+        f"Pruned keeps {describe_remaining(cut.kept_structure, cut.structure)}."
+        in markdown.render(cut)
+    )
 
 
 def test_different_widths_are_added_up_with_their_range(report: Report) -> None:
     """Of the blocks that are left; blocks and tokens that went are counted against the dense."""
     whole = {"blocks": 3, "vocabulary": 128, "key_value_heads": 1}
     cut = cut_to(report, [512, 768, 1024], [8, 6, 4], **whole)
-    assert [part.row for part in list_kept(cut.kept, cut.structure)] == [
+    assert [part.row for part in list_remaining(cut.kept_structure, cut.structure)] == [
         ("parameters", "1,000,000", "700,000", "70.0%"),
         ("blocks", "4", "3", "75.0%"),
         ("feed-forward channels", "4,608", "2,304 in all, 512 to 1,024 a block", "50.0%"),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.report.tables import Table, list_next_steps, number, points, tables
+from racdeploy.report.tables import (
+    ReportTable,
+    format_number,
+    format_points,
+    list_next_steps,
+    list_tables,
+)
 from racdeploy.results.checks import CheckResult, CheckVerdict
 from racdeploy.results.report import Report
 
@@ -17,8 +23,8 @@ def _with_checks(report: Report, *checks: CheckResult) -> Report:
     return report.model_copy(update={"checks": checks})
 
 
-def _named(report: Report, title: str) -> Table:
-    (found,) = [table for table in tables(report) if table.title == title]
+def _named(report: Report, title: str) -> ReportTable:
+    (found,) = [table for table in list_tables(report) if table.title == title]
     return found
 
 
@@ -27,7 +33,7 @@ def test_checks_that_need_an_eye_come_first(report: Report) -> None:
     verdicts: tuple[CheckVerdict, ...] = ("pass", "skipped", "measured", "inconclusive", "fail")
     checks = [_check(verdict, verdict, "do it") for verdict in verdicts]
     table = _named(_with_checks(report, *checks), "Checks")
-    assert table.columns == ("check", "verdict", "found")
+    assert table.columns == ("check", "verdict", "result")
     assert [row[1] for row in table.rows] == ["fail", "inconclusive", "pass", "measured", "skipped"]
 
 
@@ -52,7 +58,7 @@ def test_columns_of_numbers_are_told_from_columns_of_words(report: Report) -> No
     right = {name for name, is_right in zip(arms.columns, arms.numeric, strict=True) if is_right}
     assert right == set(arms.columns) - {"model", "quant"}
 
-    mixed = Table("", ("1", "2", "3"), (("7", "2,304 or so", "–"), ("8", "82.0%", "")))
+    mixed = ReportTable("", ("1", "2", "3"), (("7", "2,304 or so", "–"), ("8", "82.0%", "")))
     assert mixed.numeric == (False, False, False)
 
 
@@ -62,12 +68,12 @@ def test_columns_of_numbers_are_told_from_columns_of_words(report: Report) -> No
 )
 def test_a_number_has_separators_and_a_true_minus(value: float, text: str) -> None:
     """As axes and tables show it."""
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [(-0.0149, "−1.5"), (-0.0001, "0.0"), (0.77, "77.0")])
 def test_points_have_no_negative_zero(share: float, text: str) -> None:
-    assert points(share) == text
+    assert format_points(share) == text
 
 
 def test_every_number_of_a_table_is_in_one_format(report: Report) -> None:

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from racdeploy.report import terminal
-from racdeploy.report.tables import Table, tables
+from racdeploy.report.tables import ReportTable, list_tables
 from racdeploy.results.pruning import VECTORS_IN_F32, TensorRow
 from racdeploy.results.report import Report
 
@@ -40,7 +40,7 @@ def test_eighty_columns_break_no_word(report: Report) -> None:
     """The arms lie on their side, and every word of the tables is whole."""
     text = printed(report, is_terminal=True, width=80)
     assert max(map(len, text.splitlines())) <= 80
-    for table in tables(report):
+    for table in list_tables(report):
         if "\N{REPLACEMENT CHARACTER}" in str(table.rows):
             continue
         words = {word for row in table.rows for cell in row for word in cell.split()}
@@ -49,7 +49,7 @@ def test_eighty_columns_break_no_word(report: Report) -> None:
 
 def test_a_table_without_room_is_a_list() -> None:
     """Where even its longest words do not fit beside each other."""
-    table = Table("Wide", ("what", "where"), tuple((f"row{i}", "x" * 40) for i in range(6)))
+    table = ReportTable("Wide", ("what", "where"), tuple((f"row{i}", "x" * 40) for i in range(6)))
     stream = io.StringIO()
     terminal.print_table(table, Console(file=stream, force_terminal=True, width=42))
     assert "row5" in stream.getvalue()
@@ -77,8 +77,8 @@ def test_norms_in_f32_are_no_news(report: Report) -> None:
     """Every format stores them so; another reason is listed."""
     norm = TensorRow(
         name="norm",
-        quant_asked="q8_0",
-        quant_real="f32",
+        requested_quant="q8_0",
+        actual_quant="f32",
         zeros=0,
         size_bytes=4,
         reason=VECTORS_IN_F32,

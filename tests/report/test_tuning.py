@@ -22,13 +22,18 @@ from racdeploy.report.tuning_files import (
     FILE,
     PAGE,
     RECIPE,
-    name_page,
+    find_tuning_page,
     read_tuning,
     write_tuning,
 )
 from racdeploy.report.tuning_page import render
-from racdeploy.report.tuning_tables import describe_device, keeps_limits, list_facts, tuning_table
-from racdeploy.results.tuning import Candidate, CostInterval, Tuning
+from racdeploy.report.tuning_tables import (
+    describe_device,
+    list_facts,
+    make_tuning_table,
+    meets_limits,
+)
+from racdeploy.results.tuning import Candidate, CostEstimate, Tuning
 from tests.support.elements import Elements
 from tests.support.errors import raises
 from tests.support.sample_report import HOSTILE
@@ -119,16 +124,16 @@ def test_the_page_says_who_wins_and_whether_the_limits_are_kept(tuning: Tuning, 
     winner = tuning.find(tuning.winner)
     assert winner
     others = tuple(each for each in tuning.candidates if each is not winner)
-    missed = winner.model_copy(update={"keeps_limits": False})
+    missed = winner.model_copy(update={"meets_limits": False})
     for changed in ({"reference": ""}, {"candidates": (missed, *others)}):
-        assert not keeps_limits(tuning.model_copy(update=changed))
+        assert not meets_limits(tuning.model_copy(update=changed))
         assert "not every limit kept" in render(tuning.model_copy(update=changed))
 
 
 def test_the_facts_say_what_was_asked_and_what_it_took(tuning: Tuning) -> None:
     """The time beside the budget, and what stopping early saved."""
     facts = dict(list_facts(tuning))
-    assert facts["Asked for"].startswith("best seconds per correct answer, 100,000,000 bytes")
+    assert facts["Constraints"].startswith("best seconds per correct answer, 100,000,000 bytes")
     assert facts["Time"].startswith("1.0 h of 1.5 h: traces 6.9 min, measure 38.0 s")
     assert facts["Time"].endswith("stopping early saved 66% of the race")
     assert facts["Gain in accuracy"].startswith("2.2 points")
@@ -139,18 +144,18 @@ def test_the_facts_say_what_was_asked_and_what_it_took(tuning: Tuning) -> None:
 
 def test_the_table_has_the_winner_its_rival_and_then_the_farthest(tuning: Tuning) -> None:
     """Whoever did not answer has a reason; without them only those that did are left."""
-    table = tuning_table(tuning)
+    table = make_tuning_table(tuning)
     assert len(table.rows) == len(tuning.candidates) == 22
     assert [row[0] for row in table.rows[:3]] == [
-        "50% Q4_0 joint, winner",
-        "Q4_0 (dense), beside it",
-        "Q2_K joint (dense)",
+        "50% Q4_0 codes, winner",
+        "Q4_0 (dense), rival",
+        "Q2_K codes (dense)",
     ]
     stages = [row[1] for row in table.rows]
     assert stages[13:] == sorted(stages[13:], key=["compared", "counted"].index)
     assert all(row[-1] for row in table.rows[13:])
-    assert len(tuning_table(tuning, answered=True).rows) == 13
-    assert set(tuning_table(tuning, brief=True).columns) < set(table.columns)
+    assert len(make_tuning_table(tuning, answered=True).rows) == 13
+    assert set(make_tuning_table(tuning, brief=True).columns) < set(table.columns)
 
 
 def test_every_model_that_answered_has_a_point(tuning: Tuning) -> None:
@@ -159,7 +164,7 @@ def test_every_model_that_answered_has_a_point(tuning: Tuning) -> None:
     assert drawn.count("<circle") == 13
     assert drawn.count("stroke-dasharray") == 2
     assert drawn.count('fill="var(--dense)"') == 7
-    assert re.findall(r'class="name"[^>]*>([^<]+)<', drawn) == ["Q4_0", "50% Q4_0 joint"]
+    assert re.findall(r'class="name"[^>]*>([^<]+)<', drawn) == ["Q4_0", "50% Q4_0 codes"]
 
     far = tuning.constraints.model_copy(
         update={"max_bytes": 1_500_000_000, "min_accuracy_ratio": None}
@@ -181,7 +186,7 @@ def test_all_of_the_picture_is_inside(tuning: Tuning) -> None:
 
 def test_a_model_without_a_right_answer_says_so(tuning: Tuning) -> None:
     """Its seconds have no end; nothing on the page is infinite or no number."""
-    never = CostInterval(value=float("inf"), lower=9.0, upper=float("inf"))
+    never = CostEstimate(value=float("inf"), lower=9.0, upper=float("inf"))
     changed = []
     for each in tuning.candidates:
         update = {"seconds_per_correct": never} if each.name == "Q3_K" else {}
@@ -209,7 +214,7 @@ def test_a_terminal_of_80_columns_breaks_no_word(tuning: Tuning) -> None:
 def test_markdown_has_the_verdict_the_table_and_the_command(tuning: Tuning) -> None:
     """Hostile names stay text."""
     text = markdown.render_tuning(tuning)
-    assert text.startswith("### 50% Q4_0 joint wins: 5.31 seconds")
+    assert text.startswith("### 50% Q4_0 codes wins: 5.31 seconds")
     assert "racdeploy build --recipe recipe.toml" in text
     assert "#### Candidates" in text
 
@@ -239,7 +244,7 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
     assert read_toml(folder / RECIPE) == tuning.recipe
 
     assert (folder / PAGE).read_text() == render(tuning)
-    assert name_page(folder / FILE) == folder / PAGE
+    assert find_tuning_page(folder / FILE) == folder / PAGE
 
     for text, code in (
         ("[]", "json-not-an-object"),
@@ -256,4 +261,4 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
 
 def test_a_candidate_of_nothing_but_bytes_is_enough() -> None:
     """What a first stage knows."""
-    Candidate(name="a", dense=True, reached="counted", size_bytes=1, keeps_limits=False)
+    Candidate(name="a", dense=True, reached="counted", size_bytes=1, meets_limits=False)

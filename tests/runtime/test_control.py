@@ -12,9 +12,9 @@ from racdeploy.manifest import Manifest, ThinkingControl
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime import load
 from racdeploy.runtime.control import (
-    check_closing,
+    check_closing_text,
     describe_control,
-    find_hesitation,
+    find_hesitation_ids,
     make_budget,
 )
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
@@ -45,9 +45,9 @@ def test_every_form_of_a_word_is_found(tmp_path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     read = read_tokenizer(tmp_path / "tokenizer.json")
-    own = PromptEncoder(read, ChatTemplate("x", reader=read.reader))
+    own = PromptEncoder(read, ChatTemplate("x", sandbox=read.sandbox))
 
-    found = find_hesitation(own, ["Wait", "Hmm", "Alternatively"])
+    found = find_hesitation_ids(own, ["Wait", "Hmm", "Alternatively"])
     assert found == {"Wait": (0, 1, 2, 3, 4, 5, 6), "Hmm": (7, 8), "Alternatively": ()}
     assert ThinkingControl(hesitation=found).hesitation_ids == tuple(range(9))
 
@@ -65,15 +65,15 @@ def test_an_engine_is_told_only_what_there_is_to_do(encoder: PromptEncoder) -> N
     assert budget is not None
     assert (budget.max_tokens, budget.hesitation_ids, budget.hesitation_penalty) == (None, (7,), 2)
     assert budget.starts_open
-    assert list(budget.closing_ids) == encoder.encode_text("Done.")
+    assert list(budget.closing_message_ids) == encoder.encode_text("Done.")
 
 
 def test_a_last_sentence_without_tags_is_allowed(encoder: PromptEncoder) -> None:
     tags = ThinkingTags((OPEN_ID,), (CLOSE_ID,))
-    check_closing(encoder, tags, "\nI must answer now.\n")
+    check_closing_text(encoder, tags, "\nI must answer now.\n")
     for tag in ("<think>", "</think>"):
         with raises("tag-in-closing-text", tag):
-            check_closing(encoder, tags, f"Done. {tag}")
+            check_closing_text(encoder, tags, f"Done. {tag}")
 
 
 def test_what_is_done_is_said() -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from racdeploy.sandbox.reader import Reader
+from racdeploy.sandbox.client import Sandbox
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint, write_tokenizer
 
@@ -74,9 +74,9 @@ DATED = (
 def hostile(source: str, messages: list[dict[str, Any]] = QUESTION) -> str:
     """Render a template that must fail; return the message."""
     with raises("template-failed") as caught:
-        ChatTemplate(source, "<s>", "</s>", reader=Reader("racdeploy.sandbox.texts")).render(
-            messages
-        )
+        ChatTemplate(
+            source, "<s>", "</s>", sandbox=Sandbox("racdeploy.sandbox.text_operations")
+        ).render(messages)
     return str(caught.value)
 
 
@@ -147,10 +147,10 @@ def test_a_template_may_refuse_messages_in_its_own_words() -> None:
 
 def test_a_template_that_took_too_long_does_not_disturb_the_next() -> None:
     """Their process is ended, and the next one knows the other template."""
-    reader = Reader("racdeploy.sandbox.texts")
+    reader = Sandbox("racdeploy.sandbox.text_operations")
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    slow = ChatTemplate(endless, reader=reader)
-    quick = ChatTemplate("{{ messages[0].content }}!", reader=reader)
+    slow = ChatTemplate(endless, sandbox=reader)
+    quick = ChatTemplate("{{ messages[0].content }}!", sandbox=reader)
 
     for _ in range(2):
         with raises("template-failed", "1.0 s"):
@@ -159,8 +159,8 @@ def test_a_template_that_took_too_long_does_not_disturb_the_next() -> None:
 
 
 def test_tokens_that_a_model_lacks_render_as_nothing() -> None:
-    reader = Reader("racdeploy.sandbox.texts")
-    assert ChatTemplate("[{{ bos_token }}{{ eos_token }}]", reader=reader).render([]) == "[]"
+    reader = Sandbox("racdeploy.sandbox.text_operations")
+    assert ChatTemplate("[{{ bos_token }}{{ eos_token }}]", sandbox=reader).render([]) == "[]"
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0", "model": 3}', "\0"])

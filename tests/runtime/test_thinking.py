@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from racdeploy.runtime.text import TextReader
+from racdeploy.runtime.text import StreamDecoder
 from racdeploy.runtime.thinking import (
-    Split,
+    SplitCompletion,
     ThinkingTags,
+    encode_tags,
+    find_prompt_state,
     find_tag_names,
     find_tags,
-    prompt_state,
-    split,
-    tags_of,
+    split_completion,
 )
 from tests.support.errors import raises
 from tests.support.tiny_models import SPECIAL_TOKENS, edit_json, write_tokenizer
@@ -43,7 +43,7 @@ def split_text(
     forced_at: int | None = None,
 ) -> tuple[str, str, str]:
     """Split texts in which every character is a token."""
-    parts = split(
+    parts = split_completion(
         ids(prompt),
         ids(completion),
         tags(open_tag, close_tag),
@@ -136,7 +136,7 @@ def test_where_a_thought_began_follows_from_ids_alone(
     known = ThinkingTags(tuple(open_ids), tuple(close_ids), frozenset({0}))
     first_open, first_close = find(completion, open_ids), find(completion, close_ids)
     ends = first_open + len(open_ids), first_close + len(close_ids)
-    before = prompt_state(prompt, known)
+    before = find_prompt_state(prompt, known)
     if before == "open":
         expected = "prefilled"
     elif first_open > len(completion) and (first_close > len(completion) or before == "closed"):
@@ -144,7 +144,7 @@ def test_where_a_thought_began_follows_from_ids_alone(
     else:
         expected = "implied" if before == "none" and ends[1] < ends[0] else "emitted"
     forced_at = first_close if forced and first_close <= len(completion) else None
-    parts = split(prompt, completion, known, eos_ids=(9,), forced_at=forced_at)
+    parts = split_completion(prompt, completion, known, eos_ids=(9,), forced_at=forced_at)
     if (
         ends[0] != ends[1]
     ):  # one tag may end the other; the longer scan of the slow test decides those
@@ -191,7 +191,9 @@ def test_a_forced_tag_that_the_cap_cut_is_no_thinking() -> None:
 
 
 def test_a_model_without_tags_only_answers() -> None:
-    assert split([1], [2, 3, 0, 0], None, eos_ids=(0,)) == Split((), (2, 3), "absent")
+    assert split_completion([1], [2, 3, 0, 0], None, eos_ids=(0,)) == SplitCompletion(
+        (), (2, 3), "absent"
+    )
 
 
 @pytest.fixture
@@ -209,18 +211,18 @@ def test_tags_are_found_in_the_vocabulary(tokenizer_folder: Path) -> None:
         (SPECIAL_TOKENS["<think>"],),
         (SPECIAL_TOKENS["</think>"],),
     )
-    assert prompt_state(encoder.encode("Is <think> a tag?"), found) == "open"
-    assert prompt_state(encoder.encode_text("<think>\n\n</think>\n\n \t"), found) == "closed"
-    assert prompt_state(encoder.encode_text("<think>\n x"), found) == "none"
+    assert find_prompt_state(encoder.encode("Is <think> a tag?"), found) == "open"
+    assert find_prompt_state(encoder.encode_text("<think>\n\n</think>\n\n \t"), found) == "closed"
+    assert find_prompt_state(encoder.encode_text("<think>\n x"), found) == "none"
 
 
 def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path) -> None:
     source = "{{ messages[0]['content'] }}[THINK]{# closed by [/THINK] #}"
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.json")
-    plain = PromptEncoder(tokenizer, ChatTemplate(source, reader=tokenizer.reader))
-    found = tags_of(plain, "[THINK]", "[/THINK]")
+    plain = PromptEncoder(tokenizer, ChatTemplate(source, sandbox=tokenizer.sandbox))
+    found = encode_tags(plain, "[THINK]", "[/THINK]")
     assert len(found.open_ids) > 1
-    assert prompt_state(plain.encode("hello"), found) == "open"
+    assert find_prompt_state(plain.encode("hello"), found) == "open"
 
 
 HARMONY = (
@@ -239,7 +241,7 @@ def harmony(tokenizer_folder: Path) -> PromptEncoder:
     added = [kind | {"id": 490 + n, "content": text} for n, text in enumerate(MARKERS)]
     edit_json(file, added_tokens=added)
     tokenizer = read_tokenizer(file)
-    return PromptEncoder(tokenizer, ChatTemplate(HARMONY, reader=tokenizer.reader))
+    return PromptEncoder(tokenizer, ChatTemplate(HARMONY, sandbox=tokenizer.sandbox))
 
 
 _ANALYSIS = "<|channel|>analysis<|message|>"
@@ -270,13 +272,13 @@ def test_channels_of_gpt_oss_are_told_apart(
     assert found is not None
     prompt_ids, completion_ids = harmony.encode("6 times 7?"), harmony.encode_text(completion)
     eos = harmony.encode_text("<|return|>")
-    parts = split(prompt_ids, completion_ids, found, eos_ids=eos)
+    parts = split_completion(prompt_ids, completion_ids, found, eos_ids=eos)
     assert harmony.decode(parts.thinking_ids) == thinking
     assert harmony.decode(parts.answer_ids) == answer
     assert parts.state == state
 
     shown: list[tuple[str, str]] = []
-    reader = TextReader(harmony, prompt_ids, found, eos, lambda *piece: shown.append(piece))
+    reader = StreamDecoder(harmony, prompt_ids, found, eos, lambda *piece: shown.append(piece))
     for token in completion_ids:
         reader.feed(0, [token], None)
     reader.finish()
@@ -289,11 +291,11 @@ def test_an_answer_that_the_prompt_begins_has_no_thought(harmony: PromptEncoder)
     found = find_tags(harmony)
     assert found is not None
     rendered = harmony.encode("6 times 7?")
-    assert prompt_state(rendered, found) == "none"
+    assert find_prompt_state(rendered, found) == "none"
     final = harmony.encode_text("<|channel|>final<|message|>")
-    assert prompt_state([*rendered, *final], found) == "closed"
+    assert find_prompt_state([*rendered, *final], found) == "closed"
     analysis = harmony.encode_text(_ANALYSIS)
-    assert prompt_state([*rendered, *analysis], found) == "open"
+    assert find_prompt_state([*rendered, *analysis], found) == "open"
 
 
 def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None:
@@ -301,11 +303,11 @@ def test_a_model_that_does_not_think_has_no_tags(tokenizer_folder: Path) -> None
     edit_json(file, added_tokens=[])
     source = "{{ messages[0]['content'] }}"
     tokenizer = read_tokenizer(file)
-    encoder = PromptEncoder(tokenizer, ChatTemplate(source, reader=tokenizer.reader))
+    encoder = PromptEncoder(tokenizer, ChatTemplate(source, sandbox=tokenizer.sandbox))
     assert find_tag_names(encoder) is None
 
 
 def test_a_tag_without_ids_is_an_error(tokenizer_folder: Path) -> None:
     encoder = PromptEncoder.from_folder(tokenizer_folder)
     with raises("tags-not-encodable", "</think>"):
-        tags_of(encoder, "", "</think>")
+        encode_tags(encoder, "", "</think>")

@@ -14,7 +14,7 @@ import pytest
 from racdeploy.processes.messages import write_message
 from racdeploy.sandbox.pipe import AnswerPipe
 
-MOST_BYTES = 1_000_000
+MAX_BYTES = 1_000_000
 
 
 @pytest.fixture(params=["polled", "moved by a thread"])
@@ -27,7 +27,7 @@ def ends(
 
     read, write = os.pipe()
     writer = os.fdopen(write, "wb")
-    pipe = AnswerPipe(os.fdopen(read, "rb"), MOST_BYTES)
+    pipe = AnswerPipe(os.fdopen(read, "rb"), MAX_BYTES)
     yield pipe, writer
     writer.close()
     pipe.close()

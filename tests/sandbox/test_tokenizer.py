@@ -56,9 +56,9 @@ def test_known_tokens_are_not_asked_for_again(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     found = Tokenizer(tmp_path / "tokenizer.json")
     text = found.decode(range(20))
-    found.reader.close()
+    found.sandbox.close()
     assert text == found.decode(range(20))
-    assert found.reader.pid is None
+    assert found.sandbox.pid is None
 
 
 def test_texts_beyond_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +66,6 @@ def test_texts_beyond_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     found = Tokenizer(tmp_path / "tokenizer.json")
     with raises("token-id-not-number"):
         found.decode([-1])
-    monkeypatch.setattr(reading, "_LONGEST_TEXT", 100)
+    monkeypatch.setattr(reading, "_MAX_TEXT_BYTES", 100)
     with raises("tokenizer-failed", "100 bytes"):
         found.decode(list(range(20)) * 20)

@@ -15,8 +15,8 @@ from starlette.applications import Starlette
 
 from racdeploy.runtime import Model, load
 from racdeploy.serve import app as serving
-from racdeploy.serve.app import Served, make_app
-from racdeploy.serve.endpoint import LARGEST_BODY
+from racdeploy.serve.app import ServedModel, make_app
+from racdeploy.serve.endpoint import MAX_BODY_BYTES
 from tests.support.tiny_artifacts import make_bundle
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 @pytest.fixture(scope="module")
 def app(model: Model) -> Starlette:
-    return make_app(Served(model, "tiny", parallel=2))
+    return make_app(ServedModel(model, "tiny", parallel=2))
 
 
 def run(app: Starlette, ask: Ask, base_url: str = "http://localhost:8080") -> Any:
@@ -73,7 +73,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         (
             "POST",
             CHAT,
-            {"json": {"messages": "x" * LARGEST_BODY}},
+            {"json": {"messages": "x" * MAX_BODY_BYTES}},
             413,
             "body-too-large",
             "1000000",
@@ -134,7 +134,7 @@ def test_without_a_key_only_this_machine_is_answered(app: Starlette) -> None:
 
 
 def test_the_key_opens_everything_but_health(model: Model) -> None:
-    app = make_app(Served(model, "tiny", 2), "clé")
+    app = make_app(ServedModel(model, "tiny", 2), "clé")
     assert request(app, "GET", "/health").status_code == 200
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "clé"}):
         raw = {name: value.encode() for name, value in header.items()}
@@ -146,8 +146,8 @@ def test_the_key_opens_everything_but_health(model: Model) -> None:
 
 def test_too_many_are_sent_away(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the time to come back; those inside are answered."""
-    monkeypatch.setattr(serving, "WAITING", 1)
-    app = make_app(Served(model, "tiny", parallel=2))
+    monkeypatch.setattr(serving, "MAX_WAITING_REQUESTS", 1)
+    app = make_app(ServedModel(model, "tiny", parallel=2))
 
     async def ask(client: httpx.AsyncClient) -> list[httpx.Response]:
         asked = [client.post(CHAT, json=HELLO | {"max_tokens": 200}) for _ in range(8)]
@@ -214,7 +214,7 @@ def test_a_stream_ends_with_done(app: Starlette) -> None:
 def test_an_engine_that_dies_is_told(tmp_path: Path) -> None:
     """In the stream that was under way, to whoever asks next, and to who asks for health."""
     with load(make_bundle(tmp_path), threads=1, context_tokens=4096) as model:
-        app = make_app(Served(model, "tiny", 1))
+        app = make_app(ServedModel(model, "tiny", 1))
         assert request(app, "GET", "/health").json() == {"status": "ok"}
 
         def close_engine(sent: int, seconds: float) -> bool:

@@ -90,7 +90,7 @@ def test_what_takes_too_long_is_told_that_the_server_stops(server: OwnServer) ->
 
     stopped = [answer for answer in answers if answer.status_code == 503]
     assert stopped
-    assert stopped[-1].json()["error"]["message"] == "the server stops"
+    assert stopped[-1].json()["error"]["message"] == "the server is shutting down"
     assert ends(engine)
 
     assert server.process.stderr is not None

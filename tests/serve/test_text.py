@@ -10,25 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from racdeploy.runtime import AsyncTextStream, Piece
-from racdeploy.runtime.streams import Pool
+from racdeploy.runtime import AsyncTextStream, TextChunk
+from racdeploy.runtime.streams import DaemonThreadPool
 from racdeploy.runtime.text import OnText
-from racdeploy.serve.text import ShownText
+from racdeploy.serve.text import VisibleText
 
-POOL = Pool(4)
+POOL = DaemonThreadPool(4)
 
 
 def show(
     pieces: Sequence[tuple[str, str]], stops: Sequence[str] = (), *, strip: bool = True
-) -> tuple[list[Piece], ShownText[None]]:
+) -> tuple[list[TextChunk], VisibleText[None]]:
     """Return what is shown of some pieces."""
 
     def work(on_text: OnText, cancel: threading.Event) -> None:
         for text, kind in pieces:
             on_text(text, kind)  # type: ignore[arg-type]
 
-    async def read() -> tuple[list[Piece], ShownText[None]]:
-        shown = ShownText(AsyncTextStream(POOL, work), stops, strip=strip)
+    async def read() -> tuple[list[TextChunk], VisibleText[None]]:
+        shown = VisibleText(AsyncTextStream(POOL, work), stops, strip=strip)
         return [piece async for piece in shown.pieces()], shown
 
     return asyncio.run(read())
@@ -99,7 +99,7 @@ def test_an_error_is_passed_on() -> None:
         raise LookupError("b")
 
     async def read() -> None:
-        async for _ in ShownText(AsyncTextStream(POOL, work), [], strip=True).pieces():
+        async for _ in VisibleText(AsyncTextStream(POOL, work), [], strip=True).pieces():
             pass
 
     with pytest.raises(LookupError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from racdeploy.export.gguf.pretokenizers import APPROXIMATED
+from racdeploy.exporting.gguf.pretokenizers import APPROXIMATE_PRE_TOKENIZERS
 from tests.support.tiny_models import make_checkpoint
 
 STRINGS = [*(f"step {i} is done" for i in range(199)), "the GRÜNE"]
@@ -30,7 +30,11 @@ def write_o200k(folder: Path) -> Path:
     made = ("".join(merge) for merge in model["merges"][-2:])
     model["vocab"] |= dict(zip(made, places, strict=True))
 
-    regex = next(regex for regex, known in APPROXIMATED.items() if known.known_as == "o200k")
+    regex = next(
+        regex
+        for regex, known in APPROXIMATE_PRE_TOKENIZERS.items()
+        if known.display_name == "o200k"
+    )
     written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = regex
     file.write_text(json.dumps(written), encoding="utf-8")
     return folder

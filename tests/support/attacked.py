@@ -19,7 +19,7 @@ from racdeploy.errors import RacdeployError
 from racdeploy.models.model_card import read_license
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.runtime.template import ChatTemplate, PromptEncoder
-from racdeploy.sandbox.reader import Reader
+from racdeploy.sandbox.client import Sandbox
 from racdeploy.tasks import scoring
 
 TEXT = "There were eleven elephants; we let them sleep. " * 4
@@ -52,20 +52,20 @@ def attack(cases: Iterable[tuple[str, list[str]]]) -> list[Outcome]:
 
 
 def _template(source: str) -> str:
-    reader = Reader("racdeploy.sandbox.texts")
+    reader = Sandbox("racdeploy.sandbox.text_operations")
     try:
-        return ChatTemplate(source, reader=reader).render([{"role": "user", "content": TEXT}])
+        return ChatTemplate(source, sandbox=reader).render([{"role": "user", "content": TEXT}])
     finally:
         reader.close()
 
 
 def _tokenizer(folder: str) -> str:
-    encoder = PromptEncoder.begin(Path(folder))
+    encoder = PromptEncoder.start_loading(Path(folder))
     try:
         encoder.check()
         return encoder.decode([*encoder.encode(TEXT), *range(200)])
     finally:
-        encoder.tokenizer.reader.close()
+        encoder.tokenizer.sandbox.close()
 
 
 def _scorer(spec: str, answer: str, gold: str) -> str:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.walk.assemble import CutShape, assemble
+from racdeploy.pruning.walk.assemble import CutShape, assemble
 
 # Per block: query heads and channels that stay. Groups of heads stay equally large in a block.
 Cut = Sequence[tuple[int, int]]
@@ -36,7 +36,9 @@ def cut_checkpoint(folder: Path, out: Path, cut: Cut, blocks: Sequence[int] | No
                 continue
             value = checkpoint.read(source)
             sizes = checkpoint.shape.sizes[block]
-            for axis, index in enumerate(widths.find_kept(checkpoint.family, name, kept, sizes)):
+            for axis, index in enumerate(
+                widths.list_kept_indices(checkpoint.family, name, kept, sizes)
+            ):
                 value = value if index is None else np.take(value, index, axis)
             tensors[f"{checkpoint.family.blocks}.{place}.{name}"] = np.ascontiguousarray(value)
         save_file(tensors, pieces / f"block-{place:05d}.safetensors")
@@ -58,7 +60,7 @@ def pad_checkpoint(folder: Path, out: Path, cut: Cut) -> Path:
         kept = choose(checkpoint, block, heads, channels)
         tensors = {}
         for name in checkpoint.family.block_tensors:
-            letters = widths.axes(checkpoint.family, name)
+            letters = widths.list_axes(checkpoint.family, name)
             source = f"{checkpoint.family.blocks}.{block}.{name}"
             if len(letters) < 2 or letters[1] not in kept or source not in checkpoint.entries:
                 continue

@@ -2,8 +2,8 @@
 
 The command rewrites what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``. ``tree`` is the
 units of racdeploy with the first sentence of their docstrings, ``plugins`` what ``racdeploy
-plugins`` lists, ``families`` a table of them with what tests compare, ``errors`` every error with
-its code; the others quote a file. tests/documents/test_docs.py compares.
+plugins`` lists, ``families`` a table of them with what no test compares, ``errors`` every error
+with its code; the others quote a file. tests/documents/test_docs.py compares.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from racdeploy import plugins
-from racdeploy.models.supported import describe_families
+from racdeploy.models.family_support import describe_families
 from tests.support.error_codes import EXIT_CODES, list_raised
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def rewrite(text: str) -> str:
 
 def list_plugins() -> str:
     """Return a line for each kind: its name, then its plugins."""
-    lines = [f"{kind}: {', '.join(plugins.names(kind))}" for kind in plugins.KINDS]
+    lines = [f"{kind}: {', '.join(plugins.list_names(kind))}" for kind in plugins.KINDS]
     return _fence("\n".join(lines))
 
 
@@ -56,22 +56,21 @@ def draw_tree() -> str:
 
 
 def tabulate_families() -> str:
-    """Return a row for each family: what ``racdeploy families`` knows, and what tests compare."""
+    """Return a row for each family: what ``racdeploy families`` knows, and missing comparisons."""
     compared = {
-        "logits": _list_cases("tests/export/test_gguf.py"),
-        "file": _list_cases("tests/export/test_oracle.py"),
+        "logits": _list_cases("tests/exporting/test_gguf.py"),
+        "file": _list_cases("tests/exporting/test_oracle.py"),
     }
     lines = [
-        "| family | models | transformers | llama.cpp | kernels | ONNX | cuts | stays dense |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | models | transformers | llama.cpp | ONNX | cuts | stays dense |",
+        "|---|---|---|---|---|---|---|",
     ]
 
     for row in describe_families():
-        equal = [what for what, families in compared.items() if row["family"] in families]
-        gguf = f"`{row['gguf']}`: {', '.join(equal) or 'not compared'}"
+        missing = [what for what, families in compared.items() if row["family"] not in families]
+        gguf = f"`{row['gguf']}`" + (f", {' and '.join(missing)} not compared" if missing else "")
         dense = ", ".join(f"`{name}`" for name in row["stays_dense"])
-        kernels = "all" if row["kernels"] == row["prunes"] else "all but experts"
-        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf, kernels)
+        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf)
         rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]) or "none", dense)
         lines.append(f"| {' | '.join((*cells, *rest))} |")
 

@@ -15,7 +15,7 @@ from tests.support.commands import environment
 
 _MAIN = (
     "import racdeploy.cli, racdeploy.serve.server as server; "
-    "server.GRACE_S = {grace_s}; racdeploy.cli.main()"
+    "server.SHUTDOWN_GRACE_S = {grace_s}; racdeploy.cli.main()"
 )
 
 

@@ -10,19 +10,19 @@ from onnx import TensorProto, helper
 
 from racdeploy import packing as packings
 from racdeploy import quant as quants
-from racdeploy.export.gguf import measure as measure_gguf
-from racdeploy.export.onnx.graph import Graph
-from racdeploy.export.onnx.weights import wire
+from racdeploy.exporting.gguf import measure as measure_gguf
+from racdeploy.exporting.onnx.graph import WeightlessGraph
+from racdeploy.exporting.onnx.weights import connect_weights
 from racdeploy.packing import racgguf
 from racdeploy.packing.onnx.file import load_graph, write_model
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
     GraphTensor,
     StoredArrays,
-    join_arrays,
-    list_tensors,
+    arrays_to_rows,
+    dump_tensors,
     read_tensors,
-    split_arrays,
+    rows_to_arrays,
 )
 
 FORMATS = ("gguf", "onnx")
@@ -81,28 +81,28 @@ def store_in_onnx(
         The packing that the file names for its tensor, its bytes there, and its packed rows.
     """
     form, file = packings.load_onnx(packing), folder / "model.onnx"
-    tensor = GraphTensor("w", (len(packed_OP), 512), quant, looked_up=False)
-    model = wire(_product_graph(*tensor.shape), [tensor])
+    tensor = GraphTensor("w", (len(packed_OP), 512), quant, is_embedding=False)
+    model = connect_weights(_product_graph(*tensor.shape), [tensor])
     packer = form.GraphPacker(model, file)
 
-    reason = packer.refusal(tensor, zeros)
-    chosen = packings.load_onnx("plain").GraphPacker(model, file) if reason else packer
-    arrays = list(chosen.store(tensor, split_arrays(tensor, packed_OP), zeros))
-    packer.finish()
-    label = "plain" if reason or form.BESIDE_PLAIN else packing
-    listed = list_tensors([GraphTensor("w", tensor.shape, quant, False, label)])
-    write_model(model, arrays, folder, file.name, lambda: {TENSORS_KEY: listed})
-    packer.complete()
+    reason = packer.reason_for_plain(tensor, zeros)
+    arrays = rows_to_arrays(tensor, packed_OP)
+    if not reason:
+        arrays = packer.store(tensor, arrays, zeros)
+    label = "plain" if reason or form.KEEPS_PLAIN_FILE else packing
+    listed = dump_tensors([GraphTensor("w", tensor.shape, quant, False, label)])
+    write_model(model, arrays.items(), folder, file.name, lambda: {TENSORS_KEY: listed})
+    packer.after_write()
 
-    if form.BESIDE_PLAIN and not reason:
-        file = folder / packer.files_beside(file.name)[0]
+    if form.KEEPS_PLAIN_FILE and not reason:
+        file = folder / packer.extra_files(file.name)[0]
     model = load_graph(file)
     (found,) = read_tensors({entry.key: entry.value for entry in model.metadata_props}, file)
-    stored, size_bytes = StoredArrays(model, file).take(found)
-    return found.packing, size_bytes, join_arrays(found, stored)
+    stored, size_bytes = StoredArrays(model, file).read(found)
+    return found.packing, size_bytes, arrays_to_rows(found, stored)
 
 
-def _product_graph(O: int, I: int) -> Graph:
+def _product_graph(O: int, I: int) -> WeightlessGraph:
     model = helper.make_model(
         helper.make_graph(
             [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
@@ -113,4 +113,4 @@ def _product_graph(O: int, I: int) -> Graph:
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=8,
     )
-    return Graph(model, {}, frozenset({"w"}), frozenset(), frozenset())
+    return WeightlessGraph(model, {}, frozenset({"w"}), frozenset(), frozenset())

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.sources import resolve
+from racdeploy.models.sources import resolve_model
 from tests.support.commands import environment
 
 
@@ -64,7 +64,7 @@ def _is_up(port: int) -> bool:
 
 def write_model(folder: Path) -> Path:
     """Copy the embedded model, and export it beside its weights."""
-    shutil.copytree(resolve("tiny-reasoner").folder, folder)
+    shutil.copytree(resolve_model("tiny-reasoner").folder, folder)
     gguf.export(Checkpoint(folder), folder / "model.gguf", quant="f32")
     return folder
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from racdeploy.results.answers import Record
-from racdeploy.verify.evidence import Arm
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.verification.evidence import ArmResult
 
 
-def record(prompt: int, *, correct: bool = True, **values: object) -> Record:
+def record(prompt: int, *, correct: bool = True, **values: object) -> AnswerRecord:
     """Return a record that thought for a hundred tokens and closed."""
     defaults = {
         "task": "sums",
@@ -23,9 +23,9 @@ def record(prompt: int, *, correct: bool = True, **values: object) -> Record:
         "answer_text": str(prompt + 1),
         "thinking_text": "",
     }
-    return Record(prompt=prompt, correct=correct, **(defaults | values))  # type: ignore[arg-type]
+    return AnswerRecord(prompt=prompt, correct=correct, **(defaults | values))  # type: ignore[arg-type]
 
 
-def arm_of(records: Sequence[Record]) -> Arm:
+def arm_of(records: Sequence[AnswerRecord]) -> ArmResult:
     """Return an arm that gave these answers."""
-    return Arm("dense", tuple(records), 1000, "q8_0", 0.5)
+    return ArmResult("dense", tuple(records), 1000, "q8_0", 0.5)

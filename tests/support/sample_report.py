@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from racdeploy.report import markdown
-from racdeploy.results.answers import ArmSummary, Comparison, Record, RivalRow, TaskRow
+from racdeploy.results.answers import AnswerRecord, ArmSummary, Comparison, RivalRow, TaskRow
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.pruning import BlockRow, LinearRow, PositionRow, RecoveryRow, TensorRow
 from racdeploy.results.report import Report
@@ -48,10 +48,10 @@ def build_report() -> Report:
     linears = [
         LinearRow(
             name=f"model.layers.{block}.{kind}",
-            sparsity_asked=0.5,
-            sparsity_reached=0.4375 if (block, i) == (3, 6) else 0.5,
+            requested_sparsity=0.5,
+            actual_sparsity=0.4375 if (block, i) == (3, 6) else 0.5,
             held_out_error=0.01 + 0.002 * block + 0.004 * i,
-            error_by_stream={"prompt": 0.02, "thinking": 0.01 + 0.002 * block, "answer": 0.015},
+            error_by_segment={"prompt": 0.02, "thinking": 0.01 + 0.002 * block, "answer": 0.015},
             damping=0.01,
         )
         for block in range(12)
@@ -59,13 +59,17 @@ def build_report() -> Report:
     ]
     tensors = [
         TensorRow(
-            name="token_embd.weight", quant_asked="Q8_0", quant_real="Q8_0", zeros=0, size_bytes=900
+            name="token_embd.weight",
+            requested_quant="Q8_0",
+            actual_quant="Q8_0",
+            zeros=0,
+            size_bytes=900,
         ),
         *(
             TensorRow(
                 name=f"blk.{i}.attn_norm.weight",
-                quant_asked="Q8_0",
-                quant_real="F32",
+                requested_quant="Q8_0",
+                actual_quant="F32",
                 zeros=0,
                 size_bytes=1024,
                 reason="one-dimensional",
@@ -74,8 +78,8 @@ def build_report() -> Report:
         ),
         TensorRow(
             name=HOSTILE,
-            quant_asked="Q4_K",
-            quant_real="Q8_0",
+            requested_quant="Q4_K",
+            actual_quant="Q8_0",
             zeros=0.5,
             size_bytes=7,
             reason=HOSTILE,
@@ -104,7 +108,7 @@ def build_report() -> Report:
                 answer_tokens_mean=9,
                 unclosed=1,
                 forced=2,
-                cut=1,
+                truncated=1,
                 size_bytes=5_310_000,
                 tokens_per_s=1204.6,
                 quant="Q8_0",
@@ -189,15 +193,15 @@ def build_report() -> Report:
             BlockRow(
                 block=block,
                 drift=0.001 * block,
-                drift_by_stream={"prompt": 0.001, "thinking": 0.002 * block},
+                drift_by_segment={"prompt": 0.001, "thinking": 0.002 * block},
                 drift_by_task={"word_problem": 0.003, "jsonl:" + HOSTILE: 0.02},
             )
             for block in range(12)
         ),
         recovery=(
             RecoveryRow(phase="start", tokens=0, kl_nats=0.912, accuracy=0.5),
-            RecoveryRow(phase="all", tokens=200_000, loss=0.4, kl_nats=0.21),
-            RecoveryRow(phase="all", tokens=400_000, loss=0.2, kl_nats=0.03456, accuracy=0.9375),
+            RecoveryRow(phase="full", tokens=200_000, loss=0.4, kl_nats=0.21),
+            RecoveryRow(phase="full", tokens=400_000, loss=0.2, kl_nats=0.03456, accuracy=0.9375),
             RecoveryRow(
                 phase="own answers 1", tokens=450_000, loss=0.3, kl_nats=0.0512, kept=False
             ),
@@ -218,7 +222,7 @@ def build_report() -> Report:
     )
 
 
-def build_records() -> list[Record]:
+def build_records() -> list[AnswerRecord]:
     """Return 256 prompts for both arms; six of them discordant, some with hostile text."""
     generator = random.Random(4)
     records = []
@@ -232,7 +236,7 @@ def build_records() -> list[Record]:
             own = 512 if (name, prompt) == ("pruned", 7) else own
             wrong = prompt in ((11, 40) if name == "dense" else (7, 19, 63, 200))
             records.append(
-                Record(
+                AnswerRecord(
                     prompt=prompt,
                     task="gcd" if prompt % 10 == 0 else "word_problem",
                     question=f"Ann has {prompt} apples & gives 3 away. {hostile}",

@@ -8,10 +8,10 @@ from typing import Any
 from racdeploy.results.tuning import (
     Candidate,
     Constraints,
-    CostInterval,
+    CostEstimate,
     DeviceRow,
-    Interval,
-    ShareInterval,
+    Estimate,
+    ShareEstimate,
     Tuning,
 )
 
@@ -22,12 +22,12 @@ Q6_K            | dense  | q6_k   | 125.0 | 17.0 | 0.878  | 119.0 | 200 | as goo
 Q4_0            | dense  | q4_0   | 96.4  | 25.1 | 0.868  | 121.0 | 400 |
 Q4_K_M          | dense  | q4_k_m | 105.0 | 20.3 | 0.872  | 120.0 | 200 | slower than Q4_0
 Q3_K            | dense  | q3_k   | 84.1  | 15.2 | 0.835  | 131.0 | 120 | surely worse
-Q3_K joint      | dense  | q3_k   | 84.1  | 15.2 | 0.851  | 126.0 | 120 | surely worse
-Q2_K joint      | dense  | q2_k   | 73.0  | 14.9 | 0.612  | 188.0 | 60  | surely worse
-50% Q4_0 joint  | pruned | q4_0   | 82.9  | 27.4 | 0.890  | 117.5 | 400 |
+Q3_K codes      | dense  | q3_k   | 84.1  | 15.2 | 0.851  | 126.0 | 120 | surely worse
+Q2_K codes      | dense  | q2_k   | 73.0  | 14.9 | 0.612  | 188.0 | 60  | surely worse
+50% Q4_0 codes  | pruned | q4_0   | 82.9  | 27.4 | 0.890  | 117.5 | 400 |
 50% Q8_0        | pruned | q8_0   | 113.0 | 24.6 | 0.885  | 118.3 | 200 | larger than 50% Q4_0 joint
-2:4 Q4_0 joint  | pruned | q4_0   | 82.9  | 29.0 | 0.862  | 125.1 | 400 |
-60% Q4_0 joint  | pruned | q4_0   | 77.2  | 30.2 | 0.845  | 131.0 | 120 | surely worse
+2:4 Q4_0 codes  | pruned | q4_0   | 82.9  | 29.0 | 0.862  | 125.1 | 400 |
+60% Q4_0 codes  | pruned | q4_0   | 77.2  | 30.2 | 0.845  | 131.0 | 120 | surely worse
 ffn 75% Q4_0    | pruned | q4_0   | 81.0  | 31.7 | 0.801  | 140.2 | 60  | surely worse
 mix at 3.4 bits | pruned | q4_0   | 85.9  | 26.8 | 0.8875 | 117.9 | 400 |
 """
@@ -39,8 +39,8 @@ Q5_0            | dense  | q5_0 | 112.1 | 19.9 |      | counted  | 112 MB are ab
 70% Q4_0        | pruned | q4_0 | 71.0  | 33.0 |      | counted  | 2.7 times the least error
 heads 75% Q4_0  | pruned | q4_0 | 88.4  | 27.7 |      | counted  | 2.4 times the least error
 Q2_K            | dense  | q2_k | 73.0  | 14.9 | 1.84 | compared | 3.9 times the least KL
-50% Q3_K joint  | pruned | q3_k | 71.4  | 14.1 | 0.71 | compared | 14.1 tokens/s, below 15
-Q4_0 joint      | dense  | q4_0 | 96.4  | 25.1 | 0.21 | compared | Q4_0 is as near
+50% Q3_K codes  | pruned | q3_k | 71.4  | 14.1 | 0.71 | compared | 14.1 tokens/s, below 15
+Q4_0 codes      | dense  | q4_0 | 96.4  | 25.1 | 0.21 | compared | Q4_0 is as near
 vocabulary 16k  | pruned | q4_0 | 78.3  | 28.8 | 0.52 | compared | 2.1 times the least KL
 """
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,14 +48,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "60%": {"prune.sparsity": 0.6, "export.packing": "bitmask"},
     "70%": {"prune.sparsity": 0.7},
     "2:4": {"prune.pattern": "2:4", "export.packing": "bitmask"},
-    "joint": {"prune.joint": True},
+    "codes": {"export.rounding": "optimized"},
     "ffn": {"structure.keep": {"ffn": 0.75}, "recover.tokens": 400_000},
     "heads": {"structure.keep": {"heads": 0.75}},
     "vocabulary": {"structure.keep": {"vocabulary": 16384}},
     "mix": {"prune.sparsity": 0.5, "export.tensors": {r"attn_v\.weight$": "q5_0"}},
 }
 """What a word in a name asks for."""
-_VERIFIED = ("50% Q4_0 joint", "Q4_0")
+_VERIFIED = ("50% Q4_0 codes", "Q4_0")
 
 
 def build_tuning() -> Tuning:
@@ -73,10 +73,11 @@ def build_tuning() -> Tuning:
             "target": "raspberry-pi-5",
             "tasks": ["column_sums", "gsm8k:test.jsonl"],
             "traces": {"max_new_tokens": 400},
-            "prune": {"sparsity": 0.5, "joint": True},
+            "prune": {"sparsity": 0.5},
             "export": {
                 "quant": "q4_0",
                 "packing": "bitmask",
+                "rounding": "optimized",
                 "tensors": {r"attn_v\.weight$": "q5_0"},
             },
         },
@@ -95,13 +96,13 @@ def build_tuning() -> Tuning:
             cores=4,
         ),
         candidates=tuple(candidates),
-        winner="50% Q4_0 joint",
+        winner="50% Q4_0 codes",
         rival="Q4_0",
         reference="Q8_0",
-        verdict="50% Q4_0 joint wins: 5.31 seconds for each right answer on Raspberry Pi 5, 8 GB, "
+        verdict="50% Q4_0 codes wins: 5.31 seconds for each right answer on Raspberry Pi 5, 8 GB, "
         "13 % fewer than Q4_0, the best dense model, with 14 % fewer bytes and 2.2 points more "
         "right answers (90 % interval −0.4 to 4.7).",
-        gain=Interval(value=0.022, lower=-0.004, upper=0.047),
+        gain=Estimate(value=0.022, lower=-0.004, upper=0.047),
         notes=("2 candidates were not tried, for want of time: raise --budget",),
         seconds={
             "traces": 412.0,
@@ -145,11 +146,11 @@ def _answered(
             "kl_nats": 0.2,
             "prompts": count,
             "correct": round(share * count),
-            "accuracy": ShareInterval(
+            "accuracy": ShareEstimate(
                 value=share, lower=share - half, upper=min(1.0, share + half)
             ),
             "thinking_tokens_mean": tokens,
-            "seconds_per_correct": CostInterval(
+            "seconds_per_correct": CostEstimate(
                 value=seconds,
                 lower=seconds * (1 - half / share),
                 upper=seconds * (1 + half / share),
@@ -193,5 +194,5 @@ def _counted(name: str, kind: str, quant: str, megabytes: str, tokens_per_s: str
         size_bytes=size_bytes,
         memory_bytes=round(1.1 * size_bytes) + 60_000_000,
         tokens_per_s=speed,
-        keeps_limits=size_bytes <= 100_000_000 and speed >= 15,
+        meets_limits=size_bytes <= 100_000_000 and speed >= 15,
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy.export.onnx import exporters as onnx_exporters
-from racdeploy.export.onnx import writer as onnx_writer
-from racdeploy.export.onnx.choice import Chosen
-from racdeploy.export.onnx.graph import adopt
+from racdeploy.exporting.onnx import exporters as onnx_exporters
+from racdeploy.exporting.onnx import writer as onnx_writer
+from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph
+from racdeploy.exporting.onnx.graph import strip_weights
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
@@ -31,7 +31,9 @@ def use_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every export take one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     file = tiny_onnx() / APPENDING / "model.onnx"
-    graph = adopt(file, dense, onnx_exporters.load(APPENDING))
+    graph = strip_weights(file, dense, onnx_exporters.load(APPENDING))
     monkeypatch.setattr(
-        onnx_writer, "choose", lambda checkpoint, exporter: Chosen(graph, "built once")
+        onnx_writer,
+        "export_verified_graph",
+        lambda checkpoint, exporter: VerifiedGraph(graph, "built once"),
     )

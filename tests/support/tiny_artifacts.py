@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.backends.llamacpp import open_engine as open_llamacpp
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
@@ -52,11 +52,11 @@ ARTIFACTS: dict[str, Callable[[Path], AbstractContextManager[Path | str]]] = {
     "llamacpp": lambda folder: nullcontext(make_gguf(folder)),
     "onnxruntime:genai": lambda folder: nullcontext(tiny_onnx() / "genai" / "model.onnx"),
     "onnxruntime:appending": lambda folder: nullcontext(tiny_onnx() / APPENDING / "model.onnx"),
-    "openai": serve_gguf,
+    "server": serve_gguf,
     "transformers": lambda folder: nullcontext(make_checkpoint(folder / "checkpoint", "qwen3")),
 }
 # What an HTTP API does not offer; the contract holds these engines to saying so.
-WITHOUT_LOGITS = WITHOUT_BUDGET = ANEW = frozenset({"openai"})
+WITHOUT_LOGITS = WITHOUT_BUDGET = ANEW = frozenset({"server"})
 
 
 def make_bundle(folder: Path) -> Path:

@@ -62,15 +62,15 @@ GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermedia
 # transformers 4 has fewer than we have.
 _FOUND = {
     name: family
-    for name in plugins.names("families")
+    for name in plugins.list_names("families")
     if Version(transformers.__version__)
-    >= Version((family := plugins.load("families", name).FAMILY).since)
+    >= Version((family := plugins.load("families", name).FAMILY).min_transformers)
 }
 FAMILIES = tuple(_FOUND)
 CUT_FAMILIES = tuple(
     name
     for name, family in _FOUND.items()
-    if not (family.only or family.routed or ("Q",) in family.shapes.values())
+    if not (family.kind_prefixes or family.expert_linears or ("Q",) in family.shapes.values())
 )
 """Those whose blocks are alike, and no norm sees all heads: heads and channels can be cut."""
 TRAINED_TOKENS = 480

@@ -36,7 +36,7 @@ main_export(source, folder + "/optimum", task=task, dtype="fp32", do_validation=
 """,
     "torch": """
 sys.argv = ["child", source, folder + "/torch"]
-runpy.run_module("racdeploy.export.onnx.exporters.torch.child", run_name="__main__")
+runpy.run_module("racdeploy.exporting.onnx.exporters.torch.child", run_name="__main__")
 """,
     "genai": """
 sys.argv = ["builder", "-i", source, "-o", folder + "/genai", "-p", "fp32", "-e", "cpu"]

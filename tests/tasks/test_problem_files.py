@@ -55,7 +55,7 @@ def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
 def test_repeated_questions_are_reported(tmp_path: Path) -> None:
     """Each counts once; the plan and the notes of a report say how many there were."""
     spec = _write(tmp_path / "twice.jsonl", [*_rows(40), *_rows(30)])
-    told = f"{spec} has 30 lines whose question another line has, too: each of 40 questions"
+    told = f"{spec} has 30 lines that repeat another question: each of 40 questions"
     assert len(load(spec).pool) == 40
     assert TaskSet.load([spec], []).notes == (f"{told} counts once",)
     assert told in plan_cut(Job(Recipe(tasks=(spec,))))["note"]

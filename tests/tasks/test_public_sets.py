@@ -21,7 +21,7 @@ from racdeploy.recipe import Recipe
 from racdeploy.report import markdown
 from racdeploy.results.answers import TaskRow
 from racdeploy.tasks import TaskSet
-from racdeploy.tasks.published import Published, Rows
+from racdeploy.tasks.public_dataset import PublicDataset, SplitRows
 from racdeploy.tasks.scoring import score
 from racdeploy.tasks.sets import aime24, gpqa_diamond, gsm8k
 from racdeploy.tasks.task import Task
@@ -129,8 +129,8 @@ def test_folders_keep_the_splits_they_have(tmp_path: Path, monkeypatch: pytest.M
     for name in ("both", "copy"):
         task = tasks.load(f"gsm8k:{tmp_path / name}")
         assert _golds(task) == ["1", "2", "3"]
-        assert [problem.gold for problem in task.trained or ()] == ["101", "102", "103"]
-    assert tasks.load(f"gsm8k:{tmp_path / 'one'}").trained is None
+        assert [problem.gold for problem in task.calibration_pool or ()] == ["101", "102", "103"]
+    assert tasks.load(f"gsm8k:{tmp_path / 'one'}").calibration_pool is None
 
     renamed = datasets.DatasetDict(train=both["train"], other=both["test"])
     renamed.save_to_disk(str(tmp_path / "untested"))
@@ -194,8 +194,8 @@ def test_a_name_that_is_not_enough_gets_the_ways_that_work(spec: str, code: str,
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of the Hub without it: 40 questions to evaluate on, 60 to calibrate where published."""
 
-    def read(published: Published) -> Rows:
-        if published is aime24.SET:
+    def read(published: PublicDataset) -> SplitRows:
+        if published is aime24.DATASET:
             rows = [{"problem": f"{i}?", "answer": i} for i in range(30)]
             return tuple(rows), ()
         return tuple(_rows(0, 40)), tuple(_rows(100, 60))
@@ -248,7 +248,7 @@ def test_one_file_is_split_by_a_hash_and_two_are_whole(tmp_path: Path) -> None:
     alone = TaskSet.load([test], [])
     halves = [len(alone.draw(split, 0, 500)) for split in ("calibration", "evaluation")]
     assert sum(halves) == 40
-    assert alone.sources[0].endswith("for evaluation, as a hash of each decides")
+    assert alone.sources[0].endswith("for evaluation, split by a hash of each")
     assert alone.sources[1].startswith("GSM8K is asked and scored as in lm-eval")
 
     apart = TaskSet.load([test], [train])
@@ -266,17 +266,17 @@ def test_thoughts_that_will_be_cut_are_foreseen() -> None:
         "verify": {"max_new_tokens": 8192, "context_tokens": 16384},
     }
     job = Job(Recipe.combine(None, values))
-    assert job.foresee_cuts("evaluation") == [
+    assert job.predict_truncation("evaluation") == [
         "8,192 tokens cut about half of AIME 2024's thoughts (typical: 13,400): "
         "raise verify.max_new_tokens"
     ]
-    assert job.foresee_cuts("calibration") == [
+    assert job.predict_truncation("calibration") == [
         "1,024 tokens cut most of GSM8K's thoughts (typical: 2,500): raise traces.max_new_tokens"
     ]
 
     values["verify"] = {"max_new_tokens": 16384, "context_tokens": 20000}
-    assert Job(Recipe.combine(None, values)).foresee_cuts("evaluation") == []
-    assert Job(Recipe()).foresee_cuts("evaluation") == []
+    assert Job(Recipe.combine(None, values)).predict_truncation("evaluation") == []
+    assert Job(Recipe()).predict_truncation("evaluation") == []
 
 
 def test_the_right_option_is_in_every_place() -> None:
@@ -285,8 +285,8 @@ def test_the_right_option_is_in_every_place() -> None:
     for i in range(400):
         wrong = {f"Incorrect Answer {n}": f"no {n}" for n in (1, 2, 3)}
         row = {"Question": f"{i}?", "Correct Answer": "yes", **wrong}
-        problem = gpqa_diamond.ask(row)
-        assert problem == gpqa_diamond.ask(row)
+        problem = gpqa_diamond.make_problem(row)
+        assert problem == gpqa_diamond.make_problem(row)
         assert f"\n{problem.gold}) yes" in problem.question
         places[problem.gold] += 1
 
@@ -301,7 +301,7 @@ def test_answers_to_gsm8k_are_scored_as_recorded() -> None:
     assert len(rows) == 200
 
     for row in rows:
-        problem = gsm8k.ask({"question": "?", "answer": row["solution"]})
+        problem = gsm8k.make_problem({"question": "?", "answer": row["solution"]})
         assert score(problem.scorer, row["answer"], problem.gold).correct == row["racdeploy"], row
 
     differs = {row["form"] for row in rows if row["racdeploy"] != row["right"]}
@@ -309,13 +309,13 @@ def test_answers_to_gsm8k_are_scored_as_recorded() -> None:
 
 
 def test_answers_of_a_model_to_gsm8k_are_scored_as_recorded() -> None:
-    """What is found, too; where a harness finds something else is in benchmarks/RESULTS.md."""
+    """The number found is compared too; benchmarks/RESULTS-archive.md has what harnesses find."""
     file = Path(__file__).with_name("gsm8k_model.jsonl")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [row["index"] for row in rows] == list(range(200))
 
     for row in rows:
-        problem = gsm8k.ask({"question": "?", "answer": f"#### {row['gold']}"})
+        problem = gsm8k.make_problem({"question": "?", "answer": f"#### {row['gold']}"})
         scored = score(problem.scorer, row["answer"], problem.gold)
         assert (scored.extracted, scored.correct) == (row["found"], row["racdeploy"]), row["index"]
         assert row["racdeploy"] == row["lm_eval"] == row["lighteval"]
@@ -336,7 +336,7 @@ def test_answers_of_a_model_to_gsm8k_are_scored_as_recorded() -> None:
 def test_the_published_file_is_read_whole() -> None:
     """1319 questions, each with a whole number."""
     task = tasks.load(f"gsm8k:{PUBLISHED_TEST}")
-    assert len(task.pool) + task.repeated == 1319
+    assert len(task.pool) + task.duplicate_count == 1319
     golds = [problem.gold.replace(",", "").removeprefix("-") for problem in task.pool]
     assert all(gold.isdecimal() for gold in golds)
 
@@ -344,7 +344,7 @@ def test_the_published_file_is_read_whole() -> None:
 _READ = """
 from racdeploy.tasks import TaskSet
 task = TaskSet.load(["hub:gsm8k"], []).evaluation["hub:gsm8k"]
-print(*(each.gold for each in (*task.pool, *task.trained)))
+print(*(each.gold for each in (*task.pool, *task.calibration_pool)))
 """
 
 
@@ -364,7 +364,7 @@ def _read_hub(cache: Path, **environment: str) -> tuple[str, str]:
 @NEEDS_DATASETS
 def test_a_set_of_the_hub_is_read_and_kept(tmp_path: Path) -> None:
     """Both splits at the pinned commit; afterwards without a network; without either, one line."""
-    part = gsm8k.SET.evaluation
+    part = gsm8k.DATASET.evaluation
     files = {
         "README.md": README,
         "main/train-00000-of-00001.parquet": _make_parquet(_rows(100, 2)),
@@ -386,7 +386,7 @@ def test_a_set_of_the_hub_is_read_and_kept(tmp_path: Path) -> None:
 @NEEDS_DATASETS
 def test_a_gated_set_says_how_to_get_it(tmp_path: Path) -> None:
     """Its page, where its terms are accepted."""
-    part = gsm8k.SET.evaluation
+    part = gsm8k.DATASET.evaluation
     with serve_dataset(part.dataset, part.revision, {}, gated=True) as address:
         nothing, told = _read_hub(tmp_path / "cache", HF_ENDPOINT=address)
     assert nothing == ""
@@ -395,9 +395,11 @@ def test_a_gated_set_says_how_to_get_it(tmp_path: Path) -> None:
 
 def test_a_report_names_the_harness_beside_the_task() -> None:
     """With its version; nothing for a task of ours, or for one that this version has not."""
-    assert [tasks.follows(spec) for spec in ("gcd", "jsonl:a.jsonl", "gone:a.jsonl")] == [""] * 3
+    assert [tasks.find_protocol(spec) for spec in ("gcd", "jsonl:a.jsonl", "gone:a.jsonl")] == [
+        ""
+    ] * 3
 
     row = TaskRow(task="hub:aime24", prompts=30, dense_correct=9, pruned_correct=8)
-    row = row.model_copy(update={"follows": tasks.follows(row.task)})
+    row = row.model_copy(update={"protocol": tasks.find_protocol(row.task)})
     report = build_report().model_copy(update={"tasks": (row,)})
     assert "| hub:aime24, as lighteval 0.13.0 (aime24) | 30 |" in markdown.render(report)

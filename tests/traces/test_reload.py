@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.engines.backends.openai import http as http_client
+from racdeploy.engines.backends.server import http as http_client
 from racdeploy.recipe import Traces
-from racdeploy.traces.reload import load, loaded
+from racdeploy.traces.reload import load_weights, loaded_weights
 from tests.support.completion_server import Answer, Json, Reply, serving
 from tests.support.errors import raises
 from tests.support.real_server import free_port
@@ -50,7 +50,7 @@ def test_each_server_is_told_in_its_own_words(
 
     for kind, reply in GOOD.items():
         with serving(_routes(kind, reply, heard)) as url:
-            load(Traces(server=url, server_reload=kind), Path("model"))
+            load_weights(Traces(server=url, server_reload=kind), Path("model"))
 
     sglang, vllm, reset = ({**body, "Authorization": None} for body in heard)
     assert sglang == {"model_path": folder, "flush_cache": True, "Authorization": None}
@@ -103,7 +103,7 @@ def test_a_refusal_is_an_error(
         serving(_routes(kind, reply, [])) as url,
         raises("model-not-loaded", str(folder), message, remedy),
     ):
-        load(Traces(server=url, server_reload=kind), folder)
+        load_weights(Traces(server=url, server_reload=kind), folder)
 
 
 def test_a_vllm_that_keeps_its_cache_is_an_error(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_vllm_that_keeps_its_cache_is_an_error(tmp_path: Path) -> None:
     routes = _routes("vllm", GOOD["vllm"], [])
     del routes["reset_prefix_cache"]
     with serving(routes) as url, raises("model-not-loaded", "reset_prefix_cache"):
-        load(Traces(server=url, server_reload="vllm"), tmp_path)
+        load_weights(Traces(server=url, server_reload="vllm"), tmp_path)
 
 
 def test_a_key_that_is_refused_is_wrong_usage(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_key_that_is_refused_is_wrong_usage(tmp_path: Path) -> None:
         serving(_routes("sglang", Reply({"detail": "admin key?"}, 401), [])) as url,
         raises("server-refuses-key"),
     ):
-        load(Traces(server=url, server_reload="sglang"), tmp_path)
+        load_weights(Traces(server=url, server_reload="sglang"), tmp_path)
 
 
 def test_nobody_at_the_address_is_said_once(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_nobody_at_the_address_is_said_once(tmp_path: Path) -> None:
     settings = Traces(server=f"http://127.0.0.1:{free_port()}/v1", server_reload="vllm")
     with (
         raises("model-not-loaded", settings.server),
-        loaded(settings, tmp_path / "sparse", tmp_path / "dense", notices.append),
+        loaded_weights(settings, tmp_path / "sparse", tmp_path / "dense", notices.append),
     ):
         pytest.fail("no server, and yet it has loaded the model")
     assert len(notices) == 1

@@ -9,19 +9,19 @@ import pytest
 
 from racdeploy import tasks
 from racdeploy.engines import open_engine
-from racdeploy.engines.counter import Counter
+from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Calibration, Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.traces.collect import Answering, collect, prompt_traces
-from racdeploy.traces.select import select
+from racdeploy.traces.collect import CompletionSource, collect_traces, make_prompt_traces
+from racdeploy.traces.select import select_traces
 from racdeploy.traces.trace import TraceSet, count_tokens
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 
-SETTINGS = Traces(count=7, batch=3, max_new_tokens=12)
+SETTINGS = Traces(count=7, batch_size=3, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,15 @@ def _collect(folder: Path, out: Path, together: int = 1):
     task = tasks.load("comparison")
     encoder = PromptEncoder.from_folder(folder)
     with open_engine("transformers", folder, EngineSettings(256, 3, 1)) as engine:
-        return collect(
-            Answering(lambda asked: [engine.generate(*each) for each in asked], together),
+        return collect_traces(
+            CompletionSource(lambda asked: [engine.generate(*each) for each in asked], together),
             encoder,
             find_tags(encoder),
             Checkpoint(folder).eos_ids,
-            task.problems("calibration", 0, 7),
+            task.draw_problems("calibration", 0, 7),
             SETTINGS,
             TraceSet(out),
-            Counter(None, "traces", 7),
+            CompletionProgress(None, "traces", 7),
         )
 
 
@@ -53,7 +53,7 @@ def test_traces_are_token_ids_with_their_streams(folder: Path, tmp_path: Path) -
     traces = _collect(folder, tmp_path / "traces")
     encoder = PromptEncoder.from_folder(folder)
     assert [list(t.prompt_ids) for t in traces] == [encoder.encode(t.question) for t in traces]
-    assert all(len(t.streams()) == len(t.ids) for t in traces)
+    assert all(len(t.segments()) == len(t.ids) for t in traces)
     assert traces == TraceSet(tmp_path / "traces").read()
     assert len(list((tmp_path / "traces").glob("shard-*.jsonl"))) == 3
 
@@ -91,32 +91,32 @@ def test_a_damaged_shard_is_named(folder: Path, tmp_path: Path) -> None:
 
 def _traces(folder: Path):
     encoder = PromptEncoder.from_folder(folder)
-    return prompt_traces(encoder, tasks.load("gcd").problems("calibration", 0, 16))
+    return make_prompt_traces(encoder, tasks.load("gcd").draw_problems("calibration", 0, 16))
 
 
 def test_selection_holds_out_of_every_task_and_keeps_whole_traces(folder: Path) -> None:
     """An eighth of each task is held out; a budget ends before the trace that would cross it."""
     traces = [dataclasses.replace(t, task="ab"[t.index % 2]) for t in _traces(folder)]
-    selection = select(traces, Calibration())
+    selection = select_traces(traces, Calibration())
     assert sorted(t.task for t in selection.held_out) == ["a", "b"]
     assert not {t.index for t in selection.held_out} & {t.index for t in selection.calibration}
     budget = count_tokens(selection.calibration) - 1
-    shorter = select(traces, Calibration(max_tokens=budget))
+    shorter = select_traces(traces, Calibration(max_tokens=budget))
     assert shorter.calibration == selection.calibration[:-1]
-    assert shorter.left_out == {"over the token budget": 1}
+    assert shorter.excluded == {"over the token budget": 1}
 
 
 def test_truncated_traces_are_left_out_unless_asked_for(folder: Path) -> None:
     """A cut chain of thought has no end to calibrate on; leaving out all is an error."""
     cut = [dataclasses.replace(trace, truncated=True) for trace in _traces(folder)]
     with raises("no-calibration-traces", "16 truncated"):
-        select(cut, Calibration())
-    assert len(select(cut, Calibration(keep_truncated=True)).calibration) == 14
+        select_traces(cut, Calibration())
+    assert len(select_traces(cut, Calibration(keep_truncated=True)).calibration) == 14
 
 
 def test_only_correct_leaves_out_the_rest(folder: Path) -> None:
     """Wrong traces can be left out, and are counted."""
     mixed = [dataclasses.replace(trace, correct=trace.index % 2 == 0) for trace in _traces(folder)]
-    selection = select(mixed, Calibration(only_correct=True, held_out_share=0))
+    selection = select_traces(mixed, Calibration(only_correct=True, held_out_share=0))
     assert all(trace.correct for trace in selection.calibration)
-    assert selection.left_out == {"wrong answer": 8}
+    assert selection.excluded == {"wrong answer": 8}

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from racdeploy.export import gguf
+from racdeploy.exporting import gguf
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy_kernels import ggml_plugin
-from racdeploy_kernels.proof import Kernels, Proof
-from racdeploy_kernels.verdicts import Verdict
+from racdeploy_kernels.proof import EngineKernels, Proof
+from racdeploy_kernels.verdicts import ThreadVerdict
 from tests.support.tiny_models import make_checkpoint
 
 # What a plug-in exports, doing nothing: name and parameters, and body.
@@ -47,7 +47,7 @@ print(Plugin(Path(sys.argv[1])).instruction_set)
 """
 
 
-def find_kernels() -> Kernels:
+def find_kernels() -> EngineKernels:
     """Return the plug-in for the installed ggml."""
     kernels = ggml_plugin.find_kernels()
     if isinstance(kernels, str):
@@ -55,7 +55,7 @@ def find_kernels() -> Kernels:
     return kernels
 
 
-def build_stub(folder: Path, bodies: Mapping[str, str]) -> Kernels:
+def build_stub(folder: Path, bodies: Mapping[str, str]) -> EngineKernels:
     """Build a library that exports what a plug-in does, with other bodies for some functions.
 
     Args:
@@ -103,7 +103,7 @@ def ask_instruction_set(library: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write_proof(faster_from: Mapping[str, float], threads: int = 1) -> Kernels:
+def write_proof(faster_from: Mapping[str, float], threads: int = 1) -> EngineKernels:
     """Keep a proof that uses the plug-in from these zeros on, on so many threads or more.
 
     On fewer it is slower.
@@ -111,7 +111,7 @@ def write_proof(faster_from: Mapping[str, float], threads: int = 1) -> Kernels:
     faster = {name: {f"{zeros:g}": 2.0} for name, zeros in faster_from.items()}
     slower = {name: {"0.8": 0.5} for name in faster_from}
     measured = {1: slower, threads: faster}
-    verdicts = tuple(Verdict(*each) for each in measured.items())
+    verdicts = tuple(ThreadVerdict(*each) for each in measured.items())
 
     kernels = find_kernels()
     sha256 = file_sha256(kernels.library)
@@ -120,7 +120,7 @@ def write_proof(faster_from: Mapping[str, float], threads: int = 1) -> Kernels:
     return kernels
 
 
-def keep_proof(kernels: Kernels, text: str) -> None:
+def keep_proof(kernels: EngineKernels, text: str) -> None:
     """Write what is found of kernels."""
     record = kernels.locate_record()
     record.parent.mkdir(0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Where the files of a bundle lie in a repository, and which names of a repository are accepted.
+"""Layout of bundles in a Hub repository, and validation of file names.
 
-Artifacts lie where other programs look for them: GGUF files at the top, their number format in the
-name, ONNX graphs in ``onnx/``. All else of a bundle is in ``racdeploy/NAME/``, a folder for each.
+Artifacts are where other programs look for them: GGUF files at the top with the number format in
+the name, ONNX graphs in ``onnx/``. The other files of a bundle are in ``racdeploy/NAME/``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from racdeploy.errors import ArtifactError
 from racdeploy.manifest import Manifest
 
-BUNDLES = "racdeploy"
-"""Folder of a repository with a folder for each bundle."""
-NUMBERED = re.compile(r"-\d{5}-of-\d{5}$")
-"""End of the name of a file that is one of several."""
+BUNDLES_FOLDER = "racdeploy"
+"""Folder of a repository that contains one folder per bundle."""
+SPLIT_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
+"""Suffix of a split GGUF file, as ``-00001-of-00003``."""
 _MAX_NAME = 255  # bytes of a part, as most file systems have it
 _MAX_DEPTH = 8
 _RESERVED = set('<>:"\\|?*')
@@ -25,10 +25,10 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def name_bundle(manifest: Manifest) -> str:
-    """Return the name of a bundle in a repository; one of the same name takes its place."""
+    """Return the name of a bundle in a repository; a bundle of the same name is replaced."""
     first = manifest.artifacts[0]
     if first.format == "gguf":
-        return NUMBERED.sub("", PurePosixPath(first.path).name.removesuffix(".gguf"))
+        return SPLIT_SUFFIX.sub("", PurePosixPath(first.path).name.removesuffix(".gguf"))
     return f"{first.format}-{first.quant}"
 
 
@@ -37,62 +37,62 @@ def list_artifacts(manifest: Manifest) -> dict[str, str]:
     return {path: sha256 for entry in manifest.artifacts for path, sha256 in entry.files.items()}
 
 
-def list_public(manifest: Manifest) -> set[str]:
-    """Return the paths that other programs read: artifacts, and what belongs beside graphs."""
+def list_public_paths(manifest: Manifest) -> set[str]:
+    """Return the paths that other programs read: artifacts, and configurations beside graphs."""
     paths = set(list_artifacts(manifest))
     if any(entry.format == "onnx" for entry in manifest.artifacts):
         paths |= {"config.json", "genai_config.json", *manifest.tokenizer.files}
     return paths
 
 
-def lay_out(bundle: Path, manifest: Manifest) -> dict[str, Path]:
-    """Return the files of a bundle by their path in the repository, the repository's card aside."""
-    artifacts, public = list_artifacts(manifest), list_public(manifest)
-    own = f"{BUNDLES}/{name_bundle(manifest)}/"
+def map_local_files(bundle: Path, manifest: Manifest) -> dict[str, Path]:
+    """Return the files of a bundle by their path in the repository, without its model card."""
+    artifacts, public = list_artifacts(manifest), list_public_paths(manifest)
+    prefix = f"{BUNDLES_FOLDER}/{name_bundle(manifest)}/"
 
     files: dict[str, Path] = {}
     for file in bundle.rglob("*"):
         name = file.relative_to(bundle).as_posix()
-        if file.is_symlink() or not file.is_file() or refuse_name(name):
+        if file.is_symlink() or not file.is_file() or explain_bad_name(name):
             continue
         if name in public:
             files[name] = file
         if name not in artifacts:
-            files[own + name] = file
+            files[prefix + name] = file
 
-    # What people look for first.
-    return dict(sorted(files.items(), key=lambda item: (item[0].startswith(own), item[0])))
+    # Sort public files before the bundle's folder, as users look for them first.
+    return dict(sorted(files.items(), key=lambda item: (item[0].startswith(prefix), item[0])))
 
 
-def find_files(name: str, manifest: Manifest, there: Iterable[str]) -> dict[str, str]:
+def map_remote_files(name: str, manifest: Manifest, remote_paths: Iterable[str]) -> dict[str, str]:
     """Return the paths in the repository of a bundle's files, by their path in the bundle.
 
     Args:
         name: the bundle's name in the repository.
-        there: every path in the repository.
+        remote_paths: every path in the repository.
 
     Raises:
-        ArtifactError: a name that leaves the folder, that some system does not have, or that is
-            another one's in other letters; or an artifact that is not there.
+        ArtifactError: an artifact is missing, or a name leaves the folder, is invalid on some file
+            system, or differs from another only in case.
     """
-    prefix = f"{BUNDLES}/{name}/"
-    paths = {path.removeprefix(prefix): path for path in there if path.startswith(prefix)}
+    prefix = f"{BUNDLES_FOLDER}/{name}/"
+    paths = {path.removeprefix(prefix): path for path in remote_paths if path.startswith(prefix)}
     artifacts = {path: path for path in list_artifacts(manifest)}
-    if missing := sorted(artifacts.keys() - set(there)):
+    if missing := sorted(artifacts.keys() - set(remote_paths)):
         raise ArtifactError(
             "hub-file-missing",
-            f"the repository lacks {missing[0]!r}, which bundle {name} consists of",
+            f"the repository lacks {missing[0]!r}, a file of bundle {name}",
             remedy="push the bundle again, or pull an earlier --revision",
         )
 
     seen: dict[str, str] = {}
     for path in sorted(paths | artifacts):
-        if reason := refuse_name(path):
+        if reason := explain_bad_name(path):
             raise ArtifactError(
                 "hub-name-refused", f"the repository has a file {path!r}: its name {reason}"
             )
 
-        # Where letters are compared without their case, one would replace the other.
+        # On a case-insensitive file system one would overwrite the other.
         folded = unicodedata.normalize("NFKC", path).casefold()
         if folded in seen:
             raise ArtifactError(
@@ -102,8 +102,8 @@ def find_files(name: str, manifest: Manifest, there: Iterable[str]) -> dict[str,
     return paths | artifacts
 
 
-def refuse_name(name: str) -> str:
-    """Return why a path is not written to a disk, or an empty string."""
+def explain_bad_name(name: str) -> str:
+    """Return the reason why a path is not safe to write on every system, or an empty string."""
     parts = name.split("/")
     if len(parts) > _MAX_DEPTH:
         return f"has more than {_MAX_DEPTH} parts"

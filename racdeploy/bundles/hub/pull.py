@@ -1,7 +1,7 @@
-"""Pull a bundle out of a repository of the Hub: a folder that is whole and as its manifest says.
+"""Download a bundle from a Hub repository and check every hash of its manifest.
 
-Names and sizes are looked at before anything is written. Files arrive in a folder beside the one
-that is asked for, where an interrupted pull resumes.
+Names and sizes are checked before anything is written. Files are downloaded into a hidden folder
+beside the requested one, where an interrupted pull resumes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.bundles.hub.layout import find_files, list_artifacts
-from racdeploy.bundles.hub.remote import Remote
+from racdeploy.bundles.hub.layout import list_artifacts, map_remote_files
+from racdeploy.bundles.hub.remote import HubRepository
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.ownership import shut_off
+from racdeploy.files.ownership import restrict_to_owner
 from racdeploy.files.writing import atomic_folder, file_sha256, make_parent, require_space
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """A bundle that was pulled: its folder, its name there, the commit, and how large it is."""
+class PullResult:
+    """A downloaded bundle: its folder, its name in the repository, the commit and its size."""
 
     folder: Path
     bundle: str
@@ -28,7 +28,7 @@ class Pulled:
     size_bytes: int
 
 
-def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str = "") -> Pulled:
+def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str = "") -> PullResult:
     """Download one bundle of a repository and check every hash of its manifest.
 
     Args:
@@ -36,11 +36,11 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
         quant: number format or name of the bundle, where there are several.
 
     Raises:
-        ArtifactError: a file is not as its manifest says, or has a name that is not written.
+        ArtifactError: a file differs from the manifest, or its name is not safe to write.
         EnvironmentFailure: the Hub cannot be reached or is too slow, or the disk is too small.
-        UsageError: there is no such bundle, or the folder exists.
+        UsageError: there is no such bundle, or the folder exists and is not empty.
     """
-    remote = Remote(name, revision)
+    remote = HubRepository(name, revision)
     out = out or Path(name.partition("/")[2])
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or (out.exists() and not is_empty):
@@ -50,7 +50,7 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
 
     bundle = _choose(remote, quant)
     manifest = remote.manifests[bundle]
-    paths = find_files(bundle, manifest, remote.files)
+    paths = map_remote_files(bundle, manifest, remote.files)
     size_bytes = sum(map(remote.size_of, paths.values()))
 
     make_parent(out)
@@ -59,9 +59,11 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
     remote.download(paths.values(), partial)
     _check(remote.name, partial, paths, manifest)
 
+    # The folder appears complete or not at all. Reading the manifest again proves that the checked
+    # one was downloaded.
     with atomic_folder(out) as scratch:
-        for name_there, path in paths.items():
-            target = scratch / name_there
+        for file_name, path in paths.items():
+            target = scratch / file_name
             target.parent.mkdir(parents=True, exist_ok=True)
             (partial / path).replace(target)
         if Manifest.read(scratch) != manifest:
@@ -70,28 +72,31 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
             )
 
     shutil.rmtree(partial)
-    return Pulled(out, bundle, str(remote.info.sha), size_bytes)
+    return PullResult(out, bundle, str(remote.info.sha), size_bytes)
 
 
-def _choose(remote: Remote, quant: str) -> str:
-    """Return the name of the bundle that is meant."""
-    found = remote.manifests
-    if not found:
-        why = "holds no bundle of racdeploy"
+def _choose(remote: HubRepository, quant: str) -> str:
+    """Return the name of the requested bundle."""
+    manifests = remote.manifests
+    if not manifests:
+        reason = "contains no racdeploy bundle"
         if MANIFEST_NAME in remote.files:
-            why = "was not written by racdeploy push"
+            reason = "was not written by racdeploy push"
         remedy = f"hf download {remote.name} --local-dir DIR gets its files"
-        raise UsageError("no-bundle-on-hub", f"{remote.name} {why}", remedy=remedy)
+        raise UsageError("no-bundle-on-hub", f"{remote.name} {reason}", remedy=remedy)
 
     fitting = []
-    for name, manifest in found.items():
+    for name, manifest in manifests.items():
+        # An empty --quant matches every bundle, so a single bundle needs no choice.
         names = {"", name.lower(), *(entry.quant for entry in manifest.artifacts)}
         if quant.lower() in names:
             fitting.append(name)
     if len(fitting) == 1:
         return fitting[0]
 
-    listed = "; ".join(f"{name} ({found[name].artifacts[0].quant})" for name in fitting or found)
+    listed = "; ".join(
+        f"{name} ({manifests[name].artifacts[0].quant})" for name in fitting or manifests
+    )
     which = f"{len(fitting)} bundles" if fitting else f"no bundle {quant!r}"
     raise UsageError(
         "hub-bundle-unclear",
@@ -101,9 +106,9 @@ def _choose(remote: Remote, quant: str) -> str:
 
 
 def _open_partial(out: Path) -> Path:
-    """Return the folder in which files arrive, where those of an interrupted pull may lie.
+    """Return the folder for partial downloads, which may contain those of an interrupted pull.
 
-    Anybody can foresee its name, so it counts only if nobody else could have put something there.
+    Its name is predictable, so it is emptied if another user could have written into it.
     """
     partial = out.resolve().with_name(f".{out.name}.pull")
     if partial.is_symlink() or partial.is_file():
@@ -111,11 +116,11 @@ def _open_partial(out: Path) -> Path:
     partial.mkdir(0o700, exist_ok=True)
 
     try:
-        is_doubtful = shut_off(partial)
+        is_doubtful = restrict_to_owner(partial)
     except PermissionError as error:
         raise UsageError(
             "folder-not-yours",
-            f"files would arrive in a folder that is not yours: {error}",
+            f"the download folder belongs to another user: {error}",
             remedy="name another place with --out",
         ) from error
 
@@ -126,7 +131,7 @@ def _open_partial(out: Path) -> Path:
 
 
 def _check(repository: str, folder: Path, paths: dict[str, str], manifest: Manifest) -> None:
-    """Compare every file that the manifest names with its hash; what differs is removed."""
+    """Compare every file of the manifest with its hash; remove one that differs."""
     hashes = list_artifacts(manifest)
     for tokenizer in manifest.tokenizers:
         hashes |= tokenizer.files
@@ -139,10 +144,11 @@ def _check(repository: str, folder: Path, paths: dict[str, str], manifest: Manif
 
         file = folder / paths[name]
         if file_sha256(file) != sha256:
+            # Otherwise the next pull would reuse it.
             file.unlink()
             raise ArtifactError(
                 "hub-file-differs",
                 f"{repository}: {paths[name]} differs from its manifest: "
                 f"SHA-256 is not {sha256[:16]}…",
-                remedy="run the same command again; if it stays so, the repository is damaged",
+                remedy="run the same command again; if it fails again, the repository is damaged",
             )

@@ -1,7 +1,7 @@
-"""Push a bundle into a repository of the Hub, beside the ones that are there.
+"""Upload a bundle to a Hub repository, beside other bundles.
 
-All that will be written is known before anything is: a plan is shown by ``--dry-run``, and refused
-where it would change what another bundle or somebody else has put there.
+The whole commit is planned first: ``--dry-run`` shows the plan, and a plan that would overwrite
+files of another bundle or of other origin is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from racdeploy.bundles.hub.card import MARK, write_card
-from racdeploy.bundles.hub.layout import BUNDLES, lay_out, list_public, name_bundle
-from racdeploy.bundles.hub.remote import AbsentError, Remote, UnreachableError
+from racdeploy.bundles.hub.card import CARD_MARK, write_card
+from racdeploy.bundles.hub.layout import (
+    BUNDLES_FOLDER,
+    list_public_paths,
+    map_local_files,
+    name_bundle,
+)
+from racdeploy.bundles.hub.remote import HubNotFoundError, HubRepository, HubUnreachableError
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import read_bytes
 from racdeploy.files.writing import file_sha256
@@ -27,18 +32,18 @@ _CARD = "README.md"
 
 
 @dataclass(frozen=True)
-class Push:
-    """What a push will do.
+class PushPlan:
+    """Plan of a push.
 
     Args:
-        bundle: its name in the repository.
-        contents: everything that is written, by its path, the card first: files, or bytes.
-        removed: paths of this bundle's last push that are no longer in it.
-        card: README.md of the repository; empty where somebody else's stays.
-        notes: what a user should know beside it.
+        bundle: name of the bundle in the repository.
+        contents: files or bytes to write, by path in the repository, the model card first.
+        removed: paths of this bundle's previous push that it no longer contains.
+        card: README.md of the repository; empty if an existing one of other origin is kept.
+        notes: remarks for the user.
     """
 
-    remote: Remote
+    remote: HubRepository
     bundle: str
     contents: Mapping[str, Path | bytes]
     removed: tuple[str, ...]
@@ -47,46 +52,50 @@ class Push:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of everything that is written, by its path."""
+        """Size of each file to write in bytes, by path."""
         return {
             path: len(source) if isinstance(source, bytes) else source.stat().st_size
             for path, source in self.contents.items()
         }
 
 
-def plan_push(folder: Path, name: str, revision: str, *, blind: bool) -> Push:
-    """Return what a push would do; the repository is looked at, and need not exist.
+def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: bool) -> PushPlan:
+    """Plan a push; the repository is read if it exists.
 
     Args:
-        blind: plan also where the Hub cannot be reached, as if the repository were empty.
+        ignore_unreachable: if the Hub cannot be reached, plan as if the repository were empty.
 
     Raises:
         ArtifactError: the bundle is damaged.
-        UsageError: a path in the repository is another bundle's or somebody else's.
+        UsageError: a path in the repository belongs to another bundle or is of other origin.
     """
-    remote = Remote(name, revision)
+    remote = HubRepository(name, revision)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
-    own = name_bundle(manifest)
-    files = lay_out(folder, manifest)
+    bundle_name = name_bundle(manifest)
+    files = map_local_files(folder, manifest)
 
     notes = [] if manifest.verdict == "pass" else [f"the bundle's verdict: {manifest.verdict}"]
 
-    there: Mapping[str, RepoSibling] = {}
-    others: dict[str, Manifest] = {}
+    remote_files: Mapping[str, RepoSibling] = {}
+    other_bundles: dict[str, Manifest] = {}
     try:
-        there, others = remote.files, dict(remote.manifests)
-    except (AbsentError, UnreachableError) as error:
-        if isinstance(error, UnreachableError) and not blind:
+        remote_files, other_bundles = remote.files, dict(remote.manifests)
+    except (HubNotFoundError, HubUnreachableError) as error:
+        if isinstance(error, HubUnreachableError) and not ignore_unreachable:
             raise
         notes.append(f"{error.message}; planned as if it were empty")
 
-    former = others.pop(own, None)
-    mine = list_public(former) if former else set()
-    owners = {path: name for name, other in others.items() for path in list_public(other)}
-    for path in files.keys() & there.keys():
-        is_mine = path.startswith(f"{BUNDLES}/") or path in mine - owners.keys()
-        if not is_mine and not _is_same(files[path], there[path]):
+    former = other_bundles.pop(bundle_name, None)
+    former_paths = list_public_paths(former) if former else set()
+    owners = {
+        path: name for name, other in other_bundles.items() for path in list_public_paths(other)
+    }
+    for path in files.keys() & remote_files.keys():
+        is_replaceable = (
+            path.startswith(f"{BUNDLES_FOLDER}/") or path in former_paths - owners.keys()
+        )
+        if not is_replaceable and not _is_same(files[path], remote_files[path]):
             whose = f"bundle {owners[path]}" if path in owners else "somebody else"
             raise UsageError(
                 "hub-path-taken",
@@ -94,21 +103,23 @@ def plan_push(folder: Path, name: str, revision: str, *, blind: bool) -> Push:
                 remedy="push to another repository, or remove the file there first",
             )
 
-    # Of the last push, what no other bundle has too.
-    old = mine | {path for path in there if path.startswith(f"{BUNDLES}/{own}/")}
-    removed = old & there.keys() - owners.keys() - files.keys()
+    # Delete files of the previous push, except those that another bundle shares.
+    old = former_paths | {
+        path for path in remote_files if path.startswith(f"{BUNDLES_FOLDER}/{bundle_name}/")
+    }
+    removed = old & remote_files.keys() - owners.keys() - files.keys()
 
-    card = write_card(name, {own: manifest, **others})
-    if _CARD in there and MARK not in _read_card(remote):
-        notes.append(f"{_CARD} of the repository is not racdeploy's and stays as it is")
+    card = write_card(name, {bundle_name: manifest, **other_bundles})
+    if _CARD in remote_files and CARD_MARK not in _read_card(remote):
+        notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
         card = ""
     contents: dict[str, Path | bytes] = {_CARD: card.encode()} if card else {}
     contents |= files
-    return Push(remote, own, contents, tuple(sorted(removed)), card, tuple(notes))
+    return PushPlan(remote, bundle_name, contents, tuple(sorted(removed)), card, tuple(notes))
 
 
-def push(planned: Push, *, message: str = "", private: bool = False) -> str:
-    """Carry out a plan in one commit; return the commit's address."""
+def push(planned: PushPlan, *, message: str = "", private: bool = False) -> str:
+    """Execute a plan in one commit; return the URL of the commit."""
     remote, api = planned.remote, planned.remote.api
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -125,21 +136,21 @@ def push(planned: Push, *, message: str = "", private: bool = False) -> str:
         made = api.create_commit(remote.name, changes, commit_message=message, revision=branch)
         return str(made.commit_url)
 
-    return remote.ask(write, None)
+    return remote.call(write, None)
 
 
-def _read_card(remote: Remote) -> str:
-    with remote.open_texts([_CARD]) as folder:
+def _read_card(remote: HubRepository) -> str:
+    with remote.open_small_files([_CARD]) as folder:
         return read_bytes(folder / _CARD).decode(errors="replace")
 
 
-def _is_same(source: Path, there: RepoSibling) -> bool:
-    if source.stat().st_size != there.size:
+def _is_same(source: Path, remote_file: RepoSibling) -> bool:
+    if source.stat().st_size != remote_file.size:
         return False
-    if there.lfs:
-        return file_sha256(source) == there.lfs.sha256
+    if remote_file.lfs:
+        return file_sha256(source) == remote_file.lfs.sha256
 
-    # Git's own id of a small file: SHA-1 over a header and the bytes.
+    # A file outside LFS has only its git blob id: SHA-1 over a header and the bytes.
     content = source.read_bytes()
     header = b"blob %d\0" % len(content)
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == there.blob_id
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == remote_file.blob_id

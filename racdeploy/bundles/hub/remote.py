@@ -1,6 +1,6 @@
-"""A repository of the Hub, through huggingface_hub: listed and read at one commit.
+"""Access to a Hub repository through huggingface_hub, pinned to one commit.
 
-Tokens are found by huggingface_hub alone (``hf auth login`` or HF_TOKEN) and never seen here.
+huggingface_hub finds the access token itself (``hf auth login`` or HF_TOKEN); it is not read here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from racdeploy import __version__
-from racdeploy.bundles.hub.layout import BUNDLES
+from racdeploy.bundles.hub.layout import BUNDLES_FOLDER
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.files.reading import Json, read_json
-from racdeploy.manifest import MANIFEST_NAME, MOST_MANIFEST_BYTES, Manifest
-from racdeploy.plugins import require
+from racdeploy.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from racdeploy.plugins import require_package
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MAX_FILES = 10_000
 _MAX_BUNDLES = 100
-_MAX_ANSWER = 200  # characters of the Hub's own words in an error
-# A Hub that sends a byte now and then never runs into the client's timeouts.
+_MAX_ANSWER = 200  # characters of the Hub's message in an error
+# A server that trickles bytes never triggers the client's timeouts, so limit the whole call.
 _MAX_WAIT_S = 300.0
 _MIN_BYTES_PER_S = 50_000
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_MANIFEST = re.compile(rf"{BUNDLES}/([^/]+)/{re.escape(MANIFEST_NAME)}")
+_MANIFEST = re.compile(rf"{BUNDLES_FOLDER}/([^/]+)/{re.escape(MANIFEST_NAME)}")
 _LOG_IN = "hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 
 
-class AbsentError(UsageError):
-    """There is no such repository or revision, or it is not shown to this user."""
+class HubNotFoundError(UsageError):
+    """The repository or revision does not exist, or this user may not see it."""
 
 
-class UnreachableError(EnvironmentFailure):
-    """The Hub does not answer."""
+class HubUnreachableError(EnvironmentFailure):
+    """The Hub cannot be reached."""
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A repository of models at a revision; empty is the main branch."""
+class HubRepository:
+    """A model repository at a revision; an empty revision is the main branch."""
 
     name: str
     revision: str = ""
@@ -67,41 +67,41 @@ class Remote:
 
     @property
     def url(self) -> str:
-        """Where a browser shows it."""
+        """URL of the repository for a browser."""
         address = f"{self.api.endpoint}/{self.name}"
         return f"{address}/tree/{self.revision}" if self.revision else address
 
     @cached_property
     def api(self) -> HfApi:
-        """The client, which reads HF_ENDPOINT and the user's token."""
-        require("huggingface_hub")
+        """Client of huggingface_hub, which reads HF_ENDPOINT and the user's token."""
+        require_package("huggingface_hub")
         import huggingface_hub
 
         return huggingface_hub.HfApi(library_name="racdeploy", library_version=__version__)
 
     @cached_property
     def info(self) -> ModelInfo:
-        """The listing at one commit, at which everything is read."""
+        """Listing of the repository; all later reads use its commit."""
         revision = self.revision or None
         options: Json = {"revision": revision, "files_metadata": True}
-        return self.ask(lambda: self.api.model_info(self.name, **options))
+        return self.call(lambda: self.api.model_info(self.name, **options))
 
     @cached_property
     def files(self) -> dict[str, RepoSibling]:
-        """Every file by its path."""
+        """Files of the repository by path."""
         listed = self.info.siblings or []
         if len(listed) > _MAX_FILES:
             raise ArtifactError("hub-too-large", f"{self.name} has more than {_MAX_FILES:,} files")
         return {str(each.rfilename): each for each in listed}
 
     def size_of(self, path: str) -> int:
-        """Return the bytes that a file is listed with; 0 where that is no number."""
+        """Return the listed size of a file in bytes; 0 if the listing has none."""
         size_bytes = self.files[path].size
         return size_bytes if isinstance(size_bytes, int) else 0
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
-        """The manifest of every bundle, by its name in the repository."""
+        """Manifests of all bundles, by the bundle's name in the repository."""
         paths = {match[1]: match[0] for match in map(_MANIFEST.fullmatch, self.files) if match}
         if len(paths) > _MAX_BUNDLES:
             raise ArtifactError(
@@ -109,22 +109,22 @@ class Remote:
             )
 
         manifests = {}
-        with self.open_texts(paths.values()) as folder:
+        with self.open_small_files(paths.values()) as folder:
             for name, path in paths.items():
-                content = read_json(folder / path, MOST_MANIFEST_BYTES, once=True)
+                content = read_json(folder / path, MAX_MANIFEST_BYTES, strict=True)
                 try:
                     manifests[name] = Manifest.model_validate(content)
                 except ValidationError as error:
                     first = error.errors()[0]["msg"]
-                    message = f"{self.name}: {path} is no manifest: {first}"
+                    message = f"{self.name}: {path} is not a valid manifest: {first}"
                     raise ArtifactError("invalid-manifest", message) from error
         return manifests
 
     @contextmanager
-    def open_texts(self, paths: Collection[str]) -> Iterator[Path]:
-        """Yield a folder with small files of the repository."""
+    def open_small_files(self, paths: Collection[str]) -> Iterator[Path]:
+        """Download small files and yield their temporary folder."""
         for path in paths:
-            if self.size_of(path) > MOST_MANIFEST_BYTES:
+            if self.size_of(path) > MAX_MANIFEST_BYTES:
                 raise ArtifactError(
                     "hub-too-large", f"{self.name}: {path} has {self.size_of(path):,} bytes"
                 )
@@ -134,18 +134,19 @@ class Remote:
             yield Path(folder)
 
     def download(self, paths: Collection[str], folder: Path) -> None:
-        """Write files below a folder, where what an earlier call has left is not asked for again.
+        """Download files into a folder; files of an earlier call are not downloaded again.
 
         Raises:
-            ArtifactError: a file has not the size that is listed.
+            ArtifactError: a file does not have its listed size.
         """
         if not paths:
             return
 
+        # The client takes patterns, and file names may contain wildcards.
         patterns = [glob.escape(path) for path in paths]
         options: Json = {"local_dir": folder, "allow_patterns": patterns}
         commit = self.info.sha
-        self.ask(
+        self.call(
             lambda: self.api.snapshot_download(self.name, revision=commit, **options),
             sum(map(self.size_of, paths)),
         )
@@ -156,20 +157,20 @@ class Remote:
                 file.unlink(missing_ok=True)
                 raise ArtifactError(
                     "download-incomplete",
-                    f"{self.name}: {path} did not arrive with the {self.size_of(path):,} bytes "
-                    "that are listed",
+                    f"{self.name}: {path} does not have its listed size of "
+                    f"{self.size_of(path):,} bytes",
                     remedy="run the same command again",
                 )
 
-    def ask(self, call: Callable[[], T], size_bytes: int | None = 0) -> T:
-        """Return what a call of the client gives, in a limited time.
+    def call(self, call: Callable[[], T], size_bytes: int | None = 0) -> T:
+        """Return the result of a client call, with a time limit.
 
         Args:
-            size_bytes: what is downloaded; None waits for ever.
+            size_bytes: size of the download, which extends the limit; None sets no limit.
 
         Raises:
-            UsageError: the Hub refuses it.
-            EnvironmentFailure: the Hub does not answer, in time or at all.
+            UsageError: the Hub refuses the request.
+            EnvironmentFailure: the Hub does not answer in time, or cannot be reached.
         """
         errors = _import_errors()
         limit_s = None if size_bytes is None else _MAX_WAIT_S + size_bytes / _MIN_BYTES_PER_S
@@ -189,28 +190,28 @@ class Remote:
                 raise EnvironmentFailure(
                     "hub-too-slow",
                     f"the Hub is too slow: {self.name} took more than {limit_s:,.0f} s",
-                    remedy="run the same command again: what has arrived is kept",
+                    remedy="run the same command again: finished files are kept",
                 ) from error
-            if getattr(error, "errno", None) is not None:  # the disk's
+            if getattr(error, "errno", None) is not None:  # an error of the disk, not of the Hub
                 raise
             raise self._explain(error) from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise EnvironmentFailure(
                 "hub-answers-oddly",
-                f"the Hub at {self.api.endpoint} answers in an unknown form",
+                f"the Hub at {self.api.endpoint} sent an answer of unknown form",
                 remedy="check HF_ENDPOINT, or install a newer huggingface_hub",
             ) from error
 
     def _explain(self, raised: BaseException) -> RacdeployError:
-        """Return what a refusal of the Hub, or its silence, means for a user."""
+        """Return the error that explains a refused or failed request to the user."""
         errors = _import_errors()
 
-        # The Hub's answer is that of the error, or of what it came of.
+        # The HTTP response may be attached to a cause of the raised error.
         error: Any = raised
         while error is not None and getattr(error, "response", None) is None:
             error = error.__cause__
         if error is None:
-            return UnreachableError(
+            return HubUnreachableError(
                 "hub-unreachable",
                 f"the Hub at {self.api.endpoint} cannot be reached: {type(raised).__name__}",
                 remedy="check the network; HF_HUB_OFFLINE must not be set, "
@@ -219,16 +220,16 @@ class Remote:
 
         status = error.response.status_code
         words = " ".join((error.server_message or "").split())
-        said = "".join(filter(str.isprintable, words))[:_MAX_ANSWER]
-        message = f"the Hub answers {status} for {self.name}: {said}"
+        answer = "".join(filter(str.isprintable, words))[:_MAX_ANSWER]
+        message = f"the Hub answers {status} for {self.name}: {answer}"
 
         if isinstance(error, errors.GatedRepoError):
             remedy = f"ask for access at {self.api.endpoint}/{self.name}, then {_LOG_IN}"
             return UsageError("hub-gated", message, remedy=remedy)
         if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-            message = f"the Hub has no {self.name}, or does not show it to you: {said}"
+            message = f"the Hub has no {self.name}, or does not show it to you: {answer}"
             remedy = f"check the name and --revision; for a private one: {_LOG_IN}"
-            return AbsentError("hub-not-found", message, remedy=remedy)
+            return HubNotFoundError("hub-not-found", message, remedy=remedy)
         if status == 401:
             return EnvironmentFailure("hub-login-needed", message, remedy=_LOG_IN)
         if status == 403:
@@ -238,8 +239,8 @@ class Remote:
 
 
 def _import_errors() -> Any:
-    """Return the client's errors: which of them HTTPError is depends on its version."""
-    require("huggingface_hub")
+    """Return the client's error module; the base of its HTTPError depends on the version."""
+    require_package("huggingface_hub")
     import huggingface_hub.errors
 
     return huggingface_hub.errors

@@ -1,6 +1,6 @@
-"""Model families: one data file per Hugging Face ``model_type``, no torch.
+"""Model families: one data file per Hugging Face ``model_type``, without torch.
 
-It holds ``FAMILY``, in names of the ``state_dict``; ``*`` stands for the number of an expert.
+Each holds ``FAMILY``, with names of the ``state_dict``; ``*`` stands for the number of an expert.
 """
 
 from __future__ import annotations
@@ -14,89 +14,94 @@ from typing import Any, Literal
 from racdeploy.errors import EnvironmentFailure, ModelError
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models import decoder
-from racdeploy.models.decoder import Architecture, Transform
-from racdeploy.models.fused import Fused
+from racdeploy.models.decoder import GgufArchitecture, Transform
+from racdeploy.models.fused_experts import FusedExperts
 
 
 def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return no settings; it has a name, so that a family can be sent to a process."""
+    """Return no settings; a named function, so that a family can be pickled."""
     return {}
 
 
 InputGroups = tuple[tuple[str, ...], ...]
-EVERY_EXPERT = "*"
+ANY_EXPERT = "*"
 _EMBEDDING = "token_embd.weight"
 _OF_EXPERT = re.compile(r"\.experts\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What racdeploy must know about one ``model_type``.
+    """A model family: all that racdeploy knows about one ``model_type``.
 
     Args:
-        architecture: the class name in ``config.json``, as ``Qwen3ForCausalLM``.
+        architecture: class name in ``config.json``, as ``Qwen3ForCausalLM``.
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
         input_groups: prunable linears of one block by the input they share; one statistic each, or
             with ``*`` one for each expert.
-        only: kind of block, one of ``ModelShape.kinds`` → how names inside it begin that only such
-            blocks have; where all blocks are alike, nothing.
-        by_block: takes a complete ``config.json``; returns the settings of which blocks have values
-            of their own, by rules of the family: one for each block.
-        published: how names in published files begin → as what transformers reads them.
-        uncut: why nothing of a model can be left out as a whole; empty if something can.
-        parts: GGUF name of a matrix that lies in the file as several, each with as many of its rows
-            → their names.
-        needs_keys: whether llama.cpp wants tensors of keys and values in blocks, too, that take
-            those of others; it does not compute with them.
-        streams: how many hidden states a token has, of which blocks take and give all: a setting,
-            or empty where there is one.
-        mixture: the family as models of it have it whose config counts experts.
-        feed_forward: what llama.cpp takes as the width of a feed-forward part: a setting.
-        unattended: how llama.cpp is told which blocks have no attention: they have no key and value
-            heads there, or are listed as recurrent.
-        attention: the module of a block with attention that has it.
-        kept: linears that are never pruned, as the router of experts.
-        fused: name inside a block of a tensor on disk that holds something of every expert → what
-            of each, by names as above.
-        transforms: parameter name, as above → what is done to its values.
-        shapes: GGUF name without ``.weight`` → its sizes, outputs first, in decoder's letters.
-        laid: GGUF name → its sizes in the file, where they are others than in the checkpoint; rows
-            that it does not have are zero.
-        sizes: further letters of shapes → the setting that they stand for.
-        biases: GGUF names of the linears of which llama.cpp loads a bias.
-        last_norm: module of the norm after the last block.
-        read: takes a ``config.json`` with the defaults in place; returns what it says in a way of
-            its own, as usual settings, and None for keys that are replaced by them.
-        write: takes a config with usual settings; returns the keys that transformers reads instead.
-        defaults: keys that ``config.json`` may leave out → what transformers takes then.
-        fixed: key of ``config.json`` → the values for which llama.cpp computes the same; any other
-            is refused. ``=name`` is the value of another setting.
-        integers, numbers: GGUF key without the architecture → the setting that it holds, where the
-            model has one.
-        further: of a head that predicts further tokens, what is in none of its blocks → the same in
-            the first of the blocks that llama.cpp has of it; empty: llama.cpp has no such head.
-        rope_types: kinds of rope scaling that llama.cpp knows.
-        rounds_ramp: whether llama.cpp is given the family although it rounds where YaRN's ramp
-            begins and ends, and the family does not.
-        rope_sections: how many rotary pairs turn by time, height and width of a picture, where a
-            config does not say; in a text all are equal. Empty: llama.cpp knows none.
-        embedding_scale: what token embeddings are multiplied by: a setting, or empty.
-        logit_divisor: what logits are divided by: a setting, or empty.
-        logit_cap: key of the size that logits are squeezed into, where ``config.json`` has one.
-        window_period: all but every n-th block see a sliding window; 0: llama.cpp knows no window.
-        one_rope: whether blocks with a window are rotated as the others, scaling and all.
-        lists_windows: whether the file lists which blocks have one, even where llama.cpp takes
-            these.
-        needs_output: whether llama.cpp wants an output projection even where it is the embedding.
+        kind_prefixes: kind of block, one of ``ModelShape.kinds`` → prefixes of names that only
+            such blocks have; empty if all blocks are alike.
+        read_block_settings: takes a complete ``config.json``; returns the settings that differ
+            between blocks by the family's own rules, with one value for each block.
+        published_prefixes: prefix of names in published files → prefix in transformers.
+        no_cut_reason: reason why no part of a model can be cut; empty if some can.
+        gguf_parts: GGUF name of a matrix that the file stores as several, each with an equal share
+            of its rows → their names.
+        needs_kv_tensors: True if llama.cpp also wants tensors of keys and values in blocks that
+            use those of other blocks; it does not compute with them.
+        altup_inputs: setting with the number of hidden states of a token (AltUp), which blocks
+            take and return together; empty if there is one.
+        moe_variant: the family of models whose config counts experts, if it has both kinds.
+        feed_forward_length: setting that llama.cpp takes as the feed-forward width.
+        attention_free_marking: marks blocks without attention for llama.cpp: they have no key and
+            value heads, or are listed as recurrent.
+        attention_module: name of the attention module in a block.
+        never_pruned: linears that are never pruned, as the router of experts.
+        fused_experts: name inside a block of a tensor on disk that holds all experts → its layout.
+        transforms: parameter name, as above → change of its values on export.
+        shapes: GGUF name without ``.weight`` → its axes, outputs first, in decoder's letters.
+        gguf_shapes: GGUF name → its axes in the file, if they differ from the checkpoint's;
+            missing rows are zero.
+        sizes: further letters of shapes → the settings with their sizes.
+        biases: GGUF names of the linears whose bias llama.cpp loads.
+        final_norm: module of the norm after the last block.
+        read_config: takes a ``config.json`` with the defaults in place; returns the settings that
+            the family writes in its own way, under usual keys, and None for keys that they replace.
+        write_config: takes a config with usual settings; returns the keys that transformers reads
+            instead.
+        defaults: keys that ``config.json`` may leave out → transformers' defaults.
+        supported_values: key of ``config.json`` → the values that llama.cpp supports; others are
+            refused. ``=name`` is the value of another setting.
+        gguf_integers, gguf_floats: GGUF key without the architecture → the setting that it holds,
+            if the model has one.
+        mtp_tensors: tensors of a multi-token-prediction head outside its blocks → names in the
+            first of llama.cpp's blocks for it; empty: llama.cpp has no such head.
+        rope_types: types of rope scaling that llama.cpp supports.
+        rounds_yarn_ramp: True if llama.cpp rounds the ends of YaRN's ramp and the family does not;
+            it is exported all the same.
+        rope_sections: numbers of rotary pairs for time, height and width of an image, if a config
+            does not say; in a text all are equal. Empty: llama.cpp has none.
+        embedding_scale: setting that token embeddings are multiplied by, or empty.
+        logit_divisor: setting that logits are divided by, or empty.
+        logit_cap_key: key of the soft cap of logits, if ``config.json`` has one.
+        window_period: all but every n-th block have a sliding window; 0: llama.cpp knows no
+            window.
+        has_uniform_rope: True if blocks with a window have the same rope as the others, with
+            scaling.
+        lists_windows: True if the file lists which blocks have a window.
+        needs_lm_head: True if llama.cpp wants an output projection even if it is the embedding.
         no_rope_period: every n-th block has no rotary embedding; 0: all have one.
-        rope_switch: key of ``config.json`` that says "rope" where a model has a rotary embedding;
-            empty: it has one.
-        square_queries: whether llama.cpp wants as many columns of queries as the model is wide.
-        since: the first release of transformers that has it, and computes it without a cache.
-        attending_arch: llama.cpp's architecture where all blocks attend, if it is another.
-        per_block: llama.cpp's architecture for widths that differ between blocks, if there is one.
-        table_modules: modules of a block whose values ggml looks up in a half-precision table.
+        position_embedding_key: key of ``config.json`` that is "rope" for models with a rotary
+            embedding; empty: all have one.
+        needs_square_queries: True if llama.cpp wants as many query columns as the hidden size.
+        min_transformers: first release of transformers that computes the family correctly without
+            a cache.
+        all_attention_arch: llama.cpp's architecture if all blocks have attention, if it is
+            another.
+        per_block_arch: llama.cpp's architecture for widths that differ between blocks, if there is
+            one.
+        lookup_table_modules: modules of a block whose values ggml looks up in a half-precision
+            table.
 
     A setting is a key of ``config.json``, or one of ``computed.SETTINGS``.
     """
@@ -107,49 +112,51 @@ class Family:
     model_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.MODEL_TENSORS)
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
-    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    by_block: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
-    published: Mapping[str, str] = field(default_factory=dict)
-    uncut: str = ""
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    needs_keys: bool = False
-    streams: str = ""
-    mixture: Family | None = None
-    feed_forward: str = "intermediate_size"
-    unattended: Literal["", "no_heads", "listed"] = ""
-    attention: str = "self_attn"
-    kept: tuple[str, ...] = ()
-    fused: Mapping[str, Fused] = field(default_factory=dict)
+    kind_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    read_block_settings: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
+    published_prefixes: Mapping[str, str] = field(default_factory=dict)
+    no_cut_reason: str = ""
+    gguf_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_kv_tensors: bool = False
+    altup_inputs: str = ""
+    moe_variant: Family | None = None
+    feed_forward_length: str = "intermediate_size"
+    attention_free_marking: Literal["", "no_heads", "listed"] = ""
+    attention_module: str = "self_attn"
+    never_pruned: tuple[str, ...] = ()
+    fused_experts: Mapping[str, FusedExperts] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
-    laid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gguf_shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
-    last_norm: str = "model.norm"
-    further: Mapping[str, str] = field(default_factory=dict)
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
-    write: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
+    final_norm: str = "model.norm"
+    mtp_tensors: Mapping[str, str] = field(default_factory=dict)
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
+    write_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: decoder.FIXED)
-    integers: Mapping[str, str] = field(default_factory=dict)
-    numbers: Mapping[str, str] = field(default_factory=dict)
+    supported_values: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=lambda: decoder.SUPPORTED_VALUES
+    )
+    gguf_integers: Mapping[str, str] = field(default_factory=dict)
+    gguf_floats: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
-    rounds_ramp: bool = False
+    rounds_yarn_ramp: bool = False
     rope_sections: tuple[int, ...] = ()
     embedding_scale: str = ""
     logit_divisor: str = ""
-    logit_cap: str = ""
+    logit_cap_key: str = ""
     window_period: int = 0
-    one_rope: bool = False
+    has_uniform_rope: bool = False
     lists_windows: bool = False
-    needs_output: bool = False
+    needs_lm_head: bool = False
     no_rope_period: int = 0
-    rope_switch: str = ""
-    square_queries: bool = False
-    since: str = "4.51"
-    attending_arch: str = ""
-    per_block: Architecture | None = None
-    table_modules: tuple[str, ...] = ()
+    position_embedding_key: str = ""
+    needs_square_queries: bool = False
+    min_transformers: str = "4.51"
+    all_attention_arch: str = ""
+    per_block_arch: GgufArchitecture | None = None
+    lookup_table_modules: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -157,49 +164,51 @@ class Family:
         return tuple(linear for group in self.input_groups for linear in group)
 
     @property
-    def routed(self) -> tuple[str, ...]:
-        """Those of the linears that see only the tokens that a router sends them."""
-        return tuple(linear for linear in self.linears if EVERY_EXPERT in linear)
+    def expert_linears(self) -> tuple[str, ...]:
+        """Prunable linears of experts, which see only the tokens that a router sends them."""
+        return tuple(linear for linear in self.linears if ANY_EXPERT in linear)
 
     @property
     def has_state(self) -> bool:
-        """Whether blocks may carry a state from token to token, in place of keys."""
-        return bool(self.unattended)
+        """True if blocks may carry a state from token to token, in place of keys and values."""
+        return bool(self.attention_free_marking)
 
     @property
     def embedding(self) -> str:
-        """The tensor that holds what enters the first block, a row for each token."""
+        """The name of the token embedding."""
         (name,) = [name for name, in_file in self.model_tensors.items() if in_file == _EMBEDDING]
         return name
 
     @property
-    def experts(self) -> str:
-        """The module of a block that holds its experts by number; empty where it has none."""
-        return self.routed[0].partition(f".{EVERY_EXPERT}")[0] if self.routed else ""
+    def experts_module(self) -> str:
+        """The module of a block that holds its experts by number; empty if it has none."""
+        return self.expert_linears[0].partition(f".{ANY_EXPERT}")[0] if self.expert_linears else ""
 
-    def has(self, kinds: Collection[str], inside: str) -> bool:
-        """Return whether blocks of these kinds have what is called so inside a block."""
-        owners = [each for each, begins in self.only.items() if inside.startswith(begins)]
+    def has_tensor(self, kinds: Collection[str], inside: str) -> bool:
+        """Return True if blocks of these kinds have a tensor or linear of this name."""
+        owners = [
+            kind for kind, prefixes in self.kind_prefixes.items() if inside.startswith(prefixes)
+        ]
         return not owners or not set(owners).isdisjoint(kinds)
 
-    def groups_of(self, kinds: Collection[str]) -> InputGroups:
-        """Return the input groups of blocks of these kinds, each of what they have of it."""
+    def list_input_groups(self, kinds: Collection[str]) -> InputGroups:
+        """Return the input groups of blocks of these kinds, without linears that they lack."""
         groups = []
         for group in self.input_groups:
-            own = tuple(linear for linear in group if self.has(kinds, linear))
-            if own:
-                groups.append(own)
+            present = tuple(linear for linear in group if self.has_tensor(kinds, linear))
+            if present:
+                groups.append(present)
         return tuple(groups)
 
-    def list_stored(self, inside: str) -> tuple[str, ...]:
-        """Return what a parameter of a block is called inside ``blk.N.``, part by part."""
+    def list_gguf_names(self, inside: str) -> tuple[str, ...]:
+        """Return the names of a block's parameter inside ``blk.N.``: one, or one for each part."""
         name = self.block_tensors[inside]
         linear, _, kind = name.rpartition(".")
-        return tuple(f"{part}.{kind}" for part in self.parts.get(linear, ())) or (name,)
+        return tuple(f"{part}.{kind}" for part in self.gguf_parts.get(linear, ())) or (name,)
 
-    def as_per_block(self) -> Family:
-        """Return the family as the architecture for widths that differ has it."""
-        other = self.per_block
+    def with_per_block_arch(self) -> Family:
+        """Return the family in its architecture for widths that differ between blocks."""
+        other = self.per_block_arch
         assert other, f"{self.architecture} has no architecture for widths that differ"
         return replace(
             self,
@@ -207,59 +216,59 @@ class Family:
             block_tensors={**self.block_tensors, **other.block_tensors},
             transforms=other.transforms,
             biases=other.biases,
-            integers=other.integers,
+            gguf_integers=other.gguf_integers,
         )
 
-    def complete(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a ``config.json`` with the defaults and with usual settings.
 
         Raises:
-            ModelError: a setting that the family reads is missing, or null where it may not be.
+            ModelError: a setting that the family needs is missing or null.
         """
         whole = {**self.defaults, **config}
         with _explain_odd(whole):
-            found = self.read(whole)
+            usual = self.read_config(whole)
 
-        replaced = {key for key, value in found.items() if value is None}
-        return {key: value for key, value in (whole | found).items() if key not in replaced}
+        replaced = {key for key, value in usual.items() if value is None}
+        return {key: value for key, value in (whole | usual).items() if key not in replaced}
 
-    def find_widths(self, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
-        """Return the settings of which blocks have values of their own, of a complete config.
+    def find_block_settings(self, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+        """Return the settings that differ between blocks, by a complete config.
 
         Raises:
             ModelError: as :meth:`complete`.
         """
         with _explain_odd(config):
-            return self.by_block(config)
+            return self.read_block_settings(config)
 
-    def rename(self, published: str) -> str:
-        """Return what transformers calls a tensor of a published file."""
-        for begins, usual in self.published.items():
-            if published.startswith(begins):
-                return usual + published.removeprefix(begins)
+    def rename_published(self, published: str) -> str:
+        """Return the name in transformers of a tensor of a published file."""
+        for prefix, usual in self.published_prefixes.items():
+            if published.startswith(prefix):
+                return usual + published.removeprefix(prefix)
         return published
 
     def check_transformers(self) -> None:
         """Refuse a model that the installed transformers is too old for, without importing it."""
-        if installed_release("transformers") < tuple(map(int, self.since.split("."))):
+        if installed_release("transformers") < tuple(map(int, self.min_transformers.split("."))):
             raise EnvironmentFailure(
                 "old-transformers",
-                f"{self.architecture} needs transformers {self.since}, and"
+                f"{self.architecture} needs transformers {self.min_transformers}, and"
                 f" {installed_version('transformers')} is installed",
-                remedy=f'pip install "transformers>={self.since}"',
+                remedy=f'pip install "transformers>={self.min_transformers}"',
             )
 
     def split_block(self, name: str) -> tuple[int | None, str]:
-        """Return the number of a tensor's block, or None, and its name inside the block."""
+        """Return the block number of a tensor, or None, and the name inside the block."""
         match = re.fullmatch(rf"{re.escape(self.blocks)}\.(\d{{1,6}})\.(.+)", name)
         return (int(match[1]), match[2]) if match else (None, name)
 
 
 @contextmanager
 def _explain_odd(config: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what a family stumbles over into a ModelError that names the settings without a value.
+    """Raise a ModelError that names the null settings, in place of a family's lookup error.
 
-    Kinds and bounds of settings were checked, but one may be null, or missing.
+    Types and bounds of settings were checked before, but one may be null or missing.
     """
     try:
         yield
@@ -269,32 +278,32 @@ def _explain_odd(config: Mapping[str, Any]) -> Iterator[None]:
         raise ModelError(
             "damaged-config",
             f"config.json lacks what a {config.get('model_type')} needs: {error}{said}",
-            remedy="take it as it was published",
+            remedy="use config.json as it was published",
         ) from error
 
 
-def generalize(name: str) -> str:
-    """Return the name of a tensor or linear with ``*`` for the number of an expert."""
-    return _OF_EXPERT.sub(f".experts.{EVERY_EXPERT}.", name)
+def generalize_expert(name: str) -> str:
+    """Return the name of a tensor or linear with ``*`` for the number of its expert."""
+    return _OF_EXPERT.sub(f".experts.{ANY_EXPERT}.", name)
 
 
-def expert_of(name: str) -> int | None:
-    """Return the number of the expert that a tensor or linear belongs to, if to one."""
-    found = _OF_EXPERT.search(name)
-    return int(found[1]) if found else None
+def find_expert(name: str) -> int | None:
+    """Return the number of the expert that a tensor or linear belongs to, or None."""
+    match = _OF_EXPERT.search(name)
+    return int(match[1]) if match else None
 
 
-def name_experts(linears: Sequence[str], experts: int) -> tuple[str, ...]:
-    """Return the linears of a group by name: those with ``*`` once for each expert, in order."""
-    if not linears or EVERY_EXPERT not in linears[0]:
+def expand_experts(linears: Sequence[str], experts: int) -> tuple[str, ...]:
+    """Return the names of a group's linears, with ``*`` replaced by each expert's number."""
+    if not linears or ANY_EXPERT not in linears[0]:
         return tuple(linears)
 
     numbers = [str(expert) for expert in range(experts)]
-    return tuple(name.replace(EVERY_EXPERT, number) for number in numbers for name in linears)
+    return tuple(name.replace(ANY_EXPERT, number) for number in numbers for name in linears)
 
 
 def ends_part(groups: InputGroups, group: int) -> bool:
-    """Return whether a group of a block's linears ends attention or the feed-forward part."""
+    """Return True if a group is the last one of attention or of the feed-forward part."""
     group_and_next = groups[group : group + 2]
     parts = [linears[0].partition(".")[0] for linears in group_and_next]
     return len(set(parts)) == len(parts)

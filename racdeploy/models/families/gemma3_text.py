@@ -19,22 +19,22 @@ FAMILY = Family(
         "query_pre_attn_scalar": 256,
         "tie_word_embeddings": True,
     },
-    fixed={
-        **decoder.FIXED,
+    supported_values={
+        **decoder.SUPPORTED_VALUES,
         "hidden_act": (),
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attn_logit_softcapping": (),
         "use_bidirectional_attention": (False,),
         "query_pre_attn_scalar": ("=attention_scalar",),
     },
-    integers={"attention.sliding_window": "sliding_window"},
-    numbers={
+    gguf_integers={"attention.sliding_window": "sliding_window"},
+    gguf_floats={
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "final_logit_softcapping",
     },
     rope_types=("default", "linear"),
-    embedding_scale="root_of_hidden_size",
-    logit_cap="final_logit_softcapping",
+    embedding_scale="sqrt_hidden_size",
+    logit_cap_key="final_logit_softcapping",
     window_period=6,
-    table_modules=("mlp.act_fn",),
+    lookup_table_modules=("mlp.act_fn",),
 )

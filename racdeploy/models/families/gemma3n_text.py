@@ -1,7 +1,7 @@
 """Gemma 3n E2B and E4B, text: four hidden states of a token (AltUp), of which a block renews one.
 
-As in Gemma 4, each block has an input of its own, and the last take keys and values of others. Much
-of it llama.cpp has in its source: 20 blocks make keys, and 10 drop most of their activations.
+As in Gemma 4, each block has a per-layer input, and the last blocks share keys and values.
+llama.cpp has constants in its source: 20 blocks compute keys, and 10 drop most activations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
 _PERIOD = 5
-_SPARSE, _SHARE = 10, 0.95  # blocks, and activations that each of them drops
+_SPARSE_BLOCKS, _DROPPED_SHARE = 10, 0.95  # blocks with sparse activations, and their share
 _NEEDED = ("num_hidden_layers", "vocab_size_per_layer_input", "final_logit_softcapping")
 
 
@@ -26,10 +26,11 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     count = config["num_hidden_layers"]
     blocks = range(1, 1 + count)
     counted = ["sliding_attention" if block % _PERIOD else "full_attention" for block in blocks]
-    sparse = min(_SPARSE, count) if count > _SPARSE else 0
+    sparse = min(_SPARSE_BLOCKS, count) if count > _SPARSE_BLOCKS else 0
 
+    # llama.cpp takes one width, though the config may list one for each block.
     width = config.get("intermediate_size", 16_384)
-    if isinstance(width, list):  # one for each block
+    if isinstance(width, list):
         if len(width) != count or len(set(width)) > 1:
             raise ModelError(
                 "unsupported-variant",
@@ -47,16 +48,16 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         "layer_types": config.get("layer_types") or counted,
         "intermediate_size": width,
         "activation_sparsity_pattern": config.get("activation_sparsity_pattern")
-        or [_SHARE] * sparse + [0.0] * (count - sparse),
+        or [_DROPPED_SHARE] * sparse + [0.0] * (count - sparse),
     }
 
 
-_OWN_INPUTS = {
+_PER_LAYER_INPUTS = {
     "per_layer_input_gate.weight": "inp_gate.weight",
     "per_layer_projection.weight": "proj.weight",
     "post_per_layer_input_norm.weight": "post_norm.weight",
 }
-_BESIDE = {
+_ALTUP_LAUREL = {
     "altup.correct_output_scale": "altup_correct_scale.weight",
     "altup.correction_coefs.weight": "altup_correct_coef.weight",
     "altup.prediction_coefs.weight": "altup_predict_coef.weight",
@@ -66,37 +67,42 @@ _BESIDE = {
     "laurel.linear_right.weight": "laurel_r.weight",
     "laurel.post_laurel_norm.weight": "laurel_post_norm.weight",
 }
-_STREAMS = {
-    f"model.{name}.{stream}.weight": f"{stored}.weight"
+_ALTUP_PROJECTIONS = {
+    f"model.{name}.{index}.weight": f"{stored}.weight"
     for name, stored in (
         ("altup_projections", "altup_proj"),
         ("altup_unembed_projections", "altup_unembd_proj"),
     )
-    for stream in range(3)
+    for index in range(3)
 }
 FAMILY = Family(
     architecture="Gemma3nForCausalLM",
     gguf_arch="gemma3n",
-    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_OWN_INPUTS, **_BESIDE},
+    block_tensors={
+        **decoder.BLOCK_TENSORS,
+        **decoder.GEMMA_NORMS,
+        **_PER_LAYER_INPUTS,
+        **_ALTUP_LAUREL,
+    },
     model_tensors={
         **decoder.MODEL_TENSORS,
-        **_STREAMS,
+        **_ALTUP_PROJECTIONS,
         "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
         "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
         "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
     },
-    kept=(
+    never_pruned=(
         *("per_layer_input_gate", "per_layer_projection"),
         *("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
         *("laurel.linear_left", "laurel.linear_right"),
     ),
-    only={"own_keys": ("self_attn.k_", "self_attn.v_")},
-    needs_keys=True,
-    streams="altup_num_inputs",
-    uncut="blocks share keys and values, and every block has columns of the token embeddings",
-    transforms=dict.fromkeys(_STREAMS, "stack"),
-    # P: a block's own input; PP: those of all blocks; VP: tokens that have them; A: hidden states
-    # of a token; AA: their pairs; L: the narrow place of a learned residual.
+    kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
+    needs_kv_tensors=True,
+    altup_inputs="altup_num_inputs",
+    no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
+    transforms=dict.fromkeys(_ALTUP_PROJECTIONS, "stack"),
+    # P: a per-layer input; PP: those of all blocks; VP: tokens that have them; A: hidden states of
+    # a token; AA: their pairs; L: rank of the learned residual (LAuReL).
     shapes={
         **decoder.SHAPES,
         "inp_gate": ("P", "D"),
@@ -112,17 +118,17 @@ FAMILY = Family(
         "per_layer_model_proj": ("PP", "D"),
         "per_layer_proj_norm": ("P",),
     },
-    laid={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
+    gguf_shapes={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
     sizes={
         "P": "hidden_size_per_layer_input",
-        "PP": "own_inputs_width",
+        "PP": "per_layer_inputs_width",
         "VP": "vocab_size_per_layer_input",
         "A": "altup_num_inputs",
         "AA": "altup_pairs",
         "L": "laurel_rank",
     },
     biases=(),
-    read=_read,
+    read_config=_read,
     defaults={
         "hidden_size": 2048,
         "num_attention_heads": 8,
@@ -144,7 +150,7 @@ FAMILY = Family(
         "altup_num_inputs": 4,
         "laurel_rank": 64,
     },
-    fixed={
+    supported_values={
         "hidden_act": (),
         "hidden_activation": ("gelu_pytorch_tanh",),
         "final_logit_softcapping": (30.0,),
@@ -156,22 +162,22 @@ FAMILY = Family(
         "altup_num_inputs": (4,),
         "laurel_rank": (64,),
     },
-    integers={
+    gguf_integers={
         "attention.sliding_window": "sliding_window",
         "attention.shared_kv_layers": "num_kv_shared_layers",
         "embedding_length_per_layer_input": "hidden_size_per_layer_input",
         "altup.active_idx": "altup_active_idx",
         "altup.num_inputs": "altup_num_inputs",
     },
-    numbers={
+    gguf_floats={
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "final_logit_softcapping",
     },
     rope_types=("default",),
-    embedding_scale="root_of_hidden_size",
-    logit_cap="final_logit_softcapping",
+    embedding_scale="sqrt_hidden_size",
+    logit_cap_key="final_logit_softcapping",
     window_period=_PERIOD,
     lists_windows=True,
-    table_modules=("mlp.act_fn", "act_fn"),
-    since="5.8",  # older ones share keys through a cache alone
+    lookup_table_modules=("mlp.act_fn", "act_fn"),
+    min_transformers="5.8",  # older ones share keys through a cache alone
 )

@@ -1,6 +1,6 @@
-"""Gemma 4 E2B and E4B, text: an input of its own in each block, and keys that later blocks take.
+"""Gemma 4 E2B and E4B, text: per-layer inputs, and keys and values that later blocks share.
 
-The last blocks make no keys and values: they take those of the last earlier block of their kind.
+The last blocks compute no keys and values: they use those of the last earlier block of their type.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from racdeploy.models.families import Family
 _SLIDING = {"rope_type": "default", "rope_theta": 10_000.0}
 _FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}
 _PERIOD = 6
-_OF_HEADS = ("head_dim", "num_key_value_heads")  # may be others where all tokens are seen
-_OTHERS = {"enable_moe_block": (None, False), "attention_k_eq_v": (None, False)}
+_HEAD_SETTINGS = ("head_dim", "num_key_value_heads")  # may differ in full attention
+_SUPPORTED_SWITCHES = {"enable_moe_block": (None, False), "attention_k_eq_v": (None, False)}
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,26 +26,28 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     counted = ["sliding_attention" if block % _PERIOD else "full_attention" for block in blocks]
     kinds = [*(config.get("layer_types") or counted)[:-1], "full_attention"]  # the last one always
 
-    own = _read_full(config, kinds)
-    differing = {key: own[key] for key in _OF_HEADS if own[key] != config[key]}
+    full_settings = _read_full(config, kinds)
+    differing = {
+        key: full_settings[key] for key in _HEAD_SETTINGS if full_settings[key] != config[key]
+    }
     full = [block for block, kind in enumerate(kinds) if kind == "full_attention"]
     return {
         "layer_types": kinds,
-        "global_head_dim": own["head_dim"],
+        "global_head_dim": full_settings["head_dim"],
         "per_layer_config": {str(block): differing for block in full} if differing else {},
     }
 
 
 def _refuse_others(config: Mapping[str, Any]) -> None:
-    """Refuse the larger models, which are built in another way."""
-    wrong = [key for key, values in _OTHERS.items() if config.get(key) not in values]
+    """Refuse the larger models, which have another architecture."""
+    wrong = [key for key, values in _SUPPORTED_SWITCHES.items() if config.get(key) not in values]
     if not config["hidden_size_per_layer_input"]:
         wrong.append("hidden_size_per_layer_input")
     if wrong:
         raise ModelError(
             "unsupported-variant",
             f"config.json: {wrong[0]} is {config.get(wrong[0])!r}, and of Gemma 4 only models like"
-            " E2B and E4B are supported, with inputs of each block and without experts",
+            " E2B and E4B are supported, with per-layer inputs and without experts",
         )
 
     rope = config["rope_parameters"] or {}
@@ -57,38 +59,39 @@ def _refuse_others(config: Mapping[str, Any]) -> None:
 
 
 def _read_full(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int]:
-    """Return the settings of heads in blocks that see all tokens, which must be alike."""
+    """Return the head settings of blocks with full attention, which must be equal."""
     listed = config.get("per_layer_config")
     if listed is None:
         head_size = config.get("global_head_dim") or 512
-        return {key: config[key] for key in _OF_HEADS} | {"head_dim": head_size}
+        return {key: config[key] for key in _HEAD_SETTINGS} | {"head_dim": head_size}
 
-    found = []
+    # GGUF has one value for full and one for sliding attention, so blocks of a type must agree.
+    full = []
     for block, kind in enumerate(kinds):
         changed = listed.get(str(block), listed.get(block, {}))
-        values = {key: changed.get(key, config[key]) for key in _OF_HEADS}
+        values = {key: changed.get(key, config[key]) for key in _HEAD_SETTINGS}
         if kind == "full_attention":
-            found.append(values)
+            full.append(values)
         elif changed:
             raise ModelError(
                 "unsupported-variant",
-                f"config.json: per_layer_config has block {block}, with a window",
+                f"config.json: per_layer_config changes block {block}, which has a sliding window",
             )
 
-    if any(values != found[0] for values in found):
+    if any(values != full[0] for values in full):
         raise ModelError(
             "unsupported-variant",
-            "config.json: per_layer_config has blocks of one kind that differ",
+            "config.json: per_layer_config gives blocks of full attention different heads",
         )
-    return found[0]
+    return full[0]
 
 
 def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
-    """Return head sizes, key heads and feed-forward widths of the blocks."""
+    """Return head sizes, key-value heads and feed-forward widths of the blocks."""
     blocks = range(config["num_hidden_layers"])
     changed = [config["per_layer_config"].get(str(block), {}) for block in blocks]
     widths: dict[str, Sequence[int]] = {}
-    for key in _OF_HEADS:
+    for key in _HEAD_SETTINGS:
         widths[key] = [values.get(key, config[key]) for values in changed]
 
     first_sharing = len(blocks) - config["num_kv_shared_layers"]
@@ -100,7 +103,7 @@ def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return widths
 
 
-_OWN_INPUTS = {
+_PER_LAYER_INPUTS = {
     "per_layer_input_gate.weight": "inp_gate.weight",
     "per_layer_projection.weight": "proj.weight",
     "post_per_layer_input_norm.weight": "post_norm.weight",
@@ -109,18 +112,18 @@ _OWN_INPUTS = {
 FAMILY = Family(
     architecture="Gemma4ForCausalLM",
     gguf_arch="gemma4",
-    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_OWN_INPUTS},
+    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_PER_LAYER_INPUTS},
     model_tensors={
         **decoder.MODEL_TENSORS,
         "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
         "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
         "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
     },
-    kept=("per_layer_input_gate", "per_layer_projection"),
-    only={"own_keys": ("self_attn.k_", "self_attn.v_")},
-    by_block=_by_block,
-    uncut="blocks share keys and values, and every block has columns of the token embeddings",
-    # P: a block's own input; PP: those of all blocks.
+    never_pruned=("per_layer_input_gate", "per_layer_projection"),
+    kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
+    read_block_settings=_by_block,
+    no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
+    # P: a per-layer input; PP: those of all blocks.
     shapes={
         **decoder.SHAPES,
         "inp_gate": ("P", "D"),
@@ -130,9 +133,9 @@ FAMILY = Family(
         "per_layer_model_proj": ("PP", "D"),
         "per_layer_proj_norm": ("P",),
     },
-    sizes={"P": "hidden_size_per_layer_input", "PP": "own_inputs_width"},
+    sizes={"P": "hidden_size_per_layer_input", "PP": "per_layer_inputs_width"},
     biases=(),
-    read=_read,
+    read_config=_read,
     defaults={
         "hidden_size": 2304,
         "intermediate_size": 9216,
@@ -149,13 +152,13 @@ FAMILY = Family(
         "hidden_size_per_layer_input": 256,
         "num_kv_shared_layers": 0,
     },
-    fixed={
+    supported_values={
         "hidden_act": (),
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": ("vision",),
         "vocab_size_per_layer_input": ("=vocab_size",),
     },
-    integers={
+    gguf_integers={
         "attention.sliding_window": "sliding_window",
         "attention.shared_kv_layers": "num_kv_shared_layers",
         "attention.key_length_swa": "head_dim",
@@ -164,15 +167,15 @@ FAMILY = Family(
         "rope.dimension_count_swa": "head_dim",
         "embedding_length_per_layer_input": "hidden_size_per_layer_input",
     },
-    numbers={
+    gguf_floats={
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "logit_cap_or_0",  # llama.cpp takes 30 where the key is missing
     },
     rope_types=("proportional",),
-    embedding_scale="root_of_hidden_size",
-    logit_cap="final_logit_softcapping",
+    embedding_scale="sqrt_hidden_size",
+    logit_cap_key="final_logit_softcapping",
     window_period=_PERIOD,
     lists_windows=True,
-    table_modules=("mlp.act_fn", "act_fn"),
-    since="5.8",
+    lookup_table_modules=("mlp.act_fn", "act_fn"),
+    min_transformers="5.8",
 )

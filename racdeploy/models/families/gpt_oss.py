@@ -1,6 +1,6 @@
 """GPT-OSS 20B and 120B: experts with biases, published as MXFP4, and attention with sinks.
 
-A sink is a number of each head that a softmax over the keys sees as one more key, without a value.
+A sink is a number of each head that counts as one more key in the softmax, without a value.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
-from racdeploy.models.fused import Fused
+from racdeploy.models.fused_experts import FusedExperts
 
 _PARTS = ("gate", "up", "down")
 _EXPERTS = {
@@ -30,15 +30,15 @@ _ROPE = {
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    says = config.get("rope_parameters") or "rope_scaling" in config
-    return {} if says else {"rope_scaling": _ROPE}
+    has_rope = config.get("rope_parameters") or "rope_scaling" in config
+    return {} if has_rope else {"rope_scaling": _ROPE}
 
 
 FAMILY = Family(
     architecture="GptOssForCausalLM",
     gguf_arch="gpt-oss",
     block_tensors={
-        **decoder.WITHOUT_MLP,
+        **decoder.NON_MLP_TENSORS,
         "post_attention_layernorm.weight": "post_attention_norm.weight",
         "self_attn.sinks": "attn_sinks.weight",
         "mlp.router.weight": "ffn_gate_inp.weight",
@@ -46,16 +46,18 @@ FAMILY = Family(
         **_EXPERTS,
     },
     input_groups=(*decoder.INPUT_GROUPS[:2], _GATE_UP, ("mlp.experts.*.down_proj",)),
-    kept=("mlp.router",),
-    fused={
-        "mlp.experts.gate_up_proj": Fused(
-            tuple(f"{part}.weight" for part in _GATE_UP), alternating=True, inputs_first=True
+    never_pruned=("mlp.router",),
+    fused_experts={
+        "mlp.experts.gate_up_proj": FusedExperts(
+            tuple(f"{part}.weight" for part in _GATE_UP), interleaved=True, inputs_first=True
         ),
-        "mlp.experts.gate_up_proj_bias": Fused(
-            tuple(f"{part}.bias" for part in _GATE_UP), alternating=True
+        "mlp.experts.gate_up_proj_bias": FusedExperts(
+            tuple(f"{part}.bias" for part in _GATE_UP), interleaved=True
         ),
-        "mlp.experts.down_proj": Fused(("mlp.experts.*.down_proj.weight",), inputs_first=True),
-        "mlp.experts.down_proj_bias": Fused(("mlp.experts.*.down_proj.bias",)),
+        "mlp.experts.down_proj": FusedExperts(
+            ("mlp.experts.*.down_proj.weight",), inputs_first=True
+        ),
+        "mlp.experts.down_proj_bias": FusedExperts(("mlp.experts.*.down_proj.bias",)),
     },
     transforms=dict.fromkeys(_EXPERTS, "stack"),
     shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES, "attn_sinks": ("H",)},
@@ -64,7 +66,7 @@ FAMILY = Family(
         *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"),
         *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
     ),
-    read=_read,
+    read_config=_read,
     defaults={
         "num_hidden_layers": 36,
         "num_local_experts": 128,
@@ -78,21 +80,21 @@ FAMILY = Family(
         "max_position_embeddings": 131_072,
         "rope_theta": 150_000.0,
     },
-    fixed={
-        **decoder.FIXED,
+    supported_values={
+        **decoder.SUPPORTED_VALUES,
         "attention_bias": (True,),
         "swiglu_alpha": (1.702,),
         "swiglu_limit": (7, 7.0),
     },
-    integers={
+    gguf_integers={
         "attention.sliding_window": "sliding_window",
         "expert_count": "num_local_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "intermediate_size",
     },
-    rounds_ramp=True,
+    rounds_yarn_ramp=True,
     window_period=2,
-    one_rope=True,
-    needs_output=True,
-    since="4.55",
+    has_uniform_rope=True,
+    needs_lm_head=True,
+    min_transformers="4.55",
 )

@@ -6,7 +6,7 @@ from racdeploy.models.families import Family
 FAMILY = Family(
     architecture="GraniteForCausalLM",
     gguf_arch="granite",
-    transforms=decoder.ROTARY,
+    transforms=decoder.ROTARY_TRANSFORMS,
     biases=decoder.ALL_LINEARS,
     defaults={
         "attention_multiplier": 1.0,
@@ -14,8 +14,8 @@ FAMILY = Family(
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
     },
-    integers=decoder.LLAMA_INTEGERS,
-    numbers={
+    gguf_integers=decoder.LLAMA_INTEGERS,
+    gguf_floats={
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",
         "residual_scale": "residual_multiplier",

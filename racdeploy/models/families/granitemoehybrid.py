@@ -1,8 +1,8 @@
 """Granite 4: state spaces of Mamba 2 in most blocks, attention in the others.
 
-Those that attend in all blocks are in this family too. Some have experts beside the feed-forward
-part that all tokens share. The norm of a state space sees all channels
-at once; llama.cpp's has groups of them, which are the same where there is one.
+Models with attention in all blocks are in this family too. Some have experts beside the shared
+feed-forward part. The norm of a state space covers all channels at once; llama.cpp's covers groups
+of them, which is the same if there is one group.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 from racdeploy.models import decoder, mamba
 from racdeploy.models.families import Family
 from racdeploy.models.families.granite import FAMILY as GRANITE
-from racdeploy.models.fused import Fused
+from racdeploy.models.fused_experts import FusedExperts
 
 _STATE, _ATTENTION = "linear_attention", "full_attention"
-# transformers 4 knows only these names, and transformers 5 takes them too
+# transformers 4 knows only these names, and transformers 5 reads them too
 _NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
 
 
@@ -55,13 +55,13 @@ _STATE_SPACE = mamba.name_tensors("mamba")
 _DENSE = Family(
     architecture="GraniteMoeHybridForCausalLM",
     gguf_arch="granitehybrid",
-    attending_arch="granite",
+    all_attention_arch="granite",
     block_tensors={
-        **decoder.WITHOUT_MLP,
+        **decoder.NON_MLP_TENSORS,
         **_FEED_FORWARD,
         **_STATE_SPACE,
     },
-    parts={"ffn_gate_up": ("ffn_gate", "ffn_up")},
+    gguf_parts={"ffn_gate_up": ("ffn_gate", "ffn_up")},
     input_groups=(
         *decoder.INPUT_GROUPS[:2],
         ("mamba.in_proj",),
@@ -69,19 +69,19 @@ _DENSE = Family(
         ("shared_mlp.input_linear",),
         ("shared_mlp.output_linear",),
     ),
-    only={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
-    unattended="no_heads",
-    transforms={**decoder.ROTARY, "mamba.A_log": "decay"},
+    kind_prefixes={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
+    attention_free_marking="no_heads",
+    transforms={**decoder.ROTARY_TRANSFORMS, "mamba.A_log": "decay"},
     shapes={
         **decoder.SHAPES,
         "ffn_gate_up": ("F+F", "D"),
         **mamba.SHAPES,
     },
-    laid={**mamba.LAID, "ssm_norm": ("1", "M")},
+    gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("1", "M")},
     sizes=mamba.SIZES,
     biases=("attn_q", "attn_k", "attn_v", "attn_output", "ssm_conv1d"),
-    read=_read,
-    write=_write,
+    read_config=_read,
+    write_config=_write,
     defaults={
         **GRANITE.defaults,
         "num_local_experts": 8,
@@ -94,18 +94,18 @@ _DENSE = Family(
         "mamba_d_conv": 4,
         "mamba_expand": 2,
     },
-    fixed={
-        **decoder.FIXED,
+    supported_values={
+        **decoder.SUPPORTED_VALUES,
         "mamba_n_groups": (1,),
         "mamba_expand": (2,),
         "mamba_conv_bias": (True,),
         "mamba_proj_bias": (False,),
         "time_step_limit": (),
     },
-    integers={
+    gguf_integers={
         **decoder.LLAMA_INTEGERS,
         "expert_count": "num_local_experts",
-        "expert_used_count": "num_local_experts",  # a config may still say how many it once took
+        "expert_used_count": "num_local_experts",  # a dense config may still name another
         "expert_shared_feed_forward_length": "intermediate_size",
         "ssm.conv_kernel": "mamba_d_conv",
         "ssm.state_size": "mamba_d_state",
@@ -113,12 +113,12 @@ _DENSE = Family(
         "ssm.inner_size": "mamba_width",
         "ssm.time_step_rank": "mamba_n_heads",
     },
-    numbers=GRANITE.numbers,
+    gguf_floats=GRANITE.gguf_floats,
     embedding_scale="embedding_multiplier",
     logit_divisor="logits_scaling",
-    rope_switch="position_embedding_type",
-    square_queries=True,
-    since="4.56",
+    position_embedding_key="position_embedding_type",
+    needs_square_queries=True,
+    min_transformers="4.56",
 )
 
 _PARTS = ("gate", "up", "down")
@@ -128,7 +128,7 @@ _EXPERTS = {
 _GATE_UP, _DOWN = tuple(_EXPERTS)[:2], tuple(_EXPERTS)[2:]
 _MIXTURE = replace(
     _DENSE,
-    attending_arch="granitemoe",
+    all_attention_arch="granitemoe",
     block_tensors={
         **_DENSE.block_tensors,
         "block_sparse_moe.router.layer.weight": "ffn_gate_inp.weight",
@@ -136,17 +136,17 @@ _MIXTURE = replace(
         "shared_mlp.output_linear.weight": "ffn_down_shexp.weight",
         **_EXPERTS,
     },
-    parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")},
+    gguf_parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")},
     input_groups=(
         *_DENSE.input_groups[:4],
         tuple(name.removesuffix(".weight") for name in _GATE_UP),
         tuple(name.removesuffix(".weight") for name in _DOWN),
         *_DENSE.input_groups[4:],
     ),
-    kept=("block_sparse_moe.router.layer",),
-    fused={
-        "block_sparse_moe.input_linear.weight": Fused(_GATE_UP),
-        "block_sparse_moe.output_linear.weight": Fused(_DOWN),
+    never_pruned=("block_sparse_moe.router.layer",),
+    fused_experts={
+        "block_sparse_moe.input_linear.weight": FusedExperts(_GATE_UP),
+        "block_sparse_moe.output_linear.weight": FusedExperts(_DOWN),
     },
     transforms={**_DENSE.transforms, **dict.fromkeys(_EXPERTS, "stack")},
     shapes={
@@ -156,9 +156,9 @@ _MIXTURE = replace(
         "ffn_down_shexp": ("D", "F"),
     },
     sizes={**_DENSE.sizes, "E": "num_local_experts", "EF": "moe_intermediate_size"},
-    feed_forward="moe_intermediate_size",
-    read=_read_mixture,
-    write=_write_mixture,
-    integers={**_DENSE.integers, "expert_used_count": "num_experts_per_tok"},
+    feed_forward_length="moe_intermediate_size",
+    read_config=_read_mixture,
+    write_config=_write_mixture,
+    gguf_integers={**_DENSE.gguf_integers, "expert_used_count": "num_experts_per_tok"},
 )
-FAMILY = replace(_DENSE, mixture=_MIXTURE)
+FAMILY = replace(_DENSE, moe_variant=_MIXTURE)

@@ -26,7 +26,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _width(config: Mapping[str, Any]) -> int:
-    """Return the feed-forward width, as transformers' ``Lfm2MLP`` finds it."""
+    """Return the feed-forward width, as transformers' ``Lfm2MLP`` computes it."""
     width: int = config.get("block_ff_dim") or config.get("intermediate_size", 12_288)
     if not config.get("block_auto_adjust_ff_dim", True):
         return width
@@ -67,10 +67,10 @@ FAMILY = Family(
     },
     model_tensors={
         "model.embed_tokens.weight": "token_embd.weight",
-        "model.embedding_norm.weight": "token_embd_norm.weight",  # llama.cpp's name for the last
+        "model.embedding_norm.weight": "token_embd_norm.weight",  # llama.cpp's final norm
         "lm_head.weight": "output.weight",
     },
-    last_norm="model.embedding_norm",
+    final_norm="model.embedding_norm",
     input_groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.out_proj",),
@@ -79,8 +79,8 @@ FAMILY = Family(
         ("feed_forward.w1", "feed_forward.w3"),
         ("feed_forward.w2",),
     ),
-    only={"full_attention": ("self_attn.",), "conv": ("conv.",)},
-    unattended="no_heads",
+    kind_prefixes={"full_attention": ("self_attn.",), "conv": ("conv.",)},
+    attention_free_marking="no_heads",
     shapes={
         **decoder.SHAPES,
         "shortconv.in_proj": ("D+D+D", "D"),
@@ -89,7 +89,7 @@ FAMILY = Family(
     },
     sizes={"L": "conv_L_cache"},
     biases=(),
-    read=_read,
+    read_config=_read,
     defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 128_000,
@@ -97,8 +97,8 @@ FAMILY = Family(
         "tie_word_embeddings": True,
         "conv_L_cache": 3,
     },
-    fixed={**decoder.FIXED, "conv_bias": (False,)},
-    integers={"vocab_size": "vocab_size", "shortconv.l_cache": "conv_L_cache"},
-    square_queries=True,
-    since="4.54",
+    supported_values={**decoder.SUPPORTED_VALUES, "conv_bias": (False,)},
+    gguf_integers={"vocab_size": "vocab_size", "shortconv.l_cache": "conv_L_cache"},
+    needs_square_queries=True,
+    min_transformers="4.54",
 )

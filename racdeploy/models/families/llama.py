@@ -6,9 +6,9 @@ from racdeploy.models.families import Family
 FAMILY = Family(
     architecture="LlamaForCausalLM",
     gguf_arch="llama",
-    transforms=decoder.ROTARY,
+    transforms=decoder.ROTARY_TRANSFORMS,
     biases=decoder.ALL_LINEARS,
-    integers=decoder.LLAMA_INTEGERS,
+    gguf_integers=decoder.LLAMA_INTEGERS,
     rope_types=("default", "linear", "yarn", "llama3"),
-    per_block=decoder.DECI,
+    per_block_arch=decoder.DECI,
 )

@@ -1,4 +1,4 @@
-"""Ministral 3 and what else has its text model: Llama whose queries grow with their position."""
+"""Ministral 3 and models with its text model: Llama whose queries are scaled by position."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     architecture="Ministral3ForCausalLM",
     gguf_arch="mistral3",
-    transforms=decoder.ROTARY,
+    transforms=decoder.ROTARY_TRANSFORMS,
     biases=(),
-    read=_read,
+    read_config=_read,
     defaults={
         "num_key_value_heads": 8,
         "head_dim": 128,
@@ -30,11 +30,11 @@ FAMILY = Family(
         "rope_theta": 1_000_000.0,
         "rms_norm_eps": 1e-5,
     },
-    integers=decoder.LLAMA_INTEGERS,
-    numbers={
+    gguf_integers=decoder.LLAMA_INTEGERS,
+    gguf_floats={
         "rope.scaling.yarn_log_multiplier": "yarn_magnitude",
         "attention.temperature_scale": "attention_temperature",
     },
     rope_types=("yarn",),
-    since="5.0",
+    min_transformers="5.0",
 )

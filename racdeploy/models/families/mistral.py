@@ -6,10 +6,10 @@ from racdeploy.models.families import Family
 FAMILY = Family(
     architecture="MistralForCausalLM",
     gguf_arch="llama",
-    transforms=decoder.ROTARY,
+    transforms=decoder.ROTARY_TRANSFORMS,
     biases=(),
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-    integers=decoder.LLAMA_INTEGERS,
+    gguf_integers=decoder.LLAMA_INTEGERS,
     rope_types=("default", "linear", "yarn", "llama3"),
-    per_block=decoder.DECI,
+    per_block_arch=decoder.DECI,
 )

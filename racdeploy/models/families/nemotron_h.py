@@ -1,10 +1,10 @@
 """Nemotron-H, Nemotron Nano 2 and 3 (4B): state spaces, attention and feed-forward in turn.
 
 Each block is one of these, with one norm. Attention has no positions; a feed-forward part has no
-gate, but squares what is positive. Those with experts are refused.
+gate, and squared ReLU. Models with experts are refused.
 
-Published configs say how long a step of a state may be, and transformers has another limit of its
-own (its pull request 48989 tells both); llama.cpp and the authors' code have none.
+Published configs limit the time step of a state, and transformers has another limit of its own
+(both in its pull request 48989); llama.cpp and the authors' code have none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from racdeploy.models.families import Family
 _STATE, _ATTENTION, _FEED_FORWARD, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
 _LETTERS = {_STATE: "M", _ATTENTION: "*", _FEED_FORWARD: "-", _EXPERTS: "E"}
 _OLD_NAMES = {"mamba": _STATE, "attention": _ATTENTION}
-_NO_LEAST_STEP = 1e-30  # transformers takes a logarithm of it
+_NO_MIN_STEP = 1e-30  # transformers takes a logarithm of it
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
         "position_embedding_type": "nope",
         "mamba_n_heads": config["mamba_num_heads"],
         "mamba_d_state": config["ssm_state_size"],
-        # the second name is the older one, which counts where both are there
+        # mamba_n_groups is the older name, which wins if both are present.
         "mamba_n_groups": config.get("mamba_n_groups", config["n_groups"]),
         "mamba_d_conv": config.get("mamba_d_conv", config["conv_kernel"]),
         "time_step_limit": mamba.read_limit(config),
@@ -42,37 +42,39 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _list_kinds(config: Mapping[str, Any]) -> list[str]:
-    """Return the kind of each block, which a config lists or writes as letters."""
+    """Return the kind of each block, which a config has as a list or as letters."""
     listed = config.get("layers_block_type") or config.get("layer_types")
     if not listed:
         kinds = {letter: kind for kind, letter in _LETTERS.items()}
         pattern = config.get("hybrid_override_pattern") or ""
         listed = [kinds.get(letter, letter) for letter in pattern]
 
-    found = [_OLD_NAMES.get(kind, kind) for kind in listed]
-    if _EXPERTS in found:
+    # Experts are a kind of their own, so that the message says more than "unknown block".
+    kinds_of_blocks = [_OLD_NAMES.get(kind, kind) for kind in listed]
+    if _EXPERTS in kinds_of_blocks:
         raise ModelError(
             "unsupported-variant",
-            f"this Nemotron has experts in {found.count(_EXPERTS)} of {len(found)} blocks, which"
+            f"this Nemotron has experts in {kinds_of_blocks.count(_EXPERTS)} of"
+            f" {len(kinds_of_blocks)} blocks, which"
             " are not supported: they have no gate, and a bias beside the router chooses them",
             remedy="take one without: Nemotron-H 4B or 8B, Nemotron Nano 2 9B or 12B, or"
             " Nemotron 3 Nano 4B",
         )
 
-    if unknown := sorted(map(str, set(found) - _LETTERS.keys())):
+    if unknown := sorted(map(str, set(kinds_of_blocks) - _LETTERS.keys())):
         raise ModelError(
             "damaged-config",
             f"config.json: hybrid_override_pattern or layers_block_type names {unknown[0]!r}; a"
             f" block is one of {', '.join(_LETTERS)}",
             remedy="compare the file with the one that the model's authors publish",
         )
-    return found
+    return kinds_of_blocks
 
 
 def _write(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hybrid_override_pattern": "".join(_LETTERS[kind] for kind in config["layer_types"]),
-        "time_step_min": _NO_LEAST_STEP,
+        "time_step_min": _NO_MIN_STEP,
     }
 
 
@@ -99,7 +101,7 @@ FAMILY = Family(
         "model.norm_f.weight": "output_norm.weight",
         "lm_head.weight": "output.weight",
     },
-    published={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
+    published_prefixes={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
     input_groups=(
         ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
         ("mixer.o_proj",),
@@ -108,30 +110,30 @@ FAMILY = Family(
         ("mixer.up_proj",),
         ("mixer.down_proj",),
     ),
-    only={
+    kind_prefixes={
         _ATTENTION: tuple(name.removesuffix(".weight") for name in _ATTENTION_TENSORS),
         _STATE: tuple(name.removesuffix(".weight") for name in _STATE_SPACE),
         _FEED_FORWARD: ("mixer.up_proj", "mixer.down_proj"),
     },
-    attention="mixer",
-    unattended="no_heads",
+    attention_module="mixer",
+    attention_free_marking="no_heads",
     transforms={
-        # as the converter does: any order of both computes the same, since nothing is rotated
+        # As llama.cpp's converter does; without rope, any order of both computes the same.
         "mixer.q_proj.weight": "rotary",
         "mixer.k_proj.weight": "rotary",
         "mixer.A_log": "decay",
     },
-    # MG: channels of a group of a state space; G: how many groups there are.
+    # MG: channels of a group of a state space; G: number of groups.
     shapes={
         **decoder.SHAPES,
         **mamba.SHAPES,
     },
-    laid={**mamba.LAID, "ssm_norm": ("G", "MG")},
+    gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("G", "MG")},
     sizes={**mamba.SIZES, "MG": "mamba_group_width", "G": "mamba_n_groups"},
     biases=("ffn_up", "ffn_down", "ssm_conv1d"),
-    last_norm="model.norm_f",
-    read=_read,
-    write=_write,
+    final_norm="model.norm_f",
+    read_config=_read,
+    write_config=_write,
     defaults={
         "hidden_size": 4096,
         "intermediate_size": 21_504,
@@ -146,7 +148,7 @@ FAMILY = Family(
         "ssm_state_size": 128,
         "conv_kernel": 4,
     },
-    fixed={
+    supported_values={
         "mlp_hidden_act": ("relu2",),
         "mamba_hidden_act": ("silu", "swish"),
         "use_bias": (False,),
@@ -156,7 +158,7 @@ FAMILY = Family(
         "time_step_limit": (),
         "mamba_dt_limit": (),
     },
-    integers={
+    gguf_integers={
         "vocab_size": "vocab_size",
         "rope.dimension_count": "hidden_per_head",
         "ssm.conv_kernel": "mamba_d_conv",
@@ -165,7 +167,7 @@ FAMILY = Family(
         "ssm.inner_size": "mamba_width",
         "ssm.time_step_rank": "mamba_n_heads",
     },
-    numbers={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
-    rope_switch="position_embedding_type",
-    since="5.15",
+    gguf_floats={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
+    position_embedding_key="position_embedding_type",
+    min_transformers="5.15",
 )

@@ -1,6 +1,6 @@
-"""OLMo 3, Instruct and Think: norms after attention and feed-forward, and of all heads as one.
+"""OLMo 3, Instruct and Think: norms after attention and feed-forward, and over all heads at once.
 
-Blocks with a sliding window rotate without the scaling that the others have.
+Blocks with a sliding window have no rope scaling, unlike the others.
 """
 
 from racdeploy.models import decoder
@@ -19,12 +19,12 @@ FAMILY = Family(
     shapes={**decoder.SHAPES, "attn_q_norm": ("Q",), "attn_k_norm": ("KV",)},
     biases=(),
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
-    fixed={**decoder.FIXED, "rope_local_base_freq": ("=theta",)},
-    integers={"attention.sliding_window": "sliding_window"},
-    numbers={"rope.freq_base_swa": "rope_local_base_freq"},
+    supported_values={**decoder.SUPPORTED_VALUES, "rope_local_base_freq": ("=theta",)},
+    gguf_integers={"attention.sliding_window": "sliding_window"},
+    gguf_floats={"rope.freq_base_swa": "rope_local_base_freq"},
     window_period=4,
     lists_windows=True,
-    needs_output=True,
-    square_queries=True,
-    since="4.57",
+    needs_lm_head=True,
+    needs_square_queries=True,
+    min_transformers="4.57",
 )

@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4 (mini, reasoning): q, k and v are one matrix, gate and up another, in GGUF too.
 
-LongRoPE's long factors hang on the context in llama.cpp, on the sequence in transformers.
+LongRoPE's long factors depend on the context in llama.cpp, on the sequence in transformers.
 """
 
 from racdeploy.models import decoder
@@ -24,12 +24,12 @@ FAMILY = Family(
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    fixed=decoder.PARTLY_ROTARY,
-    integers={
+    supported_values=decoder.PARTIAL_ROTARY_VALUES,
+    gguf_integers={
         "rope.dimension_count": "rotary_width",
         "rope.scaling.original_context_length": "original_max_position_embeddings",
         "attention.sliding_window": "window_or_0",
     },
     rope_types=("default", "longrope"),
-    square_queries=True,
+    needs_square_queries=True,
 )

@@ -7,6 +7,6 @@ FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     gguf_arch="qwen2",
     defaults={"use_sliding_window": False},
-    square_queries=True,
-    per_block=decoder.DECI,
+    needs_square_queries=True,
+    per_block_arch=decoder.DECI,
 )

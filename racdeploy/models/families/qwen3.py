@@ -8,5 +8,5 @@ FAMILY = Family(
     gguf_arch="qwen3",
     block_tensors={**decoder.BLOCK_TENSORS, **decoder.HEAD_NORMS},
     defaults={"head_dim": 128, "use_sliding_window": False},
-    per_block=decoder.OPENELM,
+    per_block_arch=decoder.OPENELM,
 )

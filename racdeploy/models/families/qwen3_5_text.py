@@ -1,6 +1,6 @@
 """Qwen3.5: three blocks of gated delta nets to one of gated attention.
 
-A head that predicts further tokens, a block of attention behind a projection, stays dense.
+Its multi-token-prediction head, a block of attention behind a projection, stays dense.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DELTA_NET = {
     "linear_attn.norm.weight": "ssm_norm.weight",
     "linear_attn.out_proj.weight": "ssm_out.weight",
 }
-_FURTHER = {
+_MTP = {
     "fc.weight": "nextn.eh_proj.weight",
     "pre_fc_norm_embedding.weight": "nextn.enorm.weight",
     "pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
@@ -54,18 +54,18 @@ FAMILY = Family(
         ("linear_attn.out_proj",),
         *decoder.INPUT_GROUPS[2:],
     ),
-    kept=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
-    only={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
-    unattended="listed",
+    never_pruned=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    kind_prefixes={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
+    attention_free_marking="listed",
     transforms={
         **dict.fromkeys(_NORMS, "plus_one"),
         "model.norm.weight": "plus_one",
-        **{f"mtp.{name}": "plus_one" for name in _FURTHER if "norm" in name},
+        **{f"mtp.{name}": "plus_one" for name in _MTP if "norm" in name},
         **dict.fromkeys(list(_DELTA_NET)[:6], "value_rows"),
         "linear_attn.A_log": "decay",
         "linear_attn.out_proj.weight": "value_columns",
     },
-    # S: a head of linear attention; SH: how many of values; SK, SV: all of keys, of values.
+    # S: size of a linear-attention head; SH: value heads; SK, SV: columns of all key, value heads.
     shapes={
         **decoder.SHAPES,
         "attn_q": ("Q+Q", "D"),
@@ -88,7 +88,7 @@ FAMILY = Family(
         "C": "linear_conv_kernel_dim",
     },
     biases=(),
-    read=_read,
+    read_config=_read,
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -99,11 +99,11 @@ FAMILY = Family(
         "linear_num_key_heads": 16,
         "linear_num_value_heads": 32,
     },
-    fixed={
-        **decoder.PARTLY_ROTARY,
+    supported_values={
+        **decoder.PARTIAL_ROTARY_VALUES,
         "linear_value_head_dim": ("=linear_key_head_dim",),
     },
-    integers={
+    gguf_integers={
         "ssm.conv_kernel": "linear_conv_kernel_dim",
         "ssm.state_size": "linear_key_head_dim",
         "ssm.group_count": "linear_num_key_heads",
@@ -114,6 +114,6 @@ FAMILY = Family(
     },
     rope_types=("default", "yarn"),
     rope_sections=(11, 11, 10, 0),
-    further=_FURTHER,
-    since="5.2",
+    mtp_tensors=_MTP,
+    min_transformers="5.2",
 )

@@ -27,24 +27,24 @@ FAMILY = Family(
         ("mlp.experts.*.down_proj",),
     ),
     block_tensors={
-        **decoder.WITHOUT_MLP,
+        **decoder.NON_MLP_TENSORS,
         **decoder.HEAD_NORMS,
         "mlp.gate.weight": "ffn_gate_inp.weight",
         **_EXPERTS,
     },
-    kept=("mlp.gate",),
+    never_pruned=("mlp.gate",),
     transforms=dict.fromkeys(_EXPERTS, "stack"),
     shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES},
     sizes={"E": "num_experts", "EF": "moe_intermediate_size"},
-    read=_read,
+    read_config=_read,
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
-    fixed={
-        **decoder.FIXED,
+    supported_values={
+        **decoder.SUPPORTED_VALUES,
         "norm_topk_prob": (True,),
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([],),
     },
-    integers={
+    gguf_integers={
         "expert_count": "num_experts",
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama whose every fourth block has no rotary embedding; its rows are permuted too."""
+"""SmolLM3: Llama in which every fourth block has no rope; its q and k rows are permuted too."""
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
@@ -6,7 +6,7 @@ from racdeploy.models.families import Family
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
     gguf_arch="smollm3",
-    transforms=decoder.ROTARY,
+    transforms=decoder.ROTARY_TRANSFORMS,
     defaults={
         "num_key_value_heads": 4,
         "max_position_embeddings": 32_768,
@@ -15,7 +15,7 @@ FAMILY = Family(
         "no_rope_layer_interval": 4,
         "use_sliding_window": False,
     },
-    integers=decoder.LLAMA_INTEGERS,
+    gguf_integers=decoder.LLAMA_INTEGERS,
     no_rope_period=4,
-    since="4.53",
+    min_transformers="4.53",
 )

@@ -1,1 +1,1 @@
-"""ONNX graphs on the disk: their files, the arrays of each tensor, and their packings."""
+"""ONNX graphs on disk: their files, the arrays of each tensor, and their packings."""

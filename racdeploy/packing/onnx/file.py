@@ -1,7 +1,7 @@
-"""ONNX files: weights are read and written one at a time.
+"""Read and write ONNX files, one tensor in memory at a time.
 
 A graph of more than ``INLINE_BYTES`` keeps its weights in one file beside it, ``NAME.onnx_data``,
-the name that transformers.js expects. Paths that leave the folder are refused.
+the name that transformers.js expects. Paths outside the folder are refused.
 Source: ``onnx.proto``, ``TensorProto.external_data``.
 """
 
@@ -25,14 +25,18 @@ from racdeploy.packing.onnx.packer import data_name
 
 INLINE_BYTES = 500_000_000
 _ALIGNMENT = 4096
-_LEAST_EXTERNAL_BYTES = 1024
-_MOST_VALUES = 1 << 40
-_MOST_IN_BYTE = 8
-_MOST_AXES = 16
+_MIN_EXTERNAL_BYTES = 1024
+_MAX_VALUES = 1 << 40
+_MAX_VALUES_PER_BYTE = 8
+_MAX_AXES = 16
 
 
 def load_graph(file: Path) -> onnx.ModelProto:
-    """Read a graph; weights in other files stay there."""
+    """Read a graph without the weights in its other files.
+
+    Raises:
+        ArtifactError: it is not a readable ONNX file, or its names are not UTF-8.
+    """
     try:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
@@ -60,7 +64,7 @@ def read_properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _list_texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
-    """Yield the texts of a graph that are read here; protobuf gives bytes for one that is none."""
+    """Yield the strings of a graph that are used here; those that are not UTF-8 come as bytes."""
     entries = [model.metadata_props, *(each.external_data for each in model.graph.initializer)]
     for entry in chain.from_iterable(entries):
         yield entry.key
@@ -81,8 +85,9 @@ def _list_texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
 def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
     """Return the values of an initializer; those in another file are mapped, not read.
 
-    An ArtifactError says that the file is missing, too short or outside the folder, or that there
-    can be no such values.
+    Raises:
+        ArtifactError: the file is missing, too short or outside the folder, or the tensor has an
+            impossible type or shape.
     """
     _check_form(tensor)
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -93,7 +98,7 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
                 "damaged-onnx", f"the values of {tensor.name!r} are damaged: {error}"
             ) from error
 
-    size_bytes = array_bytes(tensor)
+    size_bytes = count_array_bytes(tensor)
     file, start = _locate(tensor, folder, size_bytes)
     dtype = _dtype(tensor)
     dims = tuple(tensor.dims)
@@ -104,28 +109,29 @@ def read_array(tensor: onnx.TensorProto, folder: Path) -> NDArray[Any]:
 
 
 def _check_form(tensor: onnx.TensorProto) -> None:
-    """Refuse a type that numpy has none for, and dimensions that the file cannot hold."""
+    """Refuse a type that numpy does not have, and dimensions that the file cannot hold."""
     known = tensor.data_type in onnx.helper.get_all_tensor_dtypes()
     count = math.prod(tensor.dims)
-    most = _MOST_VALUES
+    # A value in the graph itself takes at least a bit of it, so a small file has few.
+    max_values = _MAX_VALUES
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        most = _MOST_IN_BYTE * tensor.ByteSize()
+        max_values = _MAX_VALUES_PER_BYTE * tensor.ByteSize()
 
-    is_array = all(extent >= 0 for extent in tensor.dims) and len(tensor.dims) <= _MOST_AXES
-    is_held = count <= most and sum(tensor.dims) <= _MOST_VALUES
+    is_array = all(extent >= 0 for extent in tensor.dims) and len(tensor.dims) <= _MAX_AXES
+    is_held = count <= max_values and sum(tensor.dims) <= _MAX_VALUES
     if not (known and is_array and is_held):
         raise ArtifactError(
             "damaged-onnx",
             f"{tensor.name!r} has type {tensor.data_type} and shape {list(tensor.dims)[:8]}, "
-            f"which no {tensor.ByteSize():,} bytes hold",
+            f"which {tensor.ByteSize():,} bytes cannot hold",
             remedy="copy or export it again",
         )
 
 
 def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Path, int]:
-    """Return the file that has so many bytes of an initializer, and where they begin in it."""
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    location = where.get("location", "")
+    """Return the file with the values of an initializer, and the position of the first byte."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
     file = (folder / location.replace("\0", "")).resolve()
     if not location or "\0" in location or not file.is_relative_to(folder.resolve()):
         raise ArtifactError(
@@ -134,15 +140,15 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
             f"{location[:200]!r}",
         )
 
-    if not os.path.isfile(file):  # also where the name is too long
+    if not os.path.isfile(file):  # also if the name is too long
         message = f"{file} is missing; it holds {tensor.name!r}"
         raise ArtifactError("missing-data-file", message, remedy="copy the whole folder")
 
     try:
-        start = int(where.get("offset", 0))
-        length = int(where.get("length", size_bytes))
+        start = int(entries.get("offset", 0))
+        length = int(entries.get("length", size_bytes))
     except ValueError as error:
-        message = f"the place of {tensor.name!r} in {file} is no number: {where}"
+        message = f"the offset or length of {tensor.name!r} in {file} is not a number: {entries}"
         raise ArtifactError("wrong-data-place", message) from error
 
     if start < 0 or length != size_bytes or start + length > file.stat().st_size:
@@ -155,8 +161,8 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
     return file, start
 
 
-def array_bytes(tensor: onnx.TensorProto) -> int:
-    """Return how many bytes the values take of an initializer that can be read."""
+def count_array_bytes(tensor: onnx.TensorProto) -> int:
+    """Return the bytes of the values of an initializer, which has to be readable."""
     return int(math.prod(tensor.dims)) * _dtype(tensor).itemsize
 
 
@@ -174,12 +180,15 @@ def write_model(
     *,
     inline_bytes: int | None = None,
 ) -> None:
-    """Write a graph with its weights, of which one is in memory at a time, behind those it has.
+    """Write a graph and add weights to it, one array in memory at a time.
 
     Args:
-        metadata: called when all arrays are written; replaces the graph's metadata properties.
-        inline_bytes: up to so many, INLINE_BYTES if not given, weights go into the graph's file.
+        arrays: name and values of each initializer to add.
+        metadata: called after all arrays are written; replaces the graph's metadata properties.
+        inline_bytes: weights of at most that many bytes go into the graph's file; by default
+            INLINE_BYTES.
     """
+    # The total size is known only at the end, so weights go to the data file first.
     data = folder / data_name(name)
     with data.open("wb") as sink:
         for key, values in arrays:
@@ -209,15 +218,15 @@ def _add(
     tensor = model.graph.initializer.add(name=key, dims=values.shape)
     tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
 
-    if values.nbytes < _LEAST_EXTERNAL_BYTES:
+    if values.nbytes < _MIN_EXTERNAL_BYTES:
         tensor.raw_data = values.tobytes()
         return
 
     sink.write(bytes(-sink.tell() % _ALIGNMENT))
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    place = {"location": location, "offset": sink.tell(), "length": values.nbytes}
-    for entry, value in place.items():
-        tensor.external_data.add(key=entry, value=str(value))
+    entries = {"location": location, "offset": sink.tell(), "length": values.nbytes}
+    for name, value in entries.items():
+        tensor.external_data.add(key=name, value=str(value))
 
     sink.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 

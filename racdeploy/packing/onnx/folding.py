@@ -1,7 +1,7 @@
-"""Nodes that join mask and codes inside an ONNX graph, and the proof that onnxruntime folds them.
+"""Make the nodes that join mask and codes in an ONNX graph, and check that onnxruntime folds them.
 
 The optimized graph of a real session must hold the plain weights and none of these nodes. NonZero
-and ScatterElements are never folded and would run for every token.
+and ScatterElements are not used: onnxruntime never folds them and would run them for every token.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from racdeploy.errors import EngineError
 from racdeploy.packing.onnx.file import load_graph, read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX
-from racdeploy.processes import child
+from racdeploy.processes import child_process
 
 _BASE_BYTES = 2 * 2**30
-_COPIES = 160  # 28 bytes while a weight is unfolded, of which the file may have a quarter
+_COPIES = 160  # 28 bytes while a weight is unpacked, which may take 1/4 byte in the file
 _BASE_SECONDS = 3600  # of processor time
 _BITS = f"{PACKING_PREFIX}bits"
 _FLAT = f"{PACKING_PREFIX}flat"
 _AXIS = f"{PACKING_PREFIX}axis"
-# Operator, inputs, output and type of a Cast; ``~`` is the tensor: one truth a weight,
-# then the place of each kept code, times the truth so that a zero takes place 0.
+# Operator, inputs, output and type of a Cast; ``~`` is the tensor: a boolean for each weight, then
+# the index of each kept code, multiplied by the boolean, so that every zero has index 0.
 _NODES = (
     ("BitwiseAnd", ("~.mask", _BITS), "~.bits", None),
     ("Cast", ("~.bits",), "~.truths", TensorProto.BOOL),
@@ -42,17 +41,17 @@ _NODES = (
 )
 
 
-def shared_arrays() -> list[tuple[str, NDArray[Any]]]:
+def list_shared_constants() -> list[onnx.TensorProto]:
     """Return the constants that the nodes of all tensors read."""
     return [
-        (_BITS, (1 << np.arange(8)).astype(np.uint8)),
-        (_FLAT, np.array([-1], np.int64)),
-        (_AXIS, np.array(0, np.int64)),
+        numpy_helper.from_array((1 << np.arange(8)).astype(np.uint8), _BITS),
+        numpy_helper.from_array(np.array([-1], np.int64), _FLAT),
+        numpy_helper.from_array(np.array(0, np.int64), _AXIS),
     ]
 
 
-def join_nodes(name: str, shape: tuple[int, ...]) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes that make a tensor of that shape from ``NAME.mask`` and ``NAME.values``."""
+def make_unpack_nodes(name: str, shape: tuple[int, ...]) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that make a tensor of a shape from ``NAME.mask`` and ``NAME.values``."""
     for op, inputs, output, to in _NODES:
         named = [key.replace("~", name) for key in inputs]
         yield _make_node(op, named, output.replace("~", name), to=to)
@@ -63,33 +62,36 @@ def join_nodes(name: str, shape: tuple[int, ...]) -> Iterator[onnx.NodeProto]:
 
 
 def _make_node(op: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
-    """Make a node; an attribute that is None is left out."""
+    """Return a node; attributes that are None are left out."""
     return helper.make_node(op, inputs, [output], PACKING_PREFIX + output, **attributes)
 
 
-def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
-    """Load a packed graph in a real session, and refuse it if that does not fold every node.
+def check_folding(file: Path, expected: Mapping[str, str]) -> None:
+    """Load a packed graph in a real session, and refuse it unless every node is folded.
 
-    ``expected`` is the SHA-256 of the values that each initializer must have then, by its name.
+    Args:
+        expected: initializer → SHA-256 of the values that it must have then.
+
+    Raises:
+        EngineError: a node stays, or an initializer gets other values.
     """
     with tempfile.TemporaryDirectory(prefix="racdeploy-folding-") as scratch:
         optimized = Path(scratch) / "optimized.onnx"
         _run_session(file, optimized)
         model = load_graph(optimized)
 
-        left = [node.name for node in model.graph.node if node.name.startswith(PACKING_PREFIX)]
-        if left:
+        remaining = [node.name for node in model.graph.node if node.name.startswith(PACKING_PREFIX)]
+        if remaining:
             raise EngineError(
                 "not-folded",
                 "onnxruntime does not fold the packed weights: "
-                f"it keeps {len(left)} nodes, {left[0]!r}",
+                f"it keeps {len(remaining)} nodes, {remaining[0]!r}",
             )
 
-        found = {tensor.name: tensor for tensor in model.graph.initializer}
-
+        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         for name, sha256 in expected.items():
-            if name in found:
-                folded = read_array(found[name], optimized.parent)
+            if name in initializers:
+                folded = read_array(initializers[name], optimized.parent)
             else:
                 folded = np.zeros(0)
             if hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest() != sha256:
@@ -100,31 +102,31 @@ def prove_folding(file: Path, expected: Mapping[str, str]) -> None:
 
 
 def _run_session(graph: Path, optimized: Path) -> None:
-    """Save the graph as a session optimizes it, in a child: it takes a whole model's memory.
+    """Save the graph as optimized by a session, in a child process: it unpacks the whole model.
 
-    Its limits are what no healthy graph comes near: a packed one is unfolded to 8 times its size.
+    The limits are far above the needs of a healthy graph, which unpacks to 8 times its size.
     """
     size_bytes = sum(file.stat().st_size for file in graph.parent.iterdir() if file.is_file())
     seconds = _BASE_SECONDS + size_bytes // 10**5
-    limits = child.Limits(_BASE_BYTES + _COPIES * size_bytes, seconds)
-    outcome = child.run_module(__name__, graph, optimized, limits=limits)
+    limits = child_process.ProcessLimits(_BASE_BYTES + _COPIES * size_bytes, seconds)
+    outcome = child_process.run_module(__name__, graph, optimized, limits=limits)
     if outcome.failure:
         raise EngineError(
             "packed-graph-fails",
             f"loading the packed graph {outcome.failure}",
-            remedy="free memory, or use packing 'bitmask_sidecar'",
+            remedy="free memory, or use packing 'plain'",
         )
 
 
 def main() -> None:
-    """Load GRAPH in a session and save it as OPTIMIZED, its weights in a file beside it."""
+    """Load GRAPH in a session and save it as OPTIMIZED, with its weights in a file beside it."""
     import onnxruntime
 
     graph, optimized = sys.argv[1:]
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    # Folding is part of the basic optimizations.
+    # The basic optimizations include constant folding.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = optimized
 

@@ -1,11 +1,10 @@
-"""Store the tensors of one ONNX graph as they are, and read them back; a packing overrides it.
+"""Base class of the graph packers: it stores the tensors of an ONNX graph unpacked.
 
-Importable without the ``onnx`` package: a recipe is checked on machines that export nothing.
+Importable without the ``onnx`` package, because recipes are checked on machines without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,66 +16,56 @@ if TYPE_CHECKING:
     from racdeploy.packing.onnx.tensors import GraphTensor
 
 Arrays = dict[str, NDArray[Any]]
-"""Arrays of a tensor by their names in the graph; the codes have the tensor's own name."""
+"""Arrays of a tensor by their names in the graph; the codes have the name of the tensor."""
 NODE_PREFIX = "racdeploy/"
-"""Begins the names of nodes that no exporter made."""
+"""Prefix of the names of nodes that no exporter made."""
 PACKING_PREFIX = f"{NODE_PREFIX}unpack/"
-"""Begins the names of nodes and initializers that only a packing needs."""
+"""Prefix of the names of nodes and initializers that only a packing needs."""
 
 
 def data_name(model: str) -> str:
-    """Return the name of the file that holds a graph's weights, where they are many."""
+    """Return the name of the file beside a graph that holds its weights if they are large."""
     return f"{model}_data"
 
 
-class Packer:
-    """Stores every array of a graph as it is; a packing overrides what it does in another way.
+class BaseGraphPacker:
+    """Stores every array of a graph as it is; packings override what they do differently.
 
-    ``PARTS`` end the names of the arrays that it stores of a tensor. ``sizes`` are the bytes of
-    each tensor that was stored, wherever they lie.
+    ``ARRAY_SUFFIXES`` are those of the names of a tensor's arrays.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = ("", ".scales", ".zero_points")
+    ARRAY_SUFFIXES: ClassVar[tuple[str, ...]] = ("", ".scales", ".zero_points")
 
     def __init__(self, model: onnx.ModelProto, file: Path) -> None:
         self.model = model
         self.file = file
-        self.sizes: dict[str, int] = {}
 
     @classmethod
-    def files_beside(cls, name: str) -> tuple[str, ...]:
-        """Return the files that may lie beside a graph of that name, its plain weights apart."""
+    def extra_files(cls, name: str) -> tuple[str, ...]:
+        """Return the names of files beside a graph that only racdeploy reads."""
         return ()
 
     @classmethod
     def check_size(cls, weights: int) -> None:
-        """Refuse a model that is too large for the packing, with a UsageError."""
+        """Raise a UsageError if a model is too large for the packing."""
 
-    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
+    def reason_for_plain(self, tensor: GraphTensor, zeros: float) -> str:
         """Return why a tensor with that fraction of zeros stays plain, or an empty string."""
         return ""
 
-    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
-        """Yield what goes into the graph for a tensor, name and values."""
-        self.sizes[tensor.name] = sum(values.nbytes for values in arrays.values())
-        yield from arrays.items()
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Arrays:
+        """Return the arrays that the graph gets for a tensor."""
+        return arrays
 
-    def finish(self) -> None:
-        """Complete the graph, when all tensors are stored and before it is written."""
-
-    def complete(self) -> list[str]:
-        """Prove or add what needs the written graph; return sentences about it for the report."""
+    def after_write(self) -> list[str]:
+        """Check the written graph, or add to it; return sentences for the report."""
         return []
 
-    def read(
-        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
-    ) -> tuple[Arrays, int]:
-        """Return the arrays of a tensor as :meth:`store` got them, and the bytes that they take.
+    def read(self, tensor: GraphTensor, arrays: Arrays) -> Arrays:
+        """Return the arrays of a tensor as :meth:`store` got them, given those of the graph.
 
-        Damage is an ArtifactError; arrays that are missing or do not fit are one of
-        :data:`racdeploy.packing.onnx.tensors.UNFIT`.
+        Raises:
+            racdeploy.packing.onnx.tensors.MISMATCH_ERRORS: arrays are missing or do not fit each
+                other.
         """
-        from racdeploy.packing.onnx.file import read_array
-
-        arrays = {name: read_array(value, self.file.parent) for name, value in stored.items()}
-        return arrays, sum(values.nbytes for values in arrays.values())
+        return arrays

@@ -1,7 +1,7 @@
-"""The tensors of an ONNX graph that racdeploy wrote: what it says of them, and the arrays of each.
+"""Tensors of an ONNX graph that racdeploy wrote: their list in the metadata, and their arrays.
 
-A linear in f32 or f16 is stored inputs first, as MatMul takes it, in a block format with three
-axes. The array that zeros are counted in, and that a packing packs, has the tensor's own name.
+A linear in f32 or f16 is stored inputs first, as MatMul takes it; in a block format its codes have
+three axes. The array in which zeros are counted, and which a packing packs, has the tensor's name.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import parse_json
 from racdeploy.packing.onnx.file import read_array
-from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, Packer
-from racdeploy.quant.matmulnbits import BLOCK, Blocks
+from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, BaseGraphPacker
+from racdeploy.quant.matmulnbits import BLOCK_SIZE, MatMulNBitsBlocks
 
 TENSORS_KEY = "racdeploy.tensors"
-_KINDS = {"name": str, "shape": list, "quant": str, "looked_up": bool, "packing": str}
-_MOST_WEIGHTS = 1 << 40  # of a tensor
-UNFIT = (KeyError, ValueError, TypeError, IndexError)
-"""What comes of arrays that are missing, or have another type or other axes than they should."""
+_KINDS = {"name": str, "shape": list, "quant": str, "is_embedding": bool, "packing": str}
+_MAX_WEIGHTS = 1 << 40  # of a tensor
+MISMATCH_ERRORS = (KeyError, ValueError, TypeError, IndexError)
+"""Exceptions raised for arrays that are missing, or have a wrong type or shape."""
 
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """One tensor of a graph."""
+    """A tensor of a graph, which may be stored as several arrays."""
 
     name: str  # in the checkpoint and in the file
     shape: tuple[int, ...]  # as in the checkpoint, outputs first
     quant: str
-    looked_up: bool  # whether a Gather reads it, so that rows stay together
+    is_embedding: bool  # a Gather reads its rows, so they are not transposed
     packing: str = "plain"
 
     @property
-    def is_blocks(self) -> bool:
-        return quants.is_blocks(self.quant)
+    def is_matmulnbits(self) -> bool:
+        return quants.is_matmulnbits(self.quant)
 
     @property
-    def turned(self) -> bool:
-        """Whether it is stored inputs first."""
-        return len(self.shape) == 2 and not self.looked_up and not self.is_blocks
+    def is_transposed(self) -> bool:
+        """True if it is stored inputs first."""
+        return len(self.shape) == 2 and not self.is_embedding and not self.is_matmulnbits
 
 
 def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]:
-    """Return what a graph says of its tensors; nothing where racdeploy did not write it."""
+    """Return the tensors that a graph lists; none if racdeploy did not write it."""
     listed = parse_json(properties.get(TENSORS_KEY, "[]"), f"{path}: its list of tensors")
     entries = listed if isinstance(listed, list) else [listed]
     tensors = [_read_tensor(entry) for entry in entries]
@@ -68,7 +68,7 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
 
 
 def _read_tensor(entry: object) -> GraphTensor | None:
-    """Return a tensor of the list; None where the entry does not describe one."""
+    """Return a tensor of the list, or None if the entry does not describe one."""
     values: dict[str, Any] = {}
     if isinstance(entry, dict):
         values = {"packing": "plain", **entry}
@@ -77,19 +77,19 @@ def _read_tensor(entry: object) -> GraphTensor | None:
 
     shape = values["shape"]
     quant = values["quant"]
-    known = quant in plugins.names("quant") and "onnx" in quants.load(quant).FORMATS
+    known = quant in plugins.list_names("quant") and "onnx" in quants.load(quant).FORMATS
     known = known and values["packing"] in packings.names("onnx")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
     if not known or not are_extents:
         return None
-    if len(shape) not in (1, 2) or math.prod(shape) > _MOST_WEIGHTS:
+    if len(shape) not in (1, 2) or math.prod(shape) > _MAX_WEIGHTS:
         return None
     return GraphTensor(**{**values, "shape": tuple(shape)})
 
 
-def list_tensors(tensors: list[GraphTensor]) -> str:
-    """Return the property under :data:`TENSORS_KEY` that :func:`read_tensors` reads."""
+def dump_tensors(tensors: list[GraphTensor]) -> str:
+    """Return the metadata property that :func:`read_tensors` reads, as JSON."""
     listed = [vars(tensor).copy() for tensor in tensors]
     for values in listed:
         if values["packing"] == "plain":
@@ -97,21 +97,21 @@ def list_tensors(tensors: list[GraphTensor]) -> str:
     return json.dumps(listed)
 
 
-def split_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
-    """Return the arrays of packed rows, by their name in the file."""
-    if tensor.is_blocks:
-        quant = quants.load_blocks(tensor.quant)
-        return split_blocks(tensor, quant.blocks(packed_OP, tensor.shape[1]))
+def rows_to_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
+    """Return the arrays of packed rows, by their names in the file."""
+    if tensor.is_matmulnbits:
+        quant = quants.load_matmulnbits(tensor.quant)
+        return blocks_to_arrays(tensor, quant.blocks(packed_OP, tensor.shape[1]))
     values = packed_OP.view("<f4" if tensor.quant == "f32" else "<f2").reshape(tensor.shape)
-    return {tensor.name: np.ascontiguousarray(values.T) if tensor.turned else values}
+    return {tensor.name: np.ascontiguousarray(values.T) if tensor.is_transposed else values}
 
 
-def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
-    """Return the arrays of blocks as MatMulNBits takes them, or a lookup."""
+def blocks_to_arrays(tensor: GraphTensor, blocks: MatMulNBitsBlocks) -> Arrays:
+    """Return the arrays of blocks as MatMulNBits takes them; codes of an embedding stay rows."""
     O, I = tensor.shape
     codes = blocks.code_OP
-    if not tensor.looked_up:
-        codes = codes.reshape(O, I // BLOCK, -1)
+    if not tensor.is_embedding:
+        codes = codes.reshape(O, I // BLOCK_SIZE, -1)
 
     arrays: Arrays = {
         tensor.name: np.ascontiguousarray(codes),
@@ -122,29 +122,30 @@ def split_blocks(tensor: GraphTensor, blocks: Blocks) -> Arrays:
     return arrays
 
 
-def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
-    """Return the packed rows of arrays: the way back of :func:`split_arrays`.
+def arrays_to_rows(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
+    """Return the packed rows of arrays: the inverse of :func:`rows_to_arrays`.
 
-    Arrays that are missing or do not fit each other are one of :data:`UNFIT`.
+    Raises:
+        MISMATCH_ERRORS: arrays are missing or do not fit each other.
     """
     main = arrays[tensor.name]
-    if not tensor.is_blocks:
-        if tensor.turned:
+    if not tensor.is_matmulnbits:
+        if tensor.is_transposed:
             main = main.T
         values = np.ascontiguousarray(main)
         rows = 1 if values.ndim == 1 else len(values)
         return values.reshape(rows, -1).view(np.uint8)
 
-    # The file has scales in float32, which the operator takes; the rows in half precision.
+    # The file has scales in float32, as the operator takes them; packed rows have float16.
     scale_OG = arrays[f"{tensor.name}.scales"]
     O, I = tensor.shape
-    if main.dtype != np.uint8 or I % BLOCK or scale_OG.shape != (O, I // BLOCK):
-        raise ValueError(f"codes of {main.dtype} and {scale_OG.shape} scales are no blocks")
+    if main.dtype != np.uint8 or I % BLOCK_SIZE or scale_OG.shape != (O, I // BLOCK_SIZE):
+        raise ValueError(f"codes of {main.dtype} and {scale_OG.shape} scales are not blocks")
 
     with np.errstate(over="ignore"):
         half_OG = scale_OG.astype("<f2")
     if not np.array_equal(half_OG.astype(np.float32), scale_OG, equal_nan=True):
-        raise ValueError("a scale is no number of half precision")
+        raise ValueError("a scale does not fit into half precision")
 
     parts = [main.reshape(len(main), -1), np.ascontiguousarray(half_OG).view(np.uint8)]
     zero_OP = arrays.get(f"{tensor.name}.zero_points")
@@ -155,10 +156,10 @@ def join_arrays(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
 
 
 class StoredArrays:
-    """The arrays of a graph, tensor by tensor; ``left`` are those that nobody asked for."""
+    """Arrays of a graph, read tensor by tensor; ``unread`` has the initializers not read yet."""
 
     def __init__(self, model: onnx.ModelProto, path: Path) -> None:
-        self.left = {
+        self.unread = {
             initializer.name: initializer
             for initializer in model.graph.initializer
             if not initializer.name.startswith(PACKING_PREFIX)
@@ -166,35 +167,39 @@ class StoredArrays:
 
         self._model = model
         self._path = path
-        self._packers: dict[str, Packer] = {}
+        self._packers: dict[str, BaseGraphPacker] = {}
 
-    def take(self, tensor: GraphTensor) -> tuple[Arrays, int]:
-        """Return the arrays of a tensor, unpacked, and the bytes that they take in the file."""
+    def read(self, tensor: GraphTensor) -> tuple[Arrays, int]:
+        """Return the unpacked arrays of a tensor, and their bytes in the file."""
         packer = self._packer(tensor.packing)
-        names = [tensor.name + part for part in packer.PARTS]
-        stored = {name: self.left.pop(name) for name in names if name in self.left}
+        names = [tensor.name + part for part in packer.ARRAY_SUFFIXES]
+        stored = {name: self.unread.pop(name) for name in names if name in self.unread}
 
         try:
-            return packer.read(tensor, stored)
-        except UNFIT as error:
+            arrays = {name: read_array(each, self._path.parent) for name, each in stored.items()}
+            size_bytes = sum(values.nbytes for values in arrays.values())
+            return packer.read(tensor, arrays), size_bytes
+        except MISMATCH_ERRORS as error:
             raise ArtifactError(
                 "arrays-do-not-fit",
                 f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
                 remedy="copy or export it again",
             ) from error
 
-    def constants(self, tensors: list[GraphTensor]) -> list[tuple[str, NDArray[Any]]]:
-        """Return name and values of what is left and belongs to none of these tensors."""
+    def read_constants(self, tensors: list[GraphTensor]) -> list[tuple[str, NDArray[Any]]]:
+        """Return name and values of the unread initializers that belong to none of the tensors."""
         named = {
-            tensor.name + part for tensor in tensors for part in self._packer(tensor.packing).PARTS
+            tensor.name + part
+            for tensor in tensors
+            for part in self._packer(tensor.packing).ARRAY_SUFFIXES
         }
         return [
             (name, read_array(initializer, self._path.parent))
-            for name, initializer in self.left.items()
+            for name, initializer in self.unread.items()
             if name not in named
         ]
 
-    def _packer(self, packing: str) -> Packer:
+    def _packer(self, packing: str) -> BaseGraphPacker:
         if packing not in self._packers:
             kind = packings.load_onnx(packing).GraphPacker
             self._packers[packing] = kind(self._model, self._path)

@@ -1,1 +1,1 @@
-"""Ways to store zeros: one file each."""
+"""Packings, one file each."""

@@ -1,23 +1,23 @@
-"""Bitmask inside an ONNX graph: mask and kept codes, joined by nodes that onnxruntime folds.
+"""Bitmask in an ONNX graph: mask and kept codes, joined by nodes that onnxruntime folds at load.
 
-Any program with onnxruntime reads the file; the price is memory while it loads, so it is for small
-models. The nodes, and the proof that a session folds them: ``packing/onnx/folding.py``.
+Any program with onnxruntime reads the file. Loading takes much memory, so it is for small models.
+The nodes, and the check that a session folds them: ``packing/onnx/folding.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import quant as quants
 from racdeploy.errors import UsageError
-from racdeploy.packing import codes
-from racdeploy.packing.onnx.packer import Arrays, Packer
+from racdeploy.packing.codes import reason_against_mask
+from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker
 
 if TYPE_CHECKING:
     import onnx
@@ -26,113 +26,119 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx",)
 REQUIRES_ZEROS = True
-BESIDE_PLAIN = False
-# While a session folds, every weight passes as a number of 32 bits and a few more: measured, 280 MB
-# for 10M weights. It also keeps every node's output below the 1 GiB above which onnxruntime folds
-# nothing and says nothing.
-MOST_WEIGHTS = 200_000_000
-FOLDED_BYTES = 28  # that a weight takes while a session folds
-fits = codes.refusal
+KEEPS_PLAIN_FILE = False
+# While a session folds, every weight exists as several 32-bit numbers: 280 MB for 10M weights were
+# measured. The limit also keeps every node's output below 1 GiB, above which onnxruntime silently
+# does not fold.
+MAX_WEIGHTS = 200_000_000
+FOLDING_BYTES_PER_WEIGHT = 28  # of memory, while a session folds
+_CODES: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "f32": (np.uint32, 0),
+    "f16": (np.uint16, 0),
+    "matmulnbits_8": (np.uint8, 128),
+}
+"""Unsigned type of a code, and the code of zero, by quant; codes are whole bytes."""
 
 
-def usage(path: str) -> list[str]:
-    """Return nothing: every program with onnxruntime reads the graph."""
-    return []
+def reason_for_plain(quant: str, zeros_fraction: float) -> str:
+    """Return why a tensor of this quant is better stored plain, or an empty string."""
+    bits = quants.load(quant).BITS
+    if quant not in _CODES:
+        return f"codes of {bits:g} bits a weight are no whole bytes; {', '.join(_CODES)} are"
+    code_type, _ = _CODES[quant]
+    return reason_against_mask(zeros_fraction, np.iinfo(code_type).bits, bits)
 
 
-class GraphPacker(Packer):
-    """Stores mask and kept codes, and the nodes that join them.
+class GraphPacker(BaseGraphPacker):
+    """Stores mask and kept codes, and adds the nodes that join them.
 
-    ``expected`` has the SHA-256 of what each must be folded into, by the name that it has then.
+    ``expected_sha256`` has for each folded initializer the SHA-256 of its values.
     """
 
-    PARTS = (".mask", ".values", ".scales", ".zero_points")
+    ARRAY_SUFFIXES = (".mask", ".values", ".scales", ".zero_points")
 
     def __init__(self, model: onnx.ModelProto, file: Path) -> None:
         super().__init__(model, file)
-        self.expected: dict[str, str] = {}
-        self._nodes: list[onnx.NodeProto] = []
+        self.expected_sha256: dict[str, str] = {}
+        self._node_count = 0
 
     @classmethod
     def check_size(cls, weights: int) -> None:
-        if weights > MOST_WEIGHTS:
+        if weights > MAX_WEIGHTS:
             raise UsageError(
                 "too-large-for-packing",
-                f"packing 'bitmask_graph' is for up to {MOST_WEIGHTS / 1e6:.0f}M weights, "
+                f"packing 'bitmask_graph' is for up to {MAX_WEIGHTS / 1e6:.0f}M weights, "
                 f"this model has {weights / 1e6:.0f}M: onnxruntime would pass "
-                f"{FOLDED_BYTES * weights / 1e9:.1f} GB through memory as it loads",
-                remedy="use packing 'bitmask_sidecar', or 'plain'",
+                f"{FOLDING_BYTES_PER_WEIGHT * weights / 1e9:.1f} GB through memory as it loads",
+                remedy="use packing 'plain'",
             )
 
-    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        if tensor.looked_up:
+    def reason_for_plain(self, tensor: GraphTensor, zeros: float) -> str:
+        if tensor.is_embedding:
             return "a lookup reads single rows of it"
         if math.prod(tensor.shape) % 8:
             return "its weights do not fill whole bytes of a mask"
-        return fits(tensor.quant, zeros)
+        return reason_for_plain(tensor.quant, zeros)
 
-    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Arrays:
         from racdeploy.packing.onnx import folding
 
-        if not self._nodes:
-            yield from folding.shared_arrays()  # what all tensors share counts to none of them
-        self._nodes += folding.join_nodes(tensor.name, arrays[tensor.name].shape)
+        graph = self.model.graph
+        if not self._node_count:
+            graph.initializer.extend(folding.list_shared_constants())
+        # In front of all others, as nodes are sorted by their inputs.
+        for node in folding.make_unpack_nodes(tensor.name, arrays[tensor.name].shape):
+            graph.node.insert(self._node_count, node)
+            self._node_count += 1
 
         scales = dict(arrays)
         values = scales.pop(tensor.name)
         self._expect(tensor, values)
 
-        # By its codes, a minus zero is no zero.
-        layout = codes.BY_DTYPE[values.dtype.str]
+        # Compare codes, not values: a minus zero has another code and is kept.
+        code_type, zero = _CODES[tensor.quant]
         flat = values.reshape(-1)
-        keep = flat.view(layout.kind) != layout.flip
+        keep = flat.view(code_type) != zero
 
-        mask = np.packbits(keep, bitorder="little")
-        zero = np.full(1, layout.flip, dtype=layout.kind).view(values.dtype)
+        first = np.full(1, zero, dtype=code_type).view(values.dtype)
         stored = {
-            f"{tensor.name}.mask": mask.reshape(-1, 1),
-            f"{tensor.name}.values": np.concatenate([zero, flat[keep]]),
+            f"{tensor.name}.mask": np.packbits(keep, bitorder="little").reshape(-1, 1),
+            f"{tensor.name}.values": np.concatenate([first, flat[keep]]),
         }
-        yield from super().store(tensor, stored | scales, zeros)
+        return stored | scales
 
-    def finish(self) -> None:
-        """Put the nodes in front of all others."""
-        others = list(self.model.graph.node)
-        del self.model.graph.node[:]
-        self.model.graph.node.extend([*self._nodes, *others])
+    def after_write(self) -> list[str]:
+        from racdeploy.packing.onnx.folding import check_folding
 
-    def complete(self) -> list[str]:
-        from racdeploy.packing.onnx.folding import prove_folding
+        check_folding(self.file, self.expected_sha256)
+        return [
+            f"onnxruntime folds all {len(self.expected_sha256)} packed tensors into plain weights"
+        ]
 
-        prove_folding(self.file, self.expected)
-        return [f"onnxruntime folds all {len(self.expected)} packed tensors into the plain weights"]
-
-    def read(
-        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
-    ) -> tuple[Arrays, int]:
-        arrays, size_bytes = super().read(tensor, stored)
+    def read(self, tensor: GraphTensor, arrays: Arrays) -> Arrays:
         mask = np.ascontiguousarray(arrays.pop(f"{tensor.name}.mask"))
         values = arrays.pop(f"{tensor.name}.values")
 
-        layout = codes.BY_DTYPE[values.dtype.str]
+        code_type, zero = _CODES[tensor.quant]
         weights = math.prod(tensor.shape)
         if values.ndim != 1 or mask.size != -(-weights // 8):
             raise ValueError(f"a mask of {mask.size} bytes where there are {weights} weights")
 
-        flat = np.full(weights, layout.flip, dtype=layout.kind).view(values.dtype)
+        # The first value is the zero of all weights that the mask leaves out.
+        flat = np.full(weights, zero, dtype=code_type).view(values.dtype)
         keep = np.unpackbits(mask.reshape(-1), count=weights, bitorder="little")
         flat[keep.view(np.bool_)] = values[1:]
 
         shape = tensor.shape
-        if tensor.is_blocks:
+        if tensor.is_matmulnbits:
             shape = (shape[0], -1, 32)
-        elif tensor.turned:
+        elif tensor.is_transposed:
             shape = shape[::-1]
 
-        return {tensor.name: flat.reshape(shape), **arrays}, size_bytes
+        return {tensor.name: flat.reshape(shape), **arrays}
 
     def _expect(self, tensor: GraphTensor, values: NDArray[Any]) -> None:
-        widened = tensor.quant == "f16"  # its Cast to float32 is folded, too
+        widened = tensor.quant == "f16"  # the Cast to float32 is folded, too
         folded = np.ascontiguousarray(values.astype("<f4") if widened else values)
         name = f"{tensor.name}.f32" if widened else tensor.name
-        self.expected[name] = hashlib.sha256(folded.data).hexdigest()
+        self.expected_sha256[name] = hashlib.sha256(folded.data).hexdigest()

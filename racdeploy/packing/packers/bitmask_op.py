@@ -1,19 +1,18 @@
-"""Bitmask for racdeploy's operator: a second ONNX graph, whose linears are multiplied as packed.
+"""Bitmask for racdeploy's operator: an extra ONNX graph whose linears are multiplied packed.
 
-The plain graph stays what every other program reads; what the second one gains: docs/accel.md. How
-it is made: ``packing/onnx/second_graph.py``.
+Other programs read the plain graph. Gains of the extra one: kernels/README.md. It is written by
+``packing/onnx/accel_graph.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from racdeploy import quant as quants
-from racdeploy.packing.codes import refuse_mask
-from racdeploy.packing.onnx.packer import Arrays, Packer, data_name
-from racdeploy.packing.sparse_matrix import BLOCK, KINDS, accel_name
+from racdeploy.packing.codes import reason_against_mask
+from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker, data_name
+from racdeploy.packing.sparse_matrix import BLOCK, KERNEL_FORMATS, accel_name
 
 if TYPE_CHECKING:
     import onnx
@@ -22,62 +21,54 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx",)
 REQUIRES_ZEROS = True
-BESIDE_PLAIN = True
+KEEPS_PLAIN_FILE = True
 _NAME = __name__.rpartition(".")[2]
 
 
-def fits(quant: str, zeros_fraction: float) -> str:
-    """Return why such a tensor is better stored plain, or an empty string."""
-    kind = KINDS.get(quant)
+def reason_for_plain(quant: str, zeros_fraction: float) -> str:
+    """Return why a tensor of this quant is better stored plain, or an empty string."""
+    kind = KERNEL_FORMATS.get(quant)
     if kind is None:
-        return "the operator knows f16, matmulnbits_8 and matmulnbits_4"
-    return refuse_mask(zeros_fraction, kind.bits, quants.load(quant).BITS)
+        return "the operator supports f16, matmulnbits_8 and matmulnbits_4"
+    return reason_against_mask(zeros_fraction, kind.code_bits, quants.load(quant).BITS)
 
 
-def usage(path: str) -> list[str]:
-    """Return nothing: other programs read the plain graph."""
-    return []
+class GraphPacker(BaseGraphPacker):
+    """Stores the plain graph, and writes the accelerated one when that is finished."""
 
-
-class GraphPacker(Packer):
-    """Stores the plain graph, and makes the second one of it when it is written."""
-
-    PARTS = (".heads", ".values", ".offsets")
+    ARRAY_SUFFIXES = (".heads", ".values", ".offsets")
 
     def __init__(self, model: onnx.ModelProto, file: Path) -> None:
         super().__init__(model, file)
         self._zeros: dict[str, float] = {}
 
     @classmethod
-    def files_beside(cls, name: str) -> tuple[str, ...]:
+    def extra_files(cls, name: str) -> tuple[str, ...]:
         accel = accel_name(name)
         return accel, data_name(accel)
 
-    def refusal(self, tensor: GraphTensor, zeros: float) -> str:
-        if tensor.looked_up:
+    def reason_for_plain(self, tensor: GraphTensor, zeros: float) -> str:
+        if tensor.is_embedding:
             return "a lookup reads single rows of it"
         if len(tensor.shape) == 1:
-            return "the operator takes matrices"
+            return "the operator takes only matrices"
         if tensor.shape[1] % BLOCK:
-            return f"rows of {tensor.shape[1]} weights are no multiple of {BLOCK}"
-        return fits(tensor.quant, zeros)
+            return f"rows of {tensor.shape[1]} weights are not a multiple of {BLOCK}"
+        return reason_for_plain(tensor.quant, zeros)
 
-    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Iterator[tuple[str, Any]]:
+    def store(self, tensor: GraphTensor, arrays: Arrays, zeros: float) -> Arrays:
         self._zeros[tensor.name] = zeros
-        yield from super().store(tensor, arrays, zeros)
+        return arrays
 
-    def complete(self) -> list[str]:
-        """Write the second graph beside the plain one."""
-        from racdeploy.packing.onnx.second_graph import write_second
+    def after_write(self) -> list[str]:
+        """Write the accelerated graph beside the plain one."""
+        from racdeploy.packing.onnx.accel_graph import write_accel_graph
 
-        return [write_second(self.file, _NAME, self._zeros)]
+        return [write_accel_graph(self.file, _NAME, self._zeros)]
 
-    def read(
-        self, tensor: GraphTensor, stored: Mapping[str, onnx.TensorProto]
-    ) -> tuple[Arrays, int]:
-        from racdeploy.packing.onnx.second_graph import check_form, join_matrix
-        from racdeploy.packing.onnx.tensors import split_arrays
+    def read(self, tensor: GraphTensor, arrays: Arrays) -> Arrays:
+        from racdeploy.packing.onnx.accel_graph import check_layout_version, unpack_matrix
+        from racdeploy.packing.onnx.tensors import rows_to_arrays
 
-        check_form(self.model, self.file)
-        arrays, size_bytes = super().read(tensor, stored)
-        return split_arrays(tensor, join_matrix(tensor, arrays)), size_bytes
+        check_layout_version(self.model, self.file)
+        return rows_to_arrays(tensor, unpack_matrix(tensor, arrays))

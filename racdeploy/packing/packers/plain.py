@@ -1,4 +1,4 @@
-"""Plain: every weight is stored, zeros included, as every engine reads it."""
+"""Plain: store every weight, zeros included, as every engine reads it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.packing.onnx.packer import Packer
-from racdeploy.packing.racgguf import READ_BYTES, PackedTensor, Source, StoredTensor
+from racdeploy.packing.onnx.packer import BaseGraphPacker
+from racdeploy.packing.racgguf import READ_BYTES, ByteReader, PackedTensor, StoredTensor
 
 FORMATS = ("gguf", "onnx")
 REQUIRES_ZEROS = False
-BESIDE_PLAIN = False
+KEEPS_PLAIN_FILE = False
 SUFFIX = ".gguf"
 
 
-class GraphPacker(Packer):
-    """Stores every array as it is, which is what a packer does of itself."""
+class GraphPacker(BaseGraphPacker):
+    """Stores every array as it is, as the base class does."""
 
 
-def fits(quant: str, zeros_fraction: float) -> str:
-    """Return an empty string."""
+def reason_for_plain(quant: str, zeros_fraction: float) -> str:
+    """Return an empty string: every tensor may be stored plain."""
     return ""
 
 
@@ -32,17 +32,17 @@ def usage(path: str) -> list[str]:
 
 
 def pack_file(plain: Path, out: Path) -> tuple[PackedTensor, ...]:
-    """Move the file to its place."""
+    """Move the file to ``out``."""
     plain.replace(out)
     return ()
 
 
-def refuse_stored(tensor: StoredTensor) -> str:
-    """Return an empty string: that its type is the plain one was compared."""
+def find_damage(tensor: StoredTensor) -> str:
+    """Return an empty string: the container has already compared type and size."""
     return ""
 
 
-def unpack_tensor(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
+def unpack_tensor(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[np.uint8]]:
     """Yield the bytes of a tensor."""
-    while source.left:
-        yield source.take(min(source.left, READ_BYTES))
+    while source.remaining:
+        yield source.read(min(source.remaining, READ_BYTES))

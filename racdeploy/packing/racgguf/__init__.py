@@ -1,27 +1,28 @@
-"""The .racgguf container: a GGUF file without its zeros, and back. The form: docs/racgguf.md.
+"""The .racgguf container: pack a GGUF file without its zeros, and unpack it.
 
-Needs numpy alone, so that a device unpacks what it runs. Memory stays at one chunk of a tensor.
+Format: docs/reference/racgguf.md. Needs only numpy, so that any device can unpack. One chunk of a
+tensor is in memory at a time.
 """
 
 from racdeploy.packing.racgguf.container import (
     READ_BYTES,
     SUFFIX,
+    ByteReader,
     Container,
-    Source,
     StoredTensor,
-    unpacked,
+    unpack_to_cache,
 )
-from racdeploy.packing.racgguf.writer import PackedTensor, TensorPacker, pack, read_pieces
+from racdeploy.packing.racgguf.writer import PackedTensor, TensorPacker, iter_tensor_bytes, pack
 
 __all__ = [
     "READ_BYTES",
     "SUFFIX",
+    "ByteReader",
     "Container",
     "PackedTensor",
-    "Source",
     "StoredTensor",
     "TensorPacker",
+    "iter_tensor_bytes",
     "pack",
-    "read_pieces",
-    "unpacked",
+    "unpack_to_cache",
 ]

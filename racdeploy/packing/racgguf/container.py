@@ -1,7 +1,7 @@
-"""Open a .racgguf file, and give the bytes of the plain file that it stands for.
+"""Open a .racgguf container and restore the bytes of its plain file.
 
-What the header tells is checked when the file is opened, the chunks as they are unpacked, and the
-SHA-256 of the whole at the end. What is written is whole or absent.
+The header is checked when the file is opened, chunks as they are unpacked, and the SHA-256 of the
+plain file at the end. A file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from racdeploy.files import writing as files
 from racdeploy.files.caches import cache_folder
-from racdeploy.files.checked import has_sha256
 from racdeploy.files.ownership import make_private
+from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.tensors.gguf_header import (
-    FIXED_BYTES,
-    Header,
+    FIXED_HEADER_BYTES,
+    GgufHeader,
+    MetadataValue,
     TensorInfo,
-    Value,
-    padded,
+    align_up,
+    count_tensor_bytes,
     read_header,
-    tensor_bytes,
 )
 
 SUFFIX = ".racgguf"
@@ -43,7 +43,7 @@ KEYS = (
     "racgguf.sha256",
     "racgguf.tensors",
 )
-PACKED_TYPE = 24  # I8, which no tensor of a model has: other readers list the packed bytes under it
+PACKED_TYPE = 24  # I8, which no tensor of a model has: other readers show packed bytes as I8
 PLAIN = "plain"
 _COPY_AGAIN = "copy it again, or pack it again"
 READ_BYTES = 1 << 18
@@ -52,7 +52,7 @@ _HEAP_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, plain and as it is stored; dimensions and type are those of the plain file."""
+    """A tensor of a container, with its dimensions and type in the plain file."""
 
     name: str
     dimensions: tuple[int, ...]  # row length first
@@ -65,10 +65,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Container:
-    """A checked container; size and SHA-256 are those of the plain file."""
+    """An opened and checked container; size and SHA-256 are those of the plain file."""
 
     path: Path
-    header: Header
+    header: GgufHeader
     packing: str  # of the tensors that are not plain
     tensors: tuple[StoredTensor, ...]
     size_bytes: int
@@ -85,28 +85,28 @@ class Container:
             raise ArtifactError(error.code, f"{path}: {error.message}", remedy=remedy) from error
 
     @property
-    def metadata(self) -> dict[str, Value]:
-        """The metadata of the plain file; arrays as in :class:`Header`."""
-        return {key: value for key, value in self.header.values.items() if key not in KEYS}
+    def metadata(self) -> dict[str, MetadataValue]:
+        """Metadata of the plain file; arrays as in :class:`GgufHeader`."""
+        return {key: value for key, value in self.header.metadata.items() if key not in KEYS}
 
-    def chunks(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
-        """Yield the plain bytes of a tensor, whole blocks at a time where it is packed."""
+    def iter_chunks(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
+        """Yield the plain bytes of a tensor; those of a packed one in whole blocks."""
         with self.path.open("rb", buffering=0) as stream:
-            yield from unpack_stored(tensor, Source(stream))
+            yield from unpack_stored(tensor, ByteReader(stream))
 
-    def plain(self) -> Iterator[memoryview]:
+    def iter_plain_bytes(self) -> Iterator[memoryview]:
         """Yield the bytes of the plain file, without checking their SHA-256."""
-        # glibc keeps twice as much freed memory as the largest block it has freed. Without this
-        # one, whose pages are never touched, every chunk faults its pages in again: half the speed.
+        # Frees a large block, whose pages are never touched: glibc then keeps twice as much freed
+        # memory. Without it, every chunk faults its pages in again, which halves the speed.
         np.empty(_HEAP_BYTES, dtype=np.uint8)
 
         yield memoryview(self._plain_header)
         written = len(self._plain_header)
 
         with self.path.open("rb", buffering=0) as stream:
-            stored = Source(stream)
+            stored = ByteReader(stream)
             for tensor in self.tensors:
-                start = padded(written, self.header.alignment)
+                start = align_up(written, self.header.alignment)
                 if start > written:
                     yield memoryview(bytes(start - written))
 
@@ -122,27 +122,27 @@ class Container:
         yield memoryview(bytes(self.size_bytes - written))
 
     def check_sha256(self) -> None:
-        """Unpack to nowhere; an ArtifactError says that the plain file would be another one."""
+        """Unpack without writing, and raise an ArtifactError if the SHA-256 differs."""
         self._write(None)
 
     def unpack(self, out: Path) -> None:
-        """Write the plain file, whole or not at all."""
+        """Write the plain file to ``out``, whole or not at all."""
         files.require_space(out.parent, self.size_bytes, "choose another place")
         with files.atomic_file(out) as stream:
             self._write(stream)
 
     def _write(self, stream: BinaryIO | None) -> None:
         digest = hashlib.sha256()
-        for piece in self.plain():
+        for piece in self.iter_plain_bytes():
             digest.update(piece)
             if stream is not None:
                 stream.write(piece)
 
-        found = digest.hexdigest()
-        if found != self.sha256:
+        sha256 = digest.hexdigest()
+        if sha256 != self.sha256:
             raise ArtifactError(
                 "damaged-packing",
-                f"{self.path} unpacks to a file with SHA-256 {found[:16]}…, "
+                f"{self.path} unpacks to a file with SHA-256 {sha256[:16]}…, "
                 f"not {self.sha256[:16]}…",
                 remedy=_COPY_AGAIN,
             )
@@ -150,21 +150,21 @@ class Container:
     @cached_property
     def _plain_header(self) -> bytes:
         with self.path.open("rb") as stream:
-            stream.seek(FIXED_BYTES)
-            metadata = stream.read(self.header.starts[KEYS[0]] - FIXED_BYTES)
+            stream.seek(FIXED_HEADER_BYTES)
+            metadata = stream.read(self.header.key_positions[KEYS[0]] - FIXED_HEADER_BYTES)
 
-        keys = len(self.header.values) - len(KEYS)
+        keys = len(self.header.metadata) - len(KEYS)
         fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), keys)
 
         infos = [(t.name, t.dimensions, t.ggml_type, t.plain_bytes) for t in self.tensors]
-        return fixed + metadata + tensor_infos(infos, self.header.alignment)
+        return fixed + metadata + pack_tensor_infos(infos, self.header.alignment)
 
 
-def unpacked(path: Path) -> Path:
+def unpack_to_cache(path: Path) -> Path:
     """Return the plain GGUF file of a container, unpacked into the user's cache on first use.
 
-    It lies there under its SHA-256, which is checked on every use, so containers of the same model
-    share it, and may be removed at any time.
+    Its name there is its SHA-256, so that containers of the same model share it; the SHA-256 is
+    checked on every use. The file may be removed at any time.
     """
     container = Container.open(path)
     file = cache_folder("unpacked") / f"{container.sha256}.gguf"
@@ -184,29 +184,30 @@ def unpacked(path: Path) -> Path:
     return file
 
 
-def tensor_infos(tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> bytes:
-    """Return the infos of tensors (name, dimensions, type, size) that lie one after another."""
+def pack_tensor_infos(
+    tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int
+) -> bytes:
+    """Return the stored infos of consecutive tensors, given name, dimensions, type and size."""
     infos = b""
     offset = 0
-
     for name, dimensions, ggml_type, size_bytes in tensors:
         count = len(dimensions)
-        infos += pack_text(name) + struct.pack(f"<I{count}Q", count, *dimensions)
+        infos += pack_string(name) + struct.pack(f"<I{count}Q", count, *dimensions)
         infos += struct.pack("<IQ", ggml_type, offset)
-        offset = padded(offset + size_bytes, alignment)
+        offset = align_up(offset + size_bytes, alignment)
 
     return infos
 
 
-def pack_text(value: str) -> bytes:
-    """Return a string as GGUF has it."""
+def pack_string(value: str) -> bytes:
+    """Return a string as GGUF stores it: its length in bytes, then UTF-8."""
     data = value.encode()
     return struct.pack("<Q", len(data)) + data
 
 
-def _check(path: Path, header: Header) -> Container:
-    _check_keys(header.values)
-    version, packing, size_bytes, sha256, recorded = (header.values[key] for key in KEYS)
+def _check(path: Path, header: GgufHeader) -> Container:
+    _check_keys(header.metadata)
+    version, packing, size_bytes, sha256, recorded = (header.metadata[key] for key in KEYS)
 
     stored = packings.names("gguf")
     known = [name for name in stored if packings.load_gguf(name).SUFFIX == SUFFIX]
@@ -220,7 +221,7 @@ def _check(path: Path, header: Header) -> Container:
     if type(size_bytes) is not int or not re.fullmatch("[0-9a-f]{64}", str(sha256)):
         raise ArtifactError("damaged-packing", "its size or SHA-256 of the plain file is malformed")
     if not isinstance(recorded, np.ndarray):
-        raise ArtifactError("damaged-packing", "racgguf.tensors is no array of u64")
+        raise ArtifactError("damaged-packing", "racgguf.tensors is not an array of u64")
 
     tensors = _read_tensors(header, recorded.tolist(), packing)
     container = Container(
@@ -235,10 +236,10 @@ def _check(path: Path, header: Header) -> Container:
     return container
 
 
-def _check_keys(values: dict[str, Value]) -> None:
-    own = [key for key in values if key.startswith("racgguf.")]
-    if not own:
-        message = "it is a plain GGUF file, no .racgguf container"
+def _check_keys(values: dict[str, MetadataValue]) -> None:
+    own_keys = [key for key in values if key.startswith("racgguf.")]
+    if not own_keys:
+        message = "it is a plain GGUF file, not a .racgguf container"
         raise ArtifactError("plain-gguf", message, remedy="use it as it is")
 
     version = values.get(KEYS[0])
@@ -250,36 +251,39 @@ def _check_keys(values: dict[str, Value]) -> None:
             remedy=remedy,
         )
 
-    if own != list(KEYS) or list(values)[-len(KEYS) :] != own:
+    # They have to be last: the bytes in front are then the unchanged metadata of the plain file.
+    if own_keys != list(KEYS) or list(values)[-len(KEYS) :] != own_keys:
         raise ArtifactError(
             "damaged-packing",
-            "it is no .racgguf container: its five keys are not at the end of the metadata",
+            "it is not a .racgguf container: its five keys are not at the end of the metadata",
         )
 
 
-def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[StoredTensor, ...]:
-    """Read of each tensor its plain type, the number of its dimensions, and these."""
+def _read_tensors(
+    header: GgufHeader, recorded: list[int], packing: str
+) -> tuple[StoredTensor, ...]:
+    """Return the tensors; ``recorded`` has for each its plain type, dimension count, dimensions."""
     tensors = []
-    place = 0
+    start = 0
     for info in header.tensors:
-        # One dimension more than a tensor can have is enough to refuse it.
+        # At most one dimension more than allowed: enough to refuse it, and a bound on the work.
         count = 0
-        if place + 1 < len(recorded):
-            count = min(recorded[place + 1], 5)
-        stop = place + 2 + count
+        if start + 1 < len(recorded):
+            count = min(recorded[start + 1], 5)
+        stop = start + 2 + count
         if stop > len(recorded):
             raise ArtifactError("damaged-packing", "racgguf.tensors ends early")
 
-        dimensions = tuple(recorded[place + 2 : stop])
-        tensor = _describe(info, dimensions, recorded[place], packing)
+        dimensions = tuple(recorded[start + 2 : stop])
+        tensor = _describe(info, dimensions, recorded[start], packing)
         if tensor.packing == PLAIN and dimensions != info.dimensions:
             raise ArtifactError(
                 "damaged-packing", f"the dimensions of {info.name!r} are not those recorded"
             )
         tensors.append(tensor)
-        place = stop
+        start = stop
 
-    if place != len(recorded):
+    if start != len(recorded):
         raise ArtifactError(
             "damaged-packing", "racgguf.tensors records more tensors than there are"
         )
@@ -290,7 +294,7 @@ def _read_tensors(header: Header, recorded: list[int], packing: str) -> tuple[St
 def _describe(
     info: TensorInfo, dimensions: tuple[int, ...], ggml_type: int, packing: str
 ) -> StoredTensor:
-    plain_bytes = tensor_bytes(dimensions, ggml_type)
+    plain_bytes = count_tensor_bytes(dimensions, ggml_type)
     if info.ggml_type == ggml_type:
         packing = PLAIN
     elif info.ggml_type != PACKED_TYPE:
@@ -299,7 +303,7 @@ def _describe(
 
     stored = info.size_bytes, info.position
     tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
-    if reason := packings.load_gguf(packing).refuse_stored(tensor):
+    if reason := packings.load_gguf(packing).find_damage(tensor):
         raise ArtifactError("damaged-packing", f"{info.name!r} {reason}")
 
     return tensor
@@ -309,57 +313,60 @@ def _check_size(container: Container) -> None:
     alignment = container.header.alignment
     size_bytes = len(container._plain_header)
     for tensor in container.tensors:
-        size_bytes = padded(size_bytes, alignment) + tensor.plain_bytes
-    if not size_bytes <= container.size_bytes <= padded(size_bytes, alignment):
+        size_bytes = align_up(size_bytes, alignment) + tensor.plain_bytes
+    if not size_bytes <= container.size_bytes <= align_up(size_bytes, alignment):
         raise ArtifactError(
             "damaged-packing",
             f"its tensors make {size_bytes} bytes and racgguf.size_bytes is {container.size_bytes}",
         )
 
 
-def unpack_stored(tensor: StoredTensor, source: Source) -> Iterator[NDArray[np.uint8]]:
-    """Yield the plain bytes of a tensor, as its packing restores them."""
-    source.start(tensor.position, tensor.stored_bytes)
+def unpack_stored(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[np.uint8]]:
+    """Yield the plain bytes of a tensor, restored by the plugin of its packing."""
+    source.seek(tensor.position, tensor.stored_bytes)
     yield from packings.load_gguf(tensor.packing).unpack_tensor(tensor, source)
-    if source.left:
-        raise ArtifactError("damaged-packing", f"{source.left} bytes follow the last chunk")
+    if source.remaining:
+        raise ArtifactError("damaged-packing", f"{source.remaining} bytes follow the last chunk")
 
 
-class Source:
-    """The stored bytes of a tensor, read ahead; ``left`` counts those not taken yet."""
+class ByteReader:
+    """Reader of the stored bytes of a tensor, which reads ahead in the file.
+
+    ``remaining`` is the number of bytes of the tensor that were not read yet.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.left = 0
+        self.remaining = 0
         self._stream = stream
         self._ahead = np.empty(0, dtype=np.uint8)
-        self._taken = 0  # of those ahead
+        self._taken = 0  # of the bytes read ahead
 
-    def start(self, position: int, size_bytes: int) -> None:
-        """Go to the first of the bytes of a tensor."""
+    def seek(self, position: int, size_bytes: int) -> None:
+        """Move to the first byte of a tensor."""
         self._stream.seek(position)
         self._ahead = self._ahead[:0]
         self._taken = 0
-        self.left = size_bytes
+        self.remaining = size_bytes
 
-    def take(self, count: int) -> NDArray[np.uint8]:
-        """Return that many further bytes; an ArtifactError says that there are fewer."""
-        if count > self.left:
+    def read(self, count: int) -> NDArray[np.uint8]:
+        """Return the next ``count`` bytes, or raise an ArtifactError if fewer remain."""
+        if count > self.remaining:
             raise ArtifactError(
-                "damaged-packing", f"{count} bytes are wanted where {self.left} are left"
+                "damaged-packing", f"{count} bytes are needed and only {self.remaining} remain"
             )
         if self._taken + count > self._ahead.size:
             self._read(count)
 
         start = self._taken
         self._taken += count
-        self.left -= count
+        self.remaining -= count
         return self._ahead[start : self._taken]
 
     def _read(self, count: int) -> None:
         rest = self._ahead[self._taken :]
-        wanted = max(count, min(self.left, READ_BYTES)) - rest.size
-        read = np.frombuffer(self._stream.read(wanted), dtype=np.uint8)
-        if read.size < wanted:
+        missing = max(count, min(self.remaining, READ_BYTES)) - rest.size
+        read = np.frombuffer(self._stream.read(missing), dtype=np.uint8)
+        if read.size < missing:
             raise ArtifactError("damaged-packing", "the file ends early")
         self._ahead = np.concatenate([rest, read]) if rest.size else read
         self._taken = 0

@@ -1,7 +1,7 @@
 """Pack a finished GGUF file into a .racgguf container, tensor by tensor.
 
-A tensor is unpacked again as soon as it is packed, and one that would come back as other bytes
-stays plain; the finished container is unpacked as a whole before it takes its name.
+Each tensor is unpacked as soon as it is packed, and stays plain if the bytes differ. The finished
+container is unpacked as a whole before it gets its final name.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors, file_sha256
 from racdeploy.packing.racgguf import container
-from racdeploy.tensors.gguf_header import FIXED_BYTES, Header, TensorInfo, padded, read_header
+from racdeploy.tensors.gguf_header import (
+    FIXED_HEADER_BYTES,
+    GgufHeader,
+    TensorInfo,
+    align_up,
+    read_header,
+)
 
 _COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """How one tensor is stored; ``reason`` says why it is plain, empty where it is packed."""
+    """A tensor as it was stored; ``reason`` says why it is plain, or is empty if it is packed."""
 
     name: str
     plain_bytes: int
@@ -37,15 +43,15 @@ class PackedTensor:
 
 
 class TensorPacker(Protocol):
-    """What a packing makes of the tensors of one file, which it may read beforehand.
+    """Contract of a packing's class that packs the tensors of one file, which it may read first.
 
-    ``refusal`` returns why a tensor is better stored plain, or an empty string; ``pack`` yields its
-    packed bytes.
+    ``reason_for_plain`` returns why a tensor is better stored plain, or an empty string; ``pack``
+    yields its packed bytes.
     """
 
-    def __init__(self, header: Header, source: BinaryIO) -> None: ...
+    def __init__(self, header: GgufHeader, source: BinaryIO) -> None: ...
 
-    def refusal(self, tensor: TensorInfo) -> str: ...
+    def reason_for_plain(self, tensor: TensorInfo) -> str: ...
 
     def pack(self, tensor: TensorInfo) -> Iterator[bytes]: ...
 
@@ -53,38 +59,41 @@ class TensorPacker(Protocol):
 def pack(
     plain: Path, out: Path, packing: str, packer: type[TensorPacker]
 ) -> tuple[PackedTensor, ...]:
-    """Write a container that unpacks to ``plain``, byte for byte; an older file is replaced.
+    """Write a container that unpacks to ``plain``, byte for byte; replace an older file.
 
-    Plugin ``packing`` unpacks what ``packer`` makes.
+    Args:
+        packing: name of the plugin that unpacks it.
+        packer: class that packs the tensors.
 
     Raises:
-        ArtifactError: ``plain`` is damaged, or is laid out as no writer known here does it.
+        ArtifactError: ``plain`` is damaged, or has bytes other than zeros between its tensors.
         UsageError: ``out`` has another suffix, or its folder is missing.
     """
     if out.suffix != container.SUFFIX or not out.parent.is_dir():
         raise UsageError(
             "wrong-file-name",
-            f"{out} is not a {container.SUFFIX} file in a folder that is there",
+            f"{out} is not a {container.SUFFIX} file in an existing folder",
             remedy=f"name it *{container.SUFFIX}",
         )
 
     header = read_header(plain, (3,))
-    if any(key.startswith("racgguf.") for key in header.values):
+    if any(key.startswith("racgguf.") for key in header.metadata):
         raise ArtifactError("already-packed", f"{plain} is a container already")
 
     with disk_errors(out), partial_folder(out) as scratch:
         data = scratch / "data"
         packed = scratch / out.name
 
+        # The header has the packed sizes, so the data is written first.
         with plain.open("rb") as source, data.open("w+b") as sink:
-            store = _Store(packing, source, sink, header.alignment)
-            chosen = packer(header, source)
-            rows = [store.add(tensor, chosen) for tensor in header.tensors]
+            store = _TensorStore(packing, source, sink, header.alignment)
+            tensor_packer = packer(header, source)
+            rows = [store.add(tensor, tensor_packer) for tensor in header.tensors]
 
         with data.open("rb") as chunks, packed.open("wb") as sink:
             sink.write(_make_header(plain, header, packing, rows))
             shutil.copyfileobj(chunks, sink, _COPY_BYTES)
-            sink.write(bytes(padded(sink.tell(), header.alignment) - sink.tell()))
+            sink.write(bytes(align_up(sink.tell(), header.alignment) - sink.tell()))
             sink.flush()
             os.fsync(sink.fileno())
 
@@ -94,25 +103,25 @@ def pack(
     return tuple(rows)
 
 
-def read_pieces(
+def iter_tensor_bytes(
     tensor: TensorInfo, source: BinaryIO, piece_bytes: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the bytes of a tensor of a plain file, at most that many at a time."""
+    """Yield the bytes of a tensor of a plain file, at most ``piece_bytes`` at a time."""
     source.seek(tensor.position)
-    left = tensor.size_bytes
-    while left:
-        piece = np.fromfile(source, dtype=np.uint8, count=min(left, piece_bytes))
+    remaining = tensor.size_bytes
+    while remaining:
+        piece = np.fromfile(source, dtype=np.uint8, count=min(remaining, piece_bytes))
         if not piece.size:
             message = f"{source.name} became shorter while it was read"
             raise ArtifactError("file-became-shorter", message, remedy="copy or export it again")
 
-        left -= piece.size
+        remaining -= piece.size
         yield piece
 
 
 @dataclass(frozen=True)
-class _Store:
-    """Where the tensors of a container are put one after another."""
+class _TensorStore:
+    """Writer of the tensors of a container, one after another."""
 
     packing: str
     source: BinaryIO
@@ -120,26 +129,27 @@ class _Store:
     alignment: int
 
     def add(self, tensor: TensorInfo, packer: TensorPacker) -> PackedTensor:
-        """Write one tensor at the next aligned place, packed where nothing is against it."""
+        """Write one tensor at the next aligned position, packed unless a reason is against it."""
         end = self.sink.tell()
-        start = padded(end, self.alignment)
+        start = align_up(end, self.alignment)
         self.sink.write(bytes(start - end))
 
-        reason = packer.refusal(tensor)
+        reason = packer.reason_for_plain(tensor)
         if not reason:
             self.sink.writelines(packer.pack(tensor))
-            reason = self._refuse(tensor, start)
+            reason = self._reason_against(tensor, start)
 
+        # Overwrite the packed form, if any.
         if reason:
             self.sink.seek(start)
             self.sink.truncate()
-            for piece in read_pieces(tensor, self.source, _COPY_BYTES):
+            for piece in iter_tensor_bytes(tensor, self.source, _COPY_BYTES):
                 self.sink.write(piece.data)
 
         return PackedTensor(tensor.name, tensor.size_bytes, self.sink.tell() - start, reason)
 
-    def _refuse(self, tensor: TensorInfo, start: int) -> str:
-        """Return why the tensor packed from ``start`` on is better stored plain, or nothing."""
+    def _reason_against(self, tensor: TensorInfo, start: int) -> str:
+        """Return why the tensor packed at ``start`` is better stored plain, or an empty string."""
         sizes = tensor.size_bytes, self.sink.tell() - start
         kind = tensor.dimensions, tensor.ggml_type
         stored = container.StoredTensor(tensor.name, *kind, self.packing, *sizes, start)
@@ -147,19 +157,19 @@ class _Store:
         comes_back = self._unpacks(stored, tensor.position)
         self.sink.seek(0, os.SEEK_END)
         if not comes_back:
-            return "its packed form would unpack to other bytes"
+            return "its packed form unpacks to other bytes"
 
         if stored.stored_bytes >= tensor.size_bytes:
             return "its packed form is not smaller"
         return ""
 
     def _unpacks(self, stored: container.StoredTensor, position: int) -> bool:
-        """Return whether the sink unpacks to the bytes at ``position`` of the plain file."""
+        """Return True if the packed form unpacks to the bytes at ``position`` of the plain file."""
         self.source.seek(position)
 
         done = 0
         try:
-            for chunk in container.unpack_stored(stored, container.Source(self.sink)):
+            for chunk in container.unpack_stored(stored, container.ByteReader(self.sink)):
                 plain = np.fromfile(self.source, dtype=np.uint8, count=chunk.size)
                 if not np.array_equal(chunk, plain):
                     return False
@@ -170,11 +180,10 @@ class _Store:
         return done == stored.plain_bytes
 
 
-def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTensor]) -> bytes:
-    """Return what is in front of the tensors: the plain file's metadata, five keys, and infos."""
+def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[PackedTensor]) -> bytes:
+    """Return the bytes in front of the tensors: the plain file's metadata, five keys, infos."""
     recorded: list[int] = []
     infos = []
-
     for tensor, row in zip(header.tensors, rows, strict=True):
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]
         shape = tensor.dimensions
@@ -185,31 +194,32 @@ def _make_header(plain: Path, header: Header, packing: str, rows: list[PackedTen
 
         infos.append((tensor.name, shape, ggml_type, row.stored_bytes))
 
-    keys = len(header.values) + len(container.KEYS)
+    keys = len(header.metadata) + len(container.KEYS)
     fixed = struct.pack("<4sIQQ", b"GGUF", 3, len(rows), keys)
 
+    # Metadata is copied as bytes, not rewritten, so that unpacking restores it exactly.
     with plain.open("rb") as source:
-        source.seek(FIXED_BYTES)
-        metadata = source.read(header.starts[""] - FIXED_BYTES)
+        source.seek(FIXED_HEADER_BYTES)
+        metadata = source.read(header.key_positions[""] - FIXED_HEADER_BYTES)
 
     metadata += _pack_keys(packing, header.size_bytes, file_sha256(plain), recorded)
 
-    made = fixed + metadata + container.tensor_infos(infos, header.alignment)
-    return made.ljust(padded(len(made), header.alignment), b"\0")
+    made = fixed + metadata + container.pack_tensor_infos(infos, header.alignment)
+    return made.ljust(align_up(len(made), header.alignment), b"\0")
 
 
 def _pack_keys(packing: str, size_bytes: int, sha256: str, recorded: list[int]) -> bytes:
-    """Return the container's own metadata; a value is behind its type: u32, string, u64, array."""
+    """Return the container's own metadata; the number in front of a value is its GGUF type."""
     values = (
         struct.pack("<II", 4, container.VERSION),
-        struct.pack("<I", 8) + container.pack_text(packing),
+        struct.pack("<I", 8) + container.pack_string(packing),
         struct.pack("<IQ", 10, size_bytes),
-        struct.pack("<I", 8) + container.pack_text(sha256),
+        struct.pack("<I", 8) + container.pack_string(sha256),
         struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
     )
 
     pairs = zip(container.KEYS, values, strict=True)
-    return b"".join(container.pack_text(key) + value for key, value in pairs)
+    return b"".join(container.pack_string(key) + value for key, value in pairs)
 
 
 def _check(plain: Path, packed: Path) -> None:

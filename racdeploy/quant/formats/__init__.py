@@ -10,4 +10,4 @@ REFUSED = {
     "int8": _INT8,
     "dynamic_int8": _INT8,
 }
-"""Formats that people ask for and that are not offered, with the reason."""
+"""Number formats that are refused on purpose: name → reason."""

@@ -1,4 +1,4 @@
-"""F16: IEEE half precision, to nearest even; whoever writes a file refuses weights beyond 65504."""
+"""F16: IEEE half precision, rounded to nearest even; exporters refuse weights beyond 65504."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ from racdeploy.quant import floats, read_ggml_type
 
 FORMATS = ("gguf", "onnx")
 JS_DTYPE = "fp16"
-GGML_TYPE, BITS, BLOCK = read_ggml_type("f16")
+GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("f16")
 PRESERVES_ZERO = True
 
 quantize = partial(floats.quantize, "<f2")

@@ -1,7 +1,8 @@
-"""MatMulNBits with 4 bits, a zero point for each 32 weights, and scales searched as in K-quants.
+"""MatMulNBits with 4 bits, a zero point per 32 weights, and scales searched as in K-quants.
 
-Every block tries several ranges, solves for the scale on the codes that each gives, and keeps the
-one with the least error, weighted by magnitude. The zero point is a code, so zeros stay zeros.
+Several ranges are tried for every block. Each gives codes, for which the best scale is solved by
+least squares; the one with the least magnitude-weighted error wins. The zero point is a code, so
+zeros stay zeros.
 Source: ``make_qkx2_quants`` in ggml-quants.c; the minimum of a block is a multiple of its scale.
 """
 
@@ -13,43 +14,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import matmulnbits
-from racdeploy.quant.matmulnbits import Blocks, invert
+from racdeploy.quant.matmulnbits import MatMulNBitsBlocks, invert
 
 FORMATS = ("onnx",)
 JS_DTYPE = "q4"
 CODE_BITS = 4
 ZERO_POINTS = True
 BITS = 4.625
-BLOCK = 2 * matmulnbits.BLOCK  # two zero points share a byte
+BLOCK_SIZE = 2 * matmulnbits.BLOCK_SIZE  # two zero points share a byte
 PRESERVES_ZERO = True
-_MOST = np.float32(15)
-# A block's range may take 14 to 16 steps; with 15 the ends of the range have the codes 0 and 15.
-_STEPS = 0.1 * np.arange(-10, 11, dtype=np.float32)
-_SLAB_BLOCKS = 65_536  # bounds what the search holds in memory
+_MAX_CODE = np.float32(15)
+# A block's range is divided into 14 to 16 steps; with 15 its ends have the codes 0 and 15.
+_STEP_OFFSETS = 0.1 * np.arange(-10, 11, dtype=np.float32)
+_SLAB_BLOCKS = 65_536  # searched at a time, to bound memory
 
-blocks = partial(Blocks.read, bits=4, zero_points=True)
+blocks = partial(MatMulNBitsBlocks.read, bits=4, zero_points=True)
 
 
 def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return packed rows."""
+    """Return packed_OP of float32 weight_OI."""
     O, I = weight_OI.shape
-    weight_GS = weight_OI.reshape(-1, matmulnbits.BLOCK)
+    weight_GS = weight_OI.reshape(-1, matmulnbits.BLOCK_SIZE)
     slabs = np.split(weight_GS, range(_SLAB_BLOCKS, len(weight_GS), _SLAB_BLOCKS))
-    chosen = zip(*map(_search, slabs), strict=True)
-    code_GS, scale_G, zero_G = map(np.concatenate, chosen)
+    arrays = zip(*map(_search, slabs), strict=True)
+    code_GS, scale_G, zero_G = map(np.concatenate, arrays)
     scale_OG = scale_G.reshape(O, -1)
     zero_OG = zero_G.reshape(O, -1)
-    return Blocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
+    return MatMulNBitsBlocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
 
 
 def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
-    """Return float32 weights."""
-    return blocks(packed_OP, I).weights()
+    """Return float32 weight_OI of packed rows."""
+    return blocks(packed_OP, I).dequantize()
 
 
 def _search(
     weight_GS: NDArray[np.float32],
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    """Return code_GS, scale_G and zero_G with the least weighted error of each block."""
     G = len(weight_GS)
     best_G = np.full(G, np.inf, dtype=np.float32)
     scale_G = np.zeros(G, dtype=np.float16)
@@ -61,13 +63,13 @@ def _search(
     square_G1 = np.square(weight_GS).mean(axis=1, keepdims=True)
     importance_GS = np.abs(weight_GS) + np.sqrt(square_G1)
 
-    for step in _STEPS:
+    for offset in _STEP_OFFSETS:
         inverse_G = np.zeros_like(width_G)
-        np.divide(_MOST + step, width_G, out=inverse_G, where=width_G > 0)
-        tried_zero_G = np.clip(np.rint(-low_G * inverse_G), 0, _MOST)
+        np.divide(_MAX_CODE + offset, width_G, out=inverse_G, where=width_G > 0)
+        tried_zero_G = np.clip(np.rint(-low_G * inverse_G), 0, _MAX_CODE)
         level_GS = _clip(np.rint(weight_GS * inverse_G[:, None]), tried_zero_G)
 
-        # The scale that is best on these codes, and the codes that are nearest at that scale
+        # Solve for the scale on these codes, then round again: that scale has other nearest codes.
         tried_scale_G = _fit(weight_GS, level_GS, importance_GS)
         level_GS = _round(weight_GS, tried_scale_G, tried_zero_G)
 
@@ -88,7 +90,7 @@ def _fit(
     level_GS: NDArray[np.float32],
     importance_GS: NDArray[np.float32],
 ) -> NDArray[np.float16]:
-    """Return the scale with the least weighted squared error on those levels, in half precision."""
+    """Return the scale of least weighted squared error for given levels, in half precision."""
     product_G = np.einsum("gs,gs,gs->g", weight_GS, level_GS, importance_GS)
     square_G = np.einsum("gs,gs,gs->g", level_GS, level_GS, importance_GS)
     scale_G = np.divide(product_G, square_G, out=np.zeros_like(product_G), where=square_G > 0)
@@ -98,11 +100,11 @@ def _fit(
 def _round(
     weight_GS: NDArray[np.float32], scale_G: NDArray[np.float16], zero_G: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return the nearest levels, whole multiples of a scale, that have a code."""
+    """Return the nearest levels, integer multiples of the scale, that have a code."""
     inverse_G = invert(scale_G.astype(np.float32))
     return _clip(np.rint(weight_GS * inverse_G[:, None]), zero_G)
 
 
 def _clip(level_GS: NDArray[np.float32], zero_G: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return levels within the codes 0 to 15; a code is a level above the zero point."""
-    return np.asarray(np.clip(level_GS, -zero_G[:, None], _MOST - zero_G[:, None]))
+    """Clip levels to codes 0 to 15; a code is a level plus the zero point."""
+    return np.asarray(np.clip(level_GS, -zero_G[:, None], _MAX_CODE - zero_G[:, None]))

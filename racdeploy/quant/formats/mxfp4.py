@@ -1,4 +1,4 @@
-"""MXFP4: 32 four-bit floats (E2M1) and a power of two that they share; codes 0 and 8 are zero.
+"""MXFP4: 32 four-bit floats (E2M1) with a shared power-of-two scale; codes 0 and 8 are zero.
 
 Source: OCP Microscaling Formats specification 1.0; ``quantize_row_mxfp4_ref`` in ggml-quants.c.
 """
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from racdeploy.quant import numpy_ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK = read_ggml_type("mxfp4")
+GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
 PRESERVES_ZERO = True
-_CHUNK_WEIGHTS = 32_768  # some arrays of so many floats stay in a core's cache
-_LARGEST = 12.0
-# The magnitudes are 0, 1, 2, 3, 4, 6, 8 and 12 halves: the code of each, 255 where there is none.
+_CHUNK_WEIGHTS = 32_768  # at a time: a few arrays of that size stay in a core's cache
+_MAX_HALVES = 12.0
+# Code of each magnitude in halves: 0, 1, 2, 3, 4, 6, 8 and 12 have one; 255 marks the others.
 _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 255, 5, 255, 6, 255, 255, 255, 7], dtype=np.uint8)
 
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
@@ -26,7 +26,7 @@ dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
 def quantize(
     weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Return packed rows: ggml's, bit for bit, or with exponents that suit an importance."""
+    """Return packed rows: ggml's, bit for bit, or with exponents chosen for an importance."""
     if importance_I is None:
         return numpy_ggml.quantize(GGML_TYPE, weight_OI)
 
@@ -34,11 +34,11 @@ def quantize(
     O, I = weight_OI.shape
     rows = max(1, _CHUNK_WEIGHTS // I)
 
-    importance_GS = np.tile(importance_I.astype(np.float32).reshape(-1, BLOCK), (rows, 1))
+    importance_GS = np.tile(importance_I.astype(np.float32).reshape(-1, BLOCK_SIZE), (rows, 1))
 
     chunks = []
     for start in range(0, O, rows):
-        weight_GS = np.ascontiguousarray(weight_OI[start : start + rows]).reshape(-1, BLOCK)
+        weight_GS = np.ascontiguousarray(weight_OI[start : start + rows]).reshape(-1, BLOCK_SIZE)
         chunks.append(_choose(weight_GS, importance_GS[: len(weight_GS)]))
 
     return np.concatenate(chunks).reshape(O, -1)
@@ -47,7 +47,7 @@ def quantize(
 def _choose(
     weight_GS: NDArray[np.float32], importance_GS: NDArray[np.float32]
 ) -> NDArray[np.uint8]:
-    """Return packed_GP of blocks, each with the exponent of the least weighted error."""
+    """Return packed_GP, each block with the exponent of least weighted error."""
     G = len(weight_GS)
     best_G = np.full(G, np.inf, dtype=np.float32)
     exponent_G = np.zeros(G, dtype=np.uint8)
@@ -57,31 +57,31 @@ def _choose(
 
     # ggml's exponent may clip the largest weight by up to a quarter, so its neighbours are tried.
     for shift in (0, 1, -1):
-        # byte e means 2**(e - 128) for one half; ggml takes e = above - 3 + 127
+        # Exponent byte e makes one half worth 2**(e - 128); ggml takes e = above - 3 + 127.
         tried_G = np.clip(above_G - 3 + 127 + shift, 0, 254).astype(np.int32)
 
         half_G1 = np.ldexp(np.float32(1), tried_G - 128)[:, None]
 
-        found_GS = _round_to_halves(weight_GS / half_G1)
+        rounded_GS = _round_to_halves(weight_GS / half_G1)
 
-        error_GS = weight_GS - found_GS * half_G1
+        error_GS = weight_GS - rounded_GS * half_G1
         error_G = np.einsum("gs,gs,gs->g", error_GS, error_GS, importance_GS)
 
         better_G = error_G < best_G
         np.copyto(best_G, error_G, where=better_G)
         np.copyto(exponent_G, tried_G.astype(np.uint8), where=better_G)
-        np.copyto(halves_GS, found_GS, where=better_G[:, None])
+        np.copyto(halves_GS, rounded_GS, where=better_G[:, None])
 
     magnitude_GS = _CODE_OF_HALVES[np.abs(halves_GS).astype(np.intp)]
     sign_GS = (halves_GS < 0).view(np.uint8) << np.uint8(3)
 
-    code_GP = numpy_ggml.pair_nibbles(magnitude_GS | sign_GS)
+    code_GP = numpy_ggml.pack_nibbles(magnitude_GS | sign_GS)
     return np.concatenate([exponent_G[:, None], code_GP], axis=1)
 
 
 def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the nearest values of the format: 1 half apart up to 4, 2 up to 8, and 4 beyond."""
-    size_GS = np.minimum(np.abs(ratio_GS), _LARGEST)
+    """Return the nearest E2M1 values in halves: spacing 1 up to 4, 2 up to 8, and 4 beyond."""
+    size_GS = np.minimum(np.abs(ratio_GS), _MAX_HALVES)
     spacing_GS = np.select(
         [size_GS < 4, size_GS < 8], [np.float32(1), np.float32(2)], np.float32(4)
     )

@@ -11,16 +11,16 @@ from racdeploy.quant import numpy_ggml, read_ggml_type
 def _pack(code_OGS: NDArray[np.int8]) -> NDArray[np.uint8]:
     stored_OGS = (code_OGS + 16).view(np.uint8)
     high_OG4 = np.packbits(stored_OGS >> np.uint8(4), axis=-1, bitorder="little")
-    low_OGP = numpy_ggml.pair_nibbles(stored_OGS & np.uint8(15))
+    low_OGP = numpy_ggml.pack_nibbles(stored_OGS & np.uint8(15))
     return np.concatenate([high_OG4, low_OGP], axis=-1)
 
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK = read_ggml_type("q5_0")
-CODES = (-16, 15)
-GROUP_SIZE, STEP_CODES = BLOCK, (1, 1)
+GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_0")
+CODE_RANGE = (-16, 15)
+GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
-_blocks = numpy_ggml.ScaledCodes("q5_0", CODES, _pack, spans=(0.95, 1.2), trials=8)
+_blocks = numpy_ggml.ScaleBlockCodec("q5_0", CODE_RANGE, _pack, scale_range=(0.95, 1.2), trials=8)
 
 quantize, dequantize = _blocks.quantize, _blocks.dequantize
 steps = scales = _blocks.steps

@@ -3,7 +3,7 @@
 from racdeploy.quant import ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK = read_ggml_type("q6_k")
+GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q6_k")
 PRESERVES_ZERO = True
 
 quantize, dequantize = ggml.make_codec(GGML_TYPE)

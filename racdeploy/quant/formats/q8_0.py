@@ -5,12 +5,16 @@ import numpy as np
 from racdeploy.quant import numpy_ggml, read_ggml_type
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK = read_ggml_type("q8_0")
-CODES = (-127, 127)
-GROUP_SIZE, STEP_CODES = BLOCK, (1, 1)
+GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
+CODE_RANGE = (-127, 127)
+GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
-_blocks = numpy_ggml.ScaledCodes(
-    "q8_0", CODES, pack=lambda code_OGS: code_OGS.view(np.uint8), spans=(1.0, 1.15), trials=16
+_blocks = numpy_ggml.ScaleBlockCodec(
+    "q8_0",
+    CODE_RANGE,
+    pack=lambda code_OGS: code_OGS.view(np.uint8),
+    scale_range=(1.0, 1.15),
+    trials=16,
 )
 
 quantize, dequantize = _blocks.quantize, _blocks.dequantize

@@ -1,7 +1,7 @@
-"""Presets: which number format each tensor of a GGUF file gets, one data file per preset.
+"""Presets: rules that give each tensor of a GGUF file its number format, one file per preset.
 
-A preset has ``FORMATS``, ``QUANT`` (of every matrix that no rule names) and ``RULES``, of which the
-first that matches decides. Knows names of tensors and nothing of their bytes.
+A preset has ``FORMATS``, ``QUANT`` (of matrices without a rule) and ``RULES``, of which the first
+match decides. It knows tensor names and nothing of their bytes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from racdeploy.errors import UsageError
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
-_LEAST_EMBEDDING_BITS = 8.0
+_MIN_EMBEDDING_BITS = 8.0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which tensors get a number format of their own.
+    """A number format for some tensors.
 
     Args:
-        tensors: regular expression, searched for in the name of a tensor in the file.
+        tensors: regular expression, searched in the tensor's name in the file.
         quant: their number format.
         blocks: ``all``; ``first 4`` or ``first 1/8``, a number or a share of the blocks; or
-            ``more``, where llama.cpp's presets spend more bits: the first and the last eighth, and
-            every third between.
-        reason: why that is not what was asked for; empty where it was asked for.
+            ``more``, the blocks to which llama.cpp's presets give more bits: the first and the last
+            eighth, and every third between.
+        reason: of a format other than the user asked for; empty for one the user asked for.
     """
 
     tensors: str
@@ -40,7 +40,10 @@ class Rule:
     reason: str = ""
 
     def applies(self, block: int, blocks: int) -> bool:
-        """Return whether it is for a block. Source: ``use_more_bits`` in llama-quant.cpp."""
+        """Return True if the rule covers a block.
+
+        Source of ``more``: ``use_more_bits`` in llama-quant.cpp.
+        """
         match self.blocks.split():
             case ["all"]:
                 return True
@@ -53,7 +56,7 @@ class Rule:
                 is_count = share.denominator == 1
                 return block < (share if is_count else math.floor(blocks * share))
 
-        raise AssertionError(f"a preset has the rule {self.blocks!r} for blocks")
+        raise AssertionError(f"a preset's rule has unknown blocks {self.blocks!r}")
 
 
 _KEEP_8_BITS = Rule(
@@ -62,34 +65,38 @@ _KEEP_8_BITS = Rule(
 _SHARED = "q, k and v are one tensor, which gets the most bits of the three"
 
 
-class Choice(NamedTuple):
-    """The number format of a tensor: asked for, given, and why the two differ, or empty."""
+class QuantChoice(NamedTuple):
+    """Number format of a tensor: the one asked for, the one used, and why they differ, or empty."""
 
-    asked: str
+    requested: str
     quant: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Mix:
-    """The number formats of a whole file.
+class QuantRules:
+    """Rules for the number formats of a whole file.
 
     Args:
-        name: what the user asked for: a preset or a number format.
-        quant: of matrices that no rule names.
-        own: patterns of the recipe, which come before the preset's rules.
+        name: the preset or number format that the user asked for.
+        quant: number format of matrices without a rule.
+        overrides: the recipe's patterns, which come before the preset's rules.
+        rules: of the preset.
     """
 
     name: str
     quant: str
-    own: tuple[Rule, ...]
+    overrides: tuple[Rule, ...]
     rules: tuple[Rule, ...]
 
-    def choose(self, name: str, blocks: int, tied: bool, parts: Sequence[str] = ()) -> Choice:
-        """Return the number format of a tensor of the file; ``blocks`` is how many there are.
+    def choose(self, name: str, blocks: int, tied: bool, parts: Sequence[str] = ()) -> QuantChoice:
+        """Return the number format of a tensor of the file.
 
-        Rules for the output apply to the embedding too where it is tied. ``parts`` are the usual
-        names of what is laid into this tensor: patterns of the recipe may name them.
+        Args:
+            blocks: of the model.
+            tied: the embedding is the output, too; then rules for the output apply to it.
+            parts: usual names of the tensors that are fused into this one, which the recipe's
+                patterns may name.
         """
         names = [name]
         if tied and name == _EMBEDDING:
@@ -100,24 +107,31 @@ class Mix:
         if match:
             block = int(match[1])
 
-        rules = [rule for rule in (*self.own, *self.rules) if rule.applies(block, blocks)]
+        rules = [rule for rule in (*self.overrides, *self.rules) if rule.applies(block, blocks)]
         rule = _find_rule(rules, names)
-        usual = Choice(self.quant, self.quant, "")
+        usual = QuantChoice(self.quant, self.quant, "")
         if rule:
-            asked = self.quant if rule.reason else rule.quant
-            usual = Choice(asked, rule.quant, rule.reason)
+            requested = self.quant if rule.reason else rule.quant
+            usual = QuantChoice(requested, rule.quant, rule.reason)
 
-        own = [_find_rule(self.own, [part]) for part in parts]
-        if any(own):
-            return _choose_widest(usual, own)
+        matching = [_find_rule(self.overrides, [part]) for part in parts]
+        if any(matching):
+            return _choose_widest(usual, matching)
         return usual
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse a pattern of the recipe that names no matrix of the file."""
-        found = list(names)
-        for rule in self.own:
-            if not any(re.search(rule.tensors, name) for name in found):
-                kinds = dict.fromkeys(re.sub(r"\d+", "0", name) for name in found)
+        """Raise if a pattern of the recipe matches no matrix of the file.
+
+        Args:
+            names: of the matrices.
+
+        Raises:
+            UsageError: it lists the names that there are.
+        """
+        matrices = list(names)
+        for rule in self.overrides:
+            if not any(re.search(rule.tensors, name) for name in matrices):
+                kinds = dict.fromkeys(re.sub(r"\d+", "0", name) for name in matrices)
                 raise UsageError(
                     "pattern-matches-nothing",
                     f"export.tensors: the pattern {rule.tensors!r} names no matrix of the file",
@@ -126,27 +140,30 @@ class Mix:
 
 
 def _find_rule(rules: Iterable[Rule], names: Sequence[str]) -> Rule | None:
-    """Return the first rule that matches one of the names."""
+    """Return the first rule that matches one of the names, or None."""
     for rule in rules:
         if any(re.search(rule.tensors, name) for name in names):
             return rule
     return None
 
 
-def _choose_widest(usual: Choice, own: Sequence[Rule | None]) -> Choice:
-    """Return the format with the most bits of what is asked for the parts of one tensor."""
-    wanted = [rule.quant if rule else usual.quant for rule in own]
+def _choose_widest(usual: QuantChoice, rules: Sequence[Rule | None]) -> QuantChoice:
+    """Return the widest of the formats asked for the parts of a fused tensor."""
+    wanted = [rule.quant if rule else usual.quant for rule in rules]
     widest = max(wanted, key=lambda name: quant.load(name).BITS)
     others = [name for name in wanted if name != widest]
-    return Choice(others[0], widest, _SHARED) if others else Choice(widest, widest, "")
+    return QuantChoice(others[0], widest, _SHARED) if others else QuantChoice(widest, widest, "")
 
 
-def read(name: str, tensors: Mapping[str, str] | None = None) -> Mix:
-    """Return the mix of a preset or a number format, and of a recipe's patterns → formats."""
-    own = tuple(Rule(pattern, chosen) for pattern, chosen in (tensors or {}).items())
-    if name in plugins.names("presets"):
+def read(name: str, tensors: Mapping[str, str] | None = None) -> QuantRules:
+    """Return the rules of a preset or a number format, preceded by a recipe's patterns → formats.
+
+    A format below 8 bits leaves embedding and output at 8.
+    """
+    overrides = tuple(Rule(pattern, chosen) for pattern, chosen in (tensors or {}).items())
+    if name in plugins.list_names("presets"):
         preset = plugins.load("presets", name)
-        return Mix(name, preset.QUANT, own, tuple(preset.RULES))
+        return QuantRules(name, preset.QUANT, overrides, tuple(preset.RULES))
 
-    is_narrow = quant.load(name).BITS < _LEAST_EMBEDDING_BITS
-    return Mix(name, name, own, (_KEEP_8_BITS,) if is_narrow else ())
+    is_narrow = quant.load(name).BITS < _MIN_EMBEDDING_BITS
+    return QuantRules(name, name, overrides, (_KEEP_8_BITS,) if is_narrow else ())

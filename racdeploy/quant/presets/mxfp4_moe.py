@@ -1,4 +1,4 @@
-"""MXFP4_MOE of llama.cpp: experts as 4-bit floats, all else 8 bits. Keeps every zero."""
+"""MXFP4_MOE of llama.cpp: experts as 4-bit floats, all else 8 bits; keeps zeros."""
 
 from racdeploy.quant.presets import Rule
 

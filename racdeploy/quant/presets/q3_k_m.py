@@ -1,4 +1,4 @@
-"""Q3_K_M of llama.cpp: 3 bits, and 4 or 5 where a few linears decide most. Loses some zeros."""
+"""Q3_K_M of llama.cpp: 3 bits, and 4 or 5 for the most sensitive linears. Loses some zeros."""
 
 from racdeploy.quant.presets import Rule
 

@@ -1,4 +1,4 @@
-"""Q4_K_M of llama.cpp: 4 bits, and 6 where a few linears decide most. Does not keep zeros."""
+"""Q4_K_M of llama.cpp: 4 bits, and 6 for the most sensitive linears. Does not keep zeros."""
 
 from racdeploy.quant.presets import Rule
 

@@ -1,4 +1,4 @@
-"""Q5_K_M of llama.cpp: 5 bits, and 6 where a few linears decide most. Does not keep zeros."""
+"""Q5_K_M of llama.cpp: 5 bits, and 6 for the most sensitive linears. Does not keep zeros."""
 
 from racdeploy.quant.presets import Rule
 

@@ -1,4 +1,4 @@
-"""4 bits that keep every zero, 5 where a few linears decide most, 8 for embedding and output."""
+"""4 bits that keep zeros, 5 for the most sensitive linears, 8 for embedding and output."""
 
 from racdeploy.quant.presets import Rule
 

@@ -1,4 +1,4 @@
-"""6 bits that keep every zero; embedding and output, which are dense, keep 8."""
+"""6 bits that keep zeros; embedding and output, which are dense, have 8."""
 
 from racdeploy.quant.presets import Rule
 

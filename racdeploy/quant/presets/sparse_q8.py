@@ -1,4 +1,4 @@
-"""8 bits everywhere: every zero is kept and no answer changes."""
+"""8 bits everywhere: keeps zeros, and answers do not change."""
 
 FORMATS = ("gguf",)
 QUANT = "q8_0"

@@ -1,1 +1,1 @@
-"""Scorers: whether an answer is right, one file each."""
+"""Scorers that judge an answer, one file each."""

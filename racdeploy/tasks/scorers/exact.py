@@ -1,13 +1,13 @@
-"""The whole answer, letter by letter; only white space at its ends and runs of it do not count."""
+"""Comparison of the whole answer, character by character after white space is normalized."""
 
 from __future__ import annotations
 
-from racdeploy.tasks.scoring import Scored
+from racdeploy.tasks.scoring import AnswerScore
 
 
-def score(answer: str, gold: str, argument: str) -> Scored:
+def score(answer: str, gold: str, argument: str) -> AnswerScore:
     """Compare the whole text."""
-    found = " ".join(answer.split())
-    if not found:
-        return Scored(False, None, "no text")
-    return Scored(found == " ".join(gold.split()), found, "whole text")
+    text = " ".join(answer.split())
+    if not text:
+        return AnswerScore(False, None, "no text")
+    return AnswerScore(text == " ".join(gold.split()), text, "whole text")

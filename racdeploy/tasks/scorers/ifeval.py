@@ -1,7 +1,7 @@
-"""Whether every instruction of an IFEval prompt is followed, by lm-evaluation-harness's own code.
+"""Check of every instruction of an IFEval prompt, by lm-evaluation-harness's own code.
 
 The gold answer is JSON: the prompt, its instructions and their arguments. The harness's module
-downloads NLTK's punkt_tab where that is missing; here it is refused first.
+would download NLTK's punkt_tab if it is missing; here that is an error instead.
 Source: lm-eval 0.4.13, ``lm_eval.tasks.ifeval``.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 
 from racdeploy.errors import EnvironmentFailure
-from racdeploy.plugins import require
-from racdeploy.tasks.scoring import Scored, refuse_argument
+from racdeploy.plugins import require_package
+from racdeploy.tasks.scoring import AnswerScore, refuse_argument
 
 SECONDS = 10.0
-MEMORY_BYTES = 4 * 2**30  # the harness imports much
-GIVES_UP = True
+MEMORY_BYTES = 4 * 2**30  # the harness imports many packages
+FAILURE_IS_WRONG = True
 _DATA = "tokenizers/punkt_tab"
 
 
@@ -23,7 +23,7 @@ def check(argument: str) -> None:
     """Refuse an argument, and a machine without the harness or NLTK's data."""
     refuse_argument("ifeval", argument)
     for package in ("lm_eval", "langdetect"):
-        require(package)
+        require_package(package)
     import nltk
 
     try:
@@ -41,26 +41,26 @@ def prepare() -> None:
     import lm_eval.tasks.ifeval.utils  # noqa: F401
 
 
-def score(answer: str, gold: str, argument: str) -> Scored:
-    """Check every instruction; the answer is right if all are followed as they are written."""
+def score(answer: str, gold: str, argument: str) -> AnswerScore:
+    """Check every instruction; the answer is right if all are followed strictly."""
     import langdetect
     from lm_eval.tasks.ifeval import utils
 
-    # Without a seed it guesses the language of a short answer differently each time.
+    # Without a seed, the language guessed for a short answer differs from run to run.
     langdetect.DetectorFactory.seed = 0
 
-    asked = json.loads(gold)
-    if not isinstance(asked, dict):
-        return Scored(False, None, "the gold answer lists no instructions")
+    instructions = json.loads(gold)
+    if not isinstance(instructions, dict):
+        return AnswerScore(False, None, "the gold answer lists no instructions")
 
     question = utils.InputExample(
         key=0,
-        instruction_id_list=asked["instruction_id_list"],
-        prompt=asked["prompt"],
-        kwargs=asked["kwargs"],
+        instruction_id_list=instructions["instruction_id_list"],
+        prompt=instructions["prompt"],
+        kwargs=instructions["kwargs"],
     )
     checked = utils.test_instruction_following_strict(question, answer)
 
     followed = checked.follow_instruction_list
-    found = f"{sum(followed)} of {len(followed)}"
-    return Scored(checked.follow_all_instructions, found, "instructions followed")
+    counted = f"{sum(followed)} of {len(followed)}"
+    return AnswerScore(checked.follow_all_instructions, counted, "instructions followed")

@@ -1,1 +1,1 @@
-"""Tasks: what is asked of a model, one file each."""
+"""Tasks, one file each."""

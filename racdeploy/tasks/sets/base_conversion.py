@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, columns
+from racdeploy.tasks import Problem, column_arithmetic
 
 LARGEST = {2: 127, 3: 400, 4: 999, 5: 999}
 
@@ -14,10 +14,9 @@ def draw(random: Random) -> Problem:
     base = random.choice(tuple(LARGEST))
     number = random.randint(LARGEST[base] // 5, LARGEST[base])
     steps, digits, rest = [], "", number
-
     while rest:
         digits = f"{rest % base}{digits}"
-        steps.append(f"{columns.divide_digit(rest, base)}. Digits {digits}.")
+        steps.append(f"{column_arithmetic.divide_digit(rest, base)}. Digits {digits}.")
         rest //= base
 
     question = f"Write the decimal number {number} in base {base}."

@@ -12,10 +12,10 @@ NUMBERS_MIN, NUMBERS_MAX = 6, 9
 def draw(random: Random) -> Problem:
     """Draw six to nine three-digit numbers, some of which share leading digits."""
     count = random.randint(NUMBERS_MIN, NUMBERS_MAX)
+    # Three leading digits for more numbers: some share one, so their later digits decide.
     leading = random.sample(range(1, 10), 3)
 
     numbers: list[int] = []
-
     while len(numbers) < count:
         number = random.choice(leading) * 100 + random.randint(0, 99)
         if number not in numbers:
@@ -24,7 +24,6 @@ def draw(random: Random) -> Problem:
     largest = random.random() < 0.5
     best = numbers[0]
     steps = [f"Start with {best}."]
-
     for number in numbers[1:]:
         best, line = _compare(number, best, largest)
         steps.append(line)
@@ -38,7 +37,7 @@ def draw(random: Random) -> Problem:
 
 
 def _compare(number: int, best: int, largest: bool) -> tuple[int, str]:
-    """Return the better number and the line that compares digit by digit."""
+    """Return the better number and a line that compares both digit by digit."""
     relations = []
     for a, b in zip(str(number), str(best), strict=True):
         if a != b:

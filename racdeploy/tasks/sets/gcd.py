@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, columns
+from racdeploy.tasks import Problem, column_arithmetic
 
 STEPS_MIN, STEPS_MAX = 4, 9
 
@@ -24,12 +24,12 @@ def draw(random: Random) -> Problem:
 
 
 def _euclid(left: int, right: int) -> tuple[list[str], int]:
-    """Return the spelled steps, the last one being the equal pair, and the divisor."""
+    """Return the steps in words, the last of which is the equal pair, and the divisor."""
     steps = []
     high, low = max(left, right), min(left, right)
 
     while high != low:
-        steps.append(f"{columns.subtract(high, low)}.")
+        steps.append(f"{column_arithmetic.subtract(high, low)}.")
         difference = high - low
         high, low = max(difference, low), min(difference, low)
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 
 from racdeploy.tasks import Problem
-from racdeploy.tasks.published import HubSplit, Published
+from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
 from racdeploy.tasks.rows import Row
 
-SET = Published(
+DATASET = PublicDataset(
     title="IFEval",
     evaluation=HubSplit(
         "google/IFEval", "default", "train", "966cd89545d6b6acfd7638bc708b98261ca58e84"
     ),
     calibration=None,
     columns=("prompt", "instruction_id_list", "kwargs"),
-    follows="lm-evaluation-harness 0.4.13 (ifeval, prompt_level_strict_acc)",
+    protocol="lm-evaluation-harness 0.4.13 (ifeval, prompt_level_strict_acc)",
 )
 
 
-def ask(row: Row) -> Problem:
-    """Ask one prompt; its gold answer lists the instructions."""
-    asked = {column: row[column] for column in SET.columns}
-    return Problem(row["prompt"], gold=json.dumps(asked, ensure_ascii=False), scorer="ifeval")
+def make_problem(row: Row) -> Problem:
+    """Make a problem; its gold answer lists the instructions as JSON."""
+    columns = {column: row[column] for column in DATASET.columns}
+    return Problem(row["prompt"], gold=json.dumps(columns, ensure_ascii=False), scorer="ifeval")

@@ -1,6 +1,7 @@
 """Problems from the user's own file: one JSON object a line with ``question`` and ``answer``.
 
-An answer that ends in ``#### 42``, as in GSM8K, is what follows. A line may name its ``scorer``.
+If an answer contains ``#### 42``, as in GSM8K, the gold answer is 42. A line may name its
+``scorer``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from pathlib import Path
 from racdeploy.errors import UsageError
 from racdeploy.files.writing import split_lines
 from racdeploy.tasks import Problem, scoring
-from racdeploy.tasks.extract import extract_hash_mark
+from racdeploy.tasks.extraction import extract_hash_mark
 from racdeploy.tasks.rows import read_text
 
 
 def read(path: Path) -> list[Problem]:
-    """Read every problem of a file, one a line; bad lines are refused."""
+    """Read every problem of a file, one a line.
+
+    Raises:
+        UsageError: a line is invalid, or the file is empty.
+    """
     lines = split_lines(read_text(path))
 
     problems = []
@@ -31,39 +36,43 @@ def read(path: Path) -> list[Problem]:
     return problems
 
 
-def _parse(place: str, line: str) -> Problem:
+def _parse(line_name: str, line: str) -> Problem:
+    """Return the problem of a line; ``line_name`` is its file and number, for errors."""
     remedy = 'each line is {"question": "…", "answer": "…"}'
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError("row-not-json", f"{place} is not JSON: {error}", remedy=remedy) from error
+        raise UsageError(
+            "row-not-json", f"{line_name} is not JSON: {error}", remedy=remedy
+        ) from error
 
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise UsageError(
             "missing-question",
-            f"{place} has no question{_explain_missing(row, 'question')}",
+            f"{line_name} has no question{_explain_missing(row, 'question')}",
             remedy=remedy,
         )
 
+    # bool is a subclass of int, but true and false are not answers.
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UsageError(
             "missing-answer",
-            f"{place} has no answer{_explain_missing(row, 'answer')}",
+            f"{line_name} has no answer{_explain_missing(row, 'answer')}",
             remedy=remedy,
         )
 
     scorer = row.get("scorer", "")
     if not isinstance(scorer, str):
         raise UsageError(
-            "scorer-not-a-name", f"{place} has a scorer that is no name", remedy=remedy
+            "scorer-not-a-name", f"{line_name} has a scorer that is not a string", remedy=remedy
         )
 
     try:
         scoring.check(scorer)
     except UsageError as error:
-        error.message = f"{place}: {error.message}"
+        error.message = f"{line_name}: {error.message}"
         raise
 
     text = str(answer)
@@ -71,7 +80,7 @@ def _parse(place: str, line: str) -> Problem:
 
 
 def _explain_missing(row: object, key: str) -> str:
-    """Return what a line has in place of a key of ours."""
+    """Return the reason why a line lacks a valid value for a key."""
     if not isinstance(row, dict):
         return f": it is a {type(row).__name__}, not an object"
     if key in row:

@@ -14,11 +14,11 @@ def draw(random: Random) -> Problem:
     """Draw six to nine different words of two or three syllables."""
     count = random.randint(WORDS_MIN, WORDS_MAX)
     words = dict.fromkeys(_word(random) for _ in range(count))
+    # All vowels are added, so that a letter may also occur zero times.
     wanted = random.choice("".join(words) + VOWELS)
 
     seen = 0
     steps = []
-
     for word in words:
         spelled = []
         for letter in word:
@@ -35,6 +35,7 @@ def draw(random: Random) -> Problem:
 
 
 def _word(random: Random) -> str:
+    """Draw a made-up word of two or three syllables."""
     word = ""
     for _ in range(random.randint(2, 3)):
         word += random.choice(CONSONANTS) + random.choice(VOWELS)

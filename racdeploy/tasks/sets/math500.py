@@ -1,22 +1,22 @@
 r"""MATH-500: competition problems, an expression in ``\boxed{}``, compared by Math-Verify.
 
-The prompt is the one of lighteval 0.13.0's ``aime24``, which asks for a box. lighteval's own
-``math_500`` asks for "ANSWER: $ANSWER" without one, and Math-Verify then finds no formula that is
-not between dollars. The score is lighteval's: the successor of its comparison, Math-Verify.
-Calibration is on MATH's training questions: MATH-500 is a part of its test questions. Source: arXiv
-2305.20050; the mean length of thoughts is arXiv 2505.15612's, table 4.
+The prompt is that of lighteval 0.13.0's ``aime24``, which asks for a box. lighteval's own
+``math_500`` asks for "ANSWER: $ANSWER" without one, where Math-Verify finds formulas only between
+dollars. The scorer is Math-Verify, the successor of lighteval's comparison. Calibration uses MATH's
+training questions: MATH-500 is a part of its test questions. Source: arXiv 2305.20050; mean
+thinking length: arXiv 2505.15612, table 4.
 """
 
 from __future__ import annotations
 
 from racdeploy.errors import UsageError
 from racdeploy.tasks import Problem
-from racdeploy.tasks.extract import extract_boxed
-from racdeploy.tasks.prompts import BOXED
-from racdeploy.tasks.published import HubSplit, Published
+from racdeploy.tasks.extraction import extract_boxed
+from racdeploy.tasks.prompts import BOXED_PROMPT
+from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
 from racdeploy.tasks.rows import Row
 
-SET = Published(
+DATASET = PublicDataset(
     title="MATH-500",
     evaluation=HubSplit(
         "HuggingFaceH4/MATH-500", "default", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
@@ -28,15 +28,15 @@ SET = Published(
         "0530c78699ea5e8eb5530600900e1f328b48acad",
     ),
     columns=("problem", "solution"),
-    follows="lighteval 0.13.0 (the prompt of aime24, Math-Verify)",
+    protocol="lighteval 0.13.0 (the prompt of aime24, Math-Verify)",
     thinking_tokens=4000,
 )
 
 
-def ask(row: Row) -> Problem:
-    """Ask one problem; where no column has the answer alone, it is the box of the solution."""
+def make_problem(row: Row) -> Problem:
+    """Make a problem; without an answer column, the answer is the box of the solution."""
     gold = row.get("answer") or extract_boxed(row["solution"])
     if not gold:
         raise UsageError("no-final-answer", "it has no answer, and its solution has no box")
 
-    return Problem(BOXED.format(problem=row["problem"]), gold=gold, scorer="math")
+    return Problem(BOXED_PROMPT.format(problem=row["problem"]), gold=gold, scorer="math")

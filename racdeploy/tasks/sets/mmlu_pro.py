@@ -1,7 +1,7 @@
 """MMLU-Pro: questions of 14 fields with up to ten options; the answer is a letter.
 
-The prompt is lighteval 0.13.0's ``mmlu_pro``, but for the letters that it allows: those of the
-question's options, where lighteval says ABCD of all. Calibration is on the 70 questions of the
+The prompt is lighteval 0.13.0's ``mmlu_pro``, except for the allowed letters: lighteval writes ABCD
+for every question, here they are those of its options. Calibration uses the 70 questions of the
 validation split. Source: arXiv 2406.01574.
 """
 
@@ -11,27 +11,27 @@ from string import ascii_uppercase
 
 from racdeploy.errors import UsageError
 from racdeploy.tasks import Problem
-from racdeploy.tasks.prompts import ask_choice
-from racdeploy.tasks.published import HubSplit, Published
+from racdeploy.tasks.prompts import make_choice_problem
+from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
 from racdeploy.tasks.rows import Row
 
 _REVISION = "3373e0b32277875b8db2aa555a333b78a08477ea"
-SET = Published(
+DATASET = PublicDataset(
     title="MMLU-Pro",
     evaluation=HubSplit("TIGER-Lab/MMLU-Pro", "default", "test", _REVISION),
     calibration=HubSplit("TIGER-Lab/MMLU-Pro", "default", "validation", _REVISION),
     columns=("question", "options", "answer"),
-    follows="lighteval 0.13.0 (mmlu_pro)",
+    protocol="lighteval 0.13.0 (mmlu_pro)",
 )
 
 
-def ask(row: Row) -> Problem:
-    """Ask one question with its options in their published order."""
+def make_problem(row: Row) -> Problem:
+    """Make a problem with its options in their published order."""
     options, answer = row["options"], row["answer"]
     if not isinstance(options, list):
         raise UsageError(
             "options-not-a-list",
-            f"its options are no list but {options!r}; CSV has none: give parquet",
+            f"its options are not a list but {options!r}; CSV has no lists: give parquet",
         )
 
     letters = ascii_uppercase[: len(options)]
@@ -41,4 +41,4 @@ def ask(row: Row) -> Problem:
     listed = "\n".join(
         f"{letter}: {option}" for letter, option in zip(letters, options, strict=True)
     )
-    return ask_choice(f"{row['question']}\n\n{listed}\n\nAnswer:", letters, answer)
+    return make_choice_problem(f"{row['question']}\n\n{listed}\n\nAnswer:", letters, answer)

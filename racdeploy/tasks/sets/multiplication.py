@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, columns
+from racdeploy.tasks import Problem, column_arithmetic
 
 
 def draw(random: Random) -> Problem:
@@ -13,9 +13,9 @@ def draw(random: Random) -> Problem:
     tens, ones = divmod(right, 10)
     steps = [
         f"{right} is {tens} tens and {ones} ones.",
-        f"{columns.times_digit(left, ones)}.",
-        f"{columns.times_digit(left, tens)}.",
-        f"{columns.add(left * tens * 10, left * ones)}.",
+        f"{column_arithmetic.multiply_digit(left, ones)}.",
+        f"{column_arithmetic.multiply_digit(left, tens)}.",
+        f"{column_arithmetic.add(left * tens * 10, left * ones)}.",
     ]
 
     return Problem(

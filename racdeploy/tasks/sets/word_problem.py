@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem, columns
+from racdeploy.tasks import Problem, column_arithmetic
 
 NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Leo", "Zoe", "Sam")
 THINGS = ("apples", "books", "coins", "shells", "cards", "stamps", "pens", "nuts")
@@ -21,15 +21,16 @@ def draw(random: Random) -> Problem:
 
     for _ in range(random.randint(3, 4)):
         change = random.randint(2, 99)
+        # An amount never becomes negative: one that is too small can only grow.
         gains = amount < change or (amount + change < 300 and random.random() < 0.5)
         phrase = random.choice(GAINS if gains else LOSSES).format(n=change)
         sentences.append(f"{name} {phrase}.")
 
         if gains:
-            spelled = columns.add(amount, change)
+            spelled = column_arithmetic.add(amount, change)
             amount += change
         else:
-            spelled = columns.subtract(amount, change)
+            spelled = column_arithmetic.subtract(amount, change)
             amount -= change
 
         steps.append(f"{name} {phrase}:{spelled}.")

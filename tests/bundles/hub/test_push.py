@@ -145,7 +145,7 @@ def test_somebody_elses_card_stays(run: Run, hub: Hub, tmp_path: Path) -> None:
     repository.commit({"README.md": b"mine", "notes.txt": b"mine"})
     done = run("push", make_fake_bundle(tmp_path / "b"), NAME)
     assert done.exit_code == 0
-    assert "README.md of the repository is not racdeploy's and stays" in done.stderr
+    assert "README.md of the repository was not written by racdeploy and is kept" in done.stderr
     assert (_files(hub)["README.md"], _files(hub)["notes.txt"]) == (b"mine", b"mine")
     assert f"{OWN}/README.md" in _files(hub)
 

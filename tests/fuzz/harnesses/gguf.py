@@ -15,17 +15,17 @@ import numpy as np
 
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.errors import RacdeployError
-from racdeploy.export.gguf import measurement
+from racdeploy.exporting.gguf import measurement
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
 from racdeploy.quant.importance import Importance
-from racdeploy.tensors.gguf_header import GGML_SIZES, Header, read_header
+from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES, GgufHeader, read_header
 from tests.fuzz.oracle import expect, place, scratch
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 READERS = (
-    *("racdeploy.tensors.gguf_header", "racdeploy.export.gguf.measurement"),
-    *("racdeploy.export.gguf.splits", "racdeploy.quant.importance"),
+    *("racdeploy.tensors.gguf_header", "racdeploy.exporting.gguf.measurement"),
+    *("racdeploy.exporting.gguf.splits", "racdeploy.quant.importance"),
 )
 DICTIONARY = (
     b"GGUF",
@@ -40,7 +40,9 @@ _NAMES = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
 measurement._name_types = cache(measurement._name_types)
 # gguf-py gives Q8_1 blocks of 40 bytes, ggml 36.
 _KNOWN = {
-    int(kind) for kind, size in gguf.GGML_QUANT_SIZES.items() if size == GGML_SIZES.get(int(kind))
+    int(kind)
+    for kind, size in gguf.GGML_QUANT_SIZES.items()
+    if size == GGML_QUANT_SIZES.get(int(kind))
 }
 
 
@@ -65,7 +67,7 @@ def _place_second() -> Path:
     return place(_NAMES[1], _write_part(scratch() / _NAMES[1], 1))
 
 
-def compare(file: Path, header: Header) -> None:
+def compare(file: Path, header: GgufHeader) -> None:
     """Compare what was read with what gguf-py reads."""
     if any(tensor.ggml_type not in _KNOWN for tensor in header.tensors):
         return
@@ -100,7 +102,7 @@ def seeds() -> Iterator[bytes]:
     yield _write_matrix(file)
     yield _write_part(file, 0)
     yield _write_scalars()
-    for ggml_type in sorted(GGML_SIZES):
+    for ggml_type in sorted(GGML_QUANT_SIZES):
         yield _write_type(ggml_type)
 
 
@@ -141,7 +143,7 @@ def _write_scalars() -> bytes:
 
 
 def _write_type(ggml_type: int) -> bytes:
-    weights, size_bytes = GGML_SIZES[ggml_type]
+    weights, size_bytes = GGML_QUANT_SIZES[ggml_type]
     head = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
     head += struct.pack("<Q1sIQIQ", 1, b"w", 1, weights, ggml_type, 0)
     return (

@@ -17,8 +17,8 @@ from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.family_lookup import find_family
 from racdeploy.recipe import Recipe
-from racdeploy.runtime.loading import _choose_context, check_what_runs
-from racdeploy.verify.gate import read_gate
+from racdeploy.runtime.loading import _choose_context, check_artifact_files
+from racdeploy.verification.gate import read_gate
 from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import expect, scratch
 from tests.support.fake_bundle import make_fake_bundle
@@ -44,7 +44,7 @@ def target(data: bytes) -> None:
 
     for artifact in manifest.artifacts:
         with contextlib.suppress(RacdeployError):
-            check_what_runs(folder, manifest, artifact)
+            check_artifact_files(folder, manifest, artifact)
     with contextlib.suppress(RacdeployError):
         _choose_context(manifest, 1 << 20)
     with contextlib.suppress(RacdeployError):

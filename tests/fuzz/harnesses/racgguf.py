@@ -32,7 +32,7 @@ def target(data: bytes) -> None:
     inspect_path(file)
 
     container = Container.open(file)
-    plain = b"".join(container.plain())
+    plain = b"".join(container.iter_plain_bytes())
     file.write_bytes(_sign(data, container, plain))
 
     out = scratch() / "plain.gguf"
@@ -45,7 +45,7 @@ def target(data: bytes) -> None:
 
 def _sign(data: bytes, container: Container, plain: bytes) -> bytes:
     """Return a container that says the true SHA-256 of what it holds."""
-    start = container.header.starts[_SHA256_KEY] + 8 + len(_SHA256_KEY) + 4 + 8
+    start = container.header.key_positions[_SHA256_KEY] + 8 + len(_SHA256_KEY) + 4 + 8
     expect(data[start : start + 64].decode() == container.sha256, "the SHA-256 lies elsewhere")
     return data[:start] + hashlib.sha256(plain).hexdigest().encode() + data[start + 64 :]
 

@@ -17,8 +17,8 @@ from typing import Any
 import httpcore
 import httpx
 
-from racdeploy.engines.backends.openai import OpenAIEngine, answers, chat, http
-from racdeploy.engines.backends.openai.engine import bound_answer
+from racdeploy.engines.backends.server import ServerEngine, answers, chat, http
+from racdeploy.engines.backends.server.engine import max_answer_bytes
 from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import RacdeployError
 from racdeploy.traces import reload
@@ -28,8 +28,8 @@ from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import apart, check_words, expect
 
 READERS = (
-    *("racdeploy.engines.backends.openai.http", "racdeploy.engines.backends.openai.transport"),
-    *("racdeploy.engines.backends.openai.answers", "racdeploy.engines.backends.openai.chat"),
+    *("racdeploy.engines.backends.server.http", "racdeploy.engines.backends.server.transport"),
+    *("racdeploy.engines.backends.server.answers", "racdeploy.engines.backends.server.chat"),
     "racdeploy.traces.server",
 )
 DICTIONARY = (
@@ -78,9 +78,9 @@ def target(data: bytes) -> None:
 def _request(pieces: list[bytes]) -> Outcome:
     client = _client()
     _arriving.pieces = pieces
-    most_bytes = bound_answer(len(_PROMPT), _CAP)
+    max_bytes = max_answer_bytes(len(_PROMPT), _CAP)
     try:
-        return client.run(client.request, "completions", {}, False, most_bytes)
+        return client.run(client.request, "completions", {}, False, max_bytes)
     except RacdeployError as error:
         return error
 
@@ -179,14 +179,14 @@ def _list_readers(answer: dict[str, Any]) -> Iterator[Callable[[], object]]:
     """Yield what the product does with answers of each endpoint."""
     tokens: Any = _Bytes()
     for tokenizer, counts_end in ((None, None), (tokens, True), (tokens, False)):
-        reader = answers.Reader(tokenizer, _VOCABULARY, counts_end)
+        reader = answers.CompletionReader(tokenizer, _VOCABULARY, counts_end)
         yield lambda reader=reader: _check_completion(reader.read(answer, _PROMPT, _ENDS, _CAP))
 
     for starts_open in (False, True):
-        talk = chat.Conversation({}, tokens.encode, (60,), (62,), starts_open)
-        yield lambda talk=talk: talk.ids(chat._read(answer))
+        talk = chat.ChatTokenizer({}, tokens.encode, (60,), (62,), starts_open)
+        yield lambda talk=talk: talk.encode_answer(chat._read(answer))
 
-    engine = OpenAIEngine.__new__(OpenAIEngine)
+    engine = ServerEngine.__new__(ServerEngine)
     engine._client = said = _Said(answer)
     engine.model, engine._tokenizer_path = "m", "../tokenize"
     engine._settings = EngineSettings(64, 1)

@@ -13,17 +13,17 @@ from functools import cache
 from typing import Any
 
 from racdeploy.errors import ArtifactError, RacdeployError
-from racdeploy.export.gguf.ollama import make_go_template
+from racdeploy.exporting.gguf.ollama import make_go_template
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.runtime.template import ChatTemplate
-from racdeploy.sandbox.reader import Reader
+from racdeploy.sandbox.client import Sandbox
 from tests.fuzz.in_process import InProcess, reaches_limits
 from tests.fuzz.oracle import apart, check_words, expect, forgive, place
 
 READERS = (
     "racdeploy.sandbox.chat_template",
-    "racdeploy.sandbox.texts",
-    "racdeploy.export.gguf.ollama",
+    "racdeploy.sandbox.text_operations",
+    "racdeploy.exporting.gguf.ollama",
 )
 DICTIONARY = (
     *(b"{% for message in messages %}", b"{% endfor %}", b"{{ message['content'] }}", b"{% if "),
@@ -47,7 +47,7 @@ def target(data: bytes) -> None:
     """Render conversations, and derive a Go template."""
     source = _read(data)
     with reaches_limits() as over:
-        ours = _render(source, InProcess("racdeploy.sandbox.texts"))
+        ours = _render(source, InProcess("racdeploy.sandbox.text_operations"))
     if over[0]:
         forgive()
     if over[0] or hashlib.sha256(data).digest()[0] < 3:
@@ -61,9 +61,9 @@ def _read(data: bytes) -> str:
     return TokenizerFiles(folder).chat_template
 
 
-def _render(source: str, reader: Reader) -> list[str | RacdeployError]:
+def _render(source: str, reader: Sandbox) -> list[str | RacdeployError]:
     """Return the text of each conversation, or the error in its place."""
-    template = ChatTemplate(source, "<s>", "</s>", reader=reader)
+    template = ChatTemplate(source, "<s>", "</s>", sandbox=reader)
     found: list[str | RacdeployError] = []
     for messages in _CASES:
         try:
@@ -87,7 +87,9 @@ def _compare(source: str, ours: Sequence[str | RacdeployError], over: bool) -> N
 
 
 def _derive(source: str) -> None:
-    template = ChatTemplate(source, "<s>", "</s>", reader=InProcess("racdeploy.sandbox.texts"))
+    template = ChatTemplate(
+        source, "<s>", "</s>", sandbox=InProcess("racdeploy.sandbox.text_operations")
+    )
     with reaches_limits() as over:
         go, reason = make_go_template(template.render, "<s>")
     if over[0]:
@@ -97,8 +99,8 @@ def _derive(source: str) -> None:
 
 
 @cache
-def _reader() -> Reader:
-    return Reader("racdeploy.sandbox.texts")
+def _reader() -> Sandbox:
+    return Sandbox("racdeploy.sandbox.text_operations")
 
 
 def survives(data: bytes) -> bool:

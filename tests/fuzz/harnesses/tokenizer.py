@@ -24,24 +24,24 @@ from tokenizers import (  # type: ignore[import-untyped]
 )
 
 from racdeploy.errors import RacdeployError
-from racdeploy.export.gguf.vocabulary import read_vocabulary
-from racdeploy.models.bpe import BytePairs
+from racdeploy.exporting.gguf.vocabulary import read_vocabulary
+from racdeploy.models.bpe import ByteLevelBPE
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.renumbering import named_ids, renumber
+from racdeploy.models.renumbering import find_config_ids, renumber_files
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.runtime.control import find_hesitation
+from racdeploy.runtime.control import find_hesitation_ids
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.sandbox import tokenizer
-from racdeploy.sandbox.reader import Reader
+from racdeploy.sandbox.client import Sandbox
 from tests.fuzz.in_process import InProcess, reaches_limits
 from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import apart, check_words, expect, forgive, scratch
 
 READERS = (
     *("racdeploy.models.tokenizer_files", "racdeploy.models.bpe", "racdeploy.models.renumbering"),
-    *("racdeploy.export.gguf.tokens", "racdeploy.export.gguf.pretokenizers"),
-    *("racdeploy.sandbox.texts", "racdeploy.sandbox.tokenizer"),
+    *("racdeploy.exporting.gguf.tokens", "racdeploy.exporting.gguf.pretokenizers"),
+    *("racdeploy.sandbox.text_operations", "racdeploy.sandbox.tokenizer"),
 )
 _STEPS = (
     *("Replace", "Prepend", "Strip", "Lowercase", "NFC", "Sequence", "ByteLevel", "Metaspace"),
@@ -87,19 +87,19 @@ def target(data: bytes) -> None:
         forgive()
 
     if over[0] or hashlib.sha256(data).digest()[0] < 3:
-        with apart(), _computing(Reader):
+        with apart(), _computing(Sandbox):
             theirs = _try(_use, folder)
         expect(over[0] or ours == theirs, f"{str(ours)[:200]!r} here, {str(theirs)[:200]!r} apart")
 
 
 @contextlib.contextmanager
-def _computing(kind: type[Reader]) -> Iterator[None]:
+def _computing(kind: type[Sandbox]) -> Iterator[None]:
     """Let tokenizers be computed by that kind of reader."""
-    tokenizer.Reader = kind  # type: ignore[misc]
+    tokenizer.Sandbox = kind  # type: ignore[misc]
     try:
         yield
     finally:
-        tokenizer.Reader = Reader  # type: ignore[misc]
+        tokenizer.Sandbox = Sandbox  # type: ignore[misc]
 
 
 def _try(read: Callable[[Path], object], folder: Path) -> object:
@@ -112,26 +112,26 @@ def _try(read: Callable[[Path], object], folder: Path) -> object:
 
 
 def _use(folder: Path) -> str:
-    encoder = PromptEncoder.begin(folder)
+    encoder = PromptEncoder.start_loading(folder)
     try:
         encoder.check()
         ids = encoder.encode("a <|end|> b")
         text = encoder.decode([*encoder.encode_text(_TEXT), *range(40)])
-        words = find_hesitation(encoder, ["wait"])
+        words = find_hesitation_ids(encoder, ["wait"])
         tags = find_tags(encoder)
         found = tags and (tags.open_ids, tags.close_ids, sorted(tags.space_ids))
-        return repr((ids, text, encoder.tokenizer.controls, found, words))
+        return repr((ids, text, encoder.tokenizer.control_tokens, found, words))
     finally:
-        encoder.tokenizer.reader.close()
+        encoder.tokenizer.sandbox.close()
 
 
 def _cut(folder: Path) -> None:
     """Leave out every token that none needs, as the structure ``vocabulary`` does."""
     files = TokenizerFiles(folder)
-    pairs = BytePairs.read(files)
-    needed = pairs.close(named_ids(files) & pairs.texts.keys())
+    pairs = ByteLevelBPE.read(files)
+    needed = pairs.add_needed(find_config_ids(files) & pairs.texts.keys())
     size = min(len(needed) + 1, len(pairs.texts))
-    renumber(files, pairs.fill(needed, size))
+    renumber_files(files, pairs.fill_by_rank(needed, size))
 
 
 def _export(folder: Path) -> None:
@@ -146,7 +146,7 @@ def survives(data: bytes) -> bool:
     """Return whether the product lives through an input that ended this process."""
     folder = _folder()
     (folder / "tokenizer.json").write_bytes(data)
-    with apart(), _computing(Reader):
+    with apart(), _computing(Sandbox):
         _try(_use, folder)
     return True
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from racdeploy.export.gguf import measure
+from racdeploy.exporting.gguf import measure
 from racdeploy.files.writing import file_sha256
 from racdeploy.packing import racgguf
-from racdeploy.packing.layouts import CHUNK_WEIGHTS
+from racdeploy.packing.block_layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
 from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
@@ -116,7 +116,7 @@ def test_a_tensor_that_would_come_back_changed_stays_plain(
     (row,) = _round_trip(
         write_gguf(tmp_path / "m.gguf", {"w": ("f16", random_rows("f16", 8, 256, 0.5))})
     )
-    assert row.reason == "its packed form would unpack to other bytes"
+    assert row.reason == "its packed form unpacks to other bytes"
     assert row.stored_bytes == row.plain_bytes
 
 
@@ -205,12 +205,12 @@ def test_the_cache_unpacks_once_and_repairs_itself(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plain = write_gguf(tmp_path / "m.gguf", {"w": ("q4_0", random_rows("q4_0", 16, 256, 0.5))})
     bitmask.pack_file(plain, tmp_path / "m.racgguf")
-    file = racgguf.unpacked(tmp_path / "m.racgguf")
+    file = racgguf.unpack_to_cache(tmp_path / "m.racgguf")
     assert file.read_bytes() == plain.read_bytes()
     inode = file.stat().st_ino
-    assert racgguf.unpacked(tmp_path / "m.racgguf").stat().st_ino == inode
+    assert racgguf.unpack_to_cache(tmp_path / "m.racgguf").stat().st_ino == inode
     file.write_bytes(b"damaged")
-    assert racgguf.unpacked(tmp_path / "m.racgguf").read_bytes() == plain.read_bytes()
+    assert racgguf.unpack_to_cache(tmp_path / "m.racgguf").read_bytes() == plain.read_bytes()
     assert [entry.name for entry in file.parent.iterdir()] == [file.name]
 
 

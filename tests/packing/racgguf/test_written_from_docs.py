@@ -1,4 +1,4 @@
-"""A reader written from docs/racgguf.md alone restores every file.
+"""A reader written from docs/reference/racgguf.md alone restores every file.
 
 The page says all that is needed.
 """
@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
-from racdeploy.packing.layouts import CHUNK_WEIGHTS
+from racdeploy.packing.block_layouts import CHUNK_WEIGHTS
 from racdeploy.packing.packers import bitmask
 from tests.support.tiny_gguf import random_rows, write_gguf
 

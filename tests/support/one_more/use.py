@@ -10,21 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from racdeploy import engines, export, harnesses, packing, quant, recover, tasks
+from racdeploy import engines, exporting, harnesses, packing, quant, recovery, tasks
 from racdeploy.engines.backends.transformers import open_engine as open_torch
 from racdeploy.engines.engine import EngineSettings, Sampling
+from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.prune.calibrate import prune_blocks
-from racdeploy.prune.structure.outline import read_outline
+from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.structure.cut_plan import read_cut_plan
 from racdeploy.recipe import Pruning, Structure, Verification
 from racdeploy.tasks import scoring
 from racdeploy.traces.trace import Trace
-from racdeploy.verify.evidence import Evidence, run_checks
-from racdeploy.verify.gate import read_gate
-from racdeploy.verify.harness import compare
+from racdeploy.verification.evidence import Evidence, run_checks
+from racdeploy.verification.gate import read_gate
+from racdeploy.verification.harness import compare
 from tests.support.records import arm_of, record
-from tests.support.tiny_course import make_course
 from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_training_run import make_training_run
 
 PROMPT = [5, 90, 3, 40, 41, 42]
 SETTINGS = EngineSettings(context_tokens=128, parallel=2, threads=1, cache_dtype="f32")
@@ -32,7 +33,7 @@ SETTINGS = EngineSettings(context_tokens=128, parallel=2, threads=1, cache_dtype
 
 def use_task(folder: Path) -> Any:
     """Draw an evaluation problem."""
-    (problem,) = tasks.load("remainder").problems("evaluation", 0, 1)
+    (problem,) = tasks.load("remainder").draw_problems("evaluation", 0, 1)
     return [problem.task, scoring.score("", rf"\boxed{{{problem.gold}}}", problem.gold).correct]
 
 
@@ -46,7 +47,7 @@ def use_family(folder: Path) -> Any:
     """Export a model, run it on llama.cpp, and compare its logits with torch's."""
     checkpoint = make_checkpoint(folder / "ernie", "ernie4_5")
     file = folder / "ernie.gguf"
-    export.load("gguf").export(
+    exporting.load("gguf").export(
         Checkpoint(checkpoint), file, quant="f32", packing="plain", metadata=None, progress=None
     )
 
@@ -76,7 +77,7 @@ def use_preset(folder: Path) -> Any:
 def use_packing(folder: Path) -> Any:
     """Export packed, and read the label that the file carries."""
     packing.check("gguf", "f16", "twin")
-    result = export.load("gguf").export(
+    result = exporting.load("gguf").export(
         Checkpoint(make_checkpoint(folder / "zeros", "llama")),
         folder / "twin.racgguf",
         quant="f16",
@@ -84,8 +85,8 @@ def use_packing(folder: Path) -> Any:
         metadata=None,
         progress=None,
     )
-    plain = export.load("gguf").unpack(result.path, folder / "untwinned.gguf")
-    metadata, _ = export.load("gguf").measure(result.path)
+    plain = gguf.unpack(result.path, folder / "untwinned.gguf")
+    metadata, _ = exporting.load("gguf").measure(result.path)
     return [metadata.get("racgguf.packing"), plain.is_file()]
 
 
@@ -104,7 +105,7 @@ def use_structure(folder: Path) -> Any:
     """Cut by it; return the pairs that stay in each block, and the channels."""
     structure = Structure(keep={"channel_pairs": 2 / 3}, uniform=True)
     _prune(folder, structure, method="sparsegpt")
-    outline = read_outline(folder / "method-channel_pairs")
+    outline = read_cut_plan(folder / "method-channel_pairs")
     shape = outline.shape(Checkpoint(folder / "dense").shape, structure)
     return [list(outline.units["channel_pairs"]), list(shape.widths["intermediate_size"])]
 
@@ -118,17 +119,17 @@ def use_criterion(folder: Path) -> Any:
     return [own[0] for own in kept]
 
 
-def use_way(folder: Path) -> Any:
+def use_recover_method(folder: Path) -> Any:
     """Recover by it; return how many tokens were learned, and whether that helped."""
-    place = folder / "way"
+    place = folder / "recover_method"
     place.mkdir()
-    course = make_course(place, num_hidden_layers=4)
-    first, *later = recover.load("quarter").recover(course)
+    training_run = make_training_run(place, num_hidden_layers=4)
+    first, *later = recovery.load("quarter").recover(training_run)
     found = [look.kl_nats or 0.0 for look in later]
-    return [later[-1].tokens >= course.tokens, min(found) < (first.kl_nats or 0.0)]
+    return [later[-1].tokens >= training_run.tokens, min(found) < (first.kl_nats or 0.0)]
 
 
-def use_method(folder: Path) -> Any:
+def use_prune_method(folder: Path) -> Any:
     """Prune with it."""
     return _prune(folder, method="random_mask")
 
@@ -140,7 +141,7 @@ def use_allocation(folder: Path) -> Any:
 
 def use_format(folder: Path) -> Any:
     """Export to it, and run the file on its engine."""
-    plugin = export.load("gguf_twin")
+    plugin = exporting.load("gguf_twin")
     place = plugin.artifact_path("tiny", "f32", "plain")
     (folder / place.parent).mkdir()
     plugin.export(
@@ -160,7 +161,7 @@ def use_format(folder: Path) -> Any:
 
 def use_onnx_exporter(folder: Path) -> Any:
     """Export with ``auto``: it is asked first, and the notes say who made the graph."""
-    result = export.load("onnx").export(
+    result = exporting.load("onnx").export(
         Checkpoint(make_checkpoint(folder / "onnx", "llama")),
         folder / "model.onnx",
         quant="f32",
@@ -194,7 +195,7 @@ def use_harness(folder: Path) -> Any:
 
 def _export(folder: Path, quant: str) -> dict[str, str]:
     checkpoint = Checkpoint(make_checkpoint(folder / "tiny", "llama"))
-    result = export.load("gguf").export(
+    result = exporting.load("gguf").export(
         checkpoint,
         folder / "tiny.gguf",
         quant=quant,
@@ -202,7 +203,7 @@ def _export(folder: Path, quant: str) -> dict[str, str]:
         metadata=None,
         progress=None,
     )
-    return {tensor.name: tensor.quant_real for tensor in result.tensors if len(tensor.shape) == 2}
+    return {tensor.name: tensor.actual_quant for tensor in result.tensors if len(tensor.shape) == 2}
 
 
 def _prune(folder: Path, structure: Structure | None = None, **settings: str) -> Any:
@@ -226,7 +227,7 @@ def _prune(folder: Path, structure: Structure | None = None, **settings: str) ->
             )
         )
 
-    out = folder / "-".join([*settings, *(structure.parts if structure else ())])
+    out = folder / "-".join([*settings, *(structure.cut_parts if structure else ())])
     out.mkdir()
     checkpoint = Checkpoint(make_checkpoint(folder / "dense", "llama"))
     rows, _ = prune_blocks(
@@ -237,7 +238,7 @@ def _prune(folder: Path, structure: Structure | None = None, **settings: str) ->
         out,
         structure=structure or Structure(),
     )
-    reached = [round(row.sparsity_reached, 2) for row in rows]
+    reached = [round(row.actual_sparsity, 2) for row in rows]
     return [min(reached), max(reached)]
 
 
@@ -251,8 +252,8 @@ USES: dict[str, Callable[[Path], Any]] = {
     "engines": use_engine,
     "structures": use_structure,
     "criteria": use_criterion,
-    "ways": use_way,
-    "methods": use_method,
+    "recover_methods": use_recover_method,
+    "prune_methods": use_prune_method,
     "allocations": use_allocation,
     "formats": use_format,
     "onnx_exporters": use_onnx_exporter,

@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python, in a child process.
 
-llama.cpp throws and aborts through C where a file lies; the child dies then, and the parent raises
-EngineError. The parent never imports llama_cpp. Greedy results do not depend on ``parallel``.
+A damaged file can make llama.cpp abort: the child dies, and the parent raises EngineError. The
+parent never imports llama_cpp. Greedy results do not depend on ``parallel``.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from racdeploy.engines.child_engine import ChildEngine
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.packing import racgguf
-from racdeploy.plugins import require
+from racdeploy.plugins import require_package
 
 ACCEL = True
-_NO_CONTEXT = 16  # tokens: none is made
+_NO_CONTEXT = 16  # tokens; without weights, no context is made
 _LOG = logging.getLogger("racdeploy.sparse_kernels")
 
 
-class LlamaCppEngine(ChildEngine):
-    """A GGUF file, loaded by llama.cpp in a child process.
+class LlamaCppEngine(SubprocessEngine):
+    """A GGUF file in a llama.cpp child process.
 
-    With ``vocabulary_only``, it tokenizes and does nothing else, and the file needs no tensors.
+    With ``vocabulary_only``, it can only tokenize, and the file needs no tensors.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class LlamaCppEngine(ChildEngine):
         *,
         vocabulary_only: bool = False,
     ) -> None:
-        require("llama_cpp")
+        require_package("llama_cpp")
         if not path.is_file():
             raise ArtifactError("no-gguf-file", f"{path} is not a file", remedy="give a .gguf file")
 
         native = "racdeploy.engines.backends.llamacpp.native"
         super().__init__(native, "llama.cpp", path, settings, vocabulary_only=vocabulary_only)
         if settings.accel != "off" and not vocabulary_only:
-            _LOG.info(self.about["kernels"])
+            _LOG.info(self.info["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids by llama.cpp's own tokenizer; special tokens are parsed, none is added."""
+        """Return the ids of a text by llama.cpp; special tokens are parsed, none are added."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -56,11 +56,11 @@ class LlamaCppEngine(ChildEngine):
 
 
 def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
-    """Load a GGUF file, or what a container holds, unpacked in the user's cache."""
+    """Load a GGUF file; a packed one is unpacked in the user's cache first."""
     is_packed = path.suffix == racgguf.SUFFIX
-    return LlamaCppEngine(racgguf.unpacked(path) if is_packed else path, settings)
+    return LlamaCppEngine(racgguf.unpack_to_cache(path) if is_packed else path, settings)
 
 
 def open_vocabulary(path: Path) -> LlamaCppEngine:
-    """Load the tokenizer of a GGUF file, which may hold nothing else."""
+    """Load the tokenizer of a GGUF file, which needs no tensors."""
     return LlamaCppEngine(path, EngineSettings(_NO_CONTEXT, 1, 1), vocabulary_only=True)

@@ -1,7 +1,7 @@
-"""llama.cpp's C API, as much of it as one process that decodes needs. Imported by the child only.
+"""Load and run a GGUF file by llama.cpp's C API; only the child process imports it.
 
-Every sequence has its own stream of the key-value cache (``kv_unified`` off): it attends to its own
-cells only, whatever runs beside it, and the promised context is there for each.
+Every sequence has its own part of the key-value cache (``kv_unified`` off): other sequences do not
+change its results, and each has the whole context length.
 Source: llama.h of llama-cpp-python 0.3.36.
 """
 
@@ -18,25 +18,25 @@ import llama_cpp
 import numpy as np
 
 from racdeploy import sparse_kernels
-from racdeploy.engines.batching import Row
+from racdeploy.engines.batching import BatchToken
 from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings, Logits
 from racdeploy.errors import EngineError
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.messages import Header
 
-_LEAST_CONTEXT = 32_768  # what any model may be asked for
-_BEYOND = 8  # times the context that a model is made for: a stretched rope goes so far
-_OUTPUT_ROWS = 64  # logits of a teacher-forced pass that wait for the reader
-# A model of 90 MB gains by a context for each thread, one of 450 MB loses.
+_ALWAYS_ALLOWED_CONTEXT = 32_768  # tokens, for any model
+_MAX_CONTEXT_FACTOR = 8  # times the trained context: as far as rope scaling is used
+_OUTPUT_ROWS = 64  # tokens of a teacher-forced pass whose logits are in memory at a time
+# A model of 90 MB is faster with a context for each thread, one of 450 MB is slower.
 _SMALL_BYTES = 128 * 2**20
-# From ggml.h; llama-cpp-python's own list is out of date.
+# From ggml.h; llama-cpp-python's list is out of date.
 _LOG_WARN = 3
 _LOG_ERROR = 4
 _LOG_CONTINUED = 5
 
 
 def load(request: Header, settings: EngineSettings) -> _Vocabulary:
-    """Load the GGUF file of a request, or its vocabulary alone."""
+    """Load the GGUF file of a request, or only its vocabulary."""
     path = Path(request["path"])
     if request["vocabulary_only"]:
         return _Vocabulary(path)
@@ -44,21 +44,21 @@ def load(request: Header, settings: EngineSettings) -> _Vocabulary:
 
 
 class _Log:
-    """Keep llama.cpp's errors; write them and warnings to stderr too, which outlives an abort."""
+    """Last errors of llama.cpp; errors and warnings also go to stderr, which survives an abort."""
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=8)
-        self._matters = False
-        # Kept here, since it must outlive the library's use of it.
+        self._is_shown = False
+        # An attribute: the library uses it as long as it is loaded.
         self._callback = llama_cpp.llama_log_callback(self._receive)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _receive(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level != _LOG_CONTINUED:
-            self._matters = level in (_LOG_WARN, _LOG_ERROR)
+            self._is_shown = level in (_LOG_WARN, _LOG_ERROR)
 
         line = text.decode("utf-8", "replace")
-        if not self._matters or not line.strip():
+        if not self._is_shown or not line.strip():
             return
 
         os.write(2, line.encode())
@@ -70,9 +70,9 @@ class _Log:
 
 
 class _Vocabulary:
-    """The tokenizer of a file, which may hold nothing else: no weight is read."""
+    """The tokenizer of a file; no weight is read."""
 
-    about: Mapping[str, Any] = {}
+    info: Mapping[str, Any] = {}
     context_tokens = 0
 
     def __init__(self, path: Path) -> None:
@@ -80,13 +80,15 @@ class _Vocabulary:
         remedy = "name another pre-tokenizer: export.pre_tokenizer in the recipe"
         self._load(path, f"the vocabulary of {path}", remedy, vocab_only=True)
 
-    def _load(self, path: Path, what: str, remedy: str, **params: int) -> None:
+    def _load(self, path: Path, description: str, remedy: str, **params: int) -> None:
         llama_cpp.llama_backend_init()
         filled = _fill(llama_cpp.llama_model_default_params(), **params)
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), filled)
         if not self._model:
             raise EngineError(
-                "load-failed", f"llama.cpp cannot load {what}: {self._log.tail()}", remedy=remedy
+                "load-failed",
+                f"llama.cpp cannot load {description}: {self._log.tail()}",
+                remedy=remedy,
             )
 
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
@@ -95,11 +97,11 @@ class _Vocabulary:
     def decoders(self) -> list[_Context]:
         return []
 
-    def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
+    def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         raise NotImplementedError  # no weight is read
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text; special tokens written in it are parsed, none are added."""
+        """Return the ids of a text; special tokens in it are parsed, none are added."""
         data = text.encode("utf-8")
         room = len(data) + 1
         add_special, parse_special = False, True
@@ -122,9 +124,9 @@ class _Vocabulary:
 class NativeModel(_Vocabulary):
     """A loaded model and its contexts.
 
-    llama.cpp's threads meet after every operation. On a small model they wait longer than they
-    work, so there every thread has its own context and decodes its share of the slots alone; a
-    large model is read from memory once for all slots, by all threads.
+    llama.cpp synchronizes its threads after every operation. On a small model they wait longer than
+    they compute, so every thread has its own context and decodes a share of the slots alone. The
+    weights of a large model are read from memory once for all slots, by all threads.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
@@ -132,7 +134,7 @@ class NativeModel(_Vocabulary):
         self._threads = settings.threads or available_cores()
         kernels = sparse_kernels.enable(path, settings.accel, threads=self._threads)
 
-        # Weights that are packed while they are loaded are read.
+        # Sparse kernels pack weights while they are read; a mapping would only take memory.
         read, mapped = llama_cpp.LLAMA_LOAD_MODE_NONE, llama_cpp.LLAMA_LOAD_MODE_MMAP
         self._load(
             path,
@@ -142,7 +144,7 @@ class NativeModel(_Vocabulary):
             use_extra_bufts=settings.repack_weights,
         )
         _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
-        self.about = _describe(kernels, settings.accel == "require")
+        self.info = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
         self._contexts = self._open_contexts(settings)
 
@@ -151,8 +153,8 @@ class NativeModel(_Vocabulary):
         count = min(self._threads, settings.parallel) if is_small else 1
 
         contexts = []
-        for place in range(count):
-            slots = len(range(place, settings.parallel, count))
+        for index in range(count):
+            slots = len(range(index, settings.parallel, count))
             contexts.append(_Context(self._model, settings, slots, self._log, self.vocabulary))
 
         return contexts
@@ -160,22 +162,22 @@ class NativeModel(_Vocabulary):
     def decoders(self) -> list[_Context]:
         return self._contexts
 
-    def teacher_forced(self, ids: Sequence[int], start: int) -> Logits:
+    def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         context = self._contexts[0]
         context.share_threads(1)
         if start == 0:
-            context.forget(0)
+            context.clear_slot(0)
 
         rows = []
-        for place, token in enumerate(ids[start : start + _OUTPUT_ROWS], start):
-            rows.append(Row(token, place, 0, True))
+        for position, token in enumerate(ids[start : start + _OUTPUT_ROWS], start):
+            rows.append(BatchToken(token, position, 0, True))
 
         context.decode(rows)
         return np.stack([context.logits_V(row) for row in range(len(rows))])
 
 
 class _Context:
-    """Caches of some slots of a model, decoded together: a ``batching.Decoder``."""
+    """A llama.cpp context: some slots that are decoded together, a ``batching.Decoder``."""
 
     def __init__(
         self, model: Any, settings: EngineSettings, slots: int, log: _Log, vocabulary: int
@@ -183,7 +185,7 @@ class _Context:
         self.slots = slots
         self.batch_tokens = BATCH_TOKENS
         self._all_threads = settings.threads or available_cores()
-        self._threads = 0  # llama.cpp's own default, which is not asked for
+        self._threads = 0  # not set yet: llama.cpp's default
         self._log = log
         self._vocabulary = vocabulary
 
@@ -206,7 +208,7 @@ class _Context:
             llama_cpp.llama_set_n_threads(self._context, threads, threads)
             self._threads = threads
 
-    def decode(self, rows: Sequence[Row]) -> None:
+    def decode(self, rows: Sequence[BatchToken]) -> None:
         status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
         if status:
             llama_cpp.llama_memory_clear(self._memory, True)
@@ -217,29 +219,29 @@ class _Context:
                 remedy="lower context_tokens or parallel, or export the model again",
             )
 
-    def logits_V(self, place: int) -> Logits:
+    def logits_V(self, row: int) -> Logits:
         """Return the logits of a row of the last batch: a view that the next batch overwrites."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise EngineError(
-                "decode-failed", f"llama.cpp has no logits for row {place}: {self._log.tail()}"
+                "decode-failed", f"llama.cpp has no logits for row {row}: {self._log.tail()}"
             )
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
-    def forget(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         first, last = -1, -1  # all positions
         llama_cpp.llama_memory_seq_rm(self._memory, slot, first, last)
 
 
 class _Batch:
-    """A ``llama_batch`` over numpy arrays, which are filled by the column."""
+    """A ``llama_batch`` over numpy arrays, one for each field."""
 
     def __init__(self) -> None:
         dtypes = (np.int32, np.int32, np.int32, np.int8)
         self._columns = [np.zeros(BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
         token, position, slot, wants_logits = self._columns
 
-        # Every row is in one sequence; llama.cpp wants a pointer to the numbers of each.
+        # llama.cpp takes a pointer to the sequence ids of each token, which has one here.
         self._slot_counts = np.ones(BATCH_TOKENS, dtype=np.int32)
         offsets = slot.itemsize * np.arange(BATCH_TOKENS, dtype=np.uintp)
         self._slot_pointers = slot.ctypes.data + offsets
@@ -253,40 +255,43 @@ class _Batch:
             logits=wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def fill(self, rows: Sequence[Row]) -> Any:
+    def fill(self, rows: Sequence[BatchToken]) -> Any:
         count = len(rows)
         columns = np.array(rows, dtype=np.int32).T
-        for place, column in zip(self._columns, columns, strict=True):
-            place[:count] = column
+        for target, column in zip(self._columns, columns, strict=True):
+            target[:count] = column
         self._batch.n_tokens = count
         return self._batch
 
 
-def _describe(kernels: sparse_kernels.Choice, required: bool) -> Mapping[str, Any]:
-    """Say what runs the model that was loaded: a wheel with a GPU may keep weights there."""
-    asked = len(kernels.tensors)
-    packed = kernels.packed()
-    if packed == asked:
+def _describe(kernels: sparse_kernels.KernelChoice, required: bool) -> Mapping[str, Any]:
+    """Return the kernels of the loaded model, and how many weights they have.
+
+    A build for GPUs may keep weights there. EngineError where the kernels are ``required``.
+    """
+    offered = len(kernels.tensors)
+    packed = kernels.count_packed()
+    if packed == offered:
         return {"kernels": str(kernels), "sparse_weights": packed}
 
-    said = (
-        f"llama.cpp gave the sparse kernels {packed} of {asked} weights, "
+    summary = (
+        f"llama.cpp gave the sparse kernels {packed} of {offered} weights, "
         "and the others to another device"
     )
     if required:
-        raise EngineError("kernels-passed-over", said, remedy="leave out --accel require")
+        raise EngineError("kernels-passed-over", summary, remedy="leave out --accel require")
 
-    return {"kernels": said, "sparse_weights": packed}
+    return {"kernels": summary, "sparse_weights": packed}
 
 
-def _check_context(asked: int, trained: int) -> None:
-    """Refuse a context far beyond the model's: memory is taken for all of it at once."""
-    most = max(_LEAST_CONTEXT, _BEYOND * trained)
-    if asked > most:
+def _check_context(tokens: int, trained: int) -> None:
+    """Refuse a context far beyond the model's: its memory is allocated at once."""
+    max_tokens = max(_ALWAYS_ALLOWED_CONTEXT, _MAX_CONTEXT_FACTOR * trained)
+    if tokens > max_tokens:
         raise EngineError(
             "context-too-large",
-            f"context_tokens is {asked:,}, and the model is made for {trained:,}",
-            remedy=f"ask for at most {most:,}",
+            f"context_tokens is {tokens:,}, and the model is made for {trained:,}",
+            remedy=f"use at most {max_tokens:,}",
         )
 
 
@@ -297,7 +302,7 @@ def _context_params(settings: EngineSettings, slots: int) -> Any:
 
     return _fill(
         llama_cpp.llama_context_default_params(),
-        n_ctx=settings.context_tokens * slots,
+        n_ctx=settings.context_tokens * slots,  # of all slots together
         n_seq_max=slots,
         n_batch=BATCH_TOKENS,
         n_ubatch=BATCH_TOKENS,
@@ -310,7 +315,7 @@ def _context_params(settings: EngineSettings, slots: int) -> Any:
 
 
 def _fill(params: Any, **values: int) -> Any:
-    """Set fields of a ctypes structure, which would take any other name without a word."""
+    """Set fields of a ctypes structure, which itself accepts unknown names silently."""
     known = {field[0] for field in params._fields_}
     for name, value in values.items():
         if name not in known:

@@ -1,4 +1,4 @@
-"""Key-value caches that onnxruntime reads and writes in place: none is copied for a token."""
+"""Key-value caches that onnxruntime reads and writes in place, without a copy per token."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import onnxruntime
 from racdeploy.engines.backends.onnxruntime.graph import Array, DecoderGraph, engine_errors
 from racdeploy.engines.engine import Logits
 
-_FIRST_TOKENS = 256  # room of an appended cache at first
+_INITIAL_TOKENS = 256  # room of an appended cache at first
 
 
 class SharedCache:
-    """One buffer of ``slots`` × ``context_tokens`` for each key and value: past and present alike.
+    """One buffer of ``slots`` × ``context_tokens`` for each key and value, both past and present.
 
-    The memory of a token comes with its use. Rows in use are the first ones, so that they are one
-    contiguous batch: a row that is freed takes in the last one.
+    The system allocates memory as tokens are written. Rows in use are the first ones, so that they
+    are a contiguous batch: when a row is freed, the last row moves into it.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, context_tokens: int) -> None:
@@ -28,7 +28,7 @@ class SharedCache:
         self._bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
 
     def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
-        """Run tokens of one slot behind its past; return logits_TV, of the last token if asked."""
+        """Run tokens of one slot after its past; return logits_TV, only of the last if ``last``."""
         row = self._row(slot)
         length = self._lengths[row]
         self._lengths[row] = length + len(tokens)
@@ -38,11 +38,12 @@ class SharedCache:
         return np.squeeze(logits_BTV, axis=0)
 
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
-        """Run one token of each slot; return its logits_TV."""
+        """Run one token of each slot; return logits_TV by slot."""
         rows = {slot: self._row(slot) for slot in tokens}
         B = len(self._slots)
 
-        # A row whose prompt is still being read has no token: it gets one that its next overwrites.
+        # A row whose prompt is still being read has no token. It gets a 0 that its next token
+        # overwrites, since its length stays.
         token_B1 = np.zeros((B, 1), dtype=np.int64)
 
         for slot, row in rows.items():
@@ -57,7 +58,7 @@ class SharedCache:
 
         return {slot: logits_BTV[row] for slot, row in rows.items()}
 
-    def forget(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         """Empty the cache of a slot."""
         if slot not in self._slots:
             return
@@ -97,9 +98,9 @@ class SharedCache:
 
 
 class AppendedCache:
-    """Two flat buffers for each key and value of each slot: one is the past, one gets the present.
+    """Two flat buffers for each key and value of each slot, one for the past, one for the present.
 
-    For graphs whose present is a longer tensor than their past. The buffers take turns, and grow by
+    For graphs whose present is a longer tensor than their past. The buffers alternate and grow by
     doubling; slots are decoded one at a time.
     """
 
@@ -124,6 +125,7 @@ class AppendedCache:
         feeds = self._graph.feeds([tokens], [[length]], last=last)
         logits_BTV = _run_bound(self._graph, binding, feeds)
 
+        # What was written as the present is the past of the next call.
         self._buffers[slot] = (backs, fronts)
         self._lengths[slot] = total
         return np.squeeze(logits_BTV, axis=0)
@@ -134,14 +136,14 @@ class AppendedCache:
             logits[slot] = self.feed(slot, [token], last=True).copy()
         return logits
 
-    def forget(self, slot: int) -> None:
+    def clear_slot(self, slot: int) -> None:
         self._lengths[slot] = 0  # its buffers stay
 
     def _make_room(self, slot: int, total: int) -> None:
         if total <= self._rooms[slot]:
             return
 
-        wanted = max(total, 2 * self._rooms[slot], _FIRST_TOKENS)
+        wanted = max(total, 2 * self._rooms[slot], _INITIAL_TOKENS)
         room = min(self._context, wanted)
 
         old_fronts, _ = self._buffers[slot]
@@ -165,7 +167,7 @@ def _bind(bind: Callable[..., None], name: str, value: Array) -> None:
 def _run_bound(
     graph: DecoderGraph, binding: onnxruntime.IOBinding, feeds: dict[str, Array]
 ) -> Logits:
-    """Run with the cache that is bound already; return logits_BTV."""
+    """Run the graph with its bound cache; return logits_BTV."""
     B, T = feeds["input_ids"].shape
     past = feeds["attention_mask"].shape[1] - T
     shape = (B, graph.count_logits(feeds), graph.vocabulary)
@@ -176,7 +178,7 @@ def _run_bound(
     _bind(binding.bind_output, "logits", logits_BTV)
 
     with engine_errors(
-        f"run {T} tokens of {B} sequences behind a past of {past}",
+        f"run {T} tokens of {B} sequences after a past of {past}",
         "the context may be longer than the graph was made for: lower context_tokens, or export it "
         "again",
     ):

@@ -1,4 +1,4 @@
-"""What a decoder graph looks like from outside: inputs, outputs, number formats, kind of cache.
+"""Interface of a decoder graph: inputs, outputs, number formats, kind of cache.
 
 Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator
 GroupQueryAttention, onnxruntime/docs/ContribOperators.md 1.32.
@@ -21,8 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from racdeploy.errors import EngineError
 from racdeploy.files.reading import read_json
-from racdeploy.manifest import CONFIGURATIONS
-from racdeploy.packing.raconnx import load_sidecar
+from racdeploy.manifest import CONFIG_FILES
 
 Array = NDArray[Any]
 _DTYPES: dict[str, type[np.generic]] = {
@@ -46,35 +45,27 @@ _REMEDY = "export the model again, and see that every file of it was copied"
 
 
 @contextmanager
-def engine_errors(what: str, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn an exception of onnxruntime into an EngineError that says what could not be done."""
+def engine_errors(action: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn exceptions of onnxruntime into an EngineError: "onnxruntime cannot ``action``"."""
     try:
         yield
     except _ERRORS as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise EngineError(
-            "onnxruntime-failed", f"onnxruntime cannot {what}: {said}", remedy=remedy
+            "onnxruntime-failed", f"onnxruntime cannot {action}: {reason}", remedy=remedy
         ) from error
 
 
 def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Load a graph for the CPU; weights that are packed beside it are joined first."""
-    packed = load_sidecar(path)
+    """Load a graph for the CPU."""
     with engine_errors(f"load {path}"):
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in packed.values()]
-        if values:
-            options.add_external_initializers(list(packed), values)
         providers = ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-
-    # onnxruntime reads these arrays in place, as long as the session lives.
-    session.packed_weights = packed
-    return session
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One key or value cache: input, output and shape without batch and length."""
+    """Key or value cache of one block: input name, output name, shape without batch and length."""
 
     past: str
     present: str
@@ -83,23 +74,28 @@ class CacheTensor:
     dtype: type[np.generic]
 
     def zeros(self, rows: int, length: int) -> Array:
-        """Return a cache of some sequences."""
+        """Return an empty cache of ``rows`` sequences."""
         return np.zeros((rows, self.heads, length, self.head_size), dtype=self.dtype)
 
     def view(self, buffer_L: Array, length: int) -> Array:
-        """Return the beginning of a flat buffer as the cache of one sequence."""
+        """Return the start of a flat buffer as the cache of one sequence."""
         size = self.heads * length * self.head_size
         return buffer_L[:size].reshape(1, self.heads, length, self.head_size)
 
 
 class DecoderGraph:
-    """A session whose graph is a decoder with a key-value cache; another graph is refused.
+    """A session whose graph is a decoder with a key-value cache.
 
-    ``shares_buffer`` says that past and present may be one buffer of the largest length
-    (GroupQueryAttention); other graphs append to the past, so that the present is a longer tensor.
-    ``last_only`` says that the graph gives the logits of the last token alone. ``folder`` is where
-    a configuration has the head size that a graph may leave open, ``configuration`` the one that
-    was read, if any.
+    Args:
+        folder: holds a configuration with the head size, which a graph may leave open.
+
+    Attributes:
+        shares_buffer: whether past and present may be one buffer of the maximum length, as for
+            GroupQueryAttention; in other graphs the present is a longer tensor than the past.
+        configuration: the file from which the head size was read, if any.
+
+    Raises:
+        EngineError: the graph is not such a decoder.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, folder: Path) -> None:
@@ -109,22 +105,22 @@ class DecoderGraph:
         self._outputs = {node.name: node for node in session.get_outputs()}
 
         pasts = list(filter(_PAST.fullmatch, self._inputs))
-        others = self._inputs.keys() - pasts
-        self._refuse_unknown(pasts, others)
+        other_inputs = self._inputs.keys() - pasts
+        self._refuse_unknown(pasts, other_inputs)
 
-        self._dtypes = {name: _dtype(self._inputs[name]) for name in others}
+        self._dtypes = {name: _dtype(self._inputs[name]) for name in other_inputs}
         self.logits_dtype = _dtype(self._outputs["logits"])
         self.caches = [self._read_cache(name, folder) for name in pasts]
-        self.vocabulary, self.last_only = self._try_two_tokens()
+        self.vocabulary, self.has_last_logits_only = self._try_two_tokens()
         self.shares_buffer = self._takes_longer_past()
 
     def feeds(self, tokens: ArrayLike, lengths: ArrayLike, *, last: bool) -> dict[str, Array]:
-        """Return the inputs beside the cache, in the number formats of the graph.
+        """Return all inputs but the cache, in the number formats of the graph.
 
         Args:
             tokens: token_BT.
-            lengths: length_B1: how many tokens are in the past of each row.
-            last: ask for the logits of the last token alone, where the graph can leave out others.
+            lengths: length_B1, the number of tokens in the past of each row.
+            last: ask for the logits of the last token only, if the graph has that input.
         """
         token_BT = np.asarray(tokens)
         length_B1 = np.asarray(lengths)
@@ -144,16 +140,16 @@ class DecoderGraph:
         }
 
     def count_logits(self, feeds: dict[str, Array]) -> int:
-        """Return of how many tokens of a sequence the graph gives logits."""
+        """Return the number of tokens of a sequence for which the graph returns logits."""
         keeps_last = _KEPT in feeds and feeds[_KEPT] == 1
-        return 1 if self.last_only or keeps_last else feeds[_TOKENS].shape[1]
+        return 1 if self.has_last_logits_only or keeps_last else feeds[_TOKENS].shape[1]
 
-    def _refuse_unknown(self, pasts: list[str], others: set[str]) -> None:
-        unknown = sorted(others - {_TOKENS, _MASK, _POSITIONS, _KEPT})
+    def _refuse_unknown(self, pasts: list[str], other_inputs: set[str]) -> None:
+        unknown = sorted(other_inputs - {_TOKENS, _MASK, _POSITIONS, _KEPT})
         if unknown:
             raise EngineError(
                 "unknown-graph-inputs",
-                f"the graph wants inputs that racdeploy does not know: {', '.join(unknown)}",
+                f"the graph has inputs that racdeploy does not know: {', '.join(unknown)}",
                 remedy="export a decoder with past: its inputs are input_ids, attention_mask, "
                 "position_ids and past_key_values.N.key and .value",
             )
@@ -193,7 +189,11 @@ class DecoderGraph:
         return CacheTensor(name, present, heads, size, dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
-        """Run two tokens behind two empty ones; return the vocabulary and ``last_only``."""
+        """Run two tokens after two empty ones.
+
+        Returns:
+            The vocabulary size, and whether the graph returns logits of the last token only.
+        """
         with engine_errors("run the graph on two tokens"):
             outputs = self._run_plain(tokens=2, past=2, length=2)
 
@@ -208,23 +208,23 @@ class DecoderGraph:
         if logits.shape[0] != 1 or rows not in (1, 2) or wrong:
             raise EngineError(
                 "graph-not-decoder",
-                "the graph is not a decoder: two tokens behind two give logits of shape "
-                f"{logits.shape} and {wrong} caches of another length than four",
+                "the graph is not a decoder: two tokens after two give logits of shape "
+                f"{logits.shape} and {wrong} caches whose length is not four",
                 remedy=_REMEDY,
             )
 
         return int(logits.shape[2]), rows == 1
 
     def _takes_longer_past(self) -> bool:
-        """Return whether a past may be longer than what is attended to, and stays that long."""
+        """Return whether the graph accepts a past longer than its mask, and keeps that length."""
         try:
             outputs = self._run_plain(tokens=1, past=4, length=0)
         except (states.Fail, states.InvalidArgument, states.RuntimeException):
-            return False  # its mask must cover the whole past: a graph that appends
+            return False  # the mask must cover the whole past, as in graphs that append
         return bool(outputs[self.caches[0].present].shape[2] == 4)
 
     def _run_plain(self, *, tokens: int, past: int, length: int) -> dict[str, Array]:
-        """Run zeros behind a past of which ``length`` tokens are attended to."""
+        """Run zeros after an empty past, of which the mask covers ``length`` tokens."""
         feeds = self.feeds([[0] * tokens], [[length]], last=False)
         for cache in self.caches:
             feeds[cache.past] = cache.zeros(1, past)
@@ -248,22 +248,24 @@ def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
 
 
 def _read_head_size(folder: Path, name: str) -> tuple[int, Path]:
-    """Read it from a configuration in the folder of the graph, or in the one above; return both."""
-    for place, file in product((folder, folder.parent), CONFIGURATIONS):
-        if not (place / file).is_file():
+    """Return the head size and its configuration file, in the graph's folder or the one above."""
+    for parent, config_name in product((folder, folder.parent), CONFIG_FILES):
+        file = parent / config_name
+        if not file.is_file():
             continue
 
-        config = read_json(place / file)
+        config = read_json(file)
+        # onnxruntime-genai nests the decoder's settings.
         config = config.get("model", {}).get("decoder", config)
         size = config.get("head_size") or config.get("head_dim")
         if not size:
             size = config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
         if isinstance(size, int) and size > 0:
-            return size, place / file
+            return size, file
 
     raise EngineError(
         "no-head-size",
         f"the graph leaves the last dimension of {name} open, "
-        "and no configuration tells the head size",
-        remedy=f"put config.json into {folder} or the folder above it",
+        "and no configuration holds the head size",
+        remedy=f"copy the model's config.json into {folder} or the folder above",
     )

@@ -1,10 +1,10 @@
-"""PyTorch through transformers: what exports are compared with, and the source of traces."""
+"""PyTorch through transformers: the reference for exports, and the source of traces."""
 
 from __future__ import annotations
 
-from racdeploy.engines.backends.transformers.engine import TransformersEngine, chat_ids
+from racdeploy.engines.backends.transformers.engine import TransformersEngine, chat_prompt_ids
 
-__all__ = ["ACCEL", "TransformersEngine", "chat_ids", "open_engine"]
+__all__ = ["ACCEL", "TransformersEngine", "chat_prompt_ids", "open_engine"]
 
 ACCEL = False
 open_engine = TransformersEngine

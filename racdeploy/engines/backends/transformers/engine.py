@@ -1,14 +1,14 @@
-"""A Hugging Face folder as an engine, in float32.
+"""Engine for a Hugging Face folder, in float32.
 
 Prompts are left-padded and decoded in batches of ``parallel``; sequences that have ended leave the
-batch. A state cannot be padded: models that have one decode a sequence at a time.
+batch. Recurrent states cannot be padded: models with states decode one sequence at a time.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,20 @@ from racdeploy.engines.backends.transformers.torch_model import (
     round_as_ggml,
 )
 from racdeploy.engines.engine import (
-    Cancel,
     Completion,
     Engine,
     EngineSettings,
+    IsCancelled,
     Logits,
     OnTokens,
     Sampling,
 )
-from racdeploy.engines.sequence import Sequence, check_ids, check_request
+from racdeploy.engines.sequence import GeneratedSequence, check_ids, check_request
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes.heap import keep_heap
 
-_FED_TOKENS = 16_384
-"""Of all sequences together at once: what a block makes of more would fill the memory."""
+_MAX_FORWARD_TOKENS = 16_384
+"""Of all sequences in one forward pass: the activations of more would fill the memory."""
 
 
 class TransformersEngine(Engine):
@@ -49,31 +49,33 @@ class TransformersEngine(Engine):
             torch.set_num_threads(settings.threads)
 
         self.stats = {}
-        self.about = {}
+        self.info = {}
         self._settings = settings
         self._checkpoint = Checkpoint(folder)
         self._vocabulary = self._checkpoint.shape.vocab_size
         self._model = load_model(self._checkpoint)
-        takes = inspect.signature(self._model.forward).parameters
-        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # transformers 5.20
+        parameters = inspect.signature(self._model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # until 5.20
         self._has_state = self._checkpoint.family.has_state
-        self._places_itself = not self._has_state or "cache_position" not in takes
+        self._needs_cache_position = self._has_state and "cache_position" in parameters
 
     @torch.inference_mode()
     def generate(
         self,
-        prompts: SequenceOf[SequenceOf[int]],
+        prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         on_tokens: OnTokens | None = None,
-        cancelled: Cancel | None = None,
+        cancelled: IsCancelled | None = None,
     ) -> list[Completion]:
         context_tokens = self._settings.context_tokens
         check_request(prompts, sampling, context_tokens, self._vocabulary)
-        sequences = [Sequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)]
+        sequences = [
+            GeneratedSequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)
+        ]
 
         for sequence in sequences:
-            if on_tokens and (sequence.forced_first or sequence.finish_reason):
-                on_tokens(sequence.index, sequence.forced_first, sequence.ended)
+            if on_tokens and (sequence.initial_forced_ids or sequence.finish_reason):
+                on_tokens(sequence.index, sequence.initial_forced_ids, sequence.final_completion)
 
         parallel = 1 if self._has_state else self._settings.parallel
         for start in range(0, len(sequences), parallel):
@@ -84,8 +86,8 @@ class TransformersEngine(Engine):
         return [sequence.completion() for sequence in sequences]
 
     @torch.inference_mode()
-    def logits(self, ids: SequenceOf[int], *, as_ggml: bool = False) -> Logits:
-        """Return logits_TV of a teacher-forced pass, rounded as by ggml's tables if asked."""
+    def logits(self, ids: Sequence[int], *, as_ggml: bool = False) -> Logits:
+        """Return logits_TV of a teacher-forced pass, rounded as ggml's tables do if ``as_ggml``."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
         rounding = round_as_ggml(self._model, self._checkpoint.shape) if as_ggml else nullcontext()
         with rounding:
@@ -99,11 +101,11 @@ class TransformersEngine(Engine):
 
     def _run(
         self,
-        sequences: list[Sequence],
+        sequences: list[GeneratedSequence],
         on_tokens: OnTokens | None,
-        cancelled: Cancel | None,
+        cancelled: IsCancelled | None,
     ) -> None:
-        """Decode one batch to its end; every sequence is fed the same number of tokens a step."""
+        """Decode one batch to its end; a step feeds the same number of tokens to each sequence."""
         cache = make_cache(self._model, self._checkpoint)
         mask_BX = torch.zeros((len(sequences), 0), dtype=torch.long)  # X: all tokens so far
 
@@ -114,16 +116,16 @@ class TransformersEngine(Engine):
                 return
 
             # A forced close tag makes one sequence longer than the rest, hence padding in between.
-            ids_BT, mask_BT = _left_pad([sequence.unfed for sequence in sequences])
+            ids_BT, mask_BT = _left_pad([sequence.pending_ids for sequence in sequences])
             mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
             position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
             logits_BV, cache = self._feed(ids_BT, mask_BX, position_BX, cache)
 
             for sequence, logits_V in zip(sequences, logits_BV, strict=True):
-                sequence.unfed = []
+                sequence.pending_ids = []
                 new_ids = sequence.step(logits_V)
                 if on_tokens:
-                    on_tokens(sequence.index, new_ids, sequence.ended)
+                    on_tokens(sequence.index, new_ids, sequence.final_completion)
 
             running = [row for row, s in enumerate(sequences) if s.finish_reason is None]
             if running and len(running) < len(sequences):
@@ -139,19 +141,23 @@ class TransformersEngine(Engine):
         position_BX: torch.Tensor,
         cache: Any,
     ) -> tuple[Logits, Any]:
-        """Feed T new tokens of each sequence, piece by piece.
+        """Feed T new tokens of each sequence in chunks.
 
-        Returns logits_BV of the last, and the cache.
+        Returns:
+            logits_BV of the last token, and the cache.
         """
         rows, width = ids_BT.shape
-        piece = max(1, _FED_TOKENS // rows)
+        chunk = max(1, _MAX_FORWARD_TOKENS // rows)
         end = mask_BX.shape[1] - width
-        if self._has_state:  # transformers 4 moves a state on by a prompt, or by one token
-            piece = 1 if end else width
+        if self._has_state:  # transformers 4 updates a state by a whole prompt, or by one token
+            chunk = 1 if end else width
 
-        for ids_BP in torch.split(ids_BT, piece, dim=1):
+        for ids_BP in torch.split(ids_BT, chunk, dim=1):
             start, end = end, end + ids_BP.shape[1]
-            place = {} if self._places_itself else {"cache_position": torch.arange(start, end)}
+            # Without it, Granite 4 in transformers 4 reads an empty cache as one token.
+            extra = (
+                {"cache_position": torch.arange(start, end)} if self._needs_cache_position else {}
+            )
             output = self._model(
                 input_ids=ids_BP,
                 attention_mask=mask_BX[:, :end],
@@ -159,7 +165,7 @@ class TransformersEngine(Engine):
                 use_cache=True,
                 logits_to_keep=1,
                 **{self._cache_name: cache},
-                **place,  # Granite 4 in transformers 4 takes an empty cache for one token
+                **extra,
             )
 
             cache = output[self._cache_name]
@@ -168,9 +174,9 @@ class TransformersEngine(Engine):
         return logits_BV, cache
 
 
-def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
-    """Return the prompt ids of a user's questions by transformers' ``apply_chat_template``."""
-    # Silence the warning that the model names its own tokenizer class, with other rules maybe.
+def chat_prompt_ids(folder: Path, questions: Sequence[str]) -> list[list[int]]:
+    """Return prompt ids of user questions by transformers' ``apply_chat_template``."""
+    # A model that names another tokenizer class makes transformers warn: it is not used here.
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -187,8 +193,8 @@ def chat_ids(folder: Path, questions: SequenceOf[str]) -> list[list[int]]:
     return prompts
 
 
-def _left_pad(rows: SequenceOf[SequenceOf[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids_BT and a mask_BT that is 1 on real tokens."""
+def _left_pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids_BT, and mask_BT that is 1 on real tokens."""
     tensors = [torch.tensor(ids) for ids in rows]
 
     def pad(values: list[torch.Tensor]) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Attention with sinks: each head's softmax sees one more key, of a score of its own and no value.
+"""Attention with sinks: each head's softmax has one more key, with a learned score and no value.
 
-transformers computes it as a whole matrix of scores, which for a long trace fills the memory. Here
-the sink is a key of zeros behind the others, so that torch's own kernels do it, some queries at a
-time.
+transformers computes the whole score matrix, which fills the memory for a long trace. Here the sink
+is a zero key behind the others, so that torch's fused attention computes it in chunks of queries.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 NAME = "racdeploy_sinks"
-_MASK_VALUES = 1 << 23  # of all heads for some queries, in memory at a time
+_MASK_VALUES = 1 << 23  # mask values of all heads in memory at a time
 
 
 def register() -> str:
-    """Tell transformers of this attention, and return the name that it has there."""
+    """Register this attention in transformers; return its name there."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,28 +37,31 @@ def attend(
     s_aux: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Return what T queries see, (B, T, H, K); S keys and values are there for each of G groups.
+    """Return the attention output of T queries, with shape (B, T, H, K).
 
-    ``attention_mask`` is true where a query sees a key, and ``s_aux`` the score of each head's
-    sink.
+    Args:
+        key_BGSK: S keys of each of G groups of heads; ``value_BGSK`` likewise.
+        attention_mask: True where a query sees a key.
+        s_aux: score of each head's sink.
     """
     H, T = query_BHTK.shape[1:3]
     groups, S = key_BGSK.shape[1:3]
-    # X: all keys, and the sink
+    # X: all keys, and behind them the sink: a key and a value of zeros.
     key_BHXK, value_BHXK = (
         pad(each, (0, 0, 0, 1)).repeat_interleave(H // groups, dim=1)
         for each in (key_BGSK, value_BGSK)
     )
     sink_H11 = s_aux.to(query_BHTK.dtype)[:, None, None]
 
+    # The mask carries the sink's score, since the product with a zero key is 0.
     outputs = []
     step = max(1, _MASK_VALUES // (H * (S + 1)))
     for start in range(0, T, step):
         stop = min(start + step, T)
-        seen_B1XS = _see(attention_mask, start, stop, T, S, query_BHTK.device)
+        visible_B1XS = _visible_keys(attention_mask, start, stop, T, S, query_BHTK.device)
 
-        score_BHXS = query_BHTK.new_zeros((len(seen_B1XS), H, stop - start, S + 1))
-        score_BHXS[..., :S].masked_fill_(~seen_B1XS, -torch.inf)
+        score_BHXS = query_BHTK.new_zeros((len(visible_B1XS), H, stop - start, S + 1))
+        score_BHXS[..., :S].masked_fill_(~visible_B1XS, -torch.inf)
         score_BHXS[..., S:] = sink_H11
 
         outputs.append(
@@ -75,13 +77,15 @@ def attend(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _see(
+def _visible_keys(
     mask_B1TS: Tensor | None, start: int, stop: int, T: int, S: int, device: torch.device
 ) -> Tensor:
-    """Return which keys some queries see; without a mask, those up to themselves."""
+    """Return the mask of keys that some queries see; without a mask, keys up to themselves."""
     if mask_B1TS is not None:
         return mask_B1TS[:, :, start:stop, :S]
 
-    own_T = torch.arange(start, stop, device=device) + S - T  # of a cache, queries are the last
-    seen_TS = torch.arange(S, device=device) <= own_T[:, None]
-    return seen_TS[None, None]
+    position_T = (
+        torch.arange(start, stop, device=device) + S - T
+    )  # with a cache, queries are its last tokens
+    visible_TS = torch.arange(S, device=device) <= position_T[:, None]
+    return visible_TS[None, None]

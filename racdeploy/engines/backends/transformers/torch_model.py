@@ -1,8 +1,8 @@
 """Build transformers models from a checkpoint that racdeploy has read itself.
 
 transformers 4.57 ignores the rope settings that transformers 5 writes, so the config is normalized
-first. A skeleton lives on the meta device; blocks are filled one at a time. Where blocks differ in
-width, which transformers' configurations cannot say, each is fitted before it is filled.
+first. The model is built on the meta device, and blocks are filled one at a time. Where blocks
+differ in width, which transformers' configurations cannot express, each is resized before.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from racdeploy.engines.backends.transformers import sinks
-from racdeploy.engines.backends.transformers.experts import part_experts
+from racdeploy.engines.backends.transformers.experts import unfuse_experts
 from racdeploy.errors import ModelError
-from racdeploy.files.reading import refusing
+from racdeploy.files.reading import artifact_errors
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.coverage import check_tensors
 from racdeploy.models.shape import ModelShape
+from racdeploy.models.tensor_coverage import check_tensors
 
 _DECODER = "model"
 _ROTARY = ("rotary_emb", "pos_emb")  # LFM2 in transformers 4 uses the second
-_COMPARE = "compare the file with the one that the model's authors publish"
+_COMPARE_FILE = "compare the file with the one that the model's authors publish"
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,18 +42,18 @@ TORCH_DTYPES = {
 }
 
 
-def skeleton(checkpoint: Checkpoint) -> nn.Module:
+def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     """Return the model on the meta device, with sdpa attention and working rotary embeddings."""
     shape = checkpoint.shape
     shape.family.check_transformers()
     has_sinks = "attn_sinks.weight" in shape.family.block_tensors.values()
     attention = sinks.register() if has_sinks else "sdpa"
-    with refusing(f"{checkpoint.folder}/config.json", _COMPARE), torch.device("meta"):
+    with artifact_errors(f"{checkpoint.folder}/config.json", _COMPARE_FILE), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             _config(checkpoint), attn_implementation=attention, dtype=torch.float32
         )
 
-        part_experts(model)
+        unfuse_experts(model)
         _fix_buffers(model)
 
     _tag_blocks(model, shape)
@@ -74,7 +74,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
-    """Give the numbers that modules multiply by, and that no file holds, their values."""
+    """Fill the constant scales of modules, which no file holds."""
     D = shape.hidden_size
     scales = {
         "router_input_scale": 1 / D,
@@ -83,8 +83,8 @@ def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
     }
 
     for module in list(model.modules()):
-        own = getattr(module, "scalar_embed_scale", embedding_scale(shape))
-        values = {**scales, "embed_scale": own}
+        embed_scale = getattr(module, "scalar_embed_scale", embedding_scale(shape))
+        values = {**scales, "embed_scale": embed_scale}
 
         for name, _ in list(module.named_buffers(recurse=False)):
             if name in values:
@@ -92,25 +92,25 @@ def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
 
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that turn positions into rotations, by their names in the decoder."""
-    found: dict[str, nn.Module] = {}
+    """Return the rotary embeddings by their names in the decoder."""
+    rotary: dict[str, nn.Module] = {}
     for name, each in model.get_submodule(_DECODER).named_children():
         if name.startswith(_ROTARY):
             inner = {f"{name}.{kind}": module for kind, module in each.named_children()}
-            found |= inner or {name: each}
-    return found
+            rotary |= inner or {name: each}
+    return rotary
 
 
 def _renew(rotary: Any) -> nn.Module:
-    """Return a rotary embedding with values in its buffers."""
-    takes_kind = "rope_type" in inspect.signature(type(rotary)).parameters
-    kind = {"rope_type": rotary.rope_type} if takes_kind else {}
+    """Return a rotary embedding of the same config, with filled buffers."""
+    has_kinds = "rope_type" in inspect.signature(type(rotary)).parameters
+    kind = {"rope_type": rotary.rope_type} if has_kinds else {}
     result: nn.Module = type(rotary)(config=rotary.config, **kind)
     return result
 
 
 def _round_ramp(rotary: Any) -> nn.Module:
-    """Return a rotary embedding whose YaRN begins and ends at whole dimensions."""
+    """Return a rotary embedding whose YaRN ramp begins and ends at whole dimensions."""
     config = copy.deepcopy(rotary.config)
     for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
         settings = getattr(config, key, None)
@@ -122,7 +122,7 @@ def _round_ramp(rotary: Any) -> nn.Module:
 
 
 def _fix_buffers(model: nn.Module) -> None:
-    """Make parameters of the buffers that are stored, so that one way fills all that is."""
+    """Turn buffers that the checkpoint stores into parameters, so that all are filled alike."""
     stored = model.state_dict().keys()
     for name, buffer in list(model.named_buffers()):
         if name in stored:
@@ -133,49 +133,49 @@ def _fix_buffers(model: nn.Module) -> None:
 
 
 def _tag_blocks(model: nn.Module, shape: ModelShape) -> None:
-    """Tell each block its kind, as the config lists them; without a list each has a window."""
+    """Set the attention type and index of each block; without a list, all have a window."""
     config: Any = model.config
-    listed: Any = getattr(config, "layer_types", None)
-    if shape.family.only:  # whose names differ between releases
-        listed = shape.layer_types
+    types: Any = getattr(config, "layer_types", None)
+    if shape.family.kind_prefixes:  # its names differ between releases
+        types = shape.layer_types
 
-    kinds = listed or ["sliding_attention"] * shape.block_count
+    kinds = types or ["sliding_attention"] * shape.block_count
     for index, kind in enumerate(kinds):
         block: Any = model.get_submodule(f"{shape.family.blocks}.{index}")
         block.attention_type = kind
         block.number = index
 
 
-def embed_positions(
+def make_position_embeddings(
     model: nn.Module, block: Any, hidden_BTD: torch.Tensor, position_1T: torch.Tensor
 ) -> dict[str, Any]:
-    """Return the arguments of a block that rotate its queries and keys."""
+    """Return the keyword arguments of a block for rotary embeddings."""
     modules = _rotary(model)
     if not modules:
         return {"position_embeddings": None}
 
-    if "rotary_emb_local" in modules:  # Gemma 3 in transformers 4, whose blocks choose
+    if "rotary_emb_local" in modules:  # Gemma 3 in transformers 4: its blocks choose
         return {
             "position_embeddings_global": modules["rotary_emb"](hidden_BTD, position_1T),
             "position_embeddings_local": modules["rotary_emb_local"](hidden_BTD, position_1T),
         }
 
-    own = modules.get(f"rotary_embs.{block.attention_type}")  # OLMo 3 in transformers 4
-    rotary = own or modules.get("pos_emb") or modules["rotary_emb"]
+    for_attention = modules.get(f"rotary_embs.{block.attention_type}")  # OLMo 3 in transformers 4
+    rotary = for_attention or modules.get("pos_emb") or modules["rotary_emb"]
     has_kinds = "layer_type" in inspect.signature(rotary.forward).parameters  # in transformers 5
     kind = (block.attention_type,) if has_kinds else ()
     return {"position_embeddings": rotary(hidden_BTD, position_1T, *kind)}
 
 
 def _fit_block(model: nn.Module, shape: ModelShape, block: int) -> None:
-    """Give the linears of a block, on the meta device, its own widths instead of the largest."""
+    """Resize the linears of a block, on the meta device, to the block's own widths."""
     family = shape.family
     module = model.get_submodule(f"{family.blocks}.{block}")
     sizes = shape.sizes[block]
 
     for name, _ in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        empty = torch.empty(widths.shape(family, name, sizes), device="meta")
+        empty = torch.empty(widths.tensor_shape(family, name, sizes), device="meta")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(empty))
 
     for linear in shape.linears[block]:
@@ -186,8 +186,8 @@ def _fit_block(model: nn.Module, shape: ModelShape, block: int) -> None:
 
 
 def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Tell the attention of a block how many heads its linears make, by a family's letters."""
-    # Some compute it once, some ask their config as they run.
+    """Set the numbers of heads of a block's attention; ``sizes`` are by a family's letters."""
+    # Some attentions compute them once, some read their config in every call.
     attention: Any = getattr(block, "self_attn", None)
     if attention is None:
         return
@@ -198,14 +198,18 @@ def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
 
 
 def embedding_scale(shape: ModelShape) -> float:
-    """Return what the model multiplies token embeddings by."""
+    """Return the factor of token embeddings."""
     setting = shape.family.embedding_scale
     return float(shape.setting(setting)) if setting else 1.0
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
-    """Return the whole model in float32; the file must hold exactly its tensors."""
-    model = skeleton(checkpoint)
+    """Return the whole model in float32.
+
+    Raises:
+        ModelError: the file does not hold exactly the model's tensors.
+    """
+    model = build_skeleton(checkpoint)
     expected = dict(model.named_parameters())
     if checkpoint.tied:
         expected.pop("lm_head.weight", None)
@@ -223,21 +227,21 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
 @contextmanager
 def round_as_ggml(model: nn.Module, shape: ModelShape) -> Iterator[None]:
-    """Round what ggml looks up in a table as the table does, and the ends of YaRN's ramp.
+    """Round in the body as ggml does: values that it looks up in a table, and YaRN's ramp.
 
     Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
     rounded to half precision, itself rounded to half precision; from -10 down it is 0, and from 10
     up the number itself. ``ggml_rope_yarn_corr_dims`` in ggml.c: the ends are whole dimensions.
     """
     family = shape.family
-    rotary = _rotary(model) if shape.rounds_ramp else {}
+    rotary = _rotary(model) if shape.rounds_yarn_ramp else {}
     for name, module in rotary.items():
         model.set_submodule(f"{_DECODER}.{name}", _round_ramp(module))
 
     hooks = []
-    dropping = _drop_as_llama(model)
+    dropped_shares = _match_llama_sparsity(model)
     for block in range(shape.block_count):
-        for name in family.table_modules:
+        for name in family.lookup_table_modules:
             module = model.get_submodule(f"{family.blocks}.{block}.{name}")
             hooks.append(module.register_forward_hook(_table_gelu))
 
@@ -246,17 +250,17 @@ def round_as_ggml(model: nn.Module, shape: ModelShape) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for part, share in dropping.items():
+        for part, share in dropped_shares.items():
             part.activation_sparsity = share
         for name, module in rotary.items():
             model.set_submodule(f"{_DECODER}.{name}", module)
 
 
-def _drop_as_llama(model: nn.Module) -> dict[Any, float]:
-    """Have Gemma 3n's first blocks drop as many activations as llama.cpp; return how many before.
+def _match_llama_sparsity(model: nn.Module) -> dict[Any, float]:
+    """Let Gemma 3n's first blocks drop as many activations as llama.cpp; return the former shares.
 
-    The spread of F activations is a sum over F here, and over F - 1 there (``gaussian_topk`` in
-    llama.cpp's ``src/models/gemma3n.cpp``): the same place between them is another share.
+    The variance of F activations is divided by F here, and by F - 1 in llama.cpp (``gaussian_topk``
+    in ``src/models/gemma3n.cpp``), so that the same threshold belongs to another share.
     """
     before = {}
     for each in model.modules():
@@ -265,8 +269,8 @@ def _drop_as_llama(model: nn.Module) -> dict[Any, float]:
             before[part] = part.activation_sparsity
             F = part.intermediate_size
             normal = NormalDist()
-            reach = normal.inv_cdf(part.activation_sparsity) * math.sqrt(F / (F - 1))
-            part.activation_sparsity = normal.cdf(reach)
+            threshold = normal.inv_cdf(part.activation_sparsity) * math.sqrt(F / (F - 1))
+            part.activation_sparsity = normal.cdf(threshold)
     return before
 
 
@@ -282,18 +286,18 @@ def _table_gelu(
 
 
 def make_cache(model: nn.Module, checkpoint: Checkpoint) -> Any:
-    """Return an empty cache of one or several sequences, or None where a model makes its own."""
+    """Return an empty cache, or None where a model makes its own."""
     if not checkpoint.family.has_state:
         return DynamicCache()
 
-    # transformers 4 makes most caches of models with a state itself, but not this one.
+    # In transformers 4, most models with a state make their cache, but not this one.
     name = "HybridMambaAttentionDynamicCache"
     make = getattr(sys.modules[type(model).__module__], name, None)
     return make(model.config, batch_size=1, dtype=torch.float32) if make else None
 
 
 def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
-    """Read one tensor in float32 and put it in place of the meta parameter of that name."""
+    """Read one tensor in float32 and replace the meta parameter of that name."""
     value = torch.from_numpy(checkpoint.read(name))
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -329,14 +333,14 @@ def _config(checkpoint: Checkpoint) -> Any:
         factors = {key: rope.get(key) for key in ("short_factor", "long_factor")}
         scaling = {"type": "longrope", **factors}
 
-    values = {**checkpoint.config, **checkpoint.family.write(checkpoint.config)}
+    values = {**checkpoint.config, **checkpoint.family.write_config(checkpoint.config)}
     for key in ("rope_parameters", "quantization_config", "transformers_version"):
         values.pop(key, None)
 
     values["rope_theta"] = rope["rope_theta"]
-    if rope_type != "proportional":  # which only transformers 5 has, and reads below
+    if rope_type != "proportional":  # only transformers 5 has it, and reads rope_parameters
         values["rope_scaling"] = None if rope_type == "default" else scaling
-    if checkpoint.family.window_period:  # transformers 5 takes one of the two thetas for both
+    if checkpoint.family.window_period:  # else transformers 5 takes one theta for both kinds
         values["rope_parameters"] = shape.rope_parameters
 
     if not shape.is_rotary:  # some configurations know no such settings

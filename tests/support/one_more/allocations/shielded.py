@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from racdeploy.prune.allocations import Observation, Shares, shift_shares
+from racdeploy.pruning.allocations import LinearSparsities, Observation, shift_sparsities
 
-SURVEYS = False
+NEEDS_SURVEY = False
 
 
 def allocate(
     observations: Mapping[str, Observation], sizes: Mapping[str, int], sparsity: float
-) -> Shares:
+) -> LinearSparsities:
     """Return the sparsity of each linear."""
     wanted = {name: sparsity / 2 if name.endswith("down_proj") else sparsity for name in sizes}
-    return shift_shares(wanted, sizes, sparsity)
+    return shift_sparsities(wanted, sizes, sparsity)

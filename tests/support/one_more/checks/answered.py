@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from racdeploy.results.checks import CheckResult
-from racdeploy.verify.evidence import Evidence
+from racdeploy.verification.evidence import Evidence
 
 
 def check(evidence: Evidence) -> CheckResult:

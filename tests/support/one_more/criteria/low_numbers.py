@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from racdeploy.prune.structure.units import Units
+from racdeploy.pruning.structure.prunable_units import PrunableUnits
 
-CALIBRATED = True
+USES_TRACES = True
 
 
-def shrink(units: Units, count: int) -> None:
+def remove_units(units: PrunableUnits, count: int) -> None:
     """Remove units until so many are left."""
     units.remove_lowest(lambda: torch.arange(len(units.kept_U)).float(), count)

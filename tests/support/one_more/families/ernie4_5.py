@@ -7,6 +7,6 @@ FAMILY = Family(
     architecture="Ernie4_5ForCausalLM",
     gguf_arch="ernie4_5",
     biases=(),
-    fixed={**decoder.FIXED, "use_bias": (False,)},
+    supported_values={**decoder.SUPPORTED_VALUES, "use_bias": (False,)},
     defaults={"rope_theta": 500_000.0, "tie_word_embeddings": True, "head_dim": 128},
 )

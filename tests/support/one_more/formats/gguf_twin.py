@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from racdeploy.export import gguf
-from racdeploy.export.gguf import (
+from racdeploy.exporting import gguf
+from racdeploy.exporting.gguf import (
     BACKEND,
-    LIBRARY,
-    NEEDS,
+    HUB_LIBRARY,
     OPTIONS,
+    REQUIRED_PACKAGES,
     TOKENIZER_PREFIX,
     WEIGHT_SUFFIXES,
     check_options,
@@ -17,17 +17,16 @@ from racdeploy.export.gguf import (
     export,
     is_linear,
     measure,
-    refusal,
-    unpack,
+    unsupported_reason,
     usage,
-    write_approximated,
+    write_approximate_tokenizer,
 )
 
 __all__ = [
     "BACKEND",
-    "LIBRARY",
-    "NEEDS",
+    "HUB_LIBRARY",
     "OPTIONS",
+    "REQUIRED_PACKAGES",
     "TOKENIZER_PREFIX",
     "WEIGHT_SUFFIXES",
     "artifact_path",
@@ -36,10 +35,9 @@ __all__ = [
     "export",
     "is_linear",
     "measure",
-    "refusal",
-    "unpack",
+    "unsupported_reason",
     "usage",
-    "write_approximated",
+    "write_approximate_tokenizer",
 ]
 
 

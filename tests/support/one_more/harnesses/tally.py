@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.files.reading import read_json
-from racdeploy.harnesses import Order, Score
+from racdeploy.harnesses import HarnessRequest, HarnessScore
 
 PACKAGE = "tally"
 INSTALL = "tally"
 
 
-def arguments(order: Order) -> list[str]:
+def arguments(order: HarnessRequest) -> list[str]:
     """Return what it takes."""
     limit = ["--limit", str(order.limit)] if order.limit else []
     asked = [order.url, order.model, *order.tasks, str(order.max_new_tokens)]
     return ["tally", *asked, *limit, "--out", str(order.out)]
 
 
-def read(out: Path, python: Path) -> list[Score]:
+def read(out: Path, python: Path) -> list[HarnessScore]:
     """Return one score for each task."""
     if not (out / "tally.json").is_file():
         return []
@@ -26,5 +26,5 @@ def read(out: Path, python: Path) -> list[Score]:
     scores = []
     for task, figures in read_json(out / "tally.json").items():
         value = sum(figures.values()) / len(figures)
-        scores.append(Score(task, "right", value, len(figures), samples=figures))
+        scores.append(HarnessScore(task, "right", value, len(figures), by_document=figures))
     return scores

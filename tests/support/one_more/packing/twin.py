@@ -6,26 +6,26 @@ from pathlib import Path
 
 from racdeploy.packing import racgguf
 from racdeploy.packing.packers.bitmask import (
-    BESIDE_PLAIN,
     FORMATS,
+    KEEPS_PLAIN_FILE,
     REQUIRES_ZEROS,
     SUFFIX,
-    TensorPacker,
-    fits,
-    refuse_stored,
+    BitmaskTensorPacker,
+    find_damage,
+    reason_for_plain,
     unpack_tensor,
     usage,
 )
 from racdeploy.packing.racgguf import PackedTensor
 
 __all__ = [
-    "BESIDE_PLAIN",
     "FORMATS",
+    "KEEPS_PLAIN_FILE",
     "REQUIRES_ZEROS",
     "SUFFIX",
-    "fits",
+    "find_damage",
     "pack_file",
-    "refuse_stored",
+    "reason_for_plain",
     "unpack_tensor",
     "usage",
 ]
@@ -33,4 +33,4 @@ __all__ = [
 
 def pack_file(plain: Path, out: Path) -> tuple[PackedTensor, ...]:
     """Write a container that unpacks to ``plain``."""
-    return racgguf.pack(plain, out, "twin", TensorPacker)
+    return racgguf.pack(plain, out, "twin", BitmaskTensorPacker)

@@ -10,7 +10,7 @@ from racdeploy.quant import ggml
 FORMATS = ("gguf",)
 GGML_TYPE = 23
 BITS = 4.25
-BLOCK = 256
+BLOCK_SIZE = 256
 PRESERVES_ZERO = False
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from racdeploy.tasks.scoring import Scored
+from racdeploy.tasks.scoring import AnswerScore
 
 
-def score(answer: str, gold: str, argument: str) -> Scored:
+def score(answer: str, gold: str, argument: str) -> AnswerScore:
     """Compare the last words."""
     words = [word.strip(".,;:!?") for word in answer.split()]
     if not words:
-        return Scored(False, None, "no text")
-    return Scored(words[-1].casefold() == gold.casefold(), words[-1], "last word")
+        return AnswerScore(False, None, "no text")
+    return AnswerScore(words[-1].casefold() == gold.casefold(), words[-1], "last word")

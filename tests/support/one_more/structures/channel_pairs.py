@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
-from racdeploy.prune.structure.layout import Layout, check_share
+from racdeploy.pruning.structure.layout import UnitLayout, check_share
 from racdeploy.recipe import Structure
 
-STEP, SIZE = "block", "F"
+SCOPE, SIZE_LETTER = "block", "F"
 
 
-def layout(shape: ModelShape, block: int, structure: Structure) -> Layout:
+def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     """Return what goes together in a block."""
-    pairs = shape.sizes[block][SIZE] // 2
-    return Layout(SIZE, pairs, {SIZE: 2}, step=structure.width_multiple // 2)
+    pairs = shape.sizes[block][SIZE_LETTER] // 2
+    return UnitLayout(SIZE_LETTER, pairs, {SIZE_LETTER: 2}, step=structure.width_multiple // 2)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:

@@ -1,0 +1,276 @@
+"""Construction of a recipe, a build, a search or a verification from keyword options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from racdeploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from racdeploy.bundles.verify import BundleVerification
+    from racdeploy.pipeline.build import Build
+    from racdeploy.pipeline.job import Job
+    from racdeploy.recipe import Recipe
+    from racdeploy.sparse_kernels import AccelMode
+    from racdeploy.tuning.search import Search
+
+Options = Mapping[str, Any]
+StrPath = str | os.PathLike[str]
+
+
+class Saveable(Protocol):
+    """A model or a tokenizer of transformers, in memory."""
+
+    def save_pretrained(self, folder: Any, /) -> Any:
+        """Write all files of the model or tokenizer into a folder."""
+
+
+ModelSource = StrPath | Saveable
+"""A folder, a Hub id, the embedded model's name, or a model in memory."""
+KEYS = {
+    "target": "target",
+    "also": "also",
+    "task": "tasks",
+    "calibration_task": "calibration_tasks",
+    "calibration": "calibration.source",
+    "trace_prompts": "traces.count",
+    "trace_server": "traces.server",
+    "keep": "structure.keep",
+    "vocabulary_text": "structure.vocabulary_text",
+    "sparsity": "prune.sparsity",
+    "pattern": "prune.pattern",
+    "method": "prune.method",
+    "quant": "export.quant",
+    "packing": "export.packing",
+    "allow_losing_zeros": "export.allow_losing_zeros",
+    "accept_token_differences": "export.accept_token_differences",
+    "recover_tokens": "recover.tokens",
+    "prompts": "verify.count",
+}
+"""Recipe keys that options set."""
+TUNE_KEYS = KEYS | {
+    "objective": "tune.objective",
+    "max_bytes": "tune.max_bytes",
+    "max_memory": "tune.max_memory_bytes",
+    "min_tokens_per_s": "tune.min_tokens_per_s",
+    "min_accuracy_ratio": "tune.min_accuracy_ratio",
+    "budget": "tune.budget_s",
+    "recover_tokens": "tune.recover_tokens",
+}
+"""Recipe keys that the options of a search set; the search itself decides what is recovered."""
+_SEVERAL = ("also", "task", "calibration_task", "vocabulary_text")
+_SERVER = ("server", "server_model", "server_key_env", "server_api", "server_timeout")
+_HARNESS = ("harness", "harness_tasks", "harness_limit", "harness_include", "harness_python")
+
+
+def read_recipe(options: Options, keys: Mapping[str, str] = KEYS) -> Recipe:
+    """Return the validated recipe of some options."""
+    from racdeploy.recipe import Recipe
+
+    values = _list_values(options, keys)
+    recipe = Recipe.combine(as_path(options.get("recipe")), values)
+    recipe.traces.check_key_destination(values.get("traces", {}), options.get("allow_key_to", ""))
+    return recipe
+
+
+def read_job(options: Options, keys: Mapping[str, str] = KEYS) -> Job:
+    """Return the job of some options; their number of prompts overrides the tier's."""
+    from racdeploy.pipeline.job import Job
+
+    prompts = _list_values(options, keys).get("verify", {}).get("count", 0)
+    return Job.at_tier(read_recipe(options, keys), options.get("tier", ""), prompts)
+
+
+@contextmanager
+def open_build(options: Options, *, is_checked: bool = True) -> Iterator[Build]:
+    """Yield the build in the first process; other processes of the job do their share and exit.
+
+    ``is_checked`` checks the model first; a whole build checks everything itself.
+    """
+    job = read_job(options)
+
+    from racdeploy.pipeline.build import Build
+    from racdeploy.pipeline.preflight import check_model
+    from racdeploy.pruning.process_group import join_process_group
+
+    with join_process_group() as processes:
+        progress = options.get("progress") if processes.is_first else None
+        builder = Build(job, find_work(options), options["threads"], progress, processes)
+        if not processes.is_first:
+            builder.follow()
+            raise SystemExit
+
+        if is_checked:
+            check_model(builder.job)
+        yield builder
+
+
+@contextmanager
+def open_search(options: Options) -> Iterator[Search]:
+    """Yield a search with its plan: all candidates and their predicted sizes."""
+    from racdeploy.files.stages import scratch_folder
+    from racdeploy.pipeline.job import fit_context
+    from racdeploy.tuning.search import Search
+
+    job = fit_context(read_job(options, TUNE_KEYS))
+    work = find_work(options)
+    with scratch_folder(work, 0) as scratch:
+        search = Search(job, work, scratch, options["threads"], options.get("progress"))
+        search.plan()
+        yield search
+
+
+def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, ...]]:
+    """Return the verification of a bundle, and a note on its signature if there is one to check."""
+    from racdeploy.bundles.bundle import BundleToVerify
+    from racdeploy.bundles.harness import HarnessRunner
+    from racdeploy.bundles.server_answers import ServerAnswerSource
+    from racdeploy.bundles.verify import BundleVerification, LocalAnswerSource
+
+    server, model, key_env, api, timeout_s = map(options.__getitem__, _SERVER)
+    harness, tasks, limit, include, python = map(options.__getitem__, _HARNESS)
+    _check_owner("server", server, model, key_env)
+    _check_owner("harness", harness, tasks, limit, include, python)
+    if server and harness:
+        raise UsageError(
+            "harness-with-server",
+            "--harness asks the bundle's own models, which are served for it",
+            remedy="leave out --server, or --harness",
+        )
+
+    folder, baseline = Path(options["bundle"]), as_path(options["baseline"])
+    notes = _check_signature(folder, options)
+
+    to_verify = BundleToVerify(folder, as_path(options["gate"]), options["tier"])
+    accel: AccelMode = "off" if server else options["accel"]
+    progress = options.get("progress")
+    local = LocalAnswerSource(to_verify, find_work(options), options["threads"], accel, progress)
+
+    source = runner = None
+    if server:
+        source = ServerAnswerSource(local, server, model, key_env, api, timeout_s)
+    if harness:
+        paths = (as_path(include), as_path(python), baseline)
+        runner = HarnessRunner(local, harness, tuple(tasks), limit, *paths)
+    return BundleVerification(local, source, baseline, runner), notes
+
+
+def find_work(options: Options) -> Path:
+    """Return the folder of stage results."""
+    from racdeploy.files.caches import default_work_folder
+
+    return as_path(options.get("work")) or default_work_folder()
+
+
+def as_path(path: StrPath | None) -> Path | None:
+    """Return the path of a string or path; None if it is empty."""
+    return Path(path) if path else None
+
+
+def note_replaced(file: Path | None) -> list[str]:
+    """Return a note where a file will be overwritten."""
+    return [f"{file} existed and was replaced"] if file and file.exists() else []
+
+
+def save_model(model: ModelSource, options: Options) -> str:
+    """Return the name or folder of a model; one in memory is saved into the work folder first.
+
+    Raises:
+        UsageError: a model in memory comes without its tokenizer.
+    """
+    if isinstance(model, str | os.PathLike):
+        return str(model)
+
+    tokenizer = options.get("tokenizer")
+    if tokenizer is None:
+        raise UsageError(
+            "no-tokenizer-given",
+            f"a {type(model).__name__} in memory comes without its tokenizer",
+            remedy="tokenizer=AutoTokenizer.from_pretrained(NAME)",
+        )
+
+    from racdeploy.files.stages import Stage, scratch_folder
+    from racdeploy.files.writing import file_sha256
+
+    work = find_work(options)
+    # Artifacts are named after the folder.
+    name = Path(getattr(model, "name_or_path", "")).name or "model"
+    with scratch_folder(work, 0) as scratch:
+        saved = scratch / name
+        for each in (model, tokenizer):
+            each.save_pretrained(saved)
+
+        stage = Stage.locate(
+            work, "model", {file.name: file_sha256(file) for file in saved.glob("*.*")}
+        )
+        folder = stage.folder / name
+        if not folder.exists():
+            stage.folder.mkdir(exist_ok=True)
+            saved.rename(folder)
+            stage.finish({})
+    return str(folder)
+
+
+def _list_values(options: Options, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return the nested recipe values of options; the option ``settings`` overrides the others."""
+    from racdeploy.files.toml import merge, read_toml
+    from racdeploy.verification.gate import read_gate
+    from racdeploy.verification.rivals import SAME_SIZE
+
+    value_by_key: dict[str, Any] = {}
+    for name, key in keys.items():
+        value = options.get(name)
+        if isinstance(value, str) and name in _SEVERAL:
+            value = [value]
+        if value or type(value) in (int, float):  # 0 is a value, False means not given
+            value_by_key[key] = value
+
+    if model := options.get("model"):
+        value_by_key["model"] = save_model(model, options)
+    if options.get("controls"):
+        value_by_key["verify.controls"] = [SAME_SIZE]
+    if gate := as_path(options.get("gate")):
+        read_gate(gate)
+        value_by_key["gate"] = read_toml(gate)
+
+    values: dict[str, Any] = {}
+    for key, value in (*value_by_key.items(), *(options.get("settings") or {}).items()):
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
+    return values
+
+
+def _check_owner(option: str, value: str, *settings: object) -> None:
+    """Refuse options whose main option is missing."""
+    if not value and any(settings):
+        raise UsageError(
+            "missing-main-option",
+            f"options that begin with --{option}- belong to --{option}",
+            remedy=f"add --{option}, see racdeploy verify --help",
+        )
+
+
+def _check_signature(bundle: Path, options: Options) -> tuple[str, ...]:
+    """Check the requested signature before anything in the bundle is read."""
+    names = ("signature", "public_key", "identity", "issuer")
+    signature, public_key, identity, issuer = map(options.__getitem__, names)
+    if not (signature or public_key or identity or issuer):
+        return ()
+
+    if bool(public_key) == bool(identity) or bool(identity) != bool(issuer):
+        raise UsageError(
+            "key-or-identity",
+            "a signature is compared with one key, or with one identity and its issuer",
+            remedy="give --public-key FILE, or --identity WHO --issuer URL; see docs/publish.md",
+        )
+
+    from racdeploy.bundles.signature import SIGNATURE_NAME, Signer, check_signature
+
+    signer = Signer(as_path(public_key), identity, issuer)
+    check_signature(bundle, as_path(signature) or bundle / SIGNATURE_NAME, signer)
+    return (f"every file of {bundle} matches the signature of {signer}",)

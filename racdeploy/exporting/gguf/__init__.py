@@ -1,0 +1,64 @@
+"""GGUF, llama.cpp's file format, written from safetensors with numpy; or a packed container of it.
+
+Source: GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from racdeploy import packing as packings
+from racdeploy.errors import UsageError
+from racdeploy.exporting.gguf.architecture import unsupported_reason as unsupported_reason
+from racdeploy.exporting.gguf.measurement import measure as measure
+from racdeploy.exporting.gguf.programs import companions as companions
+from racdeploy.exporting.gguf.programs import usage as usage
+from racdeploy.exporting.gguf.vocabulary import (
+    write_approximate_tokenizer as write_approximate_tokenizer,
+)
+from racdeploy.exporting.gguf.writer import export as export
+from racdeploy.files.writing import refuse_overwrite
+from racdeploy.models.families import Family
+from racdeploy.packing import racgguf
+
+BACKEND = "llamacpp"
+REQUIRED_PACKAGES = {"llama_cpp": "llamacpp"}
+HUB_LIBRARY = "gguf"
+COMPARES_F32 = False
+OPTIONS = ("accept_token_differences", "importance", "pre_tokenizer", "split_bytes", "tensors")
+TOKENIZER_PREFIX = "tokenizer.ggml."
+WEIGHT_SUFFIXES = ()
+
+
+def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:
+    """Return the file's path, at the top of a bundle; ``name`` already has the quant."""
+    return PurePosixPath(f"{name}{packings.load_gguf(packing).SUFFIX}")
+
+
+def is_linear(family: Family, name: str) -> bool:
+    """Return True if a tensor of the file is a prunable linear."""
+    # The file may be of the family's architecture with widths per block, which names them its way.
+    forms = (family, family.with_per_block_arch()) if family.per_block_arch else (family,)
+    weights = [f"{linear}.weight" for linear in family.linears]
+    linears = {each for form in forms for name in weights for each in form.list_gguf_names(name)}
+    return name.split(".", 2)[-1] in linears
+
+
+def check_options(**options: object) -> None:
+    """Accept all options: none of them needs another program."""
+
+
+def unpack(packed: Path, out: Path | None = None) -> Path:
+    """Write the plain GGUF file of a container, byte for byte; beside it by default."""
+    container = racgguf.Container.open(packed)
+    plain = out or packed.with_suffix(".gguf")
+    if plain.resolve() == packed.resolve():
+        raise UsageError(
+            "wrong-file-name",
+            f"{plain} would replace the packed file",
+            remedy="name another file with --out",
+        )
+
+    refuse_overwrite(plain, container.sha256)
+    container.unpack(plain)
+    return plain

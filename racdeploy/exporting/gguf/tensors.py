@@ -1,0 +1,332 @@
+"""Plan the tensors of a GGUF file: name, shape and number format, before anything is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy import quant as quants
+from racdeploy.errors import ModelError
+from racdeploy.exporting.gguf.architecture import find_architecture
+from racdeploy.exporting.gguf.parameters import make_rope_factors
+from racdeploy.models import mtp, widths
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.decoder import Transform
+from racdeploy.models.families import Family, expand_experts, generalize_expert
+from racdeploy.models.tensor_coverage import check_tensors, list_used_tensors
+from racdeploy.quant.importance import Importance
+from racdeploy.quant.presets import QuantChoice, QuantRules
+from racdeploy.results.pruning import VECTORS_IN_F32
+from racdeploy.tensors.mxfp4 import Mxfp4Entry
+
+# As llama.cpp's converter stores them, whatever the format of the file.
+_IN_F32 = {
+    ".ffn_gate_inp.weight": "the router of experts is stored in f32",
+    "conv.weight": "convolutions are stored in f32",
+    "conv1d.weight": "convolutions are stored in f32",
+    ".altup_correct_coef.weight": "coefficients of hidden states are stored in f32",
+    ".altup_predict_coef.weight": "coefficients of hidden states are stored in f32",
+    ".ssm_a": VECTORS_IN_F32,
+    ".ssm_d": VECTORS_IN_F32,
+    "_norm.weight": VECTORS_IN_F32,
+    ".bias": VECTORS_IN_F32,
+}
+# For rows that do not divide into blocks of 256; a quant that keeps zeros falls back to one too.
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
+
+
+@dataclass(frozen=True)
+class GgufTensorPlan:
+    """A tensor to write; fields of :class:`racdeploy.exporting.ExportedTensor` mean the same.
+
+    Args:
+        source: the first of several parts; of experts, their name with a ``*``.
+        shape: as in the checkpoint, with the experts in front if there are any.
+        parts: names in the checkpoint: one, one for each expert, or those fused into one matrix.
+        row_split: index and count of the equal runs of rows into which the one part is split.
+        computed_values: those of a tensor that the checkpoint does not hold.
+        unfused_names: names of the parts where the family's usual architecture does not fuse them.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    requested_quant: str
+    actual_quant: str
+    reason: str
+    parts: tuple[str, ...] = ()
+    transform: Transform | None = None
+    row_split: tuple[int, int] = (0, 1)
+    computed_values: NDArray[np.float32] | None = None
+    unfused_names: tuple[str, ...] = ()
+
+    def read(self, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
+        """Yield the arrays of the tensor, one in memory at a time."""
+        if self.computed_values is not None:
+            yield self.computed_values
+
+        index, count = self.row_split
+        for raw in map(checkpoint.read_raw, self.parts):
+            rows = len(raw) // count
+            yield raw[index * rows : (index + 1) * rows]
+
+    def find_mxfp4_parts(self, checkpoint: Checkpoint) -> list[Mxfp4Entry]:
+        """Return the parts if the checkpoint has all of them in the codes of the file."""
+        entries = []
+        for name in self.parts:
+            entry = checkpoint.all_entries[name]
+            if isinstance(entry, Mxfp4Entry) and entry.quant == self.actual_quant:
+                entries.append(entry)
+        return entries if len(entries) == len(self.parts) else []
+
+    def list_importances(self, known: Importance) -> list[NDArray[np.float32] | None]:
+        """Return the importance of the inputs of each array that :meth:`read` yields."""
+        columns = self.shape[-1]
+        if self.transform != "stack":
+            return [known.for_weight(self.name, self.source, columns)] * max(1, len(self.parts))
+        return [known.for_weight("", part, columns) for part in self.parts]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file, without padding."""
+        row_bytes = round(self.shape[-1] * quants.load(self.actual_quant).BITS / 8)
+        return math.prod(self.shape[:-1]) * row_bytes
+
+
+def plan_tensors(checkpoint: Checkpoint, mix: QuantRules) -> list[GgufTensorPlan]:
+    """Plan every tensor of the file, in file order."""
+    family = find_architecture(checkpoint)
+    sources = _list_sources(checkpoint, family)
+    shape = checkpoint.shape
+    parts = {name: expand_experts(named, shape.num_experts) for name, named in sources.items()}
+
+    _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
+
+    plan = [
+        GgufTensorPlan(
+            name=name,
+            source="",
+            shape=factors.shape,
+            requested_quant="f32",
+            actual_quant="f32",
+            reason="",
+            computed_values=factors,
+        )
+        for name, factors in make_rope_factors(shape).items()
+    ]
+
+    for name, (source, *_) in sources.items():
+        if parts[name][0] in checkpoint.entries:  # a linear may have no bias
+            plan.append(_plan_tensor(checkpoint, mix, family, source, name, parts[name]))
+
+    plan += _plan_unused_keys(checkpoint, mix, family)
+    plan += _plan_mtp_head(checkpoint, mix, family)
+    names = []
+    for tensor in plan:
+        if len(tensor.shape) > 1:
+            names += [tensor.name, *tensor.unfused_names]
+    mix.check(names)
+    return plan
+
+
+def _plan_tensor(
+    checkpoint: Checkpoint,
+    mix: QuantRules,
+    family: Family,
+    source: str,
+    name: str,
+    parts: tuple[str, ...],
+) -> GgufTensorPlan:
+    for part in parts:
+        _check_shape(checkpoint, part)
+
+    _, inside = family.split_block(source)
+    transform = family.transforms.get(inside)
+    piece = (0, 1)
+    # The file may split a matrix of the checkpoint into several tensors.
+    if inside in family.block_tensors:
+        stored = family.list_gguf_names(inside)
+        piece = (stored.index(name.split(".", 2)[2]), len(stored))
+    shape = _shape_in_file(checkpoint, family, name, parts, piece, transform)
+
+    unfused_names = _list_unfused_names(checkpoint.family, name, parts)
+    choice = _choose(name, shape, mix, checkpoint, unfused_names)
+    return GgufTensorPlan(
+        name,
+        source,
+        shape,
+        *choice,
+        parts=parts,
+        transform=transform,
+        row_split=piece,
+        unfused_names=unfused_names,
+    )
+
+
+def _plan_mtp_head(checkpoint: Checkpoint, mix: QuantRules, family: Family) -> list[GgufTensorPlan]:
+    """Plan the multi-token-prediction head: blocks behind those of the model."""
+    plan = []
+    for source, entry in checkpoint.mtp_entries.items():
+        block, inside = mtp.split_block(source)
+        if block is None:
+            in_block = family.mtp_tensors[inside]
+        else:
+            in_block = family.block_tensors[inside]
+        name = f"blk.{checkpoint.shape.block_count + (block or 0)}.{in_block}"
+
+        transform = family.transforms.get(source if block is None else inside)
+        choice = _choose(name, entry.shape, mix, checkpoint, ())
+        plan.append(GgufTensorPlan(name, source, entry.shape, *choice, (source,), transform))
+
+    return plan
+
+
+def _plan_unused_keys(
+    checkpoint: Checkpoint, mix: QuantRules, family: Family
+) -> list[GgufTensorPlan]:
+    """Plan zeros for the keys and values that llama.cpp requires and does not use."""
+    plan = []
+    for block, kinds in enumerate(checkpoint.shape.kinds if family.needs_kv_tensors else ()):
+        for inside, stored in family.block_tensors.items():
+            if family.has_tensor(kinds, inside) or not inside.endswith(".weight"):
+                continue
+
+            name = f"blk.{block}.{stored}"
+            shape = widths.tensor_shape(family, inside, checkpoint.shape.sizes[block])
+            choice = _choose(name, shape, mix, checkpoint, ())
+            zeros = np.broadcast_to(np.float32(0), shape)  # takes no memory
+            plan.append(GgufTensorPlan(name, "", shape, *choice, computed_values=zeros))
+
+    return plan
+
+
+def _shape_in_file(
+    checkpoint: Checkpoint,
+    family: Family,
+    name: str,
+    parts: tuple[str, ...],
+    piece: tuple[int, int],
+    transform: Transform | None,
+) -> tuple[int, ...]:
+    """Return the shape of a tensor in the file, rows first.
+
+    A family may store it in another shape; parts of one matrix are stacked by rows.
+    """
+    block, _ = family.split_block(parts[0])
+    shape = checkpoint.entries[parts[0]].shape
+
+    if transform == "stack":
+        return (len(parts), *shape)
+
+    laid = family.gguf_shapes.get(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight"))
+    if laid:
+        sizes = checkpoint.shape.sizes[block or 0]
+        return tuple(sizes[letter] for letter in laid)
+
+    if len(shape) == 3 and shape[1] == 1:  # a convolution whose filters see one channel
+        return (shape[0], shape[2])
+
+    rows = sum(checkpoint.entries[part].shape[0] for part in parts)
+    return (rows // piece[1], *shape[1:])
+
+
+def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]]:
+    """Return name in the file → names in the checkpoint, for all tensors of the architecture."""
+    # A tied model has no output matrix; some architectures need the embedding under that name, too.
+    outside = dict(family.model_tensors)
+    output = ""
+    if checkpoint.tied:
+        output = outside.pop("lm_head.weight", "")
+
+    names: dict[str, list[str]] = {}
+    for source, name in outside.items():
+        names.setdefault(name, []).append(source)
+    if output and family.needs_lm_head:
+        names[output] = [family.embedding]
+
+    for block, kinds in enumerate(checkpoint.shape.kinds):
+        for source in family.block_tensors:
+            if not family.has_tensor(kinds, source):
+                continue
+            for name in family.list_gguf_names(source):
+                stored = names.setdefault(f"blk.{block}.{name}", [])
+                stored.append(f"{family.blocks}.{block}.{source}")
+
+    return names
+
+
+def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> None:
+    """Refuse missing and unknown tensors; a linear has a bias in all blocks or in none."""
+    biases = {
+        name: generalize_expert(family.split_block(name)[1])
+        for name in names
+        if name.endswith(".bias")
+    }
+
+    biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
+    optional = {name for name, inside in biases.items() if inside not in biased}
+
+    check_tensors(checkpoint, names, optional)
+
+    for name in sorted(biased):
+        if family.block_tensors[name].removesuffix(".bias") not in family.biases:
+            raise ModelError(
+                "unsupported-by-llama-cpp",
+                f"llama.cpp's {family.gguf_arch} models have no {name}, and this checkpoint does",
+            )
+
+
+def _check_shape(checkpoint: Checkpoint, source: str) -> None:
+    family = checkpoint.family
+    block, inside = family.split_block(source)
+    expected = list(widths.tensor_shape(family, inside, checkpoint.shape.sizes[block or 0]))
+
+    shape = list(checkpoint.entries[source].shape)
+    if shape != expected:
+        raise ModelError(
+            "wrong-tensor-shape",
+            f"{checkpoint.folder}: {source!r} has shape {shape}, its config.json means {expected}",
+            remedy="the weights and the config belong to different models",
+        )
+
+
+def _list_unfused_names(family: Family, name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of a fused tensor's parts in the family's usual architecture."""
+    if len(parts) == 1:
+        return ()
+
+    block = name.rpartition("blk.")[2].partition(".")[0]
+    insides = [family.split_block(part)[1] for part in parts]
+    usual = [family.block_tensors.get(inside) for inside in insides]  # None: an expert
+    return tuple(f"blk.{block}.{each}" for each in usual if each)
+
+
+def _choose(
+    name: str,
+    shape: tuple[int, ...],
+    mix: QuantRules,
+    checkpoint: Checkpoint,
+    unfused_names: tuple[str, ...],
+) -> QuantChoice:
+    reasons_for_f32 = [reason for end, reason in _IN_F32.items() if name.endswith(end)]
+    if len(shape) == 1 or reasons_for_f32:
+        reason = reasons_for_f32[0] if reasons_for_f32 else VECTORS_IN_F32
+        if mix.quant == "f32":
+            reason = ""
+        return QuantChoice(mix.quant, "f32", reason)
+
+    choice = mix.choose(name, checkpoint.shape.block_count, checkpoint.tied, unfused_names)
+    actual = choice.quant
+    reasons = {choice.reason: None}  # an ordered set
+    # A fallback may not divide the rows either.
+    while reason := quants.explain_misfit(quants.load(actual), shape[-1]):
+        actual = _FALLBACKS.get(actual, "f16")
+        reasons[reason] = None
+
+    return QuantChoice(choice.requested, actual, "; ".join(filter(None, reasons)))

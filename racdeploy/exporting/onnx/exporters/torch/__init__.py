@@ -1,0 +1,67 @@
+"""torch's ONNX export, for models that the other exporters do not support; the slowest to run.
+
+Weights keep their names in the module that the child exports, in which the model of transformers is
+``model``. Source: ``torch.onnx.export(dynamo=True)`` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from racdeploy.errors import EnvironmentFailure
+from racdeploy.exporting.onnx.exporters import write_graph
+from racdeploy.extras import installed_release, installed_version
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.plugins import require_package
+
+PREFERENCE = 3
+TESTED_FAMILIES = frozenset(
+    {
+        *("gemma3_text", "granite", "llama", "ministral3", "mistral"),
+        *("olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+    }
+)
+WEIGHTS = (".weight", ".bias")
+_FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
+_ATTENTION = frozenset({"full_attention", "sliding_attention"})
+
+
+def check_environment() -> None:
+    """Raise an EnvironmentFailure if torch or onnxscript is missing, or torch is too old."""
+    require_package("torch")
+    require_package("onnxscript")
+    if installed_release("torch") < _FIRST_WITH_ATTENTION:
+        raise EnvironmentFailure(
+            "old-torch",
+            f"torch {installed_version('torch')} writes no ONNX graph with attention of opset 23",
+            remedy='pip install "torch>=2.9"',
+        )
+
+
+def unsupported_reason(checkpoint: Checkpoint) -> str:
+    """Return why the model cannot be traced as a graph that appends keys and values, or nothing."""
+    if checkpoint.family.expert_linears:
+        return "torch.export does not follow the choice of experts"
+
+    shape = checkpoint.shape
+    if others := sorted({*shape.layer_types} - _ATTENTION):
+        return f"blocks of kind {others[0]} keep more than keys and values"
+    if shape.kv_sources != tuple(range(shape.block_count)):
+        return "its last blocks share the keys and values of earlier ones"
+    if len({sizes["K"] for sizes in shape.sizes}) > 1:
+        return "blocks differ in head size"
+    return ""
+
+
+def build(prepared: Path, out: Path) -> Path:
+    """Write the graph in float32; an EngineError if it fails or writes no graph."""
+    check_environment()
+    folders = [str(prepared), str(out)]
+    child = "racdeploy.exporting.onnx.exporters.torch.child"
+    return write_graph(child, folders, "torch's export", prepared, out)
+
+
+def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
+    """Return the checkpoint's name of an initializer; empty for a constant of the trace."""
+    return initializer.removeprefix("model.") if initializer.endswith(WEIGHTS) else ""

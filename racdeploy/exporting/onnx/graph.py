@@ -1,0 +1,224 @@
+"""Compare an exporter's float32 graph with the checkpoint, and remove its weights.
+
+Every weight is identified and compared value by value; it then has its name in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from racdeploy.errors import EngineError
+from racdeploy.exporting.onnx.client_files import fix_head_size
+from racdeploy.exporting.onnx.exporters import Exporter
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.tensor_coverage import list_used_tensors
+from racdeploy.packing.onnx.file import read_array
+from racdeploy.tensors.safetensors import to_float32
+
+_SLAB_WEIGHTS = 4_194_304
+# Exporters add constants: rotary tables, masks of one block, scalars. Larger ones are refused; only
+# rotary tables may be large, and parity.py compares them with torch.
+_MAX_CONSTANT_WEIGHTS = 4096
+_TRANSPOSE = "Transpose"
+ROTARY_TABLES = ("cos_cache", "sin_cache")
+
+
+@dataclass(frozen=True)
+class WeightlessGraph:
+    """A graph without weights, and its checkpoint tensors by the kind of node that reads them."""
+
+    model: onnx.ModelProto  # weights are named as in the checkpoint
+    constants: Mapping[str, NDArray[Any]]  # computed by the exporter, by name
+    linears: frozenset[str]  # read by a MatMul; outputs first, as in the checkpoint
+    embeddings: frozenset[str]  # read by a Gather
+    vectors: frozenset[str]  # all others
+
+
+def strip_weights(file: Path, checkpoint: Checkpoint, exporter: Exporter) -> WeightlessGraph:
+    """Compare a graph in float32 with the checkpoint, and return it without weights.
+
+    Raises:
+        EngineError: a weight differs, is missing, is unknown, or is used in an unknown way.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    sources = _match_weights(model, file, checkpoint, exporter)
+    wiring = _Wiring(model, sources)
+    wiring.rewire()
+
+    used = wiring.linears | wiring.embeddings | wiring.vectors
+    if missing := sorted(list_used_tensors(checkpoint) - used):
+        raise EngineError(
+            "graph-differs",
+            f"the graph lacks {len(missing)} tensors of the checkpoint, first {missing[0]!r}",
+        )
+
+    fix_head_size(model, checkpoint.shape.head_dim)
+    # Copied, since the exporter's files are temporary.
+    initializers = model.graph.initializer
+    constants = {each.name: np.array(read_array(each, file.parent)) for each in initializers}
+    del model.graph.initializer[:]
+    kinds = map(frozenset, (wiring.linears, wiring.embeddings, wiring.vectors))
+    return WeightlessGraph(model, constants, *kinds)
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """An initializer that equals a checkpoint tensor, transposed or not."""
+
+    source: str
+    transposed: bool
+
+
+def _match_weights(
+    model: onnx.ModelProto, file: Path, checkpoint: Checkpoint, exporter: Exporter
+) -> dict[str, _Weight]:
+    consumers: defaultdict[str, list[str]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            consumers[name].append(node.name)
+
+    weights = {}
+    for initializer in model.graph.initializer:
+        source = exporter.find_checkpoint_name(initializer.name, consumers[initializer.name])
+        # The graph of a tied model may have its one table under either name.
+        if source == "lm_head.weight" and checkpoint.tied:
+            source = "model.embed_tokens.weight"
+        if source not in checkpoint.entries:
+            _check_constant(initializer, source)
+            continue
+        if initializer.data_type != onnx.TensorProto.FLOAT:
+            raise EngineError(
+                "graph-differs",
+                f"the graph stores {source!r} as type {initializer.data_type}, not in float32",
+            )
+
+        weights[initializer.name] = _compare(initializer, file, checkpoint, source)
+
+    uses = Counter(weight.source for weight in weights.values())
+    if repeated := sorted(source for source, count in uses.items() if count > 1):
+        raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
+
+    return weights
+
+
+def _check_constant(initializer: onnx.TensorProto, source: str) -> None:
+    count = int(np.prod(list(initializer.dims)))
+    if source or (count > _MAX_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
+        raise EngineError(
+            "graph-differs",
+            f"the graph holds a tensor {initializer.name!r} of {count} values "
+            "that the checkpoint lacks",
+        )
+
+
+def _compare(
+    initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str
+) -> _Weight:
+    """Return the weight of an initializer, whose values must be the checkpoint's."""
+    values = read_array(initializer, file.parent)
+    expected = checkpoint.read_raw(source)
+
+    # A square matrix fits both ways, so the values decide.
+    for transposed in (False, True) if values.ndim == 2 else (False,):
+        oriented = values.T if transposed else values
+        if oriented.shape == expected.shape and _equal(oriented, expected):
+            return _Weight(source, transposed)
+
+    raise EngineError(
+        "graph-differs",
+        f"the graph changes {source!r}: shape {list(values.shape)} with values that are not the "
+        f"checkpoint's {list(expected.shape)}",
+    )
+
+
+def _equal(values: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
+    """Return True if values equal a tensor in the checkpoint's dtype; compares slabs of rows."""
+    rows = max(1, _SLAB_WEIGHTS // max(1, values[0].size))
+    for start in range(0, len(values), rows):
+        slab = slice(start, start + rows)
+        if not np.array_equal(values[slab], to_float32(expected[slab])):
+            return False
+    return True
+
+
+class _Wiring:
+    """Classifies each weight by the nodes that read it, and gives it its name in the checkpoint."""
+
+    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, _Weight]) -> None:
+        self.linears: set[str] = set()
+        self.embeddings: set[str] = set()
+        self.vectors: set[str] = set()
+        self._graph = model.graph
+        self._sources = sources
+        self._producers = {name: node for node in self._graph.node for name in node.output}
+
+    def rewire(self) -> None:
+        """Rename weights in the inputs of nodes; remove weights and their transpositions."""
+        for node in self._graph.node:
+            for index, name in enumerate(node.input):
+                if weight := self._resolve(name):
+                    node.input[index] = self._classify(node, index, weight)
+
+        read = {name for node in self._graph.node for name in node.input}
+        read |= {value.name for value in self._graph.output}
+        transposes = [node for node in self._graph.node if node.op_type == _TRANSPOSE]
+        unread = [node for node in transposes if not read & set(node.output)]
+        for node in unread:
+            self._graph.node.remove(node)
+
+        removed = {name for node in unread for name in node.output} | set(self._sources)
+        for values in (self._graph.initializer, self._graph.value_info):
+            for value in [value for value in values if value.name in removed]:
+                values.remove(value)
+
+    def _resolve(self, name: str) -> _Weight | None:
+        """Return the weight of which a value is a transposition, or None if it is of no weight."""
+        if name in self._sources:
+            return self._sources[name]
+
+        node = self._producers.get(name)
+        if node is None or node.op_type != _TRANSPOSE:
+            return None
+
+        weight = self._resolve(node.input[0])
+        if weight is None:
+            return None
+
+        order = [1, 0]
+        for attribute in node.attribute:
+            if attribute.name == "perm":
+                order = list(attribute.ints)
+        if order not in ([1, 0], [0, 1]):
+            raise EngineError("graph-differs", f"the graph transposes {weight.source!r} by {order}")
+
+        return _Weight(weight.source, weight.transposed != (order == [1, 0]))
+
+    def _classify(self, node: onnx.NodeProto, index: int, weight: _Weight) -> str:
+        """Return the new name of an input that is a weight, and record the kind of the weight."""
+        if node.op_type == _TRANSPOSE:
+            return str(node.input[index])
+
+        # MatMul multiplies by inputs first, so it reads linears transposed; Gather reads rows.
+        match node.op_type, index, weight.transposed:
+            case "MatMul", 1, True:
+                self.linears.add(weight.source)
+            case "Gather", 0, False:
+                self.embeddings.add(weight.source)
+            case _, _, False if weight.source.endswith((".bias", "norm.weight")):
+                self.vectors.add(weight.source)
+            case _:
+                raise EngineError(
+                    "graph-differs",
+                    f"the graph uses {weight.source!r} as input {index} of {node.op_type}, "
+                    "which is not supported",
+                )
+
+        return weight.source

@@ -1,0 +1,242 @@
+"""Quantize the weights of a graph into arrays, and connect the nodes that read them.
+
+A linear in f16 is cast to float32 by a node that onnxruntime folds when it loads the model. Scales
+are stored in float32: onnxruntime 1.32 ignores scales behind a Cast that it does not fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from racdeploy import quant as quants
+from racdeploy.exporting.onnx.graph import WeightlessGraph
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
+from racdeploy.packing.onnx.tensors import GraphTensor, rows_to_arrays
+from racdeploy.quant.matmulnbits import BLOCK_SIZE
+from racdeploy.results.pruning import VECTORS_IN_F32
+from racdeploy.tensors.safetensors import to_float32
+
+_FALLBACK = "f16"
+_WIDE = "matmulnbits_8"
+_SLAB_WEIGHTS = 4_194_304
+# onnxruntime then rounds activations to 8 bits in blocks of 32, which is several times as fast.
+_ACCURACY_LEVEL = 4
+
+Shared = dict[str, onnx.NodeProto]
+"""Nodes that several others read, by output name; each is once in the graph, in front."""
+
+
+@dataclass(frozen=True)
+class OnnxTensorPlan:
+    """A tensor to write."""
+
+    tensor: GraphTensor  # its entry in the file's list of tensors
+    requested_quant: str
+    reason: str  # why it is in another number format, or empty
+
+
+def plan_tensors(
+    checkpoint: Checkpoint, graph: WeightlessGraph, quant: str, keep_8_bits: frozenset[str]
+) -> list[OnnxTensorPlan]:
+    """Plan the tensors in the checkpoint's order; ``keep_8_bits`` get at least 8 bits."""
+    plan = []
+    for name, entry in checkpoint.entries.items():
+        if name in graph.linears | graph.embeddings | graph.vectors:
+            chosen, reason = choose_quant(name, entry.shape, quant, name in keep_8_bits)
+            tensor = GraphTensor(name, entry.shape, chosen, is_embedding=name in graph.embeddings)
+            plan.append(OnnxTensorPlan(tensor, quant, reason))
+    return plan
+
+
+def choose_quant(
+    name: str, shape: tuple[int, ...], quant: str, keeps_8_bits: bool
+) -> tuple[str, str]:
+    """Return the number format of a tensor, and why it is not the requested one, or nothing."""
+    if len(shape) == 1:
+        return "f32", "" if quant == "f32" else VECTORS_IN_F32
+
+    actual = quant
+    reason = ""
+    if keeps_8_bits and quants.is_matmulnbits(quant) and quant != _WIDE:
+        actual = _WIDE
+        reason = "embedding and output keep 8 bits"
+    if unfit := quants.explain_misfit(quants.load(actual), shape[1]):
+        return _FALLBACK, "; ".join(filter(None, [reason, unfit]))
+
+    return actual, reason
+
+
+def quantize_tensor(
+    checkpoint: Checkpoint, tensor: GraphTensor, advance: Callable[[int], None]
+) -> tuple[Arrays, int]:
+    """Return the arrays of a tensor by their names in the file, and its number of zeros.
+
+    Args:
+        advance: called with the number of weights done since the last call.
+
+    Raises:
+        ModelError: a weight is not finite, or too large for the number format.
+    """
+    quant = quants.load(tensor.quant)
+    raw_OI = checkpoint.read_raw(tensor.name)
+    if raw_OI.ndim == 1:
+        raw_OI = raw_OI.reshape(1, -1)
+    O, I = raw_OI.shape
+
+    # Slabs of rows bound the memory of float32 copies.
+    parts = []
+    zeros = 0
+    rows = max(1, _SLAB_WEIGHTS // I)
+    for start in range(0, O, rows):
+        weight_OI = to_float32(raw_OI[start : start + rows])
+        packed_OP = quant.quantize(weight_OI)
+        stored_OI = quant.dequantize(packed_OP, I)
+        quants.check_finite(tensor.name, tensor.quant, weight_OI, stored_OI, wider="f32")
+
+        zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
+        parts.append(packed_OP)
+        advance(weight_OI.size)
+
+    packed_OP = parts[0]
+    if len(parts) > 1:
+        packed_OP = np.concatenate(parts)
+    return rows_to_arrays(tensor, packed_OP), zeros
+
+
+def connect_weights(graph: WeightlessGraph, tensors: list[GraphTensor]) -> onnx.ModelProto:
+    """Return the graph with nodes that read the arrays which :func:`quantize_tensor` returns."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+
+    shared: Shared = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in graph.linears:
+            nodes.append(_make_product(node, by_name[node.input[1]], shared))
+        elif node.op_type == "Gather" and node.input[0] in graph.embeddings:
+            nodes += _make_lookup(node, by_name[node.input[0]], shared)
+        else:
+            nodes.append(node)
+
+    del model.graph.node[:]
+    model.graph.node.extend([*shared.values(), *nodes])
+    if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def _make_product(node: onnx.NodeProto, tensor: GraphTensor, shared: Shared) -> onnx.NodeProto:
+    if tensor.is_matmulnbits:
+        return _make_block_product(node, tensor, shared)
+
+    weight = tensor.name
+    if tensor.quant != "f32":
+        wide = f"{tensor.name}.f32"
+        weight = _share(shared, "Cast", [weight], wide, to=onnx.TensorProto.FLOAT)
+
+    if tensor.is_embedding:
+        weight = _share(shared, "Transpose", [weight], f"{tensor.name}.turned", perm=[1, 0])
+    return helper.make_node("MatMul", [node.input[0], weight], list(node.output), node.name)
+
+
+def _make_block_product(
+    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
+) -> onnx.NodeProto:
+    O, I = tensor.shape
+    quant = quants.load_matmulnbits(tensor.quant)
+
+    codes = tensor.name
+    if tensor.is_embedding:  # tied: the lookup reads codes of two axes, the product of three
+        shape = helper.make_tensor(
+            "shape", onnx.TensorProto.INT64, [3], [O, I // BLOCK_SIZE, BLOCK_SIZE]
+        )
+        axes = _share(shared, "Constant", [], f"{tensor.name}.axes", value=shape)
+        codes = _share(shared, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
+
+    inputs = [node.input[0], codes, f"{tensor.name}.scales"]
+    if quant.ZERO_POINTS:
+        inputs.append(f"{tensor.name}.zero_points")
+
+    return helper.make_node(
+        "MatMulNBits",
+        inputs,
+        list(node.output),
+        node.name,
+        domain="com.microsoft",
+        K=I,
+        N=O,
+        bits=quant.CODE_BITS,
+        block_size=BLOCK_SIZE,
+        accuracy_level=_ACCURACY_LEVEL,
+    )
+
+
+def _make_lookup(
+    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
+) -> Iterator[onnx.NodeProto]:
+    outputs = list(node.output)
+    inputs = [tensor.name, node.input[1]]
+
+    if tensor.is_matmulnbits:
+        yield from _make_block_lookup(node, tensor, shared)
+    elif tensor.quant == "f32":
+        yield helper.make_node("Gather", inputs, outputs, node.name, axis=0)
+    else:
+        # Cast the rows that were looked up: the table stays f16 in memory.
+        narrow = f"{tensor.name}.rows"
+        yield helper.make_node("Gather", inputs, [narrow], node.name, axis=0)
+        widened = NODE_PREFIX + narrow
+        yield helper.make_node("Cast", [narrow], outputs, widened, to=onnx.TensorProto.FLOAT)
+
+
+def _make_block_lookup(
+    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
+) -> Iterator[onnx.NodeProto]:
+    """Yield nodes that look up rows of 8-bit codes and scale them.
+
+    GatherBlockQuantized does the same in one node, but is missing in browsers.
+    """
+    assert tensor.quant == _WIDE, "an embedding keeps at least 8 bits"
+    block_shape = _share_integers(shared, [0, 0, -1, BLOCK_SIZE])
+    zero_code = _share(shared, "Constant", [], f"{NODE_PREFIX}zero_code", value_float=128.0)
+    last_axis = _share_integers(shared, [-1])
+    row_shape = _share_integers(shared, [0, 0, tensor.shape[1]])
+    indices = node.input[1]
+
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Gather", [tensor.name, indices], "codes", {"axis": 0}),
+        ("Cast", ["codes"], "wide", {"to": onnx.TensorProto.FLOAT}),
+        ("Reshape", ["wide", block_shape], "coded", {}),
+        ("Sub", ["coded", zero_code], "whole", {}),
+        ("Gather", [f"{tensor.name}.scales", indices], "scale", {"axis": 0}),
+        ("Unsqueeze", ["scale", last_axis], "scales", {}),
+        ("Mul", ["whole", "scales"], "blocks", {}),
+        ("Reshape", ["blocks", row_shape], "rows", {}),
+    ]
+
+    names = {output: f"{NODE_PREFIX}{tensor.name}.{output}" for _, _, output, _ in steps}
+    names["rows"] = node.output[0]
+
+    for op, inputs, output, attributes in steps:
+        read = [names.get(name, name) for name in inputs]
+        written = names[output]
+        yield helper.make_node(op, read, [written], NODE_PREFIX + written, **attributes)
+
+
+def _share_integers(shared: Shared, values: list[int]) -> str:
+    name = f"{NODE_PREFIX}integers.{'_'.join(map(str, values))}"
+    return _share(shared, "Constant", [], name, value_ints=values)
+
+
+def _share(shared: Shared, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    if output not in shared:
+        shared[output] = helper.make_node(op, inputs, [output], NODE_PREFIX + output, **attributes)
+    return output

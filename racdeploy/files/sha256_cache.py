@@ -1,0 +1,88 @@
+"""SHA-256 checks of whole files, remembered until the file changes.
+
+A file counts as unchanged while its path, size, times, inode and a sample of its bytes are equal. A
+program cannot set back the time of the last change (ctime). Records are in the user's cache, and
+count only where no other user may write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from racdeploy.errors import RacdeployError
+from racdeploy.files.caches import cache_folder
+from racdeploy.files.ownership import explain_not_private, make_private, open_private
+from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
+
+FileState = list[str | int]
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+_SETTLED_S = 1.0  # a file may change twice within the resolution of its times
+_TRIES = 3
+
+
+def file_state(file: Path) -> FileState:
+    """Return the state of a file, which differs after a change; OSError without a file."""
+    with file.open("rb", buffering=0) as stream:
+        stat = os.fstat(stream.fileno())
+        sample = hashlib.sha256()
+
+        last = max(0, stat.st_size - _SAMPLE_BYTES)
+        for index in range(_SAMPLES):
+            stream.seek(last * index // (_SAMPLES - 1))
+            sample.update(stream.read(_SAMPLE_BYTES))
+
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    return [str(file.resolve()), stat.st_size, *times, stat.st_ino, sample.hexdigest()[:32]]
+
+
+def has_sha256(file: Path, sha256: str) -> bool:
+    """Return whether a file has this SHA-256; an unchanged file is not read again."""
+    digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
+    record = cache_folder("checked") / f"{digest[:32]}.json"
+
+    for _ in range(_TRIES):
+        state = file_state(file)
+        if _read(record) == [sha256, state]:
+            return True
+        if file_sha256(file) != sha256:
+            return False
+        if state == file_state(file):  # else it was changed while it was read
+            _remember(record, sha256, state)
+            return True
+
+    return False
+
+
+def _read(record: Path) -> object:
+    try:
+        with open(open_private(record), "rb") as stream:
+            key, state, digest = json.load(stream)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+    ):  # missing, damaged, or writable for others
+        return None
+    return [key, state] if digest == canonical_hash([key, state]) else None
+
+
+def _remember(record: Path, sha256: str, state: FileState) -> None:
+    _, _, modified_ns, changed_ns, *_ = state
+    is_settled = time.time() - max(int(modified_ns), int(changed_ns)) / 1e9 > _SETTLED_S
+    if not is_settled:
+        return
+
+    # Without a cache that can be written, the file is hashed again next time.
+    with contextlib.suppress(OSError, RacdeployError):
+        make_private(record.parent)
+        if not explain_not_private(record.parent):
+            text = json.dumps([sha256, state, canonical_hash([sha256, state])])
+            write_atomic(record, text, mode=0o600)

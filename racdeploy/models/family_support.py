@@ -1,0 +1,84 @@
+"""Support for each model family, derived from the family files.
+
+The kernels for llama.cpp support every linear that is a tensor of its own in the file; experts of a
+block are one tensor there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from racdeploy import plugins
+from racdeploy.models.families import Family
+from racdeploy.models.widths import list_axes
+
+_ATTENTION = "full_attention"
+
+
+def describe_families() -> list[dict[str, Any]]:
+    """Return a row for each family, in order of name, as plain values.
+
+    A family with dense and mixture-of-experts models has a second row for the latter.
+    """
+    rows = []
+    for name in plugins.list_names("families"):
+        module = plugins.load("families", name)
+        models = (inspect.getdoc(module) or "").partition(":")[0]
+        rows.append(_describe(name, models, module.FAMILY))
+        if mixture := module.FAMILY.moe_variant:
+            rows.append(_describe(name, f"{models}, with experts", mixture))
+    return rows
+
+
+def _describe(name: str, models: str, family: Family) -> dict[str, Any]:
+    return {
+        "family": name,
+        "models": models,
+        "experts": bool(family.expert_linears),
+        "architecture": family.architecture,
+        "transformers": family.min_transformers,
+        "gguf": family.gguf_arch,
+        "blocks": _list_kinds(family),
+        "prunes": list(family.linears),
+        "stays_dense": sorted(family.never_pruned),
+        "kernels": [linear for linear in family.linears if linear not in family.expert_linears],
+        "cuts": _list_cuts(family),
+        "onnx": _list_exporters(name),
+    }
+
+
+def _list_kinds(family: Family) -> list[str]:
+    if family.window_period:
+        return [_ATTENTION, "sliding_attention"]
+    return list(family.kind_prefixes) or [_ATTENTION]
+
+
+def _list_exporters(family: str) -> list[str]:
+    exporters = plugins.list_names("onnx_exporters")
+    return [
+        name for name in exporters if family in plugins.load("onnx_exporters", name).TESTED_FAMILIES
+    ]
+
+
+def _feeds_forward_everywhere(family: Family) -> bool:
+    """Return True if blocks of every kind have a linear from feed-forward channels to hidden."""
+    ends = [
+        linear for linear in family.linears if list_axes(family, f"{linear}.weight") == ("D", "F")
+    ]
+    block_prefixes = tuple(prefix for kind in family.kind_prefixes.values() for prefix in kind)
+    return any(not linear.startswith(block_prefixes) for linear in ends)
+
+
+def _list_cuts(family: Family) -> list[str]:
+    """Return the parts that can be cut so that llama.cpp still runs the model."""
+    if family.no_cut_reason:
+        return []
+
+    cuts = ["experts"] if family.expert_linears else []
+    cuts += ["ffn"] if _feeds_forward_everywhere(family) else []
+    if not family.kind_prefixes and (family.per_block_arch or not family.needs_square_queries):
+        cuts += ["heads", "kv_groups"]
+    if not family.window_period and not family.no_rope_period:
+        cuts.append("blocks")
+    return [*cuts, "vocabulary"]

@@ -1,0 +1,262 @@
+"""Fused experts: tensors of all experts of a block, read expert by expert and fused again.
+
+The rest of the package knows each matrix of an expert by its own name. Only files on disk hold
+fused tensors, which are written in the layout of the model's publisher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from racdeploy.errors import ModelError
+from racdeploy.tensors.mxfp4 import BLOCK, Mxfp4Entry
+from racdeploy.tensors.safetensors import (
+    BYTE_DTYPE,
+    DTYPES,
+    TensorEntry,
+    WritableTensor,
+    to_float32,
+)
+
+_CODES, _EXPONENTS = "_blocks", "_scales"  # ends of the names of what is stored as MXFP4
+_WIDE = "F32"
+_DAMAGED = "the weights and the config belong to different models"
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """A tensor of all experts of a block, experts first.
+
+    Args:
+        parts: names of an expert's matrices, concatenated along the outputs, with ``*`` for the
+            expert's number.
+        interleaved: True if the outputs of the parts are interleaved instead.
+        inputs_first: True if the rows of a matrix are its inputs; never for MXFP4.
+    """
+
+    parts: tuple[str, ...]
+    interleaved: bool = False
+    inputs_first: bool = False
+
+    def name(self, part: str, expert: int) -> str:
+        """Return the name of an expert's part inside its block."""
+        return part.replace("*", str(expert))
+
+
+def unfuse(
+    entries: Mapping[str, TensorEntry], blocks: str, fused: Mapping[str, FusedExperts], experts: int
+) -> dict[str, TensorEntry]:
+    """Return the tensors of a model, with every expert under its own names.
+
+    Args:
+        entries: tensors by name, of a whole model.
+        blocks: prefix of the names of blocks.
+        fused: name inside a block → layout of the tensor.
+        experts: number of experts that each tensor must have.
+
+    Raises:
+        ModelError: a tensor has another shape than its layout needs, or is stored twice.
+    """
+    if not fused:
+        return dict(entries)
+
+    # MXFP4 comes as two tensors, codes and exponents; the pair is read with the codes.
+    separate: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        block, inside = _split(name, blocks)
+        base = inside.removesuffix(_CODES)
+
+        if inside in fused:
+            parts = _take(name, entry, fused[inside], experts)
+        elif base in fused and base != inside:
+            parts = _unpack(name, entry, entries, fused[base], experts)
+        elif name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _CODES in entries:
+            continue
+        else:
+            parts = {inside: entry}
+
+        for part, each in parts.items():
+            if f"{block}{part}" in separate:
+                raise ModelError(
+                    "tensor-stored-twice", f"{name}: {block}{part} is stored twice", remedy=_DAMAGED
+                )
+            separate[f"{block}{part}"] = each
+
+    return separate
+
+
+def _split(name: str, blocks: str) -> tuple[str, str]:
+    """Return a tensor's name up to and including its block, and the name inside it."""
+    number, dot, inside = name.removeprefix(f"{blocks}.").partition(".")
+    if not name.startswith(f"{blocks}.") or not number.isdecimal() or not dot:
+        return "", name
+    return f"{blocks}.{number}.", inside
+
+
+def _take(
+    name: str, entry: TensorEntry, fused: FusedExperts, experts: int
+) -> dict[str, TensorEntry]:
+    """Return the parts of a tensor of (experts, outputs), which may have an axis of inputs too."""
+    # The axis of the outputs: a bias has no inputs, and a matrix may have them first.
+    shape = entry.shape
+    outputs = 1
+    if fused.inputs_first and len(shape) == 3:
+        outputs = 2
+    is_whole = len(shape) in (2, 3) and shape[0] == experts and 0 not in shape
+    if not is_whole or shape[outputs] % len(fused.parts):
+        raise ModelError(
+            "damaged-experts",
+            f"{name} has the shape {list(shape)}, which is not that of {experts} experts",
+            remedy=_DAMAGED,
+        )
+
+    parts = {}
+    for index, part in enumerate(fused.parts):
+        for expert in range(experts):
+            expert_entry = _find(entry, fused, expert, index, outputs)
+            parts[fused.name(part, expert)] = expert_entry
+    return parts
+
+
+def _find(
+    entry: TensorEntry, fused: FusedExperts, expert: int, index: int, outputs: int
+) -> TensorEntry:
+    """Return the view of one part of one expert, outputs first; ``outputs`` is their axis."""
+    itemsize = np.dtype(DTYPES[entry.dtype]).itemsize
+    strides = [itemsize]
+    for length in reversed(entry.shape[1:]):
+        strides.insert(0, strides[0] * length)
+    shape = list(entry.shape)
+
+    # Interleaved parts start one output apart and skip the others; blocks of parts lie in a row.
+    count = len(fused.parts)
+    step = strides[outputs]
+    shape[outputs] //= count
+    if fused.interleaved:
+        ahead = index * step
+        strides[outputs] *= count
+    else:
+        ahead = index * step * shape[outputs]
+
+    # The view ends after its last element, which its strides reach.
+    start = entry.start + expert * strides[0] + ahead
+    reach = 0
+    for length, stride in zip(shape[1:], strides[1:], strict=True):
+        reach += (length - 1) * stride
+    stop = start
+    if 0 not in shape:
+        stop = start + reach + itemsize
+
+    axes = [outputs, *(axis for axis in range(1, len(shape)) if axis != outputs)]
+    part_shape = tuple(shape[axis] for axis in axes)
+    part_strides = tuple(strides[axis] for axis in axes)
+    return TensorEntry(
+        file=entry.file,
+        start=start,
+        stop=stop,
+        dtype=entry.dtype,
+        shape=part_shape,
+        strides=part_strides,
+    )
+
+
+def _unpack(
+    name: str,
+    codes: TensorEntry,
+    entries: Mapping[str, TensorEntry],
+    fused: FusedExperts,
+    experts: int,
+) -> dict[str, TensorEntry]:
+    """Return the MXFP4 matrices of a tensor of codes and its tensor of exponents."""
+    other = name.removesuffix(_CODES) + _EXPONENTS
+    exponents = entries.get(other)
+    if exponents is None:
+        raise ModelError(
+            "damaged-experts",
+            f"{name} has no {other} beside it",
+            remedy="copy or download the model again",
+        )
+
+    # (experts, outputs, blocks, bytes of a block); the exponents have one byte a block.
+    shape = codes.shape
+    are_bytes = codes.dtype == exponents.dtype == BYTE_DTYPE
+    is_whole = len(shape) == 4 and shape[-1] == BLOCK // 2 and shape[1] % len(fused.parts) == 0
+    is_whole = is_whole and shape[0] == experts and 0 not in shape
+    if not (are_bytes and is_whole and shape[:-1] == exponents.shape):
+        raise ModelError(
+            "damaged-experts",
+            f"{name} and {other} have the shapes {list(shape)} and {list(exponents.shape)}, which"
+            f" are no MXFP4 of {experts} experts",
+            remedy="copy or download the model again",
+        )
+
+    parts: dict[str, TensorEntry] = {}
+    for index, part in enumerate(fused.parts):
+        for expert in range(experts):
+            expert_entries = [_find(each, fused, expert, index, 1) for each in (codes, exponents)]
+            parts[fused.name(part, expert)] = Mxfp4Entry.from_parts(*expert_entries)
+    return parts
+
+
+@dataclass(frozen=True)
+class FusedSource:
+    """The source of a fused tensor, made of the matrices or biases of each expert."""
+
+    fused: FusedExperts
+    experts: tuple[tuple[TensorEntry, ...], ...]  # the parts of each, as ``fused`` has them
+
+    @property
+    def dtype(self) -> str:
+        """The dtype tag: that of all parts, or float32 if they differ, as after choosing codes."""
+        tags = {part.dtype for parts in self.experts for part in parts}
+        return tags.pop() if len(tags) == 1 else _WIDE
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of its axes."""
+        outputs, *inputs = self.experts[0][0].shape
+        expert_shape = [outputs * len(self.fused.parts), *inputs]
+        return (
+            len(self.experts),
+            *(reversed(expert_shape) if self.fused.inputs_first else expert_shape),
+        )
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        """Yield its bytes, an expert at a time."""
+        dtype = self.dtype
+        for parts in self.experts:
+            values = [part.read() for part in parts]
+            if any(part.dtype != dtype for part in parts):
+                values = [to_float32(value) for value in values]
+            joined = np.concatenate(values)
+            if self.fused.interleaved:
+                joined = np.stack(values, 1).reshape(joined.shape)
+            yield (joined.T if self.fused.inputs_first else joined).tobytes()
+
+
+def fuse(
+    entries: Mapping[str, TensorEntry], blocks: str, fused: Mapping[str, FusedExperts]
+) -> dict[str, WritableTensor]:
+    """Return tensors as they are stored on disk, in order of name; undoes :func:`unfuse`."""
+    tensors: dict[str, WritableTensor] = dict(entries)
+    prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
+    for block in filter(None, prefixes):
+        for stored, each in fused.items():
+            experts = list(_collect(tensors, block, each))
+            if experts:
+                tensors[f"{block}{stored}"] = FusedSource(each, tuple(experts))
+    return dict(sorted(tensors.items()))
+
+
+def _collect(
+    tensors: dict[str, WritableTensor], block: str, fused: FusedExperts
+) -> Iterator[tuple[TensorEntry, ...]]:
+    """Remove the parts of each expert of a block from ``tensors``; yield them by expert number."""
+    expert = 0
+    while f"{block}{fused.name(fused.parts[0], expert)}" in tensors:
+        parts = [tensors.pop(f"{block}{fused.name(part, expert)}") for part in fused.parts]
+        yield tuple(part for part in parts if isinstance(part, TensorEntry))
+        expert += 1

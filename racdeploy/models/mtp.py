@@ -1,0 +1,65 @@
+"""The multi-token-prediction (MTP) head: a projection and blocks beside the model.
+
+llama.cpp drafts with it. The head stays dense, and is exported only if llama.cpp supports it: if it
+is complete, and as wide as the blocks of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from racdeploy.models import widths
+from racdeploy.models.shape import ModelShape
+from racdeploy.tensors.safetensors import TensorEntry
+
+PREFIX = "mtp."
+PREFIXES = ("model.mtp.", PREFIX)
+_BLOCK = re.compile(rf"{re.escape(PREFIX)}layers\.(\d{{1,6}})\.(.+)")
+
+
+def select_tensors(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors of the head, by names that begin with :data:`PREFIX`."""
+    head = {name: entry for name, entry in stored.items() if name.startswith(PREFIXES)}
+    return {name.removeprefix("model."): entry for name, entry in head.items()}
+
+
+def split_block(name: str) -> tuple[int | None, str]:
+    """Return the block number of a head's tensor, or None, and the name inside the block."""
+    match = _BLOCK.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (None, name.removeprefix(PREFIX))
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Return the number of blocks of a head, given the names of its tensors."""
+    return len({split_block(name)[0] for name in names} - {None})
+
+
+def is_supported(shape: ModelShape, head: Mapping[str, TensorEntry]) -> bool:
+    """Return True if llama.cpp supports a head: complete, and like the last attention block."""
+    attending = [block for block, attends in enumerate(shape.attends) if attends]
+    if not (head and shape.family.mtp_tensors and attending):
+        return False
+
+    shapes = {name: tuple(entry.shape) for name, entry in head.items()}
+    return shapes == _expect_shapes(shape, attending[-1], count_blocks(head))
+
+
+def _expect_shapes(shape: ModelShape, like: int, blocks: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a head's tensors if its blocks are like block ``like`` of the model."""
+    family = shape.family
+    sizes = shape.sizes[like]
+    shapes = {}
+
+    for name, stored in family.mtp_tensors.items():
+        letters = family.shapes.get(stored.removesuffix(".weight"), ("D",))
+        shapes[PREFIX + name] = widths.axis_lengths(letters, sizes)
+
+    for block in range(blocks):
+        for inside in family.block_tensors:
+            if family.has_tensor(shape.kinds[like], inside) and not inside.endswith(".bias"):
+                shapes[f"{PREFIX}layers.{block}.{inside}"] = widths.tensor_shape(
+                    family, inside, sizes
+                )
+
+    return shapes

@@ -1,0 +1,86 @@
+"""Checks that a checkpoint has all tensors of its architecture, and no others."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
+
+from racdeploy.errors import ModelError
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import find_expert, generalize_expert
+
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""End of the names of buffers in old checkpoints that transformers computes itself."""
+_SHOWN = 8
+
+
+def check_known_tensors(checkpoint: Checkpoint) -> None:
+    """Refuse tensors that the architecture does not have, such as those of surplus experts."""
+    family = checkpoint.family
+    unknown = []
+
+    for name in checkpoint.entries:
+        index, inside = family.split_block(name)
+        kind = generalize_expert(inside)
+        tensors = family.model_tensors if index is None else family.block_tensors
+
+        is_known = kind in tensors and (index or 0) < checkpoint.shape.block_count
+        if kind != inside:
+            is_known = is_known and (find_expert(inside) or 0) < checkpoint.shape.num_experts
+        if not is_known and not name.endswith(IGNORED_SUFFIX):
+            unknown.append(name)
+
+    if unknown:
+        raise _refuse_unknown(checkpoint, unknown)
+
+
+def list_used_tensors(checkpoint: Checkpoint) -> frozenset[str]:
+    """Return the tensors that the model computes with: no old buffers, no copy of the embedding."""
+    unused = {"lm_head.weight"} if checkpoint.tied else set()
+    return (
+        frozenset(name for name in checkpoint.entries if not name.endswith(IGNORED_SUFFIX)) - unused
+    )
+
+
+def check_tensors(
+    checkpoint: Checkpoint, expected: Set[str], optional: Set[str] = frozenset()
+) -> None:
+    """Refuse a checkpoint with other tensors than expected; optional ones may be missing."""
+    used = list_used_tensors(checkpoint)
+    if unknown := used - expected:
+        raise _refuse_unknown(checkpoint, sorted(unknown))
+
+    needed = expected - optional - ({"lm_head.weight"} if checkpoint.tied else set())
+    if missing := needed - used:
+        raise ModelError(
+            "missing-tensors",
+            f"{checkpoint.folder} lacks {len(missing)} tensors: {shorten_names(sorted(missing))}",
+            remedy="the checkpoint is incomplete; save or download it again",
+        )
+
+
+def _refuse_unknown(checkpoint: Checkpoint, unknown: Sequence[str]) -> ModelError:
+    return ModelError(
+        "unknown-tensors",
+        f"{checkpoint.folder} holds {len(unknown)} tensors that"
+        f" {checkpoint.family.architecture} does not have: {shorten_names(unknown)}",
+        remedy="merge adapters into the model first, and save it without what the architecture"
+        " does not use; fused or quantized tensors are not supported",
+    )
+
+
+def shorten_names(names: Iterable[str]) -> str:
+    """Return a few names for a message; names that differ only in numbers become one with ``*``."""
+    groups = defaultdict[str, list[str]](list)
+    for name in names:
+        groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)].append(name)
+
+    shown = []
+    for kind, (first, *others) in groups.items():
+        shown.append(f"{kind} ({1 + len(others)})" if others else first)
+
+    if len(shown) > _SHOWN:
+        shown[_SHOWN:] = [f"and {len(shown) - _SHOWN} more"]
+
+    return ", ".join(shown)

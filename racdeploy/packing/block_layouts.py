@@ -1,0 +1,124 @@
+"""Split blocks of ggml's number formats into heads (scales) and one code a weight, and join them.
+
+Codes are XORed with the code of zero and keep the order of the file. Splitting and joining are
+exact for any bytes. Source: ggml-common.h, ``block_q4_0`` and following.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from racdeploy.tensors.ggml_types import GGML_TYPES
+
+Bytes = NDArray[np.uint8]
+CHUNK_WEIGHTS = 262144
+"""Maximum weights of a chunk."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Layout of the blocks of one number format."""
+
+    name: str
+    block_weights: int
+    block_bytes: int
+    head_bytes: int  # in front of a block: its scales, which belong to no single weight
+    plane_bits: tuple[int, ...]  # bits of a code in each plane, low ones first
+    code_dtype: str  # unsigned numpy type of a code; codes of 4 bits are two a byte, low bits first
+    xor_byte: int = 0  # every byte behind the head is XORed with it: the code of zero becomes 0
+
+    @property
+    def chunk_bytes(self) -> int:
+        return CHUNK_WEIGHTS // self.block_weights * self.block_bytes
+
+    def count_weights(self, plain_bytes: int) -> int:
+        return plain_bytes // self.block_bytes * self.block_weights
+
+    @property
+    def uses_words(self) -> bool:
+        """True if four codes are stored as a word (``buckets.py``), without a mask."""
+        return self.plane_bits == (4,)
+
+    @property
+    def has_fifth_bits(self) -> bool:
+        """True if a block has the fifth bits of its codes in front of the nibbles."""
+        return self.plane_bits == (4, 1)
+
+    @cached_property
+    def block_dtype(self) -> np.dtype[Any]:
+        """Type of a block in numpy: the bytes of its head, and the rest as one item.
+
+        numpy copies one large item faster than many bytes.
+        """
+        heads = [(f"head_{number}", np.dtype("u1")) for number in range(self.head_bytes)]
+        return np.dtype([*heads, ("body", f"V{self.block_bytes - self.head_bytes}")])
+
+    @property
+    def plane_count(self) -> int:
+        """Number of planes of a chunk: one for each byte of a head, and those of a code."""
+        return self.head_bytes + len(self.plane_bits)
+
+    def split(self, body_GP: Bytes) -> NDArray[Any]:
+        """Return the codes of blocks, given the bytes behind their heads."""
+        if self.has_fifth_bits:
+            return _split_q5_0(body_GP)
+        return self._flip(np.ascontiguousarray(body_GP).reshape(-1)).view(self.code_dtype)
+
+    def join(self, codes: NDArray[Any]) -> Bytes:
+        """Return the bytes behind the heads of blocks, given their codes."""
+        if self.has_fifth_bits:
+            return _join_q5_0(codes)
+        return self._flip(codes.view(np.uint8))
+
+    def _flip(self, body: Bytes) -> Bytes:
+        return body ^ np.uint8(self.xor_byte) if self.xor_byte else body
+
+
+def _split_q5_0(body_GP: Bytes) -> Bytes:
+    """Return the codes of q5_0 blocks, in which a byte of nibbles pairs weights n and n + 16."""
+    # The fifth bits of all weights are in front, four bytes a block; bring them to the nibbles.
+    high_GS = np.unpackbits(body_GP[:, :4], axis=1, bitorder="little") << 4
+    high_GS ^= np.uint8(16)  # a code of 16 is zero
+
+    nibbles_GP = body_GP[:, 4:]
+    code_GS = np.empty_like(high_GS)
+
+    code_GS[:, ::2] = nibbles_GP & 15 | high_GS[:, :16]
+    code_GS[:, 1::2] = nibbles_GP >> 4 | high_GS[:, 16:]
+    return code_GS.reshape(-1)
+
+
+def _join_q5_0(codes: Bytes) -> Bytes:
+    """Return the fifth bits and nibbles of q5_0 blocks, as :func:`_split_q5_0` takes them."""
+    pair_GS = codes.view("<u2").reshape(-1, 16) ^ np.uint16(0x1010)  # of weights 0 and 16
+    body_GP = np.empty((len(pair_GS), 20), dtype=np.uint8)
+
+    high_GXS = np.stack([pair_GS & 0x0010, pair_GS & 0x1000], axis=1) != 0
+    body_GP[:, :4] = np.packbits(high_GXS, bitorder="little").reshape(-1, 4)
+    body_GP[:, 4:] = pair_GS & 0x000F | pair_GS >> 4 & 0x00F0
+    return body_GP.reshape(-1)
+
+
+def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) -> BlockLayout:
+    """Return the layout of a ggml type whose blocks begin with their scales."""
+    _, weights, size_bytes = GGML_TYPES[name]
+    head_bytes = size_bytes - weights * sum(widths) // 8
+    return BlockLayout(name, weights, size_bytes, head_bytes, widths, kind, xor_byte)
+
+
+_KNOWN = (
+    _describe("f32", (8, 8, 8, 8), "<u4"),
+    _describe("f16", (8, 8), "<u2"),
+    _describe("q4_0", (4,), "u1", xor_byte=0x88),  # a nibble of 8 is zero
+    _describe("q5_0", (4, 1), "u1"),
+    _describe("q8_0", (8,), "u1"),
+    _describe("bf16", (8, 8), "<u2"),
+    _describe("mxfp4", (4,), "u1"),
+)
+BLOCK_LAYOUTS = {GGML_TYPES[layout.name].type_id: layout for layout in _KNOWN}
+"""Layouts by ggml's type id."""

@@ -1,0 +1,49 @@
+"""The workspace of stages: work folder, threads, progress and processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__
+from racdeploy.engines.engine import Progress
+from racdeploy.extras import installed_version
+from racdeploy.files.code_hashes import base_version, code_hash
+from racdeploy.files.stages import Stage
+from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
+
+COMPUTE_LIBRARIES = ("torch", "transformers")
+"""Libraries that compute traces and sparse weights: another version may round differently."""
+notify = logging.getLogger("racdeploy").info
+"""Log a notice for the user; the command line prints it."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The work folder, threads and processes that stages run with; 0 threads are all cores."""
+
+    work: Path
+    threads: int = 0
+    progress: Progress | None = None
+    processes: ProcessGroup = SINGLE_PROCESS
+
+    def report(self, label: str, done: int, total: int) -> None:
+        """Report the progress of a stage, if a callback was given."""
+        if self.progress:
+            self.progress(label, done, total)
+
+    def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
+        """Return the stage of some inputs; log the state that an interrupted run left."""
+        stage = Stage.open(self.work, name, inputs)
+        if stage.notice:
+            notify(stage.notice)
+        return stage
+
+
+def identify_code(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return version, code hash and libraries: inputs of a stage, besides its data."""
+    versions = {name: installed_version(name) for name in libraries}
+    return {"version": base_version(__version__), "code": code_hash(module)} | versions

@@ -1,1 +1,0 @@
-"""Walks over the blocks, and what goes through them."""

@@ -1,1 +1,0 @@
-"""The weights of a linear: which become zeros, and which values and codes are left."""

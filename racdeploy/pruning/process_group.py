@@ -1,0 +1,356 @@
+"""Process group of a job that torchrun started: division of work, sums and broadcasts.
+
+The first process runs the command and has the files; the others take part in each of its jobs.
+Whole batches are distributed and their products summed in float64: on equal processors with equal
+threads, the result is that of a single process, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from racdeploy import plugins
+from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+R = TypeVar("R")
+_NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START_TIMEOUT = timedelta(minutes=10)
+_CONNECTION_ERROR = re.compile("gloo|nccl", re.IGNORECASE)
+_TIMEOUT = timedelta(days=7)  # the first exports and verifies meanwhile; a loss shows at once
+_REMEDY = (
+    "the first error above is the cause; "
+    "run the same command again, it resumes at the first missing block"
+)
+
+
+class ProcessGroup:
+    """All processes of a job, seen from the one with this ``rank``; a single one sends nothing."""
+
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, group: Any = None, members: Any = None
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._group, self._members = group, members
+        self._mesh: DeviceMesh | None = None
+        self._others_wait = True  # for a job
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that runs the command and has the files."""
+        return self.rank == 0
+
+    def assign_owners(self, costs: Sequence[int]) -> list[int]:
+        """Return a process for each work item: largest first, each to the least loaded one."""
+        loads = [0] * self.world_size
+        owners = [0] * len(costs)
+        largest_first = sorted(range(len(costs)), key=lambda index: -costs[index])
+        for index in largest_first:
+            owner = loads.index(min(loads))
+            owners[index] = owner
+            loads[owner] += costs[index]
+        return owners
+
+    def list_own_indices(self, costs: Sequence[int]) -> list[int]:
+        """Return the indices of the work items of this process."""
+        return [
+            index for index, owner in enumerate(self.assign_owners(costs)) if owner == self.rank
+        ]
+
+    def reduce(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
+        """Add up a tensor in place, in its owners or in all processes; undefined elsewhere."""
+        if self.world_size == 1:
+            return
+
+        receivers = sorted(set(owners)) or list(range(self.world_size))
+        root = receivers[0]
+
+        with _talking(), _on_cpu(tensor) as message:
+            self._group.reduce(message, root, group=self._members)
+            for other in receivers[1:]:
+                if self.rank == root:
+                    self._group.send(message, other, group=self._members)
+                elif self.rank == other:
+                    self._group.recv(message, root, group=self._members)
+
+    def broadcast(self, tensor: torch.Tensor, owner: int = 0) -> torch.Tensor:
+        """Return the tensor of one process; others pass one of the same shape and dtype."""
+        if self.world_size == 1:
+            return tensor
+
+        received = tensor.clone()
+        with _talking(), _on_cpu(received) as message:
+            self._group.broadcast(message, owner, group=self._members)
+
+        return received
+
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes, in rank order, to the first; others get their own."""
+        if self.world_size == 1:
+            return rows
+
+        import torch
+
+        counts = self.all_gather(len(rows))
+        parts = [rows.detach().cpu().contiguous()]
+
+        with _talking():
+            if not self.is_first:
+                self._send(parts[0], 0)
+                return rows
+
+            for other in range(1, self.world_size):
+                part = parts[0].new_empty((counts[other], *rows.shape[1:]))
+                self._receive(part, other)
+                parts.append(part)
+
+        return torch.cat(parts)
+
+    def scatter_rows(self, all_rows: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """Return this process's rows of a tensor of the first one, as many as ``rows`` has.
+
+        ``all_rows``: the tensor, in the first process; None in the others.
+        """
+        import torch
+
+        counts = self.all_gather(len(rows))
+
+        if all_rows is None:
+            own_rows = rows.detach().cpu().clone()
+            with _talking():
+                self._receive(own_rows, 0)
+            return own_rows
+
+        own_rows, *other_parts = torch.split(all_rows, counts)
+        with _talking():
+            for other, part in enumerate(other_parts, 1):
+                self._send(part.contiguous(), other)
+        return own_rows
+
+    def _send(self, rows: torch.Tensor, receiver: int) -> None:
+        if rows.numel():
+            self._group.send(rows, receiver, group=self._members)
+
+    def _receive(self, rows: torch.Tensor, sender: int) -> None:
+        if rows.numel():
+            self._group.recv(rows, sender, group=self._members)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """Return the device mesh of all processes for FSDP: gloo on the CPU, NCCL on GPUs."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if self._mesh is not None:
+            return self._mesh
+
+        members = self._members
+        if device.type == "cuda":
+            with _talking():
+                members = self._make_nccl_group(device)
+
+        self._mesh = DeviceMesh.from_group(members, device.type)
+        return self._mesh
+
+    def _make_nccl_group(self, device: torch.device) -> Any:
+        """Return an NCCL group; refuse one whose processes would share a GPU."""
+        import torch
+
+        count, gpus = count_local_processes(), torch.cuda.device_count()
+        if count > gpus:
+            raise EnvironmentFailure(
+                "processes-share-gpus",
+                f"{count} processes share {gpus} GPUs of this machine",
+                remedy="start one process for each GPU",
+            )
+
+        torch.cuda.set_device(device)
+        return self._group.new_group(backend="nccl", timeout=_TIMEOUT)
+
+    @contextmanager
+    def explain_lost_process(self) -> Iterator[None]:
+        """Turn a broken connection within torch's own communication into a clear error.
+
+        torch also computes there and raises other errors of the same class, which pass through.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not _CONNECTION_ERROR.search(str(error)):
+                raise
+            raise _lost(error) from error
+
+    def broadcast_object(self, value: T, owner: int = 0) -> T:
+        """Return the object of one process, in all of them."""
+        if self.world_size == 1:
+            return value
+
+        box = [value if self.rank == owner else None]
+        with _talking():
+            self._group.broadcast_object_list(box, owner, group=self._members)
+
+        result: T = box[0]  # type: ignore[assignment]
+        return result
+
+    def run_on_first(self, function: Callable[[], T]) -> T:
+        """Call a function in the first process, which has the files; return its result in all."""
+        return self.broadcast_object(function() if self.is_first else None)  # type: ignore[return-value]
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the objects of all processes, in rank order."""
+        if self.world_size == 1:
+            return [value]
+
+        values: list[Any] = [None] * self.world_size
+        with _talking():
+            self._group.all_gather_object(values, value, group=self._members)
+
+        return values
+
+    @contextmanager
+    def announce_job(
+        self, name: str, expected: Mapping[str, str], arguments: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Have the other processes do the same job while the body runs.
+
+        ``expected``: facts that must be equal in all processes, as hashes of model and code.
+        """
+        self._others_wait = False
+        self.broadcast_object((name, expected, arguments))
+        yield
+        self._others_wait = True
+
+    def receive_jobs(
+        self, describe: Callable[[str], Mapping[str, str]]
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield name and data of the first process's jobs until it has no more, in the others.
+
+        Raises:
+            ArtifactError: a fact that ``describe`` returns differs from that of the first process.
+        """
+        while (job := self.broadcast_object(_NO_JOB))[0]:
+            name, expected, arguments = job
+            different = [key for key, value in describe(name).items() if value != expected[key]]
+
+            if different:
+                names = ", ".join(different)
+                raise ArtifactError(
+                    "processes-differ",
+                    f"process {self.rank} is not like the first one; they differ in {names}",
+                    remedy="give every machine the same model folder, "
+                    "and the same racdeploy, torch and transformers",
+                )
+
+            yield name, arguments
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Call ``function`` for one item in each process; at most as many items as processes.
+
+        For the first process, while the others :meth:`serve`.
+        """
+        self.broadcast_object(items)
+        return self.all_gather(function(items[0]))[: len(items)]
+
+    def serve_map(self, function: Callable[[Any], Any]) -> None:
+        """Take part in :meth:`map` until there are no items, in the other processes."""
+        while items := self.broadcast_object(()):
+            idle = self.rank >= len(items)
+            self.all_gather(None if idle else function(items[self.rank]))
+
+    def dismiss(self) -> None:
+        """Tell waiting processes that there are no more jobs; in the first process, at its end."""
+        if self.is_first and self._others_wait:
+            self.broadcast_object(_NO_JOB)
+
+
+SINGLE_PROCESS = ProcessGroup()
+
+
+def count_local_processes() -> int:
+    """Return the number of processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_process_group() -> Iterator[ProcessGroup]:
+    """Yield the processes that torchrun started, or :data:`SINGLE_PROCESS`."""
+    is_set = all(os.environ.get(name) for name in _ENVIRONMENT)
+    if not is_set or os.environ["WORLD_SIZE"] == "1":
+        yield SINGLE_PROCESS
+        return
+
+    plugins.require_package("torch")
+    import torch.distributed as group
+
+    before = signal.signal(signal.SIGTERM, _on_terminate)
+
+    with _talking():
+        group.init_process_group("gloo", timeout=_START_TIMEOUT)
+        members = group.new_group(timeout=_TIMEOUT)
+
+    processes = ProcessGroup(group.get_rank(), group.get_world_size(), group, members)
+
+    try:
+        yield processes
+    except BaseException:
+        _ignore_terminate()
+        raise
+    finally:
+        try:
+            processes.dismiss()
+        finally:
+            group.destroy_process_group()
+            processes._mesh = None
+            processes._members = members = None  # end gloo's threads here, not at exit
+
+    signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Turn any error of gloo into one that names a lost process."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # gloo has no exceptions of its own
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> EngineError:
+    _ignore_terminate()
+    reason = str(error).splitlines()[0].partition(". ")[0]
+    return EngineError(
+        "lost-process", f"lost another process of this job: {reason}", remedy=_REMEDY
+    )
+
+
+@contextmanager
+def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the tensor, or a copy on the CPU that is written back: gloo needs CPU tensors."""
+    copy = tensor.cpu()
+    yield copy
+    if copy is not tensor:
+        tensor.copy_(copy)
+
+
+def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    _ignore_terminate()
+    raise EnvironmentFailure(
+        "stopped-by-torchrun",
+        "stopped by torchrun, because another process of this job ended",
+        remedy=_REMEDY,
+    )
+
+
+def _ignore_terminate() -> None:
+    """Ignore a second signal of torchrun, which would interrupt the message and the clean end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

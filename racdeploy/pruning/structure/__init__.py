@@ -1,0 +1,1 @@
+"""Structured pruning: units that are removed as a whole, their number, and their choice."""

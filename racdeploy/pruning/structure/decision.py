@@ -1,0 +1,202 @@
+"""Decision, before the walk, which blocks stay and how many units of each structure.
+
+Blocks are chosen first. Then a survey of the dense model gives a curve of each block's error over
+its width, scaled to the change of the block's output when it alone is cut. Units are removed
+greedily, one step at a time, where that costs least.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import ModuleType
+
+import torch
+
+from racdeploy import plugins
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
+from racdeploy.pruning.structure.cut import CutContext
+from racdeploy.pruning.structure.cut_plan import (
+    CUT_PLAN_FILE,
+    CutPlan,
+    keep_everything,
+    parse_cut_plan,
+)
+from racdeploy.pruning.structure.input_units import InputUnits
+from racdeploy.pruning.structure.layout import UnitLayout, find_consumer, nearest_counts
+from racdeploy.pruning.structures import list_parts
+from racdeploy.pruning.walk.hessian import Hessian
+from racdeploy.pruning.walk.session import PruningSession
+from racdeploy.pruning.walk.survey import Effect, Observation, survey
+from racdeploy.recipe import Structure
+
+
+def decide_cut_plan(session: PruningSession, structure: Structure) -> CutPlan:
+    """Return the cut plan: decide it, or read what an interrupted run decided."""
+    processes = session.processes
+    file = session.folder / CUT_PLAN_FILE
+
+    if not processes.run_on_first(file.is_file):
+        outline = _decide(session, structure)
+        if processes.is_first:
+            write_atomic(file, json.dumps(asdict(outline), indent=1))
+
+    return parse_cut_plan(processes.run_on_first(lambda: read_json(file)))
+
+
+def _decide(session: PruningSession, structure: Structure) -> CutPlan:
+    """Choose blocks, then the units of each structure: by a survey, or equally in all blocks."""
+    shape = session.model.shape
+    criterion = plugins.load("criteria", structure.criterion)
+    outline = keep_everything(shape)
+
+    for part, plugin in list_parts(structure, "model").items():
+        count = plugin.layout(shape, 0, structure).count(structure.kept_share(part))
+        outline = CutPlan(tuple(plugin.cut(CutContext(session, criterion, count))), {})
+
+    layouts = {}
+    for part in list_parts(structure, "block"):
+        layouts[part] = outline.layouts(shape, part, structure)
+
+    # Only where blocks may differ in width, and by a criterion that uses traces.
+    surveyed = {}
+    if not structure.uniform and criterion.USES_TRACES:
+        surveyed = {part: each for part, each in layouts.items() if not each[0].is_uniform}
+    curves = {}
+    if surveyed:
+        curves = _survey(session, criterion, outline.blocks, surveyed, structure)
+
+    units = {}
+    for part, part_layouts in layouts.items():
+        share = structure.kept_share(part)
+        counts = nearest_counts(part_layouts, share, uniform=structure.uniform)
+        if part in curves:
+            counts = allocate_units(part_layouts, curves[part], share)
+        units[part] = tuple(counts)
+
+    return CutPlan(outline.blocks, units)
+
+
+def _survey(
+    session: PruningSession,
+    criterion: ModuleType,
+    blocks: Sequence[int],
+    layouts: Mapping[str, Sequence[UnitLayout]],
+    structure: Structure,
+) -> dict[str, list[dict[int, float]]]:
+    """Return structure → for each block, units that stay → relative error of its output."""
+    wanted: dict[str, tuple[str, UnitLayout]] = {}
+    for part, part_layouts in layouts.items():
+        linear = find_consumer(session.model.shape, part_layouts[0].letter)
+        for block, layout in zip(blocks, part_layouts, strict=True):
+            wanted[f"{session.model.prefix(block)}.{linear}"] = part, layout
+
+    def observe(
+        name: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
+    ) -> Observation:
+        part, layout = wanted[name]
+        share = structure.kept_share(part)
+        return observe_widths(criterion, weight_OI, hessian, layout, effect, share)
+
+    curves: dict[str, list[dict[int, float]]] = {part: [] for part in layouts}
+    for name, observation in survey(session, list(wanted), observe).items():
+        curve = {int(count): error for count, error in observation.items()}
+        part, _ = wanted[name]
+        curves[part].append(curve)
+
+    return curves
+
+
+def observe_widths(
+    criterion: ModuleType,
+    weight_OI: torch.Tensor,
+    hessian: Hessian,
+    layout: UnitLayout,
+    effect: Effect,
+    share: float,
+) -> Observation:
+    """Return number of units that stay → relative change of the block's output.
+
+    The effect is measured once, near the wanted share, and scales all losses.
+    """
+    removal = InputUnits(weight_OI, hessian, layout)
+    nearest = layout.nearest_count(share)
+
+    losses: dict[int, float] = {}
+    scale = 0.0
+
+    for count in layout.counts:
+        criterion.remove_units(removal, count)
+        losses[count] = loss = removal.loss()
+        if loss > 0 and (count == nearest or not scale):
+            scale = effect(removal.weights_with_zeros()) / loss
+
+    return {str(count): scale * loss for count, loss in losses.items()}
+
+
+def allocate_units(
+    layouts: Sequence[UnitLayout], curves: Sequence[Mapping[int, float]], share: float
+) -> list[int]:
+    """Return how many units of each block stay, with the least total error at this share.
+
+    The search is greedy along the lower convex hull of each curve, where greedy steps are optimal.
+    """
+    steps = [_list_steps(curve) for curve in curves]
+
+    heap: list[tuple[float, int, int]] = []
+    for index, block_steps in enumerate(steps):
+        if block_steps:
+            price, _ = block_steps[0]
+            heapq.heappush(heap, (price, index, 0))
+
+    counts = [layout.units for layout in layouts]
+    wanted = share * sum(counts)
+
+    while heap:
+        _, index, step = heapq.heappop(heap)
+        lower = steps[index][step][1]
+        excess = sum(counts) - wanted
+        if excess < (counts[index] - lower) / 2:  # the total is nearer without this step
+            continue
+
+        counts[index] = lower
+        following = step + 1
+        if following < len(steps[index]):
+            price, _ = steps[index][following]
+            heapq.heappush(heap, (price, index, following))
+
+    return counts
+
+
+def _list_steps(curve: Mapping[int, float]) -> list[tuple[float, int]]:
+    """Return price per unit and next count of each step down; prices rise along the hull."""
+    counts = sorted(curve, reverse=True)
+    hull = [counts[0]]
+
+    # Drop a point where the longer step over it is cheaper per unit.
+    for count in counts[1:]:
+        while len(hull) > 1:
+            above, last = hull[-2:]
+            if _price(curve, above, last) <= _price(curve, last, count):
+                break
+            hull.pop()
+
+        hull.append(count)
+
+    steps: list[tuple[float, int]] = []
+    for above, below in itertools.pairwise(hull):
+        # Counts between two points of the hull are steps at the hull's price.
+        price = _price(curve, above, below)
+        for count in counts:
+            if below <= count < above:
+                steps.append((price, count))
+
+    return steps
+
+
+def _price(curve: Mapping[int, float], above: int, below: int) -> float:
+    return (curve[below] - curve[above]) / (above - below)

@@ -1,0 +1,79 @@
+"""AltUp of Gemma 3n: several parallel hidden states of a token between first and last block.
+
+The walk holds them concatenated in the last axis, in place of the one hidden state of other
+families; a block takes them stacked. Source: transformers ``Gemma3nTextModel.forward``; AltUp:
+arXiv 2301.13310.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from racdeploy.models.checkpoint import Checkpoint
+
+_PROJECTIONS = "model.altup_projections"
+_UNEMBED_PROJECTIONS = "model.altup_unembed_projections"
+_MIN_SQUARE = 1e-5  # mean square of a projected state, by whose root it is divided
+
+
+class AltUp:
+    """Expands embeddings to X parallel hidden states and merges these; matrices are read on use."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._count = checkpoint.shape.integer(checkpoint.family.altup_inputs)
+
+    def expand(self, embedded_ND: torch.Tensor) -> torch.Tensor:
+        """Return the initial hidden states of token embeddings, concatenated."""
+        states = [embedded_ND]
+        for number in range(1, self._count):
+            states.append(self._project(_PROJECTIONS, number, embedded_ND, embedded_ND))
+        return torch.cat(states, dim=-1)
+
+    def split(self, wide_BTX: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states stacked, as a block takes them, (X, B, T, D)."""
+        return torch.stack(wide_BTX.chunk(self._count, dim=-1))
+
+    def concatenate(self, stacked_XBTD: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states concatenated, (B, T, X · D)."""
+        return torch.cat([*stacked_XBTD], dim=-1)
+
+    def wrap_norm(self, norm: nn.Module) -> nn.Module:
+        """Return a module that merges the hidden states into one and applies the last norm."""
+        return _MergeNorm(partial(self._merge, norm))
+
+    def _merge(self, norm: nn.Module, wide_BTX: torch.Tensor) -> torch.Tensor:
+        first_BTD, *others = wide_BTX.chunk(self._count, dim=-1)
+
+        sum_BTD = first_BTD
+        for number, state_BTD in enumerate(others, 1):
+            sum_BTD = sum_BTD + self._project(_UNEMBED_PROJECTIONS, number, state_BTD, first_BTD)
+
+        merged: torch.Tensor = norm(sum_BTD / self._count)
+        return merged
+
+    def _project(
+        self, name: str, number: int, state_XD: torch.Tensor, reference_XD: torch.Tensor
+    ) -> torch.Tensor:
+        """Project a hidden state and scale it, token by token, to the size of a reference.
+
+        ``number``: index of the hidden state; 0 has no matrix.
+        """
+        weight_DD = torch.from_numpy(self._checkpoint.read(f"{name}.{number - 1}.weight"))
+        projected_XD = state_XD @ weight_DD.to(state_XD.device).T
+
+        size_X1 = reference_XD.square().mean(-1, keepdim=True).sqrt()
+        square_X1 = projected_XD.square().mean(-1, keepdim=True).clamp(min=_MIN_SQUARE)
+        return projected_XD * size_X1 / square_X1.sqrt()
+
+
+class _MergeNorm(nn.Module):
+    def __init__(self, merge: partial[torch.Tensor]) -> None:
+        super().__init__()
+        self._merge = merge
+
+    def forward(self, wide_BTX: torch.Tensor) -> torch.Tensor:
+        return self._merge(wide_BTX)

@@ -1,0 +1,171 @@
+"""Assemble pruned blocks and untouched tensors into one Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from racdeploy.files.writing import atomic_folder
+from racdeploy.models import fused_experts, widths
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import find_expert, generalize_expert
+from racdeploy.models.shape import ModelShape
+from racdeploy.models.tokenizer_files import TOKENIZER_FILES
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries, write_entries
+
+_EXPERT_COUNTS = {"num_experts", "num_local_experts"}
+
+
+@dataclass(frozen=True)
+class CutShape:
+    """Kept blocks of a model, and their sizes after the cut."""
+
+    blocks: tuple[int, ...]  # their dense indices, ascending
+    sizes: Sequence[Mapping[str, int]]  # of each kept block, by the letters of a family's shapes
+
+    @property
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """Settings of :data:`widths.SETTINGS`, each with one value per block."""
+        settings = {}
+        for letter, setting in widths.SETTINGS.items():
+            settings[setting] = tuple(
+                size[letter] // widths.width_per_unit(letter, size) for size in self.sizes
+            )
+        return settings
+
+    @property
+    def experts(self) -> int:
+        """Number of experts in every block; 0 for families without experts."""
+        return self.sizes[0].get("E", 0)
+
+    def is_removed(self, inside: str) -> bool:
+        """Return True if a tensor of a block belongs to a removed expert."""
+        return bool(self.experts) and (find_expert(inside) or 0) >= self.experts
+
+
+def assemble(
+    checkpoint: Checkpoint, blocks: Path, out: Path, shape: CutShape | None = None
+) -> Path:
+    """Write the pruned model to ``out``, and the mean squared inputs if they were measured.
+
+    Args:
+        checkpoint: the dense model, whose other tensors are copied.
+        blocks: folder with one file per pruned block, named by new indices.
+        shape: kept blocks and their sizes; None if nothing was cut. Other blocks are left out, and
+            the kept ones are renumbered from 0.
+    """
+    pruned = _read_entries(blocks, "block")
+    kept = _renumber(checkpoint, shape) if shape else checkpoint.all_entries
+
+    entries = {name: pruned.get(name, entry) for name, entry in kept.items()}
+    family = checkpoint.family
+
+    with atomic_folder(out) as scratch:
+        stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
+        write_entries(stored, scratch / "model.safetensors")
+        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
+            if importance := _read_entries(blocks, kind.removesuffix(".safetensors")):
+                write_entries(importance, scratch / kind)
+
+        _write_other_files(checkpoint, shape, scratch)
+
+    return out
+
+
+def assemble_zero_filled(checkpoint: Checkpoint, out: Path, shape: CutShape) -> Path:
+    """Write the folder of a cut model, with zeros in place of all values.
+
+    Plans read sizes from it. :func:`assemble` later writes the same names, types and shapes.
+    """
+    family = checkpoint.family
+
+    entries = {}
+    for name, entry in _renumber(checkpoint, shape).items():
+        block, inside = family.split_block(name)
+        cut_shape = entry.shape
+        if block is not None and generalize_expert(inside) in family.block_tensors:
+            cut_shape = widths.tensor_shape(family, inside, shape.sizes[block])
+        entries[name] = TensorEntry(entry.file, 0, 0, entry.dtype, cut_shape)
+
+    with atomic_folder(out) as scratch:
+        stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
+        write_entries(stored, scratch / "model.safetensors", zero_filled=True)
+        _write_other_files(checkpoint, shape, scratch)
+
+    return out
+
+
+def _write_other_files(checkpoint: Checkpoint, shape: CutShape | None, folder: Path) -> None:
+    """Write the config, tokenizer, README and license."""
+    for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+    is_cut = shape is not None and shape.sizes != checkpoint.shape.sizes
+    if is_cut or checkpoint.is_multimodal or checkpoint.is_packed:
+        _write_config(checkpoint, shape if is_cut else None, folder / "config.json")
+
+
+def _renumber(checkpoint: Checkpoint, shape: CutShape) -> dict[str, TensorEntry]:
+    """Return the entries of kept blocks and of the model itself, by their new names."""
+    family = checkpoint.family
+    new_indices = {block: new_index for new_index, block in enumerate(shape.blocks)}
+
+    entries = {}
+    for name, entry in checkpoint.all_entries.items():
+        block, inside = family.split_block(name)
+        if block is None:
+            entries[name] = entry
+        elif block in new_indices and not shape.is_removed(inside):
+            entries[f"{family.blocks}.{new_indices[block]}.{inside}"] = entry
+
+    return entries
+
+
+def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) -> None:
+    config = dict(checkpoint.raw_config)
+    if checkpoint.is_packed:  # the tensors are written unpacked
+        config.pop("quantization_config", None)
+    if checkpoint.family.kind_prefixes:
+        config = checkpoint.family.complete_config(config)
+
+    dense = checkpoint.shape
+    if shape:
+        if len(shape.blocks) < dense.block_count:
+            config |= _list_block_kinds(dense)
+        config = widths.cut_config(config, shape.blocks, shape.widths)
+        if shape.experts != dense.num_experts:
+            config[checkpoint.family.sizes["E"]] = shape.experts
+            for key in _EXPERT_COUNTS & config.keys():  # transformers 5 may write another one
+                config[key] = shape.experts
+
+    if checkpoint.family.kind_prefixes:
+        config |= checkpoint.family.write_config(config)
+    # transformers derives a missing head_dim from the number of heads, which a cut changes.
+    config["head_dim"] = dense.head_dim
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _list_block_kinds(shape: ModelShape) -> dict[str, list[Any]]:
+    """Return settings that follow from a block's index as one value per block.
+
+    A config may give them as a period; after blocks are removed only a list is still right.
+    """
+    kinds: dict[str, list[Any]] = {}
+    if shape.family.window_period or shape.family.kind_prefixes:
+        kinds["layer_types"] = list(shape.layer_types)
+    if shape.family.no_rope_period:
+        kinds["no_rope_layers"] = list(map(int, shape.rotary_blocks))
+    return kinds
+
+
+def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(blocks.glob(f"{kind}-*.safetensors")):
+        entries |= read_tensor_entries(file)
+    return entries

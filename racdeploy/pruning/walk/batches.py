@@ -1,0 +1,65 @@
+"""Calibration batches: traces of similar length, right-padded.
+
+Under a causal mask no real token sees the padding, so that no padding mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from racdeploy.pruning.memory_limits import TOKENS_PER_BATCH
+from racdeploy.pruning.walk.statistics import PAD
+from racdeploy.traces.trace import Trace
+
+
+@dataclass
+class Batch:
+    """Sequences that pass through the blocks together."""
+
+    ids_BT: torch.Tensor  # 0 where padded
+    segment_BT: torch.Tensor  # index into ``SEGMENTS``, ``PAD`` where padded
+    task_B: torch.Tensor  # index into the tasks that the batches were made with
+    held_out: bool  # used to measure errors, not to prune
+
+
+def make_batches(
+    traces: Sequence[Trace],
+    tasks: Sequence[str],
+    *,
+    held_out: bool,
+    max_tokens: int = 0,
+) -> list[Batch]:
+    """Sort traces by length and group them into batches.
+
+    Args:
+        tasks: names; ``Batch.task_B`` has indices into them.
+        max_tokens: maximum tokens of a batch, padding included; 0 means ``TOKENS_PER_BATCH``.
+    """
+    max_padded = max_tokens or TOKENS_PER_BATCH
+
+    groups: list[list[Trace]] = []
+    for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
+        length = len(trace.ids)  # the longest so far: the batch is padded to it
+        if not groups or (len(groups[-1]) + 1) * length > max_padded:
+            groups.append([])
+        groups[-1].append(trace)
+
+    return [_pad(group, tasks, held_out) for group in groups]
+
+
+def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:
+    B = len(traces)
+    T = max(len(trace.ids) for trace in traces)
+    ids_BT = torch.zeros(B, T, dtype=torch.long)
+    segment_BT = torch.full((B, T), PAD)
+
+    for trace, ids_T, segment_T in zip(traces, ids_BT, segment_BT, strict=True):
+        length = len(trace.ids)
+        ids_T[:length] = torch.tensor(trace.ids)
+        segment_T[:length] = torch.tensor(trace.segments())
+
+    task_B = torch.tensor([tasks.index(trace.task) for trace in traces])
+    return Batch(ids_BT, segment_BT, task_B, held_out)

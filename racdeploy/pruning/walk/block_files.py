@@ -1,0 +1,91 @@
+"""Files of finished blocks: weights, importance and a report each.
+
+The first process reads and writes them, and broadcasts their contents. A block is finished once its
+report is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from racdeploy.files.reading import read_json
+from racdeploy.files.writing import write_atomic
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.pruning.walk.pruned_linear import PrunedLinear
+from racdeploy.results.pruning import BlockRow, LinearRow
+
+KeptUnits = Mapping[str, list[int]]
+"""Structure that was cut → indices of the units that stay."""
+
+
+class BlockFiles:
+    """Reads and writes the files of a pruning in a folder."""
+
+    def __init__(self, folder: Path, processes: ProcessGroup) -> None:
+        self._folder, self._processes = folder, processes
+
+    def is_finished(self, index: int) -> bool:
+        return self._processes.run_on_first(self._report(index).is_file)
+
+    def read_weights(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and float32 value of each tensor that pruning changed, in all processes."""
+        first = self._processes.is_first
+        stored = load_file(self._weights(index)) if first else {}
+        shapes = {name: tuple(value.shape) for name, value in stored.items()}
+        for name, shape in self._processes.broadcast_object(shapes).items():
+            value = stored[name].float() if first else torch.empty(shape)
+            yield name, self._processes.broadcast(value)
+
+    def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
+        report = self._read_report(index)
+        linears = [LinearRow.model_validate(row) for row in report["linears"]]
+        return linears, BlockRow.model_validate(report["block"])
+
+    def read_kept_units(self, index: int) -> KeptUnits:
+        """Return the units of each structure that stay in a block; uncut ones are left out."""
+        kept: KeptUnits = self._read_report(index).get("kept", {})
+        return kept
+
+    def write_weights(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the tensors of a block that pruning changed."""
+        if self._processes.is_first:
+            stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            write_atomic(self._weights(index), save(stored))
+
+    def write_importance(
+        self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"
+    ) -> None:
+        """Write the mean squared inputs of a block's linears, and the tokens that each averages."""
+        if not self._processes.is_first:
+            return
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, linear in pruned.items():
+            # A copy each: linears of a group share one tensor, which safetensors refuses.
+            tensors[name] = linear.importance_I.cpu().clone()
+            tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
+
+        write_atomic(self._folder / f"{kind}-{index:05d}.safetensors", save(tensors))
+
+    def write_rows(
+        self, index: int, linears: list[LinearRow], block: BlockRow, kept: KeptUnits
+    ) -> None:
+        if self._processes.is_first:
+            rows = [row.model_dump() for row in linears]
+            values = {"linears": rows, "block": block.model_dump(), "kept": kept}
+            write_atomic(self._report(index), json.dumps(values, indent=1))
+
+    def _read_report(self, index: int) -> Any:
+        return self._processes.run_on_first(lambda: read_json(self._report(index)))
+
+    def _weights(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+    def _report(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.json"

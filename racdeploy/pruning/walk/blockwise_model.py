@@ -1,0 +1,282 @@
+"""A model of which one block at a time is in memory: load it, run it, capture a linear's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from racdeploy.engines.backends.transformers.torch_model import (
+    build_skeleton,
+    embedding_scale,
+    fill_parameter,
+    make_position_embeddings,
+)
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import InputGroups, ends_part
+from racdeploy.models.tensor_coverage import check_tensors
+from racdeploy.pruning.device import CPU
+from racdeploy.pruning.walk.altup import AltUp
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.block_inputs import BlockInputs
+from racdeploy.pruning.walk.per_layer_inputs import PerLayerInputs
+from racdeploy.pruning.walk.routing import RoutedTokens
+
+
+class BlockwiseModel:
+    """A model on the meta device whose blocks are loaded on demand; hidden states are float32."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        compute: Literal["float32", "bfloat16"] = "float32",  # of matrix products
+        device: torch.device = CPU,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.shape = checkpoint.shape
+        self.device = device
+        self._compute = compute
+        self._model = build_skeleton(checkpoint)
+        check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
+
+        self._per_layer = (
+            PerLayerInputs(checkpoint) if PerLayerInputs.is_used_by(checkpoint) else None
+        )
+        self._altup = AltUp(checkpoint) if checkpoint.family.altup_inputs else None
+
+    def hidden_shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
+        """Return (B, T, D) of each batch; with AltUp D covers all parallel hidden states."""
+        D = self.shape.hidden_states_width
+        return [(*batch.ids_BT.shape, D) for batch in batches]
+
+    def input_groups(self, block: Any) -> InputGroups:
+        """Return the prunable linears of a block, grouped by the input they share."""
+        number: int = block.number
+        return self.shape.input_groups[number]
+
+    def end_widths(self) -> dict[int, int]:
+        """Return the input width of each group that ends attention or feed-forward.
+
+        Of all blocks the widest counts. Experts are left out: a token has a different input for
+        every expert that it is routed to.
+        """
+        widths = dict[int, int]()
+
+        for index, groups in enumerate(self.shape.input_groups):
+            for group, (first, *_) in enumerate(groups):
+                name = f"{self.prefix(index)}.{first}.weight"
+                is_routed = first in self.shape.family.expert_linears
+                if ends_part(groups, group) and not is_routed:
+                    _, I = self.checkpoint.entries[name].shape
+                    widths[group] = max(I, widths.get(group, 0))
+
+        return widths
+
+    def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        """Yield the hidden states before the first block, (B, T, D)."""
+        if not batches:
+            return
+
+        # Only the rows of tokens that occur are read: the whole table may be larger than a block.
+        used_N = torch.unique(torch.cat([batch.ids_BT.flatten() for batch in batches]))
+        embedding = self.shape.family.embedding
+        rows_ND = torch.from_numpy(self.checkpoint.read_rows(embedding, used_N.numpy()))
+        rows_ND *= embedding_scale(self.shape)
+        if self._altup:
+            rows_ND = self._altup.expand(rows_ND)
+
+        for batch in batches:
+            yield rows_ND[torch.searchsorted(used_N, batch.ids_BT)]
+
+    def prefix(self, index: int) -> str:
+        return f"{self.shape.family.blocks}.{index}"
+
+    def meta_block(self, index: int) -> nn.Module:
+        return self._model.get_submodule(self.prefix(index))
+
+    def load_block(self, index: int) -> nn.Module:
+        """Return a block with its weights in float32 on the device; ``.to("meta")`` frees them."""
+        block = self.meta_block(index)
+        for name, _ in list(block.named_parameters()):
+            fill_parameter(self._model, f"{self.prefix(index)}.{name}", self.checkpoint)
+            set_parameter(block, name, self.to_device(block.get_parameter(name).data))
+        return block
+
+    def load_final_norm(self) -> nn.Module:
+        """Load the norm after the last block, with AltUp's merge before it, to the device."""
+        name = self.shape.family.final_norm
+        norm = self._model.get_submodule(name)
+        fill_parameter(self._model, f"{name}.weight", self.checkpoint)
+        set_parameter(norm, "weight", self.to_device(norm.get_parameter("weight").data))
+        return self._altup.wrap_norm(norm) if self._altup else norm
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)  # the only move to it; outputs of a block stay there
+
+    def forward(
+        self,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        block_inputs: BlockInputs | None = None,
+        *,
+        runs_to_end: bool = True,
+    ) -> torch.Tensor:
+        """Return a block's output at positions from zero, under a causal mask, on the device.
+
+        Args:
+            block: a loaded block of this model.
+            hidden_BTD: its input.
+            cached_inputs: group → input of its linear, from an earlier pass. Attention or
+                feed-forward then computes only that last linear.
+            block_inputs: the batch's block inputs, for families that need them.
+            runs_to_end: False where a hook stops the pass before its end.
+        """
+        hidden_BTD = self.to_device(hidden_BTD)
+        length = hidden_BTD.shape[1]
+        position_1T = self.to_device(torch.arange(length))[None]
+        arguments: dict[str, Any] = {"position_ids": position_1T}
+        arguments["attention_mask"] = self._mask(block, length)
+        arguments |= make_position_embeddings(self._model, block, hidden_BTD, position_1T)
+        if self._per_layer:
+            arguments |= self._make_extra_inputs(
+                self._per_layer, block, block_inputs, runs_to_end=runs_to_end
+            )
+
+        with self.autocast(), self._shortcuts(block, cached_inputs or {}):
+            output = block(
+                self._altup.split(hidden_BTD) if self._altup else hidden_BTD, **arguments
+            )
+
+        result: torch.Tensor = output
+        if isinstance(output, tuple):
+            result = output[0]
+        if self._altup:
+            return self._altup.concatenate(result)
+        return result
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the autocast context of the forward pass, for products made outside of it."""
+        if self._compute == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _make_extra_inputs(
+        self,
+        per_layer: PerLayerInputs,
+        block: Any,
+        block_inputs: BlockInputs | None,
+        *,
+        runs_to_end: bool,
+    ) -> dict[str, Any]:
+        assert block_inputs, "blocks of this family need token ids and shared keys too"
+        arguments: dict[str, Any] = {"shared_kv_states": block_inputs.shared_kv}
+        if runs_to_end:  # it is added after the linears at which a hook may stop
+            arguments["per_layer_input"] = per_layer.compute(
+                block.number, block_inputs.ids_BT, self.device
+            )
+        return arguments
+
+    def _mask(self, block: Any, length: int) -> torch.Tensor | None:
+        """Return the mask of a sliding window, (1, 1, T, T); None for sdpa's own causal mask."""
+        config: Any = self._model.config
+        window = getattr(config, "sliding_window", None)
+        if block.attention_type != "sliding_attention" or not window or length <= window:
+            return None
+
+        position_T = self.to_device(torch.arange(length))
+        distance_TT = position_T[:, None] - position_T
+        seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
+        return seen_TT[None, None]
+
+    @contextmanager
+    def _shortcuts(self, block: Any, cached_inputs: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Within the context, modules with a cached last input compute only their last linear."""
+        # Replace ``forward``: a hook could not keep the module's own computation from running.
+        changed = []
+        for group, input_BTI in cached_inputs.items():
+            (name,) = self.input_groups(block)[group]
+            owner = name.rpartition(".")[0]
+            module = block.get_submodule(owner)
+            changed.append(module)
+
+            attends = (
+                self.shape.attends[block.number] and owner == self.shape.family.attention_module
+            )
+            run_last = _run_attention if attends else _run_last
+            module.forward = partial(run_last, block.get_submodule(name), self.to_device(input_BTI))
+
+        try:
+            yield
+        finally:
+            for module in changed:
+                del module.forward  # uncovers the class's own
+
+    def linear_input(
+        self,
+        block: nn.Module,
+        linear: str,
+        hidden_BTD: torch.Tensor,
+        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        block_inputs: BlockInputs | None = None,
+    ) -> torch.Tensor:
+        """Return the input of one linear; the pass stops there."""
+        (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, cached_inputs, block_inputs)
+        return input_BTI
+
+    def expert_input(
+        self,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        block_inputs: BlockInputs | None = None,
+    ) -> RoutedTokens:
+        """Return the tokens at the experts of a block with their routing; no expert is computed."""
+        experts = self.shape.family.experts_module
+        return RoutedTokens(
+            *self._arguments(block, experts, hidden_BTD, cached_inputs, block_inputs)
+        )
+
+    def _arguments(
+        self,
+        block: nn.Module,
+        name: str,
+        hidden_BTD: torch.Tensor,
+        cached_inputs: Mapping[int, torch.Tensor] | None,
+        block_inputs: BlockInputs | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Run a block up to one of its modules and return that call's arguments."""
+        calls: list[tuple[torch.Tensor, ...]] = []
+
+        def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            calls.append(inputs)
+            raise _StopForward
+
+        hook = block.get_submodule(name).register_forward_pre_hook(stop)
+        with hook, suppress(_StopForward):
+            self.forward(block, hidden_BTD, cached_inputs, block_inputs, runs_to_end=False)
+
+        return calls[0]
+
+
+def _run_last(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return linear(input_BTI)
+
+
+def _run_attention(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return linear(input_BTI), None  # sdpa gives no attention weights
+
+
+class _StopForward(Exception):
+    """Ends a forward pass at the module whose input is recorded."""
+
+
+def set_parameter(block: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter of a block that has this name."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=False)
+    block.get_submodule(owner).register_parameter(leaf, parameter)

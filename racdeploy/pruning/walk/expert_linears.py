@@ -1,0 +1,229 @@
+"""Prune the experts of a block, each on the tokens that are routed to it.
+
+The dense and the sparse model may route a token differently. An expert is pruned on the tokens that
+the sparse model sends it. Its target at such a token is the dense expert's output for the dense
+model's hidden state, even if the dense model routed the token elsewhere. So every token has a
+target, it is the dense model's output where both route alike, and no expert learns the work of
+another. The router is not changed.
+
+An expert with too few tokens is pruned on every token of the block, as if all had been routed to it
+("pooled"). For ``gate_proj`` and ``up_proj`` one statistic serves all such experts. ``down_proj``
+still needs one each, since its inputs are the channels of its own expert.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from racdeploy.models.families import find_expert
+from racdeploy.models.widths import list_axes, tensor_shape
+from racdeploy.pruning.memory_limits import EXPERT_BYTES
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.calibration_pass import CalibrationPass
+from racdeploy.pruning.walk.pair import BlockPair
+from racdeploy.pruning.walk.pruned_linear import PrunedLinear, subtract_bias
+from racdeploy.pruning.walk.routing import RoutedTokens, select_tokens
+from racdeploy.pruning.walk.session import PruningSession
+from racdeploy.pruning.walk.statistics import InputStatistic, count_sums
+
+MIN_TOKENS_PER_INPUT = 2
+"""Below it, pooled tokens give smaller errors; see benchmarks/RESULTS-archive.md."""
+
+
+@dataclass(frozen=True)
+class SolveGroup:
+    """Linears that are pruned (solved) on one statistic.
+
+    Args:
+        linears: names inside the block.
+        expert: index of the expert whose input they share; None for the block's input.
+        pooled: True if the statistic uses the tokens of all experts, since this one has too few.
+    """
+
+    linears: tuple[str, ...]
+    expert: int | None = None
+    pooled: bool = False
+
+    @property
+    def work_items(self) -> list[tuple[str, ...]]:
+        """Return the linears that one process solves together: one each, or all of an expert."""
+        is_shared = self.expert is None
+        return [(linear,) for linear in self.linears] if is_shared else [self.linears]
+
+
+def count_expert_tokens(
+    session: PruningSession, flow: CalibrationPass, block: nn.Module, experts: int
+) -> list[int]:
+    """Count the calibration tokens that each expert of a block gets, over all processes.
+
+    Tokens of a segment with weight 0 are not counted.
+    """
+    counts_E = torch.zeros(experts, dtype=torch.float64)
+
+    for index, batch in enumerate(session.calibration_batches):
+        routed = flow.expert_input(block, index)
+        real_N = routed.tokens(batch, None)
+        segment_N = batch.segment_BT.flatten()[real_N.cpu()]
+        counting_N = session.weights_R.cpu()[segment_N] > 0
+        chosen_NK = routed.chosen_NK[real_N].cpu()[counting_N]
+        counts_E += torch.bincount(chosen_NK.flatten(), minlength=experts)
+
+    session.processes.reduce(counts_E)
+    return [int(count) for count in counts_E]
+
+
+class ExpertLinears:
+    """One kind of linear (as ``gate_proj`` and ``up_proj``) of all experts of a block."""
+
+    def __init__(
+        self,
+        session: PruningSession,
+        pair: BlockPair,
+        wanted: Sequence[str],  # names inside the block
+        *,
+        match_dense: bool,  # the target is the dense output
+    ) -> None:
+        self._session, self._pair = session, pair
+        self._wanted = wanted
+        family = session.model.shape.family
+        self._experts = family.experts_module
+        self._is_inner = list_axes(family, f"{wanted[0]}.weight")[1] != "D"
+        self._match_dense = match_dense
+
+    def solve_groups(self) -> list[SolveGroup]:
+        """Return the linears, grouped by the statistic that they are pruned on."""
+        linears_by_expert = defaultdict[int, list[str]](list)
+        for linear in self._wanted:
+            linears_by_expert[find_expert(linear) or 0].append(linear)
+
+        family = self._session.model.shape.family
+        I = tensor_shape(family, f"{self._wanted[0]}.weight", self._pair.sizes)[1]
+        min_tokens = self._session.settings.expert_tokens or MIN_TOKENS_PER_INPUT * I
+        pieces = []
+        pooled = list[str]()
+        for expert, linears in linears_by_expert.items():
+            # Pooled experts share one statistic only if their input is the block's.
+            too_few = self._pair.expert_tokens[expert] < min_tokens
+            if too_few and not self._is_inner:
+                pooled += linears
+            else:
+                pieces.append(SolveGroup(tuple(linears), expert, too_few))
+
+        if pooled:
+            pieces.append(SolveGroup(tuple(pooled), None, True))
+        return pieces
+
+    def split_by_memory(
+        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, torch.Tensor]
+    ) -> list[list[SolveGroup]]:
+        """Split solve groups into lists whose statistics fit into memory together."""
+        parts: list[list[SolveGroup]] = [[]]
+        size_bytes = 0
+
+        for piece in pieces:
+            outputs = 0
+            if self._match_dense:
+                outputs = sum(len(full_weights[linear]) for linear in piece.linears)
+            piece_bytes = 8 * count_sums(full_weights[piece.linears[0]].shape[1], outputs)
+            size_bytes += piece_bytes
+            if parts[-1] and size_bytes > EXPERT_BYTES:
+                parts.append([])
+                size_bytes = piece_bytes
+            parts[-1].append(piece)
+
+        return parts
+
+    def gather_statistics(
+        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, torch.Tensor]
+    ) -> list[InputStatistic]:
+        """Return a statistic per solve group, from one pass over this process's batches."""
+        session = self._session
+        pair = self._pair
+
+        statistics = []
+        for piece in pieces:
+            weights = [full_weights[linear] for linear in piece.linears]
+            matched = weights if self._match_dense else ()
+            statistics.append(InputStatistic(weights[0].shape[1], session.weights_R, matched))
+
+        for index, batch in enumerate(session.calibration_batches):
+            sparse_routed = pair.sparse_flow.expert_input(pair.sparse, index)
+            dense_routed = None
+            if self._match_dense:
+                dense_routed = pair.dense_flow.expert_input(pair.dense, index)
+
+            for piece, statistic in zip(pieces, statistics, strict=True):
+                token_M = sparse_routed.tokens(batch, None if piece.pooled else piece.expert)
+                sparse_M1I = self._input(pair.sparse, piece.expert, sparse_routed, token_M)
+                dense_M1I = None
+                if dense_routed is not None:
+                    # The tokens are the sparse model's, the expert's index the dense one.
+                    if piece.expert is None:
+                        dense_expert = None
+                    else:
+                        dense_expert = pair.experts[piece.expert]
+                    dense_M1I = self._input(pair.dense, dense_expert, dense_routed, token_M)
+                statistic.add(sparse_M1I, dense_M1I, select_tokens(batch, token_M).segment_BT)
+
+        return statistics
+
+    def _input(
+        self, block: nn.Module, expert: int | None, routed: RoutedTokens, token_M: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the linears' input at some tokens, each as a sequence of one token."""
+        hidden_MD = routed.hidden_ND[token_M]
+        if not self._is_inner:
+            return hidden_MD[:, None]
+
+        module: Any = block.get_submodule(f"{self._experts}.{expert}")
+        with self._session.model.autocast():
+            inner_MF: torch.Tensor = module.intermediate(hidden_MD)
+        return inner_MF[:, None]
+
+
+def measure_expert_errors(
+    session: PruningSession,
+    block: nn.Module,
+    pruned: Mapping[str, PrunedLinear],
+    batch: Batch,
+    routed: RoutedTokens,
+) -> None:
+    """Add a held-out batch to the errors of experts' linears, over the tokens routed to each."""
+    for expert, linears in _group(pruned):
+        token_M = routed.tokens(batch, expert)
+        if not len(token_M):
+            continue
+
+        hidden_MD = routed.hidden_ND[token_M]
+        tokens = select_tokens(batch, token_M)
+
+        for name, linear in linears.items():
+            module: Any = block.get_submodule(name)
+            owner: Any = block.get_submodule(name.rpartition(".")[0])
+            is_inner = module is owner.down_proj
+
+            # The hidden values inside an expert exist for its own tokens only.
+            with session.model.autocast():
+                input_MI = hidden_MD
+                if is_inner:
+                    input_MI = owner.intermediate(hidden_MD)
+                output_MO = subtract_bias(module, module(input_MI))
+
+            target_MO = input_MI.float() @ linear.target_OI.T
+            linear.error.add(output_MO.float()[:, None], target_MO[:, None], tokens)
+
+
+def _group(pruned: Mapping[str, PrunedLinear]) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
+    """Yield the index of each expert with its pruned linears."""
+    linears_by_expert = defaultdict[int, dict[str, PrunedLinear]](dict)
+    for name, linear in pruned.items():
+        expert = find_expert(name)
+        if expert is not None:
+            linears_by_expert[expert][name] = linear
+    yield from linears_by_expert.items()

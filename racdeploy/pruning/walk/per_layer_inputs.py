@@ -1,0 +1,61 @@
+"""Per-layer inputs of Gemma 3n and Gemma 4, computed from a batch's token ids.
+
+They add a second embedding of the tokens and a projection of the first, over √2. Of both tables
+only the rows and columns that one block needs are read.
+Source: transformers ``Gemma4TextModel`` and ``Gemma3nTextModel``, ``project_per_layer_inputs``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from racdeploy.engines.backends.transformers.torch_model import embedding_scale
+from racdeploy.models.checkpoint import Checkpoint
+
+_EMBEDDING = "model.embed_tokens.weight"
+_PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
+_PROJECTION = "model.per_layer_model_projection.weight"
+_NORM = "model.per_layer_projection_norm.weight"
+
+
+class PerLayerInputs:
+    """Per-layer inputs of all blocks, read from the checkpoint on each call."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._width = checkpoint.shape.integer("hidden_size_per_layer_input")
+
+    @staticmethod
+    def is_used_by(checkpoint: Checkpoint) -> bool:
+        """Return True if blocks of a model take per-layer inputs."""
+        return _PER_LAYER_EMBEDDING in checkpoint.family.model_tensors
+
+    def compute(self, block: int, ids_BT: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return the per-layer input of a block for a batch, (B, T, P)."""
+        checkpoint = self._checkpoint
+        P = self._width
+        columns = slice(block * P, (block + 1) * P)
+        used_N, row_BT = torch.unique(ids_BT, return_inverse=True)
+        rows = used_N.numpy()
+
+        embedded_ND = torch.from_numpy(checkpoint.read_rows(_EMBEDDING, rows)).to(device)
+        D = embedded_ND.shape[1]
+        projection_PD = torch.from_numpy(
+            checkpoint.read_rows(_PROJECTION, np.arange(columns.start, columns.stop))
+        ).to(device)
+        scaled_ND = embedded_ND * embedding_scale(checkpoint.shape)
+        projected_NP = scaled_ND @ projection_PD.T * D**-0.5
+
+        weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)
+        eps = float(checkpoint.config["rms_norm_eps"])
+        square_N1 = projected_NP.square().mean(-1, keepdim=True) + eps
+        normed_NP = projected_NP * square_N1.pow(-0.5) * weight_P
+
+        known = rows < checkpoint.entries[_PER_LAYER_EMBEDDING].shape[0]
+        rows = np.where(known, rows, 0)  # transformers gives ids beyond the table the first row
+        table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
+        looked_up_NP = torch.from_numpy(table_NP).to(device)
+        per_layer_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
+        per_layer_BTP: torch.Tensor = per_layer_NP[row_BT.to(device)]
+        return per_layer_BTP

@@ -1,0 +1,113 @@
+"""A pruned linear: its weights, their target and their held-out error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.relative_error import RelativeError
+from racdeploy.results.pruning import LinearRow
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """Weights of a pruned linear, with what its report row needs."""
+
+    stored_OI: torch.Tensor  # weights in the file's dtype
+    target_OI: torch.Tensor  # dense weights, or those solved for the dense output
+    damping: float
+    error: RelativeError  # on held-out traces, against the target
+    importance_I: torch.Tensor  # mean squared input
+    tokens: int
+    expert_tokens: int | None  # calibration tokens of its expert; None outside of experts
+    pooled: bool  # pruned on the tokens of all experts
+
+    def broadcast(self, processes: ProcessGroup, owner: int, *, target: bool) -> PrunedLinear:
+        """Return the owner's linear, in all processes.
+
+        ``target``: also send the target; without it every process has the dense weights.
+        """
+        return replace(
+            self,
+            stored_OI=processes.broadcast(self.stored_OI, owner),
+            target_OI=processes.broadcast(self.target_OI, owner) if target else self.target_OI,
+            damping=processes.broadcast_object(self.damping, owner),
+        )
+
+    def to_row(self, name: str, sparsity: float, quant: str) -> LinearRow:
+        actual_sparsity = float((self.stored_OI == 0).float().mean())
+        rounded = quant and actual_sparsity > sparsity
+        reason = f"codes of {quant} rounded to zero" if rounded else ""
+
+        return LinearRow(
+            name=name,
+            requested_sparsity=sparsity,
+            actual_sparsity=actual_sparsity,
+            reason=reason,
+            held_out_error=self.error.total,
+            error_by_segment=self.error.by_segment,
+            damping=self.damping,
+            tokens=self.expert_tokens,
+            pooled=self.pooled,
+        )
+
+
+@contextmanager
+def record_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a dict that collects the outputs of some linears, without their biases."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str, module: nn.Module, _: Any, output_BTO: torch.Tensor) -> None:
+        outputs[name] = subtract_bias(module, output_BTO)
+
+    with ExitStack() as hooks:
+        for name in names:
+            hook = partial(remember, name)
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
+        yield outputs
+
+
+@contextmanager
+def measure_outputs(
+    block: nn.Module,
+    pruned: Mapping[str, PrunedLinear],
+    batch: Batch,
+    dense: Mapping[str, torch.Tensor],
+) -> Iterator[None]:
+    """Within the context, add each pruned linear's output to its error against the target.
+
+    ``dense``: outputs of the dense model, the targets of linears that lost inputs in a cut.
+    """
+    with ExitStack() as hooks:
+        for name, linear in pruned.items():
+            hook = partial(_add_error, linear, batch, dense.get(name))
+            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
+        yield
+
+
+def _add_error(
+    linear: PrunedLinear,
+    batch: Batch,
+    dense_BTO: torch.Tensor | None,
+    module: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    output_BTO: torch.Tensor,
+) -> None:
+    product_BTO = subtract_bias(module, output_BTO)
+    if dense_BTO is None:
+        dense_BTO = inputs[0].float() @ linear.target_OI.T
+    linear.error.add(product_BTO.float(), dense_BTO.float(), batch)
+
+
+def subtract_bias(module: nn.Module, output_BTO: torch.Tensor) -> torch.Tensor:
+    """Return the output of a linear minus its bias: pruning changes the matrix alone."""
+    bias = getattr(module, "bias", None)
+    return output_BTO if bias is None else output_BTO - bias

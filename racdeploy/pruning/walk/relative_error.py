@@ -1,0 +1,60 @@
+"""Relative errors on held-out traces, by segment and by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.statistics import PAD
+from racdeploy.traces.trace import SEGMENTS
+
+
+class RelativeError:
+    """Relative error Σ |output − target|² / Σ |target|² over tokens."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._tasks = tasks  # names, indexed by ``Batch.task_B``
+        self._error_XR = torch.zeros(len(tasks), len(SEGMENTS), dtype=torch.float64)  # X: tasks
+        self._energy_XR = torch.zeros_like(self._error_XR)
+
+    def add(self, output_BTO: torch.Tensor, target_BTO: torch.Tensor, batch: Batch) -> None:
+        """Add a batch; padding does not count."""
+        real_BT = batch.segment_BT != PAD
+        task_BT = batch.task_B[:, None].expand_as(real_BT)
+        indices = (task_BT[real_BT], batch.segment_BT[real_BT])
+
+        error_BTO = output_BTO - target_BTO
+
+        for sum_XR, value_BTO in ((self._error_XR, error_BTO), (self._energy_XR, target_BTO)):
+            square_BT = value_BTO.square().sum(-1, dtype=torch.float64)
+            sum_XR.index_put_(indices, square_BT.cpu()[real_BT], accumulate=True)
+
+    def reduce(self, processes: ProcessGroup) -> None:
+        processes.reduce(self._error_XR)
+        processes.reduce(self._energy_XR)
+
+    @property
+    def total(self) -> float | None:
+        everything = _ratios([""], self._error_XR.sum()[None], self._energy_XR.sum()[None])
+        return everything.get("")
+
+    @property
+    def by_segment(self) -> dict[str, float]:
+        return _ratios(SEGMENTS, self._error_XR.sum(0), self._energy_XR.sum(0))
+
+    @property
+    def by_task(self) -> dict[str, float]:
+        return _ratios(self._tasks, self._error_XR.sum(1), self._energy_XR.sum(1))
+
+
+def _ratios(
+    names: Sequence[str], error_X: torch.Tensor, energy_X: torch.Tensor
+) -> dict[str, float]:
+    ratios = {}
+    for name, error, energy in zip(names, error_X, energy_X, strict=True):
+        if energy > 0:  # else no token of this kind was seen
+            ratios[name] = float(error / energy)
+    return ratios

@@ -1,0 +1,161 @@
+"""Calibration statistics of one input: the Hessian, and products with the dense model's input.
+
+H = Σ w x xᵀ over tokens, w the weight of a token's segment. A batch's product is float32, the sum
+float64: exact unless magnitudes are more than 2²² apart, hence the same in any order and for any
+number of processes.
+Source: SparseGPT (arXiv 2301.00774) section 3; segments: RAC (2509.12464); GPTAQ (2504.02692).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from racdeploy.errors import UsageError
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.pruning.walk.hessian import Hessian
+
+PAD = -1
+# H is symmetric: of each slice of rows only the part from the diagonal on is summed. Narrower
+# slices save more sums, but their products are slow.
+ROW_SLICES, MIN_SLICE_ROWS = 8, 256
+
+
+@dataclass
+class InputStatistic:
+    """Sums over the calibration tokens of one input."""
+
+    width: int
+    weights_R: torch.Tensor  # of a token by segment, on the device of the sums
+    matched_weights: Sequence[torch.Tensor] = ()  # of linears solved for the dense output
+    dense_weights: Sequence[torch.Tensor] = ()  # of the same linears before a cut of inputs
+    weight: float = field(init=False)  # after :meth:`reduce`: sum over all tokens
+    importance_I: torch.Tensor = field(init=False)  # after :meth:`reduce`: mean squared input
+
+    def __post_init__(self) -> None:
+        I = self.width
+        outputs = sum(map(len, self.matched_weights))
+        # W D instead of D where that is smaller, and faster to add to.
+        self._projected = bool(self.dense_weights) or 2 * outputs <= I
+        rows = outputs if self._projected else I
+
+        zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
+        self._weight = zeros(())
+        self._delta_sum = zeros(rows if self.matched_weights else 0, I)
+        self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
+
+    def add(
+        self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, segment_BT: torch.Tensor
+    ) -> None:
+        """Add a batch's input, without padding, and the dense model's input to compare with."""
+        segment_BT = segment_BT.to(self.weights_R.device)
+        real_BT = segment_BT != PAD
+        weight_N = self.weights_R[segment_BT[real_BT]]
+        self._weight += weight_N.sum(dtype=torch.float64)
+
+        # The root of the weight goes into both factors of the product.
+        root_N1 = weight_N.sqrt()[:, None]
+        x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
+
+        for (start, stop), sum_CX in zip(_slices(self.width), self._sums, strict=True):
+            rows_CN = x_NI[:, start:stop].T
+            sum_CX += rows_CN @ x_NI[:, start:]
+
+        if not self.matched_weights:
+            return
+
+        assert dense_BTI is not None, (
+            "linears are solved for the dense output, which needs the dense input"
+        )
+        delta_NX = self._make_delta(dense_BTI[real_BT].float().mul_(root_N1), x_NI)
+
+        for start, stop in _slices(delta_NX.shape[1]):
+            rows_CN = delta_NX[:, start:stop].T
+            self._delta_sum[start:stop] += rows_CN @ x_NI
+
+    def _make_delta(self, dense_NI: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+        """Return the difference to the dense input, or to the dense outputs if projected."""
+        if self.dense_weights:
+            sparse = [x_NI @ weight_OI.T for weight_OI in self.matched_weights]
+            dense = [dense_NI @ weight_OJ.T for weight_OJ in self.dense_weights]
+            return torch.cat(dense, 1) - torch.cat(sparse, 1)
+
+        delta_NI = dense_NI - x_NI
+        if not self._projected:
+            return delta_NI
+        return torch.cat([delta_NI @ weight_OI.T for weight_OI in self.matched_weights], 1)
+
+    def reduce(self, processes: ProcessGroup, owners: Sequence[int]) -> None:
+        """Add up the sums of all processes; only owners of a linear keep the result."""
+        energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
+        for part in (*self._sums, self._delta_sum):
+            processes.reduce(part, owners)
+        for part in (energy_I, self._weight):
+            processes.reduce(part)
+
+        self.weight = float(self._weight)
+        self.importance_I = (energy_I / self._weight).float()
+
+        if processes.rank not in owners:
+            self._sums.clear()
+            self._delta_sum = self._delta_sum.new_empty(0, 0)
+
+    def hessian(self, damping: float) -> Hessian:
+        """Return the damped mean Hessian; the sums are freed on the way."""
+        if self._weight <= 0:
+            raise UsageError(
+                "no-weighted-tokens",
+                "no calibration token counts: every segment of the traces has weight 0",
+                remedy="raise prompt, thinking or answer under [calibration.segment_weights]",
+            )
+
+        matrix_II = self.weights_R.new_empty(self.width, self.width, dtype=torch.float32)
+        for start, stop in _slices(self.width):
+            sum_CX = self._sums.pop(0)
+            matrix_II[start:stop, start:] = sum_CX.div_(self._weight)
+            matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
+            del sum_CX  # freed before the next slice is filled
+
+        return Hessian(matrix_II, damping)
+
+    def solve_targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
+        """Return weights that map the sparse model's input to the dense model's output.
+
+        Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
+        D = Σ w (x_dense − x) xᵀ. Where the dense linear V has more inputs, W D is
+        Σ w (V x_dense − W x) xᵀ. The sum for D is freed.
+        """
+        delta_XI = self._delta_sum.div_(self._weight).float()
+        del self._delta_sum
+        outputs = [len(weight_OI) for weight_OI in self.matched_weights]
+        parts = torch.split(delta_XI, outputs) if self._projected else ()
+
+        targets = {}
+        for index in indices:
+            weight_OI = self.matched_weights[index]
+            if self._projected:
+                part_OI = parts[index]
+            else:
+                part_OI = weight_OI @ delta_XI
+            targets[index] = weight_OI + hessian.solve(part_OI)
+
+        return targets
+
+
+def count_sums(width: int, outputs: int) -> int:
+    """Return about how many float64 sums an :class:`InputStatistic` has.
+
+    ``outputs``: of the linears that are solved for the dense output; 0 for none.
+    """
+    squares = sum((stop - start) * (width - start) for start, stop in _slices(width))
+    delta_rows = outputs if 2 * outputs <= width else width
+    return squares + width * delta_rows
+
+
+def _slices(rows: int) -> Iterator[tuple[int, int]]:
+    step = max(rows // ROW_SLICES, MIN_SLICE_ROWS)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

@@ -1,0 +1,187 @@
+"""Survey of the dense model before the walk: each linear with the Hessian of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+
+import torch
+from torch import nn
+
+from racdeploy.models.families import expand_experts
+from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.block_inputs import BlockInputs
+from racdeploy.pruning.walk.blockwise_model import set_parameter
+from racdeploy.pruning.walk.calibration_pass import CalibrationPass
+from racdeploy.pruning.walk.expert_linears import ExpertLinears, count_expert_tokens
+from racdeploy.pruning.walk.hessian import Hessian
+from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
+from racdeploy.pruning.walk.session import PruningSession
+from racdeploy.pruning.walk.statistics import PAD, InputStatistic
+
+Effect = Callable[[torch.Tensor], float]
+"""Returns the relative change of the block's output if a linear gets other weights."""
+Observation = Mapping[str, float]
+Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
+
+
+def survey(
+    session: PruningSession,
+    wanted: Collection[str],
+    observe: Observe,
+) -> dict[str, Observation]:
+    """Call ``observe`` for each of the named linears of the dense model.
+
+    Effects are measured on one batch, the one with the largest total token weight, so that they
+    compare across blocks and processes.
+
+    Args:
+        wanted: full names of the linears.
+        observe: gets name, weights, Hessian and effect of a linear.
+
+    Returns:
+        Name → observation, from all processes.
+    """
+    blocks = session.model
+    totals = [
+        float(weigh_tokens(session, batch).sum()) for batch in session.all_calibration_batches
+    ]
+    probe = session.all_calibration_batches[totals.index(max(totals))]
+
+    (probe_BTD,) = blocks.embed([probe])
+    block_inputs = BlockInputs(probe.ids_BT)
+
+    observations: dict[str, Observation] = {}
+
+    with closing(
+        CalibrationPass(blocks, session.calibration_batches, session.folder, "survey")
+    ) as flow:
+        fitted = range(len(session.calibration_batches))
+        flow.embed(fitted)
+
+        for index in range(blocks.shape.block_count):
+            block = blocks.load_block(index)
+            prefix = f"{blocks.prefix(index)}."
+            linears = [name.removeprefix(prefix) for name in wanted if name.startswith(prefix)]
+
+            effects = _Effects(session, block, probe_BTD, probe, block_inputs)
+
+            for linear, weight_OI, hessian in _observe_block(session, flow, index, linears):
+                effect = partial(effects.measure, linear)
+                observations[prefix + linear] = observe(prefix + linear, weight_OI, hessian, effect)
+
+            for batch in fitted:
+                flow.advance(block, batch)
+
+            probe_BTD = effects.output_BTD  # of the unchanged block, not of a trial
+            block.to("meta")
+            session.report_progress("survey", index + 1)
+
+    merged: dict[str, Observation] = {}
+    for part in session.processes.all_gather(observations):
+        merged |= part
+
+    return {name: merged[name] for name in wanted}
+
+
+def _observe_block(
+    session: PruningSession, flow: CalibrationPass, index: int, wanted: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+    """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
+    block = session.model.meta_block(index)
+    checkpoint = session.model.checkpoint
+    experts = checkpoint.shape.num_experts
+    # Nothing is pruned yet: one block is both the dense and the sparse one.
+    pair = BlockPair(
+        checkpoint=checkpoint,
+        dense_index=index,
+        new_index=index,
+        dense=block,
+        sparse=block,
+        dense_flow=flow,
+        sparse_flow=flow,
+    )
+
+    for group, linears in enumerate(pair.input_groups):
+        names = [linear for linear in expand_experts(linears, experts) if linear in wanted]
+        full = {name: block.get_parameter(f"{name}.weight") for name in names}
+        if not names:
+            continue
+
+        if linears[0] not in checkpoint.family.expert_linears:
+            statistic = gather_inputs(session, pair, group, [*full.values()], match_dense=False)
+            yield from _observe_owned(session, full, names, statistic)
+            continue
+
+        if not pair.expert_tokens:
+            pair.expert_tokens = count_expert_tokens(session, flow, block, experts)
+
+        members = ExpertLinears(session, pair, names, match_dense=False)
+        for part in members.split_by_memory(members.solve_groups(), full):
+            for piece, statistic in zip(part, members.gather_statistics(part, full), strict=True):
+                yield from _observe_owned(session, full, piece.linears, statistic)
+
+
+def _observe_owned(
+    session: PruningSession,
+    full: Mapping[str, torch.Tensor],
+    names: Sequence[str],
+    statistic: InputStatistic,
+) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+    processes = session.processes
+    weights = [full[name] for name in names]
+    owners = processes.assign_owners([weight_OI.numel() for weight_OI in weights])
+    statistic.reduce(processes, owners)
+    if processes.rank not in owners:
+        return
+
+    hessian = statistic.hessian(session.settings.damping)
+
+    for name, weight_OI, owner in zip(names, weights, owners, strict=True):
+        if owner == processes.rank:
+            yield name, weight_OI * ~hessian.dead_I, hessian
+
+
+class _Effects:
+    """Measures how a change of one linear changes the output of its block."""
+
+    def __init__(
+        self,
+        session: PruningSession,
+        block: nn.Module,
+        hidden_BTD: torch.Tensor,
+        batch: Batch,
+        block_inputs: BlockInputs,
+    ) -> None:
+        self._blocks, self._block, self._hidden_BTD = session.model, block, hidden_BTD
+        self.output_BTD = self._blocks.forward(block, hidden_BTD, block_inputs=block_inputs)
+        self._block_inputs = block_inputs.fork()
+        self._real_BT = self._blocks.to_device(batch.segment_BT != PAD)
+        self._weight_N = weigh_tokens(session, batch)
+
+    def measure(self, linear: str, weight_OI: torch.Tensor) -> float:
+        """Return the mean over tokens of |change|² / |output|² with these weights in the linear."""
+        parameter = f"{linear}.weight"
+        dense_OI = self._block.get_parameter(parameter).data
+        set_parameter(self._block, parameter, weight_OI)
+        changed_BTD = self._blocks.forward(
+            self._block, self._hidden_BTD, block_inputs=self._block_inputs
+        )
+        # Restored: later linears are measured in the dense block.
+        set_parameter(self._block, parameter, dense_OI)
+
+        output_ND = self.output_BTD[self._real_BT]
+        change_ND = changed_BTD[self._real_BT] - output_ND
+        change_N = change_ND.square().sum(-1)
+        energy_N = output_ND.square().sum(-1)
+
+        weight_N = self._weight_N
+        share_N = torch.where(change_N > 0, change_N / energy_N, 0)
+        return float(share_N @ weight_N / weight_N.sum())
+
+
+def weigh_tokens(session: PruningSession, batch: Batch) -> torch.Tensor:
+    """Return the weight of each token of a batch, without padding."""
+    segment_N = batch.segment_BT[batch.segment_BT != PAD]
+    return session.weights_R[segment_N.to(session.weights_R.device)]

@@ -1,0 +1,205 @@
+"""Prune the linears of a block by the recipe's method, in its pattern.
+
+Linears with one statistic are solved together, each in the process that owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from racdeploy import plugins
+from racdeploy.models.families import find_expert, generalize_expert
+from racdeploy.models.reordering import find_gguf_column_order
+from racdeploy.models.shape import ModelShape
+from racdeploy.pruning.walk.blockwise_model import set_parameter
+from racdeploy.pruning.walk.expert_linears import ExpertLinears, SolveGroup, count_expert_tokens
+from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
+from racdeploy.pruning.walk.pruned_linear import PrunedLinear
+from racdeploy.pruning.walk.relative_error import RelativeError
+from racdeploy.pruning.walk.session import PruningSession
+from racdeploy.pruning.walk.statistics import InputStatistic
+from racdeploy.pruning.weights.patterns import ExistingZeros, Pattern, make_pattern
+from racdeploy.pruning.weights.refit import prune_and_refit
+from racdeploy.pruning.weights.rounding import round_to_grid
+from racdeploy.pruning.weights.sparsities import LinearSparsities
+from racdeploy.quant import RoundingQuant, load_grid, rounding_quant_of
+
+LinearSolution = tuple[torch.Tensor, torch.Tensor, float]
+"""Pruned weights, their target, and the damping."""
+
+
+class LinearPruner:
+    """Prunes linears by the recipe's method, sparsities and format."""
+
+    def __init__(
+        self,
+        session: PruningSession,
+        sparsities: LinearSparsities,
+        quant: RoundingQuant,  # format whose codes are optimized; empty: the export rounds
+        *,
+        keep_existing_zeros: bool,  # prune no others: the model is sparse already
+    ) -> None:
+        self.session, self.sparsities, self.quant = session, sparsities, quant
+        self._keeps_own_zeros = keep_existing_zeros
+        self._method = plugins.load("prune_methods", session.settings.method)
+
+    def quant_of(self, pair: BlockPair, linear: str) -> str:
+        """Return the format whose codes are optimized for a linear, or an empty string."""
+        return rounding_quant_of(self.quant, pair.dense_name(linear))
+
+    def prune_group(
+        self, pair: BlockPair, group: int, linears: Sequence[str]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears that share an input."""
+        # Dense weights, minus the rows and columns of a cut.
+        full = {name: pair.sparse.get_parameter(f"{name}.weight") for name in linears}
+        if find_expert(linears[0]) is not None:
+            return self._prune_experts(pair, linears, full)
+
+        match_dense = self.session.settings.match_dense
+        statistic = gather_inputs(
+            self.session, pair, group, [*full.values()], match_dense=match_dense
+        )
+        return self._prune(pair, [SolveGroup(tuple(linears))], [statistic], full)
+
+    def _prune_experts(
+        self, pair: BlockPair, linears: Sequence[str], full: Mapping[str, torch.Tensor]
+    ) -> dict[str, PrunedLinear]:
+        """Prune linears of experts, as many at a time as their statistics fit into memory."""
+        if not pair.expert_tokens:
+            experts = len(pair.experts)
+            pair.expert_tokens = count_expert_tokens(
+                self.session, pair.sparse_flow, pair.sparse, experts
+            )
+
+        match_dense = self.session.settings.match_dense
+        members = ExpertLinears(self.session, pair, linears, match_dense=match_dense)
+
+        pruned: dict[str, PrunedLinear] = {}
+        for pieces in members.split_by_memory(members.solve_groups(), full):
+            statistics = members.gather_statistics(pieces, full)
+            pruned |= self._prune(pair, pieces, statistics, full)
+        return pruned
+
+    def _prune(
+        self,
+        pair: BlockPair,
+        pieces: Sequence[SolveGroup],
+        statistics: Sequence[InputStatistic],
+        full: Mapping[str, torch.Tensor],
+    ) -> dict[str, PrunedLinear]:
+        """Prune the linears whose statistics one pass has gathered."""
+        processes = self.session.processes
+        works = [work for piece in pieces for work in piece.work_items]
+        costs = [sum(full[linear].numel() for linear in work) for work in works]
+        owners: dict[str, int] = {}
+        for work, owner in zip(works, processes.assign_owners(costs), strict=True):
+            owners |= dict.fromkeys(work, owner)
+
+        # Add up all sums before solving: so no process waits while another solves.
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            statistic.reduce(processes, [owners[linear] for linear in piece.linears])
+
+        solved: dict[str, LinearSolution] = {}
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            patterns = {name: self._pattern(pair, name, full[name]) for name in piece.linears}
+            owned = [name for name in piece.linears if owners[name] == processes.rank]
+            if owned:
+                solved |= self._solve(pair, piece, owned, patterns, statistic, full)
+
+        pruned = {}
+        match_dense = self.session.settings.match_dense
+        for piece, statistic in zip(pieces, statistics, strict=True):
+            for linear in piece.linears:
+                placeholder = full[linear], full[linear], 0.0  # for the owner's, of its shape
+                solution = solved.pop(linear, placeholder)
+                result = self._describe(pair, piece, linear, statistic, solution)
+                pruned[linear] = result.broadcast(processes, owners[linear], target=match_dense)
+                set_parameter(pair.sparse, f"{linear}.weight", pruned[linear].stored_OI.float())
+
+        return pruned
+
+    def _solve(
+        self,
+        pair: BlockPair,
+        piece: SolveGroup,
+        owned: Sequence[str],
+        patterns: Mapping[str, Pattern],
+        statistic: InputStatistic,
+        full: Mapping[str, torch.Tensor],
+    ) -> dict[str, LinearSolution]:
+        """Solve the linears of a group that this process owns."""
+        settings = self.session.settings
+        hessian = statistic.hessian(settings.damping)
+        targets = [full[linear] for linear in piece.linears]
+        indices = [piece.linears.index(linear) for linear in owned]
+        matched = statistic.solve_targets(indices, hessian) if settings.match_dense else {}
+
+        solved = {}
+        for index, linear in zip(indices, owned, strict=True):
+            target_OI = matched.get(index, targets[index])
+            live_OI = target_OI * ~hessian.dead_I
+            pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
+            weight_OI = pruned.weight_OI
+
+            if name := self.quant_of(pair, linear):
+                # GGUF files reorder some columns, and neighbours in the file share a scale.
+                quant = load_grid(name)
+                is_gguf = "gguf" in quant.FORMATS
+                order_I = None
+                if is_gguf:
+                    order_I = find_solve_order(pair.checkpoint.shape, linear, target_OI)
+                weight_OI = round_to_grid(pruned, live_OI, hessian, quant, order_I)
+
+            solved[linear] = weight_OI, target_OI, hessian.damping
+
+        return solved
+
+    def _describe(
+        self,
+        pair: BlockPair,
+        piece: SolveGroup,
+        linear: str,
+        statistic: InputStatistic,
+        solved: LinearSolution,
+    ) -> PrunedLinear:
+        """Return the pruned linear in its owner; elsewhere a placeholder of its shape."""
+        weight_OI, target_OI, damping = solved
+        # Codes times a scale need more digits than bfloat16 has.
+        has_codes = self.quant_of(pair, linear)
+        if has_codes:
+            stored = torch.float32
+        else:
+            stored = pair.stored_dtype(f"{linear}.weight")
+        expert = find_expert(linear)
+
+        return PrunedLinear(
+            weight_OI.to(stored).contiguous(),
+            target_OI,
+            damping,
+            RelativeError(self.session.tasks),
+            statistic.importance_I,
+            round(statistic.weight),
+            expert_tokens=None if expert is None else pair.expert_tokens[expert],
+            pooled=piece.pooled,
+        )
+
+    def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
+        """Return the pattern of a linear's zeros."""
+        if self._keeps_own_zeros:
+            return ExistingZeros(weight_OI != 0)
+
+        settings, name = self.session.settings, pair.dense_name(linear)
+        settings.check_width(name, weight_OI.shape[1])
+        return make_pattern(self.sparsities[name], settings.n_m_of_linear(name))
+
+
+def find_solve_order(
+    shape: ModelShape, linear: str, weight_OI: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the column at each position of a GGUF file; None if its order is the model's."""
+    transform = shape.family.transforms.get(f"{generalize_expert(linear)}.weight")
+    order_I = find_gguf_column_order(transform, shape, weight_OI.shape[1])
+    return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)

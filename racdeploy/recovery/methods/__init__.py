@@ -1,0 +1,1 @@
+"""Recovery methods, one file each; see :class:`racdeploy.recovery.RecoverMethod`."""

@@ -1,0 +1,38 @@
+"""Train norms, biases and, where codes were chosen while pruning, the quantization scales.
+
+These are few numbers, so it is cheap and can do little harm. It comes last, on the final codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from racdeploy.quant import load_grid
+from racdeploy.recovery import cost
+from racdeploy.recovery.parameters import ScaleParameters, WeightParameters
+from racdeploy.recovery.training import distill
+from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
+
+
+def peak_bytes(run: TrainingRun) -> int:
+    """Return the peak memory of :func:`recover` in bytes."""
+    linears = run.masked_weights if run.quant else ()
+    vectors = list_trained(run.sparse, vectors_only=True)
+    return cost.whole_model_bytes(run, [*vectors, *linears])
+
+
+def recover(run: TrainingRun) -> list[LogRow]:
+    """Train vectors and scales; zeros and codes do not change."""
+    linears = run.masked_weights if run.quant else ()
+    vectors = list_trained(run.sparse, vectors_only=True)
+
+    def arrange(weights: Mapping[str, torch.Tensor]) -> WeightParameters:
+        if not linears:
+            return WeightParameters(weights)
+        vector_weights = {name: weights[name] for name in vectors}
+        linear_weights = {name: weights[name] for name in linears}
+        return ScaleParameters(vector_weights, linear_weights, load_grid(run.quant), run.processes)
+
+    return distill(run, [*vectors, *linears], arrange)

@@ -1,0 +1,298 @@
+"""Training batches: whole traces in random order, with the dense model's last hidden states.
+
+The states are on disk. They hold the dense model's whole next-token distribution in a few hundred
+numbers per token, in place of a vocabulary. They are computed with one dense block in memory at a
+time. Each process computes the states of some batches and sends them to the others, so that any
+process can train on any batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
+from racdeploy.pruning.walk.activations import Activations
+from racdeploy.pruning.walk.batches import Batch, make_batches
+from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
+from racdeploy.pruning.walk.calibration_pass import CalibrationPass
+from racdeploy.recipe import SegmentWeights
+from racdeploy.traces.trace import SEGMENTS, Trace
+
+T = TypeVar("T")
+MICRO_BATCH_TOKENS = 4096
+"""Maximum tokens of a forward pass, padding included; a longer trace is a batch of its own."""
+MAX_STORED_BYTES = 16 << 30
+"""Maximum disk space for hidden states of the dense model."""
+_POOL_BATCHES = 16  # whose traces are sorted by length together
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A batch of traces, padded on the right, where the causal mask hides it.
+
+    Args:
+        ids_BT: token ids, 0 where padded.
+        dense_BTD: the dense model's last hidden states, 0 where padded.
+        weight_BT: loss weight of the prediction made at each token; 0 leaves it out.
+        tokens: number of tokens without padding.
+    """
+
+    ids_BT: Tensor
+    dense_BTD: Tensor
+    weight_BT: Tensor
+    tokens: int
+
+
+class TrainingBatches:
+    """Traces with the dense model's last hidden states, and their division into batches."""
+
+    def __init__(
+        self, traces: Sequence[Trace], states: Activations, weights: SegmentWeights
+    ) -> None:
+        self.traces, self.states = traces, states
+        self._lengths = [len(trace.ids) for trace in traces]
+        self._weights = [getattr(weights, segment) for segment in SEGMENTS]
+
+    def __len__(self) -> int:
+        return len(self.traces)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all traces."""
+        return sum(self._lengths)
+
+    def batch(self, indices: Sequence[int]) -> TrainingBatch:
+        """Return the batch of the traces with these indices."""
+        B, T = len(indices), max(self._lengths[index] for index in indices)
+        D = self.states[indices[0]].shape[1]
+
+        ids_BT = torch.zeros(B, T, dtype=torch.long)
+        weight_BT = torch.zeros(B, T)
+        dense_BTD = torch.zeros(B, T, D)
+
+        for row, index in enumerate(indices):
+            trace, length = self.traces[index], self._lengths[index]
+            ids_BT[row, :length] = torch.tensor(trace.ids)
+            dense_BTD[row, :length] = self.states[index]
+
+            # A state predicts the next token, so it has the weight of the token after it.
+            weights = [self._weights[segment] for segment in trace.segments()]
+            weight_BT[row, : length - 1] = torch.tensor(weights[1:])
+
+        tokens = sum(self._lengths[index] for index in indices)
+        return TrainingBatch(ids_BT, dense_BTD, weight_BT, tokens)
+
+    def batches_by_length(self) -> list[list[int]]:
+        """Return batches of trace indices, every trace once, sorted by length."""
+        by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
+        return _cut(self._lengths, by_length, MICRO_BATCH_TOKENS)
+
+    def shard(
+        self, batches: Sequence[Sequence[int]], processes: ProcessGroup
+    ) -> Iterator[TrainingBatch]:
+        """Yield this process's share of some batches: the same number in every process."""
+        count = processes.world_size
+        pieces = split_evenly(batches, self._lengths, count)
+
+        for start in range(0, len(pieces), count):
+            together = pieces[start : start + count]
+            if processes.rank < len(together):
+                yield self.batch(together[processes.rank])
+                continue
+
+            # This rank has nothing left, but FSDP needs its forward and backward pass all the same.
+            idle = self.batch(together[-1][:1])
+            yield replace(idle, weight_BT=torch.zeros_like(idle.weight_BT), tokens=0)
+
+    def draw_steps(self, tokens: int, batch_tokens: int, seed: int) -> list[list[list[int]]]:
+        """Return optimizer steps of about ``batch_tokens``; a step has batches of trace indices.
+
+        There are as many as ``tokens`` takes. An epoch has every trace once. Each epoch
+        draws other batches, of traces of similar length, so that there is little padding.
+        """
+        micro_tokens = min(batch_tokens, MICRO_BATCH_TOKENS)
+        generator = random.Random(seed)
+
+        def draw() -> list[list[int]]:
+            return _shuffle(self._lengths, micro_tokens, generator)
+
+        def size(indices: Sequence[int]) -> int:
+            return sum(self._lengths[index] for index in indices)
+
+        return plan_steps(draw, size, tokens, batch_tokens)
+
+
+def plan_steps(
+    draw: Callable[[], Sequence[T]], size: Callable[[T], int], tokens: int, batch_tokens: int
+) -> list[list[T]]:
+    """Return steps of about ``batch_tokens``, each a list of batches, ``tokens`` in all.
+
+    Args:
+        draw: returns the batches of an epoch.
+        size: returns the tokens of a batch.
+    """
+    steps: list[list[T]] = [[]]
+    planned = tokens_in_step = 0
+
+    while planned < tokens:
+        for batch in draw():
+            if planned >= tokens:
+                break
+            if tokens_in_step >= batch_tokens:
+                steps.append([])
+                tokens_in_step = 0
+
+            steps[-1].append(batch)
+            planned += size(batch)
+            tokens_in_step += size(batch)
+
+    return steps
+
+
+def _shuffle(
+    lengths: Sequence[int], micro_tokens: int, generator: random.Random
+) -> list[list[int]]:
+    """Return batches of trace indices, every trace once, in random order.
+
+    Only traces of one random pool are sorted by length together: sorting all would make the same
+    batches in every epoch.
+    """
+    indices = list(range(len(lengths)))
+    generator.shuffle(indices)
+
+    mean = sum(lengths) / len(lengths)
+    pool = max(1, round(_POOL_BATCHES * micro_tokens / mean))
+
+    batches: list[list[int]] = []
+    for start in range(0, len(indices), pool):
+        by_length = sorted(indices[start : start + pool], key=lengths.__getitem__)
+        batches += _cut(lengths, by_length, micro_tokens)
+
+    generator.shuffle(batches)
+    return batches
+
+
+def _cut(lengths: Sequence[int], indices: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Split trace indices, sorted by length, into batches of ``micro_tokens`` with padding."""
+    batches: list[list[int]] = []
+    for index in indices:
+        # The trace at hand is the longest of its batch, so all rows are padded to its length.
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > micro_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def split_evenly(
+    batches: Sequence[Sequence[int]], lengths: Sequence[int], count: int
+) -> list[Sequence[int]]:
+    """Return the batches split so that their number is a multiple of ``count`` processes.
+
+    The largest is halved until that is so, or until every batch is one trace. They are sorted by
+    size, since processes take neighbours at the same time and wait for the largest.
+    """
+    result = list(batches)
+    if count == 1:
+        return result
+
+    def size(batch: Sequence[int]) -> int:
+        return len(batch) * max(lengths[index] for index in batch)
+
+    while len(result) % count:
+        largest = max((batch for batch in result if len(batch) > 1), key=size, default=None)
+        if largest is None:
+            break
+
+        result.remove(largest)
+        result += [largest[::2], largest[1::2]]
+
+    return sorted(result, key=size, reverse=True)
+
+
+def limit_to_disk(traces: Sequence[Trace], width: int, stored_bytes: int) -> list[Trace]:
+    """Return the first traces whose states, ``width`` floats per token, fit ``stored_bytes``."""
+    chosen: list[Trace] = []
+    size_bytes = 0
+
+    for trace in traces:
+        size_bytes += 4 * width * len(trace.ids)
+        if size_bytes > stored_bytes and chosen:
+            break
+        chosen.append(trace)
+
+    return chosen
+
+
+@contextmanager
+def dense_states(
+    dense: Checkpoint,
+    traces: Sequence[Trace],
+    folder: Path,
+    name: str,
+    device: torch.device,
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Iterator[Activations]:
+    """Compute the dense model's last hidden states, states_TD of each trace, in a file.
+
+    The file is removed at the end of the ``with`` body.
+    """
+    blocks = BlockwiseModel(dense, "float32", device)
+    tasks = sorted({trace.task for trace in traces})
+    batches = make_batches(traces, tasks, held_out=False)
+    owners = processes.assign_owners([batch.ids_BT.numel() for batch in batches])
+    own_numbers = [number for number, owner in enumerate(owners) if owner == processes.rank]
+
+    width = dense.shape.hidden_size
+    shapes = [(len(trace.ids), width) for trace in traces]
+    states = Activations(shapes, folder / f"dense-{name}.bin")
+
+    try:
+        with (
+            torch.inference_mode(),
+            closing(CalibrationPass(blocks, batches, folder, f"passing-{name}")) as passing,
+        ):
+            passing.embed(own_numbers)
+            for block in range(dense.shape.block_count):
+                loaded = blocks.load_block(block)
+                for number in own_numbers:
+                    passing.advance(loaded, number)
+                blocks.meta_block(block).to("meta")
+
+            norm = blocks.load_final_norm()
+            for number, indices in enumerate(_list_indices(traces, batches)):
+                if number in own_numbers:
+                    hidden_BTD = norm(blocks.to_device(passing.hidden[number])).cpu()
+
+                # Every process joins in the broadcast of every trace, in the same order.
+                for row, index in enumerate(indices):
+                    states_TD = torch.empty(shapes[index])
+                    if number in own_numbers:
+                        states_TD = hidden_BTD[row, : len(states_TD)].clone()
+                    states[index] = processes.broadcast(states_TD, owners[number])
+
+        yield states
+    finally:
+        states.close()
+
+
+def _list_indices(traces: Sequence[Trace], batches: Sequence[Batch]) -> list[list[int]]:
+    """Return the indices of the traces in each batch of :func:`make_batches`, which sorts them."""
+    order = sorted(range(len(traces)), key=lambda i: (len(traces[i].ids), traces[i].index))
+    indices = []
+    start = 0
+
+    for batch in batches:
+        stop = start + len(batch.ids_BT)
+        indices.append(order[start:stop])
+        start = stop
+
+    return indices

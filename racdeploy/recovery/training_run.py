@@ -1,0 +1,200 @@
+"""One training run of recovery: student, teacher, data, and the files of its best state."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
+from racdeploy.engines.engine import Progress
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.families import generalize_expert
+from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
+from racdeploy.pruning.walk.assemble import assemble
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.recipe import Recovery
+from racdeploy.recovery.divergence import Direction
+from racdeploy.recovery.state import write_tensors
+from racdeploy.traces.trace import Trace
+
+STATE_FILE = "state.safetensors"
+"""Training state to resume from, in the folder of the phase."""
+BEST_FILE = "best.safetensors"
+"""Trainable parameters as they were in the best state."""
+
+
+@dataclass(frozen=True)
+class LogRow:
+    """One row of the training log, like those of transformers' ``log_history``.
+
+    Args:
+        tokens: trained on in this phase so far.
+        loss: mean training loss since the row before, in the method's own unit.
+        kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.
+        text_kl_nats: the same over held-out parts of the user's own text; None without one.
+        note: in the last row, the reason why training ended early, or empty.
+    """
+
+    tokens: int
+    loss: float | None = None
+    kl_nats: float | None = None
+    text_kl_nats: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The training run of one phase of recovery.
+
+    Args:
+        sparse: the student, in its state before this phase.
+        dense: the teacher; removed blocks have no counterpart in ``sparse``.
+        sources: index of the dense block that each block of ``sparse`` was cut from.
+        train_traces: training data.
+        held_out: evaluation data, which decides which state is the best.
+        text: held-out parts of the user's own text, evaluated too.
+        tokens: number of tokens to train on, counting whole traces; traces are repeated.
+        direction: of the KL divergence, for methods that train on it.
+        quant: number format whose codes were chosen while pruning; empty if none were.
+        folder: of the phase's states and other files; each process has its own, and results are in
+            that of the first.
+        out: folder of the recovered model.
+    """
+
+    sparse: Checkpoint
+    dense: Checkpoint
+    sources: Sequence[int]
+    train_traces: Sequence[Trace]
+    held_out: Sequence[Trace]
+    settings: Recovery
+    tokens: int
+    direction: Direction
+    quant: str
+    folder: Path
+    out: Path
+    device: torch.device
+    text: Sequence[Trace] = ()
+    threads: int = 0
+    progress: Progress | None = None
+    notify: Callable[[str], None] | None = None  # gets a line at every evaluation
+    processes: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def masked_weights(self) -> Sequence[str]:
+        """Names of the weights whose zeros stay zero."""
+        return self.sparse.shape.prunable_weights
+
+    def learning_rate(self, depth: int) -> float:
+        """Return the peak learning rate for ``depth`` blocks that are trained together.
+
+        It falls with the width, and with the depth, since a change in one block shifts the inputs
+        of the next. The constant was measured at 4 blocks of width 256 and at 30 of 576; training
+        halves a rate that turns out too high.
+        """
+        width = self.sparse.shape.hidden_size
+        return self.settings.learning_rate or 1.6 / (width * max(depth, 4))
+
+    @property
+    def compute(self) -> Literal["float32", "bfloat16"]:
+        """Dtype of matrix products; ``auto`` was resolved before the run was made."""
+        return "bfloat16" if self.settings.compute == "bfloat16" else "float32"
+
+    @property
+    def best_folder(self) -> Path:
+        """Folder of the best state's weights, a file per block."""
+        return self.folder / "best"
+
+    def set_threads(self) -> None:
+        """Use the thread count of the first process: another count would round differently."""
+        threads = self.threads or torch.get_num_threads()
+        torch.set_num_threads(self.processes.broadcast_object(threads))
+
+    def report_progress(self, done: int) -> None:
+        """Report the number of tokens that were trained on."""
+        if self.progress:
+            self.progress("recover", min(done, self.tokens), self.tokens, done)
+
+    def to_stored_dtype(self, name: str, value: Tensor) -> Tensor:
+        """Return a weight in the checkpoint's dtype; assert that its zeros are still zero."""
+        dtype = TORCH_DTYPES[self.sparse.entries[name].dtype]
+        rounded = value.detach().cpu().to(dtype)
+
+        if name in self.masked_weights:
+            start = torch.from_numpy(self.sparse.read(name))
+            revived = (start == 0) & (rounded != 0)
+            assert not revived.any(), f"{int(revived.sum())} zeros of {name} came back"
+
+        return rounded.contiguous()
+
+    def save_best(self, tensors: Mapping[str, Tensor], *, whole: bool = False) -> None:
+        """Write the weights of the best state so far, a file per block.
+
+        Args:
+            tensors: by name. Several processes all call this, each with its rows of every tensor.
+            whole: every process has whole tensors instead.
+        """
+        processes = self.processes
+        self.best_folder.mkdir(exist_ok=True)
+
+        blocks: dict[str, list[str]] = {}
+        for name in tensors:
+            block, _ = self.sparse.family.split_block(name)
+            part = "model" if block is None else f"{block:05d}"
+            blocks.setdefault(part, []).append(name)
+
+        for part, names in blocks.items():
+            stored = {}
+            for name in names:
+                value = tensors[name] if whole else processes.gather_rows(tensors[name])
+                if processes.is_first:
+                    stored[name] = self.to_stored_dtype(name, value)
+
+            if processes.is_first:
+                write_tensors(self.best_folder / f"block-{part}.safetensors", stored)
+
+    def remove_states(self) -> None:
+        """Remove the files that only a resumed run needs."""
+        shutil.rmtree(self.best_folder, ignore_errors=True)
+        for name in (STATE_FILE, BEST_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Write the recovered model: weights of the best state, all else from the pruned model."""
+        self.best_folder.mkdir(exist_ok=True)
+        assemble(self.sparse, self.best_folder, self.out)
+
+        for name in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
+            if (self.sparse.folder / name).is_file():
+                shutil.copyfile(self.sparse.folder / name, self.out / name)
+
+
+def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[str]:
+    """Return the names of the weights that recovery may train: the blocks and the final norm.
+
+    Embedding, output projection and routers are frozen, as in pruning.
+    """
+    family = checkpoint.family
+    names = []
+
+    for name, entry in sorted(checkpoint.entries.items()):
+        is_vector = len(entry.shape) == 1
+        if vectors_only and not is_vector:
+            continue
+
+        block, inside = family.split_block(name)
+        if block is None:  # outside the blocks, the final norm is the only vector
+            if is_vector:
+                names.append(name)
+            continue
+
+        linear, _, _ = generalize_expert(inside).rpartition(".")
+        if linear not in family.never_pruned:
+            names.append(name)
+
+    return names

@@ -1,0 +1,163 @@
+"""Operations of a sandbox on texts: a model's tokenizer and its chat templates.
+
+The payload holds the ids of all sequences as u32; ``lengths`` holds the length of each.
+"""
+
+from __future__ import annotations
+
+import json
+
+from jinja2 import Template
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+from racdeploy.processes.messages import Header, Message
+from racdeploy.sandbox import chat_template
+from racdeploy.sandbox.ids import all_ids_from_bytes, ids_from_bytes, ids_to_bytes
+from racdeploy.sandbox.limits import limit_cpu_time
+
+MAX_IDS = 4_000_000  # of one call; more than any model's context
+
+
+class _Texts:
+    """Tokenizer and templates of this process, with the operations on them."""
+
+    def __init__(self) -> None:
+        self._tokenizer: Tokenizer
+        self._templates: dict[str, Template] = {}
+
+    def read_tokenizer(self, header: Header, payload: bytes) -> Message:
+        """Load a tokenizer.json, without the truncation and padding that some files set."""
+        self._tokenizer = Tokenizer.from_buffer(payload)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        return {}, b""
+
+    def compile_template(self, header: Header, payload: bytes) -> Message:
+        self._templates[header["template"]] = chat_template.compile_template(header["source"])
+        return {}, b""
+
+    def render(self, header: Header, payload: bytes) -> Message:
+        return {"text": self._render(header)}, b""
+
+    def encode_rendered(self, header: Header, payload: bytes) -> Message:
+        """Render, prepend ``lead`` unless it is there, and encode the parts between ``mark``."""
+        text = self._render(header)
+        if not text.startswith(header["lead"]):
+            text = header["lead"] + text
+
+        # What is rendered is no longer than what it is rendered from, or is encoded quickly.
+        expected = min(len(text), header["expected_characters"])
+        limit_cpu_time(header["base_s"] + header["encoding_s"] * expected)
+        mark = header["mark"]
+        return self._encode(text.split(mark) if mark else [text])
+
+    def encode(self, header: Header, payload: bytes) -> Message:
+        return self._encode(header["texts"])
+
+    def _render(self, header: Header) -> str:
+        template = self._templates[header["template"]]
+        text = chat_template.render(template, json.loads(header["variables"]))
+        text.encode()  # a lone surrogate is no text
+        return text
+
+    def _encode(self, texts: list[str]) -> Message:
+        sequences = []
+        count = 0
+
+        for text in texts:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            sequences.append(ids)
+            count += len(ids)
+            _check_size(count, MAX_IDS, "tokens")
+
+        lengths, packed = ids_to_bytes(sequences)
+        return {"lengths": lengths}, packed
+
+    def decode(self, header: Header, payload: bytes) -> Message:
+        texts = []
+        length = 0
+
+        for ids in ids_from_bytes(header["lengths"], payload):
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            texts.append(text)
+            length += len(text)
+            _check_size(length, chat_template.MAX_TEXT_CHARACTERS, "characters")
+
+        return {"texts": texts}, b""
+
+    def name_bytes(self, header: Header, payload: bytes) -> Message:
+        """Return the bytes of ids, or None where a text is not the joined bytes of its tokens."""
+        if not _joins_bytes(self._tokenizer):
+            return {"lengths": None}, b""
+
+        ids = all_ids_from_bytes(payload)
+        tokens = [_to_bytes(self._tokenizer.id_to_token(token) or "") for token in ids]
+        return {"lengths": list(map(len, tokens))}, b"".join(tokens)
+
+    def vocabulary(self, header: Header, payload: bytes) -> Message:
+        added = header["with_added_tokens"]
+        return {"ids": self._tokenizer.get_vocab(with_added_tokens=added)}, b""
+
+    def blank_ids(self, header: Header, payload: bytes) -> Message:
+        """Return the ids of tokens that consist of ``characters``, or are one of ``texts``."""
+        characters = set(header["characters"])
+        texts = set(header["texts"])
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+
+        ids = []
+        for text, token in vocabulary.items():
+            if text and (characters.issuperset(text) or text in texts):
+                ids.append(token)
+        return {"ids": ids}, b""
+
+    def find_tokens(self, header: Header, payload: bytes) -> Message:
+        """Return the id of each token, None for an unknown one."""
+        return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
+
+    def describe(self, header: Header, payload: bytes) -> Message:
+        """Return the vocabulary size, the ids of added tokens, and the control tokens."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        controls = [token.content for token in added.values() if token.special]
+        size = self._tokenizer.get_vocab_size()
+        return {"size": size, "added": list(added), "controls": controls}, b""
+
+    def name_tokens(self, header: Header, payload: bytes) -> Message:
+        """Return the token of each id as the vocabulary writes it, None for an unknown id."""
+        return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
+
+
+def _joins_bytes(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer's decoder is ByteLevel."""
+    decoder = tokenizer.decoder
+    return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+
+def _name_bytes() -> dict[str, int]:
+    """Return the byte of each character in byte-level tokens.
+
+    Source: tokenizers 0.22 ``pre_tokenizers/byte_level.rs`` (bytes_char), after GPT-2.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    printable = {chr(byte): byte for byte in plain}
+    return printable | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = _name_bytes()
+
+
+def _to_bytes(token: str) -> bytes:
+    """Return a token's bytes by ByteLevel's rule: with any other character, those of its text."""
+    try:
+        return bytes([_BYTES[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _check_size(size: int, limit: int, unit: str) -> None:
+    if size > limit:
+        raise ValueError(f"more than {limit} {unit}")
+
+
+_texts = _Texts()
+OPERATIONS = {name: getattr(_texts, name) for name in vars(_Texts) if not name.startswith("_")}

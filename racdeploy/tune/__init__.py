@@ -1,1 +1,0 @@
-"""Search for the best model of a device: candidates, what they cost, and a race between them."""

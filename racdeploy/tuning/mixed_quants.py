@@ -1,0 +1,118 @@
+"""Mix two number formats to use up the byte limit: the most sensitive linears get more bits.
+
+The order is that of llama.cpp's presets (``llama_tensor_get_type``): value and down projections
+first, and the first and last blocks before those between.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from racdeploy import packing as packings
+from racdeploy import quant
+from racdeploy.errors import UsageError
+from racdeploy.exporting.gguf.tensor_writer import align_offset
+from racdeploy.exporting.gguf.tensors import GgufTensorPlan
+from racdeploy.files.toml import merge
+from racdeploy.quant import presets
+from racdeploy.tuning.artifact_sizes import ArtifactSize
+from racdeploy.tuning.candidates import CandidateSpec, list_quants, make_spec
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.(\w+)\.")
+_SENSITIVE = ("attn_v", "ffn_down", "attn_output", "attn_k", "attn_q")
+_HEADER_BYTES = 512  # reserve: the metadata grows with the patterns
+
+
+def widen_tensors(
+    tensors: Sequence[GgufTensorPlan], wider: str, spare_bytes: int
+) -> Mapping[str, str]:
+    """Give tensors a wider format, the most sensitive first, as long as spare bytes last.
+
+    Args:
+        wider: that format.
+
+    Returns:
+        Patterns of tensor names → the format, as in ``export.tensors``.
+    """
+    spare_bytes -= _HEADER_BYTES
+    blocks: dict[str, list[str]] = defaultdict(list)
+
+    for tensor in _list_by_need(tensors):
+        is_matrix = len(tensor.shape) > 1 and tensor.actual_quant != "f32"
+        if not is_matrix or quant.explain_misfit(quant.load(wider), tensor.shape[-1]):
+            continue
+
+        stored = replace(tensor, actual_quant=wider)
+        extra_bytes = align_offset(stored.size_bytes) - align_offset(tensor.size_bytes)
+        if 0 < extra_bytes <= spare_bytes:
+            spare_bytes -= extra_bytes
+            _, block, name = tensor.name.split(".", 2)
+            blocks[name].append(block)
+
+    patterns = {}
+    for name, block_numbers in blocks.items():
+        numbers = "|".join(block_numbers)
+        patterns[rf"^blk\.({numbers})\.{re.escape(name)}$"] = wider
+    return patterns
+
+
+def _list_by_need(tensors: Sequence[GgufTensorPlan]) -> list[GgufTensorPlan]:
+    """Return the tensors of blocks, the most sensitive ones first."""
+    ranked: list[tuple[int, int, int, GgufTensorPlan]] = []
+    last = max((int(match[1]) for match in map(_match, tensors) if match), default=0)
+
+    for tensor in tensors:
+        if match := _match(tensor):
+            block = int(match[1])
+            kind = match[2]
+            if kind in _SENSITIVE:
+                need = _SENSITIVE.index(kind)
+            else:
+                need = len(_SENSITIVE)
+            ranked.append((need, min(block, last - block), len(ranked), tensor))
+
+    return [tensor for *_, tensor in sorted(ranked)]
+
+
+def _match(tensor: GgufTensorPlan) -> re.Match[str] | None:
+    return _BLOCK.match(tensor.name)
+
+
+def propose_mixed_quant(
+    spec: CandidateSpec, size: ArtifactSize, max_bytes: int
+) -> CandidateSpec | None:
+    """Return a variant of a plain GGUF candidate with a wider format for some tensors.
+
+    None if no tensor fits into the limit.
+    """
+    recipe = spec.recipe
+    if recipe.export.format != "gguf" or recipe.export.packing != "plain":
+        return None
+
+    bits = quant.load(presets.read(recipe.export.quant).quant).BITS
+    stored = packings.list_supported("gguf", "quant")
+    available = [name for name in list_quants(recipe) if name in stored]
+    wider = [name for name in available if bits < quant.load(name).BITS]
+
+    # Pruning may give blocks different widths, known only later: then these tensors stay as they
+    # are, or the size of the mix could not be predicted.
+    is_free = "ffn" in recipe.structure.cut_parts and not recipe.structure.uniform
+    fixed = list(size.tensors)
+    if is_free:
+        fixed = [each for each in fixed if ".ffn_" not in each.name]
+
+    for name in sorted(wider, key=lambda each: quant.load(each).BITS):
+        tensors = widen_tensors(fixed, name, max_bytes - size.size_bytes)
+        if not tensors:
+            continue
+
+        export = {"tensors": tensors, "rounding": recipe.export.rounding}
+        settings = merge(spec.settings, {"export": export})
+        with suppress(UsageError):  # codes of this format cannot be chosen
+            return make_spec(spec.job, f"{spec.name} + {name}", spec.kind, settings)
+
+    return None

@@ -1,0 +1,80 @@
+"""Predict the tensors and the size of an ONNX graph before the exporter writes it.
+
+The bytes of weights are exact; those of nodes, names and shapes are approximate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from racdeploy import quant as quants
+from racdeploy.exporting.onnx.weights import choose_quant
+from racdeploy.exporting.onnx.writer import EMBEDDING_AND_HEAD
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.packing.onnx.tensors import GraphTensor, dump_tensors
+from racdeploy.quant.matmulnbits import BLOCK_SIZE
+from racdeploy.tuning.artifact_sizes import active_expert_share
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Approximate bytes that onnxruntime-genai's builder writes beside the weights.
+_GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
+_FLOAT_BYTES = 4
+
+
+def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
+    """Return the tensors of a graph in the checkpoint's order.
+
+    A tied output projection is not stored, even if the checkpoint has a copy.
+    """
+    tensors = []
+    for name, entry in checkpoint.entries.items():
+        if name == _HEAD and checkpoint.tied:
+            continue
+        chosen, _ = choose_quant(name, entry.shape, quant, name in EMBEDDING_AND_HEAD)
+        tensor = GraphTensor(name, tuple(entry.shape), chosen, is_embedding=name == _EMBEDDING)
+        tensors.append(tensor)
+    return tuple(tensors)
+
+
+def estimate_graph_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> int:
+    """Return the approximate bytes of a graph with its weights."""
+    shape = checkpoint.shape
+    # Rotary embeddings are float32 tables of cosines and sines over all positions.
+    total = _FLOAT_BYTES * shape.max_positions * shape.head_dim
+    arrays = 2
+
+    for tensor in tensors:
+        array_bytes = list_array_bytes(tensor)
+        total += sum(array_bytes)
+        arrays += len(array_bytes)
+
+    total += len(dump_tensors(list(tensors)).encode())
+    return total + _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
+
+
+def list_array_bytes(tensor: GraphTensor) -> list[int]:
+    """Return the bytes of a tensor's arrays: codes, float32 scales, zero points."""
+    count = math.prod(tensor.shape)
+    if not tensor.is_matmulnbits:
+        return [round(quants.load(tensor.quant).BITS / 8 * count)]
+
+    rows, columns = tensor.shape
+    quant = quants.load_matmulnbits(tensor.quant)
+    groups = columns // BLOCK_SIZE
+
+    arrays = [count * quant.CODE_BITS // 8, _FLOAT_BYTES * rows * groups]
+    if quant.ZERO_POINTS:
+        arrays.append(rows * -(-groups * quant.CODE_BITS // 8))
+    return arrays
+
+
+def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> Mapping[str, float]:
+    """Return the bytes of weights that are read per token, by number format."""
+    read: dict[str, float] = defaultdict(float)
+    for tensor in tensors:
+        if not tensor.is_embedding or checkpoint.tied:
+            share = active_expert_share(checkpoint.shape, [tensor.name])
+            read[tensor.quant] += share * sum(list_array_bytes(tensor))
+    return read

@@ -1,0 +1,254 @@
+"""End of a search: build the winner, and verify it beside its rival of the other kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from racdeploy import __version__
+from racdeploy.errors import UsageError
+from racdeploy.files.toml import merge
+from racdeploy.pipeline.bundling import check_replaceable
+from racdeploy.pipeline.evaluation import Rival
+from racdeploy.processes.cores import available_cores
+from racdeploy.recipe import Recipe
+from racdeploy.report.files import read_records
+from racdeploy.report.tables import format_bytes
+from racdeploy.report.tuning_files import write_tuning
+from racdeploy.report.tuning_tables import describe_limits
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.report import Report
+from racdeploy.results.tuning import Constraints, Estimate, Tuning
+from racdeploy.results.units import format_points
+from racdeploy.tuning.candidates import BASE_SETTINGS, CandidateSpec
+from racdeploy.tuning.entries import Entry
+from racdeploy.tuning.race import Scores
+from racdeploy.tuning.search import Search
+from racdeploy.tuning.speed import measure_file
+from racdeploy.verification.stats.costs import cost_per_success
+
+_MAX_PROMPT_TOKENS = 256  # in the speed measurement of the winner
+
+
+def tune(search: Search, out: Path | None) -> tuple[Path, Report, Tuning]:
+    """Run a planned search, and build and verify its winner.
+
+    Args:
+        search: after :meth:`Search.plan <racdeploy.tuning.search.Search.plan>`.
+        out: folder of the bundle; None for one in the work folder.
+
+    Returns:
+        The bundle's folder, its report, and the result of the search.
+
+    Raises:
+        UsageError: no candidate meets the limits; the message names the nearest.
+    """
+    if out:
+        check_replaceable(out)
+    search.measure()
+    search.compare()
+    order = search.run_race()
+    if not order:
+        raise _refuse_inaccurate(search)
+
+    winner, rival = order[0], find_rival(search.entries, order)
+    rivals = [_as_rival(rival)] if rival else []
+    with search.budget.stage("verify"):
+        folder, report = search.build(winner.spec.job).run(out, rivals)
+        for entry in filter(None, (winner, rival)):
+            _time_alone(search, entry)
+
+    _count_answers(winner, rival, read_records(folder))
+    tuning = _summarize(search, winner, rival, report, folder)
+    write_tuning(folder, tuning)
+    return folder, report, tuning
+
+
+def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None:
+    """Return the winner's rival: the best dense model if it is pruned, and the reverse.
+
+    Candidates of the race come first, in their ``order``; else the one nearest to the dense model.
+    None if none was made.
+    """
+    is_dense = order[0].spec.dense
+    opponents = [entry for entry in order if entry.spec.dense != is_dense]
+    if opponents:
+        return opponents[0]
+    made = []
+    for entry in entries:
+        if entry.spec.dense != is_dense and entry.exported and entry.meets_limits:
+            made.append(entry)
+    return min(made, key=lambda entry: entry.distance, default=None)
+
+
+def list_changed_settings(spec: CandidateSpec) -> dict[str, Any]:
+    """Return a candidate's recipe by part, without the defaults of a build for its target."""
+    recipe = spec.recipe
+    bare = Recipe.combine(
+        None, merge({"model": recipe.model, "target": recipe.target}, BASE_SETTINGS)
+    )
+    changed = _list_changed(recipe.model_dump(mode="json"), bare.model_dump(mode="json"), recipe)
+    changed.pop("tune", None)
+    return {"model": recipe.model, "target": recipe.target, **merge(spec.build_settings, changed)}
+
+
+def _list_changed(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], model: BaseModel
+) -> dict[str, Any]:
+    """Return the values that differ from the defaults; tables with free keys are kept whole."""
+    changed = {}
+    for key, value in values.items():
+        part = getattr(model, key)
+        if value != defaults[key]:
+            is_part = isinstance(part, BaseModel)
+            changed[key] = _list_changed(value, defaults[key], part) if is_part else value
+    return changed
+
+
+def _as_rival(entry: Entry) -> Rival:
+    assert entry.exported
+    assert entry.model
+    quant = entry.spec.recipe.export.quant
+    return Rival(_name_arm(entry), quant, entry.exported, entry.model.folder)
+
+
+def _name_arm(entry: Entry) -> str:
+    """Return the name of a model in the winner's report."""
+    return f"dense, {entry.name}" if entry.spec.dense else entry.name
+
+
+def _time_alone(search: Search, entry: Entry) -> None:
+    """Measure single-sequence decoding, if the device is this machine."""
+    if search.target.device is None:
+        assert entry.exported
+        prompt_tokens = min(_MAX_PROMPT_TOKENS, search.job.recipe.verify.context_tokens // 4)
+        threads = search.threads or available_cores()
+        entry.decode_sample = measure_file(
+            entry.exported.path, threads, search.job.backend, prompt_tokens
+        )
+
+
+def _count_answers(winner: Entry, rival: Entry | None, records: Sequence[AnswerRecord]) -> None:
+    """Replace the scores of the race by those of the verification."""
+    arms = {"pruned": winner}
+    if rival:
+        arms[_name_arm(rival)] = rival
+    for arm, entry in arms.items():
+        entry.scores = Scores.from_records([record for record in records if record.arm == arm])
+        entry.reached = "verified"
+
+
+def _summarize(
+    search: Search, winner: Entry, rival: Entry | None, report: Report, folder: Path
+) -> Tuning:
+    recipe = search.job.recipe
+    gain = _find_gain(rival, report)
+    confidence = 0.90
+    if report.comparison:
+        confidence = report.comparison.confidence
+    race = search.race
+
+    return Tuning(
+        racdeploy=__version__,
+        created=datetime.now(UTC),
+        model=recipe.model,
+        target=recipe.target,
+        tasks=tuple(search.job.tasks.evaluation),
+        constraints=search.limits,
+        device=search.device_row,
+        candidates=tuple(search.rows()),
+        winner=winner.name,
+        rival=rival.name if rival else "",
+        reference=search.reference.name,
+        verdict=write_verdict(winner, rival, gain, search.limits, confidence),
+        gain=gain,
+        notes=tuple(search.notes),
+        recipe=list_changed_settings(winner.spec),
+        seconds={stage: round(took, 1) for stage, took in search.budget.seconds.items()},
+        tokens_asked=race.tokens_asked if race else 0,
+        tokens_saved=race.tokens_saved if race else 0,
+        bundle=folder.name,
+    )
+
+
+def _find_gain(rival: Entry | None, report: Report) -> Estimate | None:
+    """Return the paired accuracy difference, winner minus rival, with its interval."""
+    for row in report.rivals:
+        if rival and row.name == _name_arm(rival):
+            # The report has the rival's gain over the winner.
+            return Estimate(value=-row.gain, lower=-row.gain_upper, upper=-row.gain_lower)
+    return None
+
+
+def write_verdict(
+    winner: Entry,
+    rival: Entry | None,
+    gain: Estimate | None,
+    limits: Constraints,
+    confidence: float = 0.90,
+) -> str:
+    """Return the verdict: the winner and its rival in accuracy, size and speed.
+
+    Args:
+        gain: paired accuracy difference, winner minus rival, with its interval.
+        confidence: of that interval.
+    """
+    constraints = describe_limits(limits)
+    kind = "plain dense weights" if winner.spec.dense else "a pruned model"
+    first = f"Asked for {constraints}: {kind} won: {winner.name}, {_describe(winner)}."
+    if rival is None or gain is None:
+        if winner.spec.dense or rival:
+            return first
+        return f"{first} No dense model that was made meets the limits."
+
+    more, fewer = format_points(gain.value), format_points(-gain.value)
+    ends = f"{format_points(gain.lower)} to {format_points(gain.upper)} points"
+    interval = f"{confidence:.0%} interval {ends}"
+    compared = f"in accuracy the two are even ({more} points, {interval})"
+    if gain.lower > 0:
+        compared = f"{winner.name} answers {more} points more ({interval})"
+    if gain.upper < 0:
+        compared = f"{winner.name} answers {fewer} points fewer ({interval})"
+
+    other = "dense" if rival.spec.dense else "pruned"
+    return f"{first} The best {other} rival, {rival.name}, has {_describe(rival)}; {compared}."
+
+
+def _describe(entry: Entry) -> str:
+    """Return accuracy, size, speed and seconds per correct answer, as text."""
+    scores = entry.scores
+    assert scores is not None, "both were verified"
+
+    cost = cost_per_success(scores.tokens_N * entry.cost.token_s, scores.right_N)
+    words = [
+        f"{entry.accuracy:.1%} of {len(scores)} prompts correct",
+        format_bytes(entry.size_bytes),
+        f"{entry.cost.tokens_per_s:,.0f} tokens/s predicted",
+        f"{cost.ratio:.3g} s per correct answer",
+    ]
+    return ", ".join(words)
+
+
+def _refuse_inaccurate(search: Search) -> UsageError:
+    allowed = []
+    for entry in search.entries:
+        if entry.scores is not None and entry.meets_limits:
+            allowed.append(entry)
+    best = max(allowed, key=lambda each: each.accuracy)
+
+    reference = search.reference
+    dense = reference.accuracy
+    ratio = 0.0
+    if dense:  # rounded down, so that the remedy is met
+        ratio = math.floor(100 * best.accuracy / dense) / 100
+    return UsageError(
+        "no-candidate-accurate",
+        f"no candidate has {search.job.recipe.tune.effective_min_accuracy_ratio:.0%} of "
+        f"{reference.name}'s accuracy, {dense:.1%}; the nearest: {best.name}, {best.accuracy:.1%}",
+        remedy=f"--min-accuracy-ratio {ratio:.2f}, or a larger --max-bytes or --max-memory",
+    )

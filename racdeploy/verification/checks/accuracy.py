@@ -1,0 +1,70 @@
+"""Accuracy: paired non-inferiority of the pruned artifact against the dense one."""
+
+from __future__ import annotations
+
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.schema import OpenShare
+from racdeploy.results.units import format_points
+from racdeploy.verification import gate
+from racdeploy.verification.evidence import Evidence, is_correct, make_check_result
+from racdeploy.verification.stats import paired, verdicts
+
+_REMEDIES = {
+    "pass": "",
+    "fail": "lower the sparsity, calibrate on more traces, or choose a wider quant",
+    "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
+}
+
+
+class Limits(gate.CheckLimits):
+    """Limits on accuracy.
+
+    Args:
+        margin: largest accuracy drop that passes, as a fraction.
+    """
+
+    SHARES = ("margin",)
+    margin: OpenShare = 0.05
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the whole interval of the accuracy drop is below the margin."""
+    margin = evidence.gate.limits(Limits).margin
+    confidence = evidence.gate.confidence
+    dense_correct = evidence.dense.count(is_correct)
+    prompts = evidence.prompt_count
+    answers = len(evidence.dense.records)
+    pairs = evidence.count_disagreements(is_correct)
+    interval = paired.drop_interval(*pairs, confidence)
+    figures = {
+        "drop": pairs.drop,
+        "drop_lower": interval.lower,
+        "drop_upper": interval.upper,
+        "margin": margin,
+        "dense_correct": dense_correct,
+        "pruned_correct": evidence.pruned.count(is_correct),
+        "prompts": prompts,
+        "answers": answers,
+    }
+
+    # No drop can be seen from 0: such a comparison would pass any model.
+    if not dense_correct:
+        nothing = f"the dense model answers none of {prompts} prompts right"
+        summary = f"{nothing}, so there is nothing to lose"
+        remedy = "choose a task the dense model can do: --task"
+        return make_check_result("accuracy", "inconclusive", summary, figures, remedy)
+
+    requested = evidence.gate.original.limits(Limits).margin
+    if requested != margin:
+        figures["requested_margin"] = requested
+
+    verdict = verdicts.judge(interval, margin)
+    summary = (
+        f"drop {format_points(pairs.drop)} points, {confidence:.0%} interval "
+        f"{format_points(interval.lower)} to {format_points(interval.upper)}, "
+        f"limit {format_points(margin)}, {prompts:,} prompts"
+    )
+    if answers > prompts:
+        summary += f" with {answers // prompts} samples each"
+
+    return make_check_result("accuracy", verdict, summary, figures, _REMEDIES[verdict])

@@ -1,0 +1,31 @@
+"""Integrity: the artifact on disk is unchanged since its export."""
+
+from __future__ import annotations
+
+from racdeploy.files.writing import file_sha256
+from racdeploy.results.checks import CheckResult
+from racdeploy.verification.evidence import Evidence, OtherArtifact, make_check_result
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if every file of every artifact has the recorded hash."""
+    changed = []
+    size_bytes = files = 0
+    artifacts: list[Evidence | OtherArtifact] = [evidence, *evidence.other_artifacts]
+    for artifact in artifacts:
+        for name, expected in artifact.artifact_files.items():
+            file = artifact.artifact.parent / name
+            actual = file_sha256(file)
+            if actual != expected:
+                changed.append(f"{file.name}: SHA-256 {actual[:16]}… is not {expected[:16]}…")
+
+            size_bytes += file.stat().st_size
+            files += 1
+
+    main = evidence.artifact_files[evidence.artifact.name]
+    figures = {"size_bytes": size_bytes, "files": files}
+    if changed:
+        remedy = "the artifact changed after it was exported: copy or build it again"
+        return make_check_result("integrity", "fail", "; ".join(changed), figures, remedy)
+
+    return make_check_result("integrity", "pass", f"SHA-256 {main[:16]}…", figures)

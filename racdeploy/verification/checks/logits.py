@@ -1,0 +1,119 @@
+"""Logits: teacher-forced divergence of the artifact from the pruned checkpoint under torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from pydantic import PositiveFloat
+
+from racdeploy import plugins
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.schema import Share
+from racdeploy.verification import gate
+from racdeploy.verification.evidence import Divergence, Evidence, make_check_result
+
+# Mean KL in nats that rounding to a format of that many bits may cause; a wrong tensor costs nats.
+KL_LIMITS = ((16.0, 0.002), (8.0, 0.02), (6.0, 0.06), (5.0, 0.12), (4.0, 0.5), (0.0, 1.0))
+
+
+class Limits(gate.CheckLimits):
+    """Limits on divergence, over the dense model's own traces.
+
+    Args:
+        export_kl_nats: largest mean KL of the artifact from the pruned checkpoint under torch; the
+            default follows from the number format.
+        export_changed: largest share of positions at which the artifact's first choice is less
+            than half as likely as the checkpoint's own; the default is the square root of half the
+            largest mean KL.
+        pruning_kl_nats: largest mean KL of the pruned checkpoint from the dense one; none by
+            default, since accuracy and length judge pruning.
+        pruning_changed: the share of clearly changed positions of the pruned checkpoint against
+            the dense one; none by default.
+    """
+
+    export_kl_nats: PositiveFloat | None = None
+    export_changed: Share | None = None
+    pruning_kl_nats: PositiveFloat | None = None
+    pruning_changed: Share | None = None
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the export changed the model by no more than its number format explains."""
+    comparison = evidence.logits
+    if comparison is None:
+        if evidence.settings.logit_traces:
+            return make_check_result("logits", "inconclusive", "no trace was compared")
+        return make_check_result("logits", "skipped", "no trace was compared in this run")
+
+    # Without a limit in the gate, the file's own number formats say how much rounding may change.
+    limits = evidence.gate.limits(Limits)
+    kl_limit = limits.export_kl_nats
+    if kl_limit is None:
+        named = {row.actual_quant for row in evidence.tensors if row.name in evidence.prunable}
+        kl_limit = find_kl_limit(named or {evidence.pruned.quant})
+
+    share_limit = limits.export_changed
+    if share_limit is None:
+        share_limit = find_change_limit(kl_limit)
+
+    pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
+    export_kept, export_text = _judge(comparison.export, kl_limit, share_limit)
+    pruning_kept, pruning_text = _judge(comparison.pruning, *pruning_limits)
+    figures: dict[str, float | str] = {
+        "export_kl_nats": comparison.export.kl,
+        "export_top1": comparison.export.top1,
+        "export_changed": comparison.export.changed,
+        "export_kl_limit_nats": kl_limit,
+        "export_changed_limit": share_limit,
+        "pruning_kl_nats": comparison.pruning.kl,
+        "pruning_top1": comparison.pruning.top1,
+        "pruning_changed": comparison.pruning.changed,
+        "tokens": comparison.tokens,
+    }
+
+    for name, limit in zip(("kl_limit_nats", "changed_limit"), pruning_limits, strict=True):
+        if limit is not None:
+            figures[f"pruning_{name}"] = limit
+
+    remedy = ""
+    if not export_kept:
+        remedy = "choose a wider quant; if it stays, report the model: a tensor is wrong"
+    elif not pruning_kept:
+        remedy = "lower the sparsity, or calibrate on more traces"
+
+    summary = (
+        f"artifact against torch-pruned: {export_text}; "
+        f"torch-pruned against dense: {pruning_text}; {comparison.tokens:,} tokens"
+    )
+    return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
+
+
+def find_kl_limit(quants: Iterable[str]) -> float:
+    """Return the mean KL in nats that the narrowest of the number formats may cause."""
+    bits = min(float(plugins.load("quant", name).BITS) for name in quants)
+    return next(limit for at_least, limit in KL_LIMITS if bits >= at_least)
+
+
+def find_change_limit(kl_limit: float) -> float:
+    """Return the largest share of positions at which an artifact may clearly change its choice."""
+    # Two models whose mean KL is k draw different tokens with a probability of at most sqrt(k / 2),
+    # by Pinsker's inequality and Jensen's.
+    return math.sqrt(kl_limit / 2)
+
+
+def _judge(
+    divergence: Divergence, kl_limit: float | None, changed_limit: float | None
+) -> tuple[bool, str]:
+    """Return whether the limits are kept, and the figures as text; NaN keeps no limit."""
+    kl_kept = kl_limit is None or divergence.kl <= kl_limit
+    changed_kept = changed_limit is None or divergence.changed <= changed_limit
+
+    kl_text = "" if kl_limit is None else f" (limit {kl_limit:g})"
+    changed_text = "" if changed_limit is None else f" (limit {changed_limit:.1%})"
+    text = (
+        f"KL {divergence.kl:.2g}{kl_text}, top-1 {divergence.top1:.2%}, "
+        f"clearly other tokens {divergence.changed:.2%}{changed_text}"
+    )
+
+    return kl_kept and changed_kept, text

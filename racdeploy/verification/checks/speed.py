@@ -1,0 +1,37 @@
+"""Speed: tokens decoded per second, as a ratio to the dense artifact."""
+
+from __future__ import annotations
+
+from operator import ge
+
+from pydantic import PositiveFloat
+
+from racdeploy.results.checks import CheckResult
+from racdeploy.verification import gate
+from racdeploy.verification.evidence import Evidence
+from racdeploy.verification.ratio import judge_ratio
+
+
+class Limits(gate.CheckLimits):
+    """Limit on speed.
+
+    Args:
+        ratio: smallest ratio of decoded tokens per second, pruned to dense, that passes; none by
+            default.
+    """
+
+    ratio: PositiveFloat | None = None
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the ratio of decoding speed, pruned to dense, is at least the limit."""
+    return judge_ratio(
+        "speed",
+        "{:,.0f} tokens/s".format,
+        evidence.dense.tokens_per_s,
+        evidence.pruned.tokens_per_s,
+        evidence.gate.limits(Limits).ratio,
+        ge,
+        "racdeploy bench measures it again, alternating; "
+        "a smaller quant is faster, zeros alone are not",
+    )

@@ -1,0 +1,54 @@
+"""Template: the chat templates of bundle and artifact give the original model's prompt ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from racdeploy.results.checks import CheckResult
+from racdeploy.verification.evidence import Evidence, PromptProbe, make_check_result
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if every prompt has the same ids by every template; the first difference is shown."""
+    probes = [probe for probe in evidence.prompts if probe.expected]
+    if not probes:
+        return make_check_result("template", "inconclusive", "no prompt was rendered before")
+
+    inside = [probe for probe in probes if probe.artifact is not None]
+    wrong = [probe for probe in probes if not _is_same(probe, probe.rendered)]
+    wrong_inside = [probe for probe in inside if not _is_same(probe, probe.artifact or ())]
+
+    figures = {
+        "prompts": len(probes),
+        "different": len(wrong),
+        "prompts_artifact": len(inside),
+        "different_artifact": len(wrong_inside),
+    }
+
+    if not wrong and not wrong_inside:
+        where = ", by the artifact's own template too" if inside else ""
+        summary = f"{len(probes)} prompts, equal ids{where}"
+        return make_check_result("template", "pass", summary, figures)
+
+    where = "" if wrong else " by the artifact's own template"
+    first, *others = wrong or wrong_inside
+    ids = first.rendered if wrong else first.artifact or ()
+
+    # Show a few ids from the first different one on: a whole prompt would hide it.
+    same = [expected == actual for expected, actual in zip(first.expected, ids, strict=False)]
+    index = [*same, False].index(False)
+    expected = list(first.expected[index : index + 6]) or "the end"
+    actual = list(ids[index : index + 6]) or "the end"
+
+    summary = f"{len(others) + 1} of {len(probes)} prompts differ{where}; the first is "
+    summary += f"{first.question[:60]!r}: at token {index}, {expected} expected, {actual} found"
+    remedy = "put the model's own chat template back: "
+    remedy += "chat_template in tokenizer_config.json, or export again"
+
+    return make_check_result("template", "fail", summary, figures, remedy)
+
+
+def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:
+    """Compare with the expected ids, with or without a leading beginning-of-sequence."""
+    with_bos = (*probe.bos_ids, *probe.expected)
+    return tuple(ids) in (probe.expected, with_bos)

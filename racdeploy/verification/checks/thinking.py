@@ -1,0 +1,96 @@
+"""Thinking: the pruned model must not think much longer, loop, or fail to stop."""
+
+from __future__ import annotations
+
+from pydantic import PositiveFloat
+
+from racdeploy.results.checks import CheckResult
+from racdeploy.results.schema import OpenShare
+from racdeploy.verification import gate
+from racdeploy.verification.evidence import (
+    FAULTS,
+    Evidence,
+    completion_tokens,
+    make_check_result,
+    thinking_tokens,
+)
+from racdeploy.verification.stats import lengths, paired, verdicts
+
+_REMEDIES = {
+    "pass": "",
+    "fail": "calibrate with source = 'rac', on longer traces, or lower the sparsity",
+    "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
+}
+
+
+class Limits(gate.CheckLimits):
+    """Limits on thinking; each share is judged like the accuracy drop, with its whole interval.
+
+    Args:
+        length_ratio: largest ratio of restricted mean thinking lengths, pruned to dense, that
+            passes.
+        unclosed: largest share of prompts that may lose the end of their thinking.
+        loops: largest share of prompts that may begin to repeat themselves.
+        forced: largest share of prompts whose thinking may newly be closed by the budget.
+        truncated: largest share of prompts whose answer may newly reach the token limit.
+    """
+
+    SHARES = ("unclosed", "loops", "forced", "truncated")
+    length_ratio: PositiveFloat = 1.2
+    unclosed: OpenShare = 0.05
+    loops: OpenShare = 0.05
+    forced: OpenShare = 0.05
+    truncated: OpenShare = 0.05
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if the length ratio and every fault keep their limits.
+
+    Whole completions are measured if the dense model does not think at all.
+    """
+    limits = evidence.gate.limits(Limits)
+    confidence = evidence.gate.confidence
+    thinks = any(map(thinking_tokens, evidence.dense.records))
+    length = thinking_tokens if thinks else completion_tokens
+
+    dense = evidence.dense.group_by_prompt(length)
+    pruned = evidence.pruned.group_by_prompt(length)
+    ratio = lengths.length_ratio(dense, pruned, evidence.budget_tokens, confidence)
+    results = {"length": verdicts.judge(ratio, limits.length_ratio)}
+
+    figures: dict[str, float | str] = {
+        "length_ratio": ratio.ratio,
+        "length_lower": ratio.lower,
+        "length_upper": ratio.upper,
+        "length_limit": limits.length_ratio,
+        "budget_tokens": evidence.budget_tokens,
+    }
+
+    counts: list[str] = []
+    for fault, has_fault in FAULTS.items():
+        limit: float = getattr(limits, fault)
+
+        # Counted as answers, a fault that only the pruned arm has would be a gain: swap the arms.
+        fewer, more, prompts = evidence.count_disagreements(has_fault)
+        results[fault] = paired.judge_non_inferiority(more, fewer, prompts, limit, confidence)
+
+        before = evidence.dense.count(has_fault)
+        after = evidence.pruned.count(has_fault)
+        figures[f"{fault}_dense"] = before
+        figures[f"{fault}_pruned"] = after
+        figures[f"{fault}_limit"] = limit
+
+        counts.append(f"{fault} {before} → {after}")
+
+    verdict = verdicts.worst(results.values())
+    causes = [name for name, each in results.items() if each == verdict]
+    because = "" if verdict == "pass" else f"{', '.join(causes)}: "
+    measured = "thinking" if thinks else "completion"
+
+    summary = (
+        f"{because}{measured} length ratio {ratio.ratio:.3f}, "
+        f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
+        f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(evidence.dense.records):,}"
+    )
+
+    return make_check_result("thinking", verdict, summary, figures, _REMEDIES[verdict])

@@ -1,0 +1,55 @@
+"""Tokens: the artifact's tokenizer gives the checkpoint's ids, and its end-of-sequence.
+
+The recipe may accept a share of strings with different ids; the report shows it nevertheless.
+"""
+
+from __future__ import annotations
+
+from racdeploy.results.checks import CheckResult
+from racdeploy.verification.evidence import Evidence, StopIds, make_check_result
+from racdeploy.verification.token_comparison import TokenComparison
+
+
+def check(evidence: Evidence) -> CheckResult:
+    """Pass if no more probes differ than accepted, and the end-of-sequence is the checkpoint's."""
+    # First of all: with a wrong end-of-sequence an artifact never stops, though all strings agree.
+    probes = evidence.probes
+    stop = evidence.stop_ids
+    if stop is not None and stop.actual not in stop.expected:
+        return _report_wrong_stop(stop)
+
+    if probes is None:
+        summary = f"{evidence.backend} has no tokenizer: "
+        summary += "its token ids come from the checkpoint's tokenizer.json"
+        return make_check_result("tokens", "skipped", summary)
+
+    if not probes:
+        return make_check_result("tokens", "inconclusive", "no string was tokenized")
+
+    counted = TokenComparison.count(probes)
+    figures: dict[str, float | str] = {"strings": counted.strings, "different": counted.different}
+    if not counted.different:
+        return make_check_result("tokens", "pass", f"{len(probes)} strings, equal ids", figures)
+
+    accepted = evidence.token_differences
+    figures |= {"share": counted.share, "accepted": accepted, "example": counted.example}
+    summary = str(counted)
+    if accepted:
+        summary += f"; {counted.share:.3%}, accepted up to {accepted:.3%}"
+    if counted.share <= accepted:
+        return make_check_result("tokens", "pass", summary, figures)
+
+    remedy = "name the right pre-tokenizer: export.pre_tokenizer in the recipe"
+    return make_check_result("tokens", "fail", summary, figures, remedy)
+
+
+def _report_wrong_stop(stop: StopIds) -> CheckResult:
+    """Return the failure for an artifact whose end-of-sequence is not the checkpoint's."""
+    named = "none" if stop.actual is None else f"id {stop.actual}"
+    figures = {"end_of_sequence": -1 if stop.actual is None else stop.actual}
+    summary = f"the artifact names {named} as its end-of-sequence, "
+    summary += f"the checkpoint {list(stop.expected)}"
+    remedy = "export again: a program that reads the artifact alone "
+    remedy += "would not stop, or stop too early"
+
+    return make_check_result("tokens", "fail", summary, figures, remedy)

@@ -1,0 +1,266 @@
+"""Evidence: the measurements of a verification, and the checks that decide on them.
+
+A check is a file of ``checks/`` with ``check(evidence) -> CheckResult`` and, if it has limits, a
+class ``Limits``, its table in the gate. ``run_checks`` runs every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from racdeploy import plugins
+from racdeploy.engines.engine import Ids
+from racdeploy.errors import UsageError
+from racdeploy.recipe import Verification
+from racdeploy.results.answers import AnswerRecord, HarnessRun
+from racdeploy.results.checks import CheckResult, CheckVerdict
+from racdeploy.results.pruning import PositionRow, TensorRow
+from racdeploy.verification.gate import Gate
+from racdeploy.verification.stats import paired
+
+T = TypeVar("T")
+is_correct: Callable[[AnswerRecord], bool] = attrgetter("correct")
+thinking_tokens: Callable[[AnswerRecord], int] = attrgetter("thinking_tokens")
+FAULTS: dict[str, Callable[[AnswerRecord], bool]] = {
+    "unclosed": lambda record: record.state == "open",
+    "loops": lambda record: record.loop_tokens > 0,
+    "forced": lambda record: record.state == "forced",
+    "truncated": lambda record: record.state != "open" and record.finish_reason == "length",
+}
+"""Faults of a completion, each with its test."""
+
+
+def completion_tokens(record: AnswerRecord) -> int:
+    """Return the tokens of thinking and answer together."""
+    return record.thinking_tokens + record.answer_tokens
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Result of one arm: a compared model's answers, files and figures.
+
+    Args:
+        records: one per prompt and sample, in that order.
+        size_bytes: of the artifact; None if it is unknown, as behind a server.
+        sparsity: zeros over the prunable weights in the file, 0 to 1.
+        stats: engine counters: ``load_ms``, ``generated_tokens``, ``decode_s``, …
+        files: SHA-256 of each file.
+        kernels: kernels that ran, in the engine's words.
+    """
+
+    name: str
+    records: tuple[AnswerRecord, ...]
+    size_bytes: int | None = None
+    quant: str = ""
+    sparsity: float | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    kernels: str = ""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens decoded per second; None if not measured."""
+        decode_s = self.stats.get("decode_s")
+        return self.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None
+
+    def count(self, predicate: Callable[[AnswerRecord], bool]) -> int:
+        """Count the records for which a test holds."""
+        return sum(map(predicate, self.records))
+
+    def group_by_prompt(self, value: Callable[[AnswerRecord], T]) -> list[list[T]]:
+        """Return a value of every record, as one row of samples for each prompt."""
+        rows: dict[int, list[T]] = {}
+        for record in self.records:
+            rows.setdefault(record.prompt, []).append(value(record))
+        return list(rows.values())
+
+
+@dataclass(frozen=True)
+class OtherArtifact:
+    """Pruned model for another engine in the same bundle; files as in :class:`Evidence`."""
+
+    arm: ArmResult
+    backend: str
+    artifact: Path
+    artifact_files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TokenProbe:
+    """Text with the tokenizer's ids (``expected``) and the engine's ids (``actual``)."""
+
+    text: str
+    expected: Ids
+    actual: Ids
+
+
+@dataclass(frozen=True)
+class PromptProbe:
+    """Question with the prompt ids of transformers, of the bundle and of the artifact.
+
+    Args:
+        expected: ids by transformers, or as the bundle recorded them.
+        rendered: ids by the bundle's template.
+        artifact: ids by the artifact's own template; None if it has none.
+        bos_ids: beginning-of-sequence that the tokenizer adds and a template may leave out.
+    """
+
+    question: str
+    expected: Ids
+    rendered: Ids
+    artifact: Ids | None = None
+    bos_ids: Ids = ()
+
+
+@dataclass(frozen=True)
+class StopIds:
+    """End-of-sequence ids of the checkpoint, and the artifact's ``eos_token_id`` or None."""
+
+    expected: Ids
+    actual: int | None
+
+
+class Divergence(NamedTuple):
+    """Divergence of a model from a reference, averaged over positions.
+
+    Args:
+        kl: mean KL(reference ‖ other) in nats.
+        top1: share of positions with the same most likely token.
+        changed: share of positions at which the reference gives the other model's first choice
+            less than half the probability of its own.
+    """
+
+    kl: float
+    top1: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Teacher-forced comparison on the dense model's own traces, over completion tokens.
+
+    Args:
+        tokens: positions compared.
+        export: divergence of the artifact from the pruned checkpoint under torch.
+        pruning: divergence of the pruned checkpoint from the dense one.
+        by_position: both, by distance from the end of the prompt.
+        traces: traces compared; with a smaller vocabulary only those without removed tokens.
+        lost_mass: mean probability that the dense model gives to removed tokens.
+    """
+
+    tokens: int
+    export: Divergence
+    pruning: Divergence
+    by_position: tuple[PositionRow, ...] = ()
+    traces: int = 0
+    lost_mass: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Measurements that the checks decide on; None or empty stands for "not measured".
+
+    Args:
+        artifact_files: recorded SHA-256 of each file, by its path from the main file's folder.
+        requested_sparsity: share of zeros over the prunable weights that the last kept pruning
+            step asked for.
+        prunable: names of the artifact's prunable tensors.
+        probes: None if the engine has no tokenizer of its own.
+        token_differences: share of the probes that may differ, 0 to 1.
+        other_artifacts: the pruned model for the bundle's other engines.
+        rivals: dense models in other quants; no check looks at them.
+        stop_ids: None if the artifact holds no tokenizer.
+        skip_reasons: reasons why a check has nothing to decide on, by its name.
+        harness: run of an evaluation harness; None if there was none.
+    """
+
+    settings: Verification
+    gate: Gate
+    dense: ArmResult
+    pruned: ArmResult
+    artifact: Path = Path()
+    artifact_files: Mapping[str, str] = field(default_factory=dict)
+    requested_sparsity: float = 0.0
+    tensors: tuple[TensorRow, ...] = ()
+    prunable: frozenset[str] = frozenset()
+    dense_linears: frozenset[str] = frozenset()
+    probes: tuple[TokenProbe, ...] | None = ()
+    token_differences: float = 0.0
+    logits: LogitComparison | None = None
+    backend: str = ""
+    other_artifacts: tuple[OtherArtifact, ...] = ()
+    rivals: tuple[ArmResult, ...] = ()
+    prompts: tuple[PromptProbe, ...] = ()
+    stop_ids: StopIds | None = None
+    packing: str = "plain"
+    skip_reasons: Mapping[str, str] = field(default_factory=dict)
+    harness: HarnessRun | None = None
+
+    @property
+    def prompt_count(self) -> int:
+        """Number of prompts; each may have several samples."""
+        return len(self.dense.group_by_prompt(is_correct))
+
+    @property
+    def budget_tokens(self) -> int:
+        """Token cap at which thinking lengths are restricted."""
+        return length_budget(self.settings)
+
+    def count_disagreements(self, predicate: Callable[[AnswerRecord], bool]) -> paired.PairedCounts:
+        """Count the prompts for which a test holds in one arm only; ``n10`` is dense only."""
+        return paired.paired_counts(
+            self.dense.group_by_prompt(predicate), self.pruned.group_by_prompt(predicate)
+        )
+
+
+def length_budget(settings: Verification) -> int:
+    """Return the cap at which lengths are restricted: the thinking budget, if there is one."""
+    return settings.max_thinking_tokens or settings.max_new_tokens
+
+
+def make_check_result(
+    name: str,
+    verdict: CheckVerdict,
+    summary: str,
+    figures: Mapping[str, float | str] | None = None,
+    remedy: str = "",
+) -> CheckResult:
+    """Return the result of a check."""
+    known = dict(figures or {})
+    return CheckResult(name=name, verdict=verdict, summary=summary, figures=known, remedy=remedy)
+
+
+def run_checks(evidence: Evidence) -> list[CheckResult]:
+    """Run every check that the gate enables, in the order of names.
+
+    Raises:
+        UsageError: the gate file names a check that has nothing to decide on.
+    """
+    results = []
+    for name in plugins.list_names("checks"):
+        result: CheckResult
+        if name in evidence.skip_reasons:
+            result = make_check_result(name, "skipped", evidence.skip_reasons[name])
+        elif not evidence.gate.is_enabled(name):
+            result = make_check_result(name, "skipped", "the gate does not ask for it")
+        else:
+            result = plugins.load("checks", name).check(evidence)
+        results.append(result)
+
+    # A user who sets a limit expects a decision: a silent skip would let a bad model pass.
+    for result in results:
+        unmeasured = result.verdict == "inconclusive" and not result.figures
+        undecided = unmeasured or result.verdict in ("measured", "skipped")
+        if result.name in evidence.gate.required_checks and undecided:
+            raise UsageError(
+                "check-not-measured",
+                f"the gate file names the check {result.name}, which has nothing to decide on: "
+                f"{result.summary}",
+                remedy=result.remedy or f"take [{result.name}] out of the gate file",
+            )
+
+    return results

@@ -1,0 +1,100 @@
+"""Statistical power of a verification, computed before it runs.
+
+Several samples of a prompt count as one, so the power is never overstated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from racdeploy.recipe import Verification
+from racdeploy.verification.checks import accuracy, thinking
+from racdeploy.verification.evidence import ArmResult, is_correct, thinking_tokens
+from racdeploy.verification.gate import Gate
+from racdeploy.verification.stats import lengths, paired
+
+_TARGET_POWER = 0.8
+_PROMPT_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
+"""Numbers of prompts to recommend."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Expected behaviour of the arms.
+
+    Args:
+        discordant_rate: share of prompts on which one arm is right and the other wrong.
+        length_deviation: from :func:`racdeploy.verification.stats.lengths.length_deviation`.
+        source: origin of these figures, in words.
+    """
+
+    discordant_rate: float = 0.10
+    length_deviation: float = 0.30
+    source: str = "assumed"
+
+
+def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expectation:
+    """Return the behaviour of two arms in an earlier verification, as an expectation.
+
+    At least one prompt counts as discordant: a rate of 0 would promise certainty.
+    """
+    pairs = paired.paired_counts(
+        dense.group_by_prompt(is_correct), pruned.group_by_prompt(is_correct)
+    )
+    discordant = max(pairs.n10 + pairs.n01, 1) / pairs.n
+
+    before = dense.group_by_prompt(thinking_tokens)
+    after = pruned.group_by_prompt(thinking_tokens)
+    both_think = all(any(map(thinking_tokens, arm.records)) for arm in (dense, pruned))
+
+    # Without thoughts, or with one prompt, there is no spread of lengths to measure.
+    deviation = Expectation.length_deviation
+    if len(before) > 1 and both_think:
+        deviation = lengths.length_deviation(before, after, budget)
+
+    return Expectation(discordant, deviation, "as in the bundle's own verification")
+
+
+def find_min_prompts(expected: Expectation, margin: float, confidence: float) -> int | None:
+    """Return the fewest prompts with which an equally good model passes with 80 % probability.
+
+    None stands for more than 2,000.
+    """
+    for prompts in _PROMPT_COUNTS:
+        if paired.power(prompts, expected.discordant_rate, margin, confidence) >= _TARGET_POWER:
+            return prompts
+    return None
+
+
+def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> dict[str, Any]:
+    """Return the power of a verification, and the smallest losses that it can detect."""
+    confidence = gate.confidence
+    margin = gate.limits(accuracy.Limits).margin
+    discordant = expected.discordant_rate
+
+    accuracy_power = paired.power(prompts, discordant, margin, confidence)
+    drop = paired.smallest_detectable_drop(prompts, discordant, confidence, _TARGET_POWER)
+
+    length_limit = gate.limits(thinking.Limits).length_ratio
+    length_power = 0.0
+    ratio = None
+    if prompts > 1:  # one prompt has no spread
+        deviation = expected.length_deviation
+        length_power = lengths.length_power(prompts, deviation, length_limit, confidence)
+        smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence, _TARGET_POWER)
+        ratio = round(smallest, 3)
+
+    return {
+        "evaluation_prompts": prompts,
+        "samples": settings.samples,
+        "discordant_share": round(discordant, 4),
+        "length_deviation": round(expected.length_deviation, 4),
+        "expectation": expected.source,
+        "accuracy_margin": margin,
+        "accuracy_power": round(accuracy_power, 3),
+        "smallest_detectable_drop": round(drop, 4),
+        "length_ratio": length_limit,
+        "length_power": round(length_power, 3),
+        "smallest_detectable_ratio": ratio,
+    }

@@ -1,0 +1,83 @@
+"""Thinking lengths: the ratio of restricted means E[min(T, budget)] by prompt, and its power."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from racdeploy.verification.stats.distributions import student_quantile
+from racdeploy.verification.stats.means import estimate_ratio, ratio_of_means
+from racdeploy.verification.stats.verdicts import RatioEstimate
+
+
+def restrict_lengths(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
+    """Return min(length, budget) for each prompt, averaged over its samples.
+
+    Args:
+        lengths: lengths_N, or lengths_NX with X samples of each prompt. Truncated runs belong in
+            it: leaving them out would reward a model for never stopping.
+        budget: cap in tokens, the same for both models.
+    """
+    raw = np.asarray(lengths, dtype=np.float64)
+    if raw.ndim not in (1, 2) or raw.size == 0:
+        raise ValueError(
+            f"lengths are one number, or one row of samples, per prompt; got shape {raw.shape}"
+        )
+
+    if not np.isfinite(raw).all() or (raw < 0).any():
+        raise ValueError("a length is negative or not finite")
+    if not (math.isfinite(budget) and budget > 0):
+        raise ValueError(f"the budget is {budget}; it is a number of tokens above 0")
+
+    restricted = np.minimum(raw, budget)
+    return restricted if raw.ndim == 1 else restricted.mean(axis=1)
+
+
+def length_ratio(
+    dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget: float, confidence: float = 0.90
+) -> RatioEstimate:
+    """Return the ratio of restricted mean lengths, pruned to dense, over the same prompts."""
+    dense_N = restrict_lengths(dense_lengths, budget)
+    pruned_N = restrict_lengths(pruned_lengths, budget)
+    if dense_N.shape != pruned_N.shape:
+        raise ValueError(
+            f"{len(dense_N)} dense and {len(pruned_N)} pruned lengths: not the same prompts"
+        )
+
+    ratio, influence_N = ratio_of_means(dense_N, pruned_N)
+    if not dense_N.any() and not pruned_N.any():
+        ratio = 1.0  # neither model thinks
+    return estimate_ratio(ratio, influence_N, confidence)
+
+
+def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget: float) -> float:
+    """Return the deviation over prompts on which the width of :func:`length_ratio` depends."""
+    dense_N = restrict_lengths(dense_lengths, budget)
+    _, influence_N = ratio_of_means(dense_N, restrict_lengths(pruned_lengths, budget))
+    return float(influence_N.std(ddof=1))
+
+
+def length_power(n: int, deviation: float, limit: float, confidence: float = 0.90) -> float:
+    """Return the probability that a true ratio of 1 passes a limit, by normal approximation."""
+    if n < 2 or limit <= 0 or deviation < 0:
+        raise ValueError(f"no power for n = {n}, deviation {deviation}, limit {limit}")
+
+    room = math.log(limit)
+    if deviation == 0:
+        return 1.0 if room > 0 else 0.0
+
+    needed = student_quantile(confidence, n - 1)
+    return NormalDist().cdf(room * math.sqrt(n) / deviation - needed)
+
+
+def smallest_detectable_ratio(
+    n: int, deviation: float, confidence: float = 0.90, target_power: float = 0.8
+) -> float:
+    """Return the smallest limit that a model of unchanged length passes with ``target_power``."""
+    if n < 2 or not 0 < target_power < 1:
+        raise ValueError(f"no ratio for n = {n} and target_power {target_power}")
+    needed = student_quantile(confidence, n - 1) + NormalDist().inv_cdf(target_power)
+    return math.exp(needed * deviation / math.sqrt(n))

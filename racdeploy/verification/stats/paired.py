@@ -1,0 +1,299 @@
+"""Paired accuracy drop d = (n10 - n01) / n, its interval, its verdicts and their power.
+
+n10 counts the prompts that only the first (dense) arm answers right, n01 those that only the second
+does.
+
+Tango's score test alone passes up to 6.8 % at the margin if one arm never wins (n10 is then
+binomial), so :func:`drop_interval` also takes the exact binomial interval of the other count. It
+fails up to 7.5 %, so the end between no drop and the observed one has a continuity correction of
+half a prompt.
+
+Several samples of a prompt are not independent prompts: :func:`paired_counts` applies Rao and
+Scott's correction to its net differences, made safe by adding one prompt that flips completely.
+
+Sources: T. Tango, Statistics in Medicine 17 (1998) 891-908; F. Yates, Supplement to JRSS 1 (1934)
+217-235, the correction; J. N. K. Rao and A. J. Scott, Biometrics 48 (1992) 577-585; E. B. Wilson,
+JASA 22 (1927) 209-212.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from racdeploy.results.checks import VerdictName
+from racdeploy.verification.stats import distributions
+from racdeploy.verification.stats.distributions import ROUNDING_TOLERANCE, bisect, normal_quantile
+from racdeploy.verification.stats.verdicts import ConfidenceInterval, judge
+
+MAX_PROMPTS = 1_000_000
+"""Maximum number of prompts for :func:`power`."""
+_CONTINUITY = 0.5  # prompts
+_MARGIN_STEPS = 20  # halvings, for a margin to one millionth
+
+
+class PairedCounts(NamedTuple):
+    """Disagreements of two arms, in prompts; not whole numbers with several samples a prompt.
+
+    Args:
+        n10: only the first (dense) arm is right.
+        n01: only the second arm is right.
+        n: prompts.
+    """
+
+    n10: float
+    n01: float
+    n: float
+
+    @property
+    def drop(self) -> float:
+        """Accuracy drop from the first arm to the second, as a fraction."""
+        return (self.n10 - self.n01) / self.n
+
+
+def paired_counts(first_right: ArrayLike, second_right: ArrayLike) -> PairedCounts:
+    """Count the disagreements of two arms.
+
+    Args:
+        first_right, second_right: right_N of 0 or 1, or right_NX with X samples in any order.
+    """
+    first_N = _mean_right(first_right)
+    second_N = _mean_right(second_right)
+    if first_N.shape != second_N.shape:
+        raise ValueError(f"{len(first_N)} and {len(second_N)} prompts: not the same ones")
+
+    net_N = first_N - second_N
+    more = float(np.maximum(net_N, 0).sum())
+    fewer = float(np.maximum(-net_N, 0).sum())
+    squares = float((net_N**2).sum())
+
+    # Mean size of a difference, with one whole flip added. With one sample it is exactly 1, so that
+    # counts stay whole numbers.
+    scale = (squares + 1) / (more + fewer + 1)
+
+    return PairedCounts(more / scale, fewer / scale, len(net_N) / scale)
+
+
+def tango_interval(
+    n10: float, n01: float, n: float, confidence: float = 0.95, continuity: float = 0.0
+) -> ConfidenceInterval:
+    """Return Tango's score interval: all drops that the score test does not reject.
+
+    Args:
+        continuity: flips by which the observed difference is reduced (Yates's correction).
+    """
+    _check_pairs(n10, n01, n)
+    quantile = normal_quantile(confidence)
+
+    # Swapping the arms changes the drop's sign, so only the upper bound has to be solved for.
+    lower = -_upper_bound(n01, n10, n, quantile, continuity)
+    return ConfidenceInterval(lower, _upper_bound(n10, n01, n, quantile, continuity))
+
+
+def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) -> ConfidenceInterval:
+    """Return the interval of the paired drop that verdicts are based on."""
+    lower, upper = tango_interval(n10, n01, n, confidence)
+    # The correction keeps false alarms near 5 %; it must not move an end beyond "no drop".
+    if lower > 0:
+        lower = max(tango_interval(n10, n01, n, confidence, _CONTINUITY).lower, 0.0)
+    if upper < 0:
+        upper = min(tango_interval(n10, n01, n, confidence, _CONTINUITY).upper, 0.0)
+
+    # If one arm never wins, the other count is binomial: its exact interval is safe as well.
+    tail = (1 - confidence) / 2
+    if n01 == 0:
+        lower = min(lower, distributions.clopper_pearson_lower(n10, n, tail))
+        upper = max(upper, distributions.clopper_pearson_upper(n10, n, tail))
+    if n10 == 0:
+        lower = min(lower, -distributions.clopper_pearson_upper(n01, n, tail))
+        upper = max(upper, -distributions.clopper_pearson_lower(n01, n, tail))
+
+    return ConfidenceInterval(lower, upper)
+
+
+def judge_non_inferiority(
+    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
+) -> VerdictName:
+    """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1)."""
+    _check_margin(margin)
+    return judge(drop_interval(n10, n01, n, confidence), margin)
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> ConfidenceInterval:
+    """Return Wilson's score interval of a single accuracy."""
+    _check_counts(successes, 0, n)
+    quantile = normal_quantile(confidence)
+    spread = quantile**2 / n
+
+    share = successes / n
+    variance = share * (1 - share)
+    center = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (variance + spread / 4)) / (1 + spread)
+
+    lower = 0.0 if successes == 0 else max(0.0, center - half)
+    upper = 1.0 if successes == n else min(1.0, center + half)
+
+    return ConfidenceInterval(lower, upper)
+
+
+def power(
+    n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0
+) -> float:
+    """Return the exact probability that :func:`judge_non_inferiority` returns "pass".
+
+    Args:
+        discordant_rate: share of prompts on which the arms disagree.
+        drop: true drop, at most ``discordant_rate`` in size; at ``margin`` the result is the type-I
+            error.
+    """
+    _check_counts(0, 0, n)
+    _check_margin(margin)
+    if n > MAX_PROMPTS:
+        raise ValueError(f"n is {n}; power is computed up to {MAX_PROMPTS} prompts")
+    if not 0 <= discordant_rate <= 1 or not abs(drop) <= discordant_rate:
+        raise ValueError(
+            f"a drop of {drop} needs a discordant rate in [{abs(drop)}, 1], not {discordant_rate}"
+        )
+
+    quantile = normal_quantile(confidence)
+    tail = (1 - confidence) / 2
+
+    # A drop depends on n10 - n01: so sum over the number of disagreements, then over who wins them.
+    discordant_L = distributions.likely_counts(n, discordant_rate)
+    mass_L = distributions.binomial_pmf(discordant_L, n, discordant_rate)
+    passing_L = _most_passing(discordant_L, n, margin, quantile)
+
+    # Where only the dense model wins, the exact binomial test has to pass too; see drop_interval.
+    lenient_L = distributions.binomial_cdf(discordant_L, n, margin) >= tail
+    only_losses_L = passing_L == discordant_L
+    passing_L = np.where(only_losses_L & lenient_L, discordant_L - 1, passing_L)
+
+    # Share of the discordant prompts that the dense model wins.
+    dense_wins = 0.5
+    if discordant_rate:
+        dense_wins = (discordant_rate + drop) / (2 * discordant_rate)
+
+    total = 0.0
+    rows = zip(discordant_L.tolist(), mass_L, passing_L, strict=True)
+    for discordant, mass, passing in rows:
+        counts_L = distributions.likely_counts(discordant, dense_wins)
+        counts_L = counts_L[counts_L <= passing]
+        masses_L = distributions.binomial_pmf(counts_L, discordant, dense_wins)
+        total += mass * masses_L.sum()
+
+    return float(min(total, 1.0))
+
+
+def smallest_detectable_drop(
+    n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = 0.8
+) -> float:
+    """Return the smallest margin that a model without a drop passes with ``target_power``."""
+    if not 0 < target_power < 1:
+        raise ValueError(f"target_power is {target_power}; it lies between 0 and 1")
+
+    def is_too_small(margin: float) -> bool:
+        return power(n, discordant_rate, margin, confidence) < target_power
+
+    return bisect(is_too_small, 0.0, 1.0, _MARGIN_STEPS)
+
+
+def tango_score(
+    n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
+) -> NDArray[np.float64]:
+    """Return Tango's score of a hypothetical drop: its difference in standard deviations.
+
+    Args:
+        n10, n01, n: counts, broadcast against each other.
+        continuity: flips by which the difference is reduced.
+    """
+    n10 = np.asarray(n10, dtype=np.float64)
+    n01 = np.asarray(n01, dtype=np.float64)
+    n = np.asarray(n, dtype=np.float64)
+
+    # The most likely p01 under the hypothesis is the larger root of 2n p² + b p + c = 0, written
+    # so that no digits cancel.
+    b = -n10 - n01 + (2 * n - n10 + n01) * drop
+    c = -n01 * drop * (1 - drop)
+
+    root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
+
+    divisor = np.where(b > 0, root + b, 1.0)
+    larger = (root - b) / (4 * n)
+    p01 = np.where(b > 0, -2 * c / divisor, larger)
+
+    variance = n * np.maximum(2 * p01 + drop * (1 - drop), 0.0)
+
+    difference = n10 - n01 - n * drop
+    corrected = np.maximum(np.abs(difference) - continuity, 0.0)
+    difference = np.copysign(corrected, difference)
+
+    # Without variance, any difference rejects the hypothesis: its score is infinite.
+    limit_score = np.where(difference == 0, 0.0, np.copysign(np.inf, difference))
+    varies = variance > 0
+    deviation = np.sqrt(np.where(varies, variance, 1.0))
+
+    return np.where(varies, difference / deviation, limit_score)
+
+
+def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: float) -> float:
+    """Return the largest drop that the score test accepts; the score falls with the drop."""
+    observed = (n10 - n01) / n
+    if observed == 1.0:
+        return 1.0
+
+    def is_accepted(drop: float) -> bool:
+        return not float(tango_score(n10, n01, n, drop, continuity)) < -quantile
+
+    return bisect(is_accepted, observed, 1.0)
+
+
+def _most_passing(
+    discordant_L: NDArray[np.int64], n: int, margin: float, quantile: float
+) -> NDArray[np.int64]:
+    """Return the largest n10 that passes for each number of discordant prompts; -1 for none."""
+    # A vectorized bisection: fewer prompts won by the dense model always pass if more do.
+    low_L = np.full_like(discordant_L, -1)
+    high_L = discordant_L + 1
+
+    while np.any(high_L - low_L > 1):
+        middle_L = (low_L + high_L) // 2
+        score_L = tango_score(middle_L, discordant_L - middle_L, n, margin)
+        passes_L = (score_L < -quantile) | (middle_L < 0)
+
+        low_L = np.where(passes_L, middle_L, low_L)
+        high_L = np.where(passes_L, high_L, middle_L)
+
+    return low_L
+
+
+def _mean_right(right: ArrayLike) -> NDArray[np.float64]:
+    """Return the share of right samples by prompt."""
+    raw = np.asarray(right, dtype=np.float64)
+    if raw.ndim not in (1, 2) or raw.size == 0 or not np.isin(raw, (0.0, 1.0)).all():
+        raise ValueError(
+            f"right answers are 0 or 1, one or one row of samples per prompt; got shape {raw.shape}"
+        )
+    return raw if raw.ndim == 1 else raw.mean(axis=1)
+
+
+def _check_counts(n10: int, n01: int, n: int) -> None:
+    if not all(isinstance(count, Integral) for count in (n10, n01, n)):
+        raise ValueError(f"counts are whole numbers, not {n10!r}, {n01!r}, {n!r}")
+    _check_pairs(n10, n01, n)
+
+
+def _check_pairs(n10: float, n01: float, n: float) -> None:
+    fits = min(n10, n01) >= 0 and n10 + n01 <= n + ROUNDING_TOLERANCE
+    if not (fits and 1 <= n < math.inf):
+        raise ValueError(f"counts {n10} and {n01} do not fit into {n} prompts")
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < 1:
+        raise ValueError(
+            f"the margin is {margin}; it is a fraction from 0 up to 1, such as 0.02 for 2 points"
+        )

@@ -1,0 +1,295 @@
+"""Allocations: what they decide, and that the walk follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from safetensors.torch import load_file
+
+from racdeploy import plugins
+from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pruning.allocations import Effect, Observation
+from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.process_group import SINGLE_PROCESS
+from racdeploy.pruning.walk import batches as batches_module
+from racdeploy.pruning.walk.batches import make_batches
+from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
+from racdeploy.pruning.walk.hessian import Hessian
+from racdeploy.pruning.walk.session import PruningSession
+from racdeploy.pruning.walk.survey import survey
+from racdeploy.pruning.weights.sparsities import fill_sparsities
+from racdeploy.recipe import Pruning, Recipe
+from racdeploy.traces.trace import SEGMENTS, Trace
+from tests.support.block_outputs import take_states
+from tests.support.errors import raises
+from tests.support.matrix import some
+from tests.support.tiny_models import FAMILIES, make_checkpoint
+from tests.support.tiny_traces import TRACES
+
+SIZES = {"a": 1000, "b": 3000, "c": 2000}
+RATES = {"a": 3.0, "b": 5.0, "c": 8.0}
+SCALES = {"a": 0.02, "b": 0.002, "c": 0.0001}
+
+
+def test_error_allocation_is_the_optimum_of_the_curves() -> None:
+    """On exponential curves, scipy's constrained minimum has the same sum of errors to 1 %."""
+    error = plugins.load("allocations", "error")
+    observations = {
+        name: {str(s): SCALES[name] * float(np.exp(RATES[name] * s)) for s in error.SPARSITIES}
+        for name in SIZES
+    }
+
+    def total(shares: np.ndarray) -> float:
+        return sum(
+            SCALES[n] * float(np.exp(RATES[n] * s)) for n, s in zip(SIZES, shares, strict=True)
+        )
+
+    sizes = np.array([*SIZES.values()])
+    best = scipy.optimize.minimize(
+        total,
+        [0.6] * 3,
+        bounds=[(0.2, 0.98)] * 3,
+        constraints={"type": "eq", "fun": lambda s: float(s @ sizes) / sizes.sum() - 0.6},
+    )
+    shares = error.allocate(observations, SIZES, 0.6)
+    assert total(np.array([*shares.values()])) == pytest.approx(best.fun, rel=0.01)
+    assert best.fun < 0.95 * total(np.full(3, 0.6)), "the example must have something to gain"
+
+
+def test_error_allocation_spares_what_a_block_feels() -> None:
+    """Of two linears with one error curve, the one that changes its block's output ten times as
+    much loses less.
+    """
+    error = plugins.load("allocations", "error")
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_NI = (
+        torch.randn(24, 32, generator=generator),
+        torch.randn(96, 32, generator=generator),
+    )
+    hessian, settings = Hessian(x_NI.T @ x_NI / 96, 0.01), Pruning(sparsity=0.6)
+
+    def effect(changed_OI: torch.Tensor) -> float:
+        return float((changed_OI - weight_OI).square().sum())
+
+    little = error.observe(weight_OI, hessian, effect, settings)
+    much = error.observe(weight_OI, hessian, lambda changed_OI: 10 * effect(changed_OI), settings)
+    assert [*much.values()] == pytest.approx([10 * value for value in little.values()])
+    shares = error.allocate({"little": little, "much": much}, {"little": 768, "much": 768}, 0.6)
+    assert shares["much"] < shares["little"] - 0.1
+
+
+@pytest.mark.parametrize("zeros", [0.6, 1.0])
+def test_error_allocation_takes_what_is_zero_already(zeros: float) -> None:
+    """A linear that was sparse before, or is nothing but zeros, costs nothing up to there, and is
+    weighed beyond.
+    """
+    error = plugins.load("allocations", "error")
+    generator = torch.Generator().manual_seed(0)
+    full_OI, x_NI = (
+        torch.randn(24, 40, generator=generator),
+        torch.randn(96, 40, generator=generator),
+    )
+    sparse_OI, hessian = (
+        full_OI * (torch.arange(40) >= 40 * zeros),
+        Hessian(x_NI.T @ x_NI / 96, 0.01),
+    )
+
+    def observe(weight_OI: torch.Tensor) -> Observation:
+        def effect(changed_OI: torch.Tensor) -> float:
+            return 0.001 * float((changed_OI - weight_OI).square().sum() / full_OI.square().sum())
+
+        settings = Pruning(method="magnitude", refit_steps=20)
+        return error.observe(weight_OI, hessian, effect, settings)
+
+    seen = {"full": observe(full_OI), "sparse": observe(sparse_OI)}
+    assert seen["sparse"]["0.5"] < 1e-9
+    assert seen["sparse"]["0.98"] < 0.001, "weighed as every other: never more than all that it has"
+    shares = error.allocate(seen, {"full": 960, "sparse": 960}, 0.5)
+    assert shares["sparse"] > min(zeros, 0.98) - 0.01
+
+
+@pytest.mark.parametrize("family", some(FAMILIES))
+def test_an_effect_is_that_in_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each linear halved, alone: what changes at its block's end, sequence by sequence, under
+    transformers.
+
+    The thinking counts twice, the prompt not at all; sequences are padded together. Of three
+    batches, the second counts most. What a norm follows changes next to nothing, as little as
+    rounding does.
+    """
+    monkeypatch.setattr(batches_module, "TOKENS_PER_BATCH", 110)
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", family, dtype="float32"))
+    weights_R = torch.tensor([0.0, 2.0, 1.0])
+
+    def observe(_: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect) -> Observation:
+        return {"unchanged": effect(weight_OI), "halved": effect(weight_OI / 2)}
+
+    blocks, batches = BlockwiseModel(checkpoint), make_batches(TRACES, ["gcd"], held_out=False)
+    assert [len(batch.ids_BT) for batch in batches] == [4, 3, 1]
+    probed = TRACES[4:7]
+    names = {
+        f"model.layers.{n}.{linear}"
+        for n in range(checkpoint.shape.block_count)
+        for linear in checkpoint.shape.linears[n]
+    }
+    left_out = {name for name in names if "o_proj" in name}
+    with torch.inference_mode():
+        settings = Pruning(damping=0.01)
+        session = PruningSession(
+            blocks, batches, batches, weights_R, settings, tmp_path, SINGLE_PROCESS
+        )
+        found = survey(session, names - left_out, observe)
+        assert found.keys() == names - left_out
+        model = load_model(checkpoint)
+        for number in range(checkpoint.shape.block_count):
+            dense = _outputs(model, number, probed)
+            for linear in checkpoint.shape.linears[number]:
+                if f"model.layers.{number}.{linear}" in left_out:
+                    continue
+                weight_OI = model.get_parameter(f"model.layers.{number}.{linear}.weight").data
+                weight_OI /= 2
+                lost = weight = 0.0
+                for trace, wanted_TD, changed_TD in zip(
+                    probed, dense, _outputs(model, number, probed), strict=True
+                ):
+                    share_T = (changed_TD - wanted_TD).square().sum(-1) / wanted_TD.square().sum(-1)
+                    weight_T = weights_R[trace.segments()]
+                    lost, weight = lost + float(share_T @ weight_T), weight + float(weight_T.sum())
+                weight_OI *= 2
+                seen = found[f"model.layers.{number}.{linear}"]
+                assert seen["unchanged"] < 1e-11
+                assert seen["halved"] == pytest.approx(lost / weight, rel=1e-4, abs=1e-11)
+                assert lost > 0
+    assert len(SEGMENTS) == len(weights_R)
+
+
+def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> list[torch.Tensor]:
+    """Return what a block makes of each trace, by itself."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: Any) -> None:
+        seen.append(take_states(output)[0])
+
+    handle = model.get_submodule(f"model.layers.{number}").register_forward_hook(keep)
+    for trace in traces:
+        model(input_ids=torch.tensor([trace.ids]))
+    handle.remove()
+    return seen
+
+
+def test_owl_spares_the_blocks_with_outliers() -> None:
+    """The block with the most keeps 16 points more than the one with the least; linears of a block
+    go together.
+    """
+    owl = plugins.load("allocations", "owl")
+    names = {f"model.layers.{b}.{n}": b for b in range(3) for n in ("q", "k")}
+    observations = {name: {"outliers": 10.0 * block} for name, block in names.items()}
+    shares = owl.allocate(observations, dict.fromkeys(names, 100), 0.7)
+    assert [shares[f"model.layers.{b}.q"] for b in range(3)] == pytest.approx([0.78, 0.7, 0.62])
+    assert all(shares[f"model.layers.{b}.q"] == shares[f"model.layers.{b}.k"] for b in range(3))
+
+
+@pytest.mark.parametrize("allocation", ["error", "owl"])
+def test_the_walk_prunes_as_allocated(tmp_path: Path, allocation: str) -> None:
+    """Each linear has the zeros it was given, all together what was asked; a dense linear takes no
+    part.
+    """
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    blocks = tmp_path / "blocks"
+    blocks.mkdir()
+    settings = Pruning(sparsity=0.6, allocation=allocation, ignore=("o_proj$",))
+    rows, _ = prune_blocks(checkpoint, TRACES, TRACES[:2], settings, blocks)
+    shares = json.loads((blocks / "allocation.json").read_text())["sparsities"]
+    zeros = count = 0.0
+    for row in rows:
+        size = int(np.prod(checkpoint.entries[f"{row.name}.weight"].shape))
+        if row.name.endswith("o_proj"):
+            assert row.name not in shares
+            continue
+        assert row.actual_sparsity == pytest.approx(shares[row.name], abs=1 / size)
+        zeros, count = zeros + row.actual_sparsity * size, count + size
+    assert zeros / count == pytest.approx(0.6, abs=1e-3)
+    assert len({round(share, 3) for share in shares.values()}) > 1
+    assert not list(blocks.glob("*.bin"))
+
+
+def test_n_of_m_has_nothing_to_allocate() -> None:
+    """Said before any work."""
+    with raises("invalid-settings", "pattern 2:4", "allocation = 'uniform'"):
+        Recipe.combine(None, {"prune": {"pattern": "2:4", "allocation": "error"}})
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
+    """Linears have the zeros that the first pattern says, and the others make up for it."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    given = {"sparsity": 0.5, "shares": {"layers.0.mlp": 0.3, "down_proj$": 0.8, "o_proj$": 0.0}}
+    if allocation != "uniform":
+        with raises("invalid-settings", "shares", "allocation = 'uniform'"):
+            Recipe.combine(None, {"prune": {**given, "allocation": allocation}})
+        return
+
+    settings = Recipe.combine(None, {"prune": given}).prune
+    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
+    asked = {row.name.removeprefix("model.layers."): row.requested_sparsity for row in rows}
+    assert asked["0.mlp.down_proj"] == asked["0.mlp.up_proj"] == 0.3
+    assert asked["1.mlp.down_proj"] == 0.8
+    assert asked["0.self_attn.o_proj"] == 0
+    assert asked["1.mlp.up_proj"] == asked["0.self_attn.q_proj"] not in (0.5, 0.3)
+
+    zeros = count = 0.0
+    for row in rows:
+        size = int(np.prod(checkpoint.entries[f"{row.name}.weight"].shape))
+        assert row.actual_sparsity == pytest.approx(row.requested_sparsity, abs=1 / size)
+        zeros, count = zeros + row.actual_sparsity * size, count + size
+    assert zeros / count == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_linear_may_have_a_pattern_beside_others(tmp_path: Path) -> None:
+    """Of each M inputs N stay where the recipe says N:M; zeros of others are anywhere."""
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
+    shares = {"up_proj$": "2:4", "gate_proj$": "4:8", "self_attn": 0.0}
+    settings = Recipe.combine(None, {"prune": {"sparsity": 0.2, "shares": shares}}).prune
+    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
+    asked = {row.name.removeprefix("model.layers."): row.requested_sparsity for row in rows}
+    assert asked["1.mlp.up_proj"] == asked["0.mlp.gate_proj"] == 0.5
+    assert asked["0.self_attn.o_proj"] == 0
+
+    weights = load_file(tmp_path / "block-00000.safetensors")
+    for linear, group in (("up_proj", 4), ("gate_proj", 8), ("down_proj", 4)):
+        (weight_OI,) = (value for name, value in weights.items() if f"{linear}.weight" in name)
+        zeros_OG = (weight_OI == 0).reshape(len(weight_OI), -1, group).sum(dim=2)
+        assert (len(zeros_OG.unique()) == 1) == (linear != "down_proj"), linear
+
+    odd = Recipe.combine(None, {"prune": {"sparsity": 0.1, "shares": {"up_proj$": "1:7"}}}).prune
+    with raises("pattern-does-not-divide", "1:7", "64"):
+        odd.check_width("model.layers.0.mlp.up_proj.weight", 64)
+    odd.check_width("model.layers.0.mlp.down_proj.weight", 64)
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity", "code", "named"),
+    [
+        ({"gate": 0.5}, 0.5, "pattern-matches-nothing", "'gate'"),
+        ({"a": 0.9, "b": 0.9}, 0.3, "shares-miss-sparsity", "0.6000"),
+        ({"a|b|c": 0.4}, 0.5, "shares-miss-sparsity", "0.4000"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused(
+    given: dict[str, float], sparsity: float, code: str, named: str
+) -> None:
+    """A pattern without a linear, and zeros that no choice for the others brings to the sum."""
+    with raises(code, named):
+        fill_sparsities(given, SIZES, sparsity)
+    assert fill_sparsities({"a|b|c": 0.4}, SIZES, 0.4) == dict.fromkeys(SIZES, 0.4)
+    assert fill_sparsities({"a|b": "1:4"}, SIZES, 0.5) == {"a": 0.75, "b": 0.75, "c": 0.0}

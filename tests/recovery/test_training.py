@@ -1,0 +1,145 @@
+"""Training keeps the best state, stops at a loss that is no number, and never ends worse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from racdeploy import recovery
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.recovery import training
+from racdeploy.recovery.training import distill
+from racdeploy.recovery.training_run import TrainingRun
+from tests.support.tiny_training_run import make_training_run, read_weights
+
+
+def kl_of(training_run: TrainingRun) -> float:
+    """Return the divergence on held-out traces of the model that a training run left."""
+    again = training_run.folder / "again"
+    again.mkdir()
+    left = replace(training_run, sparse=Checkpoint(training_run.out), tokens=0, folder=again)
+    first, *_ = distill(left, [])
+    assert first.kl_nats is not None
+    return first.kl_nats
+
+
+def test_the_best_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written has the divergence of the best look, not of the last one."""
+    monkeypatch.setattr(training, "_MAX_KL_RATIO", math.inf)
+    monkeypatch.setattr(training, "_HALVING_PATIENCE", math.inf)
+    training_run = make_training_run(tmp_path, settings={"learning_rate": 4e-3})
+    looks = recovery.load("full").recover(training_run)
+    training_run.write()
+    found = [look.kl_nats for look in looks if look.kl_nats is not None]
+    assert min(found) < found[-1]
+    assert kl_of(training_run) == pytest.approx(min(found), rel=1e-6)
+
+
+def test_a_rate_that_only_harms_keeps_the_start(tmp_path: Path) -> None:
+    """Nothing is kept, so that what is written is the start, byte for byte."""
+    training_run = make_training_run(tmp_path, settings={"learning_rate": 3000.0})
+    looks = recovery.load("full").recover(training_run)
+    assert looks[-1].note == "no better state in 10 evaluations"
+
+    training_run.write()
+    before, after = read_weights(training_run.sparse.folder), read_weights(training_run.out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rate_that_is_too_high_is_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes back to the best state and learns from there; a rate that is kept only harms."""
+    shares = {}
+
+    for name, far in {"halved": 1.2, "kept": math.inf}.items():
+        monkeypatch.setattr(training, "_MAX_KL_RATIO", far)
+        monkeypatch.setattr(training, "_HALVING_PATIENCE", far if far == math.inf else 3)
+        training_run = make_training_run(
+            tmp_path / name, tokens=6000, settings={"learning_rate": 0.03}
+        )
+        start, *later = [look.kl_nats or 0 for look in recovery.load("full").recover(training_run)]
+        shares[name] = min(later) / start
+
+    assert shares["halved"] < 0.9
+    assert shares["kept"] > 1
+
+
+def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last good state is kept, and the reason is on the last look."""
+    training_run = make_training_run(tmp_path)
+    measured = training.kl_and_gradient
+    calls = 0
+
+    def spoil(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        loss, slope_ND = measured(*given)
+        return (loss, slope_ND) if calls < 12 else (loss, slope_ND * math.nan)
+
+    monkeypatch.setattr(training, "kl_and_gradient", spoil)
+    looks = recovery.load("full").recover(training_run)
+    assert looks[-1].note.startswith("the loss was ")
+
+    training_run.write()
+    assert all(bool(value.isfinite().all()) for value in read_weights(training_run.out).values())
+    found = [look.kl_nats for look in looks if look.kl_nats is not None]
+    assert kl_of(training_run) == pytest.approx(min(found), rel=1e-6)
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "q3_k"])
+def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
+    """The recovered model lies on the grid of its format: the file will hold these very weights."""
+    from racdeploy.quant import load_grid
+    from racdeploy.recovery.parameters import compute_codes, read_steps
+
+    grid = load_grid(quant)
+    sizes = {"hidden_size": 256, "intermediate_size": 256} if grid.BLOCK_SIZE == 256 else {}
+    training_run = make_training_run(
+        tmp_path, quant=quant, settings={"learning_rate": 2e-4}, **sizes
+    )
+    first, *later = recovery.load("scales").recover(training_run)
+    found = [look.kl_nats for look in later if look.kl_nats is not None]
+    assert first.kl_nats is not None
+    assert min(found) < first.kl_nats
+
+    training_run.write()
+    weights = read_weights(training_run.out)
+    for name in training_run.masked_weights:
+        step_OG = read_steps(weights[name], grid)
+        code_OI = compute_codes(weights[name], step_OG, grid.GROUP_SIZE)
+        step_OI = step_OG.repeat_interleave(grid.GROUP_SIZE, dim=1)
+        assert torch.equal(code_OI * step_OI, weights[name].float())
+
+
+def test_bfloat16_products_learn_too(tmp_path: Path) -> None:
+    """Weights stay float32: only the products are shorter."""
+    training_run = make_training_run(tmp_path, settings={"compute": "bfloat16"})
+    first, *later = recovery.load("full").recover(training_run)
+    found = [look.kl_nats for look in later if look.kl_nats is not None]
+    assert first.kl_nats is not None
+    assert min(found) < first.kl_nats
+
+
+def test_an_average_is_kept_in_place_of_the_last_step(tmp_path: Path) -> None:
+    """Its divergence is what is looked at, and what is written has it; a kill changes nothing."""
+    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
+    plain.mkdir()
+    averaged.mkdir()
+    last = recovery.load("full").recover(make_training_run(plain))
+
+    training_run = make_training_run(averaged, settings={"ema_decay": 0.9})
+    looks = recovery.load("full").recover(training_run)
+    training_run.write()
+
+    found = [look.kl_nats for look in looks if look.kl_nats is not None]
+    assert found[0] == last[0].kl_nats
+    assert found[-1] != last[-1].kl_nats
+    assert kl_of(training_run) == pytest.approx(min(found), rel=1e-6)
+
+    before, after = read_weights(training_run.sparse.folder), read_weights(training_run.out)
+    for name in training_run.masked_weights:
+        assert not after[name][before[name] == 0].any()

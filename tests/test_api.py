@@ -1,0 +1,162 @@
+"""racdeploy as a library: the examples of its reference run, and its functions are the commands."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import racdeploy
+from racdeploy.api import functions
+from racdeploy.cli.app import app
+from tests.support.errors import raises
+from tests.support.tiny_models import make_checkpoint
+
+REFERENCE = (Path(__file__).parents[1] / "docs/reference/api.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", REFERENCE, re.MULTILINE | re.DOTALL)
+RECIPE = """
+tasks = ["jsonl:problems.jsonl"]
+[traces]
+count = 40
+max_new_tokens = 24
+[calibration]
+keep_truncated = true
+[prune]
+method = "magnitude"
+[verify]
+count = 24
+max_new_tokens = 24
+context_tokens = 128
+logit_traces = 2
+"""
+TUNE = """
+tasks = ["comparison"]
+[traces]
+count = 40
+max_new_tokens = 128
+[calibration]
+held_out_share = 0.5
+[verify]
+count = 16
+max_new_tokens = 128
+context_tokens = 512
+logit_traces = 2
+[tune]
+quants = ["q8_0"]
+ffn = []
+zeros = [0.5]
+prompts = 16
+"""
+STEPS = ("build", "export", "prune", "recover", "tune", "verify")
+PYTHON_ONLY = {"tokenizer", "progress", "on_event"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model, a recipe that asks little of it, and questions."""
+    folder = tmp_path_factory.mktemp("api")
+    make_checkpoint(folder / "my-model", "llama", intermediate_size=128)
+    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    (folder / "tune.toml").write_text(TUNE, encoding="utf-8")
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(90)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def names(folder: Path) -> dict[str, Any]:
+    """What the examples of the reference leave, one after the other, as a reader runs them."""
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for example in EXAMPLES:
+            exec(compile(example, "docs/reference/api.md", "exec"), found)
+    return found
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """With the place that documents it; the error tree stands there as a whole."""
+    documented = set(re.findall(r"^::: [\w.]+?(\w+)$", REFERENCE, re.MULTILINE))
+    whole = {"__version__", "RacdeployError"}
+    assert set(racdeploy.__all__) - documented == whole
+
+
+def test_the_examples_make_what_they_say(names: dict[str, Any], folder: Path) -> None:
+    """Each record has its figures, and prints them."""
+    bundle, pruned = names["bundle"], names["pruned"]
+    assert isinstance(bundle, racdeploy.Bundle)
+    assert bundle.exit_code == {"pass": 0, "fail": 1, "inconclusive": 3}[bundle.verdict]
+    assert bundle.size_bytes == bundle.report.find_arm("pruned").size_bytes
+    assert f"size_bytes={bundle.size_bytes}" in repr(bundle)
+    assert (folder / bundle.folder / "report.json").is_file()
+
+    assert isinstance(pruned, racdeploy.PrunedFolder)
+    assert pruned.sparsity == pytest.approx(0.3, abs=0.02)
+    assert names["recovered"].notes, "whether it learned, or why it was left as it was"
+    assert (folder / names["exported"].path).stat().st_size == names["exported"].size_bytes
+    assert isinstance(names["tuned"], racdeploy.TunedBundle)
+    assert names["verdict"].accuracy == bundle.accuracy
+    assert names["verdict"].records
+
+
+def test_a_model_in_memory_is_its_folder(
+    names: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved once, by its content; without its tokenizer it is refused."""
+    monkeypatch.chdir(folder)
+    before = sorted((folder / "work").glob("model-*"))
+    again = racdeploy.export(
+        names["dense"], tokenizer=names["tokenizer"], out="again.gguf", work="work"
+    )
+    named = racdeploy.export("my-model", out="named.gguf")
+    assert sorted((folder / "work").glob("model-*")) == before != []
+    measure = racdeploy.exporting.load("gguf").measure  # type: ignore[attr-defined]
+    assert measure(again.path)[1] == measure(named.path)[1], "the same tensors"
+
+    with raises("no-tokenizer-given", "LlamaForCausalLM"):
+        racdeploy.build(names["dense"], work="work")
+
+
+def test_nothing_is_printed(names: dict[str, Any], folder: Path, capfd: Any) -> None:
+    """What is worth a word comes back in the record, or is logged."""
+    work = folder / "work"
+    racdeploy.prune(folder / "my-model", sparsity=0.3, trace_prompts=8, work=work, settings={
+        "traces.max_new_tokens": 8, "calibration.keep_truncated": True,
+    })  # fmt: skip
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_reported(folder: Path) -> None:
+    """By stages, from nothing to all."""
+    seen: list[tuple[str, int, int]] = []
+    racdeploy.prune(
+        folder / "my-model",
+        recipe=folder / "recipe.toml",
+        settings={"tasks": ["gcd"], "traces": {"count": 9}},
+        work=folder / "work",
+        progress=lambda label, done, total, tokens=0: seen.append((label, done, total)),
+    )
+    assert {label for label, *_ in seen} >= {"traces", "prune"}
+    assert all(0 <= done <= total for _, done, total in seen)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_command_takes_the_functions_options(step: str) -> None:
+    """Every keyword has an option of its name with a help, and the function explains it."""
+    function = getattr(functions, step)
+    names = inspect.signature(function).parameters.keys() - PYTHON_ONLY
+    command = typer.main.get_command(app).commands[step]  # type: ignore[attr-defined]
+    offered = {each.name: each for each in command.params}
+    assert names <= offered.keys()
+    assert all(offered[name].help for name in names)
+    assert inspect.signature(getattr(racdeploy, step)) == inspect.signature(function)
+
+
+def test_an_unknown_keyword_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="sparsty"):
+        racdeploy.prune(sparsty=0.5)  # type: ignore[call-arg]

@@ -1,0 +1,122 @@
+"""Speed and memory on a device: measured within a minute, or from the target's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.workspace import Workspace
+from racdeploy.recipe import Recipe
+from racdeploy.targets import Device, Target
+from racdeploy.tuning.speed import (
+    MAX_SECONDS,
+    DecodeSample,
+    Workload,
+    load_or_estimate_device,
+    measure_device,
+    measure_file,
+    predict_memory,
+    predict_token_s,
+)
+from racdeploy.tuning.synthetic import Dimensions, write_model
+
+WORK = Workload(30_000_000, 12, ("q8_0", "q4_0", "q3_k"))
+
+
+class Machine:
+    """A made-up machine: reads 2 GB/s of everything, 1 GB/s of q3_k, copies q4_0."""
+
+    def __init__(self, sample_s: float = 1.0) -> None:
+        self.seconds = 0.0
+        self.sample_s = sample_s
+        self.files: list[int] = []
+
+    def measure(self, file: Path, threads: int) -> DecodeSample:
+        size_bytes = file.stat().st_size
+        name = WORK.quants[len(self.files) - 1] if self.files else "narrow"
+        self.files.append(size_bytes)
+        self.seconds += self.sample_s
+        if name == "narrow":
+            return DecodeSample(1.2e-3, 100_000_000)
+        blocks = size_bytes * 8 / {"q8_0": 8.5, "q4_0": 4.5, "q3_k": 3.4375}[name]
+        blocks /= Dimensions(1).block_weights
+        token_s = 1e-4 * round(blocks) + size_bytes / (1e9 if name == "q3_k" else 2e9)
+        held = size_bytes * (2 if name == "q4_0" else 1)
+        return DecodeSample(token_s, 100_000_000 + held)
+
+    def clock(self) -> float:
+        return self.seconds
+
+
+def test_bandwidths_constant_and_copies_are_found_again(tmp_path: Path) -> None:
+    """Of a machine whose figures are known."""
+    machine = Machine()
+    device = measure_device(tmp_path, WORK, 2, measure=machine.measure, clock=machine.clock)
+    expected = {"q8_0": 2.0, "q4_0": 2.0, "q3_k": 1.0}
+    assert device.gb_per_s == pytest.approx(expected, rel=0.05)
+    assert device.token_us == pytest.approx(1200)
+    assert device.repacked == ("q4_0",)
+    assert (device.measured, device.cores) == (True, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_machine_is_measured_for_a_minute_at_most(tmp_path: Path) -> None:
+    """What was left out gets the slowest figure."""
+    machine = Machine(25.0)
+    device = measure_device(tmp_path, WORK, 1, measure=machine.measure, clock=machine.clock)
+    assert machine.seconds <= MAX_SECONDS
+    assert [*device.gb_per_s] == [*WORK.quants]
+    assert "1 number formats" in device.source
+
+
+def test_a_synthetic_model_is_decoded_by_the_engine(tmp_path: Path) -> None:
+    """A file of it loads, and takes time and memory."""
+    file = write_model(tmp_path / "a.gguf", "q4_k", Dimensions(2, 256))
+    sample = measure_file(file, 1)
+    assert 0 < sample.token_s < 1
+    assert sample.peak_rss_bytes > file.stat().st_size
+
+
+def test_nothing_is_measured_to_look_up_a_device(tmp_path: Path) -> None:
+    """A rough estimate says that it is one."""
+    device = load_or_estimate_device(Workspace(tmp_path, 1), WORK)
+    assert not device.measured
+    assert "rough" in device.source
+    assert [*device.gb_per_s] == [*WORK.quants]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_token_takes_its_bytes_and_a_constant() -> None:
+    """A number format without a figure is as slow as the slowest."""
+    device = Device(
+        name="a", source="b", cores=1, token_us=500, gb_per_s={"q8_0": 4.0, "q4_0": 2.0}
+    )
+    assert predict_token_s(device, {"q8_0": 4e6, "q4_0": 2e6}) == pytest.approx(2.5e-3)
+    assert predict_token_s(device, {"q6_k": 2e6}) == pytest.approx(1.5e-3)
+
+
+def test_memory_has_the_file_its_copies_and_the_cache() -> None:
+    """More with a longer context, and with a format that is repacked."""
+    job = Job(Recipe())
+    shape = job.checkpoint.shape
+    device = Device(name="a", source="b", cores=1, token_us=500, gb_per_s={"q4_0": 2.0})
+    copying = device.model_copy(update={"repacked": ("q4_0",)})
+    read = {"q4_0": 1e6}
+    least = predict_memory(device, shape, 2_000_000, read, 1024)
+    width = 2 * shape.num_key_value_heads * shape.head_dim * shape.block_count
+    assert predict_memory(device, shape, 2_000_000, read, 2048) == least + 2 * 1024 * width
+    assert predict_memory(copying, shape, 2_000_000, read, 1024) == least + 1_000_000
+    assert least > 2_000_000
+
+
+@pytest.mark.parametrize("name", Target.names())
+def test_the_table_of_a_target_has_the_formats_that_it_takes(name: str) -> None:
+    """And says where its figures are from."""
+    target = Target.read(name)
+    if target.device is None:
+        return
+    assert set(target.allowed_quants) <= set(target.device.gb_per_s)
+    assert set(target.device.repacked) <= set(target.device.gb_per_s)
+    assert target.device.source.startswith("estimated")
