@@ -222,8 +222,8 @@ def measure_bits(
 
     size_bytes = sum(each.size_bytes for each in stored.tensors if each.source in sources)
     if is_ideal:
-        low, high = quants.load_grid(arm.quant).CODE_RANGE
-        size_bytes += round(dense_weights * (1 - share * math.log2(high - low + 1)) / 8)
+        values = quants.load_grid(arm.quant).values
+        size_bytes += round(dense_weights * (1 - share * math.log2(len(values))) / 8)
 
     return {
         "bits": 8 * size_bytes / dense_weights,

@@ -237,9 +237,9 @@ class Job:
                     remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
                 )
 
-            if reason := quant.explain_misfit(
-                quant.load_grid(name), self.checkpoint.entries[weight].shape[1]
-            ):
+            quant.load_grid(name)
+            row_length = self.checkpoint.entries[weight].shape[1]
+            if reason := quant.explain_misfit(quant.load(name), row_length):
                 raise UsageError(
                     "quant-does-not-fit",
                     f"optimized rounding to quant {name!r}: {weight}: {reason}",

@@ -1,8 +1,7 @@
 """Zeros that a number format would lose, which are refused or reported before the first stage.
 
 A format declares whether it keeps zeros (``PRESERVES_ZERO``). One that does not keeps some of them
-by chance, so the finished file is counted. Codes that pruning chooses keep zeros in every format
-that has a grid.
+by chance, so the finished file is counted. Chosen codes keep zeros wherever a code is zero.
 """
 
 from __future__ import annotations
@@ -10,31 +9,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import packing, plugins, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize_expert
-from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.pipeline.job import Job, choose_quants
 from racdeploy.quant import presets
+from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recipe import Export
 from racdeploy.targets import Target
 
-_SLAB_WEIGHTS = 1 << 20  # quantized at a time
 _MAX_UNPRUNED_ZEROS = 0.02
 """Share of zeros that a model may have without pruning."""
 
 
 def find_lost_zeros(job: Job) -> str:
     """Return a sentence on the zeros that a job's number format would lose, or an empty string."""
-    # Codes are chosen only on a grid that has zero; other formats are refused elsewhere.
-    if not job.recipe.prune.sparsity or job.recipe.export.rounding == "optimized":
+    if not job.recipe.prune.sparsity:
         return ""
 
     pruned = job.weights_to_prune
-    lost = [name for name in pruned if _loses(job.checkpoint, name, job.quants_of(name))]
+    if job.recipe.export.rounding == "optimized":  # chosen codes keep zeros where there is a code
+        lost = [
+            name
+            for name in pruned
+            if not all(quant.load_grid(each).has_zero for each in job.quants_of(name))
+        ]
+    else:
+        lost = [name for name in pruned if _loses(job.checkpoint, name, job.quants_of(name))]
     if not lost:
         return ""
 
@@ -71,12 +73,14 @@ def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
 
     # Dense models have a few zeros too; only a pruned one has more than a small share.
     rules = presets.read(settings.quant, settings.tensors)
+    stored = list_stored_codes(checkpoint.folder)
     zeros = weights = 0
     for name in checkpoint.shape.prunable_weights:
         formats = choose_quants(checkpoint, name, rules)
-        if _loses(checkpoint, name, formats):
+        has_codes = name in stored and {stored[name].quant} == {*formats}
+        if not has_codes and _loses(checkpoint, name, formats):
             weight_OI = checkpoint.read(name)
-            zeros += _count_lost(checkpoint, name, weight_OI, formats)
+            zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
             weights += weight_OI.size
 
     if zeros > _MAX_UNPRUNED_ZEROS * weights:
@@ -98,30 +102,6 @@ def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> b
     return any(
         not quant.explain_misfit(form, row_length) and not form.PRESERVES_ZERO for form in forms
     )
-
-
-def _count_lost(
-    checkpoint: Checkpoint, name: str, weight_OI: NDArray[np.float32], quant_names: Sequence[str]
-) -> int:
-    """Return the number of zeros that a format loses: all, except those on its grid."""
-    O, I = weight_OI.shape
-    form = quant.load(quant_names[0])
-    if len({*quant_names}) > 1 or not hasattr(form, "CODE_RANGE"):
-        return weight_OI.size - int(np.count_nonzero(weight_OI))
-
-    # Columns that share a step are neighbours in the file.
-    _, inside = checkpoint.family.split_block(name)
-    transform = checkpoint.family.transforms.get(generalize_expert(inside))
-    order_I = find_gguf_column_order(transform, checkpoint.shape, I)
-
-    lost = 0
-    for start in range(0, O, max(1, _SLAB_WEIGHTS // I)):
-        slab_OI = weight_OI[start : start + max(1, _SLAB_WEIGHTS // I)]
-        if order_I is not None:
-            slab_OI = slab_OI[:, order_I]
-        stored_OI = form.dequantize(form.quantize(np.ascontiguousarray(slab_OI)), I)
-        lost += int(np.count_nonzero(stored_OI[slab_OI == 0]))
-    return lost
 
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:

@@ -305,6 +305,11 @@ class _Walk:
             name: row.stored_OI for name, row in named.items()
         }
         self.files.write_weights(pair.new_index, tensors)
+        quants = {
+            pair.new_name(f"{linear}.weight"): self.pruner.quant_of(pair, linear)
+            for linear in pruned
+        }
+        self.files.write_codes(pair.new_index, named, quants)
 
         # The export chooses scales by importance; with codes they are chosen already.
         if not self.pruner.quant:

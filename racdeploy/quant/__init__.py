@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError, UsageError
+from racdeploy.quant.grid import Grid
 from racdeploy.quant.matmulnbits import MatMulNBitsBlocks
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
@@ -37,7 +38,8 @@ class Quant(Protocol):
     ``FORMATS`` are the file formats that store it, ``BITS`` the bits per weight including scales,
     and ``BLOCK_SIZE`` the number of consecutive weights of a row in a quant block. ``quantize``
     takes finite float32 weight_OI, ``I`` a multiple of ``BLOCK_SIZE``, and returns packed_OP with
-    ``I * BITS / 8`` bytes per row.
+    ``I * BITS / 8`` bytes per row. ``GRID``, a :class:`racdeploy.quant.grid.Grid`, is there if its
+    codes can be chosen.
     """
 
     FORMATS: tuple[str, ...]
@@ -79,79 +81,25 @@ class MatMulNBitsQuant(OnnxQuant, Protocol):
     def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> MatMulNBitsBlocks: ...
 
 
-class Grid(Quant, Protocol):
-    """A uniform quantization grid: weights are integer codes times the step of their group.
-
-    ``CODE_RANGE`` are the lowest and the highest code. Code 0 is zero, except in a
-    :class:`AsymmetricGrid`; see :func:`signed_code_range`. ``GROUP_SIZE`` weights share a step,
-    which is an integer from ``STEP_CODE_RANGE`` times the quant block's scale in half precision.
-    ``steps`` returns step_OG, the step of every group, and ``scales`` the scale of every block;
-    they are equal if a block is one group.
-
-    Weights on the grid are quantized to themselves; see also :func:`needs_extreme_code`.
-    """
-
-    CODE_RANGE: tuple[int, int]
-    GROUP_SIZE: int
-    STEP_CODE_RANGE: tuple[int, int]
-
-    def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
-
-    def scales(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]: ...
-
-
-class AsymmetricGrid(Grid, Protocol):
-    """An asymmetric grid, whose groups have a minimum: a weight is step · code − minimum.
-
-    A minimum is an integer from ``MINIMUM_CODE_RANGE`` times ``MINIMUM_SCALE_RATIO`` times the
-    block's scale. If it is ``ZERO_CODE`` steps, that code is exactly zero; pruning gives every
-    group that minimum to keep zeros.
-    """
-
-    MINIMUM_CODE_RANGE: tuple[int, int]
-    MINIMUM_SCALE_RATIO: int
-    ZERO_CODE: int
-
-
-def is_asymmetric(grid: Grid) -> bool:
-    """Return True for a :class:`AsymmetricGrid`."""
-    return hasattr(grid, "MINIMUM_CODE_RANGE")
-
-
-def signed_code_range(grid: Grid) -> tuple[int, int]:
-    """Return the lowest and the highest code, shifted so that code 0 is zero."""
-    zero = cast(AsymmetricGrid, grid).ZERO_CODE if is_asymmetric(grid) else 0
-    return grid.CODE_RANGE[0] - zero, grid.CODE_RANGE[1] - zero
-
-
-def needs_extreme_code(grid: Grid) -> bool:
-    """Return True if weights on the grid round-trip only with an extreme code in every group.
-
-    That holds if a group is a whole block: without an importance its scale is computed from the
-    weight of largest magnitude, which gets the code of largest magnitude.
-    """
-    return grid.GROUP_SIZE == grid.BLOCK_SIZE
-
-
 def load_grid(name: str) -> Grid:
-    """Import a number format whose codes can be chosen while pruning.
+    """Return the grid of a number format whose codes can be chosen.
 
     Raises:
-        UsageError: the format has no such codes; it names those of the same file format that do.
+        UsageError: the format has no codes; it names those of the same file format that do.
     """
     quant = load(name)
-    if hasattr(quant, "CODE_RANGE"):
-        return cast(Grid, quant)
+    if grid := getattr(quant, "GRID", None):
+        return cast(Grid, grid)
 
     grids = []
     for other in plugins.list_names("quant"):
         form = load(other)
-        if hasattr(form, "CODE_RANGE") and {*form.FORMATS} & {*quant.FORMATS}:
+        if hasattr(form, "GRID") and {*form.FORMATS} & {*quant.FORMATS}:
             grids.append(other)
 
     raise UsageError(
         "no-optimized-rounding",
-        f"the codes of quant {name!r} cannot be chosen while pruning",
+        f"quant {name!r} has no codes to choose",
         remedy=f"use one of {', '.join(grids)}, or export.rounding = 'nearest'",
     )
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.quant.grid import Grid, GridCodes, whole_codes
+
 BLOCK_SIZE = 32
 
 
@@ -114,12 +116,6 @@ def round_to_codes(
     return np.asarray(code_OGS.reshape(weight_OI.shape).astype(np.uint8))
 
 
-def read_scales(packed_OP: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    """Return scale_OG of packed rows without zero points."""
-    G = packed_OP.shape[1] // (BLOCK_SIZE * bits // 8 + 2)
-    return MatMulNBitsBlocks.read(packed_OP, G * BLOCK_SIZE, bits).scale_OG.astype(np.float32)
-
-
 def invert(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return 1 / scale, and 0 for the scale 0 of a block of zeros."""
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
@@ -137,3 +133,14 @@ def unpack_nibbles(code_OP: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """Return the first ``count`` four-bit codes of each row."""
     code_OP2 = np.stack([code_OP & 15, code_OP >> 4], axis=2)
     return code_OP2.reshape(len(code_OP), -1)[:, :count]
+
+
+def make_grid(bits: int) -> Grid:
+    """Return the grid of a format without zero points."""
+
+    def pack(codes: GridCodes) -> NDArray[np.uint8]:
+        scale_OG = codes.scale_OX.astype(np.float16)
+        return MatMulNBitsBlocks(bits, codes.code_OI, scale_OG).pack()
+
+    middle = 1 << (bits - 1)
+    return Grid(whole_codes(-middle, middle - 1), BLOCK_SIZE, BLOCK_SIZE, pack)

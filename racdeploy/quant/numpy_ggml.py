@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from racdeploy.quant import scale_search
+from racdeploy.quant.grid import Grid, GridCodes
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
 
@@ -27,23 +27,16 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
     return weight_OI
 
 
-def pack_nibbles(code_GS: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pack four-bit codes two per byte, as ggml does: a block's first half is low."""
-    low, high = np.split(code_GS, 2, axis=-1)
-    return low | high << np.uint8(4)
-
-
 @dataclass(frozen=True)
 class ScaleBlockCodec:
     """Quantizer of a format whose blocks are a half-precision scale and packed codes.
 
-    ``pack`` packs code_OGS; ``codes``, ``scale_range`` and ``trials`` are those of
+    ``scale_range`` and ``trials`` are those of
     :func:`racdeploy.quant.scale_search.search_scales`.
     """
 
     name: str
-    codes: tuple[int, int]
-    pack: Callable[[NDArray[np.int8]], NDArray[np.uint8]]
+    grid: Grid
     scale_range: tuple[float, float]
     trials: int
 
@@ -55,20 +48,13 @@ class ScaleBlockCodec:
         if importance_I is None:
             return quantize(ggml_type, weight_OI)
 
+        lowest, highest = int(self.grid.values[0]), int(self.grid.values[-1])
         step_OG, code_OGS = scale_search.search_scales(
-            weight_OI, importance_I, block, self.codes, self.scale_range, self.trials
+            weight_OI, importance_I, block, (lowest, highest), self.scale_range, self.trials
         )
-
-        scale_OG2 = step_OG.astype("<f2")[:, :, None].view(np.uint8)
-        packed_OGP = np.concatenate([scale_OG2, self.pack(code_OGS)], axis=-1)
-        return packed_OGP.reshape(len(weight_OI), -1)
+        code_OI = (code_OGS.reshape(weight_OI.shape).astype(np.int16) - lowest).astype(np.uint8)
+        return self.grid.pack(GridCodes(code_OI, step_OG.astype(np.float32)))
 
     def dequantize(self, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
         """Return float32 weight_OI of packed rows."""
         return dequantize(GGML_TYPES[self.name].type_id, packed_OP, I)
-
-    def steps(self, packed_OP: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return step_OG, the scale of every block."""
-        packed_OGP = packed_OP.reshape(len(packed_OP), -1, GGML_TYPES[self.name].block_bytes)
-        scale_OG2 = np.ascontiguousarray(packed_OGP[:, :, :2])
-        return scale_OG2.view(np.float16)[:, :, 0].astype(np.float32)

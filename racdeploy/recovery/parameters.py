@@ -10,15 +10,16 @@ inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
-from racdeploy.quant import Grid
+from racdeploy.quant import load_grid
+from racdeploy.quant.grid import Grid, GridCodes
+from racdeploy.quant.stored_codes import StoredCodes
 
 _FACTOR_RANGE = (0.5, 2.0)
 """Bounds of a scale's trained factor: its sign stays, and half precision does not overflow."""
@@ -38,41 +39,66 @@ class WeightParameters:
 
 
 class ScaleParameters(WeightParameters):
-    """Trained scales of linears on a grid; other weights are trained directly.
+    """Trained scales of linears with chosen codes; other weights are trained directly.
 
     The parameter is a factor of each scale, about 1: scales differ by orders of magnitude, so no
     learning rate would fit them all. All groups of a quant block change with its scale. Linears
-    that are not exactly on the grid are frozen.
+    are frozen that have no codes of this grid in the model's order, or minima of their own.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         linears: Mapping[str, Tensor],
-        grid: Grid,
+        quant: str,
+        stored: Mapping[str, StoredCodes],  # in the first process
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__({**weights, **linears})
-        self._group_size = grid.GROUP_SIZE
-        self._groups = grid.BLOCK_SIZE // grid.GROUP_SIZE
+        grid = load_grid(quant)
+        self._group_size = grid.group_size
+        self._groups = grid.block_size // grid.group_size
         # Per linear: its codes, its groups' step codes, and its initial scales.
         self._grids: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.parameters = dict(weights)
 
         for name, weight_OI in linears.items():
-            step_OG = read_steps(weight_OI, grid)
-            code_OI = compute_codes(weight_OI, step_OG, self._group_size)
-            exact = torch.equal(code_OI * _spread(step_OG, self._group_size), weight_OI.detach())
+            codes = stored.get(name)
+            whole = None
+            if codes and codes.quant == quant:
+                whole = _list_signed(codes.read(), grid)
+            parts = (
+                [
+                    processes.scatter_rows(None if whole is None else whole[index], like)
+                    for index, like in enumerate(self._shapes(weight_OI))
+                ]
+                if processes.broadcast_object(whole is not None)
+                else []
+            )
+
+            exact = bool(parts) and torch.equal(self._multiply(*parts), weight_OI.detach())
             # All processes must agree, or the shards of a linear would be trained differently.
             if not all(processes.all_gather(exact)):
                 weight_OI.requires_grad_(False)
                 continue
 
-            # X: quant blocks of a row.
-            scale_OX = _read(weight_OI, grid, grid.scales, grid.BLOCK_SIZE)
-            step_code_OG = compute_codes(step_OG, scale_OX, self._groups)
+            code_OI, step_code_OG, scale_OX = parts
             self._grids[name] = code_OI.to(torch.int8), step_code_OG, scale_OX
             self.parameters[name] = torch.ones_like(scale_OX)
+
+    def _shapes(self, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tensors of the shapes of this process' codes, step codes and scales."""
+        O, I = weight_OI.shape
+        groups = I // self._group_size
+        return (
+            torch.empty_like(weight_OI),
+            weight_OI.new_empty(O, groups),
+            weight_OI.new_empty(O, groups // self._groups),
+        )
+
+    def _multiply(self, code_OI: Tensor, step_code_OG: Tensor, scale_OX: Tensor) -> Tensor:
+        step_OG = step_code_OG * _spread(scale_OX, self._groups)
+        return code_OI.float() * _spread(step_OG, self._group_size)
 
     def propagate_gradients(self) -> None:
         for name, (code_OI, step_code_OG, scale_OX) in self._grids.items():
@@ -95,36 +121,26 @@ class ScaleParameters(WeightParameters):
             factor_OX = self.parameters[name].clamp_(*_FACTOR_RANGE)
             stored_OX = (scale_OX * factor_OX).half().float()
 
-            step_OG = step_code_OG * _spread(stored_OX, self._groups)
-            weight_OI = self.weights[name]
-            weight_OI.copy_(code_OI.float() * _spread(step_OG, self._group_size))
+            self.weights[name].copy_(self._multiply(code_OI, step_code_OG, stored_OX))
 
 
-def read_steps(weight_OI: Tensor, grid: Grid) -> Tensor:
-    """Return step_OG, the step of every group of weights on a grid."""
-    return _read(weight_OI, grid, grid.steps, grid.GROUP_SIZE)
+def _list_signed(codes: GridCodes, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return codes in steps from zero, step codes and scales; None if minima are not zero's."""
+    value_OI = np.array(grid.values, np.float32)[codes.code_OI]
+    step_code_OG = codes.step_code_OG
+    if step_code_OG is None:
+        step_code_OG = np.ones_like(codes.scale_OX, np.int16)
 
+    if codes.minimum_code_OG is not None and codes.minimum_scale_OX is not None:
+        middle = np.float32(len(grid.values) // 2)
+        is_shifted = np.array_equal(codes.minimum_code_OG, step_code_OG)
+        if not is_shifted or not np.array_equal(codes.minimum_scale_OX, codes.scale_OX * middle):
+            return None
+        value_OI = value_OI - middle
 
-def _read(
-    weight_OI: Tensor,
-    grid: Grid,
-    read_packed: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
-    size: int,
-) -> Tensor:
-    O, I = weight_OI.shape
-    if not O:  # this process has no rows of a small matrix
-        return weight_OI.new_zeros(O, I // size)
-
-    values_OI = weight_OI.detach().cpu().numpy().astype(np.float32)
-    values = read_packed(grid.quantize(values_OI)).copy()
-    return torch.from_numpy(values).to(weight_OI.device)
-
-
-def compute_codes(weight_OI: Tensor, step_OG: Tensor, group_size: int) -> Tensor:
-    """Return code_OI, integers in float32; 0 where the step is 0."""
-    divisor_OG = torch.where(step_OG == 0, 1, step_OG)
-    quotient_OI = weight_OI.detach() / _spread(divisor_OG, group_size)
-    return quotient_OI.round_()
+    arrays = value_OI, step_code_OG.astype(np.float32), codes.scale_OX.astype(np.float32)
+    code_OI, step_OG, scale_OX = map(torch.from_numpy, arrays)
+    return code_OI, step_OG, scale_OX
 
 
 def _spread(value_OG: Tensor, group_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
@@ -18,9 +19,11 @@ from racdeploy.models.families import generalize_expert
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.quant.stored_codes import list_stored_codes, name_arrays, rescale
 from racdeploy.recipe import Recovery
 from racdeploy.recovery.divergence import Direction
 from racdeploy.recovery.state import write_tensors
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 from racdeploy.traces.trace import Trace
 
 STATE_FILE = "state.safetensors"
@@ -167,11 +170,26 @@ class TrainingRun:
     def write(self) -> None:
         """Write the recovered model: weights of the best state, all else from the pruned model."""
         self.best_folder.mkdir(exist_ok=True)
+        if self.quant:
+            self._write_codes()
         assemble(self.sparse, self.best_folder, self.out)
 
         for name in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
             if (self.sparse.folder / name).is_file():
                 shutil.copyfile(self.sparse.folder / name, self.out / name)
+
+    def _write_codes(self) -> None:
+        """Write the codes of the pruned model, with the scales of the best state's weights."""
+        trained: dict[str, TensorEntry] = {}
+        for file in self.best_folder.glob("block-*.safetensors"):
+            trained |= read_tensor_entries(file)
+
+        for weight, stored in list_stored_codes(self.sparse.folder).items():
+            codes = stored.read()
+            if weight in trained:
+                codes = rescale(codes, stored.quant, trained[weight].read())
+            arrays = name_arrays(weight, stored.quant, codes)
+            save_file(arrays, self.best_folder / f"codes-{weight}.safetensors")
 
 
 def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[str]:

@@ -157,7 +157,7 @@ def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
     thirds.
     """
     weight_OI, importance_I = draw_weights(0.5)[:4], draw_importance()
-    quant = quants.load_grid(name)
+    quant, values = quants.load(name), quants.load_grid(name).values
     found, ggml = (
         float(
             (
@@ -170,9 +170,9 @@ def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
     for weight_K, importance_K in zip(
         weight_OI.reshape(-1, 32), np.tile(importance_I.reshape(-1, 32), (4, 1)), strict=True
     ):
-        widest = weight_K[np.abs(weight_K).argmax()] / quant.CODE_RANGE[0]
+        widest = weight_K[np.abs(weight_K).argmax()] / values[0]
         step_S1 = (np.linspace(0.5, 1.5, 4000) * widest)[:, None]
-        code_SK = np.clip(np.rint(weight_K / step_S1), *quant.CODE_RANGE)
+        code_SK = np.clip(np.rint(weight_K / step_S1), values[0], values[-1])
         best += float(((weight_K - code_SK * step_S1) ** 2 * importance_K).sum(axis=1).min())
     assert best <= found < best + (ggml - best) / 3
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from racdeploy.models.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
+from racdeploy.quant.stored_codes import CODES_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import write_explanation
 from racdeploy.results.checks import CheckResult
@@ -23,6 +25,7 @@ from racdeploy.results.report import Report
 from racdeploy.verification.checks import sparsity
 from racdeploy.verification.evidence import ArmResult, Evidence
 from racdeploy.verification.gate import read_gate
+from tests.support.codes import draw_codes
 from tests.support.errors import raises
 from tests.support.sample_report import build_report
 from tests.support.tiny_models import make_checkpoint
@@ -77,25 +80,25 @@ def _export_settings(**settings: Any) -> Export:
     return Recipe.combine(None, {"model": "tiny-reasoner", "export": settings}).export
 
 
-@pytest.mark.parametrize("quant", ["q2_k", "q4_k"])
-def test_a_folder_on_the_grid_may_be_exported(tmp_path: Path, quant: str) -> None:
-    """Codes that were chosen while pruning keep its zeros; a format of another step does not."""
+def test_a_folder_with_chosen_codes_may_be_exported(tmp_path: Path) -> None:
+    """They keep its zeros in their own format, and not in another one."""
     dense = Checkpoint(make_checkpoint(tmp_path / "dense", "llama", hidden_size=256))
     sparse = tmp_path / "sparse"
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
+    codes = {}
     for name in dense.shape.prunable_weights:
-        weight_OI = weights[name].float()
-        weights[name] = (weight_OI.sign() * (weight_OI.abs() > weight_OI.abs().median())) / 64
+        weights[name][:, ::2] = 0
+        O, I = weights[name].shape
+        if I % 256 == 0:
+            codes |= name_arrays(name, "q4_k", draw_codes("q4_k", O, I))
     save_file(weights, sparse / "model.safetensors")
-    check_folder_zeros(Checkpoint(sparse), _export_settings(quant=quant))
+    save_arrays(codes, sparse / CODES_FILE)
 
-    weights["model.layers.0.mlp.up_proj.weight"][:, 1] += 0.3
-    weights["model.layers.1.mlp.up_proj.weight"][:, 1] += 0.3
-    save_file(weights, sparse / "model.safetensors")
+    check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q4_k"))
     with raises("zeros-would-be-lost"):
-        check_folder_zeros(Checkpoint(sparse), _export_settings(quant=quant))
+        check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q2_k"))
 
 
 def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_a_folder_with_zeros_is_not_exported_without_them(tmp_path: Path) -> Non
     check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q8_0"))
     check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q4_k", allow_losing_zeros=True))
 
-    with raises("zeros-would-be-lost", "49.9%", "--allow-losing-zeros"):
+    with raises("zeros-would-be-lost", "50.0%", "--allow-losing-zeros"):
         check_folder_zeros(Checkpoint(sparse), losing)
 
 

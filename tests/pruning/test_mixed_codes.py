@@ -70,8 +70,8 @@ def test_one_format_has_its_name(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "llama")
     ignored = ["self_attn.[qk]_proj$", r"1\.mlp.down_proj$"]
     assert _job(folder, prune={"ignore": ignored}).rounding_quant == "q4_0"
-    with raises("no-optimized-rounding", "'q6_k'"):
-        _ = _job(folder, export={"quant": "q6_k", "tensors": {}}).rounding_quant
+    with raises("no-optimized-rounding", "'f16'"):
+        _ = _job(folder, export={"quant": "f16", "tensors": {}}).rounding_quant
 
 
 def test_blocks_that_go_need_one_format(tmp_path: Path) -> None:

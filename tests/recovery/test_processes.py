@@ -25,13 +25,13 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning.process_group import ProcessGroup, join_process_group
-from racdeploy.quant import load_grid
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.recovery import training, training_batches
 from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
 from racdeploy.recovery.training_run import STATE_FILE, LogRow, TrainingRun
 from racdeploy.runtime.template import PromptEncoder
+from tests.support.codes import draw_codes, read_as_file, read_stored_weights, store_codes
 from tests.support.commands import environment
 from tests.support.errors import raises
 from tests.support.fork_server import fork_context
@@ -241,14 +241,12 @@ def test_zeros_and_grids_stay(folder: Path, job: str) -> None:
     before = read_weights(folder / job / "sparse")
     after = read_weights(folder / job / "two" / "recovered")
     masked = Checkpoint(folder / job / "sparse").shape.prunable_weights
+    stored = read_stored_weights(folder / job / "two" / "recovered")
 
     for name in masked:
         assert not after[name][before[name] == 0].any()
-        if quant := FORMATS[job]:
-            values_OI = after[name].numpy()
-            grid = load_grid(quant)
-            stored_OI = grid.dequantize(grid.quantize(values_OI), values_OI.shape[1])
-            assert np.array_equal(stored_OI, values_OI)
+        if FORMATS[job]:
+            assert np.array_equal(stored[name], after[name].numpy())
 
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -338,19 +336,28 @@ class _Differing(ProcessGroup):
     def all_gather(self, value: Any) -> list[Any]:
         return [value, False]
 
+    def broadcast_object(self, value: Any, owner: int = 0) -> Any:
+        return value
 
-def test_rows_are_on_a_grid_where_all_rows_are() -> None:
-    """Zeros alone are on any grid: what one process has of a linear does not decide."""
-    grid = load_grid("q8_0")
-    weight_OI = torch.zeros(2, 64)
-    assert ScaleParameters({}, {"w": weight_OI}, grid).parameters
-    assert ScaleParameters({}, {"w": weight_OI}, grid, _Differing()).parameters == {}
+    def scatter_rows(self, all_rows: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        assert all_rows is not None
+        return all_rows
 
 
-def test_a_process_may_have_no_rows() -> None:
+def test_rows_are_on_a_grid_where_all_rows_are(tmp_path: Path) -> None:
+    """What one process has of a linear does not decide."""
+    codes = draw_codes("q8_0", 2, 64)
+    weight_OI = torch.from_numpy(read_as_file("q8_0", codes))
+    stored = store_codes(tmp_path, "w", "q8_0", codes)
+    assert ScaleParameters({}, {"w": weight_OI}, "q8_0", stored).parameters
+    assert ScaleParameters({}, {"w": weight_OI}, "q8_0", stored, _Differing()).parameters == {}
+
+
+def test_a_process_may_have_no_rows(tmp_path: Path) -> None:
     """Where there are more processes than a linear can be cut for."""
     weight_OI = torch.zeros(0, 64)
-    variables = ScaleParameters({}, {"w": weight_OI}, load_grid("q4_0"))
+    stored = store_codes(tmp_path, "w", "q4_0", draw_codes("q4_0", 0, 64))
+    variables = ScaleParameters({}, {"w": weight_OI}, "q4_0", stored)
     weight_OI.grad = torch.zeros(0, 64)
     variables.weights["w"] = weight_OI
     variables.propagate_gradients()

@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from racdeploy import quant as quants
 from racdeploy import recovery
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recovery import training
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import TrainingRun
+from tests.support.codes import read_stored_weights
 from tests.support.tiny_training_run import make_training_run, read_weights
 
 
@@ -93,11 +97,8 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "q3_k"])
 def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
     """The recovered model lies on the grid of its format: the file will hold these very weights."""
-    from racdeploy.quant import load_grid
-    from racdeploy.recovery.parameters import compute_codes, read_steps
-
-    grid = load_grid(quant)
-    sizes = {"hidden_size": 256, "intermediate_size": 256} if grid.BLOCK_SIZE == 256 else {}
+    block = quants.load(quant).BLOCK_SIZE
+    sizes = {"hidden_size": 256, "intermediate_size": 256} if block == 256 else {}
     training_run = make_training_run(
         tmp_path, quant=quant, settings={"learning_rate": 2e-4}, **sizes
     )
@@ -108,11 +109,13 @@ def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
 
     training_run.write()
     weights = read_weights(training_run.out)
+    stored = read_stored_weights(training_run.out)
+    before = list_stored_codes(training_run.sparse.folder)
+    after = list_stored_codes(training_run.out)
     for name in training_run.masked_weights:
-        step_OG = read_steps(weights[name], grid)
-        code_OI = compute_codes(weights[name], step_OG, grid.GROUP_SIZE)
-        step_OI = step_OG.repeat_interleave(grid.GROUP_SIZE, dim=1)
-        assert torch.equal(code_OI * step_OI, weights[name].float())
+        assert np.array_equal(stored[name], weights[name].float().numpy())
+        assert np.array_equal(after[name].read().code_OI, before[name].read().code_OI)
+        assert not np.array_equal(after[name].read().scale_OX, before[name].read().scale_OX)
 
 
 def test_bfloat16_products_learn_too(tmp_path: Path) -> None:

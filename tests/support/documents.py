@@ -138,7 +138,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "errors": tabulate_errors,
     "families": tabulate_families,
     "plugins": list_plugins,
-    "q5_k": partial(quote, "racdeploy/quant/formats/q5_k.py"),
     "remainder": partial(quote, "tests/support/one_more/tasks/remainder.py"),
     "tree": draw_tree,
 }

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
 from racdeploy.processes.cores import available_cores
 from racdeploy.quant.importance import Importance
+from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights, list_stored_codes
 from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from racdeploy.tensors.safetensors import to_float32
 
@@ -30,7 +32,8 @@ ALIGNMENT = 32
 """Tensors begin at multiples of this many bytes."""
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MAX_WORKERS = 8  # beyond, the disk is the slower part
-_Slab = tuple[int, NDArray[np.float32]]
+_Slab = tuple[int, NDArray[np.intp], NDArray[np.float32]]
+"""Part of the tensor, rows of that part, and their values."""
 _QuantizedSlab = tuple[NDArray[np.uint8], int]
 
 
@@ -43,6 +46,10 @@ class TensorWriter:
     total_bytes: int
     progress: WriteProgress | None
     _done_bytes: int = field(default=0, init=False)
+
+    @cached_property
+    def _codes(self) -> Mapping[str, StoredCodes]:
+        return list_stored_codes(self.checkpoint.folder)
 
     def append_tensors(self, file: Path, plan: Sequence[GgufTensorPlan]) -> list[ExportedTensor]:
         """Write tensors behind the header of a file; return them as they were written."""
@@ -83,13 +90,24 @@ class TensorWriter:
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]
 
+        stored = [self._codes.get(part) for part in tensor.parts]
+        codes = [each.read() for each in stored if each and each.quant == tensor.actual_quant]
+        if len(codes) != len(tensor.parts):
+            codes = []
+
         # Runs in worker threads. Zeros are counted in the dequantized rows, as an engine sees them.
         def code(slab: _Slab) -> _QuantizedSlab:
-            part, weight_OI = slab
-            known_I = known[part] if len(known) > 1 else known[0]
-            packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
+            part, row_O, weight_OI = slab
+            if codes:
+                grid = quants.load_grid(tensor.actual_quant)
+                packed_OP = grid.pack(codes[part].select_rows(row_O))
+            else:
+                known_I = known[part] if len(known) > 1 else known[0]
+                packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
 
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
+            if codes and not np.array_equal(stored_OI, weight_OI):
+                raise codes_of_other_weights(self.checkpoint.folder, tensor.source)
             quants.check_finite(
                 tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
             )
@@ -138,6 +156,7 @@ def _iterate_slabs(
     for part, raw in enumerate(tensor.read(checkpoint)):
         raw_OI = raw.reshape(-1, row_length)
         order_O = None
+        first_row = tensor.row_split[0] * len(raw_OI)
         missing -= len(raw_OI)
         if tensor.transform:
             order_O = find_gguf_row_order(tensor.transform, checkpoint.shape, len(raw))
@@ -146,25 +165,23 @@ def _iterate_slabs(
                 order_O = None
 
         for start in range(0, len(raw_OI), step):
-            rows = slice(start, start + step)
-            if order_O is None:
-                stored_OI = raw_OI[rows]
-            else:
-                stored_OI = raw_OI[order_O[rows]]
+            row_O = np.arange(start, min(start + step, len(raw_OI)))
+            if order_O is not None:
+                row_O = order_O[row_O]
 
-            weight_OI = to_float32(stored_OI)
+            weight_OI = to_float32(raw_OI[row_O])
             if order_I is not None:
                 weight_OI = weight_OI[:, order_I]
             if tensor.transform == "plus_one":
                 weight_OI = weight_OI + np.float32(1)
             if tensor.transform == "decay":
                 weight_OI = -np.exp(weight_OI)
-            yield part, weight_OI
+            yield part, row_O + first_row, weight_OI
 
     # Rows that the checkpoint lacks are zeros.
     for start in range(0, missing, step):
         rest = min(step, missing - start)
-        yield 0, np.zeros((rest, row_length), np.float32)
+        yield 0, np.arange(0), np.zeros((rest, row_length), np.float32)
 
 
 def _map_ahead(

@@ -20,6 +20,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, rows_to_arrays
 from racdeploy.quant.matmulnbits import BLOCK_SIZE
+from racdeploy.quant.stored_codes import codes_of_other_weights, list_stored_codes
 from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.tensors.safetensors import to_float32
 
@@ -90,14 +91,23 @@ def quantize_tensor(
         raw_OI = raw_OI.reshape(1, -1)
     O, I = raw_OI.shape
 
+    stored = list_stored_codes(checkpoint.folder).get(tensor.name)
+    codes = stored.read() if stored and stored.quant == tensor.quant else None
+
     # Slabs of rows bound the memory of float32 copies.
     parts = []
     zeros = 0
     rows = max(1, _SLAB_WEIGHTS // I)
     for start in range(0, O, rows):
         weight_OI = to_float32(raw_OI[start : start + rows])
-        packed_OP = quant.quantize(weight_OI)
+        if codes:
+            chosen = codes.select_rows(np.arange(start, start + len(weight_OI)))
+            packed_OP = quants.load_grid(tensor.quant).pack(chosen)
+        else:
+            packed_OP = quant.quantize(weight_OI)
         stored_OI = quant.dequantize(packed_OP, I)
+        if codes and not np.array_equal(stored_OI, weight_OI):
+            raise codes_of_other_weights(checkpoint.folder, tensor.name)
         quants.check_finite(tensor.name, tensor.quant, weight_OI, stored_OI, wider="f32")
 
         zeros += stored_OI.size - int(np.count_nonzero(stored_OI))

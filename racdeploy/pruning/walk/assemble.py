@@ -16,6 +16,7 @@ from racdeploy.models.families import find_expert, generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.quant.stored_codes import CODES_FILE
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 _EXPERT_COUNTS = {"num_experts", "num_local_experts"}
@@ -68,9 +69,9 @@ def assemble(
     with atomic_folder(out) as scratch:
         stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
         write_entries(stored, scratch / "model.safetensors")
-        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
-            if importance := _read_entries(blocks, kind.removesuffix(".safetensors")):
-                write_entries(importance, scratch / kind)
+        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE, CODES_FILE):
+            if beside := _read_entries(blocks, kind.removesuffix(".safetensors")):
+                write_entries(beside, scratch / kind)
 
         _write_other_files(checkpoint, shape, scratch)
 

@@ -12,16 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear
+from racdeploy.quant.stored_codes import name_arrays
 from racdeploy.results.pruning import BlockRow, LinearRow
 
 KeptUnits = Mapping[str, list[int]]
 """Structure that was cut → indices of the units that stay."""
+
+
+Quants = Mapping[str, str]
+"""Weight → number format of its codes."""
 
 
 class BlockFiles:
@@ -57,6 +63,17 @@ class BlockFiles:
         if self._processes.is_first:
             stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_atomic(self._weights(index), save(stored))
+
+    def write_codes(self, index: int, pruned: Mapping[str, PrunedLinear], quants: Quants) -> None:
+        """Write the codes of a block's linears, where they were chosen, in their number formats."""
+        arrays: dict[str, Any] = {}
+        for name, linear in pruned.items():
+            if linear.codes:
+                arrays |= name_arrays(name, quants[name], linear.codes)
+
+        if arrays and self._processes.is_first:
+            file = self._folder / f"codes-{index:05d}.safetensors"
+            write_atomic(file, save_arrays(arrays))
 
     def write_importance(
         self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"

@@ -14,6 +14,7 @@ from torch import nn
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.relative_error import RelativeError
+from racdeploy.quant.grid import GridCodes
 from racdeploy.results.pruning import LinearRow
 
 
@@ -29,6 +30,7 @@ class PrunedLinear:
     tokens: int
     expert_tokens: int | None  # calibration tokens of its expert; None outside of experts
     pooled: bool  # pruned on the tokens of all experts
+    codes: GridCodes | None = None  # of stored_OI, where they were chosen
 
     def broadcast(self, processes: ProcessGroup, owner: int, *, target: bool) -> PrunedLinear:
         """Return the owner's linear, in all processes.
@@ -40,6 +42,7 @@ class PrunedLinear:
             stored_OI=processes.broadcast(self.stored_OI, owner),
             target_OI=processes.broadcast(self.target_OI, owner) if target else self.target_OI,
             damping=processes.broadcast_object(self.damping, owner),
+            codes=processes.broadcast_object(self.codes, owner),
         )
 
     def to_row(self, name: str, sparsity: float, quant: str) -> LinearRow:

@@ -1,9 +1,8 @@
-"""Optimized rounding: choose a format's codes for the least output error; the exporter writes them.
+"""Optimized rounding: choose a format's codes for the least output error; the exporter packs them.
 
 Columns are rounded slab by slab, and the later ones solved again in between. Then come sweeps of
 coordinate descent: each weight moves to its best grid point with all others fixed, and each group's
-step to the best one for its codes. Codes pinned by :mod:`racdeploy.pruning.weights.scales` are
-fixed, so that quantizing the result again gives the same codes.
+step to the best one for its codes.
 Source: QuantEase (arXiv 2309.01885) on a mask, with GPTQ's order (arXiv 2210.17323) and movable
 scales.
 """
@@ -11,16 +10,29 @@ scales.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
-from racdeploy.pruning.weights.asymmetric import fit_steps_and_minima, search_steps_and_minima
+from racdeploy.pruning.weights.asymmetric import (
+    fit_steps_and_minima,
+    search_free,
+    search_steps_and_minima,
+)
 from racdeploy.pruning.weights.refit import conjugate_gradient
-from racdeploy.pruning.weights.scales import nearest_steps, ones_for_zeros, search_steps
-from racdeploy.quant import AsymmetricGrid, Grid, is_asymmetric, signed_code_range
+from racdeploy.pruning.weights.scales import (
+    CHUNK_WEIGHTS,
+    Levels,
+    nearest_scales,
+    nearest_steps,
+    ones_for_zeros,
+    search_steps,
+)
+from racdeploy.quant.grid import Grid, GridCodes
 
 SLABS, DESCENT_STEPS = 8, 4  # more of either lower a linear's error by less than 1 %
 SCALE_SWEEPS, CODE_SWEEPS = 4, 4
@@ -31,18 +43,18 @@ def round_to_grid(
     pruned: PrunedWeights,
     target_OI: torch.Tensor,
     hessian: Hessian,
-    quant: Grid,
+    grid: Grid,
     order_I: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return weights that ``quant`` stores exactly, zero outside the mask.
+) -> tuple[torch.Tensor, GridCodes]:
+    """Return the weights as the format stores them, zero outside the mask, and their codes.
 
     Args:
         pruned: initial weights, and the mask.
         target_OI: weights before pruning.
         hessian: of their inputs.
-        quant: the format.
-        order_I: column at each position of the file, whose neighbours share a step; None if the
-            file has them in the model's order.
+        grid: of the number format.
+        order_I: column at each position of the file, whose neighbours share a step, and in which
+            the codes are returned; None if the file has them in the model's order.
     """
     H_II = hessian.matrix_II
     if order_I is not None:
@@ -50,81 +62,83 @@ def round_to_grid(
         target_OI = target_OI[:, order_I]
         H_II = H_II[order_I][:, order_I]
 
-    chosen_OI = _choose(pruned, target_OI, H_II, quant)
-    if order_I is None:
-        return chosen_OI
-    return chosen_OI[:, order_I.argsort()]
+    search = _choose_search(grid, pruned)(pruned, target_OI, H_II, grid)
+    search.descend()
+    codes = search.read_codes()
+
+    weight_OI = torch.from_numpy(grid.decode(codes)).to(target_OI.device)
+    if order_I is not None:
+        weight_OI = weight_OI[:, order_I.argsort()]
+    return weight_OI, codes
 
 
-def _choose(
-    pruned: PrunedWeights, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
-) -> torch.Tensor:
-    if is_asymmetric(quant) and pruned.keep_OI.all():
-        lines = _LineSearch(pruned, target_OI, H_II, cast(AsymmetricGrid, quant))
-        _descend(lines)
-        return lines.on_grid()
-
-    code_OI, step_OG = find_codes(pruned, target_OI, H_II, quant)
-    step_OI = step_OG.repeat_interleave(quant.GROUP_SIZE, dim=1)
-    return code_OI.mul_(step_OI)
-
-
-def find_codes(
-    pruned: PrunedWeights, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return code_OI, integers in float32 with 0 for zero, and step_OG, exact in the format."""
-    search = _Search(pruned, target_OI, H_II, quant)
-    _descend(search)
-    step_OI = ones_for_zeros(search.step_OG).repeat_interleave(quant.GROUP_SIZE, dim=1)
-    code_OI = (search.weight_OI / step_OI).round_()
-    return code_OI, search.step_OG
-
-
-def _descend(search: _Search) -> None:
-    """Round in slabs, then sweep over codes and scales, then over codes alone."""
-    quant = search.quant
-    I = search.target_OI.shape[1]
-    width = math.ceil(I / (SLABS * quant.BLOCK_SIZE)) * quant.BLOCK_SIZE
-
-    for start in range(0, I, width):
-        if start:
-            search.solve_from(start)
-
-        search.visit(start, min(start + width, I), scales=True)
-
-    gap_OI = search.target_OI - search.weight_OI
-    torch.matmul(gap_OI, search.H_II, out=search.pull_OI)
-
-    for _ in range(SCALE_SWEEPS):
-        search.visit(0, I, scales=True)
-
-    for _ in range(CODE_SWEEPS):
-        moved = search.visit(0, I, scales=False)
-        if not moved:
-            break
+def _choose_search(grid: Grid, pruned: PrunedWeights) -> type[_Search]:
+    if grid.minimum_codes is None:
+        return _Search
+    if grid.step_codes is None:
+        return _ZeroPointSearch
+    # Zeros need a minimum that is a whole number of steps.
+    return _LineSearch if pruned.keep_OI.all() else _ShiftedSearch
 
 
 class _Search:
     """Weights that move to the grid, and the pull on each: the negative half gradient."""
 
     def __init__(
-        self, pruned: PrunedWeights, target_OI: torch.Tensor, H_II: torch.Tensor, quant: Grid
+        self, pruned: PrunedWeights, target_OI: torch.Tensor, H_II: torch.Tensor, grid: Grid
     ) -> None:
         self.H_II, self.target_OI = H_II, target_OI
-        self.S, self.quant, self.codes = quant.GROUP_SIZE, quant, signed_code_range(quant)
+        self.S, self.grid = grid.group_size, grid
+        self.levels = Levels(grid)
         weight_OI = pruned.weight_OI * pruned.keep_OI
-        self._start(weight_OI, pruned.keep_OI)
-
-    def _start(self, weight_OI: torch.Tensor, keep_OI: torch.Tensor) -> None:
-        H_II = self.H_II
-        quant = self.quant
-        self.step_OG, self.unit_OG, pinned_OI = search_steps(weight_OI, H_II.diagonal(), quant)
+        self._start(weight_OI)
 
         has_scale_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
-        self.free_OI = keep_OI & has_scale_OI & (pinned_OI == 0)
-        pinned_OI *= self.step_OG.repeat_interleave(self.S, dim=1)
-        self.weight_OI = weight_OI.mul_(self.free_OI).add_(pinned_OI)
-        self.pull_OI = (self.target_OI - self.weight_OI) @ H_II
+        self.free_OI = pruned.keep_OI & has_scale_OI
+        self.weight_OI = weight_OI.mul_(self.free_OI)
+        self.pull_OI = (target_OI - self.weight_OI) @ H_II
+
+    def _start(self, weight_OI: torch.Tensor) -> None:
+        self.step_OG, self.unit_OG = search_steps(
+            weight_OI, self.H_II.diagonal(), self.grid, self.levels
+        )
+
+    def read_codes(self) -> GridCodes:
+        """Return the codes of the weights, and the numbers of their steps."""
+        step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
+        code_OI = self.levels.find_codes(self.weight_OI / step_OI)
+        if self.grid.step_codes is None:
+            return GridCodes(_numpy(code_OI), _numpy(self.step_OG))
+        return GridCodes(
+            _numpy(code_OI),
+            _numpy(self._by_block(self.unit_OG)),
+            _numpy(_count_units(self.step_OG, self.unit_OG)),
+        )
+
+    def _by_block(self, value_OG: torch.Tensor) -> torch.Tensor:
+        return value_OG[:, :: self.grid.block_size // self.S]
+
+    def descend(self) -> None:
+        """Round in slabs, then sweep over codes and scales, then over codes alone."""
+        I = self.target_OI.shape[1]
+        width = math.ceil(I / (SLABS * self.grid.block_size)) * self.grid.block_size
+
+        for start in range(0, I, width):
+            if start:
+                self.solve_from(start)
+
+            self.visit(start, min(start + width, I), scales=True)
+
+        gap_OI = self.target_OI - self.weight_OI
+        torch.matmul(gap_OI, self.H_II, out=self.pull_OI)
+
+        for _ in range(SCALE_SWEEPS):
+            self.visit(0, I, scales=True)
+
+        for _ in range(CODE_SWEEPS):
+            moved = self.visit(0, I, scales=False)
+            if not moved:
+                break
 
     def solve_from(self, start: int) -> None:
         """Solve the free weights from ``start`` on, off the grid.
@@ -181,32 +195,36 @@ class _Search:
     ) -> None:
         """Move a group's weights in place, and with ``scales`` also its steps."""
         step_O = self.step_OG[:, index]
-        self._move(weight_SO, pull_SO, free_SO, H_SS, ones_for_zeros(step_O))
+        self._move(index, weight_SO, pull_SO, free_SO, H_SS)
         if scales:
             self._fit_steps(weight_SO, pull_SO, H_SS, step_O, self.unit_OG[:, index])
 
     def _move(
         self,
+        index: int,
         weight_SO: torch.Tensor,
         pull_SO: torch.Tensor,
         free_SO: torch.Tensor,
         H_SS: torch.Tensor,
-        step_O: torch.Tensor,
     ) -> None:
         """Move a group's weights in place, column by column, and update the pull on them."""
+        step_O = ones_for_zeros(self.step_OG[:, index])
         curve_S = H_SS.diagonal()
         columns = zip(weight_SO, pull_SO, free_SO, H_SS, curve_S, strict=True)
 
         for weight_O, pull_O, free_O, H_S, curve in columns:
             move_O = pull_O / curve
             move_O += weight_O
-            move_O.div_(step_O).round_()
-            move_O.clamp_(*self.codes).mul_(step_O)
+            move_O = self._nearest(move_O.div_(step_O), index).mul_(step_O)
             move_O -= weight_O
             move_O *= free_O
 
             weight_O += move_O
             pull_SO.addr_(H_S, move_O, alpha=-1)
+
+    def _nearest(self, ratio_O: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the nearest values of weights of a group, given in steps."""
+        return self.levels.round_(ratio_O)
 
     def _fit_steps(
         self,
@@ -217,43 +235,88 @@ class _Search:
         unit_O: torch.Tensor,
     ) -> None:
         """Move a group's steps in place to the best ones of the format for its codes."""
-        code_SO = (weight_SO / ones_for_zeros(step_O)).round_()
-        pull_O = (code_SO * pull_SO).sum(0)
-        curve_O = ((H_SS @ code_SO) * code_SO).sum(0)
+        value_SO = weight_SO / ones_for_zeros(step_O)
+        if self.levels.is_uniform:
+            value_SO.round_()
+        pull_O = (value_SO * pull_SO).sum(0)
+        curve_O = ((H_SS @ value_SO) * value_SO).sum(0)
 
         # The error is quadratic in the step: take its minimum, rounded, if the error falls.
         best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
-        fitted_O = nearest_steps(best_O, unit_O, self.quant)
+        fitted_O = nearest_steps(best_O, unit_O, self.grid)
         change_O = fitted_O - step_O
         falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
         same_sign_O = fitted_O * step_O > 0
         better_O = same_sign_O & fitted_O.isfinite() & falls_O
 
         step_O += torch.where(better_O, change_O, 0)
-        torch.mul(code_SO, step_O, out=weight_SO)
+        torch.mul(value_SO, step_O, out=weight_SO)
+
+
+class _ShiftedSearch(_Search):
+    """Search for asymmetric formats with zeros: a group's minimum is the middle code's value."""
+
+    def _start(self, weight_OI: torch.Tensor) -> None:
+        self.middle = len(self.grid.values) // 2
+        self.levels = Levels(self.grid, shift=self.middle)
+        super()._start(weight_OI)
+
+    def read_codes(self) -> GridCodes:
+        codes = super().read_codes()
+        minimum_scale_OX = codes.scale_OX * np.float32(self.middle)
+        return GridCodes(
+            codes.code_OI, codes.scale_OX, codes.step_code_OG, codes.step_code_OG, minimum_scale_OX
+        )
+
+
+class _ZeroPointSearch(_Search):
+    """Search for formats whose groups have a code for zero, chosen once."""
+
+    def _start(self, weight_OI: torch.Tensor) -> None:
+        assert self.grid.minimum_codes
+        O, I = weight_OI.shape
+        energy_1GS = self.H_II.diagonal().view(1, -1, self.S)
+        rows = max(CHUNK_WEIGHTS // I, 1)
+        chunks = torch.split(weight_OI.view(O, -1, self.S), rows)
+        lines = [search_free(weight_OGS, energy_1GS, self.grid) for weight_OGS in chunks]
+        step_OG, minimum_OG = map(torch.cat, zip(*lines, strict=True))
+        self.zero_OG = (minimum_OG / ones_for_zeros(step_OG)).round_()
+        self.zero_OG.clamp_(*self.grid.minimum_codes)
+        self.step_OG = nearest_scales(step_OG, self.grid)
+        self.unit_OG = torch.zeros_like(step_OG)
+
+    def _nearest(self, ratio_O: torch.Tensor, index: int) -> torch.Tensor:
+        zero_O = self.zero_OG[:, index]
+        return torch.clamp(ratio_O.round_(), -zero_O, self.grid.values[-1] - zero_O)
+
+    def read_codes(self) -> GridCodes:
+        step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
+        zero_OI = self.zero_OG.repeat_interleave(self.S, dim=1)
+        code_OI = self.levels.find_codes(self.weight_OI / step_OI + zero_OI)
+        scale_OX = _numpy(self.step_OG)
+        zero_OX = _numpy(self.zero_OG.to(torch.int16))
+        return GridCodes(_numpy(code_OI), scale_OX, None, zero_OX, scale_OX)
 
 
 class _LineSearch(_Search):
-    """Search for asymmetric formats: each group has a minimum, too, and no weight must be zero."""
+    """Search for asymmetric formats without zeros: each group has any minimum."""
 
-    quant: AsymmetricGrid
+    def _start(self, weight_OI: torch.Tensor) -> None:
+        lines = search_steps_and_minima(weight_OI, self.H_II.diagonal(), self.grid)
+        self.step_OG, self.minimum_OG, self.unit_OG, self.minimum_unit_OG = lines
 
-    def _start(self, weight_OI: torch.Tensor, keep_OI: torch.Tensor) -> None:
-        lines = search_steps_and_minima(weight_OI, self.H_II.diagonal(), self.quant)
-        self.codes = self.quant.CODE_RANGE
-        self.step_OG, self.minimum_OG, self.unit_OG = lines
-
-        self.free_OI = (self.step_OG != 0).repeat_interleave(self.S, dim=1)
-        self.weight_OI = weight_OI.mul_(self.free_OI)
-        self.pull_OI = (self.target_OI - self.weight_OI) @ self.H_II
-
-    def on_grid(self) -> torch.Tensor:
-        """Return the weights as the format decodes them, bit for bit."""
+    def read_codes(self) -> GridCodes:
         step_OI, minimum_OI = (
             each_OG.repeat_interleave(self.S, dim=1) for each_OG in (self.step_OG, self.minimum_OG)
         )
-        code_OI = ((self.weight_OI + minimum_OI) / ones_for_zeros(step_OI)).round_()
-        return code_OI.mul_(step_OI).sub_(minimum_OI)
+        code_OI = self.levels.find_codes((self.weight_OI + minimum_OI) / ones_for_zeros(step_OI))
+        return GridCodes(
+            _numpy(code_OI),
+            _numpy(self._by_block(self.unit_OG)),
+            _numpy(_count_units(self.step_OG, self.unit_OG)),
+            _numpy(_count_units(self.minimum_OG, self.minimum_unit_OG)),
+            _numpy(self._by_block(self.minimum_unit_OG)),
+        )
 
     def _visit_group(
         self,
@@ -267,13 +330,24 @@ class _LineSearch(_Search):
         step_O = self.step_OG[:, index]
         minimum_O = self.minimum_OG[:, index]
         weight_SO += minimum_O
-        self._move(weight_SO, pull_SO, free_SO, H_SS, ones_for_zeros(step_O))
+        self._move(index, weight_SO, pull_SO, free_SO, H_SS)
         weight_SO -= minimum_O
 
         if scales:
-            unit_O = self.unit_OG[:, index]
-            fit_steps_and_minima(weight_SO, pull_SO, H_SS, step_O, minimum_O, unit_O, self.quant)
+            units = self.unit_OG[:, index], self.minimum_unit_OG[:, index]
+            fit_steps_and_minima(
+                weight_SO, pull_SO, H_SS, step_O, minimum_O, *units, grid=self.grid
+            )
+
+
+def _count_units(value_OG: torch.Tensor, unit_OG: torch.Tensor) -> torch.Tensor:
+    return (value_OG / ones_for_zeros(unit_OG)).round_().to(torch.int16)
 
 
 def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
     return values_OC.T.clone(memory_format=torch.contiguous_format)
+
+
+def _numpy(values: torch.Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = values.contiguous().cpu().numpy()
+    return array

@@ -24,10 +24,11 @@ from racdeploy.pruning.weights.patterns import ExistingZeros, Pattern, make_patt
 from racdeploy.pruning.weights.refit import prune_and_refit
 from racdeploy.pruning.weights.rounding import round_to_grid
 from racdeploy.pruning.weights.sparsities import LinearSparsities
-from racdeploy.quant import RoundingQuant, load_grid, rounding_quant_of
+from racdeploy.quant import RoundingQuant, load, load_grid, rounding_quant_of
+from racdeploy.quant.grid import GridCodes
 
-LinearSolution = tuple[torch.Tensor, torch.Tensor, float]
-"""Pruned weights, their target, and the damping."""
+LinearSolution = tuple[torch.Tensor, torch.Tensor, float, GridCodes | None]
+"""Pruned weights, their target, the damping, and the codes if they were chosen."""
 
 
 class LinearPruner:
@@ -113,7 +114,7 @@ class LinearPruner:
         match_dense = self.session.settings.match_dense
         for piece, statistic in zip(pieces, statistics, strict=True):
             for linear in piece.linears:
-                placeholder = full[linear], full[linear], 0.0  # for the owner's, of its shape
+                placeholder = full[linear], full[linear], 0.0, None  # of the owner's shape
                 solution = solved.pop(linear, placeholder)
                 result = self._describe(pair, piece, linear, statistic, solution)
                 pruned[linear] = result.broadcast(processes, owners[linear], target=match_dense)
@@ -143,17 +144,17 @@ class LinearPruner:
             live_OI = target_OI * ~hessian.dead_I
             pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
             weight_OI = pruned.weight_OI
+            codes = None
 
             if name := self.quant_of(pair, linear):
                 # GGUF files reorder some columns, and neighbours in the file share a scale.
-                quant = load_grid(name)
-                is_gguf = "gguf" in quant.FORMATS
                 order_I = None
-                if is_gguf:
+                if "gguf" in load(name).FORMATS:
                     order_I = find_solve_order(pair.checkpoint.shape, linear, target_OI)
-                weight_OI = round_to_grid(pruned, live_OI, hessian, quant, order_I)
+                grid = load_grid(name)
+                weight_OI, codes = round_to_grid(pruned, live_OI, hessian, grid, order_I)
 
-            solved[linear] = weight_OI, target_OI, hessian.damping
+            solved[linear] = weight_OI, target_OI, hessian.damping, codes
 
         return solved
 
@@ -166,7 +167,7 @@ class LinearPruner:
         solved: LinearSolution,
     ) -> PrunedLinear:
         """Return the pruned linear in its owner; elsewhere a placeholder of its shape."""
-        weight_OI, target_OI, damping = solved
+        weight_OI, target_OI, damping, codes = solved
         # Codes times a scale need more digits than bfloat16 has.
         has_codes = self.quant_of(pair, linear)
         if has_codes:
@@ -184,6 +185,7 @@ class LinearPruner:
             round(statistic.weight),
             expert_tokens=None if expert is None else pair.expert_tokens[expert],
             pooled=piece.pooled,
+            codes=codes,
         )
 
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import matmulnbits
+from racdeploy.quant.grid import Grid, GridCodes, whole_codes
 from racdeploy.quant.matmulnbits import MatMulNBitsBlocks, invert
 
 FORMATS = ("onnx",)
@@ -108,3 +109,19 @@ def _round(
 def _clip(level_GS: NDArray[np.float32], zero_G: NDArray[np.float32]) -> NDArray[np.float32]:
     """Clip levels to codes 0 to 15; a code is a level plus the zero point."""
     return np.asarray(np.clip(level_GS, -zero_G[:, None], _MAX_CODE - zero_G[:, None]))
+
+
+def _pack_grid(codes: GridCodes) -> NDArray[np.uint8]:
+    assert codes.minimum_code_OG is not None
+    zero_OG = codes.minimum_code_OG.astype(np.uint8)
+    return MatMulNBitsBlocks(4, codes.code_OI, codes.scale_OX.astype(np.float16), zero_OG).pack()
+
+
+# A minimum is a whole number of steps: the zero point.
+GRID = Grid(
+    whole_codes(0, 15),
+    matmulnbits.BLOCK_SIZE,
+    matmulnbits.BLOCK_SIZE,
+    _pack_grid,
+    minimum_codes=(0, 15),
+)

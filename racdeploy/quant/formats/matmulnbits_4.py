@@ -10,11 +10,9 @@ JS_DTYPE = "q4"
 CODE_BITS = 4
 ZERO_POINTS = False
 BITS = 4.5
-CODE_RANGE = (-8, 7)
-GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
 
 blocks = partial(matmulnbits.MatMulNBitsBlocks.read, bits=CODE_BITS)
-steps = scales = partial(matmulnbits.read_scales, bits=CODE_BITS)
 quantize = partial(matmulnbits.quantize, bits=CODE_BITS)
 dequantize = partial(matmulnbits.dequantize, bits=CODE_BITS)
+GRID = matmulnbits.make_grid(CODE_BITS)

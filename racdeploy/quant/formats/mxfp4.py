@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant.grid import Grid, GridCodes, join_fields, pack_halves
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
@@ -75,7 +76,7 @@ def _choose(
     magnitude_GS = _CODE_OF_HALVES[np.abs(halves_GS).astype(np.intp)]
     sign_GS = (halves_GS < 0).view(np.uint8) << np.uint8(3)
 
-    code_GP = numpy_ggml.pack_nibbles(magnitude_GS | sign_GS)
+    code_GP = pack_halves(magnitude_GS | sign_GS)
     return np.concatenate([exponent_G[:, None], code_GP], axis=1)
 
 
@@ -87,3 +88,19 @@ def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
     )
     rounded_GS = np.rint(size_GS / spacing_GS) * spacing_GS
     return np.asarray(np.copysign(rounded_GS, ratio_GS), dtype=np.float32)
+
+
+def _pack_grid(codes: GridCodes) -> NDArray[np.uint8]:
+    _, above_OX = np.frexp(codes.scale_OX)  # a scale is 2**(above − 1)
+    exponent_N1 = (above_OX.reshape(-1, 1) + 127).astype(np.uint8)
+    code_NX = pack_halves(codes.code_OI.reshape(-1, BLOCK_SIZE))
+    return join_fields(len(codes.code_OI), exponent_N1, code_NX)
+
+
+GRID = Grid(
+    (0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12),  # in halves
+    BLOCK_SIZE,
+    BLOCK_SIZE,
+    _pack_grid,
+    scale="power_of_two",
+)

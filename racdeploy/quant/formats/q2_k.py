@@ -1,7 +1,6 @@
 """Q2_K: 256 unsigned 2-bit codes, a 4-bit scale and minimum for each 16, two half-precision scales.
 
-The minimum shifts zero: ggml's own choice of minima loses zeros, that of pruning keeps them. Blocks
-of weights on the grid are packed exactly.
+The minimum shifts zero: ggml's own choice of minima loses zeros, optimized rounding keeps them.
 Source: ``block_q2_K`` in ggml-common.h, ``dequantize_row_q2_K`` in ggml-quants.c.
 """
 
@@ -11,43 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
-from racdeploy.quant.asymmetric import AsymmetricBlocks, AsymmetricFinder
-from racdeploy.quant.exact_blocks import ExactBlockCodec, pack_two_bits
+from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_quarters, whole_codes
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q2_k")
-CODE_RANGE = (0, 3)
-GROUP_SIZE, STEP_CODE_RANGE = 16, (0, 15)
-MINIMUM_CODE_RANGE, MINIMUM_SCALE_RATIO, ZERO_CODE = (0, 15), 2, 2
 PRESERVES_ZERO = False
+_GROUP = 16
 
-_, dequantize = ggml.make_codec(GGML_TYPE)
-
-_LAYOUT = np.dtype(
-    [("numbers", "u1", 16), ("codes", "u1", 64), ("scale", "<f2"), ("minimum_scale", "<f2")]
-)
+quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def _read_step_codes(block_OX: NDArray[np.void]) -> NDArray[np.uint8]:
-    return np.asarray(block_OX["numbers"] & 15)
+def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+    assert codes.step_code_OG is not None
+    assert codes.minimum_code_OG is not None
+    assert codes.minimum_scale_OX is not None
+    number_OG = codes.step_code_OG | codes.minimum_code_OG << 4
+    code_N2P = pack_quarters(codes.code_OI.reshape(-1, 2, 4, 32))
+    return join_fields(
+        len(codes.code_OI),
+        number_OG.astype(np.uint8).reshape(-1, BLOCK_SIZE // _GROUP),
+        code_N2P.reshape(-1, 64),
+        as_half(codes.scale_OX),
+        as_half(codes.minimum_scale_OX),
+    )
 
 
-def _fill(block_N: NDArray[np.void], lines: AsymmetricBlocks) -> None:
-    code_NGS = lines.code_NGS.astype(np.uint8)
-    block_N["minimum_scale"] = lines.scale_N * np.float16(MINIMUM_SCALE_RATIO)
-    block_N["numbers"] = lines.step_code_NG | lines.minimum_code_NG << 4
-    block_N["codes"] = pack_two_bits(code_NGS.reshape(-1, 2, 4, 32)).reshape(-1, 64)
-
-
-_BLOCKS = ExactBlockCodec(
-    GGML_TYPE,
-    _LAYOUT,
-    (BLOCK_SIZE // GROUP_SIZE, GROUP_SIZE),
-    AsymmetricFinder(
-        CODE_RANGE[1], STEP_CODE_RANGE[1], MINIMUM_CODE_RANGE[1], MINIMUM_SCALE_RATIO, ZERO_CODE
-    ),
-    _fill,
-    _read_step_codes,
-)
-quantize = _BLOCKS.quantize
-steps, scales = _BLOCKS.steps, _BLOCKS.scales
+GRID = Grid(whole_codes(0, 3), BLOCK_SIZE, _GROUP, _pack, (0, 15), (0, 15))

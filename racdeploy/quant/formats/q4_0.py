@@ -1,21 +1,24 @@
 """Q4_0: 32 signed 4-bit codes and a half-precision scale; code 8 is zero."""
 
+from __future__ import annotations
+
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q4_0")
-CODE_RANGE = (-8, 7)
-GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
-_blocks = numpy_ggml.ScaleBlockCodec(
-    "q4_0",
-    CODE_RANGE,
-    pack=lambda code_OGS: numpy_ggml.pack_nibbles((code_OGS + 8).view(np.uint8)),
-    scale_range=(0.76, 1.16),
-    trials=8,
-)
 
+
+def pack(codes: GridCodes) -> NDArray[np.uint8]:
+    """Return packed rows of 4-bit codes with a scale per block."""
+    code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
+    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), pack_halves(code_NS))
+
+
+GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
+_blocks = numpy_ggml.ScaleBlockCodec("q4_0", GRID, scale_range=(0.76, 1.16), trials=8)
 quantize, dequantize = _blocks.quantize, _blocks.dequantize
-steps = scales = _blocks.steps

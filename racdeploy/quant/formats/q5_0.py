@@ -6,21 +6,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
-
-
-def _pack(code_OGS: NDArray[np.int8]) -> NDArray[np.uint8]:
-    stored_OGS = (code_OGS + 16).view(np.uint8)
-    high_OG4 = np.packbits(stored_OGS >> np.uint8(4), axis=-1, bitorder="little")
-    low_OGP = numpy_ggml.pack_nibbles(stored_OGS & np.uint8(15))
-    return np.concatenate([high_OG4, low_OGP], axis=-1)
-
+from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_0")
-CODE_RANGE = (-16, 15)
-GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
-_blocks = numpy_ggml.ScaleBlockCodec("q5_0", CODE_RANGE, _pack, scale_range=(0.95, 1.2), trials=8)
 
+
+def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+    code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
+    high_N4 = np.packbits(code_NS >> np.uint8(4), axis=1, bitorder="little")
+    low_NX = pack_halves(code_NS & np.uint8(15))
+    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), high_N4, low_NX)
+
+
+GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)
+_blocks = numpy_ggml.ScaleBlockCodec("q5_0", GRID, scale_range=(0.95, 1.2), trials=8)
 quantize, dequantize = _blocks.quantize, _blocks.dequantize
-steps = scales = _blocks.steps

@@ -1,21 +1,23 @@
 """Q8_0: 32 signed 8-bit codes and a half-precision scale."""
 
+from __future__ import annotations
+
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, whole_codes
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
-CODE_RANGE = (-127, 127)
-GROUP_SIZE, STEP_CODE_RANGE = BLOCK_SIZE, (1, 1)
 PRESERVES_ZERO = True
-_blocks = numpy_ggml.ScaleBlockCodec(
-    "q8_0",
-    CODE_RANGE,
-    pack=lambda code_OGS: code_OGS.view(np.uint8),
-    scale_range=(1.0, 1.15),
-    trials=16,
-)
 
+
+def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+    stored_NS = (codes.code_OI.reshape(-1, BLOCK_SIZE) + np.uint8(129)).view(np.int8)  # 0 is −127
+    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), stored_NS)
+
+
+GRID = Grid(whole_codes(-127, 127), BLOCK_SIZE, BLOCK_SIZE, _pack)
+_blocks = numpy_ggml.ScaleBlockCodec("q8_0", GRID, scale_range=(1.0, 1.15), trials=16)
 quantize, dequantize = _blocks.quantize, _blocks.dequantize
-steps = scales = _blocks.steps

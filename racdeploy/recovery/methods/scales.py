@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from racdeploy.quant import load_grid
+from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recovery import cost
 from racdeploy.recovery.parameters import ScaleParameters, WeightParameters
 from racdeploy.recovery.training import distill
@@ -33,6 +33,7 @@ def recover(run: TrainingRun) -> list[LogRow]:
             return WeightParameters(weights)
         vector_weights = {name: weights[name] for name in vectors}
         linear_weights = {name: weights[name] for name in linears}
-        return ScaleParameters(vector_weights, linear_weights, load_grid(run.quant), run.processes)
+        stored = list_stored_codes(run.sparse.folder) if run.processes.is_first else {}
+        return ScaleParameters(vector_weights, linear_weights, run.quant, stored, run.processes)
 
     return distill(run, [*vectors, *linears], arrange)

@@ -1,0 +1,112 @@
+"""Grids of number formats: which weights a format can store, and the packing of their codes.
+
+A weight is ``values[code] · step code · scale − minimum code · minimum scale``. Weights of a group
+share step code and minimum code, groups of a quant block share both scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class GridCodes:
+    """Codes of weights, with the numbers that make their steps and minima.
+
+    Args:
+        code_OI: index into the grid's values.
+        scale_OX: of each quant block, exact in the format.
+        step_code_OG: of each group; None where a group is a whole block.
+        minimum_code_OG, minimum_scale_OX: None without minima.
+    """
+
+    code_OI: NDArray[Any]  # uint8
+    scale_OX: NDArray[Any]  # float32
+    step_code_OG: NDArray[Any] | None = None  # int16
+    minimum_code_OG: NDArray[Any] | None = None  # int16
+    minimum_scale_OX: NDArray[Any] | None = None  # float32
+
+    def select_rows(self, row_O: NDArray[np.intp]) -> GridCodes:
+        """Return the codes of some rows."""
+        rows: dict[str, Any] = {}
+        for name, values in vars(self).items():
+            rows[name] = values if values is None else values[row_O]
+        return GridCodes(**rows)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Grid of a number format.
+
+    Args:
+        values: value of each code in steps, ascending where the codes are ordered by value.
+        block_size, group_size: weights of a quant block, and of a group.
+        pack: packs codes into the format's bytes, packed_OP.
+        step_codes: smallest and largest step code; None where a group is a whole block.
+        minimum_codes: smallest and largest minimum code; None without minima.
+        scale: numbers that a scale can be.
+    """
+
+    values: tuple[float, ...]
+    block_size: int
+    group_size: int
+    pack: Callable[[GridCodes], NDArray[np.uint8]]
+    step_codes: tuple[int, int] | None = None
+    minimum_codes: tuple[int, int] | None = None
+    scale: Literal["half", "power_of_two"] = "half"
+
+    @property
+    def has_zero(self) -> bool:
+        """True if a weight can be exactly zero in every group."""
+        return 0 in self.values or self.minimum_codes is not None
+
+    def decode(self, codes: GridCodes) -> NDArray[np.float32]:
+        """Return weight_OI in float32, in the order of operations of ggml's dequantizers."""
+        groups = self.block_size // self.group_size
+        step_OG = np.repeat(codes.scale_OX, groups, axis=1)
+        if codes.step_code_OG is not None:
+            step_OG = step_OG * codes.step_code_OG.astype(np.float32)
+
+        value_OI = np.array(self.values, np.float32)[codes.code_OI]
+        weight_OI: NDArray[np.float32] = value_OI * np.repeat(step_OG, self.group_size, axis=1)
+        if codes.minimum_scale_OX is not None and codes.minimum_code_OG is not None:
+            minimum_OG = np.repeat(codes.minimum_scale_OX, groups, axis=1)
+            minimum_OG = minimum_OG * codes.minimum_code_OG.astype(np.float32)
+            weight_OI = weight_OI - np.repeat(minimum_OG, self.group_size, axis=1)
+        return weight_OI
+
+
+def whole_codes(lowest: int, highest: int) -> tuple[float, ...]:
+    """Return the values of a uniform grid."""
+    return tuple(map(float, range(lowest, highest + 1)))
+
+
+def join_fields(rows: int, *fields_NP: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return packed_OP of blocks whose fields lie one after the other, in the given order."""
+    parts = [
+        np.ascontiguousarray(field).view(np.uint8).reshape(len(field), -1) for field in fields_NP
+    ]
+    return np.concatenate(parts, axis=1).reshape(rows, -1)
+
+
+def pack_halves(code_NS: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return bytes of two four-bit numbers: the first half of a run is low, the second high."""
+    low_NX, high_NX = np.split(code_NS, 2, axis=-1)
+    return low_NX | high_NX << np.uint8(4)
+
+
+def pack_quarters(code_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return bytes of four two-bit numbers, the first of axis −2 in the lowest bits."""
+    shift_41 = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    joined_NX: NDArray[np.uint8] = np.bitwise_or.reduce(code_N4X << shift_41, axis=-2)
+    return joined_NX
+
+
+def as_half(scale_OX: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Return scales as one half-precision number per block."""
+    return scale_OX.reshape(-1, 1).astype("<f2")
