@@ -237,7 +237,7 @@ class Job:
                     remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
                 )
 
-            quant.load_grid(name)
+            quant.load_grid(name)  # raises for a format without codes
             row_length = self.checkpoint.entries[weight].shape[1]
             if reason := quant.explain_misfit(quant.load(name), row_length):
                 raise UsageError(

@@ -43,7 +43,8 @@ class ScaleParameters(WeightParameters):
 
     The parameter is a factor of each scale, about 1: scales differ by orders of magnitude, so no
     learning rate would fit them all. All groups of a quant block change with its scale. Linears
-    are frozen that have no codes of this grid in the model's order, or minima of their own.
+    are frozen that have no codes of this grid in the model's order, minima of their own, or scales
+    that cannot take any value.
     """
 
     def __init__(
@@ -125,7 +126,13 @@ class ScaleParameters(WeightParameters):
 
 
 def _list_signed(codes: GridCodes, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return codes in steps from zero, step codes and scales; None if minima are not zero's."""
+    """Return codes in steps from zero, step codes and scales.
+
+    None if minima are not zero's, or a scale is not any half-precision number.
+    """
+    if grid.scale != "half":
+        return None
+
     value_OI = np.array(grid.values, np.float32)[codes.code_OI]
     step_code_OG = codes.step_code_OG
     if step_code_OG is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -186,8 +187,11 @@ class TrainingRun:
 
         for weight, stored in list_stored_codes(self.sparse.folder).items():
             codes = stored.read()
+            # A linear without trainable scales was frozen: its codes stay as they are.
             if weight in trained:
-                codes = rescale(codes, stored.quant, trained[weight].read())
+                weight_OI = trained[weight].read()
+                if not np.array_equal(weight_OI, self.sparse.read(weight)):
+                    codes = rescale(codes, stored.quant, weight_OI)
             arrays = name_arrays(weight, stored.quant, codes)
             save_file(arrays, self.best_folder / f"codes-{weight}.safetensors")
 

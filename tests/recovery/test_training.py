@@ -118,6 +118,19 @@ def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
         assert not np.array_equal(after[name].read().scale_OX, before[name].read().scale_OX)
 
 
+@pytest.mark.parametrize("quant", ["k_quant", "mxfp4"])
+def test_linears_without_trainable_scales_keep_their_codes(tmp_path: Path, quant: str) -> None:
+    """Zero points are no minima of zero, and MXFP4 has powers of two: only vectors are trained."""
+    training_run = make_training_run(tmp_path, quant=quant, settings={"learning_rate": 2e-4})
+    recovery.load("scales").recover(training_run)
+    training_run.write()
+
+    stored = read_stored_weights(training_run.out)
+    before = read_weights(training_run.sparse.folder)
+    for name in training_run.masked_weights:
+        assert np.array_equal(stored[name], before[name].float().numpy())
+
+
 def test_bfloat16_products_learn_too(tmp_path: Path) -> None:
     """Weights stay float32: only the products are shorter."""
     training_run = make_training_run(tmp_path, settings={"compute": "bfloat16"})

@@ -23,6 +23,7 @@ from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
 from racdeploy.processes.cores import available_cores
+from racdeploy.quant.grid import GridCodes
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights, list_stored_codes
 from racdeploy.tensors.mxfp4 import Mxfp4Entry
@@ -32,7 +33,7 @@ ALIGNMENT = 32
 """Tensors begin at multiples of this many bytes."""
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MAX_WORKERS = 8  # beyond, the disk is the slower part
-_Slab = tuple[int, NDArray[np.intp], NDArray[np.float32]]
+_Slab = tuple[int, slice | NDArray[np.intp], NDArray[np.float32]]
 """Part of the tensor, rows of that part, and their values."""
 _QuantizedSlab = tuple[NDArray[np.uint8], int]
 
@@ -90,17 +91,14 @@ class TensorWriter:
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]
 
-        stored = [self._codes.get(part) for part in tensor.parts]
-        codes = [each.read() for each in stored if each and each.quant == tensor.actual_quant]
-        if len(codes) != len(tensor.parts):
-            codes = []
+        codes = self._read_codes(tensor)
 
         # Runs in worker threads. Zeros are counted in the dequantized rows, as an engine sees them.
         def code(slab: _Slab) -> _QuantizedSlab:
-            part, row_O, weight_OI = slab
+            part, rows, weight_OI = slab
             if codes:
                 grid = quants.load_grid(tensor.actual_quant)
-                packed_OP = grid.pack(codes[part].select_rows(row_O))
+                packed_OP = grid.pack(codes[part].select_rows(rows))
             else:
                 known_I = known[part] if len(known) > 1 else known[0]
                 packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
@@ -114,6 +112,20 @@ class TensorWriter:
             return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
 
         yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
+
+    def _read_codes(self, tensor: GgufTensorPlan) -> list[GridCodes]:
+        """Return the chosen codes of each part; none unless all are in the tensor's format."""
+        stored = [self._codes.get(part) for part in tensor.parts]
+        codes = [each.read() for each in stored if each and each.quant == tensor.actual_quant]
+        if len(codes) != len(stored):
+            return []
+
+        index, count = tensor.row_split
+        rows = [len(each.code_OI) // count for each in codes]
+        return [
+            each.select_rows(slice(index * O, (index + 1) * O))
+            for each, O in zip(codes, rows, strict=True)
+        ]
 
 
 def _copy(
@@ -156,7 +168,6 @@ def _iterate_slabs(
     for part, raw in enumerate(tensor.read(checkpoint)):
         raw_OI = raw.reshape(-1, row_length)
         order_O = None
-        first_row = tensor.row_split[0] * len(raw_OI)
         missing -= len(raw_OI)
         if tensor.transform:
             order_O = find_gguf_row_order(tensor.transform, checkpoint.shape, len(raw))
@@ -165,23 +176,21 @@ def _iterate_slabs(
                 order_O = None
 
         for start in range(0, len(raw_OI), step):
-            row_O = np.arange(start, min(start + step, len(raw_OI)))
-            if order_O is not None:
-                row_O = order_O[row_O]
-
-            weight_OI = to_float32(raw_OI[row_O])
+            chunk = slice(start, start + step)
+            rows = chunk if order_O is None else order_O[chunk]
+            weight_OI = to_float32(raw_OI[rows])
             if order_I is not None:
                 weight_OI = weight_OI[:, order_I]
             if tensor.transform == "plus_one":
                 weight_OI = weight_OI + np.float32(1)
             if tensor.transform == "decay":
                 weight_OI = -np.exp(weight_OI)
-            yield part, row_O + first_row, weight_OI
+            yield part, rows, weight_OI
 
     # Rows that the checkpoint lacks are zeros.
     for start in range(0, missing, step):
         rest = min(step, missing - start)
-        yield 0, np.arange(0), np.zeros((rest, row_length), np.float32)
+        yield 0, slice(0, 0), np.zeros((rest, row_length), np.float32)
 
 
 def _map_ahead(

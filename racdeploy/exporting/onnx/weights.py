@@ -20,7 +20,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, rows_to_arrays
 from racdeploy.quant.matmulnbits import BLOCK_SIZE
-from racdeploy.quant.stored_codes import codes_of_other_weights, list_stored_codes
+from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights
 from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.tensors.safetensors import to_float32
 
@@ -75,11 +75,15 @@ def choose_quant(
 
 
 def quantize_tensor(
-    checkpoint: Checkpoint, tensor: GraphTensor, advance: Callable[[int], None]
+    checkpoint: Checkpoint,
+    tensor: GraphTensor,
+    stored: StoredCodes | None,
+    advance: Callable[[int], None],
 ) -> tuple[Arrays, int]:
     """Return the arrays of a tensor by their names in the file, and its number of zeros.
 
     Args:
+        stored: the weight's codes, used if they are of the tensor's number format.
         advance: called with the number of weights done since the last call.
 
     Raises:
@@ -91,7 +95,6 @@ def quantize_tensor(
         raw_OI = raw_OI.reshape(1, -1)
     O, I = raw_OI.shape
 
-    stored = list_stored_codes(checkpoint.folder).get(tensor.name)
     codes = stored.read() if stored and stored.quant == tensor.quant else None
 
     # Slabs of rows bound the memory of float32 copies.

@@ -41,6 +41,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import write_model
 from racdeploy.packing.onnx.packer import data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, dump_tensors
+from racdeploy.quant.stored_codes import list_stored_codes
 
 EMBEDDING_AND_HEAD = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 """Names of the tensors that keep at least 8 bits."""
@@ -133,14 +134,17 @@ class _Writer:
             if progress is not None:
                 progress(done, total)
 
+        stored = list_stored_codes(self._checkpoint.folder)
         for planned in self._plan:
-            arrays, zero_count = quantize_tensor(self._checkpoint, planned.tensor, advance)
-            zeros = zero_count / math.prod(planned.tensor.shape)
-            reason = self.packer.reason_for_plain(planned.tensor, zeros)
+            tensor = planned.tensor
+            codes = stored.get(tensor.name)
+            arrays, zero_count = quantize_tensor(self._checkpoint, tensor, codes, advance)
+            zeros = zero_count / math.prod(tensor.shape)
+            reason = self.packer.reason_for_plain(tensor, zeros)
 
             # A tensor that is better stored plain is a plain one of the same graph.
             if not reason:
-                arrays = self.packer.store(planned.tensor, arrays, zeros)
+                arrays = self.packer.store(tensor, arrays, zeros)
             yield from arrays.items()
 
             size_bytes = sum(values.nbytes for values in arrays.values())
