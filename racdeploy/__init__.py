@@ -57,7 +57,9 @@ _HOMES = ("racdeploy.runtime", "racdeploy.api.functions", "racdeploy.api.records
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = _find_version()
+        from racdeploy.extras import installed_version
+
+        value: Any = installed_version("racdeploy") or _NOT_INSTALLED
     elif name in __all__:
         homes = map(importlib.import_module, _HOMES)
         value = next(getattr(home, name) for home in homes if hasattr(home, name))
@@ -70,10 +72,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _find_version() -> str:
-    """Return the version that the build took from the git tag."""
-    from racdeploy.extras import installed_version
-
-    return installed_version("racdeploy") or _NOT_INSTALLED

@@ -29,12 +29,14 @@ from racdeploy.errors import UsageError
 from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
 from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
-from racdeploy.targets import Target
+from racdeploy.targets import Rung, Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
 """Recipe that ``racdeploy init`` writes: every key, the seldom used ones as comments."""
 _ZERO_KEYS = {"method", "pattern", "sparsity", "allocation"}
 """Keys of ``prune`` that ask for zeros."""
+_RUNG_KEYS = {"format", "quant", "tensors"}
+"""Keys of ``export`` that choose a number format."""
 _METHOD_DEFAULTS = {"magnitude": {"target": "linear_output", "refit_steps": 0}}
 """Defaults that a method changes: magnitude pruning moves no weight that it keeps."""
 _HESITATION_WORDS = (
@@ -394,16 +396,17 @@ class Export(_Section):
     """Format of the exported file.
 
     ``tensors`` maps patterns of tensor names to number formats; the first match overrides the
-    preset. ``rounding`` is ``nearest``, or ``optimized``: codes are chosen while pruning to reduce
-    the error of the outputs, with or without zeros. ``allow_losing_zeros`` permits a number format
-    that does not represent zeros exactly, and ``accept_token_differences`` an engine that tokenizes
-    up to that share of hard strings differently.
+    preset. ``rounding`` is ``nearest`` or ``optimized``: codes are chosen while pruning to reduce
+    the error of the outputs, with or without zeros. Unset, it is optimized wherever that is
+    possible. ``allow_losing_zeros`` permits a number format that does not represent zeros exactly,
+    and ``accept_token_differences`` an engine that tokenizes up to that share of hard strings
+    differently.
     """
 
     format: str = "gguf"
     quant: str = "q8_0"
     packing: str = "plain"
-    rounding: Literal["nearest", "optimized"] = "nearest"
+    rounding: Literal["nearest", "optimized"] | None = None
     pre_tokenizer: str | None = None
     accept_token_differences: float = Field(
         0.0, ge=0, le=MAX_TOKEN_DIFFERENCES, allow_inf_nan=False
@@ -533,10 +536,14 @@ class Tune(_Section):
 
 
 class Recipe(_Section):
-    """Complete settings of one build; :mod:`racdeploy.verification.gate` reads ``gate``."""
+    """Complete settings of one build; :mod:`racdeploy.verification.gate` reads ``gate``.
+
+    With ``rungs`` the build makes the narrowest of them that loses nothing measurable.
+    """
 
     model: str = "tiny-reasoner"
     target: str = "gguf"
+    rungs: tuple[Rung, ...] = ()
     also: Names = ()
     tasks: Names = ()
     calibration_tasks: Names = ()
@@ -567,7 +574,10 @@ class Recipe(_Section):
         name = requested.get("target", cls.model_fields["target"].default)
         target = Target.read(str(name))
 
-        proposed = merge(target.defaults, _propose_pruning(target, requested))
+        pruning = _propose_pruning(target, requested)
+        proposed: TomlTable = merge(target.defaults, pruning)
+        if pruning == target.pruning and _leaves_rung_open(requested):
+            proposed["rungs"] = [rung.model_dump() for rung in target.rungs]
         merged = merge(proposed, requested)
         where = str(file) if file else "the command line"
         recipe = validate(cls, merged, where, "racdeploy init")
@@ -599,7 +609,7 @@ class Recipe(_Section):
         prune = self.prune.model_copy(update=none | {"shares": {}})
         export = self.export.model_copy(update={"tensors": {}})
 
-        parts = {"structure": structure, "prune": prune, "export": export}
+        parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}
         return self.model_copy(update=parts)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
@@ -641,6 +651,12 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
     if "keep" in structure:
         return {"prune": {"sparsity": 0.0}}
     return target.pruning
+
+
+def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
+    """Return True if a user names neither a number format nor a second target."""
+    export = requested.get("export", {})
+    return not requested.get("also") and _RUNG_KEYS.isdisjoint(export)
 
 
 def _check_name(kind: str, noun: str, name: str) -> None:

@@ -40,6 +40,16 @@ class Device(_Data):
     repacked: tuple[str, ...] = ()
 
 
+class Rung(_Data):
+    """A step of a target's ladder: a number format, and the shares of a cut that stay."""
+
+    quant: str
+    keep: dict[str, float] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{part} {share:.3g}" for part, share in self.keep.items()), self.quant])
+
+
 class Target(_Data):
     """A deployment target: limits that a recipe must keep, and defaults for the recipe."""
 
@@ -51,6 +61,7 @@ class Target(_Data):
     pattern: str = "unstructured"
     sparsity: float = 0.0  # of an unstructured pattern
     keep: dict[str, float] = Field(default_factory=dict)  # shares of the structure that stay
+    rungs: tuple[Rung, ...] = ()  # the widest first; where a user names no pruning and no quant
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_formats: tuple[str, ...] = ("gguf",)

@@ -60,7 +60,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
-        *("tune.quants", "tune.vocabulary", "tune.zeros"),
+        *("export.rounding", "rungs", "tune.quants", "tune.vocabulary", "tune.zeros"),
     }
 
 

@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 from kernels.benchmarks.llamacpp import bandwidth
 from racdeploy import quant as quants
 from racdeploy.engines.backends.onnxruntime import open_engine
-from racdeploy.engines.backends.onnxruntime.caches import AppendedCache, SharedCache
 from racdeploy.engines.backends.onnxruntime.graph import DecoderGraph
 from racdeploy.engines.backends.onnxruntime.graph import open_session as open_model
+from racdeploy.engines.backends.onnxruntime.native import AppendedCache, SharedCache
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint

@@ -97,7 +97,13 @@ def build(
         EnvironmentFailure: an extra, disk space, memory or a device is missing.
     """
     with jobs.open_build(locals(), is_checked=False) as builder:
-        folder, report = builder.run(jobs.as_path(out))
+        path = jobs.as_path(out)
+        if builder.job.recipe.rungs:
+            from racdeploy.tuning.ladder import Ladder
+
+            folder, report = Ladder(builder, path).run()
+        else:
+            folder, report = builder.run(path)
         return Bundle.from_report(report, builder.job.gate, folder=folder)
 
 

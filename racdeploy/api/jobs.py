@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,9 +90,13 @@ def read_job(options: Options, keys: Mapping[str, str] = KEYS) -> Job:
 def open_build(options: Options, *, is_checked: bool = True) -> Iterator[Build]:
     """Yield the build in the first process; other processes of the job do their share and exit.
 
-    ``is_checked`` checks the model first; a whole build checks everything itself.
+    ``is_checked`` checks the model first; a whole build checks everything itself. A single stage
+    leaves rounding to the later export, unless the recipe asks for chosen codes.
     """
     job = read_job(options)
+    if is_checked and job.recipe.export.rounding is None:
+        recipe = job.recipe.with_settings({"export": {"rounding": "nearest"}})
+        job = replace(job, recipe=recipe)
 
     from racdeploy.pipeline.build import Build
     from racdeploy.pipeline.preflight import check_model

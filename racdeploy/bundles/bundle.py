@@ -27,8 +27,8 @@ class BundleToVerify:
     """
 
     folder: Path
-    gate_file: Path | None = None
-    tier: str = ""
+    gate_file: Path | None
+    tier: str
 
     @cached_property
     def contents(self) -> Baseline:

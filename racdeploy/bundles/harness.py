@@ -6,7 +6,6 @@ the work folder: they are reused while model, tasks, harness and machine stay th
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -216,7 +216,7 @@ class HarnessRunner:
             **answers,
         }
 
-    @contextlib.contextmanager
+    @contextmanager
     def _serving(self, arm: _Arm, folder: Path) -> Iterator[tuple[str, str]]:
         """Serve a model in a child process; yield the URL of its API and the model's name."""
         engine = self.local.engine_settings
@@ -269,7 +269,7 @@ class HarnessRunner:
             raise _explain(f"{self.name}, asking the {arm.name} model,", code, log)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _running(
     command: Sequence[str], log: Path, variables: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
@@ -289,9 +289,9 @@ def _running(
         yield process
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+            with suppress(ProcessLookupError, PermissionError):  # nobody is left
                 os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_ENDING_S)
 
 

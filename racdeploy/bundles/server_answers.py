@@ -5,8 +5,8 @@ The weights behind a URL cannot be inspected: checks of files and logits are ski
 
 from __future__ import annotations
 
-import contextlib
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -45,10 +45,10 @@ class ServerAnswerSource:
 
     local: LocalAnswerSource
     url: str
-    model: str = ""
-    key_env: str = ""
-    api: ServerApi = "chat"
-    timeout_s: float = 1800.0
+    model: str
+    key_env: str
+    api: ServerApi
+    timeout_s: float
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -68,9 +68,7 @@ class ServerAnswerSource:
         with self._reach() as engine:
             name = engine.model
             log = CompletionLog(self._stage.folder / "completions.jsonl")
-            answers = sampler.answer(
-                lambda: contextlib.nullcontext(engine), bundle.problems, "pruned", log
-            )
+            answers = sampler.answer(lambda: nullcontext(engine), bundle.problems, "pruned", log)
             probes = self._probe_tokens(engine)
 
         # Checks without evidence are skipped, with the reason in the report.

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import base64
-import contextlib
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def sign(bundle: Path, signature: Path | None = None, key: Path | None = None) -
     # Sign into a temporary file: a signer that fails must not leave half a signature.
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / SIGNATURE_NAME
-        with contextlib.nullcontext() if key else _reaching_sigstore():
+        with nullcontext() if key else _reaching_sigstore():
             config = _open_signer(key).set_hashing_config(_make_hashing_config(bundle, path))
             config.sign(bundle.resolve(), written)
         write_atomic(path, written.read_bytes())
@@ -125,7 +125,7 @@ def check_signature(bundle: Path, signature: Path, signer: Signer) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / SIGNATURE_NAME  # verify the bytes that were read, not a later file
         copy.write_bytes(content)
-        with _explaining(bundle, signature, signer), contextlib.redirect_stdout(sys.stderr):
+        with _explaining(bundle, signature, signer), redirect_stdout(sys.stderr):
             config.verify(bundle.resolve(), copy)  # the user may name the bundle by a link
 
     # The content is authentic now, but its signer may have excluded files of the bundle.
@@ -213,7 +213,7 @@ def _read_key(file: Path) -> bytes:
     return read_bytes(file)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _reaching_sigstore() -> Iterator[None]:
     """Convert errors of sigstore's client into EnvironmentFailure."""
     try:
@@ -229,7 +229,7 @@ def _reaching_sigstore() -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def _explaining(bundle: Path, signature: Path, signer: Signer) -> Iterator[None]:
     """Convert errors of model-signing about a signature into an ArtifactError of one line."""
     from cryptography.exceptions import InvalidSignature

@@ -78,7 +78,7 @@ class LocalAnswerSource:
 
     bundle: BundleToVerify
     work: Path
-    threads: int = 0
+    threads: int
     accel: AccelMode = "auto"
     progress: Progress | None = None
     _used: set[Path] = field(default_factory=set, init=False, compare=False)

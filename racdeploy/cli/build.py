@@ -30,10 +30,14 @@ def build(
     _announce("build", values, quiet)
     if dry_run:
         from racdeploy.pipeline.preflight import check_build
+        from racdeploy.tuning.ladder import Ladder
 
         out = values["out"]
         with jobs.open_build(values, is_checked=False) as builder:
-            plan = builder.plan(check_build(builder.job, out))
+            if builder.job.recipe.rungs:
+                plan = Ladder(builder, out).plan()
+            else:
+                plan = builder.plan(check_build(builder.job, out))
         console.print_plan(plan, json_output, str(out or ""))
         return
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,7 @@ def chat(
         if sys.stdin.isatty() and sys.stdout.isatty():
             _talk_in_terminal(talk, model)
         else:
-            with contextlib.suppress(EOFError):
+            with suppress(EOFError):
                 for line in _read_lines():
                     talk.handle(line)
 
@@ -212,7 +212,7 @@ class Chat:
 
 def _talk_in_terminal(talk: Chat, model: Model) -> None:
     """Read lines with history; an error ends its line, not the conversation."""
-    with contextlib.suppress(ImportError):  # Windows has none
+    with suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 - input() uses it once it is imported
 
     name = model.manifest.base.get("model", "a bundle")

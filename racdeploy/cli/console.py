@@ -223,7 +223,18 @@ def report_errors(command: Callable[P, R]) -> Callable[P, R]:
         except BaseException as error:  # native libraries may raise others than Exception
             if os.environ.get(_TRACEBACK):
                 raise
-            _fail(_describe_unexpected(error), as_json)
+
+            # A bug in racdeploy, without traceback, and with no verdict's exit code.
+            message = " ".join(str(error).split())[:_MAX_QUOTED]
+            kind = type(error).__name__
+            _fail(
+                EnvironmentFailure(
+                    "unexpected-error",
+                    f"racdeploy failed where it should not: {kind}: {message}",
+                    remedy=f"please report it, with the command and what {_TRACEBACK}=1 shows",
+                ),
+                as_json,
+            )
 
     return run
 
@@ -248,17 +259,6 @@ def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
     prefix = f"{error.filename}: " if error.filename else ""
     message = f"{prefix}{error.strerror or error}"
     return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
-
-
-def _describe_unexpected(error: BaseException) -> EnvironmentFailure:
-    """Return the error for a bug in racdeploy: without traceback, and no verdict's exit code."""
-    message = " ".join(str(error).split())[:_MAX_QUOTED]
-    kind = type(error).__name__
-    return EnvironmentFailure(
-        "unexpected-error",
-        f"racdeploy failed where it should not: {kind}: {message}",
-        remedy=f"please report it, with the command and what {_TRACEBACK}=1 shows",
-    )
 
 
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:

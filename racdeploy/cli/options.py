@@ -14,8 +14,40 @@ import typer
 
 from racdeploy import plugins
 from racdeploy.api import functions
-from racdeploy.cli.quantities import read_duration, read_size
 from racdeploy.errors import UsageError
+
+_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def read_size(text: str | None, option: str) -> int | None:
+    """Return the bytes of a size as 1.5GB, 300MiB or 2000."""
+    if text is None:
+        return None
+
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    written = f"{text}B" if text.endswith("i") else text  # it knows 4GiB, and not 4Gi
+    try:
+        return TypeAdapter(ByteSize).validate_python(written)
+    except ValidationError:
+        raise UsageError(
+            "not-a-size", f"{option} {text} is not a size", remedy=f"as {option} 1.5GB"
+        ) from None
+
+
+def read_duration(text: str | None) -> float | None:
+    """Return the seconds of a duration as 90m, 2h or 30; without a unit it is in seconds."""
+    if text is None:
+        return None
+
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise UsageError(
+            "not-a-time", f"--budget {text} is not a time", remedy="as --budget 90m, or 2h"
+        )
+    return float(match["number"]) * _SECONDS[match["unit"]]
+
 
 Kernels = Literal["auto", "off", "require"]
 """Same as ``sparse_kernels.AccelMode``, whose import would double the time of --help."""

@@ -30,6 +30,9 @@ def write_first_line(verb: str, recipe: Recipe) -> str:
         return f"prune: {model}, {done}, calibrated on {prompts}"
 
     targets = " and ".join((recipe.target, *recipe.also))
+    if recipe.rungs:
+        rungs = f"the narrowest of {len(recipe.rungs)} rungs that loses nothing measurable"
+        return f"build: {model} for {targets}, {rungs}"
     return f"build: {model} for {targets}, {done}, stored in {recipe.export.quant}"
 
 
@@ -98,9 +101,12 @@ def _describe_made(plan: Plan, out: str) -> list[str]:
     if "artifact" not in plan:
         return []
 
+    tried = []
+    if "rungs" in plan:
+        tried = [f"the narrowest that loses nothing measurable of {', '.join(plan['rungs'])}"]
     folder = out or f"{plan['artifact']}/ (--out names another)"
     size = format_bytes(plan["artifact_bytes"])
-    return [f"the bundle {folder}", f"with a file of about {size}"]
+    return [f"the bundle {folder}", *tried, f"with a file of about {size}"]
 
 
 def _describe_cut(plan: Plan) -> list[str]:

@@ -124,20 +124,11 @@ def show_progress(console: Console, quiet: bool = False, keep: bool = True) -> I
     if quiet:
         yield lambda label, done, total, tokens=0: None
     elif console.is_terminal:
-        with make_bars(console) as shown:
+        label = bars.TextColumn("{task.description:<16}")
+        with bars.Progress(label, bars.BarColumn(_BAR_WIDTH), _Words(), console=console) as shown:
             yield fill_bars(shown, keep)
     else:
         yield print_lines(console)
-
-
-def make_bars(console: Console) -> bars.Progress:
-    """Return the bars, not started yet."""
-    columns = (
-        bars.TextColumn("{task.description:<16}"),
-        bars.BarColumn(_BAR_WIDTH),
-        _Words(),
-    )
-    return bars.Progress(*columns, console=console)
 
 
 def fill_bars(shown: bars.Progress, keep: bool) -> Progress:

@@ -138,6 +138,8 @@ def targets(json_output: JsonOpt = False) -> None:
         line = f"{target.name:<16}{target.format}, {target.quant}, {pruning}, {limits}"
 
         show(line)
+        if target.rungs:
+            show(f"{'':<16}rungs: {', '.join(map(str, target.rungs))}")
         show(f"{'':<16}{target.description}", "dim")
 
 

@@ -8,11 +8,11 @@ Source: iteration-level scheduling, Orca (OSDI 2022).
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 from racdeploy.engines.engine import Completion, Logits
@@ -130,7 +130,7 @@ class Batcher:
         if is_idle and not has_ended:
             job.on_end()
 
-    @contextlib.contextmanager
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Wait until every group has ended, then give the decoders to the body.
 
@@ -205,7 +205,7 @@ class Batcher:
     def _drop(self, job: SequenceGroup) -> None:
         job.is_over = True
         job.waiting.clear()
-        with contextlib.suppress(ValueError):  # none of its sequences waited
+        with suppress(ValueError):  # none of its sequences waited
             self._jobs.remove(job)
 
 

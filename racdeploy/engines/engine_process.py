@@ -6,7 +6,6 @@ reaches the parent only; its stderr goes to a file whose last lines are shown if
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import select
@@ -16,6 +15,7 @@ import threading
 import tomllib
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import IO, Any
@@ -117,7 +117,7 @@ class EngineProcess:
         self._finalizer = weakref.finalize(self, _end, *ended)
         _children.add(self)
 
-    @contextlib.contextmanager
+    @contextmanager
     def request(self, op: str, **values: Any) -> Iterator[PendingRequest]:
         """Send a request and yield it; leaving the body early cancels it."""
         self.refuse_fork()
@@ -139,7 +139,7 @@ class EngineProcess:
     def cancel(self, call: int) -> None:
         """End a request early; do nothing if it has ended, or the child has died."""
         # The pipe may be closed.
-        with self._sending, contextlib.suppress(BrokenPipeError, ValueError, EngineError):
+        with self._sending, suppress(BrokenPipeError, ValueError, EngineError):
             self._write({"op": "cancel", "call": call})
 
     def is_owner(self) -> bool:
@@ -164,7 +164,7 @@ class EngineProcess:
 
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError, ValueError):  # it is closed
+            with suppress(OSError, ValueError):  # it is closed
                 assert stream is not None
                 os.dup2(null, stream.fileno(), inheritable=False)
         os.close(null)

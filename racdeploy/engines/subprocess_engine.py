@@ -24,6 +24,7 @@ from racdeploy.engines.engine import (
 from racdeploy.engines.engine_process import EngineProcess
 from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError
+from racdeploy.files.reading import Json
 
 STOP_SECONDS = 60.0  # longer than a step of a large model on a slow machine
 
@@ -86,7 +87,7 @@ class SubprocessEngine(Engine):
             "stream": on_tokens is not None,
         }
 
-        header: dict[str, Any] = {}
+        header: Json = {}
         stop_deadline_s = float("inf")
 
         with self._child.request("generate", **request) as exchange:
@@ -138,7 +139,7 @@ class SubprocessEngine(Engine):
     def close(self) -> None:
         self._child.close()
 
-    def _ask(self, op: str, **values: Any) -> dict[str, Any]:
+    def _ask(self, op: str, **values: Any) -> Json:
         with self._child.request(op, **values) as exchange:
             *_, (header, _) = filter(None, exchange)
         self.stats = header["stats"]
@@ -149,7 +150,7 @@ def _read(ids: list[int], reason: FinishReason, forced_at: int | None) -> Comple
     return Completion(tuple(ids), reason, forced_at)
 
 
-def _describe(sampling: Sampling) -> dict[str, Any]:
+def _describe(sampling: Sampling) -> Json:
     """Return the sampling as a dict for JSON, without ``asdict``.
 
     Its deep copy would take longer than a token.

@@ -7,16 +7,15 @@ even while it computes, so that no child outlives its parent. ``MODULE`` has
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import queue
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
@@ -32,7 +31,7 @@ from racdeploy.engines.engine import (
 from racdeploy.engines.sequence import GeneratedSequence
 from racdeploy.errors import ArtifactError, EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.processes.messages import Header, read_message, write_message
+from racdeploy.processes.messages import Header, read_message, reserve_pipes, write_message
 from racdeploy.sandbox.limits import StepLimit, limit_memory
 
 if sys.platform != "win32":
@@ -182,7 +181,9 @@ class _Worker:
         """Start a sequence group; the response is sent when it ends."""
         call = request["call"]
         prompts = request["prompts"]
-        sampling = _read_sampling(request["sampling"])
+        values = request["sampling"]  # its tuples are lists, which work as well
+        budget = ThinkingBudget(**values["budget"]) if values["budget"] else None
+        sampling = Sampling(**{**values, "budget": budget})
         context_tokens = self._model.context_tokens
         sequences = [
             GeneratedSequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)
@@ -265,12 +266,6 @@ def _write(completion: Completion) -> tuple[object, ...]:
     return completion.ids, completion.finish_reason, completion.forced_at
 
 
-def _read_sampling(values: Header) -> Sampling:
-    """Return the :class:`Sampling` of a request; its tuples are lists, which work as well."""
-    budget = values["budget"]
-    return Sampling(**{**values, "budget": ThinkingBudget(**budget) if budget else None})
-
-
 def _peak_rss_bytes() -> int:
     """Return peak resident memory, 0 if unknown.
 
@@ -292,22 +287,16 @@ def _die(failure: threading.ExceptHookArgs) -> None:
 
 def main() -> None:
     """Reserve the pipes for messages, then answer requests until the process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inbox, out = reserve_pipes()
     if sys.platform != "win32":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
 
     threading.excepthook = _die
-    inbox = os.fdopen(os.dup(0), "rb")
-    out = os.fdopen(os.dup(1), "wb")
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)
-    os.close(nowhere)
-    os.dup2(2, 1)
 
     # An import may start programs and write compiled files, so it comes before the restriction. If
     # it fails, the same error is the response to the load request.
     started = time.perf_counter()
-    with contextlib.suppress(RacdeployError):
+    with suppress(RacdeployError):
         importlib.import_module(sys.argv[1])
     process_limits.restrict()
 

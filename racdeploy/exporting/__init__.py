@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 from racdeploy import packing as packings
 from racdeploy import plugins, recipe
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import disk_errors
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
@@ -83,7 +84,7 @@ class ExportResult:
         """Hash of the main file."""
         return self.files[self.path.name]
 
-    def to_json(self, folder: Path) -> dict[str, Any]:
+    def to_json(self, folder: Path) -> Json:
         """Return the result as JSON values; its path is relative to ``folder``."""
         return {
             **asdict(replace(self, path=Path())),
@@ -142,6 +143,8 @@ class Format(Protocol):
     """
 
     BACKEND: str
+    COMMON_QUANTS: tuple[str, str]
+    """What people download: a dense model without loss, the reference, and a narrow one."""
     REQUIRED_PACKAGES: Mapping[str, str]
     HUB_LIBRARY: str
     COMPARES_F32: bool
@@ -192,7 +195,7 @@ class Format(Protocol):
         """
         ...
 
-    def measure(self, path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]: ...
+    def measure(self, path: Path) -> tuple[Json, list[MeasuredTensor]]: ...
 
     def is_linear(self, family: Family, name: str) -> bool: ...
 
@@ -253,7 +256,7 @@ def check(settings: recipe.Export) -> None:
     form.check_options(**_options(settings))
 
 
-def _options(settings: recipe.Export) -> dict[str, Any]:
+def _options(settings: recipe.Export) -> Json:
     return {name: getattr(settings, name) for name in load(settings.format).OPTIONS}
 
 

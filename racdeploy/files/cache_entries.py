@@ -40,7 +40,7 @@ class CacheEntry:
         return max(0.0, time.time() - self.used_s) / _DAY_S
 
 
-def list_cache_entries(work: Path | None = None) -> list[CacheEntry]:
+def list_cache_entries(work: Path | None) -> list[CacheEntry]:
     """Return the stages of a work folder and the unpacked files of the cache, largest first."""
     entries = []
     folder = work or default_work_folder()

@@ -7,7 +7,6 @@ Process ids are no help: in two containers that share a disk, both may be proces
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -18,6 +17,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +38,7 @@ _LOCKED = (errno.EAGAIN, errno.EACCES)
 D = TypeVar("D", int, int | None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def partial_file(destination: Path, mode: int) -> Iterator[tuple[Path, int]]:
     """Yield a new file beside ``destination``, and its descriptor; remove it unless it was renamed.
 
@@ -56,7 +56,7 @@ def partial_file(destination: Path, mode: int) -> Iterator[tuple[Path, int]]:
             os.close(lock_holder)
 
 
-@contextlib.contextmanager
+@contextmanager
 def partial_folder(destination: Path, mode: int = 0o700) -> Iterator[Path]:
     """Yield a new folder beside ``destination``; remove it unless it was renamed."""
     remove_abandoned(destination)
@@ -71,9 +71,9 @@ def partial_folder(destination: Path, mode: int = 0o700) -> Iterator[Path]:
 
 def remove_abandoned(destination: Path) -> None:
     """Remove partial files of killed processes; keep those that may be in use."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for path in find_siblings(destination, _SUFFIX):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _remove_abandoned(path)
 
 
@@ -89,7 +89,7 @@ def find_siblings(destination: Path, suffix: str) -> list[Path]:
     for path in destination.parent.glob(f".*{suffix}"):
         middle = path.name[len(prefix) : -len(suffix)]
         if path.name.startswith(prefix) and _RANDOM.fullmatch(middle):
-            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            with suppress(FileNotFoundError):  # another process has just removed it
                 siblings.append((path.lstat().st_mtime_ns, path))
     return [path for _, path in sorted(siblings)]
 
@@ -162,7 +162,7 @@ def _remove_abandoned(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder; ignore errors."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -6,12 +6,12 @@ a pipe or a device does no harm, and a parser's failure becomes one line that na
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -155,7 +155,7 @@ def parse_json(text: str, where: str, *, strict: bool = False) -> Any:
     return value
 
 
-@contextlib.contextmanager
+@contextmanager
 def artifact_errors(subject: object, remedy: str = _COPY_AGAIN) -> Iterator[None]:
     """Turn all exceptions of the body into an ArtifactError of one line.
 

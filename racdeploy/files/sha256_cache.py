@@ -7,11 +7,11 @@ count only where no other user may write.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from racdeploy.errors import RacdeployError
@@ -81,7 +81,7 @@ def _remember(record: Path, sha256: str, state: FileState) -> None:
         return
 
     # Without a cache that can be written, the file is hashed again next time.
-    with contextlib.suppress(OSError, RacdeployError):
+    with suppress(OSError, RacdeployError):
         make_private(record.parent)
         if not explain_not_private(record.parent):
             text = json.dumps([sha256, state, canonical_hash([sha256, state])])

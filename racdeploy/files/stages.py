@@ -5,12 +5,12 @@ A finished stage has ``stage.json`` and is reused. Other inputs belong to anothe
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,12 @@ class Stage:
         with disk_errors(stage.folder):
             stage.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(stage.folder)
-            _remove_partial(stage.folder)
+            # Partial files are of killed processes; the folder is locked, so none is in use.
+            for partial in sorted(stage.folder.rglob(".*.partial")):
+                if partial.is_file():
+                    partial.unlink()
+                else:
+                    shutil.rmtree(partial, ignore_errors=True)
 
         record = stage.folder / "inputs.json"
         if record.is_file():
@@ -93,7 +98,7 @@ def finished_stages(work: Path, name: str) -> list[Stage]:
     return [Stage(file.parent, read_json(file.with_name("inputs.json"))) for file in records[::-1]]
 
 
-@contextlib.contextmanager
+@contextmanager
 def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
     """Yield an empty folder for one process of a job; remove it after the body.
 
@@ -114,15 +119,6 @@ def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         release_folder(hidden)
-
-
-def _remove_partial(folder: Path) -> None:
-    """Remove partial files of killed processes; the folder is locked, so none is in use."""
-    for partial in sorted(folder.rglob(".*.partial")):
-        if partial.is_file():
-            partial.unlink()
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -10,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,7 +41,7 @@ def split_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-@contextlib.contextmanager
+@contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn OSErrors of writing, as for a full or read-only disk, into an error with a remedy."""
     try:
@@ -80,7 +80,7 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Yield a stream whose content becomes ``file`` if the body succeeds.
 
@@ -108,7 +108,7 @@ def write_atomic(file: Path, content: bytes | str, mode: int = 0o666) -> None:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder that replaces ``folder`` if the body succeeds.
 
@@ -116,7 +116,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _restore_or_remove_old(folder)
+
+        # Old folders are of processes killed between the two renames of an exchange.
+        old = find_siblings(folder, _OLD)
+        if old and not os.path.lexists(folder):
+            with suppress(OSError):  # another process has done it
+                old.pop().replace(folder)
+        for path in old:
+            remove(path)
 
     with disk_errors(folder), partial_folder(folder, mode=0o777) as scratch:
         yield scratch
@@ -132,7 +139,7 @@ def _exchange(scratch: Path, folder: Path) -> None:
     aside: list[Path] = []
     try:
         for _ in range(_TRIES):
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 old = make_sibling_name(folder, _OLD)
                 folder.replace(old)
                 aside.append(old)
@@ -150,16 +157,6 @@ def _exchange(scratch: Path, folder: Path) -> None:
             aside[-1].replace(folder)
         for old in aside:
             remove(old)
-
-
-def _restore_or_remove_old(folder: Path) -> None:
-    """Restore or remove old folders of processes killed between the two renames of an exchange."""
-    old = find_siblings(folder, _OLD)
-    if old and not os.path.lexists(folder):
-        with contextlib.suppress(OSError):  # another process has done it
-            old.pop().replace(folder)
-    for path in old:
-        remove(path)
 
 
 def refuse_overwrite(path: Path, sha256: str) -> None:

@@ -109,10 +109,16 @@ class ByteLevelBPE:
         assert len(kept) <= size <= len(self.texts), "a size between what is needed and all"
         filled = set(kept)
 
+        ranks: dict[int, int] = {}
+        for rank, (left, right) in enumerate(self.merges):
+            if (token := self.ids.get(left + right)) is not None:
+                ranks.setdefault(token, rank)
+        by_rank = sorted(self.texts, key=lambda token: (ranks.get(token, len(self.merges)), token))
+
         # A token that does not fit with all that it needs may fit in a later round, when the tokens
         # that it needs have been added on their own rank.
         while len(filled) < size:
-            for token in self._by_rank():
+            for token in by_rank:
                 if len(filled) == size:
                     break
                 if token not in filled:
@@ -121,15 +127,6 @@ class ByteLevelBPE:
                         filled |= needed
 
         return np.array(sorted(filled), np.int64)
-
-    def _by_rank(self) -> list[int]:
-        """Return the ids of all tokens by merge rank; tokens without a merge come last."""
-        ranks: dict[int, int] = {}
-        for rank, (left, right) in enumerate(self.merges):
-            if (token := self.ids.get(left + right)) is not None:
-                ranks.setdefault(token, rank)
-
-        return sorted(self.texts, key=lambda token: (ranks.get(token, len(self.merges)), token))
 
     def _find_first(self, parts: list[str]) -> int | None:
         """Return the index of the pair that BPE merges next, or None."""

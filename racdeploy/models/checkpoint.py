@@ -1,7 +1,8 @@
 """A Hugging Face model folder, read without torch: config, and tensors one at a time.
 
 ``config.json`` is read directly: transformers 4 and 5 each ignore the other's rope settings.
-bfloat16, which numpy lacks, is widened to float32 when read.
+bfloat16, which numpy lacks, is widened to float32 when read. Tensors lie in one safetensors file or
+in shards with an index.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -17,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import file_sha256
 from racdeploy.models import config_schema, fused_experts, mtp, multimodal, wrong_input
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.family_lookup import find_family
 from racdeploy.models.model_card import read_license
-from racdeploy.models.remote_code import list_remote_code
+from racdeploy.models.remote_code import list_remote_code, no_safetensors_error
 from racdeploy.models.shape import ModelShape, read_shape
 from racdeploy.models.tokenizer_files import (
     TOKENIZER_FILES,
@@ -31,14 +33,56 @@ from racdeploy.models.tokenizer_files import (
     find_token_ids,
     token_text,
 )
-from racdeploy.models.weights import read_entries
 from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
     DTYPES,
     TensorEntry,
+    read_tensor_entries,
     to_float32,
 )
+
+
+def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
+    """Return every tensor of a folder by name, without its values.
+
+    Raises:
+        ModelError: there is no safetensors file, or the index names missing files or tensors.
+    """
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise no_safetensors_error(folder)
+        return read_tensor_entries(single)
+
+    weight_map = read_json(index, strict=True).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise ModelError(
+            "damaged-index", f"{index} has no weight_map", remedy="copy or download it again"
+        )
+
+    # Names in the index come from a stranger: no path may lead out of the folder.
+    entries: dict[str, TensorEntry] = {}
+    for name in sorted({str(name) for name in weight_map.values()}):
+        if Path(name).name != name:
+            raise ModelError(
+                "shard-outside-folder", f"{index} names a file outside the folder: {name!r}"
+            )
+        if not name.endswith(".safetensors"):
+            raise ModelError(
+                "damaged-index",
+                f"{index} names {name!r}, and weights are read from safetensors only",
+                remedy="copy or download the model again",
+            )
+        entries.update(read_tensor_entries(folder / name))
+
+    if missing := sorted(set(weight_map) - set(entries)):
+        raise ModelError(
+            "missing-tensors", f"{index} names tensors that no shard holds: {missing[:3]}"
+        )
+
+    return entries
 
 
 class Checkpoint:
@@ -63,9 +107,9 @@ class Checkpoint:
         if self.is_multimodal:
             written = multimodal.extract_text_config(written)
         config_schema.check_config(written, f"{folder}/config.json")
-        self.raw_config: Mapping[str, Any] = written
+        self.raw_config: Config = written
         self.family: Family = find_family(written)
-        self.config: dict[str, Any] = _complete(written, self.family)
+        self.config: Json = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
     @cached_property
@@ -261,7 +305,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:
+def _complete(config: Json, family: Family) -> Json:
     """Return the config with transformers' defaults, in the form of transformers 4."""
     config = family.complete_config(config)
     parameters = config.get("rope_parameters") or {}

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from racdeploy.errors import ModelError
+from racdeploy.models.config_schema import Config
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """Settings of a model, by the names that families use for them."""
 
-    config: Mapping[str, Any]  # with the family's defaults
+    config: Config  # with the family's defaults
     where: str  # the file, for messages
 
     def setting(self, name: str) -> Any:
@@ -38,7 +39,7 @@ def read_head_dim(settings: ModelSettings) -> int:
     return int(explicit) if explicit else _hidden_per_head(settings)
 
 
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope(config: Config) -> dict[str, Any]:
     """Return rope settings in one form: ``rope_theta``, ``rope_type`` and factors of scaling."""
     # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters.
     parameters = dict(config.get("rope_parameters") or {})

@@ -12,6 +12,8 @@ from typing import Any
 
 from racdeploy.errors import ModelError
 
+Config = Mapping[str, Any]
+"""Settings as ``config.json`` has them."""
 _MAX_LISTED = 4096
 _MAX_BLOCKS = 4096
 _MAX_WIDTH = 1 << 20
@@ -74,29 +76,29 @@ _COUNTS_OR_ZERO: Mapping[str, int] = {
     "num_experts_per_tok": _MAX_WIDTH,
 }
 _NUMBERS = (
-    *("rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor"),
-    *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
-    *("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
-    *("attention_dropout", "initializer_range", "router_aux_loss_coef"),
-    *("norm_eps", "block_ffn_dim_multiplier", "altup_coef_clip"),
+    "rope_theta", "rope_local_base_freq", "rms_norm_eps", "partial_rotary_factor",
+    "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping",
+    "attention_dropout", "initializer_range", "router_aux_loss_coef",
+    "norm_eps", "block_ffn_dim_multiplier", "altup_coef_clip",
     "layer_norm_epsilon",
-    *("swiglu_alpha", "swiglu_limit"),
-)
+    "swiglu_alpha", "swiglu_limit",
+)  # fmt: skip
 _SWITCHES = (
-    *("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache"),
-    *("norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block"),
-    *("use_double_wide_mlp", "altup_correct_scale"),
-    *("block_auto_adjust_ff_dim", "tie_embedding", "conv_bias"),
-    *("mamba_conv_bias", "mamba_proj_bias", "use_bias", "use_conv_bias"),
-)
+    "tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias", "use_cache",
+    "norm_topk_prob", "output_router_logits", "attention_k_eq_v", "enable_moe_block",
+    "use_double_wide_mlp", "altup_correct_scale",
+    "block_auto_adjust_ff_dim", "tie_embedding", "conv_bias",
+    "mamba_conv_bias", "mamba_proj_bias", "use_bias", "use_conv_bias",
+)  # fmt: skip
 _TEXTS = (
-    *("model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype"),
-    *("position_embedding_type", "mlp_hidden_act", "mamba_hidden_act", "hybrid_override_pattern"),
-)
+    "model_type", "hidden_act", "hidden_activation", "dtype", "torch_dtype",
+    "position_embedding_type", "mlp_hidden_act", "mamba_hidden_act", "hybrid_override_pattern",
+)  # fmt: skip
 _LISTS = (
-    *("layer_types", "no_rope_layers", "architectures", "mlp_only_layers"),
-    *("full_attn_idxs", "activation_sparsity_pattern", "layers_block_type"),
-)
+    "layer_types", "no_rope_layers", "architectures", "mlp_only_layers",
+    "full_attn_idxs", "activation_sparsity_pattern", "layers_block_type",
+)  # fmt: skip
 # Keys that a family may write once for each block.
 _REPEATED = {"gemma3n_text": ("intermediate_size",)}
 _TABLES = ("rope_scaling", "rope_parameters")
@@ -106,7 +108,7 @@ Kind = tuple[Callable[[Any], bool], str]
 """A check of a value, and the name of the type for messages."""
 
 
-def check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Config, where: str) -> None:
     """Raise ModelError for the first key of another type, or out of its bounds."""
     repeated = _REPEATED.get(str(config.get("model_type")), ())
     for key, (is_one, kind) in _KINDS.items():

@@ -50,6 +50,16 @@ GEMMA_NORMS = {  # before and after each part of a block
     "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
     **HEAD_NORMS,
 }
+PER_LAYER_INPUTS = {  # of Gemma: those of a block, and those of the model
+    "per_layer_input_gate.weight": "inp_gate.weight",
+    "per_layer_projection.weight": "proj.weight",
+    "post_per_layer_input_norm.weight": "post_norm.weight",
+}
+PER_LAYER_MODEL_TENSORS = {
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
 BLOCK_TENSORS = {
     f"{linear}.{part}": f"{name}.{part}"
     for linear, name in _LINEARS.items()
@@ -86,6 +96,15 @@ EXPERT_SHAPES = {
     "ffn_up_exps": ("EF", "D"),
     "ffn_down_exps": ("D", "EF"),
 }
+# P: a per-layer input; PP: those of all blocks.
+PER_LAYER_SHAPES = {
+    "inp_gate": ("P", "D"),
+    "proj": ("D", "P"),
+    "per_layer_token_embd": ("V", "PP"),
+    "per_layer_model_proj": ("PP", "D"),
+    "per_layer_proj_norm": ("P",),
+}
+PER_LAYER_SIZES = {"P": "hidden_size_per_layer_input", "PP": "per_layer_inputs_width"}
 LLAMA_INTEGERS = {"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"}
 ROTARY_TRANSFORMS: dict[str, Transform] = {
     f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")

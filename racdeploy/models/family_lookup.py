@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from difflib import SequenceMatcher
-from typing import Any
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
 from racdeploy.models import config_schema
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.remote_code import list_remote_code
 
 _GUIDE = "CONTRIBUTING.md#the-others"
 _SHOWN = 6
 # Keys of nearly every model: each family knows them, or they do not change the computation.
-_SHARED = frozenset(
-    {
-        *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
-        *("rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "layer_types"),
-        *("attention_bias", "mlp_bias", "attention_dropout", "initializer_range", "use_cache"),
-        *("sliding_window", "use_sliding_window", "max_window_layers", "pretraining_tp"),
-        *("dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"),
-        *("model_type", "architectures", "quantization_config", "embd_pdrop", "resid_pdrop"),
-    }
-)
+_SHARED = frozenset({
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act",
+    "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "layer_types",
+    "attention_bias", "mlp_bias", "attention_dropout", "initializer_range", "use_cache",
+    "sliding_window", "use_sliding_window", "max_window_layers", "pretraining_tp",
+    "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
+    "model_type", "architectures", "quantization_config", "embd_pdrop", "resid_pdrop",
+})  # fmt: skip
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
+def find_family(config: Config) -> Family:
     """Return the family of a parsed ``config.json``; raises ModelError if none supports it."""
     model_type = config.get("model_type")
     if model_type not in plugins.list_names("families"):
@@ -42,7 +39,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def _refuse(config: Mapping[str, Any]) -> ModelError:
+def _refuse(config: Config) -> ModelError:
     """Return the error for a ``config.json`` of a model type without a family."""
     model_type = str(config.get("model_type"))
     classes = ", ".join(map(str, config.get("architectures") or []))
@@ -63,7 +60,7 @@ def _refuse(config: Mapping[str, Any]) -> ModelError:
     )
 
 
-def _find_nearest(config: Mapping[str, Any]) -> str:
+def _find_nearest(config: Config) -> str:
     """Return the family with the fewest unknown keys; on a tie, the one of the nearest name."""
     model_type = str(config.get("model_type"))
 
@@ -75,7 +72,7 @@ def _find_nearest(config: Mapping[str, Any]) -> str:
     return min(plugins.list_names("families"), key=distance)
 
 
-def _list_unknown(config: Mapping[str, Any], family: Family) -> list[str]:
+def _list_unknown(config: Config, family: Family) -> list[str]:
     """Return the keys of a config, with a value, that neither racdeploy nor the family knows."""
     family_keys = _list_specific_keys(family)
     families = [plugins.load("families", name).FAMILY for name in plugins.list_names("families")]

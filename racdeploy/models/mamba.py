@@ -6,8 +6,9 @@ M: all channels of a state space; MH: its heads; MC: channels of its convolution
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
+
+from racdeploy.models.config_schema import Config
 
 _NAMES = {
     "in_proj.weight": "ssm_in.weight",
@@ -35,6 +36,13 @@ SIZES = {
     "MH": "mamba_n_heads",
     "C": "mamba_d_conv",
 }
+GGUF_INTEGERS = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.inner_size": "mamba_width",
+    "ssm.time_step_rank": "mamba_n_heads",
+}
 # No limit, as transformers 5 writes infinity, and as others do.
 _UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
 
@@ -44,7 +52,7 @@ def name_tensors(module: str) -> dict[str, str]:
     return {f"{module}.{name}": in_file for name, in_file in _NAMES.items()}
 
 
-def read_limit(config: Mapping[str, Any]) -> Any:
+def read_limit(config: Config) -> Any:
     """Return the limits of a state's time step; None if there are none."""
     limit = config.get("time_step_limit")
     return None if limit in _UNLIMITED else limit

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from racdeploy import plugins
+from racdeploy.models.config_schema import Config
 
 KEY = "text_config"
 _SHARED = (
-    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-    *("dtype", "torch_dtype", "quantization_config"),
-)
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "dtype", "torch_dtype", "quantization_config",
+)  # fmt: skip
 # Prefixes of the language model in a multimodal one, by transformers 5 and 4 → prefixes alone.
 _PREFIXES = {
     "model.language_model.": "model.",
@@ -26,7 +27,7 @@ _PREFIXES = {
 Entry = TypeVar("Entry")
 
 
-def is_multimodal(config: Mapping[str, Any]) -> bool:
+def is_multimodal(config: Config) -> bool:
     """Return True if a config describes a multimodal model whose text model is supported."""
     inner = config.get(KEY)
     known = plugins.list_names("families")
@@ -35,7 +36,7 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
     )
 
 
-def extract_text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def extract_text_config(config: Config) -> dict[str, Any]:
     """Return the config of the language model as a ``config.json`` of its own."""
     inner: dict[str, Any] = config[KEY]
     shared = {key: config[key] for key in _SHARED if config.get(key) is not None}

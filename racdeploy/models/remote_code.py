@@ -7,11 +7,11 @@ Source: transformers' "Custom models"; the warning in Python's documentation of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from racdeploy.errors import ModelError
+from racdeploy.models.config_schema import Config
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _MAX_NAME_LENGTH = 60
@@ -24,7 +24,7 @@ _CONVERT = (
 )
 
 
-def list_remote_code(config: Mapping[str, Any]) -> str:
+def list_remote_code(config: Config) -> str:
     """Return the Python files that a config's ``auto_map`` names, or an empty string."""
     mapped = config.get("auto_map")
     if not mapped:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.models.tokenizer_schema import read_merges
 
@@ -70,7 +70,7 @@ def renumber_files(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[st
     tokenizer = renumber_tokenizer(files.tokenizer_json, ids)
     model = tokenizer["model"]
 
-    written: dict[str, Any] = {"tokenizer.json": tokenizer, "vocab.json": model["vocab"]}
+    written: Json = {"tokenizer.json": tokenizer, "vocab.json": model["vocab"]}
     present = {file.name for file in files.folder.iterdir()}
 
     for name in present.intersection(_CONFIGS):
@@ -98,7 +98,7 @@ def renumber_files(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[st
     return texts
 
 
-def renumber_tokenizer(tokenizer: Mapping[str, Any], ids: NewIds) -> dict[str, Any]:
+def renumber_tokenizer(tokenizer: Json, ids: NewIds) -> Json:
     """Return a parsed tokenizer.json with only the tokens of ``ids``, under their new ids.
 
     A merge is kept, in its order, if its two parts and its result are kept.
@@ -151,7 +151,7 @@ def _renumber_ids(value: Any, ids: NewIds) -> Any:
     if not isinstance(value, dict):
         return value
 
-    changed: dict[str, Any] = {}
+    changed: Json = {}
     for key, inside in value.items():
         if key == "added_tokens_decoder":
             kept = [old for old in inside if int(old) in ids]

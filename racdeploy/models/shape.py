@@ -13,7 +13,14 @@ from typing import Any
 from racdeploy.errors import ModelError
 from racdeploy.models import widths
 from racdeploy.models.computed_settings import ModelSettings, read_head_dim, read_rope
-from racdeploy.models.families import Family, InputGroups, expand_experts
+from racdeploy.models.config_schema import Config
+from racdeploy.models.families import (
+    ANY_EXPERT,
+    Family,
+    InputGroups,
+    expand_experts,
+    generalize_expert,
+)
 
 _ATTENDING = ("full_attention", "sliding_attention")
 _RECURRENT = ("linear_attention", "conv")
@@ -84,6 +91,12 @@ class ModelShape(ModelSettings):
             for linear in own
         )
 
+    def active_share(self, name: str) -> float:
+        """Return the share of a weight that computes one token: of experts, only its own."""
+        if ANY_EXPERT not in generalize_expert(name):
+            return 1.0
+        return min(1.0, self.integer("num_experts_per_tok") / self.num_experts)
+
     @property
     def max_positions(self) -> int:
         """Length in tokens of the longest sequence that the model was made for."""
@@ -108,7 +121,7 @@ class ModelShape(ModelSettings):
         return {"full_attention": {**self.rope}, "sliding_attention": sliding}
 
 
-def read_shape(config: Mapping[str, Any], family: Family, where: str) -> ModelShape:
+def read_shape(config: Config, family: Family, where: str) -> ModelShape:
     """Return the shape of a model by its complete config; raises ModelError if that is damaged."""
     settings = ModelSettings(config, where)
     count = settings.integer("num_hidden_layers")
@@ -210,7 +223,7 @@ def _find_key_sources(settings: ModelSettings, layer_types: Sequence[str]) -> tu
     return tuple(sources)
 
 
-def _find_rotary_blocks(config: Mapping[str, Any], block_count: int) -> Sequence[bool]:
+def _find_rotary_blocks(config: Config, block_count: int) -> Sequence[bool]:
     listed = config.get("no_rope_layers")  # despite its name, 1 means that a block has rope
     if listed:
         return [bool(each) for each in listed]

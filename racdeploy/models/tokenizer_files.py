@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.files.reading import check_size, read_json, read_text
+from racdeploy.files.reading import Json, check_size, read_json, read_text
 from racdeploy.models import tokenizer_schema
+from racdeploy.models.config_schema import Config
 from racdeploy.models.remote_code import list_remote_code
 from racdeploy.sandbox.tokenizer import MAX_BYTES, Tokenizer
 
@@ -29,23 +29,23 @@ class TokenizerFiles:
     folder: Path
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Json:
         """``tokenizer_config.json``, or an empty dict."""
         return self._read("tokenizer_config.json")
 
     @cached_property
-    def generation(self) -> dict[str, Any]:
+    def generation(self) -> Json:
         """``generation_config.json``, or an empty dict."""
         return self._read("generation_config.json")
 
     @cached_property
-    def tokenizer_json(self) -> dict[str, Any]:
+    def tokenizer_json(self) -> Json:
         """``tokenizer.json``, whose parts :mod:`tokenizer_schema` has checked."""
         tokenizer = read_json(self.file, MAX_BYTES)
         tokenizer_schema.check_tokenizer(tokenizer, str(self.file))
         return tokenizer
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> Json:
         file = self.folder / name
         return read_json(file) if file.is_file() else {}
 
@@ -107,7 +107,7 @@ def token_text(entry: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def find_token_ids(config: Mapping[str, Any], kind: str) -> list[int]:
+def find_token_ids(config: Config, kind: str) -> list[int]:
     """Return the ids of ``bos``, ``eos``, … in a config: none, one or several."""
     value = config.get(f"{kind}_token_id")
     values = value if isinstance(value, list) else [value]

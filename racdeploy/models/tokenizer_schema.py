@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import Json
 
 _MAX_ID = 1 << 24
 FindFault = Callable[[Any], str]
 
 
-def check_tokenizer(tokenizer: Mapping[str, Any], where: str) -> None:
+def check_tokenizer(tokenizer: Json, where: str) -> None:
     """Raise ArtifactError for the first part of another type than its readers expect."""
     model = tokenizer.get("model")
     parts = {"model": model, "added_tokens": tokenizer.get("added_tokens")}
@@ -34,14 +35,14 @@ def check_tokenizer(tokenizer: Mapping[str, Any], where: str) -> None:
             )
 
 
-def read_merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def read_merges(model: Json) -> Iterator[tuple[str, str]]:
     """Yield the merges of a checked tokenizer, best first; older files write each as one string."""
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right
 
 
-def flatten_sequence(step: object, key: str) -> list[dict[str, Any]]:
+def flatten_sequence(step: object, key: str) -> list[Json]:
     """Return the steps of nested ``Sequence`` steps, whose parts are under ``key``."""
     if not isinstance(step, dict):
         return []

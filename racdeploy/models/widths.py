@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family, generalize_expert
 
 KEY = "racdeploy_block_widths"
@@ -84,7 +85,7 @@ def list_kept_indices(
     return tuple(indices)
 
 
-def read_widths(config: Mapping[str, Any], blocks: int, where: str) -> dict[str, tuple[int, ...]]:
+def read_widths(config: Config, blocks: int, where: str) -> dict[str, tuple[int, ...]]:
     """Return the settings that differ between blocks; raises ModelError if they are damaged."""
     written = config.get(KEY) or {}
     known = SETTINGS.values()
@@ -106,7 +107,7 @@ def read_widths(config: Mapping[str, Any], blocks: int, where: str) -> dict[str,
 
 
 def cut_config(
-    config: Mapping[str, Any], blocks: Sequence[int], widths: Mapping[str, Sequence[int]]
+    config: Config, blocks: Sequence[int], widths: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     """Return the config of a model with only some of the blocks, given by their numbers.
 

@@ -30,7 +30,7 @@ class BlockLayout:
     head_bytes: int  # in front of a block: its scales, which belong to no single weight
     plane_bits: tuple[int, ...]  # bits of a code in each plane, low ones first
     code_dtype: str  # unsigned numpy type of a code; codes of 4 bits are two a byte, low bits first
-    xor_byte: int = 0  # every byte behind the head is XORed with it: the code of zero becomes 0
+    xor_byte: int  # every byte behind the head is XORed with it: the code of zero becomes 0
 
     @property
     def chunk_bytes(self) -> int:

@@ -47,9 +47,7 @@ def count_codes(layout: BlockLayout, plain: Bytes) -> NDArray[np.int64]:
     return np.array([codes.size - kept, kept])
 
 
-def pack_chunk(
-    layout: BlockLayout, plain: Bytes, index: int, table: BucketTable | None = None
-) -> bytes:
+def pack_chunk(layout: BlockLayout, plain: Bytes, index: int, table: BucketTable | None) -> bytes:
     """Return the stored bytes of a chunk.
 
     Args:
@@ -104,18 +102,14 @@ def unpack_chunk(
         body = layout.join(_expand(layout, first, weights, sizes, take))
 
     if heads:
-        return _join_blocks(layout, heads, body)
+        # Each plane of heads has one byte of every block.
+        plain = np.empty(heads[0].size * layout.block_bytes, dtype=np.uint8)
+        plain_G = plain.view(layout.block_dtype)
+        for number, head in enumerate(heads):
+            plain_G[f"head_{number}"] = head
+        plain_G["body"] = body.view(layout.block_dtype["body"])
+        return plain
     return body
-
-
-def _join_blocks(layout: BlockLayout, heads: list[Bytes], body: Bytes) -> Bytes:
-    """Return whole blocks; each plane of heads has one byte of every block."""
-    plain = np.empty(heads[0].size * layout.block_bytes, dtype=np.uint8)
-    plain_G = plain.view(layout.block_dtype)
-    for number, head in enumerate(heads):
-        plain_G[f"head_{number}"] = head
-    plain_G["body"] = body.view(layout.block_dtype["body"])
-    return plain
 
 
 def _split_codes(layout: BlockLayout, plain: Bytes) -> NDArray[Any]:
@@ -153,24 +147,21 @@ def _encode_codes(layout: BlockLayout, kept: NDArray[Any], index: int) -> list[t
     planes = []
     shift = 0
     for bits in layout.plane_bits:
-        planes.append(_encode(_pack_bits(kept >> shift, bits), max_bits))
+        numbers = kept >> shift
+        each = 8 // bits
+        padded = np.zeros(-(-numbers.size // each) * each, dtype=np.uint8)
+        padded[: numbers.size] = numbers & ((1 << bits) - 1)
+        packed = padded[::each].copy()
+        for offset in range(1, each):
+            packed |= padded[offset::each] << offset * bits
+        planes.append(_encode(packed, max_bits))
+
         shift += bits
     return planes
 
 
-def _pack_bits(numbers: NDArray[Any], bits: int) -> Bytes:
-    """Return the lowest ``bits`` of each number, 8 / ``bits`` numbers a byte, low bits first."""
-    each = 8 // bits
-    padded = np.zeros(-(-numbers.size // each) * each, dtype=np.uint8)
-    padded[: numbers.size] = numbers & ((1 << bits) - 1)
-    packed = padded[::each].copy()
-    for index in range(1, each):
-        packed |= padded[index::each] << index * bits
-    return packed
-
-
 def _unpack_bits(packed: Bytes, bits: int) -> Bytes:
-    """Return the numbers that :func:`_pack_bits` packed, and the zeros that fill the last byte."""
+    """Return the numbers that `_encode_codes` packed, and the zeros that fill the last byte."""
     if bits == 8:
         return packed
 

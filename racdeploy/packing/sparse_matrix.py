@@ -108,7 +108,15 @@ def _split_rows(kind: KernelFormat, packed_OP: Bytes) -> tuple[Bytes, Bytes, NDA
     slots = np.zeros(int(bytes_O.sum()) * 8 // kind.code_bits, dtype=code_OI.dtype)
     slots[index] = code_OI[keep_OI]
 
-    heads_OP = _join_heads(kind, keep_OI, packed_OP[:, code_bytes:])
+    O, I = keep_OI.shape
+    scale_OP = packed_OP[:, code_bytes:]
+    # A row may end within a group; the other scales of the group are zero.
+    padding = (0, 0), (0, kind.scale_bytes(I) - scale_OP.shape[1])
+    scale_OGP = np.pad(scale_OP, padding).reshape(O, I // _GROUP, -1)
+    mask_OP = np.packbits(keep_OI, axis=1, bitorder="little")
+    mask_OGP = mask_OP.reshape(O, I // _GROUP, -1)
+    heads_OP = np.concatenate([scale_OGP, mask_OGP], axis=2).reshape(O, -1)
+
     return heads_OP, _pack_codes(kind, slots), bytes_O
 
 
@@ -128,27 +136,21 @@ def from_sparse(kind: KernelFormat, matrix: SparseMatrix, I: int) -> Bytes:
         if _order_by_weights(kind, keep_OI)[:, I:].any():
             raise ValueError("a mask has bits behind the end of its row")
 
-        code_OI = _restore_codes(kind, matrix, start, keep_OI)
+        # The kept codes, in the order of their mask bits.
+        index, bytes_O = _find_slots(kind, keep_OI)
+        offsets = matrix.offsets[start : start + len(keep_OI) + 1]
+        if not np.array_equal(bytes_O, np.diff(offsets)):
+            raise ValueError("the mask of a row keeps another number of values than it has")
+
+        slots = _unpack_codes(kind, matrix.values[offsets[0] : offsets[-1]])
+        code_OI = np.full(keep_OI.shape, kind.zero_code, slots.dtype)
+        code_OI[keep_OI] = slots[index]
+
         code_OI = _order_by_weights(kind, code_OI)
         packed_OP[rows, :code_bytes] = _pack_codes(kind, code_OI[:, :I])
         packed_OP[rows, code_bytes:] = scale_OP[:, :scale_bytes]
 
     return packed_OP
-
-
-def _restore_codes(
-    kind: KernelFormat, matrix: SparseMatrix, start: int, keep_OI: NDArray[np.bool_]
-) -> NDArray[Any]:
-    """Return the codes of rows from ``start`` on, in the order of their mask bits."""
-    index, bytes_O = _find_slots(kind, keep_OI)
-    offsets = matrix.offsets[start : start + len(keep_OI) + 1]
-    if not np.array_equal(bytes_O, np.diff(offsets)):
-        raise ValueError("the mask of a row keeps another number of values than it has")
-
-    slots = _unpack_codes(kind, matrix.values[offsets[0] : offsets[-1]])
-    code_OI = np.full(keep_OI.shape, kind.zero_code, slots.dtype)
-    code_OI[keep_OI] = slots[index]
-    return code_OI
 
 
 def _check(kind: KernelFormat, matrix: SparseMatrix, I: int) -> None:
@@ -206,16 +208,6 @@ def _pack_codes(kind: KernelFormat, codes: NDArray[Any]) -> Bytes:
         case 16:
             return codes.astype("<u2").view(np.uint8)
     return codes
-
-
-def _join_heads(kind: KernelFormat, keep_OI: NDArray[np.bool_], scale_OP: Bytes) -> Bytes:
-    O, I = keep_OI.shape
-    # A row may end within a group; the other scales of the group are zero.
-    padding = (0, 0), (0, kind.scale_bytes(I) - scale_OP.shape[1])
-    scale_OGP = np.pad(scale_OP, padding).reshape(O, I // _GROUP, -1)
-    mask_OP = np.packbits(keep_OI, axis=1, bitorder="little")
-    mask_OGP = mask_OP.reshape(O, I // _GROUP, -1)
-    return np.concatenate([scale_OGP, mask_OGP], axis=2).reshape(O, -1)
 
 
 def _split_heads(kind: KernelFormat, heads_OP: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:

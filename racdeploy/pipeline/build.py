@@ -75,26 +75,33 @@ class Build:
             extra_rivals: models to compare with, after those that the recipe names.
         """
         check_build(self.job, out)
+        return self.write(self.make(extra_rivals), out)
+
+    def make(self, extra_rivals: Sequence[Rival] = ()) -> bundling.BundleContents:
+        """Run all stages up to the verification; return what the bundle will contain."""
         self.plan_recovery()
         trace_folder, traces = self.traces()
-        model = self.prune()
-
-        # Recovery may have been undone as a whole: then names do not claim it.
         job = self.job
-        jobs = [job, *job.siblings]
-        if model.before_recovery is None:
-            jobs = [each.without_recovery() for each in jobs]
-        dense = self._export_dense(model)
+        # One model for each artifact, since the codes of two number formats differ; one cut of all.
+        builds = [self]
+        for sibling in job.siblings:
+            recipe = sibling.recipe.model_copy(update={"structure": job.structure})
+            builds.append(replace(self, job=replace(sibling, recipe=recipe)))
+        models = [build.prune() for build in builds]
+        model = models[0]
+        dense = self._export_dense(model, job.reference_quant)
 
         artifacts = []
-        for each in jobs:
-            name = name_artifact(each)
-            exported = replace(self, job=each).export(model.folder, name)
-            artifacts.append(bundling.Artifact(name, each.recipe.export, exported))
+        for build, own in zip(builds, models, strict=True):
+            # Recovery may have been undone as a whole: then names do not claim it.
+            named = build.job if own.before_recovery else build.job.without_recovery()
+            name = name_artifact(named)
+            exported = replace(build, job=named).export(own.folder, name)
+            artifacts.append(bundling.Artifact(name, named.recipe.export, exported))
 
         pruned, *also = [artifact.result for artifact in artifacts]
 
-        findings = self._check_artifacts(model, (pruned, *also), traces[0].ids)
+        findings = self._check_artifacts(models, (pruned, *also), traces[0].ids)
         control = self._control(model, pruned)
 
         evaluation = replace(self.evaluation, control=control)
@@ -103,15 +110,19 @@ class Build:
 
         counts = summarize_traces(traces, job.checkpoint, job.encoder, job.recipe.traces.identity)
         origin = {"sha256": TraceSet(trace_folder).sha256, "selection": model.selection}
-        contents = bundling.BundleContents(
+        return bundling.BundleContents(
             artifacts, job, model, counts | origin, report, records, control
         )
 
-        folder = out or Path(artifacts[0].name)
+    def write(
+        self, contents: bundling.BundleContents, out: Path | None = None
+    ) -> tuple[Path, Report]:
+        """Write a bundle; return its folder, by default the artifact's name, and its report."""
+        folder = out or Path(contents.artifacts[0].name)
         self.workspace.report("bundle", 0, 1)
         bundling.write_bundle(folder, contents)
         self.workspace.report("bundle", 1, 1)
-        return folder, report
+        return folder, contents.report
 
     def follow(self) -> None:
         """Do this process's share of the first one's jobs until they end."""
@@ -178,11 +189,11 @@ class Build:
             return self._run_prune(stage)
 
         # Codes are chosen last: recovery would move the weights away from those chosen here.
-        model = self._run_prune(replace(stage, quant=""))
+        model = self._run_prune(replace(stage, quants={}))
         name = name_model(self.job)
         recovered = self._recover(model, name)
 
-        if recovered.before_recovery is None and stage.quant:
+        if recovered.before_recovery is None and stage.quants:
             return self._run_prune(stage)
         return recovered
 
@@ -193,7 +204,7 @@ class Build:
     def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
         """Recover a pruned model, then choose its codes if the recipe asks for it."""
         stage = self.prune_stage
-        choose_codes = stage.choose_codes if stage.quant else None
+        choose_codes = stage.choose_codes if stage.quants else None
         return self.recover_stage.run(model, name, self.traces, choose_codes)
 
     def export(
@@ -240,7 +251,9 @@ class Build:
             shapes = {name: entries[name].shape for name in job.prunable_weights}
             sparsity = exporting.measure_sparsity(pruned, model.checkpoint.shape.prunable_weights)
             # The two dense quants nearest to the pruned file, whose size is known only now.
-            names += find_same_size_quants(job.recipe.export, dense, pruned, shapes, sparsity)
+            names += find_same_size_quants(
+                job.recipe.export, job.reference_quant, dense, pruned, shapes, sparsity
+            )
 
         rivals = []
         if before := model.before_recovery:
@@ -295,7 +308,7 @@ class Build:
                 checkpoint, together, max(prompts), max(longest)
             )
 
-        counts = (tokens, held_out_tokens, job.rounding_quant)
+        counts = (tokens, held_out_tokens, job.rounding_quants)
         cuts = bool(settings.structure.keep)
         memory = estimate_pruning_bytes(checkpoint, settings.prune, *counts, cuts=cuts)
 
@@ -352,7 +365,7 @@ class Build:
             recipe.calibration,
             job.structure,
             recipe.prune,
-            job.rounding_quant,
+            job.rounding_quants,
             name_model(job.without_recovery()),
         )
 
@@ -365,7 +378,6 @@ class Build:
             job.encoder,
             recipe.recover,
             recipe.calibration,
-            job.rounding_quant,
         )
 
     @property
@@ -387,18 +399,18 @@ class Build:
 
         return tune_hesitation_penalty(control, answer, self.job)
 
-    def _export_dense(self, model: PrunedModel, quant: str = "") -> ExportResult:
-        dense, own_quant = self.job.model, self.job.recipe.export.quant
-        name = f"{dense.name}-dense-{quant or own_quant}"
+    def _export_dense(self, model: PrunedModel, quant: str) -> ExportResult:
+        dense = self.job.model
+        name = f"{dense.name}-dense-{quant}"
         dense_importance = model.folder / DENSE_IMPORTANCE_FILE
         matrix = dense_importance if dense_importance.is_file() else model.folder / IMPORTANCE_FILE
         return self.export(dense.folder, name, pruned=False, importance=matrix, quant=quant)
 
     def _check_artifacts(
-        self, model: PrunedModel, exported: Sequence[ExportResult], ids: Sequence[int]
+        self, models: Sequence[PrunedModel], exported: Sequence[ExportResult], ids: Sequence[int]
     ) -> GateResult:
         """Check all artifacts; raises GateError for the first that differs from its model."""
-        old_ids = self.job.find_old_ids(model.folder)
+        old_ids = self.job.find_old_ids(models[0].folder)
         if old_ids is not None:
             renumbered = translate_ids(ids, map_new_ids(old_ids))
             assert renumbered, "every token of the traces is kept"
@@ -406,7 +418,8 @@ class Build:
 
         results: list[GateResult] = []
         report = partial(self.workspace.report, "check files", total=len(exported))
-        for job, artifact in zip((self.job, *self.job.siblings), exported, strict=True):
+        jobs = (self.job, *self.job.siblings)
+        for job, model, artifact in zip(jobs, models, exported, strict=True):
             report(len(results))
             results.append(check_artifact(job, model.checkpoint, artifact, ids, self.threads))
         report(len(results))

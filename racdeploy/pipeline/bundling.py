@@ -26,7 +26,8 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.thinking import UNCONTROLLED, ShippedControl
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report import html, markdown
+from racdeploy.report import markdown
+from racdeploy.report.files import render_reports
 from racdeploy.report.recovery import describe_recovery, to_csv
 from racdeploy.report.structure import describe_remaining
 from racdeploy.report.summary import describe_lost_zeros, describe_token_differences
@@ -144,15 +145,11 @@ def write_bundle(out: Path, contents: BundleContents) -> manifests.Manifest:
             form = exporting.load(entry.format)
             companions |= form.companions(manifest, checkpoint, scratch)
         manifest = manifest.model_copy(update={"artifacts": _list_companions(manifest, companions)})
-        records = [record.model_dump_json() + "\n" for record in contents.records]
-        shown = markdown.render(contents.report, contents.records)
+        reports = render_reports(contents.report, contents.records, out.name)
         texts = {
             manifests.MANIFEST_NAME: manifest.model_dump_json(indent=1) + "\n",
-            "README.md": f"{_render_card(manifest, contents)}\n{shown}",
-            "report.json": contents.report.model_dump_json(indent=1) + "\n",
-            "report.md": shown,
-            "report.html": html.render(contents.report, contents.records, out.name),
-            "records.jsonl": "".join(records),
+            "README.md": f"{_render_card(manifest, contents)}\n{reports['report.md']}",
+            **reports,
         }
         if contents.report.recovery:
             texts["recover.csv"] = to_csv(contents.report.recovery)

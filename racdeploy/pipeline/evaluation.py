@@ -204,11 +204,10 @@ class Evaluation:
         rivals: Sequence[Rival],
     ) -> tuple[list[ArmResult], tuple[TraceIds, ...], list[str]]:
         """Return dense, pruned and rival arms, the dense traces, and notes on earlier answers."""
-        quant = self.job.recipe.export.quant
-        original = self.job.model.folder
+        job = self.job
         requests = [
-            Rival("dense", quant, dense, original),
-            Rival("pruned", quant, pruned, model.folder),
+            Rival("dense", job.reference_quant, dense, job.model.folder),
+            Rival("pruned", job.recipe.export.quant, pruned, model.folder),
             *rivals,
         ]
 

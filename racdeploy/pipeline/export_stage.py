@@ -41,7 +41,7 @@ def export_model(
     default_importance = importance or folder / IMPORTANCE_FILE
     matrix = Path(settings.importance) if settings.importance else default_importance
 
-    if importance and matrix.is_file() and "importance" in form.OPTIONS:
+    if importance and "importance" in form.OPTIONS:
         settings = settings.model_copy(update={"importance": str(matrix)})
 
     sha256 = file_sha256(matrix) if matrix.is_file() else settings.importance

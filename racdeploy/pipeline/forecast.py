@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import find_expert
 from racdeploy.pipeline.job import Job
 from racdeploy.processes.cores import available_cores
 from racdeploy.traces.trace import Trace
@@ -72,10 +71,7 @@ def count_active_weights(checkpoint: Checkpoint) -> int:
     shape = checkpoint.shape
     active = shape.vocab_size * shape.hidden_size
     for name in shape.prunable_weights:
-        size = checkpoint.entries[name].size
-        if find_expert(name) is not None:
-            size = size * shape.integer("num_experts_per_tok") // shape.num_experts
-        active += size
+        active += round(checkpoint.entries[name].size * shape.active_share(name))
     return active
 
 

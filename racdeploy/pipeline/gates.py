@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import exporting, plugins
 from racdeploy.engines import open_engine
-from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.engine import EngineSettings, Logits
 from racdeploy.errors import GateError
 from racdeploy.exporting import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
@@ -91,8 +90,8 @@ def check_artifact(
 def check_logits(
     checkpoint: Checkpoint,
     artifact: ExportResult,
-    expected_TV: NDArray[np.float32],
-    artifact_TV: NDArray[np.float32],
+    expected_TV: Logits,
+    artifact_TV: Logits,
 ) -> str:
     """Return a sentence on the artifact's logits.
 
@@ -142,7 +141,7 @@ def _check_plain_kernels(
     artifact: ExportResult,
     exact: EngineSettings,
     ids: Sequence[int],
-    expected_TV: NDArray[np.float32],
+    expected_TV: Logits,
     error: GateError,
 ) -> None:
     """Raise another GateError if llama.cpp's plain kernels pass where its fastest ones do not."""
@@ -190,7 +189,7 @@ def _check_f32(
     checkpoint: Checkpoint,
     exact: EngineSettings,
     ids: Sequence[int],
-    expected_TV: NDArray[np.float32],
+    expected_TV: Logits,
 ) -> str:
     """Return a sentence on an F32 file's error against torch, or on why it was not compared."""
     settings = job.recipe.export

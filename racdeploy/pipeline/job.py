@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy import exporting, quant
+from racdeploy import exporting, packing, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
@@ -18,7 +19,7 @@ from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve_model
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.pruning.structure.layout import find_consumer
-from racdeploy.quant import RoundingQuant, presets
+from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Structure, Verification
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, find_tag_names, find_tags
@@ -73,9 +74,8 @@ class Job:
     @cached_property
     def siblings(self) -> tuple[Job, ...]:
         """Jobs for the other targets of the recipe, each on another engine."""
-        jobs = tuple(
-            replace(self, recipe=self.recipe.for_target(name)) for name in self.recipe.also
-        )
+        recipes = map(self.recipe.for_target, self.recipe.also)
+        jobs = tuple(replace(self, recipe=recipe, resolved=self.model) for recipe in recipes)
         backends = [job.backend for job in (self, *jobs)]
 
         if len(set(backends)) < len(backends):
@@ -128,7 +128,8 @@ class Job:
                 f"the chat template does not write {names[0]}, though {names[0]} and {names[1]} "
                 "are tokens: if the model does not think by itself, its thinking will be empty"
             )
-        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *missing_tags)
+        rounded = self._rounding[1]
+        return (*self.notes, *self.checkpoint.notes, *self.tasks.notes, *missing_tags, *rounded)
 
     @cached_property
     def tasks(self) -> TaskSet:
@@ -208,6 +209,14 @@ class Job:
     def quant_rules(self) -> presets.QuantRules:
         return presets.read(self.recipe.export.quant, self.recipe.export.tensors)
 
+    @property
+    def reference_quant(self) -> str:
+        """Number format of the dense model to compare with: 8 bits, or a wider artifact's own."""
+        reference = exporting.load(self.recipe.export.format).COMMON_QUANTS[0]
+        own = self.quant_rules
+        is_wider = quant.load(own.quant).BITS >= quant.load(reference).BITS
+        return own.name if is_wider else reference
+
     def quants_of(self, weight: str) -> tuple[str, ...]:
         """Return the number formats of a prunable weight, given its name in the checkpoint.
 
@@ -216,49 +225,70 @@ class Job:
         return choose_quants(self.checkpoint, weight, self.quant_rules)
 
     @property
-    def rounding_quant(self) -> RoundingQuant:
-        """The format whose codes pruning chooses, or linear → format; empty if it chooses none.
+    def rounding_quants(self) -> Mapping[str, str]:
+        """Linear → number format whose codes pruning chooses; the export rounds the others.
 
         Raises:
-            UsageError: a format has no grid, or does not fit the rows of a linear.
+            UsageError: the recipe asks for optimized rounding, and a linear cannot have it.
         """
-        if self.recipe.export.rounding == "nearest":
-            return ""
-        chosen = {}
+        return self._rounding[0]
+
+    @cached_property
+    def _rounding(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """:attr:`rounding_quants`, and a note on linears that are rounded to nearest instead."""
+        rounding = self.recipe.export.rounding
+        chosen: dict[str, str] = {}
+        errors: list[UsageError] = []
+        if rounding == "nearest":
+            return chosen, ()
 
         for weight in self.weights_to_prune:
             linear = weight.removesuffix(".weight")
-            name, *others = dict.fromkeys(self.quants_of(weight))
-            if others:
-                raise UsageError(
-                    "codes-need-one-quant",
-                    f"optimized rounding needs one number format for {linear}, "
-                    f"{self.quant_rules.name} gives its parts {', '.join((name, *others))}",
-                    remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
-                )
+            names = sorted({*self.quants_of(weight)})
+            if len(names) > 1:
+                errors.append(_need_one_quant(linear, names))
+            elif quant.has_grid(names[0]):
+                chosen[linear] = names[0]
+            elif rounding:
+                errors.append(_lacks_grid(linear, names[0], self.recipe.export.format))
 
-            quant.load_grid(name)  # raises for a format without codes
-            row_length = self.checkpoint.entries[weight].shape[1]
-            if reason := quant.explain_misfit(quant.load(name), row_length):
-                raise UsageError(
-                    "quant-does-not-fit",
-                    f"optimized rounding to quant {name!r}: {weight}: {reason}",
-                    remedy="name the linear in prune.ignore, or export.rounding = 'nearest'",
-                )
+        formats = sorted({*chosen.values()})
+        if len(formats) > 1 and "L" in self.structure.sizes:
+            # Rules for blocks count those of the file, which are known after pruning.
+            errors.append(_need_all_blocks(formats))
+            chosen = {}
 
-            chosen[linear] = name
+        if rounding and errors:
+            raise errors[0]
+        notes = [f"rounded to nearest instead: {error.message}" for error in errors[:1]]
+        return chosen, tuple(notes)
 
-        names = sorted({*chosen.values()})
-        if len(names) == 1:
-            return names[0]
 
-        if "L" in self.structure.sizes:  # names in the file would count only the kept blocks
-            raise UsageError(
-                "codes-need-all-blocks",
-                f"optimized rounding to several formats ({', '.join(names)}) needs all blocks",
-                remedy="one number format for all linears, or leave out --keep blocks",
-            )
-        return chosen
+def _need_one_quant(linear: str, quants: Sequence[str]) -> UsageError:
+    return UsageError(
+        "codes-need-one-quant",
+        f"optimized rounding needs one number format for {linear}, and its parts have "
+        f"{', '.join(quants)}",
+        remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
+    )
+
+
+def _lacks_grid(linear: str, name: str, form: str) -> UsageError:
+    usable = filter(quant.has_grid, packing.list_supported(form, "quant"))
+    return UsageError(
+        "no-optimized-rounding",
+        f"{linear} is stored as {name}, which has no codes to choose",
+        remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the linear in "
+        "prune.ignore, or export.rounding = 'nearest'",
+    )
+
+
+def _need_all_blocks(quants: Sequence[str]) -> UsageError:
+    return UsageError(
+        "codes-need-all-blocks",
+        f"optimized rounding to several formats ({', '.join(quants)}) needs all blocks",
+        remedy="one number format for all linears, or leave out --keep blocks",
+    )
 
 
 def choose_quants(
@@ -269,7 +299,9 @@ def choose_quants(
     block, linear = family.split_block(weight)
     stored = [f"blk.{block}.{name}" for name in family.list_gguf_names(generalize_expert(linear))]
     blocks, tied = checkpoint.shape.block_count, checkpoint.tied
-    return tuple(rules.choose(name, blocks, tied).quant for name in stored)
+    row_length = checkpoint.entries[weight].shape[-1]
+    requested = [rules.choose(name, blocks, tied).quant for name in stored]
+    return tuple(rules.fit_rows(name, row_length)[0] for name in requested)
 
 
 def fit_context(job: Job) -> Job:

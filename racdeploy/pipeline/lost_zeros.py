@@ -29,14 +29,15 @@ def find_lost_zeros(job: Job) -> str:
         return ""
 
     pruned = job.weights_to_prune
-    if job.recipe.export.rounding == "optimized":  # chosen codes keep zeros where there is a code
-        lost = [
-            name
-            for name in pruned
-            if not all(quant.load_grid(each).has_zero for each in job.quants_of(name))
-        ]
-    else:
-        lost = [name for name in pruned if _loses(job.checkpoint, name, job.quants_of(name))]
+    lost = []
+    for name in pruned:
+        # Chosen codes keep zeros wherever a code is zero, the formats' own rounding does not.
+        if chosen := job.rounding_quants.get(name.removesuffix(".weight")):
+            keeps = quant.load_grid(chosen).has_zero
+        else:
+            keeps = not _lose_zeros(job.quants_of(name))
+        if not keeps:
+            lost.append(name)
     if not lost:
         return ""
 
@@ -78,7 +79,7 @@ def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
     for name in checkpoint.shape.prunable_weights:
         formats = choose_quants(checkpoint, name, rules)
         has_codes = name in stored and {stored[name].quant} == {*formats}
-        if not has_codes and _loses(checkpoint, name, formats):
+        if not has_codes and _lose_zeros(formats):
             weight_OI = checkpoint.read(name)
             zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
             weights += weight_OI.size
@@ -93,15 +94,9 @@ def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
         )
 
 
-def _loses(checkpoint: Checkpoint, weight: str, quant_names: Sequence[str]) -> bool:
-    """Return True if a weight, or one of its parts in the file, loses its zeros."""
-    row_length = checkpoint.entries[weight].shape[-1]
-
-    # Rows that do not divide into quant blocks get another format, which keeps zeros.
-    forms = [quant.load(name) for name in quant_names]
-    return any(
-        not quant.explain_misfit(form, row_length) and not form.PRESERVES_ZERO for form in forms
-    )
+def _lose_zeros(quant_names: Sequence[str]) -> bool:
+    """Return True if one of the formats of a weight's parts in the file loses zeros."""
+    return not all(quant.load(name).PRESERVES_ZERO for name in quant_names)
 
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:

@@ -55,7 +55,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         check_format(each)
         if tokens := check_tokens(each.checkpoint, each.recipe.export):
             planned["token_differences"] = tokens
-        _check_memory(each, planned)
+        check_memory(each, planned)
 
     return plans[0]
 
@@ -81,7 +81,7 @@ def check_model(job: Job) -> None:
         )
 
     _check_dense(job)
-    _ = job.rounding_quant
+    _ = job.rounding_quants
 
     for name in job.weights_to_prune:
         settings.check_width(name, checkpoint.entries[name].shape[1])
@@ -190,7 +190,8 @@ def _check_context(job: Job) -> None:
         )
 
 
-def _check_memory(job: Job, planned: Mapping[str, Any]) -> None:
+def check_memory(job: Job, planned: Mapping[str, Any]) -> None:
+    """Refuse a build whose artifact, as planned, does not fit into the target's memory."""
     target = Target.read(job.recipe.target)
     artifact_bytes, cache_bytes = planned["artifact_bytes"], planned["cache_bytes"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.structures import list_parts
-from racdeploy.quant import RoundingQuant
+from racdeploy.quant import DENSE_IMPORTANCE_FILE
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
@@ -28,7 +29,7 @@ _DRAW_RATIO = 1.1  # drawn prompts over expected ones, since their lengths diffe
 
 @dataclass(frozen=True)
 class PruneStage:
-    """The stage that makes a dense model sparse, with codes of ``quant`` if they are chosen too."""
+    """The stage that makes a dense model sparse, with the codes of some linears."""
 
     workspace: Workspace
     dense: Checkpoint
@@ -38,7 +39,7 @@ class PruneStage:
     calibration: Calibration
     structure: Structure
     settings: Pruning
-    quant: RoundingQuant
+    quants: Mapping[str, str]  # linear → number format whose codes are chosen
     name: str  # of the pruned model's folder
 
     def run(self, traces: Sequence[Trace], traces_sha256: str) -> PrunedModel:
@@ -64,7 +65,7 @@ class PruneStage:
         )
 
     def choose_codes(self, model: Path, traces: Sequence[Trace], name: str) -> Path:
-        """Choose the codes of ``quant`` for a sparse model after its recovery; return the folder.
+        """Choose the codes of a sparse model after its recovery; return the folder.
 
         Its zeros are kept, and rounding errors are compensated against its own outputs.
         """
@@ -90,7 +91,7 @@ class PruneStage:
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
-            "quant": self.quant,
+            "quants": self.quants,
         }
         stage = self.workspace.open(label, inputs)
         folder = stage.folder / name
@@ -163,7 +164,7 @@ class PruneStage:
             "structure": cuts,
             "settings": settings,
             "weights": self.calibration.segment_weights,
-            "quant": self.quant,
+            "quant": self.quants,
             "keep_existing_zeros": model is not self.dense,
         }
 
@@ -173,6 +174,8 @@ class PruneStage:
 
         shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)
         assemble(model, blocks_folder, folder, shape)
+        if (dense_importance := model.folder / DENSE_IMPORTANCE_FILE).is_file():
+            shutil.copyfile(dense_importance, folder / DENSE_IMPORTANCE_FILE)
 
         return {
             "structure": [row.model_dump() for row in list_structure_rows(model.shape, shape)],

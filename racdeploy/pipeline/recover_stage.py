@@ -21,7 +21,6 @@ from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_
 from racdeploy.processes.cores import has_bfloat16
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import ProcessGroup
-from racdeploy.quant import RoundingQuant
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.runtime.template import PromptEncoder
@@ -74,14 +73,13 @@ class _State:
 
 @dataclass(frozen=True)
 class RecoverStage:
-    """The stage that recovers a pruned model; ``quant`` is the format of its codes, or empty."""
+    """The stage that recovers a pruned model."""
 
     workspace: Workspace
     dense: Checkpoint
     encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
-    quant: RoundingQuant
 
     def run(
         self,
@@ -123,9 +121,8 @@ class RecoverStage:
             # A model without a gain gets no codes here: pruning chooses better ones.
             if choose_codes is None or state.folder == model.folder or state.is_coded:
                 return state
-            names = [self.quant] if isinstance(self.quant, str) else sorted({*self.quant.values()})
-            note = f"codes of {', '.join(names)} were chosen after recovery"
             folder = choose_codes(state.folder, dense, name)
+            note = "the codes of the number format were chosen after recovery"
             return replace(state, folder=folder, is_coded=True, notes=(*state.notes, note))
 
         for phase, after in zip(phases, following, strict=True):
@@ -235,7 +232,6 @@ class RecoverStage:
                 "held_out": held_out,
                 "text": text_held_out,
                 "settings": self._choose_settings(),
-                "quant": "",
             },
         }
 
@@ -257,8 +253,7 @@ class RecoverStage:
         """Run one phase, or take the result of an earlier run."""
         # The folder of a phase is decided by all that it learns from, and by nothing else.
         sparse = Checkpoint(state.folder)
-        quant = self._quant_of(phase)
-        training = arguments["training"] | {"train_traces": train_traces, "quant": quant}
+        training = arguments["training"] | {"train_traces": train_traces}
 
         inputs = self.describe_code() | {
             "sparse": sparse.sha256,
@@ -267,7 +262,6 @@ class RecoverStage:
             "held_out": hash_ids(training["held_out"]),
             "text": hash_ids([*arguments["train_text"], *training["text"]]),
             "recover": training["settings"].model_dump(exclude=_PHASE_INDEPENDENT),
-            "quant": quant,
         }
 
         stage = self.workspace.open("recover", inputs)
@@ -295,19 +289,6 @@ class RecoverStage:
         training_run.remove_states()
 
         return {"log": [asdict(row) for row in log], "better": better}
-
-    def _quant_of(self, phase: Phase) -> str:
-        """Return the format whose codes a phase must keep: one for scales, otherwise none."""
-        if phase.method != "scales":
-            return ""
-
-        if not isinstance(self.quant, str):
-            raise UsageError(
-                "scales-need-one-quant",
-                "training of scales needs one number format for all linears",
-                remedy='recover.methods = ["full"], or a quant in place of a mix',
-            )
-        return self.quant
 
     def describe_code(self) -> dict[str, str]:
         """Return the code, libraries and model that must be equal in all processes."""

@@ -14,7 +14,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.pruning.structure.layout import UnitLayout, nearest_counts
+from racdeploy.pruning.structure.layout import MAX_SHARE_GAP, UnitLayout, nearest_counts
 from racdeploy.pruning.structures import list_parts
 from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.recipe import Structure
@@ -40,8 +40,8 @@ class ExpectedStructure:
 def fit_structure(job: Job) -> Job:
     """Return the job with a cut that its model and formats support, if the cut is optional.
 
-    A cut to a width for each block becomes one width for all blocks, or none; the job's notes say
-    so.
+    A share becomes the nearest that the number format allows; a cut to a width for each block
+    becomes one width for all blocks, or none. The job's notes say so.
     """
     requested = job.recipe.structure
     if not requested.optional:
@@ -51,7 +51,7 @@ def fit_structure(job: Job) -> Job:
     decided = requested.model_copy(update={"optional": False})
     reason = ""
     for uniform in (requested.uniform, True):
-        fitted = _cut(job, decided.model_copy(update={"uniform": uniform}))
+        fitted, snapped = _snap(_cut(job, decided.model_copy(update={"uniform": uniform})))
         try:
             check_structure(fitted)
             for each in (fitted, *fitted.siblings):
@@ -60,7 +60,7 @@ def fit_structure(job: Job) -> Job:
             reason = reason or error.message
         else:
             notes = (f"all blocks get the same widths: {reason}",) if reason else ()
-            return replace(fitted, notes=notes)
+            return replace(fitted, notes=(*snapped, *notes))
 
     parts = ", ".join(f"{part} {share:g}" for part, share in requested.keep.items())
     note = f"nothing is cut, though {parts} was proposed: {reason}"
@@ -70,6 +70,25 @@ def fit_structure(job: Job) -> Job:
 def _cut(job: Job, structure: Structure) -> Job:
     recipe = job.recipe.model_copy(update={"structure": structure})
     return replace(job, recipe=recipe, resolved=job.model)
+
+
+def _snap(job: Job) -> tuple[Job, tuple[str, ...]]:
+    """Return the job with shares that its blocks can keep, and a note on each that changed."""
+    structure, shape = job.structure, job.checkpoint.shape
+    keep = dict(job.recipe.structure.keep)
+    notes = []
+
+    for part, plugin in list_parts(structure, "block").items():
+        layouts = [plugin.layout(shape, block, structure) for block in range(shape.block_count)]
+        counts = nearest_counts(layouts, keep[part], uniform=structure.uniform)
+        nearest = sum(counts) / sum(layout.units for layout in layouts)
+        if abs(nearest - keep[part]) > MAX_SHARE_GAP:
+            notes.append(f"{part} {keep[part]:g} became {nearest:.3g}, which whole blocks allow")
+            keep[part] = nearest
+            if nearest == 1:
+                del keep[part]
+
+    return _cut(job, job.recipe.structure.model_copy(update={"keep": keep})), tuple(notes)
 
 
 def check_structure(job: Job) -> None:
@@ -117,7 +136,24 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStr
     for part, plugin in list_parts(settings, "folder").items():
         tokens = plugin.layout(dense, 0, settings).count(settings.kept_share(part))
 
-    sizes = _expect_sizes(checkpoint, shape, tokens)
+    family, vocabulary = checkpoint.family, checkpoint.shape.vocab_size
+    sizes = {}
+
+    for name, entry in checkpoint.entries.items():
+        remaining: Sequence[int] = entry.shape
+
+        block, inside = family.split_block(name)
+        if block is not None:
+            if block >= len(shape.sizes) or shape.is_removed(inside):
+                continue
+            if generalize_expert(inside) in family.block_tensors:
+                remaining = widths.tensor_shape(family, inside, shape.sizes[block])
+
+        elif remaining[0] == vocabulary:
+            remaining = (tokens, *remaining[1:])
+
+        sizes[name] = math.prod(remaining)
+
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)
     return ExpectedStructure(kept, list_structure_rows(dense, shape), sizes)
@@ -183,25 +219,3 @@ def expect_shape(
         units[part] = tuple(spread(counts, layouts) if spread and is_free else counts)
 
     return CutPlan(outline.blocks, units).shape(dense, settings)
-
-
-def _expect_sizes(checkpoint: Checkpoint, shape: CutShape, tokens: int) -> dict[str, int]:
-    family, vocabulary = checkpoint.family, checkpoint.shape.vocab_size
-    sizes = {}
-
-    for name, entry in checkpoint.entries.items():
-        remaining: Sequence[int] = entry.shape
-
-        block, inside = family.split_block(name)
-        if block is not None:
-            if block >= len(shape.sizes) or shape.is_removed(inside):
-                continue
-            if generalize_expert(inside) in family.block_tensors:
-                remaining = widths.tensor_shape(family, inside, shape.sizes[block])
-
-        elif remaining[0] == vocabulary:
-            remaining = (tokens, *remaining[1:])
-
-        sizes[name] = math.prod(remaining)
-
-    return sizes

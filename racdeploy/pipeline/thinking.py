@@ -24,7 +24,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.verification.checks import accuracy
 from racdeploy.verification.evidence import ArmResult, is_correct, thinking_tokens
-from racdeploy.verification.stats import lengths, paired
+from racdeploy.verification.stats import paired
 from racdeploy.verification.stats.verdicts import ConfidenceInterval, RatioEstimate
 
 PENALTIES = (1.0, 2.0, 4.0, 8.0)
@@ -128,11 +128,8 @@ def tune_hesitation_penalty(
     trials = []
     for penalty in PENALTIES:
         arm = ArmResult("with", tuple(answer(with_penalty(penalty))))
-        pairs = paired.paired_counts(
-            without.group_by_prompt(is_correct), arm.group_by_prompt(is_correct)
-        )
-        before, after = (each.group_by_prompt(thinking_tokens) for each in (without, arm))
-        length = lengths.length_ratio(before, after, max_tokens, confidence)
+        pairs = without.count_disagreements(arm, is_correct)
+        length = without.length_ratio(arm, thinking_tokens, max_tokens, confidence)
         interval = paired.drop_interval(*pairs, confidence)
         trials.append(PenaltyTrial(penalty, pairs.drop, interval, length))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
+from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
-from racdeploy.engines.token_log import TokenLog
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify

@@ -8,12 +8,12 @@ Source: linux/landlock.h and Documentation/userspace-api/landlock.rst of Linux 6
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import IntFlag
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def version() -> int:
     """Return the version of the interface, 0 where Landlock is missing or disabled."""
     if sys.platform != "linux":
         return 0
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
     return 0
 
@@ -85,33 +85,29 @@ def restrict(denied: Access, allowed: Mapping[Path, Access]) -> bool:
     if not version():
         return False
     try:
-        _restrict(denied, allowed)
+        # An older kernel refuses a ruleset with rights that it does not know.
+        handled = denied
+        for right, since in _SINCE.items():
+            if version() < since:
+                handled &= ~right
+
+        network = _TCP if version() >= TCP_VERSION else 0
+        scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
+        ruleset = _Ruleset(handled, network, scopes)
+        rules = _call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
+
+        try:
+            for path, rights in allowed.items():
+                with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                    _allow(rules, path, handled & rights)
+            # The kernel demands this of a process without privileges.
+            _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+            _call(_RESTRICT_SELF, rules, 0)
+        finally:
+            os.close(rules)
     except OSError:  # too many layers, or a file system without support
         return False
     return True
-
-
-def _restrict(denied: Access, allowed: Mapping[Path, Access]) -> None:
-    # An older kernel refuses a ruleset with rights that it does not know.
-    handled = denied
-    for right, since in _SINCE.items():
-        if version() < since:
-            handled &= ~right
-
-    network = _TCP if version() >= TCP_VERSION else 0
-    scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
-    ruleset = _Ruleset(handled, network, scopes)
-    rules = _call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
-
-    try:
-        for path, rights in allowed.items():
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                _allow(rules, path, handled & rights)
-        # The kernel demands this of a process without privileges.
-        _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
-        _call(_RESTRICT_SELF, rules, 0)
-    finally:
-        os.close(rules)
 
 
 def _allow(rules: int, path: Path, rights: Access) -> None:

@@ -6,9 +6,11 @@ A frame is the header's length (u32) and the payload's (u64), both little-endian
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 from collections.abc import Mapping
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 _LENGTHS = struct.Struct("<IQ")
 _CHUNK_BYTES = 1 << 20
@@ -23,6 +25,21 @@ class SupportsRead(Protocol):
 
     def read(self, count: int, /) -> bytes:
         """Return at most ``count`` bytes, none at the end."""
+
+
+def reserve_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Return the pipes of requests and answers of a child, whose stdout becomes its stderr.
+
+    A library's prints must not mix with answers, and Ctrl-C is for the parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    os.dup2(2, 1)
+    return requests, answers
 
 
 def encode_message(header: Mapping[str, Any], payload_bytes: int = 0) -> bytes:

@@ -311,11 +311,10 @@ class _Walk:
         }
         self.files.write_codes(pair.new_index, named, quants)
 
-        # The export chooses scales by importance; with codes they are chosen already.
-        if not self.pruner.quant:
-            self.files.write_importance(pair.new_index, named)
-            if self.outline != keep_everything(self.shape):
-                self._write_dense_importance(pair, pruned)
+        # For linears without codes, and for the dense model beside the pruned one.
+        self.files.write_importance(pair.new_index, named)
+        if self.outline != keep_everything(self.shape):
+            self._write_dense_importance(pair, pruned)
 
     def _write_dense_importance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
         """Write the importance of all dense inputs, of a model that was cut."""

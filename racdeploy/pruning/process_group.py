@@ -21,6 +21,7 @@ from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class ProcessGroup:
             index for index, owner in enumerate(self.assign_owners(costs)) if owner == self.rank
         ]
 
-    def reduce(self, tensor: torch.Tensor, owners: Sequence[int] = ()) -> None:
+    def reduce(self, tensor: Tensor, owners: Sequence[int] = ()) -> None:
         """Add up a tensor in place, in its owners or in all processes; undefined elsewhere."""
         if self.world_size == 1:
             return
@@ -85,7 +86,7 @@ class ProcessGroup:
                 elif self.rank == other:
                     self._group.recv(message, root, group=self._members)
 
-    def broadcast(self, tensor: torch.Tensor, owner: int = 0) -> torch.Tensor:
+    def broadcast(self, tensor: Tensor, owner: int = 0) -> Tensor:
         """Return the tensor of one process; others pass one of the same shape and dtype."""
         if self.world_size == 1:
             return tensor
@@ -96,7 +97,7 @@ class ProcessGroup:
 
         return received
 
-    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def gather_rows(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, in rank order, to the first; others get their own."""
         if self.world_size == 1:
             return rows
@@ -118,7 +119,7 @@ class ProcessGroup:
 
         return torch.cat(parts)
 
-    def scatter_rows(self, all_rows: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    def scatter_rows(self, all_rows: Tensor | None, rows: Tensor) -> Tensor:
         """Return this process's rows of a tensor of the first one, as many as ``rows`` has.
 
         ``all_rows``: the tensor, in the first process; None in the others.
@@ -139,11 +140,11 @@ class ProcessGroup:
                 self._send(part.contiguous(), other)
         return own_rows
 
-    def _send(self, rows: torch.Tensor, receiver: int) -> None:
+    def _send(self, rows: Tensor, receiver: int) -> None:
         if rows.numel():
             self._group.send(rows, receiver, group=self._members)
 
-    def _receive(self, rows: torch.Tensor, sender: int) -> None:
+    def _receive(self, rows: Tensor, sender: int) -> None:
         if rows.numel():
             self._group.recv(rows, sender, group=self._members)
 
@@ -157,25 +158,21 @@ class ProcessGroup:
         members = self._members
         if device.type == "cuda":
             with _talking():
-                members = self._make_nccl_group(device)
+                import torch
+
+                count, gpus = count_local_processes(), torch.cuda.device_count()
+                if count > gpus:
+                    raise EnvironmentFailure(
+                        "processes-share-gpus",
+                        f"{count} processes share {gpus} GPUs of this machine",
+                        remedy="start one process for each GPU",
+                    )
+
+                torch.cuda.set_device(device)
+                members = self._group.new_group(backend="nccl", timeout=_TIMEOUT)
 
         self._mesh = DeviceMesh.from_group(members, device.type)
         return self._mesh
-
-    def _make_nccl_group(self, device: torch.device) -> Any:
-        """Return an NCCL group; refuse one whose processes would share a GPU."""
-        import torch
-
-        count, gpus = count_local_processes(), torch.cuda.device_count()
-        if count > gpus:
-            raise EnvironmentFailure(
-                "processes-share-gpus",
-                f"{count} processes share {gpus} GPUs of this machine",
-                remedy="start one process for each GPU",
-            )
-
-        torch.cuda.set_device(device)
-        return self._group.new_group(backend="nccl", timeout=_TIMEOUT)
 
     @contextmanager
     def explain_lost_process(self) -> Iterator[None]:
@@ -334,7 +331,7 @@ def _lost(error: Exception) -> EngineError:
 
 
 @contextmanager
-def _on_cpu(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _on_cpu(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensor, or a copy on the CPU that is written back: gloo needs CPU tensors."""
     copy = tensor.cpu()
     yield copy

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import plugins
-from racdeploy.errors import ModelError, UsageError
+from racdeploy.errors import ModelError
 from racdeploy.quant.grid import Grid
 from racdeploy.quant.matmulnbits import MatMulNBitsBlocks
 from racdeploy.tensors.ggml_types import GGML_TYPES
@@ -25,6 +25,8 @@ DENSE_IMPORTANCE_FILE = "dense-importance.safetensors"
 
 RoundingQuant = str | Mapping[str, str]
 """Number format whose codes are chosen while pruning, or linear → format; empty for none."""
+FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q4_0", "q5_k": "q5_0", "q6_k": "q8_0"}
+"""Formats for rows that blocks of 256 do not divide: as wide if there is one; zeros stay zeros."""
 
 
 def rounding_quant_of(codes: RoundingQuant, linear: str) -> str:
@@ -81,27 +83,14 @@ class MatMulNBitsQuant(OnnxQuant, Protocol):
     def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> MatMulNBitsBlocks: ...
 
 
+def has_grid(name: str) -> bool:
+    """Return True if the codes of a number format can be chosen."""
+    return hasattr(load(name), "GRID")
+
+
 def load_grid(name: str) -> Grid:
-    """Return the grid of a number format whose codes can be chosen.
-
-    Raises:
-        UsageError: the format has no codes; it names those of the same file format that do.
-    """
-    quant = load(name)
-    if grid := getattr(quant, "GRID", None):
-        return cast(Grid, grid)
-
-    grids = []
-    for other in plugins.list_names("quant"):
-        form = load(other)
-        if hasattr(form, "GRID") and {*form.FORMATS} & {*quant.FORMATS}:
-            grids.append(other)
-
-    raise UsageError(
-        "no-optimized-rounding",
-        f"quant {name!r} has no codes to choose",
-        remedy=f"use one of {', '.join(grids)}, or export.rounding = 'nearest'",
-    )
+    """Return the grid of a number format that has one."""
+    return cast(Grid, getattr(load(name), "GRID"))  # noqa: B009
 
 
 def read_ggml_type(name: str) -> tuple[int, float, int]:
@@ -165,6 +154,17 @@ def check_finite(
         f"{name!r} holds weights that are infinite or not a number",
         remedy="the checkpoint is damaged or its training diverged",
     )
+
+
+def fit_rows(
+    name: str, row_length: int, fallbacks: Mapping[str, str] = FALLBACKS
+) -> tuple[str, str]:
+    """Return the number format that stores rows of that length, and why it is another, if it is."""
+    reasons = []
+    while reason := explain_misfit(load(name), row_length):  # a fallback may not fit either
+        reasons.append(reason)
+        name = fallbacks.get(name, "f16")
+    return name, "; ".join(reasons)
 
 
 def explain_misfit(quant: Quant, row_length: int) -> str:

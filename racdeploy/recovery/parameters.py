@@ -43,41 +43,35 @@ class ScaleParameters(WeightParameters):
 
     The parameter is a factor of each scale, about 1: scales differ by orders of magnitude, so no
     learning rate would fit them all. All groups of a quant block change with its scale. Linears
-    are frozen that have no codes of this grid in the model's order, minima of their own, or scales
-    that cannot take any value.
+    are frozen whose codes have another order than the model, minima of their own, or scales that
+    cannot take any value.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         linears: Mapping[str, Tensor],
-        quant: str,
-        stored: Mapping[str, StoredCodes],  # in the first process
+        stored: Mapping[str, StoredCodes],  # of the linears
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__({**weights, **linears})
-        grid = load_grid(quant)
-        self._group_size = grid.group_size
-        self._groups = grid.block_size // grid.group_size
         # Per linear: its codes, its groups' step codes, and its initial scales.
         self._grids: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.parameters = dict(weights)
 
         for name, weight_OI in linears.items():
-            codes = stored.get(name)
-            whole = None
-            if codes and codes.quant == quant:
-                whole = _list_signed(codes.read(), grid)
+            grid = load_grid(stored[name].quant)
+            whole = _list_signed(stored[name].read(), grid) if processes.is_first else None
             parts = (
                 [
                     processes.scatter_rows(None if whole is None else whole[index], like)
-                    for index, like in enumerate(self._shapes(weight_OI))
+                    for index, like in enumerate(_list_shapes(grid, weight_OI))
                 ]
                 if processes.broadcast_object(whole is not None)
                 else []
             )
 
-            exact = bool(parts) and torch.equal(self._multiply(*parts), weight_OI.detach())
+            exact = bool(parts) and torch.equal(_multiply(*parts), weight_OI.detach())
             # All processes must agree, or the shards of a linear would be trained differently.
             if not all(processes.all_gather(exact)):
                 weight_OI.requires_grad_(False)
@@ -87,20 +81,6 @@ class ScaleParameters(WeightParameters):
             self._grids[name] = code_OI.to(torch.int8), step_code_OG, scale_OX
             self.parameters[name] = torch.ones_like(scale_OX)
 
-    def _shapes(self, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tensors of the shapes of this process' codes, step codes and scales."""
-        O, I = weight_OI.shape
-        groups = I // self._group_size
-        return (
-            torch.empty_like(weight_OI),
-            weight_OI.new_empty(O, groups),
-            weight_OI.new_empty(O, groups // self._groups),
-        )
-
-    def _multiply(self, code_OI: Tensor, step_code_OG: Tensor, scale_OX: Tensor) -> Tensor:
-        step_OG = step_code_OG * _spread(scale_OX, self._groups)
-        return code_OI.float() * _spread(step_OG, self._group_size)
-
     def propagate_gradients(self) -> None:
         for name, (code_OI, step_code_OG, scale_OX) in self._grids.items():
             weight_OI = self.weights[name]
@@ -109,10 +89,8 @@ class ScaleParameters(WeightParameters):
 
             # Chain rule of weight = code · step code · (scale · factor), summed over each block.
             gradient_OI = weight_OI.grad * code_OI
-            gradient_OG = gradient_OI.view(*step_code_OG.shape, self._group_size).sum(2)
-            gradient_OG *= step_code_OG
-
-            gradient_OX = gradient_OG.view(*scale_OX.shape, self._groups).sum(2)
+            gradient_OG = _sum_groups(gradient_OI, step_code_OG) * step_code_OG
+            gradient_OX = _sum_groups(gradient_OG, scale_OX)
             self.parameters[name].grad = gradient_OX * scale_OX
             weight_OI.grad = None
 
@@ -122,7 +100,7 @@ class ScaleParameters(WeightParameters):
             factor_OX = self.parameters[name].clamp_(*_FACTOR_RANGE)
             stored_OX = (scale_OX * factor_OX).half().float()
 
-            self.weights[name].copy_(self._multiply(code_OI, step_code_OG, stored_OX))
+            self.weights[name].copy_(_multiply(code_OI, step_code_OG, stored_OX))
 
 
 def _list_signed(codes: GridCodes, grid: Grid) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -150,6 +128,27 @@ def _list_signed(codes: GridCodes, grid: Grid) -> tuple[Tensor, Tensor, Tensor] 
     return code_OI, step_OG, scale_OX
 
 
-def _spread(value_OG: Tensor, group_size: int) -> Tensor:
-    """Repeat the value of each group for its weights."""
-    return value_OG.repeat_interleave(group_size, dim=1)
+def _list_shapes(grid: Grid, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the shapes of this process' codes, step codes and scales."""
+    O, I = weight_OI.shape
+    return (
+        torch.empty_like(weight_OI),
+        weight_OI.new_empty(O, I // grid.group_size),
+        weight_OI.new_empty(O, I // grid.block_size),
+    )
+
+
+def _multiply(code_OI: Tensor, step_code_OG: Tensor, scale_OX: Tensor) -> Tensor:
+    step_OG = step_code_OG * _spread(scale_OX, step_code_OG)
+    return code_OI.float() * _spread(step_OG, code_OI)
+
+
+def _sum_groups(value_OI: Tensor, like: Tensor) -> Tensor:
+    """Sum the values of each group, to as many as ``like`` has; rows may be none."""
+    O, G = like.shape
+    return value_OI.view(O, G, value_OI.shape[1] // G).sum(2)
+
+
+def _spread(value_OG: Tensor, like: Tensor) -> Tensor:
+    """Repeat the value of each group for its weights, as many as ``like`` has."""
+    return value_OG.repeat_interleave(like.shape[1] // value_OG.shape[1], dim=1)

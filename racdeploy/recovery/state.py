@@ -61,7 +61,12 @@ def write_tensors(
         write_header(target, described)
         for each in tensors.values():
             whole = processes.gather_rows(each).detach().cpu().contiguous()
-            target.write(_bits(whole).data)
+
+            # Bfloat16 is written as uint16, since numpy lacks it.
+            flat = whole.view(-1)
+            if flat.dtype == torch.bfloat16:
+                flat = flat.view(torch.uint16)
+            target.write(flat.numpy().data)
         target.write(text)
 
 
@@ -97,11 +102,3 @@ def _read(entry: TensorEntry) -> Tensor:
     bits = np.fromfile(entry.file, DTYPES[entry.dtype], entry.size, offset=entry.start)
     values = torch.from_numpy(bits).view(entry.shape)
     return values.view(torch.bfloat16) if entry.dtype == "BF16" else values
-
-
-def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor as a flat numpy array, bfloat16 as uint16 since numpy lacks it."""
-    flat = tensor.view(-1)
-    if flat.dtype == torch.bfloat16:
-        flat = flat.view(torch.uint16)
-    return flat.numpy()

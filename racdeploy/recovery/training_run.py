@@ -65,7 +65,6 @@ class TrainingRun:
         text: held-out parts of the user's own text, evaluated too.
         tokens: number of tokens to train on, counting whole traces; traces are repeated.
         direction: of the KL divergence, for methods that train on it.
-        quant: number format whose codes were chosen while pruning; empty if none were.
         folder: of the phase's states and other files; each process has its own, and results are in
             that of the first.
         out: folder of the recovered model.
@@ -79,7 +78,6 @@ class TrainingRun:
     settings: Recovery
     tokens: int
     direction: Direction
-    quant: str
     folder: Path
     out: Path
     device: torch.device
@@ -171,8 +169,7 @@ class TrainingRun:
     def write(self) -> None:
         """Write the recovered model: weights of the best state, all else from the pruned model."""
         self.best_folder.mkdir(exist_ok=True)
-        if self.quant:
-            self._write_codes()
+        self._write_codes()
         assemble(self.sparse, self.best_folder, self.out)
 
         for name in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):

@@ -59,7 +59,22 @@ def make_horizontal_axis(
     label: str, low: float, high: float, format_tick: TickFormatter, frame: Frame = FLAT_FRAME
 ) -> Axis:
     """Return an axis from left to right that covers a range."""
-    return Axis(label, _round_ticks(low, high), frame.left, frame.right, format_tick)
+    # Ticks at multiples of 1, 2, 5 or 10, with about five intervals over the range.
+    span = (high - low) or abs(high) or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / _INTERVALS))
+    steps = [factor * magnitude for factor in (1, 2, 5, 10)]
+    step = next(step for step in steps if span / step <= _INTERVALS + 1)
+
+    # A small tolerance, so that rounding adds no interval to a range that ends on a tick.
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return Axis(
+        label,
+        [index * step for index in range(first, last + 1)],
+        frame.left,
+        frame.right,
+        format_tick,
+    )
 
 
 def list_power_ticks(base: float, low: float, high: float) -> list[float]:
@@ -102,16 +117,3 @@ def load_templates() -> jinja2.Environment:
         plain=to_single_line, px="{:.1f}".format, number=format_number, shorten=shorten
     )
     return environment
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """Return ticks at multiples of 1, 2, 5 or 10 with about five intervals over the range."""
-    span = (high - low) or abs(high) or 1.0
-    magnitude = 10.0 ** math.floor(math.log10(span / _INTERVALS))
-    steps = [factor * magnitude for factor in (1, 2, 5, 10)]
-    step = next(step for step in steps if span / step <= _INTERVALS + 1)
-
-    # A small tolerance, so that rounding adds no interval to a range that ends on a tick.
-    first = math.floor(low / step + 1e-9)
-    last = max(math.ceil(high / step - 1e-9), first + 1)
-    return [index * step for index in range(first, last + 1)]

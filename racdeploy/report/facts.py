@@ -38,13 +38,17 @@ def list_facts(report: Report) -> list[Fact]:
     source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
     kept = list_remaining(report.kept_structure, report.structure)
 
+    quant = (pruned.quant if pruned else None) or _find(recipe, "export", "quant")
+    packing = _find(recipe, "export", "packing")
+    packed = f"packed as {packing}" if packing not in ("", "plain") else ""
     texts = {
         "Method": _join(method, source) if method else "",
         "Zeros": _describe_zeros(recipe, pruned),
         "Kept": _join(*(f"{part.share} of the {part.name}" for part in kept)),
         "Recovery": describe_recovery(report.recovery),
-        "Stored as": _describe_format(recipe, pruned),
+        "Stored as": _join(_find(recipe, "export", "format").upper(), quant, packed),
     }
+
     facts = [Fact(name, to_single_line(text)) for name, text in texts.items() if text]
     return facts + _describe_file(pruned)
 
@@ -81,13 +85,6 @@ def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str
     if pruned is None or pruned.sparsity is None:
         return ""
     return _join(f"{pruned.sparsity:.1%} of the prunable weights", pattern)
-
-
-def _describe_format(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
-    quant = (pruned.quant if pruned else None) or _find(recipe, "export", "quant")
-    packing = _find(recipe, "export", "packing")
-    packed = f"packed as {packing}" if packing not in ("", "plain") else ""
-    return _join(_find(recipe, "export", "format").upper(), quant, packed)
 
 
 def _describe_file(pruned: ArmSummary | None) -> list[Fact]:

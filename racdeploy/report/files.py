@@ -33,18 +33,20 @@ def write_reports(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    lines = [record.model_dump_json() + "\n" for record in records]
-    texts = {
+    texts = {"junit.xml": junit.render(report), **render_reports(report, records, bundle)}
+    for name, text in texts.items():
+        write_atomic(folder / name, text)
+
+
+def render_reports(report: Report, records: Sequence[AnswerRecord], bundle: str) -> dict[str, str]:
+    """Return the texts of the files that a bundle and a folder of reports have, by their name."""
+    return {
         "report.md": markdown.render(report, records),
         PAGE: html.render(report, records, bundle),
-        "junit.xml": junit.render(report),
-        "records.jsonl": "".join(lines),
+        "records.jsonl": "".join(record.model_dump_json() + "\n" for record in records),
         # Last: readers take it as the sign that the other files are complete.
         "report.json": report.model_dump_json(indent=1) + "\n",
     }
-
-    for name, text in texts.items():
-        write_atomic(folder / name, text)
 
 
 def read_report(folder: Path) -> Report:

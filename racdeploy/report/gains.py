@@ -39,7 +39,7 @@ class Highlight:
     dense: str
     pruned: str
     note: str
-    verdict: CheckVerdict | None = None
+    verdict: CheckVerdict | None
 
 
 def list_highlights(report: Report) -> list[Highlight]:

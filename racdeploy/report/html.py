@@ -111,17 +111,16 @@ def _tables(report: Report, pairs: Sequence[AnswerPair]) -> dict[str, ReportTabl
     if arms and len(arms.rows) <= _MAX_COLUMNS:
         tables_by_title["Dense and pruned"] = arms.transpose()
 
+    measured = [(row.held_out_error or 0.0, row.name) for row in report.linears]
+    worst = sorted(measured, key=lambda pair: -pair[0])[:_WORST_LINEARS]
     page_tables = {
-        ("Worst linears", "linear|held-out error"): _worst_linears(report.linears),
+        ("Worst linears", "linear|held-out error"): tuple(
+            (name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR
+        ),
         ("Thinking by task", "task|prompts|dense|pruned|change"): _thinking_by_task(pairs),
     }
+
     return tables_by_title | {table.title: table for table in make_tables(page_tables)}
-
-
-def _worst_linears(linears: Sequence[LinearRow]) -> tuple[TableRow, ...]:
-    measured = [(row.held_out_error or 0.0, row.name) for row in linears]
-    worst = sorted(measured, key=lambda pair: -pair[0])[:_WORST_LINEARS]
-    return tuple((name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR)
 
 
 def _thinking_by_task(pairs: Sequence[AnswerPair]) -> tuple[TableRow, ...]:

@@ -121,7 +121,17 @@ def _list_lost(lost: Sequence[AnswerPair]) -> str:
 
     # Escaping can lengthen a text many times: the budget counts characters, not only rows.
     for pair in lost[:_MAX_LOST]:
-        line = _line(map(escape, _describe_lost(pair)))
+        dense, pruned = pair.dense, pair.pruned
+        cells = (
+            shorten(dense.task, _ANSWER_CHARACTERS),
+            shorten(dense.question, _QUESTION_CHARACTERS),
+            shorten(dense.gold, _ANSWER_CHARACTERS),
+            _answer(dense),
+            _answer(pruned),
+            f"{dense.thinking_tokens:,} → {pruned.thinking_tokens:,}",
+        )
+        line = _line(map(escape, cells))
+
         remaining -= len(line)
         if remaining < 0:
             break
@@ -133,18 +143,6 @@ def _list_lost(lost: Sequence[AnswerPair]) -> str:
 
     prompts = "1 prompt was" if len(lost) == 1 else f"{len(lost):,} prompts were"
     return _fold(f"{prompts} lost: dense is right and pruned is not", "\n".join(lines))
-
-
-def _describe_lost(pair: AnswerPair) -> tuple[str, ...]:
-    dense, pruned = pair.dense, pair.pruned
-    return (
-        shorten(dense.task, _ANSWER_CHARACTERS),
-        shorten(dense.question, _QUESTION_CHARACTERS),
-        shorten(dense.gold, _ANSWER_CHARACTERS),
-        _answer(dense),
-        _answer(pruned),
-        f"{dense.thinking_tokens:,} → {pruned.thinking_tokens:,}",
-    )
 
 
 def _answer(record: AnswerRecord) -> str:

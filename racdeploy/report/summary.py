@@ -5,7 +5,7 @@ from __future__ import annotations
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import describe_remaining
 from racdeploy.report.tables import format_with_units, to_single_line
-from racdeploy.results.answers import Comparison
+from racdeploy.results.answers import ArmSummary, Comparison
 from racdeploy.results.report import Report
 
 _NO_LOSS = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
@@ -27,8 +27,19 @@ _WIDENED = (
 
 
 def write_headline(report: Report) -> str:
-    """Return the verdict with model and target, without a full stop."""
-    return to_single_line(f"{report.verdict.upper()}: {report.model} for {report.target}")
+    """Return the verdict with model, target, size and failed rungs, without a full stop."""
+    line = f"{report.verdict.upper()}: {report.model} for {report.target}"
+    pruned = report.find_arm("pruned")
+    ratios = [
+        f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm)}"
+        for arm in _list_dense(report)
+        if pruned and pruned.size_bytes and arm.size_bytes
+    ]
+    if ratios:
+        line += f", bytes {', '.join(ratios)}"
+    if report.stepped_back:
+        line += f", stepped back from {', '.join(report.stepped_back)}"
+    return to_single_line(line)
 
 
 def write_explanation(report: Report) -> str:
@@ -58,6 +69,16 @@ def write_findings(report: Report) -> str:
         sentences.append(format_with_units(_WIDENED, finding, accuracy.figures))
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
     return to_single_line(" ".join(filter(None, sentences)))
+
+
+def _list_dense(report: Report) -> list[ArmSummary]:
+    return [arm for arm in report.arms if arm.name.startswith("dense")]
+
+
+def _name_with_quant(arm: ArmSummary) -> str:
+    """Return the arm's name with its number format, as ``dense q8_0``."""
+    is_named = not arm.quant or arm.quant.lower() in arm.name.lower()
+    return arm.name if is_named else f"{arm.name} {arm.quant}"
 
 
 def describe_accuracy(comparison: Comparison) -> str:

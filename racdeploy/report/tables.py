@@ -17,7 +17,7 @@ from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.report.structure import list_remaining
 from racdeploy.results.answers import HarnessRun
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import VECTORS_IN_F32, BlockRow, LinearRow, list_phase_ends
+from racdeploy.results.pruning import VECTORS_IN_F32, LinearRow, list_phase_ends
 from racdeploy.results.report import Report
 from racdeploy.results.units import format_points
 
@@ -38,6 +38,7 @@ _ARM = {
     "truncated": "{0.truncated:,}",
     "size": "{0.size_bytes:bytes}",
     "tokens/s": "{0.tokens_per_s:,.0f}",
+    "s per right answer": "{0.seconds_per_right:.3g}",
     "quant": "{0.quant}",
     "sparsity": "{0.sparsity:.1%}",
 }
@@ -85,6 +86,15 @@ def list_tables(report: Report) -> list[ReportTable]:
     phases = [
         (end, "yes" if end.kept else "no, undone") for end in list_phase_ends(report.recovery)
     ]
+
+    # The error after the last block by task, then by segment, each the worst first.
+    drifts: list[TableRow] = []
+    for last in report.blocks[-1:]:
+        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_segment}
+        for kind, errors in kinds.items():
+            worst_first = sorted(errors.items(), key=lambda item: -item[1])
+            drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
+
     candidates: dict[tuple[str, str], list[TableRow]] = {
         ("Dense and pruned", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
@@ -94,7 +104,7 @@ def list_tables(report: Report) -> list[ReportTable]:
         ("Checks", "check|verdict|result"): [
             (check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)
         ],
-        (drift, "held-out traces|hidden state after the last block"): _drift(report.blocks),
+        (drift, "held-out traces|hidden state after the last block"): drifts,
         ("Deviations", "property|requested|actual|where|reason"): _deviations(report),
     }
 
@@ -251,17 +261,6 @@ def _decimals(value: float | None) -> str:
 def _sort_checks(checks: Iterable[CheckResult]) -> list[CheckResult]:
     """Return the checks, those that need attention first."""
     return sorted(checks, key=lambda check: _VERDICT_ORDER.index(check.verdict))
-
-
-def _drift(blocks: Sequence[BlockRow]) -> list[TableRow]:
-    """Return the error after the last block by task, then by segment, each the worst first."""
-    rows: list[TableRow] = []
-    for last in blocks[-1:]:
-        kinds = {"task": last.drift_by_task, "tokens of the": last.drift_by_segment}
-        for kind, errors in kinds.items():
-            worst_first = sorted(errors.items(), key=lambda item: -item[1])
-            rows += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
-    return rows
 
 
 def _deviations(report: Report) -> list[TableRow]:

@@ -6,8 +6,6 @@ as a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
@@ -91,7 +89,16 @@ def print_table(table: ReportTable, console: Console) -> None:
     if widths is None:
         _print_list(table, console)
     else:
-        console.print(_make_rich_table(table, widths))
+        # Cells are text, never rich markup.
+        rich_table = RichTable(title=Text(table.title), title_justify="left")
+        for column, width, right in zip(table.columns, widths, table.numeric, strict=True):
+            justify: JustifyMethod = "right" if right else "left"
+            rich_table.add_column(Text(column), width=width, overflow="fold", justify=justify)
+
+        for row in table.rows:
+            cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row]
+            rich_table.add_row(*cells)
+        console.print(rich_table)
 
 
 def _print_shortened(table: ReportTable, console: Console, page: str = "report.html") -> None:
@@ -138,19 +145,6 @@ def _print_list(table: ReportTable, console: Console) -> None:
         for column, cell in zip(table.columns[1:], row[1:], strict=True):
             if cell:
                 _print_line(console, f"  {column}: {cell}")
-
-
-def _make_rich_table(table: ReportTable, widths: Sequence[int]) -> RichTable:
-    """Return the table for rich; cells are text, never rich markup."""
-    rich_table = RichTable(title=Text(table.title), title_justify="left")
-    for column, width, right in zip(table.columns, widths, table.numeric, strict=True):
-        justify: JustifyMethod = "right" if right else "left"
-        rich_table.add_column(Text(column), width=width, overflow="fold", justify=justify)
-
-    for row in table.rows:
-        cells = [Text(cell, style=_STYLES.get(cell, "")) for cell in row]
-        rich_table.add_row(*cells)
-    return rich_table
 
 
 def _align(table: ReportTable) -> list[str]:

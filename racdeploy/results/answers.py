@@ -57,6 +57,14 @@ class ArmSummary(FrozenModel):
             raise ValueError(f"{self.correct} correct of {self.prompts} prompts")
         return self
 
+    @property
+    def seconds_per_right(self) -> float | None:
+        """Seconds of decoding for each correct answer; None without a speed or a correct answer."""
+        if not (self.tokens_per_s and self.accuracy) or self.answer_tokens_mean is None:
+            return None
+        tokens = (self.thinking_tokens_mean or 0) + self.answer_tokens_mean
+        return tokens / self.tokens_per_s / self.accuracy
+
 
 class TaskRow(FrozenModel):
     """Correct answers of both arms on one task.

@@ -41,6 +41,7 @@ class Report(FrozenModel):
         kept_structure: counts of the whole model before and after the cut; None without a cut.
         recovery: measurements of the pruned model during recovery, in order; empty without it.
         harness: results of an evaluation harness; None without one.
+        stepped_back: narrower rungs whose verification failed, with the causes, in order.
         notes: sentences that a reader needs and no table holds.
         fingerprint: versions, threads and engine settings that the numbers depend on.
     """
@@ -64,6 +65,7 @@ class Report(FrozenModel):
     tensors: tuple[TensorRow, ...] = ()
     deviations: tuple[DeviationRow, ...] = ()
     harness: HarnessRun | None = None
+    stepped_back: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
 

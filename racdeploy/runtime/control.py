@@ -24,7 +24,7 @@ def make_budget(
     tags: ThinkingTags | None,
     prompt_ids: Sequence[int],
     max_tokens: int | None,
-    control: ThinkingControl = NO_CONTROL,
+    control: ThinkingControl,
 ) -> ThinkingBudget | None:
     """Return the engine's thinking control for a prompt; None if nothing is controlled.
 

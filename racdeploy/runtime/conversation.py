@@ -73,8 +73,21 @@ class Conversation:
         **options: Unpack[GenerationOptions],
     ) -> GenerationResult:
         """Ask the next question; arguments and errors as in :meth:`Model.generate`."""
-        dropped = self._count_dropped(text, options.get("max_new_tokens"))
-        messages = [*self._messages(dropped), _make_message("user", text)]
+        # Drop the oldest turns until thinking and answer have room: the number of new tokens, but
+        # at most half of the context, or a large limit would drop the whole history.
+        context_tokens = self.model.context_tokens
+        new_tokens = options.get("max_new_tokens") or self.model.manifest.generation.max_new_tokens
+        room = min(new_tokens, context_tokens // 2)
+        question = _make_message("user", text)
+
+        dropped = self.dropped
+        while dropped < len(self.turns):
+            prompt: Sequence[int] = self.model.encoder.encode([*self._messages(dropped), question])
+            if len(prompt) + room <= context_tokens:
+                break
+            dropped += 1
+
+        messages = [*self._messages(dropped), question]
         result = self.model.generate(messages, on_text=on_text, cancel=cancel, **options)
 
         self.dropped = dropped
@@ -123,26 +136,6 @@ class Conversation:
                 messages.append(_make_message("assistant", turn.result.answer))
 
         return messages
-
-    def _count_dropped(self, text: str, max_new_tokens: int | None) -> int:
-        """Return how many of the oldest turns to drop so that thinking and answer have room.
-
-        The room is the number of new tokens, but at most half of the context: otherwise a large
-        limit would drop the whole history.
-        """
-        context_tokens = self.model.context_tokens
-        new_tokens = max_new_tokens or self.model.manifest.generation.max_new_tokens
-        room = min(new_tokens, context_tokens // 2)
-        question = _make_message("user", text)
-
-        dropped = self.dropped
-        while dropped < len(self.turns):
-            prompt: Sequence[int] = self.model.encoder.encode([*self._messages(dropped), question])
-            if len(prompt) + room <= context_tokens:
-                break
-            dropped += 1
-
-        return dropped
 
 
 def _make_message(role: Literal["system", "user", "assistant"], content: str) -> dict[str, str]:

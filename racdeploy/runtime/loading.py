@@ -164,7 +164,15 @@ def check_companion_files(folder: Path, manifest: Manifest, artifact: ArtifactEn
     refuse_unlisted(folder, manifest)
 
     if artifact.path.endswith(racgguf.SUFFIX):
-        _check_container(folder, artifact)
+        # Unpacking checks the content.
+        sha256 = racgguf.Container.open(folder / artifact.path).sha256
+        if sha256 != artifact.unpacked_sha256:
+            raise ArtifactError(
+                "differs-from-manifest",
+                f"{folder / artifact.path} contains a file with SHA-256 {sha256[:16]}…, not "
+                f"{artifact.unpacked_sha256[:16]}…",
+                remedy="copy the bundle again, or build it again",
+            )
     elif artifact.packing != "plain":
         artifact.check_changed_files(folder)
 
@@ -190,18 +198,6 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
 
 def _read_states(folder: Path, artifact: ArtifactEntry) -> list[FileState]:
     return [file_state(folder / name) for name in artifact.files]
-
-
-def _check_container(folder: Path, artifact: ArtifactEntry) -> None:
-    """Compare the hash recorded in a container with the manifest; unpacking checks the content."""
-    sha256 = racgguf.Container.open(folder / artifact.path).sha256
-    if sha256 != artifact.unpacked_sha256:
-        raise ArtifactError(
-            "differs-from-manifest",
-            f"{folder / artifact.path} contains a file with SHA-256 {sha256[:16]}…, not "
-            f"{artifact.unpacked_sha256[:16]}…",
-            remedy="copy the bundle again, or build it again",
-        )
 
 
 def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 _MIN_TOKENS = 64  # a line of dashes or an indented table is shorter
 _MIN_REPEATS = 4  # three repetitions may still be an argument
@@ -31,15 +30,11 @@ def measure_loop(ids: Sequence[int]) -> int:
         if int(same_T.sum()) < period * (_MIN_REPEATS - 1):
             continue
 
-        tokens = _measure_run(same_T) + period
+        fenced = np.concatenate(([False], same_T, [False]))
+        edges = np.flatnonzero(np.diff(fenced))  # starts and stops of runs alternate
+        tokens = int((edges[1::2] - edges[::2]).max()) + period
+
         if tokens >= max(_MIN_TOKENS, _MIN_REPEATS * period):
             longest = max(longest, tokens)
 
     return longest
-
-
-def _measure_run(is_in_T: NDArray[np.bool_]) -> int:
-    """Return the length of the longest run of True."""
-    fenced = np.concatenate(([False], is_in_T, [False]))
-    edges = np.flatnonzero(np.diff(fenced))  # starts and stops of runs alternate
-    return int((edges[1::2] - edges[::2]).max())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import subprocess
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -210,7 +210,7 @@ class _Process:
     def ask(self, request: SandboxRequest) -> Message:
         """Send a request and return its answer."""
         self.is_ready = False
-        with contextlib.suppress(BrokenPipeError):  # it died: the answer will be None
+        with suppress(BrokenPipeError):  # it died: the answer will be None
             request.send(self._stdin)
         return self._receive(request, _WALL_SECONDS)
 
@@ -222,7 +222,7 @@ class _Process:
         self._popen.kill()
         self._popen.wait()
         self._feeder.join()
-        with contextlib.suppress(BrokenPipeError):
+        with suppress(BrokenPipeError):
             self._stdin.close()
         self._answers.close()
 
@@ -279,6 +279,6 @@ def _rebuild(header: Header) -> RacdeployError:
 
 def _feed(stream: BinaryIO, requests: Sequence[SandboxRequest]) -> None:
     """Send the setup requests, in a thread of its own."""
-    with contextlib.suppress(BrokenPipeError, ValueError):  # it was ended
+    with suppress(BrokenPipeError, ValueError):  # it was ended
         for request in requests:
             request.send(stream)

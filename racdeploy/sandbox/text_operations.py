@@ -87,7 +87,8 @@ class _Texts:
 
     def name_bytes(self, header: Header, payload: bytes) -> Message:
         """Return the bytes of ids, or None where a text is not the joined bytes of its tokens."""
-        if not _joins_bytes(self._tokenizer):
+        decoder = self._tokenizer.decoder
+        if not (decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"):
             return {"lengths": None}, b""
 
         ids = all_ids_from_bytes(payload)
@@ -124,12 +125,6 @@ class _Texts:
     def name_tokens(self, header: Header, payload: bytes) -> Message:
         """Return the token of each id as the vocabulary writes it, None for an unknown id."""
         return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
-
-
-def _joins_bytes(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer's decoder is ByteLevel."""
-    decoder = tokenizer.decoder
-    return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
 
 
 def _name_bytes() -> dict[str, int]:

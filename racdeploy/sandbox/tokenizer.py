@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.reading import read_bytes
+from racdeploy.files.reading import Json, read_bytes
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, DEFAULT_SECONDS, Sandbox, SandboxRequest
 from racdeploy.sandbox.ids import ids_from_bytes, ids_to_bytes
 
@@ -158,12 +158,12 @@ class Tokenizer:
         """Wait until the file is loaded; ArtifactError where it is no tokenizer."""
         self._describe()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> Json:
         return self._ask("describe")[0]
 
     def _ask(
         self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[Json, bytes]:
         seconds = DEFAULT_SECONDS + more_seconds
         failure = "tokenizer-failed", self._failure, _DAMAGED
         return self.sandbox.ask(SandboxRequest(op, values, payload, *failure, seconds))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 
 from racdeploy.errors import RacdeployError
-from racdeploy.processes.messages import Header, Message, read_message, write_message
+from racdeploy.processes.messages import Header, Message, read_message, reserve_pipes, write_message
 from racdeploy.sandbox.limits import confine, limit_cpu_time
 
 Operations = Mapping[str, Callable[[Header, bytes], Message]]
@@ -24,11 +23,7 @@ _MAX_REASON_CHARACTERS = 2000
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    requests = os.fdopen(os.dup(0), "rb")
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library's prints must not mix with answers
-
+    requests, answers = reserve_pipes()
     module = sys.argv[1]
     memory_bytes = int(sys.argv[2])
     opens_files = sys.argv[3] == "1"

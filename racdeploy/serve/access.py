@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import ipaddress
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -25,7 +25,7 @@ class RequestLimit:
         self._limit = max_requests
         self._running = 0
 
-    @contextlib.contextmanager
+    @contextmanager
     def slot(self) -> Iterator[None]:
         """Hold a slot during the body; raise RequestError if all are taken."""
         if self._running >= self._limit:

@@ -31,7 +31,7 @@ class CompletionResponse:
 
     model: str
     kind: Literal["chat.completion", "text_completion"]
-    has_counts: bool = False
+    has_counts: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Endpoint:
             return
 
         await sender.send_event(reply.body)
-        async with contextlib.aclosing(reply.rest) as rest:
+        async with aclosing(reply.rest) as rest:
             async for following in rest:
                 await sender.send_event(following)
         await sender.end_stream()
@@ -152,7 +152,7 @@ async def _cancel_if_disconnected(receive: Receive, answer: Coroutine[Any, Any, 
     finally:
         answering.cancel()
         leaving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with suppress(asyncio.CancelledError):
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
 

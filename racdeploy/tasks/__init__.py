@@ -103,7 +103,16 @@ class TaskSet:
                 count = min(count, len(chosen) * available)
 
         if not count:
-            raise _refuse_few(chosen, split, wanted)
+            files = [
+                f"{task.spec} has {task.describe_pool()}" for task in chosen if task.draw is None
+            ]
+            raise UsageError(
+                "no-problems-for-split",
+                f"the task holds no {split} problem: {'; '.join(files)}",
+                remedy=f"questions are split in half by a hash of their text: give at least "
+                f"{_SAFE_QUESTIONS} different ones, or {2 * wanted} for the {wanted} prompts asked "
+                "for; or two files, --task jsonl:ONE and --calibration-task jsonl:OTHER",
+            )
 
         return draw_from_tasks(chosen, split, seed, count)
 
@@ -214,10 +223,20 @@ def _ask_all(module: ModuleType, rows: Sequence[Row], spec: str) -> list[Problem
     Raises:
         UsageError: a row lacks a column or is not as published.
     """
+    published = module.DATASET
+    page = f"https://huggingface.co/datasets/{published.evaluation.dataset}"
+
     problems: list[Problem] = []
     for number, row in enumerate(rows, 1):
         row_name = f"{spec}: row {number}"
-        _check_columns(module.DATASET, row, row_name)
+        for column in published.columns:
+            if row.get(column) in (None, "", []):
+                raise UsageError(
+                    "missing-column",
+                    f"{row_name} has no {column!r}; its columns are {', '.join(row)}",
+                    remedy=f"give {published.title} as it was published: {page}",
+                )
+
         try:
             problems.append(module.make_problem(row))
         except UsageError as error:
@@ -225,18 +244,6 @@ def _ask_all(module: ModuleType, rows: Sequence[Row], spec: str) -> list[Problem
             raise
 
     return problems
-
-
-def _check_columns(published: PublicDataset, row: Row, row_name: str) -> None:
-    """Refuse a row with a missing or empty column; ``row_name`` is its file and number."""
-    page = f"https://huggingface.co/datasets/{published.evaluation.dataset}"
-    for column in published.columns:
-        if row.get(column) in (None, "", []):
-            raise UsageError(
-                "missing-column",
-                f"{row_name} has no {column!r}; its columns are {', '.join(row)}",
-                remedy=f"give {published.title} as it was published: {page}",
-            )
 
 
 def _drop_duplicates(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], int]:
@@ -299,17 +306,6 @@ def _refuse_untrained(task: Task) -> UsageError:
         "evaluation",
         remedy=f"add --calibration-task {HUB}:{others[0]}, or any other task; "
         f"--task {name}:FILE splits a file by a hash of the questions",
-    )
-
-
-def _refuse_few(tasks: Sequence[Task], split: Split, wanted: int) -> UsageError:
-    files = [f"{task.spec} has {task.describe_pool()}" for task in tasks if task.draw is None]
-    return UsageError(
-        "no-problems-for-split",
-        f"the task holds no {split} problem: {'; '.join(files)}",
-        remedy=f"questions are split in half by a hash of their text: give at least "
-        f"{_SAFE_QUESTIONS} different ones, or {2 * wanted} for the {wanted} prompts asked for; or "
-        "two files, --task jsonl:ONE and --calibration-task jsonl:OTHER",
     )
 
 

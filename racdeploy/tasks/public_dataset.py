@@ -101,21 +101,17 @@ def _download(part: HubSplit) -> tuple[Row, ...]:
             part.dataset, part.config, split=part.split, revision=part.revision
         )
     except (OSError, ValueError) as error:
-        raise _refuse_download(part, error) from error
+        # Gated datasets need a login.
+        page = f"https://huggingface.co/datasets/{part.dataset}"
+        remedy = "connect to the Hub, or give your own copy: --task NAME:FILE"
+        if "gated" in str(error).lower():
+            remedy = f"accept its terms at {page}, then: hf auth login"
+        raise EnvironmentFailure(
+            "dataset-download-failed",
+            f"cannot read {part.dataset} from the Hub: {_first_line(error)}",
+            remedy=remedy,
+        ) from error
     return tuple(table)
-
-
-def _refuse_download(part: HubSplit, error: Exception) -> EnvironmentFailure:
-    """Return the error of a failed download; gated datasets need a login."""
-    page = f"https://huggingface.co/datasets/{part.dataset}"
-    remedy = "connect to the Hub, or give your own copy: --task NAME:FILE"
-    if "gated" in str(error).lower():
-        remedy = f"accept its terms at {page}, then: hf auth login"
-    return EnvironmentFailure(
-        "dataset-download-failed",
-        f"cannot read {part.dataset} from the Hub: {_first_line(error)}",
-        remedy=remedy,
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -37,7 +37,17 @@ def read_rows(path: Path) -> list[Row]:
         )
 
     if suffix == ".parquet":
-        rows = _read_parquet(path)
+        require_package("pyarrow")
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UsageError("file-unreadable", f"cannot read {path}: {reason}") from error
+        except pyarrow.ArrowInvalid as error:
+            raise UsageError("not-parquet", f"{path} is not a parquet file: {error}") from error
     elif suffix == ".csv":
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
     else:
@@ -87,21 +97,6 @@ def _read_json(path: Path) -> list[Row]:
                 f"{path}: row {number} is a {type(row).__name__}, not an object",
             )
     return list(rows)
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    require_package("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise UsageError("file-unreadable", f"cannot read {path}: {reason}") from error
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError("not-parquet", f"{path} is not a parquet file: {error}") from error
-    return rows
 
 
 def refuse_table(path: str) -> None:

@@ -18,7 +18,7 @@ from racdeploy.exporting.gguf.sizes import FileSizes
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import find_expert, generalize_expert
+from racdeploy.models.families import generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import list_metadata
@@ -156,17 +156,8 @@ def count_read_bytes(shape: ModelShape, tensors: Sequence[GgufTensorPlan]) -> Ma
         is_embedding = tensor.name.startswith(_EMBEDDINGS)
         if is_embedding and not (is_tied and tensor.name == "token_embd.weight"):
             continue
-        read[tensor.actual_quant] += tensor.size_bytes * active_expert_share(shape, tensor.parts)
+        read[tensor.actual_quant] += tensor.size_bytes * shape.active_share(tensor.source)
     return read
-
-
-def active_expert_share(shape: ModelShape, names: Sequence[str]) -> float:
-    """Return the share of a tensor's experts that a token uses; 1 if it has no experts."""
-    is_routed = any(find_expert(name) is not None for name in names)
-    used = shape.config.get("num_experts_per_tok")
-    if not is_routed or not shape.num_experts or not isinstance(used, int):
-        return 1.0
-    return min(1.0, used / shape.num_experts)
 
 
 def _make_unequal(counts: list[int], layouts: Sequence[UnitLayout]) -> list[int]:

@@ -113,7 +113,7 @@ def make_spec(job: Job, name: str, kind: str, settings: Settings) -> CandidateSp
 
     check_structure(candidate)
     check_format(candidate)
-    _ = candidate.rounding_quant  # raises if the format has no optimized rounding
+    _ = candidate.rounding_quants  # raises if the format has no optimized rounding
     for weight in candidate.weights_to_prune:
         prune.check_width(weight, candidate.checkpoint.entries[weight].shape[1])
     return CandidateSpec(name, kind, settings, candidate)

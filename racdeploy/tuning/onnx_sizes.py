@@ -15,7 +15,6 @@ from racdeploy.exporting.onnx.writer import EMBEDDING_AND_HEAD
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.tensors import GraphTensor, dump_tensors
 from racdeploy.quant.matmulnbits import BLOCK_SIZE
-from racdeploy.tuning.artifact_sizes import active_expert_share
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Approximate bytes that onnxruntime-genai's builder writes beside the weights.
@@ -75,6 +74,6 @@ def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> 
     read: dict[str, float] = defaultdict(float)
     for tensor in tensors:
         if not tensor.is_embedding or checkpoint.tied:
-            share = active_expert_share(checkpoint.shape, [tensor.name])
+            share = checkpoint.shape.active_share(tensor.name)
             read[tensor.quant] += share * sum(list_array_bytes(tensor))
     return read

@@ -188,9 +188,7 @@ class Race:
         if self.objective == "accuracy":
             better_N, worse_N = self._pair(better.name, worse.name)
             return is_above_zero(better_N - worse_N, self._error_per_test)
-        return self._is_cheaper(better, worse)
 
-    def _is_cheaper(self, better: Contestant, worse: Contestant) -> bool:
         cost_N, right_N = self._costs(worse)
         if len(cost_N) < min(_MIN_COST_PROMPTS, self.prompts):
             return False

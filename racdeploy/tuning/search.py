@@ -72,7 +72,7 @@ class Search:
     work: Path
     scratch: Path
     threads: int
-    progress: Progress | None = None
+    progress: Progress | None
     on_candidate: Callable[[Candidate], None] | None = None
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -195,7 +195,11 @@ class Search:
             tempfile.TemporaryDirectory(dir=self.scratch) as folder,
             self.budget.stage("compare"),
         ):
-            logits = self._make_logits(Path(folder))
+            opener = self._opener("transformers", self.job.model.folder)
+            traces = [(trace.prompt_ids, trace.completion_ids) for trace in self._traces]
+            count = max(_MIN_TRACES, self.job.recipe.verify.logit_traces)
+            logits = DenseLogits(opener, traces[:count], Path(folder))
+
             longest_s = 0.0
 
             # At least one dense and one pruned candidate is made, whatever the time.
@@ -445,12 +449,6 @@ class Search:
                 remedy="raise --trace-prompts, or calibration.held_out_share",
             )
         return held_out
-
-    def _make_logits(self, folder: Path) -> DenseLogits:
-        opener = self._opener("transformers", self.job.model.folder)
-        traces = [(trace.prompt_ids, trace.completion_ids) for trace in self._traces]
-        count = max(_MIN_TRACES, self.job.recipe.verify.logit_traces)
-        return DenseLogits(opener, traces[:count], folder)
 
     def _refuse_impossible(self) -> None:
         if not self._active:

@@ -21,7 +21,6 @@ from racdeploy.report.files import read_records
 from racdeploy.report.tables import format_bytes
 from racdeploy.report.tuning_files import write_tuning
 from racdeploy.report.tuning_tables import describe_limits
-from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Constraints, Estimate, Tuning
 from racdeploy.results.units import format_points
@@ -63,7 +62,15 @@ def tune(search: Search, out: Path | None) -> tuple[Path, Report, Tuning]:
         for entry in filter(None, (winner, rival)):
             _time_alone(search, entry)
 
-    _count_answers(winner, rival, read_records(folder))
+    # Replace the scores of the race by those of the verification.
+    arms = {"pruned": winner}
+    if rival:
+        arms[_name_arm(rival)] = rival
+    records = read_records(folder)
+    for arm, entry in arms.items():
+        entry.scores = Scores.from_records([record for record in records if record.arm == arm])
+        entry.reached = "verified"
+
     tuning = _summarize(search, winner, rival, report, folder)
     write_tuning(folder, tuning)
     return folder, report, tuning
@@ -131,16 +138,6 @@ def _time_alone(search: Search, entry: Entry) -> None:
         entry.decode_sample = measure_file(
             entry.exported.path, threads, search.job.backend, prompt_tokens
         )
-
-
-def _count_answers(winner: Entry, rival: Entry | None, records: Sequence[AnswerRecord]) -> None:
-    """Replace the scores of the race by those of the verification."""
-    arms = {"pruned": winner}
-    if rival:
-        arms[_name_arm(rival)] = rival
-    for arm, entry in arms.items():
-        entry.scores = Scores.from_records([record for record in records if record.arm == arm])
-        entry.reached = "verified"
 
 
 def _summarize(

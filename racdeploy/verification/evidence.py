@@ -20,7 +20,8 @@ from racdeploy.results.answers import AnswerRecord, HarnessRun
 from racdeploy.results.checks import CheckResult, CheckVerdict
 from racdeploy.results.pruning import PositionRow, TensorRow
 from racdeploy.verification.gate import Gate
-from racdeploy.verification.stats import paired
+from racdeploy.verification.stats import lengths, paired
+from racdeploy.verification.stats.verdicts import RatioEstimate
 
 T = TypeVar("T")
 is_correct: Callable[[AnswerRecord], bool] = attrgetter("correct")
@@ -78,6 +79,26 @@ class ArmResult:
             rows.setdefault(record.prompt, []).append(value(record))
         return list(rows.values())
 
+    def count_disagreements(
+        self, other: ArmResult, predicate: Callable[[AnswerRecord], bool]
+    ) -> paired.PairedCounts:
+        """Count the prompts for which a test holds in one arm only; ``n10`` is this one only."""
+        return paired.paired_counts(
+            self.group_by_prompt(predicate), other.group_by_prompt(predicate)
+        )
+
+    def length_ratio(
+        self,
+        other: ArmResult,
+        length: Callable[[AnswerRecord], int],
+        budget_tokens: int,
+        confidence: float,
+    ) -> RatioEstimate:
+        """Return the ratio of mean lengths up to the budget, of the other arm to this one."""
+        return lengths.length_ratio(
+            self.group_by_prompt(length), other.group_by_prompt(length), budget_tokens, confidence
+        )
+
 
 @dataclass(frozen=True)
 class OtherArtifact:
@@ -112,8 +133,8 @@ class PromptProbe:
     question: str
     expected: Ids
     rendered: Ids
-    artifact: Ids | None = None
-    bos_ids: Ids = ()
+    artifact: Ids | None
+    bos_ids: Ids
 
 
 @dataclass(frozen=True)
@@ -209,12 +230,6 @@ class Evidence:
     def budget_tokens(self) -> int:
         """Token cap at which thinking lengths are restricted."""
         return length_budget(self.settings)
-
-    def count_disagreements(self, predicate: Callable[[AnswerRecord], bool]) -> paired.PairedCounts:
-        """Count the prompts for which a test holds in one arm only; ``n10`` is dense only."""
-        return paired.paired_counts(
-            self.dense.group_by_prompt(predicate), self.pruned.group_by_prompt(predicate)
-        )
 
 
 def length_budget(settings: Verification) -> int:

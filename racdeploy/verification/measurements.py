@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import sparse_kernels
-from racdeploy.engines.engine import Engine, EngineSettings, Progress
+from racdeploy.engines.engine import Engine, EngineSettings, Logits, Progress
 from racdeploy.exporting import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.models.renumbering import map_new_ids, translate_ids
@@ -30,9 +30,8 @@ from racdeploy.verification.evidence import (
     StopIds,
     TokenProbe,
 )
+from racdeploy.verification.stats.distributions import Floats
 
-Logits = NDArray[np.float32]
-Floats = NDArray[np.float64]
 MAX_POSITION_BINS = 48
 """Maximum number of points of a curve over the positions of the completions."""
 _ROWS = 64  # of logits compared at a time: they are copied to float64, which costs memory
@@ -272,7 +271,7 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
 
 def _processor() -> str:
     """Return the processor's model name; platform.processor() is empty on many Linux systems."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

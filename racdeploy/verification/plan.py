@@ -39,9 +39,7 @@ def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expe
 
     At least one prompt counts as discordant: a rate of 0 would promise certainty.
     """
-    pairs = paired.paired_counts(
-        dense.group_by_prompt(is_correct), pruned.group_by_prompt(is_correct)
-    )
+    pairs = dense.count_disagreements(pruned, is_correct)
     discordant = max(pairs.n10 + pairs.n01, 1) / pairs.n
 
     before = dense.group_by_prompt(thinking_tokens)

@@ -23,7 +23,7 @@ from racdeploy.verification.evidence import (
     run_checks,
     thinking_tokens,
 )
-from racdeploy.verification.stats import lengths, paired
+from racdeploy.verification.stats import paired
 
 
 def build_report(
@@ -110,7 +110,7 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
     outcomes = Counter((dense.correct, pruned.correct) for dense, pruned in records)
 
     # The interval needs prompts, corrected for several samples; n10 and n01 below count answers.
-    pairs = evidence.count_disagreements(is_correct)
+    pairs = evidence.dense.count_disagreements(evidence.pruned, is_correct)
     interval = paired.drop_interval(*pairs, evidence.gate.confidence)
 
     verdict = checks["accuracy"].verdict
@@ -142,18 +142,14 @@ def _compare_rivals(evidence: Evidence) -> tuple[RivalRow, ...]:
         return ()
 
     confidence = evidence.gate.confidence
-    pruned_right = evidence.pruned.group_by_prompt(is_correct)
-    pruned_lengths = evidence.pruned.group_by_prompt(thinking_tokens)
+    pruned = evidence.pruned
 
     # The rival comes first: a "drop" from rival to pruned is the rival's gain.
     rows = []
     for arm in (evidence.dense, *evidence.rivals):
-        pairs = paired.paired_counts(arm.group_by_prompt(is_correct), pruned_right)
+        pairs = arm.count_disagreements(pruned, is_correct)
         gain = paired.drop_interval(*pairs, confidence)
-
-        arm_lengths = arm.group_by_prompt(thinking_tokens)
-        budget = evidence.budget_tokens
-        length = lengths.length_ratio(pruned_lengths, arm_lengths, budget, confidence)
+        length = pruned.length_ratio(arm, thinking_tokens, evidence.budget_tokens, confidence)
         rows.append(
             RivalRow(
                 name=arm.name,

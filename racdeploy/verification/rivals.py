@@ -17,6 +17,7 @@ _MAX_SIZE_RATIO = 1.02  # rival to artifact; no format hits a size exactly
 
 def find_same_size_quants(
     settings: Export,
+    reference: str,
     dense: ExportResult,
     pruned: ExportResult,
     shapes: Mapping[str, tuple[int, ...]],
@@ -25,9 +26,9 @@ def find_same_size_quants(
     """Return the widest quants whose dense model is at most about as large as the artifact.
 
     A plain artifact has a second size, the one that packing would give it, and so a second rival.
-    The export's own quant is left out: it is the dense arm's.
 
     Args:
+        reference: number format of the dense arm, which is left out.
         shapes: shapes of the dense model's prunable weights by name.
         sparsity: share of zeros in the prunable weights that were kept.
     """
@@ -42,7 +43,8 @@ def find_same_size_quants(
         sizes.append(pruned.size_bytes - zero_bytes + mask_bytes)
 
     rest_bytes = dense.size_bytes - _linear_bytes(dense, shapes)
-    bits = _bits_by_quant(settings, {row for _, row in shapes.values()})
+    bits = _bits_by_quant(settings.format, {row for _, row in shapes.values()})
+    bits.pop(reference, None)
 
     def preference(name: str) -> tuple[float, bool, str]:
         # ggml's K formats are the better ones of equal width.
@@ -78,14 +80,13 @@ def _list_linears(exported: ExportResult, names: Iterable[str]) -> list[Exported
     return [tensor for tensor in exported.tensors if tensor.source in sources]
 
 
-def _bits_by_quant(settings: Export, row_lengths: set[int]) -> dict[str, float]:
-    """Return the bits per weight of the quants that fit the export's format and the row lengths."""
+def _bits_by_quant(form: str, row_lengths: set[int]) -> dict[str, float]:
+    """Return the bits per weight of the quants that fit a file format and the row lengths."""
     bits = {}
     for name in plugins.list_names("quant"):
         chosen = quant.load(name)
-        if name == settings.quant or settings.format not in chosen.FORMATS:
-            continue
-        if not any(quant.explain_misfit(chosen, row) for row in row_lengths):
+        fits = not any(quant.explain_misfit(chosen, row) for row in row_lengths)
+        if fits and form in chosen.FORMATS:
             bits[name] = chosen.BITS
 
     return bits

@@ -53,8 +53,9 @@ def test_a_plan_says_in_words_what_is_built_and_what_can_be_shown(tmp_path: Path
 def test_zeros_that_will_be_lost_are_in_the_plan(tmp_path: Path) -> None:
     """Not only in its JSON."""
     lossy = ("--sparsity", "0.5", "--quant", "q4_k_m", "--allow-losing-zeros")
-    *_, last = list_groups(_plan(tmp_path, *lossy))["prunes"][:3]
-    assert last.startswith("loses zeros: quant q4_k_m does not keep zeros: 24 of 28 linears")
+    lossy += ("--set", 'export.rounding="nearest"')
+    lost = "loses zeros: quant q4_k_m does not keep zeros: 24 of 28 linears"
+    assert any(line.startswith(lost) for line in list_groups(_plan(tmp_path, *lossy))["prunes"])
 
 
 def test_the_folder_that_was_asked_for_is_named(tmp_path: Path) -> None:

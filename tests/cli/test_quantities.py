@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from racdeploy.cli.quantities import read_duration, read_size
+from racdeploy.cli.options import read_duration, read_size
 from tests.support.errors import raises
 
 
@@ -17,6 +17,7 @@ from tests.support.errors import raises
         ("1.5g", 1_500_000_000),
         ("512 MiB", 512 << 20),
         ("1KiB", 1024),
+        ("4Gi", 4 << 30),
     ],
 )
 def test_a_size_has_a_unit_or_is_in_bytes(text: str, size_bytes: int) -> None:

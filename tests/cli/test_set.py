@@ -29,7 +29,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 DEFAULTS = dict(_leaves(Recipe.combine(None, {}).model_dump(mode="json")))
 
 
-@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if value is not None])
+@pytest.mark.parametrize(
+    "key", [key for key, value in DEFAULTS.items() if value is not None and key != "rungs"]
+)
 def test_every_key_of_a_recipe_is_reached(key: str) -> None:
     """Its own value, written as TOML, gives the same recipe, but for what a target proposes to
     prune: that yields to whoever says what is pruned.
@@ -43,6 +45,8 @@ def test_every_key_of_a_recipe_is_reached(key: str) -> None:
     if key.startswith(("prune.", "structure.")):
         del asked["structure"], whole["structure"], asked["prune"]["sparsity"]
         del whole["prune"]["sparsity"]
+    if asked["rungs"] == []:  # what is pruned or stored was said
+        del whole["rungs"], asked["rungs"]
     assert asked == whole
 
 

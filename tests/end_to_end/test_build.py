@@ -36,6 +36,7 @@ def _problems(folder: Path) -> Path:
 def _recipe(folder: Path) -> Path:
     file = folder / "recipe.toml"
     text = "[traces]\nmax_new_tokens = 24\nbatch_size = 8\n[calibration]\nkeep_truncated = true\n"
+    text += '[export]\nquant = "q8_0"\n'
     file.write_text(
         text + "[verify]\nmax_new_tokens = 24\ncontext_tokens = 128\nlogit_traces = 2\n",
         encoding="utf-8",

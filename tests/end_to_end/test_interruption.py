@@ -21,6 +21,8 @@ batch_size = 4
 max_new_tokens = 16
 [calibration]
 keep_truncated = true
+[export]
+quant = "q8_0"
 [verify]
 count = 4
 max_new_tokens = 16

@@ -82,9 +82,9 @@ THREE = "".join(PROBLEM.replace("2 +", f"{number} +") for number in range(3))
 
 MISTAKES = {
     "zeros that the number format loses": Mistake(
-        "build --quant q4_k_m --sparsity 0.5 --dry-run",
+        "build --quant iq4_nl --sparsity 0.5 --dry-run",
         "zeros-would-be-lost",
-        ("q4_k_m", "q8_0", "--allow-losing-zeros", "--keep ffn=0.75"),
+        ("iq4_nl", "q8_0", "--allow-losing-zeros", "--keep ffn=0.75"),
     ),
     "threads below 0": _below_0("build --dry-run --threads -2"),
     "threads below 0 for run": _below_0("run bundle hello --threads -1"),

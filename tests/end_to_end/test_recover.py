@@ -27,6 +27,8 @@ refit_steps = 0
 [recover]
 learning_rate = 1e-3
 batch_tokens = 400
+[export]
+quant = "q8_0"
 [verify]
 max_new_tokens = 24
 context_tokens = 128

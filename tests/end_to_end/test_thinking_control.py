@@ -21,6 +21,8 @@ closing = " Done."
 close_bias = 0.5
 hesitation = ["and", "Alternatively"]
 tune = true
+[export]
+quant = "q8_0"
 [verify]
 max_new_tokens = 24
 context_tokens = 128

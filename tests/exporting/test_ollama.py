@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from racdeploy.exporting.gguf.ollama import make_go_template
+from racdeploy.exporting.gguf.programs import make_go_template
 from racdeploy.runtime.template import ChatTemplate, Message
 from racdeploy.sandbox.client import Sandbox
 

@@ -28,7 +28,6 @@ from racdeploy.exporting.onnx import export, exporter_choice, measure
 from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph, export_verified_graph
-from racdeploy.exporting.onnx.exporters.genai import unpadding
 from racdeploy.exporting.onnx.padding import find_unsupported_widths, write_padded_model
 from racdeploy.manifest import Manifest
 from racdeploy.models import widths
@@ -167,7 +166,7 @@ def test_a_wrong_number_of_heads_fails_the_comparison(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin's attention over the model's own weights does not run, and is not chosen."""
-    monkeypatch.setattr(unpadding, "_fit_attention", lambda graph, checkpoint: None)
+    monkeypatch.setattr(genai, "_fit_attention", lambda graph, checkpoint: None)
     with raises("no-onnx-exporter", "genai: the comparison with torch"):
         export_verified_graph(checkpoint, "genai")
 
@@ -177,7 +176,7 @@ def test_other_heads_of_the_same_number_are_noticed(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are compared value by value, so padding that is taken for a head is found."""
-    find_own = unpadding.find_axis_indices
+    find_own = genai.find_axis_indices
 
     def take_last(checkpoint: Checkpoint, name: str) -> Any:
         own = find_own(checkpoint, name)
@@ -185,7 +184,7 @@ def test_other_heads_of_the_same_number_are_noticed(
             return own
         return own[0] + checkpoint.shape.head_dim, *own[1:]
 
-    monkeypatch.setattr(unpadding, "find_axis_indices", take_last)
+    monkeypatch.setattr(genai, "find_axis_indices", take_last)
     with raises("no-onnx-exporter", "'model.layers.1.self_attn.q_proj.weight'"):
         export_verified_graph(checkpoint, "genai")
 

@@ -23,8 +23,7 @@ from racdeploy.exporting.gguf.pretokenizers import (
     find_pre_tokenizer,
 )
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.verification.mixed_text import make_mixed_lines
-from racdeploy.verification.probe_strings import read_probe_strings
+from racdeploy.verification.probe_strings import make_mixed_lines, read_probe_strings
 from tests.support.errors import raises
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import make_checkpoint

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from racdeploy.engines import token_log
+from racdeploy.engines import completion_log
 from racdeploy.engines.backends.transformers import TransformersEngine
+from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.engine import Completion
-from racdeploy.engines.token_log import TokenLog
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
@@ -51,7 +51,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return generate(self, prompts, sampling, listen, *more)
 
     monkeypatch.setattr(TransformersEngine, "generate", killed)
-    monkeypatch.setattr(token_log, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(completion_log, "_FLUSH_S", 0.0)
     return told
 
 

@@ -38,7 +38,9 @@ def _job(**options: Any) -> Job:
 
 
 def _asking(quant: str, **export: Any) -> Job:
-    return _job(prune={"sparsity": 0.5}, export={"quant": quant, **export})
+    """Return a job with zeros, rounded to nearest: chosen codes would keep them."""
+    rounded = {"rounding": "nearest", **export}
+    return _job(prune={"sparsity": 0.5}, export={"quant": quant, **rounded})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,8 @@ def test_zeros_that_would_be_lost_are_an_error(quant: str) -> None:
 
 def test_formats_named_are_those_that_the_target_takes() -> None:
     """A way out that the target refuses would be none."""
-    job = _job(target="raspberry-pi-5", prune={"sparsity": 0.5}, export={"quant": "q4_k"})
+    export = {"quant": "q4_k", "rounding": "nearest"}
+    job = _job(target="raspberry-pi-5", prune={"sparsity": 0.5}, export=export)
     with raises("zeros-would-be-lost", "one of q3_k, q4_0, q5_0, q8_0;"):
         check_zeros(job)
 
@@ -65,10 +68,12 @@ def test_formats_named_are_those_that_the_target_takes() -> None:
     [
         _asking("q8_0"),
         _asking("sparse_q4"),
+        _asking("q4_k", rounding="optimized"),
+        _job(prune={"sparsity": 0.5}, export={"quant": "q4_k"}),
         _job(structure={"keep": {"ffn": 0.5}}, export={"quant": "q4_k_m"}),
         _job(export={"quant": "q4_k_m"}),
     ],
-    ids=["kept", "kept by a preset", "cut", "as the target proposes"],
+    ids=["kept", "kept by a preset", "chosen codes", "unset", "cut", "as the target proposes"],
 )
 def test_nothing_is_refused_where_nothing_is_lost(job: Job) -> None:
     """Formats that keep zeros, and models that are cut and have none, need no leave."""

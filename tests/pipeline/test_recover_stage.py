@@ -70,7 +70,7 @@ class Asked:
 
 def make_stage(place: Workspace, dense: Checkpoint, settings: Recovery) -> RecoverStage:
     encoder = PromptEncoder.from_folder(dense.folder)
-    return RecoverStage(place, dense, encoder, settings, CALIBRATION, "")
+    return RecoverStage(place, dense, encoder, settings, CALIBRATION)
 
 
 @pytest.fixture
@@ -130,13 +130,13 @@ def test_codes_are_chosen_once_the_weights_are_done(
         return Path(shutil.copytree(folder, tmp_path / "coded"))
 
     settings = stage.settings.model_copy(update={"methods": methods, "on_policy": 0.0})
-    coding = replace(stage, settings=settings, quant="q4_0")
+    coding = replace(stage, settings=settings)
     asked = Asked(tmp_path, [0.5, 0.8, 0.9])
     found = coding.run(model, "tiny-recovered", asked, choose_codes)
 
     assert chosen == [(asked.models[1], DENSE, "tiny-recovered")]
     assert (found.folder == tmp_path / "coded") is not moved
-    assert "codes of q4_0 were chosen after recovery" in found.notes
+    assert "the codes of the number format were chosen after recovery" in found.notes
     assert found.before_recovery == model.folder
 
 

@@ -13,7 +13,7 @@ from racdeploy.models.renumbering import read_old_ids
 from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pruning.structures import vocabulary
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verification.mixed_text import make_mixed_lines
+from racdeploy.verification.probe_strings import make_mixed_lines
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 

@@ -31,8 +31,7 @@ def _job(folder: Path, **more: Any) -> Job:
 def test_a_file_of_several_formats_holds_the_very_weights(tmp_path: Path) -> None:
     """Each linear in its own; under the formats of others they are no codes."""
     dense = Checkpoint(make_checkpoint(tmp_path / "dense", "llama"))
-    quants = _job(dense.folder).rounding_quant
-    assert not isinstance(quants, str)
+    quants = _job(dense.folder).rounding_quants
     assert quants["model.layers.1.mlp.down_proj"] == "q8_0"
     assert quants["model.layers.0.self_attn.k_proj"] == "q5_0"
     assert quants["model.layers.0.mlp.down_proj"] == "q4_0"
@@ -65,17 +64,17 @@ def test_a_file_of_several_formats_holds_the_very_weights(tmp_path: Path) -> Non
     }
 
 
-def test_one_format_has_its_name(tmp_path: Path) -> None:
-    """Of the linears that are not kept dense; a format without a grid is refused."""
+def test_each_linear_that_is_not_kept_dense_has_a_format(tmp_path: Path) -> None:
+    """A format without a grid is refused."""
     folder = make_checkpoint(tmp_path / "dense", "llama")
     ignored = ["self_attn.[qk]_proj$", r"1\.mlp.down_proj$"]
-    assert _job(folder, prune={"ignore": ignored}).rounding_quant == "q4_0"
-    with raises("no-optimized-rounding", "'f16'"):
-        _ = _job(folder, export={"quant": "f16", "tensors": {}}).rounding_quant
+    assert {*_job(folder, prune={"ignore": ignored}).rounding_quants.values()} == {"q4_0"}
+    with raises("no-optimized-rounding", "as f16"):
+        _ = _job(folder, export={"quant": "f16", "tensors": {}}).rounding_quants
 
 
 def test_blocks_that_go_need_one_format(tmp_path: Path) -> None:
     """Patterns are of the file, which numbers blocks otherwise."""
     folder = make_checkpoint(tmp_path / "dense", "llama")
     with raises("codes-need-all-blocks"):
-        _ = _job(folder, structure={"keep": {"blocks": 0.5}}).rounding_quant
+        _ = _job(folder, structure={"keep": {"blocks": 0.5}}).rounding_quants

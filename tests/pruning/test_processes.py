@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import racdeploy
 from racdeploy.files.writing import file_sha256
 from racdeploy.pipeline import workspace
 from racdeploy.pipeline.build import Build
@@ -60,8 +61,8 @@ def _arguments(folder: Path, work: str) -> list[object]:
 
 def _alone(folder: Path, work: str = "alone") -> dict[str, str]:
     """Prune in this process."""
-    options = {"model": str(folder / "model")}
-    Build(Job(Recipe.combine(folder / "recipe.toml", options)), folder / work, threads=1).prune()
+    recipe = folder / "recipe.toml"
+    racdeploy.prune(str(folder / "model"), recipe=recipe, work=folder / work, threads=1)
     return _contents(folder / work)
 
 

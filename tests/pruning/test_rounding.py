@@ -24,6 +24,7 @@ from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph
 from racdeploy.exporting.onnx.graph import strip_weights
+from racdeploy.files.toml import merge
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.block_pruning import prune_blocks
@@ -504,21 +505,73 @@ def test_an_onnx_file_holds_the_very_codes(
         walk.check(exported, stored)
 
 
-@pytest.mark.parametrize(("name", "offered"), [("f16", "matmulnbits_8"), ("bf16", "q8_0")])
-def test_a_format_without_a_grid_is_refused(name: str, offered: str) -> None:
-    """Said with the formats that work in the same kind of file."""
+def _job(folder: Path, target: str, quant: str, **more: Any) -> Job:
+    asked = {"model": str(folder), "target": target, "export": {"quant": quant}}
+    return Job(Recipe.combine(None, merge(asked, more)))
+
+
+OPTIMIZED = {"export": {"rounding": "optimized"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "offered"), [("onnx", "f16", "matmulnbits_8"), ("gguf", "bf16", "q8_0")]
+)
+def test_a_format_without_a_grid_is_refused(
+    tmp_path: Path, target: str, name: str, offered: str
+) -> None:
+    """Said with the formats that work in the same kind of file; unset, it is stored as it is."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
     with raises("no-optimized-rounding", offered) as refused:
-        quants.load_grid(name)
-    assert ("q8_0" in refused.value.remedy) == ("gguf" in quants.load(name).FORMATS)
+        _ = _job(folder, target, name, **OPTIMIZED).rounding_quants
+    assert ("q8_0" in refused.value.remedy) == (target == "gguf")
+
+    job = _job(folder, target, name)
+    assert job.rounding_quants == {}
+    assert not any("rounded" in note for note in job.input_notes)
 
 
 def test_a_linear_that_is_no_whole_blocks_is_refused_before_any_work(tmp_path: Path) -> None:
     """By name; kept dense, it is no matter, in a GGUF file and in an ONNX file."""
     folder = make_checkpoint(tmp_path / "model", "llama", intermediate_size=80)
     for target, name in (("gguf", "q4_0"), ("onnx", "matmulnbits_4"), ("onnx", "matmulnbits_8")):
-        export = {"quant": name, "rounding": "optimized"}
-        asked: dict[str, Any] = {"model": str(folder), "target": target, "export": export}
-        with raises("quant-does-not-fit", "layers.0.mlp.down_proj", "80 weights"):
-            _ = Job(Recipe.combine(None, asked)).rounding_quant
-        ignored = {**asked, "prune": {"ignore": ["down_proj"]}}
-        assert Job(Recipe.combine(None, ignored)).rounding_quant == name
+        with raises("no-optimized-rounding", "layers.0.mlp.down_proj", "stored as f16"):
+            _ = _job(folder, target, name, **OPTIMIZED).rounding_quants
+        ignored = _job(folder, target, name, **OPTIMIZED, prune={"ignore": ["down_proj"]})
+        assert {*ignored.rounding_quants.values()} == {name}
+
+        unset = _job(folder, target, name).rounding_quants
+        assert unset == ignored.rounding_quants
+
+
+def test_rows_that_blocks_of_256_do_not_divide_get_the_format_that_fits(tmp_path: Path) -> None:
+    """As many bits, where there is such a format, and chosen codes as well."""
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    chosen = _job(folder, "gguf", "q4_k").rounding_quants
+    assert {*chosen.values()} == {"q4_0"}
+    assert len(chosen) == len(Checkpoint(folder).shape.prunable_weights)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "error"),
+    [
+        ("granitemoehybrid", {"tensors": {"ffn_gate": "q8_0"}}, "codes-need-one-quant"),
+        ("llama", {"tensors": {r"blk\.1\.ffn_down": "q8_0"}}, "codes-need-all-blocks"),
+    ],
+)
+def test_what_cannot_be_optimized_is_noted(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], error: str
+) -> None:
+    """Rounded to nearest by default, with a note; an error where optimized was asked for."""
+    folder = make_checkpoint(tmp_path / "model", model_type)
+    keep = {"blocks": 0.5} if error == "codes-need-all-blocks" else {"ffn": 1.0}
+    settings = {"export": settings, "structure": {"keep": keep}}
+
+    job = _job(folder, "gguf", "q4_0", **settings)
+    fused = [name for name in job.prunable_weights if len({*job.quants_of(name)}) > 1]
+    rounded = {f"{linear}.weight" for linear in job.rounding_quants}
+    assert {*job.prunable_weights} - rounded == {*(fused or job.prunable_weights)}
+    (note,) = (note for note in job.input_notes if note.startswith("rounded to nearest"))
+
+    with raises(error) as refused:
+        _ = _job(folder, "gguf", "q4_0", **merge(settings, OPTIMIZED)).rounding_quants
+    assert refused.value.message in note

@@ -26,8 +26,7 @@ from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.sandbox import tokenizer as reading
 from racdeploy.tensors import safetensors
-from racdeploy.verification.mixed_text import make_mixed_lines
-from racdeploy.verification.probe_strings import read_probe_strings
+from racdeploy.verification.probe_strings import make_mixed_lines, read_probe_strings
 from tests.support.cut_models import cut_checkpoint
 from tests.support.errors import raises
 from tests.support.llama_child import ask_llama

@@ -349,15 +349,15 @@ def test_rows_are_on_a_grid_where_all_rows_are(tmp_path: Path) -> None:
     codes = draw_codes("q8_0", 2, 64)
     weight_OI = torch.from_numpy(read_as_file("q8_0", codes))
     stored = store_codes(tmp_path, "w", "q8_0", codes)
-    assert ScaleParameters({}, {"w": weight_OI}, "q8_0", stored).parameters
-    assert ScaleParameters({}, {"w": weight_OI}, "q8_0", stored, _Differing()).parameters == {}
+    assert ScaleParameters({}, {"w": weight_OI}, stored).parameters
+    assert ScaleParameters({}, {"w": weight_OI}, stored, _Differing()).parameters == {}
 
 
 def test_a_process_may_have_no_rows(tmp_path: Path) -> None:
     """Where there are more processes than a linear can be cut for."""
     weight_OI = torch.zeros(0, 64)
     stored = store_codes(tmp_path, "w", "q4_0", draw_codes("q4_0", 0, 64))
-    variables = ScaleParameters({}, {"w": weight_OI}, "q4_0", stored)
+    variables = ScaleParameters({}, {"w": weight_OI}, stored)
     weight_OI.grad = torch.zeros(0, 64)
     variables.weights["w"] = weight_OI
     variables.propagate_gradients()
@@ -370,7 +370,7 @@ def test_a_process_without_the_pruned_model_ends_the_job(tmp_path: Path) -> None
     dense = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     place = Workspace(tmp_path / "work", 1, None, _Differing())
     encoder = PromptEncoder.from_folder(dense.folder)
-    stage = RecoverStage(place, dense, encoder, Recovery(), Calibration(), "")
+    stage = RecoverStage(place, dense, encoder, Recovery(), Calibration())
 
     given = {"sparse": dense.folder, "sha256": dense.sha256}
     with raises("work-folder-not-shared", "process 1 ", str(dense.folder)):

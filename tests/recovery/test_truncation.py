@@ -10,8 +10,7 @@ import torch
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recovery.divergence import LMHead
-from racdeploy.recovery.training_batches import dense_states
-from racdeploy.recovery.truncation import (
+from racdeploy.recovery.on_policy import (
     MIN_LIKELY_SHARE,
     TOP_K,
     WINDOW_TOKENS,
@@ -19,6 +18,7 @@ from racdeploy.recovery.truncation import (
     find_likely_tokens,
     truncate_answers,
 )
+from racdeploy.recovery.training_batches import dense_states
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from racdeploy.files.toml import read_toml
 from racdeploy.report import markdown
 from racdeploy.report.terminal import print_tuning
-from racdeploy.report.tuning_charts import draw_accuracy
 from racdeploy.report.tuning_files import (
     FILE,
     PAGE,
@@ -26,7 +25,7 @@ from racdeploy.report.tuning_files import (
     read_tuning,
     write_tuning,
 )
-from racdeploy.report.tuning_page import render
+from racdeploy.report.tuning_page import draw_accuracy, render
 from racdeploy.report.tuning_tables import (
     describe_device,
     list_facts,

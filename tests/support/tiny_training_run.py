@@ -61,7 +61,6 @@ def make_training_run(
         settings=Recovery(tokens=tokens, **{**_SETTINGS, **(settings or {})}),
         tokens=tokens,
         direction="forward",
-        quant=quant,
         folder=phase,
         out=folder / "recovered",
         device=torch.device("cpu"),

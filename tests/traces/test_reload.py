@@ -8,7 +8,7 @@ import pytest
 
 from racdeploy.engines.backends.server import http as http_client
 from racdeploy.recipe import Traces
-from racdeploy.traces.reload import load_weights, loaded_weights
+from racdeploy.traces.server import load_weights, loaded_weights
 from tests.support.completion_server import Answer, Json, Reply, serving
 from tests.support.errors import raises
 from tests.support.real_server import free_port

@@ -25,7 +25,7 @@ def _chosen(
 ) -> list[str]:
     shapes = {"w": (ROWS * ROW // row, row)}
     return find_same_size_quants(
-        Export(packing=packing), _exported(8.5), _exported(bits), shapes, sparsity
+        Export(packing=packing), "q8_0", _exported(8.5), _exported(bits), shapes, sparsity
     )
 
 

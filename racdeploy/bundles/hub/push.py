@@ -1,20 +1,24 @@
 """Upload a bundle to a Hub repository, beside other bundles.
 
 The whole commit is planned first: ``--dry-run`` shows the plan, and a plan that would overwrite
-files of another bundle or of other origin is refused.
+files of another bundle or of other origin is refused. The repository's model card has metadata, a
+table of files, and commands.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from racdeploy.bundles.hub.card import CARD_MARK, write_card
+from racdeploy import plugins
 from racdeploy.bundles.hub.layout import (
     BUNDLES_FOLDER,
+    SPLIT_SUFFIX,
     list_public_paths,
     map_local_files,
     name_bundle,
@@ -22,8 +26,72 @@ from racdeploy.bundles.hub.layout import (
 from racdeploy.bundles.hub.remote import HubNotFoundError, HubRepository, HubUnreachableError
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import read_bytes
+from racdeploy.files.templates import render_text
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import Manifest
+from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.report.tables import format_bytes
+
+CARD_MARK = "<!-- written by racdeploy push -->"
+"""Marker of cards that racdeploy wrote and may overwrite."""
+_SPARSE_FROM = 0.1  # zeros in the file
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_card(repository: str, bundles: Mapping[str, Manifest]) -> str:
+    """Return the README.md of a repository; ``bundles`` maps their names there to manifests."""
+    ordered = dict(sorted(bundles.items()))
+    manifests = ordered.values()
+    entries = [entry for manifest in manifests for entry in manifest.artifacts]
+    formats = sorted({entry.format for entry in entries})
+    zeros = max(manifest.pruning.get("sparsity_file", 0.0) for manifest in manifests)
+
+    return render_text(
+        "racdeploy.bundles.hub",
+        "card.jinja",
+        licenses=[each.base["license"] for each in manifests if each.base.get("license")],
+        base_models=sorted({name for each in manifests if (name := _find_base_model(each))}),
+        library=plugins.read_constants("formats", formats[0])["HUB_LIBRARY"],
+        tags=["racdeploy", *(["sparse"] if zeros >= _SPARSE_FROM else []), "reasoning", *formats],
+        repository=repository,
+        names=sorted({_plain(each.base.get("name", "a model")) for each in manifests}),
+        bundles=ordered,
+        has_commands=any(map(_is_stock, entries)),
+        mark=CARD_MARK,
+        as_json=json.dumps,
+        plain=_plain,
+        number=_number,
+        readable_bytes=format_bytes,
+        is_stock=_is_stock,
+        quant_tag=_quant_tag,
+    )
+
+
+def _find_base_model(manifest: Manifest) -> str:
+    """Return the Hub id of the base model; empty if it was a local folder."""
+    name = str(manifest.base.get("model", ""))
+    return name if manifest.base.get("revision") and _HUB_ID.fullmatch(name) else ""
+
+
+def _is_stock(entry: ArtifactEntry) -> bool:
+    """Return True if unmodified llama.cpp and Ollama run the file."""
+    return entry.format == "gguf" and entry.packing == "plain"
+
+
+def _quant_tag(entry: ArtifactEntry) -> str:
+    """Return the number format from the file name, by which llama.cpp and Ollama select it."""
+    stem = PurePosixPath(entry.path).name.removesuffix(".gguf")
+    return SPLIT_SUFFIX.sub("", stem).rpartition("-")[2]
+
+
+def _number(value: object, form: str = ".2f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "–"
+
+
+def _plain(value: object) -> str:
+    """Return a text that is safe inside a cell or link: it comes from a stranger's manifest."""
+    line = " ".join(str(value).split())
+    return re.sub(r"[|<>\[\]`]", "", line)[:200]
+
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

@@ -8,9 +8,7 @@ from __future__ import annotations
 import glob
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +23,7 @@ from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, 
 from racdeploy.files.reading import Json, read_json
 from racdeploy.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from racdeploy.plugins import require_package
+from racdeploy.runtime.streams import DaemonThreadPool
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,7 +54,7 @@ class HubRepository:
     """A model repository at a revision; an empty revision is the main branch."""
 
     name: str
-    revision: str = ""
+    revision: str
 
     def __post_init__(self) -> None:
         if not _REPOSITORY.fullmatch(self.name):
@@ -174,15 +173,7 @@ class HubRepository:
         """
         errors = _import_errors()
         limit_s = None if size_bytes is None else _MAX_WAIT_S + size_bytes / _MIN_BYTES_PER_S
-        answer: Future[T] = Future()
-
-        def settle() -> None:
-            try:
-                answer.set_result(call())
-            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-                answer.set_exception(error)
-
-        threading.Thread(target=settle, daemon=True).start()
+        answer = DaemonThreadPool(1).submit(call)
         try:
             return answer.result(limit_s)
         except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:

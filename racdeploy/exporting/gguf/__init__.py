@@ -24,6 +24,7 @@ from racdeploy.packing import racgguf
 BACKEND = "llamacpp"
 REQUIRED_PACKAGES = {"llama_cpp": "llamacpp"}
 HUB_LIBRARY = "gguf"
+COMMON_QUANTS = ("q8_0", "q4_k_m")
 COMPARES_F32 = False
 OPTIONS = ("accept_token_differences", "importance", "pre_tokenizer", "split_bytes", "tensors")
 TOKENIZER_PREFIX = "tokenizer.ggml."

@@ -140,7 +140,15 @@ def make_rope_factors(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
         return {"rope_freqs.weight": _llama3_factors(shape)}
 
     if rope["rope_type"] == "proportional":
-        return {"rope_freqs.weight": _proportional_factors(shape)}
+        # Huge divisors stop a rotation in full attention.
+        head_size = shape.integer("global_head_dim")
+        share = _number(shape, shape.config, "partial_rotary_factor")
+        turning = int(head_size * share / 2)
+        return {
+            "rope_freqs.weight": np.where(np.arange(head_size // 2) < turning, 1, 1e30).astype(
+                np.float32
+            )
+        }
 
     if rope["rope_type"] != "longrope":
         return {}
@@ -182,17 +190,6 @@ def _llama3_factors(shape: ModelShape) -> NDArray[np.float32]:
     factor_K[wavelength_K > context / low] = factor
     factor_K[wavelength_K < context / high] = 1
     return factor_K.astype(np.float32)
-
-
-def _proportional_factors(shape: ModelShape) -> NDArray[np.float32]:
-    """Return divisors of the rotary frequencies of full attention; huge ones stop a rotation.
-
-    Source: llama.cpp ``conversion/gemma.py`` (``Gemma4Model.generate_extra_tensors``).
-    """
-    head_size = shape.integer("global_head_dim")
-    share = _number(shape, shape.config, "partial_rotary_factor")
-    turning = int(head_size * share / 2)
-    return np.where(np.arange(head_size // 2) < turning, 1, 1e30).astype(np.float32)
 
 
 def _check_windows(shape: ModelShape) -> None:

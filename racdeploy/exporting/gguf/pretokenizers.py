@@ -6,10 +6,11 @@ Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from racdeploy.errors import ModelError
+from racdeploy.files.reading import Json
 from racdeploy.models.tokenizer_schema import flatten_sequence
 
 _MAX_SHOWN = 500  # characters of steps in a message
@@ -63,7 +64,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def find_approximation(tokenizer: Mapping[str, Any]) -> Approximation | None:
+def find_approximation(tokenizer: Json) -> Approximation | None:
     """Return the approximation of a pre-tokenizer without an equal in llama.cpp, or None."""
     for step in _name_steps(tokenizer.get("pre_tokenizer")):
         if known := APPROXIMATE_PRE_TOKENIZERS.get(step.removeprefix("split ")):
@@ -71,7 +72,7 @@ def find_approximation(tokenizer: Mapping[str, Any]) -> Approximation | None:
     return None
 
 
-def find_pre_tokenizer(tokenizer: Mapping[str, Any], *, approximate: bool = False) -> str:
+def find_pre_tokenizer(tokenizer: Json, *, approximate: bool = False) -> str:
     """Return llama.cpp's name for the pre-tokenizer of a parsed tokenizer.json.
 
     Args:
@@ -104,7 +105,7 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any], *, approximate: bool = Fals
     return name
 
 
-def describe_lost_normalizer(tokenizer: Mapping[str, Any]) -> str:
+def describe_lost_normalizer(tokenizer: Json) -> str:
     """Return a note on a normalizer that llama.cpp does not apply, or an empty string."""
     kinds = [
         step.get("type") for step in flatten_sequence(tokenizer.get("normalizer"), "normalizers")

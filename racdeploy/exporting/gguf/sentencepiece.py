@@ -13,10 +13,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
 
 from racdeploy.errors import MissingExtraError, ModelError
 from racdeploy.exporting.gguf.pretokenizers import format_steps
+from racdeploy.files.reading import Json
 from racdeploy.models.tokenizer_schema import flatten_sequence, read_merges
 
 Encode = Callable[[str], list[int]]
@@ -28,20 +28,20 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _SPLIT_SPACES = {
     "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
 }  # fmt: skip
-_FORMS: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]], bool], ...] = (
+_FORMS: tuple[tuple[list[Json], list[Json], bool], ...] = (
     ([_PREPEND, _REPLACE], [], True),
     ([_REPLACE], [], False),
     ([_REPLACE], [_SPLIT_SPACES], False),  # no space is left to split at
 )
 
 
-def is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+def is_sentencepiece(tokenizer: Json) -> bool:
     """Return True if a tokenizer.json spells unknown characters in bytes, as SentencePiece does."""
     model = tokenizer.get("model") or {}
     return model.get("type", "BPE") == "BPE" and bool(model.get("byte_fallback"))
 
 
-def adds_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
+def adds_space_prefix(tokenizer: Json) -> bool:
     """Return True if a text gets a space in front, also after a special token."""
     normalizer = flatten_sequence(tokenizer.get("normalizer"), "normalizers")
     pre_tokenizer = flatten_sequence(tokenizer.get("pre_tokenizer"), "pretokenizers")
@@ -66,9 +66,7 @@ def adds_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
     )
 
 
-def _only_replaces_spaces(
-    pre_tokenizer: list[dict[str, Any]], tokenizer: Mapping[str, Any]
-) -> bool:
+def _only_replaces_spaces(pre_tokenizer: list[Json], tokenizer: Json) -> bool:
     """Return True for a Metaspace that adds no space in front and whose splits change nothing."""
     match pre_tokenizer:
         case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", **rest}]:
@@ -77,13 +75,13 @@ def _only_replaces_spaces(
     return False
 
 
-def merges_across_lines(tokenizer: Mapping[str, Any]) -> bool:
+def merges_across_lines(tokenizer: Json) -> bool:
     """Return True if a merge joins the end of a line to other characters."""
     made = map("".join, read_merges(tokenizer["model"]))
     return any("\n" in piece and piece.strip("\n") for piece in made)
 
 
-def check_merges(tokenizer: Mapping[str, Any], added: AbstractSet[str], encode: Encode) -> None:
+def check_merges(tokenizer: Json, added: AbstractSet[str], encode: Encode) -> None:
     """Refuse merges that llama.cpp would apply differently in the form of Gemma 4.
 
     Args:
@@ -108,7 +106,7 @@ def check_merges(tokenizer: Mapping[str, Any], added: AbstractSet[str], encode: 
             )
 
 
-def check_added_tokens(added: Mapping[int, Mapping[str, Any]], add_space_prefix: bool) -> None:
+def check_added_tokens(added: Mapping[int, Json], add_space_prefix: bool) -> None:
     """Refuse added tokens that llama.cpp would search in another text than the tokenizer."""
     for token in added.values():
         content = token["content"]
@@ -131,8 +129,8 @@ def check_added_tokens(added: Mapping[int, Mapping[str, Any]], add_space_prefix:
 
 
 def read_scores(
-    tokenizer: Mapping[str, Any],
-    added: Mapping[int, Mapping[str, Any]],
+    tokenizer: Json,
+    added: Mapping[int, Json],
     model: Path,
     *,
     has_fallback: bool,
@@ -151,7 +149,14 @@ def read_scores(
     _check_bytes(vocab)
 
     texts = {token["content"] for token in added.values()}
-    _check_characters(vocab, texts)
+    # Refuse pieces that llama.cpp cannot build from characters of the vocabulary.
+    for piece in vocab.keys() - BYTE_PIECES - texts:
+        unknown = [character for character in piece if character not in vocab]
+        if len(piece) > 1 and unknown:
+            raise ModelError(
+                "unsupported-tokenizer",
+                f"the token {piece!r} holds {unknown[0]!r}, which the tokenizer's vocabulary lacks",
+            )
 
     # Without tokenizer.model, the order of the merges gives the scores.
     made = [left + right for left, right in merges]
@@ -196,17 +201,6 @@ def _find_wrong_join(
     return None
 
 
-def _check_characters(vocab: Mapping[str, int], added: set[str]) -> None:
-    """Refuse pieces that llama.cpp cannot build from characters of the vocabulary."""
-    for piece in vocab.keys() - BYTE_PIECES - added:
-        unknown = [character for character in piece if character not in vocab]
-        if len(piece) > 1 and unknown:
-            raise ModelError(
-                "unsupported-tokenizer",
-                f"the token {piece!r} holds {unknown[0]!r}, which the tokenizer's vocabulary lacks",
-            )
-
-
 def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     """Return for each piece the negative rank of the first merge that makes it.
 
@@ -248,7 +242,7 @@ def _find_wrong_order(made: Sequence[tuple[str, float]], added: set[str]) -> Mod
 
 
 def _read_stored_scores(
-    model: Path, vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]]
+    model: Path, vocab: Mapping[str, int], added: Mapping[int, Json]
 ) -> dict[str, float]:
     """Return the scores of tokenizer.model, whose pieces have to be those of the vocabulary."""
     try:

@@ -49,7 +49,17 @@ def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
         file = path.with_name(name_part(match[1], number, count))
         parts.append((file, _read_part(file, path, number, count)))
 
-    _check_tensors(path, parts)
+    names = [tensor.name for _, header in parts for tensor in header.tensors]
+
+    expected = _read_number(parts[0][1], TENSORS_KEY, len(names))
+    if len(names) != expected or len(set(names)) < len(names):
+        raise ArtifactError(
+            "splits-differ",
+            f"{path.name} and its other parts hold {len(set(names))} different tensors of"
+            f" {expected!r}",
+            remedy="copy all of them again, from one model",
+        )
+
     return parts
 
 
@@ -70,19 +80,6 @@ def _read_part(file: Path, first: Path, number: int, count: int) -> GgufHeader:
         )
 
     return header
-
-
-def _check_tensors(path: Path, parts: list[tuple[Path, GgufHeader]]) -> None:
-    names = [tensor.name for _, header in parts for tensor in header.tensors]
-
-    expected = _read_number(parts[0][1], TENSORS_KEY, len(names))
-    if len(names) != expected or len(set(names)) < len(names):
-        raise ArtifactError(
-            "splits-differ",
-            f"{path.name} and its other parts hold {len(set(names))} different tensors of"
-            f" {expected!r}",
-            remedy="copy all of them again, from one model",
-        )
 
 
 def _read_number(header: GgufHeader, key: str, default: int | None = None) -> int | None:

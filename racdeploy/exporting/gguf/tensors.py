@@ -37,8 +37,6 @@ _IN_F32 = {
     "_norm.weight": VECTORS_IN_F32,
     ".bias": VECTORS_IN_F32,
 }
-# For rows that do not divide into blocks of 256; a quant that keeps zeros falls back to one too.
-_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True)
@@ -322,11 +320,5 @@ def _choose(
         return QuantChoice(mix.quant, "f32", reason)
 
     choice = mix.choose(name, checkpoint.shape.block_count, checkpoint.tied, unfused_names)
-    actual = choice.quant
-    reasons = {choice.reason: None}  # an ordered set
-    # A fallback may not divide the rows either.
-    while reason := quants.explain_misfit(quants.load(actual), shape[-1]):
-        actual = _FALLBACKS.get(actual, "f16")
-        reasons[reason] = None
-
-    return QuantChoice(choice.requested, actual, "; ".join(filter(None, reasons)))
+    actual, misfit = mix.fit_rows(choice.quant, shape[-1])
+    return QuantChoice(choice.requested, actual, "; ".join(filter(None, [choice.reason, misfit])))

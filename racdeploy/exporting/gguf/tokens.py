@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gguf import TokenType
 
 from racdeploy.errors import ArtifactError, ModelError
 from racdeploy.exporting.gguf.sentencepiece import is_sentencepiece
+from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import check_ids, find_token_ids, read_tokenizer, token_text
 from racdeploy.models.tokenizer_schema import flatten_sequence
@@ -28,8 +28,8 @@ _KNOWN_ENDS = {
 class Tokens:
     """Tokens of a parsed tokenizer.json: those added, and the texts of all, by id."""
 
-    tokenizer: Mapping[str, Any]
-    added: Mapping[int, Mapping[str, Any]]
+    tokenizer: Json
+    added: Mapping[int, Json]
     texts: Mapping[int, str]
 
     @classmethod
@@ -38,7 +38,15 @@ class Tokens:
         tokenizer = checkpoint.tokenizer.tokenizer_json
         _check_kind(tokenizer)
         added = {token["id"]: token for token in tokenizer.get("added_tokens") or []}
-        texts = _read_vocabulary(tokenizer["model"]["vocab"])
+
+        texts: dict[int, str] = {}
+        for text, i in tokenizer["model"]["vocab"].items():
+            if texts.setdefault(i, text) != text:
+                raise ArtifactError(
+                    "damaged-tokenizer",
+                    f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}",
+                )
+
         texts |= {i: token["content"] for i, token in added.items()}
         return cls(tokenizer, added, texts)
 
@@ -67,7 +75,7 @@ class Tokens:
         return TokenType.USER_DEFINED
 
 
-def _check_kind(tokenizer: Mapping[str, Any]) -> None:
+def _check_kind(tokenizer: Json) -> None:
     model = tokenizer.get("model")
     if model is None:
         raise ArtifactError("damaged-tokenizer", "tokenizer.json is damaged: it has no model")
@@ -107,18 +115,6 @@ def _check_kind(tokenizer: Mapping[str, Any]) -> None:
         )
 
 
-def _read_vocabulary(vocab: Mapping[str, int]) -> dict[int, str]:
-    texts: dict[int, str] = {}
-    for text, i in vocab.items():
-        if texts.setdefault(i, text) != text:
-            raise ArtifactError(
-                "damaged-tokenizer",
-                f"tokenizer.json is damaged: id {i} has two tokens, {texts[i]!r} and {text!r}",
-            )
-
-    return texts
-
-
 def _looks_special(text: str) -> bool:
     """Return True if llama.cpp's converter treats a token as a control token by its text."""
     if text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
@@ -144,33 +140,7 @@ class SpecialTokens:
 
 def read_special_tokens(checkpoint: Checkpoint, tokens: Tokens) -> SpecialTokens:
     """Read the special tokens: tokenizer_config.json first, then the configs of the model."""
-    ids = _read_ids(checkpoint, tokens)
-    if "eos" not in ids:
-        raise ModelError(
-            "no-eos-token",
-            f"{checkpoint.folder} names no end-of-sequence token; llama.cpp would stop at an"
-            " arbitrary one",
-            remedy="set eos_token in tokenizer_config.json",
-        )
-
-    # A GGUF file can name one more end, eot, beside those that llama.cpp knows by their texts.
-    generation = checkpoint.tokenizer.generation
-    ends = find_token_ids(generation, "eos") + find_token_ids(checkpoint.config, "eos")
-
-    ignored = []
-    for i in dict.fromkeys(ends):
-        text = tokens.texts.get(i)
-        if text is None or i == ids["eos"] or text in _KNOWN_ENDS:
-            continue
-        if ids.setdefault("eot", i) != i:
-            ignored.append(text)
-
-    return SpecialTokens(ids, _read_adds(checkpoint, tokens, ids), tuple(ignored))
-
-
-def _read_ids(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, int]:
     files = checkpoint.tokenizer
-
     id_by_text: dict[str | None, int] = {text: i for i, text in tokens.texts.items()}
 
     # The first file that names a known token decides.
@@ -182,7 +152,26 @@ def _read_ids(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, int]:
             if i is not None and i in tokens.texts:
                 ids.setdefault(kind, i)
 
-    return ids
+    if "eos" not in ids:
+        raise ModelError(
+            "no-eos-token",
+            f"{checkpoint.folder} names no end-of-sequence token; llama.cpp would stop at an"
+            " arbitrary one",
+            remedy="set eos_token in tokenizer_config.json",
+        )
+
+    # A GGUF file can name one more end, eot, beside those that llama.cpp knows by their texts.
+    ends = find_token_ids(files.generation, "eos") + find_token_ids(checkpoint.config, "eos")
+
+    ignored = []
+    for i in dict.fromkeys(ends):
+        text = tokens.texts.get(i)
+        if text is None or i == ids["eos"] or text in _KNOWN_ENDS:
+            continue
+        if ids.setdefault("eot", i) != i:
+            ignored.append(text)
+
+    return SpecialTokens(ids, _read_adds(checkpoint, tokens, ids), tuple(ignored))
 
 
 def _read_adds(checkpoint: Checkpoint, tokens: Tokens, ids: Mapping[str, int]) -> dict[str, bool]:

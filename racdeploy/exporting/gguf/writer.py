@@ -108,7 +108,13 @@ def export(
         result = _publish(plan, partials, written, packing)
 
     if known and known.file.name == quants.IMPORTANCE_FILE:  # not a file that the user named
-        result = _add_importance(result, known, plan, out)
+        # Write the importance beside the model, for quantizing it again with llama.cpp.
+        matrix = out.with_name(out.stem + importances.SUFFIX)
+        names = {}
+        for tensor in plan.tensors:
+            names[tensor.name] = tensor.parts if tensor.transform == "stack" else (tensor.source,)
+        known.write_imatrix(matrix, names)
+        result = replace(result, files={**result.files, matrix.name: file_sha256(matrix)})
 
     return result
 
@@ -231,35 +237,16 @@ def _publish(
         rows += packer.pack_file(partial, file)
 
     if rows:
-        return _describe_packed(plain, packing, rows)
+        tensors = []
+        for tensor, row in zip(plain.tensors, rows, strict=True):
+            actual = "plain" if row.reason else packing
+            packed = replace(tensor, size_bytes=row.stored_bytes, packing=actual)
+            tensors.append(replace(packed, packing_reason=row.reason))
+        return replace(
+            plain,
+            tensors=tuple(tensors),
+            size_bytes=plain.path.stat().st_size,
+            files={plain.path.name: file_sha256(plain.path)},
+            unpacked_sha256=plain.sha256,
+        )
     return plain
-
-
-def _describe_packed(
-    plain: ExportResult, packing: str, rows: tuple[racgguf.PackedTensor, ...]
-) -> ExportResult:
-    tensors = []
-    for tensor, row in zip(plain.tensors, rows, strict=True):
-        actual = "plain" if row.reason else packing
-        packed = replace(tensor, size_bytes=row.stored_bytes, packing=actual)
-        tensors.append(replace(packed, packing_reason=row.reason))
-
-    return replace(
-        plain,
-        tensors=tuple(tensors),
-        size_bytes=plain.path.stat().st_size,
-        files={plain.path.name: file_sha256(plain.path)},
-        unpacked_sha256=plain.sha256,
-    )
-
-
-def _add_importance(
-    result: ExportResult, known: Importance, plan: GgufPlan, out: Path
-) -> ExportResult:
-    """Write the importance beside the model, for quantizing it again with llama.cpp."""
-    matrix = out.with_name(out.stem + importances.SUFFIX)
-    names = {}
-    for tensor in plan.tensors:
-        names[tensor.name] = tensor.parts if tensor.transform == "stack" else (tensor.source,)
-    known.write_imatrix(matrix, names)
-    return replace(result, files={**result.files, matrix.name: file_sha256(matrix)})

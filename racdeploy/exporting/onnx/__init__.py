@@ -24,6 +24,7 @@ from racdeploy.models.families import Family
 
 BACKEND = "onnxruntime"
 HUB_LIBRARY = "onnx"
+COMMON_QUANTS = ("matmulnbits_8", "matmulnbits_4")
 COMPARES_F32 = True
 REQUIRED_PACKAGES = {"onnx": "onnx", "onnxruntime": "ort"}
 OPTIONS = ("exporter",)

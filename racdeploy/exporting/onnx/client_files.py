@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import onnx
 
 from racdeploy import quant as quants
+from racdeploy.files.reading import Json
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
@@ -55,10 +55,14 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     """
     (entry,) = (entry for entry in manifest.artifacts if entry.format == "onnx")
     model = onnx.load(str(folder / entry.path), load_external_data=False)
-    described = {"transformers.js_config": _describe_to_transformers_js(entry)}
+
+    main = PurePosixPath(entry.path).name
+    described: Json = {"dtype": quants.load_onnx(entry.quant).JS_DTYPE}
+    if any(name.endswith(f"{main}_data") for name in entry.files):
+        described["use_external_data_format"] = {main: 1}
 
     return {
-        "config.json": _to_json(checkpoint.config | described),
+        "config.json": _to_json(checkpoint.config | {"transformers.js_config": described}),
         "genai_config.json": _to_json(_describe_to_genai(model, entry, manifest, checkpoint.shape)),
     }
 
@@ -80,21 +84,13 @@ def list_client_notes(shape: ModelShape) -> list[str]:
     ]
 
 
-def _to_json(value: dict[str, Any]) -> str:
+def _to_json(value: Json) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _describe_to_transformers_js(entry: ArtifactEntry) -> dict[str, Any]:
-    main = PurePosixPath(entry.path).name
-    described: dict[str, Any] = {"dtype": quants.load_onnx(entry.quant).JS_DTYPE}
-    if any(name.endswith(f"{main}_data") for name in entry.files):
-        described["use_external_data_format"] = {main: 1}
-    return described
 
 
 def _describe_to_genai(
     model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, shape: ModelShape
-) -> dict[str, Any]:
+) -> Json:
     names = {value.name for value in model.graph.input}
     inputs = {name: name for name in _INPUTS if name in names}
     inputs |= {

@@ -92,7 +92,13 @@ def _match_weights(
         if source == "lm_head.weight" and checkpoint.tied:
             source = "model.embed_tokens.weight"
         if source not in checkpoint.entries:
-            _check_constant(initializer, source)
+            count = int(np.prod(list(initializer.dims)))
+            if source or (count > _MAX_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
+                raise EngineError(
+                    "graph-differs",
+                    f"the graph holds a tensor {initializer.name!r} of {count} values "
+                    "that the checkpoint lacks",
+                )
             continue
         if initializer.data_type != onnx.TensorProto.FLOAT:
             raise EngineError(
@@ -107,16 +113,6 @@ def _match_weights(
         raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
 
     return weights
-
-
-def _check_constant(initializer: onnx.TensorProto, source: str) -> None:
-    count = int(np.prod(list(initializer.dims)))
-    if source or (count > _MAX_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
-        raise EngineError(
-            "graph-differs",
-            f"the graph holds a tensor {initializer.name!r} of {count} values "
-            "that the checkpoint lacks",
-        )
 
 
 def _compare(

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from racdeploy import quant as quants
 from racdeploy.exporting.onnx.graph import WeightlessGraph
@@ -24,13 +23,12 @@ from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights
 from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.tensors.safetensors import to_float32
 
-_FALLBACK = "f16"
 _WIDE = "matmulnbits_8"
 _SLAB_WEIGHTS = 4_194_304
 # onnxruntime then rounds activations to 8 bits in blocks of 32, which is several times as fast.
 _ACCURACY_LEVEL = 4
 
-Shared = dict[str, onnx.NodeProto]
+Shared = dict[str, NodeProto]
 """Nodes that several others read, by output name; each is once in the graph, in front."""
 
 
@@ -68,10 +66,8 @@ def choose_quant(
     if keeps_8_bits and quants.is_matmulnbits(quant) and quant != _WIDE:
         actual = _WIDE
         reason = "embedding and output keep 8 bits"
-    if unfit := quants.explain_misfit(quants.load(actual), shape[1]):
-        return _FALLBACK, "; ".join(filter(None, [reason, unfit]))
-
-    return actual, reason
+    actual, misfit = quants.fit_rows(actual, shape[1])
+    return actual, "; ".join(filter(None, [reason, misfit]))
 
 
 def quantize_tensor(
@@ -123,14 +119,14 @@ def quantize_tensor(
     return rows_to_arrays(tensor, packed_OP), zeros
 
 
-def connect_weights(graph: WeightlessGraph, tensors: list[GraphTensor]) -> onnx.ModelProto:
+def connect_weights(graph: WeightlessGraph, tensors: list[GraphTensor]) -> ModelProto:
     """Return the graph with nodes that read the arrays which :func:`quantize_tensor` returns."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    model = onnx.ModelProto()
+    model = ModelProto()
     model.CopyFrom(graph.model)
 
     shared: Shared = {}
-    nodes: list[onnx.NodeProto] = []
+    nodes: list[NodeProto] = []
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in graph.linears:
             nodes.append(_make_product(node, by_name[node.input[1]], shared))
@@ -146,55 +142,46 @@ def connect_weights(graph: WeightlessGraph, tensors: list[GraphTensor]) -> onnx.
     return model
 
 
-def _make_product(node: onnx.NodeProto, tensor: GraphTensor, shared: Shared) -> onnx.NodeProto:
+def _make_product(node: NodeProto, tensor: GraphTensor, shared: Shared) -> NodeProto:
     if tensor.is_matmulnbits:
-        return _make_block_product(node, tensor, shared)
+        O, I = tensor.shape
+        quant = quants.load_matmulnbits(tensor.quant)
+
+        codes = tensor.name
+        if tensor.is_embedding:  # tied: the lookup reads codes of two axes, the product of three
+            shape = helper.make_tensor(
+                "shape", TensorProto.INT64, [3], [O, I // BLOCK_SIZE, BLOCK_SIZE]
+            )
+            axes = _share(shared, "Constant", [], f"{tensor.name}.axes", value=shape)
+            codes = _share(shared, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
+
+        inputs = [node.input[0], codes, f"{tensor.name}.scales"]
+        if quant.ZERO_POINTS:
+            inputs.append(f"{tensor.name}.zero_points")
+        return helper.make_node(
+            "MatMulNBits",
+            inputs,
+            list(node.output),
+            node.name,
+            domain="com.microsoft",
+            K=I,
+            N=O,
+            bits=quant.CODE_BITS,
+            block_size=BLOCK_SIZE,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
 
     weight = tensor.name
     if tensor.quant != "f32":
         wide = f"{tensor.name}.f32"
-        weight = _share(shared, "Cast", [weight], wide, to=onnx.TensorProto.FLOAT)
+        weight = _share(shared, "Cast", [weight], wide, to=TensorProto.FLOAT)
 
     if tensor.is_embedding:
         weight = _share(shared, "Transpose", [weight], f"{tensor.name}.turned", perm=[1, 0])
     return helper.make_node("MatMul", [node.input[0], weight], list(node.output), node.name)
 
 
-def _make_block_product(
-    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
-) -> onnx.NodeProto:
-    O, I = tensor.shape
-    quant = quants.load_matmulnbits(tensor.quant)
-
-    codes = tensor.name
-    if tensor.is_embedding:  # tied: the lookup reads codes of two axes, the product of three
-        shape = helper.make_tensor(
-            "shape", onnx.TensorProto.INT64, [3], [O, I // BLOCK_SIZE, BLOCK_SIZE]
-        )
-        axes = _share(shared, "Constant", [], f"{tensor.name}.axes", value=shape)
-        codes = _share(shared, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
-
-    inputs = [node.input[0], codes, f"{tensor.name}.scales"]
-    if quant.ZERO_POINTS:
-        inputs.append(f"{tensor.name}.zero_points")
-
-    return helper.make_node(
-        "MatMulNBits",
-        inputs,
-        list(node.output),
-        node.name,
-        domain="com.microsoft",
-        K=I,
-        N=O,
-        bits=quant.CODE_BITS,
-        block_size=BLOCK_SIZE,
-        accuracy_level=_ACCURACY_LEVEL,
-    )
-
-
-def _make_lookup(
-    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
-) -> Iterator[onnx.NodeProto]:
+def _make_lookup(node: NodeProto, tensor: GraphTensor, shared: Shared) -> Iterator[NodeProto]:
     outputs = list(node.output)
     inputs = [tensor.name, node.input[1]]
 
@@ -207,12 +194,10 @@ def _make_lookup(
         narrow = f"{tensor.name}.rows"
         yield helper.make_node("Gather", inputs, [narrow], node.name, axis=0)
         widened = NODE_PREFIX + narrow
-        yield helper.make_node("Cast", [narrow], outputs, widened, to=onnx.TensorProto.FLOAT)
+        yield helper.make_node("Cast", [narrow], outputs, widened, to=TensorProto.FLOAT)
 
 
-def _make_block_lookup(
-    node: onnx.NodeProto, tensor: GraphTensor, shared: Shared
-) -> Iterator[onnx.NodeProto]:
+def _make_block_lookup(node: NodeProto, tensor: GraphTensor, shared: Shared) -> Iterator[NodeProto]:
     """Yield nodes that look up rows of 8-bit codes and scale them.
 
     GatherBlockQuantized does the same in one node, but is missing in browsers.
@@ -226,7 +211,7 @@ def _make_block_lookup(
 
     steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Gather", [tensor.name, indices], "codes", {"axis": 0}),
-        ("Cast", ["codes"], "wide", {"to": onnx.TensorProto.FLOAT}),
+        ("Cast", ["codes"], "wide", {"to": TensorProto.FLOAT}),
         ("Reshape", ["wide", block_shape], "coded", {}),
         ("Sub", ["coded", zero_code], "whole", {}),
         ("Gather", [f"{tensor.name}.scales", indices], "scale", {"axis": 0}),

@@ -81,7 +81,11 @@ def export(
     with disk_errors(out), partial_folder(out) as scratch:
         model = connect_weights(exported.graph, [tensor.tensor for tensor in plan])
         writer = _Writer(checkpoint, plan, packing, model, scratch / out.name)
-        properties = _describe_model(checkpoint, metadata)
+
+        properties = {"general.name": checkpoint.folder.resolve().name}
+        if checkpoint.license:
+            properties["general.license"] = checkpoint.license
+        properties |= {key: str(value) for key, value in metadata.items()}
 
         arrays = chain(exported.graph.constants.items(), writer.encode_all(progress))
         write_model(model, arrays, scratch, out.name, lambda: properties | writer.dump_tensors())
@@ -207,13 +211,6 @@ def _check_request(
     scratch = Path(tempfile.gettempdir())
     require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")
     packings.load_onnx(packing).GraphPacker.check_size(weights)
-
-
-def _describe_model(checkpoint: Checkpoint, metadata: Metadata) -> dict[str, str]:
-    properties = {"general.name": checkpoint.folder.resolve().name}
-    if checkpoint.license:
-        properties["general.license"] = checkpoint.license
-    return properties | {key: str(value) for key, value in metadata.items()}
 
 
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 from racdeploy.errors import EnvironmentFailure, ModelError
 from racdeploy.extras import installed_release, installed_version
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.decoder import GgufArchitecture, Transform
 from racdeploy.models.fused_experts import FusedExperts
 
 
-def _say_nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+def _say_nothing(config: Config) -> dict[str, Any]:
     """Return no settings; a named function, so that a family can be pickled."""
     return {}
 
@@ -113,7 +114,7 @@ class Family:
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
     kind_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    read_block_settings: Callable[[Mapping[str, Any]], dict[str, Sequence[int]]] = _say_nothing
+    read_block_settings: Callable[[Config], dict[str, Sequence[int]]] = _say_nothing
     published_prefixes: Mapping[str, str] = field(default_factory=dict)
     no_cut_reason: str = ""
     gguf_parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,9 +133,9 @@ class Family:
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     final_norm: str = "model.norm"
     mtp_tensors: Mapping[str, str] = field(default_factory=dict)
-    read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
-    write_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _say_nothing
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    read_config: Callable[[Config], Config] = _say_nothing
+    write_config: Callable[[Config], Config] = _say_nothing
+    defaults: Config = field(default_factory=dict)
     supported_values: Mapping[str, tuple[Any, ...]] = field(
         default_factory=lambda: decoder.SUPPORTED_VALUES
     )
@@ -219,7 +220,7 @@ class Family:
             gguf_integers=other.gguf_integers,
         )
 
-    def complete_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete_config(self, config: Config) -> dict[str, Any]:
         """Return a ``config.json`` with the defaults and with usual settings.
 
         Raises:
@@ -230,9 +231,9 @@ class Family:
             usual = self.read_config(whole)
 
         replaced = {key for key, value in usual.items() if value is None}
-        return {key: value for key, value in (whole | usual).items() if key not in replaced}
+        return {key: value for key, value in {**whole, **usual}.items() if key not in replaced}
 
-    def find_block_settings(self, config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    def find_block_settings(self, config: Config) -> dict[str, Sequence[int]]:
         """Return the settings that differ between blocks, by a complete config.
 
         Raises:
@@ -265,7 +266,7 @@ class Family:
 
 
 @contextmanager
-def _explain_odd(config: Mapping[str, Any]) -> Iterator[None]:
+def _explain_odd(config: Config) -> Iterator[None]:
     """Raise a ModelError that names the null settings, in place of a family's lookup error.
 
     Types and bounds of settings were checked before, but one may be null or missing.

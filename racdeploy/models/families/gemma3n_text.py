@@ -6,11 +6,9 @@ llama.cpp has constants in its source: 20 blocks compute keys, and 10 drop most 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 _PERIOD = 5
@@ -18,7 +16,7 @@ _SPARSE_BLOCKS, _DROPPED_SHARE = 10, 0.95  # blocks with sparse activations, and
 _NEEDED = ("num_hidden_layers", "vocab_size_per_layer_input", "final_logit_softcapping")
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     for key in _NEEDED:
         if config[key] is None:
             raise ModelError("damaged-config", f"config.json: {key} is null")
@@ -52,11 +50,6 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_PER_LAYER_INPUTS = {
-    "per_layer_input_gate.weight": "inp_gate.weight",
-    "per_layer_projection.weight": "proj.weight",
-    "post_per_layer_input_norm.weight": "post_norm.weight",
-}
 _ALTUP_LAUREL = {
     "altup.correct_output_scale": "altup_correct_scale.weight",
     "altup.correction_coefs.weight": "altup_correct_coef.weight",
@@ -81,15 +74,13 @@ FAMILY = Family(
     block_tensors={
         **decoder.BLOCK_TENSORS,
         **decoder.GEMMA_NORMS,
-        **_PER_LAYER_INPUTS,
+        **decoder.PER_LAYER_INPUTS,
         **_ALTUP_LAUREL,
     },
     model_tensors={
         **decoder.MODEL_TENSORS,
         **_ALTUP_PROJECTIONS,
-        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
-        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
-        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+        **decoder.PER_LAYER_MODEL_TENSORS,
     },
     never_pruned=(
         *("per_layer_input_gate", "per_layer_projection"),
@@ -101,12 +92,11 @@ FAMILY = Family(
     altup_inputs="altup_num_inputs",
     no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
     transforms=dict.fromkeys(_ALTUP_PROJECTIONS, "stack"),
-    # P: a per-layer input; PP: those of all blocks; VP: tokens that have them; A: hidden states of
-    # a token; AA: their pairs; L: rank of the learned residual (LAuReL).
+    # VP: tokens that have per-layer inputs; A: hidden states of a token; AA: their pairs; L: rank
+    # of the learned residual (LAuReL).
     shapes={
         **decoder.SHAPES,
-        "inp_gate": ("P", "D"),
-        "proj": ("D", "P"),
+        **decoder.PER_LAYER_SHAPES,
         "altup_correct_coef": ("A", "A"),
         "altup_predict_coef": ("AA", "A"),
         "altup_router": ("A", "D"),
@@ -115,13 +105,10 @@ FAMILY = Family(
         "altup_proj": ("D", "D"),
         "altup_unembd_proj": ("D", "D"),
         "per_layer_token_embd": ("VP", "PP"),
-        "per_layer_model_proj": ("PP", "D"),
-        "per_layer_proj_norm": ("P",),
     },
     gguf_shapes={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
     sizes={
-        "P": "hidden_size_per_layer_input",
-        "PP": "per_layer_inputs_width",
+        **decoder.PER_LAYER_SIZES,
         "VP": "vocab_size_per_layer_input",
         "A": "altup_num_inputs",
         "AA": "altup_pairs",

@@ -5,11 +5,11 @@ The last blocks compute no keys and values: they use those of the last earlier b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 _SLIDING = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -19,7 +19,7 @@ _HEAD_SETTINGS = ("head_dim", "num_key_value_heads")  # may differ in full atten
 _SUPPORTED_SWITCHES = {"enable_moe_block": (None, False), "attention_k_eq_v": (None, False)}
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     _refuse_others(config)
 
     blocks = range(1, 1 + config.get("num_hidden_layers", 30))
@@ -38,7 +38,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refuse_others(config: Mapping[str, Any]) -> None:
+def _refuse_others(config: Config) -> None:
     """Refuse the larger models, which have another architecture."""
     wrong = [key for key, values in _SUPPORTED_SWITCHES.items() if config.get(key) not in values]
     if not config["hidden_size_per_layer_input"]:
@@ -58,7 +58,7 @@ def _refuse_others(config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_full(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int]:
+def _read_full(config: Config, kinds: Sequence[str]) -> dict[str, int]:
     """Return the head settings of blocks with full attention, which must be equal."""
     listed = config.get("per_layer_config")
     if listed is None:
@@ -86,7 +86,7 @@ def _read_full(config: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, int
     return full[0]
 
 
-def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+def _by_block(config: Config) -> dict[str, Sequence[int]]:
     """Return head sizes, key-value heads and feed-forward widths of the blocks."""
     blocks = range(config["num_hidden_layers"])
     changed = [config["per_layer_config"].get(str(block), {}) for block in blocks]
@@ -103,37 +103,22 @@ def _by_block(config: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return widths
 
 
-_PER_LAYER_INPUTS = {
-    "per_layer_input_gate.weight": "inp_gate.weight",
-    "per_layer_projection.weight": "proj.weight",
-    "post_per_layer_input_norm.weight": "post_norm.weight",
-    "layer_scalar": "layer_output_scale.weight",
-}
 FAMILY = Family(
     architecture="Gemma4ForCausalLM",
     gguf_arch="gemma4",
-    block_tensors={**decoder.BLOCK_TENSORS, **decoder.GEMMA_NORMS, **_PER_LAYER_INPUTS},
-    model_tensors={
-        **decoder.MODEL_TENSORS,
-        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
-        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
-        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+    block_tensors={
+        **decoder.BLOCK_TENSORS,
+        **decoder.GEMMA_NORMS,
+        **decoder.PER_LAYER_INPUTS,
+        "layer_scalar": "layer_output_scale.weight",
     },
+    model_tensors={**decoder.MODEL_TENSORS, **decoder.PER_LAYER_MODEL_TENSORS},
     never_pruned=("per_layer_input_gate", "per_layer_projection"),
     kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
     read_block_settings=_by_block,
     no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
-    # P: a per-layer input; PP: those of all blocks.
-    shapes={
-        **decoder.SHAPES,
-        "inp_gate": ("P", "D"),
-        "proj": ("D", "P"),
-        "layer_output_scale": ("1",),
-        "per_layer_token_embd": ("V", "PP"),
-        "per_layer_model_proj": ("PP", "D"),
-        "per_layer_proj_norm": ("P",),
-    },
-    sizes={"P": "hidden_size_per_layer_input", "PP": "per_layer_inputs_width"},
+    shapes={**decoder.SHAPES, **decoder.PER_LAYER_SHAPES, "layer_output_scale": ("1",)},
+    sizes=decoder.PER_LAYER_SIZES,
     biases=(),
     read_config=_read,
     defaults={

@@ -5,10 +5,8 @@ A sink is a number of each head that counts as one more key in the softmax, with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.fused_experts import FusedExperts
 
@@ -29,7 +27,7 @@ _ROPE = {
 }
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     has_rope = config.get("rope_parameters") or "rope_scaling" in config
     return {} if has_rope else {"rope_scaling": _ROPE}
 

@@ -7,11 +7,10 @@ of them, which is the same if there is one group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from racdeploy.models import decoder, mamba
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.families.granite import FAMILY as GRANITE
 from racdeploy.models.fused_experts import FusedExperts
@@ -21,7 +20,7 @@ _STATE, _ATTENTION = "linear_attention", "full_attention"
 _NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     listed = config.get("layer_types") or [_STATE] * (config.get("num_hidden_layers") or 32)
     kinds = {old: new for new, old in _NAMES.items()}
     return {
@@ -32,19 +31,19 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+def _write(config: Config) -> Config:
     return {
         "layer_types": [_NAMES.get(kind, kind) for kind in config["layer_types"]],
         "shared_intermediate_size": config["intermediate_size"],
     }
 
 
-def _read_mixture(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _read(config) | {"moe_intermediate_size": config["intermediate_size"]}
+def _read_mixture(config: Config) -> Config:
+    return {**_read(config), "moe_intermediate_size": config["intermediate_size"]}
 
 
-def _write_mixture(config: Mapping[str, Any]) -> dict[str, Any]:
-    return _write(config) | {"intermediate_size": config["moe_intermediate_size"]}
+def _write_mixture(config: Config) -> Config:
+    return {**_write(config), "intermediate_size": config["moe_intermediate_size"]}
 
 
 _FEED_FORWARD = {
@@ -107,11 +106,7 @@ _DENSE = Family(
         "expert_count": "num_local_experts",
         "expert_used_count": "num_local_experts",  # a dense config may still name another
         "expert_shared_feed_forward_length": "intermediate_size",
-        "ssm.conv_kernel": "mamba_d_conv",
-        "ssm.state_size": "mamba_d_state",
-        "ssm.group_count": "mamba_n_groups",
-        "ssm.inner_size": "mamba_width",
-        "ssm.time_step_rank": "mamba_n_heads",
+        **mamba.GGUF_INTEGERS,
     },
     gguf_floats=GRANITE.gguf_floats,
     embedding_scale="embedding_multiplier",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     blocks = range(config.get("num_hidden_layers", 32))
     listed = config.get("full_attn_idxs")
     attending = blocks if listed is None else listed
@@ -25,7 +23,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _width(config: Mapping[str, Any]) -> int:
+def _width(config: Config) -> int:
     """Return the feed-forward width, as transformers' ``Lfm2MLP`` computes it."""
     width: int = config.get("block_ff_dim") or config.get("intermediate_size", 12_288)
     if not config.get("block_auto_adjust_ff_dim", True):

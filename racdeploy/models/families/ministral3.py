@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {
         "attention_temperature": rope.get("llama_4_scaling_beta"),

@@ -9,11 +9,9 @@ Published configs limit the time step of a state, and transformers has another l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder, mamba
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 _STATE, _ATTENTION, _FEED_FORWARD, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
@@ -22,7 +20,7 @@ _OLD_NAMES = {"mamba": _STATE, "attention": _ATTENTION}
 _NO_MIN_STEP = 1e-30  # transformers takes a logarithm of it
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     kinds = _list_kinds(config)
     return {
         "layer_types": kinds,
@@ -41,7 +39,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _list_kinds(config: Mapping[str, Any]) -> list[str]:
+def _list_kinds(config: Config) -> list[str]:
     """Return the kind of each block, which a config has as a list or as letters."""
     listed = config.get("layers_block_type") or config.get("layer_types")
     if not listed:
@@ -71,7 +69,7 @@ def _list_kinds(config: Mapping[str, Any]) -> list[str]:
     return kinds_of_blocks
 
 
-def _write(config: Mapping[str, Any]) -> dict[str, Any]:
+def _write(config: Config) -> Config:
     return {
         "hybrid_override_pattern": "".join(_LETTERS[kind] for kind in config["layer_types"]),
         "time_step_min": _NO_MIN_STEP,
@@ -161,11 +159,7 @@ FAMILY = Family(
     gguf_integers={
         "vocab_size": "vocab_size",
         "rope.dimension_count": "hidden_per_head",
-        "ssm.conv_kernel": "mamba_d_conv",
-        "ssm.state_size": "mamba_d_state",
-        "ssm.group_count": "mamba_n_groups",
-        "ssm.inner_size": "mamba_width",
-        "ssm.time_step_rank": "mamba_n_heads",
+        **mamba.GGUF_INTEGERS,
     },
     gguf_floats={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
     position_embedding_key="position_embedding_type",

@@ -5,14 +5,12 @@ Its multi-token-prediction head, a block of attention behind a projection, stays
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     interval = config.get("full_attention_interval") or 4
     blocks = range(1, config.get("num_hidden_layers", 32) + 1)
     counted = ["linear_attention" if block % interval else "full_attention" for block in blocks]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from racdeploy.models import decoder
+from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
 
-def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read(config: Config) -> Config:
     # transformers 5 writes the second
     return {"num_experts": config.get("num_experts") or config.get("num_local_experts")}
 

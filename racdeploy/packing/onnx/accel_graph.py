@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import ModelProto, NodeProto, helper
 
 from racdeploy.errors import ArtifactError, EngineError
 from racdeploy.packing.onnx.file import load_graph, read_properties, write_model
@@ -87,7 +86,7 @@ def write_accel_graph(plain: Path, packing: str, zeros: Mapping[str, float]) -> 
     )
 
 
-def check_layout_version(model: onnx.ModelProto, path: Path) -> None:
+def check_layout_version(model: ModelProto, path: Path) -> None:
     """Refuse a graph whose matrices have the layout of another version of racdeploy."""
     for opset in model.opset_import:
         if opset.domain == OPERATOR_DOMAIN and opset.version != LAYOUT_VERSION:
@@ -133,7 +132,7 @@ def _convert(
         yield from arrays.items()
 
 
-def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
+def _rewire(model: ModelProto, packed: Mapping[str, GraphTensor]) -> None:
     """Replace the products of packed tensors, and remove the nodes that only these read."""
     # In f16 a product reads a Cast of the weight, ``NAME.f32``.
     widened = {f"{name}{part}": name for name in packed for part in ("", ".f32")}
@@ -156,7 +155,7 @@ def _rewire(model: onnx.ModelProto, packed: Mapping[str, GraphTensor]) -> None:
     model.opset_import.append(helper.make_opsetid(OPERATOR_DOMAIN, LAYOUT_VERSION))
 
 
-def _make_product(node: onnx.NodeProto, tensor: GraphTensor) -> onnx.NodeProto:
+def _make_product(node: NodeProto, tensor: GraphTensor) -> NodeProto:
     O, I = tensor.shape
     inputs = [node.input[0], *(tensor.name + part for part in _PARTS)]
     attributes = {"I": I, "O": O, "quant": KERNEL_FORMATS[tensor.quant].ggml_type}

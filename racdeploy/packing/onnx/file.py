@@ -200,7 +200,10 @@ def write_model(
         for tensor in model.graph.initializer:
             locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
             if data.name in locations:
-                _inline(tensor, folder)
+                raw = read_array(tensor, folder).tobytes()
+                del tensor.external_data[:]
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                tensor.raw_data = raw
         data.unlink()
 
     del model.metadata_props[:]
@@ -229,10 +232,3 @@ def _add(
         tensor.external_data.add(key=name, value=str(value))
 
     sink.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-
-
-def _inline(tensor: onnx.TensorProto, folder: Path) -> None:
-    raw = read_array(tensor, folder).tobytes()
-    del tensor.external_data[:]
-    tensor.data_location = onnx.TensorProto.DEFAULT
-    tensor.raw_data = raw

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.errors import UsageError
@@ -93,7 +92,11 @@ class GraphPacker(BaseGraphPacker):
 
         scales = dict(arrays)
         values = scales.pop(tensor.name)
-        self._expect(tensor, values)
+
+        widened = tensor.quant == "f16"  # the Cast to float32 is folded, too
+        folded = np.ascontiguousarray(values.astype("<f4") if widened else values)
+        name = f"{tensor.name}.f32" if widened else tensor.name
+        self.expected_sha256[name] = hashlib.sha256(folded.data).hexdigest()
 
         # Compare codes, not values: a minus zero has another code and is kept.
         code_type, zero = _CODES[tensor.quant]
@@ -136,9 +139,3 @@ class GraphPacker(BaseGraphPacker):
             shape = shape[::-1]
 
         return {tensor.name: flat.reshape(shape), **arrays}
-
-    def _expect(self, tensor: GraphTensor, values: NDArray[Any]) -> None:
-        widened = tensor.quant == "f16"  # the Cast to float32 is folded, too
-        folded = np.ascontiguousarray(values.astype("<f4") if widened else values)
-        name = f"{tensor.name}.f32" if widened else tensor.name
-        self.expected_sha256[name] = hashlib.sha256(folded.data).hexdigest()

@@ -202,24 +202,20 @@ def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[Packe
         source.seek(FIXED_HEADER_BYTES)
         metadata = source.read(header.key_positions[""] - FIXED_HEADER_BYTES)
 
-    metadata += _pack_keys(packing, header.size_bytes, file_sha256(plain), recorded)
-
-    made = fixed + metadata + container.pack_tensor_infos(infos, header.alignment)
-    return made.ljust(align_up(len(made), header.alignment), b"\0")
-
-
-def _pack_keys(packing: str, size_bytes: int, sha256: str, recorded: list[int]) -> bytes:
-    """Return the container's own metadata; the number in front of a value is its GGUF type."""
+    # The container's own metadata; the number in front of a value is its GGUF type.
     values = (
         struct.pack("<II", 4, container.VERSION),
         struct.pack("<I", 8) + container.pack_string(packing),
-        struct.pack("<IQ", 10, size_bytes),
-        struct.pack("<I", 8) + container.pack_string(sha256),
+        struct.pack("<IQ", 10, header.size_bytes),
+        struct.pack("<I", 8) + container.pack_string(file_sha256(plain)),
         struct.pack(f"<IIQ{len(recorded)}Q", 9, 10, len(recorded), *recorded),
     )
 
     pairs = zip(container.KEYS, values, strict=True)
-    return b"".join(container.pack_string(key) + value for key, value in pairs)
+    metadata += b"".join(container.pack_string(key) + value for key, value in pairs)
+
+    made = fixed + metadata + container.pack_tensor_infos(infos, header.alignment)
+    return made.ljust(align_up(len(made), header.alignment), b"\0")
 
 
 def _check(plain: Path, packed: Path) -> None:

@@ -28,38 +28,25 @@ def prune(
 
     for start in range(0, I, width):
         stop = min(start + width, I)
-        error_OC = _prune_slice(weight_OI, keep_OI, factor_II, pattern, group, start, stop)
+
+        error_OC = torch.zeros_like(weight_OI[:, start:stop])
+        diagonal_I = factor_II.diagonal()
+        pruned_before = int((~keep_OI[:, :start]).sum())
+
+        for column in range(start, stop):  # absolute; the local index is column - start
+            # Saliency of a weight: (w / U_cc)², given that earlier columns are fixed.
+            if (column - start) % group == 0:
+                last = min(column + group, stop)
+                score_OC = (weight_OI[:, column:last] / diagonal_I[column:last]).square()
+                keep_OI[:, column:last] = pattern.keep(score_OC, column, pruned_before)
+
+            # Compensate the error in the later columns of this slice at once …
+            kept_O = weight_OI[:, column] * keep_OI[:, column]
+            error_O = (weight_OI[:, column] - kept_O) / diagonal_I[column]
+            weight_OI[:, column:stop] -= torch.outer(error_O, factor_II[column, column:stop])
+            weight_OI[:, column] = kept_O
+            error_OC[:, column - start] = error_O  # … and in the columns after it by one product
+
         weight_OI[:, stop:] -= error_OC @ factor_II[start:stop, stop:]
 
     return PrunedWeights(weight_OI, keep_OI)
-
-
-def _prune_slice(
-    weight_OI: torch.Tensor,
-    keep_OI: torch.Tensor,
-    factor_II: torch.Tensor,
-    pattern: Pattern,
-    group: int,
-    start: int,
-    stop: int,
-) -> torch.Tensor:
-    """Prune columns start to stop in place and return their scaled errors."""
-    error_OC = torch.zeros_like(weight_OI[:, start:stop])
-    diagonal_I = factor_II.diagonal()
-    pruned_before = int((~keep_OI[:, :start]).sum())
-
-    for column in range(start, stop):  # absolute; the local index is column - start
-        # Saliency of a weight: (w / U_cc)², given that earlier columns are fixed.
-        if (column - start) % group == 0:
-            last = min(column + group, stop)
-            score_OC = (weight_OI[:, column:last] / diagonal_I[column:last]).square()
-            keep_OI[:, column:last] = pattern.keep(score_OC, column, pruned_before)
-
-        # Compensate the error in the later columns of this slice at once …
-        kept_O = weight_OI[:, column] * keep_OI[:, column]
-        error_O = (weight_OI[:, column] - kept_O) / diagonal_I[column]
-        weight_OI[:, column:stop] -= torch.outer(error_O, factor_II[column, column:stop])
-        weight_OI[:, column] = kept_O
-        error_OC[:, column - start] = error_O  # … and in the columns after it by one product
-
-    return error_OC

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 
 class PrunableUnits:
@@ -26,18 +27,18 @@ class PrunableUnits:
         units: list[int] = self.kept_U.cpu().nonzero()[:, 0].tolist()
         return units
 
-    def sizes(self) -> torch.Tensor:
+    def sizes(self) -> Tensor:
         """Return the size of each unit, independent of the others; only the order counts."""
         raise NotImplementedError
 
-    def costs(self) -> torch.Tensor:
+    def costs(self) -> Tensor:
         """Return the cost of removing each unit now; only the order counts."""
         raise NotImplementedError
 
     def exchange(self) -> None:
         """Swap removed units for kept ones where that costs less; a structure need not do so."""
 
-    def remove(self, removed_U: torch.Tensor) -> None:
+    def remove(self, removed_U: Tensor) -> None:
         """Remove the units of these indices."""
         self.kept_U[removed_U] = False
 
@@ -46,7 +47,7 @@ class PrunableUnits:
         self.kept_U[:] = False
         self.kept_U[torch.tensor(units)] = True
 
-    def remove_lowest(self, weigh: Callable[[], torch.Tensor], count: int) -> None:
+    def remove_lowest(self, weigh: Callable[[], Tensor], count: int) -> None:
         """Remove the units of lowest weight, equally from each run, until ``count`` are left."""
         while surplus := int(self.kept_U.sum()) - count:
             per_run = max(1, min(surplus // self._cohorts, self._units_per_round))

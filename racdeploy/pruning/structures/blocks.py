@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ class BlockUnits(PrunableUnits):
     def __init__(self, session: PruningSession) -> None:
         super().__init__(session.model.shape.block_count)
         self._session = session
-        self._dense_BTD: torch.Tensor | None = None
+        self._dense_BTD: Tensor | None = None
 
         # The first sequences of the batch with the most real tokens.
         sizes = [int((batch.segment_BT != PAD).sum()) for batch in session.all_calibration_batches]
@@ -79,7 +80,7 @@ class BlockUnits(PrunableUnits):
             held_out=False,
         )
 
-    def costs(self) -> torch.Tensor:
+    def costs(self) -> Tensor:
         """Return the relative change of the last hidden states by removing each block."""
         blocks = self._session.model
         kept = self.kept
@@ -103,13 +104,22 @@ class BlockUnits(PrunableUnits):
                 self._dense_BTD = whole_BTD
 
             costs_U = torch.full_like(self.kept_U, torch.inf, dtype=torch.float64)
-            for index in _list_removable(blocks.shape, kept):
-                costs_U[index] = self._relative_change(without[kept.index(index)], self._dense_BTD)
+
+            # The last blocks of their role stay.
+            vital = set[int]()
+            for role in _list_roles(blocks.shape):
+                holders = [block for block in kept if role[block]]
+                vital.update(holders if len(holders) == 1 else ())
+
+            for position, index in enumerate(kept):
+                if index not in vital:
+                    costs_U[index] = self._relative_change(without[position], self._dense_BTD)
+
             return costs_U
 
     sizes = costs
 
-    def _relative_change(self, hidden_BTD: torch.Tensor, dense_BTD: torch.Tensor) -> float:
+    def _relative_change(self, hidden_BTD: Tensor, dense_BTD: Tensor) -> float:
         """Return the mean over tokens of |change|² / |dense|²; relative, since a norm follows."""
         real_BT = self._probe.segment_BT != PAD
         change_N = (hidden_BTD[real_BT] - dense_BTD[real_BT]).square().sum(-1)
@@ -127,12 +137,3 @@ def _list_roles(shape: ModelShape) -> list[tuple[bool, ...]]:
     """
     roles = (shape.attends, shape.recurs)
     return [role for role in roles if any(role)] if shape.family.has_state else []
-
-
-def _list_removable(shape: ModelShape, kept: list[int]) -> list[int]:
-    """Return the blocks that are left and not the last ones of their role."""
-    vital = set[int]()
-    for role in _list_roles(shape):
-        holders = [block for block in kept if role[block]]
-        vital.update(holders if len(holders) == 1 else ())
-    return [block for block in kept if block not in vital]

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.engines.backends.transformers.experts import route
 from racdeploy.errors import UsageError
@@ -99,12 +99,12 @@ class ExpertUnits(PrunableUnits):
     def _probe(self) -> ExpertProbe:
         return ExpertProbe(*self._arguments)
 
-    def sizes(self) -> torch.Tensor:
+    def sizes(self) -> Tensor:
         """Return ranks by the router-weighted output norm; of equal ones the last ranks lowest."""
         rising = sorted(range(len(self._norms)), key=lambda expert: (self._norms[expert], -expert))
         return self._rank(rising)
 
-    def costs(self) -> torch.Tensor:
+    def costs(self) -> Tensor:
         """Return ranks by the change of the output; ties, as of unused experts, by norm."""
         kept, norms = self.kept, self._norms
         self._probe.measure(kept)
@@ -144,7 +144,7 @@ class ExpertUnits(PrunableUnits):
 
         self.keep(kept)
 
-    def _rank(self, rising: Sequence[int]) -> torch.Tensor:
+    def _rank(self, rising: Sequence[int]) -> Tensor:
         rank_U = torch.zeros(len(self.kept_U))
         rank_U[rising] = torch.arange(len(rising), dtype=rank_U.dtype)
         return rank_U
@@ -183,12 +183,12 @@ def measure_expert_norms(
 class _Part:
     """Probe tokens of one batch, with the outputs of all experts as pairwise products."""
 
-    logits_NE: torch.Tensor
-    products_NEE: torch.Tensor  # of the outputs of each pair of experts
-    weight_N: torch.Tensor  # of the token, over the energy of the block's output
-    whole_NE: torch.Tensor  # routing share of each expert, with all experts
-    change_N: torch.Tensor  # of the output, by the experts removed so far
-    used_NE: torch.Tensor  # whether a token is routed to a kept expert
+    logits_NE: Tensor
+    products_NEE: Tensor  # of the outputs of each pair of experts
+    weight_N: Tensor  # of the token, over the energy of the block's output
+    whole_NE: Tensor  # routing share of each expert, with all experts
+    change_N: Tensor  # of the output, by the experts removed so far
+    used_NE: Tensor  # whether a token is routed to a kept expert
 
 
 class ExpertProbe:
@@ -243,13 +243,13 @@ class ExpertProbe:
         self._session.processes.reduce(total)
         return float(total)
 
-    def _shares(self, part: _Part, token_M: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    def _shares(self, part: _Part, token_M: Tensor, kept: Sequence[int]) -> Tensor:
         removed = [expert for expert in range(len(self._experts)) if expert not in kept]
         logits_ME = part.logits_NE[token_M]
         logits_ME[:, removed] = -torch.inf
         return _share_out(logits_ME, self._K, norm_topk_prob=self._norm_topk_prob)
 
-    def _change(self, part: _Part, token_M: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    def _change(self, part: _Part, token_M: Tensor, kept: Sequence[int]) -> Tensor:
         """Return |change|² of the output at some tokens, with only some experts left.
 
         With d the change of the shares and P the products of outputs it is dᵀ P d.
@@ -310,12 +310,12 @@ def _find_router(family: Family, block: nn.Module) -> nn.Linear:
     return router
 
 
-def _share_out(logits_NE: torch.Tensor, K: int, *, norm_topk_prob: bool) -> torch.Tensor:
+def _share_out(logits_NE: Tensor, K: int, *, norm_topk_prob: bool) -> Tensor:
     """Return the routing share of each expert at each token; 0 if the token is not routed to it."""
     chosen_NK, share_NK = route(logits_NE, K, norm_topk_prob=norm_topk_prob)
     return torch.zeros_like(share_NK.new_empty(logits_NE.shape)).scatter_(1, chosen_NK, share_NK)
 
 
-def _sum_exactly(value_M: torch.Tensor, grid: float) -> torch.Tensor:
+def _sum_exactly(value_M: Tensor, grid: float) -> Tensor:
     """Return a sum that is the same in any order and for any number of processes."""
     return (value_M.double() * grid).round().sum().cpu() / grid

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.models.checkpoint import Checkpoint
 
@@ -26,18 +26,18 @@ class AltUp:
         self._checkpoint = checkpoint
         self._count = checkpoint.shape.integer(checkpoint.family.altup_inputs)
 
-    def expand(self, embedded_ND: torch.Tensor) -> torch.Tensor:
+    def expand(self, embedded_ND: Tensor) -> Tensor:
         """Return the initial hidden states of token embeddings, concatenated."""
         states = [embedded_ND]
         for number in range(1, self._count):
             states.append(self._project(_PROJECTIONS, number, embedded_ND, embedded_ND))
         return torch.cat(states, dim=-1)
 
-    def split(self, wide_BTX: torch.Tensor) -> torch.Tensor:
+    def split(self, wide_BTX: Tensor) -> Tensor:
         """Return the hidden states stacked, as a block takes them, (X, B, T, D)."""
         return torch.stack(wide_BTX.chunk(self._count, dim=-1))
 
-    def concatenate(self, stacked_XBTD: torch.Tensor) -> torch.Tensor:
+    def concatenate(self, stacked_XBTD: Tensor) -> Tensor:
         """Return the hidden states concatenated, (B, T, X · D)."""
         return torch.cat([*stacked_XBTD], dim=-1)
 
@@ -45,19 +45,17 @@ class AltUp:
         """Return a module that merges the hidden states into one and applies the last norm."""
         return _MergeNorm(partial(self._merge, norm))
 
-    def _merge(self, norm: nn.Module, wide_BTX: torch.Tensor) -> torch.Tensor:
+    def _merge(self, norm: nn.Module, wide_BTX: Tensor) -> Tensor:
         first_BTD, *others = wide_BTX.chunk(self._count, dim=-1)
 
         sum_BTD = first_BTD
         for number, state_BTD in enumerate(others, 1):
             sum_BTD = sum_BTD + self._project(_UNEMBED_PROJECTIONS, number, state_BTD, first_BTD)
 
-        merged: torch.Tensor = norm(sum_BTD / self._count)
+        merged: Tensor = norm(sum_BTD / self._count)
         return merged
 
-    def _project(
-        self, name: str, number: int, state_XD: torch.Tensor, reference_XD: torch.Tensor
-    ) -> torch.Tensor:
+    def _project(self, name: str, number: int, state_XD: Tensor, reference_XD: Tensor) -> Tensor:
         """Project a hidden state and scale it, token by token, to the size of a reference.
 
         ``number``: index of the hidden state; 0 has no matrix.
@@ -71,9 +69,9 @@ class AltUp:
 
 
 class _MergeNorm(nn.Module):
-    def __init__(self, merge: partial[torch.Tensor]) -> None:
+    def __init__(self, merge: partial[Tensor]) -> None:
         super().__init__()
         self._merge = merge
 
-    def forward(self, wide_BTX: torch.Tensor) -> torch.Tensor:
+    def forward(self, wide_BTX: Tensor) -> Tensor:
         return self._merge(wide_BTX)

@@ -13,7 +13,6 @@ from racdeploy.files.writing import atomic_folder
 from racdeploy.models import fused_experts, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import find_expert, generalize_expert
-from racdeploy.models.shape import ModelShape
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
 from racdeploy.quant.stored_codes import CODES_FILE
@@ -138,7 +137,13 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
     dense = checkpoint.shape
     if shape:
         if len(shape.blocks) < dense.block_count:
-            config |= _list_block_kinds(dense)
+            # A config may give these as a period: after blocks are removed only a list is right.
+            kinds: dict[str, list[Any]] = {}
+            if dense.family.window_period or dense.family.kind_prefixes:
+                kinds["layer_types"] = list(dense.layer_types)
+            if dense.family.no_rope_period:
+                kinds["no_rope_layers"] = list(map(int, dense.rotary_blocks))
+            config |= kinds
         config = widths.cut_config(config, shape.blocks, shape.widths)
         if shape.experts != dense.num_experts:
             config[checkpoint.family.sizes["E"]] = shape.experts
@@ -150,19 +155,6 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
     # transformers derives a missing head_dim from the number of heads, which a cut changes.
     config["head_dim"] = dense.head_dim
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _list_block_kinds(shape: ModelShape) -> dict[str, list[Any]]:
-    """Return settings that follow from a block's index as one value per block.
-
-    A config may give them as a period; after blocks are removed only a list is still right.
-    """
-    kinds: dict[str, list[Any]] = {}
-    if shape.family.window_period or shape.family.kind_prefixes:
-        kinds["layer_types"] = list(shape.layer_types)
-    if shape.family.no_rope_period:
-        kinds["no_rope_layers"] = list(map(int, shape.rotary_blocks))
-    return kinds
 
 
 def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:

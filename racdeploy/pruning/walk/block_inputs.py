@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import Batch
 
-SharedKeysValues = MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]
+SharedKeysValues = MutableMapping[str | int, tuple[Tensor, Tensor]]
 """Kind of attention, or index of the block they come from → keys and values, (B, heads, T, K)."""
 
 
@@ -28,7 +29,7 @@ class BlockInputs:
     A block that computes keys for later blocks writes them, so the last forward pass wins.
     """
 
-    ids_BT: torch.Tensor
+    ids_BT: Tensor
     shared_kv: SharedKeysValues = field(default_factory=dict)
 
     def fork(self) -> BlockInputs:
@@ -76,7 +77,7 @@ class BatchBlockInputs:
             activations.close()
 
 
-class _StoredKeys(MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]):
+class _StoredKeys(MutableMapping[str | int, tuple[Tensor, Tensor]]):
     """Keys and values of one batch; those that no later block uses are dropped."""
 
     def __init__(
@@ -84,11 +85,11 @@ class _StoredKeys(MutableMapping[str | int, tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         self._stored, self._index, self._device = stored, index, device
 
-    def __getitem__(self, kind: str | int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, kind: str | int) -> tuple[Tensor, Tensor]:
         key_BHTK, value_BHTK = self._stored[kind][self._index].to(self._device)
         return key_BHTK, value_BHTK
 
-    def __setitem__(self, kind: str | int, keys_values: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def __setitem__(self, kind: str | int, keys_values: tuple[Tensor, Tensor]) -> None:
         if kind in self._stored:
             self._stored[kind][self._index] = torch.stack(keys_values).float()
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.engines.backends.transformers.torch_model import (
     build_skeleton,
@@ -76,7 +76,7 @@ class BlockwiseModel:
 
         return widths
 
-    def embed(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+    def embed(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         """Yield the hidden states before the first block, (B, T, D)."""
         if not batches:
             return
@@ -114,18 +114,18 @@ class BlockwiseModel:
         set_parameter(norm, "weight", self.to_device(norm.get_parameter("weight").data))
         return self._altup.wrap_norm(norm) if self._altup else norm
 
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)  # the only move to it; outputs of a block stay there
 
     def forward(
         self,
         block: nn.Module,
-        hidden_BTD: torch.Tensor,
-        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        hidden_BTD: Tensor,
+        cached_inputs: Mapping[int, Tensor] | None = None,
         block_inputs: BlockInputs | None = None,
         *,
         runs_to_end: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return a block's output at positions from zero, under a causal mask, on the device.
 
         Args:
@@ -152,7 +152,7 @@ class BlockwiseModel:
                 self._altup.split(hidden_BTD) if self._altup else hidden_BTD, **arguments
             )
 
-        result: torch.Tensor = output
+        result: Tensor = output
         if isinstance(output, tuple):
             result = output[0]
         if self._altup:
@@ -181,7 +181,7 @@ class BlockwiseModel:
             )
         return arguments
 
-    def _mask(self, block: Any, length: int) -> torch.Tensor | None:
+    def _mask(self, block: Any, length: int) -> Tensor | None:
         """Return the mask of a sliding window, (1, 1, T, T); None for sdpa's own causal mask."""
         config: Any = self._model.config
         window = getattr(config, "sliding_window", None)
@@ -190,11 +190,11 @@ class BlockwiseModel:
 
         position_T = self.to_device(torch.arange(length))
         distance_TT = position_T[:, None] - position_T
-        seen_TT: torch.Tensor = (distance_TT >= 0) & (distance_TT < window)
+        seen_TT: Tensor = (distance_TT >= 0) & (distance_TT < window)
         return seen_TT[None, None]
 
     @contextmanager
-    def _shortcuts(self, block: Any, cached_inputs: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    def _shortcuts(self, block: Any, cached_inputs: Mapping[int, Tensor]) -> Iterator[None]:
         """Within the context, modules with a cached last input compute only their last linear."""
         # Replace ``forward``: a hook could not keep the module's own computation from running.
         changed = []
@@ -220,10 +220,10 @@ class BlockwiseModel:
         self,
         block: nn.Module,
         linear: str,
-        hidden_BTD: torch.Tensor,
-        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        hidden_BTD: Tensor,
+        cached_inputs: Mapping[int, Tensor] | None = None,
         block_inputs: BlockInputs | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the input of one linear; the pass stops there."""
         (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, cached_inputs, block_inputs)
         return input_BTI
@@ -231,8 +231,8 @@ class BlockwiseModel:
     def expert_input(
         self,
         block: nn.Module,
-        hidden_BTD: torch.Tensor,
-        cached_inputs: Mapping[int, torch.Tensor] | None = None,
+        hidden_BTD: Tensor,
+        cached_inputs: Mapping[int, Tensor] | None = None,
         block_inputs: BlockInputs | None = None,
     ) -> RoutedTokens:
         """Return the tokens at the experts of a block with their routing; no expert is computed."""
@@ -245,14 +245,14 @@ class BlockwiseModel:
         self,
         block: nn.Module,
         name: str,
-        hidden_BTD: torch.Tensor,
-        cached_inputs: Mapping[int, torch.Tensor] | None,
+        hidden_BTD: Tensor,
+        cached_inputs: Mapping[int, Tensor] | None,
         block_inputs: BlockInputs | None,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         """Run a block up to one of its modules and return that call's arguments."""
-        calls: list[tuple[torch.Tensor, ...]] = []
+        calls: list[tuple[Tensor, ...]] = []
 
-        def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             calls.append(inputs)
             raise _StopForward
 
@@ -263,11 +263,11 @@ class BlockwiseModel:
         return calls[0]
 
 
-def _run_last(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+def _run_last(linear: nn.Module, input_BTI: Tensor, *_: Any, **__: Any) -> Any:
     return linear(input_BTI)
 
 
-def _run_attention(linear: nn.Module, input_BTI: torch.Tensor, *_: Any, **__: Any) -> Any:
+def _run_attention(linear: nn.Module, input_BTI: Tensor, *_: Any, **__: Any) -> Any:
     return linear(input_BTI), None  # sdpa gives no attention weights
 
 
@@ -275,7 +275,7 @@ class _StopForward(Exception):
     """Ends a forward pass at the module whose input is recorded."""
 
 
-def set_parameter(block: nn.Module, name: str, value: torch.Tensor) -> None:
+def set_parameter(block: nn.Module, name: str, value: Tensor) -> None:
     """Replace the parameter of a block that has this name."""
     owner, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(value, requires_grad=False)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import Batch
@@ -56,7 +55,7 @@ class CalibrationPass:
 
     def linear_input(
         self, block: nn.Module, group: int, index: int, *, is_final: bool = True
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the input of a group of linears.
 
         ``is_final``: weights before the group will not change, so that the input may be cached.
@@ -79,12 +78,12 @@ class CalibrationPass:
         cached_inputs, block_inputs = self._inputs_of(index), self.block_inputs[index]
         return self._blocks.expert_input(block, self.hidden[index], cached_inputs, block_inputs)
 
-    def output(self, block: nn.Module, index: int) -> torch.Tensor:
+    def output(self, block: nn.Module, index: int) -> Tensor:
         """Return the block's output for a batch; its hidden states stay those before the block."""
         cached_inputs, block_inputs = self._inputs_of(index), self.block_inputs[index]
         return self._blocks.forward(block, self.hidden[index], cached_inputs, block_inputs)
 
-    def advance(self, block: nn.Module, index: int) -> torch.Tensor:
+    def advance(self, block: nn.Module, index: int) -> Tensor:
         """Return the block's output for a batch, and store it as the input of the next block."""
         output_BTD = self.output(block, index)
         self.hidden[index] = output_BTD
@@ -98,7 +97,7 @@ class CalibrationPass:
         for activations in (self.hidden, *self._inputs.values()):
             activations.close()
 
-    def _inputs_of(self, index: int) -> dict[int, torch.Tensor]:
+    def _inputs_of(self, index: int) -> dict[int, Tensor]:
         groups = self._groups[index] if index < len(self._groups) else ()
         return {group: self._inputs[group][index] for group in groups}
 

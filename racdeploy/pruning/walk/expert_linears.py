@@ -14,12 +14,12 @@ still needs one each, since its inputs are the channels of its own expert.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.models.families import find_expert
 from racdeploy.models.widths import list_axes, tensor_shape
@@ -120,7 +120,7 @@ class ExpertLinears:
         return pieces
 
     def split_by_memory(
-        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, torch.Tensor]
+        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, Tensor]
     ) -> list[list[SolveGroup]]:
         """Split solve groups into lists whose statistics fit into memory together."""
         parts: list[list[SolveGroup]] = [[]]
@@ -140,7 +140,7 @@ class ExpertLinears:
         return parts
 
     def gather_statistics(
-        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, torch.Tensor]
+        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, Tensor]
     ) -> list[InputStatistic]:
         """Return a statistic per solve group, from one pass over this process's batches."""
         session = self._session
@@ -174,8 +174,8 @@ class ExpertLinears:
         return statistics
 
     def _input(
-        self, block: nn.Module, expert: int | None, routed: RoutedTokens, token_M: torch.Tensor
-    ) -> torch.Tensor:
+        self, block: nn.Module, expert: int | None, routed: RoutedTokens, token_M: Tensor
+    ) -> Tensor:
         """Return the linears' input at some tokens, each as a sequence of one token."""
         hidden_MD = routed.hidden_ND[token_M]
         if not self._is_inner:
@@ -183,7 +183,7 @@ class ExpertLinears:
 
         module: Any = block.get_submodule(f"{self._experts}.{expert}")
         with self._session.model.autocast():
-            inner_MF: torch.Tensor = module.intermediate(hidden_MD)
+            inner_MF: Tensor = module.intermediate(hidden_MD)
         return inner_MF[:, None]
 
 
@@ -195,7 +195,12 @@ def measure_expert_errors(
     routed: RoutedTokens,
 ) -> None:
     """Add a held-out batch to the errors of experts' linears, over the tokens routed to each."""
-    for expert, linears in _group(pruned):
+    linears_by_expert = defaultdict[int, dict[str, PrunedLinear]](dict)
+    for name, linear in pruned.items():
+        if (expert := find_expert(name)) is not None:
+            linears_by_expert[expert][name] = linear
+
+    for expert, linears in linears_by_expert.items():
         token_M = routed.tokens(batch, expert)
         if not len(token_M):
             continue
@@ -217,13 +222,3 @@ def measure_expert_errors(
 
             target_MO = input_MI.float() @ linear.target_OI.T
             linear.error.add(output_MO.float()[:, None], target_MO[:, None], tokens)
-
-
-def _group(pruned: Mapping[str, PrunedLinear]) -> Iterator[tuple[int, dict[str, PrunedLinear]]]:
-    """Yield the index of each expert with its pruned linears."""
-    linears_by_expert = defaultdict[int, dict[str, PrunedLinear]](dict)
-    for name, linear in pruned.items():
-        expert = find_expert(name)
-        if expert is not None:
-            linears_by_expert[expert][name] = linear
-    yield from linears_by_expert.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from racdeploy.errors import EnvironmentFailure
 
@@ -19,7 +20,7 @@ class Hessian:
     Every factor is computed once, on first use, for all linears that share the input.
     """
 
-    def __init__(self, matrix_II: torch.Tensor, damping: float) -> None:
+    def __init__(self, matrix_II: Tensor, damping: float) -> None:
         diagonal_I = matrix_II.diagonal()
         self.dead_I = diagonal_I == 0  # never active: unit diagonal; weights are zero and stay so
         self.norm_I = diagonal_I.sqrt()  # root of each input's mean energy, without damping
@@ -31,7 +32,7 @@ class Hessian:
         matrix_II.diagonal()[self.dead_I] = 1.0
 
     @cached_property
-    def inverse_factor_II(self) -> torch.Tensor:
+    def inverse_factor_II(self) -> Tensor:
         """Upper Cholesky factor U of the inverse, H⁻¹ = Uᵀ U.
 
         With rows and columns reversed, H = L Lᵀ gives U = L⁻¹ reversed, so one matrix is enough.
@@ -62,26 +63,26 @@ class Hessian:
             remedy="collect more traces, or raise prune.damping in the recipe",
         )
 
-    def solve(self, right_OI: torch.Tensor) -> torch.Tensor:
+    def solve(self, right_OI: Tensor) -> Tensor:
         factor_II = self.inverse_factor_II
         return right_OI @ factor_II.T @ factor_II
 
-    def energy(self, weight_OI: torch.Tensor) -> float:
+    def energy(self, weight_OI: Tensor) -> float:
         """Return the mean squared output of weights, tr(W H Wᵀ), summed over outputs."""
         product_OI = weight_OI @ self.matrix_II
         return float((product_OI * weight_OI).sum())
 
     @cached_property
-    def scale_I(self) -> torch.Tensor:
+    def scale_I(self) -> Tensor:
         """Root of the damped diagonal; inputs divided by it have unit energy."""
         return self.matrix_II.diagonal().sqrt()
 
     @cached_property
-    def scaled_II(self) -> torch.Tensor:
+    def scaled_II(self) -> Tensor:
         return self.matrix_II / self.scale_I[:, None] / self.scale_I
 
     @cached_property
-    def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors of :attr:`scaled_II`."""
         values_I, vectors_II = torch.linalg.eigh(self.scaled_II)
         return values_I, vectors_II
@@ -91,7 +92,7 @@ class Hessian:
         diagonal_I += share * self._mean
 
 
-def _invert_lower(lower_II: torch.Tensor) -> None:
+def _invert_lower(lower_II: Tensor) -> None:
     """Invert a lower triangular matrix in place, slab by slab. Source: LAPACK's ``trtri``."""
     I = len(lower_II)
     for start in reversed(range(0, I, _SLAB_COLUMNS)):
@@ -110,7 +111,7 @@ def _invert_lower(lower_II: torch.Tensor) -> None:
             slab_XC[row:end] = -(inverse_CX @ below_XC[: end - stop])
 
 
-def _reverse(values_L: torch.Tensor) -> None:
+def _reverse(values_L: Tensor) -> None:
     """Reverse the order of the values in place, a chunk from either end at a time."""
     count = len(values_L)
     for start in range(0, count // 2, _CHUNK_VALUES):

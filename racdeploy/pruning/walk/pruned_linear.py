@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
@@ -22,15 +21,15 @@ from racdeploy.results.pruning import LinearRow
 class PrunedLinear:
     """Weights of a pruned linear, with what its report row needs."""
 
-    stored_OI: torch.Tensor  # weights in the file's dtype
-    target_OI: torch.Tensor  # dense weights, or those solved for the dense output
+    stored_OI: Tensor  # weights in the file's dtype
+    target_OI: Tensor  # dense weights, or those solved for the dense output
     damping: float
     error: RelativeError  # on held-out traces, against the target
-    importance_I: torch.Tensor  # mean squared input
+    importance_I: Tensor  # mean squared input
     tokens: int
     expert_tokens: int | None  # calibration tokens of its expert; None outside of experts
     pooled: bool  # pruned on the tokens of all experts
-    codes: GridCodes | None = None  # of stored_OI, where they were chosen
+    codes: GridCodes | None  # of stored_OI, where they were chosen
 
     def broadcast(self, processes: ProcessGroup, owner: int, *, target: bool) -> PrunedLinear:
         """Return the owner's linear, in all processes.
@@ -64,11 +63,11 @@ class PrunedLinear:
 
 
 @contextmanager
-def record_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+def record_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that collects the outputs of some linears, without their biases."""
-    outputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def remember(name: str, module: nn.Module, _: Any, output_BTO: torch.Tensor) -> None:
+    def remember(name: str, module: nn.Module, _: Any, output_BTO: Tensor) -> None:
         outputs[name] = subtract_bias(module, output_BTO)
 
     with ExitStack() as hooks:
@@ -83,7 +82,7 @@ def measure_outputs(
     block: nn.Module,
     pruned: Mapping[str, PrunedLinear],
     batch: Batch,
-    dense: Mapping[str, torch.Tensor],
+    dense: Mapping[str, Tensor],
 ) -> Iterator[None]:
     """Within the context, add each pruned linear's output to its error against the target.
 
@@ -99,10 +98,10 @@ def measure_outputs(
 def _add_error(
     linear: PrunedLinear,
     batch: Batch,
-    dense_BTO: torch.Tensor | None,
+    dense_BTO: Tensor | None,
     module: nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    output_BTO: torch.Tensor,
+    inputs: tuple[Tensor, ...],
+    output_BTO: Tensor,
 ) -> None:
     product_BTO = subtract_bias(module, output_BTO)
     if dense_BTO is None:
@@ -110,7 +109,7 @@ def _add_error(
     linear.error.add(product_BTO.float(), dense_BTO.float(), batch)
 
 
-def subtract_bias(module: nn.Module, output_BTO: torch.Tensor) -> torch.Tensor:
+def subtract_bias(module: nn.Module, output_BTO: Tensor) -> Tensor:
     """Return the output of a linear minus its bias: pruning changes the matrix alone."""
     bias = getattr(module, "bias", None)
     return output_BTO if bias is None else output_BTO - bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
@@ -20,7 +21,7 @@ class RelativeError:
         self._error_XR = torch.zeros(len(tasks), len(SEGMENTS), dtype=torch.float64)  # X: tasks
         self._energy_XR = torch.zeros_like(self._error_XR)
 
-    def add(self, output_BTO: torch.Tensor, target_BTO: torch.Tensor, batch: Batch) -> None:
+    def add(self, output_BTO: Tensor, target_BTO: Tensor, batch: Batch) -> None:
         """Add a batch; padding does not count."""
         real_BT = batch.segment_BT != PAD
         task_BT = batch.task_B[:, None].expand_as(real_BT)
@@ -50,9 +51,7 @@ class RelativeError:
         return _ratios(self._tasks, self._error_XR.sum(1), self._energy_XR.sum(1))
 
 
-def _ratios(
-    names: Sequence[str], error_X: torch.Tensor, energy_X: torch.Tensor
-) -> dict[str, float]:
+def _ratios(names: Sequence[str], error_X: Tensor, energy_X: Tensor) -> dict[str, float]:
     ratios = {}
     for name, error, energy in zip(names, error_X, energy_X, strict=True):
         if energy > 0:  # else no token of this kind was seen

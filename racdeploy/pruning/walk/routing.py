@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.statistics import PAD
@@ -17,11 +16,11 @@ from racdeploy.pruning.walk.statistics import PAD
 class RoutedTokens:
     """Tokens of a batch, N with padding, each with its K chosen experts and their shares."""
 
-    hidden_ND: torch.Tensor
-    chosen_NK: torch.Tensor
-    share_NK: torch.Tensor
+    hidden_ND: Tensor
+    chosen_NK: Tensor
+    share_NK: Tensor
 
-    def tokens(self, batch: Batch, expert: int | None) -> torch.Tensor:
+    def tokens(self, batch: Batch, expert: int | None) -> Tensor:
         """Return the indices of the tokens of an expert, or of all experts at None; no padding."""
         real_N = (batch.segment_BT != PAD).flatten().to(self.chosen_NK.device)
         if expert is not None:
@@ -29,7 +28,7 @@ class RoutedTokens:
         return real_N.nonzero()[:, 0]
 
 
-def select_tokens(batch: Batch, token_M: torch.Tensor) -> Batch:
+def select_tokens(batch: Batch, token_M: Tensor) -> Batch:
     """Return some tokens of a batch as sequences of one token each."""
     token_M = token_M.cpu()
     _, T = batch.ids_BT.shape
@@ -46,7 +45,7 @@ def record_routing(block: nn.Module, experts: str) -> Iterator[list[RoutedTokens
     """Yield a list that collects the tokens at the experts of a block, one entry a pass."""
     seen: list[RoutedTokens] = []
 
-    def remember(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def remember(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         seen.append(RoutedTokens(*arguments))
 
     with block.get_submodule(experts).register_forward_pre_hook(remember):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from racdeploy.errors import UsageError
 from racdeploy.pruning.process_group import ProcessGroup
@@ -29,11 +30,11 @@ class InputStatistic:
     """Sums over the calibration tokens of one input."""
 
     width: int
-    weights_R: torch.Tensor  # of a token by segment, on the device of the sums
-    matched_weights: Sequence[torch.Tensor] = ()  # of linears solved for the dense output
-    dense_weights: Sequence[torch.Tensor] = ()  # of the same linears before a cut of inputs
+    weights_R: Tensor  # of a token by segment, on the device of the sums
+    matched_weights: Sequence[Tensor] = ()  # of linears solved for the dense output
+    dense_weights: Sequence[Tensor] = ()  # of the same linears before a cut of inputs
     weight: float = field(init=False)  # after :meth:`reduce`: sum over all tokens
-    importance_I: torch.Tensor = field(init=False)  # after :meth:`reduce`: mean squared input
+    importance_I: Tensor = field(init=False)  # after :meth:`reduce`: mean squared input
 
     def __post_init__(self) -> None:
         I = self.width
@@ -47,9 +48,7 @@ class InputStatistic:
         self._delta_sum = zeros(rows if self.matched_weights else 0, I)
         self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
 
-    def add(
-        self, sparse_BTI: torch.Tensor, dense_BTI: torch.Tensor | None, segment_BT: torch.Tensor
-    ) -> None:
+    def add(self, sparse_BTI: Tensor, dense_BTI: Tensor | None, segment_BT: Tensor) -> None:
         """Add a batch's input, without padding, and the dense model's input to compare with."""
         segment_BT = segment_BT.to(self.weights_R.device)
         real_BT = segment_BT != PAD
@@ -76,7 +75,7 @@ class InputStatistic:
             rows_CN = delta_NX[:, start:stop].T
             self._delta_sum[start:stop] += rows_CN @ x_NI
 
-    def _make_delta(self, dense_NI: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
+    def _make_delta(self, dense_NI: Tensor, x_NI: Tensor) -> Tensor:
         """Return the difference to the dense input, or to the dense outputs if projected."""
         if self.dense_weights:
             sparse = [x_NI @ weight_OI.T for weight_OI in self.matched_weights]
@@ -121,7 +120,7 @@ class InputStatistic:
 
         return Hessian(matrix_II, damping)
 
-    def solve_targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, torch.Tensor]:
+    def solve_targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, Tensor]:
         """Return weights that map the sparse model's input to the dense model's output.
 
         Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with

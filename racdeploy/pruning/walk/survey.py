@@ -7,7 +7,7 @@ from contextlib import closing
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.models.families import expand_experts
 from racdeploy.pruning.walk.batches import Batch
@@ -20,10 +20,10 @@ from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.statistics import PAD, InputStatistic
 
-Effect = Callable[[torch.Tensor], float]
+Effect = Callable[[Tensor], float]
 """Returns the relative change of the block's output if a linear gets other weights."""
 Observation = Mapping[str, float]
-Observe = Callable[[str, torch.Tensor, Hessian, Effect], Observation]
+Observe = Callable[[str, Tensor, Hessian, Effect], Observation]
 
 
 def survey(
@@ -87,7 +87,7 @@ def survey(
 
 def _observe_block(
     session: PruningSession, flow: CalibrationPass, index: int, wanted: Sequence[str]
-) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+) -> Iterator[tuple[str, Tensor, Hessian]]:
     """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
     block = session.model.meta_block(index)
     checkpoint = session.model.checkpoint
@@ -125,10 +125,10 @@ def _observe_block(
 
 def _observe_owned(
     session: PruningSession,
-    full: Mapping[str, torch.Tensor],
+    full: Mapping[str, Tensor],
     names: Sequence[str],
     statistic: InputStatistic,
-) -> Iterator[tuple[str, torch.Tensor, Hessian]]:
+) -> Iterator[tuple[str, Tensor, Hessian]]:
     processes = session.processes
     weights = [full[name] for name in names]
     owners = processes.assign_owners([weight_OI.numel() for weight_OI in weights])
@@ -150,7 +150,7 @@ class _Effects:
         self,
         session: PruningSession,
         block: nn.Module,
-        hidden_BTD: torch.Tensor,
+        hidden_BTD: Tensor,
         batch: Batch,
         block_inputs: BlockInputs,
     ) -> None:
@@ -160,7 +160,7 @@ class _Effects:
         self._real_BT = self._blocks.to_device(batch.segment_BT != PAD)
         self._weight_N = weigh_tokens(session, batch)
 
-    def measure(self, linear: str, weight_OI: torch.Tensor) -> float:
+    def measure(self, linear: str, weight_OI: Tensor) -> float:
         """Return the mean over tokens of |change|² / |output|² with these weights in the linear."""
         parameter = f"{linear}.weight"
         dense_OI = self._block.get_parameter(parameter).data
@@ -181,7 +181,7 @@ class _Effects:
         return float(share_N @ weight_N / weight_N.sum())
 
 
-def weigh_tokens(session: PruningSession, batch: Batch) -> torch.Tensor:
+def weigh_tokens(session: PruningSession, batch: Batch) -> Tensor:
     """Return the weight of each token of a batch, without padding."""
     segment_N = batch.segment_BT[batch.segment_BT != PAD]
     return session.weights_R[segment_N.to(session.weights_R.device)]

@@ -24,7 +24,7 @@ from racdeploy.pruning.weights.patterns import ExistingZeros, Pattern, make_patt
 from racdeploy.pruning.weights.refit import prune_and_refit
 from racdeploy.pruning.weights.rounding import round_to_grid
 from racdeploy.pruning.weights.sparsities import LinearSparsities
-from racdeploy.quant import RoundingQuant, load, load_grid, rounding_quant_of
+from racdeploy.quant import RoundingQuant, explain_misfit, load, load_grid, rounding_quant_of
 from racdeploy.quant.grid import GridCodes
 
 LinearSolution = tuple[torch.Tensor, torch.Tensor, float, GridCodes | None]
@@ -48,7 +48,10 @@ class LinearPruner:
 
     def quant_of(self, pair: BlockPair, linear: str) -> str:
         """Return the format whose codes are optimized for a linear, or an empty string."""
-        return rounding_quant_of(self.quant, pair.dense_name(linear))
+        name = rounding_quant_of(self.quant, pair.dense_name(linear))
+        # A cut may leave rows that its blocks do not divide: then the export chooses another one.
+        row_length = pair.sparse.get_parameter(f"{linear}.weight").shape[1]
+        return "" if name and explain_misfit(load(name), row_length) else name
 
     def prune_group(
         self, pair: BlockPair, group: int, linears: Sequence[str]

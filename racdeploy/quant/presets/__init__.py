@@ -19,6 +19,8 @@ from racdeploy.errors import UsageError
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _MIN_EMBEDDING_BITS = 8.0
+_PRESET_FALLBACKS = quant.FALLBACKS | {"q4_k": "q5_0", "q5_k": "q8_0"}
+"""Wider than of single formats, as ``tensor_type_fallback`` in llama-quant.cpp."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,11 @@ class QuantRules:
         if any(matching):
             return _choose_widest(usual, matching)
         return usual
+
+    def fit_rows(self, name: str, row_length: int) -> tuple[str, str]:
+        """Return the format that stores rows of that length, and why it is another, if it is."""
+        fallbacks = quant.FALLBACKS if self.name == self.quant else _PRESET_FALLBACKS
+        return quant.fit_rows(name, row_length, fallbacks)
 
     def check(self, names: Iterable[str]) -> None:
         """Raise if a pattern of the recipe matches no matrix of the file.

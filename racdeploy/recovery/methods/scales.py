@@ -18,22 +18,19 @@ from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 
 def peak_bytes(run: TrainingRun) -> int:
     """Return the peak memory of :func:`recover` in bytes."""
-    linears = run.masked_weights if run.quant else ()
     vectors = list_trained(run.sparse, vectors_only=True)
+    linears = list_stored_codes(run.sparse.folder)
     return cost.whole_model_bytes(run, [*vectors, *linears])
 
 
 def recover(run: TrainingRun) -> list[LogRow]:
     """Train vectors and scales; zeros and codes do not change."""
-    linears = run.masked_weights if run.quant else ()
     vectors = list_trained(run.sparse, vectors_only=True)
+    stored = list_stored_codes(run.sparse.folder)
 
     def arrange(weights: Mapping[str, torch.Tensor]) -> WeightParameters:
-        if not linears:
-            return WeightParameters(weights)
         vector_weights = {name: weights[name] for name in vectors}
-        linear_weights = {name: weights[name] for name in linears}
-        stored = list_stored_codes(run.sparse.folder) if run.processes.is_first else {}
-        return ScaleParameters(vector_weights, linear_weights, run.quant, stored, run.processes)
+        linear_weights = {name: weights[name] for name in stored}
+        return ScaleParameters(vector_weights, linear_weights, stored, run.processes)
 
-    return distill(run, [*vectors, *linears], arrange)
+    return distill(run, [*vectors, *stored], arrange)

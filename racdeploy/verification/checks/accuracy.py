@@ -34,7 +34,7 @@ def check(evidence: Evidence) -> CheckResult:
     dense_correct = evidence.dense.count(is_correct)
     prompts = evidence.prompt_count
     answers = len(evidence.dense.records)
-    pairs = evidence.count_disagreements(is_correct)
+    pairs = evidence.dense.count_disagreements(evidence.pruned, is_correct)
     interval = paired.drop_interval(*pairs, confidence)
     figures = {
         "drop": pairs.drop,

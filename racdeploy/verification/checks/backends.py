@@ -15,7 +15,7 @@ from racdeploy.verification.evidence import (
     is_correct,
     make_check_result,
 )
-from racdeploy.verification.stats import lengths, paired, verdicts
+from racdeploy.verification.stats import paired, verdicts
 
 _REMEDIES = {
     "pass": "",
@@ -62,12 +62,9 @@ def _compare(evidence: Evidence, arm: ArmResult, backend: str) -> CheckResult:
     limits = evidence.gate.limits(Limits)
     confidence = evidence.gate.confidence
 
-    pairs = paired.paired_counts(main.group_by_prompt(is_correct), arm.group_by_prompt(is_correct))
+    pairs = main.count_disagreements(arm, is_correct)
     interval = paired.drop_interval(*pairs, confidence)
-
-    main_tokens = main.group_by_prompt(completion_tokens)
-    tokens = arm.group_by_prompt(completion_tokens)
-    ratio = lengths.length_ratio(main_tokens, tokens, evidence.budget_tokens, confidence)
+    ratio = main.length_ratio(arm, completion_tokens, evidence.budget_tokens, confidence)
 
     # Equal text is only reported: engines round differently, and one token changes the rest.
     equivalence = verdicts.judge_within(interval, -limits.margin, limits.margin)

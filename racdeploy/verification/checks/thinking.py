@@ -14,7 +14,7 @@ from racdeploy.verification.evidence import (
     make_check_result,
     thinking_tokens,
 )
-from racdeploy.verification.stats import lengths, paired, verdicts
+from racdeploy.verification.stats import paired, verdicts
 
 _REMEDIES = {
     "pass": "",
@@ -50,12 +50,11 @@ def check(evidence: Evidence) -> CheckResult:
     """
     limits = evidence.gate.limits(Limits)
     confidence = evidence.gate.confidence
-    thinks = any(map(thinking_tokens, evidence.dense.records))
+    dense, pruned = evidence.dense, evidence.pruned
+    thinks = any(map(thinking_tokens, dense.records))
     length = thinking_tokens if thinks else completion_tokens
 
-    dense = evidence.dense.group_by_prompt(length)
-    pruned = evidence.pruned.group_by_prompt(length)
-    ratio = lengths.length_ratio(dense, pruned, evidence.budget_tokens, confidence)
+    ratio = dense.length_ratio(pruned, length, evidence.budget_tokens, confidence)
     results = {"length": verdicts.judge(ratio, limits.length_ratio)}
 
     figures: dict[str, float | str] = {
@@ -71,11 +70,11 @@ def check(evidence: Evidence) -> CheckResult:
         limit: float = getattr(limits, fault)
 
         # Counted as answers, a fault that only the pruned arm has would be a gain: swap the arms.
-        fewer, more, prompts = evidence.count_disagreements(has_fault)
+        fewer, more, prompts = dense.count_disagreements(pruned, has_fault)
         results[fault] = paired.judge_non_inferiority(more, fewer, prompts, limit, confidence)
 
-        before = evidence.dense.count(has_fault)
-        after = evidence.pruned.count(has_fault)
+        before = dense.count(has_fault)
+        after = pruned.count(has_fault)
         figures[f"{fault}_dense"] = before
         figures[f"{fault}_pruned"] = after
         figures[f"{fault}_limit"] = limit
@@ -90,7 +89,7 @@ def check(evidence: Evidence) -> CheckResult:
     summary = (
         f"{because}{measured} length ratio {ratio.ratio:.3f}, "
         f"{confidence:.0%} interval {ratio.lower:.3f} to {ratio.upper:.3f}, "
-        f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(evidence.dense.records):,}"
+        f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(dense.records):,}"
     )
 
     return make_check_result("thinking", verdict, summary, figures, _REMEDIES[verdict])

@@ -10,7 +10,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from racdeploy.verification.stats.means import Floats, estimate_ratio, ratio_of_means
+from racdeploy.verification.stats.distributions import Floats
+from racdeploy.verification.stats.means import estimate_ratio, ratio_of_means
 from racdeploy.verification.stats.verdicts import RatioEstimate
 
 

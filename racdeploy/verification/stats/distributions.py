@@ -14,6 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
 ROUNDING_TOLERANCE = 1e-9
 """Tolerance for sums of shares that would be whole numbers without rounding."""
 _TAIL_SIGMAS = 8.5  # a binomial's mass outside is below 1e-15
@@ -78,7 +79,7 @@ def likely_counts(n: int, rate: float) -> NDArray[np.int64]:
     return np.arange(first, last + 1)
 
 
-def binomial_pmf(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray[np.float64]:
+def binomial_pmf(counts_L: NDArray[np.int64], n: int, rate: float) -> Floats:
     """Return P(X = count) for X ~ Binomial(n, rate)."""
     # In logarithms: the binomial coefficient of a thousand prompts overflows a float.
     log_rate = math.log(max(rate, _TINY))
@@ -91,7 +92,7 @@ def binomial_pmf(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray[np
     return np.asarray(np.exp(log_choose_L + counts_L * log_rate + rest_L * log_rest))
 
 
-def binomial_cdf(counts_L: NDArray[np.int64], n: int, rate: float) -> NDArray[np.float64]:
+def binomial_cdf(counts_L: NDArray[np.int64], n: int, rate: float) -> Floats:
     """Return P(X <= count) for X ~ Binomial(n, rate)."""
     counts_from_zero = np.arange(int(counts_L.max()) + 1)
     masses = binomial_pmf(counts_from_zero, n, rate)
@@ -129,7 +130,7 @@ def check_confidence(confidence: float) -> None:
 
 
 @cache
-def _log_factorials(bits: int) -> NDArray[np.float64]:
+def _log_factorials(bits: int) -> Floats:
     """Return log(k!) for all k below 2 ** bits: one cached table serves many n."""
     logs = np.log(np.arange(1, 1 << bits))
     return np.concatenate(([0.0], np.cumsum(logs)))

@@ -6,14 +6,14 @@ import math
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from racdeploy.verification.stats.distributions import student_quantile
+from racdeploy.verification.stats.distributions import Floats, student_quantile
 from racdeploy.verification.stats.means import estimate_ratio, ratio_of_means
 from racdeploy.verification.stats.verdicts import RatioEstimate
 
 
-def restrict_lengths(lengths: ArrayLike, budget: float) -> NDArray[np.float64]:
+def restrict_lengths(lengths: ArrayLike, budget: float) -> Floats:
     """Return min(length, budget) for each prompt, averaged over its samples.
 
     Args:

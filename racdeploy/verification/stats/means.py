@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from racdeploy.verification.stats.distributions import student_quantile
+from racdeploy.verification.stats.distributions import Floats, student_quantile
 from racdeploy.verification.stats.verdicts import ConfidenceInterval, RatioEstimate
 
-Floats = NDArray[np.float64]
 _MAX_EXPONENT = 700.0  # e to this power is still a float64
 
 

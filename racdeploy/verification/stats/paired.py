@@ -27,7 +27,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from racdeploy.results.checks import VerdictName
 from racdeploy.verification.stats import distributions
-from racdeploy.verification.stats.distributions import ROUNDING_TOLERANCE, bisect, normal_quantile
+from racdeploy.verification.stats.distributions import (
+    ROUNDING_TOLERANCE,
+    Floats,
+    bisect,
+    normal_quantile,
+)
 from racdeploy.verification.stats.verdicts import ConfidenceInterval, judge
 
 MAX_PROMPTS = 1_000_000
@@ -203,7 +208,7 @@ def smallest_detectable_drop(
 
 def tango_score(
     n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return Tango's score of a hypothetical drop: its difference in standard deviations.
 
     Args:
@@ -270,7 +275,7 @@ def _most_passing(
     return low_L
 
 
-def _mean_right(right: ArrayLike) -> NDArray[np.float64]:
+def _mean_right(right: ArrayLike) -> Floats:
     """Return the share of right samples by prompt."""
     raw = np.asarray(right, dtype=np.float64)
     if raw.ndim not in (1, 2) or raw.size == 0 or not np.isin(raw, (0.0, 1.0)).all():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from racdeploy.bundles.hub.card import write_card
+from racdeploy.bundles.hub.push import write_card
 from racdeploy.errors import RacdeployError
 from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest

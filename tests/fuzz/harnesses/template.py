@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from racdeploy.errors import ArtifactError, RacdeployError
-from racdeploy.exporting.gguf.ollama import make_go_template
+from racdeploy.exporting.gguf.programs import make_go_template
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.runtime.template import ChatTemplate
 from racdeploy.sandbox.client import Sandbox
@@ -23,7 +23,7 @@ from tests.fuzz.oracle import apart, check_words, expect, forgive, place
 READERS = (
     "racdeploy.sandbox.chat_template",
     "racdeploy.sandbox.text_operations",
-    "racdeploy.exporting.gguf.ollama",
+    "racdeploy.exporting.gguf.programs",
 )
 DICTIONARY = (
     *(b"{% for message in messages %}", b"{% endfor %}", b"{{ message['content'] }}", b"{% if "),

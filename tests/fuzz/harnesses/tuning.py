@@ -16,7 +16,7 @@ from tests.support.sample_tuning import build_tuning
 
 READERS = (
     *("racdeploy.results.tuning", "racdeploy.report.tuning_page", "racdeploy.report.tuning_tables"),
-    *("racdeploy.report.tuning_charts", "racdeploy.report.toml_writer"),
+    *("racdeploy.report.tuning_page", "racdeploy.report.toml_writer"),
 )
 _WORDS = (
     *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),

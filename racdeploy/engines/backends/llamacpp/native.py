@@ -146,18 +146,15 @@ class NativeModel(_Vocabulary):
         _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
         self.info = _describe(kernels, settings.accel == "require")
         self.context_tokens = settings.context_tokens
-        self._contexts = self._open_contexts(settings)
 
-    def _open_contexts(self, settings: EngineSettings) -> list[_Context]:
         is_small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
         count = min(self._threads, settings.parallel) if is_small else 1
 
-        contexts = []
+        self._contexts = []
         for index in range(count):
             slots = len(range(index, settings.parallel, count))
-            contexts.append(_Context(self._model, settings, slots, self._log, self.vocabulary))
-
-        return contexts
+            context = _Context(self._model, settings, slots, self._log, self.vocabulary)
+            self._contexts.append(context)
 
     def decoders(self) -> list[_Context]:
         return self._contexts
@@ -189,7 +186,25 @@ class _Context:
         self._log = log
         self._vocabulary = vocabulary
 
-        self._context = llama_cpp.llama_init_from_model(model, _context_params(settings, slots))
+        cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
+        cache_type = cache_types[settings.cache_dtype]
+        flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+        self._context = llama_cpp.llama_init_from_model(
+            model,
+            _fill(
+                llama_cpp.llama_context_default_params(),
+                n_ctx=settings.context_tokens * slots,  # of all slots together
+                n_seq_max=slots,
+                n_batch=BATCH_TOKENS,
+                n_ubatch=BATCH_TOKENS,
+                n_outputs_max=max(_OUTPUT_ROWS, slots),
+                type_k=cache_type,
+                type_v=cache_type,
+                flash_attn_type=flash[settings.flash_attention],
+                kv_unified=False,
+            ),
+        )
+
         if not self._context:
             raise EngineError(
                 "context-out-of-memory",
@@ -293,25 +308,6 @@ def _check_context(tokens: int, trained: int) -> None:
             f"context_tokens is {tokens:,}, and the model is made for {trained:,}",
             remedy=f"use at most {max_tokens:,}",
         )
-
-
-def _context_params(settings: EngineSettings, slots: int) -> Any:
-    cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
-    cache_type = cache_types[settings.cache_dtype]
-    flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
-
-    return _fill(
-        llama_cpp.llama_context_default_params(),
-        n_ctx=settings.context_tokens * slots,  # of all slots together
-        n_seq_max=slots,
-        n_batch=BATCH_TOKENS,
-        n_ubatch=BATCH_TOKENS,
-        n_outputs_max=max(_OUTPUT_ROWS, slots),
-        type_k=cache_type,
-        type_v=cache_type,
-        flash_attn_type=flash[settings.flash_attention],
-        kv_unified=False,
-    )
 
 
 def _fill(params: Any, **values: int) -> Any:

@@ -37,10 +37,10 @@ _POSITIONS = "position_ids"
 _KEPT = "num_logits_to_keep"
 # onnxruntime's own exceptions; its Python code adds the two plain ones.
 _ERRORS = (
-    *(states.EPFail, states.EngineError, states.Fail, states.InvalidArgument, states.InvalidGraph),
-    *(states.InvalidProtobuf, states.ModelLoaded, states.NoModel, states.NoSuchFile),
-    *(states.NotImplemented, states.RuntimeException, RuntimeError, ValueError),
-)
+    states.EPFail, states.EngineError, states.Fail, states.InvalidArgument, states.InvalidGraph,
+    states.InvalidProtobuf, states.ModelLoaded, states.NoModel, states.NoSuchFile,
+    states.NotImplemented, states.RuntimeException, RuntimeError, ValueError,
+)  # fmt: skip
 _REMEDY = "export the model again, and see that every file of it was copied"
 
 

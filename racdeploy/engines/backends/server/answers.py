@@ -41,7 +41,17 @@ class CompletionReader:
     ) -> Completion:
         """Return the completion in an answer; EngineError where its exact ids are unknown."""
         choice = read_choice(answer)
-        _check_prompt(answer, choice, prompt)
+
+        # vLLM returns the ids that it read.
+        count = read_usage(answer, "prompt_tokens")
+        read_ids = choice.get("prompt_token_ids")
+        if count != len(prompt) or (read_ids is not None and read_ids != list(prompt)):
+            raise EngineError(
+                "server-changes-prompt",
+                f"the server read {count} prompt tokens where {len(prompt)} were sent",
+                remedy="start it without options that change prompts, such as one that adds a "
+                "beginning-of-sequence token",
+            )
 
         ids = _returned_ids(answer, choice, self.vocabulary)
         if ids is None:
@@ -95,19 +105,6 @@ class CompletionReader:
             )
 
         return [*ids, _end_id(choice, stop_ids)] if ended else ids
-
-
-def _check_prompt(answer: Json, choice: Json, prompt: Sequence[int]) -> None:
-    """Raise EngineError where the server read another prompt; vLLM returns the ids it read."""
-    count = read_usage(answer, "prompt_tokens")
-    read_ids = choice.get("prompt_token_ids")
-    if count != len(prompt) or (read_ids is not None and read_ids != list(prompt)):
-        raise EngineError(
-            "server-changes-prompt",
-            f"the server read {count} prompt tokens where {len(prompt)} were sent",
-            remedy="start it without options that change prompts, such as one that adds a "
-            "beginning-of-sequence token",
-        )
 
 
 def _end_id(choice: Json, stop_ids: Sequence[int]) -> int:

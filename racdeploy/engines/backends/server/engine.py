@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
 
 from racdeploy.engines.backends.server.answers import CompletionReader, read_usage
 from racdeploy.engines.backends.server.http import Client, RefusedError
@@ -28,6 +27,7 @@ from racdeploy.engines.engine import (
 )
 from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError, UsageError
+from racdeploy.files.reading import Json
 from racdeploy.models.tokenizer_files import read_tokenizer
 
 CompletionRequest = tuple[Sequence[int], Sampling, int]
@@ -233,7 +233,7 @@ class ServerEngine(Engine):
         answer = await self._client.request("completions", body, max_bytes=max_bytes)
         return self._reader.read(answer, ids, sampling.stop_ids, body["max_tokens"])
 
-    def _write_request(self, request: CompletionRequest) -> dict[str, Any]:
+    def _write_request(self, request: CompletionRequest) -> Json:
         ids, sampling, rng_index = request
         return {
             "model": self.model,
@@ -265,7 +265,7 @@ class ServerEngine(Engine):
             remedy="use vLLM, SGLang or llama-server, which take token ids",
         )
 
-    def _choose_model(self, name: str) -> dict[str, Any]:
+    def _choose_model(self, name: str) -> Json:
         try:
             data = self._client.ask("models").get("data")
         except RefusedError as error:
@@ -338,7 +338,7 @@ def derive_seed(seed: int, rng_index: int) -> int:
     return int.from_bytes(digest[:4]) >> 1
 
 
-def _vocabulary(card: Mapping[str, Any]) -> int:
+def _vocabulary(card: Json) -> int:
     """Return the vocabulary size that llama-server reports, else sys.maxsize, no limit.
 
     Servers refuse unknown ids themselves.

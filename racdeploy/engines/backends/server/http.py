@@ -56,7 +56,20 @@ class Client:
         self._key_env = key_env
         self._key = _read_key(key_env)
         if self._key:
-            _refuse_clear(self._base, key_env)
+            # Others could read a key that is sent over plain HTTP to another machine.
+            parts = urllib.parse.urlsplit(self._base)
+            host = parts.hostname or ""
+            try:
+                is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+            except ValueError:
+                is_local = False
+
+            if parts.scheme == "http" and not is_local:
+                raise UsageError(
+                    "key-unencrypted",
+                    f"the key in {key_env} would be sent to {host} unencrypted",
+                    remedy=f"use https://{host}, or a tunnel to 127.0.0.1",
+                )
         self._timeout_s = timeout_s
         self._is_reached = False  # requests to a server that never answered are not repeated
 
@@ -226,23 +239,6 @@ def _read_address(url: str) -> str:
         )
 
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
-
-
-def _refuse_clear(base: str, key_env: str) -> None:
-    """Raise UsageError for an API key over plain HTTP to another machine: others could read it."""
-    parts = urllib.parse.urlsplit(base)
-    host = parts.hostname or ""
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-
-    if parts.scheme == "http" and not is_local:
-        raise UsageError(
-            "key-unencrypted",
-            f"the key in {key_env} would be sent to {host} unencrypted",
-            remedy=f"use https://{host}, or a tunnel to 127.0.0.1",
-        )
 
 
 def _read_key(name: str) -> str:

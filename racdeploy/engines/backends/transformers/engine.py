@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,10 @@ class TransformersEngine(Engine):
                 return
 
             # A forced close tag makes one sequence longer than the rest, hence padding in between.
-            ids_BT, mask_BT = _left_pad([sequence.pending_ids for sequence in sequences])
+            tensors = [torch.tensor(sequence.pending_ids) for sequence in sequences]
+            pad = partial(pad_sequence, batch_first=True, padding_side="left")
+            ids_BT, mask_BT = pad(tensors), pad([torch.ones_like(ids_T) for ids_T in tensors])
+
             mask_BX = torch.cat([mask_BX, mask_BT], dim=1)
             position_BX = (mask_BX.cumsum(1) - 1).clamp(min=0)
             logits_BV, cache = self._feed(ids_BT, mask_BX, position_BX, cache)
@@ -191,13 +195,3 @@ def chat_prompt_ids(folder: Path, questions: Sequence[str]) -> list[list[int]]:
         prompts.append(list(ids))
 
     return prompts
-
-
-def _left_pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids_BT, and mask_BT that is 1 on real tokens."""
-    tensors = [torch.tensor(ids) for ids in rows]
-
-    def pad(values: list[torch.Tensor]) -> torch.Tensor:
-        return pad_sequence(values, batch_first=True, padding_side="left")
-
-    return pad(tensors), pad([torch.ones_like(ids_T) for ids_T in tensors])

@@ -124,7 +124,7 @@ class GraniteMoeBlock(_Routed):
             (E, D, F), activation = original.experts.down_proj.shape, original.experts.act_fn
 
         self.router = GraniteRouter(D, E)
-        self.experts = Experts([Expert(D, F, _make_gated(activation)) for _ in range(E)])
+        self.experts = _make_experts(E, D, F, activation)
         self._K = original.router.top_k
 
     def forward(self, hidden_BTD: Tensor) -> Any:
@@ -165,24 +165,17 @@ def unfuse_experts(model: nn.Module) -> None:
         elif name.endswith(".block_sparse_moe"):
             model.set_submodule(name, GraniteMoeBlock(module))
         elif {"gate_up_proj", "down_proj"} <= names and "gate_up_proj_bias" not in names:
-            model.set_submodule(name, _unfuse(module))
+            E, D, F = module.get_parameter("down_proj").shape
+            model.set_submodule(name, _make_experts(E, D, F, module.act_fn))
         elif isinstance(experts, nn.ModuleList):
-            model.set_submodule(name, SparseMoeBlock(module, _rebuild(experts)))
+            first: Any = experts[0]
+            D, F = first.down_proj.weight.shape
+            separate = _make_experts(len(experts), D, F, first.act_fn)
+            model.set_submodule(name, SparseMoeBlock(module, separate))
 
 
-def _unfuse(fused: Any) -> Experts:
-    E, D, F = fused.down_proj.shape
-    return Experts([Expert(D, F, _make_gated(fused.act_fn)) for _ in range(E)])
-
-
-def _rebuild(experts: nn.ModuleList) -> Experts:
-    first: Any = experts[0]
-    D, F = first.down_proj.weight.shape
-    return Experts([Expert(D, F, _make_gated(first.act_fn)) for _ in experts])
-
-
-def _make_gated(activation: Activation) -> GatedActivation:
-    def gated_activation(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+def _make_experts(E: int, D: int, F: int, activation: Activation) -> Experts:
+    def gating(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         return activation(gate_NF) * up_NF
 
-    return gated_activation
+    return Experts([Expert(D, F, gating) for _ in range(E)])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -62,8 +62,11 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
             _fit_block(model, shape, block)
 
     # Buffers are computed and not in the file: they need values even while weights have none.
+    rotary: Any
     for name, rotary in _rotary(model).items():
-        model.set_submodule(f"{_DECODER}.{name}", _renew(rotary))
+        has_kinds = "rope_type" in inspect.signature(type(rotary)).parameters
+        kind = {"rope_type": rotary.rope_type} if has_kinds else {}
+        model.set_submodule(f"{_DECODER}.{name}", type(rotary)(config=rotary.config, **kind))
 
     _fill_scales(model, shape)
 
@@ -99,14 +102,6 @@ def _rotary(model: nn.Module) -> dict[str, nn.Module]:
             inner = {f"{name}.{kind}": module for kind, module in each.named_children()}
             rotary |= inner or {name: each}
     return rotary
-
-
-def _renew(rotary: Any) -> nn.Module:
-    """Return a rotary embedding of the same config, with filled buffers."""
-    has_kinds = "rope_type" in inspect.signature(type(rotary)).parameters
-    kind = {"rope_type": rotary.rope_type} if has_kinds else {}
-    result: nn.Module = type(rotary)(config=rotary.config, **kind)
-    return result
 
 
 def _round_ramp(rotary: Any) -> nn.Module:
@@ -147,7 +142,7 @@ def _tag_blocks(model: nn.Module, shape: ModelShape) -> None:
 
 
 def make_position_embeddings(
-    model: nn.Module, block: Any, hidden_BTD: torch.Tensor, position_1T: torch.Tensor
+    model: nn.Module, block: Any, hidden_BTD: Tensor, position_1T: Tensor
 ) -> dict[str, Any]:
     """Return the keyword arguments of a block for rotary embeddings."""
     modules = _rotary(model)
@@ -274,9 +269,7 @@ def _match_llama_sparsity(model: nn.Module) -> dict[Any, float]:
     return before
 
 
-def _table_gelu(
-    _: nn.Module, arguments: tuple[torch.Tensor, ...], __: torch.Tensor
-) -> torch.Tensor:
+def _table_gelu(_: nn.Module, arguments: tuple[Tensor, ...], __: Tensor) -> Tensor:
     (x,) = arguments
     rounded = x.half().float()
     value = nn.functional.gelu(rounded, approximate="tanh").half().float()

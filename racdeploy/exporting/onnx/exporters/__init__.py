@@ -67,7 +67,27 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     another model. Weights are linked, not copied.
     """
     folder.mkdir(parents=True)
-    config = json.dumps(_translate_config(checkpoint))
+
+    shape = checkpoint.shape
+    rope = shape.rope
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_plain = rope["rope_type"] == "default"
+
+    kept = {key: value for key, value in shape.config.items() if key not in _DROPPED}
+    config = json.dumps(
+        kept
+        | {
+            "dtype": "float32",
+            "torch_dtype": "float32",
+            "use_cache": True,
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None if is_plain else scaling,
+            "rope_parameters": shape.rope_parameters,
+            "architectures": [shape.family.architecture],
+            "tie_word_embeddings": checkpoint.tied,
+        }
+    )
+
     (folder / "config.json").write_text(config, encoding="utf-8")
 
     tokenizer_class = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
@@ -83,25 +103,6 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
         (folder / file.name).symlink_to(file.resolve())
 
     return folder
-
-
-def _translate_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    shape = checkpoint.shape
-    rope = shape.rope
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    is_plain = rope["rope_type"] == "default"
-
-    kept = {key: value for key, value in shape.config.items() if key not in _DROPPED}
-    return kept | {
-        "dtype": "float32",
-        "torch_dtype": "float32",
-        "use_cache": True,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if is_plain else scaling,
-        "rope_parameters": shape.rope_parameters,
-        "architectures": [shape.family.architecture],
-        "tie_word_embeddings": checkpoint.tied,
-    }
 
 
 def run_module(module: str, arguments: Sequence[str], program: str, model: Path) -> Any:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AttentionInterface, DynamicCache
 
@@ -37,18 +37,18 @@ _PAIR = ("key", "value")
 class _AppendedCache(DynamicCache):
     """Cache that appends keys and values of new tokens to those of each block."""
 
-    def __init__(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.pairs = pairs
 
     def update(
         self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
         layer_idx: int,
         *_: Any,
         **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         past_key, past_value = self.pairs[layer_idx]
         pair = (
             torch.cat([past_key, key_states], dim=-2),
@@ -75,11 +75,11 @@ class _Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[Tensor],
+    ) -> tuple[Tensor, ...]:
         cache = _AppendedCache(list(zip(past[::2], past[1::2], strict=True)))
         mask = partial(_mask, attention_mask, cache.get_seq_length(), input_ids.shape[1])
         self.file.create_causal_mask = lambda **_: mask()
@@ -97,7 +97,7 @@ class _Decoder(nn.Module):
         return (outputs.logits, *(tensor for pair in cache.pairs for tensor in pair))
 
 
-def _mask(attention_mask: torch.Tensor, past: int, tokens: int, window: int = 0) -> torch.Tensor:
+def _mask(attention_mask: Tensor, past: int, tokens: int, window: int = 0) -> Tensor:
     """Return the attention mask of new tokens over past and new ones, mask_B1TL; True: attends."""
     position_L = torch.arange(past + tokens)
     query_T1 = past + torch.arange(tokens)[:, None]
@@ -112,14 +112,14 @@ def _mask(attention_mask: torch.Tensor, past: int, tokens: int, window: int = 0)
 
 def _attend(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
     *,
     scaling: float,
     **options: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attend by one Attention node, which supports groups of query heads without copying keys."""
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
@@ -129,15 +129,6 @@ def _attend(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )
     return attended.transpose(1, 2).contiguous(), None
-
-
-def _use_one_node(model: nn.Module) -> None:
-    """Set :func:`_attend` as the attention of all parts of a model."""
-    AttentionInterface.register(_ATTENTION, _attend)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            config._attn_implementation = _ATTENTION
 
 
 def _keep_weights(node: ir.Node) -> bool | None:
@@ -168,7 +159,13 @@ def main() -> None:
     prepared, out = map(Path, sys.argv[1:])
     checkpoint = Checkpoint(prepared)
     model = load_model(checkpoint)
-    _use_one_node(model)
+
+    AttentionInterface.register(_ATTENTION, _attend)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = _ATTENTION
+
     try:
         program = _trace(model, checkpoint.shape)
     except torch.onnx.OnnxExporterError as error:
