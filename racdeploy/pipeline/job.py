@@ -64,11 +64,13 @@ class Job:
         off = recipe.recover.model_copy(update={"tokens": 0})
         return replace(self, recipe=recipe.model_copy(update={"recover": off}), resolved=self.model)
 
-    def with_recipe(self, recipe: Recipe) -> Job:
-        """Return the job of another recipe for the same model, which is not read again."""
-        changed = replace(self, recipe=recipe, resolved=self.model)
-        known = {name: getattr(self, name) for name in ("checkpoint", "encoder", "tags", "tasks")}
-        vars(changed).update(known)  # cached_property keeps its values there
+    def with_recipe(self, recipe: Recipe, notes: tuple[str, ...] | None = None) -> Job:
+        """Return the job of another recipe for the same model and tasks, read only once."""
+        notes = self.notes if notes is None else notes
+        changed = replace(self, recipe=recipe, resolved=self.model, notes=notes)
+        for name in ("checkpoint", "encoder", "tags", "tasks"):
+            if name in vars(self):  # where cached_property keeps its values
+                vars(changed)[name] = vars(self)[name]
         return changed
 
     @cached_property
@@ -318,4 +320,4 @@ def fit_context(job: Job) -> Job:
     fitted = settings.model_copy(update={"context_tokens": positions})
     recipe = job.recipe.model_copy(update={"verify": fitted})
     note = f"the model was made for {positions:,} tokens, so it is verified with this context"
-    return replace(job, recipe=recipe, resolved=job.model, notes=(*job.notes, note))
+    return job.with_recipe(recipe, (*job.notes, note))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from racdeploy import exporting, plugins
@@ -60,16 +60,16 @@ def fit_structure(job: Job) -> Job:
             reason = reason or error.message
         else:
             notes = (f"all blocks get the same widths: {reason}",) if reason else ()
-            return replace(fitted, notes=(*snapped, *notes))
+            return fitted.with_recipe(fitted.recipe, (*snapped, *notes))
 
     parts = ", ".join(f"{part} {share:g}" for part, share in requested.keep.items())
     note = f"nothing is cut, though {parts} was proposed: {reason}"
-    return replace(_cut(job, decided.model_copy(update={"keep": {}})), notes=(note,))
+    uncut = _cut(job, decided.model_copy(update={"keep": {}}))
+    return uncut.with_recipe(uncut.recipe, (note,))
 
 
 def _cut(job: Job, structure: Structure) -> Job:
-    recipe = job.recipe.model_copy(update={"structure": structure})
-    return replace(job, recipe=recipe, resolved=job.model)
+    return job.with_recipe(job.recipe.model_copy(update={"structure": structure}))
 
 
 def _snap(job: Job) -> tuple[Job, tuple[str, ...]]:

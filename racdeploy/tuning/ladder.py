@@ -122,6 +122,7 @@ class Ladder:
 
     def _open(self, rung: Rung) -> Build:
         job = self.build.job
+        _ = job.encoder, job.tasks  # all rungs share them
         recipe = job.recipe
         narrow = exporting.load(recipe.export.format).COMMON_QUANTS[1]
         settings = {

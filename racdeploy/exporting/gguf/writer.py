@@ -32,6 +32,7 @@ from racdeploy.packing import racgguf
 from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
+from racdeploy.quant.stored_codes import list_stored_codes
 
 _ROUNDED_RAMP = (
     "llama.cpp begins and ends YaRN's ramp at whole dimensions, and this model does not: rotations "
@@ -156,8 +157,13 @@ def make_plan(
 
     notes = vocabulary.notes
     if importance:
-        # Codes that are copied from the checkpoint are not chosen by an importance.
-        quantized = [tensor for tensor in tensors if not tensor.find_mxfp4_parts(checkpoint)]
+        # Codes of the checkpoint and those of pruning are not chosen by an importance.
+        coded = list_stored_codes(checkpoint.folder)
+        quantized = [
+            tensor
+            for tensor in tensors
+            if not (tensor.find_mxfp4_parts(checkpoint) or coded.keys() & {*tensor.parts})
+        ]
         notes = (*notes, _describe_importance(importance, quantized))
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
