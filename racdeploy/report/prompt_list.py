@@ -85,7 +85,7 @@ def truncate(text: str, max_characters: int = _FIRST_CHARACTERS) -> str:
     )
 
 
-def count_shared_characters(pair: AnswerPair, max_characters: int) -> int:
+def count_shared_characters(pair: AnswerPair, max_characters: int = _FIRST_CHARACTERS) -> int:
     """Return the length of the common beginning of both thoughts, up to the end of a word."""
     dense = truncate(pair.dense.thinking_text, max_characters)
     pruned = truncate(pair.pruned.thinking_text, max_characters)

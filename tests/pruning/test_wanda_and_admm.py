@@ -11,7 +11,7 @@ import torch
 from racdeploy import plugins
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.weights.patterns import NOfM, Pattern, Unstructured
-from racdeploy.pruning.weights.refit import refit
+from racdeploy.pruning.weights.refit import prune_and_refit, refit
 from racdeploy.recipe import Pruning
 from tests.references import obs
 
@@ -84,3 +84,18 @@ def test_admm_beats_sparsegpt_beats_wanda(pattern: Pattern) -> None:
         errors.append(float(((delta_OI @ hessian_II) * delta_OI).sum()))
     assert errors[0] < 0.95 * errors[1]
     assert errors[1] < 0.95 * errors[2]
+
+
+def test_without_zeros_no_method_runs() -> None:
+    """At sparsity 0 the weights are returned as they are, without the cost of a method."""
+    weight_OI, hessian_II = _problem(6, 40, 0)
+    hessian = Hessian(hessian_II, 0.01)
+    pruned = prune_and_refit(None, weight_OI, hessian, Unstructured(0.0), Pruning(sparsity=0.0))
+
+    assert torch.equal(weight_OI, pruned.weight_OI)
+    assert pruned.keep_OI.all()
+
+    for method in ("sparsegpt", "wanda"):
+        plugin = plugins.load("prune_methods", method)
+        result = plugin.prune(weight_OI.clone(), hessian, Unstructured(0.0), Pruning(sparsity=0.0))
+        assert torch.equal(weight_OI, result.weight_OI)

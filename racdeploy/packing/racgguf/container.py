@@ -91,7 +91,7 @@ class Container:
 
     def iter_chunks(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
         """Yield the plain bytes of a tensor; those of a packed one in whole blocks."""
-        with self.path.open("rb", buffering=0) as stream:
+        with self.path.open("rb", buffering=READ_BYTES) as stream:
             yield from unpack_stored(tensor, ByteReader(stream))
 
     def iter_plain_bytes(self) -> Iterator[memoryview]:
@@ -103,7 +103,7 @@ class Container:
         yield memoryview(self._plain_header)
         written = len(self._plain_header)
 
-        with self.path.open("rb", buffering=0) as stream:
+        with self.path.open("rb", buffering=READ_BYTES) as stream:
             stored = ByteReader(stream)
             for tensor in self.tensors:
                 start = align_up(written, self.header.alignment)
@@ -330,7 +330,7 @@ def unpack_stored(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[
 
 
 class ByteReader:
-    """Reader of the stored bytes of a tensor, which reads ahead in the file.
+    """Reader of the stored bytes of a tensor.
 
     ``remaining`` is the number of bytes of the tensor that were not read yet.
     """
@@ -338,14 +338,10 @@ class ByteReader:
     def __init__(self, stream: BinaryIO) -> None:
         self.remaining = 0
         self._stream = stream
-        self._ahead = np.empty(0, dtype=np.uint8)
-        self._taken = 0  # of the bytes read ahead
 
     def seek(self, position: int, size_bytes: int) -> None:
         """Move to the first byte of a tensor."""
         self._stream.seek(position)
-        self._ahead = self._ahead[:0]
-        self._taken = 0
         self.remaining = size_bytes
 
     def read(self, count: int) -> NDArray[np.uint8]:
@@ -354,19 +350,9 @@ class ByteReader:
             raise ArtifactError(
                 "damaged-packing", f"{count} bytes are needed and only {self.remaining} remain"
             )
-        if self._taken + count > self._ahead.size:
-            self._read(count)
 
-        start = self._taken
-        self._taken += count
-        self.remaining -= count
-        return self._ahead[start : self._taken]
-
-    def _read(self, count: int) -> None:
-        rest = self._ahead[self._taken :]
-        missing = max(count, min(self.remaining, READ_BYTES)) - rest.size
-        read = np.frombuffer(self._stream.read(missing), dtype=np.uint8)
-        if read.size < missing:
+        data = self._stream.read(count)
+        if len(data) < count:
             raise ArtifactError("damaged-packing", "the file ends early")
-        self._ahead = np.concatenate([rest, read]) if rest.size else read
-        self._taken = 0
+        self.remaining -= count
+        return np.frombuffer(data, dtype=np.uint8)

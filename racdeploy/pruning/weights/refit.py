@@ -12,7 +12,7 @@ import torch
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
-from racdeploy.pruning.weights.patterns import Pattern
+from racdeploy.pruning.weights.patterns import Pattern, Unstructured
 from racdeploy.recipe import Pruning
 
 _TINY = 1e-30  # avoids 0 / 0 in rows that have converged
@@ -22,6 +22,9 @@ def prune_and_refit(
     method: Any, weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Prune a copy of ``weight_OI`` by a method, and refit it if the recipe asks for steps."""
+    if isinstance(pattern, Unstructured) and not pattern.sparsity:
+        return PrunedWeights(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
+
     pruned: PrunedWeights = method.prune(weight_OI.clone(), hessian, pattern, settings)
     if not settings.refit_steps:
         return pruned
