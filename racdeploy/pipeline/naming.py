@@ -52,7 +52,7 @@ def describe_pruning(recipe: Recipe) -> str:
     words.append(recipe.calibration.source if prune.method == "sparsegpt" else prune.method)
     if prune.n_m:
         words.append(prune.pattern.replace(":", "of"))
-    elif prune.sparsity or not structure.cut_parts:
+    elif prune.sparsity:
         words.append(f"{100 * prune.sparsity:g}")
 
     if recipe.recover.tokens:

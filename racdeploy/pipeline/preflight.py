@@ -53,6 +53,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         exporting.check(each.recipe.export)
         check_zeros(each)
         check_format(each)
+        _check_tensors(each)
         if tokens := check_tokens(each.checkpoint, each.recipe.export):
             planned["token_differences"] = tokens
         check_memory(each, planned)
@@ -188,6 +189,21 @@ def _check_context(job: Job) -> None:
             f"{settings.context_tokens}",
             remedy="raise verify.context_tokens or lower verify.max_new_tokens",
         )
+
+
+def _check_tensors(job: Job) -> None:
+    """Refuse patterns that name no tensor of a GGUF file, and an importance of another model."""
+    settings = job.recipe.export
+    if settings.format != "gguf":
+        return
+
+    from racdeploy.exporting.gguf.tensors import plan_tensors
+    from racdeploy.exporting.gguf.writer import describe_importance
+    from racdeploy.quant.importance import Importance
+
+    tensors = plan_tensors(job.checkpoint, job.quant_rules)
+    if settings.importance not in ("", "none"):
+        describe_importance(Importance.read(Path(settings.importance)), tensors)
 
 
 def check_memory(job: Job, planned: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from racdeploy.engines.engine import Progress
 from racdeploy.files.stages import scratch_folder
+from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.pruning import PrunedModel
@@ -91,7 +92,8 @@ class PruneStage:
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
-            "quants": self.quants,
+            "quants": sorted({*self.quants.values()}),
+            "quant_by_linear": canonical_hash(self.quants),
         }
         stage = self.workspace.open(label, inputs)
         folder = stage.folder / name

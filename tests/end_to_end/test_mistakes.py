@@ -86,6 +86,21 @@ MISTAKES = {
         "zeros-would-be-lost",
         ("iq4_nl", "q8_0", "--allow-losing-zeros", "--keep ffn=0.75"),
     ),
+    "a mix that names no tensor": Mistake(
+        "build --set 'export.tensors={nothing=\"q8_0\"}' --dry-run",
+        "pattern-matches-nothing",
+        ("'nothing'", "blk.0.ffn_down.weight"),
+    ),
+    "an importance that is not there": Mistake(
+        "build --quant q4_0 --set 'export.importance=\"none.gguf\"' --dry-run",
+        "no-importance-file",
+        ("none.gguf",),
+    ),
+    "a rounding that a format cannot have": Mistake(
+        "build --quant f16 --set 'export.rounding=\"optimized\"' --dry-run",
+        "no-optimized-rounding",
+        ("q_proj", "f16", "q4_0"),
+    ),
     "threads below 0": _below_0("build --dry-run --threads -2"),
     "threads below 0 for run": _below_0("run bundle hello --threads -1"),
     "threads below 0 for verify": _below_0("verify bundle --threads -1"),

@@ -120,7 +120,7 @@ def test_codes_are_chosen_for_what_was_recovered(
     found = racdeploy(*asked, "--json")
     assert found.code == 0, found.err
     values = json.loads(found.out)
-    assert "codes of q4_0 were chosen after recovery" in values["notes"]
+    assert "the codes of the number format were chosen after recovery" in values["notes"]
 
     recovered = Checkpoint(Path(values["folder"]))
     stored = read_stored_weights(recovered.folder)

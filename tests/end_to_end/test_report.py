@@ -39,7 +39,7 @@ def test_the_page_of_a_bundle_is_found(built: Path) -> None:
     before = (built / PAGE).read_bytes()
     outcome = racdeploy("report", built, DISPLAY="", WAYLAND_DISPLAY="")
     assert (outcome.code, outcome.out.strip()) == (0, str(built / PAGE))
-    assert outcome.err == "PASS: tiny-reasoner for ci-smoke\n"
+    assert outcome.err == "PASS: tiny-reasoner for ci-smoke, bytes 1.00 of dense q8_0\n"
     assert (built / PAGE).read_bytes() == before
     assert f"racdeploy run {built.name} " in before.decode()
 

@@ -76,7 +76,7 @@ def test_zeros_are_asked_of_what_is_left(cut: Path) -> None:
     ("keep", "prune", "named"),
     [
         ({}, {"sparsity": 0.6}, "rac-60"),
-        ({}, {"sparsity": 0}, "rac-0"),
+        ({}, {"sparsity": 0}, "rac"),
         ({"ffn": 0.75}, {"sparsity": 0}, "ffn75-rac"),
         ({"ffn": 0.75, "heads": 1}, {"pattern": "2:4"}, "ffn75-rac-2of4"),
         ({"vocabulary": 8192, "ffn": 0.625}, {}, "ffn62.5-vocabulary8192-rac"),

@@ -102,10 +102,8 @@ def test_the_importance_is_the_mean_squared_input(checkpoint: Checkpoint, tmp_pa
             assert sum(map(len, inputs)) == sum(len(trace.ids) for trace in TRACES)
 
 
-def test_chosen_codes_leave_no_importance(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The exporter must write codes that were chosen while pruning, and choose no scales of its
-    own.
-    """
+def test_importance_is_kept_beside_chosen_codes(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """For the dense model beside the pruned one, and for linears that have no codes."""
     prune_blocks(
         checkpoint,
         TRACES,
@@ -114,9 +112,9 @@ def test_chosen_codes_leave_no_importance(checkpoint: Checkpoint, tmp_path: Path
         _empty(tmp_path / "blocks"),
         quant="q8_0",
     )
-    assert not (
-        assemble(checkpoint, tmp_path / "blocks", tmp_path / "sparse") / IMPORTANCE_FILE
-    ).exists()
+    sparse = assemble(checkpoint, tmp_path / "blocks", tmp_path / "sparse")
+    found = load_file(sparse / IMPORTANCE_FILE)
+    assert {*checkpoint.shape.prunable_weights} <= {*found}
 
 
 def test_streams_count_by_their_weights() -> None:

@@ -118,6 +118,7 @@ def test_a_killed_run_whose_recipe_changed_begins_anew_and_says_so(tmp_path: Pat
     recipe, work = tmp_path / "recipe.toml", tmp_path / "work"
     arguments = ("prune", model, "--recipe", recipe, "--work", work, "--threads", 1)
     traces = "[traces]\ncount = 8\nmax_new_tokens = 24\n[calibration]\nkeep_truncated = true\n"
+    traces += '[export]\nrounding = "nearest"\n'
     recipe.write_text(f"prune.damping = 0.01\n{traces}")
     process = fork_context().Process(
         target=_prune_and_die, args=(str(model), str(recipe), str(work))

@@ -158,13 +158,14 @@ def make_plan(
     notes = vocabulary.notes
     if importance:
         # Codes of the checkpoint and those of pruning are not chosen by an importance.
-        coded = list_stored_codes(checkpoint.folder)
-        quantized = [
+        coded = list_stored_codes(checkpoint.folder).keys()
+        rounded = [
             tensor
             for tensor in tensors
-            if not (tensor.find_mxfp4_parts(checkpoint) or coded.keys() & {*tensor.parts})
+            if not (tensor.find_mxfp4_parts(checkpoint) or coded & {*tensor.parts})
         ]
-        notes = (*notes, _describe_importance(importance, quantized))
+        if not coded or _list_weighted(importance, rounded):
+            notes = (*notes, describe_importance(importance, rounded))
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
@@ -180,13 +181,22 @@ def make_plan(
     )
 
 
-def _describe_importance(known: Importance, plan: list[GgufTensorPlan]) -> str:
-    """Return a note on the matrices quantized with an importance; refuse that of another model."""
-    quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
+def _list_quantized(plan: list[GgufTensorPlan]) -> list[GgufTensorPlan]:
+    return [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
+
+
+def _list_weighted(known: Importance, plan: list[GgufTensorPlan]) -> list[GgufTensorPlan]:
+    """Return the quantized matrices of whose inputs the importance is known."""
     weighted = []
-    for tensor in quantized:
+    for tensor in _list_quantized(plan):
         if any(row_I is not None for row_I in tensor.list_importances(known)):
             weighted.append(tensor)
+    return weighted
+
+
+def describe_importance(known: Importance, plan: list[GgufTensorPlan]) -> str:
+    """Return a note on the matrices quantized with an importance; refuse that of another model."""
+    quantized, weighted = _list_quantized(plan), _list_weighted(known, plan)
     if quantized and not weighted:
         raise ArtifactError(
             "importance-of-other-model",
