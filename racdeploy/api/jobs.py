@@ -98,8 +98,12 @@ def open_build(options: Options, *, is_checked: bool = True) -> Iterator[Build]:
         recipe = job.recipe.with_settings({"export": {"rounding": "nearest"}})
         job = replace(job, recipe=recipe)
 
+    from racdeploy.pipeline.preflight import check_model, check_packages
+
+    if not is_checked:
+        check_packages(job)  # before modules that import some of them
+
     from racdeploy.pipeline.build import Build
-    from racdeploy.pipeline.preflight import check_model
     from racdeploy.pruning.process_group import join_process_group
 
     with join_process_group() as processes:

@@ -32,7 +32,7 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
     jobs = (job, *job.siblings)
 
     for each in jobs:
-        _require({**_NEEDS, **exporting.load(each.recipe.export.format).REQUIRED_PACKAGES})
+        check_packages(each)
     exporting.check(job.recipe.export)
 
     # Recovery may be undone, which changes the artifact's name.
@@ -59,6 +59,11 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         check_memory(each, planned)
 
     return plans[0]
+
+
+def check_packages(job: Job) -> None:
+    """Refuse a build whose optional packages are not installed; the error names all extras."""
+    _require({**_NEEDS, **exporting.load(job.recipe.export.format).REQUIRED_PACKAGES})
 
 
 def check_model(job: Job) -> None:
