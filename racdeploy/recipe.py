@@ -654,9 +654,9 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
 
 
 def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
-    """Return True if a user names neither a number format nor a second target."""
-    export = requested.get("export", {})
-    return not requested.get("also") and _RUNG_KEYS.isdisjoint(export)
+    """Return True if a user names no number format, no sparsity of linears, no second target."""
+    names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
+    return not (names_format or requested.get("also") or "shares" in requested.get("prune", {}))
 
 
 def _check_name(kind: str, noun: str, name: str) -> None:

@@ -30,11 +30,12 @@ def build(
     _announce("build", values, quiet)
     if dry_run:
         from racdeploy.pipeline.preflight import check_build
-        from racdeploy.tuning.ladder import Ladder
 
         out = values["out"]
         with jobs.open_build(values, is_checked=False) as builder:
             if builder.job.recipe.rungs:
+                from racdeploy.tuning.ladder import Ladder
+
                 plan = Ladder(builder, out).plan()
             else:
                 plan = builder.plan(check_build(builder.job, out))

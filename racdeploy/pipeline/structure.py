@@ -14,7 +14,12 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.pruning.structure.layout import MAX_SHARE_GAP, UnitLayout, nearest_counts
+from racdeploy.pruning.structure.layout import (
+    UnitLayout,
+    is_far,
+    nearest_counts,
+    nearest_share,
+)
 from racdeploy.pruning.structures import list_parts
 from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.recipe import Structure
@@ -74,15 +79,16 @@ def _cut(job: Job, structure: Structure) -> Job:
 
 def _snap(job: Job) -> tuple[Job, tuple[str, ...]]:
     """Return the job with shares that its blocks can keep, and a note on each that changed."""
+    from racdeploy.pruning.structure.cut_plan import keep_everything
+
     structure, shape = job.structure, job.checkpoint.shape
     keep = dict(job.recipe.structure.keep)
     notes = []
 
-    for part, plugin in list_parts(structure, "block").items():
-        layouts = [plugin.layout(shape, block, structure) for block in range(shape.block_count)]
-        counts = nearest_counts(layouts, keep[part], uniform=structure.uniform)
-        nearest = sum(counts) / sum(layout.units for layout in layouts)
-        if abs(nearest - keep[part]) > MAX_SHARE_GAP:
+    for part in list_parts(structure, "block"):
+        layouts = keep_everything(shape).layouts(shape, part, structure)
+        nearest = nearest_share(layouts, keep[part], uniform=structure.uniform)
+        if is_far(nearest, keep[part]):
             notes.append(f"{part} {keep[part]:g} became {nearest:.3g}, which whole blocks allow")
             keep[part] = nearest
             if nearest == 1:

@@ -45,12 +45,19 @@ class DenseLogits:
         Returns:
             NaN if every trace is skipped.
         """
+        kl = self.list_kl(artifact, old_ids)
+        return float(np.concatenate(kl).mean()) if kl else math.nan
+
+    def list_kl(
+        self, artifact: EngineFactory, old_ids: NDArray[np.int64] | None = None
+    ) -> list[NDArray[np.float64]]:
+        """Return the KL of each trace that is not skipped, at each position of its completion."""
         dense = self._traces
         traces = self._traces
         if old_ids is not None:
             dense, traces = renumber_traces(self._traces, old_ids)
         if not traces:
-            return math.nan
+            return []
 
         kl = []
         files = self._compute()
@@ -64,7 +71,7 @@ class DenseLogits:
                 kl_T, _, _ = compare_positions(dense_TV, completion_logits(engine, renumbered))
                 kl.append(kl_T)
 
-        return float(np.concatenate(kl).mean())
+        return kl
 
     def _compute(self) -> Sequence[Path]:
         """Return the files of dense logits, which the first call writes."""

@@ -15,6 +15,8 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
+
 from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
@@ -122,15 +124,19 @@ class Ladder:
         build = self.rungs[names[-1]]
         return {"rungs": names} | build.plan(check_build(build.job, self.out))
 
+    @property
+    def _narrow(self) -> str:
+        """The narrow number format that people download."""
+        return exporting.load(self.build.job.recipe.export.format).COMMON_QUANTS[1]
+
     def _open(self, rung: Rung) -> Build:
         job = self.build.job
         _ = job.encoder, job.tasks  # all rungs share them
         recipe = job.recipe
-        narrow = exporting.load(recipe.export.format).COMMON_QUANTS[1]
         settings = {
             "export": {"quant": rung.quant},
             "structure": {"keep": rung.keep, "optional": True},
-            "verify": {"controls": recipe.verify.controls or (narrow,)},
+            "verify": {"controls": recipe.verify.controls or (self._narrow,)},
         }
         return replace(
             self.build, job=job.with_recipe(recipe.without_pruning().with_settings(settings))
@@ -145,7 +151,6 @@ class Ladder:
         """Leave out rungs that are narrower than a common narrow format, and slower to decode."""
         recipe = self.build.job.recipe
         device = Target.read(recipe.target).device
-        narrow = exporting.load(recipe.export.format).COMMON_QUANTS[1]
 
         with tempfile.TemporaryDirectory() as scratch:  # a plan leaves the work folder alone
             predictor = SizePredictor(Path(scratch))
@@ -157,7 +162,7 @@ class Ladder:
                     predict_token_s(device, read) if device else sum(read.values())
                 )
 
-            common_bytes, common_s = predict(self._open(Rung(quant=narrow)))
+            common_bytes, common_s = predict(self._open(Rung(quant=self._narrow)))
             kept = {}
             for name, build in builds.items():
                 size_bytes, token_s = predict(build)
@@ -209,18 +214,20 @@ class Ladder:
         job = build.job
 
         kinds = {"traces": self._trace_ids(build), "text": self._text_ids(build)}
-        longest = max(len(prompt) + len(rest) for ids in kinds.values() for prompt, rest in ids)
+        longest = max(len(prompt) + len(rest) for each in kinds.values() for prompt, rest in each)
 
         def opener(folder: Path) -> EngineFactory:
             settings = EngineSettings(longest + 1, 1, build.threads)
             return lambda: closing(open_engine("transformers", folder, settings))
 
-        kl = {}
-        for kind, ids in kinds.items():
-            with tempfile.TemporaryDirectory(dir=build.work) as scratch:
-                logits = DenseLogits(opener(job.model.folder), ids, Path(scratch))
-                kl[kind] = logits.measure_kl(opener(model.folder))
-        return kl
+        ids = [each for of_kind in kinds.values() for each in of_kind]
+        with tempfile.TemporaryDirectory(dir=build.work) as scratch:
+            logits = DenseLogits(opener(job.model.folder), ids, Path(scratch))
+            kl = iter(logits.list_kl(opener(model.folder)))
+        return {
+            kind: float(np.concatenate([next(kl) for _ in of_kind]).mean())
+            for kind, of_kind in kinds.items()
+        }
 
     def _trace_ids(self, build: Build) -> list[TraceIds]:
         _, traces = build.traces()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,15 +157,10 @@ def make_plan(
 
     notes = vocabulary.notes
     if importance:
-        # Codes of the checkpoint and those of pruning are not chosen by an importance.
+        # Codes that are copied from the checkpoint are not chosen by an importance.
+        quantized = [tensor for tensor in tensors if not tensor.find_mxfp4_parts(checkpoint)]
         coded = list_stored_codes(checkpoint.folder).keys()
-        rounded = [
-            tensor
-            for tensor in tensors
-            if not (tensor.find_mxfp4_parts(checkpoint) or coded & {*tensor.parts})
-        ]
-        if not coded or _list_weighted(importance, rounded):
-            notes = (*notes, describe_importance(importance, rounded))
+        notes = (*notes, *describe_importance(importance, quantized, coded))
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
@@ -181,22 +176,19 @@ def make_plan(
     )
 
 
-def _list_quantized(plan: list[GgufTensorPlan]) -> list[GgufTensorPlan]:
-    return [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
+def describe_importance(
+    known: Importance, plan: list[GgufTensorPlan], coded: Set[str] = frozenset()
+) -> list[str]:
+    """Return a note on the matrices rounded with an importance; refuse that of another model.
 
-
-def _list_weighted(known: Importance, plan: list[GgufTensorPlan]) -> list[GgufTensorPlan]:
-    """Return the quantized matrices of whose inputs the importance is known."""
+    Args:
+        coded: names of the weights whose codes pruning chose, which no importance rounds.
+    """
+    quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
     weighted = []
-    for tensor in _list_quantized(plan):
+    for tensor in quantized:
         if any(row_I is not None for row_I in tensor.list_importances(known)):
             weighted.append(tensor)
-    return weighted
-
-
-def describe_importance(known: Importance, plan: list[GgufTensorPlan]) -> str:
-    """Return a note on the matrices quantized with an importance; refuse that of another model."""
-    quantized, weighted = _list_quantized(plan), _list_weighted(known, plan)
     if quantized and not weighted:
         raise ArtifactError(
             "importance-of-other-model",
@@ -204,10 +196,16 @@ def describe_importance(known: Importance, plan: list[GgufTensorPlan]) -> str:
             remedy="leave export.importance out",
         )
 
-    return (
-        f"scales of {len(weighted)} of {len(quantized)} quantized matrices are chosen by the"
-        " importance of their inputs"
+    rounded, total = (
+        sum(coded.isdisjoint(tensor.parts) for tensor in tensors)
+        for tensors in (weighted, quantized)
     )
+    if coded and not rounded:
+        return []
+    return [
+        f"scales of {rounded} of {total} quantized matrices are chosen by the importance of their "
+        "inputs"
+    ]
 
 
 def _write_parts(

@@ -13,7 +13,7 @@ from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import KeptIndices, list_axes
 from racdeploy.recipe import Structure
 
-MAX_SHARE_GAP = 0.04
+_MAX_SHARE_GAP = 0.04
 """A share is refused if the nearest possible one differs by more than this, or a quarter of it."""
 
 
@@ -107,12 +107,10 @@ def check_share(
     if (first.letter,) in shape.family.shapes.values():
         raise part_error(part, shape.family, "a norm over those that stay would differ")
 
-    # A request is refused where rounding to possible counts would change it noticeably.
-    kept = sum(nearest_counts(layouts, share, uniform=structure.uniform))
-    units = sum(each.units for each in layouts)
+    nearest = nearest_share(layouts, share, uniform=structure.uniform)
     reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]
 
-    if abs(kept / units - share) > min(MAX_SHARE_GAP, share / 4):
+    if is_far(nearest, share):
         where = "every block keeps as many" if uniform else "blocks differ"
         minimum = ""
         if first.min_count > first.step:
@@ -124,12 +122,23 @@ def check_share(
             remedy=f"choose one of {', '.join(reachable)}",
         )
 
-    if share < 1 and kept == units:
+    if share < 1 and nearest == 1:
         raise UsageError(
             "share-not-reachable",
             f"{part} = {share:g} removes nothing: {first.step} of {first.units} go at a time",
             remedy=f"choose one of {', '.join(reachable[1:])}",
         )
+
+
+def is_far(nearest: float, share: float) -> bool:
+    """Return True if rounding a share to what blocks can keep would change it noticeably."""
+    return abs(nearest - share) > min(_MAX_SHARE_GAP, share / 4)
+
+
+def nearest_share(layouts: Sequence[UnitLayout], share: float, *, uniform: bool) -> float:
+    """Return the share of all units that :func:`nearest_counts` keeps."""
+    counts = nearest_counts(layouts, share, uniform=uniform)
+    return sum(counts) / sum(layout.units for layout in layouts)
 
 
 def nearest_counts(layouts: Sequence[UnitLayout], share: float, *, uniform: bool) -> list[int]:
