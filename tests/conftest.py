@@ -18,11 +18,11 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
+def _take_own_core() -> None:
     """Give each of pytest-xdist's workers a core of its own, where there are enough.
 
-    llama.cpp's threads wait for each other in a loop; two that share a core are fifty times slower
-    than one.
+    llama.cpp's and OpenMP's threads wait for each other in a loop; two that share a core are fifty
+    times slower than one.
     """
     worker = re.fullmatch(r"gw(\d+)", os.environ.get("PYTEST_XDIST_WORKER", ""))
     if worker is None or not hasattr(os, "sched_setaffinity"):
@@ -30,6 +30,9 @@ def pytest_configure() -> None:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker[1]) % len(cores)]})
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+_take_own_core()  # before the conftest.py of a folder imports torch, which reads the variable once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
