@@ -368,7 +368,6 @@ class Recovery(_Section):
     max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
     learning_rate: NonNegativeFloat = 0.0
     batch_tokens: PositiveCount = 2048
-    ema_decay: float = Field(0.0, ge=0, lt=1)
     segment_weights: LossWeights = Field(default_factory=LossWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
