@@ -46,7 +46,6 @@ ZEROS = {
     "admm": "--sparsity 0.5 --method admm",
     "2of4": "--pattern 2:4",
     "error": "--sparsity 0.5 --set 'prune.allocation=\"error\"'",
-    "owl": "--sparsity 0.5 --set 'prune.allocation=\"owl\"'",
     "prompt": "--sparsity 0.5 --calibration prompt",
     "cut": "--sparsity 0.5 --keep ffn=0.75",
 }

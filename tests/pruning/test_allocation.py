@@ -187,27 +187,14 @@ def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> li
     return seen
 
 
-def test_owl_spares_the_blocks_with_outliers() -> None:
-    """The block with the most keeps 16 points more than the one with the least; linears of a block
-    go together.
-    """
-    owl = plugins.load("allocations", "owl")
-    names = {f"model.layers.{b}.{n}": b for b in range(3) for n in ("q", "k")}
-    observations = {name: {"outliers": 10.0 * block} for name, block in names.items()}
-    shares = owl.allocate(observations, dict.fromkeys(names, 100), 0.7)
-    assert [shares[f"model.layers.{b}.q"] for b in range(3)] == pytest.approx([0.78, 0.7, 0.62])
-    assert all(shares[f"model.layers.{b}.q"] == shares[f"model.layers.{b}.k"] for b in range(3))
-
-
-@pytest.mark.parametrize("allocation", ["error", "owl"])
-def test_the_walk_prunes_as_allocated(tmp_path: Path, allocation: str) -> None:
+def test_the_walk_prunes_as_allocated(tmp_path: Path) -> None:
     """Each linear has the zeros it was given, all together what was asked; a dense linear takes no
     part.
     """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
     blocks = tmp_path / "blocks"
     blocks.mkdir()
-    settings = Pruning(sparsity=0.6, allocation=allocation, ignore=("o_proj$",))
+    settings = Pruning(sparsity=0.6, allocation="error", ignore=("o_proj$",))
     rows, _ = prune_blocks(checkpoint, TRACES, TRACES[:2], settings, blocks)
     shares = json.loads((blocks / "allocation.json").read_text())["sparsities"]
     zeros = count = 0.0
@@ -229,7 +216,7 @@ def test_n_of_m_has_nothing_to_allocate() -> None:
         Recipe.combine(None, {"prune": {"pattern": "2:4", "allocation": "error"}})
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+@pytest.mark.parametrize("allocation", ["uniform", "error"])
 def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
     """Linears have the zeros that the first pattern says, and the others make up for it."""
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
