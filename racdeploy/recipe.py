@@ -180,11 +180,7 @@ class Calibration(_Section):
 
 
 class Pruning(_Section):
-    """Choice of the zeros and update of the weights that are kept.
-
-    ``shares`` maps regular expressions over names of linears to a sparsity or N:M; the first match
-    applies. The sparsity of the other linears is set so that the total is ``sparsity``.
-    """
+    """Choice of the zeros and update of the weights that are kept."""
 
     method: str = "sparsegpt"
     sparsity: float = Field(0.5, ge=0, lt=1)
@@ -198,7 +194,6 @@ class Pruning(_Section):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ignore: tuple[Regex, ...] = ()
-    shares: dict[Regex, SparsityOrPattern] = Field(default_factory=dict)
     expert_tokens: NonNegativeInt = 0
 
     @model_validator(mode="before")
@@ -215,22 +210,8 @@ class Pruning(_Section):
             raise ValueError("neither 'unstructured' nor N:M with 0 < N < M, as 2:4")
         return value
 
-    @field_validator("shares")
-    @classmethod
-    def _check_shares(cls, value: dict[str, SparsityOrPattern]) -> dict[str, SparsityOrPattern]:
-        for pattern, zeros in value.items():
-            if isinstance(zeros, str):
-                is_known = parse_pattern(zeros) is not None
-            else:
-                is_known = 0 <= zeros < 1
-            if not is_known:
-                raise ValueError(f"{pattern!r} = {zeros!r} is neither a share in [0, 1) nor N:M")
-        return value
-
     @model_validator(mode="after")
     def _check_sparsity(self) -> Self:
-        if self.shares and (self.n_m or self.allocation != "uniform"):
-            raise ValueError("shares needs pattern = 'unstructured' and allocation = 'uniform'")
         if self.n_m is None:
             return self
 
@@ -260,28 +241,13 @@ class Pruning(_Section):
 
     @property
     def n_m(self) -> tuple[int, int] | None:
-        """N and M of the N:M pattern of all linears, or None."""
+        """N and M of an N:M pattern, or None."""
         return parse_pattern(self.pattern)
-
-    @property
-    def patterns(self) -> str:
-        """Pattern of all linears; several patterns from ``shares`` are joined by "and"."""
-        given = filter(None, self.shares.values())
-        named = {zeros if isinstance(zeros, str) else self.pattern for zeros in given}
-        return " and ".join(sorted(named)) or self.pattern
-
-    def n_m_of_linear(self, linear: str) -> tuple[int, int] | None:
-        """Return N and M of a linear by ``shares`` or ``pattern``; None if it is unstructured."""
-        for pattern, zeros in self.shares.items():
-            if re.search(pattern, linear):
-                return parse_pattern(zeros)
-        return self.n_m
 
     def check_width(self, weight: str, inputs: int) -> None:
         """Refuse a weight with a number of inputs that is not a multiple of its M."""
-        n_m = self.n_m_of_linear(weight.removesuffix(".weight"))
-        if n_m and inputs % n_m[1]:
-            kept, of = n_m
+        if self.n_m and inputs % self.n_m[1]:
+            kept, of = self.n_m
             raise UsageError(
                 "pattern-does-not-divide",
                 f"pattern {kept}:{of} does not divide the {inputs} inputs of {weight}",
@@ -605,7 +571,7 @@ class Recipe(_Section):
         """Return this recipe without cuts and zeros, and with one number format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
         none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        prune = self.prune.model_copy(update=none | {"shares": {}})
+        prune = self.prune.model_copy(update=none)
         export = self.export.model_copy(update={"tensors": {}})
 
         parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}
@@ -653,9 +619,9 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
 
 
 def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
-    """Return True if a user names no number format, no sparsity of linears, no second target."""
+    """Return True if a user names no number format and no second target."""
     names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
-    return not (names_format or requested.get("also") or "shares" in requested.get("prune", {}))
+    return not (names_format or requested.get("also"))
 
 
 def _check_name(kind: str, noun: str, name: str) -> None:

@@ -50,13 +50,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     }
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.ignore", "verify.controls"),
-        *(
-            "prune.shares",
-            "prune.sparsity",
-            "recover.tokens",
-            "recover.methods",
-            "recover.extra_text",
-        ),
+        *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
         *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
@@ -66,7 +60,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep", "shares"}:
+        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep"}:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -133,8 +127,6 @@ def test_every_target_gives_a_recipe(name: str) -> None:
         ("[prune]\nsparsity = 1.0", "got 1.0"),
         ("[prune]\nsparsity = -0.1", "prune.sparsity: "),
         ("[prune]\npattern = '4:4'", "got '4:4'"),
-        ("[prune]\nshares = {a = '4:4'}", "'a' = '4:4'"),
-        ("[prune]\nshares = {a = 1.5}", "'a' = 1.5"),
         ("[prune]\npattern = '2:4'\nsparsity = 0.6", "0.5, not 0.6"),
         ("[prune]\nignore = ['(']", "'('"),
     ],

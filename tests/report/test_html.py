@@ -381,7 +381,7 @@ def test_recipe_and_machine_are_shown_and_copied_as_toml(
         "model": 'a "quoted" name',
         "also": ["browser"],
         "export": {"pre_tokenizer": None, "tensors": {"blk.*.ffn": "q8_0"}},
-        "prune": {"sparsity": 0.5, "shares": [0.25, 0.5], "steps": []},
+        "prune": {"sparsity": 0.5, "ignore": ["a$", "b$"], "steps": []},
     }
     page = html.render(report.model_copy(update={"recipe": recipe}), records)
     elements = Elements(page)

@@ -19,7 +19,7 @@ READERS = (
     *("racdeploy.report.tuning_page", "racdeploy.report.toml_writer"),
 )
 _WORDS = (
-    *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),
+    *("export.quant", "export.tensors", "prune.ignore", "structure.keep", "export", "q4_k_m"),
     *("accuracy", "seconds-per-correct-answer", "counted", "verified", "Infinity", "Q4_0"),
     *("<script>alert(1)</script>", "'\"><b>", "(a+)+$", {"(": "q8_0"}, {"^blk": "Q8_0"}),
 )
