@@ -435,14 +435,11 @@ class Thinking(_Section):
     close_bias: FiniteNonNegative = 0.0
     hesitation: Names = _HESITATION_WORDS
     hesitation_penalty: FiniteNonNegative = 0.0
-    tune: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.hesitation and (self.tune or self.hesitation_penalty):
+        if not self.hesitation and self.hesitation_penalty:
             raise ValueError("hesitation is empty: there are no words to penalize")
-        if self.tune and self.hesitation_penalty:
-            raise ValueError("tune = true chooses hesitation_penalty: set only one of them")
         return self
 
 
