@@ -109,7 +109,6 @@ class Traces(_Section):
     server_key_env: str = ""
     server_concurrency: BatchSize = 16
     server_timeout_s: float = Field(1800.0, gt=0, le=_MAX_SECONDS)
-    server_reload: Literal["", "sglang", "vllm"] = ""
 
     # Not a field validator: its message would quote the address, which may contain a key.
     @model_validator(mode="after")

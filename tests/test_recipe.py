@@ -51,7 +51,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.ignore", "verify.controls"),
         *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
-        *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
+        *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
         *("export.rounding", "rungs", "tune.quants", "tune.vocabulary", "tune.zeros"),
@@ -80,7 +80,6 @@ def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
             server_key_env="KEY",
             server_concurrency=3,
             server_timeout_s=9,
-            server_reload="vllm",
         ).identity
     )
     named = [
@@ -121,8 +120,6 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     [
         ("[prune]\nsparsty = 0.5", "'prune.sparsty' (did you mean 'sparsity'?)"),
         ("[traces]\nserver_concurrency = 4", "traces: server_concurrency"),
-        ("[traces]\nserver_reload = 'vllm'", "traces: server_reload"),
-        ("[traces]\nserver = 'http://h/v1'\nserver_reload = '/load'", "'sglang' or 'vllm'"),
         ("modle = 'x'", "'modle' (did you mean 'model'?)"),
         ("[prune]\nsparsity = 1.0", "got 1.0"),
         ("[prune]\nsparsity = -0.1", "prune.sparsity: "),
