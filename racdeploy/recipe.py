@@ -556,7 +556,6 @@ class Recipe(_Section):
         settings = {
             "format": new_target.format,
             "quant": new_target.quant,
-            "packing": new_target.packing,
             "rounding": self.export.rounding,
             "allow_losing_zeros": self.export.allow_losing_zeros,
         }
@@ -606,7 +605,7 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
     parts = [requested.get(name, {}) for name in ("prune", "structure", "export")]
     prune, structure, export = (part if isinstance(part, Mapping) else {} for part in parts)
 
-    packed = export.get("packing", target.packing) != "plain"
+    packed = export.get("packing", "plain") != "plain"
     if packed or not _ZERO_KEYS.isdisjoint(prune):
         return {}
     if "keep" in structure:

@@ -112,7 +112,7 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     target = Target.read(name)
     recipe = Recipe.combine(None, {"target": name})
     assert target.description
-    assert (target.quant, target.pattern) == (recipe.export.quant, recipe.prune.pattern)
+    assert (target.quant, target.format) == (recipe.export.quant, recipe.export.format)
 
 
 @pytest.mark.parametrize(
