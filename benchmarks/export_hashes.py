@@ -46,13 +46,12 @@ ZEROS = {
     "admm": "--sparsity 0.5 --method admm",
     "2of4": "--pattern 2:4",
     "error": "--sparsity 0.5 --set 'prune.allocation=\"error\"'",
-    "owl": "--sparsity 0.5 --set 'prune.allocation=\"owl\"'",
     "prompt": "--sparsity 0.5 --calibration prompt",
     "cut": "--sparsity 0.5 --keep ffn=0.75",
 }
 CUTS = ("ffn=0.5", "heads=0.75", "kv_groups=0.5", "blocks=0.75", "experts=0.5")
 CODES = ("q4_0", "q4_k", "q3_k", "q2_k", "q8_0", "sparse_q4", "matmulnbits_4", "matmulnbits_8")
-METHODS = {"full": "on_policy=0.0", "blockwise": "on_policy=0.0", "scales": "ema_decay=0.9"}
+METHODS = {"full": "on_policy=0.0", "blockwise": "on_policy=0.0", "scales": "on_policy=0.0"}
 PRUNED_FAMILIES = ("gemma3_text", "gpt_oss", "granitemoehybrid", "lfm2", "phi3", "qwen3_moe")
 
 

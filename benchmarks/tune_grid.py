@@ -82,7 +82,7 @@ def list_recipes() -> dict[str, Mapping[str, Any]]:
     """Return the settings of 24 recipes by name."""
     found: dict[str, Mapping[str, Any]] = {}
     for name in PLAIN:
-        found[name] = {"export": {"quant": name}}
+        found[name] = {"export": {"quant": name, "rounding": "nearest"}}
     for name in CODES:
         found[f"{name} codes"] = {"export": {"quant": name, "rounding": "optimized"}}
 

@@ -109,7 +109,6 @@ class Traces(_Section):
     server_key_env: str = ""
     server_concurrency: BatchSize = 16
     server_timeout_s: float = Field(1800.0, gt=0, le=_MAX_SECONDS)
-    server_reload: Literal["", "sglang", "vllm"] = ""
 
     # Not a field validator: its message would quote the address, which may contain a key.
     @model_validator(mode="after")
@@ -180,11 +179,7 @@ class Calibration(_Section):
 
 
 class Pruning(_Section):
-    """Choice of the zeros and update of the weights that are kept.
-
-    ``shares`` maps regular expressions over names of linears to a sparsity or N:M; the first match
-    applies. The sparsity of the other linears is set so that the total is ``sparsity``.
-    """
+    """Choice of the zeros and update of the weights that are kept."""
 
     method: str = "sparsegpt"
     sparsity: float = Field(0.5, ge=0, lt=1)
@@ -198,7 +193,6 @@ class Pruning(_Section):
     compute: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ignore: tuple[Regex, ...] = ()
-    shares: dict[Regex, SparsityOrPattern] = Field(default_factory=dict)
     expert_tokens: NonNegativeInt = 0
 
     @model_validator(mode="before")
@@ -215,22 +209,8 @@ class Pruning(_Section):
             raise ValueError("neither 'unstructured' nor N:M with 0 < N < M, as 2:4")
         return value
 
-    @field_validator("shares")
-    @classmethod
-    def _check_shares(cls, value: dict[str, SparsityOrPattern]) -> dict[str, SparsityOrPattern]:
-        for pattern, zeros in value.items():
-            if isinstance(zeros, str):
-                is_known = parse_pattern(zeros) is not None
-            else:
-                is_known = 0 <= zeros < 1
-            if not is_known:
-                raise ValueError(f"{pattern!r} = {zeros!r} is neither a share in [0, 1) nor N:M")
-        return value
-
     @model_validator(mode="after")
     def _check_sparsity(self) -> Self:
-        if self.shares and (self.n_m or self.allocation != "uniform"):
-            raise ValueError("shares needs pattern = 'unstructured' and allocation = 'uniform'")
         if self.n_m is None:
             return self
 
@@ -260,28 +240,13 @@ class Pruning(_Section):
 
     @property
     def n_m(self) -> tuple[int, int] | None:
-        """N and M of the N:M pattern of all linears, or None."""
+        """N and M of an N:M pattern, or None."""
         return parse_pattern(self.pattern)
-
-    @property
-    def patterns(self) -> str:
-        """Pattern of all linears; several patterns from ``shares`` are joined by "and"."""
-        given = filter(None, self.shares.values())
-        named = {zeros if isinstance(zeros, str) else self.pattern for zeros in given}
-        return " and ".join(sorted(named)) or self.pattern
-
-    def n_m_of_linear(self, linear: str) -> tuple[int, int] | None:
-        """Return N and M of a linear by ``shares`` or ``pattern``; None if it is unstructured."""
-        for pattern, zeros in self.shares.items():
-            if re.search(pattern, linear):
-                return parse_pattern(zeros)
-        return self.n_m
 
     def check_width(self, weight: str, inputs: int) -> None:
         """Refuse a weight with a number of inputs that is not a multiple of its M."""
-        n_m = self.n_m_of_linear(weight.removesuffix(".weight"))
-        if n_m and inputs % n_m[1]:
-            kept, of = n_m
+        if self.n_m and inputs % self.n_m[1]:
+            kept, of = self.n_m
             raise UsageError(
                 "pattern-does-not-divide",
                 f"pattern {kept}:{of} does not divide the {inputs} inputs of {weight}",
@@ -368,7 +333,6 @@ class Recovery(_Section):
     max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
     learning_rate: NonNegativeFloat = 0.0
     batch_tokens: PositiveCount = 2048
-    ema_decay: float = Field(0.0, ge=0, lt=1)
     segment_weights: LossWeights = Field(default_factory=LossWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -470,14 +434,11 @@ class Thinking(_Section):
     close_bias: FiniteNonNegative = 0.0
     hesitation: Names = _HESITATION_WORDS
     hesitation_penalty: FiniteNonNegative = 0.0
-    tune: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.hesitation and (self.tune or self.hesitation_penalty):
+        if not self.hesitation and self.hesitation_penalty:
             raise ValueError("hesitation is empty: there are no words to penalize")
-        if self.tune and self.hesitation_penalty:
-            raise ValueError("tune = true chooses hesitation_penalty: set only one of them")
         return self
 
 
@@ -595,7 +556,6 @@ class Recipe(_Section):
         settings = {
             "format": new_target.format,
             "quant": new_target.quant,
-            "packing": new_target.packing,
             "rounding": self.export.rounding,
             "allow_losing_zeros": self.export.allow_losing_zeros,
         }
@@ -606,7 +566,7 @@ class Recipe(_Section):
         """Return this recipe without cuts and zeros, and with one number format for all linears."""
         structure = self.structure.model_copy(update={"keep": {}, "vocabulary_text": ()})
         none = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        prune = self.prune.model_copy(update=none | {"shares": {}})
+        prune = self.prune.model_copy(update=none)
         export = self.export.model_copy(update={"tensors": {}})
 
         parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}
@@ -645,7 +605,7 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
     parts = [requested.get(name, {}) for name in ("prune", "structure", "export")]
     prune, structure, export = (part if isinstance(part, Mapping) else {} for part in parts)
 
-    packed = export.get("packing", target.packing) != "plain"
+    packed = export.get("packing", "plain") != "plain"
     if packed or not _ZERO_KEYS.isdisjoint(prune):
         return {}
     if "keep" in structure:
@@ -654,9 +614,9 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
 
 
 def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
-    """Return True if a user names no number format, no sparsity of linears, no second target."""
+    """Return True if a user names no number format and no second target."""
     names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
-    return not (names_format or requested.get("also") or "shares" in requested.get("prune", {}))
+    return not (names_format or requested.get("also"))
 
 
 def _check_name(kind: str, noun: str, name: str) -> None:

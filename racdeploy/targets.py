@@ -57,14 +57,10 @@ class Target(_Data):
     description: str  # one line on the choice
     format: str = "gguf"
     quant: str = "q8_0"
-    packing: str = "plain"
-    pattern: str = "unstructured"
-    sparsity: float = 0.0  # of an unstructured pattern
     keep: dict[str, float] = Field(default_factory=dict)  # shares of the structure that stay
     rungs: tuple[Rung, ...] = ()  # the widest first; where a user names no pruning and no quant
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
-    allowed_formats: tuple[str, ...] = ("gguf",)
     allowed_quants: tuple[str, ...] = ()  # empty means all
     recipe: dict[str, TomlTable] = Field(default_factory=dict)
     device: Device | None = None  # None: the machine at hand is measured
@@ -97,26 +93,20 @@ class Target(_Data):
     @property
     def defaults(self) -> TomlTable:
         """Recipe values that this target proposes, except :attr:`pruning`."""
-        export = {"format": self.format, "quant": self.quant, "packing": self.packing}
-        return merge({"export": export}, self.recipe)
+        return merge({"export": {"format": self.format, "quant": self.quant}}, self.recipe)
 
     @property
     def pruning(self) -> dict[str, TomlTable]:
-        """Default pruning of this target: cuts, zeros, or both."""
-        prune: TomlTable = {"pattern": self.pattern}
-        if self.pattern == "unstructured":
-            prune["sparsity"] = self.sparsity
-
-        return {"prune": prune, "structure": {"keep": self.keep, "optional": True}}
+        """Default pruning of this target: a cut, and no zeros."""
+        return {"prune": {"sparsity": 0.0}, "structure": {"keep": self.keep, "optional": True}}
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
         """Raise UsageError if the target cannot run a format, number format or context length."""
-        if form not in self.allowed_formats:
+        if form != self.format:
             raise UsageError(
                 "format-not-on-target",
                 f"target {self.name!r} cannot run format {form!r}",
-                remedy=f"it runs {', '.join(self.allowed_formats)}; "
-                "choose another target or format",
+                remedy=f"it runs {self.format}; choose another target or format",
             )
 
         if self.allowed_quants and quant not in self.allowed_quants:

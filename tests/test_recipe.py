@@ -50,14 +50,8 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
     }
     assert changed == {
         *("also", "tasks", "calibration_tasks", "prune.ignore", "verify.controls"),
-        *(
-            "prune.shares",
-            "prune.sparsity",
-            "recover.tokens",
-            "recover.methods",
-            "recover.extra_text",
-        ),
-        *("traces.server", "traces.server_model", "traces.server_key_env", "traces.server_reload"),
+        *("prune.sparsity", "recover.tokens", "recover.methods", "recover.extra_text"),
+        *("traces.server", "traces.server_model", "traces.server_key_env"),
         *("export.importance", "export.packing", "export.pre_tokenizer", "export.tensors", "gate"),
         *("structure.keep", "structure.vocabulary_text", "runtime.thinking.closing"),
         *("export.rounding", "rungs", "tune.quants", "tune.vocabulary", "tune.zeros"),
@@ -66,7 +60,7 @@ def test_the_example_recipe_names_every_option(tmp_path: Path) -> None:
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep", "shares"}:
+        if isinstance(value, Mapping) and key not in {"tensors", "gate", "keep"}:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -86,7 +80,6 @@ def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:
             server_key_env="KEY",
             server_concurrency=3,
             server_timeout_s=9,
-            server_reload="vllm",
         ).identity
     )
     named = [
@@ -119,7 +112,7 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     target = Target.read(name)
     recipe = Recipe.combine(None, {"target": name})
     assert target.description
-    assert (target.quant, target.pattern) == (recipe.export.quant, recipe.prune.pattern)
+    assert (target.quant, target.format) == (recipe.export.quant, recipe.export.format)
 
 
 @pytest.mark.parametrize(
@@ -127,14 +120,10 @@ def test_every_target_gives_a_recipe(name: str) -> None:
     [
         ("[prune]\nsparsty = 0.5", "'prune.sparsty' (did you mean 'sparsity'?)"),
         ("[traces]\nserver_concurrency = 4", "traces: server_concurrency"),
-        ("[traces]\nserver_reload = 'vllm'", "traces: server_reload"),
-        ("[traces]\nserver = 'http://h/v1'\nserver_reload = '/load'", "'sglang' or 'vllm'"),
         ("modle = 'x'", "'modle' (did you mean 'model'?)"),
         ("[prune]\nsparsity = 1.0", "got 1.0"),
         ("[prune]\nsparsity = -0.1", "prune.sparsity: "),
         ("[prune]\npattern = '4:4'", "got '4:4'"),
-        ("[prune]\nshares = {a = '4:4'}", "'a' = '4:4'"),
-        ("[prune]\nshares = {a = 1.5}", "'a' = 1.5"),
         ("[prune]\npattern = '2:4'\nsparsity = 0.6", "0.5, not 0.6"),
         ("[prune]\nignore = ['(']", "'('"),
     ],

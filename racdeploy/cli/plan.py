@@ -49,8 +49,7 @@ def describe_pruning(recipe: Recipe) -> str:
     if prune.n_m:
         parts.append(f"{prune.pattern} zeros")
     elif prune.sparsity:
-        patterns = f" ({prune.patterns})" if prune.patterns != prune.pattern else ""
-        parts.append(f"{prune.sparsity:.0%} zeros{patterns}")
+        parts.append(f"{prune.sparsity:.0%} zeros")
     if recipe.recover.tokens:
         parts.append(f"then {recipe.recover.tokens:,} tokens learned back")
 

@@ -128,11 +128,6 @@ def targets(json_output: JsonOpt = False) -> None:
 
     for target in known_targets:
         pruned = [f"{part} {share:g}" for part, share in target.keep.items()]
-        if target.pattern != "unstructured":
-            pruned.append(target.pattern)
-        elif target.sparsity:
-            pruned.append(f"{target.sparsity:.0%} zeros")
-
         pruning = ", ".join(pruned) or "nothing pruned"
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
         line = f"{target.name:<16}{target.format}, {target.quant}, {pruning}, {limits}"

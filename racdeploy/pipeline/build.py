@@ -17,7 +17,6 @@ from racdeploy.errors import UsageError
 from racdeploy.exporting import ExportResult
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
-from racdeploy.manifest import ThinkingControl
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import map_new_ids, translate_ids
 from racdeploy.pipeline import bundling
@@ -32,14 +31,13 @@ from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
-from racdeploy.pipeline.thinking import ShippedControl, read_control, tune_hesitation_penalty
+from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import summarize_traces
@@ -102,7 +100,7 @@ class Build:
         pruned, *also = [artifact.result for artifact in artifacts]
 
         findings = self._check_artifacts(models, (pruned, *also), traces[0].ids)
-        control = self._control(model, pruned)
+        control = read_control(job, PromptEncoder.from_folder(model.folder))
 
         evaluation = replace(self.evaluation, control=control)
         rivals = [*self.rivals(model, dense, pruned), *extra_rivals]
@@ -383,21 +381,6 @@ class Build:
     @property
     def evaluation(self) -> Evaluation:
         return Evaluation(self.job, self.work, self.threads, self.progress)
-
-    def _control(self, model: PrunedModel, pruned: ExportResult) -> ShippedControl:
-        """Return the thinking control of the pruned model, tuned if the recipe asks for it."""
-        encoder = PromptEncoder.from_folder(model.folder)
-        control = read_control(self.job, encoder)
-        if not self.job.recipe.runtime.thinking.tune:
-            return control
-
-        def answer(settings: ThinkingControl) -> Sequence[AnswerRecord]:
-            tried = replace(control, settings=settings)
-            arm = f"penalty {settings.hesitation_penalty:g}"
-            answers = self.evaluation.answer(pruned, arm, model.folder, tried, "calibration")
-            return answers.records
-
-        return tune_hesitation_penalty(control, answer, self.job)
 
     def _export_dense(self, model: PrunedModel, quant: str) -> ExportResult:
         dense = self.job.model

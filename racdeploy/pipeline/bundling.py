@@ -224,7 +224,7 @@ def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest
         traces=dict(contents.traces),
         pruning={
             "method": recipe.prune.method,
-            "pattern": recipe.prune.patterns,
+            "pattern": recipe.prune.pattern,
             # Rounding adds zeros or loses them, so the file has its own number.
             "sparsity": contents.model.sparsity,
             "requested_sparsity": contents.model.requested_sparsity,

@@ -26,7 +26,7 @@ from racdeploy.results.pruning import DeviationRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
-from racdeploy.tasks import Problem, Split
+from racdeploy.tasks import Problem
 from racdeploy.verification import measurements
 from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers, TraceIds
 from racdeploy.verification.checks import memory, speed
@@ -70,12 +70,11 @@ class Evaluation:
         arm: str,
         folder: Path,
         control: ShippedControl = UNCONTROLLED,
-        split: Split = "evaluation",
         problems: Sequence[Problem] = (),
     ) -> SampledAnswers:
         """Answer the prompts with one artifact; repeat it if speed or memory have a limit.
 
-        Prompts are those of a ``split``, or other ``problems``, encoded by the tokenizer in
+        Prompts are those of the evaluation, or other ``problems``, encoded by the tokenizer in
         ``folder``.
         """
         job, settings = self.job, self._engine_settings
@@ -91,12 +90,12 @@ class Evaluation:
 
         # If speed or memory have a limit, both arms must be measured in one run.
         limits = [job.gate.limits(check.Limits).ratio for check in (speed, memory)]
-        timed = split == "evaluation" and not problems and limits != [None, None]
+        timed = not problems and limits != [None, None]
 
         return answer_prompts(
             Workspace(self.work),
             sampler,
-            problems or job.problems(split),
+            problems or job.problems("evaluation"),
             arm,
             exported.path,
             exported.files,

@@ -85,7 +85,7 @@ def list_metadata(job: Job, pruned: Checkpoint) -> dict[str, str | int | float |
         "racdeploy.version": __version__,
         "racdeploy.base_model": recipe.model,
         "racdeploy.method": recipe.prune.method,
-        "racdeploy.pattern": recipe.prune.patterns,
+        "racdeploy.pattern": recipe.prune.pattern,
         "racdeploy.sparsity": float(recipe.prune.sparsity),
         "racdeploy.calibration": recipe.calibration.source,
     }

@@ -72,7 +72,7 @@ class PruneStage:
         """
         sparse = Checkpoint(model)
         no_zeros = {"sparsity": 0.0, "pattern": "unstructured", "allocation": "uniform"}
-        settings = self.settings.model_copy(update={**no_zeros, "shares": {}})
+        settings = self.settings.model_copy(update=no_zeros)
         identity = {"sparse": sparse.sha256, "traces": hash_ids(traces)}
         folder, _ = self._run("codes", name, identity, settings, traces, sparse)
         return folder

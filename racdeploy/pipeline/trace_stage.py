@@ -15,7 +15,7 @@ from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify
+from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
@@ -137,19 +137,10 @@ class TraceStage:
                 self.encoder,
                 context_tokens,
                 folder,
-                self.dense.folder,
-                notify,
                 completion_progress,
             ) as source:
                 yield source
             return
-
-        if self.settings.server_reload:
-            cut = _find_cut(self.dense, checkpoint)
-            notify(
-                f"{checkpoint.folder.name} answers here and not on the server, which cannot load "
-                f"other tensor shapes than it started with: {cut}"
-            )
 
         processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
@@ -170,24 +161,8 @@ class TraceStage:
                 yield CompletionSource(lambda requests: [answer(each) for each in requests])
 
     def _is_served(self, checkpoint: Checkpoint) -> bool:
-        if checkpoint.sha256 == self.dense.sha256:
-            return bool(self.settings.server)
-        return bool(self.settings.server_reload) and not _find_cut(self.dense, checkpoint)
-
-
-def _find_cut(dense: Checkpoint, sparse: Checkpoint) -> str:
-    """Return a clause on the first tensor with another shape than in the dense model, or empty."""
-    for name in sorted({*dense.entries, *sparse.entries}):
-        before, after = _write_shape(dense, name), _write_shape(sparse, name)
-        if before != after:
-            return f"{name} is {after}, in the dense model {before}"
-
-    return ""
-
-
-def _write_shape(model: Checkpoint, name: str) -> str:
-    entry = model.entries.get(name)
-    return " × ".join(map(str, entry.shape)) if entry else "missing"
+        """Return True if the recipe's server answers: it has the dense model."""
+        return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
 
 
 def _open(folder: Path, settings: EngineSettings) -> Engine:

@@ -52,8 +52,8 @@ from racdeploy.pruning.walk.relative_error import RelativeError
 from racdeploy.pruning.walk.routing import record_routing
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.survey import Effect, Observation, survey
+from racdeploy.pruning.weights.patterns import LinearSparsities
 from racdeploy.pruning.weights.solving import LinearPruner
-from racdeploy.pruning.weights.sparsities import LinearSparsities, fill_sparsities
 from racdeploy.quant import RoundingQuant
 from racdeploy.recipe import Pruning, SegmentWeights, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
@@ -142,10 +142,7 @@ def _decide_shares(session: PruningSession, sizes: Mapping[str, int]) -> LinearS
         observations = {}
         if plugin.NEEDS_SURVEY:
             observations = survey(session, sizes, observe)
-        if settings.shares:
-            shares = fill_sparsities(settings.shares, sizes, settings.sparsity)
-        else:
-            shares = plugin.allocate(observations, sizes, settings.sparsity)
+        shares = plugin.allocate(observations, sizes, settings.sparsity)
 
         if processes.is_first:
             values = {"sparsities": shares, "observations": observations}

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from racdeploy.processes.heap import keep_heap
 from racdeploy.recovery.divergence import LMHead, kl_and_gradient, measure_kl
-from racdeploy.recovery.ema import WeightEma
 from racdeploy.recovery.optimizer import MaskedAdam, gradient_norm, learning_rate_at
 from racdeploy.recovery.parameters import WeightParameters
 from racdeploy.recovery.progress_line import ProgressLine
@@ -110,7 +109,6 @@ class _Training:
         short = run.compute == "bfloat16"
         self.head = LMHead.from_checkpoint(run.dense, run.device, bfloat16=short)
         self.optimizer = MaskedAdam(variables.parameters, run.masked_weights)
-        self.average = WeightEma(variables, settings.ema_decay)
 
         self.steps = batches["train"].draw_steps(run.tokens, settings.batch_tokens, settings.seed)
         self.file = run.folder / STATE_FILE
@@ -189,7 +187,6 @@ class _Training:
 
         self.optimizer.step(rate, norm)
         self.variables.update_weights()
-        self.average.update(self.optimizer.steps)
 
     def _select(self, example: TrainingBatch, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden_ND, dense_ND and weight_N of the tokens with a weight."""
@@ -202,10 +199,8 @@ class _Training:
 
     def _evaluate(self) -> None:
         """Evaluate, save the state, and return to the best one after a setback."""
-        with self.average.apply_average() as weights:
-            divergence = self._judge(weights)
-
         done = self.done
+        divergence = self._judge()
         if done.ended:
             return
 
@@ -218,13 +213,12 @@ class _Training:
             done.rate_factor /= 2
             fill_tensors(self.best_file, self._state(), self.training_run.processes)
             self.variables.update_weights()
-            self.average.reset()
 
         if done.step:
             values = asdict(done) | {"optimizer_steps": self.optimizer.steps}
             write_tensors(self.file, self._tensors(), values, self.training_run.processes)
 
-    def _judge(self, weights: Mapping[str, Tensor]) -> float:
+    def _judge(self) -> float:
         """Log an evaluation, and keep the weights if they are the best; return the held-out KL."""
         done = self.done
         divergence = self.measure("held-out")
@@ -245,7 +239,7 @@ class _Training:
 
         if divergence < done.best_kl:
             if done.step:  # the start is a model on disk already
-                self.training_run.save_best(weights)
+                self.training_run.save_best(self.variables.weights)
             done.best_kl, done.since_best = divergence, 0
         else:
             done.since_best += 1
@@ -274,12 +268,10 @@ class _Training:
         return {f"weight.{name}": moved for name, moved in self.variables.parameters.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the training state: parameters, moments, and the average."""
+        """Return all tensors of the training state: parameters and moments."""
         tensors = self._state()
         for name, (first, second) in self.optimizer.moments.items():
             tensors |= {f"first.{name}": first, f"second.{name}": second}
-        for name, mean in self.average.values.items():
-            tensors[f"average.{name}"] = mean
         return tensors
 
     def _resume(self) -> None:

@@ -76,9 +76,6 @@ def find_question(records: Sequence[AnswerRecord]) -> str:
 def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
     """Return the share of zeros in the file and their pattern; empty if none were requested."""
     pattern = _find(recipe, "prune", "pattern")
-    if _find(recipe, "prune", "shares") not in ("", "{}"):
-        pattern = "a share for each linear"
-
     is_plain = pattern in ("", "unstructured")
     if is_plain and _find(recipe, "prune", "sparsity") in ("", "0", "0.0"):
         return ""

@@ -64,7 +64,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
     # Sections without content are left out of the page and of its navigation.
     shown = {
         "checks": True,
-        "thinking": pairs or len(report.arms) > 1 or "Tasks" in tables_by_title,
+        "thinking": pairs or "Tasks" in tables_by_title,
         "harness": HARNESS_TITLE in tables_by_title,
         "size": "Dense and pruned" in tables_by_title,
         "structure": "Structure" in tables_by_title,
@@ -87,9 +87,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "source": "report.json",
         "zeros": zeros,
         "winners": describe_rivals(report),
-        "accuracy_chart": charts.draw_accuracy_by_model(report.arms),
         "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap),
-        "recovery_chart": charts.draw_recovery(report.recovery),
         "cap": cap,
         "quantiles": length_quantiles(pairs),
         "pairs": len(pairs),

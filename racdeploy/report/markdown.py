@@ -22,10 +22,8 @@ from racdeploy.report.tables import (
     shorten,
     to_single_line,
 )
-from racdeploy.report.tuning_tables import list_facts, make_tuning_table
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
-from racdeploy.results.tuning import Tuning
 
 MAX_CHARACTERS = 60_000
 _MAX_LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
@@ -34,8 +32,7 @@ _MAX_ROWS, _CELL_CHARACTERS = 30, 400
 _OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS_TITLE)  # the other tables are folded
 _SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
 _SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
-_REPORT, _TUNING = "report.html and report.json", "tune.html and tune.json"
-_CUT = "_Cut at {:,} characters; the rest is in {}._"
+_CUT = "_Cut at {:,} characters; the rest is in report.html and report.json._"
 _LOST_COLUMNS = ("task", "question", "right", "dense", "pruned", "thinking tokens")
 
 
@@ -69,16 +66,6 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
     return _fit(parts, folded)
 
 
-def render_tuning(tuning: Tuning) -> str:
-    """Return a search for the best model as GitHub-flavoured Markdown."""
-    facts = [f"{name}: {text}" for name, text in list_facts(tuning)]
-    command = "```sh\nracdeploy build --recipe recipe.toml\n```"
-    parts = [f"### {escape(tuning.verdict)}", "\n".join(_items(facts)), command]
-    parts.append(_table(make_tuning_table(tuning), _TUNING))
-    folded = [_section("Notes", _items(tuning.notes[:_MAX_ROWS]))] if tuning.notes else []
-    return _fit(parts, folded, _TUNING)
-
-
 def escape(text: str) -> str:
     """Return the text on one line, with Markdown, HTML, mentions and issue links escaped."""
     text = html.escape(to_single_line(text), quote=False)
@@ -88,23 +75,23 @@ def escape(text: str) -> str:
     return text.replace("@", "&#64;").replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
-def _fit(parts: Sequence[str], folded: Sequence[str], files: str = _REPORT) -> str:
+def _fit(parts: Sequence[str], folded: Sequence[str]) -> str:
     """Join visible and folded parts within the limit; the folded part is truncated first."""
     text = "\n\n".join(parts)
     remaining = MAX_CHARACTERS - len(text)
     if remaining < 0 or not folded:
-        return f"{_cut(text, MAX_CHARACTERS, files)}\n"
+        return f"{_cut(text, MAX_CHARACTERS)}\n"
 
-    inside = _cut("\n\n".join(folded), remaining, files)
+    inside = _cut("\n\n".join(folded), remaining)
     return f"{text}\n\n{_fold('Details: recovery, deviations and notes', inside)}\n"
 
 
-def _cut(text: str, characters: int, files: str) -> str:
+def _cut(text: str, characters: int) -> str:
     """Return a text, truncated at the end of a line with a note if it is too long."""
     if len(text) <= characters:
         return text
     shown = text[:characters].rpartition("\n")[0]
-    return f"{shown}\n\n{_CUT.format(MAX_CHARACTERS, files)}"
+    return f"{shown}\n\n{_CUT.format(MAX_CHARACTERS)}"
 
 
 def _fold(summary: str, text: str) -> str:
@@ -162,7 +149,7 @@ def _items(texts: Iterable[str]) -> list[str]:
     return [f"- {escape(_clip(to_single_line(text)))}" for text in texts]
 
 
-def _table(table: ReportTable, files: str = _REPORT) -> str:
+def _table(table: ReportTable) -> str:
     rules = ["---:" if right else "---" for right in table.numeric]
     lines = [_line(table.columns), _line(rules)]
     for row in table.rows[:_MAX_ROWS]:
@@ -172,7 +159,7 @@ def _table(table: ReportTable, files: str = _REPORT) -> str:
             cells[1] = f"{_SIGNS[verdict]} {verdict}"
         lines.append(_line(cells))
 
-    if more := _remainder(len(table.rows), "rows", files=files):
+    if more := _remainder(len(table.rows), "rows"):
         lines += ["", *more]
     return _section(escape(table.title), lines)
 
@@ -181,10 +168,10 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _remainder(count: int, noun: str, prefix: str = "", files: str = _REPORT) -> list[str]:
+def _remainder(count: int, noun: str, prefix: str = "") -> list[str]:
     if count <= _MAX_ROWS:
         return []
-    return [f"{prefix}_{count - _MAX_ROWS:,} more {noun} are in {files}._"]
+    return [f"{prefix}_{count - _MAX_ROWS:,} more {noun} are in report.html and report.json._"]
 
 
 def _clip(cell: str) -> str:

@@ -1,4 +1,4 @@
-"""Files of a search for the best model: ``tune.json``, its page, its Markdown and a recipe.
+"""Files of a search for the best model: ``tune.json``, its page and a recipe.
 
 ``recipe.toml`` is the winner's; ``racdeploy build --recipe`` accepts it for other models too.
 """
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import describe_validation_error, read_json
 from racdeploy.files.writing import disk_errors, write_atomic
-from racdeploy.report import markdown, tuning_page
+from racdeploy.report import tuning_page
 from racdeploy.report.tables import to_single_line
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.tuning import Tuning
@@ -31,7 +31,6 @@ def write_tuning(folder: Path, tuning: Tuning) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    write_atomic(folder / "tune.md", markdown.render_tuning(tuning))
     write_atomic(
         folder / RECIPE,
         f"# {to_single_line(tuning.winner)}, by racdeploy tune\n{to_toml(tuning.recipe)}",

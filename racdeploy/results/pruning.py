@@ -16,7 +16,6 @@ class LinearRow(FrozenModel):
 
     Args:
         held_out_error: relative error of the output, over traces that were not used to prune.
-        error_by_segment: the same for ``prompt``, ``thinking`` and ``answer`` tokens.
         damping: share of the mean diagonal that was added to the Hessian.
         reason: reason why the sparsity is not the requested one; empty if it is.
         tokens: calibration tokens that the router sent to the linear's expert; None for a linear
@@ -28,7 +27,6 @@ class LinearRow(FrozenModel):
     requested_sparsity: Share
     actual_sparsity: Share
     held_out_error: float | None = None
-    error_by_segment: dict[str, float] = Field(default_factory=dict)
     damping: float | None = None
     reason: str = ""
     tokens: NonNegativeInt | None = None
@@ -126,23 +124,6 @@ def list_phase_ends(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
         ends.append(phase[-1].model_copy(update=divergence))
 
     return ends
-
-
-class PositionRow(FrozenModel):
-    """Mean divergence over a range of positions in the dense model's completions, teacher-forced.
-
-    Args:
-        start_token, stop_token: half-open range, counted from the end of the prompt.
-        tokens: positions of all traces in the range.
-        export_kl_nats: mean KL(torch-pruned ‖ artifact).
-        pruning_kl_nats: mean KL(torch-dense ‖ torch-pruned).
-    """
-
-    start_token: NonNegativeInt
-    stop_token: PositiveCount
-    tokens: PositiveCount
-    export_kl_nats: float
-    pruning_kl_nats: float
 
 
 class DeviationRow(FrozenModel):

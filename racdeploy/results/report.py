@@ -23,7 +23,6 @@ from racdeploy.results.pruning import (
     DeviationRow,
     KeptStructure,
     LinearRow,
-    PositionRow,
     RecoveryRow,
     StructureRow,
     TensorRow,
@@ -61,7 +60,6 @@ class Report(FrozenModel):
     structure: tuple[StructureRow, ...] = ()
     kept_structure: KeptStructure | None = None
     recovery: tuple[RecoveryRow, ...] = ()
-    positions: tuple[PositionRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     deviations: tuple[DeviationRow, ...] = ()
     harness: HarnessRun | None = None

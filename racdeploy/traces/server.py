@@ -1,31 +1,23 @@
 """Traces from a server: it is opened, compared with the model, and its model's name is recorded.
 
 A server that tokenizes differently would answer other prompts, so its tokenizer and template are
-checked first. Its weights cannot be checked from outside, unless it loaded them on request. It
-keeps the tensor shapes that it started with; its prefix cache belongs to the old weights, and is
-dropped with them.
-
-Source: SGLang, docs/advanced_features/sglang_for_rl.md (Update Weights from Disk), and its
-TokenizerManager, which renames the model; vLLM, docs/training/layerwise.md (reload_weights), and
-vllm/entrypoints/serve (rpc, cache).
+checked first. Its weights cannot be checked from outside.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from racdeploy.engines.backends.server import CompletionRequest, ServerEngine, derive_seed
-from racdeploy.engines.backends.server.http import Client, RefusedError
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, EngineSettings
-from racdeploy.errors import ArtifactError, EngineError, RacdeployError, UsageError
+from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
@@ -33,83 +25,6 @@ from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import CompletionSource, ShardRequest
-
-_NEEDS = {
-    "sglang": "SGLang must see this folder under the same path",
-    "vllm": "vLLM must see this folder under the same path, and run with VLLM_SERVER_DEV_MODE=1",
-}
-
-
-@contextmanager
-def loaded_weights(
-    settings: Traces, folder: Path, dense: Path, notify: Callable[[str], None]
-) -> Iterator[None]:
-    """Let the server answer with the weights of a folder; afterwards it loads the dense ones.
-
-    A failure to load the dense model is only a notice: the next run loads the model that it needs.
-
-    Raises:
-        EngineError: the server does not load the folder.
-    """
-    try:
-        load_weights(settings, folder)
-        yield
-    finally:
-        if folder != dense:
-            try:
-                load_weights(settings, dense)
-            except RacdeployError as error:
-                notify(
-                    "start the server again before others use it: it may have the weights of "
-                    f"{folder}, since {error.message}"
-                )
-
-
-def load_weights(settings: Traces, folder: Path) -> None:
-    """Let the server load a folder; return when all answers come from its weights."""
-    path = str(folder.resolve())
-    client = Client(settings.server, settings.server_key_env, settings.server_timeout_s)
-
-    try:
-        if settings.server_reload == "sglang":
-            _load_into_sglang(client, path)
-        else:
-            _load_into_vllm(client, path)
-    except EngineError as error:
-        raise EngineError(
-            "model-not-loaded",
-            f"the server did not load {path}: {error.message}",
-            remedy=f"{error.remedy}; {_NEEDS[settings.server_reload]}",
-        ) from error
-
-
-def _load_into_sglang(client: Client, path: str) -> None:
-    body = {"model_path": path, "flush_cache": True}
-    answer = client.ask("../update_weights_from_disk", body)
-
-    if answer.get("success") is not True:
-        message = client.quote(str(answer.get("message", "")))
-        raise RefusedError(
-            "server-refuses-request",
-            f"{client.url} says: {message}",
-            remedy="look at the server's log",
-        )
-
-
-def _load_into_vllm(client: Client, path: str) -> None:
-    body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-    answer = client.ask("../collective_rpc", body)
-
-    # One result for each worker, each None; if a worker fails, the status is 500.
-    if not answer.get("results"):
-        raise RefusedError(
-            "server-refuses-request",
-            f"{client.url} names no worker that loaded it",
-            remedy="look at the server's log and version",
-        )
-
-    client.ask("../reset_prefix_cache", {}, may_be_empty=True)
-
 
 _RECORD = "server.json"
 _MAX_SHOWN = 600  # characters of a tokenization in a message
@@ -134,8 +49,6 @@ def open_server(
     encoder: PromptEncoder,
     context_tokens: int,
     folder: Path,  # of the trace stage; keeps the server's model, and completions until the end
-    dense: Path,  # folder of the model that the server loads in the end
-    notify: Callable[[str], None],
     completion_progress: CompletionProgress,
 ) -> Iterator[CompletionSource]:
     """Yield the server as a source of completions, after its tokenizer was checked.
@@ -147,15 +60,8 @@ def open_server(
     """
     file = folder / _JOURNAL
 
-    weights: contextlib.AbstractContextManager[None] = nullcontext()
-    if settings.server_reload:
-        weights = loaded_weights(settings, checkpoint.folder, dense, notify)
-
     try:
-        with (
-            weights,
-            _open(settings, checkpoint, context_tokens, settings.server_timeout_s) as engine,
-        ):
+        with _open(settings, checkpoint, context_tokens, settings.server_timeout_s) as engine:
             check_agreement(engine, encoder)
             _record(folder, settings.server_model or engine.model)
 
@@ -187,14 +93,12 @@ def find_served_model(settings: Traces, checkpoint: Checkpoint, encoder: PromptE
 def _open(
     settings: Traces, checkpoint: Checkpoint, context_tokens: int, timeout_s: float
 ) -> ServerEngine:
-    # SGLang names a reloaded model by its folder, not by the name that it was started with.
-    name = "" if settings.server_reload == "sglang" else settings.server_model
     return ServerEngine(
         settings.server,
         EngineSettings(context_tokens, settings.server_concurrency),
         tokenizer=TokenizerFiles(checkpoint.folder).file,
         vocabulary=checkpoint.shape.vocab_size,
-        model=name,
+        model=settings.server_model,
         key_env=settings.server_key_env,
         timeout_s=timeout_s,
     )

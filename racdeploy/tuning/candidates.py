@@ -1,8 +1,8 @@
 """Candidates of a search: number formats, dense, with removed structure, and with zeros.
 
-A candidate is a set of recipe settings. Narrow formats get optimized rounding, with the codes
-chosen by the pruning's statistic: nearest rounding is never better. From 6 bits on it makes no
-difference. Combinations that are not possible are excluded with a reason.
+A candidate is a set of recipe settings. Optimized rounding, the recipe's default, makes no
+difference from 6 bits on, so wide formats are rounded to nearest. Combinations that are not
+possible are excluded with a reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PACKING = "bitmask"  # of GGUF files: zeros in ONNX never paid
 BASE_SETTINGS = {
     "prune": {"sparsity": 0.0, "pattern": "unstructured"},
     "recover": {"tokens": 0},
-    "export": {"packing": "plain", "rounding": "nearest"},
+    "export": {"packing": "plain"},
 }
 """Settings of every candidate unless its own override them; the target's defaults do not apply."""
 
@@ -81,8 +81,10 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
         for name in list_quants(job.recipe):
             title = name if kind == "dense" else f"{kind}, {name}"
             try:
-                variant = merge(settings, {"export": {"quant": name}})
-                specs.append(optimize_rounding(make_spec(job, title, kind, variant)))
+                export = {"quant": name}
+                if _count_bits(name) > _MAX_OPTIMIZED_BITS:
+                    export["rounding"] = "nearest"
+                specs.append(make_spec(job, title, kind, merge(settings, {"export": export})))
             except (UsageError, MissingExtraError) as error:
                 excluded[title] = error.message
 
@@ -113,21 +115,10 @@ def make_spec(job: Job, name: str, kind: str, settings: Settings) -> CandidateSp
 
     check_structure(candidate)
     check_format(candidate)
-    _ = candidate.rounding_quants  # raises if the format has no optimized rounding
+    _ = candidate.rounding_quants  # raises if the recipe's rounding is not possible
     for weight in candidate.weights_to_prune:
         prune.check_width(weight, candidate.checkpoint.entries[weight].shape[1])
     return CandidateSpec(name, kind, settings, candidate)
-
-
-def optimize_rounding(spec: CandidateSpec) -> CandidateSpec:
-    """Return the candidate with optimized rounding if its format is narrow and has it."""
-    if _count_bits(spec.recipe.export.quant) > _MAX_OPTIMIZED_BITS:
-        return spec
-    try:
-        settings = merge(spec.settings, {"export": {"rounding": "optimized"}})
-        return make_spec(spec.job, spec.name, spec.kind, settings)
-    except UsageError:  # no grid, or none for rows of this length
-        return spec
 
 
 def list_quants(recipe: Recipe) -> list[str]:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.engines import open_engine
+from racdeploy.engines.engine import EngineSettings
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
 from racdeploy.verification.measurements import (
     compare_positions,
     completion_logits,
     renumber_traces,
 )
+
+
+def make_opener(backend: str, model: Path, context_tokens: int, threads: int) -> EngineFactory:
+    """Return a function that opens a model for exact logits, one sequence at a time."""
+    settings = EngineSettings(context_tokens, 1, threads, cache_dtype="f32")
+    return lambda: closing(open_engine(backend, model, settings))
 
 
 class DenseLogits:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -18,8 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from racdeploy import exporting
-from racdeploy.engines import open_engine
-from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
 from racdeploy.pipeline.build import Build
@@ -31,9 +28,9 @@ from racdeploy.results.units import format_points
 from racdeploy.targets import Rung, Target
 from racdeploy.traces.trace import TraceSet
 from racdeploy.tuning.artifact_sizes import SizePredictor
-from racdeploy.tuning.dense_logits import DenseLogits
+from racdeploy.tuning.dense_logits import DenseLogits, make_opener
 from racdeploy.tuning.speed import predict_token_s
-from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
+from racdeploy.verification.answer_sampler import TraceIds
 
 MAX_KL = {"traces": 8e-4, "text": 0.1}
 """Largest mean KL in nats of a rung that is tried, on held-out traces and on plain text.
@@ -216,14 +213,15 @@ class Ladder:
         kinds = {"traces": self._trace_ids(build), "text": self._text_ids(build)}
         longest = max(len(prompt) + len(rest) for each in kinds.values() for prompt, rest in each)
 
-        def opener(folder: Path) -> EngineFactory:
-            settings = EngineSettings(longest + 1, 1, build.threads)
-            return lambda: closing(open_engine("transformers", folder, settings))
+        dense, pruned = (
+            make_opener("transformers", folder, longest + 1, build.threads)
+            for folder in (job.model.folder, model.folder)
+        )
 
         ids = [each for of_kind in kinds.values() for each in of_kind]
         with tempfile.TemporaryDirectory(dir=build.work) as scratch:
-            logits = DenseLogits(opener(job.model.folder), ids, Path(scratch))
-            kl = iter(logits.list_kl(opener(model.folder)))
+            logits = DenseLogits(dense, ids, Path(scratch))
+            kl = iter(logits.list_kl(pruned))
         return {
             kind: float(np.concatenate([next(kl) for _ in of_kind]).mean())
             for kind, of_kind in kinds.items()

@@ -110,8 +110,7 @@ def propose_mixed_quant(
         if not tensors:
             continue
 
-        export = {"tensors": tensors, "rounding": recipe.export.rounding}
-        settings = merge(spec.settings, {"export": export})
+        settings = merge(spec.settings, {"export": {"tensors": tensors}})
         with suppress(UsageError):  # codes of this format cannot be chosen
             return make_spec(spec.job, f"{spec.name} + {name}", spec.kind, settings)
 

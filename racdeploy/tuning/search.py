@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 from racdeploy import quant
-from racdeploy.engines import open_engine
-from racdeploy.engines.engine import EngineSettings, Progress
+from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.files.stages import Stage
 from racdeploy.packing import list_supported
@@ -33,7 +31,7 @@ from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
 from racdeploy.tuning.budget import Budget, check_held_out, estimate_min_seconds
 from racdeploy.tuning.candidates import MAX_BITS, CandidateSpec, propose_candidates
-from racdeploy.tuning.dense_logits import DenseLogits
+from racdeploy.tuning.dense_logits import DenseLogits, make_opener
 from racdeploy.tuning.entries import Entry, find_nearest, find_pareto_front, order_entries
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
 from racdeploy.tuning.predicted_cost import CostPredictor
@@ -432,10 +430,7 @@ class Search:
         return self.limits.model_copy(update=unknown)
 
     def _opener(self, backend: str, model: Path) -> EngineFactory:
-        """Return a function that opens a model for exact logits, one sequence at a time."""
-        context_tokens = self.job.recipe.verify.context_tokens
-        settings = EngineSettings(context_tokens, 1, self.threads, cache_dtype="f32")
-        return lambda: closing(open_engine(backend, model, settings))
+        return make_opener(backend, model, self.job.recipe.verify.context_tokens, self.threads)
 
     @cached_property
     def _traces(self) -> list[Trace]:

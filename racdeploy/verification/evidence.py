@@ -18,7 +18,7 @@ from racdeploy.errors import UsageError
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord, HarnessRun
 from racdeploy.results.checks import CheckResult, CheckVerdict
-from racdeploy.results.pruning import PositionRow, TensorRow
+from racdeploy.results.pruning import TensorRow
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import lengths, paired
 from racdeploy.verification.stats.verdicts import RatioEstimate
@@ -168,7 +168,6 @@ class LogitComparison:
         tokens: positions compared.
         export: divergence of the artifact from the pruned checkpoint under torch.
         pruning: divergence of the pruned checkpoint from the dense one.
-        by_position: both, by distance from the end of the prompt.
         traces: traces compared; with a smaller vocabulary only those without removed tokens.
         lost_mass: mean probability that the dense model gives to removed tokens.
     """
@@ -176,7 +175,6 @@ class LogitComparison:
     tokens: int
     export: Divergence
     pruning: Divergence
-    by_position: tuple[PositionRow, ...] = ()
     traces: int = 0
     lost_mass: float = 0.0
 

@@ -20,7 +20,7 @@ from racdeploy.engines.engine import Engine, EngineSettings, Logits, Progress
 from racdeploy.exporting import ExportedTensor
 from racdeploy.extras import installed_version
 from racdeploy.models.renumbering import map_new_ids, translate_ids
-from racdeploy.results.pruning import PositionRow, TensorRow
+from racdeploy.results.pruning import TensorRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
 from racdeploy.verification.evidence import (
@@ -32,8 +32,6 @@ from racdeploy.verification.evidence import (
 )
 from racdeploy.verification.stats.distributions import Floats
 
-MAX_POSITION_BINS = 48
-"""Maximum number of points of a curve over the positions of the completions."""
 _ROWS = 64  # of logits compared at a time: they are copied to float64, which costs memory
 _MAX_PROMPTS = 64  # rendered by both templates
 _ENGINES = ("torch", "transformers", "llama-cpp-python", "onnxruntime")
@@ -150,14 +148,10 @@ def compare_logits(
                 export.append(compare_positions(np.load(file), completion_logits(engine, trace)))
                 advance()
 
-    export_kl = [kl_T for kl_T, *_ in export]
-    pruning_kl = [kl_T for kl_T, *_ in pruning]
-
     return LogitComparison(
-        tokens=sum(map(len, export_kl)),
+        tokens=sum(len(kl_T) for kl_T, *_ in export),
         export=_average(export),
         pruning=_average(pruning),
-        by_position=average_by_position(export_kl, pruning_kl),
         traces=len(traces),
         lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
     )
@@ -223,32 +217,6 @@ def mask_clear_changes(reference_TV: Logits, other_TV: Logits) -> NDArray[np.boo
     chosen_T = np.take_along_axis(reference_TV, choice_T1, axis=1)[:, 0]
     # A difference of logits is the logarithm of a ratio of probabilities: no softmax is needed.
     return np.asarray(reference_TV.max(1) - chosen_T > math.log(2))
-
-
-def average_by_position(
-    export: Sequence[Floats], pruning: Sequence[Floats]
-) -> tuple[PositionRow, ...]:
-    """Average the divergences of all traces over bins of equal width from the prompt's end."""
-    longest = max(map(len, export))
-    width = math.ceil(longest / MAX_POSITION_BINS)
-
-    # Later bins average the longer traces only; ``tokens`` shows how many positions are left.
-    rows = []
-    for start in range(0, longest, width):
-        stop = min(start + width, longest)
-        export_kl = np.concatenate([kl_T[start:stop] for kl_T in export])
-        pruning_kl = np.concatenate([kl_T[start:stop] for kl_T in pruning])
-        rows.append(
-            PositionRow(
-                start_token=start,
-                stop_token=stop,
-                tokens=len(export_kl),
-                export_kl_nats=float(export_kl.mean()),
-                pruning_kl_nats=float(pruning_kl.mean()),
-            )
-        )
-
-    return tuple(rows)
 
 
 def fingerprint(settings: EngineSettings) -> dict[str, Any]:

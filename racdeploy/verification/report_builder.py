@@ -50,7 +50,6 @@ def build_report(
         comparison=_compare_arms(evidence, {check.name: check for check in checks}),
         rivals=_compare_rivals(evidence),
         checks=tuple(checks),
-        positions=evidence.logits.by_position if evidence.logits else (),
         tensors=evidence.tensors,
         harness=evidence.harness,
         notes=tuple(notes),

@@ -127,7 +127,7 @@ def test_the_first_line_names_what_is_done() -> None:
 def test_constants_of_a_plugin_are_read_and_not_imported() -> None:
     """Single ones and pairs; what is computed is left out, and an unknown name is refused."""
     assert plugins.read_constants("prune_methods", "wanda") == {"MATRICES": 1, "COPIES": 9}
-    assert plugins.read_constants("allocations", "owl")["NEEDS_SURVEY"] is True
+    assert plugins.read_constants("allocations", "error")["NEEDS_SURVEY"] is True
     assert "FAMILY" not in plugins.read_constants("families", "qwen2")
     with raises("unknown-plugin", "did you mean 'wanda'"):
         plugins.read_constants("prune_methods", "wandaa")

@@ -20,7 +20,7 @@ max_tokens = 6
 closing = " Done."
 close_bias = 0.5
 hesitation = ["and", "Alternatively"]
-tune = true
+hesitation_penalty = 2.0
 [export]
 quant = "q8_0"
 [verify]
@@ -53,11 +53,11 @@ def test_control_goes_from_the_recipe_into_the_bundle(tmp_path: Path) -> None:
     assert (generation.max_thinking_tokens, generation.thinking.closing) == (6, " Done.")
     assert generation.thinking.hesitation["and"]
     assert generation.thinking.hesitation["Alternatively"] == ()
-    assert generation.thinking.hesitation_penalty == 0, "so few prompts can show no gain"
+    assert generation.thinking.hesitation_penalty == 2
 
     notes = " ".join(report["notes"])
     assert "verified as it ships, its thinking under control: it ends after 6 tokens" in notes
-    assert "calibration prompts: none shortens the thinking without losing accuracy" in notes
+    assert "not penalized: Alternatively" in notes
     card = (bundle / "README.md").read_text(encoding="utf-8")
     assert "--reasoning-budget 6 --reasoning-budget-message Done." in card
 

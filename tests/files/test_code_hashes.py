@@ -87,7 +87,7 @@ def test_a_stage_reaches_what_decides_its_content() -> None:
     } & _reached("traces")
     assert {
         "pruning/methods/admm.py",
-        "pruning/allocations/owl.py",
+        "pruning/allocations/error.py",
         "traces/select.py",
     } <= _reached("prune")
     assert {"packing/onnx/folding.py", "packing/packers/bitmask.py"} <= _reached("export")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.cli.plan import write_first_line
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import describe_pruning, list_metadata, name_artifact
@@ -86,20 +85,6 @@ def test_names_say_what_stays(keep: dict[str, float], prune: dict[str, object], 
     """Of each part that is cut, in one order, whatever order it was asked in."""
     recipe = Recipe.combine(None, {"structure": {"keep": keep}, "prune": prune})
     assert describe_pruning(recipe) == named
-
-
-def test_a_mix_of_patterns_is_named_by_each(dense: Path) -> None:
-    """In the file's metadata and in what is going to be made; a dense linear has none."""
-    shares = {r"\.0\.": "2:4", r"\.1\.mlp": 0.6, "attn": 0.0}
-    prune = {"sparsity": 0.4, "shares": shares}
-    recipe = Recipe.combine(None, {"model": str(dense), "prune": prune})
-    found = list_metadata(Job(recipe), Checkpoint(dense))
-    assert found["racdeploy.pattern"] == "2:4 and unstructured"
-    assert "40% zeros (2:4 and unstructured)" in write_first_line("build", recipe)
-
-    for part, words in (({"shares": {"mlp": "2:4", "attn": 0.0}}, "2:4"), ({}, "unstructured")):
-        assert Recipe.combine(None, {"prune": part}).prune.patterns == words
-    assert "(" not in write_first_line("build", Recipe())
 
 
 def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:

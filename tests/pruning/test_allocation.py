@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from safetensors.torch import load_file
 
 from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
@@ -25,7 +24,6 @@ from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.survey import survey
-from racdeploy.pruning.weights.sparsities import fill_sparsities
 from racdeploy.recipe import Pruning, Recipe
 from racdeploy.traces.trace import SEGMENTS, Trace
 from tests.support.block_outputs import take_states
@@ -187,27 +185,14 @@ def _outputs(model: torch.nn.Module, number: int, traces: Sequence[Trace]) -> li
     return seen
 
 
-def test_owl_spares_the_blocks_with_outliers() -> None:
-    """The block with the most keeps 16 points more than the one with the least; linears of a block
-    go together.
-    """
-    owl = plugins.load("allocations", "owl")
-    names = {f"model.layers.{b}.{n}": b for b in range(3) for n in ("q", "k")}
-    observations = {name: {"outliers": 10.0 * block} for name, block in names.items()}
-    shares = owl.allocate(observations, dict.fromkeys(names, 100), 0.7)
-    assert [shares[f"model.layers.{b}.q"] for b in range(3)] == pytest.approx([0.78, 0.7, 0.62])
-    assert all(shares[f"model.layers.{b}.q"] == shares[f"model.layers.{b}.k"] for b in range(3))
-
-
-@pytest.mark.parametrize("allocation", ["error", "owl"])
-def test_the_walk_prunes_as_allocated(tmp_path: Path, allocation: str) -> None:
+def test_the_walk_prunes_as_allocated(tmp_path: Path) -> None:
     """Each linear has the zeros it was given, all together what was asked; a dense linear takes no
     part.
     """
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
     blocks = tmp_path / "blocks"
     blocks.mkdir()
-    settings = Pruning(sparsity=0.6, allocation=allocation, ignore=("o_proj$",))
+    settings = Pruning(sparsity=0.6, allocation="error", ignore=("o_proj$",))
     rows, _ = prune_blocks(checkpoint, TRACES, TRACES[:2], settings, blocks)
     shares = json.loads((blocks / "allocation.json").read_text())["sparsities"]
     zeros = count = 0.0
@@ -229,67 +214,8 @@ def test_n_of_m_has_nothing_to_allocate() -> None:
         Recipe.combine(None, {"prune": {"pattern": "2:4", "allocation": "error"}})
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "owl"])
-def test_shares_come_from_a_recipe(tmp_path: Path, allocation: str) -> None:
-    """Linears have the zeros that the first pattern says, and the others make up for it."""
-    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
-    given = {"sparsity": 0.5, "shares": {"layers.0.mlp": 0.3, "down_proj$": 0.8, "o_proj$": 0.0}}
-    if allocation != "uniform":
-        with raises("invalid-settings", "shares", "allocation = 'uniform'"):
-            Recipe.combine(None, {"prune": {**given, "allocation": allocation}})
-        return
-
-    settings = Recipe.combine(None, {"prune": given}).prune
-    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
-    asked = {row.name.removeprefix("model.layers."): row.requested_sparsity for row in rows}
-    assert asked["0.mlp.down_proj"] == asked["0.mlp.up_proj"] == 0.3
-    assert asked["1.mlp.down_proj"] == 0.8
-    assert asked["0.self_attn.o_proj"] == 0
-    assert asked["1.mlp.up_proj"] == asked["0.self_attn.q_proj"] not in (0.5, 0.3)
-
-    zeros = count = 0.0
-    for row in rows:
-        size = int(np.prod(checkpoint.entries[f"{row.name}.weight"].shape))
-        assert row.actual_sparsity == pytest.approx(row.requested_sparsity, abs=1 / size)
-        zeros, count = zeros + row.actual_sparsity * size, count + size
-    assert zeros / count == pytest.approx(0.5, abs=1e-3)
-
-
-def test_a_linear_may_have_a_pattern_beside_others(tmp_path: Path) -> None:
-    """Of each M inputs N stay where the recipe says N:M; zeros of others are anywhere."""
-    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen3", dtype="float32"))
-    shares = {"up_proj$": "2:4", "gate_proj$": "4:8", "self_attn": 0.0}
-    settings = Recipe.combine(None, {"prune": {"sparsity": 0.2, "shares": shares}}).prune
-    rows, _ = prune_blocks(checkpoint, TRACES, [], settings, tmp_path)
-    asked = {row.name.removeprefix("model.layers."): row.requested_sparsity for row in rows}
-    assert asked["1.mlp.up_proj"] == asked["0.mlp.gate_proj"] == 0.5
-    assert asked["0.self_attn.o_proj"] == 0
-
-    weights = load_file(tmp_path / "block-00000.safetensors")
-    for linear, group in (("up_proj", 4), ("gate_proj", 8), ("down_proj", 4)):
-        (weight_OI,) = (value for name, value in weights.items() if f"{linear}.weight" in name)
-        zeros_OG = (weight_OI == 0).reshape(len(weight_OI), -1, group).sum(dim=2)
-        assert (len(zeros_OG.unique()) == 1) == (linear != "down_proj"), linear
-
-    odd = Recipe.combine(None, {"prune": {"sparsity": 0.1, "shares": {"up_proj$": "1:7"}}}).prune
+def test_a_pattern_that_does_not_divide_the_inputs_is_refused() -> None:
+    """With the weight and its number of inputs."""
+    odd = Recipe.combine(None, {"prune": {"pattern": "1:7"}}).prune
     with raises("pattern-does-not-divide", "1:7", "64"):
         odd.check_width("model.layers.0.mlp.up_proj.weight", 64)
-    odd.check_width("model.layers.0.mlp.down_proj.weight", 64)
-
-
-@pytest.mark.parametrize(
-    ("given", "sparsity", "code", "named"),
-    [
-        ({"gate": 0.5}, 0.5, "pattern-matches-nothing", "'gate'"),
-        ({"a": 0.9, "b": 0.9}, 0.3, "shares-miss-sparsity", "0.6000"),
-        ({"a|b|c": 0.4}, 0.5, "shares-miss-sparsity", "0.4000"),
-    ],
-)
-def test_shares_that_cannot_be_are_refused(
-    given: dict[str, float], sparsity: float, code: str, named: str
-) -> None:
-    """A pattern without a linear, and zeros that no choice for the others brings to the sum."""
-    with raises(code, named):
-        fill_sparsities(given, SIZES, sparsity)
-    assert fill_sparsities({"a|b|c": 0.4}, SIZES, 0.4) == dict.fromkeys(SIZES, 0.4)
-    assert fill_sparsities({"a|b": "1:4"}, SIZES, 0.5) == {"a": 0.75, "b": 0.75, "c": 0.0}

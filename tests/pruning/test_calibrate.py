@@ -183,7 +183,7 @@ def test_held_out_traces_measure_and_do_not_decide(checkpoint: Checkpoint, tmp_p
         assert file_sha256(tmp_path / "a" / name) == file_sha256(tmp_path / "b" / name)
     assert all(row.held_out_error is not None and row.held_out_error > 0 for row in with_rows)
     assert all(row.held_out_error is None for row in without_rows)
-    assert {"prompt", "thinking", "answer"} == set(with_rows[0].error_by_segment)
+    assert {"prompt", "thinking", "answer"} == set(with_blocks[0].drift_by_segment)
     assert {"gcd"} == set(with_blocks[0].drift_by_task)
     assert with_blocks[0].drift_by_task["gcd"] == pytest.approx(with_blocks[0].drift)
     assert all(row.drift is None for row in without_blocks)

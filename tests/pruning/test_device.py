@@ -26,7 +26,6 @@ from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 SETTINGS = [
     *({"method": name} for name in plugins.list_names("prune_methods")),
-    {"allocation": "owl", "method": "magnitude"},
     {"allocation": "error", "method": "wanda", "refit_steps": 0},
     {"pattern": "2:4"},
 ]

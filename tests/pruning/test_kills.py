@@ -25,7 +25,7 @@ OPTIONS = {
     "traces": {"count": 24, "batch_size": 4, "max_new_tokens": 10},
     "calibration": {"keep_truncated": True},
     "structure": {"keep": {"ffn": 0.5, "heads": 0.75, "blocks": 0.75}},
-    "prune": {"allocation": "owl"},
+    "prune": {"allocation": "error"},
 }
 
 

@@ -48,7 +48,7 @@ BATCH_TOKENS = 40  # three or four batches make up a step
 
 def _make_run(folder: Path, job: str) -> TrainingRun:
     quant = FORMATS[job]
-    settings = {"learning_rate": 2e-4, "ema_decay": 0.9} if quant else {}
+    settings = {"learning_rate": 2e-4} if quant else {}
     folder.mkdir(parents=True)
 
     width = FEATURES if not quant else 128

@@ -138,24 +138,3 @@ def test_bfloat16_products_learn_too(tmp_path: Path) -> None:
     found = [look.kl_nats for look in later if look.kl_nats is not None]
     assert first.kl_nats is not None
     assert min(found) < first.kl_nats
-
-
-def test_an_average_is_kept_in_place_of_the_last_step(tmp_path: Path) -> None:
-    """Its divergence is what is looked at, and what is written has it; a kill changes nothing."""
-    plain, averaged = tmp_path / "plain", tmp_path / "averaged"
-    plain.mkdir()
-    averaged.mkdir()
-    last = recovery.load("full").recover(make_training_run(plain))
-
-    training_run = make_training_run(averaged, settings={"ema_decay": 0.9})
-    looks = recovery.load("full").recover(training_run)
-    training_run.write()
-
-    found = [look.kl_nats for look in looks if look.kl_nats is not None]
-    assert found[0] == last[0].kl_nats
-    assert found[-1] != last[-1].kl_nats
-    assert kl_of(training_run) == pytest.approx(min(found), rel=1e-6)
-
-    before, after = read_weights(training_run.sparse.folder), read_weights(training_run.out)
-    for name in training_run.masked_weights:
-        assert not after[name][before[name] == 0].any()

@@ -1,24 +1,20 @@
-"""What a model learned from the dense one: the phases, the sentence, the chart and the CSV."""
+"""What a model learned from the dense one: the phases, the sentence and the CSV."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-import re
 
 import pytest
 from pydantic import ValidationError
 
-from racdeploy.report import charts, html, markdown
-from racdeploy.report.axis import make_token_formatter
+from racdeploy.report import html, markdown
 from racdeploy.report.recovery import describe_recovery, to_csv
 from racdeploy.report.tables import list_tables
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.results.report import Report
 
-Points = list[tuple[str, str]]
 START = RecoveryRow(phase="start", tokens=0, kl_nats=0.9, accuracy=0.5)
 LOOKS = (
     RecoveryRow(phase="full", tokens=500_000, loss=0.4, kl_nats=0.09),
@@ -27,13 +23,6 @@ LOOKS = (
 WORSE = RecoveryRow(phase="own answers 1", tokens=1_200_000, kl_nats=0.3, accuracy=0.8, kept=False)
 BETTER = RecoveryRow(phase="own answers 2", tokens=1_500_000, kl_nats=0.02, accuracy=0.95)
 ROWS = (START, *LOOKS, WORSE, BETTER)
-
-
-def read_lines(rows: tuple[RecoveryRow, ...]) -> list[tuple[str, Points]]:
-    """Return the class and the points of every line of the chart."""
-    drawn = charts.draw_recovery(rows)
-    lines = re.findall(r'<polyline class="path( undone)?" points="([^"]*)"', drawn)
-    return [(kind.strip(), re.findall(r"([\d.]+),([\d.]+)", points)) for kind, points in lines]
 
 
 def test_nothing_is_said_where_nothing_was_learned(
@@ -104,68 +93,6 @@ def test_a_name_with_a_comma_stays_one_cell() -> None:
     named = START.model_copy(update={"phase": 'a, "b"\nc'})
     header, row = csv.reader(to_csv((named,)).splitlines(keepends=True))
     assert (len(row), row[0]) == (len(header), 'a, "b"\nc')
-
-
-def test_a_line_goes_on_from_the_last_look_that_was_kept() -> None:
-    """An undone phase is dashed and leads nowhere; the next one begins where the model was."""
-    (_, start), (_, learned), (undone, worse), (kept, better) = read_lines(ROWS)
-    assert (undone, kept) == ("undone", "")
-    assert learned[0] == start[-1]
-    assert worse[0] == better[0] == learned[-1]
-    assert worse[-1] not in better
-
-
-def test_the_line_is_logarithmic_in_nats() -> None:
-    """From 0.9 to 0.09 is as far as from 0.3 to 0.03: one decade."""
-    _, (_, learned), (_, worse), _ = read_lines(ROWS)
-    (_, first), (_, second), (_, third) = learned
-    (_, undone) = worse[-1]
-    decade = float(second) - float(first)
-    assert decade == pytest.approx((254 - 16) / 2, abs=0.11)
-    assert float(third) - float(undone) == pytest.approx(decade, abs=0.11)
-
-
-def test_every_look_has_a_mark_with_its_numbers() -> None:
-    """Marks of an undone phase are hollow and say so."""
-    drawn = charts.draw_recovery(ROWS)
-    marks = re.findall(r'<circle class="look( undone)?" [^>]*><title>([^<]*)</title>', drawn)
-    assert drawn.count("<circle") == len(marks) == len(ROWS)
-    assert [bool(undone) for undone, _ in marks] == [not row.kept for row in ROWS]
-    assert [title.endswith(", undone") for _, title in marks] == [not row.kept for row in ROWS]
-    assert "full, 1,000,000 tokens: KL 0.03 nats, 90.0% right" in drawn
-
-
-@pytest.mark.parametrize(
-    ("most", "tokens", "written"),
-    [
-        (2e6, 500_000, "0.5M"),
-        (2e6, 2_000_000, "2M"),
-        (8e5, 200_000, "200k"),
-        (8e5, 0, "0"),
-        (500, 50, "50"),
-    ],
-)
-def test_tokens_on_an_axis_have_one_unit(most: float, tokens: float, written: str) -> None:
-    """That of the largest."""
-    assert make_token_formatter(most)(tokens) == written
-
-
-def test_without_a_number_there_is_no_chart() -> None:
-    """Nothing learned, or no KL measured."""
-    unmeasured = tuple(row.model_copy(update={"kl_nats": None}) for row in ROWS)
-    for rows in ((), (START,), unmeasured):
-        assert charts.draw_recovery(rows) == ""
-
-
-@pytest.mark.parametrize(
-    ("kl_nats", "marks"), [(math.nan, 4), (math.inf, 4), (0.0, 5), (-1e-12, 5)]
-)
-def test_a_number_without_a_place_is_not_drawn(kl_nats: float, marks: int) -> None:
-    """What diverged has no mark; what is zero but for rounding lies at the floor."""
-    rows = (*ROWS[:3], WORSE.model_copy(update={"kl_nats": kl_nats}), BETTER)
-    drawn = charts.draw_recovery(rows)
-    assert drawn.count("<circle") == marks
-    assert not re.search(r'="[^"]*(nan|inf)', drawn)
 
 
 @pytest.mark.parametrize(

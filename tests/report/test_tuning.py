@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from racdeploy.files.toml import read_toml
-from racdeploy.report import markdown
 from racdeploy.report.terminal import print_tuning
 from racdeploy.report.tuning_files import (
     FILE,
@@ -208,19 +207,6 @@ def test_a_terminal_of_80_columns_breaks_no_word(tuning: Tuning) -> None:
     print_tuning(tuning, Console(file=stream))
     assert "tokens/s, measured" in stream.getvalue()
     assert "9 candidates did not answer" in stream.getvalue()
-
-
-def test_markdown_has_the_verdict_the_table_and_the_command(tuning: Tuning) -> None:
-    """Hostile names stay text."""
-    text = markdown.render_tuning(tuning)
-    assert text.startswith("### 50% Q4_0 codes wins: 5.31 seconds")
-    assert "racdeploy build --recipe recipe.toml" in text
-    assert "#### Candidates" in text
-
-    text = markdown.render_tuning(spoil(tuning))
-    assert "<script>alert" not in text
-    assert "@octocat" not in text
-    assert [line for line in text.splitlines() if line.startswith("```")] == ["```sh", "```"]
 
 
 def test_names_are_those_of_candidates(tuning: Tuning) -> None:

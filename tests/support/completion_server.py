@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
-from racdeploy.engines import open_engine
-from racdeploy.engines.engine import Engine, EngineSettings, Sampling
+from racdeploy.engines.engine import Engine, Sampling
 from racdeploy.runtime.template import PromptEncoder
 
 Json = dict[str, Any]
@@ -125,63 +123,3 @@ def agreeing(encoder: PromptEncoder) -> dict[str, Answer]:
         ),
         "apply-template": lambda body: {"prompt": encoder.render(body["messages"])},
     }
-
-
-@dataclass
-class ReloadingServer:
-    """Answers with the weights of the folder that it was told to load last.
-
-    What it said to a prompt is said again until its cache is emptied: SGLang does so when it loads,
-    vLLM when it is asked to. SGLang gives the model the name of its folder.
-    """
-
-    folder: Path
-    name: str = "tiny"
-    told: list[Path] = field(default_factory=list)
-    asked: list[Path] = field(default_factory=list)  # whose weights it had, for each completion
-    _said: dict[tuple[int, ...], Json] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def routes(self) -> dict[str, Answer]:
-        """Return everything that both servers have."""
-        return agreeing(PromptEncoder.from_folder(self.folder)) | {
-            "v1/models": lambda _: {"data": [{"id": self.name, "owned_by": "vllm"}]},
-            "v1/completions": self._complete,
-            "update_weights_from_disk": self._update_weights,
-            "collective_rpc": self._call_workers,
-            "reset_prefix_cache": self._reset_cache,
-        }
-
-    def _complete(self, body: Json) -> Json:
-        prompt = tuple(body["prompt"])
-        with self._lock:
-            self.asked.append(self.folder)
-            if prompt not in self._said:
-                with open_engine("transformers", self.folder, EngineSettings(256, 1, 1)) as engine:
-                    self._said[prompt] = answering(engine)(body)
-            return self._said[prompt]
-
-    def _load(self, folder: str) -> bool:
-        self.told.append(Path(folder))
-        if not (Path(folder) / "model.safetensors").is_file():
-            return False
-        self.folder = Path(folder)
-        return True
-
-    def _update_weights(self, body: Json) -> Json | Reply:
-        if not self._load(body["model_path"]):
-            return Reply({"success": False, "message": "Failed to get weights iterator"}, 400)
-        self.name = body["model_path"]
-        if body["flush_cache"]:
-            self._said.clear()
-        return {"success": True, "message": "Succeeded to update model weights."}
-
-    def _call_workers(self, body: Json) -> Json | Reply:
-        assert body["method"] == "reload_weights"
-        if not self._load(body["kwargs"]["weights_path"]):
-            return Reply({"error": {"message": "Cannot find any model weights"}}, 500)
-        return {"results": [None]}
-
-    def _reset_cache(self, _: Json) -> Reply:
-        self._said.clear()
-        return Reply(b"")

@@ -12,7 +12,7 @@ from pathlib import Path
 from racdeploy.report import markdown
 from racdeploy.results.answers import AnswerRecord, ArmSummary, Comparison, RivalRow, TaskRow
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.pruning import BlockRow, LinearRow, PositionRow, RecoveryRow, TensorRow
+from racdeploy.results.pruning import BlockRow, LinearRow, RecoveryRow, TensorRow
 from racdeploy.results.report import Report
 
 GOLDEN = Path(__file__).parents[1] / "report" / "golden" / "report.md"
@@ -51,7 +51,6 @@ def build_report() -> Report:
             requested_sparsity=0.5,
             actual_sparsity=0.4375 if (block, i) == (3, 6) else 0.5,
             held_out_error=0.01 + 0.002 * block + 0.004 * i,
-            error_by_segment={"prompt": 0.02, "thinking": 0.01 + 0.002 * block, "answer": 0.015},
             damping=0.01,
         )
         for block in range(12)
@@ -205,16 +204,6 @@ def build_report() -> Report:
             RecoveryRow(
                 phase="own answers 1", tokens=450_000, loss=0.3, kl_nats=0.0512, kept=False
             ),
-        ),
-        positions=tuple(
-            PositionRow(
-                start_token=start,
-                stop_token=start + 8,
-                tokens=16,
-                export_kl_nats=2e-8 * (1 + start % 24),
-                pruning_kl_nats=4e-6 * (1 + start) * (9 if start == 96 else 1),
-            )
-            for start in range(0, 200, 8)
         ),
         tensors=tuple(tensors),
         notes=("Both arms ran greedily on 2 threads.", HOSTILE),

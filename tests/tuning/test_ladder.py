@@ -57,7 +57,6 @@ def open_ladder(
         ({"structure": {"keep": {"ffn": 0.5}}}, False),
         ({"prune": {"sparsity": 0.5}}, False),
         ({"prune": {"pattern": "2:4"}}, False),
-        ({"prune": {"shares": {"down_proj$": 0.3}}}, False),
         ({"prune": {"refit_steps": 40}}, True),
         ({"also": ["onnx"]}, False),
     ],

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from racdeploy.pruning.walk.survey import Effect, Observation
-from racdeploy.pruning.weights.sparsities import MAX_SPARSITY, MIN_SPARSITY, LinearSparsities
+from racdeploy.pruning.weights.patterns import LinearSparsities
 
 __all__ = ["Effect", "LinearSparsities", "Observation", "shift_sparsities"]
 
+MAX_SPARSITY = 0.98
 _BISECTIONS = 60  # of an interval of 2: down to the precision of a float
 
 
@@ -34,7 +35,7 @@ def shift_sparsities(
     for _ in range(_BISECTIONS):
         shift = (low + high) / 2
         for name, value in wanted.items():
-            shares[name] = min(max(value + shift, MIN_SPARSITY), MAX_SPARSITY)
+            shares[name] = min(max(value + shift, 0.0), MAX_SPARSITY)
 
         mean = sum(shares[name] * sizes[name] for name in shares) / total
         if mean < sparsity:

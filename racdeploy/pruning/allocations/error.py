@@ -14,11 +14,16 @@ import numpy as np
 import torch
 
 from racdeploy import plugins
-from racdeploy.pruning.allocations import Effect, LinearSparsities, Observation, shift_sparsities
+from racdeploy.pruning.allocations import (
+    MAX_SPARSITY,
+    Effect,
+    LinearSparsities,
+    Observation,
+    shift_sparsities,
+)
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.weights.patterns import Unstructured
 from racdeploy.pruning.weights.refit import prune_and_refit
-from racdeploy.pruning.weights.sparsities import MAX_SPARSITY
 from racdeploy.recipe import Pruning
 
 NEEDS_SURVEY = True

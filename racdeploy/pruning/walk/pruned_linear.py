@@ -55,7 +55,6 @@ class PrunedLinear:
             actual_sparsity=actual_sparsity,
             reason=reason,
             held_out_error=self.error.total,
-            error_by_segment=self.error.by_segment,
             damping=self.damping,
             tokens=self.expert_tokens,
             pooled=self.pooled,

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+LinearSparsities = dict[str, float]
+"""Linear → its sparsity, the share of its weights that become zeros."""
+
 
 @dataclass(frozen=True)
 class Unstructured:

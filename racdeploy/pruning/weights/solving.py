@@ -20,10 +20,14 @@ from racdeploy.pruning.walk.pruned_linear import PrunedLinear
 from racdeploy.pruning.walk.relative_error import RelativeError
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.statistics import InputStatistic
-from racdeploy.pruning.weights.patterns import ExistingZeros, Pattern, make_pattern
+from racdeploy.pruning.weights.patterns import (
+    ExistingZeros,
+    LinearSparsities,
+    Pattern,
+    make_pattern,
+)
 from racdeploy.pruning.weights.refit import prune_and_refit
 from racdeploy.pruning.weights.rounding import round_to_grid
-from racdeploy.pruning.weights.sparsities import LinearSparsities
 from racdeploy.quant import RoundingQuant, explain_misfit, load, load_grid, rounding_quant_of
 from racdeploy.quant.grid import GridCodes
 
@@ -198,7 +202,7 @@ class LinearPruner:
 
         settings, name = self.session.settings, pair.dense_name(linear)
         settings.check_width(name, weight_OI.shape[1])
-        return make_pattern(self.sparsities[name], settings.n_m_of_linear(name))
+        return make_pattern(self.sparsities[name], settings.n_m)
 
 
 def find_solve_order(

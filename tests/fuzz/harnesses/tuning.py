@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from racdeploy.report import markdown, tuning_page
+from racdeploy.report import tuning_page
 from racdeploy.report.tuning_files import read_tuning
 from racdeploy.results.tuning import Tuning
 from tests.fuzz.mutation import of_json
@@ -19,7 +19,7 @@ READERS = (
     *("racdeploy.report.tuning_page", "racdeploy.report.toml_writer"),
 )
 _WORDS = (
-    *("export.quant", "export.tensors", "prune.shares", "structure.keep", "export", "q4_k_m"),
+    *("export.quant", "export.tensors", "prune.ignore", "structure.keep", "export", "q4_k_m"),
     *("accuracy", "seconds-per-correct-answer", "counted", "verified", "Infinity", "Q4_0"),
     *("<script>alert(1)</script>", "'\"><b>", "(a+)+$", {"(": "q8_0"}, {"^blk": "Q8_0"}),
 )
@@ -27,7 +27,7 @@ mutator = of_json(_WORDS)
 
 
 def target(data: bytes) -> None:
-    """Read a search, make its page and its Markdown."""
+    """Read a search, make its page."""
     file = place("tune.json", data)
     tuning = read_tuning(file)
 
@@ -37,7 +37,6 @@ def target(data: bytes) -> None:
 
     page = tuning_page.render(tuning)
     expect("<script>alert" not in page, "its words are code of the page")
-    markdown.render_tuning(tuning)
 
 
 def seeds() -> Iterator[bytes]:

@@ -89,16 +89,13 @@ class Client:
         with self.loop() as portal:
             return portal.call(function, *arguments)
 
-    def ask(
-        self, path: str, body: Mapping[str, Any] | None = None, *, may_be_empty: bool = False
-    ) -> Json:
-        return self.run(self.request, path, body, may_be_empty)
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Json:
+        return self.run(self.request, path, body)
 
     async def request(
         self,
         path: str,
         body: Mapping[str, Any] | None = None,
-        may_be_empty: bool = False,
         max_bytes: int = MAX_BYTES,
     ) -> Json:
         """POST a JSON object, or GET without one; return the object in the answer.
@@ -107,7 +104,6 @@ class Client:
 
         Args:
             path: relative to the address, as ``../tokenize``.
-            may_be_empty: return {} for an empty answer.
             max_bytes: maximum size of the answer; a longer one is not read.
 
         Raises:
@@ -121,7 +117,7 @@ class Client:
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
                 answer = await self._exchange(path, data, max_bytes)
-                return self._object(answer, path, may_be_empty)
+                return self._object(answer, path)
             except _TransientError as error:
                 if not attempts_left:
                     raise EngineError(
@@ -168,7 +164,7 @@ class Client:
         # A server may repeat the request, and messages and logs quote its answer.
         return replace(answer, body=answer.body.replace(self._key.encode(), b"***"))
 
-    def _object(self, answer: HttpResponse, path: str, may_be_empty: bool) -> Json:
+    def _object(self, answer: HttpResponse, path: str) -> Json:
         if answer.status in _RETRIED_STATUS:
             # Retry-After may be a date; it is ignored.
             pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
@@ -191,9 +187,6 @@ class Client:
                 f"{self.url} does not serve {path} ({answer.status}): {content}",
                 remedy="check the address, which usually ends in /v1, and the server's log",
             )
-
-        if may_be_empty and not answer.body:
-            return {}
 
         try:
             value = parse_json(answer.body.decode("utf-8"), "the answer")
