@@ -154,7 +154,8 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
     folder, baseline = Path(options["bundle"]), as_path(options["baseline"])
     notes = _check_signature(folder, options)
 
-    to_verify = BundleToVerify(folder, as_path(options["gate"]), options["tier"])
+    gate, tier, named = as_path(options["gate"]), options["tier"], options["task"]
+    to_verify = BundleToVerify(folder, gate, tier, [named] if isinstance(named, str) else named)
     accel: AccelMode = "off" if server else options["accel"]
     progress = options.get("progress")
     local = LocalAnswerSource(to_verify, find_work(options), options["threads"], accel, progress)

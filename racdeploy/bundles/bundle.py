@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +19,21 @@ from racdeploy.verification.answer_sampler import AnswerSampler
 from racdeploy.verification.baseline import Baseline
 from racdeploy.verification.gate import Gate, read_gate
 
+_SHOWN_CHARACTERS = 200
+
 
 @dataclass(frozen=True)
 class BundleToVerify:
     """A bundle, a gate file that overrides its own limits, and a tier.
 
-    Without a tier the bundle's own problems are asked again.
+    Without a tier the bundle's own problems are asked again. ``tasks`` are those of the bundle's
+    recipe that may read files or the Hub.
     """
 
     folder: Path
     gate_file: Path | None
     tier: str
+    tasks: Sequence[str] = ()
 
     @cached_property
     def contents(self) -> Baseline:
@@ -62,6 +67,20 @@ class BundleToVerify:
             return recorded[: self.settings.count]
 
         recipe = self.contents.recipe
+        smaller = (
+            f"a tier of at most {len(recorded)} prompts, which are in the bundle: --gate with "
+            f"tiers.{self.tier}.prompts"
+        )
+        # A stranger may have written the recipe: only the user names files to read.
+        reading = {spec for spec in (*recipe.tasks, *recipe.calibration_tasks) if ":" in spec}
+        if unnamed := ", ".join(sorted(reading.difference(self.tasks))):
+            raise UsageError(
+                "tasks-not-named",
+                f"{self.settings.count} prompts are asked for, the bundle has {len(recorded)}, and "
+                f"its recipe would draw more from {unnamed[:_SHOWN_CHARACTERS]}",
+                remedy=f"add --task with each of these if you trust it; or use {smaller}",
+            )
+
         tasks = TaskSet.load(recipe.tasks, recipe.calibration_tasks)
         drawn = tasks.draw("evaluation", self.settings.seed, self.settings.count)
         # The files of the tasks may have changed: recorded answers would belong to other problems.
@@ -70,8 +89,7 @@ class BundleToVerify:
                 raise UsageError(
                     "problems-changed",
                     "the tasks no longer draw the problems that the bundle was built with",
-                    remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
-                    f"which are in the bundle: --gate with tiers.{self.tier}.prompts",
+                    remedy=f"use the same files, or {smaller}",
                 )
 
         return drawn
