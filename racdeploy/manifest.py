@@ -100,10 +100,7 @@ class ArtifactEntry(_Entry):
 
     def check_config_file(self, bundle: Path, file: Path) -> None:
         """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
-        if not self.companions:
-            return
-
-        name = file.resolve().relative_to(bundle.resolve()).as_posix()
+        name = Path(os.path.relpath(file, bundle.resolve())).as_posix()
         if name not in self.companions:
             raise ArtifactError(
                 "file-not-listed",

@@ -19,7 +19,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
-from racdeploy.runtime.loading import refuse_unlisted
+from racdeploy.runtime.loading import refuse_unlisted, refuse_unlisted_parts
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
@@ -108,6 +108,7 @@ def _inspect_bundle(path: Path) -> Json:
     manifest.check_files(path)
     refuse_unlisted(path, manifest)
     main, *others = manifest.artifacts
+    refuse_unlisted_parts(path, main)
     metadata, tensors = exporting.load(main.format).measure(path / main.path)
 
     summary = {

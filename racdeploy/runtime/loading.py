@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from racdeploy import engines
+from racdeploy import engines, plugins
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.sha256_cache import FileState, file_state
@@ -16,6 +16,8 @@ from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import AccelMode
+
+_SHOWN_CHARACTERS = 400
 
 
 def load(
@@ -155,13 +157,14 @@ def check_artifact_files(folder: Path, manifest: Manifest, artifact: ArtifactEnt
 
 
 def check_companion_files(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
-    """Compare the files beside an artifact with their hashes.
+    """Compare the files beside an artifact with their hashes, and refuse unlisted ones.
 
     A plain artifact itself is not compared: verification judges its bytes. A packed one is, because
     a damaged one could not be unpacked.
     """
     manifest.check_tokenizer(folder)
     refuse_unlisted(folder, manifest)
+    refuse_unlisted_parts(folder, artifact)
 
     if artifact.path.endswith(racgguf.SUFFIX):
         # Unpacking checks the content.
@@ -189,11 +192,28 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
 
     for name in unlisted:
         if os.path.lexists(folder / name):
-            raise ArtifactError(
-                "file-not-listed",
-                f"{folder / name} would be used, and the manifest does not list it",
-                remedy="remove it, or copy the bundle again",
-            )
+            raise _refuse_file(folder / name)
+
+
+def refuse_unlisted_parts(folder: Path, artifact: ArtifactEntry) -> None:
+    """Raise ArtifactError for unlisted files that an artifact consists of."""
+    find_parts = getattr(plugins.load("engines", artifact.backend), "find_parts", None)
+    if find_parts is None:
+        return
+
+    main = PurePosixPath(artifact.path)
+    for name in sorted(find_parts(folder / main)):
+        if str(main.parent / name) not in artifact.files:
+            raise _refuse_file(folder / main.parent / name)
+
+
+def _refuse_file(file: Path) -> ArtifactError:
+    shown = str(file)[:_SHOWN_CHARACTERS]
+    return ArtifactError(
+        "file-not-listed",
+        f"{shown} would be used, and the manifest does not list it",
+        remedy="remove it, or copy the bundle again",
+    )
 
 
 def _read_states(folder: Path, artifact: ArtifactEntry) -> list[FileState]:
