@@ -94,10 +94,6 @@ class ArtifactEntry(_Entry):
             object.__setattr__(self, "files", {self.path: self.sha256})
         return self
 
-    def check(self, bundle: Path) -> None:
-        """Raise ArtifactError for the first file of the artifact that differs from its hash."""
-        _check_hashes(bundle, self.files)
-
     def check_config_file(self, bundle: Path, file: Path) -> None:
         """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
         name = Path(os.path.relpath(file, bundle.resolve())).as_posix()
@@ -253,6 +249,12 @@ class Manifest(_Entry):
         """Tokenizer of the pruned model, then the dense model's if it differs."""
         return tuple(filter(None, (self.tokenizer, self.dense_tokenizer)))
 
+    @property
+    def listed(self) -> tuple[Files, ...]:
+        """Files of each artifact and tokenizer, with their SHA-256."""
+        artifacts = tuple(entry.files for entry in self.artifacts)
+        return artifacts + tuple(entry.files for entry in self.tokenizers)
+
     def check_tokenizer(self, bundle: Path) -> None:
         """Raise ArtifactError for the first tokenizer file that differs from its hash."""
         for entry in self.tokenizers:
@@ -260,9 +262,8 @@ class Manifest(_Entry):
 
     def check_files(self, bundle: Path) -> None:
         """Raise ArtifactError for the first listed file that differs from its hash."""
-        for entry in self.artifacts:
-            entry.check(bundle)
-        self.check_tokenizer(bundle)
+        for files in self.listed:
+            _check_hashes(bundle, files)
 
 
 def _explain_not_a_bundle(path: Path) -> ArtifactError:

@@ -334,6 +334,8 @@ def verify(
         ArtifactError: the bundle is damaged, or its signature does not match.
         EngineError: the engine cannot run the artifact.
     """
-    verification, notes = jobs.open_verification(locals())
+    options = locals()
+    verification, notes = jobs.open_verification(options)
     report, records = verification.run()
+    jobs.check_signature(options)  # the files that were verified are still those that were signed
     return Verdict.from_report(report, verification.gate, notes=notes, records=records)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
-from racdeploy.manifest import TokenizerEntry
+from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
+from racdeploy.manifest import MANIFEST_NAME, TokenizerEntry
 from racdeploy.recipe import Verification
 from racdeploy.runtime.loading import check_companion_files
 from racdeploy.runtime.template import PromptEncoder
@@ -34,6 +35,19 @@ class BundleToVerify:
     gate_file: Path | None
     tier: str
     tasks: Sequence[str] = ()
+    _states: dict[str, FileState] = field(default_factory=dict, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Before anything is checked or used, so that any later change is detected.
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        names = [file.relative_to(self.folder).as_posix() for file in files]
+        self._states.update(take_states(self.folder, names))
+
+    def refuse_changes(self) -> None:
+        """Raise ArtifactError if a file that was used has changed since then."""
+        unlisted = dict.fromkeys((MANIFEST_NAME, "records.jsonl", "report.json"), "")
+        for files in (unlisted, *self.contents.manifest.listed):
+            refuse_changed(self.folder, files, self._states)
 
     @cached_property
     def contents(self) -> Baseline:

@@ -1,8 +1,9 @@
 """SHA-256 checks of whole files, remembered until the file changes.
 
 A file counts as unchanged while its path, size, times, inode and a sample of its bytes are equal. A
-program cannot set back the time of the last change (ctime). Records are in the user's cache, and
-count only where no other user may write.
+program cannot set back the time of the last change (ctime), but one that has the file mapped may
+write without moving it: whoever may write a file is trusted with it. Records are in the user's
+cache, and count only where no other user may write.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from racdeploy.errors import RacdeployError
+from racdeploy.errors import ArtifactError, RacdeployError
 from racdeploy.files.caches import cache_folder
 from racdeploy.files.ownership import explain_not_private, make_private, open_private
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
@@ -53,11 +55,44 @@ def has_sha256(file: Path, sha256: str) -> bool:
             return True
         if file_sha256(file) != sha256:
             return False
-        if state == file_state(file):  # else it was changed while it was read
+        after = file_state(file)
+        if state == after:
             _remember(record, sha256, state)
+        if _is_same(state, after):  # else it was changed while it was read
             return True
 
     return False
+
+
+def take_states(folder: Path, files: Iterable[str]) -> dict[str, FileState]:
+    """Return the states of some files, taken before they are checked."""
+    return {name: file_state(folder / name) for name in files}
+
+
+def refuse_changed(folder: Path, files: Mapping[str, str], states: Mapping[str, FileState]) -> None:
+    """Raise ArtifactError for a file whose content changed after its state was taken.
+
+    A new link or a backup moves the ctime: then the content decides.
+
+    Args:
+        files: SHA-256 by name; empty if unknown.
+    """
+    for name, sha256 in files.items():
+        file = folder / name
+        before, after = states.get(name), file_state(file)
+        if before == after or (has_sha256(file, sha256) if sha256 else _is_same(before, after)):
+            continue
+
+        raise ArtifactError(
+            "artifact-changed",
+            f"{file} changed while it was in use",
+            remedy="wait until the copy is complete, then run the same command again",
+        )
+
+
+def _is_same(before: FileState | None, after: FileState) -> bool:
+    """Return whether two states differ at most in the ctime."""
+    return before is not None and before[:3] + before[4:] == after[:3] + after[4:]
 
 
 def _read(record: Path) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from racdeploy import engines, plugins
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.sha256_cache import FileState, file_state
+from racdeploy.files.sha256_cache import refuse_changed, take_states
 from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
@@ -55,7 +55,7 @@ def load(
     manifest = Manifest.read(folder)
     artifact = _choose_artifact(manifest, folder, backend)
     # Taken before the hashes are checked, so that any later change is detected.
-    states = _read_states(folder, artifact)
+    states = take_states(folder, artifact.files)
     check_artifact_files(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
@@ -65,26 +65,13 @@ def load(
     model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
 
     try:
-        _check_loaded_files(folder, artifact, model, states)
+        refuse_changed(folder, artifact.files, states)
+        if configuration := model.engine.info.get("configuration"):
+            artifact.check_config_file(folder, Path(configuration))
     except BaseException:
         model.close()
         raise
     return model
-
-
-def _check_loaded_files(
-    folder: Path, artifact: ArtifactEntry, model: Model, states: list[FileState]
-) -> None:
-    """Raise ArtifactError if a file was replaced while loading, or an unlisted one was used."""
-    if states != _read_states(folder, artifact):
-        raise ArtifactError(
-            "artifact-changed",
-            f"{folder / artifact.path} changed while it was loaded",
-            remedy="wait until the copy is complete, then load it again",
-        )
-
-    if configuration := model.engine.info.get("configuration"):
-        artifact.check_config_file(folder, Path(configuration))
 
 
 def load_dense(
@@ -214,10 +201,6 @@ def _refuse_file(file: Path) -> ArtifactError:
         f"{shown} would be used, and the manifest does not list it",
         remedy="remove it, or copy the bundle again",
     )
-
-
-def _read_states(folder: Path, artifact: ArtifactEntry) -> list[FileState]:
-    return [file_state(folder / name) for name in artifact.files]
 
 
 def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:
