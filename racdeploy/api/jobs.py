@@ -218,8 +218,8 @@ def save_model(model: ModelSource, options: Options) -> str:
             work, "model", {file.name: file_sha256(file) for file in saved.glob("*.*")}
         )
         folder = stage.folder / name
+        stage.make_folder()
         if not folder.exists():
-            stage.folder.mkdir(exist_ok=True)
             saved.rename(folder)
             stage.finish({})
     return str(folder)

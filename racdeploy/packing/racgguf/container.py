@@ -22,7 +22,13 @@ from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError, EnvironmentFailure
 from racdeploy.files import writing as files
 from racdeploy.files.caches import cache_folder
-from racdeploy.files.ownership import make_private
+from racdeploy.files.ownership import (
+    OTHERS_WRITE,
+    check_private,
+    explain_foreign,
+    make_private,
+    restrict_to_owner,
+)
 from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.tensors.gguf_header import (
     FIXED_HEADER_BYTES,
@@ -167,12 +173,17 @@ def unpack_to_cache(path: Path) -> Path:
     checked on every use. The file may be removed at any time.
     """
     container = Container.open(path)
-    file = cache_folder("unpacked") / f"{container.sha256}.gguf"
-    if file.is_file() and has_sha256(file, container.sha256):
-        return file
-
+    folder = cache_folder("unpacked")
+    file = folder / f"{container.sha256}.gguf"
     with files.disk_errors(file):
-        make_private(file.parent)
+        make_private(folder)
+    check_private(folder, explain_foreign)
+
+    # Whoever could write there may still have a file open: its content is replaced.
+    is_doubtful = bool(folder.stat().st_mode & OTHERS_WRITE) and restrict_to_owner(folder)
+    is_there = file.is_file() and not (is_doubtful or explain_foreign(file))
+    if is_there and has_sha256(file, container.sha256):
+        return file
     container.unpack(file)
 
     if not has_sha256(file, container.sha256):
