@@ -308,7 +308,7 @@ def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
 
 
 def _check_inside(bundle: Path, name: str) -> None:
-    path = (bundle / name).resolve()
+    path = Path(os.path.realpath(bundle / name))  # Path.resolve() raises for a loop of links
     if not path.is_relative_to(bundle.resolve()):
         raise ArtifactError(
             "path-outside-bundle",

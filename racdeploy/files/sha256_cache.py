@@ -2,8 +2,8 @@
 
 A file counts as unchanged while its path, size, times, inode and a sample of its bytes are equal. A
 program cannot set back the time of the last change (ctime), but one that has the file mapped may
-write without moving it: whoever may write a file is trusted with it. Records are in the user's
-cache, and count only where no other user may write.
+write without moving it, so nothing is remembered of a file of another user, or that all may write.
+Records are in the user's cache, and count only where no other user may write.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from stat import S_IWOTH
 
 from racdeploy.errors import ArtifactError, RacdeployError
 from racdeploy.files.caches import cache_folder
-from racdeploy.files.ownership import explain_not_private, make_private, open_private
+from racdeploy.files.ownership import (
+    explain_foreign,
+    explain_not_private,
+    make_private,
+    open_private,
+)
 from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
 
 FileState = list[str | int]
@@ -110,7 +116,11 @@ def _read(record: Path) -> object:
 
 
 def _remember(record: Path, sha256: str, state: FileState) -> None:
-    _, _, modified_ns, changed_ns, *_ = state
+    path, _, modified_ns, changed_ns, *_ = state
+    file = Path(str(path))
+    if explain_foreign(file) or file.stat().st_mode & S_IWOTH:
+        return
+
     is_settled = time.time() - max(int(modified_ns), int(changed_ns)) / 1e9 > _SETTLED_S
     if not is_settled:
         return

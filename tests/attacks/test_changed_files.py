@@ -220,3 +220,30 @@ def test_bench_notices_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     load = bench.BenchSettings(prompt_tokens=8, new_tokens=8)
     with raises("artifact-changed", "model.gguf"):
         bench.bench(bundle, bundle / "model.gguf", load)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o602, 0o644])
+def test_a_check_of_a_file_that_all_may_write_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """They may have it mapped, and change it without a trace."""
+    monkeypatch.setattr(sha256_cache, "_SETTLED_S", -1.0)
+    file = tmp_path / "m"
+    file.write_bytes(b"content")
+    file.chmod(mode)
+    (tmp_path / "link").symlink_to(file)
+    for path in (file, tmp_path / "link"):
+        assert has_sha256(path, file_sha256(file))
+    remembered = len([*(tmp_path / "cache").rglob("*.json")])
+    assert remembered == (mode == 0o644)
+
+
+def test_a_check_of_another_users_file_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner may give himself the right to write."""
+    monkeypatch.setattr(sha256_cache, "_SETTLED_S", -1.0)
+    monkeypatch.setattr(sha256_cache, "explain_foreign", lambda path: "another user's")
+    (tmp_path / "m").write_bytes(b"content")
+    assert has_sha256(tmp_path / "m", file_sha256(tmp_path / "m"))
+    assert not [*(tmp_path / "cache").rglob("*.json")]

@@ -132,7 +132,7 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
     """Return the file with the values of an initializer, and the position of the first byte."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
-    file = (folder / location.replace("\0", "")).resolve()
+    file = Path(os.path.realpath(folder / location.replace("\0", "")))
     if not location or "\0" in location or not file.is_relative_to(folder.resolve()):
         raise ArtifactError(
             "data-outside-folder",
