@@ -94,22 +94,11 @@ class ArtifactEntry(_Entry):
             object.__setattr__(self, "files", {self.path: self.sha256})
         return self
 
-    def check_config_file(self, bundle: Path, file: Path) -> None:
-        """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
-        name = Path(os.path.relpath(file, bundle.resolve())).as_posix()
-        if name not in self.companions:
-            raise ArtifactError(
-                "file-not-listed",
-                f"{file} was used, and the manifest does not list it",
-                remedy="remove it, or copy the bundle again",
-            )
-        _check_hashes(bundle, {name: self.companions[name]})
-
     def check_changed_files(self, bundle: Path) -> None:
         """Check the files again, except those that passed before and have not changed since."""
         for name, expected in self.files.items():
             if not has_sha256(bundle / name, expected):
-                raise _hash_error(bundle / name, expected)
+                raise hash_error(bundle / name, expected)
 
 
 class AcceptedTokenDifferences(_Entry):
@@ -285,10 +274,11 @@ def _explain_not_a_bundle(path: Path) -> ArtifactError:
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
     for name, expected in listed.items():
         if file_sha256(bundle / name) != expected:
-            raise _hash_error(bundle / name, expected)
+            raise hash_error(bundle / name, expected)
 
 
-def _hash_error(file: Path, expected: str) -> ArtifactError:
+def hash_error(file: Path, expected: str) -> ArtifactError:
+    """Return the error for a file that does not have its hash."""
     return ArtifactError(
         "differs-from-manifest",
         f"{file} differs from its manifest: SHA-256 is not {expected[:16]}…",

@@ -10,7 +10,7 @@ from pathlib import Path
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
-from racdeploy.manifest import MANIFEST_NAME, TokenizerEntry
+from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
 from racdeploy.runtime.loading import check_companion_files
 from racdeploy.runtime.template import PromptEncoder
@@ -19,8 +19,6 @@ from racdeploy.tasks import Problem, TaskSet
 from racdeploy.verification.answer_sampler import AnswerSampler
 from racdeploy.verification.baseline import Baseline
 from racdeploy.verification.gate import Gate, read_gate
-
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,8 @@ class BundleToVerify:
         self._states.update(take_states(self.folder, names))
 
     def refuse_changes(self) -> None:
-        """Raise ArtifactError if a file that was used has changed since then."""
-        unlisted = dict.fromkeys((MANIFEST_NAME, "records.jsonl", "report.json"), "")
-        for files in (unlisted, *self.contents.manifest.listed):
+        """Raise ArtifactError if a listed file has changed since then."""
+        for files in self.contents.manifest.listed:
             refuse_changed(self.folder, files, self._states)
 
     @cached_property
@@ -91,7 +88,7 @@ class BundleToVerify:
             raise UsageError(
                 "tasks-not-named",
                 f"{self.settings.count} prompts are asked for, the bundle has {len(recorded)}, and "
-                f"its recipe would draw more from {unnamed[:_SHOWN_CHARACTERS]}",
+                f"its recipe would draw more from {unnamed:.200}",
                 remedy=f"add --task with each of these if you trust it; or use {smaller}",
             )
 

@@ -26,7 +26,6 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     from racdeploy.report.tables import ReportTable
 
-_SHOWN_CHARACTERS = 200
 _SHOWN_ROWS = 1000
 
 
@@ -51,7 +50,7 @@ def inspect(
     # Last, so that it is not scrolled away by hundreds of tensors.
     print_table(_add_up_types(contents["tensors"]), out)
     for key, value in contents["summary"].items():
-        show(f"{key}: {str(value)[:_SHOWN_CHARACTERS]}")
+        show(f"{key}: {value!s:.200}")
 
 
 def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
@@ -60,7 +59,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
 
     rows = [
         (
-            row["name"][:_SHOWN_CHARACTERS],
+            f"{row['name']:.200}",
             " × ".join(map(str, row["shape"])),
             row["type"],
             f"{row['bits']:.2f}",

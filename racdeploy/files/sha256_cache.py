@@ -25,14 +25,13 @@ from racdeploy.files.ownership import (
     make_private,
     open_private,
 )
-from racdeploy.files.writing import canonical_hash, file_sha256, write_atomic
+from racdeploy.files.writing import file_sha256, write_atomic
 
 FileState = list[str | int]
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _SETTLED_S = 1.0  # a file may change twice within the resolution of its times
-_TRIES = 3
 
 
 def file_state(file: Path) -> FileState:
@@ -51,23 +50,21 @@ def file_state(file: Path) -> FileState:
 
 
 def has_sha256(file: Path, sha256: str) -> bool:
-    """Return whether a file has this SHA-256; an unchanged file is not read again."""
+    """Return whether a file has this SHA-256; an unchanged file is not read again.
+
+    Later changes are for :func:`refuse_changed`.
+    """
     digest = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()
     record = cache_folder("checked") / f"{digest[:32]}.json"
 
-    for _ in range(_TRIES):
-        state = file_state(file)
-        if _read(record) == [sha256, state]:
-            return True
-        if file_sha256(file) != sha256:
-            return False
-        after = file_state(file)
-        if state == after:
-            _remember(record, sha256, state)
-        if _is_same(state, after):  # else it was changed while it was read
-            return True
-
-    return False
+    state = file_state(file)
+    if _read(record) == [sha256, state]:
+        return True
+    if file_sha256(file) != sha256:
+        return False
+    if state == file_state(file):  # else it may have changed while it was read
+        _remember(record, sha256, state)
+    return True
 
 
 def take_states(folder: Path, files: Iterable[str]) -> dict[str, FileState]:
@@ -78,41 +75,27 @@ def take_states(folder: Path, files: Iterable[str]) -> dict[str, FileState]:
 def refuse_changed(folder: Path, files: Mapping[str, str], states: Mapping[str, FileState]) -> None:
     """Raise ArtifactError for a file whose content changed after its state was taken.
 
-    A new link or a backup moves the ctime: then the content decides.
+    A new link or a backup moves the ctime too: then the content decides.
 
     Args:
-        files: SHA-256 by name; empty if unknown.
+        files: SHA-256 by name.
     """
     for name, sha256 in files.items():
         file = folder / name
-        before, after = states.get(name), file_state(file)
-        if before == after or (has_sha256(file, sha256) if sha256 else _is_same(before, after)):
-            continue
-
-        raise ArtifactError(
-            "artifact-changed",
-            f"{file} changed while it was in use",
-            remedy="wait until the copy is complete, then run the same command again",
-        )
-
-
-def _is_same(before: FileState | None, after: FileState) -> bool:
-    """Return whether two states differ at most in the ctime."""
-    return before is not None and before[:3] + before[4:] == after[:3] + after[4:]
+        if file_state(file) != states.get(name) and not has_sha256(file, sha256):
+            raise ArtifactError(
+                "artifact-changed",
+                f"{file} changed while it was in use",
+                remedy="wait until the copy is complete, then run the same command again",
+            )
 
 
 def _read(record: Path) -> object:
     try:
         with open(open_private(record), "rb") as stream:
-            key, state, digest = json.load(stream)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # missing, damaged, or writable for others
+            return json.load(stream)
+    except (OSError, ValueError, RecursionError):  # missing, damaged, or writable for others
         return None
-    return [key, state] if digest == canonical_hash([key, state]) else None
 
 
 def _remember(record: Path, sha256: str, state: FileState) -> None:
@@ -129,5 +112,4 @@ def _remember(record: Path, sha256: str, state: FileState) -> None:
     with suppress(OSError, RacdeployError):
         make_private(record.parent)
         if not explain_not_private(record.parent):
-            text = json.dumps([sha256, state, canonical_hash([sha256, state])])
-            write_atomic(record, text, mode=0o600)
+            write_atomic(record, json.dumps([sha256, state]), mode=0o600)

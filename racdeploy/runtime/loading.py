@@ -8,16 +8,14 @@ from pathlib import Path, PurePosixPath
 from racdeploy import engines, plugins
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.sha256_cache import refuse_changed, take_states
-from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
+from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
+from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl, hash_error
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
 from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import AccelMode
-
-_SHOWN_CHARACTERS = 400
 
 
 def load(
@@ -67,11 +65,20 @@ def load(
     try:
         refuse_changed(folder, artifact.files, states)
         if configuration := model.engine.info.get("configuration"):
-            artifact.check_config_file(folder, Path(configuration))
+            _check_config_file(folder, artifact, Path(configuration))
     except BaseException:
         model.close()
         raise
     return model
+
+
+def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> None:
+    """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
+    expected = artifact.companions.get(Path(os.path.relpath(file, bundle.resolve())).as_posix())
+    if expected is None:
+        raise _refuse_file(file)
+    if not has_sha256(file, expected):
+        raise hash_error(file, expected)
 
 
 def load_dense(
@@ -157,12 +164,7 @@ def check_companion_files(folder: Path, manifest: Manifest, artifact: ArtifactEn
         # Unpacking checks the content.
         sha256 = racgguf.Container.open(folder / artifact.path).sha256
         if sha256 != artifact.unpacked_sha256:
-            raise ArtifactError(
-                "differs-from-manifest",
-                f"{folder / artifact.path} contains a file with SHA-256 {sha256[:16]}…, not "
-                f"{artifact.unpacked_sha256[:16]}…",
-                remedy="copy the bundle again, or build it again",
-            )
+            raise hash_error(folder / artifact.path, artifact.unpacked_sha256)
     elif artifact.packing != "plain":
         artifact.check_changed_files(folder)
 
@@ -184,10 +186,8 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
 
 def refuse_unlisted_parts(folder: Path, artifact: ArtifactEntry) -> None:
     """Raise ArtifactError for unlisted files that an artifact consists of."""
-    find_parts = getattr(plugins.load("engines", artifact.backend), "find_parts", None)
-    if find_parts is None:
-        return
-
+    plugin = plugins.load("engines", artifact.backend)
+    find_parts = getattr(plugin, "find_parts", lambda path: ())
     main = PurePosixPath(artifact.path)
     for name in sorted(find_parts(folder / main)):
         if str(main.parent / name) not in artifact.files:
@@ -195,10 +195,9 @@ def refuse_unlisted_parts(folder: Path, artifact: ArtifactEntry) -> None:
 
 
 def _refuse_file(file: Path) -> ArtifactError:
-    shown = str(file)[:_SHOWN_CHARACTERS]
     return ArtifactError(
         "file-not-listed",
-        f"{shown} would be used, and the manifest does not list it",
+        f"{file!s:.400} would be used, and the manifest does not list it",
         remedy="remove it, or copy the bundle again",
     )
 

@@ -21,6 +21,7 @@ from racdeploy.plugins import require_package
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_GIVE_FILE = "give the path of an existing file"
 _CONVERT = (
     "python -c \"import csv, json, sys; [print(json.dumps({k: row[k] for k in ('question', "
     "'answer')})) for row in csv.DictReader(sys.stdin)]\" < %s > %s"
@@ -56,7 +57,10 @@ def read_rows(path: Path) -> list[Row]:
         except pyarrow.ArrowInvalid as error:
             raise UsageError("not-parquet", f"{path} is not a parquet file: {error}") from error
     elif suffix == ".csv":
-        table = csv.DictReader(io.StringIO(read_text(path), newline=""), restkey="more")
+        table = csv.DictReader(
+            io.StringIO(read_user_text(path, _GIVE_FILE), newline=""),
+            restkey="more",
+        )
         with artifact_errors(path, "save it again, with the columns as they were published"):
             rows = list(table)
     else:
@@ -69,14 +73,9 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_text(path: Path) -> str:
-    """Read a task file; see :func:`racdeploy.files.reading.read_user_text`."""
-    return read_user_text(path, f"give an existing {path.suffix} file")
-
-
 def _read_json(path: Path) -> list[Row]:
     """Read a list of objects, or one object a line, which ``datasets`` also names ``.json``."""
-    text = read_text(path)
+    text = read_user_text(path, _GIVE_FILE)
     remedy = "give one object a line, or one list of objects"
     if text.lstrip().startswith("["):
         rows = parse_json(text, str(path), remedy=remedy)

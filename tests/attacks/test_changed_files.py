@@ -103,21 +103,16 @@ def test_the_content_decides_whether_a_file_has_changed(
     refuse_changed(tmp_path, {"m": file_sha256(file)}, states)
 
 
-@pytest.mark.parametrize(
-    ("act", "is_known"),
-    [(_write, True), (_replace, True), (_cut, True), (_replace, False), (_cut, False)],
-)
-def test_another_content_is_a_change(
-    tmp_path: Path, act: Callable[[Path], None], is_known: bool
-) -> None:
-    """Also where a time was set back, if the hash is known."""
+@pytest.mark.parametrize("act", [_write, _replace, _cut])
+def test_another_content_is_a_change(tmp_path: Path, act: Callable[[Path], None]) -> None:
+    """Also where a time was set back."""
     file = tmp_path / "m"
     file.write_bytes(bytes(range(256)) * 4096)
     sha256 = file_sha256(file)
     states = take_states(tmp_path, ["m"])
     act(file)
     with raises("artifact-changed", "/m changed while it was in use"):
-        refuse_changed(tmp_path, {"m": sha256 if is_known else ""}, states)
+        refuse_changed(tmp_path, {"m": sha256}, states)
 
 
 def test_a_hash_counts_though_links_come_and_go(
@@ -168,11 +163,11 @@ def _verify(
 NAMES = ("racdeploy.json", "records.jsonl", "report.json", "tokenizer.json")
 
 
-@pytest.mark.parametrize("name", [*NAMES, "thinker-1B-rac-v1.0-Q8_0.gguf"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "thinker-1B-rac-v1.0-Q8_0.gguf"])
 def test_a_file_that_is_replaced_while_it_is_verified_ends_the_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Of a plain artifact and of what it is compared with; there is no verdict."""
+    """The records and the manifest were read before; there is no verdict."""
     folder = make_fake_bundle(tmp_path / "b")
 
     def replace() -> None:

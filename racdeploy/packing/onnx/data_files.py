@@ -14,9 +14,8 @@ from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import open_regular
 
 _MAX_FIELDS = 2_000_000
-_MAX_FIELD_NUMBER = (1 << 29) - 1
-_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 _VARINT, _BYTES = 0, 2
+_FIXED_BYTES = {1: 8, 5: 4}  # by wire type
 MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -36,68 +35,61 @@ def find_data_files(graph: Path) -> set[str]:
     Raises:
         ArtifactError: it is no ONNX file, or has too many fields.
     """
-    locations = set()
     with open_regular(graph) as stream:
         try:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                for entry in _find_entries(buffer):
-                    if entry.get(1) == b"location":
-                        locations.add(entry.get(2, b"").decode("utf-8"))
-        except ValueError as error:  # also that of mmap for an empty file
+                return set(_iter_locations(buffer))
+        except (ValueError, IndexError) as error:  # also that of mmap for an empty file
             raise ArtifactError(
                 "damaged-onnx",
                 f"{graph} is not a readable ONNX file: {error}",
                 remedy="copy or export it again",
             ) from error
 
-    return locations
 
-
-def _find_entries(buffer: mmap.mmap) -> Iterator[dict[int, bytes]]:
-    """Yield key (1) and value (2) of each entry that describes external data."""
+def _iter_locations(buffer: mmap.mmap) -> Iterator[str]:
     pending = [("model", 0, len(buffer))]
     fields = 0
     while pending:
         message, start, stop = pending.pop()
-        entry = {}
+        texts = {}
         for number, first, last in _iter_fields(buffer, start, stop):
             fields += 1
             if fields > _MAX_FIELDS:
                 raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
             if message == "entry":
-                entry[number] = buffer[first:last]
+                texts[number] = buffer[first:last]
             elif inner := MESSAGES[message].get(number):
                 pending.append((inner, first, last))
 
-        if message == "entry":
-            yield entry
+        # The last key and the last value count.
+        if texts.get(1) == b"location":
+            yield texts.get(2, b"").decode("utf-8")
 
 
 def _iter_fields(buffer: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Yield number, start and stop of each field of a message that has a length."""
     while start < stop:
-        tag, start = _read_varint(buffer, start, stop)
-        number, kind = tag >> 3, tag & 7
-        size = 0
-        if kind == _BYTES:
-            size, start = _read_varint(buffer, start, stop)
-        elif kind == _VARINT:
-            _, start = _read_varint(buffer, start, stop)
-        else:
-            size = _FIXED_BYTES.get(kind, stop)
+        tag, start = _read_varint(buffer, start)
+        kind = tag & 7
+        size = _FIXED_BYTES.get(kind, stop)
+        if kind in (_VARINT, _BYTES):
+            value, start = _read_varint(buffer, start)
+            size = value if kind == _BYTES else 0
 
-        if not 0 < number <= _MAX_FIELD_NUMBER or size > stop - start:
+        # Other readers cut a tag to 32 bits.
+        if not 8 <= tag < 1 << 32 or size > stop - start:
             raise ValueError(f"a field at byte {start} is damaged")
         if kind == _BYTES:
-            yield number, start, start + size
+            yield tag >> 3, start, start + size
         start += size
 
 
-def _read_varint(buffer: mmap.mmap, start: int, stop: int) -> tuple[int, int]:
+def _read_varint(buffer: mmap.mmap, start: int) -> tuple[int, int]:
     """Return a number of at most ten bytes, and the position behind it."""
-    value = 0
-    for index, byte in enumerate(buffer[start : min(stop, start + 10)]):
-        value |= (byte & 127) << (7 * index)
-        if byte < 128:
-            return value, start + index + 1
-    raise ValueError(f"a number at byte {start} does not end")
+    value = shift = 0
+    while buffer[start] > 127 and shift < 63:
+        value |= (buffer[start] & 127) << shift
+        shift += 7
+        start += 1
+    return value | buffer[start] << shift, start + 1

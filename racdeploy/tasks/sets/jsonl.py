@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import parse_json
+from racdeploy.files.reading import parse_json, read_user_text
 from racdeploy.files.writing import split_lines
 from racdeploy.tasks import Problem, scoring
 from racdeploy.tasks.extraction import extract_hash_mark
-from racdeploy.tasks.rows import read_text
 
 
 def read(path: Path) -> list[Problem]:
@@ -22,7 +21,7 @@ def read(path: Path) -> list[Problem]:
     Raises:
         UsageError: a line is invalid, or the file is empty.
     """
-    lines = split_lines(read_text(path))
+    lines = split_lines(read_user_text(path, "give the path of an existing file"))
 
     problems = []
     for number, line in enumerate(lines, 1):
