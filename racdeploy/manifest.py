@@ -94,29 +94,11 @@ class ArtifactEntry(_Entry):
             object.__setattr__(self, "files", {self.path: self.sha256})
         return self
 
-    def check(self, bundle: Path) -> None:
-        """Raise ArtifactError for the first file of the artifact that differs from its hash."""
-        _check_hashes(bundle, self.files)
-
-    def check_config_file(self, bundle: Path, file: Path) -> None:
-        """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
-        if not self.companions:
-            return
-
-        name = file.resolve().relative_to(bundle.resolve()).as_posix()
-        if name not in self.companions:
-            raise ArtifactError(
-                "file-not-listed",
-                f"{file} was used, and the manifest does not list it",
-                remedy="remove it, or copy the bundle again",
-            )
-        _check_hashes(bundle, {name: self.companions[name]})
-
     def check_changed_files(self, bundle: Path) -> None:
         """Check the files again, except those that passed before and have not changed since."""
         for name, expected in self.files.items():
             if not has_sha256(bundle / name, expected):
-                raise _hash_error(bundle / name, expected)
+                raise hash_error(bundle / name, expected)
 
 
 class AcceptedTokenDifferences(_Entry):
@@ -256,6 +238,12 @@ class Manifest(_Entry):
         """Tokenizer of the pruned model, then the dense model's if it differs."""
         return tuple(filter(None, (self.tokenizer, self.dense_tokenizer)))
 
+    @property
+    def listed(self) -> tuple[Files, ...]:
+        """Files of each artifact and tokenizer, with their SHA-256."""
+        artifacts = tuple(entry.files for entry in self.artifacts)
+        return artifacts + tuple(entry.files for entry in self.tokenizers)
+
     def check_tokenizer(self, bundle: Path) -> None:
         """Raise ArtifactError for the first tokenizer file that differs from its hash."""
         for entry in self.tokenizers:
@@ -263,9 +251,8 @@ class Manifest(_Entry):
 
     def check_files(self, bundle: Path) -> None:
         """Raise ArtifactError for the first listed file that differs from its hash."""
-        for entry in self.artifacts:
-            entry.check(bundle)
-        self.check_tokenizer(bundle)
+        for files in self.listed:
+            _check_hashes(bundle, files)
 
 
 def _explain_not_a_bundle(path: Path) -> ArtifactError:
@@ -287,10 +274,11 @@ def _explain_not_a_bundle(path: Path) -> ArtifactError:
 def _check_hashes(bundle: Path, listed: Mapping[str, str]) -> None:
     for name, expected in listed.items():
         if file_sha256(bundle / name) != expected:
-            raise _hash_error(bundle / name, expected)
+            raise hash_error(bundle / name, expected)
 
 
-def _hash_error(file: Path, expected: str) -> ArtifactError:
+def hash_error(file: Path, expected: str) -> ArtifactError:
+    """Return the error for a file that does not have its hash."""
     return ArtifactError(
         "differs-from-manifest",
         f"{file} differs from its manifest: SHA-256 is not {expected[:16]}…",
@@ -310,7 +298,7 @@ def _check_size(bundle: Path, entry: ArtifactEntry) -> None:
 
 
 def _check_inside(bundle: Path, name: str) -> None:
-    path = (bundle / name).resolve()
+    path = Path(os.path.realpath(bundle / name))  # Path.resolve() raises for a loop of links
     if not path.is_relative_to(bundle.resolve()):
         raise ArtifactError(
             "path-outside-bundle",

@@ -280,6 +280,7 @@ def verify(
     bundle: StrPath,
     *,
     tier: str = "",
+    task: Sequence[str] = (),
     gate: StrPath | None = None,
     baseline: StrPath | None = None,
     server: str = "",
@@ -306,6 +307,7 @@ def verify(
     Args:
         bundle: Bundle folder.
         tier: Extent of the verification: smoke, standard or release.
+        task: Tasks of the bundle's recipe that may read files or the Hub, for more prompts.
         gate: TOML file with limits; see docs/ci.md.
         baseline: Dense artifact to rerun, or another bundle of the same dense model.
         server: OpenAI-compatible API to verify instead of the artifact, http://HOST:PORT/v1.
@@ -332,6 +334,8 @@ def verify(
         ArtifactError: the bundle is damaged, or its signature does not match.
         EngineError: the engine cannot run the artifact.
     """
-    verification, notes = jobs.open_verification(locals())
+    options = locals()
+    verification, notes = jobs.open_verification(options)
     report, records = verification.run()
+    jobs.check_signature(options)  # the files that were verified are still those that were signed
     return Verdict.from_report(report, verification.gate, notes=notes, records=records)

@@ -152,9 +152,10 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
         )
 
     folder, baseline = Path(options["bundle"]), as_path(options["baseline"])
-    notes = _check_signature(folder, options)
+    gate, tier, named = as_path(options["gate"]), options["tier"], options["task"]
+    to_verify = BundleToVerify(folder, gate, tier, [named] if isinstance(named, str) else named)
+    notes = check_signature(options)
 
-    to_verify = BundleToVerify(folder, as_path(options["gate"]), options["tier"])
     accel: AccelMode = "off" if server else options["accel"]
     progress = options.get("progress")
     local = LocalAnswerSource(to_verify, find_work(options), options["threads"], accel, progress)
@@ -217,8 +218,8 @@ def save_model(model: ModelSource, options: Options) -> str:
             work, "model", {file.name: file_sha256(file) for file in saved.glob("*.*")}
         )
         folder = stage.folder / name
+        stage.make_folder()
         if not folder.exists():
-            stage.folder.mkdir(exist_ok=True)
             saved.rename(folder)
             stage.finish({})
     return str(folder)
@@ -264,8 +265,9 @@ def _check_owner(option: str, value: str, *settings: object) -> None:
         )
 
 
-def _check_signature(bundle: Path, options: Options) -> tuple[str, ...]:
-    """Check the requested signature before anything in the bundle is read."""
+def check_signature(options: Options) -> tuple[str, ...]:
+    """Check the requested signature; return a note on it."""
+    bundle = Path(options["bundle"])
     names = ("signature", "public_key", "identity", "issuer")
     signature, public_key, identity, issuer = map(options.__getitem__, names)
     if not (signature or public_key or identity or issuer):
@@ -278,8 +280,9 @@ def _check_signature(bundle: Path, options: Options) -> tuple[str, ...]:
             remedy="give --public-key FILE, or --identity WHO --issuer URL; see docs/publish.md",
         )
 
-    from racdeploy.bundles.signature import SIGNATURE_NAME, Signer, check_signature
+    from racdeploy.bundles import signature as signatures
 
-    signer = Signer(as_path(public_key), identity, issuer)
-    check_signature(bundle, as_path(signature) or bundle / SIGNATURE_NAME, signer)
+    signer = signatures.Signer(as_path(public_key), identity, issuer)
+    file = as_path(signature) or bundle / signatures.SIGNATURE_NAME
+    signatures.check_signature(bundle, file, signer)
     return (f"every file of {bundle} matches the signature of {signer}",)

@@ -13,6 +13,7 @@ from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.files.sha256_cache import refuse_changed, take_states
 from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.files import read_report
@@ -132,6 +133,7 @@ def bench(
     """
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
+    states = take_states(bundle, entry.files)
     check_artifact_files(bundle, manifest, entry)
     if not dense.is_file():
         raise ArtifactError(
@@ -154,6 +156,7 @@ def bench(
     pruned = bundle / entry.path
 
     result = measure_pair(entry.backend, dense, pruned, load, settings, vocabulary, progress)
+    refuse_changed(bundle, entry.files, states)
     # The engine reads other bytes than those of a packed file, whose size explains no speed.
     return replace(result, pruned_bytes=entry.size_bytes if entry.packing == "plain" else 0)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
+from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
 from racdeploy.manifest import TokenizerEntry
 from racdeploy.recipe import Verification
 from racdeploy.runtime.loading import check_companion_files
@@ -23,12 +25,26 @@ from racdeploy.verification.gate import Gate, read_gate
 class BundleToVerify:
     """A bundle, a gate file that overrides its own limits, and a tier.
 
-    Without a tier the bundle's own problems are asked again.
+    Without a tier the bundle's own problems are asked again. ``tasks`` are those of the bundle's
+    recipe that may read files or the Hub.
     """
 
     folder: Path
     gate_file: Path | None
     tier: str
+    tasks: Sequence[str] = ()
+    _states: dict[str, FileState] = field(default_factory=dict, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Before anything is checked or used, so that any later change is detected.
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        names = [file.relative_to(self.folder).as_posix() for file in files]
+        self._states.update(take_states(self.folder, names))
+
+    def refuse_changes(self) -> None:
+        """Raise ArtifactError if a listed file has changed since then."""
+        for files in self.contents.manifest.listed:
+            refuse_changed(self.folder, files, self._states)
 
     @cached_property
     def contents(self) -> Baseline:
@@ -62,6 +78,20 @@ class BundleToVerify:
             return recorded[: self.settings.count]
 
         recipe = self.contents.recipe
+        smaller = (
+            f"a tier of at most {len(recorded)} prompts, which are in the bundle: --gate with "
+            f"tiers.{self.tier}.prompts"
+        )
+        # A stranger may have written the recipe: only the user names files to read.
+        reading = {spec for spec in (*recipe.tasks, *recipe.calibration_tasks) if ":" in spec}
+        if unnamed := ", ".join(sorted(reading.difference(self.tasks))):
+            raise UsageError(
+                "tasks-not-named",
+                f"{self.settings.count} prompts are asked for, the bundle has {len(recorded)}, and "
+                f"its recipe would draw more from {unnamed:.200}",
+                remedy=f"add --task with each of these if you trust it; or use {smaller}",
+            )
+
         tasks = TaskSet.load(recipe.tasks, recipe.calibration_tasks)
         drawn = tasks.draw("evaluation", self.settings.seed, self.settings.count)
         # The files of the tasks may have changed: recorded answers would belong to other problems.
@@ -70,8 +100,7 @@ class BundleToVerify:
                 raise UsageError(
                     "problems-changed",
                     "the tasks no longer draw the problems that the bundle was built with",
-                    remedy=f"use the same files, or a tier of at most {len(recorded)} prompts, "
-                    f"which are in the bundle: --gate with tiers.{self.tier}.prompts",
+                    remedy=f"use the same files, or {smaller}",
                 )
 
         return drawn

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.sparse_matrix import accel_name
-from racdeploy.runtime.loading import refuse_unlisted
+from racdeploy.runtime.loading import refuse_unlisted, refuse_unlisted_parts
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
@@ -108,6 +107,7 @@ def _inspect_bundle(path: Path) -> Json:
     manifest.check_files(path)
     refuse_unlisted(path, manifest)
     main, *others = manifest.artifacts
+    refuse_unlisted_parts(path, main)
     metadata, tensors = exporting.load(main.format).measure(path / main.path)
 
     summary = {
@@ -143,7 +143,7 @@ def _describe_widths(
     """Return the widths of the blocks' parts, from the shapes of their last linears."""
     width_by_block: dict[str, dict[int, int]] = {part: {} for part in _LAST_LINEARS}
     for tensor in tensors:
-        block = re.search(r"\.(\d+)\.", tensor.name)
+        block = re.search(r"\.(\d{1,9})\.", tensor.name)
         for part, ends in _LAST_LINEARS.items():
             if block and len(tensor.shape) == 2 and tensor.name.endswith(ends):
                 width_by_block[part][int(block[1])] = tensor.shape[1]
@@ -188,7 +188,7 @@ def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:
     for row in tensors:
         count = math.prod(row.shape)
         bits = 8 * row.size_bytes / count if count else 0.0
-        rows.append({**asdict(row), "shape": list(row.shape), "bits": bits})
+        rows.append({**vars(row), "shape": list(row.shape), "bits": bits})
 
         weights += count
         size_bytes += row.size_bytes

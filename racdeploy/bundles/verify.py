@@ -261,6 +261,7 @@ class BundleVerification:
             **{name: getattr(contents.report, name) for name in _AS_BUILT},
         )
 
+        self.local.bundle.refuse_changes()
         self.local.forget()
         if answer_source is not self.local:
             answer_source.forget()

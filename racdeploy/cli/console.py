@@ -37,6 +37,11 @@ _COMMAND = re.compile(r"^(\s*)::", re.MULTILINE)
 _WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 
+# Python has None for a stream that was closed before it started.
+for _name in ("stdin", "stdout", "stderr"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+"))
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -105,7 +110,7 @@ def say_error(error: RacdeployError | OSError) -> None:
     """Print an error with its code and remedy."""
     known = _to_racdeploy_error(error)
     err.print("error:", style="bold red", end=" ")
-    err.print(known.message, markup=False, soft_wrap=True, end=" ")
+    err.print(f"{known.message:.2000}", markup=False, soft_wrap=True, end=" ")
     say(f"[{known.code}]", "dim")
     if known.remedy:
         say(f"  → {known.remedy}")

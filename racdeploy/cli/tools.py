@@ -26,6 +26,8 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 if TYPE_CHECKING:
     from racdeploy.report.tables import ReportTable
 
+_SHOWN_ROWS = 1000
+
 
 @report_errors
 def inspect(
@@ -48,7 +50,7 @@ def inspect(
     # Last, so that it is not scrolled away by hundreds of tensors.
     print_table(_add_up_types(contents["tensors"]), out)
     for key, value in contents["summary"].items():
-        show(f"{key}: {value}")
+        show(f"{key}: {value!s:.200}")
 
 
 def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
@@ -57,7 +59,7 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
 
     rows = [
         (
-            row["name"],
+            f"{row['name']:.200}",
             " × ".join(map(str, row["shape"])),
             row["type"],
             f"{row['bits']:.2f}",
@@ -65,11 +67,13 @@ def _print_tensors(tensors: Sequence[Mapping[str, Any]]) -> None:
             row["packing"],
             f"{row['size_bytes']:,}",
         )
-        for row in tensors
+        for row in tensors[:_SHOWN_ROWS]
     ]
 
     columns = ("tensor", "shape", "type", "bits", "zeros", "packing", "bytes")
     print_table(ReportTable("", columns, tuple(rows)), out)
+    if len(tensors) > _SHOWN_ROWS:
+        show(f"{len(tensors) - _SHOWN_ROWS:,} more tensors: --json lists them")
 
 
 def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> ReportTable:

@@ -1,7 +1,8 @@
 """Inference engines: their contract, backends, batching, sampling and child processes.
 
 A backend has ``open_engine(path, settings) -> Engine``, and its ``ACCEL`` is True where it can use
-the kernels of :mod:`racdeploy.sparse_kernels`. Engines take and return token ids only.
+the kernels of :mod:`racdeploy.sparse_kernels`. ``find_parts(path)`` names the other files that it
+opens with an artifact, relative to its folder. Engines take and return token ids only.
 """
 
 from __future__ import annotations

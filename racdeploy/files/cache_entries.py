@@ -45,7 +45,7 @@ def list_cache_entries(work: Path | None) -> list[CacheEntry]:
     entries = []
     folder = work or default_work_folder()
     for stage in folder.glob("*-*"):
-        if stage.is_dir() and _STAGE_NAME.fullmatch(stage.name):
+        if stage.is_dir() and not stage.is_symlink() and _STAGE_NAME.fullmatch(stage.name):
             entries.append(_describe(stage, _read_state(stage)))
 
     for file in cache_folder("unpacked").glob("*"):

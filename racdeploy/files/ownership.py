@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _READ |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # do not wait for a pipe
@@ -43,7 +44,7 @@ def restrict_to_owner(folder: Path) -> bool:
         os.fchmod(descriptor, 0o700)
     finally:
         os.close(descriptor)
-    return bool(state.st_mode & _OTHERS_WRITE)
+    return bool(state.st_mode & OTHERS_WRITE)
 
 
 def explain_not_private(folder: Path) -> str:
@@ -68,19 +69,27 @@ def explain_not_private(folder: Path) -> str:
 
         # The sticky bit of /tmp keeps others from renaming folders in it.
         is_sticky = state.st_mode & stat.S_ISVTX and parent != path
-        if is_reachable and state.st_mode & _OTHERS_WRITE and not is_sticky:
+        if is_reachable and state.st_mode & OTHERS_WRITE and not is_sticky:
             return f"other users may write into {parent}: chmod go-w {parent}"
         is_reachable = is_reachable and bool(state.st_mode & _OTHERS_ENTER)
 
     return ""
 
 
-def check_private(folder: Path) -> None:
-    """Raise EnvironmentFailure where a folder is not private."""
-    if reason := explain_not_private(folder):
+def explain_foreign(path: Path) -> str:
+    """Return why a file or folder may be another user's, as any link may, or an empty string."""
+    state = path.lstat()
+    if stat.S_ISLNK(state.st_mode):
+        return f"{path} is a link"
+    return _explain_owner(path, state)
+
+
+def check_private(folder: Path, explain: Callable[[Path], str] = explain_not_private) -> None:
+    """Raise EnvironmentFailure where a folder is not private, or has another reason."""
+    if reason := explain(folder):
         raise EnvironmentFailure(
             "folder-not-private",
-            f"{folder} is not private, so its files are not run: {reason}",
+            f"{folder} is not private, so its files are not used: {reason}",
             remedy="make it private to you, or give another folder",
         )
 
@@ -102,7 +111,7 @@ def open_private(file: Path) -> int:
         state = os.fstat(descriptor)
         if sys.platform != "win32":
             reason = _explain_owner(file, state)
-            if not reason and state.st_mode & _OTHERS_WRITE and not _is_shut_off(file.parent):
+            if not reason and state.st_mode & OTHERS_WRITE and not _is_shut_off(file.parent):
                 reason = f"other users may write {file}: chmod go-w {file}"
             if not stat.S_ISREG(state.st_mode):
                 reason = f"{file} is not a file"

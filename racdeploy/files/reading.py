@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from pydantic import ValidationError
 
-from racdeploy.errors import ArtifactError, RacdeployError
+from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 
 Json = dict[str, Any]
 """A JSON object."""
@@ -26,6 +26,8 @@ MAX_BYTES = 16_000_000
 """Maximum size of a file, unless another limit is given."""
 MAX_LINE_BYTES = 1_000_000
 """Maximum size of a line in JSON Lines."""
+MAX_USER_BYTES = 1 << 28
+"""Maximum size of a file of questions or text that the user names."""
 
 # An empty list has 3 bytes of text and takes 64 of memory. A tokenizer of 262,144 tokens has 1.6
 # million commas and brackets.
@@ -61,17 +63,40 @@ def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
     with open_regular(file) as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
         # read() allocates a buffer of the size given; one byte more detects a growing file.
-        content = stream.read(min(size_bytes, max_bytes) + 1)
+        content = stream.read(size_bytes + 1) if size_bytes <= max_bytes else b""
 
-    if max(size_bytes, len(content)) > max_bytes:
-        raise _refuse_size(file, max(size_bytes, len(content)), max_bytes)
-
+    size_bytes = max(size_bytes, len(content))
+    if size_bytes > max_bytes:
+        raise _refuse_size(file, size_bytes, max_bytes)
     return content
 
 
 def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
     """Return the UTF-8 text of a file; see :func:`read_bytes`."""
     return _decode(read_bytes(file, max_bytes), file)
+
+
+def read_user_text(file: Path, remedy: str) -> str:
+    """Return a text of the user without its byte order mark, which Excel and Windows add.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        content = read_bytes(file, MAX_USER_BYTES)
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(
+            "file-unreadable", f"{file} cannot be read: {error.strerror}", remedy=remedy
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        copy = f"{file.stem}-utf8{file.suffix}"
+        raise UsageError(
+            "text-not-utf8",
+            f"{file}:{line} is not UTF-8 text: byte {error.start}: {error.reason}",
+            remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {file} > {copy}",
+        ) from error
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES, *, strict: bool = False) -> Json:
@@ -122,10 +147,12 @@ def open_regular(file: Path) -> BinaryIO:
         return stream
 
     stream.close()
-    raise ArtifactError("not-a-regular-file", f"{file} is not a regular file", remedy=_COPY_AGAIN)
+    raise ArtifactError(
+        "not-a-regular-file", f"{file} is not a regular file", remedy="give a file, not a pipe"
+    )
 
 
-def parse_json(text: str, where: str, *, strict: bool = False) -> Any:
+def parse_json(text: str, where: str, *, strict: bool = False, remedy: str = _COPY_AGAIN) -> Any:
     """Return a JSON value; all of its texts can be encoded as UTF-8.
 
     Raises:
@@ -149,7 +176,7 @@ def parse_json(text: str, where: str, *, strict: bool = False) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArtifactError(
-            "invalid-json", f"{where} is not valid JSON: {error}", remedy=_COPY_AGAIN
+            "invalid-json", f"{where} is not valid JSON: {error}", remedy=remedy
         ) from error
 
     return value

@@ -17,6 +17,7 @@ from typing import Any
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
+from racdeploy.files.ownership import check_private, explain_foreign
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import canonical_hash, disk_errors, write_atomic
 
@@ -51,13 +52,13 @@ class Stage:
         Raises:
             ArtifactError: it has other inputs, or another version of racdeploy left it unfinished.
             UsageError: another process works in the folder.
-            EnvironmentFailure: the disk is full or not writable.
+            EnvironmentFailure: the folder is another user's, or the disk is full or not writable.
         """
         stage = cls.locate(work, name, inputs)
 
         _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
-            stage.folder.mkdir(parents=True, exist_ok=True)
+            stage.make_folder()
             lock_folder(stage.folder)
             # Partial files are of killed processes; the folder is locked, so none is in use.
             for partial in sorted(stage.folder.rglob(".*.partial")):
@@ -79,9 +80,14 @@ class Stage:
         write_atomic(record, json.dumps(inputs, indent=1, sort_keys=True))
         return replace(stage, notice=_left_unfinished(stage, name))
 
+    def make_folder(self) -> None:
+        """Make the folder; raise EnvironmentFailure for one that another user may have made."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_private(self.folder, explain_foreign)
+
     @property
     def is_finished(self) -> bool:
-        return (self.folder / "stage.json").is_file()
+        return _is_own(self.folder / "stage.json")
 
     def finish(self, summary: Inputs) -> None:
         write_atomic(self.folder / "stage.json", json.dumps(summary, indent=1, sort_keys=True))
@@ -94,7 +100,8 @@ class Stage:
 
 def finished_stages(work: Path, name: str) -> list[Stage]:
     """Return the finished stages of a name, newest first."""
-    records = sorted(work.glob(f"{name}-*/stage.json"), key=lambda file: file.stat().st_mtime)
+    own = filter(_is_own, work.glob(f"{name}-*/stage.json"))
+    records = sorted(own, key=lambda file: file.stat().st_mtime)
     return [Stage(file.parent, read_json(file.with_name("inputs.json"))) for file in records[::-1]]
 
 
@@ -171,9 +178,14 @@ def _left_unfinished(stage: Stage, name: str) -> str:
 
 
 def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, Json]]:
-    for record in sorted(work.glob(f"{name}-*/inputs.json")):
+    for record in filter(_is_own, sorted(work.glob(f"{name}-*/inputs.json"))):
         if not (record.parent / "stage.json").is_file():
             yield record.parent, read_json(record)
+
+
+def _is_own(file: Path) -> bool:
+    """Return whether a file is there, in a folder that no other user has made."""
+    return file.is_file() and not explain_foreign(file.parent)
 
 
 def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:

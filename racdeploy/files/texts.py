@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from racdeploy.errors import UsageError
+from racdeploy.files.reading import read_user_text
 
 _CHUNK_CHARACTERS = 1 << 16  # encoded together
 # Pre-tokenizers may join an end of line with white space behind it, and with nothing else.
@@ -22,7 +22,8 @@ def read_texts(files: Sequence[str], key: str) -> list[str]:
     chunks = []
     for name in files:
         text = ""
-        for part in _LINES.split(_read_text(Path(name), key)):
+        remedy = f"give the path of a text file in {key}"
+        for part in _LINES.split(read_user_text(Path(name), remedy)):
             text += part
             if len(text) >= _CHUNK_CHARACTERS:
                 chunks.append(text)
@@ -31,24 +32,3 @@ def read_texts(files: Sequence[str], key: str) -> list[str]:
         chunks.append(text)
 
     return [text for text in chunks if text]
-
-
-def _read_text(file: Path, key: str) -> str:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            "file-unreadable",
-            f"{file} cannot be read: {error.strerror}",
-            remedy=f"give the path of a text file in {key}",
-        ) from error
-
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            "text-not-utf8",
-            f"{file}:{line} is not UTF-8 text: {error.reason}",
-            remedy=f"convert it: iconv -t utf-8 {file}",
-        ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
-# C0 and C1 controls, bidirectional overrides, and characters that XML forbids.
+# C0 and C1 controls, bidirectional marks, invisible characters, and those that XML forbids. The
+# joiners U+200C and U+200D stay: Persian, Indic scripts and emoji need them.
 _UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
 )
 
 
@@ -22,4 +25,4 @@ def drop_unprintable(text: str) -> str:
 
 def escape_unprintable(json_text: str) -> str:
     """Return JSON with unprintable characters escaped."""
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json_text)
+    return _UNPRINTABLE.sub(lambda match: json.dumps(match[0])[1:-1], json_text)

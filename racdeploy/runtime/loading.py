@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from racdeploy import engines
+from racdeploy import engines, plugins
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.sha256_cache import FileState, file_state
-from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl
+from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
+from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl, hash_error
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
 from racdeploy.packing.sparse_matrix import accel_name
@@ -53,7 +53,7 @@ def load(
     manifest = Manifest.read(folder)
     artifact = _choose_artifact(manifest, folder, backend)
     # Taken before the hashes are checked, so that any later change is detected.
-    states = _read_states(folder, artifact)
+    states = take_states(folder, artifact.files)
     check_artifact_files(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
@@ -63,26 +63,22 @@ def load(
     model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
 
     try:
-        _check_loaded_files(folder, artifact, model, states)
+        refuse_changed(folder, artifact.files, states)
+        if configuration := model.engine.info.get("configuration"):
+            _check_config_file(folder, artifact, Path(configuration))
     except BaseException:
         model.close()
         raise
     return model
 
 
-def _check_loaded_files(
-    folder: Path, artifact: ArtifactEntry, model: Model, states: list[FileState]
-) -> None:
-    """Raise ArtifactError if a file was replaced while loading, or an unlisted one was used."""
-    if states != _read_states(folder, artifact):
-        raise ArtifactError(
-            "artifact-changed",
-            f"{folder / artifact.path} changed while it was loaded",
-            remedy="wait until the copy is complete, then load it again",
-        )
-
-    if configuration := model.engine.info.get("configuration"):
-        artifact.check_config_file(folder, Path(configuration))
+def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> None:
+    """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
+    expected = artifact.companions.get(Path(os.path.relpath(file, bundle.resolve())).as_posix())
+    if expected is None:
+        raise _refuse_file(file)
+    if not has_sha256(file, expected):
+        raise hash_error(file, expected)
 
 
 def load_dense(
@@ -155,24 +151,20 @@ def check_artifact_files(folder: Path, manifest: Manifest, artifact: ArtifactEnt
 
 
 def check_companion_files(folder: Path, manifest: Manifest, artifact: ArtifactEntry) -> None:
-    """Compare the files beside an artifact with their hashes.
+    """Compare the files beside an artifact with their hashes, and refuse unlisted ones.
 
     A plain artifact itself is not compared: verification judges its bytes. A packed one is, because
     a damaged one could not be unpacked.
     """
     manifest.check_tokenizer(folder)
     refuse_unlisted(folder, manifest)
+    refuse_unlisted_parts(folder, artifact)
 
     if artifact.path.endswith(racgguf.SUFFIX):
         # Unpacking checks the content.
         sha256 = racgguf.Container.open(folder / artifact.path).sha256
         if sha256 != artifact.unpacked_sha256:
-            raise ArtifactError(
-                "differs-from-manifest",
-                f"{folder / artifact.path} contains a file with SHA-256 {sha256[:16]}…, not "
-                f"{artifact.unpacked_sha256[:16]}…",
-                remedy="copy the bundle again, or build it again",
-            )
+            raise hash_error(folder / artifact.path, artifact.unpacked_sha256)
     elif artifact.packing != "plain":
         artifact.check_changed_files(folder)
 
@@ -189,15 +181,25 @@ def refuse_unlisted(folder: Path, manifest: Manifest) -> None:
 
     for name in unlisted:
         if os.path.lexists(folder / name):
-            raise ArtifactError(
-                "file-not-listed",
-                f"{folder / name} would be used, and the manifest does not list it",
-                remedy="remove it, or copy the bundle again",
-            )
+            raise _refuse_file(folder / name)
 
 
-def _read_states(folder: Path, artifact: ArtifactEntry) -> list[FileState]:
-    return [file_state(folder / name) for name in artifact.files]
+def refuse_unlisted_parts(folder: Path, artifact: ArtifactEntry) -> None:
+    """Raise ArtifactError for unlisted files that an artifact consists of."""
+    plugin = plugins.load("engines", artifact.backend)
+    find_parts = getattr(plugin, "find_parts", lambda path: ())
+    main = PurePosixPath(artifact.path)
+    for name in sorted(find_parts(folder / main)):
+        if str(main.parent / name) not in artifact.files:
+            raise _refuse_file(folder / main.parent / name)
+
+
+def _refuse_file(file: Path) -> ArtifactError:
+    return ArtifactError(
+        "file-not-listed",
+        f"{file!s:.400} would be used, and the manifest does not list it",
+        remedy="remove it, or copy the bundle again",
+    )
 
 
 def _choose_artifact(manifest: Manifest, folder: Path, backend: str | None) -> ArtifactEntry:

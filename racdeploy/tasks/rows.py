@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import (
+    MAX_USER_BYTES,
+    artifact_errors,
+    check_size,
+    parse_json,
+    read_user_text,
+)
 from racdeploy.files.writing import split_lines
 from racdeploy.plugins import require_package
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_GIVE_FILE = "give the path of an existing file"
 _CONVERT = (
     "python -c \"import csv, json, sys; [print(json.dumps({k: row[k] for k in ('question', "
     "'answer')})) for row in csv.DictReader(sys.stdin)]\" < %s > %s"
@@ -42,6 +49,7 @@ def read_rows(path: Path) -> list[Row]:
         import pyarrow.parquet
 
         try:
+            check_size(path, MAX_USER_BYTES)
             rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
@@ -49,7 +57,12 @@ def read_rows(path: Path) -> list[Row]:
         except pyarrow.ArrowInvalid as error:
             raise UsageError("not-parquet", f"{path} is not a parquet file: {error}") from error
     elif suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        table = csv.DictReader(
+            io.StringIO(read_user_text(path, _GIVE_FILE), newline=""),
+            restkey="more",
+        )
+        with artifact_errors(path, "save it again, with the columns as they were published"):
+            rows = list(table)
     else:
         rows = _read_json(path)
 
@@ -60,35 +73,15 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def read_text(path: Path) -> str:
-    """Read a text file without its byte order mark, which Excel and Windows add."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = f"cannot read {path}: {error.strerror}"
-        raise UsageError(
-            "file-unreadable", reason, remedy=f"give an existing {path.suffix} file"
-        ) from error
-    except UnicodeDecodeError as error:
-        copy = f"{path.stem}-utf8{path.suffix}"
-        raise UsageError(
-            "text-not-utf8",
-            f"cannot read {path}: byte {error.start} is not UTF-8",
-            remedy=f"save it as UTF-8: iconv -f latin1 -t utf8 {path} > {copy}",
-        ) from error
-
-
 def _read_json(path: Path) -> list[Row]:
     """Read a list of objects, or one object a line, which ``datasets`` also names ``.json``."""
-    text = read_text(path)
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in split_lines(text) if line.strip()]
-    except (json.JSONDecodeError, RecursionError) as error:
-        remedy = "give one object a line, or one list of objects"
-        raise UsageError("row-not-json", f"{path} is not JSON: {error}", remedy=remedy) from error
+    text = read_user_text(path, _GIVE_FILE)
+    remedy = "give one object a line, or one list of objects"
+    if text.lstrip().startswith("["):
+        rows = parse_json(text, str(path), remedy=remedy)
+    else:
+        lines = filter(str.strip, split_lines(text))
+        rows = [parse_json(line, str(path), remedy=remedy) for line in lines]
 
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):

@@ -26,7 +26,9 @@ GGML_QUANT_SIZES = {
 """Type id → weights and bytes of a quant block."""
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _U64 = 8, 9, 10
-_MIN_KEY_BYTES, _MIN_INFO_BYTES = 13, 32
+# Memory for all that is read: a vocabulary of 262,144 tokens takes 15 MB of it.
+_MAX_BYTES = 50_000_000
+_ENTRY_BYTES, _STRING_BYTES = 640, 16  # for a key or a tensor; for a string of an array
 _MAX_DIMENSIONS = 4
 _MAX_WEIGHTS = 1 << 62
 _MAX_ALIGNMENT = 1 << 20
@@ -127,6 +129,7 @@ class _Reader:
     size_bytes: int
     versions: tuple[int, ...]
     position: int = 0
+    free_bytes: int = _MAX_BYTES
 
     def header(self) -> GgufHeader:
         magic = self._take(4)
@@ -144,11 +147,7 @@ class _Reader:
 
         tensors = self._number("Q")
         keys = self._number("Q")
-        # Before anything is allocated: hostile counts must not outgrow the file.
-        if tensors * _MIN_INFO_BYTES + keys * _MIN_KEY_BYTES > self.size_bytes:
-            raise ArtifactError(
-                "damaged-gguf", f"{tensors} tensors and {keys} keys do not fit into it"
-            )
+        self._spend((tensors + keys) * _ENTRY_BYTES)
 
         values: dict[str, MetadataValue] = {}
         starts: dict[str, int] = {}
@@ -239,17 +238,17 @@ class _Reader:
 
     def _array(self, kind: int, count: int) -> MetadataValue:
         if kind == _STRING:
-            if 8 * count > self.size_bytes - self.position:
-                raise ArtifactError("damaged-gguf", f"{count} strings do not fit into it")
+            self._spend(count * _STRING_BYTES)
             for _ in range(count):
-                self._take(self._number("Q"))
+                length = self.buffer[self.position : self.position + 8]
+                self._skip(8 + int.from_bytes(length, "little"))
             return None
 
         if kind not in _SCALARS:
             raise ArtifactError("damaged-gguf", f"an array of metadata type {kind}")
-        data = self._take(count * struct.calcsize(_SCALARS[kind]))
         if kind == _U64:
-            return np.frombuffer(data, dtype="<u8")
+            return np.frombuffer(self._take(8 * count), dtype="<u8")
+        self._skip(count * struct.calcsize(_SCALARS[kind]))
         return None
 
     def _text(self) -> str:
@@ -268,9 +267,21 @@ class _Reader:
         return value
 
     def _take(self, count: int) -> bytes:
+        self._spend(count)
+        self._skip(count)
+        return self.buffer[self.position - count : self.position]
+
+    def _skip(self, count: int) -> None:
         if count > self.size_bytes - self.position:
             raise ArtifactError(
                 "damaged-gguf", f"{count} bytes at {self.position} end behind the file"
             )
         self.position += count
-        return self.buffer[self.position - count : self.position]
+
+    def _spend(self, count: int) -> None:
+        """Take memory, of which a hostile header asks for more than any model needs."""
+        self.free_bytes -= count
+        if self.free_bytes < 0:
+            raise ArtifactError(
+                "damaged-gguf", f"its header takes more than {_MAX_BYTES:,} bytes of memory"
+            )

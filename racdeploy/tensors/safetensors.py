@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.files.reading import parse_json
+from racdeploy.files.reading import MAX_BYTES, parse_json
 
 BYTE_DTYPE = "U8"
 """dtype tag of tensors that hold packed codes, such as those of MXFP4."""
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", BYTE_DTYPE: "u1"}
 """dtype tag → numpy dtype; bfloat16 is read as bit patterns."""
-_MAX_HEADER_BYTES = 100_000_000  # as the reference library: a longer one is an attack
+_MAX_TENSORS = 100_000
 _MAX_AXES = 8
 _MAX_AXIS_LENGTH = 1 << 40
 _COPY_BYTES = 1 << 24  # of a tensor, in memory at a time
@@ -115,7 +115,7 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
 
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size_bytes < 8 or length > min(size_bytes - 8, _MAX_HEADER_BYTES):
+        if size_bytes < 8 or length > min(size_bytes - 8, MAX_BYTES):
             raise damaged
         try:
             header = parse_json(stream.read(length).decode("utf-8"), str(file), strict=True)
@@ -123,6 +123,9 @@ def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:
             raise damaged from error
 
     if not isinstance(header, dict) or not _is_metadata(header.pop("__metadata__", None)):
+        raise damaged
+    if len(header) > _MAX_TENSORS:
+        damaged.message = f"{file} has {len(header):,} tensors; at most {_MAX_TENSORS:,} are read"
         raise damaged
 
     entries = {

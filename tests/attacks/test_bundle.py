@@ -157,22 +157,26 @@ def test_a_second_graph_that_is_not_listed_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("exported")
-@pytest.mark.takes(4, "four loads")
+@pytest.mark.takes(5, "five loads")
 def test_a_configuration_that_is_used_is_the_one_that_is_listed(tmp_path: Path) -> None:
-    """The graph leaves its head size open. Older bundles list none, and take no more from it."""
+    """The graph leaves its head size open; a link, and a manifest that lists none, are no way."""
     bundle = make_onnx_bundle(tmp_path)
     racdeploy.load(bundle).close()
 
-    manifest = json.loads((bundle / "racdeploy.json").read_text(encoding="utf-8"))
-    companions = {"config.json": file_sha256(bundle / "config.json")}
-    manifest["artifacts"][0]["companions"] = companions
-    (bundle / "racdeploy.json").write_text(json.dumps(manifest), encoding="utf-8")
-    racdeploy.load(bundle).close()
+    outside = shutil.copy(bundle / "config.json", tmp_path)
+    for make in (shutil.copy, os.symlink):
+        make(outside, bundle / "onnx/config.json")
+        with raises("file-not-listed", "onnx/config.json"):
+            racdeploy.load(bundle)
+        (bundle / "onnx/config.json").unlink()
 
-    shutil.copy(bundle / "config.json", bundle / "onnx/config.json")
-    with raises("file-not-listed", "onnx/config.json"):
+    manifest = json.loads((bundle / "racdeploy.json").read_text(encoding="utf-8"))
+    (entry,) = manifest["artifacts"]
+    unlisted = {**manifest, "artifacts": [entry | {"companions": {}}]}
+    (bundle / "racdeploy.json").write_text(json.dumps(unlisted), encoding="utf-8")
+    with raises("file-not-listed", "config.json"):
         racdeploy.load(bundle)
-    (bundle / "onnx/config.json").unlink()
+    (bundle / "racdeploy.json").write_text(json.dumps(manifest), encoding="utf-8")
 
     with (bundle / "config.json").open("a") as stream:
         stream.write("\n")

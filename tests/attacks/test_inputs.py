@@ -185,6 +185,17 @@ def test_a_manifest_that_is_no_file(bundle: Path) -> None:
     _is_refused("inspect", str(bundle))
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_path_that_is_a_loop_of_links(bundle: Path, length: int) -> None:
+    """One that leads to itself, and two that lead to each other."""
+    (bundle / "a").symlink_to("b" if length == 2 else "a")
+    (bundle / "b").symlink_to("a")
+    values = json.loads((bundle / MANIFEST_NAME).read_text())
+    values["tokenizer"]["files"]["a"] = "0" * 64
+    (bundle / MANIFEST_NAME).write_text(json.dumps(values))
+    _is_refused("inspect", str(bundle))
+
+
 @pytest.mark.parametrize("name", BYTES)
 def test_records_and_a_report_of_any_bytes(bundle: Path, name: str) -> None:
     for file, read in (("records.jsonl", read_records), ("report.json", read_report)):

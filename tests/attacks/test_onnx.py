@@ -5,6 +5,7 @@ An error that says what, and an engine's process that outlives it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,16 @@ from random import Random
 
 import onnx
 import pytest
+from onnx import helper
 
 from racdeploy import load
+from racdeploy.bundles.inspect import inspect_path
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
+from racdeploy.packing.onnx.data_files import MESSAGES, find_data_files
 from tests.support.errors import raises
-from tests.support.tiny_artifacts import make_onnx_bundle
+from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
 from tests.support.tiny_models import edit_json
 from tests.support.tiny_onnx import tiny_onnx
 
@@ -203,3 +207,147 @@ def test_packed_files_of_another_bundle_are_refused(tmp_path: Path) -> None:
 def _with_packing(bundle: Path, packing: str) -> list[dict[str, object]]:
     (entry,) = json.loads((bundle / "racdeploy.json").read_text())["artifacts"]
     return [{**entry, "packing": packing}]
+
+
+def _move_data(bundle: Path, change: Callable[[onnx.ModelProto], None], *made: str) -> None:
+    """Change the graph of a bundle, write further files, and renew the hashes of the listed."""
+    graph = bundle / "onnx/model.onnx"
+    edit(graph, change)
+    for name in made:
+        (graph.parent / name).parent.mkdir(exist_ok=True)
+        (graph.parent / name).write_bytes(bytes(1 << 16))
+
+    (entry,) = json.loads((bundle / "racdeploy.json").read_text())["artifacts"]
+    for name in entry["files"]:
+        entry["files"][name] = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+    entry["sha256"] = entry["files"][entry["path"]]
+    edit_json(bundle / "racdeploy.json", artifacts=[entry])
+
+
+def _external(location: str, name: str = "hidden") -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, dims=[4], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"offset": "0", "location": location, "length": "16"}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _in_initializer(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    proto.graph.initializer.append(tensor)
+
+
+def _in_attribute(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["hidden"], value=tensor))
+
+
+def _in_subgraph(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    constant = helper.make_node("Constant", [], ["inner"], value=tensor)
+    branch = helper.make_graph([constant], "b", [], [], initializer=[tensor])
+    proto.graph.node.append(helper.make_node("If", ["c"], [], then_branch=branch))
+
+
+def _in_function(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    nodes = [helper.make_node("Constant", [], ["y"], value=tensor)]
+    made = helper.make_function("own", "F", [], ["y"], nodes, [helper.make_opsetid("", 17)])
+    proto.functions.append(made)
+
+
+def _in_sparse(proto: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    proto.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor, dims=[9]))
+
+
+PLACES = (_in_initializer, _in_attribute, _in_subgraph, _in_function, _in_sparse)
+
+
+@pytest.mark.parametrize("put", PLACES)
+@pytest.mark.parametrize(
+    "location",
+    ["w.bin", "./w.bin", "sub/w.bin", "model.onnx.data\0x", "../onnx/w.bin", "", "x" * 9000],
+)
+def test_weights_in_a_file_that_is_not_listed_are_refused(
+    tmp_path: Path, put: Callable[[onnx.ModelProto, onnx.TensorProto], None], location: str
+) -> None:
+    """Wherever the graph keeps them, and whatever the file's name is; the engine never starts."""
+    bundle = make_onnx_bundle(tmp_path)
+    _move_data(bundle, lambda proto: put(proto, _external(location)), "w.bin", "sub/w.bin")
+    with raises("file-not-listed", "manifest does not list it"):
+        load(bundle)
+    with raises("file-not-listed"):
+        inspect_path(bundle)
+
+
+def test_a_name_hidden_from_one_reader_is_found(tmp_path: Path) -> None:
+    """Numbers written longer than they need be, a value before its key, a key twice."""
+    graph = tmp_path / "m.onnx"
+    entry = b"\x12\x05w.bin\x0a\x05other\x0a\x88\x80\x00location\x18\x01"
+    tensor = b"\xea\x00" + bytes([len(entry) | 128, 0]) + entry
+    content = b"\x2a" + bytes([len(tensor)]) + tensor
+    graph.write_bytes(b"\x08\x08" + b"\x3a\x00" + b"\x3a" + bytes([len(content)]) + content)
+    proto = onnx.load(graph, load_external_data=False)
+    assert {e.key: e.value for e in proto.graph.initializer[0].external_data} == {
+        "location": "w.bin"
+    }
+    assert {"w.bin"} == find_data_files(graph)
+
+
+def test_every_message_that_leads_to_a_tensor_is_entered() -> None:
+    """Compared with onnx's own description of the format."""
+    names = {
+        "model": "Model", "training": "TrainingInfo", "function": "Function", "graph": "Graph",
+        "node": "Node", "attribute": "Attribute", "sparse": "SparseTensor", "tensor": "Tensor",
+    }  # fmt: skip
+    key_by_type = {f"{name}Proto": key for key, name in names.items()}
+
+    pending, seen = [onnx.ModelProto.DESCRIPTOR], set()
+    while pending:
+        described = pending.pop()
+        seen.add(described.name)
+        inner = {field.number: field.message_type for field in described.fields}
+        leading = {
+            number: key_by_type[kind.name]
+            for number, kind in inner.items()
+            if kind is not None and kind.name in key_by_type
+        }
+        key = key_by_type.get(described.name)
+        entered = {n: m for n, m in MESSAGES.get(str(key), {}).items() if m != "entry"}
+        assert entered == leading, described.name
+        pending += [kind for kind in inner.values() if kind is not None and kind.name not in seen]
+
+    assert key_by_type.keys() <= seen
+
+
+GRAPHS = {
+    "nothing": b"",
+    "zeros": bytes(1000),
+    "a number without end": b"\x3a" + b"\xff" * 20,
+    "beyond the file": b"\x3a\x7f",
+    "a field of number 2^30": b"\xfa\xff\xff\xff\xff\x01\x00",
+    "5 million fields": b"\x3a\x84\xad\xe2\x04" + b"\x0a\x00" * 5_000_000,
+    "a group": b"\x3b\x3c",
+    "ORT": b"\x18\x00\x00\x00ORTM" + bytes(64),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_of_any_bytes_is_refused_before_the_engine(tmp_path: Path, name: str) -> None:
+    """In bounded time."""
+    (tmp_path / "m.onnx").write_bytes(GRAPHS[name])
+    with raises("damaged-onnx", "m.onnx"):
+        find_data_files(tmp_path / "m.onnx")
+
+
+def test_a_graph_of_onnxruntimes_own_format_is_refused(model: Path) -> None:
+    with raises("no-onnx-file", "model.ort"):
+        opened(model.rename(model.with_suffix(".ort")))
+
+
+def test_a_part_of_a_split_model_that_is_not_listed_is_refused(tmp_path: Path) -> None:
+    """llama.cpp finds it by the name of the first."""
+    bundle = make_bundle(tmp_path)
+    (entry,) = json.loads((bundle / "racdeploy.json").read_text())["artifacts"]
+    name = "model-00001-of-00002.gguf"
+    (bundle / entry["path"]).rename(bundle / name)
+    entry |= {"path": name, "files": {name: entry["sha256"]}}
+    edit_json(bundle / "racdeploy.json", artifacts=[entry])
+    with raises("file-not-listed", "model-00002-of-00002.gguf"):
+        load(bundle)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -13,8 +16,10 @@ from typer.testing import CliRunner
 from racdeploy.cli.app import app
 from racdeploy.cli.console import print_result
 from racdeploy.exporting.gguf.programs import companions
+from racdeploy.files.unprintable import escape_unprintable, replace_unprintable
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from tests.support.commands import environment
 from tests.support.fake_bundle import make_fake_bundle
 from tests.support.tiny_models import edit_json, make_checkpoint
 
@@ -25,9 +30,13 @@ ESCAPES = {
     "clear": "\x9b2J",
     "right to left": "\u202egpj.exe",
     "carriage return": "safe\rpwned",
+    "marks of direction": "a\u200eb\u200fc\u061cd",
+    "nothing to see": "a\u200bb\u2060c\ufeffd",
+    "tags": "a" + "".join(chr(0xE0000 + ord(each)) for each in "evil"),
 }
 COMMANDS = ("::error file=a::pwned", "::stop-commands::z", "::set-output name=a::b")
-FORBIDDEN = ("\x1b", "\x9b", "\x07", "\u202e", "\r")
+HIDDEN = ("\u200b", "\u200e", "\u200f", "\u061c", "\u2060", "\ufeff", "\U000e0065")
+FORBIDDEN = ("\x1b", "\x9b", "\x07", "\u202e", "\r", *HIDDEN)
 
 
 def _run(*command: str) -> str:
@@ -129,3 +138,52 @@ def _directives(modelfile: str) -> list[str]:
     """Return the lines outside of quoted texts, as Ollama splits a Modelfile."""
     outside = modelfile.split('"""')[::2]
     return "\n".join(outside).splitlines()
+
+
+def test_json_keeps_every_character(tmp_path: Path) -> None:
+    """Escaped, and the same once it is read."""
+    shown = escape_unprintable(json.dumps("".join(ESCAPES.values()), ensure_ascii=False))
+    assert not [each for each in FORBIDDEN if each in shown]
+    assert json.loads(shown) == "".join(ESCAPES.values())
+
+
+def test_words_that_need_joiners_stay_as_they_are() -> None:
+    """Persian and a family."""
+    text = "می\u200cخواهم \U0001f468\u200d\U0001f469\u200d\U0001f467"
+    assert text == replace_unprintable(text)
+
+
+@pytest.mark.parametrize("key", ["backend", "format", "quant"])
+def test_an_error_shows_part_of_a_long_value(tmp_path: Path, key: str) -> None:
+    """3 MB in the manifest, some lines on the terminal."""
+    folder = make_fake_bundle(tmp_path / "b")
+    (entry,) = json.loads((folder / "racdeploy.json").read_text())["artifacts"]
+    edit_json(folder / "racdeploy.json", artifacts=[entry | {key: "long " * 600_000}])
+    assert len(_run("run", str(folder), "?")) < 3000
+    assert len(_run("inspect", str(folder))) < 3000
+
+
+def test_an_error_of_a_task_shows_part_of_it(tmp_path: Path) -> None:
+    """A scorer of 1 MB, and a key of 500 kB."""
+    file = tmp_path / "t.jsonl"
+    for row in ({"question": "?", "answer": 1, "scorer": "s" * 10**6}, {"k" * 500_000: 1}):
+        file.write_text(json.dumps(row))
+        shown = _run("build", "--dry-run", "--task", f"jsonl:{file}")
+        assert "error:" in shown
+        assert len(shown) < 3000
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams_are_no_failure(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """The error of a wrong bundle comes out where it can, with its exit code."""
+
+    def close() -> None:
+        for stream in closed:
+            os.close(stream)
+
+    command = [sys.executable, "-m", "racdeploy", "run", str(tmp_path), "-"]
+    done = subprocess.run(
+        command, capture_output=True, env=environment(), preexec_fn=close, check=False, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "where it should not" not in done.stderr + done.stdout

@@ -245,7 +245,7 @@ def test_too_few_problems_is_an_error(problem_file: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "value"),
     [
-        ("not json", "row-not-json", "bad.jsonl:1"),
+        ("not json", "invalid-json", "bad.jsonl:1"),
         ('{"answer": "4"}', "missing-question", "bad.jsonl:1"),
         ('{"question": "2+2?"}', "missing-answer", "bad.jsonl:1"),
         ('{"question": "2+2?", "answer": null}', "missing-answer", "bad.jsonl:1"),

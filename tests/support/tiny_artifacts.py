@@ -74,6 +74,12 @@ def make_onnx_bundle(folder: Path) -> Path:
     }
     bundle = write_bundle(folder / "checkpoint", files, "onnxruntime")
     shutil.copy(folder / "checkpoint" / "config.json", bundle)
+
+    manifest = Manifest.read(bundle)
+    companions = {"config.json": file_sha256(bundle / "config.json")}
+    listed = [entry.model_copy(update={"companions": companions}) for entry in manifest.artifacts]
+    whole = manifest.model_copy(update={"artifacts": tuple(listed)})
+    (bundle / "racdeploy.json").write_text(whole.model_dump_json(), encoding="utf-8")
     return bundle
 
 

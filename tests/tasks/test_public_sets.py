@@ -157,7 +157,7 @@ def test_folders_keep_the_splits_they_have(tmp_path: Path, monkeypatch: pytest.M
             "parquet",
         ),
         ("gsm8k", "[1]", "row-not-an-object", "row 1"),
-        ("gsm8k", "{", "row-not-json", "rows.json"),
+        ("gsm8k", "{", "invalid-json", "rows.json"),
         ("gsm8k", "", "empty-task-file", "rows.json"),
     ],
 )

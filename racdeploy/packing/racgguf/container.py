@@ -19,10 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy import packing as packings
-from racdeploy.errors import ArtifactError, EnvironmentFailure
+from racdeploy.errors import ArtifactError
 from racdeploy.files import writing as files
 from racdeploy.files.caches import cache_folder
-from racdeploy.files.ownership import make_private
+from racdeploy.files.ownership import (
+    OTHERS_WRITE,
+    check_private,
+    explain_foreign,
+    make_private,
+    restrict_to_owner,
+)
 from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.tensors.gguf_header import (
     FIXED_HEADER_BYTES,
@@ -167,20 +173,18 @@ def unpack_to_cache(path: Path) -> Path:
     checked on every use. The file may be removed at any time.
     """
     container = Container.open(path)
-    file = cache_folder("unpacked") / f"{container.sha256}.gguf"
-    if file.is_file() and has_sha256(file, container.sha256):
-        return file
-
+    folder = cache_folder("unpacked")
+    file = folder / f"{container.sha256}.gguf"
     with files.disk_errors(file):
-        make_private(file.parent)
-    container.unpack(file)
+        make_private(folder)
+    check_private(folder, explain_foreign)
 
-    if not has_sha256(file, container.sha256):
-        raise EnvironmentFailure(
-            "written-file-differs",
-            f"{file} does not hold what was written there",
-            remedy="check the disk, then run the same command",
-        )
+    # Whoever could write there may still have a file open: its content is replaced.
+    is_doubtful = bool(folder.stat().st_mode & OTHERS_WRITE) and restrict_to_owner(folder)
+    is_there = file.is_file() and not (is_doubtful or explain_foreign(file))
+    if is_there and has_sha256(file, container.sha256):
+        return file
+    container.unpack(file)
     return file
 
 

@@ -6,14 +6,13 @@ If an answer contains ``#### 42``, as in GSM8K, the gold answer is 42. A line ma
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import parse_json, read_user_text
 from racdeploy.files.writing import split_lines
 from racdeploy.tasks import Problem, scoring
 from racdeploy.tasks.extraction import extract_hash_mark
-from racdeploy.tasks.rows import read_text
 
 
 def read(path: Path) -> list[Problem]:
@@ -22,7 +21,7 @@ def read(path: Path) -> list[Problem]:
     Raises:
         UsageError: a line is invalid, or the file is empty.
     """
-    lines = split_lines(read_text(path))
+    lines = split_lines(read_user_text(path, "give the path of an existing file"))
 
     problems = []
     for number, line in enumerate(lines, 1):
@@ -39,13 +38,7 @@ def read(path: Path) -> list[Problem]:
 def _parse(line_name: str, line: str) -> Problem:
     """Return the problem of a line; ``line_name`` is its file and number, for errors."""
     remedy = 'each line is {"question": "…", "answer": "…"}'
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(
-            "row-not-json", f"{line_name} is not JSON: {error}", remedy=remedy
-        ) from error
-
+    row = parse_json(line, line_name, remedy=remedy)
     question = row.get("question") if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
         raise UsageError(

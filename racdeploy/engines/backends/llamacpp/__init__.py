@@ -7,6 +7,7 @@ parent never imports llama_cpp. Greedy results do not depend on ``parallel``.
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from racdeploy.engines.engine import EngineSettings
@@ -16,6 +17,7 @@ from racdeploy.packing import racgguf
 from racdeploy.plugins import require_package
 
 ACCEL = True
+_FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
 _NO_CONTEXT = 16  # tokens; without weights, no context is made
 _LOG = logging.getLogger("racdeploy.sparse_kernels")
 
@@ -59,6 +61,15 @@ def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:
     """Load a GGUF file; a packed one is unpacked in the user's cache first."""
     is_packed = path.suffix == racgguf.SUFFIX
     return LlamaCppEngine(racgguf.unpack_to_cache(path) if is_packed else path, settings)
+
+
+def find_parts(path: Path) -> set[str]:
+    """Return the names of all files of a split model, which llama.cpp derives from the first."""
+    first = _FIRST_PART.search(path.name)
+    if first is None:
+        return set()
+    stem, count = path.name[: first.start()], first[1]
+    return {f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1)}
 
 
 def open_vocabulary(path: Path) -> LlamaCppEngine:

@@ -11,6 +11,8 @@ from pathlib import Path
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.errors import ArtifactError
+from racdeploy.packing.onnx.data_files import find_data_files
+from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.plugins import require_package
 
 ACCEL = True
@@ -21,13 +23,20 @@ class OnnxRuntimeEngine(SubprocessEngine):
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
         require_package("onnxruntime")
-        if not path.is_file():
+        # onnxruntime reads its own format where the name ends in .ort.
+        if not path.is_file() or path.suffix != ".onnx":
             raise ArtifactError(
-                "no-onnx-file", f"{path} is not a file", remedy="give an .onnx file"
+                "no-onnx-file", f"{path} is not an .onnx file", remedy="give an .onnx file"
             )
         super().__init__(
             "racdeploy.engines.backends.onnxruntime.native", "onnxruntime", path, settings
         )
+
+
+def find_parts(path: Path) -> set[str]:
+    """Return the locations of the external data of a graph, and of its graph for kernels."""
+    accel = path.with_name(accel_name(path.name))
+    return find_data_files(path) | (find_data_files(accel) if accel.is_file() else set())
 
 
 open_engine = OnnxRuntimeEngine
