@@ -6,8 +6,10 @@ and 130 after an interruption.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +26,8 @@ from racdeploy.cli import (
     tune,
     verify,
 )
-from racdeploy.cli.console import out
+from racdeploy.cli.console import BROKEN_PIPE, describe_error, out, print_json, say_error
+from racdeploy.errors import EnvironmentFailure, UsageError
 
 app = typer.Typer(
     name="racdeploy",
@@ -72,12 +75,42 @@ app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
 cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
 cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
 
+_WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own copy
 _VERSION = typer.Option("--version", metavar="", help="Print the version.")
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line.
+
+    A closed pipe ends it with 141, as it ends other programs, whoever noticed it: rich and typer
+    exit with 1, which is a failed gate's code.
+    """
+    code: Any = 0
+    try:
+        code = _run()
+        sys.stdout.flush()  # at the interpreter's end, an error has an exit code of its own
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            code = BROKEN_PIPE
+        elif not code:
+            say_error(error)
+            code = EnvironmentFailure.exit_code
+
+    sys.exit(code)
+
+
+def _run() -> Any:
+    """Run the command line, and return its exit code."""
+    try:
+        return app(standalone_mode="--json" not in sys.argv)
+    except SystemExit as ending:
+        return BROKEN_PIPE if isinstance(ending.__context__, BrokenPipeError) else ending.code
+    except _WRONG_USAGE as error:
+        remedy = f"{error.ctx.command_path} --help"
+        refused = UsageError("wrong-usage", error.format_message(), remedy=remedy)
+        print_json(describe_error(refused))
+        return refused.exit_code
 
 
 @app.callback(invoke_without_command=True)

@@ -105,8 +105,10 @@ def test_an_event_cancels(model: Model) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(model: Model) -> None:
-    with raises("prompt-too-long", "prompt 0"):
+    with raises("prompt-too-long", "the prompt has"):
         model.generate("x y " * 400)
+    with raises("prompt-too-long", "the prompt has"):
+        model.generate_many([QUESTION, "x y " * 400])
 
 
 def test_streamed_text_is_the_text(model: Model) -> None:
@@ -201,11 +203,13 @@ def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
 def test_an_app_chooses_its_context(bundle: Path, tmp_path: Path) -> None:
     """A prompt that does not fit names what to raise, and with that it fits."""
     asked = "x " * 60
-    refused = raises("prompt-too-long", "63", "context_tokens=")
-    with load(bundle, threads=1, context_tokens=64) as small, refused:
+    refused = raises("prompt-too-long", "63", "--context-tokens", "context_tokens=")
+    with load(bundle, threads=1, context_tokens=64) as small, refused as caught:
         small.generate(asked, max_new_tokens=2)
+    assert caught.value.exit_code == 2
 
-    with load(bundle, threads=1, context_tokens=512) as large:
+    advised = int(caught.value.remedy.partition("context_tokens=")[2].split()[0])
+    with load(bundle, threads=1, context_tokens=advised) as large:
         assert large.generate(asked, max_new_tokens=2).answer_tokens <= 2
 
 
