@@ -13,8 +13,8 @@
         ├── MissingExtraError      4    an optional dependency is not installed
         ├── EngineError            4    llama.cpp or another engine failed or aborted
         │   ├── ForkedError        4    a model was used in a fork of the process that loaded it
-        │   └── PromptError        4    the engine cannot process a prompt
-        │       └── ContextError   4    … because it is longer than the context
+        │   └── PromptError        2    the engine cannot process a prompt
+        │       └── ContextError   2    … because it is longer than the context
         └── BrokenPluginError      4    a plugin file exists but does not import
 """
 
@@ -112,6 +112,8 @@ class ForkedError(EngineError):
 
 class PromptError(EngineError):
     """A prompt is empty, too long, or has token ids outside the vocabulary."""
+
+    exit_code = 2
 
 
 class ContextError(PromptError):

@@ -16,6 +16,7 @@ from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
     BundleArg,
+    ContextOpt,
     SeedOpt,
     ShowThinkingOpt,
     TemperatureOpt,
@@ -54,6 +55,7 @@ def chat(
     temperature: TemperatureOpt = None,
     seed: SeedOpt = 0,
     show_thinking: ShowThinkingOpt = False,
+    context_tokens: ContextOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
 ) -> None:
@@ -62,7 +64,7 @@ def chat(
 
     from racdeploy.runtime import Conversation, load
 
-    with load(bundle, threads=threads, accel=accel) as model:
+    with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
         talk = Chat(Conversation(model, system), max_thinking_tokens, temperature, seed)
         talk.show_thinking = show_thinking
