@@ -156,6 +156,8 @@ def bench(
 
     print_table(result.to_table(), out)
     say(f"dense: {result.dense}\npruned: {result.pruned}")
+    if result.warning:
+        say(result.warning, "yellow")
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
     _print_kernels(result.kernels, accel, zeros)
 
@@ -165,12 +167,14 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     from tempfile import TemporaryDirectory
 
     from racdeploy.cli.progress import show_progress
-    from racdeploy.files.writing import write_atomic
+    from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.processes.cores import available_cores
     from racdeploy.report.toml_writer import to_toml
     from racdeploy.targets import Target
     from racdeploy.tuning.speed import PROFILE_WORKLOAD, measure_device
 
+    if file:
+        make_parent(file)
     chosen = Target.read(target or "gguf")
     threads = threads or available_cores()
     with show_progress(err) as progress, TemporaryDirectory() as scratch:

@@ -50,8 +50,7 @@ class Stage:
 
         Raises:
             ArtifactError: it has other inputs, or another version of racdeploy left it unfinished.
-            UsageError: another process works in the folder.
-            EnvironmentFailure: the disk is full or not writable.
+            EnvironmentFailure: the disk is full or not writable, or another process works there.
         """
         stage = cls.locate(work, name, inputs)
 

@@ -6,8 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from racdeploy.api.records import Bundle
+from racdeploy.cli import build
+from racdeploy.cli.app import app
+from racdeploy.verification.gate import read_gate
+from tests.support.records import record
+from tests.support.sample_report import build_report
+from tests.support.tiny_artifacts import make_bundle
 
 COMMANDS = (["--help"], ["plugins"], ["plugins", "--json"], ["build", "--help"])
 
@@ -47,3 +57,40 @@ def test_wrong_usage_is_json_where_json_was_asked_for(arguments: list[str]) -> N
     printed = json.loads(ended.stdout)
     assert (ended.returncode, printed["exit_code"], printed["code"]) == (2, 2, "wrong-usage")
     assert printed["remedy"].endswith("--help")
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail"])
+def test_after_a_fail_nothing_is_offered_for_use(
+    verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What to do about what was lost comes in place of ``serve``; exit code 1."""
+    remedy = "lower the sparsity, or choose a wider quant"
+    report = build_report()
+    checks = [
+        each.model_copy(update={"verdict": verdict, "remedy": remedy})
+        for each in report.checks
+        if each.name == "accuracy"
+    ]
+    report = report.model_copy(update={"verdict": verdict, "checks": tuple(checks)})
+    report = report.model_copy(update={"recipe": {"model": "tiny-reasoner"}})
+    (tmp_path / "records.jsonl").write_text(record(0).model_dump_json() + "\n", encoding="utf-8")
+    made = Bundle.from_report(report, read_gate(), folder=tmp_path)
+
+    monkeypatch.setattr(build, "_run", lambda function, values, quiet: made)
+    ended = CliRunner().invoke(app, ["build", "--quiet"])
+    assert ended.exit_code == (verdict == "fail"), ended.output
+    assert ("racdeploy serve" in ended.output) == (verdict == "pass")
+    assert (f"\n  accuracy: {remedy}" in ended.output) == (verdict == "fail")
+    assert f"racdeploy report {tmp_path}" in ended.output
+
+
+def test_every_output_is_tried_before_a_question_is_asked(tmp_path: Path) -> None:
+    """A report that cannot be written would be noticed after all answers."""
+    bundle = make_bundle(tmp_path / "made")
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    for option, path in (("--junit", tmp_path), ("--html", below), ("--reports", below)):
+        ended = _run(["verify", str(bundle), option, str(path)], subprocess.PIPE)
+        assert (ended.returncode, ended.stdout) == (4, "")
+        assert "[write-failed]" in ended.stderr
+        assert "verify pruned" not in ended.stderr
