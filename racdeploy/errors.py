@@ -20,6 +20,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 
 class RacdeployError(Exception):
     """Base class: a stable code for scripts, a message with the values, and a remedy.
@@ -90,6 +94,23 @@ class EnvironmentFailure(RacdeployError):
     exit_code = 4
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra where this racdeploy is installed."""
+    wanted, folders = f"racdeploy[{extra}]", Path(sys.prefix).parts
+    if "pipx" in folders:
+        return f'pipx runpip racdeploy install "{wanted}"'
+    if "uv" not in folders:
+        return f'pip install "{wanted}"'
+
+    from importlib.metadata import distribution  # half of the time that `import racdeploy` takes
+
+    # An environment of uvx, which has no pip: the next one is made with the extra.
+    origin = json.loads(distribution("racdeploy").read_text("direct_url.json") or "{}")
+    prefix = "git+" if "vcs_info" in origin else ""
+    source = f" @ {prefix}{origin['url']}" if origin else ""
+    return f'uvx --from "{wanted}{source}" racdeploy …'
+
+
 class MissingExtraError(EnvironmentFailure):
     """Optional packages are not installed; several are separated by commas."""
 
@@ -98,7 +119,7 @@ class MissingExtraError(EnvironmentFailure):
         super().__init__(
             "missing-extra",
             f"this needs {package}, {which} not installed",
-            remedy=f'pip install "racdeploy[{extra}]"',
+            remedy=install_command(extra),
         )
 
 

@@ -35,6 +35,7 @@ from racdeploy.errors import RacdeployError, UsageError
 if TYPE_CHECKING:
     from racdeploy.runtime import Conversation, GenerationResult, Model
 
+_SEVERAL = '"""'
 _HELP = {
     "/think N": "close the thinking after N tokens",
     "/think off": "use the bundle's default",
@@ -42,6 +43,7 @@ _HELP = {
     "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
     "/load FILE": "continue a saved conversation",
+    '"""': "begin or end a question of several lines",
     "/help": "show this list",
     "/bye": "leave, as Ctrl-D does",
 }
@@ -240,6 +242,11 @@ def _ask_for_lines() -> Iterator[str]:
     while True:
         try:
             line = input("> ")
+            if line.startswith(_SEVERAL):
+                line = line.removeprefix(_SEVERAL)
+                while _SEVERAL not in line:
+                    line += "\n" + input(". ")
+                line = line.replace(_SEVERAL, "")
         except EOFError:
             sys.stdout.write("\n")
             return

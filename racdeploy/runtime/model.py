@@ -103,6 +103,9 @@ class Model(AbstractContextManager["Model"]):
         open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
         self.tags = encode_tags(encoder, open_tag, close_tag) if open_tag and close_tag else None
 
+    def __repr__(self) -> str:
+        return f"<Model {self.manifest.artifacts[0].path}, {self.context_tokens} tokens>"
+
     def generate(
         self,
         prompt: Prompt,

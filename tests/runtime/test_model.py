@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_a_prompt_that_does_not_fit_is_an_error(model: Model) -> None:
         model.generate("x y " * 400)
     with raises("prompt-too-long", "the prompt has"):
         model.generate_many([QUESTION, "x y " * 400])
+
+
+@pytest.mark.parametrize("prompt", ["", [], 5, None])
+def test_what_is_no_prompt_is_refused(model: Model, prompt: Any) -> None:
+    """As the command line does; nothing is asked in its place."""
+    with raises("no-question", repr(prompt)):
+        model.generate(prompt)
+
+
+def test_a_model_shows_what_it_runs(model: Model) -> None:
+    assert (
+        repr(model) == f"<Model {model.manifest.artifacts[0].path}, {model.context_tokens} tokens>"
+    )
 
 
 def test_streamed_text_is_the_text(model: Model) -> None:
