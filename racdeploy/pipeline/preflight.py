@@ -122,7 +122,8 @@ def check_model(job: Job) -> None:
 def _check_count(job: Job, split: Split, option: str, settings: Verification | Traces) -> None:
     """Refuse a number of prompts that the user asked for, and that the tasks do not have."""
     found = len(job.problems(split))
-    if not job.tier and "count" in settings.model_fields_set and found < settings.count:
+    default = type(settings).model_fields["count"].default
+    if not job.tier and settings.count != default and found < settings.count:
         raise UsageError(
             "too-few-questions",
             f"{option} asks {settings.count} questions, and the tasks have {found} for {split}",

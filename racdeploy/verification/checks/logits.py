@@ -83,8 +83,8 @@ def check(evidence: Evidence) -> CheckResult:
         remedy = "lower the sparsity, or calibrate on more traces"
 
     summary = (
-        f"file against pruned model: {export_text}; "
-        f"pruned model against dense: {pruning_text}; {comparison.tokens:,} tokens"
+        f"file against pruned: {export_text}; "
+        f"pruned against dense: {pruning_text}; {comparison.tokens:,} tokens"
     )
     return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 
