@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _MORE = "More"
+_MIN_ADDRESS_BYTES = 2**28
 _FIRST: dict[str, Callable[..., None]] = {
     "racdeploy build ./my-model --sparsity 0.5 --out bundle": build.build,
     "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h": tune.tune,
@@ -87,8 +89,12 @@ def main() -> None:
     """
     code: Any = 0
     try:
+        _check_address_space()
         code = _run()
         sys.stdout.flush()  # at the interpreter's end, an error has an exit code of its own
+    except EnvironmentFailure as error:
+        say_error(error)
+        code = error.exit_code
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):
@@ -98,6 +104,20 @@ def main() -> None:
             code = EnvironmentFailure.exit_code
 
     sys.exit(code)
+
+
+def _check_address_space() -> None:
+    """Refuse a limit at which OpenBLAS, when numpy is imported, exits with 1 by itself."""
+    with suppress(ImportError):  # Windows has no limits
+        import resource
+
+        limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if 0 <= limit_bytes < _MIN_ADDRESS_BYTES:
+            raise EnvironmentFailure(
+                "address-space-too-small",
+                f"this process may use {limit_bytes / 1e6:.0f} MB of addresses, too few to start",
+                remedy="raise the limit, as with ulimit -v unlimited",
+            )
 
 
 def _run() -> Any:

@@ -49,6 +49,16 @@ def test_a_full_disk_under_stdout_is_an_error_of_the_machine(arguments: list[str
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit that Linux keeps")
+@pytest.mark.parametrize("megabytes", [120, 160, 200])
+def test_too_little_memory_to_import_numpy_is_no_failed_gate(megabytes: int) -> None:
+    """OpenBLAS would end the process, with a code that means something else here."""
+    limits = f"ulimit -v {1000 * megabytes}; exec {sys.executable} -m racdeploy inspect ."
+    ended = subprocess.run(["bash", "-c", limits], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (4, "")
+    assert "[address-space-too-small]" in ended.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [["verify", "--tear", "smoke"], ["nothing"], ["run", "b", "q", "--seed", "-1"]]
 )
