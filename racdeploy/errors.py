@@ -13,12 +13,16 @@
         ├── MissingExtraError      4    an optional dependency is not installed
         ├── EngineError            4    llama.cpp or another engine failed or aborted
         │   ├── ForkedError        4    a model was used in a fork of the process that loaded it
-        │   └── PromptError        4    the engine cannot process a prompt
-        │       └── ContextError   4    … because it is longer than the context
+        │   └── PromptError        2    the engine cannot process a prompt
+        │       └── ContextError   2    … because it is longer than the context
         └── BrokenPluginError      4    a plugin file exists but does not import
 """
 
 from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
 
 
 class RacdeployError(Exception):
@@ -90,6 +94,23 @@ class EnvironmentFailure(RacdeployError):
     exit_code = 4
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra where this racdeploy is installed."""
+    wanted, folders = f"racdeploy[{extra}]", Path(sys.prefix).parts
+    if "pipx" in folders:
+        return f'pipx runpip racdeploy install "{wanted}"'
+    if "uv" not in folders:
+        return f'pip install "{wanted}"'
+
+    from importlib.metadata import distribution  # half of the time that `import racdeploy` takes
+
+    # An environment of uvx, which has no pip: the next one is made with the extra.
+    origin = json.loads(distribution("racdeploy").read_text("direct_url.json") or "{}")
+    prefix = "git+" if "vcs_info" in origin else ""
+    source = f" @ {prefix}{origin['url']}" if origin else ""
+    return f'uvx --from "{wanted}{source}" racdeploy …'
+
+
 class MissingExtraError(EnvironmentFailure):
     """Optional packages are not installed; several are separated by commas."""
 
@@ -98,7 +119,7 @@ class MissingExtraError(EnvironmentFailure):
         super().__init__(
             "missing-extra",
             f"this needs {package}, {which} not installed",
-            remedy=f'pip install "racdeploy[{extra}]"',
+            remedy=install_command(extra),
         )
 
 
@@ -112,6 +133,8 @@ class ForkedError(EngineError):
 
 class PromptError(EngineError):
     """A prompt is empty, too long, or has token ids outside the vocabulary."""
+
+    exit_code = 2
 
 
 class ContextError(PromptError):

@@ -173,6 +173,16 @@ class GenerationSettings(_Entry):
         """Context to start other programs with, such as llama-server."""
         return self.advised_context_tokens or self.context_tokens
 
+    def advise_context(self, prompt_tokens: int) -> str:
+        """Return how to load the bundle for a prompt, on the command line and in Python."""
+        needed = prompt_tokens + self.max_new_tokens
+        most = self.model_context_tokens or needed
+        if prompt_tokens >= most:
+            return f"shorten it: the model supports {most:,} tokens, thinking and answer included"
+        tokens = min(needed, most)
+        how = f"--context-tokens {tokens} for run, chat and serve, context_tokens={tokens} for load"
+        return f"shorten it, or allow more: {how}"
+
 
 class Manifest(_Entry):
     """Contents of ``racdeploy.json``.

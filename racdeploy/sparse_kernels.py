@@ -127,7 +127,7 @@ def choose_graph(model: Path, mode: AccelMode, *, threads: int = 0) -> KernelCho
 
 def _choose(engine: str, stock: str, path: Path, mode: AccelMode, threads: int) -> KernelChoice:
     if mode == "off":
-        return KernelChoice(path, f"{stock}: sparse ones are switched off")
+        return KernelChoice(path, f"{stock}: sparse ones are off")
 
     kernels = find()
     result = kernels if isinstance(kernels, str) else kernels.choose(engine, path, _count(threads))

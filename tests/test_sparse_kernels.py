@@ -104,7 +104,7 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
     path = Path("m.gguf")
     assert sparse_kernels.enable(path, "auto").tensors == ("a", "b")
     off = sparse_kernels.enable(path, "off")
-    assert (off.tensors, str(off)) == ((), "llama.cpp's own kernels: sparse ones are switched off")
+    assert (off.tensors, str(off)) == ((), "llama.cpp's own kernels: sparse ones are off")
     assert package.disabled == 2  # before each: a model that did not load leaves its names
     said = str(sparse_kernels.choose_graph(path, "auto", threads=3))
     assert said == "onnxruntime's own operators: slower on 3 threads"

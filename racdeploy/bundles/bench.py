@@ -25,6 +25,7 @@ from racdeploy.verification.baseline import find_dense_arm
 
 _MIN_DECODE_S = 0.5  # shorter measurements are dominated by clock noise
 _MAX_ANSWERS = 32
+_MAX_SPREAD = 1.5  # of the ratio of both speeds, its highest over its lowest round
 Figures = Mapping[str, float]
 
 FIGURES = {
@@ -75,6 +76,14 @@ class BenchResult:
             name: sorted(pruned[name] / dense[name] for dense, pruned in rounds) for name in FIGURES
         }
 
+    @property
+    def warning(self) -> str:
+        """Sentence on rounds that differ too much to compare, or an empty string."""
+        ratios = self.ratios()["decode_tokens_per_s"]
+        if ratios[-1] <= _MAX_SPREAD * ratios[0]:
+            return ""
+        return "too noisy to compare: raise --rounds, and run nothing else meanwhile"
+
     def to_table(self) -> ReportTable:
         """Return a table of both medians, and of the median and range of their ratio."""
         medians = self.medians()
@@ -110,6 +119,7 @@ class BenchResult:
             "file_bytes": {"dense": self.dense_bytes, "pruned": self.pruned_bytes},
             **load,
             "kernels": self.kernels,
+            "warning": self.warning,
         }
 
 

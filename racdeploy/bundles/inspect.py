@@ -30,6 +30,7 @@ _LAST_LINEARS = {
     "query_columns": ("attn_output.weight", "self_attn.o_proj.weight"),
 }
 _EXPERT_STACK = "ffn_down_exps.weight"
+_SHOWN_ENDS = (".context_length", ".block_count")
 _SHOWN_KEYS = ("general.", "racdeploy.", "racgguf.", "tokenizer.ggml.pre", "tokenizer.ggml.model")
 
 
@@ -69,7 +70,11 @@ def _inspect_file(path: Path) -> Json:
         size_bytes = path.stat().st_size
 
     summary = {"file": str(path), "size_bytes": size_bytes, "sha256": file_sha256(path)}
-    shown = {key: value for key, value in metadata.items() if key.startswith(_SHOWN_KEYS)}
+    shown = {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith(_SHOWN_KEYS) or key.endswith(_SHOWN_ENDS)
+    }
     return _add_totals(summary | shown | _describe_widths(tensors, metadata), tensors)
 
 

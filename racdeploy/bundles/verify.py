@@ -16,7 +16,7 @@ from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.engines import open_engine
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.engine import Engine, EngineSettings, Progress
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import ArtifactError, GateError, UsageError
 from racdeploy.files.code_hashes import base_version
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
@@ -99,6 +99,16 @@ class LocalAnswerSource:
     def fingerprint(self) -> Json:
         """Machine and engine settings that the answers depend on."""
         return fingerprint(self.engine_settings)
+
+    def check_integrity(self) -> None:
+        """Raise GateError for a changed artifact: its answers would be those of another model."""
+        contents = self.bundle.contents
+        for entry in contents.manifest.artifacts:
+            try:
+                entry.check_changed_files(contents.folder)
+            except ArtifactError as error:
+                message = f"integrity failed, so no question was asked: {error.message}"
+                raise GateError(error.code, message, remedy=error.remedy) from error
 
     def gather(self, dense: ArmResult, notes: list[str]) -> tuple[Evidence, list[str]]:
         """Run all artifacts; return the evidence for the checks, and notes on both arms."""
@@ -245,6 +255,8 @@ class BundleVerification:
         """Answer, compare and decide; return the report and all records."""
         self.plan()  # report problems before any work
         answer_source = self.answer_source or self.local
+        if answer_source is self.local and self.gate.is_enabled("integrity"):
+            self.local.check_integrity()
 
         # The harness goes first: an unknown task fails within a minute.
         harness_runs, harness_notes = self.harness.run() if self.harness else (None, [])

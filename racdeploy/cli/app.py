@@ -6,8 +6,11 @@ and 130 after an interruption.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +27,8 @@ from racdeploy.cli import (
     tune,
     verify,
 )
-from racdeploy.cli.console import out
+from racdeploy.cli.console import BROKEN_PIPE, describe_error, out, print_json, say_error
+from racdeploy.errors import EnvironmentFailure, UsageError
 
 app = typer.Typer(
     name="racdeploy",
@@ -35,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _MORE = "More"
+_MIN_ADDRESS_BYTES = 2**28
 _FIRST: dict[str, Callable[..., None]] = {
     "racdeploy build ./my-model --sparsity 0.5 --out bundle": build.build,
     "racdeploy tune ./my-model --max-bytes 1.5GB --budget 2h": tune.tune,
@@ -72,12 +77,60 @@ app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
 cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
 cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
 
+_WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own copy
 _VERSION = typer.Option("--version", metavar="", help="Print the version.")
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line.
+
+    A closed pipe ends it with 141, as it ends other programs, whoever noticed it: rich and typer
+    exit with 1, which is a failed gate's code.
+    """
+    code: Any = 0
+    try:
+        _check_address_space()
+        code = _run()
+        sys.stdout.flush()  # at the interpreter's end, an error has an exit code of its own
+    except EnvironmentFailure as error:
+        say_error(error)
+        code = error.exit_code
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            code = BROKEN_PIPE
+        elif not code:
+            say_error(error)
+            code = EnvironmentFailure.exit_code
+
+    sys.exit(code)
+
+
+def _check_address_space() -> None:
+    """Refuse a limit at which OpenBLAS, when numpy is imported, exits with 1 by itself."""
+    with suppress(ImportError):  # Windows has no limits
+        import resource
+
+        limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if 0 <= limit_bytes < _MIN_ADDRESS_BYTES:
+            raise EnvironmentFailure(
+                "address-space-too-small",
+                f"this process may use {limit_bytes / 1e6:.0f} MB of addresses, too few to start",
+                remedy="raise the limit, as with ulimit -v unlimited",
+            )
+
+
+def _run() -> Any:
+    """Run the command line, and return its exit code."""
+    try:
+        return app(standalone_mode="--json" not in sys.argv)
+    except SystemExit as ending:
+        return BROKEN_PIPE if isinstance(ending.__context__, BrokenPipeError) else ending.code
+    except _WRONG_USAGE as error:
+        remedy = f"{error.ctx.command_path} --help"
+        refused = UsageError("wrong-usage", error.format_message(), remedy=remedy)
+        print_json(describe_error(refused))
+        return refused.exit_code
 
 
 @app.callback(invoke_without_command=True)

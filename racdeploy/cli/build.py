@@ -29,8 +29,6 @@ def build(
     """Prune, export, verify and bundle a model: the main job."""
     _announce("build", values, quiet)
     if dry_run:
-        from racdeploy.pipeline.preflight import check_build
-
         out = values["out"]
         with jobs.open_build(values, is_checked=False) as builder:
             if builder.job.recipe.rungs:
@@ -38,20 +36,26 @@ def build(
 
                 plan = Ladder(builder, out).plan()
             else:
-                plan = builder.plan(check_build(builder.job, out))
+                plan = builder.plan(builder.check(out))
         console.print_plan(plan, json_output, str(out or ""))
         return
 
     bundle = _run(functions.build, values, quiet)
 
     from racdeploy.recipe import Recipe
+    from racdeploy.report.tables import list_next_steps
 
     recipe = Recipe.model_validate(bundle.report.recipe)
-    commands = list_commands(recipe, bundle.folder, values["work"], sys.argv[1:])
-    if kernels := advise(bundle.report, recipe):
-        commands.append(kernels)
+    if bundle.verdict == "fail":
+        heading = "not good enough to use; what to do:"
+        commands = [*list_next_steps(bundle.report), f"racdeploy report {bundle.folder}"]
+    else:
+        heading = "next:"
+        commands = list_commands(recipe, bundle.folder, values["work"], sys.argv[1:])
+        if kernels := advise(bundle.report, recipe):
+            commands.append(kernels)
 
-    last = ["", f"bundle: {bundle.folder}", "next:", *(f"  {command}" for command in commands)]
+    last = ["", f"bundle: {bundle.folder}", heading, *(f"  {command}" for command in commands)]
     console.finish(bundle, json_output, last)
 
 

@@ -16,6 +16,7 @@ from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
     BundleArg,
+    ContextOpt,
     SeedOpt,
     ShowThinkingOpt,
     TemperatureOpt,
@@ -34,6 +35,7 @@ from racdeploy.errors import RacdeployError, UsageError
 if TYPE_CHECKING:
     from racdeploy.runtime import Conversation, GenerationResult, Model
 
+_SEVERAL = '"""'
 _HELP = {
     "/think N": "close the thinking after N tokens",
     "/think off": "use the bundle's default",
@@ -41,6 +43,7 @@ _HELP = {
     "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
     "/load FILE": "continue a saved conversation",
+    '"""': "begin or end a question of several lines",
     "/help": "show this list",
     "/bye": "leave, as Ctrl-D does",
 }
@@ -54,6 +57,7 @@ def chat(
     temperature: TemperatureOpt = None,
     seed: SeedOpt = 0,
     show_thinking: ShowThinkingOpt = False,
+    context_tokens: ContextOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
 ) -> None:
@@ -62,7 +66,7 @@ def chat(
 
     from racdeploy.runtime import Conversation, load
 
-    with load(bundle, threads=threads, accel=accel) as model:
+    with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
         talk = Chat(Conversation(model, system), max_thinking_tokens, temperature, seed)
         talk.show_thinking = show_thinking
@@ -238,6 +242,11 @@ def _ask_for_lines() -> Iterator[str]:
     while True:
         try:
             line = input("> ")
+            if line.startswith(_SEVERAL):
+                line = line.removeprefix(_SEVERAL)
+                while _SEVERAL not in line:
+                    line += "\n" + input(". ")
+                line = line.replace(_SEVERAL, "")
         except EOFError:
             sys.stdout.write("\n")
             return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-INTERRUPTED = 130
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 and the signal's number
 _TRACEBACK = "RACDEPLOY_TRACEBACK"
 _MAX_QUOTED = 200
 _COMMAND = re.compile(r"^(\s*)::", re.MULTILINE)
@@ -217,13 +217,13 @@ def report_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             with _ended_by_signals():
                 return command(*args, **kwargs)
+        except BrokenPipeError:  # of stdout: main() chooses the exit code
+            raise
         except (RacdeployError, OSError) as error:
             _fail(_to_racdeploy_error(error), as_json)
-        except (typer.Exit, typer.Abort, typer.BadParameter):
-            raise
         except (KeyboardInterrupt, _Terminated) as interruption:
             _end_early(str(interruption), as_json)
-        except (SystemExit, GeneratorExit):
+        except (typer.Exit, typer.Abort, typer.BadParameter, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # native libraries may raise others than Exception
             if os.environ.get(_TRACEBACK):
@@ -266,10 +266,15 @@ def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
     return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
 
 
+def describe_error(error: RacdeployError) -> dict[str, object]:
+    """Return an error as an object for ``--json``."""
+    details = {"code": error.code, "error": error.message, "remedy": error.remedy}
+    return {**details, "exit_code": error.exit_code, "kind": type(error).__name__}
+
+
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:
     if as_json:
-        details = {"code": error.code, "error": error.message, "remedy": error.remedy}
-        print_json(details | {"exit_code": error.exit_code, "kind": type(error).__name__})
+        print_json(describe_error(error))
     else:
         if isinstance(error, ArtifactError):  # values of a file must not look like lines of ours
             error.message = " ".join(error.message.split())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from racdeploy import sparse_kernels
+from racdeploy.errors import install_command
 from racdeploy.extras import PACKAGES, Package, installed_version, is_installed
 from racdeploy.files.caches import default_work_folder
 from racdeploy.models.sources import EMBEDDED, resolve_model
@@ -44,7 +45,7 @@ def _examine_package(package: Package) -> Finding:
         version = installed_version(package.name) or "installed, version unknown"
         return _finding(package.name, True, version)
 
-    install = f'pip install "racdeploy[{package.extra}]"'
+    install = install_command(package.extra)
     return _unused(package.name, f"needed for {package.purpose}: {install}")
 
 
@@ -63,7 +64,8 @@ def _examine_work() -> Finding:
 
 def _examine_cores() -> Finding:
     products = "with" if has_bfloat16() else "without"
-    cores = f"{available_cores()} of {os.cpu_count()} cores"
+    busy = f", {os.getloadavg()[0]:.1f} busy" if hasattr(os, "getloadavg") else ""
+    cores = f"{available_cores()} of {os.cpu_count()} cores{busy}"
     return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
 
 
@@ -102,7 +104,7 @@ def _examine_compiler() -> Finding:
 def _examine_llama() -> Finding:
     """Report the features that llama.cpp was built with, read in a child process."""
     if not is_installed("llama_cpp"):
-        return _unused("llama.cpp", 'not installed: pip install "racdeploy[llamacpp]"')
+        return _unused("llama.cpp", f"not installed: {install_command('llamacpp')}")
 
     code = "import llama_cpp; print(llama_cpp.llama_print_system_info().decode())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -65,6 +65,10 @@ TemperatureOpt = Annotated[
     float | None, typer.Option(min=0, help="0 is greedy; default: the bundle's.")
 ]
 SeedOpt = Annotated[int, typer.Option(min=0, help="Same seed, same answer.")]
+ContextOpt = Annotated[
+    int | None,
+    typer.Option(min=1, help="Maximum tokens of prompt and completion; default: the bundle's."),
+]
 ShowThinkingOpt = Annotated[
     bool,
     typer.Option("--show-thinking", metavar="", help="Print the thinking too, on stderr."),

@@ -203,10 +203,9 @@ def _describe_cost(plan: Plan) -> list[str]:
     lines = []
     if parts:
         lines.append(f"memory: {', '.join(parts)}")
-    if "artifact_bytes" in plan:
-        # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
-        disk = 2 * 2 * plan["parameters"] + 3 * plan["artifact_bytes"]
-        lines.append(f"disk: about {format_bytes(disk)} in the work folder and the bundle")
+    if "disk_bytes" in plan:
+        disk = format_bytes(plan["disk_bytes"])
+        lines.append(f"disk: about {disk} in the work folder and the bundle")
     if plan.get("seconds_expected"):
         time = write_duration(plan["seconds_expected"])
         lines.append(f"time: roughly {time}; the bars show what is left")
@@ -227,10 +226,10 @@ def _advise_on_prompts(plan: Plan) -> list[str]:
 
     from racdeploy.results.units import format_points
     from racdeploy.verification.gate import Gate
-    from racdeploy.verification.plan import Expectation, find_min_prompts
+    from racdeploy.verification.stats.paired import find_min_prompts
 
-    expected = Expectation(plan["discordant_share"])
-    enough = find_min_prompts(expected, plan["accuracy_margin"], Gate().confidence)
+    margin, confidence = plan["accuracy_margin"], Gate().confidence
+    enough = find_min_prompts(plan["discordant_share"], margin, confidence)
     drop = format_points(plan["smallest_detectable_drop"])
 
     advice = f"{plan['evaluation_prompts']} prompts can only show drops above {drop} points"

@@ -14,6 +14,7 @@ from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
     BundleArg,
+    ContextOpt,
     JsonOpt,
     Kernels,
     SeedOpt,
@@ -39,10 +40,18 @@ from racdeploy.errors import UsageError
 def run(
     bundle: BundleArg,
     prompt: str = typer.Argument("-", help="Question; - reads it from stdin."),
+    system: str = typer.Option("", help="System message."),
     max_thinking_tokens: BudgetOpt = None,
+    max_new_tokens: int | None = typer.Option(
+        None, min=1, help="Maximum tokens of thinking and answer; default: the bundle's."
+    ),
     temperature: TemperatureOpt = None,
+    top_p: float | None = typer.Option(
+        None, min=0, max=1, help="Probability mass to sample from; default: the bundle's."
+    ),
     seed: SeedOpt = 0,
     show_thinking: ShowThinkingOpt = False,
+    context_tokens: ContextOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     json_output: JsonOpt = False,
@@ -55,16 +64,19 @@ def run(
 
     stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
-    with load(bundle, threads=threads, accel=accel) as model:
+    with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
         zeros = model.manifest.pruning.get("sparsity", 0.0)
         _print_kernels(model.engine.info.get("kernels", ""), accel, zeros)
 
         with stopped_by_ctrl_c() as cancel:
+            messages = [{"role": "system", "content": system}] if system else []
             result = model.generate(
-                question,
+                [*messages, {"role": "user", "content": question}],
                 max_thinking_tokens=max_thinking_tokens,
+                max_new_tokens=max_new_tokens,
                 temperature=temperature,
+                top_p=top_p,
                 seed=seed,
                 on_text=stream.write,
                 cancel=cancel,
@@ -144,6 +156,8 @@ def bench(
 
     print_table(result.to_table(), out)
     say(f"dense: {result.dense}\npruned: {result.pruned}")
+    if result.warning:
+        say(result.warning, "yellow")
     zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
     _print_kernels(result.kernels, accel, zeros)
 
@@ -153,12 +167,14 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     from tempfile import TemporaryDirectory
 
     from racdeploy.cli.progress import show_progress
-    from racdeploy.files.writing import write_atomic
+    from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.processes.cores import available_cores
     from racdeploy.report.toml_writer import to_toml
     from racdeploy.targets import Target
     from racdeploy.tuning.speed import PROFILE_WORKLOAD, measure_device
 
+    if file:
+        make_parent(file)
     chosen = Target.read(target or "gguf")
     threads = threads or available_cores()
     with show_progress(err) as progress, TemporaryDirectory() as scratch:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from racdeploy.cli.console import INTERRUPTED, report_errors, show
-from racdeploy.cli.options import AccelOpt, BundleArg, ThreadsOpt
+from racdeploy.cli.options import AccelOpt, BundleArg, ContextOpt, ThreadsOpt
 
 if TYPE_CHECKING:
     from racdeploy.serve.app import ServedModel
@@ -30,9 +30,7 @@ def serve(
     parallel: int = typer.Option(
         4, min=1, help="Requests decoded together; each needs the memory of a context."
     ),
-    context_tokens: int | None = typer.Option(
-        None, min=1, help="Maximum tokens of prompt and completion; default: the bundle's."
-    ),
+    context_tokens: ContextOpt = None,
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
     dense: Path | None = typer.Option(

@@ -99,14 +99,14 @@ class AnswerStream:
 
 def show_line(text: str) -> None:
     """Show a status line on a terminal, which the next line replaces."""
-    if err.is_terminal:
+    if err.is_terminal and not err.is_dumb_terminal:
         clear_line()
         err.print(text, style="dim", end="", markup=False, no_wrap=True, overflow="ellipsis")
 
 
 def clear_line() -> None:
-    """Clear the status line, if stderr is a terminal."""
-    if err.is_terminal:
+    """Clear the status line, if stderr is a terminal that can."""
+    if err.is_terminal and not err.is_dumb_terminal:
         err.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
 
 

@@ -44,11 +44,14 @@ def inspect(
         print_json(contents)
         return
 
-    if not summary:
+    if contents["tensors"] and not summary:
         _print_tensors(contents["tensors"])
 
     # Last, so that it is not scrolled away by hundreds of tensors.
-    print_table(_add_up_types(contents["tensors"]), out)
+    if contents["tensors"]:
+        print_table(_add_up_types(contents["tensors"]), out)
+    else:
+        show("no tensors: a vocabulary alone")
     for key, value in contents["summary"].items():
         show(f"{key}: {value!s:.200}")
 
@@ -153,11 +156,11 @@ def families(json_output: JsonOpt = False) -> None:
         return
 
     for row in rows:
-        show(f"{row['family']:<16}{row['models']}")
+        show(f"{row['family']:<16} {row['models']}")
         details = [
             f"transformers {row['transformers']}",
             f"llama.cpp {row['gguf']}",
-            f"cuts {', '.join(row['cuts'])}",
+            f"cuts {', '.join(row['cuts']) or 'nothing'}",
         ]
         if row["stays_dense"]:
             details.append(f"dense: {', '.join(row['stays_dense'])}")

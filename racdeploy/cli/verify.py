@@ -27,7 +27,7 @@ def verify(
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.report import html, junit
-    from racdeploy.report.files import write_reports
+    from racdeploy.report.files import PAGE, write_reports
 
     if show_plan:
         verification, notes = jobs.open_verification(values)
@@ -35,7 +35,7 @@ def verify(
         print_plan(verification.plan(), json_output)
         return
 
-    for file in filter(None, (junit_file, html_file)):
+    for file in filter(None, (junit_file, html_file, reports and reports / PAGE)):
         make_parent(file)
     with show_progress(err) as progress:
         verdict = functions.verify(**values, progress=progress)

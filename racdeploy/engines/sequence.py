@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.engines.engine import Completion, FinishReason, Logits, Sampling, ThinkingBudget
-from racdeploy.errors import ContextError, EngineError, PromptError
+from racdeploy.errors import ContextError, EngineError, PromptError, UsageError
 
 _MIN_WEIGHT = 1e-4  # relative to the likeliest token
 
@@ -226,7 +226,7 @@ def check_request(
     for index, ids in enumerate(prompts):
         check_ids(ids, f"prompt {index}", context_tokens - 1, vocabulary)
     if problem := _find_problem(sampling, vocabulary):
-        raise EngineError(
+        raise UsageError(
             "bad-generation-setting",
             f"cannot generate: {problem}",
             remedy="correct the generation settings",
@@ -244,8 +244,7 @@ def check_ids(ids: Sequence[int], subject: str, limit: int, vocabulary: int) -> 
         raise ContextError(
             "prompt-too-long",
             f"{subject} has {len(ids)} tokens, the context takes at most {limit}",
-            remedy="shorten the text, or raise context_tokens as far as the model is made for, as "
-            "in racdeploy.load(BUNDLE, context_tokens=8192); racdeploy never clips a text",
+            remedy="shorten the text, or raise context_tokens; racdeploy never clips a text",
         )
 
     if min(ids) < 0 or max(ids) >= vocabulary:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.errors import UsageError
+from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.caches import cache_folder, default_work_folder
 from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
 
@@ -79,7 +79,7 @@ def select_entries(
                 remedy="racdeploy cache ls",
             )
         if by_name[name].state == "in use":
-            raise UsageError(
+            raise EnvironmentFailure(
                 "work-folder-in-use",
                 f"another racdeploy is working in {by_name[name].path}",
                 remedy="wait for it",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from filelock import FileLock
 
-from racdeploy.errors import UsageError
+from racdeploy.errors import EnvironmentFailure
 
 _TIMEOUT_S = 0.2  # is_folder_in_use of another process holds a lock for a moment
 _locks: dict[Path, FileLock] = {}  # held until release, or the end of the process
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock a folder for this process; UsageError where another process works in it."""
+    """Lock a folder for this process, after the process that works in it.
+
+    Raises:
+        EnvironmentFailure: this process has locked another folder, for which that one may wait.
+    """
     if folder in _locks:
         return
 
@@ -21,11 +26,12 @@ def lock_folder(folder: Path) -> None:
     try:
         lock.acquire()
     except TimeoutError as error:
-        raise UsageError(
-            "work-folder-in-use",
-            f"another racdeploy is working in {folder}",
-            remedy="wait for it, or use another --work folder",
-        ) from error
+        in_use = f"another racdeploy is working in {folder}"
+        if _locks:
+            remedy = "wait for it, or use another --work folder"
+            raise EnvironmentFailure("work-folder-in-use", in_use, remedy=remedy) from error
+        logging.getLogger("racdeploy").info(f"{in_use}: waiting until it is done")
+        lock.acquire(timeout=-1)
 
     _locks[folder] = lock
 

@@ -51,8 +51,8 @@ class Stage:
 
         Raises:
             ArtifactError: it has other inputs, or another version of racdeploy left it unfinished.
-            UsageError: another process works in the folder.
-            EnvironmentFailure: the folder is another user's, or the disk is full or not writable.
+            EnvironmentFailure: the folder is another user's or in use, or the disk is full or not
+                writable.
         """
         stage = cls.locate(work, name, inputs)
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,8 +57,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise EnvironmentFailure(
             "write-failed",
             f"cannot write {where}: {error.strerror}",
-            remedy=f"free some space or choose another folder than {where.parent}, "
-            "then run the same command",
+            remedy=f"choose another folder than {where.parent}, or free space if it is full",
         ) from error
 
 
@@ -74,8 +74,8 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
     if free_bytes < needed_bytes:
         raise EnvironmentFailure(
             "disk-full",
-            f"{folder} has {free_bytes / 1e6:.0f} MB free "
-            f"and {needed_bytes / 1e6:.0f} MB are needed",
+            f"{folder} has {free_bytes / 1e6:.1f} MB free "
+            f"and {needed_bytes / 1e6:.1f} MB are needed",
             remedy=f"free some space, or {remedy}",
         )
 
@@ -97,9 +97,13 @@ def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def make_parent(file: Path) -> None:
-    """Make the folder of a file that will be written, so that an error comes before the work."""
+    """Make the folder of a file, and try to write there, so that an error comes before the work."""
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
 
 
 def write_atomic(file: Path, content: bytes | str, mode: int = 0o666) -> None:

@@ -72,8 +72,12 @@ class Build:
             out: the bundle's folder; by default the artifact's name.
             extra_rivals: models to compare with, after those that the recipe names.
         """
-        check_build(self.job, out)
+        self.check(out)
         return self.write(self.make(extra_rivals), out)
+
+    def check(self, out: Path | None = None) -> Json:
+        """Return the plan of the stages; raise the first error that one of them would raise."""
+        return check_build(self.job, out, self.work)
 
     def make(self, extra_rivals: Sequence[Rival] = ()) -> bundling.BundleContents:
         """Run all stages up to the verification; return what the bundle will contain."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from racdeploy import __version__, exporting, plugins
 from racdeploy import manifest as manifests
-from racdeploy.errors import UsageError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.exporting import ExportResult
 from racdeploy.files.reading import Json
 from racdeploy.files.templates import render_text
@@ -23,7 +23,9 @@ from racdeploy.manifest import CONFIG_FILES, TokenizerEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.naming import name_method
 from racdeploy.pipeline.thinking import UNCONTROLLED, ShippedControl
+from racdeploy.pipeline.workspace import notify
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report import markdown
@@ -122,6 +124,17 @@ def check_replaceable(out: Path) -> None:
             f"{out} exists and is not a bundle",
             remedy="choose another folder with --out",
         )
+    if is_bundle:
+        notify(f"replaces the bundle {out}{_describe_old(out)}")
+
+
+def _describe_old(out: Path) -> str:
+    """Return the model and pruning of a bundle; empty if it cannot be read."""
+    try:
+        old = manifests.Manifest.read(out)
+    except ArtifactError:
+        return ""
+    return f", of {old.base['model']}: {old.artifacts[0].path}, {old.verdict}"
 
 
 def write_bundle(out: Path, contents: BundleContents) -> manifests.Manifest:
@@ -223,7 +236,7 @@ def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest
         recipe=recipe.model_dump(mode="json"),
         traces=dict(contents.traces),
         pruning={
-            "method": recipe.prune.method,
+            "method": name_method(recipe),
             "pattern": recipe.prune.pattern,
             # Rounding adds zeros or loses them, so the file has its own number.
             "sparsity": contents.model.sparsity,

@@ -38,6 +38,13 @@ def default_export_path(model: str, settings: Export) -> Path:
     return path if len(path.parts) == 1 else Path(name) / path
 
 
+def name_method(recipe: Recipe) -> str:
+    """Return the method that chose zeros, else the criterion of the cut, else ``none``."""
+    if recipe.prune.sparsity:
+        return recipe.prune.method
+    return f"cut by {recipe.structure.criterion}" if recipe.structure.cut_parts else "none"
+
+
 def describe_pruning(recipe: Recipe) -> str:
     """Return the label of a recipe: ``rac-60``, ``ffn75-prompt-2of4``, ``ffn50-rac-recovered``.
 
@@ -84,7 +91,7 @@ def list_metadata(job: Job, pruned: Checkpoint) -> dict[str, str | int | float |
         "general.size_label": label_size(pruned.parameters),
         "racdeploy.version": __version__,
         "racdeploy.base_model": recipe.model,
-        "racdeploy.method": recipe.prune.method,
+        "racdeploy.method": name_method(recipe),
         "racdeploy.pattern": recipe.prune.pattern,
         "racdeploy.sparsity": float(recipe.prune.sparsity),
         "racdeploy.calibration": recipe.calibration.source,

@@ -10,6 +10,7 @@ from typing import Any
 from racdeploy import exporting, quant
 from racdeploy.errors import MissingExtraError, ModelError, UsageError
 from racdeploy.extras import PACKAGES, is_installed
+from racdeploy.files.writing import require_space
 from racdeploy.models.tensor_coverage import check_known_tensors, shorten_names
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
@@ -18,7 +19,9 @@ from racdeploy.pipeline.naming import name_artifact
 from racdeploy.pipeline.structure import check_format, check_structure, expect_structure
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.token_differences import check_tokens
+from racdeploy.recipe import Traces, Verification
 from racdeploy.targets import Target
+from racdeploy.tasks import Split
 from racdeploy.verification.plan import Expectation, plan
 from racdeploy.verification.rivals import SAME_SIZE
 
@@ -27,8 +30,11 @@ _MIN_ANSWER_TOKENS = 16
 _MIN_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
-def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
-    """Return the plan of a build; raise the first error that a later stage would raise."""
+def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> dict[str, Any]:
+    """Return the plan of a build; raise the first error that a later stage would raise.
+
+    ``work`` is the folder of stage results, whose disk needs room.
+    """
     jobs = (job, *job.siblings)
 
     for each in jobs:
@@ -57,6 +63,14 @@ def check_build(job: Job, out: Path | None = None) -> dict[str, Any]:
         if tokens := check_tokens(each.checkpoint, each.recipe.export):
             planned["token_differences"] = tokens
         check_memory(each, planned)
+
+    needed_bytes = {
+        out or Path(): plans[0]["artifact_bytes"],
+        work or Path(): plans[0]["disk_bytes"],
+    }
+    for folder, size_bytes in needed_bytes.items():
+        parent = next(each for each in (folder, *folder.resolve().parents) if each.is_dir())
+        require_space(parent, size_bytes, "name folders of another disk with --out and --work")
 
     return plans[0]
 
@@ -94,12 +108,27 @@ def check_model(job: Job) -> None:
 
     _ = checkpoint.eos_ids, job.encoder.encode("2 + 2?"), checkpoint.tied
 
+    _check_count(job, "evaluation", "--prompts", job.recipe.verify)
+    _check_count(job, "calibration", "--trace-prompts", job.recipe.traces)
     questions = {problem.question for problem in job.problems("evaluation")}
     if shared := questions & {problem.question for problem in job.problems("calibration")}:
         raise UsageError(
             "shared-questions",
             f"{len(shared)} questions are in both the calibration and the evaluation task",
             remedy="give one file alone, which is split, or two files that share no question",
+        )
+
+
+def _check_count(job: Job, split: Split, option: str, settings: Verification | Traces) -> None:
+    """Refuse a number of prompts that the user asked for, and that the tasks do not have."""
+    found = len(job.problems(split))
+    default = type(settings).model_fields["count"].default
+    if not job.tier and settings.count != default and found < settings.count:
+        raise UsageError(
+            "too-few-questions",
+            f"{option} asks {settings.count} questions, and the tasks have {found} for {split}",
+            remedy=f"{option} {found}; or give about {2 * settings.count} different questions, as "
+            "a file is split in half between calibration and evaluation",
         )
 
 
@@ -125,6 +154,7 @@ def plan_build(job: Job) -> dict[str, Any]:
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
     lost = find_lost_zeros(job)
+    artifact_bytes = _expect_bytes(job, expected.sizes)
 
     return {
         "model": recipe.model,
@@ -140,7 +170,9 @@ def plan_build(job: Job) -> dict[str, Any]:
         "evaluation_models": models,
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
-        "artifact_bytes": _expect_bytes(job, expected.sizes),
+        "artifact_bytes": artifact_bytes,
+        # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
+        "disk_bytes": 2 * 2 * parameters + 3 * artifact_bytes,
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,

@@ -34,15 +34,18 @@ class Fact:
 def list_facts(report: Report) -> list[Fact]:
     """Return method, zeros, structure, recovery, number format and file, if they are known."""
     recipe, pruned = report.recipe, report.find_arm("pruned")
-    method = _find(recipe, "prune", "method")
-    source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
     kept = list_remaining(report.kept_structure, report.structure)
+    method = _find(recipe, "prune", "method") if _has_zeros(recipe) else ""
+    cut = f"cut by {_find(recipe, 'structure', 'criterion') or 'error'}" if kept else ""
+    source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
+    if method == "magnitude" and not kept:
+        source = ""
 
     quant = (pruned.quant if pruned else None) or _find(recipe, "export", "quant")
     packing = _find(recipe, "export", "packing")
     packed = f"packed as {packing}" if packing not in ("", "plain") else ""
     texts = {
-        "Method": _join(method, source) if method else "",
+        "Method": _join(method, cut, source) if method or cut else "",
         "Zeros": _describe_zeros(recipe, pruned),
         "Kept": _join(*(f"{part.share} of the {part.name}" for part in kept)),
         "Recovery": describe_recovery(report.recovery),
@@ -73,13 +76,15 @@ def find_question(records: Sequence[AnswerRecord]) -> str:
     return _QUESTION
 
 
+def _has_zeros(recipe: Mapping[str, Any]) -> bool:
+    is_plain = _find(recipe, "prune", "pattern") in ("", "unstructured")
+    return not is_plain or _find(recipe, "prune", "sparsity") not in ("", "0", "0.0")
+
+
 def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
     """Return the share of zeros in the file and their pattern; empty if none were requested."""
     pattern = _find(recipe, "prune", "pattern")
-    is_plain = pattern in ("", "unstructured")
-    if is_plain and _find(recipe, "prune", "sparsity") in ("", "0", "0.0"):
-        return ""
-    if pruned is None or pruned.sparsity is None:
+    if not _has_zeros(recipe) or pruned is None or pruned.sparsity is None:
         return ""
     return _join(f"{pruned.sparsity:.1%} of the prunable weights", pattern)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from racdeploy.report.summary import describe_accuracy
 from racdeploy.report.tables import (
     LENGTH_INTERVAL,
     LENGTH_RATIO,
@@ -11,10 +12,9 @@ from racdeploy.report.tables import (
     format_with_units,
     to_single_line,
 )
-from racdeploy.results.answers import ArmSummary, Comparison
+from racdeploy.results.answers import ArmSummary
 from racdeploy.results.checks import CheckVerdict
 from racdeploy.results.report import Report
-from racdeploy.results.units import format_points
 
 _EQUAL_SIZE, _EQUAL_SPEED = 0.02, 0.05  # changes too small to matter
 _EQUAL = 0.005  # a change that rounds to 0 %
@@ -84,7 +84,7 @@ def describe_gains(report: Report) -> list[str]:
     """Return sentences on size, parameters, speed and accuracy, if they are known."""
     sentences = describe_savings(report)
     if report.comparison:
-        sentences.append(_describe_accuracy(report.comparison))
+        sentences.append(describe_accuracy(report.comparison))
     return sentences
 
 
@@ -135,18 +135,3 @@ def _describe_speed(dense: ArmSummary, pruned: ArmSummary) -> str:
     if abs(ratio - 1) < _EQUAL_SPEED:
         return f"as fast as the dense one: {figures}"
     return f"{ratio:.2f} times as fast: {figures}"
-
-
-def _describe_accuracy(comparison: Comparison) -> str:
-    """Return the change of accuracy, and whether chance can explain it."""
-    on = f"on {comparison.n:,} prompts"
-    if comparison.drop_upper < 0:
-        return f"{format_points(-comparison.drop)} points more right answers {on}"
-
-    is_equal = comparison.drop_lower <= 0
-    if is_equal and comparison.verdict == "pass":
-        max_drop = format_points(comparison.drop_upper)
-        return f"no measurable loss of accuracy, at most {max_drop} points {on}"
-
-    chance = ", which chance can explain" if is_equal else ""
-    return f"{format_points(comparison.drop)} points fewer right answers {on}{chance}"

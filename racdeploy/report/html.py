@@ -16,7 +16,7 @@ from racdeploy.report.gains import list_highlights
 from racdeploy.report.page import render_page
 from racdeploy.report.pairs import AnswerPair, length_quantiles, list_thinking_lengths, pair_records
 from racdeploy.report.pareto import describe_rivals
-from racdeploy.report.summary import write_findings
+from racdeploy.report.summary import is_widened, write_findings
 from racdeploy.report.tables import (
     HARNESS_TITLE,
     ReportTable,
@@ -78,6 +78,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "report": report,
         "sections": {section: title for section, title in _TITLES.items() if shown[section]},
         "findings": write_findings(report),
+        "is_widened": is_widened(report),
         "facts": list_facts(report),
         "command": write_command(bundle, records),
         "highlights": list_highlights(report),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from racdeploy.report.gains import describe_savings
 from racdeploy.report.pairs import AnswerPair, pair_records
 from racdeploy.report.pareto import describe_rivals
-from racdeploy.report.summary import write_explanation, write_headline
+from racdeploy.report.summary import is_widened, write_explanation, write_headline
 from racdeploy.report.tables import (
     HARNESS_TITLE,
     ReportTable,
@@ -42,7 +42,8 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
     Args:
         records: of all arms; lost prompts are listed from them.
     """
-    parts = [f"### {_SIGNS[report.verdict]} {escape(write_headline(report))}"]
+    sign = "☑️" if is_widened(report) else _SIGNS[report.verdict]
+    parts = [f"### {sign} {escape(write_headline(report))}"]
     if reasons := write_explanation(report):
         parts.append(escape(reasons))
     if savings := describe_savings(report):
@@ -137,6 +138,8 @@ def _answer(record: AnswerRecord) -> str:
     if record.extracted is not None:
         return shorten(record.extracted, _ANSWER_CHARACTERS)
     if record.state == "open":
+        if record.finish_reason == "stop":
+            return "ends inside the thinking"
         return "repeats itself" if record.loop_tokens else "the thinking never ends"
     return f"no answer found: {shorten(record.answer_text, _ANSWER_CHARACTERS)}"
 

@@ -10,7 +10,8 @@ from racdeploy.results.report import Report
 
 _NO_LOSS = "No measurable loss: {0.drop:points} points, at most {0.drop_upper:points}"
 _NO_LOSS_BETTER = "No measurable loss: {1:points} points more, at most {0.drop_upper:points} fewer"
-_UNSURE = "{1:points} points {2} right answers, which chance can explain ({3})"
+_UNSURE = "{1:points} points {2} right answers, not significant ({3})"
+_SAME = "As many right answers, but too few prompts to show that nothing was lost ({3})"
 _CHANGED = "{1:points} points {2} right answers ({3})"
 _INTERVAL = "{0.confidence:.0%} interval of the loss {0.drop_lower:points} to {0.drop_upper:points}"
 _BASIS = "margin {0.margin:points}, {0.n:,} prompts"
@@ -28,7 +29,8 @@ _WIDENED = (
 
 def write_headline(report: Report) -> str:
     """Return the verdict with model, target, size and failed rungs, without a full stop."""
-    line = f"{report.verdict.upper()}: {report.model} for {report.target}"
+    widened = " with a widened margin" if is_widened(report) else ""
+    line = f"{report.verdict.upper()}{widened}: {report.model} for {report.target}"
     pruned = report.find_arm("pruned")
     ratios = [
         f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm)}"
@@ -40,6 +42,12 @@ def write_headline(report: Report) -> str:
     if report.stepped_back:
         line += f", stepped back from {', '.join(report.stepped_back)}"
     return to_single_line(line)
+
+
+def is_widened(report: Report) -> bool:
+    """Return whether the report passes, but not with the margin that was asked for."""
+    accuracy = report.find_check("accuracy")
+    return report.verdict == "pass" and "requested_margin" in (accuracy.figures if accuracy else ())
 
 
 def write_explanation(report: Report) -> str:
@@ -91,6 +99,8 @@ def describe_accuracy(comparison: Comparison) -> str:
     more_or_fewer = "fewer" if comparison.drop >= 0 else "more"
     is_equal = comparison.drop_lower <= 0 <= comparison.drop_upper
     template = _UNSURE if is_equal else _CHANGED
+    if not round(comparison.drop, 3):
+        template = _SAME
     interval = format_with_units(_INTERVAL, comparison)
     return format_with_units(
         f"{template}.", comparison, abs(comparison.drop), more_or_fewer, f"{interval}, {basis}"

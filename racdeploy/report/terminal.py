@@ -13,7 +13,7 @@ from rich.text import Text
 
 from racdeploy.report.gains import describe_gains
 from racdeploy.report.pareto import describe_rivals
-from racdeploy.report.summary import write_explanation, write_headline
+from racdeploy.report.summary import is_widened, write_explanation, write_headline
 from racdeploy.report.tables import ReportTable, list_next_steps, list_tables, to_single_line
 from racdeploy.report.tuning_tables import list_facts, make_tuning_table
 from racdeploy.results.report import Report
@@ -70,7 +70,8 @@ def print_tuning(tuning: Tuning, console: Console) -> None:
 
 def print_verdict(report: Report, console: Console) -> None:
     """Print the verdict with model and target, on one line."""
-    _print_line(console, write_headline(report), _STYLES[report.verdict])
+    style = "inconclusive" if is_widened(report) else report.verdict
+    _print_line(console, write_headline(report), _STYLES[style])
 
 
 def print_table(table: ReportTable, console: Console) -> None:

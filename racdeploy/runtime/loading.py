@@ -135,7 +135,7 @@ def _choose_context(manifest: Manifest, context_tokens: int | None) -> int:
         raise UsageError(
             "context-beyond-model",
             f"context_tokens is {context_tokens}, and the model supports {max_tokens}",
-            remedy=f"racdeploy.load(…, context_tokens={max_tokens})",
+            remedy=f"at most --context-tokens {max_tokens}; in Python context_tokens={max_tokens}",
         )
     return context_tokens
 

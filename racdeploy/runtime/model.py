@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypedDict, Unpack
 
 from racdeploy.engines import engine as decoding
-from racdeploy.errors import UsageError
+from racdeploy.errors import ContextError, UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
@@ -103,6 +103,9 @@ class Model(AbstractContextManager["Model"]):
         open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
         self.tags = encode_tags(encoder, open_tag, close_tag) if open_tag and close_tag else None
 
+    def __repr__(self) -> str:
+        return f"<Model {self.manifest.artifacts[0].path}, {self.context_tokens} tokens>"
+
     def generate(
         self,
         prompt: Prompt,
@@ -171,6 +174,7 @@ class Model(AbstractContextManager["Model"]):
         encoded = [self.encoder.encode(prompt) for prompt in prompts]
         if not encoded:
             return []
+        self._check_length(max(encoded, key=len))
         if self.tags and len({find_prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
             raise UsageError(
                 "mixed-thinking-states",
@@ -230,6 +234,7 @@ class Model(AbstractContextManager["Model"]):
         cancel: threading.Event | None,
     ) -> decoding.Completion:
         """Generate, and stream the text to ``on_text``, split by the tags."""
+        self._check_length(prompt_ids)
         eos_ids = self.manifest.tokenizer.eos_ids
         reader = (
             StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
@@ -245,6 +250,16 @@ class Model(AbstractContextManager["Model"]):
         if reader:
             reader.finish()
         return completion
+
+    def _check_length(self, ids: Sequence[int]) -> None:
+        """Raise ContextError for a prompt that leaves no room; the engine knows no way out."""
+        if len(ids) >= self.context_tokens:
+            most = self.context_tokens - 1
+            raise ContextError(
+                "prompt-too-long",
+                f"the prompt has {len(ids)} tokens, the context takes at most {most}",
+                remedy=self.manifest.generation.advise_context(len(ids)),
+            )
 
     def _sampling(
         self,

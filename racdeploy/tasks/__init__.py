@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from racdeploy import plugins
-from racdeploy.errors import UsageError
+from racdeploy.errors import UsageError, install_command
 from racdeploy.tasks import scoring
 from racdeploy.tasks.public_dataset import PublicDataset, read_hub, read_local
 from racdeploy.tasks.rows import SUFFIXES, Row, refuse_table
@@ -291,7 +291,7 @@ def _refuse_unsourced(name: str, published: PublicDataset) -> UsageError:
         "task-needs-questions",
         f"task {name!r} needs its questions, which racdeploy neither ships nor downloads unasked",
         remedy=f"--task {HUB}:{name} reads {published.evaluation.dataset} from the Hub "
-        f'(pip install "racdeploy[tasks]"); --task {name}:PATH reads your copy of it '
+        f"({install_command('tasks')}); --task {name}:PATH reads your copy of it "
         f"({forms}, or a folder saved by datasets)",
     )
 

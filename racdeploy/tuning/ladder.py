@@ -20,7 +20,7 @@ from racdeploy import exporting
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
 from racdeploy.pipeline.build import Build
-from racdeploy.pipeline.preflight import check_build, check_memory, plan_build
+from racdeploy.pipeline.preflight import check_memory, plan_build
 from racdeploy.pipeline.workspace import identify_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.results.report import Report
@@ -74,7 +74,7 @@ class Ladder:
         """Build and verify from the first rung on, until one does not fail; return its bundle."""
         rungs = self.rungs
         names = list(rungs)
-        check_build(rungs[names[-1]].job, self.out)
+        rungs[names[-1]].check(self.out)
 
         index, notes = self._choose(names)
         failed: list[str] = []
@@ -119,7 +119,7 @@ class Ladder:
         """Return the rungs and the plan of the narrowest, which is tried first."""
         names = list(self.rungs)
         build = self.rungs[names[-1]]
-        return {"rungs": names} | build.plan(check_build(build.job, self.out))
+        return {"rungs": names} | build.plan(build.check(self.out))
 
     @property
     def _narrow(self) -> str:

@@ -15,8 +15,6 @@ from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import lengths, paired
 
 _TARGET_POWER = 0.8
-_PROMPT_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
-"""Numbers of prompts to recommend."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,6 @@ def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expe
         deviation = lengths.length_deviation(before, after, budget)
 
     return Expectation(discordant, deviation, "as in the bundle's own verification")
-
-
-def find_min_prompts(expected: Expectation, margin: float, confidence: float) -> int | None:
-    """Return the fewest prompts with which an equally good model passes with 80 % probability.
-
-    None stands for more than 2,000.
-    """
-    for prompts in _PROMPT_COUNTS:
-        if paired.power(prompts, expected.discordant_rate, margin, confidence) >= _TARGET_POWER:
-            return prompts
-    return None
 
 
 def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> dict[str, Any]:

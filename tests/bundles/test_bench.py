@@ -107,6 +107,16 @@ def test_sequences_together_count_together(
     assert found.to_json()["parallel"] == 4
 
 
+@pytest.mark.parametrize(("slowest", "is_noisy"), [(9.0, False), (6.0, True)])
+def test_rounds_that_scatter_are_called_too_noisy(slowest: float, is_noisy: bool) -> None:
+    """Rather than a ratio that the next run will not show."""
+    dense = dict.fromkeys(FIGURES, 10.0)
+    rounds = tuple(dense | {"decode_tokens_per_s": speed} for speed in (10.0, slowest, 10.0))
+    found = benchmark.BenchResult(BenchSettings(), Path("d"), Path("p"), (dense,) * 3, rounds)
+    assert ("raise --rounds" in found.warning) == is_noisy
+    assert found.to_json()["warning"] == found.warning
+
+
 def test_any_artifact_of_a_bundle_can_be_measured(
     bundle: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

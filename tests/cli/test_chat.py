@@ -149,6 +149,41 @@ def test_a_chat_in_a_terminal(endless: Path, tmp_path: Path) -> None:
     assert second["result"]["thinking_tokens"] == 3
 
 
+def test_a_question_may_have_several_lines(bundle: Path, tmp_path: Path) -> None:
+    """Between three quotes, as elsewhere."""
+    saved = tmp_path / "talk.json"
+    with Terminal(command("chat", bundle, "--context-tokens", 100)) as terminal:
+        terminal.wait_for("100 tokens of context")
+        terminal.wait_for("> ")
+        terminal.type('"""What is\r')
+        terminal.wait_for(". ")
+        terminal.type('2+2?"""\r')
+        terminal.wait_for("tokens/s")
+        terminal.wait_for("> ")
+        terminal.type(f"/save {saved}\r")
+        terminal.wait_for("saved in")
+        terminal.press_at("> ", CTRL_D)
+        assert terminal.wait() == 0
+    (turn,) = json.loads(saved.read_text())["turns"]
+    assert turn["question"] == "What is\n2+2?"
+
+
+def test_run_takes_the_knobs_of_the_library(bundle: Path) -> None:
+    """A context of its own, a system message, a limit and a sampling."""
+    options = ["--context-tokens", 100, "--system", "Be brief.", "--max-new-tokens", 3]
+    outcome = racdeploy("run", bundle, "What?", *options, "--top-p", 0.5, "--json")
+    result = json.loads(outcome.out)
+    assert result["completion_tokens"] <= 3
+    assert (
+        result["prompt_tokens"]
+        > json.loads(racdeploy("run", bundle, "What?", "--json").out)["prompt_tokens"]
+    )
+
+    refused = racdeploy("run", bundle, "x " * 300, "--context-tokens", 100)
+    assert (refused.code, refused.error_code) == (2, "prompt-too-long")
+    assert "--context-tokens" in refused.err or "the model supports" in refused.err
+
+
 def test_ctrl_c_twice_leaves_a_chat(bundle: Path) -> None:
     with Terminal(command("chat", bundle)) as terminal:
         terminal.press_at("> ", CTRL_C)

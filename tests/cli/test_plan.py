@@ -15,7 +15,7 @@ from racdeploy.cli import plan as plans
 from racdeploy.cli.app import app
 from racdeploy.cli.plan import list_groups, list_shortages, write_first_line, write_plan
 from racdeploy.recipe import Recipe
-from racdeploy.verification.plan import Expectation, find_min_prompts
+from racdeploy.verification.stats.paired import find_min_prompts
 from tests.support.commands import environment
 from tests.support.errors import raises
 
@@ -66,9 +66,8 @@ def test_the_folder_that_was_asked_for_is_named(tmp_path: Path) -> None:
 
 def test_enough_prompts_need_no_advice(tmp_path: Path) -> None:
     """The number that is advised is the first one that is enough."""
-    few, many = Expectation(0.1), Expectation(0.5)
-    assert find_min_prompts(few, 0.05, 0.9) == 300
-    assert find_min_prompts(many, 0.001, 0.9) is None
+    assert find_min_prompts(0.1, 0.05, 0.9) == 300
+    assert find_min_prompts(0.5, 0.001, 0.9) is None
     assert "advice" not in list_groups(_plan(tmp_path, "--prompts", "300"))
 
 

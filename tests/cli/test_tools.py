@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import gguf
 import pytest
 from typer.testing import CliRunner
 
+from racdeploy import errors
 from racdeploy.cli import doctor
 from racdeploy.cli.app import app
 from tests.support.tiny_models import make_checkpoint
@@ -36,6 +40,43 @@ def test_a_base_install_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["torch"]["state"] == "unused"
     assert 'pip install "racdeploy[prune]"' in found["torch"]["detail"]
     assert found["llama.cpp"]["state"] == "unused"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("/home/a/.venv", 'pip install "racdeploy[tasks]"'),
+        ("/home/a/.local/pipx/venvs/racdeploy", 'pipx runpip racdeploy install "racdeploy[tasks]"'),
+        ("/home/a/.cache/uv/archive-v0/x", 'uvx --from "racdeploy[tasks] @ git+https://h/r" rac'),
+    ],
+)
+def test_a_remedy_installs_where_racdeploy_is(
+    prefix: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment of pipx or uvx has no pip of its own on the path."""
+
+    class Installed:
+        def read_text(self, _: str) -> str:
+            return '{"url": "https://h/r", "vcs_info": {"vcs": "git"}}'
+
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Installed())
+    remedy = errors.MissingExtraError("datasets", "tasks").remedy
+    assert remedy.startswith(expected)
+
+
+def test_a_vocabulary_alone_is_called_so(tmp_path: Path) -> None:
+    """Not two tables without rows."""
+    file = tmp_path / "vocabulary.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_token_list(["a", "b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shown = CliRunner().invoke(app, ["inspect", str(file)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.startswith("no tensors: a vocabulary alone\n")
 
 
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:

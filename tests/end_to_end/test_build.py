@@ -134,7 +134,7 @@ def test_verify_passes_an_intact_bundle_and_writes_its_reports(built: Path, tmp_
 
 
 def test_verify_fails_on_one_changed_byte(built: Path, tmp_path: Path) -> None:
-    """A damaged artifact fails the gate: exit code 1 and the check that saw it."""
+    """A damaged artifact fails the gate: exit code 1, before a question is asked."""
     copy = tmp_path / "copy"
     shutil.copytree(built, copy)
     artifact = copy / Manifest.read(copy).artifacts[0].path
@@ -142,8 +142,9 @@ def test_verify_fails_on_one_changed_byte(built: Path, tmp_path: Path) -> None:
     data[-300] ^= 0xFF
     artifact.write_bytes(data)
     outcome = racdeploy("verify", copy)
-    assert outcome.code == 1, outcome.out + outcome.err
-    assert "integrity" in outcome.out
+    assert (outcome.code, outcome.out) == (1, ""), outcome.out + outcome.err
+    assert "integrity failed, so no question was asked" in outcome.err
+    assert "verify pruned" not in outcome.err
 
 
 def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:

@@ -93,14 +93,14 @@ FILES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "wrong rope theta": (
         lambda file: damage.set_number(file, "qwen3.rope.freq_base", 500.0),
         "logits",
-        "artifact against torch-pruned: KL",
+        "file against pruned: KL",
     ),
     "swapped q/k rows": (
         lambda file: [
             damage.move_rows(file, f"attn_{x}.weight", damage.swap_halves(64)) for x in "qk"
         ],  # type: ignore[return-value]
         "logits",
-        "artifact against torch-pruned: KL",
+        "file against pruned: KL",
     ),
     "one block zeroed": (lambda file: damage.zero_block(file, 2), "accuracy", "drop "),
     "lost end-of-sequence": (

@@ -219,8 +219,10 @@ def test_another_architecture_is_reported(tmp_path: Path, family: str, arch: str
     (found,) = result.deviations
     assert (found.subject, found.requested, found.actual) == ("architecture", family, arch)
     assert found.reason == (
-        f"llama.cpp takes one width for all blocks of {family}; {arch} computes the same"
+        f"llama.cpp takes one width for all blocks of {family}; "
+        f"under the name {arch}, its code computes this same model"
     )
+    assert read_fields(result.path)["racdeploy.architecture"] == f"{family}: {found.reason}"
     restored = ExportResult.from_json(tmp_path, json.loads(json.dumps(result.to_json(tmp_path))))
     assert restored == result
 

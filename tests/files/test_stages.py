@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from racdeploy.files import locks
 from racdeploy.files.stages import Stage, scratch_folder
 from tests.support.commands import environment
 from tests.support.errors import raises
@@ -83,6 +84,28 @@ def test_a_stage_that_starts_from_scratch_names_what_was_left_unfinished(
     assert new.notice.endswith(f"undo the change; to remove it: rm -r {old.folder}")
     assert not Stage.open(tmp_path, "prune", _other(**changed)).notice
     assert Stage.open(tmp_path, "prune", INPUTS) == old
+
+
+def test_a_second_process_waits_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the first one ends, if nobody can wait for this one."""
+    caplog.set_level("INFO", "racdeploy")
+    monkeypatch.setattr(locks, "_locks", {})
+    holding = (
+        "import sys, time\nimport racdeploy.files.locks as locks\n"
+        "locks.lock_folder(locks.Path(sys.argv[1])); print(flush=True); time.sleep(1)"
+    )
+    command = [sys.executable, "-c", holding, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        locks.lock_folder(tmp_path)
+        assert process.wait() == 0
+    assert caplog.messages == [
+        f"another racdeploy is working in {tmp_path}: waiting until it is done"
+    ]
+    locks.release_folder(tmp_path)
 
 
 def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:

@@ -37,6 +37,25 @@ def test_a_bundle_has_the_curve_of_its_recovery(contents: BundleContents, tmp_pa
     assert SENTENCE in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8").split("\n")
 
 
+def test_a_bundle_is_not_replaced_in_silence(
+    contents: BundleContents, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the work, with the model that the old one is of; one that cannot be read, too."""
+    caplog.set_level("INFO", "racdeploy")
+    out = tmp_path / "bundle"
+    bundling.check_replaceable(out)
+    assert not caplog.messages
+
+    bundling.write_bundle(out, contents)
+    bundling.check_replaceable(out)
+    (out / "racdeploy.json").write_text("{}")
+    bundling.check_replaceable(out)
+    readable, damaged = caplog.messages
+    assert readable.startswith(f"replaces the bundle {out}, of ")
+    assert contents.artifacts[0].name in readable
+    assert damaged == f"replaces the bundle {out}"
+
+
 def test_a_bundle_without_recovery_has_no_curve(contents: BundleContents, tmp_path: Path) -> None:
     """Nor is that of the bundle which it replaces left over."""
     bundling.write_bundle(tmp_path / "bundle", contents)

@@ -43,6 +43,43 @@ def test_a_recipe_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     check_build(fit_context(_asking()), tmp_path / "bundle")
 
 
+def _numbers(file: Path, lines: int) -> str:
+    rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(lines)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return f"jsonl:{file}"
+
+
+def test_more_questions_than_there_are_cannot_be_asked(tmp_path: Path) -> None:
+    """Refused before any work; who names no number gets what the file has."""
+    tasks = [_numbers(tmp_path / "mine.jsonl", 30)]
+    asked = {"tasks": tasks, "verify": {"count": 60}}
+    with raises("too-few-questions", "--prompts asks 60", "120 different questions"):
+        check_build(fit_context(Job(Recipe.combine(None, asked))), tmp_path / "bundle")
+
+    traced = {"tasks": tasks, "traces": {"count": 300}}
+    with raises("too-few-questions", "--trace-prompts asks 300"):
+        check_build(fit_context(Job(Recipe.combine(None, traced))), tmp_path / "bundle")
+    check_build(fit_context(Job(Recipe.combine(None, {"tasks": tasks}))), tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("full", ["out", "work"])
+def test_a_disk_that_is_too_small_is_known_from_the_plan(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the bundle and that of the stages, by the first folder that exists."""
+    folders = {name: tmp_path / name for name in ("out", "work")}
+    for folder in folders.values():
+        folder.mkdir()
+
+    def usage(folder: Path) -> shutil._ntuple_diskusage:
+        return shutil._ntuple_diskusage(0, 0, 10**5 if folder.name == full else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    job = fit_context(_asking())
+    with raises("disk-full", str(folders[full]), "0.1 MB free"):
+        check_build(job, folders["out"] / "a" / "bundle", folders["work"] / "b")
+
+
 @pytest.mark.parametrize(
     ("positions", "target", "advised"),
     [(1024, "gguf", 1024), (131_072, "gguf", 16_384), (131_072, "raspberry-pi-5", 4096)],

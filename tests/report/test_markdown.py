@@ -177,7 +177,7 @@ def test_a_failed_check_is_named(report: Report) -> None:
         ("pass", 0.01, -0.01, "No measurable loss: 1.0 points, at most 2.6"),
         ("pass", -0.01, -0.03, "No measurable loss: 1.0 points more, at most 2.6 fewer"),
         ("pass", 0.01, 0.002, "1.0 points fewer right answers (90% interval of the loss 0.2 to"),
-        ("inconclusive", 0.01, -0.01, "1.0 points fewer right answers, which chance can explain"),
+        ("inconclusive", 0.01, -0.01, "1.0 points fewer right answers, not significant"),
         ("fail", 0.01, 0.002, "1.0 points fewer right answers (90% interval of the loss 0.2 to"),
     ],
 )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,8 +106,23 @@ def test_an_event_cancels(model: Model) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(model: Model) -> None:
-    with raises("prompt-too-long", "prompt 0"):
+    with raises("prompt-too-long", "the prompt has"):
         model.generate("x y " * 400)
+    with raises("prompt-too-long", "the prompt has"):
+        model.generate_many([QUESTION, "x y " * 400])
+
+
+@pytest.mark.parametrize("prompt", ["", [], 5, None])
+def test_what_is_no_prompt_is_refused(model: Model, prompt: Any) -> None:
+    """As the command line does; nothing is asked in its place."""
+    with raises("no-question", repr(prompt)):
+        model.generate(prompt)
+
+
+def test_a_model_shows_what_it_runs(model: Model) -> None:
+    assert (
+        repr(model) == f"<Model {model.manifest.artifacts[0].path}, {model.context_tokens} tokens>"
+    )
 
 
 def test_streamed_text_is_the_text(model: Model) -> None:
@@ -201,11 +217,13 @@ def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
 def test_an_app_chooses_its_context(bundle: Path, tmp_path: Path) -> None:
     """A prompt that does not fit names what to raise, and with that it fits."""
     asked = "x " * 60
-    refused = raises("prompt-too-long", "63", "context_tokens=")
-    with load(bundle, threads=1, context_tokens=64) as small, refused:
+    refused = raises("prompt-too-long", "63", "--context-tokens", "context_tokens=")
+    with load(bundle, threads=1, context_tokens=64) as small, refused as caught:
         small.generate(asked, max_new_tokens=2)
+    assert caught.value.exit_code == 2
 
-    with load(bundle, threads=1, context_tokens=512) as large:
+    advised = int(caught.value.remedy.partition("context_tokens=")[2].split()[0])
+    with load(bundle, threads=1, context_tokens=advised) as large:
         assert large.generate(asked, max_new_tokens=2).answer_tokens <= 2
 
 

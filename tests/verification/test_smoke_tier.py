@@ -10,7 +10,8 @@ from racdeploy.api.jobs import read_job
 from racdeploy.errors import exit_code_of
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.report.summary import write_explanation
+from racdeploy.report import html, markdown
+from racdeploy.report.summary import write_explanation, write_headline
 from racdeploy.results.report import Report
 from racdeploy.verification.checks import accuracy, backends, thinking
 from racdeploy.verification.evidence import Evidence
@@ -73,6 +74,34 @@ def test_a_report_of_few_prompts_says_what_they_can_show() -> None:
     assert "breakage" not in write_explanation(
         _judge(200, 200, read_gate(built=JUDGED).for_tier("standard"))
     )
+
+
+def test_a_widened_pass_never_looks_like_the_gate_that_was_asked() -> None:
+    """In the headline, the comment's sign and the page's badge."""
+    smoke = _judge(32, 32, read_gate(built=JUDGED).for_tier("smoke"))
+    asked = _judge(200, 200, read_gate(built=JUDGED).for_tier("standard"))
+    failed = _judge(16, 32, read_gate(built=JUDGED).for_tier("smoke"))
+
+    assert write_headline(smoke).startswith("PASS with a widened margin: ")
+    assert markdown.render(smoke).startswith("### ☑️ PASS with")
+    page = html.render(smoke, [])
+    assert '<span class="badge">pass, margin widened</span>' in page
+    assert '<header class="pass">' not in page
+
+    assert write_headline(asked).startswith("PASS: ")
+    assert markdown.render(asked).startswith("### ✅ PASS: ")
+    assert '<span class="badge">pass</span>' in html.render(asked, [])
+    assert write_headline(failed).startswith("FAIL: ")
+
+
+@pytest.mark.parametrize(("right", "prompts", "advised"), [(190, 200, 400), (50, 50, 150)])
+def test_too_few_prompts_are_answered_with_a_number(right: int, prompts: int, advised: int) -> None:
+    """Twice as many, or what is enough for a model that disagrees as often as this one."""
+    report = _judge(right, prompts, read_gate(built=JUDGED))
+    assert report.verdict == "inconclusive"
+    found = report.find_check("accuracy")
+    assert found
+    assert f"--prompts {advised}" in found.remedy
 
 
 def test_limits_are_widened_to_what_the_prompts_show_and_no_further() -> None:

@@ -104,7 +104,8 @@ def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
     if actual == usual:
         return ()
 
-    reason = f"{_reason_against_usual(checkpoint.shape)}; {actual.gguf_arch} computes the same"
+    why = _reason_against_usual(checkpoint.shape)
+    reason = f"{why}; under the name {actual.gguf_arch}, its code computes this same model"
     return (Deviation("architecture", usual.gguf_arch, actual.gguf_arch, reason),)
 
 

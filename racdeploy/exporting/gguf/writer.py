@@ -152,7 +152,10 @@ def make_plan(
         names = (name_part(out.stem, number, len(divided)) for number in range(len(divided)))
         parts = dict(zip(map(out.with_name, names), divided, strict=True))
 
+    deviations = list_deviations(checkpoint)
     general = make_general_metadata(checkpoint, mix, metadata)
+    for each in deviations:  # who inspects the file finds another architecture
+        general[f"racdeploy.{each.subject}"] = f"{each.requested}: {each.reason}"
     vocabulary.check_model_name(general["general.name"])
 
     notes = vocabulary.notes
@@ -164,7 +167,6 @@ def make_plan(
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
-    deviations = list_deviations(checkpoint)
     return GgufPlan(
         tensors=tensors,
         tensors_by_file=parts,

@@ -9,11 +9,7 @@ from racdeploy.verification import gate
 from racdeploy.verification.evidence import Evidence, is_correct, make_check_result
 from racdeploy.verification.stats import paired, verdicts
 
-_REMEDIES = {
-    "pass": "",
-    "fail": "lower the sparsity, calibrate on more traces, or choose a wider quant",
-    "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
-}
+_LOST = "lower the sparsity, calibrate on more traces, or choose a wider quant"
 
 
 class Limits(gate.CheckLimits):
@@ -67,4 +63,10 @@ def check(evidence: Evidence) -> CheckResult:
     if answers > prompts:
         summary += f" with {answers // prompts} samples each"
 
-    return make_check_result("accuracy", verdict, summary, figures, _REMEDIES[verdict])
+    remedy = _LOST if verdict == "fail" else ""
+    if verdict == "inconclusive":
+        discordant_rate = max(pairs.n10 + pairs.n01, 1) / pairs.n
+        enough = paired.find_min_prompts(discordant_rate, margin, confidence)
+        more = max(enough or 0, 2 * prompts)
+        remedy = f"build it with --prompts {more}, or verify with a larger --tier"
+    return make_check_result("accuracy", verdict, summary, figures, remedy)

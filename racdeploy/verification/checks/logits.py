@@ -83,8 +83,8 @@ def check(evidence: Evidence) -> CheckResult:
         remedy = "lower the sparsity, or calibrate on more traces"
 
     summary = (
-        f"artifact against torch-pruned: {export_text}; "
-        f"torch-pruned against dense: {pruning_text}; {comparison.tokens:,} tokens"
+        f"file against pruned: {export_text}; "
+        f"pruned against dense: {pruning_text}; {comparison.tokens:,} tokens"
     )
     return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 
@@ -112,8 +112,8 @@ def _judge(
     kl_text = "" if kl_limit is None else f" (limit {kl_limit:g})"
     changed_text = "" if changed_limit is None else f" (limit {changed_limit:.1%})"
     text = (
-        f"KL {divergence.kl:.2g}{kl_text}, top-1 {divergence.top1:.2%}, "
-        f"clearly other tokens {divergence.changed:.2%}{changed_text}"
+        f"KL {divergence.kl:.2g} nats{kl_text}, same top token {divergence.top1:.2%}, "
+        f"clearly another {divergence.changed:.2%}{changed_text}"
     )
 
     return kl_kept and changed_kept, text

@@ -38,6 +38,9 @@ from racdeploy.verification.stats.verdicts import ConfidenceInterval, judge
 MAX_PROMPTS = 1_000_000
 """Maximum number of prompts for :func:`power`."""
 _CONTINUITY = 0.5  # prompts
+_TARGET_POWER = 0.8
+_PROMPT_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
+"""Numbers of prompts to recommend."""
 _MARGIN_STEPS = 20  # halvings, for a margin to one millionth
 
 
@@ -193,8 +196,19 @@ def power(
     return float(min(total, 1.0))
 
 
+def find_min_prompts(discordant_rate: float, margin: float, confidence: float) -> int | None:
+    """Return the fewest prompts with which an equally good model passes with 80 % probability.
+
+    None stands for more than 2,000.
+    """
+    for prompts in _PROMPT_COUNTS:
+        if power(prompts, discordant_rate, margin, confidence) >= _TARGET_POWER:
+            return prompts
+    return None
+
+
 def smallest_detectable_drop(
-    n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = 0.8
+    n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = _TARGET_POWER
 ) -> float:
     """Return the smallest margin that a model without a drop passes with ``target_power``."""
     if not 0 < target_power < 1:
