@@ -34,7 +34,7 @@ from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.trace_stage import TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
-from racdeploy.pipeline.workspace import Workspace
+from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
@@ -135,7 +135,7 @@ class Build:
             "recover": self.recover_stage,
         }
         for name, arguments in self.processes.receive_jobs(
-            lambda name: stages[name].describe_code()
+            lambda name: describe_code(stages[name])
         ):
             stages[name].run_as_follower(arguments)
 

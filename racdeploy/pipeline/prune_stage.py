@@ -13,7 +13,7 @@ from racdeploy.engines.engine import Progress
 from racdeploy.files.stages import scratch_folder
 from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
+from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.structures import list_parts
 from racdeploy.quant import DENSE_IMPORTANCE_FILE
@@ -87,7 +87,7 @@ class PruneStage:
         model: Checkpoint,
     ) -> tuple[Path, Mapping[str, Any]]:
         """Return the folder of that name in a stage, and its summary."""
-        inputs = self.describe_code() | {
+        inputs = describe_code(self) | {
             **identity,
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
@@ -125,10 +125,6 @@ class PruneStage:
         }
 
         return chosen, selection.held_out, counts
-
-    def describe_code(self) -> dict[str, str]:
-        """Return the code, libraries and model that must be equal in all processes."""
-        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
 
     def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
         """Do the share of a process other than the first one."""
@@ -171,7 +167,7 @@ class PruneStage:
         }
 
         blocks_folder = folder.parent
-        with self.workspace.processes.announce_job("prune", self.describe_code(), arguments):
+        with self.workspace.processes.announce_job("prune", describe_code(self), arguments):
             linears, blocks = self._prune_blocks(blocks_folder, arguments, self.workspace.progress)
 
         shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)

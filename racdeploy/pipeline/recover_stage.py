@@ -17,10 +17,9 @@ from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code, notify
+from racdeploy.pipeline.workspace import Workspace, describe_code, notify
 from racdeploy.processes.cores import has_bfloat16
 from racdeploy.pruning import PrunedModel
-from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 from racdeploy.runtime.template import PromptEncoder
@@ -255,7 +254,7 @@ class RecoverStage:
         sparse = Checkpoint(state.folder)
         training = arguments["training"] | {"train_traces": train_traces}
 
-        inputs = self.describe_code() | {
+        inputs = describe_code(self) | {
             "sparse": sparse.sha256,
             "phase": asdict(phase),
             "traces": hash_ids(train_traces),
@@ -278,7 +277,7 @@ class RecoverStage:
         return _after(phase, state, stage, name)
 
     def _learn(self, stage: Stage, name: str, arguments: Json) -> Json:
-        with self.workspace.processes.announce_job("recover", self.describe_code(), arguments):
+        with self.workspace.processes.announce_job("recover", describe_code(self), arguments):
             training_run, log = self.train(stage.folder, name, arguments)
 
         # Keep the phase only if some state after the start is nearer to the dense model.
@@ -289,10 +288,6 @@ class RecoverStage:
         training_run.remove_states()
 
         return {"log": [asdict(row) for row in log], "better": better}
-
-    def describe_code(self) -> dict[str, str]:
-        """Return the code, libraries and model that must be equal in all processes."""
-        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
 
     def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
         """Do the share of a process other than the first one."""
@@ -307,7 +302,19 @@ class RecoverStage:
         from racdeploy.recovery.on_policy import truncate_own_answers
         from racdeploy.recovery.training_run import LogRow
 
-        _require_model(self.workspace.processes, arguments["sparse"], arguments["sha256"])
+        sparse: Path = arguments["sparse"]
+        processes = self.workspace.processes
+        if processes.world_size > 1:
+            is_file = (sparse / "config.json").is_file()
+            is_present = is_file and Checkpoint(sparse).sha256 == arguments["sha256"]
+            present = processes.all_gather(is_present)
+            if not all(present):
+                raise EnvironmentFailure(
+                    "work-folder-not-shared",
+                    f"process {present.index(False)} does not have the pruned model in {sparse}",
+                    remedy="recovery on several machines needs a --work folder on a shared file "
+                    "system, under the same path on each",
+                )
 
         phase: Phase = arguments["phase"]
         training_run = self.training_run(folder, name, arguments)
@@ -423,23 +430,6 @@ def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
         on_policy.append(Phase(name, teacher, True, own_tokens // settings.rounds))
 
     return [phase for phase in (*dense, *on_policy, *last) if phase.tokens]
-
-
-def _require_model(processes: ProcessGroup, folder: Path, sha256: str) -> None:
-    """Stop all processes if any of them lacks the model to train."""
-    if processes.world_size == 1:
-        return
-
-    is_present = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
-    lacking = [str(rank) for rank, has in enumerate(processes.all_gather(is_present)) if not has]
-
-    if lacking:
-        raise EnvironmentFailure(
-            "work-folder-not-shared",
-            f"process {', '.join(lacking)} does not have the pruned model in {folder}",
-            remedy="recovery on several machines needs a --work folder on a shared file system, "
-            "under the same path on each",
-        )
 
 
 def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:

@@ -15,7 +15,12 @@ from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
 from racdeploy.errors import ArtifactError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline.workspace import COMPUTE_LIBRARIES, Workspace, identify_code
+from racdeploy.pipeline.workspace import (
+    COMPUTE_LIBRARIES,
+    Workspace,
+    describe_code,
+    identify_code,
+)
 from racdeploy.recipe import Traces
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags
@@ -104,10 +109,6 @@ class TraceStage:
         stage.finish(counts | {"traces_sha256": out.sha256})
         return stage.folder, traces
 
-    def describe_code(self) -> dict[str, str]:
-        """Return the code, libraries and model that must be equal in all processes."""
-        return identify_code(__name__, COMPUTE_LIBRARIES) | {"model": self.dense.sha256}
-
     def run_as_follower(self, arguments: Mapping[str, Any]) -> None:
         """Answer this process's share; if a process lacks the model, the first one answers all."""
         sha256 = arguments["sha256"]
@@ -151,7 +152,7 @@ class TraceStage:
             answer = partial(_answer_durably, engine, folder, completion_progress)
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
-            with processes.announce_job("traces", self.describe_code(), arguments):
+            with processes.announce_job("traces", describe_code(self), arguments):
                 all_have_model = all(processes.all_gather(True))
                 if all_have_model:
                     yield CompletionSource(partial(processes.map, answer), processes.world_size)

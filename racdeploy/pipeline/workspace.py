@@ -47,3 +47,9 @@ def identify_code(module: str, libraries: tuple[str, ...] = ()) -> dict[str, str
     """Return version, code hash and libraries: inputs of a stage, besides its data."""
     versions = {name: installed_version(name) for name in libraries}
     return {"version": base_version(__version__), "code": code_hash(module)} | versions
+
+
+def describe_code(stage: Any) -> dict[str, str]:
+    """Return what must be equal in all processes of a stage: its code, libraries and model."""
+    model = {"model": stage.dense.sha256}
+    return identify_code(type(stage).__module__, COMPUTE_LIBRARIES) | model

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy import plugins
 from racdeploy.errors import ArtifactError, EngineError, EnvironmentFailure
+from racdeploy.pruning.heartbeat import choose_interface, watch_processes
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ R = TypeVar("R")
 _NO_JOB: tuple[str, Mapping[str, str], Mapping[str, Any]] = ("", {}, {})
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START_TIMEOUT = timedelta(minutes=10)
-_CONNECTION_ERROR = re.compile("gloo|nccl", re.IGNORECASE)
+_CONNECTION_ERROR = re.compile("gloo|nccl|Dist(Network|Store)Error", re.IGNORECASE)
 _TIMEOUT = timedelta(days=7)  # the first exports and verifies meanwhile; a loss shows at once
 _REMEDY = (
     "the first error above is the cause; "
@@ -78,7 +79,7 @@ class ProcessGroup:
         receivers = sorted(set(owners)) or list(range(self.world_size))
         root = receivers[0]
 
-        with _talking(), _on_cpu(tensor) as message:
+        with _on_cpu(tensor) as message:
             self._group.reduce(message, root, group=self._members)
             for other in receivers[1:]:
                 if self.rank == root:
@@ -92,7 +93,7 @@ class ProcessGroup:
             return tensor
 
         received = tensor.clone()
-        with _talking(), _on_cpu(received) as message:
+        with _on_cpu(received) as message:
             self._group.broadcast(message, owner, group=self._members)
 
         return received
@@ -107,15 +108,14 @@ class ProcessGroup:
         counts = self.all_gather(len(rows))
         parts = [rows.detach().cpu().contiguous()]
 
-        with _talking():
-            if not self.is_first:
-                self._send(parts[0], 0)
-                return rows
+        if not self.is_first:
+            self._send(parts[0], 0)
+            return rows
 
-            for other in range(1, self.world_size):
-                part = parts[0].new_empty((counts[other], *rows.shape[1:]))
-                self._receive(part, other)
-                parts.append(part)
+        for other in range(1, self.world_size):
+            part = parts[0].new_empty((counts[other], *rows.shape[1:]))
+            self._receive(part, other)
+            parts.append(part)
 
         return torch.cat(parts)
 
@@ -130,14 +130,12 @@ class ProcessGroup:
 
         if all_rows is None:
             own_rows = rows.detach().cpu().clone()
-            with _talking():
-                self._receive(own_rows, 0)
+            self._receive(own_rows, 0)
             return own_rows
 
         own_rows, *other_parts = torch.split(all_rows, counts)
-        with _talking():
-            for other, part in enumerate(other_parts, 1):
-                self._send(part.contiguous(), other)
+        for other, part in enumerate(other_parts, 1):
+            self._send(part.contiguous(), other)
         return own_rows
 
     def _send(self, rows: Tensor, receiver: int) -> None:
@@ -157,35 +155,21 @@ class ProcessGroup:
 
         members = self._members
         if device.type == "cuda":
-            with _talking():
-                import torch
+            import torch
 
-                count, gpus = count_local_processes(), torch.cuda.device_count()
-                if count > gpus:
-                    raise EnvironmentFailure(
-                        "processes-share-gpus",
-                        f"{count} processes share {gpus} GPUs of this machine",
-                        remedy="start one process for each GPU",
-                    )
+            count, gpus = count_local_processes(), torch.cuda.device_count()
+            if count > gpus:
+                raise EnvironmentFailure(
+                    "processes-share-gpus",
+                    f"{count} processes share {gpus} GPUs of this machine",
+                    remedy="start one process for each GPU",
+                )
 
-                torch.cuda.set_device(device)
-                members = self._group.new_group(backend="nccl", timeout=_TIMEOUT)
+            torch.cuda.set_device(device)
+            members = self._group.new_group(backend="nccl", timeout=_TIMEOUT)
 
         self._mesh = DeviceMesh.from_group(members, device.type)
         return self._mesh
-
-    @contextmanager
-    def explain_lost_process(self) -> Iterator[None]:
-        """Turn a broken connection within torch's own communication into a clear error.
-
-        torch also computes there and raises other errors of the same class, which pass through.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if self.world_size == 1 or not _CONNECTION_ERROR.search(str(error)):
-                raise
-            raise _lost(error) from error
 
     def broadcast_object(self, value: T, owner: int = 0) -> T:
         """Return the object of one process, in all of them."""
@@ -193,8 +177,7 @@ class ProcessGroup:
             return value
 
         box = [value if self.rank == owner else None]
-        with _talking():
-            self._group.broadcast_object_list(box, owner, group=self._members)
+        self._group.broadcast_object_list(box, owner, group=self._members)
 
         result: T = box[0]  # type: ignore[assignment]
         return result
@@ -209,8 +192,7 @@ class ProcessGroup:
             return [value]
 
         values: list[Any] = [None] * self.world_size
-        with _talking():
-            self._group.all_gather_object(values, value, group=self._members)
+        self._group.all_gather_object(values, value, group=self._members)
 
         return values
 
@@ -288,46 +270,52 @@ def join_process_group() -> Iterator[ProcessGroup]:
 
     plugins.require_package("torch")
     import torch.distributed as group
+    from torch.distributed.rendezvous import rendezvous
 
     before = signal.signal(signal.SIGTERM, _on_terminate)
 
-    with _talking():
+    with _explain_loss():
+        # The heartbeat's own store: a call that waits keeps all other calls of its store waiting.
+        store, rank, world_size = next(rendezvous("env://", timeout=_START_TIMEOUT))
+        hosts = choose_interface(store, rank, world_size)
+
+    with watch_processes(store, rank, hosts), _explain_loss():
         group.init_process_group("gloo", timeout=_START_TIMEOUT)
         members = group.new_group(timeout=_TIMEOUT)
+        processes = ProcessGroup(rank, world_size, group, members)
 
-    processes = ProcessGroup(group.get_rank(), group.get_world_size(), group, members)
-
-    try:
-        yield processes
-    except BaseException:
-        _ignore_terminate()
-        raise
-    finally:
         try:
-            processes.dismiss()
+            yield processes
+        except BaseException:
+            _ignore_terminate()
+            raise
         finally:
-            group.destroy_process_group()
-            processes._mesh = None
-            processes._members = members = None  # end gloo's threads here, not at exit
+            try:
+                processes.dismiss()
+            finally:
+                group.destroy_process_group()
+                processes._mesh = None
+                processes._members = members = None  # end gloo's threads here, not at exit
 
     signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
-    """Turn any error of gloo into one that names a lost process."""
+def _explain_loss() -> Iterator[None]:
+    """Turn an error of gloo, NCCL or torchrun's store into one that says what was lost.
+
+    None of them has an exception of its own that can be relied on.
+    """
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # gloo has no exceptions of its own
-        raise _lost(error) from error
-
-
-def _lost(error: Exception) -> EngineError:
-    _ignore_terminate()
-    reason = str(error).splitlines()[0].partition(". ")[0]
-    return EngineError(
-        "lost-process", f"lost another process of this job: {reason}", remedy=_REMEDY
-    )
+    except (RuntimeError, ValueError) as error:
+        if not _CONNECTION_ERROR.search(f"{type(error)} {error}"):
+            raise
+        _ignore_terminate()
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise EngineError(
+            "lost-process", f"lost another process of this job: {reason}", remedy=_REMEDY
+        ) from error
 
 
 @contextmanager

@@ -215,9 +215,6 @@ class BlockwiseTraining:
         experts that no process reached are skipped: Adam must not move those.
         """
         processes = self.training_run.processes
-        if processes.world_size == 1:
-            return
-
         with_gradient = [name for name, weight in weights.items() if weight.grad is not None]
         with_any_gradient = set[str]().union(*processes.all_gather(with_gradient))
         for name, value in weights.items():

@@ -140,7 +140,6 @@ class Student:
 
     def __init__(self, run: TrainingRun, trained: Sequence[str]) -> None:
         self._device, self._compute = run.device, run.compute
-        self._processes = run.processes
         self._shards: ShardedModel | None = None
 
         if run.processes.world_size > 1:
@@ -171,7 +170,7 @@ class Student:
 
         bfloat16 = training and self._compute == "bfloat16"
         compute = torch.autocast(self._device.type, torch.bfloat16) if bfloat16 else nullcontext()
-        with torch.set_grad_enabled(training), compute, self._processes.explain_lost_process():
+        with torch.set_grad_enabled(training), compute:
             output = self._model.model(input_ids=ids_BT.to(self._device), use_cache=False)
 
         hidden_BTD: Tensor = output.last_hidden_state
@@ -179,8 +178,7 @@ class Student:
 
     def backward(self, hidden_ND: Tensor, gradient_ND: Tensor) -> None:
         """Backpropagate a gradient of the hidden states; it accumulates in the weights."""
-        with self._processes.explain_lost_process():
-            hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
+        hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
 
     def collect_gradients(self) -> None:
         """Move the gradients of a step to ``weights``, where the model is sharded."""

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from racdeploy import recovery
-from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.workspace import Workspace
@@ -310,12 +308,10 @@ def _teach_until_alone(variables: dict[str, str], training_run: TrainingRun) -> 
     measured = inside.kl_and_gradient
     inside.kl_and_gradient = die
 
-    with suppress(EngineError), join_process_group() as processes:
+    with raises("lost-process"), join_process_group() as processes:
         own = training_run.folder / f"of-{processes.rank}"
         own.mkdir()
-        with raises("lost-process") as caught:
-            recovery.load("full").recover(replace(training_run, folder=own, processes=processes))
-        raise caught.value
+        recovery.load("full").recover(replace(training_run, folder=own, processes=processes))
 
 
 def test_batches_are_split_until_no_process_is_idle() -> None:
