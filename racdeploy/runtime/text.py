@@ -12,6 +12,7 @@ TextKind = Literal["thinking", "answer"]
 OnText = Callable[[str, TextKind], None]
 """Callback for each piece of text and its kind."""
 
+_CHARACTER_TOKENS = 16  # with those of a tag that did not follow; a character has 4 at most
 _NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never occur
 
 
@@ -76,7 +77,8 @@ class StreamDecoder:
         pieces = ids[self._prefix : stop], ids[self._prefix : self._read]
         text, shown = self._encoder.tokenizer.decode_batch(pieces)
 
-        if text.endswith("\ufffd") and not whole:  # in the middle of a character
+        is_partial = text.endswith("\ufffd") and stop - self._read < _CHARACTER_TOKENS
+        if is_partial and not whole:  # in the middle of a character
             return
 
         self._prefix = self._read
