@@ -11,6 +11,7 @@ from functools import partial
 from typing import TypedDict, Unpack
 
 from racdeploy.engines import engine as decoding
+from racdeploy.engines.sequence import check_length, measure_text
 from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
@@ -128,7 +129,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the engine failed, or was closed.
         """
-        prompt_ids = self.encoder.encode(prompt)
+        prompt_ids = self._encode(prompt)
         sampling = self._sampling(prompt_ids, **options)
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
@@ -168,7 +169,7 @@ class Model(AbstractContextManager["Model"]):
         **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult]:
         """Answer prompts, up to ``parallel`` of them together; see :meth:`generate`."""
-        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
         if not encoded:
             return []
         if self.tags and len({find_prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
@@ -197,7 +198,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the prompt is empty, or the engine failed or was closed.
         """
-        ids = self.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
         free = replace(self._sampling(ids, **options), budget=None)
 
         completion = self._complete(ids, free, None, on_text, cancel)
@@ -214,9 +215,26 @@ class Model(AbstractContextManager["Model"]):
         """
         return AsyncTextStream(self._pool, partial(self.continue_text, prompt, **options))
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens in it are parsed, none are added."""
+        self._check_length(text)
+        return self.encoder.encode_text(text)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        self._check_length("".join(str(message.get("content")) for message in messages))
+        return self.encoder.encode(prompt)
+
+    def _check_length(self, text: str) -> None:
+        """Refuse a text that surely has too many tokens, before it costs time and memory."""
+        measure_text(text)
+        tokens = self.encoder.tokenizer.count_at_least(text)
+        check_length(tokens, "the text has at least", self.context_tokens - 1)
+
     def close(self) -> None:
         """Unload the model; running generations fail with EngineError. May be called again."""
         self.engine.close()
+        self.encoder.tokenizer.sandbox.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
