@@ -249,9 +249,10 @@ class Model(AbstractContextManager["Model"]):
     ) -> decoding.Completion:
         """Generate, and stream the text to ``on_text``, split by the tags."""
         eos_ids = self.manifest.tokenizer.eos_ids
-        reader = (
-            StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
-        )
+        most = sampling.budget.max_tokens if sampling.budget else None
+        reader = None
+        if on_text:
+            reader = StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text, most)
 
         (completion,) = self.engine.generate(
             [prompt_ids],
