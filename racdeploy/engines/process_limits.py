@@ -71,7 +71,7 @@ def restrict() -> None:
         Path("/dev/shm"): WRITE,
     }
     landlock.restrict(WRITE | Access.EXECUTE, allowed)
-    privileges.give_up(computes_only=False)
+    privileges.give_up("engine")
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -31,7 +31,7 @@ def confine(memory_bytes: int, opens_files: bool) -> None:
     limit_memory(memory_bytes)  # first, since it reads a file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    privileges.give_up(computes_only=True)
+    privileges.give_up("reader")
     if opens_files:
         landlock.restrict(WRITE | Access.EXECUTE, {})
     else:

@@ -87,7 +87,7 @@ def test_a_reader_starts_threads_and_changes_nothing(tmp_path: Path, opens_files
 def test_another_interface_of_the_processor_is_denied() -> None:
     """A filter by numbers is passed by with those of 32 bits, unless it looks at their kind."""
     calls = privileges.system_calls()
-    steps = list(privileges.make_filter(calls, computes_only=True))
+    steps = privileges.make_filter("reader")
     allow, refuse = 0x7FFF0000, 0x50001
     number = calls["socket"]
     own = calls["architecture"]
@@ -98,7 +98,7 @@ def test_another_interface_of_the_processor_is_denied() -> None:
     assert _run(steps, calls["clone"], own, (17, 0)) == refuse
     assert _run(steps, calls["mmap"], own, (0, 2)) == allow
     assert _run(steps, calls["mmap"], own, (0, 1)) == refuse
-    loose = list(privileges.make_filter(calls, computes_only=False))
+    loose = privileges.make_filter("engine")
     assert [_run(loose, number, own, (family, 0)) for family in (1, 2, 10)] == [
         allow,
         refuse,
@@ -120,7 +120,7 @@ def test_both_processors_deny_the_same(machine: str, monkeypatch: pytest.MonkeyP
 
 
 def _run(
-    steps: list[privileges.Step], number: int, architecture: int, arguments: tuple[int, int]
+    steps: list[tuple[int, ...]], number: int, architecture: int, arguments: tuple[int, int]
 ) -> int:
     """Run a filter as the kernel does; return its verdict."""
     data = {0: number, 4: architecture, 16: arguments[0], 40: arguments[1]}
@@ -148,7 +148,7 @@ def test_without_it_nothing_changes_and_doctor_says_so(monkeypatch: pytest.Monke
 @needs_landlock
 def test_doctor_says_that_system_calls_are_not_denied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privileges, "system_calls", dict)
-    privileges.give_up(computes_only=True)  # changes nothing
+    privileges.give_up("reader")  # changes nothing
     (found,) = [each for each in doctor.examine() if each["what"] == "limits"]
     assert "no seccomp" in found["detail"]
 
