@@ -31,7 +31,6 @@ def confine(memory_bytes: int, opens_files: bool) -> None:
     limit_memory(memory_bytes)  # first, since it reads a file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    privileges.give_up("reader")
     if opens_files:
         landlock.restrict(WRITE | Access.EXECUTE, {})
     else:
@@ -40,6 +39,7 @@ def confine(memory_bytes: int, opens_files: bool) -> None:
 
 def close_files() -> None:
     """Let this process open nothing more: no file, socket or pipe; open ones still work."""
+    privileges.give_up("reader")
     if sys.platform != "win32":
         landlock.restrict(ALL, {})
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from racdeploy import plugins
+from racdeploy.processes import privileges
 from racdeploy.processes.messages import Header, Message
 from racdeploy.sandbox.limits import close_files
 
@@ -12,6 +13,7 @@ def _prepare(header: Header, payload: bytes) -> Message:
     module = plugins.load("scorers", header["name"])
     if hasattr(module, "prepare"):
         module.prepare()
+        privileges.give_up("reader")
     else:
         close_files()
     return {}, b""

@@ -141,8 +141,10 @@ class _Server(uvicorn.Server):
                 loading = DaemonThreadPool(1).submit(self._load_model)
                 model = await asyncio.wrap_future(loading)
             except (RacdeployError, OSError) as error:
-                reason = f"the engine died, and the model cannot be loaded again: {error}"
-                self.failure = EngineError("engine-not-reloaded", reason)
+                self.failure = EngineError(
+                    "engine-not-reloaded",
+                    f"the engine died, and the model cannot be loaded again: {error}",
+                )
                 self.should_exit = True
                 return
             self._served.close()

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from racdeploy.processes import privileges
+
 Answer = tuple[dict[str, Any], bytes]
 
 
@@ -51,6 +53,8 @@ def _remove(header: dict[str, Any], payload: bytes) -> Answer:
 
 def _try_all(header: dict[str, Any], payload: bytes) -> Answer:
     """Say of each attempt whether it went."""
+    if header["opens_files"]:
+        privileges.give_up("reader")  # as a scorer does once it has imported its packages
     tried = {**attempts(header["path"]), "limit": _raise_limit}
     return {"went": [name for name, attempt in tried.items() if _goes(attempt)]}, b""
 
