@@ -31,6 +31,7 @@ from racdeploy.cli.stream import (
     stopped_by_ctrl_c,
 )
 from racdeploy.errors import RacdeployError, UsageError
+from racdeploy.files.unprintable import drop_unprintable
 
 if TYPE_CHECKING:
     from racdeploy.runtime import Conversation, GenerationResult, Model
@@ -61,7 +62,7 @@ def chat(
     accel: AccelOpt = "auto",
     threads: ThreadsOpt = 0,
 ) -> None:
-    """Chat with a bundle. From a pipe, each line is a question; stdout has only answers."""
+    """Chat with a bundle. From a pipe, each line is a question of its own, answered in one line."""
     show_line(f"loading {bundle} …")
 
     from racdeploy.runtime import Conversation, load
@@ -76,7 +77,7 @@ def chat(
         else:
             with suppress(EOFError):
                 for line in _read_lines():
-                    talk.handle(line)
+                    talk.handle_alone(line)
 
 
 class Chat:
@@ -122,10 +123,24 @@ class Chat:
             )
         self._commands[name](argument.strip())
 
-    def _ask(self, question: str) -> None:
+    def handle_alone(self, line: str) -> None:
+        """Handle a line of a pipe; a question has no context, and its answer is one line."""
+        if line.startswith("/"):
+            self.handle(line)
+            return
+
+        self.conversation.reset()
+        if line.strip():
+            self._ask(check_question(line), show_answer=False)
+        turns = self.conversation.turns
+        answer = " ".join(turns[0].result.answer.splitlines()) if turns else ""
+        sys.stdout.write(drop_unprintable(answer) + "\n")
+        sys.stdout.flush()
+
+    def _ask(self, question: str, *, show_answer: bool = True) -> None:
         conversation = self.conversation
         dropped = conversation.dropped
-        stream = AnswerStream(self.show_thinking)
+        stream = AnswerStream(self.show_thinking, show_answer)
         started = time.perf_counter()
         show_line("reading …")
 

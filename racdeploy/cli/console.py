@@ -33,7 +33,7 @@ R = TypeVar("R")
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 and the signal's number
 _TRACEBACK = "RACDEPLOY_TRACEBACK"
 _MAX_QUOTED = 200
-_COMMAND = re.compile(r"^(\s*)::", re.MULTILINE)
+_COMMAND = re.compile(r"^([^\S\n]*)::", re.MULTILINE)
 _WIDEST = 100  # longer lines are hard to read
 _DISK_REMEDY = "check that the path exists and can be read or written, then run the same command"
 

@@ -13,7 +13,7 @@ from racdeploy.errors import install_command
 from racdeploy.extras import PACKAGES, Package, installed_version, is_installed
 from racdeploy.files.caches import default_work_folder
 from racdeploy.models.sources import EMBEDDED, resolve_model
-from racdeploy.processes import landlock
+from racdeploy.processes import landlock, privileges
 from racdeploy.processes.cores import available_cores, has_bfloat16
 from racdeploy.processes.memory import free_bytes
 
@@ -81,6 +81,8 @@ def _examine_limits() -> Finding:
     if version:
         detail = f"Landlock, version {version}: engines and readers start and write nothing"
         more = " and open no TCP" if version >= landlock.TCP_VERSION else ""
+        if not privileges.system_calls():
+            more += "; no seccomp here, so they can fork, send datagrams and change file modes"
         return _finding("limits", True, detail + more)
     return _unused("limits", "the system has no Landlock; those of memory and time hold")
 

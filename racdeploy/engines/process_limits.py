@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.processes import landlock
+from racdeploy.processes import landlock, privileges
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.landlock import CHANGE_FILE, WRITE, Access
 
@@ -71,6 +71,7 @@ def restrict() -> None:
         Path("/dev/shm"): WRITE,
     }
     landlock.restrict(WRITE | Access.EXECUTE, allowed)
+    privileges.give_up("engine")
 
 
 def _files_of(path: Path) -> list[Path]:

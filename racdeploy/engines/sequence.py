@@ -240,19 +240,37 @@ def check_ids(ids: Sequence[int], subject: str, limit: int, vocabulary: int) -> 
             "empty-prompt", f"{subject} has no tokens", remedy="render the chat template first"
         )
 
-    if len(ids) > limit:
-        raise ContextError(
-            "prompt-too-long",
-            f"{subject} has {len(ids)} tokens, the context takes at most {limit}",
-            remedy="shorten the text, or raise context_tokens; racdeploy never clips a text",
-        )
-
+    check_length(len(ids), f"{subject} has", limit)
     if min(ids) < 0 or max(ids) >= vocabulary:
         unknown = next(token for token in ids if not 0 <= token < vocabulary)
         raise PromptError(
             "unknown-token-id",
             f"{subject} holds token id {unknown}, the model has ids 0 to {vocabulary - 1}",
             remedy="use the tokenizer that belongs to this model",
+        )
+
+
+def measure_text(text: str) -> int:
+    """Return the bytes of a text in UTF-8; PromptError for one that is not Unicode."""
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            "text-not-unicode",
+            f"the text is not Unicode: {error}",
+            remedy="remove lone surrogates",
+        ) from error
+
+
+def check_length(
+    tokens: int, subject: str, limit: int, remedy: str = "shorten the text, or raise context_tokens"
+) -> None:
+    """Raise ContextError for more tokens than the context takes; ``subject`` has the verb."""
+    if tokens > limit:
+        raise ContextError(
+            "prompt-too-long",
+            f"{subject} {tokens} tokens, the context takes at most {limit}",
+            remedy=remedy,
         )
 
 

@@ -73,13 +73,13 @@ def environment() -> dict[str, str]:
 
 def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the variables of :func:`environment` that a child for a stranger's file needs."""
-    names, prefixes, secret_suffixes = _read_passed()
+    names, prefixes, secrets = _read_passed()
     kept = {}
 
     for name, value in environment().items():
         upper = name.upper()
-        is_passed = upper in names or upper.startswith(prefixes)
-        if is_passed and not upper.endswith(secret_suffixes):
+        is_secret = any(word in upper for word in secrets)
+        if upper in names or (upper.startswith(prefixes) and not is_secret):
             kept[name] = value
 
     return {**kept, **(variables or {})}
@@ -87,7 +87,7 @@ def clean_environment(variables: Mapping[str, str] | None = None) -> dict[str, s
 
 @functools.cache
 def _read_passed() -> tuple[frozenset[str], tuple[str, ...], tuple[str, ...]]:
-    """Return names and prefixes of variables that are passed, and suffixes of secrets."""
+    """Return names and prefixes of variables that are passed, and words in those of secrets."""
     table = tomllib.loads(_ENVIRONMENT.read_text(encoding="utf-8"))
     passed: list[str] = table["passed"]
     names = frozenset(name for name in passed if not name.endswith("*"))

@@ -21,7 +21,7 @@ from pathlib import Path
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ASK_VERSION = 1
 _PATH_BENEATH = 1
-_NO_NEW_PRIVILEGES = 38  # of prctl
+NO_NEW_PRIVILEGES = 38  # of prctl
 
 TCP_VERSION = 4
 _SCOPE_VERSION = 6
@@ -68,7 +68,7 @@ def version() -> int:
     if sys.platform != "linux":
         return 0
     with suppress(OSError):
-        return _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
+        return system_call(_CREATE_RULESET, None, 0, _ASK_VERSION)
     return 0
 
 
@@ -94,15 +94,15 @@ def restrict(denied: Access, allowed: Mapping[Path, Access]) -> bool:
         network = _TCP if version() >= TCP_VERSION else 0
         scopes = _SCOPES if version() >= _SCOPE_VERSION else 0
         ruleset = _Ruleset(handled, network, scopes)
-        rules = _call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
+        rules = system_call(_CREATE_RULESET, ctypes.byref(ruleset), ctypes.sizeof(ruleset), 0)
 
         try:
             for path, rights in allowed.items():
                 with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                     _allow(rules, path, handled & rights)
             # The kernel demands this of a process without privileges.
-            _check(_library().prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
-            _call(_RESTRICT_SELF, rules, 0)
+            _check(library().prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+            system_call(_RESTRICT_SELF, rules, 0)
         finally:
             os.close(rules)
     except OSError:  # too many layers, or a file system without support
@@ -117,19 +117,21 @@ def _allow(rules: int, path: Path, rights: Access) -> None:
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         beneath = _Beneath(rights, descriptor)
-        _call(_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(beneath), 0)
+        system_call(_ADD_RULE, rules, _PATH_BENEATH, ctypes.byref(beneath), 0)
     finally:
         os.close(descriptor)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """Return the C library."""
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _call(number: int, *arguments: object) -> int:
+def system_call(number: int, *arguments: object) -> int:
+    """Return the result of a system call; OSError where it fails."""
     wide = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
-    return _check(_library().syscall(ctypes.c_long(number), *wide))
+    return _check(library().syscall(ctypes.c_long(number), *wide))
 
 
 def _check(result: int) -> int:

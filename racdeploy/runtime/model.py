@@ -11,7 +11,8 @@ from functools import partial
 from typing import TypedDict, Unpack
 
 from racdeploy.engines import engine as decoding
-from racdeploy.errors import ContextError, UsageError
+from racdeploy.engines.sequence import check_length, measure_text
+from racdeploy.errors import UsageError
 from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
@@ -131,7 +132,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the engine failed, or was closed.
         """
-        prompt_ids = self.encoder.encode(prompt)
+        prompt_ids = self._encode(prompt)
         sampling = self._sampling(prompt_ids, **options)
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
@@ -171,10 +172,10 @@ class Model(AbstractContextManager["Model"]):
         **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult]:
         """Answer prompts, up to ``parallel`` of them together; see :meth:`generate`."""
-        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
         if not encoded:
             return []
-        self._check_length(max(encoded, key=len))
+        self._check_length(max(map(len, encoded)))
         if self.tags and len({find_prompt_state(ids, self.tags) == "open" for ids in encoded}) > 1:
             raise UsageError(
                 "mixed-thinking-states",
@@ -201,7 +202,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the prompt is empty, or the engine failed or was closed.
         """
-        ids = self.encoder.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
         free = replace(self._sampling(ids, **options), budget=None)
 
         completion = self._complete(ids, free, None, on_text, cancel)
@@ -218,9 +219,31 @@ class Model(AbstractContextManager["Model"]):
         """
         return AsyncTextStream(self._pool, partial(self.continue_text, prompt, **options))
 
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens in it are parsed, none are added."""
+        self._check_text(text)
+        return self.encoder.encode_text(text)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        self._check_text("".join(str(message.get("content")) for message in messages))
+        return self.encoder.encode(prompt)
+
+    def _check_text(self, text: str) -> None:
+        """Refuse a text that surely has too many tokens, before it costs time and memory."""
+        measure_text(text)
+        tokens = self.encoder.tokenizer.count_at_least(text)
+        self._check_length(tokens, "the text has at least")
+
+    def _check_length(self, tokens: int, subject: str = "the prompt has") -> None:
+        """Refuse more tokens than leave room; the engine knows no way out."""
+        remedy = self.manifest.generation.advise_context(tokens)
+        check_length(tokens, subject, self.context_tokens - 1, remedy)
+
     def close(self) -> None:
         """Unload the model; running generations fail with EngineError. May be called again."""
         self.engine.close()
+        self.encoder.tokenizer.sandbox.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -234,11 +257,12 @@ class Model(AbstractContextManager["Model"]):
         cancel: threading.Event | None,
     ) -> decoding.Completion:
         """Generate, and stream the text to ``on_text``, split by the tags."""
-        self._check_length(prompt_ids)
+        self._check_length(len(prompt_ids))
         eos_ids = self.manifest.tokenizer.eos_ids
-        reader = (
-            StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text) if on_text else None
-        )
+        most = sampling.budget.max_tokens if sampling.budget else None
+        reader = None
+        if on_text:
+            reader = StreamDecoder(self.encoder, prompt_ids, tags, eos_ids, on_text, most)
 
         (completion,) = self.engine.generate(
             [prompt_ids],
@@ -250,16 +274,6 @@ class Model(AbstractContextManager["Model"]):
         if reader:
             reader.finish()
         return completion
-
-    def _check_length(self, ids: Sequence[int]) -> None:
-        """Raise ContextError for a prompt that leaves no room; the engine knows no way out."""
-        if len(ids) >= self.context_tokens:
-            most = self.context_tokens - 1
-            raise ContextError(
-                "prompt-too-long",
-                f"the prompt has {len(ids)} tokens, the context takes at most {most}",
-                remedy=self.manifest.generation.advise_context(len(ids)),
-            )
 
     def _sampling(
         self,

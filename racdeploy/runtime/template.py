@@ -121,8 +121,8 @@ class ChatTemplate:
             {"template": self._name, **values},
             code="template-failed",
             failure=failure,
-            remedy="compare the messages with the model card; if they are right, correct the "
-            "template",
+            remedy="shorten the messages, or compare them with the model card; if they are right, "
+            "correct the template",
             seconds=DEFAULT_SECONDS + more_seconds,
         )
 

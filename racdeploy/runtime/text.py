@@ -12,6 +12,7 @@ TextKind = Literal["thinking", "answer"]
 OnText = Callable[[str, TextKind], None]
 """Callback for each piece of text and its kind."""
 
+_CHARACTER_TOKENS = 16  # with those of a tag that did not follow; a character has 4 at most
 _NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never occur
 
 
@@ -22,6 +23,7 @@ class StreamDecoder:
         tags: None for a model that does not think, or to treat tags as text.
         eos_ids: end-of-sequence ids, which are not decoded.
         on_text: receives the text.
+        max_thinking_tokens: after which the close tag is forced; None never forces it.
     """
 
     def __init__(
@@ -31,12 +33,16 @@ class StreamDecoder:
         tags: ThinkingTags | None,
         eos_ids: Collection[int],
         on_text: OnText,
+        max_thinking_tokens: int | None = None,
     ) -> None:
         self._tags = tags or _NO_TAGS
         self._encoder = encoder
         self._eos_ids = eos_ids
         self._on_text = on_text
-        self._scanner = ThinkingScanner(prompt_ids, self._tags)
+        most = max_thinking_tokens
+        self._scanner = ThinkingScanner(
+            prompt_ids, self._tags, lambda start, stop: most is not None and stop - start >= most
+        )
 
         # Ids from _prefix to _read are shown already; decoding them again gives the next ids their
         # context, as many tokenizers decode a token differently at the start of a text.
@@ -76,7 +82,8 @@ class StreamDecoder:
         pieces = ids[self._prefix : stop], ids[self._prefix : self._read]
         text, shown = self._encoder.tokenizer.decode_batch(pieces)
 
-        if text.endswith("\ufffd") and not whole:  # in the middle of a character
+        is_partial = text.endswith("\ufffd") and stop - self._read < _CHARACTER_TOKENS
+        if is_partial and not whole:  # in the middle of a character
             return
 
         self._prefix = self._read

@@ -7,7 +7,7 @@ scores a truncated thought as an answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,16 +78,27 @@ class ThinkingScanner:
     """Incremental parser of thoughts in a completion.
 
     A close tag without an open tag means that the model omitted the open tag: everything before it
-    is the thought.
+    is the thought. After a forced close tag it means that the model went on thinking.
+
+    Args:
+        is_forced: returns whether the first thought, from start to stop, was closed by the budget.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], tags: ThinkingTags) -> None:
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        tags: ThinkingTags,
+        is_forced: Callable[[int, int], bool] = lambda start, stop: False,
+    ) -> None:
         self.prompt_state = find_prompt_state(prompt_ids, tags)
         self.ids: list[int] = []
         self.is_thinking = self.prompt_state == "open"
         self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
         self.start = 0  # of the current thought or answer
         self.opening: ThinkingOpening = "prefilled" if self.is_thinking else "none"
+        self.is_reopened = self.prompt_state == "closed"
+        self.was_forced = False
+        self._is_forced = is_forced
         self._tags = tags
 
     def feed(self, token: int) -> None:
@@ -99,19 +110,26 @@ class ThinkingScanner:
                 self._close(self.start)
         elif self._ends_with(self._tags.open_ids):
             self.is_thinking = True
+            self.is_reopened = self.is_reopened or bool(self.thoughts)
             self.start = len(self.ids)
             self._begin("emitted")
-        elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
+        elif self._may_close() and self._ends_with(close_ids):
             self._begin("implied")
-            self._close(0)
+            self._close(self.start)
         elif self._begins_answer() and len(self.ids) == len(self._tags.answer_ids):
             self.start = len(self.ids)
 
     def count_held_back(self) -> int:
         """Return the number of last tokens that may be the start of a tag."""
-        wanted = self._tags.close_ids if self.is_thinking else self._tags.open_ids
-        begun = count_partial_match(self.ids, wanted, self.start)
+        tags = {self._tags.close_ids} if self.is_thinking else {self._tags.open_ids}
+        if self.was_forced:
+            tags.add(self._tags.close_ids)
+        begun = max(count_partial_match(self.ids, tag, self.start) for tag in tags)
         return max(begun, len(self.ids)) if self._begins_answer() else begun
+
+    def _may_close(self) -> bool:
+        """Return True if a close tag outside a thought is not text."""
+        return self.was_forced if self.thoughts else self.prompt_state == "none"
 
     def _begins_answer(self) -> bool:
         """Return True if all ids so far are a prefix of the tag of an answer without a thought."""
@@ -124,6 +142,7 @@ class ThinkingScanner:
 
     def _close(self, start: int) -> None:
         stop = len(self.ids) - len(self._tags.close_ids)
+        self.was_forced = self.was_forced or (not self.thoughts and self._is_forced(start, stop))
         self.thoughts.append((start, stop))
         self.is_thinking = False
         self.start = len(self.ids)
@@ -152,8 +171,9 @@ def split_completion(
     if tags is None:
         return SplitCompletion((), tuple(ids), "absent")
 
-    scanner = ThinkingScanner(prompt_ids, tags)
-
+    # Forced tokens may start with the closing text, which is part of the thought.
+    at = -1 if forced_at is None else forced_at
+    scanner = ThinkingScanner(prompt_ids, tags, lambda start, stop: start <= at <= stop)
     for token in ids:
         scanner.feed(token)
 
@@ -167,22 +187,18 @@ def split_completion(
         answer_ids = []
 
     thinking_ids = [token for start, stop in spans for token in ids[start:stop]]
-    state = _state(scanner, spans, forced_at)
+    state = _state(scanner, spans)
     return SplitCompletion(tuple(thinking_ids), tuple(answer_ids), state, scanner.opening)
 
 
-def _state(
-    scanner: ThinkingScanner, spans: Sequence[tuple[int, int]], forced_at: int | None
-) -> ThinkingState:
+def _state(scanner: ThinkingScanner, spans: Sequence[tuple[int, int]]) -> ThinkingState:
     if not spans:
         return "absent"
     if scanner.is_thinking:
         return "open"
-    if len(spans) > 1 or scanner.prompt_state == "closed":
+    if scanner.is_reopened:
         return "reopened"
-    # Forced tokens may start with the closing text, which is part of the thought.
-    start, stop = spans[0]
-    return "forced" if forced_at is not None and start <= forced_at <= stop else "closed"
+    return "forced" if scanner.was_forced else "closed"
 
 
 def find_prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptState:

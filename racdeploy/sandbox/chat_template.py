@@ -24,8 +24,11 @@ MAX_TEXT_CHARACTERS = (
     16_000_000  # templates of real models render to a few million characters at most
 )
 
-# jinja2 imports these lazily, and this process cannot open files later.
-for _name in ("encodings.ascii", "encodings.unicode_escape", "jinja2.debug", "pprint", "textwrap"):
+# Filters and methods import these lazily, and this process cannot open files later.
+_LAZY = (
+    "encodings.ascii encodings.idna encodings.punycode encodings.unicode_escape encodings.utf_16"
+)
+for _name in (*_LAZY.split(), "html", "html.entities", "jinja2.debug", "pprint", "textwrap"):
     import_module(_name)
 time.localtime()  # so that the C library reads the time zone now
 

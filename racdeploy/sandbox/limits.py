@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-from racdeploy.processes import landlock
+from racdeploy.processes import landlock, privileges
 from racdeploy.processes.landlock import ALL, WRITE, Access
 from racdeploy.processes.memory import resident_bytes
 
@@ -21,20 +21,27 @@ _RENEW_AFTER_S = 1.0
 
 
 def confine(memory_bytes: int, opens_files: bool) -> None:
-    """Deny this process file writes, programs, and more memory than ``memory_bytes`` beyond now.
+    """Deny this process file writes, other processes, and more memory than ``memory_bytes``.
 
-    Unless it ``opens_files``, it can open nothing more: no file, socket or pipe.
+    The memory is counted from now. Unless it ``opens_files``, see :func:`close_files`.
     """
     if sys.platform == "win32":
         return
 
     limit_memory(memory_bytes)  # first, since it reads a file
-    landlock.restrict(WRITE | Access.EXECUTE if opens_files else ALL, {})
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    if opens_files:
+        landlock.restrict(WRITE | Access.EXECUTE, {})
+    else:
+        close_files()
 
-    # No new descriptor of any kind; open ones still work.
-    if not opens_files:
+
+def close_files() -> None:
+    """Let this process open nothing more: no file, socket or pipe; open ones still work."""
+    privileges.give_up("reader")
+    if sys.platform != "win32":
+        landlock.restrict(ALL, {})
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from racdeploy import plugins
+from racdeploy.processes import privileges
 from racdeploy.processes.messages import Header, Message
+from racdeploy.sandbox.limits import close_files
 
 
 def _prepare(header: Header, payload: bytes) -> Message:
-    """Import a scorer with its lazy imports."""
+    """Import a scorer with its lazy imports; one without them opens no file from here on."""
     module = plugins.load("scorers", header["name"])
     if hasattr(module, "prepare"):
         module.prepare()
+        privileges.give_up("reader")
+    else:
+        close_files()
     return {}, b""
 
 

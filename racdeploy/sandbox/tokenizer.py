@@ -124,17 +124,22 @@ class Tokenizer:
 
     def get_vocab_size(self) -> int:
         """Return the number of tokens, added ones included."""
-        return int(self._describe()["size"])
+        return int(self._details["size"])
 
     def get_added_ids(self) -> list[int]:
         """Return the ids of added tokens."""
-        return list(self._describe()["added"])
+        return list(self._details["added"])
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts of control tokens, such as those that begin and end a turn; longest first."""
-        texts = sorted(set(filter(None, self._describe()["controls"])))
+        texts = sorted(set(filter(None, self._details["controls"])))
         return tuple(sorted(texts, key=len, reverse=True))
+
+    def count_at_least(self, text: str) -> int:
+        """Return a number of tokens that a text surely has, without encoding it."""
+        controls = sum(map(text.count, self.control_tokens))
+        return max(controls, len(text) // max(1, int(self._details["longest"])))
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of tokens of these characters only, or that are one of the texts."""
@@ -156,16 +161,17 @@ class Tokenizer:
 
     def check(self) -> None:
         """Wait until the file is loaded; ArtifactError where it is no tokenizer."""
-        self._describe()
+        self.tokens_to_ids([])
 
-    def _describe(self) -> Json:
+    @cached_property
+    def _details(self) -> Json:
         return self._ask("describe")[0]
 
     def _ask(
         self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
     ) -> tuple[Json, bytes]:
         seconds = DEFAULT_SECONDS + more_seconds
-        failure = "tokenizer-failed", self._failure, _DAMAGED
+        failure = "tokenizer-failed", self._failure, f"shorten the text, or {_DAMAGED}"
         return self.sandbox.ask(SandboxRequest(op, values, payload, *failure, seconds))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from racdeploy.serve.answers import error_body
 from racdeploy.serve.requests import RequestError
 
 _OPEN_PATHS = ("/health",)
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]+)?", re.IGNORECASE)
 
 
 class RequestLimit:
@@ -71,7 +73,8 @@ def refuse_other_hosts(scope: Scope) -> Response | None:
     It stops DNS rebinding: a web page whose domain resolves to 127.0.0.1 sends its own domain.
     """
     host = Headers(scope=scope).get("Host", "")
-    if is_loopback(_name_of(host)):
+    address = _HOST.fullmatch(host)
+    if address and is_loopback(address[1] or address[2]):
         return None
 
     message = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
@@ -86,10 +89,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _name_of(host: str) -> str:
-    """Return the host of a Host header, without port and brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]

@@ -20,6 +20,9 @@ _OPENAI_CODES = {
 }
 
 
+_UNAVAILABLE = ("engine-died", "engine-closed", "engine-stuck")  # until the model is loaded again
+
+
 @dataclass(frozen=True)
 class CompletionResponse:
     """Writer of one completion's objects, whole or in chunks, with a common id.
@@ -97,6 +100,8 @@ def write_error(error: RacdeployError) -> tuple[int, Json]:
         status, param = error.status, error.param
     elif isinstance(error, UsageError | PromptError):
         status = 400
+    elif error.code in _UNAVAILABLE:
+        status = 503
 
     message = f"{error.message}; {error.remedy}" if error.remedy else error.message
     code = _OPENAI_CODES.get(error.code, error.code)

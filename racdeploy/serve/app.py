@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,17 @@ R = TypeVar("R", GenerationResult, Continuation)
 MAX_WAITING_REQUESTS = 64  # requests that may wait for a slot; more get status 503
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServedModel:
     """Served model: the loaded model, its name, and its number of parallel requests."""
 
     model: Model
     name: str
     parallel: int
+
+    def close(self) -> None:
+        """Close the model."""
+        self.model.close()
 
 
 def make_app(served: ServedModel, key: str = "") -> Starlette:
@@ -57,7 +62,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
 
     async def show_health(request: Request) -> Response:
         is_well = served.model.engine.is_alive()
-        status = {"status": "ok" if is_well else "the engine has ended: start the server again"}
+        status = {"status": "ok" if is_well else "the engine has ended, and is loaded again"}
         return JSONResponse(status, 200 if is_well else 503)
 
     handlers = {
@@ -180,13 +185,12 @@ async def _ask_completion(served: ServedModel, body: Json) -> Reply:
 
 
 async def _tokenize(served: ServedModel, body: Json) -> Reply:
-    """Return the engine's ids of a text, like llama-server's /tokenize; parse special tokens."""
+    """Return the ids of a text as a prompt has them, like llama-server's /tokenize."""
     text = body.get("content")
     if not isinstance(text, str):
         raise RequestError("bad-parameter", "content is not a string", param="content")
 
-    ids = served.model.engine.tokenize(text)
-    return Reply({"tokens": served.model.encoder.encode_text(text) if ids is None else ids})
+    return Reply({"tokens": await asyncio.to_thread(served.model.encode_text, text)})
 
 
 def _check_name(requested: str | None, name: str) -> None:

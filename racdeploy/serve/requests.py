@@ -11,7 +11,7 @@ import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +24,7 @@ REASONING_EFFORTS = {"none": 0.0, "low": 0.2, "medium": 0.5, "high": 0.8}
 """``reasoning_effort`` and the maximum share of ``max_tokens`` for the thinking."""
 
 _LARGEST_SEED = 2**31
-_MAX_STOPS = 16
+_Stop = Annotated[str, Field(max_length=1000)]
 _TABLE = tomllib.loads((files("racdeploy.serve") / "harmless.toml").read_text(encoding="utf-8"))
 
 
@@ -81,7 +81,7 @@ class _Request(_Model):
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = Field(None, max_length=_MAX_STOPS)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -1,29 +1,37 @@
 """Server process: bind an address, load a bundle, serve, shut down on a signal.
 
 After the first signal no request is accepted and running ones get ``SHUTDOWN_GRACE_S`` seconds; a
-second signal stops them at once.
+second signal stops them at once. A model whose engine has died is loaded again, after
+``RELOAD_EVERY_S`` seconds where that has just been done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
-from racdeploy.errors import EnvironmentFailure, UsageError
-from racdeploy.runtime import load
+from racdeploy.errors import EngineError, EnvironmentFailure, RacdeployError, UsageError
+from racdeploy.runtime import Model, load
 from racdeploy.runtime.loading import load_dense
+from racdeploy.runtime.streams import DaemonThreadPool
 from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import ServedModel, make_app
+from racdeploy.serve.connections import MAX_HEADER_BYTES, LimitedConnection
 from racdeploy.sparse_kernels import AccelMode
 
 SHUTDOWN_GRACE_S = 5
+RELOAD_EVERY_S = 60.0
+_WATCH_S = 0.5
+_LOG = logging.getLogger("racdeploy.serve")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -51,6 +59,7 @@ def serve(
     Raises:
         UsageError: the key is not set, or is missing although other machines can reach the host.
         EnvironmentFailure: the address cannot be bound.
+        EngineError: the engine died, and the model cannot be loaded again.
     """
     key = _read_key(key_env)
     if not key and not is_loopback(host):
@@ -60,51 +69,86 @@ def serve(
             remedy="export RACDEPLOY_KEY=…, and add --api-key-env RACDEPLOY_KEY",
         )
 
-    with _bind(host, port) as address:
-        if dense:
-            model = load_dense(
-                bundle, dense, threads=threads, parallel=parallel, context_tokens=context_tokens
-            )
-        else:
-            model = load(
-                bundle,
-                threads=threads,
-                parallel=parallel,
-                context_tokens=context_tokens,
-                accel=accel,
-            )
+    opened = partial(load_dense, dense=dense) if dense else partial(load, accel=accel)
+    load_model = partial(
+        opened, bundle, threads=threads, parallel=parallel, context_tokens=context_tokens
+    )
 
-        with model:
-            # The model is named by its artifact, whose name tells quant and pruning.
-            file = dense or Path(model.manifest.artifacts[0].path)
-            served = ServedModel(model, file.stem, parallel)
+    with _bind(host, port) as address:
+        model = load_model()
+        # The model is named by its artifact, whose name tells quant and pruning.
+        file = dense or Path(model.manifest.artifacts[0].path)
+
+        with closing(ServedModel(model, file.stem, parallel)) as served:
             url = _url(address)
-            server = _Server(served, key, lambda: on_ready(url, served))
+            server = _Server(served, key, load_model, lambda: on_ready(url, served))
             asyncio.run(server.serve(sockets=[address]))
 
+    if server.failure:
+        raise server.failure
     return server.signal == signal.SIGINT
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with a ready callback; returns after a signal instead of re-raising it."""
+    """uvicorn's server with a ready callback; returns after a signal instead of re-raising it.
 
-    def __init__(self, served: ServedModel, key: str, on_ready: Callable[[], None]) -> None:
+    ``failure`` is the error that stopped it, if one did.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        key: str,
+        load_model: Callable[[], Model],
+        on_ready: Callable[[], None],
+    ) -> None:
         config = uvicorn.Config(
             make_app(served, key),
             log_config=None,
             access_log=False,
             lifespan="off",
             ws="none",
+            http=partial(LimitedConnection, {}),  # type: ignore[arg-type]
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         )
         super().__init__(config)
         self.signal = 0
+        self.failure: EngineError | None = None
+        self._served = served
+        self._load_model = load_model
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._watcher = asyncio.create_task(self._watch_engine())
         self._on_ready()
+
+    async def _watch_engine(self) -> None:
+        """Load the model again when its engine has died; stop the server where that fails."""
+        clock = asyncio.get_running_loop().time
+        earliest_s = clock()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if self._served.model.engine.is_alive() or clock() < earliest_s:
+                continue
+
+            _LOG.warning("the engine has died: the model is loaded again")
+            earliest_s = clock() + RELOAD_EVERY_S
+            try:
+                # In a daemon thread, so that a signal ends the server meanwhile.
+                loading = DaemonThreadPool(1).submit(self._load_model)
+                model = await asyncio.wrap_future(loading)
+            except (RacdeployError, OSError) as error:
+                self.failure = EngineError(
+                    "engine-not-reloaded",
+                    f"the engine died, and the model cannot be loaded again: {error}",
+                )
+                self.should_exit = True
+                return
+            self._served.close()
+            self._served.model = model
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

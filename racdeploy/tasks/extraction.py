@@ -6,9 +6,9 @@ import re
 from decimal import Decimal
 
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
-_DECORATION = re.compile(
-    r"^\s*[a-zA-Z][a-zA-Z+\- ]*=\s*|\\text\{[^{}]*\}|\s+[a-zA-Z][a-zA-Z ]*\.?$"
-)
+_DECORATION = re.compile(r"^\s*[a-zA-Z][a-zA-Z+\- ]*=\s*|\\text\{[^{}]*\}")
+_REVERSED_UNIT = re.compile(r"\n?\.?[a-zA-Z ]*[a-zA-Z]\s+")
+"""Words at the end, read from there: from the front, each space of a long text would be tried."""
 _BRACES = re.compile(r"\\boxed\{|[{}]")
 _SEPARATORS = re.compile(r"\{,\}|\\[,!;: ]")
 """Separators of LaTeX between thousands and before units."""
@@ -62,7 +62,10 @@ def parse_number(text: str) -> Decimal | None:
     bare = _FRACTION.sub(r"\1/\2", text)
     bare = _SEPARATORS.sub("", bare)
     bare = bare.replace(r"\$", "").replace(r"\%", "")
-    bare = _DECORATION.sub("", bare).strip("$.%€£ ")
+    bare = _DECORATION.sub("", bare)
+    if unit := _REVERSED_UNIT.match(bare[::-1]):
+        bare = bare[: -unit.end()]
+    bare = bare.strip("$.%€£ ")
     bare = bare.replace(",", "").replace("$", "")
 
     # Decimal is exact: 0.1 equals 1/10, and no float rounding decides on an answer.

@@ -30,6 +30,11 @@ SECRETS = {
     "RACDEPLOY_API_KEY": "4",
     "LLAMA_API_KEY": "5",
     "DATABASE_URL": "6",
+    "RACDEPLOY_PASS": "7",
+    "LD_SECRET_X": "8",
+    "GGML_PASSPHRASE": "9",
+    "ORT_TOKEN_FILE": "10",
+    "CUDA_APIKEY_2": "11",
 }
 
 

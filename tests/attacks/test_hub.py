@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,26 @@ def test_a_hub_that_takes_for_ever_is_left(hub: Hub, monkeypatch: pytest.MonkeyP
     with raises("hub-too-slow"):
         pull(NAME, Path("out"))
     assert not Path("out").exists()
+
+
+_LEAVING = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from racdeploy.bundles.hub import remote
+
+def download():
+    with ThreadPoolExecutor(1) as pool:
+        list(pool.map(time.sleep, [60]))
+
+remote._MAX_WAIT_S = 0.2
+remote.HubRepository("org/name", "").call(download)
+"""
+
+
+def test_a_program_ends_while_the_client_still_waits() -> None:
+    """It downloads in threads that Python would wait for: as long as the Hub sends a byte."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAVING], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert "took more than 0 s" in done.stderr

@@ -13,7 +13,8 @@ import pytest
 from racdeploy.cli.chat import Chat
 from racdeploy.cli.stream import AnswerStream
 from racdeploy.files.unprintable import drop_unprintable
-from racdeploy.runtime import Conversation, Model, load
+from racdeploy.runtime import Conversation, GenerationResult, Model, load
+from racdeploy.runtime.conversation import Turn
 from tests.support.commands import Outcome, command, environment, racdeploy
 from tests.support.errors import raises
 from tests.support.terminal import CTRL_C, CTRL_D, Terminal
@@ -192,18 +193,36 @@ def test_ctrl_c_twice_leaves_a_chat(bundle: Path) -> None:
         assert terminal.wait() == 0
 
 
-def test_a_piped_chat_prints_answers_alone(bundle: Path, tmp_path: Path) -> None:
-    """A question a line; after /reset the answer is that of ``run``."""
+def test_a_piped_chat_answers_each_line_alone(bundle: Path, tmp_path: Path) -> None:
+    """As ``run`` does; commands have no line."""
     saved = tmp_path / "talk.json"
-    lines = ["What is 2+2?", "", "Why?", f"/save {saved}", "/reset", "What is 2+2?", "/bye", "x"]
+    lines = ["What is 2+2?", "", "Why?", f"/save {saved}", "What is 2+2?", "/bye", "x"]
     outcome = _piped("\n".join(lines).encode(), "chat", bundle)
 
     assert outcome.code == 0, outcome.err
     alone = racdeploy("run", bundle, "What is 2+2?").out
-    turns = json.loads(saved.read_text())["turns"]
-    assert [turn["question"] for turn in turns] == ["What is 2+2?", "Why?"]
-    second = turns[1]["result"]["answer"] + "\n"
-    assert outcome.out == alone + second + alone
+    (turn,) = json.loads(saved.read_text())["turns"]
+    assert turn["question"] == "Why?"
+    assert outcome.out == f"{alone}\n{turn['result']['answer']}\n{alone}"
+
+
+def test_a_piped_answer_is_one_line(
+    model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also that of a thought that did not end, which is empty."""
+    answers = iter(["12\n+ 3\u2028= 15\x1b[2J", ""])
+
+    def ask(self: Conversation, question: str, **_: object) -> GenerationResult:
+        answer = next(answers)
+        result = GenerationResult(answer, "", 3, 4, "length", "open")
+        self.turns.append(Turn(question, result))
+        return result
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    chat = Chat(Conversation(model))
+    chat.handle_alone("a\n")
+    chat.handle_alone("b\n")
+    assert capsys.readouterr().out == "12 + 3 = 15[2J\n\n"
 
 
 def test_a_piped_chat_ends_at_the_first_mistake(bundle: Path) -> None:

@@ -186,6 +186,46 @@ def test_a_forced_close_is_told_from_a_natural_one() -> None:
     assert split_text("<", "ab>c>42$", forced_at=4) == ("ab", "c>42", "closed")
 
 
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("abcd>e>42$", ("abcde", "42", "forced")),
+        ("abcd>e>f>42$", ("abcdef", "42", "forced")),
+        ("abcd>e<f>42$", ("abcdf", "42", "reopened")),
+        ("ab>c>42$", ("ab", "c>42", "closed")),
+    ],
+)
+def test_thinking_that_goes_on_after_a_forced_close(
+    completion: str, expected: tuple[str, str, str]
+) -> None:
+    """The model's own close tag ends it; it is no text of the answer, in a stream neither."""
+    forced_at = 4 if expected[2] != "closed" else None
+    assert split_text("<", completion, forced_at=forced_at) == expected
+
+    shown: dict[str, str] = {"thinking": "", "answer": ""}
+
+    def show(text: str, kind: str) -> None:
+        shown[kind] += text
+
+    decoder = StreamDecoder(_Characters(), ids("<"), tags("<", ">"), ids(EOS), show, 4)  # type: ignore[arg-type]
+    for token in ids(completion):
+        decoder.feed(0, [token], None)
+    decoder.finish()
+    assert shown["answer"].endswith(expected[1])
+    assert (">" in shown["answer"]) == (">" in expected[1])
+
+
+class _Characters:
+    """An encoder whose tokens are characters."""
+
+    @property
+    def tokenizer(self) -> _Characters:
+        return self
+
+    def decode_batch(self, sequences: list[list[int]]) -> list[str]:
+        return ["".join(map(chr, ids)) for ids in sequences]
+
+
 def test_a_forced_tag_that_the_cap_cut_is_no_thinking() -> None:
     assert split_text("<", "abc</", "<", "</>", forced_at=3) == ("abc", "", "open")
 

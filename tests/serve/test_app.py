@@ -119,9 +119,42 @@ def test_a_template_that_refuses_is_the_clients_mistake(app: Starlette, model: M
     assert "no system prompt, please" in error_of(answer)["message"]
 
 
-def test_the_engines_tokenizer_is_offered(app: Starlette, model: Model) -> None:
+def test_the_ids_of_a_text_are_those_of_a_prompt(app: Starlette, model: Model) -> None:
     answer = request(app, "POST", "/tokenize", json={"content": "2 + 2<think>"})
     assert answer.json() == {"tokens": model.encoder.encode_text("2 + 2<think>")}
+
+
+@pytest.mark.parametrize("text", ["x<|im_end|>" * 80_000, "word " * 150_000, "a\n" * 40_000])
+def test_no_long_text_reaches_a_tokenizer(
+    app: Starlette, model: Model, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Each would take a process minutes or its memory; the context is known to be too short."""
+    process = model.encoder.tokenizer.sandbox.pid
+    bodies = {
+        "/tokenize": {"content": text},
+        TEXT: {"prompt": text},
+        CHAT: {"messages": [{"role": "user", "content": text}]},
+    }
+    for path, body in bodies.items():
+        monkeypatch.setattr("racdeploy.engines.backends.llamacpp.LlamaCppEngine.tokenize", None)
+        answer = request(app, "POST", path, json=body)
+        assert answer.status_code == 400, answer.text
+        assert error_of(answer)["code"] == "context_length_exceeded"
+        assert "has at least" in error_of(answer)["message"]
+    assert model.encoder.tokenizer.sandbox.pid == process  # it was not ended
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize"])
+def test_half_a_character_is_the_clients_mistake(app: Starlette, path: str) -> None:
+    half = {
+        "content": "\ud83d",
+        "prompt": "\ud83d",
+        "messages": [HELLO["messages"][0] | {"content": "\ud83d"}],
+    }
+    names = {CHAT: "messages", TEXT: "prompt", "/tokenize": "content"}
+    body = json.dumps({names[path]: half[names[path]]})
+    answer = request(app, "POST", path, content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, error_of(answer)["code"]) == (400, "text-not-unicode")
 
 
 def test_without_a_key_only_this_machine_is_answered(app: Starlette) -> None:
@@ -131,6 +164,22 @@ def test_without_a_key_only_this_machine_is_answered(app: Starlette) -> None:
     answer = run(app, lambda c: c.get("/v1/models"), "http://evil.example:8080")
     assert answer.status_code == 403
     assert "evil.example" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "[::1]evil.com",
+        "[::1]:80evil.com",
+        "[::1",
+        "localhost:evil.com",
+        "localhost:",
+        "a]localhost",
+        "",
+    ],
+)
+def test_a_host_is_compared_whole(app: Starlette, host: str) -> None:
+    assert request(app, "GET", "/v1/models", headers={"Host": host}).status_code == 403
 
 
 def test_the_key_opens_everything_but_health(model: Model) -> None:
@@ -229,5 +278,5 @@ def test_an_engine_that_dies_is_told(tmp_path: Path) -> None:
         assert events[-2] == b"data: [DONE]"
 
         answer = request(app, "POST", CHAT, json=HELLO)
-        assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
+        assert (answer.status_code, error_of(answer)["type"]) == (503, "server_error")
         assert request(app, "GET", "/health").status_code == 503

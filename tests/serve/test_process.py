@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,7 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
+from racdeploy.serve import connections
 from tests.support.commands import racdeploy
 from tests.support.own_server import OwnServer, children, serving_bundle
 from tests.support.tiny_artifacts import make_bundle
@@ -111,6 +115,119 @@ def test_no_child_is_left_of_a_server_that_is_killed(server: OwnServer) -> None:
 
     assert ends(engine)
     assert children(server.process.pid) == []
+
+
+@has_proc
+def test_an_engine_that_dies_is_replaced(bundle: Path) -> None:
+    """Within ten seconds, and once a minute at most."""
+    with serving_bundle(bundle, *OPTIONS) as server:
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while (answer := ask(server, max_tokens=3)).status_code != 200:
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        time.sleep(2)
+        assert ask(server, max_tokens=3).status_code == 503
+        assert len(children(server.process.pid)) == 1  # the one that reads texts
+
+
+@has_proc
+def test_a_server_that_cannot_load_its_model_again_ends(tmp_path: Path) -> None:
+    """With the exit code by which a supervisor knows that a retry may help."""
+    bundle = make_bundle(tmp_path)
+    with serving_bundle(bundle, *OPTIONS) as server:
+        engine = server.engine_pid()
+        (bundle / "model.gguf").rename(tmp_path / "gone")
+        os.kill(engine, signal.SIGKILL)
+        assert server.process.wait(20) == 4
+        assert server.process.stderr is not None
+        assert "[engine-not-reloaded]" in server.process.stderr.read()
+
+
+@has_proc
+@pytest.mark.parametrize(
+    ("begun", "size"), [("half a body", 200_000), ("half a header", 9000), ("nothing", 0)]
+)
+def test_half_requests_are_bounded_and_others_are_answered(
+    server: OwnServer, begun: str, size: int
+) -> None:
+    """Of 600 at most 512 are kept, and 8 MB of what they sent."""
+    head = {
+        "half a body": b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 999999\r\n\r\n",
+        "half a header": b"GET / HTTP/1.1\r\nX-Long: ",
+        "nothing": b"",
+    }
+    port = int(server.url.split(":")[2].split("/")[0])
+    assert ask(server, max_tokens=3).status_code == 200
+    before_bytes = peak_bytes(server.process.pid)
+
+    with contextlib.ExitStack() as kept:
+        for _ in range(600):
+            connection = kept.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                connection.send(head[begun] + b"x" * size)
+
+        assert ask(server, max_tokens=3).status_code == 200
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 550
+        assert peak_bytes(server.process.pid) - before_bytes < 50e6
+
+
+@has_proc
+def test_a_request_has_a_time_limit(bundle: Path) -> None:
+    """Half a header, half a body, and an answer that nobody reads are all ended by the clock."""
+    limits = "import racdeploy.serve.connections as c; c.REQUEST_S = 1.0; c.READING_S = 1.0; "
+    body = (
+        b'{"messages": [{"role": "user", "content": "Hello"}], "stream": true, "max_tokens": 4000}'
+    )
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\n"
+    length = f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with serving_bundle(bundle, *OPTIONS, before=limits) as server:
+        port = int(server.url.split(":")[2].split("/")[0])
+        for sent in (head, head + length, head + length + body[:30]):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(sent)
+                connection.settimeout(10)
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(10) == b""
+
+
+def test_an_answer_that_nobody_reads_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport says when its buffer is full, and when it is read again."""
+    monkeypatch.setattr(connections, "READING_S", 0.05)
+
+    class Transport(asyncio.Transport):
+        aborted = False
+
+        def is_closing(self) -> bool:
+            return self.aborted
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    async def hold(resumes: bool) -> bool:
+        config = uvicorn.Config(lambda scope, receive, send: None)
+        options = {"config": config, "server_state": uvicorn.server.ServerState(), "app_state": {}}
+        connection = connections.LimitedConnection({}, **options)
+        transport = Transport()
+        connection.connection_made(transport)
+        connection.pause_writing()
+        if resumes:
+            connection.resume_writing()
+        await asyncio.sleep(0.2)
+        return transport.aborted
+
+    assert [asyncio.run(hold(resumes)) for resumes in (False, True)] == [True, False]
+
+
+def peak_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def test_a_host_that_is_open_to_others_needs_a_key(bundle: Path) -> None:

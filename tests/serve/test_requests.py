@@ -47,6 +47,15 @@ def test_every_request_without_a_seed_draws_its_own() -> None:
     assert len(seeds) > 15
 
 
+def test_a_stop_string_may_be_long_and_stop_strings_are_few() -> None:
+    """A text has characters and a list has strings: their limits are apart."""
+    long = "\n\nObservation: the tool has answered"
+    assert read_chat(HELLO | {"stop": long}).stops == [long]
+    assert read_chat(HELLO | {"stop": [long] * 16}).stops == [long] * 16
+    for stop in ([long] * 17, "x" * 1001, ["x" * 1001]):
+        assert "stop" in refused(HELLO | {"stop": stop}).param
+
+
 @pytest.mark.parametrize(("effort", "budget"), [("none", 0), ("low", 20), ("high", 80)])
 def test_an_effort_is_a_share_of_the_room(effort: str, budget: int) -> None:
     asked = read_chat(HELLO | {"reasoning_effort": effort})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from racdeploy.errors import EngineError
+from tests.support import opening
 
 
 def load(request: dict[str, Any], settings: object) -> NoReturn:
@@ -33,6 +34,7 @@ def load(request: dict[str, Any], settings: object) -> NoReturn:
         "read": victim.read_text,
         "keep": lambda: (kept / "model.packed").write_text("rows"),
         "device": lambda: Path("/dev/null").write_text("x"),
+        **opening.attempts(str(victim)),
         "end": lambda: os.kill(os.getpid(), signal.SIGCONT),
     }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.support.commands import environment
 
 _MAIN = (
-    "import racdeploy.cli, racdeploy.serve.server as server; "
+    "{before}import racdeploy.cli, racdeploy.serve.server as server; "
     "server.SHUTDOWN_GRACE_S = {grace_s}; racdeploy.cli.main()"
 )
 
@@ -44,10 +44,13 @@ class OwnServer:
 
 @contextmanager
 def serving_bundle(
-    bundle: Path, *options: object, grace_s: float = 5, **variables: str
+    bundle: Path, *options: object, grace_s: float = 5, before: str = "", **variables: str
 ) -> Iterator[OwnServer]:
-    """Serve a bundle on a free port; ``grace_s`` is how long it lets requests finish."""
-    command = [sys.executable, "-c", _MAIN.format(grace_s=grace_s)]
+    """Serve a bundle on a free port; ``grace_s`` is how long it lets requests finish.
+
+    ``before`` is Python code that it runs first.
+    """
+    command = [sys.executable, "-c", _MAIN.format(grace_s=grace_s, before=before)]
     process = subprocess.Popen(
         [*command, "serve", str(bundle), "--port", "0", "--threads", "1", *map(str, options)],
         stdout=subprocess.PIPE,

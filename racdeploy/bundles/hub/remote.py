@@ -8,7 +8,9 @@ from __future__ import annotations
 import glob
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import thread as executors
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,6 +194,9 @@ class HubRepository:
                 f"the Hub at {self.api.endpoint} sent an answer of unknown form",
                 remedy="check HF_ENDPOINT, or install a newer huggingface_hub",
             ) from error
+        finally:
+            if not answer.done():  # too slow, or Ctrl-C
+                _leave_threads()
 
     def _explain(self, raised: BaseException) -> RacdeployError:
         """Return the error that explains a refused or failed request to the user."""
@@ -227,6 +232,13 @@ class HubRepository:
             remedy = "use another token, or a name of your own; hf auth whoami says who you are"
             return UsageError("hub-forbidden", message, remedy=remedy)
         return EnvironmentFailure("hub-failed", message, remedy="try again later")
+
+
+def _leave_threads() -> None:
+    """Let Python end without the client's threads: it waits for those of every executor."""
+    queues: dict[threading.Thread, Any] = executors._threads_queues  # type: ignore[assignment]
+    for thread in [each for each in queues if each.daemon]:
+        del queues[thread]
 
 
 def _import_errors() -> Any:

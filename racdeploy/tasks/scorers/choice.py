@@ -7,11 +7,14 @@ import re
 from racdeploy.tasks.extraction import extract_boxed
 from racdeploy.tasks.scoring import AnswerScore
 
-_LETTER = re.compile(r"^\W*(?:\\text(?:bf)?\{)?\W*([A-Z])\b\W*", re.IGNORECASE)
+# No two repeats of one character follow each other without another between them, and none begins a
+# search: a long run would be divided in every way, or tried from each of its characters.
+_LETTER = re.compile(r"^\W*+(?:(?<=\\)text(?:bf)?\{\W*+)?([A-Z])\b", re.IGNORECASE)
 _STATED_CHOICE = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+is)?\s*[:=]?\s*[(\[*]*([A-Z])\b(?!['’])", re.IGNORECASE
+    r"\b(?:answer|choice|option)\b\s*+(?:(?<=\s)is\s*+)?(?:[:=]\s*+)?[(\[*]*+([A-Z])\b(?!['’])",
+    re.IGNORECASE,
 )
-_ALONE = re.compile(r"(?<![\w'’])[(\[*]*([A-Z])[)\].:*]*(?=\s|$)")
+_ALONE = re.compile(r"(?<![\w'’])([A-Z])[)\].:*]*+(?=\s|$)")
 
 
 def score(answer: str, gold: str, argument: str) -> AnswerScore:

@@ -11,13 +11,15 @@ import re
 from pathlib import Path
 
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.engines.sequence import measure_text
 from racdeploy.engines.subprocess_engine import SubprocessEngine
-from racdeploy.errors import ArtifactError, EngineError
+from racdeploy.errors import ArtifactError, PromptError
 from racdeploy.packing import racgguf
 from racdeploy.plugins import require_package
 
 ACCEL = True
 _FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
+MAX_TEXT_BYTES = 32_768
 _NO_CONTEXT = 16  # tokens; without weights, no context is made
 _LOG = logging.getLogger("racdeploy.sparse_kernels")
 
@@ -45,15 +47,16 @@ class LlamaCppEngine(SubprocessEngine):
             _LOG.info(self.info["kernels"])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text by llama.cpp; special tokens are parsed, none are added."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise EngineError(
-                "text-not-unicode",
-                f"the text is not Unicode: {error}",
-                remedy="remove lone surrogates",
-            ) from error
+        """Return the ids of a text by llama.cpp; special tokens are parsed, none are added.
+
+        llama.cpp copies the text for each special token in it, so a long one is refused.
+        """
+        if measure_text(text) > MAX_TEXT_BYTES:
+            raise PromptError(
+                "text-too-long",
+                f"llama.cpp's tokenizer gets at most {MAX_TEXT_BYTES:,} bytes of text here",
+                remedy="use the bundle's tokenizer: model.encode_text(text)",
+            )
         return list(self._ask("tokenize", text=text)["ids"])
 
 
