@@ -131,7 +131,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the engine failed, or was closed.
         """
-        prompt_ids = self.encoder.encode(prompt)
+        prompt_ids = self._encode(prompt)
         sampling = self._sampling(prompt_ids, **options)
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
@@ -171,7 +171,7 @@ class Model(AbstractContextManager["Model"]):
         **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult]:
         """Answer prompts, up to ``parallel`` of them together; see :meth:`generate`."""
-        encoded = [self.encoder.encode(prompt) for prompt in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
         if not encoded:
             return []
         self._check_length(max(encoded, key=len))
@@ -250,6 +250,16 @@ class Model(AbstractContextManager["Model"]):
         if reader:
             reader.finish()
         return completion
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Return the prompt ids; raise UsageError for what is no prompt."""
+        if not prompt or not isinstance(prompt, str | Sequence):
+            raise UsageError(
+                "no-question",
+                f"the prompt is {prompt!r}, neither a question nor messages",
+                remedy='model.generate("What is 2 + 2?")',
+            )
+        return self.encoder.encode(prompt)
 
     def _check_length(self, ids: Sequence[int]) -> None:
         """Raise ContextError for a prompt that leaves no room; the engine knows no way out."""
