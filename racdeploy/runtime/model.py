@@ -225,6 +225,13 @@ class Model(AbstractContextManager["Model"]):
         return self.encoder.encode_text(text)
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        """Return the prompt ids; raise UsageError for what is no prompt."""
+        if not prompt or not isinstance(prompt, str | Sequence):
+            raise UsageError(
+                "no-question",
+                f"the prompt is {prompt!r}, neither a question nor messages",
+                remedy='model.generate("What is 2 + 2?")',
+            )
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         self._check_text("".join(str(message.get("content")) for message in messages))
         return self.encoder.encode(prompt)

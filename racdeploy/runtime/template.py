@@ -185,12 +185,6 @@ class PromptEncoder:
         A control token that a user typed, such as ``<|im_end|>``, is encoded as text and cannot end
         a turn. In the model's own messages and in the template's text it is the token.
         """
-        if not prompt or not isinstance(prompt, str | Sequence):
-            raise UsageError(
-                "no-question",
-                f"the prompt is {prompt!r}, neither a question nor messages",
-                remedy='model.generate("What is 2 + 2?")',
-            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         typed = [str(message.get("content")) for message in messages if not _is_by_model(message)]
         forged = [
