@@ -78,7 +78,7 @@ class ThinkingScanner:
     """Incremental parser of thoughts in a completion.
 
     A close tag without an open tag means that the model omitted the open tag: everything before it
-    is the thought. After a forced close tag it means that the model went on thinking.
+    is the thought. After a forced close tag, the model may write its own, which ``ids`` leave out.
 
     Args:
         is_forced: returns whether the first thought, from start to stop, was closed by the budget.
@@ -96,7 +96,6 @@ class ThinkingScanner:
         self.thoughts: list[tuple[int, int]] = []  # closed ones: start and stop in ids
         self.start = 0  # of the current thought or answer
         self.opening: ThinkingOpening = "prefilled" if self.is_thinking else "none"
-        self.is_reopened = self.prompt_state == "closed"
         self.was_forced = False
         self._is_forced = is_forced
         self._tags = tags
@@ -110,26 +109,21 @@ class ThinkingScanner:
                 self._close(self.start)
         elif self._ends_with(self._tags.open_ids):
             self.is_thinking = True
-            self.is_reopened = self.is_reopened or bool(self.thoughts)
             self.start = len(self.ids)
             self._begin("emitted")
-        elif self._may_close() and self._ends_with(close_ids):
+        elif self.was_forced and self._ends_with(close_ids):
+            del self.ids[-len(close_ids) :]
+        elif not self.thoughts and self.prompt_state == "none" and self._ends_with(close_ids):
             self._begin("implied")
-            self._close(self.start)
+            self._close(0)
         elif self._begins_answer() and len(self.ids) == len(self._tags.answer_ids):
             self.start = len(self.ids)
 
     def count_held_back(self) -> int:
         """Return the number of last tokens that may be the start of a tag."""
-        tags = {self._tags.close_ids} if self.is_thinking else {self._tags.open_ids}
-        if self.was_forced:
-            tags.add(self._tags.close_ids)
+        tags = self._tags.open_ids, self._tags.close_ids
         begun = max(count_partial_match(self.ids, tag, self.start) for tag in tags)
         return max(begun, len(self.ids)) if self._begins_answer() else begun
-
-    def _may_close(self) -> bool:
-        """Return True if a close tag outside a thought is not text."""
-        return self.was_forced if self.thoughts else self.prompt_state == "none"
 
     def _begins_answer(self) -> bool:
         """Return True if all ids so far are a prefix of the tag of an answer without a thought."""
@@ -178,6 +172,7 @@ def split_completion(
         scanner.feed(token)
 
     spans = list(scanner.thoughts)
+    ids = scanner.ids
     answer_ids = ids[scanner.start :]
     if scanner.is_thinking:
         stop = len(ids)
@@ -196,7 +191,7 @@ def _state(scanner: ThinkingScanner, spans: Sequence[tuple[int, int]]) -> Thinki
         return "absent"
     if scanner.is_thinking:
         return "open"
-    if scanner.is_reopened:
+    if len(spans) > 1 or scanner.prompt_state == "closed":
         return "reopened"
     return "forced" if scanner.was_forced else "closed"
 

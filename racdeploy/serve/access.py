@@ -1,12 +1,11 @@
-"""Access control of the server: API key, host name, and number of concurrent requests."""
+"""Access control of the server: API key and host name."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -14,34 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from racdeploy.serve.answers import error_body
-from racdeploy.serve.requests import RequestError
 
 _OPEN_PATHS = ("/health",)
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]+)?", re.IGNORECASE)
-
-
-class RequestLimit:
-    """Limit on concurrent requests."""
-
-    def __init__(self, max_requests: int) -> None:
-        self._limit = max_requests
-        self._running = 0
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Hold a slot during the body; raise RequestError if all are taken."""
-        if self._running >= self._limit:
-            raise RequestError(
-                "server-busy",
-                f"{self._running} requests are running or waiting: try again later",
-                status=503,
-            )
-
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from racdeploy.runtime import AsyncTextStream, Continuation, GenerationResult, M
 from racdeploy.serve import answers
 from racdeploy.serve.access import (
     AccessMiddleware,
-    RequestLimit,
     refuse_other_hosts,
     refuse_other_keys,
 )
@@ -51,7 +50,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
     """Return the application; with an empty key, all programs of this machine have access."""
     started = int(time.time())
     models = answers.write_models(served.name, started, served.model.context_tokens)
-    request_limit = RequestLimit(served.parallel + MAX_WAITING_REQUESTS)
+    slots = asyncio.Semaphore(served.parallel + MAX_WAITING_REQUESTS)
 
     async def list_models(request: Request) -> Response:
         return JSONResponse(models)
@@ -70,9 +69,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
         "/v1/completions": _ask_completion,
         "/tokenize": _tokenize,
     }
-    endpoints = {
-        path: Endpoint(partial(ask, served), request_limit) for path, ask in handlers.items()
-    }
+    endpoints = {path: Endpoint(partial(ask, served), slots) for path, ask in handlers.items()}
 
     refuse = partial(refuse_other_keys, key) if key else refuse_other_hosts
     return Starlette(

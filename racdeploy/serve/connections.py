@@ -67,23 +67,20 @@ class LimitedConnection(H11Protocol):
         if self.transport.is_closing():
             return
         if self not in self._incomplete:
-            self._incomplete[self] = 0
             self._drop_after(REQUEST_S)
+            self._incomplete[self] = 0
         self._incomplete[self] += received
 
         while len(self._incomplete) > MAX_CONNECTIONS or sum(self._incomplete.values()) > MAX_BYTES:
             next(iter(self._incomplete))._drop()
 
     def _drop_after(self, seconds: float) -> None:
-        self._forget_timer()
+        self._forget()
         self._timer = self.loop.call_later(seconds, self._drop)
 
-    def _forget_timer(self) -> None:
+    def _forget(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-    def _forget(self) -> None:
-        self._forget_timer()
         self._incomplete.pop(self, None)
 
     def _drop(self) -> None:

@@ -15,7 +15,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from racdeploy.errors import RacdeployError
 from racdeploy.files.reading import Json
-from racdeploy.serve.access import RequestLimit
 from racdeploy.serve.answers import write_error
 from racdeploy.serve.requests import RequestError, read_json
 
@@ -41,16 +40,23 @@ Handler = Callable[[Json], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """ASGI application that passes the JSON object of a request body to ``ask``."""
+    """ASGI application that passes the JSON object of a request body to ``ask``.
+
+    A request that finds no free slot is refused.
+    """
 
     ask: Handler
-    request_limit: RequestLimit
+    slots: asyncio.Semaphore
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(scope, receive, send)
         try:
             body = await _read_body(Request(scope, receive))
-            with self.request_limit.slot():
+            if self.slots.locked():
+                raise RequestError(
+                    "server-busy", "too many requests wait: try again later", status=503
+                )
+            async with self.slots:
                 await _cancel_if_disconnected(receive, self._answer(body, sender))
         except RacdeployError as error:
             await sender.fail(error)

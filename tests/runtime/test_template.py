@@ -180,3 +180,19 @@ def test_a_folder_without_tokenizer_or_template_is_an_error(tmp_path: Path) -> N
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     with raises("no-tokenizer", "tokenizer.json"):
         PromptEncoder.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ '<b>a &amp; b</b>' | striptags }}", "a & b"),
+        ("{{ 'b\u00fccher'.encode('idna') }}", "b'xn--bcher-kva'"),
+        ("{{ 'b\u00fccher'.encode('punycode') }}", "b'bcher-kva'"),
+        ("{{ 'a'.encode('utf-16').decode('utf-16') }}", "a"),
+    ],
+)
+def test_what_python_imports_late_is_there(source: str, expected: str) -> None:
+    """The process opens no file once it renders."""
+    sandbox = Sandbox("racdeploy.sandbox.text_operations")
+    assert ChatTemplate(source, sandbox=sandbox).render([]) == expected
+    sandbox.close()

@@ -189,16 +189,16 @@ def test_a_forced_close_is_told_from_a_natural_one() -> None:
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [
-        ("abcd>e>42$", ("abcde", "42", "forced")),
-        ("abcd>e>f>42$", ("abcdef", "42", "forced")),
-        ("abcd>e<f>42$", ("abcdf", "42", "reopened")),
+        ("abcd>e>42$", ("abcd", "e42", "forced")),
+        ("abcd>e>f>42$", ("abcd", "ef42", "forced")),
+        ("abcd>e<f>4>2$", ("abcdf", "42", "reopened")),
         ("ab>c>42$", ("ab", "c>42", "closed")),
     ],
 )
 def test_thinking_that_goes_on_after_a_forced_close(
     completion: str, expected: tuple[str, str, str]
 ) -> None:
-    """The model's own close tag ends it; it is no text of the answer, in a stream neither."""
+    """The model's own close tag is no text of the answer, in a stream neither."""
     forced_at = 4 if expected[2] != "closed" else None
     assert split_text("<", completion, forced_at=forced_at) == expected
 
