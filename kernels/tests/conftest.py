@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import _keep_heap, pytest_configure
+from tests.conftest import _keep_heap
 
-__all__ = ["_keep_heap", "pytest_configure"]
+__all__ = ["_keep_heap"]
 
 
 @pytest.fixture(scope="session", autouse=True)
