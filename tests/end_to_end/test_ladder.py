@@ -27,7 +27,7 @@ logit_traces = 1
 def test_a_default_build_ships_a_rung(tmp_path: Path) -> None:
     """With codes that were chosen, beside the dense model in 8 bits and in common 4 bits."""
     model = make_checkpoint(tmp_path / "model", "qwen3", hidden_size=128, intermediate_size=256)
-    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(40)]
+    rows = [{"question": f"What is {i} plus {i + 1}?", "answer": str(2 * i + 1)} for i in range(80)]
     problems = tmp_path / "problems.jsonl"
     problems.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
