@@ -80,7 +80,7 @@ def _request(pieces: list[bytes]) -> Outcome:
     _arriving.pieces = pieces
     max_bytes = max_answer_bytes(len(_PROMPT), _CAP)
     try:
-        return client.run(client.request, "completions", {}, False, max_bytes)
+        return client.run(client.request, "completions", {}, max_bytes)
     except RacdeployError as error:
         return error
 
