@@ -21,7 +21,6 @@ from racdeploy.engines.backends.server import ServerEngine, answers, chat, http
 from racdeploy.engines.backends.server.engine import max_answer_bytes
 from racdeploy.engines.engine import Completion, EngineSettings
 from racdeploy.errors import RacdeployError
-from racdeploy.traces import server as trace_server
 from racdeploy.traces.server import check_agreement
 from tests.fuzz.harness import Mutate, Mutator
 from tests.fuzz.mutation import of_json
@@ -187,14 +186,12 @@ def _list_readers(answer: dict[str, Any]) -> Iterator[Callable[[], object]]:
         yield lambda talk=talk: talk.encode_answer(chat._read(answer))
 
     engine = ServerEngine.__new__(ServerEngine)
-    engine._client = said = _Said(answer)
+    engine._client = _Said(answer)
     engine.model, engine._tokenizer_path = "m", "../tokenize"
     engine._settings = EngineSettings(64, 1)
     yield lambda: engine._choose_model("")
     yield lambda: engine.count("a")
     yield lambda: check_agreement(engine, tokens)
-    yield lambda: trace_server._load_into_sglang(said, "/model")
-    yield lambda: trace_server._load_into_vllm(said, "/model")
 
 
 def _check_completion(completion: Completion) -> None:
