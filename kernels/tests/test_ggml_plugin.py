@@ -212,7 +212,7 @@ def test_logits_are_those_of_the_stock_engine(
     """Every number format, in one batch; float32 sums in another order are all that differs."""
     with LlamaCppEngine(files[quant], SETTINGS) as stock:
         expected_TV = stock.logits(IDS)
-        assert stock.info["kernels"] == "llama.cpp's own kernels: sparse ones are switched off"
+        assert stock.info["kernels"] == "llama.cpp's own kernels: sparse ones are off"
     with LlamaCppEngine(files[quant], replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
         assert engine.info["sparse_weights"] == 2 * 6  # of each block all linears but down_proj

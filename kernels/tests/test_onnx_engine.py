@@ -64,7 +64,7 @@ def test_a_proven_operator_gives_the_same_logits_and_says_so(
     write_proof(kernels, Proof("", "", "any", verdicts=FASTER))
     with OnnxRuntimeEngine(model, SETTINGS) as plain:
         expected_TV = plain.logits(IDS)
-        assert plain.info["kernels"] == "onnxruntime's own operators: sparse ones are switched off"
+        assert plain.info["kernels"] == "onnxruntime's own operators: sparse ones are off"
     with OnnxRuntimeEngine(model, replace(SETTINGS, accel="require")) as engine:
         found_TV = engine.logits(IDS)
         assert engine.info["kernels"].startswith("sparse any operator for ")
