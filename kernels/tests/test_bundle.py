@@ -41,7 +41,7 @@ def test_verify_on_the_kernels_gives_the_same_verdict_and_says_so(
     (stock_ran,) = [
         note for note in before["notes"] if note.startswith("the pruned artifact ran on")
     ]
-    assert stock_ran.endswith("ran on llama.cpp's own kernels: sparse ones are switched off")
+    assert stock_ran.endswith("ran on llama.cpp's own kernels: sparse ones are off")
     assert re.match(
         r"sparse (avx\w+|portable) \(llamacpp \w+\)",
         after["fingerprint"]["kernels"],
