@@ -172,7 +172,9 @@ class PruneStage:
 
         shape = read_cut_plan(blocks_folder).shape(model.shape, cuts)
         assemble(model, blocks_folder, folder, shape)
-        if (dense_importance := model.folder / DENSE_IMPORTANCE_FILE).is_file():
+        # That of the dense model: a folder that was cut before has one of a larger model.
+        dense_importance = model.folder / DENSE_IMPORTANCE_FILE
+        if model is not self.dense and dense_importance.is_file():
             shutil.copyfile(dense_importance, folder / DENSE_IMPORTANCE_FILE)
 
         return {

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.pruning.block_pruning import prune_blocks
 from racdeploy.pruning.structure.cut_plan import read_cut_plan
 from racdeploy.pruning.walk.assemble import assemble
-from racdeploy.recipe import Pruning, Structure
+from racdeploy.recipe import Pruning, Recipe, Structure
+from racdeploy.traces.trace import hash_ids
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
@@ -88,3 +91,17 @@ def test_a_whole_model_needs_no_second_one(dense: Checkpoint, tmp_path: Path) ->
     model = cut(dense, tmp_path, {})
     assert (model / "importance.safetensors").is_file()
     assert not (model / "dense-importance.safetensors").exists()
+
+
+def test_that_of_an_earlier_cut_is_not_taken_along(tmp_path: Path) -> None:
+    """A model that was cut before is dense now; its folder has the importance of a larger one."""
+    sizes = {"intermediate_size": 128}
+    model = make_checkpoint(tmp_path / "model", "llama", dtype="float32", **sizes)
+    save_file({"stale": torch.zeros(1)}, model / "dense-importance.safetensors")
+    values = {"model": str(model), "structure": {"keep": {"ffn": 0.5}}}
+    build = Build(Job(Recipe.combine(None, values)), tmp_path, threads=1)
+
+    pruned = build.prune_stage.run(TRACES, hash_ids(TRACES))
+    found = load_file(pruned.folder / "dense-importance.safetensors")
+    assert found["model.layers.0.mlp.down_proj.weight"].shape == (128,)
+    assert "stale" not in found
