@@ -10,7 +10,7 @@ from pathlib import Path
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
-from racdeploy.manifest import TokenizerEntry
+from racdeploy.manifest import MANIFEST_NAME, TokenizerEntry
 from racdeploy.recipe import Verification
 from racdeploy.runtime.loading import check_companion_files
 from racdeploy.runtime.template import PromptEncoder
@@ -37,7 +37,8 @@ class BundleToVerify:
 
     def __post_init__(self) -> None:
         # Before anything is checked or used, so that any later change is detected.
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        is_bundle = (self.folder / MANIFEST_NAME).is_file()  # no other folder is walked through
+        files = [path for path in self.folder.rglob("*") if path.is_file()] if is_bundle else []
         names = [file.relative_to(self.folder).as_posix() for file in files]
         self._states.update(take_states(self.folder, names))
 

@@ -238,9 +238,9 @@ class Model(AbstractContextManager["Model"]):
 
     def _check_text(self, text: str) -> None:
         """Refuse a text that surely has too many tokens, before it costs time and memory."""
-        measure_text(text)
-        tokens = self.encoder.tokenizer.count_at_least(text)
-        self._check_length(tokens, "the text has at least")
+        if measure_text(text) >= self.context_tokens:  # a token has at least one byte
+            tokens = self.encoder.tokenizer.count_at_least(text)
+            self._check_length(tokens, "the text has at least")
 
     def _check_length(self, tokens: int, subject: str = "the prompt has") -> None:
         """Refuse more tokens than leave room; the engine knows no way out."""

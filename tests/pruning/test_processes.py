@@ -25,16 +25,9 @@ from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
 from tests.support.commands import command, environment, find_error_code
+from tests.support.job_recipes import TRACES
 from tests.support.tiny_models import make_checkpoint
 
-RECIPE = """
-[traces]
-count = 24
-batch_size = 5
-max_new_tokens = 40
-[calibration]
-keep_truncated = true
-"""
 RECIPE_OF_TRACES = {"traces": {"count": 24, "batch_size": 5, "max_new_tokens": 12}}
 SERVED = {"traces": {"server": "http://127.0.0.1:1/v1"}}
 PLAIN = 'prune.allocation = "error"\n'
@@ -50,7 +43,7 @@ def _model(folder: Path, settings: str, blocks: int = 2) -> Path:
     sizes = {"num_hidden_layers": blocks, "hidden_size": 64, "intermediate_size": 192}
     family = "qwen3_moe" if settings == EXPERTS else "qwen3"
     make_checkpoint(folder / "model", family, **sizes)
-    (folder / "recipe.toml").write_text(settings + RECIPE)
+    (folder / "recipe.toml").write_text(settings + TRACES)
     return folder / "model"
 
 

@@ -19,25 +19,10 @@ import pytest
 
 from racdeploy.files.writing import file_sha256
 from tests.support.commands import environment, find_error_code
+from tests.support.job_recipes import RECOVERY
 from tests.support.tiny_models import make_checkpoint
 
-RECIPE = """
-[traces]
-count = 24
-batch_size = 5
-max_new_tokens = 40
-[calibration]
-keep_truncated = true
-held_out_share = 0.2
-[prune]
-sparsity = 0.7
-[recover]
-batch_tokens = 200
-on_policy = 0.0
-max_accuracy_drop = 0.9
-learning_rate = 0.001
-methods = ["full", "blockwise"]
-"""
+RECIPE = f"{RECOVERY}[prune]\nsparsity = 0.7\n"
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
 FOUND_S = 60
 ENVIRONMENT = environment(OMP_NUM_THREADS="1")

@@ -33,6 +33,7 @@ from tests.support.codes import draw_codes, read_as_file, read_stored_weights, s
 from tests.support.commands import environment
 from tests.support.errors import raises
 from tests.support.fork_server import fork_context
+from tests.support.job_recipes import RECOVERY
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_training_run import make_training_run, read_weights
 
@@ -373,30 +374,13 @@ def test_a_process_without_the_pruned_model_ends_the_job(tmp_path: Path) -> None
         stage.train(tmp_path, "model", given)
 
 
-RECIPE = """
-[traces]
-count = 24
-batch_size = 5
-max_new_tokens = 40
-[calibration]
-keep_truncated = true
-held_out_share = 0.2
-[recover]
-batch_tokens = 200
-on_policy = 0.0
-max_accuracy_drop = 0.9
-learning_rate = 0.001
-methods = ["full", "blockwise"]
-"""
-
-
 @pytest.mark.slow
 def test_torchrun_prunes_and_recovers(tmp_path: Path) -> None:
     """From the command line to a model that was recovered, and nothing of the others is left."""
     make_checkpoint(
         tmp_path / "model", "qwen3", num_hidden_layers=2, hidden_size=64, intermediate_size=192
     )
-    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "recipe.toml").write_text(RECOVERY)
 
     work = tmp_path / "work"
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
