@@ -13,8 +13,24 @@ from racdeploy import errors
 from racdeploy.errors import RacdeployError
 
 if TYPE_CHECKING:
-    from racdeploy.api.functions import build, export, prune, recover, tune, verify
-    from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
+    from racdeploy.api.functions import (
+        build,
+        compare,
+        export,
+        prune,
+        record,
+        recover,
+        tune,
+        verify,
+    )
+    from racdeploy.api.records import (
+        Bundle,
+        ComparedModel,
+        ExportedFile,
+        PrunedFolder,
+        TunedBundle,
+        Verdict,
+    )
     from racdeploy.runtime import (
         AsyncTextStream,
         Conversation,
@@ -30,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncTextStream",
     "Bundle",
+    "ComparedModel",
     "Conversation",
     "ExportedFile",
     "GenerationResult",
@@ -42,10 +59,12 @@ __all__ = [
     "Verdict",
     "__version__",
     "build",
+    "compare",
     "errors",
     "export",
     "load",
     "prune",
+    "record",
     "recover",
     "tune",
     "verify",

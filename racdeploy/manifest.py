@@ -82,7 +82,7 @@ class ArtifactEntry(_Entry):
     quant: str
     packing: str
     size_bytes: int = Field(ge=0, le=_MAX_BYTES)
-    sha256: Sha256
+    sha256: Sha256 | Literal[""] = ""  # empty: a plain model, not hashed
     backend: str
     unpacked_sha256: Sha256 | Literal[""] = ""
     files: Files = Field(default_factory=dict)

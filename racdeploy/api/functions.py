@@ -1,4 +1,4 @@
-"""Functions of the library: ``build`` and its steps, ``tune`` and ``verify``.
+"""Functions of the library: ``build`` and its steps, ``tune``, ``verify`` and ``compare``.
 
 Keywords have the names of the command line's options, and the docstrings here are their help.
 The functions print nothing. They import torch only when they need it.
@@ -6,13 +6,21 @@ The functions print nothing. They import torch only when they need it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from racdeploy.api import jobs
 from racdeploy.api.jobs import ModelSource, Saveable, StrPath
-from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
+from racdeploy.api.records import (
+    Bundle,
+    ComparedModel,
+    ExportedFile,
+    PrunedFolder,
+    TunedBundle,
+    Verdict,
+)
 from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -339,3 +347,106 @@ def verify(
     report, records = verification.run()
     jobs.check_signature(options)  # the files that were verified are still those that were signed
     return Verdict.from_report(report, verification.gate, notes=notes, records=records)
+
+
+def compare(
+    candidates: Sequence[StrPath],
+    *,
+    against: StrPath,
+    task: Sequence[str] = (),
+    prompts: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    max_thinking_tokens: int | None = None,
+    context_tokens: int | None = None,
+    parallel: int | None = None,
+    seed: int | None = None,
+    cache_type: Literal["f16", "f32", "q8_0"] = "f16",
+    flash_attention: bool = False,
+    server_key_env: str = "",
+    tier: str = "",
+    gate: StrPath | None = None,
+    work: StrPath | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> tuple[ComparedModel, ...]:
+    """Ask any models the same questions and compare each with a reference, best first.
+
+    Args:
+        candidates: GGUF files, ONNX files or folders, bundles, model folders of transformers, or
+            servers as http://HOST:PORT/v1#MODEL.
+        against: Model to compare with, or the folder of a recorded one.
+        task: Tasks to ask: a name, jsonl:FILE, gsm8k:FILE or hub:gsm8k.
+        prompts: Number of questions; default: 200, or the tier's.
+        samples: Answers to each question; more than one needs a temperature.
+        temperature: 0 is greedy, the default; for several samples the reference's own.
+        max_new_tokens: Maximum tokens of an answer, with its thinking; default: 1024.
+        max_thinking_tokens: Maximum thinking tokens; then the thinking is closed.
+        context_tokens: Context of each engine; default: 2048.
+        parallel: Sequences decoded together.
+        seed: Choice of the questions, and of the samples.
+        cache_type: Number format of llama.cpp's key-value cache.
+        flash_attention: Use llama.cpp's flash attention.
+        server_key_env: Environment variable that holds the servers' key.
+
+    Raises:
+        UsageError: a task has no questions, or they do not fit a context.
+        ArtifactError: a file is no model, or lacks tokenizer or template.
+        EngineError: an engine cannot run one.
+    """
+    comparison = jobs.open_comparison(locals())
+    compared = []
+    for report, records in comparison.run():
+        arm = report.find_arm("pruned")
+        assert arm
+        assert report.comparison
+        model = ComparedModel.from_report(
+            report,
+            comparison.gate,
+            records=records,
+            name=report.model,
+            length_ratio=report.comparison.length_ratio,
+            seconds_per_right=arm.seconds_per_right,
+        )
+        compared.append(model)
+
+    order = ("pass", "inconclusive", "fail")
+    return tuple(
+        sorted(compared, key=lambda m: (order.index(m.verdict), m.seconds_per_right or math.inf))
+    )
+
+
+def record(
+    model: StrPath,
+    *,
+    out: StrPath,
+    task: Sequence[str] = (),
+    prompts: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
+    max_new_tokens: int | None = None,
+    max_thinking_tokens: int | None = None,
+    context_tokens: int | None = None,
+    parallel: int | None = None,
+    seed: int | None = None,
+    cache_type: Literal["f16", "f32", "q8_0"] = "f16",
+    flash_attention: bool = False,
+    work: StrPath | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Record a model's answers as a reference, and return its folder.
+
+    :func:`compare` then needs neither this model nor the task's file. Options and errors are those
+    of :func:`compare`.
+
+    Args:
+        model: GGUF file, ONNX file or folder, bundle, or model folder of transformers.
+        out: Folder to write.
+    """
+    examiner, found, tasks = jobs.open_recording(locals())
+    examiner.check_lengths(found)
+    examiner.record(found, tasks).write(Path(out))
+    examiner.forget()
+    return Path(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from racdeploy.pipeline.build import Build
     from racdeploy.pipeline.job import Job
     from racdeploy.recipe import Recipe
+    from racdeploy.runtime.deployed import DeployedModel
     from racdeploy.sparse_kernels import AccelMode
+    from racdeploy.tasks import Problem
     from racdeploy.tuning.search import Search
+    from racdeploy.verification.compare import Examiner, ModelComparison
+    from racdeploy.verification.gate import Gate
 
 Options = Mapping[str, Any]
 StrPath = str | os.PathLike[str]
@@ -167,6 +171,91 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
         paths = (as_path(include), as_path(python), baseline)
         runner = HarnessRunner(local, harness, tuple(tasks), limit, *paths)
     return BundleVerification(local, source, baseline, runner), notes
+
+
+def open_comparison(options: Options) -> ModelComparison:
+    """Return the comparison of candidates with a reference model, or with a recorded one."""
+    from racdeploy.verification.compare import ModelComparison, correct_confidence
+    from racdeploy.verification.gate import read_gate
+    from racdeploy.verification.reference import REFERENCE_NAME, Reference, check_same_questions
+
+    tasks = tuple(options["task"])
+    sources = [str(source) for source in options["candidates"]]
+    gate = correct_confidence(read_gate(as_path(options["gate"])), len(sources))
+    gate = gate.for_tier(options["tier"], options["prompts"] or 0)
+    folder = Path(options["against"])
+    if not (folder / REFERENCE_NAME).is_file():
+        reference, *candidates = _find_models([str(options["against"]), *sources])
+        examiner = _open_examiner(options, tasks, (reference, *candidates), gate)
+        return ModelComparison(reference, tuple(candidates), tasks, examiner, gate)
+
+    recorded = Reference.read(folder)
+    check_same_questions(recorded, tasks)
+    candidates = _find_models(sources)
+    chosen = {**options, **dict(recorded.settings)}
+    examiner = _open_examiner(chosen, recorded.tasks, candidates, gate, recorded.problems)
+    return ModelComparison(recorded, tuple(candidates), recorded.tasks, examiner, gate)
+
+
+def open_recording(options: Options) -> tuple[Examiner, DeployedModel, tuple[str, ...]]:
+    """Return what records a reference: the examiner, the model and its tasks."""
+    from racdeploy.verification.gate import read_gate
+
+    tasks = tuple(options["task"])
+    (model,) = _find_models([str(options["model"])])
+    return _open_examiner({**options, "tier": ""}, tasks, (model,), read_gate()), model, tasks
+
+
+def _find_models(sources: Sequence[str]) -> list[DeployedModel]:
+    """Open each model; the texts of a server are counted in the tokens of the first other one."""
+    from racdeploy.runtime.deployed import find_model, find_served, is_url
+
+    found = {source: find_model(Path(source)) for source in sources if not is_url(source)}
+    if not found:
+        raise UsageError(
+            "only-servers",
+            "every model is behind a server, so no tokenizer counts their tokens",
+            remedy="compare with the file that one of them serves",
+        )
+    counting = next(iter(found.values()))
+    return [found.get(source) or find_served(source, counting) for source in sources]
+
+
+def _open_examiner(
+    options: Options,
+    tasks: tuple[str, ...],
+    models: Sequence[DeployedModel],
+    gate: Gate,
+    problems: Sequence[Problem] = (),
+) -> Examiner:
+    from racdeploy.engines.engine import EngineSettings
+    from racdeploy.files.toml import validate
+    from racdeploy.recipe import Verification
+    from racdeploy.tasks import TaskSet
+    from racdeploy.verification.compare import Examiner
+
+    names = Verification.model_fields.keys() & options.keys()
+    chosen = {name: options[name] for name in names if options[name] is not None}
+    if options.get("prompts"):
+        chosen["count"] = options["prompts"]
+    if chosen.get("samples", 1) > 1:
+        chosen.setdefault("temperature", models[0].manifest.generation.temperature)
+    default = Verification.model_fields["context_tokens"].default
+    chosen.setdefault("context_tokens", min(default, *(model.context_limit for model in models)))
+    settings = validate(Verification, chosen, "the options")
+    if tier := options["tier"]:
+        settings = getattr(gate.tiers, tier).apply(settings, options["prompts"] or 0)
+
+    engine = EngineSettings(
+        settings.context_tokens,
+        settings.parallel,
+        options["threads"],
+        options["cache_type"],
+        options["flash_attention"],
+    )
+    drawn = problems or TaskSet.load(tasks, tasks).draw("evaluation", settings.seed, settings.count)
+    work, progress = find_work(options), options.get("progress")
+    return Examiner(drawn, settings, work, engine, progress, options.get("server_key_env", ""))
 
 
 def find_work(options: Options) -> Path:

@@ -14,17 +14,16 @@ from typing import Any, Literal
 from racdeploy import __version__, plugins
 from racdeploy.bundles.verify import LocalAnswerSource, note_resumed_answers
 from racdeploy.engines.backends.server import ServerEngine
-from racdeploy.engines.backends.server.chat import ChatEngine, ChatTokenizer
 from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.errors import UsageError
 from racdeploy.files.code_hashes import base_version
 from racdeploy.files.stages import Stage
 from racdeploy.models.tokenizer_files import TokenizerFiles
-from racdeploy.runtime.thinking import find_prompt_state
 from racdeploy.verification.answer_sampler import AnswerSampler, identify_answers
 from racdeploy.verification.evidence import ArmResult, Evidence, TokenProbe
 from racdeploy.verification.measurements import probe_tokens
 from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.served import open_chat
 
 ServerApi = Literal["chat", "completions"]
 
@@ -131,22 +130,9 @@ class ServerAnswerSource:
             tokenizer = TokenizerFiles(bundle.folder).file
             return ServerEngine(self.url, settings, tokenizer=tokenizer, **names)
 
-        encoder = self.local.answer_sampler.encoder
-        # The chat API takes questions, not ids: map the ids of each prompt back to its question.
+        sampler = self.local.answer_sampler
         texts = [problem.question for problem in bundle.problems]
-        questions = {tuple(encoder.encode(question)): question for question in texts}
-        conversation = ChatTokenizer(questions, encoder.encode_text)
-        tags = self.local.answer_sampler.tags
-        if tags is not None:
-            first = next(iter(questions))
-            conversation = replace(
-                conversation,
-                open_ids=tags.open_ids,
-                close_ids=tags.close_ids,
-                starts_open=find_prompt_state(first, tags) == "open",
-            )
-
-        return ChatEngine(self.url, settings, conversation, **names)
+        return open_chat(self.url, sampler.encoder, sampler.tags, texts, settings, **names)
 
     def _probe_tokens(self, engine: ServerEngine) -> tuple[TokenProbe, ...] | None:
         """Compare tokenizers; None if the server has no endpoint for it.

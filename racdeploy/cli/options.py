@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Sequence
 from inspect import Parameter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,7 +101,7 @@ PANELS = {
     "objective": "Objective and limits",
 }
 """Groups of options in --help, each by its first option."""
-_ARGUMENTS = ("model", "pruned", "bundle")
+_ARGUMENTS = ("model", "pruned", "bundle", "candidates")
 _PYTHON_ONLY = ("tokenizer", "progress", "on_event")
 _NAMES = {"settings": ("--set",), "out": ("--out", "-o")}
 _HELP = {
@@ -130,6 +131,7 @@ _MINIMA = {
     "trace_prompts": 1,
     "prompts": 1,
     "threads": 0,
+    "samples": 1,
     "recover_tokens": 0,
     "server_timeout": 0.1,
     "harness_limit": 0,
@@ -177,6 +179,8 @@ _READERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "settings": (list[str], _read_settings),
     "keep": (list[str], _read_shares),
     "sparsity": (str, str),
+    "candidates": (list[str], tuple),  # a path would spoil the address of a server
+    "against": (str, str),
     "max_bytes": (str, functools.partial(read_size, option="--max-bytes")),
     "max_memory": (str, functools.partial(read_size, option="--max-memory")),
     "budget": (str, read_duration),
@@ -193,7 +197,8 @@ def with_options_of(
     The command gets them as the dictionary ``values``, the keyword arguments of the function.
     """
     signature = inspect.signature(function, eval_str=True, globals=vars(functions) | _TYPES)
-    meanings = _read_help(functions.build) | _read_help(function) | _HELP
+    documented = (functions.compare, functions.build, function)
+    meanings = dict(chain.from_iterable(_read_help(each).items() for each in documented)) | _HELP
 
     parameters = []
     panel = None

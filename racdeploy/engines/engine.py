@@ -38,7 +38,7 @@ class EngineSettings:
     context_tokens: int = 4096  # longest prompt plus completion of one sequence
     parallel: int = 8  # sequences decoded together
     threads: int = 0  # 0 lets the engine use every core
-    cache_dtype: Literal["f16", "f32"] = "f16"  # of the key-value cache
+    cache_dtype: Literal["f16", "f32", "q8_0"] = "f16"  # of the key-value cache
     flash_attention: bool = False  # always set: engines' defaults differ, and it changes traces
     # Rearrange weights for llama.cpp's fastest kernels (AMX, repacked rows).
     repack_weights: bool = True

@@ -57,6 +57,10 @@ class LoadedModel(Protocol):
         """Return the ids of a text, None without a tokenizer."""
         return None
 
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of tokens; nothing without a tokenizer."""
+        return []
+
 
 class _Inbox:
     """Queue of incoming requests; a cancellation overtakes them, a closed pipe ends the process."""
@@ -130,7 +134,7 @@ class _Worker:
         while True:
             request = self._inbox.requests.get()
             call = request["call"]
-            carry_out = getattr(self, f"_{request['op']}")  # _load, _tokenize, _logits or _generate
+            carry_out = getattr(self, f"_{request['op']}")  # _load, _tokenize, …
 
             try:
                 answer = carry_out(request)
@@ -163,6 +167,10 @@ class _Worker:
     def _tokenize(self, request: Header) -> Header:
         self._allow_step()
         return {"ids": self._model.tokenize(request["text"])}
+
+    def _pieces(self, request: Header) -> Header:
+        self._allow_step()
+        return {"pieces": [piece.hex() for piece in self._model.pieces(request["ids"])]}
 
     def _logits(self, request: Header) -> Header:
         ids = request["ids"]

@@ -30,10 +30,11 @@ _WIDENED = (
 def write_headline(report: Report) -> str:
     """Return the verdict with model, target, size and failed rungs, without a full stop."""
     widened = " with a widened margin" if is_widened(report) else ""
-    line = f"{report.verdict.upper()}{widened}: {report.model} for {report.target}"
+    whose = f"against {report.reference}" if report.reference else f"for {report.target}"
+    line = f"{report.verdict.upper()}{widened}: {report.model} {whose}"
     pruned = report.find_arm("pruned")
     ratios = [
-        f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm)}"
+        f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm, report)}"
         for arm in _list_dense(report)
         if pruned and pruned.size_bytes and arm.size_bytes
     ]
@@ -83,8 +84,10 @@ def _list_dense(report: Report) -> list[ArmSummary]:
     return [arm for arm in report.arms if arm.name.startswith("dense")]
 
 
-def _name_with_quant(arm: ArmSummary) -> str:
+def _name_with_quant(arm: ArmSummary, report: Report) -> str:
     """Return the arm's name with its number format, as ``dense q8_0``."""
+    if report.reference:
+        return "it"
     is_named = not arm.quant or arm.quant.lower() in arm.name.lower()
     return arm.name if is_named else f"{arm.name} {arm.quant}"
 

@@ -82,7 +82,12 @@ def list_tables(report: Report) -> list[ReportTable]:
     kept = list_remaining(report.kept_structure, report.structure)
     drift = "Drift from the dense model, worst first"
     # An unknown quant becomes a dash, like any other None.
-    arms = [arm.model_copy(update={"quant": arm.quant or None}) for arm in report.arms]
+    roles = dict(zip(("dense", "pruned"), report.roles, strict=True))
+    dense, pruned = report.roles
+    arms = [
+        arm.model_copy(update={"quant": arm.quant or None, "name": roles.get(arm.name, arm.name)})
+        for arm in report.arms
+    ]
     phases = [
         (end, "yes" if end.kept else "no, undone") for end in list_phase_ends(report.recovery)
     ]
@@ -96,10 +101,10 @@ def list_tables(report: Report) -> list[ReportTable]:
             drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
 
     candidates: dict[tuple[str, str], list[TableRow]] = {
-        ("Dense and pruned", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
+        (f"{dense.capitalize()} and {pruned}", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
-        ("Tasks", "task|prompts|dense|pruned"): _tasks(report),
+        ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),
         (HARNESS_TITLE, _harness_columns(report.harness)): _harness(report.harness),
         ("Checks", "check|verdict|result"): [
             (check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)

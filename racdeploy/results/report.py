@@ -40,6 +40,8 @@ class Report(FrozenModel):
         kept_structure: counts of the whole model before and after the cut; None without a cut.
         recovery: measurements of the pruned model during recovery, in order; empty without it.
         harness: results of an evaluation harness; None without one.
+        reference: name of the model that ``dense`` stands for in a comparison of two files; empty
+            for a bundle, whose dense model it is.
         stepped_back: narrower rungs whose verification failed, with the causes, in order.
         notes: sentences that a reader needs and no table holds.
         fingerprint: versions, threads and engine settings that the numbers depend on.
@@ -63,9 +65,15 @@ class Report(FrozenModel):
     tensors: tuple[TensorRow, ...] = ()
     deviations: tuple[DeviationRow, ...] = ()
     harness: HarnessRun | None = None
+    reference: str = ""
     stepped_back: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def roles(self) -> tuple[str, str]:
+        """Words for the arms ``dense`` and ``pruned``."""
+        return ("reference", "candidate") if self.reference else ("dense", "pruned")
 
     def find_arm(self, name: str) -> ArmSummary | None:
         """Return the arm of that name, or None."""

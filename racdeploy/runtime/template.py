@@ -195,6 +195,9 @@ class PromptEncoder:
         if forged:
             mark = next(each for each in _MARKS if not any(each in text for text in typed))
             messages = [_mark_message(message, forged, mark) for message in messages]
+        return self._encode_marked(messages, mark)
+
+    def _encode_marked(self, messages: Sequence[Message], mark: str) -> list[int]:
         return self.template.encode(messages, self.lead, mark)
 
     def encode_text(self, text: str) -> list[int]:

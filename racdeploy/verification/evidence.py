@@ -166,15 +166,16 @@ class LogitComparison:
 
     Args:
         tokens: positions compared.
-        export: divergence of the artifact from the pruned checkpoint under torch.
-        pruning: divergence of the pruned checkpoint from the dense one.
+        export: divergence of the artifact from the pruned checkpoint under torch, or of a
+            candidate from its reference.
+        pruning: divergence of the pruned checkpoint from the dense one; None in a comparison.
         traces: traces compared; with a smaller vocabulary only those without removed tokens.
         lost_mass: mean probability that the dense model gives to removed tokens.
     """
 
     tokens: int
     export: Divergence
-    pruning: Divergence
+    pruning: Divergence | None = None
     traces: int = 0
     lost_mass: float = 0.0
 

@@ -11,7 +11,12 @@ from racdeploy import plugins
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import Share
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import Divergence, Evidence, make_check_result
+from racdeploy.verification.evidence import (
+    Divergence,
+    Evidence,
+    LogitComparison,
+    make_check_result,
+)
 
 # Mean KL in nats that rounding to a format of that many bits may cause; a wrong tensor costs nats.
 KL_LIMITS = ((16.0, 0.002), (8.0, 0.02), (6.0, 0.06), (5.0, 0.12), (4.0, 0.5), (0.0, 1.0))
@@ -57,8 +62,11 @@ def check(evidence: Evidence) -> CheckResult:
     if share_limit is None:
         share_limit = find_change_limit(kl_limit)
 
-    pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
     export_kept, export_text = _judge(comparison.export, kl_limit, share_limit)
+    if comparison.pruning is None:
+        return _report_candidate(comparison, export_kept, export_text, kl_limit, share_limit)
+
+    pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
     pruning_kept, pruning_text = _judge(comparison.pruning, *pruning_limits)
     figures: dict[str, float | str] = {
         "export_kl_nats": comparison.export.kl,
@@ -89,9 +97,30 @@ def check(evidence: Evidence) -> CheckResult:
     return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
 
 
+def _report_candidate(
+    comparison: LogitComparison, kept: bool, text: str, kl_limit: float, share_limit: float
+) -> CheckResult:
+    """Return the result of a comparison of two files."""
+    figures: dict[str, float | str] = {
+        "kl_nats": comparison.export.kl,
+        "top1": comparison.export.top1,
+        "changed": comparison.export.changed,
+        "kl_limit_nats": kl_limit,
+        "changed_limit": share_limit,
+        "tokens": comparison.tokens,
+    }
+    remedy = "" if kept else "compare a wider number format; if it stays, a tensor is wrong"
+    summary = f"against the reference: {text}; {comparison.tokens:,} tokens"
+    return make_check_result("logits", "pass" if kept else "fail", summary, figures, remedy)
+
+
 def find_kl_limit(quants: Iterable[str]) -> float:
-    """Return the mean KL in nats that the narrowest of the number formats may cause."""
-    bits = min(float(plugins.load("quant", name).BITS) for name in quants)
+    """Return the mean KL in nats that the narrowest of the number formats may cause.
+
+    Of a format that racdeploy does not know, nothing is expected.
+    """
+    known = plugins.list_names("quant")
+    bits = min(float(plugins.load("quant", name).BITS) if name in known else 0.0 for name in quants)
     return next(limit for at_least, limit in KL_LIMITS if bits >= at_least)
 
 

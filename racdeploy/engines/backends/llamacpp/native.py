@@ -79,6 +79,7 @@ class _Vocabulary:
         self._log = _Log()
         remedy = "name another pre-tokenizer: export.pre_tokenizer in the recipe"
         self._load(path, f"the vocabulary of {path}", remedy, vocab_only=True)
+        self.info = self._describe_tokens()
 
     def _load(self, path: Path, description: str, remedy: str, **params: int) -> None:
         llama_cpp.llama_backend_init()
@@ -99,6 +100,36 @@ class _Vocabulary:
 
     def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         raise NotImplementedError  # no weight is read
+
+    def _describe_tokens(self) -> Mapping[str, Any]:
+        """Return the special tokens, the chat template, and the ids of white space."""
+        ids = range(self.vocabulary)
+        is_end, is_control = llama_cpp.llama_vocab_is_eog, llama_cpp.llama_vocab_is_control
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        return {
+            "bos_id": llama_cpp.llama_vocab_bos(self._vocab),
+            "eos_id": llama_cpp.llama_vocab_eos(self._vocab),
+            "add_bos": bool(llama_cpp.llama_vocab_get_add_bos(self._vocab)),
+            "stop_ids": [token for token in ids if is_end(self._vocab, token)],
+            "control_ids": [token for token in ids if is_control(self._vocab, token)],
+            "blank_ids": [t for t in ids if not self._piece(t).strip(b" \n\r\t")],
+            "template": template.decode("utf-8", "replace") if template else "",
+        }
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes of tokens, special ones written out."""
+        return [self._piece(token) for token in ids]
+
+    def _piece(self, token: int) -> bytes:
+        room, keep_spaces, special = 64, 0, True
+        while True:
+            piece = ctypes.create_string_buffer(room)
+            length = llama_cpp.llama_token_to_piece(
+                self._vocab, token, piece, room, keep_spaces, special
+            )
+            if length >= 0:
+                return piece.raw[:length]
+            room = -length
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens in it are parsed, none are added."""
@@ -186,8 +217,7 @@ class _Context:
         self._log = log
         self._vocabulary = vocabulary
 
-        cache_types = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}
-        cache_type = cache_types[settings.cache_dtype]
+        cache_type = getattr(llama_cpp, f"GGML_TYPE_{settings.cache_dtype.upper()}")
         flash = (llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED)
         self._context = llama_cpp.llama_init_from_model(
             model,

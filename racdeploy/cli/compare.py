@@ -1,0 +1,70 @@
+"""The commands ``compare``, any models against a reference, and ``record``, which keeps one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from racdeploy.api import functions, jobs
+from racdeploy.cli.console import err, out, print_json, print_plan, report_errors, show
+from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
+
+
+@report_errors
+@with_options_of(functions.compare)
+def compare(
+    values: Values,
+    show_plan: bool = flag("--plan", "Print the plan and what the run can detect; run nothing."),
+    card: bool = flag("--card", "Print a Markdown table for a model card."),
+    junit_file: Path | None = typer.Option(None, "--junit", help="JUnit XML of the best."),
+    reports: Path | None = typer.Option(None, help="Folder for a report of each candidate."),
+    exit_zero: bool = flag("--exit-zero", "Exit with 0 whatever the verdicts are."),
+    json_output: JsonOpt = False,
+) -> None:
+    """Ask models of any origin the same questions, and compare each with a reference."""
+    from racdeploy.cli.progress import show_progress
+    from racdeploy.files.writing import make_parent, write_atomic
+    from racdeploy.report import junit
+    from racdeploy.report.comparison import make_comparison_table, write_card
+    from racdeploy.report.files import write_reports
+    from racdeploy.report.terminal import print_report, print_table
+
+    if show_plan:
+        print_plan(jobs.open_comparison(values).plan(), json_output)
+        return
+
+    if junit_file:
+        make_parent(junit_file)
+    with show_progress(err) as progress:
+        models = functions.compare(**values, progress=progress)
+
+    if junit_file:
+        write_atomic(junit_file, junit.render(models[0].report))
+    for model in models if reports else ():
+        assert reports
+        write_reports(reports / model.name, model.report, model.records, model.name)
+
+    found = [model.report for model in models]
+    if json_output:
+        print_json([report.model_dump(mode="json") for report in found])
+    elif card:
+        show(write_card(found))
+    else:
+        for report in reversed(found):
+            print_report(report, out)
+        print_table(make_comparison_table(found), out)
+
+    worst = 0 if exit_zero else max(model.exit_code for model in models)
+    if worst:
+        raise typer.Exit(worst)
+
+
+@report_errors
+@with_options_of(functions.record)
+def record(values: Values) -> None:
+    """Record a model's answers, with which ``compare`` needs neither the model nor its task."""
+    from racdeploy.cli.progress import show_progress
+
+    with show_progress(err) as progress:
+        show(functions.record(**values, progress=progress))

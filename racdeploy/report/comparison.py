@@ -1,0 +1,63 @@
+"""One table of several models that were compared with the same reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from racdeploy.report.tables import ReportTable, format_with_units, to_single_line
+from racdeploy.results.answers import ArmSummary
+from racdeploy.results.report import Report
+
+_COLUMNS = {
+    "size": "{0.size_bytes:bytes}",
+    "right": "{0.correct:,} of {0.prompts:,}",
+    "points lost": "{1.drop:points} ({1.drop_lower:points} to {1.drop_upper:points})",
+    "thinking tokens": "{0.thinking_tokens_mean:,.1f}",
+    "length ratio": "{1.length_ratio:ratio} ({1.length_lower:ratio} to {1.length_upper:ratio})",
+    "tokens/s": "{0.tokens_per_s:,.0f}",
+    "s per right answer": "{0.seconds_per_right:.3g}",
+}
+
+
+def make_comparison_table(reports: Sequence[Report]) -> ReportTable:
+    """Return a row for the reference and one for each candidate, in the given order."""
+    first = reports[0].find_arm("dense")
+    assert first
+    rows = [_fill(reports[0].reference, "reference", first, None)]
+    for report in reports:
+        arm = report.find_arm("pruned")
+        assert arm
+        rows.append(_fill(report.model, report.verdict, arm, report))
+    return ReportTable("Comparison", ("model", "verdict", *_COLUMNS), tuple(rows))
+
+
+def write_card(reports: Sequence[Report]) -> str:
+    """Return the table and how it was measured, as Markdown for a model card."""
+    table = make_comparison_table(reports)
+    lines = [table.columns, ("---",) * len(table.columns), *table.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    report = reports[0]
+    known, machine = report.recipe, report.fingerprint
+    engine = ", ".join(f"{name} {machine[name]}" for name in ("llama-cpp-python", "onnxruntime"))
+    settings = known["verify"]
+    confidence = report.comparison.confidence if report.comparison else 0.9
+    tasks = ", ".join(known["tasks"]) or "the procedural tasks of racdeploy"
+    basis = (
+        f"{settings['count']:,} questions of {tasks}, {settings['samples']} answers each, "
+        f"temperature {settings['temperature']:g}, at most {settings['max_new_tokens']:,} tokens; "
+        f"{confidence:.0%} intervals over paired questions. {machine['processor']}, {engine}, "
+        f"racdeploy {machine['racdeploy']}."
+    )
+    return f"{text}\n\n{to_single_line(basis)}"
+
+
+def _fill(name: str, verdict: str, arm: ArmSummary, report: Report | None) -> tuple[str, ...]:
+    comparison = report.comparison if report else None
+    cells = []
+    for template in _COLUMNS.values():
+        if "{1" in template and comparison is None:
+            cells.append("")
+        else:
+            cells.append(format_with_units(template, arm, comparison))
+    return (to_single_line(name), verdict, *cells)

@@ -1,0 +1,262 @@
+"""Models that racdeploy did not build: a GGUF file, an ONNX folder or a model folder.
+
+Template, thinking tags, end-of-sequence, context and advised sampling are read from the model
+itself, and written as the manifest that a bundle would have. So everything that takes a bundle
+takes these, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from racdeploy import __version__
+from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import Json, read_json
+from racdeploy.manifest import (
+    MANIFEST_NAME,
+    MAX_TOKENS,
+    ArtifactEntry,
+    GenerationSettings,
+    Manifest,
+    TokenizerEntry,
+)
+from racdeploy.models.tokenizer_files import find_token_ids
+from racdeploy.runtime.gguf_encoder import GgufEncoder
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.runtime.thinking import ThinkingTags, encode_tags, find_tag_names
+from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.gguf_header import read_header
+
+_CONTEXT_TOKENS = 4096  # to load a model with: its longest context may take all memory
+_PART = re.compile(r"-\d{5}(-of-\d{5})$")
+_QUANT_NAMES = {kind.type_id: name for name, kind in GGML_TYPES.items()}
+_GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_quantized.onnx")
+
+
+@dataclass(frozen=True)
+class DeployedModel:
+    """A model and what is needed to ask it: its manifest, file, tokenizer and template.
+
+    ``eos_id`` is the end-of-sequence that the file names; None if it names none. ``url`` is set for
+    a model behind a server, whose texts are counted in the tokens of another model.
+    """
+
+    manifest: Manifest
+    entry: ArtifactEntry
+    path: Path
+    encoder: PromptEncoder
+    eos_id: int | None
+    url: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.base["name"])
+
+    @property
+    def tags(self) -> ThinkingTags | None:
+        known = self.manifest.tokenizer
+        if not (known.open_tag and known.close_tag):
+            return None
+        return encode_tags(self.encoder, known.open_tag, known.close_tag)
+
+    @property
+    def context_limit(self) -> int:
+        """Longest context in tokens that the model is made for."""
+        return self.manifest.generation.model_context_tokens or MAX_TOKENS
+
+    def list_files(self) -> list[Path]:
+        """Return the files of weights: those of the manifest, or all parts of a plain model."""
+        if self.entry.sha256:
+            return [self.path.parent / name for name in self.entry.files]
+        if self.path.is_dir():
+            return sorted(self.path.glob("*.safetensors"))
+        if self.path.suffix == ".onnx":
+            return sorted(
+                p for p in self.path.parent.iterdir() if re.search(r"\.onnx|data$", p.name)
+            )
+        return list_parts(self.path)
+
+
+def find_model(source: Path) -> DeployedModel:
+    """Return the model of a bundle, a .gguf or .racgguf file, an ONNX file or folder, or a folder
+    of transformers.
+
+    Raises:
+        ArtifactError: it is none of these, or lacks a tokenizer or chat template.
+    """
+    if (source / MANIFEST_NAME).is_file():
+        return _open_bundle(source)
+    if source.suffix == ".gguf" and source.is_file():
+        return _open_gguf(source)
+
+    graph = source if source.suffix == ".onnx" else _find_graph(source)
+    if graph is not None and graph.is_file():
+        return _open_folder(graph, "onnxruntime")
+    if (source / "config.json").is_file():
+        return _open_folder(source, "transformers")
+    raise ArtifactError(
+        "not-a-model",
+        f"{source} is no bundle, GGUF file, ONNX folder or model folder"
+        if source.exists()
+        else f"there is no {source}",
+        remedy="give a bundle, a .gguf file (of a split model the first), a folder with an .onnx "
+        "file and its tokenizer.json, or a model folder of transformers",
+    )
+
+
+def find_served(url: str, counting: DeployedModel) -> DeployedModel:
+    """Return the model behind ``http://HOST:PORT/v1#NAME``; the server's only one without a name.
+
+    Args:
+        counting: model whose tokenizer, template and tags the server's texts are read with.
+    """
+    entry = counting.entry.model_copy(update={"backend": "server", "quant": "", "sha256": ""})
+    base = {"name": url}
+    manifest = counting.manifest.model_copy(update={"base": base, "artifacts": (entry,)})
+    return replace(counting, manifest=manifest, entry=entry, url=url)
+
+
+def is_url(source: str) -> bool:
+    """Return whether a model is behind a server."""
+    return source.startswith(("http://", "https://"))
+
+
+def list_parts(file: Path) -> list[Path]:
+    """Return all files of a GGUF model, which may be split."""
+    match = _PART.search(file.stem)
+    if not match:
+        return [file]
+    return sorted(file.parent.glob(f"{file.stem[: match.start()]}-*{match[1]}{file.suffix}"))
+
+
+def _open_bundle(folder: Path) -> DeployedModel:
+    manifest = Manifest.read(folder)
+    entry = manifest.artifacts[0]
+    encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.folder)
+    eos_id = next(iter(manifest.tokenizer.eos_ids), None)
+    return DeployedModel(manifest, entry, folder / entry.path, encoder, eos_id)
+
+
+def _open_gguf(file: Path) -> DeployedModel:
+    header = read_header(file)
+    metadata = header.metadata
+    encoder = GgufEncoder.from_file(file)
+    info = encoder.tokenizer.info
+
+    bytes_by_type: dict[int, int] = {}
+    for tensor in header.tensors:
+        size_bytes = bytes_by_type.get(tensor.ggml_type, 0) + tensor.size_bytes
+        bytes_by_type[tensor.ggml_type] = size_bytes
+    main_type = max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1)
+
+    parts = list_parts(file)
+    manifest = _describe(
+        file,
+        encoder,
+        {"quant": _QUANT_NAMES.get(main_type, "unknown"), "format": "gguf", "backend": "llamacpp"},
+        sum(part.stat().st_size for part in parts),
+        tuple(info["stop_ids"]),
+        metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        {name: metadata.get(f"general.sampling.{name}") for name in ("temp", "top_p")},
+    )
+    eos_id = info["eos_id"] if info["eos_id"] >= 0 else None
+    return DeployedModel(manifest, manifest.artifacts[0], file, encoder, eos_id)
+
+
+def _find_graph(folder: Path) -> Path | None:
+    """Return the graph of an ONNX folder: by onnxruntime-genai's config, by name, or the only."""
+    config = folder / "genai_config.json"
+    named: Any = read_json(config) if config.is_file() else {}
+    for key in ("model", "decoder", "filename"):
+        named = named.get(key, {}) if isinstance(named, dict) else {}
+    names = [named] if isinstance(named, str) else list(_GRAPHS)
+    graphs = [folder / name for name in names if (folder / name).is_file()]
+    return next(iter([*graphs, *sorted(folder.glob("*.onnx"))]), None)
+
+
+def _open_folder(path: Path, backend: str) -> DeployedModel:
+    """Return a model whose tokenizer and configs lie beside its graph, or one folder above."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "tokenizer.json").is_file() and (folder.parent / "tokenizer.json").is_file():
+        folder = folder.parent
+
+    configs: list[Json] = []
+    for name in ("genai_config.json", "generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            inner = content.get("model")
+            configs.append({**content, **inner} if isinstance(inner, dict) else content)
+
+    encoder = PromptEncoder.from_folder(folder)
+    stop_ids = next(filter(None, (find_token_ids(config, "eos") for config in configs)), [])
+    if not stop_ids:
+        raise ArtifactError(
+            "no-eos-in-folder",
+            f"{folder} names no end-of-sequence, so no answer would end",
+            remedy="copy generation_config.json and config.json of the model beside its tokenizer",
+        )
+
+    def find(*keys: str) -> object:
+        return next((c[key] for c in configs for key in keys if key in c), None)
+
+    quant = str(find("torch_dtype", "dtype") or "unknown") if path.is_dir() else "unknown"
+    manifest = _describe(
+        path if path.is_dir() else folder,
+        encoder,
+        {"quant": quant, "format": path.suffix[1:] or "safetensors", "backend": backend},
+        0,
+        tuple(stop_ids),
+        find("context_length", "max_position_embeddings"),
+        {"temp": find("temperature"), "top_p": find("top_p")},
+    )
+    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, stop_ids[0])
+
+
+def _describe(
+    source: Path,
+    encoder: PromptEncoder,
+    kinds: Mapping[str, str],
+    size_bytes: int,
+    stop_ids: tuple[int, ...],
+    context: object,
+    advised: Mapping[str, object],
+) -> Manifest:
+    tags = find_tag_names(encoder) or (None, None)
+    max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
+    context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
+    temperature, top_p = (
+        float(value) if isinstance(value, int | float) else default
+        for value, default in ((advised["temp"], 0.0), (advised["top_p"], 1.0))
+    )
+
+    return Manifest(
+        racdeploy_version=__version__,
+        base={"name": source.name},
+        recipe={},
+        traces={},
+        pruning={},
+        artifacts=(
+            ArtifactEntry(path=source.name, packing="plain", size_bytes=size_bytes, **kinds),
+        ),
+        tokenizer=TokenizerEntry(
+            files={},
+            template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+            open_tag=tags[0],
+            close_tag=tags[1],
+            eos_ids=stop_ids,
+        ),
+        generation=GenerationSettings(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max(1, context_tokens - 1),
+            context_tokens=context_tokens,
+            model_context_tokens=max_tokens,
+        ),
+        verdict="",
+        headline={},
+    )

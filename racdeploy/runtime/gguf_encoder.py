@@ -1,0 +1,94 @@
+"""Tokenizer and chat template inside a GGUF file, as llama.cpp itself reads them.
+
+No ``tokenizer.json`` is needed, and none is guessed: texts are encoded by the code that encodes
+them on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from racdeploy import plugins
+from racdeploy.errors import ArtifactError
+from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder
+from racdeploy.sandbox.client import Sandbox
+from racdeploy.sandbox.tokenizer import Tokenizer
+
+
+class GgufTokenizer(Tokenizer):
+    """The vocabulary of a GGUF file, in an engine that has read nothing else of it.
+
+    Attributes:
+        info: special tokens and template, see ``llamacpp.native``.
+        sandbox: renders the templates.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.engine = plugins.load("engines", "llamacpp").open_vocabulary(file)
+        self.info = self.engine.info
+        self.sandbox = Sandbox("racdeploy.sandbox.text_operations")
+        self._pieces: dict[int, bytes] = {}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.engine.tokenize(text) for text in texts]
+
+    def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        new = sorted({token for ids in sequences for token in ids} - self._pieces.keys())
+        if new:
+            self._pieces |= zip(new, self.engine.pieces(new), strict=True)
+        joined = (b"".join(map(self._pieces.__getitem__, ids)) for ids in sequences)
+        return [data.decode("utf-8", "replace") for data in joined]
+
+    def get_vocab_size(self) -> int:
+        return int(self.engine.vocabulary)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts of control tokens, longest first."""
+        texts = filter(None, self.decode_batch([[token] for token in self.info["control_ids"]]))
+        return tuple(sorted(set(texts), key=len, reverse=True))
+
+    def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
+        """Return the ids of white space, which llama.cpp knows whatever the vocabulary writes."""
+        return list(self.info["blank_ids"])
+
+    def count_at_least(self, text: str) -> int:
+        """Return a number of tokens that a text surely has: llama.cpp bounds the text itself."""
+        return 0
+
+    def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
+        """Return the id of each text that is one token, else None."""
+        return [ids[0] if len(ids) == 1 else None for ids in self.encode_batch(texts)]
+
+    def check(self) -> None:
+        """The file was read when this was made."""
+
+
+class GgufEncoder(PromptEncoder):
+    """Tokenizer and chat template of a GGUF file."""
+
+    tokenizer: GgufTokenizer
+
+    @classmethod
+    def from_file(cls, file: Path) -> GgufEncoder:
+        """Read both; raise ArtifactError for a file without a chat template."""
+        tokenizer = GgufTokenizer(file)
+        info = tokenizer.info
+        if not info["template"]:
+            raise ArtifactError(
+                "no-template-in-file",
+                f"{file} has no chat template, so no question can be asked",
+                remedy="convert a model that has one, not a base model",
+            )
+
+        ids = (info["bos_id"], info["eos_id"])
+        bos, eos = (tokenizer.decode([token]) if token >= 0 else None for token in ids)
+        template = ChatTemplate(info["template"], bos, eos, sandbox=tokenizer.sandbox)
+        return cls(tokenizer, template, add_bos=info["add_bos"])
+
+    def _encode_marked(self, messages: Sequence[Message], mark: str) -> list[int]:
+        text = self.render(messages)
+        pieces = text.split(mark) if mark else [text]
+        return [token for ids in self.tokenizer.encode_batch(pieces) for token in ids]

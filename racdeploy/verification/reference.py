@@ -1,0 +1,138 @@
+"""A reference model's answers, and everything that a candidate is compared with, as data.
+
+A folder that :meth:`Reference.write` made replaces the model and its task's files: a repository
+keeps it, and compares each file it ships with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import describe_validation_error, parse_json, read_json, read_lines
+from racdeploy.files.writing import disk_errors, write_atomic
+from racdeploy.recipe import Verification
+from racdeploy.results.answers import AnswerRecord
+from racdeploy.results.schema import FrozenModel
+from racdeploy.tasks import Problem
+from racdeploy.verification.answer_sampler import TraceIds
+from racdeploy.verification.evidence import ArmResult
+from racdeploy.verification.top_logits import TopLogits, read_top_logits, write_top_logits
+
+REFERENCE_NAME = "reference.json"
+_MAX_BYTES = 64_000_000
+_MAX_RECORDS = 100_000
+Ids = tuple[int, ...]
+
+
+class Reference(FrozenModel):
+    """Answers of a model as it was deployed.
+
+    Args:
+        tasks: specifications, as on the command line; their questions are in the records.
+        settings: decoding settings, which a candidate answers with, too.
+        stop_ids: end-of-sequence ids.
+        vocabulary: number of tokens.
+        open_tag: tag before its thoughts; empty without one.
+        probes: hard strings and their ids.
+        bos_ids: beginning-of-sequence that a template may leave out.
+        completions: ids of the first answers, whose logits are compared.
+        stats: engine counters, see :class:`~.evidence.ArmResult`.
+        files: SHA-256 of each file.
+        fingerprint: machine and engine.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)  # arrays of numpy
+
+    schema_version: Literal[1] = 1
+    name: str
+    tasks: tuple[str, ...]
+    settings: Verification
+    stop_ids: Ids
+    vocabulary: int
+    open_tag: str = ""
+    probes: dict[str, Ids]
+    bos_ids: Ids = ()
+    completions: tuple[Ids, ...] = ()
+    size_bytes: int | None = None
+    quant: str = ""
+    stats: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+    fingerprint: dict[str, Any] = Field(default_factory=dict)
+    records: tuple[AnswerRecord, ...] = Field(default=(), exclude=True)
+    logits: tuple[TopLogits, ...] = Field(default=(), exclude=True)
+
+    @property
+    def arm(self) -> ArmResult:
+        known = (self.size_bytes, self.quant, None, self.stats, self.files)
+        return ArmResult("dense", self.records, *known)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The questions that it was asked, in order."""
+        first = {record.prompt: record for record in self.records}
+        return [
+            Problem(record.question, record.gold, task=record.task, scorer=record.scorer)
+            for _, record in sorted(first.items())
+        ]
+
+    @property
+    def traces(self) -> list[TraceIds]:
+        """Prompt and completion ids whose logits are recorded."""
+        return [
+            (record.prompt_ids, ids)
+            for record, ids in zip(self.records, self.completions, strict=False)
+        ]
+
+    def write(self, folder: Path) -> None:
+        """Write the reference; ``reference.json`` comes last, as the sign that all is there."""
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_top_logits(folder / "logits.npz", self.logits)
+        lines = "".join(record.model_dump_json() + "\n" for record in self.records)
+        write_atomic(folder / "records.jsonl", lines)
+        write_atomic(folder / REFERENCE_NAME, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what :meth:`write` wrote; no path out of it is opened.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+        """
+        try:
+            found = cls.model_validate(read_json(folder / REFERENCE_NAME, _MAX_BYTES))
+            lines = read_lines(folder / "records.jsonl", _MAX_RECORDS)
+            records = tuple(
+                AnswerRecord.model_validate(parse_json(line, "a line")) for line in lines
+            )
+        except (ValidationError, OSError) as error:
+            reason = (
+                describe_validation_error(error) if isinstance(error, ValidationError) else error
+            )
+            raise ArtifactError(
+                "reference-damaged", f"{folder}: {reason}", remedy="record it again"
+            ) from error
+
+        if not records or len(found.completions) > len(records):
+            raise ArtifactError(
+                "reference-damaged", f"{folder} has too few records", remedy="record it again"
+            )
+        # Its speed and memory were those of another run, perhaps of another machine.
+        known = found.model_copy(update={"records": records, "stats": {}})
+        logits = read_top_logits(folder / "logits.npz", known.traces)
+        return known.model_copy(update={"logits": tuple(logits)})
+
+
+def check_same_questions(reference: Reference, tasks: Sequence[str]) -> None:
+    """Refuse other tasks than those that were recorded."""
+    if tasks and tuple(tasks) != reference.tasks:
+        raise ArtifactError(
+            "reference-of-other-task",
+            f"the reference has answers to {', '.join(reference.tasks) or 'the procedural tasks'}",
+            remedy="leave out --task: the questions are in the reference; or record it again",
+        )

@@ -1,0 +1,135 @@
+"""``racdeploy compare``: files that racdeploy did not build, good ones and spoiled ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import racdeploy as library
+from racdeploy import exporting
+from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import resolve_model
+from racdeploy.recipe import Export
+from racdeploy.results.report import Report
+from tests.support.commands import racdeploy
+from tests.support.errors import raises
+from tests.support.real_server import llama_cpp_server, running
+from tests.support.spoiled_gguf import rewrite, spoil_all
+
+ASKED = {"prompts": 32, "max_new_tokens": 300, "threads": 1}
+FAILING = {
+    "eos": {"tokens"},
+    "rope": {"accuracy", "logits"},
+    "zeroed": {"accuracy", "logits"},
+    "endless": {"accuracy", "thinking", "logits"},
+    "template": {"template"},
+    "merge": {"tokens"},
+}
+"""Checks that each fault must fail; others may fail as well."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as F32 and Q8_0 GGUF, and its reference, recorded once."""
+    folder = tmp_path_factory.mktemp("compared")
+    checkpoint = Checkpoint(Path(resolve_model("tiny-reasoner").folder))
+    for quant in ("f32", "q8_0"):
+        exporting.write(checkpoint, folder / f"{quant}.gguf", Export(quant=quant))
+    library.record(folder / "f32.gguf", out=folder / "ref", work=folder / "work", **ASKED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(files: Path) -> dict[str, Report]:
+    """Reports of a good file and of every spoiled one, by name."""
+    spoiled = spoil_all(files / "f32.gguf", files)
+    compared = library.compare(
+        [files / "q8_0.gguf", *spoiled.values()],
+        against=files / "ref",
+        tier="smoke",
+        work=files / "work",
+        threads=1,
+    )
+    return {Path(model.name).stem: model.report for model in compared}
+
+
+def test_a_good_file_passes(reports: dict[str, Report]) -> None:
+    """It comes first, though it was not faster than each of the spoiled ones."""
+    assert next(iter(reports)) == "q8_0"
+    assert reports["q8_0"].verdict == "pass"
+    decided = {"accuracy", "thinking", "logits", "template", "tokens", "integrity"}
+    assert {check.name for check in reports["q8_0"].checks if check.verdict == "pass"} == decided
+
+
+@pytest.mark.parametrize("fault", FAILING)
+def test_each_fault_fails_by_its_checks(fault: str, reports: dict[str, Report]) -> None:
+    failed = {check.name for check in reports[fault].checks if check.verdict == "fail"}
+    assert failed >= FAILING[fault]
+    assert reports[fault].verdict == "fail"
+
+
+def test_a_reference_needs_neither_its_model_nor_its_task(files: Path, tmp_path: Path) -> None:
+    """Copied elsewhere it compares as before; other tasks are refused."""
+    shutil.copytree(files / "ref", tmp_path / "ref")
+    asked = (files / "q8_0.gguf", "--against", tmp_path / "ref", "--work", tmp_path, "--threads", 1)
+    outcome = racdeploy("compare", *asked, "--tier", "smoke", "--json")
+    (report,) = json.loads(outcome.out)
+    assert (outcome.code, report["verdict"]) == (0, "pass")
+
+    assert racdeploy("compare", *asked, "--task", "gcd").error_code == "reference-of-other-task"
+
+
+def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
+    """An ONNX folder, a folder of transformers and a server answer as the GGUF file does."""
+    source = Path(resolve_model("tiny-reasoner").folder)
+    shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
+    graph = Export(format="onnx", quant="f32")
+    exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
+
+    with running(*llama_cpp_server(files / "q8_0.gguf")) as (url, _):
+        models = library.compare(
+            [str(tmp_path / "onnx"), str(source), f"{url}#tiny"],
+            against=files / "ref",
+            tier="smoke",
+            work=tmp_path,
+            threads=1,
+        )
+    found = {model.report.target: model.report for model in models}
+    assert {name: report.verdict for name, report in found.items()} == dict.fromkeys(
+        ("onnxruntime", "transformers", "server"), "pass"
+    )
+    logits = {name: report.find_check("logits") for name, report in found.items()}
+    assert logits["server"]
+    assert logits["server"].verdict == "skipped"
+
+
+def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
+    asked = (files / "q8_0.gguf", "--against", files / "ref", "--threads", 1, "--work", tmp_path)
+    card = racdeploy("compare", *asked, "--card", "--exit-zero")
+    assert "| q8_0.gguf |" in card.out
+    assert "32 questions" in card.out
+
+    plan = racdeploy("compare", *asked, "--plan", "--json")
+    assert json.loads(plan.out)["candidates"] == ["q8_0.gguf"]
+
+
+def test_bad_models(files: Path, tmp_path: Path) -> None:
+    """Refused before the first answer."""
+    f32, asked = files / "f32.gguf", {"against": files / "f32.gguf", "work": tmp_path}
+    with raises("not-a-model"):
+        library.compare([tmp_path / "no.gguf"], **asked)
+    with raises("no-template-in-file"):
+        bare = rewrite(f32, tmp_path / "bare.gguf", lambda k, v: "" if "template" in k else v)
+        library.compare([bare], **asked)
+    with raises("only-servers"):
+        library.compare(["http://127.0.0.1:1/v1"], against="http://127.0.0.1:2/v1")
+    with raises("comparison-beyond-context"):
+        library.compare([f32], **asked, context_tokens=4096)
+
+    (tmp_path / "ref").mkdir()
+    (tmp_path / "ref" / "reference.json").write_text("{}")
+    with raises("reference-damaged"):
+        library.compare([f32], against=tmp_path / "ref")

@@ -1,0 +1,76 @@
+"""GGUF files that a publisher could have spoiled, written with the ``gguf`` package."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+OTHER_EOS_ID = 30
+MERGE = 20  # index of the removed one
+
+
+def spoil_all(source: Path, folder: Path) -> dict[str, Path]:
+    """Write each spoiled copy of a file; return them by their fault."""
+    return {fault: make(source, folder / f"{fault}.gguf") for fault, make in _FAULTS.items()}
+
+
+def rewrite(source: Path, file: Path, edit: Callable[[str, Any], Any]) -> Path:
+    """Write a file again with edited metadata values."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, edit(key, field.contents()), kind, inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _set_number(source: Path, file: Path, key_end: str, change: Callable[[Any], Any]) -> Path:
+    shutil.copyfile(source, file)
+    reader = gguf.GGUFReader(file, "r+")
+    (field,) = (field for key, field in reader.fields.items() if key.endswith(key_end))
+    field.parts[-1][0] = change(field.parts[-1][0])
+    reader.data.flush()
+    return file
+
+
+def _set_tensor(source: Path, file: Path, name: str, change: Callable[[Any], None]) -> Path:
+    shutil.copyfile(source, file)
+    reader = gguf.GGUFReader(file, "r+")
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == name)
+    change(tensor.data)
+    reader.data.flush()
+    return file
+
+
+def _zero(data: Any) -> None:
+    data[:] = 0
+
+
+def _negate_close_tag(data: Any) -> None:
+    data[511] *= -1  # row of </think> in the embedded model: it is never the most likely token
+
+
+_FAULTS: dict[str, Callable[[Path, Path], Path]] = {
+    "eos": lambda s, f: _set_number(s, f, "eos_token_id", lambda _: OTHER_EOS_ID),
+    "rope": lambda s, f: _set_number(s, f, "rope.freq_base", lambda base: 100 * base),
+    "zeroed": lambda s, f: _set_tensor(s, f, "blk.1.ffn_down.weight", _zero),
+    "endless": lambda s, f: _set_tensor(s, f, "token_embd.weight", _negate_close_tag),
+    "template": lambda s, f: rewrite(
+        s, f, lambda k, v: v.replace("<think>", "") if k == "tokenizer.chat_template" else v
+    ),
+    "merge": lambda s, f: rewrite(
+        s, f, lambda k, v: v[:MERGE] + v[MERGE + 1 :] if k == "tokenizer.ggml.merges" else v
+    ),
+}
