@@ -26,7 +26,7 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import ExportResult
 from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.verification.measurements import compare_logits
+from racdeploy.verification.top_logits import compare_checkpoints
 
 NEW_TOKENS = 128
 
@@ -86,7 +86,7 @@ def export(checkpoint: Checkpoint, folder: Path, name: str) -> ExportResult:
 def compare(folder: Path, file: Path, traces: list[Trace]) -> tuple[float, float, int]:
     """Return mean KL and top-1 of a file from its checkpoint under torch, and the tokens."""
     exact = EngineSettings(2048, 1, 1, "f32")
-    found = compare_logits(
+    found = compare_checkpoints(
         lambda: closing(open_engine("transformers", folder, exact)),
         lambda: closing(open_engine("transformers", folder, exact)),
         lambda: closing(open_engine("onnxruntime", file, exact)),

@@ -25,7 +25,7 @@ from racdeploy.exporting import gguf
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.quant.importance import Importance
-from racdeploy.verification.measurements import compare_positions, completion_logits
+from racdeploy.verification.top_logits import compare_top, completion_logits, take_top
 
 QUANTS = ("q8_0", "q6_k", "q5_0", "q4_0", "mxfp4", "q3_k", "sparse_q4", "q4_k_m", "iq4_nl")
 
@@ -105,7 +105,7 @@ def measure(
     """
     with open_engine("llamacpp", file, EngineSettings(2048, 1, threads, "f32")) as engine:
         found = [
-            compare_positions(r, completion_logits(engine, t))
+            compare_top(take_top(r), completion_logits(engine, t))
             for r, t in zip(references, traces, strict=True)
         ]
     return [kl_T for kl_T, *_ in found], float(

@@ -30,8 +30,8 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import AnswerRecord
-from racdeploy.verification.measurements import compare_logits
 from racdeploy.verification.stats import paired
+from racdeploy.verification.top_logits import compare_checkpoints
 
 ARMS = ("nearest", "optimized")
 
@@ -104,13 +104,14 @@ def divergence(build: Build, exported: ExportResult) -> dict[str, float]:
     """Return KL and top-1 of a file from the dense model on held-out traces, and their tokens."""
     _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
     exact = EngineSettings(2048, 1, build.threads, "f32")
-    compared = compare_logits(
+    compared = compare_checkpoints(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),
         lambda: closing(open_engine("transformers", build.job.model.folder, exact)),
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),
         [(trace.prompt_ids, trace.completion_ids) for trace in held_out],
     )
     assert compared
+    assert compared.pruning
     return {"tokens": compared.tokens, "kl": compared.pruning.kl, "top1": compared.pruning.top1}
 
 

@@ -45,9 +45,9 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.verification.answer_sampler import SampledAnswers
-from racdeploy.verification.measurements import compare_logits
 from racdeploy.verification.stats.lengths import length_ratio
 from racdeploy.verification.stats.paired import wilson_interval
+from racdeploy.verification.top_logits import compare_checkpoints
 
 NEAR = 0.03
 """Share of its size by which an arm may miss it without a word."""
@@ -273,13 +273,14 @@ def divergence(
 
     _, held_out, _ = build.prune_stage.select_traces(build.traces()[1])
     exact = EngineSettings(arguments.context_tokens, 1, build.threads, "f32")
-    compared = compare_logits(
+    compared = compare_checkpoints(
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),
         lambda: closing(open_engine("transformers", build.job.model.folder, exact)),
         lambda: closing(open_engine(build.job.backend, exported.path, exact)),
         [(each.prompt_ids, each.completion_ids) for each in held_out[: arguments.kl_traces]],
     )
     assert compared
+    assert compared.pruning
     values = {"kl": compared.pruning.kl, "top1": compared.pruning.top1}
     kept.write_text(json.dumps(values))
     return values

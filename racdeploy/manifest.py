@@ -168,6 +168,11 @@ class GenerationSettings(_Entry):
     model_context_tokens: Tokens | None = None
     advised_context_tokens: Tokens | None = None
 
+    def without_control(self) -> Self:
+        """Return the settings without thinking budget and control."""
+        free = {"max_thinking_tokens": None, "thinking": ThinkingControl()}
+        return self.model_copy(update=free)
+
     @property
     def default_context_tokens(self) -> int:
         """Context to start other programs with, such as llama-server."""
@@ -254,6 +259,14 @@ class Manifest(_Entry):
         artifacts = tuple(entry.files for entry in self.artifacts)
         return artifacts + tuple(entry.files for entry in self.tokenizers)
 
+    def of_dense_model(self) -> Self:
+        """Return the manifest with the dense model's tokenizer, and without thinking control."""
+        changed = {
+            "tokenizer": self.dense_tokenizer or self.tokenizer,
+            "generation": self.generation.without_control(),
+        }
+        return self.model_copy(update=changed)
+
     def check_tokenizer(self, bundle: Path) -> None:
         """Raise ArtifactError for the first tokenizer file that differs from its hash."""
         for entry in self.tokenizers:
@@ -274,7 +287,7 @@ def _explain_not_a_bundle(path: Path) -> ArtifactError:
     message = f"{path} is not a bundle: it has no {MANIFEST_NAME}"
     if path.suffix == ".gguf":
         message = f"{path} is a GGUF file, not a bundle"
-        remedy = f"racdeploy inspect {path} shows it, llama-cli -m {path} runs it; or {remedy}"
+        remedy = f"racdeploy run, serve, inspect and compare take it as it is; or {remedy}"
     elif (path / "config.json").is_file():
         message = f"{path} is a model folder, not a bundle"
         remedy = f"racdeploy build {path} makes a bundle of it"

@@ -14,8 +14,8 @@ import pytest
 
 import racdeploy
 from racdeploy import sparse_kernels
-from racdeploy.bundles import server_answers
 from racdeploy.cli import options
+from racdeploy.verification import examiner
 from tests.support.tiny_artifacts import make_onnx_bundle
 
 HEAVY = (
@@ -75,7 +75,7 @@ def test_the_command_line_offers_what_there_is() -> None:
     """Two options list their choices without importing those who take them."""
     questions = inspect.signature(racdeploy.verify).parameters["server_api"].annotation
     assert options.Kernels == sparse_kernels.AccelMode
-    assert re.findall(r"'(\w+)'", questions) == [*get_args(server_answers.ServerApi)]
+    assert re.findall(r"'(\w+)'", questions) == [*get_args(examiner.ServerApi)]
 
 
 def test_kernels_in_front_of_another_program_bring_little() -> None:

@@ -403,7 +403,7 @@ def compare(
         assert report.comparison
         model = ComparedModel.from_report(
             report,
-            comparison.gate,
+            comparison.examiner.gate,
             records=records,
             name=report.model,
             length_ratio=report.comparison.length_ratio,

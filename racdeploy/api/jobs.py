@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from racdeploy.pipeline.job import Job
     from racdeploy.recipe import Recipe
     from racdeploy.runtime.deployed import DeployedModel
-    from racdeploy.sparse_kernels import AccelMode
     from racdeploy.tasks import Problem
     from racdeploy.tuning.search import Search
-    from racdeploy.verification.compare import Examiner, ModelComparison
+    from racdeploy.verification.compare import ModelComparison
+    from racdeploy.verification.examiner import Examiner
     from racdeploy.verification.gate import Gate
 
 Options = Mapping[str, Any]
@@ -141,8 +141,9 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
     """Return the verification of a bundle, and a note on its signature if there is one to check."""
     from racdeploy.bundles.bundle import BundleToVerify
     from racdeploy.bundles.harness import HarnessRunner
-    from racdeploy.bundles.server_answers import ServerAnswerSource
-    from racdeploy.bundles.verify import BundleVerification, LocalAnswerSource
+    from racdeploy.bundles.verify import BundleVerification
+    from racdeploy.models.tokenizer_files import TokenizerFiles
+    from racdeploy.verification.examiner import ServerOptions
 
     server, model, key_env, api, timeout_s = map(options.__getitem__, _SERVER)
     harness, tasks, limit, include, python = map(options.__getitem__, _HARNESS)
@@ -156,21 +157,26 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
         )
 
     folder, baseline = Path(options["bundle"]), as_path(options["baseline"])
-    gate, tier, named = as_path(options["gate"]), options["tier"], options["task"]
-    to_verify = BundleToVerify(folder, gate, tier, [named] if isinstance(named, str) else named)
+    named, work, progress = options["task"], find_work(options), options.get("progress")
+    bundle = BundleToVerify(
+        folder,
+        as_path(options["gate"]),
+        options["tier"],
+        [named] if isinstance(named, str) else named,
+        work,
+        options["threads"],
+        "off" if server else options["accel"],
+        progress,
+        ServerOptions(key_env, api, timeout_s, TokenizerFiles(folder).file),
+    )
     notes = check_signature(options)
 
-    accel: AccelMode = "off" if server else options["accel"]
-    progress = options.get("progress")
-    local = LocalAnswerSource(to_verify, find_work(options), options["threads"], accel, progress)
-
-    source = runner = None
-    if server:
-        source = ServerAnswerSource(local, server, model, key_env, api, timeout_s)
+    runner = None
     if harness:
         paths = (as_path(include), as_path(python), baseline)
-        runner = HarnessRunner(local, harness, tuple(tasks), limit, *paths)
-    return BundleVerification(local, source, baseline, runner), notes
+        runner = HarnessRunner(bundle, harness, tuple(tasks), limit, *paths)
+    served = f"{server}#{model}" if model else server
+    return BundleVerification(bundle, served, baseline, runner), notes
 
 
 def open_comparison(options: Options) -> ModelComparison:
@@ -187,14 +193,14 @@ def open_comparison(options: Options) -> ModelComparison:
     if not (folder / REFERENCE_NAME).is_file():
         reference, *candidates = _find_models([str(options["against"]), *sources])
         examiner = _open_examiner(options, tasks, (reference, *candidates), gate)
-        return ModelComparison(reference, tuple(candidates), tasks, examiner, gate)
+        return ModelComparison(reference, tuple(candidates), tasks, examiner)
 
     recorded = Reference.read(folder)
     check_same_questions(recorded, tasks)
     candidates = _find_models(sources)
     chosen = {**options, **dict(recorded.settings)}
     examiner = _open_examiner(chosen, recorded.tasks, candidates, gate, recorded.problems)
-    return ModelComparison(recorded, tuple(candidates), recorded.tasks, examiner, gate)
+    return ModelComparison(recorded, tuple(candidates), recorded.tasks, examiner)
 
 
 def open_recording(options: Options) -> tuple[Examiner, DeployedModel, tuple[str, ...]]:
@@ -232,7 +238,7 @@ def _open_examiner(
     from racdeploy.files.toml import validate
     from racdeploy.recipe import Verification
     from racdeploy.tasks import TaskSet
-    from racdeploy.verification.compare import Examiner
+    from racdeploy.verification.examiner import Examiner, ServerOptions
 
     names = Verification.model_fields.keys() & options.keys()
     chosen = {name: options[name] for name in names if options[name] is not None}
@@ -254,8 +260,8 @@ def _open_examiner(
         options["flash_attention"],
     )
     drawn = problems or TaskSet.load(tasks, tasks).draw("evaluation", settings.seed, settings.count)
-    work, progress = find_work(options), options.get("progress")
-    return Examiner(drawn, settings, work, engine, progress, options.get("server_key_env", ""))
+    work, server = find_work(options), ServerOptions(options.get("server_key_env", ""))
+    return Examiner(drawn, settings, gate, work, engine, options.get("progress"), server)
 
 
 def find_work(options: Options) -> Path:

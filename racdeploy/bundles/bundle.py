@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from racdeploy.engines.engine import Progress
-from racdeploy.errors import UsageError
+from racdeploy.engines.engine import EngineSettings, Progress
+from racdeploy.errors import ArtifactError, GateError, UsageError
 from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
-from racdeploy.manifest import MANIFEST_NAME, TokenizerEntry
+from racdeploy.manifest import MANIFEST_NAME
 from racdeploy.recipe import Verification
+from racdeploy.runtime.deployed import DeployedModel, open_bundle
 from racdeploy.runtime.loading import check_companion_files
-from racdeploy.runtime.template import PromptEncoder
-from racdeploy.runtime.thinking import encode_tags
+from racdeploy.sparse_kernels import STOCK, AccelMode, kernels_used
 from racdeploy.tasks import Problem, TaskSet
-from racdeploy.verification.answer_sampler import AnswerSampler
-from racdeploy.verification.baseline import Baseline
+from racdeploy.verification.baseline import Baseline, find_dense_arm
+from racdeploy.verification.examiner import Examiner, ServerOptions
 from racdeploy.verification.gate import Gate, read_gate
 
 
@@ -25,14 +25,25 @@ from racdeploy.verification.gate import Gate, read_gate
 class BundleToVerify:
     """A bundle, a gate file that overrides its own limits, and a tier.
 
-    Without a tier the bundle's own problems are asked again. ``tasks`` are those of the bundle's
-    recipe that may read files or the Hub.
+    Without a tier the bundle's own problems are asked again.
+
+    Args:
+        tasks: tasks of the bundle's recipe that may read files or the Hub.
+        work: folder for the answers.
+        threads: 0 uses every core.
+        accel: kernels for sparse weights.
+        server: how a server is asked in place of the artifact.
     """
 
     folder: Path
     gate_file: Path | None
     tier: str
     tasks: Sequence[str] = ()
+    work: Path = Path()
+    threads: int = 0
+    accel: AccelMode = "auto"
+    progress: Progress | None = None
+    server: ServerOptions = field(default_factory=ServerOptions)
     _states: dict[str, FileState] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,26 +117,41 @@ class BundleToVerify:
 
         return drawn
 
-    def make_sampler(self, progress: Progress | None) -> AnswerSampler:
-        """Return an answer sampler for the pruned model, with its thinking control and budget."""
-        generation = self.contents.manifest.generation
-        sampler = self.make_uncontrolled_sampler(progress)
-        budget = generation.max_thinking_tokens or 0
-        settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
-        return replace(sampler, settings=settings, control=generation.thinking)
+    @cached_property
+    def examiner(self) -> Examiner:
+        """Asks the bundle's problems."""
+        # Kernels that will not be used identify the answers like kernels that are off.
+        unused = self.accel == "auto" and kernels_used("auto", self.threads) == STOCK
+        settings, accel = self.settings, "off" if unused else self.accel
+        engine = EngineSettings(
+            settings.context_tokens, settings.parallel, self.threads, accel=accel
+        )
+        asked = (self.problems, settings, self.gate, self.work, engine)
+        return Examiner(*asked, self.progress, self.server)
 
-    def make_uncontrolled_sampler(self, progress: Progress | None) -> AnswerSampler:
-        """Return an answer sampler for the pruned model without thinking control."""
-        return self._make_sampler(self.contents.manifest.tokenizer, progress)
+    @cached_property
+    def model(self) -> DeployedModel:
+        """The first artifact with the bundle's tokenizer, template and thinking control."""
+        return open_bundle(self.folder, self.contents.manifest)
 
-    def make_dense_sampler(self, progress: Progress | None) -> AnswerSampler:
-        """Return an answer sampler for the dense model, whose vocabulary may be larger."""
-        manifest = self.contents.manifest
-        return self._make_sampler(manifest.dense_tokenizer or manifest.tokenizer, progress)
+    def open_dense(self, path: Path) -> DeployedModel:
+        """Return the dense model in a file, without control; its vocabulary may be larger."""
+        recorded = find_dense_arm(self.contents.report)
+        known = {
+            "path": path.name,
+            "files": recorded.files,
+            "size_bytes": recorded.size_bytes or 0,
+            "quant": recorded.quant or "",
+        }
+        entry = self.model.entry.model_copy(update=known)
+        model = open_bundle(self.folder, self.contents.manifest.of_dense_model())
+        return replace(model, entry=entry, path=path)
 
-    def _make_sampler(self, tokenizer: TokenizerEntry, progress: Progress | None) -> AnswerSampler:
-        encoder = PromptEncoder.from_folder(self.folder / tokenizer.folder)
-        tags = None
-        if tokenizer.open_tag and tokenizer.close_tag:
-            tags = encode_tags(encoder, tokenizer.open_tag, tokenizer.close_tag)
-        return AnswerSampler(encoder, tags, tokenizer.eos_ids, self.settings, progress)
+    def check_integrity(self) -> None:
+        """Raise GateError for a changed artifact: its answers would be those of another model."""
+        for entry in self.contents.manifest.artifacts:
+            try:
+                entry.check_changed_files(self.folder)
+            except ArtifactError as error:
+                message = f"integrity failed, so no question was asked: {error.message}"
+                raise GateError(error.code, message, remedy=error.remedy) from error

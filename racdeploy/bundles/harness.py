@@ -22,7 +22,7 @@ from typing import Any
 
 from racdeploy import __version__, harnesses, plugins
 from racdeploy.bundles.bench import find_dense_in_work
-from racdeploy.bundles.verify import LocalAnswerSource
+from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.errors import EnvironmentFailure, UsageError
 from racdeploy.files.code_hashes import base_version
 from racdeploy.files.stages import Stage
@@ -32,7 +32,8 @@ from racdeploy.harnesses import Harness, HarnessRequest, HarnessScore
 from racdeploy.processes import child_process, die_with_parent
 from racdeploy.results.answers import HarnessRun
 from racdeploy.runtime.control import describe_control
-from racdeploy.verification.answer_sampler import AnswerSampler, identify_answers
+from racdeploy.runtime.deployed import DeployedModel
+from racdeploy.verification.answer_sampler import identify_answers
 from racdeploy.verification.baseline import find_dense_arm
 from racdeploy.verification.harness import compare
 
@@ -46,11 +47,11 @@ _ENDING_S = 10.0
 
 @dataclass(frozen=True)
 class _Arm:
-    """One of the two models: hashes of its files, its answer sampler, and the file if dense."""
+    """One of the two models: hashes of its files, the model, and the file if dense."""
 
     name: str
     files: Mapping[str, str]
-    answer_sampler: AnswerSampler
+    model: DeployedModel
     dense: Path | None = None
 
 
@@ -59,7 +60,6 @@ class HarnessRunner:
     """Evaluation of both models of a bundle by a harness.
 
     Args:
-        local: the bundle, and settings to run its artifacts on this machine.
         name: of the harness.
         tasks: names of the harness's tasks.
         limit: documents of each task; 0 asks all.
@@ -68,7 +68,7 @@ class HarnessRunner:
         baseline: the dense artifact; for None or a bundle it is looked up in the work folder.
     """
 
-    local: LocalAnswerSource
+    bundle: BundleToVerify
     name: str
     tasks: tuple[str, ...]
     limit: int = 0
@@ -92,17 +92,17 @@ class HarnessRunner:
     @cached_property
     def dense(self) -> Path:
         """Path of the dense artifact that the bundle was compared with."""
-        contents = self.local.bundle.contents
+        contents = self.bundle.contents
         if self.baseline is not None and not self.baseline.is_dir():
             contents.check_artifact(self.baseline)
             return self.baseline
 
-        artifact = find_dense_in_work(self.local.work, find_dense_arm(contents.report).files)
+        artifact = find_dense_in_work(self.bundle.work, find_dense_arm(contents.report).files)
         if artifact is None:
             raise UsageError(
                 "no-dense-for-harness",
                 f"no dense artifact of {contents.folder} for {self.name} to ask: "
-                f"no stage in {self.local.work} contains it",
+                f"no stage in {self.bundle.work} contains it",
                 remedy="give the file that the build left below its --work folder with "
                 "--baseline, or that folder with --work",
             )
@@ -125,13 +125,13 @@ class HarnessRunner:
 
     def run(self) -> tuple[HarnessRun, list[str]]:
         """Ask both models; return their scores and notes for the report."""
-        bundle = self.local.bundle
+        bundle = self.bundle
         main = bundle.contents.manifest.artifacts[0]
         dense_files = find_dense_arm(bundle.contents.report).files
 
         arms = [
-            _Arm("dense", dense_files, bundle.make_dense_sampler(None), self.dense),
-            _Arm("pruned", main.files, bundle.make_sampler(None)),
+            _Arm("dense", dense_files, bundle.open_dense(self.dense), self.dense),
+            _Arm("pruned", main.files, bundle.model),
         ]
         (dense, before), (pruned, after) = [self._ask(arm) for arm in arms]
 
@@ -159,7 +159,7 @@ class HarnessRunner:
     @property
     def _order(self) -> HarnessRequest:
         """Order for the harness, without the server's address and the output folder."""
-        settings = self.local.bundle.settings
+        settings = self.bundle.settings
         return HarnessRequest(
             tasks=self.tasks,
             limit=self.limit,
@@ -179,14 +179,14 @@ class HarnessRunner:
 
     def _ask(self, arm: _Arm) -> tuple[list[HarnessScore], list[str]]:
         """Return the scores of one model, and notes on them."""
-        stage = Stage.open(self.local.work, "harness", self._inputs(arm))
+        stage = Stage.open(self.bundle.work, "harness", self._inputs(arm))
         if stage.is_finished:
             scores = [HarnessScore(**score) for score in stage.summary["scores"]]
             return scores, [
                 f"the scores of the {arm.name} model by {self.name} are of an earlier run"
             ]
 
-        tell = self.local.progress or (lambda *_: None)
+        tell = self.bundle.progress or (lambda *_: None)
         tell(f"{self.name} {arm.name}", 0, 1)
         # Absolute, because the harness runs in the folder of its log.
         results = (stage.folder / "results").resolve()
@@ -201,11 +201,10 @@ class HarnessRunner:
         return scores, []
 
     def _inputs(self, arm: _Arm) -> dict[str, Any]:
-        local = self.local
-        answers = identify_answers(
-            arm.files, arm.answer_sampler, local.engine_settings, local.fingerprint
-        )
-        tokenizers = [entry.files for entry in local.bundle.contents.manifest.tokenizers]
+        examiner = self.bundle.examiner
+        sampler, machine = examiner.make_sampler(arm.model), examiner.fingerprint()
+        answers = identify_answers(arm.files, sampler, examiner.engine, machine)
+        tokenizers = [entry.files for entry in self.bundle.contents.manifest.tokenizers]
 
         return {
             "version": base_version(__version__),
@@ -219,7 +218,7 @@ class HarnessRunner:
     @contextmanager
     def _serving(self, arm: _Arm, folder: Path) -> Iterator[tuple[str, str]]:
         """Serve a model in a child process; yield the URL of its API and the model's name."""
-        engine = self.local.engine_settings
+        engine = self.bundle.examiner.engine
         options: dict[str, object] = {
             "--port": 0,
             "--parallel": engine.parallel,
@@ -232,7 +231,7 @@ class HarnessRunner:
             options["--accel"] = engine.accel
 
         chosen = [part for option in options.items() for part in option]
-        bundle = self.local.bundle.folder.resolve()
+        bundle = self.bundle.folder.resolve()
         command = child_process.command("racdeploy", "serve", bundle, *chosen)
 
         log = folder / "server.log"

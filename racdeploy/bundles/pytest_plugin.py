@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(
         return
 
     from racdeploy.bundles.bundle import BundleToVerify
-    from racdeploy.bundles.verify import BundleVerification, LocalAnswerSource
+    from racdeploy.bundles.verify import BundleVerification
     from racdeploy.errors import UsageError
     from racdeploy.files.caches import default_work_folder
 
@@ -55,12 +55,11 @@ def pytest_collection_modifyitems(
     if threads < 0:
         raise pytest.UsageError(f"--racdeploy-threads is {threads}, must be at least 0")
 
-    local = LocalAnswerSource(
-        BundleToVerify(folder, gate_file, tier), default_work_folder(), threads
-    )
-
+    work = default_work_folder()
     try:
-        again = BundleVerification(local)
+        again = BundleVerification(
+            BundleToVerify(folder, gate_file, tier, work=work, threads=threads)
+        )
         accepts_inconclusive = again.gate.inconclusive == "pass"
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error

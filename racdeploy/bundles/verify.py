@@ -1,33 +1,29 @@
-"""Verification of a finished bundle: rerun its prompts, compare with dense answers, decide."""
+"""Verification of a finished bundle: rerun its prompts, compare with dense answers, decide.
+
+The bundle is asked as any model is, see :class:`~racdeploy.verification.examiner.Examiner`. It adds
+its stored dense answers, its other artifacts, and what was measured in its files.
+"""
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-from racdeploy import __version__, exporting
+from racdeploy import exporting
 from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.bundles.bundle import BundleToVerify
-from racdeploy.engines import open_engine
-from racdeploy.engines.completion_log import CompletionLog
-from racdeploy.engines.engine import Engine, EngineSettings, Progress
-from racdeploy.errors import ArtifactError, GateError, UsageError
-from racdeploy.files.code_hashes import base_version
+from racdeploy.bundles.harness import HarnessRunner
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import Json
-from racdeploy.files.stages import Stage
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
-from racdeploy.sparse_kernels import STOCK, AccelMode, kernels_used
-from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers, identify_answers
+from racdeploy.runtime.deployed import DeployedModel, find_served
 from racdeploy.verification.baseline import Baseline, compare_fingerprints, find_dense_arm
 from racdeploy.verification.evidence import (
     ArmResult,
@@ -36,20 +32,12 @@ from racdeploy.verification.evidence import (
     StopIds,
     length_budget,
 )
+from racdeploy.verification.examiner import note_resumed_answers
 from racdeploy.verification.gate import Gate
-from racdeploy.verification.measurements import (
-    fingerprint,
-    probe_prompts,
-    probe_tokens,
-    read_stop_ids,
-)
-from racdeploy.verification.plan import estimate_from_arms, plan
-from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.measurements import encode_probes, probe_prompts, read_stop_ids
+from racdeploy.verification.plan import estimate_from_arms
+from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
-
-if TYPE_CHECKING:
-    from racdeploy.bundles.harness import HarnessRunner
-    from racdeploy.bundles.server_answers import ServerAnswerSource
 
 _NO_LOGITS = "logits were compared when the bundle was built: that needs the dense model and torch"
 _AS_BUILT = (
@@ -70,215 +58,83 @@ class _Measured:
 
 
 @dataclass(frozen=True)
-class LocalAnswerSource:
-    """Answers of the bundle's artifacts, run on this machine and resumed in ``work``.
-
-    0 ``threads`` uses every core.
-    """
-
-    bundle: BundleToVerify
-    work: Path
-    threads: int
-    accel: AccelMode = "auto"
-    progress: Progress | None = None
-    _used: set[Path] = field(default_factory=set, init=False, compare=False)
-
-    @cached_property
-    def answer_sampler(self) -> AnswerSampler:
-        return self.bundle.make_sampler(self.progress)
-
-    @cached_property
-    def engine_settings(self) -> EngineSettings:
-        # Kernels that will not be used identify the answers like kernels that are off.
-        unused = self.accel == "auto" and kernels_used("auto", self.threads) == STOCK
-        settings = self.bundle.settings
-        mode = "off" if unused else self.accel
-        return EngineSettings(settings.context_tokens, settings.parallel, self.threads, accel=mode)
-
-    @cached_property
-    def fingerprint(self) -> Json:
-        """Machine and engine settings that the answers depend on."""
-        return fingerprint(self.engine_settings)
-
-    def check_integrity(self) -> None:
-        """Raise GateError for a changed artifact: its answers would be those of another model."""
-        contents = self.bundle.contents
-        for entry in contents.manifest.artifacts:
-            try:
-                entry.check_changed_files(contents.folder)
-            except ArtifactError as error:
-                message = f"integrity failed, so no question was asked: {error.message}"
-                raise GateError(error.code, message, remedy=error.remedy) from error
-
-    def gather(self, dense: ArmResult, notes: list[str]) -> tuple[Evidence, list[str]]:
-        """Run all artifacts; return the evidence for the checks, and notes on both arms."""
-        stored = self.bundle.contents
-        main, *others = stored.manifest.artifacts
-        pruned, measured, earlier = self._run(main, "pruned")
-        ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
-
-        accepted = stored.recipe.export.accept_token_differences
-        encoder = self.answer_sampler.encoder
-        with self._open(main, self.bundle.folder / main.path) as engine:
-            probes = probe_tokens(engine, encoder, choose_probe_strings(accepted))
-
-        also = []
-        for entry in others:
-            arm, _, again = self._run(entry, f"pruned, {entry.backend}")
-            file = self.bundle.folder / entry.path
-            also.append(OtherArtifact(arm, entry.backend, file, _list_files(entry)))
-
-            earlier += again
-            ran += [f"the one for {entry.backend} ran on {arm.kernels}"] if arm.kernels else []
-
-        sparsity = stored.manifest.pruning.get("requested_sparsity", stored.recipe.prune.sparsity)
-        # The sparsity check must not expect zeros in linears that were to stay dense.
-        dense_rows = (row for row in stored.report.linears if row.requested_sparsity == 0)
-        prompt_ids = {record.question: record.prompt_ids for record in stored.pruned}
-
-        evidence = Evidence(
-            settings=self.bundle.settings,
-            gate=self.bundle.gate,
-            dense=dense,
-            pruned=pruned,
-            backend=main.backend,
-            artifact=self.bundle.folder / main.path,
-            artifact_files=_list_files(main),
-            requested_sparsity=float(sparsity),
-            dense_linears=frozenset(row.name for row in dense_rows),
-            tensors=measured.tensors,
-            prunable=measured.prunable,
-            probes=probes,
-            token_differences=accepted,
-            prompts=probe_prompts(encoder, measured.metadata, prompt_ids),
-            stop_ids=measured.stop_ids,
-            packing=main.packing,
-            other_artifacts=tuple(also),
-        )
-
-        generation = stored.manifest.generation
-        control = describe_control(generation.max_thinking_tokens, generation.thinking)
-        if control and generation.thinking != NO_CONTROL:
-            ran.append(f"the pruned model ran with its thinking control: {control}")
-
-        return evidence, [*notes, *ran, *note_resumed_answers(earlier), _NO_LOGITS]
-
-    def answer(
-        self,
-        entry: ArtifactEntry,
-        path: Path,
-        files: Mapping[str, str],
-        arm: str,
-        sampler: AnswerSampler,
-    ) -> SampledAnswers:
-        """Answer all problems with a file on the entry's engine; ``files`` are its hashes."""
-        inputs = identify_answers(files, sampler, self.engine_settings, self.fingerprint)
-        version = {"version": base_version(__version__), "backend": entry.backend}
-        stage = Stage.open(self.work, "verify", version | inputs)
-        self._used.add(stage.folder)
-
-        log = CompletionLog(stage.folder / "completions.jsonl")
-        problems = self.bundle.problems
-        return sampler.answer(lambda: self._open(entry, path), problems, arm, log)
-
-    def forget(self) -> None:
-        """Remove the stored answers, which a finished verification no longer needs."""
-        for folder in self._used:
-            shutil.rmtree(folder)
-
-    def _run(self, entry: ArtifactEntry, name: str) -> tuple[ArmResult, _Measured, int]:
-        """Answer with an artifact and measure it; return also the number of reused answers."""
-        path = self.bundle.folder / entry.path
-        answers = self.answer(entry, path, entry.files, name, self.answer_sampler)
-        measured = _measure_artifact(self.bundle.contents, entry)
-
-        known = (entry.size_bytes, entry.quant, measured.sparsity)
-        files = _list_files(entry)
-        arm = ArmResult(name, answers.records, *known, answers.stats, files, answers.kernels)
-
-        return arm, measured, answers.reused
-
-    def _open(self, entry: ArtifactEntry, path: Path) -> Engine:
-        return open_engine(entry.backend, path, self.engine_settings)
-
-
-@dataclass(frozen=True)
 class BundleVerification:
     """Verification of a bundle.
 
     Args:
-        local: runs artifacts on this machine, including a dense one.
-        answer_source: a server whose answers are judged; None takes those of ``local``.
+        server: a server whose answers are judged, as ``URL#MODEL``; empty runs the artifacts.
         baseline: dense artifact, or another bundle of the same dense model; None takes the bundle's
             own records.
         harness: an evaluation harness that also asks both models.
     """
 
-    local: LocalAnswerSource
-    answer_source: ServerAnswerSource | None = None
+    bundle: BundleToVerify
+    server: str = ""
     baseline: Path | None = None
     harness: HarnessRunner | None = None
 
     @property
     def gate(self) -> Gate:
-        return self.local.bundle.gate
+        return self.bundle.gate
 
     def plan(self) -> Json:
         """Return costs and power of this verification; raise an error for anything missing."""
-        bundle = self.local.bundle
-        fresh = self._fresh
+        bundle, fresh = self.bundle, self._fresh
+        models = [self._model]
         if fresh is None:
             dense_answers = f"{len(self._recorded())} recorded"
         else:
             bundle.contents.check_artifact(fresh)
             dense_answers = f"new answers of {fresh}"
-
-        settings = bundle.settings
-        prompts = len(bundle.problems)
-        # Recorded dense answers cost nothing; a dense artifact answers every prompt again.
-        answers = prompts * settings.samples * (1 if fresh is None else 2)
+            models.append(bundle.open_dense(fresh))
 
         dense = ArmResult("dense", bundle.contents.dense)
         pruned = ArmResult("pruned", bundle.contents.pruned)
-        expected = estimate_from_arms(dense, pruned, length_budget(settings))
+        expected = estimate_from_arms(dense, pruned, length_budget(bundle.settings))
 
         return {
             "bundle": str(bundle.folder),
             "tier": bundle.tier or "as built",
             "dense_answers": dense_answers,
-            "tokens_at_most": answers * settings.max_new_tokens,
-            **plan(settings, bundle.gate, expected, prompts),
+            **bundle.examiner.plan(models, expected),
             **({"harness": self.harness.plan()} if self.harness else {}),
         }
 
     def run(self) -> tuple[Report, list[AnswerRecord]]:
         """Answer, compare and decide; return the report and all records."""
         self.plan()  # report problems before any work
-        answer_source = self.answer_source or self.local
-        if answer_source is self.local and self.gate.is_enabled("integrity"):
-            self.local.check_integrity()
+        bundle, model = self.bundle, self._model
+        if not model.url and self.gate.is_enabled("integrity"):
+            bundle.check_integrity()
 
         # The harness goes first: an unknown task fails within a minute.
         harness_runs, harness_notes = self.harness.run() if self.harness else (None, [])
-        dense, notes = self._answer_dense(answer_source.fingerprint)
-        evidence, notes = answer_source.gather(dense, notes)
-        evidence = replace(evidence, harness=harness_runs)
+        reference, origin = self._open_reference()
+        evidence, notes = bundle.examiner.examine(model, reference)
+        notes += origin
+        if not model.url:
+            evidence, ran = self._add_artifacts(evidence)
+            notes += ran
 
-        contents = self.local.bundle.contents
+        contents = bundle.contents
+        accepted = contents.recipe.export.accept_token_differences
         result = build_report(
-            evidence,
+            replace(evidence, harness=harness_runs, token_differences=accepted),
             [*notes, *harness_notes],
-            recipe=contents.recipe,
-            fingerprint=answer_source.fingerprint,
+            recipe=contents.recipe.model_dump(mode="json"),
+            fingerprint=bundle.examiner.fingerprint(model),
             **{name: getattr(contents.report, name) for name in _AS_BUILT},
         )
 
-        self.local.bundle.refuse_changes()
-        self.local.forget()
-        if answer_source is not self.local:
-            answer_source.forget()
-
+        bundle.refuse_changes()
+        bundle.examiner.forget()
         return result
+
+    @cached_property
+    def _model(self) -> DeployedModel:
+        """The bundle's first artifact, or what a server answers in its place."""
+        model = self.bundle.model
+        return find_served(self.server, model) if self.server else model
 
     @property
     def _fresh(self) -> Path | None:
@@ -290,7 +146,7 @@ class BundleVerification:
     @cached_property
     def _source(self) -> Baseline:
         """Bundle whose recorded dense answers are used."""
-        contents = self.local.bundle.contents
+        contents = self.bundle.contents
         if self.baseline is None:
             return contents
         baseline = Baseline.read(self.baseline)
@@ -298,21 +154,21 @@ class BundleVerification:
         return baseline
 
     def _recorded(self) -> tuple[AnswerRecord, ...]:
-        bundle = self.local.bundle
+        bundle = self.bundle
         if bundle.tier and self.baseline is None:
             self._check_stored()
         return self._source.answers(bundle.problems, bundle.settings)
 
     def _check_stored(self) -> None:
         """Raise UsageError if a tier has more prompts than the bundle has dense answers."""
-        bundle = self.local.bundle
+        bundle = self.bundle
         stored, wanted_prompts = len(bundle.contents.problems), len(bundle.problems)
         if wanted_prompts <= stored:
             return
 
         samples = bundle.settings.samples
         missing, wanted = samples * (wanted_prompts - stored), samples * wanted_prompts
-        path = find_dense_in_work(self.local.work, find_dense_arm(bundle.contents.report).files)
+        path = find_dense_in_work(bundle.work, find_dense_arm(bundle.contents.report).files)
         dense = path or "DENSE, the artifact that the build left below its --work folder"
 
         raise UsageError(
@@ -323,22 +179,43 @@ class BundleVerification:
             f"tiers.{bundle.tier}.prompts = {stored}; or --baseline {dense}",
         )
 
-    def _answer_dense(self, fingerprint: Mapping[str, Any]) -> tuple[ArmResult, list[str]]:
-        """Return the dense arm, rerun or recorded, and notes on its origin."""
-        contents = self.local.bundle.contents
+    def _open_reference(self) -> tuple[Reference, list[str]]:
+        """Return the dense answers, rerun or recorded, and notes on their origin."""
+        bundle, contents = self.bundle, self.bundle.contents
         recorded = find_dense_arm(contents.report)
-        known = (recorded.size_bytes, recorded.quant or "", recorded.sparsity)
-        files = recorded.files
-
         if self._fresh is not None:
-            entry = contents.manifest.artifacts[0]
-            dense_sampler = self.local.bundle.make_dense_sampler(self.local.progress)
-            answers = self.local.answer(entry, self._fresh, files, "dense", dense_sampler)
-            arm = ArmResult("dense", answers.records, *known, answers.stats, files, answers.kernels)
-            return arm, [f"the dense arm was run again, from {self._fresh.name}"]
+            arm, _ = bundle.examiner.answer(bundle.open_dense(self._fresh), "dense")
+            arm = replace(arm, sparsity=recorded.sparsity)
+            notes = [f"the dense arm was run again, from {self._fresh.name}"]
+        else:
+            # No engine statistics: times of another run or machine cannot be compared.
+            arm = ArmResult(
+                "dense",
+                self._recorded(),
+                recorded.size_bytes,
+                recorded.quant or "",
+                recorded.sparsity,
+                files=recorded.files,
+                kernels=recorded.kernels or "",
+            )
+            notes = self._describe_recorded()
 
+        encoder, tokenizer = bundle.model.encoder, contents.manifest.tokenizer
+        probes = encode_probes(encoder, contents.recipe.export.accept_token_differences)
+        return Reference(
+            name="dense",
+            tasks=contents.recipe.tasks,
+            settings=bundle.settings,
+            stop_ids=tokenizer.eos_ids,
+            vocabulary=encoder.tokenizer.get_vocab_size(),
+            probes=probes,
+            arm=arm,
+        ), notes
+
+    def _describe_recorded(self) -> list[str]:
+        """Return notes on recorded dense answers."""
         source = self._source
-        source_note = "" if source is contents else f", from {source.folder.name}"
+        source_note = "" if source is self.bundle.contents else f", from {source.folder.name}"
         created = source.report.created
 
         notes = [
@@ -347,18 +224,51 @@ class BundleVerification:
             "current one"
         ]
 
-        if changed := "; ".join(compare_fingerprints(source.report.fingerprint, fingerprint)):
+        now = self.bundle.examiner.fingerprint(self._model)
+        if changed := "; ".join(compare_fingerprints(source.report.fingerprint, now)):
             notes.append(f"the dense answers were made under other conditions: {changed}")
+        return notes
 
-        # No engine statistics: times of another run or machine cannot be compared.
-        return ArmResult(
-            "dense", self._recorded(), *known, {}, files, recorded.kernels or ""
-        ), notes
+    def _add_artifacts(self, evidence: Evidence) -> tuple[Evidence, list[str]]:
+        """Measure the main artifact, and run the others; return notes on all."""
+        bundle, stored = self.bundle, self.bundle.contents
+        main, *others = stored.manifest.artifacts
+        measured = _measure_artifact(stored, main)
+        pruned = replace(evidence.pruned, sparsity=measured.sparsity)
+        ran = [f"the pruned artifact ran on {pruned.kernels}"] if pruned.kernels else []
 
+        also = []
+        for entry in others:
+            whose = f"the one for {entry.backend}"
+            model = replace(bundle.model, entry=entry, path=bundle.folder / entry.path)
+            arm, answers = bundle.examiner.answer(model, f"pruned, {entry.backend}")
+            arm = replace(arm, sparsity=_measure_artifact(stored, entry).sparsity)
+            also.append(OtherArtifact(arm, entry.backend, model.path, arm.files))
+            ran += note_resumed_answers(answers.reused, f" of {whose}")
+            ran += [f"{whose} ran on {arm.kernels}"] if arm.kernels else []
 
-def note_resumed_answers(earlier: int) -> list[str]:
-    """Return a note on answers that were reused from an interrupted run; empty without any."""
-    return [f"{earlier} answers are of an earlier run that was interrupted"] if earlier else []
+        generation = stored.manifest.generation
+        control = describe_control(generation.max_thinking_tokens, generation.thinking)
+        if control and generation.thinking != NO_CONTROL:
+            ran.append(f"the pruned model ran with its thinking control: {control}")
+
+        sparsity = stored.manifest.pruning.get("requested_sparsity", stored.recipe.prune.sparsity)
+        # The sparsity check must not expect zeros in linears that were to stay dense.
+        dense_rows = (row for row in stored.report.linears if row.requested_sparsity == 0)
+        prompt_ids = {record.question: record.prompt_ids for record in stored.pruned}
+        evidence = replace(
+            evidence,
+            pruned=pruned,
+            requested_sparsity=float(sparsity),
+            dense_linears=frozenset(row.name for row in dense_rows),
+            tensors=measured.tensors,
+            prunable=measured.prunable,
+            prompts=probe_prompts(bundle.model.encoder, measured.metadata, prompt_ids),
+            stop_ids=measured.stop_ids,
+            packing=main.packing,
+            other_artifacts=tuple(also),
+        )
+        return evidence, [*ran, _NO_LOGITS]
 
 
 def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
@@ -408,12 +318,3 @@ def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
     sparsity = zeros / weights if weights else 0.0
     stop_ids = read_stop_ids(form.TOKENIZER_PREFIX, metadata, contents.manifest.tokenizer.eos_ids)
     return _Measured(metadata, stop_ids, tuple(rows), frozenset(prunable), sparsity)
-
-
-def _list_files(entry: ArtifactEntry) -> dict[str, str]:
-    """Return the hash of each file by its path relative to the main file's folder."""
-    folder = PurePosixPath(entry.path).parent
-    return {
-        PurePosixPath(name).relative_to(folder).as_posix(): sha256
-        for name, sha256 in entry.files.items()
-    }

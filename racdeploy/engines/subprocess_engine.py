@@ -71,7 +71,7 @@ class SubprocessEngine(Engine):
             raise
 
         self.info = dict(loaded["info"])
-        self.vocabulary = int(loaded["vocabulary"])
+        self._vocabulary = int(loaded["vocabulary"])
 
     def generate(
         self,
@@ -80,7 +80,7 @@ class SubprocessEngine(Engine):
         on_tokens: OnTokens | None = None,
         cancelled: IsCancelled | None = None,
     ) -> list[Completion]:
-        check_request(prompts, sampling, self._settings.context_tokens, self.vocabulary)
+        check_request(prompts, sampling, self._settings.context_tokens, self._vocabulary)
         request = {
             "prompts": [[int(token) for token in ids] for ids in prompts],
             "sampling": _describe(sampling),
@@ -117,9 +117,9 @@ class SubprocessEngine(Engine):
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Return float32 logits_TV of a teacher-forced pass, T × V × 4 bytes."""
-        check_ids(ids, "the text", self._settings.context_tokens, self.vocabulary)
+        check_ids(ids, "the text", self._settings.context_tokens, self._vocabulary)
         request = {"ids": [int(token) for token in ids]}
-        logits_TV = np.empty((len(ids), self.vocabulary), dtype=np.float32)
+        logits_TV = np.empty((len(ids), self._vocabulary), dtype=np.float32)
 
         with self._child.request("logits", **request) as exchange:
             for header, payload in filter(None, exchange):
@@ -128,7 +128,7 @@ class SubprocessEngine(Engine):
                 if header["event"] == "rows":
                     start = header["start"]
                     values_L = np.frombuffer(payload, dtype="<f4")
-                    rows_TV = values_L.reshape(-1, self.vocabulary)
+                    rows_TV = values_L.reshape(-1, self._vocabulary)
                     logits_TV[start : start + len(rows_TV)] = rows_TV
 
         return logits_TV

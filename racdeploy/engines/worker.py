@@ -57,10 +57,6 @@ class LoadedModel(Protocol):
         """Return the ids of a text, None without a tokenizer."""
         return None
 
-    def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of tokens; nothing without a tokenizer."""
-        return []
-
 
 class _Inbox:
     """Queue of incoming requests; a cancellation overtakes them, a closed pipe ends the process."""
@@ -134,7 +130,7 @@ class _Worker:
         while True:
             request = self._inbox.requests.get()
             call = request["call"]
-            carry_out = getattr(self, f"_{request['op']}")  # _load, _tokenize, …
+            carry_out = getattr(self, f"_{request['op']}")  # _load, _tokenize, _logits or _generate
 
             try:
                 answer = carry_out(request)
@@ -167,10 +163,6 @@ class _Worker:
     def _tokenize(self, request: Header) -> Header:
         self._allow_step()
         return {"ids": self._model.tokenize(request["text"])}
-
-    def _pieces(self, request: Header) -> Header:
-        self._allow_step()
-        return {"pieces": [piece.hex() for piece in self._model.pieces(request["ids"])]}
 
     def _logits(self, request: Header) -> Header:
         ids = request["ids"]

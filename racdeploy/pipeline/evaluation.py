@@ -33,6 +33,7 @@ from racdeploy.verification.checks import memory, speed
 from racdeploy.verification.evidence import ArmResult, Evidence, LogitComparison, OtherArtifact
 from racdeploy.verification.report_builder import build_report
 from racdeploy.verification.rivals import note_missing_rivals
+from racdeploy.verification.top_logits import compare_checkpoints
 
 _ENOUGH_TOKENS = 0.98  # of the tokens that whole traces would have had
 
@@ -139,7 +140,7 @@ class Evaluation:
             [*self.job.input_notes, *built, *note_control(self.control), *cut, *notes, *missing],
             model=recipe.model,
             target=recipe.target,
-            recipe=recipe,
+            recipe=recipe.model_dump(mode="json"),
             linears=model.linears,
             blocks=model.blocks,
             structure=model.structure,
@@ -259,7 +260,7 @@ class Evaluation:
     ) -> LogitComparison | None:
         """Compare both checkpoints under torch and the artifact on the dense model's traces."""
         exact = replace(self._engine_settings, parallel=1, cache_dtype="f32")
-        return measurements.compare_logits(
+        return compare_checkpoints(
             lambda: open_engine("transformers", model.folder, exact),
             lambda: open_engine("transformers", self.job.model.folder, exact),
             lambda: open_engine(self.job.backend, pruned.path, exact),

@@ -24,9 +24,9 @@ from racdeploy.pipeline.job import Job
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.checks.logits import find_change_limit, find_kl_limit
 from racdeploy.verification.evidence import TokenProbe
-from racdeploy.verification.measurements import compare_positions, probe_tokens
-from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.measurements import encode_probes, probe_tokens
 from racdeploy.verification.token_comparison import TokenComparison
+from racdeploy.verification.top_logits import compare_top, take_top
 
 MAX_F32_BYTES = 2 << 30
 LOGIT_TOKENS = 128
@@ -63,7 +63,7 @@ def check_artifact(
     encoder = PromptEncoder.from_folder(checkpoint.folder)
 
     with open_engine(job.backend, artifact.path, exact) as engine:
-        probes = probe_tokens(engine, encoder, choose_probe_strings(accepted))
+        probes = probe_tokens(engine.tokenize, encode_probes(encoder, accepted))
         strings = _check_tokens(probes or (), accepted)
         artifact_TV = engine.logits(ids)
 
@@ -106,7 +106,7 @@ def check_logits(
     }
 
     kl_limit = find_kl_limit(quants)
-    kl_T, same_T, changed_T = compare_positions(expected_TV, artifact_TV)
+    kl_T, same_T, changed_T = compare_top(take_top(expected_TV), artifact_TV)
     kl = kl_T.mean()
 
     if not kl <= kl_limit:  # NaN fails too

@@ -14,8 +14,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import MAX_TOKEN_DIFFERENCES, Export
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.verification.measurements import probe_tokens
-from racdeploy.verification.probe_strings import choose_probe_strings
+from racdeploy.verification.measurements import encode_probes, probe_tokens
 from racdeploy.verification.token_comparison import TokenComparison
 
 
@@ -41,7 +40,8 @@ def check_tokens(checkpoint: Checkpoint, settings: Export) -> str:
 
         encoder = PromptEncoder.from_folder(checkpoint.folder)
         with plugins.load("engines", form.BACKEND).open_vocabulary(file) as engine:
-            probes = probe_tokens(engine, encoder, choose_probe_strings(MAX_TOKEN_DIFFERENCES))
+            expected = encode_probes(encoder, MAX_TOKEN_DIFFERENCES)
+            probes = probe_tokens(engine.tokenize, expected)
 
     assert probes is not None, "a vocabulary was written for it"
     differences = TokenComparison.count(probes)

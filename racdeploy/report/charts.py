@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from racdeploy.report.axis import Axis, draw_chart
 from racdeploy.report.pairs import AnswerPair, list_thinking_lengths
+from racdeploy.results.report import BUILT_ROLES
 
 MAX_POINTS = 2000
 """Maximum number of prompts in the scatter chart."""
@@ -23,7 +24,9 @@ _ORDER = ("right", "wrong", "won", "lost")  # lost prompts are drawn last, on to
 _MAX_POWERS = 6  # intervals of an axis
 
 
-def draw_thinking_by_prompt(pairs: Sequence[AnswerPair], cap: int | None) -> Markup:
+def draw_thinking_by_prompt(
+    pairs: Sequence[AnswerPair], cap: int | None, roles: Sequence[str] = BUILT_ROLES
+) -> Markup:
     """Draw thinking tokens of the pruned model against the dense one's, one point per prompt.
 
     Both axes have the same logarithmic scale: the distance from the diagonal is the ratio, which
@@ -35,12 +38,12 @@ def draw_thinking_by_prompt(pairs: Sequence[AnswerPair], cap: int | None) -> Mar
     dense, pruned = list_thinking_lengths(pairs)
     both = [max(tokens, 1) for tokens in dense + pruned]
     ticks = list_power_ticks(min(both), max(both))
-    x = Axis("dense: thinking tokens", ticks, LEFT, RIGHT, logarithmic=True)
-    y = Axis("pruned: thinking tokens", ticks, BOTTOM, TOP, logarithmic=True)
+    x = Axis(f"{roles[0]}: thinking tokens", ticks, LEFT, RIGHT, logarithmic=True)
+    y = Axis(f"{roles[1]}: thinking tokens", ticks, BOTTOM, TOP, logarithmic=True)
 
     every = math.ceil(len(pairs) / MAX_POINTS)
     drawn = sorted(pairs[::every], key=lambda pair: _ORDER.index(pair.outcome))
-    return draw_chart("lengths", x=x, y=y, pairs=drawn, cap=cap)
+    return draw_chart("lengths", x=x, y=y, pairs=drawn, cap=cap, roles=roles)
 
 
 def list_power_ticks(low: float, high: float) -> list[float]:

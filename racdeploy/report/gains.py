@@ -94,12 +94,12 @@ def describe_savings(report: Report) -> list[str]:
     if dense is None or pruned is None:
         return []
 
-    sentences = [_describe_size(dense, pruned)]
+    sentences = [_describe_size(dense, pruned, report.roles[0])]
     if kept:
         fewer = 1 - kept.parameters / kept.parameters_dense
         counts = f"{kept.parameters_dense:,} → {kept.parameters:,}"
         sentences.append(f"{fewer:.0%} fewer parameters: {counts}")
-    sentences.append(_describe_speed(dense, pruned))
+    sentences.append(_describe_speed(dense, pruned, report.roles[0]))
     return [to_single_line(sentence) for sentence in sentences if sentence]
 
 
@@ -110,11 +110,11 @@ def _change(dense: float | None, pruned: float | None, more: str, less: str) -> 
 
     change = pruned / dense - 1
     if abs(change) < _EQUAL:
-        return "as before"
+        return "equal"
     return f"{abs(change):.0%} {more if change > 0 else less}"
 
 
-def _describe_size(dense: ArmSummary, pruned: ArmSummary) -> str:
+def _describe_size(dense: ArmSummary, pruned: ArmSummary, role: str) -> str:
     before, after = dense.size_bytes, pruned.size_bytes
     if not before or not after:
         return ""
@@ -122,16 +122,16 @@ def _describe_size(dense: ArmSummary, pruned: ArmSummary) -> str:
     figures = f"{format_bytes(before)} → {format_bytes(after)}"
     change = 1 - after / before
     if abs(change) < _EQUAL_SIZE:
-        return f"the file is as large as the dense one: {figures}"
+        return f"the file is as large as the {role} one: {figures}"
     return f"the file is {abs(change):.0%} {'smaller' if change > 0 else 'larger'}: {figures}"
 
 
-def _describe_speed(dense: ArmSummary, pruned: ArmSummary) -> str:
+def _describe_speed(dense: ArmSummary, pruned: ArmSummary, role: str) -> str:
     if not dense.tokens_per_s or not pruned.tokens_per_s:
         return ""
 
     ratio = pruned.tokens_per_s / dense.tokens_per_s
     figures = f"{dense.tokens_per_s:,.0f} → {pruned.tokens_per_s:,.0f} tokens/s"
     if abs(ratio - 1) < _EQUAL_SPEED:
-        return f"as fast as the dense one: {figures}"
+        return f"as fast as the {role} one: {figures}"
     return f"{ratio:.2f} times as fast: {figures}"

@@ -30,7 +30,7 @@ from racdeploy.report.tables import (
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.pruning import LinearRow
-from racdeploy.results.report import Report
+from racdeploy.results.report import BUILT_ROLES, Report
 
 _MAX_ROWS = 200
 _WORST_LINEARS = 8
@@ -45,7 +45,7 @@ _TITLES = {
     "recovery": "Recovery",
     "pruning": "Pruning and export",
     "prompts": "Prompts",
-    "made": "Recipe and machine",
+    "made": "Settings and machine",
 }
 
 
@@ -66,7 +66,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "checks": True,
         "thinking": pairs or "Tasks" in tables_by_title,
         "harness": HARNESS_TITLE in tables_by_title,
-        "size": "Dense and pruned" in tables_by_title,
+        "size": report.both_roles in tables_by_title,
         "structure": "Structure" in tables_by_title,
         "recovery": "Recovery" in tables_by_title,
         "pruning": zeros or {"Worst linears", "Drift", "Deviations"} & tables_by_title.keys(),
@@ -76,6 +76,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
 
     values = {
         "report": report,
+        "roles": dict(zip(BUILT_ROLES, report.roles, strict=True)),
         "sections": {section: title for section, title in _TITLES.items() if shown[section]},
         "findings": write_findings(report),
         "is_widened": is_widened(report),
@@ -88,7 +89,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "source": "report.json",
         "zeros": zeros,
         "winners": describe_rivals(report),
-        "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap),
+        "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap, report.roles),
         "cap": cap,
         "quantiles": length_quantiles(pairs),
         "pairs": len(pairs),
@@ -106,17 +107,18 @@ def _tables(report: Report, pairs: Sequence[AnswerPair]) -> dict[str, ReportTabl
     """Return the tables by their short title, and those that only a page has."""
     tables_by_title = {table.title.partition(" from ")[0]: table for table in list_tables(report)}
 
-    arms = tables_by_title.get("Dense and pruned")
+    arms = tables_by_title.get(report.both_roles)
     if arms and len(arms.rows) <= _MAX_COLUMNS:
-        tables_by_title["Dense and pruned"] = arms.transpose()
+        tables_by_title[report.both_roles] = arms.transpose()
 
+    dense, pruned = report.roles
     measured = [(row.held_out_error or 0.0, row.name) for row in report.linears]
     worst = sorted(measured, key=lambda pair: -pair[0])[:_WORST_LINEARS]
     page_tables = {
         ("Worst linears", "linear|held-out error"): tuple(
             (name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR
         ),
-        ("Thinking by task", "task|prompts|dense|pruned|change"): _thinking_by_task(pairs),
+        ("Thinking by task", f"task|prompts|{dense}|{pruned}|change"): _thinking_by_task(pairs),
     }
 
     return tables_by_title | {table.title: table for table in make_tables(page_tables)}

@@ -29,11 +29,11 @@ MAX_CHARACTERS = 60_000
 _MAX_LOST, _LOST_CHARACTERS = 10, 16_000  # rows, and characters of all of them after escaping
 _QUESTION_CHARACTERS, _ANSWER_CHARACTERS = 240, 80
 _MAX_ROWS, _CELL_CHARACTERS = 30, 400
-_OPEN = ("Dense and pruned", "Checks", "Tasks", HARNESS_TITLE)  # the other tables are folded
+_OPEN = ("Checks", "Tasks", HARNESS_TITLE)  # after both arms; the other tables are folded
 _SIGNS = {"pass": "✅", "fail": "❌", "inconclusive": "⚠️", "measured": "📏", "skipped": "➖"}
 _SPECIAL = re.compile(r"([\\`*~|$\[\]])|(?<!\w)(_)|(_)(?!\w)")
 _CUT = "_Cut at {:,} characters; the rest is in report.html and report.json._"
-_LOST_COLUMNS = ("task", "question", "right", "dense", "pruned", "thinking tokens")
+_LOST_COLUMNS = ("task", "question", "right", "{}", "{}", "thinking tokens")
 
 
 def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
@@ -50,10 +50,11 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
         parts.append("\n".join(_items(savings)))
 
     tables_by_title = {table.title: table for table in list_tables(report)}
-    parts += [_table(tables_by_title.pop(title)) for title in _OPEN if title in tables_by_title]
+    shown = (report.both_roles, *_OPEN)
+    parts += [_table(tables_by_title.pop(title)) for title in shown if title in tables_by_title]
     lost = [pair for pair in pair_records(records) if pair.outcome == "lost"]
     if lost:
-        parts.append(_list_lost(lost))
+        parts.append(_list_lost(lost, report.roles))
     if steps := list_next_steps(report):
         parts.append(_section("Next steps", _items(steps)))
 
@@ -100,10 +101,10 @@ def _fold(summary: str, text: str) -> str:
     return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-def _list_lost(lost: Sequence[AnswerPair]) -> str:
-    """Return a folded table of prompts that dense answers right and pruned does not."""
+def _list_lost(lost: Sequence[AnswerPair], roles: tuple[str, str]) -> str:
+    """Return a folded table of prompts that only the first model answers right."""
     rules = ["---"] * (len(_LOST_COLUMNS) - 1) + ["---:"]
-    lines = [_line(_LOST_COLUMNS), _line(rules)]
+    lines = [_line(_LOST_COLUMNS).format(*roles), _line(rules)]
     remaining = _LOST_CHARACTERS
     shown = 0
 
@@ -130,7 +131,7 @@ def _list_lost(lost: Sequence[AnswerPair]) -> str:
         lines += ["", f"_{len(lost) - shown:,} more are in report.html and records.jsonl._"]
 
     prompts = "1 prompt was" if len(lost) == 1 else f"{len(lost):,} prompts were"
-    return _fold(f"{prompts} lost: dense is right and pruned is not", "\n".join(lines))
+    return _fold(f"{prompts} lost: {roles[0]} is right and {roles[1]} is not", "\n".join(lines))
 
 
 def _answer(record: AnswerRecord) -> str:

@@ -34,24 +34,25 @@ function matches(entry, words) {
 
 function side(entry, arm) {
   const answer = entry[arm];
+  const name = document.getElementById("found").dataset[arm];
   const verdict = element("span", { class: answer.right ? "right" : "wrong" },
     answer.right ? "right" : "wrong");
   const figures = `${number(answer.tokens)} thinking tokens, ${answer.state} · `
     + `${number(answer.answered)} answer tokens, ended by ${answer.end} · `
     + `scored answer: ${answer.found ?? "none found"}`;
-  const box = element("section", { class: `side ${arm}`, "aria-label": `${arm} model` },
-    element("p", { class: "arm" }, `${arm}: `, verdict), element("p", { class: "quiet" }, figures));
+  const box = element("section", { class: `side ${arm}`, "aria-label": `${name} model` },
+    element("p", { class: "arm" }, `${name}: `, verdict), element("p", { class: "quiet" }, figures));
   if (answer.thinking === undefined) {
     box.append(element("p", { class: "quiet" }, "The thinking is in records.jsonl."));
     return box;
   }
 
-  const thinking = element("pre", { tabindex: 0, "aria-label": `thinking of the ${arm} model` });
+  const thinking = element("pre", { tabindex: 0, "aria-label": `thinking of the ${name} model` });
   const shared = answer.thinking.slice(0, entry.shared);
   if (shared) thinking.append(element("span", { class: "shared" }, shared));
   thinking.append(answer.thinking.slice(entry.shared) || (shared ? "" : "no thinking"));
   box.append(thinking, element("pre",
-    { class: "answer", tabindex: 0, "aria-label": `answer of the ${arm} model` },
+    { class: "answer", tabindex: 0, "aria-label": `answer of the ${name} model` },
     answer.answer.trim() || "no answer"));
   return box;
 }

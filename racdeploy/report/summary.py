@@ -20,7 +20,7 @@ _LENGTH = (
     "{0.length_lower:ratio} to {0.length_upper:ratio}"
 )
 _LENGTH_LIMIT = " (limit {0.length_limit:.2f})"
-_UNCLOSED = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, before {1.unclosed:,}."
+_UNCLOSED = "Thoughts that never end: {0.unclosed:,} of {0.prompts:,}, {2} {1.unclosed:,}."
 _WIDENED = (
     "{0} {1[prompts]:.0f} prompts can show: the margin was widened to {1[margin]:points} points "
     "from {1[requested_margin]:points}."
@@ -69,7 +69,7 @@ def write_findings(report: Report) -> str:
 
     dense, pruned = report.find_arm("dense"), report.find_arm("pruned")
     if dense and pruned and pruned.unclosed > dense.unclosed:
-        sentences.append(format_with_units(_UNCLOSED, pruned, dense))
+        sentences.append(format_with_units(_UNCLOSED, pruned, dense, report.roles[0]))
 
     accuracy = report.find_check("accuracy")
     if accuracy and "requested_margin" in accuracy.figures:
@@ -115,7 +115,7 @@ def describe_thinking(comparison: Comparison) -> str:
     if comparison.length_ratio is None:
         return ""
 
-    change = "as long as before"
+    change = "equally long"
     if comparison.length_lower is not None and comparison.length_lower > 1:
         change = "longer"
     if comparison.length_upper is not None and comparison.length_upper < 1:

@@ -101,7 +101,7 @@ def list_tables(report: Report) -> list[ReportTable]:
             drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
 
     candidates: dict[tuple[str, str], list[TableRow]] = {
-        (f"{dense.capitalize()} and {pruned}", "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
+        (report.both_roles, "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),

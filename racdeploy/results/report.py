@@ -29,6 +29,9 @@ from racdeploy.results.pruning import (
 )
 from racdeploy.results.schema import FrozenModel
 
+BUILT_ROLES = ("dense", "pruned")
+COMPARED_ROLES = ("reference", "candidate")
+
 
 class Report(FrozenModel):
     """Content of ``report.json``.
@@ -73,7 +76,13 @@ class Report(FrozenModel):
     @property
     def roles(self) -> tuple[str, str]:
         """Words for the arms ``dense`` and ``pruned``."""
-        return ("reference", "candidate") if self.reference else ("dense", "pruned")
+        return COMPARED_ROLES if self.reference else BUILT_ROLES
+
+    @property
+    def both_roles(self) -> str:
+        """Title of what shows both arms."""
+        first, second = self.roles
+        return f"{first.capitalize()} and {second}"
 
     def find_arm(self, name: str) -> ArmSummary | None:
         """Return the arm of that name, or None."""

@@ -8,15 +8,15 @@ takes these, too.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from racdeploy import __version__
+from racdeploy import __version__, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json, read_json
+from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import (
     MANIFEST_NAME,
     MAX_TOKENS,
@@ -33,7 +33,6 @@ from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy.tensors.gguf_header import read_header
 
 _CONTEXT_TOKENS = 4096  # to load a model with: its longest context may take all memory
-_PART = re.compile(r"-\d{5}(-of-\d{5})$")
 _QUANT_NAMES = {kind.type_id: name for name, kind in GGML_TYPES.items()}
 _GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_quantized.onnx")
 
@@ -42,8 +41,11 @@ _GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_qu
 class DeployedModel:
     """A model and what is needed to ask it: its manifest, file, tokenizer and template.
 
-    ``eos_id`` is the end-of-sequence that the file names; None if it names none. ``url`` is set for
-    a model behind a server, whose texts are counted in the tokens of another model.
+    Args:
+        path: file or folder that its engine opens.
+        eos_id: end-of-sequence that the file names; None if it names none.
+        files: all files of the weights; empty for a bundle, whose manifest lists them.
+        url: set for a model behind a server, whose texts are counted in another model's tokens.
     """
 
     manifest: Manifest
@@ -51,6 +53,7 @@ class DeployedModel:
     path: Path
     encoder: PromptEncoder
     eos_id: int | None
+    files: tuple[Path, ...] = ()
     url: str = ""
 
     @property
@@ -69,44 +72,51 @@ class DeployedModel:
         """Longest context in tokens that the model is made for."""
         return self.manifest.generation.model_context_tokens or MAX_TOKENS
 
-    def list_files(self) -> list[Path]:
-        """Return the files of weights: those of the manifest, or all parts of a plain model."""
-        if self.entry.sha256:
-            return [self.path.parent / name for name in self.entry.files]
-        if self.path.is_dir():
-            return sorted(self.path.glob("*.safetensors"))
-        if self.path.suffix == ".onnx":
-            return sorted(
-                p for p in self.path.parent.iterdir() if re.search(r"\.onnx|data$", p.name)
-            )
-        return list_parts(self.path)
+    @property
+    def file(self) -> Path:
+        """Main file, or the first of a folder."""
+        return self.path if self.path.is_file() else self.files[0]
+
+    def hash_files(self) -> dict[str, str]:
+        """Return the SHA-256 of each file by its path from the main file's folder.
+
+        Of a bundle they are those that its manifest records.
+        """
+        if self.url:
+            return {}
+        if self.files:
+            return {file.name: file_sha256(file) for file in self.files}
+        folder = PurePosixPath(self.entry.path).parent
+        return {
+            PurePosixPath(name).relative_to(folder).as_posix(): sha256
+            for name, sha256 in self.entry.files.items()
+        }
 
 
 def find_model(source: Path) -> DeployedModel:
-    """Return the model of a bundle, a .gguf or .racgguf file, an ONNX file or folder, or a folder
-    of transformers.
+    """Return the model of a bundle, a plain file, or a folder of transformers.
 
     Raises:
         ArtifactError: it is none of these, or lacks a tokenizer or chat template.
     """
+    if found := find_plain(source):
+        return found
+    if (source / "config.json").is_file() and not (source / MANIFEST_NAME).is_file():
+        return _open_folder(source, "transformers")
+    return open_bundle(source, Manifest.read(source))
+
+
+def find_plain(source: Path) -> DeployedModel | None:
+    """Return the model of a .gguf file (of a split model the first), or of an ONNX file or folder.
+
+    None for anything else, such as a bundle.
+    """
     if (source / MANIFEST_NAME).is_file():
-        return _open_bundle(source)
+        return None
     if source.suffix == ".gguf" and source.is_file():
         return _open_gguf(source)
-
     graph = source if source.suffix == ".onnx" else _find_graph(source)
-    if graph is not None and graph.is_file():
-        return _open_folder(graph, "onnxruntime")
-    if (source / "config.json").is_file():
-        return _open_folder(source, "transformers")
-    raise ArtifactError(
-        "not-a-model",
-        f"{source} is no bundle, GGUF file, ONNX folder or model folder"
-        if source.exists()
-        else f"there is no {source}",
-        remedy="give a bundle, a .gguf file (of a split model the first), a folder with an .onnx "
-        "file and its tokenizer.json, or a model folder of transformers",
-    )
+    return _open_folder(graph, "onnxruntime") if graph is not None and graph.is_file() else None
 
 
 def find_served(url: str, counting: DeployedModel) -> DeployedModel:
@@ -115,9 +125,10 @@ def find_served(url: str, counting: DeployedModel) -> DeployedModel:
     Args:
         counting: model whose tokenizer, template and tags the server's texts are read with.
     """
-    entry = counting.entry.model_copy(update={"backend": "server", "quant": "", "sha256": ""})
-    base = {"name": url}
-    manifest = counting.manifest.model_copy(update={"base": base, "artifacts": (entry,)})
+    entry = counting.entry.model_copy(update={"backend": "server", "quant": "", "size_bytes": 0})
+    free = counting.manifest.generation.without_control()  # controlling it is the server's task
+    known = {"base": {"name": url}, "artifacts": (entry,), "generation": free}
+    manifest = counting.manifest.model_copy(update=known)
     return replace(counting, manifest=manifest, entry=entry, url=url)
 
 
@@ -126,16 +137,8 @@ def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-def list_parts(file: Path) -> list[Path]:
-    """Return all files of a GGUF model, which may be split."""
-    match = _PART.search(file.stem)
-    if not match:
-        return [file]
-    return sorted(file.parent.glob(f"{file.stem[: match.start()]}-*{match[1]}{file.suffix}"))
-
-
-def _open_bundle(folder: Path) -> DeployedModel:
-    manifest = Manifest.read(folder)
+def open_bundle(folder: Path, manifest: Manifest) -> DeployedModel:
+    """Return the first artifact of a bundle."""
     entry = manifest.artifacts[0]
     encoder = PromptEncoder.from_folder(folder / manifest.tokenizer.folder)
     eos_id = next(iter(manifest.tokenizer.eos_ids), None)
@@ -154,18 +157,32 @@ def _open_gguf(file: Path) -> DeployedModel:
         bytes_by_type[tensor.ggml_type] = size_bytes
     main_type = max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1)
 
-    parts = list_parts(file)
+    files = _list_weights(file, "llamacpp")
     manifest = _describe(
         file,
         encoder,
         {"quant": _QUANT_NAMES.get(main_type, "unknown"), "format": "gguf", "backend": "llamacpp"},
-        sum(part.stat().st_size for part in parts),
+        files,
         tuple(info["stop_ids"]),
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         {name: metadata.get(f"general.sampling.{name}") for name in ("temp", "top_p")},
     )
     eos_id = info["eos_id"] if info["eos_id"] >= 0 else None
-    return DeployedModel(manifest, manifest.artifacts[0], file, encoder, eos_id)
+    return DeployedModel(manifest, manifest.artifacts[0], file, encoder, eos_id, tuple(files))
+
+
+def _list_weights(path: Path, backend: str) -> list[Path]:
+    """Return all files of a plain model, which may be split or have its data beside it."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors"))
+    names = sorted({path.name, *plugins.load("engines", backend).find_parts(path)})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ArtifactError(
+            "weights-elsewhere",
+            f"{path} would read {outside[0]!r:.400}, which is not beside it",
+            remedy="save the model with its data in one folder",
+        )
+    return [path.with_name(name) for name in names]
 
 
 def _find_graph(folder: Path) -> Path | None:
@@ -205,27 +222,29 @@ def _open_folder(path: Path, backend: str) -> DeployedModel:
         return next((c[key] for c in configs for key in keys if key in c), None)
 
     quant = str(find("torch_dtype", "dtype") or "unknown") if path.is_dir() else "unknown"
+    files = _list_weights(path, backend)
     manifest = _describe(
         path if path.is_dir() else folder,
         encoder,
         {"quant": quant, "format": path.suffix[1:] or "safetensors", "backend": backend},
-        0,
+        files,
         tuple(stop_ids),
         find("context_length", "max_position_embeddings"),
         {"temp": find("temperature"), "top_p": find("top_p")},
     )
-    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, stop_ids[0])
+    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, stop_ids[0], tuple(files))
 
 
 def _describe(
     source: Path,
     encoder: PromptEncoder,
     kinds: Mapping[str, str],
-    size_bytes: int,
+    files: Sequence[Path],
     stop_ids: tuple[int, ...],
     context: object,
     advised: Mapping[str, object],
 ) -> Manifest:
+    size_bytes = sum(file.stat().st_size for file in files)
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
     context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
@@ -253,7 +272,7 @@ def _describe(
         generation=GenerationSettings(
             temperature=temperature,
             top_p=top_p,
-            max_new_tokens=max(1, context_tokens - 1),
+            max_new_tokens=max_tokens or MAX_TOKENS,
             context_tokens=context_tokens,
             model_context_tokens=max_tokens,
         ),

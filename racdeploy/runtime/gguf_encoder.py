@@ -29,20 +29,17 @@ class GgufTokenizer(Tokenizer):
         self.engine = plugins.load("engines", "llamacpp").open_vocabulary(file)
         self.info = self.engine.info
         self.sandbox = Sandbox("racdeploy.sandbox.text_operations")
-        self._pieces: dict[int, bytes] = {}
+        self._pieces = [bytes.fromhex(piece) for piece in self.info["pieces"]]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.engine.tokenize(text) for text in texts]
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        new = sorted({token for ids in sequences for token in ids} - self._pieces.keys())
-        if new:
-            self._pieces |= zip(new, self.engine.pieces(new), strict=True)
         joined = (b"".join(map(self._pieces.__getitem__, ids)) for ids in sequences)
         return [data.decode("utf-8", "replace") for data in joined]
 
     def get_vocab_size(self) -> int:
-        return int(self.engine.vocabulary)
+        return len(self._pieces)
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
@@ -52,7 +49,7 @@ class GgufTokenizer(Tokenizer):
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of white space, which llama.cpp knows whatever the vocabulary writes."""
-        return list(self.info["blank_ids"])
+        return [token for token, piece in enumerate(self._pieces) if not piece.strip(b" \n\r\t")]
 
     def count_at_least(self, text: str) -> int:
         """Return a number of tokens that a text surely has: llama.cpp bounds the text itself."""
@@ -64,6 +61,10 @@ class GgufTokenizer(Tokenizer):
 
     def check(self) -> None:
         """The file was read when this was made."""
+
+    def close(self) -> None:
+        super().close()
+        self.engine.close()
 
 
 class GgufEncoder(PromptEncoder):

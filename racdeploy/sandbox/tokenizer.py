@@ -53,6 +53,10 @@ class Tokenizer:
         # Bytes of the tokens that were decoded so far; None where a text is not their joined bytes.
         self._bytes: dict[int, bytes] | None = {}
 
+    def close(self) -> None:
+        """End its process."""
+        self.sandbox.close()
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens in it are parsed, none are added."""
         return self.encode_batch([text])[0]

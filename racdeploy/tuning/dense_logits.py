@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
-from racdeploy.verification.measurements import (
-    compare_positions,
-    completion_logits,
+from racdeploy.verification.top_logits import (
+    TopLogits,
+    compare_top_logits,
+    record_top_logits,
     renumber_traces,
 )
 
@@ -27,19 +28,17 @@ def make_opener(backend: str, model: Path, context_tokens: int, threads: int) ->
 
 
 class DenseLogits:
-    """Logits of the dense model for held-out traces, on disk.
+    """Logits of the dense model for held-out traces, computed once for each cut of its vocabulary.
 
     Args:
         dense: opens the dense checkpoint under torch.
         traces: prompt and completion ids.
-        folder: an empty one for the files, one per trace.
     """
 
-    def __init__(self, dense: EngineFactory, traces: Sequence[TraceIds], folder: Path) -> None:
+    def __init__(self, dense: EngineFactory, traces: Sequence[TraceIds]) -> None:
         self._dense = dense
         self._traces = list(traces)
-        self._folder = folder
-        self._files: list[Path] = []
+        self._recorded: dict[bytes, list[TopLogits]] = {}
 
     def measure_kl(
         self, artifact: EngineFactory, old_ids: NDArray[np.int64] | None = None
@@ -61,38 +60,16 @@ class DenseLogits:
         self, artifact: EngineFactory, old_ids: NDArray[np.int64] | None = None
     ) -> list[NDArray[np.float64]]:
         """Return the KL of each trace that is not skipped, at each position of its completion."""
-        dense = self._traces
-        traces = self._traces
+        dense = traces = self._traces
+        key = b""
         if old_ids is not None:
             dense, traces = renumber_traces(self._traces, old_ids)
+            key = old_ids.tobytes()
         if not traces:
             return []
 
-        kl = []
-        files = self._compute()
-
+        if key not in self._recorded:
+            with self._dense() as engine:
+                self._recorded[key] = record_top_logits(engine, dense, old_ids=old_ids)
         with artifact() as engine:
-            for trace, renumbered in zip(dense, traces, strict=True):
-                dense_TV = np.load(files[self._traces.index(trace)])
-                if old_ids is not None:
-                    dense_TV = dense_TV[:, old_ids]
-
-                kl_T, _, _ = compare_positions(dense_TV, completion_logits(engine, renumbered))
-                kl.append(kl_T)
-
-        return kl
-
-    def _compute(self) -> Sequence[Path]:
-        """Return the files of dense logits, which the first call writes."""
-        if self._files:
-            return self._files
-
-        files = []
-        with self._dense() as engine:
-            for index, trace in enumerate(self._traces):
-                file = self._folder / f"{index}.npy"
-                np.save(file, completion_logits(engine, trace))
-                files.append(file)
-
-        self._files = files
-        return files
+            return [each.kl_T for each in compare_top_logits(engine, traces, self._recorded[key])]

@@ -219,9 +219,7 @@ class Ladder:
         )
 
         ids = [each for of_kind in kinds.values() for each in of_kind]
-        with tempfile.TemporaryDirectory(dir=build.work) as scratch:
-            logits = DenseLogits(dense, ids, Path(scratch))
-            kl = iter(logits.list_kl(pruned))
+        kl = iter(DenseLogits(dense, ids).list_kl(pruned))
         return {
             kind: float(np.concatenate([next(kl) for _ in of_kind]).mean())
             for kind, of_kind in kinds.items()

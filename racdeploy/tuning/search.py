@@ -8,7 +8,6 @@ Every stage is stored in the work folder, so that the search can be resumed.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -189,14 +188,11 @@ class Search:
         self.budget.update_pace("traces", self.budget.seconds["traces"])
 
         ordered = order_entries(self._active, self.limits.objective)
-        with (
-            tempfile.TemporaryDirectory(dir=self.scratch) as folder,
-            self.budget.stage("compare"),
-        ):
+        with self.budget.stage("compare"):
             opener = self._opener("transformers", self.job.model.folder)
             traces = [(trace.prompt_ids, trace.completion_ids) for trace in self._traces]
             count = max(_MIN_TRACES, self.job.recipe.verify.logit_traces)
-            logits = DenseLogits(opener, traces[:count], Path(folder))
+            logits = DenseLogits(opener, traces[:count])
 
             longest_s = 0.0
 

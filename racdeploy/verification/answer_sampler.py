@@ -189,6 +189,15 @@ class AnswerSampler:
         )
 
 
+def list_problems(records: Sequence[AnswerRecord]) -> list[Problem]:
+    """Return the problems that were answered, in prompt order."""
+    first = {record.prompt: record for record in records}
+    return [
+        Problem(record.question, record.gold, task=record.task, scorer=record.scorer)
+        for _, record in sorted(first.items())
+    ]
+
+
 def identify_answers(
     files: Mapping[str, str],
     sampler: AnswerSampler,

@@ -17,7 +17,7 @@ from racdeploy.results.answers import AnswerRecord, ArmSummary
 from racdeploy.results.report import Report
 from racdeploy.sparse_kernels import STOCK
 from racdeploy.tasks import Problem
-from racdeploy.verification.answer_sampler import DECODING_SETTINGS
+from racdeploy.verification.answer_sampler import DECODING_SETTINGS, list_problems
 
 # An engine's answers do not depend on these packages; engine settings are compared one by one.
 _IGNORED_KEYS = frozenset({"engine", "torch", "transformers", "gguf", "python", "numpy"})
@@ -62,11 +62,7 @@ class Baseline:
     @property
     def problems(self) -> list[Problem]:
         """Problems of the bundle's verification, in prompt order."""
-        first = {record.prompt: record for record in self.dense}
-        return [
-            Problem(record.question, record.gold, task=record.task, scorer=record.scorer)
-            for _, record in sorted(first.items())
-        ]
+        return list_problems(self.dense)
 
     def check_model(self, manifest: Manifest) -> None:
         """Refuse the answers of another dense model.

@@ -19,6 +19,7 @@ from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord, HarnessRun
 from racdeploy.results.checks import CheckResult, CheckVerdict
 from racdeploy.results.pruning import TensorRow
+from racdeploy.results.report import BUILT_ROLES
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import lengths, paired
 from racdeploy.verification.stats.verdicts import RatioEstimate
@@ -54,7 +55,7 @@ class ArmResult:
     """
 
     name: str
-    records: tuple[AnswerRecord, ...]
+    records: tuple[AnswerRecord, ...] = ()
     size_bytes: int | None = None
     quant: str = ""
     sparsity: float | None = None
@@ -196,6 +197,7 @@ class Evidence:
         stop_ids: None if the artifact holds no tokenizer.
         skip_reasons: reasons why a check has nothing to decide on, by its name.
         harness: run of an evaluation harness; None if there was none.
+        roles: words for both arms.
     """
 
     settings: Verification
@@ -219,6 +221,11 @@ class Evidence:
     packing: str = "plain"
     skip_reasons: Mapping[str, str] = field(default_factory=dict)
     harness: HarnessRun | None = None
+    roles: tuple[str, str] = BUILT_ROLES
+
+    def choose(self, built: str, compared: str) -> str:
+        """Return the words for a bundle, or those for a comparison of other models."""
+        return built if self.roles == BUILT_ROLES else compared
 
     @property
     def prompt_count(self) -> int:

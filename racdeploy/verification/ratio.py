@@ -1,18 +1,18 @@
-"""Ratio of a figure of the pruned arm to that of the dense arm, both measured in one run."""
+"""Ratio of a figure of both arms, measured in one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import make_check_result
+from racdeploy.verification.evidence import ArmResult, Evidence, make_check_result
 
 
 def judge_ratio(
+    evidence: Evidence,
     name: str,
     show: Callable[[float], str],
-    dense: float | None,
-    pruned: float | None,
+    measure: Callable[[ArmResult], float | None],
     limit: float | None,
     keeps: Callable[[float, float], bool],
     remedy: str,
@@ -22,15 +22,17 @@ def judge_ratio(
     Args:
         name: of the check; its figures are ``NAME_ratio``, ``NAME_dense`` and ``NAME_pruned``.
         show: formats a figure with its unit.
+        measure: returns the figure of an arm, None if it was not measured.
         keeps: compares a ratio (first argument) with a limit, as ``operator.le`` does.
     """
+    dense, pruned = measure(evidence.dense), measure(evidence.pruned)
     if not dense or not pruned:
-        return _report_missing(name, dense, pruned, limit)
+        return _report_missing(evidence, name, dense, pruned, limit)
 
     ratio = pruned / dense
     figures = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
 
-    text = f"{show(pruned)}, dense {show(dense)}, ratio {ratio:.2f}"
+    text = f"{show(pruned)}, {evidence.roles[0]} {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
         return make_check_result(name, "measured", f"{text}; no limit is set", figures)
 
@@ -43,17 +45,21 @@ def judge_ratio(
 
 
 def _report_missing(
-    name: str, dense: float | None, pruned: float | None, limit: float | None
+    evidence: Evidence, name: str, dense: float | None, pruned: float | None, limit: float | None
 ) -> CheckResult:
     """Return the result without one of the figures: inconclusive if there is a limit."""
-    measured = "neither artifact"
+    model = evidence.choose("artifact", "model")
+    measured = f"neither {model}"
     if dense or pruned:
-        measured = f"the {'dense' if dense else 'pruned'} artifact alone"
+        measured = f"the {evidence.roles[0 if dense else 1]} {model} alone"
 
     summary = f"{measured} was measured in this run"
     if limit is None:
         remedy = "racdeploy bench measures both"
         return make_check_result(name, "skipped", summary, remedy=remedy)
 
-    remedy = "give the dense artifact with --baseline, or build again: both then run"
+    remedy = evidence.choose(
+        "give the dense artifact with --baseline, or build again: both then run",
+        "compare with the reference's file, which then runs beside it",
+    )
     return make_check_result(name, "inconclusive", summary, remedy=remedy)

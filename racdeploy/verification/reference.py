@@ -7,6 +7,7 @@ keeps it, and compares each file it ships with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,8 +19,9 @@ from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.schema import FrozenModel
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.tasks import Problem
-from racdeploy.verification.answer_sampler import TraceIds
+from racdeploy.verification.answer_sampler import TraceIds, list_problems
 from racdeploy.verification.evidence import ArmResult
 from racdeploy.verification.top_logits import TopLogits, read_top_logits, write_top_logits
 
@@ -39,10 +41,7 @@ class Reference(FrozenModel):
         vocabulary: number of tokens.
         open_tag: tag before its thoughts; empty without one.
         probes: hard strings and their ids.
-        bos_ids: beginning-of-sequence that a template may leave out.
         completions: ids of the first answers, whose logits are compared.
-        stats: engine counters, see :class:`~.evidence.ArmResult`.
-        files: SHA-256 of each file.
         fingerprint: machine and engine.
     """
 
@@ -56,46 +55,41 @@ class Reference(FrozenModel):
     vocabulary: int
     open_tag: str = ""
     probes: dict[str, Ids]
-    bos_ids: Ids = ()
     completions: tuple[Ids, ...] = ()
-    size_bytes: int | None = None
-    quant: str = ""
-    stats: dict[str, float] = Field(default_factory=dict)
-    files: dict[str, str] = Field(default_factory=dict)
     fingerprint: dict[str, Any] = Field(default_factory=dict)
-    records: tuple[AnswerRecord, ...] = Field(default=(), exclude=True)
+    arm: ArmResult
     logits: tuple[TopLogits, ...] = Field(default=(), exclude=True)
-
-    @property
-    def arm(self) -> ArmResult:
-        known = (self.size_bytes, self.quant, None, self.stats, self.files)
-        return ArmResult("dense", self.records, *known)
 
     @property
     def problems(self) -> list[Problem]:
         """The questions that it was asked, in order."""
-        first = {record.prompt: record for record in self.records}
-        return [
-            Problem(record.question, record.gold, task=record.task, scorer=record.scorer)
-            for _, record in sorted(first.items())
-        ]
+        return list_problems(self.arm.records)
 
     @property
     def traces(self) -> list[TraceIds]:
         """Prompt and completion ids whose logits are recorded."""
         return [
             (record.prompt_ids, ids)
-            for record, ids in zip(self.records, self.completions, strict=False)
+            for record, ids in zip(self.arm.records, self.completions, strict=False)
         ]
+
+    def refuse_logits(self, encoder: PromptEncoder) -> str:
+        """Return the reason why a candidate's logits cannot be compared; empty if they can."""
+        if self.logits and encoder.tokenizer.get_vocab_size() != self.vocabulary:
+            return "the vocabularies have different sizes"
+        if self.settings.logit_traces and not self.logits:
+            return "the reference has no recorded logits"
+        return ""
 
     def write(self, folder: Path) -> None:
         """Write the reference; ``reference.json`` comes last, as the sign that all is there."""
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_top_logits(folder / "logits.npz", self.logits)
-        lines = "".join(record.model_dump_json() + "\n" for record in self.records)
+        lines = "".join(record.model_dump_json() + "\n" for record in self.arm.records)
         write_atomic(folder / "records.jsonl", lines)
-        write_atomic(folder / REFERENCE_NAME, self.model_dump_json(indent=1) + "\n")
+        text = self.model_dump_json(exclude={"arm": {"records"}})
+        write_atomic(folder / REFERENCE_NAME, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -123,7 +117,8 @@ class Reference(FrozenModel):
                 "reference-damaged", f"{folder} has too few records", remedy="record it again"
             )
         # Its speed and memory were those of another run, perhaps of another machine.
-        known = found.model_copy(update={"records": records, "stats": {}})
+        arm = replace(found.arm, records=records, stats={})
+        known = found.model_copy(update={"arm": arm})
         logits = read_top_logits(folder / "logits.npz", known.traces)
         return known.model_copy(update={"logits": tuple(logits)})
 

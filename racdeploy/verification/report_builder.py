@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
 
-from racdeploy.recipe import Recipe
 from racdeploy.results.answers import AnswerRecord, ArmSummary, Comparison, RivalRow, TaskRow
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
@@ -27,13 +26,13 @@ from racdeploy.verification.stats import paired
 
 
 def build_report(
-    evidence: Evidence, notes: Sequence[str], *, recipe: Recipe, **about: Any
+    evidence: Evidence, notes: Sequence[str], **about: Any
 ) -> tuple[Report, list[AnswerRecord]]:
     """Run the checks; return the report and the records of all arms.
 
     Args:
         notes: sentences for the reader of the report.
-        about: other fields of the report: model, target, machine, pruning.
+        about: other fields of the report: model, target, recipe, machine, pruning.
     """
     checks = run_checks(evidence)
     if evidence.harness:
@@ -44,7 +43,6 @@ def build_report(
 
     report = Report(
         created=datetime.now(UTC),
-        recipe=recipe.model_dump(mode="json"),
         arms=tuple(map(_summarize_arm, arms)),
         tasks=_count_by_task(evidence),
         comparison=_compare_arms(evidence, {check.name: check for check in checks}),

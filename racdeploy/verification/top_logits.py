@@ -1,48 +1,117 @@
-"""Divergence of a model from recorded next-token distributions: their most likely tokens.
+"""Divergence of models from next-token distributions, of which the most likely tokens are kept.
 
 A whole distribution of 150,000 tokens at a thousand positions is 600 MB; the 64 most likely tokens
-and the mass of the others are 0.5 MB. KL over these 65 outcomes is at most that over all tokens
+and the mass of the others are 1 MB. KL over these 65 outcomes is at most that over all tokens
 (data processing inequality), and misses only differences among tokens that are unlikely.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.engines.engine import Engine, Progress
+from racdeploy.engines.engine import Engine, Logits, Progress
 from racdeploy.errors import ArtifactError
-from racdeploy.verification.answer_sampler import TraceIds
+from racdeploy.models.renumbering import map_new_ids, translate_ids
+from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
 from racdeploy.verification.evidence import Divergence, LogitComparison
-from racdeploy.verification.measurements import completion_logits
+from racdeploy.verification.stats.distributions import Floats
 
 TOP_K = 64
-MAX_TOKENS = 256
-"""Tokens of a completion that are compared."""
+_ROWS = 64  # of logits at a time: they are copied to float64, which costs memory
 _MIN_MASS = 1e-12
 
-TopLogits = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Ids and log probabilities, id_TK and log_p_TK."""
+
+class TopLogits(NamedTuple):
+    """The most likely tokens of a model at each position of a completion.
+
+    Args:
+        id_TK: their ids.
+        log_p_TK: their log probabilities.
+        lost_T: probability of the tokens that another model lacks, left out of ``log_p_TK``.
+    """
+
+    id_TK: NDArray[np.int64]
+    log_p_TK: Floats
+    lost_T: Floats | None = None
+
+
+class LogitDifferences(NamedTuple):
+    """KL(reference ‖ other) in nats, equal first choices, and clear changes, at each position.
+
+    A change is clear if the reference gives the other model's first choice less than half the
+    probability of its own.
+    """
+
+    kl_T: Floats
+    same_T: NDArray[np.bool_]
+    changed_T: NDArray[np.bool_]
+
+
+def completion_logits(engine: Engine, trace: TraceIds) -> Logits:
+    """Return logits_TV that predict the completion's tokens: from the last prompt token on."""
+    prompt, completion = trace
+    return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
+
+
+def take_top(logits_TV: Logits, old_ids: NDArray[np.int64] | None = None) -> TopLogits:
+    """Return the most likely tokens.
+
+    Args:
+        old_ids: ids of the tokens that another model has; the others are left out, and their
+            probability is returned. Ids are then those of the other model.
+    """
+    parts = []
+    for start in range(0, len(logits_TV), _ROWS):
+        rows_TV, lost_T = logits_TV[start : start + _ROWS], None
+        if old_ids is not None:
+            kept_T = np.exp(_log_softmax(rows_TV)[:, old_ids]).sum(1)
+            lost_T, rows_TV = np.maximum(0, 1 - kept_T), rows_TV[:, old_ids]
+
+        log_p_TV = _log_softmax(rows_TV)
+        K = min(TOP_K, log_p_TV.shape[1])
+        id_TK = np.argpartition(log_p_TV, -K, axis=1)[:, -K:]
+        parts.append((id_TK, np.take_along_axis(log_p_TV, id_TK, 1), lost_T))
+
+    id_TK, log_p_TK = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
+    lost = [part[2] for part in parts if part[2] is not None]
+    return TopLogits(id_TK, log_p_TK, np.concatenate(lost) if lost else None)
+
+
+def compare_top(top: TopLogits, logits_TV: Logits) -> LogitDifferences:
+    """Compare another model's logits with recorded ones; NaN in them is NaN in KL."""
+    parts = []
+    for start in range(0, len(logits_TV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        id_TK, log_p_TK = top.id_TK[rows], top.log_p_TK[rows]
+        log_q_TV = _log_softmax(logits_TV[rows])
+        kl_T = _measure_kl(log_p_TK, np.take_along_axis(log_q_TV, id_TK, 1))
+
+        # The other model's first choice, if it is among the recorded tokens.
+        is_choice_TK = id_TK == log_q_TV.argmax(1)[:, None]
+        chosen_T = np.where(is_choice_TK, log_p_TK, -np.inf).max(1)
+        margin_T = log_p_TK.max(1) - chosen_T
+        parts.append((kl_T, margin_T == 0, margin_T > math.log(2)))
+
+    return LogitDifferences(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def record_top_logits(
-    engine: Engine, traces: Sequence[TraceIds], progress: Progress | None = None
+    engine: Engine,
+    traces: Sequence[TraceIds],
+    progress: Progress | None = None,
+    old_ids: NDArray[np.int64] | None = None,
 ) -> list[TopLogits]:
-    """Return the most likely tokens at each completion token of each trace."""
-    recorded = []
-    for index, (prompt, completion) in enumerate(traces):
-        log_p_TV = _log_softmax(completion_logits(engine, (prompt, completion[:MAX_TOKENS])))
-        K = min(TOP_K, log_p_TV.shape[1])
-        id_TK = np.argpartition(-log_p_TV, K - 1, axis=1)[:, :K]
-        recorded.append((id_TK, np.take_along_axis(log_p_TV, id_TK, 1)))
-        if progress:
-            progress("record logits", index + 1, len(traces))
-    return recorded
+    """Return the most likely tokens at each completion token of each trace, see `take_top`."""
+    return [
+        take_top(completion_logits(engine, trace), old_ids)
+        for trace in _count("record logits", traces, progress)
+    ]
 
 
 def compare_top_logits(
@@ -50,37 +119,87 @@ def compare_top_logits(
     traces: Sequence[TraceIds],
     recorded: Sequence[TopLogits],
     progress: Progress | None = None,
+) -> list[LogitDifferences]:
+    """Run the traces through another model, and compare each position."""
+    pairs = zip(_count("compare logits", traces, progress), recorded, strict=True)
+    return [compare_top(top, completion_logits(engine, trace)) for trace, top in pairs]
+
+
+def average(compared: Sequence[LogitDifferences]) -> Divergence:
+    """Return the means over all positions of all traces."""
+    by_figure = zip(*compared, strict=True)
+    return Divergence(*(float(np.concatenate(parts).mean()) for parts in by_figure))
+
+
+def compare_checkpoints(
+    pruned: EngineFactory,
+    dense: EngineFactory,
+    artifact: EngineFactory,
+    traces: Sequence[TraceIds],
+    old_ids: NDArray[np.int64] | None = None,
+    progress: Progress | None = None,
 ) -> LogitComparison | None:
-    """Run the traces through another model; None without a trace."""
-    kl, same, changed = [], [], []
-    for index, ((prompt, completion), (id_TK, log_p_TK)) in enumerate(
-        zip(traces, recorded, strict=True)
-    ):
-        log_q_TV = _log_softmax(completion_logits(engine, (prompt, completion[:MAX_TOKENS])))
-        log_q_TK = np.take_along_axis(log_q_TV, id_TK, 1)
-        kl.append(_measure_kl(log_p_TK, log_q_TK))
+    """Run the dense model's traces through three models; None if there are no traces.
 
-        # The other model's first choice, if it is among the recorded tokens.
-        is_choice_TK = id_TK == log_q_TV.argmax(1)[:, None]
-        chosen_T = np.where(is_choice_TK, log_p_TK, -np.inf).max(1)
-        margin_T = log_p_TK.max(1) - chosen_T
-        same.append(margin_T == 0)
-        changed.append(margin_T > math.log(2))
-        if progress:
-            progress("compare logits", index + 1, len(traces))
-
-    if not kl:
+    Args:
+        pruned, dense: open the checkpoints under torch; one model is in memory at a time.
+        artifact: opens the exported file on its engine.
+        old_ids: dense id of each token of the pruned model, if its vocabulary is smaller. Traces
+            with a removed token are left out, and the dense logits are cut to the kept tokens.
+    """
+    pruned_traces = list(traces)
+    if old_ids is not None:
+        traces, pruned_traces = renumber_traces(traces, old_ids)
+    if not traces:
         return None
-    means = [float(np.concatenate(parts).mean()) for parts in (kl, same, changed)]
-    return LogitComparison(sum(map(len, kl)), Divergence(*means), traces=len(kl))
+
+    with dense() as engine:
+        expected = record_top_logits(engine, traces, progress, old_ids)
+
+    pruning, own = [], []
+    with pruned() as engine:
+        counted = _count("compare pruned logits", pruned_traces, progress)
+        for trace, top in zip(counted, expected, strict=True):
+            logits_TV = completion_logits(engine, trace)
+            pruning.append(compare_top(top, logits_TV))
+            own.append(take_top(logits_TV))
+
+    with artifact() as engine:
+        export = compare_top_logits(engine, pruned_traces, own, progress)
+
+    lost = [top.lost_T for top in expected if top.lost_T is not None]
+    return LogitComparison(
+        tokens=sum(len(each.kl_T) for each in export),
+        export=average(export),
+        pruning=average(pruning),
+        traces=len(traces),
+        lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
+    )
+
+
+def renumber_traces(
+    traces: Sequence[TraceIds], old_ids: NDArray[np.int64]
+) -> tuple[list[TraceIds], list[TraceIds]]:
+    """Return the traces whose tokens are all kept: in old ids, and in new ids."""
+    ids = map_new_ids(old_ids)
+
+    kept = []
+    renumbered = []
+    for trace in traces:
+        prompt, completion = (translate_ids(part, ids) for part in trace)
+        if prompt is not None and completion is not None:
+            kept.append(trace)
+            renumbered.append((prompt, completion))
+
+    return kept, renumbered
 
 
 def write_top_logits(file: Path, recorded: Sequence[TopLogits]) -> None:
     """Write them as .npz, in 32 bits."""
     arrays: dict[str, NDArray[Any]] = {}
-    for index, (id_TK, log_p_TK) in enumerate(recorded):
-        arrays[f"ids_{index}"] = id_TK.astype(np.uint32)
-        arrays[f"logs_{index}"] = log_p_TK.astype(np.float32)
+    for index, top in enumerate(recorded):
+        arrays[f"ids_{index}"] = top.id_TK.astype(np.uint32)
+        arrays[f"logs_{index}"] = top.log_p_TK.astype(np.float32)
     np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
@@ -96,10 +215,9 @@ def read_top_logits(file: Path, traces: Sequence[TraceIds]) -> list[TopLogits]:
             for index, (_, completion) in enumerate(traces):
                 id_TK = arrays[f"ids_{index}"].astype(np.int64)
                 log_p_TK = arrays[f"logs_{index}"].astype(np.float64)
-                tokens = min(len(completion), MAX_TOKENS)
-                if id_TK.shape != log_p_TK.shape or id_TK.shape[0] != tokens:
+                if id_TK.shape != log_p_TK.shape or id_TK.shape[0] != len(completion):
                     raise ValueError(f"trace {index} has {id_TK.shape} values")
-                recorded.append((id_TK, log_p_TK))
+                recorded.append(TopLogits(id_TK, log_p_TK))
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(
             "logits-damaged", f"{file}: {error}", remedy="record the reference again"
@@ -107,7 +225,14 @@ def read_top_logits(file: Path, traces: Sequence[TraceIds]) -> list[TopLogits]:
     return recorded
 
 
-def _measure_kl(log_p_TK: NDArray[np.float64], log_q_TK: NDArray[np.float64]) -> NDArray[Any]:
+def _count(label: str, traces: Sequence[TraceIds], progress: Progress | None) -> Iterator[TraceIds]:
+    for index, trace in enumerate(traces):
+        yield trace
+        if progress:
+            progress(label, index + 1, len(traces))
+
+
+def _measure_kl(log_p_TK: Floats, log_q_TK: Floats) -> Floats:
     """Return KL(p ‖ q) in nats at each position, all other tokens taken as one."""
     kl_T = (np.exp(log_p_TK) * (log_p_TK - log_q_TK)).sum(1)
     rest_p_T, rest_q_T = (
@@ -116,6 +241,6 @@ def _measure_kl(log_p_TK: NDArray[np.float64], log_q_TK: NDArray[np.float64]) ->
     return np.asarray(kl_T + rest_p_T * np.log(rest_p_T / rest_q_T))
 
 
-def _log_softmax(logits_TV: NDArray[Any]) -> NDArray[np.float64]:
+def _log_softmax(logits_TV: Logits) -> Floats:
     shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(1, keepdims=True)
     return np.asarray(shifted_TV - np.log(np.exp(shifted_TV).sum(1, keepdims=True)))

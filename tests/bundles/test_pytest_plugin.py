@@ -41,8 +41,8 @@ def verified():
     return Report(created=datetime.now(UTC), model="m", target="t", checks=checks), []
 
 class Verification:
-    def __init__(self, local):
-        self.gate = read_gate(local.bundle.gate_file).for_tier(local.bundle.tier)
+    def __init__(self, bundle):
+        self.gate = read_gate(bundle.gate_file).for_tier(bundle.tier)
 
     def run(self):
         return verified()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.support.errors import raises
 from tests.support.real_server import llama_cpp_server, running
 from tests.support.spoiled_gguf import rewrite, spoil_all
 
-ASKED = {"prompts": 32, "max_new_tokens": 300, "threads": 1}
+ASKED: dict[str, Any] = {"prompts": 32, "max_new_tokens": 300, "threads": 1}
 FAILING = {
     "eos": {"tokens"},
     "rope": {"accuracy", "logits"},
@@ -118,7 +119,8 @@ def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
 
 def test_bad_models(files: Path, tmp_path: Path) -> None:
     """Refused before the first answer."""
-    f32, asked = files / "f32.gguf", {"against": files / "f32.gguf", "work": tmp_path}
+    f32 = files / "f32.gguf"
+    asked: dict[str, Any] = {"against": f32, "work": tmp_path}
     with raises("not-a-model"):
         library.compare([tmp_path / "no.gguf"], **asked)
     with raises("no-template-in-file"):
@@ -126,7 +128,7 @@ def test_bad_models(files: Path, tmp_path: Path) -> None:
         library.compare([bare], **asked)
     with raises("only-servers"):
         library.compare(["http://127.0.0.1:1/v1"], against="http://127.0.0.1:2/v1")
-    with raises("comparison-beyond-context"):
+    with raises("questions-beyond-context"):
         library.compare([f32], **asked, context_tokens=4096)
 
     (tmp_path / "ref").mkdir()

@@ -29,8 +29,7 @@ from racdeploy.results.report import Report
 from racdeploy.verification.checks import sparsity, thinking
 from racdeploy.verification.evidence import Evidence
 from racdeploy.verification.gate import read_gate
-from racdeploy.verification.measurements import list_tensors, probe_tokens
-from racdeploy.verification.probe_strings import read_probe_strings
+from racdeploy.verification.measurements import encode_probes, list_tensors, probe_tokens
 from tests.references import gguf_damage as damage
 from tests.support.commands import racdeploy
 from tests.support.records import arm_of
@@ -60,7 +59,8 @@ class Bench:
         """Verify an artifact that got past the gates in front of a build's verification."""
         build = build or self.build
         with open_engine(build.job.backend, pruned.path, EngineSettings(1024, 1)) as engine:
-            findings = GateResult(probe_tokens(engine, build.job.encoder, read_probe_strings()), ())
+            probes = probe_tokens(engine.tokenize, encode_probes(build.job.encoder))
+            findings = GateResult(probes, ())
         return build.evaluation.verify(model or self.model, self.dense, pruned, findings)
 
 

@@ -217,7 +217,7 @@ def test_the_header_says_what_was_built_and_how_to_run_it(
     command = "racdeploy run 'my bundle' 'What is 2 + 2?'"
     assert elements.values("button", "data-copy") == ["model-Q8_0.gguf", sha256, command]
     assert "No measurable loss: 0.8 points, at most 2.6" in header
-    assert "Thoughts that never end: 1 of 256, before 0." in header
+    assert "Thoughts that never end: 1 of 256, dense 0." in header
     assert "racdeploy run" not in html.render(built, short)
 
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import rel_entr, softmax
 
 from racdeploy.pipeline.evaluation import note_logits
-from racdeploy.verification.measurements import compare_logits
+from racdeploy.verification.top_logits import compare_checkpoints
 
 TOKENS = 12
 OLD_IDS = np.array([0, 2, 3, 5, 8, 11])
@@ -29,7 +29,7 @@ class Table:
 
 def _compare(pruned_VV: np.ndarray, dense_VV: np.ndarray, traces: list[Any]) -> Any:
     models = [nullcontext(Table(each)) for each in (pruned_VV, dense_VV, pruned_VV)]
-    return compare_logits(*[lambda model=model: model for model in models], traces, OLD_IDS)
+    return compare_checkpoints(*[lambda model=model: model for model in models], traces, OLD_IDS)
 
 
 def test_the_dense_distribution_is_that_of_kept_tokens() -> None:

@@ -236,13 +236,14 @@ def test_first_choices_have_limits(
 
 def test_a_tie_is_no_other_token() -> None:
     """Only a first choice that the reference holds less than half as likely as its own counts."""
-    from racdeploy.verification.measurements import mask_clear_changes
+    from racdeploy.verification.top_logits import compare_top, take_top
 
     reference_TV = np.log(
         np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], dtype=np.float32)
     )
     other_TV = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
-    assert mask_clear_changes(reference_TV, other_TV).tolist() == [False, False, True]
+    compared = compare_top(take_top(reference_TV), other_TV)
+    assert compared.changed_T.tolist() == [False, False, True]
 
 
 def test_the_published_schema_is_that_of_the_models() -> None:

@@ -23,7 +23,7 @@ def test_what_was_learned_is_in_the_report() -> None:
         [],
         model="tiny",
         target="gguf",
-        recipe=Recipe(),
+        recipe=Recipe().model_dump(mode="json"),
         linears=[],
         blocks=[],
         structure=[],

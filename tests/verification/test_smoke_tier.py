@@ -33,7 +33,7 @@ def _judge(right: int, prompts: int, gate: Gate) -> Report:
         [],
         model="tiny",
         target="gguf",
-        recipe=Recipe(),
+        recipe=Recipe().model_dump(mode="json"),
         linears=[],
         blocks=[],
         structure=[],

@@ -9,7 +9,10 @@ from racdeploy.verification import gate
 from racdeploy.verification.evidence import Evidence, is_correct, make_check_result
 from racdeploy.verification.stats import paired, verdicts
 
-_LOST = "lower the sparsity, calibrate on more traces, or choose a wider quant"
+_LOST = (
+    "lower the sparsity, calibrate on more traces, or choose a wider quant",
+    "choose a wider number format; --reports shows the lost prompts",
+)
 
 
 class Limits(gate.CheckLimits):
@@ -45,9 +48,9 @@ def check(evidence: Evidence) -> CheckResult:
 
     # No drop can be seen from 0: such a comparison would pass any model.
     if not dense_correct:
-        nothing = f"the dense model answers none of {prompts} prompts right"
+        nothing = f"the {evidence.roles[0]} model answers none of {prompts} prompts right"
         summary = f"{nothing}, so there is nothing to lose"
-        remedy = "choose a task the dense model can do: --task"
+        remedy = f"choose a task the {evidence.roles[0]} model can do: --task"
         return make_check_result("accuracy", "inconclusive", summary, figures, remedy)
 
     requested = evidence.gate.original.limits(Limits).margin
@@ -63,10 +66,13 @@ def check(evidence: Evidence) -> CheckResult:
     if answers > prompts:
         summary += f" with {answers // prompts} samples each"
 
-    remedy = _LOST if verdict == "fail" else ""
+    remedy = evidence.choose(*_LOST) if verdict == "fail" else ""
     if verdict == "inconclusive":
         discordant_rate = max(pairs.n10 + pairs.n01, 1) / pairs.n
         enough = paired.find_min_prompts(discordant_rate, margin, confidence)
         more = max(enough or 0, 2 * prompts)
-        remedy = f"build it with --prompts {more}, or verify with a larger --tier"
+        remedy = evidence.choose(
+            f"build it with --prompts {more}, or verify with a larger --tier",
+            f"--prompts {more}",
+        )
     return make_check_result("accuracy", verdict, summary, figures, remedy)

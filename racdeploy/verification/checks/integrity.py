@@ -25,7 +25,10 @@ def check(evidence: Evidence) -> CheckResult:
     main = evidence.artifact_files[evidence.artifact.name]
     figures = {"size_bytes": size_bytes, "files": files}
     if changed:
-        remedy = "the artifact changed after it was exported: copy or build it again"
+        remedy = evidence.choose(
+            "the artifact changed after it was exported: copy or build it again",
+            "the file changed while it was asked: compare it again",
+        )
         return make_check_result("integrity", "fail", "; ".join(changed), figures, remedy)
 
     return make_check_result("integrity", "pass", f"SHA-256 {main[:16]}…", figures)

@@ -11,12 +11,7 @@ from racdeploy import plugins
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import Share
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import (
-    Divergence,
-    Evidence,
-    LogitComparison,
-    make_check_result,
-)
+from racdeploy.verification.evidence import Divergence, Evidence, make_check_result
 
 # Mean KL in nats that rounding to a format of that many bits may cause; a wrong tensor costs nats.
 KL_LIMITS = ((16.0, 0.002), (8.0, 0.02), (6.0, 0.06), (5.0, 0.12), (4.0, 0.5), (0.0, 1.0))
@@ -63,55 +58,36 @@ def check(evidence: Evidence) -> CheckResult:
         share_limit = find_change_limit(kl_limit)
 
     export_kept, export_text = _judge(comparison.export, kl_limit, share_limit)
-    if comparison.pruning is None:
-        return _report_candidate(comparison, export_kept, export_text, kl_limit, share_limit)
-
-    pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
-    pruning_kept, pruning_text = _judge(comparison.pruning, *pruning_limits)
     figures: dict[str, float | str] = {
         "export_kl_nats": comparison.export.kl,
         "export_top1": comparison.export.top1,
         "export_changed": comparison.export.changed,
         "export_kl_limit_nats": kl_limit,
         "export_changed_limit": share_limit,
-        "pruning_kl_nats": comparison.pruning.kl,
-        "pruning_top1": comparison.pruning.top1,
-        "pruning_changed": comparison.pruning.changed,
         "tokens": comparison.tokens,
     }
-
-    for name, limit in zip(("kl_limit_nats", "changed_limit"), pruning_limits, strict=True):
-        if limit is not None:
-            figures[f"pruning_{name}"] = limit
-
+    parts = [f"{evidence.choose('file against pruned', 'against the reference')}: {export_text}"]
     remedy = ""
     if not export_kept:
-        remedy = "choose a wider quant; if it stays, report the model: a tensor is wrong"
-    elif not pruning_kept:
-        remedy = "lower the sparsity, or calibrate on more traces"
+        remedy = evidence.choose(
+            "choose a wider quant; if it stays, report the model: a tensor is wrong",
+            "choose a wider number format; if it stays, a tensor is wrong: convert again",
+        )
 
-    summary = (
-        f"file against pruned: {export_text}; "
-        f"pruned against dense: {pruning_text}; {comparison.tokens:,} tokens"
-    )
+    if pruning := comparison.pruning:
+        pruning_limits = (limits.pruning_kl_nats, limits.pruning_changed)
+        is_kept, text = _judge(pruning, *pruning_limits)
+        parts.append(f"pruned against dense: {text}")
+        figures |= {f"pruning_{name}": value for name, value in pruning._asdict().items()}
+        figures["pruning_kl_nats"] = figures.pop("pruning_kl")
+        for name, limit in zip(("kl_limit_nats", "changed_limit"), pruning_limits, strict=True):
+            if limit is not None:
+                figures[f"pruning_{name}"] = limit
+        if not is_kept:
+            remedy = remedy or "lower the sparsity, or calibrate on more traces"
+
+    summary = f"{'; '.join(parts)}; {comparison.tokens:,} tokens"
     return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
-
-
-def _report_candidate(
-    comparison: LogitComparison, kept: bool, text: str, kl_limit: float, share_limit: float
-) -> CheckResult:
-    """Return the result of a comparison of two files."""
-    figures: dict[str, float | str] = {
-        "kl_nats": comparison.export.kl,
-        "top1": comparison.export.top1,
-        "changed": comparison.export.changed,
-        "kl_limit_nats": kl_limit,
-        "changed_limit": share_limit,
-        "tokens": comparison.tokens,
-    }
-    remedy = "" if kept else "compare a wider number format; if it stays, a tensor is wrong"
-    summary = f"against the reference: {text}; {comparison.tokens:,} tokens"
-    return make_check_result("logits", "pass" if kept else "fail", summary, figures, remedy)
 
 
 def find_kl_limit(quants: Iterable[str]) -> float:

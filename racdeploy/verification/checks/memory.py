@@ -25,10 +25,10 @@ class Limits(gate.CheckLimits):
 def check(evidence: Evidence) -> CheckResult:
     """Pass if the ratio of peak memory, pruned to dense, is at most the limit."""
     return judge_ratio(
+        evidence,
         "memory",
         lambda size_bytes: f"{size_bytes / 1e6:,.0f} MB at the peak",
-        evidence.dense.stats.get("peak_rss_bytes"),
-        evidence.pruned.stats.get("peak_rss_bytes"),
+        lambda arm: arm.stats.get("peak_rss_bytes"),
         evidence.gate.limits(Limits).ratio,
         le,
         "racdeploy bench measures it again, alternating; "

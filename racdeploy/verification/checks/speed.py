@@ -26,10 +26,10 @@ class Limits(gate.CheckLimits):
 def check(evidence: Evidence) -> CheckResult:
     """Pass if the ratio of decoding speed, pruned to dense, is at least the limit."""
     return judge_ratio(
+        evidence,
         "speed",
         "{:,.0f} tokens/s".format,
-        evidence.dense.tokens_per_s,
-        evidence.pruned.tokens_per_s,
+        lambda arm: arm.tokens_per_s,
         evidence.gate.limits(Limits).ratio,
         ge,
         "racdeploy bench measures it again, alternating; "

@@ -42,8 +42,11 @@ def check(evidence: Evidence) -> CheckResult:
 
     summary = f"{len(others) + 1} of {len(probes)} prompts differ{where}; the first is "
     summary += f"{first.question[:60]!r}: at token {index}, {expected} expected, {actual} found"
-    remedy = "put the model's own chat template back: "
-    remedy += "chat_template in tokenizer_config.json, or export again"
+    remedy = evidence.choose(
+        "put the model's own chat template back: chat_template in tokenizer_config.json, or export "
+        "again",
+        "write the reference's chat template into it, as gguf-new-metadata does, or convert again",
+    )
 
     return make_check_result("template", "fail", summary, figures, remedy)
 

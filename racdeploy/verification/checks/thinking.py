@@ -17,9 +17,15 @@ from racdeploy.verification.evidence import (
 from racdeploy.verification.stats import paired, verdicts
 
 _REMEDIES = {
-    "pass": "",
-    "fail": "calibrate with source = 'rac', on longer traces, or lower the sparsity",
-    "inconclusive": "verify on more prompts: verify.count in the recipe, or a larger --tier",
+    "pass": ("", ""),
+    "fail": (
+        "calibrate with source = 'rac', on longer traces, or lower the sparsity",
+        "choose a wider number format, or serve it with a thinking budget",
+    ),
+    "inconclusive": (
+        "verify on more prompts: verify.count in the recipe, or a larger --tier",
+        "ask more --prompts",
+    ),
 }
 
 
@@ -92,4 +98,6 @@ def check(evidence: Evidence) -> CheckResult:
         f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(dense.records):,}"
     )
 
-    return make_check_result("thinking", verdict, summary, figures, _REMEDIES[verdict])
+    return make_check_result(
+        "thinking", verdict, summary, figures, evidence.choose(*_REMEDIES[verdict])
+    )

@@ -16,7 +16,7 @@ def check(evidence: Evidence) -> CheckResult:
     probes = evidence.probes
     stop = evidence.stop_ids
     if stop is not None and stop.actual not in stop.expected:
-        return _report_wrong_stop(stop)
+        return _report_wrong_stop(evidence, stop)
 
     if probes is None:
         summary = f"{evidence.backend} has no tokenizer: "
@@ -39,17 +39,22 @@ def check(evidence: Evidence) -> CheckResult:
     if counted.share <= accepted:
         return make_check_result("tokens", "pass", summary, figures)
 
-    remedy = "name the right pre-tokenizer: export.pre_tokenizer in the recipe"
+    remedy = evidence.choose(
+        "name the right pre-tokenizer: export.pre_tokenizer in the recipe",
+        "convert it again with the reference's tokenizer and pre-tokenizer",
+    )
     return make_check_result("tokens", "fail", summary, figures, remedy)
 
 
-def _report_wrong_stop(stop: StopIds) -> CheckResult:
+def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> CheckResult:
     """Return the failure for an artifact whose end-of-sequence is not the checkpoint's."""
     named = "none" if stop.actual is None else f"id {stop.actual}"
     figures = {"end_of_sequence": -1 if stop.actual is None else stop.actual}
-    summary = f"the artifact names {named} as its end-of-sequence, "
-    summary += f"the checkpoint {list(stop.expected)}"
-    remedy = "export again: a program that reads the artifact alone "
+    file, original = evidence.choose("artifact checkpoint", "candidate reference").split()
+    summary = f"the {file} names {named} as its end-of-sequence, "
+    summary += f"the {original} {list(stop.expected)}"
+    again = evidence.choose("export", "convert")
+    remedy = f"{again} again: a program that reads the {file} alone "
     remedy += "would not stop, or stop too early"
 
     return make_check_result("tokens", "fail", summary, figures, remedy)

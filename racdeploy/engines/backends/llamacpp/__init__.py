@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.engines.engine import EngineSettings
-from racdeploy.engines.sequence import check_ids, measure_text
+from racdeploy.engines.sequence import measure_text
 from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.errors import ArtifactError, PromptError
 from racdeploy.packing import racgguf
@@ -59,11 +58,6 @@ class LlamaCppEngine(SubprocessEngine):
                 remedy="use the bundle's tokenizer: model.encode_text(text)",
             )
         return list(self._ask("tokenize", text=text)["ids"])
-
-    def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of tokens, special ones written out."""
-        check_ids(ids, "the text", len(ids), self.vocabulary)
-        return [bytes.fromhex(piece) for piece in self._ask("pieces", ids=list(ids))["pieces"]]
 
 
 def open_engine(path: Path, settings: EngineSettings) -> LlamaCppEngine:

@@ -102,7 +102,7 @@ class _Vocabulary:
         raise NotImplementedError  # no weight is read
 
     def _describe_tokens(self) -> Mapping[str, Any]:
-        """Return the special tokens, the chat template, and the ids of white space."""
+        """Return the special tokens, the chat template, and the bytes of all tokens."""
         ids = range(self.vocabulary)
         is_end, is_control = llama_cpp.llama_vocab_is_eog, llama_cpp.llama_vocab_is_control
         template = llama_cpp.llama_model_chat_template(self._model, None)
@@ -112,15 +112,12 @@ class _Vocabulary:
             "add_bos": bool(llama_cpp.llama_vocab_get_add_bos(self._vocab)),
             "stop_ids": [token for token in ids if is_end(self._vocab, token)],
             "control_ids": [token for token in ids if is_control(self._vocab, token)],
-            "blank_ids": [t for t in ids if not self._piece(t).strip(b" \n\r\t")],
+            "pieces": [self._write_out(token).hex() for token in ids],
             "template": template.decode("utf-8", "replace") if template else "",
         }
 
-    def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of tokens, special ones written out."""
-        return [self._piece(token) for token in ids]
-
-    def _piece(self, token: int) -> bytes:
+    def _write_out(self, token: int) -> bytes:
+        """Return the bytes of a token, also of a special one."""
         room, keep_spaces, special = 64, 0, True
         while True:
             piece = ctypes.create_string_buffer(room)
