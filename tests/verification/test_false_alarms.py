@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.false_alarms import Simulated
 from racdeploy.recipe import Verification
 from racdeploy.verification.checks import accuracy, backends, thinking
 from racdeploy.verification.evidence import ArmResult, Evidence, OtherArtifact
@@ -74,6 +76,19 @@ def test_like_arms_never_fail(flips: float, spread: float) -> None:
     assert all("fail" not in count for count in counts.values()), counts
     if flips < 0.01:
         assert all(count["pass"] == 20 for count in counts.values()), counts
+
+
+def test_models_at_a_temperature_are_judged_by_their_quality() -> None:
+    """Equal ones do not fail and mostly pass, worse ones never pass: the whole verdict."""
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "fail"),
+        ({"lost": 0.15}, "pass"),
+        ({"longer": 2.0}, "pass"),
+    ]
+    for worse, wanted in cases:
+        found = [Simulated(**worse).judge(seed).verdict for seed in range(20)]
+        assert wanted not in found
+        assert worse or found.count("pass") >= 10
 
 
 def test_unlike_arms_do() -> None:
