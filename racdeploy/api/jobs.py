@@ -215,8 +215,12 @@ def open_recording(options: Options) -> tuple[Examiner, DeployedModel, tuple[str
 def _find_models(sources: Sequence[str]) -> list[DeployedModel]:
     """Open each model; the texts of a server are counted in the tokens of the first other one."""
     from racdeploy.runtime.deployed import find_model, find_served, is_url
+    from racdeploy.runtime.loading import check_artifact_files
 
     found = {source: find_model(Path(source)) for source in sources if not is_url(source)}
+    for source, model in found.items():
+        if not model.files:  # a bundle
+            check_artifact_files(Path(source), model.manifest, model.entry)
     if not found:
         raise UsageError(
             "only-servers",

@@ -18,8 +18,9 @@ from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import ArtifactEntry, Manifest
 from racdeploy.report.files import read_report
 from racdeploy.report.tables import ReportTable
+from racdeploy.results.report import BUILT_ROLES, COMPARED_ROLES
+from racdeploy.runtime.deployed import find_model, find_plain
 from racdeploy.runtime.loading import check_artifact_files
-from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import AccelMode
 from racdeploy.verification.baseline import find_dense_arm
 
@@ -64,6 +65,7 @@ class BenchResult:
     kernels: str = ""
     dense_bytes: int = 0
     pruned_bytes: int = 0  # of the files; 0 if they are packed
+    roles: tuple[str, str] = BUILT_ROLES  # words for both
 
     def medians(self) -> tuple[Figures, Figures]:
         """Return the median figures of the dense and the pruned artifact."""
@@ -101,7 +103,7 @@ class BenchResult:
 
         together = self.load.parallel
         what = f"{together} at once" if together > 1 else "one sequence"
-        columns = (what, "dense", "pruned", "ratio", f"range of {self.load.rounds}")
+        columns = (what, *self.roles, "ratio", f"range of {self.load.rounds}")
 
         return ReportTable("", columns, tuple(rows))
 
@@ -131,7 +133,7 @@ def bench(
     *,
     artifact: str = "",
 ) -> BenchResult:
-    """Measure an artifact of a bundle against a dense file.
+    """Measure an artifact of a bundle against a dense file, or a plain model against another.
 
     Args:
         progress: called with a label, the number of finished loads, and the number of all.
@@ -141,10 +143,13 @@ def bench(
         ArtifactError: the dense file is missing, or the bundle is damaged.
         UsageError: the tokens exceed the context, or the artifact does not exist.
     """
-    manifest = Manifest.read(bundle)
+    model = find_model(bundle)
+    manifest, is_plain = model.manifest, bool(model.files)
     entry = _find_artifact(bundle, manifest, artifact)
-    states = take_states(bundle, entry.files)
-    check_artifact_files(bundle, manifest, entry)
+    listed = {} if is_plain else entry.files
+    states = take_states(bundle, listed)
+    if not is_plain:
+        check_artifact_files(bundle, manifest, entry)
     if not dense.is_file():
         raise ArtifactError(
             "no-dense-artifact",
@@ -161,14 +166,16 @@ def bench(
             remedy="lower --prompt-tokens or --new-tokens",
         )
 
-    vocabulary = PromptEncoder.from_folder(bundle).tokenizer.get_vocab_size()
+    vocabulary = model.encoder.tokenizer.get_vocab_size()
     settings = EngineSettings(context_tokens, load.parallel, load.threads)
-    pruned = bundle / entry.path
+    pruned = model.path if is_plain else bundle / entry.path
 
     result = measure_pair(entry.backend, dense, pruned, load, settings, vocabulary, progress)
-    refuse_changed(bundle, entry.files, states)
+    refuse_changed(bundle, listed, states)
     # The engine reads other bytes than those of a packed file, whose size explains no speed.
-    return replace(result, pruned_bytes=entry.size_bytes if entry.packing == "plain" else 0)
+    size_bytes = entry.size_bytes if entry.packing == "plain" else 0
+    roles = COMPARED_ROLES if is_plain else BUILT_ROLES
+    return replace(result, pruned_bytes=size_bytes, roles=roles)
 
 
 def measure_pair(
@@ -215,6 +222,13 @@ def measure_pair(
 
 def find_dense_artifact(bundle: Path, work: Path, artifact: str = "") -> Path:
     """Return the dense artifact in ``work``; a build leaves one for the first artifact only."""
+    if find_plain(bundle):
+        raise ArtifactError(
+            "no-dense-artifact",
+            f"{bundle} is no bundle, which would name the file to measure it beside",
+            remedy="give that file with --dense",
+        )
+
     manifest = Manifest.read(bundle)
     entry = _find_artifact(bundle, manifest, artifact)
     build_again = (

@@ -47,12 +47,10 @@ _ENDING_S = 10.0
 
 @dataclass(frozen=True)
 class _Arm:
-    """One of the two models: hashes of its files, the model, and the file if dense."""
+    """One of the two models."""
 
     name: str
-    files: Mapping[str, str]
     model: DeployedModel
-    dense: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +124,9 @@ class HarnessRunner:
     def run(self) -> tuple[HarnessRun, list[str]]:
         """Ask both models; return their scores and notes for the report."""
         bundle = self.bundle
-        main = bundle.contents.manifest.artifacts[0]
-        dense_files = find_dense_arm(bundle.contents.report).files
-
         arms = [
-            _Arm("dense", dense_files, bundle.open_dense(self.dense), self.dense),
-            _Arm("pruned", main.files, bundle.model),
+            _Arm("dense", bundle.open_dense(self.dense)),
+            _Arm("pruned", bundle.model),
         ]
         (dense, before), (pruned, after) = [self._ask(arm) for arm in arms]
 
@@ -203,7 +198,8 @@ class HarnessRunner:
     def _inputs(self, arm: _Arm) -> dict[str, Any]:
         examiner = self.bundle.examiner
         sampler, machine = examiner.make_sampler(arm.model), examiner.fingerprint()
-        answers = identify_answers(arm.files, sampler, examiner.engine, machine)
+        files = arm.model.hash_files()
+        answers = identify_answers(files, sampler, examiner.engine, machine)
         tokenizers = [entry.files for entry in self.bundle.contents.manifest.tokenizers]
 
         return {
@@ -225,8 +221,8 @@ class HarnessRunner:
             "--context-tokens": engine.context_tokens,
             "--threads": engine.threads,
         }
-        if arm.dense:
-            options["--dense"] = arm.dense.resolve()
+        if arm.name == "dense":
+            options["--dense"] = arm.model.path.resolve()
         else:
             options["--accel"] = engine.accel
 

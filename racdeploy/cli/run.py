@@ -141,7 +141,7 @@ def bench(
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.caches import default_work_folder
-    from racdeploy.manifest import Manifest
+    from racdeploy.manifest import MANIFEST_NAME, Manifest
     from racdeploy.report.terminal import print_table
 
     dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder(), artifact)
@@ -155,10 +155,12 @@ def bench(
         return
 
     print_table(result.to_table(), out)
-    say(f"dense: {result.dense}\npruned: {result.pruned}")
+    for role, file in zip(result.roles, (result.dense, result.pruned), strict=True):
+        say(f"{role}: {file}")
     if result.warning:
         say(result.warning, "yellow")
-    zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0)
+    is_bundle = (bundle / MANIFEST_NAME).is_file()
+    zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0) if is_bundle else 0.0
     _print_kernels(result.kernels, accel, zeros)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,14 @@ def serve(
     dense: Path | None = typer.Option(
         None, help="Dense artifact of the build to serve instead, without thinking control."
     ),
+    alias: str = typer.Option("", help="Name of the model; default: its file's."),
 ) -> None:
     """Serve a bundle with an OpenAI-compatible API until Ctrl-C; see docs/run.md."""
     from racdeploy.plugins import require_package
 
     require_package("starlette")
     require_package("uvicorn")
+    logging.basicConfig(format="%(asctime)s %(message)s")
     from racdeploy.serve.server import serve as run
 
     if dense:
@@ -59,6 +62,7 @@ def serve(
         threads=threads,
         accel=accel,
         dense=dense,
+        alias=alias,
         on_ready=lambda url, served: _say_ready(url, served, api_key_env),
     )
     if was_interrupted:

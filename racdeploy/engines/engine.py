@@ -94,6 +94,10 @@ class Sampling:
     rng_indices: tuple[int, ...] = ()  # of each sequence of a call; empty: its index
     # Ids that an earlier run has generated of each completion; the rest is what it would have been.
     resume_from: tuple[Ids, ...] = ()
+    top_k: int = 0  # number of most likely tokens to sample from; 0 is all
+    min_p: float = 0.0  # smallest probability to sample, as a share of the largest one
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for each time it was generated
+    presence_penalty: float = 0.0  # subtracted once
 
     def rng_index(self, index: int) -> int:
         """Return the index of a sequence's random generator."""

@@ -8,6 +8,7 @@ hesitation, arXiv 2606.00206.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ class GeneratedSequence:
         self.index = index
         self.prompt_tokens = len(prompt_ids)
         self.ids: list[int] = []
+        self._counts = Counter[int]()  # generated tokens, without forced ones
         self.pending_ids: list[int] = list(prompt_ids)
         self.finish_reason: FinishReason | None = None
         self.forced_at: int | None = None
@@ -57,9 +59,9 @@ class GeneratedSequence:
 
         length = len(self.ids)
         biased_V = self._add_biases(logits_V)
-        token = sample_token(
-            biased_V, self._sampling.temperature, self._sampling.top_p, self._random
-        )
+        sampling = self._sampling
+        settings = (sampling.temperature, sampling.top_p, self._random)
+        token = sample_token(biased_V, *settings, sampling.top_k, sampling.min_p)
         self._append(token)
 
         new_ids = self.ids[length:]
@@ -103,6 +105,7 @@ class GeneratedSequence:
     def _append(self, token: int) -> None:
         """Append a token and the ids that it forces; set the finish reason."""
         self.ids.append(token)
+        self._counts[token] += 1
 
         if token in self._sampling.stop_ids:
             self.finish_reason = "stop"
@@ -114,7 +117,13 @@ class GeneratedSequence:
             self.finish_reason = "length"
 
     def _add_biases(self, logits_V: Logits) -> Logits:
-        """Return the logits, with the biases of the budget while the model thinks."""
+        """Return the logits with all penalties, and the biases of the budget while it thinks."""
+        frequency, presence = self._sampling.frequency_penalty, self._sampling.presence_penalty
+        if (frequency or presence) and self._counts:
+            logits_V = logits_V.copy()
+            counts = np.fromiter(self._counts.values(), logits_V.dtype)
+            logits_V[list(self._counts)] -= frequency * counts + presence
+
         budget = self._budget
         if budget is None or self._thinking_from is None:
             return logits_V
@@ -174,12 +183,20 @@ def count_partial_match(ids: Sequence[int], wanted: Sequence[int], start: int) -
 
 
 def sample_token(
-    logits_V: Logits, temperature: float, top_p: float, random: np.random.Generator
+    logits_V: Logits,
+    temperature: float,
+    top_p: float,
+    random: np.random.Generator,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> int:
     """Return the next token: the first largest logit at temperature 0, else sampled in float64.
 
-    ``top_p`` is the smallest probability mass to sample from, in (0, 1]; temperature 0 does not
-    use ``random``.
+    Args:
+        top_p: smallest probability mass to sample from, in (0, 1], after both other limits.
+        random: not used at temperature 0.
+        top_k: number of most likely tokens to sample from; 0 is all.
+        min_p: smallest probability to sample, as a share of the largest one.
     """
     best = int(np.argmax(logits_V))
     if not np.isfinite(logits_V[best]):
@@ -194,6 +211,9 @@ def sample_token(
 
     scaled_V = (logits_V.astype(np.float64) - float(logits_V[best])) / temperature
     weight_V = np.exp(scaled_V)
+    weight_V[weight_V < min_p] = 0.0
+    if 0 < top_k < weight_V.size:
+        weight_V[weight_V < np.partition(weight_V, -top_k)[-top_k]] = 0.0
     uniform = random.random()
 
     if top_p == 1.0:
@@ -281,6 +301,10 @@ def _find_problem(sampling: Sampling, vocabulary: int) -> str:
         return f"temperature is {sampling.temperature}, must be finite and not negative"
     if not 0.0 < sampling.top_p <= 1.0:
         return f"top_p is {sampling.top_p}, must be above 0 and at most 1"
+    if not 0.0 <= sampling.min_p <= 1.0:
+        return f"min_p is {sampling.min_p}, must be from 0 to 1"
+    if not np.isfinite([sampling.frequency_penalty, sampling.presence_penalty]).all():
+        return "a penalty is not finite"
     if sampling.seed < 0:
         return f"seed is {sampling.seed}, must not be negative"
     if sampling.budget is not None and not _is_usable(sampling.budget, vocabulary):

@@ -88,6 +88,9 @@ def list_tables(report: Report) -> list[ReportTable]:
         arm.model_copy(update={"quant": arm.quant or None, "name": roles.get(arm.name, arm.name)})
         for arm in report.arms
     ]
+    columns = dict(_ARM)
+    if report.reference:
+        del columns["sparsity"]
     phases = [
         (end, "yes" if end.kept else "no, undone") for end in list_phase_ends(report.recovery)
     ]
@@ -101,7 +104,7 @@ def list_tables(report: Report) -> list[ReportTable]:
             drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
 
     candidates: dict[tuple[str, str], list[TableRow]] = {
-        (report.both_roles, "|".join(_ARM)): [_fill(_ARM, arm) for arm in arms],
+        (report.both_roles, "|".join(columns)): [_fill(columns, arm) for arm in arms],
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),

@@ -9,10 +9,11 @@ from racdeploy import engines, plugins
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
-from racdeploy.manifest import ArtifactEntry, Manifest, ThinkingControl, hash_error
+from racdeploy.manifest import ArtifactEntry, Manifest, hash_error
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
 from racdeploy.packing.sparse_matrix import accel_name
+from racdeploy.runtime.deployed import find_plain
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.sparse_kernels import AccelMode
@@ -31,7 +32,8 @@ def load(
     """Load a bundle and return the model.
 
     Args:
-        bundle: folder that ``racdeploy build`` wrote.
+        bundle: folder that ``racdeploy build`` wrote, a GGUF file, or an ONNX file or folder with
+            its tokenizer.json.
         backend: engine, if the bundle has artifacts for several; None takes the first.
         threads: 0 uses every core.
         parallel: maximum number of requests decoded together, from :meth:`Model.generate_many`,
@@ -50,21 +52,26 @@ def load(
         EngineError: the engine cannot load the artifact.
     """
     folder = Path(bundle)
-    manifest = Manifest.read(folder)
+    plain = find_plain(folder)
+    manifest = plain.manifest if plain else Manifest.read(folder)
     artifact = _choose_artifact(manifest, folder, backend)
     # Taken before the hashes are checked, so that any later change is detected.
-    states = take_states(folder, artifact.files)
-    check_artifact_files(folder, manifest, artifact)
+    listed = {} if plain else artifact.files
+    states = take_states(folder, listed)
+    if not plain:
+        check_artifact_files(folder, manifest, artifact)
 
     context_tokens = _choose_context(manifest, context_tokens)
     settings = EngineSettings(
         context_tokens, parallel, threads, accel=accel, memory_limit_bytes=memory_limit_bytes
     )
-    model = _open(folder, manifest, artifact.backend, folder / artifact.path, settings)
+    file = plain.path if plain else folder / artifact.path
+    encoder = plain.encoder if plain else _start_encoder(folder, manifest)
+    model = _open(encoder, manifest, artifact.backend, file, settings)
 
     try:
-        refuse_changed(folder, artifact.files, states)
-        if configuration := model.engine.info.get("configuration"):
+        refuse_changed(folder, listed, states)
+        if not plain and (configuration := model.engine.info.get("configuration")):
             _check_config_file(folder, artifact, Path(configuration))
     except BaseException:
         model.close()
@@ -98,22 +105,20 @@ def load_dense(
     manifest = Manifest.read(folder)
     manifest.check_tokenizer(folder)
 
-    free = {"max_thinking_tokens": None, "thinking": ThinkingControl()}
-    changed = {
-        "tokenizer": manifest.dense_tokenizer or manifest.tokenizer,
-        "generation": manifest.generation.model_copy(update=free),
-    }
+    manifest = manifest.of_dense_model()
     settings = EngineSettings(_choose_context(manifest, context_tokens), parallel, threads)
     backend = manifest.artifacts[0].backend
-    return _open(folder, manifest.model_copy(update=changed), backend, dense, settings)
+    return _open(_start_encoder(folder, manifest), manifest, backend, dense, settings)
+
+
+def _start_encoder(folder: Path, manifest: Manifest) -> PromptEncoder:
+    """Start loading a bundle's tokenizer, while its engine loads."""
+    return PromptEncoder.start_loading(folder / manifest.tokenizer.folder)
 
 
 def _open(
-    folder: Path, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
+    encoder: PromptEncoder, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
 ) -> Model:
-    encoder = PromptEncoder.start_loading(
-        folder / manifest.tokenizer.folder
-    )  # while the engine loads
     engine = engines.open_engine(backend, file, settings)
 
     try:

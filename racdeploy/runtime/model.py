@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from racdeploy.engines import engine as decoding
 from racdeploy.engines.sequence import check_length, measure_text
@@ -37,6 +37,10 @@ class ContinuationOptions(TypedDict, total=False):
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int
 
 
@@ -123,8 +127,9 @@ class Model(AbstractContextManager["Model"]):
             cancel: event that stops the generation early, set from another thread.
             options: ``max_thinking_tokens``, after which the close tag is forced;
                 ``max_new_tokens``, the limit of thinking and answer together; ``temperature``, 0
-                for greedy; ``top_p``, the probability mass to sample from; ``seed`` of the
-                sampling, with the same result whatever runs concurrently.
+                for greedy; ``top_p``, the probability mass to sample from; ``top_k``, ``min_p`` and
+                penalties, off by default, see :class:`~racdeploy.engines.engine.Sampling`; ``seed``
+                of the sampling, with the same result whatever runs concurrently.
 
         Raises:
             ArtifactError: the chat template failed on this conversation.
@@ -250,7 +255,7 @@ class Model(AbstractContextManager["Model"]):
     def close(self) -> None:
         """Unload the model; running generations fail with EngineError. May be called again."""
         self.engine.close()
-        self.encoder.tokenizer.sandbox.close()
+        self.encoder.tokenizer.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -290,7 +295,7 @@ class Model(AbstractContextManager["Model"]):
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
-        seed: int = 0,
+        **limits: Any,
     ) -> decoding.Sampling:
         """Return the bundle's sampling, overridden by the options of a call."""
         if max_thinking_tokens is not None and self.tags is None:
@@ -317,8 +322,8 @@ class Model(AbstractContextManager["Model"]):
             self.manifest.tokenizer.eos_ids,
             settings.temperature,
             settings.top_p,
-            seed,
-            budget,
+            budget=budget,
+            **limits,
         )
 
     def _result(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from racdeploy.files.reading import Json
 from racdeploy.serve.answers import write_error
 from racdeploy.serve.requests import RequestError, read_json
 
+_LOG = logging.getLogger("racdeploy.serve")
 MAX_BODY_BYTES = 1_000_000  # bytes
 _RETRY_AFTER_S = 5
 _STREAM_HEADERS = [
@@ -50,6 +53,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = _Sender(scope, receive, send)
+        began = time.monotonic()
         try:
             body = await _read_body(Request(scope, receive))
             if self.slots.locked():
@@ -66,6 +70,9 @@ class Endpoint:
             await sender.fail(
                 RequestError("server-stopping", "the server is shutting down", status=503)
             )
+        finally:
+            lasted_s = time.monotonic() - began
+            _LOG.info("%s %s %.2f s", scope["path"], sender.status or "left", lasted_s)
 
     async def _answer(self, body: Json, sender: _Sender) -> None:
         reply = await self.ask(body)
@@ -88,15 +95,17 @@ class _Sender:
     receive: Receive
     send: Send
     streams: bool = False
+    status: int = 0  # sent
 
     async def send_json(self, status: int, body: Json) -> None:
         headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 503 else None
         response = JSONResponse(body, status, headers=headers)
+        self.status = status
         await response(self.scope, self.receive, self.send)
 
     async def send_event(self, body: Json) -> None:
         if not self.streams:
-            self.streams = True
+            self.streams, self.status = True, 200
             start = {"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS}
             await self.send(start)
 

@@ -80,6 +80,10 @@ class _Request(_Model):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)  # -1 and 0 are all
+    min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     stream: bool = False
@@ -103,11 +107,21 @@ class _Request(_Model):
             "max_new_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
             "seed": seed,
         }
 
 
 T = TypeVar("T", bound=_Request)
+
+
+class TemplateOptions(_Model):
+    """Options of the chat template, as vLLM and llama-server take them."""
+
+    enable_thinking: bool = True
 
 
 class ChatRequest(_Request):
@@ -117,6 +131,7 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     max_thinking_tokens: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
 
     def options(self, max_new_tokens: int, thinks: bool) -> GenerationOptions:
         """Return the sampling options and the thinking budget.
@@ -128,6 +143,8 @@ class ChatRequest(_Request):
         max_new = self.max_completion_tokens or self.max_tokens or max_new_tokens
         budget = self.max_thinking_tokens
         effort = self.reasoning_effort
+        if not self.chat_template_kwargs.enable_thinking and budget is None:
+            effort = "none"  # a budget of 0, whatever the template knows
 
         if budget is not None and effort is not None:
             raise RequestError(

@@ -46,6 +46,7 @@ def serve(
     threads: int = 0,
     accel: AccelMode = "auto",
     dense: Path | None = None,
+    alias: str = "",
     on_ready: Callable[[str, ServedModel], None],
 ) -> bool:
     """Serve a bundle until a signal; return True if it was SIGINT (Ctrl-C).
@@ -54,6 +55,7 @@ def serve(
         port: 0 selects a free one.
         key_env: environment variable with the API key; empty requires no key.
         dense: dense artifact to serve instead of the pruned one.
+        alias: name of the model; empty takes that of its file, which tells quant and pruning.
         on_ready: called once with the URL of the API and the served model, when it answers.
 
     Raises:
@@ -61,6 +63,7 @@ def serve(
         EnvironmentFailure: the address cannot be bound.
         EngineError: the engine died, and the model cannot be loaded again.
     """
+    _LOG.setLevel(logging.INFO)
     key = _read_key(key_env)
     if not key and not is_loopback(host):
         raise UsageError(
@@ -76,10 +79,9 @@ def serve(
 
     with _bind(host, port) as address:
         model = load_model()
-        # The model is named by its artifact, whose name tells quant and pruning.
         file = dense or Path(model.manifest.artifacts[0].path)
 
-        with closing(ServedModel(model, file.stem, parallel)) as served:
+        with closing(ServedModel(model, alias or file.stem, parallel)) as served:
             url = _url(address)
             server = _Server(served, key, load_model, lambda: on_ready(url, served))
             asyncio.run(server.serve(sockets=[address]))

@@ -1,1 +1,1 @@
-"""Verification: compare the exported model's answers with those of the dense model."""
+"""Verification: ask models the same problems, and compare their answers with a reference's."""

@@ -60,6 +60,7 @@ class AnswerSampler:
     Args:
         progress: gets a label, the prompts done and the prompts in total.
         control: thinking control, in addition to the thinking budget of ``settings``.
+        label: of the progress; empty names the arm.
     """
 
     encoder: PromptEncoder
@@ -68,6 +69,7 @@ class AnswerSampler:
     settings: Verification
     progress: Progress | None = None
     control: ThinkingControl = NO_CONTROL
+    label: str = ""
 
     def answer(
         self,
@@ -92,7 +94,9 @@ class AnswerSampler:
         stats: Mapping[str, float] = {}
         kernels = ""
         if missing:
-            completion_progress = CompletionProgress(self.progress, f"verify {arm}", len(prompts))
+            completion_progress = CompletionProgress(
+                self.progress, self.label or f"verify {arm}", len(prompts)
+            )
             completion_progress.set_saved(len(prompts) - len(missing))
             with opener() as engine:
                 self._generate(engine, prompts, missing, log, completion_progress)

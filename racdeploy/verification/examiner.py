@@ -110,10 +110,9 @@ class Examiner:
         known, generation = model.manifest.tokenizer, model.manifest.generation
         budget = generation.max_thinking_tokens or self.settings.max_thinking_tokens
         settings = self.settings.model_copy(update={"max_thinking_tokens": budget})
-        ids = known.eos_ids
-        return AnswerSampler(
-            model.encoder, model.tags, ids, settings, self.progress, generation.thinking
-        )
+        asked = (model.encoder, model.tags, known.eos_ids, settings)
+        label = f"ask {model.url or model.entry.path}"
+        return AnswerSampler(*asked, self.progress, generation.thinking, label)
 
     def answer(self, model: DeployedModel, arm: str) -> tuple[ArmResult, SampledAnswers]:
         """Answer all problems; resumed where files and settings are the same."""

@@ -44,7 +44,8 @@ def test_what_people_use_comes_first() -> None:
     output = CliRunner().invoke(app, ["-h"], env={"COLUMNS": "100"}).output
     first, _, more = output.partition("─ More ─")
     rows = re.findall(r"^│ (\w+) ", first, re.MULTILINE)
-    first_words = ["build", "tune", "run", "chat", "serve", "verify", "report", "inspect"]
+    first_words = ["build", "tune", "run", "chat", "serve", "verify", "compare"]
+    first_words += ["report", "inspect"]
     assert rows == first_words
     assert all(f"│ {command} " in more for command in set(COMMANDS) - set(first_words))
 

@@ -144,7 +144,7 @@ def test_verify_fails_on_one_changed_byte(built: Path, tmp_path: Path) -> None:
     outcome = racdeploy("verify", copy)
     assert (outcome.code, outcome.out) == (1, ""), outcome.out + outcome.err
     assert "integrity failed, so no question was asked" in outcome.err
-    assert "verify pruned" not in outcome.err
+    assert "ask tiny" not in outcome.err
 
 
 def test_inspect_counts_the_zeros_in_the_file(built: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,54 @@ def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
     assert json.loads(plan.out)["candidates"] == ["q8_0.gguf"]
 
 
+def test_a_plain_file_runs_as_a_bundle_does(files: Path, tmp_path: Path) -> None:
+    """Loaded, measured and served without a bundle; its answers are those of the bundle's file."""
+    with library.load(files / "q8_0.gguf", threads=1) as model:
+        found = model.generate("What is 12 + 30?", max_new_tokens=400)
+    assert ("42" in found.answer, found.state) == (True, "closed")
+
+    source = Path(resolve_model("tiny-reasoner").folder)
+    shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
+    graph = Export(format="onnx", quant="f32")
+    exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
+    with library.load(tmp_path / "onnx", threads=1) as model:
+        assert model.generate("What is 12 + 30?", max_new_tokens=400) == found
+
+    sizes = ("--prompt-tokens", 16, "--new-tokens", 8, "--rounds", 1, "--threads", 1)
+    f32, q8_0 = files / "f32.gguf", files / "q8_0.gguf"
+    outcome = racdeploy("bench", q8_0, "--dense", f32, *sizes)
+    assert outcome.code == 0, outcome.err
+    assert "reference" in outcome.out
+    assert "pruned" not in outcome.out + outcome.err
+    assert racdeploy("bench", q8_0, *sizes).error_code == "no-dense-artifact"
+
+
+def test_no_report_calls_a_plain_file_pruned(files: Path, tmp_path: Path) -> None:
+    """Neither the terminal nor a file; the JSON keeps the names of both arms."""
+    files_asked = (
+        files / "endless.gguf",
+        "--against",
+        files / "ref",
+        "--junit",
+        tmp_path / "j.xml",
+    )
+    outcome = racdeploy(
+        *("compare", *files_asked, "--reports", tmp_path / "r", "--work", tmp_path, "--threads", 1)
+    )
+    assert outcome.code == 1
+    folder = tmp_path / "r" / "endless.gguf"
+    texts = [outcome.out, (tmp_path / "j.xml").read_text(), (folder / "report.md").read_text()]
+    page = (folder / "report.html").read_text()
+    texts.append(re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL))
+    for text in texts:
+        assert not re.search(r"\b(dense|pruned|pruning|sparsity is|bundle)\b", text), text
+
+
 def test_bad_models(files: Path, tmp_path: Path) -> None:
     """Refused before the first answer."""
     f32 = files / "f32.gguf"
     asked: dict[str, Any] = {"against": f32, "work": tmp_path}
-    with raises("not-a-model"):
+    with raises("no-such-folder"):
         library.compare([tmp_path / "no.gguf"], **asked)
     with raises("no-template-in-file"):
         bare = rewrite(f32, tmp_path / "bare.gguf", lambda k, v: "" if "template" in k else v)

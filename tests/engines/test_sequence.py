@@ -32,6 +32,24 @@ def run(script: list[int], sampling: Sampling, context_tokens: int = 100) -> Gen
     return sequence
 
 
+def test_limits_and_penalties_choose_among_likely_tokens() -> None:
+    """As vLLM defines them: of the likeliest, of a share of the best, less for what was said."""
+    logits_V = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    for more, allowed in (((2,), {0, 1}), ((0, 0.2), {0, 1, 2}), ((0, 0.0), {0, 1, 2, 3})):
+        drawn = {
+            sample_token(logits_V, 1.0, 1.0, np.random.Generator(np.random.PCG64(seed)), *more)
+            for seed in range(200)
+        }
+        assert drawn == allowed
+
+    penalized = Sampling(4, (), frequency_penalty=0.6, presence_penalty=0.1)
+    sequence = GeneratedSequence(0, (1,), penalized, 10)
+    while sequence.finish_reason is None:
+        sequence.step(logits_V)
+    # 0.5 falls below 0.3 once it was said, then both are said again in turn.
+    assert sequence.ids == [0, 1, 0, 2]
+
+
 def test_the_close_tag_is_forced_after_the_budget() -> None:
     completion = run([3, 3, 3, 0, 0], replace(SAMPLING, budget=BUDGET)).completion()
     assert (completion.ids, completion.forced_at) == ((3, 3, 3, 1, 2, 0, 0, STOP), 3)

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 from racdeploy.cli.app import app
 from racdeploy.exporting import ExportResult, write
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline import bundling, gates, token_differences
+from racdeploy.pipeline import bundling, token_differences
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.token_differences import check_tokens
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import describe_token_differences, write_findings
 from racdeploy.results.checks import CheckResult
+from racdeploy.verification import measurements
 from racdeploy.verification.checks import tokens
 from racdeploy.verification.evidence import Evidence
 from racdeploy.verification.gate import read_gate
@@ -60,8 +61,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -
 def few_strings() -> Iterator[None]:
     """Compare 200 strings in the place of 10,380: the share of one is known then."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gates, token_differences):
-            patch.setattr(module, "choose_probe_strings", lambda accepted: STRINGS)
+        patch.setattr(measurements, "choose_probe_strings", lambda accepted: STRINGS)
         yield
 
 

@@ -34,9 +34,13 @@ def test_what_is_given_is_the_sampling() -> None:
         "max_new_tokens": 7,
         "temperature": 0,
         "top_p": 0.5,
+        **dict.fromkeys(("top_k", "min_p", "frequency_penalty", "presence_penalty"), 0),
         "seed": 3,
         "max_thinking_tokens": None,
     }
+    others = {"top_k": 5, "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -1}
+    given = read_chat(HELLO | others).options(100, thinks=True)
+    assert {name: given[name] for name in others} == others  # type: ignore[literal-required]
     newer = read_chat(HELLO | {"max_completion_tokens": 9})
     assert newer.options(100, thinks=True)["max_new_tokens"] == 9
     assert read_chat(HELLO).options(100, thinks=True)["max_new_tokens"] == 100
@@ -69,6 +73,14 @@ def test_a_model_that_does_not_think_takes_no_effort_but_none() -> None:
     assert asked.options(100, thinks=False)["max_thinking_tokens"] == 20  # the model refuses it
 
 
+def test_thinking_can_be_switched_off_as_vllm_does() -> None:
+    asked = read_chat(HELLO | {"chat_template_kwargs": {"enable_thinking": False}})
+    assert asked.options(100, thinks=True)["max_thinking_tokens"] == 0
+    assert asked.options(100, thinks=False)["max_thinking_tokens"] is None
+    asked = read_chat(HELLO | {"chat_template_kwargs": {"enable_thinking": True}})
+    assert asked.options(100, thinks=True)["max_thinking_tokens"] is None
+
+
 def test_the_guide_has_the_shares() -> None:
     found = re.findall(r"`(\w+)` (\d+) %", GUIDE.read_text(encoding="utf-8"))
     assert {name: int(share) / 100 for name, share in found} == REASONING_EFFORTS
@@ -78,7 +90,8 @@ def test_the_guide_has_the_shares() -> None:
     ("more", "param"),
     [
         ({"n": 2}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
