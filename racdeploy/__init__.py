@@ -23,14 +23,7 @@ if TYPE_CHECKING:
         tune,
         verify,
     )
-    from racdeploy.api.records import (
-        Bundle,
-        ComparedModel,
-        ExportedFile,
-        PrunedFolder,
-        TunedBundle,
-        Verdict,
-    )
+    from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
     from racdeploy.runtime import (
         AsyncTextStream,
         Conversation,
@@ -46,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncTextStream",
     "Bundle",
-    "ComparedModel",
     "Conversation",
     "ExportedFile",
     "GenerationResult",

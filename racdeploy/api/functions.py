@@ -13,18 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from racdeploy.api import jobs
 from racdeploy.api.jobs import ModelSource, Saveable, StrPath
-from racdeploy.api.records import (
-    Bundle,
-    ComparedModel,
-    ExportedFile,
-    PrunedFolder,
-    TunedBundle,
-    Verdict,
-)
+from racdeploy.api.records import Bundle, ExportedFile, PrunedFolder, TunedBundle, Verdict
 from racdeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from racdeploy.engines.engine import Progress
+    from racdeploy.results.report import Report
     from racdeploy.results.tuning import Candidate
     from racdeploy.sparse_kernels import AccelMode
 
@@ -370,8 +364,10 @@ def compare(
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,
-) -> tuple[ComparedModel, ...]:
+) -> tuple[Verdict, ...]:
     """Ask any models the same questions and compare each with a reference, best first.
+
+    ``report.model`` names each; what its record calls dense is the reference.
 
     Args:
         candidates: GGUF files, ONNX files or folders, bundles, model folders of transformers, or
@@ -396,25 +392,18 @@ def compare(
         EngineError: an engine cannot run one.
     """
     comparison = jobs.open_comparison(locals())
-    compared = []
-    for report, records in comparison.run():
-        arm = report.find_arm("pruned")
-        assert arm
-        assert report.comparison
-        model = ComparedModel.from_report(
-            report,
-            comparison.examiner.gate,
-            records=records,
-            name=report.model,
-            length_ratio=report.comparison.length_ratio,
-            seconds_per_right=arm.seconds_per_right,
-        )
-        compared.append(model)
-
+    verdicts = [
+        Verdict.from_report(report, comparison.examiner.gate, records=records)
+        for report, records in comparison.run()
+    ]
     order = ("pass", "inconclusive", "fail")
-    return tuple(
-        sorted(compared, key=lambda m: (order.index(m.verdict), m.seconds_per_right or math.inf))
-    )
+    return tuple(sorted(verdicts, key=lambda each: (order.index(each.verdict), _rank(each.report))))
+
+
+def _rank(report: Report) -> float:
+    """Return the candidate's seconds for each right answer; infinity if they are unknown."""
+    arm = report.find_arm("pruned")
+    return arm.seconds_per_right or math.inf if arm else math.inf
 
 
 def record(

@@ -181,13 +181,17 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
 
 def open_comparison(options: Options) -> ModelComparison:
     """Return the comparison of candidates with a reference model, or with a recorded one."""
-    from racdeploy.verification.compare import ModelComparison, correct_confidence
+    from racdeploy.verification.compare import ModelComparison
     from racdeploy.verification.gate import read_gate
     from racdeploy.verification.reference import REFERENCE_NAME, Reference, check_same_questions
 
     tasks = tuple(options["task"])
     sources = [str(source) for source in options["candidates"]]
-    gate = correct_confidence(read_gate(as_path(options["gate"])), len(sources))
+    # Bonferroni's correction, before limits are widened for few prompts: a good file among many is
+    # then not failed, or a bad one passed, more often than alone.
+    gate = read_gate(as_path(options["gate"]))
+    confidence = 1 - (1 - gate.confidence) / len(sources)
+    gate = gate.model_copy(update={"confidence": confidence})
     gate = gate.for_tier(options["tier"], options["prompts"] or 0)
     folder = Path(options["against"])
     if not (folder / REFERENCE_NAME).is_file():

@@ -63,21 +63,6 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedModel(Verdict):
-    """A model compared with a reference, which the fields of ``dense`` stand for.
-
-    Args:
-        name: of the file or folder.
-        length_ratio: its mean thinking length, to the reference's.
-        seconds_per_right: seconds of decoding for each correct answer; None if not measured.
-    """
-
-    name: str
-    length_ratio: float | None
-    seconds_per_right: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Bundle(Verdict):
     """A bundle that was built and verified: ``racdeploy.load(bundle.folder)`` runs it."""
 

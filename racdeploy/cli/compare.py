@@ -43,7 +43,8 @@ def compare(
         write_atomic(junit_file, junit.render(models[0].report))
     for model in models if reports else ():
         assert reports
-        write_reports(reports / model.name, model.report, model.records, model.name)
+        name = model.report.model
+        write_reports(reports / name, model.report, model.records, name)
 
     found = [model.report for model in models]
     if json_output:

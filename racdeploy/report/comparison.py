@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from racdeploy.report.markdown import escape, write_table
 from racdeploy.report.tables import ReportTable, format_with_units, to_single_line
 from racdeploy.results.answers import ArmSummary
 from racdeploy.results.report import Report
@@ -33,10 +34,6 @@ def make_comparison_table(reports: Sequence[Report]) -> ReportTable:
 
 def write_card(reports: Sequence[Report]) -> str:
     """Return the table and how it was measured, as Markdown for a model card."""
-    table = make_comparison_table(reports)
-    lines = [table.columns, ("---",) * len(table.columns), *table.rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
     report = reports[0]
     known, machine = report.recipe, report.fingerprint
     engine = ", ".join(f"{name} {machine[name]}" for name in ("llama-cpp-python", "onnxruntime"))
@@ -49,7 +46,7 @@ def write_card(reports: Sequence[Report]) -> str:
         f"{confidence:.0%} intervals over paired questions. {machine['processor']}, {engine}, "
         f"racdeploy {machine['racdeploy']}."
     )
-    return f"{text}\n\n{to_single_line(basis)}"
+    return f"{write_table(make_comparison_table(reports))}\n\n{escape(basis)}"
 
 
 def _fill(name: str, verdict: str, arm: ArmSummary, report: Report | None) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import parse_json, read_json, read_lines
@@ -17,6 +18,7 @@ from racdeploy.results.report import Report
 PAGE = "report.html"
 _MAX_REPORT_BYTES = 64_000_000
 _MAX_RECORDS = 100_000
+M = TypeVar("M", bound=BaseModel)
 
 
 def write_reports(
@@ -55,10 +57,19 @@ def read_report(folder: Path) -> Report:
     Raises:
         ArtifactError: it is missing or damaged.
     """
+    return read_as(Report, folder / "report.json")
+
+
+def read_as(model: type[M], file: Path) -> M:
+    """Read a file as a model of pydantic.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     try:
-        return Report.model_validate(read_json(folder / "report.json", _MAX_REPORT_BYTES))
+        return model.model_validate(read_json(file, _MAX_REPORT_BYTES))
     except (ValidationError, OSError) as error:
-        raise _refuse_damage(folder, error) from error
+        raise _refuse_damage(file.parent, error) from error
 
 
 def read_records(folder: Path) -> list[AnswerRecord]:
@@ -105,12 +116,12 @@ def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
         return ArtifactError(
             "bundle-file-unreadable",
             f"{error.filename} cannot be read: {error.strerror}",
-            remedy="copy the whole bundle again, or build it again",
+            remedy="copy the whole folder again, or make it again",
         )
 
     first = str(error).splitlines()[0]
     return ArtifactError(
         "damaged-records",
         f"{folder}: the records are damaged: {first}",
-        remedy="copy the bundle again, or build it again",
+        remedy="copy the folder again, or make it again",
     )

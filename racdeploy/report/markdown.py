@@ -51,14 +51,16 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
 
     tables_by_title = {table.title: table for table in list_tables(report)}
     shown = (report.both_roles, *_OPEN)
-    parts += [_table(tables_by_title.pop(title)) for title in shown if title in tables_by_title]
+    parts += [
+        write_table(tables_by_title.pop(title)) for title in shown if title in tables_by_title
+    ]
     lost = [pair for pair in pair_records(records) if pair.outcome == "lost"]
     if lost:
         parts.append(_list_lost(lost, report.roles))
     if steps := list_next_steps(report):
         parts.append(_section("Next steps", _items(steps)))
 
-    folded = [_table(table) for table in tables_by_title.values()]
+    folded = [write_table(table) for table in tables_by_title.values()]
     if sentences := describe_rivals(report):
         folded.append(_section("Comparison with dense models", _items(sentences)))
     if report.notes:
@@ -153,7 +155,8 @@ def _items(texts: Iterable[str]) -> list[str]:
     return [f"- {escape(_clip(to_single_line(text)))}" for text in texts]
 
 
-def _table(table: ReportTable) -> str:
+def write_table(table: ReportTable) -> str:
+    """Return a table with its title, every cell escaped."""
     rules = ["---:" if right else "---" for right in table.numeric]
     lines = [_line(table.columns), _line(rules)]
     for row in table.rows[:_MAX_ROWS]:

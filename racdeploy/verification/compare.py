@@ -16,7 +16,6 @@ from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel
 from racdeploy.verification.evidence import PromptProbe, StopIds
 from racdeploy.verification.examiner import Examiner
-from racdeploy.verification.gate import Gate
 from racdeploy.verification.measurements import MAX_PROMPTS, probe_tokens
 from racdeploy.verification.plan import Expectation
 from racdeploy.verification.reference import Reference
@@ -98,11 +97,3 @@ class ModelComparison:
             reference=reference.name,
             fingerprint=self.examiner.fingerprint(model),
         )
-
-
-def correct_confidence(gate: Gate, candidates: int) -> Gate:
-    """Return the gate with Bonferroni's correction, before limits are widened for few prompts.
-
-    A good file among many is then not failed, or a bad one passed, more often than alone.
-    """
-    return gate.model_copy(update={"confidence": 1 - (1 - gate.confidence) / candidates})

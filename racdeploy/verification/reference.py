@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import describe_validation_error, parse_json, read_json, read_lines
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.recipe import Verification
-from racdeploy.results.answers import AnswerRecord
+from racdeploy.report.files import read_as, read_records
 from racdeploy.results.schema import FrozenModel
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.tasks import Problem
@@ -26,8 +25,6 @@ from racdeploy.verification.evidence import ArmResult
 from racdeploy.verification.top_logits import TopLogits, read_top_logits, write_top_logits
 
 REFERENCE_NAME = "reference.json"
-_MAX_BYTES = 64_000_000
-_MAX_RECORDS = 100_000
 Ids = tuple[int, ...]
 
 
@@ -98,20 +95,7 @@ class Reference(FrozenModel):
         Raises:
             ArtifactError: a file is missing or damaged.
         """
-        try:
-            found = cls.model_validate(read_json(folder / REFERENCE_NAME, _MAX_BYTES))
-            lines = read_lines(folder / "records.jsonl", _MAX_RECORDS)
-            records = tuple(
-                AnswerRecord.model_validate(parse_json(line, "a line")) for line in lines
-            )
-        except (ValidationError, OSError) as error:
-            reason = (
-                describe_validation_error(error) if isinstance(error, ValidationError) else error
-            )
-            raise ArtifactError(
-                "reference-damaged", f"{folder}: {reason}", remedy="record it again"
-            ) from error
-
+        found, records = read_as(cls, folder / REFERENCE_NAME), tuple(read_records(folder))
         if not records or len(found.completions) > len(records):
             raise ArtifactError(
                 "reference-damaged", f"{folder} has too few records", remedy="record it again"

@@ -55,7 +55,7 @@ def reports(files: Path) -> dict[str, Report]:
         work=files / "work",
         threads=1,
     )
-    return {Path(model.name).stem: model.report for model in compared}
+    return {Path(each.report.model).stem: each.report for each in compared}
 
 
 def test_a_good_file_passes(reports: dict[str, Report]) -> None:
@@ -177,5 +177,5 @@ def test_bad_models(files: Path, tmp_path: Path) -> None:
 
     (tmp_path / "ref").mkdir()
     (tmp_path / "ref" / "reference.json").write_text("{}")
-    with raises("reference-damaged"):
+    with raises("damaged-records"):
         library.compare([f32], against=tmp_path / "ref")
