@@ -152,7 +152,7 @@ class Simulated:
         generator = np.random.default_rng(seed)
         # Most prompts are always answered alike: about 10 % of the pairs disagree, as the plan of a
         # verification assumes.
-        right_N = generator.beta(0.8, 0.2, self.prompts)
+        right_N = generator.beta(0.29, 0.072, self.prompts)
         mean_N = generator.gamma(6, 25, self.prompts)
         first = self._answer(generator, right_N, mean_N)
         kept_N = np.clip(right_N * (1 - self.lost / right_N.mean()), 0, 1)
