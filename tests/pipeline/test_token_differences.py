@@ -106,7 +106,7 @@ def test_too_many_differences_cannot_be_accepted(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The remedy names no share beyond the largest."""
-    monkeypatch.setattr(token_differences, "choose_probe_strings", lambda accepted: STRINGS[-1:])
+    monkeypatch.setattr(measurements, "choose_probe_strings", lambda accepted: STRINGS[-1:])
     with raises("no-equal-pre-tokenizer", "100.000%", "5%"):
         check_tokens(checkpoint, _accepting(0.05))
 
@@ -118,9 +118,7 @@ def test_a_known_pre_tokenizer_is_not_counted_again(
     known = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     assert check_tokens(known, Export(pre_tokenizer="qwen2")).endswith("200 strings, equal ids")
 
-    monkeypatch.setattr(
-        token_differences, "choose_probe_strings", lambda accepted: read_probe_strings()
-    )
+    monkeypatch.setattr(measurements, "choose_probe_strings", lambda accepted: read_probe_strings())
     with raises("no-equal-pre-tokenizer", "'gpt-2'"):
         check_tokens(known, Export(pre_tokenizer="gpt-2"))
 
