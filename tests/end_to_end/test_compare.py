@@ -140,6 +140,7 @@ def test_a_plain_file_runs_as_a_bundle_does(files: Path, tmp_path: Path) -> None
     assert racdeploy("bench", q8_0, *sizes).error_code == "no-dense-artifact"
 
 
+@pytest.mark.usefixtures("reports")  # writes the file
 def test_no_report_calls_a_plain_file_pruned(files: Path, tmp_path: Path) -> None:
     """Neither the terminal nor a file; the JSON keeps the names of both arms."""
     files_asked = (
