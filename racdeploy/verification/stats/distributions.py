@@ -37,7 +37,7 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
 def normal_quantile(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval, as 1.645 for 0.90."""
     check_confidence(confidence)
-    return NormalDist().inv_cdf((1 + confidence) / 2)
+    return -NormalDist().inv_cdf((1 - confidence) / 2)
 
 
 def student_quantile(confidence: float, freedom: int) -> float:
@@ -45,10 +45,8 @@ def student_quantile(confidence: float, freedom: int) -> float:
 
     Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved for the angle by bisection.
     """
-    check_confidence(confidence)
-    probability = (1 + confidence) / 2
+    normal = normal_quantile(confidence)
     if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
-        normal = NormalDist().inv_cdf(probability)
         return normal + (normal**3 + normal) / (4 * freedom)
 
     odd = freedom % 2
@@ -64,7 +62,7 @@ def student_quantile(confidence: float, freedom: int) -> float:
         if odd:
             inside = 2 / math.pi * (angle + cosine * inside)
 
-        return bool(inside < 2 * probability - 1)
+        return bool(inside < confidence)
 
     return math.sqrt(freedom) * math.tan(bisect(is_below, 0.0, math.pi / 2))
 
