@@ -45,12 +45,13 @@ def report(
 def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:
     """Return the page of a bundle and its verdict; print the verdict."""
     from racdeploy.manifest import MANIFEST_NAME
-    from racdeploy.report.files import find_page, read_records, read_report
+    from racdeploy.report.files import PAGE, read_records, read_report, require_report
     from racdeploy.report.html import render
     from racdeploy.report.terminal import print_verdict
 
-    page, report = find_page(bundle), read_report(bundle)
-    if (bundle / MANIFEST_NAME).is_file():
+    require_report(bundle)
+    page, report = bundle / PAGE, read_report(bundle)
+    if (bundle / MANIFEST_NAME).is_file() or not page.is_file():
         page = _draw(page, render(report, read_records(bundle), bundle.resolve().name))
     if not json_output:
         print_verdict(report, err)

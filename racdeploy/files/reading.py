@@ -12,9 +12,10 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -138,7 +139,7 @@ def check_size(file: Path, max_bytes: int) -> None:
         raise _refuse_size(file, size_bytes, max_bytes)
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """Open a regular file for reading; ArtifactError for a pipe or a device."""
     # Without O_NONBLOCK, a pipe would be waited for.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)

@@ -74,18 +74,8 @@ def read_records(folder: Path) -> list[AnswerRecord]:
         raise _refuse_damage(folder, error) from error
 
 
-def find_page(folder: Path) -> Path:
-    """Return the page of a bundle or a folder of reports; it is written if it is missing.
-
-    Raises:
-        UsageError: the folder holds no report.
-        ArtifactError: the page is missing, and the report or its records are missing or damaged.
-        EnvironmentFailure: the page cannot be written there.
-    """
-    page = folder / PAGE
-    if page.is_file():
-        return page
-
+def require_report(folder: Path) -> None:
+    """Raise UsageError if a folder holds no report."""
     if not (folder / "report.json").is_file():
         reason = "it has no report.json" if folder.is_dir() else "it does not exist"
         raise UsageError(
@@ -93,10 +83,6 @@ def find_page(folder: Path) -> Path:
             f"{folder} is neither a bundle nor a folder of reports: {reason}",
             remedy="give the folder that racdeploy build or racdeploy verify --reports wrote",
         )
-
-    bundle = folder.resolve().name
-    write_atomic(page, html.render(read_report(folder), read_records(folder), bundle))
-    return page
 
 
 def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:

@@ -263,6 +263,13 @@ def test_weights(place: Path, tmp_path: Path, header: bytes, command: str) -> No
     _is_refused(command, place / "model", *more)
 
 
+def test_an_export_over_the_weights_that_it_reads(place: Path) -> None:
+    weights = place / "model/model.safetensors"
+    before = weights.read_bytes()
+    _is_refused("export", place / "model", "--out", weights)
+    assert weights.read_bytes() == before
+
+
 @pytest.mark.answers("L1")
 @pytest.mark.parametrize("path", ["x" * 2000, "/dev/zero", "."])
 @pytest.mark.parametrize("command", ["inspect", "unpack", "verify"])

@@ -36,7 +36,8 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
 
 def normal_quantile(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval, as 1.645 for 0.90."""
-    check_confidence(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
     return -NormalDist().inv_cdf((1 - confidence) / 2)
 
 
@@ -119,12 +120,6 @@ def clopper_pearson_lower(count: float, n: float, tail: float) -> float:
     whole_count = math.floor(count + ROUNDING_TOLERANCE)
     whole_n = math.ceil(n - ROUNDING_TOLERANCE)
     return 1 - clopper_pearson_upper(whole_n - whole_count, whole_n, tail)
-
-
-def check_confidence(confidence: float) -> None:
-    """Refuse a confidence level that is not between 0 and 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
 
 
 @cache
