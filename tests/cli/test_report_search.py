@@ -47,7 +47,7 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text('{"winner": "me"}')
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-report")
     assert "→" in done.output
     assert [each.name for each in tmp_path.iterdir()] == ["other.json"]
 
@@ -69,5 +69,5 @@ def test_figures_that_cannot_be_are_refused(
     file = tmp_path / FILE
     file.write_text(json.dumps(values))
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-report")
     assert said in " ".join(done.output.split())
