@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Json = dict[str, Any]
 """A JSON object."""
