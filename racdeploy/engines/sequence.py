@@ -56,7 +56,7 @@ class GeneratedSequence:
         assert self.finish_reason is None, "a finished sequence takes no step"
 
         length = len(self.ids)
-        biased_V = self._add_biases(logits_V)
+        biased_V = self._penalize_hesitation(logits_V)
         token = sample_token(
             biased_V, self._sampling.temperature, self._sampling.top_p, self._random
         )
@@ -113,19 +113,14 @@ class GeneratedSequence:
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _add_biases(self, logits_V: Logits) -> Logits:
-        """Return the logits, with the biases of the budget while the model thinks."""
+    def _penalize_hesitation(self, logits_V: Logits) -> Logits:
+        """Return the logits; while the model thinks, less the penalty on words of hesitation."""
         budget = self._budget
-        if budget is None or self._thinking_from is None:
-            return logits_V
-
-        bias = budget.bias_at(len(self.ids) - self._thinking_from)
-        if not bias and not budget.hesitation_penalty:
+        if budget is None or self._thinking_from is None or not budget.hesitation_penalty:
             return logits_V
 
         biased_V = logits_V.copy()
         biased_V[list(budget.hesitation_ids)] -= budget.hesitation_penalty
-        biased_V[budget.close_ids[0]] += bias
         return biased_V
 
     def _track_thinking(self) -> None:
@@ -294,7 +289,7 @@ def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
         return False
     if not budget.open_ids and not budget.starts_open:
         return False
-    if not all(np.isfinite([budget.close_bias, budget.hesitation_penalty])):
+    if not np.isfinite(budget.hesitation_penalty):
         return False
 
     tags = budget.close_ids + budget.open_ids

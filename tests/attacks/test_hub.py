@@ -7,16 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from racdeploy.bundles.hub import pull as pulling
 from racdeploy.bundles.hub import remote
 from racdeploy.bundles.hub.layout import explain_bad_name
 from racdeploy.bundles.hub.pull import pull
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.files.writing import atomic_folder
 from tests.support import hub_server as hub_module
 from tests.support.errors import raises
 from tests.support.fake_bundle import make_fake_bundle, read_files
@@ -249,9 +250,12 @@ def test_what_arrives_is_for_this_user_alone(
     _serve(hub, tmp_path, {})
     Path(".out.pull").mkdir(0o755)
     modes = []
-    monkeypatch.setattr(
-        pulling, "_check", lambda *_: modes.append(Path(".out.pull").stat().st_mode & 0o777)
-    )
+
+    def note_mode(folder: Path) -> AbstractContextManager[Path]:
+        modes.append(Path(".out.pull").stat().st_mode & 0o777)
+        return atomic_folder(folder)
+
+    monkeypatch.setattr("racdeploy.bundles.hub.pull.atomic_folder", note_mode)
     pull(NAME, Path("out"))
     assert modes == [0o700]
 

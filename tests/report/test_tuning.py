@@ -132,7 +132,7 @@ def test_the_facts_say_what_was_asked_and_what_it_took(tuning: Tuning) -> None:
     """The time beside the budget, and what stopping early saved."""
     facts = dict(list_facts(tuning))
     assert facts["Constraints"].startswith("best seconds per correct answer, 100,000,000 bytes")
-    assert facts["Time"].startswith("1.0 h of 1.5 h: traces 6.9 min, measure 38.0 s")
+    assert facts["Time"].startswith("1 h 1 min of 1 h 30 min: traces 7 min, measure 38 s")
     assert facts["Time"].endswith("stopping early saved 66% of the race")
     assert facts["Gain in accuracy"].startswith("2.2 points")
 
