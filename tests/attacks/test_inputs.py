@@ -50,6 +50,8 @@ BYTES = {
     "deep objects": b'{"a":' * 100_000,
     "a number of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
     "a key twice": b'{"verdict": "pass", "verdict": "fail"}',
+    "a key twice behind others": b'{%b"x":0,"x":0}'
+    % b"".join(b'"%d":0,' % i for i in range(50_000)),
     "half a character": rb'{"verdict": "\ud800"}',
     "5 MB": b" " * 5_000_000 + b"{}",
     "20 MB": b" " * 20_000_000 + b"{}",

@@ -233,14 +233,14 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
 
     for text, code in (
         ("[]", "json-not-an-object"),
-        ("{}", "damaged-tuning"),
+        ("{}", "damaged-report"),
         ("{", "invalid-json"),
-        ('{"winner": 7}', "damaged-tuning"),
+        ('{"winner": 7}', "damaged-report"),
     ):
         (folder / FILE).write_text(text)
         with raises(code, FILE):
             read_tuning(folder / FILE)
-    with raises("tuning-unreadable", "absent.json"):
+    with raises("report-file-unreadable", "absent.json"):
         read_tuning(folder / "absent.json")
 
 
