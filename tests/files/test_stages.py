@@ -174,3 +174,12 @@ def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path:
         assert sorted(tmp_path.iterdir()) == [second, own]
     processes[1].communicate("")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_that_lacks_a_figure_is_damaged(tmp_path: Path) -> None:
+    stage = Stage.open(tmp_path, "traces", {"a": 1})
+    stage.finish({"tokens": 3})
+    assert stage.summary["tokens"] == 3
+    (stage.folder / "stage.json").write_text("{}", encoding="utf-8")
+    with raises("damaged-stage", "tokens"):
+        stage.summary["tokens"]
