@@ -59,7 +59,11 @@ class Stage:
         _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
             stage.make_folder()
-            lock_folder(stage.folder)
+            try:
+                lock_folder(stage.folder)
+            except FileNotFoundError:  # a verification, waited for, removes it at its end
+                stage.make_folder()
+                lock_folder(stage.folder)
             # Partial files are of killed processes; the folder is locked, so none is in use.
             for partial in sorted(stage.folder.rglob(".*.partial")):
                 if partial.is_file():
