@@ -134,13 +134,11 @@ class ThinkingControl(_Entry):
 
     Args:
         closing: text forced before the close tag when the budget ends.
-        close_bias: logits added to the close tag, rising to this value at the end of the budget.
         hesitation: words such as "Wait" and their token ids.
         hesitation_penalty: logits subtracted from those tokens while the model thinks.
     """
 
     closing: str = ""
-    close_bias: FiniteNonNegative = 0.0
     hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     hesitation_penalty: FiniteNonNegative = 0.0
 

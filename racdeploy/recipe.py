@@ -159,23 +159,14 @@ class Traces(_Section):
         )
 
 
-class SegmentWeights(_Section):
-    """Weights of tokens in the Hessian, by segment."""
-
-    prompt: NonNegativeFloat = 1.0
-    thinking: NonNegativeFloat = 1.0
-    answer: NonNegativeFloat = 1.0
-
-
 class Calibration(_Section):
-    """Selection and weights of the trace tokens that the statistics are gathered on."""
+    """Selection of the trace tokens that the statistics are gathered on."""
 
     source: Literal["rac", "prompt"] = "rac"
     max_tokens: NonNegativeInt = 0
     only_correct: bool = False
     keep_truncated: bool = False
     held_out_share: float = Field(0.125, ge=0, le=0.5)
-    segment_weights: SegmentWeights = Field(default_factory=SegmentWeights)
 
 
 class Pruning(_Section):
@@ -312,10 +303,12 @@ class Structure(_Section):
         return self.keep.get(part, 1.0)
 
 
-class LossWeights(SegmentWeights):
+class SegmentWeights(_Section):
     """Weights of tokens in the loss of recovery, by segment; prompts do not count by default."""
 
     prompt: NonNegativeFloat = 0.0
+    thinking: NonNegativeFloat = 1.0
+    answer: NonNegativeFloat = 1.0
 
 
 class Recovery(_Section):
@@ -333,7 +326,7 @@ class Recovery(_Section):
     max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
     learning_rate: NonNegativeFloat = 0.0
     batch_tokens: PositiveCount = 2048
-    segment_weights: LossWeights = Field(default_factory=LossWeights)
+    segment_weights: SegmentWeights = Field(default_factory=SegmentWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     extra_text: str = ""
@@ -426,12 +419,11 @@ class Verification(_Section):
 class Thinking(_Section):
     """Control of the exported model's thinking; see docs/thinking.md.
 
-    ``closing`` and ``close_bias`` also apply to a budget that an app or user sets later.
+    ``closing`` also applies to a budget that an app or user sets later.
     """
 
     max_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     closing: str = ""
-    close_bias: FiniteNonNegative = 0.0
     hesitation: Names = _HESITATION_WORDS
     hesitation_penalty: FiniteNonNegative = 0.0
 

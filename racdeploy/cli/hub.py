@@ -53,7 +53,7 @@ def push(
         err.print("nothing was written; without --dry-run this is pushed to the address above")
     else:
         show(planned.remote.url)
-        pull_line = f"racdeploy pull {repository} --quant {planned.bundle} --out bundle"
+        pull_line = f"racdeploy pull {repository} --quant {planned.bundle}"
         say(f"next: {pull_line}")
 
 

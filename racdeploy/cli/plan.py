@@ -184,8 +184,7 @@ def _describe_verification(plan: Plan) -> list[str]:
 
 
 def _describe_cost(plan: Plan) -> list[str]:
-    from racdeploy.cli.progress import write_duration
-    from racdeploy.report.tables import format_bytes
+    from racdeploy.report.tables import format_bytes, format_duration
 
     stages = {
         "traces": ("trace_memory_bytes_at_most",),
@@ -207,7 +206,7 @@ def _describe_cost(plan: Plan) -> list[str]:
         disk = format_bytes(plan["disk_bytes"])
         lines.append(f"disk: about {disk} in the work folder and the bundle")
     if plan.get("seconds_expected"):
-        time = write_duration(plan["seconds_expected"])
+        time = format_duration(plan["seconds_expected"])
         lines.append(f"time: roughly {time}; the bars show what is left")
     return lines
 

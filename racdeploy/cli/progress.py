@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from racdeploy.engines.engine import Progress
+from racdeploy.report.tables import format_duration
 
 LINE_EVERY_S = 10.0
 _BAR_WIDTH = 16  # all columns of a bar fit a terminal of 80
@@ -68,11 +69,11 @@ class StageProgress:
 
         remaining_s = self.estimate_remaining_s(now_s)
         if self.is_finished:
-            words.append(f"took {write_duration(elapsed_s)}")
+            words.append(f"took {format_duration(elapsed_s)}")
         elif remaining_s is not None:
-            words.append(f"about {write_duration(remaining_s)} left")
+            words.append(f"about {format_duration(remaining_s)} left")
         elif elapsed_s >= 1:
-            words.append(f"{write_duration(elapsed_s)} so far")
+            words.append(f"{format_duration(elapsed_s)} so far")
 
         return words
 
@@ -170,16 +171,3 @@ def print_lines(console: Console) -> Progress:
         console.print(line, markup=False, soft_wrap=True)
 
     return advance
-
-
-def write_duration(seconds: float) -> str:
-    """Return a duration with its unit: seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-
-    hours, rest = divmod(minutes, 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"

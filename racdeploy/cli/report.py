@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import webbrowser
 from pathlib import Path
 
@@ -43,32 +44,43 @@ def report(
 
 def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:
     """Return the page of a bundle and its verdict; print the verdict."""
-    from racdeploy.report.files import find_page, read_report
+    from racdeploy.manifest import MANIFEST_NAME
+    from racdeploy.report.files import PAGE, read_records, read_report, require_report
+    from racdeploy.report.html import render
     from racdeploy.report.terminal import print_verdict
 
-    page = find_page(bundle).resolve()
-    report = read_report(bundle)
+    require_report(bundle)
+    page, report = bundle / PAGE, read_report(bundle)
+    if (bundle / MANIFEST_NAME).is_file() or not page.is_file():
+        page = _draw(page, render(report, read_records(bundle), bundle.resolve().name))
     if not json_output:
         print_verdict(report, err)
-    return page, report.verdict
+    return page.resolve(), report.verdict
 
 
 def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
     """Render the page of a search from its JSON; return it with the verdict."""
-    from racdeploy.bundles.signature import SIGNATURE_NAME
-    from racdeploy.files.writing import write_atomic
     from racdeploy.report import tuning_page
     from racdeploy.report.terminal import print_tuning
     from racdeploy.report.tuning_files import find_tuning_page, read_tuning
 
     tuning = read_tuning(file)
-    page = find_tuning_page(file).resolve()
-    # No file of a signed bundle may change.
-    if not (page.is_file() and file.with_name(SIGNATURE_NAME).exists()):
-        write_atomic(page, tuning_page.render(tuning))
+    page = _draw(find_tuning_page(file), tuning_page.render(tuning))
     if not json_output:
         print_tuning(tuning, err)
-    return page, tuning.verdict
+    return page.resolve(), tuning.verdict
+
+
+def _draw(page: Path, text: str) -> Path:
+    """Return a page with this text, elsewhere if another is there: scripts may be in it."""
+    from racdeploy.files.writing import write_atomic
+
+    if page.is_file() and page.stat().st_size == len(text.encode()) and page.read_text() == text:
+        return page
+    if os.path.lexists(page):
+        page = Path(tempfile.mkdtemp()) / page.name
+    write_atomic(page, text)
+    return page
 
 
 def _has_display() -> bool:

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 FinishReason = Literal["stop", "length", "cancelled"]
 Ids = tuple[int, ...]
 Logits = NDArray[np.float32]
-CLOSE_BIAS_SHARE = 0.25
-"""Share of a thinking budget, at its end, over which the bias on the close tag rises."""
 BATCH_TOKENS = 512
 """Maximum tokens of a batch; longer prompts take several batches."""
 BATCH_LOGITS_BYTES = 64 << 20
@@ -56,7 +54,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """Limit on the first thinking of a completion, and biases on tokens while it lasts.
+    """Limit on the first thinking of a completion, and a penalty on tokens while it lasts.
 
     After ``max_tokens`` of thinking, a closing message and the close tag are forced, as if they
     had been generated; of a close tag that has begun, only the rest.
@@ -67,18 +65,8 @@ class ThinkingBudget:
     max_tokens: int | None  # None never forces the end
     starts_open: bool  # the rendered prompt already ends inside the thinking
     closing_message_ids: Ids = ()  # a last sentence, forced before the close tag
-    # Added to the logit of the close tag's first token; rises from 0 to this over the last quarter
-    # of the budget.
-    close_bias: float = 0.0
     hesitation_ids: Ids = ()
     hesitation_penalty: float = 0.0  # subtracted from the logits of those tokens
-
-    def bias_at(self, thinking_tokens: int) -> float:
-        """Return the bias on the close tag's logit after a number of thinking tokens."""
-        if not self.close_bias or self.max_tokens is None:
-            return 0.0
-        rise = max(1.0, self.max_tokens * CLOSE_BIAS_SHARE)
-        return self.close_bias * max(0.0, 1.0 - (self.max_tokens - thinking_tokens) / rise)
 
 
 @dataclass(frozen=True)

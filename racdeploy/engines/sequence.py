@@ -58,10 +58,10 @@ class GeneratedSequence:
         assert self.finish_reason is None, "a finished sequence takes no step"
 
         length = len(self.ids)
-        biased_V = self._add_biases(logits_V)
+        penalized_V = self._penalize(logits_V)
         sampling = self._sampling
         settings = (sampling.temperature, sampling.top_p, self._random)
-        token = sample_token(biased_V, *settings, sampling.top_k, sampling.min_p)
+        token = sample_token(penalized_V, *settings, sampling.top_k, sampling.min_p)
         self._append(token)
 
         new_ids = self.ids[length:]
@@ -116,8 +116,8 @@ class GeneratedSequence:
         if len(self.ids) >= self._cap:
             self.finish_reason = "length"
 
-    def _add_biases(self, logits_V: Logits) -> Logits:
-        """Return the logits with all penalties, and the biases of the budget while it thinks."""
+    def _penalize(self, logits_V: Logits) -> Logits:
+        """Return the logits less all penalties, that on hesitation only while the model thinks."""
         frequency, presence = self._sampling.frequency_penalty, self._sampling.presence_penalty
         if (frequency or presence) and self._counts:
             logits_V = logits_V.copy()
@@ -125,16 +125,11 @@ class GeneratedSequence:
             logits_V[list(self._counts)] -= frequency * counts + presence
 
         budget = self._budget
-        if budget is None or self._thinking_from is None:
-            return logits_V
-
-        bias = budget.bias_at(len(self.ids) - self._thinking_from)
-        if not bias and not budget.hesitation_penalty:
+        if budget is None or self._thinking_from is None or not budget.hesitation_penalty:
             return logits_V
 
         biased_V = logits_V.copy()
         biased_V[list(budget.hesitation_ids)] -= budget.hesitation_penalty
-        biased_V[budget.close_ids[0]] += bias
         return biased_V
 
     def _track_thinking(self) -> None:
@@ -318,7 +313,7 @@ def _is_usable(budget: ThinkingBudget, vocabulary: int) -> bool:
         return False
     if not budget.open_ids and not budget.starts_open:
         return False
-    if not all(np.isfinite([budget.close_bias, budget.hesitation_penalty])):
+    if not np.isfinite(budget.hesitation_penalty):
         return False
 
     tags = budget.close_ids + budget.open_ids

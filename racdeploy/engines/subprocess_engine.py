@@ -160,13 +160,18 @@ def _describe(sampling: Sampling) -> Json:
 
 
 def _check_settings(settings: EngineSettings) -> None:
-    """Raise EngineError for a setting below its minimum."""
-    minimums = {"context_tokens": 1, "parallel": 1, "threads": 0, "memory_limit_bytes": 0}
-    for name, minimum in minimums.items():
+    """Raise EngineError for a setting out of its range."""
+    ranges = {
+        "context_tokens": range(1, 1 << 24),
+        "parallel": range(1, 1025),
+        "threads": range(513),  # ggml's maximum
+        "memory_limit_bytes": range(1 << 60),
+    }
+    for name, allowed in ranges.items():
         value = getattr(settings, name)
-        if value is not None and value < minimum:
+        if value is not None and value not in allowed:
             raise EngineError(
                 "bad-engine-setting",
-                f"{name} is {value}, must be at least {minimum}",
-                remedy="threads = 0 uses every core" if name == "threads" else f"raise {name}",
+                f"{name} is {value}, must be {allowed[0]} to {allowed[-1]}",
+                remedy="threads = 0 uses every core" if name == "threads" else f"change {name}",
             )

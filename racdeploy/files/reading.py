@@ -10,15 +10,18 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 Json = dict[str, Any]
 """A JSON object."""
@@ -138,7 +141,7 @@ def check_size(file: Path, max_bytes: int) -> None:
         raise _refuse_size(file, size_bytes, max_bytes)
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """Open a regular file for reading; ArtifactError for a pipe or a device."""
     # Without O_NONBLOCK, a pipe would be waited for.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
@@ -227,7 +230,6 @@ def _refuse_constant(name: str) -> NoReturn:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {duplicate!r} occurs twice")
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} occurs twice")
     return value

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from racdeploy.errors import ArtifactError
 from racdeploy.files.locks import is_folder_in_use, lock_folder, release_folder
@@ -59,7 +59,11 @@ class Stage:
         _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
             stage.make_folder()
-            lock_folder(stage.folder)
+            try:
+                lock_folder(stage.folder)
+            except FileNotFoundError:  # a verification, waited for, removes it at its end
+                stage.make_folder()
+                lock_folder(stage.folder)
             # Partial files are of killed processes; the folder is locked, so none is in use.
             for partial in sorted(stage.folder.rglob(".*.partial")):
                 if partial.is_file():
@@ -94,8 +98,17 @@ class Stage:
 
     @property
     def summary(self) -> Json:
-        """The summary that :meth:`finish` has written."""
-        return read_json(self.folder / "stage.json")
+        """The summary that :meth:`finish` has written; ArtifactError for a key it lacks."""
+        return _Summary(read_json(self.folder / "stage.json"))
+
+
+class _Summary(dict[str, Any]):
+    def __missing__(self, key: str) -> NoReturn:
+        raise ArtifactError(
+            "damaged-stage",
+            f"stage.json of a stage lacks {key!r}",
+            remedy="remove the stages that racdeploy cache lists, or use another --work folder",
+        )
 
 
 def finished_stages(work: Path, name: str) -> list[Stage]:

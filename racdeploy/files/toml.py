@@ -17,6 +17,7 @@ M = TypeVar("M", bound=BaseModel)
 TomlTable = dict[str, Any]
 _SHOWN_CHARACTERS = 80  # characters of a key or a value
 _MAX_PROBLEMS = 8
+_LONG_KEY = re.compile(r"(\.\s*[\w'\"-]+\s*){50}")
 _PER_CENT = re.compile(r"^\s*(?P<number>\d+(\.\d+)?)\s*(?P<sign>%?)\s*$")
 
 
@@ -26,19 +27,14 @@ def read_toml(file: Path, init_command: str = "racdeploy init") -> TomlTable:
     ``init_command`` is the command that writes such a file.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(
             "missing-toml-file",
             f"{file} does not exist",
             remedy=f"{init_command} {file} writes one",
         ) from error
-    except (
-        tomllib.TOMLDecodeError,
-        UnicodeDecodeError,
-        IsADirectoryError,
-        RecursionError,
-    ) as error:
+    except (ValueError, IsADirectoryError, RecursionError) as error:
         raise UsageError(
             "invalid-toml",
             f"{file} is not valid TOML: {error}",
@@ -51,8 +47,8 @@ def read_assignments(assignments: Sequence[str]) -> TomlTable:
     values: TomlTable = {}
     for assignment in assignments:
         try:
-            values = merge(values, tomllib.loads(assignment))
-        except tomllib.TOMLDecodeError as error:
+            values = merge(values, _parse(assignment))
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 "invalid-assignment",
                 f"--set {assignment} is not PART.KEY=VALUE in TOML: {error}",
@@ -60,6 +56,12 @@ def read_assignments(assignments: Sequence[str]) -> TomlTable:
             ) from error
 
     return values
+
+
+def _parse(text: str) -> TomlTable:
+    if _LONG_KEY.search(text):  # takes memory that grows with the square of its parts
+        raise ValueError("a key has more than 50 parts")
+    return tomllib.loads(text)
 
 
 def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> TomlTable:

@@ -22,6 +22,7 @@ from racdeploy.files.partials import (
     partial_folder,
     remove,
 )
+from racdeploy.files.reading import open_regular
 
 # One large write takes two thirds of the time of many small ones.
 _WRITE_BYTES = 1 << 20
@@ -175,5 +176,5 @@ def refuse_overwrite(path: Path, sha256: str) -> None:
 
 def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

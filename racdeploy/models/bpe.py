@@ -144,9 +144,11 @@ def unsupported_reason(tokenizer: Mapping[str, Any]) -> str:
     """Return the reason why a tokenizer's vocabulary cannot be cut, or an empty string."""
     model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE":
-        return f"its tokenizer is {model['type'][:40]!r}, and only byte-level BPE can be cut"
+        return f"its tokenizer is {str(model['type'])[:40]!r}, and only byte-level BPE can be cut"
     if not model.get("vocab") or not model.get("merges"):
         return "its tokenizer has no vocabulary, or no merges"
+    if len({*model["vocab"].values()}) < len(model["vocab"]):
+        return "two of its tokens have the same id"
 
     # SentencePiece's form of BPE falls back to bytes, or has no bytes at all.
     steps = flatten_sequence(tokenizer.get("pre_tokenizer"), "pretokenizers")

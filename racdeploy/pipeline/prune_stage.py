@@ -161,7 +161,6 @@ class PruneStage:
             "held_out": held_out,
             "structure": cuts,
             "settings": settings,
-            "weights": self.calibration.segment_weights,
             "quant": self.quants,
             "keep_existing_zeros": model is not self.dense,
         }

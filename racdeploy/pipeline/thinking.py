@@ -45,7 +45,7 @@ def read_control(job: Job, encoder: PromptEncoder) -> ShippedControl:
     thinking = job.recipe.runtime.thinking
     budget = thinking.max_tokens or job.recipe.verify.max_thinking_tokens or None
     penalty = thinking.hesitation_penalty
-    if not (thinking.max_tokens or thinking.closing or thinking.close_bias or penalty):
+    if not (thinking.max_tokens or thinking.closing or penalty):
         return ShippedControl(budget)
 
     # All settings below need the tags; the budget of the verification alone does not.
@@ -61,7 +61,6 @@ def read_control(job: Job, encoder: PromptEncoder) -> ShippedControl:
     hesitation = find_hesitation_ids(encoder, thinking.hesitation) if penalty else {}
     settings = ThinkingControl(
         closing=thinking.closing,
-        close_bias=thinking.close_bias,
         hesitation=hesitation,
         hesitation_penalty=penalty if any(hesitation.values()) else 0.0,
     )

@@ -55,11 +55,11 @@ from racdeploy.pruning.walk.survey import Effect, Observation, survey
 from racdeploy.pruning.weights.patterns import LinearSparsities
 from racdeploy.pruning.weights.solving import LinearPruner
 from racdeploy.quant import RoundingQuant
-from racdeploy.recipe import Pruning, SegmentWeights, Structure
+from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
-from racdeploy.traces.trace import SEGMENTS, Trace
+from racdeploy.traces.trace import Trace
 
-NO_CUTS, EQUAL_WEIGHTS = Structure(), SegmentWeights()
+NO_CUTS = Structure()
 
 
 def prune_blocks(
@@ -68,7 +68,6 @@ def prune_blocks(
     held_out: Sequence[Trace],  # traces that measure its error
     settings: Pruning,
     folder: Path,  # for the block files; finished ones are reused
-    weights: SegmentWeights = EQUAL_WEIGHTS,  # of a token, by segment
     quant: RoundingQuant = "",  # format whose codes are optimized; empty: the export rounds
     keep_existing_zeros: bool = False,  # the checkpoint is sparse, and gets no other zeros
     threads: int = 0,  # 0: torch's choice; all processes use the first's
@@ -103,7 +102,6 @@ def prune_blocks(
         model=blocks,
         batches=[batches[index] for index in own_indices],
         all_calibration_batches=fitted,
-        weights_R=blocks.to_device(torch.tensor([getattr(weights, name) for name in SEGMENTS])),
         settings=settings,
         folder=folder,
         processes=processes,

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.reading import parse_json, read_json, read_lines
+from racdeploy.files.reading import describe_validation_error, parse_json, read_json, read_lines
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
 from racdeploy.results.answers import AnswerRecord
@@ -19,6 +19,7 @@ PAGE = "report.html"
 _MAX_REPORT_BYTES = 64_000_000
 _MAX_RECORDS = 100_000
 M = TypeVar("M", bound=BaseModel)
+_MAKE_AGAIN = "copy it again, whole, or make it again"
 
 
 def write_reports(
@@ -69,7 +70,7 @@ def read_as(model: type[M], file: Path) -> M:
     try:
         return model.model_validate(read_json(file, _MAX_REPORT_BYTES))
     except (ValidationError, OSError) as error:
-        raise _refuse_damage(file.parent, error) from error
+        raise refuse_damage(file, error) from error
 
 
 def read_records(folder: Path) -> list[AnswerRecord]:
@@ -82,21 +83,11 @@ def read_records(folder: Path) -> list[AnswerRecord]:
         lines = read_lines(folder / "records.jsonl", _MAX_RECORDS)
         return [AnswerRecord.model_validate(parse_json(line, "a line")) for line in lines]
     except (ValidationError, OSError) as error:
-        raise _refuse_damage(folder, error) from error
+        raise refuse_damage(folder, error) from error
 
 
-def find_page(folder: Path) -> Path:
-    """Return the page of a bundle or a folder of reports; it is written if it is missing.
-
-    Raises:
-        UsageError: the folder holds no report.
-        ArtifactError: the page is missing, and the report or its records are missing or damaged.
-        EnvironmentFailure: the page cannot be written there.
-    """
-    page = folder / PAGE
-    if page.is_file():
-        return page
-
+def require_report(folder: Path) -> None:
+    """Raise UsageError if a folder holds no report."""
     if not (folder / "report.json").is_file():
         reason = "it has no report.json" if folder.is_dir() else "it does not exist"
         raise UsageError(
@@ -105,23 +96,18 @@ def find_page(folder: Path) -> Path:
             remedy="give the folder that racdeploy build or racdeploy verify --reports wrote",
         )
 
-    bundle = folder.resolve().name
-    write_atomic(page, html.render(read_report(folder), read_records(folder), bundle))
-    return page
 
-
-def _refuse_damage(folder: Path, error: Exception) -> ArtifactError:
-    """Return the error for a file that cannot be read or is invalid."""
+def refuse_damage(path: Path, error: ValidationError | OSError) -> ArtifactError:
+    """Return the error for a file that is invalid or cannot be read."""
     if isinstance(error, OSError):
         return ArtifactError(
-            "bundle-file-unreadable",
+            "report-file-unreadable",
             f"{error.filename} cannot be read: {error.strerror}",
-            remedy="copy the whole folder again, or make it again",
+            remedy=_MAKE_AGAIN,
         )
 
-    first = str(error).splitlines()[0]
     return ArtifactError(
-        "damaged-records",
-        f"{folder}: the records are damaged: {first}",
-        remedy="copy the folder again, or make it again",
+        "damaged-report",
+        f"{path} is damaged: {describe_validation_error(error)}",
+        remedy=_MAKE_AGAIN,
     )

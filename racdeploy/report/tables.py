@@ -185,6 +185,19 @@ def format_share_range(shares: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration with its unit: seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
 def format_speed(tokens_per_s: float) -> str:
     """Return tokens per second with at least three significant digits."""
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"

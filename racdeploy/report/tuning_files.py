@@ -9,17 +9,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import describe_validation_error, read_json
+from racdeploy.files.reading import read_json
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import tuning_page
+from racdeploy.report.files import refuse_damage
 from racdeploy.report.tables import to_single_line
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.tuning import Tuning
 
 FILE, PAGE, RECIPE = "tune.json", "tune.html", "recipe.toml"
 _MAX_BYTES = 64_000_000
-_REMEDY = "copy the whole file again, or run racdeploy tune again"
 
 
 def write_tuning(folder: Path, tuning: Tuning) -> None:
@@ -48,12 +47,8 @@ def read_tuning(file: Path) -> Tuning:
     """
     try:
         return Tuning.model_validate(read_json(file, _MAX_BYTES))
-    except OSError as error:
-        message = f"{file} cannot be read: {error.strerror}"
-        raise ArtifactError("tuning-unreadable", message, remedy=_REMEDY) from error
-    except ValidationError as error:
-        message = f"{file} is not a result of racdeploy tune: {describe_validation_error(error)}"
-        raise ArtifactError("damaged-tuning", message, remedy=_REMEDY) from error
+    except (ValidationError, OSError) as error:
+        raise refuse_damage(file, error) from error
 
 
 def find_tuning_page(file: Path) -> Path:

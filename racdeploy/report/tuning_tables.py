@@ -13,6 +13,7 @@ from racdeploy.report.tables import (
     ReportTable,
     TableRow,
     format_bytes,
+    format_duration,
     format_number,
     format_ratio,
     format_with_units,
@@ -157,15 +158,6 @@ def describe_device(device: DeviceRow) -> str:
     kind = "measured on it" if device.measured else "estimated"
     source = device.source.removeprefix("estimated: ")
     return to_single_line(f"{device.name}, {cores}; figures {kind}: {source}")
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in seconds, minutes or hours."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def format_estimate(estimate: Estimate | None, write: Callable[[float], str]) -> str:

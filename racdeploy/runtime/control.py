@@ -41,7 +41,6 @@ def make_budget(
         max_tokens=max_tokens,
         starts_open=find_prompt_state(prompt_ids, tags) == "open",
         closing_message_ids=tuple(encoder.encode_text(control.closing)),
-        close_bias=control.close_bias,
         hesitation_ids=control.hesitation_ids,
         hesitation_penalty=control.hesitation_penalty,
     )
@@ -90,8 +89,6 @@ def describe_control(max_tokens: int | None, control: ThinkingControl) -> str:
         done.append(f"it ends after {max_tokens:,} tokens")
         if control.closing:
             done.append(f"with {control.closing.strip()!r}")
-        if control.close_bias:
-            done.append(f"its end gains up to {control.close_bias:g} logits before that")
 
     if control.hesitation_penalty and control.hesitation_ids:
         words = ", ".join(word for word, ids in control.hesitation.items() if ids)

@@ -39,6 +39,7 @@ _ANSWERS = {"<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
 """Open tag → tag in front of an answer without a thought, which is not part of its text."""
 _SPACES = frozenset(" \n\r\t▁ĠĊčĉ")  # as sentencepiece and byte-level vocabularies write them
 _SPACE_BYTES = frozenset({"<0x09>", "<0x0A>", "<0x0D>", "<0x20>"})
+_MAX_TAG_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,13 @@ def encode_tags(encoder: PromptEncoder, open_tag: str, close_tag: str) -> Thinki
     merges it with neighboring text.
 
     Raises:
-        ArtifactError: a tag has no ids, or both have the same.
+        ArtifactError: a tag has no ids or too many, or both have the same.
     """
     texts = [open_tag, close_tag, _ANSWERS.get(open_tag, "")]
     open_ids, close_ids, answer_ids = map(tuple, encoder.tokenizer.encode_batch(texts))
 
-    if not open_ids or not close_ids or open_ids == close_ids:
+    sizes = len(open_ids), len(close_ids)
+    if open_ids == close_ids or min(sizes) == 0 or max(sizes) > _MAX_TAG_TOKENS:
         raise ArtifactError(
             "tags-not-encodable",
             f"the tokenizer cannot write the thinking tags {open_tag!r} and {close_tag!r}: "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from racdeploy.report.tuning_tables import describe_device, describe_limits, format_duration
+from racdeploy.report.tables import format_duration
+from racdeploy.report.tuning_tables import describe_device, describe_limits
 from racdeploy.tuning.search import MAX_BUILT, MAX_RACED, Search
 
 _INDENT = 9  # of the text beside a heading

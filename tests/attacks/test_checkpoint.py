@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from racdeploy.exporting.gguf.vocabulary import _fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
@@ -230,3 +231,10 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path) -> None:
     (folder / "training_args.bin").write_bytes(_PICKLE)
     assert Checkpoint(folder).notes == ()
     assert NORM in Checkpoint(folder).entries
+
+
+def test_a_token_that_many_others_precede_is_found_at_once() -> None:
+    """Two ids for one text, the last of a large vocabulary."""
+    texts = {i: f"t{min(i, 99_998)}" for i in range(100_000)}
+    with raises("unsupported-tokenizer", "'t99998'"):
+        _fill_gaps(texts, len(texts))

@@ -49,6 +49,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _run(*command: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, list(map(str, command)))
     assert "Traceback" not in done.output
+    assert "where it should not" not in done.output
     return done.exit_code, done.output
 
 
@@ -95,6 +96,13 @@ def _set_manifest(bundle: Path, **changes: object) -> None:
     file.write_text(json.dumps(manifest))
 
 
+def _set_tag(bundle: Path, tag: str) -> None:
+    file = bundle / MANIFEST
+    manifest = json.loads(file.read_text())
+    manifest["tokenizer"]["close_tag"] = tag
+    file.write_text(json.dumps(manifest))
+
+
 def _replace(step: str, content: str) -> dict[str, object]:
     one = {"type": "Replace", "pattern": {"String": step}, "content": content}
     return {"type": "Sequence", "normalizers": [one] * 34}
@@ -105,6 +113,7 @@ BUNDLES: dict[str, Callable[[Path], object]] = {
     "a deep manifest": lambda b: (b / MANIFEST).write_bytes(b"[" * 10**5),
     "a manifest of 5 MB": lambda b: (b / MANIFEST).write_bytes(b" " * 5 * 10**6 + b"{}"),
     "a context beyond memory": lambda b: _set_manifest(b, context_tokens=10**30),
+    "a tag of 30 kB": lambda b: _set_tag(b, "x" * 30_000),
     "a template that is folded": lambda b: _set_template(b, "{{ '%700000000d' % 1 }}"),
     "an endless template": lambda b: _set_template(
         b, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -216,13 +225,21 @@ def test_a_graph(place: Path, kind: str) -> None:
         "[traces]\nserver = 'http://evil/v1'\nserver_key_env = 'CLOUD_SECRET'\n",
         '[prune]\nsparsity = "\\u0000"\n',
         "a = " + "[" * 5000,
+        "[traces]\ncount = " + "9" * 5000,
+        "gate" + ".a" * 20_000 + " = 1",
     ],
-    ids=["brackets", "samples", "a secret", "NUL", "deep"],
+    ids=["brackets", "samples", "a secret", "NUL", "deep", "digits", "a long key"],
 )
 def test_a_recipe(place: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("CLOUD_SECRET", "s3cr3t")
     (place / "recipe.toml").write_text(text)
     _is_refused("build", place / "model", "--recipe", place / "recipe.toml", "--dry-run")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000], ids=["digits", "brackets"])
+@pytest.mark.parametrize("key", ["traces.count", "gate" + ".a" * 2000], ids=["count", "long"])
+def test_an_assignment(value: str, key: str) -> None:
+    _is_refused("build", "--set", f"{key}={value}", "--dry-run")
 
 
 def _set_header(file: Path, header: bytes) -> None:
@@ -244,6 +261,13 @@ def test_weights(place: Path, tmp_path: Path, header: bytes, command: str) -> No
     _set_header(place / "model/model.safetensors", header)
     more = ["--quant", "q8_0", "--out", tmp_path / "out"] if command == "export" else []
     _is_refused(command, place / "model", *more)
+
+
+def test_an_export_over_the_weights_that_it_reads(place: Path) -> None:
+    weights = place / "model/model.safetensors"
+    before = weights.read_bytes()
+    _is_refused("export", place / "model", "--out", weights)
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.answers("L1")

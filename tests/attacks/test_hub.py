@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from racdeploy.bundles.hub import pull as pulling
 from racdeploy.bundles.hub import remote
 from racdeploy.bundles.hub.layout import explain_bad_name
 from racdeploy.bundles.hub.pull import pull
 from racdeploy.errors import ArtifactError, EnvironmentFailure, UsageError
+from racdeploy.files.writing import atomic_folder
+from tests.support import hub_server as hub_module
 from tests.support.errors import raises
 from tests.support.fake_bundle import make_fake_bundle, read_files
 from tests.support.hub_server import Hub, Repository, hub_server, point_at
@@ -248,9 +250,12 @@ def test_what_arrives_is_for_this_user_alone(
     _serve(hub, tmp_path, {})
     Path(".out.pull").mkdir(0o755)
     modes = []
-    monkeypatch.setattr(
-        pulling, "_check", lambda *_: modes.append(Path(".out.pull").stat().st_mode & 0o777)
-    )
+
+    def note_mode(folder: Path) -> AbstractContextManager[Path]:
+        modes.append(Path(".out.pull").stat().st_mode & 0o777)
+        return atomic_folder(folder)
+
+    monkeypatch.setattr("racdeploy.bundles.hub.pull.atomic_folder", note_mode)
     pull(NAME, Path("out"))
     assert modes == [0o700]
 
@@ -285,3 +290,15 @@ def test_a_program_ends_while_the_client_still_waits() -> None:
     )
     assert done.returncode == 1
     assert "took more than 0 s" in done.stderr
+
+
+def test_a_listing_without_its_commit_is_an_error(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub only asserts that there is one."""
+    write = hub_module._json
+    monkeypatch.setattr(hub_module, "_json", lambda value: write({**value, "sha": None}))
+    _serve(hub, tmp_path, {})
+    with raises("hub-answers-oddly"):
+        pull(NAME, Path("out"))
+    assert not Path("out").exists()

@@ -50,6 +50,8 @@ BYTES = {
     "deep objects": b'{"a":' * 100_000,
     "a number of 5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
     "a key twice": b'{"verdict": "pass", "verdict": "fail"}',
+    "a key twice behind others": b'{%b"x":0,"x":0}'
+    % b"".join(b'"%d":0,' % i for i in range(50_000)),
     "half a character": rb'{"verdict": "\ud800"}',
     "5 MB": b" " * 5_000_000 + b"{}",
     "20 MB": b" " * 20_000_000 + b"{}",
@@ -100,7 +102,7 @@ MANIFESTS: dict[str, Edit] = {
     "an end that is none": _set("tokenizer", "eos_ids", to=["x"]),
     "hot": _set("generation", "temperature", to=1e999),
     "no temperature": _set("generation", "temperature", to=float("nan")),
-    "a bias without end": _set("generation", "thinking", to={"close_bias": 1e999}),
+    "a penalty without end": _set("generation", "thinking", to={"hesitation_penalty": 1e999}),
     "zeros in words": _set("pruning", to={"sparsity": "most"}),
     "more zeros than weights": _set("pruning", to={"sparsity_file": 3.0}),
     "a model in numbers": _set("base", to={"model": 7}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.files.writing import atomic_folder, write_atomic
+from racdeploy.files import writing
+from racdeploy.files.writing import atomic_folder, file_sha256, write_atomic
 from racdeploy.packing.packers import bitmask
 from racdeploy.quant.importance import Importance
+from tests.support.errors import raises
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 SECRET = b"ssh-ed25519 AAAA of the user"
@@ -90,3 +94,28 @@ def test_a_pipe_of_such_a_name_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     write_atomic(tmp_path / "file", "content")
     assert {pipe, tmp_path / "file"} == set(tmp_path.iterdir())
+
+
+def test_a_pipe_is_not_waited_for_when_it_is_hashed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "shard-00000.jsonl")
+    with raises("not-a-regular-file"):
+        file_sha256(tmp_path / "shard-00000.jsonl")
+
+
+def test_a_disk_that_fails_at_the_end_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems report at close what they could not write."""
+
+    class Failing(io.BufferedRandom):
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "o").write_text("old")
+    monkeypatch.setattr(
+        writing, "open", lambda file, *_, **options: Failing(io.FileIO(file, "r+")), raising=False
+    )
+    with raises("write-failed", "Input/output error"):
+        write_atomic(tmp_path / "o", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("o", "old")]

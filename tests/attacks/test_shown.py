@@ -19,8 +19,12 @@ from racdeploy.exporting.gguf.programs import companions
 from racdeploy.files.unprintable import escape_unprintable, replace_unprintable
 from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.report.files import write_reports
+from racdeploy.report.tuning_files import write_tuning
 from tests.support.commands import environment
 from tests.support.fake_bundle import make_fake_bundle
+from tests.support.sample_report import build_records, build_report
+from tests.support.sample_tuning import build_tuning
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 ESCAPES = {
@@ -171,6 +175,25 @@ def test_an_error_of_a_task_shows_part_of_it(tmp_path: Path) -> None:
         shown = _run("build", "--dry-run", "--task", f"jsonl:{file}")
         assert "error:" in shown
         assert len(shown) < 3000
+
+
+@pytest.mark.parametrize("name", ["bundle", "search"])
+def test_a_page_whose_author_put_a_script_into_it_is_not_opened(tmp_path: Path, name: str) -> None:
+    """The page of what the report says is, from elsewhere; the bundle stays as it is."""
+    write_reports(tmp_path, build_report(), build_records(), tmp_path.name)
+    write_tuning(tmp_path, build_tuning())
+    (tmp_path / "racdeploy.json").write_text("{}")
+    asked = tmp_path if name == "bundle" else tmp_path / "tune.json"
+    page = tmp_path / ("report.html" if name == "bundle" else "tune.html")
+    report = ("report", str(asked), "--no-open", "--json")
+    assert json.loads(_run(*report))["page"] == str(page)
+
+    (tmp_path / "model.sig").write_text("{}")
+    text = page.read_text(encoding="utf-8")
+    for changed in (text + "<script>pwn()</script>", text.replace("a", "b")):
+        page.write_text(changed, encoding="utf-8")
+        opened = Path(json.loads(_run(*report))["page"])
+        assert (opened.read_text(encoding="utf-8"), page.read_text()) == (text, changed)
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from racdeploy.cli import progress
-from racdeploy.cli.progress import StageProgress, show_progress, write_duration
+from racdeploy.cli.progress import StageProgress, show_progress
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion
+from racdeploy.report.tables import format_duration
 from tests.support.commands import command, environment
 
 
@@ -118,7 +119,7 @@ def test_answers_are_counted_while_they_grow() -> None:
 )
 def test_durations_are_in_the_unit_that_suits_them(seconds: float, text: str) -> None:
     """Seconds, then minutes, then hours."""
-    assert write_duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(

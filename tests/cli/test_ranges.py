@@ -90,6 +90,8 @@ def test_seeds_of_a_recipe_are_not_negative(part: str) -> None:
         (EngineSettings(threads=-3), "threads"),
         (EngineSettings(parallel=0), "parallel"),
         (EngineSettings(context_tokens=0), "context_tokens"),
+        (EngineSettings(context_tokens=2**62), "context_tokens"),
+        (EngineSettings(threads=10**9), "threads"),
     ],
 )
 def test_an_engine_names_the_setting_that_is_wrong(settings: EngineSettings, named: str) -> None:

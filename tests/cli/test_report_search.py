@@ -22,14 +22,17 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_search_is_printed_and_its_page_drawn_again(file: Path) -> None:
-    """The path alone on stdout, tables and verdict on stderr."""
+    """The path alone on stdout, tables and verdict on stderr; the page in the bundle stays."""
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.strip() == str(file.with_name(PAGE).resolve())
-    assert file.with_name(PAGE).read_text().startswith("<!doctype html>")
+    page = Path(done.stdout.strip())
+    assert page.read_text().startswith("<!doctype html>")
+    assert file.with_name(PAGE).read_text() == "of an older version" != page.read_text()
 
 
 def test_a_search_as_json_has_page_and_verdict(file: Path) -> None:
+    """The page in the bundle, where it is that of this search."""
+    write_tuning(file.parent, build_tuning())
     done = CliRunner().invoke(app, ["report", str(file), "--no-open", "--json"])
     found = json.loads(done.stdout)
     assert found == {
@@ -39,20 +42,12 @@ def test_a_search_as_json_has_page_and_verdict(file: Path) -> None:
     }
 
 
-def test_the_page_of_a_signed_bundle_stays_as_it_is(file: Path) -> None:
-    """The signature is over it."""
-    file.with_name("model.sig").write_text("{}")
-    done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert done.exit_code == 0, done.output
-    assert file.with_name(PAGE).read_text() == "of an older version"
-
-
 def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     """Exit code 2 and a remedy."""
     file = tmp_path / "other.json"
     file.write_text('{"winner": "me"}')
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-report")
     assert "→" in done.output
     assert [each.name for each in tmp_path.iterdir()] == ["other.json"]
 
@@ -74,5 +69,5 @@ def test_figures_that_cannot_be_are_refused(
     file = tmp_path / FILE
     file.write_text(json.dumps(values))
     done = CliRunner().invoke(app, ["report", str(file), "--no-open"])
-    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-tuning")
+    assert (done.exit_code, find_error_code(done.output)) == (2, "damaged-report")
     assert said in " ".join(done.output.split())

@@ -364,7 +364,7 @@ def test_lost_records_are_named(
     """The file, and no number of the system's."""
     (bundle / "records.jsonl").unlink()
     code, output = _type("verify bundle", tmp_path, monkeypatch)
-    assert (code, find_error_code(output)) == (2, "bundle-file-unreadable"), output
+    assert (code, find_error_code(output)) == (2, "report-file-unreadable"), output
     assert "bundle/records.jsonl" in output
     assert "Errno" not in output
 

@@ -100,7 +100,7 @@ def test_line_ends_that_models_write_are_kept(reports: Path) -> None:
     [
         (lambda folder: None, "no-report"),
         (lambda folder: folder.rmdir(), "no-report"),
-        (lambda folder: (folder / "report.json").write_text("{}"), "damaged-records"),
+        (lambda folder: (folder / "report.json").write_text("{}"), "damaged-report"),
     ],
 )
 def test_a_folder_without_a_report_is_refused(tmp_path: Path, spoil: object, code: str) -> None:

@@ -18,7 +18,6 @@ keep_truncated = true
 [runtime.thinking]
 max_tokens = 6
 closing = " Done."
-close_bias = 0.5
 hesitation = ["and", "Alternatively"]
 hesitation_penalty = 2.0
 [export]

@@ -67,27 +67,6 @@ def test_the_cap_cuts_a_last_sentence(cap: int) -> None:
     assert (parts.state, parts.thinking_ids) == ("open", (3,) * 4)
 
 
-def test_the_bias_rises_over_the_last_quarter_of_the_budget() -> None:
-    budget = replace(BUDGET, max_tokens=40, close_bias=8.0)
-    expected = {0: 0.0, 29: 0.0, 30: 0.0, 35: 4.0, 39: 7.2, 40: 8.0}
-    assert expected == {thought: pytest.approx(budget.bias_at(thought)) for thought in expected}
-    assert replace(budget, max_tokens=None).bias_at(39) == 0.0
-
-
-def test_the_close_tag_is_chosen_once_the_bias_outweighs_the_rest() -> None:
-    """Against a lead of 3 logits, after 34 tokens: the bias is 3.2 then. Nothing is forced."""
-    budget = replace(BUDGET, max_tokens=40, close_bias=8.0)
-    sequence = GeneratedSequence(0, [0], replace(SAMPLING, budget=budget, max_new_tokens=99), 200)
-    while 1 not in sequence.ids:
-        sequence.step(_prefer(3, by=3.0))
-    assert sequence.ids == [3] * 34 + [1]
-
-    sequence.step(_prefer(2))
-    sequence.step(_prefer(3))
-    assert sequence.ids[-3:] == [1, 2, 3], "the answer has no bias"
-    assert sequence.forced_at is None
-
-
 def test_words_of_hesitation_lose_logits_only_in_the_thought() -> None:
     budget = replace(BUDGET, max_tokens=None, hesitation_ids=(3, 6), hesitation_penalty=5.0)
     script = [3, 6, 0, *CLOSE, 3, 6]
@@ -121,7 +100,7 @@ def test_the_engines_logits_are_left_as_they_are() -> None:
         {"max_tokens": -1},
         {"closing_message_ids": (VOCABULARY,)},
         {"hesitation_ids": (-1,)},
-        {"close_bias": float("nan")},
+        {"hesitation_penalty": float("nan")},
         {"hesitation_penalty": float("inf")},
     ],
 )

@@ -108,6 +108,27 @@ def test_a_second_process_waits_with_a_word(
     locks.release_folder(tmp_path)
 
 
+def test_a_stage_is_made_again_where_the_one_before_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a verification does at its end, while the same one waits for it."""
+    monkeypatch.setattr(locks, "_locks", {})
+    removing = (
+        "import json, shutil, sys, time, racdeploy.files.stages as s\n"
+        "stage = s.Stage.open(s.Path(sys.argv[1]), 'verify', json.loads(sys.argv[2]))\n"
+        "print(flush=True); time.sleep(1); shutil.rmtree(stage.folder); time.sleep(0.5)"
+    )
+    command = [sys.executable, "-c", removing, str(tmp_path), json.dumps(INPUTS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        stage = Stage.open(tmp_path, "verify", INPUTS)
+        assert process.wait() == 0
+    assert locks.is_folder_in_use(stage.folder) is False, "it is this process's"
+    assert sorted(file.name for file in stage.folder.iterdir()) == [".lock", "inputs.json"]
+    locks.release_folder(stage.folder)
+
+
 def test_nothing_is_said_of_what_is_no_concern_of_the_run(tmp_path: Path) -> None:
     """Finished stages, other kinds, another model and recipe, stages that another process uses."""
     Stage.open(tmp_path, "prune", INPUTS).finish({})
@@ -174,3 +195,12 @@ def test_the_scratch_folder_of_a_killed_process_goes_with_the_next_one(tmp_path:
         assert sorted(tmp_path.iterdir()) == [second, own]
     processes[1].communicate("")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_that_lacks_a_figure_is_damaged(tmp_path: Path) -> None:
+    stage = Stage.open(tmp_path, "traces", {"a": 1})
+    stage.finish({"tokens": 3})
+    assert stage.summary["tokens"] == 3
+    (stage.folder / "stage.json").write_text("{}", encoding="utf-8")
+    with raises("damaged-stage", "tokens"):
+        stage.summary["tokens"]

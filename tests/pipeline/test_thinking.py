@@ -29,15 +29,15 @@ def test_words_that_the_vocabulary_lacks_are_not_penalized() -> None:
 
 
 def test_a_budget_is_that_of_the_recipe_or_of_the_verification() -> None:
-    job = _job(max_tokens=300, closing="\nNow.\n", close_bias=4.0)
+    job = _job(max_tokens=300, closing="\nNow.\n")
     control = read_control(job, job.encoder)
     assert (control.max_tokens, control.settings.closing) == (300, "\nNow.\n")
     assert control.apply(job.recipe.verify).max_thinking_tokens == 300
     assert "it ends after 300 tokens; with 'Now.'" in note_control(control)[0]
 
-    # Both also go with a budget that an app gives later.
-    later = read_control(_job(closing="Now.", close_bias=4.0), job.encoder)
-    assert (later.max_tokens, later.settings.close_bias) == (None, 4.0)
+    # It also goes with a budget that an app gives later.
+    later = read_control(_job(closing="Now."), job.encoder)
+    assert (later.max_tokens, later.settings.closing) == (None, "Now.")
 
     both = Job(Recipe.combine(None, {"verify": {"max_thinking_tokens": 500}}))
     assert read_control(both, both.encoder) == ShippedControl(500)

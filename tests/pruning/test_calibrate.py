@@ -14,13 +14,14 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.device import CPU
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.pruning.walk.batches import make_batches
 from racdeploy.pruning.walk.hessian import Hessian
-from racdeploy.pruning.walk.statistics import InputStatistic
+from racdeploy.pruning.walk.statistics import PAD, InputStatistic
 from racdeploy.quant import IMPORTANCE_FILE
-from racdeploy.recipe import Pruning, SegmentWeights
+from racdeploy.recipe import Pruning
 from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_traces import TRACES
@@ -117,26 +118,19 @@ def test_importance_is_kept_beside_chosen_codes(checkpoint: Checkpoint, tmp_path
     assert {*checkpoint.shape.prunable_weights} <= {*found}
 
 
-def test_streams_count_by_their_weights() -> None:
-    """A token counts what its stream weighs, and padding nothing."""
+def test_every_token_counts_once_and_padding_does_not() -> None:
+    """Inputs: is it thinking, is it answer."""
     (batch,) = make_batches(TRACES, ["gcd"], held_out=False)
-    prompt, thinking = (
-        sum(len(t.prompt_ids) for t in TRACES),
-        sum(t.thinking_tokens for t in TRACES),
+    thinking, answer = sum(trace.thinking_tokens for trace in TRACES), 4 * len(TRACES)
+    total = sum(len(trace.ids) for trace in TRACES)
+    assert batch.segment_BT.numel() > total, "some tokens are padding"
+
+    statistic = InputStatistic(2, CPU)
+    segment_BT2 = batch.segment_BT[..., None] == torch.tensor([1, 2])
+    statistic.add(segment_BT2.float(), None, batch.segment_BT)
+    assert statistic.hessian(1e-12).matrix_II.diagonal().tolist() == pytest.approx(
+        [thinking / total, answer / total]
     )
-    answer = 4 * len(TRACES)
-    for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [1.0, 2.0, 0.5]):
-        statistic = InputStatistic(2, torch.tensor(weights))
-        segment_BT2 = batch.segment_BT[..., None] == torch.tensor(
-            [1, 2]
-        )  # inputs: is it thinking, is it answer
-        statistic.add(segment_BT2.float(), None, batch.segment_BT)
-        total = sum(w * n for w, n in zip(weights, (prompt, thinking, answer), strict=True))
-        expected = [weights[1] * thinking / total, weights[2] * answer / total]
-        hessian = statistic.hessian(1e-12)
-        assert hessian.matrix_II.diagonal()[~hessian.dead_I].tolist() == pytest.approx(
-            [e for e in expected if e]
-        )
 
 
 @pytest.mark.parametrize("outputs", [(2, 3), (5, 4)])
@@ -150,7 +144,7 @@ def test_the_targets_give_the_dense_output_on_the_drifted_input(outputs: tuple[i
         torch.randn(sum(outputs), 12, generator=generator),
     )
     sparse_NI = dense_NI @ (torch.eye(12) + 0.1 * torch.randn(12, 12, generator=generator))
-    statistic = InputStatistic(12, torch.ones(3), weight_OI.split(outputs))
+    statistic = InputStatistic(12, CPU, weight_OI.split(outputs))
     statistic.add(sparse_NI[None], dense_NI[None], torch.ones(1, 400, dtype=torch.long))
     found_OI = torch.cat([*statistic.solve_targets([0, 1], statistic.hessian(1e-7)).values()])
     expected = np.linalg.lstsq(
@@ -234,17 +228,14 @@ def test_bfloat16_products_prune_nearly_alike(tmp_path: Path) -> None:
 
 
 def test_hessian_sums_in_slices_are_the_whole_product() -> None:
-    """Half the product, mirrored, is all of it: a width that the slices do not divide, weighted
-    streams.
-    """
+    """Half the product, mirrored, is all of it: a width that the slices do not divide."""
     generator = torch.Generator().manual_seed(0)
-    input_NI, segment_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 3
-    weights_R = torch.tensor([1.0, 0.5, 2.0])
-    statistic = InputStatistic(601, weights_R)
+    input_NI, segment_N = torch.randn(700, 601, generator=generator), torch.arange(700) % 4 - 1
+    statistic = InputStatistic(601, CPU)
     for part in (slice(0, 300), slice(300, 700)):
         statistic.add(input_NI[None, part], None, segment_N[None, part])
-    weighted = input_NI.double() * weights_R[segment_N][:, None].double()
-    expected_II = (weighted.T @ input_NI.double() / float(weights_R[segment_N].sum())).float()
+    real_NI = input_NI[segment_N != PAD].double()
+    expected_II = (real_NI.T @ real_NI / len(real_NI)).float()
     torch.testing.assert_close(
         statistic.hessian(1e-12).matrix_II, expected_II, rtol=1e-4, atol=1e-5
     )
@@ -317,15 +308,6 @@ def test_no_traces_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Pruning without data is refused."""
     with raises("no-calibration-traces"):
         prune_blocks(checkpoint, [], [], Pruning(), _empty(tmp_path / "blocks"))
-
-
-def test_streams_that_all_weigh_nothing_are_an_error(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    """A Hessian of nothing is no Hessian."""
-    weights = SegmentWeights(prompt=0, thinking=0, answer=0)
-    with raises("no-weighted-tokens"):
-        prune_blocks(checkpoint, TRACES, [], Pruning(), _empty(tmp_path / "blocks"), weights)
 
 
 def _empty(folder: Path) -> Path:

@@ -41,7 +41,6 @@ CALIBRATION = [make_trace(i, 5 + i % 7, 30, 4) for i in range(24)]
 HELD_OUT = [make_trace(60 + i, 6, 20, 3) for i in range(3)]
 E, LOUD, UNUSED, QUIET = 8, 3, 6, 1
 CUT = {"experts": 0.75}
-WEIGHTS = [0.0, 2.0, 1.0]  # of a token of the prompt, the thinking, the answer
 
 
 @pytest.fixture(scope="module")
@@ -257,13 +256,10 @@ def test_who_is_missed_most_stays_and_who_is_never_asked_goes(
 def at_first_block(
     dense: Checkpoint, tmp_path: Path
 ) -> Iterator[tuple[PruningSession, CalibrationPass, nn.Module]]:
-    """All that decides which experts of the first block stay; the thinking counts twice."""
+    """All that decides which experts of the first block stay."""
     batches = make_batches(CALIBRATION, ["gcd"], held_out=False)
     blocks = BlockwiseModel(dense)
-    weights_R, settings = torch.tensor(WEIGHTS), Pruning()
-    session = PruningSession(
-        blocks, batches, batches, weights_R, settings, tmp_path, SINGLE_PROCESS
-    )
+    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path, SINGLE_PROCESS)
     flow = CalibrationPass(blocks, batches, tmp_path, "found")
     with torch.inference_mode():
         for index, hidden_BTD in enumerate(blocks.embed(batches)):
@@ -304,8 +300,6 @@ def test_the_norm_of_an_expert_is_weighted_by_its_share(
     mixture = model.model.layers[0].mlp
     hidden_ND, chosen_NK = routing(model, 0)
     logits_NE = hidden_ND @ mixture.gate.weight.T
-    segment_N = torch.cat([torch.tensor(trace.segments()) for trace in CALIBRATION])
-    weight_N = torch.tensor(WEIGHTS)[segment_N]
 
     for expert in range(E):
         is_own_N = (chosen_NK == expert).any(1)
@@ -313,15 +307,14 @@ def test_the_norm_of_an_expert_is_weighted_by_its_share(
         share_N = (shares_NK * (chosen_NK == expert)).sum(1)
         with torch.inference_mode():
             size_N = mixture.experts[expert](hidden_ND).norm(dim=1)
-        weighed_N = (weight_N * share_N * size_N)[is_own_N]
-        expected = float(weighed_N.sum() / weight_N[is_own_N].sum()) if is_own_N.any() else 0.0
+        expected = float((share_N * size_N)[is_own_N].mean()) if is_own_N.any() else 0.0
         assert norms[expert] == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_the_cost_of_an_expert_is_that_of_its_removal(
     dense: Checkpoint, at_first_block: tuple[PruningSession, CalibrationPass, nn.Module]
 ) -> None:
-    """Against the model whose router is without it, token by token, weighed by stream."""
+    """Against the model whose router is without it, token by token."""
     probe = plugins.load("structures", "experts").ExpertProbe(*at_first_block)
     costs = probe.compute_rises(range(E))
     model: Any = load_model(dense)
@@ -336,8 +329,6 @@ def test_the_cost_of_an_expert_is_that_of_its_removal(
         last_states(model, CALIBRATION)
         return torch.cat([each.reshape(-1, each.shape[-1]) for each in seen])
 
-    segment_N = torch.cat([torch.tensor(trace.segments()) for trace in CALIBRATION])
-    weight_N = torch.tensor(WEIGHTS)[segment_N]
     whole_ND = outputs()
     experts = list(block.mlp.experts)
     router_ED = block.mlp.gate.weight
@@ -346,7 +337,7 @@ def test_the_cost_of_an_expert_is_that_of_its_removal(
         block.mlp.experts = type(block.mlp.experts)([experts[other] for other in others])
         block.mlp.gate.weight = nn.Parameter(router_ED[others], requires_grad=False)
         change_N = (outputs() - whole_ND).square().sum(1) / whole_ND.square().sum(1)
-        assert costs[expert] == pytest.approx(float(change_N @ weight_N), rel=1e-3, abs=1e-6)
+        assert costs[expert] == pytest.approx(float(change_N.sum()), rel=1e-3, abs=1e-6)
 
     assert max(costs, key=costs.__getitem__) == LOUD
     assert costs[UNUSED] == 0

@@ -128,10 +128,8 @@ def test_who_is_missed_most_stays_with_all_that_is_its_own(
 def test_the_cost_of_an_expert_is_that_of_its_removal(dense: Checkpoint, tmp_path: Path) -> None:
     """Against the block whose router is without it, its bias too, token by token."""
     batches = make_batches(CALIBRATION, ["gcd"], held_out=False)
-    blocks, weights_R = BlockwiseModel(dense), torch.ones(3)
-    session = PruningSession(
-        blocks, batches, batches, weights_R, Pruning(), tmp_path, SINGLE_PROCESS
-    )
+    blocks = BlockwiseModel(dense)
+    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path, SINGLE_PROCESS)
     flow = CalibrationPass(blocks, batches, tmp_path, "found")
 
     def outputs() -> torch.Tensor:

@@ -21,6 +21,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.pipeline import workspace
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
+from racdeploy.pruning.device import CPU
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.statistics import InputStatistic
 from racdeploy.recipe import Recipe
@@ -114,7 +115,7 @@ def test_the_sum_does_not_depend_on_the_order_of_the_batches() -> None:
     segment_BT = torch.ones(1, 50, dtype=torch.long)
     matrices, singles = [], []
     for order in (batches, batches[::-1], batches[3:] + batches[:3]):
-        statistic = InputStatistic(40, torch.tensor([1.0, 0.7, 1.3]), ())
+        statistic = InputStatistic(40, CPU)
         single_II = torch.zeros(40, 40)
         for batch_BTI in order:
             statistic.add(batch_BTI, None, segment_BT)

@@ -17,6 +17,7 @@ from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
+from racdeploy.pruning.device import CPU
 from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.structure.cut import CutContext
 from racdeploy.pruning.structure.cut_plan import list_structure_rows, read_cut_plan
@@ -135,7 +136,7 @@ def test_blocks_go_by_the_drift_that_their_removal_leaves(tmp_path: Path, count:
     dense = _make(tmp_path)
     batches = make_batches(TRACES, ["gcd"], held_out=False)
     session = PruningSession(
-        BlockwiseModel(dense), batches, batches, torch.ones(3), PLAIN, tmp_path, SINGLE_PROCESS
+        BlockwiseModel(dense), batches, batches, PLAIN, tmp_path, SINGLE_PROCESS
     )
     with torch.inference_mode():
         context = CutContext(session, plugins.load("criteria", "error"), count)
@@ -222,22 +223,17 @@ def test_targets_of_a_narrower_linear_give_the_dense_output() -> None:
     x_NI = dense_NJ[:, :8] + 0.3 * torch.randn(60, 8, generator=generator)
     dense_OJ = torch.randn(5, 12, generator=generator)
     weight_OI = torch.randn(5, 8, generator=generator)
-    weights_R = torch.tensor([0.5, 1.0, 2.0])
-    segment_N = torch.randint(0, 3, (60,), generator=generator)
-
-    statistic = InputStatistic(8, weights_R, [weight_OI], [dense_OJ])
-    statistic.add(x_NI[None], dense_NJ[None], segment_N[None])
+    statistic = InputStatistic(8, CPU, [weight_OI], [dense_OJ])
+    statistic.add(x_NI[None], dense_NJ[None], torch.zeros(1, 60, dtype=torch.long))
     statistic.reduce(SINGLE_PROCESS, [0])
     hessian = statistic.hessian(0.01)
     found_OI = statistic.solve_targets([0], hessian)[0]
 
     # Damping is a token for each input, of its size, whose output is the narrower linear's own.
-    root_N1 = weights_R[segment_N].double().sqrt()[:, None]
-    scale = weights_R[segment_N].double().sum()
-    plain_II = (root_N1 * x_NI).T @ (root_N1 * x_NI) / scale
-    more_II = (0.01 * plain_II.diagonal().mean() * scale).sqrt() * torch.eye(8).double()
-    inputs_XI = torch.cat([root_N1 * x_NI, more_II])
-    outputs_XO = torch.cat([root_N1 * (dense_NJ @ dense_OJ.T), more_II @ weight_OI.T.double()])
+    x_NI, dense_NJ = x_NI.double(), dense_NJ.double()
+    more_II = (0.01 * x_NI.square().sum(0).mean()).sqrt() * torch.eye(8).double()
+    inputs_XI = torch.cat([x_NI, more_II])
+    outputs_XO = torch.cat([dense_NJ @ dense_OJ.T.double(), more_II @ weight_OI.T.double()])
     expected_IO = torch.linalg.lstsq(inputs_XI, outputs_XO).solution
     torch.testing.assert_close(found_OI.double(), expected_IO.T, rtol=1e-4, atol=1e-4)
 

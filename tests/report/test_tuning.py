@@ -132,7 +132,7 @@ def test_the_facts_say_what_was_asked_and_what_it_took(tuning: Tuning) -> None:
     """The time beside the budget, and what stopping early saved."""
     facts = dict(list_facts(tuning))
     assert facts["Constraints"].startswith("best seconds per correct answer, 100,000,000 bytes")
-    assert facts["Time"].startswith("1.0 h of 1.5 h: traces 6.9 min, measure 38.0 s")
+    assert facts["Time"].startswith("1 h 1 min of 1 h 30 min: traces 7 min, measure 38 s")
     assert facts["Time"].endswith("stopping early saved 66% of the race")
     assert facts["Gain in accuracy"].startswith("2.2 points")
 
@@ -233,14 +233,14 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
 
     for text, code in (
         ("[]", "json-not-an-object"),
-        ("{}", "damaged-tuning"),
+        ("{}", "damaged-report"),
         ("{", "invalid-json"),
-        ('{"winner": 7}', "damaged-tuning"),
+        ('{"winner": 7}', "damaged-report"),
     ):
         (folder / FILE).write_text(text)
         with raises(code, FILE):
             read_tuning(folder / FILE)
-    with raises("tuning-unreadable", "absent.json"):
+    with raises("report-file-unreadable", "absent.json"):
         read_tuning(folder / "absent.json")
 
 

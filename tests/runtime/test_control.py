@@ -55,7 +55,7 @@ def test_every_form_of_a_word_is_found(tmp_path: Path) -> None:
 def test_an_engine_is_told_only_what_there_is_to_do(encoder: PromptEncoder) -> None:
     tags = find_tags(encoder)
     prompt = encoder.encode(QUESTION)
-    off = ThinkingControl(closing="Done.", close_bias=4, hesitation={"Wait": (7,)})
+    off = ThinkingControl(closing="Done.", hesitation={"Wait": (7,)})
     penalty = off.model_copy(update={"hesitation_penalty": 2.0})
 
     assert make_budget(encoder, tags, prompt, None, off) is None
@@ -79,13 +79,11 @@ def test_a_last_sentence_without_tags_is_allowed(encoder: PromptEncoder) -> None
 def test_what_is_done_is_said() -> None:
     control = ThinkingControl(
         closing="\nNow.\n",
-        close_bias=4,
         hesitation={"Wait": (7,), "Hmm": ()},
         hesitation_penalty=2,
     )
     assert describe_control(512, control) == (
-        "it ends after 512 tokens; with 'Now.'; its end gains up to 4 logits before that; "
-        "Wait lose 2 logits"
+        "it ends after 512 tokens; with 'Now.'; Wait lose 2 logits"
     )
     assert describe_control(None, ThinkingControl()) == ""
 

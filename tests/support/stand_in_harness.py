@@ -82,7 +82,7 @@ def _read_options() -> argparse.Namespace:
     parser.add_argument("verb", choices=["run"])
     for name in ("tasks", "model", "model_args", "gen_kwargs", "output_path", "use_cache"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--include_path", default=".")
+    parser.add_argument("--include_path", default=str(Path(__file__).parent))  # its own tasks
     parser.add_argument("--limit", type=int)
     parser.add_argument("--apply_chat_template", action="store_true", required=True)
     parser.add_argument("--log_samples", action="store_true", required=True)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
-from scipy.stats import binom, binomtest, multinomial
+from scipy.stats import binom, binomtest, multinomial, norm
 from scipy.stats import t as student
 
-from racdeploy.verification.stats.distributions import student_quantile
+from racdeploy.verification.stats.distributions import normal_quantile, student_quantile
 from racdeploy.verification.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verification.stats.paired import (
     drop_interval,
@@ -391,6 +391,13 @@ def test_students_quantile_matches_scipy(probability: float, freedom: int) -> No
     expected = float(student.ppf(probability, freedom))
     tolerance = 1e-9 if freedom <= 1000 else 3e-5
     assert student_quantile(2 * probability - 1, freedom) == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_largest_confidence_has_quantiles() -> None:
+    """Half of what is above it is less than a float can tell from 1."""
+    confidence = math.nextafter(1, 0)
+    assert normal_quantile(confidence) == pytest.approx(norm.isf((1 - confidence) / 2))
+    assert math.isfinite(student_quantile(confidence, 2000))
 
 
 def test_the_restricted_mean_counts_truncated_runs_at_the_cap() -> None:

@@ -10,11 +10,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from racdeploy.bundles.hub.layout import list_artifacts, map_remote_files
+from racdeploy.bundles.hub.layout import map_remote_files
 from racdeploy.bundles.hub.remote import HubRepository
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.ownership import restrict_to_owner
-from racdeploy.files.writing import atomic_folder, file_sha256, make_parent, require_space
+from racdeploy.files.writing import atomic_folder, make_parent, require_space
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 
 
@@ -57,10 +57,10 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
     require_space(out.resolve().parent, size_bytes, "name another place with --out")
     partial = _open_partial(out)
     remote.download(paths.values(), partial)
-    _check(remote.name, partial, paths, manifest)
 
     # The folder appears complete or not at all. Reading the manifest again proves that the checked
-    # one was downloaded.
+    # one was downloaded. A file that differs is gone with the scratch folder, and so is downloaded
+    # again next time.
     with atomic_folder(out) as scratch:
         for file_name, path in paths.items():
             target = scratch / file_name
@@ -70,6 +70,12 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
             raise ArtifactError(
                 "hub-changed", f"{remote.name}: {MANIFEST_NAME} of {bundle} changed meanwhile"
             )
+        try:
+            manifest.check_files(scratch)
+        except ArtifactError as error:
+            remedy = "run the same command again; if it fails again, the repository is damaged"
+            message = f"{remote.name}: {error.message}"
+            raise ArtifactError(error.code, message, remedy=remedy) from error
 
     shutil.rmtree(partial)
     return PullResult(out, bundle, str(remote.info.sha), size_bytes)
@@ -128,27 +134,3 @@ def _open_partial(out: Path) -> Path:
         shutil.rmtree(partial)
         partial.mkdir(0o700)
     return partial
-
-
-def _check(repository: str, folder: Path, paths: dict[str, str], manifest: Manifest) -> None:
-    """Compare every file of the manifest with its hash; remove one that differs."""
-    hashes = list_artifacts(manifest)
-    for tokenizer in manifest.tokenizers:
-        hashes |= tokenizer.files
-
-    for name, sha256 in hashes.items():
-        if name not in paths:
-            raise ArtifactError(
-                "hub-file-missing", f"{repository} lacks {name!r}, which its manifest names"
-            )
-
-        file = folder / paths[name]
-        if file_sha256(file) != sha256:
-            # Otherwise the next pull would reuse it.
-            file.unlink()
-            raise ArtifactError(
-                "hub-file-differs",
-                f"{repository}: {paths[name]} differs from its manifest: "
-                f"SHA-256 is not {sha256[:16]}…",
-                remedy="run the same command again; if it fails again, the repository is damaged",
-            )

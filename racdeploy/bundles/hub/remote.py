@@ -188,7 +188,7 @@ class HubRepository:
             if getattr(error, "errno", None) is not None:  # an error of the disk, not of the Hub
                 raise
             raise self._explain(error) from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise EnvironmentFailure(
                 "hub-answers-oddly",
                 f"the Hub at {self.api.endpoint} sent an answer of unknown form",

@@ -6,6 +6,7 @@ Source: llama.cpp ``conversion/base.py`` (get_vocab_base) and ``gguf-py/gguf/voc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
     """Return a text for each row of the embedding; rows without a token get llama.cpp's name."""
     filled = tuple(texts.get(i, f"[PAD{i}]") for i in range(size))
     if len(set(filled)) != size:
-        repeated = next(text for text in filled if filled.count(text) > 1)
+        [(repeated, _)] = Counter(filled).most_common(1)
         raise ModelError(
             "unsupported-tokenizer",
             f"tokenizer.json has two ids for the token {repeated!r}, which llama.cpp cannot load",

@@ -123,7 +123,7 @@ def export(
 def _check_request(out: Path, quant: str, packing: str, metadata: Metadata) -> None:
     packings.check("gguf", quant, packing)
     suffix = packings.load_gguf(packing).SUFFIX
-    if (out.suffix == racgguf.SUFFIX) != (suffix == racgguf.SUFFIX):
+    if out.suffix != suffix:
         raise UsageError(
             "wrong-file-name",
             f"{out} has the wrong suffix for packing {packing!r}",

@@ -125,8 +125,7 @@ class BlockUnits(PrunableUnits):
         change_N = (hidden_BTD[real_BT] - dense_BTD[real_BT]).square().sum(-1)
         energy_N = dense_BTD[real_BT].square().sum(-1)
 
-        weight_N = self._session.weights_R.cpu()[self._probe.segment_BT[real_BT]]
-        return float((change_N / energy_N) @ weight_N / weight_N.sum())
+        return float((change_N / energy_N).mean())
 
 
 def _list_roles(shape: ModelShape) -> list[tuple[bool, ...]]:

@@ -159,7 +159,6 @@ def measure_expert_norms(
 
     for index, batch in enumerate(session.calibration_batches):
         routed = flow.expert_input(block, index)
-        segment_N = batch.segment_BT.flatten()
 
         for number, expert in enumerate(experts):
             token_M = routed.tokens(batch, number)
@@ -169,10 +168,8 @@ def measure_expert_norms(
             is_chosen_MK = routed.chosen_NK[token_M] == number
             share_M = (routed.share_NK[token_M] * is_chosen_MK).sum(1)
             norm_M = share_M.float() * output_MD.float().norm(dim=1)
-            segment_M = segment_N[token_M.cpu()].to(session.weights_R.device)
-            weight_M = session.weights_R[segment_M]
-            sums_2E[0, number] += _sum_exactly(norm_M * weight_M, _NORM_GRID)
-            sums_2E[1, number] += _sum_exactly(weight_M, _NORM_GRID)
+            sums_2E[0, number] += _sum_exactly(norm_M, _NORM_GRID)
+            sums_2E[1, number] += len(norm_M)
 
     session.processes.reduce(sums_2E)
     norms_E = sums_2E[0] / sums_2E[1]
@@ -185,7 +182,7 @@ class _Part:
 
     logits_NE: Tensor
     products_NEE: Tensor  # of the outputs of each pair of experts
-    weight_N: Tensor  # of the token, over the energy of the block's output
+    weight_N: Tensor  # of the token: 1 over the energy of the block's output
     whole_NE: Tensor  # routing share of each expert, with all experts
     change_N: Tensor  # of the output, by the experts removed so far
     used_NE: Tensor  # whether a token is routed to a kept expert
@@ -277,14 +274,12 @@ class ExpertProbe:
 
             outputs_NED = torch.stack(outputs, 1).float()
             whole_NE = _share_out(logits_NE.float(), self._K, norm_topk_prob=self._norm_topk_prob)
-            segment_N = batch.segment_BT.flatten()[token_N.cpu()]
-            weight_N = session.weights_R[segment_N.to(session.weights_R.device)]
             energy_N = output_ND[token_N].float().square().sum(1)
             parts.append(
                 _Part(
                     logits_NE.float(),
                     outputs_NED @ outputs_NED.mT,
-                    weight_N / energy_N,  # relative, since a norm follows
+                    1 / energy_N,  # relative, since a norm follows
                     whole_NE,
                     torch.zeros_like(energy_N),
                     whole_NE > 0,

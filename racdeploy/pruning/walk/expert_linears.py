@@ -60,18 +60,12 @@ class SolveGroup:
 def count_expert_tokens(
     session: PruningSession, flow: CalibrationPass, block: nn.Module, experts: int
 ) -> list[int]:
-    """Count the calibration tokens that each expert of a block gets, over all processes.
-
-    Tokens of a segment with weight 0 are not counted.
-    """
+    """Count the calibration tokens that each expert of a block gets, over all processes."""
     counts_E = torch.zeros(experts, dtype=torch.float64)
 
     for index, batch in enumerate(session.calibration_batches):
         routed = flow.expert_input(block, index)
-        real_N = routed.tokens(batch, None)
-        segment_N = batch.segment_BT.flatten()[real_N.cpu()]
-        counting_N = session.weights_R.cpu()[segment_N] > 0
-        chosen_NK = routed.chosen_NK[real_N].cpu()[counting_N]
+        chosen_NK = routed.chosen_NK[routed.tokens(batch, None)].cpu()
         counts_E += torch.bincount(chosen_NK.flatten(), minlength=experts)
 
     session.processes.reduce(counts_E)
@@ -150,7 +144,7 @@ class ExpertLinears:
         for piece in pieces:
             weights = [full_weights[linear] for linear in piece.linears]
             matched = weights if self._match_dense else ()
-            statistics.append(InputStatistic(weights[0].shape[1], session.weights_R, matched))
+            statistics.append(InputStatistic(weights[0].shape[1], session.model.device, matched))
 
         for index, batch in enumerate(session.calibration_batches):
             sparse_routed = pair.sparse_flow.expert_input(pair.sparse, index)

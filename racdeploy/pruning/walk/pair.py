@@ -73,7 +73,7 @@ def gather_inputs(
     narrowed = [linear for linear in linears if linear in pair.narrowed_importance and match_dense]
     dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
     statistic = InputStatistic(
-        weights[0].shape[1], session.weights_R, weights if match_dense else (), dense
+        weights[0].shape[1], session.model.device, weights if match_dense else (), dense
     )
 
     for index, batch in enumerate(session.calibration_batches):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from racdeploy.engines.engine import Progress
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.batches import Batch
@@ -22,7 +20,6 @@ class PruningSession:
     model: BlockwiseModel
     batches: Sequence[Batch]  # of this process; held-out ones come last
     all_calibration_batches: Sequence[Batch]  # calibration batches of all processes
-    weights_R: torch.Tensor  # weight of a token by segment, on the blocks' device
     settings: Pruning
     folder: Path
     processes: ProcessGroup

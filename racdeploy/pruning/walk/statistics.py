@@ -1,9 +1,9 @@
 """Calibration statistics of one input: the Hessian, and products with the dense model's input.
 
-H = Σ w x xᵀ over tokens, w the weight of a token's segment. A batch's product is float32, the sum
+H = Σ x xᵀ over tokens. A batch's product is float32, the sum
 float64: exact unless magnitudes are more than 2²² apart, hence the same in any order and for any
 number of processes.
-Source: SparseGPT (arXiv 2301.00774) section 3; segments: RAC (2509.12464); GPTAQ (2504.02692).
+Source: SparseGPT (arXiv 2301.00774) section 3; GPTAQ (2504.02692).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from racdeploy.errors import UsageError
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.hessian import Hessian
 
@@ -30,10 +29,10 @@ class InputStatistic:
     """Sums over the calibration tokens of one input."""
 
     width: int
-    weights_R: Tensor  # of a token by segment, on the device of the sums
+    device: torch.device  # of the sums
     matched_weights: Sequence[Tensor] = ()  # of linears solved for the dense output
     dense_weights: Sequence[Tensor] = ()  # of the same linears before a cut of inputs
-    weight: float = field(init=False)  # after :meth:`reduce`: sum over all tokens
+    tokens: int = field(init=False)  # after :meth:`reduce`: of all processes
     importance_I: Tensor = field(init=False)  # after :meth:`reduce`: mean squared input
 
     def __post_init__(self) -> None:
@@ -43,21 +42,16 @@ class InputStatistic:
         self._projected = bool(self.dense_weights) or 2 * outputs <= I
         rows = outputs if self._projected else I
 
-        zeros = partial(self.weights_R.new_zeros, dtype=torch.float64)
-        self._weight = zeros(())
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        self._tokens = zeros(())
         self._delta_sum = zeros(rows if self.matched_weights else 0, I)
         self._sums = [zeros(stop - start, I - start) for start, stop in _slices(I)]
 
     def add(self, sparse_BTI: Tensor, dense_BTI: Tensor | None, segment_BT: Tensor) -> None:
         """Add a batch's input, without padding, and the dense model's input to compare with."""
-        segment_BT = segment_BT.to(self.weights_R.device)
-        real_BT = segment_BT != PAD
-        weight_N = self.weights_R[segment_BT[real_BT]]
-        self._weight += weight_N.sum(dtype=torch.float64)
-
-        # The root of the weight goes into both factors of the product.
-        root_N1 = weight_N.sqrt()[:, None]
-        x_NI = sparse_BTI[real_BT].float().mul_(root_N1)
+        real_BT = segment_BT.to(self.device) != PAD
+        x_NI = sparse_BTI[real_BT].float()
+        self._tokens += len(x_NI)
 
         for (start, stop), sum_CX in zip(_slices(self.width), self._sums, strict=True):
             rows_CN = x_NI[:, start:stop].T
@@ -69,7 +63,7 @@ class InputStatistic:
         assert dense_BTI is not None, (
             "linears are solved for the dense output, which needs the dense input"
         )
-        delta_NX = self._make_delta(dense_BTI[real_BT].float().mul_(root_N1), x_NI)
+        delta_NX = self._make_delta(dense_BTI[real_BT].float(), x_NI)
 
         for start, stop in _slices(delta_NX.shape[1]):
             rows_CN = delta_NX[:, start:stop].T
@@ -92,11 +86,11 @@ class InputStatistic:
         energy_I = torch.cat([sum_CX.diagonal() for sum_CX in self._sums])
         for part in (*self._sums, self._delta_sum):
             processes.reduce(part, owners)
-        for part in (energy_I, self._weight):
+        for part in (energy_I, self._tokens):
             processes.reduce(part)
 
-        self.weight = float(self._weight)
-        self.importance_I = (energy_I / self._weight).float()
+        self.tokens = int(self._tokens)
+        self.importance_I = (energy_I / self._tokens).float()
 
         if processes.rank not in owners:
             self._sums.clear()
@@ -104,17 +98,10 @@ class InputStatistic:
 
     def hessian(self, damping: float) -> Hessian:
         """Return the damped mean Hessian; the sums are freed on the way."""
-        if self._weight <= 0:
-            raise UsageError(
-                "no-weighted-tokens",
-                "no calibration token counts: every segment of the traces has weight 0",
-                remedy="raise prompt, thinking or answer under [calibration.segment_weights]",
-            )
-
-        matrix_II = self.weights_R.new_empty(self.width, self.width, dtype=torch.float32)
+        matrix_II = torch.empty(self.width, self.width, device=self.device)
         for start, stop in _slices(self.width):
             sum_CX = self._sums.pop(0)
-            matrix_II[start:stop, start:] = sum_CX.div_(self._weight)
+            matrix_II[start:stop, start:] = sum_CX.div_(self._tokens)
             matrix_II[stop:, start:stop] = matrix_II[start:stop, stop:].T
             del sum_CX  # freed before the next slice is filled
 
@@ -123,11 +110,11 @@ class InputStatistic:
     def solve_targets(self, indices: Sequence[int], hessian: Hessian) -> dict[int, Tensor]:
         """Return weights that map the sparse model's input to the dense model's output.
 
-        Minimizes Σ w |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
-        D = Σ w (x_dense − x) xᵀ. Where the dense linear V has more inputs, W D is
-        Σ w (V x_dense − W x) xᵀ. The sum for D is freed.
+        Minimizes Σ |W x_dense − T x|², damped towards W: T = W + W D (H + λ)⁻¹ with
+        D = Σ (x_dense − x) xᵀ. Where the dense linear V has more inputs, W D is
+        Σ (V x_dense − W x) xᵀ. The sum for D is freed.
         """
-        delta_XI = self._delta_sum.div_(self._weight).float()
+        delta_XI = self._delta_sum.div_(self._tokens).float()
         del self._delta_sum
         outputs = [len(weight_OI) for weight_OI in self.matched_weights]
         parts = torch.split(delta_XI, outputs) if self._projected else ()

@@ -33,7 +33,7 @@ def survey(
 ) -> dict[str, Observation]:
     """Call ``observe`` for each of the named linears of the dense model.
 
-    Effects are measured on one batch, the one with the largest total token weight, so that they
+    Effects are measured on one batch, the one with the most tokens, so that they
     compare across blocks and processes.
 
     Args:
@@ -44,10 +44,9 @@ def survey(
         Name → observation, from all processes.
     """
     blocks = session.model
-    totals = [
-        float(weigh_tokens(session, batch).sum()) for batch in session.all_calibration_batches
-    ]
-    probe = session.all_calibration_batches[totals.index(max(totals))]
+    probe = max(
+        session.all_calibration_batches, key=lambda batch: int((batch.segment_BT != PAD).sum())
+    )
 
     (probe_BTD,) = blocks.embed([probe])
     block_inputs = BlockInputs(probe.ids_BT)
@@ -158,7 +157,6 @@ class _Effects:
         self.output_BTD = self._blocks.forward(block, hidden_BTD, block_inputs=block_inputs)
         self._block_inputs = block_inputs.fork()
         self._real_BT = self._blocks.to_device(batch.segment_BT != PAD)
-        self._weight_N = weigh_tokens(session, batch)
 
     def measure(self, linear: str, weight_OI: Tensor) -> float:
         """Return the mean over tokens of |change|² / |output|² with these weights in the linear."""
@@ -176,12 +174,4 @@ class _Effects:
         change_N = change_ND.square().sum(-1)
         energy_N = output_ND.square().sum(-1)
 
-        weight_N = self._weight_N
-        share_N = torch.where(change_N > 0, change_N / energy_N, 0)
-        return float(share_N @ weight_N / weight_N.sum())
-
-
-def weigh_tokens(session: PruningSession, batch: Batch) -> Tensor:
-    """Return the weight of each token of a batch, without padding."""
-    segment_N = batch.segment_BT[batch.segment_BT != PAD]
-    return session.weights_R[segment_N.to(session.weights_R.device)]
+        return float(torch.where(change_N > 0, change_N / energy_N, 0).mean())

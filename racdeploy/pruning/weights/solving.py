@@ -189,7 +189,7 @@ class LinearPruner:
             damping,
             RelativeError(self.session.tasks),
             statistic.importance_I,
-            round(statistic.weight),
+            statistic.tokens,
             expert_tokens=None if expert is None else pair.expert_tokens[expert],
             pooled=piece.pooled,
             codes=codes,

@@ -36,8 +36,9 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
 
 def normal_quantile(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval, as 1.645 for 0.90."""
-    check_confidence(confidence)
-    return NormalDist().inv_cdf((1 + confidence) / 2)
+    if not 0 < confidence < 1:
+        raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
+    return -NormalDist().inv_cdf((1 - confidence) / 2)
 
 
 def student_quantile(confidence: float, freedom: int) -> float:
@@ -45,10 +46,8 @@ def student_quantile(confidence: float, freedom: int) -> float:
 
     Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved for the angle by bisection.
     """
-    check_confidence(confidence)
-    probability = (1 + confidence) / 2
+    normal = normal_quantile(confidence)
     if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
-        normal = NormalDist().inv_cdf(probability)
         return normal + (normal**3 + normal) / (4 * freedom)
 
     odd = freedom % 2
@@ -64,7 +63,7 @@ def student_quantile(confidence: float, freedom: int) -> float:
         if odd:
             inside = 2 / math.pi * (angle + cosine * inside)
 
-        return bool(inside < 2 * probability - 1)
+        return bool(inside < confidence)
 
     return math.sqrt(freedom) * math.tan(bisect(is_below, 0.0, math.pi / 2))
 
@@ -121,12 +120,6 @@ def clopper_pearson_lower(count: float, n: float, tail: float) -> float:
     whole_count = math.floor(count + ROUNDING_TOLERANCE)
     whole_n = math.ceil(n - ROUNDING_TOLERANCE)
     return 1 - clopper_pearson_upper(whole_n - whole_count, whole_n, tail)
-
-
-def check_confidence(confidence: float) -> None:
-    """Refuse a confidence level that is not between 0 and 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
 
 
 @cache

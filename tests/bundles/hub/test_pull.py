@@ -74,7 +74,8 @@ def test_changed_bytes_are_refused(
     _change(hub, path, right[:-1] + b"?")
     done = run("pull", NAME, "--out", "out")
     assert done.exit_code == 2
-    assert f"{path} differs from its manifest" in done.stderr
+    assert f"{Path(path).name} differs from its manifest" in done.stderr
+    assert "run the same command again" in done.stderr
     assert not (tmp_path / "out").exists()
 
     _change(hub, path, right)
