@@ -2,7 +2,8 @@
 
 That package is a separate project (``kernels/``), compiled where it is installed; no other module
 imports it. Its kernels are used where ``racdeploy-kernels prove`` measured correct and faster
-results on this machine; where they are not used, one line gives the reason.
+results on this machine; where they are not used, one line gives the reason. It also has the packing
+``bitmask_op``, which writes what its operator reads.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from racdeploy.errors import EngineError
 from racdeploy.extras import is_installed
 from racdeploy.processes.cores import available_cores
 
 AccelMode = Literal["auto", "off", "require"]
+LAYOUT_VERSION = 2
+"""Version of the packed matrices in exports, which the kernels have to read and write."""
 PACKAGE = "racdeploy-kernels"
 STOCK = "the engine's own"
 _MODULE = "racdeploy_kernels"
@@ -54,7 +57,7 @@ class Kernels(Protocol):
     """Interface of the module racdeploy_kernels; an engine is ``llama.cpp`` or ``onnxruntime``."""
 
     LAYOUT_VERSION: int
-    """Version of the packed matrix layout that the kernels read, as exports write it."""
+    """Version of the packed matrices that the kernels read, and pack."""
 
     def choose(self, engine: str, path: Path, threads: int) -> KernelChoice | str:
         """Let the kernels run a model's weights, or return the reason why they do not."""
@@ -74,18 +77,41 @@ class Kernels(Protocol):
     def name_used(self, engine: str, threads: int) -> str:
         """Return instruction set and build of the kernels in use, or an empty string."""
 
+    def load_packing(self) -> Any:
+        """Return the packing of graphs for onnxruntime; see racdeploy.packing.OnnxPacking."""
+
 
 def find() -> Kernels | str:
     """Return the installed kernels, or the reason why there are none for this racdeploy."""
     if not is_installed(_MODULE):
         return f"{PACKAGE} is not installed: {_INSTALL}; {_PROVE}"
 
-    from racdeploy.packing.sparse_matrix import LAYOUT_VERSION
-
-    kernels = importlib.import_module(_MODULE)
+    upgrade = f"pip install --upgrade racdeploy {PACKAGE}"
+    try:
+        kernels = importlib.import_module(_MODULE)
+    except ImportError as error:  # an earlier one asks for modules that racdeploy no longer has
+        return f"{PACKAGE} does not import, {error}: {upgrade}"
     if getattr(kernels, "LAYOUT_VERSION", None) != LAYOUT_VERSION:
-        return f"{PACKAGE} is for another racdeploy: pip install --upgrade racdeploy {PACKAGE}"
+        return f"{PACKAGE} is for another racdeploy: {upgrade}"
     return cast(Kernels, kernels)
+
+
+def load_packing() -> Any:
+    """Return the packing ``bitmask_op`` of the installed kernels.
+
+    Raises:
+        EngineError: there are none for this racdeploy.
+    """
+    kernels = find()
+    if isinstance(kernels, str):
+        reason, _, remedy = kernels.rpartition(": ")
+        raise EngineError("kernels-unusable", f"packing 'bitmask_op': {reason}", remedy=remedy)
+    return kernels.load_packing()
+
+
+def accel_name(model: str) -> str:
+    """Return the file name of the graph with packed matrices, given that of the plain one."""
+    return f"{model.removesuffix('.onnx')}.accel.onnx"
 
 
 def enable(path: Path, mode: AccelMode, *, threads: int = 0) -> KernelChoice:

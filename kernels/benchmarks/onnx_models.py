@@ -36,11 +36,11 @@ from racdeploy.engines.backends.onnxruntime.native import AppendedCache, SharedC
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.sparse_matrix import KERNEL_FORMATS, accel_name, to_sparse
-from racdeploy.sparse_kernels import AccelMode
+from racdeploy.sparse_kernels import AccelMode, accel_name
 from racdeploy_kernels.ort_operator import find_kernels
 from racdeploy_kernels.ort_trial import make_model, make_sparse, make_stock, open_session
 from racdeploy_kernels.proof import readiness
+from racdeploy_kernels.sparse_matrix import KERNEL_FORMATS, to_sparse
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "smollm2"))
 from import_gguf import import_gguf, packaged_gguf

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from racdeploy.sparse_kernels import KernelChoice
-from racdeploy_kernels import ggml_plugin, ggml_weights, ort_operator, verdicts
+from racdeploy_kernels import (
+    ggml_plugin,
+    ggml_weights,
+    ort_operator,
+    sparse_matrix,
+    verdicts,
+)
 from racdeploy_kernels.proof import EngineKernels, Proof, readiness
 
-LAYOUT_VERSION = 2  # of sparse_matrix.h, as racdeploy.packing.sparse_matrix writes it
+LAYOUT_VERSION = sparse_matrix.LAYOUT_VERSION
 FINDERS = {"llama.cpp": ggml_plugin.find_kernels, "onnxruntime": ort_operator.find_kernels}
 """Functions that return an engine's kernels, or why there are none for it."""
 _CHOOSERS = {"llama.cpp": ggml_weights.enable, "onnxruntime": ort_operator.choose}
@@ -76,3 +83,10 @@ def name_used(engine: str, threads: int) -> str:
     if verdict is None or not verdict.faster_from:
         return ""
     return f"sparse {proof.instruction_set} ({library.stem} {proof.sha256[:16]})"
+
+
+def load_packing() -> ModuleType:
+    """Return the packing ``bitmask_op``, whose graphs the operator for onnxruntime multiplies."""
+    from racdeploy_kernels import bitmask_op
+
+    return bitmask_op

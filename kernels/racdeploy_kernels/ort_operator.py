@@ -13,12 +13,12 @@ from pathlib import Path
 
 from racdeploy.errors import ArtifactError
 from racdeploy.extras import installed_version
-from racdeploy.packing.sparse_matrix import ACCEL_KEY, PackedWeights, accel_name
-from racdeploy.sparse_kernels import KernelChoice
+from racdeploy.sparse_kernels import KernelChoice, accel_name
 from racdeploy_kernels.ggml_plugin import NAMES
 from racdeploy_kernels.library import locate, pin
 from racdeploy_kernels.onnx_properties import read_properties
 from racdeploy_kernels.proof import EngineKernels, Proof
+from racdeploy_kernels.sparse_matrix import ACCEL_KEY, PackedWeights
 from racdeploy_kernels.verdicts import MIN_SPEEDUP, ThreadVerdict, choose_verdict
 
 _SAME_ZEROS = 0.02  # a model counts as one of 50 % zeros from 48 % on

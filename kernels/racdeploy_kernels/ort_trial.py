@@ -28,16 +28,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from racdeploy import quant as quants
-from racdeploy.packing.sparse_matrix import (
+from racdeploy.processes.cores import available_cores
+from racdeploy_kernels.ggml_plugin import NAMES
+from racdeploy_kernels.proof import Proof
+from racdeploy_kernels.sparse_matrix import (
     KERNEL_FORMATS,
     LAYOUT_VERSION,
     OPERATOR_DOMAIN,
     SparseMatrix,
     to_sparse,
 )
-from racdeploy.processes.cores import available_cores
-from racdeploy_kernels.ggml_plugin import NAMES
-from racdeploy_kernels.proof import Proof
 from racdeploy_kernels.verdicts import ThreadVerdict, measure, thread_counts, weights_bytes
 
 _SHAPES = ((64, 256), (100, 576), (7, 1056), (33, 32), (256, 2048))

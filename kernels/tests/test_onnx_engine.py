@@ -17,8 +17,7 @@ from racdeploy.engines.backends.onnxruntime import native as _onnx_native
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting.onnx import export
 from racdeploy.files.writing import file_sha256
-from racdeploy.packing.sparse_matrix import accel_name
-from racdeploy.sparse_kernels import choose_graph
+from racdeploy.sparse_kernels import accel_name, choose_graph
 from racdeploy_kernels import proof
 from racdeploy_kernels.ort_operator import find_kernels
 from racdeploy_kernels.proof import EngineKernels, Proof

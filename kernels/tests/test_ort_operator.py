@@ -15,15 +15,15 @@ import pytest
 import racdeploy_kernels
 from kernels.tests.support.compiling import build
 from racdeploy import quant as quants
-from racdeploy.packing.sparse_matrix import (
+from racdeploy.sparse_kernels import LAYOUT_VERSION
+from racdeploy_kernels import ort_trial
+from racdeploy_kernels.ort_trial import compare, make_model, make_sparse, open_session
+from racdeploy_kernels.sparse_matrix import (
     KERNEL_FORMATS,
-    LAYOUT_VERSION,
     SLACK_BYTES,
     SparseMatrix,
     to_sparse,
 )
-from racdeploy_kernels import ort_trial
-from racdeploy_kernels.ort_trial import compare, make_model, make_sparse, open_session
 
 QUANTS = ("matmulnbits_8", "matmulnbits_4", "f16")
 SOURCES = Path(__file__).parents[1] / "sources"

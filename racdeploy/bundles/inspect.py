@@ -17,8 +17,8 @@ from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.loading import refuse_unlisted, refuse_unlisted_parts
+from racdeploy.sparse_kernels import accel_name
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"

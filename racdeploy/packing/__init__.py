@@ -27,7 +27,8 @@ class Packing(Protocol):
 
     ``FORMATS`` are the file formats that store it: one for gguf is a :class:`GgufPacking`, one for
     onnx an :class:`OnnxPacking`. ``REQUIRES_ZEROS``: it leaves zeros out, so the quant has to keep
-    them. ``KEEPS_PLAIN_FILE``: the artifact stays plain, and the packed form is an extra file.
+    them. ``KEEPS_PLAIN_FILE``: the artifact stays plain, and the packed form is the graph
+    of :func:`racdeploy.sparse_kernels.accel_name` beside it.
     ``reason_for_plain`` returns why a tensor is better stored plain, or an empty string.
     """
 

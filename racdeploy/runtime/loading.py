@@ -12,11 +12,10 @@ from racdeploy.files.sha256_cache import has_sha256, refuse_changed, take_states
 from racdeploy.manifest import ArtifactEntry, Manifest, hash_error
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.packing import racgguf
-from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.runtime.deployed import find_plain
 from racdeploy.runtime.model import Model
 from racdeploy.runtime.template import PromptEncoder
-from racdeploy.sparse_kernels import AccelMode
+from racdeploy.sparse_kernels import AccelMode, accel_name
 
 
 def load(

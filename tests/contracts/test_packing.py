@@ -1,4 +1,7 @@
-"""What every packing promises, and which pairs of packing and number format are refused."""
+"""What every packing promises, and which pairs of packing and number format are refused.
+
+``bitmask_op`` is in racdeploy-kernels, and so are its tests: kernels/tests/test_accel_graph.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from racdeploy import quant as quants
 from tests.support.errors import raises
 from tests.support.packed_files import draw_rows, store_in_gguf, store_in_onnx
 
-PACKINGS = plugins.list_names("packing")
+PACKINGS = [name for name in plugins.list_names("packing") if name != "bitmask_op"]
 QUANTS = plugins.list_names("quant")
 FORMATS = plugins.list_names("formats")
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from racdeploy.engines.backends.onnxruntime import open_engine
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.exporting import check
 from racdeploy.exporting.onnx import export, measure
 from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
@@ -21,6 +22,7 @@ from racdeploy.exporting.onnx.graph import strip_weights
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.folding import check_folding
 from racdeploy.packing.packers import bitmask_graph
+from racdeploy.recipe import Export
 from tests.support.errors import raises
 from tests.support.tiny_onnx import APPENDING, tiny_onnx
 
@@ -131,3 +133,25 @@ def test_a_large_model_is_refused_with_its_price(
     monkeypatch.setattr(bitmask_graph, "MAX_WEIGHTS", 100_000)
     with raises("too-large-for-packing", " GB ", "'plain'"):
         export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_graph")
+
+
+def test_a_rival_in_another_format_may_be_asked_for() -> None:
+    """A build sets single tensors' formats back for it: set, and of no use, are two things."""
+    plain = Export(format="onnx", quant="matmulnbits_8").model_copy(
+        update={"quant": "k_quant", "tensors": {}}
+    )
+    check(plain)
+    with raises("unused-setting", "export.tensors"):
+        check(plain.model_copy(update={"tensors": {"ffn_down": "f16"}}))
+
+
+def test_an_older_second_graph_does_not_stay_beside_a_new_graph(
+    sparse: Checkpoint, tmp_path: Path
+) -> None:
+    """The operator would run its weights; whoever exports now may not have racdeploy-kernels."""
+    stale = [tmp_path / "m.accel.onnx", tmp_path / "m.accel.onnx_data", tmp_path / "m.onnx_data"]
+    for file in stale:
+        file.write_bytes(b"of another model")
+    result = export(sparse, tmp_path / "m.onnx", quant="f16")
+    assert list(result.files) == ["m.onnx"]
+    assert not any(file.exists() for file in stale)

@@ -231,22 +231,15 @@ def test_a_width_that_no_quant_block_divides_has_a_reason(
     }
 
 
-@pytest.mark.parametrize("packing", ["bitmask_graph", "bitmask_op"])
 @pytest.mark.usefixtures("_chosen")
-def test_zeros_are_left_out_of_blocks_of_any_width(
-    checkpoint: Checkpoint, tmp_path: Path, packing: str
-) -> None:
+def test_zeros_are_left_out_of_blocks_of_any_width(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Packed bytes are fewer, the answers the same."""
     (tmp_path / "plain").mkdir()
-    plain = export(checkpoint, tmp_path / "plain" / "m.onnx", quant="matmulnbits_8")
+    export(checkpoint, tmp_path / "plain" / "m.onnx", quant="matmulnbits_8")
+    packing = "bitmask_graph"
     packed = export(checkpoint, tmp_path / "m.onnx", quant="matmulnbits_8", packing=packing)
     taken = {t.name for t in packed.tensors if t.packing == packing}
     assert {name for name in taken if ".layers.1.mlp." in name}
-    if packing == "bitmask_op":
-        assert packed.sha256 == plain.sha256
-        rows = {row.name: row.shape for row in measure(tmp_path / "m.accel.onnx")[1]}
-        assert all(rows[name] == checkpoint.entries[name].shape for name in taken)
-        return
 
     settings = EngineSettings(64, parallel=1, threads=1, cache_dtype="f32")
     logits = []

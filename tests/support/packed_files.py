@@ -24,6 +24,7 @@ from racdeploy.packing.onnx.tensors import (
     read_tensors,
     rows_to_arrays,
 )
+from racdeploy.sparse_kernels import accel_name
 
 FORMATS = ("gguf", "onnx")
 
@@ -95,7 +96,7 @@ def store_in_onnx(
     packer.after_write()
 
     if form.KEEPS_PLAIN_FILE and not reason:
-        file = folder / packer.extra_files(file.name)[0]
+        file = folder / accel_name(file.name)
     model = load_graph(file)
     (found,) = read_tensors({entry.key: entry.value for entry in model.metadata_props}, file)
     stored, size_bytes = StoredArrays(model, file).read(found)

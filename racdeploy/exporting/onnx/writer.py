@@ -42,6 +42,7 @@ from racdeploy.packing.onnx.file import write_model
 from racdeploy.packing.onnx.packer import data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, dump_tensors
 from racdeploy.quant.stored_codes import list_stored_codes
+from racdeploy.sparse_kernels import accel_name
 
 EMBEDDING_AND_HEAD = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 """Names of the tensors that keep at least 8 bits."""
@@ -94,8 +95,8 @@ def export(
         files = _move_in(scratch, out)
 
     # An accelerated graph is not counted: other programs do not read it.
-    extra = writer.packer.extra_files(out.name)
-    read = [out.parent / name for name in files if name not in extra]
+    accel = accel_name(out.name)
+    read = [out.parent / name for name in files if not name.startswith(accel)]
     return ExportResult(
         path=out,
         tensors=tuple(writer.tensors),
@@ -216,10 +217,8 @@ def _check_request(
 def _move_in(scratch: Path, out: Path) -> dict[str, str]:
     """Move a finished artifact to its folder, the graph last; return the SHA-256 of its files."""
     # An older artifact may have files that this one lacks; they would be read with the new graph.
-    stale = [data_name(out.name)]
-    for packing in packings.names("onnx"):
-        stale += packings.load_onnx(packing).GraphPacker.extra_files(out.name)
-    for name in stale:
+    accel = accel_name(out.name)
+    for name in (data_name(out.name), accel, data_name(accel)):
         (out.parent / name).unlink(missing_ok=True)
 
     written = {file.name for file in scratch.iterdir()}

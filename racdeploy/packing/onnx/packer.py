@@ -41,11 +41,6 @@ class BaseGraphPacker:
         self.file = file
 
     @classmethod
-    def extra_files(cls, name: str) -> tuple[str, ...]:
-        """Return the names of files beside a graph that only racdeploy reads."""
-        return ()
-
-    @classmethod
     def check_size(cls, weights: int) -> None:
         """Raise a UsageError if a model is too large for the packing."""
 

@@ -186,19 +186,6 @@ class StoredArrays:
                 remedy="copy or export it again",
             ) from error
 
-    def read_constants(self, tensors: list[GraphTensor]) -> list[tuple[str, NDArray[Any]]]:
-        """Return name and values of the unread initializers that belong to none of the tensors."""
-        named = {
-            tensor.name + part
-            for tensor in tensors
-            for part in self._packer(tensor.packing).ARRAY_SUFFIXES
-        }
-        return [
-            (name, read_array(initializer, self._path.parent))
-            for name, initializer in self.unread.items()
-            if name not in named
-        ]
-
     def _packer(self, packing: str) -> BaseGraphPacker:
         if packing not in self._packers:
             kind = packings.load_onnx(packing).GraphPacker

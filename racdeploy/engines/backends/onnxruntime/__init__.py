@@ -12,8 +12,8 @@ from racdeploy.engines.engine import EngineSettings
 from racdeploy.engines.subprocess_engine import SubprocessEngine
 from racdeploy.errors import ArtifactError
 from racdeploy.packing.onnx.data_files import find_data_files
-from racdeploy.packing.sparse_matrix import accel_name
 from racdeploy.plugins import require_package
+from racdeploy.sparse_kernels import accel_name
 
 ACCEL = True
 

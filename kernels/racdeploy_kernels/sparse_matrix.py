@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-LAYOUT_VERSION = 2  # of the matrix: the version of the operator's domain in a graph
+LAYOUT_VERSION = 2  # of sparse_matrix.h, and of the operator's domain in a graph
 OPERATOR_DOMAIN = "racdeploy"
 ACCEL_KEY = "racdeploy.accel"
 """Metadata property of a graph with such matrices: a list of :class:`PackedWeights`, as JSON."""
@@ -68,11 +68,6 @@ class PackedWeights(TypedDict):
     quant: int
     weights: int
     zeros: float
-
-
-def accel_name(model: str) -> str:
-    """Return the file name of the graph with such matrices, given that of the plain one."""
-    return f"{model.removesuffix('.onnx')}.accel.onnx"
 
 
 @dataclass(frozen=True)

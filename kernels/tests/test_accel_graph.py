@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from racdeploy.bundles import inspect as inspection
+from racdeploy import packing as packings
+from racdeploy import plugins
+from racdeploy import quant as quants
 from racdeploy.bundles.inspect import inspect_path
-from racdeploy.exporting import check
 from racdeploy.exporting.onnx import export, measure
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.packing.sparse_matrix import ACCEL_KEY
-from racdeploy.recipe import Export
+from racdeploy_kernels.sparse_matrix import ACCEL_KEY, KERNEL_FORMATS
 from tests.support.errors import raises
+from tests.support.packed_files import draw_rows, store_in_onnx
 from tests.support.sparse_onnx import sparse_checkpoint, use_one_graph
 
-QUANTS = ("f16", "matmulnbits_8", "matmulnbits_4")
+QUANTS = tuple(KERNEL_FORMATS)
+ROOT = Path(__file__).parents[2]
 LINEAR = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -52,6 +55,7 @@ def test_the_plain_graph_stays_and_the_second_has_its_weights(
     for tensor in packed.tensors:
         row = rows[tensor.name]
         assert (row.packing, row.zeros) == (tensor.packing, tensor.zeros)
+        assert row.shape == sparse.entries[tensor.name].shape
         assert bool(tensor.packing_reason) == (tensor.packing == "plain")
         if tensor.packing == "plain":
             assert row.size_bytes == tensor.size_bytes
@@ -82,23 +86,12 @@ def test_the_second_graph_says_what_is_packed(sparse: Checkpoint, tmp_path: Path
     onnx.checker.check_model(model)
 
 
-def test_inspecting_counts_the_weights_beside_a_graph_and_names_the_second_one(
-    sparse: Checkpoint, tmp_path: Path
-) -> None:
-    """A graph's size is of both its files; in a bundle the second graph has its own line."""
+def test_inspecting_counts_the_weights_beside_a_graph(sparse: Checkpoint, tmp_path: Path) -> None:
+    """A graph's size is of both its files, and not of the second graph."""
     made = export(sparse, tmp_path / "m.onnx", quant="f16", packing="bitmask_op")
     second = sum((tmp_path / name).stat().st_size for name in ("m.accel.onnx", "m.accel.onnx_data"))
     assert inspect_path(tmp_path / "m.accel.onnx")["summary"]["size_bytes"] == second
     assert inspect_path(tmp_path / "m.onnx")["summary"]["size_bytes"] == made.size_bytes
-    known = {"format": "onnx", "quant": "f16", "packing": "bitmask_op", "backend": "onnxruntime"}
-    entry = ArtifactEntry(
-        path="m.onnx",
-        size_bytes=made.size_bytes,
-        sha256=made.sha256,
-        files=dict(made.files),
-        **known,
-    )
-    assert inspection._describe_second_graph(tmp_path, entry) == f"m.accel.onnx, {second} bytes"
 
 
 def test_a_dense_model_has_no_second_graph(tmp_path: Path) -> None:
@@ -123,6 +116,40 @@ def test_another_form_of_matrices_is_not_read_as_this_one(
     (tmp_path / "m.accel.onnx").write_bytes(model.SerializeToString())
     with raises("unknown-packing-version", "m.accel.onnx"):
         measure(tmp_path / "m.accel.onnx")
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0])
+def test_what_is_stored_is_read_back(tmp_path: Path, quant: str, sparsity: float) -> None:
+    """Every byte returns, and the file names the packing where it pays: it is smaller there."""
+    packed_OP, zeros = draw_rows(quant, 64, sparsity)
+    found, size_bytes, rows_OP = store_in_onnx(tmp_path, "bitmask_op", quant, packed_OP, zeros)
+    assert found == ("bitmask_op" if sparsity else "plain")
+    np.testing.assert_array_equal(rows_OP, packed_OP)
+    assert (size_bytes < 0.85 * packed_OP.size) == (sparsity > 0)
+
+
+@pytest.mark.parametrize("quant", plugins.list_names("quant"))
+def test_other_quants_are_refused_before_any_work(quant: str) -> None:
+    """With those that work; what is not refused pays at half the zeros, never at none."""
+    if "onnx" not in quants.load(quant).FORMATS:
+        return
+    if quant not in QUANTS:
+        with raises("packing-unfit-for-quant", "bitmask_op", quant) as caught:
+            packings.check("onnx", quant, "bitmask_op")
+        assert caught.value.remedy.endswith(f"quants {', '.join(sorted(QUANTS))}")
+        return
+    packings.check("onnx", quant, "bitmask_op")
+    packing = packings.load("bitmask_op")
+    assert packing.reason_for_plain(quant, 0.5) == ""
+    assert packing.reason_for_plain(quant, 0.0) != ""
+
+
+def test_kept_inputs_keep_every_promise() -> None:
+    """The hostile graphs that fuzzing found, a third of which are of this packing."""
+    command = [sys.executable, "-m", "tests.fuzz", "onnx", "--replay"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.endswith("inputs replayed\n"), done.stdout + done.stderr
 
 
 DAMAGES = {
@@ -151,13 +178,3 @@ def test_a_damaged_second_graph_is_an_error(sparse: Checkpoint, tmp_path: Path, 
     onnx.save(model, str(tmp_path / "damaged.onnx"))
     with raises("arrays-do-not-fit", "up_proj"):
         measure(tmp_path / "damaged.onnx")
-
-
-def test_a_rival_in_another_format_may_be_asked_for() -> None:
-    """A build sets single tensors' formats back for it: set, and of no use, are two things."""
-    plain = Export(format="onnx", quant="matmulnbits_8").model_copy(
-        update={"quant": "k_quant", "tensors": {}}
-    )
-    check(plain)
-    with raises("unused-setting", "export.tensors"):
-        check(plain.model_copy(update={"tensors": {"ffn_down": "f16"}}))

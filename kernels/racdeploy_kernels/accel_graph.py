@@ -1,4 +1,4 @@
-"""Write the accelerated graph of packing ``bitmask_op``, for racdeploy's own operator.
+"""Write and read the accelerated graph of packing ``bitmask_op``.
 
 It is made from the finished plain graph; only the products of packed linears differ. Its weights
 are always in ``NAME.accel.onnx_data``, since onnxruntime maps that file and the
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from racdeploy.errors import ArtifactError, EngineError
-from racdeploy.packing.onnx.file import load_graph, read_properties, write_model
-from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
+from racdeploy.packing.onnx.file import load_graph, read_array, read_properties, write_model
+from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays, BaseGraphPacker
 from racdeploy.packing.onnx.tensors import (
     TENSORS_KEY,
     GraphTensor,
@@ -31,14 +31,14 @@ from racdeploy.packing.onnx.tensors import (
     dump_tensors,
     read_tensors,
 )
-from racdeploy.packing.sparse_matrix import (
+from racdeploy.sparse_kernels import accel_name
+from racdeploy_kernels.sparse_matrix import (
     ACCEL_KEY,
     KERNEL_FORMATS,
     LAYOUT_VERSION,
     OPERATOR_DOMAIN,
     PackedWeights,
     SparseMatrix,
-    accel_name,
     from_sparse,
     to_sparse,
 )
@@ -71,7 +71,8 @@ def write_accel_graph(plain: Path, packing: str, zeros: Mapping[str, float]) -> 
     properties[ACCEL_KEY] = json.dumps(_summarize(packed, zeros))
 
     stored = StoredArrays(model, plain)
-    arrays = chain(stored.read_constants(before), _convert(before, packed, stored))
+    constants = _read_constants(stored, before, plain.parent)
+    arrays = chain(constants, _convert(before, packed, stored))
     _rewire(model, packed)
     # Nothing is inlined: the operator reads the mapped data file in place.
     write_model(model, arrays, plain.parent, name, lambda: properties, inline_bytes=0)
@@ -114,6 +115,19 @@ def unpack_matrix(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
         raise ValueError(f"heads, values and offsets are {forms}, with {len(parts[0])} rows")
 
     return from_sparse(kind, SparseMatrix(*parts), I)
+
+
+def _read_constants(
+    stored: StoredArrays, tensors: Sequence[GraphTensor], folder: Path
+) -> list[tuple[str, NDArray[Any]]]:
+    """Return name and values of the initializers that belong to none of the plain tensors."""
+    suffixes = BaseGraphPacker.ARRAY_SUFFIXES
+    named = {tensor.name + suffix for tensor in tensors for suffix in suffixes}
+    return [
+        (name, read_array(initializer, folder))
+        for name, initializer in stored.unread.items()
+        if name not in named
+    ]
 
 
 def _convert(
