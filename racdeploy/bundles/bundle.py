@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.errors import ArtifactError, GateError, UsageError
 from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
@@ -133,6 +134,10 @@ class BundleToVerify:
     def model(self) -> DeployedModel:
         """The first artifact with the bundle's tokenizer, template and thinking control."""
         return open_bundle(self.folder, self.contents.manifest)
+
+    def find_dense(self) -> Path | None:
+        """Return the path of the dense artifact in the work folder, if it is there."""
+        return find_dense_in_work(self.work, find_dense_arm(self.contents.report).files)
 
     def open_dense(self, path: Path) -> DeployedModel:
         """Return the dense model in a file, without control; its vocabulary may be larger."""

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 from racdeploy import exporting
-from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.bundles.harness import HarnessRunner
 from racdeploy.errors import ArtifactError, UsageError
@@ -97,7 +96,7 @@ class BundleVerification:
             "tier": bundle.tier or "as built",
             "dense_answers": dense_answers,
             **bundle.examiner.plan(models, expected),
-            **({"harness": self.harness.plan()} if self.harness else {}),
+            **({"harness": self.harness.plan(fresh)} if self.harness else {}),
         }
 
     def run(self) -> tuple[Report, list[AnswerRecord]]:
@@ -108,7 +107,7 @@ class BundleVerification:
             bundle.check_integrity()
 
         # The harness goes first: an unknown task fails within a minute.
-        harness_runs, harness_notes = self.harness.run() if self.harness else (None, [])
+        harness_runs, harness_notes = self.harness.run(self._fresh) if self.harness else (None, [])
         reference, origin = self._open_reference()
         evidence, notes = bundle.examiner.examine(model, reference)
         notes += origin
@@ -168,8 +167,9 @@ class BundleVerification:
 
         samples = bundle.settings.samples
         missing, wanted = samples * (wanted_prompts - stored), samples * wanted_prompts
-        path = find_dense_in_work(bundle.work, find_dense_arm(bundle.contents.report).files)
-        dense = path or "DENSE, the artifact that the build left below its --work folder"
+        dense = (
+            bundle.find_dense() or "DENSE, the artifact that the build left below its --work folder"
+        )
 
         raise UsageError(
             "missing-dense-answers",
