@@ -23,7 +23,7 @@ from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.runtime.deployed import DeployedModel, find_served
-from racdeploy.verification.baseline import Baseline, compare_fingerprints, find_dense_arm
+from racdeploy.verification.baseline import Baseline, compare_fingerprints
 from racdeploy.verification.evidence import (
     ArmResult,
     Evidence,
@@ -182,7 +182,7 @@ class BundleVerification:
     def _open_reference(self) -> tuple[Reference, list[str]]:
         """Return the dense answers, rerun or recorded, and notes on their origin."""
         bundle, contents = self.bundle, self.bundle.contents
-        recorded = find_dense_arm(contents.report)
+        recorded = contents.report.dense_arm
         if self._fresh is not None:
             arm, _ = bundle.examiner.answer(bundle.open_dense(self._fresh), "dense")
             arm = replace(arm, sparsity=recorded.sparsity)

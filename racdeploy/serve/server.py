@@ -25,7 +25,6 @@ import uvicorn
 
 from racdeploy.errors import EngineError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.runtime import Model, load
-from racdeploy.runtime.loading import load_dense
 from racdeploy.runtime.streams import DaemonThreadPool
 from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import ServedModel, make_app
@@ -75,9 +74,14 @@ def serve(
             remedy="export RACDEPLOY_KEY=…, and add --api-key-env RACDEPLOY_KEY",
         )
 
-    opened = partial(load_dense, dense=dense) if dense else partial(load, accel=accel)
     load_model = partial(
-        opened, bundle, threads=threads, parallel=parallel, context_tokens=context_tokens
+        load,
+        bundle,
+        threads=threads,
+        parallel=parallel,
+        context_tokens=context_tokens,
+        accel=accel,
+        dense=dense,
     )
 
     with _bind(host, port) as address:
