@@ -186,3 +186,15 @@ def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> N
     file.write_text(file.read_text().replace('"exact_match": 0.0', '"exact_match": [true]'))
     (score,) = harnesses.read(harnesses.load("lm_eval"), Path(sys.executable), tmp_path)
     assert (score.value, score.by_document) == (0.5, {})
+
+
+def test_a_group_of_tasks_has_a_value_and_no_samples(tmp_path: Path) -> None:
+    """Of all documents below it; its tasks have the logs."""
+    _write_lm_eval(tmp_path)
+    (file,) = tmp_path.glob("*/results_*.json")
+    results = json.loads(file.read_text())
+    results["results"]["all_sums"] = {"exact_match,none": 0.25, "sample_len": 8}
+    file.write_text(json.dumps(results))
+    _, group = harnesses.read(harnesses.load("lm_eval"), Path(sys.executable), tmp_path)
+    assert (group.task, group.value, group.documents) == ("all_sums", 0.25, 8)
+    assert group.by_document == {}
