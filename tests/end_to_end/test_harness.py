@@ -80,7 +80,7 @@ def questions(built: Path) -> list[dict[str, Any]]:
     """Questions of the bundle's own verification, with what both models made of them there."""
     records = read_records(built)
     by_arm = {arm: [r for r in records if r.arm == arm] for arm in ("dense", "pruned")}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for dense, pruned in zip(by_arm["dense"], by_arm["pruned"], strict=True):
         if dense.question not in [row["question"] for row in rows]:
             right = {"dense": dense.correct, "pruned": pruned.correct}
