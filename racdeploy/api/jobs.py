@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -142,6 +143,7 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
     from racdeploy.bundles.bundle import BundleToVerify
     from racdeploy.bundles.harness import HarnessRunner
     from racdeploy.bundles.verify import BundleVerification
+    from racdeploy.harnesses import HarnessRequest
     from racdeploy.models.tokenizer_files import TokenizerFiles
     from racdeploy.verification.examiner import ServerOptions
 
@@ -173,8 +175,12 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
 
     runner = None
     if harness:
-        paths = (as_path(include), as_path(python), baseline)
-        runner = HarnessRunner(bundle, harness, tuple(tasks), limit, *paths)
+        asked = bundle.settings
+        sizes = (asked.max_new_tokens, asked.context_tokens, asked.parallel)
+        added = include and Path(include).resolve()
+        request = HarnessRequest(tuple(tasks), limit, added, *sizes)
+        interpreter = Path(python or sys.executable).absolute()
+        runner = HarnessRunner(bundle, harness, request, interpreter)
     served = f"{server}#{model}" if model else server
     return BundleVerification(bundle, served, baseline, runner), notes
 

@@ -22,7 +22,6 @@ from racdeploy.results.report import BUILT_ROLES, COMPARED_ROLES
 from racdeploy.runtime.deployed import find_model, find_plain
 from racdeploy.runtime.loading import check_artifact_files
 from racdeploy.sparse_kernels import AccelMode
-from racdeploy.verification.baseline import find_dense_arm
 
 _MIN_DECODE_S = 0.5  # shorter measurements are dominated by clock noise
 _MAX_ANSWERS = 32
@@ -240,7 +239,7 @@ def find_dense_artifact(bundle: Path, work: Path, artifact: str = "") -> Path:
         missing = f"a build makes no dense artifact beside {entry.path}"
         raise ArtifactError("no-dense-artifact", missing, remedy=build_again)
 
-    dense = find_dense_arm(read_report(bundle))
+    dense = read_report(bundle).dense_arm
 
     if file := find_dense_in_work(work, dense.files):
         return file

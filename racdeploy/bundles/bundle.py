@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.engines.engine import EngineSettings, Progress
 from racdeploy.errors import ArtifactError, GateError, UsageError
 from racdeploy.files.sha256_cache import FileState, refuse_changed, take_states
@@ -16,7 +17,7 @@ from racdeploy.runtime.deployed import DeployedModel, open_bundle
 from racdeploy.runtime.loading import check_companion_files
 from racdeploy.sparse_kernels import STOCK, AccelMode, kernels_used
 from racdeploy.tasks import Problem, TaskSet
-from racdeploy.verification.baseline import Baseline, find_dense_arm
+from racdeploy.verification.baseline import Baseline
 from racdeploy.verification.examiner import Examiner, ServerOptions
 from racdeploy.verification.gate import Gate, read_gate
 
@@ -134,9 +135,13 @@ class BundleToVerify:
         """The first artifact with the bundle's tokenizer, template and thinking control."""
         return open_bundle(self.folder, self.contents.manifest)
 
+    def find_dense(self) -> Path | None:
+        """Return the path of the dense artifact in the work folder, if it is there."""
+        return find_dense_in_work(self.work, self.contents.report.dense_arm.files)
+
     def open_dense(self, path: Path) -> DeployedModel:
         """Return the dense model in a file, without control; its vocabulary may be larger."""
-        recorded = find_dense_arm(self.contents.report)
+        recorded = self.contents.report.dense_arm
         known = {
             "path": path.name,
             "files": recorded.files,

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 from racdeploy import exporting
-from racdeploy.bundles.bench import find_dense_in_work
 from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.bundles.harness import HarnessRunner
 from racdeploy.errors import ArtifactError, UsageError
@@ -24,7 +23,7 @@ from racdeploy.results.pruning import TensorRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.control import NO_CONTROL, describe_control
 from racdeploy.runtime.deployed import DeployedModel, find_served
-from racdeploy.verification.baseline import Baseline, compare_fingerprints, find_dense_arm
+from racdeploy.verification.baseline import Baseline, compare_fingerprints
 from racdeploy.verification.evidence import (
     ArmResult,
     Evidence,
@@ -97,7 +96,7 @@ class BundleVerification:
             "tier": bundle.tier or "as built",
             "dense_answers": dense_answers,
             **bundle.examiner.plan(models, expected),
-            **({"harness": self.harness.plan()} if self.harness else {}),
+            **({"harness": self.harness.plan(fresh)} if self.harness else {}),
         }
 
     def run(self) -> tuple[Report, list[AnswerRecord]]:
@@ -108,7 +107,7 @@ class BundleVerification:
             bundle.check_integrity()
 
         # The harness goes first: an unknown task fails within a minute.
-        harness_runs, harness_notes = self.harness.run() if self.harness else (None, [])
+        harness_runs, harness_notes = self.harness.run(self._fresh) if self.harness else (None, [])
         reference, origin = self._open_reference()
         evidence, notes = bundle.examiner.examine(model, reference)
         notes += origin
@@ -168,8 +167,9 @@ class BundleVerification:
 
         samples = bundle.settings.samples
         missing, wanted = samples * (wanted_prompts - stored), samples * wanted_prompts
-        path = find_dense_in_work(bundle.work, find_dense_arm(bundle.contents.report).files)
-        dense = path or "DENSE, the artifact that the build left below its --work folder"
+        dense = (
+            bundle.find_dense() or "DENSE, the artifact that the build left below its --work folder"
+        )
 
         raise UsageError(
             "missing-dense-answers",
@@ -182,7 +182,7 @@ class BundleVerification:
     def _open_reference(self) -> tuple[Reference, list[str]]:
         """Return the dense answers, rerun or recorded, and notes on their origin."""
         bundle, contents = self.bundle, self.bundle.contents
-        recorded = find_dense_arm(contents.report)
+        recorded = contents.report.dense_arm
         if self._fresh is not None:
             arm, _ = bundle.examiner.answer(bundle.open_dense(self._fresh), "dense")
             arm = replace(arm, sparsity=recorded.sparsity)

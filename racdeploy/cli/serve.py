@@ -63,7 +63,7 @@ def serve(
         accel=accel,
         dense=dense,
         alias=alias,
-        on_ready=lambda url, served: _say_ready(url, served, api_key_env),
+        on_ready=lambda url, server: _say_ready(url, server.served, api_key_env),
     )
     if was_interrupted:
         raise typer.Exit(INTERRUPTED)

@@ -12,13 +12,12 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from racdeploy import plugins
 from racdeploy.errors import EnvironmentFailure
 
 _PRINT_VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
-_START_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,12 @@ class HarnessRequest:
     url: str = ""
     model: str = ""
     out: Path = Path()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that are reported and that identify a run."""
+        names = ("tasks", "limit", "max_new_tokens", "context_tokens", "parallel")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Harness(Protocol):
         """Return the command-line arguments after ``python -m``."""
 
     def read(self, out: Path, python: Path) -> list[HarnessScore]:
-        """Return the scores in a results folder; empty if it holds no results."""
+        """Return the scores in a results folder, see :func:`find_results`."""
 
 
 def load(name: str) -> Harness:
@@ -98,37 +103,37 @@ def read_version(harness: Harness, python: Path) -> str:
     Raises:
         EnvironmentFailure: the harness is not installed there.
     """
-    # -P keeps the current folder out of sys.path: a file there must not shadow the package.
-    command = [str(python), "-P", "-c", _PRINT_VERSION, harness.PACKAGE]
     try:
-        done = subprocess.run(
-            command,
-            env=harness_environment(),
-            capture_output=True,
-            text=True,
-            timeout=_START_S,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        return run_python(python, _PRINT_VERSION, harness.PACKAGE).strip()
+    except (OSError, ValueError) as error:
         raise EnvironmentFailure(
             "harness-not-installed",
             f"{harness.PACKAGE} is not installed for {python}",
             remedy=f"python -m venv harness-venv && harness-venv/bin/pip install {harness.INSTALL}"
             ", then --harness-python harness-venv/bin/python",
         ) from error
-    return done.stdout.strip()
+
+
+def run_python(python: Path, code: str, *arguments: object) -> str:
+    """Return what code prints in a harness's Python; raise ValueError with its last error line."""
+    # -P keeps the current folder out of sys.path: a file there must not shadow the package.
+    command = [str(python), "-P", "-c", code, *map(str, arguments)]
+    variables = harness_environment()
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().rpartition("\n")[2])
+    return done.stdout
 
 
 def read(harness: Harness, python: Path, out: Path) -> list[HarnessScore]:
-    """Return the scores that a harness wrote, without values that are not finite.
+    """Return the scores that a harness wrote, without values that are not finite numbers.
 
     Raises:
         EnvironmentFailure: it wrote no results, or in an unknown format.
     """
     # Results are read by key, so the format of another version fails with one of these errors.
     try:
-        written = harness.read(out, python)
-        scores = [score for score in written if math.isfinite(score.value)]
+        return [_clean(score) for score in harness.read(out, python) if _is_number(score.value)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EnvironmentFailure(
             "unknown-harness-results",
@@ -137,18 +142,32 @@ def read(harness: Harness, python: Path, out: Path) -> list[HarnessScore]:
             remedy=f"install the tested version: pip install {harness.INSTALL}",
         ) from error
 
-    if not written:
-        raise EnvironmentFailure(
-            "no-harness-results", f"{harness.PACKAGE} wrote no results below {out}"
-        )
-    return [
-        score if math.isfinite(score.stderr or 0.0) else replace(score, stderr=None)
-        for score in scores
-    ]
+
+def find_results(out: Path, pattern: str = "results_*.json") -> tuple[Path, str]:
+    """Return the last file of results in a folder, and the time in its name.
+
+    Others are of an interrupted run. Raise EnvironmentFailure if there is none.
+    """
+    files = sorted(out.rglob(pattern), key=lambda file: file.name)
+    if not files:
+        raise EnvironmentFailure("no-harness-results", f"the harness wrote no results below {out}")
+    return files[-1], files[-1].stem.partition("_")[2]
 
 
 def harness_environment() -> dict[str, str]:
     """Return a harness's environment variables: without our PYTHONPATH, no proxy for localhost."""
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    direct = ",".join(filter(None, (variables.get("NO_PROXY"), "127.0.0.1", "localhost")))
-    return {**variables, "NO_PROXY": direct, "no_proxy": direct}
+    direct = f"{os.environ.get('NO_PROXY', '')},127.0.0.1,localhost".lstrip(",")
+    variables = {**os.environ, "NO_PROXY": direct, "no_proxy": direct}
+    variables.pop("PYTHONPATH", None)
+    return variables
+
+
+def _clean(score: HarnessScore) -> HarnessScore:
+    """Drop a standard error that is no number, and documents of which one has no number."""
+    stderr = score.stderr if _is_number(score.stderr) else None
+    is_whole = all(map(_is_number, score.by_document.values()))
+    return replace(score, stderr=stderr, by_document=score.by_document if is_whole else {})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

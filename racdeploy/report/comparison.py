@@ -22,9 +22,7 @@ _COLUMNS = {
 
 def make_comparison_table(reports: Sequence[Report]) -> ReportTable:
     """Return a row for the reference and one for each candidate, in the given order."""
-    first = reports[0].find_arm("dense")
-    assert first
-    rows = [_fill(reports[0].reference, "reference", first, None)]
+    rows = [_fill(reports[0].reference, "reference", reports[0].dense_arm, None)]
     for report in reports:
         arm = report.find_arm("pruned")
         assert arm

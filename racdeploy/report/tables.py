@@ -108,7 +108,7 @@ def list_tables(report: Report) -> list[ReportTable]:
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),
-        (HARNESS_TITLE, _harness_columns(report.harness)): _harness(report.harness),
+        **(_harness(report.harness) if report.harness else {}),
         ("Checks", "check|verdict|result"): [
             (check.name, check.verdict, check.summary) for check in _sort_checks(report.checks)
         ],
@@ -241,17 +241,13 @@ def _tasks(report: Report) -> list[TableRow]:
     return rows
 
 
-def _harness_columns(run: HarnessRun | None) -> str:
-    if run is None:
-        return ""
+def _harness(run: HarnessRun) -> dict[tuple[str, str], list[TableRow]]:
+    """Return the table of the harness's figures, in its own unit with its own standard errors."""
     harness = to_single_line(f"{run.name} {run.version}").replace("|", " ")
-    return f"{harness}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
+    columns = f"{harness}|documents|dense|pruned|difference ({run.confidence:.0%})|lost|won"
 
-
-def _harness(run: HarnessRun | None) -> list[TableRow]:
-    """Return the harness's figures in its own unit, with its own standard errors."""
     rows: list[TableRow] = []
-    for row in run.rows if run else ():
+    for row in run.rows:
         rest = f", {row.unpaired_reason}"
         if not row.unpaired_reason:
             rest = f" ({_decimals(row.lower)} to {_decimals(row.upper)})"
@@ -267,7 +263,7 @@ def _harness(run: HarnessRun | None) -> list[TableRow]:
                 format_with_units("{:,}", row.won),
             )
         )
-    return rows
+    return {(HARNESS_TITLE, columns): rows}
 
 
 def _figure(value: float, stderr: float | None) -> str:

@@ -88,6 +88,11 @@ class Report(FrozenModel):
         """Return the arm of that name, or None."""
         return next((arm for arm in self.arms if arm.name == name), None)
 
+    @property
+    def dense_arm(self) -> ArmSummary:
+        """The dense arm, or that of the reference."""
+        return next(arm for arm in self.arms if arm.name == "dense")
+
     def find_check(self, name: str) -> CheckResult | None:
         """Return the result of the check of that name, or None."""
         return next((check for check in self.checks if check.name == name), None)

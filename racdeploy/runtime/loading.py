@@ -27,6 +27,7 @@ def load(
     context_tokens: int | None = None,
     accel: AccelMode = "auto",
     memory_limit_bytes: int | None = None,
+    dense: Path | None = None,
 ) -> Model:
     """Load a bundle and return the model.
 
@@ -43,6 +44,8 @@ def load(
         memory_limit_bytes: memory limit of the engine's process, without the engine itself and
             mapped files; 0 sets no limit, None derives one from files and context that no healthy
             model reaches. Linux only.
+        dense: dense artifact of the bundle's build to run instead, which is not checked, with the
+            dense model's tokenizer and without thinking control.
 
     Raises:
         ArtifactError: the folder is not a bundle, or a file differs from its manifest.
@@ -59,18 +62,20 @@ def load(
     states = take_states(folder, listed)
     if not plain:
         check_artifact_files(folder, manifest, artifact)
+    if dense:
+        manifest, accel = manifest.of_dense_model(), "off"
 
     context_tokens = _choose_context(manifest, context_tokens)
     settings = EngineSettings(
         context_tokens, parallel, threads, accel=accel, memory_limit_bytes=memory_limit_bytes
     )
-    file = plain.path if plain else folder / artifact.path
+    file = dense or (plain.path if plain else folder / artifact.path)
     encoder = plain.encoder if plain else _start_encoder(folder, manifest)
     model = _open(encoder, manifest, artifact.backend, file, settings)
 
     try:
         refuse_changed(folder, listed, states)
-        if not plain and (configuration := model.engine.info.get("configuration")):
+        if not (plain or dense) and (configuration := model.engine.info.get("configuration")):
             _check_config_file(folder, artifact, Path(configuration))
     except BaseException:
         model.close()
@@ -85,29 +90,6 @@ def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> Non
         raise _refuse_file(file)
     if not has_sha256(file, expected):
         raise hash_error(file, expected)
-
-
-def load_dense(
-    bundle: str | Path,
-    dense: Path,
-    *,
-    threads: int,
-    parallel: int,
-    context_tokens: int | None,
-) -> Model:
-    """Load the dense artifact of a bundle instead of the pruned one.
-
-    It gets the dense model's tokenizer and no thinking control. Other arguments and errors are
-    those of :func:`load`; the file itself is not checked.
-    """
-    folder = Path(bundle)
-    manifest = Manifest.read(folder)
-    manifest.check_tokenizer(folder)
-
-    manifest = manifest.of_dense_model()
-    settings = EngineSettings(_choose_context(manifest, context_tokens), parallel, threads)
-    backend = manifest.artifacts[0].backend
-    return _open(_start_encoder(folder, manifest), manifest, backend, dense, settings)
 
 
 def _start_encoder(folder: Path, manifest: Manifest) -> PromptEncoder:

@@ -13,15 +13,18 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import current_thread, main_thread
+from typing import Any
 
 import uvicorn
 
 from racdeploy.errors import EngineError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.runtime import Model, load
-from racdeploy.runtime.loading import load_dense
 from racdeploy.runtime.streams import DaemonThreadPool
 from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import ServedModel, make_app
@@ -47,7 +50,7 @@ def serve(
     accel: AccelMode = "auto",
     dense: Path | None = None,
     alias: str = "",
-    on_ready: Callable[[str, ServedModel], None],
+    on_ready: Callable[[str, BundleServer], None],
 ) -> bool:
     """Serve a bundle until a signal; return True if it was SIGINT (Ctrl-C).
 
@@ -56,14 +59,13 @@ def serve(
         key_env: environment variable with the API key; empty requires no key.
         dense: dense artifact to serve instead of the pruned one.
         alias: name of the model; empty takes that of its file, which tells quant and pruning.
-        on_ready: called once with the URL of the API and the served model, when it answers.
+        on_ready: called once with the URL of the API and the server, when it answers.
 
     Raises:
         UsageError: the key is not set, or is missing although other machines can reach the host.
         EnvironmentFailure: the address cannot be bound.
         EngineError: the engine died, and the model cannot be loaded again.
     """
-    _LOG.setLevel(logging.INFO)
     key = _read_key(key_env)
     if not key and not is_loopback(host):
         raise UsageError(
@@ -72,9 +74,14 @@ def serve(
             remedy="export RACDEPLOY_KEY=…, and add --api-key-env RACDEPLOY_KEY",
         )
 
-    opened = partial(load_dense, dense=dense) if dense else partial(load, accel=accel)
     load_model = partial(
-        opened, bundle, threads=threads, parallel=parallel, context_tokens=context_tokens
+        load,
+        bundle,
+        threads=threads,
+        parallel=parallel,
+        context_tokens=context_tokens,
+        accel=accel,
+        dense=dense,
     )
 
     with _bind(host, port) as address:
@@ -83,7 +90,7 @@ def serve(
 
         with closing(ServedModel(model, alias or file.stem, parallel)) as served:
             url = _url(address)
-            server = _Server(served, key, load_model, lambda: on_ready(url, served))
+            server = BundleServer(served, key, load_model, lambda: on_ready(url, server))
             asyncio.run(server.serve(sockets=[address]))
 
     if server.failure:
@@ -91,7 +98,28 @@ def serve(
     return server.signal == signal.SIGINT
 
 
-class _Server(uvicorn.Server):
+@contextmanager
+def serving(bundle: Path, **options: Any) -> Iterator[tuple[str, str]]:
+    """Serve a bundle in a thread during the body; yield the URL of the API and the model's name.
+
+    Args:
+        options: of :func:`serve`.
+    """
+    _LOG.setLevel(logging.WARNING)  # no line for each request
+    ready = SimpleQueue[Any]()
+    options |= {"host": "127.0.0.1", "port": 0, "on_ready": lambda *known: ready.put(known)}
+    ended: Future[Any] = DaemonThreadPool(1).submit(partial(serve, bundle, **options))
+    ended.add_done_callback(lambda _: ready.put(()))
+
+    url, server = ready.get() or ended.result()  # which raises its error
+    try:
+        yield url, server.served.name
+    finally:
+        server.should_exit = True
+        ended.result()
+
+
+class BundleServer(uvicorn.Server):
     """uvicorn's server with a ready callback; returns after a signal instead of re-raising it.
 
     ``failure`` is the error that stopped it, if one did.
@@ -118,7 +146,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.signal = 0
         self.failure: EngineError | None = None
-        self._served = served
+        self.served = served
         self._load_model = load_model
         self._on_ready = on_ready
 
@@ -133,7 +161,7 @@ class _Server(uvicorn.Server):
         earliest_s = clock()
         while True:
             await asyncio.sleep(_WATCH_S)
-            if self._served.model.engine.is_alive() or clock() < earliest_s:
+            if self.served.model.engine.is_alive() or clock() < earliest_s:
                 continue
 
             _LOG.warning("the engine has died: the model is loaded again")
@@ -149,19 +177,20 @@ class _Server(uvicorn.Server):
                 )
                 self.should_exit = True
                 return
-            self._served.close()
-            self._served.model = model
+            self.served.close()
+            self.served.model = model
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        signals = _SIGNALS if current_thread() is main_thread() else ()
+        for number in signals:
             loop.add_signal_handler(number, self._stop, number)
 
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in signals:
                 loop.remove_signal_handler(number)
 
     def _stop(self, number: int) -> None:

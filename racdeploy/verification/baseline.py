@@ -13,7 +13,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import Manifest
 from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.files import read_records, read_report
-from racdeploy.results.answers import AnswerRecord, ArmSummary
+from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
 from racdeploy.sparse_kernels import STOCK
 from racdeploy.tasks import Problem
@@ -93,7 +93,7 @@ class Baseline:
                 remedy="give the dense artifact, or a bundle of the same dense model",
             )
 
-        known = find_dense_arm(self.report).files.values()
+        known = self.report.dense_arm.files.values()
         actual = file_sha256(path)
         if actual not in known:
             recorded = ", ".join(f"{sha256[:16]}…" for sha256 in known) or "none"
@@ -150,11 +150,6 @@ class Baseline:
                 f"the dense answers in {self.folder} were made with {', '.join(changed)}",
                 remedy="give the dense artifact with --baseline, which answers again",
             )
-
-
-def find_dense_arm(report: Report) -> ArmSummary:
-    """Return the summary of the dense arm."""
-    return next(arm for arm in report.arms if arm.name == "dense")
 
 
 def compare_fingerprints(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

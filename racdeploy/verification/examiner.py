@@ -6,7 +6,7 @@ Answers are kept in the work folder until all are judged, so that an interrupted
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -116,17 +116,22 @@ class Examiner:
 
     def answer(self, model: DeployedModel, arm: str) -> tuple[ArmResult, SampledAnswers]:
         """Answer all problems; resumed where files and settings are the same."""
-        sampler, files = self.make_sampler(model), model.hash_files()
-        inputs = identify_answers(files, sampler, self.engine, self.fingerprint(model))
-        source = {"version": base_version(__version__), "backend": model.entry.backend}
-        stage = Stage.open(self.work, "verify", source | inputs)
+        files = model.hash_files()
+        stage = Stage.open(self.work, "verify", self.identify(model, files))
         self._used.add(stage.folder)
 
         log = CompletionLog(stage.folder / "completions.jsonl")
-        answers = sampler.answer(partial(self.open, model), self.problems, arm, log)
+        sampler, opener = self.make_sampler(model), partial(self.open, model)
+        answers = sampler.answer(opener, self.problems, arm, log)
         size_bytes = model.entry.size_bytes or None
         known = (size_bytes, model.entry.quant, None, answers.stats, files, answers.kernels)
         return ArmResult(arm, answers.records, *known), answers
+
+    def identify(self, model: DeployedModel, files: Mapping[str, str]) -> Json:
+        """Return everything that answers of a model with these file hashes depend on."""
+        machine = self.fingerprint(model)
+        inputs = identify_answers(files, self.make_sampler(model), self.engine, machine)
+        return {"version": base_version(__version__), "backend": model.entry.backend, **inputs}
 
     def open(self, model: DeployedModel) -> Engine:
         """Load a model, or connect to its server."""

@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from racdeploy.harnesses import HarnessScore
 from racdeploy.results.answers import HarnessRow, HarnessRun
 from racdeploy.results.checks import CheckResult
-from racdeploy.results.units import format_points
 from racdeploy.verification.checks import accuracy
 from racdeploy.verification.evidence import make_check_result
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import means, paired, verdicts
 
-NAME = "harness"
 _ROUNDING = 1e-6
-_REMEDIES = {
-    "pass": "",
-    "fail": "lower the sparsity, calibrate on more traces, or choose a wider quant",
-    "inconclusive": "ask more documents: a larger --harness-limit, or none",
-}
+_MORE = "ask more documents: a larger --harness-limit, or none"
 
 
 def compare(
     dense: Sequence[HarnessScore], pruned: Sequence[HarnessScore], confidence: float
 ) -> tuple[HarnessRow, ...]:
     """Return a row for every metric that both models have."""
-    pruned_scores = {(score.task, score.metric): score for score in pruned}
-
-    rows = []
-    for dense_score in dense:
-        pruned_score = pruned_scores.get((dense_score.task, dense_score.metric))
-        if pruned_score is not None:
-            rows.append(_compare(dense_score, pruned_score, confidence))
-
-    return tuple(rows)
+    after = {(score.task, score.metric): score for score in pruned}
+    pairs = [(score, after.get((score.task, score.metric))) for score in dense]
+    return tuple(_compare(score, other, confidence) for score, other in pairs if other)
 
 
 def judge(run: HarnessRun, gate: Gate) -> CheckResult:
@@ -47,44 +36,56 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
 
     The verdict is that of the worst metric.
     """
-    # A metric on which the dense model has no right answer has nothing to lose: it cannot fail.
-    counted = [row for row in run.rows if row.lost is not None and row.larger_is_better]
-    judged = [row for row in counted if row.dense > 0]
-    margin = gate.limits(accuracy.Limits).margin
-    figures = {}
-    for row in run.rows:
-        figures[f"{row.task} {row.metric} dense"] = row.dense
-        figures[f"{row.task} {row.metric} pruned"] = row.pruned
+    arms = ("dense", "pruned")
+    figures = {
+        f"{row.task} {row.metric} {arm}": getattr(row, arm) for row in run.rows for arm in arms
+    }
 
-    if not judged or not gate.is_enabled("accuracy"):
+    # A metric on which the dense model has no right answer has nothing to lose: it cannot fail.
+    drops = {
+        row: verdicts.ConfidenceInterval(-row.upper, -row.lower)
+        for row in run.rows
+        if row.upper is not None and row.lower is not None and row.lost is not None
+        if row.larger_is_better and row.dense > 0
+    }
+    if not drops or not gate.is_enabled("accuracy"):
         reason = "the gate does not ask for accuracy"
-        if not judged:
+        if not drops:
             reason = "none of them has right answers of the dense model, logged by document"
         summary = f"{len(run.rows)} figures of {run.name}: {reason}"
-        return make_check_result(NAME, "measured", summary, figures)
+        return make_check_result("harness", "measured", summary, figures)
 
-    row_verdicts = {row: verdicts.judge(_drop(row), margin) for row in judged}
+    margin = gate.limits(accuracy.Limits).margin
+    row_verdicts = {row: verdicts.judge(drop, margin) for row, drop in drops.items()}
     verdict = verdicts.worst(row_verdicts.values())
-    worst = max(judged, key=lambda row: (row_verdicts[row] == verdict, -row.difference))
+    worst = max(drops, key=lambda row: (row_verdicts[row] == verdict, -row.difference))
 
-    drop = _drop(worst)
-    summary = (
-        f"{run.name}, {worst.task}, {worst.metric}: "
-        f"drop {format_points(-worst.difference)} points, {gate.confidence:.0%} interval "
-        f"{format_points(drop.lower)} to {format_points(drop.upper)}, "
-        f"limit {format_points(margin)}, {worst.documents:,} documents"
-    )
-    if len(judged) > 1:
-        summary += f"; the worst of {len(judged)} figures"
+    drop = accuracy.describe_drop(-worst.difference, drops[worst], gate)
+    summary = f"{run.name}, {worst.task}, {worst.metric}: {drop}, {worst.documents:,} documents"
+    if len(drops) > 1:
+        summary += f"; the worst of {len(drops)} figures"
 
-    return make_check_result(
-        NAME, verdict, summary, {"margin": margin, **figures}, _REMEDIES[verdict]
-    )
+    remedy = {"fail": accuracy.LOST[0], "inconclusive": _MORE}.get(verdict, "")
+    return make_check_result("harness", verdict, summary, {"margin": margin, **figures}, remedy)
 
 
 def _compare(dense: HarnessScore, pruned: HarnessScore, confidence: float) -> HarnessRow:
     """Return a metric of both models, with the interval of its difference where it is paired."""
-    row = HarnessRow(
+    reason, result = _refuse_pairs(dense, pruned), dict[str, Any]()
+    if not reason:
+        documents = sorted(dense.by_document)
+        before = [dense.by_document[name] for name in documents]
+        after = [pruned.by_document[name] for name in documents]
+
+        # 0 and 1 only: the exact paired interval; else Student's interval of the mean difference.
+        result = means.difference_interval(before, after, confidence)._asdict()
+        if {*before, *after} <= {0.0, 1.0}:
+            pairs = paired.paired_counts(before, after)
+            drop = paired.drop_interval(*pairs, confidence)
+            result = {"lower": -drop.upper, "upper": -drop.lower}
+            result |= {"lost": round(pairs.n10), "won": round(pairs.n01)}
+
+    return HarnessRow(
         task=dense.task,
         metric=dense.metric,
         documents=min(dense.documents, pruned.documents),
@@ -94,25 +95,9 @@ def _compare(dense: HarnessScore, pruned: HarnessScore, confidence: float) -> Ha
         dense_stderr=dense.stderr,
         pruned_stderr=pruned.stderr,
         larger_is_better=dense.larger_is_better,
-        unpaired_reason=_refuse_pairs(dense, pruned),
+        unpaired_reason=reason,
+        **result,
     )
-    if row.unpaired_reason:
-        return row
-
-    # 0 and 1 only: the exact paired interval; else Student's interval of the mean difference.
-    documents = sorted(dense.by_document)
-    before = [dense.by_document[name] for name in documents]
-    after = [pruned.by_document[name] for name in documents]
-    if not {*before, *after} <= {0.0, 1.0}:
-        if len(documents) == 1:
-            return row.model_copy(update={"unpaired_reason": "one document has no spread"})
-        low, high = means.difference_interval(before, after, confidence)
-        return row.model_copy(update={"lower": low, "upper": high})
-
-    pairs = paired.paired_counts(before, after)
-    drop = paired.drop_interval(*pairs, confidence)
-    counted = {"lost": round(pairs.n10), "won": round(pairs.n01)}
-    return row.model_copy(update={"lower": -drop.upper, "upper": -drop.lower, **counted})
 
 
 def _refuse_pairs(dense: HarnessScore, pruned: HarnessScore) -> str:
@@ -121,6 +106,8 @@ def _refuse_pairs(dense: HarnessScore, pruned: HarnessScore) -> str:
         return "no figure of every document was logged"
     if set(dense.by_document) != set(pruned.by_document):
         return "the two models were not asked the same documents"
+    if len(dense.by_document) == 1:
+        return "one document has no spread"
 
     # A corpus metric such as BLEU is not the mean over documents: pairing them would mislead.
     for score in (dense, pruned):
@@ -128,10 +115,3 @@ def _refuse_pairs(dense: HarnessScore, pruned: HarnessScore) -> str:
         if abs(mean - score.value) > _ROUNDING:
             return "it is not the mean over documents"
     return ""
-
-
-def _drop(row: HarnessRow) -> verdicts.ConfidenceInterval:
-    """Return the interval of the drop: the row's difference with the sign turned."""
-    assert row.lower is not None
-    assert row.upper is not None
-    return verdicts.ConfidenceInterval(-row.upper, -row.lower)

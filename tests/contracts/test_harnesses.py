@@ -174,7 +174,7 @@ def test_results_of_another_version_are_an_error(tmp_path: Path) -> None:
     file.write_text(text.replace(',last-number": 0.5', ',last-number": NaN'))
     assert harnesses.read(lm_eval, python, tmp_path) == []
 
-    file.write_text(text.replace("n-samples", "samples"))
+    file.write_text(text.replace("sample_len", "samples"))
     with raises("unknown-harness-results", "lm_eval[api]==0.4.13"):
         harnesses.read(lm_eval, python, tmp_path)
 
@@ -184,5 +184,17 @@ def test_what_is_no_figure_of_every_document_has_no_samples(tmp_path: Path) -> N
     _write_lm_eval(tmp_path)
     (file,) = tmp_path.glob("*/samples_*.jsonl")
     file.write_text(file.read_text().replace('"exact_match": 0.0', '"exact_match": [true]'))
-    (score,) = harnesses.load("lm_eval").read(tmp_path, Path(sys.executable))
+    (score,) = harnesses.read(harnesses.load("lm_eval"), Path(sys.executable), tmp_path)
     assert (score.value, score.by_document) == (0.5, {})
+
+
+def test_a_group_of_tasks_has_a_value_and_no_samples(tmp_path: Path) -> None:
+    """Of all documents below it; its tasks have the logs."""
+    _write_lm_eval(tmp_path)
+    (file,) = tmp_path.glob("*/results_*.json")
+    results = json.loads(file.read_text())
+    results["results"]["all_sums"] = {"exact_match,none": 0.25, "sample_len": 8}
+    file.write_text(json.dumps(results))
+    _, group = harnesses.read(harnesses.load("lm_eval"), Path(sys.executable), tmp_path)
+    assert (group.task, group.value, group.documents) == ("all_sums", 0.25, 8)
+    assert group.by_document == {}

@@ -80,7 +80,7 @@ def questions(built: Path) -> list[dict[str, Any]]:
     """Questions of the bundle's own verification, with what both models made of them there."""
     records = read_records(built)
     by_arm = {arm: [r for r in records if r.arm == arm] for arm in ("dense", "pruned")}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for dense, pruned in zip(by_arm["dense"], by_arm["pruned"], strict=True):
         if dense.question not in [row["question"] for row in rows]:
             right = {"dense": dense.correct, "pruned": pruned.correct}
@@ -195,7 +195,7 @@ def test_a_harness_that_fails_is_quoted(
 def test_a_signal_leaves_no_child(
     built: Path, work: Path, include: Path, python: Path, number: signal.Signals
 ) -> None:
-    """Neither the server, nor its engine, nor the harness; the command that resumes is printed."""
+    """Neither the engine nor the harness; the command that resumes is printed."""
     (include / "hang").touch()
     process = subprocess.Popen(
         command(*_arguments(built, work, include, python)),
@@ -216,7 +216,7 @@ def test_a_signal_leaves_no_child(
     if number != signal.SIGKILL:
         assert "--harness lm-eval" in said
         assert process.returncode == 130
-    assert len(pids) >= 3  # the harness, the server and its engine
+    assert len(pids) >= 3  # the harness, the engine of its server, and what reads texts
     assert int((include / "hang").read_text()) in pids
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids):

@@ -9,7 +9,7 @@ from racdeploy.verification import gate
 from racdeploy.verification.evidence import Evidence, is_correct, make_check_result
 from racdeploy.verification.stats import paired, verdicts
 
-_LOST = (
+LOST = (
     "lower the sparsity, calibrate on more traces, or choose a wider quant",
     "choose a wider number format; --reports shows the lost prompts",
 )
@@ -29,12 +29,11 @@ class Limits(gate.CheckLimits):
 def check(evidence: Evidence) -> CheckResult:
     """Pass if the whole interval of the accuracy drop is below the margin."""
     margin = evidence.gate.limits(Limits).margin
-    confidence = evidence.gate.confidence
     dense_correct = evidence.dense.count(is_correct)
     prompts = evidence.prompt_count
     answers = len(evidence.dense.records)
     pairs = evidence.dense.count_disagreements(evidence.pruned, is_correct)
-    interval = paired.drop_interval(*pairs, confidence)
+    interval = paired.drop_interval(*pairs, evidence.gate.confidence)
     figures = {
         "drop": pairs.drop,
         "drop_lower": interval.lower,
@@ -58,21 +57,26 @@ def check(evidence: Evidence) -> CheckResult:
         figures["requested_margin"] = requested
 
     verdict = verdicts.judge(interval, margin)
-    summary = (
-        f"drop {format_points(pairs.drop)} points, {confidence:.0%} interval "
-        f"{format_points(interval.lower)} to {format_points(interval.upper)}, "
-        f"limit {format_points(margin)}, {prompts:,} prompts"
-    )
+    summary = f"{describe_drop(pairs.drop, interval, evidence.gate)}, {prompts:,} prompts"
     if answers > prompts:
         summary += f" with {answers // prompts} samples each"
 
-    remedy = evidence.choose(*_LOST) if verdict == "fail" else ""
+    remedy = evidence.choose(*LOST) if verdict == "fail" else ""
     if verdict == "inconclusive":
         discordant_rate = max(pairs.n10 + pairs.n01, 1) / pairs.n
-        enough = paired.find_min_prompts(discordant_rate, margin, confidence)
+        enough = paired.find_min_prompts(discordant_rate, margin, evidence.gate.confidence)
         more = max(enough or 0, 2 * prompts)
         remedy = evidence.choose(
             f"build it with --prompts {more}, or verify with a larger --tier",
             f"--prompts {more}",
         )
     return make_check_result("accuracy", verdict, summary, figures, remedy)
+
+
+def describe_drop(drop: float, interval: verdicts.ConfidenceInterval, limits: gate.Gate) -> str:
+    """Return a drop of right answers with its interval and its limit, in points."""
+    lower, upper, margin = map(format_points, (*interval, limits.limits(Limits).margin))
+    return (
+        f"drop {format_points(drop)} points, {limits.confidence:.0%} interval {lower} to {upper}, "
+        f"limit {margin}"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from racdeploy.files.reading import read_json
-from racdeploy.harnesses import HarnessRequest, HarnessScore
+from racdeploy.harnesses import HarnessRequest, HarnessScore, find_results
 
 PACKAGE = "tally"
 INSTALL = "tally"
@@ -20,11 +20,10 @@ def arguments(order: HarnessRequest) -> list[str]:
 
 def read(out: Path, python: Path) -> list[HarnessScore]:
     """Return one score for each task."""
-    if not (out / "tally.json").is_file():
-        return []
+    file, _ = find_results(out, "tally.json")
 
     scores = []
-    for task, figures in read_json(out / "tally.json").items():
+    for task, figures in read_json(file).items():
         value = sum(figures.values()) / len(figures)
         scores.append(HarnessScore(task, "right", value, len(figures), by_document=figures))
     return scores
