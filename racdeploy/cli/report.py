@@ -75,11 +75,12 @@ def _draw(page: Path, text: str) -> Path:
     """Return a page with this text, elsewhere if another is there: scripts may be in it."""
     from racdeploy.files.writing import write_atomic
 
-    if page.is_file() and page.stat().st_size == len(text.encode()) and page.read_text() == text:
+    content = text.encode()
+    if page.is_file() and page.stat().st_size == len(content) and page.read_bytes() == content:
         return page
     if os.path.lexists(page):
         page = Path(tempfile.mkdtemp()) / page.name
-    write_atomic(page, text)
+    write_atomic(page, content)
     return page
 
 

@@ -189,11 +189,12 @@ def test_a_page_whose_author_put_a_script_into_it_is_not_opened(tmp_path: Path, 
     assert json.loads(_run(*report))["page"] == str(page)
 
     (tmp_path / "model.sig").write_text("{}")
-    text = page.read_text(encoding="utf-8")
-    for changed in (text + "<script>pwn()</script>", text.replace("a", "b")):
-        page.write_text(changed, encoding="utf-8")
+    text = page.read_bytes()
+    no_text = b"\xff" * len(text)
+    for changed in (text + b"<script>pwn()</script>", text.replace(b"a", b"b"), no_text):
+        page.write_bytes(changed)
         opened = Path(json.loads(_run(*report))["page"])
-        assert (opened.read_text(encoding="utf-8"), page.read_text()) == (text, changed)
+        assert (opened.read_bytes(), page.read_bytes()) == (text, changed)
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

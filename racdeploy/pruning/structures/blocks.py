@@ -70,8 +70,7 @@ class BlockUnits(PrunableUnits):
         self._dense_BTD: Tensor | None = None
 
         # The first sequences of the batch with the most real tokens.
-        sizes = [int((batch.segment_BT != PAD).sum()) for batch in session.all_calibration_batches]
-        batch = session.all_calibration_batches[sizes.index(max(sizes))]
+        batch = max(session.all_calibration_batches, key=lambda batch: batch.tokens)
         rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
         self._probe = Batch(
             ids_BT=batch.ids_BT[:rows],

@@ -31,7 +31,6 @@ from racdeploy.pruning.structure.layout import UnitLayout, part_error
 from racdeploy.pruning.structure.prunable_units import PrunableUnits
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.pruning.walk.session import PruningSession
-from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "E"
@@ -202,9 +201,7 @@ class ExpertProbe:
 
         E = len(self._router.weight)
         max_tokens = min(PROBE_TOKENS, PROBE_BYTES // (4 * E * E))
-        tokens = sum(
-            int((batch.segment_BT != PAD).sum()) for batch in session.all_calibration_batches
-        )
+        tokens = sum(batch.tokens for batch in session.all_calibration_batches)
         self._step = -(-tokens // max_tokens)
 
         self._parts: list[_Part] = []

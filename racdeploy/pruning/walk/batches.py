@@ -24,6 +24,11 @@ class Batch:
     task_B: torch.Tensor  # index into the tasks that the batches were made with
     held_out: bool  # used to measure errors, not to prune
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, without padding."""
+        return int((self.segment_BT != PAD).sum())
+
 
 def make_batches(
     traces: Sequence[Trace],

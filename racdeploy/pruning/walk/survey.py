@@ -44,9 +44,7 @@ def survey(
         Name → observation, from all processes.
     """
     blocks = session.model
-    probe = max(
-        session.all_calibration_batches, key=lambda batch: int((batch.segment_BT != PAD).sum())
-    )
+    probe = max(session.all_calibration_batches, key=lambda batch: batch.tokens)
 
     (probe_BTD,) = blocks.embed([probe])
     block_inputs = BlockInputs(probe.ids_BT)
