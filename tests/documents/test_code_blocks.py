@@ -84,6 +84,7 @@ WORDS = {
             'settings={"verify.logit_traces": 2}'
         )
     },
+    "docs/compare.md": {"jsonl:problems.jsonl": "word_problem", "--prompts 300": "--prompts 96"},
     "docs/cuts.md": {"vocabulary=8192": "vocabulary=400"},
     "docs/packing.md": {"NAME.racgguf": "*.racgguf"},
     "docs/run.md": {"--host 0.0.0.0": "--host 127.0.0.1"},
@@ -104,6 +105,7 @@ THINGS = {
     "README.md": ["my-model", DEEPSEEK, "problems.jsonl"],
     "docs/choosing.md": ["MODEL"],
     "docs/ci.md": ["bundle"],
+    "docs/compare.md": ["f16.gguf", "q4_k_m.gguf", "q3_k_m.gguf", "new.gguf"],
     "docs/cuts.md": ["my-model", "notes.txt", "my-bundle"],
     "docs/getting-started.md": ["Qwen/Qwen3-0.6B", "build/tiny-reasoner-bundle"],
     "docs/gguf.md": ["my-model"],
@@ -175,7 +177,7 @@ def _provide(name: str, things: Path, folder: Path) -> None:
             shutil.copytree(things / "bundle", target)
         case "dense.gguf":
             target.symlink_to(find_dense_artifact(things / "bundle", things / "work"))
-        case "model.gguf":
+        case "model.gguf" | "f16.gguf" | "q4_k_m.gguf" | "q3_k_m.gguf" | "new.gguf":
             target.symlink_to(things / "embedded" / "model.gguf")
         case "mine.toml":
             shutil.copy(ROOT / "targets" / "gguf.toml", target)
