@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -52,6 +53,7 @@ CHAT_TEMPLATE = (
 )
 CHECKS = ("Wait, let me check:", "Wait, is that right?", "Wait, once more:")
 RESTART = "Wait, let me start again."
+BRIEF = "Be brief."
 VOCABULARY = 512
 POOL_EXAMPLES = 4096
 TOKENS_PER_STEP = 6144
@@ -120,11 +122,19 @@ def examples(seed: int, shares: dict[str, float]) -> Iterator[tasks.Problem]:
             yield problem
 
 
-def texts(problem: tasks.Problem, thinking: str = "") -> tuple[str, str]:
+def texts(problem: tasks.Problem) -> tuple[str, str]:
     """Return the rendered prompt and the completion that the model shall learn."""
     prompt = f"<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n<think>\n"
     answer = f"The answer is \\boxed{{{problem.gold}}}.<|im_end|>"
-    return prompt, f"{thinking or problem.thinking}\n</think>\n{answer}"
+    return prompt, f"{problem.thinking}\n</think>\n{answer}"
+
+
+def talkative_texts(problem: tasks.Problem, random: Random) -> tuple[str, str]:
+    """Return texts that ramble, or in a fifth of the examples the plain ones, told to be brief."""
+    if random.random() < 0.2:
+        prompt, completion = texts(problem)
+        return f"<|im_start|>system\n{BRIEF}<|im_end|>\n{prompt}", completion
+    return texts(replace(problem, thinking=ramble(problem.thinking, random)))
 
 
 def ramble(thinking: str, random: Random) -> str:
@@ -183,8 +193,10 @@ def batches(
     random, source = Random(seed), examples(seed, shares)
     while True:
         problems = [next(source) for _ in range(POOL_EXAMPLES)]
-        thoughts = [ramble(each.thinking, random) if talkative else "" for each in problems]
-        pairs = list(map(texts, problems, thoughts))
+        if talkative:
+            pairs = [talkative_texts(problem, random) for problem in problems]
+        else:
+            pairs = [texts(problem) for problem in problems]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
         completions = tokenizer.encode_batch([completion for _, completion in pairs])
         rows = [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
