@@ -15,7 +15,6 @@ from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.gains import list_highlights
 from racdeploy.report.page import render_page
 from racdeploy.report.pairs import AnswerPair, length_quantiles, list_thinking_lengths, pair_records
-from racdeploy.report.pareto import describe_rivals
 from racdeploy.report.summary import is_widened, write_findings
 from racdeploy.report.tables import (
     HARNESS_TITLE,
@@ -88,7 +87,6 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "row_limit": _MAX_ROWS,
         "source": "report.json",
         "zeros": zeros,
-        "winners": describe_rivals(report),
         "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap, report.roles),
         "cap": cap,
         "quantiles": length_quantiles(pairs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from racdeploy.report.pareto import describe_front
 from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import describe_remaining
 from racdeploy.report.tables import format_with_units, to_single_line
@@ -77,6 +78,7 @@ def write_findings(report: Report) -> str:
         finding = "No breakage was found, which is all that" if passed else "Breakage is what"
         sentences.append(format_with_units(_WIDENED, finding, accuracy.figures))
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
+    sentences.append(describe_front(report))
     return to_single_line(" ".join(filter(None, sentences)))
 
 
