@@ -33,6 +33,7 @@ KINDS: dict[str, str] = {
     "prune_methods": "racdeploy.pruning.methods",
     "allocations": "racdeploy.pruning.allocations",
     "recover_methods": "racdeploy.recovery.methods",
+    "objectives": "racdeploy.recovery.objectives",
     "formats": "racdeploy.exporting",
     "onnx_exporters": "racdeploy.exporting.onnx.exporters",
     "checks": "racdeploy.verification.checks",

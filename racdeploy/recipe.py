@@ -28,7 +28,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
-from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
+from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Rung, Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
@@ -303,30 +303,30 @@ class Structure(_Section):
         return self.keep.get(part, 1.0)
 
 
-class SegmentWeights(_Section):
-    """Weights of tokens in the loss of recovery, by segment; prompts do not count by default."""
-
-    prompt: NonNegativeFloat = 0.0
-    thinking: NonNegativeFloat = 1.0
-    answer: NonNegativeFloat = 1.0
-
-
 class Recovery(_Section):
     """Distillation of the dense model into the pruned one; off at 0 tokens.
 
     ``methods`` are plugins that run in order on the dense model's traces; an empty list selects the
     best method that fits into memory. The share ``on_policy`` of the tokens is learned on the
     pruned model's own answers, in ``rounds``.
+
+    ``shorten`` lets the dense model learn to think less before it is pruned: True as short as its
+    accuracy allows, or down to a share of its thinking. In each of ``rounds`` it answers every
+    calibration prompt ``samples`` times and learns by ``objective``, a plugin; ``instruction`` is
+    the system prompt of the objective ``concise``.
     """
 
     tokens: NonNegativeInt = 0
+    shorten: bool | OpenShare = False
+    objective: str = "shortest"
+    samples: Annotated[int, Field(ge=1, le=_MAX_SAMPLES)] = 8
+    instruction: str = "Think briefly: no repetition, no second check of what is clear."
     methods: Names = ()
     on_policy: Share = 0.25
     rounds: PositiveCount = 2
     max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
     learning_rate: NonNegativeFloat = 0.0
     batch_tokens: PositiveCount = 2048
-    segment_weights: SegmentWeights = Field(default_factory=SegmentWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: NonNegativeInt = 0
@@ -338,12 +338,22 @@ class Recovery(_Section):
             _check_name("recover_methods", "method", method)
         return value
 
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, value: str) -> str:
+        _check_name("objectives", "objective", value)
+        return value
+
     @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        if not (self.segment_weights.thinking or self.segment_weights.answer):
-            raise ValueError(
-                "segment_weights leave nothing to learn: thinking or answer must count"
-            )
+    def _check_shortening(self) -> Self:
+        if not self.shorten:
+            return self
+        if "blockwise" in self.methods:
+            raise ValueError("'blockwise' sees one block, shorten needs 'full' or 'scales'")
+        if self.objective == "distill":
+            raise ValueError("objective 'distill' changes no length: choose another one")
+        if self.samples < 2 and self.objective != "concise":
+            raise ValueError(f"objective {self.objective!r} compares answers: raise samples")
         return self
 
 

@@ -30,6 +30,7 @@ from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
+from racdeploy.pipeline.shorten_stage import ShortenStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.trace_stage import TraceStage
@@ -81,6 +82,8 @@ class Build:
 
     def make(self, extra_rivals: Sequence[Rival] = ()) -> bundling.BundleContents:
         """Run all stages up to the verification; return what the bundle will contain."""
+        if (shorter := self.shorten()) is not self:
+            return shorter.make(extra_rivals)
         self.plan_recovery()
         trace_folder, traces = self.traces()
         job = self.job
@@ -148,8 +151,26 @@ class Build:
         """
         return self.trace_stage.run(sparse, max_prompts)
 
+    def shorten(self) -> Build:
+        """Return the build of the dense model that has learned to think less; itself if it has."""
+        job = self.job
+        settings = job.recipe.recover
+        if not settings.shorten or job.shortened:
+            return self
+
+        def sample(folder: Path | None, prompts: int) -> list[Trace]:
+            return self.trace_stage.run(folder, prompts, settings.samples)[1]
+
+        prompts = len(job.problems("calibration"))
+        stage = ShortenStage(
+            self.recover_stage, job.encoder, prompts, f"{job.model.name}-shortened"
+        )
+        return replace(self, job=replace(job, resolved=job.model, shortened=stage.run(sample)))
+
     def prune(self) -> PrunedModel:
         """Prune the model on its traces, recover it, and cut the vocabulary last."""
+        if (shorter := self.shorten()) is not self:
+            return shorter.prune()
         self.plan_recovery()
         choice = self.job.vocabulary
         if choice is None:

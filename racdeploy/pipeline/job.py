@@ -17,6 +17,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve_model
+from racdeploy.pipeline.shorten_stage import ShortenedModel
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.pruning.structure.layout import find_consumer
 from racdeploy.quant import presets
@@ -35,12 +36,14 @@ class Job:
         tier: tier of the gate that sets prompts and samples; empty takes the recipe's numbers.
         resolved: the dense model, if it was found before.
         notes: sentences on differences from the proposal of the target.
+        shortened: the dense model that has learned to think less, which is then the one to prune.
     """
 
     recipe: Recipe
     tier: str = ""
     resolved: ResolvedModel | None = None
     notes: tuple[str, ...] = ()
+    shortened: ShortenedModel | None = None
 
     @classmethod
     def at_tier(cls, recipe: Recipe, tier: str, prompts: int = 0) -> Job:
@@ -109,7 +112,9 @@ class Job:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.model.folder)
+        """The model to prune: the dense one, or its shortened form."""
+        shortened = self.shortened and self.shortened.folder
+        return Checkpoint(shortened or self.model.folder)
 
     @cached_property
     def encoder(self) -> PromptEncoder:

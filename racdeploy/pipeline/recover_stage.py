@@ -46,16 +46,17 @@ returns the new folder."""
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the recovery: method, dense or own answers, and number of tokens."""
+    """A part of the recovery: method, dense or own answers, number of tokens, and objective."""
 
     name: str
     method: str
     is_on_policy: bool
     tokens: int
+    objective: str = "distill"
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """A model between phases, how it answers, and the record of the recovery so far."""
 
     folder: Path
@@ -108,12 +109,14 @@ class RecoverStage:
                 remedy="raise traces.count or calibration.held_out_share",
             )
 
-        shared = self._shared_arguments(model, chosen.calibration, held_out)
+        # A model that lost blocks learns each block from the dense block that it was.
+        sources = model.source_blocks or [row.source_block for row in model.structure]
+        shared = self.share_arguments(model.folder, chosen.calibration, held_out, sources)
         phases = list_phases(self.settings, choose_methods(self.training_run(Path(), name, shared)))
         following = [*phases, None]
         state = start = _ask(collect, dense, following.pop(0), model.folder)
 
-        def settle(state: _State) -> _State:
+        def settle(state: State) -> State:
             # A model without a gain gets no codes here: pruning chooses better ones.
             if choose_codes is None or state.folder == model.folder or state.is_coded:
                 return state
@@ -132,7 +135,7 @@ class RecoverStage:
                 train_traces = [trace for trace in state.answers if trace.index not in unseen]
 
             before = state
-            state = self._teach(phase, before, name, shared, train_traces)
+            state = self.teach(phase, before, name, shared, train_traces)
             if state.folder != before.folder:  # otherwise no state was better than the start
                 probed = _ask(collect, dense, after, state.folder)
                 state = self._judge(phase, before, state, probed)
@@ -151,8 +154,8 @@ class RecoverStage:
         from racdeploy.recovery.cost import choose_methods
 
         trace = Trace(0, "", "", "", prompt_ids=(0,) * max_trace_tokens)
-        nothing = PrunedModel(self.dense.folder, 0.0, (), (), {})
-        training_run = self.training_run(Path(), "", self._shared_arguments(nothing, [trace], []))
+        shared = self.share_arguments(self.dense.folder, [trace], [])
+        training_run = self.training_run(Path(), "", shared)
 
         methods = choose_methods(training_run)
         phases = list_phases(self.settings, methods)
@@ -164,10 +167,10 @@ class RecoverStage:
             "recover_memory_bytes_at_most": memory,
         }
 
-    def _judge(self, phase: Phase, before: _State, after: _State, probed: _State) -> _State:
+    def _judge(self, phase: Phase, before: State, after: State, probed: State) -> State:
         """Return the state after a phase, or the one before if the phase made the model worse."""
         reason = self._find_loss(probed.probe, before.probe)
-        rows = _mark(after.rows, phase.name, probed.probe, kept=not reason)
+        rows = mark(after.rows, phase.name, probed.probe, kept=not reason)
 
         if not reason:
             return replace(after, probe=probed.probe, answers=probed.answers, rows=rows)
@@ -175,10 +178,10 @@ class RecoverStage:
         note = f"recovery, {phase.name} was undone: {reason}"
         return replace(before, tokens=after.tokens, rows=rows, notes=(*after.notes, note))
 
-    def _conclude(self, model: PrunedModel, start: ProbeResult, state: _State) -> PrunedModel:
+    def _conclude(self, model: PrunedModel, start: ProbeResult, state: State) -> PrunedModel:
         """Return the recovered model with the rows and notes of its recovery."""
         # The start is a row of the curve too: what the phases gained is read off against it.
-        rows = _mark(state.rows, "start", start, kept=True)
+        rows = mark(state.rows, "start", start, kept=True)
         gained = state.folder != model.folder
 
         notes = [*model.notes, *state.notes]
@@ -199,17 +202,24 @@ class RecoverStage:
             notes=tuple(notes),
         )
 
-    def _shared_arguments(
-        self, model: PrunedModel, train_traces: Sequence[Trace], held_out: Sequence[Trace]
+    def share_arguments(
+        self,
+        sparse: Path,
+        train_traces: Sequence[Trace],
+        held_out: Sequence[Trace],
+        sources: Sequence[int] = (),
     ) -> Json:
-        """Return the arguments that all phases of a model share, as sent to other processes."""
-        # A model that lost blocks learns each block from the dense block that it was.
-        named = model.source_blocks or [row.source_block for row in model.structure]
+        """Return the arguments that all phases of a model share, as sent to other processes.
+
+        ``sources`` are the dense blocks that its blocks were; empty for all in order.
+        """
         return {
-            "sparse": model.folder,
+            "sparse": sparse,
+            "dense": self.dense.folder.resolve(),
             "phase": Phase("", "", False, 0),
+            "brief_prompts": {},
             "training": {
-                "sources": tuple(named or range(self.dense.shape.block_count)),
+                "sources": tuple(sources or range(self.dense.shape.block_count)),
                 "train_traces": train_traces,
                 "held_out": held_out,
                 "settings": self._choose_settings(),
@@ -228,9 +238,9 @@ class RecoverStage:
 
         return self.settings.model_copy(update={"device": device, "compute": compute})
 
-    def _teach(
-        self, phase: Phase, state: _State, name: str, arguments: Json, train_traces: Sequence[Trace]
-    ) -> _State:
+    def teach(
+        self, phase: Phase, state: State, name: str, arguments: Json, train_traces: Sequence[Trace]
+    ) -> State:
         """Run one phase, or take the result of an earlier run."""
         # The folder of a phase is decided by all that it learns from, and by nothing else.
         sparse = Checkpoint(state.folder)
@@ -238,6 +248,7 @@ class RecoverStage:
 
         inputs = describe_code(self) | {
             "sparse": sparse.sha256,
+            "dense": self.dense.sha256,
             "phase": asdict(phase),
             "traces": hash_ids(train_traces),
             "held_out": hash_ids(training["held_out"]),
@@ -300,7 +311,7 @@ class RecoverStage:
         phase: Phase = arguments["phase"]
         training_run = self.training_run(folder, name, arguments)
         training_run.set_threads()
-        if phase.is_on_policy:
+        if phase.is_on_policy and phase.objective == "distill":
             training_run = truncate_own_answers(training_run)
 
         if not training_run.train_traces:
@@ -320,8 +331,10 @@ class RecoverStage:
 
         return TrainingRun(
             sparse=Checkpoint(arguments["sparse"]),
-            dense=self.dense,
+            dense=Checkpoint(arguments["dense"]),
             tokens=phase.tokens,
+            objective=phase.objective,
+            brief_prompts=arguments["brief_prompts"],
             direction="reverse" if phase.is_on_policy else "forward",
             folder=folder,
             out=folder / name,
@@ -348,13 +361,16 @@ class RecoverStage:
         return ""
 
 
-_PHASE_INDEPENDENT = {"tokens", "methods", "on_policy", "rounds", "max_accuracy_drop"}
+_PHASE_INDEPENDENT = {
+    *("tokens", "methods", "on_policy", "rounds", "max_accuracy_drop"),
+    *("shorten", "objective", "samples", "instruction"),
+}
 """Settings that do not change a phase, beyond its own name, method and tokens."""
 
 
 def _ask(
     collect: CollectTraces, dense: Sequence[Trace], phase: Phase | None, folder: Path
-) -> _State:
+) -> State:
     """Let a model answer the prompts that judge it and those that the next phase trains on."""
     needed = PROBE_PROMPTS
     if phase and phase.is_on_policy:
@@ -362,7 +378,7 @@ def _ask(
 
     first = needed if needed < len(dense) else 0
     _, answers = collect(folder, first)
-    return _State(
+    return State(
         folder, ProbeResult.measure(answers[:PROBE_PROMPTS], dense[:PROBE_PROMPTS]), answers
     )
 
@@ -405,7 +421,7 @@ def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
     return [phase for phase in (*dense, *on_policy, *last) if phase.tokens]
 
 
-def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
+def _after(phase: Phase, state: State, stage: Stage, name: str) -> State:
     """Return the state after a phase, with the rows of its curve."""
     # Every phase evaluates its start, but the curve needs only the first one's.
     summary = stage.summary
@@ -434,7 +450,7 @@ def _after(phase: Phase, state: _State, stage: Stage, name: str) -> _State:
     )
 
 
-def _mark(
+def mark(
     rows: Sequence[RecoveryRow], phase: str, probe: ProbeResult, *, kept: bool
 ) -> tuple[RecoveryRow, ...]:
     """Return the rows with a phase marked as kept or undone, and its accuracy on the last row."""

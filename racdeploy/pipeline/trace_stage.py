@@ -48,24 +48,30 @@ class TraceStage:
     tasks: TaskSet
     settings: Traces
 
-    def inputs(self, checkpoint: Checkpoint, max_prompts: int = 0) -> dict[str, Any]:
+    def inputs(
+        self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1
+    ) -> dict[str, Any]:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
         return identify_code(__name__, () if self._is_served(checkpoint) else COMPUTE_LIBRARIES) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
             **({"first": max_prompts} if max_prompts else {}),
+            **({"samples": samples} if samples > 1 else {}),
         }
 
-    def run(self, sparse: Path | None = None, max_prompts: int = 0) -> tuple[Path, list[Trace]]:
+    def run(
+        self, sparse: Path | None = None, max_prompts: int = 0, samples: int = 1
+    ) -> tuple[Path, list[Trace]]:
         """Return the stage folder and the traces of a model.
 
         Args:
             sparse: folder of a sparse model; None for the dense one.
             max_prompts: number of prompts to answer, the first ones; 0 for all.
+            samples: answers to each prompt, one after the other.
         """
         checkpoint = Checkpoint(sparse) if sparse else self.dense
-        stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts))
+        stage = self.workspace.open("traces", self.inputs(checkpoint, max_prompts, samples))
         out = TraceSet(stage.folder)
 
         if stage.is_finished:
@@ -83,6 +89,7 @@ class TraceStage:
             : max_prompts or None
         ]
         longest = max(len(self.encoder.encode(problem.question)) for problem in problems)
+        problems = [problem for problem in problems for _ in range(samples)]
         context_tokens = longest + settings.max_new_tokens + 1
 
         # Progress is shown before the model is loaded, which takes a while.

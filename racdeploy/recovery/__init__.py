@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 from racdeploy import plugins
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from racdeploy.recovery.examples import Answers, Example
     from racdeploy.recovery.training_run import LogRow, TrainingRun
 
 
@@ -21,6 +24,20 @@ class RecoverMethod(Protocol):
     def peak_bytes(self, run: TrainingRun) -> int: ...
 
     def recover(self, run: TrainingRun) -> list[LogRow]: ...
+
+
+class Objective(Protocol):
+    """Interface of an objective's module: what a student learns from a model's answers.
+
+    ``choose_examples`` returns what is learned, and what is held still.
+    """
+
+    def choose_examples(self, answers: Sequence[Answers]) -> list[Example]: ...
+
+
+def load_objective(name: str) -> Objective:
+    """Import the objective of that name; see :func:`racdeploy.plugins.load`."""
+    return cast(Objective, plugins.load("objectives", name))
 
 
 def load(name: str) -> RecoverMethod:

@@ -32,7 +32,6 @@ from racdeploy.recovery.progress_line import ProgressLine
 from racdeploy.recovery.state import fill_tensors
 from racdeploy.recovery.training_batches import plan_steps
 from racdeploy.recovery.training_run import LogRow, TrainingRun
-from racdeploy.traces.trace import SEGMENTS
 
 MICRO_BATCH_TOKENS = 1024
 """Maximum tokens in a forward pass of a block; a longer trace is a batch of its own."""
@@ -253,9 +252,7 @@ class BlockwiseTraining:
         run = self.training_run
         head = LMHead.from_checkpoint(run.dense, run.device)
         norms = {"dense": self.dense.load_final_norm(), name: self.sparse.load_final_norm()}
-        weights = run.settings.segment_weights
-        counted = [getattr(weights, segment) for segment in SEGMENTS]
-        weight_R = torch.tensor([*counted, 0.0])  # the last one is that of ``PAD``
+        weight_R = torch.tensor([0.0, 1.0, 1.0, 0.0])  # of ``SEGMENTS`` and of ``PAD``
 
         sums = torch.zeros(2, dtype=torch.float64)
 

@@ -95,7 +95,7 @@ def measure_kl(head: LMHead, hidden_ND: Tensor, dense_ND: Tensor) -> Tensor:
     """Return kl_N, the KL(dense ‖ sparse) of every token in nats."""
     parts = []
 
-    for chunk in _chunks(head, len(hidden_ND)):
+    for chunk in chunks(head, len(hidden_ND)):
         sparse_NV = torch.log_softmax(head.logits(hidden_ND[chunk]), dim=1)
         dense_NV = torch.log_softmax(head.logits(dense_ND[chunk]), dim=1)
         parts.append(_divergence(sparse_NV, dense_NV, "forward"))
@@ -124,7 +124,7 @@ def kl_and_gradient(
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     gradient_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
 
-    for chunk in _chunks(head, len(hidden_ND)):
+    for chunk in chunks(head, len(hidden_ND)):
         logits_NV, dense_logits_NV = head.both_logits(hidden_ND[chunk], dense_ND[chunk])
         sparse_NV = torch.log_softmax(logits_NV, dim=1)
         dense_NV = torch.log_softmax(dense_logits_NV, dim=1)
@@ -162,6 +162,7 @@ def _divergence(sparse_NV: Tensor, dense_NV: Tensor, direction: Direction) -> Te
     return (sparse_NV.exp() * (sparse_NV - dense_NV)).sum(1)
 
 
-def _chunks(head: LMHead, tokens: int) -> Iterator[slice]:
+def chunks(head: LMHead, tokens: int) -> Iterator[slice]:
+    """Yield the parts of the tokens whose logits are in memory together."""
     for start in range(0, tokens, head.chunk_tokens):
         yield slice(start, min(start + head.chunk_tokens, tokens))

@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from racdeploy.processes.heap import keep_heap
+from racdeploy.recovery import load_objective
 from racdeploy.recovery.divergence import LMHead, kl_and_gradient, measure_kl
+from racdeploy.recovery.examples import group_answers
+from racdeploy.recovery.likelihood import likelihood_and_gradient, measure_likelihood
 from racdeploy.recovery.optimizer import MaskedAdam, gradient_norm, learning_rate_at
 from racdeploy.recovery.parameters import WeightParameters
 from racdeploy.recovery.progress_line import ProgressLine
@@ -61,16 +64,29 @@ def distill(
     with ExitStack() as stack:
         width = run.dense.shape.hidden_size
         stored = limit_to_disk(run.train_traces, width, MAX_STORED_BYTES)
-        sets = {"train": stored, "held-out": run.held_out}
+        objective = load_objective(run.objective)
 
         batches = {}
-        for name, traces in sets.items():
+        for name, traces in {"train": stored, "held-out": run.held_out}.items():
+            answers = group_answers(traces, run.brief_prompts)
+            examples = objective.choose_examples(answers)
+            seen = [trace for example in examples for trace in example.teacher_traces]
             where = (run.folder, name, run.device, run.processes)
-            states = stack.enter_context(dense_states(run.dense, traces, *where))
-            batches[name] = TrainingBatches(traces, states, run.settings.segment_weights)
+            states = stack.enter_context(dense_states(run.dense, seen, *where))
+            batches[name] = TrainingBatches(examples, states)
 
         student = Student(run, trained)
         return _Training(run, student, arrange(student.weights), batches).run()
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Targets of the tokens of a batch; see :class:`TrainingBatch`."""
+
+    dense_ND: Tensor
+    weight_N: Tensor
+    token_N: Tensor
+    pair_N: Tensor
 
 
 @dataclass
@@ -158,15 +174,12 @@ class _Training:
         tokens = 0
 
         for example in examples:
-            hidden_ND, dense_ND, weight_N = self._select(example, training=True)
-            weight_N = (weight_N / weight).to(hidden_ND.device)
+            hidden_ND, targets = self._select(example, training=True)
             with torch.no_grad():
-                kl, gradient_ND = kl_and_gradient(
-                    self.head, hidden_ND, dense_ND, weight_N, self.training_run.direction
-                )
+                part, gradient_ND = self._compute_gradient(hidden_ND, targets, weight)
 
             self.student.backward(hidden_ND, gradient_ND)
-            loss += float(kl)
+            loss += float(part)
             tokens += example.tokens
 
         total = sum(processes.all_gather(loss))
@@ -188,14 +201,47 @@ class _Training:
         self.optimizer.step(rate, norm)
         self.variables.update_weights()
 
-    def _select(self, example: TrainingBatch, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden_ND, dense_ND and weight_N of the tokens with a weight."""
+    def _select(self, example: TrainingBatch, *, training: bool) -> tuple[Tensor, _Targets]:
+        """Return hidden_ND and the targets of the tokens with a weight."""
         hidden_BTD = self.student.hidden_states(example.ids_BT, training=training)
         device = hidden_BTD.device
 
         counts_BT = example.weight_BT > 0
-        dense_ND = example.dense_BTD[counts_BT].to(device)
-        return hidden_BTD[counts_BT.to(device)], dense_ND, example.weight_BT[counts_BT]
+        targets = _Targets(
+            example.dense_BTD[counts_BT].to(device),
+            example.weight_BT[counts_BT],
+            example.token_BT[counts_BT].to(device),
+            example.pair_BT[counts_BT].to(device),
+        )
+        return hidden_BTD[counts_BT.to(device)], targets
+
+    def _compute_gradient(
+        self, hidden_ND: Tensor, targets: _Targets, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return Σ loss / weight over tokens, and its gradient, gradient_ND."""
+        weight_N = (targets.weight_N / weight).to(hidden_ND.device)
+        learned = targets.token_N >= 0
+        distilled = ~learned
+
+        total, gradient_ND = torch.zeros(()), torch.empty_like(hidden_ND, dtype=torch.float32)
+        if distilled.any():
+            total, gradient_ND[distilled] = kl_and_gradient(
+                self.head,
+                hidden_ND[distilled],
+                targets.dense_ND[distilled],
+                weight_N[distilled],
+                self.training_run.direction,
+            )
+        if learned.any():
+            loss, gradient_ND[learned] = likelihood_and_gradient(
+                self.head,
+                hidden_ND[learned],
+                targets.token_N[learned],
+                targets.pair_N[learned],
+                weight_N[learned],
+            )
+            total = total + loss
+        return total, gradient_ND
 
     def _evaluate(self) -> None:
         """Evaluate, save the state, and return to the best one after a setback."""
@@ -252,10 +298,17 @@ class _Training:
         total = weight = 0.0
 
         for example in batches.shard(batches.batches_by_length(), processes):
-            hidden_ND, dense_ND, weight_N = self._select(example, training=False)
-            weight_N = weight_N.double()
-            kl_N = measure_kl(self.head, hidden_ND, dense_ND).double().cpu()
-            total += float(kl_N @ weight_N)
+            hidden_ND, targets = self._select(example, training=False)
+            learned = targets.token_N >= 0
+            loss_N = hidden_ND.new_empty(len(hidden_ND))
+            loss_N[~learned] = measure_kl(
+                self.head, hidden_ND[~learned], targets.dense_ND[~learned]
+            )
+            loss_N[learned] = measure_likelihood(
+                self.head, hidden_ND[learned], targets.token_N[learned], targets.pair_N[learned]
+            )
+            weight_N = targets.weight_N.double()
+            total += float(loss_N.double().cpu() @ weight_N)
             weight += float(weight_N.sum())
 
         return sum(processes.all_gather(total)) / sum(processes.all_gather(weight))

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +25,8 @@ from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import Batch, make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
-from racdeploy.recipe import SegmentWeights
-from racdeploy.traces.trace import SEGMENTS, Trace
+from racdeploy.recovery.examples import Example
+from racdeploy.traces.trace import Trace
 
 T = TypeVar("T")
 MICRO_BATCH_TOKENS = 4096
@@ -43,53 +44,75 @@ class TrainingBatch:
         ids_BT: token ids, 0 where padded.
         dense_BTD: the dense model's last hidden states, 0 where padded.
         weight_BT: loss weight of the prediction made at each token; 0 leaves it out.
+        token_BT: for each position the next token's id if that is learned, else -1.
+        pair_BT: for each position the number of its pair of answers, doubled, and 1 more in the
+            rejected one; -1 outside of pairs.
         tokens: number of tokens without padding.
     """
 
     ids_BT: Tensor
     dense_BTD: Tensor
     weight_BT: Tensor
+    token_BT: Tensor
+    pair_BT: Tensor
     tokens: int
 
 
 class TrainingBatches:
-    """Traces with the dense model's last hidden states, and their division into batches."""
+    """Examples with the dense model's last hidden states, and their division into batches.
 
-    def __init__(
-        self, traces: Sequence[Trace], states: Activations, weights: SegmentWeights
-    ) -> None:
-        self.traces, self.states = traces, states
-        self._lengths = [len(trace.ids) for trace in traces]
-        self._weights = [getattr(weights, segment) for segment in SEGMENTS]
+    ``states`` are those of all answers, in the order of the examples.
+    """
+
+    def __init__(self, examples: Sequence[Example], states: Activations) -> None:
+        self.examples, self.states = examples, states
+        self._starts = list(accumulate((len(each.traces) for each in examples), initial=0))
+        # The answers of an example are rows of one batch, padded to the longer one.
+        self._lengths = [
+            len(each.traces) * max(len(trace.ids) for trace in each.traces) for each in examples
+        ]
 
     def __len__(self) -> int:
-        return len(self.traces)
+        return len(self.examples)
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all traces."""
+        """Number of tokens of all examples."""
         return sum(self._lengths)
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
-        """Return the batch of the traces with these indices."""
-        B, T = len(indices), max(self._lengths[index] for index in indices)
-        D = self.states[indices[0]].shape[1]
+        """Return the batch of the examples with these indices."""
+        rows = [
+            (index, number, trace)
+            for index in indices
+            for number, trace in enumerate(self.examples[index].traces)
+        ]
+        B, T = len(rows), max(len(trace.ids) for *_, trace in rows)
+        D = self.states[0].shape[1]
 
         ids_BT = torch.zeros(B, T, dtype=torch.long)
         weight_BT = torch.zeros(B, T)
         dense_BTD = torch.zeros(B, T, D)
+        token_BT, pair_BT = torch.full((2, B, T), -1)
 
-        for row, index in enumerate(indices):
-            trace, length = self.traces[index], self._lengths[index]
+        for row, (index, number, trace) in enumerate(rows):
+            example, length = self.examples[index], len(trace.ids)
             ids_BT[row, :length] = torch.tensor(trace.ids)
-            dense_BTD[row, :length] = self.states[index]
 
             # A state predicts the next token, so it has the weight of the token after it.
-            weights = [self._weights[segment] for segment in trace.segments()]
-            weight_BT[row, : length - 1] = torch.tensor(weights[1:])
+            learned = slice(len(trace.prompt_ids) - 1, length - 1)
+            weight_BT[row, learned] = 1.0
+            completion = len(trace.completion_ids)
+            states_TD = self.states[self._starts[index] + number]
+            dense_BTD[row, learned] = states_TD[len(states_TD) - 1 - completion : -1]
 
-        tokens = sum(self._lengths[index] for index in indices)
-        return TrainingBatch(ids_BT, dense_BTD, weight_BT, tokens)
+            if example.learns_tokens or len(example.traces) > 1:
+                token_BT[row, learned] = torch.tensor(trace.completion_ids)
+            if len(example.traces) > 1:
+                pair_BT[row, learned] = 2 * index + number
+
+        tokens = sum(len(trace.ids) for *_, trace in rows)
+        return TrainingBatch(ids_BT, dense_BTD, weight_BT, token_BT, pair_BT, tokens)
 
     def batches_by_length(self) -> list[list[int]]:
         """Return batches of trace indices, every trace once, sorted by length."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
-from racdeploy.engines.engine import Progress
+from racdeploy.engines.engine import Ids, Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
@@ -65,6 +65,8 @@ class TrainingRun:
         folder: of the phase's states and other files; each process has its own, and results are in
             that of the first.
         out: folder of the recovered model.
+        objective: what is learned from the traces.
+        brief_prompts: prompt → the same prompt with an instruction to be brief.
     """
 
     sparse: Checkpoint
@@ -78,6 +80,8 @@ class TrainingRun:
     folder: Path
     out: Path
     device: torch.device
+    objective: str = "distill"
+    brief_prompts: Mapping[Ids, Ids] = field(default_factory=dict)
     threads: int = 0
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every evaluation

@@ -58,7 +58,6 @@ def test_values_are_set_over_other_options() -> None:
             'export.quant="q4_k"',
             'prune.ignore=["down_proj$"]',
             "gate.accuracy.margin=0.1",
-            "recover.segment_weights={thinking=2.0}",
             "prune.refit_steps=30",
             "prune.refit_steps=40",
         ]
@@ -67,7 +66,6 @@ def test_values_are_set_over_other_options() -> None:
     assert (recipe.prune.sparsity, recipe.export.quant) == (0.6, "q4_k")
     assert (recipe.prune.ignore, recipe.prune.refit_steps) == (("down_proj$",), 40)
     assert recipe.gate == {"accuracy": {"margin": 0.1}}
-    assert recipe.recover.segment_weights.thinking == 2.0
 
 
 @pytest.mark.parametrize("command", ["build", "traces", "prune"])

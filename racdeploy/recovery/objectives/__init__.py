@@ -1,0 +1,1 @@
+"""Objectives of a training, one file each; see :class:`racdeploy.recovery.Objective`."""
