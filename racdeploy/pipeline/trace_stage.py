@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from racdeploy import plugins
+from racdeploy.engines import open_engine
 from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
@@ -39,7 +39,11 @@ _UNFINISHED = "growing-"  # prefix of token logs of shards that are being answer
 
 @dataclass(frozen=True)
 class TraceStage:
-    """The stage that collects traces of the dense model, or of a sparse one in recovery."""
+    """The stage that collects traces of the dense model, or of a sparse one in recovery.
+
+    ``artifact`` is the model as a GGUF file, which llama.cpp answers with, many times faster than
+    transformers; None for transformers.
+    """
 
     workspace: Workspace
     dense: Checkpoint
@@ -47,12 +51,14 @@ class TraceStage:
     tags: ThinkingTags | None
     tasks: TaskSet
     settings: Traces
+    artifact: Path | None = None
 
     def inputs(
         self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1
     ) -> dict[str, Any]:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
-        return identify_code(__name__, () if self._is_served(checkpoint) else COMPUTE_LIBRARIES) | {
+        libraries = ("llama-cpp-python",) if self.artifact else COMPUTE_LIBRARIES
+        return identify_code(__name__, () if self._is_served(checkpoint) else libraries) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
@@ -120,13 +126,16 @@ class TraceStage:
         """Answer this process's share; if a process lacks the model, the first one answers all."""
         sha256 = arguments["sha256"]
         is_dense = sha256 == self.dense.sha256
-        folder = self.dense.folder if is_dense else arguments["folder"]
+        model: Path = arguments["model"]
+        if is_dense and model.suffix != ".gguf":
+            model = self.dense.folder
 
         processes = self.workspace.processes
-        has_model = (folder / "config.json").is_file() and Checkpoint(folder).sha256 == sha256
+        is_folder = (model / "config.json").is_file()
+        has_model = Checkpoint(model).sha256 == sha256 if is_folder else model.is_file()
 
         if all(processes.all_gather(has_model)):
-            with _open(folder, arguments["settings"]) as engine:
+            with _open(model, arguments["settings"]) as engine:
                 processes.serve_map(lambda request: engine.generate(*request))
 
     @contextmanager
@@ -152,8 +161,8 @@ class TraceStage:
 
         processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
-        model = checkpoint.folder.resolve()
-        arguments = {"settings": settings, "folder": model, "sha256": checkpoint.sha256}
+        model = (self.artifact or checkpoint.folder).resolve()
+        arguments = {"settings": settings, "model": model, "sha256": checkpoint.sha256}
 
         with _open(model, settings) as engine:
             answer = partial(_answer_durably, engine, folder, completion_progress)
@@ -173,9 +182,8 @@ class TraceStage:
         return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
 
 
-def _open(folder: Path, settings: EngineSettings) -> Engine:
-    engine: Engine = plugins.load("engines", "transformers").open_engine(folder, settings)
-    return engine
+def _open(model: Path, settings: EngineSettings) -> Engine:
+    return open_engine("llamacpp" if model.suffix == ".gguf" else "transformers", model, settings)
 
 
 def _answer_durably(
