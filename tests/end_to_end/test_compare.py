@@ -178,5 +178,5 @@ def test_bad_models(files: Path, tmp_path: Path) -> None:
 
     (tmp_path / "ref").mkdir()
     (tmp_path / "ref" / "reference.json").write_text("{}")
-    with raises("damaged-records"):
+    with raises("damaged-report"):
         library.compare([f32], against=tmp_path / "ref")
