@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +50,7 @@ def build(
         commands = [*list_next_steps(bundle.report), f"racdeploy report {bundle.folder}"]
     else:
         heading = "next:"
-        commands = list_commands(recipe, bundle.folder, values["work"], sys.argv[1:])
+        commands = list_commands(bundle.folder, values["work"])
         if kernels := advise(bundle.report, recipe):
             commands.append(kernels)
 

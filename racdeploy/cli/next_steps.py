@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from racdeploy.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from racdeploy.recipe import Recipe
@@ -17,10 +14,8 @@ WORTH_KERNELS = 0.3
 """Share of zeros from which kernels for sparse weights are mentioned."""
 
 
-def list_commands(
-    recipe: Recipe, folder: Path, work: Path | None, arguments: Sequence[str]
-) -> list[str]:
-    """Return commands for a bundle; ``arguments`` are those of its build."""
+def list_commands(folder: Path, work: Path | None) -> list[str]:
+    """Return commands for a bundle; ``work`` is the work folder of its build."""
     from racdeploy.report.facts import find_question
     from racdeploy.report.files import read_records
 
@@ -31,8 +26,6 @@ def list_commands(
     commands = []
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         commands.append([verb, str(folder), *more.get(verb, ())])
-    if is_shrunk_by_packing(recipe):
-        commands.append([*arguments, "--packing", "bitmask"])
     return [shlex.join(["racdeploy", *command]) for command in commands]
 
 
@@ -46,24 +39,3 @@ def advise(report: Report, recipe: Recipe) -> str:
     engine = {"llamacpp": "llama.cpp"}.get(backend, backend)
 
     return sparse_kernels.suggest_command(engine) if zeros >= WORTH_KERNELS else ""
-
-
-def is_shrunk_by_packing(recipe: Recipe) -> bool:
-    """Return True if the recipe uses no packing, and one would make the file smaller."""
-    from racdeploy import packing, plugins
-
-    export = recipe.export
-    if export.packing != "plain" or export.format != "gguf":
-        return False
-
-    name = export.quant
-    if name in plugins.list_names("presets"):
-        name = plugins.load("presets", name).QUANT
-
-    try:
-        keeps_zeros = plugins.load("quant", name).PRESERVES_ZERO
-        return keeps_zeros and not packing.load("bitmask").reason_for_plain(
-            name, recipe.prune.sparsity
-        )
-    except MissingExtraError:
-        return False

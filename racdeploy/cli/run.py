@@ -110,9 +110,6 @@ def bench(
     dense: Path | None = typer.Option(
         None, help="Dense artifact; default: the build's, in the --work folder."
     ),
-    artifact: str = typer.Option(
-        "", help="Path of the artifact in the bundle; default: the first one."
-    ),
     rounds: int = typer.Option(5, min=1, help="Runs of each artifact, alternating."),
     prompt_tokens: int = typer.Option(256, min=8, help="Length of the prompt."),
     new_tokens: int = typer.Option(128, min=2, help="Tokens to decode."),
@@ -144,11 +141,11 @@ def bench(
     from racdeploy.manifest import MANIFEST_NAME, Manifest
     from racdeploy.report.terminal import print_table
 
-    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder(), artifact)
+    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder())
     load = benchmark.BenchSettings(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
 
     with show_progress(err) as progress:
-        result = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
+        result = benchmark.bench(bundle, dense, load, progress)
 
     if json_output:
         print_json(result.to_json())

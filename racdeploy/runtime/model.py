@@ -105,8 +105,8 @@ class Model(AbstractContextManager["Model"]):
         self.encoder = encoder
         self.engine = engine
         self.context_tokens = context_tokens
-        open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
-        self.tags = encode_tags(encoder, open_tag, close_tag) if open_tag and close_tag else None
+        known = manifest.tokenizer
+        self.tags = encode_tags(encoder, known.open_tag, known.close_tag)
 
     def __repr__(self) -> str:
         return f"<Model {self.manifest.artifacts[0].path}, {self.context_tokens} tokens>"

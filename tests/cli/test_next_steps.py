@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from racdeploy import sparse_kernels
 from racdeploy.cli import run
 from racdeploy.cli.app import app
-from racdeploy.cli.next_steps import advise, is_shrunk_by_packing, list_commands
+from racdeploy.cli.next_steps import advise, list_commands
 from racdeploy.recipe import Recipe
 from racdeploy.results.report import Report
 from tests.support.records import record
@@ -50,7 +50,7 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
         ("pruned", "Long? " * 20, True),
         ("pruned", "What is 3 + 3?", True),
     )
-    commands = [shlex.split(each) for each in list_commands(_recipe(), folder, tmp_path, ["build"])]
+    commands = [shlex.split(each) for each in list_commands(folder, tmp_path)]
 
     assert commands == [
         ["racdeploy", "run", str(folder), "What is 3 + 3?"],
@@ -62,28 +62,6 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
     ]
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"prune": {"sparsity": 0.5}}, True),
-        ({}, False),
-        ({"prune": {"sparsity": 0.5}, "export": {"quant": "q4_k"}}, False),
-        ({"prune": {"sparsity": 0.5}, "export": {"quant": "sparse_q8"}}, True),
-        ({"prune": {"sparsity": 0.5}, "export": {"packing": "bitmask"}}, False),
-        ({"prune": {"sparsity": 0.5}, "target": "onnx"}, False),
-    ],
-)
-def test_packing_is_advised_where_it_makes_the_file_smaller(
-    values: dict[str, Any], expected: bool, tmp_path: Path
-) -> None:
-    """Zeros that the format keeps, and no packing yet; the same command with one option more."""
-    recipe = _recipe(**values)
-    assert is_shrunk_by_packing(recipe) == expected
-    last = list_commands(recipe, _bundle(tmp_path / "b"), None, ["build", "--sparsity", "0.5"])[-1]
-    again = "racdeploy build --sparsity 0.5 --packing bitmask"
-    assert (last == again) == expected
 
 
 @pytest.mark.parametrize(
