@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 
 from racdeploy.cli.console import INTERRUPTED, err, out, print_json, report_errors, say
-from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -34,6 +33,9 @@ from racdeploy.cli.stream import (
     stopped_by_ctrl_c,
 )
 from racdeploy.errors import UsageError
+
+_WORTH_KERNELS = 0.3
+"""Share of zeros from which kernels for sparse weights are mentioned."""
 
 
 @report_errors
@@ -192,6 +194,6 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
 
 def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
     """Print the kernels that ran a model, if it has enough zeros for sparse kernels."""
-    matters = zeros >= WORTH_KERNELS or kernels.startswith("sparse")
+    matters = zeros >= _WORTH_KERNELS or kernels.startswith("sparse")
     if kernels and matters and accel != "off":
         say(f"kernels: {kernels}", "dim")

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from racdeploy import sparse_kernels
 from racdeploy.cli import run
 from racdeploy.cli.app import app
-from racdeploy.cli.next_steps import advise, list_commands
-from racdeploy.recipe import Recipe
-from racdeploy.results.report import Report
+from racdeploy.cli.build import list_commands
 from tests.support.records import record
-from tests.support.sample_report import build_report
-
-
-@pytest.fixture
-def report() -> Report:
-    return build_report()
-
-
-def _recipe(**values: Any) -> Recipe:
-    return Recipe.combine(None, values)
 
 
 def _bundle(folder: Path, *answered: tuple[str, str, bool]) -> Path:
@@ -62,26 +48,6 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
     ]
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("zeros", "command"), [(0.5, "racdeploy-kernels prove"), (0.5, ""), (0.0, "")]
-)
-def test_kernels_are_advised_where_zeros_and_processor_are_there(
-    report: Report,
-    monkeypatch: pytest.MonkeyPatch,
-    zeros: float,
-    command: str,
-) -> None:
-    """And were not tried yet."""
-    asked: list[str] = []
-    monkeypatch.setattr(
-        sparse_kernels, "suggest_command", lambda engine: asked.append(engine) or command
-    )
-    dense, pruned, *_ = report.arms
-    arms = (dense, pruned.model_copy(update={"sparsity": zeros}))
-    assert advise(report.model_copy(update={"arms": arms}), _recipe()) == command
-    assert asked == (["llama.cpp"] if zeros else [])
 
 
 @pytest.mark.parametrize(
