@@ -15,7 +15,6 @@ from racdeploy.cli.options import (
     BundleArg,
     ContextOpt,
     JsonOpt,
-    Kernels,
     SeedOpt,
     ShowThinkingOpt,
     TargetOpt,
@@ -33,9 +32,6 @@ from racdeploy.cli.stream import (
     stopped_by_ctrl_c,
 )
 from racdeploy.errors import UsageError
-
-_WORTH_KERNELS = 0.3
-"""Share of zeros from which kernels for sparse weights are mentioned."""
 
 
 @report_errors
@@ -68,9 +64,6 @@ def run(
 
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
-        zeros = model.manifest.pruning.get("sparsity", 0.0)
-        _print_kernels(model.engine.info.get("kernels", ""), accel, zeros)
-
         with stopped_by_ctrl_c() as cancel:
             messages = [{"role": "system", "content": system}] if system else []
             result = model.generate(
@@ -140,7 +133,6 @@ def bench(
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.caches import default_work_folder
-    from racdeploy.manifest import MANIFEST_NAME, Manifest
     from racdeploy.report.terminal import print_table
 
     dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder())
@@ -158,9 +150,6 @@ def bench(
         say(f"{role}: {file}")
     if result.warning:
         say(result.warning, "yellow")
-    is_bundle = (bundle / MANIFEST_NAME).is_file()
-    zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0) if is_bundle else 0.0
-    _print_kernels(result.kernels, accel, zeros)
 
 
 def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
@@ -190,10 +179,3 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
         print_json({"path": str(file) if file else "", **device.model_dump(mode="json")})
     elif not file:
         out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
-
-
-def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
-    """Print the kernels that ran a model, if it has enough zeros for sparse kernels."""
-    matters = zeros >= _WORTH_KERNELS or kernels.startswith("sparse")
-    if kernels and matters and accel != "off":
-        say(f"kernels: {kernels}", "dim")

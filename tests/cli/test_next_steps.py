@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
-from racdeploy.cli import run
 from racdeploy.cli.app import app
 from racdeploy.cli.build import list_commands
 from tests.support.records import record
@@ -48,22 +46,3 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
     ]
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("kernels", "zeros", "said"),
-    [
-        ("llama.cpp's own kernels: not built", 0.0, False),
-        ("llama.cpp's own kernels: not built", 0.5, True),
-        ("sparse avx2 kernels for 28 matrices", 0.1, True),
-        ("", 0.5, False),
-    ],
-)
-def test_what_ran_a_model_is_said_where_it_matters(
-    capsys: pytest.CaptureFixture[str], kernels: str, zeros: float, said: bool
-) -> None:
-    """Not of a model without zeros, which has nothing to gain."""
-    run._print_kernels(kernels, "auto", zeros)
-    assert ("kernels: " in capsys.readouterr().err) == said
-    run._print_kernels(kernels, "off", zeros)
-    assert capsys.readouterr().err == ""
