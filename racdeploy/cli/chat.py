@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,8 +70,8 @@ def chat(
 
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
-        talk = Chat(Conversation(model, system), max_thinking_tokens, temperature, seed)
-        talk.show_thinking = show_thinking
+        conversation = Conversation(model, system)
+        talk = Chat(conversation, max_thinking_tokens, temperature, seed, show_thinking)
 
         if sys.stdin.isatty() and sys.stdout.isatty():
             _talk_in_terminal(talk, model)
@@ -80,30 +81,15 @@ def chat(
                     talk.handle_alone(line)
 
 
+@dataclass
 class Chat:
     """A conversation with its settings."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        max_thinking_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.conversation = conversation
-        self.max_thinking_tokens = max_thinking_tokens
-        self.temperature = temperature
-        self.seed = seed
-        self.show_thinking = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/think": self._set_budget,
-            "/thoughts": self._show_thoughts,
-            "/reset": self._reset,
-            "/save": self._save,
-            "/load": self._load,
-            "/help": self._help,
-            "/bye": self._leave,
-        }
+    conversation: Conversation
+    max_thinking_tokens: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+    show_thinking: bool = False
 
     def handle(self, line: str) -> None:
         """Run a command, or ask a question. The command ``/bye`` raises EOFError."""
@@ -115,13 +101,22 @@ class Chat:
             return
 
         name, _, argument = line.partition(" ")
-        if name not in self._commands:
+        commands: dict[str, Callable[[str], None]] = {
+            "/think": self._set_budget,
+            "/thoughts": self._show_thoughts,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": self._help,
+            "/bye": self._leave,
+        }
+        if name not in commands:
             raise UsageError(
                 "unknown-chat-command",
                 f"there is no command {name}",
-                remedy=f"there are: {', '.join(self._commands)}",
+                remedy=f"there are: {', '.join(commands)}",
             )
-        self._commands[name](argument.strip())
+        commands[name](argument.strip())
 
     def handle_alone(self, line: str) -> None:
         """Handle a line of a pipe; a question has no context, and its answer is one line."""

@@ -58,16 +58,15 @@ def run(
     question = check_question(_read_question() if prompt == "-" else prompt)
     show_line(f"loading {bundle} …")
 
-    from racdeploy.runtime import load
+    from racdeploy.runtime import Conversation, load
 
     stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
         with stopped_by_ctrl_c() as cancel:
-            messages = [{"role": "system", "content": system}] if system else []
-            result = model.generate(
-                [*messages, {"role": "user", "content": question}],
+            result = Conversation(model, system).ask(
+                question,
                 max_thinking_tokens=max_thinking_tokens,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

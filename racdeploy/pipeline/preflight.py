@@ -160,7 +160,6 @@ def plan_build(job: Job) -> dict[str, Any]:
         "model": recipe.model,
         "architecture": checkpoint.family.architecture,
         "parameters": parameters,
-        "prunable_parameters": sum(expected.sizes[name] for name in prunable),
         "linears_pruned": pruned,
         "linears_kept_dense": len(prunable) - pruned,
         "thinks": job.tags is not None,
@@ -200,8 +199,7 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 def _check_context(job: Job) -> None:
     settings = job.recipe.verify
-    prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
-    longest = max(map(len, prompts))
+    longest = max(job.count_prompt_tokens("evaluation"))
 
     positions = job.checkpoint.shape.max_positions
     if settings.context_tokens > positions:
