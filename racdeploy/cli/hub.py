@@ -25,7 +25,6 @@ def push(
     dry_run: bool = flag("--dry-run", "Print files, card and address; push nothing."),
     private: bool = flag("--private", "Make a new repository private."),
     revision: str = typer.Option("", help="Branch to write to; default: main."),
-    message: str = typer.Option("", help="Commit message."),
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
@@ -39,7 +38,7 @@ def push(
 
     commit = ""
     if not dry_run:
-        commit = push_planned(planned, message=message, private=private)
+        commit = push_planned(planned, private=private)
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
