@@ -77,8 +77,8 @@ def chat(
             _talk_in_terminal(talk, model)
         else:
             with suppress(EOFError):
-                for line in _read_lines():
-                    talk.handle_alone(line)
+                for line in sys.stdin.buffer:
+                    talk.handle_alone(line.decode(errors="surrogateescape"))
 
 
 @dataclass
@@ -271,16 +271,6 @@ def _ask_for_lines() -> Iterator[str]:
         else:
             interrupted = False
             yield line
-
-
-def _read_lines() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                "text-not-utf8", f"line {number} is not text: {error}", remedy="UTF-8"
-            ) from error
 
 
 def _name_file(argument: str, command: str) -> Path:

@@ -55,7 +55,10 @@ def run(
     json_output: JsonOpt = False,
 ) -> None:
     """Ask a bundle one question and stream the answer."""
-    question = check_question(_read_question() if prompt == "-" else prompt)
+    if prompt == "-":
+        piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        prompt = piped.decode(errors="surrogateescape")
+    question = check_question(prompt)
     show_line(f"loading {bundle} …")
 
     from racdeploy.runtime import Conversation, load
@@ -84,18 +87,6 @@ def run(
 
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
-
-
-def _read_question() -> str:
-    """Return the text of stdin, or an empty string if it is a terminal."""
-    if sys.stdin.isatty():
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            "text-not-utf8", f"stdin is not text: {error}", remedy="give it in UTF-8"
-        ) from error
 
 
 @report_errors

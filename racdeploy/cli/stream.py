@@ -142,6 +142,6 @@ def check_question(text: str) -> str:
         question.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            "text-not-utf8", f"the question is not text: {error.reason}", remedy="give it in UTF-8"
+            "text-not-utf8", f"{question!r:.200} is not text: {error}", remedy="give it in UTF-8"
         ) from error
     return question
