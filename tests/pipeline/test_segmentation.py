@@ -42,8 +42,7 @@ def test_tokens_are_counted_in_both(folders: tuple[Path, Path]) -> None:
     added = [len(encoder.encode_text("the lazy dog")) for encoder in (dense, cut)]
     assert [count + more for more in added] == [other.before, other.after]
     assert 0 < other.same < other.before
-    assert "11 words" not in other.describe("it takes")
-    assert f"{other.after / 11:.3f} in the cut one" in other.describe("it takes")
+    assert f"it takes {other.after / other.before:.4f} times as many" in other.describe("it takes")
 
 
 def test_a_text_that_does_not_come_back_stops_the_build(folders: tuple[Path, Path]) -> None:
