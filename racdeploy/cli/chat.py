@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, report_errors, say, say_error
+from racdeploy.cli.console import err, report_errors, say, say_error, show
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -158,19 +158,17 @@ class Chat:
     def _print_statistics(self, result: GenerationResult, elapsed_s: float, dropped: int) -> None:
         if cut := describe_cut(result):
             unseen = "" if result.answer else "; the next question is asked without it"
-            err.print(cut + unseen, style="yellow")
+            say(cut + unseen, "yellow")
         if dropped:
             context_tokens = self.conversation.model.context_tokens
             turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
-            err.print(
-                f"{turns} left out: the context has {context_tokens:,} tokens", style="yellow"
-            )
+            say(f"{turns} left out: the context has {context_tokens:,} tokens", "yellow")
 
         if err.is_terminal:
             tokens = result.thinking_tokens + result.answer_tokens
             thought = f"thought for {result.thinking_tokens:,} tokens (/thoughts shows them), "
             prefix = thought if result.thinking_tokens else ""
-            err.print(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", style="dim")
+            say(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", "dim")
 
     def _set_budget(self, argument: str) -> None:
         if argument and argument != "off":
@@ -190,22 +188,16 @@ class Chat:
         default_budget = self.conversation.model.manifest.generation.max_thinking_tokens
         budget = default_budget if self.max_thinking_tokens is None else self.max_thinking_tokens
         limit = "no budget" if budget is None else f"a budget of {budget:,} tokens"
-        err.print(f"thinking has {limit}", style="dim")
+        say(f"thinking has {limit}", "dim")
 
     def _show_thoughts(self, _: str) -> None:
         turns = self.conversation.turns
         thinking = turns[-1].result.thinking if turns else ""
-        out.print(
-            thinking or "there was no thinking",
-            style="dim",
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-        )
+        show(thinking or "there was no thinking", "dim")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        err.print("forgotten: the next question is the first", style="dim")
+        say("forgotten: the next question is the first", "dim")
 
     def _save(self, argument: str) -> None:
         self.conversation.save(_name_file(argument, "/save"))
@@ -214,11 +206,11 @@ class Chat:
     def _load(self, argument: str) -> None:
         file = _name_file(argument, "/load")
         self.conversation = type(self.conversation).load(self.conversation.model, file)
-        err.print(f"{len(self.conversation.turns)} turns loaded", style="dim")
+        say(f"{len(self.conversation.turns)} turns loaded", "dim")
 
     def _help(self, _: str) -> None:
         for usage, meaning in _HELP.items():
-            err.print(f"{usage:<12} {meaning}", style="dim", markup=False)
+            say(f"{usage:<12} {meaning}", "dim")
 
     def _leave(self, _: str) -> None:
         raise EOFError
@@ -233,7 +225,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
     engine = model.manifest.artifacts[0].backend
     context = f"{model.context_tokens:,} tokens of context"
     say(f"{name} on {engine}, {context}", "bold")
-    err.print("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
+    say("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", "dim")
 
     for line in _ask_for_lines():
         try:
@@ -241,7 +233,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
-            err.print("stopped", style="yellow")
+            say("stopped", "yellow")
         except (RacdeployError, OSError) as error:
             say_error(error)
 
@@ -265,9 +257,9 @@ def _ask_for_lines() -> Iterator[str]:
             if interrupted:
                 return
             interrupted = True
-            err.print("Ctrl-C again leaves", style="dim")
+            say("Ctrl-C again leaves", "dim")
         except UnicodeDecodeError as error:
-            err.print(f"this line is not text: {error}", style="yellow", markup=False)
+            say(f"this line is not text: {error}", "yellow")
         else:
             interrupted = False
             yield line

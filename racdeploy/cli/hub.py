@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, print_notes, report_errors, say, show
+from racdeploy.cli.console import out, print_json, print_notes, report_errors, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def push(
 
     if dry_run:
         _show(planned)
-        err.print("nothing was written; without --dry-run this is pushed to the address above")
+        say("nothing was written; without --dry-run this is pushed to the address above")
     else:
         show(planned.remote.url)
         pull_line = f"racdeploy pull {repository} --quant {planned.bundle}"

@@ -83,7 +83,7 @@ def run(
     if json_output:
         print_json(asdict(result))
     elif cut := describe_cut(result):
-        err.print(cut, style="yellow")
+        say(cut, "yellow")
 
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)

@@ -58,7 +58,7 @@ class AnswerStream:
                 sys.stdout.flush()
         elif self._show_thinking:
             seen = drop_unprintable(self._stripper.feed(text))
-            err.print(seen, style="dim", end="", markup=False, emoji=False, soft_wrap=True)
+            err.print(seen, style="dim", end="", markup=False, soft_wrap=True)
         else:
             self._count()
 
