@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, print_json, report_errors, show
+from racdeploy.cli.console import err, print_json, report_errors, say, show
 from racdeploy.cli.options import JsonOpt
 
 
@@ -39,7 +39,7 @@ def report(
 
     show(str(page))
     if open_page and not opened:
-        err.print("no browser could be started: open the file by hand", style="yellow")
+        say("no browser could be started: open the file by hand", "yellow")
 
 
 def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:

@@ -63,8 +63,6 @@ class DeployedModel:
     @property
     def tags(self) -> ThinkingTags | None:
         known = self.manifest.tokenizer
-        if not (known.open_tag and known.close_tag):
-            return None
         return encode_tags(self.encoder, known.open_tag, known.close_tag)
 
     @property

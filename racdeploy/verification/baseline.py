@@ -107,9 +107,12 @@ class Baseline:
             )
 
     def answers(
-        self, problems: Sequence[Problem], settings: Verification
+        self, problems: Sequence[Problem], settings: Verification, remedy: str
     ) -> tuple[AnswerRecord, ...]:
         """Return the dense records of the problems, with ``prompt`` as the index of the problem.
+
+        Args:
+            remedy: ways to get answers that are missing.
 
         Raises:
             UsageError: the bundle was decoded with other settings, or lacks some answers.
@@ -131,8 +134,7 @@ class Baseline:
                 "missing-dense-answers",
                 f"{wanted - len(records)} of {wanted} answers of the dense model "
                 f"are not in {self.folder}",
-                remedy="give the dense artifact with --baseline, a bundle with more prompts, "
-                "or a smaller --tier",
+                remedy=remedy,
             )
 
         return tuple(records)
