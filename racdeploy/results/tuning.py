@@ -143,7 +143,6 @@ class Tuning(_FinitePart):
         recipe: the winner's recipe, by part, without the defaults of its target, as in
             ``recipe.toml`` of the bundle.
         seconds: duration of each stage: traces, measure, compare, race, verify.
-        tokens_asked: tokens generated in the race; stopping early saved about ``tokens_saved``.
         bundle: the winner's folder.
     """
 
@@ -164,8 +163,6 @@ class Tuning(_FinitePart):
     notes: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
-    tokens_asked: NonNegativeInt = 0
-    tokens_saved: NonNegativeInt = 0
     bundle: str = ""
 
     def find(self, name: str) -> Candidate | None:

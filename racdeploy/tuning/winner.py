@@ -148,7 +148,6 @@ def _summarize(
     confidence = 0.90
     if report.comparison:
         confidence = report.comparison.confidence
-    race = search.race
 
     return Tuning(
         racdeploy=__version__,
@@ -167,8 +166,6 @@ def _summarize(
         notes=tuple(search.notes),
         recipe=list_changed_settings(winner.spec),
         seconds={stage: round(took, 1) for stage, took in search.budget.seconds.items()},
-        tokens_asked=race.tokens_asked if race else 0,
-        tokens_saved=race.tokens_saved if race else 0,
         bundle=folder.name,
     )
 
