@@ -34,8 +34,8 @@ def write_headline(report: Report) -> str:
     pruned = report.find_arm("pruned")
     ratios = [
         f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm, report)}"
-        for arm in _list_dense(report)
-        if pruned and pruned.size_bytes and arm.size_bytes
+        for arm in report.arms
+        if arm.name.startswith("dense") and pruned and pruned.size_bytes and arm.size_bytes
     ]
     if ratios:
         line += f", bytes {', '.join(ratios)}"
@@ -68,10 +68,6 @@ def write_findings(report: Report) -> str:
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
     sentences.append(describe_front(report))
     return to_single_line(" ".join(filter(None, sentences)))
-
-
-def _list_dense(report: Report) -> list[ArmSummary]:
-    return [arm for arm in report.arms if arm.name.startswith("dense")]
 
 
 def _name_with_quant(arm: ArmSummary, report: Report) -> str:

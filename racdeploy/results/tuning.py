@@ -140,8 +140,7 @@ class Tuning(_FinitePart):
             ``min_accuracy_ratio`` refers; empty if none answered.
         verdict: one sentence that names the winner and its lead.
         gain: paired accuracy difference, winner minus rival, with its 90 % interval.
-        recipe: the winner's recipe, by part, without the defaults of its target, as in
-            ``recipe.toml`` of the bundle.
+        recipe: the winner's recipe, by part, as in ``recipe.toml`` of the bundle.
         seconds: duration of each stage: traces, measure, compare, race, verify.
         bundle: the winner's folder.
     """

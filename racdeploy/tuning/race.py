@@ -270,7 +270,7 @@ class Race:
     @property
     def _error_per_test(self) -> float:
         """Error probability of each test."""
-        return self.error / max(1, len(self.contestants))
+        return self.error / len(self.contestants)
 
 
 def list_rounds(prompts: int) -> list[int]:

@@ -20,7 +20,6 @@ from racdeploy.report.tuning_files import (
     FILE,
     PAGE,
     RECIPE,
-    find_tuning_page,
     read_tuning,
     write_tuning,
 )
@@ -227,7 +226,6 @@ def test_a_search_is_written_and_read_again(tuning: Tuning, tmp_path: Path) -> N
     assert read_toml(folder / RECIPE) == tuning.recipe
 
     assert (folder / PAGE).read_text() == render(tuning)
-    assert find_tuning_page(folder / FILE) == folder / PAGE
 
     for text, code in (
         ("[]", "json-not-an-object"),

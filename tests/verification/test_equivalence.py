@@ -19,8 +19,8 @@ from racdeploy.verification.stats.lengths import (
     length_ratio,
     smallest_detectable_ratio,
 )
-from racdeploy.verification.stats.paired import drop_interval, judge_non_inferiority
-from racdeploy.verification.stats.verdicts import judge_within
+from racdeploy.verification.stats.paired import drop_interval
+from racdeploy.verification.stats.verdicts import judge, judge_within
 
 DRAWS = 20_000
 
@@ -46,8 +46,8 @@ def test_equivalence_is_non_inferiority_both_ways(
     n10 = data.draw(st.integers(0, n))
     n01 = data.draw(st.integers(0, n - n10))
     both = {
-        judge_non_inferiority(n10, n01, n, margin),
-        judge_non_inferiority(n01, n10, n, margin),
+        judge(drop_interval(n10, n01, n), margin),
+        judge(drop_interval(n01, n10, n), margin),
     } == {"pass"}
     verdict = equivalence(n10, n01, n, margin)
     assert (verdict == "pass") is both
@@ -71,10 +71,10 @@ def _count_passing(n10s: NDArray[np.int64], n01: int, n: int, margin: float) -> 
     likely = range(int(n10s.min()), int(n10s.max()) + 1)
 
     def first_is_not_worse(n10: int) -> bool:
-        return judge_non_inferiority(n01, n10, n, margin) == "pass"
+        return judge(drop_interval(n01, n10, n), margin) == "pass"
 
     def second_may_be_worse(n10: int) -> bool:
-        return judge_non_inferiority(n10, n01, n, margin) != "pass"
+        return judge(drop_interval(n10, n01, n), margin) != "pass"
 
     start = bisect_left(likely, True, key=first_is_not_worse)
     stop = bisect_left(likely, True, key=second_may_be_worse)

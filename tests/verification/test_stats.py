@@ -19,7 +19,6 @@ from racdeploy.verification.stats.distributions import normal_quantile, student_
 from racdeploy.verification.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verification.stats.paired import (
     drop_interval,
-    judge_non_inferiority,
     power,
     smallest_detectable_drop,
     tango_interval,
@@ -135,7 +134,7 @@ def test_tango_narrows_with_more_prompts_of_the_same_kind(
 )
 def test_non_inferiority_has_three_answers(n10: int, n01: int, n: int, verdict: str) -> None:
     """Too few prompts are inconclusive even when both models agree on all of them."""
-    assert judge_non_inferiority(n10, n01, n, margin=0.05) == verdict
+    assert judge(drop_interval(n10, n01, n), 0.05) == verdict
 
 
 def test_a_limit_on_the_end_of_the_interval_is_inconclusive() -> None:
@@ -295,7 +294,7 @@ def test_without_the_exact_interval_the_level_would_be_exceeded() -> None:
     n, margin = 133, 0.02
     assert tango_interval(0, 0, n, 0.90).upper < margin
     assert (1 - margin) ** n > 0.065  # how often a model at the margin loses none
-    assert judge_non_inferiority(0, 0, n, margin) == "inconclusive"
+    assert judge(drop_interval(0, 0, n), margin) == "inconclusive"
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 44), (1, 44), (3, 200), (40, 200), (200, 200)])

@@ -24,14 +24,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from racdeploy.results.checks import VerdictName
 from racdeploy.verification.stats import distributions
 from racdeploy.verification.stats.distributions import (
     Floats,
     bisect,
     normal_quantile,
 )
-from racdeploy.verification.stats.verdicts import ConfidenceInterval, judge
+from racdeploy.verification.stats.verdicts import ConfidenceInterval
 
 MAX_PROMPTS = 1_000_000
 """Maximum number of prompts for :func:`power`."""
@@ -120,13 +119,6 @@ def drop_interval(n10: float, n01: float, n: float, confidence: float = 0.90) ->
     return ConfidenceInterval(lower, upper)
 
 
-def judge_non_inferiority(
-    n10: float, n01: float, n: float, margin: float, confidence: float = 0.90
-) -> VerdictName:
-    """Judge whether the accuracy drop stays below ``margin``, a fraction in [0, 1)."""
-    return judge(drop_interval(n10, n01, n, confidence), margin)
-
-
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> ConfidenceInterval:
     """Return Wilson's score interval of a single accuracy."""
     quantile = normal_quantile(confidence)
@@ -146,7 +138,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Confide
 def power(
     n: int, discordant_rate: float, margin: float, confidence: float = 0.90, drop: float = 0.0
 ) -> float:
-    """Return the exact probability that :func:`judge_non_inferiority` returns "pass".
+    """Return the exact probability that :func:`drop_interval` is below the margin.
 
     Args:
         discordant_rate: share of prompts on which the arms disagree.
