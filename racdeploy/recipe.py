@@ -28,7 +28,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
-from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
+from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Rung, Target
 
 EXAMPLE = (files("racdeploy") / "recipe.toml").read_text(encoding="utf-8")
@@ -329,6 +329,8 @@ class Recovery(_Section):
     segment_weights: SegmentWeights = Field(default_factory=SegmentWeights)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    extra_text: str = ""
+    extra_text_share: OpenShare = 0.3
     seed: NonNegativeInt = 0
 
     @field_validator("methods")

@@ -13,16 +13,16 @@ _CHUNK_CHARACTERS = 1 << 16  # encoded together
 _LINES = re.compile(r"(?<=\n)(?=\S)")
 
 
-def read_texts(files: Sequence[str]) -> list[str]:
+def read_texts(files: Sequence[str], key: str) -> list[str]:
     """Return the chunks of text files; their tokens together are those of the whole text.
 
     Raises:
-        UsageError: a file cannot be read or is not UTF-8.
+        UsageError: a file cannot be read or is not UTF-8; ``key`` is the recipe key that names it.
     """
     chunks = []
     for name in files:
         text = ""
-        remedy = "give the path of a text file in structure.vocabulary_text"
+        remedy = f"give the path of a text file in {key}"
         for part in _LINES.split(read_user_text(Path(name), remedy)):
             text += part
             if len(text) >= _CHUNK_CHARACTERS:

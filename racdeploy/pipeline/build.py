@@ -374,7 +374,13 @@ class Build:
     @property
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
-        return RecoverStage(self.workspace, job.checkpoint, recipe.recover, recipe.calibration)
+        return RecoverStage(
+            self.workspace,
+            job.checkpoint,
+            job.encoder,
+            recipe.recover,
+            recipe.calibration,
+        )
 
     @property
     def evaluation(self) -> Evaluation:

@@ -32,7 +32,7 @@ class VocabularyChoice:
         """The prompts, the thinking tags, and pieces of the user's texts."""
         prompts = map(self.encoder.render, self.questions)
         tags = find_tag_names(self.encoder) or ()
-        texts = read_texts(self.settings.vocabulary_text)
+        texts = read_texts(self.settings.vocabulary_text, vocabulary.TEXTS_KEY)
         return (*prompts, *tags, *texts)
 
     def choose(self, traces: Sequence[Trace] = ()) -> NDArray[np.int64]:

@@ -389,7 +389,7 @@ def test_a_users_text_is_kept(tmp_path: Path, pre_tokenizer: str) -> None:
     text = "\n".join(make_mixed_lines(2500)) + "\n    indented\n\n\nend"
     file = tmp_path / "notes.txt"
     file.write_text(text, encoding="utf-8", newline="")
-    pieces = read_texts([str(file)])
+    pieces = read_texts([str(file)], vocabulary.TEXTS_KEY)
     assert len(pieces) > 1
     assert "".join(pieces) == text
 
@@ -405,12 +405,12 @@ def test_a_users_text_is_kept(tmp_path: Path, pre_tokenizer: str) -> None:
 def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """A missing file, and the line of one that is not UTF-8."""
     with raises("file-unreadable", "none.txt", "No such file"):
-        read_texts([str(tmp_path / "none.txt")])
+        read_texts([str(tmp_path / "none.txt")], vocabulary.TEXTS_KEY)
 
     file = tmp_path / "latin.txt"
     file.write_bytes("one\ntwo\ncafé\n".encode("latin-1"))
     with raises("text-not-utf8", "latin.txt:3"):
-        read_texts([str(file)])
+        read_texts([str(file)], vocabulary.TEXTS_KEY)
 
 
 @pytest.mark.slow

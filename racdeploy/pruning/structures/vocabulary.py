@@ -31,6 +31,7 @@ from racdeploy.tensors.safetensors import write_entries
 SCOPE, SIZE_LETTER, COUNT_UNIT = "folder", "V", "tokens"
 # ggml's kernels for interleaved rows need multiples of 8, those for AMX of 32.
 ROW_MULTIPLE = 32
+TEXTS_KEY = "structure.vocabulary_text"
 _MAX_ADDED_SHARE = 0.01  # of the requested tokens, to reach a multiple
 
 
@@ -44,7 +45,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     check_cuttable("vocabulary", checkpoint.family)
     tokenizer = read_tokenizer(checkpoint.tokenizer.file)
     used_ids: set[int] = set()
-    for text in read_texts(structure.vocabulary_text):
+    for text in read_texts(structure.vocabulary_text, TEXTS_KEY):
         used_ids.update(tokenizer.encode(text))
 
     choose(checkpoint, structure.kept_share("vocabulary"), used_ids)
