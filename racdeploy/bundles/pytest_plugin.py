@@ -133,11 +133,11 @@ class Check(pytest.Item):
         return folder, None, self.nodeid
 
     def _result(self, report: Report) -> CheckResult:
-        from racdeploy.report.summary import write_explanation
+        from racdeploy.report.summary import write_findings
         from racdeploy.results.checks import CheckResult
 
         if self.name == _VERDICT:
             return CheckResult(
-                name=_VERDICT, verdict=report.verdict, summary=write_explanation(report)
+                name=_VERDICT, verdict=report.verdict, summary=write_findings(report)
             )
         return next(check for check in report.checks if check.name == self.name)

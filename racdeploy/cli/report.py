@@ -62,10 +62,10 @@ def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
     """Render the page of a search from its JSON; return it with the verdict."""
     from racdeploy.report import tuning_page
     from racdeploy.report.terminal import print_tuning
-    from racdeploy.report.tuning_files import find_tuning_page, read_tuning
+    from racdeploy.report.tuning_files import read_tuning
 
     tuning = read_tuning(file)
-    page = _draw(find_tuning_page(file), tuning_page.render(tuning))
+    page = _draw(file.with_suffix(".html"), tuning_page.render(tuning))
     if not json_output:
         print_tuning(tuning, err)
     return page.resolve(), tuning.verdict

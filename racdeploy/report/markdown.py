@@ -10,10 +10,8 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from racdeploy.report.gains import describe_savings
 from racdeploy.report.pairs import AnswerPair, pair_records
-from racdeploy.report.pareto import describe_rivals
-from racdeploy.report.summary import is_widened, write_explanation, write_headline
+from racdeploy.report.summary import is_widened, write_findings, write_headline
 from racdeploy.report.tables import (
     HARNESS_TITLE,
     ReportTable,
@@ -44,10 +42,8 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
     """
     sign = "☑️" if is_widened(report) else _SIGNS[report.verdict]
     parts = [f"### {sign} {escape(write_headline(report))}"]
-    if reasons := write_explanation(report):
+    if reasons := write_findings(report):
         parts.append(escape(reasons))
-    if savings := describe_savings(report):
-        parts.append("\n".join(_items(savings)))
 
     tables_by_title = {table.title: table for table in list_tables(report)}
     shown = (report.both_roles, *_OPEN)
@@ -61,8 +57,6 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
         parts.append(_section("Next steps", _items(steps)))
 
     folded = [write_table(table) for table in tables_by_title.values()]
-    if sentences := describe_rivals(report):
-        folded.append(_section("Comparison with dense models", _items(sentences)))
     if report.notes:
         notes = _items(report.notes[:_MAX_ROWS]) + _remainder(len(report.notes), "notes", "- ")
         folded.append(_section("Notes", notes))

@@ -49,9 +49,12 @@ _PHASE = {
     "calibration prompts right": "{0.accuracy:.1%}",
     "kept": "{1}",
 }
+_RIVAL = {
+    "dense model": "{0.name}",
+    "points over pruned": "{0.gain:points} ({0.gain_lower:points} to {0.gain_upper:points})",
+    "times its thinking": "{0.length_ratio:.2f} ({0.length_lower:.2f} to {0.length_upper:.2f})",
+}
 HARNESS_TITLE = "Evaluation harness"
-LENGTH_RATIO = "{0.length_ratio:ratio} times as long"
-LENGTH_INTERVAL = "{0.length_lower:ratio} to {0.length_upper:ratio}"
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,10 @@ def list_tables(report: Report) -> list[ReportTable]:
             worst_first = sorted(errors.items(), key=lambda item: -item[1])
             drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
 
+    rivals = [_fill(_RIVAL, row) for row in report.rivals]
     candidates: dict[tuple[str, str], list[TableRow]] = {
         (report.both_roles, "|".join(columns)): [_fill(columns, arm) for arm in arms],
+        ("Comparison with dense models", "|".join(_RIVAL)): rivals,
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
         ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
         ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),

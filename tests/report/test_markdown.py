@@ -99,7 +99,7 @@ def test_a_backslash_cannot_free_a_pipe() -> None:
 def test_every_table_row_has_as_many_cells_as_its_header(report: Report) -> None:
     """Hostile cells do not break a row."""
     blocks = re.findall(r"(?:^\|.*\n?)+", markdown.render(report), flags=re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(widths) == 1

@@ -1,8 +1,9 @@
-"""Pareto front, and comparisons that state no more than the intervals show."""
+"""Pareto front, and the comparison with dense rivals."""
 
 from __future__ import annotations
 
-from racdeploy.report.pareto import describe_rivals, find_pareto_front
+from racdeploy.report.pareto import describe_front, find_pareto_front
+from racdeploy.report.tables import list_tables
 from racdeploy.results.answers import ArmSummary
 from racdeploy.results.report import Report
 from tests.support.sample_report import arm
@@ -41,23 +42,18 @@ def test_a_speed_that_one_arm_lacks_decides_nothing() -> None:
     assert find_pareto_front([fast, unknown]) == {"unknown"}
 
 
-def test_the_sentences_follow_the_intervals(report: Report) -> None:
-    """Two rivals of the sample: an even one, and one that is smaller and worse."""
-    even, small, whole = describe_rivals(report)
-    assert even.startswith(
-        "dense q4_k compared with pruned: "
-        "pruned is better in thinking (1.04 times as long, 1.01 to 1.08)"
+def test_the_front_is_one_sentence(report: Report) -> None:
+    """With rivals only; the comparison of dense and pruned has its own."""
+    assert describe_front(report) == (
+        "Pareto front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, dense q2_k."
     )
-    assert "equal in size (5.3 MB, pruned 5.31 MB), speed" in even
-    assert "accuracy (−0.4 points, −2.0 to 1.2)." in even
-    assert "dense q2_k is better in size (3.9 MB, pruned 5.31 MB)" in small
-    assert "pruned is better in speed (0.91 times that of pruned), accuracy (−7.4 points" in small
-    assert (
-        whole == "Pareto front of size, speed, accuracy and thinking: dense, pruned, dense q4_k, "
-        "dense q2_k."
-    )
+    assert describe_front(report.model_copy(update={"rivals": ()})) == ""
 
 
-def test_without_a_rival_nothing_is_said(report: Report) -> None:
-    """The comparison of dense and pruned has its own sentence."""
-    assert describe_rivals(report.model_copy(update={"rivals": ()})) == []
+def test_each_rival_has_a_row_with_its_intervals(report: Report) -> None:
+    """The gain in accuracy and the thinking, each over the pruned model."""
+    (table,) = (each for each in list_tables(report) if each.title.startswith("Comparison"))
+    assert table.rows == (
+        ("dense q4_k", "−0.4 (−2.0 to 1.2)", "1.04 (1.01 to 1.08)"),
+        ("dense q2_k", "−7.4 (−11.0 to −4.0)", "1.10 (1.06 to 1.15)"),
+    )

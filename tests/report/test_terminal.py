@@ -33,9 +33,9 @@ def test_a_pipe_gets_whole_lines_without_decoration(report: Report) -> None:
 
 
 def test_a_terminal_gets_tables(report: Report) -> None:
-    """Six of them, with every figure of the plain form."""
+    """Seven of them, with every figure of the plain form."""
     text = printed(report, is_terminal=True, width=200)
-    assert text.count("┏") == 6
+    assert text.count("┏") == 7
     assert "144.1" in text
     assert "5.31 MB" in text
 
