@@ -29,6 +29,8 @@ FAILING = {
     "endless": {"accuracy", "thinking", "logits"},
     "template": {"template"},
     "merge": {"tokens"},
+    "tags": {"template"},
+    "bos": {"template"},
 }
 """Checks that each fault must fail; others may fail as well."""
 
