@@ -32,7 +32,7 @@ EXPECTED = {
     "eos": "tokens",
     "template": "template",
     "zeroed": "logits",
-    "zeroed_q4_k_m": "logits",
+    "zeroed_q4_k_m": "accuracy",  # the logits of 4 bits may differ by as much
     "rope_10": "logits",
     "rope_0.1": "logits",
     "merge": "tokens",
