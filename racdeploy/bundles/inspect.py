@@ -17,6 +17,8 @@ from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
 from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import fetch_gguf
+from racdeploy.runtime.deployed import find_graph
 from racdeploy.runtime.loading import refuse_unlisted, refuse_unlisted_parts
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
@@ -39,10 +41,12 @@ def inspect_path(path: Path) -> Json:
     Raises:
         ArtifactError: the path does not exist, or its kind is unknown.
     """
+    path = fetch_gguf(path)
     if (path / MANIFEST_NAME).is_file():
         return _inspect_bundle(path)
     if path.is_dir():
-        return _inspect_checkpoint(Checkpoint(path))
+        graph = None if any(path.glob("*.safetensors")) else find_graph(path)
+        return _inspect_file(graph) if graph else _inspect_checkpoint(Checkpoint(path))
     if path.is_file() and (exporting.find_format(path) or path.suffix == ".safetensors"):
         return _inspect_file(path)
 

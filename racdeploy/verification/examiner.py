@@ -159,11 +159,12 @@ class Examiner:
                 logits = record_top_logits(engine, traces, self.progress)
 
         encoder, tokenizer = model.encoder, model.manifest.tokenizer
+        ends = [ids[-1] for _, ids in answers.traces if ids]
         return Reference(
             name=model.name,
             tasks=tasks,
             settings=self.settings,
-            stop_ids=tokenizer.eos_ids,
+            stop_ids=tuple(sorted(tokenizer.eos_ids, key=ends.count, reverse=True)),
             vocabulary=encoder.tokenizer.get_vocab_size(),
             open_tag=tokenizer.open_tag or "",
             probes=encode_probes(encoder),

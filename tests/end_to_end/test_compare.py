@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import racdeploy as library
 from racdeploy import exporting
@@ -18,6 +19,7 @@ from racdeploy.recipe import Export
 from racdeploy.results.report import Report
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
+from tests.support.hub_server import Repository, hub_server, point_at
 from tests.support.real_server import llama_cpp_server, running
 from tests.support.spoiled_gguf import rewrite, spoil_all
 
@@ -29,6 +31,8 @@ FAILING = {
     "endless": {"accuracy", "thinking", "logits"},
     "template": {"template"},
     "merge": {"tokens"},
+    "tags": {"template"},
+    "bos": {"template"},
 }
 """Checks that each fault must fail; others may fail as well."""
 
@@ -90,6 +94,12 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
     graph = Export(format="onnx", quant="f32")
     exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
+    folder, file = (
+        json.loads(racdeploy("inspect", tmp_path / "onnx" / name, "--json").out)
+        for name in ("", "model.onnx")
+    )
+    assert folder == file
+    assert folder["summary"]["size_bytes"] > 10_000_000
 
     with running(*llama_cpp_server(files / "q8_0.gguf")) as (url, _):
         models = library.compare(
@@ -106,6 +116,30 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     logits = {name: report.find_check("logits") for name, report in found.items()}
     assert logits["server"]
     assert logits["server"].verdict == "skipped"
+
+
+def test_a_file_of_the_hub(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared, loaded and inspected by repository and quant; a wrong quant lists those."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server() as hub:
+        point_at(hub.address, monkeypatch)
+        hub.repositories["org/tiny-GGUF"] = Repository()
+        content = (files / "q8_0.gguf").read_bytes()
+        hub.repositories["org/tiny-GGUF"].commit({"tiny-Q8_0.gguf": content})
+
+        (found,) = library.compare(
+            ["org/tiny-GGUF:q8_0"], against=files / "ref", tier="smoke", work=tmp_path, threads=1
+        )
+        assert (found.verdict, found.report.model) == ("pass", "tiny-Q8_0.gguf")
+        with library.load("org/tiny-GGUF:Q8_0", threads=1) as model:
+            assert model.generate("What is 12 times 34?", max_new_tokens=400).state == "closed"
+
+        inspected = racdeploy("inspect", "org/tiny-GGUF:q8_0", "--summary", "--json")
+        assert json.loads(inspected.out)["summary"]["size_bytes"] == len(content)
+        for verb in (["run"], ["bench"], ["compare", "--against", files / "ref"]):
+            outcome = racdeploy(*verb, "org/tiny-GGUF:q2_k", *["Hi"] * (verb == ["run"]))
+            assert (outcome.code, outcome.error_code) == (2, "no-such-quant")
+            assert "Q8_0" in outcome.err
 
 
 def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
