@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from huggingface_hub import constants
@@ -18,6 +19,7 @@ from racdeploy.models.sources import resolve_model
 from racdeploy.recipe import Export
 from racdeploy.results.report import Report
 from tests.support.commands import racdeploy
+from tests.support.completion_server import serving
 from tests.support.errors import raises
 from tests.support.hub_server import Repository, hub_server, point_at
 from tests.support.real_server import llama_cpp_server, running
@@ -116,6 +118,48 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     logits = {name: report.find_check("logits") for name, report in found.items()}
     assert logits["server"]
     assert logits["server"].verdict == "skipped"
+
+
+def test_a_server_is_the_reference(files: Path, tmp_path: Path) -> None:
+    """llama-cpp-python's server, and the same with the shapes that Ollama documents.
+
+    Ollama splits off the thinking as ``reasoning``, and its model names have a tag.
+    """
+    asked = ASKED | {"tier": "smoke", "work": tmp_path}
+    with running(*llama_cpp_server(files / "f32.gguf")) as (url, _):
+
+        def answer(body: dict[str, Any]) -> dict[str, Any]:
+            assert body["model"] == "tiny-reasoner:3m"
+            sent = {name: value for name, value in body.items() if name != "Authorization"}
+            request = Request(
+                f"{url}/chat/completions",
+                json.dumps(sent | {"model": "tiny"}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urlopen(request) as reply:
+                answered = json.load(reply)
+            (choice,) = answered["choices"]
+            thinking, _, text = choice["message"]["content"].partition("</think>")
+            choice["message"] = {"role": "assistant", "content": text, "reasoning": thinking}
+            return {**answered, "model": body["model"], "system_fingerprint": "fp_ollama"}
+
+        routes = {"v1/chat/completions": answer, "v1/models": list_models}
+        with serving(routes) as ollama:
+            found = [
+                library.compare([files / "q8_0.gguf"], against=f"{address}#{name}", **asked)[0]
+                for address, name in ((url, "tiny"), (ollama, "tiny-reasoner:3m"))
+            ]
+
+    for each in found:
+        assert each.verdict == "pass", each.report.checks
+        assert each.report.comparison
+        assert each.report.comparison.length_ratio == pytest.approx(1, abs=0.02)
+
+
+def list_models(_: dict[str, Any]) -> dict[str, Any]:
+    """Return what Ollama answers to ``/v1/models``."""
+    model = {"id": "tiny-reasoner:3m", "object": "model", "created": 0, "owned_by": "library"}
+    return {"object": "list", "data": [model]}
 
 
 def test_a_file_of_the_hub(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
