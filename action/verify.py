@@ -1,5 +1,5 @@
-"""Verify a bundle as a step of a workflow: run racdeploy, then tell the outputs and the job
-summary.
+"""Verify a bundle, or compare a model file with a reference, as a step of a workflow: run
+racdeploy, then tell the outputs and the job summary.
 
 The exit code is an output, so that the comment and the artifacts follow before the job is failed
 with it. Settings come in the environment, never as text in a shell line: a name of a branch or a
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,15 +25,18 @@ _SUMMARY_BYTES = 1_000_000  # GitHub takes 1 MiB
 def main() -> None:
     """Run racdeploy, and write GITHUB_OUTPUT and GITHUB_STEP_SUMMARY."""
     reports = Path(os.environ["RACDEPLOY_REPORTS"])
-    reports.mkdir(parents=True, exist_ok=True)
-    report = reports / "report.json"
-    report.unlink(missing_ok=True)  # one of an earlier run must not speak for a run that breaks off
+    # One of an earlier run must not speak for a run that breaks off.
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir(parents=True)
     _warn_of_token(Path.cwd() / ".git")
     with _no_commands():
         done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
         sys.stderr.write(done.stderr)
         sys.stderr.flush()
 
+    # A comparison writes a folder for each candidate.
+    reports = next((file.parent for file in reports.glob("*/report.json")), reports)
+    report = reports / "report.json"
     decided = done.returncode in (0, 1, 3) and report.is_file()
     verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"] if decided else "error"
     summary = (
@@ -48,12 +52,18 @@ def main() -> None:
 
 
 def _command(reports: Path) -> list[str]:
-    names = ("gate", "tier", "server", "server-model", "threads")
-    command = ["racdeploy", "verify", "--reports", str(reports)]
-    for name in names:
+    candidate = os.environ.get("RACDEPLOY_CANDIDATE", "")
+    options = {"gate": "gate", "tier": "tier", "threads": "threads"}
+    options |= (
+        {"reference": "against"}
+        if candidate
+        else {"server": "server", "server-model": "server-model"}
+    )
+    command = ["racdeploy", "compare" if candidate else "verify", "--reports", str(reports)]
+    for name, option in options.items():
         if value := os.environ.get(f"RACDEPLOY_{name.upper().replace('-', '_')}", ""):
-            command += [f"--{name}", value]
-    return [*command, "--", os.environ["RACDEPLOY_BUNDLE"]]
+            command += [f"--{option}", value]
+    return [*command, "--", candidate or os.environ["RACDEPLOY_BUNDLE"]]
 
 
 def _warn_of_token(folder: Path) -> None:

@@ -45,6 +45,7 @@ from racdeploy.quant import IMPORTANCE_FILE
 from racdeploy.recipe import Recipe
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.verification.answer_sampler import SampledAnswers
+from racdeploy.verification.evidence import completion_tokens
 from racdeploy.verification.stats.lengths import length_ratio
 from racdeploy.verification.stats.paired import wilson_interval
 from racdeploy.verification.top_logits import compare_checkpoints
@@ -370,8 +371,8 @@ def seconds_per_right(
     answers: SampledAnswers, speed: Mapping[str, float]
 ) -> tuple[float, float, float]:
     """Return seconds for a correct answer; the interval is a bootstrap over the prompts."""
-    read_N = np.array([len(prompt) for prompt, _ in answers.traces])
-    written_N = np.array([len(completion) for _, completion in answers.traces])
+    read_N = np.array([len(record.prompt_ids) for record in answers.records])
+    written_N = np.array([completion_tokens(record) for record in answers.records])
     right_N = np.array([record.correct for record in answers.records])
 
     seconds_N = read_N / speed["prefill_tokens_per_s"] + written_N / speed["decode_tokens_per_s"]

@@ -329,6 +329,8 @@ class Recovery(_Section):
     batch_tokens: PositiveCount = 2048
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    extra_text: str = ""
+    extra_text_share: OpenShare = 0.3
     seed: NonNegativeInt = 0
 
     @field_validator("methods")

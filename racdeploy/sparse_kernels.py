@@ -25,8 +25,6 @@ LAYOUT_VERSION = 2
 PACKAGE = "racdeploy-kernels"
 STOCK = "the engine's own"
 _MODULE = "racdeploy_kernels"
-_INSTALL = f"pip install {PACKAGE}"
-_PROVE = f"{PACKAGE} prove"
 _ENGINES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
 
 
@@ -65,9 +63,6 @@ class Kernels(Protocol):
     def disable(self) -> None:
         """Undo the choice of weights for llama.cpp's next model."""
 
-    def was_tried(self, engine: str) -> bool:
-        """Return True if the kernels were tested with the installed engine, whatever the result."""
-
     def explain(self, engine: str) -> str:
         """Return the reason why an engine does not use the kernels, or an empty string."""
 
@@ -84,7 +79,7 @@ class Kernels(Protocol):
 def find() -> Kernels | str:
     """Return the installed kernels, or the reason why there are none for this racdeploy."""
     if not is_installed(_MODULE):
-        return f"{PACKAGE} is not installed: {_INSTALL}; {_PROVE}"
+        return f"{PACKAGE} is not installed: pip install {PACKAGE}; {PACKAGE} prove"
 
     upgrade = f"pip install --upgrade racdeploy {PACKAGE}"
     try:
@@ -183,17 +178,6 @@ def kernels_used(mode: AccelMode, threads: int = 0) -> str:
 
     used = [kernels.name_used(engine, _count(threads)) for engine in _ENGINES]
     return ", ".join(filter(None, used)) or STOCK
-
-
-def suggest_command(engine: str) -> str:
-    """Return the command that installs or tests an engine's kernels, or an empty string."""
-    if not is_installed(_ENGINES.get(engine, "")):
-        return ""
-
-    kernels = find()
-    if isinstance(kernels, str):
-        return f"{_INSTALL} && {_PROVE}"
-    return "" if kernels.was_tried(engine) else _PROVE
 
 
 def list_kernels() -> list[tuple[str, bool, str]]:

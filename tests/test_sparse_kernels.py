@@ -44,9 +44,6 @@ class StandIn:
     def disable(self) -> None:
         self.disabled += 1
 
-    def was_tried(self, engine: str) -> bool:
-        return engine == "onnxruntime"
-
     def explain(self, engine: str) -> str:
         return "slower" if engine == "onnxruntime" else ""
 
@@ -87,7 +84,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 @pytest.mark.usefixtures("absent")
 def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: Path) -> None:
-    """The engine, the fingerprint, the doctor and the advice; required, it is one error."""
+    """The engine, the fingerprint, and the doctor; required, it is one error."""
     file = make_bundle(tmp_path) / "model.gguf"
     with LlamaCppEngine(file, EngineSettings(64, 1, 1, accel="auto")) as engine:
         assert engine.info["sparse_weights"] == 0
@@ -98,8 +95,6 @@ def test_without_the_package_everything_runs_and_says_what_is_missing(tmp_path: 
         sparse_kernels.enable(file, "require")
 
     assert sparse_kernels.kernels_used("auto") == STOCK
-    install = "pip install racdeploy-kernels && racdeploy-kernels prove"
-    assert sparse_kernels.suggest_command("llama.cpp") == install
     found = [each for each in examine() if each["what"].startswith("sparse kernels")]
     assert [each["state"] for each in found] == ["unused", "unused"]
     assert all(INSTALL in each["detail"] for each in found)
@@ -185,8 +180,6 @@ def test_the_package_is_asked_for_each_engine(package: StandIn) -> None:
 
     assert sparse_kernels.kernels_used("require", 2) == "sparse avx2 on 2"
     assert sparse_kernels.kernels_used("off", 2) == STOCK
-    assert sparse_kernels.suggest_command("llama.cpp") == "racdeploy-kernels prove"
-    assert sparse_kernels.suggest_command("onnxruntime") == ""
 
 
 def test_the_doctor_names_what_is_faster(package: StandIn) -> None:

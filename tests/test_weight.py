@@ -10,7 +10,7 @@ from pathlib import Path
 import racdeploy
 
 ROOT = Path(racdeploy.__file__).parent
-MAX_TOKENS = 338_100
+MAX_TOKENS = 330_000
 """A change that raises it says in its commit what it replaces, and why that is worth it."""
 _LAYOUT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),

@@ -18,7 +18,7 @@ from racdeploy_kernels import (
     sparse_matrix,
     verdicts,
 )
-from racdeploy_kernels.proof import EngineKernels, Proof, readiness
+from racdeploy_kernels.proof import readiness
 
 LAYOUT_VERSION = sparse_matrix.LAYOUT_VERSION
 FINDERS = {"llama.cpp": ggml_plugin.find_kernels, "onnxruntime": ort_operator.find_kernels}
@@ -36,12 +36,6 @@ def choose(engine: str, path: Path, threads: int) -> KernelChoice | str:
     """
     ready = readiness(FINDERS[engine]())
     return ready if isinstance(ready, str) else _CHOOSERS[engine](path, threads, *ready)
-
-
-def was_tried(engine: str) -> bool:
-    """Return whether the kernels were tried with the installed engine, however that ended."""
-    kernels = FINDERS[engine]()
-    return isinstance(kernels, EngineKernels) and isinstance(kernels.read_proof(), Proof)
 
 
 def disable() -> None:

@@ -322,9 +322,7 @@ def test_doctor_explains_which_kernels_run(
     missing = "; not measured on 4, 5 threads: racdeploy-kernels prove while nothing else runs"
     assert racdeploy_kernels.describe("llama.cpp")[""][1].endswith(missing)
 
-    assert racdeploy_kernels.was_tried("llama.cpp")
     ready.locate_record().unlink()
-    assert not racdeploy_kernels.was_tried("llama.cpp")
     (found,) = (each for each in examine() if each["what"] == what)
     assert found["state"] == "unused"
     assert found["detail"].endswith("on this processor: racdeploy-kernels prove")

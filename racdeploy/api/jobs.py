@@ -144,7 +144,6 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
     from racdeploy.bundles.harness import HarnessRunner
     from racdeploy.bundles.verify import BundleVerification
     from racdeploy.harnesses import HarnessRequest
-    from racdeploy.models.tokenizer_files import TokenizerFiles
     from racdeploy.verification.examiner import ServerOptions
 
     server, model, key_env, api, timeout_s = map(options.__getitem__, _SERVER)
@@ -169,7 +168,7 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
         options["threads"],
         "off" if server else options["accel"],
         progress,
-        ServerOptions(key_env, api, timeout_s, TokenizerFiles(folder).file),
+        ServerOptions(key_env, api, timeout_s, folder / "tokenizer.json"),
     )
     notes = check_signature(options)
 

@@ -15,7 +15,7 @@ from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.sha256_cache import refuse_changed, take_states
 from racdeploy.files.stages import finished_stages
-from racdeploy.manifest import ArtifactEntry, Manifest
+from racdeploy.manifest import Manifest
 from racdeploy.report.files import read_report
 from racdeploy.report.tables import ReportTable
 from racdeploy.results.report import BUILT_ROLES, COMPARED_ROLES
@@ -129,22 +129,18 @@ def bench(
     dense: Path,
     load: BenchSettings,
     progress: Progress | None = None,
-    *,
-    artifact: str = "",
 ) -> BenchResult:
-    """Measure an artifact of a bundle against a dense file, or a plain model against another.
+    """Measure the first artifact of a bundle, or a plain model, against a dense file.
 
     Args:
         progress: called with a label, the number of finished loads, and the number of all.
-        artifact: path in the bundle; empty takes the first.
 
     Raises:
         ArtifactError: the dense file is missing, or the bundle is damaged.
-        UsageError: the tokens exceed the context, or the artifact does not exist.
+        UsageError: the tokens exceed the context.
     """
     model = find_model(bundle)
-    manifest, is_plain = model.manifest, bool(model.files)
-    entry = _find_artifact(bundle, manifest, artifact)
+    manifest, entry, is_plain = model.manifest, model.entry, bool(model.files)
     listed = {} if is_plain else entry.files
     states = take_states(bundle, listed)
     if not is_plain:
@@ -167,9 +163,7 @@ def bench(
 
     vocabulary = model.encoder.tokenizer.get_vocab_size()
     settings = EngineSettings(context_tokens, load.parallel, load.threads)
-    pruned = model.path if is_plain else bundle / entry.path
-
-    result = measure_pair(entry.backend, dense, pruned, load, settings, vocabulary, progress)
+    result = measure_pair(entry.backend, dense, model.path, load, settings, vocabulary, progress)
     refuse_changed(bundle, listed, states)
     # The engine reads other bytes than those of a packed file, whose size explains no speed.
     size_bytes = entry.size_bytes if entry.packing == "plain" else 0
@@ -219,8 +213,8 @@ def measure_pair(
     )
 
 
-def find_dense_artifact(bundle: Path, work: Path, artifact: str = "") -> Path:
-    """Return the dense artifact in ``work``; a build leaves one for the first artifact only."""
+def find_dense_artifact(bundle: Path, work: Path) -> Path:
+    """Return the dense artifact that the build left in ``work``."""
     if find_plain(bundle):
         raise ArtifactError(
             "no-dense-artifact",
@@ -228,27 +222,17 @@ def find_dense_artifact(bundle: Path, work: Path, artifact: str = "") -> Path:
             remedy="give that file with --dense",
         )
 
-    manifest = Manifest.read(bundle)
-    entry = _find_artifact(bundle, manifest, artifact)
-    build_again = (
-        f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, "
-        "then give the file with --dense"
-    )
-    # A build compares only its first artifact with a dense one, so no other dense file exists.
-    if entry != manifest.artifacts[0]:
-        missing = f"a build makes no dense artifact beside {entry.path}"
-        raise ArtifactError("no-dense-artifact", missing, remedy=build_again)
-
     dense = read_report(bundle).dense_arm
-
     if file := find_dense_in_work(work, dense.files):
         return file
 
-    name = manifest.base.get("name", "the model")
+    manifest = Manifest.read(bundle)
+    name, entry = manifest.base.get("name", "the model"), manifest.artifacts[0]
     raise ArtifactError(
         "no-dense-artifact",
         f"no stage in {work} contains the dense {dense.quant} artifact of {name}",
-        remedy=f"{build_again}; or name the build's folder with --work",
+        remedy=f"racdeploy export MODEL --target {entry.format} --quant {entry.quant}, then give "
+        "the file with --dense; or name the build's folder with --work",
     )
 
 
@@ -265,19 +249,6 @@ def _format_figure(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB"
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _find_artifact(bundle: Path, manifest: Manifest, path: str) -> ArtifactEntry:
-    for entry in manifest.artifacts:
-        if not path or entry.path == path:
-            return entry
-
-    known = ", ".join(entry.path for entry in manifest.artifacts)
-    raise UsageError(
-        "unknown-artifact",
-        f"{bundle} has no artifact {path!r}",
-        remedy=f"--artifact is one of {known}",
-    )
 
 
 def _take_medians(rounds: Sequence[Figures]) -> Figures:

@@ -15,10 +15,11 @@ from racdeploy import exporting, plugins
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import file_sha256
-from racdeploy.manifest import MANIFEST_NAME, ArtifactEntry, Manifest
+from racdeploy.manifest import MANIFEST_NAME, Manifest
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.sources import fetch_gguf
+from racdeploy.runtime.deployed import find_graph
 from racdeploy.runtime.loading import refuse_unlisted, refuse_unlisted_parts
-from racdeploy.sparse_kernels import accel_name
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 _UNKNOWN = "unknown"
@@ -40,10 +41,12 @@ def inspect_path(path: Path) -> Json:
     Raises:
         ArtifactError: the path does not exist, or its kind is unknown.
     """
+    path = fetch_gguf(path)
     if (path / MANIFEST_NAME).is_file():
         return _inspect_bundle(path)
     if path.is_dir():
-        return _inspect_checkpoint(Checkpoint(path))
+        graph = None if any(path.glob("*.safetensors")) else find_graph(path)
+        return _inspect_file(graph) if graph else _inspect_checkpoint(Checkpoint(path))
     if path.is_file() and (exporting.find_format(path) or path.suffix == ".safetensors"):
         return _inspect_file(path)
 
@@ -135,10 +138,6 @@ def _inspect_bundle(path: Path) -> Json:
             f"SHA-256 {entry.sha256}"
         )
 
-    for entry in manifest.artifacts:
-        if second := _describe_second_graph(path, entry):
-            summary["graph for sparse kernels"] = second
-
     return _add_totals(summary | _describe_widths(tensors, metadata), tensors)
 
 
@@ -176,13 +175,6 @@ def _shorten(values: Sequence[int]) -> str:
         count = len(list(equal))
         runs.append(f"{value} × {count}" if count > 1 else str(value))
     return ", ".join(runs)
-
-
-def _describe_second_graph(bundle: Path, entry: ArtifactEntry) -> str:
-    """Return name and size of the second graph of packing ``bitmask_op``; empty without one."""
-    name = accel_name(entry.path)
-    sizes = [(bundle / file).stat().st_size for file in entry.files if file.startswith(name)]
-    return f"{name}, {sum(sizes)} bytes" if sizes else ""
 
 
 def _add_totals(summary: Json, tensors: list[exporting.MeasuredTensor]) -> Json:

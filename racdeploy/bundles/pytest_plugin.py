@@ -1,21 +1,31 @@
 """pytest plugin: ``pytest --racdeploy-bundle BUNDLE`` runs each check of a bundle as a test.
 
+``--racdeploy-candidate MODEL --racdeploy-reference REFERENCE`` does so for a model of any origin.
 Nothing of racdeploy is imported unless the option is given, since pytest loads every plugin.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from racdeploy.bundles.verify import BundleVerification
     from racdeploy.results.checks import CheckResult
     from racdeploy.results.report import Report
+    from racdeploy.verification.gate import Gate
 
 _VERDICT = "verdict"
+_NEEDS = {
+    "gate": ("bundle", "candidate"),
+    "tier": ("bundle", "candidate"),
+    "reference": ("candidate",),
+    "candidate": ("reference",),
+}
+"""Options of which one must be given with an option."""
 
 
 class CheckFailure(Exception):
@@ -24,8 +34,11 @@ class CheckFailure(Exception):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line options."""
-    group = parser.getgroup("racdeploy", "verification of a racdeploy bundle")
+    group = parser.getgroup("racdeploy", "verification by racdeploy")
     group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
+    group.addoption("--racdeploy-candidate", metavar="MODEL", help="model to compare")
+    reference = "model to compare it with, or the folder that racdeploy record wrote"
+    group.addoption("--racdeploy-reference", metavar="MODEL", help=reference)
     group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
     tier = "how much is verified: smoke, standard or release"
     group.addoption("--racdeploy-tier", default="", metavar="NAME", help=tier)
@@ -36,47 +49,58 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Append the bundle's tests to the collected ones."""
-    folder: Path | None = config.getoption("--racdeploy-bundle")
-    gate_file: Path | None = config.getoption("--racdeploy-gate")
-    tier: str = config.getoption("--racdeploy-tier")
-    if folder is None:
-        for option, value in (("gate", gate_file), ("tier", tier)):
-            if value:
-                raise pytest.UsageError(f"--racdeploy-{option} without --racdeploy-bundle")
+    """Append the model's tests to the collected ones."""
+    names = ("bundle", "candidate", "reference", "gate", "tier", "threads")
+    values = {name: config.getoption(f"--racdeploy-{name}") for name in names}
+    for name, owners in _NEEDS.items():
+        if values[name] and not any(map(values.get, owners)):
+            raise pytest.UsageError(f"--racdeploy-{name} without --racdeploy-{owners[0]}")
+    if values["threads"] < 0:
+        raise pytest.UsageError(f"--racdeploy-threads is {values['threads']}, must be at least 0")
+    model = values["bundle"] or values["candidate"]
+    if not model:
         return
 
-    from racdeploy.bundles.bundle import BundleToVerify
-    from racdeploy.bundles.verify import BundleVerification
     from racdeploy.errors import UsageError
-    from racdeploy.files.caches import default_work_folder
 
-    threads = config.getoption("--racdeploy-threads")
-    if threads < 0:
-        raise pytest.UsageError(f"--racdeploy-threads is {threads}, must be at least 0")
-
-    work = default_work_folder()
     try:
-        again = BundleVerification(
-            BundleToVerify(folder, gate_file, tier, work=work, threads=threads)
-        )
-        accepts_inconclusive = again.gate.inconclusive == "pass"
+        run, gate = _open(**values)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
 
-    name = folder.resolve().name
-    tests = BundleTests.from_parent(session, name=f"bundle {name}", nodeid=name)
-    tests.prepare(folder, again, accepts_inconclusive)
+    name = Path(model).resolve().name
+    tests = ModelTests.from_parent(session, name=f"model {name}", nodeid=name)
+    tests.prepare(Path(model), run, gate.inconclusive == "pass")
     items.extend(tests.collect())
 
 
-class BundleTests(pytest.Collector):
-    """Collector of a bundle's tests; the first test that runs verifies the bundle for all."""
+def _open(
+    bundle: Path | None, candidate: str, reference: str, gate: Path | None, tier: str, threads: int
+) -> tuple[Callable[[], Report], Gate]:
+    """Return what makes the report, and its limits."""
+    if bundle is None:
+        from racdeploy import compare
+        from racdeploy.verification.gate import read_gate
 
-    def prepare(self, folder: Path, again: BundleVerification, accepts_inconclusive: bool) -> None:
-        self.folder = folder
+        asked = partial(compare, [candidate], against=reference, tier=tier, gate=gate)
+        return lambda: asked(threads=threads)[0].report, read_gate(gate).for_tier(tier)
+
+    from racdeploy.bundles.bundle import BundleToVerify
+    from racdeploy.bundles.verify import BundleVerification
+    from racdeploy.files.caches import default_work_folder
+
+    work = default_work_folder()
+    again = BundleVerification(BundleToVerify(bundle, gate, tier, work=work, threads=threads))
+    return lambda: again.run()[0], again.gate
+
+
+class ModelTests(pytest.Collector):
+    """Collector of a model's tests; the first test that runs asks the model for all."""
+
+    def prepare(self, path: Path, run: Callable[[], Report], accepts_inconclusive: bool) -> None:
+        self.model_path = path
         self.accepts_inconclusive = accepts_inconclusive
-        self._again = again
+        self._run = run
         self._result: Report | Exception | None = None
 
     def collect(self) -> list[pytest.Item]:
@@ -91,7 +115,7 @@ class BundleTests(pytest.Collector):
 
         if self._result is None:
             try:
-                self._result, _ = self._again.run()
+                self._result = self._run()
             except RacdeployError as error:
                 self._result = error
 
@@ -102,9 +126,9 @@ class BundleTests(pytest.Collector):
 
 
 class Check(pytest.Item):
-    """One check of a bundle, or the verdict over all of them."""
+    """One check of a model, or the verdict over all of them."""
 
-    parent: BundleTests
+    parent: ModelTests
 
     def runtest(self) -> None:
         check = self._result(self.parent.report())
@@ -129,15 +153,14 @@ class Check(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, None, str]:
-        folder = self.parent.folder
-        return folder, None, self.nodeid
+        return self.parent.model_path, None, self.nodeid
 
     def _result(self, report: Report) -> CheckResult:
-        from racdeploy.report.summary import write_explanation
+        from racdeploy.report.summary import write_findings
         from racdeploy.results.checks import CheckResult
 
         if self.name == _VERDICT:
             return CheckResult(
-                name=_VERDICT, verdict=report.verdict, summary=write_explanation(report)
+                name=_VERDICT, verdict=report.verdict, summary=write_findings(report)
             )
         return next(check for check in report.checks if check.name == self.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from racdeploy import exporting
 from racdeploy.bundles.bundle import BundleToVerify
 from racdeploy.bundles.harness import HarnessRunner
-from racdeploy.errors import ArtifactError, UsageError
+from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json
 from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.family_lookup import find_family
@@ -153,31 +153,16 @@ class BundleVerification:
         return baseline
 
     def _recorded(self) -> tuple[AnswerRecord, ...]:
-        bundle = self.bundle
-        if bundle.tier and self.baseline is None:
-            self._check_stored()
-        return self._source.answers(bundle.problems, bundle.settings)
-
-    def _check_stored(self) -> None:
-        """Raise UsageError if a tier has more prompts than the bundle has dense answers."""
-        bundle = self.bundle
-        stored, wanted_prompts = len(bundle.contents.problems), len(bundle.problems)
-        if wanted_prompts <= stored:
-            return
-
-        samples = bundle.settings.samples
-        missing, wanted = samples * (wanted_prompts - stored), samples * wanted_prompts
-        dense = (
-            bundle.find_dense() or "DENSE, the artifact that the build left below its --work folder"
-        )
-
-        raise UsageError(
-            "missing-dense-answers",
-            f"{missing} of {wanted} answers of the dense model are not in {bundle.folder}: "
-            f"tier {bundle.tier} asks {wanted_prompts} prompts, and {stored} are stored",
-            remedy=f"omit --tier to ask those {stored}; or use a gate file with "
-            f"tiers.{bundle.tier}.prompts = {stored}; or --baseline {dense}",
-        )
+        bundle, source = self.bundle, self._source
+        dense = bundle.find_dense() or "DENSE, which the build left below its --work folder"
+        remedy = f"--baseline {dense}"
+        if tier := bundle.tier:
+            stored = len(source.problems)
+            remedy = (
+                f"omit --tier to ask the {stored} prompts that are stored; or use a gate file with "
+                f"tiers.{tier}.prompts = {stored}; or {remedy}"
+            )
+        return source.answers(bundle.problems, bundle.settings, remedy)
 
     def _open_reference(self) -> tuple[Reference, list[str]]:
         """Return the dense answers, rerun or recorded, and notes on their origin."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy.api import functions, jobs
 from racdeploy.cli import console
-from racdeploy.cli.next_steps import advise, list_commands
 from racdeploy.cli.options import DryRunOpt, JsonOpt, QuietOpt, Values, with_options_of
 from racdeploy.cli.plan import write_first_line
 
@@ -42,21 +42,31 @@ def build(
 
     bundle = _run(functions.build, values, quiet)
 
-    from racdeploy.recipe import Recipe
     from racdeploy.report.tables import list_next_steps
 
-    recipe = Recipe.model_validate(bundle.report.recipe)
     if bundle.verdict == "fail":
         heading = "not good enough to use; what to do:"
         commands = [*list_next_steps(bundle.report), f"racdeploy report {bundle.folder}"]
     else:
         heading = "next:"
-        commands = list_commands(recipe, bundle.folder, values["work"], sys.argv[1:])
-        if kernels := advise(bundle.report, recipe):
-            commands.append(kernels)
+        commands = list_commands(bundle.folder, values["work"])
 
     last = ["", f"bundle: {bundle.folder}", heading, *(f"  {command}" for command in commands)]
     console.finish(bundle, json_output, last)
+
+
+def list_commands(folder: Path, work: Path | None) -> list[str]:
+    """Return commands for a new bundle; ``work`` is the work folder of its build."""
+    from racdeploy.report.facts import find_question
+    from racdeploy.report.files import read_records
+
+    work_option = ["--work", str(work)] if work else []
+    more = {"run": [find_question(read_records(folder))], "bench": work_option}
+
+    commands = []
+    for verb in ("run", "chat", "serve", "verify", "bench", "report"):
+        commands.append(shlex.join(["racdeploy", verb, str(folder), *more.get(verb, ())]))
+    return commands
 
 
 @console.report_errors

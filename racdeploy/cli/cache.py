@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, report_errors, show
+from racdeploy.cli.console import out, print_json, report_errors, say, show
 from racdeploy.cli.options import JsonOpt, WorkOpt
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def list_cache(work: WorkOpt = None, json_output: JsonOpt = False) -> None:
 
     print_table(ReportTable("", _COLUMNS, tuple(rows)), out)
     total = format_bytes(sum(each.size_bytes for each in entries))
-    err.print(f"{len(entries)} in all, {total}; racdeploy cache rm --older 30 removes old ones")
+    say(f"{len(entries)} in all, {total}; racdeploy cache rm --older 30 removes old ones")
 
 
 @report_errors
@@ -67,7 +67,7 @@ def remove(
     for each in chosen:
         show(each.name)
     total = format_bytes(sum(each.size_bytes for each in chosen))
-    err.print(f"{len(chosen)} removed, {total}")
+    say(f"{len(chosen)} removed, {total}")
 
 
 def _as_json(entries: Sequence[CacheEntry]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, report_errors, say, say_error
+from racdeploy.cli.console import err, report_errors, say, say_error, show
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -69,41 +70,26 @@ def chat(
 
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
-        talk = Chat(Conversation(model, system), max_thinking_tokens, temperature, seed)
-        talk.show_thinking = show_thinking
+        conversation = Conversation(model, system)
+        talk = Chat(conversation, max_thinking_tokens, temperature, seed, show_thinking)
 
         if sys.stdin.isatty() and sys.stdout.isatty():
             _talk_in_terminal(talk, model)
         else:
             with suppress(EOFError):
-                for line in _read_lines():
-                    talk.handle_alone(line)
+                for line in sys.stdin.buffer:
+                    talk.handle_alone(line.decode(errors="surrogateescape"))
 
 
+@dataclass
 class Chat:
     """A conversation with its settings."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        max_thinking_tokens: int | None = None,
-        temperature: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.conversation = conversation
-        self.max_thinking_tokens = max_thinking_tokens
-        self.temperature = temperature
-        self.seed = seed
-        self.show_thinking = False
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/think": self._set_budget,
-            "/thoughts": self._show_thoughts,
-            "/reset": self._reset,
-            "/save": self._save,
-            "/load": self._load,
-            "/help": self._help,
-            "/bye": self._leave,
-        }
+    conversation: Conversation
+    max_thinking_tokens: int | None = None
+    temperature: float | None = None
+    seed: int = 0
+    show_thinking: bool = False
 
     def handle(self, line: str) -> None:
         """Run a command, or ask a question. The command ``/bye`` raises EOFError."""
@@ -115,13 +101,22 @@ class Chat:
             return
 
         name, _, argument = line.partition(" ")
-        if name not in self._commands:
+        commands: dict[str, Callable[[str], None]] = {
+            "/think": self._set_budget,
+            "/thoughts": self._show_thoughts,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": self._help,
+            "/bye": self._leave,
+        }
+        if name not in commands:
             raise UsageError(
                 "unknown-chat-command",
                 f"there is no command {name}",
-                remedy=f"there are: {', '.join(self._commands)}",
+                remedy=f"there are: {', '.join(commands)}",
             )
-        self._commands[name](argument.strip())
+        commands[name](argument.strip())
 
     def handle_alone(self, line: str) -> None:
         """Handle a line of a pipe; a question has no context, and its answer is one line."""
@@ -163,19 +158,17 @@ class Chat:
     def _print_statistics(self, result: GenerationResult, elapsed_s: float, dropped: int) -> None:
         if cut := describe_cut(result):
             unseen = "" if result.answer else "; the next question is asked without it"
-            err.print(cut + unseen, style="yellow")
+            say(cut + unseen, "yellow")
         if dropped:
             context_tokens = self.conversation.model.context_tokens
             turns = "the oldest turn" if dropped == 1 else f"the {dropped} oldest turns"
-            err.print(
-                f"{turns} left out: the context has {context_tokens:,} tokens", style="yellow"
-            )
+            say(f"{turns} left out: the context has {context_tokens:,} tokens", "yellow")
 
         if err.is_terminal:
             tokens = result.thinking_tokens + result.answer_tokens
             thought = f"thought for {result.thinking_tokens:,} tokens (/thoughts shows them), "
             prefix = thought if result.thinking_tokens else ""
-            err.print(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", style="dim")
+            say(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", "dim")
 
     def _set_budget(self, argument: str) -> None:
         if argument and argument != "off":
@@ -195,22 +188,16 @@ class Chat:
         default_budget = self.conversation.model.manifest.generation.max_thinking_tokens
         budget = default_budget if self.max_thinking_tokens is None else self.max_thinking_tokens
         limit = "no budget" if budget is None else f"a budget of {budget:,} tokens"
-        err.print(f"thinking has {limit}", style="dim")
+        say(f"thinking has {limit}", "dim")
 
     def _show_thoughts(self, _: str) -> None:
         turns = self.conversation.turns
         thinking = turns[-1].result.thinking if turns else ""
-        out.print(
-            thinking or "there was no thinking",
-            style="dim",
-            markup=False,
-            emoji=False,
-            soft_wrap=True,
-        )
+        show(thinking or "there was no thinking", "dim")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        err.print("forgotten: the next question is the first", style="dim")
+        say("forgotten: the next question is the first", "dim")
 
     def _save(self, argument: str) -> None:
         self.conversation.save(_name_file(argument, "/save"))
@@ -219,11 +206,11 @@ class Chat:
     def _load(self, argument: str) -> None:
         file = _name_file(argument, "/load")
         self.conversation = type(self.conversation).load(self.conversation.model, file)
-        err.print(f"{len(self.conversation.turns)} turns loaded", style="dim")
+        say(f"{len(self.conversation.turns)} turns loaded", "dim")
 
     def _help(self, _: str) -> None:
         for usage, meaning in _HELP.items():
-            err.print(f"{usage:<12} {meaning}", style="dim", markup=False)
+            say(f"{usage:<12} {meaning}", "dim")
 
     def _leave(self, _: str) -> None:
         raise EOFError
@@ -238,7 +225,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
     engine = model.manifest.artifacts[0].backend
     context = f"{model.context_tokens:,} tokens of context"
     say(f"{name} on {engine}, {context}", "bold")
-    err.print("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", style="dim")
+    say("/help lists commands. Ctrl-C stops an answer, Ctrl-D leaves.", "dim")
 
     for line in _ask_for_lines():
         try:
@@ -246,7 +233,7 @@ def _talk_in_terminal(talk: Chat, model: Model) -> None:
         except EOFError:
             return
         except KeyboardInterrupt:
-            err.print("stopped", style="yellow")
+            say("stopped", "yellow")
         except (RacdeployError, OSError) as error:
             say_error(error)
 
@@ -270,22 +257,12 @@ def _ask_for_lines() -> Iterator[str]:
             if interrupted:
                 return
             interrupted = True
-            err.print("Ctrl-C again leaves", style="dim")
+            say("Ctrl-C again leaves", "dim")
         except UnicodeDecodeError as error:
-            err.print(f"this line is not text: {error}", style="yellow", markup=False)
+            say(f"this line is not text: {error}", "yellow")
         else:
             interrupted = False
             yield line
-
-
-def _read_lines() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                "text-not-utf8", f"line {number} is not text: {error}", remedy="UTF-8"
-            ) from error
 
 
 def _name_file(argument: str, command: str) -> Path:

@@ -42,8 +42,8 @@ for _name in ("stdin", "stdout", "stderr"):
     if getattr(sys, _name) is None:
         setattr(sys, _name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+"))
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def _quieten(text: str) -> str:
@@ -252,7 +252,7 @@ def _end_early(signal_name: str, as_json: bool) -> NoReturn:
         details = {"code": "run-interrupted", "error": f"{outcome}; finished work is kept"}
         print_json(details | {"remedy": again, "exit_code": INTERRUPTED, "kind": "Interrupted"})
     else:
-        err.print(f"{outcome}; finished work is kept. Resume with:", style="yellow")
+        say(f"{outcome}; finished work is kept. Resume with:", "yellow")
         say(f"  {again}")
     raise typer.Exit(INTERRUPTED) from None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, out, print_json, print_notes, report_errors, say, show
+from racdeploy.cli.console import out, print_json, print_notes, report_errors, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ def push(
     dry_run: bool = flag("--dry-run", "Print files, card and address; push nothing."),
     private: bool = flag("--private", "Make a new repository private."),
     revision: str = typer.Option("", help="Branch to write to; default: main."),
-    message: str = typer.Option("", help="Commit message."),
     quiet: QuietOpt = False,
     json_output: JsonOpt = False,
 ) -> None:
@@ -39,7 +38,7 @@ def push(
 
     commit = ""
     if not dry_run:
-        commit = push_planned(planned, message=message, private=private)
+        commit = push_planned(planned, private=private)
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
@@ -50,7 +49,7 @@ def push(
 
     if dry_run:
         _show(planned)
-        err.print("nothing was written; without --dry-run this is pushed to the address above")
+        say("nothing was written; without --dry-run this is pushed to the address above")
     else:
         show(planned.remote.url)
         pull_line = f"racdeploy pull {repository} --quant {planned.bundle}"

@@ -21,11 +21,8 @@ _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def read_size(text: str | None, option: str) -> int | None:
+def read_size(text: str, option: str) -> int:
     """Return the bytes of a size as 1.5GB, 300MiB or 2000."""
-    if text is None:
-        return None
-
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     written = f"{text}B" if text.endswith("i") else text  # it knows 4GiB, and not 4Gi
@@ -37,11 +34,8 @@ def read_size(text: str | None, option: str) -> int | None:
         ) from None
 
 
-def read_duration(text: str | None) -> float | None:
+def read_duration(text: str) -> float:
     """Return the seconds of a duration as 90m, 2h or 30; without a unit it is in seconds."""
-    if text is None:
-        return None
-
     match = _DURATION.fullmatch(text.strip())
     if not match:
         raise UsageError(

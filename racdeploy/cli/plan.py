@@ -186,18 +186,13 @@ def _describe_verification(plan: Plan) -> list[str]:
 def _describe_cost(plan: Plan) -> list[str]:
     from racdeploy.report.tables import format_bytes, format_duration
 
-    stages = {
-        "traces": ("trace_memory_bytes_at_most",),
-        "pruning": ("prune_memory_bytes", "prune_memory_bytes_at_most"),
-        "recovery": ("recover_memory_bytes_at_most",),
-        "comparing": ("verify_memory_bytes_at_least",),
-    }
-
-    parts = []
-    for stage, keys in stages.items():
-        known = [plan[key] for key in keys if key in plan]
-        if known and known[0] >= _WORTH_NAMING:
-            parts.append(f"{stage} {known[0] / _GIB:.1f} GiB")
+    words = {"trace": "traces", "prune": "pruning", "recover": "recovery", "verify": "comparing"}
+    peaks = _list_peaks(plan)
+    parts = [
+        f"{word} {peaks[stage] / _GIB:.1f} GiB"
+        for stage, word in words.items()
+        if peaks.get(stage, 0) >= _WORTH_NAMING
+    ]
 
     lines = []
     if parts:
@@ -242,12 +237,14 @@ def list_shortages(plan: Plan, free_bytes: int | None) -> Sequence[str]:
     if free_bytes is None:
         return []
 
-    short = []
-    for key, value in plan.items():
-        if "_memory_bytes" in key and value > free_bytes:
-            stage = key.partition("_")[0]
-            short.append(
-                f"{stage} may need {value / _GIB:.1f} GiB of memory, "
-                f"{free_bytes / _GIB:.1f} GiB are free"
-            )
-    return short
+    free = f"{free_bytes / _GIB:.1f} GiB are free"
+    return [
+        f"{stage} may need {peak_bytes / _GIB:.1f} GiB of memory, {free}"
+        for stage, peak_bytes in _list_peaks(plan).items()
+        if peak_bytes > free_bytes
+    ]
+
+
+def _list_peaks(plan: Plan) -> dict[str, float]:
+    """Return the memory of each stage in bytes."""
+    return {key.partition("_")[0]: plan[key] for key in plan if "_memory_bytes" in key}

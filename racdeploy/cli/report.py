@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, print_json, report_errors, show
+from racdeploy.cli.console import err, print_json, report_errors, say, show
 from racdeploy.cli.options import JsonOpt
 
 
@@ -39,7 +39,7 @@ def report(
 
     show(str(page))
     if open_page and not opened:
-        err.print("no browser could be started: open the file by hand", style="yellow")
+        say("no browser could be started: open the file by hand", "yellow")
 
 
 def _find_report(bundle: Path, json_output: bool) -> tuple[Path, str]:
@@ -62,10 +62,10 @@ def _draw_search(file: Path, json_output: bool) -> tuple[Path, str]:
     """Render the page of a search from its JSON; return it with the verdict."""
     from racdeploy.report import tuning_page
     from racdeploy.report.terminal import print_tuning
-    from racdeploy.report.tuning_files import find_tuning_page, read_tuning
+    from racdeploy.report.tuning_files import read_tuning
 
     tuning = read_tuning(file)
-    page = _draw(find_tuning_page(file), tuning_page.render(tuning))
+    page = _draw(file.with_suffix(".html"), tuning_page.render(tuning))
     if not json_output:
         print_tuning(tuning, err)
     return page.resolve(), tuning.verdict

@@ -9,14 +9,12 @@ from pathlib import Path
 import typer
 
 from racdeploy.cli.console import INTERRUPTED, err, out, print_json, report_errors, say
-from racdeploy.cli.next_steps import WORTH_KERNELS
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
     BundleArg,
     ContextOpt,
     JsonOpt,
-    Kernels,
     SeedOpt,
     ShowThinkingOpt,
     TargetOpt,
@@ -57,22 +55,21 @@ def run(
     json_output: JsonOpt = False,
 ) -> None:
     """Ask a bundle one question and stream the answer."""
-    question = check_question(_read_question() if prompt == "-" else prompt)
+    if prompt == "-":
+        piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        prompt = piped.decode(errors="surrogateescape")
+    question = check_question(prompt)
     show_line(f"loading {bundle} …")
 
-    from racdeploy.runtime import load
+    from racdeploy.runtime import Conversation, load
 
     stream = AnswerStream(show_thinking and not json_output, show_answer=not json_output)
 
     with load(bundle, threads=threads, context_tokens=context_tokens, accel=accel) as model:
         clear_line()
-        zeros = model.manifest.pruning.get("sparsity", 0.0)
-        _print_kernels(model.engine.info.get("kernels", ""), accel, zeros)
-
         with stopped_by_ctrl_c() as cancel:
-            messages = [{"role": "system", "content": system}] if system else []
-            result = model.generate(
-                [*messages, {"role": "user", "content": question}],
+            result = Conversation(model, system).ask(
+                question,
                 max_thinking_tokens=max_thinking_tokens,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
@@ -86,22 +83,10 @@ def run(
     if json_output:
         print_json(asdict(result))
     elif cut := describe_cut(result):
-        err.print(cut, style="yellow")
+        say(cut, "yellow")
 
     if result.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
-
-
-def _read_question() -> str:
-    """Return the text of stdin, or an empty string if it is a terminal."""
-    if sys.stdin.isatty():
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            "text-not-utf8", f"stdin is not text: {error}", remedy="give it in UTF-8"
-        ) from error
 
 
 @report_errors
@@ -109,9 +94,6 @@ def bench(
     bundle: Path | None = typer.Argument(None, help="Bundle folder; not with --profile."),
     dense: Path | None = typer.Option(
         None, help="Dense artifact; default: the build's, in the --work folder."
-    ),
-    artifact: str = typer.Option(
-        "", help="Path of the artifact in the bundle; default: the first one."
     ),
     rounds: int = typer.Option(5, min=1, help="Runs of each artifact, alternating."),
     prompt_tokens: int = typer.Option(256, min=8, help="Length of the prompt."),
@@ -141,14 +123,13 @@ def bench(
     from racdeploy.bundles import bench as benchmark
     from racdeploy.cli.progress import show_progress
     from racdeploy.files.caches import default_work_folder
-    from racdeploy.manifest import MANIFEST_NAME, Manifest
     from racdeploy.report.terminal import print_table
 
-    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder(), artifact)
+    dense = dense or benchmark.find_dense_artifact(bundle, work or default_work_folder())
     load = benchmark.BenchSettings(rounds, prompt_tokens, new_tokens, parallel, threads, accel)
 
     with show_progress(err) as progress:
-        result = benchmark.bench(bundle, dense, load, progress, artifact=artifact)
+        result = benchmark.bench(bundle, dense, load, progress)
 
     if json_output:
         print_json(result.to_json())
@@ -159,9 +140,6 @@ def bench(
         say(f"{role}: {file}")
     if result.warning:
         say(result.warning, "yellow")
-    is_bundle = (bundle / MANIFEST_NAME).is_file()
-    zeros = Manifest.read(bundle).pruning.get("sparsity", 0.0) if is_bundle else 0.0
-    _print_kernels(result.kernels, accel, zeros)
 
 
 def _profile(target: str | None, threads: int, file: Path | None, json_output: bool) -> None:
@@ -191,10 +169,3 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
         print_json({"path": str(file) if file else "", **device.model_dump(mode="json")})
     elif not file:
         out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
-
-
-def _print_kernels(kernels: str, accel: Kernels, zeros: float) -> None:
-    """Print the kernels that ran a model, if it has enough zeros for sparse kernels."""
-    matters = zeros >= WORTH_KERNELS or kernels.startswith("sparse")
-    if kernels and matters and accel != "off":
-        say(f"kernels: {kernels}", "dim")

@@ -34,12 +34,13 @@ class AnswerStream:
     """
 
     def __init__(self, show_thinking: bool = False, show_answer: bool = True) -> None:
+        from racdeploy.runtime.text import PartStripper
+
         self._show_thinking = show_thinking
         self._show_answer = show_answer
         self._is_terminal = sys.stdout.isatty()
         self._part = ""
-        self._spaces = ""  # held back, in case they are the last ones
-        self._is_line_open = False
+        self._stripper = PartStripper()
         self._tokens = 0
         self._counted_at = float("-inf")
 
@@ -52,12 +53,12 @@ class AnswerStream:
 
         if part == "answer":
             if self._show_answer:
-                seen = self._strip(text)
+                seen = self._stripper.feed(text)
                 sys.stdout.write(drop_unprintable(seen) if self._is_terminal else seen)
                 sys.stdout.flush()
         elif self._show_thinking:
-            seen = drop_unprintable(self._strip(text))
-            err.print(seen, style="dim", end="", markup=False, emoji=False, soft_wrap=True)
+            seen = drop_unprintable(self._stripper.feed(text))
+            err.print(seen, style="dim", end="", markup=False, soft_wrap=True)
         else:
             self._count()
 
@@ -65,17 +66,6 @@ class AnswerStream:
         """End the current line on the screen."""
         self._end_part()
         clear_line()
-
-    def _strip(self, text: str) -> str:
-        """Return the text to show: no white space before the first word or after the last."""
-        text = self._spaces + text
-        if not self._is_line_open:
-            text = text.lstrip()
-
-        seen = text.rstrip()
-        self._spaces = text[len(seen) :]
-        self._is_line_open = self._is_line_open or bool(seen)
-        return seen
 
     def _count(self) -> None:
         """Show the number of thinking tokens; one that ends inside a character is not counted."""
@@ -88,13 +78,12 @@ class AnswerStream:
         show_line(f"thinking … {self._tokens:,} token{'s' * (self._tokens != 1)}")
 
     def _end_part(self) -> None:
-        if self._is_line_open:
+        if self._stripper.has_begun:
             (err.file if self._part == "thinking" else sys.stdout).write("\n")
             sys.stdout.flush()
 
         self._part = ""
-        self._spaces = ""
-        self._is_line_open = False
+        self._stripper.restart()
 
 
 def show_line(text: str) -> None:
@@ -153,6 +142,6 @@ def check_question(text: str) -> str:
         question.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            "text-not-utf8", f"the question is not text: {error.reason}", remedy="give it in UTF-8"
+            "text-not-utf8", f"{question!r:.200} is not text: {error}", remedy="give it in UTF-8"
         ) from error
     return question

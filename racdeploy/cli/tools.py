@@ -12,12 +12,12 @@ import typer
 from racdeploy import plugins
 from racdeploy.api.jobs import note_replaced
 from racdeploy.cli.console import (
-    err,
     out,
     print_json,
     print_notes,
     print_result,
     report_errors,
+    say,
     show,
 )
 from racdeploy.cli.options import JsonOpt, flag
@@ -195,9 +195,9 @@ def init(
         )
 
     write_atomic(file, GATE_EXAMPLE if gate else EXAMPLE)
-    out.print(file)
+    show(file)
     next_step = f"verify BUNDLE --gate {file}" if gate else f"build --recipe {file}"
-    err.print(f"next: racdeploy {next_step}", markup=False)
+    say(f"next: racdeploy {next_step}")
 
 
 @report_errors

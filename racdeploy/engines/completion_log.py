@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from array import array
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,25 +61,33 @@ class CompletionLog:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.completions: dict[tuple[str, int], Completion] = {}
+        # Four bytes a token: long thoughts of thousands of prompts are in memory together.
+        self._entries: dict[tuple[str, int], tuple[array[int], Completion]] = {}
         if file.is_file():
             read_json_lines(file, self._read_line)
 
     def append(self, prompt: Sequence[int], rng_index: int, completion: Completion) -> None:
         """Append a completion to the file."""
         key = make_key(prompt, rng_index)
-        self.completions[key] = completion
+        self._keep(key, completion)
         append_json_lines(self.file, [[*key, asdict(completion)]])
 
     def get(self, prompt: Sequence[int], rng_index: int) -> Completion | None:
         """Return the completion of a prompt, or None."""
-        return self.completions.get(make_key(prompt, rng_index))
+        ids, completion = self._entries.get(make_key(prompt, rng_index), (None, None))
+        return completion and replace(completion, ids=tuple(ids or ()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def _read_line(self, line: Any) -> None:
         prompt, rng_index, values = line
         ids = tuple(map(int, values["ids"]))
         completion = Completion(ids, values["finish_reason"], values["forced_at"])
-        self.completions[str(prompt), int(rng_index)] = completion
+        self._keep((str(prompt), int(rng_index)), completion)
+
+    def _keep(self, key: tuple[str, int], completion: Completion) -> None:
+        self._entries[key] = array("i", completion.ids), replace(completion, ids=())
 
 
 def make_key(prompt: Sequence[int], rng_index: int) -> tuple[str, int]:

@@ -36,7 +36,6 @@ from racdeploy.models.tokenizer_files import (
 from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
-    DTYPES,
     TensorEntry,
     read_tensor_entries,
     to_float32,
@@ -192,10 +191,8 @@ class Checkpoint:
     ) -> NDArray[np.float32]:
         """Return some rows of a tensor as float32, without loading the others."""
         entry = self.entries[name]
-        assert type(entry) is TensorEntry, f"{name} is packed"
-        assert not entry.strides, f"{name} does not lie in one piece"
-        stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
-        return to_float32(stored[rows, columns])
+        assert type(entry) is TensorEntry, f"{name} does not lie in one piece"
+        return to_float32(entry.map()[rows, columns])
 
     def read_raw(self, name: str) -> NDArray[Any]:
         """Return one tensor as stored; bfloat16 comes as uint16 bit patterns."""

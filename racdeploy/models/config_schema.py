@@ -6,9 +6,10 @@ loops and tables of any length. A key with the value None counts as missing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from racdeploy.errors import ModelError
 
@@ -104,101 +105,65 @@ _REPEATED = {"gemma3n_text": ("intermediate_size",)}
 _TABLES = ("rope_scaling", "rope_parameters")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-Kind = tuple[Callable[[Any], bool], str]
-"""A check of a value, and the name of the type for messages."""
+Kind = tuple[TypeAdapter[Any], str]
+"""The type of a value, and its name for messages."""
 
 
 def check_config(config: Config, where: str) -> None:
     """Raise ModelError for the first key of another type, or out of its bounds."""
     repeated = _REPEATED.get(str(config.get("model_type")), ())
-    for key, (is_one, kind) in _KINDS.items():
+    for key, (kind, name) in _KINDS.items():
         value = config.get(key)
         if key in repeated and isinstance(value, list):
             values = value
         else:
             values = [value]
-        if not all(each is None or is_one(each) for each in values[:_MAX_LISTED]):
+        if not all(each is None or _fits(kind, each) for each in values[:_MAX_LISTED]):
             raise ModelError(
                 "damaged-config",
-                f"{where}: {key} is {str(value)[:80]!r}, not {kind}",
+                f"{where}: {key} is {str(value)[:80]!r}, not {name}",
                 remedy="compare the file with the one that the model's authors publish",
             )
 
 
-def _count(minimum: int, maximum: int) -> Kind:
-    def is_count(value: Any) -> bool:
-        return type(value) is int and value in range(minimum, maximum + 1)
-
-    return is_count, f"a whole number from {minimum} to {maximum:,}"
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 200
-
-
-def _is_switch_or_text(value: object) -> bool:
-    return _is_switch(value) or _is_text(value)
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_plain, value.values()))
-
-
-def _is_by_block(value: object) -> bool:
-    if not isinstance(value, dict) or len(value) > _MAX_BLOCKS:
+def _fits(kind: TypeAdapter[Any], value: object) -> bool:
+    try:
+        kind.validate_python(value, strict=True)
+    except ValidationError:
         return False
-
-    is_count, _ = _count(1, _MAX_FEED_FORWARD)
-    for block, settings in value.items():
-        is_number = str(block).isdecimal() and len(str(block)) < 6
-        if not is_number or not isinstance(settings, dict):
-            return False
-        if not all(map(is_count, settings.values())):
-            return False
     return True
 
 
-def _are_token_ids(value: object) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    are_ids = all(type(each) is int and each in range(-1, _MAX_TOKENS) for each in ids)
-    return are_ids and len(ids) <= _MAX_LISTED
+def _count(minimum: int, maximum: int) -> Kind:
+    count = Annotated[int, Field(ge=minimum, le=maximum)]
+    return TypeAdapter(count), f"a whole number from {minimum} to {maximum:,}"
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= _MAX_NUMBER and math.isfinite(value)
-
-
-def _is_single(value: object) -> bool:
-    return value is None or isinstance(value, str | bool) or _is_number(value)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= _MAX_LISTED and all(map(_is_single, value))
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):  # one table for each kind of attention
-        return all(_is_single(each) or _is_list(each) for each in value.values())
-    return _is_single(value) or _is_list(value)
-
+_Number = Annotated[float, Field(ge=-_MAX_NUMBER, le=_MAX_NUMBER, allow_inf_nan=False)]
+_Text = Annotated[str, Field(max_length=200)]
+_Single = _Number | bool | str | None
+_List = Annotated[list[_Single], Field(max_length=_MAX_LISTED)]
+_Plain = _Single | _List
+_Table = dict[str, _Plain | dict[str, _Plain]]  # one table for each kind of attention
+_TokenId = Annotated[int, Field(ge=-1, lt=_MAX_TOKENS)]
+_TokenIds = _TokenId | Annotated[list[_TokenId], Field(max_length=_MAX_LISTED)]
+_Block = Annotated[str, Field(pattern=r"^\d{1,5}$")]
+_BlockCounts = dict[str, Annotated[int, Field(ge=1, le=_MAX_FEED_FORWARD)]]
+_ByBlock = Annotated[dict[_Block, _BlockCounts], Field(max_length=_MAX_BLOCKS)]
 
 _KINDS: Mapping[str, Kind] = {
     **{key: _count(1, maximum) for key, maximum in _COUNTS.items()},
     **{key: _count(0, maximum) for key, maximum in _COUNTS_OR_ZERO.items()},
-    **dict.fromkeys(_NUMBERS, (_is_number, "a finite number")),
-    **dict.fromkeys(_SWITCHES, (_is_switch, "true or false")),
-    **dict.fromkeys(_TEXTS, (_is_text, "a short text")),
-    **dict.fromkeys(_LISTS, (_is_list, f"a list of at most {_MAX_LISTED:,} texts or numbers")),
-    **dict.fromkeys(_TABLES, (_is_table, "a table of numbers, texts and lists of them")),
-    **dict.fromkeys(_TOKEN_IDS, (_are_token_ids, "token ids")),
-    "use_bidirectional_attention": (_is_switch_or_text, "true, false or a short text"),
-    "per_layer_config": (_is_by_block, "a table of blocks, each a table of counts"),
+    **dict.fromkeys(_NUMBERS, (TypeAdapter(_Number), "a finite number")),
+    **dict.fromkeys(_SWITCHES, (TypeAdapter(bool), "true or false")),
+    **dict.fromkeys(_TEXTS, (TypeAdapter(_Text), "a short text")),
+    **dict.fromkeys(
+        _LISTS, (TypeAdapter(_List), f"a list of at most {_MAX_LISTED:,} texts or numbers")
+    ),
+    **dict.fromkeys(_TABLES, (TypeAdapter(_Table), "a table of numbers, texts and lists of them")),
+    **dict.fromkeys(_TOKEN_IDS, (TypeAdapter(_TokenIds), "token ids")),
+    "use_bidirectional_attention": (TypeAdapter(bool | _Text), "true, false or a short text"),
+    "per_layer_config": (TypeAdapter(_ByBlock), "a table of blocks, each a table of counts"),
 }
 CHECKED_KEYS = frozenset(_KINDS)
 """Keys that racdeploy reads."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
 from racdeploy.tensors.mxfp4 import BLOCK, Mxfp4Entry
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
-    DTYPES,
     TensorEntry,
     WritableTensor,
     to_float32,
@@ -124,43 +125,37 @@ def _take(
 def _find(
     entry: TensorEntry, fused: FusedExperts, expert: int, index: int, outputs: int
 ) -> TensorEntry:
-    """Return the view of one part of one expert, outputs first; ``outputs`` is their axis."""
-    itemsize = np.dtype(DTYPES[entry.dtype]).itemsize
-    strides = [itemsize]
-    for length in reversed(entry.shape[1:]):
-        strides.insert(0, strides[0] * length)
-    shape = list(entry.shape)
-
-    # Interleaved parts start one output apart and skip the others; blocks of parts lie in a row.
+    """Return one part of one expert, outputs first; ``outputs`` is their axis."""
     count = len(fused.parts)
-    step = strides[outputs]
-    shape[outputs] //= count
+    rows = entry.shape[outputs] // count
+    chosen = slice(index * rows, (index + 1) * rows)
     if fused.interleaved:
-        ahead = index * step
-        strides[outputs] *= count
-    else:
-        ahead = index * step * shape[outputs]
+        chosen = slice(index, None, count)
 
-    # The view ends after its last element, which its strides reach.
-    start = entry.start + expert * strides[0] + ahead
-    reach = 0
-    for length, stride in zip(shape[1:], strides[1:], strict=True):
-        reach += (length - 1) * stride
-    stop = start
-    if 0 not in shape:
-        stop = start + reach + itemsize
-
-    axes = [outputs, *(axis for axis in range(1, len(shape)) if axis != outputs)]
-    part_shape = tuple(shape[axis] for axis in axes)
-    part_strides = tuple(strides[axis] for axis in axes)
-    return TensorEntry(
-        file=entry.file,
-        start=start,
-        stop=stop,
-        dtype=entry.dtype,
-        shape=part_shape,
-        strides=part_strides,
+    shape = (rows, *entry.shape[2:])
+    where: tuple[int | slice, ...] = (expert, chosen)
+    if outputs == 2:
+        shape = (rows, entry.shape[1])
+        where = (expert, slice(None), chosen)
+    return _ExpertEntry(
+        entry.file, entry.start, entry.stop, entry.dtype, shape, entry, where, outputs == 2
     )
+
+
+@dataclass(frozen=True)
+class _ExpertEntry(TensorEntry):
+    """A part of one expert in a tensor of all, which has its rows and columns exchanged or not."""
+
+    whole: TensorEntry
+    where: tuple[int | slice, ...]
+    is_transposed: bool
+
+    def read(self) -> NDArray[Any]:
+        stored = self.whole.map()[self.where]
+        return np.array(stored.T if self.is_transposed else stored, order="C")
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        yield self.read().tobytes()
 
 
 def _unpack(

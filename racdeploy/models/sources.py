@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
 from racdeploy.models.wrong_input import is_bundle, wrong_folder_error
@@ -15,6 +20,8 @@ _DOWNLOADED_FILES = [
     "*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "README.md",
 ]  # fmt: skip
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+_GGUF = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.gguf")
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,64 @@ def resolve_model(model: str) -> ResolvedModel:
     return _download(model)
 
 
+@cache
+def fetch_gguf(source: Path) -> Path:
+    """Return the downloaded GGUF file of ``ORG/NAME:QUANT``, of a split model the first.
+
+    Any other path is returned as it is. The quant ends the file's name, in any case.
+
+    Raises:
+        ModelError: the repository has no such file, or several.
+        EnvironmentFailure: the Hub does not answer, or has no such model.
+    """
+    named = _HUB_FILE.fullmatch(source.as_posix())
+    if named is None or source.exists():
+        return source
+
+    model, quant = named.groups()
+    with _open_hub(model) as hub:
+        info = hub.HfApi().model_info(model)
+
+    parts_by_stem: dict[str, list[str]] = {}
+    for file in sorted(each.rfilename for each in info.siblings or ()):
+        found = _GGUF.fullmatch(file)
+        if found and ".." not in file and "mmproj" not in file:
+            parts_by_stem.setdefault(found[1], []).append(file)
+
+    is_wanted = re.compile(rf"(.*[-./])?{re.escape(quant)}", re.IGNORECASE).fullmatch
+    fitting = [parts for stem, parts in parts_by_stem.items() if is_wanted(stem)]
+    if len(fitting) != 1:
+        quants = sorted({re.split(r"[-./]", stem)[-1] for stem in parts_by_stem})
+        raise ModelError(
+            "no-such-quant",
+            f"{model} has {len(fitting) or 'no'} GGUF files of {quant}",
+            remedy=f"it has {', '.join(quants) or 'no GGUF file at all'}",
+        )
+
+    patterns = [glob.escape(file) for file in fitting[0]]
+    with _open_hub(model) as hub:
+        folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=patterns)
+    return Path(folder) / fitting[0][0]
+
+
 def _download(model: str) -> ResolvedModel:
+    with _open_hub(model) as hub:
+        folder = Path(hub.snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
+    return ResolvedModel(model.partition("/")[2], folder, model, folder.name)
+
+
+@contextmanager
+def _open_hub(model: str) -> Iterator[Any]:
+    """Yield the Hub's client; its errors become ours."""
     try:
-        from huggingface_hub import errors, snapshot_download
+        import huggingface_hub as hub
+        from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hub") from error
 
     offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
+        yield hub
     except (errors.HfHubHTTPError, *offline, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EnvironmentFailure(
@@ -76,5 +132,3 @@ def _download(model: str) -> ResolvedModel:
             f"cannot get {model} from the Hub: {reason}",
             remedy="check the name and the network, or give a local folder",
         ) from error
-
-    return ResolvedModel(model.partition("/")[2], folder, model, folder.name)

@@ -211,8 +211,7 @@ class Build:
         if not settings.recover.tokens:
             return {}
 
-        questions = [each.question for each in self.job.problems("calibration")]
-        longest = max(len(self.job.encoder.encode(question)) for question in questions)
+        longest = max(self.job.count_prompt_tokens("calibration"))
         return self.recover_stage.plan(longest + settings.traces.max_new_tokens)
 
     def _prune_and_recover(self) -> PrunedModel:
@@ -315,7 +314,7 @@ class Build:
         job, settings = self.job, self.job.recipe
         checkpoint = job.checkpoint
 
-        prompts = [len(job.encoder.encode(each.question)) for each in job.problems("calibration")]
+        prompts = job.count_prompt_tokens("calibration")
         longest = [prompt + settings.traces.max_new_tokens for prompt in prompts]
         plan = plan_cut(job)
         if job.tasks.sources:
@@ -404,7 +403,13 @@ class Build:
     @property
     def recover_stage(self) -> RecoverStage:
         job, recipe = self.job, self.job.recipe
-        return RecoverStage(self.workspace, job.checkpoint, recipe.recover, recipe.calibration)
+        return RecoverStage(
+            self.workspace,
+            job.checkpoint,
+            job.encoder,
+            recipe.recover,
+            recipe.calibration,
+        )
 
     @property
     def evaluation(self) -> Evaluation:

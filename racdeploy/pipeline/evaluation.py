@@ -264,7 +264,7 @@ class Evaluation:
             lambda: open_engine("transformers", model.folder, exact),
             lambda: open_engine("transformers", self.job.model.folder, exact),
             lambda: open_engine(self.job.backend, pruned.path, exact),
-            traces[: self.job.recipe.verify.logit_traces],
+            traces,
             self.job.find_old_ids(model.folder),
             self.progress,
         )

@@ -165,6 +165,10 @@ class Job:
         settings = self.recipe.traces if split == "calibration" else self.recipe.verify
         return self.tasks.draw(split, settings.seed, settings.count)
 
+    def count_prompt_tokens(self, split: Split) -> list[int]:
+        """Return the tokens of each prompt of a split."""
+        return [len(self.encoder.encode(each.question)) for each in self.problems(split)]
+
     @cached_property
     def vocabulary(self) -> VocabularyChoice | None:
         """The choice of the tokens that the pruned model keeps; None if it keeps all."""

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import exporting, quant
-from racdeploy.errors import MissingExtraError, ModelError, UsageError
+from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.extras import PACKAGES, is_installed
 from racdeploy.files.writing import require_space
-from racdeploy.models.tensor_coverage import check_known_tensors, shorten_names
+from racdeploy.models.tensor_coverage import (
+    check_known_tensors,
+    check_tensors,
+    list_used_tensors,
+    shorten_names,
+)
 from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_zeros, find_lost_zeros
@@ -92,14 +97,7 @@ def check_model(job: Job) -> None:
     if job.vocabulary:
         job.vocabulary.choose()
     check_structure(job)
-    if missing := [name for name in job.prunable_weights if name not in checkpoint.entries]:
-        raise ModelError(
-            "missing-tensors",
-            f"{checkpoint.folder} lacks {len(missing)} linears of its architecture: "
-            f"{shorten_names(missing)}",
-            remedy="the checkpoint is incomplete; save or download it again",
-        )
-
+    check_tensors(checkpoint, list_used_tensors(checkpoint).union(job.prunable_weights))
     _check_dense(job)
     _ = job.rounding_quants
 
@@ -160,7 +158,6 @@ def plan_build(job: Job) -> dict[str, Any]:
         "model": recipe.model,
         "architecture": checkpoint.family.architecture,
         "parameters": parameters,
-        "prunable_parameters": sum(expected.sizes[name] for name in prunable),
         "linears_pruned": pruned,
         "linears_kept_dense": len(prunable) - pruned,
         "thinks": job.tags is not None,
@@ -200,8 +197,7 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
 
 def _check_context(job: Job) -> None:
     settings = job.recipe.verify
-    prompts = [job.encoder.encode(problem.question) for problem in job.problems("evaluation")]
-    longest = max(map(len, prompts))
+    longest = max(job.count_prompt_tokens("evaluation"))
 
     positions = job.checkpoint.shape.max_positions
     if settings.context_tokens > positions:

@@ -21,9 +21,11 @@ from racdeploy.pipeline.workspace import Workspace, describe_code, notify
 from racdeploy.processes.cores import has_bfloat16
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
-from racdeploy.results.pruning import RecoveryRow
+from racdeploy.results.pruning import RecoveryRow, list_phase_ends
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.probe import ProbeResult
 from racdeploy.traces.select import select_traces
+from racdeploy.traces.text import choose_text_traces, read_text_traces
 from racdeploy.traces.trace import Trace, count_tokens, hash_ids
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class RecoverStage:
 
     workspace: Workspace
     dense: Checkpoint
+    encoder: PromptEncoder
     settings: Recovery
     calibration: Calibration
 
@@ -149,6 +152,7 @@ class RecoverStage:
 
         Raises:
             EnvironmentFailure: there is too little memory.
+            UsageError: the user's own text cannot be read, or is too short.
         """
         from racdeploy import recovery
         from racdeploy.recovery.cost import choose_methods
@@ -194,6 +198,13 @@ class RecoverStage:
         else:
             notes.append("recovery found no better state than the pruned model, which is unchanged")
 
+        if self.settings.extra_text:
+            kept = [row.text_kl_nats for row in list_phase_ends(rows) if row.kept]
+            name = Path(self.settings.extra_text).name
+            notes.append(
+                f"recovery: KL on held-out parts of {name} {kept[0]:.3g} → {kept[-1]:.3g} nats"
+            )
+
         return replace(
             model,
             folder=state.folder,
@@ -213,15 +224,22 @@ class RecoverStage:
 
         ``sources`` are the dense blocks that its blocks were; empty for all in order.
         """
+        text: list[Trace] = []
+        text_held_out: list[Trace] = []
+        if self.settings.extra_text:
+            text, text_held_out = read_text_traces(self.settings.extra_text, self.encoder)
+
         return {
             "sparse": sparse,
             "dense": self.dense.folder.resolve(),
             "phase": Phase("", "", False, 0),
             "brief_prompts": {},
+            "train_text": text,
             "training": {
                 "sources": tuple(sources or range(self.dense.shape.block_count)),
                 "train_traces": train_traces,
                 "held_out": held_out,
+                "text": text_held_out,
                 "settings": self._choose_settings(),
             },
         }
@@ -252,6 +270,7 @@ class RecoverStage:
             "phase": asdict(phase),
             "traces": hash_ids(train_traces),
             "held_out": hash_ids(training["held_out"]),
+            "text": hash_ids([*arguments["train_text"], *training["text"]]),
             "recover": training["settings"].model_dump(exclude=_PHASE_INDEPENDENT),
         }
 
@@ -318,6 +337,14 @@ class RecoverStage:
             return training_run, [LogRow(0, note="no own answer stays near the dense model's")]
 
         training_run.report_progress(0)
+        text = arguments["train_text"]
+        if text:  # cut to its share of the training tokens
+            text = choose_text_traces(
+                text,
+                count_tokens(training_run.train_traces),
+                training_run.settings.extra_text_share,
+            )
+        training_run = replace(training_run, train_traces=(*training_run.train_traces, *text))
         return training_run, recovery.load(phase.method).recover(training_run)
 
     def training_run(self, folder: Path, name: str, arguments: Mapping[str, Any]) -> TrainingRun:
@@ -362,7 +389,7 @@ class RecoverStage:
 
 
 _PHASE_INDEPENDENT = {
-    *("tokens", "methods", "on_policy", "rounds", "max_accuracy_drop"),
+    *("tokens", "methods", "on_policy", "rounds", "max_accuracy_drop", "extra_text"),
     *("shorten", "objective", "samples", "instruction"),
 }
 """Settings that do not change a phase, beyond its own name, method and tokens."""
@@ -434,6 +461,7 @@ def _after(phase: Phase, state: State, stage: Stage, name: str) -> State:
                     tokens=state.tokens + row["tokens"],
                     loss=row["loss"],
                     kl_nats=row["kl_nats"],
+                    text_kl_nats=row["text_kl_nats"],
                     kept=summary["better"] or not row["tokens"],
                 )
             )

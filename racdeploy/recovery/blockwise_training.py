@@ -45,12 +45,13 @@ class BlockwiseTraining:
         self.training_run = run
         settings, processes = run.settings, run.processes
 
-        traces = (*run.train_traces, *run.held_out)
+        traces = (*run.train_traces, *run.held_out, *run.text)
         tasks = sorted({trace.task for trace in traces})
         tokens = min(MICRO_BATCH_TOKENS, settings.batch_tokens)
 
         train_batches = make_batches(run.train_traces, tasks, held_out=False, max_tokens=tokens)
         held_out = make_batches(run.held_out, tasks, held_out=True, max_tokens=tokens)
+        text = make_batches(run.text, tasks, held_out=True, max_tokens=tokens)
         lengths = [int(_mask_real(batch).sum()) for batch in train_batches]
         generator = random.Random(settings.seed)
 
@@ -64,7 +65,8 @@ class BlockwiseTraining:
         self.watch = ProgressLine(run.tokens, 0, run.notify)
 
         # Every process numbers all batches alike, but holds the hidden states of its own only.
-        self.batches = [*train_batches, *held_out]
+        self.batches = [*train_batches, *held_out, *text]
+        self.text = range(len(train_batches) + len(held_out), len(self.batches))
         sizes = [batch.ids_BT.numel() for batch in self.batches]
         self.own_indices = processes.list_own_indices(sizes)
 
@@ -114,6 +116,9 @@ class BlockwiseTraining:
     def _conclude(self, loss: float) -> list[LogRow]:
         """Measure the KL before and after; discard the trained blocks unless it fell."""
         before, after = (self._measure(name) for name in ("start", "sparse"))
+        text: list[float | None] = [None, None]
+        if self.training_run.text:
+            text = [self._measure(name, text=True) for name in ("start", "sparse")]
 
         note = ""
         if not after < before:
@@ -121,7 +126,10 @@ class BlockwiseTraining:
             shutil.rmtree(self.training_run.best_folder, ignore_errors=True)
 
         tokens = self.training_run.tokens
-        return [LogRow(0, None, before), LogRow(tokens, loss, after, note)]
+        return [
+            LogRow(0, None, before, text[0]),
+            LogRow(tokens, loss, after, text[1], note),
+        ]
 
     def _pass_block(self, index: int) -> float:
         """Train a block, or load its saved result; advance the states; return its final error."""
@@ -233,6 +241,9 @@ class BlockwiseTraining:
         sums = torch.zeros(2, dtype=torch.float64)
 
         for index in self._list_batches("start"):
+            if index in self.text:
+                continue
+
             real_BT = self.sparse.to_device(_mask_real(self.batches[index]))
             error_BT = self._errors(block, index) * real_BT
 
@@ -243,8 +254,8 @@ class BlockwiseTraining:
         return float(sums[0] / sums[1])
 
     @torch.no_grad()
-    def _measure(self, name: str) -> float:
-        """Return the mean KL(dense ‖ model) after the last block, over held-out traces.
+    def _measure(self, name: str, *, text: bool = False) -> float:
+        """Return the mean KL(dense ‖ model) after the last block, over held-out traces or text.
 
         Args:
             name: ``start`` or ``sparse``.
@@ -257,6 +268,9 @@ class BlockwiseTraining:
         sums = torch.zeros(2, dtype=torch.float64)
 
         for index in self._list_batches("start"):
+            if (index in self.text) != text:
+                continue
+
             # A state predicts the next token, so it has that token's weight; the last has none.
             segment_BT = self.batches[index].segment_BT[:, 1:]
             weight_BT = weight_R[segment_BT]

@@ -65,9 +65,10 @@ def distill(
         width = run.dense.shape.hidden_size
         stored = limit_to_disk(run.train_traces, width, MAX_STORED_BYTES)
         objective = load_objective(run.objective)
+        sets = {"train": stored, "held-out": run.held_out, "text": run.text}
 
         batches = {}
-        for name, traces in {"train": stored, "held-out": run.held_out}.items():
+        for name, traces in sets.items():
             answers = group_answers(traces, run.brief_prompts)
             examples = objective.choose_examples(answers)
             seen = [trace for example in examples for trace in example.teacher_traces]
@@ -267,14 +268,17 @@ class _Training:
     def _judge(self) -> float:
         """Log an evaluation, and keep the weights if they are the best; return the held-out KL."""
         done = self.done
-        divergence = self.measure()
+        divergence = self.measure("held-out")
+        text_kl = self.measure("text") if self.training_run.text else None
 
         loss = sum(done.losses) / len(done.losses) if done.losses else None
-        done.log.append(LogRow(done.tokens, loss, divergence))
+        done.log.append(LogRow(done.tokens, loss, divergence, text_kl))
         done.losses = []
 
         learned = f"loss {loss:.3g}, " if loss is not None else ""
-        self.watch.show(done.tokens, f"{learned}KL on held-out traces {divergence:.3g} nats")
+        on_text = f", on your text {text_kl:.3g}" if text_kl is not None else ""
+        held_out = f"KL on held-out traces {divergence:.3g} nats"
+        self.watch.show(done.tokens, f"{learned}{held_out}{on_text}")
 
         if not math.isfinite(divergence):
             done.ended = f"held-out KL was {divergence:g} after {done.tokens} tokens"
@@ -292,9 +296,9 @@ class _Training:
         return divergence
 
     @torch.no_grad()
-    def measure(self) -> float:
-        """Return the mean KL(dense ‖ sparse) in nats over the held-out traces."""
-        batches, processes = self.batches["held-out"], self.training_run.processes
+    def measure(self, name: str) -> float:
+        """Return the mean KL(dense ‖ sparse) in nats over ``held-out`` traces or ``text``."""
+        batches, processes = self.batches[name], self.training_run.processes
         total = weight = 0.0
 
         for example in batches.shard(batches.batches_by_length(), processes):

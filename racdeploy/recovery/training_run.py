@@ -41,12 +41,14 @@ class LogRow:
         tokens: trained on in this phase so far.
         loss: mean training loss since the row before, in the method's own unit.
         kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.
+        text_kl_nats: the same over held-out parts of the user's own text; None without one.
         note: in the last row, the reason why training ended early, or empty.
     """
 
     tokens: int
     loss: float | None = None
     kl_nats: float | None = None
+    text_kl_nats: float | None = None
     note: str = ""
 
 
@@ -60,6 +62,7 @@ class TrainingRun:
         sources: index of the dense block that each block of ``sparse`` was cut from.
         train_traces: training data.
         held_out: evaluation data, which decides which state is the best.
+        text: held-out parts of the user's own text, evaluated too.
         tokens: number of tokens to train on, counting whole traces; traces are repeated.
         direction: of the KL divergence, for methods that train on it.
         folder: of the phase's states and other files; each process has its own, and results are in
@@ -82,6 +85,7 @@ class TrainingRun:
     device: torch.device
     objective: str = "distill"
     brief_prompts: Mapping[Ids, Ids] = field(default_factory=dict)
+    text: Sequence[Trace] = ()
     threads: int = 0
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every evaluation

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from racdeploy.report.recovery import describe_recovery
 from racdeploy.report.structure import list_remaining
-from racdeploy.report.tables import format_bytes, format_number, to_single_line
+from racdeploy.report.tables import to_single_line
 from racdeploy.results.answers import AnswerRecord, ArmSummary
 from racdeploy.results.report import Report
 
@@ -32,7 +31,7 @@ class Fact:
 
 
 def list_facts(report: Report) -> list[Fact]:
-    """Return method, zeros, structure, recovery, number format and file, if they are known."""
+    """Return method, zeros, number format and file, if they are known."""
     recipe, pruned = report.recipe, report.find_arm("pruned")
     kept = list_remaining(report.kept_structure, report.structure)
     method = _find(recipe, "prune", "method") if _has_zeros(recipe) else ""
@@ -47,8 +46,6 @@ def list_facts(report: Report) -> list[Fact]:
     texts = {
         "Method": _join(method, cut, source) if method or cut else "",
         "Zeros": _describe_zeros(recipe, pruned),
-        "Kept": _join(*(f"{part.share} of the {part.name}" for part in kept)),
-        "Recovery": describe_recovery(report.recovery),
         "Stored as": _join(_find(recipe, "export", "format").upper(), quant, packed),
     }
 
@@ -97,10 +94,6 @@ def _describe_file(pruned: ArmSummary | None) -> list[Fact]:
     more = f" and {len(others)} more" if others else ""
     facts = [Fact("File", to_single_line(f"{name}{more}"), to_single_line(name))]
     facts.append(Fact("SHA-256", f"{sha256[:_HASH_DIGITS]}…", sha256))
-
-    if pruned.size_bytes:
-        size = f"{format_bytes(pruned.size_bytes)} ({format_number(pruned.size_bytes)} bytes)"
-        facts.append(Fact("Size", size))
     return facts
 
 

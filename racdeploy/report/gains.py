@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from racdeploy.report.tables import format_with_units
-from racdeploy.results.checks import CheckVerdict
 from racdeploy.results.report import Report
 
 _EQUAL = 0.005  # a change that rounds to 0 %
-# Name, format of the value, and the check that decides on it, by the field of an arm.
+# Name and format of the value, by the field of an arm.
 _METRICS = {
-    "accuracy": ("Accuracy", "{:.1%}", "accuracy"),
-    "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}", "thinking"),
-    "size_bytes": ("Size", "{:bytes}", ""),
-    "tokens_per_s": ("Tokens/s", "{:,.0f}", "speed"),
+    "accuracy": ("Accuracy", "{:.1%}"),
+    "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}"),
+    "size_bytes": ("Size", "{:bytes}"),
+    "tokens_per_s": ("Tokens/s", "{:,.0f}"),
 }
 _LOSS = (
     "{0.drop:points} points lost ({0.drop_lower:points} to {0.drop_upper:points}), "
@@ -31,7 +30,6 @@ class Highlight:
     dense: str
     pruned: str
     note: str
-    verdict: CheckVerdict | None
 
 
 def list_highlights(report: Report) -> list[Highlight]:
@@ -56,18 +54,13 @@ def list_highlights(report: Report) -> list[Highlight]:
     }
 
     highlights = []
-    for field, (name, text, deciding) in _METRICS.items():
+    for field, (name, text) in _METRICS.items():
         before, after = getattr(dense, field), getattr(pruned, field)
         note = notes[field]
         if before is None or after is None or note is None:
             continue
-        check = report.find_check(deciding)
-        verdict = check.verdict if check else None
-        highlights.append(
-            Highlight(
-                name, format_with_units(text, before), format_with_units(text, after), note, verdict
-            )
-        )
+        dense_text, pruned_text = format_with_units(text, before), format_with_units(text, after)
+        highlights.append(Highlight(name, dense_text, pruned_text, note))
 
     return highlights
 

@@ -21,14 +21,12 @@ from racdeploy.report.tables import (
     ReportTable,
     TableRow,
     format_number,
-    format_share_range,
     list_next_steps,
     list_tables,
     make_tables,
 )
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.answers import AnswerRecord
-from racdeploy.results.pruning import LinearRow
 from racdeploy.results.report import BUILT_ROLES, Report
 
 _MAX_ROWS = 200
@@ -57,7 +55,6 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
     """
     pairs = pair_records(records)
     tables_by_title = _tables(report, pairs)
-    zeros = _describe_zeros(report.linears)
     cap = report.comparison.length_budget_tokens if report.comparison else None
 
     # Sections without content are left out of the page and of its navigation.
@@ -68,7 +65,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "size": report.both_roles in tables_by_title,
         "structure": "Structure" in tables_by_title,
         "recovery": "Recovery" in tables_by_title,
-        "pruning": zeros or {"Worst linears", "Drift", "Deviations"} & tables_by_title.keys(),
+        "pruning": {"Worst linears", "Drift", "Deviations"} & tables_by_title.keys(),
         "prompts": pairs,
         "made": True,
     }
@@ -86,7 +83,6 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "tables": tables_by_title,
         "row_limit": _MAX_ROWS,
         "source": "report.json",
-        "zeros": zeros,
         "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap, report.roles),
         "cap": cap,
         "quantiles": length_quantiles(pairs),
@@ -148,13 +144,3 @@ def _thinking_by_task(pairs: Sequence[AnswerPair]) -> tuple[TableRow, ...]:
         rows.append((dense - pruned, cells))  # the sort key: the largest increase comes first
 
     return tuple(cells for _, cells in sorted(rows))
-
-
-def _describe_zeros(linears: Sequence[LinearRow]) -> str:
-    """Return a sentence on the zeros of the linears; empty if there are none."""
-    sparsity_range = (
-        format_share_range(row.actual_sparsity for row in linears) if linears else "0.0%"
-    )
-    if sparsity_range == "0.0%":
-        return ""
-    return f"Each of the {len(linears):,} linears has {sparsity_range} zeros."

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from xml.etree import ElementTree
 
-from racdeploy.report.summary import write_explanation
+from racdeploy.report.summary import write_findings
 from racdeploy.report.tables import to_single_line
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
@@ -32,7 +32,7 @@ def render(report: Report) -> str:
     verdicts = Counter[str](check.verdict for check in checks)
     # Skipped checks alone would look like success to a CI server.
     if report.verdict == "inconclusive" and not verdicts["inconclusive"]:
-        summary = write_explanation(report)
+        summary = write_findings(report)
         checks.append(CheckResult(name="verdict", verdict="inconclusive", summary=summary))
         verdicts["inconclusive"] = 1
 

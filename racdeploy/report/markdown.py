@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from racdeploy.report.pairs import AnswerPair, pair_records
-from racdeploy.report.summary import is_widened, write_explanation, write_headline
+from racdeploy.report.summary import is_widened, write_findings, write_headline
 from racdeploy.report.tables import (
     HARNESS_TITLE,
     ReportTable,
@@ -42,7 +42,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = ()) -> str:
     """
     sign = "☑️" if is_widened(report) else _SIGNS[report.verdict]
     parts = [f"### {sign} {escape(write_headline(report))}"]
-    if reasons := write_explanation(report):
+    if reasons := write_findings(report):
         parts.append(escape(reasons))
 
     tables_by_title = {table.title: table for table in list_tables(report)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from racdeploy.report.pareto import describe_front
-from racdeploy.report.recovery import describe_recovery
-from racdeploy.report.structure import describe_remaining
 from racdeploy.report.tables import format_with_units, to_single_line
 from racdeploy.results.answers import ArmSummary, Comparison
 from racdeploy.results.report import Report
@@ -36,8 +34,8 @@ def write_headline(report: Report) -> str:
     pruned = report.find_arm("pruned")
     ratios = [
         f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm, report)}"
-        for arm in _list_dense(report)
-        if pruned and pruned.size_bytes and arm.size_bytes
+        for arm in report.arms
+        if arm.name.startswith("dense") and pruned and pruned.size_bytes and arm.size_bytes
     ]
     if ratios:
         line += f", bytes {', '.join(ratios)}"
@@ -50,16 +48,6 @@ def is_widened(report: Report) -> bool:
     """Return whether the report passes, but not with the margin that was asked for."""
     accuracy = report.find_check("accuracy")
     return report.verdict == "pass" and "requested_margin" in (accuracy.figures if accuracy else ())
-
-
-def write_explanation(report: Report) -> str:
-    """Return the findings, and how pruning and recovery changed the model."""
-    sentences = [write_findings(report)]
-    if kept := describe_remaining(report.kept_structure, report.structure):
-        sentences.append(f"Pruned keeps {kept}.")
-    if learned := describe_recovery(report.recovery):
-        sentences.append(f"Pruned {learned}.")
-    return to_single_line(" ".join(filter(None, sentences)))
 
 
 def write_findings(report: Report) -> str:
@@ -80,10 +68,6 @@ def write_findings(report: Report) -> str:
     sentences += [describe_lost_zeros(report), describe_token_differences(report)]
     sentences.append(describe_front(report))
     return to_single_line(" ".join(filter(None, sentences)))
-
-
-def _list_dense(report: Report) -> list[ArmSummary]:
-    return [arm for arm in report.arms if arm.name.startswith("dense")]
 
 
 def _name_with_quant(arm: ArmSummary, report: Report) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from racdeploy.report.gains import list_highlights
-from racdeploy.report.summary import is_widened, write_explanation, write_headline
+from racdeploy.report.summary import is_widened, write_findings, write_headline
 from racdeploy.report.tables import ReportTable, list_next_steps, list_tables, to_single_line
 from racdeploy.report.tuning_tables import list_facts, make_tuning_table
 from racdeploy.results.report import Report
@@ -33,7 +33,7 @@ _MAX_TRANSPOSED_ROWS = 4
 def print_report(report: Report, console: Console) -> None:
     """Print the report; cells are text, never rich markup."""
     print_verdict(report, console)
-    if reasons := write_explanation(report):
+    if reasons := write_findings(report):
         _print_line(console, reasons)
 
     for table in list_tables(report):

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from racdeploy.files.reading import read_json
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import tuning_page
-from racdeploy.report.files import refuse_damage
+from racdeploy.report.files import read_as
 from racdeploy.report.tables import to_single_line
 from racdeploy.report.toml_writer import to_toml
 from racdeploy.results.tuning import Tuning
 
 FILE, PAGE, RECIPE = "tune.json", "tune.html", "recipe.toml"
-_MAX_BYTES = 64_000_000
 
 
 def write_tuning(folder: Path, tuning: Tuning) -> None:
@@ -45,12 +41,4 @@ def read_tuning(file: Path) -> Tuning:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    try:
-        return Tuning.model_validate(read_json(file, _MAX_BYTES))
-    except (ValidationError, OSError) as error:
-        raise refuse_damage(file, error) from error
-
-
-def find_tuning_page(file: Path) -> Path:
-    """Return the path of the page of a ``tune.json``, in the same folder."""
-    return file.with_name(f"{file.stem}.html")
+    return read_as(Tuning, file)

@@ -20,7 +20,6 @@ from racdeploy.report.tables import (
     to_single_line,
 )
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Estimate, Reached, Tuning
-from racdeploy.results.units import format_points
 
 _REACHED: tuple[Reached, ...] = get_args(Reached)
 _CELLS: dict[str, Callable[[Candidate], str]] = {
@@ -84,12 +83,10 @@ def make_tuning_table(
 
 
 def list_facts(tuning: Tuning) -> list[tuple[str, str]]:
-    """Return names and texts of the facts of a search: constraints, device, rival, gain, time."""
+    """Return names and texts of the facts of a search: constraints, device, tasks, time."""
     facts = {
         "Constraints": describe_limits(tuning.constraints),
         "Device": describe_device(tuning.device),
-        "Rival": f"{tuning.rival}, on the same prompts" if tuning.rival else "",
-        "Gain in accuracy": _describe_gain(tuning.gain),
         "Tasks": ", ".join(tuning.tasks),
         "Time": _describe_time(tuning),
         "Bundle": tuning.bundle,
@@ -112,23 +109,11 @@ def describe_limits(limits: Constraints) -> str:
 
 
 def _describe_time(tuning: Tuning) -> str:
-    """Return the time by stage, and the share of the race that stopping early saved."""
+    """Return the time beside the budget, and by stage."""
     spent = format_duration(sum(tuning.seconds.values()))
     budget = format_duration(tuning.constraints.budget_s)
     stages = [f"{name} {format_duration(each)}" for name, each in tuning.seconds.items()]
-    text = f"{spent} of {budget}: {', '.join(stages)}"
-
-    whole = tuning.tokens_asked + tuning.tokens_saved
-    if not whole:
-        return text
-    return f"{text}; stopping early saved {tuning.tokens_saved / whole:.0%} of the race"
-
-
-def _describe_gain(gain: Estimate | None) -> str:
-    if gain is None:
-        return ""
-    ends = f"{format_points(gain.lower)} to {format_points(gain.upper)}"
-    return f"{format_points(gain.value)} points ({ends}), 90% interval, paired"
+    return f"{spent} of {budget}: {', '.join(stages)}"
 
 
 def find_min_accuracy(tuning: Tuning) -> float | None:

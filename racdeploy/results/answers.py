@@ -105,7 +105,6 @@ class Comparison(FrozenModel):
     length_ratio: Ratio | None = None
     length_lower: Ratio | None = None
     length_upper: Ratio | None = None
-    length_verdict: VerdictName | None = None
     length_limit: PositiveFloat | None = None
     length_budget_tokens: PositiveCount | None = None
     confidence: OpenShare = 0.90

@@ -96,6 +96,7 @@ class RecoveryRow(FrozenModel):
         tokens: trace tokens learned since the start, over all phases.
         loss: mean since the measurement before, in the method's own unit; None at the start.
         kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.
+        text_kl_nats: the same over held-out parts of the user's own text; None without such text.
         accuracy: share of the calibration prompts answered right; None if not measured.
         kept: the phase's result was kept; a phase that made the model worse was undone.
     """
@@ -104,6 +105,7 @@ class RecoveryRow(FrozenModel):
     tokens: NonNegativeInt
     loss: float | None = None
     kl_nats: float | None = None
+    text_kl_nats: float | None = None
     accuracy: Share | None = None
     kept: bool = True
 
@@ -118,7 +120,8 @@ def list_phase_ends(rows: Sequence[RecoveryRow]) -> list[RecoveryRow]:
         phase = list(group)
         measured = [row for row in phase if row.kl_nats is not None]
         best = min(measured, key=attrgetter("kl_nats"), default=phase[-1])
-        ends.append(phase[-1].model_copy(update={"kl_nats": best.kl_nats}))
+        divergence = {"kl_nats": best.kl_nats, "text_kl_nats": best.text_kl_nats}
+        ends.append(phase[-1].model_copy(update=divergence))
 
     return ends
 

@@ -140,10 +140,8 @@ class Tuning(_FinitePart):
             ``min_accuracy_ratio`` refers; empty if none answered.
         verdict: one sentence that names the winner and its lead.
         gain: paired accuracy difference, winner minus rival, with its 90 % interval.
-        recipe: the winner's recipe, by part, without the defaults of its target, as in
-            ``recipe.toml`` of the bundle.
+        recipe: the winner's recipe, by part, as in ``recipe.toml`` of the bundle.
         seconds: duration of each stage: traces, measure, compare, race, verify.
-        tokens_asked: tokens generated in the race; stopping early saved about ``tokens_saved``.
         bundle: the winner's folder.
     """
 
@@ -164,8 +162,6 @@ class Tuning(_FinitePart):
     notes: tuple[str, ...] = ()
     recipe: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
-    tokens_asked: NonNegativeInt = 0
-    tokens_saved: NonNegativeInt = 0
     bundle: str = ""
 
     def find(self, name: str) -> Candidate | None:

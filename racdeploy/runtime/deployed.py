@@ -25,6 +25,7 @@ from racdeploy.manifest import (
     Manifest,
     TokenizerEntry,
 )
+from racdeploy.models.sources import fetch_gguf
 from racdeploy.models.tokenizer_files import find_token_ids
 from racdeploy.runtime.gguf_encoder import GgufEncoder
 from racdeploy.runtime.template import PromptEncoder
@@ -63,8 +64,6 @@ class DeployedModel:
     @property
     def tags(self) -> ThinkingTags | None:
         known = self.manifest.tokenizer
-        if not (known.open_tag and known.close_tag):
-            return None
         return encode_tags(self.encoder, known.open_tag, known.close_tag)
 
     @property
@@ -109,13 +108,14 @@ def find_model(source: Path) -> DeployedModel:
 def find_plain(source: Path) -> DeployedModel | None:
     """Return the model of a .gguf file (of a split model the first), or of an ONNX file or folder.
 
-    None for anything else, such as a bundle.
+    ``ORG/NAME:QUANT`` is a file of the Hub. None for anything else, such as a bundle.
     """
+    source = fetch_gguf(source)
     if (source / MANIFEST_NAME).is_file():
         return None
     if source.suffix == ".gguf" and source.is_file():
         return _open_gguf(source)
-    graph = source if source.suffix == ".onnx" else _find_graph(source)
+    graph = source if source.suffix == ".onnx" else find_graph(source)
     return _open_folder(graph, "onnxruntime") if graph is not None and graph.is_file() else None
 
 
@@ -185,7 +185,7 @@ def _list_weights(path: Path, backend: str) -> list[Path]:
     return [path.with_name(name) for name in names]
 
 
-def _find_graph(folder: Path) -> Path | None:
+def find_graph(folder: Path) -> Path | None:
     """Return the graph of an ONNX folder: by onnxruntime-genai's config, by name, or the only."""
     config = folder / "genai_config.json"
     named: Any = read_json(config) if config.is_file() else {}

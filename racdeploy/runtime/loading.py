@@ -70,17 +70,21 @@ def load(
         context_tokens, parallel, threads, accel=accel, memory_limit_bytes=memory_limit_bytes
     )
     file = dense or (plain.path if plain else folder / artifact.path)
-    encoder = plain.encoder if plain else _start_encoder(folder, manifest)
-    model = _open(encoder, manifest, artifact.backend, file, settings)
+    # A bundle's tokenizer is loaded while its engine is.
+    tokenizer = folder / manifest.tokenizer.folder
+    encoder = plain.encoder if plain else PromptEncoder.start_loading(tokenizer)
+    engine = engines.open_engine(artifact.backend, file, settings)
 
     try:
+        encoder.check()
         refuse_changed(folder, listed, states)
-        if not (plain or dense) and (configuration := model.engine.info.get("configuration")):
+        if not (plain or dense) and (configuration := engine.info.get("configuration")):
             _check_config_file(folder, artifact, Path(configuration))
+        return Model(manifest, encoder, engine, context_tokens)
     except BaseException:
-        model.close()
+        engine.close()
+        encoder.tokenizer.close()
         raise
-    return model
 
 
 def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> None:
@@ -90,24 +94,6 @@ def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> Non
         raise _refuse_file(file)
     if not has_sha256(file, expected):
         raise hash_error(file, expected)
-
-
-def _start_encoder(folder: Path, manifest: Manifest) -> PromptEncoder:
-    """Start loading a bundle's tokenizer, while its engine loads."""
-    return PromptEncoder.start_loading(folder / manifest.tokenizer.folder)
-
-
-def _open(
-    encoder: PromptEncoder, manifest: Manifest, backend: str, file: Path, settings: EngineSettings
-) -> Model:
-    engine = engines.open_engine(backend, file, settings)
-
-    try:
-        encoder.check()
-        return Model(manifest, encoder, engine, settings.context_tokens)
-    except BaseException:
-        engine.close()
-        raise
 
 
 def _choose_context(manifest: Manifest, context_tokens: int | None) -> int:

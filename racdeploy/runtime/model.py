@@ -29,6 +29,8 @@ from racdeploy.runtime.thinking import (
 Prompt = str | Sequence[Message]
 # Maximum threads of tasks and streams; calls beyond the engine's slots wait in the engine.
 _THREADS = 256
+_ADVISED = ("max_thinking_tokens", "max_new_tokens", "temperature", "top_p")
+"""Options for which a bundle has values."""
 
 
 class ContinuationOptions(TypedDict, total=False):
@@ -105,8 +107,8 @@ class Model(AbstractContextManager["Model"]):
         self.encoder = encoder
         self.engine = engine
         self.context_tokens = context_tokens
-        open_tag, close_tag = manifest.tokenizer.open_tag, manifest.tokenizer.close_tag
-        self.tags = encode_tags(encoder, open_tag, close_tag) if open_tag and close_tag else None
+        known = manifest.tokenizer
+        self.tags = encode_tags(encoder, known.open_tag, known.close_tag)
 
     def __repr__(self) -> str:
         return f"<Model {self.manifest.artifacts[0].path}, {self.context_tokens} tokens>"
@@ -290,28 +292,18 @@ class Model(AbstractContextManager["Model"]):
     def _sampling(
         self,
         prompt_ids: Sequence[int],
-        *,
-        max_thinking_tokens: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        **limits: Any,
+        **options: Any,
     ) -> decoding.Sampling:
         """Return the bundle's sampling, overridden by the options of a call."""
-        if max_thinking_tokens is not None and self.tags is None:
+        if options.get("max_thinking_tokens") is not None and self.tags is None:
             raise UsageError(
                 "no-thinking-tags",
                 "this model has no thinking tags, so max_thinking_tokens cannot apply",
                 remedy="use max_new_tokens",
             )
 
-        choices = {
-            "max_thinking_tokens": max_thinking_tokens,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        overrides = {name: value for name, value in choices.items() if value is not None}
+        given = {name: options.pop(name, None) for name in _ADVISED}
+        overrides = {name: value for name, value in given.items() if value is not None}
         settings = self.manifest.generation.model_copy(update=overrides)
 
         max_tokens, control = settings.max_thinking_tokens, settings.thinking
@@ -323,7 +315,7 @@ class Model(AbstractContextManager["Model"]):
             settings.temperature,
             settings.top_p,
             budget=budget,
-            **limits,
+            **options,
         )
 
     def _result(

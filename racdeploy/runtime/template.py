@@ -56,7 +56,7 @@ class ChatTemplate:
             )
 
         seconds = _COMPILING_S_PER_CHARACTER * len(source)
-        compiling = self._make_request("compile_template", seconds, source=source)
+        compiling = self._request("compile_template", seconds, source=source)
         self.sandbox.add_setup(self._name, compiling)
         weakref.finalize(self, self.sandbox.remove_setup, self._name)
 
@@ -68,7 +68,8 @@ class ChatTemplate:
             UsageError: a message is not JSON.
         """
         variables_json = self._write(messages)
-        header, _ = self.sandbox.ask(self._request("render", variables_json))
+        seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
+        header, _ = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
         return str(header["text"])
 
     def encode(self, messages: Sequence[Message], lead: str, mark: str) -> list[int]:
@@ -82,7 +83,8 @@ class ChatTemplate:
         variables_json = self._write(messages)
         request = self._request(
             "encode_rendered",
-            variables_json,
+            _RENDERING_S_PER_CHARACTER * len(variables_json),
+            variables=variables_json,
             failure=f"{_FAILED}, or the tokenizer",
             lead=lead,
             mark=mark,
@@ -108,12 +110,6 @@ class ChatTemplate:
             ) from error
 
     def _request(
-        self, op: str, variables_json: str, failure: str = _FAILED, **values: Any
-    ) -> SandboxRequest:
-        seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
-        return self._make_request(op, seconds, failure, variables=variables_json, **values)
-
-    def _make_request(
         self, op: str, more_seconds: float, failure: str = _FAILED, **values: Any
     ) -> SandboxRequest:
         return SandboxRequest(

@@ -16,6 +16,29 @@ _CHARACTER_TOKENS = 16  # with those of a tag that did not follow; a character h
 _NO_TAGS = ThinkingTags((-1,), (-1,))  # ids that never occur
 
 
+class PartStripper:
+    """Removes the white space at both ends of a part, which comes in pieces."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next part."""
+        self.has_begun = False  # True once non-white text of this part is shown
+        self._held = ""  # white space that may be the last
+
+    def feed(self, text: str) -> str:
+        """Return the text that can be shown now."""
+        text = self._held + text
+        if not self.has_begun:
+            text = text.lstrip()
+
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self.has_begun = self.has_begun or bool(shown)
+        return shown
+
+
 class StreamDecoder:
     """Decoder of the new ids of a completion into text.
 

@@ -214,8 +214,7 @@ def find_prompt_state(prompt_ids: Sequence[int], tags: ThinkingTags) -> PromptSt
 
 def find_tags(encoder: PromptEncoder) -> ThinkingTags | None:
     """Return the tags of a model, or None if it does not think; see :func:`find_tag_names`."""
-    names = find_tag_names(encoder)
-    return encode_tags(encoder, *names) if names else None
+    return encode_tags(encoder, *(find_tag_names(encoder) or (None, None)))
 
 
 def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
@@ -236,8 +235,10 @@ def find_tag_names(encoder: PromptEncoder) -> tuple[str, str] | None:
     return best if rank(best) else None
 
 
-def encode_tags(encoder: PromptEncoder, open_tag: str, close_tag: str) -> ThinkingTags:
-    """Return the ids of two tags and of white space.
+def encode_tags(
+    encoder: PromptEncoder, open_tag: str | None, close_tag: str | None
+) -> ThinkingTags | None:
+    """Return the ids of two tags and of white space; None for a model without tags.
 
     A tag of several tokens is matched as it is tokenized alone: it is missed if the tokenizer
     merges it with neighboring text.
@@ -245,6 +246,9 @@ def encode_tags(encoder: PromptEncoder, open_tag: str, close_tag: str) -> Thinki
     Raises:
         ArtifactError: a tag has no ids or too many, or both have the same.
     """
+    if open_tag is None or close_tag is None:
+        return None
+
     texts = [open_tag, close_tag, _ANSWERS.get(open_tag, "")]
     open_ids, close_ids, answer_ids = map(tuple, encoder.tokenizer.encode_batch(texts))
 

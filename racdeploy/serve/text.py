@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Generic, TypeVar
 
 from racdeploy.runtime import AsyncTextStream, TextChunk
+from racdeploy.runtime.text import PartStripper
 
 R = TypeVar("R")
 
@@ -25,10 +26,9 @@ class VisibleText(Generic[R]):
         self.is_stopped = False
         self._stream = stream
         self._stops = stops
-        self._strip = strip
+        self._stripper = PartStripper() if strip else None
         self._kind = "thinking"
-        self._held = ""  # possible start of a stop string, or trailing white space
-        self._has_begun = False  # True once non-white text of this part is shown
+        self._held = ""  # possible start of a stop string
 
     async def pieces(self) -> AsyncIterator[TextChunk]:
         """Yield pieces to the end of the stream or the first stop string."""
@@ -51,7 +51,7 @@ class VisibleText(Generic[R]):
     def cut(self, answer: str) -> str:
         """Return an answer up to its first stop string."""
         shown = answer[: self._find_stop(answer)]
-        return shown.strip() if self._strip else shown
+        return shown.strip() if self._stripper else shown
 
     def _find_stop(self, text: str) -> int | None:
         """Return the index of the first stop string, or None."""
@@ -73,31 +73,16 @@ class VisibleText(Generic[R]):
                     (_count_possible_start(self._held, each) for each in self._stops), default=0
                 )
 
-        if not self._strip:
-            return self._take(shown)
-
-        # Drop white space at the start of a part.
-        if not self._has_begun:
-            spaces = len(self._held) - len(self._held.lstrip())
-            self._take(min(spaces, shown))
-            shown = max(0, shown - spaces)
-
-        # Hold trailing white space back: it is dropped if the part ends here.
-        taken = self._take(len(self._held[:shown].rstrip()))
-        self._has_begun = self._has_begun or bool(taken)
-        return taken
+        taken, self._held = self._held[:shown], self._held[shown:]
+        return self._stripper.feed(taken) if self._stripper else taken
 
     def _end_part(self) -> str:
         """Return the held text at the end of a part, where no stop string can follow."""
-        rest = self._held.rstrip() if self._strip else self._held
-        self._held = ""
-        self._has_begun = False
+        rest, self._held = self._held, ""
+        if self._stripper:
+            rest = self._stripper.feed(rest)
+            self._stripper.restart()
         return rest
-
-    def _take(self, count: int) -> str:
-        taken = self._held[:count]
-        self._held = self._held[count:]
-        return taken
 
 
 def _count_possible_start(text: str, stop: str) -> int:

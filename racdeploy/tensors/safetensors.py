@@ -47,18 +47,13 @@ class WritableTensor(Protocol):
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Location of one tensor: file, absolute byte range, dtype tag and shape.
-
-    ``strides`` are those of numpy, in bytes, for a tensor that is a slice of another one. They are
-    empty if the tensor is contiguous: its bytes are then exactly those from ``start`` to ``stop``.
-    """
+    """Location of one tensor: file, absolute byte range, dtype tag and shape."""
 
     file: Path
     start: int
     stop: int
     dtype: str
     shape: Shape
-    strides: Shape = ()
 
     @property
     def quant(self) -> str:
@@ -77,19 +72,15 @@ class TensorEntry:
 
     def read(self) -> NDArray[Any]:
         """Return the tensor as stored; bfloat16 comes as uint16 bit patterns."""
-        dtype = np.dtype(DTYPES[self.dtype])
-        if self.strides and self.size_bytes:
-            stored = np.memmap(self.file, np.uint8, "r", self.start, (self.stop - self.start,))
-            return np.ndarray(self.shape, dtype, stored, strides=self.strides).copy()
+        values = np.fromfile(self.file, DTYPES[self.dtype], self.size, offset=self.start)
+        return values.reshape(self.shape)
 
-        return np.fromfile(self.file, dtype, self.size, offset=self.start).reshape(self.shape)
+    def map(self) -> NDArray[Any]:
+        """Return the tensor as stored, which must not be empty; only what is used is read."""
+        return np.memmap(self.file, DTYPES[self.dtype], "r", self.start, self.shape)
 
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes in order, a piece in memory at a time."""
-        if self.strides:
-            yield self.read().tobytes()
-            return
-
         with self.file.open("rb") as source:
             source.seek(self.start)
             remaining = self.stop - self.start
@@ -211,8 +202,7 @@ def _count_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 def _read_rows(entry: WritableTensor, rows: RowIndices) -> Iterator[bytes]:
     assert type(entry) is TensorEntry, "only rows of a contiguous tensor can be picked"
-    assert not entry.strides, "only rows of a contiguous tensor can be picked"
-    stored = np.memmap(entry.file, DTYPES[entry.dtype], "r", entry.start, entry.shape)
+    stored = entry.map()
     row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
     rows_per_piece = max(1, _COPY_BYTES // max(1, row_bytes))
 

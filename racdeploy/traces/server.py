@@ -71,7 +71,7 @@ def open_server(
 
         file.unlink(missing_ok=True)
     except EngineError as error:
-        count = len(CompletionLog(file).completions)
+        count = len(CompletionLog(file))
         kept = f"; {count} completions are kept in {folder}" if count else ""
         error.message += kept
         error.remedy += "; then run the same command, which resumes where it ended"

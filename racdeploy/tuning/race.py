@@ -116,20 +116,6 @@ class Race:
         return self.rank()
 
     @property
-    def tokens_asked(self) -> int:
-        """Tokens of all completions in the race."""
-        return sum(int(scores.tokens_N.sum()) for scores in self.scores.values())
-
-    @property
-    def tokens_saved(self) -> int:
-        """Estimated tokens of the answers that stopping early made unnecessary."""
-        saved = 0.0
-        for name, scores in self.scores.items():
-            if not self.is_timed_out or name in self.stopped:
-                saved += float(scores.tokens_N.mean()) * (self.prompts - len(scores))
-        return round(saved)
-
-    @property
     def _active(self) -> list[Contestant]:
         return [each for each in self.contestants if each.name not in self.stopped]
 
@@ -284,7 +270,7 @@ class Race:
     @property
     def _error_per_test(self) -> float:
         """Error probability of each test."""
-        return self.error / max(1, len(self.contestants))
+        return self.error / len(self.contestants)
 
 
 def list_rounds(prompts: int) -> list[int]:

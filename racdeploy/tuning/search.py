@@ -74,7 +74,6 @@ class Search:
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
-    race: Race | None = None
 
     def __post_init__(self) -> None:
         self.budget = Budget(self.job.recipe.tune.budget_s)
@@ -276,7 +275,7 @@ class Search:
             return each_s * more <= self.budget.remaining_s("race")
 
         min_ratio = self.job.recipe.tune.effective_min_accuracy_ratio
-        self.race = Race(
+        race = Race(
             [entry.as_contestant() for entry in raced],
             self.limits.objective,
             reference.name,
@@ -288,13 +287,13 @@ class Search:
         with self.budget.stage("race"):
             if min_ratio and reference.exported is None:
                 self._make(reference)
-            order = self.race.run()
+            order = race.run()
 
-        if self.race.is_timed_out:
+        if race.is_timed_out:
             self.notes.append("the race ended early for lack of time: raise --budget")
 
         for entry in raced:
-            entry.reject(self.race.stopped.get(entry.name, ""))
+            entry.reject(race.stopped.get(entry.name, ""))
             if entry.name not in order:
                 entry.reject(f"too low an accuracy beside {reference.name} on the same prompts")
 

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
 
 from racdeploy import __version__
 from racdeploy.errors import UsageError
-from racdeploy.files.toml import merge
 from racdeploy.pipeline.bundling import check_replaceable
 from racdeploy.pipeline.evaluation import Rival
 from racdeploy.processes.cores import available_cores
-from racdeploy.recipe import Recipe
 from racdeploy.report.files import read_records
-from racdeploy.report.tables import format_bytes
+from racdeploy.report.tables import format_with_units
 from racdeploy.report.tuning_files import write_tuning
 from racdeploy.report.tuning_tables import describe_limits
 from racdeploy.results.report import Report
 from racdeploy.results.tuning import Constraints, Estimate, Tuning
 from racdeploy.results.units import format_points
-from racdeploy.tuning.candidates import BASE_SETTINGS, CandidateSpec
 from racdeploy.tuning.entries import Entry
 from racdeploy.tuning.race import Scores
 from racdeploy.tuning.search import Search
 from racdeploy.tuning.speed import measure_file
-from racdeploy.verification.stats.costs import cost_per_success
 
+_FIGURES = (
+    "{0.accuracy.value:.1%} of {0.prompts} prompts correct, {0.size_bytes:bytes}, "
+    "{0.tokens_per_s:,.0f} tokens/s predicted, "
+    "{0.seconds_per_correct.value:.3g} s per correct answer"
+)
 _MAX_PROMPT_TOKENS = 256  # in the speed measurement of the winner
 
 
@@ -93,30 +91,6 @@ def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None
     return min(made, key=lambda entry: entry.distance, default=None)
 
 
-def list_changed_settings(spec: CandidateSpec) -> dict[str, Any]:
-    """Return a candidate's recipe by part, without the defaults of a build for its target."""
-    recipe = spec.recipe
-    bare = Recipe.combine(
-        None, merge({"model": recipe.model, "target": recipe.target}, BASE_SETTINGS)
-    )
-    changed = _list_changed(recipe.model_dump(mode="json"), bare.model_dump(mode="json"), recipe)
-    changed.pop("tune", None)
-    return {"model": recipe.model, "target": recipe.target, **merge(spec.build_settings, changed)}
-
-
-def _list_changed(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], model: BaseModel
-) -> dict[str, Any]:
-    """Return the values that differ from the defaults; tables with free keys are kept whole."""
-    changed = {}
-    for key, value in values.items():
-        part = getattr(model, key)
-        if value != defaults[key]:
-            is_part = isinstance(part, BaseModel)
-            changed[key] = _list_changed(value, defaults[key], part) if is_part else value
-    return changed
-
-
 def _as_rival(entry: Entry) -> Rival:
     assert entry.exported
     assert entry.model
@@ -145,10 +119,7 @@ def _summarize(
 ) -> Tuning:
     recipe = search.job.recipe
     gain = _find_gain(rival, report)
-    confidence = 0.90
-    if report.comparison:
-        confidence = report.comparison.confidence
-    race = search.race
+    assert report.comparison
 
     return Tuning(
         racdeploy=__version__,
@@ -162,13 +133,11 @@ def _summarize(
         winner=winner.name,
         rival=rival.name if rival else "",
         reference=search.reference.name,
-        verdict=write_verdict(winner, rival, gain, search.limits, confidence),
+        verdict=write_verdict(winner, rival, gain, search.limits, report.comparison.confidence),
         gain=gain,
         notes=tuple(search.notes),
-        recipe=list_changed_settings(winner.spec),
+        recipe=winner.spec.recipe.model_dump(mode="json", exclude={"tune"}),
         seconds={stage: round(took, 1) for stage, took in search.budget.seconds.items()},
-        tokens_asked=race.tokens_asked if race else 0,
-        tokens_saved=race.tokens_saved if race else 0,
         bundle=folder.name,
     )
 
@@ -187,7 +156,7 @@ def write_verdict(
     rival: Entry | None,
     gain: Estimate | None,
     limits: Constraints,
-    confidence: float = 0.90,
+    confidence: float,
 ) -> str:
     """Return the verdict: the winner and its rival in accuracy, size and speed.
 
@@ -218,17 +187,7 @@ def write_verdict(
 
 def _describe(entry: Entry) -> str:
     """Return accuracy, size, speed and seconds per correct answer, as text."""
-    scores = entry.scores
-    assert scores is not None, "both were verified"
-
-    cost = cost_per_success(scores.tokens_N * entry.cost.token_s, scores.right_N)
-    words = [
-        f"{entry.accuracy:.1%} of {len(scores)} prompts correct",
-        format_bytes(entry.size_bytes),
-        f"{entry.cost.tokens_per_s:,.0f} tokens/s predicted",
-        f"{cost.ratio:.3g} s per correct answer",
-    ]
-    return ", ".join(words)
+    return format_with_units(_FIGURES, entry.as_row())
 
 
 def _refuse_inaccurate(search: Search) -> UsageError:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from racdeploy.engines.completion_log import CompletionLog, make_key
+from racdeploy.engines.completion_log import CompletionLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import (
     Completion,
@@ -35,9 +35,11 @@ DECODING_SETTINGS = ("max_new_tokens", "max_thinking_tokens", "temperature", "se
 
 @dataclass(frozen=True)
 class SampledAnswers:
-    """Answers of one artifact: a record and a trace for each problem and sample, in that order.
+    """Answers of one artifact: a record for each problem and sample, in that order.
 
     Args:
+        traces: of the first ``logit_traces`` answers.
+        last_ids: last token of every answer that has one.
         stats: engine counters of this run; empty if some answers were reused, as a speed over two
             runs means nothing.
         reused: answers taken from the log of an earlier run.
@@ -47,6 +49,7 @@ class SampledAnswers:
 
     records: tuple[AnswerRecord, ...]
     traces: tuple[TraceIds, ...]
+    last_ids: tuple[int, ...] = ()
     stats: Mapping[str, float] = field(default_factory=dict)
     reused: int = 0
     kernels: str = ""
@@ -105,18 +108,24 @@ class AnswerSampler:
 
         # Everything is read back from the log: reused and new completions take the same path.
         records = []
-        traces = []
+        traces: list[TraceIds] = []
+        last_ids: list[int] = []
         for index, prompt in enumerate(prompts):
-            completion = log.completions[make_key(prompt, index)]
+            completion = log.get(prompt, index)
+            assert completion is not None, "the engine answered, or an earlier run did"
             problem = problems[index // self.settings.samples]
             records.append(self._make_record(arm, problem, index, prompt, completion))
-            traces.append((prompt, completion.ids))
+            last_ids += completion.ids[-1:]
+            if len(traces) < self.settings.logit_traces:
+                traces.append((prompt, completion.ids))
 
         reused = len(prompts) - len(missing)
         if reused:
             stats = {}  # a speed over two runs means nothing
 
-        return SampledAnswers(tuple(records), tuple(traces), stats, reused, kernels)
+        return SampledAnswers(
+            tuple(records), tuple(traces), tuple(last_ids), stats, reused, kernels
+        )
 
     def _generate(
         self,

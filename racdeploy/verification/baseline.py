@@ -15,7 +15,6 @@ from racdeploy.recipe import Recipe, Verification
 from racdeploy.report.files import read_records, read_report
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
-from racdeploy.sparse_kernels import STOCK
 from racdeploy.tasks import Problem
 from racdeploy.verification.answer_sampler import DECODING_SETTINGS, list_problems
 
@@ -107,9 +106,12 @@ class Baseline:
             )
 
     def answers(
-        self, problems: Sequence[Problem], settings: Verification
+        self, problems: Sequence[Problem], settings: Verification, remedy: str
     ) -> tuple[AnswerRecord, ...]:
         """Return the dense records of the problems, with ``prompt`` as the index of the problem.
+
+        Args:
+            remedy: ways to get answers that are missing.
 
         Raises:
             UsageError: the bundle was decoded with other settings, or lacks some answers.
@@ -131,8 +133,7 @@ class Baseline:
                 "missing-dense-answers",
                 f"{wanted - len(records)} of {wanted} answers of the dense model "
                 f"are not in {self.folder}",
-                remedy="give the dense artifact with --baseline, a bundle with more prompts, "
-                "or a smaller --tier",
+                remedy=remedy,
             )
 
         return tuple(records)
@@ -154,12 +155,8 @@ class Baseline:
 
 def compare_fingerprints(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two fingerprints that may change answers, as ``A 1, now 2``."""
-    # Older reports name kernels only where sparse ones ran.
-    machines = {"kernels": STOCK, **recorded}, {"kernels": STOCK, **now}
-    engines = recorded.get("engine", {}), now.get("engine", {})
-
     changes = []
-    for before, after in (machines, engines):
+    for before, after in (recorded, now), (recorded.get("engine", {}), now.get("engine", {})):
         for name in sorted({*before, *after} - _IGNORED_KEYS):
             if before.get(name) != after.get(name):
                 changes.append(f"{name} {before.get(name)}, now {after.get(name)}")

@@ -1,8 +1,8 @@
 """Comparison of any models with a reference, each as it is deployed: no build and no bundle.
 
 Reference and candidates answer the same questions, each on its engine with its own template,
-tokenizer and end-of-sequence. The checks are those of a bundle; where template, tokens or
-end-of-sequence differ from the reference's, that is a finding of its own check.
+tokenizer and end-of-sequence. The checks are those of a bundle; where template, thinking tags,
+tokens or end-of-sequence differ from the reference's, that is a finding of its own check.
 """
 
 from __future__ import annotations
@@ -81,12 +81,11 @@ class ModelComparison:
             evidence,
             probes=probes,
             prompts=tuple(prompts),
-            stop_ids=StopIds(reference.stop_ids, model.eos_id),
+            stop_ids=StopIds(reference.stop_ids, model.eos_id, model.manifest.tokenizer.eos_ids),
+            open_tags=(reference.open_tag, model.manifest.tokenizer.open_tag or ""),
             roles=COMPARED_ROLES,
             skip_reasons={**_NOT_PRUNED, **evidence.skip_reasons},
         )
-        if (model.manifest.tokenizer.open_tag or "") != reference.open_tag:
-            notes.append("the models write their thoughts after different tags")
         settings = self.examiner.settings.model_dump(mode="json")
         return build_report(
             evidence,

@@ -140,10 +140,16 @@ class PromptProbe:
 
 @dataclass(frozen=True)
 class StopIds:
-    """End-of-sequence ids of the checkpoint, and the artifact's ``eos_token_id`` or None."""
+    """End-of-sequence ids of the checkpoint, and the artifact's ``eos_token_id`` or None.
+
+    Args:
+        expected: that of most answers comes first.
+        known: all ids that end a candidate's answers; empty if only ``actual`` is known.
+    """
 
     expected: Ids
     actual: int | None
+    known: Ids = ()
 
 
 class Divergence(NamedTuple):
@@ -195,6 +201,7 @@ class Evidence:
         other_artifacts: the pruned model for the bundle's other engines.
         rivals: dense models in other quants; no check looks at them.
         stop_ids: None if the artifact holds no tokenizer.
+        open_tags: tags before the thoughts of both models; empty without one.
         skip_reasons: reasons why a check has nothing to decide on, by its name.
         harness: run of an evaluation harness; None if there was none.
         roles: words for both arms.
@@ -218,6 +225,7 @@ class Evidence:
     rivals: tuple[ArmResult, ...] = ()
     prompts: tuple[PromptProbe, ...] = ()
     stop_ids: StopIds | None = None
+    open_tags: tuple[str, str] = ("", "")
     packing: str = "plain"
     skip_reasons: Mapping[str, str] = field(default_factory=dict)
     harness: HarnessRun | None = None

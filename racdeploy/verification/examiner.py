@@ -151,7 +151,7 @@ class Examiner:
     def record(self, model: DeployedModel, tasks: tuple[str, ...]) -> Reference:
         """Answer with the reference model, and return all that candidates are compared with."""
         arm, answers = self.answer(model, "dense")
-        known = [] if model.url else answers.traces[: self.settings.logit_traces]
+        known = [] if model.url else answers.traces
         traces = [(prompt, ids[:_MAX_LOGIT_TOKENS]) for prompt, ids in known]
         logits = []
         if traces:
@@ -163,7 +163,7 @@ class Examiner:
             name=model.name,
             tasks=tasks,
             settings=self.settings,
-            stop_ids=tokenizer.eos_ids,
+            stop_ids=tuple(sorted(tokenizer.eos_ids, key=answers.last_ids.count, reverse=True)),
             vocabulary=encoder.tokenizer.get_vocab_size(),
             open_tag=tokenizer.open_tag or "",
             probes=encode_probes(encoder),

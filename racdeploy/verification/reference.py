@@ -34,7 +34,7 @@ class Reference(FrozenModel):
     Args:
         tasks: specifications, as on the command line; their questions are in the records.
         settings: decoding settings, which a candidate answers with, too.
-        stop_ids: end-of-sequence ids.
+        stop_ids: end-of-sequence ids, that of most answers first.
         vocabulary: number of tokens.
         open_tag: tag before its thoughts; empty without one.
         probes: hard strings and their ids.

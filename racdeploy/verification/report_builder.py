@@ -111,7 +111,6 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
     interval = paired.drop_interval(*pairs, evidence.gate.confidence)
 
     verdict = checks["accuracy"].verdict
-    length_verdict = checks["thinking"].verdict
     figures = checks["thinking"].figures
     names = ("length_ratio", "length_lower", "length_upper")
     length = {name: float(figures[name]) for name in names if name in figures}
@@ -125,7 +124,6 @@ def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comp
         n10=outcomes[True, False],
         n01=outcomes[False, True],
         n=evidence.prompt_count,
-        length_verdict=None if length_verdict == "skipped" else length_verdict,
         length_limit=evidence.gate.limits(thinking.Limits).length_ratio,
         length_budget_tokens=evidence.budget_tokens,
         confidence=evidence.gate.confidence,

@@ -29,7 +29,7 @@ class TokenComparison:
     @property
     def share(self) -> float:
         """Fraction of the strings that differ, 0 to 1."""
-        return self.different / self.strings if self.strings else 0.0
+        return self.different / self.strings
 
     @property
     def example(self) -> str:

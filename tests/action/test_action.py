@@ -29,6 +29,9 @@ if code in (2, 4):
     print("error: the bundle is damaged\\n  ```", file=sys.stderr)
     sys.exit(code)
 folder = pathlib.Path(sys.argv[sys.argv.index("--reports") + 1])
+if sys.argv[1] == "compare":
+    folder = folder / pathlib.Path(sys.argv[-1]).name
+    folder.mkdir()
 verdict = {0: "pass", 1: "fail", 3: "inconclusive"}[code]
 (folder / "report.json").write_text(json.dumps({"verdict": verdict}))
 (folder / "report.md").write_text(f"### {verdict}\\n" + os.environ.get("REPORT", ""))
@@ -276,6 +279,40 @@ def test_the_comment_shows_the_prompts_that_were_lost(job: Any, comments: Commen
     assert "actions/runs/77" in body.rpartition("</details>")[2]
 
 
+def test_a_changed_file_gets_the_prompts_that_it_lost(
+    job: Any, comments: Comments, tmp_path: Path
+) -> None:
+    """A plain file is compared with a reference; its report lies in a folder of its own."""
+    report = build_report().model_copy(update={"reference": "f16.gguf"})
+    text = markdown.render(report, build_records())
+    for code in (0, 1):
+        run = job(
+            code, bundle="", candidate="out/m.gguf", reference="ref", environment={"REPORT": text}
+        )
+
+    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    assert arguments[0] == "compare"
+    assert arguments[-2:] == ["--", "out/m.gguf"]
+    assert arguments[arguments.index("--against") + 1] == "ref"
+    assert (run.code, run.outputs["verdict"]) == (1, "fail")
+    assert Path(run.outputs["reports"]).name == "m.gguf"
+
+    body = comments.bodies[131]
+    assert set(comments.bodies) == {*range(1, 132)}
+    assert body.startswith("<!-- racdeploy: out/m.gguf -->\n### fail")
+    lost = "<summary>4 prompts were lost: reference is right and candidate is not</summary>"
+    assert lost in body
+
+
+def test_a_candidate_without_a_reference_is_wrong_usage(job: Any, tmp_path: Path) -> None:
+    """The real command line says which option is missing."""
+    real = f"import sys\nsys.path[:0] = {[str(ROOT), *sys.path]!r}\n"
+    write_program(tmp_path / "bin", "racdeploy", f"{real}from racdeploy.cli import main\nmain()\n")
+    run = job(0, candidate="m.gguf", comment="false")
+    assert (run.code, run.outputs["verdict"]) == (2, "error")
+    assert "--against" in run.summary
+
+
 def test_a_comment_that_is_too_long_is_cut_and_keeps_its_link(job: Any, comments: Comments) -> None:
     """GitHub would refuse it, and the pull request would show nothing."""
     job(1, event=PULL_REQUEST, environment={"REPORT": "a line of text\n" * 6000})
@@ -331,10 +368,10 @@ def test_what_is_installed(job: Any, tmp_path: Path) -> None:
 
 
 def test_every_input_and_output_says_what_it_is() -> None:
-    """GitHub shows them; a required input has no default."""
+    """GitHub shows them; none is required, as there is a bundle or a candidate."""
     for spec in (*ACTION["inputs"].values(), *ACTION["outputs"].values()):
         assert spec["description"].endswith(".")
-    assert [name for name, spec in ACTION["inputs"].items() if "default" not in spec] == ["bundle"]
+    assert [name for name, spec in ACTION["inputs"].items() if "default" not in spec] == []
 
 
 def test_the_runner_of_these_tests_sees_a_failing_step(job: Any, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_task_file_of_the_user_is_a_file_of_some_size(
     with raises(code, name):
         tasks.load(spec)
     with raises(code, name):
-        read_texts([name], "structure.vocabulary_text")
+        read_texts([name], "recover.extra_text")
 
 
 LINES = {

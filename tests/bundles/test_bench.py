@@ -117,30 +117,6 @@ def test_rounds_that_scatter_are_called_too_noisy(slowest: float, is_noisy: bool
     assert found.to_json()["warning"] == found.warning
 
 
-def test_any_artifact_of_a_bundle_can_be_measured(
-    bundle: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its path in the bundle, on its own engine; the build left no dense one for it."""
-    copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
-    shutil.copyfile(copy / "model.gguf", copy / "second.gguf")
-    manifest = Manifest.read(copy)
-    second = manifest.artifacts[0].model_copy(update={"path": "second.gguf", "files": {}})
-    (copy / "racdeploy.json").write_text(
-        manifest.model_copy(update={"artifacts": (manifest.artifacts[0], second)}).model_dump_json()
-    )
-    CountingEngine.opened = []
-    _engine(monkeypatch, CountingEngine)
-    found = bench(
-        copy, dense, BenchSettings(rounds=1, prompt_tokens=32, new_tokens=8), artifact="second.gguf"
-    )
-    assert found.pruned == copy / "second.gguf"
-    with raises("no-dense-artifact", "second.gguf", "--dense"):
-        find_dense_artifact(copy, tmp_path, "second.gguf")
-    with raises("unknown-artifact", "'third.gguf'", "model.gguf, second.gguf"):
-        bench(copy, dense, BenchSettings(), artifact="third.gguf")
-
-
 @pytest.mark.parametrize(("dense_bytes", "pruned_bytes"), [(3000, 2000), (2000, 2000), (3000, 0)])
 def test_the_files_stand_beside_the_speed(dense_bytes: int, pruned_bytes: int) -> None:
     """Nothing of them where another file is read."""

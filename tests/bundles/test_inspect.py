@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.bundles import inspect as inspection
 from racdeploy.bundles.inspect import inspect_path
 from racdeploy.exporting import load, write
-from racdeploy.manifest import ArtifactEntry
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.recipe import Export
 from tests.support.cut_models import Cut, cut_checkpoint
@@ -56,22 +54,6 @@ def test_a_graph_shows_columns_of_queries(tmp_path: Path) -> None:
         "feed_forward_channels": "64 × 3",
         "query_columns": "32 × 3",
     }
-
-
-def test_the_second_graph_has_its_own_line(tmp_path: Path) -> None:
-    """Name and size, whatever is in it: only racdeploy-kernels reads it."""
-    sizes = {"m.onnx": 900, "m.accel.onnx": 20, "m.accel.onnx_data": 300}
-    for name, size_bytes in sizes.items():
-        (tmp_path / name).write_bytes(bytes(size_bytes))
-    known = {"format": "onnx", "quant": "f16", "packing": "bitmask_op", "backend": "onnxruntime"}
-    files = dict.fromkeys(sizes, "0" * 64)
-    entry = ArtifactEntry(
-        path="m.onnx", size_bytes=900, sha256=files["m.onnx"], files=files, **known
-    )
-    assert inspection._describe_second_graph(tmp_path, entry) == "m.accel.onnx, 320 bytes"
-
-    alone = entry.model_copy(update={"files": {"m.onnx": "0" * 64}})
-    assert inspection._describe_second_graph(tmp_path, alone) == ""
 
 
 def test_files_of_other_things_have_no_widths(tmp_path: Path) -> None:

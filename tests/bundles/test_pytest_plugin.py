@@ -20,7 +20,9 @@ PLUGIN = "racdeploy.bundles.pytest_plugin"
 CONFTEST = """
 import os
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from racdeploy import plugins
+import racdeploy
 from racdeploy.bundles import verify
 from racdeploy.errors import ArtifactError
 from racdeploy.results.checks import CheckResult
@@ -47,7 +49,12 @@ class Verification:
     def run(self):
         return verified()
 
+def compare(candidates, *, against, **options):
+    open("compared", "w").write(f"{candidates} {against} {options['tier']}")
+    return [SimpleNamespace(report=verified()[0])]
+
 verify.BundleVerification = Verification
+racdeploy.compare = compare
 """
 
 
@@ -101,6 +108,16 @@ def test_each_check_is_a_test_and_the_bundle_is_verified_once(tmp_path: Path) ->
         for p in ElementTree.parse(tmp_path / "junit.xml").iter("property")
     }
     assert properties["accuracy.number"] == "0.25"
+
+
+def test_a_plain_file_is_compared_with_a_reference(tmp_path: Path) -> None:
+    """Its checks are tests as those of a bundle are; they are named after the file."""
+    options = ("--racdeploy-candidate", "org/m:q4_k_m", "--racdeploy-reference", "ref")
+    done = _pytest(tmp_path, "rest=pass,tokens=fail", *options, "--racdeploy-tier", "smoke")
+    assert done.returncode == 1, done.stdout
+    assert "FAILED m:q4_k_m::tokens" in done.stdout
+    assert "PASSED m:q4_k_m::accuracy" in done.stdout
+    assert (tmp_path / "compared").read_text() == "['org/m:q4_k_m'] ref smoke"
 
 
 def test_a_failed_check_says_what_it_found_without_a_traceback(tmp_path: Path) -> None:
@@ -159,6 +176,9 @@ def test_an_error_fails_every_check_with_its_remedy(tmp_path: Path) -> None:
         ("", "--racdeploy-bundle bundle --racdeploy-tier smok", "smok"),
         ("", "--racdeploy-gate gate.toml", "--racdeploy-gate without --racdeploy-bundle"),
         ("", "--racdeploy-tier smoke", "--racdeploy-tier without --racdeploy-bundle"),
+        ("", "--racdeploy-candidate a.gguf", "-candidate without --racdeploy-reference"),
+        ("", "--racdeploy-reference a.gguf", "-reference without --racdeploy-candidate"),
+        ("", "--racdeploy-candidate a --racdeploy-reference b --racdeploy-tier smok", "smok"),
     ],
 )
 def test_a_wrong_gate_or_tier_is_wrong_usage(

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
-import pytest
 from typer.testing import CliRunner
 
-from racdeploy import sparse_kernels
-from racdeploy.cli import run
 from racdeploy.cli.app import app
-from racdeploy.cli.next_steps import advise, is_shrunk_by_packing, list_commands
-from racdeploy.recipe import Recipe
-from racdeploy.results.report import Report
+from racdeploy.cli.build import list_commands
 from tests.support.records import record
-from tests.support.sample_report import build_report
-
-
-@pytest.fixture
-def report() -> Report:
-    return build_report()
-
-
-def _recipe(**values: Any) -> Recipe:
-    return Recipe.combine(None, values)
 
 
 def _bundle(folder: Path, *answered: tuple[str, str, bool]) -> Path:
@@ -50,7 +34,7 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
         ("pruned", "Long? " * 20, True),
         ("pruned", "What is 3 + 3?", True),
     )
-    commands = [shlex.split(each) for each in list_commands(_recipe(), folder, tmp_path, ["build"])]
+    commands = [shlex.split(each) for each in list_commands(folder, tmp_path)]
 
     assert commands == [
         ["racdeploy", "run", str(folder), "What is 3 + 3?"],
@@ -62,64 +46,3 @@ def test_commands_name_the_bundle_and_a_question_that_it_answers(
     ]
     for verb in ("run", "chat", "serve", "verify", "bench", "report"):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"prune": {"sparsity": 0.5}}, True),
-        ({}, False),
-        ({"prune": {"sparsity": 0.5}, "export": {"quant": "q4_k"}}, False),
-        ({"prune": {"sparsity": 0.5}, "export": {"quant": "sparse_q8"}}, True),
-        ({"prune": {"sparsity": 0.5}, "export": {"packing": "bitmask"}}, False),
-        ({"prune": {"sparsity": 0.5}, "target": "onnx"}, False),
-    ],
-)
-def test_packing_is_advised_where_it_makes_the_file_smaller(
-    values: dict[str, Any], expected: bool, tmp_path: Path
-) -> None:
-    """Zeros that the format keeps, and no packing yet; the same command with one option more."""
-    recipe = _recipe(**values)
-    assert is_shrunk_by_packing(recipe) == expected
-    last = list_commands(recipe, _bundle(tmp_path / "b"), None, ["build", "--sparsity", "0.5"])[-1]
-    again = "racdeploy build --sparsity 0.5 --packing bitmask"
-    assert (last == again) == expected
-
-
-@pytest.mark.parametrize(
-    ("zeros", "command"), [(0.5, "racdeploy-kernels prove"), (0.5, ""), (0.0, "")]
-)
-def test_kernels_are_advised_where_zeros_and_processor_are_there(
-    report: Report,
-    monkeypatch: pytest.MonkeyPatch,
-    zeros: float,
-    command: str,
-) -> None:
-    """And were not tried yet."""
-    asked: list[str] = []
-    monkeypatch.setattr(
-        sparse_kernels, "suggest_command", lambda engine: asked.append(engine) or command
-    )
-    dense, pruned, *_ = report.arms
-    arms = (dense, pruned.model_copy(update={"sparsity": zeros}))
-    assert advise(report.model_copy(update={"arms": arms}), _recipe()) == command
-    assert asked == (["llama.cpp"] if zeros else [])
-
-
-@pytest.mark.parametrize(
-    ("kernels", "zeros", "said"),
-    [
-        ("llama.cpp's own kernels: not built", 0.0, False),
-        ("llama.cpp's own kernels: not built", 0.5, True),
-        ("sparse avx2 kernels for 28 matrices", 0.1, True),
-        ("", 0.5, False),
-    ],
-)
-def test_what_ran_a_model_is_said_where_it_matters(
-    capsys: pytest.CaptureFixture[str], kernels: str, zeros: float, said: bool
-) -> None:
-    """Not of a model without zeros, which has nothing to gain."""
-    run._print_kernels(kernels, "auto", zeros)
-    assert ("kernels: " in capsys.readouterr().err) == said
-    run._print_kernels(kernels, "off", zeros)
-    assert capsys.readouterr().err == ""

@@ -40,9 +40,3 @@ def test_what_is_no_quantity_is_refused_with_an_example(text: str) -> None:
         read_size(text, "--max-bytes")
     with raises("not-a-time", f"--budget {text}"):
         read_duration(text)
-
-
-def test_what_was_not_given_stays_out() -> None:
-    """So that the recipe decides."""
-    assert read_size(None, "--max-bytes") is None
-    assert read_duration(None) is None

@@ -58,7 +58,6 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
         ("winner", "nobody", "'nobody'"),
         ("gain", {"value": 0.5, "lower": 0.1, "upper": 0.4}, "gain: "),
         ("gain", {"value": "NaN", "lower": 0, "upper": 1}, "gain.value: "),
-        ("tokens_asked", -1, "tokens_asked: "),
     ],
 )
 def test_figures_that_cannot_be_are_refused(

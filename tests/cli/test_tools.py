@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy import errors
-from racdeploy.cli import doctor
+from racdeploy.cli import console, doctor
 from racdeploy.cli.app import app
 from tests.support.tiny_models import make_checkpoint
 
@@ -89,3 +89,10 @@ def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["cpu"]["detail"].endswith("with products of bfloat16")
     assert (found["gpu"]["state"], found["compiler"]["state"]) == ("unused", "unused")
     assert "that of racdeploy-kernels" in found["compiler"]["detail"]
+
+
+def test_a_name_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """No brackets or colons in it are taken for styles or pictures."""
+    for show in (console.show, console.say):
+        show("[bold]:smile:")
+    assert [*capsys.readouterr()] == ["[bold]:smile:\n"] * 2

@@ -7,8 +7,10 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
+from huggingface_hub import constants
 
 import racdeploy as library
 from racdeploy import exporting
@@ -17,7 +19,9 @@ from racdeploy.models.sources import resolve_model
 from racdeploy.recipe import Export
 from racdeploy.results.report import Report
 from tests.support.commands import racdeploy
+from tests.support.completion_server import serving
 from tests.support.errors import raises
+from tests.support.hub_server import Repository, hub_server, point_at
 from tests.support.real_server import llama_cpp_server, running
 from tests.support.spoiled_gguf import rewrite, spoil_all
 
@@ -29,6 +33,8 @@ FAILING = {
     "endless": {"accuracy", "thinking", "logits"},
     "template": {"template"},
     "merge": {"tokens"},
+    "tags": {"template"},
+    "bos": {"template"},
 }
 """Checks that each fault must fail; others may fail as well."""
 
@@ -90,6 +96,12 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
     graph = Export(format="onnx", quant="f32")
     exporting.write(Checkpoint(source), tmp_path / "onnx" / "model.onnx", graph)
+    folder, file = (
+        json.loads(racdeploy("inspect", tmp_path / "onnx" / name, "--json").out)
+        for name in ("", "model.onnx")
+    )
+    assert folder == file
+    assert folder["summary"]["size_bytes"] > 10_000_000
 
     with running(*llama_cpp_server(files / "q8_0.gguf")) as (url, _):
         models = library.compare(
@@ -106,6 +118,72 @@ def test_other_kinds_of_models(files: Path, tmp_path: Path) -> None:
     logits = {name: report.find_check("logits") for name, report in found.items()}
     assert logits["server"]
     assert logits["server"].verdict == "skipped"
+
+
+def test_a_server_is_the_reference(files: Path, tmp_path: Path) -> None:
+    """llama-cpp-python's server, and the same with the shapes that Ollama documents.
+
+    Ollama splits off the thinking as ``reasoning``, and its model names have a tag.
+    """
+    asked = ASKED | {"tier": "smoke", "work": tmp_path}
+    with running(*llama_cpp_server(files / "f32.gguf")) as (url, _):
+
+        def answer(body: dict[str, Any]) -> dict[str, Any]:
+            assert body["model"] == "tiny-reasoner:3m"
+            sent = {name: value for name, value in body.items() if name != "Authorization"}
+            request = Request(
+                f"{url}/chat/completions",
+                json.dumps(sent | {"model": "tiny"}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urlopen(request) as reply:
+                answered = json.load(reply)
+            (choice,) = answered["choices"]
+            thinking, _, text = choice["message"]["content"].partition("</think>")
+            choice["message"] = {"role": "assistant", "content": text, "reasoning": thinking}
+            return {**answered, "model": body["model"], "system_fingerprint": "fp_ollama"}
+
+        routes = {"v1/chat/completions": answer, "v1/models": list_models}
+        with serving(routes) as ollama:
+            found = [
+                library.compare([files / "q8_0.gguf"], against=f"{address}#{name}", **asked)[0]
+                for address, name in ((url, "tiny"), (ollama, "tiny-reasoner:3m"))
+            ]
+
+    for each in found:
+        assert each.verdict == "pass", each.report.checks
+        assert each.report.comparison
+        assert each.report.comparison.length_ratio == pytest.approx(1, abs=0.02)
+
+
+def list_models(_: dict[str, Any]) -> dict[str, Any]:
+    """Return what Ollama answers to ``/v1/models``."""
+    model = {"id": "tiny-reasoner:3m", "object": "model", "created": 0, "owned_by": "library"}
+    return {"object": "list", "data": [model]}
+
+
+def test_a_file_of_the_hub(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared, loaded and inspected by repository and quant; a wrong quant lists those."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub_server() as hub:
+        point_at(hub.address, monkeypatch)
+        hub.repositories["org/tiny-GGUF"] = Repository()
+        content = (files / "q8_0.gguf").read_bytes()
+        hub.repositories["org/tiny-GGUF"].commit({"tiny-Q8_0.gguf": content})
+
+        (found,) = library.compare(
+            ["org/tiny-GGUF:q8_0"], against=files / "ref", tier="smoke", work=tmp_path, threads=1
+        )
+        assert (found.verdict, found.report.model) == ("pass", "tiny-Q8_0.gguf")
+        with library.load("org/tiny-GGUF:Q8_0", threads=1) as model:
+            assert model.generate("What is 12 times 34?", max_new_tokens=400).state == "closed"
+
+        inspected = racdeploy("inspect", "org/tiny-GGUF:q8_0", "--summary", "--json")
+        assert json.loads(inspected.out)["summary"]["size_bytes"] == len(content)
+        for verb in (["run"], ["bench"], ["compare", "--against", files / "ref"]):
+            outcome = racdeploy(*verb, "org/tiny-GGUF:q2_k", *["Hi"] * (verb == ["run"]))
+            assert (outcome.code, outcome.error_code) == (2, "no-such-quant")
+            assert "Q8_0" in outcome.err
 
 
 def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
@@ -178,5 +256,5 @@ def test_bad_models(files: Path, tmp_path: Path) -> None:
 
     (tmp_path / "ref").mkdir()
     (tmp_path / "ref" / "reference.json").write_text("{}")
-    with raises("damaged-records"):
+    with raises("damaged-report"):
         library.compare([f32], against=tmp_path / "ref")

@@ -55,7 +55,7 @@ def test_the_artifact_has_fewer_tokens_and_answers_alike(bundle: Path) -> None:
     notes = "\n".join(report["notes"])
     assert f"vocabulary: 512 → {KEPT} tokens" in notes
     assert "keep 100.00% of" in notes
-    assert re.search(r"take \d+\.\d+ tokens a word in the dense vocabulary", notes)
+    assert re.search(r"take \d+\.\d+ times as many tokens in the cut vocabulary", notes)
     assert "of its probability to tokens that are gone" in notes
 
 

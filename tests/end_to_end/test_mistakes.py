@@ -256,10 +256,10 @@ MISTAKES = {
     "nothing to inspect": Mistake("inspect nope.gguf", "path-not-found", ("nope.gguf",)),
     "nothing to run": Mistake("run nope hello", "no-such-folder", ("nope", "racdeploy build")),
     "nothing to verify": Mistake("verify nope", "no-such-folder", ("nope", "racdeploy build")),
-    "a GGUF file to run": Mistake(
+    "a torn GGUF file to run": Mistake(
         "run model.gguf hello",
-        "not-a-bundle",
-        ("GGUF", "racdeploy inspect model.gguf", "llama-cli"),
+        "damaged-gguf",
+        ("model.gguf", "copy or export it again"),
         _write("model.gguf", b"GGUF\3\0\0\0"),
     ),
     "a model folder to run": Mistake(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import typer
 import racdeploy
 from racdeploy.cli.app import app
 from racdeploy.tasks.sets.word_problem import GAINS, LOSSES
-from tests.support.commands import command, environment
 from tests.support.commands import racdeploy as run_racdeploy
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +51,7 @@ def test_a_command_of_the_block_parses(line: list[str]) -> None:
 
 
 def test_what_is_used_is_made_before() -> None:
-    """The bundle that ``run``, ``chat`` and ``verify`` take is written by the last build above."""
+    """The bundle that ``run`` and ``verify`` take is written by the last build above."""
     made = ""
     used = set()
 
@@ -64,7 +62,7 @@ def test_what_is_used_is_made_before() -> None:
             assert line[1].rstrip("/") == made
             used.add(line[0])
 
-    assert used == {"run", "chat", "verify"}
+    assert used == {"run", "verify"}
 
 
 def test_the_run_line_runs_as_it_is_written(built: Path, tmp_path: Path) -> None:
@@ -73,23 +71,6 @@ def test_the_run_line_runs_as_it_is_written(built: Path, tmp_path: Path) -> None
     outcome = run_racdeploy(*RUN, cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert f"\\boxed{{{_gold(RUN[2])}}}" in outcome.out
-
-
-def test_the_chat_line_runs_as_it_is_written(built: Path, tmp_path: Path) -> None:
-    (tmp_path / "bundle").symlink_to(built)
-    (line,) = (line for line in LINES if line[0] == "chat")
-    done = subprocess.run(
-        command(*line),
-        input=f"{RUN[2]}\n/reset\n{QUESTIONS[-1]}\n",
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = [f"The answer is \\boxed{{{_gold(each)}}}." for each in (RUN[2], QUESTIONS[-1])]
-    assert expected == done.stdout.splitlines()
 
 
 def test_every_question_is_answered_right(built: Path) -> None:

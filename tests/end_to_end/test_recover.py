@@ -149,3 +149,10 @@ def test_what_cannot_be_recovered_is_refused_before_any_work(
     way = racdeploy("build", model, *options, "--set", 'recover.methods=["blockwis"]')
     assert (way.code, way.error_code) == (2, "invalid-settings")
     assert "did you mean 'blockwise'?" in way.err
+
+    short = tmp_path / "short.txt"
+    short.write_text("short", encoding="utf-8")
+    mixed = ["--sparsity", 0.6, "--recover-tokens", 1000, "--set", f'recover.extra_text="{short}"']
+    text = racdeploy("build", model, *options, *mixed)
+    assert (text.code, text.error_code) == (2, "text-too-short")
+    assert not [*(tmp_path / "work").glob("traces-*")]

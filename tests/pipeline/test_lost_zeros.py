@@ -19,7 +19,7 @@ from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_
 from racdeploy.pipeline.preflight import plan_build
 from racdeploy.quant.stored_codes import CODES_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
-from racdeploy.report.summary import write_explanation
+from racdeploy.report.summary import write_findings
 from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
 from racdeploy.verification.checks import sparsity
@@ -173,8 +173,8 @@ def _told(left: float) -> Report:
 
 def test_the_report_says_what_is_left() -> None:
     """In the sentences below its headline, which every output prints."""
-    assert LEFT in write_explanation(_told(0.078))
-    assert "The file holds" not in write_explanation(build_report())
+    assert LEFT in write_findings(_told(0.078))
+    assert "The file holds" not in write_findings(build_report())
 
 
 def test_the_card_claims_no_zeros_that_are_not_in_the_file(

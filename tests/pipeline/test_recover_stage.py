@@ -26,6 +26,7 @@ from racdeploy.pipeline.recover_stage import (
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
+from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
 from tests.support.fork_server import fork_context
@@ -68,7 +69,8 @@ class Asked:
 
 
 def make_stage(place: Workspace, dense: Checkpoint, settings: Recovery) -> RecoverStage:
-    return RecoverStage(place, dense, settings, CALIBRATION)
+    encoder = PromptEncoder.from_folder(dense.folder)
+    return RecoverStage(place, dense, encoder, settings, CALIBRATION)
 
 
 @pytest.fixture
@@ -328,3 +330,35 @@ def test_without_held_out_traces_nothing_can_be_chosen(
     with raises("no-held-out-traces", "held_out_share"):
         run(none, model, Asked(tmp_path, [0.5]))
     assert not (tmp_path / "work").exists()
+
+
+def test_own_text_is_learned_and_measured(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Every look has the divergence on parts of it that were held out."""
+    file = tmp_path / "notes.txt"
+    file.write_text("How many apples does she have? " * 400)
+
+    for method in ("full", "blockwise"):
+        changed = {"extra_text": str(file), "methods": (method,), "on_policy": 0.0}
+        settings = stage.settings.model_copy(update=changed)
+        found = run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5, 0.9]))
+
+        on_text = [row.text_kl_nats for row in found.recovery]
+        assert all(kl is not None and kl > 0 for kl in on_text)
+        assert on_text[0] != on_text[-1]
+
+
+def test_a_text_that_is_too_short_is_refused(
+    stage: RecoverStage, model: PrunedModel, tmp_path: Path
+) -> None:
+    """Before anything is learned, with how much is needed; and so is one that is no text."""
+    file = tmp_path / "notes.txt"
+    file.write_text("short")
+    settings = stage.settings.model_copy(update={"extra_text": str(file)})
+    with raises("text-too-short", "512"):
+        run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))
+
+    file.write_bytes(b"\xff\xfe\x00")
+    with raises("text-not-utf8", str(file)):
+        run(replace(stage, settings=settings), model, Asked(tmp_path, [0.5]))

@@ -36,14 +36,13 @@ def test_tokens_are_counted_in_both(folders: tuple[Path, Path]) -> None:
     old_ids = read_old_ids(folders[1])
     kept = compare_tokenization(dense, cut, old_ids, [KEPT])
     count = len(dense.encode_text(KEPT))
-    assert (count, count, count, 8) == (kept.before, kept.after, kept.same, kept.words)
+    assert (count, count, count) == (kept.before, kept.after, kept.same)
 
     other = compare_tokenization(dense, cut, old_ids, [KEPT, "the lazy dog"])
     added = [len(encoder.encode_text("the lazy dog")) for encoder in (dense, cut)]
     assert [count + more for more in added] == [other.before, other.after]
     assert 0 < other.same < other.before
-    assert "11 words" not in other.describe("it takes")
-    assert f"{other.after / 11:.3f} in the cut one" in other.describe("it takes")
+    assert f"it takes {other.after / other.before:.4f} times as many" in other.describe("it takes")
 
 
 def test_a_text_that_does_not_come_back_stops_the_build(folders: tuple[Path, Path]) -> None:

@@ -28,6 +28,7 @@ from racdeploy.recovery import training, training_batches
 from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training_batches import split_evenly
 from racdeploy.recovery.training_run import STATE_FILE, LogRow, TrainingRun
+from racdeploy.runtime.template import PromptEncoder
 from tests.support.codes import draw_codes, read_as_file, read_stored_weights, store_codes
 from tests.support.commands import environment
 from tests.support.errors import raises
@@ -365,7 +366,8 @@ def test_a_process_without_the_pruned_model_ends_the_job(tmp_path: Path) -> None
     """The error names the folder, and what several machines need."""
     dense = Checkpoint(make_checkpoint(tmp_path / "model", "llama"))
     place = Workspace(tmp_path / "work", 1, None, _Differing())
-    stage = RecoverStage(place, dense, Recovery(), Calibration())
+    encoder = PromptEncoder.from_folder(dense.folder)
+    stage = RecoverStage(place, dense, encoder, Recovery(), Calibration())
 
     given = {"sparse": dense.folder, "sha256": dense.sha256}
     with raises("work-folder-not-shared", "process 1 ", str(dense.folder)):

@@ -76,10 +76,10 @@ def test_the_csv_reads_back_as_the_looks() -> None:
     """A header and one line for each look; what was not measured is empty."""
     text = to_csv((START, LOOKS[0], WORSE))
     assert text == (
-        "phase,tokens,loss,kl_nats,accuracy,kept\n"
-        "start,0,,0.9,0.5,True\n"
-        "full,500000,0.4,0.09,,True\n"
-        "own answers 1,1200000,,0.3,0.8,False\n"
+        "phase,tokens,loss,kl_nats,text_kl_nats,accuracy,kept\n"
+        "start,0,,0.9,,0.5,True\n"
+        "full,500000,0.4,0.09,,,True\n"
+        "own answers 1,1200000,,0.3,,0.8,False\n"
     )
 
     found = []
@@ -116,7 +116,7 @@ def test_a_report_from_before_has_none(report: Report) -> None:
 
 def test_a_phase_has_the_divergence_of_the_state_it_left() -> None:
     """That of its best look: a training may get worse before it ends, and its best state stays."""
-    best = RecoveryRow(phase="full", tokens=10, kl_nats=0.2)
-    last = RecoveryRow(phase="full", tokens=20, kl_nats=0.4, accuracy=0.9)
+    best = RecoveryRow(phase="full", tokens=10, kl_nats=0.2, text_kl_nats=0.5)
+    last = RecoveryRow(phase="full", tokens=20, kl_nats=0.4, text_kl_nats=0.6, accuracy=0.9)
     (phase,) = list_phase_ends((best, last))
-    assert (phase.tokens, phase.kl_nats, phase.accuracy) == (20, 0.2, 0.9)
+    assert (phase.tokens, phase.kl_nats, phase.text_kl_nats, phase.accuracy) == (20, 0.2, 0.5, 0.9)

@@ -261,6 +261,7 @@ def test_tags_of_several_tokens_are_found_by_the_template(tokenizer_folder: Path
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.json")
     plain = PromptEncoder(tokenizer, ChatTemplate(source, sandbox=tokenizer.sandbox))
     found = encode_tags(plain, "[THINK]", "[/THINK]")
+    assert found
     assert len(found.open_ids) > 1
     assert find_prompt_state(plain.encode("hello"), found) == "open"
 

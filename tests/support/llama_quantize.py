@@ -22,8 +22,13 @@ def quantize(
     file_type: str,
     importance: Mapping[str, np.ndarray] | None = None,
     threads: int = 1,
+    *,
+    pure: bool = False,
 ) -> Path:
-    """Quantize a GGUF file as ``llama-quantize`` would; ``file_type`` as in ``Q4_K_M``."""
+    """Quantize a GGUF file as ``llama-quantize`` would; ``file_type`` as in ``Q4_K_M``.
+
+    ``pure`` rounds every tensor to that type, embedding and head, too.
+    """
     matrix = out.with_suffix(".importance.npz")
     if importance:
         np.savez(
@@ -39,6 +44,7 @@ def quantize(
             file_type,
             str(matrix) if importance else "",
             str(threads),
+            "pure" * pure,
         ],
         capture_output=True,
         text=True,
@@ -64,7 +70,7 @@ def _importance(llama_cpp: Any, file: str) -> tuple[ctypes.Array[Any], list[Any]
     return entries, held
 
 
-def _main(source: str, out: str, file_type: str, matrix: str, threads: str) -> int:
+def _main(source: str, out: str, file_type: str, matrix: str, threads: str, pure: str) -> int:
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
@@ -72,6 +78,7 @@ def _main(source: str, out: str, file_type: str, matrix: str, threads: str) -> i
         llama_cpp, f"LLAMA_FTYPE_{'ALL' if file_type == 'F32' else 'MOSTLY'}_{file_type}"
     )
     parameters.nthread = int(threads)
+    parameters.pure = bool(pure)
     kept: list[Any] = []
     if matrix:
         entries, held = _importance(llama_cpp, matrix)

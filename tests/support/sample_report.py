@@ -146,7 +146,6 @@ def build_report() -> Report:
             length_ratio=1.003,
             length_lower=0.97,
             length_upper=1.04,
-            length_verdict="pass",
             length_limit=1.2,
             length_budget_tokens=512,
         ),

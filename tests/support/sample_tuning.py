@@ -111,8 +111,6 @@ def build_tuning() -> Tuning:
             "race": 1490.0,
             "verify": 1104.0,
         },
-        tokens_asked=412_300,
-        tokens_saved=811_200,
         bundle="SmolLM2-135M-reasoner-raspberry-pi5",
     )
 

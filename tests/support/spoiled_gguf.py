@@ -15,7 +15,12 @@ MERGE = 20  # index of the removed one
 
 def spoil_all(source: Path, folder: Path) -> dict[str, Path]:
     """Write each spoiled copy of a file; return them by their fault."""
-    return {fault: make(source, folder / f"{fault}.gguf") for fault, make in _FAULTS.items()}
+    return {fault: spoil(fault, source, folder / f"{fault}.gguf") for fault in _FAULTS}
+
+
+def spoil(fault: str, source: Path, file: Path) -> Path:
+    """Write a copy with one fault."""
+    return _FAULTS[fault](source, file)
 
 
 def rewrite(source: Path, file: Path, edit: Callable[[str, Any], Any]) -> Path:
@@ -36,7 +41,8 @@ def rewrite(source: Path, file: Path, edit: Callable[[str, Any], Any]) -> Path:
     return file
 
 
-def _set_number(source: Path, file: Path, key_end: str, change: Callable[[Any], Any]) -> Path:
+def set_number(source: Path, file: Path, key_end: str, change: Callable[[Any], Any]) -> Path:
+    """Write a copy in which one number of the metadata is changed."""
     shutil.copyfile(source, file)
     reader = gguf.GGUFReader(file, "r+")
     (field,) = (field for key, field in reader.fields.items() if key.endswith(key_end))
@@ -62,13 +68,25 @@ def _negate_close_tag(data: Any) -> None:
     data[511] *= -1  # row of </think> in the embedded model: it is never the most likely token
 
 
+def _rename_tags(key: str, value: Any) -> Any:
+    if key == "tokenizer.chat_template":
+        return value.replace("think>", "thought>")
+    if key == "tokenizer.ggml.tokens":
+        return [token.replace("think>", "thought>") for token in value]
+    return value
+
+
 _FAULTS: dict[str, Callable[[Path, Path], Path]] = {
-    "eos": lambda s, f: _set_number(s, f, "eos_token_id", lambda _: OTHER_EOS_ID),
-    "rope": lambda s, f: _set_number(s, f, "rope.freq_base", lambda base: 100 * base),
+    "eos": lambda s, f: set_number(s, f, "eos_token_id", lambda _: OTHER_EOS_ID),
+    "rope": lambda s, f: set_number(s, f, "rope.freq_base", lambda base: 100 * base),
     "zeroed": lambda s, f: _set_tensor(s, f, "blk.1.ffn_down.weight", _zero),
     "endless": lambda s, f: _set_tensor(s, f, "token_embd.weight", _negate_close_tag),
     "template": lambda s, f: rewrite(
         s, f, lambda k, v: v.replace("<think>", "") if k == "tokenizer.chat_template" else v
+    ),
+    "tags": lambda s, f: rewrite(s, f, _rename_tags),
+    "bos": lambda s, f: rewrite(
+        s, f, lambda k, v: True if k == "tokenizer.ggml.add_bos_token" else v
     ),
     "merge": lambda s, f: rewrite(
         s, f, lambda k, v: v[:MERGE] + v[MERGE + 1 :] if k == "tokenizer.ggml.merges" else v

@@ -138,7 +138,7 @@ def test_the_verdict_says_who_wins_and_by_how_much(
 
     value, lower, upper = gain
     interval = Estimate(value=value, lower=lower, upper=upper)
-    text = write_verdict(winner, rival, interval, _limits(max_bytes=5000))
+    text = write_verdict(winner, rival, interval, _limits(max_bytes=5000), 0.90)
     assert text.startswith(
         "Asked for best accuracy, 5,000 bytes at most: plain dense weights won: q4, 90.0% of 10"
     )
@@ -149,5 +149,5 @@ def test_a_pruned_winner_without_a_dense_rival_says_why() -> None:
     """Dense files were all too large, or too slow."""
     winner = make_entry("cut", kind="ffn 0.5")
     winner.scores = Scores(np.arange(10) < 9, np.full(10, 20), np.full(10, 15))
-    text = write_verdict(winner, None, None, _limits(max_bytes=5000))
+    text = write_verdict(winner, None, None, _limits(max_bytes=5000), 0.90)
     assert text.endswith("per correct answer. No dense model that was made meets the limits.")

@@ -11,7 +11,7 @@ from racdeploy.errors import exit_code_of
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.report import html, markdown
-from racdeploy.report.summary import write_explanation, write_headline
+from racdeploy.report.summary import write_findings, write_headline
 from racdeploy.results.report import Report
 from racdeploy.verification.checks import accuracy, backends, thinking
 from racdeploy.verification.evidence import Evidence
@@ -67,11 +67,11 @@ def test_a_report_of_few_prompts_says_what_they_can_show() -> None:
     """A pass is worded as what it is, beside the margin that was meant; others name both too."""
     smoke = read_gate(built=JUDGED).for_tier("smoke")
     widened = "32 prompts can show: the margin was widened to 18.9 points from 5.0."
-    assert f"No breakage was found, which is all that {widened}" in write_explanation(
+    assert f"No breakage was found, which is all that {widened}" in write_findings(
         _judge(32, 32, smoke)
     )
-    assert f"Breakage is what {widened}" in write_explanation(_judge(28, 32, smoke))
-    assert "breakage" not in write_explanation(
+    assert f"Breakage is what {widened}" in write_findings(_judge(28, 32, smoke))
+    assert "breakage" not in write_findings(
         _judge(200, 200, read_gate(built=JUDGED).for_tier("standard"))
     )
 

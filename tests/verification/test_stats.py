@@ -19,7 +19,6 @@ from racdeploy.verification.stats.distributions import normal_quantile, student_
 from racdeploy.verification.stats.lengths import length_ratio, restrict_lengths
 from racdeploy.verification.stats.paired import (
     drop_interval,
-    judge_non_inferiority,
     power,
     smallest_detectable_drop,
     tango_interval,
@@ -135,7 +134,7 @@ def test_tango_narrows_with_more_prompts_of_the_same_kind(
 )
 def test_non_inferiority_has_three_answers(n10: int, n01: int, n: int, verdict: str) -> None:
     """Too few prompts are inconclusive even when both models agree on all of them."""
-    assert judge_non_inferiority(n10, n01, n, margin=0.05) == verdict
+    assert judge(drop_interval(n10, n01, n), 0.05) == verdict
 
 
 def test_a_limit_on_the_end_of_the_interval_is_inconclusive() -> None:
@@ -295,7 +294,7 @@ def test_without_the_exact_interval_the_level_would_be_exceeded() -> None:
     n, margin = 133, 0.02
     assert tango_interval(0, 0, n, 0.90).upper < margin
     assert (1 - margin) ** n > 0.065  # how often a model at the margin loses none
-    assert judge_non_inferiority(0, 0, n, margin) == "inconclusive"
+    assert judge(drop_interval(0, 0, n), margin) == "inconclusive"
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 44), (1, 44), (3, 200), (40, 200), (200, 200)])
@@ -465,35 +464,11 @@ def test_the_length_gate_keeps_its_level_at_thirty_prompts() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: tango_interval(3, 2, 4),
-        lambda: tango_interval(-1, 0, 4),
-        lambda: tango_interval(0, 0, 0),
-        lambda: tango_interval(0, 0, 4, 1.0),
-        lambda: tango_interval(0, 0, 4, math.nan),
-        lambda: judge_non_inferiority(0, 0, 4, margin=1.0),
-        lambda: judge_non_inferiority(0, 0, 4, margin=math.nan),
-        lambda: judge(ConfidenceInterval(0, 0), math.nan),
-        lambda: drop_interval(3, 2, 4),
-        lambda: drop_interval(math.nan, 0, 4),
-        lambda: drop_interval(0, 0, 0.5),
-        lambda: wilson_interval(5, 4),
-        lambda: restrict_lengths([], 10),
-        lambda: restrict_lengths([-1], 10),
-        lambda: restrict_lengths([math.nan], 10),
-        lambda: restrict_lengths([1], 0),
         lambda: length_ratio([1, 2], [1], 10),
-        lambda: length_ratio([1, 2], [1, 2], 10, confidence=90),
-        lambda: power(10, 0.1, 0.05, drop=0.2),
         lambda: power(2_000_000, 0.1, 0.05),
-        lambda: power(10, 1.5, 0.05),
-        lambda: required_n(0.1, 0.05, drop=0.05),
-        lambda: required_n(0.1, 0.05, target_power=1.0),
-        lambda: required_n(0.5, 0.0001),
-        lambda: smallest_detectable_drop(100, 0.1, target_power=0),
     ],
 )
-def test_impossible_input_is_refused(call: object) -> None:
-    """A ValueError with the value, never a number."""
-    assert callable(call)
-    with pytest.raises(ValueError, match=r"."):
+def test_other_prompts_and_too_many_are_refused(call: Callable[[], object]) -> None:
+    """A ValueError with the numbers, never a figure."""
+    with pytest.raises(ValueError, match=r"not the same prompts|up to 1000000"):
         call()

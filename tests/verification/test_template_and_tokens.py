@@ -111,6 +111,34 @@ def test_nothing_recorded_is_inconclusive(folder: Path) -> None:
     assert _checked(folder, {}, {}).verdict == "inconclusive"
 
 
+def test_other_thinking_tags_are_a_finding(folder: Path) -> None:
+    """Of equal prompts, too: where a tag is a token, another name for it has the same id."""
+    encoder, expected = PromptEncoder.from_folder(folder), _expected(folder)
+    prompts = probe_prompts(encoder, {}, expected)
+    found = template.check(_evidence(prompts=prompts, open_tags=("<think>", "<thought>")))
+    assert found.verdict == "fail"
+    assert "thoughts begin with <think> in the reference, with <thought> in" in found.summary
+    assert "0 of 4 prompts differ" in found.summary
+    found = template.check(_evidence(prompts=prompts, open_tags=("<think>", "")))
+    assert "with no tag in the candidate" in found.summary
+    found = template.check(_evidence(prompts=prompts, open_tags=("<think>", "<think>")))
+    assert found.verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("actual", "known", "verdict"),
+    [(6, (6, 5), "pass"), (5, (5,), "pass"), (6, (6,), "fail"), (7, (5, 7), "fail")],
+)
+def test_a_candidate_stops_where_the_reference_does(
+    actual: int, known: tuple[int, ...], verdict: str
+) -> None:
+    """Not only at one of its ids: a chat model that stops as its base model did never stops."""
+    stop = StopIds((5, 6), actual, known)
+    found = tokens.check(_evidence(probes=(TokenProbe("a", (1,), (1,)),), stop_ids=stop))
+    assert found.verdict == verdict
+    assert ("most answers end with 5" in found.summary) == (verdict == "fail")
+
+
 @pytest.mark.parametrize(
     ("metadata", "verdict", "said"),
     [

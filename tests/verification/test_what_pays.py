@@ -50,8 +50,9 @@ def test_the_rival_is_the_nearest_dense_arm_of_the_size_or_the_next_that_has_one
 
 def test_seconds_for_a_right_answer_count_those_of_wrong_ones() -> None:
     """Half of four are right; each reads a token at one a second and writes two at two."""
-    records = [SimpleNamespace(correct=right) for right in (True, False, True, False)]
-    answers = SampledAnswers(tuple(records), (((1,), (2, 3)),) * 4)  # type: ignore[arg-type]
+    lengths = {"prompt_ids": (1,), "thinking_tokens": 1, "answer_tokens": 1}
+    records = [SimpleNamespace(correct=right, **lengths) for right in (True, False, True, False)]
+    answers = SampledAnswers(tuple(records), ())  # type: ignore[arg-type]
     speed = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0}
     middle, lower, upper = seconds_per_right(answers, speed)
     assert middle == 4.0

@@ -186,7 +186,7 @@ def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: boo
     return PushPlan(remote, bundle_name, contents, tuple(sorted(removed)), card, tuple(notes))
 
 
-def push(planned: PushPlan, *, message: str = "", private: bool = False) -> str:
+def push(planned: PushPlan, *, private: bool = False) -> str:
     """Execute a plan in one commit; return the URL of the commit."""
     remote, api = planned.remote, planned.remote.api
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -194,7 +194,7 @@ def push(planned: PushPlan, *, message: str = "", private: bool = False) -> str:
     changes: list[CommitOperationAdd | CommitOperationDelete] = []
     changes += [CommitOperationAdd(path, source) for path, source in planned.contents.items()]
     changes += [CommitOperationDelete(path) for path in planned.removed]
-    message = message or f"Add {planned.bundle} with racdeploy"
+    message = f"Add {planned.bundle} with racdeploy"
 
     def write() -> str:
         api.create_repo(remote.name, private=private, exist_ok=True)

@@ -29,7 +29,7 @@ COMPARES_F32 = True
 REQUIRED_PACKAGES = {"onnx": "onnx", "onnxruntime": "ort"}
 OPTIONS = ("exporter",)
 TOKENIZER_PREFIX = ""
-WEIGHT_SUFFIXES = ("_data",)
+WEIGHT_SUFFIXES = ("_data", ".data")  # the second as onnxruntime-genai names it
 
 
 def artifact_path(name: str, quant: str, packing: str) -> PurePosixPath:

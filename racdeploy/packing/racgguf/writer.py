@@ -1,7 +1,6 @@
 """Pack a finished GGUF file into a .racgguf container, tensor by tensor.
 
-Each tensor is unpacked as soon as it is packed, and stays plain if the bytes differ. The finished
-container is unpacked as a whole before it gets its final name.
+The finished container is unpacked as a whole before it gets its final name.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ def pack(
         packed = scratch / out.name
 
         # The header has the packed sizes, so the data is written first.
-        with plain.open("rb") as source, data.open("w+b") as sink:
-            store = _TensorStore(packing, source, sink, header.alignment)
+        with plain.open("rb") as source, data.open("wb") as sink:
+            store = _TensorStore(source, sink, header.alignment)
             tensor_packer = packer(header, source)
             rows = [store.add(tensor, tensor_packer) for tensor in header.tensors]
 
@@ -123,7 +122,6 @@ def iter_tensor_bytes(
 class _TensorStore:
     """Writer of the tensors of a container, one after another."""
 
-    packing: str
     source: BinaryIO
     sink: BinaryIO
     alignment: int
@@ -137,7 +135,8 @@ class _TensorStore:
         reason = packer.reason_for_plain(tensor)
         if not reason:
             self.sink.writelines(packer.pack(tensor))
-            reason = self._reason_against(tensor, start)
+            if self.sink.tell() - start >= tensor.size_bytes:
+                reason = "its packed form is not smaller"
 
         # Overwrite the packed form, if any.
         if reason:
@@ -147,37 +146,6 @@ class _TensorStore:
                 self.sink.write(piece.data)
 
         return PackedTensor(tensor.name, tensor.size_bytes, self.sink.tell() - start, reason)
-
-    def _reason_against(self, tensor: TensorInfo, start: int) -> str:
-        """Return why the tensor packed at ``start`` is better stored plain, or an empty string."""
-        sizes = tensor.size_bytes, self.sink.tell() - start
-        kind = tensor.dimensions, tensor.ggml_type
-        stored = container.StoredTensor(tensor.name, *kind, self.packing, *sizes, start)
-
-        comes_back = self._unpacks(stored, tensor.position)
-        self.sink.seek(0, os.SEEK_END)
-        if not comes_back:
-            return "its packed form unpacks to other bytes"
-
-        if stored.stored_bytes >= tensor.size_bytes:
-            return "its packed form is not smaller"
-        return ""
-
-    def _unpacks(self, stored: container.StoredTensor, position: int) -> bool:
-        """Return True if the packed form unpacks to the bytes at ``position`` of the plain file."""
-        self.source.seek(position)
-
-        done = 0
-        try:
-            for chunk in container.unpack_stored(stored, container.ByteReader(self.sink)):
-                plain = np.fromfile(self.source, dtype=np.uint8, count=chunk.size)
-                if not np.array_equal(chunk, plain):
-                    return False
-                done += chunk.size
-        except ArtifactError:
-            return False
-
-        return done == stored.plain_bytes
 
 
 def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[PackedTensor]) -> bytes:
@@ -224,7 +192,7 @@ def _check(plain: Path, packed: Path) -> None:
     except ArtifactError as error:
         raise ArtifactError(
             "cannot-be-packed",
-            f"{plain} cannot be packed: bytes between its tensors "
-            "or behind the last one are not zero",
+            f"{plain} cannot be packed: it would unpack to other bytes, "
+            "as where bytes between its tensors or behind the last one are not zero",
             remedy="write it again with racdeploy export or llama.cpp",
         ) from error

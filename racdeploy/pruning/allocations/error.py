@@ -7,7 +7,6 @@ raised greedily, one small step at a time, where it costs least.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 
 import numpy as np
@@ -65,25 +64,18 @@ def allocate(
     grid = np.arange(0.0, MAX_SPARSITY + SPARSITY_STEP / 2, SPARSITY_STEP)
 
     # Error per weight of each further step. Curves are convex, so greedy steps are optimal.
-    prices = {}
+    prices: list[tuple[float, str]] = []
     for name, observation in observations.items():
-        steps = np.diff(_interpolate(observation, grid))
-        prices[name] = (steps / sizes[name]).tolist()
+        steps = np.diff(_interpolate(observation, grid)) / sizes[name]
+        prices += [(price, name) for price in np.maximum.accumulate(steps).tolist()]
 
-    heap = [(price[0], name) for name, price in prices.items()]
-    heapq.heapify(heap)
-
-    steps_taken = dict.fromkeys(prices, 0)
-    remaining = sparsity * sum(sizes[name] for name in prices)
-
-    while heap and remaining > 0:
-        _, name = heapq.heappop(heap)
+    steps_taken = dict.fromkeys(observations, 0)
+    remaining = sparsity * sum(sizes[name] for name in observations)
+    for _, name in sorted(prices):
+        if remaining <= 0:
+            break
         remaining -= SPARSITY_STEP * sizes[name]
         steps_taken[name] += 1
-
-        following = prices[name][steps_taken[name] :]
-        if following:
-            heapq.heappush(heap, (following[0], name))
 
     wanted = {name: float(grid[count]) for name, count in steps_taken.items()}
     return shift_sparsities(wanted, sizes, sparsity)

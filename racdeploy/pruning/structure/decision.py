@@ -7,11 +7,11 @@ greedily, one step at a time, where that costs least.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from types import ModuleType
 
 import torch
@@ -145,29 +145,18 @@ def allocate_units(
 
     The search is greedy along the lower convex hull of each curve, where greedy steps are optimal.
     """
-    steps = [_list_steps(curve) for curve in curves]
-
-    heap: list[tuple[float, int, int]] = []
-    for index, block_steps in enumerate(steps):
-        if block_steps:
-            price, _ = block_steps[0]
-            heapq.heappush(heap, (price, index, 0))
+    steps = []
+    for index, curve in enumerate(curves):
+        steps += [(price, index, count) for price, count in _list_steps(curve)]
 
     counts = [layout.units for layout in layouts]
     wanted = share * sum(counts)
 
-    while heap:
-        _, index, step = heapq.heappop(heap)
-        lower = steps[index][step][1]
+    # A stable sort: steps of a block that cost the same stay in order.
+    for _, index, lower in sorted(steps, key=itemgetter(0, 1)):
         excess = sum(counts) - wanted
-        if excess < (counts[index] - lower) / 2:  # the total is nearer without this step
-            continue
-
-        counts[index] = lower
-        following = step + 1
-        if following < len(steps[index]):
-            price, _ = steps[index][following]
-            heapq.heappush(heap, (price, index, following))
+        if excess >= (counts[index] - lower) / 2:  # else the total is nearer without this step
+            counts[index] = lower
 
     return counts
 

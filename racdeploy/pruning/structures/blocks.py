@@ -19,6 +19,7 @@ from racdeploy.pruning.structure.layout import UnitLayout, check_cuttable, part_
 from racdeploy.pruning.structure.prunable_units import PrunableUnits
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import Batch
+from racdeploy.pruning.walk.relative_error import measure_relative_change
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.recipe import Structure
@@ -112,19 +113,13 @@ class BlockUnits(PrunableUnits):
 
             for position, index in enumerate(kept):
                 if index not in vital:
-                    costs_U[index] = self._relative_change(without[position], self._dense_BTD)
+                    costs_U[index] = measure_relative_change(
+                        without[position], self._dense_BTD, self._probe.segment_BT != PAD
+                    )
 
             return costs_U
 
     sizes = costs
-
-    def _relative_change(self, hidden_BTD: Tensor, dense_BTD: Tensor) -> float:
-        """Return the mean over tokens of |change|² / |dense|²; relative, since a norm follows."""
-        real_BT = self._probe.segment_BT != PAD
-        change_N = (hidden_BTD[real_BT] - dense_BTD[real_BT]).square().sum(-1)
-        energy_N = dense_BTD[real_BT].square().sum(-1)
-
-        return float((change_N / energy_N).mean())
 
 
 def _list_roles(shape: ModelShape) -> list[tuple[bool, ...]]:

@@ -1,4 +1,4 @@
-"""Prune the experts of a block, each on the tokens that are routed to it.
+"""Statistics of a block's linears: of experts, each on the tokens that are routed to it.
 
 The dense and the sparse model may route a token differently. An expert is pruned on the tokens that
 the sparse model sends it. Its target at such a token is the dense expert's output for the dense
@@ -14,7 +14,7 @@ still needs one each, since its inputs are the channels of its own expert.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from racdeploy.models.widths import list_axes, tensor_shape
 from racdeploy.pruning.memory_limits import EXPERT_BYTES
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
-from racdeploy.pruning.walk.pair import BlockPair
+from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear, subtract_bias
 from racdeploy.pruning.walk.routing import RoutedTokens, select_tokens
 from racdeploy.pruning.walk.session import PruningSession
@@ -72,6 +72,33 @@ def count_expert_tokens(
     return [int(count) for count in counts_E]
 
 
+def gather_groups(
+    session: PruningSession,
+    pair: BlockPair,
+    group: int,
+    full_weights: Mapping[str, Tensor],  # of its wanted linears, by name inside the block
+    *,
+    match_dense: bool,  # the target is the dense output
+) -> Iterator[tuple[Sequence[SolveGroup], Sequence[InputStatistic]]]:
+    """Yield the wanted linears of an input group with their statistics.
+
+    Experts are yielded as many at a time as their statistics fit into memory.
+    """
+    if find_expert(next(iter(full_weights))) is None:
+        weights = [*full_weights.values()]
+        statistic = gather_inputs(session, pair, group, weights, match_dense=match_dense)
+        yield [SolveGroup(tuple(full_weights))], [statistic]
+        return
+
+    if not pair.expert_tokens:
+        experts = len(pair.experts)
+        pair.expert_tokens = count_expert_tokens(session, pair.sparse_flow, pair.sparse, experts)
+
+    members = ExpertLinears(session, pair, full_weights, match_dense=match_dense)
+    for pieces in members.split_by_memory(members.solve_groups()):
+        yield pieces, members.gather_statistics(pieces)
+
+
 class ExpertLinears:
     """One kind of linear (as ``gate_proj`` and ``up_proj``) of all experts of a block."""
 
@@ -79,12 +106,13 @@ class ExpertLinears:
         self,
         session: PruningSession,
         pair: BlockPair,
-        wanted: Sequence[str],  # names inside the block
+        full_weights: Mapping[str, Tensor],  # by name inside the block
         *,
         match_dense: bool,  # the target is the dense output
     ) -> None:
         self._session, self._pair = session, pair
-        self._wanted = wanted
+        self._full_weights = full_weights
+        self._wanted = wanted = list(full_weights)
         family = session.model.shape.family
         self._experts = family.experts_module
         self._is_inner = list_axes(family, f"{wanted[0]}.weight")[1] != "D"
@@ -113,9 +141,7 @@ class ExpertLinears:
             pieces.append(SolveGroup(tuple(pooled), None, True))
         return pieces
 
-    def split_by_memory(
-        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, Tensor]
-    ) -> list[list[SolveGroup]]:
+    def split_by_memory(self, pieces: Sequence[SolveGroup]) -> list[list[SolveGroup]]:
         """Split solve groups into lists whose statistics fit into memory together."""
         parts: list[list[SolveGroup]] = [[]]
         size_bytes = 0
@@ -123,8 +149,9 @@ class ExpertLinears:
         for piece in pieces:
             outputs = 0
             if self._match_dense:
-                outputs = sum(len(full_weights[linear]) for linear in piece.linears)
-            piece_bytes = 8 * count_sums(full_weights[piece.linears[0]].shape[1], outputs)
+                outputs = sum(len(self._full_weights[linear]) for linear in piece.linears)
+            inputs = self._full_weights[piece.linears[0]].shape[1]
+            piece_bytes = 8 * count_sums(inputs, outputs)
             size_bytes += piece_bytes
             if parts[-1] and size_bytes > EXPERT_BYTES:
                 parts.append([])
@@ -133,16 +160,14 @@ class ExpertLinears:
 
         return parts
 
-    def gather_statistics(
-        self, pieces: Sequence[SolveGroup], full_weights: Mapping[str, Tensor]
-    ) -> list[InputStatistic]:
+    def gather_statistics(self, pieces: Sequence[SolveGroup]) -> list[InputStatistic]:
         """Return a statistic per solve group, from one pass over this process's batches."""
         session = self._session
         pair = self._pair
 
         statistics = []
         for piece in pieces:
-            weights = [full_weights[linear] for linear in piece.linears]
+            weights = [self._full_weights[linear] for linear in piece.linears]
             matched = weights if self._match_dense else ()
             statistics.append(InputStatistic(weights[0].shape[1], session.model.device, matched))
 

@@ -57,3 +57,11 @@ def _ratios(names: Sequence[str], error_X: Tensor, energy_X: Tensor) -> dict[str
         if energy > 0:  # else no token of this kind was seen
             ratios[name] = float(error / energy)
     return ratios
+
+
+def measure_relative_change(changed_BTD: Tensor, dense_BTD: Tensor, real_BT: Tensor) -> float:
+    """Return the mean over real tokens of |change|² / |dense|²; relative, since a norm follows."""
+    dense_ND = dense_BTD[real_BT]
+    change_N = (changed_BTD[real_BT] - dense_ND).square().sum(-1)
+    energy_N = dense_ND.square().sum(-1)
+    return float(torch.where(change_N > 0, change_N / energy_N, 0).mean())

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from racdeploy.models.families import expand_experts
@@ -14,9 +13,10 @@ from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.block_inputs import BlockInputs
 from racdeploy.pruning.walk.blockwise_model import set_parameter
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
-from racdeploy.pruning.walk.expert_linears import ExpertLinears, count_expert_tokens
+from racdeploy.pruning.walk.expert_linears import gather_groups
 from racdeploy.pruning.walk.hessian import Hessian
-from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
+from racdeploy.pruning.walk.pair import BlockPair
+from racdeploy.pruning.walk.relative_error import measure_relative_change
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.statistics import PAD, InputStatistic
 
@@ -106,17 +106,8 @@ def _observe_block(
         if not names:
             continue
 
-        if linears[0] not in checkpoint.family.expert_linears:
-            statistic = gather_inputs(session, pair, group, [*full.values()], match_dense=False)
-            yield from _observe_owned(session, full, names, statistic)
-            continue
-
-        if not pair.expert_tokens:
-            pair.expert_tokens = count_expert_tokens(session, flow, block, experts)
-
-        members = ExpertLinears(session, pair, names, match_dense=False)
-        for part in members.split_by_memory(members.solve_groups(), full):
-            for piece, statistic in zip(part, members.gather_statistics(part, full), strict=True):
+        for pieces, statistics in gather_groups(session, pair, group, full, match_dense=False):
+            for piece, statistic in zip(pieces, statistics, strict=True):
                 yield from _observe_owned(session, full, piece.linears, statistic)
 
 
@@ -167,9 +158,4 @@ class _Effects:
         # Restored: later linears are measured in the dense block.
         set_parameter(self._block, parameter, dense_OI)
 
-        output_ND = self.output_BTD[self._real_BT]
-        change_ND = changed_BTD[self._real_BT] - output_ND
-        change_N = change_ND.square().sum(-1)
-        energy_N = output_ND.square().sum(-1)
-
-        return float(torch.where(change_N > 0, change_N / energy_N, 0).mean())
+        return measure_relative_change(changed_BTD, self.output_BTD, self._real_BT)

@@ -14,8 +14,8 @@ from racdeploy.models.families import find_expert, generalize_expert
 from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.walk.blockwise_model import set_parameter
-from racdeploy.pruning.walk.expert_linears import ExpertLinears, SolveGroup, count_expert_tokens
-from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
+from racdeploy.pruning.walk.expert_linears import SolveGroup, gather_groups
+from racdeploy.pruning.walk.pair import BlockPair
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear
 from racdeploy.pruning.walk.relative_error import RelativeError
 from racdeploy.pruning.walk.session import PruningSession
@@ -63,31 +63,11 @@ class LinearPruner:
         """Prune linears that share an input."""
         # Dense weights, minus the rows and columns of a cut.
         full = {name: pair.sparse.get_parameter(f"{name}.weight") for name in linears}
-        if find_expert(linears[0]) is not None:
-            return self._prune_experts(pair, linears, full)
-
         match_dense = self.session.settings.match_dense
-        statistic = gather_inputs(
-            self.session, pair, group, [*full.values()], match_dense=match_dense
-        )
-        return self._prune(pair, [SolveGroup(tuple(linears))], [statistic], full)
-
-    def _prune_experts(
-        self, pair: BlockPair, linears: Sequence[str], full: Mapping[str, torch.Tensor]
-    ) -> dict[str, PrunedLinear]:
-        """Prune linears of experts, as many at a time as their statistics fit into memory."""
-        if not pair.expert_tokens:
-            experts = len(pair.experts)
-            pair.expert_tokens = count_expert_tokens(
-                self.session, pair.sparse_flow, pair.sparse, experts
-            )
-
-        match_dense = self.session.settings.match_dense
-        members = ExpertLinears(self.session, pair, linears, match_dense=match_dense)
-
         pruned: dict[str, PrunedLinear] = {}
-        for pieces in members.split_by_memory(members.solve_groups(), full):
-            statistics = members.gather_statistics(pieces, full)
+        for pieces, statistics in gather_groups(
+            self.session, pair, group, full, match_dense=match_dense
+        ):
             pruned |= self._prune(pair, pieces, statistics, full)
         return pruned
 

@@ -11,7 +11,8 @@ from racdeploy.verification.stats import paired, verdicts
 
 LOST = (
     "lower the sparsity, calibrate on more traces, or choose a wider quant",
-    "choose a wider number format; --reports shows the lost prompts",
+    "choose a wider number format; if it loses as much, a tensor is wrong: convert again; "
+    "--reports shows the lost prompts",
 )
 
 

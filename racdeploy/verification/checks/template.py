@@ -1,4 +1,7 @@
-"""Template: the chat templates of bundle and artifact give the original model's prompt ids."""
+"""Template: the chat templates of bundle and artifact give the original model's prompt ids.
+
+Compared models must write their thoughts after the same tag, too.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,13 @@ def check(evidence: Evidence) -> CheckResult:
         "prompts_artifact": len(inside),
         "different_artifact": len(wrong_inside),
     }
+
+    if len({*evidence.open_tags}) > 1:
+        expected_tag, actual_tag = (tag or "no tag" for tag in evidence.open_tags)
+        summary = f"thoughts begin with {expected_tag} in the reference, with {actual_tag} in the "
+        summary += f"candidate; {len(wrong)} of {len(probes)} prompts differ"
+        remedy = "convert again with the reference's tokenizer and chat template"
+        return make_check_result("template", "fail", summary, figures, remedy)
 
     if not wrong and not wrong_inside:
         where = ", by the artifact's own template too" if inside else ""

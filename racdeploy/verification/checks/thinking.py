@@ -77,7 +77,8 @@ def check(evidence: Evidence) -> CheckResult:
 
         # Counted as answers, a fault that only the pruned arm has would be a gain: swap the arms.
         fewer, more, prompts = dense.count_disagreements(pruned, has_fault)
-        results[fault] = paired.judge_non_inferiority(more, fewer, prompts, limit, confidence)
+        interval = paired.drop_interval(more, fewer, prompts, confidence)
+        results[fault] = verdicts.judge(interval, limit)
 
         before = dense.count(has_fault)
         after = pruned.count(has_fault)

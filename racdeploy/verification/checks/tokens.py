@@ -15,8 +15,10 @@ def check(evidence: Evidence) -> CheckResult:
     # First of all: with a wrong end-of-sequence an artifact never stops, though all strings agree.
     probes = evidence.probes
     stop = evidence.stop_ids
-    if stop is not None and stop.actual not in stop.expected:
-        return _report_wrong_stop(evidence, stop)
+    if stop is not None:
+        misses_first = bool(stop.known) and stop.expected[0] not in stop.known
+        if misses_first or stop.actual not in stop.expected:
+            return _report_wrong_stop(evidence, stop)
 
     if probes is None:
         summary = f"{evidence.backend} has no tokenizer: "
@@ -53,6 +55,8 @@ def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> CheckResult:
     file, original = evidence.choose("artifact checkpoint", "candidate reference").split()
     summary = f"the {file} names {named} as its end-of-sequence, "
     summary += f"the {original} {list(stop.expected)}"
+    if stop.known:
+        summary += f"; it stops at {list(stop.known)}, most answers end with {stop.expected[0]}"
     again = evidence.choose("export", "convert")
     remedy = f"{again} again: a program that reads the {file} alone "
     remedy += "would not stop, or stop too early"

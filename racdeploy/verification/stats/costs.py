@@ -56,8 +56,4 @@ def _find_cost(costs: ArrayLike, successes: ArrayLike) -> tuple[float, Floats]:
     """Return the cost of a success, and the influence of each prompt on its logarithm."""
     costs_N = np.asarray(costs, dtype=np.float64)
     right_N = np.asarray(successes, dtype=np.float64)
-    if costs_N.ndim != 1 or costs_N.shape != right_N.shape or not costs_N.size:
-        raise ValueError(f"{costs_N.shape} costs, {right_N.shape} successes: shapes must be equal")
-    if not np.isfinite(costs_N).all() or (costs_N < 0).any():
-        raise ValueError("a cost is negative or not finite")
     return ratio_of_means(right_N, costs_N)

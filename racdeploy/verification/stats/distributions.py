@@ -36,8 +36,6 @@ def bisect(is_below: Callable[[float], bool], low: float, high: float, steps: in
 
 def normal_quantile(confidence: float) -> float:
     """Return the normal quantile of a two-sided interval, as 1.645 for 0.90."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"the confidence is {confidence}; it lies between 0 and 1, such as 0.90")
     return -NormalDist().inv_cdf((1 - confidence) / 2)
 
 

@@ -45,7 +45,7 @@ def test_artifacts_lie_at_the_top_and_the_rest_in_the_bundles_folder(
 ) -> None:
     """As quantizers lay out theirs; large files go through LFS, with the same bytes."""
     bundle = make_fake_bundle(tmp_path / "b")
-    done = run("push", bundle, NAME, "--private", "--message", "First")
+    done = run("push", bundle, NAME, "--private")
     assert done.exit_code == 0, done.output
 
     files = _files(hub)
@@ -57,7 +57,7 @@ def test_artifacts_lie_at_the_top_and_the_rest_in_the_bundles_folder(
     assert files[f"{OWN}/racdeploy.json"] == (bundle / "racdeploy.json").read_bytes()
     assert files[main] in hub.large.values()
     assert hub.repositories[NAME].private
-    assert hub.repositories[NAME].messages == ["First"]
+    assert hub.repositories[NAME].messages == ["Add thinker-1B-rac-v1.0-Q8_0 with racdeploy"]
 
 
 def test_the_card_has_what_the_hub_reads(run: Run, hub: Hub, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.fuzz.mutation import of_json
 from tests.fuzz.oracle import apart, check_words, expect
 
 READERS = (
-    *("racdeploy.engines.backends.server.http", "racdeploy.engines.backends.server.transport"),
+    "racdeploy.engines.backends.server.http",
     *("racdeploy.engines.backends.server.answers", "racdeploy.engines.backends.server.chat"),
     "racdeploy.traces.server",
 )

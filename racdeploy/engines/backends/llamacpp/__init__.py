@@ -43,7 +43,7 @@ class LlamaCppEngine(SubprocessEngine):
 
         native = "racdeploy.engines.backends.llamacpp.native"
         super().__init__(native, "llama.cpp", path, settings, vocabulary_only=vocabulary_only)
-        if settings.accel != "off" and not vocabulary_only:
+        if self.info.get("sparse_weights"):
             _LOG.info(self.info["kernels"])
 
     def tokenize(self, text: str) -> list[int]:

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from racdeploy.engines.backends.server.http import CHECK_SERVER
 from racdeploy.engines.engine import Completion
 from racdeploy.errors import EngineError
 from racdeploy.files.reading import Json
 from racdeploy.sandbox.tokenizer import Tokenizer
 
+CHECK_SERVER = "check the server's log and version: its answer is not that of OpenAI's API"
 _USE_EXACT_SERVER = (
     "use a server that returns token ids: vLLM 0.10.2 or newer, a recent SGLang, or llama-server"
 )
+
+
+class RefusedError(EngineError):
+    """The server has no such endpoint, or refuses such a request."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from racdeploy.engines.backends.server.answers import find_usage, read_choice
+from racdeploy.engines.backends.server.answers import CHECK_SERVER, find_usage, read_choice
 from racdeploy.engines.backends.server.engine import (
     CompletionRequest,
     OnEnd,
     ServerEngine,
     max_answer_bytes,
 )
-from racdeploy.engines.backends.server.http import CHECK_SERVER
 from racdeploy.engines.engine import Completion, EngineSettings, IsCancelled
 from racdeploy.errors import EngineError
 from racdeploy.files.reading import Json

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-from racdeploy.engines.backends.server.answers import CompletionReader, read_usage
-from racdeploy.engines.backends.server.http import Client, RefusedError
+from racdeploy.engines.backends.server.answers import CompletionReader, RefusedError, read_usage
 from racdeploy.engines.engine import (
     Completion,
     Engine,
@@ -29,6 +28,7 @@ from racdeploy.engines.sequence import check_ids, check_request
 from racdeploy.errors import EngineError, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.models.tokenizer_files import read_tokenizer
+from racdeploy.plugins import require_package
 
 CompletionRequest = tuple[Sequence[int], Sampling, int]
 """A prompt, its sampling settings, and the index of its random generator."""
@@ -86,6 +86,9 @@ class ServerEngine(Engine):
         key_env: str = "",
         timeout_s: float = 1800.0,
     ) -> None:
+        require_package("httpx")
+        from racdeploy.engines.backends.server.http import Client
+
         self.stats = {}
         self.info = {}
         self._settings = settings

@@ -1,7 +1,10 @@
 """JSON over HTTP for one server, with retries at doubling delays and errors that name the cause.
 
-Requests must be safe to repeat. The API key is removed from every text of the server.
-Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens).
+Requests run concurrently, and must be safe to repeat; cancelling the task of one closes its
+connection at once. The API key is removed from every text of the server. The only module that
+imports httpx.
+Source: RFC 9110 (status codes, Retry-After), RFC 6750 (bearer tokens), https://www.python-httpx.org,
+anyio's blocking portals.
 """
 
 from __future__ import annotations
@@ -10,33 +13,29 @@ import asyncio
 import ipaddress
 import json
 import os
+import ssl
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import httpx
+from anyio.from_thread import start_blocking_portal
+
+from racdeploy.engines.backends.server.answers import CHECK_SERVER, RefusedError
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.reading import Json, parse_json
-from racdeploy.plugins import require_package
-
-if TYPE_CHECKING:
-    from racdeploy.engines.backends.server.transport import HttpResponse
 
 Value = TypeVar("Value")
 
 MAX_BYTES = 16_000_000
 """Maximum size of an answer, unless a lower one is given."""
-CHECK_SERVER = "check the server's log and version: its answer is not that of OpenAI's API"
 _ADDRESS = "write it as http://HOST:PORT/v1 or https://HOST/v1, without a name, key or query in it"
+_CONNECT_S = 10.0
 _ATTEMPTS = 6
 _FIRST_DELAY_S = 1.0
 _MAX_DELAY_S = 60.0
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _QUOTED_CHARACTERS = 300
-
-
-class RefusedError(EngineError):
-    """The server has no such endpoint, or refuses such a request."""
 
 
 class _TransientError(Exception):
@@ -48,7 +47,10 @@ class _TransientError(Exception):
 
 
 class Client:
-    """JSON client of one server, for :class:`~.engine.ServerEngine`."""
+    """JSON client of one server, for :class:`~.engine.ServerEngine`.
+
+    Proxies and ``.netrc`` of the environment are ignored, so that a key reaches this server only.
+    """
 
     def __init__(self, url: str, key_env: str, timeout_s: float) -> None:
         self.url = url.rstrip("/")
@@ -73,15 +75,15 @@ class Client:
         self._timeout_s = timeout_s
         self._is_reached = False  # requests to a server that never answered are not repeated
 
-        require_package("httpx")
-        from anyio.from_thread import start_blocking_portal
-
-        from racdeploy.engines.backends.server.transport import Transport
-
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        # The size of a compressed answer would need two limits: as sent and as decompressed.
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        self._transport = Transport(headers, timeout_s)
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        self._tls = ssl.create_default_context()
         # An event loop in a thread; an error in its ``with`` block cancels its tasks.
         self.loop = start_blocking_portal
 
@@ -116,8 +118,7 @@ class Client:
 
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                answer = await self._exchange(path, data, max_bytes)
-                return self._object(answer, path)
+                return self._object(*await self._exchange(path, data, max_bytes), path)
             except _TransientError as error:
                 if not attempts_left:
                     raise EngineError(
@@ -132,68 +133,108 @@ class Client:
 
         raise AssertionError("the last attempt returns or raises")
 
-    async def _exchange(self, path: str, data: bytes | None, max_bytes: int) -> HttpResponse:
-        url = urllib.parse.urljoin(self._base, path)
-        method = "GET" if data is None else "POST"
+    async def _exchange(
+        self, path: str, data: bytes | None, max_bytes: int
+    ) -> tuple[httpx.Response, bytes]:
+        """Send one request on its own connection; return the answer and its body.
+
+        The time limit holds for the whole exchange: a server that sends a byte now and then must
+        not keep it open.
+        """
+        client = httpx.AsyncClient(
+            headers=self._headers,
+            timeout=httpx.Timeout(self._timeout_s, connect=min(_CONNECT_S, self._timeout_s)),
+            verify=self._tls,
+            trust_env=False,
+        )
+        method, url = "GET" if data is None else "POST", urllib.parse.urljoin(self._base, path)
 
         try:
-            answer = await self._transport.exchange(method, url, data, max_bytes)
-        except TimeoutError as error:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                client,
+                client.stream(method, url, content=data) as response,
+            ):
+                body = await self._read(response, max_bytes)
+        except httpx.ConnectTimeout as error:
+            raise self._lost_error(f"no connection within {_CONNECT_S:g} s") from error
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise EngineError(
                 "server-timeout",
                 f"{self.url} did not answer within {self._timeout_s:g} s",
                 remedy="check that the server works, or raise traces.server_timeout_s",
             ) from error
-        except ConnectionError as error:
-            if self._is_reached:
-                raise _TransientError(f"cannot be used: {self._redact(str(error))}") from error
-            raise EngineError(
-                "server-unreachable",
-                f"{self.url} cannot be reached: {self._redact(str(error))}",
-                remedy="check the address, and start the server if it does not run",
-            ) from error
+        except httpx.TransportError as error:
+            cause = _find_cause(error)
+            raise self._lost_error(f"{type(cause).__name__}: {cause}") from error
         except ValueError as error:
             raise EngineError(
                 "odd-server-answer", f"{self.url} answers with {error}", remedy=CHECK_SERVER
             ) from error
 
         self._is_reached = True
-        if not self._key:
-            return answer
-
         # A server may repeat the request, and messages and logs quote its answer.
-        return replace(answer, body=answer.body.replace(self._key.encode(), b"***"))
+        return response, body.replace(self._key.encode(), b"***") if self._key else body
 
-    def _object(self, answer: HttpResponse, path: str) -> Json:
-        if answer.status in _RETRIED_STATUS:
+    async def _read(self, response: httpx.Response, max_bytes: int) -> bytes:
+        received = bytearray()
+        try:
+            async for chunk in response.aiter_raw():
+                received += chunk
+                if len(received) > max_bytes:
+                    raise ValueError(f"more than {max_bytes:,} bytes")
+        except httpx.RemoteProtocolError as error:
+            content_length = response.headers.get("Content-Length", "")
+            if not content_length.isdecimal():
+                raise
+            missing_bytes = int(content_length) - len(received)
+            reason = f"the last {missing_bytes} bytes of the answer are missing"
+            raise self._lost_error(reason) from error
+
+        return bytes(received)
+
+    def _lost_error(self, reason: str) -> Exception:
+        """Return the error for a connection that was not made, or broke."""
+        if self._is_reached:
+            return _TransientError(f"cannot be used: {self._redact(reason)}")
+        return EngineError(
+            "server-unreachable",
+            f"{self.url} cannot be reached: {self._redact(reason)}",
+            remedy="check the address, and start the server if it does not run",
+        )
+
+    def _object(self, answer: httpx.Response, body: bytes, path: str) -> Json:
+        status = answer.status_code
+        if status in _RETRIED_STATUS:
             # Retry-After may be a date; it is ignored.
-            pause_s = float(answer.retry_after) if answer.retry_after.isdecimal() else None
-            raise _TransientError(f"answers {answer.status}: {self._quote(answer.body)}", pause_s)
+            retry_after = answer.headers.get("Retry-After", "").strip()
+            pause_s = float(retry_after) if retry_after.isdecimal() else None
+            raise _TransientError(f"answers {status}: {self._quote(body)}", pause_s)
 
-        if answer.status in (401, 403):
+        if status in (401, 403):
             key = f"the key in {self._key_env}" if self._key_env else "a request without a key"
             raise UsageError(
                 "server-refuses-key",
-                f"{self.url} refuses {key} ({answer.status}): {self._quote(answer.body)}",
+                f"{self.url} refuses {key} ({status}): {self._quote(body)}",
                 remedy="set traces.server_key_env to the name of an environment variable that holds"
                 " the key",
             )
 
-        is_page = answer.content_type == "text/html" or answer.body.lstrip()[:1] == b"<"
-        if is_page or not 200 <= answer.status < 300:
-            content = "a web page" if is_page else self._quote(answer.body)
+        kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        is_page = kind == "text/html" or body.lstrip()[:1] == b"<"
+        if is_page or not 200 <= status < 300:
+            content = "a web page" if is_page else self._quote(body)
             raise RefusedError(
                 "server-refuses-request",
-                f"{self.url} does not serve {path} ({answer.status}): {content}",
+                f"{self.url} does not serve {path} ({status}): {content}",
                 remedy="check the address, which usually ends in /v1, and the server's log",
             )
 
         try:
-            value = parse_json(answer.body.decode("utf-8"), "the answer")
+            value = parse_json(body.decode("utf-8"), "the answer")
         except (ArtifactError, UnicodeDecodeError) as error:
-            size = len(answer.body)
             reason = error.message if isinstance(error, ArtifactError) else error
-            raise _TransientError(f"cannot be used: {size} bytes, {reason}") from error
+            raise _TransientError(f"cannot be used: {len(body)} bytes, {reason}") from error
 
         if not isinstance(value, dict):
             raise EngineError(
@@ -252,3 +293,14 @@ def _read_key(name: str) -> str:
         )
 
     return key
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """Return the innermost exception, which holds the system's message."""
+    while True:
+        inner = error.__cause__ or error.__context__
+        if isinstance(error, BaseExceptionGroup):  # one error for each address of a name
+            inner = error.exceptions[0]
+        if inner is None:
+            return error
+        error = inner

@@ -1,0 +1,68 @@
+"""A user's own text in the form of traces, so that a model does not forget it in recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from racdeploy.errors import UsageError
+from racdeploy.files.texts import read_texts
+from racdeploy.runtime.template import PromptEncoder
+from racdeploy.traces.trace import Trace
+
+TEXT_TASK = "text"
+CHUNK_TOKENS = 512
+_HELD_OUT_PERIOD = 8  # one chunk in eight is held out
+_MIN_CHUNKS = 2  # one to learn from, one to measure on
+
+
+def read_text_traces(file: str, encoder: PromptEncoder) -> tuple[list[Trace], list[Trace]]:
+    """Return the chunks of a text to learn from, and the held-out ones.
+
+    Raises:
+        UsageError: the file cannot be read, or is too short to learn from and to measure on.
+    """
+    ids: list[int] = []
+    for piece in read_texts([file], "recover.extra_text"):
+        ids += encoder.encode_text(piece)
+
+    chunks: list[Trace] = []
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        chunk = ids[start : start + CHUNK_TOKENS]
+        if len(chunk) > 1:  # the first token of a chunk is never predicted
+            chunks.append(_as_trace(len(chunks), chunk))
+
+    if len(chunks) < _MIN_CHUNKS:
+        raise UsageError(
+            "text-too-short",
+            f"{file} has {len(ids)} tokens; to learn from it and to measure on it, "
+            f"more than {CHUNK_TOKENS} are needed",
+            remedy="give a longer text in recover.extra_text, or leave it out",
+        )
+
+    held_out = chunks[_MIN_CHUNKS - 1 :: _HELD_OUT_PERIOD]
+    indices = {trace.index for trace in held_out}
+    return [trace for trace in chunks if trace.index not in indices], held_out
+
+
+def choose_text_traces(text: Sequence[Trace], trace_tokens: int, share: float) -> list[Trace]:
+    """Return chunks, spread over the text, for about a ``share`` of all tokens in training."""
+    text_tokens = trace_tokens * share / (1 - share)
+    count = min(len(text), max(1, round(text_tokens / CHUNK_TOKENS)))
+
+    chosen = []
+    for part in range(count):
+        chosen.append(text[part * len(text) // count])
+    return chosen
+
+
+def _as_trace(index: int, ids: Sequence[int]) -> Trace:
+    """Return a chunk as thinking after a prompt of one token, which nothing predicts."""
+    return Trace(
+        index,
+        TEXT_TASK,
+        question="",
+        gold="",
+        prompt_ids=tuple(ids[:1]),
+        completion_ids=tuple(ids[1:]),
+        thinking_tokens=len(ids) - 1,
+    )
