@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    StrictBool,
     field_validator,
     model_validator,
 )
@@ -317,7 +318,7 @@ class Recovery(_Section):
     """
 
     tokens: NonNegativeInt = 0
-    shorten: bool | OpenShare = False
+    shorten: StrictBool | Annotated[float, Field(gt=0, le=1)] = False
     objective: str = "shortest"
     samples: Annotated[int, Field(ge=1, le=_MAX_SAMPLES)] = 8
     instruction: str = "Think briefly: no repetition, no second check of what is clear."
