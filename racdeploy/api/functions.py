@@ -47,6 +47,7 @@ def build(
     allow_losing_zeros: bool = False,
     accept_token_differences: float | None = None,
     recover_tokens: int | None = None,
+    shorten: bool = False,
     tier: str = "",
     prompts: int | None = None,
     gate: StrPath | None = None,
@@ -84,6 +85,7 @@ def build(
         accept_token_differences: Share of hard strings that llama.cpp may tokenize differently;
             default: 0.
         recover_tokens: Tokens of the training that recovers accuracy; 0 is off.
+        shorten: First let the model learn to think less; see docs/thinking.md.
         tier: Extent of the verification: smoke, standard or release.
         prompts: Number of evaluation prompts, in place of the tier's; default: 200.
         gate: TOML file with limits; see docs/ci.md.
@@ -128,6 +130,7 @@ def prune(
     pattern: str | None = None,
     method: str | None = None,
     recover_tokens: int | None = None,
+    shorten: bool = False,
     work: StrPath | None = None,
     threads: int = 0,
     progress: Progress | None = None,

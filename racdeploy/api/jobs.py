@@ -55,6 +55,7 @@ KEYS = {
     "allow_losing_zeros": "export.allow_losing_zeros",
     "accept_token_differences": "export.accept_token_differences",
     "recover_tokens": "recover.tokens",
+    "shorten": "recover.shorten",
     "prompts": "verify.count",
 }
 """Recipe keys that options set."""

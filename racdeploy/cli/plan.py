@@ -151,9 +151,12 @@ def _describe_traces(plan: Plan) -> list[str]:
 
 
 def _describe_recovery(plan: Plan) -> list[str]:
-    if "recover_tokens" not in plan:
-        return []
-    return [f"{plan['recover_tokens']:,} tokens, in phases: {plan['recover_phases']}"]
+    lines = []
+    if answers := plan.get("shorten_answers_at_most"):
+        lines.append(f"first learns to think less from at most {answers:,} own answers")
+    if plan.get("recover_tokens"):
+        lines.append(f"{plan['recover_tokens']:,} tokens, in phases: {plan['recover_phases']}")
+    return lines
 
 
 def _describe_verification(plan: Plan) -> list[str]:

@@ -207,12 +207,20 @@ class Build:
 
     def plan_recovery(self) -> Json:
         """Return the plan of recovery, empty if it is off; raise the errors that would stop it."""
-        settings = self.job.recipe
-        if not settings.recover.tokens:
+        job, stage = self.job, self.recover_stage
+        settings = stage.settings
+        if not (settings.tokens or settings.shorten):
             return {}
 
-        longest = max(self.job.count_prompt_tokens("calibration"))
-        return self.recover_stage.plan(longest + settings.traces.max_new_tokens)
+        longest = max(job.count_prompt_tokens("calibration")) + job.recipe.traces.max_new_tokens
+        if not settings.tokens:  # the whole model learns to think less
+            whole = settings.model_copy(update={"methods": settings.methods or ("full",)})
+            stage = replace(stage, settings=whole)
+        plan = stage.plan(longest)
+        if settings.shorten:
+            answers = settings.samples * len(job.problems("calibration"))
+            plan["shorten_answers_at_most"] = (settings.rounds + 1) * answers
+        return plan
 
     def _prune_and_recover(self) -> PrunedModel:
         stage = self.prune_stage
@@ -230,7 +238,11 @@ class Build:
 
     def _run_prune(self, stage: PruneStage) -> PrunedModel:
         folder, traces = self.traces()
-        return stage.run(traces, TraceSet(folder).sha256)
+        model = stage.run(traces, TraceSet(folder).sha256)
+        if shortened := self.job.shortened:
+            notes = (*shortened.notes, *model.notes)
+            model = replace(model, recovery=shortened.rows, notes=notes)
+        return model
 
     def _recover(self, model: PrunedModel, name: str) -> PrunedModel:
         """Recover a pruned model, then choose its codes if the recipe asks for it."""
@@ -379,9 +391,11 @@ class Build:
 
     @property
     def trace_stage(self) -> TraceStage:
-        job = self.job
+        job, settings = self.job, self.job.recipe.traces
+        if job.shortened and job.shortened.folder:  # a server has the model as it was
+            settings = settings.model_copy(update={"server": ""})
         return TraceStage(
-            self.workspace, job.checkpoint, job.encoder, job.tags, job.tasks, job.recipe.traces
+            self.workspace, job.checkpoint, job.encoder, job.tags, job.tasks, settings
         )
 
     @property

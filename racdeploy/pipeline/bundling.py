@@ -231,7 +231,7 @@ def _make_manifest(folder: Path, contents: BundleContents) -> manifests.Manifest
             "license": checkpoint.license,
             "architecture": checkpoint.family.architecture,
             "model_type": checkpoint.config["model_type"],
-            "files": {file.name: file_sha256(file) for file in checkpoint.files()},
+            "files": {file.name: file_sha256(file) for file in Checkpoint(model.folder).files()},
         },
         recipe=recipe.model_dump(mode="json"),
         traces=dict(contents.traces),

@@ -62,6 +62,8 @@ def describe_pruning(recipe: Recipe) -> str:
     elif prune.sparsity:
         words.append(f"{100 * prune.sparsity:g}")
 
+    if recipe.recover.shorten:
+        words.append("short")
     if recipe.recover.tokens:
         words.append("recovered")
 

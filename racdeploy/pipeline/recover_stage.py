@@ -209,7 +209,7 @@ class RecoverStage:
             model,
             folder=state.folder,
             before_recovery=model.folder if gained else None,
-            recovery=rows,
+            recovery=(*model.recovery, *rows),
             notes=tuple(notes),
         )
 

@@ -75,6 +75,8 @@ class Ladder:
         rungs = self.rungs
         names = list(rungs)
         rungs[names[-1]].check(self.out)
+        if (shorter := self.build.shorten()) is not self.build:
+            return replace(self, build=shorter).run()
 
         index, notes = self._choose(names)
         failed: list[str] = []
@@ -215,7 +217,7 @@ class Ladder:
 
         dense, pruned = (
             make_opener("transformers", folder, longest + 1, build.threads)
-            for folder in (job.model.folder, model.folder)
+            for folder in (job.checkpoint.folder, model.folder)
         )
 
         ids = [each for of_kind in kinds.values() for each in of_kind]
