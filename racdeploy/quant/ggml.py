@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from racdeploy.errors import EngineError
 from racdeploy.plugins import require_package
 
-_FILES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 require_package("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
 assert _SPEC, "require() found it"
 assert _SPEC.origin, "llama_cpp is a package with a file"
-_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _FILES.get(sys.platform, "libggml-base.so")
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
 
 
 def quantize(
