@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
+from pydantic import TypeAdapter
+
 from racdeploy import packing as packings
 from racdeploy import plugins, recipe
 from racdeploy.errors import UsageError
@@ -94,13 +96,8 @@ class ExportResult:
     @classmethod
     def from_json(cls, folder: Path, values: Mapping[str, Any]) -> ExportResult:
         """Return the result of which :meth:`to_json` returned these values for that folder."""
-        tensors = tuple(
-            ExportedTensor(**{**t, "shape": tuple(t["shape"])}) for t in values["tensors"]
-        )
-        rest = {key: values[key] for key in ("size_bytes", "files", "unpacked_sha256")}
-        deviations = tuple(Deviation(**each) for each in values["deviations"])
-        notes = tuple(values["notes"])
-        return cls(folder / values["path"], tensors, notes=notes, deviations=deviations, **rest)
+        path = folder / values["path"]
+        return TypeAdapter(cls).validate_python({**values, "path": path})
 
 
 def measure_sparsity(result: ExportResult, sources: Collection[str]) -> float:

@@ -1,13 +1,9 @@
-"""Checks that only this user, and root, can write into a folder, by POSIX permissions.
-
-On Windows a user's folders are private by default, and nothing is checked.
-"""
+"""Checks that only this user, and root, can write into a folder, by POSIX permissions."""
 
 from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +11,7 @@ from racdeploy.errors import EnvironmentFailure
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_READ |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # do not wait for a pipe
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # do not wait for a pipe
 
 
 def make_private(folder: Path) -> None:
@@ -33,9 +28,6 @@ def restrict_to_owner(folder: Path) -> bool:
         PermissionError: it belongs to another user.
         NotADirectoryError: it is a link, or no folder.
     """
-    if sys.platform == "win32":
-        return False
-
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         state = os.fstat(descriptor)
@@ -53,9 +45,6 @@ def explain_not_private(folder: Path) -> str:
     A private folder and all its parents belong to this user or root. Others can neither write into
     it nor replace a parent, unless a parent further up denies them access.
     """
-    if sys.platform == "win32":
-        return ""
-
     path = folder.resolve()
     is_reachable = True
     for parent in [*reversed(path.parents), path]:
@@ -109,14 +98,13 @@ def open_private(file: Path) -> int:
     descriptor = os.open(file, _READ)
     try:
         state = os.fstat(descriptor)
-        if sys.platform != "win32":
-            reason = _explain_owner(file, state)
-            if not reason and state.st_mode & OTHERS_WRITE and not _is_shut_off(file.parent):
-                reason = f"other users may write {file}: chmod go-w {file}"
-            if not stat.S_ISREG(state.st_mode):
-                reason = f"{file} is not a file"
-            if reason:
-                raise PermissionError(reason)
+        reason = _explain_owner(file, state)
+        if not reason and state.st_mode & OTHERS_WRITE and not _is_shut_off(file.parent):
+            reason = f"other users may write {file}: chmod go-w {file}"
+        if not stat.S_ISREG(state.st_mode):
+            reason = f"{file} is not a file"
+        if reason:
+            raise PermissionError(reason)
     except BaseException:
         os.close(descriptor)
         raise
@@ -124,7 +112,7 @@ def open_private(file: Path) -> int:
 
 
 def _explain_owner(path: Path, state: os.stat_result) -> str:
-    if sys.platform == "win32" or state.st_uid in (0, os.geteuid()):
+    if state.st_uid in (0, os.geteuid()):
         return ""
     return f"{path} belongs to another user, with user id {state.st_uid}"
 

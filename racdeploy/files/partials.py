@@ -8,34 +8,29 @@ Process ids are no help: in two containers that share a disk, both may be proces
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-if sys.platform != "win32":
-    import fcntl
 
 _SUFFIX = ".partial"
 _RANDOM = re.compile("[0-9a-f]{1,16}")  # older versions wrote a process id
 _TRIES = 100
 _MAX_NAME_BYTES = 200
 _ABANDONED_S = 86_400.0  # without locks, a file is abandoned a day after the last write
-_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR | _SAFE
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # do not wait for a pipe
-_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _SAFE
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | _SAFE
+_EXISTING = os.O_RDWR | os.O_NONBLOCK | _SAFE  # do not wait for a pipe
 _LOCKED = (errno.EAGAIN, errno.EACCES)
-D = TypeVar("D", int, int | None)
 
 
 @contextmanager
@@ -47,13 +42,12 @@ def partial_file(destination: Path, mode: int) -> Iterator[tuple[Path, int]]:
     remove_abandoned(destination)
     path, descriptor = _make(destination, partial(os.open, flags=_NEW, mode=mode))
     # The duplicate holds the lock, since the body may close the descriptor.
-    lock_holder = os.dup(descriptor) if sys.platform != "win32" else None
+    lock_holder = os.dup(descriptor)
     try:
         yield path, descriptor
     finally:
         path.unlink(missing_ok=True)
-        if lock_holder is not None:
-            os.close(lock_holder)
+        os.close(lock_holder)
 
 
 @contextmanager
@@ -65,8 +59,7 @@ def partial_folder(destination: Path, mode: int = 0o700) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        if lock_holder is not None:
-            os.close(lock_holder)
+        os.close(lock_holder)
 
 
 def remove_abandoned(destination: Path) -> None:
@@ -101,15 +94,15 @@ def _prefix(destination: Path) -> str:
     return f".{destination.name}."
 
 
-def _make_folder(path: Path, mode: int) -> int | None:
+def _make_folder(path: Path, mode: int) -> int:
     path.mkdir(mode)
     try:
-        return None if sys.platform == "win32" else os.open(path, _FOLDER)
+        return os.open(path, _FOLDER)
     except FileNotFoundError as error:  # another process removed it before it was locked
         raise FileExistsError(errno.EEXIST, "the new folder was removed", str(path)) from error
 
 
-def _make(destination: Path, make: Callable[[Path], D]) -> tuple[Path, D]:
+def _make(destination: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
     """Make a file or folder with a new name, and lock it before it can seem abandoned."""
     for _ in range(_TRIES):
         path = make_sibling_name(destination)
@@ -117,7 +110,7 @@ def _make(destination: Path, make: Callable[[Path], D]) -> tuple[Path, D]:
             descriptor = make(path)
         except FileExistsError:
             continue
-        if descriptor is None or _lock(descriptor) is not False:
+        if _lock(descriptor) is not False:
             return path, descriptor
         os.close(descriptor)
 
@@ -130,9 +123,6 @@ def _lock(descriptor: int) -> bool | None:
     Return False where another process has locked or removed it, None where there are no locks.
     filelock is not used, since its older versions empty the file that they lock.
     """
-    if sys.platform == "win32":
-        return None
-
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # not every file system has locks
@@ -145,19 +135,13 @@ def _remove_abandoned(path: Path) -> None:
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # not a partial file
         return
 
-    if sys.platform == "win32":
-        is_abandoned = _is_old(path)
-    else:
-        descriptor = os.open(path, _FOLDER if stat.S_ISDIR(kind) else os.O_RDWR | _NO_WAIT | _SAFE)
-        locked = _lock(descriptor)
-        is_abandoned = _is_old(path) if locked is None else locked
-
+    descriptor = os.open(path, _FOLDER if stat.S_ISDIR(kind) else _EXISTING)
     try:
-        if is_abandoned:
+        locked = _lock(descriptor)
+        if _is_old(path) if locked is None else locked:
             remove(path)
     finally:
-        if sys.platform != "win32":
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

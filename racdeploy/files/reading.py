@@ -37,7 +37,6 @@ MAX_USER_BYTES = 1 << 28
 _MAX_ITEMS = 4_000_000
 _COPY_AGAIN = "copy it again from its source"
 _SHOWN_CHARACTERS = 200
-_BINARY = getattr(os, "O_BINARY", 0)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # Requests to end the program, not failures of reading.
 _EXITS = (KeyboardInterrupt, SystemExit, GeneratorExit)
@@ -144,7 +143,7 @@ def check_size(file: Path, max_bytes: int) -> None:
 def open_regular(file: Path) -> BufferedReader:
     """Open a regular file for reading; ArtifactError for a pipe or a device."""
     # Without O_NONBLOCK, a pipe would be waited for.
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     stream = os.fdopen(descriptor, "rb")
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return stream

@@ -50,13 +50,12 @@ class Stage:
         """Return a stage; make and lock its folder, and record its inputs.
 
         Raises:
-            ArtifactError: it has other inputs, or another version of racdeploy left it unfinished.
+            ArtifactError: it has other inputs.
             EnvironmentFailure: the folder is another user's or in use, or the disk is full or not
                 writable.
         """
         stage = cls.locate(work, name, inputs)
 
-        _refuse_other_version(work, name, inputs)
         with disk_errors(stage.folder):
             stage.make_folder()
             try:
@@ -141,26 +140,6 @@ def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
         release_folder(hidden)
 
 
-def _refuse_other_version(work: Path, name: str, inputs: Inputs) -> None:
-    """Raise ArtifactError where an unfinished stage differs only in the version of racdeploy."""
-
-    def without_version(values: Inputs) -> Json:
-        return {key: value for key, value in values.items() if key not in ("version", "code")}
-
-    wanted = without_version(_as_json(inputs))
-    for folder, recorded in _unfinished(work, name):
-        other = recorded.get("version")
-        version = inputs.get("version")
-
-        if other != version and without_version(recorded) == wanted:
-            raise ArtifactError(
-                "stage-of-other-version",
-                f"{folder} was left unfinished by racdeploy {other}; "
-                f"this is {version}, which may give other results",
-                remedy=f"rm -r {folder}, or finish it with that version",
-            )
-
-
 def _left_unfinished(stage: Stage, name: str) -> str:
     """Return a notice on unfinished stages that the user may have meant, or an empty string."""
     inputs = _as_json(stage.inputs)
@@ -168,10 +147,13 @@ def _left_unfinished(stage: Stage, name: str) -> str:
         return ""
 
     candidates = []
-    for folder, recorded in _unfinished(stage.folder.parent, name):
-        if folder == stage.folder or is_folder_in_use(folder):
+    for record in filter(_is_own, sorted(stage.folder.parent.glob(f"{name}-*/inputs.json"))):
+        folder = record.parent
+        is_finished = (folder / "stage.json").is_file()
+        if is_finished or folder == stage.folder or is_folder_in_use(folder):
             continue
 
+        recorded = read_json(record)
         # A stage of another model or name is other work, unless little else differs.
         different = {key for key in {*recorded, *inputs} if recorded.get(key) != inputs.get(key)}
         if not different & {"model", "name"} or different <= {"model", "traces_sha256"}:
@@ -188,12 +170,6 @@ def _left_unfinished(stage: Stage, name: str) -> str:
         f"{stage.folder.name} starts from scratch\n"
         f"  → to resume the old one, undo the change; to remove it: rm -r {folder}"
     )
-
-
-def _unfinished(work: Path, name: str) -> Iterator[tuple[Path, Json]]:
-    for record in filter(_is_own, sorted(work.glob(f"{name}-*/inputs.json"))):
-        if not (record.parent / "stage.json").is_file():
-            yield record.parent, read_json(record)
 
 
 def _is_own(file: Path) -> bool:

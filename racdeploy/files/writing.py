@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,8 +27,7 @@ from racdeploy.files.reading import open_regular
 _WRITE_BYTES = 1 << 20
 _TRIES = 100
 _OLD = ".old"
-# Errors of a rename where another folder has that name; Windows reports a lack of permission.
-_NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, *((errno.EACCES,) if sys.platform == "win32" else ()))
+_NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # of a rename where another folder has that name
 
 
 def canonical_hash(value: object) -> str:

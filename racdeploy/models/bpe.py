@@ -45,15 +45,14 @@ class ByteLevelBPE:
                 remedy="leave vocabulary out of structure.keep",
             )
 
-        loaded = read_tokenizer(files.file)
-        ids = loaded.get_vocab(with_added_tokens=True)
+        ids = read_tokenizer(files.file).get_vocab(with_added_tokens=True)
         written = files.tokenizer_json.get("added_tokens") or []
-        check_ids(files.file, ((token["id"], token["content"]) for token in written), ids)
+        added = {token["id"]: token["content"] for token in written}
+        check_ids(files.file, added.items(), ids)
 
         texts = {i: text for text, i in ids.items()}
-        added = frozenset(loaded.get_added_ids())
-
-        return cls(texts, added, tuple(read_merges(files.tokenizer_json["model"])))
+        merges = tuple(read_merges(files.tokenizer_json["model"]))
+        return cls(texts, frozenset(added), merges)
 
     @cached_property
     def ids(self) -> Mapping[str, int]:

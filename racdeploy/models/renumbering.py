@@ -22,8 +22,8 @@ from racdeploy.models.tokenizer_schema import read_merges
 
 OLD_IDS_FILE = "vocabulary_ids.json"
 """Holds under :data:`_KEY` the ids of the tokens in the uncut model, in the new order."""
-STALE_FILES = frozenset({"tokenizer.model"})
-"""Tokenizer files that are not rewritten and not copied; byte-level BPE does not need them."""
+STALE_FILES = frozenset({"tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"})
+"""Tokenizer files that are not rewritten and not copied: they repeat tokenizer.json."""
 _KEY = "old_ids"
 _NAMING = ("_token_id", "_token_ids", "_token_index")
 _ID_KEYS = (*_NAMING, "pad_id", "suppress_tokens", "bad_words_ids")
@@ -67,34 +67,17 @@ def find_config_ids(files: TokenizerFiles) -> set[int]:
 def renumber_files(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str]:
     """Return the new texts of all files that name ids, by file name."""
     ids = map_new_ids(old_ids)
-    tokenizer = renumber_tokenizer(files.tokenizer_json, ids)
-    model = tokenizer["model"]
-
-    written: Json = {"tokenizer.json": tokenizer, "vocab.json": model["vocab"]}
-    present = {file.name for file in files.folder.iterdir()}
-
-    for name in present.intersection(_CONFIGS):
-        config = read_json(files.folder / name)
-        written[name] = _renumber_ids(config, ids)
-
+    written: Json = {"tokenizer.json": renumber_tokenizer(files.tokenizer_json, ids)}
+    for name in _CONFIGS:
+        file = files.folder / name
+        if file.is_file():
+            written[name] = _renumber_ids(read_json(file), ids)
     written["config.json"]["vocab_size"] = len(old_ids)
 
-    if "added_tokens.json" in present:
-        ids_by_text = read_json(files.folder / "added_tokens.json")
-        written["added_tokens.json"] = {text: ids[old] for text, old in ids_by_text.items()}
-
-    # vocab.json and merges.txt repeat tokenizer.json: they are written only if the folder has them.
     texts = {}
     for name, value in written.items():
-        if name in present:
-            texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     texts[OLD_IDS_FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
-
-    if "merges.txt" in present:
-        lines = ["#version: 0.2"]
-        lines += [" ".join(pair) for pair in read_merges(model)]
-        texts["merges.txt"] = "\n".join(lines) + "\n"
-
     return texts
 
 

@@ -147,15 +147,9 @@ def _encode_codes(layout: BlockLayout, kept: NDArray[Any], index: int) -> list[t
     planes = []
     shift = 0
     for bits in layout.plane_bits:
-        numbers = kept >> shift
-        each = 8 // bits
-        padded = np.zeros(-(-numbers.size // each) * each, dtype=np.uint8)
-        padded[: numbers.size] = numbers & ((1 << bits) - 1)
-        packed = padded[::each].copy()
-        for offset in range(1, each):
-            packed |= padded[offset::each] << offset * bits
-        planes.append(_encode(packed, max_bits))
-
+        numbers = (kept >> shift).astype(np.uint8)
+        bits_NX = np.unpackbits(numbers[:, None], axis=1, count=bits, bitorder="little")
+        planes.append(_encode(np.packbits(bits_NX, bitorder="little"), max_bits))
         shift += bits
     return planes
 

@@ -300,11 +300,7 @@ class _Walk:
             name: row.stored_OI for name, row in named.items()
         }
         self.files.write_weights(pair.new_index, tensors)
-        quants = {
-            pair.new_name(f"{linear}.weight"): self.pruner.quant_of(pair, linear)
-            for linear in pruned
-        }
-        self.files.write_codes(pair.new_index, named, quants)
+        self.files.write_codes(pair.new_index, named)
 
         # For linears without codes, and for the dense model beside the pruned one.
         self.files.write_importance(pair.new_index, named)
@@ -392,9 +388,7 @@ class _Walk:
             name = pair.new_name(linear)
             if linear in pruned:
                 sparsity = self.pruner.sparsities[pair.dense_name(linear)]
-                rows.append(
-                    pruned[linear].to_row(name, sparsity, self.pruner.quant_of(pair, linear))
-                )
+                rows.append(pruned[linear].to_row(name, sparsity))
             else:
                 rows.append(LinearRow(name=name, requested_sparsity=0.0, actual_sparsity=0.0))
 

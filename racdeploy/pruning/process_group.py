@@ -76,16 +76,11 @@ class ProcessGroup:
         if self.world_size == 1:
             return
 
-        receivers = sorted(set(owners)) or list(range(self.world_size))
-        root = receivers[0]
-
         with _on_cpu(tensor) as message:
-            self._group.reduce(message, root, group=self._members)
-            for other in receivers[1:]:
-                if self.rank == root:
-                    self._group.send(message, other, group=self._members)
-                elif self.rank == other:
-                    self._group.recv(message, root, group=self._members)
+            if len(set(owners)) == 1:
+                self._group.reduce(message, owners[0], group=self._members)
+            else:
+                self._group.all_reduce(message, group=self._members)
 
     def broadcast(self, tensor: Tensor, owner: int = 0) -> Tensor:
         """Return the tensor of one process; others pass one of the same shape and dtype."""

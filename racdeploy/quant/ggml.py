@@ -1,7 +1,7 @@
 """Call ggml's own C quantizers through ctypes, in the library that llama-cpp-python ships.
 
-ggml aborts the process for a type that needs an importance matrix, and reads past the end of rows
-that are not a multiple of the block size; both are asserted here first.
+ggml reads past the end of rows that are not a multiple of the block size; that is asserted here
+first.
 Source: ``ggml_quantize_chunk`` in ggml.h and ``dequantize_row_*`` in ggml-quants.h.
 """
 
@@ -12,20 +12,22 @@ import importlib.util
 import sys
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import EngineError
 from racdeploy.plugins import require_package
+from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES
 
-_FILES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 require_package("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
 assert _SPEC, "require() found it"
 assert _SPEC.origin, "llama_cpp is a package with a file"
-_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / _FILES.get(sys.platform, "libggml-base.so")
+_SUFFIX = "dylib" if sys.platform == "darwin" else "so"
+_NAMES = {known.type_id: name.replace("_k", "_K") for name, known in GGML_TYPES.items()}
+_LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
 
 
 def quantize(
@@ -35,10 +37,6 @@ def quantize(
 
     importance_I, a row of ggml's importance matrix, weighs each input's squared error; above 0.
     """
-    library = _library()
-    needs_matrix = library.ggml_quantize_requires_imatrix(ggml_type)
-    assert not needs_matrix, "this type aborts without a matrix"
-
     O, I = weight_OI.shape
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
     packed_OP = np.empty((O, _count_row_bytes(ggml_type, I)), dtype=np.uint8)
@@ -50,7 +48,7 @@ def quantize(
         importance_I = np.ascontiguousarray(importance_I, dtype=np.float32)
         matrix = importance_I.ctypes.data
 
-    written = library.ggml_quantize_chunk(
+    written = _library().ggml_quantize_chunk(
         ggml_type, weight_OI.ctypes.data, packed_OP.ctypes.data, 0, O, I, matrix
     )
     if written != packed_OP.nbytes:
@@ -68,9 +66,7 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
     packed_OP = np.ascontiguousarray(packed_OP)
     weight_OI = np.empty((O, I), dtype=np.float32)
 
-    library = _library()
-    type_name = library.ggml_type_name(ggml_type).decode()
-    convert = library[f"dequantize_row_{type_name}"]
+    convert = _library()[f"dequantize_row_{_NAMES[ggml_type]}"]
     convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
@@ -83,10 +79,9 @@ def make_codec(ggml_type: int) -> tuple[partial[NDArray[np.uint8]], partial[NDAr
 
 
 def _count_row_bytes(ggml_type: int, row_length: int) -> int:
-    library = _library()
-    block_weights = int(library.ggml_blck_size(ggml_type))
+    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     assert row_length % block_weights == 0, f"{row_length} weights are no blocks of {block_weights}"
-    return row_length // block_weights * int(library.ggml_type_size(ggml_type))
+    return row_length // block_weights * block_bytes
 
 
 @cache
@@ -101,19 +96,6 @@ def _library() -> ctypes.CDLL:
         ) from error
 
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    signatures: dict[str, tuple[Any, ...]] = {
-        "ggml_quantize_requires_imatrix": (ctypes.c_bool, number),
-        "ggml_blck_size": (size, number),
-        "ggml_type_size": (ctypes.c_size_t, number),
-        "ggml_type_name": (ctypes.c_char_p, number),
-    }
-
-    chunk = (number, pointer, pointer, size, size, size, pointer)
-    signatures["ggml_quantize_chunk"] = (ctypes.c_size_t, *chunk)
-
-    for name, (result, *arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = (number, pointer, pointer, size, size, size, pointer)
     return library

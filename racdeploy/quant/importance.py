@@ -177,10 +177,8 @@ def _read_statistic(file: Path) -> _Read:
         if not is_row or count is None or (count.dtype, count.shape) != ("F64", (1,)):
             raise _refusal(file, f"{name!r} is no importance of one row with its number of tokens")
 
-        means[name] = np.fromfile(file, "<f4", entry.shape[0], offset=entry.start)
-
-        (counted,) = np.fromfile(file, "<f8", 1, offset=count.start)
-        tokens[name] = _read_count(file, name, float(counted))
+        means[name] = entry.read()
+        tokens[name] = _read_count(file, name, float(count.read()[0]))
 
     return means, tokens
 

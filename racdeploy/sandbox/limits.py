@@ -1,21 +1,17 @@
 """Limits that a sandboxed process sets on itself after its imports.
 
-All of them hold on Linux. macOS does not limit memory, and Windows has none of these limits: there
-only the parent's limit on the time of a call remains.
+All of them hold on Linux. macOS does not limit memory.
 """
 
 from __future__ import annotations
 
+import resource
 import signal
-import sys
 import time
 
 from racdeploy.processes import landlock, privileges
 from racdeploy.processes.landlock import ALL, WRITE, Access
 from racdeploy.processes.memory import resident_bytes
-
-if sys.platform != "win32":
-    import resource
 
 _RENEW_AFTER_S = 1.0
 
@@ -25,9 +21,6 @@ def confine(memory_bytes: int, opens_files: bool) -> None:
 
     The memory is counted from now. Unless it ``opens_files``, see :func:`close_files`.
     """
-    if sys.platform == "win32":
-        return
-
     limit_memory(memory_bytes)  # first, since it reads a file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -40,9 +33,8 @@ def confine(memory_bytes: int, opens_files: bool) -> None:
 def close_files() -> None:
     """Let this process open nothing more: no file, socket or pipe; open ones still work."""
     privileges.give_up("reader")
-    if sys.platform != "win32":
-        landlock.restrict(ALL, {})
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    landlock.restrict(ALL, {})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -57,8 +49,7 @@ def limit_memory(more_bytes: int) -> None:
 
 def limit_cpu_time(seconds: float) -> None:
     """End this process by SIGPROF after ``seconds`` more of processor time; 0 lifts the limit."""
-    if sys.platform != "win32":
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 class StepLimit:

@@ -6,9 +6,7 @@ The calling thread reads the pipe itself: a reading thread would have to wake it
 from __future__ import annotations
 
 import os
-import queue
 import select
-import threading
 import time
 from typing import BinaryIO
 
@@ -29,16 +27,8 @@ class AnswerPipe:
         self._max_bytes = max_bytes
         self._deadline = 0.0
         self._chunk = memoryview(b"")
-
-        # Windows cannot poll a pipe: there a thread reads it.
-        self._chunks: queue.SimpleQueue[bytes] | None = None
-        if not hasattr(select, "poll"):
-            self._chunks = queue.SimpleQueue()
-            self._thread = threading.Thread(target=_move, args=(stream, self._chunks), daemon=True)
-            self._thread.start()
-        else:
-            self._poller = select.poll()
-            self._poller.register(stream, select.POLLIN)
+        self._poller = select.poll()
+        self._poller.register(stream, select.POLLIN)
 
     def receive(self, seconds: float) -> Message | None:
         """Return the next frame, or None at the end of the pipe.
@@ -59,25 +49,10 @@ class AnswerPipe:
 
     def close(self) -> None:
         """Close the pipe, once its other end is closed."""
-        if self._chunks is not None:
-            self._thread.join()
         self._stream.close()
 
     def _wait(self) -> bytes:
         remaining_s = max(0.0, self._deadline - time.monotonic())
-        if self._chunks is not None:
-            try:
-                return self._chunks.get(timeout=remaining_s)
-            except queue.Empty:
-                raise TimeoutError from None
-
         if not self._poller.poll(remaining_s * 1000.0):
             raise TimeoutError
         return os.read(self._stream.fileno(), _CHUNK_BYTES)
-
-
-def _move(stream: BinaryIO, chunks: queue.SimpleQueue[bytes]) -> None:
-    """Move the pipe's bytes to a queue; an empty chunk marks the end."""
-    while chunk := os.read(stream.fileno(), _CHUNK_BYTES):
-        chunks.put(chunk)
-    chunks.put(b"")

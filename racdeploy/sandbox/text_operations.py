@@ -116,12 +116,12 @@ class _Texts:
         return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
 
     def describe(self, header: Header, payload: bytes) -> Message:
-        """Return size and longest token of the vocabulary, added ids, and control tokens."""
+        """Return size and longest token of the vocabulary, and control tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         controls = [token.content for token in added.values() if token.special]
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
         sizes = {"size": self._tokenizer.get_vocab_size(), "longest": longest}
-        return {**sizes, "added": list(added), "controls": controls}, b""
+        return {**sizes, "controls": controls}, b""
 
     def name_tokens(self, header: Header, payload: bytes) -> Message:
         """Return the token of each id as the vocabulary writes it, None for an unknown id."""

@@ -130,10 +130,6 @@ class Tokenizer:
         """Return the number of tokens, added ones included."""
         return int(self._details["size"])
 
-    def get_added_ids(self) -> list[int]:
-        """Return the ids of added tokens."""
-        return list(self._details["added"])
-
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Texts of control tokens, such as those that begin and end a turn; longest first."""

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeGuard
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from racdeploy.errors import ArtifactError, ModelError
-from racdeploy.files.reading import MAX_BYTES, parse_json
+from racdeploy.files.reading import MAX_BYTES, describe_validation_error, parse_json
 
 BYTE_DTYPE = "U8"
 """dtype tag of tensors that hold packed codes, such as those of MXFP4."""
@@ -232,27 +233,28 @@ def _check_ranges(
         )
 
 
+class _Described(BaseModel):
+    """A tensor in a header."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, le=_MAX_AXIS_LENGTH)]] = Field(max_length=_MAX_AXES)
+    data_offsets: list[int] = Field(min_length=2, max_length=2)
+
+
 def _read_entry(
     file: Path, name: str, value: object, data_start: int, size_bytes: int
 ) -> TensorEntry:
-    if not isinstance(value, dict):
-        value = {}
-
-    shape = value.get("shape")
-    offsets = value.get("data_offsets")
-    tag = value.get("dtype")
-    if (
-        not (_is_integers(shape) and _is_integers(offsets) and isinstance(tag, str))
-        or len(offsets) != 2
-    ):
-        raise ModelError("damaged-safetensors", f"{file}: the header entry of {name!r} is damaged")
-
-    if len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_AXIS_LENGTH:
+    try:
+        described = _Described.model_validate(value, strict=True)
+    except ValidationError as error:
         raise ModelError(
             "damaged-safetensors",
-            f"{file}: the tensor {name!r} has the impossible shape {shape[:8]}",
-        )
+            f"{file}: the header entry of {name!r} is damaged: {describe_validation_error(error)}",
+        ) from error
 
+    tag = described.dtype
+    shape = described.shape
+    offsets = described.data_offsets
     if tag not in DTYPES:
         raise ModelError(
             "unsupported-dtype",
@@ -262,7 +264,7 @@ def _read_entry(
 
     start, stop = data_start + offsets[0], data_start + offsets[1]
     is_inside = data_start <= start and stop <= size_bytes
-    if not is_inside or stop - start != _count_bytes(tag, shape) or min(shape, default=1) < 0:
+    if not is_inside or stop - start != _count_bytes(tag, shape):
         raise ModelError(
             "damaged-safetensors",
             f"{file} is truncated or damaged: tensor {name!r} needs bytes {start} to {stop} of"
@@ -277,7 +279,3 @@ def _is_metadata(value: object) -> bool:
     if not isinstance(value, dict):
         return value is None
     return all(isinstance(text, str) for text in value.values())
-
-
-def _is_integers(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(number) is int for number in value)

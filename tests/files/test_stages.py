@@ -33,16 +33,6 @@ def test_a_stage_refuses_other_inputs_and_names_them(tmp_path: Path) -> None:
         Stage.open(tmp_path, "prune", {"model": "a", "seed": 1})
 
 
-def test_a_stage_left_half_done_by_another_version_is_refused(tmp_path: Path) -> None:
-    """It is neither resumed nor ignored; once finished, or removed, it is in nobody's way."""
-    stage = Stage.open(tmp_path, "prune", {"model": "a", "version": "0.0.9", "code": "x"})
-    with raises("stage-of-other-version", "0.0.9", "0.1.0", f"rm -r {stage.folder}"):
-        Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
-    Stage.open(tmp_path, "prune", {"model": "b", "version": "0.1.0", "code": "y"})
-    stage.finish({})
-    Stage.open(tmp_path, "prune", {"model": "a", "version": "0.1.0", "code": "y"})
-
-
 @pytest.mark.parametrize("key", ["model", "prune", "traces_sha256", "code"])
 def test_a_stage_made_from_other_inputs_is_refused_by_name(tmp_path: Path, key: str) -> None:
     """A folder whose record of model, recipe, traces or code is another one is not resumed."""
@@ -68,6 +58,7 @@ def _other(**changed: Any) -> dict[str, Any]:
             ["prune.damping 0.01 -> 0.0", "prune.method sparsegpt -> admm"],
         ),
         ({"code": "d" * 16}, ["code"]),
+        ({"version": "2", "code": "d" * 16}, ["code", "version 1 -> 2"]),
         ({"traces_sha256": "d" * 64}, ["traces_sha256"]),
         ({"model": "d" * 64, "traces_sha256": "e" * 64}, ["model", "traces_sha256"]),
         ({"torch": {"torch": "2"}}, ["torch.torch null -> 2"]),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from racdeploy.exporting.gguf import export
@@ -195,15 +195,12 @@ def test_the_logits_of_kept_tokens_do_not_change(
 
 
 def test_every_file_names_tokens_by_their_new_ids(tmp_path: Path) -> None:
-    """Post-processor, configs, decoder of added tokens, vocab.json and merges.txt move together."""
+    """Post-processor, configs and decoder of added tokens move together; no old ids are left."""
     checkpoint = _make_model(tmp_path / "dense")
     folder = checkpoint.folder
-    model = checkpoint.tokenizer.tokenizer_json["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])])
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    (folder / "added_tokens.json").write_text(json.dumps({"<think>": TOKENS + 3}))
-    (folder / "tokenizer.model").write_bytes(b"of another program")
+    repeating = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
+    for name in repeating:
+        (folder / name).write_bytes(b"of another program")
     start = {"id": "<|im_start|>", "type_id": 0}
     edit_json(
         folder / "tokenizer.json",
@@ -261,15 +258,7 @@ def test_every_file_names_tokens_by_their_new_ids(tmp_path: Path) -> None:
     assert generation["forced_eos_token_id"] == ids[TOKENS - 3]
     assert generation["bos_token_id"] is None, "it named a row of padding"
     assert Checkpoint(cut).eos_ids == (997, 995)
-    assert json.loads((cut / "added_tokens.json").read_text()) == {"<think>": 998}
-    assert not (cut / "tokenizer.model").exists()
-
-    older = ByteLevelBPETokenizer.from_file(str(cut / "vocab.json"), str(cut / "merges.txt"))
-    plain = Tokenizer.from_str(older.to_str())
-    plain.pre_tokenizer = tokenizer.pre_tokenizer
-    expected = tokenizer.encode_batch(KEPT_TEXT[:10], add_special_tokens=False)
-    found = plain.encode_batch(KEPT_TEXT[:10], add_special_tokens=False)
-    assert [each.ids for each in expected] == [each.ids for each in found]
+    assert not any((cut / name).exists() for name in repeating)
 
     encoder = PromptEncoder.from_folder(cut)
     (prompt,) = [encoder.encode("What is 12 + 30?")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +16,9 @@ from racdeploy.sandbox.pipe import AnswerPipe
 MAX_BYTES = 1_000_000
 
 
-@pytest.fixture(params=["polled", "moved by a thread"])
-def ends(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[AnswerPipe, io.BufferedWriter]]:
-    """A pipe, and what writes to it; Windows has no poll."""
-    if request.param != "polled":
-        monkeypatch.delattr(select, "poll")
-
+@pytest.fixture
+def ends() -> Iterator[tuple[AnswerPipe, io.BufferedWriter]]:
+    """A pipe, and what writes to it."""
     read, write = os.pipe()
     writer = os.fdopen(write, "wb")
     pipe = AnswerPipe(os.fdopen(read, "rb"), MAX_BYTES)

@@ -18,16 +18,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 
 # transformers.js: name of a number format → suffix of the graph's name.
-_NAME_ENDS = {
-    "fp32": "",
-    "fp16": "_fp16",
-    "int8": "_int8",
-    "uint8": "_uint8",
-    "q8": "_quantized",
-    "q4": "_q4",
-    "q4f16": "_q4f16",
-    "bnb4": "_bnb4",
-}
+_NAME_ENDS = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 _SHARED_CACHE = "GroupQueryAttention"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 

@@ -85,9 +85,11 @@ def pack(
 
         # The header has the packed sizes, so the data is written first.
         with plain.open("rb") as source, data.open("wb") as sink:
-            store = _TensorStore(source, sink, header.alignment)
             tensor_packer = packer(header, source)
-            rows = [store.add(tensor, tensor_packer) for tensor in header.tensors]
+            rows = [
+                _store(tensor, tensor_packer, source, sink, header.alignment)
+                for tensor in header.tensors
+            ]
 
         with data.open("rb") as chunks, packed.open("wb") as sink:
             sink.write(_make_header(plain, header, packing, rows))
@@ -118,34 +120,28 @@ def iter_tensor_bytes(
         yield piece
 
 
-@dataclass(frozen=True)
-class _TensorStore:
-    """Writer of the tensors of a container, one after another."""
+def _store(
+    tensor: TensorInfo, packer: TensorPacker, source: BinaryIO, sink: BinaryIO, alignment: int
+) -> PackedTensor:
+    """Write one tensor at the next aligned position, packed unless a reason is against it."""
+    end = sink.tell()
+    start = align_up(end, alignment)
+    sink.write(bytes(start - end))
 
-    source: BinaryIO
-    sink: BinaryIO
-    alignment: int
+    reason = packer.reason_for_plain(tensor)
+    if not reason:
+        sink.writelines(packer.pack(tensor))
+        if sink.tell() - start >= tensor.size_bytes:
+            reason = "its packed form is not smaller"
 
-    def add(self, tensor: TensorInfo, packer: TensorPacker) -> PackedTensor:
-        """Write one tensor at the next aligned position, packed unless a reason is against it."""
-        end = self.sink.tell()
-        start = align_up(end, self.alignment)
-        self.sink.write(bytes(start - end))
+    # Overwrite the packed form, if any.
+    if reason:
+        sink.seek(start)
+        sink.truncate()
+        for piece in iter_tensor_bytes(tensor, source, _COPY_BYTES):
+            sink.write(piece.data)
 
-        reason = packer.reason_for_plain(tensor)
-        if not reason:
-            self.sink.writelines(packer.pack(tensor))
-            if self.sink.tell() - start >= tensor.size_bytes:
-                reason = "its packed form is not smaller"
-
-        # Overwrite the packed form, if any.
-        if reason:
-            self.sink.seek(start)
-            self.sink.truncate()
-            for piece in iter_tensor_bytes(tensor, self.source, _COPY_BYTES):
-                self.sink.write(piece.data)
-
-        return PackedTensor(tensor.name, tensor.size_bytes, self.sink.tell() - start, reason)
+    return PackedTensor(tensor.name, tensor.size_bytes, sink.tell() - start, reason)
 
 
 def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[PackedTensor]) -> bytes:

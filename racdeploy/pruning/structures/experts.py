@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -199,7 +199,7 @@ class ExpertProbe:
         self._experts: Any = block.get_submodule(family.experts_module)
         self._router = _find_router(family, block)
 
-        E = len(self._router.weight)
+        E = shape.num_experts
         max_tokens = min(PROBE_TOKENS, PROBE_BYTES // (4 * E * E))
         tokens = sum(batch.tokens for batch in session.all_calibration_batches)
         self._step = -(-tokens // max_tokens)
@@ -286,26 +286,20 @@ class ExpertProbe:
         return parts
 
 
-def _find_router(family: Family, block: nn.Module) -> nn.Linear:
-    """Return a linear for the router's logits; the router module may return other values."""
+def _find_router(family: Family, block: nn.Module) -> partial[Tensor]:
+    """Return what computes the router's logits; the router module may return other values."""
     (name,) = [
         each for each in family.never_pruned if list_axes(family, f"{each}.weight")[0] == "E"
     ]
     weight_ED = block.get_parameter(f"{name}.weight")
-    bias = dict(block.named_parameters()).get(f"{name}.bias")
-
-    E, D = weight_ED.shape
-    router = nn.Linear(D, E, bias=bias is not None, device="meta")
-    router.weight = nn.Parameter(weight_ED.data, requires_grad=False)
-    if bias is not None:
-        router.bias = nn.Parameter(bias.data, requires_grad=False)
-    return router
+    bias_E = dict(block.named_parameters()).get(f"{name}.bias")
+    return partial(nn.functional.linear, weight=weight_ED, bias=bias_E)
 
 
 def _share_out(logits_NE: Tensor, K: int, *, norm_topk_prob: bool) -> Tensor:
     """Return the routing share of each expert at each token; 0 if the token is not routed to it."""
     chosen_NK, share_NK = route(logits_NE, K, norm_topk_prob=norm_topk_prob)
-    return torch.zeros_like(share_NK.new_empty(logits_NE.shape)).scatter_(1, chosen_NK, share_NK)
+    return share_NK.new_zeros(logits_NE.shape).scatter_(1, chosen_NK, share_NK)
 
 
 def _sum_exactly(value_M: Tensor, grid: float) -> Tensor:

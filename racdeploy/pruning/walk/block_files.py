@@ -26,10 +26,6 @@ KeptUnits = Mapping[str, list[int]]
 """Structure that was cut → indices of the units that stay."""
 
 
-Quants = Mapping[str, str]
-"""Weight → number format of its codes."""
-
-
 class BlockFiles:
     """Reads and writes the files of a pruning in a folder."""
 
@@ -64,12 +60,12 @@ class BlockFiles:
             stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_atomic(self._weights(index), save(stored))
 
-    def write_codes(self, index: int, pruned: Mapping[str, PrunedLinear], quants: Quants) -> None:
+    def write_codes(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
         """Write the codes of a block's linears, where they were chosen, in their number formats."""
         arrays: dict[str, Any] = {}
         for name, linear in pruned.items():
             if linear.codes:
-                arrays |= name_arrays(name, quants[name], linear.codes)
+                arrays |= name_arrays(name, linear.quant, linear.codes)
 
         if arrays and self._processes.is_first:
             file = self._folder / f"codes-{index:05d}.safetensors"

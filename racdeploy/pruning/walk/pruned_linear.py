@@ -29,7 +29,8 @@ class PrunedLinear:
     tokens: int
     expert_tokens: int | None  # calibration tokens of its expert; None outside of experts
     pooled: bool  # pruned on the tokens of all experts
-    codes: GridCodes | None  # of stored_OI, where they were chosen
+    quant: str  # number format of its codes, where they are chosen, or empty
+    codes: GridCodes | None  # of stored_OI
 
     def broadcast(self, processes: ProcessGroup, owner: int, *, target: bool) -> PrunedLinear:
         """Return the owner's linear, in all processes.
@@ -44,10 +45,10 @@ class PrunedLinear:
             codes=processes.broadcast_object(self.codes, owner),
         )
 
-    def to_row(self, name: str, sparsity: float, quant: str) -> LinearRow:
+    def to_row(self, name: str, sparsity: float) -> LinearRow:
         actual_sparsity = float((self.stored_OI == 0).float().mean())
-        rounded = quant and actual_sparsity > sparsity
-        reason = f"codes of {quant} rounded to zero" if rounded else ""
+        rounded = self.quant and actual_sparsity > sparsity
+        reason = f"codes of {self.quant} rounded to zero" if rounded else ""
 
         return LinearRow(
             name=name,

@@ -156,11 +156,8 @@ class LinearPruner:
         """Return the pruned linear in its owner; elsewhere a placeholder of its shape."""
         weight_OI, target_OI, damping, codes = solved
         # Codes times a scale need more digits than bfloat16 has.
-        has_codes = self.quant_of(pair, linear)
-        if has_codes:
-            stored = torch.float32
-        else:
-            stored = pair.stored_dtype(f"{linear}.weight")
+        quant = self.quant_of(pair, linear)
+        stored = torch.float32 if quant else pair.stored_dtype(f"{linear}.weight")
         expert = find_expert(linear)
 
         return PrunedLinear(
@@ -172,6 +169,7 @@ class LinearPruner:
             statistic.tokens,
             expert_tokens=None if expert is None else pair.expert_tokens[expert],
             pooled=piece.pooled,
+            quant=quant,
             codes=codes,
         )
 

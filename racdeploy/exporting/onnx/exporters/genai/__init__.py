@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,8 @@ _TRANSPOSED = ".MatMul.weight"  # stored inputs first
 _KEYS = re.compile(r"^past_key_values\.(\d+)\.key$")
 
 
-def remove_padding(
-    file: Path, checkpoint: Checkpoint, find_checkpoint_name: Callable[[str], str], folder: Path
-) -> Path:
-    """Write the graph of a model into a new folder, given the padded graph, and return its file.
-
-    Args:
-        find_checkpoint_name: returns the checkpoint's name of an initializer.
-    """
+def _remove_padding(file: Path, checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write the graph of a model into a new folder, given the padded graph, and return its file."""
     folder.mkdir(parents=True)
     model = load_graph(file)
     _fit_attention(model.graph, checkpoint.shape)
@@ -54,22 +48,19 @@ def remove_padding(
 
     stored = list(model.graph.initializer)
     del model.graph.initializer[:]
-    arrays = _cut(stored, file.parent, checkpoint, find_checkpoint_name)
+    arrays = _cut(stored, file.parent, checkpoint)
     properties = read_properties(model)
     write_model(model, arrays, folder, file.name, lambda: properties)
     return folder / file.name
 
 
 def _cut(
-    stored: list[onnx.TensorProto],
-    folder: Path,
-    checkpoint: Checkpoint,
-    find_checkpoint_name: Callable[[str], str],
+    stored: list[onnx.TensorProto], folder: Path, checkpoint: Checkpoint
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield name and values of every initializer without padding."""
     for tensor in stored:
         values = read_array(tensor, folder)
-        source = find_checkpoint_name(tensor.name)
+        source = find_checkpoint_name(tensor.name, ())
 
         if source in checkpoint.entries:
             indices = find_axis_indices(checkpoint, source)
@@ -164,7 +155,6 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32 for CPU; an EngineError if it fails or writes no graph."""
-    check_environment()
     checkpoint = Checkpoint(prepared)
     if checkpoint.shape.is_uniform:
         return _run_builder(prepared, out)
@@ -175,9 +165,7 @@ def build(prepared: Path, out: Path) -> Path:
     )
     shutil.rmtree(scratch / prepared.name)  # before the next copy of the weights is written
 
-    graph = remove_padding(
-        padded_graph, checkpoint, lambda name: find_checkpoint_name(name, ()), out
-    )
+    graph = _remove_padding(padded_graph, checkpoint, out)
     shutil.rmtree(scratch)
     return graph
 

@@ -54,7 +54,6 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; an EngineError if it fails or writes no graph."""
-    check_environment()
     folders = [str(prepared), str(out)]
     child = "racdeploy.exporting.onnx.exporters.torch.child"
     return write_graph(child, folders, "torch's export", prepared, out)
