@@ -51,6 +51,7 @@ USED = {
     "structures": [[32, 32], [64, 64]],
     "criteria": [32, 32],
     "recover_methods": [True, True],
+    "objectives": [True, True],
     "prune_methods": [0.5, 0.5],
     "formats": ["gguf_twin/tiny.gguf", [6, 512]],
     "onnx_exporters": True,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PROBE_PROMPTS = 512
 """Maximum number of calibration prompts that judge a phase: always the first ones."""
-EVAL_TOKENS = (2_048, 16_384)
+MIN_EVAL_TOKENS, MAX_EVAL_TOKENS = 2_048, 16_384
 """Minimum and maximum tokens of held-out traces in each evaluation, in float32."""
 _MAX_LENGTH_RATIO = 1.05
 """Factor by which a phase may lengthen the thinking; a phase above it is undone."""
@@ -101,8 +101,7 @@ class RecoverStage:
         # All traces, beyond the token budget of pruning: more training data does no harm.
         chosen = select_traces(dense, self.calibration.model_copy(update={"max_tokens": 0}))
 
-        minimum, maximum = EVAL_TOKENS
-        eval_tokens = min(maximum, max(minimum, self.settings.tokens // 25))
+        eval_tokens = min(MAX_EVAL_TOKENS, max(MIN_EVAL_TOKENS, self.settings.tokens // 25))
         held_out = spread_evenly(chosen.held_out, eval_tokens)
         unseen = frozenset(trace.index for trace in chosen.held_out)
         if not held_out:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,37 @@ def use_recover_method(folder: Path) -> Any:
     first, *later = recovery.load("quarter").recover(training_run)
     found = [look.kl_nats or 0.0 for look in later]
     return [later[-1].tokens >= training_run.tokens, min(found) < (first.kl_nats or 0.0)]
+
+
+def use_objective(folder: Path) -> Any:
+    """Train by it; return how many tokens were learned, and whether that helped."""
+    place = folder / "objective"
+    place.mkdir()
+    training_run = make_training_run(place)
+    training_run = replace(
+        training_run,
+        objective="longest",
+        train_traces=_answer_alike(training_run.train_traces),
+        held_out=_answer_alike(training_run.held_out),
+    )
+    first, *later = recovery.load("full").recover(training_run)
+    found = [look.kl_nats or 0.0 for look in later]
+    return [later[-1].tokens >= training_run.tokens, min(found) < (first.kl_nats or 0.0)]
+
+
+def _answer_alike(traces: Sequence[Trace]) -> list[Trace]:
+    """Return two right answers of one token, of two lengths, to each prompt."""
+    return [
+        replace(
+            trace,
+            correct=True,
+            truncated=False,
+            thinking_tokens=length,
+            completion_ids=(7,) * (length + 2),
+        )
+        for trace in traces
+        for length in (20, 24)
+    ]
 
 
 def use_prune_method(folder: Path) -> Any:
@@ -253,6 +285,7 @@ USES: dict[str, Callable[[Path], Any]] = {
     "structures": use_structure,
     "criteria": use_criterion,
     "recover_methods": use_recover_method,
+    "objectives": use_objective,
     "prune_methods": use_prune_method,
     "allocations": use_allocation,
     "formats": use_format,
