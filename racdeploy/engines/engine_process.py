@@ -317,13 +317,7 @@ class PendingRequest:
 
 
 def _is_writable(stream: IO[bytes]) -> bool:
-    """Wait until a pipe takes _PIPE_BYTES, or return False after _STUCK_S.
-
-    Return True at once where the system cannot tell.
-    """
-    if not hasattr(select, "poll"):
-        return True
-
+    """Wait until a pipe takes _PIPE_BYTES, or return False after _STUCK_S."""
     poller = select.poll()
     poller.register(stream, select.POLLOUT)
     return bool(poller.poll(_STUCK_S * 1000.0))
@@ -368,5 +362,4 @@ def _leave_children() -> None:
 
 
 _children: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_children)
+os.register_at_fork(after_in_child=_leave_children)

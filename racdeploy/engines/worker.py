@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import resource
 import sys
 import threading
 import time
@@ -33,9 +34,6 @@ from racdeploy.errors import ArtifactError, EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.processes.messages import Header, read_message, reserve_pipes, write_message
 from racdeploy.sandbox.limits import StepLimit, limit_memory
-
-if sys.platform != "win32":
-    import resource
 
 _SEND_EVERY_S = 0.05  # too short for a human reader to notice
 
@@ -271,8 +269,7 @@ def _peak_rss_bytes() -> int:
 
     Not by getrusage on Linux: it includes the parent's memory before exec.
     """
-    peak_bytes = resident_bytes("VmHWM")
-    if peak_bytes or sys.platform == "win32":
+    if peak_bytes := resident_bytes("VmHWM"):
         return peak_bytes
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -288,9 +285,7 @@ def _die(failure: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """Reserve the pipes for messages, then answer requests until the process ends."""
     inbox, out = reserve_pipes()
-    if sys.platform != "win32":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
-
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
     threading.excepthook = _die
 
     # An import may start programs and write compiled files, so it comes before the restriction. If
