@@ -77,11 +77,6 @@ class CacheTensor:
         """Return an empty cache of ``rows`` sequences."""
         return np.zeros((rows, self.heads, length, self.head_size), dtype=self.dtype)
 
-    def view(self, buffer_L: Array, length: int) -> Array:
-        """Return the start of a flat buffer as the cache of one sequence."""
-        size = self.heads * length * self.head_size
-        return buffer_L[:size].reshape(1, self.heads, length, self.head_size)
-
 
 class DecoderGraph:
     """A session whose graph is a decoder with a key-value cache.
