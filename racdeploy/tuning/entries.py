@@ -20,6 +20,7 @@ from racdeploy.results.tuning import (
     Reached,
     ShareEstimate,
 )
+from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.race import Contestant, Scores
 from racdeploy.tuning.speed import DecodeSample
@@ -31,9 +32,8 @@ _MISSING_KL = 99.0  # nats, of a candidate without a measured KL
 
 @dataclass(frozen=True)
 class PredictedCost:
-    """Predicted file size, process memory and seconds per token of a candidate."""
+    """Predicted process memory and seconds per token of a candidate."""
 
-    size_bytes: int
     memory_bytes: int
     token_s: float
 
@@ -47,6 +47,7 @@ class Entry:
     """State of a candidate; ``reason`` is that of its rejection, empty while it may win."""
 
     spec: CandidateSpec
+    size: ArtifactSize
     cost: PredictedCost
     reached: Reached = "counted"
     reason: str = ""
@@ -68,9 +69,16 @@ class Entry:
         return not self.reason
 
     @property
+    def file_key(self) -> tuple[str, ...]:
+        """Equal for candidates with the same file: two presets may store all tensors alike."""
+        export = self.spec.recipe.export
+        formats = [tensor.actual_quant for tensor in self.size.tensors]
+        return self.spec.kind, str(export.rounding), *(formats or [export.quant])
+
+    @property
     def size_bytes(self) -> int:
         """Size of the artifact, measured if it was exported."""
-        return self.exported.size_bytes if self.exported else self.cost.size_bytes
+        return self.exported.size_bytes if self.exported else self.size.size_bytes
 
     @property
     def distance(self) -> float:

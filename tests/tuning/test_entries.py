@@ -11,6 +11,7 @@ from racdeploy.exporting import ExportResult
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.results.tuning import Constraints, Estimate, Objective
+from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.entries import (
     Entry,
@@ -34,8 +35,9 @@ def make_entry(
     **values: Any,
 ) -> Entry:
     """Return a candidate of which so much is known."""
-    cost = PredictedCost(size_bytes, 10 * size_bytes, 1 / speed)
-    return Entry(CandidateSpec(name, kind, {}, JOB), cost, kl_nats=kl_nats, **values)
+    size = ArtifactSize(size_bytes, size_bytes, JOB.checkpoint, {})
+    cost = PredictedCost(10 * size_bytes, 1 / speed)
+    return Entry(CandidateSpec(name, kind, {}, JOB), size, cost, kl_nats=kl_nats, **values)
 
 
 def _limits(objective: Objective = "accuracy", **limits: float) -> Constraints:
