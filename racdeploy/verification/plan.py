@@ -61,12 +61,9 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
     accuracy_power = paired.power(prompts, discordant, margin, confidence)
     drop = paired.smallest_detectable_drop(prompts, discordant, confidence, _TARGET_POWER)
 
-    length_limit = gate.limits(thinking.Limits).length_ratio
-    length_power = 0.0
     ratio = None
     if prompts > 1:  # one prompt has no spread
         deviation = expected.length_deviation
-        length_power = lengths.length_power(prompts, deviation, length_limit, confidence)
         smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence, _TARGET_POWER)
         ratio = round(smallest, 3)
 
@@ -79,7 +76,6 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
         "accuracy_margin": margin,
         "accuracy_power": round(accuracy_power, 3),
         "smallest_detectable_drop": round(drop, 4),
-        "length_ratio": length_limit,
-        "length_power": round(length_power, 3),
+        "length_ratio": gate.limits(thinking.Limits).length_ratio,
         "smallest_detectable_ratio": ratio,
     }
