@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -42,14 +43,14 @@ def _read_cache(folder: Path) -> tuple[int, tuple[str, int]]:
 
 def has_bfloat16() -> bool:
     """Return whether the processor has bfloat16 instructions; False if unknown."""
-    try:
-        lines = _CPU_INFO.read_text().splitlines()
-    except OSError:
-        return False
+    return not _BFLOAT16_FLAGS.isdisjoint(read_cpu_info("flags", "Features").split())
 
-    for line in lines:
-        name, _, flags = line.partition(":")
-        if name.strip() in {"flags", "Features"}:
-            return not _BFLOAT16_FLAGS.isdisjoint(flags.split())
 
-    return False
+def read_cpu_info(*names: str) -> str:
+    """Return the first value of one of these names in Linux's list; empty if unknown."""
+    with suppress(OSError):
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in names:
+                return value.strip()
+    return ""
