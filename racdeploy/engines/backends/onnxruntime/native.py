@@ -109,7 +109,16 @@ class SharedCache:
                 _bind(binding.bind_input, cache.past, rows)
                 _bind(binding.bind_output, cache.present, rows)
 
-        return _run_bound(self._graph, binding, feeds)
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+
+        T = feeds["input_ids"].shape[1]
+        with _run_errors(T, count, feeds["attention_mask"].shape[1] - T):
+            self._graph.session.run_with_iobinding(binding)
+
+        logits_BTV: Logits = binding.get_outputs()[-1].numpy().astype(np.float32, copy=False)
+        return logits_BTV
 
 
 class AppendedCache:
@@ -151,25 +160,6 @@ class AppendedCache:
 
 def _bind(bind: Callable[..., None], name: str, value: Array) -> None:
     bind(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
-
-
-def _run_bound(
-    graph: DecoderGraph, binding: onnxruntime.IOBinding, feeds: dict[str, Array]
-) -> Logits:
-    """Run the graph with its bound cache; return logits_BTV."""
-    B, T = feeds["input_ids"].shape
-    past = feeds["attention_mask"].shape[1] - T
-    shape = (B, graph.count_logits(feeds), graph.vocabulary)
-    logits_BTV = np.empty(shape, dtype=graph.logits_dtype)
-
-    for name, value in feeds.items():
-        _bind(binding.bind_input, name, value)
-    _bind(binding.bind_output, "logits", logits_BTV)
-
-    with _run_errors(T, B, past):
-        graph.session.run_with_iobinding(binding)
-
-    return logits_BTV.astype(np.float32, copy=False)
 
 
 def _run_errors(tokens: int, sequences: int, past: int) -> AbstractContextManager[None]:
