@@ -34,7 +34,6 @@ from racdeploy.tuning.candidates import MAX_BITS, CandidateSpec, propose_candida
 from racdeploy.tuning.dense_logits import DenseLogits, make_opener
 from racdeploy.tuning.entries import Entry, find_nearest, find_pareto_front, order_entries
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
-from racdeploy.tuning.predicted_cost import predict_cost
 from racdeploy.tuning.race import Race, Scores
 from racdeploy.tuning.speed import (
     ENGINE,
@@ -150,7 +149,8 @@ class Search:
             self.excluded[spec.name] = error.message
             return
 
-        entry = Entry(spec, size, predict_cost(self._device, spec, size))
+        entry = Entry(spec, size)
+        entry.predict(self._device)
         for earlier in self.entries:
             if earlier.file_key == entry.file_key:
                 entry.reject(f"the same file as {earlier.name}")
@@ -175,7 +175,7 @@ class Search:
                 self._device = load_or_measure_device(workspace, self.scratch, self._workload)
 
         for entry in self.entries:
-            entry.cost = predict_cost(self._device, entry.spec, entry.size)
+            entry.predict(self._device)
             entry.check(self._checked)
             self._tell(entry)
         self._refuse_impossible()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from racdeploy import quant as quants
@@ -120,8 +120,7 @@ def load_or_estimate_device(
 
 def _describe(workspace: Workspace, size: Workload) -> Mapping[str, object]:
     machine = fingerprint(EngineSettings(threads=workspace.threads))
-    workload = {"weights": size.weights, "blocks": size.blocks, "quants": list(size.quants)}
-    return identify_code(__name__) | {"machine": machine, **workload}
+    return identify_code(__name__) | {"machine": machine, **asdict(size)}
 
 
 def measure_device(

@@ -15,7 +15,6 @@ from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.entries import (
     Entry,
-    PredictedCost,
     find_nearest,
     find_pareto_front,
     order_entries,
@@ -36,8 +35,8 @@ def make_entry(
 ) -> Entry:
     """Return a candidate of which so much is known."""
     size = ArtifactSize(size_bytes, size_bytes, JOB.checkpoint, {})
-    cost = PredictedCost(10 * size_bytes, 1 / speed)
-    return Entry(CandidateSpec(name, kind, {}, JOB), size, cost, kl_nats=kl_nats, **values)
+    spec, memory_bytes = CandidateSpec(name, kind, {}, JOB), 10 * size_bytes
+    return Entry(spec, size, memory_bytes, 1 / speed, kl_nats=kl_nats, **values)
 
 
 def _limits(objective: Objective = "accuracy", **limits: float) -> Constraints:
