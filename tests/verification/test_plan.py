@@ -23,7 +23,6 @@ def test_the_plan_gives_power_and_what_can_be_seen() -> None:
     assert found["smallest_detectable_ratio"] == pytest.approx(
         smallest_detectable_ratio(200, 0.3), abs=5e-4
     )
-    assert found["expectation"] == "assumed"
 
 
 def test_one_prompt_decides_nothing() -> None:

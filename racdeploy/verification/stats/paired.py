@@ -22,7 +22,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from racdeploy.verification.stats import distributions
 from racdeploy.verification.stats.distributions import (
@@ -32,6 +32,9 @@ from racdeploy.verification.stats.distributions import (
 )
 from racdeploy.verification.stats.verdicts import ConfidenceInterval
 
+MAX_PROMPTS = 1_000_000
+"""Maximum number of prompts for :func:`power`."""
+Counts = float | Floats | NDArray[np.int64]
 _CONTINUITY = 0.5  # prompts
 _TARGET_POWER = 0.8
 _PROMPT_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
@@ -143,6 +146,9 @@ def power(
         drop: true drop, at most ``discordant_rate`` in size; at ``margin`` the result is the type-I
             error.
     """
+    if n > MAX_PROMPTS:
+        raise ValueError(f"n is {n}; power is computed up to {MAX_PROMPTS} prompts")
+
     quantile = normal_quantile(confidence)
     tail = (1 - confidence) / 2
     n10_rate, n01_rate = (discordant_rate + drop) / 2, (discordant_rate - drop) / 2
@@ -186,7 +192,7 @@ def smallest_detectable_drop(
 
 
 def tango_score(
-    n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
+    n10: Counts, n01: Counts, n: Counts, drop: float, continuity: float = 0.0
 ) -> Floats:
     """Return Tango's score of a hypothetical drop: its difference in standard deviations.
 
@@ -194,10 +200,6 @@ def tango_score(
         n10, n01, n: counts, broadcast against each other.
         continuity: flips by which the difference is reduced.
     """
-    n10 = np.asarray(n10, dtype=np.float64)
-    n01 = np.asarray(n01, dtype=np.float64)
-    n = np.asarray(n, dtype=np.float64)
-
     # The most likely p01 under the hypothesis is the larger root of 2n p² + b p + c = 0, written
     # so that no digits cancel.
     b = -n10 - n01 + (2 * n - n10 + n01) * drop

@@ -72,7 +72,6 @@ class Client:
         # The size of a compressed answer would need two limits: as sent and as decompressed.
         self._headers = {
             "Content-Type": "application/json",
-            "Accept": "application/json",
             "Accept-Encoding": "identity",
         }
         if self._key:
