@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from racdeploy.processes.cores import available_cores, last_level_cache_bytes
+from racdeploy.processes.cores import available_cores
 from racdeploy.processes.memory import free_bytes
 from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy_kernels.library import PROVE
+from racdeploy_kernels.processor_cache import last_level_cache_bytes
 
 MIN_SPEEDUP = 1.05  # less is within what one measurement differs from the next
 _MIN_BYTES = 72 << 20  # where the system does not say how large the cache is

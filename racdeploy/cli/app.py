@@ -7,9 +7,9 @@ and 130 after an interruption.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -111,16 +111,13 @@ def main() -> None:
 
 def _check_address_space() -> None:
     """Refuse a limit at which OpenBLAS, when numpy is imported, exits with 1 by itself."""
-    with suppress(ImportError):  # Windows has no limits
-        import resource
-
-        limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if 0 <= limit_bytes < _MIN_ADDRESS_BYTES:
-            raise EnvironmentFailure(
-                "address-space-too-small",
-                f"this process may use {limit_bytes / 1e6:.0f} MB of addresses, too few to start",
-                remedy="raise the limit, as with ulimit -v unlimited",
-            )
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit_bytes < _MIN_ADDRESS_BYTES:
+        raise EnvironmentFailure(
+            "address-space-too-small",
+            f"this process may use {limit_bytes / 1e6:.0f} MB of addresses, too few to start",
+            remedy="raise the limit, as with ulimit -v unlimited",
+        )
 
 
 def _run() -> Any:

@@ -218,7 +218,7 @@ class Chat:
 
 def _talk_in_terminal(talk: Chat, model: Model) -> None:
     """Read lines with history; an error ends its line, not the conversation."""
-    with suppress(ImportError):  # Windows has none
+    with suppress(ImportError):  # a Python that was built without it
         import readline  # noqa: F401 - input() uses it once it is imported
 
     name = model.manifest.base.get("model", "a bundle")

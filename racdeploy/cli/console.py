@@ -186,8 +186,7 @@ def _ended_by_signals() -> Iterator[None]:
 
     A signal that is ignored, as under nohup, or has another handler is left alone.
     """
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
+    numbers = (signal.SIGTERM, signal.SIGHUP)
     default_signals = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         default_signals = []

@@ -64,8 +64,8 @@ def _examine_work() -> Finding:
 
 def _examine_cores() -> Finding:
     products = "with" if has_bfloat16() else "without"
-    busy = f", {os.getloadavg()[0]:.1f} busy" if hasattr(os, "getloadavg") else ""
-    cores = f"{available_cores()} of {os.cpu_count()} cores{busy}"
+    busy = f"{os.getloadavg()[0]:.1f} busy"
+    cores = f"{available_cores()} of {os.cpu_count()} cores, {busy}"
     return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
 
 

@@ -86,6 +86,6 @@ def _draw(page: Path, text: str) -> Path:
 
 def _has_display() -> bool:
     """Return True if there is a display; without one, Linux may start a text browser."""
-    if sys.platform in ("darwin", "win32"):
+    if sys.platform == "darwin":
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import IO, Any
 
-from racdeploy.errors import ArtifactError, EngineError, ForkedError
+from racdeploy.errors import EngineError, ForkedError
 from racdeploy.processes.child_process import clean_environment, describe_exit, start_module
-from racdeploy.processes.messages import Message, encode_message, read_message
+from racdeploy.processes.messages import Message, encode_message, read_message, rebuild_error
 
 ResponseQueue = queue.SimpleQueue[Message | None]
 
@@ -259,8 +259,8 @@ class PendingRequest:
     """A request that was sent. Iterating yields its responses up to ``done``, and None meanwhile.
 
     Raises:
-        ArtifactError: a file is damaged.
-        EngineError: the engine refused, or its process died.
+        RacdeployError: as in the child.
+        EngineError: its process died.
     """
 
     child: EngineProcess
@@ -310,20 +310,13 @@ class PendingRequest:
         header, _ = response
         self.is_done = header["event"] in ("done", "error")
         if header["event"] == "error":
-            kind = ArtifactError if header["damaged"] else EngineError
-            raise kind(header["code"], header["message"], remedy=header["remedy"])
+            raise rebuild_error(header)
 
         return response
 
 
 def _is_writable(stream: IO[bytes]) -> bool:
-    """Wait until a pipe takes _PIPE_BYTES, or return False after _STUCK_S.
-
-    Return True at once where the system cannot tell.
-    """
-    if not hasattr(select, "poll"):
-        return True
-
+    """Wait until a pipe takes _PIPE_BYTES, or return False after _STUCK_S."""
     poller = select.poll()
     poller.register(stream, select.POLLOUT)
     return bool(poller.poll(_STUCK_S * 1000.0))
@@ -368,5 +361,4 @@ def _leave_children() -> None:
 
 
 _children: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_children)
+os.register_at_fork(after_in_child=_leave_children)

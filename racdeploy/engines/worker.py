@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import resource
 import sys
 import threading
 import time
@@ -29,13 +30,16 @@ from racdeploy.engines.engine import (
     ThinkingBudget,
 )
 from racdeploy.engines.sequence import GeneratedSequence
-from racdeploy.errors import ArtifactError, EngineError, RacdeployError
+from racdeploy.errors import EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.processes.messages import Header, read_message, reserve_pipes, write_message
+from racdeploy.processes.messages import (
+    Header,
+    describe_error,
+    read_message,
+    reserve_pipes,
+    write_message,
+)
 from racdeploy.sandbox.limits import StepLimit, limit_memory
-
-if sys.platform != "win32":
-    import resource
 
 _SEND_EVERY_S = 0.05  # too short for a human reader to notice
 
@@ -135,14 +139,14 @@ class _Worker:
             try:
                 answer = carry_out(request)
             except RacdeployError as error:
-                self._send_error(call, error)
+                self._send(call, "error", **describe_error(error))
             except MemoryError:
                 out_of_memory = EngineError(
                     "memory-limit-exceeded",
                     "the model needs more memory than its process may use",
                     remedy="if you trust it, load it with a higher memory_limit_bytes",
                 )
-                self._send_error(call, out_of_memory)
+                self._send(call, "error", **describe_error(out_of_memory))
             else:
                 if answer is not None:
                     self._send_done(call, answer)
@@ -235,7 +239,7 @@ class _Worker:
                 self._stats["generated_tokens"] += len(sequence.ids)
 
         if job.error is not None:
-            self._send_error(call, job.error)
+            self._send(call, "error", **describe_error(job.error))
             return
 
         completions = [sequence.completion() for sequence in job.sequences]
@@ -244,17 +248,6 @@ class _Worker:
     def _send_done(self, call: int, answer: Mapping[str, Any]) -> None:
         stats = {**self._stats, **self._batcher.seconds, "peak_rss_bytes": _peak_rss_bytes()}
         self._send(call, "done", stats=stats, **answer)
-
-    def _send_error(self, call: int, error: RacdeployError) -> None:
-        damaged = isinstance(error, ArtifactError)
-        self._send(
-            call,
-            "error",
-            code=error.code,
-            message=error.message,
-            remedy=error.remedy,
-            damaged=damaged,
-        )
 
     def _send(self, call: int, event: str, payload: bytes = b"", **values: Any) -> None:
         header = {"call": call, "event": event, **values}
@@ -271,8 +264,7 @@ def _peak_rss_bytes() -> int:
 
     Not by getrusage on Linux: it includes the parent's memory before exec.
     """
-    peak_bytes = resident_bytes("VmHWM")
-    if peak_bytes or sys.platform == "win32":
+    if peak_bytes := resident_bytes("VmHWM"):
         return peak_bytes
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -288,9 +280,7 @@ def _die(failure: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """Reserve the pipes for messages, then answer requests until the process ends."""
     inbox, out = reserve_pipes()
-    if sys.platform != "win32":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
-
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an abort is expected
     threading.excepthook = _die
 
     # An import may start programs and write compiled files, so it comes before the restriction. If

@@ -143,8 +143,7 @@ def _renew_starter() -> None:
 
 
 _starter = _Starter()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_starter)
+os.register_at_fork(after_in_child=_renew_starter)
 
 
 def run_module(

@@ -5,22 +5,19 @@ starts children from a thread that lives as long as its process. On other system
 notice the end of a pipe.
 
 ``MEMORY`` limits the private, writable memory of the process and all that it starts, in bytes,
-Python and its libraries included (only on Linux). ``SECONDS`` limits processor time. 0 is no limit,
-and Windows has neither.
+Python and its libraries included (only on Linux). ``SECONDS`` limits processor time. 0 is no limit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import runpy
 import signal
 import sys
 import time
 from pathlib import Path
-
-if sys.platform != "win32":
-    import resource
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EXIT_S = 0.1
@@ -53,9 +50,6 @@ def _is_running(pid: int) -> bool:
 
 def set_limits(memory_bytes: int, seconds: int) -> None:
     """Set soft limits; hard ones stay, so that SIGXCPU and not SIGKILL ends the process."""
-    if sys.platform == "win32":
-        return
-
     limits = {resource.RLIMIT_DATA: memory_bytes, resource.RLIMIT_CPU: seconds}
     for kind, soft in (limits | {resource.RLIMIT_CORE: 0}).items():
         _, hard = resource.getrlimit(kind)

@@ -15,18 +15,17 @@ _TOP_PAD_BYTES = 64 * 1024 * 1024
 _MIN_MAPPED_BYTES = 128 * 1024  # glibc's default; unless set, it rises as blocks are freed
 
 
-def keep_heap() -> bool:
-    """Keep freed memory in the heap; return whether that worked (glibc only)."""
-    return _set_options({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD_BYTES})
+def keep_heap() -> None:
+    """Keep freed memory in the heap (glibc only)."""
+    _set_options({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD_BYTES})
 
 
-def return_freed_memory() -> bool:
-    """Return freed tensors to the kernel at once; return whether that worked (glibc only)."""
-    return _set_options({_M_MMAP_THRESHOLD: _MIN_MAPPED_BYTES})
+def return_freed_memory() -> None:
+    """Return freed tensors to the kernel at once (glibc only)."""
+    _set_options({_M_MMAP_THRESHOLD: _MIN_MAPPED_BYTES})
 
 
-def _set_options(settings: Mapping[int, int]) -> bool:
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(option, value) == 1 for option, value in settings.items())
+def _set_options(settings: Mapping[int, int]) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in settings.items():
+            ctypes.CDLL(None).mallopt(option, value)

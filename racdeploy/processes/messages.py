@@ -12,6 +12,9 @@ import struct
 from collections.abc import Mapping
 from typing import IO, Any, BinaryIO, Protocol
 
+from racdeploy import errors
+from racdeploy.errors import RacdeployError
+
 _LENGTHS = struct.Struct("<IQ")
 _CHUNK_BYTES = 1 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -75,6 +78,24 @@ def read_message(stream: SupportsRead, max_bytes: int = 0) -> Message | None:
         return None
 
     return json.loads(text), payload
+
+
+def describe_error(error: RacdeployError) -> Header:
+    """Return an error as values of a header, for :func:`rebuild_error`."""
+    return {
+        "raised": type(error).__name__,
+        "code": error.code,
+        "message": error.message,
+        "remedy": error.remedy,
+    }
+
+
+def rebuild_error(header: Header) -> RacdeployError:
+    """Return an error as it was raised in the other process."""
+    kind = getattr(errors, header["raised"])
+    error: RacdeployError = kind.__new__(kind)
+    RacdeployError.__init__(error, header["code"], header["message"], remedy=header["remedy"])
+    return error
 
 
 def _read(stream: SupportsRead, count: int) -> bytes:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from racdeploy import errors
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError
 from racdeploy.processes.child_process import (
     clean_environment,
@@ -20,7 +19,7 @@ from racdeploy.processes.child_process import (
     describe_exit,
     start_module,
 )
-from racdeploy.processes.messages import Header, Message, write_message
+from racdeploy.processes.messages import Header, Message, rebuild_error, write_message
 from racdeploy.sandbox.pipe import AnswerPipe
 
 DEFAULT_MEMORY_BYTES = 128 * 2**20
@@ -259,7 +258,7 @@ class _Process:
         if "failed" in header:
             raise request.make_error(header["failed"])
         if "raised" in header:
-            raise _rebuild(header)
+            raise rebuild_error(header)
         return answer
 
     def _describe_end(self, request: SandboxRequest) -> str:
@@ -267,14 +266,6 @@ class _Process:
         if end == _TIME_LIMIT_SIGNAL:
             return f"it took more than {request.seconds:.1f} s of processor time"
         return f"its process, which may take {self._megabytes} MB, died with {end}"
-
-
-def _rebuild(header: Header) -> RacdeployError:
-    """Return an error as it was raised in the process."""
-    kind = getattr(errors, header["raised"])
-    error: RacdeployError = kind.__new__(kind)
-    RacdeployError.__init__(error, header["code"], header["message"], remedy=header["remedy"])
-    return error
 
 
 def _feed(stream: BinaryIO, requests: Sequence[SandboxRequest]) -> None:

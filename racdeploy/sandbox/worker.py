@@ -13,7 +13,14 @@ import sys
 from collections.abc import Callable, Mapping
 
 from racdeploy.errors import RacdeployError
-from racdeploy.processes.messages import Header, Message, read_message, reserve_pipes, write_message
+from racdeploy.processes.messages import (
+    Header,
+    Message,
+    describe_error,
+    read_message,
+    reserve_pipes,
+    write_message,
+)
 from racdeploy.sandbox.limits import confine, limit_cpu_time
 
 Operations = Mapping[str, Callable[[Header, bytes], Message]]
@@ -41,13 +48,7 @@ def _carry_out(operations: Operations, header: Header, payload: bytes) -> Messag
         limit_cpu_time(header["seconds"])
         return operations[header["op"]](header, payload)
     except RacdeployError as error:
-        name = type(error).__name__
-        return {
-            "raised": name,
-            "code": error.code,
-            "message": error.message,
-            "remedy": error.remedy,
-        }, b""
+        return describe_error(error), b""
     except MemoryError:
         return {"failed": "it needed more memory than its process may use"}, b""
     except BaseException as error:  # noqa: BLE001 - a native panic is no Exception

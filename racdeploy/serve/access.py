@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from racdeploy.processes.access import is_loopback
 from racdeploy.serve.answers import error_body
 
 _OPEN_PATHS = ("/health",)
@@ -53,13 +53,3 @@ def refuse_other_hosts(scope: Scope) -> Response | None:
 
     message = f"the server has no API key, so it answers to localhost only, not to {host[:100]!r}"
     return JSONResponse(error_body(403, message), 403)
-
-
-def is_loopback(host: str) -> bool:
-    """Return True for localhost and loopback addresses."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

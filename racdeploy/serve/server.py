@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -24,9 +23,9 @@ from typing import Any
 import uvicorn
 
 from racdeploy.errors import EngineError, EnvironmentFailure, RacdeployError, UsageError
+from racdeploy.processes.access import is_loopback, read_key
 from racdeploy.runtime import Model, load
 from racdeploy.runtime.streams import DaemonThreadPool
-from racdeploy.serve.access import is_loopback
 from racdeploy.serve.app import ServedModel, make_app
 from racdeploy.serve.connections import MAX_HEADER_BYTES, LimitedConnection
 from racdeploy.sparse_kernels import AccelMode
@@ -66,7 +65,7 @@ def serve(
         EnvironmentFailure: the address cannot be bound.
         EngineError: the engine died, and the model cannot be loaded again.
     """
-    key = _read_key(key_env)
+    key = read_key(key_env)
     if not key and not is_loopback(host):
         raise UsageError(
             "no-api-key",
@@ -197,20 +196,6 @@ class BundleServer(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self.signal = self.signal or number
-
-
-def _read_key(name: str) -> str:
-    if not name:
-        return ""
-
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise UsageError(
-            "api-key-not-set",
-            f"{name} is not set, so there is no API key",
-            remedy=f"export {name}=…",
-        )
-    return key
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -25,7 +25,7 @@ from racdeploy.pipeline.naming import list_metadata
 from racdeploy.pipeline.structure import expect_shape
 from racdeploy.pruning.structure.layout import UnitLayout
 from racdeploy.pruning.structures import vocabulary
-from racdeploy.pruning.walk.assemble import CutShape, assemble_zero_filled
+from racdeploy.pruning.walk.assemble import assemble_zero_filled
 
 _EMBEDDINGS = ("token_embd", "per_layer_token_embd")  # of which a token reads one row
 
@@ -126,7 +126,11 @@ class SizePredictor:
         checkpoint = job.checkpoint
         if structure.cut_parts:
             shape = expect_shape(checkpoint.shape, structure, _make_unequal)
-            checkpoint = self._sketch(checkpoint, key, shape)
+            if shape.sizes != checkpoint.shape.sizes:
+                folder = self._scratch / key
+                if not folder.is_dir():
+                    assemble_zero_filled(checkpoint, folder, shape)
+                checkpoint = Checkpoint(folder)
         if old_ids is not None:
             folder = self._scratch / f"{key}-tokens"
             vocabulary.rewrite(checkpoint, old_ids, folder, zero_filled=True)
@@ -136,14 +140,6 @@ class SizePredictor:
         model = FileSizes(checkpoint, export.pre_tokenizer, approximate=approximate)
         self._models[key] = model
         return model
-
-    def _sketch(self, checkpoint: Checkpoint, key: str, shape: CutShape) -> Checkpoint:
-        if shape.sizes == checkpoint.shape.sizes:
-            return checkpoint
-        folder = self._scratch / key
-        return Checkpoint(
-            folder if folder.is_dir() else assemble_zero_filled(checkpoint, folder, shape)
-        )
 
 
 def count_read_bytes(shape: ModelShape, tensors: Sequence[GgufTensorPlan]) -> Mapping[str, float]:

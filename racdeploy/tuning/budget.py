@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -40,16 +40,15 @@ class Budget:
 
     budget_s: float
     expected_s: dict[str, float] = field(default_factory=dict)
-    now: Callable[[], float] = time.monotonic
     seconds: dict[str, float] = field(default_factory=dict)
     pace: float = 1.0  # real over expected time, of the slowest stage so far
 
     def __post_init__(self) -> None:
-        self._began = self.now()
+        self._began = time.monotonic()
 
     @property
     def elapsed_s(self) -> float:
-        return self.now() - self._began
+        return time.monotonic() - self._began
 
     def remaining_s(self, stage: str) -> float:
         """Return the seconds left for a stage, after a reserve for the later ones."""
@@ -83,9 +82,9 @@ class Budget:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the duration of the ``with`` body to a stage's seconds."""
-        began = self.now()
+        began = time.monotonic()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 @dataclass(frozen=True)

@@ -20,34 +20,28 @@ from racdeploy.results.tuning import (
     Reached,
     ShareEstimate,
 )
+from racdeploy.targets import Device
+from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.race import Contestant, Scores
-from racdeploy.tuning.speed import DecodeSample
+from racdeploy.tuning.speed import DecodeSample, predict_memory, predict_token_s
 from racdeploy.verification.stats.costs import cost_per_success
 from racdeploy.verification.stats.paired import wilson_interval
 
 _MISSING_KL = 99.0  # nats, of a candidate without a measured KL
 
 
-@dataclass(frozen=True)
-class PredictedCost:
-    """Predicted file size, process memory and seconds per token of a candidate."""
-
-    size_bytes: int
-    memory_bytes: int
-    token_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return 1 / self.token_s
-
-
 @dataclass
 class Entry:
-    """State of a candidate; ``reason`` is that of its rejection, empty while it may win."""
+    """State of a candidate; ``reason`` is that of its rejection, empty while it may win.
+
+    ``size``, ``memory_bytes`` of the process and ``token_s`` on the device are predicted.
+    """
 
     spec: CandidateSpec
-    cost: PredictedCost
+    size: ArtifactSize
+    memory_bytes: int = 0
+    token_s: float = 0.0
     reached: Reached = "counted"
     reason: str = ""
     meets_limits: bool = True
@@ -59,6 +53,22 @@ class Entry:
         default=None, repr=False
     )  # one sequence on this machine
 
+    def predict(self, device: Device) -> None:
+        """Predict memory, with a key-value cache of full length, and seconds per token."""
+        self.token_s = predict_token_s(device, self.size.read_bytes)
+        self.memory_bytes = predict_memory(
+            device,
+            self.size.checkpoint.shape,
+            self.size.plain_bytes,
+            self.size.read_bytes,
+            self.spec.recipe.verify.context_tokens,
+            self.spec.job.backend,
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.token_s
+
     @property
     def name(self) -> str:
         return self.spec.name
@@ -68,9 +78,16 @@ class Entry:
         return not self.reason
 
     @property
+    def file_key(self) -> tuple[str, ...]:
+        """Equal for candidates with the same file: two presets may store all tensors alike."""
+        export = self.spec.recipe.export
+        formats = [tensor.actual_quant for tensor in self.size.tensors]
+        return self.spec.kind, str(export.rounding), *(formats or [export.quant])
+
+    @property
     def size_bytes(self) -> int:
         """Size of the artifact, measured if it was exported."""
-        return self.exported.size_bytes if self.exported else self.cost.size_bytes
+        return self.exported.size_bytes if self.exported else self.size.size_bytes
 
     @property
     def distance(self) -> float:
@@ -95,8 +112,8 @@ class Entry:
 
     def as_contestant(self) -> Contestant:
         """Return its data for the race."""
-        cost, dense = self.cost.token_s, self.spec.dense
-        return Contestant(self.name, self.size_bytes, cost, self.distance, dense)
+        size_bytes, dense = self.size_bytes, self.spec.dense
+        return Contestant(self.name, size_bytes, self.token_s, self.distance, dense)
 
     def as_row(self) -> Candidate:
         """Return its row of the search's result."""
@@ -109,12 +126,12 @@ class Entry:
             reason=self.reason,
             size_bytes=self.size_bytes,
             size_measured=self.exported is not None,
-            memory_bytes=self.cost.memory_bytes,
-            tokens_per_s=self.cost.tokens_per_s,
+            memory_bytes=self.memory_bytes,
+            tokens_per_s=self.tokens_per_s,
             measured_tokens_per_s=1 / alone.token_s if alone else None,
             kl_nats=self.kl_nats,
             meets_limits=self.meets_limits,
-            **_count(self.scores, self.cost.token_s),
+            **_count(self.scores, self.token_s),
         )
 
 
@@ -147,8 +164,8 @@ class _BrokenLimit(NamedTuple):
 
 def _list_broken(entry: Entry, limits: Constraints) -> list[_BrokenLimit]:
     size = entry.size_bytes
-    memory = entry.cost.memory_bytes
-    speed = entry.cost.tokens_per_s
+    memory = entry.memory_bytes
+    speed = entry.tokens_per_s
     broken = []
 
     if (limit := limits.max_bytes) and size > limit:
@@ -182,7 +199,7 @@ def find_pareto_front(entries: Iterable[Entry]) -> frozenset[str]:
     """Return the names on the Pareto front of size, speed and KL."""
     qualities = {}
     for entry in entries:
-        qualities[entry.name] = (-entry.size_bytes, entry.cost.tokens_per_s, -entry.distance)
+        qualities[entry.name] = (-entry.size_bytes, entry.tokens_per_s, -entry.distance)
     return find_non_dominated(qualities)
 
 
@@ -190,7 +207,7 @@ def order_entries(entries: Iterable[Entry], objective: Objective) -> list[Entry]
     """Return candidates in the order of their making: kinds take turns, dense ones first.
 
     For accuracy, the largest of each kind goes first. Otherwise the useful size is not known yet:
-    the middle one goes first, then both ends, then those between, as in a bisection.
+    the middle one goes first, then both ends, then those between.
     """
     entries_by_kind: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -199,22 +216,9 @@ def order_entries(entries: Iterable[Entry], objective: Objective) -> list[Entry]
     rows = []
     for group in entries_by_kind.values():
         group.sort(key=lambda entry: -entry.size_bytes)
-        rows.append(group if objective == "accuracy" else _bisect(group))
+        first = () if objective == "accuracy" else (len(group) // 2, -1, 0)
+        in_order = [*(group[index] for index in first), *group]
+        rows.append([*{entry.name: entry for entry in in_order}.values()])
 
     turns = zip_longest(*rows)
     return [entry for turn in turns for entry in turn if entry]
-
-
-def _bisect(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the middle entry, the last, the first, then the middles of ever smaller spans."""
-    last = len(entries) - 1
-    indices = [last // 2, last, 0]
-    spans = [(0, last // 2), (last // 2, last)]
-
-    for low, high in spans:
-        middle = (low + high) // 2
-        if middle not in (low, high):
-            indices.append(middle)
-            spans += [(low, middle), (middle, high)]
-
-    return [entries[index] for index in dict.fromkeys(indices)]

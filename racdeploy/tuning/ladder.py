@@ -172,8 +172,7 @@ class Ladder:
     def _choose(self, names: list[str]) -> tuple[int, list[str]]:
         """Return the index of the rung to try first, and notes on the divergences measured.
 
-        The narrowest is measured first, then half of what is left each time: a wider rung is taken
-        to diverge less. The widest needs no measurement.
+        They are measured from the narrowest on; the widest needs no measurement.
         """
         notes = []
 
@@ -183,17 +182,10 @@ class Ladder:
             notes.append(f"{names[index]}: KL from the dense model {', '.join(measured)}")
             return all(kl[kind] <= MAX_KL[kind] for kind in MAX_KL)
 
-        low, high = 0, len(names) - 1
-        if high == 0 or is_near(high):
-            return high, notes
-        high -= 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if is_near(middle):
-                low = middle
-            else:
-                high = middle - 1
-        return low, notes
+        index = len(names) - 1
+        while index and not is_near(index):
+            index -= 1
+        return index, notes
 
     def _measure_kl(self, build: Build) -> dict[str, float]:
         """Return the mean KL of a rung's pruned model on both kinds of text, measured once."""

@@ -62,24 +62,15 @@ def widen_tensors(
 
 def _list_by_need(tensors: Sequence[GgufTensorPlan]) -> list[GgufTensorPlan]:
     """Return the tensors of blocks, the most sensitive ones first."""
-    ranked: list[tuple[int, int, int, GgufTensorPlan]] = []
-    last = max((int(match[1]) for match in map(_match, tensors) if match), default=0)
+    matches = [(_BLOCK.match(tensor.name), tensor) for tensor in tensors]
+    rows = [(int(match[1]), match[2], tensor) for match, tensor in matches if match]
+    last = max((block for block, _, _ in rows), default=0)
 
-    for tensor in tensors:
-        if match := _match(tensor):
-            block = int(match[1])
-            kind = match[2]
-            if kind in _SENSITIVE:
-                need = _SENSITIVE.index(kind)
-            else:
-                need = len(_SENSITIVE)
-            ranked.append((need, min(block, last - block), len(ranked), tensor))
+    def measure_need(row: tuple[int, str, GgufTensorPlan]) -> tuple[int, int]:
+        block, kind, _ = row
+        return [*_SENSITIVE, kind].index(kind), min(block, last - block)
 
-    return [tensor for *_, tensor in sorted(ranked)]
-
-
-def _match(tensor: GgufTensorPlan) -> re.Match[str] | None:
-    return _BLOCK.match(tensor.name)
+    return [tensor for _, _, tensor in sorted(rows, key=measure_need)]
 
 
 def propose_mixed_quant(
@@ -93,10 +84,10 @@ def propose_mixed_quant(
     if recipe.export.format != "gguf" or recipe.export.packing != "plain":
         return None
 
-    bits = quant.load(presets.read(recipe.export.quant).quant).BITS
+    own_bits = quant.load(presets.read(recipe.export.quant).quant).BITS
     stored = packings.list_supported("gguf", "quant")
-    available = [name for name in list_quants(recipe) if name in stored]
-    wider = [name for name in available if bits < quant.load(name).BITS]
+    bits = {name: quant.load(name).BITS for name in list_quants(recipe) if name in stored}
+    wider = [name for name in bits if own_bits < bits[name]]
 
     # Pruning may give blocks different widths, known only later: then these tensors stay as they
     # are, or the size of the mix could not be predicted.
@@ -105,7 +96,7 @@ def propose_mixed_quant(
     if is_free:
         fixed = [each for each in fixed if ".ffn_" not in each.name]
 
-    for name in sorted(wider, key=lambda each: quant.load(each).BITS):
+    for name in sorted(wider, key=bits.__getitem__):
         tensors = widen_tensors(fixed, name, max_bytes - size.size_bytes)
         if not tensors:
             continue

@@ -1,6 +1,6 @@
 """Predict the tensors and the size of an ONNX graph before the exporter writes it.
 
-The bytes of weights are exact; those of nodes, names and shapes are approximate.
+The bytes of weights are exact but for rounding; those of nodes, names and shapes are approximate.
 """
 
 from __future__ import annotations
@@ -40,33 +40,21 @@ def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
 def estimate_graph_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> int:
     """Return the approximate bytes of a graph with its weights."""
     shape = checkpoint.shape
+    weights_bytes = sum(map(count_bytes, tensors))
     # Rotary embeddings are float32 tables of cosines and sines over all positions.
-    total = _FLOAT_BYTES * shape.max_positions * shape.head_dim
-    arrays = 2
+    tables_bytes = _FLOAT_BYTES * shape.max_positions * shape.head_dim
+    arrays = 2 + sum(1 + tensor.is_matmulnbits for tensor in tensors)
 
-    for tensor in tensors:
-        array_bytes = list_array_bytes(tensor)
-        total += sum(array_bytes)
-        arrays += len(array_bytes)
-
-    total += len(dump_tensors(list(tensors)).encode())
-    return total + _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
+    nodes_bytes = _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
+    return round(weights_bytes) + tables_bytes + nodes_bytes + len(dump_tensors(list(tensors)))
 
 
-def list_array_bytes(tensor: GraphTensor) -> list[int]:
-    """Return the bytes of a tensor's arrays: codes, float32 scales, zero points."""
-    count = math.prod(tensor.shape)
-    if not tensor.is_matmulnbits:
-        return [round(quants.load(tensor.quant).BITS / 8 * count)]
-
-    rows, columns = tensor.shape
-    quant = quants.load_matmulnbits(tensor.quant)
-    groups = columns // BLOCK_SIZE
-
-    arrays = [count * quant.CODE_BITS // 8, _FLOAT_BYTES * rows * groups]
-    if quant.ZERO_POINTS:
-        arrays.append(rows * -(-groups * quant.CODE_BITS // 8))
-    return arrays
+def count_bytes(tensor: GraphTensor) -> float:
+    """Return the bytes of a tensor's arrays; ``BITS`` counts scales of half precision."""
+    bits = quants.load(tensor.quant).BITS
+    if tensor.is_matmulnbits:  # float32 scales
+        bits += 16 / BLOCK_SIZE
+    return math.prod(tensor.shape) * bits / 8
 
 
 def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> Mapping[str, float]:
@@ -75,5 +63,5 @@ def count_read_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor]) -> 
     for tensor in tensors:
         if not tensor.is_embedding or checkpoint.tied:
             share = checkpoint.shape.active_share(tensor.name)
-            read[tensor.quant] += share * sum(list_array_bytes(tensor))
+            read[tensor.quant] += share * count_bytes(tensor)
     return read

@@ -28,12 +28,12 @@ from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.tuning.artifact_sizes import SizePredictor
 from racdeploy.tuning.budget import Budget, check_held_out, estimate_min_seconds
 from racdeploy.tuning.candidates import MAX_BITS, CandidateSpec, propose_candidates
 from racdeploy.tuning.dense_logits import DenseLogits, make_opener
 from racdeploy.tuning.entries import Entry, find_nearest, find_pareto_front, order_entries
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
-from racdeploy.tuning.predicted_cost import CostPredictor
 from racdeploy.tuning.race import Race, Scores
 from racdeploy.tuning.speed import (
     ENGINE,
@@ -80,7 +80,8 @@ class Search:
         self._local_device = load_or_estimate_device(
             self._workspace, self._workload, self.job.backend
         )
-        self._predictor = CostPredictor(self.scratch, self.target.device or self._local_device)
+        self._device = self.target.device or self._local_device
+        self._sizes = SizePredictor(self.scratch)
 
     @cached_property
     def target(self) -> Target:
@@ -91,7 +92,7 @@ class Search:
     def measures_device(self) -> bool:
         """True if the device is this machine and has not been measured yet."""
         is_local = self.target.device is None and self.job.backend == ENGINE
-        return is_local and not self._predictor.device.measured
+        return is_local and not self._device.measured
 
     @cached_property
     def limits(self) -> Constraints:
@@ -130,8 +131,7 @@ class Search:
         if not traces:
             check_held_out(self.job)
 
-        read_bytes = self._predictor.size(self.reference.spec).read_bytes
-        token_s = predict_token_s(self._local_device, read_bytes)
+        token_s = predict_token_s(self._local_device, self.reference.size.read_bytes)
         self.budget.expected_s = estimate_min_seconds(
             self.job,
             token_s,
@@ -144,13 +144,16 @@ class Search:
     def _enter(self, spec: CandidateSpec) -> None:
         """Add a candidate with its predicted cost; reject duplicates and those over the limits."""
         try:
-            entry = Entry(spec, self._predictor.predict(spec))
+            size = self._sizes.predict(spec.job)
         except UsageError as error:
             self.excluded[spec.name] = error.message
             return
 
-        if twin := self._predictor.find_duplicate(spec):
-            entry.reject(f"the same file as {twin}")
+        entry = Entry(spec, size)
+        entry.predict(self._device)
+        for earlier in self.entries:
+            if earlier.file_key == entry.file_key:
+                entry.reject(f"the same file as {earlier.name}")
         entry.check(self._checked)
         self.entries.append(entry)
 
@@ -161,8 +164,7 @@ class Search:
             widest[entry.spec.kind] = entry
 
         for entry in widest.values():
-            size = self._predictor.size(entry.spec)
-            if spec := propose_mixed_quant(entry.spec, size, max_bytes):
+            if spec := propose_mixed_quant(entry.spec, entry.size, max_bytes):
                 self._enter(spec)
 
     def measure(self) -> None:
@@ -170,12 +172,10 @@ class Search:
         with self.budget.stage("measure"):
             if self.measures_device:
                 workspace = replace(self._workspace, progress=self.report)
-                self._predictor.device = load_or_measure_device(
-                    workspace, self.scratch, self._workload
-                )
+                self._device = load_or_measure_device(workspace, self.scratch, self._workload)
 
         for entry in self.entries:
-            entry.cost = self._predictor.predict(entry.spec)
+            entry.predict(self._device)
             entry.check(self._checked)
             self._tell(entry)
         self._refuse_impossible()
@@ -338,7 +338,7 @@ class Search:
     def reference(self) -> Entry:
         """The dense model in its widest format, even if it breaks the limits."""
         dense = [entry for entry in self.entries if entry.spec.dense]
-        return max(dense, key=lambda entry: entry.cost.size_bytes)
+        return max(dense, key=lambda entry: entry.size.size_bytes)
 
     @cached_property
     def prompts(self) -> list[Problem]:
@@ -384,7 +384,7 @@ class Search:
     @property
     def device_row(self) -> DeviceRow:
         """Row of the device in the search's result."""
-        return DeviceRow(**self._predictor.device.model_dump(include=set(DeviceRow.model_fields)))
+        return DeviceRow(**self._device.model_dump(include=set(DeviceRow.model_fields)))
 
     def rows(self) -> list[Candidate]:
         """Return the rows of all candidates in the search's result."""

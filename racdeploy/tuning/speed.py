@@ -8,8 +8,8 @@ minute, on synthetic models of about the model's size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from racdeploy import quant as quants
@@ -42,10 +42,6 @@ class DecodeSample:
 
     token_s: float
     peak_rss_bytes: int
-
-
-MeasureFile = Callable[[Path, int], DecodeSample]
-"""Decodes with a file on a number of threads."""
 
 
 def measure_file(
@@ -124,18 +120,11 @@ def load_or_estimate_device(
 
 def _describe(workspace: Workspace, size: Workload) -> Mapping[str, object]:
     machine = fingerprint(EngineSettings(threads=workspace.threads))
-    workload = {"weights": size.weights, "blocks": size.blocks, "quants": list(size.quants)}
-    return identify_code(__name__) | {"machine": machine, **workload}
+    return identify_code(__name__) | {"machine": machine, **asdict(size)}
 
 
 def measure_device(
-    scratch: Path,
-    workload: Workload,
-    threads: int,
-    progress: Progress | None = None,
-    *,
-    measure: MeasureFile = measure_file,
-    clock: Callable[[], float] = time.monotonic,
+    scratch: Path, workload: Workload, threads: int, progress: Progress | None = None
 ) -> Device:
     """Measure a synthetic model per number format, within a minute.
 
@@ -143,26 +132,25 @@ def measure_device(
 
     Args:
         scratch: a folder with room for one synthetic model.
-        measure, clock: replaced in tests.
     """
-    began = clock()
+    began = time.monotonic()
     longest_s = 0.0
     file = scratch / "synthetic.gguf"
     speeds: dict[str, float] = {}
     repacked = []
 
-    narrow = measure(write_model(file, "q8_0", Dimensions(workload.blocks, _NARROW)), threads)
+    narrow = measure_file(write_model(file, "q8_0", Dimensions(workload.blocks, _NARROW)), threads)
     block_s = narrow.token_s / workload.blocks
 
     for done, name in enumerate(workload.quants):
-        started = clock()
+        started = time.monotonic()
         if speeds and started - began + longest_s > MAX_SECONDS:
             break
         if progress:
             progress("measure", done, len(workload.quants))
 
         size = _choose_size(name, workload.weights)
-        sample = measure(write_model(file, name, size), threads)
+        sample = measure_file(write_model(file, name, size), threads)
 
         # Subtract the time per block of the narrow model, which has almost no weights.
         read_bytes = size.blocks * size.block_weights * quants.load(name).BITS / 8
@@ -173,7 +161,7 @@ def measure_device(
         if memory_bytes > _COPY_RATIO * read_bytes:
             repacked.append(name)
 
-        longest_s = max(longest_s, clock() - started)
+        longest_s = max(longest_s, time.monotonic() - started)
 
     file.unlink()
     if progress:

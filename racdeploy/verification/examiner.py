@@ -98,11 +98,9 @@ class Examiner:
                 remedy=f"--context-tokens {min(room, model.context_limit)}, or shorter questions",
             )
 
-    def fingerprint(self, model: DeployedModel | None = None) -> Json:
+    def fingerprint(self, model: DeployedModel) -> Json:
         """Return the machine, engine settings and server that answers depend on."""
-        served = (
-            {"server": {"url": model.url, "api": self.server.api}} if model and model.url else {}
-        )
+        served = {"server": {"url": model.url, "api": self.server.api}} if model.url else {}
         return fingerprint(self.engine) | served
 
     def make_sampler(self, model: DeployedModel) -> AnswerSampler:

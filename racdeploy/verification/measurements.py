@@ -6,14 +6,13 @@ import itertools
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from racdeploy import sparse_kernels
 from racdeploy.engines.engine import EngineSettings, Ids
 from racdeploy.exporting import ExportedTensor
 from racdeploy.extras import installed_version
+from racdeploy.processes.cores import read_cpu_info
 from racdeploy.results.pruning import TensorRow
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.evidence import (
@@ -98,19 +97,9 @@ def fingerprint(settings: EngineSettings) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": read_cpu_info("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "engine": engine,
         **{package: installed_version(package) or "not installed" for package in _PACKAGES},
         "kernels": sparse_kernels.kernels_used(mode, settings.threads),
     }
-
-
-def _processor() -> str:
-    """Return the processor's model name; platform.processor() is empty on many Linux systems."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-
-    return platform.processor()

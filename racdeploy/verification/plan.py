@@ -24,12 +24,10 @@ class Expectation:
     Args:
         discordant_rate: share of prompts on which one arm is right and the other wrong.
         length_deviation: from :func:`racdeploy.verification.stats.lengths.length_deviation`.
-        source: origin of these figures, in words.
     """
 
     discordant_rate: float = 0.10
     length_deviation: float = 0.30
-    source: str = "assumed"
 
 
 def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expectation:
@@ -49,7 +47,7 @@ def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expe
     if len(before) > 1 and both_think:
         deviation = lengths.length_deviation(before, after, budget)
 
-    return Expectation(discordant, deviation, "as in the bundle's own verification")
+    return Expectation(discordant, deviation)
 
 
 def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> dict[str, Any]:
@@ -61,12 +59,9 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
     accuracy_power = paired.power(prompts, discordant, margin, confidence)
     drop = paired.smallest_detectable_drop(prompts, discordant, confidence, _TARGET_POWER)
 
-    length_limit = gate.limits(thinking.Limits).length_ratio
-    length_power = 0.0
     ratio = None
     if prompts > 1:  # one prompt has no spread
         deviation = expected.length_deviation
-        length_power = lengths.length_power(prompts, deviation, length_limit, confidence)
         smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence, _TARGET_POWER)
         ratio = round(smallest, 3)
 
@@ -74,12 +69,9 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
         "evaluation_prompts": prompts,
         "samples": settings.samples,
         "discordant_share": round(discordant, 4),
-        "length_deviation": round(expected.length_deviation, 4),
-        "expectation": expected.source,
         "accuracy_margin": margin,
         "accuracy_power": round(accuracy_power, 3),
         "smallest_detectable_drop": round(drop, 4),
-        "length_ratio": length_limit,
-        "length_power": round(length_power, 3),
+        "length_ratio": gate.limits(thinking.Limits).length_ratio,
         "smallest_detectable_ratio": ratio,
     }

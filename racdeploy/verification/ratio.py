@@ -27,7 +27,16 @@ def judge_ratio(
     """
     dense, pruned = measure(evidence.dense), measure(evidence.pruned)
     if not dense or not pruned:
-        return _report_missing(evidence, name, dense, pruned, limit)
+        summary = "it was not measured for both models in this run"
+        if limit is None:
+            return make_check_result(
+                name, "skipped", summary, remedy="racdeploy bench measures both"
+            )
+        remedy = evidence.choose(
+            "give the dense artifact with --baseline, or build again: both then run",
+            "compare with the reference's file, which then runs beside it",
+        )
+        return make_check_result(name, "inconclusive", summary, remedy=remedy)
 
     ratio = pruned / dense
     figures = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
@@ -42,24 +51,3 @@ def judge_ratio(
         return make_check_result(name, "pass", text, figures)
 
     return make_check_result(name, "fail", text, figures, remedy)
-
-
-def _report_missing(
-    evidence: Evidence, name: str, dense: float | None, pruned: float | None, limit: float | None
-) -> CheckResult:
-    """Return the result without one of the figures: inconclusive if there is a limit."""
-    model = evidence.choose("artifact", "model")
-    measured = f"neither {model}"
-    if dense or pruned:
-        measured = f"the {evidence.roles[0 if dense else 1]} {model} alone"
-
-    summary = f"{measured} was measured in this run"
-    if limit is None:
-        remedy = "racdeploy bench measures both"
-        return make_check_result(name, "skipped", summary, remedy=remedy)
-
-    remedy = evidence.choose(
-        "give the dense artifact with --baseline, or build again: both then run",
-        "compare with the reference's file, which then runs beside it",
-    )
-    return make_check_result(name, "inconclusive", summary, remedy=remedy)

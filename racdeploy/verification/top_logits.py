@@ -33,12 +33,13 @@ class TopLogits(NamedTuple):
     Args:
         id_TK: their ids.
         log_p_TK: their log probabilities.
-        lost_T: probability of the tokens that another model lacks, left out of ``log_p_TK``.
+        lost_T: probability of the tokens that another model lacks, left out of ``log_p_TK``; empty
+            if it lacks none.
     """
 
     id_TK: NDArray[np.int64]
     log_p_TK: Floats
-    lost_T: Floats | None = None
+    lost_T: Floats
 
 
 class LogitDifferences(NamedTuple):
@@ -68,7 +69,7 @@ def take_top(logits_TV: Logits, old_ids: NDArray[np.int64] | None = None) -> Top
     """
     parts = []
     for start in range(0, len(logits_TV), _ROWS):
-        rows_TV, lost_T = logits_TV[start : start + _ROWS], None
+        rows_TV, lost_T = logits_TV[start : start + _ROWS], np.zeros(0)
         if old_ids is not None:
             kept_T = np.exp(_log_softmax(rows_TV)[:, old_ids]).sum(1)
             lost_T, rows_TV = np.maximum(0, 1 - kept_T), rows_TV[:, old_ids]
@@ -78,9 +79,7 @@ def take_top(logits_TV: Logits, old_ids: NDArray[np.int64] | None = None) -> Top
         id_TK = np.argpartition(log_p_TV, -K, axis=1)[:, -K:]
         parts.append((id_TK, np.take_along_axis(log_p_TV, id_TK, 1), lost_T))
 
-    id_TK, log_p_TK = (np.concatenate([part[index] for part in parts]) for index in (0, 1))
-    lost = [part[2] for part in parts if part[2] is not None]
-    return TopLogits(id_TK, log_p_TK, np.concatenate(lost) if lost else None)
+    return TopLogits(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def compare_top(top: TopLogits, logits_TV: Logits) -> LogitDifferences:
@@ -167,13 +166,13 @@ def compare_checkpoints(
     with artifact() as engine:
         export = compare_top_logits(engine, pruned_traces, own, progress)
 
-    lost = [top.lost_T for top in expected if top.lost_T is not None]
+    lost_N = np.concatenate([top.lost_T for top in expected])
     return LogitComparison(
         tokens=sum(len(each.kl_T) for each in export),
         export=average(export),
         pruning=average(pruning),
         traces=len(traces),
-        lost_mass=float(np.concatenate(lost).mean()) if lost else 0.0,
+        lost_mass=float(lost_N.mean()) if lost_N.size else 0.0,
     )
 
 
@@ -217,7 +216,7 @@ def read_top_logits(file: Path, traces: Sequence[TraceIds]) -> list[TopLogits]:
                 log_p_TK = arrays[f"logs_{index}"].astype(np.float64)
                 if id_TK.shape != log_p_TK.shape or id_TK.shape[0] != len(completion):
                     raise ValueError(f"trace {index} has {id_TK.shape} values")
-                recorded.append(TopLogits(id_TK, log_p_TK))
+                recorded.append(TopLogits(id_TK, log_p_TK, np.zeros(0)))
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(
             "logits-damaged", f"{file}: {error}", remedy="record the reference again"

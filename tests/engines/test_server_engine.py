@@ -133,7 +133,11 @@ def test_the_seed_belongs_to_the_sequence() -> None:
             ("500", "out of memory", "6 times"),
         ),
         (Reply(b'{"choices": [{"text": "4'), "server-keeps-failing", ("JSON", "6 times")),
-        (Reply(b'{"choices": [', lacking=9), "server-keeps-failing", ("9 bytes", "6 times")),
+        (
+            Reply(b'{"choices": [', lacking=9),
+            "server-keeps-failing",
+            ("received 13 bytes", "6 times"),
+        ),
         (PAGE, "server-refuses-request", ("completions", "200")),
         (Reply({"detail": "key?"}, 401), "server-refuses-key", ("401",)),
         (

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.processes.messages import Message
+from racdeploy.processes.messages import Message, rebuild_error
 from racdeploy.sandbox import worker
-from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, Sandbox, SandboxRequest, _rebuild
+from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, Sandbox, SandboxRequest
 
 _SECONDS = 0.3  # less than there: a run has no time to lose, and the whole way decides
 _MORE_BYTES = 1 << 30  # native code ends the process where it gets no memory
@@ -65,7 +65,7 @@ class InProcess(Sandbox):
         if "failed" in answer:
             raise request.make_error(answer["failed"])
         if "raised" in answer:
-            raise _rebuild(answer)
+            raise rebuild_error(answer)
         return answer, payload
 
 

@@ -32,10 +32,11 @@ def test_a_budget_below_the_least_is_refused_with_the_number() -> None:
     Budget(120.0, EXPECTED).check()
 
 
-def test_time_of_later_stages_is_reserved() -> None:
+def test_time_of_later_stages_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
     """With some to spare, and as much slower as what was measured."""
     clock = Clock()
-    budget = Budget(200.0, EXPECTED, clock)
+    monkeypatch.setattr("racdeploy.tuning.budget.time.monotonic", clock)
+    budget = Budget(200.0, EXPECTED)
     clock.seconds = 30.0
     assert budget.remaining_s("compare") == pytest.approx(170 - 1.15 * 60)
     assert budget.remaining_s("race") == pytest.approx(170 - 1.15 * 40)
@@ -47,9 +48,10 @@ def test_time_of_later_stages_is_reserved() -> None:
     assert budget.pace == 2.0
 
 
-def test_stages_are_counted() -> None:
+def test_stages_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    budget = Budget(100.0, EXPECTED, clock)
+    monkeypatch.setattr("racdeploy.tuning.budget.time.monotonic", clock)
+    budget = Budget(100.0, EXPECTED)
     for seconds in (2.0, 3.0):
         with budget.stage("race"):
             clock.seconds += seconds

@@ -11,10 +11,10 @@ from racdeploy.exporting import ExportResult
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.results.tuning import Constraints, Estimate, Objective
+from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.entries import (
     Entry,
-    PredictedCost,
     find_nearest,
     find_pareto_front,
     order_entries,
@@ -34,8 +34,9 @@ def make_entry(
     **values: Any,
 ) -> Entry:
     """Return a candidate of which so much is known."""
-    cost = PredictedCost(size_bytes, 10 * size_bytes, 1 / speed)
-    return Entry(CandidateSpec(name, kind, {}, JOB), cost, kl_nats=kl_nats, **values)
+    size = ArtifactSize(size_bytes, size_bytes, JOB.checkpoint, {})
+    spec, memory_bytes = CandidateSpec(name, kind, {}, JOB), 10 * size_bytes
+    return Entry(spec, size, memory_bytes, 1 / speed, kl_nats=kl_nats, **values)
 
 
 def _limits(objective: Objective = "accuracy", **limits: float) -> Constraints:

@@ -10,6 +10,7 @@ from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.recipe import Recipe
 from racdeploy.targets import Device, Target
+from racdeploy.tuning import speed
 from racdeploy.tuning.speed import (
     MAX_SECONDS,
     DecodeSample,
@@ -50,10 +51,18 @@ class Machine:
         return self.seconds
 
 
-def test_bandwidths_constant_and_copies_are_found_again(tmp_path: Path) -> None:
+def _measure(machine: Machine, folder: Path, threads: int, patch: pytest.MonkeyPatch) -> Device:
+    patch.setattr(speed, "measure_file", machine.measure)
+    patch.setattr("racdeploy.tuning.speed.time.monotonic", machine.clock)
+    return measure_device(folder, WORK, threads)
+
+
+def test_bandwidths_constant_and_copies_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a machine whose figures are known."""
     machine = Machine()
-    device = measure_device(tmp_path, WORK, 2, measure=machine.measure, clock=machine.clock)
+    device = _measure(machine, tmp_path, 2, monkeypatch)
     expected = {"q8_0": 2.0, "q4_0": 2.0, "q3_k": 1.0}
     assert device.gb_per_s == pytest.approx(expected, rel=0.05)
     assert device.token_us == pytest.approx(1200)
@@ -62,10 +71,12 @@ def test_bandwidths_constant_and_copies_are_found_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_slow_machine_is_measured_for_a_minute_at_most(tmp_path: Path) -> None:
+def test_a_slow_machine_is_measured_for_a_minute_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was left out gets the slowest figure."""
     machine = Machine(25.0)
-    device = measure_device(tmp_path, WORK, 1, measure=machine.measure, clock=machine.clock)
+    device = _measure(machine, tmp_path, 1, monkeypatch)
     assert machine.seconds <= MAX_SECONDS
     assert [*device.gb_per_s] == [*WORK.quants]
     assert "1 number formats" in device.source

@@ -7,7 +7,7 @@ import pytest
 from racdeploy.recipe import Verification
 from racdeploy.verification.gate import read_gate
 from racdeploy.verification.plan import Expectation, estimate_from_arms, plan
-from racdeploy.verification.stats.lengths import length_deviation, length_power
+from racdeploy.verification.stats.lengths import length_deviation, smallest_detectable_ratio
 from racdeploy.verification.stats.paired import power
 from tests.support.records import arm_of, record
 
@@ -20,20 +20,15 @@ def test_the_plan_gives_power_and_what_can_be_seen() -> None:
     assert found["accuracy_power"] == pytest.approx(power(200, 0.1, 0.05), abs=5e-4)
     assert found["smallest_detectable_drop"] == pytest.approx(0.058, abs=1e-3)
     assert found["accuracy_power"] < 0.8
-    assert length_power(200, 0.3, found["smallest_detectable_ratio"]) == pytest.approx(
-        0.8, abs=0.01
+    assert found["smallest_detectable_ratio"] == pytest.approx(
+        smallest_detectable_ratio(200, 0.3), abs=5e-4
     )
-    assert found["expectation"] == "assumed"
 
 
 def test_one_prompt_decides_nothing() -> None:
     """And the plan says so instead of failing."""
     found = plan(Verification(), read_gate(), Expectation(), 1)
-    assert (found["accuracy_power"], found["length_power"], found["smallest_detectable_ratio"]) == (
-        0.0,
-        0.0,
-        None,
-    )
+    assert (found["accuracy_power"], found["smallest_detectable_ratio"]) == (0.0, None)
 
 
 def test_an_earlier_verification_is_the_expectation() -> None:

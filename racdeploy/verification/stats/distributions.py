@@ -44,10 +44,6 @@ def student_quantile(confidence: float, freedom: int) -> float:
 
     Source: Abramowitz and Stegun 26.7.3 and 26.7.4, solved for the angle by bisection.
     """
-    normal = normal_quantile(confidence)
-    if freedom > 1000:  # the first term of 26.7.5 is within 1e-6
-        return normal + (normal**3 + normal) / (4 * freedom)
-
     odd = freedom % 2
     steps = np.arange(1, freedom // 2)
     factors = (2 * steps - 1 + odd) / (2 * steps + odd)

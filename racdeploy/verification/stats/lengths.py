@@ -49,16 +49,6 @@ def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget
     return float(influence_N.std(ddof=1))
 
 
-def length_power(n: int, deviation: float, limit: float, confidence: float = 0.90) -> float:
-    """Return the probability that a true ratio of 1 passes a limit, by normal approximation."""
-    room = math.log(limit)
-    if deviation == 0:
-        return 1.0 if room > 0 else 0.0
-
-    needed = student_quantile(confidence, n - 1)
-    return NormalDist().cdf(room * math.sqrt(n) / deviation - needed)
-
-
 def smallest_detectable_ratio(
     n: int, deviation: float, confidence: float = 0.90, target_power: float = 0.8
 ) -> float:

@@ -34,6 +34,7 @@ from racdeploy.verification.stats.verdicts import ConfidenceInterval
 
 MAX_PROMPTS = 1_000_000
 """Maximum number of prompts for :func:`power`."""
+Counts = float | Floats | NDArray[np.int64]
 _CONTINUITY = 0.5  # prompts
 _TARGET_POWER = 0.8
 _PROMPT_COUNTS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1500, 2000)
@@ -150,29 +151,20 @@ def power(
 
     quantile = normal_quantile(confidence)
     tail = (1 - confidence) / 2
-
-    # A drop depends on n10 - n01: so sum over the number of disagreements, then over who wins them.
-    discordant_L = distributions.likely_counts(n, discordant_rate)
-    mass_L = distributions.binomial_pmf(discordant_L, n, discordant_rate)
-    passing_L = _most_passing(discordant_L, n, margin, quantile)
-
+    n10_rate, n01_rate = (discordant_rate + drop) / 2, (discordant_rate - drop) / 2
+    n10_L = distributions.likely_counts(n, n10_rate)
+    n10_mass_L = distributions.binomial_pmf(n10_L, n, n10_rate)
     # Where only the dense model wins, the exact binomial test has to pass too; see drop_interval.
-    lenient_L = distributions.binomial_cdf(discordant_L, n, margin) >= tail
-    only_losses_L = passing_L == discordant_L
-    passing_L = np.where(only_losses_L & lenient_L, discordant_L - 1, passing_L)
-
-    # Share of the discordant prompts that the dense model wins.
-    dense_wins = 0.5
-    if discordant_rate:
-        dense_wins = (discordant_rate + drop) / (2 * discordant_rate)
+    is_lenient_L = distributions.binomial_cdf(n10_L, n, margin) >= tail
 
     total = 0.0
-    rows = zip(discordant_L.tolist(), mass_L, passing_L, strict=True)
-    for discordant, mass, passing in rows:
-        counts_L = distributions.likely_counts(discordant, dense_wins)
-        counts_L = counts_L[counts_L <= passing]
-        masses_L = distributions.binomial_pmf(counts_L, discordant, dense_wins)
-        total += mass * masses_L.sum()
+    rows = zip(n10_L.tolist(), n10_mass_L, is_lenient_L, strict=True)
+    for n10, mass, is_lenient in rows:
+        rest, rest_rate = n - n10, n01_rate / (1 - n10_rate)
+        n01_L = distributions.likely_counts(rest, rest_rate)
+        passes_L = tango_score(n10, n01_L, n, margin) < -quantile
+        passes_L &= (n01_L > 0) | (not is_lenient)
+        total += mass * distributions.binomial_pmf(n01_L, rest, rest_rate)[passes_L].sum()
 
     return float(min(total, 1.0))
 
@@ -200,7 +192,7 @@ def smallest_detectable_drop(
 
 
 def tango_score(
-    n10: ArrayLike, n01: ArrayLike, n: ArrayLike, drop: float, continuity: float = 0.0
+    n10: Counts, n01: Counts, n: Counts, drop: float, continuity: float = 0.0
 ) -> Floats:
     """Return Tango's score of a hypothetical drop: its difference in standard deviations.
 
@@ -208,10 +200,6 @@ def tango_score(
         n10, n01, n: counts, broadcast against each other.
         continuity: flips by which the difference is reduced.
     """
-    n10 = np.asarray(n10, dtype=np.float64)
-    n01 = np.asarray(n01, dtype=np.float64)
-    n = np.asarray(n, dtype=np.float64)
-
     # The most likely p01 under the hypothesis is the larger root of 2n p² + b p + c = 0, written
     # so that no digits cancel.
     b = -n10 - n01 + (2 * n - n10 + n01) * drop
@@ -247,25 +235,6 @@ def _upper_bound(n10: float, n01: float, n: float, quantile: float, continuity: 
         return not float(tango_score(n10, n01, n, drop, continuity)) < -quantile
 
     return bisect(is_accepted, observed, 1.0)
-
-
-def _most_passing(
-    discordant_L: NDArray[np.int64], n: int, margin: float, quantile: float
-) -> NDArray[np.int64]:
-    """Return the largest n10 that passes for each number of discordant prompts; -1 for none."""
-    # A vectorized bisection: fewer prompts won by the dense model always pass if more do.
-    low_L = np.full_like(discordant_L, -1)
-    high_L = discordant_L + 1
-
-    while np.any(high_L - low_L > 1):
-        middle_L = (low_L + high_L) // 2
-        score_L = tango_score(middle_L, discordant_L - middle_L, n, margin)
-        passes_L = (score_L < -quantile) | (middle_L < 0)
-
-        low_L = np.where(passes_L, middle_L, low_L)
-        high_L = np.where(passes_L, high_L, middle_L)
-
-    return low_L
 
 
 def _mean_right(right: ArrayLike) -> Floats:

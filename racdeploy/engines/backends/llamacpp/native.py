@@ -241,7 +241,8 @@ class _Context:
             )
 
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = _Batch()
+        one_slot = 1  # of each token
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, one_slot)
 
     def share_threads(self, busy: int) -> None:
         """Use an equal share of all threads."""
@@ -251,7 +252,16 @@ class _Context:
             self._threads = threads
 
     def decode(self, rows: Sequence[BatchToken]) -> None:
-        status = llama_cpp.llama_decode(self._context, self._batch.fill(rows))
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for index, row in enumerate(rows):
+            batch.token[index] = row.token
+            batch.pos[index] = row.position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = row.slot
+            batch.logits[index] = row.wants_logits
+
+        status = llama_cpp.llama_decode(self._context, batch)
         if status:
             llama_cpp.llama_memory_clear(self._memory, True)
             raise EngineError(
@@ -273,37 +283,6 @@ class _Context:
     def clear_slot(self, slot: int) -> None:
         first, last = -1, -1  # all positions
         llama_cpp.llama_memory_seq_rm(self._memory, slot, first, last)
-
-
-class _Batch:
-    """A ``llama_batch`` over numpy arrays, one for each field."""
-
-    def __init__(self) -> None:
-        dtypes = (np.int32, np.int32, np.int32, np.int8)
-        self._columns = [np.zeros(BATCH_TOKENS, dtype=dtype) for dtype in dtypes]
-        token, position, slot, wants_logits = self._columns
-
-        # llama.cpp takes a pointer to the sequence ids of each token, which has one here.
-        self._slot_counts = np.ones(BATCH_TOKENS, dtype=np.int32)
-        offsets = slot.itemsize * np.arange(BATCH_TOKENS, dtype=np.uintp)
-        self._slot_pointers = slot.ctypes.data + offsets
-
-        integers = ctypes.POINTER(ctypes.c_int32)
-        self._batch = llama_cpp.llama_batch(
-            token=token.ctypes.data_as(integers),
-            pos=position.ctypes.data_as(integers),
-            n_seq_id=self._slot_counts.ctypes.data_as(integers),
-            seq_id=self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers)),
-            logits=wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    def fill(self, rows: Sequence[BatchToken]) -> Any:
-        count = len(rows)
-        columns = np.array(rows, dtype=np.int32).T
-        for target, column in zip(self._columns, columns, strict=True):
-            target[:count] = column
-        self._batch.n_tokens = count
-        return self._batch
 
 
 def _describe(kernels: sparse_kernels.KernelChoice, required: bool) -> Mapping[str, Any]:

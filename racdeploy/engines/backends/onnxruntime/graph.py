@@ -77,11 +77,6 @@ class CacheTensor:
         """Return an empty cache of ``rows`` sequences."""
         return np.zeros((rows, self.heads, length, self.head_size), dtype=self.dtype)
 
-    def view(self, buffer_L: Array, length: int) -> Array:
-        """Return the start of a flat buffer as the cache of one sequence."""
-        size = self.heads * length * self.head_size
-        return buffer_L[:size].reshape(1, self.heads, length, self.head_size)
-
 
 class DecoderGraph:
     """A session whose graph is a decoder with a key-value cache.
@@ -109,7 +104,7 @@ class DecoderGraph:
         self._refuse_unknown(pasts, other_inputs)
 
         self._dtypes = {name: _dtype(self._inputs[name]) for name in other_inputs}
-        self.logits_dtype = _dtype(self._outputs["logits"])
+        _dtype(self._outputs["logits"])  # refuses others
         self.caches = [self._read_cache(name, folder) for name in pasts]
         self.vocabulary, self.has_last_logits_only = self._try_two_tokens()
         self.shares_buffer = self._takes_longer_past()
@@ -138,11 +133,6 @@ class DecoderGraph:
             name: np.ascontiguousarray(values[name], dtype=dtype)
             for name, dtype in self._dtypes.items()
         }
-
-    def count_logits(self, feeds: dict[str, Array]) -> int:
-        """Return the number of tokens of a sequence for which the graph returns logits."""
-        keeps_last = _KEPT in feeds and feeds[_KEPT] == 1
-        return 1 if self.has_last_logits_only or keeps_last else feeds[_TOKENS].shape[1]
 
     def _refuse_unknown(self, pasts: list[str], other_inputs: set[str]) -> None:
         unknown = sorted(other_inputs - {_TOKENS, _MASK, _POSITIONS, _KEPT})

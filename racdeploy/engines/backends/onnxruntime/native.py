@@ -1,15 +1,17 @@
 """Load and run an ONNX decoder with onnxruntime; only the child process imports it.
 
-Key-value caches are read and written in place, without a copy per token.
+Key-value caches stay in the memory of onnxruntime: none is copied to Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnxruntime import OrtValue
 
 from racdeploy.engines.backends.onnxruntime.graph import (
     Array,
@@ -24,8 +26,6 @@ from racdeploy.processes.cores import available_cores
 from racdeploy.processes.heap import return_freed_memory
 from racdeploy.processes.messages import Header
 from racdeploy.sparse_kernels import choose_graph
-
-_INITIAL_TOKENS = 256  # room of an appended cache at first
 
 
 class SharedCache:
@@ -109,97 +109,65 @@ class SharedCache:
                 _bind(binding.bind_input, cache.past, rows)
                 _bind(binding.bind_output, cache.present, rows)
 
-        return _run_bound(self._graph, binding, feeds)
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+
+        T = feeds["input_ids"].shape[1]
+        with _run_errors(T, count, feeds["attention_mask"].shape[1] - T):
+            self._graph.session.run_with_iobinding(binding)
+
+        logits_BTV: Logits = binding.get_outputs()[-1].numpy().astype(np.float32, copy=False)
+        return logits_BTV
 
 
 class AppendedCache:
-    """Two flat buffers for each key and value of each slot, one for the past, one for the present.
+    """The last present of each slot, which is the past of its next call.
 
-    For graphs whose present is a longer tensor than their past. The buffers alternate and grow by
-    doubling; slots are decoded one at a time.
+    For graphs whose present is a longer tensor than their past, so that onnxruntime allocates it.
+    Slots are decoded one at a time.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, context_tokens: int) -> None:
         self._graph = graph
-        self._context = context_tokens
+        self._outputs = ["logits", *(cache.present for cache in graph.caches)]
+        self._empty = [OrtValue.ortvalue_from_numpy(cache.zeros(1, 0)) for cache in graph.caches]
+        self._pasts = [self._empty] * slots
         self._lengths = [0] * slots
-        self._rooms = [0] * slots
-        self._buffers = [(self._flat(0), self._flat(0))] * slots
 
     def feed(self, slot: int, tokens: Sequence[int], *, last: bool) -> Logits:
         length = self._lengths[slot]
-        total = length + len(tokens)
-        self._make_room(slot, total)
-
-        binding = self._graph.session.io_binding()
-        fronts, backs = self._buffers[slot]
-        for cache, front, back in zip(self._graph.caches, fronts, backs, strict=True):
-            _bind(binding.bind_input, cache.past, cache.view(front, length))
-            _bind(binding.bind_output, cache.present, cache.view(back, total))
-
         feeds = self._graph.feeds([tokens], [[length]], last=last)
-        logits_BTV = _run_bound(self._graph, binding, feeds)
+        values = {name: OrtValue.ortvalue_from_numpy(each) for name, each in feeds.items()}
+        for cache, past in zip(self._graph.caches, self._pasts[slot], strict=True):
+            values[cache.past] = past
 
-        # What was written as the present is the past of the next call.
-        self._buffers[slot] = (backs, fronts)
-        self._lengths[slot] = total
+        with _run_errors(len(tokens), 1, length):
+            session = self._graph.session
+            logits, *self._pasts[slot] = session.run_with_ort_values(self._outputs, values)
+
+        self._lengths[slot] = length + len(tokens)
+        logits_BTV: Logits = logits.numpy().astype(np.float32, copy=False)
         return np.squeeze(logits_BTV, axis=0)
 
     def feed_together(self, tokens: dict[int, int]) -> dict[int, Logits]:
-        logits = {}
-        for slot, token in tokens.items():
-            logits[slot] = self.feed(slot, [token], last=True).copy()
-        return logits
+        return {slot: self.feed(slot, [token], last=True) for slot, token in tokens.items()}
 
     def clear_slot(self, slot: int) -> None:
-        self._lengths[slot] = 0  # its buffers stay
-
-    def _make_room(self, slot: int, total: int) -> None:
-        if total <= self._rooms[slot]:
-            return
-
-        wanted = max(total, 2 * self._rooms[slot], _INITIAL_TOKENS)
-        room = min(self._context, wanted)
-
-        old_fronts, _ = self._buffers[slot]
-        fronts = self._flat(room)
-        length = self._lengths[slot]
-
-        for cache, old, new in zip(self._graph.caches, old_fronts, fronts, strict=True):
-            cache.view(new, length)[:] = cache.view(old, length)
-
-        self._buffers[slot] = (fronts, self._flat(room))
-        self._rooms[slot] = room
-
-    def _flat(self, room: int) -> list[Array]:
-        return [cache.zeros(1, room).ravel() for cache in self._graph.caches]
+        self._pasts[slot] = self._empty
+        self._lengths[slot] = 0
 
 
 def _bind(bind: Callable[..., None], name: str, value: Array) -> None:
     bind(name, "cpu", 0, value.dtype.type, value.shape, value.ctypes.data)
 
 
-def _run_bound(
-    graph: DecoderGraph, binding: onnxruntime.IOBinding, feeds: dict[str, Array]
-) -> Logits:
-    """Run the graph with its bound cache; return logits_BTV."""
-    B, T = feeds["input_ids"].shape
-    past = feeds["attention_mask"].shape[1] - T
-    shape = (B, graph.count_logits(feeds), graph.vocabulary)
-    logits_BTV = np.empty(shape, dtype=graph.logits_dtype)
-
-    for name, value in feeds.items():
-        _bind(binding.bind_input, name, value)
-    _bind(binding.bind_output, "logits", logits_BTV)
-
-    with engine_errors(
-        f"run {T} tokens of {B} sequences after a past of {past}",
+def _run_errors(tokens: int, sequences: int, past: int) -> AbstractContextManager[None]:
+    return engine_errors(
+        f"run {tokens} tokens of {sequences} sequences after a past of {past}",
         "the context may be longer than the graph was made for: lower context_tokens, or export it "
         "again",
-    ):
-        graph.session.run_with_iobinding(binding)
-
-    return logits_BTV.astype(np.float32, copy=False)
+    )
 
 
 class OnnxModel(LoadedModel):

@@ -10,9 +10,7 @@ anyio's blocking portals.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
-import os
 import ssl
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +22,7 @@ from anyio.from_thread import start_blocking_portal
 from racdeploy.engines.backends.server.answers import CHECK_SERVER, RefusedError
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.reading import Json, parse_json
+from racdeploy.processes.access import is_loopback, read_key
 
 Value = TypeVar("Value")
 
@@ -56,17 +55,12 @@ class Client:
         self.url = url.rstrip("/")
         self._base = _read_address(url)
         self._key_env = key_env
-        self._key = _read_key(key_env)
+        self._key = read_key(key_env)
         if self._key:
             # Others could read a key that is sent over plain HTTP to another machine.
             parts = urllib.parse.urlsplit(self._base)
             host = parts.hostname or ""
-            try:
-                is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-            except ValueError:
-                is_local = False
-
-            if parts.scheme == "http" and not is_local:
+            if parts.scheme == "http" and not is_loopback(host):
                 raise UsageError(
                     "key-unencrypted",
                     f"the key in {key_env} would be sent to {host} unencrypted",
@@ -78,7 +72,6 @@ class Client:
         # The size of a compressed answer would need two limits: as sent and as decompressed.
         self._headers = {
             "Content-Type": "application/json",
-            "Accept": "application/json",
             "Accept-Encoding": "identity",
         }
         if self._key:
@@ -178,18 +171,10 @@ class Client:
 
     async def _read(self, response: httpx.Response, max_bytes: int) -> bytes:
         received = bytearray()
-        try:
-            async for chunk in response.aiter_raw():
-                received += chunk
-                if len(received) > max_bytes:
-                    raise ValueError(f"more than {max_bytes:,} bytes")
-        except httpx.RemoteProtocolError as error:
-            content_length = response.headers.get("Content-Length", "")
-            if not content_length.isdecimal():
-                raise
-            missing_bytes = int(content_length) - len(received)
-            reason = f"the last {missing_bytes} bytes of the answer are missing"
-            raise self._lost_error(reason) from error
+        async for chunk in response.aiter_raw():
+            received += chunk
+            if len(received) > max_bytes:
+                raise ValueError(f"more than {max_bytes:,} bytes")
 
         return bytes(received)
 
@@ -273,26 +258,6 @@ def _read_address(url: str) -> str:
         )
 
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}/"
-
-
-def _read_key(name: str) -> str:
-    """Return the API key in an environment variable, empty for an empty name."""
-    key = os.environ.get(name, "").strip() if name else ""
-    if name and not key:
-        raise UsageError(
-            "api-key-not-set",
-            f"traces.server_key_env names {name}, which is not set",
-            remedy=f"export {name}=…, or leave server_key_env out for a server without a key",
-        )
-
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise UsageError(
-            "api-key-malformed",
-            f"the key in {name} contains white space or letters outside ASCII",
-            remedy=f"export {name}=… again",
-        )
-
-    return key
 
 
 def _find_cause(error: BaseException) -> BaseException:
