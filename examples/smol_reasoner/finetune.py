@@ -5,8 +5,8 @@ CPU core.
     python examples/smol_reasoner/finetune.py
 
 The weights are bfloat16 where the processor has it, the optimizer keeps a float32 copy of them. A
-large embedding stays as it is; the loss sees the completion only, over the tokens of the batch and a
-random sample of the others.
+large embedding stays as it is; the loss sees the completion only, over the tokens of the batch and
+a random sample of the others.
 If killed, it resumes from its last checkpoint and ends with the same weights.
 """
 
