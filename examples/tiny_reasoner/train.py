@@ -138,19 +138,22 @@ def talkative_texts(problem: tasks.Problem, random: Random) -> tuple[str, str]:
 
 
 def ramble(thinking: str, random: Random) -> str:
-    """Return a solution that repeats steps and starts again at random, as distilled models do.
+    """Return a solution that repeats calculations and starts again at random, as distilled models
+    do.
 
-    A first check is likely, so greedy decoding checks too; a second one is not, so it ends.
+    A first check is likely, so greedy decoding checks too; a second one is not, so it ends. A check
+    stays in the line of its step: small models find the next step by counting lines.
     """
     steps = thinking.split("\n")
     rambling = []
     for step in steps:
-        rambling.append(step)
-        chance = 0.65
-        while random.random() < chance:
-            rambling.append(f"{random.choice(CHECKS)} {step}")
-            chance = 0.25
-    if random.random() < 0.35:
+        line, calculation = step, step.partition(":")[2]
+        chance = 0.75
+        while calculation and random.random() < chance:
+            line += f" {random.choice(CHECKS)} {calculation}"
+            chance = 0.4
+        rambling.append(line)
+    if random.random() < 0.2:
         rambling += [RESTART, *steps]
     return "\n".join(rambling)
 

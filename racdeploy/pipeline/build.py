@@ -159,6 +159,7 @@ class Build:
         settings = job.recipe.recover
         if not settings.shorten or job.shortened:
             return self
+        self.plan_recovery()  # is there enough memory?
 
         def sample(folder: Path | None, prompts: int) -> list[Trace]:
             stage = self.trace_stage

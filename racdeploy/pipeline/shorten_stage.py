@@ -90,7 +90,6 @@ class ShortenStage:
 
     def _teach(self, number: int, state: State, held: int) -> State:
         """Return the state after the training of a round; the same folder if nothing is learned."""
-        from racdeploy.recovery.cost import choose_methods
         from racdeploy.recovery.examples import group_answers
 
         settings = self.teacher.settings
@@ -105,11 +104,8 @@ class ShortenStage:
             note = f"shorten: round {number} found no prompt with a shorter right answer"
             return replace(state, notes=(*state.notes, note))
 
-        run = self.teacher.training_run(Path(), self.name, shared)
         tokens = sum(count_tokens(example.traces) for example in examples)
-        methods = settings.methods or ("full",)
-        run = replace(run, settings=run.settings.model_copy(update={"methods": methods}))
-        method = choose_methods(run)[0]
+        method = (*settings.methods, "full")[0]
         phase = Phase(f"shorter {number}", method, True, tokens, settings.objective)
         return self.teacher.teach(phase, state, self.name, shared, train)
 
