@@ -31,6 +31,7 @@ def run(
     step.
     """
     model = make_checkpoint(tmp_path_factory.mktemp("model"), "llama")
+    example["finetune"].__globals__["SAMPLED_TOKENS"] = 256  # the vocabulary is a large one
     settings = example["Settings"](str(model), STEPS, TOKENS_PER_STEP, RATE, 0)
     return lambda out: example["finetune"](settings, out, 2)
 
