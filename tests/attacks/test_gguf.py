@@ -316,6 +316,7 @@ def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     """
     block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     library = ggml._library()
+    library.ggml_type_name.restype = ctypes.c_char_p
     assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (
         block_weights,
         block_bytes,

@@ -133,7 +133,7 @@ def test_the_dense_artifact_runs_beside_the_pruned_one(built: Path, tmp_path: Pa
     assert (refused.code, "6 of 66 answers of the dense model" in refused.out) == (2, True), (
         refused.out
     )
-    assert "omit --tier to ask those 60; or use a gate file with" in refused.out
+    assert "omit --tier to ask the 60 prompts that are stored; or use a gate file" in refused.out
     report = _report(_verify(built, tmp_path / "work", *options, "--baseline", dense))
     assert [arm["prompts"] for arm in report["arms"]] == [66, 66]
     assert {check["name"]: check["verdict"] for check in report["checks"]}["speed"] == "pass"
