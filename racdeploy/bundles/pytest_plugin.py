@@ -7,7 +7,6 @@ Nothing of racdeploy is imported unless the option is given, since pytest loads 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +81,13 @@ def _open(
         from racdeploy import compare
         from racdeploy.verification.gate import read_gate
 
-        asked = partial(compare, [candidate], against=reference, tier=tier, gate=gate)
-        return lambda: asked(threads=threads)[0].report, read_gate(gate).for_tier(tier)
+        def ask() -> Report:
+            (verdict,) = compare(
+                [candidate], against=reference, tier=tier, gate=gate, threads=threads
+            )
+            return verdict.report
+
+        return ask, read_gate(gate).for_tier(tier)
 
     from racdeploy.bundles.bundle import BundleToVerify
     from racdeploy.bundles.verify import BundleVerification

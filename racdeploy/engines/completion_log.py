@@ -77,6 +77,10 @@ class CompletionLog:
         ids, completion = self._entries.get(make_key(prompt, rng_index), (None, None))
         return completion and replace(completion, ids=tuple(ids or ()))
 
+    def has(self, prompt: Sequence[int], rng_index: int) -> bool:
+        """Return whether the completion of a prompt is there, without its ids being copied."""
+        return make_key(prompt, rng_index) in self._entries
+
     def __len__(self) -> int:
         return len(self._entries)
 

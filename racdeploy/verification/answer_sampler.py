@@ -92,7 +92,7 @@ class AnswerSampler:
             ids = tuple(self.encoder.encode(problem.question))
             prompts += [ids] * self.settings.samples
 
-        missing = [index for index, ids in enumerate(prompts) if log.get(ids, index) is None]
+        missing = [index for index, ids in enumerate(prompts) if not log.has(ids, index)]
 
         stats: Mapping[str, float] = {}
         kernels = ""
