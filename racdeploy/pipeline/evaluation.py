@@ -17,7 +17,12 @@ from racdeploy.pipeline.answer_stage import answer_prompts
 from racdeploy.pipeline.gates import GateResult
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.structure import measure_kept
-from racdeploy.pipeline.thinking import UNCONTROLLED, ShippedControl, note_control
+from racdeploy.pipeline.thinking import (
+    UNCONTROLLED,
+    ShippedControl,
+    list_dense_controls,
+    note_control,
+)
 from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
@@ -32,7 +37,7 @@ from racdeploy.verification.answer_sampler import AnswerSampler, SampledAnswers,
 from racdeploy.verification.checks import memory, speed
 from racdeploy.verification.evidence import ArmResult, Evidence, LogitComparison, OtherArtifact
 from racdeploy.verification.report_builder import build_report
-from racdeploy.verification.rivals import note_missing_rivals
+from racdeploy.verification.rivals import SAME_SIZE, note_missing_rivals
 from racdeploy.verification.top_logits import compare_checkpoints
 
 _ENOUGH_TOKENS = 0.98  # of the tokens that whole traces would have had
@@ -44,12 +49,16 @@ BEFORE_RECOVERY = "before recovery"
 
 @dataclass(frozen=True)
 class Rival:
-    """A model to compare with; ``folder`` has its checkpoint, whose tokenizer encodes prompts."""
+    """A model to compare with; ``folder`` has its checkpoint, whose tokenizer encodes prompts.
+
+    ``control`` is of a dense one.
+    """
 
     name: str
     quant: str
     exported: ExportResult
     folder: Path
+    control: ShippedControl = UNCONTROLLED
 
 
 @dataclass(frozen=True)
@@ -210,11 +219,15 @@ class Evaluation:
             Rival("pruned", job.recipe.export.quant, pruned, model.folder),
             *rivals,
         ]
+        answered = [self._answer_as(rival) for rival in requests]
 
-        answered = []
-        for rival in requests:
-            control = UNCONTROLLED if rival.name.startswith("dense") else self.control
-            answered.append(self.answer(rival.exported, rival.name, rival.folder, control))
+        if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
+            lengths = [[each.thinking_tokens for each in answers.records] for answers in answered]
+            words = job.recipe.runtime.thinking.hesitation
+            controls = list_dense_controls(job.encoder, words, *lengths[:2])
+            for name, control in controls.items():
+                requests.append(replace(requests[0], name=name, control=control))
+                answered.append(self._answer_as(requests[-1]))
 
         # Speed of an earlier run is not compared with speed of this one.
         counted_before = all(answers.reused_stats for answers in answered)
@@ -227,6 +240,11 @@ class Evaluation:
                 notes.append(_note_earlier(rival.name, answers, counted_before))
 
         return arms, answered[0].traces, notes
+
+    def _answer_as(self, rival: Rival) -> SampledAnswers:
+        """Answer with one arm; what was pruned has the control that ships."""
+        control = rival.control if rival.name.startswith("dense") else self.control
+        return self.answer(rival.exported, rival.name, rival.folder, control)
 
     def _answer_other_targets(
         self, model: PrunedModel, also: Sequence[ExportResult]

@@ -146,8 +146,10 @@ def plan_build(job: Job) -> dict[str, Any]:
     heads = kept.key_value_heads if kept else shape.num_key_value_heads
     token_bytes = 2 * 2 * blocks * heads * shape.head_dim
 
-    # "same-size" stands for two models; a recovered model also answers as it was before.
-    models = 2 + len(settings.controls) + (SAME_SIZE in settings.controls)
+    # "same-size" stands for two models, and two more where the thinking is shortened; a recovered
+    # model also answers as it was before.
+    with_rivals = SAME_SIZE in settings.controls
+    models = 2 + len(settings.controls) + with_rivals * (3 if recipe.recover.shorten else 1)
     models += bool(recipe.recover.tokens)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from racdeploy.errors import UsageError
 from racdeploy.manifest import ThinkingControl
@@ -34,6 +37,32 @@ class ShippedControl:
 
 
 UNCONTROLLED = ShippedControl()
+_USUAL_PENALTY = 2.0  # logits
+
+
+def list_dense_controls(
+    encoder: PromptEncoder, words: Sequence[str], dense: Sequence[int], shortened: Sequence[int]
+) -> dict[str, ShippedControl]:
+    """Return the controls that shorten the thinking of a dense model without training, by name:
+    a penalty on hesitation, and the budget under which it thinks as much as a shortened one.
+
+    Args:
+        words: what hesitates; no penalty without a token for one of them.
+        dense, shortened: thinking tokens of both models' answers.
+    """
+    controls = {}
+    hesitation = find_hesitation_ids(encoder, words)
+    if any(hesitation.values()):
+        settings = ThinkingControl(hesitation=hesitation, hesitation_penalty=_USUAL_PENALTY)
+        controls[f"dense, hesitation penalty {_USUAL_PENALTY:g}"] = ShippedControl(None, settings)
+
+    def measure_length(budget: int) -> float:
+        return fmean(min(tokens, budget) for tokens in dense)
+
+    budget = bisect_left(range(1, max(dense)), fmean(shortened), key=measure_length) + 1
+    if budget < max(dense):
+        controls[f"dense, budget {budget:,}"] = ShippedControl(budget)
+    return controls
 
 
 def read_control(job: Job, encoder: PromptEncoder) -> ShippedControl:

@@ -1,4 +1,4 @@
-"""Chart of a report as inline SVG: thinking by prompt.
+"""Charts as inline SVG: thinking by prompt, and accuracy of models over their size or thinking.
 
 Positions are computed here and drawn by ``charts.svg.jinja``, without script and network, in the
 colours of the style sheet. Every mark carries a ``<title>``, which browsers show on hover and
@@ -8,7 +8,8 @@ screen readers read. A chart without data is empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -21,7 +22,8 @@ MAX_POINTS = 2000
 LEFT, RIGHT, TOP, BOTTOM = 60, 440, 16, 396
 """Plotting area in pixels: equal scales of both axes, so that the diagonal has 45 degrees."""
 _ORDER = ("right", "wrong", "won", "lost")  # lost prompts are drawn last, on top
-_MAX_POWERS = 6  # intervals of an axis
+_MAX_POWERS = 6  # intervals of a logarithmic axis
+_TICKS = 5  # intervals of a linear one
 
 
 def draw_thinking_by_prompt(
@@ -44,6 +46,50 @@ def draw_thinking_by_prompt(
     every = math.ceil(len(pairs) / MAX_POINTS)
     drawn = sorted(pairs[::every], key=lambda pair: _ORDER.index(pair.outcome))
     return draw_chart("lengths", x=x, y=y, pairs=drawn, cap=cap, roles=roles)
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """Accuracy of a model, with its interval, over its size or its thinking."""
+
+    name: str
+    x: float
+    accuracy: float
+    lower: float
+    upper: float
+    is_dense: bool
+    is_named: bool = True
+    wins: bool = False
+
+
+def draw_models(
+    points: Sequence[ModelPoint],
+    label: str,
+    x_text: Callable[[int], str],
+    least: float | None = None,
+    most: float | None = None,
+) -> Markup:
+    """Draw one point for each model, and lines at the least accuracy and at the most of the label.
+
+    Models that win are drawn last, on top.
+    """
+    if not points:
+        return Markup("")
+    x = _scale(label, [point.x for point in points], 60, 730)
+    y = _scale("", [point.accuracy for point in points], 340, 20, high_end=1.0)
+    shown = sorted(points, key=lambda point: point.wins)
+    return draw_chart("models", x=x, y=y, shown=shown, least=least, most=most, x_text=x_text)
+
+
+def _scale(
+    label: str, values: Sequence[float], start: float, stop: float, high_end: float = math.inf
+) -> Axis:
+    """Return an axis over the values with a margin, between 0 and ``high_end``."""
+    low, high = min(values), max(values)
+    margin = max(0.15 * (high - low), 0.03 * abs(high)) or 0.05
+    low, high = max(0.0, low - margin), min(high_end, high + margin)
+    ticks = [low + index / _TICKS * (high - low) for index in range(_TICKS + 1)]
+    return Axis(label, ticks, start, stop)
 
 
 def list_power_ticks(low: float, high: float) -> list[float]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from racdeploy.report import charts, prompt_list
 from racdeploy.report.facts import list_facts, write_command
 from racdeploy.report.gains import list_highlights
 from racdeploy.report.page import render_page
 from racdeploy.report.pairs import AnswerPair, length_quantiles, list_thinking_lengths, pair_records
+from racdeploy.report.sentences import count_sentences
 from racdeploy.report.summary import is_widened, write_findings
 from racdeploy.report.tables import (
     HARNESS_TITLE,
@@ -83,6 +86,7 @@ def render(report: Report, records: Sequence[AnswerRecord] = (), bundle: str = "
         "tables": tables_by_title,
         "row_limit": _MAX_ROWS,
         "source": "report.json",
+        "models_chart": _draw_models(report),
         "scatter_chart": charts.draw_thinking_by_prompt(pairs, cap, report.roles),
         "cap": cap,
         "quantiles": length_quantiles(pairs),
@@ -113,9 +117,41 @@ def _tables(report: Report, pairs: Sequence[AnswerPair]) -> dict[str, ReportTabl
             (name, f"{error:.2%}") for error, name in worst if error >= _MIN_ERROR
         ),
         ("Thinking by task", f"task|prompts|{dense}|{pruned}|change"): _thinking_by_task(pairs),
+        ("Sentences of a thought", f"sentences|{dense}|{pruned}"): _mean_sentences(pairs),
     }
 
     return tables_by_title | {table.title: table for table in make_tables(page_tables)}
+
+
+def _draw_models(report: Report) -> Markup:
+    """Draw accuracy over thinking, if there are more models than the two that are compared."""
+    points = [
+        charts.ModelPoint(
+            arm.name,
+            arm.thinking_tokens_mean,
+            arm.accuracy,
+            arm.accuracy_lower,
+            arm.accuracy_upper,
+            arm.name.startswith("dense"),
+            wins=arm.name == "pruned",
+        )
+        for arm in report.arms
+        if arm.thinking_tokens_mean
+    ]
+    return charts.draw_models(
+        points if len(points) > len(BUILT_ROLES) else [], "mean thinking tokens", format_number
+    )
+
+
+def _mean_sentences(pairs: Sequence[AnswerPair]) -> list[TableRow]:
+    """Return the mean number of sentences in a thought, by kind; without kinds that none has."""
+    dense = count_sentences(pair.dense.thinking_text for pair in pairs)
+    pruned = count_sentences(pair.pruned.thinking_text for pair in pairs)
+    return [
+        (kind, *(f"{counts[kind] / len(pairs):.2f}" for counts in (dense, pruned)))
+        for kind in dense
+        if dense[kind] or pruned[kind]
+    ]
 
 
 def _thinking_by_task(pairs: Sequence[AnswerPair]) -> tuple[TableRow, ...]:

@@ -6,12 +6,9 @@ accuracy over size: the winner and its rival are labelled; every point has its f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from markupsafe import Markup
 
-from racdeploy.report.axis import Axis, draw_chart
+from racdeploy.report.charts import ModelPoint, draw_models
 from racdeploy.report.page import render_page
 from racdeploy.report.tables import format_bytes
 from racdeploy.report.toml_writer import to_toml
@@ -23,40 +20,28 @@ from racdeploy.report.tuning_tables import (
 )
 from racdeploy.results.tuning import Tuning
 
-_TICKS = 5
+_MAX_ROWS = 400
+_TITLES = {"front": "Accuracy", "candidates": "Candidates", "again": "Reproduce"}
 
 
 def draw_accuracy(tuning: Tuning) -> Markup:
     """Draw the accuracy of all candidates that answered over their sizes; empty if none did."""
-    shown = [each for each in tuning.candidates if each.accuracy]
-    if not shown:
-        return Markup("")
-
-    sizes = [float(each.size_bytes) for each in shown]
-    accuracies = [each.accuracy.value for each in shown if each.accuracy]
-    return draw_chart(
-        "candidates",
-        x=_scale(sizes, 60, 730),
-        y=_scale(accuracies, 340, 20, high_end=1.0),
-        # The winner is drawn last, on top.
-        shown=sorted(shown, key=lambda each: each.name == tuning.winner),
-        tuning=tuning,
-        min_accuracy=find_min_accuracy(tuning),
-        size_text=format_bytes,
-    )
-
-
-def _scale(values: Sequence[float], start: float, stop: float, high_end: float = math.inf) -> Axis:
-    """Return an axis over the values with a margin, between 0 and ``high_end``."""
-    low, high = min(values), max(values)
-    margin = max(0.15 * (high - low), 0.03 * abs(high)) or 0.05
-    low, high = max(0.0, low - margin), min(high_end, high + margin)
-    ticks = [low + index / _TICKS * (high - low) for index in range(_TICKS + 1)]
-    return Axis("", ticks, start, stop)
-
-
-_MAX_ROWS = 400
-_TITLES = {"front": "Accuracy", "candidates": "Candidates", "again": "Reproduce"}
+    points = [
+        ModelPoint(
+            each.name,
+            each.size_bytes,
+            each.accuracy.value,
+            each.accuracy.lower,
+            each.accuracy.upper,
+            each.dense,
+            each.name in (tuning.winner, tuning.rival),
+            each.name == tuning.winner,
+        )
+        for each in tuning.candidates
+        if each.accuracy
+    ]
+    limits = find_min_accuracy(tuning), tuning.constraints.max_bytes
+    return draw_models(points, "size of the file", format_bytes, *limits)
 
 
 def render(tuning: Tuning) -> str:

@@ -9,7 +9,12 @@ import pytest
 
 from racdeploy.pipeline.job import Job, fit_context
 from racdeploy.pipeline.preflight import check_build
-from racdeploy.pipeline.thinking import ShippedControl, note_control, read_control
+from racdeploy.pipeline.thinking import (
+    ShippedControl,
+    list_dense_controls,
+    note_control,
+    read_control,
+)
 from racdeploy.recipe import Recipe
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint
@@ -26,6 +31,19 @@ def test_words_that_the_vocabulary_lacks_are_not_penalized() -> None:
     assert control.settings.hesitation_ids == ()
     assert control.settings.hesitation_penalty == 0
     assert "not penalized: Wait, Alternatively" in " ".join(note_control(control))
+
+
+def test_a_dense_model_is_shortened_by_what_costs_no_training() -> None:
+    """The budget under which it thinks as much on average; no penalty where no token hesitates."""
+    encoder = _job().encoder
+    controls = list_dense_controls(encoder, ["Wait"], [10, 20, 30, 40], [15, 20, 20, 20])
+    assert controls == {"dense, budget 23": ShippedControl(23)}  # 10, 20, 23, 23: 19 on average
+    for longer in ([40, 40], [10, 20]):
+        assert list_dense_controls(encoder, ["Wait"], [10, 20], longer) == {}
+
+    controls = list_dense_controls(encoder, ["Start"], [0, 0], [0, 0])  # one of its tokens
+    assert [*controls] == ["dense, hesitation penalty 2"]
+    assert controls["dense, hesitation penalty 2"].settings.hesitation_penalty == 2
 
 
 def test_a_budget_is_that_of_the_recipe_or_of_the_verification() -> None:

@@ -134,12 +134,32 @@ def test_the_page_fetches_nothing(report: Report, records: list[AnswerRecord]) -
 def test_the_chart_has_a_point_for_each_prompt(report: Report, records: list[AnswerRecord]) -> None:
     """With a text for screen readers."""
     elements = Elements(html.render(report, records))
-    labels = elements.values("svg", "aria-label")
-    assert len(labels) == 1
+    assert len(elements.values("svg", "aria-label")) == 2
     classes = [value for _, name, value in elements.attributes if name == "class"]
     dots = [value for value in classes if re.fullmatch("dot (lost|won|right|wrong)", value)]
     assert len(dots) == 256
     assert (dots.count("dot lost"), dots.count("dot won")) == (4, 2)
+
+
+def test_more_models_than_two_are_drawn_by_accuracy_and_thinking(report: Report) -> None:
+    """Each at its place, with its name; of two models alone there is no such chart."""
+    dense, pruned, *_ = report.arms
+    points = {"dense": (80, 200), "dense, budget 120": (70, 120), "pruned": (79, 120)}
+    arms = [
+        (pruned if name == "pruned" else dense).model_copy(
+            update={"name": name, "accuracy": right / 100, "thinking_tokens_mean": tokens}
+        )
+        for name, (right, tokens) in points.items()
+    ]
+    page = html.render(report.model_copy(update={"arms": tuple(arms)}))
+    assert re.findall(r'<text class="name"[^>]*>([^<]+)<', page) == list(points)
+    places = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="(\S+)" cy="(\S+)"', page)]
+    whole, budget, shortened = places
+    assert budget[0] == shortened[0] < whole[0]
+    assert budget[1] > shortened[1] > whole[1]
+
+    two = report.model_copy(update={"arms": tuple(arms[:2])})
+    assert "<circle" not in html.render(two)
 
 
 def test_what_shows_nothing_is_not_drawn(report: Report, records: list[AnswerRecord]) -> None:
