@@ -76,6 +76,40 @@ def test_control_goes_from_the_recipe_into_the_bundle(tmp_path: Path) -> None:
     assert result["thinking"].endswith("Done.")
 
 
+def test_a_shortened_model_is_compared_with_what_costs_no_training(tmp_path: Path) -> None:
+    """The embedded model has nothing to take, so a budget makes it shorter here; the dense one then
+    answers under about the same budget, and under a penalty.
+    """
+    settings = {
+        "recover.samples": 2,
+        "recover.rounds": 1,
+        "runtime.thinking.max_tokens": 40,
+        "runtime.thinking.hesitation": ["Start"],
+        "gate.accuracy.margin": 0.9,
+    }
+    bundle = tmp_path / "bundle"
+    outcome = racdeploy(
+        *("build", "--target", "ci-smoke", "--task", "gcd", "--shorten", "--controls"),
+        *("--trace-prompts", 8, "--prompts", 20, "--threads", 1, "--json"),
+        *(part for key, value in settings.items() for part in ("--set", f"{key}={value!r}")),
+        *("--work", tmp_path / "work", "--out", bundle),
+    )
+    report = json.loads(outcome.out)
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    (budget,) = (name for name in arms if name.startswith("dense, budget "))
+    assert "dense, hesitation penalty 2" in arms
+    assert arms["dense, hesitation penalty 2"]["forced"] == arms["dense"]["forced"] == 0
+    assert arms[budget]["forced"] > 0
+    means = [arms[name]["thinking_tokens_mean"] for name in (budget, "pruned")]
+    assert abs(means[0] - means[1]) <= 1, "the budget is that of the same mean"
+    assert arms[budget]["files"] == arms["dense"]["files"]
+    assert {budget, "dense, hesitation penalty 2"} < {row["name"] for row in report["rivals"]}
+    assert "no round was kept" in " ".join(report["notes"])
+
+    page = (bundle / "report.html").read_text(encoding="utf-8")
+    assert f">{budget}</text>" in page, "the chart of accuracy over thinking"
+
+
 def _states(bundle: Path) -> dict[str, set[str]]:
     states: dict[str, set[str]] = {}
     for line in (bundle / "records.jsonl").read_text(encoding="utf-8").splitlines():
