@@ -100,8 +100,11 @@ class Build:
 
         artifacts = []
         for build, own in zip(builds, models, strict=True):
-            # Recovery may have been undone as a whole: then names do not claim it.
-            named = build.job if own.before_recovery else build.job.without_recovery()
+            # Training may have been undone as a whole: then names do not claim it.
+            undone: dict[str, Any] = {} if own.before_recovery else {"tokens": 0}
+            if job.checkpoint.folder == job.model.folder:
+                undone["shorten"] = False
+            named = build.job.with_recovery(**undone)
             name = name_artifact(named)
             exported = replace(build, job=named).export(own.folder, name)
             artifacts.append(bundling.Artifact(name, named.recipe.export, exported))
@@ -412,7 +415,7 @@ class Build:
             job.structure,
             recipe.prune,
             job.rounding_quants,
-            name_model(job.without_recovery()),
+            name_model(job.with_recovery(tokens=0)),
         )
 
     @property

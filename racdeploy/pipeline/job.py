@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +59,11 @@ class Job:
         settings = getattr(gate.tiers, tier).apply(recipe.verify, prompts)
         return cls(recipe.model_copy(update={"verify": settings}), tier)
 
-    def without_recovery(self) -> Job:
-        """Return the job without recovery, of the same model."""
-        recipe = self.recipe
-        if not recipe.recover.tokens:
-            return self
-
-        off = recipe.recover.model_copy(update={"tokens": 0})
-        return replace(self, recipe=recipe.model_copy(update={"recover": off}), resolved=self.model)
+    def with_recovery(self, **changed: Any) -> Job:
+        """Return the job with other settings of recovery, of the same model."""
+        recover = self.recipe.recover.model_copy(update=changed)
+        recipe = self.recipe.model_copy(update={"recover": recover})
+        return replace(self, recipe=recipe, resolved=self.model)
 
     def with_recipe(self, recipe: Recipe, notes: tuple[str, ...] | None = None) -> Job:
         """Return the job of another recipe for the same model and tasks, read only once."""

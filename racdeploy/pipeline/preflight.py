@@ -47,8 +47,9 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
     exporting.check(job.recipe.export)
 
     # Recovery may be undone, which changes the artifact's name.
-    names = [name_artifact(job), name_artifact(job.without_recovery())]
-    for folder in [out] if out else map(Path, names):
+    recovered = (job, job.with_recovery(tokens=0))
+    possible = (*recovered, *(each.with_recovery(shorten=False) for each in recovered))
+    for folder in [out] if out else map(Path, map(name_artifact, possible)):
         bundling.check_replaceable(folder)
 
     for name in job.recipe.verify.controls:

@@ -105,6 +105,7 @@ def test_a_shortened_model_is_compared_with_what_costs_no_training(tmp_path: Pat
     assert arms[budget]["files"] == arms["dense"]["files"]
     assert {budget, "dense, hesitation penalty 2"} < {row["name"] for row in report["rivals"]}
     assert "no round was kept" in " ".join(report["notes"])
+    assert not list(bundle.glob("*short*")), "nothing is named after what was undone"
 
     page = (bundle / "report.html").read_text(encoding="utf-8")
     assert f">{budget}</text>" in page, "the chart of accuracy over thinking"
