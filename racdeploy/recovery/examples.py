@@ -65,13 +65,14 @@ def group_answers(traces: Iterable[Trace], brief_prompts: Mapping[Ids, Ids]) -> 
 
     ``brief_prompts`` has each prompt with an instruction to be brief, for those that need it.
     """
-    by_prompt: dict[Ids, list[Trace]] = {}
+    by_prompt: dict[object, list[Trace]] = {}
     for trace in traces:
-        by_prompt.setdefault(trace.prompt_ids, []).append(trace)
+        # Chunks of text answer no question, and may begin with the same token.
+        by_prompt.setdefault(trace.prompt_ids if trace.question else trace.index, []).append(trace)
 
     return [
-        Answers(tuple(answers), _rank(answers), brief_prompts.get(prompt, ()))
-        for prompt, answers in by_prompt.items()
+        Answers(tuple(each), _rank(each), brief_prompts.get(each[0].prompt_ids, ()))
+        for each in by_prompt.values()
     ]
 
 

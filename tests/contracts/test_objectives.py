@@ -73,3 +73,12 @@ def test_a_thought_that_is_no_shorter_way_is_not_learned(change: dict[str, objec
 def test_answers_of_one_length_teach_nothing() -> None:
     (answers,) = group_answers([EASY[0], replace(EASY[0], index=7)], {})
     assert not answers.can_shorten
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_chunks_of_text_are_learned_one_by_one(name: str) -> None:
+    """Also those that begin with the same token."""
+    text = [replace(make_trace(index, 1, 9, 0), question="", prompt_ids=(7,)) for index in range(3)]
+    examples = recovery.load_objective(name).choose_examples(group_answers(text, {}))
+    assert [example.traces for example in examples] == [(trace,) for trace in text]
+    assert all(example.is_distilled for example in examples)
