@@ -25,6 +25,8 @@ def write_first_line(verb: str, recipe: Recipe) -> str:
     if verb == "recover":
         return f"recover: a pruned model learns {recipe.recover.tokens:,} tokens from {model}"
 
+    if recipe.recover.shorten:
+        model += " (taught to think less)"
     done = describe_pruning(recipe)
     if verb == "prune":
         return f"prune: {model}, {done}, calibrated on {prompts}"

@@ -121,6 +121,10 @@ def test_the_first_line_names_what_is_done() -> None:
         "2:4 zeros, then 5,000 tokens learned back, stored in q8_0"
     )
     assert write_first_line("traces", recipe) == "traces: tiny-reasoner answers 256 prompts"
+    shorter = Recipe.combine(None, {"recover": {"shorten": True}})
+    assert write_first_line("prune", shorter).startswith(
+        "prune: tiny-reasoner (taught to think less), "
+    )
 
 
 def test_constants_of_a_plugin_are_read_and_not_imported() -> None:
