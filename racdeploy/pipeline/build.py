@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import exporting
+from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.exporting import ExportResult
@@ -34,9 +35,9 @@ from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.shorten_stage import ShortenStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
-from racdeploy.pipeline.trace_stage import TraceStage
+from racdeploy.pipeline.trace_stage import ExportedModel, TraceStage
 from racdeploy.pipeline.vocabulary_stage import cut_vocabulary
-from racdeploy.pipeline.workspace import Workspace, describe_code
+from racdeploy.pipeline.workspace import Workspace, describe_code, identify_code
 from racdeploy.pruning import PrunedModel
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
@@ -171,7 +172,9 @@ class Build:
                 model = folder or job.model.folder
                 name = f"{job.model.name}-sampled"
                 exported = export_model(self.workspace, model, name, form, {}, None, "export")
-                stage = replace(stage, artifact=exported.path)
+                code = identify_code("racdeploy.engines.backends.llamacpp", ("llama-cpp-python",))
+                opener = partial(open_engine, "llamacpp")
+                stage = replace(stage, exported=ExportedModel(exported.path, opener, code))
             return stage.run(folder, prompts, settings.samples)[1]
 
         prompts = len(job.problems("calibration"))

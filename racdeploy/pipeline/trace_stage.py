@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from racdeploy.engines import open_engine
+from racdeploy import plugins
 from racdeploy.engines.completion_log import TokenLog
 from racdeploy.engines.completion_progress import CompletionProgress
 from racdeploy.engines.engine import Completion, Engine, EngineSettings
@@ -37,12 +37,35 @@ from racdeploy.traces.trace import Trace, TraceSet
 _UNFINISHED = "growing-"  # prefix of token logs of shards that are being answered
 
 
+_OpenEngine = Callable[[Path, EngineSettings], Engine]
+
+
+def _open(model: Path, settings: EngineSettings) -> Engine:
+    engine: Engine = plugins.load("engines", "transformers").open_engine(model, settings)
+    return engine
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """The model as a file for an engine that answers faster than transformers.
+
+    Only what is passed here knows that engine: the code of the stage does not depend on it.
+
+    Args:
+        open: see :func:`racdeploy.engines.open_engine`; other processes call it, too.
+        code: version and code hash of the engine.
+    """
+
+    path: Path
+    open: _OpenEngine
+    code: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class TraceStage:
     """The stage that collects traces of the dense model, or of a sparse one in recovery.
 
-    ``artifact`` is the model as a GGUF file, which llama.cpp answers with, many times faster than
-    transformers; None for transformers.
+    ``exported`` is the model that answers; None for its checkpoint under transformers.
     """
 
     workspace: Workspace
@@ -51,19 +74,20 @@ class TraceStage:
     tags: ThinkingTags | None
     tasks: TaskSet
     settings: Traces
-    artifact: Path | None = None
+    exported: ExportedModel | None = None
 
     def inputs(
         self, checkpoint: Checkpoint, max_prompts: int = 0, samples: int = 1
     ) -> dict[str, Any]:
         """Return the inputs of a model's traces; torch is one only if it generates them."""
-        libraries = ("llama-cpp-python",) if self.artifact else COMPUTE_LIBRARIES
-        return identify_code(__name__, () if self._is_served(checkpoint) else libraries) | {
+        needs_torch = not (self._is_served(checkpoint) or self.exported)
+        return identify_code(__name__, COMPUTE_LIBRARIES if needs_torch else ()) | {
             "model": checkpoint.sha256,
             "tasks": self.tasks.identify_calibration(),
             "traces": self.settings.identity,
             **({"first": max_prompts} if max_prompts else {}),
             **({"samples": samples} if samples > 1 else {}),
+            **({"engine": dict(self.exported.code)} if self.exported else {}),
         }
 
     def run(
@@ -126,8 +150,8 @@ class TraceStage:
         """Answer this process's share; if a process lacks the model, the first one answers all."""
         sha256 = arguments["sha256"]
         is_dense = sha256 == self.dense.sha256
-        model: Path = arguments["model"]
-        if is_dense and model.suffix != ".gguf":
+        open_model, model = arguments["open"], arguments["model"]
+        if is_dense and open_model is _open:
             model = self.dense.folder
 
         processes = self.workspace.processes
@@ -135,7 +159,7 @@ class TraceStage:
         has_model = Checkpoint(model).sha256 == sha256 if is_folder else model.is_file()
 
         if all(processes.all_gather(has_model)):
-            with _open(model, arguments["settings"]) as engine:
+            with open_model(model, arguments["settings"]) as engine:
                 processes.serve_map(lambda request: engine.generate(*request))
 
     @contextmanager
@@ -161,10 +185,18 @@ class TraceStage:
 
         processes = self.workspace.processes
         settings = EngineSettings(context_tokens, self.settings.batch_size, self.workspace.threads)
-        model = (self.artifact or checkpoint.folder).resolve()
-        arguments = {"settings": settings, "model": model, "sha256": checkpoint.sha256}
+        open_model: _OpenEngine = _open
+        model = checkpoint.folder
+        if self.exported:
+            open_model, model = self.exported.open, self.exported.path
+        arguments = {
+            "settings": settings,
+            "open": open_model,
+            "model": model.resolve(),
+            "sha256": checkpoint.sha256,
+        }
 
-        with _open(model, settings) as engine:
+        with open_model(model, settings) as engine:
             answer = partial(_answer_durably, engine, folder, completion_progress)
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
@@ -180,10 +212,6 @@ class TraceStage:
     def _is_served(self, checkpoint: Checkpoint) -> bool:
         """Return True if the recipe's server answers: it has the dense model."""
         return bool(self.settings.server) and checkpoint.sha256 == self.dense.sha256
-
-
-def _open(model: Path, settings: EngineSettings) -> Engine:
-    return open_engine("llamacpp" if model.suffix == ".gguf" else "transformers", model, settings)
 
 
 def _answer_durably(
