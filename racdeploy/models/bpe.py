@@ -62,10 +62,7 @@ class ByteLevelBPE:
     @cached_property
     def ranks(self) -> Mapping[Pair, int]:
         """The rank of each merge; the first one counts if a merge is listed twice."""
-        ranks: dict[Pair, int] = {}
-        for rank, pair in enumerate(self.merges):
-            ranks.setdefault(pair, rank)
-        return ranks
+        return {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
 
     @property
     def byte_ids(self) -> frozenset[int]:
@@ -108,11 +105,11 @@ class ByteLevelBPE:
         assert len(kept) <= size <= len(self.texts), "a size between what is needed and all"
         filled = set(kept)
 
-        ranks: dict[int, int] = {}
-        for rank, (left, right) in enumerate(self.merges):
-            if (token := self.ids.get(left + right)) is not None:
-                ranks.setdefault(token, rank)
-        by_rank = sorted(self.texts, key=lambda token: (ranks.get(token, len(self.merges)), token))
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(self.merges):
+            ranks.setdefault("".join(pair), rank)
+        last = len(self.merges)
+        by_rank = sorted(self.texts, key=lambda token: (ranks.get(self.texts[token], last), token))
 
         # A token that does not fit with all that it needs may fit in a later round, when the tokens
         # that it needs have been added on their own rank.

@@ -123,9 +123,8 @@ class Checkpoint:
         Fused experts are listed expert by expert.
         """
         family = self.family
-        experts = self.shape.num_experts
         entries = fused_experts.unfuse(
-            self._text_entries, family.blocks, family.fused_experts, experts
+            self._text_entries, family.blocks, family.fused_experts, self.shape.num_experts
         )
         for name, entry in entries.items():
             if entry.dtype == BYTE_DTYPE:
@@ -148,8 +147,7 @@ class Checkpoint:
     @cached_property
     def mtp_entries(self) -> Mapping[str, TensorEntry]:
         """Tensors of the multi-token-prediction head; empty unless llama.cpp supports it here."""
-        head = mtp.select_tensors(self._stored)
-        return head if mtp.is_supported(self.shape, head) else {}
+        return mtp.select_tensors(self._stored, self.shape)
 
     @cached_property
     def all_entries(self) -> Mapping[str, TensorEntry]:
@@ -206,7 +204,7 @@ class Checkpoint:
         Raises:
             ModelError: config and file contradict each other.
         """
-        declared = bool(self.config.get("tie_word_embeddings", False))
+        declared = bool(self.config.get("tie_word_embeddings"))
         if "lm_head.weight" not in self.entries:
             if not declared:
                 raise ModelError(

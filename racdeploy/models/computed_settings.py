@@ -54,12 +54,6 @@ def _hidden_per_head(settings: ModelSettings) -> int:
     return settings.integer("hidden_size") // settings.integer("num_attention_heads")
 
 
-def _attention_scalar(settings: ModelSettings) -> float:
-    if settings.integer("num_hidden_layers") == 62:  # by which llama.cpp knows the 27B model
-        return _hidden_per_head(settings)
-    return read_head_dim(settings)
-
-
 def _width_of(settings: ModelSettings, kind: str) -> int:
     heads = settings.integer(f"linear_num_{kind}_heads")
     return heads * settings.integer(f"linear_{kind}_head_dim")
@@ -71,21 +65,14 @@ def _state_space_width(settings: ModelSettings) -> int:
     return settings.integer("mamba_expand") * settings.integer("hidden_size")
 
 
-def _convolved_width(settings: ModelSettings) -> int:
-    groups = settings.integer("mamba_n_groups")
-    return _state_space_width(settings) + 2 * groups * settings.integer("mamba_d_state")
-
-
-def _sparsity_of_gemma3n(settings: ModelSettings) -> list[float]:
-    blocks = settings.integer("num_hidden_layers")
-    return [0.95] * min(10, blocks) + [0.0] * (blocks - 10)
-
-
 COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
     "rotary_width": lambda s: int(read_head_dim(s) * (s.config.get("partial_rotary_factor") or 1)),
     "sqrt_hidden_size": lambda s: math.sqrt(s.integer("hidden_size")),
     "window_or_0": lambda s: s.config.get("sliding_window") or 0,
-    "attention_scalar": _attention_scalar,
+    "attention_scalar": lambda s: (
+        # by which llama.cpp knows the 27B model
+        _hidden_per_head(s) if s.integer("num_hidden_layers") == 62 else read_head_dim(s)
+    ),
     "theta": lambda s: read_rope(s.config)["rope_theta"],
     "linear_key_width": lambda s: _width_of(s, "key"),
     "linear_value_width": lambda s: _width_of(s, "value"),
@@ -95,9 +82,13 @@ COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
     ),
     "altup_pairs": lambda s: s.integer("altup_num_inputs") ** 2,
     "blocks_beyond_20": lambda s: max(0, s.integer("num_hidden_layers") - 20),
-    "sparsity_of_gemma3n": _sparsity_of_gemma3n,
+    "sparsity_of_gemma3n": lambda s: [
+        0.95 if block < 10 else 0.0 for block in range(s.integer("num_hidden_layers"))
+    ],
     "mamba_width": _state_space_width,
     "hidden_per_head": _hidden_per_head,
     "mamba_group_width": lambda s: _state_space_width(s) // s.integer("mamba_n_groups"),
-    "mamba_convolved_width": _convolved_width,
+    "mamba_convolved_width": lambda s: (
+        _state_space_width(s) + 2 * s.integer("mamba_n_groups") * s.integer("mamba_d_state")
+    ),
 }

@@ -94,10 +94,7 @@ def check_config(config: Config, where: str) -> None:
     repeated = _REPEATED.get(str(config.get("model_type")), ())
     for key, (kind, name) in _KINDS.items():
         value = config.get(key)
-        if key in repeated and isinstance(value, list):
-            values = value
-        else:
-            values = [value]
+        values = value if key in repeated and isinstance(value, list) else [value]
         if not all(each is None or _fits(kind, each) for each in values[:_MAX_LISTED]):
             raise ModelError(
                 "damaged-config",

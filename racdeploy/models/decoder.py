@@ -74,6 +74,13 @@ MODEL_TENSORS = {
 }
 ALL_LINEARS = tuple(_LINEARS.values())
 
+
+def list_kinds(blocks: int, period: int, usual: str = "sliding_attention") -> list[str]:
+    """Return the kind of each block if every n-th has full attention; at period 0 all have."""
+    is_usual = [period and block % period for block in range(1, blocks + 1)]
+    return [usual if each else "full_attention" for each in is_usual]
+
+
 # D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q columns of all query heads,
 # KV of all key heads, E experts, EF one expert's feed-forward; a sum where one tensor holds several
 # matrices. A tensor that is not listed is a vector of D.

@@ -44,7 +44,11 @@ def _describe(name: str, models: str, family: Family) -> dict[str, Any]:
         "stays_dense": sorted(family.never_pruned),
         "kernels": [linear for linear in family.linears if linear not in family.expert_linears],
         "cuts": _list_cuts(family),
-        "onnx": _list_exporters(name),
+        "onnx": [
+            exporter
+            for exporter in plugins.list_names("onnx_exporters")
+            if name in plugins.load("onnx_exporters", exporter).TESTED_FAMILIES
+        ],
     }
 
 
@@ -54,20 +58,14 @@ def _list_kinds(family: Family) -> list[str]:
     return list(family.kind_prefixes) or [_ATTENTION]
 
 
-def _list_exporters(family: str) -> list[str]:
-    exporters = plugins.list_names("onnx_exporters")
-    return [
-        name for name in exporters if family in plugins.load("onnx_exporters", name).TESTED_FAMILIES
-    ]
-
-
 def _feeds_forward_everywhere(family: Family) -> bool:
     """Return True if blocks of every kind have a linear from feed-forward channels to hidden."""
-    ends = [
-        linear for linear in family.linears if list_axes(family, f"{linear}.weight") == ("D", "F")
-    ]
     block_prefixes = tuple(prefix for kind in family.kind_prefixes.values() for prefix in kind)
-    return any(not linear.startswith(block_prefixes) for linear in ends)
+    return any(
+        list_axes(family, f"{linear}.weight") == ("D", "F")
+        for linear in family.linears
+        if not linear.startswith(block_prefixes)
+    )
 
 
 def _list_cuts(family: Family) -> list[str]:

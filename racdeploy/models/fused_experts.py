@@ -42,9 +42,9 @@ class FusedExperts:
     interleaved: bool = False
     inputs_first: bool = False
 
-    def name(self, part: str, expert: int) -> str:
-        """Return the name of an expert's part inside its block."""
-        return part.replace("*", str(expert))
+    def names(self, expert: int) -> list[str]:
+        """Return the names of an expert's parts inside its block."""
+        return [part.replace("*", str(expert)) for part in self.parts]
 
 
 def unfuse(
@@ -103,9 +103,7 @@ def _take(
     """Return the parts of a tensor of (experts, outputs), which may have an axis of inputs too."""
     # The axis of the outputs: a bias has no inputs, and a matrix may have them first.
     shape = entry.shape
-    outputs = 1
-    if fused.inputs_first and len(shape) == 3:
-        outputs = 2
+    outputs = 2 if fused.inputs_first and len(shape) == 3 else 1
     is_whole = len(shape) in (2, 3) and shape[0] == experts and 0 not in shape
     if not is_whole or shape[outputs] % len(fused.parts):
         raise ModelError(
@@ -114,18 +112,21 @@ def _take(
             remedy=_DAMAGED,
         )
 
+    return _list_parts(entry, fused, outputs)
+
+
+def _list_parts(entry: TensorEntry, fused: FusedExperts, outputs: int) -> dict[str, TensorEntry]:
+    """Return the parts of each expert, outputs first; ``outputs`` is their axis."""
     parts = {}
-    for index, part in enumerate(fused.parts):
-        for expert in range(experts):
-            expert_entry = _find(entry, fused, expert, index, outputs)
-            parts[fused.name(part, expert)] = expert_entry
+    for expert in range(entry.shape[0]):
+        for index, name in enumerate(fused.names(expert)):
+            parts[name] = _find(entry, fused, expert, index, outputs)
     return parts
 
 
 def _find(
     entry: TensorEntry, fused: FusedExperts, expert: int, index: int, outputs: int
 ) -> TensorEntry:
-    """Return one part of one expert, outputs first; ``outputs`` is their axis."""
     count = len(fused.parts)
     rows = entry.shape[outputs] // count
     chosen = slice(index * rows, (index + 1) * rows)
@@ -188,12 +189,11 @@ def _unpack(
             remedy="copy or download the model again",
         )
 
-    parts: dict[str, TensorEntry] = {}
-    for index, part in enumerate(fused.parts):
-        for expert in range(experts):
-            expert_entries = [_find(each, fused, expert, index, 1) for each in (codes, exponents)]
-            parts[fused.name(part, expert)] = Mxfp4Entry.from_parts(*expert_entries)
-    return parts
+    exponent_parts = _list_parts(exponents, fused, 1)
+    return {
+        part: Mxfp4Entry.from_parts(entry, exponent_parts[part])
+        for part, entry in _list_parts(codes, fused, 1).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -240,18 +240,12 @@ def fuse(
     prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
     for block in filter(None, prefixes):
         for stored, each in fused.items():
-            experts = list(_collect(tensors, block, each))
+            experts: list[tuple[TensorEntry, ...]] = []
+            while f"{block}{each.names(len(experts))[0]}" in entries:
+                names = [f"{block}{part}" for part in each.names(len(experts))]
+                experts.append(tuple(entries[name] for name in names))
+                for name in names:
+                    del tensors[name]
             if experts:
                 tensors[f"{block}{stored}"] = FusedSource(each, tuple(experts))
     return dict(sorted(tensors.items()))
-
-
-def _collect(
-    tensors: dict[str, WritableTensor], block: str, fused: FusedExperts
-) -> Iterator[tuple[TensorEntry, ...]]:
-    """Remove the parts of each expert of a block from ``tensors``; yield them by expert number."""
-    expert = 0
-    while f"{block}{fused.name(fused.parts[0], expert)}" in tensors:
-        parts = [tensors.pop(f"{block}{fused.name(part, expert)}") for part in fused.parts]
-        yield tuple(part for part in parts if isinstance(part, TensorEntry))
-        expert += 1

@@ -18,12 +18,6 @@ PREFIXES = ("model.mtp.", PREFIX)
 _BLOCK = re.compile(rf"{re.escape(PREFIX)}layers\.(\d{{1,6}})\.(.+)")
 
 
-def select_tensors(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Return the tensors of the head, by names that begin with :data:`PREFIX`."""
-    head = {name: entry for name, entry in stored.items() if name.startswith(PREFIXES)}
-    return {name.removeprefix("model."): entry for name, entry in head.items()}
-
-
 def split_block(name: str) -> tuple[int | None, str]:
     """Return the block number of a head's tensor, or None, and the name inside the block."""
     match = _BLOCK.fullmatch(name)
@@ -35,14 +29,20 @@ def count_blocks(names: Iterable[str]) -> int:
     return len({split_block(name)[0] for name in names} - {None})
 
 
-def is_supported(shape: ModelShape, head: Mapping[str, TensorEntry]) -> bool:
-    """Return True if llama.cpp supports a head: complete, and like the last attention block."""
+def select_tensors(stored: Mapping[str, TensorEntry], shape: ModelShape) -> dict[str, TensorEntry]:
+    """Return the tensors of the head, by names that begin with :data:`PREFIX`.
+
+    There are none unless llama.cpp supports it: complete, and like the last attention block.
+    """
+    named = {name: entry for name, entry in stored.items() if name.startswith(PREFIXES)}
+    head = {name.removeprefix("model."): entry for name, entry in named.items()}
+
     attending = [block for block, attends in enumerate(shape.attends) if attends]
     if not (head and shape.family.mtp_tensors and attending):
-        return False
+        return {}
 
     shapes = {name: tuple(entry.shape) for name, entry in head.items()}
-    return shapes == _expect_shapes(shape, attending[-1], count_blocks(head))
+    return head if shapes == _expect_shapes(shape, attending[-1], count_blocks(head)) else {}
 
 
 def _expect_shapes(shape: ModelShape, like: int, blocks: int) -> dict[str, tuple[int, ...]]:

@@ -56,9 +56,7 @@ def no_safetensors_error(folder: Path) -> ModelError:
         )
 
     # A pickle is not opened, not even to convert it: that runs the code in it.
-    more = ""
-    if len(pickles) > 1:
-        more = f" and {len(pickles) - 1} more"
+    more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
     return ModelError(
         "pickled-weights",
         f"{missing}: its weights are in {pickles[0][:_MAX_NAME_LENGTH]}{more}, a pickle, "

@@ -28,10 +28,11 @@ _KEY = "old_ids"
 _NAMING = ("_token_id", "_token_ids", "_token_index")
 _ID_KEYS = (*_NAMING, "pad_id", "suppress_tokens", "bad_words_ids")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+OldIds = NDArray[np.int64]
 NewIds = Mapping[int, int]
 
 
-def read_old_ids(folder: Path) -> NDArray[np.int64]:
+def read_old_ids(folder: Path) -> OldIds:
     """Return the ids that a folder's tokens had before the vocabulary was cut, in the new order."""
     values = read_json(folder / OLD_IDS_FILE).get(_KEY)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
@@ -42,7 +43,7 @@ def read_old_ids(folder: Path) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
-def map_new_ids(old_ids: NDArray[np.int64]) -> NewIds:
+def map_new_ids(old_ids: OldIds) -> NewIds:
     """Return a map from the old id of each kept token to its new id."""
     return {old: new for new, old in enumerate(old_ids.tolist())}
 
@@ -64,7 +65,7 @@ def find_config_ids(files: TokenizerFiles) -> set[int]:
     return ids
 
 
-def renumber_files(files: TokenizerFiles, old_ids: NDArray[np.int64]) -> dict[str, str]:
+def renumber_files(files: TokenizerFiles, old_ids: OldIds) -> dict[str, str]:
     """Return the new texts of all files that name ids, by file name."""
     ids = map_new_ids(old_ids)
     written: Json = {"tokenizer.json": renumber_tokenizer(files.tokenizer_json, ids)}
@@ -97,13 +98,12 @@ def renumber_tokenizer(tokenizer: Json, ids: NewIds) -> Json:
             merges.append(merge)
     model["merges"] = merges
 
-    added = []
-    for token in tokenizer.get("added_tokens") or []:
-        added.append({**token, "id": ids[token["id"]]})
+    added = tokenizer.get("added_tokens") or []
+    renumbered = [{**token, "id": ids[token["id"]]} for token in added]
 
     changed = {
         "padding": _renumber_ids(tokenizer.get("padding"), ids),
-        "added_tokens": sorted(added, key=itemgetter("id")),
+        "added_tokens": sorted(renumbered, key=itemgetter("id")),
         "post_processor": _renumber_processor(tokenizer.get("post_processor"), ids),
         "model": model,
     }

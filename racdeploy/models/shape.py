@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from racdeploy.errors import ModelError
-from racdeploy.models import widths
+from racdeploy.models import decoder, widths
 from racdeploy.models.computed_settings import ModelSettings, read_head_dim, read_rope
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import (
@@ -59,7 +59,7 @@ class ModelShape(ModelSettings):
     num_key_value_heads: int
     num_experts: int
     hidden_states_width: int
-    rope: Mapping[str, Any]
+    rope: Config
     is_rotary: bool
     rounds_yarn_ramp: bool
     is_uniform: bool
@@ -200,8 +200,7 @@ def _list_layer_types(settings: ModelSettings, family: Family, block_count: int)
         return tuple(map(str, listed))
 
     period = settings.config.get("sliding_window_pattern") or family.window_period
-    is_sliding = [period and block % period for block in range(1, block_count + 1)]
-    return tuple("sliding_attention" if each else "full_attention" for each in is_sliding)
+    return tuple(decoder.list_kinds(block_count, period))
 
 
 def _find_key_sources(settings: ModelSettings, layer_types: Sequence[str]) -> tuple[int, ...]:

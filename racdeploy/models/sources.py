@@ -64,7 +64,9 @@ def resolve_model(model: str) -> ResolvedModel:
             remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}",
         )
 
-    return _download(model)
+    with _open_hub(model) as hub:
+        folder = Path(hub.snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
+    return ResolvedModel(model.partition("/")[2], folder, model, folder.name)
 
 
 @cache
@@ -105,12 +107,6 @@ def fetch_gguf(source: Path) -> Path:
     with _open_hub(model) as hub:
         folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=patterns)
     return Path(folder) / fitting[0][0]
-
-
-def _download(model: str) -> ResolvedModel:
-    with _open_hub(model) as hub:
-        folder = Path(hub.snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
-    return ResolvedModel(model.partition("/")[2], folder, model, folder.name)
 
 
 @contextmanager

@@ -21,9 +21,10 @@ def check_tokenizer(tokenizer: Json, where: str) -> None:
     model = tokenizer.get("model")
     parts = {"model": model, "added_tokens": tokenizer.get("added_tokens")}
     if isinstance(model, dict):
-        parts |= {f"model.{key}": model.get(key) for key in ("type", "unk_token")}
+        keys = ["type", "unk_token"]
         if model.get("type", "BPE") == "BPE":
-            parts |= {f"model.{key}": model.get(key) for key in ("vocab", "merges")}
+            keys += ["vocab", "merges"]
+        parts |= {f"model.{key}": model.get(key) for key in keys}
 
     for name, value in parts.items():
         fault = "" if value is None else _FAULTS[name](value)

@@ -28,6 +28,8 @@ SETTINGS = {
 }
 KeptIndices = Mapping[str, NDArray[np.int64]]
 """Letter → kept indices along it, ascending: channels (``F``), columns (``Q``, ``KV``)."""
+AxisIndices = tuple[NDArray[np.int64] | None, ...]
+"""Kept indices along each axis of a tensor; None: all."""
 
 
 def list_axes(family: Family, name: str) -> tuple[str, ...]:
@@ -60,25 +62,22 @@ def width_per_unit(letter: str, sizes: Mapping[str, int]) -> int:
 
 def list_kept_indices(
     family: Family, name: str, kept: KeptIndices, sizes: Mapping[str, int]
-) -> tuple[NDArray[np.int64] | None, ...]:
-    """Return the kept indices along each axis of a block's tensor; None if all are kept.
+) -> AxisIndices:
+    """Return the kept indices along each axis of a block's tensor.
 
     ``sizes`` are those before the cut. Matrices in one tensor, as ``Q+KV+KV``, are cut one by one.
     """
     indices: list[NDArray[np.int64] | None] = []
     for axis in list_axes(family, name):
         letters = axis.split("+")
-        if not any(letter in kept for letter in letters):
+        if kept.keys().isdisjoint(letters):
             indices.append(None)
             continue
 
         parts = []
         start = 0
         for letter in letters:
-            kept_indices = kept.get(letter)
-            parts.append(
-                start + (np.arange(sizes[letter]) if kept_indices is None else kept_indices)
-            )
+            parts.append(start + kept.get(letter, np.arange(sizes[letter])))
             start += sizes[letter]
         indices.append(np.concatenate(parts))
 

@@ -11,13 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy import plugins
 from racdeploy.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
+    from racdeploy.packing.block_layouts import Bytes
     from racdeploy.packing.onnx.packer import BaseGraphPacker
     from racdeploy.packing.racgguf import ByteReader, PackedTensor, StoredTensor
 
@@ -58,9 +56,7 @@ class GgufPacking(Packing, Protocol):
 
     def find_damage(self, tensor: StoredTensor) -> str: ...
 
-    def unpack_tensor(
-        self, tensor: StoredTensor, source: ByteReader
-    ) -> Iterator[NDArray[np.uint8]]: ...
+    def unpack_tensor(self, tensor: StoredTensor, source: ByteReader) -> Iterator[Bytes]: ...
 
 
 class OnnxPacking(Packing, Protocol):

@@ -8,21 +8,20 @@ result, byte for byte.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from racdeploy import plugins
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
-from racdeploy.files.reading import read_json
-from racdeploy.files.writing import write_atomic
+from racdeploy.files.reading import Json
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expand_experts, find_expert
@@ -49,7 +48,7 @@ from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.pair import BlockPair
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear, measure_outputs, record_outputs
 from racdeploy.pruning.walk.relative_error import RelativeError
-from racdeploy.pruning.walk.routing import record_routing
+from racdeploy.pruning.walk.routing import RoutedTokens, record_routing
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.survey import Effect, Observation, survey
 from racdeploy.pruning.weights.patterns import LinearSparsities
@@ -123,31 +122,21 @@ def _decide_shares(session: PruningSession, sizes: Mapping[str, int]) -> LinearS
 
     ``sizes``: weights of each linear after the cut, by its dense name.
     """
-    file = session.folder / "allocation.json"
-    processes = session.processes
     settings = session.settings
 
-    # Decided once: after a resume, later blocks must fit the finished ones.
-    if not processes.run_on_first(file.is_file):
+    def decide() -> Json:
         plugin = plugins.load("allocations", settings.allocation)
 
-        def observe(
-            _: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
-        ) -> Observation:
+        def observe(_: str, weight_OI: Tensor, hessian: Hessian, effect: Effect) -> Observation:
             observation: Observation = plugin.observe(weight_OI, hessian, effect, settings)
             return observation
 
-        observations = {}
-        if plugin.NEEDS_SURVEY:
-            observations = survey(session, sizes, observe)
+        observations = survey(session, sizes, observe) if plugin.NEEDS_SURVEY else {}
         shares = plugin.allocate(observations, sizes, settings.sparsity)
+        return {"sparsities": shares, "observations": observations}
 
-        if processes.is_first:
-            values = {"sparsities": shares, "observations": observations}
-            write_atomic(file, json.dumps(values, indent=1))
-
-    decided: LinearSparsities = processes.run_on_first(lambda: read_json(file)["sparsities"])
-    return decided
+    sparsities: LinearSparsities = session.decide_once("allocation.json", decide)["sparsities"]
+    return sparsities
 
 
 def _count_weights(session: PruningSession, shape: CutShape) -> dict[str, int]:
@@ -192,10 +181,10 @@ class _Walk:
 
     def run(self) -> tuple[list[LinearRow], list[BlockRow]]:
         """Prune block after block, and read those that are finished."""
-        for batch, hidden_BTD in enumerate(self.blocks.embed(self.batches)):
-            self.sparse.hidden[batch] = hidden_BTD
-            if self._needs_dense(self.batches[batch]):
-                self.dense.hidden[batch] = hidden_BTD
+        for number, hidden_BTD in enumerate(self.blocks.embed(self.batches)):
+            self.sparse.hidden[number] = hidden_BTD
+            if self._needs_dense(self.batches[number]):
+                self.dense.hidden[number] = hidden_BTD
 
         linears: list[LinearRow] = []
         blocks: list[BlockRow] = []
@@ -204,10 +193,8 @@ class _Walk:
         for index in range(self.shape.block_count):
             if index in new_indices:
                 pair = self._load(index, new_indices[index])
-                handle = self._prune
-                if self.files.is_finished(pair.new_index):
-                    handle = self._restore
-                linear_rows, block_row = handle(pair)
+                is_finished = self.files.is_finished(pair.new_index)
+                linear_rows, block_row = self._restore(pair) if is_finished else self._prune(pair)
                 linears += linear_rows
                 blocks.append(block_row)
             else:
@@ -231,13 +218,13 @@ class _Walk:
     def _skip(self, index: int) -> None:
         """Advance the dense model alone through a block that was removed."""
         dense = self.blocks.load_block(index)
-        for batch in range(len(self.batches)):
-            if self._needs_dense(self.batches[batch]):
-                self.dense.advance(dense, batch)
+        for number, batch in enumerate(self.batches):
+            if self._needs_dense(batch):
+                self.dense.advance(dense, number)
 
     def _restore(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
         """Read a finished block, and advance the hidden states."""
-        kept = self.files.read_kept_units(pair.new_index)
+        linears, block, kept = self.files.read_rows(pair.new_index)
         for cut in self.cuts:
             if cut.part in kept:
                 narrow_block(pair, cut.layouts[pair.new_index], kept[cut.part])
@@ -248,7 +235,7 @@ class _Walk:
             )
 
         self._advance(pair, {})
-        return self.files.read_rows(pair.new_index)
+        return linears, block
 
     def _prune(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
         """Cut and prune a block group by group, write it, and advance the hidden states."""
@@ -274,8 +261,12 @@ class _Walk:
             linear.error.reduce(self.processes)
 
         linear_rows = self._linear_rows(pair, pruned)
-        parts = {"drift_by_segment": drift.by_segment, "drift_by_task": drift.by_task}
-        block_row = BlockRow(block=pair.new_index, drift=drift.total, **parts)
+        block_row = BlockRow(
+            block=pair.new_index,
+            drift=drift.total,
+            drift_by_segment=drift.by_segment,
+            drift_by_task=drift.by_task,
+        )
         self.files.write_rows(pair.new_index, linear_rows, block_row, pair.kept_units)
         return linear_rows, block_row
 
@@ -296,27 +287,24 @@ class _Walk:
 
     def _write_weights(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
         named = {pair.new_name(f"{linear}.weight"): row for linear, row in pruned.items()}
-        tensors = self._list_cut_tensors(pair) | {
-            name: row.stored_OI for name, row in named.items()
-        }
-        self.files.write_weights(pair.new_index, tensors)
+        stored = {name: row.stored_OI for name, row in named.items()}
+        self.files.write_weights(pair.new_index, self._list_cut_tensors(pair) | stored)
         self.files.write_codes(pair.new_index, named)
 
         # For linears without codes, and for the dense model beside the pruned one.
         self.files.write_importance(pair.new_index, named)
-        if self.outline != keep_everything(self.shape):
-            self._write_dense_importance(pair, pruned)
+        if self.outline == keep_everything(self.shape):
+            return
 
-    def _write_dense_importance(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
-        """Write the importance of all dense inputs, of a model that was cut."""
-        named = {}
+        # Of a model that was cut, also the importance of all dense inputs.
+        dense = {}
         for linear, row in pruned.items():
             mean_I = pair.narrowed_importance.get(linear, row.importance_I)
-            named[pair.dense_name(f"{linear}.weight")] = replace(row, importance_I=mean_I)
+            dense[pair.dense_name(f"{linear}.weight")] = replace(row, importance_I=mean_I)
 
-        self.files.write_importance(pair.new_index, named, "dense-importance")
+        self.files.write_importance(pair.new_index, dense, "dense-importance")
 
-    def _list_cut_tensors(self, pair: BlockPair) -> dict[str, torch.Tensor]:
+    def _list_cut_tensors(self, pair: BlockPair) -> dict[str, Tensor]:
         """Return the tensors that a cut changed, in the stored dtype, by new names.
 
         Those of experts are all included: with fewer experts they have new indices.
@@ -336,8 +324,8 @@ class _Walk:
 
         for index, batch in enumerate(self.batches):
             measured = pruned if batch.held_out else {}
-            dense_BTD: torch.Tensor | None = None
-            outputs: dict[str, torch.Tensor] = {}
+            dense_BTD: Tensor | None = None
+            outputs: dict[str, Tensor] = {}
 
             if self._needs_dense(batch):
                 narrowed = pair.narrowed_importance.keys() & measured.keys()
@@ -355,41 +343,36 @@ class _Walk:
         pair: BlockPair,
         index: int,
         measured: Mapping[str, PrunedLinear],
-        dense: Mapping[str, torch.Tensor],
-    ) -> torch.Tensor:
+        dense: Mapping[str, Tensor],
+    ) -> Tensor:
         """Advance a batch through the sparse block, and add it to the errors of some linears."""
         batch = self.batches[index]
         experts = self.shape.family.experts_module
         shared = {name: row for name, row in measured.items() if find_expert(name) is None}
 
-        if len(shared) == len(measured):
-            with measure_outputs(pair.sparse, shared, batch, dense):
-                return self.sparse.advance(pair.sparse, index)
-
-        with (
-            measure_outputs(pair.sparse, shared, batch, dense),
-            record_routing(pair.sparse, experts) as passes,
-        ):
+        with ExitStack() as hooks:
+            hooks.enter_context(measure_outputs(pair.sparse, shared, batch, dense))
+            passes: list[RoutedTokens] = []
+            if len(shared) < len(measured):
+                passes = hooks.enter_context(record_routing(pair.sparse, experts))
             output_BTD = self.sparse.advance(pair.sparse, index)
 
-        (routed,) = passes
-        measure_expert_errors(self.session, pair.sparse, measured, batch, routed)
+        for routed in passes:
+            measure_expert_errors(self.session, pair.sparse, measured, batch, routed)
         return output_BTD
 
     def _needs_dense(self, batch: Batch) -> bool:
         return self.session.settings.match_dense or batch.held_out
 
     def _linear_rows(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
-        groups = pair.input_groups
         rows = []
-        for linear in (
-            name for group in groups for name in expand_experts(group, len(pair.experts))
-        ):
-            name = pair.new_name(linear)
-            if linear in pruned:
-                sparsity = self.pruner.sparsities[pair.dense_name(linear)]
-                rows.append(pruned[linear].to_row(name, sparsity))
-            else:
-                rows.append(LinearRow(name=name, requested_sparsity=0.0, actual_sparsity=0.0))
+        for group in pair.input_groups:
+            for linear in expand_experts(group, len(pair.experts)):
+                name = pair.new_name(linear)
+                row = LinearRow(name=name, requested_sparsity=0.0, actual_sparsity=0.0)
+                if linear in pruned:
+                    sparsity = self.pruner.sparsities[pair.dense_name(linear)]
+                    row = pruned[linear].to_row(name, sparsity)
+                rows.append(row)
 
         return rows

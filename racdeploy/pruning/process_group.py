@@ -13,7 +13,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from racdeploy import plugins
@@ -322,7 +321,7 @@ def _on_cpu(tensor: Tensor) -> Iterator[Tensor]:
         tensor.copy_(copy)
 
 
-def _on_terminate(signum: int, frame: FrameType | None) -> None:
+def _on_terminate(*_: object) -> None:
     _ignore_terminate()
     raise EnvironmentFailure(
         "stopped-by-torchrun",

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
-from racdeploy.quant.grid import Grid
+from racdeploy.quant.grid import Bytes, Floats, Grid
 from racdeploy.quant.matmulnbits import MatMulNBitsBlocks
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
@@ -49,9 +48,9 @@ class Quant(Protocol):
     BLOCK_SIZE: int
     PRESERVES_ZERO: bool
 
-    def quantize(self, weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]: ...
+    def quantize(self, weight_OI: Floats) -> Bytes: ...
 
-    def dequantize(self, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]: ...
+    def dequantize(self, packed_OP: Bytes, I: int) -> Floats: ...
 
 
 class GgmlQuant(Quant, Protocol):
@@ -63,9 +62,7 @@ class GgmlQuant(Quant, Protocol):
 
     GGML_TYPE: int
 
-    def quantize(
-        self, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-    ) -> NDArray[np.uint8]: ...
+    def quantize(self, weight_OI: Floats, importance_I: Floats | None = None) -> Bytes: ...
 
 
 class OnnxQuant(Quant, Protocol):
@@ -80,7 +77,7 @@ class MatMulNBitsQuant(OnnxQuant, Protocol):
     CODE_BITS: int
     ZERO_POINTS: bool
 
-    def blocks(self, packed_OP: NDArray[np.uint8], I: int) -> MatMulNBitsBlocks: ...
+    def blocks(self, packed_OP: Bytes, I: int) -> MatMulNBitsBlocks: ...
 
 
 def has_grid(name: str) -> bool:
@@ -127,8 +124,8 @@ def load(name: str) -> Quant:
 def check_finite(
     name: str,
     quant: str,
-    weight_OI: NDArray[np.float32],
-    stored_OI: NDArray[np.float32],
+    weight_OI: Floats,
+    stored_OI: Floats,
     wider: str,
 ) -> None:
     """Raise if the dequantized weights, stored_OI, are not all finite.

@@ -14,10 +14,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.errors import EngineError
 from racdeploy.plugins import require_package
+from racdeploy.quant.grid import Bytes, Floats
 from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES
 
@@ -30,9 +30,7 @@ _NAMES = {known.type_id: name.replace("_k", "_K") for name, known in GGML_TYPES.
 _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
 
 
-def quantize(
-    ggml_type: int, weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
+def quantize(ggml_type: int, weight_OI: Floats, importance_I: Floats | None = None) -> Bytes:
     """Return packed_OP of float32 weights, whose rows are whole blocks.
 
     importance_I, a row of ggml's importance matrix, weighs each input's squared error; above 0.
@@ -59,7 +57,7 @@ def quantize(
     return packed_OP
 
 
-def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+def dequantize(ggml_type: int, packed_OP: Bytes, I: int) -> Floats:
     """Return float32 weight_OI of packed rows."""
     O, P = packed_OP.shape
     assert _count_row_bytes(ggml_type, I) == P, "packed rows do not match the row length"
@@ -73,7 +71,7 @@ def dequantize(ggml_type: int, packed_OP: NDArray[np.uint8], I: int) -> NDArray[
     return weight_OI
 
 
-def make_codec(ggml_type: int) -> tuple[partial[NDArray[np.uint8]], partial[NDArray[np.float32]]]:
+def make_codec(ggml_type: int) -> tuple[partial[Bytes], partial[Floats]]:
     """Return :func:`quantize` and :func:`dequantize` of one type."""
     return partial(quantize, ggml_type), partial(dequantize, ggml_type)
 

@@ -13,6 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
 
 @dataclass(frozen=True)
 class GridCodes:
@@ -55,7 +58,7 @@ class Grid:
     values: tuple[float, ...]
     block_size: int
     group_size: int
-    pack: Callable[[GridCodes], NDArray[np.uint8]]
+    pack: Callable[[GridCodes], Bytes]
     step_codes: tuple[int, int] | None = None
     minimum_codes: tuple[int, int] | None = None
     scale: Literal["half", "power_of_two"] = "half"
@@ -65,7 +68,7 @@ class Grid:
         """True if a weight can be exactly zero in every group."""
         return 0 in self.values or self.minimum_codes is not None
 
-    def decode(self, codes: GridCodes) -> NDArray[np.float32]:
+    def decode(self, codes: GridCodes) -> Floats:
         """Return weight_OI in float32, in the order of operations of ggml's dequantizers."""
         groups = self.block_size // self.group_size
         step_OG = np.repeat(codes.scale_OX, groups, axis=1)
@@ -73,7 +76,7 @@ class Grid:
             step_OG = step_OG * codes.step_code_OG.astype(np.float32)
 
         value_OI = np.array(self.values, np.float32)[codes.code_OI]
-        weight_OI: NDArray[np.float32] = value_OI * np.repeat(step_OG, self.group_size, axis=1)
+        weight_OI: Floats = value_OI * np.repeat(step_OG, self.group_size, axis=1)
         if codes.minimum_scale_OX is not None and codes.minimum_code_OG is not None:
             minimum_OG = np.repeat(codes.minimum_scale_OX, groups, axis=1)
             minimum_OG = minimum_OG * codes.minimum_code_OG.astype(np.float32)
@@ -86,27 +89,27 @@ def whole_codes(lowest: int, highest: int) -> tuple[float, ...]:
     return tuple(map(float, range(lowest, highest + 1)))
 
 
-def join_fields(rows: int, *fields_NP: NDArray[Any]) -> NDArray[np.uint8]:
+def join_fields(codes: GridCodes, *fields_NP: NDArray[Any]) -> Bytes:
     """Return packed_OP of blocks whose fields lie one after the other, in the given order."""
     parts = [
         np.ascontiguousarray(field).view(np.uint8).reshape(len(field), -1) for field in fields_NP
     ]
-    return np.concatenate(parts, axis=1).reshape(rows, -1)
+    return np.concatenate(parts, axis=1).reshape(len(codes.code_OI), -1)
 
 
-def pack_halves(code_NS: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack_halves(code_NS: Bytes) -> Bytes:
     """Return bytes of two four-bit numbers: the first half of a run is low, the second high."""
     low_NX, high_NX = np.split(code_NS, 2, axis=-1)
     return low_NX | high_NX << np.uint8(4)
 
 
-def pack_quarters(code_N4X: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack_quarters(code_N4X: Bytes) -> Bytes:
     """Return bytes of four two-bit numbers, the first of axis −2 in the lowest bits."""
     shift_41 = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    joined_NX: NDArray[np.uint8] = np.bitwise_or.reduce(code_N4X << shift_41, axis=-2)
+    joined_NX: Bytes = np.bitwise_or.reduce(code_N4X << shift_41, axis=-2)
     return joined_NX
 
 
-def as_half(scale_OX: NDArray[np.float32]) -> NDArray[np.float16]:
+def as_half(scale_OX: Floats) -> NDArray[np.float16]:
     """Return scales as one half-precision number per block."""
     return scale_OX.reshape(-1, 1).astype("<f2")

@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter
-from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors
 from racdeploy.quant import IMPORTANCE_FILE
+from racdeploy.quant.grid import Floats
 from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy.tensors.gguf_header import TensorInfo, read_header
 from racdeploy.tensors.safetensors import read_tensor_entries
@@ -36,7 +37,7 @@ class Importance:
     """Mean squares of inputs and their token counts, by the weight's name in checkpoint or GGUF."""
 
     file: Path
-    means: Mapping[str, NDArray[np.float32]]
+    means: Mapping[str, Floats]
     tokens: Mapping[str, int]
 
     @classmethod
@@ -54,10 +55,8 @@ class Importance:
                 remedy="give the path of an importance matrix in export.importance",
             )
 
-        if file.suffix == ".gguf":
-            means, tokens = _read_imatrix(file)
-        else:
-            means, tokens = _read_statistic(file)
+        read = _read_imatrix if file.suffix == ".gguf" else _read_statistic
+        means, tokens = read(file)
 
         for name, mean_I in means.items():
             if not np.isfinite(mean_I).all() or (mean_I < 0).any():
@@ -76,7 +75,7 @@ class Importance:
 
         return cls(file, means, tokens)
 
-    def for_weight(self, name: str, source: str, columns: int) -> NDArray[np.float32] | None:
+    def for_weight(self, name: str, source: str, columns: int) -> Floats | None:
         """Return importance_I of a weight, all above 0, or None if unknown.
 
         Args:
@@ -108,7 +107,7 @@ class Importance:
             if not self.means.keys().isdisjoint(parts):
                 sources[name] = parts
 
-        known = [part for parts in sources.values() for part in parts if part in self.tokens]
+        known = self.tokens.keys() & chain.from_iterable(sources.values())
         max_tokens = max(self.tokens[part] for part in known)
 
         with disk_errors(file), partial_folder(file) as scratch:
@@ -120,7 +119,12 @@ class Importance:
                 writer.add_uint32("imatrix.chunk_size", max_tokens)
 
                 for name, parts in sorted(sources.items()):
-                    sum_EI, count_E1 = self._stack(parts)
+                    # A part without tokens has zeros.
+                    known_I = next(self.means[part] for part in parts if part in self.means)
+                    rows = [self.means.get(part, np.zeros_like(known_I)) for part in parts]
+                    counts = [[self.tokens.get(part, 0)] for part in parts]
+                    count_E1 = np.array(counts, dtype=np.float32)
+                    sum_EI = np.stack(rows) * count_E1
                     writer.add_tensor(name + _SUMS, sum_EI)
                     writer.add_tensor(name + _COUNTS, count_E1)
 
@@ -130,19 +134,10 @@ class Importance:
 
             written.replace(file)
 
-    def _stack(self, parts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return sum_EI and count_E1, a row per part; a part without tokens has zeros."""
-        known = next(self.means[part] for part in parts if part in self.means)
-        rows = [self.means.get(part, np.zeros_like(known)) for part in parts]
-        counts = [[self.tokens.get(part, 0)] for part in parts]
 
-        count_E1 = np.array(counts, dtype=np.float32)
-        return np.stack(rows) * count_E1, count_E1
-
-
-def normalize(mean_I: NDArray[np.float32]) -> NDArray[np.float32]:
+def normalize(mean_I: Floats) -> Floats:
     """Return importance_I for number formats, with mean 1 and above 0, from mean squares."""
-    scaled_I: NDArray[np.float32] = mean_I / np.float32(mean_I.mean(dtype=np.float64))
+    scaled_I: Floats = mean_I / np.float32(mean_I.mean(dtype=np.float64))
     return np.maximum(scaled_I, np.float32(_MIN_IMPORTANCE))
 
 
@@ -159,7 +154,7 @@ def find_importance(folder: Path, setting: str) -> Importance | None:
     return Importance.read(file) if file.is_file() else None
 
 
-_Read = tuple[dict[str, NDArray[np.float32]], dict[str, int]]
+_Read = tuple[dict[str, Floats], dict[str, int]]
 
 
 def _read_statistic(file: Path) -> _Read:
@@ -216,7 +211,7 @@ def _read_imatrix(file: Path) -> _Read:
     return means, tokens
 
 
-def _read_matrix(file: Path, tensor: TensorInfo) -> NDArray[np.float32]:
+def _read_matrix(file: Path, tensor: TensorInfo) -> Floats:
     if tensor.ggml_type != GGML_TYPES["f32"].type_id or len(tensor.dimensions) > 2:
         raise _refusal(file, f"{tensor.name!r} is not a matrix of F32")
     values = np.fromfile(file, "<f4", tensor.size_bytes // 4, offset=tensor.position)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant.grid import Grid, GridCodes, whole_codes
+from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, whole_codes
 
 BLOCK_SIZE = 32
 
@@ -22,17 +22,17 @@ class MatMulNBitsBlocks:
     """Quantized rows, 4 or 8 bits per code; without zero_OG the middle code is zero."""
 
     bits: int
-    code_OI: NDArray[np.uint8]
+    code_OI: Bytes
     scale_OG: NDArray[np.float16]
-    zero_OG: NDArray[np.uint8] | None = None
+    zero_OG: Bytes | None = None
 
     @property
-    def code_OP(self) -> NDArray[np.uint8]:
+    def code_OP(self) -> Bytes:
         """Codes as MatMulNBits stores them: 4-bit codes two per byte, the first one low."""
         return self.code_OI if self.bits == 8 else _pack_nibbles(self.code_OI)
 
     @property
-    def zero_OP(self) -> NDArray[np.uint8] | None:
+    def zero_OP(self) -> Bytes | None:
         """Zero points, packed like codes; of an odd number the last has its own byte."""
         if self.zero_OG is None or self.bits == 8:
             return self.zero_OG
@@ -40,7 +40,7 @@ class MatMulNBitsBlocks:
         odd = self.zero_OG.shape[1] % 2
         return _pack_nibbles(np.pad(self.zero_OG, ((0, 0), (0, odd))))
 
-    def pack(self) -> NDArray[np.uint8]:
+    def pack(self) -> Bytes:
         """Return packed_OP: codes, scales, zero points."""
         scale_OP = np.ascontiguousarray(self.scale_OG).view(np.uint8)
         parts = [self.code_OP, scale_OP]
@@ -50,16 +50,14 @@ class MatMulNBitsBlocks:
 
     @classmethod
     def read(
-        cls, packed_OP: NDArray[np.uint8], I: int, bits: int, *, zero_points: bool = False
+        cls, packed_OP: Bytes, I: int, bits: int, *, zero_points: bool = False
     ) -> MatMulNBitsBlocks:
         """Unpack rows of ``I`` weights."""
         G = I // BLOCK_SIZE
         code_end = I * bits // 8
         scale_end = code_end + 2 * G
 
-        zero_bytes = 0
-        if zero_points:
-            zero_bytes = -(-G * bits // 8)
+        zero_bytes = -(-G * bits // 8) if zero_points else 0
         row_bytes = packed_OP.shape[1]
         assert row_bytes == scale_end + zero_bytes, "packed rows do not match the row length"
 
@@ -67,12 +65,10 @@ class MatMulNBitsBlocks:
         code_OI = code_OP if bits == 8 else unpack_nibbles(code_OP, I)
 
         scale_OG = np.ascontiguousarray(scale_OP).view("<f2")
-        zero_OG = None
-        if zero_points:
-            zero_OG = unpack_nibbles(zero_OP, G)
+        zero_OG = unpack_nibbles(zero_OP, G) if zero_points else None
         return cls(bits, code_OI, scale_OG, zero_OG)
 
-    def dequantize(self) -> NDArray[np.float32]:
+    def dequantize(self) -> Floats:
         """Return float32 weight_OI: (code − zero) · scale, as onnxruntime computes it."""
         code_OGS = self.code_OI.reshape(len(self.code_OI), -1, BLOCK_SIZE).astype(np.float32)
         if self.zero_OG is None:
@@ -83,17 +79,17 @@ class MatMulNBitsBlocks:
         return weight_OGS.reshape(self.code_OI.shape)
 
 
-def quantize(weight_OI: NDArray[np.float32], bits: int) -> NDArray[np.uint8]:
+def quantize(weight_OI: Floats, bits: int) -> Bytes:
     """Return packed rows with the codes of onnxruntime's own quantizer."""
     return quantize_symmetric(weight_OI, bits).pack()
 
 
-def dequantize(packed_OP: NDArray[np.uint8], I: int, bits: int) -> NDArray[np.float32]:
+def dequantize(packed_OP: Bytes, I: int, bits: int) -> Floats:
     """Return float32 weight_OI of packed rows without zero points."""
     return MatMulNBitsBlocks.read(packed_OP, I, bits).dequantize()
 
 
-def quantize_symmetric(weight_OI: NDArray[np.float32], bits: int) -> MatMulNBitsBlocks:
+def quantize_symmetric(weight_OI: Floats, bits: int) -> MatMulNBitsBlocks:
     """Quantize as onnxruntime: the weight of largest magnitude gets the lowest code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
     index_OG1 = np.abs(weight_OGS).argmax(axis=2, keepdims=True)
@@ -104,9 +100,7 @@ def quantize_symmetric(weight_OI: NDArray[np.float32], bits: int) -> MatMulNBits
     )
 
 
-def round_to_codes(
-    weight_OI: NDArray[np.float32], scale_OG: NDArray[np.float32], bits: int
-) -> NDArray[np.uint8]:
+def round_to_codes(weight_OI: Floats, scale_OG: Floats, bits: int) -> Bytes:
     """Return the nearest codes; a block of zeros has the scale 0 and the middle code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
     code_OGS = weight_OGS * invert(scale_OG)[:, :, None] + _middle(bits)
@@ -116,7 +110,7 @@ def round_to_codes(
     return np.asarray(code_OGS.reshape(weight_OI.shape).astype(np.uint8))
 
 
-def invert(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+def invert(scale: Floats) -> Floats:
     """Return 1 / scale, and 0 for the scale 0 of a block of zeros."""
     return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
 
@@ -125,11 +119,11 @@ def _middle(bits: int) -> np.float32:
     return np.float32(1 << (bits - 1))
 
 
-def _pack_nibbles(code_OI: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _pack_nibbles(code_OI: Bytes) -> Bytes:
     return code_OI[:, ::2] | code_OI[:, 1::2] << np.uint8(4)
 
 
-def unpack_nibbles(code_OP: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+def unpack_nibbles(code_OP: Bytes, count: int) -> Bytes:
     """Return the first ``count`` four-bit codes of each row."""
     code_OP2 = np.stack([code_OP & 15, code_OP >> 4], axis=2)
     return code_OP2.reshape(len(code_OP), -1)[:, :count]
@@ -138,7 +132,7 @@ def unpack_nibbles(code_OP: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
 def make_grid(bits: int) -> Grid:
     """Return the grid of a format without zero points."""
 
-    def pack(codes: GridCodes) -> NDArray[np.uint8]:
+    def pack(codes: GridCodes) -> Bytes:
         scale_OG = codes.scale_OX.astype(np.float16)
         return MatMulNBitsBlocks(bits, codes.code_OI, scale_OG).pack()
 

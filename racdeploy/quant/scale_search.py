@@ -12,12 +12,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.quant.grid import Floats
+
 _CHUNK_WEIGHTS = 65_536  # at a time: long rows for numpy, and five arrays fit into the cache
 
 
 def search_scales(
-    weight_OI: NDArray[np.float32],
-    importance_I: NDArray[np.float32],
+    weight_OI: Floats,
+    importance_I: Floats,
     block: int,
     codes: tuple[int, int],
     spans: tuple[float, float],
@@ -60,15 +62,15 @@ def search_scales(
 
 
 def _search(
-    weight_SG: NDArray[np.float32],
-    importance_SG: NDArray[np.float32],
+    weight_SG: Floats,
+    importance_SG: Floats,
     codes: tuple[int, int],
-    span_N: NDArray[np.float32],
-) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    span_N: Floats,
+) -> tuple[NDArray[np.float16], Floats]:
     """Return the half-precision scales and the codes of least error, never worse than ggml's."""
     index_1G = np.abs(weight_SG).argmax(0)[None]
     extreme_G = np.take_along_axis(weight_SG, index_1G, 0)[0]
-    widest_G: NDArray[np.float32] = extreme_G / np.float32(codes[0])  # ggml's scale
+    widest_G: Floats = extreme_G / np.float32(codes[0])  # ggml's scale
 
     step_G = _fit_scales(weight_SG, importance_SG, widest_G, codes, span_N)
 
@@ -84,12 +86,12 @@ def _search(
 
 
 def _fit_scales(
-    weight_SG: NDArray[np.float32],
-    importance_SG: NDArray[np.float32],
-    widest_G: NDArray[np.float32],
+    weight_SG: Floats,
+    importance_SG: Floats,
+    widest_G: Floats,
     codes: tuple[int, int],
-    span_N: NDArray[np.float32],
-) -> NDArray[np.float32]:
+    span_N: Floats,
+) -> Floats:
     """Return the best least-squares scale of each block, over the codes of all tried scales.
 
     For fixed codes it is match / energy, with match = Σ w x code and energy = Σ w code², and it
@@ -120,11 +122,11 @@ def _fit_scales(
 
 
 def _round(
-    weight_SG: NDArray[np.float32],
-    importance_SG: NDArray[np.float32],
-    step_G: NDArray[np.float32],
+    weight_SG: Floats,
+    importance_SG: Floats,
+    step_G: Floats,
     codes: tuple[int, int],
-) -> tuple[NDArray[np.float16], NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float16], Floats, Floats]:
     """Return half-precision scales, their nearest codes, and each block's weighted error."""
     with np.errstate(over="ignore"):  # the exporter refuses infinite scales
         half_G = step_G.astype(np.float16)
@@ -141,11 +143,11 @@ def _round(
 
 
 def _round_to_codes(
-    weight_SG: NDArray[np.float32],
-    step_G: NDArray[np.float32],
+    weight_SG: Floats,
+    step_G: Floats,
     codes: tuple[int, int],
-    out_SG: NDArray[np.float32],
-) -> NDArray[np.float32]:
+    out_SG: Floats,
+) -> Floats:
     with np.errstate(divide="ignore", over="ignore"):
         inverse_G = np.where(step_G == 0, np.float32(0), np.float32(1) / step_G)
     np.multiply(weight_SG, inverse_G, out=out_SG)

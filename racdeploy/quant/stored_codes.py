@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
 from racdeploy.quant import load_grid
-from racdeploy.quant.grid import GridCodes
+from racdeploy.quant.grid import Floats, GridCodes
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 
 CODES_FILE = "codes.safetensors"
@@ -68,7 +68,7 @@ def codes_of_other_weights(folder: Path, weight: str) -> ArtifactError:
     )
 
 
-def rescale(codes: GridCodes, quant: str, weight_OI: NDArray[np.float32]) -> GridCodes:
+def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:
     """Return codes with the scales of weights whose scales alone were trained, in file order."""
     grid = load_grid(quant)
     ones = np.ones_like(codes.scale_OX)

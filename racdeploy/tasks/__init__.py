@@ -198,8 +198,7 @@ def load(spec: str) -> Task:
 def _load_published(spec: str, module: ModuleType, path: str) -> Task:
     """Load a public dataset from a path, or from the Hub if the path is empty."""
     published: PublicDataset = module.DATASET
-    read = read_local(published, Path(path)) if path else read_hub(published)
-    evaluation, calibration = read
+    evaluation, calibration = read_local(published, Path(path)) if path else read_hub(published)
 
     problems = _ask_all(module, evaluation, spec)
     pool, repeated = _drop_duplicates(problems)

@@ -46,7 +46,8 @@ def test_the_walk_ends_with_the_models_last_hidden_state(tmp_path: Path) -> None
 
     with torch.inference_mode():
         (hidden_BTD,) = blocks.embed([batch])
-        assert [tuple(hidden_BTD.shape)] == blocks.hidden_shapes([batch]) == [(1, 40, 4 * 64)]
+        assert tuple(hidden_BTD.shape) == (1, 40, 4 * 64)
+        assert blocks.shape.hidden_states_width == 4 * 64
         for index in range(checkpoint.shape.block_count):
             hidden_BTD = blocks.forward(
                 blocks.load_block(index), hidden_BTD, block_inputs=block_inputs

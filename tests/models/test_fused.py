@@ -47,14 +47,14 @@ def test_each_expert_is_read_by_itself_and_all_are_written_back(
 
     apart = fused_experts.unfuse(read_tensor_entries(file), "b", {"gate_up": layout}, E)
     assert set(apart) == {"norm"} | {
-        f"b.0.{layout.name(part, expert)}" for part in PARTS for expert in range(E)
+        f"b.0.{part}" for expert in range(E) for part in layout.names(expert)
     }
 
     for expert in range(E):
         rows = whole[expert].T if layout.inputs_first and not is_bias else whole[expert]
-        for place, part in enumerate(PARTS):
+        for place, part in enumerate(layout.names(expert)):
             own = rows[place::2] if layout.interleaved else rows[place * F : (place + 1) * F]
-            entry = apart[f"b.0.{layout.name(part, expert)}"]
+            entry = apart[f"b.0.{part}"]
             assert entry.size_bytes == 2 * own.numel()
             found = torch.from_numpy(entry.read()).view(torch.bfloat16)
             torch.testing.assert_close(found, own, rtol=0, atol=0)
@@ -89,8 +89,8 @@ def test_mxfp4_is_read_as_transformers_and_ggml_do(
     expected = convert_moe_packed_tensors(codes, exponents, dtype=torch.float32)  # inputs first
 
     for expert in range(E):
-        for place, part in enumerate(PARTS):
-            entry = apart[f"b.0.{layout.name(part, expert)}"]
+        for place, part in enumerate(layout.names(expert)):
+            entry = apart[f"b.0.{part}"]
             assert isinstance(entry, mxfp4.Mxfp4Entry)
             found_OI = (entry.read().astype(np.uint32) << 16).view(np.float32)
             own_OI = expected[expert].T[place::2].numpy()

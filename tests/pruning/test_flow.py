@@ -60,8 +60,8 @@ def test_passes_that_start_later_give_the_same(
                     break
                 for index, hidden_BTD in enumerate(expected):
                     block_inputs = all_inputs[index]
-                    wanted_BTI = blocks.linear_input(
-                        block, linears[0], hidden_BTD, block_inputs=block_inputs
+                    (wanted_BTI, *_) = blocks.arguments_of(
+                        linears[0], block, hidden_BTD, block_inputs=block_inputs
                     )
                     assert torch.equal(wanted_BTI, found.linear_input(block, group, index))
                 for linear in linears:

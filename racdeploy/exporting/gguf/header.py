@@ -18,7 +18,7 @@ from racdeploy.exporting.gguf import splits
 from racdeploy.exporting.gguf.architecture import find_architecture
 from racdeploy.exporting.gguf.parameters import write_parameters
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
-from racdeploy.exporting.gguf.vocabulary import Vocabulary
+from racdeploy.exporting.gguf.vocabulary import Vocabulary, open_header
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.model_card import read_languages
 from racdeploy.models.mtp import count_blocks
@@ -71,8 +71,7 @@ def write_header(
         split: number of the file, of files, and of the tensors in all of them.
     """
     family = find_architecture(checkpoint)
-    writer = gguf.GGUFWriter(file, family.gguf_arch)
-    try:
+    with open_header(file, family.gguf_arch) as writer:
         for key, value in general.items():
             _add_value(writer, key, value)
         if vocabulary:
@@ -90,12 +89,6 @@ def write_header(
             kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.actual_quant).GGML_TYPE)
             values = np.dtype(np.float32)  # gguf-py requires one; ``kind`` is what is written
             writer.add_tensor_info(tensor.name, tensor.shape, values, tensor.size_bytes, kind)
-
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
 
 
 def _add_value(

@@ -62,10 +62,9 @@ def _describe(
     name = names.get(ggml_type, "")
 
     zeros = _count_zeros(pieces, ggml_type, name)
+    other_name = f"ggml type {ggml_type}"
     if ggml_type in _TYPES:
         other_name = _TYPES[ggml_type].name.lower()
-    else:
-        other_name = f"ggml type {ggml_type}"
     return MeasuredTensor(
         name=tensor.name,
         shape=tensor.dimensions[::-1],
@@ -89,7 +88,7 @@ def _count_zeros(pieces: Iterable[Bytes], ggml_type: int, name: str) -> int | No
         if weight is None:
             return None
 
-        zeros += weight.size - int(np.count_nonzero(weight))
+        zeros += int(np.count_nonzero(weight == 0))
 
     return zeros
 

@@ -18,6 +18,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import list_axes
+from racdeploy.quant.grid import Floats
 
 _SECTIONS = 4  # time, height, width, and a spare one
 _ANY_LENGTH = 1 << 20
@@ -133,7 +134,7 @@ def check_parameters(shape: ModelShape) -> None:
         )
 
 
-def make_rope_factors(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
+def make_rope_factors(shape: ModelShape) -> dict[str, Floats]:
     """Return the tensors that rope scaling needs: divisors of the rotary frequencies, by name."""
     rope = shape.rope
     if rope["rope_type"] == "llama3":
@@ -168,7 +169,7 @@ def make_rope_factors(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
     return factors
 
 
-def _llama3_factors(shape: ModelShape) -> NDArray[np.float32]:
+def _llama3_factors(shape: ModelShape) -> Floats:
     """Return Llama 3's divisor of each rotary frequency, blended between long and short waves.
 
     Source: transformers ``_compute_llama3_parameters``.
@@ -303,10 +304,9 @@ def _write_yarn(writer: GGUFWriter, shape: ModelShape) -> None:
     context = rope.get("original_max_position_embeddings")
     writer.add_rope_scaling_orig_ctx_len(int(context or shape.integer("max_position_embeddings")))
 
-    if rope.get("beta_fast") is not None:
-        writer.add_rope_scaling_yarn_beta_fast(_number(shape, rope, "beta_fast"))
-    if rope.get("beta_slow") is not None:
-        writer.add_rope_scaling_yarn_beta_slow(_number(shape, rope, "beta_slow"))
+    for key in ("beta_fast", "beta_slow"):
+        if rope.get(key) is not None:
+            getattr(writer, f"add_rope_scaling_yarn_{key}")(_number(shape, rope, key))
 
     # llama.cpp multiplies its own default by attn_factor; transformers has the product.
     default = _magnitude(factor, 1.0)

@@ -218,9 +218,8 @@ def _fits_a_line(stop: str) -> bool:
 
 
 def _render(name: str, entry: ArtifactEntry, **values: object) -> str:
-    models = {name for name in entry.files if name.endswith(".gguf")}
-    importance_files = {name for name in models if name.endswith(importances.SUFFIX)}
-    is_split = len(models - importance_files) > 1
+    models = [name for name in entry.files if name.endswith(".gguf")]
+    is_split = sum(not name.endswith(importances.SUFFIX) for name in models) > 1
 
     # A packed file is unpacked beside itself, under the name that programs read.
     file = f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path

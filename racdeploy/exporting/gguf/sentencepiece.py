@@ -53,10 +53,10 @@ def adds_space_prefix(tokenizer: Json) -> bool:
         return False
 
     steps = [str(step.get("type")) for step in (*normalizer, *pre_tokenizer)]
-    spaced = [step for step in pre_tokenizer if step.get("type") == "Metaspace"]
     scheme = ""
-    if spaced:
-        scheme = f" with prepend_scheme {str(spaced[0].get('prepend_scheme'))!r:.40}"
+    for step in pre_tokenizer:
+        if step.get("type") == "Metaspace":
+            scheme = f" with prepend_scheme {str(step.get('prepend_scheme'))!r:.40}"
     raise ModelError(
         "unsupported-tokenizer",
         f"llama.cpp has no counterpart for the tokenizer's"
@@ -118,8 +118,6 @@ def check_added_tokens(added: Mapping[int, Json], add_space_prefix: bool) -> Non
                 remedy='set "normalized": false for it in tokenizer.json',
             )
 
-    for token in added.values():
-        content = token["content"]
         if add_space_prefix and not token.get("special") and SPACE in content:
             raise ModelError(
                 "unsupported-tokenizer",

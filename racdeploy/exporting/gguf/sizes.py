@@ -6,6 +6,7 @@ Plan and offsets of the tensors are those of the writer; headers are written to 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from racdeploy.quant.presets import QuantRules
 _OUT = Path("model.gguf")  # the name of a file changes nothing in it
 
 
+@dataclass
 class FileSizes:
     """Sizes of the files that a checkpoint can be exported to; its tokens are read only once.
 
@@ -32,11 +34,9 @@ class FileSizes:
         approximate: accept the nearest pre-tokenizer if llama.cpp has no equal one.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, pre_tokenizer: str | None = None, *, approximate: bool = False
-    ) -> None:
-        self.checkpoint = checkpoint
-        self._pre_tokenizer, self._approximate = pre_tokenizer, approximate
+    checkpoint: Checkpoint
+    pre_tokenizer: str | None = None
+    approximate: bool = False
 
     def plan(
         self, mix: QuantRules, metadata: Metadata | None = None, split_bytes: int = 0
@@ -65,7 +65,7 @@ class FileSizes:
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
-        return read_vocabulary(self.checkpoint, self._pre_tokenizer, approximate=self._approximate)
+        return read_vocabulary(self.checkpoint, self.pre_tokenizer, approximate=self.approximate)
 
     @cached_property
     def _vocabulary_bytes(self) -> int:

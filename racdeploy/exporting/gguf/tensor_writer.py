@@ -23,7 +23,7 @@ from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
 from racdeploy.processes.cores import available_cores
-from racdeploy.quant.grid import GridCodes
+from racdeploy.quant.grid import Bytes, Floats, GridCodes
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights, list_stored_codes
 from racdeploy.tensors.mxfp4 import Mxfp4Entry
@@ -33,9 +33,9 @@ ALIGNMENT = 32
 """Tensors begin at multiples of this many bytes."""
 _SLAB_WEIGHTS = 2_097_152  # 8 MiB of float32: many rows of a large model, and little memory a core
 _MAX_WORKERS = 8  # beyond, the disk is the slower part
-_Slab = tuple[int, slice | NDArray[np.intp], NDArray[np.float32]]
+_Slab = tuple[int, slice | NDArray[np.intp], Floats]
 """Part of the tensor, rows of that part, and their values."""
-_QuantizedSlab = tuple[NDArray[np.uint8], int]
+_QuantizedSlab = tuple[Bytes, int]
 
 
 @dataclass
@@ -69,7 +69,18 @@ class TensorWriter:
                         self.progress(self._done_bytes, self.total_bytes)
 
                 stream.write(bytes(end - stream.tell()))
-                tensors.append(_describe(tensor, zeros))
+                tensors.append(
+                    ExportedTensor(
+                        tensor.name,
+                        tensor.source,
+                        tensor.shape,
+                        tensor.requested_quant,
+                        tensor.actual_quant,
+                        tensor.reason,
+                        zeros / max(1, math.prod(tensor.shape)),
+                        tensor.size_bytes,
+                    )
+                )
 
             stream.flush()
             os.fsync(stream.fileno())
@@ -83,10 +94,7 @@ class TensorWriter:
             yield from _copy(packed, quant, tensor)
             return
 
-        if self.importance:
-            known = tensor.list_importances(self.importance)
-        else:
-            known = [None]
+        known = tensor.list_importances(self.importance) if self.importance else [None]
         order_I = find_gguf_column_order(tensor.transform, self.checkpoint.shape, tensor.shape[-1])
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]
@@ -109,7 +117,7 @@ class TensorWriter:
             quants.check_finite(
                 tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
             )
-            return packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
+            return packed_OP, int(np.count_nonzero(stored_OI == 0))
 
         yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
 
@@ -136,7 +144,7 @@ def _copy(
         packed_OP = entry.read_as_ggml()
         stored_OI = quant.dequantize(packed_OP, tensor.shape[-1])
         quants.check_finite(tensor.source, tensor.actual_quant, stored_OI, stored_OI, wider="")
-        yield packed_OP, stored_OI.size - int(np.count_nonzero(stored_OI))
+        yield packed_OP, int(np.count_nonzero(stored_OI == 0))
 
 
 def split_into_parts(plan: list[GgufTensorPlan], part_bytes: int) -> list[list[GgufTensorPlan]]:
@@ -224,16 +232,3 @@ def iter_end_offsets(header_bytes: int, plan: Iterable[GgufTensorPlan]) -> Itera
 def align_offset(offset: int) -> int:
     """Return an offset rounded up to a multiple of the alignment."""
     return offset + -offset % ALIGNMENT
-
-
-def _describe(tensor: GgufTensorPlan, zeros: int) -> ExportedTensor:
-    return ExportedTensor(
-        name=tensor.name,
-        source=tensor.source,
-        shape=tensor.shape,
-        requested_quant=tensor.requested_quant,
-        actual_quant=tensor.actual_quant,
-        reason=tensor.reason,
-        zeros=zeros / max(1, math.prod(tensor.shape)),
-        size_bytes=tensor.size_bytes,
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.decoder import Transform
 from racdeploy.models.families import Family, expand_experts, generalize_expert
 from racdeploy.models.tensor_coverage import check_tensors, list_used_tensors
+from racdeploy.quant.grid import Floats
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import QuantChoice, QuantRules
 from racdeploy.results.pruning import VECTORS_IN_F32
@@ -61,7 +63,7 @@ class GgufTensorPlan:
     parts: tuple[str, ...] = ()
     transform: Transform | None = None
     row_split: tuple[int, int] = (0, 1)
-    computed_values: NDArray[np.float32] | None = None
+    computed_values: Floats | None = None
     unfused_names: tuple[str, ...] = ()
 
     def read(self, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
@@ -83,7 +85,7 @@ class GgufTensorPlan:
                 entries.append(entry)
         return entries if len(entries) == len(self.parts) else []
 
-    def list_importances(self, known: Importance) -> list[NDArray[np.float32] | None]:
+    def list_importances(self, known: Importance) -> list[Floats | None]:
         """Return the importance of the inputs of each array that :meth:`read` yields."""
         columns = self.shape[-1]
         if self.transform != "stack":
@@ -107,15 +109,7 @@ def plan_tensors(checkpoint: Checkpoint, mix: QuantRules) -> list[GgufTensorPlan
     _check_complete(checkpoint, family, {name for each in parts.values() for name in each})
 
     plan = [
-        GgufTensorPlan(
-            name=name,
-            source="",
-            shape=factors.shape,
-            requested_quant="f32",
-            actual_quant="f32",
-            reason="",
-            computed_values=factors,
-        )
+        GgufTensorPlan(name, "", factors.shape, "f32", "f32", "", computed_values=factors)
         for name, factors in make_rope_factors(shape).items()
     ]
 
@@ -172,14 +166,11 @@ def _plan_mtp_head(checkpoint: Checkpoint, mix: QuantRules, family: Family) -> l
     plan = []
     for source, entry in checkpoint.mtp_entries.items():
         block, inside = mtp.split_block(source)
-        if block is None:
-            in_block = family.mtp_tensors[inside]
-        else:
-            in_block = family.block_tensors[inside]
-        name = f"blk.{checkpoint.shape.block_count + (block or 0)}.{in_block}"
+        stored = family.mtp_tensors if block is None else family.block_tensors
+        name = f"blk.{checkpoint.shape.block_count + (block or 0)}.{stored[inside]}"
 
         transform = family.transforms.get(source if block is None else inside)
-        choice = _choose(name, entry.shape, mix, checkpoint, ())
+        choice = _choose(name, entry.shape, mix, checkpoint)
         plan.append(GgufTensorPlan(name, source, entry.shape, *choice, (source,), transform))
 
     return plan
@@ -197,7 +188,7 @@ def _plan_unused_keys(
 
             name = f"blk.{block}.{stored}"
             shape = widths.tensor_shape(family, inside, checkpoint.shape.sizes[block])
-            choice = _choose(name, shape, mix, checkpoint, ())
+            choice = _choose(name, shape, mix, checkpoint)
             zeros = np.broadcast_to(np.float32(0), shape)  # takes no memory
             plan.append(GgufTensorPlan(name, "", shape, *choice, computed_values=zeros))
 
@@ -242,19 +233,17 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     if checkpoint.tied:
         output = outside.pop("lm_head.weight", "")
 
-    names: dict[str, list[str]] = {}
+    names = defaultdict[str, list[str]](list)
     for source, name in outside.items():
-        names.setdefault(name, []).append(source)
+        names[name].append(source)
     if output and family.needs_lm_head:
         names[output] = [family.embedding]
 
     for block, kinds in enumerate(checkpoint.shape.kinds):
         for source in family.block_tensors:
-            if not family.has_tensor(kinds, source):
-                continue
-            for name in family.list_gguf_names(source):
-                stored = names.setdefault(f"blk.{block}.{name}", [])
-                stored.append(f"{family.blocks}.{block}.{source}")
+            if family.has_tensor(kinds, source):
+                for name in family.list_gguf_names(source):
+                    names[f"blk.{block}.{name}"].append(f"{family.blocks}.{block}.{source}")
 
     return names
 
@@ -310,14 +299,13 @@ def _choose(
     shape: tuple[int, ...],
     mix: QuantRules,
     checkpoint: Checkpoint,
-    unfused_names: tuple[str, ...],
+    unfused_names: tuple[str, ...] = (),
 ) -> QuantChoice:
     reasons_for_f32 = [reason for end, reason in _IN_F32.items() if name.endswith(end)]
-    if len(shape) == 1 or reasons_for_f32:
-        reason = reasons_for_f32[0] if reasons_for_f32 else VECTORS_IN_F32
-        if mix.quant == "f32":
-            reason = ""
-        return QuantChoice(mix.quant, "f32", reason)
+    if len(shape) == 1:
+        reasons_for_f32.append(VECTORS_IN_F32)
+    if reasons_for_f32:
+        return QuantChoice(mix.quant, "f32", "" if mix.quant == "f32" else reasons_for_f32[0])
 
     choice = mix.choose(name, checkpoint.shape.block_count, checkpoint.tied, unfused_names)
     actual, misfit = mix.fit_rows(choice.quant, shape[-1])

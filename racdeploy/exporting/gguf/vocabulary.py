@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def read_vocabulary(
         texts=_fill_gaps(tokens.texts, size),
         types=tuple(map(tokens.type_of, range(size))),
         special=special,
-        notes=(*([note] if note else []), *_notes(tokens, special)),
+        notes=tuple(filter(None, [note, *_notes(tokens, special)])),
         pre_tokenizer=pre_tokenizer
         or find_pre_tokenizer(tokens.tokenizer, approximate=approximate),
         merges=tuple(merges),
@@ -132,16 +133,19 @@ def write_approximate_tokenizer(
         return ""
 
     vocabulary = read_vocabulary(checkpoint, pre_tokenizer, approximate=True)
-    writer = GGUFWriter(out, "llama")
-    try:
+    with open_header(out, "llama") as writer:
         vocabulary.write(writer, "")
+    return vocabulary.pre_tokenizer
+
+
+@contextmanager
+def open_header(file: Path, arch: str) -> Iterator[GGUFWriter]:
+    """Yield a writer for the keys of a GGUF file, and write them at the end."""
+    with closing(GGUFWriter(file, arch)) as writer:
+        yield writer
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    finally:
-        writer.close()
-
-    return vocabulary.pre_tokenizer
 
 
 def adds_bos(checkpoint: Checkpoint) -> bool:
@@ -166,12 +170,12 @@ def _read_sentencepiece(
 ) -> Vocabulary:
     add_space_prefix = pieces.adds_space_prefix(tokens.tokenizer)
     pieces.check_added_tokens(tokens.added, add_space_prefix)
-    model_file = checkpoint.folder / "tokenizer.model"
     is_gemma4 = _is_gemma4(checkpoint, tokens)
     scores = None
     if not is_gemma4:
+        model = checkpoint.folder / "tokenizer.model"
         scores = pieces.read_scores(
-            tokens.tokenizer, tokens.added, model_file, has_fallback=not add_space_prefix
+            tokens.tokenizer, tokens.added, model, has_fallback=not add_space_prefix
         )
 
     size = checkpoint.shape.vocab_size
@@ -207,9 +211,8 @@ def _with_merges(vocabulary: Vocabulary, checkpoint: Checkpoint, tokens: Tokens)
     pieces.check_merges(tokens.tokenizer, added, read_tokenizer(checkpoint.tokenizer.file).encode)
 
     joined = tuple(map(" ".join, read_merges(tokens.tokenizer["model"])))
-    texts = _fill_gaps(
-        tokens.texts, len(vocabulary.texts)
-    )  # with replaced spaces, added tokens too
+    # With replaced spaces, added tokens too.
+    texts = _fill_gaps(tokens.texts, len(vocabulary.texts))
     return replace(vocabulary, model=GEMMA4, texts=texts, pre_tokenizer=GEMMA4, merges=joined)
 
 

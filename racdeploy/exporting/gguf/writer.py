@@ -167,15 +167,7 @@ def make_plan(
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
-    return GgufPlan(
-        tensors=tensors,
-        tensors_by_file=parts,
-        vocabulary=vocabulary,
-        general=general,
-        importance=importance,
-        notes=notes,
-        deviations=deviations,
-    )
+    return GgufPlan(tensors, parts, vocabulary, general, importance, notes, deviations)
 
 
 def describe_importance(
@@ -256,8 +248,10 @@ def _publish(
         tensors = []
         for tensor, row in zip(plain.tensors, rows, strict=True):
             actual = "plain" if row.reason else packing
-            packed = replace(tensor, size_bytes=row.stored_bytes, packing=actual)
-            tensors.append(replace(packed, packing_reason=row.reason))
+            size_bytes, reason = row.stored_bytes, row.reason
+            tensors.append(
+                replace(tensor, size_bytes=size_bytes, packing=actual, packing_reason=reason)
+            )
         return replace(
             plain,
             tensors=tuple(tensors),

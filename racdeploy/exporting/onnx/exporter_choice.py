@@ -42,8 +42,7 @@ def check_exporter(name: str) -> None:
         )
 
     failures = []
-    names = _rank_exporters() if name == "auto" else [name]
-    for each in names:
+    for each in _list_candidates(name):
         try:
             onnx_exporters.load(each).check_environment()
         except EnvironmentFailure as failure:
@@ -65,10 +64,9 @@ def export_verified_graph(checkpoint: Checkpoint, exporter: str) -> VerifiedGrap
         EnvironmentFailure: see :func:`check_exporter`.
     """
     check_exporter(exporter)
-    names = _rank_exporters() if exporter == "auto" else [exporter]
 
     reasons = []
-    for name in names:
+    for name in _list_candidates(exporter):
         if reason := find_unsupported_reason(checkpoint, name):
             reasons.append(f"{name}: {reason}")
             continue
@@ -90,8 +88,10 @@ def export_verified_graph(checkpoint: Checkpoint, exporter: str) -> VerifiedGrap
     )
 
 
-def _rank_exporters() -> list[str]:
-    """Return the names of all exporters by preference, equal ones by name."""
+def _list_candidates(exporter: str) -> list[str]:
+    """Return the exporter, or at ``auto`` all by preference, equal ones by name."""
+    if exporter != "auto":
+        return [exporter]
     names = plugins.list_names("onnx_exporters")
     return sorted(names, key=lambda name: (onnx_exporters.load(name).PREFERENCE, name))
 
@@ -116,7 +116,7 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[WeightlessGraph, dict[s
         prepared = onnx_exporters.prepare(checkpoint, folder)
         file = exporter.build(prepared, Path(scratch) / "graph")
         graph = strip_weights(file, checkpoint, exporter)
-        arguments = [str(checkpoint.folder.resolve()), str(file)]
+        arguments = [checkpoint.folder.resolve(), file]
         program = "the comparison with torch"
         differences = run_module(
             "racdeploy.exporting.onnx.parity", arguments, program, checkpoint.folder

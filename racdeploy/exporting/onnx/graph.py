@@ -21,6 +21,7 @@ from racdeploy.exporting.onnx.exporters import Exporter
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tensor_coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
+from racdeploy.quant.grid import Floats
 from racdeploy.tensors.safetensors import to_float32
 
 _SLAB_WEIGHTS = 4_194_304
@@ -135,7 +136,7 @@ def _compare(
     )
 
 
-def _equal(values: NDArray[np.float32], expected: NDArray[np.generic]) -> bool:
+def _equal(values: Floats, expected: NDArray[np.generic]) -> bool:
     """Return True if values equal a tensor in the checkpoint's dtype; compares slabs of rows."""
     rows = max(1, _SLAB_WEIGHTS // max(1, values[0].size))
     for start in range(0, len(values), rows):
@@ -166,7 +167,7 @@ class _Wiring:
         read = {name for node in self._graph.node for name in node.input}
         read |= {value.name for value in self._graph.output}
         transposes = [node for node in self._graph.node if node.op_type == _TRANSPOSE]
-        unread = [node for node in transposes if not read & set(node.output)]
+        unread = [node for node in transposes if read.isdisjoint(node.output)]
         for node in unread:
             self._graph.node.remove(node)
 

@@ -60,8 +60,7 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
             f"{path}: {tensor.name!r} has not the shape {list(tensor.shape)} in {tensor.quant}",
         )
 
-    kept = int(np.count_nonzero(quant.dequantize(packed_OP, I)))
-    zeros = (O * I - kept) / (O * I)
+    zeros = int(np.count_nonzero(quant.dequantize(packed_OP, I) == 0)) / (O * I)
     return MeasuredTensor(
         tensor.name, tensor.shape, tensor.quant, zeros, size_bytes, tensor.packing
     )

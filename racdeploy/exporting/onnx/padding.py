@@ -12,16 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.tensors.safetensors import write_header
-
-AxisIndices = tuple[NDArray[np.int64] | None, ...]
-"""For each axis of a tensor, the indices of the model's values in the padded model; None: all."""
 
 
 def find_unsupported_widths(shape: ModelShape) -> str:
@@ -46,10 +42,8 @@ def write_padded_model(checkpoint: Checkpoint, folder: Path) -> Path:
     Other files than weights and config are linked.
     """
     folder.mkdir(parents=True)
-    written = {"config.json", "model.safetensors.index.json"}
-    for entry in checkpoint.entries.values():
-        written.add(entry.file.name)
-
+    written = {entry.file.name for entry in checkpoint.entries.values()}
+    written |= {"config.json", "model.safetensors.index.json"}
     for file in checkpoint.folder.iterdir():
         if file.name not in written:
             (folder / file.name).symlink_to(file.resolve())
@@ -60,29 +54,31 @@ def write_padded_model(checkpoint: Checkpoint, folder: Path) -> Path:
     for setting, values in checkpoint.shape.widths.items():
         config[setting] = max(values)
 
-    text = json.dumps(config)
-    (folder / "config.json").write_text(text, encoding="utf-8")
-
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     _write_weights(checkpoint, folder / "model.safetensors")
     return folder
 
 
 def count_padded_weights(checkpoint: Checkpoint) -> int:
     """Return the number of weights of the padded model."""
-    shapes = [_shape(checkpoint, name) for name in checkpoint.entries]
-    return sum(map(math.prod, shapes))
+    return sum(math.prod(_shape(checkpoint, name)) for name in checkpoint.entries)
 
 
-def find_axis_indices(checkpoint: Checkpoint, name: str) -> AxisIndices:
+def find_axis_indices(checkpoint: Checkpoint, name: str) -> widths.AxisIndices:
     """Return the indices of a tensor's values in the padded tensor, by axis."""
     shape = checkpoint.shape
     block, inside = _split_name(checkpoint.family, name)
     if not inside:
-        entry = checkpoint.entries[name]
-        return (None,) * len(entry.shape)
+        return (None,) * len(checkpoint.entries[name].shape)
 
+    # First channels, and first heads of each group.
     sizes = _largest_sizes(shape)
-    kept = _keep(shape.sizes[block], sizes, shape.num_key_value_heads)
+    own_sizes = shape.sizes[block]
+    groups = shape.num_key_value_heads
+    assert own_sizes["H"] % groups == 0, "the widths were not checked"
+    index_GX = np.arange(sizes["Q"]).reshape(groups, -1)
+    first = index_GX[:, : own_sizes["Q"] // groups]
+    kept = {"Q": first.reshape(-1), "F": np.arange(own_sizes["F"])}
     return widths.list_kept_indices(checkpoint.family, inside, kept, sizes)
 
 
@@ -92,21 +88,8 @@ def _split_name(family: Family, name: str) -> tuple[int, str]:
     return (block or 0, inside) if inside in family.block_tensors else (0, "")
 
 
-def _keep(
-    sizes: Mapping[str, int], largest_sizes: Mapping[str, int], groups: int
-) -> widths.KeptIndices:
-    """Return the indices kept of the widest block: first channels, first heads of each group."""
-    assert sizes["H"] % groups == 0, "the widths were not checked"
-    index_GX = np.arange(largest_sizes["Q"]).reshape(groups, -1)
-    first = index_GX[:, : sizes["Q"] // groups]
-    return {"Q": first.reshape(-1), "F": np.arange(sizes["F"])}
-
-
 def _largest_sizes(shape: ModelShape) -> Mapping[str, int]:
-    largest = {}
-    for letter in shape.sizes[0]:
-        largest[letter] = max(sizes[letter] for sizes in shape.sizes)
-    return largest
+    return {letter: max(sizes[letter] for sizes in shape.sizes) for letter in shape.sizes[0]}
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
@@ -118,9 +101,9 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
-    described = {}
-    for name, entry in checkpoint.entries.items():
-        described[name] = (entry.dtype, _shape(checkpoint, name))
+    described = {
+        name: (entry.dtype, _shape(checkpoint, name)) for name, entry in checkpoint.entries.items()
+    }
 
     with file.open("wb") as target:
         write_header(target, described)
@@ -132,5 +115,4 @@ def _write_weights(checkpoint: Checkpoint, file: Path) -> None:
             axes = zip(find_axis_indices(checkpoint, name), shape, strict=True)
             indices = [np.arange(size) if kept is None else kept for kept, size in axes]
             padded[np.ix_(*indices)] = values
-            flat = padded.reshape(-1)
-            target.write(flat.view(np.uint8).data)
+            target.write(padded.reshape(-1).view(np.uint8).data)

@@ -22,6 +22,7 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.exporting.onnx.graph import ROTARY_TABLES
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import read_array
+from racdeploy.quant.grid import Floats
 
 _PREFILL, _DECODE = 24, 8
 
@@ -43,9 +44,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _run_torch(
-    checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path
-) -> tuple[NDArray[np.float32], Any]:
+def _run_torch(checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path) -> tuple[Floats, Any]:
     model = load_model(checkpoint)
     logits_TV = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
 
@@ -68,9 +67,7 @@ def _run_torch(
     return logits_TV, {"rotary": max(differences)}
 
 
-def _run_graph(
-    checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _run_graph(checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path) -> tuple[Floats, Floats]:
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     shape = (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim)
@@ -102,7 +99,7 @@ def _run_graph(
     return logits[0], np.concatenate(logits[1:])
 
 
-def _compare(expected_TV: NDArray[np.float32], actual_TV: NDArray[np.float32]) -> float:
+def _compare(expected_TV: Floats, actual_TV: Floats) -> float:
     largest = np.abs(expected_TV).max()
     return float(np.abs(expected_TV - actual_TV).max() / largest)
 

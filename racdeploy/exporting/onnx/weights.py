@@ -109,13 +109,11 @@ def quantize_tensor(
             raise codes_of_other_weights(checkpoint.folder, tensor.name)
         quants.check_finite(tensor.name, tensor.quant, weight_OI, stored_OI, wider="f32")
 
-        zeros += stored_OI.size - int(np.count_nonzero(stored_OI))
+        zeros += int(np.count_nonzero(stored_OI == 0))
         parts.append(packed_OP)
         advance(weight_OI.size)
 
-    packed_OP = parts[0]
-    if len(parts) > 1:
-        packed_OP = np.concatenate(parts)
+    packed_OP = np.concatenate(parts) if len(parts) > 1 else parts[0]
     return rows_to_arrays(tensor, packed_OP), zeros
 
 

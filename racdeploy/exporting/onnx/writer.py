@@ -27,7 +27,7 @@ from racdeploy.exporting import (
     check_metadata,
 )
 from racdeploy.exporting.onnx.client_files import list_client_notes
-from racdeploy.exporting.onnx.exporter_choice import check_exporter, export_verified_graph
+from racdeploy.exporting.onnx.exporter_choice import export_verified_graph
 from racdeploy.exporting.onnx.padding import count_padded_weights
 from racdeploy.exporting.onnx.weights import (
     OnnxTensorPlan,
@@ -74,8 +74,7 @@ def export(
         EnvironmentFailure: the disk is full or not writable.
     """
     metadata = metadata or {}
-    _check_request(checkpoint, out, quant, packing, metadata, exporter)
-
+    _check_request(checkpoint, out, quant, packing, metadata)
     exported = export_verified_graph(checkpoint, exporter)
     plan = plan_tensors(checkpoint, exported.graph, quant, EMBEDDING_AND_HEAD)
 
@@ -181,15 +180,9 @@ class _Writer:
 
 
 def _check_request(
-    checkpoint: Checkpoint,
-    out: Path,
-    quant: str,
-    packing: str,
-    metadata: Metadata,
-    exporter: str,
+    checkpoint: Checkpoint, out: Path, quant: str, packing: str, metadata: Metadata
 ) -> None:
     packings.check("onnx", quant, packing)
-    check_exporter(exporter)
     if out.suffix != ".onnx":
         raise UsageError(
             "wrong-file-name",
@@ -205,9 +198,8 @@ def _check_request(
 
     # The exporter's graph, in float32, is in the temporary folder until it was compared; if blocks
     # differ in width, so is the zero-padded model, or its graph.
-    if checkpoint.shape.is_uniform:
-        passing_bytes = 4 * weights
-    else:
+    passing_bytes = 4 * weights
+    if not checkpoint.shape.is_uniform:
         passing_bytes = 8 * count_padded_weights(checkpoint)
     scratch = Path(tempfile.gettempdir())
     require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")

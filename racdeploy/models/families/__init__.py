@@ -194,12 +194,11 @@ class Family:
 
     def list_input_groups(self, kinds: Collection[str]) -> InputGroups:
         """Return the input groups of blocks of these kinds, without linears that they lack."""
-        groups = []
-        for group in self.input_groups:
-            present = tuple(linear for linear in group if self.has_tensor(kinds, linear))
-            if present:
-                groups.append(present)
-        return tuple(groups)
+        groups = (
+            tuple(linear for linear in group if self.has_tensor(kinds, linear))
+            for group in self.input_groups
+        )
+        return tuple(filter(None, groups))
 
     def list_gguf_names(self, inside: str) -> tuple[str, ...]:
         """Return the names of a block's parameter inside ``blk.N.``: one, or one for each part."""

@@ -22,8 +22,6 @@ def _read(config: Config) -> Config:
             raise ModelError("damaged-config", f"config.json: {key} is null")
 
     count = config["num_hidden_layers"]
-    blocks = range(1, 1 + count)
-    counted = ["sliding_attention" if block % _PERIOD else "full_attention" for block in blocks]
     sparse = min(_SPARSE_BLOCKS, count) if count > _SPARSE_BLOCKS else 0
 
     # llama.cpp takes one width, though the config may list one for each block.
@@ -43,7 +41,7 @@ def _read(config: Config) -> Config:
         )
 
     return {
-        "layer_types": config.get("layer_types") or counted,
+        "layer_types": config.get("layer_types") or decoder.list_kinds(count, _PERIOD),
         "intermediate_size": width,
         "activation_sparsity_pattern": config.get("activation_sparsity_pattern")
         or [_DROPPED_SHARE] * sparse + [0.0] * (count - sparse),
@@ -83,9 +81,13 @@ FAMILY = Family(
         **decoder.PER_LAYER_MODEL_TENSORS,
     },
     never_pruned=(
-        *("per_layer_input_gate", "per_layer_projection"),
-        *("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"),
-        *("laurel.linear_left", "laurel.linear_right"),
+        "per_layer_input_gate",
+        "per_layer_projection",
+        "altup.correction_coefs",
+        "altup.prediction_coefs",
+        "altup.modality_router",
+        "laurel.linear_left",
+        "laurel.linear_right",
     ),
     kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
     needs_kv_tensors=True,

@@ -22,8 +22,7 @@ _SUPPORTED_SWITCHES = {"enable_moe_block": (None, False), "attention_k_eq_v": (N
 def _read(config: Config) -> Config:
     _refuse_others(config)
 
-    blocks = range(1, 1 + config.get("num_hidden_layers", 30))
-    counted = ["sliding_attention" if block % _PERIOD else "full_attention" for block in blocks]
+    counted = decoder.list_kinds(config.get("num_hidden_layers", 30), _PERIOD)
     kinds = [*(config.get("layer_types") or counted)[:-1], "full_attention"]  # the last one always
 
     full_settings = _read_full(config, kinds)
@@ -96,9 +95,7 @@ def _by_block(config: Config) -> dict[str, Sequence[int]]:
 
     first_sharing = len(blocks) - config["num_kv_shared_layers"]
     width = config["intermediate_size"]
-    wide = width
-    if config.get("use_double_wide_mlp"):
-        wide = width * 2
+    wide = width * 2 if config.get("use_double_wide_mlp") else width
     widths["intermediate_size"] = [wide if block >= first_sharing else width for block in blocks]
     return widths
 

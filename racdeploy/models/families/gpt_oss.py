@@ -10,10 +10,9 @@ from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.fused_experts import FusedExperts
 
-_PARTS = ("gate", "up", "down")
 _EXPERTS = {
     f"mlp.experts.*.{part}_proj.{kind}": f"ffn_{part}_exps.{kind}"
-    for part in _PARTS
+    for part in ("gate", "up", "down")
     for kind in ("weight", "bias")
 }
 _GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
@@ -61,8 +60,14 @@ FAMILY = Family(
     shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES, "attn_sinks": ("H",)},
     sizes={"E": "num_local_experts", "EF": "intermediate_size"},
     biases=(
-        *("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"),
-        *("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_output",
+        "ffn_gate_inp",
+        "ffn_gate_exps",
+        "ffn_up_exps",
+        "ffn_down_exps",
     ),
     read_config=_read,
     defaults={

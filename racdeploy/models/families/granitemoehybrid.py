@@ -116,9 +116,9 @@ _DENSE = Family(
     min_transformers="4.56",
 )
 
-_PARTS = ("gate", "up", "down")
 _EXPERTS = {
-    f"block_sparse_moe.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight" for part in _PARTS
+    f"block_sparse_moe.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight"
+    for part in ("gate", "up", "down")
 }
 _GATE_UP, _DOWN = tuple(_EXPERTS)[:2], tuple(_EXPERTS)[2:]
 _MIXTURE = replace(

@@ -12,10 +12,10 @@ from racdeploy.models.families import Family
 
 def _read(config: Config) -> Config:
     interval = config.get("full_attention_interval") or 4
-    blocks = range(1, config.get("num_hidden_layers", 32) + 1)
-    counted = ["linear_attention" if block % interval else "full_attention" for block in blocks]
+    count = config.get("num_hidden_layers", 32)
     return {
-        "layer_types": config.get("layer_types") or counted,
+        "layer_types": config.get("layer_types")
+        or decoder.list_kinds(count, interval, "linear_attention"),
         "full_attention_interval": interval,
     }
 

@@ -23,7 +23,7 @@ from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import parse_json
 from racdeploy.packing.onnx.file import read_array
-from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays, BaseGraphPacker
+from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays
 from racdeploy.quant.matmulnbits import BLOCK_SIZE, MatMulNBitsBlocks
 
 TENSORS_KEY = "racdeploy.tensors"
@@ -57,14 +57,16 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
     """Return the tensors that a graph lists; none if racdeploy did not write it."""
     listed = parse_json(properties.get(TENSORS_KEY, "[]"), f"{path}: its list of tensors")
     entries = listed if isinstance(listed, list) else [listed]
-    tensors = [_read_tensor(entry) for entry in entries]
 
-    for entry, tensor in zip(entries, tensors, strict=True):
+    tensors = []
+    for entry in entries:
+        tensor = _read_tensor(entry)
         if tensor is None:
             message = f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}"
             raise ArtifactError("damaged-tensor-list", message, remedy="export it again")
+        tensors.append(tensor)
 
-    return [tensor for tensor in tensors if tensor is not None]
+    return tensors
 
 
 def _read_tensor(entry: object) -> GraphTensor | None:
@@ -81,9 +83,7 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     known = known and values["packing"] in packings.names("onnx")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
-    if not known or not are_extents:
-        return None
-    if len(shape) not in (1, 2) or math.prod(shape) > _MAX_WEIGHTS:
+    if not (known and are_extents) or len(shape) not in (1, 2) or math.prod(shape) > _MAX_WEIGHTS:
         return None
     return GraphTensor(**{**values, "shape": tuple(shape)})
 
@@ -167,11 +167,10 @@ class StoredArrays:
 
         self._model = model
         self._path = path
-        self._packers: dict[str, BaseGraphPacker] = {}
 
     def read(self, tensor: GraphTensor) -> tuple[Arrays, int]:
         """Return the unpacked arrays of a tensor, and their bytes in the file."""
-        packer = self._packer(tensor.packing)
+        packer = packings.load_onnx(tensor.packing).GraphPacker(self._model, self._path)
         names = [tensor.name + part for part in packer.ARRAY_SUFFIXES]
         stored = {name: self.unread.pop(name) for name in names if name in self.unread}
 
@@ -185,9 +184,3 @@ class StoredArrays:
                 f"{self._path}: the arrays of {tensor.name!r} are missing or do not fit: {error}",
                 remedy="copy or export it again",
             ) from error
-
-    def _packer(self, packing: str) -> BaseGraphPacker:
-        if packing not in self._packers:
-            kind = packings.load_onnx(packing).GraphPacker
-            self._packers[packing] = kind(self._model, self._path)
-        return self._packers[packing]

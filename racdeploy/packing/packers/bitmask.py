@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from racdeploy import quant as quants
 from racdeploy.packing import racgguf
-from racdeploy.packing.block_layouts import BLOCK_LAYOUTS, CHUNK_WEIGHTS
+from racdeploy.packing.block_layouts import BLOCK_LAYOUTS, CHUNK_WEIGHTS, Bytes
 from racdeploy.packing.buckets import TABLE_BYTES, BucketTable
 from racdeploy.packing.chunks import MIN_WORD_WEIGHTS, count_codes, pack_chunk, unpack_chunk
 from racdeploy.packing.codes import reason_against_mask
@@ -57,7 +57,6 @@ class BitmaskTensorPacker:
 
         self._tallies: dict[str, NDArray[np.int64]] = {}
         self._tables: dict[str, BucketTable] = {}
-
         same_shape: dict[tuple[int, int], list[str]] = {}
         for tensor in header.tensors:
             layout = BLOCK_LAYOUTS.get(tensor.ggml_type)
@@ -65,8 +64,7 @@ class BitmaskTensorPacker:
                 continue
 
             tallies = [count_codes(layout, chunk) for chunk in self._chunks(tensor)]
-            tallied = np.sum(tallies, axis=0)
-            self._tallies[tensor.name] = tallied
+            self._tallies[tensor.name] = tallied = np.sum(tallies, axis=0)
             # Share tables by format and zeros, rounded to a tenth.
             if layout.uses_words:
                 kind = tensor.ggml_type, round(10 * _share_zeros(tallied))
@@ -95,7 +93,7 @@ class BitmaskTensorPacker:
         for index, chunk in enumerate(self._chunks(tensor)):
             yield pack_chunk(BLOCK_LAYOUTS[tensor.ggml_type], chunk, index, table)
 
-    def _chunks(self, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
+    def _chunks(self, tensor: TensorInfo) -> Iterator[Bytes]:
         return iter_tensor_bytes(tensor, self._source, BLOCK_LAYOUTS[tensor.ggml_type].chunk_bytes)
 
 
@@ -119,7 +117,7 @@ def find_damage(tensor: StoredTensor) -> str:
     return ""
 
 
-def unpack_tensor(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[np.uint8]]:
+def unpack_tensor(tensor: StoredTensor, source: ByteReader) -> Iterator[Bytes]:
     """Yield the bytes of a tensor, whole blocks at a time."""
     layout = BLOCK_LAYOUTS[tensor.ggml_type]
     weights = layout.count_weights(tensor.plain_bytes)

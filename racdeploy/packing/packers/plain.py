@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from racdeploy.packing.block_layouts import Bytes
 from racdeploy.packing.onnx.packer import BaseGraphPacker
 from racdeploy.packing.racgguf import READ_BYTES, ByteReader, PackedTensor, StoredTensor
 
@@ -42,7 +40,7 @@ def find_damage(tensor: StoredTensor) -> str:
     return ""
 
 
-def unpack_tensor(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[np.uint8]]:
+def unpack_tensor(tensor: StoredTensor, source: ByteReader) -> Iterator[Bytes]:
     """Yield the bytes of a tensor."""
     while source.remaining:
         yield source.read(min(source.remaining, READ_BYTES))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy.errors import ArtifactError
@@ -30,6 +29,7 @@ from racdeploy.files.ownership import (
     restrict_to_owner,
 )
 from racdeploy.files.sha256_cache import has_sha256
+from racdeploy.packing.block_layouts import Bytes
 from racdeploy.tensors.gguf_header import (
     FIXED_HEADER_BYTES,
     GgufHeader,
@@ -95,7 +95,7 @@ class Container:
         """Metadata of the plain file; arrays as in :class:`GgufHeader`."""
         return {key: value for key, value in self.header.metadata.items() if key not in KEYS}
 
-    def iter_chunks(self, tensor: StoredTensor) -> Iterator[NDArray[np.uint8]]:
+    def iter_chunks(self, tensor: StoredTensor) -> Iterator[Bytes]:
         """Yield the plain bytes of a tensor; those of a packed one in whole blocks."""
         with self.path.open("rb", buffering=READ_BYTES) as stream:
             yield from unpack_stored(tensor, ByteReader(stream))
@@ -228,14 +228,7 @@ def _check(path: Path, header: GgufHeader) -> Container:
         raise ArtifactError("damaged-packing", "racgguf.tensors is not an array of u64")
 
     tensors = _read_tensors(header, recorded.tolist(), packing)
-    container = Container(
-        path=path,
-        header=header,
-        packing=packing,
-        tensors=tensors,
-        size_bytes=size_bytes,
-        sha256=str(sha256),
-    )
+    container = Container(path, header, packing, tensors, size_bytes, str(sha256))
     _check_size(container)
     return container
 
@@ -325,7 +318,7 @@ def _check_size(container: Container) -> None:
         )
 
 
-def unpack_stored(tensor: StoredTensor, source: ByteReader) -> Iterator[NDArray[np.uint8]]:
+def unpack_stored(tensor: StoredTensor, source: ByteReader) -> Iterator[Bytes]:
     """Yield the plain bytes of a tensor, restored by the plugin of its packing."""
     source.seek(tensor.position, tensor.stored_bytes)
     yield from packings.load_gguf(tensor.packing).unpack_tensor(tensor, source)
@@ -348,7 +341,7 @@ class ByteReader:
         self._stream.seek(position)
         self.remaining = size_bytes
 
-    def read(self, count: int) -> NDArray[np.uint8]:
+    def read(self, count: int) -> Bytes:
         """Return the next ``count`` bytes, or raise an ArtifactError if fewer remain."""
         if count > self.remaining:
             raise ArtifactError(

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.partials import partial_folder
 from racdeploy.files.writing import disk_errors, file_sha256
+from racdeploy.packing.block_layouts import Bytes
 from racdeploy.packing.racgguf import container
 from racdeploy.tensors.gguf_header import (
     FIXED_HEADER_BYTES,
@@ -104,9 +104,7 @@ def pack(
     return tuple(rows)
 
 
-def iter_tensor_bytes(
-    tensor: TensorInfo, source: BinaryIO, piece_bytes: int
-) -> Iterator[NDArray[np.uint8]]:
+def iter_tensor_bytes(tensor: TensorInfo, source: BinaryIO, piece_bytes: int) -> Iterator[Bytes]:
     """Yield the bytes of a tensor of a plain file, at most ``piece_bytes`` at a time."""
     source.seek(tensor.position)
     remaining = tensor.size_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from racdeploy import plugins
 from racdeploy.pruning.allocations import (
@@ -32,9 +32,7 @@ SPARSITY_STEP = 0.002
 MIN_ERROR = 1e-9  # below it, an error is only rounding
 
 
-def observe(
-    weight_OI: torch.Tensor, hessian: Hessian, effect: Effect, settings: Pruning
-) -> Observation:
+def observe(weight_OI: Tensor, hessian: Hessian, effect: Effect, settings: Pruning) -> Observation:
     """Return sparsity → relative change of the block's output, for one linear."""
     method = plugins.load("prune_methods", settings.method)
     settings = settings.model_copy(

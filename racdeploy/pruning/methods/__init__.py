@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 __all__ = ["PrunedWeights"]
 
@@ -20,5 +20,5 @@ __all__ = ["PrunedWeights"]
 class PrunedWeights:
     """Weights of a pruned linear: float32, zero where ``keep_OI`` is False."""
 
-    weight_OI: torch.Tensor
-    keep_OI: torch.Tensor
+    weight_OI: Tensor
+    keep_OI: Tensor

@@ -8,6 +8,7 @@ unit diagonal. The penalty grows until the mask settles. Source: ALPS (arXiv 240
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -22,7 +23,7 @@ PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 def prune(
-    weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Prune one linear; an iteration costs two products with an I × I matrix."""
     target_OI = weight_OI * hessian.scale_I

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -13,7 +13,7 @@ MATRICES = 1  # no factor
 
 
 def prune(
-    weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Zero the smallest weights of one linear."""
     keep_OI = pattern.keep(weight_OI.abs())

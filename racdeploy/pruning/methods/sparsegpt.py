@@ -7,6 +7,7 @@ one weight too many per column block.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -15,7 +16,7 @@ from racdeploy.recipe import Pruning
 
 
 def prune(
-    weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Prune one linear, compensating each error in the later columns."""
     I = weight_OI.shape[1]

@@ -5,7 +5,7 @@ Source: arXiv 2306.11695, section 3. No compensation; ``prune.refit_steps`` adds
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -16,7 +16,7 @@ MATRICES, COPIES = 1, 9  # no factor; two sorts with 64-bit indices
 
 
 def prune(
-    weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Zero the least important weights of every output."""
     keep_OI = pattern.keep_per_output(weight_OI.abs() * hessian.norm_I)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from racdeploy.engines.backends.transformers.experts import Experts
 from racdeploy.engines.backends.transformers.torch_model import fit_attention
@@ -78,10 +79,8 @@ def list_cuts(shape: ModelShape, outline: CutPlan, structure: Structure) -> list
         if linear:
             group = groups.index((linear,))
             # The structure begins after the last group that ends an earlier part.
-            ends = [other for other in range(group) if ends_part(groups, other)]
-            before = 0
-            if ends:
-                before = ends[-1] + 1
+            ends = [other + 1 for other in range(group) if ends_part(groups, other)]
+            before = max(ends, default=0)
         else:
             before = [linears[:1] for linears in groups].index(first_of_experts)
             group = before
@@ -118,16 +117,13 @@ def cut_inputs(context: BlockCutContext) -> list[int]:
     # The owner alone chooses and solves; the others get units and weights from it.
     if processes.rank == owner:
         hessian = statistic.hessian(settings.damping)
-        target_OI: torch.Tensor = full_OI
+        target_OI: Tensor = full_OI
         if context.criterion.USES_TRACES and settings.match_dense:
             target_OI = statistic.solve_targets([0], hessian)[0]
 
         removal = InputUnits(target_OI, hessian, layout)
         units = context.choose(removal)
-        if context.criterion.USES_TRACES:
-            weight_OK = removal.solve_kept_weights()
-        else:
-            weight_OK = removal.kept_weights()
+        weight_OK = removal.kept_weights(optimal=context.criterion.USES_TRACES)
 
     units = processes.broadcast_object(units, owner)
     narrow_block(pair, layout, units)
@@ -146,7 +142,7 @@ def narrow_block(pair: BlockPair, layout: UnitLayout, units: Sequence[int]) -> N
         pair.experts = [pair.experts[unit] for unit in units]
 
     for name, parameter in list(pair.sparse.named_parameters()):
-        value: torch.Tensor = parameter.data
+        value: Tensor = parameter.data
         for axis, index in enumerate(list_kept_indices(family, name, kept, pair.sizes)):
             if index is not None:
                 value = value.index_select(axis, torch.from_numpy(index).to(value.device))

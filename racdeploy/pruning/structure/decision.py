@@ -8,17 +8,14 @@ greedily, one step at a time, where that costs least.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from operator import itemgetter
 from types import ModuleType
 
-import torch
+from torch import Tensor
 
 from racdeploy import plugins
-from racdeploy.files.reading import read_json
-from racdeploy.files.writing import write_atomic
 from racdeploy.pruning.structure.cut import CutContext
 from racdeploy.pruning.structure.cut_plan import (
     CUT_PLAN_FILE,
@@ -37,15 +34,8 @@ from racdeploy.recipe import Structure
 
 def decide_cut_plan(session: PruningSession, structure: Structure) -> CutPlan:
     """Return the cut plan: decide it, or read what an interrupted run decided."""
-    processes = session.processes
-    file = session.folder / CUT_PLAN_FILE
-
-    if not processes.run_on_first(file.is_file):
-        outline = _decide(session, structure)
-        if processes.is_first:
-            write_atomic(file, json.dumps(asdict(outline), indent=1))
-
-    return parse_cut_plan(processes.run_on_first(lambda: read_json(file)))
+    values = session.decide_once(CUT_PLAN_FILE, lambda: asdict(_decide(session, structure)))
+    return parse_cut_plan(values)
 
 
 def _decide(session: PruningSession, structure: Structure) -> CutPlan:
@@ -58,9 +48,8 @@ def _decide(session: PruningSession, structure: Structure) -> CutPlan:
         count = plugin.layout(shape, 0, structure).count(structure.kept_share(part))
         outline = CutPlan(tuple(plugin.cut(CutContext(session, criterion, count))), {})
 
-    layouts = {}
-    for part in list_parts(structure, "block"):
-        layouts[part] = outline.layouts(shape, part, structure)
+    parts = list_parts(structure, "block")
+    layouts = {part: outline.layouts(shape, part, structure) for part in parts}
 
     # Only where blocks may differ in width, and by a criterion that uses traces.
     surveyed = {}
@@ -95,9 +84,7 @@ def _survey(
         for block, layout in zip(blocks, part_layouts, strict=True):
             wanted[f"{session.model.prefix(block)}.{linear}"] = part, layout
 
-    def observe(
-        name: str, weight_OI: torch.Tensor, hessian: Hessian, effect: Effect
-    ) -> Observation:
+    def observe(name: str, weight_OI: Tensor, hessian: Hessian, effect: Effect) -> Observation:
         part, layout = wanted[name]
         share = structure.kept_share(part)
         return observe_widths(criterion, weight_OI, hessian, layout, effect, share)
@@ -113,7 +100,7 @@ def _survey(
 
 def observe_widths(
     criterion: ModuleType,
-    weight_OI: torch.Tensor,
+    weight_OI: Tensor,
     hessian: Hessian,
     layout: UnitLayout,
     effect: Effect,

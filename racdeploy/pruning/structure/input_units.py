@@ -95,16 +95,13 @@ class InputUnits(PrunableUnits):
         self._pending.clear()
         return self._weight_OI
 
-    def kept_weights(self) -> Tensor:
-        """Return the target's weights of the kept inputs, uncompensated, (O, kept inputs)."""
-        return self._target_OI[:, self._columns(self.kept_U.nonzero()[:, 0])]
-
-    def solve_kept_weights(self) -> Tensor:
-        """Return the optimal weights for the kept inputs, (O, kept inputs).
-
-        Solved once from the target, without the rounding errors of the stepwise updates.
-        """
+    def kept_weights(self, *, optimal: bool) -> Tensor:
+        """Return the weights of the kept inputs, (O, kept inputs): optimal or the target's."""
         kept_K = self._columns(self.kept_U.nonzero()[:, 0])
+        if not optimal:
+            return self._target_OI[:, kept_K]
+
+        # Solved once from the target, without the rounding errors of the stepwise updates.
         H_II = self._hessian.matrix_II
         H_IK = H_II[:, kept_K]
         pull_OK = self._target_OI @ H_IK

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from racdeploy.errors import UsageError
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import KeptIndices, list_axes
@@ -57,10 +58,10 @@ class UnitLayout:
         """Return the indices that stay along each letter, for units that stay."""
         units_U1 = np.array(units, dtype=np.int64)[:, None]
 
-        kept = {}
-        for letter, width in self.widths.items():
-            kept[letter] = (units_U1 * width + np.arange(width)).reshape(-1)
-        return kept
+        return {
+            letter: (units_U1 * width + np.arange(width)).reshape(-1)
+            for letter, width in self.widths.items()
+        }
 
 
 def find_consumer(shape: ModelShape, letter: str) -> str:
@@ -90,11 +91,12 @@ def part_error(part: str, family: Family, reason: str) -> UsageError:
 
 def check_share(
     part: str,
-    shape: ModelShape,
     layout: Callable[[ModelShape, int, Structure], UnitLayout],
+    checkpoint: Checkpoint,
     structure: Structure,
 ) -> None:
     """Refuse a share that no number of units comes near to, or that removes nothing."""
+    shape = checkpoint.shape
     check_cuttable(part, shape.family)
     layouts = [layout(shape, block, structure) for block in range(shape.block_count)]
     share = structure.kept_share(part)
@@ -112,9 +114,7 @@ def check_share(
 
     if is_far(nearest, share):
         where = "every block keeps as many" if uniform else "blocks differ"
-        minimum = ""
-        if first.min_count > first.step:
-            minimum = f" from {first.min_count} on"
+        minimum = f" from {first.min_count} on" if first.min_count > first.step else ""
         raise UsageError(
             "share-not-reachable",
             f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"

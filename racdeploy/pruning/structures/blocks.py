@@ -74,10 +74,7 @@ class BlockUnits(PrunableUnits):
         batch = max(session.all_calibration_batches, key=lambda batch: batch.tokens)
         rows = max(1, PROBE_TOKENS // batch.ids_BT.shape[1])
         self._probe = Batch(
-            ids_BT=batch.ids_BT[:rows],
-            segment_BT=batch.segment_BT[:rows],
-            task_B=batch.task_B[:rows],
-            held_out=False,
+            batch.ids_BT[:rows], batch.segment_BT[:rows], batch.task_B[:rows], held_out=False
         )
 
     def costs(self) -> Tensor:

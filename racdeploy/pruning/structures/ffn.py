@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from racdeploy.models.checkpoint import Checkpoint
+from functools import partial
+
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.structure.layout import UnitLayout, check_share
 from racdeploy.recipe import Structure
@@ -20,6 +21,4 @@ def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     return UnitLayout(SIZE_LETTER, channels, {SIZE_LETTER: 1}, step=step, min_count=MIN_CHANNELS)
 
 
-def check(checkpoint: Checkpoint, structure: Structure) -> None:
-    """Refuse an impossible cut with a UsageError."""
-    check_share("ffn", checkpoint.shape, layout, structure)
+check = partial(check_share, "ffn", layout)

@@ -6,7 +6,8 @@ in every block: engines use one cache size.
 
 from __future__ import annotations
 
-from racdeploy.models.checkpoint import Checkpoint
+from functools import partial
+
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.structure.layout import UnitLayout, check_share
 from racdeploy.recipe import Structure
@@ -26,6 +27,4 @@ def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     return UnitLayout(SIZE_LETTER, heads, {SIZE_LETTER: K, "H": 1}, cohorts=groups, step=groups)
 
 
-def check(checkpoint: Checkpoint, structure: Structure) -> None:
-    """Refuse an impossible cut with a UsageError."""
-    check_share("heads", checkpoint.shape, layout, structure)
+check = partial(check_share, "heads", layout)

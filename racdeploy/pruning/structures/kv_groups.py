@@ -35,4 +35,4 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
             remedy="keep one of the two whole",
         )
 
-    check_share("kv_groups", checkpoint.shape, layout, structure)
+    check_share("kv_groups", layout, checkpoint, structure)

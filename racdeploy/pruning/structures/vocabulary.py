@@ -12,16 +12,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.errors import UsageError
 from racdeploy.files.texts import read_texts
 from racdeploy.files.writing import atomic_folder
 from racdeploy.models import fused_experts
 from racdeploy.models.bpe import ByteLevelBPE
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.renumbering import STALE_FILES, find_config_ids, renumber_files
+from racdeploy.models.renumbering import STALE_FILES, OldIds, find_config_ids, renumber_files
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.pruning.structure.layout import UnitLayout, check_cuttable
@@ -53,7 +50,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
 
 def choose(
     checkpoint: Checkpoint, keep: float, needed_ids: Iterable[int], source: str = "the texts"
-) -> NDArray[np.int64]:
+) -> OldIds:
     """Return the ids that stay, ascending.
 
     Args:
@@ -67,11 +64,7 @@ def choose(
     """
     pairs = ByteLevelBPE.read(checkpoint.tokenizer)
     tokens = len(pairs.texts)
-    if keep <= 1:
-        count = round(keep * tokens)
-    else:
-        count = int(keep)
-
+    count = round(keep * tokens) if keep <= 1 else int(keep)
     if count > tokens:
         raise UsageError(
             "vocabulary-too-large",
@@ -104,7 +97,7 @@ def round_up(count: int) -> int:
 
 
 def rewrite(
-    checkpoint: Checkpoint, old_ids: NDArray[np.int64], out: Path, *, zero_filled: bool = False
+    checkpoint: Checkpoint, old_ids: OldIds, out: Path, *, zero_filled: bool = False
 ) -> Path:
     """Write a model with some of its tokens to another folder.
 

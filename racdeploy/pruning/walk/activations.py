@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from racdeploy.files.writing import disk_errors
 from racdeploy.pruning.memory_limits import WINDOW_BYTES
@@ -30,29 +31,28 @@ class Activations:
         self._file = file
         self._capacities = [math.prod(shape) for shape in shapes]
 
-        self._in_memory: dict[int, torch.Tensor] = {}
+        self._in_memory: dict[int, Tensor] = {}
         self._offsets: dict[int, int] = {}
         used = spilled = 0
 
-        for index, shape in enumerate(self._shapes):
-            size = 4 * math.prod(shape)
+        for index, capacity in enumerate(self._capacities):
+            size = 4 * capacity
             if used + size <= window_bytes:
                 used += size
             else:
                 self._offsets[index] = spilled
                 spilled += size
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> Tensor:
         if index not in self._offsets:
             return self._in_memory[index]
 
         shape = self._shapes[index]
-        count = math.prod(shape)
         offset = self._offsets[index]
-        values = np.fromfile(self._file, np.float32, count, offset=offset)
+        values = np.fromfile(self._file, np.float32, math.prod(shape), offset=offset)
         return torch.from_numpy(values).view(shape)
 
-    def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
+    def __setitem__(self, index: int, hidden: Tensor) -> None:
         capacity = self._capacities[index]
         assert hidden.numel() <= capacity, f"batch {index} has room for {capacity} values"
         self._shapes[index] = tuple(hidden.shape)

@@ -28,10 +28,11 @@ class AltUp:
 
     def expand(self, embedded_ND: Tensor) -> Tensor:
         """Return the initial hidden states of token embeddings, concatenated."""
-        states = [embedded_ND]
-        for number in range(1, self._count):
-            states.append(self._project(_PROJECTIONS, number, embedded_ND, embedded_ND))
-        return torch.cat(states, dim=-1)
+        projected = (
+            self._project(_PROJECTIONS, number, embedded_ND, embedded_ND)
+            for number in range(1, self._count)
+        )
+        return torch.cat([embedded_ND, *projected], dim=-1)
 
     def split(self, wide_BTX: Tensor) -> Tensor:
         """Return the hidden states stacked, as a block takes them, (X, B, T, D)."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.memory_limits import TOKENS_PER_BATCH
 from racdeploy.pruning.walk.statistics import PAD
@@ -19,9 +20,9 @@ from racdeploy.traces.trace import Trace
 class Batch:
     """Sequences that pass through the blocks together."""
 
-    ids_BT: torch.Tensor  # 0 where padded
-    segment_BT: torch.Tensor  # index into ``SEGMENTS``, ``PAD`` where padded
-    task_B: torch.Tensor  # index into the tasks that the batches were made with
+    ids_BT: Tensor  # 0 where padded
+    segment_BT: Tensor  # index into ``SEGMENTS``, ``PAD`` where padded
+    task_B: Tensor  # index into the tasks that the batches were made with
     held_out: bool  # used to measure errors, not to prune
 
     @property

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
@@ -26,37 +28,34 @@ KeptUnits = Mapping[str, list[int]]
 """Structure that was cut → indices of the units that stay."""
 
 
+@dataclass(frozen=True)
 class BlockFiles:
     """Reads and writes the files of a pruning in a folder."""
 
-    def __init__(self, folder: Path, processes: ProcessGroup) -> None:
-        self._folder, self._processes = folder, processes
+    folder: Path
+    processes: ProcessGroup
 
     def is_finished(self, index: int) -> bool:
-        return self._processes.run_on_first(self._report(index).is_file)
+        return self.processes.run_on_first(self._report(index).is_file)
 
-    def read_weights(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def read_weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield name and float32 value of each tensor that pruning changed, in all processes."""
-        first = self._processes.is_first
+        first = self.processes.is_first
         stored = load_file(self._weights(index)) if first else {}
         shapes = {name: tuple(value.shape) for name, value in stored.items()}
-        for name, shape in self._processes.broadcast_object(shapes).items():
+        for name, shape in self.processes.broadcast_object(shapes).items():
             value = stored[name].float() if first else torch.empty(shape)
-            yield name, self._processes.broadcast(value)
+            yield name, self.processes.broadcast(value)
 
-    def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow]:
-        report = self._read_report(index)
+    def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow, KeptUnits]:
+        """Return the rows of a block, and the units of each structure that was cut that stay."""
+        report = self.processes.run_on_first(lambda: read_json(self._report(index)))
         linears = [LinearRow.model_validate(row) for row in report["linears"]]
-        return linears, BlockRow.model_validate(report["block"])
+        return linears, BlockRow.model_validate(report["block"]), report["kept"]
 
-    def read_kept_units(self, index: int) -> KeptUnits:
-        """Return the units of each structure that stay in a block; uncut ones are left out."""
-        kept: KeptUnits = self._read_report(index).get("kept", {})
-        return kept
-
-    def write_weights(self, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write_weights(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a block that pruning changed."""
-        if self._processes.is_first:
+        if self.processes.is_first:
             stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_atomic(self._weights(index), save(stored))
 
@@ -67,38 +66,35 @@ class BlockFiles:
             if linear.codes:
                 arrays |= name_arrays(name, linear.quant, linear.codes)
 
-        if arrays and self._processes.is_first:
-            file = self._folder / f"codes-{index:05d}.safetensors"
+        if arrays and self.processes.is_first:
+            file = self.folder / f"codes-{index:05d}.safetensors"
             write_atomic(file, save_arrays(arrays))
 
     def write_importance(
         self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"
     ) -> None:
         """Write the mean squared inputs of a block's linears, and the tokens that each averages."""
-        if not self._processes.is_first:
+        if not self.processes.is_first:
             return
 
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, linear in pruned.items():
             # A copy each: linears of a group share one tensor, which safetensors refuses.
             tensors[name] = linear.importance_I.cpu().clone()
             tensors[f"{name}.tokens"] = torch.tensor([linear.tokens], dtype=torch.float64)
 
-        write_atomic(self._folder / f"{kind}-{index:05d}.safetensors", save(tensors))
+        write_atomic(self.folder / f"{kind}-{index:05d}.safetensors", save(tensors))
 
     def write_rows(
         self, index: int, linears: list[LinearRow], block: BlockRow, kept: KeptUnits
     ) -> None:
-        if self._processes.is_first:
+        if self.processes.is_first:
             rows = [row.model_dump() for row in linears]
             values = {"linears": rows, "block": block.model_dump(), "kept": kept}
             write_atomic(self._report(index), json.dumps(values, indent=1))
 
-    def _read_report(self, index: int) -> Any:
-        return self._processes.run_on_first(lambda: read_json(self._report(index)))
-
     def _weights(self, index: int) -> Path:
-        return self._folder / f"block-{index:05d}.safetensors"
+        return self.folder / f"block-{index:05d}.safetensors"
 
     def _report(self, index: int) -> Path:
-        return self._folder / f"block-{index:05d}.json"
+        return self.folder / f"block-{index:05d}.json"

@@ -24,7 +24,6 @@ from racdeploy.pruning.walk.altup import AltUp
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.block_inputs import BlockInputs
 from racdeploy.pruning.walk.per_layer_inputs import PerLayerInputs
-from racdeploy.pruning.walk.routing import RoutedTokens
 
 
 class BlockwiseModel:
@@ -43,15 +42,8 @@ class BlockwiseModel:
         self._model = build_skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
-        self._per_layer = (
-            PerLayerInputs(checkpoint) if PerLayerInputs.is_used_by(checkpoint) else None
-        )
+        self._per_layer = PerLayerInputs(checkpoint) if "P" in checkpoint.family.sizes else None
         self._altup = AltUp(checkpoint) if checkpoint.family.altup_inputs else None
-
-    def hidden_shapes(self, batches: Sequence[Batch]) -> list[tuple[int, ...]]:
-        """Return (B, T, D) of each batch; with AltUp D covers all parallel hidden states."""
-        D = self.shape.hidden_states_width
-        return [(*batch.ids_BT.shape, D) for batch in batches]
 
     def input_groups(self, block: Any) -> InputGroups:
         """Return the prunable linears of a block, grouped by the input they share."""
@@ -119,7 +111,7 @@ class BlockwiseModel:
 
     def forward(
         self,
-        block: nn.Module,
+        block: Any,
         hidden_BTD: Tensor,
         cached_inputs: Mapping[int, Tensor] | None = None,
         block_inputs: BlockInputs | None = None,
@@ -139,47 +131,33 @@ class BlockwiseModel:
         hidden_BTD = self.to_device(hidden_BTD)
         length = hidden_BTD.shape[1]
         position_1T = self.to_device(torch.arange(length))[None]
-        arguments: dict[str, Any] = {"position_ids": position_1T}
-        arguments["attention_mask"] = self._mask(block, length)
+        arguments: dict[str, Any] = {
+            "position_ids": position_1T,
+            "attention_mask": self._mask(block, length),
+        }
         arguments |= make_position_embeddings(self._model, block, hidden_BTD, position_1T)
         if self._per_layer:
-            arguments |= self._make_extra_inputs(
-                self._per_layer, block, block_inputs, runs_to_end=runs_to_end
-            )
+            assert block_inputs, "blocks of this family need token ids and shared keys too"
+            arguments["shared_kv_states"] = block_inputs.shared_kv
+            if runs_to_end:  # it is added after the linears at which a hook may stop
+                arguments["per_layer_input"] = self._per_layer.compute(
+                    block.number, block_inputs.ids_BT, self.device
+                )
+
+        if self._altup:
+            hidden_BTD = self._altup.split(hidden_BTD)
 
         with self.autocast(), self._shortcuts(block, cached_inputs or {}):
-            output = block(
-                self._altup.split(hidden_BTD) if self._altup else hidden_BTD, **arguments
-            )
+            output = block(hidden_BTD, **arguments)
 
-        result: Tensor = output
-        if isinstance(output, tuple):
-            result = output[0]
-        if self._altup:
-            return self._altup.concatenate(result)
-        return result
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return self._altup.concatenate(result) if self._altup else result
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the forward pass, for products made outside of it."""
         if self._compute == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-    def _make_extra_inputs(
-        self,
-        per_layer: PerLayerInputs,
-        block: Any,
-        block_inputs: BlockInputs | None,
-        *,
-        runs_to_end: bool,
-    ) -> dict[str, Any]:
-        assert block_inputs, "blocks of this family need token ids and shared keys too"
-        arguments: dict[str, Any] = {"shared_kv_states": block_inputs.shared_kv}
-        if runs_to_end:  # it is added after the linears at which a hook may stop
-            arguments["per_layer_input"] = per_layer.compute(
-                block.number, block_inputs.ids_BT, self.device
-            )
-        return arguments
 
     def _mask(self, block: Any, length: int) -> Tensor | None:
         """Return the mask of a sliding window, (1, 1, T, T); None for sdpa's own causal mask."""
@@ -207,8 +185,9 @@ class BlockwiseModel:
             attends = (
                 self.shape.attends[block.number] and owner == self.shape.family.attention_module
             )
-            run_last = _run_attention if attends else _run_last
-            module.forward = partial(run_last, block.get_submodule(name), self.to_device(input_BTI))
+            module.forward = partial(
+                _run_last, block.get_submodule(name), self.to_device(input_BTI), attends
+            )
 
         try:
             yield
@@ -216,40 +195,15 @@ class BlockwiseModel:
             for module in changed:
                 del module.forward  # uncovers the class's own
 
-    def linear_input(
+    def arguments_of(
         self,
-        block: nn.Module,
-        linear: str,
-        hidden_BTD: Tensor,
-        cached_inputs: Mapping[int, Tensor] | None = None,
-        block_inputs: BlockInputs | None = None,
-    ) -> Tensor:
-        """Return the input of one linear; the pass stops there."""
-        (input_BTI, *_) = self._arguments(block, linear, hidden_BTD, cached_inputs, block_inputs)
-        return input_BTI
-
-    def expert_input(
-        self,
-        block: nn.Module,
-        hidden_BTD: Tensor,
-        cached_inputs: Mapping[int, Tensor] | None = None,
-        block_inputs: BlockInputs | None = None,
-    ) -> RoutedTokens:
-        """Return the tokens at the experts of a block with their routing; no expert is computed."""
-        experts = self.shape.family.experts_module
-        return RoutedTokens(
-            *self._arguments(block, experts, hidden_BTD, cached_inputs, block_inputs)
-        )
-
-    def _arguments(
-        self,
-        block: nn.Module,
         name: str,
+        block: nn.Module,
         hidden_BTD: Tensor,
-        cached_inputs: Mapping[int, Tensor] | None,
-        block_inputs: BlockInputs | None,
+        cached_inputs: Mapping[int, Tensor] | None = None,
+        block_inputs: BlockInputs | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run a block up to one of its modules and return that call's arguments."""
+        """Run a block up to one of its modules; return the arguments that the module would get."""
         calls: list[tuple[Tensor, ...]] = []
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -263,12 +217,9 @@ class BlockwiseModel:
         return calls[0]
 
 
-def _run_last(linear: nn.Module, input_BTI: Tensor, *_: Any, **__: Any) -> Any:
-    return linear(input_BTI)
-
-
-def _run_attention(linear: nn.Module, input_BTI: Tensor, *_: Any, **__: Any) -> Any:
-    return linear(input_BTI), None  # sdpa gives no attention weights
+def _run_last(linear: nn.Module, input_BTI: Tensor, attends: bool, *_: Any, **__: Any) -> Any:
+    output_BTO = linear(input_BTI)
+    return (output_BTO, None) if attends else output_BTO  # sdpa gives no attention weights
 
 
 class _StopForward(Exception):

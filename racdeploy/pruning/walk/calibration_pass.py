@@ -6,6 +6,7 @@ through the block start there, with the same results and about half the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from racdeploy.pruning.walk.activations import Activations
 from racdeploy.pruning.walk.batches import Batch
-from racdeploy.pruning.walk.block_inputs import BatchBlockInputs
+from racdeploy.pruning.walk.block_inputs import BatchBlockInputs, BlockInputs
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.routing import RoutedTokens
 
@@ -32,7 +33,9 @@ class CalibrationPass:
         name: str,
     ) -> None:
         self._blocks, self._batches = blocks, batches
-        self.hidden = Activations(blocks.hidden_shapes(batches), folder / f"hidden-{name}.bin")
+        D = blocks.shape.hidden_states_width
+        shapes = [(*batch.ids_BT.shape, D) for batch in batches]
+        self.hidden = Activations(shapes, folder / f"hidden-{name}.bin")
         self.block_inputs = BatchBlockInputs(blocks.shape, blocks.device, batches, folder, name)
 
         widths = blocks.end_widths()
@@ -61,11 +64,7 @@ class CalibrationPass:
         ``is_final``: weights before the group will not change, so that the input may be cached.
         """
         linear = self._blocks.input_groups(block)[group][0]
-        cached_inputs = {other: x for other, x in self._inputs_of(index).items() if other < group}
-        block_inputs = self.block_inputs[index]
-        input_BTI = self._blocks.linear_input(
-            block, linear, self.hidden[index], cached_inputs, block_inputs
-        )
+        (input_BTI, *_) = self._blocks.arguments_of(linear, block, *self._enter(index, group))
 
         if is_final and group in self._inputs and index < len(self._groups):
             self._inputs[group][index] = input_BTI.float()
@@ -75,13 +74,12 @@ class CalibrationPass:
 
     def expert_input(self, block: nn.Module, index: int) -> RoutedTokens:
         """Return the tokens at the experts of a block, whose attention must be final."""
-        cached_inputs, block_inputs = self._inputs_of(index), self.block_inputs[index]
-        return self._blocks.expert_input(block, self.hidden[index], cached_inputs, block_inputs)
+        experts = self._blocks.shape.family.experts_module
+        return RoutedTokens(*self._blocks.arguments_of(experts, block, *self._enter(index)))
 
     def output(self, block: nn.Module, index: int) -> Tensor:
         """Return the block's output for a batch; its hidden states stay those before the block."""
-        cached_inputs, block_inputs = self._inputs_of(index), self.block_inputs[index]
-        return self._blocks.forward(block, self.hidden[index], cached_inputs, block_inputs)
+        return self._blocks.forward(block, *self._enter(index))
 
     def advance(self, block: nn.Module, index: int) -> Tensor:
         """Return the block's output for a batch, and store it as the input of the next block."""
@@ -97,9 +95,13 @@ class CalibrationPass:
         for activations in (self.hidden, *self._inputs.values()):
             activations.close()
 
-    def _inputs_of(self, index: int) -> dict[int, Tensor]:
+    def _enter(
+        self, index: int, before: float = math.inf
+    ) -> tuple[Tensor, dict[int, Tensor], BlockInputs]:
+        """Return what a batch enters the block with; cached inputs of groups ``before`` one."""
         groups = self._groups[index] if index < len(self._groups) else ()
-        return {group: self._inputs[group][index] for group in groups}
+        cached_inputs = {group: self._inputs[group][index] for group in groups if group < before}
+        return self.hidden[index], cached_inputs, self.block_inputs[index]
 
 
 def _choose_cached(batches: Sequence[Batch], width: int) -> list[Batch]:

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from racdeploy.models.families import find_expert
-from racdeploy.models.widths import list_axes, tensor_shape
+from racdeploy.models.widths import list_axes
 from racdeploy.pruning.memory_limits import EXPERT_BYTES
 from racdeploy.pruning.walk.batches import Batch
-from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear, subtract_bias
 from racdeploy.pruning.walk.routing import RoutedTokens, select_tokens
@@ -57,16 +56,14 @@ class SolveGroup:
         return [(linear,) for linear in self.linears] if is_shared else [self.linears]
 
 
-def count_expert_tokens(
-    session: PruningSession, flow: CalibrationPass, block: nn.Module, experts: int
-) -> list[int]:
+def count_expert_tokens(session: PruningSession, pair: BlockPair) -> list[int]:
     """Count the calibration tokens that each expert of a block gets, over all processes."""
-    counts_E = torch.zeros(experts, dtype=torch.float64)
+    counts_E = torch.zeros(len(pair.experts), dtype=torch.float64)
 
     for index, batch in enumerate(session.calibration_batches):
-        routed = flow.expert_input(block, index)
+        routed = pair.sparse_flow.expert_input(pair.sparse, index)
         chosen_NK = routed.chosen_NK[routed.tokens(batch, None)].cpu()
-        counts_E += torch.bincount(chosen_NK.flatten(), minlength=experts)
+        counts_E += torch.bincount(chosen_NK.flatten(), minlength=len(counts_E))
 
     session.processes.reduce(counts_E)
     return [int(count) for count in counts_E]
@@ -91,8 +88,7 @@ def gather_groups(
         return
 
     if not pair.expert_tokens:
-        experts = len(pair.experts)
-        pair.expert_tokens = count_expert_tokens(session, pair.sparse_flow, pair.sparse, experts)
+        pair.expert_tokens = count_expert_tokens(session, pair)
 
     members = ExpertLinears(session, pair, full_weights, match_dense=match_dense)
     for pieces in members.split_by_memory(members.solve_groups()):
@@ -112,20 +108,18 @@ class ExpertLinears:
     ) -> None:
         self._session, self._pair = session, pair
         self._full_weights = full_weights
-        self._wanted = wanted = list(full_weights)
         family = session.model.shape.family
         self._experts = family.experts_module
-        self._is_inner = list_axes(family, f"{wanted[0]}.weight")[1] != "D"
+        self._is_inner = list_axes(family, f"{next(iter(full_weights))}.weight")[1] != "D"
         self._match_dense = match_dense
 
     def solve_groups(self) -> list[SolveGroup]:
         """Return the linears, grouped by the statistic that they are pruned on."""
         linears_by_expert = defaultdict[int, list[str]](list)
-        for linear in self._wanted:
+        for linear in self._full_weights:
             linears_by_expert[find_expert(linear) or 0].append(linear)
 
-        family = self._session.model.shape.family
-        I = tensor_shape(family, f"{self._wanted[0]}.weight", self._pair.sizes)[1]
+        I = next(iter(self._full_weights.values())).shape[1]
         min_tokens = self._session.settings.expert_tokens or MIN_TOKENS_PER_INPUT * I
         pieces = []
         pooled = list[str]()
@@ -183,10 +177,7 @@ class ExpertLinears:
                 dense_M1I = None
                 if dense_routed is not None:
                     # The tokens are the sparse model's, the expert's index the dense one.
-                    if piece.expert is None:
-                        dense_expert = None
-                    else:
-                        dense_expert = pair.experts[piece.expert]
+                    dense_expert = None if piece.expert is None else pair.experts[piece.expert]
                     dense_M1I = self._input(pair.dense, dense_expert, dense_routed, token_M)
                 statistic.add(sparse_M1I, dense_M1I, select_tokens(batch, token_M).segment_BT)
 
@@ -230,12 +221,11 @@ def measure_expert_errors(
         for name, linear in linears.items():
             module: Any = block.get_submodule(name)
             owner: Any = block.get_submodule(name.rpartition(".")[0])
-            is_inner = module is owner.down_proj
 
             # The hidden values inside an expert exist for its own tokens only.
             with session.model.autocast():
                 input_MI = hidden_MD
-                if is_inner:
+                if module is owner.down_proj:
                     input_MI = owner.intermediate(hidden_MD)
                 output_MO = subtract_bias(module, module(input_MI))
 

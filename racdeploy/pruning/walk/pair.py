@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.models.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class BlockPair:
     sparse_flow: CalibrationPass
     kept_units: dict[str, list[int]] = field(default_factory=dict)  # structure → units that stay
     # Linear that lost inputs → mean squares of all its dense inputs.
-    narrowed_importance: dict[str, torch.Tensor] = field(default_factory=dict)
+    narrowed_importance: dict[str, Tensor] = field(default_factory=dict)
     expert_tokens: list[int] = field(default_factory=list)  # calibration tokens of each expert
     sizes: dict[str, int] = field(init=False)  # of the sparse block, by the letters of shapes
     experts: list[int] = field(init=False)  # of the sparse block, by their dense indices
@@ -63,7 +63,7 @@ def gather_inputs(
     session: PruningSession,
     pair: BlockPair,
     group: int,
-    weights: Sequence[torch.Tensor],  # of its linears
+    weights: Sequence[Tensor],  # of its linears
     *,
     match_dense: bool,  # also add up products with the dense model's input
     is_final: bool = True,  # nothing before the group changes any more

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import embedding_scale
 from racdeploy.models.checkpoint import Checkpoint
@@ -26,12 +27,7 @@ class PerLayerInputs:
         self._checkpoint = checkpoint
         self._width = checkpoint.shape.integer("hidden_size_per_layer_input")
 
-    @staticmethod
-    def is_used_by(checkpoint: Checkpoint) -> bool:
-        """Return True if blocks of a model take per-layer inputs."""
-        return _PER_LAYER_EMBEDDING in checkpoint.family.model_tensors
-
-    def compute(self, block: int, ids_BT: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def compute(self, block: int, ids_BT: Tensor, device: torch.device) -> Tensor:
         """Return the per-layer input of a block for a batch, (B, T, P)."""
         checkpoint = self._checkpoint
         P = self._width
@@ -57,5 +53,5 @@ class PerLayerInputs:
         table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
         looked_up_NP = torch.from_numpy(table_NP).to(device)
         per_layer_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
-        per_layer_BTP: torch.Tensor = per_layer_NP[row_BT.to(device)]
+        per_layer_BTP: Tensor = per_layer_NP[row_BT.to(device)]
         return per_layer_BTP

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,43 +70,41 @@ def record_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str,
     def remember(name: str, module: nn.Module, _: Any, output_BTO: Tensor) -> None:
         outputs[name] = subtract_bias(module, output_BTO)
 
-    with ExitStack() as hooks:
-        for name in names:
-            hook = partial(remember, name)
-            hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
+    with _observe(block, names, remember):
         yield outputs
 
 
-@contextmanager
 def measure_outputs(
     block: nn.Module,
     pruned: Mapping[str, PrunedLinear],
     batch: Batch,
     dense: Mapping[str, Tensor],
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Within the context, add each pruned linear's output to its error against the target.
 
     ``dense``: outputs of the dense model, the targets of linears that lost inputs in a cut.
     """
+
+    def add_error(name: str, module: nn.Module, inputs: Any, output_BTO: Tensor) -> None:
+        product_BTO = subtract_bias(module, output_BTO)
+        dense_BTO = dense.get(name)
+        if dense_BTO is None:
+            dense_BTO = inputs[0].float() @ pruned[name].target_OI.T
+        pruned[name].error.add(product_BTO.float(), dense_BTO.float(), batch)
+
+    return _observe(block, pruned, add_error)
+
+
+@contextmanager
+def _observe(
+    block: nn.Module, names: Iterable[str], observe: Callable[..., None]
+) -> Iterator[None]:
+    """Within the context, call ``observe(name, module, inputs, output)`` for each linear's call."""
     with ExitStack() as hooks:
-        for name, linear in pruned.items():
-            hook = partial(_add_error, linear, batch, dense.get(name))
+        for name in names:
+            hook = partial(observe, name)
             hooks.enter_context(block.get_submodule(name).register_forward_hook(hook))
         yield
-
-
-def _add_error(
-    linear: PrunedLinear,
-    batch: Batch,
-    dense_BTO: Tensor | None,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    output_BTO: Tensor,
-) -> None:
-    product_BTO = subtract_bias(module, output_BTO)
-    if dense_BTO is None:
-        dense_BTO = inputs[0].float() @ linear.target_OI.T
-    linear.error.add(product_BTO.float(), dense_BTO.float(), batch)
 
 
 def subtract_bias(module: nn.Module, output_BTO: Tensor) -> Tensor:

@@ -122,10 +122,7 @@ class InputStatistic:
         targets = {}
         for index in indices:
             weight_OI = self.matched_weights[index]
-            if self._projected:
-                part_OI = parts[index]
-            else:
-                part_OI = weight_OI @ delta_XI
+            part_OI = parts[index] if self._projected else weight_OI @ delta_XI
             targets[index] = weight_OI + hessian.solve(part_OI)
 
         return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -75,10 +76,7 @@ def survey(
             block.to("meta")
             session.report_progress("survey", index + 1)
 
-    merged: dict[str, Observation] = {}
-    for part in session.processes.all_gather(observations):
-        merged |= part
-
+    merged = ChainMap(*session.processes.all_gather(observations))
     return {name: merged[name] for name in wanted}
 
 
@@ -90,20 +88,12 @@ def _observe_block(
     checkpoint = session.model.checkpoint
     experts = checkpoint.shape.num_experts
     # Nothing is pruned yet: one block is both the dense and the sparse one.
-    pair = BlockPair(
-        checkpoint=checkpoint,
-        dense_index=index,
-        new_index=index,
-        dense=block,
-        sparse=block,
-        dense_flow=flow,
-        sparse_flow=flow,
-    )
+    pair = BlockPair(checkpoint, index, index, block, block, flow, flow)
 
     for group, linears in enumerate(pair.input_groups):
         names = [linear for linear in expand_experts(linears, experts) if linear in wanted]
         full = {name: block.get_parameter(f"{name}.weight") for name in names}
-        if not names:
+        if not full:
             continue
 
         for pieces, statistics in gather_groups(session, pair, group, full, match_dense=False):

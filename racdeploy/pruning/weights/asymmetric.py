@@ -9,12 +9,13 @@ Source: ``block_q4_K`` and ``block_q2_K`` in ggml-common.h; the search is that o
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.weights.scales import (
-    CHUNK_WEIGHTS,
+    find_units,
     nearest_steps,
     ones_for_zeros,
-    share_in_blocks,
+    search_by_rows,
 )
 from racdeploy.quant.grid import Grid
 
@@ -22,9 +23,7 @@ from racdeploy.quant.grid import Grid
 SPANS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
 
 
-def search_steps_and_minima(
-    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, ...]:
+def search_steps_and_minima(weight_OI: Tensor, diagonal_I: Tensor, grid: Grid) -> list[Tensor]:
     """Search the step and minimum of each group with the least error, weighted by input energy.
 
     Args:
@@ -35,39 +34,25 @@ def search_steps_and_minima(
     """
     assert grid.step_codes
     assert grid.minimum_codes
-    O, I = weight_OI.shape
-    groups = I // grid.group_size
-    lines = tuple(weight_OI.new_empty(O, groups) for _ in range(4))
+    step_codes, minimum_codes = grid.step_codes, grid.minimum_codes
 
-    weight_OGS = weight_OI.view(O, groups, grid.group_size)
-    energy_1GS = diagonal_I.view(1, groups, grid.group_size)
-    rows = max(CHUNK_WEIGHTS // I, 1)
-
-    for start in range(0, O, rows):
-        chunk = slice(start, start + rows)
-        step_OG, minimum_OG = search_free(weight_OGS[chunk], energy_1GS, grid)
-
-        unit_OG = share_in_blocks(step_OG, grid) / grid.step_codes[1]
-        unit_OG = unit_OG.half().float()
+    def search(weight_OGS: Tensor, energy_1GS: Tensor) -> tuple[Tensor, ...]:
+        step_OG, minimum_OG = search_free(weight_OGS, energy_1GS, grid)
+        unit_OG = find_units(step_OG, step_codes, grid)
         step_OG = nearest_steps(step_OG, unit_OG, grid)
-
-        minimum_unit_OG = share_in_blocks(minimum_OG, grid) / grid.minimum_codes[1]
-        minimum_unit_OG = minimum_unit_OG.half().float()
+        minimum_unit_OG = find_units(minimum_OG, minimum_codes, grid)
 
         # The best minimum for the rounded step.
-        code_OGS = _code(weight_OGS[chunk], step_OG, minimum_OG, grid)
-        over_OGS = code_OGS * step_OG[:, :, None] - weight_OGS[chunk]
+        code_OGS = _code(weight_OGS, step_OG, minimum_OG, grid)
+        over_OGS = code_OGS * step_OG[:, :, None] - weight_OGS
         mean_OG = (over_OGS * energy_1GS).sum(2) / energy_1GS.sum(2)
         minimum_OG = nearest_minima(mean_OG, minimum_unit_OG, grid)
+        return step_OG, minimum_OG, unit_OG, minimum_unit_OG
 
-        chosen = (step_OG, minimum_OG, unit_OG, minimum_unit_OG)
-        for line_OG, chosen_OG in zip(lines, chosen, strict=True):
-            line_OG[chunk] = chosen_OG
-
-    return lines
+    return search_by_rows(search, weight_OI, diagonal_I, grid)
 
 
-def nearest_minima(minimum: torch.Tensor, unit: torch.Tensor, grid: Grid) -> torch.Tensor:
+def nearest_minima(minimum: Tensor, unit: Tensor, grid: Grid) -> Tensor:
     """Return the nearest minima that a format can represent."""
     assert grid.minimum_codes
     number = minimum / ones_for_zeros(unit)
@@ -75,13 +60,13 @@ def nearest_minima(minimum: torch.Tensor, unit: torch.Tensor, grid: Grid) -> tor
 
 
 def fit_steps_and_minima(
-    weight_SO: torch.Tensor,
-    pull_SO: torch.Tensor,
-    H_SS: torch.Tensor,
-    step_O: torch.Tensor,
-    minimum_O: torch.Tensor,
-    unit_O: torch.Tensor,
-    minimum_unit_O: torch.Tensor,
+    weight_SO: Tensor,
+    pull_SO: Tensor,
+    H_SS: Tensor,
+    step_O: Tensor,
+    minimum_O: Tensor,
+    unit_O: Tensor,
+    minimum_unit_O: Tensor,
     grid: Grid,
 ) -> None:
     """Improve a group's steps and minima in place for its codes, and update the weights.
@@ -130,9 +115,7 @@ def fit_steps_and_minima(
     weight_SO -= minimum_O
 
 
-def search_free(
-    weight_OGS: torch.Tensor, energy_1GS: torch.Tensor, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
+def search_free(weight_OGS: Tensor, energy_1GS: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the best step and minimum of each group, any numbers, over the spans tried."""
     lowest_OG = weight_OGS.amin(2).clamp_max(0)
     reach_OG = weight_OGS.amax(2).clamp_min(0) - lowest_OG
@@ -169,8 +152,6 @@ def search_free(
     return best_s_OG, best_m_OG
 
 
-def _code(
-    weight_OGS: torch.Tensor, step_OG: torch.Tensor, minimum_OG: torch.Tensor, grid: Grid
-) -> torch.Tensor:
+def _code(weight_OGS: Tensor, step_OG: Tensor, minimum_OG: Tensor, grid: Grid) -> Tensor:
     code_OGS = (weight_OGS + minimum_OG[:, :, None]) / ones_for_zeros(step_OG)[:, :, None]
     return code_OGS.round_().clamp_(grid.values[0], grid.values[-1])

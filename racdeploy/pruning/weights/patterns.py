@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 LinearSparsities = dict[str, float]
 """Linear → its sparsity, the share of its weights that become zeros."""
@@ -16,7 +17,7 @@ class Unstructured:
 
     sparsity: float
 
-    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
+    def keep(self, score_OC: Tensor, column: int = 0, pruned_before: int = 0) -> Tensor:
         """Return keep_OC, True at the highest scores.
 
         Args:
@@ -40,7 +41,7 @@ class Unstructured:
         keep_L[equal_X[missing:]] = True
         return keep_L.view_as(score_OC)
 
-    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
+    def keep_per_output(self, score_OI: Tensor) -> Tensor:
         """Return keep_OI with equally many zeros per row, up to one; exact in total."""
         O, I = score_OI.shape
         rows_O = torch.arange(1, O + 1, dtype=torch.float64)
@@ -64,7 +65,7 @@ class NOfM:
     kept: int
     of: int
 
-    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
+    def keep(self, score_OC: Tensor, column: int = 0, pruned_before: int = 0) -> Tensor:
         """Return keep_OC with exactly ``kept`` True in each group of ``of`` columns."""
         O, C = score_OC.shape
         score_OGS = score_OC.view(O, C // self.of, self.of)
@@ -74,8 +75,7 @@ class NOfM:
         keep_OGS.scatter_(-1, best_OGX, True)
         return keep_OGS.view(O, C)
 
-    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        return self.keep(score_OI)  # groups lie within one row anyway
+    keep_per_output = keep  # groups lie within one row anyway
 
     def group_width(self, column_block: int) -> int:
         return self.of
@@ -85,13 +85,12 @@ class NOfM:
 class ExistingZeros:
     """Zeros that a sparse linear has already, and no others."""
 
-    kept_OI: torch.Tensor
+    kept_OI: Tensor
 
-    def keep(self, score_OC: torch.Tensor, column: int = 0, pruned_before: int = 0) -> torch.Tensor:
+    def keep(self, score_OC: Tensor, column: int = 0, pruned_before: int = 0) -> Tensor:
         return self.kept_OI[:, column : column + score_OC.shape[1]]
 
-    def keep_per_output(self, score_OI: torch.Tensor) -> torch.Tensor:
-        return self.kept_OI
+    keep_per_output = keep
 
     def group_width(self, column_block: int) -> int:
         return column_block

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -19,7 +20,7 @@ _TINY = 1e-30  # avoids 0 / 0 in rows that have converged
 
 
 def prune_and_refit(
-    method: Any, weight_OI: torch.Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
+    method: Any, weight_OI: Tensor, hessian: Hessian, pattern: Pattern, settings: Pruning
 ) -> PrunedWeights:
     """Prune a copy of ``weight_OI`` by a method, and refit it if the recipe asks for steps."""
     if isinstance(pattern, Unstructured) and not pattern.sparsity:
@@ -31,9 +32,7 @@ def prune_and_refit(
     return PrunedWeights(refit(pruned, weight_OI, hessian, settings.refit_steps), pruned.keep_OI)
 
 
-def refit(
-    pruned: PrunedWeights, target_OI: torch.Tensor, hessian: Hessian, steps: int
-) -> torch.Tensor:
+def refit(pruned: PrunedWeights, target_OI: Tensor, hessian: Hessian, steps: int) -> Tensor:
     """Return weights on the mask of a pruned linear, whose error is at most the same."""
     weight_OI = pruned.weight_OI * pruned.keep_OI
     pull_OI = (target_OI - weight_OI) @ hessian.matrix_II
@@ -42,10 +41,10 @@ def refit(
 
 
 def conjugate_gradient(
-    weight_OI: torch.Tensor,
-    pull_OI: torch.Tensor,  # negative half gradient, (T − W) H; updated in place
-    free_OI: torch.Tensor,
-    H_II: torch.Tensor,
+    weight_OI: Tensor,
+    pull_OI: Tensor,  # negative half gradient, (T − W) H; updated in place
+    free_OI: Tensor,
+    H_II: Tensor,
     steps: int,  # each costs a product with the Hessian
 ) -> None:
     """Take conjugate-gradient steps on the free weights, in place; others are fixed."""

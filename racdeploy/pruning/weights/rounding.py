@@ -10,11 +10,13 @@ scales.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
@@ -25,11 +27,11 @@ from racdeploy.pruning.weights.asymmetric import (
 )
 from racdeploy.pruning.weights.refit import conjugate_gradient
 from racdeploy.pruning.weights.scales import (
-    CHUNK_WEIGHTS,
     Levels,
     nearest_scales,
     nearest_steps,
     ones_for_zeros,
+    search_by_rows,
     search_steps,
 )
 from racdeploy.quant.grid import Grid, GridCodes
@@ -41,11 +43,11 @@ CHUNK_COLUMNS = 128  # visited on a transposed copy; other gradients are updated
 
 def round_to_grid(
     pruned: PrunedWeights,
-    target_OI: torch.Tensor,
+    target_OI: Tensor,
     hessian: Hessian,
     grid: Grid,
-    order_I: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, GridCodes]:
+    order_I: Tensor | None = None,
+) -> tuple[Tensor, GridCodes]:
     """Return the weights as the format stores them, zero outside the mask, and their codes.
 
     Args:
@@ -84,9 +86,7 @@ def _choose_search(grid: Grid, pruned: PrunedWeights) -> type[_Search]:
 class _Search:
     """Weights that move to the grid, and the pull on each: the negative half gradient."""
 
-    def __init__(
-        self, pruned: PrunedWeights, target_OI: torch.Tensor, H_II: torch.Tensor, grid: Grid
-    ) -> None:
+    def __init__(self, pruned: PrunedWeights, target_OI: Tensor, H_II: Tensor, grid: Grid) -> None:
         self.H_II, self.target_OI = H_II, target_OI
         self.S, self.grid = grid.group_size, grid
         self.levels = Levels(grid)
@@ -98,7 +98,7 @@ class _Search:
         self.weight_OI = weight_OI.mul_(self.free_OI)
         self.pull_OI = (target_OI - self.weight_OI) @ H_II
 
-    def _start(self, weight_OI: torch.Tensor) -> None:
+    def _start(self, weight_OI: Tensor) -> None:
         self.step_OG, self.unit_OG = search_steps(
             weight_OI, self.H_II.diagonal(), self.grid, self.levels
         )
@@ -108,14 +108,12 @@ class _Search:
         step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
         code_OI = self.levels.find_codes(self.weight_OI / step_OI)
         if self.grid.step_codes is None:
-            return GridCodes(_numpy(code_OI), _numpy(self.step_OG))
-        return GridCodes(
-            _numpy(code_OI),
-            _numpy(self._by_block(self.unit_OG)),
-            _numpy(_count_units(self.step_OG, self.unit_OG)),
+            return _make_codes(code_OI, self.step_OG)
+        return _make_codes(
+            code_OI, self._by_block(self.unit_OG), _count_units(self.step_OG, self.unit_OG)
         )
 
-    def _by_block(self, value_OG: torch.Tensor) -> torch.Tensor:
+    def _by_block(self, value_OG: Tensor) -> Tensor:
         return value_OG[:, :: self.grid.block_size // self.S]
 
     def descend(self) -> None:
@@ -125,7 +123,11 @@ class _Search:
 
         for start in range(0, I, width):
             if start:
-                self.solve_from(start)
+                # Solve the later weights off the grid. The pull on earlier columns becomes stale;
+                # it is recomputed before these are visited again.
+                weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
+                free_OC, H_CC = self.free_OI[:, start:], self.H_II[start:, start:]
+                conjugate_gradient(weight_OC, pull_OC, free_OC, H_CC, DESCENT_STEPS)
 
             self.visit(start, min(start + width, I), scales=True)
 
@@ -139,15 +141,6 @@ class _Search:
             moved = self.visit(0, I, scales=False)
             if not moved:
                 break
-
-    def solve_from(self, start: int) -> None:
-        """Solve the free weights from ``start`` on, off the grid.
-
-        The pull on earlier columns becomes stale; it is recomputed before these are visited again.
-        """
-        weight_OC, pull_OC = self.weight_OI[:, start:], self.pull_OI[:, start:]
-        H_CC = self.H_II[start:, start:]
-        conjugate_gradient(weight_OC, pull_OC, self.free_OI[:, start:], H_CC, DESCENT_STEPS)
 
     def visit(self, start: int, stop: int, scales: bool) -> bool:
         """Move weights, with ``scales`` steps too, to their best value; return if any moved."""
@@ -170,7 +163,9 @@ class _Search:
 
                 weight_SO = weight_CO[group]
                 pull_SO = pull_CO[group].clone()
-                self._visit_group(index, weight_SO, pull_SO, free_CO[group], H_SS, scales)
+                self._move(index, weight_SO, pull_SO, free_CO[group], H_SS)
+                if scales:
+                    self._fit_steps(index, weight_SO, pull_SO, H_SS)
 
                 # Update the gradient of the chunk's other columns after every group …
                 change_SO = weight_SO - before_CO[group]
@@ -184,28 +179,13 @@ class _Search:
 
         return moved
 
-    def _visit_group(
-        self,
-        index: int,
-        weight_SO: torch.Tensor,
-        pull_SO: torch.Tensor,
-        free_SO: torch.Tensor,
-        H_SS: torch.Tensor,
-        scales: bool,
-    ) -> None:
-        """Move a group's weights in place, and with ``scales`` also its steps."""
-        step_O = self.step_OG[:, index]
-        self._move(index, weight_SO, pull_SO, free_SO, H_SS)
-        if scales:
-            self._fit_steps(weight_SO, pull_SO, H_SS, step_O, self.unit_OG[:, index])
-
     def _move(
         self,
         index: int,
-        weight_SO: torch.Tensor,
-        pull_SO: torch.Tensor,
-        free_SO: torch.Tensor,
-        H_SS: torch.Tensor,
+        weight_SO: Tensor,
+        pull_SO: Tensor,
+        free_SO: Tensor,
+        H_SS: Tensor,
     ) -> None:
         """Move a group's weights in place, column by column, and update the pull on them."""
         step_O = ones_for_zeros(self.step_OG[:, index])
@@ -222,19 +202,13 @@ class _Search:
             weight_O += move_O
             pull_SO.addr_(H_S, move_O, alpha=-1)
 
-    def _nearest(self, ratio_O: torch.Tensor, index: int) -> torch.Tensor:
+    def _nearest(self, ratio_O: Tensor, index: int) -> Tensor:
         """Return the nearest values of weights of a group, given in steps."""
         return self.levels.round_(ratio_O)
 
-    def _fit_steps(
-        self,
-        weight_SO: torch.Tensor,
-        pull_SO: torch.Tensor,
-        H_SS: torch.Tensor,
-        step_O: torch.Tensor,
-        unit_O: torch.Tensor,
-    ) -> None:
+    def _fit_steps(self, index: int, weight_SO: Tensor, pull_SO: Tensor, H_SS: Tensor) -> None:
         """Move a group's steps in place to the best ones of the format for its codes."""
+        step_O = self.step_OG[:, index]
         value_SO = weight_SO / ones_for_zeros(step_O)
         if self.levels.is_uniform:
             value_SO.round_()
@@ -243,7 +217,7 @@ class _Search:
 
         # The error is quadratic in the step: take its minimum, rounded, if the error falls.
         best_O = step_O + pull_O / torch.where(curve_O > 0, curve_O, 1)
-        fitted_O = nearest_steps(best_O, unit_O, self.grid)
+        fitted_O = nearest_steps(best_O, self.unit_OG[:, index], self.grid)
         change_O = fitted_O - step_O
         falls_O = change_O * (2 * pull_O - change_O * curve_O) > 0
         same_sign_O = fitted_O * step_O > 0
@@ -256,7 +230,7 @@ class _Search:
 class _ShiftedSearch(_Search):
     """Search for asymmetric formats with zeros: a group's minimum is the middle code's value."""
 
-    def _start(self, weight_OI: torch.Tensor) -> None:
+    def _start(self, weight_OI: Tensor) -> None:
         self.middle = len(self.grid.values) // 2
         self.levels = Levels(self.grid, shift=self.middle)
         super()._start(weight_OI)
@@ -264,28 +238,23 @@ class _ShiftedSearch(_Search):
     def read_codes(self) -> GridCodes:
         codes = super().read_codes()
         minimum_scale_OX = codes.scale_OX * np.float32(self.middle)
-        return GridCodes(
-            codes.code_OI, codes.scale_OX, codes.step_code_OG, codes.step_code_OG, minimum_scale_OX
-        )
+        return replace(codes, minimum_code_OG=codes.step_code_OG, minimum_scale_OX=minimum_scale_OX)
 
 
 class _ZeroPointSearch(_Search):
     """Search for formats whose groups have a code for zero, chosen once."""
 
-    def _start(self, weight_OI: torch.Tensor) -> None:
+    def _start(self, weight_OI: Tensor) -> None:
         assert self.grid.minimum_codes
-        O, I = weight_OI.shape
-        energy_1GS = self.H_II.diagonal().view(1, -1, self.S)
-        rows = max(CHUNK_WEIGHTS // I, 1)
-        chunks = torch.split(weight_OI.view(O, -1, self.S), rows)
-        lines = [search_free(weight_OGS, energy_1GS, self.grid) for weight_OGS in chunks]
-        step_OG, minimum_OG = map(torch.cat, zip(*lines, strict=True))
+        search = partial(search_free, grid=self.grid)
+        lines = search_by_rows(search, weight_OI, self.H_II.diagonal(), self.grid)
+        step_OG, minimum_OG = lines
         self.zero_OG = (minimum_OG / ones_for_zeros(step_OG)).round_()
         self.zero_OG.clamp_(*self.grid.minimum_codes)
         self.step_OG = nearest_scales(step_OG, self.grid)
         self.unit_OG = torch.zeros_like(step_OG)
 
-    def _nearest(self, ratio_O: torch.Tensor, index: int) -> torch.Tensor:
+    def _nearest(self, ratio_O: Tensor, index: int) -> Tensor:
         zero_O = self.zero_OG[:, index]
         return torch.clamp(ratio_O.round_(), -zero_O, self.grid.values[-1] - zero_O)
 
@@ -293,15 +262,14 @@ class _ZeroPointSearch(_Search):
         step_OI = ones_for_zeros(self.step_OG).repeat_interleave(self.S, dim=1)
         zero_OI = self.zero_OG.repeat_interleave(self.S, dim=1)
         code_OI = self.levels.find_codes(self.weight_OI / step_OI + zero_OI)
-        scale_OX = _numpy(self.step_OG)
-        zero_OX = _numpy(self.zero_OG.to(torch.int16))
-        return GridCodes(_numpy(code_OI), scale_OX, None, zero_OX, scale_OX)
+        zero_OX = self.zero_OG.to(torch.int16)
+        return _make_codes(code_OI, self.step_OG, None, zero_OX, self.step_OG)
 
 
 class _LineSearch(_Search):
     """Search for asymmetric formats without zeros: each group has any minimum."""
 
-    def _start(self, weight_OI: torch.Tensor) -> None:
+    def _start(self, weight_OI: Tensor) -> None:
         lines = search_steps_and_minima(weight_OI, self.H_II.diagonal(), self.grid)
         self.step_OG, self.minimum_OG, self.unit_OG, self.minimum_unit_OG = lines
 
@@ -310,44 +278,38 @@ class _LineSearch(_Search):
             each_OG.repeat_interleave(self.S, dim=1) for each_OG in (self.step_OG, self.minimum_OG)
         )
         code_OI = self.levels.find_codes((self.weight_OI + minimum_OI) / ones_for_zeros(step_OI))
-        return GridCodes(
-            _numpy(code_OI),
-            _numpy(self._by_block(self.unit_OG)),
-            _numpy(_count_units(self.step_OG, self.unit_OG)),
-            _numpy(_count_units(self.minimum_OG, self.minimum_unit_OG)),
-            _numpy(self._by_block(self.minimum_unit_OG)),
+        return _make_codes(
+            code_OI,
+            self._by_block(self.unit_OG),
+            _count_units(self.step_OG, self.unit_OG),
+            _count_units(self.minimum_OG, self.minimum_unit_OG),
+            self._by_block(self.minimum_unit_OG),
         )
 
-    def _visit_group(
-        self,
-        index: int,
-        weight_SO: torch.Tensor,
-        pull_SO: torch.Tensor,
-        free_SO: torch.Tensor,
-        H_SS: torch.Tensor,
-        scales: bool,
+    def _move(
+        self, index: int, weight_SO: Tensor, pull_SO: Tensor, free_SO: Tensor, H_SS: Tensor
     ) -> None:
-        step_O = self.step_OG[:, index]
         minimum_O = self.minimum_OG[:, index]
         weight_SO += minimum_O
-        self._move(index, weight_SO, pull_SO, free_SO, H_SS)
+        super()._move(index, weight_SO, pull_SO, free_SO, H_SS)
         weight_SO -= minimum_O
 
-        if scales:
-            units = self.unit_OG[:, index], self.minimum_unit_OG[:, index]
-            fit_steps_and_minima(
-                weight_SO, pull_SO, H_SS, step_O, minimum_O, *units, grid=self.grid
-            )
+    def _fit_steps(self, index: int, weight_SO: Tensor, pull_SO: Tensor, H_SS: Tensor) -> None:
+        step_O, minimum_O = self.step_OG[:, index], self.minimum_OG[:, index]
+        units = self.unit_OG[:, index], self.minimum_unit_OG[:, index]
+        fit_steps_and_minima(weight_SO, pull_SO, H_SS, step_O, minimum_O, *units, grid=self.grid)
 
 
-def _count_units(value_OG: torch.Tensor, unit_OG: torch.Tensor) -> torch.Tensor:
+def _count_units(value_OG: Tensor, unit_OG: Tensor) -> Tensor:
     return (value_OG / ones_for_zeros(unit_OG)).round_().to(torch.int16)
 
 
-def _transpose(values_OC: torch.Tensor) -> torch.Tensor:
+def _transpose(values_OC: Tensor) -> Tensor:
     return values_OC.T.clone(memory_format=torch.contiguous_format)
 
 
-def _numpy(values: torch.Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = values.contiguous().cpu().numpy()
-    return array
+def _make_codes(*parts: Tensor | None) -> GridCodes:
+    arrays: list[Any] = [
+        part if part is None else part.contiguous().cpu().numpy() for part in parts
+    ]
+    return GridCodes(*arrays)

@@ -6,10 +6,12 @@ block, an integer multiple of it, the unit. The unit is chosen here and fixed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from racdeploy.quant.grid import Grid
 
@@ -35,7 +37,7 @@ class Levels:
         """The value of largest magnitude."""
         return self.lowest if -self.lowest >= self.highest else self.highest
 
-    def round_(self, ratio: torch.Tensor) -> torch.Tensor:
+    def round_(self, ratio: Tensor) -> Tensor:
         """Return the nearest values; a uniform grid overwrites ``ratio``."""
         if self.is_uniform:
             return ratio.round_().clamp_(self.lowest, self.highest)
@@ -43,7 +45,7 @@ class Levels:
         self._middles = self._middles.to(ratio.device)
         return self._ordered[torch.bucketize(ratio, self._middles)]
 
-    def find_codes(self, ratio: torch.Tensor) -> torch.Tensor:
+    def find_codes(self, ratio: Tensor) -> Tensor:
         """Return the code of the nearest value, uint8."""
         if self.is_uniform and self.values[0] == self.lowest:
             return (ratio.round() - self.lowest).clamp(0, len(self.values) - 1).to(torch.uint8)
@@ -53,8 +55,8 @@ class Levels:
 
 
 def search_steps(
-    weight_OI: torch.Tensor, diagonal_I: torch.Tensor, grid: Grid, levels: Levels
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight_OI: Tensor, diagonal_I: Tensor, grid: Grid, levels: Levels
+) -> tuple[Tensor, Tensor]:
     """Search the step of each group with the least error, weighted by input energy.
 
     Args:
@@ -63,23 +65,33 @@ def search_steps(
     Returns:
         step_OG, and unit_OG for :func:`nearest_steps`.
     """
-    O, I = weight_OI.shape
-    weight_OGS = weight_OI.view(O, I // grid.group_size, grid.group_size)
-    energy_1GS = diagonal_I.view(1, -1, grid.group_size)
-    step_OG = weight_OI.new_empty(weight_OGS.shape[:2])
-    unit_OG = torch.empty_like(step_OG)
 
-    # A few rows at a time: all spans are tried while their arrays are in the cache.
-    rows = max(CHUNK_WEIGHTS // I, 1)
-    for start in range(0, O, rows):
-        chunk = slice(start, start + rows)
-        trial = _Trial(weight_OGS[chunk], energy_1GS, grid, levels)
-        step_OG[chunk], unit_OG[chunk] = trial.run()
+    def search(weight_OGS: Tensor, energy_1GS: Tensor) -> tuple[Tensor, Tensor]:
+        return _Trial(weight_OGS, energy_1GS, grid, levels).run()
 
+    step_OG, unit_OG = search_by_rows(search, weight_OI, diagonal_I, grid)
     return step_OG, unit_OG
 
 
-def nearest_steps(step: torch.Tensor, unit: torch.Tensor, grid: Grid) -> torch.Tensor:
+def search_by_rows(
+    search: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    weight_OI: Tensor,
+    diagonal_I: Tensor,
+    grid: Grid,
+) -> list[Tensor]:
+    """Return the results of ``search(weight_OGS, energy_1GS)``, called for a few rows at a time.
+
+    All spans are tried while the arrays of these rows are in the cache.
+    """
+    O, I = weight_OI.shape
+    weight_OGS = weight_OI.view(O, -1, grid.group_size)
+    energy_1GS = diagonal_I.view(1, -1, grid.group_size)
+    chunks = torch.split(weight_OGS, max(CHUNK_WEIGHTS // I, 1))
+    results = [search(chunk_OGS, energy_1GS) for chunk_OGS in chunks]
+    return [torch.cat(parts) for parts in zip(*results, strict=True)]
+
+
+def nearest_steps(step: Tensor, unit: Tensor, grid: Grid) -> Tensor:
     """Return the nearest steps that a format can store; ``unit`` is ignored without units."""
     if grid.step_codes is None:
         return nearest_scales(step, grid)
@@ -88,7 +100,7 @@ def nearest_steps(step: torch.Tensor, unit: torch.Tensor, grid: Grid) -> torch.T
     return number.round_().clamp_(*grid.step_codes).mul_(unit)
 
 
-def nearest_scales(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+def nearest_scales(scale: Tensor, grid: Grid) -> Tensor:
     """Return the nearest scales of quant blocks."""
     if grid.scale == "half":
         return scale.half().float()
@@ -98,29 +110,30 @@ def nearest_scales(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     return torch.where(scale == 0, 0, exponent.exp2())
 
 
-def ones_for_zeros(step: torch.Tensor) -> torch.Tensor:
+def ones_for_zeros(step: Tensor) -> Tensor:
     """Return steps to divide by: 1 in place of 0, whose weights are zero too."""
     return torch.where(step == 0, 1, step)
 
 
-def share_in_blocks(value_OG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return the value of largest magnitude of each block, for each of its groups."""
+def find_units(value_OG: Tensor, codes: tuple[int, int], grid: Grid) -> Tensor:
+    """Return the unit of each group: the largest value of its block has the largest code."""
     groups = grid.block_size // grid.group_size
     value_OXG = value_OG.view(len(value_OG), -1, groups)  # X: blocks of a row
     index_OX1 = value_OXG.abs().argmax(2, keepdim=True)
-    return value_OXG.gather(2, index_OX1).expand_as(value_OXG).reshape(value_OG.shape)
+    largest_OG = value_OXG.gather(2, index_OX1).expand_as(value_OXG).reshape(value_OG.shape)
+    return (largest_OG / max(codes, key=abs)).half().float()
 
 
 @dataclass(frozen=True)
 class _Trial:
     """Rows whose steps are searched."""
 
-    weight_OGS: torch.Tensor
-    energy_1GS: torch.Tensor
+    weight_OGS: Tensor
+    energy_1GS: Tensor
     grid: Grid
     levels: Levels
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self) -> tuple[Tensor, Tensor]:
         """Return step_OG and unit_OG."""
         index_OG1 = self.weight_OGS.abs().argmax(2, keepdim=True)
         largest_OG = self.weight_OGS.gather(2, index_OG1)[:, :, 0]
@@ -134,8 +147,7 @@ class _Trial:
 
         # The largest of the best free steps gives the unit, in which all steps are searched again.
         free_OG, _ = self._search(None, widest_OG)
-        unit_OG = share_in_blocks(free_OG, self.grid) / max(self.grid.step_codes, key=abs)
-        unit_OG = unit_OG.half().float()
+        unit_OG = find_units(free_OG, self.grid.step_codes, self.grid)
         if self.grid.step_codes[0] < 0:
             return self._search(unit_OG, widest_OG)[0], unit_OG
 
@@ -144,20 +156,18 @@ class _Trial:
         unit_OG = unit_OG.abs()
         up_OG, lost_up_OG = self._search(unit_OG, size_OG)
         down_OG, lost_down_OG = self._search(-unit_OG, -size_OG)
-        is_up_OG = self._sum_blocks(lost_up_OG) <= self._sum_blocks(lost_down_OG)
+        is_up_OX = self._sum_blocks(lost_up_OG) <= self._sum_blocks(lost_down_OG)
+        is_up_OG = is_up_OX.repeat_interleave(widest_OG.shape[1] // is_up_OX.shape[1], dim=1)
         step_OG = torch.where(is_up_OG, up_OG, down_OG)
         unit_OG = torch.where(is_up_OG, unit_OG, -unit_OG)
         return step_OG, unit_OG
 
-    def _sum_blocks(self, lost_OG: torch.Tensor) -> torch.Tensor:
-        """Return the sum over each block, repeated for each of its groups."""
+    def _sum_blocks(self, lost_OG: Tensor) -> Tensor:
+        """Return the sum over the groups of each block."""
         groups = self.grid.block_size // self.grid.group_size
-        lost_OXG = lost_OG.view(len(lost_OG), -1, groups)
-        return lost_OXG.sum(2, keepdim=True).expand_as(lost_OXG).reshape(lost_OG.shape)
+        return lost_OG.view(len(lost_OG), -1, groups).sum(2)
 
-    def _search(
-        self, unit_OG: torch.Tensor | None, widest_OG: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _search(self, unit_OG: Tensor | None, widest_OG: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best step of each group and its error.
 
         Args:

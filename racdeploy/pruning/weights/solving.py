@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from racdeploy import plugins
 from racdeploy.models.families import find_expert, generalize_expert
@@ -31,7 +32,7 @@ from racdeploy.pruning.weights.rounding import round_to_grid
 from racdeploy.quant import RoundingQuant, explain_misfit, load, load_grid, rounding_quant_of
 from racdeploy.quant.grid import GridCodes
 
-LinearSolution = tuple[torch.Tensor, torch.Tensor, float, GridCodes | None]
+LinearSolution = tuple[Tensor, Tensor, float, GridCodes | None]
 """Pruned weights, their target, the damping, and the codes if they were chosen."""
 
 
@@ -76,7 +77,7 @@ class LinearPruner:
         pair: BlockPair,
         pieces: Sequence[SolveGroup],
         statistics: Sequence[InputStatistic],
-        full: Mapping[str, torch.Tensor],
+        full: Mapping[str, Tensor],
     ) -> dict[str, PrunedLinear]:
         """Prune the linears whose statistics one pass has gathered."""
         processes = self.session.processes
@@ -116,18 +117,17 @@ class LinearPruner:
         owned: Sequence[str],
         patterns: Mapping[str, Pattern],
         statistic: InputStatistic,
-        full: Mapping[str, torch.Tensor],
+        full: Mapping[str, Tensor],
     ) -> dict[str, LinearSolution]:
         """Solve the linears of a group that this process owns."""
         settings = self.session.settings
         hessian = statistic.hessian(settings.damping)
-        targets = [full[linear] for linear in piece.linears]
         indices = [piece.linears.index(linear) for linear in owned]
         matched = statistic.solve_targets(indices, hessian) if settings.match_dense else {}
 
         solved = {}
         for index, linear in zip(indices, owned, strict=True):
-            target_OI = matched.get(index, targets[index])
+            target_OI = matched.get(index, full[linear])
             live_OI = target_OI * ~hessian.dead_I
             pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
             weight_OI = pruned.weight_OI
@@ -173,7 +173,7 @@ class LinearPruner:
             codes=codes,
         )
 
-    def _pattern(self, pair: BlockPair, linear: str, weight_OI: torch.Tensor) -> Pattern:
+    def _pattern(self, pair: BlockPair, linear: str, weight_OI: Tensor) -> Pattern:
         """Return the pattern of a linear's zeros."""
         if self._keeps_own_zeros:
             return ExistingZeros(weight_OI != 0)
@@ -183,9 +183,7 @@ class LinearPruner:
         return make_pattern(self.sparsities[name], settings.n_m)
 
 
-def find_solve_order(
-    shape: ModelShape, linear: str, weight_OI: torch.Tensor
-) -> torch.Tensor | None:
+def find_solve_order(shape: ModelShape, linear: str, weight_OI: Tensor) -> Tensor | None:
     """Return the column at each position of a GGUF file; None if its order is the model's."""
     transform = shape.family.transforms.get(f"{generalize_expert(linear)}.weight")
     order_I = find_gguf_column_order(transform, shape, weight_OI.shape[1])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.quant import matmulnbits
-from racdeploy.quant.grid import Grid, GridCodes, whole_codes
+from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, whole_codes
 from racdeploy.quant.matmulnbits import MatMulNBitsBlocks, invert
 
 FORMATS = ("onnx",)
@@ -32,7 +32,7 @@ _SLAB_BLOCKS = 65_536  # searched at a time, to bound memory
 blocks = partial(MatMulNBitsBlocks.read, bits=4, zero_points=True)
 
 
-def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
+def quantize(weight_OI: Floats) -> Bytes:
     """Return packed_OP of float32 weight_OI."""
     O, I = weight_OI.shape
     weight_GS = weight_OI.reshape(-1, matmulnbits.BLOCK_SIZE)
@@ -44,14 +44,14 @@ def quantize(weight_OI: NDArray[np.float32]) -> NDArray[np.uint8]:
     return MatMulNBitsBlocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
 
 
-def dequantize(packed_OP: NDArray[np.uint8], I: int) -> NDArray[np.float32]:
+def dequantize(packed_OP: Bytes, I: int) -> Floats:
     """Return float32 weight_OI of packed rows."""
     return blocks(packed_OP, I).dequantize()
 
 
 def _search(
-    weight_GS: NDArray[np.float32],
-) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    weight_GS: Floats,
+) -> tuple[Bytes, NDArray[np.float16], Bytes]:
     """Return code_GS, scale_G and zero_G with the least weighted error of each block."""
     G = len(weight_GS)
     best_G = np.full(G, np.inf, dtype=np.float32)
@@ -71,7 +71,10 @@ def _search(
         level_GS = _clip(np.rint(weight_GS * inverse_G[:, None]), tried_zero_G)
 
         # Solve for the scale on these codes, then round again: that scale has other nearest codes.
-        tried_scale_G = _fit(weight_GS, level_GS, importance_GS)
+        product_G = np.einsum("gs,gs,gs->g", weight_GS, level_GS, importance_GS)
+        square_G = np.einsum("gs,gs,gs->g", level_GS, level_GS, importance_GS)
+        fitted_G = np.divide(product_G, square_G, out=np.zeros_like(product_G), where=square_G > 0)
+        tried_scale_G = fitted_G.astype(np.float16)
         level_GS = _round(weight_GS, tried_scale_G, tried_zero_G)
 
         error_GS = weight_GS - level_GS * tried_scale_G.astype(np.float32)[:, None]
@@ -86,32 +89,18 @@ def _search(
     return code_GS.astype(np.uint8), scale_G, zero_G.astype(np.uint8)
 
 
-def _fit(
-    weight_GS: NDArray[np.float32],
-    level_GS: NDArray[np.float32],
-    importance_GS: NDArray[np.float32],
-) -> NDArray[np.float16]:
-    """Return the scale of least weighted squared error for given levels, in half precision."""
-    product_G = np.einsum("gs,gs,gs->g", weight_GS, level_GS, importance_GS)
-    square_G = np.einsum("gs,gs,gs->g", level_GS, level_GS, importance_GS)
-    scale_G = np.divide(product_G, square_G, out=np.zeros_like(product_G), where=square_G > 0)
-    return np.asarray(scale_G, dtype=np.float16)
-
-
-def _round(
-    weight_GS: NDArray[np.float32], scale_G: NDArray[np.float16], zero_G: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def _round(weight_GS: Floats, scale_G: NDArray[np.float16], zero_G: Floats) -> Floats:
     """Return the nearest levels, integer multiples of the scale, that have a code."""
     inverse_G = invert(scale_G.astype(np.float32))
     return _clip(np.rint(weight_GS * inverse_G[:, None]), zero_G)
 
 
-def _clip(level_GS: NDArray[np.float32], zero_G: NDArray[np.float32]) -> NDArray[np.float32]:
+def _clip(level_GS: Floats, zero_G: Floats) -> Floats:
     """Clip levels to codes 0 to 15; a code is a level plus the zero point."""
     return np.asarray(np.clip(level_GS, -zero_G[:, None], _MAX_CODE - zero_G[:, None]))
 
 
-def _pack_grid(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack_grid(codes: GridCodes) -> Bytes:
     assert codes.minimum_code_OG is not None
     zero_OG = codes.minimum_code_OG.astype(np.uint8)
     return MatMulNBitsBlocks(4, codes.code_OI, codes.scale_OX.astype(np.float16), zero_OG).pack()

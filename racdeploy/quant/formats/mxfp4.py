@@ -8,10 +8,9 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, join_fields, pack_halves
+from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, join_fields, pack_halves
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
@@ -24,9 +23,7 @@ _CODE_OF_HALVES = np.array([0, 1, 2, 3, 4, 255, 5, 255, 6, 255, 255, 255, 7], dt
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
 
 
-def quantize(
-    weight_OI: NDArray[np.float32], importance_I: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
+def quantize(weight_OI: Floats, importance_I: Floats | None = None) -> Bytes:
     """Return packed rows: ggml's, bit for bit, or with exponents chosen for an importance."""
     if importance_I is None:
         return numpy_ggml.quantize(GGML_TYPE, weight_OI)
@@ -45,9 +42,7 @@ def quantize(
     return np.concatenate(chunks).reshape(O, -1)
 
 
-def _choose(
-    weight_GS: NDArray[np.float32], importance_GS: NDArray[np.float32]
-) -> NDArray[np.uint8]:
+def _choose(weight_GS: Floats, importance_GS: Floats) -> Bytes:
     """Return packed_GP, each block with the exponent of least weighted error."""
     G = len(weight_GS)
     best_G = np.full(G, np.inf, dtype=np.float32)
@@ -80,7 +75,7 @@ def _choose(
     return np.concatenate([exponent_G[:, None], code_GP], axis=1)
 
 
-def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
+def _round_to_halves(ratio_GS: Floats) -> Floats:
     """Return the nearest E2M1 values in halves: spacing 1 up to 4, 2 up to 8, and 4 beyond."""
     size_GS = np.minimum(np.abs(ratio_GS), _MAX_HALVES)
     spacing_GS = np.select(
@@ -90,11 +85,11 @@ def _round_to_halves(ratio_GS: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(np.copysign(rounded_GS, ratio_GS), dtype=np.float32)
 
 
-def _pack_grid(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack_grid(codes: GridCodes) -> Bytes:
     _, above_OX = np.frexp(codes.scale_OX)  # a scale is 2**(above − 1)
     exponent_N1 = (above_OX.reshape(-1, 1) + 127).astype(np.uint8)
     code_NX = pack_halves(codes.code_OI.reshape(-1, BLOCK_SIZE))
-    return join_fields(len(codes.code_OI), exponent_N1, code_NX)
+    return join_fields(codes, exponent_N1, code_NX)
 
 
 GRID = Grid(

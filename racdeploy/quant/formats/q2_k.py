@@ -7,10 +7,17 @@ Source: ``block_q2_K`` in ggml-common.h, ``dequantize_row_q2_K`` in ggml-quants.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_quarters, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_quarters,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q2_k")
@@ -20,14 +27,14 @@ _GROUP = 16
 quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     assert codes.step_code_OG is not None
     assert codes.minimum_code_OG is not None
     assert codes.minimum_scale_OX is not None
     number_OG = codes.step_code_OG | codes.minimum_code_OG << 4
     code_N2P = pack_quarters(codes.code_OI.reshape(-1, 2, 4, 32))
     return join_fields(
-        len(codes.code_OI),
+        codes,
         number_OG.astype(np.uint8).reshape(-1, BLOCK_SIZE // _GROUP),
         code_N2P.reshape(-1, 64),
         as_half(codes.scale_OX),

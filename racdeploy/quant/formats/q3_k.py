@@ -6,10 +6,10 @@ Source: ``block_q3_K`` in ggml-common.h, ``dequantize_row_q3_K`` in ggml-quants.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
 from racdeploy.quant.grid import (
+    Bytes,
     Grid,
     GridCodes,
     as_half,
@@ -27,7 +27,7 @@ _GROUP, _STEP_CODES = 16, (-32, 31)
 quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     assert codes.step_code_OG is not None
     code_N8S = codes.code_OI.reshape(-1, 8, 32)
     # Byte i has the high bits of the weights i, i + 32, …
@@ -39,7 +39,7 @@ def _pack(codes: GridCodes) -> NDArray[np.uint8]:
     step_low_N8 = pack_halves(stored_NG & np.uint8(15))
     step_high_N4 = pack_quarters((stored_NG >> np.uint8(4)).reshape(-1, 4, 4))
     return join_fields(
-        len(codes.code_OI),
+        codes,
         high_NS,
         low_N2S.reshape(-1, 64),
         step_low_N8,

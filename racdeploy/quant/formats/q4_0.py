@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.quant import numpy_ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_halves,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q4_0")
 PRESERVES_ZERO = True
 
 
-def pack(codes: GridCodes) -> NDArray[np.uint8]:
+def pack(codes: GridCodes) -> Bytes:
     """Return packed rows of 4-bit codes with a scale per block."""
     code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
-    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), pack_halves(code_NS))
+    return join_fields(codes, as_half(codes.scale_OX), pack_halves(code_NS))
 
 
 GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)

@@ -7,10 +7,17 @@ Source: ``block_q4_K`` in ggml-common.h, ``get_scale_min_k4`` in ggml-quants.c.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_halves,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q4_k")
@@ -20,7 +27,7 @@ _GROUP = 32
 quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def pack_numbers(codes: GridCodes) -> NDArray[np.uint8]:
+def pack_numbers(codes: GridCodes) -> Bytes:
     """Return the 12 bytes of each block's step codes and minimum codes.
 
     Four steps and four minima have a byte each. Its two high bits belong to the other four, whose
@@ -35,11 +42,11 @@ def pack_numbers(codes: GridCodes) -> NDArray[np.uint8]:
     return np.concatenate([*shared_2N4, low_N4], axis=1)
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     assert codes.minimum_scale_OX is not None
     code_N4P = pack_halves(codes.code_OI.reshape(-1, 4, 64))  # two groups share bytes
     return join_fields(
-        len(codes.code_OI),
+        codes,
         as_half(codes.scale_OX),
         as_half(codes.minimum_scale_OX),
         pack_numbers(codes),

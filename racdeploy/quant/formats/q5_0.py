@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_halves,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_0")
 PRESERVES_ZERO = True
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
     high_N4 = np.packbits(code_NS >> np.uint8(4), axis=1, bitorder="little")
     low_NX = pack_halves(code_NS & np.uint8(15))
-    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), high_N4, low_NX)
+    return join_fields(codes, as_half(codes.scale_OX), high_N4, low_NX)
 
 
 GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)

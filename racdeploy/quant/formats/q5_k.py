@@ -6,11 +6,18 @@ Source: ``block_q5_K`` in ggml-common.h, ``dequantize_row_q5_K`` in ggml-quants.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
 from racdeploy.quant.formats import q4_k
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_halves, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_halves,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_k")
@@ -20,14 +27,14 @@ _GROUP = 32
 quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     assert codes.minimum_scale_OX is not None
     code_NGS = codes.code_OI.reshape(-1, BLOCK_SIZE // _GROUP, _GROUP)
     # Byte i has the high bits of weight i of each group.
     high_NS = np.packbits(code_NGS >> np.uint8(4), axis=1, bitorder="little")[:, 0]
     low_N4P = pack_halves((code_NGS & np.uint8(15)).reshape(-1, 4, 64))
     return join_fields(
-        len(codes.code_OI),
+        codes,
         as_half(codes.scale_OX),
         as_half(codes.minimum_scale_OX),
         q4_k.pack_numbers(codes),

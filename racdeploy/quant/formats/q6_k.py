@@ -6,10 +6,17 @@ Source: ``block_q6_K`` in ggml-common.h, ``dequantize_row_q6_K`` in ggml-quants.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, pack_quarters, whole_codes
+from racdeploy.quant.grid import (
+    Bytes,
+    Grid,
+    GridCodes,
+    as_half,
+    join_fields,
+    pack_quarters,
+    whole_codes,
+)
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q6_k")
@@ -19,13 +26,13 @@ PRESERVES_ZERO = True
 quantize, dequantize = ggml.make_codec(GGML_TYPE)
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     assert codes.step_code_OG is not None
     code_N24S = codes.code_OI.reshape(-1, 2, 4, 32)  # halves of a block, of four runs of 32
     low_N2P = (code_N24S[:, :, :2] & 15) | (code_N24S[:, :, 2:] & 15) << 4
     high_N2S = pack_quarters(code_N24S >> np.uint8(4))
     return join_fields(
-        len(codes.code_OI),
+        codes,
         low_N2P.reshape(-1, 128),
         high_N2S.reshape(-1, 64),
         codes.step_code_OG.astype(np.int8).reshape(-1, BLOCK_SIZE // _GROUP),

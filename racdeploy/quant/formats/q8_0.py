@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
-from racdeploy.quant.grid import Grid, GridCodes, as_half, join_fields, whole_codes
+from racdeploy.quant.grid import Bytes, Grid, GridCodes, as_half, join_fields, whole_codes
 
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
 PRESERVES_ZERO = True
 
 
-def _pack(codes: GridCodes) -> NDArray[np.uint8]:
+def _pack(codes: GridCodes) -> Bytes:
     stored_NS = (codes.code_OI.reshape(-1, BLOCK_SIZE) + np.uint8(129)).view(np.int8)  # 0 is −127
-    return join_fields(len(codes.code_OI), as_half(codes.scale_OX), stored_NS)
+    return join_fields(codes, as_half(codes.scale_OX), stored_NS)
 
 
 GRID = Grid(whole_codes(-127, 127), BLOCK_SIZE, BLOCK_SIZE, _pack)

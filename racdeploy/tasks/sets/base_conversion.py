@@ -20,4 +20,4 @@ def draw(random: Random) -> Problem:
         rest //= base
 
     question = f"Write the decimal number {number} in base {base}."
-    return Problem(question=question, gold=digits, thinking="\n".join(steps))
+    return Problem(question, gold=digits, thinking="\n".join(steps))

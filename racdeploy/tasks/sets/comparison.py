@@ -30,7 +30,7 @@ def draw(random: Random) -> Problem:
 
     word = "largest" if largest else "smallest"
     return Problem(
-        question=f"Which number is the {word} of {', '.join(map(str, numbers))}?",
+        f"Which number is the {word} of {', '.join(map(str, numbers))}?",
         gold=str(best),
         thinking="\n".join(steps),
     )

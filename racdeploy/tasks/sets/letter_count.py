@@ -28,7 +28,7 @@ def draw(random: Random) -> Problem:
         steps.append(f"{word}: {' '.join(spelled)}.")
 
     return Problem(
-        question=f"How often does the letter {wanted} occur in {', '.join(words)}?",
+        f"How often does the letter {wanted} occur in {', '.join(words)}?",
         gold=str(seen),
         thinking=f"Count {wanted}.\n" + "\n".join(steps),
     )

@@ -19,5 +19,5 @@ def draw(random: Random) -> Problem:
     ]
 
     return Problem(
-        question=f"What is {left} times {right}?", gold=str(left * right), thinking="\n".join(steps)
+        f"What is {left} times {right}?", gold=str(left * right), thinking="\n".join(steps)
     )

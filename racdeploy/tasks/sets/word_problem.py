@@ -36,4 +36,4 @@ def draw(random: Random) -> Problem:
         steps.append(f"{name} {phrase}:{spelled}.")
 
     sentences.append(f"How many {thing} does {name} have now?")
-    return Problem(question=" ".join(sentences), gold=str(amount), thinking="\n".join(steps))
+    return Problem(" ".join(sentences), gold=str(amount), thinking="\n".join(steps))

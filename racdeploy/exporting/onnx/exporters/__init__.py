@@ -105,7 +105,7 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     return folder
 
 
-def run_module(module: str, arguments: Sequence[str], program: str, model: Path) -> Any:
+def run_module(module: str, arguments: Sequence[object], program: str, model: Path) -> Any:
     """Run a module in its own process; return the JSON value of its last line, or None.
 
     Args:
@@ -130,10 +130,13 @@ def run_module(module: str, arguments: Sequence[str], program: str, model: Path)
 
 
 def write_graph(
-    module: str, arguments: Sequence[str], program: str, prepared: Path, out: Path
+    module: str, program: str, prepared: Path, out: Path, arguments: Sequence[object] = ()
 ) -> Path:
-    """Run an exporter as :func:`run_module` does; return its graph, or raise an EngineError."""
-    run_module(module, arguments, program, prepared)
+    """Run an exporter as :func:`run_module` does; return its graph, or raise an EngineError.
+
+    ``arguments``: by default the two folders.
+    """
+    run_module(module, arguments or (prepared, out), program, prepared)
     graph = out / "model.onnx"
     if not graph.is_file():
         raise EngineError(

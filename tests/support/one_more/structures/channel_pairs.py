@@ -18,4 +18,4 @@ def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse what cannot be, with a UsageError."""
-    check_share("channel_pairs", checkpoint.shape, layout, structure)
+    check_share("channel_pairs", layout, checkpoint, structure)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,9 @@ def build(prepared: Path, out: Path) -> Path:
 def _run_builder(prepared: Path, out: Path) -> Path:
     options = {"-m": prepared.name, "-i": prepared, "-o": out, "-p": "fp32", "-e": "cpu"}
     options["-c"] = out / "cache"
-    arguments = [str(word) for option in options.items() for word in option]
-    arguments += ["--extra_options", *_OPTIONS]
+    arguments = [*chain.from_iterable(options.items()), "--extra_options", *_OPTIONS]
     program = "onnxruntime-genai's model builder"
-    return write_graph("onnxruntime_genai.models.builder", arguments, program, prepared, out)
+    return write_graph("onnxruntime_genai.models.builder", program, prepared, out, arguments)
 
 
 def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:

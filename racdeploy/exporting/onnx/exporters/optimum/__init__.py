@@ -52,16 +52,14 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; an EngineError if it fails or writes no graph."""
-    folders = [str(prepared), str(out)]
     child = "racdeploy.exporting.onnx.exporters.optimum.child"
-    return write_graph(child, folders, "optimum's export", prepared, out)
+    return write_graph(child, "optimum's export", prepared, out)
 
 
 def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
     """Return the checkpoint's name of an initializer; empty for a constant of the trace."""
     if not _RENAMED.match(initializer):
         return initializer if initializer.endswith((".weight", ".bias")) else ""
-    node = consumers[0] if len(consumers) == 1 else ""
-    return (
-        node.removeprefix("/").removesuffix("/MatMul").replace("/", ".") + ".weight" if node else ""
-    )
+    if len(consumers) != 1 or not consumers[0]:
+        return ""
+    return consumers[0].removeprefix("/").removesuffix("/MatMul").replace("/", ".") + ".weight"

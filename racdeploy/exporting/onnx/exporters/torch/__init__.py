@@ -54,9 +54,8 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
 
 def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; an EngineError if it fails or writes no graph."""
-    folders = [str(prepared), str(out)]
     child = "racdeploy.exporting.onnx.exporters.torch.child"
-    return write_graph(child, folders, "torch's export", prepared, out)
+    return write_graph(child, "torch's export", prepared, out)
 
 
 def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
