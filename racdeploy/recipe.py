@@ -29,6 +29,7 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
+from racdeploy.results.answers import HESITATION_WORDS
 from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Rung, Target
 
@@ -40,16 +41,6 @@ _RUNG_KEYS = {"format", "quant", "tensors"}
 """Keys of ``export`` that choose a number format."""
 _METHOD_DEFAULTS = {"magnitude": {"target": "linear_output", "refit_steps": 0}}
 """Defaults that a method changes: magnitude pruning moves no weight that it keeps."""
-_HESITATION_WORDS = (
-    "Wait",
-    "Alternatively",
-    "Hmm",
-    "But",
-    "However",
-    "Maybe",
-    "Perhaps",
-    "Actually",
-)
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 # A downloaded bundle contains a recipe: bound every number, so that it cannot exhaust the machine.
 _MAX_PROMPTS = 1_000_000
@@ -435,7 +426,7 @@ class Thinking(_Section):
 
     max_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     closing: str = ""
-    hesitation: Names = _HESITATION_WORDS
+    hesitation: Names = HESITATION_WORDS
     hesitation_penalty: FiniteNonNegative = 0.0
 
     @model_validator(mode="after")

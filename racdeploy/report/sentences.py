@@ -6,14 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from racdeploy.recipe import Thinking
+from racdeploy.results.answers import HESITATION_WORDS
 
 _MAX_WORDS = 64  # of a sentence that are looked at: patterns take the square of its length
 _END = re.compile(r"[.!?](?=\s|$)|\n")
 _PATTERNS = {
     "check": r".*\b(check|verif|confirm|make sure)",
     "start again": r".*\b(start|begin|try)\b.*\b(again|over)\b",
-    **{f"begin with {word}": rf"\W*{word.casefold()}\b" for word in Thinking().hesitation},
+    **{f"begin with {word}": rf"\W*{word.casefold()}\b" for word in HESITATION_WORDS},
 }
 
 

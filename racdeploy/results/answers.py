@@ -11,6 +11,17 @@ from racdeploy.results.schema import Difference, FrozenModel, OpenShare, Positiv
 
 ThinkingState = Literal["closed", "forced", "open", "absent", "reopened"]
 ThinkingOpening = Literal["prefilled", "emitted", "implied", "none"]
+HESITATION_WORDS = (
+    "Wait",
+    "Alternatively",
+    "Hmm",
+    "But",
+    "However",
+    "Maybe",
+    "Perhaps",
+    "Actually",
+)
+"""Words with which a sentence of a thought hesitates."""
 
 
 class ArmSummary(FrozenModel):
