@@ -64,7 +64,7 @@ class StageProgress:
         elapsed_s = (self.ended_s or now_s) - self.began_s
         words = [self.amount]
 
-        if self.tokens and elapsed_s > 0:
+        if self.tokens and elapsed_s >= 1:  # the first tokens tell no speed
             words.append(f"{self.tokens / elapsed_s:,.0f} tokens/s")
 
         remaining_s = self.estimate_remaining_s(now_s)
