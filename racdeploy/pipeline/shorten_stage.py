@@ -22,6 +22,7 @@ from racdeploy.traces.trace import Trace, count_tokens
 
 HELD_OUT_SHARE = 0.25
 """Share of the prompts whose answers judge the rounds; nothing is learned from them."""
+_EPOCHS = 2
 _MIN_GAIN = 0.02
 """Share of the thinking that a round must save to be kept."""
 
@@ -104,7 +105,7 @@ class ShortenStage:
             note = f"shorten: round {number} found no prompt with a shorter right answer"
             return replace(state, notes=(*state.notes, note))
 
-        tokens = sum(count_tokens(example.traces) for example in examples)
+        tokens = _EPOCHS * sum(count_tokens(example.traces) for example in examples)
         method = (*settings.methods, "full")[0]
         phase = Phase(f"shorter {number}", method, True, tokens, settings.objective)
         return self.teacher.teach(phase, state, self.name, shared, train)
@@ -139,5 +140,15 @@ class ShortenStage:
                 f"{state.probe.length_ratio:.3f} times as long on held-out prompts, "
                 f"{start.accuracy:.1%} → {state.probe.accuracy:.1%} right"
             )
-        rows = mark(state.rows, "start", start, kept=True)
+        # What was measured is the objective's loss, no divergence.
+        rows = tuple(
+            row.model_copy(
+                update={
+                    "phase": row.phase.replace("start", "shorter 0"),
+                    "kl_nats": None,
+                    "text_kl_nats": None,
+                }
+            )
+            for row in mark(state.rows, "start", start, kept=True)
+        )
         return ShortenedModel(state.folder if kept else None, rows, (*state.notes, note))

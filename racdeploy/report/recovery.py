@@ -11,6 +11,12 @@ from racdeploy.results.pruning import RecoveryRow, list_phase_ends
 
 def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
     """Return the kept phases, as the predicate of a sentence; empty if nothing was kept."""
+    shortened = [row for row in rows if row.phase.startswith("shorter")]
+    shorter = "learned from its own answers to think less, before it was pruned"
+    if not any(row.kept and row.tokens for row in shortened):
+        shorter = ""
+
+    rows = rows[len(shortened) :]
     phases = list_phase_ends(rows)
     kept = [phase for phase in phases if phase.kept]
 
@@ -21,9 +27,10 @@ def describe_recovery(rows: Sequence[RecoveryRow]) -> str:
             learned_tokens += phase.tokens - before_tokens
         before_tokens = phase.tokens
     if not learned_tokens:
-        return ""
+        return shorter
 
     text = f"learned from the dense model on {learned_tokens:,} tokens afterwards"
+    text = f"{shorter}, and {text}" if shorter else text
     before, after = rows[0].kl_nats, kept[-1].kl_nats
     if before is None or after is None:
         return text

@@ -92,7 +92,8 @@ class RecoveryRow(FrozenModel):
 
     Args:
         phase: ``start``, the name of a method (``full``, ``blockwise``, ``scales``), or
-            ``own answers N``.
+            ``own answers N``; before them ``shorter N``, the rounds in which the dense model
+            learned to think less, 0 its start.
         tokens: trace tokens learned since the start, over all phases.
         loss: mean since the measurement before, in the method's own unit; None at the start.
         kl_nats: mean KL(dense ‖ sparse) over held-out traces; None if not measured.

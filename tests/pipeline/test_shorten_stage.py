@@ -77,10 +77,11 @@ def test_two_rounds_are_kept(tmp_path: Path, model: Path) -> None:
     assert found.folder
     assert [prompts for _, prompts in sampled.asked] == [0, 0, 2]
     assert [row.phase for row in found.rows if row.accuracy is not None] == [
-        "start",
+        "shorter 0",
         "shorter 1",
         "shorter 2",
     ]
+    assert {row.kl_nats for row in found.rows} == {None}, "its loss is no divergence"
     assert found.notes[-1] == (
         "shorten (shortest): thinking 0.602 times as long on held-out prompts, "
         "100.0% → 100.0% right"

@@ -72,6 +72,20 @@ def test_only_what_entered_the_model_is_in_the_sentence(
     assert describe_recovery(rows) == (f"learned from the dense model on {said}" if said else "")
 
 
+def test_shortening_is_told_apart_from_recovery() -> None:
+    """Its tokens are of another training, and its loss is no divergence."""
+    shorter = [
+        RecoveryRow(phase="shorter 0", tokens=0, accuracy=0.9),
+        RecoveryRow(phase="shorter 1", tokens=50_000, loss=0.3, accuracy=0.9),
+    ]
+    said = "learned from its own answers to think less, before it was pruned"
+    assert describe_recovery(shorter) == said
+    assert describe_recovery([*shorter, *ROWS]) == f"{said}, and {describe_recovery(ROWS)}"
+
+    undone = [shorter[0], shorter[1].model_copy(update={"kept": False})]
+    assert describe_recovery([*undone, *ROWS]) == describe_recovery(ROWS)
+
+
 def test_the_csv_reads_back_as_the_looks() -> None:
     """A header and one line for each look; what was not measured is empty."""
     text = to_csv((START, LOOKS[0], WORSE))
