@@ -310,7 +310,7 @@ class Recovery(_Section):
 
     tokens: NonNegativeInt = 0
     shorten: StrictBool | Annotated[float, Field(gt=0, le=1)] = False
-    objective: str = "shortest"
+    objective: str = "preference"
     samples: Annotated[int, Field(ge=1, le=_MAX_SAMPLES)] = 8
     instruction: str = "Think briefly: no repetition, no second check of what is clear."
     methods: Names = ()
