@@ -168,7 +168,7 @@ class Build:
         def sample(folder: Path | None, prompts: int) -> list[Trace]:
             stage = self.trace_stage
             if is_installed("llama_cpp"):
-                form = Export(quant="f16")
+                form = Export(quant="q8_0")
                 model = folder or job.model.folder
                 name = f"{job.model.name}-sampled"
                 exported = export_model(self.workspace, model, name, form, {}, None, "export")

@@ -27,7 +27,7 @@ from racdeploy.exporting import (
     check_metadata,
 )
 from racdeploy.exporting.onnx.client_files import list_client_notes
-from racdeploy.exporting.onnx.exporter_choice import export_verified_graph
+from racdeploy.exporting.onnx.exporter_choice import check_exporter, export_verified_graph
 from racdeploy.exporting.onnx.padding import count_padded_weights
 from racdeploy.exporting.onnx.weights import (
     OnnxTensorPlan,
@@ -74,6 +74,7 @@ def export(
         EnvironmentFailure: the disk is full or not writable.
     """
     metadata = metadata or {}
+    check_exporter(exporter)
     _check_request(checkpoint, out, quant, packing, metadata)
     exported = export_verified_graph(checkpoint, exporter)
     plan = plan_tensors(checkpoint, exported.graph, quant, EMBEDDING_AND_HEAD)
