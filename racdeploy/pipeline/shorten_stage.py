@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from racdeploy import recovery
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import UsageError
 from racdeploy.pipeline.recover_stage import Phase, RecoverStage, State, mark
 from racdeploy.results.pruning import RecoveryRow
@@ -110,14 +111,14 @@ class ShortenStage:
         phase = Phase(f"shorter {number}", method, True, tokens, settings.objective)
         return self.teacher.teach(phase, state, self.name, shared, train)
 
-    def _write_brief_prompts(self, answers: Sequence[Trace]) -> dict[tuple[int, ...], list[int]]:
+    def _write_brief_prompts(self, answers: Sequence[Trace]) -> dict[Ids, Ids]:
         """Return, for each prompt, its ids with the instruction as a system prompt."""
         system = {"role": "system", "content": self.teacher.settings.instruction}
-        briefs = {}
+        briefs: dict[Ids, Ids] = {}
         for trace in answers:
             if trace.prompt_ids not in briefs:
                 user = {"role": "user", "content": trace.question}
-                briefs[trace.prompt_ids] = self.encoder.encode([system, user])
+                briefs[trace.prompt_ids] = tuple(self.encoder.encode([system, user]))
         return briefs
 
     def _find_loss(self, before: ProbeResult, after: ProbeResult) -> str:

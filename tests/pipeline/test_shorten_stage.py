@@ -117,6 +117,17 @@ def test_a_round_is_undone(
     assert Checkpoint(found.folder).sha256 == Checkpoint(only_one.folder or Path()).sha256
 
 
+@pytest.mark.parametrize("objective", ["preference", "concise"])
+def test_other_objectives_teach_too(tmp_path: Path, model: Path, objective: str) -> None:
+    """Of the model that is told to be brief, the prompt has the instruction before it."""
+    settings = SETTINGS.model_copy(update={"objective": objective, "rounds": 1})
+    sampled = Sampled((1.0, 1.0), (0.8, 1.0))
+    found = shorten(tmp_path / "work", model, sampled, settings)
+    assert found.rows[0].phase == "shorter 0"
+    assert found.rows[-1].tokens > 0
+    assert "shorten: no round" in found.notes[-1] or f"({objective})" in found.notes[-1]
+
+
 def test_it_stops_at_the_share_that_was_asked(tmp_path: Path, model: Path) -> None:
     settings = SETTINGS.model_copy(update={"shorten": 0.85})
     sampled = Sampled((1.0, 1.0), (0.8, 1.0))
