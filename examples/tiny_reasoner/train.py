@@ -4,6 +4,8 @@ A Qwen3-shaped model learns to spell out every step before it answers. Run on 2 
 
     python examples/tiny_reasoner/train.py --out build/tiny-reasoner
 
+``--talkative`` teaches it thoughts that repeat steps and start again at random.
+
 Muon drives the matrices and AdamW the rest; the learning rate warms up, stays, and falls linearly
 to zero.
 """
@@ -13,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from random import Random
 
@@ -23,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from racdeploy import tasks
+from racdeploy.processes.cores import has_bfloat16
 from racdeploy.processes.heap import keep_heap
 from racdeploy.tasks import scoring
 
@@ -38,6 +42,14 @@ PHASES = (  # steps, shares, factor on the learning rates; counting letters is l
     (2600, TASKS, 1.0),
     (900, dict.fromkeys(TASKS, 0.6) | {"letter_count": 3.0}, 0.6),
 )
+_CHAINS = {"word_problem": 1.0, "gcd": 0.7, "comparison": 0.4}
+TALKATIVE_PHASES = (  # of the embedded model; rates above these make it forget its arithmetic
+    (120, _CHAINS, 0.4),
+    (120, _CHAINS, 0.3),
+    (200, _CHAINS, 0.3),
+    (160, {"gcd": 1.0, "comparison": 0.3}, 0.2),
+)
+EMBEDDED = files("racdeploy") / "models" / "tiny_reasoner"
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>"]  # no control tokens, as in Qwen3: servers leave those out of texts
 SPECIALS = CONTROLS + TAGS
@@ -65,13 +77,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-every", type=int, default=1300)
+    parser.add_argument(
+        "--talkative", action="store_true", help="teach the embedded model to ramble"
+    )
     arguments = parser.parse_args()
     keep_heap()
     torch.manual_seed(arguments.seed)
-    tokenizer = train_tokenizer(arguments.seed)
-    model = Qwen3ForCausalLM._from_config(model_config(tokenizer), attn_implementation="eager")
+    if arguments.talkative:
+        tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+        model = Qwen3ForCausalLM.from_pretrained(
+            str(EMBEDDED), dtype=torch.float32, attn_implementation="eager"
+        )
+    else:
+        tokenizer = train_tokenizer(arguments.seed)
+        model = Qwen3ForCausalLM._from_config(model_config(tokenizer), attn_implementation="eager")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for number, (steps, shares, factor) in enumerate(PHASES, 1):
+    phases = TALKATIVE_PHASES if arguments.talkative else PHASES
+    for number, (steps, shares, factor) in enumerate(phases, 1):
         folder = arguments.out.with_name(f"{arguments.out.name}-phase{number}")
         if (folder / "tokenizer_config.json").is_file():
             print(f"phase {number} is finished: {folder}", flush=True)
@@ -85,6 +107,7 @@ def main() -> None:
                 factor,
                 arguments.seed + 2 * number,
                 arguments.probe_every,
+                arguments.talkative,
             )
             save(model, tokenizer, folder)
         model = Qwen3ForCausalLM.from_pretrained(
@@ -234,6 +257,7 @@ def train(
     factor: float,
     seed: int,
     probe_every: int,
+    talkative: bool,
 ) -> None:
     """Run the optimizers for one phase and print loss, speed and probe accuracy."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -248,9 +272,9 @@ def train(
     compiled = torch.compile(model, dynamic=True)
     started, tokens, running = time.monotonic(), 0, 0.0
     for step, (ids_BT, labels_BT) in zip(
-        range(1, steps + 1), batches(tokenizer, seed, shares), strict=False
+        range(1, steps + 1), batches(tokenizer, seed, shares, talkative=talkative), strict=False
     ):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             loss = compiled(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -268,7 +292,7 @@ def train(
                 flush=True,
             )
         if step % probe_every == 0 or step == steps:
-            print(json.dumps(probe(model, tokenizer)), flush=True)
+            print(json.dumps(probe(model, tokenizer, shares)), flush=True)
 
 
 def rate(step: int, steps: int) -> float:
@@ -281,22 +305,24 @@ def rate(step: int, steps: int) -> float:
 
 
 @torch.inference_mode()
-def probe(model: Qwen3ForCausalLM, tokenizer: Tokenizer, count: int = 48) -> dict[str, float]:
+def probe(
+    model: Qwen3ForCausalLM, tokenizer: Tokenizer, names: Iterable[str], count: int = 48
+) -> dict[str, float]:
     """Return greedy accuracy per task on problems of the calibration split."""
     model.eval()
     result = {}
-    for name in TASKS:
+    for name in names:
         task = tasks.load(name)
         problems = task.draw_problems("calibration", 12345, count)
         prompts = [tokenizer.encode(texts(problem)[0]).ids for problem in problems]
         T = max(map(len, prompts))
         ids_BT = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])
         mask_BT = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             out_BT = model.generate(
                 ids_BT,
                 attention_mask=mask_BT,
-                max_new_tokens=500,
+                max_new_tokens=950,
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=tokenizer.token_to_id("<|im_end|>"),
