@@ -57,6 +57,7 @@ AS_PLAN = {
     "docs/recovery.md": {"racdeploy build ./my-model ": BUILD},
     "docs/tasks.md": {"racdeploy build ": BUILD},
     "docs/tune.md": {"racdeploy tune ": BUILD, "racdeploy build ./my-other-model ": BUILD},
+    "docs/thinking.md": {"racdeploy build ./my-model ": BUILD},
     "docs/verification.md": {"racdeploy build ./my-model ": BUILD},
     "examples/README.md": {"racdeploy build --recipe ": BUILD},
 }
@@ -119,6 +120,7 @@ THINGS = {
         *("my-model", DEEPSEEK, "bundle", "model.gguf"),
         *("problems.jsonl", "test.jsonl", "contest.jsonl", "training.jsonl"),
     ],
+    "docs/thinking.md": ["my-model"],
     "docs/tune.md": ["my-model", "my-other-model", "tuned", "mine.toml"],
     "docs/verification.md": ["my-model", "bundle", "racdeploy-gate.toml"],
     "examples/README.md": ["build/quick"],

@@ -27,12 +27,20 @@ def find_architecture(checkpoint: Checkpoint) -> Family:
     if not reason:
         return _find_usual(shape)
 
-    remedy = "prune the dense model with all its heads"
-    if not shape.is_uniform or family.per_block_arch:
-        reason = _reason_against_per_block(checkpoint)
-        remedy = "prune the dense model again with structure.uniform = true"
-    if reason:
-        raise ModelError("unsupported-cut", f"{checkpoint.folder}: {reason}", remedy=remedy)
+    if shape.is_uniform and family.per_block_arch is None:
+        raise ModelError(
+            "unsupported-cut",
+            f"{checkpoint.folder}: {reason}",
+            remedy="prune the dense model with all its heads",
+        )
+
+    if reason := _reason_against_per_block(checkpoint):
+        raise ModelError(
+            "unsupported-cut",
+            f"{checkpoint.folder}: {reason}",
+            remedy="prune the dense model again with structure.uniform = true",
+        )
+
     return family.with_per_block_arch()
 
 
