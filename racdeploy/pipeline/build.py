@@ -32,7 +32,7 @@ from racdeploy.pipeline.preflight import check_build
 from racdeploy.pipeline.prune_stage import PruneStage
 from racdeploy.pipeline.pruned_folder import read_pruned
 from racdeploy.pipeline.recover_stage import RecoverStage
-from racdeploy.pipeline.shorten_stage import ShortenStage
+from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
 from racdeploy.pipeline.structure import fit_structure, plan_cut
 from racdeploy.pipeline.thinking import read_control
 from racdeploy.pipeline.trace_stage import ExportedModel, TraceStage
@@ -137,16 +137,20 @@ class Build:
 
     def follow(self) -> None:
         """Do this process's share of the first one's jobs until they end."""
-        stages: dict[str, TraceStage | PruneStage | RecoverStage]
-        stages = {
-            "traces": self.trace_stage,
-            "prune": self.prune_stage,
-            "recover": self.recover_stage,
-        }
+        build = self
+
+        def find_stage(name: str) -> TraceStage | PruneStage | RecoverStage:
+            if name == "traces":
+                return build.trace_stage
+            return build.prune_stage if name == "prune" else build.recover_stage
+
         for name, arguments in self.processes.receive_jobs(
-            lambda name: describe_code(stages[name])
+            lambda name: describe_code(find_stage(name))
         ):
-            stages[name].run_as_follower(arguments)
+            if name == "shortened":  # all later jobs have this model in place of the dense one
+                build = build._with_shortened(arguments["model"])
+            else:
+                find_stage(name).run_as_follower(arguments)
 
     def traces(self, sparse: Path | None = None, max_prompts: int = 0) -> tuple[Path, list[Trace]]:
         """Collect a model's traces, or read them back.
@@ -181,7 +185,13 @@ class Build:
         stage = ShortenStage(
             self.recover_stage, job.encoder, prompts, f"{job.model.name}-shortened"
         )
-        return replace(self, job=replace(job, resolved=job.model, shortened=stage.run(sample)))
+        shortened = stage.run(sample)
+        described = describe_code(self.recover_stage)
+        with self.processes.announce_job("shortened", described, {"model": shortened}):
+            return self._with_shortened(shortened)
+
+    def _with_shortened(self, model: ShortenedModel) -> Build:
+        return replace(self, job=replace(self.job, resolved=self.job.model, shortened=model))
 
     def prune(self) -> PrunedModel:
         """Prune the model on its traces, recover it, and cut the vocabulary last."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.shorten_stage import ShortenedModel, ShortenStage
 from racdeploy.pipeline.workspace import Workspace
-from racdeploy.recipe import Calibration, Recovery
+from racdeploy.pruning.process_group import ProcessGroup
+from racdeploy.recipe import Calibration, Recipe, Recovery
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.traces.trace import Trace
 from tests.support.errors import raises
@@ -126,6 +130,23 @@ def test_other_objectives_teach_too(tmp_path: Path, model: Path, objective: str)
     assert found.rows[0].phase == "shorter 0"
     assert found.rows[-1].tokens > 0
     assert "shorten: no round" in found.notes[-1] or f"({objective})" in found.notes[-1]
+
+
+def test_other_processes_go_on_with_the_shortened_model(tmp_path: Path, model: Path) -> None:
+    """Their later jobs have the same dense model as the first process."""
+    shorter = make_checkpoint(tmp_path / "shorter", "llama", dtype="float32", seed=5)
+    models: list[str] = []
+
+    class Jobs(ProcessGroup):
+        def receive_jobs(self, describe: Any) -> Any:
+            models.extend(describe(name)["model"] for name in ("traces", "prune", "shortened"))
+            yield "shortened", {"model": ShortenedModel(shorter, (), ())}
+            models.extend(describe(name)["model"] for name in ("traces", "prune", "recover"))
+
+    Build(Job(Recipe.combine(None, {"model": str(model)})), tmp_path, 1, processes=Jobs()).follow()
+    whole, shortened = Checkpoint(model).sha256, Checkpoint(shorter).sha256
+    assert whole != shortened
+    assert models == [whole] * 3 + [shortened] * 3
 
 
 def test_it_stops_at_the_share_that_was_asked(tmp_path: Path, model: Path) -> None:
