@@ -96,7 +96,7 @@ def recover(
     build: Build, row: str, column: str, tokens: int, dense: tuple[AnswerRecord, ...]
 ) -> Recovered:
     """Prune, measure what recovery adds in seconds of one core, and compare with dense."""
-    unrecovered = Build(build.job.without_recovery(), build.work)
+    unrecovered = Build(build.job.with_recovery(tokens=0), build.work)
     unrecovered.prune()
 
     began = time.process_time()  # of all threads: other jobs on the machine do not count
