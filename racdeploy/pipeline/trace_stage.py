@@ -197,7 +197,10 @@ class TraceStage:
         }
 
         with open_model(model, settings) as engine:
-            answer = partial(_answer_durably, engine, folder, completion_progress)
+            # The last bits of llama.cpp's logits depend on what is decoded together: a shard is
+            # the same again only as a whole.
+            resumes = self.exported is None
+            answer = partial(_answer_durably, engine, folder, completion_progress, resumes)
 
             # Only the first process may see the sparse model that it wrote; then it answers all.
             with processes.announce_job("traces", describe_code(self), arguments):
@@ -215,12 +218,16 @@ class TraceStage:
 
 
 def _answer_durably(
-    engine: Engine, folder: Path, completion_progress: CompletionProgress, request: ShardRequest
+    engine: Engine,
+    folder: Path,
+    completion_progress: CompletionProgress,
+    resumes: bool,
+    request: ShardRequest,
 ) -> list[Completion]:
-    """Answer a shard; tokens are on disk within a second, so a killed run resumes there."""
+    """Answer a shard; tokens are on disk within a second, so a killed run may resume there."""
     prompts, sampling = request
     file = folder / f"{_UNFINISHED}{sampling.seed}.jsonl"  # each shard has a seed of its own
-    _remove_finished_logs(folder, file)
+    _remove_finished_logs(folder, file if resumes else None)
 
     with TokenLog(file, len(prompts)) as log:
 
