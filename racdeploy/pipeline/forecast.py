@@ -58,6 +58,11 @@ def estimate_seconds(
     seconds: float = pruning_s + token_s * _RECOVER_PASSES * recipe.recover.tokens
     seconds += 0 if traces or recipe.traces.server else tracing_s
 
+    # Of all answers to a prompt at most two are learned, twice.
+    answers = plan.get("shorten_answers_at_most", 0)
+    learned = 4 * answers / recipe.recover.samples * mean_length
+    seconds += answer_s(answers, batch, read_bytes) + token_s * _RECOVER_PASSES * learned
+
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples
         answers_s = answer_s(prompts, recipe.verify.parallel, plan["artifact_bytes"])

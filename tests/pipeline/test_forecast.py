@@ -51,6 +51,14 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     before = build.plan_time(plan)
     assert list_groups(plan | before)["takes"][-1].startswith("time: roughly ")
 
+    # Answers to learn from take their time, each the same.
+    once, twice = (
+        build.plan_time(plan | {"shorten_answers_at_most": answers})["seconds_expected"]
+        - before["seconds_expected"]
+        for answers in (160, 320)
+    )
+    assert 0 < once == pytest.approx(twice / 2)
+
     build.traces()
     after = build.plan_time(plan | build.plan_pruning())
     assert after["seconds_expected"] < before["seconds_expected"]
