@@ -7,6 +7,7 @@ tokens or end-of-sequence differ from the reference's, that is a finding of its 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -16,11 +17,13 @@ from racdeploy.results.report import COMPARED_ROLES, Report
 from racdeploy.runtime.deployed import DeployedModel
 from racdeploy.verification.evidence import PromptProbe, StopIds
 from racdeploy.verification.examiner import Examiner
-from racdeploy.verification.measurements import MAX_PROMPTS, probe_tokens
+from racdeploy.verification.measurements import MAX_PROMPTS, encode_probes, probe_tokens
 from racdeploy.verification.plan import Expectation
 from racdeploy.verification.reference import Reference
 from racdeploy.verification.report_builder import build_report
+from racdeploy.verification.token_comparison import TokenComparison
 
+_notify = logging.getLogger("racdeploy").info
 _NOT_PRUNED = {
     "sparsity": "no zeros were asked for",
     "backends": "each candidate is compared by itself",
@@ -56,12 +59,23 @@ class ModelComparison:
         """Answer with every model; return a report and the records of each candidate."""
         self.plan()
         reference = self.reference
+        self._announce_other_tokens()
         if isinstance(reference, DeployedModel):
             reference = self.examiner.record(reference, self.tasks)
 
         results = [self._compare(model, reference) for model in self.candidates]
         self.examiner.forget()
         return results
+
+    def _announce_other_tokens(self) -> None:
+        """Log which candidates tokenize otherwise, before the hours of their answers."""
+        known = self.reference
+        expected = known.probes if isinstance(known, Reference) else encode_probes(known.encoder)
+        for model in self.candidates:
+            probes = probe_tokens(model.encoder.encode_text, expected)
+            counted = TokenComparison.count(probes or ())
+            if counted.different:
+                _notify(f"{model.name} has other tokens than {known.name}: {counted}")
 
     def _compare(
         self, model: DeployedModel, reference: Reference

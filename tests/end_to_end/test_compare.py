@@ -79,6 +79,25 @@ def test_each_fault_fails_by_its_checks(fault: str, reports: dict[str, Report]) 
     assert reports[fault].verdict == "fail"
 
 
+def test_other_tokens_are_told_before_the_first_answer(
+    files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answers of a large model take hours; equal tokens are no news."""
+    caplog.set_level("INFO", "racdeploy")
+    told: list[list[str]] = []
+    candidates = [files / "q8_0.gguf", spoil_all(files / "f32.gguf", tmp_path)["merge"]]
+    library.compare(
+        candidates,
+        against=files / "ref",
+        tier="smoke",
+        work=files / "work",
+        threads=1,
+        progress=lambda *_: told.append(list(caplog.messages)),
+    )
+    (line,) = told[0]
+    assert line.startswith("merge.gguf has other tokens than f32.gguf: ")
+
+
 def test_a_reference_needs_neither_its_model_nor_its_task(files: Path, tmp_path: Path) -> None:
     """Copied elsewhere it compares as before; other tasks are refused."""
     shutil.copytree(files / "ref", tmp_path / "ref")
