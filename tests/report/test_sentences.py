@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from racdeploy.report import html
 from racdeploy.report.sentences import count_sentences
 from racdeploy.results.answers import AnswerRecord
@@ -32,11 +30,11 @@ def test_each_kind_is_counted() -> None:
     assert count_sentences([TALKATIVE, "", TALKATIVE])["all"] == 16
 
 
-def test_a_thought_without_an_end_takes_no_longer() -> None:
-    """Neither as one sentence nor as many; the bound is a hundred times what it takes."""
-    began = time.process_time()
-    count_sentences(["try " * 100_000, "try\n" * 100_000])
-    assert time.process_time() - began < 60
+def test_a_thought_without_an_end_is_counted() -> None:
+    """Patterns that look at more than the beginning of a sentence would take hours here."""
+    counts = count_sentences(["try " * 1_000_000, "try\n" * 100_000])
+    assert counts["all"] == 100_001
+    assert counts["repeat an earlier one"] == 99_999
 
 
 def test_the_page_has_what_each_model_says(report: Report, records: list[AnswerRecord]) -> None:
