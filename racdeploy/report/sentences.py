@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from racdeploy.results.answers import HESITATION_WORDS
 
-_MAX_WORDS = 64  # of a sentence that are looked at: patterns take the square of its length
+_LOOKED_AT = 400  # characters of a sentence: patterns take the square of its length
 _END = re.compile(r"[.!?](?=\s|$)|\n")
 _PATTERNS = {
     "check": r".*\b(check|verif|confirm|make sure)",
@@ -22,7 +22,7 @@ def count_sentences(thoughts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for thought in thoughts:
         parts = map(str.split, _END.split(thought.casefold()))
-        sentences = [" ".join(words[:_MAX_WORDS]) for words in parts if words]
+        sentences = [" ".join(words)[:_LOOKED_AT] for words in parts if words]
 
         counts["all"] += len(sentences)
         counts["repeat an earlier one"] += len(sentences) - len(set(sentences))
