@@ -222,9 +222,11 @@ class Evaluation:
         answered = [self._answer_as(rival) for rival in requests]
 
         if job.recipe.recover.shorten and SAME_SIZE in job.recipe.verify.controls:
-            lengths = [[each.thinking_tokens for each in answers.records] for answers in answered]
+            lengths = [
+                [record.thinking_tokens for record in answers.records] for answers in answered[:2]
+            ]
             words = job.recipe.runtime.thinking.hesitation
-            controls = list_dense_controls(job.encoder, words, *lengths[:2])
+            controls = list_dense_controls(job.encoder, words, *lengths)
             for name, control in controls.items():
                 requests.append(replace(requests[0], name=name, control=control))
                 answered.append(self._answer_as(requests[-1]))

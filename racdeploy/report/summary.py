@@ -32,16 +32,17 @@ def write_headline(report: Report) -> str:
     whose = f"against {report.reference}" if report.reference else f"for {report.target}"
     line = f"{report.verdict.upper()}{widened}: {report.model} {whose}"
     pruned = report.find_arm("pruned")
-    # Each size once: a dense model whose thinking is controlled is the same file.
-    dense_by_size: dict[int, ArmSummary] = {}
+    # Each file once: a dense model whose thinking is controlled is the same file.
+    dense_by_quant: dict[str | None, ArmSummary] = {}
     for arm in report.arms:
         if arm.name.startswith("dense") and arm.size_bytes:
-            dense_by_size.setdefault(arm.size_bytes, arm)
-    if pruned and pruned.size_bytes and dense_by_size:
-        ratios = [
-            f"{pruned.size_bytes / size_bytes:.2f} of {_name_with_quant(arm, report)}"
-            for size_bytes, arm in dense_by_size.items()
-        ]
+            dense_by_quant.setdefault(arm.quant, arm)
+    ratios = [
+        f"{pruned.size_bytes / arm.size_bytes:.2f} of {_name_with_quant(arm, report)}"
+        for arm in dense_by_quant.values()
+        if pruned and pruned.size_bytes and arm.size_bytes
+    ]
+    if ratios:
         line += f", bytes {', '.join(ratios)}"
     if report.stepped_back:
         line += f", stepped back from {', '.join(report.stepped_back)}"
