@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from racdeploy.files.caches import default_work_folder
-from racdeploy.processes.cores import has_bfloat16
+from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.processes.heap import keep_heap
 
 sys.path += [
@@ -113,8 +113,8 @@ def packaged_model(folder: Path) -> Path:
 
 def finetune(settings: Settings, out: Path, save_every: int) -> None:
     """Run the optimizer from the last checkpoint in ``out`` on, and save the model there."""
-    # Processors without bfloat16 emulate it, many times slower than float32.
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    # Processors without fast bfloat16 are many times slower with it than with float32.
+    dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         settings.model, dtype=dtype, attn_implementation="eager"
     )

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from racdeploy import tasks
-from racdeploy.processes.cores import has_bfloat16
+from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.processes.heap import keep_heap
 from racdeploy.tasks import scoring
 
@@ -274,7 +274,7 @@ def train(
     for step, (ids_BT, labels_BT) in zip(
         range(1, steps + 1), batches(tokenizer, seed, shares, talkative=talkative), strict=False
     ):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
             loss = compiled(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -318,7 +318,7 @@ def probe(
         T = max(map(len, prompts))
         ids_BT = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])
         mask_BT = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bfloat16()):
             out_BT = model.generate(
                 ids_BT,
                 attention_mask=mask_BT,

@@ -14,7 +14,7 @@ from racdeploy.extras import PACKAGES, Package, installed_version, is_installed
 from racdeploy.files.caches import default_work_folder
 from racdeploy.models.sources import EMBEDDED, resolve_model
 from racdeploy.processes import landlock, privileges
-from racdeploy.processes.cores import available_cores, has_bfloat16
+from racdeploy.processes.cores import available_cores, has_fast_bfloat16
 from racdeploy.processes.memory import free_bytes
 
 Finding = dict[str, str]
@@ -63,10 +63,10 @@ def _examine_work() -> Finding:
 
 
 def _examine_cores() -> Finding:
-    products = "with" if has_bfloat16() else "without"
+    products = "with" if has_fast_bfloat16() else "without"
     busy = f"{os.getloadavg()[0]:.1f} busy"
     cores = f"{available_cores()} of {os.cpu_count()} cores, {busy}"
-    return _finding("cpu", True, f"{cores}, {products} products of bfloat16")
+    return _finding("cpu", True, f"{cores}, {products} fast products of bfloat16")
 
 
 def _examine_memory() -> Finding:

@@ -18,7 +18,7 @@ from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, scratch_folder
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code, notify
-from racdeploy.processes.cores import has_bfloat16
+from racdeploy.processes.cores import has_fast_bfloat16
 from racdeploy.pruning import PrunedModel
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.results.pruning import RecoveryRow, list_phase_ends
@@ -250,7 +250,7 @@ class RecoverStage:
         device = choose_device(self.settings.device).type
         compute = self.settings.compute
         if compute == "auto":
-            is_fast = device != "cpu" or has_bfloat16()
+            is_fast = device != "cpu" or has_fast_bfloat16()
             compute = "bfloat16" if is_fast else "float32"
 
         return self.settings.model_copy(update={"device": device, "compute": compute})

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
+_BFLOAT16_FLAGS = {"amx_bf16", "bf16"}  # the last one is ARM's
 
 
 def available_cores() -> int:
@@ -16,9 +16,15 @@ def available_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions; False if unknown."""
-    return not _BFLOAT16_FLAGS.isdisjoint(read_cpu_info("flags", "Features").split())
+def has_fast_bfloat16() -> bool:
+    """Return whether products are faster in bfloat16 than in float32; False if unknown.
+
+    Intel's AVX-512 without AMX, as on many virtual machines, takes twice as long for them (84
+    against 155 GFLOP/s on one core of a Xeon, torch 2.13); AMD's is several times as fast.
+    """
+    flags = {*read_cpu_info("flags", "Features").split()}
+    is_amd = read_cpu_info("vendor_id") == "AuthenticAMD"
+    return not _BFLOAT16_FLAGS.isdisjoint(flags) or (is_amd and "avx512_bf16" in flags)
 
 
 def read_cpu_info(*names: str) -> str:

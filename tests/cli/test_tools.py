@@ -82,11 +82,11 @@ def test_a_vocabulary_alone_is_called_so(tmp_path: Path) -> None:
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cores, products, memory, driver and compiler; what is not there can be done without."""
     monkeypatch.setattr(doctor, "free_bytes", lambda: 3 << 30)
-    monkeypatch.setattr(doctor, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(doctor, "has_fast_bfloat16", lambda: True)
     monkeypatch.setattr(shutil, "which", lambda program: None)
     found = {each["what"]: each for each in doctor.examine()}
     assert found["memory"]["detail"] == "3.0 GiB free"
-    assert found["cpu"]["detail"].endswith("with products of bfloat16")
+    assert found["cpu"]["detail"].endswith("with fast products of bfloat16")
     assert (found["gpu"]["state"], found["compiler"]["state"]) == ("unused", "unused")
     assert "that of racdeploy-kernels" in found["compiler"]["detail"]
 
