@@ -12,7 +12,9 @@ Plan = Mapping[str, Any]
 _INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
 _WORTH_NAMING = 0.05 * _GIB
+_WORTH_NAMING_SHARE = 0.05  # of the whole time
 _EXPECTED_POWER = 0.8
+_STAGES = {"trace": "traces", "prune": "pruning", "recover": "recovery", "verify": "comparing"}
 
 
 def write_first_line(verb: str, recipe: Recipe) -> str:
@@ -191,11 +193,10 @@ def _describe_verification(plan: Plan) -> list[str]:
 def _describe_cost(plan: Plan) -> list[str]:
     from racdeploy.report.tables import format_bytes, format_duration
 
-    words = {"trace": "traces", "prune": "pruning", "recover": "recovery", "verify": "comparing"}
     peaks = _list_peaks(plan)
     parts = [
         f"{word} {peaks[stage] / _GIB:.1f} GiB"
-        for stage, word in words.items()
+        for stage, word in _STAGES.items()
         if peaks.get(stage, 0) >= _WORTH_NAMING
     ]
 
@@ -206,8 +207,14 @@ def _describe_cost(plan: Plan) -> list[str]:
         disk = format_bytes(plan["disk_bytes"])
         lines.append(f"disk: about {disk} in the work folder and the bundle")
     if plan.get("seconds_expected"):
-        time = format_duration(plan["seconds_expected"])
-        lines.append(f"time: roughly {time}; the bars show what is left")
+        total_s = plan["seconds_expected"]
+        parts = [
+            f"{_STAGES[stage]} {format_duration(seconds)}"
+            for stage, seconds in plan["stage_seconds"].items()
+            if seconds >= _WORTH_NAMING_SHARE * total_s
+        ]
+        time = f"time: roughly {format_duration(total_s)} ({', '.join(parts)})"
+        lines.append(f"{time}; the bars show what is left")
     return lines
 
 

@@ -379,10 +379,11 @@ class Build:
         }
 
     def plan_time(self, plan: Mapping[str, Any]) -> Json:
-        """Return an estimate of the seconds of all stages, given the rest of the plan."""
+        """Return an estimate of the seconds of each stage, given the rest of the plan."""
         stage = self._traces_stage
         traces = TraceSet(stage.folder).read() if stage.is_finished else []
-        return {"seconds_expected": estimate_seconds(self.job, plan, traces, self.threads)}
+        seconds = estimate_seconds(self.job, plan, traces, self.threads)
+        return {"stage_seconds": seconds, "seconds_expected": sum(seconds.values()) or None}
 
     def plan_traces(self) -> Json:
         """Return the model of the trace server; raises an error if it cannot answer.

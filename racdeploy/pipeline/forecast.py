@@ -25,13 +25,13 @@ _SOLVE_SWEEPS = 50  # of a weight over all inputs of its row
 
 def estimate_seconds(
     job: Job, plan: Mapping[str, Any], traces: Sequence[Trace], threads: int
-) -> float | None:
-    """Return about how many seconds a planned build takes; None if there may be a GPU.
+) -> dict[str, float]:
+    """Return about how many seconds each stage of a build takes; empty if there may be a GPU.
 
     Without ``traces``, every answer counts with its maximum length. 0 ``threads`` are all cores.
     """
     if shutil.which("nvidia-smi"):
-        return None
+        return {}
 
     recipe, checkpoint = job.recipe, job.checkpoint
     cores = min(threads or available_cores(), available_cores())
@@ -47,26 +47,26 @@ def estimate_seconds(
         steps = math.ceil(prompts / together) * mean_length
         return steps * (step_s + _BLOCK_OVERHEAD_S * checkpoint.shape.block_count)
 
+    seconds = {}
     batch = 1 if checkpoint.family.has_state else recipe.traces.batch_size
     read_bytes = 2 * token_s * speed  # in float32
-    tracing_s = answer_s(len(job.problems("calibration")), batch, read_bytes)
-
-    tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
-    sweeps = _SOLVE_SWEEPS * checkpoint.shape.hidden_size
-    pruning_s = token_s * (_PRUNE_PASSES * tokens + sweeps)
-
-    seconds: float = pruning_s + token_s * _RECOVER_PASSES * recipe.recover.tokens
-    seconds += 0 if traces or recipe.traces.server else tracing_s
+    if not (traces or recipe.traces.server):
+        seconds["trace"] = answer_s(len(job.problems("calibration")), batch, read_bytes)
 
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.get("shorten_answers_at_most", 0)
-    learned = 4 * answers / recipe.recover.samples * mean_length
-    seconds += answer_s(answers, batch, read_bytes) + token_s * _RECOVER_PASSES * learned
+    learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
+    learning_s = token_s * _RECOVER_PASSES * learned
+    seconds["recover"] = learning_s + answer_s(answers, batch, read_bytes)
+
+    tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
+    sweeps = _SOLVE_SWEEPS * checkpoint.shape.hidden_size
+    seconds["prune"] = token_s * (_PRUNE_PASSES * tokens + sweeps)
 
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples
         answers_s = answer_s(prompts, recipe.verify.parallel, plan["artifact_bytes"])
-        seconds += plan["evaluation_models"] * answers_s
+        seconds["verify"] = plan["evaluation_models"] * answers_s
 
     return seconds
 
@@ -81,10 +81,10 @@ def count_active_weights(checkpoint: Checkpoint) -> int:
 
 
 def _measure_flops_per_s() -> float:
-    """Return the speed of the fastest of three matrix products, on all cores."""
+    """Return the speed of the fastest of twenty matrix products, on all cores."""
     matrix = np.ones((_MATRIX_WIDTH, _MATRIX_WIDTH), np.float32)
     best_s = math.inf
-    for _ in range(3):
+    for _ in range(20):  # the machine may be busy at times
         began = time.perf_counter()
         matrix @ matrix
         best_s = min(best_s, time.perf_counter() - began)

@@ -49,7 +49,10 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     build = Build(Job(Recipe.combine(None, options)), tmp_path / "work", threads=1)
     plan = check_build(build.job) | build.plan_pruning()
     before = build.plan_time(plan)
-    assert list_groups(plan | before)["takes"][-1].startswith("time: roughly ")
+    assert [*before["stage_seconds"]] == ["trace", "recover", "prune", "verify"]
+    line = list_groups(plan | before)["takes"][-1]
+    assert line.startswith("time: roughly ")
+    assert "(recovery 1 h" in line
 
     # Answers to learn from take their time, each the same.
     once, twice = (
@@ -68,5 +71,5 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     assert asked.plan_time(plan)["seconds_expected"] < before["seconds_expected"]
 
     monkeypatch.setattr(forecast.shutil, "which", lambda name: name)
-    assert build.plan_time(plan) == {"seconds_expected": None}
+    assert build.plan_time(plan) == {"stage_seconds": {}, "seconds_expected": None}
     assert not list_groups(plan | build.plan_time(plan))["takes"][-1].startswith("time")
