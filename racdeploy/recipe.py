@@ -20,7 +20,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    StrictBool,
     field_validator,
     model_validator,
 )
@@ -309,7 +308,7 @@ class Recovery(_Section):
     """
 
     tokens: NonNegativeInt = 0
-    shorten: StrictBool | Annotated[float, Field(gt=0, le=1)] = False
+    shorten: bool | float = False
     objective: str = "preference"
     samples: Annotated[int, Field(ge=1, le=_MAX_SAMPLES)] = 8
     instruction: str = "Think briefly: no repetition, no second check of what is clear."
@@ -331,6 +330,13 @@ class Recovery(_Section):
         for method in value:
             _check_name("recover_methods", "method", method)
         return value
+
+    @field_validator("shorten", mode="plain")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:
+        if value is False or (isinstance(value, int | float) and 0 < value <= 1):
+            return value
+        raise ValueError("true, or a share above 0 and up to 1")
 
     @field_validator("objective")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from racdeploy.errors import UsageError
 from racdeploy.recipe import EXAMPLE, Recipe, Traces, Verification
 from racdeploy.targets import Target
 from tests.support.errors import raises
@@ -65,6 +66,14 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("share", [1.5, 0, -0.2, "x"])
+def test_shorten_is_true_or_a_share(share: object) -> None:
+    with pytest.raises(UsageError, match=r"recover.shorten: true, or a share above 0 and up to 1"):
+        Recipe.combine(None, {"recover": {"shorten": share}})
+    for allowed in (True, False, 0.6, 1):
+        assert Recipe.combine(None, {"recover": {"shorten": allowed}}).recover.shorten == allowed
 
 
 def test_how_a_server_is_reached_does_not_decide_the_traces() -> None:

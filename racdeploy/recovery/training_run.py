@@ -126,7 +126,8 @@ class TrainingRun:
     def report_progress(self, done: int) -> None:
         """Report the number of tokens that were trained on."""
         if self.progress:
-            self.progress("recover", min(done, self.tokens), self.tokens, done)
+            label = "recover" if self.objective == "distill" else "shorten"
+            self.progress(label, min(done, self.tokens), self.tokens, done)
 
     def to_stored_dtype(self, name: str, value: Tensor) -> Tensor:
         """Return a weight in the checkpoint's dtype; assert that its zeros are still zero."""

@@ -176,8 +176,8 @@ def test_all_answers_wrong(tmp_path: Path, model: Path) -> None:
         ({"objective": "distill"}, "choose another"),
         ({"objective": "shortes"}, "did you mean 'shortest'"),
         ({"methods": ["blockwise"]}, "'full' or 'scales'"),
-        ({"shorten": 1.5}, "less than or equal to 1"),
-        ({"shorten": 0.0}, "greater than 0"),
+        ({"shorten": 1.5}, "a share above 0"),
+        ({"shorten": 0.0}, "a share above 0"),
     ],
 )
 def test_settings_that_cannot_shorten(settings: dict[str, object], said: str) -> None:
