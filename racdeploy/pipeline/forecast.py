@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -36,36 +37,44 @@ def estimate_seconds(
     recipe, checkpoint = job.recipe, job.checkpoint
     cores = min(threads or available_cores(), available_cores())
     speed = _REACHED_SHARE * _measure_flops_per_s() * cores / available_cores()
-    token_s = 2 * count_active_weights(checkpoint) / speed
+    weights_s = 2 * count_active_weights(checkpoint) / speed
 
     lengths = [len(trace.completion_ids) for trace in traces] or [recipe.traces.max_new_tokens]
     mean_length = sum(lengths) / len(lengths)
 
-    def answer_s(prompts: int, together: int, read_bytes: float) -> float:
+    # Two products of a query with the half of the sequence that is before it.
+    shape = checkpoint.shape
+    heads = sum(compress(shape.widths["num_attention_heads"], shape.attends))
+    attention_s = 2 * heads * shape.head_dim / speed
+    token_s = weights_s + attention_s * mean_length
+
+    def answer_s(prompts: int, length: float, together: int, read_bytes: float) -> float:
         # A step is bound by arithmetic, or by reading all weights from memory once.
-        step_s = max(together * token_s, read_bytes / _READ_BYTES_PER_S)
-        steps = math.ceil(prompts / together) * mean_length
-        return steps * (step_s + _BLOCK_OVERHEAD_S * checkpoint.shape.block_count)
+        step_s = max(together * (weights_s + attention_s * length), read_bytes / _READ_BYTES_PER_S)
+        steps = math.ceil(prompts / together) * length
+        return steps * (step_s + _BLOCK_OVERHEAD_S * shape.block_count)
 
     seconds = {}
     batch = 1 if checkpoint.family.has_state else recipe.traces.batch_size
-    read_bytes = 2 * token_s * speed  # in float32
+    sampling = mean_length, batch, 2 * weights_s * speed  # read in float32
     if not (traces or recipe.traces.server):
-        seconds["trace"] = answer_s(len(job.problems("calibration")), batch, read_bytes)
+        seconds["trace"] = answer_s(len(job.problems("calibration")), *sampling)
 
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.get("shorten_answers_at_most", 0)
     learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
-    learning_s = token_s * _RECOVER_PASSES * learned
-    seconds["recover"] = learning_s + answer_s(answers, batch, read_bytes)
+    seconds["recover"] = token_s * _RECOVER_PASSES * learned + answer_s(answers, *sampling)
 
+    # Artifacts of different codes are different models.
     tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
-    sweeps = _SOLVE_SWEEPS * checkpoint.shape.hidden_size
-    seconds["prune"] = token_s * (_PRUNE_PASSES * tokens + sweeps)
+    models = {str(each.rounding_quants) for each in (job, *job.siblings)}
+    solving_s = weights_s * _SOLVE_SWEEPS * shape.hidden_size
+    seconds["prune"] = len(models) * (token_s * _PRUNE_PASSES * tokens + solving_s)
 
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples
-        answers_s = answer_s(prompts, recipe.verify.parallel, plan["artifact_bytes"])
+        length = min(mean_length, recipe.verify.max_new_tokens)
+        answers_s = answer_s(prompts, length, recipe.verify.parallel, plan["artifact_bytes"])
         seconds["verify"] = plan["evaluation_models"] * answers_s
 
     return seconds

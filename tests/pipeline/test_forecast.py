@@ -73,3 +73,33 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     monkeypatch.setattr(forecast.shutil, "which", lambda name: name)
     assert build.plan_time(plan) == {"stage_seconds": {}, "seconds_expected": None}
     assert not list_groups(plan | build.plan_time(plan))["takes"][-1].startswith("time")
+
+
+def test_what_takes_longer_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention grows with the square of a trace; codes of two files are chosen one by one."""
+    model = str(make_checkpoint(tmp_path / "model", "qwen3"))
+    monkeypatch.setattr(forecast, "_measure_flops_per_s", lambda: 1e6)
+
+    def plan(length: int, **more: object) -> dict[str, float]:
+        options = {
+            "model": model,
+            "tasks": ("gcd",),
+            "traces": {"count": 8, "max_new_tokens": length},
+            "structure": {"keep": {"ffn": 0.75}},
+            "verify": {"count": 8, "max_new_tokens": 64, "context_tokens": 128},
+            **more,
+        }
+        build = Build(Job(Recipe.combine(None, options)), tmp_path / "work", threads=1)
+        known = {"prune_tokens": 8 * length, "evaluation_models": 2, "artifact_bytes": 10**6}
+        seconds: dict[str, float] = build.plan_time(known)["stage_seconds"]
+        return seconds
+
+    once, twice, fourfold = plan(128), plan(256), plan(512)
+    growth = [late["prune"] - early["prune"] for early, late in ((once, twice), (twice, fourfold))]
+    assert growth[1] > 2.1 * growth[0]
+    assert fourfold["verify"] < 1.5 * once["verify"], "answers end at 64 tokens"
+
+    both = plan(128, also=("onnx",))
+    assert both["prune"] == pytest.approx(2 * once["prune"])
+    nearest = plan(128, also=("onnx",), export={"rounding": "nearest"})
+    assert nearest["prune"] == pytest.approx(once["prune"])
