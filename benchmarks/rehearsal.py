@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--traces", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--blocks", type=int, help="fewer than the published model has")
     parser.add_argument("--kill", action="store_true", help="build again, killed in every stage")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--options", help=argparse.SUPPRESS)  # of the building process
@@ -89,7 +90,8 @@ def main() -> None:
     out: Path = arguments.out
     model = out / arguments.shape
     if not (model / "config.json").is_file():
-        write_model(model, SHAPES[arguments.shape])
+        fewer = {"num_hidden_layers": arguments.blocks} if arguments.blocks else {}
+        write_model(model, SHAPES[arguments.shape] | fewer)
 
     encoder = PromptEncoder.from_folder(model)
     with serving(agreeing(encoder) | {"v1/completions": think(encoder)}) as server:
@@ -150,7 +152,7 @@ def rehearse(options: Json, out: Path, arguments: argparse.Namespace) -> None:
 def kill_in_every_stage(options: Json, out: Path, arguments: argparse.Namespace) -> None:
     """Build again, killed once in each stage of the first build; compare the files."""
     first = json.loads((out / "rehearsal.json").read_text())
-    work, bundle = out / "work-killed", out / "bundle-killed"
+    work, bundle = out / "killed" / "work", out / "killed" / "bundle"
     keywords = options | {"work": str(work), "out": str(bundle)}
 
     left = set(first["stages"])

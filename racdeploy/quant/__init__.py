@@ -56,8 +56,8 @@ class Quant(Protocol):
 class GgmlQuant(Quant, Protocol):
     """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id.
 
-    With importance_I, a positive weight of each input's squared error, the scales minimize the
-    weighted error; without it the bytes are those that ggml writes.
+    importance_I is a positive weight of each input's squared error, which ggml's search of scales
+    takes. A format whose search in ggml takes none has ``USES_IMPORTANCE = False``.
     """
 
     GGML_TYPE: int
@@ -83,6 +83,12 @@ class MatMulNBitsQuant(OnnxQuant, Protocol):
 def has_grid(name: str) -> bool:
     """Return True if the codes of a number format can be chosen."""
     return hasattr(load(name), "GRID")
+
+
+def uses_importance(name: str) -> bool:
+    """Return True if an importance matrix changes the codes of a number format."""
+    quant = load(name)
+    return quant.BLOCK_SIZE > 1 and getattr(quant, "USES_IMPORTANCE", True)
 
 
 def load_grid(name: str) -> Grid:

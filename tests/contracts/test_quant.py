@@ -124,19 +124,14 @@ def weigh_error(
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.7])
 def test_an_importance_lowers_the_weighted_error(name: str, sparsity: float) -> None:
-    """Over all blocks the weighted error is lower than that of ggml's scales; where numpy searches,
-    in every block.
-
-    The search takes the better of its own and ggml's scale, both with the nearest codes; 1e-6 is
-    the rounding of the 32 products that are summed.
-    """
+    """Over all blocks, in formats whose search takes one; in the others it changes no byte."""
     weight_OI, importance_I = draw_weights(sparsity), draw_importance()
-    ours_OB = weigh_error(name, weight_OI, importance_I, importance_I)
-    ggml_OB = weigh_error(name, weight_OI, importance_I, None)
-    assert ours_OB.sum() < ggml_OB.sum()
-    if name in NUMPY_FORMATS:
-        assert (ours_OB <= ggml_OB * (1 + 1e-6)).all()
-        assert ours_OB.sum() < 0.9 * ggml_OB.sum()
+    weighted_OB = weigh_error(name, weight_OI, importance_I, importance_I)
+    plain_OB = weigh_error(name, weight_OI, importance_I, None)
+    if quants.uses_importance(name):
+        assert weighted_OB.sum() < plain_OB.sum()
+    else:
+        assert (weighted_OB == plain_OB).all()
 
 
 @pytest.mark.parametrize("name", GGML_NAMES)
@@ -151,51 +146,7 @@ def test_zeros_survive_with_an_importance(name: str) -> None:
     assert bool((read_OI[weight_OI == 0] == 0).all()) == quant.PRESERVES_ZERO
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q4_0"])
-def test_most_of_what_scales_can_gain_is_gained(name: str) -> None:
-    """Of what the best of 4000 scales for each block gains over ggml's, the search finds two
-    thirds.
-    """
-    weight_OI, importance_I = draw_weights(0.5)[:4], draw_importance()
-    quant, values = quants.load(name), quants.load_grid(name).values
-    found, ggml = (
-        float(
-            (
-                (quant.dequantize(packed_OP, I) - weight_OI).astype(np.float64) ** 2 * importance_I
-            ).sum()
-        )
-        for packed_OP in (quant.quantize(weight_OI, importance_I), quant.quantize(weight_OI))
-    )
-    best = 0.0
-    for weight_K, importance_K in zip(
-        weight_OI.reshape(-1, 32), np.tile(importance_I.reshape(-1, 32), (4, 1)), strict=True
-    ):
-        widest = weight_K[np.abs(weight_K).argmax()] / values[0]
-        step_S1 = (np.linspace(0.5, 1.5, 4000) * widest)[:, None]
-        code_SK = np.clip(np.rint(weight_K / step_S1), values[0], values[-1])
-        best += float(((weight_K - code_SK * step_S1) ** 2 * importance_K).sum(axis=1).min())
-    assert best <= found < best + (ggml - best) / 3
-
-
-def test_mxfp4_finds_the_best_exponent() -> None:
-    """No other exponent, with the nearest of ggml's own values, has a lower weighted error."""
-    weight_OI, importance_I = draw_weights(0.5), draw_importance()
-    found_OB = weigh_error("mxfp4", weight_OI, importance_I, importance_I)
-    values_V = np.array(gguf_quants.MXFP4.kvalues, dtype=np.float64) / 2
-    weight_BK, importance_BK = (
-        weight_OI.reshape(-1, 32),
-        np.tile(importance_I.reshape(-1, 32), (O, 1)),
-    )
-    best_B = np.full(len(weight_BK), np.inf)
-    for exponent in range(-14, 4):
-        error_BKV = (weight_BK[:, :, None] - values_V * 2.0**exponent) ** 2 * importance_BK[
-            :, :, None
-        ]
-        best_B = np.minimum(best_B, error_BKV.min(axis=2).sum(axis=1))
-    np.testing.assert_allclose(found_OB.reshape(-1), best_B, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", C_FORMATS)
+@pytest.mark.parametrize("name", [*filter(quants.uses_importance, GGML_NAMES)])
 def test_an_importance_reaches_ggml(name: str) -> None:
     """The bytes differ from those of another importance, and repeat for the same one."""
     quant, weight_OI = quants.load(name), draw_weights()

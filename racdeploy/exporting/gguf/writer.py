@@ -191,14 +191,15 @@ def describe_importance(
         )
 
     rounded, total = (
-        sum(coded.isdisjoint(tensor.parts) for tensor in tensors)
+        [tensor.actual_quant for tensor in tensors if coded.isdisjoint(tensor.parts)]
         for tensors in (weighted, quantized)
     )
-    if coded and not rounded:
+    searched = sum(map(quants.uses_importance, rounded))
+    if not searched:
         return []
     return [
-        f"scales of {rounded} of {total} quantized matrices are chosen by the importance of their "
-        "inputs"
+        f"scales of {searched} of {len(total)} quantized matrices are chosen by the importance of"
+        " their inputs"
     ]
 
 

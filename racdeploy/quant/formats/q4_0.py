@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from racdeploy.quant import numpy_ggml, read_ggml_type
 from racdeploy.quant.grid import (
     Bytes,
@@ -25,5 +27,5 @@ def pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
-_blocks = numpy_ggml.ScaleBlockCodec("q4_0", GRID, scale_range=(0.76, 1.16), trials=8)
-quantize, dequantize = _blocks.quantize, _blocks.dequantize
+quantize = partial(numpy_ggml.quantize_weighted, GGML_TYPE)
+dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)

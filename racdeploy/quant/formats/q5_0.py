@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
@@ -28,5 +30,5 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)
-_blocks = numpy_ggml.ScaleBlockCodec("q5_0", GRID, scale_range=(0.95, 1.2), trials=8)
-quantize, dequantize = _blocks.quantize, _blocks.dequantize
+quantize = partial(numpy_ggml.quantize_weighted, GGML_TYPE)
+dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)

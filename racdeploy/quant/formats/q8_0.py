@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from racdeploy.quant import numpy_ggml, read_ggml_type
@@ -10,6 +12,7 @@ from racdeploy.quant.grid import Bytes, Grid, GridCodes, as_half, join_fields, w
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
 PRESERVES_ZERO = True
+USES_IMPORTANCE = False
 
 
 def _pack(codes: GridCodes) -> Bytes:
@@ -18,5 +21,5 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-127, 127), BLOCK_SIZE, BLOCK_SIZE, _pack)
-_blocks = numpy_ggml.ScaleBlockCodec("q8_0", GRID, scale_range=(1.0, 1.15), trials=16)
-quantize, dequantize = _blocks.quantize, _blocks.dequantize
+quantize = partial(numpy_ggml.quantize, GGML_TYPE)
+dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
