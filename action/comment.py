@@ -1,7 +1,7 @@
 """Write report.md as a comment on the pull request, or replace the one of the last run.
 
 The comment is known by its author, whom the token belongs to, and by a hidden line that names the
-model, so two models have two comments. Anybody can write that line: a comment of somebody else's
+models, so two jobs have two comments. Anybody can write that line: a comment of somebody else's
 would be theirs to change after the report is in it. A token that may not write, as that of a fork
 has, is a warning: the verdict does not hang on a comment.
 """
@@ -27,8 +27,9 @@ def main() -> None:
         sys.stdout.write("::notice::this run belongs to no pull request, so there is no comment\n")
         return
     root = f"{os.environ['GITHUB_API_URL']}/repos/{os.environ['GITHUB_REPOSITORY']}/issues"
-    model = os.environ.get("RACDEPLOY_CANDIDATE") or os.environ["RACDEPLOY_BUNDLE"]
-    marker = f"<!-- racdeploy: {model.replace('--', '- -')} -->"
+    models = os.environ.get("RACDEPLOY_CANDIDATE") or os.environ["RACDEPLOY_BUNDLE"]
+    names = ", ".join(line.strip() for line in models.splitlines() if line.strip())
+    marker = f"<!-- racdeploy: {names.replace('--', '- -')} -->"
     try:
         found = _find(f"{root}/{number}/comments", marker, _ask_who_writes())
         if found is None:

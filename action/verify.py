@@ -1,4 +1,4 @@
-"""Verify a bundle, or compare a model file with a reference, as a step of a workflow: run
+"""Verify a bundle, or compare model files with a reference, as a step of a workflow: run
 racdeploy, then tell the outputs and the job summary.
 
 The exit code is an output, so that the comment and the artifacts follow before the job is failed
@@ -20,6 +20,7 @@ from pathlib import Path
 
 _NO_VERDICT = 4  # where racdeploy ended well and decided nothing: the job must not pass
 _SUMMARY_BYTES = 1_000_000  # GitHub takes 1 MiB
+_VERDICTS = ("pass", "inconclusive", "fail")  # from best to worst
 
 
 def main() -> None:
@@ -29,41 +30,61 @@ def main() -> None:
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir(parents=True)
     _warn_of_token(Path.cwd() / ".git")
+    candidates = _candidates()
     with _no_commands():
-        done = subprocess.run(_command(reports), stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(_command(reports, candidates), capture_output=True, text=True)
+        sys.stdout.write(done.stdout)
+        sys.stdout.flush()
         sys.stderr.write(done.stderr)
         sys.stderr.flush()
 
     # A comparison writes a folder for each candidate.
-    reports = next((file.parent for file in reports.glob("*/report.json")), reports)
-    report = reports / "report.json"
-    decided = done.returncode in (0, 1, 3) and report.is_file()
-    verdict = json.loads(report.read_text(encoding="utf-8"))["verdict"] if decided else "error"
-    summary = (
-        (reports / "report.md").read_text(encoding="utf-8")
-        if decided
-        else _failed(done.returncode, done.stderr)
-    )
+    found = {
+        file.parent: json.loads(file.read_text(encoding="utf-8"))["verdict"]
+        for file in sorted(reports.glob("*/report.json" if candidates else "report.json"))
+    }
+    decided = done.returncode in (0, 1, 3) and len(found) == max(1, len(candidates))
+    verdict = max(found.values(), key=_VERDICTS.index) if decided else "error"
+    if len(found) == 1:
+        (reports,) = found
+    if not decided:
+        summary = _failed(done.returncode, done.stderr)
+    elif len(found) == 1:
+        summary = _read(reports)
+    else:
+        worst_first = sorted(found, key=lambda folder: -_VERDICTS.index(found[folder]))
+        summary = "\n\n".join([done.stdout.strip(), *map(_read, worst_first)])
+
     code = done.returncode if decided else done.returncode or _NO_VERDICT
     _append("GITHUB_OUTPUT", f"verdict={verdict}\nexit-code={code}\nreports={reports}\n")
     _append("GITHUB_STEP_SUMMARY", summary.encode()[:_SUMMARY_BYTES].decode(errors="ignore"))
-    if not decided:
-        (reports / "report.md").write_text(summary, encoding="utf-8")
+    (reports / "report.md").write_text(summary, encoding="utf-8")
 
 
-def _command(reports: Path) -> list[str]:
-    candidate = os.environ.get("RACDEPLOY_CANDIDATE", "")
+def _candidates() -> list[str]:
+    """Return the models to compare, one a line; none where there is a bundle."""
+    lines = os.environ.get("RACDEPLOY_CANDIDATE", "").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read(folder: Path) -> str:
+    return (folder / "report.md").read_text(encoding="utf-8")
+
+
+def _command(reports: Path, candidates: list[str]) -> list[str]:
     options = {"gate": "gate", "tier": "tier", "threads": "threads"}
     options |= (
         {"reference": "against"}
-        if candidate
+        if candidates
         else {"server": "server", "server-model": "server-model"}
     )
-    command = ["racdeploy", "compare" if candidate else "verify", "--reports", str(reports)]
+    command = ["racdeploy", "compare" if candidates else "verify", "--reports", str(reports)]
+    if len(candidates) > 1:
+        command.append("--card")  # prints the table of all
     for name, option in options.items():
         if value := os.environ.get(f"RACDEPLOY_{name.upper().replace('-', '_')}", ""):
             command += [f"--{option}", value]
-    return [*command, "--", candidate or os.environ["RACDEPLOY_BUNDLE"]]
+    return [*command, "--", *(candidates or [os.environ["RACDEPLOY_BUNDLE"]])]
 
 
 def _warn_of_token(folder: Path) -> None:

@@ -20,21 +20,28 @@ from tests.support.sample_report import build_records, build_report
 
 PULL_REQUEST = {"pull_request": {"number": 12}}
 
-# Writes the reports of a verification that ended as WANTED_CODE says; 2 and 4 end without any.
+# Writes the reports of a verification that ended as WANTED_CODE says; 2 and 4 end without any. Of
+# several candidates, it has a code for each.
 RACDEPLOY = """
 import json, os, pathlib, sys
-code = int(os.environ["WANTED_CODE"])
+codes = [int(code) for code in os.environ["WANTED_CODE"].split()]
+code = min(set(codes) - {0}, default=0)
 pathlib.Path(os.environ["ARGUMENTS"]).write_text(json.dumps(sys.argv[1:]))
 if code in (2, 4):
     print("error: the bundle is damaged\\n  ```", file=sys.stderr)
     sys.exit(code)
-folder = pathlib.Path(sys.argv[sys.argv.index("--reports") + 1])
-if sys.argv[1] == "compare":
-    folder = folder / pathlib.Path(sys.argv[-1]).name
-    folder.mkdir()
-verdict = {0: "pass", 1: "fail", 3: "inconclusive"}[code]
-(folder / "report.json").write_text(json.dumps({"verdict": verdict}))
-(folder / "report.md").write_text(f"### {verdict}\\n" + os.environ.get("REPORT", ""))
+reports = pathlib.Path(sys.argv[sys.argv.index("--reports") + 1])
+models = sys.argv[sys.argv.index("--") + 1:]
+for model, its_code in zip(models, codes):
+    folder = reports
+    if sys.argv[1] == "compare":
+        folder = folder / pathlib.Path(model).name
+        folder.mkdir()
+    verdict = {0: "pass", 1: "fail", 3: "inconclusive"}[its_code]
+    (folder / "report.json").write_text(json.dumps({"verdict": verdict}))
+    (folder / "report.md").write_text(f"### {verdict}\\n" + os.environ.get("REPORT", ""))
+if "--card" in sys.argv:
+    print("| model | verdict |", *models)
 sys.exit(code)
 """
 # pip is only asked; everything else is Python.
@@ -122,7 +129,7 @@ def job(tmp_path: Path, api: str) -> Any:
     write_program(tmp_path / "bin", "python", PYTHON)
 
     def run(
-        code: int,
+        code: int | str,
         event: dict[str, Any] = PULL_REQUEST,
         environment: dict[str, str] | None = None,
         **inputs: str,
@@ -302,6 +309,47 @@ def test_a_changed_file_gets_the_prompts_that_it_lost(
     assert body.startswith("<!-- racdeploy: out/m.gguf -->\n### fail")
     lost = "<summary>4 prompts were lost: reference is right and candidate is not</summary>"
     assert lost in body
+
+
+def test_several_candidates_have_one_table_and_the_worst_verdict(
+    job: Any, comments: Comments, tmp_path: Path
+) -> None:
+    """The table and the report of each, worst first, are one summary and one comment."""
+    text = markdown.render(build_report(), build_records())
+    run = job(
+        "0 1 3",
+        bundle="",
+        candidate="out/good.gguf\n  out/bad.gguf \n\nout/few.gguf\n",
+        reference="ref",
+        environment={"REPORT": text},
+    )
+
+    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    assert arguments[0] == "compare"
+    assert "--card" in arguments
+    assert arguments[-4:] == ["--", "out/good.gguf", "out/bad.gguf", "out/few.gguf"]
+
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (1, "fail", "1")
+    assert run.summary.startswith("| model | verdict | out/good.gguf")
+    headings = [line for line in run.summary.splitlines() if line.startswith("### ")]
+    assert headings[::2] == ["### fail", "### inconclusive", "### pass"]
+    assert run.summary.count("<summary>4 prompts were lost") == 3
+
+    folder = Path(run.outputs["reports"])
+    assert {file.name for file in folder.iterdir()} == {
+        *("good.gguf", "bad.gguf", "few.gguf", "report.md")
+    }
+    marker = "<!-- racdeploy: out/good.gguf, out/bad.gguf, out/few.gguf -->\n| model"
+    assert comments.bodies[131].startswith(marker)
+    assert job("0 3", bundle="", candidate="a\nb", reference="ref").outputs["verdict"] == (
+        "inconclusive"
+    )
+
+
+def test_a_candidate_without_its_report_leaves_no_verdict(job: Any) -> None:
+    """Two of three are not all."""
+    run = job("0 0", bundle="", candidate="a\nb\nc", reference="ref", exit_zero="true")
+    assert (run.code, run.outputs["verdict"], run.outputs["exit-code"]) == (4, "error", "4")
 
 
 def test_a_candidate_without_a_reference_is_wrong_usage(job: Any, tmp_path: Path) -> None:
