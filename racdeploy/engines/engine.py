@@ -86,6 +86,7 @@ class Sampling:
     min_p: float = 0.0  # smallest probability to sample, as a share of the largest one
     frequency_penalty: float = 0.0  # subtracted from a token's logit for each time it was generated
     presence_penalty: float = 0.0  # subtracted once
+    schema: dict[str, Any] | None = None  # JSON schema of the answer, which follows the thinking
 
     def rng_index(self, index: int) -> int:
         """Return the index of a sequence's random generator."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +21,41 @@ from racdeploy.errors import ContextError, EngineError, PromptError, UsageError
 _MIN_WEIGHT = 1e-4  # relative to the likeliest token
 
 
+class Grammar(Protocol):
+    """What may come next in one answer."""
+
+    def allows(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which ids may come next."""
+
+    def accept(self, token: int) -> None:
+        """Move past an allowed token."""
+
+
 class GeneratedSequence:
     """A prompt and its growing completion.
 
     The engine feeds the pending ids to the model and removes them, calls :meth:`step` with the
     logits of the last one, and stops when ``finish_reason`` is set. ``index`` is the prompt's index
     in the call. Prompt and completion together have at most ``context_tokens``. Ids of an earlier
-    run are taken over, and each consumes its random number again.
+    run are taken over, and each consumes its random number again. ``grammar`` is that of the
+    sampling's schema.
     """
 
     def __init__(
-        self, index: int, prompt_ids: Sequence[int], sampling: Sampling, context_tokens: int
+        self,
+        index: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        context_tokens: int,
+        grammar: Grammar | None = None,
     ) -> None:
+        if sampling.schema is not None and grammar is None:
+            raise UsageError(
+                "engine-without-grammar",
+                "this engine has no grammar to keep a JSON schema with",
+                remedy="take the model as GGUF, for llama.cpp",
+            )
+        self._grammar = grammar
         self.index = index
         self.prompt_tokens = len(prompt_ids)
         self.ids: list[int] = []
@@ -59,9 +83,14 @@ class GeneratedSequence:
 
         length = len(self.ids)
         penalized_V = self._penalize(logits_V)
-        sampling = self._sampling
-        settings = (sampling.temperature, sampling.top_p, self._random)
-        token = sample_token(penalized_V, *settings, sampling.top_k, sampling.min_p)
+        token = self._draw(penalized_V)
+
+        # A mask of the whole vocabulary takes long, and most tokens are allowed without one.
+        grammar = self._find_grammar(token)
+        if grammar and not grammar.allows(np.array([token])).all():
+            allowed_V = grammar.allows(np.arange(penalized_V.size))
+            token = self._draw(np.where(allowed_V, penalized_V, -np.inf))
+
         self._append(token)
 
         new_ids = self.ids[length:]
@@ -87,6 +116,18 @@ class GeneratedSequence:
         """Completion of a finished sequence, else None."""
         return self.completion() if self.finish_reason else None
 
+    def _draw(self, logits_V: Logits) -> int:
+        sampling = self._sampling
+        settings = (sampling.temperature, sampling.top_p, self._random)
+        return sample_token(logits_V, *settings, sampling.top_k, sampling.min_p)
+
+    def _find_grammar(self, token: int) -> Grammar | None:
+        """Return the grammar if a next token is part of the answer, not of a thought or its tag."""
+        budget = self._budget
+        first = self.ids[0] if self.ids else token
+        has_opened = budget and (self._thinking_from is not None or first in budget.open_ids[:1])
+        return None if has_opened else self._grammar
+
     def _resume(self, ids: Sequence[int]) -> None:
         """Append the ids of an earlier run; random generator and budget follow."""
         while len(self.ids) < len(ids) and self.finish_reason is None:
@@ -104,6 +145,7 @@ class GeneratedSequence:
 
     def _append(self, token: int) -> None:
         """Append a token and the ids that it forces; set the finish reason."""
+        grammar = self._find_grammar(token)
         self.ids.append(token)
         self._counts[token] += 1
 
@@ -111,6 +153,8 @@ class GeneratedSequence:
             self.finish_reason = "stop"
             return
 
+        if grammar:
+            grammar.accept(token)
         self._track_thinking()
         self._force_close()
         if len(self.ids) >= self._cap:

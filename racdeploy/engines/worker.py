@@ -29,7 +29,7 @@ from racdeploy.engines.engine import (
     Sampling,
     ThinkingBudget,
 )
-from racdeploy.engines.sequence import GeneratedSequence
+from racdeploy.engines.sequence import GeneratedSequence, Grammar
 from racdeploy.errors import EngineError, RacdeployError
 from racdeploy.processes.memory import resident_bytes
 from racdeploy.processes.messages import (
@@ -59,6 +59,10 @@ class LoadedModel(Protocol):
 
     def tokenize(self, text: str) -> list[int] | None:
         """Return the ids of a text, None without a tokenizer."""
+        return None
+
+    def make_grammar(self, sampling: Sampling) -> Grammar | None:
+        """Return a grammar of the sampling's schema; None without one, or without grammars."""
         return None
 
 
@@ -190,7 +194,8 @@ class _Worker:
         sampling = Sampling(**{**values, "budget": budget})
         context_tokens = self._model.context_tokens
         sequences = [
-            GeneratedSequence(i, ids, sampling, context_tokens) for i, ids in enumerate(prompts)
+            GeneratedSequence(i, ids, sampling, context_tokens, self._model.make_grammar(sampling))
+            for i, ids in enumerate(prompts)
         ]
 
         def send(updates: TokenUpdates) -> None:

@@ -50,6 +50,7 @@ class GenerationOptions(ContinuationOptions, total=False):
     """Options of :meth:`Model.generate`."""
 
     max_thinking_tokens: int | None
+    schema: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class Model(AbstractContextManager["Model"]):
                 ``max_new_tokens``, the limit of thinking and answer together; ``temperature``, 0
                 for greedy; ``top_p``, the probability mass to sample from; ``top_k``, ``min_p`` and
                 penalties, off by default, see :class:`~racdeploy.engines.engine.Sampling`; ``seed``
-                of the sampling, with the same result whatever runs concurrently.
+                of the sampling, with the same result whatever runs concurrently; ``schema``, the
+                JSON schema of the answer, on llama.cpp.
 
         Raises:
             ArtifactError: the chat template failed on this conversation.
@@ -307,6 +309,8 @@ class Model(AbstractContextManager["Model"]):
         settings = self.manifest.generation.model_copy(update=overrides)
 
         max_tokens, control = settings.max_thinking_tokens, settings.thinking
+        if max_tokens is None and options.get("schema") is not None:
+            max_tokens = self.context_tokens  # no limit, but the engine looks for the tags
         budget = make_budget(self.encoder, self.tags, prompt_ids, max_tokens, control)
 
         return decoding.Sampling(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from racdeploy.errors import PromptError, RacdeployError, UsageError
 from racdeploy.files.reading import Json
-from racdeploy.runtime import Continuation, GenerationResult, TextChunk
+from racdeploy.runtime import Continuation, GenerationResult
 from racdeploy.serve.requests import RequestError
 
 OWNER = "racdeploy"
@@ -25,72 +25,41 @@ _UNAVAILABLE = ("engine-died", "engine-closed", "engine-stuck")  # until the mod
 
 @dataclass(frozen=True)
 class CompletionResponse:
-    """Writer of one completion's objects, whole or in chunks, with a common id.
-
-    Args:
-        kind: ``chat.completion`` or ``text_completion``.
-        has_counts: a stream ends with a chunk of ``usage``; all other chunks have a null one.
-    """
+    """Writer of one completion's objects, whole or in chunks, with a common id."""
 
     model: str
     kind: Literal["chat.completion", "text_completion"]
-    has_counts: bool
+    is_stream: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choice: Json, usage: Json) -> Json:
-        """Return the object of a response without streaming."""
-        return {**self._head(self.kind), "choices": [{"index": 0, **choice}], "usage": usage}
-
-    def begin(self) -> Json:
-        """Return the first chunk of a chat stream."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}})
-
-    def piece(self, piece: TextChunk) -> Json:
-        """Return a chunk with text."""
-        if self.kind == "text_completion":
-            return self._chunk({"text": piece.text})
-        key = "reasoning_content" if piece.kind == "thinking" else "content"
-        return self._chunk({"delta": {key: piece.text}})
-
-    def end(self, finish_reason: str) -> Json:
-        """Return the chunk with the finish reason."""
-        last: Json = {"text": ""} if self.kind == "text_completion" else {"delta": {}}
-        return self._chunk(last, finish_reason)
-
-    def counts(self, usage: Json) -> Json:
-        """Return the final chunk with ``usage``."""
-        return {**self._head(self._chunk_kind), "choices": [], "usage": usage}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-
-    def _chunk(self, choice: Json, finish_reason: str | None = None) -> Json:
-        choices = [{"index": 0, **choice, "finish_reason": finish_reason}]
-        usage = {"usage": None} if self.has_counts else {}
-        return {**self._head(self._chunk_kind), "choices": choices, **usage}
-
-    def _head(self, kind: str) -> Json:
-        prefix = "chatcmpl" if self.kind == "chat.completion" else "cmpl"
+    def write(self, choices: list[Json], **usage: Json | None) -> Json:
+        """Return the whole object, or a chunk; ``usage`` may be null or left out."""
+        is_chat = self.kind == "chat.completion"
         return {
-            "id": f"{prefix}-{self.name}",
-            "object": kind,
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{self.name}",
+            "object": f"{self.kind}.chunk" if is_chat and self.is_stream else self.kind,
             "created": self.created,
             "model": self.model,
+            "choices": choices,
+            **usage,
         }
 
+    def choice(self, message: Json, finish_reason: str | None = None) -> Json:
+        """Return the choice with a message or what it gains; of a completion, with its text."""
+        content: Json = {"text": message.get("content", "")}
+        if self.kind == "chat.completion":
+            content = {"delta" if self.is_stream else "message": message}
+        return {"index": 0, **content, "finish_reason": finish_reason}
 
-def write_chat_usage(result: GenerationResult) -> Json:
-    """Return the ``usage`` object of a chat."""
+
+def write_usage(result: GenerationResult | Continuation) -> Json:
+    """Return the ``usage`` object of a chat, or of a completion."""
+    if isinstance(result, Continuation):
+        return _count(len(result.prompt_ids), len(result.ids))
     details = {"reasoning_tokens": result.thinking_tokens}
     counted = _count(result.prompt_tokens, result.completion_tokens)
     return {**counted, "completion_tokens_details": details}
-
-
-def write_text_usage(continuation: Continuation) -> Json:
-    """Return the ``usage`` object of a completion."""
-    return _count(len(continuation.prompt_ids), len(continuation.ids))
 
 
 def write_error(error: RacdeployError) -> tuple[int, Json]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,7 +29,6 @@ from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
 from racdeploy.serve.text import VisibleText
 
-R = TypeVar("R", GenerationResult, Continuation)
 MAX_WAITING_REQUESTS = 64  # requests that may wait for a slot; more get status 503
 
 
@@ -69,7 +68,10 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
         "/v1/completions": _ask_completion,
         "/tokenize": _tokenize,
     }
-    endpoints = {path: Endpoint(partial(ask, served), slots) for path, ask in handlers.items()}
+    endpoints = [
+        Route(path, Endpoint(partial(ask, served), slots), methods=["POST"])
+        for path, ask in handlers.items()
+    ]
 
     refuse = partial(refuse_other_keys, key) if key else refuse_other_hosts
     return Starlette(
@@ -77,7 +79,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
             Route("/health", show_health),
             Route("/v1/models", list_models),
             Route("/v1/models/{name}", show_model),
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
+            *endpoints,
         ],
         middleware=[Middleware(AccessMiddleware, refuse=refuse)],
         exception_handlers={
@@ -89,26 +91,26 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
 
 
 @dataclass(frozen=True)
-class _Exchange(Generic[R]):
+class _Exchange:
     """A running request of either endpoint.
 
     Args:
-        write_choice: returns the choice of a whole response, without the finish reason.
-        count: returns its ``usage``.
+        has_counts: a stream ends with a chunk of ``usage``; all other chunks have a null one.
+        has_ids: a whole completion has its token ids.
     """
 
-    stream: AsyncTextStream[R]
-    shown: VisibleText[R]
+    stream: AsyncTextStream[Any]
+    shown: VisibleText
     answer: CompletionResponse
-    write_choice: Callable[[R], Json]
-    count: Callable[[R], Json]
+    has_counts: bool
+    has_ids: bool = False
 
-    async def reply(self, *, as_stream: bool) -> Reply:
+    async def reply(self) -> Reply:
         """Return the whole response, or a stream with its first chunk.
 
         The first chunk is awaited, so that an error before it still gets its HTTP status.
         """
-        if as_stream:
+        if self.answer.is_stream:
             chunks = self._write_chunks()
             return Reply(await anext(chunks), chunks)
 
@@ -116,27 +118,36 @@ class _Exchange(Generic[R]):
             pass
 
         result = self.stream.result
-        choice = {**self.write_choice(result), "finish_reason": self._reason(result)}
-        return Reply(self.answer.whole(choice, self.count(result)))
+        message: Json = {
+            "role": "assistant",
+            "content": self.shown.texts["answer"],
+            "reasoning_content": self.shown.texts["thinking"] or None,
+        }
+
+        choice = self.answer.choice(message, self._reason(result))
+        if self.has_ids:  # named as vLLM does
+            choice |= {"token_ids": result.ids, "prompt_token_ids": result.prompt_ids}
+        return Reply(self.answer.write([choice], usage=answers.write_usage(result)))
 
     async def _write_chunks(self) -> AsyncGenerator[Json, None]:
-        is_first = self.answer.kind == "chat.completion"
+        delta: Json = {"role": "assistant"}
+        answer = self.answer
+        no_usage = {"usage": None} if self.has_counts else {}
 
         try:
-            async for piece in self.shown.pieces():
-                if is_first:
-                    yield self.answer.begin()
-                    is_first = False
-                yield self.answer.piece(piece)
+            async for text, kind in self.shown.pieces():
+                key = "reasoning_content" if kind == "thinking" else "content"
+                yield answer.write([answer.choice({**delta, key: text})], **no_usage)
+                delta = {}
 
             result = self.stream.result
-            yield self.answer.end(self._reason(result))
-            if self.answer.has_counts:
-                yield self.answer.counts(self.count(result))
+            yield answer.write([answer.choice({}, self._reason(result))], **no_usage)
+            if self.has_counts:
+                yield answer.write([], usage=answers.write_usage(result))
         finally:
             self.stream.cancel()  # if the client has disconnected
 
-    def _reason(self, result: R) -> str:
+    def _reason(self, result: GenerationResult | Continuation) -> str:
         ran_out = result.finish_reason == "length" and not self.shown.is_stopped
         return "length" if ran_out else "stop"
 
@@ -151,15 +162,8 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
 
     stream = model.astream(messages, **options)
     shown = VisibleText(stream, request.stops, strip=True)
-
-    def write_choice(result: GenerationResult) -> Json:
-        thinking = result.thinking or None
-        content = shown.cut(result.answer)
-        return {"message": {"role": "assistant", "content": content, "reasoning_content": thinking}}
-
-    answer = CompletionResponse(served.name, "chat.completion", request.wants_usage)
-    exchange = _Exchange(stream, shown, answer, write_choice, answers.write_chat_usage)
-    return await exchange.reply(as_stream=request.stream)
+    answer = CompletionResponse(served.name, "chat.completion", request.stream)
+    return await _Exchange(stream, shown, answer, request.stream_options.include_usage).reply()
 
 
 async def _ask_completion(served: ServedModel, body: Json) -> Reply:
@@ -169,16 +173,9 @@ async def _ask_completion(served: ServedModel, body: Json) -> Reply:
 
     stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
     shown = VisibleText(stream, request.stops, strip=False)
-
-    def write_choice(result: Continuation) -> Json:
-        choice: Json = {"text": shown.cut(result.text)}
-        if request.return_token_ids:  # named as vLLM does
-            choice |= {"token_ids": result.ids, "prompt_token_ids": result.prompt_ids}
-        return choice
-
-    answer = CompletionResponse(served.name, "text_completion", request.wants_usage)
-    exchange = _Exchange(stream, shown, answer, write_choice, answers.write_text_usage)
-    return await exchange.reply(as_stream=request.stream)
+    answer = CompletionResponse(served.name, "text_completion", request.stream)
+    wants = request.stream_options.include_usage, request.return_token_ids
+    return await _Exchange(stream, shown, answer, *wants).reply()
 
 
 async def _tokenize(served: ServedModel, body: Json) -> Reply:

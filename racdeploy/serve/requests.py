@@ -11,7 +11,7 @@ import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,16 +55,25 @@ class ChatMessage(_Model):
     content: str | list[TextPart]
     reasoning_content: str | None = None
 
-    def to_message(self) -> dict[str, str]:
+    def to_message(self) -> Json:
         """Return the message for the chat template."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         role = "system" if self.role == "developer" else self.role
+        return {**self.model_dump(exclude_none=True), "role": role, "content": text}
 
-        message = {"role": role, "content": text}
-        if self.reasoning_content is not None:
-            message["reasoning_content"] = self.reasoning_content
-        return message
+
+class ResponseFormat(_Model):
+    """Form of an answer; ``json_schema`` has the ``schema``, which is kept also if not strict."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Json = {}
+
+    @property
+    def schema_of_answer(self) -> Json | None:
+        """Schema of the answer; None for a text."""
+        schema: Json = self.json_schema.get("schema", {"type": "object"})
+        return None if self.type == "text" else schema
 
 
 class StreamOptions(_Model):
@@ -87,7 +96,7 @@ class _Request(_Model):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
 
     @property
     def stops(self) -> list[str]:
@@ -95,24 +104,12 @@ class _Request(_Model):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [stop for stop in stops if stop]
 
-    @property
-    def wants_usage(self) -> bool:
-        """True if a stream ends with a ``usage`` chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def text_options(self) -> ContinuationOptions:
         """Return the sampling options; a request without a seed gets a random one."""
         seed = secrets.randbelow(_LARGEST_SEED) if self.seed is None else self.seed
-        return {
-            "max_new_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "seed": seed,
-        }
+        given = self.model_dump(include=set(ContinuationOptions.__annotations__))
+        given |= {"max_new_tokens": self.max_tokens, "seed": seed}
+        return cast("ContinuationOptions", given)
 
 
 T = TypeVar("T", bound=_Request)
@@ -132,9 +129,10 @@ class ChatRequest(_Request):
     max_thinking_tokens: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
     def options(self, max_new_tokens: int, thinks: bool) -> GenerationOptions:
-        """Return the sampling options and the thinking budget.
+        """Return the sampling options, the thinking budget and the answer's schema.
 
         Args:
             max_new_tokens: the bundle's limit, used if the request has none.
@@ -155,7 +153,12 @@ class ChatRequest(_Request):
         if effort is not None and (thinks or effort != "none"):
             budget = int(REASONING_EFFORTS[effort] * max_new)
 
-        return {**self.text_options(), "max_new_tokens": max_new, "max_thinking_tokens": budget}
+        return {
+            **self.text_options(),
+            "max_new_tokens": max_new,
+            "max_thinking_tokens": budget,
+            "schema": self.response_format.schema_of_answer,
+        }
 
 
 class CompletionRequest(_Request):

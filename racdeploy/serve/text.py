@@ -6,28 +6,29 @@ The joined pieces equal the text of a response without streaming.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any
 
 from racdeploy.runtime import AsyncTextStream, TextChunk
-from racdeploy.runtime.text import PartStripper
-
-R = TypeVar("R")
+from racdeploy.runtime.text import PartStripper, TextKind
 
 
-class VisibleText(Generic[R]):
+class VisibleText:
     """Filter of a stream for the client; the generation is stopped at a stop string.
+
+    ``texts`` has all that was shown.
 
     Args:
         stops: strings that end an answer; not searched in the thinking.
         strip: remove white space at both ends of thinking and answer.
     """
 
-    def __init__(self, stream: AsyncTextStream[R], stops: Sequence[str], *, strip: bool) -> None:
+    def __init__(self, stream: AsyncTextStream[Any], stops: Sequence[str], *, strip: bool) -> None:
         self.is_stopped = False
+        self.texts: dict[TextKind, str] = {"thinking": "", "answer": ""}
         self._stream = stream
         self._stops = stops
         self._stripper = PartStripper() if strip else None
-        self._kind = "thinking"
+        self._kind: TextKind = "thinking"
         self._held = ""  # possible start of a stop string
 
     async def pieces(self) -> AsyncIterator[TextChunk]:
@@ -35,7 +36,7 @@ class VisibleText(Generic[R]):
         async for text, kind in self._stream:
             if kind != self._kind:
                 if rest := self._end_part():
-                    yield TextChunk(rest, "answer" if kind == "thinking" else "thinking")
+                    yield TextChunk(rest, self._kind)
                 self._kind = kind
 
             if shown := self._read(text):
@@ -43,20 +44,10 @@ class VisibleText(Generic[R]):
 
             if self.is_stopped:
                 await self._stream.aclose()
-                return
+                break
 
         if rest := self._end_part():
-            yield TextChunk(rest, "answer" if self._kind == "answer" else "thinking")
-
-    def cut(self, answer: str) -> str:
-        """Return an answer up to its first stop string."""
-        shown = answer[: self._find_stop(answer)]
-        return shown.strip() if self._stripper else shown
-
-    def _find_stop(self, text: str) -> int | None:
-        """Return the index of the first stop string, or None."""
-        starts = [text.find(stop) for stop in self._stops]
-        return min((start for start in starts if start >= 0), default=None)
+            yield TextChunk(rest, self._kind)
 
     def _read(self, text: str) -> str:
         """Return the text that can be shown now; hold the rest back."""
@@ -64,30 +55,30 @@ class VisibleText(Generic[R]):
         shown = len(self._held)
 
         if self._kind == "answer":
-            stop = self._find_stop(self._held)
-            if stop is not None:
-                self.is_stopped = True
-                shown = stop
-            else:
-                shown -= max(
-                    (_count_possible_start(self._held, each) for each in self._stops), default=0
-                )
+            stops = [self._held.find(stop) for stop in self._stops if stop in self._held]
+            self.is_stopped = bool(stops)
+            self._held = self._held[: min(stops, default=None)]
+            shown = min(map(self._find, self._stops), default=len(self._held))
 
         taken, self._held = self._held[:shown], self._held[shown:]
-        return self._stripper.feed(taken) if self._stripper else taken
+        return self._show(taken)
+
+    def _find(self, text: str) -> int:
+        """Return the index of a text in what is held, or of what may be its beginning."""
+        for index in range(len(self._held)):
+            if text.startswith(self._held[index : index + len(text)]):
+                return index
+        return len(self._held)
 
     def _end_part(self) -> str:
         """Return the held text at the end of a part, where no stop string can follow."""
-        rest, self._held = self._held, ""
+        rest = self._show(self._held)
+        self._held = ""
         if self._stripper:
-            rest = self._stripper.feed(rest)
             self._stripper.restart()
         return rest
 
-
-def _count_possible_start(text: str, stop: str) -> int:
-    """Return the number of last characters that may start a stop string."""
-    for count in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:count]):
-            return count
-    return 0
+    def _show(self, text: str) -> str:
+        shown = self._stripper.feed(text) if self._stripper else text
+        self.texts[self._kind] += shown
+        return shown

@@ -37,6 +37,7 @@ def test_what_is_given_is_the_sampling() -> None:
         **dict.fromkeys(("top_k", "min_p", "frequency_penalty", "presence_penalty"), 0),
         "seed": 3,
         "max_thinking_tokens": None,
+        "schema": None,
     }
     others = {"top_k": 5, "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -1}
     given = read_chat(HELLO | others).options(100, thinks=True)
@@ -94,7 +95,8 @@ def test_the_guide_has_the_shares() -> None:
         ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs"),
         ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"no_such_thing": 1}, "no_such_thing"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -112,6 +114,7 @@ def test_the_guide_has_the_shares() -> None:
         ({"messages": [{"role": "tool", "content": "3"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0"),
         ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(more: dict[str, Any], param: str) -> None:

@@ -19,15 +19,18 @@ POOL = DaemonThreadPool(4)
 
 
 def show(
-    pieces: Sequence[tuple[str, str]], stops: Sequence[str] = (), *, strip: bool = True
-) -> tuple[list[TextChunk], VisibleText[None]]:
+    pieces: Sequence[tuple[str, str]],
+    stops: Sequence[str] = (),
+    *,
+    strip: bool = True,
+) -> tuple[list[TextChunk], VisibleText]:
     """Return what is shown of some pieces."""
 
     def work(on_text: OnText, cancel: threading.Event) -> None:
         for text, kind in pieces:
             on_text(text, kind)  # type: ignore[arg-type]
 
-    async def read() -> tuple[list[TextChunk], VisibleText[None]]:
+    async def read() -> tuple[list[TextChunk], VisibleText]:
         shown = VisibleText(AsyncTextStream(POOL, work), stops, strip=strip)
         return [piece async for piece in shown.pieces()], shown
 
@@ -62,7 +65,7 @@ def test_a_stop_string_over_pieces_ends_the_answer() -> None:
     shown, reader = show(pieces, ["END"])
     assert (joined(shown, "thinking"), joined(shown, "answer")) == ("one END two", "three")
     assert reader.is_stopped
-    assert reader.cut("three END 4") == "three"
+    assert reader.texts == {"thinking": "one END two", "answer": "three"}
 
     shown, _ = show([("aa", "answer"), ("b c", "answer")], ["aab"])
     assert joined(shown, "answer") == "", "its longest beginning counts"
@@ -86,11 +89,13 @@ def test_pieces_are_the_whole(
     shown, reader = show(pieces, stops, strip=strip)
 
     whole = "".join(answer)
-    assert joined(shown, "answer") == reader.cut(whole)
+    cut = whole[: min((whole.find(stop) for stop in stops if stop in whole), default=None)]
+    assert joined(shown, "answer") == (cut.strip() if strip else cut)
     assert reader.is_stopped == any(stop in whole for stop in stops)
 
     thought = "".join(thinking)
     assert joined(shown, "thinking") == (thought.strip() if strip else thought)
+    assert reader.texts == {kind: joined(shown, kind) for kind in ("thinking", "answer")}
 
 
 def test_an_error_is_passed_on() -> None:

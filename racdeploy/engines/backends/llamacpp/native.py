@@ -18,8 +18,9 @@ import llama_cpp
 import numpy as np
 
 from racdeploy import sparse_kernels
+from racdeploy.engines.backends.llamacpp.grammar import SchemaGrammar
 from racdeploy.engines.batching import BatchToken
-from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings, Logits
+from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings, Logits, Sampling
 from racdeploy.errors import EngineError
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.messages import Header
@@ -186,6 +187,11 @@ class NativeModel(_Vocabulary):
 
     def decoders(self) -> list[_Context]:
         return self._contexts
+
+    def make_grammar(self, sampling: Sampling) -> SchemaGrammar | None:
+        """Return a grammar of the sampling's schema; None without one."""
+        schema = sampling.schema
+        return None if schema is None else SchemaGrammar(self._vocab, schema, sampling.budget)
 
     def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         context = self._contexts[0]
