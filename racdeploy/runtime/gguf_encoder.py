@@ -12,7 +12,7 @@ from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy.errors import ArtifactError
-from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder
+from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder, Tools
 from racdeploy.sandbox.client import Sandbox
 from racdeploy.sandbox.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ class GgufEncoder(PromptEncoder):
         template = ChatTemplate(info["template"], bos, eos, sandbox=tokenizer.sandbox)
         return cls(tokenizer, template, add_bos=info["add_bos"])
 
-    def _encode_marked(self, messages: Sequence[Message], mark: str) -> list[int]:
-        text = self.render(messages)
+    def _encode_marked(self, messages: Sequence[Message], tools: Tools, mark: str) -> list[int]:
+        text = self.render(messages, tools)
         pieces = text.split(mark) if mark else [text]
         return [token for ids in self.tokenizer.encode_batch(pieces) for token in ids]

@@ -17,7 +17,7 @@ from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
 from racdeploy.runtime.streams import AsyncTextStream, DaemonThreadPool, TextStream
-from racdeploy.runtime.template import Message, PromptEncoder
+from racdeploy.runtime.template import Message, PromptEncoder, Tools
 from racdeploy.runtime.text import OnText, StreamDecoder
 from racdeploy.runtime.thinking import (
     ThinkingTags,
@@ -51,6 +51,7 @@ class GenerationOptions(ContinuationOptions, total=False):
 
     max_thinking_tokens: int | None
     schema: dict[str, Any] | None
+    tools: Tools
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Model(AbstractContextManager["Model"]):
                 for greedy; ``top_p``, the probability mass to sample from; ``top_k``, ``min_p`` and
                 penalties, off by default, see :class:`~racdeploy.engines.engine.Sampling`; ``seed``
                 of the sampling, with the same result whatever runs concurrently; ``schema``, the
-                JSON schema of the answer, on llama.cpp.
+                JSON schema of the answer, on llama.cpp; ``tools``, functions in OpenAI's form that
+                the chat template describes to the model.
 
         Raises:
             ArtifactError: the chat template failed on this conversation.
@@ -141,7 +143,7 @@ class Model(AbstractContextManager["Model"]):
             ContextError: the prompt does not fit the context.
             EngineError: the engine failed, or was closed.
         """
-        prompt_ids = self._encode(prompt)
+        prompt_ids = self._encode(prompt, options.pop("tools", ()))
         sampling = self._sampling(prompt_ids, **options)
         completion = self._complete(prompt_ids, sampling, self.tags, on_text, cancel)
         return self._result(prompt_ids, completion)
@@ -181,7 +183,8 @@ class Model(AbstractContextManager["Model"]):
         **options: Unpack[GenerationOptions],
     ) -> list[GenerationResult]:
         """Answer prompts, up to ``parallel`` of them together; see :meth:`generate`."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        tools = options.pop("tools", ())
+        encoded = [self._encode(prompt, tools) for prompt in prompts]
         if not encoded:
             return []
         self._check_length(max(map(len, encoded)))
@@ -233,7 +236,7 @@ class Model(AbstractContextManager["Model"]):
         self._check_text(text)
         return self.encoder.encode_text(text)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: Prompt, tools: Tools) -> list[int]:
         """Return the prompt ids; raise UsageError for what is no prompt."""
         if not prompt or not isinstance(prompt, str | Sequence):
             raise UsageError(
@@ -243,7 +246,7 @@ class Model(AbstractContextManager["Model"]):
             )
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         self._check_text("".join(str(message.get("content")) for message in messages))
-        return self.encoder.encode(prompt)
+        return self.encoder.encode(prompt, tools)
 
     def _check_text(self, text: str) -> None:
         """Refuse a text that surely has too many tokens, before it costs time and memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from racdeploy.sandbox.ids import all_ids_from_bytes
 from racdeploy.sandbox.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 
 MAX_TEMPLATE_CHARACTERS = 2**18  # characters; those of real models have up to 20,000
 _COMPILING_S_PER_CHARACTER = 2e-6
 _RENDERING_S_PER_CHARACTER = 5e-6  # of the template's variables
+_TOOLS = re.compile(r"\btools\b")
 _FAILED = "the chat template failed"
 _MARKS = tuple(map(chr, range(0xE000, 0xF8FF)))  # Unicode private use area
 _numbers = itertools.count()
@@ -60,19 +63,22 @@ class ChatTemplate:
         self.sandbox.add_setup(self._name, compiling)
         weakref.finalize(self, self.sandbox.remove_setup, self._name)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Render messages to the prompt text.
+
+        Args:
+            tools: functions that the model may call, in OpenAI's form.
 
         Raises:
             ArtifactError: the template failed, or exceeded its time or memory.
-            UsageError: a message is not JSON.
+            UsageError: a message is not JSON, or the template has no tools.
         """
-        variables_json = self._write(messages)
+        variables_json = self._write(messages, tools)
         seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
         header, _ = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
         return str(header["text"])
 
-    def encode(self, messages: Sequence[Message], lead: str, mark: str) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Tools, lead: str, mark: str) -> list[int]:
         """Render messages and encode the text with the tokenizer of the same process.
 
         Args:
@@ -80,7 +86,7 @@ class ChatTemplate:
             mark: character that splits the text into pieces; removed, and the pieces are encoded
                 separately.
         """
-        variables_json = self._write(messages)
+        variables_json = self._write(messages, tools)
         request = self._request(
             "encode_rendered",
             _RENDERING_S_PER_CHARACTER * len(variables_json),
@@ -95,9 +101,15 @@ class ChatTemplate:
         _, payload = self.sandbox.ask(request)
         return all_ids_from_bytes(payload)
 
-    def _write(self, messages: Sequence[Message]) -> str:
+    def _write(self, messages: Sequence[Message], tools: Tools) -> str:
         """Return the template's variables as JSON."""
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self.tokens}
+        if tools and not _TOOLS.search(self.source):
+            raise UsageError(
+                "template-without-tools",
+                "the model's template has no tools",
+                remedy="describe them in a message, or take a model that was trained to call them",
+            )
+        variables: dict[str, Any] = {"tools": tools or None, "documents": None, **self.tokens}
         variables |= {"messages": messages, "add_generation_prompt": True}
 
         try:
@@ -169,20 +181,22 @@ class PromptEncoder:
         encoder.template = ChatTemplate(source, **self.template.tokens, sandbox=sandbox)
         return encoder
 
-    def render(self, prompt: str | Sequence[Message]) -> str:
+    def render(self, prompt: str | Sequence[Message], tools: Tools = ()) -> str:
         """Return the prompt text of a conversation; a string is one user message."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.template.render(messages)
+        text = self.template.render(messages, tools)
         return text if text.startswith(self.lead) else self.lead + text
 
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], tools: Tools = ()) -> list[int]:
         """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`.
 
-        A control token that a user typed, such as ``<|im_end|>``, is encoded as text and cannot end
-        a turn. In the model's own messages and in the template's text it is the token.
+        A control token that a user typed, such as ``<|im_end|>``, or that is in a tool, is encoded
+        as text and cannot end a turn. In the model's own messages and in the template's text it is
+        the token.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         typed = [str(message.get("content")) for message in messages if not _is_by_model(message)]
+        typed.append(str(tools))
         forged = [
             token for token in self.tokenizer.control_tokens if any(token in t for t in typed)
         ]
@@ -191,10 +205,11 @@ class PromptEncoder:
         if forged:
             mark = next(each for each in _MARKS if not any(each in text for text in typed))
             messages = [_mark_message(message, forged, mark) for message in messages]
-        return self._encode_marked(messages, mark)
+            tools = _insert_marks(tools, forged, mark)
+        return self._encode_marked(messages, tools, mark)
 
-    def _encode_marked(self, messages: Sequence[Message], mark: str) -> list[int]:
-        return self.template.encode(messages, self.lead, mark)
+    def _encode_marked(self, messages: Sequence[Message], tools: Tools, mark: str) -> list[int]:
+        return self.template.encode(messages, tools, self.lead, mark)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens in it are parsed, none are added."""
@@ -223,7 +238,10 @@ def _insert_marks(content: Any, forged: Sequence[str], mark: str) -> Any:
         return content
 
     if isinstance(content, Mapping):  # a part of a message, as {"type": "text", "text": …}
-        return {key: _insert_marks(value, forged, mark) for key, value in content.items()}
+        return {
+            _insert_marks(key, forged, mark): _insert_marks(value, forged, mark)
+            for key, value in content.items()
+        }
     if isinstance(content, Sequence):
         return [_insert_marks(part, forged, mark) for part in content]
     return content

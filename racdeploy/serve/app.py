@@ -123,6 +123,8 @@ class _Exchange:
             "content": self.shown.texts["answer"],
             "reasoning_content": self.shown.texts["thinking"] or None,
         }
+        if self.shown.calls:
+            message["tool_calls"] = self.shown.calls
 
         choice = self.answer.choice(message, self._reason(result))
         if self.has_ids:  # named as vLLM does
@@ -140,6 +142,9 @@ class _Exchange:
                 yield answer.write([answer.choice({**delta, key: text})], **no_usage)
                 delta = {}
 
+            if calls := [{"index": i, **call} for i, call in enumerate(self.shown.calls)]:
+                yield answer.write([answer.choice({**delta, "tool_calls": calls})], **no_usage)
+
             result = self.stream.result
             yield answer.write([answer.choice({}, self._reason(result))], **no_usage)
             if self.has_counts:
@@ -148,6 +153,8 @@ class _Exchange:
             self.stream.cancel()  # if the client has disconnected
 
     def _reason(self, result: GenerationResult | Continuation) -> str:
+        if self.shown.calls:
+            return "tool_calls"
         ran_out = result.finish_reason == "length" and not self.shown.is_stopped
         return "length" if ran_out else "stop"
 
@@ -161,7 +168,8 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
     messages = [message.to_message() for message in request.messages]
 
     stream = model.astream(messages, **options)
-    shown = VisibleText(stream, request.stops, strip=True)
+    names = [tool["function"]["name"] for tool in options["tools"]]
+    shown = VisibleText(stream, request.stops, strip=True, tools=names)
     answer = CompletionResponse(served.name, "chat.completion", request.stream)
     return await _Exchange(stream, shown, answer, request.stream_options.include_usage).reply()
 

@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Json as JsonText
 
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
@@ -48,12 +49,27 @@ class TextPart(_Model):
     text: str
 
 
+class FunctionCall(_Model):
+    """Call of a function; templates get its arguments as an object."""
+
+    name: str
+    arguments: JsonText[Json]
+
+
+class ToolCall(_Model, extra="allow"):
+    """Call of a tool in an earlier answer, with the other keys that a template may read."""
+
+    function: FunctionCall
+
+
 class ChatMessage(_Model):
     """A message; ``reasoning_content`` is passed to the chat template, which mostly omits it."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     def to_message(self) -> Json:
         """Return the message for the chat template."""
@@ -63,17 +79,33 @@ class ChatMessage(_Model):
         return {**self.model_dump(exclude_none=True), "role": role, "content": text}
 
 
+class Function(_Model, extra="allow"):
+    """Function that the model may call; ``parameters`` is a JSON schema, the rest for templates."""
+
+    name: str
+    parameters: Json = {}
+
+
+class Tool(_Model):
+    """A tool, or the choice of one."""
+
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def call_schema(self) -> Json:
+        """JSON schema of a call; ``$id`` is where references in the parameters begin."""
+        function = self.function
+        parameters = {"type": "object", **function.parameters, "$id": function.name}
+        call = {"name": {"const": function.name}, "arguments": parameters}
+        return {"type": "object", "properties": call}
+
+
 class ResponseFormat(_Model):
     """Form of an answer; ``json_schema`` has the ``schema``, which is kept also if not strict."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Json = {}
-
-    @property
-    def schema_of_answer(self) -> Json | None:
-        """Schema of the answer; None for a text."""
-        schema: Json = self.json_schema.get("schema", {"type": "object"})
-        return None if self.type == "text" else schema
 
 
 class StreamOptions(_Model):
@@ -129,10 +161,12 @@ class ChatRequest(_Request):
     max_thinking_tokens: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
+    tools: list[Tool] = []
+    tool_choice: Literal["none", "auto", "required"] | Tool = "auto"
     response_format: ResponseFormat = ResponseFormat(type="text")
 
     def options(self, max_new_tokens: int, thinks: bool) -> GenerationOptions:
-        """Return the sampling options, the thinking budget and the answer's schema.
+        """Return the sampling options, the thinking budget, the tools and the answer's schema.
 
         Args:
             max_new_tokens: the bundle's limit, used if the request has none.
@@ -153,12 +187,27 @@ class ChatRequest(_Request):
         if effort is not None and (thinks or effort != "none"):
             budget = int(REASONING_EFFORTS[effort] * max_new)
 
+        tools = [] if self.tool_choice == "none" else self.tools
         return {
             **self.text_options(),
             "max_new_tokens": max_new,
             "max_thinking_tokens": budget,
-            "schema": self.response_format.schema_of_answer,
+            "tools": [tool.model_dump(exclude_unset=True) for tool in tools],
+            "schema": self._answer_schema(),
         }
+
+    def _answer_schema(self) -> Json | None:
+        """Return the schema of a call that must come, else of the response format."""
+        choice, form = self.tool_choice, self.response_format
+        if choice in ("none", "auto"):
+            schema: Json = form.json_schema.get("schema", {"type": "object"})
+            return None if form.type == "text" else schema
+
+        named = choice.function.name if isinstance(choice, Tool) else None
+        calls = [tool.call_schema for tool in self.tools if named in (None, tool.function.name)]
+        if not calls:
+            raise RequestError("bad-parameter", "tool_choice is none of tools", param="tool_choice")
+        return {"anyOf": calls}
 
 
 class CompletionRequest(_Request):
@@ -192,9 +241,15 @@ def read_chat(body: Json) -> ChatRequest:
     """Check a body of ``/v1/chat/completions``."""
     messages = body.get("messages")
     if isinstance(messages, list):
-        known = [_leave_out(m, _TABLE["message"]) if isinstance(m, dict) else m for m in messages]
+        known = [_read_message(m) if isinstance(m, dict) else m for m in messages]
         body = {**body, "messages": known}
     return _check(ChatRequest, body)
+
+
+def _read_message(message: Json) -> Any:
+    """Return a message without what changes nothing; one with calls needs no content."""
+    empty = {"content": ""} if message.get("tool_calls") else {}
+    return empty | _leave_out(message, _TABLE["message"])
 
 
 def read_completion(body: Json) -> CompletionRequest:

@@ -37,6 +37,7 @@ def test_what_is_given_is_the_sampling() -> None:
         **dict.fromkeys(("top_k", "min_p", "frequency_penalty", "presence_penalty"), 0),
         "seed": 3,
         "max_thinking_tokens": None,
+        "tools": [],
         "schema": None,
     }
     others = {"top_k": 5, "min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -1}
@@ -94,7 +95,7 @@ def test_the_guide_has_the_shares() -> None:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs"),
         ({"logprobs": True}, "logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"no_such_thing": 1}, "no_such_thing"),
@@ -111,9 +112,9 @@ def test_the_guide_has_the_shares() -> None:
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "tool", "content": "3"}]}, "messages.0.role"),
+        ({"messages": [{"role": "function", "content": "3"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0"),
-        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages.0.tool_calls"),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
     ],
 )
@@ -134,6 +135,39 @@ def test_what_changes_nothing_is_passed_over() -> None:
         "content": "Hi",
         "reasoning_content": "hm",
     }
+
+
+def test_a_call_gives_its_arguments_to_the_template_as_an_object() -> None:
+    """Templates write them with ``tojson``; a client sends them, and gets them, as a text."""
+    call = {"id": "7", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "7"},
+    ]
+    first, second = (m.to_message() for m in read_chat({"messages": messages}).messages)
+    function = {"name": "f", "arguments": {"a": [1]}}
+    assert first == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [call | {"function": function}],
+    }
+    assert second == messages[1]
+
+
+def test_a_forced_call_is_a_schema_of_the_tools_that_may_be_called() -> None:
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {}}}}
+        for name in "ab"
+    ]
+    named = {"type": "function", "function": {"name": "b"}}
+    for choice, names in (("auto", None), ("none", None), ("required", ["a", "b"]), (named, ["b"])):
+        asked = read_chat(HELLO | {"tools": tools, "tool_choice": choice})
+        options = asked.options(100, thinks=True)
+        assert options["tools"] == ([] if choice == "none" else tools)
+
+        schema = options["schema"]
+        found = schema and [each["properties"]["name"]["const"] for each in schema["anyOf"]]
+        assert found == names
 
 
 def test_parts_of_a_text_are_joined_and_the_developer_is_the_system() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ def show(
     stops: Sequence[str] = (),
     *,
     strip: bool = True,
+    tools: Sequence[str] = (),
 ) -> tuple[list[TextChunk], VisibleText]:
     """Return what is shown of some pieces."""
 
@@ -31,7 +34,7 @@ def show(
             on_text(text, kind)  # type: ignore[arg-type]
 
     async def read() -> tuple[list[TextChunk], VisibleText]:
-        shown = VisibleText(AsyncTextStream(POOL, work), stops, strip=strip)
+        shown = VisibleText(AsyncTextStream(POOL, work), stops, strip=strip, tools=tools)
         return [piece async for piece in shown.pieces()], shown
 
     return asyncio.run(read())
@@ -96,6 +99,50 @@ def test_pieces_are_the_whole(
     thought = "".join(thinking)
     assert joined(shown, "thinking") == (thought.strip() if strip else thought)
     assert reader.texts == {kind: joined(shown, kind) for kind in ("thinking", "answer")}
+
+
+CALL = '{"name": "add", "arguments": {"a": 1, "b": "</x>"}}'
+LLAMA_CALL = '{"type": "function", "name": "add", "parameters": {}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "arguments"),
+    [
+        (f"<tool_call>\n{CALL}\n</tool_call>", "", [{"a": 1, "b": "</x>"}]),
+        (f"I add.\n<tool_call>{CALL}</tool_call>\n", "I add.", [{"a": 1, "b": "</x>"}]),
+        (
+            f"<tool_call>{CALL}</tool_call>\n<tool_call>{LLAMA_CALL}",
+            "",
+            [{"a": 1, "b": "</x>"}, {}],
+        ),
+        (f" {LLAMA_CALL} ", "", [{}]),
+        ("It is <tool_box>", "It is <tool_box>", []),
+        ("It is <tool", "It is <tool", []),
+        (f"Say {CALL}", f"Say {CALL}", []),
+        (CALL.replace("add", "sub"), CALL.replace("add", "sub"), []),
+        (CALL[:-1], CALL[:-1], []),
+        ('{"a": 1}', '{"a": 1}', []),
+        ("[1]", "[1]", []),
+        ("", "", []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_of_tools_are_no_text(
+    answer: str, text: str, arguments: list[Any], size: int
+) -> None:
+    """However they are cut into pieces; what is no whole call of a known tool is text."""
+    pieces = [(answer[i : i + size], "answer") for i in range(0, len(answer), size)]
+    shown, reader = show([("<tool_call>", "thinking"), *pieces], tools=["add"])
+    assert joined(shown, "thinking") == "<tool_call>"
+    assert joined(shown, "answer").strip() == text
+
+    called = [call["function"] for call in reader.calls]
+    assert [json.loads(function["arguments"]) for function in called] == arguments
+    assert {function["name"] for function in called} <= {"add"}
+    assert len({call["id"] for call in reader.calls}) == len(arguments)
+
+    shown, reader = show(pieces)
+    assert (joined(shown, "answer"), reader.calls) == (answer.strip(), []), "without tools"
 
 
 def test_an_error_is_passed_on() -> None:

@@ -1,4 +1,4 @@
-"""JSON schemas of ``racdeploy serve``, as OpenAI's own client sees them."""
+"""JSON schemas and tools of ``racdeploy serve``, as OpenAI's own client sees them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,34 @@ import openai
 import pydantic
 import pytest
 
+from racdeploy.files.writing import file_sha256
+from racdeploy.manifest import Manifest
 from racdeploy.runtime import load
 from racdeploy.serve.app import ServedModel, make_app
 from tests.support.own_server import serving_bundle
 from tests.support.tiny_artifacts import make_onnx_bundle, make_thinking_bundle
+from tests.support.tiny_models import CHAT_TEMPLATE
 
 QUESTION = "What is 12 times 34?"
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    + CHAT_TEMPLATE
+)
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+MOVE = {
+    "type": "function",
+    "function": {
+        "name": "move_to",
+        "description": "Move.",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"$ref": "#/$defs/Point"}, "how": {"enum": ["slow", "fast"]}},
+            "required": ["to", "how"],
+            "$defs": {"Point": POINT},
+        },
+    },
+}
+STOP = {"type": "function", "function": {"name": "stop", "parameters": {"properties": {}}}}
 LETTER = {"enum": ["a", "b"]}
 PAIR = {"type": "object", "properties": {"n": LETTER, "m": LETTER}, "required": ["n", "m"]}
 SHORT = {"max_thinking_tokens": 20}
@@ -36,7 +58,17 @@ class Kind(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_thinking_bundle(tmp_path_factory.mktemp("schemas"))
+    """The embedded model, with a template that describes tools."""
+    bundle = make_thinking_bundle(tmp_path_factory.mktemp("tools"))
+    file = bundle / "chat_template.jinja"
+    file.write_text(TOOLS_TEMPLATE)
+
+    manifest = Manifest.read(bundle)
+    files = {**manifest.tokenizer.files, file.name: file_sha256(file)}
+    tokenizer = manifest.tokenizer.model_copy(update={"files": files})
+    changed = manifest.model_copy(update={"tokenizer": tokenizer})
+    (bundle / "racdeploy.json").write_text(changed.model_dump_json())
+    return bundle
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +180,54 @@ def test_clients_with_other_schemas_are_served_together(client: openai.OpenAI, u
 
 
 @pytest.mark.parametrize(
+    ("choice", "allowed"),
+    [
+        ({"type": "function", "function": {"name": "move_to"}}, {"move_to"}),
+        ("required", {"move_to", "stop"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_must_come_does(
+    client: openai.OpenAI, choice: Any, allowed: set[str], stream: bool
+) -> None:
+    """With arguments by the function's schema, and no text of it in the content."""
+    options = {"tools": [MOVE, STOP], "tool_choice": choice, "stream": stream, "temperature": 1}
+    given = ask(client, **options, seed=5, max_tokens=400, extra_body=SHORT)
+    if stream:
+        _, content, calls, reason = read_stream(given)
+        assert [call.index for call in calls] == [0]
+    else:
+        message = given.choices[0].message
+        content, calls, reason = message.content, message.tool_calls, given.choices[0].finish_reason
+
+    assert (content or "", reason) == ("", "tool_calls")
+    (call,) = calls
+    assert call.id
+    assert call.type == "function"
+    assert call.function.name in allowed
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in (MOVE, STOP)}  # type: ignore[index]
+    jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+
+
+def test_tools_and_what_they_returned_reach_the_template(client: openai.OpenAI) -> None:
+    """A conversation with a call goes on; tools are part of the prompt unless they may not be."""
+
+    def count(**options: Any) -> int:
+        return int(ask(client, max_tokens=1, **options).usage.prompt_tokens)
+
+    call = {"id": "1", "type": "function", "function": {"name": "stop", "arguments": "{}"}}
+    conversation = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "stopped"},
+    ]
+    assert count() == count(tools=[MOVE], tool_choice="none") < count(tools=[MOVE])
+    assert count(messages=conversation) > count()
+    answered = ask(client, messages=conversation, tools=[MOVE], extra_body=SHORT)
+    assert answered.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"response_format": form_of({"type": "string", "pattern": "a+"})}, "pattern"),
@@ -157,6 +237,27 @@ def test_clients_with_other_schemas_are_served_together(client: openai.OpenAI, u
         ({"response_format": form_of({"enum": ["x" * 20_000]})}, "20,000"),
         ({"response_format": form_of({"properties": [1]})}, "no attribute 'items'"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"tools": [STOP], "tool_choice": MOVE}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [MOVE], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [
+                            {
+                                "id": "1",
+                                "type": "function",
+                                "function": {"name": "a", "arguments": "["},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "arguments",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(
@@ -177,8 +278,8 @@ def test_a_schema_that_grows_without_end_takes_no_time(client: openai.OpenAI) ->
         ask(client, response_format=form_of(schema), timeout=30)
 
 
-def test_an_engine_without_grammars_says_so(tmp_path: Path) -> None:
-    """ONNX has none."""
+def test_an_engine_or_template_without_them_says_so(tmp_path: Path) -> None:
+    """ONNX has no grammar, and the template of the tiny model has no tools."""
     hello = {"messages": [{"role": "user", "content": "Hello"}]}
     with load(make_onnx_bundle(tmp_path), threads=1) as model:
         app = make_app(ServedModel(model, "tiny", parallel=1))
@@ -190,6 +291,7 @@ def test_an_engine_without_grammars_says_so(tmp_path: Path) -> None:
 
         refused = {
             "engine-without-grammar": {"response_format": {"type": "json_object"}},
+            "template-without-tools": {"tools": [STOP]},
         }
         for code, more in refused.items():
             answer = asyncio.run(post(hello | more))
