@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.results.pruning import BlockRow, LinearRow, RecoveryRow, StructureRow
-
-__all__ = ["PrunedModel"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class PrunedModel:
     sparsity: float  # fraction of zeros
     linears: tuple[LinearRow, ...]
     blocks: tuple[BlockRow, ...]
-    selection: dict[str, Any]
+    selection: Json
     notes: tuple[str, ...] = ()  # sentences for the report
     structure: tuple[StructureRow, ...] = ()  # of each block, by new index; empty if none was cut
     source_blocks: Sequence[int] = ()  # dense index of each block; empty: see ``structure``

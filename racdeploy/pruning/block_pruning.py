@@ -112,7 +112,7 @@ def prune_blocks(
         outline = decide_cut_plan(session, structure)
         sizes = _count_weights(session, outline.shape(checkpoint.shape, structure))
         shares = _decide_shares(session, sizes)
-        pruner = LinearPruner(session, shares, quant, keep_existing_zeros=keep_existing_zeros)
+        pruner = LinearPruner(session, shares, quant, keep_existing_zeros)
         with closing(_Walk(pruner, outline, structure)) as walk:
             return walk.run()
 

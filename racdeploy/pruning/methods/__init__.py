@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["PrunedWeights"]
-
 
 @dataclass(frozen=True)
 class PrunedWeights:

@@ -100,14 +100,7 @@ def cut_inputs(context: BlockCutContext) -> list[int]:
     full_OI = pair.dense.get_parameter(f"{linear}.weight")
     (owner,) = processes.assign_owners([full_OI.numel()])
 
-    statistic = gather_inputs(
-        context.session,
-        pair,
-        context.cut.group,
-        [full_OI],
-        match_dense=settings.match_dense,
-        is_final=False,
-    )
+    statistic = gather_inputs(context.session, pair, context.cut.group, [full_OI], is_final=False)
     statistic.reduce(processes, [owner])
     pair.narrowed_importance[linear] = statistic.importance_I  # before the cut removes inputs
 

@@ -194,8 +194,11 @@ class ExpertProbe:
         self._session = session
         shape = session.model.shape
         family = shape.family
-        self._K = shape.integer(family.gguf_integers["expert_used_count"])
-        self._norm_topk_prob = bool(shape.config.get("norm_topk_prob", True))
+        self._share_out = partial(
+            _share_out,
+            K=shape.integer(family.gguf_integers["expert_used_count"]),
+            norm_topk_prob=bool(shape.config.get("norm_topk_prob", True)),
+        )
         self._experts: Any = block.get_submodule(family.experts_module)
         self._router = _find_router(family, block)
 
@@ -241,7 +244,7 @@ class ExpertProbe:
         removed = [expert for expert in range(len(self._experts)) if expert not in kept]
         logits_ME = part.logits_NE[token_M]
         logits_ME[:, removed] = -torch.inf
-        return _share_out(logits_ME, self._K, norm_topk_prob=self._norm_topk_prob)
+        return self._share_out(logits_ME)
 
     def _change(self, part: _Part, token_M: Tensor, kept: Sequence[int]) -> Tensor:
         """Return |change|² of the output at some tokens, with only some experts left.
@@ -270,7 +273,7 @@ class ExpertProbe:
                 logits_NE = self._router(hidden_ND)
 
             outputs_NED = torch.stack(outputs, 1).float()
-            whole_NE = _share_out(logits_NE.float(), self._K, norm_topk_prob=self._norm_topk_prob)
+            whole_NE = self._share_out(logits_NE.float())
             energy_N = output_ND[token_N].float().square().sum(1)
             parts.append(
                 _Part(
@@ -296,7 +299,7 @@ def _find_router(family: Family, block: nn.Module) -> partial[Tensor]:
     return partial(nn.functional.linear, weight=weight_ED, bias=bias_E)
 
 
-def _share_out(logits_NE: Tensor, K: int, *, norm_topk_prob: bool) -> Tensor:
+def _share_out(logits_NE: Tensor, *, K: int, norm_topk_prob: bool) -> Tensor:
     """Return the routing share of each expert at each token; 0 if the token is not routed to it."""
     chosen_NK, share_NK = route(logits_NE, K, norm_topk_prob=norm_topk_prob)
     return share_NK.new_zeros(logits_NE.shape).scatter_(1, chosen_NK, share_NK)

@@ -7,8 +7,6 @@ arXiv 2301.13310.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -42,11 +40,8 @@ class AltUp:
         """Return the hidden states concatenated, (B, T, X · D)."""
         return torch.cat([*stacked_XBTD], dim=-1)
 
-    def wrap_norm(self, norm: nn.Module) -> nn.Module:
-        """Return a module that merges the hidden states into one and applies the last norm."""
-        return _MergeNorm(partial(self._merge, norm))
-
-    def _merge(self, norm: nn.Module, wide_BTX: Tensor) -> Tensor:
+    def merge(self, norm: nn.Module, wide_BTX: Tensor) -> Tensor:
+        """Merge the hidden states into one and apply the last norm."""
         first_BTD, *others = wide_BTX.chunk(self._count, dim=-1)
 
         sum_BTD = first_BTD
@@ -67,12 +62,3 @@ class AltUp:
         size_X1 = reference_XD.square().mean(-1, keepdim=True).sqrt()
         square_X1 = projected_XD.square().mean(-1, keepdim=True).clamp(min=_MIN_SQUARE)
         return projected_XD * size_X1 / square_X1.sqrt()
-
-
-class _MergeNorm(nn.Module):
-    def __init__(self, merge: partial[Tensor]) -> None:
-        super().__init__()
-        self._merge = merge
-
-    def forward(self, wide_BTX: Tensor) -> Tensor:
-        return self._merge(wide_BTX)

@@ -5,8 +5,9 @@ Under a causal mask no real token sees the padding, so that no padding mask is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from racdeploy.pruning.memory_limits import TOKENS_PER_BATCH
 from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.traces.trace import Trace
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -44,16 +47,22 @@ def make_batches(
         tasks: names; ``Batch.task_B`` has indices into them.
         max_tokens: maximum tokens of a batch, padding included; 0 means ``TOKENS_PER_BATCH``.
     """
-    max_padded = max_tokens or TOKENS_PER_BATCH
-
-    groups: list[list[Trace]] = []
-    for trace in sorted(traces, key=lambda trace: (len(trace.ids), trace.index)):
-        length = len(trace.ids)  # the longest so far: the batch is padded to it
-        if not groups or (len(groups[-1]) + 1) * length > max_padded:
-            groups.append([])
-        groups[-1].append(trace)
-
+    in_order = sorted(traces, key=lambda trace: (len(trace.ids), trace.index))
+    groups = group_by_length(in_order, lambda trace: len(trace.ids), max_tokens or TOKENS_PER_BATCH)
     return [_pad(group, tasks, held_out) for group in groups]
+
+
+def group_by_length(
+    items: Iterable[T], length: Callable[[T], int], max_tokens: int
+) -> list[list[T]]:
+    """Split items, sorted by length, into groups of at most ``max_tokens`` with padding."""
+    groups: list[list[T]] = []
+    for item in items:
+        # The item at hand is the longest of its group, so all rows are padded to its length.
+        if not groups or (len(groups[-1]) + 1) * length(item) > max_tokens:
+            groups.append([])
+        groups[-1].append(item)
+    return groups
 
 
 def _pad(traces: Sequence[Trace], tasks: Sequence[str], held_out: bool) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
@@ -98,13 +98,13 @@ class BlockwiseModel:
             set_parameter(block, name, self.to_device(block.get_parameter(name).data))
         return block
 
-    def load_final_norm(self) -> nn.Module:
+    def load_final_norm(self) -> Callable[[Tensor], Tensor]:
         """Load the norm after the last block, with AltUp's merge before it, to the device."""
         name = self.shape.family.final_norm
         norm = self._model.get_submodule(name)
         fill_parameter(self._model, f"{name}.weight", self.checkpoint)
         set_parameter(norm, "weight", self.to_device(norm.get_parameter("weight").data))
-        return self._altup.wrap_norm(norm) if self._altup else norm
+        return partial(self._altup.merge, norm) if self._altup else norm
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)  # the only move to it; outputs of a block stay there

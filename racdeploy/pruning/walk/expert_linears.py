@@ -74,8 +74,6 @@ def gather_groups(
     pair: BlockPair,
     group: int,
     full_weights: Mapping[str, Tensor],  # of its wanted linears, by name inside the block
-    *,
-    match_dense: bool,  # the target is the dense output
 ) -> Iterator[tuple[Sequence[SolveGroup], Sequence[InputStatistic]]]:
     """Yield the wanted linears of an input group with their statistics.
 
@@ -83,50 +81,46 @@ def gather_groups(
     """
     if find_expert(next(iter(full_weights))) is None:
         weights = [*full_weights.values()]
-        statistic = gather_inputs(session, pair, group, weights, match_dense=match_dense)
+        statistic = gather_inputs(session, pair, group, weights)
         yield [SolveGroup(tuple(full_weights))], [statistic]
         return
 
     if not pair.expert_tokens:
         pair.expert_tokens = count_expert_tokens(session, pair)
 
-    members = ExpertLinears(session, pair, full_weights, match_dense=match_dense)
+    members = ExpertLinears(session, pair, full_weights)
     for pieces in members.split_by_memory(members.solve_groups()):
         yield pieces, members.gather_statistics(pieces)
 
 
+@dataclass(frozen=True)
 class ExpertLinears:
     """One kind of linear (as ``gate_proj`` and ``up_proj``) of all experts of a block."""
 
-    def __init__(
-        self,
-        session: PruningSession,
-        pair: BlockPair,
-        full_weights: Mapping[str, Tensor],  # by name inside the block
-        *,
-        match_dense: bool,  # the target is the dense output
-    ) -> None:
-        self._session, self._pair = session, pair
-        self._full_weights = full_weights
-        family = session.model.shape.family
-        self._experts = family.experts_module
-        self._is_inner = list_axes(family, f"{next(iter(full_weights))}.weight")[1] != "D"
-        self._match_dense = match_dense
+    session: PruningSession
+    pair: BlockPair
+    full_weights: Mapping[str, Tensor]  # by name inside the block
+
+    @property
+    def is_inner(self) -> bool:
+        """True if their inputs are the hidden values of an expert."""
+        family = self.session.model.shape.family
+        return list_axes(family, f"{next(iter(self.full_weights))}.weight")[1] != "D"
 
     def solve_groups(self) -> list[SolveGroup]:
         """Return the linears, grouped by the statistic that they are pruned on."""
         linears_by_expert = defaultdict[int, list[str]](list)
-        for linear in self._full_weights:
+        for linear in self.full_weights:
             linears_by_expert[find_expert(linear) or 0].append(linear)
 
-        I = next(iter(self._full_weights.values())).shape[1]
-        min_tokens = self._session.settings.expert_tokens or MIN_TOKENS_PER_INPUT * I
+        I = next(iter(self.full_weights.values())).shape[1]
+        min_tokens = self.session.settings.expert_tokens or MIN_TOKENS_PER_INPUT * I
         pieces = []
         pooled = list[str]()
         for expert, linears in linears_by_expert.items():
             # Pooled experts share one statistic only if their input is the block's.
-            too_few = self._pair.expert_tokens[expert] < min_tokens
-            if too_few and not self._is_inner:
+            too_few = self.pair.expert_tokens[expert] < min_tokens
+            if too_few and not self.is_inner:
                 pooled += linears
             else:
                 pieces.append(SolveGroup(tuple(linears), expert, too_few))
@@ -142,9 +136,9 @@ class ExpertLinears:
 
         for piece in pieces:
             outputs = 0
-            if self._match_dense:
-                outputs = sum(len(self._full_weights[linear]) for linear in piece.linears)
-            inputs = self._full_weights[piece.linears[0]].shape[1]
+            if self.session.settings.match_dense:
+                outputs = sum(len(self.full_weights[linear]) for linear in piece.linears)
+            inputs = self.full_weights[piece.linears[0]].shape[1]
             piece_bytes = 8 * count_sums(inputs, outputs)
             size_bytes += piece_bytes
             if parts[-1] and size_bytes > EXPERT_BYTES:
@@ -156,19 +150,19 @@ class ExpertLinears:
 
     def gather_statistics(self, pieces: Sequence[SolveGroup]) -> list[InputStatistic]:
         """Return a statistic per solve group, from one pass over this process's batches."""
-        session = self._session
-        pair = self._pair
+        session, pair = self.session, self.pair
+        match_dense = session.settings.match_dense
 
         statistics = []
         for piece in pieces:
-            weights = [self._full_weights[linear] for linear in piece.linears]
-            matched = weights if self._match_dense else ()
+            weights = [self.full_weights[linear] for linear in piece.linears]
+            matched = weights if match_dense else ()
             statistics.append(InputStatistic(weights[0].shape[1], session.model.device, matched))
 
         for index, batch in enumerate(session.calibration_batches):
             sparse_routed = pair.sparse_flow.expert_input(pair.sparse, index)
             dense_routed = None
-            if self._match_dense:
+            if match_dense:
                 dense_routed = pair.dense_flow.expert_input(pair.dense, index)
 
             for piece, statistic in zip(pieces, statistics, strict=True):
@@ -188,11 +182,12 @@ class ExpertLinears:
     ) -> Tensor:
         """Return the linears' input at some tokens, each as a sequence of one token."""
         hidden_MD = routed.hidden_ND[token_M]
-        if not self._is_inner:
+        if not self.is_inner:
             return hidden_MD[:, None]
 
-        module: Any = block.get_submodule(f"{self._experts}.{expert}")
-        with self._session.model.autocast():
+        experts = self.session.model.shape.family.experts_module
+        module: Any = block.get_submodule(f"{experts}.{expert}")
+        with self.session.model.autocast():
             inner_MF: Tensor = module.intermediate(hidden_MD)
         return inner_MF[:, None]
 

@@ -65,11 +65,11 @@ def gather_inputs(
     group: int,
     weights: Sequence[Tensor],  # of its linears
     *,
-    match_dense: bool,  # also add up products with the dense model's input
     is_final: bool = True,  # nothing before the group changes any more
 ) -> InputStatistic:
     """Gather the statistic of a group's input over this process's calibration batches."""
     linears = pair.input_groups[group]
+    match_dense = session.settings.match_dense
     narrowed = [linear for linear in linears if linear in pair.narrowed_importance and match_dense]
     dense = [pair.dense.get_parameter(f"{linear}.weight") for linear in narrowed]
     statistic = InputStatistic(

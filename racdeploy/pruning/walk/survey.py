@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -44,6 +45,9 @@ def survey(
     Returns:
         Name → observation, from all processes.
     """
+    # Nothing is pruned yet, so there are no other outputs to match.
+    settings = session.settings.model_copy(update={"match_dense": False})
+    session = replace(session, settings=settings)
     blocks = session.model
     probe = max(session.all_calibration_batches, key=lambda batch: batch.tokens)
 
@@ -96,7 +100,7 @@ def _observe_block(
         if not full:
             continue
 
-        for pieces, statistics in gather_groups(session, pair, group, full, match_dense=False):
+        for pieces, statistics in gather_groups(session, pair, group, full):
             for piece, statistic in zip(pieces, statistics, strict=True):
                 yield from _observe_owned(session, full, piece.linears, statistic)
 

@@ -97,8 +97,3 @@ class ExistingZeros:
 
 
 Pattern = Unstructured | NOfM | ExistingZeros
-
-
-def make_pattern(sparsity: float, n_m: tuple[int, int] | None) -> Unstructured | NOfM:
-    """Return the pattern a recipe asks for."""
-    return NOfM(*n_m) if n_m else Unstructured(sparsity)

@@ -6,6 +6,7 @@ Linears with one statistic are solved together, each in the process that owns it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from racdeploy.pruning.walk.statistics import InputStatistic
 from racdeploy.pruning.weights.patterns import (
     ExistingZeros,
     LinearSparsities,
+    NOfM,
     Pattern,
-    make_pattern,
+    Unstructured,
 )
 from racdeploy.pruning.weights.refit import prune_and_refit
 from racdeploy.pruning.weights.rounding import round_to_grid
@@ -36,20 +38,14 @@ LinearSolution = tuple[Tensor, Tensor, float, GridCodes | None]
 """Pruned weights, their target, the damping, and the codes if they were chosen."""
 
 
+@dataclass(frozen=True)
 class LinearPruner:
     """Prunes linears by the recipe's method, sparsities and format."""
 
-    def __init__(
-        self,
-        session: PruningSession,
-        sparsities: LinearSparsities,
-        quant: RoundingQuant,  # format whose codes are optimized; empty: the export rounds
-        *,
-        keep_existing_zeros: bool,  # prune no others: the model is sparse already
-    ) -> None:
-        self.session, self.sparsities, self.quant = session, sparsities, quant
-        self._keeps_own_zeros = keep_existing_zeros
-        self._method = plugins.load("prune_methods", session.settings.method)
+    session: PruningSession
+    sparsities: LinearSparsities
+    quant: RoundingQuant  # format whose codes are optimized; empty: the export rounds
+    keep_existing_zeros: bool  # prune no others: the model is sparse already
 
     def quant_of(self, pair: BlockPair, linear: str) -> str:
         """Return the format whose codes are optimized for a linear, or an empty string."""
@@ -64,11 +60,8 @@ class LinearPruner:
         """Prune linears that share an input."""
         # Dense weights, minus the rows and columns of a cut.
         full = {name: pair.sparse.get_parameter(f"{name}.weight") for name in linears}
-        match_dense = self.session.settings.match_dense
         pruned: dict[str, PrunedLinear] = {}
-        for pieces, statistics in gather_groups(
-            self.session, pair, group, full, match_dense=match_dense
-        ):
+        for pieces, statistics in gather_groups(self.session, pair, group, full):
             pruned |= self._prune(pair, pieces, statistics, full)
         return pruned
 
@@ -121,6 +114,7 @@ class LinearPruner:
     ) -> dict[str, LinearSolution]:
         """Solve the linears of a group that this process owns."""
         settings = self.session.settings
+        method = plugins.load("prune_methods", settings.method)
         hessian = statistic.hessian(settings.damping)
         indices = [piece.linears.index(linear) for linear in owned]
         matched = statistic.solve_targets(indices, hessian) if settings.match_dense else {}
@@ -129,7 +123,7 @@ class LinearPruner:
         for index, linear in zip(indices, owned, strict=True):
             target_OI = matched.get(index, full[linear])
             live_OI = target_OI * ~hessian.dead_I
-            pruned = prune_and_refit(self._method, live_OI, hessian, patterns[linear], settings)
+            pruned = prune_and_refit(method, live_OI, hessian, patterns[linear], settings)
             weight_OI = pruned.weight_OI
             codes = None
 
@@ -175,12 +169,12 @@ class LinearPruner:
 
     def _pattern(self, pair: BlockPair, linear: str, weight_OI: Tensor) -> Pattern:
         """Return the pattern of a linear's zeros."""
-        if self._keeps_own_zeros:
+        if self.keep_existing_zeros:
             return ExistingZeros(weight_OI != 0)
 
         settings, name = self.session.settings, pair.dense_name(linear)
         settings.check_width(name, weight_OI.shape[1])
-        return make_pattern(self.sparsities[name], settings.n_m)
+        return NOfM(*settings.n_m) if settings.n_m else Unstructured(self.sparsities[name])
 
 
 def find_solve_order(shape: ModelShape, linear: str, weight_OI: Tensor) -> Tensor | None:
