@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from racdeploy.report.markdown import escape, write_table
-from racdeploy.report.tables import ReportTable, format_with_units, to_single_line
+from racdeploy.report.tables import ReportTable, fill_cells, to_single_line
 from racdeploy.results.answers import ArmSummary
 from racdeploy.results.report import Report
 
@@ -49,10 +49,7 @@ def write_card(reports: Sequence[Report]) -> str:
 
 def _fill(name: str, verdict: str, arm: ArmSummary, report: Report | None) -> tuple[str, ...]:
     comparison = report.comparison if report else None
-    cells = []
-    for template in _COLUMNS.values():
-        if "{1" in template and comparison is None:
-            cells.append("")
-        else:
-            cells.append(format_with_units(template, arm, comparison))
-    return (to_single_line(name), verdict, *cells)
+    columns = _COLUMNS
+    if comparison is None:
+        columns = {key: "" if "{1" in cell else cell for key, cell in _COLUMNS.items()}
+    return (to_single_line(name), verdict, *fill_cells(columns, arm, comparison))

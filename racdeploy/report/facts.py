@@ -34,7 +34,12 @@ def list_facts(report: Report) -> list[Fact]:
     """Return method, zeros, number format and file, if they are known."""
     recipe, pruned = report.recipe, report.find_arm("pruned")
     kept = list_remaining(report.kept_structure, report.structure)
-    method = _find(recipe, "prune", "method") if _has_zeros(recipe) else ""
+    method = zeros = ""
+    if _has_zeros(recipe):
+        method = _find(recipe, "prune", "method")
+        if pruned and pruned.sparsity is not None:
+            share = f"{pruned.sparsity:.1%} of the prunable weights"
+            zeros = _join(share, _find(recipe, "prune", "pattern"))
     cut = f"cut by {_find(recipe, 'structure', 'criterion') or 'error'}" if kept else ""
     source = _SOURCES.get(_find(recipe, "calibration", "source"), "")
     if method == "magnitude" and not kept:
@@ -45,7 +50,7 @@ def list_facts(report: Report) -> list[Fact]:
     packed = f"packed as {packing}" if packing not in ("", "plain") else ""
     texts = {
         "Method": _join(method, cut, source) if method or cut else "",
-        "Zeros": _describe_zeros(recipe, pruned),
+        "Zeros": zeros,
         "Stored as": _join(_find(recipe, "export", "format").upper(), quant, packed),
     }
 
@@ -76,14 +81,6 @@ def find_question(records: Sequence[AnswerRecord]) -> str:
 def _has_zeros(recipe: Mapping[str, Any]) -> bool:
     is_plain = _find(recipe, "prune", "pattern") in ("", "unstructured")
     return not is_plain or _find(recipe, "prune", "sparsity") not in ("", "0", "0.0")
-
-
-def _describe_zeros(recipe: Mapping[str, Any], pruned: ArmSummary | None) -> str:
-    """Return the share of zeros in the file and their pattern; empty if none were requested."""
-    pattern = _find(recipe, "prune", "pattern")
-    if not _has_zeros(recipe) or pruned is None or pruned.sparsity is None:
-        return ""
-    return _join(f"{pruned.sparsity:.1%} of the prunable weights", pattern)
 
 
 def _describe_file(pruned: ArmSummary | None) -> list[Fact]:

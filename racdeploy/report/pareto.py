@@ -6,6 +6,7 @@ A metric counts only if every arm has it: an arm whose speed was not measured ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import ge
 
 from racdeploy.results.answers import ArmSummary
 from racdeploy.results.report import Report
@@ -31,17 +32,12 @@ def find_non_dominated(qualities: Mapping[str, Sequence[float]]) -> frozenset[st
 
     A name is dominated by another that is at least as good in all values and better in one.
     """
-    names = set()
-    for name, quality in qualities.items():
-        is_dominated = []
-        for other in qualities.values():
-            pairs = zip(other, quality, strict=True)
-            is_dominated.append(
-                other != quality and all(value >= own_value for value, own_value in pairs)
-            )
-        if not any(is_dominated):
-            names.add(name)
-    return frozenset(names)
+
+    def is_dominated(quality: Sequence[float]) -> bool:
+        others = [other for other in qualities.values() if other != quality]
+        return any(all(map(ge, other, quality)) for other in others)
+
+    return frozenset(name for name, quality in qualities.items() if not is_dominated(quality))
 
 
 def describe_front(report: Report) -> str:

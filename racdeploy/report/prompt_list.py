@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from racdeploy.files.reading import Json
 from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.report.pairs import OUTCOMES, AnswerPair
 from racdeploy.results.answers import AnswerRecord
@@ -98,7 +99,7 @@ def count_shared_characters(pair: AnswerPair, max_characters: int = _FIRST_CHARA
     return max(prefix.rfind(" "), prefix.rfind("\n")) + 1
 
 
-def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> dict[str, Any]:
+def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> Json:
     """Return a prompt as the entry that the script reads."""
     shared = 0
     if with_thinking:
@@ -121,9 +122,7 @@ def _describe(pair: AnswerPair, max_characters: int, with_thinking: bool) -> dic
     }
 
 
-def _describe_side(
-    record: AnswerRecord, max_characters: int, with_thinking: bool
-) -> dict[str, Any]:
+def _describe_side(record: AnswerRecord, max_characters: int, with_thinking: bool) -> Json:
     """Return one model's answer; without thoughts, only its figures and its scored answer."""
     extracted = record.extracted
     side = {

@@ -106,12 +106,12 @@ def list_tables(report: Report) -> list[ReportTable]:
             worst_first = sorted(errors.items(), key=lambda item: -item[1])
             drifts += [(f"{kind} {name}", f"{error:.2%}") for name, error in worst_first]
 
-    rivals = [_fill(_RIVAL, row) for row in report.rivals]
+    rivals = [fill_cells(_RIVAL, row) for row in report.rivals]
     candidates: dict[tuple[str, str], list[TableRow]] = {
-        (report.both_roles, "|".join(columns)): [_fill(columns, arm) for arm in arms],
+        (report.both_roles, "|".join(columns)): [fill_cells(columns, arm) for arm in arms],
         ("Comparison with dense models", "|".join(_RIVAL)): rivals,
         ("Structure", "part|dense|pruned|kept"): [part.row for part in kept],
-        ("Recovery", "|".join(_PHASE)): [_fill(_PHASE, *phase) for phase in phases],
+        ("Recovery", "|".join(_PHASE)): [fill_cells(_PHASE, *phase) for phase in phases],
         ("Tasks", f"task|prompts|{dense}|{pruned}"): _tasks(report),
         **(_harness(report.harness) if report.harness else {}),
         ("Checks", "check|verdict|result"): [
@@ -230,7 +230,8 @@ def format_with_units(template: str, *values: object) -> str:
     return _Units().format(template, *values)
 
 
-def _fill(cells: Mapping[str, str], *values: object) -> TableRow:
+def fill_cells(cells: Mapping[str, str], *values: object) -> TableRow:
+    """Return a row of the templates of its cells, filled in with some values."""
     return tuple(format_with_units(cell, *values) for cell in cells.values())
 
 

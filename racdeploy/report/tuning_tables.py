@@ -12,6 +12,7 @@ from typing import get_args
 from racdeploy.report.tables import (
     ReportTable,
     TableRow,
+    fill_cells,
     format_bytes,
     format_duration,
     format_number,
@@ -22,20 +23,18 @@ from racdeploy.report.tables import (
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Estimate, Reached, Tuning
 
 _REACHED: tuple[Reached, ...] = get_args(Reached)
-_CELLS: dict[str, Callable[[Candidate], str]] = {
-    "last stage": lambda each: each.reached,
-    "size": lambda each: format_with_units("{0.size_bytes:bytes}", each),
-    "memory": lambda each: format_with_units("{0.memory_bytes:bytes}", each),
-    "tokens/s": lambda each: format_with_units("{0.tokens_per_s:speed}", each),
-    "tokens/s, measured": lambda each: format_with_units("{0.measured_tokens_per_s:speed}", each),
-    "KL, 10⁻³ nats": lambda each: (
-        "" if each.kl_nats is None else format_number(float(f"{1e3 * each.kl_nats:.2g}"))
-    ),
-    "right": lambda each: f"{each.correct:,} of {each.prompts:,}" if each.prompts else "",
-    "accuracy (95%)": lambda each: format_estimate(each.accuracy, "{:.1%}".format),
-    "thinking tokens": lambda each: format_with_units("{0.thinking_tokens_mean:,.0f}", each),
-    "s a right answer": lambda each: format_estimate(each.seconds_per_correct, format_seconds),
-    "reason for rejection": lambda each: each.reason,
+_CELLS = {
+    "last stage": "{0.reached}",
+    "size": "{0.size_bytes:bytes}",
+    "memory": "{0.memory_bytes:bytes}",
+    "tokens/s": "{0.tokens_per_s:speed}",
+    "tokens/s, measured": "{0.measured_tokens_per_s:speed}",
+    "KL, 10⁻³ nats": "{1}",
+    "right": "{2}",
+    "accuracy (95%)": "{3}",
+    "thinking tokens": "{0.thinking_tokens_mean:,.0f}",
+    "s a right answer": "{4}",
+    "reason for rejection": "{0.reason}",
 }
 _WIDE_COLUMNS = ("last stage", "memory", "right", "thinking tokens")
 """Columns that a terminal has no room for."""
@@ -64,7 +63,11 @@ def make_tuning_table(
 
         kind = " (dense)" if each.dense else ""
         role = f", {roles[each.name]}" if each.name in roles else ""
-        cells = [cell(each) for cell in _CELLS.values()]
+        kl = "" if each.kl_nats is None else format_number(float(f"{1e3 * each.kl_nats:.2g}"))
+        right = f"{each.correct:,} of {each.prompts:,}" if each.prompts else ""
+        accuracy = format_estimate(each.accuracy, "{:.1%}".format)
+        cost = format_estimate(each.seconds_per_correct, format_seconds)
+        cells = fill_cells(_CELLS, each, kl, right, accuracy, cost)
         rows.append((f"{each.name}{kind}{role}", *cells))
 
     # A column without any figure, as memory on an unknown device, is left out.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
+from racdeploy.files.reading import Json
 from racdeploy.results.checks import VerdictName
 from racdeploy.results.schema import Difference, FrozenModel, OpenShare, PositiveCount, Ratio, Share
 
@@ -178,7 +179,7 @@ class HarnessRun(FrozenModel):
 
     name: str
     version: str
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Json = Field(default_factory=dict)
     confidence: OpenShare = 0.90
     rows: tuple[HarnessRow, ...] = ()
 

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from racdeploy.files.reading import Json
 from racdeploy.results.answers import ArmSummary, Comparison, HarnessRun, RivalRow, TaskRow
 from racdeploy.results.checks import CheckResult, VerdictName, overall_verdict
 from racdeploy.results.pruning import (
@@ -54,7 +55,7 @@ class Report(FrozenModel):
     created: AwareDatetime
     model: str
     target: str
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: Json = Field(default_factory=dict)
     arms: tuple[ArmSummary, ...] = ()
     tasks: tuple[TaskRow, ...] = ()
     comparison: Comparison | None = None
@@ -71,7 +72,7 @@ class Report(FrozenModel):
     reference: str = ""
     stepped_back: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    fingerprint: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: Json = Field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, str]:

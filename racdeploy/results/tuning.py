@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import (
     AwareDatetime,
@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from racdeploy.files.reading import Json
 from racdeploy.results.schema import FrozenModel, PositiveCount, Ratio, Share
 
 Objective = Literal["size", "speed", "seconds-per-correct-answer", "accuracy"]
@@ -112,7 +113,7 @@ class Candidate(_FinitePart):
 
     name: str
     dense: bool
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Json = Field(default_factory=dict)
     reached: Reached
     reason: str = ""
     size_bytes: NonNegativeInt
@@ -160,7 +161,7 @@ class Tuning(_FinitePart):
     verdict: str
     gain: Estimate | None = None
     notes: tuple[str, ...] = ()
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: Json = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     bundle: str = ""
 
