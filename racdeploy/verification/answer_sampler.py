@@ -17,6 +17,7 @@ from racdeploy.engines.engine import (
     Progress,
     Sampling,
 )
+from racdeploy.files.reading import Json
 from racdeploy.manifest import ThinkingControl
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord
@@ -216,7 +217,7 @@ def identify_answers(
     sampler: AnswerSampler,
     engine: EngineSettings,
     machine: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Json:
     """Return everything that a completion depends on: file hashes, decoding settings, machine.
 
     Two runs with equal identities may share one completion log.

@@ -25,9 +25,10 @@ from racdeploy.verification.stats import lengths, paired
 from racdeploy.verification.stats.verdicts import RatioEstimate
 
 T = TypeVar("T")
-is_correct: Callable[[AnswerRecord], bool] = attrgetter("correct")
+Predicate = Callable[[AnswerRecord], bool]
+is_correct: Predicate = attrgetter("correct")
 thinking_tokens: Callable[[AnswerRecord], int] = attrgetter("thinking_tokens")
-FAULTS: dict[str, Callable[[AnswerRecord], bool]] = {
+FAULTS: dict[str, Predicate] = {
     "unclosed": lambda record: record.state == "open",
     "loops": lambda record: record.loop_tokens > 0,
     "forced": lambda record: record.state == "forced",
@@ -69,7 +70,7 @@ class ArmResult:
         decode_s = self.stats.get("decode_s")
         return self.stats.get("generated_tokens", 0.0) / decode_s if decode_s else None
 
-    def count(self, predicate: Callable[[AnswerRecord], bool]) -> int:
+    def count(self, predicate: Predicate) -> int:
         """Count the records for which a test holds."""
         return sum(map(predicate, self.records))
 
@@ -80,9 +81,7 @@ class ArmResult:
             rows.setdefault(record.prompt, []).append(value(record))
         return list(rows.values())
 
-    def count_disagreements(
-        self, other: ArmResult, predicate: Callable[[AnswerRecord], bool]
-    ) -> paired.PairedCounts:
+    def count_disagreements(self, other: ArmResult, predicate: Predicate) -> paired.PairedCounts:
         """Count the prompts for which a test holds in one arm only; ``n10`` is this one only."""
         return paired.paired_counts(
             self.group_by_prompt(predicate), other.group_by_prompt(predicate)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from racdeploy.files.reading import Json
 from racdeploy.harnesses import HarnessScore
 from racdeploy.results.answers import HarnessRow, HarnessRun
 from racdeploy.results.checks import CheckResult
@@ -71,7 +71,7 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
 
 def _compare(dense: HarnessScore, pruned: HarnessScore, confidence: float) -> HarnessRow:
     """Return a metric of both models, with the interval of its difference where it is paired."""
-    reason, result = _refuse_pairs(dense, pruned), dict[str, Any]()
+    reason, result = _refuse_pairs(dense, pruned), Json()
     if not reason:
         documents = sorted(dense.by_document)
         before = [dense.by_document[name] for name in documents]

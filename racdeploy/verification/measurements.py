@@ -12,6 +12,7 @@ from racdeploy import sparse_kernels
 from racdeploy.engines.engine import EngineSettings, Ids
 from racdeploy.exporting import ExportedTensor
 from racdeploy.extras import installed_version
+from racdeploy.files.reading import Json
 from racdeploy.processes.cores import read_cpu_info
 from racdeploy.results.pruning import TensorRow
 from racdeploy.runtime.template import PromptEncoder
@@ -87,7 +88,7 @@ def list_tensors(exported: Sequence[ExportedTensor]) -> tuple[TensorRow, ...]:
     return tuple(TensorRow.model_validate(tensor, from_attributes=True) for tensor in exported)
 
 
-def fingerprint(settings: EngineSettings) -> dict[str, Any]:
+def fingerprint(settings: EngineSettings) -> Json:
     """Return the versions, machine, kernels and engine settings that results depend on.
 
     Compared by :func:`racdeploy.verification.baseline.compare_fingerprints`.

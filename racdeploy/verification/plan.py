@@ -6,8 +6,8 @@ Several samples of a prompt count as one, so the power is never overstated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from racdeploy.files.reading import Json
 from racdeploy.recipe import Verification
 from racdeploy.verification.checks import accuracy, thinking
 from racdeploy.verification.evidence import ArmResult, is_correct, thinking_tokens
@@ -50,7 +50,7 @@ def estimate_from_arms(dense: ArmResult, pruned: ArmResult, budget: int) -> Expe
     return Expectation(discordant, deviation)
 
 
-def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> dict[str, Any]:
+def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int) -> Json:
     """Return the power of a verification, and the smallest losses that it can detect."""
     confidence = gate.confidence
     margin = gate.limits(accuracy.Limits).margin

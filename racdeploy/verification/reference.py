@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import ConfigDict, Field
 
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.recipe import Verification
 from racdeploy.report.files import read_as, read_records
@@ -25,7 +27,6 @@ from racdeploy.verification.evidence import ArmResult
 from racdeploy.verification.top_logits import TopLogits, read_top_logits, write_top_logits
 
 REFERENCE_NAME = "reference.json"
-Ids = tuple[int, ...]
 
 
 class Reference(FrozenModel):
@@ -53,7 +54,7 @@ class Reference(FrozenModel):
     open_tag: str = ""
     probes: dict[str, Ids]
     completions: tuple[Ids, ...] = ()
-    fingerprint: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: Json = Field(default_factory=dict)
     arm: ArmResult
     logits: tuple[TopLogits, ...] = Field(default=(), exclude=True)
 

@@ -43,8 +43,13 @@ def find_same_size_quants(
         sizes.append(pruned.size_bytes - zero_bytes + mask_bytes)
 
     rest_bytes = dense.size_bytes - _linear_bytes(dense, shapes)
-    bits = _bits_by_quant(settings.format, {row for _, row in shapes.values()})
-    bits.pop(reference, None)
+    row_lengths = {row for _, row in shapes.values()}
+    bits = {}
+    for name in plugins.list_names("quant"):
+        rival = quant.load(name)
+        fits = not any(quant.explain_misfit(rival, row) for row in row_lengths)
+        if fits and settings.format in rival.FORMATS and name != reference:
+            bits[name] = rival.BITS
 
     def preference(name: str) -> tuple[float, bool, str]:
         # ggml's K formats are the better ones of equal width.
@@ -78,15 +83,3 @@ def _linear_bytes(exported: ExportResult, shapes: Mapping[str, tuple[int, ...]])
 def _list_linears(exported: ExportResult, names: Iterable[str]) -> list[ExportedTensor]:
     sources = set(map(generalize_expert, names))
     return [tensor for tensor in exported.tensors if tensor.source in sources]
-
-
-def _bits_by_quant(form: str, row_lengths: set[int]) -> dict[str, float]:
-    """Return the bits per weight of the quants that fit a file format and the row lengths."""
-    bits = {}
-    for name in plugins.list_names("quant"):
-        chosen = quant.load(name)
-        fits = not any(quant.explain_misfit(chosen, row) for row in row_lengths)
-        if fits and form in chosen.FORMATS:
-            bits[name] = chosen.BITS
-
-    return bits

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from racdeploy.engines.engine import Engine, Logits, Progress
 from racdeploy.errors import ArtifactError
-from racdeploy.models.renumbering import map_new_ids, translate_ids
+from racdeploy.models.renumbering import OldIds, map_new_ids, translate_ids
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
 from racdeploy.verification.evidence import Divergence, LogitComparison
 from racdeploy.verification.stats.distributions import Floats
@@ -60,7 +60,7 @@ def completion_logits(engine: Engine, trace: TraceIds) -> Logits:
     return engine.logits(prompt + completion)[len(prompt) - 1 : -1]
 
 
-def take_top(logits_TV: Logits, old_ids: NDArray[np.int64] | None = None) -> TopLogits:
+def take_top(logits_TV: Logits, old_ids: OldIds | None = None) -> TopLogits:
     """Return the most likely tokens.
 
     Args:
@@ -104,7 +104,7 @@ def record_top_logits(
     engine: Engine,
     traces: Sequence[TraceIds],
     progress: Progress | None = None,
-    old_ids: NDArray[np.int64] | None = None,
+    old_ids: OldIds | None = None,
 ) -> list[TopLogits]:
     """Return the most likely tokens at each completion token of each trace, see `take_top`."""
     return [
@@ -135,7 +135,7 @@ def compare_checkpoints(
     dense: EngineFactory,
     artifact: EngineFactory,
     traces: Sequence[TraceIds],
-    old_ids: NDArray[np.int64] | None = None,
+    old_ids: OldIds | None = None,
     progress: Progress | None = None,
 ) -> LogitComparison | None:
     """Run the dense model's traces through three models; None if there are no traces.
@@ -177,7 +177,7 @@ def compare_checkpoints(
 
 
 def renumber_traces(
-    traces: Sequence[TraceIds], old_ids: NDArray[np.int64]
+    traces: Sequence[TraceIds], old_ids: OldIds
 ) -> tuple[list[TraceIds], list[TraceIds]]:
     """Return the traces whose tokens are all kept: in old ids, and in new ids."""
     ids = map_new_ids(old_ids)
