@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.files.texts import read_texts
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.renumbering import OldIds
 from racdeploy.pruning.structures import vocabulary
 from racdeploy.recipe import Structure
 from racdeploy.runtime.template import PromptEncoder
@@ -35,7 +33,7 @@ class VocabularyChoice:
         texts = read_texts(self.settings.vocabulary_text, vocabulary.TEXTS_KEY)
         return (*prompts, *tags, *texts)
 
-    def choose(self, traces: Sequence[Trace] = ()) -> NDArray[np.int64]:
+    def choose(self, traces: Sequence[Trace] = ()) -> OldIds:
         """Return the ids of the kept tokens, ascending.
 
         Without traces, only prompts and texts count: a check before the long stages.
@@ -43,11 +41,13 @@ class VocabularyChoice:
         Raises:
             UsageError: more tokens are needed than the recipe keeps.
         """
-        used = self._find_ids([*self.required_texts, *self.decode(traces)])
+        used: set[int] = set()
+        for text in (*self.required_texts, *self.decode(traces)):
+            used.update(self.encoder.encode_text(text))
 
         # A model may write a text with other tokens than the tokenizer would.
         for trace in traces:
-            used = used.union(trace.ids)
+            used.update(trace.ids)
 
         source = "the prompts, texts and traces"
         if not traces:
@@ -59,9 +59,3 @@ class VocabularyChoice:
     def decode(self, traces: Sequence[Trace]) -> list[str]:
         """Return the texts of traces."""
         return [self.encoder.decode(trace.ids) for trace in traces]
-
-    def _find_ids(self, texts: Iterable[str]) -> frozenset[int]:
-        used: set[int] = set()
-        for text in texts:
-            used.update(self.encoder.encode_text(text))
-        return frozenset(used)

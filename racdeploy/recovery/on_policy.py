@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from racdeploy.pruning.walk.activations import Activations
-from racdeploy.recovery.divergence import LMHead
+from racdeploy.recovery.divergence import LMHead, chunks
 from racdeploy.recovery.training_batches import dense_states
 from racdeploy.recovery.training_run import TrainingRun
 from racdeploy.traces.trace import Trace
@@ -46,8 +46,7 @@ def find_likely_tokens(head: LMHead, states_TD: torch.Tensor, trace: Trace) -> l
 
     likely = []
 
-    for start in range(0, len(states_ND), head.chunk_tokens):
-        chunk = slice(start, start + head.chunk_tokens)
+    for chunk in chunks(head, len(states_ND)):
         logits_NV = head.logits(states_ND[chunk])
         token_logit_N1 = logits_NV.gather(1, token_N[chunk, None])
         likely.append((logits_NV > token_logit_N1).sum(1) < TOP_K)

@@ -55,7 +55,14 @@ class MaskedAdam:
                 chunk = slice(start, start + _CHUNK_WEIGHTS)
                 first_N = first.view(-1)[chunk]
                 second_N = second.view(-1)[chunk]
-                update_N = _compute_update(gradient_N[chunk], first_N, second_N, corrections)
+                mean_N = first_N.float().lerp_(gradient_N[chunk], 1 - BETAS[0])
+                square_N = second_N.float().lerp_(gradient_N[chunk].square(), 1 - BETAS[1])
+                first_N.copy_(mean_N)
+                second_N.copy_(square_N)
+
+                # From the float32 moments, not from their rounded copies.
+                root_N = square_N.div_(corrections[1]).sqrt_().add_(_EPSILON)
+                update_N = mean_N.div_(corrections[0]).div_(root_N)
 
                 weight_N = weight.data.view(-1)[chunk]
                 if name in self.masked:
@@ -63,19 +70,6 @@ class MaskedAdam:
                 weight_N.sub_(update_N, alpha=learning_rate)
 
             weight.grad = None
-
-
-def _compute_update(
-    gradient_N: Tensor, first_N: Tensor, second_N: Tensor, corrections: tuple[float, ...]
-) -> Tensor:
-    """Update both moments with a gradient, and return the update at a learning rate of 1."""
-    mean_N = first_N.float().lerp_(gradient_N, 1 - BETAS[0])
-    square_N = second_N.float().lerp_(gradient_N.square(), 1 - BETAS[1])
-    first_N.copy_(mean_N)
-    second_N.copy_(square_N)
-
-    # From the float32 moments, not from their rounded copies.
-    return mean_N.div_(corrections[0]).div_(square_N.div_(corrections[1]).sqrt_().add_(_EPSILON))
 
 
 def gradient_norm(weights: Mapping[str, Tensor]) -> float:

@@ -62,14 +62,13 @@ class ScaleParameters(WeightParameters):
         for name, weight_OI in linears.items():
             grid = load_grid(stored[name].quant)
             whole = _list_signed(stored[name].read(), grid) if processes.is_first else None
-            parts = (
-                [
-                    processes.scatter_rows(None if whole is None else whole[index], like)
-                    for index, like in enumerate(_list_shapes(grid, weight_OI))
-                ]
-                if processes.broadcast_object(whole is not None)
-                else []
-            )
+            # This process' rows of codes, step codes and scales.
+            O, I = weight_OI.shape
+            parts = []
+            if processes.broadcast_object(whole is not None):
+                for index, columns in enumerate((I, I // grid.group_size, I // grid.block_size)):
+                    rows = whole[index] if whole else None
+                    parts.append(processes.scatter_rows(rows, weight_OI.new_empty(O, columns)))
 
             exact = bool(parts) and torch.equal(_multiply(*parts), weight_OI.detach())
             # All processes must agree, or the shards of a linear would be trained differently.
@@ -126,16 +125,6 @@ def _list_signed(codes: GridCodes, grid: Grid) -> tuple[Tensor, Tensor, Tensor] 
     arrays = value_OI, step_code_OG.astype(np.float32), codes.scale_OX.astype(np.float32)
     code_OI, step_OG, scale_OX = map(torch.from_numpy, arrays)
     return code_OI, step_OG, scale_OX
-
-
-def _list_shapes(grid: Grid, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tensors of the shapes of this process' codes, step codes and scales."""
-    O, I = weight_OI.shape
-    return (
-        torch.empty_like(weight_OI),
-        weight_OI.new_empty(O, I // grid.group_size),
-        weight_OI.new_empty(O, I // grid.block_size),
-    )
 
 
 def _multiply(code_OI: Tensor, step_code_OG: Tensor, scale_OX: Tensor) -> Tensor:

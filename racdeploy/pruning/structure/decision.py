@@ -86,8 +86,19 @@ def _survey(
 
     def observe(name: str, weight_OI: Tensor, hessian: Hessian, effect: Effect) -> Observation:
         part, layout = wanted[name]
-        share = structure.kept_share(part)
-        return observe_widths(criterion, weight_OI, hessian, layout, effect, share)
+        removal = InputUnits(weight_OI, hessian, layout)
+        nearest = layout.nearest_count(structure.kept_share(part))
+
+        # The effect is measured once, near the wanted share, and scales all losses.
+        losses: dict[int, float] = {}
+        scale = 0.0
+        for count in layout.counts:
+            criterion.remove_units(removal, count)
+            losses[count] = loss = removal.loss()
+            if loss > 0 and (count == nearest or not scale):
+                scale = effect(removal.weights_with_zeros()) / loss
+
+        return {str(count): scale * loss for count, loss in losses.items()}
 
     curves: dict[str, list[dict[int, float]]] = {part: [] for part in layouts}
     for name, observation in survey(session, list(wanted), observe).items():
@@ -96,33 +107,6 @@ def _survey(
         curves[part].append(curve)
 
     return curves
-
-
-def observe_widths(
-    criterion: ModuleType,
-    weight_OI: Tensor,
-    hessian: Hessian,
-    layout: UnitLayout,
-    effect: Effect,
-    share: float,
-) -> Observation:
-    """Return number of units that stay → relative change of the block's output.
-
-    The effect is measured once, near the wanted share, and scales all losses.
-    """
-    removal = InputUnits(weight_OI, hessian, layout)
-    nearest = layout.nearest_count(share)
-
-    losses: dict[int, float] = {}
-    scale = 0.0
-
-    for count in layout.counts:
-        criterion.remove_units(removal, count)
-        losses[count] = loss = removal.loss()
-        if loss > 0 and (count == nearest or not scale):
-            scale = effect(removal.weights_with_zeros()) / loss
-
-    return {str(count): scale * loss for count, loss in losses.items()}
 
 
 def allocate_units(
