@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import atomic_file
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.tensors.safetensors import (
@@ -70,12 +71,12 @@ def write_tensors(
         target.write(text)
 
 
-def read_values(file: Path) -> dict[str, Any]:
+def read_values(file: Path) -> Json:
     """Return the ``values`` of a file of :func:`write_tensors`."""
     entry = read_tensor_entries(file)[_VALUES]
     with file.open("rb") as source:
         source.seek(entry.start)
-        values: dict[str, Any] = json.loads(source.read(entry.stop - entry.start))
+        values: Json = json.loads(source.read(entry.stop - entry.start))
     return values
 
 

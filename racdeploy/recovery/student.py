@@ -32,52 +32,6 @@ _SUM_REDUCTION = "set_force_sum_reduction_for_comms"
 _UNUSED_PARAMETERS = "set_reduce_scatter_unused_params"
 
 
-class ShardedModel:
-    """Sharded model with this process's rows of the trained weights.
-
-    ``model`` has no output projection.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        trained: Sequence[str],
-        device: torch.device,
-        processes: ProcessGroup,
-    ) -> None:
-        self._processes = processes
-        self._routed = bool(checkpoint.family.expert_linears)
-        self.model = _load(checkpoint, frozenset(trained), device, processes)
-
-        self._parameters: dict[str, Any] = {}
-        self.rows: dict[str, Tensor] = {}
-
-        for name in trained:
-            parameter: Any = self.model.get_parameter(name)
-            self._parameters[name] = parameter
-            self.rows[name] = parameter.to_local().detach()  # the same memory
-
-    def collect_gradients(self) -> None:
-        """Move the gradients, already summed over processes, from FSDP's parameters to the rows."""
-        gradients: dict[str, Tensor] = {}
-
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                gradients[name] = parameter.grad.to_local()
-                parameter.grad = None
-
-        reached = {*gradients}
-        # FSDP gives experts that no token chose zero gradients, where one process has none. Adam
-        # must skip them in both cases: its momentum would move them.
-        if self._routed:
-            nonzero = [name for name, gradient in gradients.items() if gradient.any()]
-            reached = set[str]().union(*self._processes.all_gather(nonzero))
-
-        for name, gradient in gradients.items():
-            if name in reached:
-                self.rows[name].grad = gradient
-
-
 def _load(
     checkpoint: Checkpoint, trained: frozenset[str], device: torch.device, processes: ProcessGroup
 ) -> nn.Module:
@@ -139,20 +93,23 @@ class Student:
     """
 
     def __init__(self, run: TrainingRun, trained: Sequence[str]) -> None:
-        self._device, self._compute = run.device, run.compute
-        self._shards: ShardedModel | None = None
+        self._run = run
+        self._sharded: dict[str, Any] = {}  # FSDP's parameters
 
         if run.processes.world_size > 1:
-            self._shards = ShardedModel(run.sparse, trained, run.device, run.processes)
-            model: Any = self._shards.model
-            self.weights = self._shards.rows
+            # Without output projection.
+            model: Any = _load(run.sparse, frozenset(trained), run.device, run.processes)
+            self.weights: dict[str, Tensor] = {}
+            for name in trained:
+                self._sharded[name] = parameter = model.get_parameter(name)
+                self.weights[name] = parameter.to_local().detach()  # the same memory
         else:
             model = load_model(run.sparse).to(run.device)
             self.weights = {name: model.get_parameter(name) for name in trained}
             for weight in self.weights.values():
                 weight.requires_grad_(True)
 
-        self._model: Any = model
+        self._model = model
 
         # The first block's input needs no gradient, and reentrant checkpointing would then compute
         # none for the block's weights.
@@ -168,10 +125,11 @@ class Student:
         """
         self._model.train(training)  # checkpoints are only made in training
 
-        bfloat16 = training and self._compute == "bfloat16"
-        compute = torch.autocast(self._device.type, torch.bfloat16) if bfloat16 else nullcontext()
+        device = self._run.device
+        bfloat16 = training and self._run.compute == "bfloat16"
+        compute = torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
         with torch.set_grad_enabled(training), compute:
-            output = self._model.model(input_ids=ids_BT.to(self._device), use_cache=False)
+            output = self._model.model(input_ids=ids_BT.to(device), use_cache=False)
 
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD.float()
@@ -181,6 +139,21 @@ class Student:
         hidden_ND.backward(gradient_ND)  # type: ignore[no-untyped-call]
 
     def collect_gradients(self) -> None:
-        """Move the gradients of a step to ``weights``, where the model is sharded."""
-        if self._shards:
-            self._shards.collect_gradients()
+        """Move a sharded model's gradients, summed over processes, from FSDP to ``weights``."""
+        gradients: dict[str, Tensor] = {}
+
+        for name, parameter in self._sharded.items():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.to_local()
+                parameter.grad = None
+
+        reached = {*gradients}
+        # FSDP gives experts that no token chose zero gradients, where one process has none. Adam
+        # must skip them in both cases: its momentum would move them.
+        if self._run.sparse.family.expert_linears:
+            nonzero = [name for name, gradient in gradients.items() if gradient.any()]
+            reached = set[str]().union(*self._run.processes.all_gather(nonzero))
+
+        for name, gradient in gradients.items():
+            if name in reached:
+                self.weights[name].grad = gradient

@@ -16,11 +16,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from racdeploy.files.reading import Json
 from racdeploy.processes.heap import keep_heap
 from racdeploy.recovery import load_objective
 from racdeploy.recovery.divergence import LMHead, kl_and_gradient, measure_kl
@@ -104,7 +104,7 @@ class _Progress:
     ended: str = ""  # reason of an early end
 
     @classmethod
-    def read(cls, values: dict[str, Any]) -> _Progress:
+    def read(cls, values: Json) -> _Progress:
         log = [LogRow(**row) for row in values.pop("log")]
         return cls(**values, log=log)
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.walk.activations import Activations
-from racdeploy.pruning.walk.batches import Batch, make_batches
+from racdeploy.pruning.walk.batches import group_by_length, make_batches
 from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.recovery.examples import Example
@@ -117,7 +117,7 @@ class TrainingBatches:
     def batches_by_length(self) -> list[list[int]]:
         """Return batches of trace indices, every trace once, sorted by length."""
         by_length = sorted(range(len(self._lengths)), key=self._lengths.__getitem__)
-        return _cut(self._lengths, by_length, MICRO_BATCH_TOKENS)
+        return group_by_length(by_length, self._lengths.__getitem__, MICRO_BATCH_TOKENS)
 
     def shard(
         self, batches: Sequence[Sequence[int]], processes: ProcessGroup
@@ -198,20 +198,9 @@ def _shuffle(
     batches: list[list[int]] = []
     for start in range(0, len(indices), pool):
         by_length = sorted(indices[start : start + pool], key=lengths.__getitem__)
-        batches += _cut(lengths, by_length, micro_tokens)
+        batches += group_by_length(by_length, lengths.__getitem__, micro_tokens)
 
     generator.shuffle(batches)
-    return batches
-
-
-def _cut(lengths: Sequence[int], indices: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Split trace indices, sorted by length, into batches of ``micro_tokens`` with padding."""
-    batches: list[list[int]] = []
-    for index in indices:
-        # The trace at hand is the longest of its batch, so all rows are padded to its length.
-        if not batches or (len(batches[-1]) + 1) * lengths[index] > micro_tokens:
-            batches.append([])
-        batches[-1].append(index)
     return batches
 
 
@@ -291,12 +280,15 @@ def dense_states(
                 blocks.meta_block(block).to("meta")
 
             norm = blocks.load_final_norm()
-            for number, indices in enumerate(_list_indices(traces, batches)):
+            # ``make_batches`` sorts the traces in the same way.
+            order = sorted(range(len(traces)), key=lambda i: (len(traces[i].ids), traces[i].index))
+            in_order = iter(order)
+            for number, batch in enumerate(batches):
                 if number in own_numbers:
                     hidden_BTD = norm(blocks.to_device(passing.hidden[number])).cpu()
 
                 # Every process joins in the broadcast of every trace, in the same order.
-                for row, index in enumerate(indices):
+                for row, index in enumerate(islice(in_order, len(batch.ids_BT))):
                     states_TD = torch.empty(shapes[index])
                     if number in own_numbers:
                         states_TD = hidden_BTD[row, : len(states_TD)].clone()
@@ -305,17 +297,3 @@ def dense_states(
         yield states
     finally:
         states.close()
-
-
-def _list_indices(traces: Sequence[Trace], batches: Sequence[Batch]) -> list[list[int]]:
-    """Return the indices of the traces in each batch of :func:`make_batches`, which sorts them."""
-    order = sorted(range(len(traces)), key=lambda i: (len(traces[i].ids), traces[i].index))
-    indices = []
-    start = 0
-
-    for batch in batches:
-        stop = start + len(batch.ids_BT)
-        indices.append(order[start:stop])
-        start = stop
-
-    return indices
