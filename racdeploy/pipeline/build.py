@@ -107,12 +107,11 @@ class Build:
                 undone["shorten"] = False
             named = build.job.with_recovery(**undone)
             name = name_artifact(named)
-            exported = replace(build, job=named).export(own.folder, name)
-            artifacts.append(bundling.Artifact(name, named.recipe.export, exported))
+            result = replace(build, job=named).export(own.folder, name)
+            artifacts.append(bundling.Artifact(name, named.recipe.export, result))
 
-        pruned, *also = [artifact.result for artifact in artifacts]
-
-        findings = self._check_artifacts(models, (pruned, *also), traces[0].ids)
+        pruned, *also = exported = [artifact.result for artifact in artifacts]
+        findings = self._check_artifacts(models, exported, traces[0].ids)
         control = read_control(job, PromptEncoder.from_folder(model.folder))
 
         evaluation = replace(self.evaluation, control=control)
@@ -352,9 +351,9 @@ class Build:
             plan["trace_cuts"] = truncation
 
         # Known traces give the tokens; before that, the plan has only an upper bound of them.
-        stage = self._traces_stage
-        if stage.is_finished:
-            calibration, held_out, _ = self.prune_stage.select_traces(TraceSet(stage.folder).read())
+        traces = self.known_traces
+        if traces:
+            calibration, held_out, _ = self.prune_stage.select_traces(traces)
             tokens, held_out_tokens = count_tokens(calibration), count_tokens(held_out)
             bound = ""
         else:
@@ -362,7 +361,7 @@ class Build:
             tokens, held_out_tokens = sum(longest), sum(longest[:held_out_count])
             bound = "_at_most"
 
-        if not (stage.is_finished or settings.traces.server):
+        if not (traces or settings.traces.server):
             together = min(settings.traces.batch_size, len(prompts))
             plan["trace_memory_bytes_at_most"] = estimate_tracing_bytes(
                 checkpoint, together, max(prompts), max(longest)
@@ -380,9 +379,7 @@ class Build:
 
     def plan_time(self, plan: Mapping[str, Any]) -> Json:
         """Return an estimate of the seconds of each stage, given the rest of the plan."""
-        stage = self._traces_stage
-        traces = TraceSet(stage.folder).read() if stage.is_finished else []
-        seconds = estimate_seconds(self.job, plan, traces, self.threads)
+        seconds = estimate_seconds(self.job, plan, self.known_traces, self.threads)
         return {"stage_seconds": seconds, "seconds_expected": sum(seconds.values()) or None}
 
     def plan_traces(self) -> Json:
@@ -392,7 +389,7 @@ class Build:
         """
         job = self.job
         settings = job.recipe.traces
-        if not settings.server or self._traces_stage.is_finished:
+        if not settings.server or self.known_traces:
             return {}
 
         from racdeploy.traces.server import find_served_model
@@ -404,8 +401,10 @@ class Build:
         return Workspace(self.work, self.threads, self.progress, self.processes)
 
     @property
-    def _traces_stage(self) -> Stage:
-        return Stage.locate(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+    def known_traces(self) -> list[Trace]:
+        """Traces that an earlier run collected, or an empty list."""
+        stage = Stage.locate(self.work, "traces", self.trace_stage.inputs(self.job.checkpoint))
+        return TraceSet(stage.folder).read() if stage.is_finished else []
 
     @property
     def trace_stage(self) -> TraceStage:

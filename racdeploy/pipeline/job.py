@@ -9,14 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy import exporting, packing, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
-from racdeploy.models.renumbering import read_old_ids
+from racdeploy.models.renumbering import OldIds, read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve_model
 from racdeploy.pipeline.shorten_stage import ShortenedModel
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
@@ -79,15 +76,16 @@ class Job:
         """Jobs for the other targets of the recipe, each on another engine."""
         recipes = map(self.recipe.for_target, self.recipe.also)
         jobs = tuple(replace(self, recipe=recipe, resolved=self.model) for recipe in recipes)
-        backends = [job.backend for job in (self, *jobs)]
+        names: dict[str, list[str]] = {}
+        for job in (self, *jobs):
+            names.setdefault(job.backend, []).append(job.recipe.target)
 
-        if len(set(backends)) < len(backends):
-            twice = next(name for name in backends if backends.count(name) > 1)
-            names = (self.recipe.target, *self.recipe.also)
-            same = [name for name, backend in zip(names, backends, strict=True) if backend == twice]
+        for backend, same in names.items():
+            if len(same) == 1:
+                continue
             raise UsageError(
                 "targets-share-engine",
-                f"targets {' and '.join(same)} both run on {twice}: "
+                f"targets {' and '.join(same)} both run on {backend}: "
                 "a bundle holds one artifact for each engine",
                 remedy=f"leave --also {same[-1]} out; another number format is another bundle: "
                 "--quant NAME --out FOLDER",
@@ -177,7 +175,7 @@ class Job:
         questions = tuple(problem.question for problem in problems)
         return VocabularyChoice(self.checkpoint, self.encoder, questions, self.recipe.structure)
 
-    def find_old_ids(self, folder: Path) -> NDArray[np.int64] | None:
+    def find_old_ids(self, folder: Path) -> OldIds | None:
         """Return the dense ids of a pruned model's tokens; None if the vocabulary was not cut."""
         return read_old_ids(folder) if self.recipe.structure.cuts_vocabulary else None
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from racdeploy import packing, plugins, quant
+from racdeploy import packing, quant
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job, choose_quants
@@ -109,12 +109,10 @@ def _list_keeping(job: Job) -> list[str]:
     form = job.recipe.export.format
     taken = Target.read(job.recipe.target).allowed_quants
 
-    formats = packing.list_supported(form, "quant")
-    keeping = [name for name in formats if quant.load(name).PRESERVES_ZERO]
-    for name in packing.list_supported(form, "presets"):
-        mix = plugins.load("presets", name)
-        stored = {mix.QUANT, *(rule.quant for rule in mix.RULES)}
-        if all(quant.load(each).PRESERVES_ZERO for each in stored):
+    keeping = []
+    for name in (*packing.list_supported(form, "quant"), *packing.list_supported(form, "presets")):
+        rules = presets.read(name)
+        stored = [rules.quant, *(rule.quant for rule in rules.rules)]
+        if not _lose_zeros(stored) and (not taken or name in taken):
             keeping.append(name)
-
-    return [name for name in keeping if not taken or name in taken]
+    return keeping

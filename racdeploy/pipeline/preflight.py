@@ -10,6 +10,7 @@ from typing import Any
 from racdeploy import exporting, quant
 from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.extras import PACKAGES, is_installed
+from racdeploy.files.reading import Json
 from racdeploy.files.writing import require_space
 from racdeploy.models.tensor_coverage import (
     check_known_tensors,
@@ -35,7 +36,7 @@ _MIN_ANSWER_TOKENS = 16
 _MIN_EMBEDDING_BITS = 8.5  # embedding and output are stored in q8_0 at least
 
 
-def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> dict[str, Any]:
+def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> Json:
     """Return the plan of a build; raise the first error that a later stage would raise.
 
     ``work`` is the folder of stage results, whose disk needs room.
@@ -131,7 +132,7 @@ def _check_count(job: Job, split: Split, option: str, settings: Verification | T
         )
 
 
-def plan_build(job: Job) -> dict[str, Any]:
+def plan_build(job: Job) -> Json:
     """Return the plan of a build: models, tokens, bytes, and detectable differences."""
     recipe, checkpoint, settings = job.recipe, job.checkpoint, job.recipe.verify
     parameters = checkpoint.parameters

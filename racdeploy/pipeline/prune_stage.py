@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy.engines.engine import Progress
+from racdeploy.files.reading import Json
 from racdeploy.files.stages import scratch_folder
 from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
@@ -101,9 +102,7 @@ class PruneStage:
             stage.finish(self._walk(folder, settings, traces, model))
         return folder, stage.summary
 
-    def select_traces(
-        self, traces: Sequence[Trace]
-    ) -> tuple[list[Trace], list[Trace], dict[str, Any]]:
+    def select_traces(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Json]:
         """Return calibration and held-out traces, and counts of both and of those left out."""
         selection = select_traces(traces, self.calibration)
         chosen = selection.calibration
@@ -145,7 +144,7 @@ class PruneStage:
         settings: Pruning,
         traces: Sequence[Trace],
         model: Checkpoint,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Prune a dense model, or choose the codes of a sparse one, into a folder."""
         self.workspace.report("prune", 0, model.shape.block_count)
 

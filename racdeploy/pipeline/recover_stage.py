@@ -429,13 +429,14 @@ def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
     dense_tokens = settings.tokens - own_tokens
 
     # Scales are few parameters: a tenth of the tokens is enough, if weights learn too.
-    shares = {method: 1.0 if method != "scales" or len(methods) == 1 else 0.1 for method in methods}
+    later = {"scales"} if len(methods) > 1 else set()
+    shares = {method: 0.1 if method in later else 1.0 for method in methods}
     dense: list[Phase] = []
     last: list[Phase] = []
 
     for method in methods:
         tokens = round(dense_tokens * shares[method] / sum(shares.values()))
-        phases = last if method == "scales" and len(methods) > 1 else dense
+        phases = last if method in later else dense
         phases.append(Phase(method, method, False, tokens))
 
     on_policy = []
@@ -481,12 +482,12 @@ def mark(
     rows: Sequence[RecoveryRow], phase: str, probe: ProbeResult, *, kept: bool
 ) -> tuple[RecoveryRow, ...]:
     """Return the rows with a phase marked as kept or undone, and its accuracy on the last row."""
-    indices = [index for index, row in enumerate(rows) if row.phase == phase]
-    marked = list(rows)
-    for index in indices:
-        marked[index] = rows[index].model_copy(update={"kept": kept})
-    if indices:
-        last = indices[-1]
-        marked[last] = marked[last].model_copy(update={"accuracy": probe.accuracy})
+    marked: list[RecoveryRow] = []
+    changes: Json = {"kept": kept, "accuracy": probe.accuracy}
+    for row in reversed(rows):
+        if row.phase == phase:
+            row = row.model_copy(update=changes)
+            changes.pop("accuracy", None)
+        marked.append(row)
 
-    return tuple(marked)
+    return tuple(reversed(marked))

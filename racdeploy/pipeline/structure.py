@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from racdeploy import exporting, plugins
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import Json
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
@@ -165,9 +165,9 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStr
     return ExpectedStructure(kept, list_structure_rows(dense, shape), sizes)
 
 
-def plan_cut(job: Job) -> dict[str, Any]:
+def plan_cut(job: Job) -> Json:
     """Return the expected remaining model of a job, and notes on its inputs, for the plan."""
-    plan: dict[str, Any] = {"note": "; ".join(job.input_notes)} if job.input_notes else {}
+    plan: Json = {"note": "; ".join(job.input_notes)} if job.input_notes else {}
     expected = expect_structure(job.checkpoint, job.structure)
     kept = expected.kept
     if kept is None:

@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.errors import GateError
+from racdeploy.models.renumbering import OldIds
 from racdeploy.runtime.template import PromptEncoder
 
 
@@ -31,7 +29,7 @@ class TokenizationComparison:
 
 
 def compare_tokenization(
-    dense: PromptEncoder, cut: PromptEncoder, old_ids: NDArray[np.int64], texts: Iterable[str]
+    dense: PromptEncoder, cut: PromptEncoder, old_ids: OldIds, texts: Iterable[str]
 ) -> TokenizationComparison:
     """Tokenize texts with both vocabularies; both must restore the same text.
 

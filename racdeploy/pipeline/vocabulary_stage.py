@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from racdeploy.files.writing import canonical_hash, file_sha256
 from racdeploy.models.bpe import BYTE_COUNT, ByteLevelBPE
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.renumbering import OldIds
 from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
 from racdeploy.pipeline.workspace import Workspace, identify_code
@@ -59,7 +57,7 @@ def cut_vocabulary(
 
 
 def _compare_tokenizers(
-    choice: VocabularyChoice, folder: Path, old_ids: NDArray[np.int64], texts: Sequence[str]
+    choice: VocabularyChoice, folder: Path, old_ids: OldIds, texts: Sequence[str]
 ) -> str:
     """Compare both tokenizers; return a sentence for the report."""
     dense = choice.encoder

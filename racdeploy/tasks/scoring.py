@@ -21,8 +21,6 @@ from racdeploy import plugins
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, DEFAULT_SECONDS, Sandbox, SandboxRequest
 
-__all__ = ["DEFAULT_SCORER", "AnswerScore", "check", "refuse_argument", "score"]
-
 DEFAULT_SCORER = "auto"
 _PREPARING_SECONDS = 60.0
 

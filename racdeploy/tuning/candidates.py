@@ -14,6 +14,7 @@ from typing import Any
 from racdeploy import exporting, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
+from racdeploy.files.reading import Json
 from racdeploy.files.toml import merge
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
@@ -57,11 +58,6 @@ class CandidateSpec:
     @property
     def recipe(self) -> Recipe:
         return self.job.recipe
-
-    @property
-    def build_settings(self) -> dict[str, Any]:
-        """Recipe settings with which ``racdeploy build`` makes it, by part."""
-        return dict(merge(BASE_SETTINGS, self.settings))
 
 
 def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
@@ -167,7 +163,7 @@ def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
 def _list_zeros(zeros: tuple[SparsityOrPattern, ...]) -> Iterator[tuple[str, Settings]]:
     """Yield kinds with zeros, packed, since a plain file does not get smaller by zeros."""
     for each in zeros:
-        prune: dict[str, Any] = {"sparsity": sparsity_of(each)}
+        prune: Json = {"sparsity": sparsity_of(each)}
         if isinstance(each, str):
             prune["pattern"] = each
         name = each if isinstance(each, str) else f"{each:.0%}"

@@ -8,11 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings
+from racdeploy.models.renumbering import OldIds
 from racdeploy.verification.answer_sampler import EngineFactory, TraceIds
+from racdeploy.verification.stats.distributions import Floats
 from racdeploy.verification.top_logits import (
     TopLogits,
     compare_top_logits,
@@ -40,9 +41,7 @@ class DenseLogits:
         self._traces = list(traces)
         self._recorded: dict[bytes, list[TopLogits]] = {}
 
-    def measure_kl(
-        self, artifact: EngineFactory, old_ids: NDArray[np.int64] | None = None
-    ) -> float:
+    def measure_kl(self, artifact: EngineFactory, old_ids: OldIds | None = None) -> float:
         """Return the mean of KL(dense ‖ artifact) over all positions, in nats.
 
         Args:
@@ -56,9 +55,7 @@ class DenseLogits:
         kl = self.list_kl(artifact, old_ids)
         return float(np.concatenate(kl).mean()) if kl else math.nan
 
-    def list_kl(
-        self, artifact: EngineFactory, old_ids: NDArray[np.int64] | None = None
-    ) -> list[NDArray[np.float64]]:
+    def list_kl(self, artifact: EngineFactory, old_ids: OldIds | None = None) -> list[Floats]:
         """Return the KL of each trace that is not skipped, at each position of its completion."""
         dense = traces = self._traces
         key = b""

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from racdeploy.exporting import ExportResult
+from racdeploy.files.toml import merge
 from racdeploy.pruning import PrunedModel
 from racdeploy.report.pareto import find_non_dominated
 from racdeploy.results.tuning import (
@@ -22,7 +23,7 @@ from racdeploy.results.tuning import (
 )
 from racdeploy.targets import Device
 from racdeploy.tuning.artifact_sizes import ArtifactSize
-from racdeploy.tuning.candidates import CandidateSpec
+from racdeploy.tuning.candidates import BASE_SETTINGS, CandidateSpec
 from racdeploy.tuning.race import Contestant, Scores
 from racdeploy.tuning.speed import DecodeSample, predict_memory, predict_token_s
 from racdeploy.verification.stats.costs import cost_per_success
@@ -121,7 +122,7 @@ class Entry:
         return Candidate(
             name=self.name,
             dense=self.spec.dense,
-            settings=self.spec.build_settings,
+            settings=dict(merge(BASE_SETTINGS, self.spec.settings)),
             reached=self.reached,
             reason=self.reason,
             size_bytes=self.size_bytes,

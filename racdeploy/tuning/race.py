@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.tuning import Objective
 from racdeploy.verification.stats.costs import compare_costs, cost_per_success
+from racdeploy.verification.stats.distributions import Floats
 from racdeploy.verification.stats.paired import drop_interval, paired_counts
 from racdeploy.verification.stats.sequential import is_above_zero
 from racdeploy.verification.stats.verdicts import ConfidenceInterval
@@ -254,14 +255,14 @@ class Race:
         right_N, reference_N = self._pair(name, self.reference)
         return bool(right_N.mean() >= self.min_accuracy_ratio * reference_N.mean())
 
-    def _costs(self, each: Contestant) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def _costs(self, each: Contestant) -> tuple[Floats, NDArray[np.bool_]]:
         scores = self.scores[each.name]
         return scores.tokens_N.astype(np.float64) * each.seconds_per_token, scores.right_N
 
     def _accuracy(self, name: str) -> float:
         return float(self.scores[name].right_N.mean())
 
-    def _pair(self, first: str, second: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _pair(self, first: str, second: str) -> tuple[Floats, Floats]:
         """Return the correctness of two candidates on the prompts that both answered."""
         first_N, second_N = self.scores[first].right_N, self.scores[second].right_N
         n = min(len(first_N), len(second_N))

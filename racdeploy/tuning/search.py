@@ -17,7 +17,6 @@ from typing import NoReturn
 from racdeploy import quant
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
-from racdeploy.files.stages import Stage
 from racdeploy.packing import list_supported
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.forecast import count_active_weights
@@ -27,7 +26,7 @@ from racdeploy.pipeline.workspace import Workspace
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem
-from racdeploy.traces.trace import Trace, TraceSet
+from racdeploy.traces.trace import Trace
 from racdeploy.tuning.artifact_sizes import SizePredictor
 from racdeploy.tuning.budget import Budget, check_held_out, estimate_min_seconds
 from racdeploy.tuning.candidates import MAX_BITS, CandidateSpec, propose_candidates
@@ -124,10 +123,7 @@ class Search:
             self._mix(self.limits.max_bytes)
         self._refuse_impossible()
 
-        stage = Stage.locate(
-            self.work, "traces", self._build.trace_stage.inputs(self.job.checkpoint)
-        )
-        traces = TraceSet(stage.folder).read() if stage.is_finished else []
+        traces = self._build.known_traces
         if not traces:
             check_held_out(self.job)
 
