@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from racdeploy import exporting
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import Engine, EngineSettings, Progress, Sampling
 from racdeploy.errors import ArtifactError, EngineError, UsageError
+from racdeploy.files.reading import Json
 from racdeploy.files.sha256_cache import refuse_changed, take_states
 from racdeploy.files.stages import finished_stages
 from racdeploy.manifest import Manifest
@@ -106,7 +106,7 @@ class BenchResult:
 
         return ReportTable("", columns, tuple(rows))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         dense, pruned = self.medians()
         load = asdict(self.load)
         del load["accel"]

@@ -12,10 +12,11 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 from racdeploy import plugins
 from racdeploy.errors import EnvironmentFailure
+from racdeploy.files.reading import Json
 
 _PRINT_VERSION = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
 
@@ -47,7 +48,7 @@ class HarnessRequest:
     out: Path = Path()
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """Settings that are reported and that identify a run."""
         names = ("tasks", "limit", "max_new_tokens", "context_tokens", "parallel")
         return {name: getattr(self, name) for name in names}

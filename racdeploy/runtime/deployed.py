@@ -8,12 +8,13 @@ takes these, too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from racdeploy import __version__, plugins
+from racdeploy.engines.engine import Ids
 from racdeploy.errors import ArtifactError
 from racdeploy.files.reading import Json, read_json
 from racdeploy.files.writing import file_sha256
@@ -157,18 +158,16 @@ def _open_gguf(file: Path) -> DeployedModel:
         bytes_by_type[tensor.ggml_type] = size_bytes
     main_type = max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1)
 
-    files = _list_weights(file, "llamacpp")
-    manifest = _describe(
+    return _describe(
         file,
+        file.name,
         encoder,
         {"quant": _QUANT_NAMES.get(main_type, "unknown"), "format": "gguf", "backend": "llamacpp"},
-        files,
         tuple(info["stop_ids"]),
+        info["eos_id"] if info["eos_id"] >= 0 else None,
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         {name: metadata.get(f"general.sampling.{name}") for name in ("temp", "top_p")},
     )
-    eos_id = info["eos_id"] if info["eos_id"] >= 0 else None
-    return DeployedModel(manifest, manifest.artifacts[0], file, encoder, eos_id, tuple(files))
 
 
 def _list_weights(path: Path, backend: str) -> list[Path]:
@@ -222,28 +221,30 @@ def _open_folder(path: Path, backend: str) -> DeployedModel:
         return next((c[key] for c in configs for key in keys if key in c), None)
 
     quant = str(find("torch_dtype", "dtype") or "unknown") if path.is_dir() else "unknown"
-    files = _list_weights(path, backend)
-    manifest = _describe(
-        path if path.is_dir() else folder,
+    return _describe(
+        path,
+        path.name if path.is_dir() else folder.name,
         encoder,
         {"quant": quant, "format": path.suffix[1:] or "safetensors", "backend": backend},
-        files,
         tuple(stop_ids),
+        stop_ids[0],
         find("context_length", "max_position_embeddings"),
         {"temp": find("temperature"), "top_p": find("top_p")},
     )
-    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, stop_ids[0], tuple(files))
 
 
 def _describe(
-    source: Path,
+    path: Path,
+    name: str,
     encoder: PromptEncoder,
     kinds: Mapping[str, str],
-    files: Sequence[Path],
-    stop_ids: tuple[int, ...],
+    stop_ids: Ids,
+    eos_id: int | None,
     context: object,
     advised: Mapping[str, object],
-) -> Manifest:
+) -> DeployedModel:
+    """Return a plain model with what a bundle's manifest would say about it."""
+    files = _list_weights(path, kinds["backend"])
     size_bytes = sum(file.stat().st_size for file in files)
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
@@ -253,15 +254,13 @@ def _describe(
         for value, default in ((advised["temp"], 0.0), (advised["top_p"], 1.0))
     )
 
-    return Manifest(
+    manifest = Manifest(
         racdeploy_version=__version__,
-        base={"name": source.name},
+        base={"name": name},
         recipe={},
         traces={},
         pruning={},
-        artifacts=(
-            ArtifactEntry(path=source.name, packing="plain", size_bytes=size_bytes, **kinds),
-        ),
+        artifacts=(ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),),
         tokenizer=TokenizerEntry(
             files={},
             template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
@@ -279,3 +278,4 @@ def _describe(
         verdict="",
         headline={},
     )
+    return DeployedModel(manifest, manifest.artifacts[0], path, encoder, eos_id, tuple(files))

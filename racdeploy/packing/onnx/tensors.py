@@ -11,17 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from racdeploy import packing as packings
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import parse_json
+from racdeploy.files.reading import Json, parse_json
+from racdeploy.packing.block_layouts import Bytes
 from racdeploy.packing.onnx.file import read_array
 from racdeploy.packing.onnx.packer import PACKING_PREFIX, Arrays
 from racdeploy.quant.matmulnbits import BLOCK_SIZE, MatMulNBitsBlocks
@@ -71,7 +70,7 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
 
 def _read_tensor(entry: object) -> GraphTensor | None:
     """Return a tensor of the list, or None if the entry does not describe one."""
-    values: dict[str, Any] = {}
+    values: Json = {}
     if isinstance(entry, dict):
         values = {"packing": "plain", **entry}
     if {key: type(value) for key, value in values.items()} != _KINDS:
@@ -97,7 +96,7 @@ def dump_tensors(tensors: list[GraphTensor]) -> str:
     return json.dumps(listed)
 
 
-def rows_to_arrays(tensor: GraphTensor, packed_OP: NDArray[np.uint8]) -> Arrays:
+def rows_to_arrays(tensor: GraphTensor, packed_OP: Bytes) -> Arrays:
     """Return the arrays of packed rows, by their names in the file."""
     if tensor.is_matmulnbits:
         quant = quants.load_matmulnbits(tensor.quant)
@@ -122,7 +121,7 @@ def blocks_to_arrays(tensor: GraphTensor, blocks: MatMulNBitsBlocks) -> Arrays:
     return arrays
 
 
-def arrays_to_rows(tensor: GraphTensor, arrays: Arrays) -> NDArray[np.uint8]:
+def arrays_to_rows(tensor: GraphTensor, arrays: Arrays) -> Bytes:
     """Return the packed rows of arrays: the inverse of :func:`rows_to_arrays`.
 
     Raises:
