@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import Json, describe_validation_error, read_json
+from racdeploy.files.reading import Json, check_version, describe_validation_error, read_json
 from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.files.writing import file_sha256
 from racdeploy.results.schema import FiniteNonNegative, PositiveCount, Share
@@ -23,19 +23,12 @@ MAX_TOKENS = 1 << 22
 CONFIG_FILES = ("genai_config.json", "config.json")
 """Configuration files of an ONNX graph, in its folder or the one above."""
 
-_VERSION = 2
 _MAX_BYTES = 1 << 50  # of an artifact
 BundlePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 """A path within a bundle."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Files = Annotated[dict[BundlePath, Sha256], Field(max_length=1024)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-
-
-def _check_version(version: int) -> int:
-    if version != _VERSION:
-        raise ValueError("made by another version of racdeploy")
-    return version
 
 
 def _check_base(base: Json) -> Json:
@@ -192,11 +185,10 @@ class Manifest(_Entry):
 
     ``base`` has model, revision, license and file hashes; ``traces`` has hash and counts;
     ``pruning`` has sparsity and error; ``verdict`` and ``headline`` are the verification's result.
-    ``dense_tokenizer`` is set if the pruned model has a smaller vocabulary. ``schema_version``
-    rises when a key is renamed: other versions are refused.
+    ``dense_tokenizer`` is set if the pruned model has a smaller vocabulary.
     """
 
-    schema_version: Annotated[int, AfterValidator(_check_version)] = _VERSION
+    schema_version: Literal[2] = 2
     racdeploy_version: str
     base: Annotated[Json, AfterValidator(_check_base)]
     recipe: Json
@@ -221,14 +213,7 @@ class Manifest(_Entry):
         if not file.is_file():
             raise _explain_not_a_bundle(bundle)
 
-        try:
-            manifest = cls.model_validate(read_json(file, MAX_MANIFEST_BYTES, strict=True))
-        except ValidationError as error:
-            raise ArtifactError(
-                "invalid-manifest",
-                f"{file}: {describe_validation_error(error)}",
-                remedy="build the bundle again",
-            ) from error
+        manifest = cls.parse(file, str(file))
 
         # A manifest may come from a stranger: check all its paths before any file is opened.
         for entry in manifest.artifacts:
@@ -245,6 +230,20 @@ class Manifest(_Entry):
             for name in tokenizer.files:
                 _check_inside(bundle, name)
         return manifest
+
+    @classmethod
+    def parse(cls, file: Path, where: str) -> Self:
+        """Read and validate a manifest alone; ``where`` is its file in messages."""
+        values = read_json(file, MAX_MANIFEST_BYTES, strict=True)
+        check_version(cls, values, where)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ArtifactError(
+                "invalid-manifest",
+                f"{where}: {describe_validation_error(error)}",
+                remedy="build the bundle again",
+            ) from error
 
     @property
     def tokenizers(self) -> tuple[TokenizerEntry, ...]:

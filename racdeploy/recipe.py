@@ -26,6 +26,7 @@ from pydantic import (
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
+from racdeploy.files.reading import check_version
 from racdeploy.files.toml import TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
 from racdeploy.results.answers import HESITATION_WORDS
@@ -502,6 +503,7 @@ class Recipe(_Section):
     With ``rungs`` the build makes the narrowest of them that loses nothing measurable.
     """
 
+    schema_version: Literal[1] = 1
     model: str = "tiny-reasoner"
     target: str = "gguf"
     rungs: tuple[Rung, ...] = ()
@@ -530,6 +532,7 @@ class Recipe(_Section):
             UnknownPluginError: a plugin or target does not exist.
         """
         written = read_toml(file) if file else {}
+        check_version(cls, written, file)
         requested = merge(written, _without_none(options))
 
         name = requested.get("target", cls.model_fields["target"].default)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 Json = dict[str, Any]
 """A JSON object."""
@@ -53,6 +53,32 @@ def describe_validation_error(error: ValidationError) -> str:
 
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def check_version(model: type[BaseModel], values: object, where: object) -> None:
+    """Refuse another schema version, before anything else in a file is judged.
+
+    Args:
+        model: of the file; the default of its ``schema_version`` is the one that is read.
+        values: parsed content; without a version it is of the model's.
+        where: the file, for the message.
+    """
+    known = model.model_fields["schema_version"].default
+    version = values.get("schema_version", known) if isinstance(values, dict) else known
+    if version == known:
+        return
+
+    from racdeploy import __version__
+
+    text = json.dumps(values, default=str)  # TOML has dates
+    found = re.search(r'"racdeploy(?:_version)?": "([\w.+]{1,40})"', text)
+    writer = f"racdeploy {found[1]}" if found else "another release"
+    raise ArtifactError(
+        "unknown-schema-version",
+        f"{where} has schema version {version!r:.20}, of {writer}; racdeploy {__version__} reads "
+        f"{known}",
+        remedy=f"open it with {writer}, or make it again with this one",
+    )
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:

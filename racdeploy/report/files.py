@@ -9,7 +9,13 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from racdeploy.errors import ArtifactError, UsageError
-from racdeploy.files.reading import describe_validation_error, parse_json, read_json, read_lines
+from racdeploy.files.reading import (
+    check_version,
+    describe_validation_error,
+    parse_json,
+    read_json,
+    read_lines,
+)
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
 from racdeploy.results.answers import AnswerRecord
@@ -68,7 +74,9 @@ def read_as(model: type[M], file: Path) -> M:
         ArtifactError: it is missing or damaged.
     """
     try:
-        return model.model_validate(read_json(file, _MAX_REPORT_BYTES))
+        values = read_json(file, _MAX_REPORT_BYTES)
+        check_version(model, values, file)
+        return model.model_validate(values)
     except (ValidationError, OSError) as error:
         raise refuse_damage(file, error) from error
 
@@ -79,11 +87,15 @@ def read_records(folder: Path) -> list[AnswerRecord]:
     Raises:
         ArtifactError: they are missing or damaged.
     """
+    file, records = folder / "records.jsonl", []
     try:
-        lines = read_lines(folder / "records.jsonl", _MAX_RECORDS)
-        return [AnswerRecord.model_validate(parse_json(line, "a line")) for line in lines]
+        for line in read_lines(file, _MAX_RECORDS):
+            values = parse_json(line, "a line")
+            check_version(AnswerRecord, values, file)
+            records.append(AnswerRecord.model_validate(values))
     except (ValidationError, OSError) as error:
         raise refuse_damage(folder, error) from error
+    return records
 
 
 def require_report(folder: Path) -> None:

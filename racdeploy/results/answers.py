@@ -198,6 +198,7 @@ class AnswerRecord(FrozenModel):
         extractor: place where it was found, or the reason why none was.
     """
 
+    schema_version: Literal[1] = 1
     prompt: NonNegativeInt
     task: str
     question: str

@@ -16,7 +16,7 @@ from typing import Literal, Self, Unpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from racdeploy.errors import ArtifactError
-from racdeploy.files.reading import describe_validation_error, read_json
+from racdeploy.files.reading import check_version, describe_validation_error, read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.runtime.model import GenerationOptions, GenerationResult, Model
 from racdeploy.runtime.text import OnText
@@ -113,7 +113,9 @@ class Conversation:
         """
         file = Path(path)
         try:
-            saved = _File.model_validate(read_json(file))
+            values = read_json(file)
+            check_version(_File, values, file)
+            saved = _File.model_validate(values)
         except ValidationError as error:
             raise ArtifactError(
                 "not-a-conversation",

@@ -175,7 +175,6 @@ def test_a_saved_conversation_is_loaded(bundle: Path, tmp_path: Path) -> None:
         ({"turns": [{"question": "x"}]}, "turns.0.result: "),
         ({"turns": 3}, "turns: "),
         ({"dropped": -1}, "dropped: "),
-        ({"schema_version": 2}, "schema_version: "),
         ({"more": 1}, "more: "),
     ],
 )

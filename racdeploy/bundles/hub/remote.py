@@ -17,12 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
-
 from racdeploy import __version__
 from racdeploy.bundles.hub.layout import BUNDLES_FOLDER
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
-from racdeploy.files.reading import Json, read_json
+from racdeploy.files.reading import Json
 from racdeploy.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from racdeploy.plugins import require_package
 from racdeploy.runtime.streams import DaemonThreadPool
@@ -112,13 +110,7 @@ class HubRepository:
         manifests = {}
         with self.open_small_files(paths.values()) as folder:
             for name, path in paths.items():
-                content = read_json(folder / path, MAX_MANIFEST_BYTES, strict=True)
-                try:
-                    manifests[name] = Manifest.model_validate(content)
-                except ValidationError as error:
-                    first = error.errors()[0]["msg"]
-                    message = f"{self.name}: {path} is not a valid manifest: {first}"
-                    raise ArtifactError("invalid-manifest", message) from error
+                manifests[name] = Manifest.parse(folder / path, f"{self.name}: {path}")
         return manifests
 
     @contextmanager
