@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,37 +39,13 @@ class Saveable(Protocol):
 
 ModelSource = StrPath | Saveable
 """A folder, a Hub id, the embedded model's name, or a model in memory."""
-KEYS = {
-    "target": "target",
-    "also": "also",
-    "task": "tasks",
-    "calibration_task": "calibration_tasks",
-    "calibration": "calibration.source",
-    "trace_prompts": "traces.count",
-    "trace_server": "traces.server",
-    "keep": "structure.keep",
-    "vocabulary_text": "structure.vocabulary_text",
-    "sparsity": "prune.sparsity",
-    "pattern": "prune.pattern",
-    "method": "prune.method",
-    "quant": "export.quant",
-    "packing": "export.packing",
-    "allow_losing_zeros": "export.allow_losing_zeros",
-    "accept_token_differences": "export.accept_token_differences",
-    "recover_tokens": "recover.tokens",
-    "shorten": "recover.shorten",
-    "prompts": "verify.count",
-}
+OPTIONS: dict[str, dict[str, Any]] = tomllib.loads(
+    (files("racdeploy.api") / "options.toml").read_text(encoding="utf-8")
+)
+"""What each option is, beside a keyword of a function; see the file."""
+KEYS = {name: each["key"] for name, each in OPTIONS.items() if "key" in each}
 """Recipe keys that options set."""
-TUNE_KEYS = KEYS | {
-    "objective": "tune.objective",
-    "max_bytes": "tune.max_bytes",
-    "max_memory": "tune.max_memory_bytes",
-    "min_tokens_per_s": "tune.min_tokens_per_s",
-    "min_accuracy_ratio": "tune.min_accuracy_ratio",
-    "budget": "tune.budget_s",
-    "recover_tokens": "tune.recover_tokens",
-}
+TUNE_KEYS = KEYS | {name: each["tune_key"] for name, each in OPTIONS.items() if "tune_key" in each}
 """Recipe keys that the options of a search set; the search itself decides what is recovered."""
 _SEVERAL = ("also", "task", "calibration_task", "vocabulary_text")
 _SERVER = ("server", "server_model", "server_key_env", "server_api", "server_timeout")

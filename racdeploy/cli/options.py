@@ -15,6 +15,7 @@ import typer
 
 from racdeploy import plugins
 from racdeploy.api import functions
+from racdeploy.api.jobs import OPTIONS
 from racdeploy.errors import UsageError
 
 _DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[smhd]?)")
@@ -81,55 +82,8 @@ DryRunOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.")]
 Values = dict[str, Any]
-PANELS = {
-    "model": "Model and task",
-    "keep": "Pruning",
-    "quant": "Number format and packing",
-    "recover_tokens": "Recovery",
-    "tier": "Verification",
-    "server": "Server instead of the artifact",
-    "harness": "Evaluation harness",
-    "signature": "Signature",
-    "out": "Output and resources",
-    "work": "Output and resources",
-    "objective": "Objective and limits",
-}
-"""Groups of options in --help, each by its first option."""
 _ARGUMENTS = ("model", "pruned", "bundle", "candidates")
 _PYTHON_ONLY = ("tokenizer", "progress", "on_event")
-_NAMES = {"settings": ("--set",), "out": ("--out", "-o")}
-_HELP = {
-    "model": "Local folder or Hub id; default: tiny-reasoner, the embedded model.",
-    "settings": "Recipe key and TOML value; repeatable; overrides other options.",
-    "keep": f"Share of a part to keep: {', '.join(plugins.list_names('structures'))}; repeatable; "
-    "default: the target's.",
-    "max_bytes": "Maximum file size, as 1.5GB.",
-    "max_memory": "Maximum memory, as 4GB; default: the target's.",
-    "budget": "Maximum time of the search, as 90m or 2h.",
-    "harness_tasks": "Names of the harness's tasks, separated by commas.",
-}
-_METAVARS = {
-    "settings": "PART.KEY=VALUE",
-    "allow_key_to": "HOST",
-    "keep": "PART=SHARE",
-    "sparsity": "SHARE",
-    "max_bytes": "SIZE",
-    "max_memory": "SIZE",
-    "budget": "TIME",
-    "server_timeout": "SECONDS",
-    "harness_tasks": "NAMES",
-    "identity": "WHO",
-    "issuer": "URL",
-}
-_MINIMA = {
-    "trace_prompts": 1,
-    "prompts": 1,
-    "threads": 0,
-    "samples": 1,
-    "recover_tokens": 0,
-    "server_timeout": 0.1,
-    "harness_limit": 0,
-}
 _TYPES = {
     "ModelSource": str,
     "StrPath": Path,
@@ -192,14 +146,18 @@ def with_options_of(
     """
     signature = inspect.signature(function, eval_str=True, globals=vars(functions) | _TYPES)
     documented = (functions.compare, functions.build, function)
-    meanings = dict(chain.from_iterable(_read_help(each).items() for each in documented)) | _HELP
+    meanings = dict(chain.from_iterable(_read_help(each).items() for each in documented))
 
     parameters = []
     panel = None
+    structures = ", ".join(plugins.list_names("structures"))
     for name, parameter in signature.parameters.items():
-        panel = PANELS.get(name, panel)
+        known = OPTIONS.get(name, {})
+        panel = known.get("panel", panel)
         if name not in (*_PYTHON_ONLY, *excluded):
-            parameters.append(_make_option(parameter, meanings[name], panel))
+            meaning = known.get("help") or meanings[name]
+            meaning = meaning.replace("{structures}", structures)
+            parameters.append(_make_option(parameter, meaning, panel, known))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         _, *command_parameters = inspect.signature(command, eval_str=True).parameters.values()
@@ -228,7 +186,7 @@ def with_options_of(
     return decorate
 
 
-def _make_option(parameter: Parameter, meaning: str, panel: str | None) -> Parameter:
+def _make_option(parameter: Parameter, meaning: str, panel: str | None, known: Values) -> Parameter:
     """Return the parameter from which typer makes an option or an argument."""
     name, kind, default = parameter.name, parameter.annotation, parameter.default
     kind, _ = _READERS.get(name, (kind, None))
@@ -239,14 +197,13 @@ def _make_option(parameter: Parameter, meaning: str, panel: str | None) -> Param
     if name in _ARGUMENTS:
         info = typer.Argument(help=meaning, show_default=False)
     else:
-        names = _NAMES.get(name, ())
-        metavar = _METAVARS.get(name)
+        names, metavar = known.get("names", ()), known.get("metavar")
         if kind is bool:
             names, metavar = (f"--{name.replace('_', '-')}",), ""
         info = typer.Option(
             *names,
             metavar=metavar,
-            min=_MINIMA.get(name),
+            min=known.get("min"),
             help=meaning,
             rich_help_panel=panel,
         )
