@@ -104,11 +104,14 @@ def install_command(extra: str) -> str:
 
     from importlib.metadata import distribution  # half of the time that `import racdeploy` takes
 
-    # An environment of uvx, which has no pip: the next one is made with the extra.
+    # An environment of uv has no pip: it is made again, with the extra.
     origin = json.loads(distribution("racdeploy").read_text("direct_url.json") or "{}")
     prefix = "git+" if "vcs_info" in origin else ""
     source = f" @ {prefix}{origin['url']}" if origin else ""
-    return f'uvx --from "{wanted}{source}" racdeploy …'
+    requirement = f'"{wanted}{source}"'
+    if "tools" in folders:
+        return f"uv tool install {requirement}"
+    return f"uvx --from {requirement} racdeploy …"
 
 
 class MissingExtraError(EnvironmentFailure):

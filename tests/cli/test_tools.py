@@ -47,6 +47,10 @@ def test_a_base_install_is_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("/home/a/.venv", 'pip install "racdeploy[tasks]"'),
         ("/home/a/.local/pipx/venvs/racdeploy", 'pipx runpip racdeploy install "racdeploy[tasks]"'),
+        (
+            "/home/a/.local/share/uv/tools/racdeploy",
+            'uv tool install "racdeploy[tasks] @ git+https://h/r"',
+        ),
         ("/home/a/.cache/uv/archive-v0/x", 'uvx --from "racdeploy[tasks] @ git+https://h/r" rac'),
     ],
 )
@@ -88,7 +92,7 @@ def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["memory"]["detail"] == "3.0 GiB free"
     assert found["cpu"]["detail"].endswith("with fast products of bfloat16")
     assert (found["gpu"]["state"], found["compiler"]["state"]) == ("unused", "unused")
-    assert "that of racdeploy-kernels" in found["compiler"]["detail"]
+    assert "racdeploy-kernels" in found["compiler"]["detail"]
 
 
 def test_a_name_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
