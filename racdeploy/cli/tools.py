@@ -201,12 +201,16 @@ def init(
 
 
 @report_errors
-def doctor(json_output: JsonOpt = False) -> None:
+def doctor(
+    gpu: bool = flag("--gpu", "Compare the GPU with the CPU, step by step."),
+    stand_in: bool = flag("--stand-in", "Compare the CPU with itself, where there is no GPU."),
+    json_output: JsonOpt = False,
+) -> None:
     """Report installed and missing parts of this machine, and how to install them."""
-    from racdeploy.cli.doctor import examine
+    from racdeploy.cli.doctor import compare_gpu, examine
 
-    findings = examine()
+    findings = compare_gpu(stand_in) if gpu or stand_in else examine()
     lines = (f"{each['state']:>8}  {each['what']}: {each['detail']}" for each in findings)
     print_result({"findings": findings}, lines, json_output)
-    if any(finding["state"] == "missing" for finding in findings):
+    if {"missing", "wrong"} & {finding["state"] for finding in findings}:
         raise typer.Exit(EnvironmentFailure.exit_code)

@@ -28,6 +28,6 @@ def choose_device(setting: str) -> torch.device:
 
     raise EnvironmentFailure(
         "no-gpu",
-        f"prune.device is {setting!r}, and torch {torch.__version__} finds no GPU",
+        f"torch {torch.__version__} finds no GPU",
         remedy="install a build of torch for this GPU and its driver, or set prune.device to 'cpu'",
     )
