@@ -132,7 +132,12 @@ def test_kernels_are_built_where_they_run() -> None:
 
 
 def test_the_tag_is_compared_with_the_version() -> None:
-    """A wheel of another version, as of a shallow clone, is not published."""
+    """A wheel of another version, as of a shallow clone, is not published; nor is such an sdist of
+    the kernels, which is built with it.
+    """
     steps = _read(ROOT / ".github" / "workflows" / "release.yml")["jobs"]["build"]["steps"]
     assert steps[0]["with"] == {"fetch-depth": 0, "persist-credentials": False}
-    assert any("GITHUB_REF_NAME#v" in step.get("run", "") for step in steps)
+    (compared,) = [run for step in steps if "GITHUB_REF_NAME#v" in (run := step.get("run", ""))]
+    assert "dist/racdeploy-$" in compared
+    assert "dist/racdeploy_kernels-$" in compared
+    assert "python -m build --sdist --outdir dist kernels" in [step.get("run") for step in steps]
