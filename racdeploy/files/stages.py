@@ -141,7 +141,10 @@ def scratch_folder(work: Path, rank: int) -> Iterator[Path]:
 
 
 def _left_unfinished(stage: Stage, name: str) -> str:
-    """Return a notice on unfinished stages that the user may have meant, or an empty string."""
+    """Return a notice on stages that the user may have meant, or an empty string.
+
+    These are unfinished ones, and a finished one that only another release has made.
+    """
     inputs = _as_json(stage.inputs)
     if "model" not in inputs:
         return ""
@@ -149,13 +152,18 @@ def _left_unfinished(stage: Stage, name: str) -> str:
     candidates = []
     for record in filter(_is_own, sorted(stage.folder.parent.glob(f"{name}-*/inputs.json"))):
         folder = record.parent
-        is_finished = (folder / "stage.json").is_file()
-        if is_finished or folder == stage.folder or is_folder_in_use(folder):
+        if folder == stage.folder or is_folder_in_use(folder):
             continue
 
         recorded = read_json(record)
-        # A stage of another model or name is other work, unless little else differs.
         different = {key for key in {*recorded, *inputs} if recorded.get(key) != inputs.get(key)}
+        if (folder / "stage.json").is_file():
+            if "version" in different <= {"version", "code"}:
+                release = recorded.get("version")
+                return f"{folder} is of racdeploy {release}: {stage.folder.name} is computed again"
+            continue
+
+        # A stage of another model or name is other work, unless little else differs.
         if not different & {"model", "name"} or different <= {"model", "traces_sha256"}:
             candidates.append((_differences(recorded, inputs), folder))
 

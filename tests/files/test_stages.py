@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,19 @@ def test_a_stage_that_starts_from_scratch_names_what_was_left_unfinished(
     assert new.notice.endswith(f"undo the change; to remove it: rm -r {old.folder}")
     assert not Stage.open(tmp_path, "prune", _other(**changed)).notice
     assert Stage.open(tmp_path, "prune", INPUTS) == old
+
+
+def test_a_stage_of_another_release_is_named_when_it_is_computed_again(tmp_path: Path) -> None:
+    """After an upgrade; nothing is said where the code alone changed, or the recipe too."""
+    old = Stage.open(tmp_path, "prune", INPUTS)
+    old.finish({})
+    for quiet in ({"code": "d" * 16}, {"version": "2", "prune": {"damping": 0.02}}):
+        stage = Stage.open(tmp_path, "prune", _other(**quiet))
+        assert not stage.notice
+        shutil.rmtree(stage.folder)
+
+    new = Stage.open(tmp_path, "prune", _other(version="2", code="d" * 16))
+    assert new.notice == f"{old.folder} is of racdeploy 1: {new.folder.name} is computed again"
 
 
 def test_a_second_process_waits_with_a_word(
