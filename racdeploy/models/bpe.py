@@ -126,14 +126,12 @@ class ByteLevelBPE:
 
     def _find_first(self, parts: list[str]) -> int | None:
         """Return the index of the pair that BPE merges next, or None."""
-        best = len(self.merges)
-        first = None
-        for index, pair in enumerate(pairwise(parts)):
-            rank = self.ranks.get(pair, best)
-            if rank < best:
-                best = rank
-                first = index
-        return first
+        known = [
+            (self.ranks[pair], index)
+            for index, pair in enumerate(pairwise(parts))
+            if pair in self.ranks
+        ]
+        return min(known)[1] if known else None
 
 
 def unsupported_reason(tokenizer: Mapping[str, Any]) -> str:

@@ -236,10 +236,8 @@ class Checkpoint:
         ids = find_token_ids(tokenizer.generation, "eos") + find_token_ids(self.config, "eos")
 
         content = token_text(tokenizer.config.get("eos_token"))
-
-        for entry in tokenizer.tokenizer_json.get("added_tokens") or []:
-            if entry.get("content") == content:
-                ids.append(entry["id"])
+        added = tokenizer.tokenizer_json.get("added_tokens") or []
+        ids += [entry["id"] for entry in added if entry.get("content") == content]
 
         eos_ids = tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
         if not eos_ids:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,11 +43,14 @@ HEAD_NORMS = {
     "self_attn.q_norm.weight": "attn_q_norm.weight",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
 }
+POST_NORMS = {  # after each part of a block
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+}
 GEMMA_NORMS = {  # before and after each part of a block
     "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "post_attention_norm.weight",
     "pre_feedforward_layernorm.weight": "ffn_norm.weight",
-    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    **POST_NORMS,
     **HEAD_NORMS,
 }
 PER_LAYER_INPUTS = {  # of Gemma: those of a block, and those of the model
@@ -60,11 +63,12 @@ PER_LAYER_MODEL_TENSORS = {
     "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
     "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
 }
-BLOCK_TENSORS = {
+LINEAR_TENSORS = {
     f"{linear}.{part}": f"{name}.{part}"
     for linear, name in _LINEARS.items()
     for part in ("weight", "bias")
-} | NORMS
+}
+BLOCK_TENSORS = LINEAR_TENSORS | NORMS
 NON_MLP_TENSORS = {key: name for key, name in BLOCK_TENSORS.items() if not key.startswith("mlp.")}
 """Tensors of a block without those of Llama's feed-forward part."""
 MODEL_TENSORS = {
@@ -79,6 +83,15 @@ def list_kinds(blocks: int, period: int, usual: str = "sliding_attention") -> li
     """Return the kind of each block if every n-th has full attention; at period 0 all have."""
     is_usual = [period and block % period for block in range(1, blocks + 1)]
     return [usual if each else "full_attention" for each in is_usual]
+
+
+def name_experts(module: str, kinds: Iterable[str] = ("weight",)) -> dict[str, str]:
+    """Return the names of all experts' tensors inside a block → GGUF names."""
+    return {
+        f"{module}.*.{part}_proj.{kind}": f"ffn_{part}_exps.{kind}"
+        for part in ("gate", "up", "down")
+        for kind in kinds
+    }
 
 
 # D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q columns of all query heads,
@@ -112,6 +125,7 @@ PER_LAYER_SHAPES = {
     "per_layer_proj_norm": ("P",),
 }
 PER_LAYER_SIZES = {"P": "hidden_size_per_layer_input", "PP": "per_layer_inputs_width"}
+LLAMA_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 LLAMA_INTEGERS = {"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"}
 ROTARY_TRANSFORMS: dict[str, Transform] = {
     f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
@@ -162,6 +176,4 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "pretraining_tp": (1,),
 }
-PARTIAL_ROTARY_VALUES = {
-    key: values for key, values in SUPPORTED_VALUES.items() if key != "partial_rotary_factor"
-}
+ANY_ROTARY_SHARE = {"partial_rotary_factor": None}

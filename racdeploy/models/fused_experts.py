@@ -133,11 +133,8 @@ def _find(
     if fused.interleaved:
         chosen = slice(index, None, count)
 
-    shape = (rows, *entry.shape[2:])
-    where: tuple[int | slice, ...] = (expert, chosen)
-    if outputs == 2:
-        shape = (rows, entry.shape[1])
-        where = (expert, slice(None), chosen)
+    shape = (rows, *entry.shape[1:outputs], *entry.shape[outputs + 1 :])
+    where: tuple[int | slice, ...] = (expert, *(slice(None),) * (outputs - 1), chosen)
     return _ExpertEntry(
         entry.file, entry.start, entry.stop, entry.dtype, shape, entry, where, outputs == 2
     )

@@ -52,7 +52,7 @@ def _expect_shapes(shape: ModelShape, like: int, blocks: int) -> dict[str, tuple
     shapes = {}
 
     for name, stored in family.mtp_tensors.items():
-        letters = family.shapes.get(stored.removesuffix(".weight"), ("D",))
+        letters = family.axes.get(stored.removesuffix(".weight"), ("D",))
         shapes[PREFIX + name] = widths.axis_lengths(letters, sizes)
 
     for block in range(blocks):

@@ -57,22 +57,15 @@ def translate_ids(ids: Iterable[int], new: NewIds) -> tuple[int, ...] | None:
 
 def find_config_ids(files: TokenizerFiles) -> set[int]:
     """Return the ids that the configs name: end of sequence, padding and others."""
-    ids: set[int] = set()
-    for name in _CONFIGS:
-        file = files.folder / name
-        if file.is_file():
-            ids.update(_find_ids(read_json(file)))
-    return ids
+    return {i for config in _read_configs(files).values() for i in _find_ids(config)}
 
 
 def renumber_files(files: TokenizerFiles, old_ids: OldIds) -> dict[str, str]:
     """Return the new texts of all files that name ids, by file name."""
     ids = map_new_ids(old_ids)
     written: Json = {"tokenizer.json": renumber_tokenizer(files.tokenizer_json, ids)}
-    for name in _CONFIGS:
-        file = files.folder / name
-        if file.is_file():
-            written[name] = _renumber_ids(read_json(file), ids)
+    for name, config in _read_configs(files).items():
+        written[name] = _renumber_ids(config, ids)
     written["config.json"]["vocab_size"] = len(old_ids)
 
     texts = {}
@@ -80,6 +73,11 @@ def renumber_files(files: TokenizerFiles, old_ids: OldIds) -> dict[str, str]:
         texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     texts[OLD_IDS_FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
     return texts
+
+
+def _read_configs(files: TokenizerFiles) -> dict[str, Json]:
+    present = [name for name in _CONFIGS if (files.folder / name).is_file()]
+    return {name: read_json(files.folder / name) for name in present}
 
 
 def renumber_tokenizer(tokenizer: Json, ids: NewIds) -> Json:

@@ -6,9 +6,6 @@ Source: llama.cpp ``conversion/llama.py`` (``LlamaModel.permute``) and ``convers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +17,9 @@ Order = NDArray[np.intp]
 
 def find_gguf_row_order(transform: Transform | None, shape: ModelShape, rows: int) -> Order | None:
     """Return the order of a tensor's rows in GGUF, or None if it does not change."""
-    make = _ROWS.get(transform)
-    return make(shape, rows) if make else None
+    if transform == "rotary":
+        return find_rotary_order(rows, rows // shape.head_dim)
+    return _order_value_heads(shape, rows) if transform in ("value_rows", "decay") else None
 
 
 def find_gguf_column_order(
@@ -57,10 +55,3 @@ def _order_value_heads(shape: ModelShape, rows: int) -> Order | None:
     )
     order_X = order_GHX.swapaxes(0, 1).reshape(-1)
     return np.concatenate([np.arange(rows - value_rows), order_X])
-
-
-_ROWS: Mapping[Any, Callable[[ModelShape, int], Order | None]] = {
-    "rotary": lambda shape, rows: find_rotary_order(rows, rows // shape.head_dim),
-    "value_rows": _order_value_heads,
-    "decay": _order_value_heads,
-}

@@ -199,8 +199,11 @@ def _list_layer_types(settings: ModelSettings, family: Family, block_count: int)
             )
         return tuple(map(str, listed))
 
-    period = settings.config.get("sliding_window_pattern") or family.window_period
-    return tuple(decoder.list_kinds(block_count, period))
+    period = settings.config.get("sliding_window_pattern")
+    if type(period) is not int:  # EXAONE has letters there, beside a list
+        period = family.window_period
+    has_windows = settings.config.get("sliding_window")
+    return tuple(decoder.list_kinds(block_count, period if has_windows else 0))
 
 
 def _find_key_sources(settings: ModelSettings, layer_types: Sequence[str]) -> tuple[int, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 
 from racdeploy.errors import ModelError
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import find_expert, generalize_expert
+from racdeploy.models.families import find_expert, generalize_expert, star_numbers
 
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """End of the names of buffers in old checkpoints that transformers computes itself."""
@@ -25,10 +24,9 @@ def check_known_tensors(checkpoint: Checkpoint) -> None:
         kind = generalize_expert(inside)
         tensors = family.model_tensors if index is None else family.block_tensors
 
-        is_known = kind in tensors and (index or 0) < checkpoint.shape.block_count
-        if kind != inside:
-            is_known = is_known and (find_expert(inside) or 0) < checkpoint.shape.num_experts
-        if not is_known and not name.endswith(IGNORED_SUFFIX):
+        is_counted = (index or 0) < checkpoint.shape.block_count
+        is_counted &= (find_expert(inside) or 0) < max(1, checkpoint.shape.num_experts)
+        if (kind not in tensors or not is_counted) and not name.endswith(IGNORED_SUFFIX):
             unknown.append(name)
 
     if unknown:
@@ -74,7 +72,7 @@ def shorten_names(names: Iterable[str]) -> str:
     """Return a few names for a message; names that differ only in numbers become one with ``*``."""
     groups = defaultdict[str, list[str]](list)
     for name in names:
-        groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)].append(name)
+        groups[star_numbers(name)].append(name)
 
     shown = []
     for kind, (first, *others) in groups.items():

@@ -41,7 +41,7 @@ def list_axes(family: Family, name: str) -> tuple[str, ...]:
     stored = family.block_tensors.get(inside) or family.model_tensors[name]
     stored_name, _, kind = stored.rpartition(".")
     stored_name = stored_name or kind  # some names have no ".weight"
-    letters = family.shapes.get(stored_name, ("D",))
+    letters = family.axes.get(stored_name, ("D",))
     return letters[:1] if kind == "bias" else letters
 
 

@@ -464,14 +464,6 @@ def test_phi_3_keeps_its_heads(tmp_path: Path) -> None:
         export(Checkpoint(folder), tmp_path / "cut.gguf", quant="f16")
 
 
-def test_smollm3_keeps_its_blocks(tmp_path: Path) -> None:
-    """llama.cpp counts which block has no rotary embedding."""
-    whole = Checkpoint(make_whole(tmp_path / "whole", "smollm3", num_hidden_layers=8))
-    assert "every block 4 of smollm3" in unsupported_reason(whole, {"L"}, uniform=True)
-    gemma = Checkpoint(make_whole(tmp_path / "gemma", "gemma3_text"))
-    assert unsupported_reason(gemma, {"L"}, uniform=False) == ""
-
-
 def test_the_largest_gemma_keeps_heads_and_blocks(tmp_path: Path) -> None:
     """llama.cpp knows it by its 62 blocks, and then scales by hidden size and number of heads."""
     config = {"num_hidden_layers": 62, "query_pre_attn_scalar": 16}

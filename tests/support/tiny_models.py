@@ -58,6 +58,9 @@ SHARING = {
         *("sliding_attention", "full_attention"),
     ],
 }
+# EXAONE 4.0 as llama.cpp has it: windows in models of 64 blocks alone.
+WINDOWED = {"num_hidden_layers": 64, "sliding_window": 16, "layer_types": None}
+HUNYUAN = {"type": "dynamic", "alpha": 50.0, "factor": 1.0}
 GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
 # transformers 4 has fewer than we have.
 _FOUND = {
@@ -70,7 +73,7 @@ FAMILIES = tuple(_FOUND)
 CUT_FAMILIES = tuple(
     name
     for name, family in _FOUND.items()
-    if not (family.kind_prefixes or family.expert_linears or ("Q",) in family.shapes.values())
+    if not (family.kind_prefixes or family.expert_linears or ("Q",) in family.axes.values())
 )
 """Those whose blocks are alike, and no norm sees all heads: heads and channels can be cut."""
 TRAINED_TOKENS = 480
@@ -136,6 +139,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rope_theta": None,  # there is one for each kind
         "final_logit_softcapping": 30.0,
     },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "ernie4_5": {"head_dim": 24},
+    "glm4": {"head_dim": 24, "attention_bias": True},
+    "hunyuan_v1_dense": {"head_dim": 24},
+    "seed_oss": {"head_dim": 24},
     "gpt_oss": {
         "sliding_window": 16,  # in every other block
         "intermediate_size": 32,

@@ -72,18 +72,9 @@ def unsupported_reason(checkpoint: Checkpoint, sizes: Collection[str], uniform: 
     """
     shape = checkpoint.shape
     family = shape.family
-    # llama.cpp counts blocks to know which have no rotary embeddings.
-    if "L" in sizes and family.no_rope_period:
-        return (
-            f"llama.cpp leaves rotary embeddings out of every block {family.no_rope_period} of"
-            f" {family.gguf_arch}, wherever the blocks were before"
-        )
-
-    # It also recognizes the size of a model, and so its scale, by numbers that a cut changes.
-    is_recognized = any(
-        "=attention_scalar" in values for values in family.supported_values.values()
-    )
-    has_own_scale = is_recognized and shape.setting("attention_scalar") != shape.head_dim
+    # llama.cpp recognizes the size of a model, and so its scale, by numbers that a cut changes.
+    scales = family.supported_values.get("query_pre_attn_scalar")
+    has_own_scale = scales and shape.setting("attention_scalar") != shape.head_dim
     if has_own_scale and not {"L", "Q"}.isdisjoint(sizes):
         return (
             f"llama.cpp knows by {shape.block_count} blocks and by the number of heads how"

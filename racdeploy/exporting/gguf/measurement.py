@@ -33,11 +33,13 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
         container = racgguf.Container.open(path)
         values = container.header.metadata
 
-        rows = []
-        for stored in container.tensors:
-            row = _describe(stored, container.iter_chunks(stored), names, stored.stored_bytes)
-            rows.append(replace(row, packing=stored.packing))
-
+        rows = [
+            replace(
+                _describe(stored, container.iter_chunks(stored), names, stored.stored_bytes),
+                packing=stored.packing,
+            )
+            for stored in container.tensors
+        ]
     else:
         (_, first), *_ = parts = read_parts(path)
         values = first.metadata
@@ -62,9 +64,8 @@ def _describe(
     name = names.get(ggml_type, "")
 
     zeros = _count_zeros(pieces, ggml_type, name)
-    other_name = f"ggml type {ggml_type}"
-    if ggml_type in _TYPES:
-        other_name = _TYPES[ggml_type].name.lower()
+    known = _TYPES.get(ggml_type)
+    other_name = known.name.lower() if known is not None else f"ggml type {ggml_type}"
     return MeasuredTensor(
         name=tensor.name,
         shape=tensor.dimensions[::-1],

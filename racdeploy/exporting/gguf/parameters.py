@@ -15,6 +15,7 @@ from gguf import GGUFWriter, RopeScalingType
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
+from racdeploy.models import decoder
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import list_axes
@@ -97,24 +98,24 @@ def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
     if not ends or setting not in shape.widths:  # its experts have one
         return [shape.integer(setting)]
 
-    block_widths = []
-    for kinds, width in zip(shape.kinds, shape.widths[setting], strict=True):
-        has_one = any(family.has_tensor(kinds, name) for name in ends)
-        block_widths.append(width if has_one else 0)
-    return block_widths
+    return [
+        width if any(family.has_tensor(kinds, name) for name in ends) else 0
+        for kinds, width in zip(shape.kinds, shape.widths[setting], strict=True)
+    ]
 
 
 def check_parameters(shape: ModelShape) -> None:
     """Raise a ModelError for settings that llama.cpp would ignore."""
-    for key, allowed in shape.family.supported_values.items():
+    supported = {**decoder.SUPPORTED_VALUES, **shape.family.supported_values}
+    for key, allowed in supported.items():
         value = shape.config.get(key)
+        if value is None or allowed is None:
+            continue
 
         # ``=name`` stands for the value of another setting.
         accepted = [shape.setting(a[1:]) if str(a).startswith("=") else a for a in allowed]
-        if value is not None and value not in accepted:
-            computes = "does not support it"
-            if accepted:
-                computes = f"computes only {accepted[0]!r}"
+        if value not in accepted:
+            computes = f"computes only {accepted[0]!r}" if accepted else "does not support it"
             raise ModelError(
                 "unsupported-by-llama-cpp", f"config.json: {key} is {value!r}; llama.cpp {computes}"
             )
@@ -235,7 +236,7 @@ def _check_shared_keys(shape: ModelShape) -> None:
 def _write_windows(writer: GGUFWriter, shape: ModelShape) -> None:
     """Write which blocks have a sliding window, unless llama.cpp assumes the same."""
     period = shape.family.window_period
-    if not period:
+    if not period or not shape.config.get("sliding_window"):
         return
 
     sliding = [kind == "sliding_attention" for kind in shape.layer_types]

@@ -119,11 +119,8 @@ def plan_tensors(checkpoint: Checkpoint, mix: QuantRules) -> list[GgufTensorPlan
 
     plan += _plan_unused_keys(checkpoint, mix, family)
     plan += _plan_mtp_head(checkpoint, mix, family)
-    names = []
-    for tensor in plan:
-        if len(tensor.shape) > 1:
-            names += [tensor.name, *tensor.unfused_names]
-    mix.check(names)
+    matrices = [tensor for tensor in plan if len(tensor.shape) > 1]
+    mix.check([name for each in matrices for name in (each.name, *each.unfused_names)])
     return plan
 
 

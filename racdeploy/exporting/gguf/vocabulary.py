@@ -252,10 +252,11 @@ def _fill_gaps(texts: Mapping[int, str], size: int) -> tuple[str, ...]:
 
 
 def _notes(tokens: Tokens, special: SpecialTokens) -> Iterator[str]:
-    stripping = []
-    for token in tokens.added.values():
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            stripping.append(token["content"])
+    stripping = [
+        token["content"]
+        for token in tokens.added.values()
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+    ]
 
     if stripping:
         count = len(stripping)

@@ -111,9 +111,10 @@ def export(
     if known and known.file.name == quants.IMPORTANCE_FILE:  # not a file that the user named
         # Write the importance beside the model, for quantizing it again with llama.cpp.
         matrix = out.with_name(out.stem + importances.SUFFIX)
-        names = {}
-        for tensor in plan.tensors:
-            names[tensor.name] = tensor.parts if tensor.transform == "stack" else (tensor.source,)
+        names = {
+            tensor.name: tensor.parts if tensor.transform == "stack" else (tensor.source,)
+            for tensor in plan.tensors
+        }
         known.write_imatrix(matrix, names)
         result = replace(result, files={**result.files, matrix.name: file_sha256(matrix)})
 
@@ -179,10 +180,11 @@ def describe_importance(
         coded: names of the weights whose codes pruning chose, which no importance rounds.
     """
     quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
-    weighted = []
-    for tensor in quantized:
-        if any(row_I is not None for row_I in tensor.list_importances(known)):
-            weighted.append(tensor)
+    weighted = [
+        tensor
+        for tensor in quantized
+        if any(row_I is not None for row_I in tensor.list_importances(known))
+    ]
     if quantized and not weighted:
         raise ArtifactError(
             "importance-of-other-model",
@@ -212,13 +214,12 @@ def _write_parts(
     body = TensorWriter(checkpoint, plan.importance, plan.total_bytes, progress)
     written: list[ExportedTensor] = []
     for number, (file, tensors) in enumerate(plan.tensors_by_file.items()):
-        is_first = number == 0
         write_header(
             checkpoint,
             partials[file],
             tensors,
-            vocabulary=plan.vocabulary if is_first else None,
-            general=plan.general if is_first else {},
+            vocabulary=None if number else plan.vocabulary,
+            general={} if number else plan.general,
             split=(number, len(plan.tensors_by_file), len(plan.tensors)),
         )
 
@@ -248,11 +249,8 @@ def _publish(
     if rows:
         tensors = []
         for tensor, row in zip(plain.tensors, rows, strict=True):
-            actual = "plain" if row.reason else packing
-            size_bytes, reason = row.stored_bytes, row.reason
-            tensors.append(
-                replace(tensor, size_bytes=size_bytes, packing=actual, packing_reason=reason)
-            )
+            packed = replace(tensor, size_bytes=row.stored_bytes, packing_reason=row.reason)
+            tensors.append(packed if row.reason else replace(packed, packing=packing))
         return replace(
             plain,
             tensors=tuple(tensors),

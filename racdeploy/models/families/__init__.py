@@ -57,10 +57,10 @@ class Family:
         attention_free_marking: marks blocks without attention for llama.cpp: they have no key and
             value heads, or are listed as recurrent.
         attention_module: name of the attention module in a block.
-        never_pruned: linears that are never pruned, as the router of experts.
         fused_experts: name inside a block of a tensor on disk that holds all experts → its layout.
         transforms: parameter name, as above → change of its values on export.
-        shapes: GGUF name without ``.weight`` → its axes, outputs first, in decoder's letters.
+        shapes: GGUF name without ``.weight`` → its axes, outputs first, in decoder's letters;
+            beside decoder's.
         gguf_shapes: GGUF name → its axes in the file, if they differ from the checkpoint's;
             missing rows are zero.
         sizes: further letters of shapes → the settings with their sizes.
@@ -71,8 +71,8 @@ class Family:
         write_config: takes a config with usual settings; returns the keys that transformers reads
             instead.
         defaults: keys that ``config.json`` may leave out → transformers' defaults.
-        supported_values: key of ``config.json`` → the values that llama.cpp supports; others are
-            refused. ``=name`` is the value of another setting.
+        supported_values: key of ``config.json`` → the values that llama.cpp supports, beside
+            decoder's; others are refused. ``=name`` is the value of another setting; None: any.
         gguf_integers, gguf_floats: GGUF key without the architecture → the setting that it holds,
             if the model has one.
         mtp_tensors: tensors of a multi-token-prediction head outside its blocks → names in the
@@ -124,10 +124,9 @@ class Family:
     feed_forward_length: str = "intermediate_size"
     attention_free_marking: Literal["", "no_heads", "listed"] = ""
     attention_module: str = "self_attn"
-    never_pruned: tuple[str, ...] = ()
     fused_experts: Mapping[str, FusedExperts] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: decoder.SHAPES)
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gguf_shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
@@ -136,9 +135,7 @@ class Family:
     read_config: Callable[[Config], Config] = _say_nothing
     write_config: Callable[[Config], Config] = _say_nothing
     defaults: Config = field(default_factory=dict)
-    supported_values: Mapping[str, tuple[Any, ...]] = field(
-        default_factory=lambda: decoder.SUPPORTED_VALUES
-    )
+    supported_values: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
     gguf_integers: Mapping[str, str] = field(default_factory=dict)
     gguf_floats: Mapping[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
@@ -163,6 +160,21 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         """Prunable linears of blocks of every kind, without ``.weight``, in forward order."""
         return tuple(linear for group in self.input_groups for linear in group)
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """GGUF name without ``.weight`` → its axes; a tensor that is not listed is a vector."""
+        return {**decoder.SHAPES, **self.shapes}
+
+    @property
+    def never_pruned(self) -> tuple[str, ...]:
+        """Matrices of blocks that are not in an input group, as the router of experts."""
+        matrices = (
+            name.removesuffix(".weight")
+            for name, stored in self.block_tensors.items()
+            if len(self.axes.get(stored.removesuffix(".weight"), ())) == 2
+        )
+        return tuple(name for name in matrices if name not in self.linears)
 
     @property
     def expert_linears(self) -> tuple[str, ...]:
@@ -229,8 +241,8 @@ class Family:
         with _explain_odd(whole):
             usual = self.read_config(whole)
 
-        replaced = {key for key, value in usual.items() if value is None}
-        return {key: value for key, value in {**whole, **usual}.items() if key not in replaced}
+        merged = {**whole, **usual}
+        return {key: merged[key] for key in merged if usual.get(key, key) is not None}
 
     def find_block_settings(self, config: Config) -> dict[str, Sequence[int]]:
         """Return the settings that differ between blocks, by a complete config.
@@ -272,7 +284,7 @@ def _explain_odd(config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, AttributeError, LookupError, ValueError) as error:
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
         empty = sorted(key for key, value in config.items() if value is None)
         said = f"; null are {', '.join(empty)}" if empty else ""
         raise ModelError(
@@ -287,6 +299,11 @@ def generalize_expert(name: str) -> str:
     return _OF_EXPERT.sub(f".experts.{ANY_EXPERT}.", name)
 
 
+def star_numbers(name: str) -> str:
+    """Return the name of a tensor with ``*`` for each number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def find_expert(name: str) -> int | None:
     """Return the number of the expert that a tensor or linear belongs to, or None."""
     match = _OF_EXPERT.search(name)
@@ -298,7 +315,7 @@ def expand_experts(linears: Sequence[str], experts: int) -> tuple[str, ...]:
     if not linears or ANY_EXPERT not in linears[0]:
         return tuple(linears)
 
-    numbers = [str(expert) for expert in range(experts)]
+    numbers = map(str, range(experts))
     return tuple(name.replace(ANY_EXPERT, number) for number in numbers for name in linears)
 
 

@@ -20,7 +20,6 @@ FAMILY = Family(
         "tie_word_embeddings": True,
     },
     supported_values={
-        **decoder.SUPPORTED_VALUES,
         "hidden_act": (),
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attn_logit_softcapping": (),

@@ -11,18 +11,15 @@ from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
-_PERIOD = 5
 _SPARSE_BLOCKS, _DROPPED_SHARE = 10, 0.95  # blocks with sparse activations, and their share
-_NEEDED = ("num_hidden_layers", "vocab_size_per_layer_input", "final_logit_softcapping")
 
 
 def _read(config: Config) -> Config:
-    for key in _NEEDED:
-        if config[key] is None:
-            raise ModelError("damaged-config", f"config.json: {key} is null")
+    if config["final_logit_softcapping"] is None:
+        raise ModelError("damaged-config", "config.json: final_logit_softcapping is null")
 
     count = config["num_hidden_layers"]
-    sparse = min(_SPARSE_BLOCKS, count) if count > _SPARSE_BLOCKS else 0
+    sparse = _SPARSE_BLOCKS if count > _SPARSE_BLOCKS else 0
 
     # llama.cpp takes one width, though the config may list one for each block.
     width = config.get("intermediate_size", 16_384)
@@ -41,7 +38,6 @@ def _read(config: Config) -> Config:
         )
 
     return {
-        "layer_types": config.get("layer_types") or decoder.list_kinds(count, _PERIOD),
         "intermediate_size": width,
         "activation_sparsity_pattern": config.get("activation_sparsity_pattern")
         or [_DROPPED_SHARE] * sparse + [0.0] * (count - sparse),
@@ -80,15 +76,6 @@ FAMILY = Family(
         **_ALTUP_PROJECTIONS,
         **decoder.PER_LAYER_MODEL_TENSORS,
     },
-    never_pruned=(
-        "per_layer_input_gate",
-        "per_layer_projection",
-        "altup.correction_coefs",
-        "altup.prediction_coefs",
-        "altup.modality_router",
-        "laurel.linear_left",
-        "laurel.linear_right",
-    ),
     kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
     needs_kv_tensors=True,
     altup_inputs="altup_num_inputs",
@@ -97,7 +84,6 @@ FAMILY = Family(
     # VP: tokens that have per-layer inputs; A: hidden states of a token; AA: their pairs; L: rank
     # of the learned residual (LAuReL).
     shapes={
-        **decoder.SHAPES,
         **decoder.PER_LAYER_SHAPES,
         "altup_correct_coef": ("A", "A"),
         "altup_predict_coef": ("AA", "A"),
@@ -165,7 +151,7 @@ FAMILY = Family(
     rope_types=("default",),
     embedding_scale="sqrt_hidden_size",
     logit_cap_key="final_logit_softcapping",
-    window_period=_PERIOD,
+    window_period=5,
     lists_windows=True,
     lookup_table_modules=("mlp.act_fn", "act_fn"),
     min_transformers="5.8",  # older ones share keys through a cache alone

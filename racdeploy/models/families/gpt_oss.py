@@ -10,11 +10,7 @@ from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.fused_experts import FusedExperts
 
-_EXPERTS = {
-    f"mlp.experts.*.{part}_proj.{kind}": f"ffn_{part}_exps.{kind}"
-    for part in ("gate", "up", "down")
-    for kind in ("weight", "bias")
-}
+_EXPERTS = decoder.name_experts("mlp.experts", ("weight", "bias"))
 _GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 _ROPE = {
     "rope_type": "yarn",
@@ -43,7 +39,6 @@ FAMILY = Family(
         **_EXPERTS,
     },
     input_groups=(*decoder.INPUT_GROUPS[:2], _GATE_UP, ("mlp.experts.*.down_proj",)),
-    never_pruned=("mlp.router",),
     fused_experts={
         "mlp.experts.gate_up_proj": FusedExperts(
             tuple(f"{part}.weight" for part in _GATE_UP), interleaved=True, inputs_first=True
@@ -57,18 +52,9 @@ FAMILY = Family(
         "mlp.experts.down_proj_bias": FusedExperts(("mlp.experts.*.down_proj.bias",)),
     },
     transforms=dict.fromkeys(_EXPERTS, "stack"),
-    shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES, "attn_sinks": ("H",)},
+    shapes={**decoder.EXPERT_SHAPES, "attn_sinks": ("H",)},
     sizes={"E": "num_local_experts", "EF": "intermediate_size"},
-    biases=(
-        "attn_q",
-        "attn_k",
-        "attn_v",
-        "attn_output",
-        "ffn_gate_inp",
-        "ffn_gate_exps",
-        "ffn_up_exps",
-        "ffn_down_exps",
-    ),
+    biases=(*decoder.ALL_LINEARS[:4], *decoder.EXPERT_SHAPES),
     read_config=_read,
     defaults={
         "num_hidden_layers": 36,
@@ -84,7 +70,6 @@ FAMILY = Family(
         "rope_theta": 150_000.0,
     },
     supported_values={
-        **decoder.SUPPORTED_VALUES,
         "attention_bias": (True,),
         "swiglu_alpha": (1.702,),
         "swiglu_limit": (7, 7.0),

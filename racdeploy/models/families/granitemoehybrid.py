@@ -72,13 +72,12 @@ _DENSE = Family(
     attention_free_marking="no_heads",
     transforms={**decoder.ROTARY_TRANSFORMS, "mamba.A_log": "decay"},
     shapes={
-        **decoder.SHAPES,
         "ffn_gate_up": ("F+F", "D"),
         **mamba.SHAPES,
     },
     gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("1", "M")},
     sizes=mamba.SIZES,
-    biases=("attn_q", "attn_k", "attn_v", "attn_output", "ssm_conv1d"),
+    biases=(*decoder.ALL_LINEARS[:4], "ssm_conv1d"),
     read_config=_read,
     write_config=_write,
     defaults={
@@ -94,7 +93,6 @@ _DENSE = Family(
         "mamba_expand": 2,
     },
     supported_values={
-        **decoder.SUPPORTED_VALUES,
         "mamba_n_groups": (1,),
         "mamba_expand": (2,),
         "mamba_conv_bias": (True,),
@@ -116,11 +114,8 @@ _DENSE = Family(
     min_transformers="4.56",
 )
 
-_EXPERTS = {
-    f"block_sparse_moe.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight"
-    for part in ("gate", "up", "down")
-}
-_GATE_UP, _DOWN = tuple(_EXPERTS)[:2], tuple(_EXPERTS)[2:]
+_EXPERTS = decoder.name_experts("block_sparse_moe.experts")
+*_GATE_UP, _DOWN = _EXPERTS
 _MIXTURE = replace(
     _DENSE,
     all_attention_arch="granitemoe",
@@ -135,13 +130,12 @@ _MIXTURE = replace(
     input_groups=(
         *_DENSE.input_groups[:4],
         tuple(name.removesuffix(".weight") for name in _GATE_UP),
-        tuple(name.removesuffix(".weight") for name in _DOWN),
+        (_DOWN.removesuffix(".weight"),),
         *_DENSE.input_groups[4:],
     ),
-    never_pruned=("block_sparse_moe.router.layer",),
     fused_experts={
-        "block_sparse_moe.input_linear.weight": FusedExperts(_GATE_UP),
-        "block_sparse_moe.output_linear.weight": FusedExperts(_DOWN),
+        "block_sparse_moe.input_linear.weight": FusedExperts(tuple(_GATE_UP)),
+        "block_sparse_moe.output_linear.weight": FusedExperts((_DOWN,)),
     },
     transforms={**_DENSE.transforms, **dict.fromkeys(_EXPERTS, "stack")},
     shapes={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
@@ -38,18 +37,13 @@ def _width(config: Config) -> int:
     return -(-int(factor * width) // multiple) * multiple
 
 
-_ATTENTION = {
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
+_ATTENTION = {f"self_attn.{name}_proj.weight": f"attn_{name}.weight" for name in "qkv"} | {
     "self_attn.out_proj.weight": "attn_output.weight",
     "self_attn.q_layernorm.weight": "attn_q_norm.weight",
     "self_attn.k_layernorm.weight": "attn_k_norm.weight",
 }
 _CONVOLUTION = {
-    "conv.in_proj.weight": "shortconv.in_proj.weight",
-    "conv.conv.weight": "shortconv.conv.weight",
-    "conv.out_proj.weight": "shortconv.out_proj.weight",
+    f"conv.{name}.weight": f"shortconv.{name}.weight" for name in ("in_proj", "conv", "out_proj")
 }
 FAMILY = Family(
     architecture="Lfm2ForCausalLM",
@@ -80,7 +74,6 @@ FAMILY = Family(
     kind_prefixes={"full_attention": ("self_attn.",), "conv": ("conv.",)},
     attention_free_marking="no_heads",
     shapes={
-        **decoder.SHAPES,
         "shortconv.in_proj": ("D+D+D", "D"),
         "shortconv.conv": ("D", "1", "L"),
         "shortconv.out_proj": ("D", "D"),
@@ -95,7 +88,7 @@ FAMILY = Family(
         "tie_word_embeddings": True,
         "conv_L_cache": 3,
     },
-    supported_values={**decoder.SUPPORTED_VALUES, "conv_bias": (False,)},
+    supported_values={"conv_bias": (False,)},
     gguf_integers={"vocab_size": "vocab_size", "shortconv.l_cache": "conv_L_cache"},
     needs_square_queries=True,
     min_transformers="4.54",

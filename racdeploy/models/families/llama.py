@@ -9,6 +9,6 @@ FAMILY = Family(
     transforms=decoder.ROTARY_TRANSFORMS,
     biases=decoder.ALL_LINEARS,
     gguf_integers=decoder.LLAMA_INTEGERS,
-    rope_types=("default", "linear", "yarn", "llama3"),
+    rope_types=decoder.LLAMA_ROPE_TYPES,
     per_block_arch=decoder.DECI,
 )

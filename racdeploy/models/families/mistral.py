@@ -10,6 +10,6 @@ FAMILY = Family(
     biases=(),
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     gguf_integers=decoder.LLAMA_INTEGERS,
-    rope_types=("default", "linear", "yarn", "llama3"),
+    rope_types=decoder.LLAMA_ROPE_TYPES,
     per_block_arch=decoder.DECI,
 )

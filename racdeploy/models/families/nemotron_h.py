@@ -10,7 +10,7 @@ Published configs limit the time step of a state, and transformers has another l
 from __future__ import annotations
 
 from racdeploy.errors import ModelError
-from racdeploy.models import decoder, mamba
+from racdeploy.models import mamba
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
@@ -123,7 +123,6 @@ FAMILY = Family(
     },
     # MG: channels of a group of a state space; G: number of groups.
     shapes={
-        **decoder.SHAPES,
         **mamba.SHAPES,
     },
     gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("G", "MG")},

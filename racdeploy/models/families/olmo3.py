@@ -6,20 +6,14 @@ Blocks with a sliding window have no rope scaling, unlike the others.
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
 
-_LINEARS = {key: name for key, name in decoder.BLOCK_TENSORS.items() if key not in decoder.NORMS}
 FAMILY = Family(
     architecture="Olmo3ForCausalLM",
     gguf_arch="olmo2",
-    block_tensors={
-        **_LINEARS,
-        **decoder.HEAD_NORMS,
-        "post_attention_layernorm.weight": "post_attention_norm.weight",
-        "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
-    },
-    shapes={**decoder.SHAPES, "attn_q_norm": ("Q",), "attn_k_norm": ("KV",)},
+    block_tensors={**decoder.LINEAR_TENSORS, **decoder.HEAD_NORMS, **decoder.POST_NORMS},
+    shapes={"attn_q_norm": ("Q",), "attn_k_norm": ("KV",)},
     biases=(),
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096},
-    supported_values={**decoder.SUPPORTED_VALUES, "rope_local_base_freq": ("=theta",)},
+    supported_values={"rope_local_base_freq": ("=theta",)},
     gguf_integers={"attention.sliding_window": "sliding_window"},
     gguf_floats={"rope.freq_base_swa": "rope_local_base_freq"},
     window_period=4,

@@ -17,14 +17,14 @@ FAMILY = Family(
     gguf_arch="phi3",
     input_groups=tuple((linear.removesuffix(".weight"),) for linear in _LINEARS),
     block_tensors={**_LINEARS, **decoder.NORMS},
-    shapes={**decoder.SHAPES, "attn_qkv": ("Q+KV+KV", "D"), "ffn_up": ("F+F", "D")},
+    shapes={"attn_qkv": ("Q+KV+KV", "D"), "ffn_up": ("F+F", "D")},
     biases=(),
     defaults={
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    supported_values=decoder.PARTIAL_ROTARY_VALUES,
+    supported_values=decoder.ANY_ROTARY_SHARE,
     gguf_integers={
         "rope.dimension_count": "rotary_width",
         "rope.scaling.original_context_length": "original_max_position_embeddings",

@@ -52,7 +52,6 @@ FAMILY = Family(
         ("linear_attn.out_proj",),
         *decoder.INPUT_GROUPS[2:],
     ),
-    never_pruned=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     kind_prefixes={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
     attention_free_marking="listed",
     transforms={
@@ -65,7 +64,6 @@ FAMILY = Family(
     },
     # S: size of a linear-attention head; SH: value heads; SK, SV: columns of all key, value heads.
     shapes={
-        **decoder.SHAPES,
         "attn_q": ("Q+Q", "D"),
         "attn_qkv": ("SK+SK+SV", "D"),
         "attn_gate": ("SV", "D"),
@@ -98,7 +96,7 @@ FAMILY = Family(
         "linear_num_value_heads": 32,
     },
     supported_values={
-        **decoder.PARTIAL_ROTARY_VALUES,
+        **decoder.ANY_ROTARY_SHARE,
         "linear_value_head_dim": ("=linear_key_head_dim",),
     },
     gguf_integers={

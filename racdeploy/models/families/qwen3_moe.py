@@ -12,10 +12,7 @@ def _read(config: Config) -> Config:
     return {"num_experts": config.get("num_experts") or config.get("num_local_experts")}
 
 
-_EXPERTS = {
-    f"mlp.experts.*.{part}_proj.weight": f"ffn_{part}_exps.weight"
-    for part in ("gate", "up", "down")
-}
+_EXPERTS = decoder.name_experts("mlp.experts")
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     gguf_arch="qwen3moe",
@@ -30,14 +27,12 @@ FAMILY = Family(
         "mlp.gate.weight": "ffn_gate_inp.weight",
         **_EXPERTS,
     },
-    never_pruned=("mlp.gate",),
     transforms=dict.fromkeys(_EXPERTS, "stack"),
-    shapes={**decoder.SHAPES, **decoder.EXPERT_SHAPES},
+    shapes={**decoder.EXPERT_SHAPES},
     sizes={"E": "num_experts", "EF": "moe_intermediate_size"},
     read_config=_read,
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
     supported_values={
-        **decoder.SUPPORTED_VALUES,
         "norm_topk_prob": (True,),
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([],),

@@ -106,7 +106,7 @@ def check_share(
     if not find_consumer(shape, first.letter):
         raise part_error(part, shape.family, "no linear of every block takes them as its inputs")
 
-    if (first.letter,) in shape.family.shapes.values():
+    if (first.letter,) in shape.family.axes.values():
         raise part_error(part, shape.family, "a norm over those that stay would differ")
 
     nearest = nearest_share(layouts, share, uniform=structure.uniform)

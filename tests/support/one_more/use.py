@@ -46,8 +46,8 @@ def use_scorer(folder: Path) -> Any:
 
 def use_family(folder: Path) -> Any:
     """Export a model, run it on llama.cpp, and compare its logits with torch's."""
-    checkpoint = make_checkpoint(folder / "ernie", "ernie4_5")
-    file = folder / "ernie.gguf"
+    checkpoint = make_checkpoint(folder / "olmo", "olmo2")
+    file = folder / "olmo.gguf"
     exporting.load("gguf").export(
         Checkpoint(checkpoint), file, quant="f32", packing="plain", metadata=None, progress=None
     )
