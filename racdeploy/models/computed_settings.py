@@ -82,6 +82,10 @@ COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
     ),
     "altup_pairs": lambda s: s.integer("altup_num_inputs") ** 2,
     "blocks_beyond_20": lambda s: max(0, s.integer("num_hidden_layers") - 20),
+    "blocks_of_exaone4": lambda s: (
+        # by which llama.cpp knows the 32B model, the one with windows
+        64 if s.config.get("sliding_window") else min(63, s.integer("num_hidden_layers"))
+    ),
     "sparsity_of_gemma3n": lambda s: [
         0.95 if block < 10 else 0.0 for block in range(s.integer("num_hidden_layers"))
     ],

@@ -70,6 +70,13 @@ CASES = {
     "granite uniform": Case("granite", "granite", UNIFORM),
     "smollm3 uniform": Case("smollm3", "smollm3", [(2, 64)] * 4, {"num_hidden_layers": 4}),
     "phi 3 uniform channels": Case("phi3", "phi3", [(4, 64)] * 3),
+    "ernie": Case("ernie4_5", "deci", DIFFERENT, {"tied": False}),
+    "seed oss uniform": Case("seed_oss", "seed_oss", UNIFORM),
+    "hunyuan uniform": Case("hunyuan_v1_dense", "hunyuan-dense", UNIFORM),
+    "glm 4 uniform": Case("glm4", "glm4", UNIFORM),
+    "exaone 4 uniform channels": Case(
+        "exaone4", "exaone4", [(4, 64)] * 3, {"layer_types": ["full_attention"] * 3}
+    ),
     "gemma3 uniform": Case("gemma3_text", "gemma3", UNIFORM),
 }
 # One of each family and architecture in every run.

@@ -38,7 +38,11 @@ from tests.support.tiny_traces import TRACES, make_trace
 
 PLAIN = Pruning(sparsity=0.0)
 HELD_OUT = [make_trace(30 + i, 6, 12, 3) for i in range(3)]
-NUMBERED = ("gemma3_text", "smollm3")  # engines tell from a block's number how it attends
+NUMBERED = (
+    "exaone4",
+    "gemma3_text",
+    "smollm3",
+)  # engines tell from a block's number how it attends
 
 
 def _cut(

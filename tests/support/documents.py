@@ -62,16 +62,17 @@ def tabulate_families() -> str:
         "file": _list_cases("tests/exporting/test_oracle.py"),
     }
     lines = [
-        "| family | models | transformers | llama.cpp | ONNX | cuts | stays dense |",
-        "|---|---|---|---|---|---|---|",
+        "| family | models | llama.cpp | ONNX | cuts |",
+        "|---|---|---|---|---|",
     ]
 
     for row in describe_families():
         missing = [what for what, families in compared.items() if row["family"] not in families]
         gguf = f"`{row['gguf']}`" + (f", {' and '.join(missing)} not compared" if missing else "")
-        dense = ", ".join(f"`{name}`" for name in row["stays_dense"])
-        cells = (f"`{row['family']}`", row["models"], row["transformers"], gguf)
-        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"]) or "none", dense)
+        is_new = row["transformers"] >= "5"
+        newer = f" (transformers {row['transformers']})" if is_new else ""
+        cells = (f"`{row['family']}`", row["models"] + newer, gguf)
+        rest = (", ".join(row["onnx"]) or "none", ", ".join(row["cuts"][:-1]) or "none")
         lines.append(f"| {' | '.join((*cells, *rest))} |")
 
     return "\n".join(lines)
