@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,22 @@ def targets(json_output: JsonOpt = False) -> None:
 
 
 @report_errors
-def families(json_output: JsonOpt = False) -> None:
+def families(
+    check: Path | None = typer.Option(
+        None, "--check", metavar="FOLDER", help="Compare a model with the nearest family."
+    ),
+    json_output: JsonOpt = False,
+) -> None:
     """List the model families, with linears that stay dense and parts that can be cut."""
-    from racdeploy.models.family_support import describe_families
+    from racdeploy.models.family_support import compare_folder, describe_families
+
+    if check:
+        comparison = asdict(compare_folder(check))
+        lines = [f"nearest: {comparison['family']}"]
+        for kind in ("unknown_settings", "unknown_tensors", "missing_tensors"):
+            lines.append(f"{kind.replace('_', ' ')}: {', '.join(comparison[kind]) or 'none'}")
+        print_result(comparison, lines, json_output)
+        return
 
     rows = describe_families()
     if json_output:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from racdeploy import plugins
 from racdeploy.errors import ModelError
-from racdeploy.models import config_schema
+from racdeploy.models import config_schema, decoder
 from racdeploy.models.config_schema import Config
-from racdeploy.models.families import Family
+from racdeploy.models.families import Family, star_numbers
 from racdeploy.models.remote_code import list_remote_code
 
-_GUIDE = "CONTRIBUTING.md#the-others"
+_GUIDE = "docs/families.md#add-a-family"
 _SHOWN = 6
 # Keys of nearly every model: each family knows them, or they do not change the computation.
 _SHARED = frozenset({
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "hidden_act",
-    "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "layer_types",
-    "attention_bias", "mlp_bias", "attention_dropout", "initializer_range", "use_cache",
-    "sliding_window", "use_sliding_window", "max_window_layers", "pretraining_tp",
-    "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
-    "model_type", "architectures", "quantization_config", "embd_pdrop", "resid_pdrop",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_parameters", "tie_word_embeddings", "vocab_size", "attention_bias", "sliding_window",
+    "sliding_window_pattern", "transformers_version", "_name_or_path", "auto_map",
+    "quantization_config", "embd_pdrop", "resid_pdrop", "residual_dropout",
+    *decoder.SUPPORTED_VALUES,
 })  # fmt: skip
 
 
@@ -46,39 +46,68 @@ def _refuse(config: Config) -> ModelError:
     code = list_remote_code(config)
     origin = f" from remote code, {code}, which is not run" if code else ""
 
-    near = _find_nearest(config)
-    other = _list_unknown(config, plugins.load("families", near).FAMILY)[:_SHOWN]
-    differs = ", which knows all its settings"
-    if other:
-        differs = f", which knows no {', '.join(other)}"
-
+    nearest = find_nearest(config)
+    other = nearest.unknown_settings[:_SHOWN]
+    differs = f"no {', '.join(other)}" if other else "all its settings"
     return ModelError(
         "unknown-family",
         f"unsupported architecture {model_type!r} ({classes}){origin}",
-        remedy=f"the nearest family is {near}{differs}; racdeploy families lists all, and"
-        f" {_GUIDE} says how to add models/families/{model_type}.py",
+        remedy=f"the nearest family is {nearest.family}, which knows {differs}; racdeploy families"
+        f" --check FOLDER compares the tensors too, and {_GUIDE} says how to add"
+        f" models/families/{model_type}.py",
     )
 
 
-def _find_nearest(config: Config) -> str:
-    """Return the family with the fewest unknown keys; on a tie, the one of the nearest name."""
+@dataclass(frozen=True)
+class NearestFamily:
+    """The family that differs least from a model, and what differs; ``*`` stands for a number."""
+
+    family: str
+    unknown_settings: list[str]
+    unknown_tensors: list[str]
+    missing_tensors: list[str]
+
+
+def find_nearest(config: Config, tensors: Set[str] = frozenset()) -> NearestFamily:
+    """Return the family with the fewest differences; on a tie, the one of the nearest name.
+
+    Args:
+        tensors: names of the model's tensors, with ``*`` for numbers; empty: not compared.
+    """
     model_type = str(config.get("model_type"))
+    families: dict[str, Family] = {
+        name: plugins.load("families", name).FAMILY for name in plugins.list_names("families")
+    }
+    specific = {name: _list_specific_keys(family) for name, family in families.items()}
+    shared = config_schema.CHECKED_KEYS.difference(*specific.values()) | _SHARED
+    used = {key for key, value in config.items() if value is not None}
 
-    def distance(name: str) -> tuple[int, float]:
-        family: Family = plugins.load("families", name).FAMILY
-        similarity = SequenceMatcher(None, name, model_type).ratio()
-        return len(_list_unknown(config, family)), -similarity
+    rows = [
+        NearestFamily(name, sorted(used - shared - specific[name]), *_compare(family, tensors))
+        for name, family in families.items()
+    ]
 
-    return min(plugins.list_names("families"), key=distance)
+    def distance(row: NearestFamily) -> tuple[int, float]:
+        differences = [*row.unknown_settings, *row.unknown_tensors, *row.missing_tensors]
+        return len(differences), -SequenceMatcher(None, row.family, model_type).ratio()
+
+    return min(rows, key=distance)
 
 
-def _list_unknown(config: Config, family: Family) -> list[str]:
-    """Return the keys of a config, with a value, that neither racdeploy nor the family knows."""
-    family_keys = _list_specific_keys(family)
-    families = [plugins.load("families", name).FAMILY for name in plugins.list_names("families")]
-    others = {name for each in families for name in _list_specific_keys(each)} - family_keys
-    known = (config_schema.CHECKED_KEYS - others) | family_keys | _SHARED
-    return sorted(key for key, value in config.items() if value is not None and key not in known)
+def _compare(family: Family, tensors: Set[str]) -> tuple[list[str], list[str]]:
+    """Return the tensors that a family does not have, and those of its own that are missing."""
+    if not tensors:
+        return [], []
+
+    prefix = f"{family.blocks}.*."
+    inside = {*family.block_tensors, *family.fused_experts}
+    own = {prefix + name for name in inside} | set(map(star_numbers, family.model_tensors))
+    found = set(map(family.rename_published, tensors))
+
+    # A model may have no bias and no own output; experts are stored fused, or one by one.
+    optional = (".bias", "lm_head.weight")
+    needed = {name for name in own if not name.endswith(optional) and "experts" not in name}
+    return sorted(found - own), sorted(needed - found)
 
 
 def _list_specific_keys(family: Family) -> set[str]:

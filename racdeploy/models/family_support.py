@@ -7,13 +7,30 @@ block are one tensor there.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
-from racdeploy.models.families import Family
+from racdeploy.files.reading import read_json
+from racdeploy.models import multimodal
+from racdeploy.models.checkpoint import read_entries
+from racdeploy.models.families import Family, star_numbers
+from racdeploy.models.family_lookup import NearestFamily, find_nearest
 from racdeploy.models.widths import list_axes
 
 _ATTENTION = "full_attention"
+
+
+def compare_folder(folder: Path) -> NearestFamily:
+    """Return the family nearest to a model folder, of a known architecture or not."""
+    config = read_json(folder / "config.json")
+    entries: Mapping[str, Any] = read_entries(folder)
+    if isinstance(inner := config.get(multimodal.KEY), dict):
+        config = inner
+        entries = multimodal.extract_text_entries(entries)
+
+    return find_nearest(config, set(map(star_numbers, entries)))
 
 
 def describe_families() -> list[dict[str, Any]]:

@@ -14,11 +14,12 @@ from racdeploy.engines.backends.transformers.torch_model import build_skeleton
 from racdeploy.errors import ModelError
 from racdeploy.models import families
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.family_lookup import find_family
+from racdeploy.models.family_lookup import NearestFamily, find_family
+from racdeploy.models.family_support import compare_folder
 from racdeploy.models.tensor_coverage import check_known_tensors
 from tests.support.block_outputs import take_states
 from tests.support.errors import raises
-from tests.support.tiny_models import FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, edit_json, make_checkpoint
 
 
 @pytest.fixture(params=FAMILIES)
@@ -222,10 +223,16 @@ def test_transformers_has_the_family_since_it_says(name: str) -> None:
 def test_the_nearest_family_and_what_differs_are_named(checkpoint: Checkpoint) -> None:
     """A relative of a family, with one more setting, is told so."""
     model_type = checkpoint.config["model_type"]
-    config = checkpoint.raw_config | {"model_type": f"{model_type}x", "new_thing": 3}
+    changes = {"model_type": f"{model_type}x", "new_thing": 3}
     nearest = f" {model_type},"
     with raises("unknown-family", nearest, "new_thing", f"models/families/{model_type}x.py"):
-        find_family(config)
+        find_family(checkpoint.raw_config | changes)
+
+    edit_json(checkpoint.folder / "config.json", **changes)
+    compared = compare_folder(checkpoint.folder)
+    settings = compared.unknown_settings
+    assert "new_thing" in settings
+    assert compared == NearestFamily(model_type, settings, [], [])
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ THINGS = {
     "docs/ci.md": ["bundle"],
     "docs/compare.md": ["f16.gguf", "q4_k_m.gguf", "q3_k_m.gguf", "new.gguf"],
     "docs/cuts.md": ["my-model", "notes.txt", "my-bundle"],
+    "docs/families.md": ["my-model"],
     "docs/getting-started.md": ["Qwen/Qwen3-0.6B", "build/tiny-reasoner-bundle"],
     "docs/gguf.md": ["my-model"],
     "docs/onnx.md": ["build/browser-bundle"],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
@@ -14,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.family_support import describe_families
 from racdeploy.recipe import Structure
 from tests.support.commands import racdeploy
-from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
+from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, edit_json, make_checkpoint
 
 ROWS = {(row["family"], row["experts"]): row for row in describe_families()}
 SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "kv_groups": 0.5, "blocks": 2 / 3}
@@ -40,6 +41,25 @@ def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
     found = {part for part in SHARES if _can_cut(checkpoint, part)}
     row = ROWS[name, bool(checkpoint.family.expert_linears)]
     assert found == set(row["cuts"]) - {"vocabulary"}
+
+
+def test_the_command_compares_a_model_with_the_nearest_family(tmp_path: Path) -> None:
+    """Settings and tensors that the family lacks, and those of its own that are missing."""
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+    edit_json(folder / "config.json", model_type="qwen3_9", gate_scale=2.0)
+    tensors = load_file(folder / "model.safetensors")
+    for block in (0, 1):
+        tensors[f"model.layers.{block}.gate.weight"] = tensors.pop(
+            f"model.layers.{block}.self_attn.k_norm.weight"
+        )
+    save_file(tensors, folder / "model.safetensors")
+
+    assert racdeploy("families", "--check", str(folder)).out.splitlines() == [
+        "nearest: qwen3",
+        "unknown settings: gate_scale",
+        "unknown tensors: model.layers.*.gate.weight",
+        "missing tensors: model.layers.*.self_attn.k_norm.weight",
+    ]
 
 
 def test_the_command_prints_every_family() -> None:
