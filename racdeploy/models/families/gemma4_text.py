@@ -134,6 +134,7 @@ FAMILY = Family(
         "num_kv_shared_layers": 0,
     },
     supported_values={
+        **decoder.ANY_ROTARY_SHARE,
         "hidden_act": (),
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": ("vision",),
