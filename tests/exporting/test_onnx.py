@@ -38,6 +38,7 @@ UNKNOWN_TO_GENAI = frozenset(
         *("gemma3_text", "gemma3n_text", "gemma4_text", "granitemoehybrid", "lfm2", "ministral3"),
         "nemotron_h",
         *("gpt_oss", "olmo3", "phi3", "qwen3_5_text", "qwen3_moe"),
+        *("ernie4_5", "exaone4", "glm4", "hunyuan_v1_dense", "seed_oss"),
     }
 )
 QUANTS = ("f32", "f16", "matmulnbits_8", "matmulnbits_4", "k_quant")
@@ -568,8 +569,13 @@ def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, s
         ("torch", "gpt_oss"): "experts",
         ("torch", "qwen3_moe"): "experts",
         ("optimum", "granitemoehybrid"): "layer_types",
-        ("optimum", "lfm2"): "Trying to export a lfm2 model, that is a custom or unsupported",
-        ("optimum", "olmo3"): "Trying to export a olmo3 model, that is a custom or unsupported",
+        **{
+            ("optimum", name): f"Trying to export a {name} model, that is a custom or unsupported"
+            for name in (
+                *("ernie4_5", "exaone4", "glm4", "hunyuan_v1_dense"),
+                *("lfm2", "olmo3", "seed_oss"),
+            )
+        },
         ("torch", "gemma3n_text"): "erf_inv",
         ("torch", "lfm2"): "kind conv",
         ("torch", "gemma4_text"): "torch's export",

@@ -17,8 +17,8 @@ from racdeploy.plugins import require_package
 
 PREFERENCE = 3
 TESTED_FAMILIES = frozenset({
-    "gemma3_text", "granite", "llama", "ministral3", "mistral",
-    "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+    "ernie4_5", "exaone4", "gemma3_text", "granite", "llama",
+    "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 })  # fmt: skip
 WEIGHTS = (".weight", ".bias")
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
