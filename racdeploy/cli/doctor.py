@@ -49,16 +49,14 @@ def compare_gpu(stand_in: bool) -> list[Finding]:
     ``stand_in`` takes the CPU in its place.
     """
     require_package("torch")
-    import torch
-
-    from racdeploy.pipeline.device_comparison import compare_with_cpu
+    from racdeploy.pipeline.device_comparison import compare_with_cpu, name_gpu
     from racdeploy.pruning.device import choose_device
 
     device = choose_device("cpu" if stand_in else "cuda")
     if stand_in:
         rows = [_finding("gpu", "no GPU: the CPU in its place shows nothing about one", "unused")]
     else:
-        rows = [_finding("gpu", torch.cuda.get_device_name(device))]
+        rows = [_finding("gpu", name_gpu(device))]
 
     for step, agrees, figures in compare_with_cpu(device):
         rows.append(_finding(step, figures, "ok" if agrees else "wrong"))

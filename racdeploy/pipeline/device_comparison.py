@@ -36,6 +36,11 @@ _BATCH_TOKENS = 128
 _CONDITION = 4.4  # ((1 + √⅛) / (1 − √⅛))², of eight tokens an input
 
 
+def name_gpu(device: torch.device) -> str:
+    """Return the name of an NVIDIA card."""
+    return torch.cuda.get_device_name(device)
+
+
 def compare_with_cpu(device: torch.device) -> Iterator[tuple[str, bool, str]]:
     """Yield each step that a GPU computes: its name, whether the results agree, and the figures."""
     list(_measure(device))  # the first run loads the device's kernels
