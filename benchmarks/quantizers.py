@@ -141,26 +141,33 @@ class Benchmark:
             if arguments.onnx:
                 yield from ((seed, ONNX, arm) for arm in ONNX_ARMS)
 
-    def measure(self, seed: int, quant: str, arm: str) -> None:
-        """Do what is missing of a cell: quantize it, compare it, answer with it."""
+    def measure(self, seed: int, quant: str, arm: str) -> Row:
+        """Do what is missing of a cell: quantize it, compare it, answer with it; return its row."""
         arguments = self.arguments
         folder = arguments.out / f"{quant}-{arm}-{seed}".replace(", ", "-").replace(" ", "-")
         file = folder / "row.json"
+        row: Row = {"quant": quant, "arm": arm, "seed": seed}
         if file.is_file():
             row = json.loads(file.read_text())
         else:
-            row = {"quant": quant, "arm": arm, "seed": seed}
             row |= self._quantize(seed, quant, arm, folder)
-            held_out = [(trace.ids, len(trace.prompt_ids)) for trace in self._split(seed)[1]]
-            text = [(ids, 1) for ids in self.text_rows[-arguments.held_out :]]
             with open_logits(quant, row, arguments.threads) as logits:
-                row["traces"] = measure_kl(self._dense, logits, held_out)
-                row["text"] = measure_kl(self._dense, logits, text)
+                row |= self.compare(seed, logits)
             write_atomic(file, json.dumps(row))
 
         if arguments.prompts and row.get("prompts") != arguments.prompts:
             row |= self._answer(quant, arm, row)
             write_atomic(file, json.dumps(row))
+        return row
+
+    def compare(self, seed: int, logits: Logits) -> Row:
+        """Return the KL divergence on held-out traces and on held-out text."""
+        traces = [(trace.ids, len(trace.prompt_ids)) for trace in self.split(seed)[1]]
+        text = [(ids, 1) for ids in self.text_rows[-self.arguments.held_out :]]
+        return {
+            "traces": measure_kl(self._dense, logits, traces),
+            "text": measure_kl(self._dense, logits, text),
+        }
 
     @cached_property
     def _dense(self) -> Logits:
@@ -169,7 +176,7 @@ class Benchmark:
     def _recipe(self, quant: str) -> Recipe:
         return Recipe.combine(None, list_options(self.arguments, quant))
 
-    def _split(self, seed: int) -> tuple[list[Trace], list[Trace]]:
+    def split(self, seed: int) -> tuple[list[Trace], list[Trace]]:
         """Return the traces that calibrate and those that are held out."""
         order = np.random.default_rng(seed).permutation(len(self.traces))
         shuffled = [self.traces[index] for index in order]
@@ -190,7 +197,7 @@ class Benchmark:
         arguments = self.arguments
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
         folder.mkdir()
-        calibration, _ = self._split(seed)
+        calibration, _ = self.split(seed)
         TraceSet(folder).append(0, calibration)
         rows = cut_rows([token for trace in calibration for token in trace.ids])
         if arm == "general importance":
