@@ -33,7 +33,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (  # type: ignore[import-untyped]
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import racdeploy
@@ -272,6 +280,7 @@ def think(encoder: PromptEncoder) -> Any:
     assert tags
     close = list(tags.close_ids)
     end = encoder.tokenizer.token_to_id("<|im_end|>")
+    assert end
     answer = encoder.encode_text("The answer is \\boxed{42}.")
 
     def complete(body: Json) -> Json:
@@ -337,8 +346,6 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _find_split(tokenizer: Json) -> Any:
-    from tokenizers import Regex
-
     parts = tokenizer["pre_tokenizer"].get("pretokenizers", [tokenizer["pre_tokenizer"]])
     (pattern,) = (part["pattern"]["Regex"] for part in parts if part["type"] == "Split")
     return Regex(pattern)

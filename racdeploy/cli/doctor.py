@@ -49,8 +49,8 @@ def compare_gpu(stand_in: bool) -> list[Finding]:
     ``stand_in`` takes the CPU in its place.
     """
     require_package("torch")
-    from racdeploy.pipeline.device_comparison import compare_with_cpu, name_gpu
     from racdeploy.pruning.device import choose_device
+    from racdeploy.recovery.device_comparison import compare_with_cpu, name_gpu
 
     device = choose_device("cpu" if stand_in else "cuda")
     if stand_in:

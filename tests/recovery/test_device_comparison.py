@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from racdeploy.cli.app import app
-from racdeploy.pipeline import device_comparison
-from racdeploy.pipeline.device_comparison import compare_with_cpu
 from racdeploy.pruning.walk.statistics import InputStatistic
+from racdeploy.recovery import device_comparison
+from racdeploy.recovery.device_comparison import compare_with_cpu
 from tests.support.commands import racdeploy
 from tests.support.far_device import FAR, far_device
 
