@@ -100,6 +100,10 @@ class PruneStage:
         folder = stage.folder / name
         if not stage.is_finished:
             stage.finish(self._walk(folder, settings, traces, model))
+
+        # The files of single blocks, for a resume, were half of the stage's size.
+        for file in stage.folder.glob("*-[0-9]*.safetensors"):
+            file.unlink()
         return folder, stage.summary
 
     def select_traces(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Json]:

@@ -63,6 +63,9 @@ AS_PLAN = {
 }
 """Beginnings of commands that run with ``--dry-run``, and why."""
 PARSED = {
+    "examples/reproduce/README.md": {
+        "python examples/reproduce/reproduce.py": "hours; test_reproduce.py plans and builds",
+    },
     "examples/smol_reasoner/README.md": {
         "python examples/smol_reasoner/finetune.py": "56 minutes; test_smol_reasoner.py trains",
         "python -m benchmarks.calibration": "hours",

@@ -67,6 +67,7 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path, kills: int
     seconds = time.perf_counter() - began
     expected, generator, killed, rounds = _contents(tmp_path / "whole"), random.Random(0), 0, 0
     assert any(name.endswith("model.safetensors") for name in expected)
+    assert not [name for name in expected if name.endswith("-00000.safetensors")]
     while killed < kills:
         rounds += 1
         work = tmp_path / f"round-{rounds}"

@@ -171,13 +171,13 @@ def test_a_lost_process_ends_the_job_and_one_process_goes_on(tmp_path: Path) -> 
     assert "run the same command again" in errors
     shutil.copytree(tmp_path / "lost", tmp_path / "other")
     finished = {
-        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")
+        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].json")
     }
     again = _finish(_start(tmp_path, "other", 2))
     assert [code for code, _, _ in again] == [0, 0], again
     assert _alone(tmp_path, "lost") == _alone(tmp_path, "whole") == _contents(tmp_path / "other")
     assert finished == {
-        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].*")
+        f.name: f.stat().st_mtime_ns for f in tmp_path.glob("lost/prune-*/block-0000[01].json")
     }
 
 
