@@ -12,7 +12,6 @@ Plan = Mapping[str, Any]
 _INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
 _WORTH_NAMING = 0.05 * _GIB
-_WORTH_NAMING_SHARE = 0.05  # of the whole time
 _EXPECTED_POWER = 0.8
 _STAGES = {"trace": "traces", "prune": "pruning", "recover": "recovery", "verify": "comparing"}
 
@@ -206,15 +205,16 @@ def _describe_cost(plan: Plan) -> list[str]:
     if "disk_bytes" in plan:
         disk = format_bytes(plan["disk_bytes"])
         lines.append(f"disk: about {disk} in the work folder and the bundle")
-    if plan.get("seconds_expected"):
-        total_s = plan["seconds_expected"]
+    if total_s := plan.get("seconds_expected"):
         parts = [
             f"{_STAGES[stage]} {format_duration(seconds)}"
             for stage, seconds in plan["stage_seconds"].items()
-            if seconds >= _WORTH_NAMING_SHARE * total_s
+            if seconds >= 0.05 * total_s
         ]
-        time = f"time: roughly {format_duration(total_s)} ({', '.join(parts)})"
-        lines.append(f"{time}; the bars show what is left")
+        lines.append(
+            f"time: roughly {format_duration(total_s)} ({', '.join(parts)}); the bars show what is"
+            " left"
+        )
     return lines
 
 

@@ -44,6 +44,7 @@ def serve(
 
     require_package("starlette")
     require_package("uvicorn")
+    logging.getLogger("racdeploy").handlers.clear()  # all lines have the time
     logging.basicConfig(format="%(asctime)s %(message)s")
     from racdeploy.serve.server import serve as run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
+import timeit
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -65,17 +65,19 @@ def estimate_seconds(
     learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
     seconds["recover"] = token_s * _RECOVER_PASSES * learned + answer_s(answers, *sampling)
 
-    # Artifacts of different codes are different models.
+    # Artifacts of different codes are different models; pruning does not reach the head.
     tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
-    solving_s = weights_s * _SOLVE_SWEEPS * shape.hidden_size
-    seconds["prune"] = len(models) * (token_s * _PRUNE_PASSES * tokens + solving_s)
+    head_s = 2 * shape.vocab_size * shape.hidden_size / speed
+    sweeps_s = (weights_s - head_s) * _SOLVE_SWEEPS * shape.hidden_size
+    seconds["prune"] = len(models) * ((token_s - head_s) * _PRUNE_PASSES * tokens + sweeps_s)
 
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples
         length = min(mean_length, recipe.verify.max_new_tokens)
-        answers_s = answer_s(prompts, length, recipe.verify.parallel, plan["artifact_bytes"])
-        seconds["verify"] = plan["evaluation_models"] * answers_s
+        seconds["verify"] = plan["evaluation_models"] * answer_s(
+            prompts, length, recipe.verify.parallel, plan["artifact_bytes"]
+        )
 
     return seconds
 
@@ -92,9 +94,6 @@ def count_active_weights(checkpoint: Checkpoint) -> int:
 def _measure_flops_per_s() -> float:
     """Return the speed of the fastest of twenty matrix products, on all cores."""
     matrix = np.ones((_MATRIX_WIDTH, _MATRIX_WIDTH), np.float32)
-    best_s = math.inf
-    for _ in range(20):  # the machine may be busy at times
-        began = time.perf_counter()
-        matrix @ matrix
-        best_s = min(best_s, time.perf_counter() - began)
+    # The machine may be busy at times.
+    best_s = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=20))
     return 2 * _MATRIX_WIDTH**3 / best_s

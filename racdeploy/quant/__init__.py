@@ -57,7 +57,7 @@ class GgmlQuant(Quant, Protocol):
     """A number format of GGUF files; ``GGML_TYPE`` is ggml's type id.
 
     importance_I is a positive weight of each input's squared error, which ggml's search of scales
-    takes. A format whose search in ggml takes none has ``USES_IMPORTANCE = False``.
+    takes. A format whose search in ggml takes none has ``IGNORES_IMPORTANCE``.
     """
 
     GGML_TYPE: int
@@ -86,9 +86,8 @@ def has_grid(name: str) -> bool:
 
 
 def uses_importance(name: str) -> bool:
-    """Return True if an importance matrix changes the codes of a number format."""
-    quant = load(name)
-    return quant.BLOCK_SIZE > 1 and getattr(quant, "USES_IMPORTANCE", True)
+    """Return True if an importance matrix changes the codes of a block format."""
+    return not hasattr(load(name), "IGNORES_IMPORTANCE")
 
 
 def load_grid(name: str) -> Grid:

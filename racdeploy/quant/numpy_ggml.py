@@ -8,18 +8,14 @@ from racdeploy.quant.grid import Bytes, Floats
 
 
 def quantize(ggml_type: int, weight_OI: Floats, importance_I: Floats | None = None) -> Bytes:
-    """Return packed_OP of float32 weights, rows of whole blocks; the importance is ignored."""
-    return quants.quantize(weight_OI, GGMLQuantizationType(ggml_type))
+    """Return packed_OP of float32 weights, rows of whole blocks.
 
-
-def quantize_weighted(
-    ggml_type: int, weight_OI: Floats, importance_I: Floats | None = None
-) -> Bytes:
-    """Return packed_OP of float32 weights; with an importance, by ggml's search of scales."""
+    With an importance, it is ggml that searches the scales, for which llama-cpp-python is needed.
+    """
     if importance_I is None:
-        return quantize(ggml_type, weight_OI)
+        return quants.quantize(weight_OI, GGMLQuantizationType(ggml_type))
 
-    from racdeploy.quant import ggml  # needs llama-cpp-python
+    from racdeploy.quant import ggml
 
     return ggml.quantize(ggml_type, weight_OI, importance_I)
 

@@ -31,7 +31,7 @@ def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
     for name, entry in checkpoint.entries.items():
         if name == _HEAD and checkpoint.tied:
             continue
-        chosen, _ = choose_quant(name, entry.shape, quant, name in EMBEDDING_AND_HEAD)
+        chosen, _ = choose_quant(entry.shape, quant, name in EMBEDDING_AND_HEAD)
         tensor = GraphTensor(name, tuple(entry.shape), chosen, is_embedding=name == _EMBEDDING)
         tensors.append(tensor)
     return tuple(tensors)

@@ -146,7 +146,7 @@ def test_zeros_survive_with_an_importance(name: str) -> None:
     assert bool((read_OI[weight_OI == 0] == 0).all()) == quant.PRESERVES_ZERO
 
 
-@pytest.mark.parametrize("name", [*filter(quants.uses_importance, GGML_NAMES)])
+@pytest.mark.parametrize("name", [*filter(quants.uses_importance, BLOCK_FORMATS)])
 def test_an_importance_reaches_ggml(name: str) -> None:
     """The bytes differ from those of another importance, and repeat for the same one."""
     quant, weight_OI = quants.load(name), draw_weights()

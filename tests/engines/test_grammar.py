@@ -74,8 +74,10 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_an_answer_keeps_its_schema_whatever_the_model_prefers(
     engine: Engine, decode: Any, name: str
 ) -> None:
-    """Of a random model at a high temperature, as jsonschema judges."""
-    sampling = Sampling(3000, STOP_IDS, temperature=5.0, schema=SCHEMAS[name])
+    """Of a random model at a high temperature, as jsonschema judges; where llama.cpp knows one end
+    more, it is no part of the answer.
+    """
+    sampling = Sampling(3000, STOP_IDS[:1], temperature=5.0, schema=SCHEMAS[name])
     ended = 0
     for seed in range(6):
         (completion,) = engine.generate([[1, 2]], replace(sampling, seed=seed))

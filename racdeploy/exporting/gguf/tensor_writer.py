@@ -94,7 +94,11 @@ class TensorWriter:
             yield from _copy(packed, quant, tensor)
             return
 
-        known = tensor.list_importances(self.importance) if self.importance else [None]
+        known = (
+            tensor.list_importances(self.importance)
+            if self.importance and quants.uses_importance(tensor.actual_quant)
+            else [None]
+        )
         order_I = find_gguf_column_order(tensor.transform, self.checkpoint.shape, tensor.shape[-1])
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]

@@ -192,16 +192,15 @@ def describe_importance(
             remedy="leave export.importance out",
         )
 
-    rounded, total = (
-        [tensor.actual_quant for tensor in tensors if coded.isdisjoint(tensor.parts)]
-        for tensors in (weighted, quantized)
+    searched = sum(
+        coded.isdisjoint(tensor.parts) and quants.uses_importance(tensor.actual_quant)
+        for tensor in weighted
     )
-    searched = sum(map(quants.uses_importance, rounded))
     if not searched:
         return []
     return [
-        f"scales of {searched} of {len(total)} quantized matrices are chosen by the importance of"
-        " their inputs"
+        f"scales of {searched} of {len(quantized)} quantized matrices are chosen by the importance"
+        " of their inputs"
     ]
 
 

@@ -48,15 +48,13 @@ def plan_tensors(
     plan = []
     for name, entry in checkpoint.entries.items():
         if name in graph.linears | graph.embeddings | graph.vectors:
-            chosen, reason = choose_quant(name, entry.shape, quant, name in keep_8_bits)
+            chosen, reason = choose_quant(entry.shape, quant, name in keep_8_bits)
             tensor = GraphTensor(name, entry.shape, chosen, is_embedding=name in graph.embeddings)
             plan.append(OnnxTensorPlan(tensor, quant, reason))
     return plan
 
 
-def choose_quant(
-    name: str, shape: tuple[int, ...], quant: str, keeps_8_bits: bool
-) -> tuple[str, str]:
+def choose_quant(shape: tuple[int, ...], quant: str, keeps_8_bits: bool) -> tuple[str, str]:
     """Return the number format of a tensor, and why it is not the requested one, or nothing."""
     if len(shape) == 1:
         return "f32", "" if quant == "f32" else VECTORS_IN_F32

@@ -15,7 +15,7 @@ from racdeploy.quant.grid import Bytes, Grid, GridCodes, join_fields, pack_halve
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
 PRESERVES_ZERO = True
-USES_IMPORTANCE = False
+IGNORES_IMPORTANCE = True
 
 quantize = partial(numpy_ggml.quantize, GGML_TYPE)
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)

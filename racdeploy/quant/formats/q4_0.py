@@ -27,5 +27,5 @@ def pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
-quantize = partial(numpy_ggml.quantize_weighted, GGML_TYPE)
+quantize = partial(numpy_ggml.quantize, GGML_TYPE)
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)

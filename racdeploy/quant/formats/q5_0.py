@@ -30,5 +30,5 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)
-quantize = partial(numpy_ggml.quantize_weighted, GGML_TYPE)
+quantize = partial(numpy_ggml.quantize, GGML_TYPE)
 dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)

@@ -12,7 +12,7 @@ from racdeploy.quant.grid import Bytes, Grid, GridCodes, as_half, join_fields, w
 FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
 PRESERVES_ZERO = True
-USES_IMPORTANCE = False
+IGNORES_IMPORTANCE = True
 
 
 def _pack(codes: GridCodes) -> Bytes:

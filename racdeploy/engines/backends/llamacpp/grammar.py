@@ -50,12 +50,19 @@ class SchemaGrammar:
     Args:
         vocabulary: llama.cpp's.
         budget: has the tags of a thought; those of one token each may not come in a text.
+        forbidden_ids: may not come anywhere.
 
     Raises:
         UsageError: the schema is malformed, too large, or has what no grammar keeps.
     """
 
-    def __init__(self, vocabulary: Any, schema: Json, budget: ThinkingBudget | None) -> None:
+    def __init__(
+        self,
+        vocabulary: Any,
+        schema: Json,
+        budget: ThinkingBudget | None,
+        forbidden_ids: set[int],
+    ) -> None:
         try:
             if len(str(schema)) > _MAX_CHARACTERS:
                 raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
@@ -70,7 +77,8 @@ class SchemaGrammar:
                 remedy="leave it out; docs/run.md lists what a schema may have",
             ) from error
 
-        self._tags = [*budget.open_ids, *budget.close_ids] if budget else []
+        tags = [*budget.open_ids, *budget.close_ids] if budget else []
+        self._forbidden = [*forbidden_ids, *(tags if len(tags) == 2 else ())]
         weakref.finalize(self, llama_cpp.llama_sampler_free, self._sampler)
 
     def allows(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -82,7 +90,7 @@ class SchemaGrammar:
 
         llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
         allowed: NDArray[np.bool_] = np.isfinite(candidates["f1"])
-        return allowed & ~np.isin(ids, self._tags) if len(self._tags) == 2 else allowed
+        return allowed & ~np.isin(ids, self._forbidden)
 
     def accept(self, token: int) -> None:
         """Move past an allowed token."""

@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,23 @@ class _Vocabulary:
     def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         raise NotImplementedError  # no weight is read
 
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        ids = range(self.vocabulary)
+        return {token for token in ids if llama_cpp.llama_vocab_is_eog(self._vocab, token)}
+
     def _describe_tokens(self) -> Mapping[str, Any]:
         """Return the special tokens, the chat template, and the bytes of all tokens."""
         ids = range(self.vocabulary)
-        is_end, is_control = llama_cpp.llama_vocab_is_eog, llama_cpp.llama_vocab_is_control
         template = llama_cpp.llama_model_chat_template(self._model, None)
         return {
             "bos_id": llama_cpp.llama_vocab_bos(self._vocab),
             "eos_id": llama_cpp.llama_vocab_eos(self._vocab),
             "add_bos": bool(llama_cpp.llama_vocab_get_add_bos(self._vocab)),
-            "stop_ids": [token for token in ids if is_end(self._vocab, token)],
-            "control_ids": [token for token in ids if is_control(self._vocab, token)],
+            "stop_ids": sorted(self._end_ids),
+            "control_ids": [
+                token for token in ids if llama_cpp.llama_vocab_is_control(self._vocab, token)
+            ],
             "pieces": [self._write_out(token).hex() for token in ids],
             "template": template.decode("utf-8", "replace") if template else "",
         }
@@ -190,8 +197,12 @@ class NativeModel(_Vocabulary):
 
     def make_grammar(self, sampling: Sampling) -> SchemaGrammar | None:
         """Return a grammar of the sampling's schema; None without one."""
-        schema = sampling.schema
-        return None if schema is None else SchemaGrammar(self._vocab, schema, sampling.budget)
+        if sampling.schema is None:
+            return None
+
+        # The answer ends with a token that stops the sequence, not with another of llama.cpp's.
+        others = self._end_ids.difference(sampling.stop_ids)
+        return SchemaGrammar(self._vocab, sampling.schema, sampling.budget, others)
 
     def teacher_forced_logits(self, ids: Sequence[int], start: int) -> Logits:
         context = self._contexts[0]
