@@ -19,12 +19,12 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import (  # type: ignore[import-untyped]
     AddedToken,
     Regex,
@@ -42,7 +41,6 @@ from tokenizers import (  # type: ignore[import-untyped]
     pre_tokenizers,
     trainers,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import racdeploy
 from racdeploy.models.sources import resolve_model
@@ -52,9 +50,9 @@ from racdeploy.tensors.safetensors import write_header
 from tests.support.completion_server import Json, agreeing, completed, serving
 
 VOCABULARY = 151_936
-_TABLES = Path(__file__).parents[1] / "examples" / "reproduce" / "models.toml"
-_MODELS = tomllib.loads(_TABLES.read_text(encoding="utf-8"))
-SHAPES = {name: _MODELS["shared"] | table for name, table in _MODELS.items() if "hub" in table}
+_EXAMPLE = Path(__file__).parents[1] / "examples" / "reproduce" / "reproduce.py"
+_REPRODUCE = runpy.run_path(str(_EXAMPLE))
+SHAPES, list_tensors = _REPRODUCE["SHAPES"], _REPRODUCE["list_tensors"]
 THOUGHT_TOKENS = (2_000, 8_000)
 
 
@@ -296,11 +294,7 @@ def write_model(folder: Path, config: Json) -> None:
     """Write random bfloat16 weights, one tensor in memory at a time, and a tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-
-    tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    shapes = list_tensors(config)
     numbers = np.random.default_rng(1)
     with (folder / "model.safetensors").open("wb") as file:
         write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()})

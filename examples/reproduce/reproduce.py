@@ -219,10 +219,7 @@ def list_costs(step: str, plan: Json, stages: tuple[str, ...]) -> tuple[str, ...
 
 def write_shapes(folder: Path, config: Json) -> None:
     """Write a model of zeros, which take no space on disk, with the embedded model's tokenizer."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    tied = "lm_head.weight" if config["tie_word_embeddings"] else ""
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != tied}
+    shapes = list_tensors(config)
     with (folder / "model.safetensors").open("wb") as file:
         write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()})
         file.truncate(file.tell() + 2 * sum(int(np.prod(shape)) for shape in shapes.values()))
@@ -232,6 +229,14 @@ def write_shapes(folder: Path, config: Json) -> None:
         shutil.copy(source / name, folder / name)
     end = json.loads((source / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
+
+
+def list_tensors(config: Json) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored tensor; an embedding that is also the output is one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    tied = "lm_head.weight" if config["tie_word_embeddings"] else ""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name != tied}
 
 
 def draw(rows: list[tuple[str, ...]]) -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Plan = Mapping[str, Any]
 _INDENT = 10  # of the sentences after a heading
 _GIB = 2**30
-_WORTH_NAMING = 0.05 * _GIB
+_WORTH_NAMING = 0.05  # of a GiB, or of the whole time
 _EXPECTED_POWER = 0.8
 _STAGES = {"trace": "traces", "prune": "pruning", "recover": "recovery", "verify": "comparing"}
 
@@ -196,7 +196,7 @@ def _describe_cost(plan: Plan) -> list[str]:
     parts = [
         f"{word} {peaks[stage] / _GIB:.1f} GiB"
         for stage, word in _STAGES.items()
-        if peaks.get(stage, 0) >= _WORTH_NAMING
+        if peaks.get(stage, 0) >= _WORTH_NAMING * _GIB
     ]
 
     lines = []
@@ -209,7 +209,7 @@ def _describe_cost(plan: Plan) -> list[str]:
         parts = [
             f"{_STAGES[stage]} {format_duration(seconds)}"
             for stage, seconds in plan["stage_seconds"].items()
-            if seconds >= 0.05 * total_s
+            if seconds >= _WORTH_NAMING * total_s
         ]
         lines.append(
             f"time: roughly {format_duration(total_s)} ({', '.join(parts)}); the bars show what is"

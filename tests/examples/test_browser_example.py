@@ -5,7 +5,6 @@ need.
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +12,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.scripts import load_script
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "browser" / "serve.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("browser_example", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, "browser_example")
 
 
 @pytest.fixture

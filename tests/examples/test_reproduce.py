@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.sample_report import build_report
+from tests.support.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "reproduce" / "reproduce.py"
 PARAMETERS = {
@@ -25,12 +25,7 @@ PARAMETERS = {
 
 @pytest.fixture
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT, "reproduce")
 
 
 def run(example: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
