@@ -6,6 +6,7 @@ and 130 after an interruption.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
@@ -28,7 +29,7 @@ from racdeploy.cli import (
     tune,
     verify,
 )
-from racdeploy.cli.console import BROKEN_PIPE, describe_error, out, print_json, say_error
+from racdeploy.cli.console import BROKEN_PIPE, Notices, describe_error, out, print_json, say_error
 from racdeploy.errors import EnvironmentFailure, UsageError
 
 app = typer.Typer(
@@ -90,6 +91,9 @@ def main() -> None:
     A closed pipe ends it with 141, as it ends other programs, whoever noticed it: rich and typer
     exit with 1, which is a failed gate's code.
     """
+    log = logging.getLogger("racdeploy")
+    log.setLevel(logging.INFO)
+    log.handlers = [Notices()]  # serve takes it away
     code: Any = 0
     try:
         _check_address_space()

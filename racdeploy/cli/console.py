@@ -94,16 +94,11 @@ def say(line: str, style: str | None = None) -> None:
     err.print(line, style=style, markup=False, soft_wrap=True)
 
 
-class _Notices(logging.Handler):
+class Notices(logging.Handler):
     """Prints racdeploy's log messages on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
-
-
-_log = logging.getLogger("racdeploy")
-_log.setLevel(logging.INFO)
-_log.addHandler(_Notices())
 
 
 def say_error(error: RacdeployError | OSError) -> None:
