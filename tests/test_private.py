@@ -29,7 +29,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "prune_methods": ({"prune"},),
     "allocations": ({"NEEDS_SURVEY", "allocate"},),
     "formats": ({"BACKEND", "export", "measure"},),
-    "onnx_exporters": ({"unsupported_reason", "build", "find_checkpoint_name"},),
+    "onnx_exporters": ({"unsupported_reason", "build"},),
     "checks": ({"check"},),
     "harnesses": ({"PACKAGE", "INSTALL", "arguments", "read"},),
 }

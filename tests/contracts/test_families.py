@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,14 @@ def test_a_model_that_the_installed_transformers_is_too_old_for(
     monkeypatch.setattr(families, "installed_release", lambda name: (4, 50, 3))
     with raises("old-transformers", "Qwen3ForCausalLM", "transformers 4.51"):
         build_skeleton(checkpoint)
+
+
+def test_llama_cpp_still_lacks_lfm3() -> None:
+    """Where this fails, llama.cpp can compute it: write the family, and remove this test."""
+    found = find_spec("llama_cpp")
+    assert found is not None
+    assert found.origin is not None
+    library = Path(found.origin).parent / "lib" / "libllama.so"
+    names = library.read_bytes().split(b"\0")
+    assert b"lfm2moe" in names, "names are found as they are stored"
+    assert b"lfm3" not in names

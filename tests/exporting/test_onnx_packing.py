@@ -15,7 +15,6 @@ from racdeploy.engines.backends.onnxruntime import open_engine
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.exporting import check
 from racdeploy.exporting.onnx import export, measure
-from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph
 from racdeploy.exporting.onnx.graph import strip_weights
@@ -48,7 +47,7 @@ def _one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every export here takes one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     file = tiny_onnx() / APPENDING / "model.onnx"
-    graph = strip_weights(file, dense, onnx_exporters.load(APPENDING))
+    graph = strip_weights(file, dense)
     monkeypatch.setattr(
         onnx_writer,
         "export_verified_graph",

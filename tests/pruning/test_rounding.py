@@ -487,7 +487,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> VerifiedGraph:
         onnx_exporters.load("genai"),
     )
     built = genai.build(onnx_exporters.prepare(checkpoint, folder / "in"), folder / "out")
-    return VerifiedGraph(strip_weights(built, checkpoint, genai), "built once")
+    return VerifiedGraph(strip_weights(built, checkpoint), "built once")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

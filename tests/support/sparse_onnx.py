@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from racdeploy.exporting.onnx import exporters as onnx_exporters
 from racdeploy.exporting.onnx import writer as onnx_writer
 from racdeploy.exporting.onnx.exporter_choice import VerifiedGraph
 from racdeploy.exporting.onnx.graph import strip_weights
@@ -31,7 +30,7 @@ def use_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every export take one graph of the tiny model, whose weights it replaces."""
     dense = Checkpoint(tiny_onnx() / "checkpoint")
     file = tiny_onnx() / APPENDING / "model.onnx"
-    graph = strip_weights(file, dense, onnx_exporters.load(APPENDING))
+    graph = strip_weights(file, dense)
     monkeypatch.setattr(
         onnx_writer,
         "export_verified_graph",

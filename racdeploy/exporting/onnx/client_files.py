@@ -89,6 +89,19 @@ def _describe_to_genai(
         "past_value_names": "past_key_values.%d.value",
     }
 
+    states: Json = {}
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    }
+    if "conv" in shape.layer_types:
+        states = {
+            "layer_types": shape.layer_types,
+            "conv_cache_size": shape.integer("conv_L_cache"),
+        }
+        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
+
     generation = manifest.generation
     eos_ids = list(manifest.tokenizer.eos_ids)
     shares_cache = any(node.op_type == _SHARED_CACHE for node in model.graph.node)
@@ -103,14 +116,11 @@ def _describe_to_genai(
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden_size,
                 "inputs": inputs,
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+                "outputs": outputs,
                 "num_attention_heads": shape.integer("num_attention_heads"),
                 "num_hidden_layers": shape.block_count,
                 "num_key_value_heads": shape.num_key_value_heads,
+                **states,
             },
             "eos_token_id": eos_ids,
             "pad_token_id": shape.config.get("pad_token_id") or eos_ids[0],

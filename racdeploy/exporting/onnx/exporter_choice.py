@@ -115,7 +115,7 @@ def _attempt(checkpoint: Checkpoint, name: str) -> tuple[WeightlessGraph, dict[s
         folder = Path(scratch) / checkpoint.folder.resolve().name
         prepared = onnx_exporters.prepare(checkpoint, folder)
         file = exporter.build(prepared, Path(scratch) / "graph")
-        graph = strip_weights(file, checkpoint, exporter)
+        graph = strip_weights(file, checkpoint)
         arguments = [checkpoint.folder.resolve(), file]
         program = "the comparison with torch"
         differences = run_module(

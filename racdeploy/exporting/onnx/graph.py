@@ -1,10 +1,11 @@
 """Compare an exporter's float32 graph with the checkpoint, and remove its weights.
 
-Every weight is identified and compared value by value; it then has its name in the checkpoint.
+Every weight is identified by its values; it then has its name in the checkpoint.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import EngineError
 from racdeploy.exporting.onnx.client_files import fix_head_size
-from racdeploy.exporting.onnx.exporters import Exporter
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tensor_coverage import list_used_tensors
 from racdeploy.packing.onnx.file import read_array
@@ -29,6 +29,8 @@ _SLAB_WEIGHTS = 4_194_304
 # rotary tables may be large, and parity.py compares them with torch.
 _MAX_CONSTANT_WEIGHTS = 4096
 _TRANSPOSE = "Transpose"
+_NUMBER = re.compile(r"\d+")
+_VECTORS = (".bias", "norm.weight", ".conv.weight")
 ROTARY_TABLES = ("cos_cache", "sin_cache")
 
 
@@ -43,14 +45,14 @@ class WeightlessGraph:
     vectors: frozenset[str]  # all others
 
 
-def strip_weights(file: Path, checkpoint: Checkpoint, exporter: Exporter) -> WeightlessGraph:
+def strip_weights(file: Path, checkpoint: Checkpoint) -> WeightlessGraph:
     """Compare a graph in float32 with the checkpoint, and return it without weights.
 
     Raises:
         EngineError: a weight differs, is missing, is unknown, or is used in an unknown way.
     """
     model = onnx.load(str(file), load_external_data=False)
-    sources = _match_weights(model, file, checkpoint, exporter)
+    sources = _match_weights(model, file, checkpoint)
     wiring = _Wiring(model, sources)
     wiring.rewire()
 
@@ -71,69 +73,79 @@ def strip_weights(file: Path, checkpoint: Checkpoint, exporter: Exporter) -> Wei
 
 
 @dataclass(frozen=True)
-class _Weight:
+class Weight:
     """An initializer that equals a checkpoint tensor, transposed or not."""
 
     source: str
     transposed: bool
 
 
-def _match_weights(
-    model: onnx.ModelProto, file: Path, checkpoint: Checkpoint, exporter: Exporter
-) -> dict[str, _Weight]:
-    consumers: defaultdict[str, list[str]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            consumers[name].append(node.name)
+def identify_weights(
+    graph: onnx.GraphProto, folder: Path, checkpoint: Checkpoint
+) -> dict[str, Weight]:
+    """Return the checkpoint tensors of a graph's initializers by name: they have the same values.
 
-    weights = {}
-    for initializer in model.graph.initializer:
-        source = exporter.find_checkpoint_name(initializer.name, consumers[initializer.name])
-        # The graph of a tied model may have its one table under either name.
-        if source == "lm_head.weight" and checkpoint.tied:
-            source = "model.embed_tokens.weight"
-        if source not in checkpoint.entries:
-            count = int(np.prod(list(initializer.dims)))
-            if source or (count > _MAX_CONSTANT_WEIGHTS and initializer.name not in ROTARY_TABLES):
-                raise EngineError(
-                    "graph-differs",
-                    f"the graph holds a tensor {initializer.name!r} of {count} values "
-                    "that the checkpoint lacks",
-                )
-            continue
+    Exporters rename and transpose weights, each in its own way.
+    """
+    candidates: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name in checkpoint.entries:
+        candidates[_find_invariant(checkpoint.read_raw(name))].append(name)
+
+    weights: dict[str, Weight] = {}
+    for initializer in graph.initializer:
         if initializer.data_type != onnx.TensorProto.FLOAT:
-            raise EngineError(
-                "graph-differs",
-                f"the graph stores {source!r} as type {initializer.data_type}, not in float32",
-            )
+            continue
 
-        weights[initializer.name] = _compare(initializer, file, checkpoint, source)
-
-    uses = Counter(weight.source for weight in weights.values())
-    if repeated := sorted(source for source, count in uses.items() if count > 1):
-        raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
+        values = read_array(initializer, folder)
+        used = {weight.source for weight in weights.values()}
+        numbers = _NUMBER.findall(initializer.name)
+        # Equal tensors, such as norms of ones, each get a name, if possible of their own block.
+        for source in sorted(
+            candidates[_find_invariant(values)],
+            key=lambda name: (name in used, _NUMBER.findall(name) != numbers),
+        ):
+            if (transposed := _find_transposition(values, checkpoint.read_raw(source))) is not None:
+                weights[initializer.name] = Weight(source, transposed)
+                break
 
     return weights
 
 
-def _compare(
-    initializer: onnx.TensorProto, file: Path, checkpoint: Checkpoint, source: str
-) -> _Weight:
-    """Return the weight of an initializer, whose values must be the checkpoint's."""
-    values = read_array(initializer, file.parent)
-    expected = checkpoint.read_raw(source)
+def _find_invariant(values: NDArray[Any]) -> tuple[Any, ...]:
+    """Return what a matrix shares with its transposition: sizes, first and last value."""
+    ends = to_float32(values.reshape(-1)[[0, -1]] if values.size else values)
+    return *sorted(values.shape), *ends.tolist()
 
+
+def _find_transposition(values: Floats, expected: NDArray[np.generic]) -> bool | None:
+    """Return whether values are a tensor transposed; None if they are another tensor's."""
     # A square matrix fits both ways, so the values decide.
     for transposed in (False, True) if values.ndim == 2 else (False,):
         oriented = values.T if transposed else values
         if oriented.shape == expected.shape and _equal(oriented, expected):
-            return _Weight(source, transposed)
+            return transposed
+    return None
 
-    raise EngineError(
-        "graph-differs",
-        f"the graph changes {source!r}: shape {list(values.shape)} with values that are not the "
-        f"checkpoint's {list(expected.shape)}",
-    )
+
+def _match_weights(model: onnx.ModelProto, file: Path, checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Identify all weights, or raise an EngineError if an initializer is neither one nor small."""
+    weights = identify_weights(model.graph, file.parent, checkpoint)
+    for initializer in model.graph.initializer:
+        count = int(np.prod(list(initializer.dims)))
+        is_known = initializer.name in weights or initializer.name in ROTARY_TABLES
+        if count > _MAX_CONSTANT_WEIGHTS and not is_known:
+            raise EngineError(
+                "graph-differs",
+                f"the graph holds a tensor {initializer.name!r} of {count} values "
+                "that the checkpoint lacks",
+            )
+
+    matrices = {name for name, entry in checkpoint.entries.items() if len(entry.shape) > 1}
+    uses = Counter(weight.source for weight in weights.values() if weight.source in matrices)
+    if repeated := sorted(source for source, count in uses.items() if count > 1):
+        raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
+
+    return weights
 
 
 def _equal(values: Floats, expected: NDArray[np.generic]) -> bool:
@@ -149,7 +161,7 @@ def _equal(values: Floats, expected: NDArray[np.generic]) -> bool:
 class _Wiring:
     """Classifies each weight by the nodes that read it, and gives it its name in the checkpoint."""
 
-    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, _Weight]) -> None:
+    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, Weight]) -> None:
         self.linears: set[str] = set()
         self.embeddings: set[str] = set()
         self.vectors: set[str] = set()
@@ -176,7 +188,7 @@ class _Wiring:
             for value in [value for value in values if value.name in removed]:
                 values.remove(value)
 
-    def _resolve(self, name: str) -> _Weight | None:
+    def _resolve(self, name: str) -> Weight | None:
         """Return the weight of which a value is a transposition, or None if it is of no weight."""
         if name in self._sources:
             return self._sources[name]
@@ -196,9 +208,9 @@ class _Wiring:
         if order not in ([1, 0], [0, 1]):
             raise EngineError("graph-differs", f"the graph transposes {weight.source!r} by {order}")
 
-        return _Weight(weight.source, weight.transposed != (order == [1, 0]))
+        return Weight(weight.source, weight.transposed != (order == [1, 0]))
 
-    def _classify(self, node: onnx.NodeProto, index: int, weight: _Weight) -> str:
+    def _classify(self, node: onnx.NodeProto, index: int, weight: Weight) -> str:
         """Return the new name of an input that is a weight, and record the kind of the weight."""
         if node.op_type == _TRANSPOSE:
             return str(node.input[index])
@@ -209,7 +221,7 @@ class _Wiring:
                 self.linears.add(weight.source)
             case "Gather", 0, False:
                 self.embeddings.add(weight.source)
-            case _, _, False if weight.source.endswith((".bias", "norm.weight")):
+            case _, _, False if weight.source.endswith(_VECTORS):
                 self.vectors.add(weight.source)
             case _:
                 raise EngineError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ def measure(path: Path) -> tuple[dict[str, Any], list[MeasuredTensor]]:
     opsets = [f"{opset.domain or 'ai.onnx'} {opset.version}" for opset in model.opset_import]
     scalars = {key: value for key, value in properties.items() if key != TENSORS_KEY}
     scalars["onnx.opsets"] = ", ".join(opsets)
-    inputs = [name for name in names if not name.startswith("past_key_values.")]
+    inputs = [name for name in names if not name.startswith("past_")]
     scalars["onnx.inputs"] = ", ".join(inputs)
     return scalars, rows
 
 
 def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredTensor:
     quant = quants.load(tensor.quant)
-    *outputs, I = tensor.shape
-    O = outputs[0] if outputs else 1
+    I = tensor.shape[-1]
+    O = math.prod(tensor.shape[:-1])
 
     arrays, size_bytes = stored.read(tensor)
 

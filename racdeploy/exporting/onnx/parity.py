@@ -18,6 +18,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from racdeploy.engines.backends.onnxruntime.graph import DecoderGraph, open_session
+from racdeploy.engines.backends.onnxruntime.native import AppendedCache
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.exporting.onnx.graph import ROTARY_TABLES
 from racdeploy.models.checkpoint import Checkpoint
@@ -69,34 +71,13 @@ def _run_torch(checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path) -> tu
 
 def _run_graph(checkpoint: Checkpoint, ids: NDArray[np.int64], file: Path) -> tuple[Floats, Floats]:
     onnxruntime.set_default_logger_severity(3)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    shape = (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim)
-    input_names = [value.name for value in session.get_inputs()]
-    output_names = [value.name for value in session.get_outputs()]
-    pasts = [name for name in input_names if name.startswith("past_key_values.")]
-    cache = {name: np.zeros(shape, np.float32) for name in pasts}
+    session = open_session(file, onnxruntime.SessionOptions())
+    cache = AppendedCache(DecoderGraph(session, checkpoint.folder), 1, len(ids))
 
     # All tokens of the prefill at once, then one at a time on the graph's own cache.
-    logits = []
-    past = 0
-    for chunk in (ids[:_PREFILL], *ids[_PREFILL:, None]):
-        total = past + len(chunk)
-        available = {
-            "input_ids": chunk[None],
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(past, total)[None],
-        }
-
-        inputs = {name: available[name] for name in input_names if name in available}
-        results = session.run(None, inputs | cache)
-
-        outputs = dict(zip(output_names, results, strict=True))
-        for name in cache:
-            cache[name] = outputs[name.replace("past_key_values", "present")]
-        logits.append(outputs["logits"][0])
-        past = total
-
-    return logits[0], np.concatenate(logits[1:])
+    chunks = (ids[:_PREFILL], *ids[_PREFILL:, None])
+    prefill_TV, *others = [cache.feed(0, chunk.tolist(), last=False) for chunk in chunks]
+    return prefill_TV, np.concatenate(others)
 
 
 def _compare(expected_TV: Floats, actual_TV: Floats) -> float:

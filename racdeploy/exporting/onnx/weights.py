@@ -56,7 +56,7 @@ def plan_tensors(
 
 def choose_quant(shape: tuple[int, ...], quant: str, keeps_8_bits: bool) -> tuple[str, str]:
     """Return the number format of a tensor, and why it is not the requested one, or nothing."""
-    if len(shape) == 1:
+    if len(shape) != 2:
         return "f32", "" if quant == "f32" else VECTORS_IN_F32
 
     actual = quant
@@ -84,9 +84,7 @@ def quantize_tensor(
         ModelError: a weight is not finite, or too large for the number format.
     """
     quant = quants.load(tensor.quant)
-    raw_OI = checkpoint.read_raw(tensor.name)
-    if raw_OI.ndim == 1:
-        raw_OI = raw_OI.reshape(1, -1)
+    raw_OI = checkpoint.read_raw(tensor.name).reshape(-1, tensor.shape[-1])
     O, I = raw_OI.shape
 
     codes = stored.read() if stored and stored.quant == tensor.quant else None

@@ -82,7 +82,11 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     known = known and values["packing"] in packings.names("onnx")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
-    if not (known and are_extents) or len(shape) not in (1, 2) or math.prod(shape) > _MAX_WEIGHTS:
+    if (
+        not (known and are_extents)
+        or len(shape) not in (1, 2, 3)
+        or math.prod(shape) > _MAX_WEIGHTS
+    ):
         return None
     return GraphTensor(**{**values, "shape": tuple(shape)})
 
@@ -132,8 +136,7 @@ def arrays_to_rows(tensor: GraphTensor, arrays: Arrays) -> Bytes:
         if tensor.is_transposed:
             main = main.T
         values = np.ascontiguousarray(main)
-        rows = 1 if values.ndim == 1 else len(values)
-        return values.reshape(rows, -1).view(np.uint8)
+        return values.reshape(-1, values.shape[-1]).view(np.uint8)
 
     # The file has scales in float32, as the operator takes them; packed rows have float16.
     scale_OG = arrays[f"{tensor.name}.scales"]

@@ -30,7 +30,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
+_STATE = re.compile(r"past_conv\.\d+")
 _TOKENS = "input_ids"
 _MASK = "attention_mask"
 _POSITIONS = "position_ids"
@@ -65,28 +66,29 @@ def open_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """Key or value cache of one block: input name, output name, shape without batch and length."""
+    """Keys, values or the state of one block, as an input and an output of the graph."""
 
     past: str
     present: str
-    heads: int
-    head_size: int
+    sizes: tuple[int | None, ...]  # without the batch; None is the length, which a state lacks
     dtype: type[np.generic]
 
     def zeros(self, rows: int, length: int) -> Array:
         """Return an empty cache of ``rows`` sequences."""
-        return np.zeros((rows, self.heads, length, self.head_size), dtype=self.dtype)
+        sizes = [length if size is None else size for size in self.sizes]
+        return np.zeros((rows, *sizes), dtype=self.dtype)
 
 
 class DecoderGraph:
-    """A session whose graph is a decoder with a key-value cache.
+    """A session whose graph is a decoder with a key-value cache, and states of other blocks.
 
     Args:
         folder: holds a configuration with the head size, which a graph may leave open.
 
     Attributes:
         shares_buffer: whether past and present may be one buffer of the maximum length, as for
-            GroupQueryAttention; in other graphs the present is a longer tensor than the past.
+            GroupQueryAttention; in other graphs the present is a longer tensor than the past, and a
+            state is another one.
         configuration: the file from which the head size was read, if any.
 
     Raises:
@@ -99,7 +101,7 @@ class DecoderGraph:
         self._inputs = {node.name: node for node in session.get_inputs()}
         self._outputs = {node.name: node for node in session.get_outputs()}
 
-        pasts = list(filter(_PAST.fullmatch, self._inputs))
+        pasts = [name for name in self._inputs if _PAST.fullmatch(name) or _STATE.fullmatch(name)]
         other_inputs = self._inputs.keys() - pasts
         self._refuse_unknown(pasts, other_inputs)
 
@@ -107,7 +109,8 @@ class DecoderGraph:
         _dtype(self._outputs["logits"])  # refuses others
         self.caches = [self._read_cache(name, folder) for name in pasts]
         self.vocabulary, self.has_last_logits_only = self._try_two_tokens()
-        self.shares_buffer = self._takes_longer_past()
+        has_state = any(None not in cache.sizes for cache in self.caches)
+        self.shares_buffer = not has_state and self._takes_longer_past()
 
     def feeds(self, tokens: ArrayLike, lengths: ArrayLike, *, last: bool) -> dict[str, Array]:
         """Return all inputs but the cache, in the number formats of the graph.
@@ -144,9 +147,10 @@ class DecoderGraph:
                 "position_ids and past_key_values.N.key and .value",
             )
 
-        inputs = (_TOKENS, _MASK, "past_key_values.0.key", "past_key_values.0.value")
         outputs = ("logits", *map(_present, pasts))
-        missing = [name for name in inputs if name not in self._inputs]
+        missing = [name for name in (_TOKENS, _MASK) if name not in self._inputs]
+        if not any(map(_PAST.fullmatch, pasts)):
+            missing.append("past_key_values.0.key")
         missing += [name for name in outputs if name not in self._outputs]
         if missing:
             raise EngineError(
@@ -158,10 +162,17 @@ class DecoderGraph:
 
     def _read_cache(self, name: str, folder: Path) -> CacheTensor:
         node = self._inputs[name]
-        if len(node.shape) != 4 or not isinstance(node.shape[1], int):
+        _, *sizes = node.shape
+        if _PAST.fullmatch(name) and len(sizes) == 3:
+            sizes[1] = None
+            if not isinstance(sizes[2], int):
+                sizes[2], self.configuration = _read_head_size(folder, name)
+
+        if any(isinstance(size, str) for size in sizes) or len(sizes) not in (2, 3):
             raise EngineError(
                 "graph-not-decoder",
-                f"{name} has shape {node.shape}, not batch × heads × length × head size",
+                f"{name} has shape {node.shape}, not batch × heads × length × head size, "
+                "or batch × channels × width for a state",
             )
 
         dtype = _dtype(node)
@@ -172,11 +183,7 @@ class DecoderGraph:
                 f"{name} is {node.type}; a cache is float or float16, past and present alike",
             )
 
-        _, heads, _, size = node.shape
-        if not isinstance(size, int):
-            size, self.configuration = _read_head_size(folder, name)
-
-        return CacheTensor(name, present, heads, size, dtype)
+        return CacheTensor(name, present, tuple(sizes), dtype)
 
     def _try_two_tokens(self) -> tuple[int, bool]:
         """Run two tokens after two empty ones.
@@ -190,16 +197,13 @@ class DecoderGraph:
         logits = outputs["logits"]
         rows = logits.shape[1] if logits.ndim == 3 else 0
 
-        wrong = 0
-        for cache in self.caches:
-            expected = (1, cache.heads, 4, cache.head_size)
-            wrong += outputs[cache.present].shape != expected
+        wrong = sum(outputs[each.present].shape != each.zeros(1, 4).shape for each in self.caches)
 
         if logits.shape[0] != 1 or rows not in (1, 2) or wrong:
             raise EngineError(
                 "graph-not-decoder",
                 "the graph is not a decoder: two tokens after two give logits of shape "
-                f"{logits.shape} and {wrong} caches whose length is not four",
+                f"{logits.shape} and {wrong} caches of another shape than after four",
                 remedy=_REMEDY,
             )
 
@@ -224,7 +228,7 @@ class DecoderGraph:
 
 
 def _present(past: str) -> str:
-    return past.replace("past_key_values", "present", 1)
+    return past.replace("past_key_values", "present").replace("past_conv", "present_conv")
 
 
 def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:

@@ -38,9 +38,7 @@ class Exporter(Protocol):
     installed, or in versions that do not work together. ``unsupported_reason`` returns why it
     cannot export a checkpoint, or an empty string. ``build`` writes the graph of a folder made by
     :func:`prepare` and returns its path; blocks may differ in width, see
-    :mod:`racdeploy.models.widths`. ``find_checkpoint_name`` returns the checkpoint's name of an
-    initializer, given its own name and those of the nodes that read it, or an empty string for a
-    constant that the exporter computed.
+    :mod:`racdeploy.models.widths`.
     """
 
     PREFERENCE: int
@@ -51,8 +49,6 @@ class Exporter(Protocol):
     def unsupported_reason(self, checkpoint: Checkpoint) -> str: ...
 
     def build(self, prepared: Path, out: Path) -> Path: ...
-
-    def find_checkpoint_name(self, initializer: str, consumers: Sequence[str]) -> str: ...
 
 
 def load(name: str) -> Exporter:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from racdeploy.exporting.onnx.exporters import genai
-from racdeploy.exporting.onnx.exporters.genai import build, check_environment, find_checkpoint_name
+from racdeploy.exporting.onnx.exporters.genai import build, check_environment
 from racdeploy.models.checkpoint import Checkpoint
 
-__all__ = ["PREFERENCE", "build", "check_environment", "find_checkpoint_name", "unsupported_reason"]
+__all__ = ["PREFERENCE", "build", "check_environment", "unsupported_reason"]
 
 PREFERENCE = 0
 

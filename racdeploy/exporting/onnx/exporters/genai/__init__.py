@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from racdeploy.errors import EnvironmentFailure
 from racdeploy.exporting.onnx.exporters import write_graph
+from racdeploy.exporting.onnx.graph import Weight, identify_weights
 from racdeploy.exporting.onnx.padding import (
     find_axis_indices,
     find_unsupported_widths,
@@ -36,11 +37,12 @@ from racdeploy.packing.onnx.file import load_graph, read_array, read_properties,
 from racdeploy.plugins import require_package
 
 _ATTENTION = "GroupQueryAttention"
-_TRANSPOSED = ".MatMul.weight"  # stored inputs first
 _KEYS = re.compile(r"^past_key_values\.(\d+)\.key$")
 
 
-def _remove_padding(file: Path, checkpoint: Checkpoint, folder: Path) -> Path:
+def _remove_padding(
+    file: Path, weights: dict[str, Weight], checkpoint: Checkpoint, folder: Path
+) -> Path:
     """Write the graph of a model into a new folder, given the padded graph, and return its file."""
     folder.mkdir(parents=True)
     model = load_graph(file)
@@ -49,23 +51,25 @@ def _remove_padding(file: Path, checkpoint: Checkpoint, folder: Path) -> Path:
 
     stored = list(model.graph.initializer)
     del model.graph.initializer[:]
-    arrays = _cut(stored, file.parent, checkpoint)
+    arrays = _cut(stored, file.parent, weights, checkpoint)
     properties = read_properties(model)
     write_model(model, arrays, folder, file.name, lambda: properties)
     return folder / file.name
 
 
 def _cut(
-    stored: list[onnx.TensorProto], folder: Path, checkpoint: Checkpoint
+    stored: list[onnx.TensorProto],
+    folder: Path,
+    weights: dict[str, Weight],
+    checkpoint: Checkpoint,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield name and values of every initializer without padding."""
     for tensor in stored:
         values = read_array(tensor, folder)
-        source = find_checkpoint_name(tensor.name, ())
 
-        if source in checkpoint.entries:
-            indices = find_axis_indices(checkpoint, source)
-            if tensor.name.endswith(_TRANSPOSED):
+        if weight := weights.get(tensor.name):
+            indices = find_axis_indices(checkpoint, weight.source)
+            if weight.transposed:
                 indices = indices[::-1]
 
             for axis, kept in enumerate(indices):
@@ -107,22 +111,15 @@ def _fit_attention(graph: onnx.GraphProto, shape: ModelShape) -> None:
 
 
 PREFERENCE = 1
-TESTED_FAMILIES = frozenset({"granite", "llama", "mistral", "qwen2", "qwen3"})
+TESTED_FAMILIES = frozenset({"granite", "lfm2", "llama", "mistral", "qwen2", "qwen3"})
 # Architectures whose builder classes compute the same as transformers, with unchanged weights.
 _ARCHITECTURES = frozenset(
-    f"{name}ForCausalLM" for name in ("Granite", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+    f"{name}ForCausalLM"
+    for name in ("Granite", "Lfm2", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 )
 # disable_qkv_fusion is the name of fuse_qkv in 0.15; each version ignores the other name.
 _OPTIONS = ("disable_qkv_fusion=true", "fuse_qkv=false", "hf_token=false", "hf_remote=false")
 _NEEDS_TRANSFORMERS_5 = (0, 16)
-_COMPUTED = frozenset({"cos_cache", "sin_cache"})
-_RULES = (
-    (re.compile(r"\.attn\."), ".self_attn."),
-    (re.compile(r"_norm\.layernorm\.weight$"), "_norm.weight"),
-    (re.compile(r"\.MatMul\.weight$"), ".weight"),
-    (re.compile(r"\.Add\.bias$"), ".bias"),
-    (re.compile(r"^model\.layers\.\d+\.final_norm_layernorm\.weight$"), "model.norm.weight"),
-)
 
 
 def check_environment() -> None:
@@ -161,12 +158,14 @@ def build(prepared: Path, out: Path) -> Path:
         return _run_builder(prepared, out)
 
     scratch = out.with_name(f"{out.name}-padded")
-    padded_graph = _run_builder(
-        write_padded_model(checkpoint, scratch / prepared.name), scratch / "graph"
+    padded = write_padded_model(checkpoint, scratch / prepared.name)
+    padded_graph = _run_builder(padded, scratch / "graph")
+    weights = identify_weights(
+        load_graph(padded_graph).graph, padded_graph.parent, Checkpoint(padded)
     )
-    shutil.rmtree(scratch / prepared.name)  # before the next copy of the weights is written
+    shutil.rmtree(padded)  # before the next copy of the weights is written
 
-    graph = _remove_padding(padded_graph, checkpoint, out)
+    graph = _remove_padding(padded_graph, weights, checkpoint, out)
     shutil.rmtree(scratch)
     return graph
 
@@ -177,12 +176,3 @@ def _run_builder(prepared: Path, out: Path) -> Path:
     arguments = [*chain.from_iterable(options.items()), "--extra_options", *_OPTIONS]
     program = "onnxruntime-genai's model builder"
     return write_graph("onnxruntime_genai.models.builder", program, prepared, out, arguments)
-
-
-def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
-    """Return the checkpoint's name of an initializer; empty for a constant of the builder."""
-    if initializer in _COMPUTED:
-        return ""
-    for pattern, replacement in _RULES:
-        initializer = pattern.sub(replacement, initializer)
-    return initializer

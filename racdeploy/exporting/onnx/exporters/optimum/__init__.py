@@ -1,14 +1,11 @@
 """optimum's ONNX export: a trace of the model of transformers, for nearly every architecture.
 
-Its own validation only warns. Its linears are transposed and renamed, so they are identified by the
-node that reads them. It needs transformers 4.57.
+Its own validation only warns. It needs transformers 4.57.
 Source: ``optimum/exporters/onnx`` of optimum-onnx 0.1.0.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
@@ -23,7 +20,6 @@ TESTED_FAMILIES = frozenset(
 )
 _TOO_NEW = (4, 58)  # of transformers
 _PACKAGES = ("optimum", "accelerate")  # without the second, tied weights are stored twice
-_RENAMED = re.compile(r"^onnx::MatMul_\d+$")
 
 
 def check_environment() -> None:
@@ -54,12 +50,3 @@ def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; an EngineError if it fails or writes no graph."""
     child = "racdeploy.exporting.onnx.exporters.optimum.child"
     return write_graph(child, "optimum's export", prepared, out)
-
-
-def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
-    """Return the checkpoint's name of an initializer; empty for a constant of the trace."""
-    if not _RENAMED.match(initializer):
-        return initializer if initializer.endswith((".weight", ".bias")) else ""
-    if len(consumers) != 1 or not consumers[0]:
-        return ""
-    return consumers[0].removeprefix("/").removesuffix("/MatMul").replace("/", ".") + ".weight"

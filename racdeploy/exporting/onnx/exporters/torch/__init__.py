@@ -6,7 +6,6 @@ Weights keep their names in the module that the child exports, in which the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from racdeploy.errors import EnvironmentFailure
@@ -56,8 +55,3 @@ def build(prepared: Path, out: Path) -> Path:
     """Write the graph in float32; an EngineError if it fails or writes no graph."""
     child = "racdeploy.exporting.onnx.exporters.torch.child"
     return write_graph(child, "torch's export", prepared, out)
-
-
-def find_checkpoint_name(initializer: str, consumers: Sequence[str]) -> str:
-    """Return the checkpoint's name of an initializer; empty for a constant of the trace."""
-    return initializer.removeprefix("model.") if initializer.endswith(WEIGHTS) else ""

@@ -1,0 +1,92 @@
+"""ONNX graphs of models whose blocks keep a state beside keys and values: LFM2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from racdeploy.engines import open_engine
+from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
+from racdeploy.engines.engine import EngineSettings, Sampling
+from racdeploy.exporting import onnx as onnx_format
+from racdeploy.manifest import Manifest
+from racdeploy.models.checkpoint import Checkpoint
+from tests.clients.test_onnx_clients import GENAI
+from tests.support.cut_models import cut_checkpoint
+from tests.support.tiny_artifacts import write_bundle
+from tests.support.tiny_models import make_checkpoint
+
+SETTINGS = EngineSettings(context_tokens=128, parallel=3, threads=1)
+IDS = [(7 * position) % 480 for position in range(60)]
+RAGGED = [[3, *range(5, 6 + 9 * i)] for i in range(6)]
+CUTS = {"whole": None, "cut": ((4, 64), (4, 96), (4, 64))}
+
+
+@pytest.fixture(scope="module", params=CUTS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint and its graph in float32, in one folder."""
+    root = tmp_path_factory.mktemp("lfm2")
+    made = make_checkpoint(root / "dense", "lfm2")
+    if cut := CUTS[request.param]:
+        made = cut_checkpoint(made, root / "checkpoint", cut)
+    onnx_format.export(Checkpoint(made), made / "model.onnx", quant="f32")
+    return made
+
+
+def test_logits_are_those_of_torch_after_any_other_sequence(folder: Path) -> None:
+    """1e-4 of the largest, as in the exporters' parity; the state before is gone."""
+    expected_TV = open_engine("transformers", folder, SETTINGS).logits(IDS)
+    with OnnxRuntimeEngine(folder / "model.onnx", SETTINGS) as engine:
+        engine.logits(IDS[::-1])
+        actual_TV = engine.logits(IDS)
+    assert np.abs(actual_TV - expected_TV).max() <= 1e-4 * float(np.abs(expected_TV).max())
+
+
+def test_sequences_that_are_decoded_together_stay_apart(folder: Path) -> None:
+    """Six lengths in three slots, as torch continues each of them alone."""
+    sampling = Sampling(max_new_tokens=16, stop_ids=tuple(range(0, 480, 7)))
+    reference = open_engine("transformers", folder, SETTINGS)
+    expected = [reference.generate([prompt], sampling)[0] for prompt in RAGGED]
+    with OnnxRuntimeEngine(folder / "model.onnx", SETTINGS) as engine:
+        assert engine.generate(RAGGED, sampling) == expected
+
+
+@pytest.mark.parametrize("quant", ["f16", "matmulnbits_8", "matmulnbits_4"])
+def test_rounded_weights_leave_the_convolution_in_float32(
+    folder: Path, tmp_path: Path, quant: str
+) -> None:
+    """The file's values answer as torch does with them; the kernel of a convolution is a vector."""
+    file = tmp_path / "model.onnx"
+    onnx_format.export(Checkpoint(folder), file, quant=quant)
+    _, rows = onnx_format.measure(file)
+    stored = {row.name: row.type for row in rows}
+    assert stored["model.layers.0.conv.conv.weight"] == "f32"
+    assert stored["model.layers.0.conv.in_proj.weight"] == quant
+
+    whole = open_engine("transformers", folder, SETTINGS).logits(IDS)
+    with OnnxRuntimeEngine(file, SETTINGS) as engine:
+        rounded = engine.logits(IDS)
+    limit = {"f16": 0.01, "matmulnbits_8": 0.05, "matmulnbits_4": 1.0}[quant]
+    assert 0 < np.abs(rounded - whole).max() < limit * float(np.abs(whole).max())
+
+
+def test_genai_continues_the_prompt_as_racdeploy_does(folder: Path) -> None:
+    """A stock client reads the state's names from genai_config.json."""
+    bundle = write_bundle(folder, {"onnx/model.onnx": folder / "model.onnx"}, "onnxruntime")
+    texts = onnx_format.companions(Manifest.read(bundle), Checkpoint(folder), bundle)
+    for name, text in texts.items():
+        (bundle / name).write_text(text, encoding="utf-8")
+
+    with OnnxRuntimeEngine(folder / "model.onnx", SETTINGS) as engine:
+        (completion,) = engine.generate([IDS[:9]], Sampling(max_new_tokens=12, stop_ids=()))
+    arguments = [bundle, json.dumps(IDS[:9]), "12"]
+    done = subprocess.run(
+        [sys.executable, "-c", GENAI, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [*IDS[:9], *completion.ids]
