@@ -1,12 +1,13 @@
 """Does ``racdeploy compare`` judge files that racdeploy did not make? Good ones pass, spoiled ones
 fail by the check that names the fault.
 
-The embedded model, converted by llama.cpp's own converter and quantizer, by onnxruntime-genai's
-builder and by torch's exporter (optimum); the reference is the F16 file. Each fault is one that a
-publisher makes. Every command is a process of its own; files and rows that are there are kept, so
-that an interrupted run goes on.
+A model, by default the embedded one, converted by llama.cpp's own converter and quantizer, by
+onnxruntime-genai's builder and by torch's exporter (optimum); the reference is the F16 file. Each
+fault is one that a publisher makes. Every command is a process of its own; files and rows that are
+there are kept, so that an interrupted run goes on.
 
     python benchmarks/foreign_files.py --work foreign
+    python benchmarks/foreign_files.py --work foreign-smol --model smol-reasoner --pre-tokenizer ""
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from racdeploy.models.sources import resolve_model
 from tests.support.llama_converter import Job, convert
@@ -48,6 +51,7 @@ EXPECTED = {
 }
 """The check, or the error of a refusal, that each fault must show; others may fail as well."""
 MEASURED = ("q2_k", "q2_k_pure")  # whether answers are lost is the question
+BASE_END = "<|endoftext|>"  # of a base model
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,25 @@ def main() -> None:
     """Make the files, compare each, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", default="tiny-reasoner", help="Hugging Face folder")
+    parser.add_argument(
+        "--pre-tokenizer",
+        default="qwen2",
+        help="name of the model's; empty: the converter knows the vocabulary, as a tiny one is not",
+    )
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("names", nargs="*", help="candidates; default: all")
     arguments = parser.parse_args()
     work, threads = arguments.work.resolve(), arguments.threads
     (work / "rows").mkdir(parents=True, exist_ok=True)
+    if not (work / "f16.gguf").is_file():
+        (work / "model").unlink(missing_ok=True)
+        (work / "model").symlink_to(resolve_model(arguments.model).folder.resolve())
+        partial = work / "partial-f16.gguf"
+        convert_to_f16(work, partial, arguments.pre_tokenizer)
+        partial.rename(work / "f16.gguf")
 
-    make_file(work, "f16")
     if not (work / "reference" / "reference.json").is_file():
         asked = ("--prompts", arguments.prompts, "--max-new-tokens", 512)
         run("record", work / "f16.gguf", "--out", work / "reference", *asked, threads, work)
@@ -161,12 +176,10 @@ def make_file(work: Path, name: str) -> Path:
 
 
 def _make(work: Path, name: str, out: Path) -> None:
-    source = str(resolve_model("tiny-reasoner").folder)
+    source = str(work / "model")
     f16 = work / "f16.gguf"
-    if name in ("f16", "pre_tokenizer"):
-        # The converter knows a vocabulary by a hash, which a tiny one is not in.
-        kind = "qwen2" if name == "f16" else "gpt-2"
-        convert([Job(source, str(out), "f16", pre_tokenizer=kind)])
+    if name == "pre_tokenizer":
+        convert_to_f16(work, out, "gpt-2")
     elif name.startswith("genai"):
         precision = "int4" if name == "genai_int4" else "fp32"
         builder = ("-m", "onnxruntime_genai.models.builder", "-i", source, "-p", precision)
@@ -184,6 +197,11 @@ def _make(work: Path, name: str, out: Path) -> None:
     else:
         pure = name.endswith("_pure")
         quantize(f16, out, name.removesuffix("_pure").upper(), pure=pure)
+
+
+def convert_to_f16(work: Path, out: Path, pre_tokenizer: str) -> None:
+    """Convert the model by llama.cpp's converter."""
+    convert([Job(str((work / "model").resolve()), str(out), "f16", pre_tokenizer=pre_tokenizer)])
 
 
 def _call(*command: str) -> None:
@@ -207,15 +225,19 @@ def _edit_json(file: Path, edit: Callable[[Any], object]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
+def _stop_at_base_end(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end_id = tokenizer.token_to_id(BASE_END)
+    _edit_json(folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=end_id))
+
+
 def _drop_tag(folder: Path) -> None:
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text(encoding="utf-8").replace("<think>", ""), encoding="utf-8")
 
 
 _FOLDER_FAULTS: dict[str, Callable[[Path], object]] = {
-    "genai_eos": lambda folder: _edit_json(  # <|endoftext|>, as of a base model
-        folder / "genai_config.json", lambda c: c["model"].update(eos_token_id=507)
-    ),
+    "genai_eos": _stop_at_base_end,
     "genai_template": _drop_tag,
     "genai_merge": lambda folder: _edit_json(
         folder / "tokenizer.json", lambda c: c["model"]["merges"].pop(20)

@@ -64,8 +64,15 @@ def _zero(data: Any) -> None:
     data[:] = 0
 
 
-def _negate_close_tag(data: Any) -> None:
-    data[511] *= -1  # row of </think> in the embedded model: it is never the most likely token
+def _never_close(source: Path, file: Path) -> Path:
+    """Negate the row of the closing tag or its first token: it is never the most likely one."""
+    tokens = gguf.GGUFReader(source).fields["tokenizer.ggml.tokens"].contents()
+    row = tokens.index("</think>" if "</think>" in tokens else "</")
+    return _set_tensor(source, file, "token_embd.weight", lambda data: _negate(data[row]))
+
+
+def _negate(data: Any) -> None:
+    data *= -1
 
 
 def _rename_tags(key: str, value: Any) -> Any:
@@ -80,7 +87,7 @@ _FAULTS: dict[str, Callable[[Path, Path], Path]] = {
     "eos": lambda s, f: set_number(s, f, "eos_token_id", lambda _: OTHER_EOS_ID),
     "rope": lambda s, f: set_number(s, f, "rope.freq_base", lambda base: 100 * base),
     "zeroed": lambda s, f: _set_tensor(s, f, "blk.1.ffn_down.weight", _zero),
-    "endless": lambda s, f: _set_tensor(s, f, "token_embd.weight", _negate_close_tag),
+    "endless": _never_close,
     "template": lambda s, f: rewrite(
         s, f, lambda k, v: v.replace("<think>", "") if k == "tokenizer.chat_template" else v
     ),
