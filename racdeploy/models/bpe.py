@@ -1,9 +1,10 @@
-"""Byte-level BPE with fewer tokens: the tokens that a kept token needs, and the choice of tokens.
+"""BPE with fewer tokens: the tokens that a kept token needs, and the choice of tokens.
 
-BPE merges the pair of lowest rank first. No merge crosses the ends of a token that comes out of a
-word, so a token is built as BPE builds its text alone. If every intermediate token is kept, and
-the merges stay in their order, a word of kept tokens is tokenized as before: of the pairs that can
-be merged, the first one is still there, and none is new.
+Bytes are tokens: the characters of byte-level BPE, or those that SentencePiece falls back to where
+a character is no token. BPE merges the pair of lowest rank first. No merge crosses the ends of a
+token that comes out of a word, so a token is built as BPE builds its text alone. If every
+intermediate token is kept, and the merges stay in their order, a word of kept tokens is tokenized
+as before: of the pairs that can be merged, the first one is still there, and none is new.
 Source: tokenizers 0.22 ``models/bpe/word.rs`` (merge_all) and ``model.rs`` (ignore_merges).
 """
 
@@ -24,19 +25,21 @@ from racdeploy.models.tokenizer_files import TokenizerFiles, check_ids, read_tok
 from racdeploy.models.tokenizer_schema import flatten_sequence, read_merges
 
 BYTE_COUNT = 256
+SPACE = "▁"  # of SentencePiece
+BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(BYTE_COUNT))
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class ByteLevelBPE:
-    """A byte-level BPE tokenizer: token texts by id, ids of added tokens, and merges by rank."""
+class BytePairs:
+    """A BPE tokenizer: token texts by id, ids of added tokens, and merges by rank."""
 
     texts: Mapping[int, str]
     added: frozenset[int]
     merges: tuple[Pair, ...]
 
     @classmethod
-    def read(cls, files: TokenizerFiles) -> ByteLevelBPE:
+    def read(cls, files: TokenizerFiles) -> BytePairs:
         """Read tokenizer.json; raises UsageError if its vocabulary cannot be cut."""
         if reason := unsupported_reason(files.tokenizer_json):
             raise UsageError(
@@ -67,7 +70,8 @@ class ByteLevelBPE:
     @property
     def byte_ids(self) -> frozenset[int]:
         """Tokens of single bytes; a tokenizer may lack bytes that its training text never had."""
-        return frozenset(self.ids[text] for text in ByteLevel.alphabet() if text in self.ids)
+        texts = BYTE_PIECES if self.ids.keys() >= BYTE_PIECES else ByteLevel.alphabet()
+        return frozenset(self.ids[text] for text in texts if text in self.ids)
 
     def list_needed(self, token: int) -> set[int]:
         """Return the tokens that BPE merges through to build one, itself included.
@@ -78,8 +82,8 @@ class ByteLevelBPE:
         if token in self.added:
             return {token}
 
-        made = {token}
         parts = list(text)
+        made = {token} | {self.ids[part] for part in parts if part in self.ids}
         while len(parts) > 1:
             index = self._find_first(parts)
             if index is None:
@@ -92,6 +96,8 @@ class ByteLevelBPE:
     def add_needed(self, tokens: Iterable[int]) -> set[int]:
         """Return tokens with all that they need: intermediate tokens, bytes and added tokens."""
         closed = set(self.added | self.byte_ids)
+        if SPACE in self.ids:  # as bytes it would come back as itself
+            closed.add(self.ids[SPACE])
         for token in tokens:
             if token not in closed:
                 closed |= self.list_needed(token)
@@ -138,16 +144,17 @@ def unsupported_reason(tokenizer: Mapping[str, Any]) -> str:
     """Return the reason why a tokenizer's vocabulary cannot be cut, or an empty string."""
     model = tokenizer.get("model") or {}
     if model.get("type", "BPE") != "BPE":
-        return f"its tokenizer is {str(model['type'])[:40]!r}, and only byte-level BPE can be cut"
+        return f"its tokenizer is {str(model['type'])[:40]!r}, and only BPE can be cut"
     if not model.get("vocab") or not model.get("merges"):
         return "its tokenizer has no vocabulary, or no merges"
     if len({*model["vocab"].values()}) < len(model["vocab"]):
         return "two of its tokens have the same id"
 
-    # SentencePiece's form of BPE falls back to bytes, or has no bytes at all.
     steps = flatten_sequence(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    if model.get("byte_fallback") or all(step.get("type") != "ByteLevel" for step in steps):
-        return "its tokenizer is BPE in SentencePiece's form, and only byte-level BPE can be cut"
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    falls_back = model.get("byte_fallback") and model["vocab"].keys() >= BYTE_PIECES
+    if is_byte_level == bool(falls_back):
+        return "its tokens do not stand for bytes, so texts would be lost"
 
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(option):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from racdeploy.files.writing import canonical_hash, file_sha256
-from racdeploy.models.bpe import BYTE_COUNT, ByteLevelBPE
+from racdeploy.models.bpe import BYTE_COUNT, BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import OldIds
 from racdeploy.pipeline.tokenization import compare_tokenization
@@ -71,7 +71,7 @@ def _compare_tokenizers(
     if rows > tokens:
         padding = f", {rows - tokens:,} rows of padding gone"
 
-    lacking = BYTE_COUNT - len(ByteLevelBPE.read(choice.dense.tokenizer).byte_ids)
+    lacking = BYTE_COUNT - len(BytePairs.read(choice.dense.tokenizer).byte_ids)
     lost = ""
     if lacking:
         lost = f"; {lacking} bytes are in no token, before and after, so text loses them"

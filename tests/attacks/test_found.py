@@ -20,7 +20,7 @@ from racdeploy.engines.backends.server.http import Client
 from racdeploy.errors import ArtifactError, EngineError, UsageError
 from racdeploy.files.toml import validate
 from racdeploy.manifest import MANIFEST_NAME, Manifest
-from racdeploy.models.bpe import ByteLevelBPE
+from racdeploy.models.bpe import BytePairs
 from racdeploy.models.tokenizer_files import TokenizerFiles
 from racdeploy.quant.importance import Importance
 from racdeploy.recipe import Recipe
@@ -235,7 +235,7 @@ def test_a_tokenizer_of_other_kinds(tmp_path: Path, name: str) -> None:
     values = {"model": model, "added_tokens": [], **TOKENIZERS[name]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises((ArtifactError, UsageError)) as caught:
-        ByteLevelBPE.read(TokenizerFiles(tmp_path))
+        BytePairs.read(TokenizerFiles(tmp_path))
     assert "\n" not in caught.value.message
 
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from racdeploy.errors import MissingExtraError, ModelError
 from racdeploy.exporting.gguf.pretokenizers import format_steps
 from racdeploy.files.reading import Json
+from racdeploy.models.bpe import BYTE_PIECES, SPACE
 from racdeploy.models.tokenizer_schema import flatten_sequence, read_merges
 
 Encode = Callable[[str], list[int]]
-SPACE = "▁"
-BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 ADDED_SCORE, UNUSED_SCORE = -1000.0, -10_000.0
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -22,6 +22,7 @@ from racdeploy.exporting.gguf.pretokenizers import (
     find_pre_tokenizer,
 )
 from racdeploy.exporting.gguf.tokens import SpecialTokens, Tokens, read_special_tokens
+from racdeploy.models.bpe import BYTE_PIECES, SPACE
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.models.tokenizer_schema import read_merges
@@ -185,7 +186,7 @@ def _read_sentencepiece(
     texts = dict(tokens.texts)
     for i in texts:
         if types[i] == TokenType.USER_DEFINED:
-            texts[i] = texts[i].replace(pieces.SPACE, " ")
+            texts[i] = texts[i].replace(SPACE, " ")
 
     vocabulary = Vocabulary(
         model="llama",
@@ -232,7 +233,7 @@ def _as_converted(vocabulary: Vocabulary) -> Vocabulary:
 
 def _piece_type(tokens: Tokens, i: int) -> TokenType:
     kind, text = tokens.type_of(i), tokens.texts.get(i)
-    if kind == TokenType.NORMAL and text in pieces.BYTE_PIECES:
+    if kind == TokenType.NORMAL and text in BYTE_PIECES:
         return TokenType.BYTE
     if kind == TokenType.NORMAL and text == tokens.tokenizer["model"].get("unk_token"):
         return TokenType.UNKNOWN

@@ -1,8 +1,8 @@
 """Vocabulary: remove tokens that the user's texts do not need, with their rows and merges.
 
 Rows of the embedding and of the output head are copied unchanged, so the kept tokens have the same
-logits. Only byte-level BPE is supported; :mod:`racdeploy.models.bpe` finds the tokens that a kept
-one depends on.
+logits. Only BPE is supported; :mod:`racdeploy.models.bpe` finds the tokens that a kept one depends
+on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from racdeploy.errors import UsageError
 from racdeploy.files.texts import read_texts
 from racdeploy.files.writing import atomic_folder
 from racdeploy.models import fused_experts
-from racdeploy.models.bpe import ByteLevelBPE
+from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import STALE_FILES, OldIds, find_config_ids, renumber_files
 from racdeploy.models.shape import ModelShape
@@ -59,10 +59,10 @@ def choose(
         source: source of ``needed_ids``, named in the message that too few tokens were requested.
 
     Raises:
-        UsageError: the tokenizer is no byte-level BPE, there are fewer tokens than asked for, or
+        UsageError: the tokenizer is no BPE over bytes, there are fewer tokens than asked for, or
             more are needed.
     """
-    pairs = ByteLevelBPE.read(checkpoint.tokenizer)
+    pairs = BytePairs.read(checkpoint.tokenizer)
     tokens = len(pairs.texts)
     count = round(keep * tokens) if keep <= 1 else int(keep)
     if count > tokens:

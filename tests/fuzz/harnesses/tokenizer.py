@@ -25,7 +25,7 @@ from tokenizers import (  # type: ignore[import-untyped]
 
 from racdeploy.errors import RacdeployError
 from racdeploy.exporting.gguf.vocabulary import read_vocabulary
-from racdeploy.models.bpe import ByteLevelBPE
+from racdeploy.models.bpe import BytePairs
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import find_config_ids, renumber_files
 from racdeploy.models.tokenizer_files import TokenizerFiles
@@ -128,7 +128,7 @@ def _use(folder: Path) -> str:
 def _cut(folder: Path) -> None:
     """Leave out every token that none needs, as the structure ``vocabulary`` does."""
     files = TokenizerFiles(folder)
-    pairs = ByteLevelBPE.read(files)
+    pairs = BytePairs.read(files)
     needed = pairs.add_needed(find_config_ids(files) & pairs.texts.keys())
     size = min(len(needed) + 1, len(pairs.texts))
     renumber_files(files, pairs.fill_by_rank(needed, size))
