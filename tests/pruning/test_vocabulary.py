@@ -366,6 +366,13 @@ def test_pieces_without_all_bytes_are_refused(tmp_path: Path, pre_tokenizer: str
         vocabulary.check(Checkpoint(folder), Structure(keep={"vocabulary": 0.9}))
 
 
+def test_a_space_stays_where_no_text_needs_it(tmp_path: Path) -> None:
+    """SentencePiece's sign for it would come back from bytes as itself."""
+    folder = make_checkpoint(tmp_path / "model", "llama", pre_tokenizer="gemma")
+    pairs = BytePairs.read(Checkpoint(folder).tokenizer)
+    assert pairs.ids["▁"] in pairs.add_needed(())
+
+
 def test_ids_that_the_library_does_not_follow_are_refused(tmp_path: Path) -> None:
     """An added token behind a gap loads as another id than its file says."""
     folder = make_checkpoint(tmp_path / "model", "llama")
