@@ -1,18 +1,19 @@
 """Does each extra install alone, and answer, in an environment that has nothing else?
 
-    python -m benchmarks.clean_installs --index build/index --out build/clean --python python3.11 …
+    python -m benchmarks.clean_installs --index build/index --onnx build/onnx/model.onnx \
+        --out build/clean --python python3.11 …
 
 ``--index`` is a folder with the wheels of racdeploy and, where the package index has none that
 fits, of racdeploy-kernels and llama-cpp-python. Everything else comes from the package index that
 the tool is set up for. No compiler is found. Prints a row for each interpreter, tool and extra:
 processor seconds of the installation, size of the environment, and processor seconds of its first
-answer, a question where the extra has an engine.
+answer: to a question where the extra has an engine, of a pruning or an ONNX export where it brings
+torch, else the versions of the packages that it brings, once they are imported.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -27,6 +28,16 @@ QUESTION = (
 )
 TOOLS = ("pip", "uv", "pipx")
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
+PRUNING = "prune tiny-reasoner --method magnitude --sparsity 0.5 --trace-prompts 4 --threads 1"
+IMPORTING = """
+import sys
+from importlib import import_module
+from racdeploy.extras import PACKAGES, installed_version
+for module, package in PACKAGES.items():
+    if package.extra == sys.argv[1]:
+        import_module(module)
+        print(package.name, installed_version(package.name))
+"""
 
 
 @dataclass(frozen=True)
@@ -73,22 +84,26 @@ class Clean:
             self._run(str(self.programs / "pip"), "install", "--quiet", *wanted)
 
     def answer(self, onnx: Path) -> str:
-        """Return what the environment answers: to a question, or what it lacks of its extra."""
+        """Return the environment's answer, or the versions of what its extra brings."""
         racdeploy = str(self.programs / "racdeploy")
-        model = str(self.folder / "model.gguf")
-        if self.extra in ("", "llamacpp", "kernels", "all"):
-            self._run(racdeploy, "export", "tiny-reasoner", "--out", model)
-        if not self.extra:
-            return self._run(racdeploy, "inspect", model, "--summary").splitlines()[-1]
-        if self.extra in ("llamacpp", "kernels", "all"):
-            return self._run(racdeploy, "run", model, QUESTION, "--threads", "1").strip()
-        if self.extra in ("ort", "onnx", "optimum"):
-            return self._run(racdeploy, "run", str(onnx), QUESTION, "--threads", "1").strip()
+        model = self.folder / "model.gguf"
+        extras = set(self.extra.split(","))
 
-        findings = json.loads(self._run(racdeploy, "doctor", "--json"))["findings"]
-        hint = f"racdeploy[{self.extra}]"
-        missing = [each["what"] for each in findings if hint in each["detail"]]
-        return f"lacks {', '.join(missing)}" if missing else "doctor: nothing is missing"
+        if extras & {"onnx", "optimum", "all"}:
+            exported = str(self.folder / "model.onnx")
+            self._run(racdeploy, "export", "tiny-reasoner", "--target", "onnx", "--out", exported)
+        if extras & {"", "llamacpp", "all"}:
+            self._run(racdeploy, "export", "tiny-reasoner", "--out", str(model))
+        if not self.extra:
+            return self._run(racdeploy, "inspect", str(model), "--summary").splitlines()[-1]
+        if extras & {"llamacpp", "all", "ort", "onnx", "optimum"}:
+            asked = model if model.is_file() else onnx
+            return self._run(racdeploy, "run", str(asked), QUESTION, "--threads", "1").strip()
+        if extras == {"prune"}:
+            return Path(self._run(racdeploy, *PRUNING.split()).strip()).name
+
+        versions = self._run(str(self.programs / "python"), "-c", IMPORTING, self.extra)
+        return ", ".join(versions.splitlines())
 
     def _run(self, *command: str) -> str:
         environment = {**os.environ, **self.variables}

@@ -94,8 +94,8 @@ def test_what_is_not_proven_fails_where_it_is_built(
 @pytest.mark.skipif(sys.platform == "darwin", reason="there llama.cpp has no kernels")
 def test_a_build_without_the_headers_of_ggml_fails(tmp_path: Path) -> None:
     """A warning would be hidden by pip: kernels for onnxruntime alone have to be asked for."""
-    where = "-DRACDEPLOY_GGML_INCLUDE=/nowhere", f"-DSKBUILD_METADATA_DIR={tmp_path}"
-    configure = partial(run, "cmake", "-S", KERNELS, "-B", tmp_path / "objects", *where)
+    where = "-DRACDEPLOY_GGML_INCLUDE=/nowhere"
+    configure = partial(run, "cmake", "-S", KERNELS, "-B", tmp_path / "objects", where)
     assert "there is no /nowhere/ggml.h" in configure().err
     done = configure("-DRACDEPLOY_ONNXRUNTIME_ONLY=ON")
     assert done.code == 0, done.err
@@ -103,7 +103,7 @@ def test_a_build_without_the_headers_of_ggml_fails(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel, and ``objects``; pip fetches the build's packages."""
+    """A folder with the sdist, the wheel made of it, and ``objects``; pip fetches packages."""
     folder = tmp_path_factory.mktemp("kernels")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
     if run(*pip, "download", "--no-deps", "--dest", folder / "probe", "scikit-build-core").code:
@@ -114,10 +114,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"build-dir={folder / 'objects'}",
         "cmake.define.CMAKE_EXPORT_COMPILE_COMMANDS=ON",
     ):
-        settings += ["--config-settings", setting]
+        settings += ["--config-setting", setting]
     done = run(
-        *pip,
-        *("wheel", "--no-deps", "--wheel-dir", folder, *settings, KERNELS),
+        *(sys.executable, "-m", "build", "--outdir", folder, *settings, KERNELS),
         RACDEPLOY_GGML_INCLUDE=str(find_wheel().parent / "include"),
     )
     assert done.code == 0, done.err

@@ -100,6 +100,34 @@ def test_the_sdist_has_what_the_tests_need(folder: Path) -> None:
     assert not [name for name in names if name.startswith((".venv", ".git/", "dist/"))]
 
 
+def test_the_kernels_are_made_of_their_own_folder() -> None:
+    """Their sdist is that folder alone: the licence is in it, and no build file leads out of it."""
+    kernels = ROOT / "kernels"
+    assert (kernels / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+    for file in (kernels / "CMakeLists.txt", *kernels.glob("*.cmake")):
+        assert "../" not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.slow
+def test_the_sdist_of_the_kernels_has_what_their_wheel_is_made_of(tmp_path: Path) -> None:
+    """Sources, licence and version, as the release workflow builds it: needs the network."""
+    version = {"SETUPTOOLS_SCM_PRETEND_VERSION": "1.2.3"}
+    command = (sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT / "kernels")
+    done = run(*command, **version)
+    assert done.code == 0, done.out + done.err
+
+    with tarfile.open(tmp_path / "racdeploy_kernels-1.2.3.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        stored = archive.extractfile("racdeploy_kernels-1.2.3/PKG-INFO")
+        assert stored is not None
+        metadata = message_from_bytes(stored.read())
+    sources = (ROOT / "kernels" / "sources").iterdir()
+    assert {f"sources/{file.name}" for file in sources} <= names
+    assert {"LICENSE", "CMakeLists.txt", "instruction_sets.cmake", "ggml_headers.py"} <= names
+    assert (metadata["Version"], metadata.get_all("License-File")) == ("1.2.3", ["LICENSE"])
+
+
 def test_the_index_would_take_it(folder: Path) -> None:
     """The description renders, and its links do not need the repository around it."""
     done = run(sys.executable, "-m", "twine", "check", "--strict", *(folder / "dist").iterdir())
