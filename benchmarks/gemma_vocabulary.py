@@ -52,11 +52,10 @@ def make_model(folder: Path) -> Checkpoint:
     plain = [text for text in vocab if text not in added and "<" not in text]
     chosen = random.Random(0)
     taken = {token["id"] for token in written["added_tokens"]} | set(vocab.values())
-    free = iter(i for i in range(TOKENS) if i not in taken)
-    while len(vocab.keys() | added) < TOKENS:
-        text = "".join(chosen.choices(plain, k=2))
-        if text not in vocab and text not in added:
-            vocab[text] = next(free)
+    for i in sorted({*range(TOKENS)} - taken):
+        while (text := "".join(chosen.choices(plain, k=2))) in vocab or text in added:
+            pass
+        vocab[text] = i
 
     scores = {text: -i for text, i in vocab.items() if text not in added and "<" not in text}
     merges = generate_merges(vocab, scores.items())

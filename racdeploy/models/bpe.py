@@ -151,9 +151,8 @@ def unsupported_reason(tokenizer: Mapping[str, Any]) -> str:
         return "two of its tokens have the same id"
 
     steps = flatten_sequence(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-    falls_back = model.get("byte_fallback") and model["vocab"].keys() >= BYTE_PIECES
-    if is_byte_level == bool(falls_back):
+    falls_back = bool(model.get("byte_fallback")) and model["vocab"].keys() >= BYTE_PIECES
+    if falls_back == any(step.get("type") == "ByteLevel" for step in steps):
         return "its tokens do not stand for bytes, so texts would be lost"
 
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
