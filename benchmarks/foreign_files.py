@@ -7,7 +7,8 @@ fault is one that a publisher makes. Every command is a process of its own; file
 there are kept, so that an interrupted run goes on.
 
     python benchmarks/foreign_files.py --work foreign
-    python benchmarks/foreign_files.py --work foreign-smol --model smol-reasoner --pre-tokenizer ""
+    python benchmarks/foreign_files.py --work foreign-smol --model FOLDER --pre-tokenizer "" \
+        --tasks word_problem gcd comparison
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
         default="qwen2",
         help="name of the model's; empty: the converter knows the vocabulary, as a tiny one is not",
     )
+    parser.add_argument("--tasks", nargs="*", default=(), help="default: every procedural one")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("names", nargs="*", help="candidates; default: all")
@@ -99,7 +101,9 @@ def main() -> None:
         partial.rename(work / "f16.gguf")
 
     if not (work / "reference" / "reference.json").is_file():
-        asked = ("--prompts", arguments.prompts, "--max-new-tokens", 512)
+        asked = ["--prompts", arguments.prompts, "--max-new-tokens", 512]
+        for task in arguments.tasks:
+            asked += ["--task", task]
         run("record", work / "f16.gguf", "--out", work / "reference", *asked, threads, work)
 
     rows = []
