@@ -29,7 +29,7 @@ from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import make_checkpoint
 
 TOKENS, KEPT = 262_144, 32_768
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 640,
     "intermediate_size": 2048,
     "num_hidden_layers": 18,

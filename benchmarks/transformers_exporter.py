@@ -27,7 +27,7 @@ from racdeploy.exporting.onnx import exporters
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.tiny_models import make_checkpoint
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1536,
     "num_hidden_layers": 12,

@@ -79,29 +79,27 @@ def _to_json(value: Json) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def _describe_caches(model: onnx.ModelProto, shape: ModelShape) -> Json:
+    """Return the names of inputs and outputs, and what onnxruntime-genai asks about states."""
+    names = {value.name for value in model.graph.input}
+    inputs = {name: name for name in _INPUTS if name in names}
+    outputs = {"logits": "logits"}
+    for part in ("key", "value"):
+        inputs[f"past_{part}_names"] = f"past_key_values.%d.{part}"
+        outputs[f"present_{part}_names"] = f"present.%d.{part}"
+
+    described: Json = {"inputs": inputs, "outputs": outputs}
+    if "conv" in shape.layer_types:
+        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
+        described["layer_types"] = shape.layer_types
+        described["conv_cache_size"] = shape.integer("conv_L_cache")
+
+    return described
+
+
 def _describe_to_genai(
     model: onnx.ModelProto, entry: ArtifactEntry, manifest: Manifest, shape: ModelShape
 ) -> Json:
-    names = {value.name for value in model.graph.input}
-    inputs = {name: name for name in _INPUTS if name in names}
-    inputs |= {
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    }
-
-    states: Json = {}
-    outputs = {
-        "logits": "logits",
-        "present_key_names": "present.%d.key",
-        "present_value_names": "present.%d.value",
-    }
-    if "conv" in shape.layer_types:
-        states = {
-            "layer_types": shape.layer_types,
-            "conv_cache_size": shape.integer("conv_L_cache"),
-        }
-        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
-
     generation = manifest.generation
     eos_ids = list(manifest.tokenizer.eos_ids)
     shares_cache = any(node.op_type == _SHARED_CACHE for node in model.graph.node)
@@ -115,12 +113,10 @@ def _describe_to_genai(
                 "filename": entry.path,
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden_size,
-                "inputs": inputs,
-                "outputs": outputs,
+                **_describe_caches(model, shape),
                 "num_attention_heads": shape.integer("num_attention_heads"),
                 "num_hidden_layers": shape.block_count,
                 "num_key_value_heads": shape.num_key_value_heads,
-                **states,
             },
             "eos_token_id": eos_ids,
             "pad_token_id": shape.config.get("pad_token_id") or eos_ids[0],

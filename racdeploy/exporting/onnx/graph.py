@@ -132,17 +132,19 @@ def _match_weights(model: onnx.ModelProto, file: Path, checkpoint: Checkpoint) -
     weights = identify_weights(model.graph, file.parent, checkpoint)
     for initializer in model.graph.initializer:
         count = int(np.prod(list(initializer.dims)))
-        is_known = initializer.name in weights or initializer.name in ROTARY_TABLES
-        if count > _MAX_CONSTANT_WEIGHTS and not is_known:
+        if count > _MAX_CONSTANT_WEIGHTS and initializer.name not in (*weights, *ROTARY_TABLES):
             raise EngineError(
                 "graph-differs",
                 f"the graph holds a tensor {initializer.name!r} of {count} values "
                 "that the checkpoint lacks",
             )
 
-    matrices = {name for name, entry in checkpoint.entries.items() if len(entry.shape) > 1}
-    uses = Counter(weight.source for weight in weights.values() if weight.source in matrices)
-    if repeated := sorted(source for source, count in uses.items() if count > 1):
+    uses = Counter(weight.source for weight in weights.values())
+    if repeated := sorted(
+        source
+        for source, count in uses.items()
+        if count > 1 < len(checkpoint.entries[source].shape)
+    ):
         raise EngineError("graph-differs", f"the graph stores {repeated[0]!r} more than once")
 
     return weights
