@@ -96,13 +96,12 @@ def main() -> None:
 
     lines = make_mixed_lines(10_000)
     cut = read_tokenizer(small / "tokenizer.json")
-    ids = cut.encode_batch(lines)
-    back = sum(a == b for a, b in zip(lines, cut.decode_batch(ids), strict=True))
-    print(f"{len(lines):,} lines: {back:,} come back")
     for name, reader, path in zip(("dense", "cut"), (tokenizer, cut), files, strict=True):
+        ids = reader.encode_batch(lines)
+        back = sum(a == b for a, b in zip(lines, reader.decode_batch(ids), strict=True))
         (answer,) = ask_llama([path], [1, 2], lines)
-        alike = sum(a == b for a, b in zip(reader.encode_batch(lines), answer.tokens, strict=True))
-        print(f"{name}: {alike:,} have llama.cpp's ids")
+        alike = sum(a == b for a, b in zip(ids, answer.tokens, strict=True))
+        print(f"{name}: of {len(lines):,} lines {back:,} come back, {alike:,} have llama.cpp's ids")
 
 
 if __name__ == "__main__":

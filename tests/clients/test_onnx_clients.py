@@ -7,14 +7,12 @@ browser.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +23,7 @@ from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.commands import racdeploy as command
 from tests.support.cut_models import cut_checkpoint
-from tests.support.tiny_artifacts import write_bundle
+from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_onnx import needs_optimum
 
@@ -36,19 +34,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 PACKAGES = ("@huggingface/transformers@4", "@wllama/wllama@3", "playwright-core@1")
 CUTS = {"uniform": ((2, 64), (2, 64)), "per block": ((4, 96), (2, 64))}
 CUT_TOKENS = 12
-GENAI = """
-import json, sys
-import onnxruntime_genai as og
-folder, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-model = og.Model(folder)
-parameters = og.GeneratorParams(model)
-parameters.set_search_options(do_sample=False, max_length=len(ids) + count)
-generator = og.Generator(model, parameters)
-generator.append_tokens(ids)
-while not generator.is_done():
-    generator.generate_next_token()
-print(json.dumps([int(i) for i in generator.get_sequence(0)]))
-"""
 OPTIMUM = """
 import json, sys, torch
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -94,11 +79,7 @@ def cut_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     dense = make_checkpoint(folder / "dense", "qwen2", num_hidden_layers=3)
     checkpoint = cut_checkpoint(dense, folder / "checkpoint", CUTS[request.param], blocks=(0, 2))
     onnx_format.export(Checkpoint(checkpoint), folder / "model.onnx", quant="f32")
-    cut = write_bundle(checkpoint, {"onnx/model.onnx": folder / "model.onnx"}, "onnxruntime")
-    texts = onnx_format.companions(Manifest.read(cut), Checkpoint(checkpoint), cut)
-    for name, text in texts.items():
-        (cut / name).write_text(text, encoding="utf-8")
-    return cut
+    return write_onnx_bundle(checkpoint, folder / "model.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +132,6 @@ def address(bundle: Path, npm: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
-
-
-def run(*arguments: object, cwd: Path | None = None) -> Any:
-    """Return the JSON in the last line that a program prints."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        list(map(str, arguments)), capture_output=True, text=True, cwd=cwd, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_onnxruntime_genai_generates_the_same_tokens(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +13,9 @@ from racdeploy.engines import open_engine
 from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import onnx as onnx_format
-from racdeploy.manifest import Manifest
 from racdeploy.models.checkpoint import Checkpoint
-from tests.clients.test_onnx_clients import GENAI
 from tests.support.cut_models import cut_checkpoint
-from tests.support.tiny_artifacts import write_bundle
+from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
 from tests.support.tiny_models import make_checkpoint
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=3, threads=1)
@@ -77,16 +74,8 @@ def test_rounded_weights_leave_the_convolution_in_float32(
 
 def test_genai_continues_the_prompt_as_racdeploy_does(folder: Path) -> None:
     """A stock client reads the state's names from genai_config.json."""
-    bundle = write_bundle(folder, {"onnx/model.onnx": folder / "model.onnx"}, "onnxruntime")
-    texts = onnx_format.companions(Manifest.read(bundle), Checkpoint(folder), bundle)
-    for name, text in texts.items():
-        (bundle / name).write_text(text, encoding="utf-8")
-
+    bundle = write_onnx_bundle(folder, folder / "model.onnx")
     with OnnxRuntimeEngine(folder / "model.onnx", SETTINGS) as engine:
         (completion,) = engine.generate([IDS[:9]], Sampling(max_new_tokens=12, stop_ids=()))
-    arguments = [bundle, json.dumps(IDS[:9]), "12"]
-    done = subprocess.run(
-        [sys.executable, "-c", GENAI, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [*IDS[:9], *completion.ids]
+    found = run(sys.executable, "-c", GENAI, bundle, json.dumps(IDS[:9]), 12)
+    assert found == [*IDS[:9], *completion.ids]
