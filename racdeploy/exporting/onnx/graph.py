@@ -89,7 +89,7 @@ def identify_weights(
     """
     candidates: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in checkpoint.entries:
-        candidates[_find_invariant(checkpoint.read_raw(name))].append(name)
+        candidates[_fingerprint(checkpoint.read_raw(name))].append(name)
 
     weights: dict[str, Weight] = {}
     for initializer in graph.initializer:
@@ -101,7 +101,7 @@ def identify_weights(
         numbers = _NUMBER.findall(initializer.name)
         # Equal tensors, such as norms of ones, each get a name, if possible of their own block.
         for source in sorted(
-            candidates[_find_invariant(values)],
+            candidates[_fingerprint(values)],
             key=lambda name: (name in used, _NUMBER.findall(name) != numbers),
         ):
             if (transposed := _find_transposition(values, checkpoint.read_raw(source))) is not None:
@@ -111,7 +111,7 @@ def identify_weights(
     return weights
 
 
-def _find_invariant(values: NDArray[Any]) -> tuple[Any, ...]:
+def _fingerprint(values: NDArray[Any]) -> tuple[Any, ...]:
     """Return what a matrix shares with its transposition: sizes, first and last value."""
     ends = to_float32(values.reshape(-1)[[0, -1]] if values.size else values)
     return *sorted(values.shape), *ends.tolist()

@@ -19,7 +19,6 @@ TESTED_FAMILIES = frozenset({
     "ernie4_5", "exaone4", "gemma3_text", "granite", "llama",
     "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 })  # fmt: skip
-WEIGHTS = (".weight", ".bias")
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
 _ATTENTION = frozenset({"full_attention", "sliding_attention"})
 

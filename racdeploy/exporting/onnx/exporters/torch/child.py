@@ -24,7 +24,6 @@ from torch.export import Dim
 from transformers import AttentionInterface, DynamicCache
 
 from racdeploy.engines.backends.transformers.torch_model import load_model
-from racdeploy.exporting.onnx.exporters.torch import WEIGHTS
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 
@@ -32,6 +31,7 @@ _OPSET = 23
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # a dimension of 1 in the example would be fixed
 _ATTENTION = "racdeploy_graph"
 _PAIR = ("key", "value")
+_WEIGHTS = (".weight", ".bias")
 
 
 class _AppendedCache(DynamicCache):
@@ -134,7 +134,7 @@ def _attend(
 def _keep_weights(node: ir.Node) -> bool | None:
     """Return False for a node that reads weights: the optimizer must not fold what is compared."""
     names = [value.name or "" for value in node.inputs if value is not None]
-    return False if any(name.endswith(WEIGHTS) for name in names) else None
+    return False if any(name.endswith(_WEIGHTS) for name in names) else None
 
 
 def _name_dimensions(graph: onnx.GraphProto) -> None:
