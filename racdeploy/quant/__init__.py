@@ -6,7 +6,8 @@ A file has the members of :class:`Quant`. If its ``PRESERVES_ZERO`` is True, zer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -99,6 +100,11 @@ def read_ggml_type(name: str) -> tuple[int, float, int]:
     """Return ``GGML_TYPE``, ``BITS`` and ``BLOCK_SIZE`` of ggml's type of that name."""
     known = GGML_TYPES[name]
     return known.type_id, known.bits, known.block_weights
+
+
+def make_codec(module: Any, kind: int | str) -> tuple[partial[Bytes], partial[Floats]]:
+    """Return ``quantize`` and ``dequantize`` of a module, for one of its types."""
+    return partial(module.quantize, kind), partial(module.dequantize, kind)
 
 
 def load_ggml(name: str) -> GgmlQuant:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +69,6 @@ def dequantize(ggml_type: int, packed_OP: Bytes, I: int) -> Floats:
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
     return weight_OI
-
-
-def make_codec(ggml_type: int) -> tuple[partial[Bytes], partial[Floats]]:
-    """Return :func:`quantize` and :func:`dequantize` of one type."""
-    return partial(quantize, ggml_type), partial(dequantize, ggml_type)
 
 
 def _count_row_bytes(ggml_type: int, row_length: int) -> int:

@@ -1,6 +1,6 @@
 """IQ4_NL: 32 4-bit indices into 16 uneven values, none of them zero, and a half-precision scale."""
 
-from racdeploy.quant import ggml, read_ggml_type
+from racdeploy.quant import ggml, make_codec, read_ggml_type
 from racdeploy.quant.formats import q4_0
 from racdeploy.quant.grid import Grid
 
@@ -8,7 +8,7 @@ FORMATS = ("gguf",)
 GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("iq4_nl")
 PRESERVES_ZERO = False
 
-quantize, dequantize = ggml.make_codec(GGML_TYPE)
+quantize, dequantize = make_codec(ggml, GGML_TYPE)
 
 GRID = Grid(
     (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),

@@ -5,11 +5,9 @@ Source: OCP Microscaling Formats specification 1.0; ``quantize_row_mxfp4_ref`` i
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
 from racdeploy.quant.grid import Bytes, Grid, GridCodes, join_fields, pack_halves
 
 FORMATS = ("gguf",)
@@ -17,8 +15,7 @@ GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
 PRESERVES_ZERO = True
 IGNORES_IMPORTANCE = True
 
-quantize = partial(numpy_ggml.quantize, GGML_TYPE)
-dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
+quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)
 
 
 def _pack_grid(codes: GridCodes) -> Bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, read_ggml_type
+from racdeploy.quant import ggml, make_codec, read_ggml_type
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -24,7 +24,7 @@ GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q2_k")
 PRESERVES_ZERO = False
 _GROUP = 16
 
-quantize, dequantize = ggml.make_codec(GGML_TYPE)
+quantize, dequantize = make_codec(ggml, GGML_TYPE)
 
 
 def _pack(codes: GridCodes) -> Bytes:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -27,5 +25,4 @@ def pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
-quantize = partial(numpy_ggml.quantize, GGML_TYPE)
-dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
+quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)

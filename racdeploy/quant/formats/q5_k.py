@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, read_ggml_type
+from racdeploy.quant import ggml, make_codec, read_ggml_type
 from racdeploy.quant.formats import q4_k
 from racdeploy.quant.grid import (
     Bytes,
@@ -24,7 +24,7 @@ GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_k")
 PRESERVES_ZERO = False
 _GROUP = 32
 
-quantize, dequantize = ggml.make_codec(GGML_TYPE)
+quantize, dequantize = make_codec(ggml, GGML_TYPE)
 
 
 def _pack(codes: GridCodes) -> Bytes:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from racdeploy.quant import numpy_ggml, read_ggml_type
+from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
 from racdeploy.quant.grid import Bytes, Grid, GridCodes, as_half, join_fields, whole_codes
 
 FORMATS = ("gguf",)
@@ -21,5 +19,4 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-127, 127), BLOCK_SIZE, BLOCK_SIZE, _pack)
-quantize = partial(numpy_ggml.quantize, GGML_TYPE)
-dequantize = partial(numpy_ggml.dequantize, GGML_TYPE)
+quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)
