@@ -78,8 +78,8 @@ class ArtifactEntry(_Entry):
     sha256: Sha256 | Literal[""] = ""  # empty: a plain model, not hashed
     backend: str
     unpacked_sha256: Sha256 | Literal[""] = ""
-    files: Files = Field(default_factory=dict)
-    companions: Files = Field(default_factory=dict)
+    files: Files = {}
+    companions: Files = {}
 
     @model_validator(mode="after")
     def _fill_files(self) -> Self:
@@ -132,7 +132,7 @@ class ThinkingControl(_Entry):
     """
 
     closing: str = ""
-    hesitation: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    hesitation: dict[str, tuple[int, ...]] = {}
     hesitation_penalty: FiniteNonNegative = 0.0
 
     @property
@@ -154,7 +154,7 @@ class GenerationSettings(_Entry):
     top_p: float = Field(gt=0, le=1)
     max_new_tokens: Tokens
     max_thinking_tokens: Tokens | None = None
-    thinking: ThinkingControl = Field(default_factory=ThinkingControl)
+    thinking: ThinkingControl = ThinkingControl()
     context_tokens: Tokens
     model_context_tokens: Tokens | None = None
     advised_context_tokens: Tokens | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -60,7 +61,18 @@ def _check_regex(pattern: str) -> str:
     return pattern
 
 
+def check_plugin(kind: str, noun: str, name: str) -> str:
+    """Return the name of a plugin; ValueError, with the nearest names, for an unknown one."""
+    known = plugins.list_names(kind)
+    if name not in known:
+        nearest = plugins.suggest(name, known)
+        raise ValueError(f"unknown {noun} {name!r}{nearest}; known: {', '.join(known)}")
+    return name
+
+
 Regex = Annotated[str, AfterValidator(_check_regex)]
+RecoverMethod = Annotated[str, AfterValidator(partial(check_plugin, "recover_methods", "method"))]
+TrainingObjective = Annotated[str, AfterValidator(partial(check_plugin, "objectives", "objective"))]
 Names = tuple[str, ...]
 SparsityOrPattern = float | str
 """Zeros of a linear: a sparsity, or a pattern N:M."""
@@ -245,7 +257,7 @@ class Structure(_Section):
     model or the format does not allow it; otherwise that is an error.
     """
 
-    keep: dict[str, float] = Field(default_factory=dict)
+    keep: dict[str, float] = {}
     optional: bool = False
     uniform: bool = False
     multiple: NonNegativeInt = 0
@@ -256,7 +268,7 @@ class Structure(_Section):
     @classmethod
     def _check_keep(cls, value: dict[str, float]) -> dict[str, float]:
         for part, share in value.items():
-            _check_name("structures", "part", part)
+            check_plugin("structures", "part", part)
             counted = plugins.read_constants("structures", part).get("COUNT_UNIT")
             if not (0 < share <= 1 or (counted and share > 0 and share.is_integer())):
                 also = f", or a count of {counted}" if counted else ""
@@ -310,10 +322,10 @@ class Recovery(_Section):
 
     tokens: NonNegativeInt = 0
     shorten: bool | float = False
-    objective: str = "preference"
+    objective: TrainingObjective = "preference"
     samples: Annotated[int, Field(ge=1, le=_MAX_SAMPLES)] = 8
     instruction: str = "Think briefly: no repetition, no second check of what is clear."
-    methods: Names = ()
+    methods: tuple[RecoverMethod, ...] = ()
     on_policy: Share = 0.25
     rounds: PositiveCount = 2
     max_accuracy_drop: float = Field(0.01, ge=0, lt=1)
@@ -325,25 +337,12 @@ class Recovery(_Section):
     extra_text_share: OpenShare = 0.3
     seed: NonNegativeInt = 0
 
-    @field_validator("methods")
-    @classmethod
-    def _check_methods(cls, value: Names) -> Names:
-        for method in value:
-            _check_name("recover_methods", "method", method)
-        return value
-
     @field_validator("shorten", mode="plain")
     @classmethod
     def _check_share(cls, value: Any) -> Any:
         if value is False or (isinstance(value, int | float) and 0 < value <= 1):
             return value
         raise ValueError("true, or a share above 0 and up to 1")
-
-    @field_validator("objective")
-    @classmethod
-    def _check_objective(cls, value: str) -> str:
-        _check_name("objectives", "objective", value)
-        return value
 
     @model_validator(mode="after")
     def _check_shortening(self) -> Self:
@@ -378,7 +377,7 @@ class Export(_Section):
         0.0, ge=0, le=MAX_TOKEN_DIFFERENCES, allow_inf_nan=False
     )
     exporter: str = "auto"
-    tensors: dict[Regex, str] = Field(default_factory=dict)
+    tensors: dict[Regex, str] = {}
     importance: str = ""
     split_bytes: NonNegativeInt = 48_000_000_000
     allow_losing_zeros: bool = False
@@ -446,7 +445,7 @@ class Thinking(_Section):
 class Runtime(_Section):
     """Settings of the deployed model, with which it is also verified."""
 
-    thinking: Thinking = Field(default_factory=Thinking)
+    thinking: Thinking = Thinking()
 
 
 class Tune(_Section):
@@ -510,16 +509,16 @@ class Recipe(_Section):
     also: Names = ()
     tasks: Names = ()
     calibration_tasks: Names = ()
-    traces: Traces = Field(default_factory=Traces)
-    calibration: Calibration = Field(default_factory=Calibration)
-    structure: Structure = Field(default_factory=Structure)
-    prune: Pruning = Field(default_factory=Pruning)
-    recover: Recovery = Field(default_factory=Recovery)
-    export: Export = Field(default_factory=Export)
-    runtime: Runtime = Field(default_factory=Runtime)
-    verify: Verification = Field(default_factory=Verification)
-    tune: Tune = Field(default_factory=Tune)
-    gate: TomlTable = Field(default_factory=dict)
+    traces: Traces = Traces()
+    calibration: Calibration = Calibration()
+    structure: Structure = Structure()
+    prune: Pruning = Pruning()
+    recover: Recovery = Recovery()
+    export: Export = Export()
+    runtime: Runtime = Runtime()
+    verify: Verification = Verification()
+    tune: Tune = Tune()
+    gate: TomlTable = {}
 
     @classmethod
     def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
@@ -620,13 +619,6 @@ def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
     """Return True if a user names no number format and no second target."""
     names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
     return not (names_format or requested.get("also"))
-
-
-def _check_name(kind: str, noun: str, name: str) -> None:
-    known = plugins.list_names(kind)
-    if name not in known:
-        nearest = plugins.suggest(name, known)
-        raise ValueError(f"unknown {noun} {name!r}{nearest}; known: {', '.join(known)}")
 
 
 def _without_none(options: Mapping[str, Any]) -> TomlTable:

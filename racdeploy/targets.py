@@ -44,7 +44,7 @@ class Rung(_Data):
     """A step of a target's ladder: a number format, and the shares of a cut that stay."""
 
     quant: str
-    keep: dict[str, float] = Field(default_factory=dict)
+    keep: dict[str, float] = {}
 
     def __str__(self) -> str:
         return " ".join([*(f"{part} {share:.3g}" for part, share in self.keep.items()), self.quant])
@@ -57,12 +57,12 @@ class Target(_Data):
     description: str  # one line on the choice
     format: str = "gguf"
     quant: str = "q8_0"
-    keep: dict[str, float] = Field(default_factory=dict)  # shares of the structure that stay
+    keep: dict[str, float] = {}  # shares of the structure that stay
     rungs: tuple[Rung, ...] = ()  # the widest first; where a user names no pruning and no quant
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
     allowed_quants: tuple[str, ...] = ()  # empty means all
-    recipe: dict[str, TomlTable] = Field(default_factory=dict)
+    recipe: dict[str, TomlTable] = {}
     device: Device | None = None  # None: the machine at hand is measured
 
     @classmethod

@@ -241,9 +241,7 @@ def check(settings: recipe.Export) -> None:
 
     # An option that is set to its default is harmless: a recipe may have been written in full.
     for name in sorted(settings.model_fields_set - supported):
-        if getattr(settings, name) != type(settings).model_fields[name].get_default(
-            call_default_factory=True
-        ):
+        if getattr(settings, name) != type(settings).model_fields[name].default:
             raise UsageError(
                 "unused-setting",
                 f"format {settings.format!r} has no use for export.{name}",

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    NonNegativeFloat,
-    PrivateAttr,
-    create_model,
-)
+from pydantic import AfterValidator, NonNegativeFloat, PrivateAttr, create_model
 
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
-from racdeploy.recipe import Names, Verification
+from racdeploy.recipe import Names, Verification, check_plugin
 from racdeploy.results.schema import FrozenModel, OpenShare, PositiveCount
 from racdeploy.verification.stats import paired
 
@@ -40,16 +34,8 @@ GATE_EXAMPLE = (files("racdeploy.verification") / "gate.toml").read_text(encodin
 """Gate file that ``racdeploy init --gate`` writes."""
 
 
-def _check_names(names: Names) -> Names:
-    known = plugins.list_names("checks")
-    for name in names:
-        if name not in known:
-            guess = plugins.suggest(name, known)
-            raise ValueError(f"unknown check {name!r}{guess}; known: {', '.join(known)}")
-    return names
-
-
-CheckNames = Annotated[Names, AfterValidator(_check_names)]
+CheckName = Annotated[str, AfterValidator(partial(check_plugin, "checks", "check"))]
+CheckNames = tuple[CheckName, ...]
 
 
 class CheckLimits(FrozenModel):
@@ -104,9 +90,9 @@ class SmokeTier(Tier):
 class Tiers(FrozenModel):
     """Tiers by their name in ``--tier``."""
 
-    smoke: SmokeTier = Field(default_factory=SmokeTier)
-    standard: Tier = Field(default_factory=Tier)
-    release: Tier = Field(default_factory=lambda: Tier(prompts=1000))
+    smoke: SmokeTier = SmokeTier()
+    standard: Tier = Tier()
+    release: Tier = Tier(prompts=1000)
 
 
 class Gate(FrozenModel):
@@ -122,7 +108,7 @@ class Gate(FrozenModel):
     confidence: OpenShare = 0.90
     inconclusive: Inconclusive = "fail"
     checks: CheckNames = ()
-    tiers: Tiers = Field(default_factory=Tiers)
+    tiers: Tiers = Tiers()
     _demanded: frozenset[str] = PrivateAttr(frozenset())
     _requested: Gate | None = PrivateAttr(None)
 
@@ -215,7 +201,7 @@ def make_gate_model() -> type[Gate]:
     tables: dict[str, Any] = {}
     for name in plugins.list_names("checks"):
         kind = getattr(plugins.load("checks", name), "Limits", CheckLimits)
-        tables[name] = (kind, Field(default_factory=kind))
+        tables[name] = (kind, kind())
 
     title = "Limits for racdeploy verify, see docs/ci.md."
     return create_model("Gate", __base__=Gate, __doc__=title, **tables)
