@@ -192,7 +192,7 @@ def measure_pair(
     loads = 2 * (load.rounds + 1)
     rounds: dict[str, list[Figures]] = {"dense": [], "pruned": []}
 
-    kernels: dict[str, str] = {}
+    kernels = {}
     for number in range(loads // 2):
         for index, (name, file, side_settings) in enumerate(sides):
             progress("bench", 2 * number + index, loads)

@@ -268,8 +268,8 @@ def _measure_artifact(contents: Baseline, entry: ArtifactEntry) -> _Measured:
     metadata, tensors = form.measure(path)
     reasons = {row.name: row.reason for row in contents.report.tensors}
 
-    rows: list[TensorRow] = []
-    prunable: set[str] = set()
+    rows = []
+    prunable = set()
     zeros = weights = 0.0
     for tensor in tensors:
         name = tensor.name

@@ -28,7 +28,7 @@ def show_search(console: Console, quiet: bool = False) -> Iterator[tuple[Progres
 
 def _print_steps(console: Console) -> Show:
     """Return a listener that prints the plan, and a line for each new step of a candidate."""
-    known: set[str] = set()
+    known = set()
 
     def show(each: list[str] | Candidate) -> None:
         if isinstance(each, list):

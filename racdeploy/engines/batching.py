@@ -240,8 +240,8 @@ class _DecoderRunner:
 
     def step(self, busy: int) -> _StepResult:
         """Decode one batch; each sequence without pending ids samples its next token."""
-        rows: list[BatchToken] = []
-        sampling_slots: dict[int, int] = {}  # by the index of their last row
+        rows = []
+        sampling_slots = {}  # by the index of their last row
         decoding = 0
 
         for slot, tokens in sorted(self._take_tokens().items()):  # llama.cpp wants slots in order
@@ -282,7 +282,7 @@ class _DecoderRunner:
     ) -> tuple[dict[SequenceGroup, TokenUpdates], dict[SequenceGroup, EngineError]]:
         """Sample the next token of sequences, given by slot and row of their logits."""
         updates: dict[SequenceGroup, TokenUpdates] = {}
-        errors: dict[SequenceGroup, EngineError] = {}
+        errors = {}
 
         for row, slot in slots.items():
             job, sequence = self.running[slot]

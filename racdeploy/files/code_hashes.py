@@ -49,7 +49,7 @@ def reachable_files(modules: Iterable[str]) -> list[Path]:
     """Return the sorted files of racdeploy that modules, given by dotted names, reach."""
     pending = list(modules)
     seen = set[str]()
-    reached: set[Path] = set()
+    reached = set()
 
     while pending:
         name = pending.pop()
@@ -94,7 +94,7 @@ def _names_in(source: bytes) -> tuple[str, ...]:
 
     ``from module import name`` adds both; a string is added where it is a module's dotted name.
     """
-    names: list[str] = []
+    names = []
 
     for node in ast.walk(ast.parse(source)):
         match node:

@@ -187,7 +187,7 @@ def _is_own(file: Path) -> bool:
 
 def _differences(left: Inputs, right: Inputs, within: str = "") -> list[str]:
     """Return the differences as ``part.key before -> after``, without hashes and long values."""
-    differences: list[str] = []
+    differences = []
 
     for key in sorted({*left, *right}):
         before, after = left.get(key), right.get(key)

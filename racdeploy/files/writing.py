@@ -139,7 +139,7 @@ def _exchange(scratch: Path, folder: Path) -> None:
     A folder cannot be replaced in one step: the old one is moved aside first. Another process may
     do the same between the two renames, hence the attempts.
     """
-    aside: list[Path] = []
+    aside = []
     try:
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):

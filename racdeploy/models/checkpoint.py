@@ -62,7 +62,7 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
         )
 
     # Names in the index come from a stranger: no path may lead out of the folder.
-    entries: dict[str, TensorEntry] = {}
+    entries = {}
     for name in sorted({str(name) for name in weight_map.values()}):
         if Path(name).name != name:
             raise ModelError(

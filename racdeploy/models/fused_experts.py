@@ -65,7 +65,7 @@ def unfuse(
         return dict(entries)
 
     # MXFP4 comes as two tensors, codes and exponents; the pair is read with the codes.
-    separate: dict[str, TensorEntry] = {}
+    separate = {}
     for name, entry in entries.items():
         block, inside = _split(name, blocks)
         base = inside.removesuffix(_CODES)

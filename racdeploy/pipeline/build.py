@@ -300,7 +300,7 @@ class Build:
         """
         job = self.job
 
-        names: list[str] = []
+        names = []
         for control in job.recipe.verify.controls:
             if control != SAME_SIZE:
                 names.append(control)

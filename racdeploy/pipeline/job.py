@@ -245,7 +245,7 @@ class Job:
         """:attr:`rounding_quants`, and a note on linears that are rounded to nearest instead."""
         rounding = self.recipe.export.rounding
         chosen: dict[str, str] = {}
-        errors: list[UsageError] = []
+        errors = []
         if rounding == "nearest":
             return chosen, ()
 

@@ -482,7 +482,7 @@ def mark(
     rows: Sequence[RecoveryRow], phase: str, probe: ProbeResult, *, kept: bool
 ) -> tuple[RecoveryRow, ...]:
     """Return the rows with a phase marked as kept or undone, and its accuracy on the last row."""
-    marked: list[RecoveryRow] = []
+    marked = []
     changes: Json = {"kept": kept, "accuracy": probe.accuracy}
     for row in reversed(rows):
         if row.phase == phase:

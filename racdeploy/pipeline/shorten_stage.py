@@ -114,7 +114,7 @@ class ShortenStage:
     def _write_brief_prompts(self, answers: Sequence[Trace]) -> dict[Ids, Ids]:
         """Return, for each prompt, its ids with the instruction as a system prompt."""
         system = {"role": "system", "content": self.teacher.settings.instruction}
-        briefs: dict[Ids, Ids] = {}
+        briefs = {}
         for trace in answers:
             if trace.prompt_ids not in briefs:
                 user = {"role": "user", "content": trace.question}

@@ -41,7 +41,7 @@ class VocabularyChoice:
         Raises:
             UsageError: more tokens are needed than the recipe keeps.
         """
-        used: set[int] = set()
+        used = set()
         for text in (*self.required_texts, *self.decode(traces)):
             used.update(self.encoder.encode_text(text))
 

@@ -48,7 +48,7 @@ from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.pair import BlockPair
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear, measure_outputs, record_outputs
 from racdeploy.pruning.walk.relative_error import RelativeError
-from racdeploy.pruning.walk.routing import RoutedTokens, record_routing
+from racdeploy.pruning.walk.routing import record_routing
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.pruning.walk.survey import Effect, Observation, survey
 from racdeploy.pruning.weights.patterns import LinearSparsities
@@ -186,8 +186,8 @@ class _Walk:
             if self._needs_dense(self.batches[number]):
                 self.dense.hidden[number] = hidden_BTD
 
-        linears: list[LinearRow] = []
-        blocks: list[BlockRow] = []
+        linears = []
+        blocks = []
         new_indices = {index: new for new, index in enumerate(self.outline.blocks)}
 
         for index in range(self.shape.block_count):
@@ -352,7 +352,7 @@ class _Walk:
 
         with ExitStack() as hooks:
             hooks.enter_context(measure_outputs(pair.sparse, shared, batch, dense))
-            passes: list[RoutedTokens] = []
+            passes = []
             if len(shared) < len(measured):
                 passes = hooks.enter_context(record_routing(pair.sparse, experts))
             output_BTD = self.sparse.advance(pair.sparse, index)

@@ -195,7 +195,7 @@ def _shuffle(
     mean = sum(lengths) / len(lengths)
     pool = max(1, round(_POOL_BATCHES * micro_tokens / mean))
 
-    batches: list[list[int]] = []
+    batches = []
     for start in range(0, len(indices), pool):
         by_length = sorted(indices[start : start + pool], key=lengths.__getitem__)
         batches += group_by_length(by_length, lengths.__getitem__, micro_tokens)

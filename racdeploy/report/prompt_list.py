@@ -49,7 +49,7 @@ class PromptList:
 def list_prompts(pairs: Sequence[AnswerPair]) -> PromptList:
     """Return the prompts that fit on a page, those on which the models disagree first."""
     in_order = sorted(pairs, key=lambda pair: OUTCOMES.index(pair.outcome))
-    entries: list[str] = []
+    entries = []
     brief = 0
     remaining_bytes, remaining_brief_bytes = _TEXT_BYTES, _BRIEF_BYTES
 

@@ -236,7 +236,7 @@ def fill_cells(cells: Mapping[str, str], *values: object) -> TableRow:
 
 
 def _tasks(report: Report) -> list[TableRow]:
-    rows: list[TableRow] = []
+    rows = []
     for task in report.tasks:
         name = f"{task.task}, as {task.protocol}" if task.protocol else task.task
         counts = [_NONE, _NONE]

@@ -11,7 +11,6 @@ from typing import get_args
 
 from racdeploy.report.tables import (
     ReportTable,
-    TableRow,
     fill_cells,
     format_bytes,
     format_duration,
@@ -56,7 +55,7 @@ def make_tuning_table(
         role = [*roles].index(each.name) if each.name in roles else len(roles)
         return role, -_REACHED.index(each.reached), each.size_bytes
 
-    rows: list[TableRow] = []
+    rows = []
     for each in sorted(tuning.candidates, key=rank):
         if answered and not each.prompts:
             continue

@@ -130,7 +130,7 @@ class TaskSet:
     @property
     def sources(self) -> tuple[str, ...]:
         """Sentences on files and public datasets: their source, split and protocol."""
-        sentences: list[str] = []
+        sentences = []
         calibration = ", ".join(self.calibration)
 
         for spec, task in {**self.evaluation, **self.calibration}.items():

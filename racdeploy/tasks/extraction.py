@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 def extract_boxed(text: str) -> str | None:
     r"""Return the content of the last complete ``\boxed{...}``, with balanced braces, or None."""
     last = (0, 0)
-    starts: list[int] = []  # of the content of each open box; 0 for any other open brace
+    starts = []  # of the content of each open box; 0 for any other open brace
 
     # A regular expression cannot balance braces, so they are matched on a stack.
     for brace in _BRACES.finditer(text):

@@ -150,7 +150,7 @@ class _Reader:
         self._spend((tensors + keys) * _ENTRY_BYTES)
 
         values: dict[str, MetadataValue] = {}
-        starts: dict[str, int] = {}
+        starts = {}
         for _ in range(keys):
             start = self.position
             key = self._text()
@@ -178,7 +178,7 @@ class _Reader:
         return GgufHeader(values, starts, located, alignment, data_start, self.size_bytes)
 
     def _infos(self, count: int) -> _Infos:
-        infos: _Infos = {}
+        infos = {}
         for _ in range(count):
             name = self._text()
             dimensions = self._number("I")

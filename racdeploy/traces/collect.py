@@ -53,7 +53,7 @@ def collect_traces(
     for first in range(0, len(missing), source.max_shards):
         numbers = missing[first : first + source.max_shards]
 
-        requests: list[ShardRequest] = []
+        requests = []
         for number in numbers:
             prompts = [encoder.encode(problem.question) for problem in shards[number]]
             requests.append((prompts, _sampling(settings, stop_ids, number)))

@@ -73,7 +73,7 @@ def take_within_budget(traces: Sequence[Trace], max_tokens: int) -> list[Trace]:
 
 def _choose_held_out(traces: Sequence[Trace], share: float) -> set[int]:
     """Return the indices to hold out: the same share of each task, spread evenly."""
-    chosen: set[int] = set()
+    chosen = set()
     for task in dict.fromkeys(trace.task for trace in traces):
         indices = [trace.index for trace in traces if trace.task == task]
         count = round(share * len(indices))

@@ -21,7 +21,7 @@ def read_text_traces(file: str, encoder: PromptEncoder) -> tuple[list[Trace], li
     Raises:
         UsageError: the file cannot be read, or is too short to learn from and to measure on.
     """
-    ids: list[int] = []
+    ids = []
     for piece in read_texts([file], "recover.extra_text"):
         ids += encoder.encode_text(piece)
 

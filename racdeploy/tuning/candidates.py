@@ -70,8 +70,8 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
         UsageError: no dense candidate is possible.
     """
     check_model(job.with_recipe(job.recipe.without_pruning()))
-    specs: list[CandidateSpec] = []
-    excluded: dict[str, str] = {}
+    specs = []
+    excluded = {}
 
     for kind, settings in _list_kinds(job):
         for name in list_quants(job.recipe):

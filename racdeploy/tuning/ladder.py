@@ -100,7 +100,7 @@ class Ladder:
         Raises:
             UsageError: no rung fits the model and the target's memory.
         """
-        builds: dict[str, Build] = {}
+        builds = {}
         errors = []
         for rung in self.build.job.recipe.rungs:
             try:

@@ -164,7 +164,7 @@ class Race:
 
     def _stop_beaten(self) -> None:
         """Stop the candidates that another one surely beats in the race's objective."""
-        losers: dict[str, str] = {}
+        losers = {}
         pairs = () if self._in_order else permutations(self._active, 2)
         for better, worse in pairs:
             if worse.name not in losers and self._beats(better, worse):

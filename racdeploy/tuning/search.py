@@ -155,7 +155,7 @@ class Search:
 
     def _mix(self, max_bytes: int) -> None:
         """Add a mixed-format variant of the widest candidate of each kind, to use up the limit."""
-        widest: dict[str, Entry] = {}
+        widest = {}
         for entry in sorted(self._active, key=lambda each: each.size_bytes):
             widest[entry.spec.kind] = entry
 

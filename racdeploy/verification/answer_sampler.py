@@ -88,7 +88,7 @@ class AnswerSampler:
             arm: name in the records.
             log: earlier completions; new ones are appended.
         """
-        prompts: list[Ids] = []
+        prompts = []
         for problem in problems:
             ids = tuple(self.encoder.encode(problem.question))
             prompts += [ids] * self.settings.samples

@@ -50,7 +50,7 @@ def map_local_files(bundle: Path, manifest: Manifest) -> dict[str, Path]:
     artifacts, public = list_artifacts(manifest), list_public_paths(manifest)
     prefix = f"{BUNDLES_FOLDER}/{name_bundle(manifest)}/"
 
-    files: dict[str, Path] = {}
+    files = {}
     for file in bundle.rglob("*"):
         name = file.relative_to(bundle).as_posix()
         if file.is_symlink() or not file.is_file() or explain_bad_name(name):

@@ -146,7 +146,7 @@ def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: boo
     notes = [] if manifest.verdict == "pass" else [f"the bundle's verdict: {manifest.verdict}"]
 
     remote_files: Mapping[str, RepoSibling] = {}
-    other_bundles: dict[str, Manifest] = {}
+    other_bundles = {}
     try:
         remote_files, other_bundles = remote.files, dict(remote.manifests)
     except (HubNotFoundError, HubUnreachableError) as error:

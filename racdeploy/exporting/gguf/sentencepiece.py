@@ -204,7 +204,7 @@ def score_by_rank(made: Sequence[str]) -> dict[str, float]:
     Pieces with interleaving merges had equal scores, as Mistral's runs of spaces, and keep them.
     """
     last = {piece: rank for rank, piece in enumerate(made)}
-    scores: dict[str, float] = {}
+    scores = {}
     start, stop = 0, -1  # ranks of the current run of interleaving merges
 
     for rank, piece in enumerate(made):

@@ -211,7 +211,7 @@ def _write_parts(
     progress: WriteProgress | None,
 ) -> tuple[ExportedTensor, ...]:
     body = TensorWriter(checkpoint, plan.importance, plan.total_bytes, progress)
-    written: list[ExportedTensor] = []
+    written = []
     for number, (file, tensors) in enumerate(plan.tensors_by_file.items()):
         write_header(
             checkpoint,

@@ -144,7 +144,7 @@ def _store(
 
 def _make_header(plain: Path, header: GgufHeader, packing: str, rows: list[PackedTensor]) -> bytes:
     """Return the bytes in front of the tensors: the plain file's metadata, five keys, infos."""
-    recorded: list[int] = []
+    recorded = []
     infos = []
     for tensor, row in zip(header.tensors, rows, strict=True):
         recorded += [tensor.ggml_type, len(tensor.dimensions), *tensor.dimensions]

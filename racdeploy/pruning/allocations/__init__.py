@@ -30,7 +30,7 @@ def shift_sparsities(
     """
     total = sum(sizes[name] for name in wanted)
     low, high = -1.0, 1.0
-    shares: LinearSparsities = {}
+    shares = {}
 
     for _ in range(_BISECTIONS):
         shift = (low + high) / 2

@@ -41,7 +41,7 @@ def observe(weight_OI: Tensor, hessian: Hessian, effect: Effect, settings: Pruni
     energy = hessian.energy(weight_OI) or 1.0  # 0 for a linear of zeros
 
     # One measured effect scales the whole curve: the one nearest to the recipe's sparsity.
-    errors: dict[float, float] = {}
+    errors = {}
     gain = 0.0
     nearest_first = sorted(SPARSITIES, key=lambda sparsity: abs(sparsity - settings.sparsity))
 

@@ -104,7 +104,7 @@ def cut_inputs(context: BlockCutContext) -> list[int]:
     statistic.reduce(processes, [owner])
     pair.narrowed_importance[linear] = statistic.importance_I  # before the cut removes inputs
 
-    units: list[int] = []
+    units = []
     weight_OK = full_OI.new_empty(len(full_OI), context.count * layout.widths[layout.letter])
 
     # The owner alone chooses and solves; the others get units and weights from it.

@@ -78,7 +78,7 @@ def _survey(
     structure: Structure,
 ) -> dict[str, list[dict[int, float]]]:
     """Return structure → for each block, units that stay → relative error of its output."""
-    wanted: dict[str, tuple[str, UnitLayout]] = {}
+    wanted = {}
     for part, part_layouts in layouts.items():
         linear = find_consumer(session.model.shape, part_layouts[0].letter)
         for block, layout in zip(blocks, part_layouts, strict=True):
@@ -90,7 +90,7 @@ def _survey(
         nearest = layout.nearest_count(structure.kept_share(part))
 
         # The effect is measured once, near the wanted share, and scales all losses.
-        losses: dict[int, float] = {}
+        losses = {}
         scale = 0.0
         for count in layout.counts:
             criterion.remove_units(removal, count)
@@ -147,7 +147,7 @@ def _list_steps(curve: Mapping[int, float]) -> list[tuple[float, int]]:
 
         hull.append(count)
 
-    steps: list[tuple[float, int]] = []
+    steps = []
     for above, below in itertools.pairwise(hull):
         # Counts between two points of the hull are steps at the hull's price.
         price = _price(curve, above, below)

@@ -41,7 +41,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a tokenizer that cannot be cut, an unreadable text, or too few tokens."""
     check_cuttable("vocabulary", checkpoint.family)
     tokenizer = read_tokenizer(checkpoint.tokenizer.file)
-    used_ids: set[int] = set()
+    used_ids = set()
     for text in read_texts(structure.vocabulary_text, TEXTS_KEY):
         used_ids.update(tokenizer.encode(text))
 

@@ -43,7 +43,7 @@ def select_tokens(batch: Batch, token_M: Tensor) -> Batch:
 @contextmanager
 def record_routing(block: nn.Module, experts: str) -> Iterator[list[RoutedTokens]]:
     """Yield a list that collects the tokens at the experts of a block, one entry a pass."""
-    seen: list[RoutedTokens] = []
+    seen = []
 
     def remember(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         seen.append(RoutedTokens(*arguments))

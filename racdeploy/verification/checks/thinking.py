@@ -71,7 +71,7 @@ def check(evidence: Evidence) -> CheckResult:
         "budget_tokens": evidence.budget_tokens,
     }
 
-    counts: list[str] = []
+    counts = []
     for fault, has_fault in FAULTS.items():
         limit: float = getattr(limits, fault)
 

@@ -204,7 +204,7 @@ class OnnxModel(LoadedModel):
     def decode(self, rows: Sequence[BatchToken]) -> None:
         """Run a batch: each prompt by itself, the single tokens of all other slots together."""
         tokens_by_slot: dict[int, list[int]] = {}
-        last_rows: dict[int, int] = {}
+        last_rows = {}
         for index, row in enumerate(rows):
             tokens_by_slot.setdefault(row.slot, []).append(row.token)
             last_rows[row.slot] = index
