@@ -20,6 +20,7 @@ from typing import Any
 from racdeploy.errors import BrokenPluginError, MissingExtraError, UnknownPluginError
 from racdeploy.extras import PACKAGES, is_installed
 
+Names = tuple[str, ...]
 KINDS: dict[str, str] = {
     "tasks": "racdeploy.tasks.sets",
     "scorers": "racdeploy.tasks.scorers",
@@ -42,7 +43,7 @@ KINDS: dict[str, str] = {
 
 
 @cache
-def list_names(kind: str) -> tuple[str, ...]:
+def list_names(kind: str) -> Names:
     """Return the plugin names of a kind, sorted, without importing any of them."""
     folders = [str(folder) for folder in _folders(kind)]
     return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
@@ -131,7 +132,7 @@ def _missing(module: str) -> MissingExtraError:
     return MissingExtraError(package.name, package.extra)
 
 
-def unknown_plugin(kind: str, name: str, known: tuple[str, ...]) -> UnknownPluginError:
+def unknown_plugin(kind: str, name: str, known: Names) -> UnknownPluginError:
     """Return the error for an unknown name; ``REFUSED`` of a kind's package has known reasons."""
     wanted = f"{_singular(kind)} {name!r}"
     message = f"unknown {wanted}{suggest(name, known)}"
@@ -142,7 +143,7 @@ def unknown_plugin(kind: str, name: str, known: tuple[str, ...]) -> UnknownPlugi
     return UnknownPluginError("unknown-plugin", message, remedy=f"known: {', '.join(known)}")
 
 
-def suggest(name: str, known: tuple[str, ...] | list[str]) -> str:
+def suggest(name: str, known: Names | list[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

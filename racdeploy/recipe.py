@@ -28,8 +28,9 @@ from pydantic import (
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import check_version
-from racdeploy.files.toml import TomlTable, merge, read_toml, validate
+from racdeploy.files.toml import Settings, TomlTable, merge, read_toml, validate
 from racdeploy.manifest import MAX_TOKENS
+from racdeploy.plugins import Names
 from racdeploy.results.answers import HESITATION_WORDS
 from racdeploy.results.schema import FiniteNonNegative, OpenShare, PositiveCount, Share
 from racdeploy.targets import Rung, Target
@@ -73,7 +74,6 @@ def check_plugin(kind: str, noun: str, name: str) -> str:
 Regex = Annotated[str, AfterValidator(_check_regex)]
 RecoverMethod = Annotated[str, AfterValidator(partial(check_plugin, "recover_methods", "method"))]
 TrainingObjective = Annotated[str, AfterValidator(partial(check_plugin, "objectives", "objective"))]
-Names = tuple[str, ...]
 SparsityOrPattern = float | str
 """Zeros of a linear: a sparsity, or a pattern N:M."""
 
@@ -144,7 +144,7 @@ class Traces(_Section):
             sampling["server"] = self.server_model or self.server
         return sampling
 
-    def check_key_destination(self, trace_options: Mapping[str, Any], allowed: str) -> None:
+    def check_key_destination(self, trace_options: Settings, allowed: str) -> None:
         """Refuse to send a key of this machine to a host that only a recipe file names.
 
         Args:
@@ -521,7 +521,7 @@ class Recipe(_Section):
     gate: TomlTable = {}
 
     @classmethod
-    def combine(cls, file: Path | None, options: Mapping[str, Any]) -> Self:
+    def combine(cls, file: Path | None, options: Settings) -> Self:
         """Merge target, recipe file and nested options into a validated recipe.
 
         Options override the file; options that are None are ignored.
@@ -574,7 +574,7 @@ class Recipe(_Section):
         parts = {"rungs": (), "structure": structure, "prune": prune, "export": export}
         return self.model_copy(update=parts)
 
-    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+    def with_settings(self, settings: Settings) -> Self:
         """Return this recipe with nested settings replaced, validated."""
         values = merge(self.model_dump(), settings)
         return validate(type(self), values, "the candidate")
@@ -597,7 +597,7 @@ class Recipe(_Section):
                 raise plugins.unknown_plugin(kind, name, known)
 
 
-def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, TomlTable]:
+def _propose_pruning(target: Target, requested: Settings) -> dict[str, TomlTable]:
     """Return the default pruning for the sections that the user has set.
 
     A user who asks for zeros, or for a packing that omits them, gets the recipe's default sparsity
@@ -615,13 +615,13 @@ def _propose_pruning(target: Target, requested: Mapping[str, Any]) -> dict[str, 
     return target.pruning
 
 
-def _leaves_rung_open(requested: Mapping[str, Any]) -> bool:
+def _leaves_rung_open(requested: Settings) -> bool:
     """Return True if a user names no number format and no second target."""
     names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
     return not (names_format or requested.get("also"))
 
 
-def _without_none(options: Mapping[str, Any]) -> TomlTable:
+def _without_none(options: Settings) -> TomlTable:
     kept = {}
     for key, value in options.items():
         if isinstance(value, Mapping):

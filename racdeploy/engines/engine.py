@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from racdeploy.files.reading import Json
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Ids = tuple[int, ...]
@@ -45,7 +47,7 @@ class EngineSettings:
     # Memory of an engine's process beyond the engine itself: 0 no limit, None by the model's size.
     memory_limit_bytes: int | None = None
 
-    def result_settings(self) -> dict[str, Any]:
+    def result_settings(self) -> Json:
         """Return the settings on which results depend."""
         values = asdict(self)
         del values["memory_limit_bytes"]
@@ -86,7 +88,7 @@ class Sampling:
     min_p: float = 0.0  # smallest probability to sample, as a share of the largest one
     frequency_penalty: float = 0.0  # subtracted from a token's logit for each time it was generated
     presence_penalty: float = 0.0  # subtracted once
-    schema: dict[str, Any] | None = None  # JSON schema of the answer, which follows the thinking
+    schema: Json | None = None  # JSON schema of the answer, which follows the thinking
 
     def rng_index(self, index: int) -> int:
         """Return the index of a sequence's random generator."""
@@ -114,7 +116,7 @@ class Engine(Protocol):
     """A loaded model; the end of a ``with`` block closes it."""
 
     stats: dict[str, float]  # times and memory; may be empty
-    info: dict[str, Any]  # details, as the kernels in use; may be empty
+    info: Json  # details, as the kernels in use; may be empty
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from racdeploy.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
 TomlTable = dict[str, Any]
+Settings = Mapping[str, Any]
 _SHOWN_CHARACTERS = 80  # characters of a key or a value
 _MAX_PROBLEMS = 8
 _LONG_KEY = re.compile(r"(\.\s*[\w'\"-]+\s*){50}")
@@ -64,7 +65,7 @@ def _parse(text: str) -> TomlTable:
     return tomllib.loads(text)
 
 
-def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> TomlTable:
+def merge(defaults: Settings, overrides: Settings) -> TomlTable:
     """Return nested tables in which ``overrides`` replace values of ``defaults``."""
     merged = dict(defaults)
     for key, value in overrides.items():
@@ -75,7 +76,7 @@ def merge(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> TomlTabl
     return merged
 
 
-def validate(model: type[M], values: Mapping[str, Any], where: str, init_command: str = "") -> M:
+def validate(model: type[M], values: Settings, where: str, init_command: str = "") -> M:
     """Return the validated model of values; UsageError with every problem.
 
     Args:

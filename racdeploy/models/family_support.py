@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from racdeploy import plugins
-from racdeploy.files.reading import read_json
+from racdeploy.files.reading import Json, read_json
 from racdeploy.models import multimodal
 from racdeploy.models.checkpoint import read_entries
 from racdeploy.models.families import Family, star_numbers
@@ -33,7 +33,7 @@ def compare_folder(folder: Path) -> NearestFamily:
     return find_nearest(config, set(map(star_numbers, entries)))
 
 
-def describe_families() -> list[dict[str, Any]]:
+def describe_families() -> list[Json]:
     """Return a row for each family, in order of name, as plain values.
 
     A family with dense and mixture-of-experts models has a second row for the latter.
@@ -48,7 +48,7 @@ def describe_families() -> list[dict[str, Any]]:
     return rows
 
 
-def _describe(name: str, models: str, family: Family) -> dict[str, Any]:
+def _describe(name: str, models: str, family: Family) -> Json:
     return {
         "family": name,
         "models": models,

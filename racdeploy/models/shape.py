@@ -21,6 +21,7 @@ from racdeploy.models.families import (
     expand_experts,
     generalize_expert,
 )
+from racdeploy.plugins import Names
 
 _ATTENDING = ("full_attention", "sliding_attention")
 _RECURRENT = ("linear_attention", "conv")
@@ -64,9 +65,9 @@ class ModelShape(ModelSettings):
     rounds_yarn_ramp: bool
     is_uniform: bool
 
-    layer_types: tuple[str, ...]
+    layer_types: Names
     kv_sources: tuple[int, ...]
-    kinds: Sequence[tuple[str, ...]]
+    kinds: Sequence[Names]
     attends: tuple[bool, ...]
     recurs: tuple[bool, ...]
     rotary_blocks: Sequence[bool]
@@ -83,7 +84,7 @@ class ModelShape(ModelSettings):
         ]
 
     @cached_property
-    def prunable_weights(self) -> tuple[str, ...]:
+    def prunable_weights(self) -> Names:
         """Names of the weights of linears that can be pruned, in forward order."""
         return tuple(
             f"{self.family.blocks}.{block}.{linear}.weight"
@@ -131,7 +132,7 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
 
     layer_types = _list_layer_types(settings, family, count)
     key_sources = _find_key_sources(settings, layer_types)
-    kinds: list[tuple[str, ...]] = [
+    kinds: list[Names] = [
         (kind, "own_keys") if source == block else (kind,)
         for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True))
     ]
@@ -188,7 +189,7 @@ def _list_widths(
     return widths_by_setting
 
 
-def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> tuple[str, ...]:
+def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> Names:
     listed = settings.config.get("layer_types")
     if isinstance(listed, list):
         if len(listed) != block_count:

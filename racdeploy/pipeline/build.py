@@ -102,7 +102,7 @@ class Build:
         artifacts = []
         for build, own in zip(builds, models, strict=True):
             # Training may have been undone as a whole: then names do not claim it.
-            undone: dict[str, Any] = {} if own.before_recovery else {"tokens": 0}
+            undone: Json = {} if own.before_recovery else {"tokens": 0}
             if job.checkpoint.folder == job.model.folder:
                 undone["shorten"] = False
             named = build.job.with_recovery(**undone)

@@ -17,6 +17,7 @@ from racdeploy.models.renumbering import OldIds, read_old_ids
 from racdeploy.models.sources import ResolvedModel, resolve_model
 from racdeploy.pipeline.shorten_stage import ShortenedModel
 from racdeploy.pipeline.vocabulary_choice import VocabularyChoice
+from racdeploy.plugins import Names
 from racdeploy.pruning.structure.layout import find_consumer
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe, Structure, Verification
@@ -180,7 +181,7 @@ class Job:
         return read_old_ids(folder) if self.recipe.structure.cuts_vocabulary else None
 
     @cached_property
-    def prunable_weights(self) -> tuple[str, ...]:
+    def prunable_weights(self) -> Names:
         """Names of the dense model's weights that can be pruned, in forward order."""
         return self.checkpoint.shape.prunable_weights
 
@@ -224,7 +225,7 @@ class Job:
         is_wider = quant.load(own.quant).BITS >= quant.load(reference).BITS
         return own.name if is_wider else reference
 
-    def quants_of(self, weight: str) -> tuple[str, ...]:
+    def quants_of(self, weight: str) -> Names:
         """Return the number formats of a prunable weight, given its name in the checkpoint.
 
         Usually one; several if the file stores the weight in equal parts.
@@ -298,9 +299,7 @@ def _need_all_blocks(quants: Sequence[str]) -> UsageError:
     )
 
 
-def choose_quants(
-    checkpoint: Checkpoint, weight: str, rules: presets.QuantRules
-) -> tuple[str, ...]:
+def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.QuantRules) -> Names:
     """Return the number formats of a prunable weight's parts in a file, usually one."""
     family = checkpoint.family
     block, linear = family.split_block(weight)

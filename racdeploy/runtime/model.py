@@ -85,8 +85,8 @@ class Continuation:
     """
 
     text: str
-    ids: tuple[int, ...]
-    prompt_ids: tuple[int, ...]
+    ids: decoding.Ids
+    prompt_ids: decoding.Ids
     finish_reason: decoding.FinishReason
 
 

@@ -251,7 +251,7 @@ def _drop_duplicates(problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], 
     return tuple(problem_by_question.values()), len(problems) - len(problem_by_question)
 
 
-def list_public_tasks() -> tuple[str, ...]:
+def list_public_tasks() -> plugins.Names:
     """Return the names of the public datasets."""
     return _names_with("DATASET")
 
@@ -308,12 +308,12 @@ def _refuse_untrained(task: Task) -> UsageError:
     )
 
 
-def list_procedural_tasks() -> tuple[str, ...]:
+def list_procedural_tasks() -> plugins.Names:
     """Return the names of the tasks that draw their problems and need no file."""
     return _names_with("draw")
 
 
-def _names_with(member: str) -> tuple[str, ...]:
+def _names_with(member: str) -> plugins.Names:
     names = plugins.list_names("tasks")
     return tuple(name for name in names if hasattr(plugins.load("tasks", name), member))
 

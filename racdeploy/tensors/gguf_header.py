@@ -18,7 +18,8 @@ from racdeploy.errors import ArtifactError
 from racdeploy.tensors.ggml_types import GGML_TYPES
 
 MetadataValue = str | int | float | bool | NDArray[np.uint64] | None
-_Infos = dict[str, tuple[tuple[int, ...], int, int]]  # dimensions, type and offset by name
+Dimensions = tuple[int, ...]
+_Infos = dict[str, tuple[Dimensions, int, int]]  # dimensions, type and offset by name
 FIXED_HEADER_BYTES = 24
 GGML_QUANT_SIZES = {
     kind.type_id: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()
@@ -45,7 +46,7 @@ class TensorInfo:
     """
 
     name: str
-    dimensions: tuple[int, ...]
+    dimensions: Dimensions
     ggml_type: int
     size_bytes: int
     position: int
@@ -74,7 +75,7 @@ def align_up(size_bytes: int, alignment: int) -> int:
     return -(-size_bytes // alignment) * alignment
 
 
-def count_tensor_bytes(dimensions: tuple[int, ...], ggml_type: int) -> int:
+def count_tensor_bytes(dimensions: Dimensions, ggml_type: int) -> int:
     """Return the bytes of a tensor, or raise an ArtifactError for an impossible type or shape."""
     if ggml_type not in GGML_QUANT_SIZES:
         raise ArtifactError("damaged-gguf", f"tensor type {ggml_type} is unknown")

@@ -7,15 +7,14 @@ possible are excluded with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from racdeploy import exporting, quant
 from racdeploy import packing as packings
 from racdeploy.errors import MissingExtraError, UsageError
 from racdeploy.files.reading import Json
-from racdeploy.files.toml import merge
+from racdeploy.files.toml import Settings, merge
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_model
 from racdeploy.pipeline.structure import check_format, check_structure
@@ -32,8 +31,6 @@ BASE_SETTINGS = {
     "export": {"packing": "plain"},
 }
 """Settings of every candidate unless its own override them; the target's defaults do not apply."""
-
-Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

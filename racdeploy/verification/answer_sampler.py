@@ -50,7 +50,7 @@ class SampledAnswers:
 
     records: tuple[AnswerRecord, ...]
     traces: tuple[TraceIds, ...]
-    last_ids: tuple[int, ...] = ()
+    last_ids: Ids = ()
     stats: Mapping[str, float] = field(default_factory=dict)
     reused: int = 0
     kernels: str = ""

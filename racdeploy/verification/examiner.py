@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from racdeploy import __version__, plugins
 from racdeploy.engines import open_engine
@@ -137,7 +137,7 @@ class Examiner:
             return open_engine(model.entry.backend, model.path, self.engine)
 
         url, _, name = model.url.partition("#")
-        options: dict[str, Any] = {
+        options: Json = {
             "model": name,
             "key_env": self.server.key_env,
             "timeout_s": self.server.timeout_s,

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, NonNegativeFloat, PrivateAttr, create_model
 from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.toml import merge, read_toml, validate
-from racdeploy.recipe import Names, Verification, check_plugin
+from racdeploy.recipe import Verification, check_plugin
 from racdeploy.results.schema import FrozenModel, OpenShare, PositiveCount
 from racdeploy.verification.stats import paired
 
@@ -45,7 +45,7 @@ class CheckLimits(FrozenModel):
     accuracy drop, and can be widened: few prompts cannot show a small share.
     """
 
-    SHARES: ClassVar[Names] = ()
+    SHARES: ClassVar[plugins.Names] = ()
 
     def widen(self, minimum: float) -> Self:
         """Return these limits with every share raised to at least ``minimum``."""

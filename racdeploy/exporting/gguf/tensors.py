@@ -21,6 +21,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.decoder import Transform
 from racdeploy.models.families import Family, expand_experts, generalize_expert
 from racdeploy.models.tensor_coverage import check_tensors, list_used_tensors
+from racdeploy.plugins import Names
 from racdeploy.quant.grid import Floats
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import QuantChoice, QuantRules
@@ -60,11 +61,11 @@ class GgufTensorPlan:
     requested_quant: str
     actual_quant: str
     reason: str
-    parts: tuple[str, ...] = ()
+    parts: Names = ()
     transform: Transform | None = None
     row_split: tuple[int, int] = (0, 1)
     computed_values: Floats | None = None
-    unfused_names: tuple[str, ...] = ()
+    unfused_names: Names = ()
 
     def read(self, checkpoint: Checkpoint) -> Iterator[NDArray[Any]]:
         """Yield the arrays of the tensor, one in memory at a time."""
@@ -130,7 +131,7 @@ def _plan_tensor(
     family: Family,
     source: str,
     name: str,
-    parts: tuple[str, ...],
+    parts: Names,
 ) -> GgufTensorPlan:
     for part in parts:
         _check_shape(checkpoint, part)
@@ -196,7 +197,7 @@ def _shape_in_file(
     checkpoint: Checkpoint,
     family: Family,
     name: str,
-    parts: tuple[str, ...],
+    parts: Names,
     piece: tuple[int, int],
     transform: Transform | None,
 ) -> tuple[int, ...]:
@@ -280,7 +281,7 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
         )
 
 
-def _list_unfused_names(family: Family, name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+def _list_unfused_names(family: Family, name: str, parts: Names) -> Names:
     """Return the names of a fused tensor's parts in the family's usual architecture."""
     if len(parts) == 1:
         return ()
@@ -296,7 +297,7 @@ def _choose(
     shape: tuple[int, ...],
     mix: QuantRules,
     checkpoint: Checkpoint,
-    unfused_names: tuple[str, ...] = (),
+    unfused_names: Names = (),
 ) -> QuantChoice:
     reasons_for_f32 = [reason for end, reason in _IN_F32.items() if name.endswith(end)]
     if len(shape) == 1:

@@ -32,6 +32,7 @@ from racdeploy.files.sha256_cache import has_sha256
 from racdeploy.packing.block_layouts import Bytes
 from racdeploy.tensors.gguf_header import (
     FIXED_HEADER_BYTES,
+    Dimensions,
     GgufHeader,
     MetadataValue,
     TensorInfo,
@@ -61,7 +62,7 @@ class StoredTensor:
     """A tensor of a container, with its dimensions and type in the plain file."""
 
     name: str
-    dimensions: tuple[int, ...]  # row length first
+    dimensions: Dimensions  # row length first
     ggml_type: int
     packing: str  # ``plain`` or the container's
     plain_bytes: int
@@ -188,9 +189,7 @@ def unpack_to_cache(path: Path) -> Path:
     return file
 
 
-def pack_tensor_infos(
-    tensors: list[tuple[str, tuple[int, ...], int, int]], alignment: int
-) -> bytes:
+def pack_tensor_infos(tensors: list[tuple[str, Dimensions, int, int]], alignment: int) -> bytes:
     """Return the stored infos of consecutive tensors, given name, dimensions, type and size."""
     infos = b""
     offset = 0
@@ -289,7 +288,7 @@ def _read_tensors(
 
 
 def _describe(
-    info: TensorInfo, dimensions: tuple[int, ...], ggml_type: int, packing: str
+    info: TensorInfo, dimensions: Dimensions, ggml_type: int, packing: str
 ) -> StoredTensor:
     plain_bytes = count_tensor_bytes(dimensions, ggml_type)
     if info.ggml_type == ggml_type:

@@ -18,7 +18,7 @@ from racdeploy.engines.backends.server.engine import (
     ServerEngine,
     max_answer_bytes,
 )
-from racdeploy.engines.engine import Completion, EngineSettings, IsCancelled
+from racdeploy.engines.engine import Completion, EngineSettings, Ids, IsCancelled
 from racdeploy.errors import EngineError
 from racdeploy.files.reading import Json
 
@@ -34,10 +34,10 @@ class ChatTokenizer:
         starts_open: whether a prompt ends inside the thinking.
     """
 
-    questions: Mapping[tuple[int, ...], str]
+    questions: Mapping[Ids, str]
     encode: Callable[[str], list[int]]
-    open_ids: tuple[int, ...] = ()
-    close_ids: tuple[int, ...] = ()
+    open_ids: Ids = ()
+    close_ids: Ids = ()
     starts_open: bool = False
 
     def encode_answer(self, answer: _Answer) -> list[int]:
