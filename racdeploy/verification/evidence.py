@@ -1,6 +1,6 @@
 """Evidence: the measurements of a verification, and the checks that decide on them.
 
-A check is a file of ``checks/`` with ``check(evidence) -> CheckResult`` and, if it has limits, a
+A check is a file of ``checks/`` with ``check(evidence) -> Outcome`` and, if it has limits, a
 class ``Limits``, its table in the gate. ``run_checks`` runs every file.
 """
 
@@ -250,16 +250,18 @@ def length_budget(settings: Verification) -> int:
     return settings.max_thinking_tokens or settings.max_new_tokens
 
 
-def make_check_result(
-    name: str,
-    verdict: CheckVerdict,
-    summary: str,
-    figures: Mapping[str, float | str] | None = None,
-    remedy: str = "",
-) -> CheckResult:
-    """Return the result of a check."""
-    known = dict(figures or {})
-    return CheckResult(name=name, verdict=verdict, summary=summary, figures=known, remedy=remedy)
+@dataclass(frozen=True)
+class Outcome:
+    """What a check returns: a :class:`racdeploy.results.checks.CheckResult` without its name."""
+
+    verdict: CheckVerdict
+    summary: str
+    figures: Mapping[str, float | str] = field(default_factory=dict)
+    remedy: str = ""
+
+    def to_result(self, name: str) -> CheckResult:
+        """Return the result of the check of that name."""
+        return CheckResult(name=name, **vars(self))
 
 
 def run_checks(evidence: Evidence) -> list[CheckResult]:
@@ -270,14 +272,14 @@ def run_checks(evidence: Evidence) -> list[CheckResult]:
     """
     results = []
     for name in plugins.list_names("checks"):
-        result: CheckResult
+        outcome: Outcome
         if name in evidence.skip_reasons:
-            result = make_check_result(name, "skipped", evidence.skip_reasons[name])
+            outcome = Outcome("skipped", evidence.skip_reasons[name])
         elif not evidence.gate.is_enabled(name):
-            result = make_check_result(name, "skipped", "the gate does not ask for it")
+            outcome = Outcome("skipped", "the gate does not ask for it")
         else:
-            result = plugins.load("checks", name).check(evidence)
-        results.append(result)
+            outcome = plugins.load("checks", name).check(evidence)
+        results.append(outcome.to_result(name))
 
     # A user who sets a limit expects a decision: a silent skip would let a bad model pass.
     for result in results:

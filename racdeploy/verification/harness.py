@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from racdeploy.files.reading import Json
 from racdeploy.harnesses import HarnessScore
 from racdeploy.results.answers import HarnessRow, HarnessRun
-from racdeploy.results.checks import CheckResult
 from racdeploy.verification.checks import accuracy
-from racdeploy.verification.evidence import make_check_result
+from racdeploy.verification.evidence import Outcome
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import means, paired, verdicts
 
@@ -31,7 +30,7 @@ def compare(
     return tuple(_compare(score, other, confidence) for score, other in pairs if other)
 
 
-def judge(run: HarnessRun, gate: Gate) -> CheckResult:
+def judge(run: HarnessRun, gate: Gate) -> Outcome:
     """Judge right answers by the accuracy margin; without any, nothing is decided.
 
     The verdict is that of the worst metric.
@@ -53,7 +52,7 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
         if not drops:
             reason = "none of them has right answers of the dense model, logged by document"
         summary = f"{len(run.rows)} figures of {run.name}: {reason}"
-        return make_check_result("harness", "measured", summary, figures)
+        return Outcome("measured", summary, figures)
 
     margin = gate.limits(accuracy.Limits).margin
     row_verdicts = {row: verdicts.judge(drop, margin) for row, drop in drops.items()}
@@ -66,7 +65,7 @@ def judge(run: HarnessRun, gate: Gate) -> CheckResult:
         summary += f"; the worst of {len(drops)} figures"
 
     remedy = {"fail": accuracy.LOST[0], "inconclusive": _MORE}.get(verdict, "")
-    return make_check_result("harness", verdict, summary, {"margin": margin, **figures}, remedy)
+    return Outcome(verdict, summary, {"margin": margin, **figures}, remedy)
 
 
 def _compare(dense: HarnessScore, pruned: HarnessScore, confidence: float) -> HarnessRow:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import ArmResult, Evidence, make_check_result
+from racdeploy.verification.evidence import ArmResult, Evidence, Outcome
 
 
 def judge_ratio(
@@ -16,7 +15,7 @@ def judge_ratio(
     limit: float | None,
     keeps: Callable[[float, float], bool],
     remedy: str,
-) -> CheckResult:
+) -> Outcome:
     """Judge the ratio of two figures; without a limit it is only reported.
 
     Args:
@@ -29,25 +28,23 @@ def judge_ratio(
     if not dense or not pruned:
         summary = "it was not measured for both models in this run"
         if limit is None:
-            return make_check_result(
-                name, "skipped", summary, remedy="racdeploy bench measures both"
-            )
+            return Outcome("skipped", summary, remedy="racdeploy bench measures both")
         remedy = evidence.choose(
             "give the dense artifact with --baseline, or build again: both then run",
             "compare with the reference's file, which then runs beside it",
         )
-        return make_check_result(name, "inconclusive", summary, remedy=remedy)
+        return Outcome("inconclusive", summary, remedy=remedy)
 
     ratio = pruned / dense
     figures = {f"{name}_ratio": ratio, f"{name}_dense": dense, f"{name}_pruned": pruned}
 
     text = f"{show(pruned)}, {evidence.roles[0]} {show(dense)}, ratio {ratio:.2f}"
     if limit is None:
-        return make_check_result(name, "measured", f"{text}; no limit is set", figures)
+        return Outcome("measured", f"{text}; no limit is set", figures)
 
     figures[f"{name}_limit"] = limit
     text += f", limit {limit:g}"
     if keeps(ratio, limit):
-        return make_check_result(name, "pass", text, figures)
+        return Outcome("pass", text, figures)
 
-    return make_check_result(name, "fail", text, figures, remedy)
+    return Outcome("fail", text, figures, remedy)

@@ -36,7 +36,7 @@ def build_report(
     """
     checks = run_checks(evidence)
     if evidence.harness:
-        checks.append(harness.judge(evidence.harness, evidence.gate))
+        checks.append(harness.judge(evidence.harness, evidence.gate).to_result("harness"))
 
     also = [other.arm for other in evidence.other_artifacts]
     arms = (evidence.dense, evidence.pruned, *also, *evidence.rivals)

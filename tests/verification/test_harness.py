@@ -10,7 +10,7 @@ from scipy import stats
 
 from racdeploy.harnesses import HarnessScore
 from racdeploy.results.answers import HarnessRow, HarnessRun
-from racdeploy.results.checks import CheckResult
+from racdeploy.verification.evidence import Outcome
 from racdeploy.verification.gate import Gate, make_gate_model
 from racdeploy.verification.harness import compare, judge
 from racdeploy.verification.stats import paired
@@ -31,7 +31,7 @@ def _row(dense: HarnessScore, pruned: HarnessScore) -> HarnessRow:
     return row
 
 
-def _judge(*rows: HarnessRow, **limits: object) -> CheckResult:
+def _judge(*rows: HarnessRow, **limits: object) -> Outcome:
     run = HarnessRun(name="lm-eval", version="0.4.13", rows=rows)
     gate: Gate = make_gate_model().model_validate(limits)
     return judge(run, gate)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from racdeploy.recipe import Verification
-from racdeploy.results.checks import CheckResult
 from racdeploy.verification.checks import memory, speed
-from racdeploy.verification.evidence import ArmResult, Evidence
+from racdeploy.verification.evidence import ArmResult, Evidence, Outcome
 from racdeploy.verification.gate import read_gate
 
 DENSE = {"decode_s": 2.0, "generated_tokens": 1000.0, "peak_rss_bytes": 4e8}
@@ -21,7 +20,7 @@ def _checked(
     pruned: dict[str, float],
     speed_limit: float | None = None,
     memory_limit: float | None = None,
-) -> tuple[CheckResult, CheckResult]:
+) -> tuple[Outcome, Outcome]:
     arms = (
         ArmResult(name, (), 0, "q8_0", 0.0, stats)
         for name, stats in (("dense", dense), ("pruned", pruned))
@@ -40,7 +39,7 @@ def test_a_limit_decides(speed_limit: float, memory_limit: float, verdict: str) 
     """
     found = _checked(DENSE, PRUNED, speed_limit=speed_limit, memory_limit=memory_limit)
     assert [check.verdict for check in found] == [verdict, verdict]
-    assert [check.figures[f"{check.name}_ratio"] for check in found] == [1.5, 0.75]
+    assert [found[0].figures["speed_ratio"], found[1].figures["memory_ratio"]] == [1.5, 0.75]
     assert all(bool(check.remedy) == (verdict == "fail") for check in found)
 
 

@@ -13,10 +13,9 @@ from racdeploy import exporting
 from racdeploy.engines.backends.transformers import chat_prompt_ids
 from racdeploy.models.sources import EMBEDDED, resolve_model
 from racdeploy.recipe import Verification
-from racdeploy.results.checks import CheckResult
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.checks import template, tokens
-from racdeploy.verification.evidence import Evidence, StopIds, TokenProbe
+from racdeploy.verification.evidence import Evidence, Outcome, StopIds, TokenProbe
 from racdeploy.verification.gate import read_gate
 from racdeploy.verification.measurements import probe_prompts, read_stop_ids
 from tests.support.errors import raises
@@ -39,9 +38,7 @@ def _evidence(**more: object) -> Evidence:
     return Evidence(Verification(), read_gate(), arm, arm, Path(), {}, 0.5, **more)  # type: ignore[arg-type]
 
 
-def _checked(
-    folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]
-) -> CheckResult:
+def _checked(folder: Path, metadata: dict[str, object], expected: dict[str, list[int]]) -> Outcome:
     return template.check(
         _evidence(prompts=probe_prompts(PromptEncoder.from_folder(folder), metadata, expected))
     )

@@ -1,1 +1,1 @@
-"""Checks of an exported model: one file each, with ``check(evidence) -> CheckResult``."""
+"""Checks of an exported model: one file each, with ``check(evidence) -> Outcome``."""

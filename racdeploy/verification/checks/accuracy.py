@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import OpenShare
 from racdeploy.results.units import format_points
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import Evidence, is_correct, make_check_result
+from racdeploy.verification.evidence import Evidence, Outcome, is_correct
 from racdeploy.verification.stats import paired, verdicts
 
 LOST = (
@@ -27,7 +26,7 @@ class Limits(gate.CheckLimits):
     margin: OpenShare = 0.05
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if the whole interval of the accuracy drop is below the margin."""
     margin = evidence.gate.limits(Limits).margin
     dense_correct = evidence.dense.count(is_correct)
@@ -51,7 +50,7 @@ def check(evidence: Evidence) -> CheckResult:
         nothing = f"the {evidence.roles[0]} model answers none of {prompts} prompts right"
         summary = f"{nothing}, so there is nothing to lose"
         remedy = f"choose a task the {evidence.roles[0]} model can do: --task"
-        return make_check_result("accuracy", "inconclusive", summary, figures, remedy)
+        return Outcome("inconclusive", summary, figures, remedy)
 
     requested = evidence.gate.original.limits(Limits).margin
     if requested != margin:
@@ -71,7 +70,7 @@ def check(evidence: Evidence) -> CheckResult:
             f"build it with --prompts {more}, or verify with a larger --tier",
             f"--prompts {more}",
         )
-    return make_check_result("accuracy", verdict, summary, figures, remedy)
+    return Outcome(verdict, summary, figures, remedy)
 
 
 def describe_drop(drop: float, interval: verdicts.ConfidenceInterval, limits: gate.Gate) -> str:

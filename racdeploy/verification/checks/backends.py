@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import OpenShare
 from racdeploy.results.units import format_points
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import (
     ArmResult,
     Evidence,
+    Outcome,
     completion_tokens,
     is_correct,
-    make_check_result,
 )
 from racdeploy.verification.stats import paired, verdicts
 
@@ -38,12 +37,12 @@ class Limits(gate.CheckLimits):
     length_ratio: float = Field(1.2, gt=1)
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if every other artifact is as accurate as the main one and thinks as long."""
     if not evidence.other_artifacts:
         summary = "the bundle has an artifact for one engine"
         remedy = "build it with a second target: --also TARGET"
-        return make_check_result("backends", "skipped", summary, remedy=remedy)
+        return Outcome("skipped", summary, remedy=remedy)
 
     results = [_compare(evidence, other.arm, other.backend) for other in evidence.other_artifacts]
     verdict = verdicts.worst(result.verdict for result in results)
@@ -53,10 +52,10 @@ def check(evidence: Evidence) -> CheckResult:
     for result in results:
         figures |= result.figures
 
-    return make_check_result("backends", verdict, summary, figures, _REMEDIES[verdict])
+    return Outcome(verdict, summary, figures, _REMEDIES[verdict])
 
 
-def _compare(evidence: Evidence, arm: ArmResult, backend: str) -> CheckResult:
+def _compare(evidence: Evidence, arm: ArmResult, backend: str) -> Outcome:
     """Compare one other artifact with the main one; its figures begin with its engine's name."""
     main = evidence.pruned
     limits = evidence.gate.limits(Limits)
@@ -97,7 +96,7 @@ def _compare(evidence: Evidence, arm: ArmResult, backend: str) -> CheckResult:
     verdict = verdicts.worst([equivalence, length_verdict])
     named = {f"{backend}_{name}": value for name, value in figures.items()}
 
-    return make_check_result("backends", verdict, summary, named)
+    return Outcome(verdict, summary, named)
 
 
 def _share_same(main: ArmResult, arm: ArmResult) -> tuple[float, float]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from racdeploy.files.writing import file_sha256
-from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import Evidence, OtherArtifact, make_check_result
+from racdeploy.verification.evidence import Evidence, OtherArtifact, Outcome
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if every file of every artifact has the recorded hash."""
     changed = []
     size_bytes = files = 0
@@ -29,6 +28,6 @@ def check(evidence: Evidence) -> CheckResult:
             "the artifact changed after it was exported: copy or build it again",
             "the file changed while it was asked: compare it again",
         )
-        return make_check_result("integrity", "fail", "; ".join(changed), figures, remedy)
+        return Outcome("fail", "; ".join(changed), figures, remedy)
 
-    return make_check_result("integrity", "pass", f"SHA-256 {main[:16]}…", figures)
+    return Outcome("pass", f"SHA-256 {main[:16]}…", figures)

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from pydantic import PositiveFloat
 
 from racdeploy import plugins
-from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import Share
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import Divergence, Evidence, make_check_result
+from racdeploy.verification.evidence import Divergence, Evidence, Outcome
 
 # Mean KL in nats that rounding to a format of that many bits may cause; a wrong tensor costs nats.
 KL_LIMITS = ((16.0, 0.002), (8.0, 0.02), (6.0, 0.06), (5.0, 0.12), (4.0, 0.5), (0.0, 1.0))
@@ -38,13 +37,13 @@ class Limits(gate.CheckLimits):
     pruning_changed: Share | None = None
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if the export changed the model by no more than its number format explains."""
     comparison = evidence.logits
     if comparison is None:
         if evidence.settings.logit_traces:
-            return make_check_result("logits", "inconclusive", "no trace was compared")
-        return make_check_result("logits", "skipped", "no trace was compared in this run")
+            return Outcome("inconclusive", "no trace was compared")
+        return Outcome("skipped", "no trace was compared in this run")
 
     # Without a limit in the gate, the file's own number formats say how much rounding may change.
     limits = evidence.gate.limits(Limits)
@@ -87,7 +86,7 @@ def check(evidence: Evidence) -> CheckResult:
             remedy = remedy or "lower the sparsity, or calibrate on more traces"
 
     summary = f"{'; '.join(parts)}; {comparison.tokens:,} tokens"
-    return make_check_result("logits", "fail" if remedy else "pass", summary, figures, remedy)
+    return Outcome("fail" if remedy else "pass", summary, figures, remedy)
 
 
 def find_kl_limit(quants: Iterable[str]) -> float:

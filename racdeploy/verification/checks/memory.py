@@ -6,9 +6,8 @@ from operator import le
 
 from pydantic import PositiveFloat
 
-from racdeploy.results.checks import CheckResult
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import Evidence
+from racdeploy.verification.evidence import Evidence, Outcome
 from racdeploy.verification.ratio import judge_ratio
 
 
@@ -22,7 +21,7 @@ class Limits(gate.CheckLimits):
     ratio: PositiveFloat | None = None
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if the ratio of peak memory, pruned to dense, is at most the limit."""
     return judge_ratio(
         evidence,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from racdeploy import plugins
-from racdeploy.results.checks import CheckResult
 from racdeploy.verification import gate
-from racdeploy.verification.evidence import Evidence, make_check_result
+from racdeploy.verification.evidence import Evidence, Outcome
 
 
 class Limits(gate.CheckLimits):
@@ -20,12 +19,12 @@ class Limits(gate.CheckLimits):
     tolerance: float = Field(0.001, ge=0, lt=1)
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if the file holds the zeros that pruning made; skip if its quant cannot keep them."""
     rows = [row for row in evidence.tensors if row.name in evidence.prunable]
     actual = evidence.pruned.sparsity
     if not rows or actual is None:
-        return make_check_result("sparsity", "inconclusive", "no prunable tensor was measured")
+        return Outcome("inconclusive", "no prunable tensor was measured")
 
     requested = evidence.requested_sparsity
     figures = {
@@ -39,7 +38,7 @@ def check(evidence: Evidence) -> CheckResult:
 
     is_reached = actual >= requested - evidence.gate.limits(Limits).tolerance
     if is_reached:
-        return make_check_result("sparsity", "pass", text, figures)
+        return Outcome("pass", text, figures)
 
     # Not an export error: a format without an exact zero stores zeros as small weights.
     quants = {row.actual_quant for row in rows}
@@ -47,18 +46,18 @@ def check(evidence: Evidence) -> CheckResult:
         return _report_lost_zeros(evidence, text, figures)
 
     remedy = "the export lost zeros: build again, and report it if it stays"
-    return make_check_result("sparsity", "fail", text, figures, remedy)
+    return Outcome("fail", text, figures, remedy)
 
 
-def _report_lost_zeros(evidence: Evidence, text: str, figures: dict[str, float]) -> CheckResult:
+def _report_lost_zeros(evidence: Evidence, text: str, figures: dict[str, float]) -> Outcome:
     """Return the result for a quant that rounds zeros away: only a sparse packing fails."""
     text += f"; {evidence.pruned.quant} does not keep zeros"
     figures["sparsity_lost"] = max(0.0, evidence.requested_sparsity - figures["sparsity_file"])
     if evidence.packing == "plain":
         known = "q8_0, q6_k, q5_0, q4_0, q3_k, mxfp4 or a sparse preset"
         remedy = f"choose a quant that keeps zeros: {known}"
-        return make_check_result("sparsity", "skipped", text, figures, remedy)
+        return Outcome("skipped", text, figures, remedy)
 
     text += f", and packing {evidence.packing} stores them as zeros"
     remedy = "choose a quant that keeps zeros, or packing = 'plain'"
-    return make_check_result("sparsity", "fail", text, figures, remedy)
+    return Outcome("fail", text, figures, remedy)

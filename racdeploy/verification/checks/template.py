@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import Evidence, PromptProbe, make_check_result
+from racdeploy.verification.evidence import Evidence, Outcome, PromptProbe
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if every prompt has the same ids by every template; the first difference is shown."""
     probes = [probe for probe in evidence.prompts if probe.expected]
     if not probes:
-        return make_check_result("template", "inconclusive", "no prompt was rendered before")
+        return Outcome("inconclusive", "no prompt was rendered before")
 
     inside = [probe for probe in probes if probe.artifact is not None]
     wrong = [probe for probe in probes if not _is_same(probe, probe.rendered)]
@@ -33,12 +32,12 @@ def check(evidence: Evidence) -> CheckResult:
         summary = f"thoughts begin with {expected_tag} in the reference, with {actual_tag} in the "
         summary += f"candidate; {len(wrong)} of {len(probes)} prompts differ"
         remedy = "convert again with the reference's tokenizer and chat template"
-        return make_check_result("template", "fail", summary, figures, remedy)
+        return Outcome("fail", summary, figures, remedy)
 
     if not wrong and not wrong_inside:
         where = ", by the artifact's own template too" if inside else ""
         summary = f"{len(probes)} prompts, equal ids{where}"
-        return make_check_result("template", "pass", summary, figures)
+        return Outcome("pass", summary, figures)
 
     where = "" if wrong else " by the artifact's own template"
     first, *others = wrong or wrong_inside
@@ -58,7 +57,7 @@ def check(evidence: Evidence) -> CheckResult:
         "write the reference's chat template into it, as gguf-new-metadata does, or convert again",
     )
 
-    return make_check_result("template", "fail", summary, figures, remedy)
+    return Outcome("fail", summary, figures, remedy)
 
 
 def _is_same(probe: PromptProbe, ids: Sequence[int]) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pydantic import PositiveFloat
 
-from racdeploy.results.checks import CheckResult
 from racdeploy.results.schema import OpenShare
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import (
     FAULTS,
     Evidence,
+    Outcome,
     completion_tokens,
-    make_check_result,
     thinking_tokens,
 )
 from racdeploy.verification.stats import paired, verdicts
@@ -49,7 +48,7 @@ class Limits(gate.CheckLimits):
     truncated: OpenShare = 0.05
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if the length ratio and every fault keep their limits.
 
     Whole completions are measured if the dense model does not think at all.
@@ -99,6 +98,4 @@ def check(evidence: Evidence) -> CheckResult:
         f"limit {limits.length_ratio:.2f}; {', '.join(counts)} of {len(dense.records):,}"
     )
 
-    return make_check_result(
-        "thinking", verdict, summary, figures, evidence.choose(*_REMEDIES[verdict])
-    )
+    return Outcome(verdict, summary, figures, evidence.choose(*_REMEDIES[verdict]))

@@ -5,12 +5,11 @@ The recipe may accept a share of strings with different ids; the report shows it
 
 from __future__ import annotations
 
-from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import Evidence, StopIds, make_check_result
+from racdeploy.verification.evidence import Evidence, Outcome, StopIds
 from racdeploy.verification.token_comparison import TokenComparison
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if no more probes differ than accepted, and the end-of-sequence is the checkpoint's."""
     # First of all: with a wrong end-of-sequence an artifact never stops, though all strings agree.
     probes = evidence.probes
@@ -23,15 +22,15 @@ def check(evidence: Evidence) -> CheckResult:
     if probes is None:
         summary = f"{evidence.backend} has no tokenizer: "
         summary += "its token ids come from the checkpoint's tokenizer.json"
-        return make_check_result("tokens", "skipped", summary)
+        return Outcome("skipped", summary)
 
     if not probes:
-        return make_check_result("tokens", "inconclusive", "no string was tokenized")
+        return Outcome("inconclusive", "no string was tokenized")
 
     counted = TokenComparison.count(probes)
     figures: dict[str, float | str] = {"strings": counted.strings, "different": counted.different}
     if not counted.different:
-        return make_check_result("tokens", "pass", f"{len(probes)} strings, equal ids", figures)
+        return Outcome("pass", f"{len(probes)} strings, equal ids", figures)
 
     accepted = evidence.token_differences
     figures |= {"share": counted.share, "accepted": accepted, "example": counted.example}
@@ -39,16 +38,16 @@ def check(evidence: Evidence) -> CheckResult:
     if accepted:
         summary += f"; {counted.share:.3%}, accepted up to {accepted:.3%}"
     if counted.share <= accepted:
-        return make_check_result("tokens", "pass", summary, figures)
+        return Outcome("pass", summary, figures)
 
     remedy = evidence.choose(
         "name the right pre-tokenizer: export.pre_tokenizer in the recipe",
         "convert it again with the reference's tokenizer and pre-tokenizer",
     )
-    return make_check_result("tokens", "fail", summary, figures, remedy)
+    return Outcome("fail", summary, figures, remedy)
 
 
-def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> CheckResult:
+def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> Outcome:
     """Return the failure for an artifact whose end-of-sequence is not the checkpoint's."""
     named = "none" if stop.actual is None else f"id {stop.actual}"
     figures = {"end_of_sequence": -1 if stop.actual is None else stop.actual}
@@ -61,4 +60,4 @@ def _report_wrong_stop(evidence: Evidence, stop: StopIds) -> CheckResult:
     remedy = f"{again} again: a program that reads the {file} alone "
     remedy += "would not stop, or stop too early"
 
-    return make_check_result("tokens", "fail", summary, figures, remedy)
+    return Outcome("fail", summary, figures, remedy)

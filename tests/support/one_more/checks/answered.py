@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from racdeploy.results.checks import CheckResult
-from racdeploy.verification.evidence import Evidence
+from racdeploy.verification.evidence import Evidence, Outcome
 
 
-def check(evidence: Evidence) -> CheckResult:
+def check(evidence: Evidence) -> Outcome:
     """Pass if no answer is empty."""
     records = evidence.pruned.records
     empty = sum(not record.answer_text.strip() for record in records)
-    return CheckResult(
-        name="answered",
-        verdict="fail" if empty else "pass",
-        summary=f"{empty} of {len(records)} answers are empty",
-        figures={"empty": empty},
-    )
+    summary = f"{empty} of {len(records)} answers are empty"
+    return Outcome("fail" if empty else "pass", summary, {"empty": empty})
