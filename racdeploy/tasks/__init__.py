@@ -18,7 +18,7 @@ from types import ModuleType
 from racdeploy import plugins
 from racdeploy.errors import UsageError, install_command
 from racdeploy.tasks import scoring
-from racdeploy.tasks.public_dataset import PublicDataset, read_hub, read_local
+from racdeploy.tasks.public_dataset import HubSplit, PublicDataset, read_hub, read_local
 from racdeploy.tasks.rows import SUFFIXES, Row, refuse_table
 from racdeploy.tasks.task import (
     FILE_SHARES,
@@ -32,7 +32,10 @@ from racdeploy.tasks.task import (
 )
 
 __all__ = [
+    "HubSplit",
     "Problem",
+    "PublicDataset",
+    "Row",
     "Split",
     "Task",
     "TaskSet",

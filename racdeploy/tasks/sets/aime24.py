@@ -4,8 +4,8 @@ The prompt is lighteval 0.13.0's ``aime24``. The scorer takes the last box, as l
 else the last number. Source of the mean thinking length: arXiv 2505.15612, table 4.
 """
 
+from racdeploy.tasks import HubSplit, PublicDataset
 from racdeploy.tasks.prompts import make_contest_problem
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
 
 DATASET = PublicDataset(
     title="AIME 2024",

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from random import Random
 
-from racdeploy.tasks import Problem
+from racdeploy.tasks import HubSplit, Problem, PublicDataset, Row
 from racdeploy.tasks.prompts import make_choice_problem
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
-from racdeploy.tasks.rows import Row
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 DATASET = PublicDataset(

@@ -10,10 +10,8 @@ thinking length: github.com/Muqi1029/NoThink-project.
 from __future__ import annotations
 
 from racdeploy.errors import UsageError
-from racdeploy.tasks import Problem
+from racdeploy.tasks import HubSplit, Problem, PublicDataset, Row
 from racdeploy.tasks.extraction import extract_hash_mark
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
-from racdeploy.tasks.rows import Row
 
 _REVISION = "740312add88f781978c0658806c59bc2815b9866"
 DATASET = PublicDataset(

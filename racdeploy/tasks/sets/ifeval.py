@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 
-from racdeploy.tasks import Problem
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
-from racdeploy.tasks.rows import Row
+from racdeploy.tasks import HubSplit, Problem, PublicDataset, Row
 
 DATASET = PublicDataset(
     title="IFEval",

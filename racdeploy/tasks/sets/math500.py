@@ -10,11 +10,9 @@ thinking length: arXiv 2505.15612, table 4.
 from __future__ import annotations
 
 from racdeploy.errors import UsageError
-from racdeploy.tasks import Problem
+from racdeploy.tasks import HubSplit, Problem, PublicDataset, Row
 from racdeploy.tasks.extraction import extract_boxed
 from racdeploy.tasks.prompts import BOXED_PROMPT
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
-from racdeploy.tasks.rows import Row
 
 DATASET = PublicDataset(
     title="MATH-500",

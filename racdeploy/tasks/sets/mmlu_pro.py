@@ -10,10 +10,8 @@ from __future__ import annotations
 from string import ascii_uppercase
 
 from racdeploy.errors import UsageError
-from racdeploy.tasks import Problem
+from racdeploy.tasks import HubSplit, Problem, PublicDataset, Row
 from racdeploy.tasks.prompts import make_choice_problem
-from racdeploy.tasks.public_dataset import HubSplit, PublicDataset
-from racdeploy.tasks.rows import Row
 
 _REVISION = "3373e0b32277875b8db2aa555a333b78a08477ea"
 DATASET = PublicDataset(
