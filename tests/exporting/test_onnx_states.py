@@ -1,4 +1,4 @@
-"""ONNX graphs of models whose blocks keep a state beside keys and values: LFM2."""
+"""ONNX graphs of models whose blocks keep a state beside keys and values: LFM2, Qwen3.5."""
 
 from __future__ import annotations
 
@@ -16,21 +16,42 @@ from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
 from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
-from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=3, threads=1)
 IDS = [(7 * position) % 480 for position in range(60)]
 RAGGED = [[3, *range(5, 6 + 9 * i)] for i in range(6)]
-CUTS = {"whole": None, "cut": ((4, 64), (4, 96), (4, 64))}
+CUTS = {
+    "lfm2": ((4, 64), (4, 96), (4, 64)),
+    "qwen3_5_text": ((4, 64), (4, 96), (4, 64), (4, 96)),
+}
+VECTORS = {
+    "lfm2": ("conv.conv.weight",),
+    "qwen3_5_text": (
+        *("linear_attn.conv1d.weight", "linear_attn.dt_bias", "linear_attn.A_log"),
+        "linear_attn.norm.weight",
+    ),
+}
+LINEARS = {"lfm2": "conv.in_proj.weight", "qwen3_5_text": "linear_attn.in_proj_qkv.weight"}
+CASES = [
+    pytest.param(
+        (name, cut),
+        id=f"{name} {'cut' if cut else 'whole'}",
+        marks=pytest.mark.skipif(name not in FAMILIES, reason=f"transformers has no {name}"),
+    )
+    for name, widths in CUTS.items()
+    for cut in (None, widths)
+]
 
 
-@pytest.fixture(scope="module", params=CUTS)
+@pytest.fixture(scope="module", params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint and its graph in float32, in one folder."""
-    root = tmp_path_factory.mktemp("lfm2")
-    made = make_checkpoint(root / "dense", "lfm2")
-    if cut := CUTS[request.param]:
-        made = cut_checkpoint(made, root / "checkpoint", cut)
+    """The checkpoint and its graph in float32, in one folder named by the family."""
+    family, cut = request.param
+    root = tmp_path_factory.mktemp("states")
+    made = make_checkpoint(root / family, family)
+    if cut:
+        made = cut_checkpoint(made, root / "cut" / family, cut)
     onnx_format.export(Checkpoint(made), made / "model.onnx", quant="f32")
     return made
 
@@ -54,16 +75,16 @@ def test_sequences_that_are_decoded_together_stay_apart(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("quant", ["f16", "matmulnbits_8", "matmulnbits_4"])
-def test_rounded_weights_leave_the_convolution_in_float32(
+def test_rounded_weights_leave_what_computes_a_state_in_float32(
     folder: Path, tmp_path: Path, quant: str
 ) -> None:
-    """The file's values answer as torch does with them; the kernel of a convolution is a vector."""
+    """The file's values answer as torch does with them; what computes a state is a vector."""
     file = tmp_path / "model.onnx"
     onnx_format.export(Checkpoint(folder), file, quant=quant)
     _, rows = onnx_format.measure(file)
     stored = {row.name: row.type for row in rows}
-    assert stored["model.layers.0.conv.conv.weight"] == "f32"
-    assert stored["model.layers.0.conv.in_proj.weight"] == quant
+    assert {stored[f"model.layers.0.{name}"] for name in VECTORS[folder.name]} == {"f32"}
+    assert stored[f"model.layers.0.{LINEARS[folder.name]}"] == quant
 
     whole = open_engine("transformers", folder, SETTINGS).logits(IDS)
     with OnnxRuntimeEngine(file, SETTINGS) as engine:

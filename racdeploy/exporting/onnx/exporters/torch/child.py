@@ -1,9 +1,12 @@
 """Run torch's ONNX export in a process of its own: PREPARED_FOLDER OUT_FOLDER.
 
-The graph takes past keys and values and returns longer ones. The masks of transformers depend on
-its cache and branch on values, which cannot be traced, so they are replaced.
+The graph takes past keys, values and states, and returns longer keys and values and new states. The
+masks of transformers depend on its cache and branch on values, which cannot be traced, so they are
+replaced; so is the gated delta rule, a loop over tokens, by onnxruntime's operator.
 
 Opset 23 is the first with Attention and RotaryEmbedding; onnxruntime 1.32 runs both on CPUs.
+Source: LinearAttention, onnxruntime/docs/ContribOperators.md 1.32; names of states, builders/qwen.py
+of onnxruntime-genai 0.15.
 """
 
 from __future__ import annotations
@@ -31,15 +34,16 @@ _OPSET = 23
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # a dimension of 1 in the example would be fixed
 _ATTENTION = "racdeploy_graph"
 _PAIR = ("key", "value")
-_WEIGHTS = (".weight", ".bias")
+_WEIGHTS = (".weight", ".bias", ".dt_bias", ".A_log")
 
 
 class _AppendedCache(DynamicCache):
-    """Cache that appends keys and values of new tokens to those of each block."""
+    """Cache that appends new keys and values to those of each block, or has its two states."""
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], attending: int) -> None:
         super().__init__()
         self.pairs = pairs
+        self.attending = attending  # index of a block with keys
 
     def update(
         self,
@@ -58,15 +62,32 @@ class _AppendedCache(DynamicCache):
         return pair
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.pairs[layer_idx][0].shape[-2]
+        return self.pairs[self.attending][0].shape[-2]
+
+    def get_conv_state(self, layer_idx: int, **_: Any) -> Tensor:
+        return self.pairs[layer_idx][0]
+
+    def get_recurrent_state(self, layer_idx: int, **_: Any) -> Tensor:
+        return self.pairs[layer_idx][1]
+
+    def update_conv_state(self, new: Tensor, layer_idx: int, **_: Any) -> Tensor:
+        """Return past and new inputs of a convolution; the last ones are the next past."""
+        past, recurrent = self.pairs[layer_idx]
+        inputs = torch.cat([past, new], dim=-1)
+        self.pairs[layer_idx] = (inputs[:, :, -past.shape[-1] :], recurrent)
+        return inputs
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
+        self.pairs[layer_idx] = (self.pairs[layer_idx][0], state)
 
 
 class _Decoder(nn.Module):
     """Module with the inputs and outputs of a decoder graph around a model of transformers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, attending: int) -> None:
         super().__init__()
         self.model = model
+        self.attending = attending
         self.file: Any = sys.modules[type(model).__module__]
 
         # transformers 5 renames past_key_values, and drops the old name in 5.40.
@@ -80,12 +101,14 @@ class _Decoder(nn.Module):
         position_ids: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        cache = _AppendedCache(list(zip(past[::2], past[1::2], strict=True)))
+        cache = _AppendedCache(list(zip(past[::2], past[1::2], strict=True)), self.attending)
         mask = partial(_mask, attention_mask, cache.get_seq_length(), input_ids.shape[1])
         self.file.create_causal_mask = lambda **_: mask()
         self.file.create_sliding_window_causal_mask = lambda config, **_: mask(
             config.sliding_window
         )
+        self.file.create_recurrent_attention_mask = lambda **_: None  # an engine pads no sequence
+        self.file.torch_chunk_gated_delta_rule = _delta_rule
 
         outputs = self.model(
             input_ids=input_ids,
@@ -95,6 +118,37 @@ class _Decoder(nn.Module):
             **{self.cache_name: cache},
         )
         return (outputs.logits, *(tensor for pair in cache.pairs for tensor in pair))
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run the gated delta rule over tokens, of heads [batch, token, head, size]."""
+    # as transformers' own l2norm
+    query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    query = query / query.shape[-1] ** 0.5
+    packed = [x.flatten(2) for x in (query, key, value)]
+    outputs, state = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::LinearAttention",
+        (*packed, initial_state, g, beta),
+        {
+            "q_num_heads": query.shape[2],
+            "kv_num_heads": value.shape[2],
+            "update_rule": "gated_delta",
+            "scale": 1.0,
+        },
+        dtypes=(value.dtype, value.dtype),
+        shapes=(packed[2].shape, initial_state.shape),
+        version=1,
+    )
+    return outputs.unflatten(2, value.shape[2:]), state
 
 
 def _mask(attention_mask: Tensor, past: int, tokens: int, window: int = 0) -> Tensor:
@@ -145,8 +199,10 @@ def _name_dimensions(graph: onnx.GraphProto) -> None:
         dimensions = value.type.tensor_type.shape.dim
         dimensions[0].dim_param = "batch_size"
         kind = value.name.partition(".")[0]
-        if kind in names:
+        if kind in names and value.name.endswith(_PAIR):
             dimensions[2].dim_param = names[kind]
+        elif kind in names:
+            continue  # a state
         elif value.name == "attention_mask":
             dimensions[1].dim_param = "total_sequence_length"
         else:
@@ -185,27 +241,43 @@ def main() -> None:
     onnx.save(graph, str(file))
 
 
-def _trace(model: nn.Module, shape: ModelShape) -> Any:
+def _trace(model: Any, shape: ModelShape) -> Any:
     """Return the ONNX program of a model by torch, without any optimization."""
-    blocks = range(shape.block_count)
-    pasts = [f"past_key_values.{block}.{part}" for block in blocks for part in _PAIR]
-    cache = (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim)
+    pasts: dict[str, tuple[int, ...]] = {}
+    for block, layer in enumerate(model.model.layers):
+        if shape.attends[block]:
+            sizes = dict.fromkeys(_PAIR, (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim))
+        else:
+            net = layer.linear_attn
+            channels, _, width = net.conv1d.weight.shape
+            heads = (net.num_v_heads, net.head_k_dim, net.head_v_dim)
+            sizes = {
+                "conv_state": (_BATCH, channels, width - 1),
+                "recurrent_state": (_BATCH, *heads),
+            }
+        pasts |= {f"past_key_values.{block}.{part}": size for part, size in sizes.items()}
+
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     positions = torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1)
 
     row = {0: Dim.AUTO, 1: Dim.AUTO}
     return torch.onnx.export(
-        _Decoder(model).eval(),
-        (ids, mask, positions, [torch.zeros(cache) for _ in pasts]),
+        _Decoder(model, shape.attends.index(True)).eval(),
+        (ids, mask, positions, [torch.zeros(sizes) for sizes in pasts.values()]),
         dynamo=True,
         opset_version=_OPSET,
         optimize=False,
         verbose=False,
         input_names=["input_ids", "attention_mask", "position_ids", *pasts],
         output_names=["logits", *(name.replace("past_key_values", "present") for name in pasts)],
-        dynamic_shapes=(row, row, row, [{0: Dim.AUTO, 2: Dim.AUTO} for _ in pasts]),
+        dynamic_shapes=(row, row, row, [_list_dynamic(name) for name in pasts]),
     )
+
+
+def _list_dynamic(past: str) -> dict[int, Any]:
+    """Return the dimensions that may change: of keys and values also the length."""
+    return dict.fromkeys((0, 2) if past.endswith(_PAIR) else (0,), Dim.AUTO)
 
 
 if __name__ == "__main__":
