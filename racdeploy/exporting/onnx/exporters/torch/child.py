@@ -5,8 +5,8 @@ masks of transformers depend on its cache and branch on values, which cannot be 
 replaced; so is the gated delta rule, a loop over tokens, by onnxruntime's operator.
 
 Opset 23 is the first with Attention and RotaryEmbedding; onnxruntime 1.32 runs both on CPUs.
-Source: LinearAttention, onnxruntime/docs/ContribOperators.md 1.32; names of states, builders/qwen.py
-of onnxruntime-genai 0.15.
+Source: onnxruntime/docs/ContribOperators.md 1.32, LinearAttention; the builder for Qwen 3.5 of
+onnxruntime-genai 0.15, names of states.
 """
 
 from __future__ import annotations
