@@ -1,4 +1,4 @@
-"""ONNX graphs of models whose blocks keep a state beside keys and values: LFM2, Qwen3.5."""
+"""ONNX graphs of models whose blocks keep a state: LFM2, Qwen3.5, Granite 4, Nemotron-H."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
+from tests.support.matrix import some
 from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 
@@ -25,33 +26,38 @@ CUTS = {
     "lfm2": ((4, 64), (4, 96), (4, 64)),
     "qwen3_5_text": ((4, 64), (4, 96), (4, 64), (4, 96)),
 }
-VECTORS = {
-    "lfm2": ("conv.conv.weight",),
-    "qwen3_5_text": (
-        *("linear_attn.conv1d.weight", "linear_attn.dt_bias", "linear_attn.A_log"),
-        "linear_attn.norm.weight",
-    ),
-}
-LINEARS = {"lfm2": "conv.in_proj.weight", "qwen3_5_text": "linear_attn.in_proj_qkv.weight"}
 CASES = [
-    pytest.param(
-        (name, cut),
-        id=f"{name} {'cut' if cut else 'whole'}",
-        marks=pytest.mark.skipif(name not in FAMILIES, reason=f"transformers has no {name}"),
-    )
-    for name, widths in CUTS.items()
-    for cut in (None, widths)
+    ("lfm2", "whole"),
+    ("lfm2", "cut"),
+    ("qwen3_5_text", "whole"),
+    pytest.param(("qwen3_5_text", "cut"), marks=pytest.mark.matrix),
+    ("granitemoehybrid", "whole"),
+    ("nemotron_h", "whole"),
 ]
+MAMBA = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
+MIXERS = {
+    "lfm2": ("conv", "in_proj", ("conv.weight",)),
+    "qwen3_5_text": (
+        "linear_attn",
+        "in_proj_qkv",
+        ("conv1d.weight", "dt_bias", "A_log", "norm.weight"),
+    ),
+    "granitemoehybrid": ("mamba", "in_proj", MAMBA),
+    "nemotron_h": ("mixer", "in_proj", MAMBA),
+}
+"""Module of a block with a state, its first linear, and what computes the state."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint and its graph in float32, in one folder named by the family."""
-    family, cut = request.param
+    family, width = request.param
+    if family not in FAMILIES:
+        pytest.skip(f"this transformers has no {family}")
     root = tmp_path_factory.mktemp("states")
     made = make_checkpoint(root / family, family)
-    if cut:
-        made = cut_checkpoint(made, root / "cut" / family, cut)
+    if width == "cut":
+        made = cut_checkpoint(made, root / "cut" / family, CUTS[family])
     onnx_format.export(Checkpoint(made), made / "model.onnx", quant="f32")
     return made
 
@@ -74,7 +80,9 @@ def test_sequences_that_are_decoded_together_stay_apart(folder: Path) -> None:
         assert engine.generate(RAGGED, sampling) == expected
 
 
-@pytest.mark.parametrize("quant", ["f16", "matmulnbits_8", "matmulnbits_4"])
+@pytest.mark.parametrize(
+    "quant", some(("f16", "matmulnbits_8", "matmulnbits_4"), kept=("matmulnbits_4",))
+)
 def test_rounded_weights_leave_what_computes_a_state_in_float32(
     folder: Path, tmp_path: Path, quant: str
 ) -> None:
@@ -83,8 +91,10 @@ def test_rounded_weights_leave_what_computes_a_state_in_float32(
     onnx_format.export(Checkpoint(folder), file, quant=quant)
     _, rows = onnx_format.measure(file)
     stored = {row.name: row.type for row in rows}
-    assert {stored[f"model.layers.0.{name}"] for name in VECTORS[folder.name]} == {"f32"}
-    assert stored[f"model.layers.0.{LINEARS[folder.name]}"] == quant
+    module, linear, of_state = MIXERS[folder.name]
+    (first,) = {name.partition(".0.")[0] for name in stored if f".0.{module}.{linear}." in name}
+    assert {stored[f"{first}.0.{module}.{name}"] for name in of_state} == {"f32"}
+    assert stored[f"{first}.0.{module}.{linear}.weight"] == quant
 
     whole = open_engine("transformers", folder, SETTINGS).logits(IDS)
     with OnnxRuntimeEngine(file, SETTINGS) as engine:

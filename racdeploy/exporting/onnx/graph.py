@@ -30,7 +30,7 @@ _SLAB_WEIGHTS = 4_194_304
 _MAX_CONSTANT_WEIGHTS = 4096
 _TRANSPOSE = "Transpose"
 _NUMBER = re.compile(r"\d+")
-_VECTORS = (".bias", "norm.weight", ".conv.weight", ".conv1d.weight", ".dt_bias", ".A_log")
+_VECTORS = (".bias", "norm.weight", ".conv.weight", ".conv1d.weight", ".dt_bias", ".A_log", ".D")
 ROTARY_TABLES = ("cos_cache", "sin_cache")
 
 

@@ -2,7 +2,7 @@
 
 The graph takes past keys, values and states, and returns longer keys and values and new states. The
 masks of transformers depend on its cache and branch on values, which cannot be traced, so they are
-replaced; so is the gated delta rule, a loop over tokens, by onnxruntime's operator.
+replaced. onnxruntime's operator replaces the recurrences of Qwen3.5 and Mamba 2, loops over tokens.
 
 Opset 23 is the first with Attention and RotaryEmbedding; onnxruntime 1.32 runs both on CPUs.
 Source: onnxruntime/docs/ContribOperators.md 1.32, LinearAttention; the builder for Qwen 3.5 of
@@ -34,16 +34,15 @@ _OPSET = 23
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # a dimension of 1 in the example would be fixed
 _ATTENTION = "racdeploy_graph"
 _PAIR = ("key", "value")
-_WEIGHTS = (".weight", ".bias", ".dt_bias", ".A_log")
+_WEIGHTS = (".weight", ".bias", ".dt_bias", ".A_log", ".D")
 
 
-class _AppendedCache(DynamicCache):
-    """Cache that appends new keys and values to those of each block, or has its two states."""
+class _GraphCache(DynamicCache):
+    """Cache of a graph, by names of its inputs: keys and values to append to, states to replace."""
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], attending: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.pairs = pairs
-        self.attending = attending  # index of a block with keys
+        self.tensors = tensors
 
     def update(
         self,
@@ -53,41 +52,42 @@ class _AppendedCache(DynamicCache):
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor, Tensor]:
-        past_key, past_value = self.pairs[layer_idx]
-        pair = (
-            torch.cat([past_key, key_states], dim=-2),
-            torch.cat([past_value, value_states], dim=-2),
-        )
-        self.pairs[layer_idx] = pair
-        return pair
+        for part, new in zip(_PAIR, (key_states, value_states), strict=True):
+            name = _name(layer_idx, part)
+            self.tensors[name] = torch.cat([self.tensors[name], new], dim=-2)
+        return self.tensors[_name(layer_idx, "key")], self.tensors[_name(layer_idx, "value")]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.pairs[self.attending][0].shape[-2]
+        return next(each.shape[-2] for name, each in self.tensors.items() if name.endswith(_PAIR))
 
     def get_conv_state(self, layer_idx: int, **_: Any) -> Tensor:
-        return self.pairs[layer_idx][0]
+        return self.tensors[_name(layer_idx, "conv_state")]
 
     def get_recurrent_state(self, layer_idx: int, **_: Any) -> Tensor:
-        return self.pairs[layer_idx][1]
+        return self.tensors[_name(layer_idx, "recurrent_state")]
 
     def update_conv_state(self, new: Tensor, layer_idx: int, **_: Any) -> Tensor:
         """Return past and new inputs of a convolution; the last ones are the next past."""
-        past, recurrent = self.pairs[layer_idx]
+        past = self.get_conv_state(layer_idx)
         inputs = torch.cat([past, new], dim=-1)
-        self.pairs[layer_idx] = (inputs[:, :, -past.shape[-1] :], recurrent)
+        self.tensors[_name(layer_idx, "conv_state")] = inputs[:, :, -past.shape[-1] :]
         return inputs
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
-        self.pairs[layer_idx] = (self.pairs[layer_idx][0], state)
+        self.tensors[_name(layer_idx, "recurrent_state")] = state
+
+
+def _name(block: int, part: str) -> str:
+    return f"past_key_values.{block}.{part}"
 
 
 class _Decoder(nn.Module):
     """Module with the inputs and outputs of a decoder graph around a model of transformers."""
 
-    def __init__(self, model: nn.Module, attending: int) -> None:
+    def __init__(self, model: nn.Module, pasts: list[str]) -> None:
         super().__init__()
         self.model = model
-        self.attending = attending
+        self.pasts = pasts
         self.file: Any = sys.modules[type(model).__module__]
 
         # transformers 5 renames past_key_values, and drops the old name in 5.40.
@@ -101,7 +101,7 @@ class _Decoder(nn.Module):
         position_ids: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        cache = _AppendedCache(list(zip(past[::2], past[1::2], strict=True)), self.attending)
+        cache = _GraphCache(dict(zip(self.pasts, past, strict=True)))
         mask = partial(_mask, attention_mask, cache.get_seq_length(), input_ids.shape[1])
         self.file.create_causal_mask = lambda **_: mask()
         self.file.create_sliding_window_causal_mask = lambda config, **_: mask(
@@ -109,6 +109,7 @@ class _Decoder(nn.Module):
         )
         self.file.create_recurrent_attention_mask = lambda **_: None  # an engine pads no sequence
         self.file.torch_chunk_gated_delta_rule = _delta_rule
+        self.file.mamba2_chunk_scan = _state_space
 
         outputs = self.model(
             input_ids=input_ids,
@@ -117,7 +118,7 @@ class _Decoder(nn.Module):
             use_cache=True,
             **{self.cache_name: cache},
         )
-        return (outputs.logits, *(tensor for pair in cache.pairs for tensor in pair))
+        return (outputs.logits, *cache.tensors.values())
 
 
 def _delta_rule(
@@ -130,22 +131,45 @@ def _delta_rule(
     initial_state: Tensor,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run the gated delta rule over tokens, of heads [batch, token, head, size]."""
+    """Run Qwen3.5's gated delta rule over heads [batch, token, head, size]."""
     # as transformers' own l2norm
     query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
     query = query / query.shape[-1] ** 0.5
+    return _linear_attention("gated_delta", query, key, value, initial_state, g, beta)
+
+
+def _state_space(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor,
+    dt_bias: Tensor,
+    initial_states: Tensor,
+    dt_limit: tuple[float, float],
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run Mamba 2's recurrence: linear attention with C as queries and B as keys."""
+    dt = nn.functional.softplus(dt + dt_bias).clamp(*dt_limit)
+    value = hidden_states * dt[..., None]
+    outputs, state = _linear_attention("gated", C, B, value, initial_states, A * dt)
+    return outputs + D[:, None] * hidden_states, state
+
+
+def _linear_attention(
+    rule: str, query: Tensor, key: Tensor, value: Tensor, state: Tensor, *gates: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write onnxruntime's operator over heads [batch, token, head, size]; return outputs, state."""
     packed = [x.flatten(2) for x in (query, key, value)]
+    heads = {"q_num_heads": query.shape[2], "kv_num_heads": value.shape[2]}
     outputs, state = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
-        (*packed, initial_state, g, beta),
-        {
-            "q_num_heads": query.shape[2],
-            "kv_num_heads": value.shape[2],
-            "update_rule": "gated_delta",
-            "scale": 1.0,
-        },
+        (*packed, state, *gates),
+        heads | {"update_rule": rule, "scale": 1.0},
         dtypes=(value.dtype, value.dtype),
-        shapes=(packed[2].shape, initial_state.shape),
+        shapes=(packed[2].shape, state.shape),
         version=1,
     )
     return outputs.unflatten(2, value.shape[2:]), state
@@ -241,29 +265,16 @@ def main() -> None:
     onnx.save(graph, str(file))
 
 
-def _trace(model: Any, shape: ModelShape) -> Any:
+def _trace(model: nn.Module, shape: ModelShape) -> Any:
     """Return the ONNX program of a model by torch, without any optimization."""
-    pasts: dict[str, tuple[int, ...]] = {}
-    for block, layer in enumerate(model.model.layers):
-        if shape.attends[block]:
-            sizes = dict.fromkeys(_PAIR, (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim))
-        else:
-            net = layer.linear_attn
-            channels, _, width = net.conv1d.weight.shape
-            heads = (net.num_v_heads, net.head_k_dim, net.head_v_dim)
-            sizes = {
-                "conv_state": (_BATCH, channels, width - 1),
-                "recurrent_state": (_BATCH, *heads),
-            }
-        pasts |= {f"past_key_values.{block}.{part}": size for part, size in sizes.items()}
-
+    pasts = _list_pasts(model, shape)
     ids = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
     mask = torch.ones(_BATCH, _PAST + _TOKENS, dtype=torch.int64)
     positions = torch.arange(_PAST, _PAST + _TOKENS).repeat(_BATCH, 1)
 
     row = {0: Dim.AUTO, 1: Dim.AUTO}
     return torch.onnx.export(
-        _Decoder(model, shape.attends.index(True)).eval(),
+        _Decoder(model, list(pasts)).eval(),
         (ids, mask, positions, [torch.zeros(sizes) for sizes in pasts.values()]),
         dynamo=True,
         opset_version=_OPSET,
@@ -273,6 +284,25 @@ def _trace(model: Any, shape: ModelShape) -> Any:
         output_names=["logits", *(name.replace("past_key_values", "present") for name in pasts)],
         dynamic_shapes=(row, row, row, [_list_dynamic(name) for name in pasts]),
     )
+
+
+def _list_pasts(model: nn.Module, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the names of past keys, values and states, with sizes of an example."""
+    pasts: dict[str, tuple[int, ...]] = {}
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "k_proj"):
+            keys = (_BATCH, shape.num_key_value_heads, _PAST, shape.head_dim)
+            pasts |= {_name(module.layer_idx, part): keys for part in _PAIR}
+        elif hasattr(module, "conv1d"):
+            channels, _, width = module.conv1d.weight.shape
+            if hasattr(module, "num_v_heads"):
+                heads = (module.num_v_heads, module.head_k_dim, module.head_v_dim)
+            else:
+                heads = (module.num_heads, module.ssm_state_size, module.head_dim)
+            pasts[_name(module.layer_idx, "conv_state")] = (_BATCH, channels, width - 1)
+            pasts[_name(module.layer_idx, "recurrent_state")] = (_BATCH, *heads)
+    return pasts
 
 
 def _list_dynamic(past: str) -> dict[int, Any]:
