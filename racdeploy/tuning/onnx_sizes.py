@@ -10,13 +10,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from racdeploy import quant as quants
-from racdeploy.exporting.onnx.weights import choose_quant
-from racdeploy.exporting.onnx.writer import EMBEDDING_AND_HEAD
+from racdeploy.exporting.onnx.weights import HEAD, choose_quant
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.tensors import GraphTensor, dump_tensors
 from racdeploy.quant.matmulnbits import BLOCK_SIZE
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Approximate bytes that onnxruntime-genai's builder writes beside the weights.
 _GRAPH_BYTES, _BLOCK_BYTES, _ARRAY_BYTES = 4000, 5800, 100
 _FLOAT_BYTES = 4
@@ -29,10 +27,11 @@ def plan_graph(checkpoint: Checkpoint, quant: str) -> tuple[GraphTensor, ...]:
     """
     tensors = []
     for name, entry in checkpoint.entries.items():
-        if name == _HEAD and checkpoint.tied:
+        if name == HEAD and checkpoint.tied:
             continue
-        chosen, _ = choose_quant(entry.shape, quant, name in EMBEDDING_AND_HEAD)
-        tensor = GraphTensor(name, tuple(entry.shape), chosen, is_embedding=name == _EMBEDDING)
+        is_embedding = name == checkpoint.family.embedding
+        chosen, _ = choose_quant(name, entry.shape, quant, is_embedding)
+        tensor = GraphTensor(name, tuple(entry.shape), chosen, is_embedding=is_embedding)
         tensors.append(tensor)
     return tuple(tensors)
 

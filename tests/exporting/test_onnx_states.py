@@ -1,4 +1,4 @@
-"""ONNX graphs of models whose blocks keep a state beside keys and values: LFM2."""
+"""ONNX graphs of models whose blocks keep a state: LFM2, Qwen3.5, Granite 4, Nemotron-H."""
 
 from __future__ import annotations
 
@@ -15,22 +15,49 @@ from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import onnx as onnx_format
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import cut_checkpoint
+from tests.support.matrix import some
 from tests.support.onnx_clients import GENAI, run, write_onnx_bundle
-from tests.support.tiny_models import make_checkpoint
+from tests.support.tiny_models import FAMILIES, make_checkpoint
 
 SETTINGS = EngineSettings(context_tokens=128, parallel=3, threads=1)
 IDS = [(7 * position) % 480 for position in range(60)]
 RAGGED = [[3, *range(5, 6 + 9 * i)] for i in range(6)]
-CUTS = {"whole": None, "cut": ((4, 64), (4, 96), (4, 64))}
+CUTS = {
+    "lfm2": ((4, 64), (4, 96), (4, 64)),
+    "qwen3_5_text": ((4, 64), (4, 96), (4, 64), (4, 96)),
+}
+CASES = [
+    ("lfm2", "whole"),
+    ("lfm2", "cut"),
+    ("qwen3_5_text", "whole"),
+    pytest.param(("qwen3_5_text", "cut"), marks=pytest.mark.matrix),
+    ("granitemoehybrid", "whole"),
+    ("nemotron_h", "whole"),
+]
+MAMBA = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
+MIXERS = {
+    "lfm2": ("conv", "in_proj", ("conv.weight",)),
+    "qwen3_5_text": (
+        "linear_attn",
+        "in_proj_qkv",
+        ("conv1d.weight", "dt_bias", "A_log", "norm.weight"),
+    ),
+    "granitemoehybrid": ("mamba", "in_proj", MAMBA),
+    "nemotron_h": ("mixer", "in_proj", MAMBA),
+}
+"""Module of a block with a state, its first linear, and what computes the state."""
 
 
-@pytest.fixture(scope="module", params=CUTS)
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint and its graph in float32, in one folder."""
-    root = tmp_path_factory.mktemp("lfm2")
-    made = make_checkpoint(root / "dense", "lfm2")
-    if cut := CUTS[request.param]:
-        made = cut_checkpoint(made, root / "checkpoint", cut)
+    """The checkpoint and its graph in float32, in one folder named by the family."""
+    family, width = request.param
+    if family not in FAMILIES:
+        pytest.skip(f"this transformers has no {family}")
+    root = tmp_path_factory.mktemp("states")
+    made = make_checkpoint(root / family, family)
+    if width == "cut":
+        made = cut_checkpoint(made, root / "cut" / family, CUTS[family])
     onnx_format.export(Checkpoint(made), made / "model.onnx", quant="f32")
     return made
 
@@ -53,17 +80,21 @@ def test_sequences_that_are_decoded_together_stay_apart(folder: Path) -> None:
         assert engine.generate(RAGGED, sampling) == expected
 
 
-@pytest.mark.parametrize("quant", ["f16", "matmulnbits_8", "matmulnbits_4"])
-def test_rounded_weights_leave_the_convolution_in_float32(
+@pytest.mark.parametrize(
+    "quant", some(("f16", "matmulnbits_8", "matmulnbits_4"), kept=("matmulnbits_4",))
+)
+def test_rounded_weights_leave_what_computes_a_state_in_float32(
     folder: Path, tmp_path: Path, quant: str
 ) -> None:
-    """The file's values answer as torch does with them; the kernel of a convolution is a vector."""
+    """The file's values answer as torch does with them; what computes a state is a vector."""
     file = tmp_path / "model.onnx"
     onnx_format.export(Checkpoint(folder), file, quant=quant)
     _, rows = onnx_format.measure(file)
     stored = {row.name: row.type for row in rows}
-    assert stored["model.layers.0.conv.conv.weight"] == "f32"
-    assert stored["model.layers.0.conv.in_proj.weight"] == quant
+    module, linear, of_state = MIXERS[folder.name]
+    (first,) = {name.partition(".0.")[0] for name in stored if f".0.{module}.{linear}." in name}
+    assert {stored[f"{first}.0.{module}.{name}"] for name in of_state} == {"f32"}
+    assert stored[f"{first}.0.{module}.{linear}.weight"] == quant
 
     whole = open_engine("transformers", folder, SETTINGS).logits(IDS)
     with OnnxRuntimeEngine(file, SETTINGS) as engine:
@@ -72,8 +103,9 @@ def test_rounded_weights_leave_the_convolution_in_float32(
     assert 0 < np.abs(rounded - whole).max() < limit * float(np.abs(whole).max())
 
 
+@pytest.mark.parametrize("folder", CASES[:4], ids=" ".join, indirect=True)
 def test_genai_continues_the_prompt_as_racdeploy_does(folder: Path) -> None:
-    """A stock client reads the state's names from genai_config.json."""
+    """A stock client finds the states by their names; it does not know the types of the others."""
     bundle = write_onnx_bundle(folder, folder / "model.onnx")
     with OnnxRuntimeEngine(folder / "model.onnx", SETTINGS) as engine:
         (completion,) = engine.generate([IDS[:9]], Sampling(max_new_tokens=12, stop_ids=()))

@@ -30,7 +30,6 @@ _SLAB_WEIGHTS = 4_194_304
 _MAX_CONSTANT_WEIGHTS = 4096
 _TRANSPOSE = "Transpose"
 _NUMBER = re.compile(r"\d+")
-_VECTORS = (".bias", "norm.weight", ".conv.weight")
 ROTARY_TABLES = ("cos_cache", "sin_cache")
 
 
@@ -53,7 +52,7 @@ def strip_weights(file: Path, checkpoint: Checkpoint) -> WeightlessGraph:
     """
     model = onnx.load(str(file), load_external_data=False)
     sources = _match_weights(model, file, checkpoint)
-    wiring = _Wiring(model, sources)
+    wiring = _Wiring(model, sources, checkpoint)
     wiring.rewire()
 
     used = wiring.linears | wiring.embeddings | wiring.vectors
@@ -163,12 +162,15 @@ def _equal(values: Floats, expected: NDArray[np.generic]) -> bool:
 class _Wiring:
     """Classifies each weight by the nodes that read it, and gives it its name in the checkpoint."""
 
-    def __init__(self, model: onnx.ModelProto, sources: Mapping[str, Weight]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, sources: Mapping[str, Weight], checkpoint: Checkpoint
+    ) -> None:
         self.linears: set[str] = set()
         self.embeddings: set[str] = set()
         self.vectors: set[str] = set()
         self._graph = model.graph
         self._sources = sources
+        self._checkpoint = checkpoint
         self._producers = {name: node for node in self._graph.node for name in node.output}
 
     def rewire(self) -> None:
@@ -223,7 +225,7 @@ class _Wiring:
                 self.linears.add(weight.source)
             case "Gather", 0, False:
                 self.embeddings.add(weight.source)
-            case _, _, False if weight.source.endswith(_VECTORS):
+            case _, _, False if len(self._checkpoint.entries[weight.source].shape) != 2:
                 self.vectors.add(weight.source)
             case _:
                 raise EngineError(

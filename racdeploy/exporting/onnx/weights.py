@@ -23,6 +23,7 @@ from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights
 from racdeploy.results.pruning import VECTORS_IN_F32
 from racdeploy.tensors.safetensors import to_float32
 
+HEAD = "lm_head.weight"
 _WIDE = "matmulnbits_8"
 _SLAB_WEIGHTS = 4_194_304
 # onnxruntime then rounds activations to 8 bits in blocks of 32, which is several times as fast.
@@ -42,26 +43,29 @@ class OnnxTensorPlan:
 
 
 def plan_tensors(
-    checkpoint: Checkpoint, graph: WeightlessGraph, quant: str, keep_8_bits: frozenset[str]
+    checkpoint: Checkpoint, graph: WeightlessGraph, quant: str
 ) -> list[OnnxTensorPlan]:
-    """Plan the tensors in the checkpoint's order; ``keep_8_bits`` get at least 8 bits."""
+    """Plan the tensors in the checkpoint's order."""
     plan = []
     for name, entry in checkpoint.entries.items():
         if name in graph.linears | graph.embeddings | graph.vectors:
-            chosen, reason = choose_quant(entry.shape, quant, name in keep_8_bits)
-            tensor = GraphTensor(name, entry.shape, chosen, is_embedding=name in graph.embeddings)
+            is_embedding = name in graph.embeddings
+            chosen, reason = choose_quant(name, entry.shape, quant, is_embedding)
+            tensor = GraphTensor(name, entry.shape, chosen, is_embedding=is_embedding)
             plan.append(OnnxTensorPlan(tensor, quant, reason))
     return plan
 
 
-def choose_quant(shape: tuple[int, ...], quant: str, keeps_8_bits: bool) -> tuple[str, str]:
+def choose_quant(
+    name: str, shape: tuple[int, ...], quant: str, is_embedding: bool
+) -> tuple[str, str]:
     """Return the number format of a tensor, and why it is not the requested one, or nothing."""
     if len(shape) != 2:
         return "f32", "" if quant == "f32" else VECTORS_IN_F32
 
     actual = quant
     reason = ""
-    if keeps_8_bits and quants.is_matmulnbits(quant) and quant != _WIDE:
+    if (is_embedding or name == HEAD) and quants.is_matmulnbits(quant) and quant != _WIDE:
         actual = _WIDE
         reason = "embedding and output keep 8 bits"
     actual, misfit = quants.fit_rows(actual, shape[1])

@@ -44,9 +44,6 @@ from racdeploy.packing.onnx.tensors import TENSORS_KEY, dump_tensors
 from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.sparse_kernels import accel_name
 
-EMBEDDING_AND_HEAD = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
-"""Names of the tensors that keep at least 8 bits."""
-
 
 def export(
     checkpoint: Checkpoint,
@@ -77,7 +74,7 @@ def export(
     check_exporter(exporter)
     _check_request(checkpoint, out, quant, packing, metadata)
     exported = export_verified_graph(checkpoint, exporter)
-    plan = plan_tensors(checkpoint, exported.graph, quant, EMBEDDING_AND_HEAD)
+    plan = plan_tensors(checkpoint, exported.graph, quant)
 
     with disk_errors(out), partial_folder(out) as scratch:
         model = connect_weights(exported.graph, [tensor.tensor for tensor in plan])

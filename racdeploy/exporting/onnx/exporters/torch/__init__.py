@@ -16,11 +16,16 @@ from racdeploy.plugins import require_package
 
 PREFERENCE = 3
 TESTED_FAMILIES = frozenset({
-    "ernie4_5", "exaone4", "gemma3_text", "granite", "llama",
-    "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+    "ernie4_5", "exaone4", "gemma3_text", "granite", "granitemoehybrid", "llama",
+    "ministral3", "mistral", "nemotron_h", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_text",
+    "smollm3",
 })  # fmt: skip
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
-_ATTENTION = frozenset({"full_attention", "sliding_attention"})
+_FIRST_WITH_STATES = (
+    5,
+    24,
+)  # of transformers: its modules ask the cache for states, as they do now
+_TRACED = frozenset({"full_attention", "sliding_attention", "linear_attention", "mlp"})
 
 
 def check_environment() -> None:
@@ -41,8 +46,10 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
         return "torch.export does not follow the choice of experts"
 
     shape = checkpoint.shape
-    if others := sorted({*shape.layer_types} - _ATTENTION):
-        return f"blocks of kind {others[0]} keep more than keys and values"
+    if others := sorted({*shape.layer_types} - _TRACED):
+        return f"blocks of kind {others[0]} keep a state that it does not know"
+    if any(shape.recurs) and installed_release("transformers") < _FIRST_WITH_STATES:
+        return "blocks with a state are traced from transformers 5.24 on"
     if shape.kv_sources != tuple(range(shape.block_count)):
         return "its last blocks share the keys and values of earlier ones"
     if len({sizes["K"] for sizes in shape.sizes}) > 1:
