@@ -131,8 +131,10 @@ def test_a_prepared_folder_has_the_rope_of_both_transformers(
     assert found.items() >= checkpoint.shape.rope.items()
 
 
-def test_torch_refuses_what_cannot_be_traced_or_appended(tmp_path: Path) -> None:
-    """Experts are chosen by the data; a recurrent block keeps a state."""
+def test_torch_refuses_what_cannot_be_traced_or_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts are chosen by the data; states are asked of the cache since transformers 5.24."""
     torch = onnx_exporters.load("torch")
     routed = Checkpoint(make_checkpoint(tmp_path / "routed", "qwen3_moe"))
     assert "choice of experts" in torch.unsupported_reason(routed)
@@ -140,5 +142,12 @@ def test_torch_refuses_what_cannot_be_traced_or_appended(tmp_path: Path) -> None
     plain = Checkpoint(make_checkpoint(tmp_path / "plain", "qwen3"))
     assert torch.unsupported_reason(plain) == ""
     other = Checkpoint(plain.folder)
-    other.config["layer_types"] = ["full_attention", "linear_attention"]
-    assert "blocks of kind linear_attention" in torch.unsupported_reason(other)
+    other.config["layer_types"] = ["full_attention", "conv"]
+    assert "blocks of kind conv" in torch.unsupported_reason(other)
+
+    with_state = Checkpoint(plain.folder)
+    with_state.config["layer_types"] = ["full_attention", "linear_attention"]
+    monkeypatch.setattr(torch, "installed_release", lambda _: (5, 23))
+    assert "from transformers 5.24 on" in torch.unsupported_reason(with_state)
+    monkeypatch.setattr(torch, "installed_release", lambda _: (5, 24))
+    assert torch.unsupported_reason(with_state) == ""

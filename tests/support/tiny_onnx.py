@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from racdeploy.extras import is_installed
+from racdeploy.extras import installed_release, is_installed
 from tests.support.tiny_models import make_checkpoint
 
 HAS_OPTIMUM = is_installed("optimum")
 needs_optimum = pytest.mark.skipif(
     not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: racdeploy[dev] has it"
 )
+TRACES_STATES = installed_release("transformers") >= (5, 24)
+"""Whether torch's export takes Qwen3.5, Granite 4 and Nemotron-H."""
 APPENDING = "optimum" if HAS_OPTIMUM else "torch"
 """The exporter whose graph appends."""
 EXPORTERS = ("genai", APPENDING)

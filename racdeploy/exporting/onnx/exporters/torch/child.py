@@ -163,16 +163,20 @@ def _linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Write onnxruntime's operator over heads [batch, token, head, size]; return outputs, state."""
     packed = [x.flatten(2) for x in (query, key, value)]
-    heads = {"q_num_heads": query.shape[2], "kv_num_heads": value.shape[2]}
     outputs, state = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
         (*packed, state, *gates),
-        heads | {"update_rule": rule, "scale": 1.0},
+        {
+            "q_num_heads": query.shape[2],
+            "kv_num_heads": value.shape[2],
+            "update_rule": rule,
+            "scale": 1.0,
+        },
         dtypes=(value.dtype, value.dtype),
         shapes=(packed[2].shape, state.shape),
         version=1,
     )
-    return outputs.unflatten(2, value.shape[2:]), state
+    return outputs.view(value.shape), state
 
 
 def _mask(attention_mask: Tensor, past: int, tokens: int, window: int = 0) -> Tensor:
