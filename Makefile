@@ -4,6 +4,7 @@
 # make test-matrix   every family and number format, where `make test` takes one case of each
 # make test-kernels   compile and install ./kernels into .venv, then run its tests, emulated and slow ones too
 # make test-optimum   set up .venv-optimum, with transformers 4.57, then run what optimum and it may change
+# make test-optimum-slow   set up .venv-optimum, then export every family with optimum, and open such files with it
 # make lint   set up .venv, then ruff and mypy
 # make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
 # make docs   set up .venv, then write the documents as a site into site/
@@ -22,7 +23,7 @@ TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruni
 KERNELS ?= slow or not slow
 PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 20
 
-.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum fuzz lint docs check clean
+.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -48,6 +49,9 @@ test-slow: $(VENV)/.dev
 test-optimum: $(VENV_OPTIMUM)/.test
 	$(VENV_OPTIMUM)/bin/python -m pip check
 	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist loadfile $(TESTS_OPTIMUM)
+
+test-optimum-slow: $(VENV_OPTIMUM)/.test
+	$(VENV_OPTIMUM)/bin/python -m pytest -m slow -k optimum tests/exporting tests/clients
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'

@@ -31,7 +31,7 @@ def _expand(extra: str) -> set[str]:
 
 
 def test_only_the_extra_that_needs_it_holds_transformers_back() -> None:
-    """Everything else, the development environment too, goes with whatever transformers there is."""
+    """Everything else goes with any transformers, the development environment with the newest."""
     capped = set()
     for extra, lines in EXTRAS.items():
         for asked in map(Requirement, lines):

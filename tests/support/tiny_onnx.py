@@ -23,7 +23,7 @@ from tests.support.tiny_models import make_checkpoint
 
 HAS_OPTIMUM = is_installed("optimum")
 needs_optimum = pytest.mark.skipif(
-    not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: racdeploy[test,optimum] has it"
+    not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: make test-optimum"
 )
 APPENDING = "optimum" if HAS_OPTIMUM else "torch"
 """The exporter whose graph appends."""

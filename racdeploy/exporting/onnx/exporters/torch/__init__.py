@@ -16,8 +16,8 @@ from racdeploy.plugins import require_package
 
 PREFERENCE = 3
 TESTED_FAMILIES = frozenset({
-    "ernie4_5", "exaone4", "gemma3_text", "granite", "llama",
-    "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
+    "ernie4_5", "exaone4", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama",
+    "ministral3", "mistral", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3",
 })  # fmt: skip
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
 _ATTENTION = frozenset({"full_attention", "sliding_attention"})
