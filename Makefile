@@ -3,7 +3,8 @@
 # make test-docs   documents, site, pictures, wheels and workflows
 # make test-matrix   every family and number format, where `make test` takes one case of each
 # make test-kernels   compile and install ./kernels into .venv, then run its tests, emulated and slow ones too
-# make test-transformers5   set up .venv-transformers5, without optimum, then run what transformers 5 may change
+# make test-optimum   set up .venv-optimum, with transformers 4.57, then run what optimum and it may change
+# make test-optimum-slow   set up .venv-optimum, then export every family with optimum, and open such files with it
 # make lint   set up .venv, then ruff and mypy
 # make fuzz   set up .venv with atheris (Linux), then fuzz each reader for SECONDS, 60 by default
 # make docs   set up .venv, then write the documents as a site into site/
@@ -16,13 +17,13 @@ BIN    := $(VENV)/bin
 SECONDS ?= 60
 OUT    ?= build/tiny-reasoner-bundle
 LOCK   ?= requirements/locked.txt
-VENV5  := .venv-transformers5
-TESTS5 ?= $(addprefix tests/,contracts engines end_to_end exporting pruning recovery)
+VENV_OPTIMUM  := .venv-optimum
+TESTS_OPTIMUM ?= $(addprefix tests/,contracts engines end_to_end exporting pruning recovery)
 
 KERNELS ?= slow or not slow
 PYTEST := $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --durations 20
 
-.PHONY: demo test test-docs test-matrix test-kernels test-slow test-transformers5 fuzz lint docs check clean
+.PHONY: demo test test-docs test-matrix test-kernels test-slow test-optimum test-optimum-slow fuzz lint docs check clean
 
 demo: $(VENV)/.base
 	@echo "== building a bundle from the embedded tiny-reasoner into $(OUT)"
@@ -45,9 +46,12 @@ test-kernels: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
-test-transformers5: $(VENV5)/.test
-	$(VENV5)/bin/python -m pip check
-	$(VENV5)/bin/python -m pytest -n logical --dist loadfile $(TESTS5)
+test-optimum: $(VENV_OPTIMUM)/.test
+	$(VENV_OPTIMUM)/bin/python -m pip check
+	$(VENV_OPTIMUM)/bin/python -m pytest -n logical --dist loadfile $(TESTS_OPTIMUM)
+
+test-optimum-slow: $(VENV_OPTIMUM)/.test
+	$(VENV_OPTIMUM)/bin/python -m pytest -m slow -k optimum tests/exporting tests/clients
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
@@ -64,7 +68,7 @@ docs: $(VENV)/.dev
 check: lint test
 
 clean:
-	rm -rf $(VENV) $(VENV5) build dist site
+	rm -rf $(VENV) $(VENV_OPTIMUM) build dist site
 
 $(VENV)/.python:
 	@echo "== creating $(VENV) with $(PYTHON)"
@@ -91,9 +95,9 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml $(LOCK)
 	fi
 	@touch $(VENV)/.base $@
 
-$(VENV5)/.test: pyproject.toml
-	@echo "== installing racdeploy with the newest transformers and the test tools into $(VENV5)"
-	$(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV5)/bin/python -m pip install --quiet --editable '.[test]'
+$(VENV_OPTIMUM)/.test: pyproject.toml
+	@echo "== installing racdeploy with optimum, transformers 4.57 and the test tools into $(VENV_OPTIMUM)"
+	$(PYTHON) -m venv $(VENV_OPTIMUM)
+	$(VENV_OPTIMUM)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_OPTIMUM)/bin/python -m pip install --quiet --editable '.[test,optimum]'
 	@touch $@

@@ -4,7 +4,7 @@ fail by the check that names the fault.
 A model, by default the embedded one, converted by llama.cpp's own converter and quantizer, by
 onnxruntime-genai's builder and by torch's exporter (optimum); the reference is the F16 file. Each
 fault is one that a publisher makes. Every command is a process of its own; files and rows that are
-there are kept, so that an interrupted run goes on.
+there are kept, so that an interrupted run goes on. It needs ``racdeploy[test,optimum]``.
 
     python benchmarks/foreign_files.py --work foreign
     python benchmarks/foreign_files.py --work foreign-smol --model FOLDER --pre-tokenizer "" \
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
 
 from racdeploy.models.sources import resolve_model
 from tests.support.llama_converter import Job, convert

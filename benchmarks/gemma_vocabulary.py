@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from transformers.convert_slow_tokenizer import generate_merges
+from transformers.tokenization_utils_base import generate_merges
 
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Sampling
@@ -62,7 +62,7 @@ def make_model(folder: Path) -> Checkpoint:
         joined.append(text)
 
     scores = {text: -i for text, i in vocab.items() if text not in added and "<" not in text}
-    merges = generate_merges(vocab, scores.items())
+    merges = generate_merges(vocab, scores)
     written["model"]["merges"] = [list(pair) for pair in merges]
     file.write_text(json.dumps(written), encoding="utf-8")
     return Checkpoint(folder)

@@ -127,7 +127,7 @@ def smollm2(out: Path) -> Path:
 
 def token_rows(model: Path, tokens: int) -> dict[str, list[list[int]]]:
     """Return calibration and held-out rows of token ids: worked solutions, one after the other."""
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer
 
     from racdeploy import tasks
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers.pre_tokenizers import ByteLevel  # type: ignore[import-untyped]
+from tokenizers.pre_tokenizers import ByteLevel
 
 from racdeploy.errors import UsageError
 from racdeploy.models.tokenizer_files import TokenizerFiles, check_ids, read_tokenizer

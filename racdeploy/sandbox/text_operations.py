@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from jinja2 import Template
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
 
 from racdeploy.processes.messages import Header, Message
 from racdeploy.sandbox import chat_template

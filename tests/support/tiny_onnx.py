@@ -23,7 +23,7 @@ from tests.support.tiny_models import make_checkpoint
 
 HAS_OPTIMUM = is_installed("optimum")
 needs_optimum = pytest.mark.skipif(
-    not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: racdeploy[dev] has it"
+    not HAS_OPTIMUM, reason="optimum-onnx needs transformers below 4.58: make test-optimum"
 )
 TRACES_STATES = installed_release("transformers") >= (5, 24)
 """Whether torch's export takes Qwen3.5, Granite 4 and Nemotron-H."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from tokenizers import (  # type: ignore[import-untyped]
+from tokenizers import (
     Regex,
     Tokenizer,
     decoders,

@@ -262,11 +262,11 @@ def main() -> None:
     onnx_fusions.fuse(program.model)
     out.mkdir(parents=True)
     file = out / "model.onnx"
-    program.save(str(file), external_data=True)
+    program.save(file, external_data=True)
 
-    graph = onnx.load(str(file), load_external_data=False)
+    graph = onnx.load(file, load_external_data=False)
     _name_dimensions(graph.graph)
-    onnx.save(graph, str(file))
+    onnx.save(graph, file)
 
 
 def _trace(model: nn.Module, shape: ModelShape) -> Any:
