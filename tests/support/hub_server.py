@@ -204,6 +204,18 @@ def _info(handler: _Handler, body: bytes, name: str, revision: str | None = None
     return _json({"_id": "1", "id": name, "modelId": name, "sha": sha, "siblings": siblings})
 
 
+def _tree(handler: _Handler, body: bytes, name: str, revision: str) -> Answer:
+    entries = []
+    for path, content in handler.files(name, revision)[1].items():
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+        entry["oid"] = git_id(content)
+        if _is_large(path, len(content)):
+            oid = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
+        entries.append(entry)
+    return _json(entries)
+
+
 def _create(handler: _Handler, body: bytes) -> Answer:
     handler.writer()
     asked = json.loads(body)
@@ -305,6 +317,7 @@ _NAME = r"([\w.-]+/[\w.-]+)"
 _ROUTES: list[tuple[str, Any]] = [
     (rf"GET /api/models/{_NAME}", _info),
     (rf"GET /api/models/{_NAME}/revision/(.+)", _info),
+    (rf"GET /api/models/{_NAME}/tree/(.+)", _tree),
     (r"POST /api/repos/create", _create),
     (rf"POST /api/models/{_NAME}/branch/(.+)", _branch),
     (r"POST /api/validate-yaml", _validate),

@@ -60,21 +60,26 @@ class _GraphCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return next(each.shape[-2] for name, each in self.tensors.items() if name.endswith(_PAIR))
 
-    def get_conv_state(self, layer_idx: int, **_: Any) -> Tensor:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         return self.tensors[_name(layer_idx, "conv_state")]
 
-    def get_recurrent_state(self, layer_idx: int, **_: Any) -> Tensor:
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         return self.tensors[_name(layer_idx, "recurrent_state")]
 
-    def update_conv_state(self, new: Tensor, layer_idx: int, **_: Any) -> Tensor:
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> Tensor:
         """Return past and new inputs of a convolution; the last ones are the next past."""
         past = self.get_conv_state(layer_idx)
-        inputs = torch.cat([past, new], dim=-1)
+        inputs = torch.cat([past, conv_states], dim=-1)
         self.tensors[_name(layer_idx, "conv_state")] = inputs[:, :, -past.shape[-1] :]
         return inputs
 
-    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
-        self.tensors[_name(layer_idx, "recurrent_state")] = state
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        self.tensors[_name(layer_idx, "recurrent_state")] = recurrent_states
+        return recurrent_states
 
 
 def _name(block: int, part: str) -> str:
