@@ -99,6 +99,8 @@ def point_at(address: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     patch.setattr(constants, "ENDPOINT", address)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Xet needs a storage service of its own; without it the client uploads over HTTP.
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 class _Handler(BaseHTTPRequestHandler):
