@@ -21,10 +21,7 @@ TESTED_FAMILIES = frozenset({
     "smollm3",
 })  # fmt: skip
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
-_FIRST_WITH_STATES = (
-    5,
-    24,
-)  # of transformers: its modules ask the cache for states, as they do now
+_FIRST_WITH_STATES = (5, 24)  # of transformers: modules ask the cache for their states
 _TRACED = frozenset({"full_attention", "sliding_attention", "linear_attention", "mlp"})
 
 
