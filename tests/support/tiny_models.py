@@ -351,10 +351,9 @@ def _model(
     model: torch.nn.Module = AutoModelForCausalLM.from_config(filled)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):  # equal in all blocks
-                parameter.copy_(parameter[torch.randperm(len(parameter))])
-            elif (
-                name.endswith(("bias", ".D", "sinks", "correct_output_scale")) or "norm" in name
+            if (
+                name.endswith(("bias", "mamba.D", "sinks", "correct_output_scale"))
+                or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 # Where all values shift alike, a router would choose alike for all tokens.
                 is_shift = family == "gpt_oss" and name.endswith("bias")
