@@ -111,6 +111,11 @@ class Checkpoint:
         self.config: Json = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
+    @property
+    def transformers_config(self) -> Json:
+        """Config with the keys that transformers reads where the family has others."""
+        return {**self.config, **self.family.write_config(self.config)}
+
     @cached_property
     def shape(self) -> ModelShape:
         """Sizes and kinds of blocks, by ``config.json`` and the family alone."""

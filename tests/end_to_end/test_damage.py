@@ -146,8 +146,12 @@ def test_a_faulty_exporter_is_caught(bench: Bench, tmp_path: Path, name: str) ->
 
 
 def test_pruning_on_prompts_alone_is_caught(bench: Bench) -> None:
-    """The same method, pattern and number of tokens at 60 % zeros, without the chain of thought."""
-    options = OPTIONS | {"prune": {"sparsity": 0.6}, "calibration": {"source": "prompt"}}
+    """The same method, pattern and number of tokens at 65 % zeros, without the chain of thought.
+
+    It loses 8 of 10 answers. At 60 % it loses a quarter or less, by the number of torch's threads,
+    which 32 prompts do not always tell from the margin.
+    """
+    options = OPTIONS | {"prune": {"sparsity": 0.65}, "calibration": {"source": "prompt"}}
     other = replace(bench.build, job=Job(Recipe.combine(None, options)))
     model = other.prune()
     report, _ = bench.verify(other.export(model.folder, name_artifact(other.job)), other, model)

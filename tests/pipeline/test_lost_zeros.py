@@ -20,7 +20,6 @@ from racdeploy.pipeline.preflight import plan_build
 from racdeploy.quant.stored_codes import CODES_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import write_findings
-from racdeploy.results.checks import CheckResult
 from racdeploy.results.report import Report
 from racdeploy.verification.checks import sparsity
 from racdeploy.verification.evidence import ArmResult, Evidence
@@ -157,11 +156,11 @@ def _told(left: float) -> Report:
         tensors=tensors,
         prunable=frozenset(row.name for row in tensors),
     )
-    found = sparsity.check(evidence)
+    found = sparsity.check(evidence).to_result("sparsity")
     assert (found.verdict, found.figures["sparsity_lost"]) == ("skipped", 0.5 - left)
 
     sample = build_report()
-    others: list[CheckResult] = [check for check in sample.checks if check.name != "sparsity"]
+    others = [check for check in sample.checks if check.name != "sparsity"]
     arms = [
         each.model_copy(update={"quant": "q4_k", "sparsity": left})
         if each.name == "pruned"

@@ -80,7 +80,7 @@ def _judge(found: GateResult, share: float) -> CheckResult:
     evidence = Evidence(
         Recipe().verify, read_gate(), arm, arm, probes=found.probes, token_differences=share
     )
-    return tokens.check(evidence)
+    return tokens.check(evidence).to_result("tokens")
 
 
 def test_a_difference_is_refused_with_its_count_and_the_way_to_accept_it(

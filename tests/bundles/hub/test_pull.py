@@ -180,7 +180,7 @@ def test_the_command_line_takes_endpoint_and_token_as_the_client_does(
     """Processes of their own, as a user starts them; the token is in no output."""
     bundle = make_fake_bundle(tmp_path / "pushed")
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": WRITES, "HF_HUB_OFFLINE": "0"}
-    home = {"HF_HOME": str(tmp_path / "home")}
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     pushed = racdeploy_alone("push", bundle, NAME, cwd=tmp_path, **own, **home)
     pulled = racdeploy_alone("pull", NAME, "--out", "out", cwd=tmp_path, **own, **home)
     assert (pushed.code, pulled.code) == (0, 0), pushed.err + pulled.err

@@ -69,8 +69,8 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_plain = rope["rope_type"] == "default"
 
-    written = {**shape.config, **shape.family.write_config(shape.config)}
-    kept = {key: value for key, value in written.items() if key not in _DROPPED}
+    written = checkpoint.transformers_config.items()
+    kept = {key: value for key, value in written if key not in _DROPPED}
     config = json.dumps(
         kept
         | {
