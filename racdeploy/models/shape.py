@@ -42,7 +42,8 @@ class ModelShape(ModelSettings):
         is_uniform: True if no block was cut to another width than the family gives it.
         layer_types: ``full_attention``, ``sliding_attention``, or another type of the family.
         kv_sources: the block whose keys and values it uses: itself, or an earlier one.
-        kinds: its layer type, and ``own_keys`` if it computes its own keys and values.
+        kinds: its layer type; ``dense`` or ``sparse``, which has experts where the family has two
+            feed-forward parts; and ``own_keys`` if it computes its own keys and values.
         attends: True if it has attention, and so keys and values in an engine's cache.
         recurs: True if it carries a state from token to token; some blocks do neither.
         rotary_blocks: True if it has a rotary embedding.
@@ -132,10 +133,7 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
 
     layer_types = _list_layer_types(settings, family, count)
     key_sources = _find_key_sources(settings, layer_types)
-    kinds: list[Names] = [
-        (kind, "own_keys") if source == block else (kind,)
-        for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True))
-    ]
+    kinds = _list_kinds(settings, family, layer_types, key_sources)
 
     # Widths of a cut win over those by which the family's own blocks differ.
     heads = int(config.get("num_key_value_heads") or settings.integer("num_attention_heads"))
@@ -170,7 +168,7 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
         recurs=tuple(kind in _RECURRENT for kind in layer_types),
         rotary_blocks=_find_rotary_blocks(config, count),
         widths=widths_by_setting,
-        sizes=_list_sizes(settings, family, widths_by_setting, head_dims),
+        sizes=_list_sizes(settings, family, widths_by_setting, head_dims, kinds),
         input_groups=list(map(family.list_input_groups, kinds)),
     )
 
@@ -207,6 +205,21 @@ def _list_layer_types(settings: ModelSettings, family: Family, block_count: int)
     return tuple(decoder.list_kinds(block_count, period if has_windows else 0))
 
 
+def _list_kinds(
+    settings: ModelSettings,
+    family: Family,
+    layer_types: Sequence[str],
+    key_sources: Sequence[int],
+) -> list[tuple[str, ...]]:
+    first_sparse = settings.integer(family.dense_blocks) if family.dense_blocks else 0
+
+    kinds: list[tuple[str, ...]] = []
+    for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True)):
+        own_keys = ("own_keys",) if source == block else ()
+        kinds.append((kind, "dense" if block < first_sparse else "sparse", *own_keys))
+    return kinds
+
+
 def _find_key_sources(settings: ModelSettings, layer_types: Sequence[str]) -> tuple[int, ...]:
     # The last blocks share the keys of the last block of their type that still makes some.
     sources = list(range(len(layer_types)))
@@ -240,6 +253,7 @@ def _list_sizes(
     family: Family,
     widths_by_setting: Mapping[str, Sequence[int]],
     head_dims: Sequence[int],
+    kinds: Sequence[tuple[str, ...]],
 ) -> list[dict[str, int]]:
     same = {"D": settings.integer("hidden_size"), "V": settings.integer("vocab_size"), "1": 1}
     family_sizes = {letter: settings.integer(name) for letter, name in family.sizes.items()}
@@ -249,5 +263,8 @@ def _list_sizes(
         sizes = {**same, "K": head_dim, "H": widths_by_setting["num_attention_heads"][block]}
         for letter, setting in widths.SETTINGS.items():
             sizes[letter] = widths_by_setting[setting][block] * widths.width_per_unit(letter, sizes)
-        block_sizes.append(sizes | family_sizes)
+        sizes |= family_sizes
+        if not any(family.has_tensor(kinds[block], linear) for linear in family.expert_linears):
+            sizes["E"] = 0
+        block_sizes.append(sizes)
     return block_sizes

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "granite 4 attention": {"family": "granitemoehybrid", **ATTENDING},
     "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "lfm2": {"family": "lfm2"},
+    "lfm2 experts": {"family": "lfm2_moe"},
     "nemotron h": {"family": "nemotron_h"},
     "qwen35": {"family": "qwen3_5_text"},
 }

@@ -140,6 +140,13 @@ CASES: dict[str, dict[str, Any]] = {
     "seed oss untied biased": {"family": "seed_oss", "tied": False, "attention_bias": True},
     "lfm2": {"family": "lfm2"},
     "lfm2 untied": {"family": "lfm2", "tied": False},
+    "lfm2 experts": {"family": "lfm2_moe"},
+    "lfm2 experts untied": {
+        "family": "lfm2_moe",
+        "tied": False,
+        "num_dense_layers": 2,
+        "num_experts_per_tok": 3,
+    },
     "qwen35": {"family": "qwen3_5_text"},
     "nemotron h": {"family": "nemotron_h"},
     "nemotron h untied biased": {"family": "nemotron_h", "tied": False, "mlp_bias": True},

@@ -36,7 +36,7 @@ from tests.support.tiny_onnx import APPENDING, TRACES_STATES, needs_optimum
 UNKNOWN_TO_GENAI = frozenset(
     {
         *("gemma3_text", "gemma3n_text", "gemma4_text", "granitemoehybrid", "ministral3"),
-        "nemotron_h",
+        *("lfm2_moe", "nemotron_h"),
         *("gpt_oss", "olmo3", "phi3", "qwen3_5_text", "qwen3_moe"),
         *("ernie4_5", "exaone4", "glm4", "hunyuan_v1_dense", "seed_oss"),
     }
@@ -568,6 +568,7 @@ def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, s
         ("optimum", "gemma3_text"): "'model.embed_tokens.weight'",
         ("optimum", "gpt_oss"): "experts",
         ("torch", "gpt_oss"): "experts",
+        ("torch", "lfm2_moe"): "experts",
         ("torch", "qwen3_moe"): "experts",
         ("optimum", "granitemoehybrid"): "layer_types",
         **{

@@ -209,6 +209,13 @@ CASES: dict[str, dict[str, Any]] = {
         "sharded": True,
         "transformers5": True,
     },
+    "lfm2 experts": {"family": "lfm2_moe"},
+    "lfm2 experts sharded": {  # the converter has no name for an output projection
+        "family": "lfm2_moe",
+        "sharded": True,
+        "transformers5": True,
+        "num_dense_layers": 2,
+    },
     "qwen35": {"family": "qwen3_5_text"},
     "nemotron h": {"family": "nemotron_h"},
     "nemotron h untied sharded": {

@@ -35,6 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "gemma4_text": {},
     "nemotron_h": {},
+    "lfm2_moe": {
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
 NEW = [name for name in CONFIGS if name in FAMILIES]

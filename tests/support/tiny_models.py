@@ -173,6 +173,14 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "block_ff_dim": 144,  # two thirds of it
         "block_multiple_of": 16,
     },
+    "lfm2_moe": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
     "nemotron_h": {
         "hybrid_override_pattern": "M-*M-",
         "head_dim": 24,
@@ -350,13 +358,13 @@ def _model(
     filled = AutoConfig.for_model(family, **given)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(filled)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.state_dict(keep_vars=True).items():
             if (
                 name.endswith(("bias", "mamba.D", "sinks", "correct_output_scale"))
                 or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 # Where all values shift alike, a router would choose alike for all tokens.
-                is_shift = family == "gpt_oss" and name.endswith("bias")
+                is_shift = family in ("gpt_oss", "lfm2_moe") and name.endswith("bias")
                 parameter += (0.02 if is_shift else 0.1) * torch.randn_like(parameter)
     return model.eval()
 

@@ -93,7 +93,11 @@ def _one_or_each(values: Sequence[int]) -> int | list[int]:
 def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
     """Return the feed-forward width of each block; 0 for a block that has none."""
     family = shape.family
-    ends = [name for name in family.block_tensors if list_axes(family, name) == ("D", "F")]
+    ends = [
+        name
+        for name in family.block_tensors
+        if list_axes(family, name) in (("D", "F"), ("D", "EF"))
+    ]
     setting = family.feed_forward_length
     if not ends or setting not in shape.widths:  # its experts have one
         return [shape.integer(setting)]

@@ -42,6 +42,8 @@ class Family:
             with ``*`` one for each expert.
         kind_prefixes: kind of block, one of ``ModelShape.kinds`` → prefixes of names that only
             such blocks have; empty if all blocks are alike.
+        dense_blocks: setting with the number of first blocks without experts, which are of the
+            kind ``dense``, and others ``sparse``; empty if all have experts, or none.
         read_block_settings: takes a complete ``config.json``; returns the settings that differ
             between blocks by the family's own rules, with one value for each block.
         published_prefixes: prefix of names in published files → prefix in transformers.
@@ -114,6 +116,7 @@ class Family:
     blocks: str = "model.layers"
     input_groups: InputGroups = decoder.INPUT_GROUPS
     kind_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense_blocks: str = ""
     read_block_settings: Callable[[Config], dict[str, Sequence[int]]] = _say_nothing
     published_prefixes: Mapping[str, str] = field(default_factory=dict)
     no_cut_reason: str = ""

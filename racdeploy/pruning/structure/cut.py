@@ -82,7 +82,10 @@ def list_cuts(shape: ModelShape, outline: CutPlan, structure: Structure) -> list
             ends = [other + 1 for other in range(group) if ends_part(groups, other)]
             before = max(ends, default=0)
         else:
-            before = [linears[:1] for linears in groups].index(first_of_experts)
+            with_experts = next(
+                each for block, each in enumerate(shape.input_groups) if shape.sizes[block]["E"]
+            )
+            before = [linears[:1] for linears in with_experts].index(first_of_experts)
             group = before
 
         cuts.append(Cut(part, linear, group, before, layouts, counts))

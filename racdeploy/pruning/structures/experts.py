@@ -38,13 +38,14 @@ PROBE_BYTES = 256 << 20
 """Memory for the products of all pairs of experts' outputs, which every probe token has."""
 PROBE_TOKENS = 16_384
 MAX_EXCHANGE_ROUNDS = 4
+_CHOICE_BIAS = "exp_probs_b.bias"
 _OUTPUT_VALUES = 1 << 25  # of all experts, in memory at a time
 _GRID, _NORM_GRID = 2.0**36, 2.0**20  # sums are multiples of 1 / grid: exact, in any order
 
 
 def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     """Return the units of a block."""
-    return UnitLayout(SIZE_LETTER, shape.num_experts, {SIZE_LETTER: 1}, is_uniform=True)
+    return UnitLayout(SIZE_LETTER, shape.sizes[block]["E"], {SIZE_LETTER: 1}, is_uniform=True)
 
 
 def check(checkpoint: Checkpoint, structure: Structure) -> None:
@@ -198,6 +199,7 @@ class ExpertProbe:
             _share_out,
             K=shape.integer(family.gguf_integers["expert_used_count"]),
             norm_topk_prob=bool(shape.config.get("norm_topk_prob", True)),
+            bias_E=_find_choice_bias(family, block),
         )
         self._experts: Any = block.get_submodule(family.experts_module)
         self._router = _find_router(family, block)
@@ -299,9 +301,14 @@ def _find_router(family: Family, block: nn.Module) -> partial[Tensor]:
     return partial(nn.functional.linear, weight=weight_ED, bias=bias_E)
 
 
-def _share_out(logits_NE: Tensor, *, K: int, norm_topk_prob: bool) -> Tensor:
+def _find_choice_bias(family: Family, block: nn.Module) -> Tensor | None:
+    names = [name for name, stored in family.block_tensors.items() if stored == _CHOICE_BIAS]
+    return block.get_parameter(names[0]).data if names else None
+
+
+def _share_out(logits_NE: Tensor, **router: Any) -> Tensor:
     """Return the routing share of each expert at each token; 0 if the token is not routed to it."""
-    chosen_NK, share_NK = route(logits_NE, K, norm_topk_prob=norm_topk_prob)
+    chosen_NK, share_NK = route(logits_NE, **router)
     return share_NK.new_zeros(logits_NE.shape).scatter_(1, chosen_NK, share_NK)
 
 

@@ -40,8 +40,8 @@ class CutShape:
 
     @property
     def experts(self) -> int:
-        """Number of experts in every block; 0 for families without experts."""
-        return self.sizes[0].get("E", 0)
+        """Number of experts in every block that has some; 0 if none has."""
+        return max(size.get("E", 0) for size in self.sizes)
 
     def is_removed(self, inside: str) -> bool:
         """Return True if a tensor of a block belongs to a removed expert."""
@@ -144,8 +144,11 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
             if dense.family.no_rope_period:
                 kinds["no_rope_layers"] = list(map(int, dense.rotary_blocks))
             config |= kinds
+            if dense.family.dense_blocks:
+                dense_blocks = ["dense" in dense.kinds[block] for block in shape.blocks]
+                config[dense.family.dense_blocks] = sum(dense_blocks)
         config = widths.cut_config(config, shape.blocks, shape.widths)
-        if shape.experts != dense.num_experts:
+        if 0 < shape.experts < dense.num_experts:
             config[checkpoint.family.sizes["E"]] = shape.experts
             for key in _EXPERT_COUNTS & config.keys():  # transformers 5 may write another one
                 config[key] = shape.experts

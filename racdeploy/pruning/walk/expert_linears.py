@@ -220,7 +220,7 @@ def measure_expert_errors(
             # The hidden values inside an expert exist for its own tokens only.
             with session.model.autocast():
                 input_MI = hidden_MD
-                if module is owner.down_proj:
+                if name.endswith(f".{owner.last}"):
                     input_MI = owner.intermediate(hidden_MD)
                 output_MO = subtract_bias(module, module(input_MI))
 

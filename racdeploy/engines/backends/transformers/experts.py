@@ -1,13 +1,13 @@
 """Experts as separate modules under the checkpoint's names, in transformers 4 and 5.
 
 transformers 5 fuses the matrices of all experts of a block into one tensor, transformers 4 calls
-each expert by itself. Here every expert is three linears, filled from the file and pruned one by
-one. All experts of a block are called together with the router's choice, so that hooks see it.
+each expert by itself. Here every expert has linears of its own, filled from the file and pruned one
+by one. All experts of a block are called together with the router's choice, so that hooks see it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,26 +18,33 @@ from torch import Tensor, nn
 # In transformers 4, Granite's blocks return router logits beside the output.
 _RETURNS_LOGITS = transformers.__version__.startswith("4.")
 Activation = Callable[[Tensor], Tensor]
-GatedActivation = Callable[[Tensor, Tensor], Tensor]
-"""Combines F values of the gate projection with F of the up projection."""
+GatedActivation = Callable[..., Tensor]
+"""Combines F values of the gate projection, if there is one, with F of the up projection."""
 
 
 class Expert(nn.Module):
-    """A gated feed-forward network with D hidden and F intermediate values a token."""
+    """A feed-forward network with D hidden and F intermediate values a token.
 
-    def __init__(self, D: int, F: int, gating: GatedActivation, *, bias: bool = False) -> None:
+    Args:
+        names: of its linears in the checkpoint, as gate, up and down; the last gives the output.
+    """
+
+    def __init__(
+        self, D: int, F: int, names: Sequence[str], gating: GatedActivation, *, bias: bool = False
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(D, F, bias=bias)
-        self.up_proj = nn.Linear(D, F, bias=bias)
-        self.down_proj = nn.Linear(F, D, bias=bias)
+        *self._inputs, self.last = names
+        for name in self._inputs:
+            self.add_module(name, nn.Linear(D, F, bias=bias))
+        self.add_module(self.last, nn.Linear(F, D, bias=bias))
         self._gating = gating
 
     def intermediate(self, hidden_ND: Tensor) -> Tensor:
-        """Return the intermediate values, the input of ``down_proj``."""
-        return self._gating(self.gate_proj(hidden_ND), self.up_proj(hidden_ND))
+        """Return the intermediate values, the input of the last linear."""
+        return self._gating(*(self.get_submodule(name)(hidden_ND) for name in self._inputs))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(self.intermediate(hidden_ND))
+        result: Tensor = self.get_submodule(self.last)(self.intermediate(hidden_ND))
         return result
 
 
@@ -86,14 +93,14 @@ class SparseMoeBlock(_Routed):
 class GptOssMoeBlock(_Routed):
     """Replaces GPT-OSS's router and experts, whose calls differ between transformers' releases."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, names: Sequence[str]) -> None:
         super().__init__()
         fused = original.experts
         E, F, D = fused.down_proj.shape
         gating = partial(clamped_swiglu, alpha=fused.alpha, limit=fused.limit)
 
         self.router = original.router
-        self.experts = Experts([Expert(D, F, gating, bias=True) for _ in range(E)])
+        self.experts = Experts([Expert(D, F, names, gating, bias=True) for _ in range(E)])
         self._K = original.router.top_k
 
     def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +122,7 @@ class GraniteRouter(nn.Module):
 class GraniteMoeBlock(_Routed):
     """Replaces the sparse blocks of Granite."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, names: Sequence[str]) -> None:
         super().__init__()
         fused = getattr(original, "output_linear", None)  # up to transformers 5.8
         if fused is not None:
@@ -124,7 +131,7 @@ class GraniteMoeBlock(_Routed):
             (E, D, F), activation = original.experts.down_proj.shape, original.experts.act_fn
 
         self.router = GraniteRouter(D, E)
-        self.experts = _make_experts(E, D, F, activation)
+        self.experts = _make_experts(E, D, F, names, activation)
         self._K = original.router.top_k
 
     def forward(self, hidden_BTD: Tensor) -> Any:
@@ -142,40 +149,54 @@ def clamped_swiglu(gate_NF: Tensor, up_NF: Tensor, *, alpha: float, limit: float
     return (up_NF + 1) * gate_NF * torch.sigmoid(alpha * gate_NF)
 
 
-def route(logits_NE: Tensor, K: int, *, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+def route(
+    logits_NE: Tensor, K: int, *, norm_topk_prob: bool, bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the K experts of each token, and their weights.
 
     A logit of minus infinity removes an expert. With ``norm_topk_prob``, the weights of a token add
-    up to 1.
+    up to 1. Where a bias joins in the choice, weights are sigmoids, as in DeepSeek V3.
     """
-    share_NE = torch.softmax(logits_NE, dim=1, dtype=torch.float)
-    share_NK, chosen_NK = torch.topk(share_NE, K, dim=-1)
+    if bias_E is None:
+        share_NE = torch.softmax(logits_NE, dim=1, dtype=torch.float)
+        score_NE = share_NE
+    else:
+        share_NE = torch.sigmoid(logits_NE)
+        score_NE = (share_NE + bias_E).masked_fill(logits_NE.isneginf(), -torch.inf)
+
+    chosen_NK = torch.topk(score_NE, K, dim=-1).indices
+    share_NK = share_NE.gather(1, chosen_NK)
     if norm_topk_prob:
         share_NK = share_NK / share_NK.sum(dim=-1, keepdim=True)
     return chosen_NK, share_NK
 
 
-def unfuse_experts(model: nn.Module) -> None:
-    """Replace all fused or listed experts of a model on the meta device by separate ones."""
+def unfuse_experts(model: nn.Module, linears: Sequence[str]) -> None:
+    """Replace all fused or listed experts of a model on the meta device by separate ones.
+
+    Args:
+        linears: of an expert, as a family lists them.
+    """
+    leaves = [linear.rpartition(".")[2] for linear in linears]
     for name, module in list(model.named_modules()):
         experts = getattr(module, "experts", None)
         names = dict(module.named_parameters(recurse=False)).keys()
         if hasattr(experts, "gate_up_proj_bias"):
-            model.set_submodule(name, GptOssMoeBlock(module))
+            model.set_submodule(name, GptOssMoeBlock(module, leaves))
         elif name.endswith(".block_sparse_moe"):
-            model.set_submodule(name, GraniteMoeBlock(module))
+            model.set_submodule(name, GraniteMoeBlock(module, leaves))
         elif {"gate_up_proj", "down_proj"} <= names and "gate_up_proj_bias" not in names:
             E, D, F = module.get_parameter("down_proj").shape
-            model.set_submodule(name, _make_experts(E, D, F, module.act_fn))
+            model.set_submodule(name, _make_experts(E, D, F, leaves, module.act_fn))
         elif isinstance(experts, nn.ModuleList):
             first: Any = experts[0]
             D, F = first.down_proj.weight.shape
-            separate = _make_experts(len(experts), D, F, first.act_fn)
+            separate = _make_experts(len(experts), D, F, leaves, first.act_fn)
             model.set_submodule(name, SparseMoeBlock(module, separate))
 
 
-def _make_experts(E: int, D: int, F: int, activation: Activation) -> Experts:
+def _make_experts(E: int, D: int, F: int, names: Sequence[str], activation: Activation) -> Experts:
     def gating(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         return activation(gate_NF) * up_NF
 
-    return Experts([Expert(D, F, gating) for _ in range(E)])
+    return Experts([Expert(D, F, names, gating) for _ in range(E)])

@@ -53,7 +53,7 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
             _config(checkpoint), attn_implementation=attention, dtype=torch.float32
         )
 
-        unfuse_experts(model)
+        unfuse_experts(model, shape.family.expert_linears)
         _fix_buffers(model)
 
     _tag_blocks(model, shape)
