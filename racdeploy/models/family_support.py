@@ -74,7 +74,8 @@ def _describe(name: str, models: str, family: Family) -> Json:
 def _list_kinds(family: Family) -> list[str]:
     if family.window_period:
         return [_ATTENTION, "sliding_attention"]
-    return list(family.kind_prefixes) or [_ATTENTION]
+    marking = family.attention_free_marking
+    return list(family.kind_prefixes) or [marking if marking == "hybrid" else _ATTENTION]
 
 
 def _feeds_forward_everywhere(family: Family) -> bool:

@@ -1,6 +1,7 @@
 """State spaces of Mamba 2, as several families have them: tensor names, shapes, and settings.
 
-M: all channels of a state space; MH: its heads; MC: channels of its convolution; C: its length.
+M: all channels of a state space; MH: its heads; MC: channels of its convolution; C: its length; G:
+groups, whose norms are apart; MG: channels of a group.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ SHAPES = {
     "ssm_norm": ("M",),
     "ssm_out": ("D", "M"),
 }
-GGUF_SHAPES = {"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1")}
+GGUF_SHAPES = {"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1"), "ssm_norm": ("G", "MG")}
 SIZES = {
     "M": "mamba_width",
     "MC": "mamba_convolved_width",
     "MH": "mamba_n_heads",
     "C": "mamba_d_conv",
+    "G": "mamba_n_groups",
+    "MG": "mamba_group_width",
 }
 GGUF_INTEGERS = {
     "ssm.conv_kernel": "mamba_d_conv",

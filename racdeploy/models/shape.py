@@ -23,8 +23,9 @@ from racdeploy.models.families import (
 )
 from racdeploy.plugins import Names
 
-_ATTENDING = ("full_attention", "sliding_attention")
-_RECURRENT = ("linear_attention", "conv")
+_HYBRID = "hybrid"
+_ATTENDING = ("full_attention", "sliding_attention", _HYBRID)
+_RECURRENT = ("linear_attention", "conv", _HYBRID)
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ def _list_widths(
 
 
 def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> Names:
+    if family.attention_free_marking == _HYBRID:
+        return (_HYBRID,) * block_count
+
     listed = settings.config.get("layer_types")
     if isinstance(listed, list):
         if len(listed) != block_count:
@@ -210,10 +214,10 @@ def _list_kinds(
     family: Family,
     layer_types: Sequence[str],
     key_sources: Sequence[int],
-) -> list[tuple[str, ...]]:
+) -> list[Names]:
     first_sparse = settings.integer(family.dense_blocks) if family.dense_blocks else 0
 
-    kinds: list[tuple[str, ...]] = []
+    kinds: list[Names] = []
     for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True)):
         own_keys = ("own_keys",) if source == block else ()
         kinds.append((kind, "dense" if block < first_sparse else "sparse", *own_keys))

@@ -43,8 +43,8 @@ class ScaleParameters(WeightParameters):
 
     The parameter is a factor of each scale, about 1: scales differ by orders of magnitude, so no
     learning rate would fit them all. All groups of a quant block change with its scale. Linears
-    are frozen whose codes have another order than the model, minima of their own, or scales that
-    cannot take any value.
+    are frozen whose codes have another order than the model or a factor, minima of their own, or
+    scales that cannot take any value.
     """
 
     def __init__(

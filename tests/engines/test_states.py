@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "lfm2": {"family": "lfm2"},
     "lfm2 experts": {"family": "lfm2_moe"},
+    "falcon h1": {"family": "falcon_h1"},
     "nemotron h": {"family": "nemotron_h"},
     "qwen35": {"family": "qwen3_5_text"},
 }

@@ -148,6 +148,12 @@ CASES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
     },
     "qwen35": {"family": "qwen3_5_text"},
+    "falcon h1": {"family": "falcon_h1"},
+    "falcon h1 untied without norm": {
+        "family": "falcon_h1",
+        "tied": False,
+        "mamba_rms_norm": False,
+    },
     "nemotron h": {"family": "nemotron_h"},
     "nemotron h untied biased": {"family": "nemotron_h", "tied": False, "mlp_bias": True},
     "nemotron h attending last": {

@@ -36,7 +36,7 @@ from tests.support.tiny_onnx import APPENDING, TRACES_STATES, needs_optimum
 UNKNOWN_TO_GENAI = frozenset(
     {
         *("gemma3_text", "gemma3n_text", "gemma4_text", "granitemoehybrid", "ministral3"),
-        *("lfm2_moe", "nemotron_h"),
+        *("falcon_h1", "lfm2_moe", "nemotron_h"),
         *("gpt_oss", "olmo3", "phi3", "qwen3_5_text", "qwen3_moe"),
         *("ernie4_5", "exaone4", "glm4", "hunyuan_v1_dense", "seed_oss"),
     }
@@ -575,10 +575,11 @@ def test_every_family_passes_parity_or_says_why(tmp_path: Path, exporter: str, s
             ("optimum", name): f"Trying to export a {name} model, that is a custom or unsupported"
             for name in (
                 *("ernie4_5", "exaone4", "glm4", "hunyuan_v1_dense"),
-                *("lfm2", "olmo3", "seed_oss"),
+                *("falcon_h1", "lfm2", "olmo3", "seed_oss"),
             )
         },
         ("torch", "gemma3n_text"): "erf_inv",
+        ("torch", "falcon_h1"): "kind hybrid",
         ("torch", "lfm2"): "kind conv",
         ("torch", "gemma4_text"): "torch's export",
     }

@@ -217,6 +217,14 @@ CASES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 2,
     },
     "qwen35": {"family": "qwen3_5_text"},
+    "falcon h1": {"family": "falcon_h1"},
+    "falcon h1 untied sharded": {
+        "family": "falcon_h1",
+        "tied": False,
+        "sharded": True,
+        "transformers5": True,
+        "mamba_rms_norm": False,
+    },
     "nemotron h": {"family": "nemotron_h"},
     "nemotron h untied sharded": {
         "family": "nemotron_h",
@@ -314,6 +322,11 @@ DIFFERENCES = {
     "gemma3n.activation_sparsity_scale": Difference(
         "llama.cpp never reads it: it has the number in its source, and other models are refused",
         lambda ours, theirs: ours is None,
+    ),
+    "falcon-h1 output.weight": Difference(
+        "the converter leaves out the output of a tied model; llama.cpp then takes the embedding"
+        " with its own multiplier, not that of the logits",
+        lambda ours, theirs: theirs is None,
     ),
     "gpt-oss output.weight": Difference(
         "the converter leaves out the output of a tied model; llama.cpp opens none without it",

@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     },
+    "falcon_h1": {"num_hidden_layers": 4},
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
 NEW = [name for name in CONFIGS if name in FAMILIES]

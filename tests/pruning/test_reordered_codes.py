@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "nemotron h": {"family": "nemotron_h", "head_dim": 32},
     "lfm2 experts": {"family": "lfm2_moe"},
+    "falcon h1": {"family": "falcon_h1", "head_dim": 32},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
 pytestmark = pytest.mark.skipif(not CASES, reason="transformers lacks all of these families")
@@ -57,7 +58,9 @@ def _list_changed(pruned: Checkpoint, folder: Path, quant: str) -> set[str]:
     plain = _read(pruned, folder / "plain.gguf", "f32")
     coded = _read(pruned, folder / "coded.gguf", quant)
     assert plain.keys() == coded.keys()
-    return {name for name in plain if not np.array_equal(plain[name], coded[name])}
+    # Weights whose rows have a factor in the file were divided by it, which rounds.
+    rtol = 1e-6 if pruned.family.multipliers else 0
+    return {n for n in plain if not np.allclose(plain[n], coded[n], rtol=rtol, atol=0)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,7 +75,7 @@ def test_codes_of_other_neighbours_would_not_be_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the columns of two heads share a step in the file, the checkpoint's order is wrong."""
-    monkeypatch.setattr(solving, "find_solve_order", lambda *_: None)
+    monkeypatch.setattr(solving, "find_gguf_layout", lambda *_: (None, None))
     pruned = _prune(tmp_path, CASES["qwen35"], "q4_0")
     order_I = find_gguf_column_order("value_columns", pruned.shape, 64)
     assert order_I is not None

@@ -199,7 +199,7 @@ def _llama3_factors(shape: ModelShape) -> Floats:
 
 
 def _check_windows(shape: ModelShape) -> None:
-    if shape.family.window_period or shape.family.kind_prefixes:
+    if shape.family.window_period or shape.family.has_state:
         return
 
     if other := set(shape.layer_types) - {"full_attention"}:

@@ -21,6 +21,7 @@ from racdeploy import quant as quants
 from racdeploy.exporting import ExportedTensor, WriteProgress
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.models.multipliers import list_row_factors
 from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
 from racdeploy.processes.cores import available_cores
 from racdeploy.quant.grid import Bytes, Floats, GridCodes
@@ -116,7 +117,8 @@ class TensorWriter:
                 packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
 
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
-            if codes and not np.array_equal(stored_OI, weight_OI):
+            # Weights whose rows have a factor were divided by it, which rounds.
+            if codes and not np.allclose(stored_OI, weight_OI, rtol=1e-6, atol=0):
                 raise codes_of_other_weights(self.checkpoint.folder, tensor.source)
             quants.check_finite(
                 tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
@@ -175,6 +177,7 @@ def _iterate_slabs(
     row_length = tensor.shape[-1]
     step = max(1, slab_weights // row_length)
     order_I = find_gguf_column_order(tensor.transform, checkpoint.shape, row_length)
+    factors = list_row_factors(checkpoint.shape, tensor.name)
     missing = math.prod(tensor.shape[:-1])
 
     for part, raw in enumerate(tensor.read(checkpoint)):
@@ -197,6 +200,8 @@ def _iterate_slabs(
                 weight_OI = weight_OI + np.float32(1)
             if tensor.transform == "decay":
                 weight_OI = -np.exp(weight_OI)
+            for factor_X1 in factors:
+                weight_OI = weight_OI * (factor_X1[rows] if len(factor_X1) > 1 else factor_X1)
             yield part, rows, weight_OI
 
     # Rows that the checkpoint lacks are zeros.

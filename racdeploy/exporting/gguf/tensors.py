@@ -256,6 +256,7 @@ def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> 
 
     biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
     optional = {name for name, inside in biases.items() if inside not in biased}
+    optional |= {name for name in names if family.split_block(name)[1] in family.optional}
 
     check_tensors(checkpoint, names, optional)
 

@@ -57,7 +57,10 @@ class Family:
         moe_variant: the family of models whose config counts experts, if it has both kinds.
         feed_forward_length: setting that llama.cpp takes as the feed-forward width.
         attention_free_marking: marks blocks without attention for llama.cpp: they have no key and
-            value heads, or are listed as recurrent.
+            value heads, or are listed as recurrent. ``hybrid``: all have attention and a state.
+        multipliers: GGUF name without ``.weight`` → settings that its rows are multiplied by in
+            the file; a setting with several numbers has one for each matrix of a sum of axes.
+        optional: parameters of blocks that some models lack.
         attention_module: name of the attention module in a block.
         fused_experts: name inside a block of a tensor on disk that holds all experts → its layout.
         transforms: parameter name, as above → change of its values on export.
@@ -125,7 +128,9 @@ class Family:
     altup_inputs: str = ""
     moe_variant: Family | None = None
     feed_forward_length: str = "intermediate_size"
-    attention_free_marking: Literal["", "no_heads", "listed"] = ""
+    attention_free_marking: Literal["", "no_heads", "listed", "hybrid"] = ""
+    multipliers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     attention_module: str = "self_attn"
     fused_experts: Mapping[str, FusedExperts] = field(default_factory=dict)
     transforms: Mapping[str, Transform] = field(default_factory=dict)

@@ -75,7 +75,7 @@ _DENSE = Family(
         "ffn_gate_up": ("F+F", "D"),
         **mamba.SHAPES,
     },
-    gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("1", "M")},
+    gguf_shapes=mamba.GGUF_SHAPES,
     sizes=mamba.SIZES,
     biases=(*decoder.ALL_LINEARS[:4], "ssm_conv1d"),
     read_config=_read,

@@ -121,12 +121,9 @@ FAMILY = Family(
         "mixer.k_proj.weight": "rotary",
         "mixer.A_log": "decay",
     },
-    # MG: channels of a group of a state space; G: number of groups.
-    shapes={
-        **mamba.SHAPES,
-    },
-    gguf_shapes={**mamba.GGUF_SHAPES, "ssm_norm": ("G", "MG")},
-    sizes={**mamba.SIZES, "MG": "mamba_group_width", "G": "mamba_n_groups"},
+    shapes=mamba.SHAPES,
+    gguf_shapes=mamba.GGUF_SHAPES,
+    sizes=mamba.SIZES,
     biases=("ffn_up", "ffn_down", "ssm_conv1d"),
     final_norm="model.norm_f",
     read_config=_read,

@@ -123,7 +123,7 @@ def _list_roles(shape: ModelShape) -> list[tuple[bool, ...]]:
     """Return, for each role that some block must keep, whether each block has it.
 
     The roles are attention and a recurrent state, in families that have both: llama.cpp allocates
-    memory for both and aborts if one is empty.
+    memory for both and aborts if one is empty. Where every block has both, there is one role.
     """
-    roles = (shape.attends, shape.recurs)
+    roles = {shape.attends, shape.recurs}
     return [role for role in roles if any(role)] if shape.family.has_state else []

@@ -47,6 +47,7 @@ def round_to_grid(
     hessian: Hessian,
     grid: Grid,
     order_I: Tensor | None = None,
+    factor_X1: Tensor | None = None,
 ) -> tuple[Tensor, GridCodes]:
     """Return the weights as the format stores them, zero outside the mask, and their codes.
 
@@ -57,7 +58,12 @@ def round_to_grid(
         grid: of the number format.
         order_I: column at each position of the file, whose neighbours share a step, and in which
             the codes are returned; None if the file has them in the model's order.
+        factor_X1: of the rows in the file, whose codes are chosen: (O, 1) or (1, 1).
     """
+    if factor_X1 is not None:
+        pruned = PrunedWeights(pruned.weight_OI * factor_X1, pruned.keep_OI)
+        target_OI = target_OI * factor_X1
+
     H_II = hessian.matrix_II
     if order_I is not None:
         pruned = PrunedWeights(pruned.weight_OI[:, order_I], pruned.keep_OI[:, order_I])
@@ -71,6 +77,8 @@ def round_to_grid(
     weight_OI = torch.from_numpy(grid.decode(codes)).to(target_OI.device)
     if order_I is not None:
         weight_OI = weight_OI[:, order_I.argsort()]
+    if factor_X1 is not None:
+        weight_OI = weight_OI / factor_X1
     return weight_OI, codes
 
 

@@ -5,6 +5,7 @@ Linears with one statistic are solved together, each in the process that owns it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from racdeploy import plugins
 from racdeploy.models.families import find_expert, generalize_expert
+from racdeploy.models.multipliers import list_row_factors
 from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.walk.blockwise_model import set_parameter
@@ -34,6 +36,8 @@ from racdeploy.pruning.weights.rounding import round_to_grid
 from racdeploy.quant import RoundingQuant, explain_misfit, load, load_grid, rounding_quant_of
 from racdeploy.quant.grid import GridCodes
 
+GgufLayout = tuple[Tensor | None, Tensor | None]
+"""The column at each position of a GGUF file, and a factor, (1, 1), or one for each row, (O, 1)."""
 LinearSolution = tuple[Tensor, Tensor, float, GridCodes | None]
 """Pruned weights, their target, the damping, and the codes if they were chosen."""
 
@@ -129,11 +133,10 @@ class LinearPruner:
 
             if name := self.quant_of(pair, linear):
                 # GGUF files reorder some columns, and neighbours in the file share a scale.
-                order_I = None
+                layout: GgufLayout = (None, None)
                 if "gguf" in load(name).FORMATS:
-                    order_I = find_solve_order(pair.checkpoint.shape, linear, target_OI)
-                grid = load_grid(name)
-                weight_OI, codes = round_to_grid(pruned, live_OI, hessian, grid, order_I)
+                    layout = find_gguf_layout(pair.checkpoint.shape, linear, target_OI)
+                weight_OI, codes = round_to_grid(pruned, live_OI, hessian, load_grid(name), *layout)
 
             solved[linear] = weight_OI, target_OI, hessian.damping, codes
 
@@ -177,8 +180,13 @@ class LinearPruner:
         return NOfM(*settings.n_m) if settings.n_m else Unstructured(self.sparsities[name])
 
 
-def find_solve_order(shape: ModelShape, linear: str, weight_OI: Tensor) -> Tensor | None:
-    """Return the column at each position of a GGUF file; None if its order is the model's."""
-    transform = shape.family.transforms.get(f"{generalize_expert(linear)}.weight")
-    order_I = find_gguf_column_order(transform, shape, weight_OI.shape[1])
-    return None if order_I is None else torch.from_numpy(order_I).to(weight_OI.device)
+def find_gguf_layout(shape: ModelShape, linear: str, weight_OI: Tensor) -> GgufLayout:
+    """Return the order of a linear's columns in a GGUF file, and the factors of its rows."""
+    parameter, device = f"{generalize_expert(linear)}.weight", weight_OI.device
+    family = shape.family
+    order_I = find_gguf_column_order(family.transforms.get(parameter), shape, weight_OI.shape[1])
+    factors = list_row_factors(shape, family.block_tensors[parameter])
+    return (
+        None if order_I is None else torch.from_numpy(order_I).to(device),
+        torch.from_numpy(math.prod(factors)).to(device) if factors else None,
+    )

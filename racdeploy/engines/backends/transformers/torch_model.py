@@ -79,7 +79,9 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
 def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
     """Fill the constant scales of modules, which no file holds."""
     D = shape.hidden_size
+    compute_mup = getattr(sys.modules[type(model).__module__], "compute_mup_vector", None)
     scales = {
+        "mup_vector": compute_mup(model.config) if compute_mup else 1.0,  # of Falcon-H1
         "router_input_scale": 1 / D,
         "per_layer_projection_scale": D**-0.5,
         "per_layer_input_scale": 2**-0.5,
@@ -91,7 +93,7 @@ def _fill_scales(model: nn.Module, shape: ModelShape) -> None:
 
         for name, _ in list(module.named_buffers(recurse=False)):
             if name in values:
-                module.register_buffer(name, torch.tensor(values[name]), persistent=False)
+                module.register_buffer(name, torch.as_tensor(values[name]), persistent=False)
 
 
 def _rotary(model: nn.Module) -> dict[str, nn.Module]:
@@ -283,9 +285,13 @@ def make_cache(model: nn.Module, checkpoint: Checkpoint) -> Any:
     if not checkpoint.family.has_state:
         return DynamicCache()
 
-    # In transformers 4, most models with a state make their cache, but not this one.
-    name = "HybridMambaAttentionDynamicCache"
-    make = getattr(sys.modules[type(model).__module__], name, None)
+    # In transformers 4, most models with a state make their cache, but not these.
+    module = sys.modules[type(model).__module__]
+    if make := getattr(module, "FalconHybridMambaAttentionDynamicCache", None):
+        devices = ["cpu"] * checkpoint.shape.block_count
+        return make(model.config, batch_size=1, dtype=torch.float32, devices=devices)
+
+    make = getattr(module, "HybridMambaAttentionDynamicCache", None)
     return make(model.config, batch_size=1, dtype=torch.float32) if make else None
 
 
