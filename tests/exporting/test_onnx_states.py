@@ -1,4 +1,4 @@
-"""ONNX graphs of models whose blocks keep a state: LFM2, Qwen3.5, Granite 4, Nemotron-H."""
+"""ONNX graphs of models whose blocks keep a state: LFM2, Qwen3.5, Granite 4, Nemotron-H, Falcon-H1."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ CASES = [
     pytest.param(("qwen3_5_text", "cut"), marks=pytest.mark.matrix),
     ("granitemoehybrid", "whole"),
     ("nemotron_h", "whole"),
+    ("falcon_h1", "whole"),
 ]
 MAMBA = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
 MIXERS = {
@@ -46,6 +47,7 @@ MIXERS = {
     ),
     "granitemoehybrid": ("mamba", "in_proj", MAMBA),
     "nemotron_h": ("mixer", "in_proj", MAMBA),
+    "falcon_h1": ("mamba", "in_proj", MAMBA),
 }
 """Module of a block with a state, its first linear, and what computes the state."""
 

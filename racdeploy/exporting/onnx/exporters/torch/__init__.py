@@ -16,13 +16,15 @@ from racdeploy.plugins import require_package
 
 PREFERENCE = 3
 TESTED_FAMILIES = frozenset({
-    "ernie4_5", "exaone4", "gemma3_text", "glm4", "granite", "granitemoehybrid",
+    "ernie4_5", "exaone4", "falcon_h1", "gemma3_text", "glm4", "granite", "granitemoehybrid",
     "hunyuan_v1_dense", "llama", "ministral3", "mistral", "nemotron_h", "olmo3", "phi3", "qwen2",
     "qwen3", "qwen3_5_text", "seed_oss", "smollm3",
 })  # fmt: skip
 _FIRST_WITH_ATTENTION = (2, 9)  # of torch: it writes opset 23
 _FIRST_WITH_STATES = (5, 24)  # of transformers: modules ask the cache for their states
-_TRACED = frozenset({"full_attention", "sliding_attention", "linear_attention", "mlp"})
+_TRACED = frozenset({
+    "full_attention", "sliding_attention", "linear_attention", "hybrid", "mlp",
+})  # fmt: skip
 
 
 def check_environment() -> None:
