@@ -15,6 +15,7 @@ from racdeploy.engines.backends.transformers.torch_model import (
     embedding_scale,
     fill_parameter,
     make_position_embeddings,
+    set_parameter,
 )
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import InputGroups, ends_part
@@ -224,10 +225,3 @@ def _run_last(linear: nn.Module, input_BTI: Tensor, attends: bool, *_: Any, **__
 
 class _StopForward(Exception):
     """Ends a forward pass at the module whose input is recorded."""
-
-
-def set_parameter(block: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter of a block that has this name."""
-    owner, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(value, requires_grad=False)
-    block.get_submodule(owner).register_parameter(leaf, parameter)
