@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.results.answers import AnswerRecord
-from racdeploy.results.pruning import DeviationRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
@@ -153,7 +152,7 @@ class Evaluation:
             linears=model.linears,
             blocks=model.blocks,
             structure=model.structure,
-            deviations=[DeviationRow(**asdict(each)) for each in pruned.deviations],
+            deviations=pruned.deviations,
             kept_structure=measure_kept(self.job.checkpoint, model.checkpoint),
             recovery=model.recovery,
             fingerprint=measurements.fingerprint(self._engine_settings),
