@@ -55,9 +55,9 @@ FAMILY = Family(
         "ffn_down": ("down_multiplier",),
     },
     transforms={"mamba.A_log": "decay"},
-    shapes={**mamba.SHAPES, "ssm_in": ("M+M+GN+GN+MH", "D")},
+    shapes=mamba.SHAPES,
     gguf_shapes=mamba.GGUF_SHAPES,
-    sizes={**mamba.SIZES, "GN": "mamba_groups_width"},  # states of all groups
+    sizes=mamba.SIZES,
     biases=("ssm_conv1d",),
     read_config=_read,
     defaults={
