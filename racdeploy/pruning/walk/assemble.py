@@ -43,10 +43,6 @@ class CutShape:
         """Number of experts in every block that has some; 0 if none has."""
         return max(size["E"] for size in self.sizes)
 
-    def is_removed(self, inside: str) -> bool:
-        """Return True if a tensor of a block belongs to a removed expert."""
-        return bool(self.experts) and (find_expert(inside) or 0) >= self.experts
-
 
 def assemble(
     checkpoint: Checkpoint, blocks: Path, out: Path, shape: CutShape | None = None
@@ -127,13 +123,14 @@ def _renumber(checkpoint: Checkpoint, shape: CutShape) -> dict[str, TensorEntry]
     """Return the entries of kept blocks and of the model itself, by their new names."""
     family = checkpoint.family
     new_indices = {block: new_index for new_index, block in enumerate(shape.blocks)}
+    experts = shape.experts
 
     entries = {}
     for name, entry in checkpoint.all_entries.items():
         block, inside = family.split_block(name)
         if block is None:
             entries[name] = entry
-        elif block in new_indices and not shape.is_removed(inside):
+        elif block in new_indices and (find_expert(inside) or 0) < (experts or 1):
             entries[f"{family.blocks}.{new_indices[block]}.{inside}"] = entry
 
     return entries
