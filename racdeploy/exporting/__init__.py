@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, cast
 
@@ -24,6 +24,7 @@ from racdeploy.files.writing import disk_errors
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family, generalize_expert
+from racdeploy.results.pruning import DeviationRow
 
 WriteProgress = Callable[[int, int], None]
 """Called with the bytes (ONNX: weights) written so far, and their total."""
@@ -57,19 +58,6 @@ class ExportedTensor:
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """A property of a whole file that is not as requested.
-
-    The report has it as :class:`racdeploy.results.pruning.DeviationRow`.
-    """
-
-    subject: str
-    requested: str
-    actual: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class ExportResult:
     """A finished artifact: its files, its tensors, and how it differs from the request."""
 
@@ -79,7 +67,7 @@ class ExportResult:
     files: Mapping[str, str]  # path from the main file's folder → SHA-256, of all files
     notes: tuple[str, ...] = ()  # sentences: how the engine will differ from the checkpoint
     unpacked_sha256: str = ""  # of the plain file, if this one is a container
-    deviations: tuple[Deviation, ...] = ()
+    deviations: tuple[DeviationRow, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -88,10 +76,8 @@ class ExportResult:
 
     def to_json(self, folder: Path) -> Json:
         """Return the result as JSON values; its path is relative to ``folder``."""
-        return {
-            **asdict(replace(self, path=Path())),
-            "path": self.path.relative_to(folder).as_posix(),
-        }
+        values = TypeAdapter(type(self)).dump_python(replace(self, path=Path()))
+        return {**values, "path": self.path.relative_to(folder).as_posix()}
 
     @classmethod
     def from_json(cls, folder: Path, values: Mapping[str, Any]) -> ExportResult:

@@ -93,7 +93,4 @@ COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
     "hidden_per_head": _hidden_per_head,
     "mamba_group_width": lambda s: _state_space_width(s) // s.integer("mamba_n_groups"),
     "mamba_groups_width": lambda s: s.integer("mamba_n_groups") * s.integer("mamba_d_state"),
-    "mamba_convolved_width": lambda s: (
-        _state_space_width(s) + 2 * s.integer("mamba_n_groups") * s.integer("mamba_d_state")
-    ),
 }

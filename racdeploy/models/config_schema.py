@@ -71,6 +71,16 @@ _TokenIds = _TokenId | Annotated[list[_TokenId], Field(max_length=_MAX_LISTED)]
 _Block = Annotated[str, Field(pattern=r"^\d{1,5}$")]
 _BlockCounts = dict[str, Annotated[int, Field(ge=1, le=_MAX_FEED_FORWARD)]]
 _ByBlock = Annotated[dict[_Block, _BlockCounts], Field(max_length=_MAX_BLOCKS)]
+_TYPES: Mapping[str, tuple[Any, str]] = {
+    "numbers": (_Number, "a finite number"),
+    "switches": (bool, "true or false"),
+    "texts": (_Text, "a short text"),
+    "lists": (_List, f"a list of at most {_MAX_LISTED:,} texts or numbers"),
+    "tables": (_Table, "a table of numbers, texts and lists of them"),
+    "token_ids": (_TokenIds, "token ids"),
+    "switches_or_texts": (bool | _Text, "true, false or a short text"),
+    "blocks": (_ByBlock, "a table of blocks, each a table of counts"),
+}
 
 _KINDS: Mapping[str, Kind] = {
     **{
@@ -78,18 +88,11 @@ _KINDS: Mapping[str, Kind] = {
         for counts in _KEYS["counts"]
         for key in counts["keys"]
     },
-    **dict.fromkeys(_KEYS["numbers"], (TypeAdapter(_Number), "a finite number")),
-    **dict.fromkeys(_KEYS["switches"], (TypeAdapter(bool), "true or false")),
-    **dict.fromkeys(_KEYS["texts"], (TypeAdapter(_Text), "a short text")),
-    **dict.fromkeys(
-        _KEYS["lists"], (TypeAdapter(_List), f"a list of at most {_MAX_LISTED:,} texts or numbers")
-    ),
-    **dict.fromkeys(
-        _KEYS["tables"], (TypeAdapter(_Table), "a table of numbers, texts and lists of them")
-    ),
-    **dict.fromkeys(_KEYS["token_ids"], (TypeAdapter(_TokenIds), "token ids")),
-    "use_bidirectional_attention": (TypeAdapter(bool | _Text), "true, false or a short text"),
-    "per_layer_config": (TypeAdapter(_ByBlock), "a table of blocks, each a table of counts"),
+    **{
+        key: (TypeAdapter(kind), name)
+        for section, (kind, name) in _TYPES.items()
+        for key in _KEYS[section]
+    },
 }
 CHECKED_KEYS = frozenset(_KINDS)
 """Keys that racdeploy reads."""

@@ -18,21 +18,37 @@ Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns"
 - ``decay``: from the logarithm ``A_log`` to the negative rate, heads in the order of value_rows.
 """
 
+# GGUF names of linears that share an input, in forward order.
 INPUT_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
+    ("attn_q", "attn_k", "attn_v"),
+    ("attn_output",),
+    ("attn_qkv", "attn_gate"),
+    ("ssm_in", "shortconv.in_proj"),
+    ("ssm_out", "shortconv.out_proj"),
+    ("ffn_gate", "ffn_up", "ffn_gate_up"),
+    ("ffn_down",),
+    ("ffn_gate_exps", "ffn_up_exps"),
+    ("ffn_down_exps",),
+    ("ffn_gate_up_shexp",),
+    ("ffn_down_shexp",),
 )
-_LINEARS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+# Projections of a module → GGUF names.
+QKV = {"q": "attn_q", "k": "attn_k", "v": "attn_v"}
+ATTENTION = {**QKV, "o": "attn_output"}
+FEED_FORWARD = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
+EXPERTS = {part: f"{stored}_exps" for part, stored in FEED_FORWARD.items()}
+WEIGHT_AND_BIAS = ("weight", "bias")
+
+
+def name_linears(
+    module: str, stored: Mapping[str, str], kinds: Iterable[str] = ("weight",)
+) -> dict[str, str]:
+    """Return the names of a module's projections inside a block → GGUF names."""
+    return {
+        f"{module}.{name}_proj.{kind}": f"{in_file}.{kind}"
+        for name, in_file in stored.items()
+        for kind in kinds
+    }
 
 
 NORMS = {
@@ -63,35 +79,23 @@ PER_LAYER_MODEL_TENSORS = {
     "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
     "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
 }
-LINEAR_TENSORS = {
-    f"{linear}.{part}": f"{name}.{part}"
-    for linear, name in _LINEARS.items()
-    for part in ("weight", "bias")
-}
+_ATTENTION_TENSORS = name_linears("self_attn", ATTENTION, WEIGHT_AND_BIAS)
+LINEAR_TENSORS = _ATTENTION_TENSORS | name_linears("mlp", FEED_FORWARD, WEIGHT_AND_BIAS)
 BLOCK_TENSORS = LINEAR_TENSORS | NORMS
-NON_MLP_TENSORS = {key: name for key, name in BLOCK_TENSORS.items() if not key.startswith("mlp.")}
+NON_MLP_TENSORS = _ATTENTION_TENSORS | NORMS
 """Tensors of a block without those of Llama's feed-forward part."""
 MODEL_TENSORS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-ALL_LINEARS = tuple(_LINEARS.values())
+ALL_LINEARS = (*ATTENTION.values(), *FEED_FORWARD.values())
 
 
 def list_kinds(blocks: int, period: int, usual: str = "sliding_attention") -> list[str]:
     """Return the kind of each block if every n-th has full attention; at period 0 all have."""
     is_usual = [period and block % period for block in range(1, blocks + 1)]
     return [usual if each else "full_attention" for each in is_usual]
-
-
-def name_experts(module: str, kinds: Iterable[str] = ("weight",)) -> dict[str, str]:
-    """Return the names of all experts' tensors inside a block → GGUF names."""
-    return {
-        f"{module}.*.{part}_proj.{kind}": f"ffn_{part}_exps.{kind}"
-        for part in ("gate", "up", "down")
-        for kind in kinds
-    }
 
 
 # D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q columns of all query heads,
@@ -128,7 +132,7 @@ PER_LAYER_SIZES = {"P": "hidden_size_per_layer_input", "PP": "per_layer_inputs_w
 LLAMA_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 LLAMA_INTEGERS = {"vocab_size": "vocab_size", "rope.dimension_count": "rotary_width"}
 ROTARY_TRANSFORMS: dict[str, Transform] = {
-    f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in ("weight", "bias")
+    f"self_attn.{name}_proj.{part}": "rotary" for name in "qk" for part in WEIGHT_AND_BIAS
 }
 
 
@@ -161,9 +165,7 @@ DECI = GgufArchitecture(
 # Qwen3 with q, k and v in one matrix, and without an output projection.
 OPENELM = GgufArchitecture(
     "openelm",
-    block_tensors=dict.fromkeys(
-        (f"self_attn.{name}_proj.weight" for name in "qkv"), "attn_qkv.weight"
-    ),
+    block_tensors=name_linears("self_attn", dict.fromkeys(QKV, "attn_qkv")),
     gguf_integers={"rope.dimension_count": "rotary_width"},
     tied=True,
 )

@@ -117,27 +117,20 @@ def _take(
 
 def _list_parts(entry: TensorEntry, fused: FusedExperts, outputs: int) -> dict[str, TensorEntry]:
     """Return the parts of each expert, outputs first; ``outputs`` is their axis."""
-    parts = {}
-    for expert in range(entry.shape[0]):
-        for index, name in enumerate(fused.names(expert)):
-            parts[name] = _find(entry, fused, expert, index, outputs)
-    return parts
-
-
-def _find(
-    entry: TensorEntry, fused: FusedExperts, expert: int, index: int, outputs: int
-) -> TensorEntry:
     count = len(fused.parts)
     rows = entry.shape[outputs] // count
-    chosen = slice(index * rows, (index + 1) * rows)
-    if fused.interleaved:
-        chosen = slice(index, None, count)
-
     shape = (rows, *entry.shape[1:outputs], *entry.shape[outputs + 1 :])
-    where: tuple[int | slice, ...] = (expert, *(slice(None),) * (outputs - 1), chosen)
-    return _ExpertEntry(
-        entry.file, entry.start, entry.stop, entry.dtype, shape, entry, where, outputs == 2
-    )
+    stored = (entry.file, entry.start, entry.stop, entry.dtype, shape, entry)
+
+    parts: dict[str, TensorEntry] = {}
+    for expert in range(entry.shape[0]):
+        for index, name in enumerate(fused.names(expert)):
+            chosen = slice(index * rows, (index + 1) * rows)
+            if fused.interleaved:
+                chosen = slice(index, None, count)
+            where = (expert, *(slice(None),) * (outputs - 1), chosen)
+            parts[name] = _ExpertEntry(*stored, where, outputs == 2)
+    return parts
 
 
 @dataclass(frozen=True)

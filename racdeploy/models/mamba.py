@@ -1,7 +1,7 @@
 """State spaces of Mamba 2, as several families have them: tensor names, shapes, and settings.
 
-M: all channels of a state space; MH: its heads; MC: channels of its convolution; C: its length; G:
-groups, whose norms are apart; MG: channels of a group.
+M: all channels of a state space; MH: its heads; C: length of its convolution; G: groups, whose
+norms are apart; MG: channels of a group; GN: states of all groups.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _NAMES = {
     "out_proj.weight": "ssm_out.weight",
 }
 SHAPES = {
-    "ssm_in": ("M+MC+MH", "D"),
-    "ssm_conv1d": ("MC", "1", "C"),
+    "ssm_in": ("M+M+GN+GN+MH", "D"),
+    "ssm_conv1d": ("M+GN+GN", "1", "C"),
     "ssm_dt": ("MH",),
     "ssm_a": ("MH",),
     "ssm_d": ("MH",),
@@ -33,11 +33,11 @@ SHAPES = {
 GGUF_SHAPES = {"ssm_a": ("MH", "1"), "ssm_d": ("MH", "1"), "ssm_norm": ("G", "MG")}
 SIZES = {
     "M": "mamba_width",
-    "MC": "mamba_convolved_width",
     "MH": "mamba_n_heads",
     "C": "mamba_d_conv",
     "G": "mamba_n_groups",
     "MG": "mamba_group_width",
+    "GN": "mamba_groups_width",
 }
 GGUF_INTEGERS = {
     "ssm.conv_kernel": "mamba_d_conv",

@@ -41,25 +41,18 @@ def select_tensors(stored: Mapping[str, TensorEntry], shape: ModelShape) -> dict
     if not (head and shape.family.mtp_tensors and attending):
         return {}
 
-    shapes = {name: tuple(entry.shape) for name, entry in head.items()}
-    return head if shapes == _expect_shapes(shape, attending[-1], count_blocks(head)) else {}
-
-
-def _expect_shapes(shape: ModelShape, like: int, blocks: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a head's tensors if its blocks are like block ``like`` of the model."""
     family = shape.family
-    sizes = shape.sizes[like]
-    shapes = {}
+    sizes, kinds = shape.sizes[attending[-1]], shape.kinds[attending[-1]]
+    expected = {}
 
     for name, stored in family.mtp_tensors.items():
         letters = family.axes.get(stored.removesuffix(".weight"), ("D",))
-        shapes[PREFIX + name] = widths.axis_lengths(letters, sizes)
+        expected[PREFIX + name] = widths.axis_lengths(letters, sizes)
 
-    for block in range(blocks):
+    for block in range(count_blocks(head)):
         for inside in family.block_tensors:
-            if family.has_tensor(shape.kinds[like], inside) and not inside.endswith(".bias"):
-                shapes[f"{PREFIX}layers.{block}.{inside}"] = widths.tensor_shape(
-                    family, inside, sizes
-                )
+            if family.has_tensor(kinds, inside) and not inside.endswith(".bias"):
+                block_shape = widths.tensor_shape(family, inside, sizes)
+                expected[f"{PREFIX}layers.{block}.{inside}"] = block_shape
 
-    return shapes
+    return head if expected == {name: tuple(head[name].shape) for name in head} else {}

@@ -151,14 +151,9 @@ class Build:
             else:
                 find_stage(name).run_as_follower(arguments)
 
-    def traces(self, sparse: Path | None = None, max_prompts: int = 0) -> tuple[Path, list[Trace]]:
-        """Collect a model's traces, or read them back.
-
-        Args:
-            sparse: folder of a pruned model; None for the dense one.
-            max_prompts: number of prompts to answer, the first ones; 0 for all.
-        """
-        return self.trace_stage.run(sparse, max_prompts)
+    def traces(self) -> tuple[Path, list[Trace]]:
+        """Collect the dense model's traces, or read them back."""
+        return self.trace_stage.run()
 
     def shorten(self) -> Build:
         """Return the build of the dense model that has learned to think less; itself if it has."""
@@ -264,7 +259,7 @@ class Build:
         """Recover a pruned model, then choose its codes if the recipe asks for it."""
         stage = self.prune_stage
         choose_codes = stage.choose_codes if stage.quants else None
-        return self.recover_stage.run(model, name, self.traces, choose_codes)
+        return self.recover_stage.run(model, name, self.trace_stage.run, choose_codes)
 
     def export(
         self,

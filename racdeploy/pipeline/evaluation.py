@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from racdeploy.pipeline.tokenization import compare_tokenization
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning import PrunedModel
 from racdeploy.results.answers import AnswerRecord
-from racdeploy.results.pruning import DeviationRow
 from racdeploy.results.report import Report
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
@@ -153,7 +152,7 @@ class Evaluation:
             linears=model.linears,
             blocks=model.blocks,
             structure=model.structure,
-            deviations=[DeviationRow(**asdict(each)) for each in pruned.deviations],
+            deviations=pruned.deviations,
             kept_structure=measure_kept(self.job.checkpoint, model.checkpoint),
             recovery=model.recovery,
             fingerprint=measurements.fingerprint(self._engine_settings),
@@ -184,7 +183,6 @@ class Evaluation:
             backend=self.job.backend,
             rivals=tuple(others),
             artifact=pruned.path,
-            artifact_files=pruned.files,
             requested_sparsity=model.requested_sparsity,
             tensors=measurements.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
@@ -259,7 +257,7 @@ class Evaluation:
             answers = sibling.answer(exported, name, model.folder, self.control)
             stats = answers.reused_stats or answers.stats
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)
-            artifacts.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
+            artifacts.append(OtherArtifact(arm, job.backend, exported.path))
 
         return tuple(artifacts)
 

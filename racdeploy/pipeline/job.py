@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -254,7 +254,13 @@ class Job:
             linear = weight.removesuffix(".weight")
             names = sorted({*self.quants_of(weight)})
             if len(names) > 1:
-                errors.append(_need_one_quant(linear, names))
+                error = UsageError(
+                    "codes-need-one-quant",
+                    f"optimized rounding needs one number format for {linear}, and its parts have "
+                    f"{', '.join(names)}",
+                    remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
+                )
+                errors.append(error)
             elif quant.has_grid(names[0]):
                 chosen[linear] = names[0]
             elif rounding:
@@ -263,22 +269,18 @@ class Job:
         formats = sorted({*chosen.values()})
         if len(formats) > 1 and "L" in self.structure.sizes:
             # Rules for blocks count those of the file, which are known after pruning.
-            errors.append(_need_all_blocks(formats))
+            error = UsageError(
+                "codes-need-all-blocks",
+                f"optimized rounding to several formats ({', '.join(formats)}) needs all blocks",
+                remedy="one number format for all linears, or leave out --keep blocks",
+            )
+            errors.append(error)
             chosen = {}
 
         if rounding and errors:
             raise errors[0]
         notes = [f"rounded to nearest instead: {error.message}" for error in errors[:1]]
         return chosen, tuple(notes)
-
-
-def _need_one_quant(linear: str, quants: Sequence[str]) -> UsageError:
-    return UsageError(
-        "codes-need-one-quant",
-        f"optimized rounding needs one number format for {linear}, and its parts have "
-        f"{', '.join(quants)}",
-        remedy="give them the same in export.tensors, or export.rounding = 'nearest'",
-    )
 
 
 def _lacks_grid(linear: str, name: str, form: str) -> UsageError:
@@ -288,14 +290,6 @@ def _lacks_grid(linear: str, name: str, form: str) -> UsageError:
         f"{linear} is stored as {name}, which has no codes to choose",
         remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the linear in "
         "prune.ignore, or export.rounding = 'nearest'",
-    )
-
-
-def _need_all_blocks(quants: Sequence[str]) -> UsageError:
-    return UsageError(
-        "codes-need-all-blocks",
-        f"optimized rounding to several formats ({', '.join(quants)}) needs all blocks",
-        remedy="one number format for all linears, or leave out --keep blocks",
     )
 
 

@@ -113,8 +113,12 @@ class PruneStage:
         tokens = count_tokens(chosen)
         if self.calibration.source == "prompt":
             # Prompts alone get as many tokens as whole traces, so that only the source differs.
+            mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
+            count = math.ceil(_DRAW_RATIO * tokens / mean)
+            drawn = self.tasks.draw("calibration", self.trace_seed, count)
             held_out = {trace.question for trace in selection.held_out}
-            chosen = self._draw_prompts(traces, tokens, held_out)
+            fresh = [problem for problem in drawn if problem.question not in held_out]
+            chosen = take_within_budget(make_prompt_traces(self.encoder, fresh), tokens)
 
         held_out_tasks = {trace.task for trace in selection.held_out}
         counts = {
@@ -198,17 +202,6 @@ class PruneStage:
             processes=self.workspace.processes,
             **{**arguments, "checkpoint": Checkpoint(arguments["checkpoint"])},
         )
-
-    def _draw_prompts(
-        self, traces: Sequence[Trace], tokens: int, held_out: set[str]
-    ) -> list[Trace]:
-        """Return prompts with about ``tokens`` tokens, without held-out questions."""
-        mean = sum(len(trace.prompt_ids) for trace in traces) / len(traces)
-        count = math.ceil(_DRAW_RATIO * tokens / mean)
-        drawn = self.tasks.draw("calibration", self.trace_seed, count)
-
-        fresh = [problem for problem in drawn if problem.question not in held_out]
-        return take_within_budget(make_prompt_traces(self.encoder, fresh), tokens)
 
 
 def note_experts(linears: Sequence[LinearRow]) -> str:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from racdeploy import exporting, plugins
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
-from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.families import generalize_expert
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
 from racdeploy.pruning.structure.layout import (
@@ -21,7 +19,7 @@ from racdeploy.pruning.structure.layout import (
     nearest_share,
 )
 from racdeploy.pruning.structures import list_parts
-from racdeploy.pruning.walk.assemble import CutShape
+from racdeploy.pruning.walk.assemble import CutShape, list_cut_entries
 from racdeploy.recipe import Structure
 from racdeploy.report.structure import describe_remaining
 from racdeploy.results.pruning import KeptStructure, StructureRow
@@ -145,20 +143,12 @@ def expect_structure(checkpoint: Checkpoint, settings: Structure) -> ExpectedStr
     family, vocabulary = checkpoint.family, checkpoint.shape.vocab_size
     sizes = {}
 
-    for name, entry in checkpoint.entries.items():
-        remaining: Sequence[int] = entry.shape
-
-        block, inside = family.split_block(name)
-        if block is not None:
-            if block >= len(shape.sizes) or shape.is_removed(inside):
-                continue
-            if generalize_expert(inside) in family.block_tensors:
-                remaining = widths.tensor_shape(family, inside, shape.sizes[block])
-
-        elif remaining[0] == vocabulary:
-            remaining = (tokens, *remaining[1:])
-
-        sizes[name] = math.prod(remaining)
+    for name, entry in list_cut_entries(checkpoint, shape).items():
+        rows, *others = entry.shape
+        if rows == vocabulary and family.split_block(name)[0] is None:
+            rows = tokens
+        if name in checkpoint.entries:  # the multi-token-prediction head is not cut
+            sizes[name] = math.prod((rows, *others))
 
     heads = shape.widths["num_key_value_heads"][0]
     kept = _make_kept(checkpoint, sum(sizes.values()), len(shape.blocks), heads, tokens)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from racdeploy import plugins
+from racdeploy.engines.backends.transformers.torch_model import set_parameter
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
@@ -41,7 +42,7 @@ from racdeploy.pruning.structure.decision import decide_cut_plan
 from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.pruning.walk.batches import Batch, make_batches
 from racdeploy.pruning.walk.block_files import BlockFiles
-from racdeploy.pruning.walk.blockwise_model import BlockwiseModel, set_parameter
+from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.pruning.walk.expert_linears import measure_expert_errors
 from racdeploy.pruning.walk.hessian import Hessian

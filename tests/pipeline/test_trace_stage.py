@@ -31,7 +31,7 @@ def test_a_sparse_model_answers_here(tmp_path: Path) -> None:
     """The server is not asked, and such traces have the versions that compute here."""
     dense, sparse = (make_checkpoint(tmp_path / str(seed), "qwen3", seed=seed) for seed in range(2))
     build = _build(dense, tmp_path / "work", server=NOBODY)
-    _, traces = build.traces(sparse)
+    _, traces = build.trace_stage.run(sparse)
     assert len(traces) == TRACES["count"]
 
     stage = build.trace_stage

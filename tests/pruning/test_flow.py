@@ -98,7 +98,8 @@ def test_half_the_linears_are_computed_again(
             found.linear_input(block, group, 0)
         found.advance(block, 0)
     by_group = [
-        [counts[block.get_submodule(n)] for n in names] for names in checkpoint.family.input_groups
+        [counts[block.get_submodule(n)] for n in names]
+        for names in checkpoint.shape.input_groups[0]
     ]
     assert by_group == [[1, 1, 1], [3], [1, 1], [1]]
 

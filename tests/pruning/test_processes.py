@@ -272,9 +272,9 @@ def test_traces_of_a_sparse_model_are_shared_out_where_all_can_read_it(
         tmp_path / "sparse", "qwen3", num_hidden_layers=2, hidden_size=64, seed=1
     )
     processes = _Two(reads)
-    _, traces = Build(Job(recipe), tmp_path / "work", 1, None, processes).traces(sparse)
+    _, traces = Build(Job(recipe), tmp_path / "work", 1, None, processes).trace_stage.run(sparse)
     assert processes.shared == shared
-    assert traces == Build(Job(recipe), tmp_path / "alone", 1).traces(sparse)[1]
+    assert traces == Build(Job(recipe), tmp_path / "alone", 1).trace_stage.run(sparse)[1]
 
 
 def test_another_torch_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,7 @@ def write_o200k(folder: Path) -> Path:
     made = ("".join(merge) for merge in model["merges"][-2:])
     model["vocab"] |= dict(zip(made, places, strict=True))
 
-    regex = next(
-        regex
-        for regex, known in APPROXIMATE_PRE_TOKENIZERS.items()
-        if known.display_name == "o200k"
-    )
+    regex = next(regex for regex, known in APPROXIMATE_PRE_TOKENIZERS.items() if known == "o200k")
     written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = regex
     file.write_text(json.dumps(written), encoding="utf-8")
     return folder

@@ -11,11 +11,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from racdeploy.errors import ModelError
-from racdeploy.exporting import Deviation
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.tensor_coverage import list_used_tensors
+from racdeploy.results.pruning import DeviationRow
 
 
 def find_architecture(checkpoint: Checkpoint) -> Family:
@@ -89,7 +89,7 @@ def unsupported_reason(checkpoint: Checkpoint, sizes: Collection[str], uniform: 
     return ""
 
 
-def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
+def list_deviations(checkpoint: Checkpoint) -> tuple[DeviationRow, ...]:
     """Return a deviation, with its reason, if the file has not the family's usual architecture."""
     usual, actual = _find_usual(checkpoint.shape), find_architecture(checkpoint)
     if actual == usual:
@@ -97,7 +97,14 @@ def list_deviations(checkpoint: Checkpoint) -> tuple[Deviation, ...]:
 
     why = _reason_against_usual(checkpoint.shape)
     reason = f"{why}; under the name {actual.gguf_arch}, its code computes this same model"
-    return (Deviation("architecture", usual.gguf_arch, actual.gguf_arch, reason),)
+    return (
+        DeviationRow(
+            subject="architecture",
+            requested=usual.gguf_arch,
+            actual=actual.gguf_arch,
+            reason=reason,
+        ),
+    )
 
 
 def _find_usual(shape: ModelShape) -> Family:

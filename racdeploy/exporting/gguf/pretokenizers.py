@@ -7,7 +7,6 @@ Source: llama.cpp ``src/llama-vocab.cpp``, ``llm_tokenizer_bpe`` and ``tokenizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from racdeploy.errors import ModelError
 from racdeploy.files.reading import Json
@@ -36,23 +35,14 @@ _CASED = tuple(
 _SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-class Approximation(NamedTuple):
-    """A pre-tokenizer without an equal in llama.cpp: its name, llama.cpp's, and the nearest."""
-
-    display_name: str
-    llama_cpp_name: str
-    nearest: str
-
-
 # Unlike those that llama.cpp has for them, it keeps combining marks in words: of 10,380 strings, 0
 # to 89 differ instead of 315 to 368. It also handles only ASCII capitals. Older versions lack it.
-_NEAREST = "granite-embed-multi-97m"
+NEAREST = "granite-embed-multi-97m"
 APPROXIMATE_PRE_TOKENIZERS = {
-    rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH}": Approximation("Tekken", "tekken", _NEAREST),
-    rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH}": (
-        Approximation("o200k", "gpt-4o", _NEAREST)
-    ),
+    rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_SLASH}": "Tekken",
+    rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH}": "o200k",
 }
+"""Pre-tokenizers without an equal in llama.cpp; the nearest is :data:`NEAREST`."""
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     (("split " + _QWEN2, "bytes"), False): "qwen2",
     (("split " + _LLAMA3, "bytes"), True): "llama-bpe",
@@ -64,8 +54,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def find_approximation(tokenizer: Json) -> Approximation | None:
-    """Return the approximation of a pre-tokenizer without an equal in llama.cpp, or None."""
+def find_approximation(tokenizer: Json) -> str | None:
+    """Return the name of a pre-tokenizer without an equal in llama.cpp, or None."""
     for step in _name_steps(tokenizer.get("pre_tokenizer")):
         if known := APPROXIMATE_PRE_TOKENIZERS.get(step.removeprefix("split ")):
             return known
@@ -80,11 +70,11 @@ def find_pre_tokenizer(tokenizer: Json, *, approximate: bool = False) -> str:
     """
     known = find_approximation(tokenizer)
     if known and approximate:
-        return known.nearest
+        return NEAREST
     if known:
         raise ModelError(
             "approximate-pre-tokenizer",
-            f"llama.cpp only approximates the pre-tokenizer {known.display_name} of this tokenizer:"
+            f"llama.cpp only approximates the pre-tokenizer {known} of this tokenizer:"
             " capitals outside ASCII and combining marks are split differently",
             remedy="accept a fraction of hard strings that differ, which is counted and shown: "
             "export.accept_token_differences = 0.001",

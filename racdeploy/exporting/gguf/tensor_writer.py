@@ -27,7 +27,6 @@ from racdeploy.processes.cores import available_cores
 from racdeploy.quant.grid import Bytes, Floats, GridCodes
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights, list_stored_codes
-from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from racdeploy.tensors.safetensors import to_float32
 
 ALIGNMENT = 32
@@ -92,7 +91,13 @@ class TensorWriter:
         """Yield the packed rows of a tensor slab by slab, in order, with their count of zeros."""
         quant = quants.load_ggml(tensor.actual_quant)
         if packed := tensor.find_mxfp4_parts(self.checkpoint):
-            yield from _copy(packed, quant, tensor)
+            for entry in packed:  # its codes go into the file unchanged
+                packed_OP = entry.read_as_ggml()
+                stored_OI = quant.dequantize(packed_OP, tensor.shape[-1])
+                quants.check_finite(
+                    tensor.source, tensor.actual_quant, stored_OI, stored_OI, wider=""
+                )
+                yield packed_OP, int(np.count_nonzero(stored_OI == 0))
             return
 
         known = (
@@ -140,17 +145,6 @@ class TensorWriter:
             each.select_rows(slice(index * O, (index + 1) * O))
             for each, O in zip(codes, rows, strict=True)
         ]
-
-
-def _copy(
-    packed: Iterable[Mxfp4Entry], quant: quants.GgmlQuant, tensor: GgufTensorPlan
-) -> Iterator[_QuantizedSlab]:
-    """Yield matrices whose codes go into the file unchanged, with their count of zeros."""
-    for entry in packed:
-        packed_OP = entry.read_as_ggml()
-        stored_OI = quant.dequantize(packed_OP, tensor.shape[-1])
-        quants.check_finite(tensor.source, tensor.actual_quant, stored_OI, stored_OI, wider="")
-        yield packed_OP, int(np.count_nonzero(stored_OI == 0))
 
 
 def split_into_parts(plan: list[GgufTensorPlan], part_bytes: int) -> list[list[GgufTensorPlan]]:

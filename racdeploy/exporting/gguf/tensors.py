@@ -145,7 +145,13 @@ def _plan_tensor(
         piece = (stored.index(name.split(".", 2)[2]), len(stored))
     shape = _shape_in_file(checkpoint, family, name, parts, piece, transform)
 
-    unfused_names = _list_unfused_names(checkpoint.family, name, parts)
+    # The names of a fused tensor's parts in the family's usual architecture.
+    unfused_names: Names = ()
+    if len(parts) > 1:
+        block = name.rpartition("blk.")[2].partition(".")[0]
+        insides = [family.split_block(part)[1] for part in parts]
+        usual = [checkpoint.family.block_tensors.get(each) for each in insides]  # None: an expert
+        unfused_names = tuple(f"blk.{block}.{each}" for each in usual if each)
     choice = _choose(name, shape, mix, checkpoint, unfused_names)
     return GgufTensorPlan(
         name,
@@ -280,17 +286,6 @@ def _check_shape(checkpoint: Checkpoint, source: str) -> None:
             f"{checkpoint.folder}: {source!r} has shape {shape}, its config.json means {expected}",
             remedy="the weights and the config belong to different models",
         )
-
-
-def _list_unfused_names(family: Family, name: str, parts: Names) -> Names:
-    """Return the names of a fused tensor's parts in the family's usual architecture."""
-    if len(parts) == 1:
-        return ()
-
-    block = name.rpartition("blk.")[2].partition(".")[0]
-    insides = [family.split_block(part)[1] for part in parts]
-    usual = [family.block_tensors.get(inside) for inside in insides]  # None: an expert
-    return tuple(f"blk.{block}.{each}" for each in usual if each)
 
 
 def _choose(

@@ -196,7 +196,17 @@ def _read_sentencepiece(
         notes=tuple(_notes(tokens, special)),
     )
     if scores is None:
-        merging = _with_merges(vocabulary, checkpoint, tokens)
+        added = {token["content"] for token in tokens.added.values()}
+        encode = read_tokenizer(checkpoint.tokenizer.file).encode
+        pieces.check_merges(tokens.tokenizer, added, encode)
+        joined = tuple(map(" ".join, read_merges(tokens.tokenizer["model"])))
+        merging = replace(
+            vocabulary,
+            model=GEMMA4,
+            texts=_fill_gaps(tokens.texts, size),  # with replaced spaces, added tokens too
+            pre_tokenizer=GEMMA4,
+            merges=joined,
+        )
         return _as_converted(merging) if is_gemma4 else merging
 
     in_order = []
@@ -204,17 +214,6 @@ def _read_sentencepiece(
         score = scores.get(tokens.texts.get(i, ""), pieces.UNUSED_SCORE)
         in_order.append(pieces.ADDED_SCORE if i in tokens.added else score)
     return replace(vocabulary, scores=tuple(in_order), add_space_prefix=add_space_prefix)
-
-
-def _with_merges(vocabulary: Vocabulary, checkpoint: Checkpoint, tokens: Tokens) -> Vocabulary:
-    """Return a vocabulary with merges, in the form of Gemma 4."""
-    added = {token["content"] for token in tokens.added.values()}
-    pieces.check_merges(tokens.tokenizer, added, read_tokenizer(checkpoint.tokenizer.file).encode)
-
-    joined = tuple(map(" ".join, read_merges(tokens.tokenizer["model"])))
-    # With replaced spaces, added tokens too.
-    texts = _fill_gaps(tokens.texts, len(vocabulary.texts))
-    return replace(vocabulary, model=GEMMA4, texts=texts, pre_tokenizer=GEMMA4, merges=joined)
 
 
 def _as_converted(vocabulary: Vocabulary) -> Vocabulary:

@@ -11,7 +11,6 @@ from racdeploy import packing as packings
 from racdeploy import quant as quants
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.exporting import (
-    Deviation,
     ExportedTensor,
     ExportResult,
     Metadata,
@@ -33,6 +32,7 @@ from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.stored_codes import list_stored_codes
+from racdeploy.results.pruning import DeviationRow
 
 _ROUNDED_RAMP = (
     "llama.cpp begins and ends YaRN's ramp at whole dimensions, and this model does not: rotations "
@@ -55,7 +55,7 @@ class GgufPlan:
     general: Mapping[str, Any]
     importance: Importance | None
     notes: tuple[str, ...]
-    deviations: tuple[Deviation, ...]
+    deviations: tuple[DeviationRow, ...]
 
     @property
     def total_bytes(self) -> int:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from racdeploy.errors import EnvironmentFailure, ModelError
@@ -38,8 +39,8 @@ class Family:
         architecture: class name in ``config.json``, as ``Qwen3ForCausalLM``.
         block_tensors: parameter name inside a block → name inside ``blk.N.`` in the GGUF file.
         model_tensors: parameter name outside the blocks → name in the GGUF file.
-        input_groups: prunable linears of one block by the input they share; one statistic each, or
-            with ``*`` one for each expert.
+        gguf_input_groups: GGUF names of prunable linears of one block by the input they share, in
+            forward order; names that the family does not have are skipped.
         kind_prefixes: kind of block, one of ``ModelShape.kinds`` → prefixes of names that only
             such blocks have; empty if all blocks are alike.
         dense_blocks: setting with the number of first blocks without experts, which are of the
@@ -117,7 +118,7 @@ class Family:
     block_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.BLOCK_TENSORS)
     model_tensors: Mapping[str, str] = field(default_factory=lambda: decoder.MODEL_TENSORS)
     blocks: str = "model.layers"
-    input_groups: InputGroups = decoder.INPUT_GROUPS
+    gguf_input_groups: InputGroups = decoder.INPUT_GROUPS
     kind_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dense_blocks: str = ""
     read_block_settings: Callable[[Config], dict[str, Sequence[int]]] = _say_nothing
@@ -164,10 +165,11 @@ class Family:
     per_block_arch: GgufArchitecture | None = None
     lookup_table_modules: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def linears(self) -> tuple[str, ...]:
         """Prunable linears of blocks of every kind, without ``.weight``, in forward order."""
-        return tuple(linear for group in self.input_groups for linear in group)
+        groups = self.list_input_groups(self.kind_prefixes)
+        return tuple(linear for group in groups for linear in group)
 
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
@@ -213,10 +215,18 @@ class Family:
         return not owners or not set(owners).isdisjoint(kinds)
 
     def list_input_groups(self, kinds: Collection[str]) -> InputGroups:
-        """Return the input groups of blocks of these kinds, without linears that they lack."""
+        """Return the prunable linears of blocks of these kinds by the input they share.
+
+        Each group has one statistic, or with ``*`` one for each expert.
+        """
+        linears = {
+            name.removesuffix(".weight"): stored.removesuffix(".weight")
+            for name, stored in self.block_tensors.items()
+            if self.has_tensor(kinds, name)
+        }
         groups = (
-            tuple(linear for linear in group if self.has_tensor(kinds, linear))
-            for group in self.input_groups
+            tuple(linear for linear, stored in linears.items() if stored in group)
+            for group in self.gguf_input_groups
         )
         return tuple(filter(None, groups))
 

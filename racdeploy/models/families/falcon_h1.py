@@ -24,22 +24,15 @@ def _read(config: Config) -> Config:
     }
 
 
-_ATTENTION = {
-    f"self_attn.{name}_proj.weight": f"attn_{stored}.weight"
-    for name, stored in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
-}
-_FEED_FORWARD = {
-    f"feed_forward.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")
-}
 FAMILY = Family(
     architecture="FalconH1ForCausalLM",
     gguf_arch="falcon-h1",
     block_tensors={
-        **_ATTENTION,
+        **decoder.name_linears("self_attn", decoder.ATTENTION),
         "input_layernorm.weight": "attn_norm.weight",
         "pre_ff_layernorm.weight": "ffn_norm",
         **mamba.name_tensors("mamba"),
-        **_FEED_FORWARD,
+        **decoder.name_linears("feed_forward", decoder.FEED_FORWARD),
     },
     model_tensors={
         "model.embed_tokens.weight": "token_embd.weight",
@@ -47,13 +40,6 @@ FAMILY = Family(
         "lm_head.weight": "output.weight",
     },
     final_norm="model.final_layernorm",
-    input_groups=(
-        *decoder.INPUT_GROUPS[:2],
-        ("mamba.in_proj",),
-        ("mamba.out_proj",),
-        ("feed_forward.gate_proj", "feed_forward.up_proj"),
-        ("feed_forward.down_proj",),
-    ),
     optional=("mamba.norm.weight",),
     attention_free_marking="hybrid",
     multipliers={
@@ -69,9 +55,9 @@ FAMILY = Family(
         "ffn_down": ("down_multiplier",),
     },
     transforms={"mamba.A_log": "decay"},
-    shapes={**mamba.SHAPES, "ssm_in": ("M+M+GN+GN+MH", "D")},
+    shapes=mamba.SHAPES,
     gguf_shapes=mamba.GGUF_SHAPES,
-    sizes={**mamba.SIZES, "GN": "mamba_groups_width"},  # states of all groups
+    sizes=mamba.SIZES,
     biases=("ssm_conv1d",),
     read_config=_read,
     defaults={

@@ -16,7 +16,6 @@ FAMILY = Family(
         "post_self_attn_layernorm.weight": "post_attention_norm.weight",
         "post_mlp_layernorm.weight": "post_ffw_norm.weight",
     },
-    input_groups=(*decoder.INPUT_GROUPS[:2], ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     shapes={"ffn_up": ("F+F", "D")},
     defaults={
         "num_key_value_heads": 2,

@@ -10,7 +10,7 @@ from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.fused_experts import FusedExperts
 
-_EXPERTS = decoder.name_experts("mlp.experts", ("weight", "bias"))
+_EXPERTS = decoder.name_linears("mlp.experts.*", decoder.EXPERTS, decoder.WEIGHT_AND_BIAS)
 _GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 _ROPE = {
     "rope_type": "yarn",
@@ -38,7 +38,6 @@ FAMILY = Family(
         "mlp.router.bias": "ffn_gate_inp.bias",
         **_EXPERTS,
     },
-    input_groups=(*decoder.INPUT_GROUPS[:2], _GATE_UP, ("mlp.experts.*.down_proj",)),
     fused_experts={
         "mlp.experts.gate_up_proj": FusedExperts(
             tuple(f"{part}.weight" for part in _GATE_UP), interleaved=True, inputs_first=True

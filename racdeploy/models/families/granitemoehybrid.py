@@ -61,13 +61,6 @@ _DENSE = Family(
         **_STATE_SPACE,
     },
     gguf_parts={"ffn_gate_up": ("ffn_gate", "ffn_up")},
-    input_groups=(
-        *decoder.INPUT_GROUPS[:2],
-        ("mamba.in_proj",),
-        ("mamba.out_proj",),
-        ("shared_mlp.input_linear",),
-        ("shared_mlp.output_linear",),
-    ),
     kind_prefixes={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
     attention_free_marking="no_heads",
     transforms={**decoder.ROTARY_TRANSFORMS, "mamba.A_log": "decay"},
@@ -114,7 +107,7 @@ _DENSE = Family(
     min_transformers="4.56",
 )
 
-_EXPERTS = decoder.name_experts("block_sparse_moe.experts")
+_EXPERTS = decoder.name_linears("block_sparse_moe.experts.*", decoder.EXPERTS)
 *_GATE_UP, _DOWN = _EXPERTS
 _MIXTURE = replace(
     _DENSE,
@@ -127,12 +120,6 @@ _MIXTURE = replace(
         **_EXPERTS,
     },
     gguf_parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")},
-    input_groups=(
-        *_DENSE.input_groups[:4],
-        tuple(name.removesuffix(".weight") for name in _GATE_UP),
-        (_DOWN.removesuffix(".weight"),),
-        *_DENSE.input_groups[4:],
-    ),
     fused_experts={
         "block_sparse_moe.input_linear.weight": FusedExperts(tuple(_GATE_UP)),
         "block_sparse_moe.output_linear.weight": FusedExperts((_DOWN,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
@@ -37,8 +38,8 @@ def _width(config: Config) -> int:
     return -(-int(factor * width) // multiple) * multiple
 
 
-_ATTENTION = {f"self_attn.{name}_proj.weight": f"attn_{name}.weight" for name in "qkv"} | {
-    "self_attn.out_proj.weight": "attn_output.weight",
+_ATTENTION = {
+    **decoder.name_linears("self_attn", {**decoder.QKV, "out": "attn_output"}),
     "self_attn.q_layernorm.weight": "attn_q_norm.weight",
     "self_attn.k_layernorm.weight": "attn_k_norm.weight",
 }
@@ -63,14 +64,6 @@ FAMILY = Family(
         "lm_head.weight": "output.weight",
     },
     final_norm="model.embedding_norm",
-    input_groups=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("conv.in_proj",),
-        ("conv.out_proj",),
-        ("feed_forward.w1", "feed_forward.w3"),
-        ("feed_forward.w2",),
-    ),
     kind_prefixes={"full_attention": ("self_attn.",), "conv": ("conv.",)},
     attention_free_marking="no_heads",
     shapes={

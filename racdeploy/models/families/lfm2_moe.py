@@ -28,7 +28,6 @@ _EXPERTS = {
     f"feed_forward.experts.*.{name}.weight": f"ffn_{part}_exps.weight"
     for name, part in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
 }
-_GATE, _UP, _DOWN = (name.removesuffix(".weight") for name in _EXPERTS)
 FAMILY: Family = replace(
     LFM2,
     architecture="Lfm2MoeForCausalLM",
@@ -39,7 +38,6 @@ FAMILY: Family = replace(
         "feed_forward.expert_bias": "exp_probs_b.bias",
         **_EXPERTS,
     },
-    input_groups=(*LFM2.input_groups, (_GATE, _UP), (_DOWN,)),
     dense_blocks="num_dense_layers",
     kind_prefixes={
         **LFM2.kind_prefixes,

@@ -10,7 +10,7 @@ Published configs limit the time step of a state, and transformers has another l
 from __future__ import annotations
 
 from racdeploy.errors import ModelError
-from racdeploy.models import mamba
+from racdeploy.models import decoder, mamba
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 
@@ -76,15 +76,11 @@ def _write(config: Config) -> Config:
     }
 
 
-_ATTENTION_TENSORS = {f"mixer.{name}_proj.weight": f"attn_{name}.weight" for name in "qkv"} | {
-    "mixer.o_proj.weight": "attn_output.weight"
-}
+_ATTENTION_TENSORS = decoder.name_linears("mixer", decoder.ATTENTION)
 _STATE_SPACE = mamba.name_tensors("mixer")
-_FEED_FORWARD_TENSORS = {
-    f"mixer.{name}_proj.{part}": f"ffn_{name}.{part}"
-    for name in ("up", "down")
-    for part in ("weight", "bias")
-}
+_FEED_FORWARD_TENSORS = decoder.name_linears(
+    "mixer", {"up": "ffn_up", "down": "ffn_down"}, decoder.WEIGHT_AND_BIAS
+)
 FAMILY = Family(
     architecture="NemotronHForCausalLM",
     gguf_arch="nemotron_h",
@@ -100,14 +96,6 @@ FAMILY = Family(
         "lm_head.weight": "output.weight",
     },
     published_prefixes={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
-    input_groups=(
-        ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-        ("mixer.o_proj",),
-        ("mixer.in_proj",),
-        ("mixer.out_proj",),
-        ("mixer.up_proj",),
-        ("mixer.down_proj",),
-    ),
     kind_prefixes={
         _ATTENTION: tuple(name.removesuffix(".weight") for name in _ATTENTION_TENSORS),
         _STATE: tuple(name.removesuffix(".weight") for name in _STATE_SPACE),

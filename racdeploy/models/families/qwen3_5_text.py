@@ -46,12 +46,6 @@ FAMILY = Family(
     architecture="Qwen3_5ForCausalLM",
     gguf_arch="qwen35",
     block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_DELTA_NET},
-    input_groups=(
-        *decoder.INPUT_GROUPS[:2],
-        ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
-        ("linear_attn.out_proj",),
-        *decoder.INPUT_GROUPS[2:],
-    ),
     kind_prefixes={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
     attention_free_marking="listed",
     transforms={

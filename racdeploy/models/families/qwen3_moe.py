@@ -12,15 +12,10 @@ def _read(config: Config) -> Config:
     return {"num_experts": config.get("num_experts") or config.get("num_local_experts")}
 
 
-_EXPERTS = decoder.name_experts("mlp.experts")
+_EXPERTS = decoder.name_linears("mlp.experts.*", decoder.EXPERTS)
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     gguf_arch="qwen3moe",
-    input_groups=(
-        *decoder.INPUT_GROUPS[:2],
-        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
-        ("mlp.experts.*.down_proj",),
-    ),
     block_tensors={
         **decoder.NON_MLP_TENSORS,
         **decoder.HEAD_NORMS,

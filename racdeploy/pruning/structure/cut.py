@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from racdeploy.engines.backends.transformers.experts import Experts
-from racdeploy.engines.backends.transformers.torch_model import fit_attention
+from racdeploy.engines.backends.transformers.torch_model import fit_attention, set_parameter
 from racdeploy.models.families import ends_part
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import list_kept_indices
@@ -23,7 +23,6 @@ from racdeploy.pruning.structure.cut_plan import CutPlan
 from racdeploy.pruning.structure.input_units import InputUnits
 from racdeploy.pruning.structure.layout import UnitLayout, find_consumer
 from racdeploy.pruning.structure.prunable_units import PrunableUnits
-from racdeploy.pruning.walk.blockwise_model import set_parameter
 from racdeploy.pruning.walk.pair import BlockPair, gather_inputs
 from racdeploy.pruning.walk.session import PruningSession
 from racdeploy.recipe import Structure

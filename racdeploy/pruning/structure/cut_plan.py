@@ -71,8 +71,8 @@ def list_structure_rows(dense: ModelShape, shape: CutShape) -> tuple[StructureRo
                 channels=cut["F"],
                 heads_dense=sizes["H"],
                 channels_dense=sizes["F"],
-                experts=cut.get("E", 0),
-                experts_dense=sizes.get("E", 0),
+                experts=cut["E"],
+                experts_dense=sizes["E"],
             )
         )
 

@@ -41,11 +41,7 @@ class CutShape:
     @property
     def experts(self) -> int:
         """Number of experts in every block that has some; 0 if none has."""
-        return max(size.get("E", 0) for size in self.sizes)
-
-    def is_removed(self, inside: str) -> bool:
-        """Return True if a tensor of a block belongs to a removed expert."""
-        return bool(self.experts) and (find_expert(inside) or 0) >= self.experts
+        return max(size["E"] for size in self.sizes)
 
 
 def assemble(
@@ -63,16 +59,12 @@ def assemble(
     kept = _renumber(checkpoint, shape) if shape else checkpoint.all_entries
 
     entries = {name: pruned.get(name, entry) for name, entry in kept.items()}
-    family = checkpoint.family
 
     with atomic_folder(out) as scratch:
-        stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
-        write_entries(stored, scratch / "model.safetensors")
+        _write_model(checkpoint, entries, shape, scratch)
         for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE, CODES_FILE):
             if beside := _read_entries(blocks, kind.removesuffix(".safetensors")):
                 write_entries(beside, scratch / kind)
-
-        _write_other_files(checkpoint, shape, scratch)
 
     return out
 
@@ -82,6 +74,16 @@ def assemble_zero_filled(checkpoint: Checkpoint, out: Path, shape: CutShape) -> 
 
     Plans read sizes from it. :func:`assemble` later writes the same names, types and shapes.
     """
+    with atomic_folder(out) as scratch:
+        _write_model(
+            checkpoint, list_cut_entries(checkpoint, shape), shape, scratch, zero_filled=True
+        )
+
+    return out
+
+
+def list_cut_entries(checkpoint: Checkpoint, shape: CutShape) -> dict[str, TensorEntry]:
+    """Return the tensors of a cut model by their new names, without values."""
     family = checkpoint.family
 
     entries = {}
@@ -92,16 +94,22 @@ def assemble_zero_filled(checkpoint: Checkpoint, out: Path, shape: CutShape) -> 
             cut_shape = widths.tensor_shape(family, inside, shape.sizes[block])
         entries[name] = TensorEntry(entry.file, 0, 0, entry.dtype, cut_shape)
 
-    with atomic_folder(out) as scratch:
-        stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
-        write_entries(stored, scratch / "model.safetensors", zero_filled=True)
-        _write_other_files(checkpoint, shape, scratch)
-
-    return out
+    return entries
 
 
-def _write_other_files(checkpoint: Checkpoint, shape: CutShape | None, folder: Path) -> None:
-    """Write the config, tokenizer, README and license."""
+def _write_model(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, TensorEntry],
+    shape: CutShape | None,
+    folder: Path,
+    *,
+    zero_filled: bool = False,
+) -> None:
+    """Write the tensors, config, tokenizer, README and license."""
+    family = checkpoint.family
+    stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
+    write_entries(stored, folder / "model.safetensors", zero_filled=zero_filled)
+
     for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
@@ -115,13 +123,14 @@ def _renumber(checkpoint: Checkpoint, shape: CutShape) -> dict[str, TensorEntry]
     """Return the entries of kept blocks and of the model itself, by their new names."""
     family = checkpoint.family
     new_indices = {block: new_index for new_index, block in enumerate(shape.blocks)}
+    experts = shape.experts
 
     entries = {}
     for name, entry in checkpoint.all_entries.items():
         block, inside = family.split_block(name)
         if block is None:
             entries[name] = entry
-        elif block in new_indices and not shape.is_removed(inside):
+        elif block in new_indices and (find_expert(inside) or 0) < (experts or 1):
             entries[f"{family.blocks}.{new_indices[block]}.{inside}"] = entry
 
     return entries

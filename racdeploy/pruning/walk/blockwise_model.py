@@ -15,6 +15,7 @@ from racdeploy.engines.backends.transformers.torch_model import (
     embedding_scale,
     fill_parameter,
     make_position_embeddings,
+    set_parameter,
 )
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import InputGroups, ends_part
@@ -23,7 +24,7 @@ from racdeploy.pruning.device import CPU
 from racdeploy.pruning.walk.altup import AltUp
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.block_inputs import BlockInputs
-from racdeploy.pruning.walk.per_layer_inputs import PerLayerInputs
+from racdeploy.pruning.walk.per_layer_inputs import compute_per_layer_input
 
 
 class BlockwiseModel:
@@ -42,7 +43,7 @@ class BlockwiseModel:
         self._model = build_skeleton(checkpoint)
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
-        self._per_layer = PerLayerInputs(checkpoint) if "P" in checkpoint.family.sizes else None
+        self._has_per_layer_inputs = "P" in checkpoint.family.sizes
         self._altup = AltUp(checkpoint) if checkpoint.family.altup_inputs else None
 
     def input_groups(self, block: Any) -> InputGroups:
@@ -136,12 +137,12 @@ class BlockwiseModel:
             "attention_mask": self._mask(block, length),
         }
         arguments |= make_position_embeddings(self._model, block, hidden_BTD, position_1T)
-        if self._per_layer:
+        if self._has_per_layer_inputs:
             assert block_inputs, "blocks of this family need token ids and shared keys too"
             arguments["shared_kv_states"] = block_inputs.shared_kv
             if runs_to_end:  # it is added after the linears at which a hook may stop
-                arguments["per_layer_input"] = self._per_layer.compute(
-                    block.number, block_inputs.ids_BT, self.device
+                arguments["per_layer_input"] = compute_per_layer_input(
+                    self.checkpoint, block.number, block_inputs.ids_BT, self.device
                 )
 
         if self._altup:
@@ -224,10 +225,3 @@ def _run_last(linear: nn.Module, input_BTI: Tensor, attends: bool, *_: Any, **__
 
 class _StopForward(Exception):
     """Ends a forward pass at the module whose input is recorded."""
-
-
-def set_parameter(block: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter of a block that has this name."""
-    owner, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(value, requires_grad=False)
-    block.get_submodule(owner).register_parameter(leaf, parameter)

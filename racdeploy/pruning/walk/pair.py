@@ -36,7 +36,7 @@ class BlockPair:
 
     def __post_init__(self) -> None:
         self.sizes = dict(self.checkpoint.shape.sizes[self.dense_index])
-        self.experts = list(range(self.sizes.get("E", 0)))
+        self.experts = list(range(self.sizes["E"]))
 
     @property
     def input_groups(self) -> InputGroups:

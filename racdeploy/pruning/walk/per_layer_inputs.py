@@ -20,38 +20,32 @@ _PROJECTION = "model.per_layer_model_projection.weight"
 _NORM = "model.per_layer_projection_norm.weight"
 
 
-class PerLayerInputs:
-    """Per-layer inputs of all blocks, read from the checkpoint on each call."""
+def compute_per_layer_input(
+    checkpoint: Checkpoint, block: int, ids_BT: Tensor, device: torch.device
+) -> Tensor:
+    """Return the per-layer input of a block for a batch, (B, T, P), read from the checkpoint."""
+    P = checkpoint.shape.integer("hidden_size_per_layer_input")
+    columns = slice(block * P, (block + 1) * P)
+    used_N, row_BT = torch.unique(ids_BT, return_inverse=True)
+    rows = used_N.numpy()
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._width = checkpoint.shape.integer("hidden_size_per_layer_input")
+    embedded_ND = torch.from_numpy(checkpoint.read_rows(_EMBEDDING, rows)).to(device)
+    D = embedded_ND.shape[1]
+    projection_PD = torch.from_numpy(
+        checkpoint.read_rows(_PROJECTION, np.arange(columns.start, columns.stop))
+    ).to(device)
+    scaled_ND = embedded_ND * embedding_scale(checkpoint.shape)
+    projected_NP = scaled_ND @ projection_PD.T * D**-0.5
 
-    def compute(self, block: int, ids_BT: Tensor, device: torch.device) -> Tensor:
-        """Return the per-layer input of a block for a batch, (B, T, P)."""
-        checkpoint = self._checkpoint
-        P = self._width
-        columns = slice(block * P, (block + 1) * P)
-        used_N, row_BT = torch.unique(ids_BT, return_inverse=True)
-        rows = used_N.numpy()
+    weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)
+    eps = float(checkpoint.config["rms_norm_eps"])
+    square_N1 = projected_NP.square().mean(-1, keepdim=True) + eps
+    normed_NP = projected_NP * square_N1.pow(-0.5) * weight_P
 
-        embedded_ND = torch.from_numpy(checkpoint.read_rows(_EMBEDDING, rows)).to(device)
-        D = embedded_ND.shape[1]
-        projection_PD = torch.from_numpy(
-            checkpoint.read_rows(_PROJECTION, np.arange(columns.start, columns.stop))
-        ).to(device)
-        scaled_ND = embedded_ND * embedding_scale(checkpoint.shape)
-        projected_NP = scaled_ND @ projection_PD.T * D**-0.5
-
-        weight_P = torch.from_numpy(checkpoint.read(_NORM)).to(device)
-        eps = float(checkpoint.config["rms_norm_eps"])
-        square_N1 = projected_NP.square().mean(-1, keepdim=True) + eps
-        normed_NP = projected_NP * square_N1.pow(-0.5) * weight_P
-
-        known = rows < checkpoint.entries[_PER_LAYER_EMBEDDING].shape[0]
-        rows = np.where(known, rows, 0)  # transformers gives ids beyond the table the first row
-        table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
-        looked_up_NP = torch.from_numpy(table_NP).to(device)
-        per_layer_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
-        per_layer_BTP: Tensor = per_layer_NP[row_BT.to(device)]
-        return per_layer_BTP
+    known = rows < checkpoint.entries[_PER_LAYER_EMBEDDING].shape[0]
+    rows = np.where(known, rows, 0)  # transformers gives ids beyond the table the first row
+    table_NP = checkpoint.read_rows(_PER_LAYER_EMBEDDING, rows, columns)
+    looked_up_NP = torch.from_numpy(table_NP).to(device)
+    per_layer_NP = (normed_NP + looked_up_NP * P**0.5) * 2**-0.5
+    per_layer_BTP: Tensor = per_layer_NP[row_BT.to(device)]
+    return per_layer_BTP

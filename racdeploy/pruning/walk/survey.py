@@ -10,10 +10,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from racdeploy.engines.backends.transformers.torch_model import set_parameter
 from racdeploy.models.families import expand_experts
 from racdeploy.pruning.walk.batches import Batch
 from racdeploy.pruning.walk.block_inputs import BlockInputs
-from racdeploy.pruning.walk.blockwise_model import set_parameter
 from racdeploy.pruning.walk.calibration_pass import CalibrationPass
 from racdeploy.pruning.walk.expert_linears import gather_groups
 from racdeploy.pruning.walk.hessian import Hessian

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from racdeploy import plugins
+from racdeploy.engines.backends.transformers.torch_model import set_parameter
 from racdeploy.models.families import find_expert, generalize_expert
 from racdeploy.models.multipliers import list_row_factors
 from racdeploy.models.reordering import find_gguf_column_order
 from racdeploy.models.shape import ModelShape
-from racdeploy.pruning.walk.blockwise_model import set_parameter
 from racdeploy.pruning.walk.expert_linears import SolveGroup, gather_groups
 from racdeploy.pruning.walk.pair import BlockPair
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear

@@ -69,11 +69,16 @@ class _Routed(nn.Module):
     _K: int
     _norm_topk_prob = True
 
-    def _mix(self, hidden_ND: Tensor, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum over the chosen experts, and their weights."""
+    def _mix(
+        self, hidden_BTD: Tensor, router: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted sum over the chosen experts, their weights, and all logits."""
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        logits_NE = router(hidden_ND)
         chosen_NK, share_NK = route(logits_NE, self._K, norm_topk_prob=self._norm_topk_prob)
         share_NK = share_NK.to(logits_NE.dtype)
-        return self.experts(hidden_ND, chosen_NK, share_NK), share_NK
+        output_ND = self.experts(hidden_ND, chosen_NK, share_NK)
+        return output_ND.view(hidden_BTD.shape), share_NK, logits_NE
 
 
 class SparseMoeBlock(_Routed):
@@ -85,9 +90,8 @@ class SparseMoeBlock(_Routed):
         self._K, self._norm_topk_prob = original.top_k, original.norm_topk_prob
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        hidden_ND = hidden_BTD.view(-1, hidden_BTD.shape[-1])
-        output_ND, _ = self._mix(hidden_ND, self.gate(hidden_ND))
-        return output_ND.view(hidden_BTD.shape)
+        output_BTD, _, _ = self._mix(hidden_BTD, self.gate)
+        return output_BTD
 
 
 class GptOssMoeBlock(_Routed):
@@ -105,10 +109,10 @@ class GptOssMoeBlock(_Routed):
 
     def forward(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted sum over the chosen experts, and their weights."""
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        logits_NE = nn.functional.linear(hidden_ND, self.router.weight, self.router.bias)
-        output_ND, share_NK = self._mix(hidden_ND, logits_NE)
-        return output_ND.view(hidden_BTD.shape), share_NK
+        weight_ED, bias_E = self.router.weight, self.router.bias
+        router = partial(nn.functional.linear, weight=weight_ED, bias=bias_E)
+        output_BTD, share_NK, _ = self._mix(hidden_BTD, router)
+        return output_BTD, share_NK
 
 
 class GraniteRouter(nn.Module):
@@ -135,10 +139,7 @@ class GraniteMoeBlock(_Routed):
         self._K = original.router.top_k
 
     def forward(self, hidden_BTD: Tensor) -> Any:
-        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        logits_NE = self.router.layer(hidden_ND)
-        output_ND, _ = self._mix(hidden_ND, logits_NE)
-        output_BTD = output_ND.view(hidden_BTD.shape)
+        output_BTD, _, logits_NE = self._mix(hidden_BTD, self.router.layer)
         return (output_BTD, logits_NE) if _RETURNS_LOGITS else output_BTD
 
 

@@ -124,9 +124,8 @@ def _fix_buffers(model: nn.Module) -> None:
     for name, buffer in list(model.named_buffers()):
         if name in stored:
             owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            delattr(module, leaf)
-            module.register_parameter(leaf, nn.Parameter(buffer, requires_grad=False))
+            delattr(model.get_submodule(owner), leaf)
+            set_parameter(model, name, buffer)
 
 
 def _tag_blocks(model: nn.Module, shape: ModelShape) -> None:
@@ -171,9 +170,8 @@ def _fit_block(model: nn.Module, shape: ModelShape, block: int) -> None:
     sizes = shape.sizes[block]
 
     for name, _ in list(module.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         empty = torch.empty(widths.tensor_shape(family, name, sizes), device="meta")
-        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(empty))
+        set_parameter(module, name, empty)
 
     for linear in shape.linears[block]:
         matrix: Any = module.get_submodule(linear)
@@ -298,17 +296,21 @@ def make_cache(model: nn.Module, checkpoint: Checkpoint) -> Any:
 def fill_parameter(model: nn.Module, name: str, checkpoint: Checkpoint) -> None:
     """Read one tensor in float32 and replace the meta parameter of that name."""
     value = torch.from_numpy(checkpoint.read(name))
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-
-    expected = module.get_parameter(leaf).shape
+    expected = model.get_parameter(name).shape
     if expected != value.shape:
         raise ModelError(
             "wrong-tensor-shape",
             f"{name} is {tuple(value.shape)} in the file and {tuple(expected)} by config.json",
         )
 
-    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    set_parameter(model, name, value)
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter of a module that has this name, or add it."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=False)
+    module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 def _config(checkpoint: Checkpoint) -> Any:
