@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-@console.report_errors
 @with_options_of(functions.build)
 def build(
     values: Values,
@@ -69,7 +68,6 @@ def list_commands(folder: Path, work: Path | None) -> list[str]:
     return commands
 
 
-@console.report_errors
 @with_options_of(functions.recover, excluded=("pruned", "recover_tokens"))
 def traces(values: Values, quiet: QuietOpt = False, json_output: JsonOpt = False) -> None:
     """Collect the model's traces (chains of thought) and print their folder."""
@@ -83,7 +81,6 @@ def traces(values: Values, quiet: QuietOpt = False, json_output: JsonOpt = False
     console.print_result({"folder": folder}, [folder], json_output)
 
 
-@console.report_errors
 @with_options_of(functions.prune)
 def prune(
     values: Values,
@@ -102,7 +99,6 @@ def prune(
     _print_folder(pruned, {"sparsity": pruned.sparsity}, json_output)
 
 
-@console.report_errors
 @with_options_of(functions.recover)
 def recover(
     values: Values,
@@ -122,7 +118,6 @@ def recover(
     _print_folder(model, {"recovery": rows}, json_output)
 
 
-@console.report_errors
 @with_options_of(functions.export)
 def export(values: Values, json_output: JsonOpt = False) -> None:
     """Export a model as it is, dense or pruned."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, report_errors, say, say_error, show
+from racdeploy.cli.console import err, say, say_error, show
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -51,7 +51,6 @@ _HELP = {
 }
 
 
-@report_errors
 def chat(
     bundle: BundleArg,
     system: str = typer.Option("", help="System message."),

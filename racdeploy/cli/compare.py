@@ -7,11 +7,10 @@ from pathlib import Path
 import typer
 
 from racdeploy.api import functions, jobs
-from racdeploy.cli.console import err, out, print_json, print_plan, report_errors, show
+from racdeploy.cli.console import err, out, print_json, print_plan, show
 from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
 
 
-@report_errors
 @with_options_of(functions.compare)
 def compare(
     values: Values,
@@ -61,7 +60,6 @@ def compare(
         raise typer.Exit(min(codes))  # a failure before missing data
 
 
-@report_errors
 @with_options_of(functions.record)
 def record(values: Values) -> None:
     """Record a model's answers, with which ``compare`` needs neither the model nor its task."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import out, print_json, print_notes, report_errors, say, show
+from racdeploy.cli.console import out, print_json, print_notes, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 
 
-@report_errors
 def push(
     bundle: BundleArg,
     repository: str = _REPOSITORY,
@@ -56,7 +55,6 @@ def push(
         say(f"next: {pull_line}")
 
 
-@report_errors
 def pull(
     repository: str = _REPOSITORY,
     quant: str = typer.Option("", help="Number format or name, if there are several bundles."),

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, print_json, report_errors, say, show
+from racdeploy.cli.console import err, print_json, say, show
 from racdeploy.cli.options import JsonOpt
 
 
-@report_errors
 def report(
     bundle: Path = typer.Argument(help="Bundle folder, folder of verify --reports, or tune.json."),
     open_page: bool | None = typer.Option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, report_errors, show
+from racdeploy.cli.console import INTERRUPTED, show
 from racdeploy.cli.options import AccelOpt, BundleArg, ContextOpt, ThreadsOpt
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _QUESTION = "What is 12 times 34?"
 
 
-@report_errors
 def serve(
     bundle: BundleArg,
     host: str = typer.Option(

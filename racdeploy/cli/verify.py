@@ -8,11 +8,10 @@ from pathlib import Path
 import typer
 
 from racdeploy.api import functions, jobs
-from racdeploy.cli.console import err, finish, print_notes, print_plan, report_errors
+from racdeploy.cli.console import err, finish, print_notes, print_plan
 from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
 
 
-@report_errors
 @with_options_of(functions.verify)
 def verify(
     values: Values,
