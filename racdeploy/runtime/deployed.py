@@ -7,7 +7,6 @@ takes these, too.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -263,7 +262,7 @@ def _describe(
         artifacts=(ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),),
         tokenizer=TokenizerEntry(
             files={},
-            template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+            template_sha256=encoder.template.sha256,
             open_tag=tags[0],
             close_tag=tags[1],
             eos_ids=stop_ids,

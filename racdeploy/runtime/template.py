@@ -7,6 +7,7 @@ Rendering equals transformers' ``apply_chat_template``; the tokenizer adds no sp
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import re
@@ -62,6 +63,11 @@ class ChatTemplate:
         compiling = self._request("compile_template", seconds, source=source)
         self.sandbox.add_setup(self._name, compiling)
         weakref.finalize(self, self.sandbox.remove_setup, self._name)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Render messages to the prompt text.
