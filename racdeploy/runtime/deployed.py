@@ -30,11 +30,10 @@ from racdeploy.models.tokenizer_files import find_token_ids
 from racdeploy.runtime.gguf_encoder import GgufEncoder
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, encode_tags, find_tag_names
-from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
 from racdeploy.tensors.gguf_header import read_header
 
 _CONTEXT_TOKENS = 4096  # to load a model with: its longest context may take all memory
-_QUANT_NAMES = {kind.type_id: name for name, kind in GGML_TYPES.items()}
 _GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_quantized.onnx")
 
 
@@ -155,13 +154,17 @@ def _open_gguf(file: Path) -> DeployedModel:
     for tensor in header.tensors:
         size_bytes = bytes_by_type.get(tensor.ggml_type, 0) + tensor.size_bytes
         bytes_by_type[tensor.ggml_type] = size_bytes
-    main_type = max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1)
+    main_type = TYPES_BY_ID.get(max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1))
 
     return _describe(
         file,
         file.name,
         encoder,
-        {"quant": _QUANT_NAMES.get(main_type, "unknown"), "format": "gguf", "backend": "llamacpp"},
+        {
+            "quant": main_type.name if main_type else "unknown",
+            "format": "gguf",
+            "backend": "llamacpp",
+        },
         tuple(info["stop_ids"]),
         info["eos_id"] if info["eos_id"] >= 0 else None,
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
