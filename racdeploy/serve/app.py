@@ -19,11 +19,7 @@ from starlette.routing import Route
 from racdeploy.files.reading import Json
 from racdeploy.runtime import AsyncTextStream, Continuation, GenerationResult, Model
 from racdeploy.serve import answers
-from racdeploy.serve.access import (
-    AccessMiddleware,
-    refuse_other_hosts,
-    refuse_other_keys,
-)
+from racdeploy.serve.access import limit_access, refuse_other_hosts, refuse_other_keys
 from racdeploy.serve.answers import CompletionResponse
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
@@ -81,7 +77,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
             Route("/v1/models/{name}", show_model),
             *endpoints,
         ],
-        middleware=[Middleware(AccessMiddleware, refuse=refuse)],
+        middleware=[Middleware(limit_access, refuse=refuse)],
         exception_handlers={
             HTTPException: _answer_http_error,
             RequestError: _answer_refusal,
