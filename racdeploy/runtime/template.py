@@ -81,8 +81,8 @@ class ChatTemplate:
         """
         variables_json = self._write(messages, tools)
         seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
-        header, _ = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
-        return str(header["text"])
+        answer = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
+        return str(answer["text"])
 
     def encode(self, messages: Sequence[Message], tools: Tools, lead: str, mark: str) -> list[int]:
         """Render messages and encode the text with the tokenizer of the same process.
@@ -104,8 +104,7 @@ class ChatTemplate:
             encoding_s=ENCODING_S_PER_CHARACTER,
             expected_characters=len(variables_json) + len(self.source),
         )
-        _, payload = self.sandbox.ask(request)
-        return all_ids_from_bytes(payload)
+        return all_ids_from_bytes(self.sandbox.ask(request)["payload"])
 
     def _write(self, messages: Sequence[Message], tools: Tools) -> str:
         """Return the template's variables as JSON."""

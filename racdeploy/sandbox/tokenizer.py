@@ -40,8 +40,7 @@ class Tokenizer:
         )
         request = SandboxRequest(
             "read_tokenizer",
-            {},
-            payload=content,
+            {"payload": content},
             code="not-a-tokenizer",
             failure=f"{file} is not a tokenizer",
             remedy=_DAMAGED,
@@ -64,8 +63,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
         seconds = ENCODING_S_PER_CHARACTER * sum(map(len, texts))
-        header, payload = self._ask("encode", seconds, texts=texts)
-        return ids_from_bytes(header["lengths"], payload)
+        answer = self._ask("encode", seconds, texts=texts)
+        return ids_from_bytes(answer["lengths"], answer["payload"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens written out."""
@@ -104,27 +103,26 @@ class Tokenizer:
 
         new = sorted(set(new))
         _, payload = _pack([new])
-        header, data = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), payload)
-        if header["lengths"] is None:
+        answer = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), payload=payload)
+        if answer["lengths"] is None:
             self._bytes = None
             return None
 
         start = 0
-        for token, length in zip(new, header["lengths"], strict=True):
-            known[token] = data[start : start + length]
+        for token, length in zip(new, answer["lengths"], strict=True):
+            known[token] = answer["payload"][start : start + length]
             start += length
         return known
 
     def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         lengths, payload = _pack(sequences)
         seconds = _DECODING_S_PER_ID * sum(lengths)
-        header, _ = self._ask("decode", seconds, payload, lengths=lengths)
-        return list(header["texts"])
+        return list(self._ask("decode", seconds, payload=payload, lengths=lengths)["texts"])
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
         """Return the ids of all tokens by their texts."""
-        header, _ = self._ask("vocabulary", DEFAULT_SECONDS, with_added_tokens=with_added_tokens)
-        return dict(header["ids"])
+        answer = self._ask("vocabulary", DEFAULT_SECONDS, with_added_tokens=with_added_tokens)
+        return dict(answer["ids"])
 
     def get_vocab_size(self) -> int:
         """Return the number of tokens, added ones included."""
@@ -143,9 +141,8 @@ class Tokenizer:
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of tokens of these characters only, or that are one of the texts."""
-        values = list(characters), list(texts)
-        header, _ = self._ask("blank_ids", DEFAULT_SECONDS, characters=values[0], texts=values[1])
-        return list(header["ids"])
+        values = {"characters": list(characters), "texts": list(texts)}
+        return list(self._ask("blank_ids", DEFAULT_SECONDS, **values)["ids"])
 
     def token_to_id(self, text: str) -> int | None:
         """Return the id of a token, None for an unknown one."""
@@ -153,11 +150,11 @@ class Tokenizer:
 
     def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
         """Return the id of each token, None for an unknown one."""
-        return list(self._ask("find_tokens", texts=texts)[0]["ids"])
+        return list(self._ask("find_tokens", texts=texts)["ids"])
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the token of each id as the vocabulary writes it."""
-        return list(self._ask("name_tokens", ids=ids)[0]["texts"])
+        return list(self._ask("name_tokens", ids=ids)["texts"])
 
     def check(self) -> None:
         """Wait until the file is loaded; ArtifactError where it is no tokenizer."""
@@ -165,14 +162,12 @@ class Tokenizer:
 
     @cached_property
     def _details(self) -> Json:
-        return self._ask("describe")[0]
+        return self._ask("describe")
 
-    def _ask(
-        self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
-    ) -> tuple[Json, bytes]:
+    def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Json:
         seconds = DEFAULT_SECONDS + more_seconds
         failure = "tokenizer-failed", self._failure, f"shorten the text, or {_DAMAGED}"
-        return self.sandbox.ask(SandboxRequest(op, values, payload, *failure, seconds))
+        return self.sandbox.ask(SandboxRequest(op, values, *failure, seconds))
 
 
 def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:
