@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -146,6 +146,16 @@ def print_first_line(line: str, quiet: bool) -> None:
     """Print the first line of a command, before any long work; only in the first process."""
     if not quiet and os.environ.get("RANK", "0") == "0":
         say(line, "bold")
+
+
+def call_with_progress(
+    function: Callable[..., R], values: Mapping[str, Any], quiet: bool = False
+) -> R:
+    """Call a function with progress on stderr."""
+    from racdeploy.cli.progress import show_progress
+
+    with show_progress(err, quiet) as progress:
+        return function(**values, progress=progress)
 
 
 def finish(verdict: Verdict, json_output: bool, last_lines: Sequence[str] = ()) -> None:
