@@ -32,10 +32,6 @@ class BlockLayout:
     code_dtype: str  # unsigned numpy type of a code; codes of 4 bits are two a byte, low bits first
     xor_byte: int  # every byte behind the head is XORed with it: the code of zero becomes 0
 
-    @property
-    def chunk_bytes(self) -> int:
-        return CHUNK_WEIGHTS // self.block_weights * self.block_bytes
-
     def count_weights(self, plain_bytes: int) -> int:
         return plain_bytes // self.block_bytes * self.block_weights
 

@@ -24,6 +24,8 @@ from racdeploy.sandbox.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Message]
+"""A question, or messages with ``role`` and ``content``."""
 
 MAX_TEMPLATE_CHARACTERS = 2**18  # characters; those of real models have up to 20,000
 _COMPILING_S_PER_CHARACTER = 2e-6
@@ -186,20 +188,19 @@ class PromptEncoder:
         encoder.template = ChatTemplate(source, **self.template.tokens, sandbox=sandbox)
         return encoder
 
-    def render(self, prompt: str | Sequence[Message], tools: Tools = ()) -> str:
-        """Return the prompt text of a conversation; a string is one user message."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.template.render(messages, tools)
+    def render(self, prompt: Prompt, tools: Tools = ()) -> str:
+        """Return the prompt text of a conversation."""
+        text = self.template.render(list_messages(prompt), tools)
         return text if text.startswith(self.lead) else self.lead + text
 
-    def encode(self, prompt: str | Sequence[Message], tools: Tools = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Tools = ()) -> list[int]:
         """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`.
 
         A control token that a user typed, such as ``<|im_end|>``, or that is in a tool, is encoded
         as text and cannot end a turn. In the model's own messages and in the template's text it is
         the token.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = list_messages(prompt)
         typed = [str(message.get("content")) for message in messages if not _is_by_model(message)]
         typed.append(str(tools))
         forged = [
@@ -223,6 +224,11 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, with special tokens written out."""
         return self.tokenizer.decode(ids)
+
+
+def list_messages(prompt: Prompt) -> Sequence[Message]:
+    """Return the messages of a prompt; a string is one user message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _is_by_model(message: Message) -> bool:

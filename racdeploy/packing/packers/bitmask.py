@@ -94,7 +94,9 @@ class BitmaskTensorPacker:
             yield pack_chunk(BLOCK_LAYOUTS[tensor.ggml_type], chunk, index, table)
 
     def _chunks(self, tensor: TensorInfo) -> Iterator[Bytes]:
-        return iter_tensor_bytes(tensor, self._source, BLOCK_LAYOUTS[tensor.ggml_type].chunk_bytes)
+        layout = BLOCK_LAYOUTS[tensor.ggml_type]
+        chunk_bytes = CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
+        return iter_tensor_bytes(tensor, self._source, chunk_bytes)
 
 
 def find_damage(tensor: StoredTensor) -> str:
