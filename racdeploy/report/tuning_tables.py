@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import get_args
 
 from racdeploy.report.tables import (
+    NONE,
     ReportTable,
     fill_cells,
     format_bytes,
     format_duration,
     format_number,
     format_ratio,
-    format_with_units,
     to_single_line,
 )
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Estimate, Reached, Tuning
@@ -37,7 +37,7 @@ _CELLS = {
 }
 _WIDE_COLUMNS = ("last stage", "memory", "right", "thinking tokens")
 """Columns that a terminal has no room for."""
-_EMPTY = {"", format_with_units("{}", None)}
+_EMPTY = {"", NONE}
 
 
 def make_tuning_table(

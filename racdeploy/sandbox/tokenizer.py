@@ -144,10 +144,6 @@ class Tokenizer:
         values = {"characters": list(characters), "texts": list(texts)}
         return list(self._ask("blank_ids", DEFAULT_SECONDS, **values)["ids"])
 
-    def token_to_id(self, text: str) -> int | None:
-        """Return the id of a token, None for an unknown one."""
-        return self.tokens_to_ids([text])[0]
-
     def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
         """Return the id of each token, None for an unknown one."""
         return list(self._ask("find_tokens", texts=texts)["ids"])
