@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -173,7 +173,14 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
 async def _ask_completion(served: ServedModel, body: Json) -> Reply:
     request = read_completion(body)
     _check_name(request.model, served.name)
-    _check_stop_ids(request.stop_token_ids, served.model.manifest.tokenizer.eos_ids)
+    eos_ids = served.model.manifest.tokenizer.eos_ids
+    if unsupported := sorted(set(request.stop_token_ids) - set(eos_ids)):
+        raise RequestError(
+            "unsupported-parameter",
+            f"stop_token_ids {unsupported} are not supported: the model's own {sorted(eos_ids)} "
+            "end a completion; use stop for a text",
+            param="stop_token_ids",
+        )
 
     stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
     shown = VisibleText(stream, request.stops, strip=False)
@@ -198,17 +205,6 @@ def _check_name(requested: str | None, name: str) -> None:
             f"there is no model {requested!r}: the model is {name!r}, and may be omitted",
             status=404,
             param="model",
-        )
-
-
-def _check_stop_ids(stop_ids: Sequence[int], eos_ids: Collection[int]) -> None:
-    unsupported = sorted(set(stop_ids) - set(eos_ids))
-    if unsupported:
-        raise RequestError(
-            "unsupported-parameter",
-            f"stop_token_ids {unsupported} are not supported: the model's own {sorted(eos_ids)} "
-            "end a completion; use stop for a text",
-            param="stop_token_ids",
         )
 
 

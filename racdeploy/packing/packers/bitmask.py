@@ -89,7 +89,7 @@ class BitmaskTensorPacker:
         """Yield the table, if the number format has one, and the stored bytes of all chunks."""
         table = self._tables.get(tensor.name)
         if table:
-            yield table.as_bytes
+            yield table.costs + table.bucket_bits
         for index, chunk in enumerate(self._chunks(tensor)):
             yield pack_chunk(BLOCK_LAYOUTS[tensor.ggml_type], chunk, index, table)
 
