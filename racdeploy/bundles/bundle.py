@@ -127,8 +127,9 @@ class BundleToVerify:
         engine = EngineSettings(
             settings.context_tokens, settings.parallel, self.threads, accel=accel
         )
-        asked = (self.problems, settings, self.gate, self.work, engine)
-        return Examiner(*asked, self.progress, self.server)
+        return Examiner(
+            self.problems, settings, self.gate, self.work, engine, self.progress, self.server
+        )
 
     @cached_property
     def model(self) -> DeployedModel:

@@ -253,8 +253,15 @@ def _end_early(signal_name: str, as_json: bool) -> NoReturn:
     again = shlex.join(["racdeploy", *sys.argv[1:]])
     outcome = f"interrupted by {signal_name}" if signal_name else "interrupted"
     if as_json:
-        details = {"code": "run-interrupted", "error": f"{outcome}; finished work is kept"}
-        print_json(details | {"remedy": again, "exit_code": INTERRUPTED, "kind": "Interrupted"})
+        print_json(
+            {
+                "code": "run-interrupted",
+                "error": f"{outcome}; finished work is kept",
+                "remedy": again,
+                "exit_code": INTERRUPTED,
+                "kind": "Interrupted",
+            }
+        )
     else:
         say(f"{outcome}; finished work is kept. Resume with:", "yellow")
         say(f"  {again}")
@@ -272,8 +279,13 @@ def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
 
 def describe_error(error: RacdeployError) -> dict[str, object]:
     """Return an error as an object for ``--json``."""
-    details = {"code": error.code, "error": error.message, "remedy": error.remedy}
-    return {**details, "exit_code": error.exit_code, "kind": type(error).__name__}
+    return {
+        "code": error.code,
+        "error": error.message,
+        "remedy": error.remedy,
+        "exit_code": error.exit_code,
+        "kind": type(error).__name__,
+    }
 
 
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:

@@ -41,9 +41,16 @@ def push(
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
-        described = {"url": planned.remote.url, "commit": commit, "bundle": planned.bundle}
-        listed = {"files": files, "removed": list(planned.removed), "card": planned.card}
-        print_json({**described, **listed})
+        print_json(
+            {
+                "url": planned.remote.url,
+                "commit": commit,
+                "bundle": planned.bundle,
+                "files": files,
+                "removed": list(planned.removed),
+                "card": planned.card,
+            }
+        )
         return
 
     if dry_run:
@@ -73,8 +80,14 @@ def pull(
     pulled = pull_bundle(repository, out_folder, quant=quant, revision=revision)
 
     if json_output:
-        location = {"path": str(pulled.folder), "bundle": pulled.bundle}
-        print_json({**location, "commit": pulled.commit, "size_bytes": pulled.size_bytes})
+        print_json(
+            {
+                "path": str(pulled.folder),
+                "bundle": pulled.bundle,
+                "commit": pulled.commit,
+                "size_bytes": pulled.size_bytes,
+            }
+        )
         return
 
     show(pulled.folder)

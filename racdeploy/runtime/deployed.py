@@ -168,7 +168,8 @@ def _open_gguf(file: Path) -> DeployedModel:
         tuple(info["stop_ids"]),
         info["eos_id"] if info["eos_id"] >= 0 else None,
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        {name: metadata.get(f"general.sampling.{name}") for name in ("temp", "top_p")},
+        metadata.get("general.sampling.temp"),
+        metadata.get("general.sampling.top_p"),
     )
 
 
@@ -231,7 +232,8 @@ def _open_folder(path: Path, backend: str) -> DeployedModel:
         tuple(stop_ids),
         stop_ids[0],
         find("context_length", "max_position_embeddings"),
-        {"temp": find("temperature"), "top_p": find("top_p")},
+        find("temperature"),
+        find("top_p"),
     )
 
 
@@ -243,7 +245,8 @@ def _describe(
     stop_ids: Ids,
     eos_id: int | None,
     context: object,
-    advised: Mapping[str, object],
+    temperature: object,
+    top_p: object,
 ) -> DeployedModel:
     """Return a plain model with what a bundle's manifest would say about it."""
     files = _list_weights(path, kinds["backend"])
@@ -251,10 +254,6 @@ def _describe(
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
     context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
-    temperature, top_p = (
-        float(value) if isinstance(value, int | float) else default
-        for value, default in ((advised["temp"], 0.0), (advised["top_p"], 1.0))
-    )
 
     manifest = Manifest(
         racdeploy_version=__version__,
@@ -271,8 +270,8 @@ def _describe(
             eos_ids=stop_ids,
         ),
         generation=GenerationSettings(
-            temperature=temperature,
-            top_p=top_p,
+            temperature=temperature if isinstance(temperature, int | float) else 0.0,
+            top_p=top_p if isinstance(top_p, int | float) else 1.0,
             max_new_tokens=max_tokens or MAX_TOKENS,
             context_tokens=context_tokens,
             model_context_tokens=max_tokens,

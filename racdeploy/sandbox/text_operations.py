@@ -120,8 +120,8 @@ class _Texts:
         added = self._tokenizer.get_added_tokens_decoder()
         controls = [token.content for token in added.values() if token.special]
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-        sizes = {"size": self._tokenizer.get_vocab_size(), "longest": longest}
-        return {**sizes, "controls": controls}
+        size = self._tokenizer.get_vocab_size()
+        return {"size": size, "longest": longest, "controls": controls}
 
     def name_tokens(self, request: Header) -> Header:
         """Return the token of each id as the vocabulary writes it, None for an unknown id."""

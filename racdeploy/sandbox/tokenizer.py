@@ -161,9 +161,15 @@ class Tokenizer:
         return self._ask("describe")
 
     def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Json:
-        seconds = DEFAULT_SECONDS + more_seconds
-        failure = "tokenizer-failed", self._failure, f"shorten the text, or {_DAMAGED}"
-        return self.sandbox.ask(SandboxRequest(op, values, *failure, seconds))
+        request = SandboxRequest(
+            op,
+            values,
+            code="tokenizer-failed",
+            failure=self._failure,
+            remedy=f"shorten the text, or {_DAMAGED}",
+            seconds=DEFAULT_SECONDS + more_seconds,
+        )
+        return self.sandbox.ask(request)
 
 
 def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:

@@ -185,8 +185,8 @@ async def _ask_completion(served: ServedModel, body: Json) -> Reply:
     stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
     shown = VisibleText(stream, request.stops, strip=False)
     answer = CompletionResponse(served.name, "text_completion", request.stream)
-    wants = request.stream_options.include_usage, request.return_token_ids
-    return await _Exchange(stream, shown, answer, *wants).reply()
+    has_counts = request.stream_options.include_usage
+    return await _Exchange(stream, shown, answer, has_counts, request.return_token_ids).reply()
 
 
 async def _tokenize(served: ServedModel, body: Json) -> Reply:

@@ -297,8 +297,9 @@ def _describe(
         message = f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
         raise ArtifactError("damaged-packing", message)
 
-    stored = info.size_bytes, info.position
-    tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
+    tensor = StoredTensor(
+        info.name, dimensions, ggml_type, packing, plain_bytes, info.size_bytes, info.position
+    )
     if reason := packings.load_gguf(packing).find_damage(tensor):
         raise ArtifactError("damaged-packing", f"{info.name!r} {reason}")
 
