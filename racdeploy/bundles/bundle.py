@@ -159,5 +159,8 @@ class BundleToVerify:
             try:
                 entry.check_changed_files(self.folder)
             except ArtifactError as error:
-                message = f"integrity failed, so no question was asked: {error.message}"
-                raise GateError(error.code, message, remedy=error.remedy) from error
+                raise GateError(
+                    error.code,
+                    f"integrity failed, so no question was asked: {error.message}",
+                    remedy=error.remedy,
+                ) from error

@@ -273,8 +273,7 @@ def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
     if isinstance(error, RacdeployError):
         return error
     prefix = f"{error.filename}: " if error.filename else ""
-    message = f"{prefix}{error.strerror or error}"
-    return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
+    return EnvironmentFailure("os-error", f"{prefix}{error.strerror or error}", remedy=_DISK_REMEDY)
 
 
 def describe_error(error: RacdeployError) -> dict[str, object]:

@@ -61,8 +61,11 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
     for entry in entries:
         tensor = _read_tensor(entry)
         if tensor is None:
-            message = f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}"
-            raise ArtifactError("damaged-tensor-list", message, remedy="export it again")
+            raise ArtifactError(
+                "damaged-tensor-list",
+                f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}",
+                remedy="export it again",
+            )
         tensors.append(tensor)
 
     return tensors
