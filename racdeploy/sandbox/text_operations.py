@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from racdeploy.processes.messages import Header
 from racdeploy.sandbox import chat_template
-from racdeploy.sandbox.ids import all_ids_from_bytes, ids_from_bytes, ids_to_bytes
+from racdeploy.sandbox.ids import all_ids_from_bytes, pack_ids, unpack_ids
 from racdeploy.sandbox.limits import limit_cpu_time
 
 MAX_IDS = 4_000_000  # of one call; more than any model's context
@@ -70,14 +70,13 @@ class _Texts:
             count += len(ids)
             _check_size(count, MAX_IDS, "tokens")
 
-        lengths, packed = ids_to_bytes(sequences)
-        return {"lengths": lengths, "payload": packed}
+        return pack_ids(sequences)
 
     def decode(self, request: Header) -> Header:
         texts = []
         length = 0
 
-        for ids in ids_from_bytes(request["lengths"], request["payload"]):
+        for ids in unpack_ids(request):
             text = self._tokenizer.decode(ids, skip_special_tokens=False)
             texts.append(text)
             length += len(text)

@@ -10,7 +10,7 @@ from typing import Any
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import Json, read_bytes
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, DEFAULT_SECONDS, Sandbox, SandboxRequest
-from racdeploy.sandbox.ids import ids_from_bytes, ids_to_bytes
+from racdeploy.sandbox.ids import pack_ids, unpack_ids
 
 MAX_BYTES = 64_000_000
 """Maximum size of the file: a tokenizer of 262,144 tokens has 35 MB."""
@@ -63,8 +63,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
         seconds = ENCODING_S_PER_CHARACTER * sum(map(len, texts))
-        answer = self._ask("encode", seconds, texts=texts)
-        return ids_from_bytes(answer["lengths"], answer["payload"])
+        return unpack_ids(self._ask("encode", seconds, texts=texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens written out."""
@@ -102,8 +101,7 @@ class Tokenizer:
             return known
 
         new = sorted(set(new))
-        _, payload = _pack([new])
-        answer = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), payload=payload)
+        answer = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), **_pack([new]))
         if answer["lengths"] is None:
             self._bytes = None
             return None
@@ -115,9 +113,9 @@ class Tokenizer:
         return known
 
     def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        lengths, payload = _pack(sequences)
-        seconds = _DECODING_S_PER_ID * sum(lengths)
-        return list(self._ask("decode", seconds, payload=payload, lengths=lengths)["texts"])
+        packed = _pack(sequences)
+        seconds = _DECODING_S_PER_ID * sum(packed["lengths"])
+        return list(self._ask("decode", seconds, **packed)["texts"])
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
         """Return the ids of all tokens by their texts."""
@@ -141,8 +139,8 @@ class Tokenizer:
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of tokens of these characters only, or that are one of the texts."""
-        values = {"characters": list(characters), "texts": list(texts)}
-        return list(self._ask("blank_ids", DEFAULT_SECONDS, **values)["ids"])
+        known = {"characters": [*characters], "texts": [*texts]}
+        return list(self._ask("blank_ids", DEFAULT_SECONDS, **known)["ids"])
 
     def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
         """Return the id of each token, None for an unknown one."""
@@ -172,9 +170,9 @@ class Tokenizer:
         return self.sandbox.ask(request)
 
 
-def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:
+def _pack(sequences: Sequence[Sequence[int]]) -> Json:
     try:
-        return ids_to_bytes(sequences)
+        return pack_ids(sequences)
     except (OverflowError, TypeError) as error:
         raise UsageError(
             "token-id-not-number", f"a token id is not an integer from 0 to 2**32 - 1: {error}"
