@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 import sys
 from functools import cache
@@ -55,7 +56,10 @@ def _folders(kind: str) -> list[Path]:
 
     # Do not import the parent packages: they may need an extra.
     root, *parts = package.split(".")
-    return [Path(folder).joinpath(*parts) for folder in sys.modules[root].__path__]
+    spec = importlib.util.find_spec(root)
+    roots = spec.submodule_search_locations if spec else None
+    assert roots, f"{root} is not a package"
+    return [Path(folder).joinpath(*parts) for folder in roots]
 
 
 def load(kind: str, name: str) -> ModuleType:

@@ -38,10 +38,10 @@ def compare(
 
     if junit_file:
         write_atomic(junit_file, junit.render(models[0].report))
-    for model in models if reports else ():
-        assert reports
-        name = model.report.model
-        write_reports(reports / name, model.report, model.records, name)
+    if reports:
+        for model in models:
+            name = model.report.model
+            write_reports(reports / name, model.report, model.records, name)
 
     found = [model.report for model in models]
     if json_output:

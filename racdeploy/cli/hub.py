@@ -35,9 +35,7 @@ def push(
     planned = plan_push(bundle, repository, revision, ignore_unreachable=dry_run)
     print_notes(planned.notes)
 
-    commit = ""
-    if not dry_run:
-        commit = push_planned(planned, private=private)
+    commit = "" if dry_run else push_planned(planned, private=private)
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
@@ -58,8 +56,7 @@ def push(
         say("nothing was written; without --dry-run this is pushed to the address above")
     else:
         show(planned.remote.url)
-        pull_line = f"racdeploy pull {repository} --quant {planned.bundle}"
-        say(f"next: {pull_line}")
+        say(f"next: racdeploy pull {repository} --quant {planned.bundle}")
 
 
 def pull(

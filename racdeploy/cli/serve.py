@@ -74,6 +74,5 @@ def _say_ready(url: str, served: ServedModel, key_env: str) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": _QUESTION}]})
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     header = "-H 'Content-Type: application/json'"
-    command = f"curl {url}/chat/completions {header}{key} -d '{body}'"
-    for line in (f"serving {served.name} at {url}", f"try: {command}"):
-        show(line)
+    show(f"serving {served.name} at {url}")
+    show(f"try: curl {url}/chat/completions {header}{key} -d '{body}'")

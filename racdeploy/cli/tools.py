@@ -43,12 +43,13 @@ def inspect(
         print_json(contents)
         return
 
-    if contents["tensors"] and not summary:
-        _print_tensors(contents["tensors"])
+    tensors = contents["tensors"]
+    if tensors and not summary:
+        _print_tensors(tensors)
 
     # Last, so that it is not scrolled away by hundreds of tensors.
-    if contents["tensors"]:
-        print_table(_add_up_types(contents["tensors"]), out)
+    if tensors:
+        print_table(_add_up_types(tensors), out)
     else:
         show("no tensors: a vocabulary alone")
     for key, value in contents["summary"].items():

@@ -31,11 +31,9 @@ _MAX_REASON_CHARACTERS = 2000
 def main() -> None:
     """Answer requests until stdin ends."""
     requests, answers = reserve_pipes()
-    module = sys.argv[1]
-    memory_bytes = int(sys.argv[2])
-    opens_files = sys.argv[3] == "1"
+    module, memory_bytes, opens_files = sys.argv[1:]
     operations: Operations = importlib.import_module(module).OPERATIONS
-    confine(memory_bytes, opens_files)
+    confine(int(memory_bytes), opens_files == "1")
     write_message(answers, {})
 
     while (request := read_message(requests)) is not None:

@@ -82,7 +82,7 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     shape = values["shape"]
     quant = values["quant"]
     known = quant in plugins.list_names("quant") and "onnx" in quants.load(quant).FORMATS
-    known = known and values["packing"] in packings.names("onnx")
+    known = known and values["packing"] in packings.list_supported("onnx", "packing")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
     if (

@@ -216,7 +216,7 @@ def _check(path: Path, header: GgufHeader) -> Container:
     _check_keys(header.metadata)
     version, packing, size_bytes, sha256, recorded = (header.metadata[key] for key in KEYS)
 
-    stored = packings.names("gguf")
+    stored = packings.list_supported("gguf", "packing")
     known = [name for name in stored if packings.load_gguf(name).SUFFIX == SUFFIX]
     if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
