@@ -252,7 +252,11 @@ class _Process:
             raise request.make_error(f"it gave no answer within {wall_seconds:.0f} s") from None
 
         if answer is None:
-            raise request.make_error(self._describe_end(request))
+            end = describe_exit(self._popen.wait())
+            reason = f"its process, which may take {self._megabytes} MB, died with {end}"
+            if end == _TIME_LIMIT_SIGNAL:
+                reason = f"it took more than {request.seconds:.1f} s of processor time"
+            raise request.make_error(reason)
 
         self.is_ready = True
         header, payload = answer
@@ -261,12 +265,6 @@ class _Process:
         if "raised" in header:
             raise rebuild_error(header)
         return {**header, "payload": payload}
-
-    def _describe_end(self, request: SandboxRequest) -> str:
-        end = describe_exit(self._popen.wait())
-        if end == _TIME_LIMIT_SIGNAL:
-            return f"it took more than {request.seconds:.1f} s of processor time"
-        return f"its process, which may take {self._megabytes} MB, died with {end}"
 
 
 def _feed(stream: BinaryIO, requests: Sequence[SandboxRequest]) -> None:
