@@ -102,7 +102,7 @@ def _join_q5_0(codes: Bytes) -> Bytes:
 
 def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) -> BlockLayout:
     """Return the layout of a ggml type whose blocks begin with their scales."""
-    _, weights, size_bytes, _ = GGML_TYPES[name]
+    _, _, weights, size_bytes = GGML_TYPES[name]
     head_bytes = size_bytes - weights * sum(widths) // 8
     return BlockLayout(name, weights, size_bytes, head_bytes, widths, kind, xor_byte)
 

@@ -71,7 +71,7 @@ def dequantize(ggml_type: int, packed_OP: Bytes, I: int) -> Floats:
 
 
 def _count_row_bytes(ggml_type: int, row_length: int) -> int:
-    _, block_weights, block_bytes, _ = TYPES_BY_ID[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     assert row_length % block_weights == 0, f"{row_length} weights are no blocks of {block_weights}"
     return row_length // block_weights * block_bytes
 

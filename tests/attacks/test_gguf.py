@@ -315,7 +315,7 @@ def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are
     unknown.
     """
-    _, block_weights, block_bytes, _ = TYPES_BY_ID[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     library = ggml._library()
     library.ggml_type_name.restype = ctypes.c_char_p
     assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (

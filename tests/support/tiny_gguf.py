@@ -19,7 +19,7 @@ def random_rows(kind: str, rows: int, row_length: int, zeros: float, seed: int =
     Whole blocks are zero in places.
     """
     generator = np.random.default_rng(seed)
-    _, block_weights, block_bytes, _ = TYPES_BY_ID[TYPES[kind]]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[TYPES[kind]]
     plain = generator.integers(
         0, 256, (rows, row_length // block_weights, block_bytes), dtype=np.uint8
     )

@@ -99,7 +99,7 @@ def _dequantize(stored: Bytes, ggml_type: int, name: str) -> NDArray[Any] | None
     if ggml_type in _NUMBERS:
         return np.ascontiguousarray(stored).view(_NUMBERS[ggml_type])
 
-    _, block_weights, block_bytes, _ = TYPES_BY_ID[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     with np.errstate(all="ignore"):  # a file may have scales of any value
         if name:
             weights = stored.size // block_bytes * block_weights

@@ -43,7 +43,7 @@ measurement._name_types = cache(measurement._name_types)
 _KNOWN = {
     int(kind)
     for kind, size in gguf.GGML_QUANT_SIZES.items()
-    if (known := TYPES_BY_ID.get(int(kind))) and size == known[1:3]
+    if (known := TYPES_BY_ID.get(int(kind))) and size == known[2:]
 }
 
 
@@ -144,7 +144,7 @@ def _write_scalars() -> bytes:
 
 
 def _write_type(ggml_type: int) -> bytes:
-    _, weights, size_bytes, _ = TYPES_BY_ID[ggml_type]
+    _, _, weights, size_bytes = TYPES_BY_ID[ggml_type]
     head = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
     head += struct.pack("<Q1sIQIQ", 1, b"w", 1, weights, ggml_type, 0)
     return (
