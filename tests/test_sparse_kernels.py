@@ -132,7 +132,7 @@ def test_without_the_package_its_packing_is_refused_before_any_work() -> None:
     with raises("not-stored-by-format", "bitmask_op"):
         packings.check("gguf", "q8_0", "bitmask_op")
     packings.check("onnx", "f16", "bitmask_graph")
-    assert packings.names("onnx") == ["bitmask_graph", "bitmask_op", "plain"]
+    assert packings.list_supported("onnx", "packing") == ["bitmask_graph", "bitmask_op", "plain"]
 
 
 @pytest.mark.usefixtures("absent")

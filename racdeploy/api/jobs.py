@@ -154,9 +154,14 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
     runner = None
     if harness:
         asked = bundle.settings
-        sizes = (asked.max_new_tokens, asked.context_tokens, asked.parallel)
-        added = include and Path(include).resolve()
-        request = HarnessRequest(tuple(tasks), limit, added, *sizes)
+        request = HarnessRequest(
+            tuple(tasks),
+            limit,
+            include and Path(include).resolve(),
+            asked.max_new_tokens,
+            asked.context_tokens,
+            asked.parallel,
+        )
         interpreter = Path(python or sys.executable).absolute()
         runner = HarnessRunner(bundle, harness, request, interpreter)
     served = f"{server}#{model}" if model else server

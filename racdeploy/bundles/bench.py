@@ -204,12 +204,15 @@ def measure_pair(
     progress("bench", loads, loads)
 
     # The first round only warms the page cache.
-    dense_rounds = tuple(rounds["dense"][1:])
-    pruned_rounds = tuple(rounds["pruned"][1:])
-
-    ran = (load, dense, pruned, dense_rounds, pruned_rounds, kernels["pruned"])
     return BenchResult(
-        *ran, exporting.count_weight_bytes(dense), exporting.count_weight_bytes(pruned)
+        load,
+        dense,
+        pruned,
+        tuple(rounds["dense"][1:]),
+        tuple(rounds["pruned"][1:]),
+        kernels["pruned"],
+        exporting.count_weight_bytes(dense),
+        exporting.count_weight_bytes(pruned),
     )
 
 

@@ -127,8 +127,9 @@ class BundleToVerify:
         engine = EngineSettings(
             settings.context_tokens, settings.parallel, self.threads, accel=accel
         )
-        asked = (self.problems, settings, self.gate, self.work, engine)
-        return Examiner(*asked, self.progress, self.server)
+        return Examiner(
+            self.problems, settings, self.gate, self.work, engine, self.progress, self.server
+        )
 
     @cached_property
     def model(self) -> DeployedModel:
@@ -158,5 +159,8 @@ class BundleToVerify:
             try:
                 entry.check_changed_files(self.folder)
             except ArtifactError as error:
-                message = f"integrity failed, so no question was asked: {error.message}"
-                raise GateError(error.code, message, remedy=error.remedy) from error
+                raise GateError(
+                    error.code,
+                    f"integrity failed, so no question was asked: {error.message}",
+                    remedy=error.remedy,
+                ) from error

@@ -86,8 +86,9 @@ def _measure(entries: Mapping[str, TensorEntry]) -> list[exporting.MeasuredTenso
     for name, entry in entries.items():
         weight = entry.read()
         zeros = 1 - np.count_nonzero(weight) / weight.size if weight.size else None
-        measured = (name, entry.shape, entry.quant, zeros, entry.size_bytes)
-        tensors.append(exporting.MeasuredTensor(*measured))
+        tensors.append(
+            exporting.MeasuredTensor(name, entry.shape, entry.quant, zeros, entry.size_bytes)
+        )
     return tensors
 
 

@@ -18,6 +18,27 @@ if TYPE_CHECKING:
     from racdeploy.verification.gate import Gate
 
 _VERDICT = "verdict"
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "bundle": {"type": Path, "metavar": "FOLDER", "help": "bundle to verify"},
+    "candidate": {"metavar": "MODEL", "help": "model to compare"},
+    "reference": {
+        "metavar": "MODEL",
+        "help": "model to compare it with, or the folder that racdeploy record wrote",
+    },
+    "gate": {"type": Path, "metavar": "FILE", "help": "TOML file with limits"},
+    "tier": {
+        "default": "",
+        "metavar": "NAME",
+        "help": "how much is verified: smoke, standard or release",
+    },
+    "threads": {
+        "type": int,
+        "default": 0,
+        "metavar": "N",
+        "help": "CPU threads; 0 uses every core",
+    },
+}
+"""Command-line options of pytest, without their prefix."""
 _NEEDS = {
     "gate": ("bundle", "candidate"),
     "tier": ("bundle", "candidate"),
@@ -34,23 +55,15 @@ class CheckFailure(Exception):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the command-line options."""
     group = parser.getgroup("racdeploy", "verification by racdeploy")
-    group.addoption("--racdeploy-bundle", type=Path, metavar="FOLDER", help="bundle to verify")
-    group.addoption("--racdeploy-candidate", metavar="MODEL", help="model to compare")
-    reference = "model to compare it with, or the folder that racdeploy record wrote"
-    group.addoption("--racdeploy-reference", metavar="MODEL", help=reference)
-    group.addoption("--racdeploy-gate", type=Path, metavar="FILE", help="TOML file with limits")
-    tier = "how much is verified: smoke, standard or release"
-    group.addoption("--racdeploy-tier", default="", metavar="NAME", help=tier)
-    threads = "CPU threads; 0 uses every core"
-    group.addoption("--racdeploy-threads", type=int, default=0, metavar="N", help=threads)
+    for name, settings in _OPTIONS.items():
+        group.addoption(f"--racdeploy-{name}", **settings)
 
 
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Append the model's tests to the collected ones."""
-    names = ("bundle", "candidate", "reference", "gate", "tier", "threads")
-    values = {name: config.getoption(f"--racdeploy-{name}") for name in names}
+    values = {name: config.getoption(f"--racdeploy-{name}") for name in _OPTIONS}
     for name, owners in _NEEDS.items():
         if values[name] and not any(map(values.get, owners)):
             raise pytest.UsageError(f"--racdeploy-{name} without --racdeploy-{owners[0]}")

@@ -250,8 +250,9 @@ def _explaining(bundle: Path, signature: Path, signer: Signer) -> Iterator[None]
             if kind == "Signature mismatch":
                 changes = ast.literal_eval(differences)  # a list; omit the hashes
                 names = "; ".join(each.partition(": Expected '")[0] for each in changes)
-                message = (
-                    f"{bundle} differs from {signature}: {' '.join(names.split())[:_MAX_MESSAGE]}"
-                )
-                raise ArtifactError("signature-differs", message, remedy=_NEW_COPY) from error
+                raise ArtifactError(
+                    "signature-differs",
+                    f"{bundle} differs from {signature}: {' '.join(names.split())[:_MAX_MESSAGE]}",
+                    remedy=_NEW_COPY,
+                ) from error
             raise

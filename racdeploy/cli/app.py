@@ -29,7 +29,15 @@ from racdeploy.cli import (
     tune,
     verify,
 )
-from racdeploy.cli.console import BROKEN_PIPE, Notices, describe_error, out, print_json, say_error
+from racdeploy.cli.console import (
+    BROKEN_PIPE,
+    Notices,
+    describe_error,
+    out,
+    print_json,
+    report_errors,
+    say_error,
+)
 from racdeploy.errors import EnvironmentFailure, UsageError
 
 app = typer.Typer(
@@ -74,12 +82,15 @@ _OTHERS: dict[str, Callable[..., None]] = {
 for panel, verbs in ((None, _FIRST), (_MORE, _OTHERS)):
     for example, command in verbs.items():
         verb = example.split()[1]
-        app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)(command)
+        add = app.command(verb, epilog=f"Example: {example}", rich_help_panel=panel)
+        add(report_errors(command))
 
 cache_app = typer.Typer(no_args_is_help=True, help="List and remove cached results of builds.")
 app.add_typer(cache_app, name="cache", rich_help_panel=_MORE)
-cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(cache.list_cache)
-cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(cache.remove)
+cache_app.command(name="ls", epilog="Example: racdeploy cache ls")(report_errors(cache.list_cache))
+cache_app.command(name="rm", epilog="Example: racdeploy cache rm --older 30")(
+    report_errors(cache.remove)
+)
 
 _WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # click's, or typer's own copy
 _VERSION = typer.Option("--version", metavar="", help="Print the version.")

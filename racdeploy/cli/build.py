@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from racdeploy.api import functions, jobs
 from racdeploy.cli import console
@@ -15,10 +14,7 @@ from racdeploy.cli.plan import write_first_line
 if TYPE_CHECKING:
     from racdeploy.api.records import PrunedFolder
 
-R = TypeVar("R")
 
-
-@console.report_errors
 @with_options_of(functions.build)
 def build(
     values: Values,
@@ -40,7 +36,7 @@ def build(
         console.print_plan(plan, json_output, str(out or ""))
         return
 
-    bundle = _run(functions.build, values, quiet)
+    bundle = console.call_with_progress(functions.build, values, quiet)
 
     from racdeploy.report.tables import list_next_steps
 
@@ -69,7 +65,6 @@ def list_commands(folder: Path, work: Path | None) -> list[str]:
     return commands
 
 
-@console.report_errors
 @with_options_of(functions.recover, excluded=("pruned", "recover_tokens"))
 def traces(values: Values, quiet: QuietOpt = False, json_output: JsonOpt = False) -> None:
     """Collect the model's traces (chains of thought) and print their folder."""
@@ -79,11 +74,10 @@ def traces(values: Values, quiet: QuietOpt = False, json_output: JsonOpt = False
             return str(builder.traces()[0])
 
     _announce("traces", values, quiet)
-    folder = _run(collect, values, quiet)
+    folder = console.call_with_progress(collect, values, quiet)
     console.print_result({"folder": folder}, [folder], json_output)
 
 
-@console.report_errors
 @with_options_of(functions.prune)
 def prune(
     values: Values,
@@ -98,11 +92,10 @@ def prune(
             console.print_plan(builder.plan({}), json_output)
         return
 
-    pruned = _run(functions.prune, values, quiet)
+    pruned = console.call_with_progress(functions.prune, values, quiet)
     _print_folder(pruned, {"sparsity": pruned.sparsity}, json_output)
 
 
-@console.report_errors
 @with_options_of(functions.recover)
 def recover(
     values: Values,
@@ -117,12 +110,11 @@ def recover(
             console.print_plan(builder.plan_recovery(), json_output)
         return
 
-    model = _run(functions.recover, values, quiet)
+    model = console.call_with_progress(functions.recover, values, quiet)
     rows = [row.model_dump() for row in model.recovery]
     _print_folder(model, {"recovery": rows}, json_output)
 
 
-@console.report_errors
 @with_options_of(functions.export)
 def export(values: Values, json_output: JsonOpt = False) -> None:
     """Export a model as it is, dense or pruned."""
@@ -135,14 +127,6 @@ def export(values: Values, json_output: JsonOpt = False) -> None:
 def _announce(verb: str, values: Values, quiet: bool) -> None:
     """Print what will be built, before slow imports."""
     console.print_first_line(write_first_line(verb, jobs.read_recipe(values)), quiet)
-
-
-def _run(function: Callable[..., R], values: Values, quiet: bool) -> R:
-    """Call a function with progress on stderr."""
-    from racdeploy.cli.progress import show_progress
-
-    with show_progress(console.err, quiet) as progress:
-        return function(**values, progress=progress)
 
 
 def _print_folder(model: PrunedFolder, figures: Values, json_output: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from racdeploy.cli.console import out, print_json, report_errors, say, show
+from racdeploy.cli.console import out, print_json, say, show
 from racdeploy.cli.options import JsonOpt, WorkOpt
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 _COLUMNS = ("name", "state", "size", "last used")
 
 
-@report_errors
 def list_cache(work: WorkOpt = None, json_output: JsonOpt = False) -> None:
     """List cached folders and files with size, last use and state."""
     from racdeploy.files.cache_entries import list_cache_entries
@@ -38,7 +37,6 @@ def list_cache(work: WorkOpt = None, json_output: JsonOpt = False) -> None:
     say(f"{len(entries)} in all, {total}; racdeploy cache rm --older 30 removes old ones")
 
 
-@report_errors
 def remove(
     names: Annotated[
         list[str] | None, typer.Argument(help="Names, as printed by racdeploy cache ls.")

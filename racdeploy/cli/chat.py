@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import err, report_errors, say, say_error, show
+from racdeploy.cli.console import err, say, say_error, show
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -45,13 +45,12 @@ _HELP = {
     "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
     "/load FILE": "continue a saved conversation",
-    '"""': "begin or end a question of several lines",
+    _SEVERAL: "begin or end a question of several lines",
     "/help": "show this list",
     "/bye": "leave, as Ctrl-D does",
 }
 
 
-@report_errors
 def chat(
     bundle: BundleArg,
     system: str = typer.Option("", help="System message."),
@@ -101,22 +100,7 @@ class Chat:
             return
 
         name, _, argument = line.partition(" ")
-        commands: dict[str, Callable[[str], None]] = {
-            "/think": self._set_budget,
-            "/thoughts": self._show_thoughts,
-            "/reset": self._reset,
-            "/save": self._save,
-            "/load": self._load,
-            "/help": self._help,
-            "/bye": self._leave,
-        }
-        if name not in commands:
-            raise UsageError(
-                "unknown-chat-command",
-                f"there is no command {name}",
-                remedy=f"there are: {', '.join(commands)}",
-            )
-        commands[name](argument.strip())
+        self._run_command(name, argument.strip())
 
     def handle_alone(self, line: str) -> None:
         """Handle a line of a pipe; a question has no context, and its answer is one line."""
@@ -170,6 +154,38 @@ class Chat:
             prefix = thought if result.thinking_tokens else ""
             say(f"{prefix}{tokens / elapsed_s:,.0f} tokens/s", "dim")
 
+    def _run_command(self, name: str, argument: str) -> None:
+        conversation = self.conversation
+        match name:
+            case "/think":
+                self._set_budget(argument)
+            case "/thoughts":
+                turns = conversation.turns
+                thinking = turns[-1].result.thinking if turns else ""
+                show(thinking or "there was no thinking", "dim")
+            case "/reset":
+                conversation.reset()
+                say("forgotten: the next question is the first", "dim")
+            case "/save":
+                conversation.save(_name_file(argument, name))
+                say(f"saved in {argument}", "dim")
+            case "/load":
+                file = _name_file(argument, name)
+                self.conversation = type(conversation).load(conversation.model, file)
+                say(f"{len(self.conversation.turns)} turns loaded", "dim")
+            case "/help":
+                for usage, meaning in _HELP.items():
+                    say(f"{usage:<12} {meaning}", "dim")
+            case "/bye":
+                raise EOFError
+            case _:
+                known = dict.fromkeys(usage.split()[0] for usage in _HELP if usage != _SEVERAL)
+                raise UsageError(
+                    "unknown-chat-command",
+                    f"there is no command {name}",
+                    remedy=f"there are: {', '.join(known)}",
+                )
+
     def _set_budget(self, argument: str) -> None:
         if argument and argument != "off":
             if not argument.isdecimal():
@@ -189,31 +205,6 @@ class Chat:
         budget = default_budget if self.max_thinking_tokens is None else self.max_thinking_tokens
         limit = "no budget" if budget is None else f"a budget of {budget:,} tokens"
         say(f"thinking has {limit}", "dim")
-
-    def _show_thoughts(self, _: str) -> None:
-        turns = self.conversation.turns
-        thinking = turns[-1].result.thinking if turns else ""
-        show(thinking or "there was no thinking", "dim")
-
-    def _reset(self, _: str) -> None:
-        self.conversation.reset()
-        say("forgotten: the next question is the first", "dim")
-
-    def _save(self, argument: str) -> None:
-        self.conversation.save(_name_file(argument, "/save"))
-        say(f"saved in {argument}", "dim")
-
-    def _load(self, argument: str) -> None:
-        file = _name_file(argument, "/load")
-        self.conversation = type(self.conversation).load(self.conversation.model, file)
-        say(f"{len(self.conversation.turns)} turns loaded", "dim")
-
-    def _help(self, _: str) -> None:
-        for usage, meaning in _HELP.items():
-            say(f"{usage:<12} {meaning}", "dim")
-
-    def _leave(self, _: str) -> None:
-        raise EOFError
 
 
 def _talk_in_terminal(talk: Chat, model: Model) -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import typer
 
 from racdeploy.api import functions, jobs
-from racdeploy.cli.console import err, out, print_json, print_plan, report_errors, show
+from racdeploy.cli.console import call_with_progress, out, print_json, print_plan, show
 from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
 
 
-@report_errors
 @with_options_of(functions.compare)
 def compare(
     values: Values,
@@ -23,7 +22,6 @@ def compare(
     json_output: JsonOpt = False,
 ) -> None:
     """Ask models of any origin the same questions, and compare each with a reference."""
-    from racdeploy.cli.progress import show_progress
     from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.report import junit
     from racdeploy.report.comparison import make_comparison_table, write_card
@@ -36,15 +34,14 @@ def compare(
 
     if junit_file:
         make_parent(junit_file)
-    with show_progress(err) as progress:
-        models = functions.compare(**values, progress=progress)
+    models = call_with_progress(functions.compare, values)
 
     if junit_file:
         write_atomic(junit_file, junit.render(models[0].report))
-    for model in models if reports else ():
-        assert reports
-        name = model.report.model
-        write_reports(reports / name, model.report, model.records, name)
+    if reports:
+        for model in models:
+            name = model.report.model
+            write_reports(reports / name, model.report, model.records, name)
 
     found = [model.report for model in models]
     if json_output:
@@ -61,11 +58,7 @@ def compare(
         raise typer.Exit(min(codes))  # a failure before missing data
 
 
-@report_errors
 @with_options_of(functions.record)
 def record(values: Values) -> None:
     """Record a model's answers, with which ``compare`` needs neither the model nor its task."""
-    from racdeploy.cli.progress import show_progress
-
-    with show_progress(err) as progress:
-        show(functions.record(**values, progress=progress))
+    show(call_with_progress(functions.record, values))

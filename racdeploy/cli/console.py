@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -148,6 +148,16 @@ def print_first_line(line: str, quiet: bool) -> None:
         say(line, "bold")
 
 
+def call_with_progress(
+    function: Callable[..., R], values: Mapping[str, Any], quiet: bool = False
+) -> R:
+    """Call a function with progress on stderr."""
+    from racdeploy.cli.progress import show_progress
+
+    with show_progress(err, quiet) as progress:
+        return function(**values, progress=progress)
+
+
 def finish(verdict: Verdict, json_output: bool, last_lines: Sequence[str] = ()) -> None:
     """Print a report, and exit with the code of its verdict."""
     from racdeploy.report.terminal import print_report
@@ -243,8 +253,15 @@ def _end_early(signal_name: str, as_json: bool) -> NoReturn:
     again = shlex.join(["racdeploy", *sys.argv[1:]])
     outcome = f"interrupted by {signal_name}" if signal_name else "interrupted"
     if as_json:
-        details = {"code": "run-interrupted", "error": f"{outcome}; finished work is kept"}
-        print_json(details | {"remedy": again, "exit_code": INTERRUPTED, "kind": "Interrupted"})
+        print_json(
+            {
+                "code": "run-interrupted",
+                "error": f"{outcome}; finished work is kept",
+                "remedy": again,
+                "exit_code": INTERRUPTED,
+                "kind": "Interrupted",
+            }
+        )
     else:
         say(f"{outcome}; finished work is kept. Resume with:", "yellow")
         say(f"  {again}")
@@ -256,14 +273,18 @@ def _to_racdeploy_error(error: RacdeployError | OSError) -> RacdeployError:
     if isinstance(error, RacdeployError):
         return error
     prefix = f"{error.filename}: " if error.filename else ""
-    message = f"{prefix}{error.strerror or error}"
-    return EnvironmentFailure("os-error", message, remedy=_DISK_REMEDY)
+    return EnvironmentFailure("os-error", f"{prefix}{error.strerror or error}", remedy=_DISK_REMEDY)
 
 
 def describe_error(error: RacdeployError) -> dict[str, object]:
     """Return an error as an object for ``--json``."""
-    details = {"code": error.code, "error": error.message, "remedy": error.remedy}
-    return {**details, "exit_code": error.exit_code, "kind": type(error).__name__}
+    return {
+        "code": error.code,
+        "error": error.message,
+        "remedy": error.remedy,
+        "exit_code": error.exit_code,
+        "kind": type(error).__name__,
+    }
 
 
 def _fail(error: RacdeployError, as_json: bool) -> NoReturn:

@@ -28,18 +28,26 @@ def examine() -> list[Finding]:
 
     ``state`` is ok, missing, unused or wrong. An extra that is not installed is unused.
     """
+    model = resolve_model(EMBEDDED).folder / "model.safetensors"
+    free = free_bytes()
+    memory = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
+    kernels = [
+        _finding(engine, detail, "ok" if is_used else "unused")
+        for engine, is_used, detail in sparse_kernels.list_kernels()
+    ]
+
     return [
         _finding("python", sys.version.split()[0]),
         *(_examine_package(package) for package in PACKAGES.values()),
-        _examine_model(),
+        _finding("embedded model", str(model), "ok" if model.is_file() else "missing"),
         _examine_work(),
         _examine_cores(),
-        _examine_memory(),
+        _finding("memory", memory),
         _examine_limits(),
         _find_program("gpu", ["nvidia-smi"], "no driver found; everything runs on CPUs"),
         _find_program("compiler", ["c++", "g++", "clang++"], _NO_COMPILER),
         _examine_llama(),
-        *_examine_kernels(),
+        *kernels,
     ]
 
 
@@ -72,11 +80,6 @@ def _examine_package(package: Package) -> Finding:
     return _finding(package.name, f"needed for {package.purpose}: {install}", "unused")
 
 
-def _examine_model() -> Finding:
-    model = resolve_model(EMBEDDED).folder / "model.safetensors"
-    return _finding("embedded model", str(model), "ok" if model.is_file() else "missing")
-
-
 def _examine_work() -> Finding:
     work = default_work_folder()
     parent = next(folder for folder in (work, *work.parents) if folder.is_dir())
@@ -90,12 +93,6 @@ def _examine_cores() -> Finding:
     busy = f"{os.getloadavg()[0]:.1f} busy"
     cores = f"{available_cores()} of {os.cpu_count()} cores, {busy}"
     return _finding("cpu", f"{cores}, {products} fast products of bfloat16")
-
-
-def _examine_memory() -> Finding:
-    free = free_bytes()
-    known = "the system does not say" if free is None else f"{free / 2**30:.1f} GiB free"
-    return _finding("memory", known)
 
 
 def _examine_limits() -> Finding:
@@ -128,14 +125,6 @@ def _examine_llama() -> Finding:
 
     features = re.findall(r"(\w+) = 1", done.stdout)
     return _finding("llama.cpp", f"built with {', '.join(features)}")
-
-
-def _examine_kernels() -> list[Finding]:
-    """Report for each engine if the sparse kernels are used, and for which weights."""
-    return [
-        _finding(engine, detail, "ok" if is_used else "unused")
-        for engine, is_used, detail in sparse_kernels.list_kernels()
-    ]
 
 
 def _finding(subject: str, detail: str, state: str = "ok") -> Finding:

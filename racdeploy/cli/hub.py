@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import out, print_json, print_notes, report_errors, say, show
+from racdeploy.cli.console import out, print_json, print_notes, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, QuietOpt, flag
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _REPOSITORY = typer.Argument(metavar="ORG/NAME", help="Repository of the Hub.")
 
 
-@report_errors
 def push(
     bundle: BundleArg,
     repository: str = _REPOSITORY,
@@ -36,15 +35,20 @@ def push(
     planned = plan_push(bundle, repository, revision, ignore_unreachable=dry_run)
     print_notes(planned.notes)
 
-    commit = ""
-    if not dry_run:
-        commit = push_planned(planned, private=private)
+    commit = "" if dry_run else push_planned(planned, private=private)
 
     if json_output:
         files = [{"path": path, "size_bytes": size} for path, size in planned.sizes.items()]
-        described = {"url": planned.remote.url, "commit": commit, "bundle": planned.bundle}
-        listed = {"files": files, "removed": list(planned.removed), "card": planned.card}
-        print_json({**described, **listed})
+        print_json(
+            {
+                "url": planned.remote.url,
+                "commit": commit,
+                "bundle": planned.bundle,
+                "files": files,
+                "removed": list(planned.removed),
+                "card": planned.card,
+            }
+        )
         return
 
     if dry_run:
@@ -52,11 +56,9 @@ def push(
         say("nothing was written; without --dry-run this is pushed to the address above")
     else:
         show(planned.remote.url)
-        pull_line = f"racdeploy pull {repository} --quant {planned.bundle}"
-        say(f"next: {pull_line}")
+        say(f"next: racdeploy pull {repository} --quant {planned.bundle}")
 
 
-@report_errors
 def pull(
     repository: str = _REPOSITORY,
     quant: str = typer.Option("", help="Number format or name, if there are several bundles."),
@@ -75,8 +77,14 @@ def pull(
     pulled = pull_bundle(repository, out_folder, quant=quant, revision=revision)
 
     if json_output:
-        location = {"path": str(pulled.folder), "bundle": pulled.bundle}
-        print_json({**location, "commit": pulled.commit, "size_bytes": pulled.size_bytes})
+        print_json(
+            {
+                "path": str(pulled.folder),
+                "bundle": pulled.bundle,
+                "commit": pulled.commit,
+                "size_bytes": pulled.size_bytes,
+            }
+        )
         return
 
     show(pulled.folder)

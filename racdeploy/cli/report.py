@@ -10,11 +10,10 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import err, print_json, report_errors, say, show
+from racdeploy.cli.console import err, print_json, say, show
 from racdeploy.cli.options import JsonOpt
 
 
-@report_errors
 def report(
     bundle: Path = typer.Argument(help="Bundle folder, folder of verify --reports, or tune.json."),
     open_page: bool | None = typer.Option(
@@ -26,7 +25,10 @@ def report(
     json_output: JsonOpt = False,
 ) -> None:
     """Open the report of a bundle or a search in a browser, and print its path."""
-    wanted = _has_display() if open_page is None else open_page
+    wanted = open_page
+    if open_page is None:  # without a display, Linux may start a text browser
+        displays = os.environ.get("DISPLAY"), os.environ.get("WAYLAND_DISPLAY")
+        wanted = sys.platform == "darwin" or any(displays)
     if bundle.suffix == ".json" and not bundle.is_dir():
         page, verdict = _draw_search(bundle, json_output)
     else:
@@ -82,10 +84,3 @@ def _draw(page: Path, text: str) -> Path:
         page = Path(tempfile.mkdtemp()) / page.name
     write_atomic(page, content)
     return page
-
-
-def _has_display() -> bool:
-    """Return True if there is a display; without one, Linux may start a text browser."""
-    if sys.platform == "darwin":
-        return True
-    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, err, out, print_json, report_errors, say
+from racdeploy.cli.console import INTERRUPTED, err, out, print_json, say
 from racdeploy.cli.options import (
     AccelOpt,
     BudgetOpt,
@@ -34,7 +34,6 @@ from racdeploy.cli.stream import (
 from racdeploy.errors import UsageError
 
 
-@report_errors
 def run(
     bundle: BundleArg,
     prompt: str = typer.Argument("-", help="Question; - reads it from stdin."),
@@ -89,7 +88,6 @@ def run(
         raise typer.Exit(INTERRUPTED)
 
 
-@report_errors
 def bench(
     bundle: Path | None = typer.Argument(None, help="Bundle folder; not with --profile."),
     dense: Path | None = typer.Option(

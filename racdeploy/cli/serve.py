@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from racdeploy.cli.console import INTERRUPTED, report_errors, show
+from racdeploy.cli.console import INTERRUPTED, show
 from racdeploy.cli.options import AccelOpt, BundleArg, ContextOpt, ThreadsOpt
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _QUESTION = "What is 12 times 34?"
 
 
-@report_errors
 def serve(
     bundle: BundleArg,
     host: str = typer.Option(
@@ -75,6 +74,5 @@ def _say_ready(url: str, served: ServedModel, key_env: str) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": _QUESTION}]})
     key = f' -H "Authorization: Bearer ${key_env}"' if key_env else ""
     header = "-H 'Content-Type: application/json'"
-    command = f"curl {url}/chat/completions {header}{key} -d '{body}'"
-    for line in (f"serving {served.name} at {url}", f"try: {command}"):
-        show(line)
+    show(f"serving {served.name} at {url}")
+    show(f"try: curl {url}/chat/completions {header}{key} -d '{body}'")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import typer
 
-from racdeploy.cli.console import print_json, report_errors, say, show
+from racdeploy.cli.console import print_json, say, show
 from racdeploy.cli.options import BundleArg, JsonOpt, flag
 from racdeploy.errors import UsageError
 
 
-@report_errors
 def sign(
     bundle: BundleArg,
     key: Path | None = typer.Option(None, help="PEM file of the private key to sign with."),

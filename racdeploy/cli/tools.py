@@ -17,7 +17,6 @@ from racdeploy.cli.console import (
     print_json,
     print_notes,
     print_result,
-    report_errors,
     say,
     show,
 )
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 _SHOWN_ROWS = 1000
 
 
-@report_errors
 def inspect(
     path: Path = typer.Argument(help="File of weights, model folder, or bundle."),
     summary: bool = flag("--summary", "Print no table of tensors."),
@@ -45,12 +43,13 @@ def inspect(
         print_json(contents)
         return
 
-    if contents["tensors"] and not summary:
-        _print_tensors(contents["tensors"])
+    tensors = contents["tensors"]
+    if tensors and not summary:
+        _print_tensors(tensors)
 
     # Last, so that it is not scrolled away by hundreds of tensors.
-    if contents["tensors"]:
-        print_table(_add_up_types(contents["tensors"]), out)
+    if tensors:
+        print_table(_add_up_types(tensors), out)
     else:
         show("no tensors: a vocabulary alone")
     for key, value in contents["summary"].items():
@@ -94,7 +93,6 @@ def _add_up_types(tensors: Sequence[Mapping[str, Any]]) -> ReportTable:
     return ReportTable("", ("type", "tensors", "size"), tuple(rows))
 
 
-@report_errors
 def unpack(
     file: Path = typer.Argument(help="Packed file, .racgguf."),
     out_file: Path | None = typer.Option(
@@ -124,7 +122,6 @@ def unpack(
     print_notes(replaced)
 
 
-@report_errors
 def targets(json_output: JsonOpt = False) -> None:
     """List the deployment targets."""
     from racdeploy.targets import Target
@@ -146,7 +143,6 @@ def targets(json_output: JsonOpt = False) -> None:
         show(f"{'':<16}{target.description}", "dim")
 
 
-@report_errors
 def families(
     check: Path | None = typer.Option(
         None, "--check", metavar="FOLDER", help="Compare a model with the nearest family."
@@ -181,7 +177,6 @@ def families(
         show(f"{'':<16}{'; '.join(details)}", "dim")
 
 
-@report_errors
 def list_plugins(json_output: JsonOpt = False) -> None:
     """List all plugins by kind."""
     names_by_kind = {kind: list(plugins.list_names(kind)) for kind in plugins.KINDS}
@@ -189,7 +184,6 @@ def list_plugins(json_output: JsonOpt = False) -> None:
     print_result(names_by_kind, lines, json_output)
 
 
-@report_errors
 def init(
     file: Path | None = typer.Argument(
         None, help="File to write; default: recipe.toml, or racdeploy-gate.toml."
@@ -214,7 +208,6 @@ def init(
     say(f"next: racdeploy {next_step}")
 
 
-@report_errors
 def doctor(
     gpu: bool = flag("--gpu", "Compare the GPU with the CPU, step by step."),
     stand_in: bool = flag("--stand-in", "Compare the CPU with itself, where there is no GPU."),

@@ -9,7 +9,6 @@ from racdeploy.cli import console
 from racdeploy.cli.options import DryRunOpt, JsonOpt, QuietOpt, Values, with_options_of
 
 
-@console.report_errors
 @with_options_of(functions.tune)
 def tune(
     values: Values,

@@ -8,11 +8,10 @@ from pathlib import Path
 import typer
 
 from racdeploy.api import functions, jobs
-from racdeploy.cli.console import err, finish, print_notes, print_plan, report_errors
+from racdeploy.cli.console import call_with_progress, finish, print_notes, print_plan
 from racdeploy.cli.options import JsonOpt, Values, flag, with_options_of
 
 
-@report_errors
 @with_options_of(functions.verify)
 def verify(
     values: Values,
@@ -24,7 +23,6 @@ def verify(
     json_output: JsonOpt = False,
 ) -> None:
     """Rerun the bundle's prompts on its artifact and compare with the dense records in it."""
-    from racdeploy.cli.progress import show_progress
     from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.report import html, junit
     from racdeploy.report.files import PAGE, write_reports
@@ -37,8 +35,7 @@ def verify(
 
     for file in filter(None, (junit_file, html_file, reports and reports / PAGE)):
         make_parent(file)
-    with show_progress(err) as progress:
-        verdict = functions.verify(**values, progress=progress)
+    verdict = call_with_progress(functions.verify, values)
 
     report, records, bundle = verdict.report, verdict.records, str(values["bundle"])
     if junit_file:

@@ -46,7 +46,10 @@ def list_cache_entries(work: Path | None) -> list[CacheEntry]:
     folder = work or default_work_folder()
     for stage in folder.glob("*-*"):
         if stage.is_dir() and not stage.is_symlink() and _STAGE_NAME.fullmatch(stage.name):
-            entries.append(_describe(stage, _read_state(stage)))
+            state = "finished" if (stage / "stage.json").is_file() else "unfinished"
+            if (stage / ".lock").is_file() and is_folder_in_use(stage):
+                state = "in use"
+            entries.append(_describe(stage, state))
 
     for file in cache_folder("unpacked").glob("*"):
         if file.is_file():
@@ -106,12 +109,6 @@ def remove_entry(entry: CacheEntry) -> None:
         shutil.rmtree(entry.path)
     finally:
         release_folder(entry.path)
-
-
-def _read_state(stage: Path) -> str:
-    if (stage / ".lock").is_file() and is_folder_in_use(stage):
-        return "in use"
-    return "finished" if (stage / "stage.json").is_file() else "unfinished"
 
 
 def _describe(path: Path, state: str) -> CacheEntry:

@@ -59,7 +59,10 @@ def reachable_files(modules: Iterable[str]) -> list[Path]:
 
         seen.add(name)
         source = file.read_bytes()
-        reached |= {file, *_packages_of(file), *_data_of(file, source)}
+        # racdeploy/__init__.py, the last parent's, only forwards names.
+        folders = file.relative_to(ROOT).parents[:-1]
+        packages = {ROOT / folder / "__init__.py" for folder in folders}
+        reached |= {file, *packages, *_data_of(file, source)}
         pending += _names_in(source)
 
     return sorted(reached)
@@ -74,12 +77,6 @@ def _file_of(name: str) -> Path | None:
     path = ROOT.joinpath(*parts)
     candidates = (path / "__init__.py", path.with_name(f"{path.name}.py"))
     return next((file for file in candidates if file.is_file()), None)
-
-
-def _packages_of(file: Path) -> Iterator[Path]:
-    for folder in file.relative_to(ROOT).parents:
-        if folder.parts:  # racdeploy/__init__.py only forwards names
-            yield ROOT / folder / "__init__.py"
 
 
 def _data_of(file: Path, source: bytes) -> Iterator[Path]:

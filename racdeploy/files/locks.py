@@ -28,8 +28,9 @@ def lock_folder(folder: Path) -> None:
     except TimeoutError as error:
         in_use = f"another racdeploy is working in {folder}"
         if _locks:
-            remedy = "wait for it, or use another --work folder"
-            raise EnvironmentFailure("work-folder-in-use", in_use, remedy=remedy) from error
+            raise EnvironmentFailure(
+                "work-folder-in-use", in_use, remedy="wait for it, or use another --work folder"
+            ) from error
         logging.getLogger("racdeploy").info(f"{in_use}: waiting until it is done")
         lock.acquire(timeout=-1)
 

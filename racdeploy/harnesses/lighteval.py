@@ -73,8 +73,16 @@ def read(out: Path, python: Path) -> list[HarnessScore]:
             if task == "all" or metric.endswith("_stderr"):  # all: the mean over tasks
                 continue
             by_document = {json.dumps(line["id"]): line["metric"].get(metric) for line in lines}
-            stderr, is_larger = values.get(f"{metric}_stderr"), better.get(metric)
-            known = (value, len(lines), stderr, is_larger is not False, by_document)
-            scores.append(HarnessScore(task.removesuffix("|0"), metric, *known))
+            scores.append(
+                HarnessScore(
+                    task.removesuffix("|0"),
+                    metric,
+                    value,
+                    len(lines),
+                    values.get(f"{metric}_stderr"),
+                    better.get(metric) is not False,
+                    by_document,
+                )
+            )
 
     return scores

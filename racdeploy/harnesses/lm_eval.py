@@ -61,8 +61,16 @@ def read(out: Path, python: Path) -> list[HarnessScore]:
                 if line["filter"] == filter_name
             }
             name = metric if filter_name == "none" else key
-            stderr, is_larger = values.get(f"{metric}_stderr,{filter_name}"), better.get(metric)
-            known = (value, values["sample_len"], stderr, is_larger is not False, by_document)
-            scores.append(HarnessScore(task, name, *known))
+            scores.append(
+                HarnessScore(
+                    task,
+                    name,
+                    value,
+                    values["sample_len"],
+                    values.get(f"{metric}_stderr,{filter_name}"),
+                    better.get(metric) is not False,
+                    by_document,
+                )
+            )
 
     return scores

@@ -80,11 +80,6 @@ def load_onnx(name: str) -> OnnxPacking:
     return cast(OnnxPacking, plugins.load("packing", name))
 
 
-def names(format_name: str) -> list[str]:
-    """Return the names of the packings that a file format stores."""
-    return [name for name in plugins.list_names("packing") if format_name in load(name).FORMATS]
-
-
 def check(format_name: str, quant_name: str, packing_name: str) -> None:
     """Refuse a quant or packing that the format does not store, or a pair that does not work.
 

@@ -32,10 +32,6 @@ class BlockLayout:
     code_dtype: str  # unsigned numpy type of a code; codes of 4 bits are two a byte, low bits first
     xor_byte: int  # every byte behind the head is XORed with it: the code of zero becomes 0
 
-    @property
-    def chunk_bytes(self) -> int:
-        return CHUNK_WEIGHTS // self.block_weights * self.block_bytes
-
     def count_weights(self, plain_bytes: int) -> int:
         return plain_bytes // self.block_bytes * self.block_weights
 
@@ -106,7 +102,7 @@ def _join_q5_0(codes: Bytes) -> Bytes:
 
 def _describe(name: str, widths: tuple[int, ...], kind: str, xor_byte: int = 0) -> BlockLayout:
     """Return the layout of a ggml type whose blocks begin with their scales."""
-    _, weights, size_bytes = GGML_TYPES[name]
+    _, _, weights, size_bytes = GGML_TYPES[name]
     head_bytes = size_bytes - weights * sum(widths) // 8
     return BlockLayout(name, weights, size_bytes, head_bytes, widths, kind, xor_byte)
 

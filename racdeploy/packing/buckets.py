@@ -73,11 +73,6 @@ class BucketTable:
             )
         return cls(costs, widths)
 
-    @property
-    def as_bytes(self) -> bytes:
-        """Bytes of the table in a file, as :meth:`from_bytes` takes them."""
-        return self.costs + self.bucket_bits
-
     def encode(self, nibbles: Bytes) -> tuple[Bytes, Bytes]:
         """Return the bucket numbers and the index bits of codes, given two codes a byte."""
         ranks = np.empty(_WORDS, dtype=np.int64)

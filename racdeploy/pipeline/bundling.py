@@ -206,7 +206,7 @@ def _describe_tokenizer(bundle: Path, subfolder: str, checkpoint: Checkpoint) ->
 
     return TokenizerEntry(
         files={(Path(subfolder) / name).as_posix(): file_sha256(folder / name) for name in present},
-        template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+        template_sha256=encoder.template.sha256,
         open_tag=names[0] if names else None,
         close_tag=names[1] if names else None,
         eos_ids=checkpoint.eos_ids,

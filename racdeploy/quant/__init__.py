@@ -96,15 +96,18 @@ def load_grid(name: str) -> Grid:
     return cast(Grid, getattr(load(name), "GRID"))  # noqa: B009
 
 
-def read_ggml_type(name: str) -> tuple[int, float, int]:
-    """Return ``GGML_TYPE``, ``BITS`` and ``BLOCK_SIZE`` of ggml's type of that name."""
+def make_ggml_members(
+    name: str, module: Any
+) -> tuple[int, float, int, partial[Bytes], partial[Floats]]:
+    """Return ``GGML_TYPE``, ``BITS``, ``BLOCK_SIZE``, ``quantize`` and ``dequantize`` of a format.
+
+    Args:
+        name: of ggml's type.
+        module: has ``quantize`` and ``dequantize``, which take the type's id first.
+    """
     known = GGML_TYPES[name]
-    return known.type_id, known.bits, known.block_weights
-
-
-def make_codec(module: Any, kind: int | str) -> tuple[partial[Bytes], partial[Floats]]:
-    """Return ``quantize`` and ``dequantize`` of a module, for one of its types."""
-    return partial(module.quantize, kind), partial(module.dequantize, kind)
+    codec = partial(module.quantize, known.type_id), partial(module.dequantize, known.type_id)
+    return known.type_id, known.bits, known.block_weights, *codec
 
 
 def load_ggml(name: str) -> GgmlQuant:

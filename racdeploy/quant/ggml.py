@@ -18,15 +18,13 @@ import numpy as np
 from racdeploy.errors import EngineError
 from racdeploy.plugins import require_package
 from racdeploy.quant.grid import Bytes, Floats
-from racdeploy.tensors.ggml_types import GGML_TYPES
-from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
 
 require_package("llama_cpp")
 _SPEC = importlib.util.find_spec("llama_cpp")
 assert _SPEC, "require() found it"
 assert _SPEC.origin, "llama_cpp is a package with a file"
 _SUFFIX = "dylib" if sys.platform == "darwin" else "so"
-_NAMES = {known.type_id: name.replace("_k", "_K") for name, known in GGML_TYPES.items()}
 _LIBRARY_FILE = Path(_SPEC.origin).parent / "lib" / f"libggml-base.{_SUFFIX}"
 
 
@@ -64,7 +62,8 @@ def dequantize(ggml_type: int, packed_OP: Bytes, I: int) -> Floats:
     packed_OP = np.ascontiguousarray(packed_OP)
     weight_OI = np.empty((O, I), dtype=np.float32)
 
-    convert = _library()[f"dequantize_row_{_NAMES[ggml_type]}"]
+    name = TYPES_BY_ID[ggml_type].name.replace("_k", "_K")
+    convert = _library()[f"dequantize_row_{name}"]
     convert.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     convert.restype = None
     convert(packed_OP.ctypes.data, weight_OI.ctypes.data, O * I)
@@ -72,7 +71,7 @@ def dequantize(ggml_type: int, packed_OP: Bytes, I: int) -> Floats:
 
 
 def _count_row_bytes(ggml_type: int, row_length: int) -> int:
-    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     assert row_length % block_weights == 0, f"{row_length} weights are no blocks of {block_weights}"
     return row_length // block_weights * block_bytes
 

@@ -182,8 +182,11 @@ def _read_imatrix(file: Path) -> _Read:
     """Read llama.cpp's GGUF file; tensors of several experts are skipped."""
     header = read_header(file)
     if header.metadata.get("general.type") != "imatrix":
-        message = f"{file} is a GGUF file and no importance matrix"
-        raise ArtifactError("no-importance-matrix", message, remedy="give what llama-imatrix wrote")
+        raise ArtifactError(
+            "no-importance-matrix",
+            f"{file} is a GGUF file and no importance matrix",
+            remedy="give what llama-imatrix wrote",
+        )
 
     tensors = {tensor.name: tensor for tensor in header.tensors}
     means = {}

@@ -7,7 +7,9 @@ Source: contrib operator ``com.microsoft.MatMulNBits``, onnxruntime 1.32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,16 +81,6 @@ class MatMulNBitsBlocks:
         return weight_OGS.reshape(self.code_OI.shape)
 
 
-def quantize(weight_OI: Floats, bits: int) -> Bytes:
-    """Return packed rows with the codes of onnxruntime's own quantizer."""
-    return quantize_symmetric(weight_OI, bits).pack()
-
-
-def dequantize(packed_OP: Bytes, I: int, bits: int) -> Floats:
-    """Return float32 weight_OI of packed rows without zero points."""
-    return MatMulNBitsBlocks.read(packed_OP, I, bits).dequantize()
-
-
 def quantize_symmetric(weight_OI: Floats, bits: int) -> MatMulNBitsBlocks:
     """Quantize as onnxruntime: the weight of largest magnitude gets the lowest code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
@@ -129,12 +121,22 @@ def unpack_nibbles(code_OP: Bytes, count: int) -> Bytes:
     return code_OP2.reshape(len(code_OP), -1)[:, :count]
 
 
-def make_grid(bits: int) -> Grid:
-    """Return the grid of a format without zero points."""
+def make_members(
+    bits: int,
+) -> tuple[Callable[..., MatMulNBitsBlocks], Callable[..., Bytes], Callable[..., Floats], Grid]:
+    """Return ``blocks``, ``quantize``, ``dequantize`` and ``GRID`` without zero points."""
+    blocks = partial(MatMulNBitsBlocks.read, bits=bits)
+    middle = 1 << (bits - 1)
+
+    def quantize(weight_OI: Floats) -> Bytes:
+        return quantize_symmetric(weight_OI, bits).pack()
+
+    def dequantize(packed_OP: Bytes, I: int) -> Floats:
+        return blocks(packed_OP, I).dequantize()
 
     def pack(codes: GridCodes) -> Bytes:
         scale_OG = codes.scale_OX.astype(np.float16)
         return MatMulNBitsBlocks(bits, codes.code_OI, scale_OG).pack()
 
-    middle = 1 << (bits - 1)
-    return Grid(whole_codes(-middle, middle - 1), BLOCK_SIZE, BLOCK_SIZE, pack)
+    grid = Grid(whole_codes(-middle, middle - 1), BLOCK_SIZE, BLOCK_SIZE, pack)
+    return blocks, quantize, dequantize, grid

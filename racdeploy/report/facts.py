@@ -35,7 +35,8 @@ def list_facts(report: Report) -> list[Fact]:
     recipe, pruned = report.recipe, report.find_arm("pruned")
     kept = list_remaining(report.kept_structure, report.structure)
     method = zeros = ""
-    if _has_zeros(recipe):
+    has_pattern = _find(recipe, "prune", "pattern") not in ("", "unstructured")
+    if has_pattern or _find(recipe, "prune", "sparsity") not in ("", "0", "0.0"):
         method = _find(recipe, "prune", "method")
         if pruned and pruned.sparsity is not None:
             share = f"{pruned.sparsity:.1%} of the prunable weights"
@@ -76,11 +77,6 @@ def find_question(records: Sequence[AnswerRecord]) -> str:
         if is_short and record.arm == "pruned" and record.correct:
             return question
     return _QUESTION
-
-
-def _has_zeros(recipe: Mapping[str, Any]) -> bool:
-    is_plain = _find(recipe, "prune", "pattern") in ("", "unstructured")
-    return not is_plain or _find(recipe, "prune", "sparsity") not in ("", "0", "0.0")
 
 
 def _describe_file(pruned: ArmSummary | None) -> list[Fact]:

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from racdeploy.report.tables import format_with_units
+from racdeploy.report.tables import NONE, format_with_units
 from racdeploy.results.report import Report
 
 _EQUAL = 0.005  # a change that rounds to 0 %
-# Name and format of the value, by the field of an arm.
-_METRICS = {
-    "accuracy": ("Accuracy", "{:.1%}"),
-    "thinking_tokens_mean": ("Thinking tokens", "{:,.1f}"),
-    "size_bytes": ("Size", "{:bytes}"),
-    "tokens_per_s": ("Tokens/s", "{:,.0f}"),
-}
 _LOSS = (
     "{0.drop:points} points lost ({0.drop_lower:points} to {0.drop_upper:points}), "
     "margin {0.margin:points}"
@@ -46,21 +39,20 @@ def list_highlights(report: Report) -> list[Highlight]:
         limit = ", limit {0.length_limit:.2f}" if comparison.length_limit else ""
         length = format_with_units(f"{_LENGTH}{limit}", comparison)
 
-    notes = {
-        "accuracy": loss,
-        "thinking_tokens_mean": length,
-        "size_bytes": _change(dense.size_bytes, pruned.size_bytes, "larger", "smaller"),
-        "tokens_per_s": _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower"),
+    size = _change(dense.size_bytes, pruned.size_bytes, "larger", "smaller")
+    speed = _change(dense.tokens_per_s, pruned.tokens_per_s, "faster", "slower")
+    figures = {
+        "Accuracy": ("{0.accuracy:.1%}", loss),
+        "Thinking tokens": ("{0.thinking_tokens_mean:,.1f}", length),
+        "Size": ("{0.size_bytes:bytes}", size),
+        "Tokens/s": ("{0.tokens_per_s:,.0f}", speed),
     }
 
     highlights = []
-    for field, (name, text) in _METRICS.items():
-        before, after = getattr(dense, field), getattr(pruned, field)
-        note = notes[field]
-        if before is None or after is None or note is None:
-            continue
-        dense_text, pruned_text = format_with_units(text, before), format_with_units(text, after)
-        highlights.append(Highlight(name, dense_text, pruned_text, note))
+    for name, (text, note) in figures.items():
+        sides = [format_with_units(text, arm) for arm in (dense, pruned)]
+        if note is not None and NONE not in sides:
+            highlights.append(Highlight(name, *sides, note))
 
     return highlights
 

@@ -21,7 +21,8 @@ from racdeploy.results.pruning import VECTORS_IN_F32, LinearRow, list_phase_ends
 from racdeploy.results.report import Report
 from racdeploy.results.units import format_points
 
-_NONE = "–"
+NONE = "–"
+"""Cell of a figure that is not known."""
 # A figure with its unit, "N of M", or its interval, without words after it.
 _NUMBER = re.compile(r"[−+]?[\d.,]+ ?(%|[kMG]?B|of [\d,]+)?( \([^)]*\)| in (all|each).*)?$")
 _VERDICT_ORDER = ("fail", "inconclusive", "pass", "measured", "skipped")
@@ -70,7 +71,7 @@ class ReportTable:
         """True for columns of numbers, which are aligned to the right; the first names the rows."""
         flags = []
         for index in range(len(self.columns)):
-            cells = [row[index] for row in self.rows if row[index] not in ("", _NONE)]
+            cells = [row[index] for row in self.rows if row[index] not in ("", NONE)]
             flags.append(index > 0 and bool(cells) and all(map(_NUMBER.match, cells)))
         return tuple(flags)
 
@@ -218,7 +219,7 @@ class _Units(string.Formatter):
         if format_spec == "ratio":
             return format_ratio(value)
         if value is None:
-            return _NONE
+            return NONE
 
         units = {"bytes": format_bytes, "points": format_points, "speed": format_speed}
         unit = units.get(format_spec)
@@ -239,7 +240,7 @@ def _tasks(report: Report) -> list[TableRow]:
     rows = []
     for task in report.tasks:
         name = f"{task.task}, as {task.protocol}" if task.protocol else task.task
-        counts = [_NONE, _NONE]
+        counts = [NONE, NONE]
         if task.prompts:
             right = (task.dense_correct, task.pruned_correct)
             counts = [f"{count:,} ({count / task.prompts:.1%})" for count in right]

@@ -40,8 +40,13 @@ def draw_accuracy(tuning: Tuning) -> Markup:
         for each in tuning.candidates
         if each.accuracy
     ]
-    limits = find_min_accuracy(tuning), tuning.constraints.max_bytes
-    return draw_models(points, "size of the file", format_bytes, *limits)
+    return draw_models(
+        points,
+        "size of the file",
+        format_bytes,
+        find_min_accuracy(tuning),
+        tuning.constraints.max_bytes,
+    )
 
 
 def render(tuning: Tuning) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import get_args
 
 from racdeploy.report.tables import (
+    NONE,
     ReportTable,
     fill_cells,
     format_bytes,
     format_duration,
     format_number,
     format_ratio,
-    format_with_units,
     to_single_line,
 )
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Estimate, Reached, Tuning
@@ -37,7 +37,7 @@ _CELLS = {
 }
 _WIDE_COLUMNS = ("last stage", "memory", "right", "thinking tokens")
 """Columns that a terminal has no room for."""
-_EMPTY = {"", format_with_units("{}", None)}
+_EMPTY = {"", NONE}
 
 
 def make_tuning_table(
@@ -86,11 +86,14 @@ def make_tuning_table(
 
 def list_facts(tuning: Tuning) -> list[tuple[str, str]]:
     """Return names and texts of the facts of a search: constraints, device, tasks, time."""
+    spent = format_duration(sum(tuning.seconds.values()))
+    budget = format_duration(tuning.constraints.budget_s)
+    stages = [f"{name} {format_duration(each)}" for name, each in tuning.seconds.items()]
     facts = {
         "Constraints": describe_limits(tuning.constraints),
         "Device": describe_device(tuning.device),
         "Tasks": ", ".join(tuning.tasks),
-        "Time": _describe_time(tuning),
+        "Time": f"{spent} of {budget}: {', '.join(stages)}",
         "Bundle": tuning.bundle,
     }
     return [(name, to_single_line(text)) for name, text in facts.items() if text]
@@ -108,14 +111,6 @@ def describe_limits(limits: Constraints) -> str:
     if limits.min_accuracy_ratio:
         words.append(f"{limits.min_accuracy_ratio:.0%} of the dense accuracy at least")
     return ", ".join(words)
-
-
-def _describe_time(tuning: Tuning) -> str:
-    """Return the time beside the budget, and by stage."""
-    spent = format_duration(sum(tuning.seconds.values()))
-    budget = format_duration(tuning.constraints.budget_s)
-    stages = [f"{name} {format_duration(each)}" for name, each in tuning.seconds.items()]
-    return f"{spent} of {budget}: {', '.join(stages)}"
 
 
 def find_min_accuracy(tuning: Tuning) -> float | None:

@@ -7,7 +7,6 @@ takes these, too.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -31,11 +30,10 @@ from racdeploy.models.tokenizer_files import find_token_ids
 from racdeploy.runtime.gguf_encoder import GgufEncoder
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import ThinkingTags, encode_tags, find_tag_names
-from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
 from racdeploy.tensors.gguf_header import read_header
 
 _CONTEXT_TOKENS = 4096  # to load a model with: its longest context may take all memory
-_QUANT_NAMES = {kind.type_id: name for name, kind in GGML_TYPES.items()}
 _GRAPHS = ("model.onnx", "onnx/model.onnx", "onnx/model_q4.onnx", "onnx/model_quantized.onnx")
 
 
@@ -156,17 +154,22 @@ def _open_gguf(file: Path) -> DeployedModel:
     for tensor in header.tensors:
         size_bytes = bytes_by_type.get(tensor.ggml_type, 0) + tensor.size_bytes
         bytes_by_type[tensor.ggml_type] = size_bytes
-    main_type = max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1)
+    main_type = TYPES_BY_ID.get(max(bytes_by_type, key=bytes_by_type.__getitem__, default=-1))
 
     return _describe(
         file,
         file.name,
         encoder,
-        {"quant": _QUANT_NAMES.get(main_type, "unknown"), "format": "gguf", "backend": "llamacpp"},
+        {
+            "quant": main_type.name if main_type else "unknown",
+            "format": "gguf",
+            "backend": "llamacpp",
+        },
         tuple(info["stop_ids"]),
         info["eos_id"] if info["eos_id"] >= 0 else None,
         metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        {name: metadata.get(f"general.sampling.{name}") for name in ("temp", "top_p")},
+        metadata.get("general.sampling.temp"),
+        metadata.get("general.sampling.top_p"),
     )
 
 
@@ -229,7 +232,8 @@ def _open_folder(path: Path, backend: str) -> DeployedModel:
         tuple(stop_ids),
         stop_ids[0],
         find("context_length", "max_position_embeddings"),
-        {"temp": find("temperature"), "top_p": find("top_p")},
+        find("temperature"),
+        find("top_p"),
     )
 
 
@@ -241,7 +245,8 @@ def _describe(
     stop_ids: Ids,
     eos_id: int | None,
     context: object,
-    advised: Mapping[str, object],
+    temperature: object,
+    top_p: object,
 ) -> DeployedModel:
     """Return a plain model with what a bundle's manifest would say about it."""
     files = _list_weights(path, kinds["backend"])
@@ -249,10 +254,6 @@ def _describe(
     tags = find_tag_names(encoder) or (None, None)
     max_tokens = context if isinstance(context, int) and 0 < context <= MAX_TOKENS else None
     context_tokens = min(_CONTEXT_TOKENS, max_tokens or _CONTEXT_TOKENS)
-    temperature, top_p = (
-        float(value) if isinstance(value, int | float) else default
-        for value, default in ((advised["temp"], 0.0), (advised["top_p"], 1.0))
-    )
 
     manifest = Manifest(
         racdeploy_version=__version__,
@@ -263,14 +264,14 @@ def _describe(
         artifacts=(ArtifactEntry(path=name, packing="plain", size_bytes=size_bytes, **kinds),),
         tokenizer=TokenizerEntry(
             files={},
-            template_sha256=hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+            template_sha256=encoder.template.sha256,
             open_tag=tags[0],
             close_tag=tags[1],
             eos_ids=stop_ids,
         ),
         generation=GenerationSettings(
-            temperature=temperature,
-            top_p=top_p,
+            temperature=temperature if isinstance(temperature, int | float) else 0.0,
+            top_p=top_p if isinstance(top_p, int | float) else 1.0,
             max_new_tokens=max_tokens or MAX_TOKENS,
             context_tokens=context_tokens,
             model_context_tokens=max_tokens,

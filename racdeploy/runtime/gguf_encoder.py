@@ -12,6 +12,7 @@ from pathlib import Path
 
 from racdeploy import plugins
 from racdeploy.errors import ArtifactError
+from racdeploy.files.reading import Json
 from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder, Tools
 from racdeploy.sandbox.client import Sandbox
 from racdeploy.sandbox.tokenizer import Tokenizer
@@ -38,14 +39,10 @@ class GgufTokenizer(Tokenizer):
         joined = (b"".join(map(self._pieces.__getitem__, ids)) for ids in sequences)
         return [data.decode("utf-8", "replace") for data in joined]
 
-    def get_vocab_size(self) -> int:
-        return len(self._pieces)
-
     @cached_property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Texts of control tokens, longest first."""
-        texts = filter(None, self.decode_batch([[token] for token in self.info["control_ids"]]))
-        return tuple(sorted(set(texts), key=len, reverse=True))
+    def _details(self) -> Json:
+        controls = self.decode_batch([[token] for token in self.info["control_ids"]])
+        return {"size": len(self._pieces), "controls": controls}
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of white space, which llama.cpp knows whatever the vocabulary writes."""

@@ -17,7 +17,7 @@ from racdeploy.manifest import Manifest
 from racdeploy.results.answers import ThinkingState
 from racdeploy.runtime.control import make_budget
 from racdeploy.runtime.streams import AsyncTextStream, DaemonThreadPool, TextStream
-from racdeploy.runtime.template import Message, PromptEncoder, Tools
+from racdeploy.runtime.template import Prompt, PromptEncoder, Tools, list_messages
 from racdeploy.runtime.text import OnText, StreamDecoder
 from racdeploy.runtime.thinking import (
     ThinkingTags,
@@ -26,7 +26,6 @@ from racdeploy.runtime.thinking import (
     split_completion,
 )
 
-Prompt = str | Sequence[Message]
 # Maximum threads of tasks and streams; calls beyond the engine's slots wait in the engine.
 _THREADS = 256
 _ADVISED = ("max_thinking_tokens", "max_new_tokens", "temperature", "top_p")
@@ -244,8 +243,8 @@ class Model(AbstractContextManager["Model"]):
                 f"the prompt is {prompt!r}, neither a question nor messages",
                 remedy='model.generate("What is 2 + 2?")',
             )
-        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
-        self._check_text("".join(str(message.get("content")) for message in messages))
+        contents = [str(message.get("content")) for message in list_messages(prompt)]
+        self._check_text("".join(contents))
         return self.encoder.encode(prompt, tools)
 
     def _check_text(self, text: str) -> None:

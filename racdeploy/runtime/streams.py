@@ -126,14 +126,13 @@ class TextStream(_Stream[R], Iterator[TextChunk]):
     stop early, close the stream, leave its ``with`` block, or drop it.
     """
 
-    def __init__(self, pool: DaemonThreadPool, work: GenerationCall[R]) -> None:
-        super().__init__(pool, work)
-        self._pieces: queue.SimpleQueue[TextChunk | None] = queue.SimpleQueue()
+    _pieces: queue.SimpleQueue[TextChunk | None]
 
     def __next__(self) -> TextChunk:
         if self._has_ended:
             raise StopIteration
         if self._future is None:
+            self._pieces = queue.SimpleQueue()
             self._start(self._pieces.put)
 
         piece = self._pieces.get()
@@ -162,14 +161,13 @@ class AsyncTextStream(_Stream[R], AsyncIterator[TextChunk]):
     Cancelling the task that awaits a piece stops the generation.
     """
 
-    def __init__(self, pool: DaemonThreadPool, work: GenerationCall[R]) -> None:
-        super().__init__(pool, work)
-        self._pieces: asyncio.Queue[TextChunk | None] = asyncio.Queue()
+    _pieces: asyncio.Queue[TextChunk | None]
 
     async def __anext__(self) -> TextChunk:
         if self._has_ended:
             raise StopAsyncIteration
         if self._future is None:
+            self._pieces = asyncio.Queue()
             self._start(_make_thread_safe_put(self._pieces, self._cancel))
 
         try:

@@ -7,6 +7,7 @@ Rendering equals transformers' ``apply_chat_template``; the tokenizer adds no sp
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import re
@@ -23,6 +24,8 @@ from racdeploy.sandbox.tokenizer import ENCODING_S_PER_CHARACTER, Tokenizer
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Message]
+"""A question, or messages with ``role`` and ``content``."""
 
 MAX_TEMPLATE_CHARACTERS = 2**18  # characters; those of real models have up to 20,000
 _COMPILING_S_PER_CHARACTER = 2e-6
@@ -63,6 +66,11 @@ class ChatTemplate:
         self.sandbox.add_setup(self._name, compiling)
         weakref.finalize(self, self.sandbox.remove_setup, self._name)
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Render messages to the prompt text.
 
@@ -75,8 +83,8 @@ class ChatTemplate:
         """
         variables_json = self._write(messages, tools)
         seconds = _RENDERING_S_PER_CHARACTER * len(variables_json)
-        header, _ = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
-        return str(header["text"])
+        answer = self.sandbox.ask(self._request("render", seconds, variables=variables_json))
+        return str(answer["text"])
 
     def encode(self, messages: Sequence[Message], tools: Tools, lead: str, mark: str) -> list[int]:
         """Render messages and encode the text with the tokenizer of the same process.
@@ -98,8 +106,7 @@ class ChatTemplate:
             encoding_s=ENCODING_S_PER_CHARACTER,
             expected_characters=len(variables_json) + len(self.source),
         )
-        _, payload = self.sandbox.ask(request)
-        return all_ids_from_bytes(payload)
+        return all_ids_from_bytes(self.sandbox.ask(request)["payload"])
 
     def _write(self, messages: Sequence[Message], tools: Tools) -> str:
         """Return the template's variables as JSON."""
@@ -181,20 +188,19 @@ class PromptEncoder:
         encoder.template = ChatTemplate(source, **self.template.tokens, sandbox=sandbox)
         return encoder
 
-    def render(self, prompt: str | Sequence[Message], tools: Tools = ()) -> str:
-        """Return the prompt text of a conversation; a string is one user message."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.template.render(messages, tools)
+    def render(self, prompt: Prompt, tools: Tools = ()) -> str:
+        """Return the prompt text of a conversation."""
+        text = self.template.render(list_messages(prompt), tools)
         return text if text.startswith(self.lead) else self.lead + text
 
-    def encode(self, prompt: str | Sequence[Message], tools: Tools = ()) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Tools = ()) -> list[int]:
         """Return the prompt ids of a conversation; see :meth:`ChatTemplate.render`.
 
         A control token that a user typed, such as ``<|im_end|>``, or that is in a tool, is encoded
         as text and cannot end a turn. In the model's own messages and in the template's text it is
         the token.
         """
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = list_messages(prompt)
         typed = [str(message.get("content")) for message in messages if not _is_by_model(message)]
         typed.append(str(tools))
         forged = [
@@ -218,6 +224,11 @@ class PromptEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, with special tokens written out."""
         return self.tokenizer.decode(ids)
+
+
+def list_messages(prompt: Prompt) -> Sequence[Message]:
+    """Return the messages of a prompt; a string is one user message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _is_by_model(message: Message) -> bool:

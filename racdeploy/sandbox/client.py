@@ -19,7 +19,7 @@ from racdeploy.processes.child_process import (
     describe_exit,
     start_module,
 )
-from racdeploy.processes.messages import Header, Message, rebuild_error, write_message
+from racdeploy.processes.messages import Header, rebuild_error, write_message
 from racdeploy.sandbox.pipe import AnswerPipe
 
 DEFAULT_MEMORY_BYTES = 128 * 2**20
@@ -38,7 +38,8 @@ class SandboxRequest:
     """A request to the process.
 
     Args:
-        op: one of the module's operations; ``values`` and ``payload`` are its arguments.
+        op: one of the module's operations.
+        values: its arguments, bytes under ``payload``.
         code: of the ArtifactError that is raised where it fails.
         failure: first part of the error's message, as ``the chat template failed``.
         remedy: of that error.
@@ -47,7 +48,6 @@ class SandboxRequest:
 
     op: str
     values: Header
-    payload: bytes = b""
     code: str = "file-not-read"
     failure: str = "it could not be read"
     remedy: str = ""
@@ -55,7 +55,8 @@ class SandboxRequest:
 
     def send(self, stream: BinaryIO) -> None:
         header = {"op": self.op, "seconds": self.seconds, **self.values}
-        write_message(stream, header, self.payload)
+        payload = header.pop("payload", b"")
+        write_message(stream, header, payload)
 
     def make_error(self, reason: str) -> ArtifactError:
         line = " ".join(reason.split())  # a template can raise any text
@@ -108,8 +109,8 @@ class Sandbox:
         with self._lock:
             self._start()
 
-    def ask(self, request: SandboxRequest) -> Message:
-        """Return the process's answer to a request.
+    def ask(self, request: SandboxRequest) -> Header:
+        """Return the process's answer to a request, its bytes under ``payload``.
 
         Raises:
             ArtifactError: the operation failed, or exceeded a limit.
@@ -151,7 +152,7 @@ class Sandbox:
             self._finalizer()
         self._process = None
 
-    def _ask(self, process: _Process, request: SandboxRequest) -> Message:
+    def _ask(self, process: _Process, request: SandboxRequest) -> Header:
         try:
             process.finish_setup()
             return process.ask(request)
@@ -206,7 +207,7 @@ class _Process:
             del self._pending_setup[0]
         self._feeder.join()
 
-    def ask(self, request: SandboxRequest) -> Message:
+    def ask(self, request: SandboxRequest) -> Header:
         """Send a request and return its answer."""
         self.is_ready = False
         with suppress(BrokenPipeError):  # it died: the answer will be None
@@ -240,7 +241,7 @@ class _Process:
             )
         self.is_ready = self._has_started = True
 
-    def _receive(self, request: SandboxRequest, wall_seconds: float) -> Message:
+    def _receive(self, request: SandboxRequest, wall_seconds: float) -> Header:
         """Return the next answer; ``is_ready`` stays False where no other may follow."""
         self.is_ready = False
         wall_seconds += _WALL_FACTOR * request.seconds
@@ -251,21 +252,19 @@ class _Process:
             raise request.make_error(f"it gave no answer within {wall_seconds:.0f} s") from None
 
         if answer is None:
-            raise request.make_error(self._describe_end(request))
+            end = describe_exit(self._popen.wait())
+            reason = f"its process, which may take {self._megabytes} MB, died with {end}"
+            if end == _TIME_LIMIT_SIGNAL:
+                reason = f"it took more than {request.seconds:.1f} s of processor time"
+            raise request.make_error(reason)
 
         self.is_ready = True
-        header, _ = answer
+        header, payload = answer
         if "failed" in header:
             raise request.make_error(header["failed"])
         if "raised" in header:
             raise rebuild_error(header)
-        return answer
-
-    def _describe_end(self, request: SandboxRequest) -> str:
-        end = describe_exit(self._popen.wait())
-        if end == _TIME_LIMIT_SIGNAL:
-            return f"it took more than {request.seconds:.1f} s of processor time"
-        return f"its process, which may take {self._megabytes} MB, died with {end}"
+        return {**header, "payload": payload}
 
 
 def _feed(stream: BinaryIO, requests: Sequence[SandboxRequest]) -> None:

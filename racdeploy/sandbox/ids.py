@@ -5,25 +5,27 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+from racdeploy.processes.messages import Header
+
 _TYPE = "I"
 
 
-def ids_to_bytes(sequences: Iterable[Sequence[int]]) -> tuple[list[int], bytes]:
-    """Return the lengths of sequences, and the bytes of their concatenated ids."""
+def pack_ids(sequences: Iterable[Sequence[int]]) -> Header:
+    """Return the ``lengths`` of sequences, and as ``payload`` the bytes of their ids."""
     lengths = []
     ids = array(_TYPE)
     for sequence in sequences:
         lengths.append(len(sequence))
         ids.extend(sequence)
-    return lengths, ids.tobytes()
+    return {"lengths": lengths, "payload": ids.tobytes()}
 
 
-def ids_from_bytes(lengths: Iterable[int], payload: bytes) -> list[list[int]]:
-    """Return sequences of ids from their lengths and bytes."""
-    ids = all_ids_from_bytes(payload)
+def unpack_ids(packed: Header) -> list[list[int]]:
+    """Return the sequences of ids that :func:`pack_ids` packed."""
+    ids = all_ids_from_bytes(packed["payload"])
     sequences = []
     start = 0
-    for length in lengths:
+    for length in packed["lengths"]:
         sequences.append(ids[start : start + length])
         start += length
     return sequences

@@ -42,7 +42,10 @@ class AnswerPipe:
     def read(self, count: int) -> bytes:
         """Return 1 to ``count`` bytes, or none at the end; TimeoutError after the time limit."""
         if not self._chunk:
-            self._chunk = memoryview(self._wait())
+            remaining_s = max(0.0, self._deadline - time.monotonic())
+            if not self._poller.poll(remaining_s * 1000.0):
+                raise TimeoutError
+            self._chunk = memoryview(os.read(self._stream.fileno(), _CHUNK_BYTES))
         data = bytes(self._chunk[:count])
         self._chunk = self._chunk[count:]
         return data
@@ -50,9 +53,3 @@ class AnswerPipe:
     def close(self) -> None:
         """Close the pipe, once its other end is closed."""
         self._stream.close()
-
-    def _wait(self) -> bytes:
-        remaining_s = max(0.0, self._deadline - time.monotonic())
-        if not self._poller.poll(remaining_s * 1000.0):
-            raise TimeoutError
-        return os.read(self._stream.fileno(), _CHUNK_BYTES)

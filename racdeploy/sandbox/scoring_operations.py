@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from racdeploy import plugins
 from racdeploy.processes import privileges
-from racdeploy.processes.messages import Header, Message
+from racdeploy.processes.messages import Header
 from racdeploy.sandbox.limits import close_files
 
 
-def _prepare(header: Header, payload: bytes) -> Message:
+def _prepare(request: Header) -> Header:
     """Import a scorer with its lazy imports; one without them opens no file from here on."""
-    module = plugins.load("scorers", header["name"])
+    module = plugins.load("scorers", request["name"])
     if hasattr(module, "prepare"):
         module.prepare()
         privileges.give_up("reader")
     else:
         close_files()
-    return {}, b""
+    return {}
 
 
-def _check(header: Header, payload: bytes) -> Message:
-    plugins.load("scorers", header["name"]).check(header["argument"])
-    return {}, b""
+def _check(request: Header) -> Header:
+    plugins.load("scorers", request["name"]).check(request["argument"])
+    return {}
 
 
-def _score(header: Header, payload: bytes) -> Message:
-    module = plugins.load("scorers", header["name"])
-    score = module.score(header["answer"], header["gold"], header["argument"])
-    return {"scored": [score.correct, score.extracted, score.extractor]}, b""
+def _score(request: Header) -> Header:
+    module = plugins.load("scorers", request["name"])
+    score = module.score(request["answer"], request["gold"], request["argument"])
+    return {"scored": [score.correct, score.extracted, score.extractor]}
 
 
 OPERATIONS = {"prepare": _prepare, "check": _check, "score": _score}

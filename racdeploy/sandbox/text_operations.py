@@ -1,6 +1,6 @@
 """Operations of a sandbox on texts: a model's tokenizer and its chat templates.
 
-The payload holds the ids of all sequences as u32; ``lengths`` holds the length of each.
+``payload`` holds the ids of all sequences as u32; ``lengths`` holds the length of each.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 from jinja2 import Template
 from tokenizers import Tokenizer
 
-from racdeploy.processes.messages import Header, Message
+from racdeploy.processes.messages import Header
 from racdeploy.sandbox import chat_template
-from racdeploy.sandbox.ids import all_ids_from_bytes, ids_from_bytes, ids_to_bytes
+from racdeploy.sandbox.ids import all_ids_from_bytes, pack_ids, unpack_ids
 from racdeploy.sandbox.limits import limit_cpu_time
 
 MAX_IDS = 4_000_000  # of one call; more than any model's context
@@ -25,42 +25,42 @@ class _Texts:
         self._tokenizer: Tokenizer
         self._templates: dict[str, Template] = {}
 
-    def read_tokenizer(self, header: Header, payload: bytes) -> Message:
+    def read_tokenizer(self, request: Header) -> Header:
         """Load a tokenizer.json, without the truncation and padding that some files set."""
-        self._tokenizer = Tokenizer.from_buffer(payload)
+        self._tokenizer = Tokenizer.from_buffer(request["payload"])
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        return {}, b""
+        return {}
 
-    def compile_template(self, header: Header, payload: bytes) -> Message:
-        self._templates[header["template"]] = chat_template.compile_template(header["source"])
-        return {}, b""
+    def compile_template(self, request: Header) -> Header:
+        self._templates[request["template"]] = chat_template.compile_template(request["source"])
+        return {}
 
-    def render(self, header: Header, payload: bytes) -> Message:
-        return {"text": self._render(header)}, b""
+    def render(self, request: Header) -> Header:
+        return {"text": self._render(request)}
 
-    def encode_rendered(self, header: Header, payload: bytes) -> Message:
+    def encode_rendered(self, request: Header) -> Header:
         """Render, prepend ``lead`` unless it is there, and encode the parts between ``mark``."""
-        text = self._render(header)
-        if not text.startswith(header["lead"]):
-            text = header["lead"] + text
+        text = self._render(request)
+        if not text.startswith(request["lead"]):
+            text = request["lead"] + text
 
         # What is rendered is no longer than what it is rendered from, or is encoded quickly.
-        expected = min(len(text), header["expected_characters"])
-        limit_cpu_time(header["base_s"] + header["encoding_s"] * expected)
-        mark = header["mark"]
+        expected = min(len(text), request["expected_characters"])
+        limit_cpu_time(request["base_s"] + request["encoding_s"] * expected)
+        mark = request["mark"]
         return self._encode(text.split(mark) if mark else [text])
 
-    def encode(self, header: Header, payload: bytes) -> Message:
-        return self._encode(header["texts"])
+    def encode(self, request: Header) -> Header:
+        return self._encode(request["texts"])
 
-    def _render(self, header: Header) -> str:
-        template = self._templates[header["template"]]
-        text = chat_template.render(template, json.loads(header["variables"]))
+    def _render(self, request: Header) -> str:
+        template = self._templates[request["template"]]
+        text = chat_template.render(template, json.loads(request["variables"]))
         text.encode()  # a lone surrogate is no text
         return text
 
-    def _encode(self, texts: list[str]) -> Message:
+    def _encode(self, texts: list[str]) -> Header:
         sequences = []
         count = 0
 
@@ -70,62 +70,61 @@ class _Texts:
             count += len(ids)
             _check_size(count, MAX_IDS, "tokens")
 
-        lengths, packed = ids_to_bytes(sequences)
-        return {"lengths": lengths}, packed
+        return pack_ids(sequences)
 
-    def decode(self, header: Header, payload: bytes) -> Message:
+    def decode(self, request: Header) -> Header:
         texts = []
         length = 0
 
-        for ids in ids_from_bytes(header["lengths"], payload):
+        for ids in unpack_ids(request):
             text = self._tokenizer.decode(ids, skip_special_tokens=False)
             texts.append(text)
             length += len(text)
             _check_size(length, chat_template.MAX_TEXT_CHARACTERS, "characters")
 
-        return {"texts": texts}, b""
+        return {"texts": texts}
 
-    def name_bytes(self, header: Header, payload: bytes) -> Message:
+    def name_bytes(self, request: Header) -> Header:
         """Return the bytes of ids, or None where a text is not the joined bytes of its tokens."""
         decoder = self._tokenizer.decoder
         if not (decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"):
-            return {"lengths": None}, b""
+            return {"lengths": None}
 
-        ids = all_ids_from_bytes(payload)
+        ids = all_ids_from_bytes(request["payload"])
         tokens = [_to_bytes(self._tokenizer.id_to_token(token) or "") for token in ids]
-        return {"lengths": list(map(len, tokens))}, b"".join(tokens)
+        return {"lengths": list(map(len, tokens)), "payload": b"".join(tokens)}
 
-    def vocabulary(self, header: Header, payload: bytes) -> Message:
-        added = header["with_added_tokens"]
-        return {"ids": self._tokenizer.get_vocab(with_added_tokens=added)}, b""
+    def vocabulary(self, request: Header) -> Header:
+        added = request["with_added_tokens"]
+        return {"ids": self._tokenizer.get_vocab(with_added_tokens=added)}
 
-    def blank_ids(self, header: Header, payload: bytes) -> Message:
+    def blank_ids(self, request: Header) -> Header:
         """Return the ids of tokens that consist of ``characters``, or are one of ``texts``."""
-        characters = set(header["characters"])
-        texts = set(header["texts"])
+        characters = set(request["characters"])
+        texts = set(request["texts"])
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
 
         ids = []
         for text, token in vocabulary.items():
             if text and (characters.issuperset(text) or text in texts):
                 ids.append(token)
-        return {"ids": ids}, b""
+        return {"ids": ids}
 
-    def find_tokens(self, header: Header, payload: bytes) -> Message:
+    def find_tokens(self, request: Header) -> Header:
         """Return the id of each token, None for an unknown one."""
-        return {"ids": [self._tokenizer.token_to_id(text) for text in header["texts"]]}, b""
+        return {"ids": [self._tokenizer.token_to_id(text) for text in request["texts"]]}
 
-    def describe(self, header: Header, payload: bytes) -> Message:
+    def describe(self, request: Header) -> Header:
         """Return size and longest token of the vocabulary, and control tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         controls = [token.content for token in added.values() if token.special]
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-        sizes = {"size": self._tokenizer.get_vocab_size(), "longest": longest}
-        return {**sizes, "controls": controls}, b""
+        size = self._tokenizer.get_vocab_size()
+        return {"size": size, "longest": longest, "controls": controls}
 
-    def name_tokens(self, header: Header, payload: bytes) -> Message:
+    def name_tokens(self, request: Header) -> Header:
         """Return the token of each id as the vocabulary writes it, None for an unknown id."""
-        return {"texts": [self._tokenizer.id_to_token(i) for i in header["ids"]]}, b""
+        return {"texts": [self._tokenizer.id_to_token(i) for i in request["ids"]]}
 
 
 def _name_bytes() -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import Json, read_bytes
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, DEFAULT_SECONDS, Sandbox, SandboxRequest
-from racdeploy.sandbox.ids import ids_from_bytes, ids_to_bytes
+from racdeploy.sandbox.ids import pack_ids, unpack_ids
 
 MAX_BYTES = 64_000_000
 """Maximum size of the file: a tokenizer of 262,144 tokens has 35 MB."""
@@ -40,8 +40,7 @@ class Tokenizer:
         )
         request = SandboxRequest(
             "read_tokenizer",
-            {},
-            payload=content,
+            {"payload": content},
             code="not-a-tokenizer",
             failure=f"{file} is not a tokenizer",
             remedy=_DAMAGED,
@@ -64,8 +63,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
         seconds = ENCODING_S_PER_CHARACTER * sum(map(len, texts))
-        header, payload = self._ask("encode", seconds, texts=texts)
-        return ids_from_bytes(header["lengths"], payload)
+        return unpack_ids(self._ask("encode", seconds, texts=texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens written out."""
@@ -103,28 +101,26 @@ class Tokenizer:
             return known
 
         new = sorted(set(new))
-        _, payload = _pack([new])
-        header, data = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), payload)
-        if header["lengths"] is None:
+        answer = self._ask("name_bytes", _DECODING_S_PER_ID * len(new), **_pack([new]))
+        if answer["lengths"] is None:
             self._bytes = None
             return None
 
         start = 0
-        for token, length in zip(new, header["lengths"], strict=True):
-            known[token] = data[start : start + length]
+        for token, length in zip(new, answer["lengths"], strict=True):
+            known[token] = answer["payload"][start : start + length]
             start += length
         return known
 
     def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        lengths, payload = _pack(sequences)
-        seconds = _DECODING_S_PER_ID * sum(lengths)
-        header, _ = self._ask("decode", seconds, payload, lengths=lengths)
-        return list(header["texts"])
+        packed = _pack(sequences)
+        seconds = _DECODING_S_PER_ID * sum(packed["lengths"])
+        return list(self._ask("decode", seconds, **packed)["texts"])
 
     def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]:
         """Return the ids of all tokens by their texts."""
-        header, _ = self._ask("vocabulary", DEFAULT_SECONDS, with_added_tokens=with_added_tokens)
-        return dict(header["ids"])
+        answer = self._ask("vocabulary", DEFAULT_SECONDS, with_added_tokens=with_added_tokens)
+        return dict(answer["ids"])
 
     def get_vocab_size(self) -> int:
         """Return the number of tokens, added ones included."""
@@ -143,21 +139,16 @@ class Tokenizer:
 
     def blank_ids(self, characters: Collection[str], texts: Collection[str]) -> list[int]:
         """Return the ids of tokens of these characters only, or that are one of the texts."""
-        values = list(characters), list(texts)
-        header, _ = self._ask("blank_ids", DEFAULT_SECONDS, characters=values[0], texts=values[1])
-        return list(header["ids"])
-
-    def token_to_id(self, text: str) -> int | None:
-        """Return the id of a token, None for an unknown one."""
-        return self.tokens_to_ids([text])[0]
+        known = {"characters": [*characters], "texts": [*texts]}
+        return list(self._ask("blank_ids", DEFAULT_SECONDS, **known)["ids"])
 
     def tokens_to_ids(self, texts: Sequence[str]) -> list[int | None]:
         """Return the id of each token, None for an unknown one."""
-        return list(self._ask("find_tokens", texts=texts)[0]["ids"])
+        return list(self._ask("find_tokens", texts=texts)["ids"])
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the token of each id as the vocabulary writes it."""
-        return list(self._ask("name_tokens", ids=ids)[0]["texts"])
+        return list(self._ask("name_tokens", ids=ids)["texts"])
 
     def check(self) -> None:
         """Wait until the file is loaded; ArtifactError where it is no tokenizer."""
@@ -165,19 +156,23 @@ class Tokenizer:
 
     @cached_property
     def _details(self) -> Json:
-        return self._ask("describe")[0]
+        return self._ask("describe")
 
-    def _ask(
-        self, op: str, more_seconds: float = 0.0, payload: bytes = b"", **values: Any
-    ) -> tuple[Json, bytes]:
-        seconds = DEFAULT_SECONDS + more_seconds
-        failure = "tokenizer-failed", self._failure, f"shorten the text, or {_DAMAGED}"
-        return self.sandbox.ask(SandboxRequest(op, values, payload, *failure, seconds))
+    def _ask(self, op: str, more_seconds: float = 0.0, **values: Any) -> Json:
+        request = SandboxRequest(
+            op,
+            values,
+            code="tokenizer-failed",
+            failure=self._failure,
+            remedy=f"shorten the text, or {_DAMAGED}",
+            seconds=DEFAULT_SECONDS + more_seconds,
+        )
+        return self.sandbox.ask(request)
 
 
-def _pack(sequences: Sequence[Sequence[int]]) -> tuple[list[int], bytes]:
+def _pack(sequences: Sequence[Sequence[int]]) -> Json:
     try:
-        return ids_to_bytes(sequences)
+        return pack_ids(sequences)
     except (OverflowError, TypeError) as error:
         raise UsageError(
             "token-id-not-number", f"a token id is not an integer from 0 to 2**32 - 1: {error}"

@@ -1,8 +1,9 @@
 """Sandboxed process: ``python -m racdeploy.sandbox.worker MODULE MEMORY FILES``.
 
-``MODULE`` has ``OPERATIONS``: each gets the header and payload of a request and returns those of
-the answer; an exception is an answer too. ``MEMORY`` is in bytes, ``FILES`` is 1 where operations
-open files. A first, empty answer follows the import of the module; the process ends with its stdin.
+``MODULE`` has ``OPERATIONS``: each gets the values of a request and returns those of the answer,
+bytes under ``payload``; an exception is an answer too. ``MEMORY`` is in bytes, ``FILES`` is 1 where
+operations open files. A first, empty answer follows the import of the module; the process ends with
+its stdin.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Mapping
 from racdeploy.errors import RacdeployError
 from racdeploy.processes.messages import (
     Header,
-    Message,
     describe_error,
     read_message,
     reserve_pipes,
@@ -23,7 +23,7 @@ from racdeploy.processes.messages import (
 )
 from racdeploy.sandbox.limits import confine, limit_cpu_time
 
-Operations = Mapping[str, Callable[[Header, bytes], Message]]
+Operations = Mapping[str, Callable[[Header], Header]]
 
 _MAX_REASON_CHARACTERS = 2000
 
@@ -31,32 +31,33 @@ _MAX_REASON_CHARACTERS = 2000
 def main() -> None:
     """Answer requests until stdin ends."""
     requests, answers = reserve_pipes()
-    module = sys.argv[1]
-    memory_bytes = int(sys.argv[2])
-    opens_files = sys.argv[3] == "1"
+    module, memory_bytes, opens_files = sys.argv[1:]
     operations: Operations = importlib.import_module(module).OPERATIONS
-    confine(memory_bytes, opens_files)
+    confine(int(memory_bytes), opens_files == "1")
     write_message(answers, {})
 
     while (request := read_message(requests)) is not None:
-        write_message(answers, *_carry_out(operations, *request))
+        header, payload = request
+        answer = _carry_out(operations, {**header, "payload": payload})
+        data = answer.pop("payload", b"")
+        write_message(answers, answer, data)
     os._exit(0)  # at once: there is nothing to save
 
 
-def _carry_out(operations: Operations, header: Header, payload: bytes) -> Message:
+def _carry_out(operations: Operations, request: Header) -> Header:
     try:
-        limit_cpu_time(header["seconds"])
-        return operations[header["op"]](header, payload)
+        limit_cpu_time(request["seconds"])
+        return operations[request["op"]](request)
     except RacdeployError as error:
-        return describe_error(error), b""
+        return describe_error(error)
     except MemoryError:
-        return {"failed": "it needed more memory than its process may use"}, b""
+        return {"failed": "it needed more memory than its process may use"}
     except BaseException as error:  # noqa: BLE001 - a native panic is no Exception
         if str(error):
             reason = f"{type(error).__name__}: {error}"
         else:
             reason = type(error).__name__
-        return {"failed": reason[:_MAX_REASON_CHARACTERS]}, b""
+        return {"failed": reason[:_MAX_REASON_CHARACTERS]}
     finally:
         limit_cpu_time(0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -18,16 +17,13 @@ _OPEN_PATHS = ("/health",)
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]+)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class AccessMiddleware:
-    """ASGI middleware: ``refuse`` returns the response to a request without access, or None."""
+def limit_access(app: ASGIApp, refuse: Callable[[Scope], Response | None]) -> ASGIApp:
+    """Return an application that gives a refused request the response of ``refuse``."""
 
-    app: ASGIApp
-    refuse: Callable[[Scope], Response | None]
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await (refuse(scope) or app)(scope, receive, send)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self.refuse(scope) or self.app
-        await answer(scope, receive, send)
+    return answer
 
 
 def refuse_other_keys(key: str, scope: Scope) -> Response | None:

@@ -57,9 +57,10 @@ def write_usage(result: GenerationResult | Continuation) -> Json:
     """Return the ``usage`` object of a chat, or of a completion."""
     if isinstance(result, Continuation):
         return _count(len(result.prompt_ids), len(result.ids))
-    details = {"reasoning_tokens": result.thinking_tokens}
-    counted = _count(result.prompt_tokens, result.completion_tokens)
-    return {**counted, "completion_tokens_details": details}
+    return {
+        **_count(result.prompt_tokens, result.completion_tokens),
+        "completion_tokens_details": {"reasoning_tokens": result.thinking_tokens},
+    }
 
 
 def write_error(error: RacdeployError) -> tuple[int, Json]:

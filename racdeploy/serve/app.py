@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,7 @@ from starlette.routing import Route
 from racdeploy.files.reading import Json
 from racdeploy.runtime import AsyncTextStream, Continuation, GenerationResult, Model
 from racdeploy.serve import answers
-from racdeploy.serve.access import (
-    AccessMiddleware,
-    refuse_other_hosts,
-    refuse_other_keys,
-)
+from racdeploy.serve.access import limit_access, refuse_other_hosts, refuse_other_keys
 from racdeploy.serve.answers import CompletionResponse
 from racdeploy.serve.endpoint import Endpoint, Reply
 from racdeploy.serve.requests import RequestError, read_chat, read_completion
@@ -81,7 +77,7 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
             Route("/v1/models/{name}", show_model),
             *endpoints,
         ],
-        middleware=[Middleware(AccessMiddleware, refuse=refuse)],
+        middleware=[Middleware(limit_access, refuse=refuse)],
         exception_handlers={
             HTTPException: _answer_http_error,
             RequestError: _answer_refusal,
@@ -177,13 +173,20 @@ async def _ask_chat(served: ServedModel, body: Json) -> Reply:
 async def _ask_completion(served: ServedModel, body: Json) -> Reply:
     request = read_completion(body)
     _check_name(request.model, served.name)
-    _check_stop_ids(request.stop_token_ids, served.model.manifest.tokenizer.eos_ids)
+    eos_ids = served.model.manifest.tokenizer.eos_ids
+    if unsupported := sorted(set(request.stop_token_ids) - set(eos_ids)):
+        raise RequestError(
+            "unsupported-parameter",
+            f"stop_token_ids {unsupported} are not supported: the model's own {sorted(eos_ids)} "
+            "end a completion; use stop for a text",
+            param="stop_token_ids",
+        )
 
     stream = served.model.acontinue_text(request.only_prompt, **request.text_options())
     shown = VisibleText(stream, request.stops, strip=False)
     answer = CompletionResponse(served.name, "text_completion", request.stream)
-    wants = request.stream_options.include_usage, request.return_token_ids
-    return await _Exchange(stream, shown, answer, *wants).reply()
+    has_counts = request.stream_options.include_usage
+    return await _Exchange(stream, shown, answer, has_counts, request.return_token_ids).reply()
 
 
 async def _tokenize(served: ServedModel, body: Json) -> Reply:
@@ -202,17 +205,6 @@ def _check_name(requested: str | None, name: str) -> None:
             f"there is no model {requested!r}: the model is {name!r}, and may be omitted",
             status=404,
             param="model",
-        )
-
-
-def _check_stop_ids(stop_ids: Sequence[int], eos_ids: Collection[int]) -> None:
-    unsupported = sorted(set(stop_ids) - set(eos_ids))
-    if unsupported:
-        raise RequestError(
-            "unsupported-parameter",
-            f"stop_token_ids {unsupported} are not supported: the model's own {sorted(eos_ids)} "
-            "end a completion; use stop for a text",
-            param="stop_token_ids",
         )
 
 

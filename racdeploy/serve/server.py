@@ -88,7 +88,9 @@ def serve(
         file = dense or Path(model.manifest.artifacts[0].path)
 
         with closing(ServedModel(model, alias or file.stem, parallel)) as served:
-            url = _url(address)
+            name, number = address.getsockname()[:2]
+            named = f"[{name}]" if ":" in name else name
+            url = f"http://{named}:{number}/v1"
             server = BundleServer(served, key, load_model, lambda: on_ready(url, server))
             asyncio.run(server.serve(sockets=[address]))
 
@@ -214,8 +216,3 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
 
     return address
-
-
-def _url(address: socket.socket) -> str:
-    host, port = address.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

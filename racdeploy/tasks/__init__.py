@@ -167,8 +167,11 @@ def load(spec: str) -> Task:
     if not colon:
         refuse_table(spec)
         if spec.endswith((".jsonl", ".json")):
-            remedy = f"write --task jsonl:{spec}"
-            raise UsageError("file-as-task", f"{spec} is a file and not a task", remedy=remedy)
+            raise UsageError(
+                "file-as-task",
+                f"{spec} is a file and not a task",
+                remedy=f"write --task jsonl:{spec}",
+            )
 
     if name == HUB:
         return _load_published(spec, plugins.load("tasks", _find_set(argument)), "")

@@ -31,7 +31,7 @@ class HubSplit:
     revision: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PublicDataset:
     """Public dataset of questions.
 
@@ -47,7 +47,7 @@ class PublicDataset:
 
     title: str
     evaluation: HubSplit
-    calibration: HubSplit | None
+    calibration: HubSplit | None = None
     columns: tuple[str, ...]
     protocol: str
     thinking_tokens: int = 0

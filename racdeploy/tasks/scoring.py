@@ -66,14 +66,13 @@ def score(spec: str, answer: str, gold: str) -> AnswerScore:
     request = _request(module, name, "score", argument=argument, answer=answer, gold=gold)
 
     try:
-        header, _ = _reader(name).ask(request)
+        scored = _reader(name).ask(request)["scored"]
     except ArtifactError as error:
         if getattr(module, "FAILURE_IS_WRONG", False):
             return AnswerScore(False, None, error.message)
         raise
 
-    correct, extracted, how = header["scored"]
-    return AnswerScore(correct, extracted, how)
+    return AnswerScore(*scored)
 
 
 @cache

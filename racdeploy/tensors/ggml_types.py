@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 
 class GgmlType(NamedTuple):
-    """A number format of ggml: its id in a GGUF file, and weights and bytes of a quant block."""
+    """A number format of ggml: its quant, id in a GGUF file, weights and bytes of a quant block."""
 
+    name: str
     type_id: int
     block_weights: int
     block_bytes: int
@@ -25,5 +26,7 @@ class GgmlType(NamedTuple):
 
 _TABLE = files("racdeploy.tensors") / "ggml_types.toml"
 _ROWS = tomllib.loads(_TABLE.read_text(encoding="utf-8"))
-GGML_TYPES = {name: GgmlType(*row) for name, row in _ROWS.items()}
+GGML_TYPES = {name: GgmlType(name, *row) for name, row in _ROWS.items()}
 """Number formats by the name of their quant."""
+TYPES_BY_ID = {known.type_id: known for known in GGML_TYPES.values()}
+"""The same by type id."""

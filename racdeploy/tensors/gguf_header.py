@@ -15,16 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ArtifactError
-from racdeploy.tensors.ggml_types import GGML_TYPES
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
 
 MetadataValue = str | int | float | bool | NDArray[np.uint64] | None
 Dimensions = tuple[int, ...]
 _Infos = dict[str, tuple[Dimensions, int, int]]  # dimensions, type and offset by name
 FIXED_HEADER_BYTES = 24
-GGML_QUANT_SIZES = {
-    kind.type_id: (kind.block_weights, kind.block_bytes) for kind in GGML_TYPES.values()
-}
-"""Type id → weights and bytes of a quant block."""
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _U64 = 8, 9, 10
 # Memory for all that is read: a vocabulary of 262,144 tokens takes 15 MB of it.
@@ -77,22 +73,22 @@ def align_up(size_bytes: int, alignment: int) -> int:
 
 def count_tensor_bytes(dimensions: Dimensions, ggml_type: int) -> int:
     """Return the bytes of a tensor, or raise an ArtifactError for an impossible type or shape."""
-    if ggml_type not in GGML_QUANT_SIZES:
+    known = TYPES_BY_ID.get(ggml_type)
+    if known is None:
         raise ArtifactError("damaged-gguf", f"tensor type {ggml_type} is unknown")
 
-    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     weights = math.prod(dimensions)
     if (
         not 1 <= len(dimensions) <= _MAX_DIMENSIONS
         or not 0 < weights < _MAX_WEIGHTS
-        or dimensions[0] % block_weights
+        or dimensions[0] % known.block_weights
     ):
         raise ArtifactError(
             "damaged-gguf",
             f"a tensor of type {ggml_type} cannot have the dimensions {list(dimensions)[:8]}",
         )
 
-    return weights // block_weights * block_bytes
+    return weights // known.block_weights * known.block_bytes
 
 
 def read_header(path: Path, versions: tuple[int, ...] = (2, 3)) -> GgufHeader:

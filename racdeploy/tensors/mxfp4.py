@@ -36,8 +36,8 @@ class Mxfp4Entry(TensorEntry):
     def from_parts(cls, codes: TensorEntry, exponents: TensorEntry) -> Mxfp4Entry:
         """Return the matrix of these codes and exponents, each of shape [rows, blocks, …]."""
         O, G, _ = codes.shape
-        location = codes.file, codes.start, codes.stop
-        return cls(*location, "BF16", (O, G * BLOCK), parts=(codes, exponents))
+        parts = (codes, exponents)
+        return cls(codes.file, codes.start, codes.stop, "BF16", (O, G * BLOCK), parts)
 
     @property
     def quant(self) -> str:

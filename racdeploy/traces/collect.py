@@ -5,7 +5,6 @@ A batch is one shard with its own random seed, so a resumed collection ends with
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,7 +130,7 @@ def summarize_traces(
     """Return the manifest of a trace set: hashes, sampling, and counts of tokens and answers."""
     return {
         "model_sha256": checkpoint.sha256,
-        "template_sha256": hashlib.sha256(encoder.template.source.encode()).hexdigest(),
+        "template_sha256": encoder.template.sha256,
         "sampling": dict(sampling),
         "traces": len(traces),
         "prompt_tokens": sum(len(t.prompt_ids) for t in traces),

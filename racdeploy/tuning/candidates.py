@@ -75,7 +75,7 @@ def propose_candidates(job: Job) -> tuple[list[CandidateSpec], dict[str, str]]:
             title = name if kind == "dense" else f"{kind}, {name}"
             try:
                 export = {"quant": name}
-                if _count_bits(name) > _MAX_OPTIMIZED_BITS:
+                if count_bits(name) > _MAX_OPTIMIZED_BITS:
                     export["rounding"] = "nearest"
                 specs.append(make_spec(job, title, kind, merge(settings, {"export": export})))
             except (UsageError, MissingExtraError) as error:
@@ -123,13 +123,14 @@ def list_quants(recipe: Recipe) -> list[str]:
     fitting = []
     for name in packings.list_supported(recipe.export.format, "quant"):
         is_allowed = not allowed or name in allowed
-        if is_allowed and _count_bits(name) <= MAX_BITS:
+        if is_allowed and count_bits(name) <= MAX_BITS:
             fitting.append(name)
 
-    return sorted(fitting, key=lambda name: (-_count_bits(name), name))
+    return sorted(fitting, key=lambda name: (-count_bits(name), name))
 
 
-def _count_bits(name: str) -> float:
+def count_bits(name: str) -> float:
+    """Return the bits per weight of a number format, or of most tensors of a preset."""
     return quant.load(presets.read(name).quant).BITS
 
 

@@ -113,8 +113,7 @@ class Entry:
 
     def as_contestant(self) -> Contestant:
         """Return its data for the race."""
-        size_bytes, dense = self.size_bytes, self.spec.dense
-        return Contestant(self.name, size_bytes, self.token_s, self.distance, dense)
+        return Contestant(self.name, self.size_bytes, self.token_s, self.distance, self.spec.dense)
 
     def as_row(self) -> Candidate:
         """Return its row of the search's result."""

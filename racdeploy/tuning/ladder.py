@@ -81,7 +81,11 @@ class Ladder:
         index, notes = self._choose(names)
         failed: list[str] = []
         while True:
-            build = self._with_fresh_prompts(rungs[names[index]], len(failed))
+            build = rungs[names[index]]
+            # Fresh prompts after each failure.
+            recipe = build.job.recipe
+            settings = {"verify": {"seed": recipe.verify.seed + len(failed)}}
+            build = replace(build, job=build.job.with_recipe(recipe.with_settings(settings)))
             contents = build.make()
             report = contents.report
             causes = find_losses(report)
@@ -140,11 +144,6 @@ class Ladder:
         return replace(
             self.build, job=job.with_recipe(recipe.without_pruning().with_settings(settings))
         )
-
-    def _with_fresh_prompts(self, build: Build, steps: int) -> Build:
-        recipe = build.job.recipe
-        settings = {"verify": {"seed": recipe.verify.seed + steps}}
-        return replace(build, job=build.job.with_recipe(recipe.with_settings(settings)))
 
     def _leave_out_slow(self, builds: Mapping[str, Build]) -> dict[str, Build]:
         """Leave out rungs that are narrower than a common narrow format, and slower to decode."""

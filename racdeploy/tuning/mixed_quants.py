@@ -18,9 +18,8 @@ from racdeploy.errors import UsageError
 from racdeploy.exporting.gguf.tensor_writer import align_offset
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.files.toml import merge
-from racdeploy.quant import presets
 from racdeploy.tuning.artifact_sizes import ArtifactSize
-from racdeploy.tuning.candidates import CandidateSpec, list_quants, make_spec
+from racdeploy.tuning.candidates import CandidateSpec, count_bits, list_quants, make_spec
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(\w+)\.")
 _SENSITIVE = ("attn_v", "ffn_down", "attn_output", "attn_k", "attn_q")
@@ -84,7 +83,7 @@ def propose_mixed_quant(
     if recipe.export.format != "gguf" or recipe.export.packing != "plain":
         return None
 
-    own_bits = quant.load(presets.read(recipe.export.quant).quant).BITS
+    own_bits = count_bits(recipe.export.quant)
     stored = packings.list_supported("gguf", "quant")
     bits = {name: quant.load(name).BITS for name in list_quants(recipe) if name in stored}
     wider = [name for name in bits if own_bits < bits[name]]

@@ -23,7 +23,8 @@ from racdeploy.errors import ArtifactError, RacdeployError, UsageError
 from racdeploy.exporting.gguf.measurement import measure
 from racdeploy.quant import ggml
 from racdeploy.quant.importance import Importance
-from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES, GgufHeader, read_header
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
+from racdeploy.tensors.gguf_header import GgufHeader, read_header
 from tests.support.tiny_gguf import random_rows, write_gguf
 
 MAX_SECONDS, MAX_BYTES = 1.0, 200e6
@@ -309,12 +310,12 @@ def test_bad_parts_are_refused(tmp_path: Path, case: str, code: str) -> None:
     assert _is_refused(given).code == code
 
 
-@pytest.mark.parametrize("ggml_type", sorted(GGML_QUANT_SIZES))
+@pytest.mark.parametrize("ggml_type", sorted(TYPES_BY_ID))
 def test_every_type_of_ggml_is_read(tmp_path: Path, ggml_type: int) -> None:
     """Random blocks of any type are listed with their size; zeros are counted as ggml does, or are
     unknown.
     """
-    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     library = ggml._library()
     library.ggml_type_name.restype = ctypes.c_char_p
     assert (library.ggml_blck_size(ggml_type), library.ggml_type_size(ggml_type)) == (

@@ -77,9 +77,9 @@ def test_a_reader_starts_threads_and_changes_nothing(tmp_path: Path, opens_files
     victim.write_text("of the user")
     before = victim.stat()
     reader = Sandbox("tests.support.opening", opens_files=opens_files)
-    header, _ = reader.ask(SandboxRequest("all", {"path": str(victim), "opens_files": opens_files}))
+    answer = reader.ask(SandboxRequest("all", {"path": str(victim), "opens_files": opens_files}))
     reader.close()
-    assert header["went"] == ["thread"]
+    assert answer["went"] == ["thread"]
     assert victim.stat() == before
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from racdeploy.api.records import Bundle
-from racdeploy.cli import build
+from racdeploy.cli import console
 from racdeploy.cli.app import app
 from racdeploy.verification.gate import read_gate
 from tests.support.records import record
@@ -86,7 +86,7 @@ def test_after_a_fail_nothing_is_offered_for_use(
     (tmp_path / "records.jsonl").write_text(record(0).model_dump_json() + "\n", encoding="utf-8")
     made = Bundle.from_report(report, read_gate(), folder=tmp_path)
 
-    monkeypatch.setattr(build, "_run", lambda function, values, quiet: made)
+    monkeypatch.setattr(console, "call_with_progress", lambda function, values, quiet: made)
     ended = CliRunner().invoke(app, ["build", "--quiet"])
     assert ended.exit_code == (verdict == "fail"), ended.output
     assert ("racdeploy serve" in ended.output) == (verdict == "pass")

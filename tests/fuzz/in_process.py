@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from racdeploy.processes.memory import resident_bytes
-from racdeploy.processes.messages import Message, rebuild_error
+from racdeploy.processes.messages import Header, rebuild_error
 from racdeploy.sandbox import worker
 from racdeploy.sandbox.client import DEFAULT_MEMORY_BYTES, Sandbox, SandboxRequest
 
@@ -47,7 +47,7 @@ class InProcess(Sandbox):
     def start(self) -> None:
         pass
 
-    def ask(self, request: SandboxRequest) -> Message:
+    def ask(self, request: SandboxRequest) -> Header:
         while self._unsettled:
             self._carry_out(self._unsettled[0])
             del self._unsettled[0]
@@ -56,17 +56,20 @@ class InProcess(Sandbox):
     def close(self) -> None:
         pass
 
-    def _carry_out(self, request: SandboxRequest) -> Message:
-        sent = json.dumps({"op": request.op, "seconds": request.seconds, **request.values})
+    def _carry_out(self, request: SandboxRequest) -> Header:
+        sent = {"op": request.op, "seconds": request.seconds, **request.values}
+        payload = sent.pop("payload", b"")
         with _within_limits():
-            header, payload = worker._carry_out(self._operations, json.loads(sent), request.payload)
+            received = {**json.loads(json.dumps(sent)), "payload": payload}
+            header = worker._carry_out(self._operations, received)
 
+        payload = header.pop("payload", b"")
         answer = json.loads(json.dumps(header))
         if "failed" in answer:
             raise request.make_error(answer["failed"])
         if "raised" in answer:
             raise rebuild_error(answer)
-        return answer, payload
+        return {**answer, "payload": payload}
 
 
 @contextlib.contextmanager

@@ -162,7 +162,7 @@ def test_there_is_one_beginning_of_sequence_at_most(
         tmp_path / "tokenizer_config.json", chat_template=source, bos_token=bos, add_bos_token=asked
     )
     encoder = PromptEncoder.from_folder(tmp_path)
-    bos_id = encoder.tokenizer.token_to_id("<|endoftext|>")
+    (bos_id,) = encoder.tokenizer.tokens_to_ids(["<|endoftext|>"])
     assert encoder.encode("hello").count(bos_id) == int(written or asked)
     assert encoder.encode("hello")[-2:] == encoder.encode_text("hello")[-2:]
 

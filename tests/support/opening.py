@@ -14,49 +14,49 @@ from typing import Any
 
 from racdeploy.processes import privileges
 
-Answer = tuple[dict[str, Any], bytes]
+Values = dict[str, Any]
 
 
-def _file(header: dict[str, Any], payload: bytes) -> Answer:
-    return {"text": Path("/etc/passwd").read_text()}, b""
+def _file(request: Values) -> Values:
+    return {"text": Path("/etc/passwd").read_text()}
 
 
-def _socket(header: dict[str, Any], payload: bytes) -> Answer:
+def _socket(request: Values) -> Values:
     socket.socket()
-    return {}, b""
+    return {}
 
 
-def _pipe(header: dict[str, Any], payload: bytes) -> Answer:
+def _pipe(request: Values) -> Values:
     os.pipe()
-    return {}, b""
+    return {}
 
 
-def _write(header: dict[str, Any], payload: bytes) -> Answer:
-    Path(header["path"]).write_text("")
-    return {}, b""
+def _write(request: Values) -> Values:
+    Path(request["path"]).write_text("")
+    return {}
 
 
-def _program(header: dict[str, Any], payload: bytes) -> Answer:
+def _program(request: Values) -> Values:
     subprocess.run(["true"], check=True)
-    return {}, b""
+    return {}
 
 
-def _connect(header: dict[str, Any], payload: bytes) -> Answer:
+def _connect(request: Values) -> Values:
     socket.create_connection(("127.0.0.1", 9), 5.0)
-    return {}, b""
+    return {}
 
 
-def _remove(header: dict[str, Any], payload: bytes) -> Answer:
-    Path(header["path"]).unlink()
-    return {}, b""
+def _remove(request: Values) -> Values:
+    Path(request["path"]).unlink()
+    return {}
 
 
-def _try_all(header: dict[str, Any], payload: bytes) -> Answer:
+def _try_all(request: Values) -> Values:
     """Say of each attempt whether it went."""
-    if header["opens_files"]:
+    if request["opens_files"]:
         privileges.give_up("reader")  # as a scorer does once it has imported its packages
-    tried = {**attempts(header["path"]), "limit": _raise_limit}
-    return {"went": [name for name, attempt in tried.items() if _goes(attempt)]}, b""
+    tried = {**attempts(request["path"]), "limit": _raise_limit}
+    return {"went": [name for name, attempt in tried.items() if _goes(attempt)]}
 
 
 def attempts(victim: str) -> dict[str, Callable[[], object]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
 
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q5_0": 6, "q8_0": 8, "q6_k": 14, "bf16": 30, "mxfp4": 39}
 
@@ -19,7 +19,7 @@ def random_rows(kind: str, rows: int, row_length: int, zeros: float, seed: int =
     Whole blocks are zero in places.
     """
     generator = np.random.default_rng(seed)
-    block_weights, block_bytes = GGML_QUANT_SIZES[TYPES[kind]]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[TYPES[kind]]
     plain = generator.integers(
         0, 256, (rows, row_length // block_weights, block_bytes), dtype=np.uint8
     )

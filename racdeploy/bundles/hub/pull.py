@@ -73,9 +73,11 @@ def pull(name: str, out: Path | None = None, *, quant: str = "", revision: str =
         try:
             manifest.check_files(scratch)
         except ArtifactError as error:
-            remedy = "run the same command again; if it fails again, the repository is damaged"
-            message = f"{remote.name}: {error.message}"
-            raise ArtifactError(error.code, message, remedy=remedy) from error
+            raise ArtifactError(
+                error.code,
+                f"{remote.name}: {error.message}",
+                remedy="run the same command again; if it fails again, the repository is damaged",
+            ) from error
 
     shutil.rmtree(partial)
     return PullResult(out, bundle, str(remote.info.sha), size_bytes)
@@ -88,8 +90,11 @@ def _choose(remote: HubRepository, quant: str) -> str:
         reason = "contains no racdeploy bundle"
         if MANIFEST_NAME in remote.files:
             reason = "was not written by racdeploy push"
-        remedy = f"hf download {remote.name} --local-dir DIR gets its files"
-        raise UsageError("no-bundle-on-hub", f"{remote.name} {reason}", remedy=remedy)
+        raise UsageError(
+            "no-bundle-on-hub",
+            f"{remote.name} {reason}",
+            remedy=f"hf download {remote.name} --local-dir DIR gets its files",
+        )
 
     fitting = []
     for name, manifest in manifests.items():

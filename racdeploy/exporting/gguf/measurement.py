@@ -17,7 +17,8 @@ from racdeploy.errors import MissingExtraError
 from racdeploy.exporting import MeasuredTensor
 from racdeploy.exporting.gguf.splits import read_parts
 from racdeploy.packing import racgguf
-from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES, TensorInfo
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
+from racdeploy.tensors.gguf_header import TensorInfo
 
 _PIECE_BYTES = 1 << 20  # up to 16 MiB of float32
 _NUMBERS = {0: "<f4", 1: "<f2", 24: "<i1", 25: "<i2", 26: "<i4", 27: "<i8", 28: "<f8"}
@@ -77,7 +78,7 @@ def _describe(
 
 def _count_zeros(pieces: Iterable[Bytes], ggml_type: int, name: str) -> int | None:
     """Return the number of zero weights, or None for a type that cannot be dequantized here."""
-    _, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    block_bytes = TYPES_BY_ID[ggml_type].block_bytes
     zeros = 0
     rest = np.empty(0, dtype=np.uint8)  # of a block that continues in the next piece
     for piece in pieces:
@@ -98,7 +99,7 @@ def _dequantize(stored: Bytes, ggml_type: int, name: str) -> NDArray[Any] | None
     if ggml_type in _NUMBERS:
         return np.ascontiguousarray(stored).view(_NUMBERS[ggml_type])
 
-    block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    _, _, block_weights, block_bytes = TYPES_BY_ID[ggml_type]
     with np.errstate(all="ignore"):  # a file may have scales of any value
         if name:
             weights = stored.size // block_bytes * block_weights

@@ -40,8 +40,11 @@ def load_graph(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
-        message = f"{file} is not a readable ONNX file: {error}"
-        raise ArtifactError("damaged-onnx", message, remedy="copy or export it again") from error
+        raise ArtifactError(
+            "damaged-onnx",
+            f"{file} is not a readable ONNX file: {error}",
+            remedy="copy or export it again",
+        ) from error
 
     if not model.HasField("graph") or not model.opset_import:
         raise ArtifactError(
@@ -141,8 +144,11 @@ def _locate(tensor: onnx.TensorProto, folder: Path, size_bytes: int) -> tuple[Pa
         )
 
     if not os.path.isfile(file):  # also if the name is too long
-        message = f"{file} is missing; it holds {tensor.name!r}"
-        raise ArtifactError("missing-data-file", message, remedy="copy the whole folder")
+        raise ArtifactError(
+            "missing-data-file",
+            f"{file} is missing; it holds {tensor.name!r}",
+            remedy="copy the whole folder",
+        )
 
     try:
         start = int(entries.get("offset", 0))

@@ -5,6 +5,7 @@ Importable without the ``onnx`` package, because recipes are checked on machines
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,7 @@ def data_name(model: str) -> str:
     return f"{model}_data"
 
 
+@dataclass
 class BaseGraphPacker:
     """Stores every array of a graph as it is; packings override what they do differently.
 
@@ -36,9 +38,8 @@ class BaseGraphPacker:
 
     ARRAY_SUFFIXES: ClassVar[tuple[str, ...]] = ("", ".scales", ".zero_points")
 
-    def __init__(self, model: onnx.ModelProto, file: Path) -> None:
-        self.model = model
-        self.file = file
+    model: onnx.ModelProto
+    file: Path
 
     @classmethod
     def check_size(cls, weights: int) -> None:

@@ -61,8 +61,11 @@ def read_tensors(properties: Mapping[str, str], path: Path) -> list[GraphTensor]
     for entry in entries:
         tensor = _read_tensor(entry)
         if tensor is None:
-            message = f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}"
-            raise ArtifactError("damaged-tensor-list", message, remedy="export it again")
+            raise ArtifactError(
+                "damaged-tensor-list",
+                f"{path}: its list of tensors is damaged: it has {str(entry)[:200]!r}",
+                remedy="export it again",
+            )
         tensors.append(tensor)
 
     return tensors
@@ -79,7 +82,7 @@ def _read_tensor(entry: object) -> GraphTensor | None:
     shape = values["shape"]
     quant = values["quant"]
     known = quant in plugins.list_names("quant") and "onnx" in quants.load(quant).FORMATS
-    known = known and values["packing"] in packings.names("onnx")
+    known = known and values["packing"] in packings.list_supported("onnx", "packing")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
     if (

@@ -89,12 +89,14 @@ class BitmaskTensorPacker:
         """Yield the table, if the number format has one, and the stored bytes of all chunks."""
         table = self._tables.get(tensor.name)
         if table:
-            yield table.as_bytes
+            yield table.costs + table.bucket_bits
         for index, chunk in enumerate(self._chunks(tensor)):
             yield pack_chunk(BLOCK_LAYOUTS[tensor.ggml_type], chunk, index, table)
 
     def _chunks(self, tensor: TensorInfo) -> Iterator[Bytes]:
-        return iter_tensor_bytes(tensor, self._source, BLOCK_LAYOUTS[tensor.ggml_type].chunk_bytes)
+        layout = BLOCK_LAYOUTS[tensor.ggml_type]
+        chunk_bytes = CHUNK_WEIGHTS // layout.block_weights * layout.block_bytes
+        return iter_tensor_bytes(tensor, self._source, chunk_bytes)
 
 
 def find_damage(tensor: StoredTensor) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from racdeploy.packing.codes import reason_against_mask
 from racdeploy.packing.onnx.packer import Arrays, BaseGraphPacker
 
 if TYPE_CHECKING:
-    import onnx
-
     from racdeploy.packing.onnx.tensors import GraphTensor
 
 FORMATS = ("onnx",)
@@ -48,6 +46,7 @@ def reason_for_plain(quant: str, zeros_fraction: float) -> str:
     return reason_against_mask(zeros_fraction, np.iinfo(code_type).bits, bits)
 
 
+@dataclass
 class GraphPacker(BaseGraphPacker):
     """Stores mask and kept codes, and adds the nodes that join them.
 
@@ -56,10 +55,8 @@ class GraphPacker(BaseGraphPacker):
 
     ARRAY_SUFFIXES = (".mask", ".values", ".scales", ".zero_points")
 
-    def __init__(self, model: onnx.ModelProto, file: Path) -> None:
-        super().__init__(model, file)
-        self.expected_sha256: dict[str, str] = {}
-        self._node_count = 0
+    expected_sha256: dict[str, str] = field(default_factory=dict)
+    _node_count: int = 0
 
     @classmethod
     def check_size(cls, weights: int) -> None:

@@ -88,8 +88,9 @@ class Container:
         try:
             return _check(path, header)
         except ArtifactError as error:
-            remedy = error.remedy or _COPY_AGAIN
-            raise ArtifactError(error.code, f"{path}: {error.message}", remedy=remedy) from error
+            raise ArtifactError(
+                error.code, f"{path}: {error.message}", remedy=error.remedy or _COPY_AGAIN
+            ) from error
 
     @property
     def metadata(self) -> dict[str, MetadataValue]:
@@ -121,8 +122,11 @@ class Container:
                     for chunk in unpack_stored(tensor, stored):
                         yield chunk.data
                 except ArtifactError as error:
-                    message = f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}"
-                    raise ArtifactError("damaged-packing", message, remedy=_COPY_AGAIN) from error
+                    raise ArtifactError(
+                        "damaged-packing",
+                        f"{self.path}: the tensor {tensor.name!r} is damaged: {error.message}",
+                        remedy=_COPY_AGAIN,
+                    ) from error
 
                 written = start + tensor.plain_bytes
 
@@ -212,7 +216,7 @@ def _check(path: Path, header: GgufHeader) -> Container:
     _check_keys(header.metadata)
     version, packing, size_bytes, sha256, recorded = (header.metadata[key] for key in KEYS)
 
-    stored = packings.names("gguf")
+    stored = packings.list_supported("gguf", "packing")
     known = [name for name in stored if packings.load_gguf(name).SUFFIX == SUFFIX]
     if type(version) is not int or not isinstance(packing, str) or packing not in known:
         raise ArtifactError(
@@ -235,16 +239,18 @@ def _check(path: Path, header: GgufHeader) -> Container:
 def _check_keys(values: dict[str, MetadataValue]) -> None:
     own_keys = [key for key in values if key.startswith("racgguf.")]
     if not own_keys:
-        message = "it is a plain GGUF file, not a .racgguf container"
-        raise ArtifactError("plain-gguf", message, remedy="use it as it is")
+        raise ArtifactError(
+            "plain-gguf",
+            "it is a plain GGUF file, not a .racgguf container",
+            remedy="use it as it is",
+        )
 
     version = values.get(KEYS[0])
     if isinstance(version, int) and version != VERSION:
-        remedy = "update racdeploy, or pack the plain file again with this one"
         raise ArtifactError(
             "unknown-packing-version",
             f"container version {version!r}; known is {VERSION}",
-            remedy=remedy,
+            remedy="update racdeploy, or pack the plain file again with this one",
         )
 
     # They have to be last: the bytes in front are then the unchanged metadata of the plain file.
@@ -294,11 +300,14 @@ def _describe(
     if info.ggml_type == ggml_type:
         packing = PLAIN
     elif info.ggml_type != PACKED_TYPE:
-        message = f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}"
-        raise ArtifactError("damaged-packing", message)
+        raise ArtifactError(
+            "damaged-packing",
+            f"{info.name!r} has type {info.ggml_type} and is recorded as {ggml_type}",
+        )
 
-    stored = info.size_bytes, info.position
-    tensor = StoredTensor(info.name, dimensions, ggml_type, packing, plain_bytes, *stored)
+    tensor = StoredTensor(
+        info.name, dimensions, ggml_type, packing, plain_bytes, info.size_bytes, info.position
+    )
     if reason := packings.load_gguf(packing).find_damage(tensor):
         raise ArtifactError("damaged-packing", f"{info.name!r} {reason}")
 

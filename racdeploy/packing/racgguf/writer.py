@@ -111,8 +111,11 @@ def iter_tensor_bytes(tensor: TensorInfo, source: BinaryIO, piece_bytes: int) ->
     while remaining:
         piece = np.fromfile(source, dtype=np.uint8, count=min(remaining, piece_bytes))
         if not piece.size:
-            message = f"{source.name} became shorter while it was read"
-            raise ArtifactError("file-became-shorter", message, remedy="copy or export it again")
+            raise ArtifactError(
+                "file-became-shorter",
+                f"{source.name} became shorter while it was read",
+                remedy="copy or export it again",
+            )
 
         remaining -= piece.size
         yield piece

@@ -1,10 +1,8 @@
 """F16: IEEE half precision, rounded to nearest even; exporters refuse weights beyond 65504."""
 
-from racdeploy.quant import floats, make_codec, read_ggml_type
+from racdeploy.quant import floats, make_ggml_members
 
 FORMATS = ("gguf", "onnx")
 JS_DTYPE = "fp16"
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("f16")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("f16", floats)
 PRESERVES_ZERO = True
-
-quantize, dequantize = make_codec(floats, "<f2")

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
+from racdeploy.quant import make_ggml_members, numpy_ggml
 from racdeploy.quant.grid import Bytes, Grid, GridCodes, join_fields, pack_halves
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("mxfp4")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("mxfp4", numpy_ggml)
 PRESERVES_ZERO = True
 IGNORES_IMPORTANCE = True
-
-quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)
 
 
 def _pack_grid(codes: GridCodes) -> Bytes:

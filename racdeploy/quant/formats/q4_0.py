@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
+from racdeploy.quant import make_ggml_members, numpy_ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -14,7 +14,7 @@ from racdeploy.quant.grid import (
 )
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q4_0")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q4_0", numpy_ggml)
 PRESERVES_ZERO = True
 
 
@@ -25,4 +25,3 @@ def pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
-quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, make_codec, read_ggml_type
+from racdeploy.quant import ggml, make_ggml_members
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -20,38 +20,31 @@ from racdeploy.quant.grid import (
 )
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q4_k")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q4_k", ggml)
 PRESERVES_ZERO = False
 _GROUP = 32
 
-quantize, dequantize = make_codec(ggml, GGML_TYPE)
 
-
-def pack_numbers(codes: GridCodes) -> Bytes:
-    """Return the 12 bytes of each block's step codes and minimum codes.
+def join_blocks(codes: GridCodes, *fields_NP: Bytes) -> Bytes:
+    """Return packed_OP of blocks: their scales, 12 bytes of step and minimum codes, other fields.
 
     Four steps and four minima have a byte each. Its two high bits belong to the other four, whose
     low nibbles are in the last four bytes.
     """
     assert codes.step_code_OG is not None
     assert codes.minimum_code_OG is not None
+    assert codes.minimum_scale_OX is not None
     numbers_OG = np.stack([codes.step_code_OG, codes.minimum_code_OG]).astype(np.uint8)
     first_2N4, last_2N4 = np.split(numbers_OG.reshape(2, -1, BLOCK_SIZE // _GROUP), 2, axis=2)
     shared_2N4 = first_2N4 | last_2N4 >> 4 << 6
     low_N4 = last_2N4[0] & 15 | last_2N4[1] << 4
-    return np.concatenate([*shared_2N4, low_N4], axis=1)
+    scales = as_half(codes.scale_OX), as_half(codes.minimum_scale_OX)
+    return join_fields(codes, *scales, *shared_2N4, low_N4, *fields_NP)
 
 
 def _pack(codes: GridCodes) -> Bytes:
-    assert codes.minimum_scale_OX is not None
     code_N4P = pack_halves(codes.code_OI.reshape(-1, 4, 64))  # two groups share bytes
-    return join_fields(
-        codes,
-        as_half(codes.scale_OX),
-        as_half(codes.minimum_scale_OX),
-        pack_numbers(codes),
-        code_N4P.reshape(-1, 128),
-    )
+    return join_blocks(codes, code_N4P.reshape(-1, 128))
 
 
 GRID = Grid(whole_codes(0, 15), BLOCK_SIZE, _GROUP, _pack, (0, 63), (0, 63))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
+from racdeploy.quant import make_ggml_members, numpy_ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -16,7 +16,7 @@ from racdeploy.quant.grid import (
 )
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q5_0")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q5_0", numpy_ggml)
 PRESERVES_ZERO = True
 
 
@@ -28,4 +28,3 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)
-quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)

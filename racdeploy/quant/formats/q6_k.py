@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, make_codec, read_ggml_type
+from racdeploy.quant import ggml, make_ggml_members
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -19,11 +19,9 @@ from racdeploy.quant.grid import (
 )
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q6_k")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q6_k", ggml)
 _GROUP = 16
 PRESERVES_ZERO = True
-
-quantize, dequantize = make_codec(ggml, GGML_TYPE)
 
 
 def _pack(codes: GridCodes) -> Bytes:

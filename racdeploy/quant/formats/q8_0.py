@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import make_codec, numpy_ggml, read_ggml_type
+from racdeploy.quant import make_ggml_members, numpy_ggml
 from racdeploy.quant.grid import Bytes, Grid, GridCodes, as_half, join_fields, whole_codes
 
 FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE = read_ggml_type("q8_0")
+GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q8_0", numpy_ggml)
 PRESERVES_ZERO = True
 IGNORES_IMPORTANCE = True
 
@@ -19,4 +19,3 @@ def _pack(codes: GridCodes) -> Bytes:
 
 
 GRID = Grid(whole_codes(-127, 127), BLOCK_SIZE, BLOCK_SIZE, _pack)
-quantize, dequantize = make_codec(numpy_ggml, GGML_TYPE)

@@ -14,8 +14,9 @@ def check(argument: str) -> None:
     try:
         compiled = re.compile(argument)
     except re.error as error:
-        reason = f"scorer regex: {argument!r} is not a regular expression: {error}"
-        raise UsageError("invalid-regex", reason) from error
+        raise UsageError(
+            "invalid-regex", f"scorer regex: {argument!r} is not a regular expression: {error}"
+        ) from error
 
     if not argument or compiled.match(""):
         raise UsageError(

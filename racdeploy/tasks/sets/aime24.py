@@ -12,7 +12,6 @@ DATASET = PublicDataset(
     evaluation=HubSplit(
         "HuggingFaceH4/aime_2024", "default", "train", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"
     ),
-    calibration=None,
     columns=("problem", "answer"),
     protocol="lighteval 0.13.0 (aime24)",
     thinking_tokens=13400,

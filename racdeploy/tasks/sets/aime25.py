@@ -12,7 +12,6 @@ DATASET = PublicDataset(
     evaluation=HubSplit(
         "yentinglin/aime_2025", "default", "train", "6f71d77b0b89b9dabe07ab466c51df33f514df7f"
     ),
-    calibration=None,
     columns=("problem", "answer"),
     protocol="lighteval 0.13.0 (aime25)",
     thinking_tokens=13400,

@@ -18,7 +18,6 @@ DATASET = PublicDataset(
     evaluation=HubSplit(
         "Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd"
     ),
-    calibration=None,
     columns=("Question", "Correct Answer", *_WRONG),
     protocol="lighteval 0.13.0 (gpqa:diamond)",
     thinking_tokens=11200,

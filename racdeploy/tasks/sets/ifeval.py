@@ -15,7 +15,6 @@ DATASET = PublicDataset(
     evaluation=HubSplit(
         "google/IFEval", "default", "train", "966cd89545d6b6acfd7638bc708b98261ca58e84"
     ),
-    calibration=None,
     columns=("prompt", "instruction_id_list", "kwargs"),
     protocol="lm-evaluation-harness 0.4.13 (ifeval, prompt_level_strict_acc)",
 )

@@ -29,8 +29,11 @@ def read(path: Path) -> list[Problem]:
             problems.append(_parse(f"{path}:{number}", line))
 
     if not problems:
-        remedy = 'write {"question": …, "answer": …} lines'
-        raise UsageError("empty-task-file", f"{path} holds no problems", remedy=remedy)
+        raise UsageError(
+            "empty-task-file",
+            f"{path} holds no problems",
+            remedy='write {"question": …, "answer": …} lines',
+        )
 
     return problems
 

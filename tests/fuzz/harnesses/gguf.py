@@ -19,7 +19,8 @@ from racdeploy.exporting.gguf import measurement
 from racdeploy.packing.packers.bitmask import pack_file
 from racdeploy.packing.racgguf import Container
 from racdeploy.quant.importance import Importance
-from racdeploy.tensors.gguf_header import GGML_QUANT_SIZES, GgufHeader, read_header
+from racdeploy.tensors.ggml_types import TYPES_BY_ID
+from racdeploy.tensors.gguf_header import GgufHeader, read_header
 from tests.fuzz.oracle import expect, place, scratch
 from tests.support.tiny_gguf import random_rows, write_gguf
 
@@ -42,7 +43,7 @@ measurement._name_types = cache(measurement._name_types)
 _KNOWN = {
     int(kind)
     for kind, size in gguf.GGML_QUANT_SIZES.items()
-    if size == GGML_QUANT_SIZES.get(int(kind))
+    if (known := TYPES_BY_ID.get(int(kind))) and size == known[2:]
 }
 
 
@@ -102,7 +103,7 @@ def seeds() -> Iterator[bytes]:
     yield _write_matrix(file)
     yield _write_part(file, 0)
     yield _write_scalars()
-    for ggml_type in sorted(GGML_QUANT_SIZES):
+    for ggml_type in sorted(TYPES_BY_ID):
         yield _write_type(ggml_type)
 
 
@@ -143,7 +144,7 @@ def _write_scalars() -> bytes:
 
 
 def _write_type(ggml_type: int) -> bytes:
-    weights, size_bytes = GGML_QUANT_SIZES[ggml_type]
+    _, _, weights, size_bytes = TYPES_BY_ID[ggml_type]
     head = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0)
     head += struct.pack("<Q1sIQIQ", 1, b"w", 1, weights, ggml_type, 0)
     return (

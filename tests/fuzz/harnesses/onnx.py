@@ -64,7 +64,7 @@ def _join(graph: bytes, external: bytes) -> bytes:
 
 def seeds() -> Iterator[bytes]:
     """Yield a graph of each packing and of each number format that it packs."""
-    for packing in packings.names("onnx"):
+    for packing in packings.list_supported("onnx", "packing"):
         with suppress(EngineError):  # bitmask_op, where racdeploy-kernels is not installed
             for quant in ("f32", "f16", "matmulnbits_8", "matmulnbits_4"):
                 if packings.load_onnx(packing).reason_for_plain(quant, 0.9) == "":
