@@ -1,4 +1,4 @@
-"""ONNX graphs of models whose blocks keep a state: LFM2, Qwen3.5, Granite 4, Nemotron-H, Falcon-H1."""
+"""ONNX graphs of models with a state: LFM2, Qwen3.5, Granite 4, Nemotron-H, Falcon-H1."""
 
 from __future__ import annotations
 

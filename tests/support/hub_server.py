@@ -1,7 +1,8 @@
 """A stand-in for the Hub's HTTP API on loopback: repositories of models, their commits, and LFS.
 
 It answers what huggingface_hub asks when it creates, lists, commits and downloads; the routes and
-fields are those that its client reads (``hf_api.py``, ``_commit_api.py``, ``lfs.py`` of 0.36 and 2.4).
+fields are those that its client reads (``hf_api.py``, ``_commit_api.py``, ``lfs.py`` of 0.36
+and 2.4).
 """
 
 from __future__ import annotations
