@@ -228,7 +228,7 @@ class BundleVerification:
             model = replace(bundle.model, entry=entry, path=bundle.folder / entry.path)
             arm, answers = bundle.examiner.answer(model, f"pruned, {entry.backend}")
             arm = replace(arm, sparsity=_measure_artifact(stored, entry).sparsity)
-            also.append(OtherArtifact(arm, entry.backend, model.path))
+            also.append(OtherArtifact(arm, entry.backend, model.path, arm.files))
             ran += note_resumed_answers(answers.reused, f" of {whose}")
             ran += [f"{whose} ran on {arm.kernels}"] if arm.kernels else []
 

@@ -183,6 +183,7 @@ class Evaluation:
             backend=self.job.backend,
             rivals=tuple(others),
             artifact=pruned.path,
+            artifact_files=pruned.files,
             requested_sparsity=model.requested_sparsity,
             tensors=measurements.list_tensors(pruned.tensors),
             prunable=frozenset(t.name for t in pruned.tensors if t.source in prunable),
@@ -257,7 +258,7 @@ class Evaluation:
             answers = sibling.answer(exported, name, model.folder, self.control)
             stats = answers.reused_stats or answers.stats
             arm = sibling._make_arm(name, job.recipe.export.quant, exported, answers, stats)
-            artifacts.append(OtherArtifact(arm, job.backend, exported.path))
+            artifacts.append(OtherArtifact(arm, job.backend, exported.path, exported.files))
 
         return tuple(artifacts)
 

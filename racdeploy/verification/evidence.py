@@ -51,7 +51,7 @@ class ArmResult:
         size_bytes: of the artifact; None if it is unknown, as behind a server.
         sparsity: zeros over the prunable weights in the file, 0 to 1.
         stats: engine counters: ``load_ms``, ``generated_tokens``, ``decode_s``, …
-        files: recorded SHA-256 of each file, by its path from the main file's folder.
+        files: SHA-256 of each file.
         kernels: kernels that ran, in the engine's words.
     """
 
@@ -102,11 +102,12 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class OtherArtifact:
-    """Pruned model for another engine in the same bundle."""
+    """Pruned model for another engine in the same bundle; files as in :class:`Evidence`."""
 
     arm: ArmResult
     backend: str
     artifact: Path
+    artifact_files: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class Evidence:
     """Measurements that the checks decide on; None or empty stands for "not measured".
 
     Args:
+        artifact_files: recorded SHA-256 of each file, by its path from the main file's folder.
         requested_sparsity: share of zeros over the prunable weights that the last kept pruning
             step asked for.
         prunable: names of the artifact's prunable tensors.
@@ -209,6 +211,7 @@ class Evidence:
     dense: ArmResult
     pruned: ArmResult
     artifact: Path = Path()
+    artifact_files: Mapping[str, str] = field(default_factory=dict)
     requested_sparsity: float = 0.0
     tensors: tuple[TensorRow, ...] = ()
     prunable: frozenset[str] = frozenset()

@@ -178,13 +178,7 @@ class Examiner:
             probes = probe_tokens(engine.tokenize, reference.probes)
             notes, skipped, logits = [], {}, None
             if isinstance(engine, ServerEngine):
-                url = model.url.partition("#")[0]
-                notes = [
-                    f"the answers are of what {url} serves as {engine.model!r}; its weights cannot "
-                    "be checked"
-                ]
-                if self.server.api == "chat":
-                    notes.append("its thinking tokens are counted by tokenizing its texts")
+                notes = self._describe_server(engine, model)
                 # Checks without evidence are skipped, with the reason in the report.
                 hidden = {*plugins.list_names("checks")} - {*_JUDGED_BY_SERVER, "tokens"}
                 skipped = dict.fromkeys(hidden, "the files behind a server cannot be read")
@@ -204,6 +198,7 @@ class Examiner:
             pruned=arm,
             backend=model.entry.backend,
             artifact=model.file,
+            artifact_files=arm.files,
             probes=probes,
             logits=logits,
             skip_reasons=skipped,
@@ -233,6 +228,16 @@ class Examiner:
             return chat
         is_open = find_prompt_state(next(iter(by_ids)), tags) == "open"
         return replace(chat, open_ids=tags.open_ids, close_ids=tags.close_ids, starts_open=is_open)
+
+    def _describe_server(self, engine: ServerEngine, model: DeployedModel) -> list[str]:
+        url = model.url.partition("#")[0]
+        notes = [
+            f"the answers are of what {url} serves as {engine.model!r}; its weights cannot be "
+            "checked"
+        ]
+        if self.server.api == "chat":
+            notes.append("its thinking tokens are counted by tokenizing its texts")
+        return notes
 
 
 def note_resumed_answers(earlier: int, whose: str = "") -> list[str]:

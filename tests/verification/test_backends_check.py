@@ -29,7 +29,7 @@ def evidence_of(count: int, *, wrong: int = 0, longer: int = 0) -> Evidence:
         )
         for i in range(count)
     ]
-    other = OtherArtifact(replace(arm_of(changed), quant="f32"), "onnxruntime", Path())
+    other = OtherArtifact(replace(arm_of(changed), quant="f32"), "onnxruntime", Path(), {})
     return Evidence(
         Verification(),
         read_gate(),
@@ -81,13 +81,13 @@ def test_the_files_of_every_artifact_are_hashed(tmp_path: Path) -> None:
     main.write_bytes(b"main")
     second.write_bytes(b"second")
     base = evidence_of(20)
-    (other,) = base.other_artifacts
-    other_files = {"model.onnx": file_sha256(second)}
-    other = replace(other, arm=replace(other.arm, files=other_files), artifact=second)
+    other = replace(
+        base.other_artifacts[0], artifact=second, artifact_files={"model.onnx": file_sha256(second)}
+    )
     whole = replace(
         base,
         artifact=main,
-        pruned=replace(base.pruned, files={"model.gguf": file_sha256(main)}),
+        artifact_files={"model.gguf": file_sha256(main)},
         other_artifacts=(other,),
     )
     assert integrity.check(whole).verdict == "pass"

@@ -63,7 +63,7 @@ def _verdicts(seed: int, flips: float, spread: float) -> dict[str, str]:
         {},
         0.0,
         backend="a",
-        other_artifacts=(OtherArtifact(first, "b", Path()),),
+        other_artifacts=(OtherArtifact(first, "b", Path(), {}),),
     )
     return {name: check.check(evidence).verdict for name, check in CHECKS.items()}
 

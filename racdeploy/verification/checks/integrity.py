@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from racdeploy.files.writing import file_sha256
-from racdeploy.verification.evidence import Evidence, Outcome
+from racdeploy.verification.evidence import Evidence, OtherArtifact, Outcome
 
 
 def check(evidence: Evidence) -> Outcome:
     """Pass if every file of every artifact has the recorded hash."""
     changed = []
     size_bytes = files = 0
-    artifacts = [(evidence.pruned, evidence.artifact)]
-    artifacts += [(other.arm, other.artifact) for other in evidence.other_artifacts]
-    for arm, artifact in artifacts:
-        for name, expected in arm.files.items():
-            file = artifact.parent / name
+    artifacts: list[Evidence | OtherArtifact] = [evidence, *evidence.other_artifacts]
+    for artifact in artifacts:
+        for name, expected in artifact.artifact_files.items():
+            file = artifact.artifact.parent / name
             actual = file_sha256(file)
             if actual != expected:
                 changed.append(f"{file.name}: SHA-256 {actual[:16]}… is not {expected[:16]}…")
@@ -22,7 +21,7 @@ def check(evidence: Evidence) -> Outcome:
             size_bytes += file.stat().st_size
             files += 1
 
-    main = evidence.pruned.files[evidence.artifact.name]
+    main = evidence.artifact_files[evidence.artifact.name]
     figures = {"size_bytes": size_bytes, "files": files}
     if changed:
         remedy = evidence.choose(
