@@ -8,12 +8,17 @@ from pathlib import Path
 import platformdirs
 
 
-def cache_folder(part: str = "") -> Path:
-    """Return a folder of the user's cache, which need not exist; the whole one without ``part``."""
-    return platformdirs.user_cache_path("racdeploy", False) / part
+def cache_folder(part: str = "", variable: str = "") -> Path:
+    """Return a folder of the user's cache, which need not exist.
+
+    Args:
+        part: name of the folder; empty for the whole cache.
+        variable: environment variable that replaces the path.
+    """
+    path = os.environ.get(variable) if variable else None
+    return Path(path) if path else platformdirs.user_cache_path("racdeploy", False) / part
 
 
 def default_work_folder() -> Path:
     """Return the work folder: ``RACDEPLOY_WORK``, or the user's cache."""
-    path = os.environ.get("RACDEPLOY_WORK")
-    return Path(path) if path else cache_folder()
+    return cache_folder(variable="RACDEPLOY_WORK")

@@ -21,7 +21,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
 
 
 def _count(encoder: PromptEncoder, ids: list[int]) -> int:
-    controls = {encoder.tokenizer.token_to_id(token) for token in (END, START)}
+    controls = encoder.tokenizer.tokens_to_ids([END, START])
     assert None not in controls
     return sum(token in controls for token in ids)
 

@@ -7,6 +7,7 @@ too; onnxruntime-genai 0.15 (``make_genai_config`` of its model builder).
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -90,7 +91,10 @@ def _describe_caches(model: onnx.ModelProto, shape: ModelShape) -> Json:
 
     described: Json = {"inputs": inputs, "outputs": outputs}
     if "conv" in shape.layer_types:
-        inputs["past_conv_names"], outputs["present_conv_names"] = "past_conv.%d", "present_conv.%d"
+        # past_conv.0 by onnxruntime-genai's builder before 0.16, and past.0.conv since
+        past = re.sub(r"\d+", "%d", next(name for name in names if "conv" in name))
+        inputs["past_conv_names"] = past
+        outputs["present_conv_names"] = past.replace("past", "present")
         described["layer_types"] = shape.layer_types
         described["conv_cache_size"] = shape.integer("conv_L_cache")
 

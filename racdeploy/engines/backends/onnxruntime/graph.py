@@ -1,6 +1,6 @@
 """Interface of a decoder graph: inputs, outputs, number formats, kind of cache.
 
-Source: inputs of onnxruntime-genai's model builder 0.15 and of optimum-onnx 0.1; operator
+Source: inputs of onnxruntime-genai's model builder 0.15 and 0.18, and of optimum-onnx 0.1; operator
 GroupQueryAttention, onnxruntime/docs/ContribOperators.md 1.32.
 """
 
@@ -31,7 +31,9 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16,
 }
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
-_STATE = re.compile(r"past_conv\.\d+|past_key_values\.\d+\.(conv|recurrent)_state")
+_STATE = re.compile(
+    r"past_conv\.\d+|past\.\d+\.conv|past_key_values\.\d+\.(conv|recurrent)_state"
+)
 _TOKENS = "input_ids"
 _MASK = "attention_mask"
 _POSITIONS = "position_ids"
@@ -228,7 +230,7 @@ class DecoderGraph:
 
 
 def _present(past: str) -> str:
-    return past.replace("past_key_values", "present").replace("past_conv", "present_conv")
+    return "present" + past.removeprefix("past").removeprefix("_key_values")
 
 
 def _dtype(node: onnxruntime.NodeArg) -> type[np.generic]:
