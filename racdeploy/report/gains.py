@@ -50,9 +50,9 @@ def list_highlights(report: Report) -> list[Highlight]:
 
     highlights = []
     for name, (text, note) in figures.items():
-        sides = [format_with_units(text, arm) for arm in (dense, pruned)]
-        if note is not None and NONE not in sides:
-            highlights.append(Highlight(name, *sides, note))
+        before, after = (format_with_units(text, arm) for arm in (dense, pruned))
+        if note is not None and NONE not in (before, after):
+            highlights.append(Highlight(name, before, after, note))
 
     return highlights
 
