@@ -186,9 +186,10 @@ class BlockwiseModel:
             attends = (
                 self.shape.attends[block.number] and owner == self.shape.family.attention_module
             )
-            module.forward = partial(
-                _run_last, block.get_submodule(name), self.to_device(input_BTI), attends
-            )
+            # Falcon-H1's feed-forward part multiplies its output.
+            factor = getattr(module, "down_multiplier", 1.0)
+            linear = block.get_submodule(name)
+            module.forward = partial(_run_last, linear, self.to_device(input_BTI), factor, attends)
 
         try:
             yield
@@ -218,8 +219,10 @@ class BlockwiseModel:
         return calls[0]
 
 
-def _run_last(linear: nn.Module, input_BTI: Tensor, attends: bool, *_: Any, **__: Any) -> Any:
-    output_BTO = linear(input_BTI)
+def _run_last(
+    linear: nn.Module, input_BTI: Tensor, factor: float, attends: bool, *_: Any, **__: Any
+) -> Any:
+    output_BTO = linear(input_BTI) * factor
     return (output_BTO, None) if attends else output_BTO  # sdpa gives no attention weights
 
 
