@@ -115,7 +115,9 @@ def relative(expected: np.ndarray, found: np.ndarray) -> float:
 def test_the_bytes_of_its_weights_are_known_before(
     checkpoint: Checkpoint, tmp_path: Path, quant: str
 ) -> None:
-    """Tensor by tensor; nodes and names, a large part of so small a file, about."""
+    """Tensor by tensor; nodes and names, a large part of so small a file, about: torch's are
+    longer.
+    """
     result = export(checkpoint, tmp_path / "m.onnx", quant=quant)
     plan = plan_graph(checkpoint, quant)
     written = {each.name: each for each in result.tensors}
@@ -125,7 +127,7 @@ def test_the_bytes_of_its_weights_are_known_before(
         assert tensor.quant == each.actual_quant
         # Zero points of a row are whole bytes.
         assert 0 <= each.size_bytes - count_bytes(tensor) < math.prod(tensor.shape[:-1])
-    assert estimate_graph_bytes(checkpoint, plan) == pytest.approx(result.size_bytes, rel=0.03)
+    assert estimate_graph_bytes(checkpoint, plan) == pytest.approx(result.size_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -339,7 +341,7 @@ def test_a_wrong_graph_of_right_weights_fails_parity_and_the_other_exporter_is_t
     monkeypatch.setattr(onnx_exporters.load("genai"), "build", lambda prepared, out: swapped)
     chosen = export_verified_graph(checkpoint, "auto")
     assert chosen.note.startswith(f"ONNX graph by {APPENDING}")
-    _, _, reason = chosen.note.partition("; not by ")
+    reason = chosen.note.partition("; not by ")[2].partition("; ")[0]
     assert reason.startswith("genai: its logits differ from torch's")
     assert len(chosen.graph.linears) == 7 * checkpoint.shape.block_count + 1
     for name in ("optimum", "torch"):

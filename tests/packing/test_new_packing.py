@@ -147,7 +147,9 @@ def test_an_onnx_graph_is_packed_named_and_read_by_it(
     assert found["plain"].packing_reason == "too few zeros for a mirror"
     measured = {row.name: (row.packing, row.zeros) for row in onnx_format.measure(packed.path)[1]}
     zeros = {tensor.name: tensor.zeros for tensor in plain.tensors}
-    assert measured == {t.name: (t.packing, zeros[t.name]) for t in packed.tensors}
+    # torch's graph has constants beside the weights.
+    expected = {t.name: (t.packing, zeros[t.name]) for t in packed.tensors}
+    assert {name: measured[name] for name in expected} == expected
 
     graph = onnx.load(str(packed.path)).graph
     images = [value.name for value in graph.initializer if value.name.endswith(".image")]

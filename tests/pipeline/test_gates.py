@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -125,7 +126,10 @@ def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
 ) -> None:
     """Half of the positions keep 1e-4, not so without the table; a wrong rotary base is found."""
     folders = [make_checkpoint(tmp_path / name, "gemma3_text") for name in ("model", "other")]
-    edit_json(folders[1] / "config.json", rope_local_base_freq=500.0)
+    config = folders[1] / "config.json"
+    ropes = json.loads(config.read_text(encoding="utf-8"))["rope_parameters"]
+    ropes["sliding_attention"]["rope_theta"] = 500.0
+    edit_json(config, rope_parameters=ropes)
     checkpoint, other = map(Checkpoint, folders)
     settings = Export(quant="f16")
     artifact = _export(checkpoint, tmp_path / "m.gguf", settings)

@@ -142,7 +142,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "ernie4_5": {"head_dim": 24},
     "glm4": {"head_dim": 24, "attention_bias": True},
-    "hunyuan_v1_dense": {"head_dim": 24},
+    # transformers 5 writes its default, 3, which the converter takes for the end
+    "hunyuan_v1_dense": {"head_dim": 24, "eod_token_id": SPECIAL_TOKENS["<|im_end|>"]},
     "seed_oss": {"head_dim": 24},
     "gpt_oss": {
         "sliding_window": 16,  # in every other block

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from racdeploy import exporting
 from racdeploy.engines.backends.transformers import chat_prompt_ids
+from racdeploy.extras import installed_release
 from racdeploy.models.sources import EMBEDDED, resolve_model
 from racdeploy.recipe import Verification
 from racdeploy.runtime.template import PromptEncoder
@@ -60,8 +61,9 @@ def test_a_foreign_tokenizer_class_is_no_warning(caplog: pytest.LogCaptureFixtur
     """
     assert chat_prompt_ids(resolve_model(EMBEDDED).folder, ["2 + 2?"])
     assert caplog.messages == []
-    PreTrainedTokenizerFast.from_pretrained(resolve_model(EMBEDDED).folder)
-    assert "not the same type as the class" in caplog.text
+    if installed_release("transformers") < (5,):  # later ones do not warn
+        PreTrainedTokenizerFast.from_pretrained(resolve_model(EMBEDDED).folder)
+        assert "not the same type as the class" in caplog.text
 
 
 def test_a_beginning_that_the_tokenizer_demands_may_stand_in_front(folder: Path) -> None:
