@@ -277,7 +277,7 @@ def think(encoder: PromptEncoder) -> Any:
     tags = find_tags(encoder)
     assert tags
     close = list(tags.close_ids)
-    end = encoder.tokenizer.token_to_id("<|im_end|>")
+    (end,) = encoder.tokenizer.tokens_to_ids(["<|im_end|>"])
     assert end
     answer = encoder.encode_text("The answer is \\boxed{42}.")
 

@@ -45,8 +45,8 @@ def select_tensors(stored: Mapping[str, TensorEntry], shape: ModelShape) -> dict
     sizes, kinds = shape.sizes[attending[-1]], shape.kinds[attending[-1]]
     expected = {}
 
-    for name, stored in family.mtp_tensors.items():
-        letters = family.axes.get(stored.removesuffix(".weight"), ("D",))
+    for name, in_file in family.mtp_tensors.items():
+        letters = family.axes.get(in_file.removesuffix(".weight"), ("D",))
         expected[PREFIX + name] = widths.axis_lengths(letters, sizes)
 
     for block in range(count_blocks(head)):

@@ -381,8 +381,7 @@ def _model(
     with torch.no_grad():
         for name, parameter in model.state_dict(keep_vars=True).items():
             if (
-                name.endswith(("bias", ".D", "sinks", "correct_output_scale"))
-                or "norm" in name
+                name.endswith(("bias", ".D", "sinks", "correct_output_scale")) or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 # Where all values shift alike, a router would choose alike for all tokens.
                 is_shift = family in ("gpt_oss", "lfm2_moe") and name.endswith("bias")

@@ -31,9 +31,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16,
 }
 _PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
-_STATE = re.compile(
-    r"past_conv\.\d+|past\.\d+\.conv|past_key_values\.\d+\.(conv|recurrent)_state"
-)
+_STATE = re.compile(r"past_conv\.\d+|past\.\d+\.conv|past_key_values\.\d+\.(conv|recurrent)_state")
 _TOKENS = "input_ids"
 _MASK = "attention_mask"
 _POSITIONS = "position_ids"
