@@ -128,7 +128,7 @@ def _list_parts(entry: TensorEntry, fused: FusedExperts, outputs: int) -> dict[s
             chosen = slice(index * rows, (index + 1) * rows)
             if fused.interleaved:
                 chosen = slice(index, None, count)
-            where = (expert, *(slice(None),) * (outputs - 1), chosen)
+            where: tuple[int | slice, ...] = (expert, *(slice(None),) * (outputs - 1), chosen)
             parts[name] = _ExpertEntry(*stored, where, outputs == 2)
     return parts
 
