@@ -289,6 +289,7 @@ def _open(name: str, things: Path, state: Path) -> Iterator[Page]:
     with hub_server() as hub, stand_ins.running(), pytest.MonkeyPatch.context() as patch:
         variables = {
             "HF_ENDPOINT": hub.address,
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
             "HF_TOKEN": WRITES,
             "HF_HOME": str(state / "hub"),

@@ -243,6 +243,7 @@ def _open_shell(folder: Path, hub: Hub) -> Terminal:
         TERM="xterm-256color",
         COLORTERM="truecolor",
         HF_ENDPOINT=hub.address,
+        HF_HUB_DISABLE_XET="1",
         HF_HUB_OFFLINE="0",
     )
     shell.wait_for(_PROMPT)
