@@ -18,19 +18,14 @@ from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import find_expert
 from racdeploy.pruning.block_pruning import prune_blocks
-from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.structure.cut_plan import read_cut_plan
 from racdeploy.pruning.structures.vocabulary import rewrite
 from racdeploy.pruning.walk.assemble import assemble
-from racdeploy.pruning.walk.batches import make_batches
-from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
-from racdeploy.pruning.walk.calibration_pass import CalibrationPass
-from racdeploy.pruning.walk.session import PruningSession
-from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.recovery.training_run import list_trained
 from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.errors import raises
+from tests.support.expert_costs import estimate_costs
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import make_trace
 
@@ -127,24 +122,8 @@ def test_who_is_missed_most_stays_with_all_that_is_its_own(
 
 def test_the_cost_of_an_expert_is_that_of_its_removal(dense: Checkpoint, tmp_path: Path) -> None:
     """Against the block whose router is without it, its bias too, token by token."""
-    batches = make_batches(CALIBRATION, ["gcd"], held_out=False)
-    blocks = BlockwiseModel(dense)
-    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path, SINGLE_PROCESS)
-    flow = CalibrationPass(blocks, batches, tmp_path, "found")
-
-    def outputs() -> torch.Tensor:
-        found = [flow.output(block, index).flatten(0, 1) for index in range(len(batches))]
-        real = [(batch.segment_BT != PAD).flatten() for batch in batches]
-        return torch.cat([each[own] for each, own in zip(found, real, strict=True)])
-
     with torch.inference_mode():
-        for index, hidden_BTD in enumerate(blocks.embed(batches)):
-            flow.hidden[index] = hidden_BTD
-        block: Any = blocks.load_block(0)
-        probe = plugins.load("structures", "experts").ExpertProbe(session, flow, block)
-        probe.measure(range(E))
-        costs = probe.compute_rises(range(E))
-
+        block, costs, outputs = estimate_costs(dense, CALIBRATION, tmp_path, 0)
         whole_ND = outputs()
         experts, router = list(block.mlp.experts), block.mlp.router
         weight_ED, bias_E = router.weight.data, router.bias.data

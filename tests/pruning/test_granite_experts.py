@@ -13,21 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
-from racdeploy.pruning.process_group import SINGLE_PROCESS
 from racdeploy.pruning.structure.cut_plan import read_cut_plan
 from racdeploy.pruning.walk.assemble import assemble
-from racdeploy.pruning.walk.batches import make_batches
-from racdeploy.pruning.walk.blockwise_model import BlockwiseModel
-from racdeploy.pruning.walk.calibration_pass import CalibrationPass
-from racdeploy.pruning.walk.session import PruningSession
-from racdeploy.pruning.walk.statistics import PAD
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow
+from tests.support.expert_costs import estimate_costs
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import make_trace
@@ -140,24 +134,8 @@ def test_who_is_missed_most_stays_with_its_row_of_the_router(
 
 def test_the_cost_of_an_expert_is_that_of_its_removal(dense: Checkpoint, tmp_path: Path) -> None:
     """Against the block whose router is without it, token by token."""
-    batches = make_batches(CALIBRATION, ["gcd"], held_out=False)
-    blocks = BlockwiseModel(dense)
-    session = PruningSession(blocks, batches, batches, Pruning(), tmp_path, SINGLE_PROCESS)
-    flow = CalibrationPass(blocks, batches, tmp_path, "found")
-
-    def outputs() -> torch.Tensor:
-        found = [flow.output(block, index).flatten(0, 1) for index in range(len(batches))]
-        real = [(batch.segment_BT != PAD).flatten() for batch in batches]
-        return torch.cat([each[own] for each, own in zip(found, real, strict=True)])
-
     with torch.inference_mode():
-        for index, hidden_BTD in enumerate(blocks.embed(batches)):
-            flow.hidden[index] = hidden_BTD
-        block: Any = blocks.load_block(0)
-        probe = plugins.load("structures", "experts").ExpertProbe(session, flow, block)
-        probe.measure(range(E))
-        costs = probe.compute_rises(range(E))
-
+        block, costs, outputs = estimate_costs(dense, CALIBRATION, tmp_path, 0)
         whole_ND, mixture = outputs(), block.block_sparse_moe
         experts, router = list(mixture.experts), mixture.router.layer
         weight_ED, residual = router.weight.data, dense.config["residual_multiplier"]
