@@ -115,8 +115,8 @@ def relative(expected: np.ndarray, found: np.ndarray) -> float:
 def test_the_bytes_of_its_weights_are_known_before(
     checkpoint: Checkpoint, tmp_path: Path, quant: str
 ) -> None:
-    """Tensor by tensor; nodes and names, a large part of so small a file, about: torch's are
-    longer.
+    """Tensor by tensor; nodes and names, a large part of so small a file, about: those of
+    onnxruntime-genai 0.18 take 3.02 % more than estimated in k_quant, 0.1 % in float32.
     """
     result = export(checkpoint, tmp_path / "m.onnx", quant=quant)
     plan = plan_graph(checkpoint, quant)
