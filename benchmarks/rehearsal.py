@@ -236,7 +236,7 @@ def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None
             figures.seconds += now_s - last_s
         if name != label:
             figures.disk_mb = folder_bytes(Path(keywords["work"])) / 1e6
-            print(f"{now_s - began_s:.0f} s: {name}", flush=True)
+            print(f"{now_s - began_s:.0f} s: {label} ended, {figures}", flush=True)
         last_s, label = now_s, name
         watched.finished = watched.finished or name == "end"
         if kill_in and name in kill_in and (done > 0 or total <= 1):
