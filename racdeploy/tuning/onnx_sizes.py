@@ -42,7 +42,8 @@ def estimate_graph_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor])
     weights_bytes = sum(map(count_bytes, tensors))
     # Rotary embeddings are float32 tables of cosines and sines over all positions.
     tables_bytes = _FLOAT_BYTES * shape.max_positions * shape.head_dim
-    arrays = 2 + sum(1 + tensor.is_matmulnbits for tensor in tensors)
+    # A node that reads or converts another format than float32 takes about two arrays' bytes.
+    arrays = 2 + sum(1 + each.is_matmulnbits + 2 * (each.quant != "f32") for each in tensors)
 
     nodes_bytes = _GRAPH_BYTES + _BLOCK_BYTES * shape.block_count + _ARRAY_BYTES * arrays
     return round(weights_bytes) + tables_bytes + nodes_bytes + len(dump_tensors(list(tensors)))
