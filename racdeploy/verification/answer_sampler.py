@@ -19,6 +19,7 @@ from racdeploy.engines.engine import (
 )
 from racdeploy.files.reading import Json
 from racdeploy.manifest import ThinkingControl
+from racdeploy.quant.importance import SUFFIX
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.runtime.control import NO_CONTROL, make_budget
@@ -228,7 +229,8 @@ def identify_answers(
     """
     settings = sampler.settings
     return {
-        "files": sorted(files.values()),
+        # The importance matrix beside a GGUF file is for other programs: engines do not read it.
+        "files": sorted(digest for name, digest in files.items() if not name.endswith(SUFFIX)),
         "decoding": {name: getattr(settings, name) for name in DECODING_SETTINGS},
         "thinking": sampler.control.model_dump(mode="json"),
         "engine": engine.result_settings(),

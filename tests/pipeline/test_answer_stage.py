@@ -52,14 +52,14 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sam
     encoder = PromptEncoder.from_folder(tmp_path)
     sampler = AnswerSampler(encoder, find_tags(encoder), (EOS,), Verification())
 
-    def run(repeat_finished: bool = False) -> SampledAnswers:
+    def run(repeat_finished: bool = False, model: str = "0", matrix: str = "1") -> SampledAnswers:
         return answer_stage.answer_prompts(
             Workspace(tmp_path / "work"),
             sampler,
             PROBLEMS,
             "dense",
             tmp_path / "model.gguf",
-            {"model.gguf": "0"},
+            {"model.gguf": model, "model.imatrix.gguf": matrix},
             "llamacpp",
             EngineSettings(),
             {},
@@ -87,3 +87,12 @@ def test_figures_that_have_to_be_new_are_measured_again(
     answer()
     repeated = answer(repeat_finished=True)
     assert (repeated.reused, repeated.stats, repeated.reused_stats) == (0, COUNTED, {})
+
+
+def test_answers_stay_when_only_the_importance_matrix_is_another(
+    answer: Callable[..., SampledAnswers],
+) -> None:
+    """Another calibration writes another one beside the dense model's file; no engine reads it."""
+    answer()
+    assert answer(matrix="2").reused == 3
+    assert answer(model="2").reused == 0
