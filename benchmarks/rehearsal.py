@@ -43,6 +43,7 @@ from tokenizers import (
 )
 
 import racdeploy
+from racdeploy.files.writing import write_atomic
 from racdeploy.models.sources import resolve_model
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
@@ -137,6 +138,7 @@ def rehearse(options: Json, out: Path, arguments: argparse.Namespace) -> None:
     work, bundle = out / "work", out / "bundle"
     keywords = options | {"work": str(work), "out": str(bundle)}
     planned = plan(keywords)
+    print(f"planned: {planned.get('seconds_expected')} s", flush=True)
     watched = watch(keywords, out, arguments.shape)
     assert watched.finished, "the build ended with an error: see build.log"
 
@@ -202,10 +204,17 @@ def plan(keywords: Json) -> Json:
 
 
 def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None) -> Watched:
-    """Run a build in a process of its own; kill it in the first stage of ``kill_in``."""
+    """Run a build in a process of its own; kill it in the first stage of ``kill_in``.
+
+    Without kills, figures are those of all runs in this folder: a long build goes on another day.
+    """
     command = [sys.executable, "-m", "benchmarks.rehearsal", shape, "--out", str(out)]
     began_s = last_s = time.monotonic()
     watched, label, lock = Watched(), "start", threading.Lock()
+    earlier = out / "stages.json"
+    if kill_in is None and earlier.is_file():
+        stored = json.loads(earlier.read_text())
+        watched.stages = {name: StageFigures(**figures) for name, figures in stored.items()}
 
     with (out / "build.log").open("a") as log:
         process = subprocess.Popen(
@@ -237,6 +246,10 @@ def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None
         if name != label:
             figures.disk_mb = folder_bytes(Path(keywords["work"])) / 1e6
             print(f"{now_s - began_s:.0f} s: {label} ended, {figures}", flush=True)
+        if kill_in is None:
+            with lock:
+                stored = {name: asdict(each) for name, each in watched.stages.items()}
+            write_atomic(earlier, json.dumps(stored))
         last_s, label = now_s, name
         watched.finished = watched.finished or name == "end"
         if kill_in and name in kill_in and (done > 0 or total <= 1):
@@ -249,6 +262,8 @@ def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None
     sampler.join()
     watched.stages.pop("end", None)
     watched.seconds = time.monotonic() - began_s
+    if kill_in is None:
+        watched.seconds = sum(each.seconds for each in watched.stages.values())
     return watched
 
 
