@@ -10,6 +10,7 @@ NAMES = ("Ann", "Ben", "Eva", "Tom", "Mia", "Leo", "Zoe", "Sam")
 THINGS = ("apples", "books", "coins", "shells", "cards", "stamps", "pens", "nuts")
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} as a gift", "makes {n} more")
 LOSSES = ("gives away {n}", "loses {n}", "sells {n}", "puts {n} in a box")
+STEPS_MIN, STEPS_MAX = 3, 4
 
 
 def draw(random: Random) -> Problem:
@@ -19,7 +20,7 @@ def draw(random: Random) -> Problem:
     sentences = [f"{name} has {amount} {thing}."]
     steps = [f"Start with {amount}."]
 
-    for _ in range(random.randint(3, 4)):
+    for _ in range(random.randint(STEPS_MIN, STEPS_MAX)):
         change = random.randint(2, 99)
         # An amount never becomes negative: one that is too small can only grow.
         gains = amount < change or (amount + change < 300 and random.random() < 0.5)
