@@ -36,6 +36,7 @@ class InputUnits(PrunableUnits):
     @cached_property
     def _inverse_II(self) -> Tensor:
         factor_II = self._hessian.inverse_factor_II
+        del self._hessian.inverse_factor_II  # as large as the Hessian, and not needed again
         return factor_II.T @ factor_II
 
     def remove(self, removed_U: Tensor) -> None:
