@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from racdeploy.models import mamba
 
 Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns", "decay"]
 """A change of a tensor on export; implemented in ``exporting/gguf/tensor_writer.py``.
@@ -29,7 +32,7 @@ INPUT_GROUPS = (
     ("ffn_down",),
     ("ffn_gate_exps", "ffn_up_exps"),
     ("ffn_down_exps",),
-    ("ffn_gate_up_shexp",),
+    ("ffn_gate_up_shexp", "ffn_up_shexp"),
     ("ffn_down_shexp",),
 )
 # Projections of a module → GGUF names.
@@ -98,9 +101,15 @@ def list_kinds(blocks: int, period: int, usual: str = "sliding_attention") -> li
     return [usual if each else "full_attention" for each in is_usual]
 
 
+EXPERT_SHAPES = {
+    "ffn_gate_inp": ("E", "D"),
+    "ffn_gate_exps": ("EF", "D"),
+    "ffn_up_exps": ("EF", "D"),
+    "ffn_down_exps": ("D", "EF"),
+}
 # D hidden, F feed-forward, V vocabulary, K head size, H query heads, Q columns of all query heads,
-# KV of all key heads, E experts, EF one expert's feed-forward; a sum where one tensor holds several
-# matrices. A tensor that is not listed is a vector of D.
+# KV of all key heads, E experts, EF one expert's feed-forward; others in mamba. A sum where one
+# tensor holds several matrices. A tensor that is not listed is a vector of D.
 SHAPES = {
     "token_embd": ("V", "D"),
     "output": ("V", "D"),
@@ -113,12 +122,10 @@ SHAPES = {
     "ffn_gate": ("F", "D"),
     "ffn_up": ("F", "D"),
     "ffn_down": ("D", "F"),
-}
-EXPERT_SHAPES = {
-    "ffn_gate_inp": ("E", "D"),
-    "ffn_gate_exps": ("EF", "D"),
-    "ffn_up_exps": ("EF", "D"),
-    "ffn_down_exps": ("D", "EF"),
+    "exp_probs_b": ("E",),
+    "ffn_gate_up": ("F+F", "D"),
+    **EXPERT_SHAPES,
+    **mamba.SHAPES,
 }
 # P: a per-layer input; PP: those of all blocks.
 PER_LAYER_SHAPES = {
@@ -177,5 +184,8 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, 1.0),
     "is_causal": (True,),
     "pretraining_tp": (1,),
+    "time_step_limit": (),
 }
+UNLIMITED_STEP = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
+"""Limits of a state's time step that are none, as transformers 5 writes infinity, and others."""
 ANY_ROTARY_SHARE = {"partial_rotary_factor": None}

@@ -34,7 +34,7 @@ def find_family(config: Config) -> Family:
 
     family: Family = plugins.load("families", model_type).FAMILY
     mixture = family.moe_variant
-    if mixture and {**mixture.defaults, **config}.get(mixture.sizes["E"]):
+    if mixture and mixture.complete_config(config).get(mixture.sizes["E"]):
         return mixture
     return family
 
@@ -75,16 +75,18 @@ def find_nearest(config: Config, tensors: Set[str] = frozenset()) -> NearestFami
         tensors: names of the model's tensors, with ``*`` for numbers; empty: not compared.
     """
     model_type = str(config.get("model_type"))
-    families: dict[str, Family] = {
-        name: plugins.load("families", name).FAMILY for name in plugins.list_names("families")
-    }
-    specific = {name: _list_specific_keys(family) for name, family in families.items()}
-    shared = config_schema.CHECKED_KEYS.difference(*specific.values()) | _SHARED
+    families: list[tuple[str, Family]] = []
+    for name in plugins.list_names("families"):
+        family = plugins.load("families", name).FAMILY
+        families += [(name, each) for each in (family, family.moe_variant) if each]
+
+    specific = [_list_specific_keys(family) for _, family in families]
+    shared = config_schema.CHECKED_KEYS.difference(*specific) | _SHARED
     used = {key for key, value in config.items() if value is not None}
 
     rows = [
-        NearestFamily(name, sorted(used - shared - specific[name]), *_compare(family, tensors))
-        for name, family in families.items()
+        NearestFamily(name, sorted(used - shared - own), *_compare(family, tensors))
+        for (name, family), own in zip(families, specific, strict=True)
     ]
 
     def distance(row: NearestFamily) -> tuple[int, float]:

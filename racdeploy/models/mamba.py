@@ -6,11 +6,6 @@ norms are apart; MG: channels of a group; GN: states of all groups.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-from racdeploy.models.config_schema import Config
-
 _NAMES = {
     "in_proj.weight": "ssm_in.weight",
     "conv1d.weight": "ssm_conv1d.weight",
@@ -46,16 +41,10 @@ GGUF_INTEGERS = {
     "ssm.inner_size": "mamba_width",
     "ssm.time_step_rank": "mamba_n_heads",
 }
-# No limit, as transformers 5 writes infinity, and as others do.
-_UNLIMITED = ([0.0, {"__float__": "Infinity"}], [0.0, math.inf])
+OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Kinds of blocks as published files and transformers 4 name them → as transformers 5 does."""
 
 
 def name_tensors(module: str) -> dict[str, str]:
     """Return the names of a state space's tensors inside a block → GGUF names."""
     return {f"{module}.{name}": in_file for name, in_file in _NAMES.items()}
-
-
-def read_limit(config: Config) -> Any:
-    """Return the limits of a state's time step; None if there are none."""
-    limit = config.get("time_step_limit")
-    return None if limit in _UNLIMITED else limit

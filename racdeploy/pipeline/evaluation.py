@@ -238,7 +238,13 @@ class Evaluation:
             stats = answers.reused_stats if counted_before else answers.stats
             arms.append(self._make_arm(rival.name, rival.quant, rival.exported, answers, stats))
             if answers.reused:
-                notes.append(_note_earlier(rival.name, answers, counted_before))
+                measured = "; racdeploy bench measures speed"
+                if counted_before:
+                    measured = ", and so are speed and memory"
+                notes.append(
+                    f"{answers.reused} of {len(answers.records)} {rival.name} answers are of an "
+                    f"earlier run on this machine, with the same artifact and settings{measured}"
+                )
 
         return arms, answered[0].traces, notes
 
@@ -329,17 +335,6 @@ def note_logits(logits: LogitComparison | None, answers: int) -> list[str]:
         )
 
     return notes
-
-
-def _note_earlier(name: str, answers: SampledAnswers, counted_before: bool) -> str:
-    """Return a note on answers, speed and memory that are of an earlier run."""
-    note = (
-        f"{answers.reused} of {len(answers.records)} {name} answers are of an earlier "
-        "run on this machine, with the same artifact and settings"
-    )
-    if counted_before:
-        return f"{note}, and so are speed and memory"
-    return f"{note}; racdeploy bench measures speed"
 
 
 def _selection_notes(selection: Mapping[str, Any]) -> list[str]:

@@ -264,7 +264,16 @@ class Job:
             elif quant.has_grid(names[0]):
                 chosen[linear] = names[0]
             elif rounding:
-                errors.append(_lacks_grid(linear, names[0], self.recipe.export.format))
+                usable = filter(
+                    quant.has_grid, packing.list_supported(self.recipe.export.format, "quant")
+                )
+                error = UsageError(
+                    "no-optimized-rounding",
+                    f"{linear} is stored as {names[0]}, which has no codes to choose",
+                    remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the"
+                    " linear in prune.ignore, or export.rounding = 'nearest'",
+                )
+                errors.append(error)
 
         formats = sorted({*chosen.values()})
         if len(formats) > 1 and "L" in self.structure.sizes:
@@ -281,16 +290,6 @@ class Job:
             raise errors[0]
         notes = [f"rounded to nearest instead: {error.message}" for error in errors[:1]]
         return chosen, tuple(notes)
-
-
-def _lacks_grid(linear: str, name: str, form: str) -> UsageError:
-    usable = filter(quant.has_grid, packing.list_supported(form, "quant"))
-    return UsageError(
-        "no-optimized-rounding",
-        f"{linear} is stored as {name}, which has no codes to choose",
-        remedy=f"use one of {', '.join(usable)} if its blocks divide the rows, name the linear in "
-        "prune.ignore, or export.rounding = 'nearest'",
-    )
 
 
 def choose_quants(checkpoint: Checkpoint, weight: str, rules: presets.QuantRules) -> Names:

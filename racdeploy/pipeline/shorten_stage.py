@@ -114,12 +114,11 @@ class ShortenStage:
     def _write_brief_prompts(self, answers: Sequence[Trace]) -> dict[Ids, Ids]:
         """Return, for each prompt, its ids with the instruction as a system prompt."""
         system = {"role": "system", "content": self.teacher.settings.instruction}
-        briefs = {}
-        for trace in answers:
-            if trace.prompt_ids not in briefs:
-                user = {"role": "user", "content": trace.question}
-                briefs[trace.prompt_ids] = tuple(self.encoder.encode([system, user]))
-        return briefs
+        questions = {trace.prompt_ids: trace.question for trace in answers}
+        return {
+            prompt_ids: tuple(self.encoder.encode([system, {"role": "user", "content": question}]))
+            for prompt_ids, question in questions.items()
+        }
 
     def _find_loss(self, before: ProbeResult, after: ProbeResult) -> str:
         """Return a clause on why a round is undone, or an empty string."""

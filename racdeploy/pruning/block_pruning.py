@@ -241,6 +241,7 @@ class _Walk:
     def _prune(self, pair: BlockPair) -> tuple[list[LinearRow], BlockRow]:
         """Cut and prune a block group by group, write it, and advance the hidden states."""
         pruned: dict[str, PrunedLinear] = {}
+        all_names: list[str] = []
 
         for group, linears in enumerate(pair.input_groups):
             # Right before its first linears are pruned, so that zeros are chosen in what is left.
@@ -250,6 +251,7 @@ class _Walk:
                     self._cut(pair, cut)
 
             names = expand_experts(linears, len(pair.experts))
+            all_names += names
             wanted = [name for name in names if pair.dense_name(name) in self.pruner.sparsities]
             if wanted:
                 pruned |= self.pruner.prune_group(pair, group, wanted)
@@ -258,10 +260,17 @@ class _Walk:
 
         drift = self._advance(pair, pruned)
         drift.reduce(self.processes)
-        for linear in pruned.values():
-            linear.error.reduce(self.processes)
+        for result in pruned.values():
+            result.error.reduce(self.processes)
 
-        linear_rows = self._linear_rows(pair, pruned)
+        linear_rows = []
+        for linear in all_names:
+            name = pair.new_name(linear)
+            row = LinearRow(name=name, requested_sparsity=0.0, actual_sparsity=0.0)
+            if linear in pruned:
+                row = pruned[linear].to_row(name, self.pruner.sparsities[pair.dense_name(linear)])
+            linear_rows.append(row)
+
         block_row = BlockRow(
             block=pair.new_index,
             drift=drift.total,
@@ -364,16 +373,3 @@ class _Walk:
 
     def _needs_dense(self, batch: Batch) -> bool:
         return self.session.settings.match_dense or batch.held_out
-
-    def _linear_rows(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> list[LinearRow]:
-        rows = []
-        for group in pair.input_groups:
-            for linear in expand_experts(group, len(pair.experts)):
-                name = pair.new_name(linear)
-                row = LinearRow(name=name, requested_sparsity=0.0, actual_sparsity=0.0)
-                if linear in pruned:
-                    sparsity = self.pruner.sparsities[pair.dense_name(linear)]
-                    row = pruned[linear].to_row(name, sparsity)
-                rows.append(row)
-
-        return rows

@@ -79,21 +79,19 @@ def load(
         encoder.check()
         refuse_changed(folder, listed, states)
         if not (plain or dense) and (configuration := engine.info.get("configuration")):
-            _check_config_file(folder, artifact, Path(configuration))
+            # The one in use must be listed, with the hash that it has.
+            used = Path(configuration)
+            inside = Path(os.path.relpath(used, folder.resolve())).as_posix()
+            expected = artifact.companions.get(inside)
+            if expected is None:
+                raise _refuse_file(used)
+            if not has_sha256(used, expected):
+                raise hash_error(used, expected)
         return Model(manifest, encoder, engine, context_tokens)
     except BaseException:
         engine.close()
         encoder.tokenizer.close()
         raise
-
-
-def _check_config_file(bundle: Path, artifact: ArtifactEntry, file: Path) -> None:
-    """Raise ArtifactError if a configuration in use is unlisted or differs from its hash."""
-    expected = artifact.companions.get(Path(os.path.relpath(file, bundle.resolve())).as_posix())
-    if expected is None:
-        raise _refuse_file(file)
-    if not has_sha256(file, expected):
-        raise hash_error(file, expected)
 
 
 def _choose_context(manifest: Manifest, context_tokens: int | None) -> int:

@@ -55,7 +55,14 @@ def collect_traces(
         requests = []
         for number in numbers:
             prompts = [encoder.encode(problem.question) for problem in shards[number]]
-            requests.append((prompts, _sampling(settings, stop_ids, number)))
+            sampling = Sampling(
+                max_new_tokens=settings.max_new_tokens,
+                stop_ids=stop_ids,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed * _SEED_STRIDE + number,
+            )
+            requests.append((prompts, sampling))
 
         answered = zip(numbers, requests, source.answer(requests), strict=True)
         for number, (prompts, _), completions in answered:
@@ -99,16 +106,6 @@ def _make_trace(
         thinking_tokens=len(parts.thinking_ids),
         truncated=not ended,
         correct=correct,
-    )
-
-
-def _sampling(settings: Traces, stop_ids: Ids, shard: int) -> Sampling:
-    return Sampling(
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=stop_ids,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed * _SEED_STRIDE + shard,
     )
 
 

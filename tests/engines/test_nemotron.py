@@ -72,9 +72,13 @@ def test_a_step_of_a_state_is_as_short_as_the_config_says(folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("changes", "code", "value"),
     [
-        ({"hybrid_override_pattern": "M-*ME"}, "unsupported-variant", "1 of 5"),
+        ({"hybrid_override_pattern": "M-*ME"}, "unsupported-variant", "1 blocks"),
         ({"hybrid_override_pattern": "M-*Mx"}, "damaged-config", "'x'"),
-        ({"layers_block_type": ["mamba", "attention", "moe"]}, "unsupported-variant", "1 of 3"),
+        (
+            {"layers_block_type": ["mamba", "attention", "moe"], "moe_latent_size": 16},
+            "unsupported-variant",
+            "moe_latent_size 16",
+        ),
         (
             {"hybrid_override_pattern": None, "layers_block_type": ["conv"]},
             "damaged-config",

@@ -16,7 +16,13 @@ from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
 from tests.support.cut_models import Cut, cut_checkpoint, pad_checkpoint
 from tests.support.errors import raises
-from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, edit_json, make_checkpoint
+from tests.support.tiny_models import (
+    FAMILIES,
+    GRANITE_EXPERTS,
+    NEMOTRON_EXPERTS,
+    edit_json,
+    make_checkpoint,
+)
 
 ATTENDING = {"layer_types": ["attention"] * 3, "position_embedding_type": "rope"}
 CASES: dict[str, dict[str, Any]] = {
@@ -27,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lfm2 experts": {"family": "lfm2_moe"},
     "falcon h1": {"family": "falcon_h1"},
     "nemotron h": {"family": "nemotron_h"},
+    "nemotron h experts": {"family": "nemotron_h", **NEMOTRON_EXPERTS},
     "qwen35": {"family": "qwen3_5_text"},
 }
 CASES = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}

@@ -12,10 +12,16 @@ from racdeploy import plugins
 from racdeploy.errors import UsageError
 from racdeploy.exporting.gguf.architecture import unsupported_reason
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.models.family_support import describe_families
+from racdeploy.models.family_support import compare_folder, describe_families
 from racdeploy.recipe import Structure
 from tests.support.commands import racdeploy
-from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, edit_json, make_checkpoint
+from tests.support.tiny_models import (
+    FAMILIES,
+    GRANITE_EXPERTS,
+    NEMOTRON_EXPERTS,
+    edit_json,
+    make_checkpoint,
+)
 
 ROWS = {(row["family"], row["experts"]): row for row in describe_families()}
 SHARES = {"experts": 0.5, "ffn": 2 / 3, "heads": 0.5, "kv_groups": 0.5, "blocks": 2 / 3}
@@ -30,17 +36,33 @@ def _can_cut(checkpoint: Checkpoint, part: str) -> bool:
     return not unsupported_reason(checkpoint, structure.sizes, uniform=True)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "granitemoehybrid with experts"])
+MIXTURES = {"granitemoehybrid": GRANITE_EXPERTS, "nemotron_h": NEMOTRON_EXPERTS}
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(f"{name} with experts" for name in MIXTURES if name in FAMILIES)]
+)
 def test_the_parts_that_can_be_cut_are_those_that_are_not_refused(
     family: str, tmp_path: Path
 ) -> None:
     """By the structure's own check, and by what llama.cpp can run."""
     name, _, mixture = family.partition(" ")
-    more = GRANITE_EXPERTS if mixture else {}
+    more = MIXTURES[name] if mixture else {}
     checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", name, **more))
     found = {part for part in SHARES if _can_cut(checkpoint, part)}
     row = ROWS[name, bool(checkpoint.family.expert_linears)]
     assert found == set(row["cuts"]) - {"vocabulary"}
+
+
+@pytest.mark.parametrize("family", [name for name in MIXTURES if name in FAMILIES])
+def test_a_model_with_experts_is_compared_with_those_of_its_family(
+    family: str, tmp_path: Path
+) -> None:
+    """Its experts are no unknown tensors, and what models without them have is not missed."""
+    folder = make_checkpoint(tmp_path / "model", family, **MIXTURES[family])
+    nearest = compare_folder(folder)
+    assert nearest.family == family
+    assert nearest.unknown_tensors == nearest.missing_tensors == []
 
 
 def test_the_command_compares_a_model_with_the_nearest_family(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from racdeploy.recipe import Pruning
 from racdeploy.results.pruning import BlockRow, LinearRow
 from tests.support.block_outputs import take_states
 from tests.support.fork_server import fork_context
-from tests.support.tiny_models import FAMILIES, make_checkpoint
+from tests.support.tiny_models import FAMILIES, NEMOTRON_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import make_trace
 
 # Of Gemma 3n, keys are shared earlier than llama.cpp has it: fewer blocks are walked.
@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "gemma4_text": {},
     "nemotron_h": {},
+    "nemotron_h with experts": NEMOTRON_EXPERTS,
     "lfm2_moe": {
         "num_hidden_layers": 4,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
@@ -42,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"num_hidden_layers": 4},
     "gemma3n_text": {**SHARED, "layer_types": KINDS},
 }
-NEW = [name for name in CONFIGS if name in FAMILIES]
+NEW = [name for name in CONFIGS if name.partition(" ")[0] in FAMILIES]
 FITTED = [make_trace(i, 5 + i, 20 + 2 * i, 4) for i in range(24)]
 HELD_OUT = [make_trace(100 + i, 6, 30, 4) for i in range(4)]
 pytestmark = pytest.mark.skipif(not NEW, reason="transformers 4 has none of these families")
@@ -61,8 +62,8 @@ class Walked:
 @pytest.fixture(scope="module", params=NEW)
 def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walked:
     root = tmp_path_factory.mktemp(request.param)
-    config = CONFIGS[request.param]
-    folder = make_checkpoint(root / "model", request.param, dtype="float32", **config)
+    family, config = request.param.partition(" ")[0], CONFIGS[request.param]
+    folder = make_checkpoint(root / "model", family, dtype="float32", **config)
     checkpoint = Checkpoint(folder)
     return Walked(checkpoint, root / "blocks", *_prune(checkpoint, root / "blocks"))
 

@@ -18,7 +18,7 @@ from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.pruning.weights import solving
 from racdeploy.recipe import Pruning
 from tests.support.errors import raises
-from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, make_checkpoint
+from tests.support.tiny_models import FAMILIES, GRANITE_EXPERTS, NEMOTRON_EXPERTS, make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 # Rows turn, rows are split or laid behind each other, columns go by value heads of 16.
@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "granite 4": {"family": "granitemoehybrid"},
     "granite 4 experts": {"family": "granitemoehybrid", **GRANITE_EXPERTS},
     "nemotron h": {"family": "nemotron_h", "head_dim": 32},
+    "nemotron h experts": {"family": "nemotron_h", "head_dim": 32, **NEMOTRON_EXPERTS},
     "lfm2 experts": {"family": "lfm2_moe"},
     "falcon h1": {"family": "falcon_h1", "head_dim": 32},
 }

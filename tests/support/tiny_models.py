@@ -62,6 +62,14 @@ SHARING = {
 WINDOWED = {"num_hidden_layers": 64, "sliding_window": 16, "layer_types": None}
 HUNYUAN = {"type": "dynamic", "alpha": 50.0, "factor": 1.0}
 GRANITE_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+NEMOTRON_EXPERTS = {
+    "hybrid_override_pattern": "ME*ME",
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+}
 # transformers 4 has fewer than we have.
 _FOUND = {
     name: family
@@ -384,7 +392,9 @@ def _model(
                 name.endswith(("bias", ".D", "sinks", "correct_output_scale")) or "norm" in name
             ):  # transformers starts them at 0 and 1: nothing to see
                 # Where all values shift alike, a router would choose alike for all tokens.
-                is_shift = family in ("gpt_oss", "lfm2_moe") and name.endswith("bias")
+                is_shift = name.endswith(("expert_bias", "correction_bias")) or (
+                    family == "gpt_oss" and name.endswith("bias")
+                )
                 parameter += (0.02 if is_shift else 0.1) * torch.randn_like(parameter)
     return model.eval()
 
@@ -398,20 +408,20 @@ def _publish_granite(folder: Path) -> None:
 
 
 def _publish_nemotron(folder: Path) -> None:
-    """Write Nemotron's blocks as letters, nothing of experts, and one embedding where it is tied.
+    """Write Nemotron's blocks as letters, and one embedding where it is tied.
 
-    The converter knows a model with experts by any setting of theirs.
+    The converter knows a model with experts by any setting of theirs: others have none.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}
+    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
     pattern = "".join(letters[kind] for kind in config["layers_block_type"])
     begins = ("moe_", "mtp_", "n_group", "topk_", "norm_topk_", "routed_")
     of_experts = [key for key in config if "expert" in key or key.startswith(begins)]
     of_experts.remove("n_groups")  # of a state space
     edit_json(
         file,
-        **dict.fromkeys(["layers_block_type", *of_experts]),
+        **dict.fromkeys(["layers_block_type", *([] if "E" in pattern else of_experts)]),
         hybrid_override_pattern=pattern,
         num_hidden_layers=len(pattern),
         rms_norm_eps=config["layer_norm_epsilon"],

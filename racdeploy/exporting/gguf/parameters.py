@@ -66,7 +66,10 @@ def write_parameters(
     _write_recurrent(writer, shape, mtp_blocks)
 
     for key, setting in family.gguf_integers.items():
-        if shape.setting(setting) is not None:
+        value = shape.setting(setting)
+        if isinstance(value, bool):
+            writer.add_bool(f"{family.gguf_arch}.{key}", value)
+        elif value is not None:
             writer.add_uint32(f"{family.gguf_arch}.{key}", shape.integer(setting))
 
     for key, setting in family.gguf_floats.items():
@@ -99,12 +102,10 @@ def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
         if list_axes(family, name) in (("D", "F"), ("D", "EF"))
     ]
     setting = family.feed_forward_length
-    if not ends or setting not in shape.widths:  # its experts have one
-        return [shape.integer(setting)]
-
+    widths = shape.widths.get(setting) or [shape.integer(setting)] * shape.block_count
     return [
         width if any(family.has_tensor(kinds, name) for name in ends) else 0
-        for kinds, width in zip(shape.kinds, shape.widths[setting], strict=True)
+        for kinds, width in zip(shape.kinds, widths, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from racdeploy.exporting.gguf.parameters import make_rope_factors
 from racdeploy.models import mtp, widths
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.decoder import Transform
-from racdeploy.models.families import Family, expand_experts, generalize_expert
+from racdeploy.models.families import ANY_EXPERT, Family, expand_experts, generalize_expert
 from racdeploy.models.tensor_coverage import check_tensors, list_used_tensors
 from racdeploy.plugins import Names
 from racdeploy.quant.grid import Floats
@@ -137,7 +137,7 @@ def _plan_tensor(
         _check_shape(checkpoint, part)
 
     _, inside = family.split_block(source)
-    transform = family.transforms.get(inside)
+    transform = "stack" if ANY_EXPERT in inside else family.transforms.get(inside)
     piece = (0, 1)
     # The file may split a matrix of the checkpoint into several tensors.
     if inside in family.block_tensors:

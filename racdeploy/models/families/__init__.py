@@ -260,6 +260,8 @@ class Family:
             usual = self.read_config(whole)
 
         merged = {**whole, **usual}
+        if merged.get("time_step_limit") in decoder.UNLIMITED_STEP:
+            del merged["time_step_limit"]
         return {key: merged[key] for key in merged if usual.get(key, key) is not None}
 
     def find_block_settings(self, config: Config) -> dict[str, Sequence[int]]:

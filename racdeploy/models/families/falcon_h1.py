@@ -20,7 +20,6 @@ def _read(config: Config) -> Config:
         "ssm_multipliers": [z, x, b, c, dt],
         "logits_divisor": 1 / config["lm_head_multiplier"],
         "mamba_head_dim": config["mamba_d_ssm"] // config["mamba_n_heads"],
-        "time_step_limit": mamba.read_limit(config),
     }
 
 
@@ -55,7 +54,6 @@ FAMILY = Family(
         "ffn_down": ("down_multiplier",),
     },
     transforms={"mamba.A_log": "decay"},
-    shapes=mamba.SHAPES,
     gguf_shapes=mamba.GGUF_SHAPES,
     sizes=mamba.SIZES,
     biases=("ssm_conv1d",),
@@ -81,7 +79,6 @@ FAMILY = Family(
     },
     supported_values={
         "mamba_norm_before_gate": (False,),
-        "time_step_limit": (),
     },
     gguf_integers={"vocab_size": "vocab_size", **mamba.GGUF_INTEGERS},
     embedding_scale="embedding_multiplier",

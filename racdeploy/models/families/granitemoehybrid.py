@@ -22,12 +22,10 @@ _NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
 
 def _read(config: Config) -> Config:
     listed = config.get("layer_types") or [_STATE] * (config.get("num_hidden_layers") or 32)
-    kinds = {old: new for new, old in _NAMES.items()}
     return {
-        "layer_types": [kinds.get(kind, kind) for kind in listed],
+        "layer_types": [mamba.OLD_KINDS.get(kind, kind) for kind in listed],
         "intermediate_size": config["shared_intermediate_size"],
         "shared_intermediate_size": None,
-        "time_step_limit": mamba.read_limit(config),
     }
 
 
@@ -64,10 +62,6 @@ _DENSE = Family(
     kind_prefixes={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
     attention_free_marking="no_heads",
     transforms={**decoder.ROTARY_TRANSFORMS, "mamba.A_log": "decay"},
-    shapes={
-        "ffn_gate_up": ("F+F", "D"),
-        **mamba.SHAPES,
-    },
     gguf_shapes=mamba.GGUF_SHAPES,
     sizes=mamba.SIZES,
     biases=(*decoder.ALL_LINEARS[:4], "ssm_conv1d"),
@@ -90,7 +84,6 @@ _DENSE = Family(
         "mamba_expand": (2,),
         "mamba_conv_bias": (True,),
         "mamba_proj_bias": (False,),
-        "time_step_limit": (),
     },
     gguf_integers={
         **decoder.LLAMA_INTEGERS,
@@ -124,10 +117,7 @@ _MIXTURE = replace(
         "block_sparse_moe.input_linear.weight": FusedExperts(tuple(_GATE_UP)),
         "block_sparse_moe.output_linear.weight": FusedExperts((_DOWN,)),
     },
-    transforms={**_DENSE.transforms, **dict.fromkeys(_EXPERTS, "stack")},
     shapes={
-        **_DENSE.shapes,
-        **decoder.EXPERT_SHAPES,
         "ffn_gate_up_shexp": ("F+F", "D"),
         "ffn_down_shexp": ("D", "F"),
     },

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.families.lfm2 import FAMILY as LFM2
@@ -44,8 +43,6 @@ FAMILY: Family = replace(
         "dense": ("feed_forward.w",),
         "sparse": ("feed_forward.gate", "feed_forward.expert"),
     },
-    transforms=dict.fromkeys(_EXPERTS, "stack"),
-    shapes={**LFM2.shapes, **decoder.EXPERT_SHAPES, "exp_probs_b": ("E",)},
     sizes={**LFM2.sizes, "E": "num_experts", "EF": "moe_intermediate_size"},
     read_config=_read,
     defaults={

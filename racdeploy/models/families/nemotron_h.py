@@ -1,13 +1,16 @@
-"""Nemotron-H, Nemotron Nano 2 and 3 (4B): state spaces, attention and feed-forward in turn.
+"""Nemotron-H and Nemotron Nano: state spaces, attention and feed-forward in turn.
 
 Each block is one of these, with one norm. Attention has no positions; a feed-forward part has no
-gate, and squared ReLU. Models with experts are refused.
+gate, and squared ReLU. Some models have experts in its place, one of them for all tokens, which a
+router chooses as LFM2's does.
 
 Published configs limit the time step of a state, and transformers has another limit of its own
 (both in its pull request 48989); llama.cpp and the authors' code have none.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from racdeploy.errors import ModelError
 from racdeploy.models import decoder, mamba
@@ -16,8 +19,6 @@ from racdeploy.models.families import Family
 
 _STATE, _ATTENTION, _FEED_FORWARD, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
 _LETTERS = {_STATE: "M", _ATTENTION: "*", _FEED_FORWARD: "-", _EXPERTS: "E"}
-_OLD_NAMES = {"mamba": _STATE, "attention": _ATTENTION}
-_NO_MIN_STEP = 1e-30  # transformers takes a logarithm of it
 
 
 def _read(config: Config) -> Config:
@@ -35,7 +36,6 @@ def _read(config: Config) -> Config:
         # mamba_n_groups is the older name, which wins if both are present.
         "mamba_n_groups": config.get("mamba_n_groups", config["n_groups"]),
         "mamba_d_conv": config.get("mamba_d_conv", config["conv_kernel"]),
-        "time_step_limit": mamba.read_limit(config),
     }
 
 
@@ -47,18 +47,7 @@ def _list_kinds(config: Config) -> list[str]:
         pattern = config.get("hybrid_override_pattern") or ""
         listed = [kinds.get(letter, letter) for letter in pattern]
 
-    # Experts are a kind of their own, so that the message says more than "unknown block".
-    kinds_of_blocks = [_OLD_NAMES.get(kind, kind) for kind in listed]
-    if _EXPERTS in kinds_of_blocks:
-        raise ModelError(
-            "unsupported-variant",
-            f"this Nemotron has experts in {kinds_of_blocks.count(_EXPERTS)} of"
-            f" {len(kinds_of_blocks)} blocks, which"
-            " are not supported: they have no gate, and a bias beside the router chooses them",
-            remedy="take one without: Nemotron-H 4B or 8B, Nemotron Nano 2 9B or 12B, or"
-            " Nemotron 3 Nano 4B",
-        )
-
+    kinds_of_blocks = [mamba.OLD_KINDS.get(kind, kind) for kind in listed]
     if unknown := sorted(map(str, set(kinds_of_blocks) - _LETTERS.keys())):
         raise ModelError(
             "damaged-config",
@@ -69,26 +58,45 @@ def _list_kinds(config: Config) -> list[str]:
     return kinds_of_blocks
 
 
+def _read_mixture(config: Config) -> Config:
+    usual = _read(config)
+    kinds = usual["layer_types"]
+    if _EXPERTS not in kinds:
+        return {**usual, "n_routed_experts": None}
+
+    others, latent = kinds.count(_FEED_FORWARD), config.get("moe_latent_size")
+    if others or latent:
+        raise ModelError(
+            "unsupported-variant",
+            f"this Nemotron has experts with moe_latent_size {latent!r} and {others} blocks with"
+            " another feed-forward part, and neither is supported",
+            remedy="take one without: Nemotron 3 Nano 30B",
+        )
+
+    if config["topk_group"] < config["n_group"]:
+        return usual
+    return {**usual, "n_group": 1, "topk_group": 1}  # llama.cpp aborts if all groups are chosen
+
+
 def _write(config: Config) -> Config:
     return {
         "hybrid_override_pattern": "".join(_LETTERS[kind] for kind in config["layer_types"]),
-        "time_step_min": _NO_MIN_STEP,
+        "time_step_min": 1e-30,  # none: transformers takes a logarithm of it
     }
 
 
 _ATTENTION_TENSORS = decoder.name_linears("mixer", decoder.ATTENTION)
 _STATE_SPACE = mamba.name_tensors("mixer")
-_FEED_FORWARD_TENSORS = decoder.name_linears(
-    "mixer", {"up": "ffn_up", "down": "ffn_down"}, decoder.WEIGHT_AND_BIAS
-)
-FAMILY = Family(
+_DENSE = Family(
     architecture="NemotronHForCausalLM",
     gguf_arch="nemotron_h",
     block_tensors={
         "norm.weight": "attn_norm.weight",
         **_ATTENTION_TENSORS,
         **_STATE_SPACE,
-        **_FEED_FORWARD_TENSORS,
+        **decoder.name_linears(
+            "mixer", {"up": "ffn_up", "down": "ffn_down"}, decoder.WEIGHT_AND_BIAS
+        ),
     },
     model_tensors={
         "model.embeddings.weight": "token_embd.weight",
@@ -97,7 +105,7 @@ FAMILY = Family(
     },
     published_prefixes={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
     kind_prefixes={
-        _ATTENTION: tuple(name.removesuffix(".weight") for name in _ATTENTION_TENSORS),
+        _ATTENTION: ("mixer.q_", "mixer.k_", "mixer.v_", "mixer.o_"),
         _STATE: tuple(name.removesuffix(".weight") for name in _STATE_SPACE),
         _FEED_FORWARD: ("mixer.up_proj", "mixer.down_proj"),
     },
@@ -109,7 +117,6 @@ FAMILY = Family(
         "mixer.k_proj.weight": "rotary",
         "mixer.A_log": "decay",
     },
-    shapes=mamba.SHAPES,
     gguf_shapes=mamba.GGUF_SHAPES,
     sizes=mamba.SIZES,
     biases=("ffn_up", "ffn_down", "ssm_conv1d"),
@@ -137,7 +144,6 @@ FAMILY = Family(
         "use_conv_bias": (True,),
         "mamba_conv_bias": (True,),
         "attention_bias": (False,),
-        "time_step_limit": (),
         "mamba_dt_limit": (),
     },
     gguf_integers={
@@ -149,3 +155,59 @@ FAMILY = Family(
     position_embedding_key="position_embedding_type",
     min_transformers="5.15",
 )
+_STACKED = decoder.name_linears("mixer.experts.*", {"up": "ffn_up_exps", "down": "ffn_down_exps"})
+_MIXTURE = replace(
+    _DENSE,
+    gguf_arch="nemotron_h_moe",
+    block_tensors={
+        "norm.weight": "attn_norm.weight",
+        **_ATTENTION_TENSORS,
+        **_STATE_SPACE,
+        "mixer.gate.weight": "ffn_gate_inp.weight",
+        "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mixer.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+        "mixer.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+        **_STACKED,
+    },
+    kind_prefixes={
+        **_DENSE.kind_prefixes,
+        _EXPERTS: ("mixer.gate", "mixer.experts", "mixer.shared_experts"),
+    },
+    shapes={
+        "ffn_up_shexp": ("SF", "D"),
+        "ffn_down_shexp": ("D", "SF"),
+    },
+    sizes={
+        **_DENSE.sizes,
+        "E": "n_routed_experts",
+        "EF": "moe_intermediate_size",
+        "SF": "moe_shared_expert_intermediate_size",
+    },
+    feed_forward_length="moe_intermediate_size",
+    read_config=_read_mixture,
+    defaults={
+        **_DENSE.defaults,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 7688,
+        "moe_shared_expert_intermediate_size": 7688,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+    },
+    gguf_integers={
+        **_DENSE.gguf_integers,
+        "expert_count": "n_routed_experts",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+        "expert_shared_count": "n_shared_experts",
+        "expert_group_count": "n_group",
+        "expert_group_used_count": "topk_group",
+        "expert_weights_norm": "norm_topk_prob",
+    },
+    gguf_floats={**_DENSE.gguf_floats, "expert_weights_scale": "routed_scaling_factor"},
+)
+FAMILY = replace(_DENSE, moe_variant=_MIXTURE)

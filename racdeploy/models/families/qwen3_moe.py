@@ -22,8 +22,6 @@ FAMILY = Family(
         "mlp.gate.weight": "ffn_gate_inp.weight",
         **_EXPERTS,
     },
-    transforms=dict.fromkeys(_EXPERTS, "stack"),
-    shapes={**decoder.EXPERT_SHAPES},
     sizes={"E": "num_experts", "EF": "moe_intermediate_size"},
     read_config=_read,
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},

@@ -135,6 +135,10 @@ def narrow_block(pair: BlockPair, layout: UnitLayout, units: Sequence[int]) -> N
         experts: Any = pair.sparse.get_submodule(family.experts_module)
         pair.sparse.set_submodule(family.experts_module, Experts([experts[unit] for unit in units]))
         pair.experts = [pair.experts[unit] for unit in units]
+        module: Any
+        for module in pair.sparse.modules():
+            if hasattr(module, "num_experts"):  # of a router that computes with it
+                module.num_experts = len(units)
 
     for name, parameter in list(pair.sparse.named_parameters()):
         value: Tensor = parameter.data

@@ -57,6 +57,9 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     if not experts:
         raise part_error("experts", family, "it has none")
 
+    if shape.config.get("n_group", 1) > 1:
+        raise part_error("experts", family, "its router chooses groups of equally many first")
+
     used = shape.integer(family.gguf_integers["expert_used_count"])
     kept = round(share * experts)
     counts = range(experts - 1, used - 1, -1)
@@ -200,6 +203,7 @@ class ExpertProbe:
             K=shape.integer(family.gguf_integers["expert_used_count"]),
             norm_topk_prob=bool(shape.config.get("norm_topk_prob", True)),
             bias_E=_find_choice_bias(family, block),
+            scale=shape.config.get("routed_scaling_factor") or 1.0,
         )
         self._experts: Any = block.get_submodule(family.experts_module)
         self._router = _find_router(family, block)

@@ -10,6 +10,7 @@ from functools import partial
 
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning.structure.layout import UnitLayout, check_share
+from racdeploy.pruning.structures import kv_groups
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "Q"
@@ -18,13 +19,13 @@ SCOPE, SIZE_LETTER = "block", "Q"
 def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     """Return the units of a block."""
     sizes = shape.sizes[block]
-    K = sizes["K"]
-    heads = sizes["H"]
-    groups = sizes["KV"] // K
+    grouped = kv_groups.layout(shape, block, structure)
+    groups = grouped.units
+    if sizes["H"] == groups:
+        return grouped
 
-    if heads == groups:
-        return UnitLayout(SIZE_LETTER, heads, {SIZE_LETTER: K, "KV": K, "H": 1}, is_uniform=True)
-    return UnitLayout(SIZE_LETTER, heads, {SIZE_LETTER: K, "H": 1}, cohorts=groups, step=groups)
+    widths = {SIZE_LETTER: sizes["K"], "H": 1}
+    return UnitLayout(SIZE_LETTER, sizes["H"], widths, cohorts=groups, step=groups)
 
 
 check = partial(check_share, "heads", layout)

@@ -20,7 +20,7 @@ from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.pair import BlockPair
 from racdeploy.pruning.walk.relative_error import measure_relative_change
 from racdeploy.pruning.walk.session import PruningSession
-from racdeploy.pruning.walk.statistics import PAD, InputStatistic
+from racdeploy.pruning.walk.statistics import PAD
 
 Effect = Callable[[Tensor], float]
 """Returns the relative change of the block's output if a linear gets other weights."""
@@ -88,6 +88,7 @@ def _observe_block(
     session: PruningSession, flow: CalibrationPass, index: int, wanted: Sequence[str]
 ) -> Iterator[tuple[str, Tensor, Hessian]]:
     """Yield name, weights and Hessian of the block's wanted linears that this process owns."""
+    processes = session.processes
     block = session.model.meta_block(index)
     checkpoint = session.model.checkpoint
     experts = checkpoint.shape.num_experts
@@ -102,27 +103,16 @@ def _observe_block(
 
         for pieces, statistics in gather_groups(session, pair, group, full):
             for piece, statistic in zip(pieces, statistics, strict=True):
-                yield from _observe_owned(session, full, piece.linears, statistic)
+                weights = [full[name] for name in piece.linears]
+                owners = processes.assign_owners([weight_OI.numel() for weight_OI in weights])
+                statistic.reduce(processes, owners)
+                if processes.rank not in owners:
+                    continue
 
-
-def _observe_owned(
-    session: PruningSession,
-    full: Mapping[str, Tensor],
-    names: Sequence[str],
-    statistic: InputStatistic,
-) -> Iterator[tuple[str, Tensor, Hessian]]:
-    processes = session.processes
-    weights = [full[name] for name in names]
-    owners = processes.assign_owners([weight_OI.numel() for weight_OI in weights])
-    statistic.reduce(processes, owners)
-    if processes.rank not in owners:
-        return
-
-    hessian = statistic.hessian(session.settings.damping)
-
-    for name, weight_OI, owner in zip(names, weights, owners, strict=True):
-        if owner == processes.rank:
-            yield name, weight_OI * ~hessian.dead_I, hessian
+                hessian = statistic.hessian(session.settings.damping)
+                for name, weight_OI, owner in zip(piece.linears, weights, owners, strict=True):
+                    if owner == processes.rank:
+                        yield name, weight_OI * ~hessian.dead_I, hessian
 
 
 class _Effects:

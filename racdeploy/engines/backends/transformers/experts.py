@@ -7,6 +7,7 @@ by one. All experts of a block are called together with the router's choice, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -151,12 +152,17 @@ def clamped_swiglu(gate_NF: Tensor, up_NF: Tensor, *, alpha: float, limit: float
 
 
 def route(
-    logits_NE: Tensor, K: int, *, norm_topk_prob: bool, bias_E: Tensor | None = None
+    logits_NE: Tensor,
+    K: int,
+    *,
+    norm_topk_prob: bool,
+    bias_E: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the K experts of each token, and their weights.
 
     A logit of minus infinity removes an expert. With ``norm_topk_prob``, the weights of a token add
-    up to 1. Where a bias joins in the choice, weights are sigmoids, as in DeepSeek V3.
+    up to the scale. Where a bias joins in the choice, weights are sigmoids, as in DeepSeek V3.
     """
     if bias_E is None:
         share_NE = torch.softmax(logits_NE, dim=1, dtype=torch.float)
@@ -169,7 +175,7 @@ def route(
     share_NK = share_NE.gather(1, chosen_NK)
     if norm_topk_prob:
         share_NK = share_NK / share_NK.sum(dim=-1, keepdim=True)
-    return chosen_NK, share_NK
+    return chosen_NK, share_NK * scale
 
 
 def unfuse_experts(model: nn.Module, linears: Sequence[str]) -> None:
@@ -186,7 +192,7 @@ def unfuse_experts(model: nn.Module, linears: Sequence[str]) -> None:
             model.set_submodule(name, GptOssMoeBlock(module, leaves))
         elif name.endswith(".block_sparse_moe"):
             model.set_submodule(name, GraniteMoeBlock(module, leaves))
-        elif {"gate_up_proj", "down_proj"} <= names and "gate_up_proj_bias" not in names:
+        elif "down_proj" in names and "gate_up_proj_bias" not in names:
             E, D, F = module.get_parameter("down_proj").shape
             model.set_submodule(name, _make_experts(E, D, F, leaves, module.act_fn))
         elif isinstance(experts, nn.ModuleList):
@@ -197,7 +203,7 @@ def unfuse_experts(model: nn.Module, linears: Sequence[str]) -> None:
 
 
 def _make_experts(E: int, D: int, F: int, names: Sequence[str], activation: Activation) -> Experts:
-    def gating(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-        return activation(gate_NF) * up_NF
+    def gating(first_NF: Tensor, *up_NF: Tensor) -> Tensor:
+        return math.prod(up_NF, start=activation(first_NF))
 
     return Experts([Expert(D, F, names, gating) for _ in range(E)])

@@ -40,23 +40,6 @@ _ATTENTION = "GroupQueryAttention"
 _KEYS = re.compile(r"^past_key_values\.(\d+)\.key$")
 
 
-def _remove_padding(
-    file: Path, weights: dict[str, Weight], checkpoint: Checkpoint, folder: Path
-) -> Path:
-    """Write the graph of a model into a new folder, given the padded graph, and return its file."""
-    folder.mkdir(parents=True)
-    model = load_graph(file)
-    _fit_attention(model.graph, checkpoint.shape)
-    del model.graph.value_info[:]  # shapes with padding; onnxruntime infers shapes itself
-
-    stored = list(model.graph.initializer)
-    del model.graph.initializer[:]
-    arrays = _cut(stored, file.parent, weights, checkpoint)
-    properties = read_properties(model)
-    write_model(model, arrays, folder, file.name, lambda: properties)
-    return folder / file.name
-
-
 def _cut(
     stored: list[onnx.TensorProto],
     folder: Path,
@@ -165,9 +148,19 @@ def build(prepared: Path, out: Path) -> Path:
     )
     shutil.rmtree(padded)  # before the next copy of the weights is written
 
-    graph = _remove_padding(padded_graph, weights, checkpoint, out)
+    # The same graph without padding, in a new folder.
+    out.mkdir(parents=True)
+    model = load_graph(padded_graph)
+    _fit_attention(model.graph, checkpoint.shape)
+    del model.graph.value_info[:]  # shapes with padding; onnxruntime infers shapes itself
+
+    stored = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    arrays = _cut(stored, padded_graph.parent, weights, checkpoint)
+    properties = read_properties(model)
+    write_model(model, arrays, out, padded_graph.name, lambda: properties)
     shutil.rmtree(scratch)
-    return graph
+    return out / padded_graph.name
 
 
 def _run_builder(prepared: Path, out: Path) -> Path:
