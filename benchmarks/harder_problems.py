@@ -25,7 +25,8 @@ def main() -> None:
     gcd.STEPS_MIN, gcd.STEPS_MAX = 10, 14
     comparison.NUMBERS_MIN, comparison.NUMBERS_MAX = 10, 12
 
-    random, lines = Random(0), {}
+    random = Random(0)
+    lines: dict[str, str] = {}
     while len(lines) < PROBLEMS:
         draw = (word_problem, gcd, comparison)[len(lines) % 3].draw
         problem = draw(random)
