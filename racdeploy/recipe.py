@@ -520,6 +520,14 @@ class Recipe(_Section):
     tune: Tune = Tune()
     gate: TomlTable = {}
 
+    @model_validator(mode="after")
+    def _check_held_out(self) -> Self:
+        if self.recover.shorten and self.traces.count < 2:
+            raise ValueError(
+                "recover.shorten learns from one prompt and judges by another: raise traces.count"
+            )
+        return self
+
     @classmethod
     def combine(cls, file: Path | None, options: Settings) -> Self:
         """Merge target, recipe file and nested options into a validated recipe.

@@ -184,3 +184,9 @@ def test_settings_that_cannot_shorten(settings: dict[str, object], said: str) ->
     """Errors of the recipe, before any work."""
     with pytest.raises(ValidationError, match=said):
         Recovery.model_validate({"shorten": True} | settings)
+
+
+def test_one_prompt_cannot_both_teach_and_judge() -> None:
+    with raises("invalid-settings"):
+        Recipe.combine(None, {"recover": {"shorten": True}, "traces": {"count": 1}})
+    Recipe.combine(None, {"recover": {"shorten": True}, "traces": {"count": 2}})
