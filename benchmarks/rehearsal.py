@@ -261,9 +261,7 @@ def watch(keywords: Json, out: Path, shape: str, kill_in: set[str] | None = None
     ended.set()
     sampler.join()
     watched.stages.pop("end", None)
-    watched.seconds = time.monotonic() - began_s
-    if kill_in is None:
-        watched.seconds = sum(each.seconds for each in watched.stages.values())
+    watched.seconds = sum(each.seconds for each in watched.stages.values())
     return watched
 
 

@@ -41,8 +41,9 @@ GGUF_INTEGERS = {
     "ssm.inner_size": "mamba_width",
     "ssm.time_step_rank": "mamba_n_heads",
 }
-OLD_KINDS = {"mamba": "linear_attention", "attention": "full_attention"}
-"""Kinds of blocks as published files and transformers 4 name them → as transformers 5 does."""
+OLD_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
+"""Kinds of blocks → their names in published files, the only ones that transformers 4 knows."""
+OLD_KINDS = {name: kind for kind, name in OLD_NAMES.items()}
 
 
 def name_tensors(module: str) -> dict[str, str]:

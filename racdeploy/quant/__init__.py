@@ -21,6 +21,8 @@ IMPORTANCE_FILE = "importance.safetensors"
 """File of a pruned model: mean squared inputs, by linear."""
 DENSE_IMPORTANCE_FILE = "dense-importance.safetensors"
 """File with those of the dense model, under its names and for all its inputs."""
+IMATRIX_SUFFIX = ".imatrix.gguf"
+"""Of llama.cpp's file of them, beside a model."""
 
 
 RoundingQuant = str | Mapping[str, str]

@@ -25,7 +25,6 @@ from racdeploy.tensors.ggml_types import GGML_TYPES
 from racdeploy.tensors.gguf_header import TensorInfo, read_header
 from racdeploy.tensors.safetensors import read_tensor_entries
 
-SUFFIX = ".imatrix.gguf"
 _SUMS, _COUNTS, _TOKENS = ".in_sum2", ".counts", ".tokens"
 # Of the mean: a block of inputs that were never active would otherwise have no scale (NaN).
 _MIN_IMPORTANCE = 1e-4

@@ -19,7 +19,7 @@ from racdeploy.engines.engine import (
 )
 from racdeploy.files.reading import Json
 from racdeploy.manifest import ThinkingControl
-from racdeploy.quant.importance import SUFFIX
+from racdeploy.quant import IMATRIX_SUFFIX
 from racdeploy.recipe import Verification
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.runtime.control import NO_CONTROL, make_budget
@@ -230,7 +230,7 @@ def identify_answers(
     settings = sampler.settings
     return {
         # The importance matrix beside a GGUF file is for other programs: engines do not read it.
-        "files": sorted(digest for name, digest in files.items() if not name.endswith(SUFFIX)),
+        "files": sorted(files[name] for name in files if not name.endswith(IMATRIX_SUFFIX)),
         "decoding": {name: getattr(settings, name) for name in DECODING_SETTINGS},
         "thinking": sampler.control.model_dump(mode="json"),
         "engine": engine.result_settings(),

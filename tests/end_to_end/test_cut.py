@@ -140,13 +140,14 @@ def test_experts_are_cut_pruned_and_built(
 
     assert report["kept_structure"]["parameters"] == plan["parameters_left"]
     counts = {(row["experts"], row["experts_dense"]) for row in report["structure"]}
-    assert counts - {(0, 0)} == {(6, 8)}  # some blocks may have none
+    some_have_none = family == "nemotron_h"
+    assert counts == ({(6, 8), (0, 0)} if some_have_none else {(6, 8)})
     rows = [row for row in report["linears"] if ".experts." in row["name"]]
     assert len(rows) == 2 * 6 * len(Checkpoint(model).family.expert_linears)
     assert all(row["tokens"] is not None for row in rows)
     assert "12 experts were pruned on " in " ".join(report["notes"])
     card = (out / "README.md").read_text(encoding="utf-8")
-    where = "12 of 16 in all, 0 to 6 a block" if (0, 0) in counts else "6 of 8 in each block"
+    where = "12 of 16 in all, 0 to 6 a block" if some_have_none else "6 of 8 in each block"
     assert f"75.0% of the experts ({where})" in card
     (main,) = json.loads((out / "racdeploy.json").read_text(encoding="utf-8"))["artifacts"]
     assert "-experts75-rac-50" in main["path"]

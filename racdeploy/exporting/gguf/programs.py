@@ -23,7 +23,7 @@ from racdeploy.files.templates import render_text
 from racdeploy.files.unprintable import replace_unprintable
 from racdeploy.manifest import ArtifactEntry, GenerationSettings, Manifest
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.quant import importance as importances
+from racdeploy.quant import IMATRIX_SUFFIX
 from racdeploy.runtime.template import Message, PromptEncoder
 
 Render = Callable[[Sequence[Message]], str]
@@ -219,7 +219,7 @@ def _fits_a_line(stop: str) -> bool:
 
 def _render(name: str, entry: ArtifactEntry, **values: object) -> str:
     models = [name for name in entry.files if name.endswith(".gguf")]
-    is_split = sum(not name.endswith(importances.SUFFIX) for name in models) > 1
+    is_split = sum(not name.endswith(IMATRIX_SUFFIX) for name in models) > 1
 
     # A packed file is unpacked beside itself, under the name that programs read.
     file = f"{Path(entry.path).stem}.gguf" if entry.unpacked_sha256 else entry.path

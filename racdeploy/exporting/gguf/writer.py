@@ -110,7 +110,7 @@ def export(
 
     if known and known.file.name == quants.IMPORTANCE_FILE:  # not a file that the user named
         # Write the importance beside the model, for quantizing it again with llama.cpp.
-        matrix = out.with_name(out.stem + importances.SUFFIX)
+        matrix = out.with_name(out.stem + quants.IMATRIX_SUFFIX)
         names = {
             tensor.name: tensor.parts if tensor.transform == "stack" else (tensor.source,)
             for tensor in plan.tensors

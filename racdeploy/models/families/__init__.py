@@ -260,6 +260,7 @@ class Family:
             usual = self.read_config(whole)
 
         merged = {**whole, **usual}
+        # Infinity as transformers 5 writes it is refused outside a file; the default is no limit.
         if merged.get("time_step_limit") in decoder.UNLIMITED_STEP:
             del merged["time_step_limit"]
         return {key: merged[key] for key in merged if usual.get(key, key) is not None}

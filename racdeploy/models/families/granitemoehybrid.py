@@ -16,8 +16,6 @@ from racdeploy.models.families.granite import FAMILY as GRANITE
 from racdeploy.models.fused_experts import FusedExperts
 
 _STATE, _ATTENTION = "linear_attention", "full_attention"
-# transformers 4 knows only these names, and transformers 5 reads them too
-_NAMES = {_STATE: "mamba", _ATTENTION: "attention"}
 
 
 def _read(config: Config) -> Config:
@@ -31,7 +29,7 @@ def _read(config: Config) -> Config:
 
 def _write(config: Config) -> Config:
     return {
-        "layer_types": [_NAMES.get(kind, kind) for kind in config["layer_types"]],
+        "layer_types": [mamba.OLD_NAMES.get(kind, kind) for kind in config["layer_types"]],
         "shared_intermediate_size": config["intermediate_size"],
     }
 

@@ -68,8 +68,8 @@ def _read_mixture(config: Config) -> Config:
     if others or latent:
         raise ModelError(
             "unsupported-variant",
-            f"this Nemotron has experts with moe_latent_size {latent!r} and {others} blocks with"
-            " another feed-forward part, and neither is supported",
+            "this Nemotron has experts, which are supported neither in a smaller space"
+            f" (moe_latent_size {latent!r}) nor beside other feed-forward parts ({others} blocks)",
             remedy="take one without: Nemotron 3 Nano 30B",
         )
 
