@@ -11,11 +11,11 @@ from typing import Any
 
 from racdeploy.engines.engine import Progress
 from racdeploy.files.reading import Json
-from racdeploy.files.stages import scratch_folder
+from racdeploy.files.stages import Stage, finished_stages, scratch_folder
 from racdeploy.files.writing import canonical_hash
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code
-from racdeploy.pruning import PrunedModel
+from racdeploy.pruning import ALLOCATION_FILE, CUT_PLAN_FILE, PrunedModel
 from racdeploy.pruning.structures import list_parts
 from racdeploy.quant import DENSE_IMPORTANCE_FILE
 from racdeploy.recipe import Calibration, Pruning, Structure
@@ -93,18 +93,30 @@ class PruneStage:
             "tasks": self.tasks.identify_calibration(),
             "calibration": self.calibration.model_dump(),
             "prune": settings.model_dump(),
+        }
+        formats = {
             "quants": sorted({*self.quants.values()}),
             "quant_by_linear": canonical_hash(self.quants),
         }
-        stage = self.workspace.open(label, inputs)
+        stage = self.workspace.open(label, inputs | formats)
         folder = stage.folder / name
         if not stage.is_finished:
+            self._share_survey(stage, label, formats)
             stage.finish(self._walk(folder, settings, traces, model))
 
         # The files of single blocks, for a resume, were half of the stage's size.
         for file in stage.folder.glob("*-[0-9]*.safetensors"):
             file.unlink()
         return folder, stage.summary
+
+    def _share_survey(self, stage: Stage, label: str, formats: Mapping[str, Any]) -> None:
+        """Copy what a survey decided for other number formats, on which it does not depend."""
+        work = stage.folder.parent
+        for other in finished_stages(work, label):
+            same = Stage.locate(work, label, {**other.inputs, **formats}).folder == stage.folder
+            for name in (CUT_PLAN_FILE, ALLOCATION_FILE):
+                if same and not (stage.folder / name).exists():
+                    shutil.copyfile(other.folder / name, stage.folder / name)
 
     def select_traces(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Json]:
         """Return calibration and held-out traces, and counts of both and of those left out."""

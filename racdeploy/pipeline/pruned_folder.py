@@ -10,10 +10,7 @@ import numpy as np
 from racdeploy.errors import UsageError
 from racdeploy.files.reading import read_json
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pruning import PrunedModel
-
-_OUTLINE = "structure.json"
-"""File with the kept blocks, which pruning writes beside the folder of the model."""
+from racdeploy.pruning import CUT_PLAN_FILE, PrunedModel
 
 
 def read_pruned(dense: Checkpoint, folder: Path) -> PrunedModel:
@@ -98,7 +95,7 @@ def _find_sources(dense: Checkpoint, sparse: Checkpoint) -> Sequence[int]:
     if kept == blocks:
         return range(blocks)
 
-    outline = sparse.folder.parent / _OUTLINE
+    outline = sparse.folder.parent / CUT_PLAN_FILE
     if not outline.is_file():
         raise UsageError(
             "blocks-not-recorded",

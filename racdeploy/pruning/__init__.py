@@ -11,6 +11,9 @@ from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.results.pruning import BlockRow, LinearRow, RecoveryRow, StructureRow
 
+CUT_PLAN_FILE, ALLOCATION_FILE = "structure.json", "allocation.json"
+"""Files beside the folder of a pruned model: blocks and units that stay, sparsity per linear."""
+
 
 @dataclass(frozen=True)
 class PrunedModel:

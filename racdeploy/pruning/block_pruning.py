@@ -28,6 +28,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import expand_experts, find_expert
 from racdeploy.models.tensor_coverage import check_known_tensors
 from racdeploy.processes.heap import keep_heap
+from racdeploy.pruning import ALLOCATION_FILE
 from racdeploy.pruning.device import choose_device
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.pruning.structure.cut import (
@@ -136,7 +137,7 @@ def _decide_shares(session: PruningSession, sizes: Mapping[str, int]) -> LinearS
         shares = plugin.allocate(observations, sizes, settings.sparsity)
         return {"sparsities": shares, "observations": observations}
 
-    sparsities: LinearSparsities = session.decide_once("allocation.json", decide)["sparsities"]
+    sparsities: LinearSparsities = session.decide_once(ALLOCATION_FILE, decide)["sparsities"]
     return sparsities
 
 

@@ -10,12 +10,11 @@ from typing import Any
 from racdeploy import plugins
 from racdeploy.files.reading import read_json
 from racdeploy.models.shape import ModelShape
+from racdeploy.pruning import CUT_PLAN_FILE
 from racdeploy.pruning.structure.layout import UnitLayout
 from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.recipe import Structure
 from racdeploy.results.pruning import StructureRow
-
-CUT_PLAN_FILE = "structure.json"
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,9 @@ from types import ModuleType
 from torch import Tensor
 
 from racdeploy import plugins
+from racdeploy.pruning import CUT_PLAN_FILE
 from racdeploy.pruning.structure.cut import CutContext
-from racdeploy.pruning.structure.cut_plan import (
-    CUT_PLAN_FILE,
-    CutPlan,
-    keep_everything,
-    parse_cut_plan,
-)
+from racdeploy.pruning.structure.cut_plan import CutPlan, keep_everything, parse_cut_plan
 from racdeploy.pruning.structure.input_units import InputUnits
 from racdeploy.pruning.structure.layout import UnitLayout, find_consumer, nearest_counts
 from racdeploy.pruning.structures import list_parts
