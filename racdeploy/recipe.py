@@ -547,7 +547,8 @@ class Recipe(_Section):
 
         pruning = _propose_pruning(target, requested)
         proposed: TomlTable = merge(target.defaults, pruning)
-        if pruning == target.pruning and _leaves_rung_open(requested):
+        names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
+        if pruning == target.pruning and not (names_format or requested.get("also")):
             proposed["rungs"] = [rung.model_dump() for rung in target.rungs]
         merged = merge(proposed, requested)
         where = str(file) if file else "the command line"
@@ -621,12 +622,6 @@ def _propose_pruning(target: Target, requested: Settings) -> dict[str, TomlTable
     if "keep" in structure:
         return {"prune": {"sparsity": 0.0}}
     return target.pruning
-
-
-def _leaves_rung_open(requested: Settings) -> bool:
-    """Return True if a user names no number format and no second target."""
-    names_format = not _RUNG_KEYS.isdisjoint(requested.get("export", {}))
-    return not (names_format or requested.get("also"))
 
 
 def _without_none(options: Settings) -> TomlTable:

@@ -300,14 +300,10 @@ class _DecoderRunner:
         """Return the tokens of a batch by slot: one of each running sequence, then prompts."""
         room = self.decoder.batch_tokens
         tokens_by_slot = {}
-        for slot, (_, sequence) in sorted(self.running.items(), key=_has_prompt):
+        running = sorted(self.running.items(), key=lambda item: len(item[1][1].pending_ids) > 1)
+        for slot, (_, sequence) in running:
             tokens = tokens_by_slot[slot] = sequence.pending_ids[:room]
             sequence.pending_ids = sequence.pending_ids[room:]
             room -= len(tokens)
 
         return tokens_by_slot
-
-
-def _has_prompt(item: tuple[int, tuple[SequenceGroup, GeneratedSequence]]) -> bool:
-    _, (_, sequence) = item
-    return len(sequence.pending_ids) > 1

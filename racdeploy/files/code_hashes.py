@@ -101,8 +101,10 @@ def _names_in(source: bytes) -> tuple[str, ...]:
                 names += [module, *(f"{module}.{alias.name}" for alias in aliases)]
             case ast.Call(func=ast.Attribute(value=ast.Name("plugins"), attr="load")):
                 names += _plugin_modules(node)
-            case ast.Constant(value=str(text)) if _is_module(text):
-                names.append(text)
+            case ast.Constant(value=str(text)):
+                file = _file_of(text)
+                if file and file.name != "__init__.py":
+                    names.append(text)
 
     return tuple(names)
 
@@ -118,8 +120,3 @@ def _plugin_modules(call: ast.Call) -> list[str]:
             kinds = list(plugins.KINDS)
 
     return [f"{plugins.KINDS[kind]}.{name}" for kind in kinds for name in plugins.list_names(kind)]
-
-
-def _is_module(text: str) -> bool:
-    file = _file_of(text)
-    return file is not None and file.name != "__init__.py"

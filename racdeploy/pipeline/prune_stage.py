@@ -12,7 +12,7 @@ from typing import Any
 from racdeploy.engines.engine import Progress
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, finished_stages, scratch_folder
-from racdeploy.files.writing import canonical_hash
+from racdeploy.files.writing import canonical_hash, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import ALLOCATION_FILE, CUT_PLAN_FILE, PrunedModel
@@ -116,7 +116,7 @@ class PruneStage:
             same = Stage.locate(work, label, {**other.inputs, **formats}).folder == stage.folder
             for name in (CUT_PLAN_FILE, ALLOCATION_FILE):
                 if same and not (stage.folder / name).exists():
-                    shutil.copyfile(other.folder / name, stage.folder / name)
+                    write_atomic(stage.folder / name, (other.folder / name).read_bytes())
 
     def select_traces(self, traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace], Json]:
         """Return calibration and held-out traces, and counts of both and of those left out."""

@@ -328,7 +328,7 @@ class RecoverStage:
 
         phase: Phase = arguments["phase"]
         training_run = self.training_run(folder, name, arguments)
-        training_run.set_threads()
+        processes.set_threads(self.workspace.threads)
         if phase.is_on_policy and phase.objective == "distill":
             training_run = truncate_own_answers(training_run)
 
@@ -365,7 +365,6 @@ class RecoverStage:
             folder=folder,
             out=folder / name,
             device=choose_device(arguments["training"]["settings"].device),
-            threads=workspace.threads,
             progress=workspace.progress if first else None,
             notify=notify if first else None,
             processes=workspace.processes,

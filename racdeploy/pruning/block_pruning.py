@@ -90,8 +90,7 @@ def prune_blocks(
 
     check_known_tensors(checkpoint)
     keep_heap()
-    # With equally many threads the sums are the same, bit for bit, in any process.
-    torch.set_num_threads(processes.broadcast_object(threads or torch.get_num_threads()))
+    processes.set_threads(threads)
 
     tasks = sorted({trace.task for trace in (*calibration, *held_out)})
     fitted = make_batches(calibration, tasks, held_out=False)

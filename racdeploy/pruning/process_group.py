@@ -240,6 +240,12 @@ class ProcessGroup:
             idle = self.rank >= len(items)
             self.all_gather(None if idle else function(items[self.rank]))
 
+    def set_threads(self, threads: int) -> None:
+        """Use the first process's number of threads; with another one, sums round differently."""
+        import torch
+
+        torch.set_num_threads(self.broadcast_object(threads or torch.get_num_threads()))
+
     def dismiss(self) -> None:
         """Tell waiting processes that there are no more jobs; in the first process, at its end."""
         if self.is_first and self._others_wait:

@@ -9,6 +9,7 @@ process can train on any batch.
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -232,16 +233,8 @@ def split_evenly(
 
 def limit_to_disk(traces: Sequence[Trace], width: int, stored_bytes: int) -> list[Trace]:
     """Return the first traces whose states, ``width`` floats per token, fit ``stored_bytes``."""
-    chosen: list[Trace] = []
-    size_bytes = 0
-
-    for trace in traces:
-        size_bytes += 4 * width * len(trace.ids)
-        if size_bytes > stored_bytes and chosen:
-            break
-        chosen.append(trace)
-
-    return chosen
+    sizes = accumulate(4 * width * len(trace.ids) for trace in traces)
+    return list(traces[: max(1, bisect([*sizes], stored_bytes))])
 
 
 @contextmanager

@@ -86,7 +86,6 @@ class TrainingRun:
     objective: str = "distill"
     brief_prompts: Mapping[Ids, Ids] = field(default_factory=dict)
     text: Sequence[Trace] = ()
-    threads: int = 0
     progress: Progress | None = None
     notify: Callable[[str], None] | None = None  # gets a line at every evaluation
     processes: ProcessGroup = SINGLE_PROCESS
@@ -118,11 +117,6 @@ class TrainingRun:
         """Folder of the best state's weights, a file per block."""
         return self.folder / "best"
 
-    def set_threads(self) -> None:
-        """Use the thread count of the first process: another count would round differently."""
-        threads = self.threads or torch.get_num_threads()
-        torch.set_num_threads(self.processes.broadcast_object(threads))
-
     def report_progress(self, done: int) -> None:
         """Report the number of tokens that were trained on."""
         if self.progress:
@@ -149,8 +143,6 @@ class TrainingRun:
             whole: every process has whole tensors instead.
         """
         processes = self.processes
-        self.best_folder.mkdir(exist_ok=True)
-
         blocks: dict[str, list[str]] = {}
         for name in tensors:
             block, _ = self.sparse.family.split_block(name)

@@ -204,9 +204,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
-def format_speed(tokens_per_s: float) -> str:
-    """Return tokens per second with at least three significant digits."""
-    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
+def format_figure(value: float) -> str:
+    """Return seconds or tokens per second with at least three digits; infinite ones are "∞"."""
+    if math.isinf(value):
+        return format_ratio(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class _Units(string.Formatter):
@@ -216,12 +218,15 @@ class _Units(string.Formatter):
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        if format_spec == "ratio":
-            return format_ratio(value)
-        if value is None:
+        if value is None and format_spec != "ratio":
             return NONE
 
-        units = {"bytes": format_bytes, "points": format_points, "speed": format_speed}
+        units = {
+            "bytes": format_bytes,
+            "points": format_points,
+            "ratio": format_ratio,
+            "speed": format_figure,
+        }
         unit = units.get(format_spec)
         return unit(value) if unit else str(super().format_field(value, format_spec))
 

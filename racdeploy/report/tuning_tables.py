@@ -5,7 +5,6 @@ As in :mod:`racdeploy.report.tables`, cells are plain text that each output esca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import get_args
 
@@ -15,8 +14,8 @@ from racdeploy.report.tables import (
     fill_cells,
     format_bytes,
     format_duration,
+    format_figure,
     format_number,
-    format_ratio,
     to_single_line,
 )
 from racdeploy.results.tuning import Candidate, Constraints, DeviceRow, Estimate, Reached, Tuning
@@ -65,7 +64,7 @@ def make_tuning_table(
         kl = "" if each.kl_nats is None else format_number(float(f"{1e3 * each.kl_nats:.2g}"))
         right = f"{each.correct:,} of {each.prompts:,}" if each.prompts else ""
         accuracy = format_estimate(each.accuracy, "{:.1%}".format)
-        cost = format_estimate(each.seconds_per_correct, format_seconds)
+        cost = format_estimate(each.seconds_per_correct, format_figure)
         cells = fill_cells(_CELLS, each, kl, right, accuracy, cost)
         rows.append((f"{each.name}{kind}{role}", *cells))
 
@@ -147,8 +146,3 @@ def format_estimate(estimate: Estimate | None, write: Callable[[float], str]) ->
     if estimate is None:
         return ""
     return f"{write(estimate.value)} ({write(estimate.lower)} to {write(estimate.upper)})"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return seconds with three significant digits; infinite ones are "∞"."""
-    return format_ratio(seconds) if math.isinf(seconds) else f"{seconds:,.3g}"

@@ -14,8 +14,6 @@ from racdeploy.verification.evidence import ArmResult, is_correct, thinking_toke
 from racdeploy.verification.gate import Gate
 from racdeploy.verification.stats import lengths, paired
 
-_TARGET_POWER = 0.8
-
 
 @dataclass(frozen=True)
 class Expectation:
@@ -57,12 +55,12 @@ def plan(settings: Verification, gate: Gate, expected: Expectation, prompts: int
     discordant = expected.discordant_rate
 
     accuracy_power = paired.power(prompts, discordant, margin, confidence)
-    drop = paired.smallest_detectable_drop(prompts, discordant, confidence, _TARGET_POWER)
+    drop = paired.smallest_detectable_drop(prompts, discordant, confidence)
 
     ratio = None
     if prompts > 1:  # one prompt has no spread
         deviation = expected.length_deviation
-        smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence, _TARGET_POWER)
+        smallest = lengths.smallest_detectable_ratio(prompts, deviation, confidence)
         ratio = round(smallest, 3)
 
     return {

@@ -178,9 +178,12 @@ def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: boo
     removed = old & remote_files.keys() - owners.keys() - files.keys()
 
     card = write_card(name, {bundle_name: manifest, **other_bundles})
-    if _CARD in remote_files and CARD_MARK not in _read_card(remote):
-        notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
-        card = ""
+    if _CARD in remote_files:
+        with remote.open_small_files([_CARD]) as folder:
+            is_own = CARD_MARK in read_bytes(folder / _CARD).decode(errors="replace")
+        if not is_own:
+            notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
+            card = ""
     contents: dict[str, Path | bytes] = {_CARD: card.encode()} if card else {}
     contents |= files
     return PushPlan(remote, bundle_name, contents, tuple(sorted(removed)), card, tuple(notes))
@@ -205,11 +208,6 @@ def push(planned: PushPlan, *, private: bool = False) -> str:
         return str(made.commit_url)
 
     return remote.call(write, None)
-
-
-def _read_card(remote: HubRepository) -> str:
-    with remote.open_small_files([_CARD]) as folder:
-        return read_bytes(folder / _CARD).decode(errors="replace")
 
 
 def _is_same(source: Path, remote_file: RepoSibling) -> bool:

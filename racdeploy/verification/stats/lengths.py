@@ -12,6 +12,8 @@ from racdeploy.verification.stats.distributions import Floats, student_quantile
 from racdeploy.verification.stats.means import estimate_ratio, ratio_of_means
 from racdeploy.verification.stats.verdicts import RatioEstimate
 
+_TARGET_POWER = 0.8
+
 
 def restrict_lengths(lengths: ArrayLike, budget: float) -> Floats:
     """Return min(length, budget) for each prompt, averaged over its samples.
@@ -49,9 +51,7 @@ def length_deviation(dense_lengths: ArrayLike, pruned_lengths: ArrayLike, budget
     return float(influence_N.std(ddof=1))
 
 
-def smallest_detectable_ratio(
-    n: int, deviation: float, confidence: float = 0.90, target_power: float = 0.8
-) -> float:
-    """Return the smallest limit that a model of unchanged length passes with ``target_power``."""
-    needed = student_quantile(confidence, n - 1) + NormalDist().inv_cdf(target_power)
+def smallest_detectable_ratio(n: int, deviation: float, confidence: float = 0.90) -> float:
+    """Return the smallest limit that a model of unchanged length passes with 80 % probability."""
+    needed = student_quantile(confidence, n - 1) + NormalDist().inv_cdf(_TARGET_POWER)
     return math.exp(needed * deviation / math.sqrt(n))

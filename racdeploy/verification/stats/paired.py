@@ -184,11 +184,12 @@ def smallest_detectable_drop(
     n: int, discordant_rate: float, confidence: float = 0.90, target_power: float = _TARGET_POWER
 ) -> float:
     """Return the smallest margin that a model without a drop passes with ``target_power``."""
-
-    def is_too_small(margin: float) -> bool:
-        return power(n, discordant_rate, margin, confidence) < target_power
-
-    return bisect(is_too_small, 0.0, 1.0, _MARGIN_STEPS)
+    return bisect(
+        lambda margin: power(n, discordant_rate, margin, confidence) < target_power,
+        0.0,
+        1.0,
+        _MARGIN_STEPS,
+    )
 
 
 def tango_score(
