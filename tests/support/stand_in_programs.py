@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -263,7 +264,10 @@ def _read_arguments(call: Call) -> Reply:
         mock.patch.object(sys, "argv", arguments),
         contextlib.chdir(call.folder),
         contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(),
     ):
+        # Another test of this process may have imported the module.
+        warnings.simplefilter("ignore", RuntimeWarning)
         try:
             (runpy.run_module if is_module else runpy.run_path)(arguments[0], run_name="__main__")
         except SystemExit as end:
