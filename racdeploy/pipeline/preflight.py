@@ -72,7 +72,7 @@ def check_build(job: Job, out: Path | None = None, work: Path | None = None) -> 
         check_memory(each, planned)
 
     needed_bytes = {
-        out or Path(): plans[0]["artifact_bytes"],
+        out or Path(): sum(planned["artifact_bytes"] for planned in plans),
         work or Path(): plans[0]["disk_bytes"],
     }
     for folder, size_bytes in needed_bytes.items():
@@ -151,12 +151,16 @@ def plan_build(job: Job) -> Json:
     # "same-size" stands for two models, and two more where the thinking is shortened; a recovered
     # model also answers as it was before.
     with_rivals = SAME_SIZE in settings.controls
-    models = 2 + len(settings.controls) + with_rivals * (3 if recipe.recover.shorten else 1)
-    models += bool(recipe.recover.tokens)
+    targets = 1 + len(job.siblings)
+    models = 1 + targets + len(settings.controls) + bool(recipe.recover.tokens)
+    models += with_rivals * (3 if recipe.recover.shorten else 1)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
     lost = find_lost_zeros(job)
     artifact_bytes = _expect_bytes(job, expected.sizes)
+    # For each target a pruned model in 16 bits, a byte for each of its codes, the artifact and the
+    # bundle's copy; beside them files of single blocks, and later the dense artifact.
+    target_bytes = 3 * sum(expected.sizes.values()) + 2 * artifact_bytes
 
     return {
         "model": recipe.model,
@@ -172,8 +176,7 @@ def plan_build(job: Job) -> Json:
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
         "artifact_bytes": artifact_bytes,
-        # Blocks and the folder made of them, in 16 bits; both artifacts, and the bundle's copy.
-        "disk_bytes": 2 * 2 * parameters + 3 * artifact_bytes,
+        "disk_bytes": targets * target_bytes + 2 * parameters,
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,

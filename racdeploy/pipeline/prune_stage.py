@@ -110,10 +110,9 @@ class PruneStage:
         return folder, stage.summary
 
     def _share_survey(self, stage: Stage, label: str, formats: Mapping[str, Any]) -> None:
-        """Copy what a survey decided for other number formats, on which it does not depend."""
-        work = stage.folder.parent
-        for other in finished_stages(work, label):
-            same = Stage.locate(work, label, {**other.inputs, **formats}).folder == stage.folder
+        """Copy what was decided for other number formats: it does not depend on them."""
+        for other in finished_stages(self.workspace.work, label):
+            same = canonical_hash({**other.inputs, **formats}) == canonical_hash(stage.inputs)
             for name in (CUT_PLAN_FILE, ALLOCATION_FILE):
                 if same and not (stage.folder / name).exists():
                     write_atomic(stage.folder / name, (other.folder / name).read_bytes())

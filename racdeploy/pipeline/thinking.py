@@ -56,10 +56,11 @@ def list_dense_controls(
         settings = ThinkingControl(hesitation=hesitation, hesitation_penalty=_USUAL_PENALTY)
         controls[f"dense, hesitation penalty {_USUAL_PENALTY:g}"] = ShippedControl(None, settings)
 
-    def measure_length(budget: int) -> float:
-        return fmean(min(tokens, budget) for tokens in dense)
-
-    budget = bisect_left(range(1, max(dense)), fmean(shortened), key=measure_length) + 1
+    budget = 1 + bisect_left(
+        range(1, max(dense)),
+        fmean(shortened),
+        key=lambda budget: fmean(min(tokens, budget) for tokens in dense),
+    )
     if budget < max(dense):
         controls[f"dense, budget {budget:,}"] = ShippedControl(budget)
     return controls

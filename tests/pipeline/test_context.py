@@ -80,6 +80,17 @@ def test_a_disk_that_is_too_small_is_known_from_the_plan(
         check_build(job, folders["out"] / "a" / "bundle", folders["work"] / "b")
 
 
+def test_a_plan_has_room_and_answers_for_every_target() -> None:
+    """A second target has a pruned model, an artifact and its copy of its own, and is asked too."""
+    alone, both = (
+        check_build(fit_context(Job(Recipe.combine(None, {"tasks": ["gcd"], "also": also}))))
+        for also in ((), ("onnx",))
+    )
+    dense_bytes = 2 * alone["parameters"]
+    assert both["disk_bytes"] - dense_bytes == 2 * (alone["disk_bytes"] - dense_bytes)
+    assert both["evaluation_models"] == alone["evaluation_models"] + 1 == 3
+
+
 @pytest.mark.parametrize(
     ("positions", "target", "advised"),
     [(1024, "gguf", 1024), (131_072, "gguf", 16_384), (131_072, "raspberry-pi-5", 4096)],
