@@ -168,7 +168,10 @@ class Batcher:
 
     def _fill(self, runner: _DecoderRunner) -> bool:
         """Move waiting sequences into free slots; return whether the runner has any to decode."""
-        while self._jobs and runner.free and self._is_least_busy(runner):
+        while self._jobs and runner.free:
+            counts = [len(other.running) for other in self._runners if other.free]
+            if len(runner.running) > min(counts):  # another one takes it
+                break
             job = self._jobs.popleft()
             runner.take(job, job.waiting.popleft())
             job.running += 1
@@ -176,11 +179,6 @@ class Batcher:
                 self._jobs.append(job)  # at the end: groups take turns
 
         return bool(runner.running)
-
-    def _is_least_busy(self, runner: _DecoderRunner) -> bool:
-        """Return whether no runner with a free slot has fewer sequences."""
-        counts = [len(other.running) for other in self._runners if other.free]
-        return len(runner.running) == min(counts)
 
     def _release_ended(
         self, runner: _DecoderRunner, errors: dict[SequenceGroup, EngineError]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -125,16 +126,11 @@ def check_replaceable(out: Path) -> None:
             remedy="choose another folder with --out",
         )
     if is_bundle:
-        notify(f"replaces the bundle {out}{_describe_old(out)}")
-
-
-def _describe_old(out: Path) -> str:
-    """Return the model and pruning of a bundle; empty if it cannot be read."""
-    try:
-        old = manifests.Manifest.read(out)
-    except ArtifactError:
-        return ""
-    return f", of {old.base['model']}: {old.artifacts[0].path}, {old.verdict}"
+        described = ""
+        with suppress(ArtifactError):  # a damaged one
+            old = manifests.Manifest.read(out)
+            described = f", of {old.base['model']}: {old.artifacts[0].path}, {old.verdict}"
+        notify(f"replaces the bundle {out}{described}")
 
 
 def write_bundle(out: Path, contents: BundleContents) -> manifests.Manifest:

@@ -158,9 +158,11 @@ def plan_build(job: Job) -> Json:
     trace_prompts = len(job.problems("calibration"))
     lost = find_lost_zeros(job)
     artifact_bytes = _expect_bytes(job, expected.sizes)
-    # For each target a pruned model in 16 bits, a byte for each of its codes, the artifact and the
-    # bundle's copy; beside them files of single blocks, and later the dense artifact.
-    target_bytes = 3 * sum(expected.sizes.values()) + 2 * artifact_bytes
+    # For each target a pruned model in 16 bits, or in 32 with a byte for each code, the artifact
+    # and the bundle's copy; beside them files of single blocks, and later the dense artifact.
+    linears = sum(expected.sizes[name] for name in prunable)
+    linear_bytes = (5 if job.rounding_quants else 2) * linears
+    target_bytes = linear_bytes + 2 * (sum(expected.sizes.values()) - linears + artifact_bytes)
 
     return {
         "model": recipe.model,
@@ -176,7 +178,7 @@ def plan_build(job: Job) -> Json:
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
         "artifact_bytes": artifact_bytes,
-        "disk_bytes": targets * target_bytes + 2 * parameters,
+        "disk_bytes": targets * target_bytes + linear_bytes,
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,
