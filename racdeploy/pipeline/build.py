@@ -94,7 +94,7 @@ class Build:
         builds = [self]
         for sibling in job.siblings:
             recipe = sibling.recipe.model_copy(update={"structure": job.structure})
-            builds.append(replace(self, job=replace(sibling, recipe=recipe)))
+            builds.append(replace(self, job=sibling.with_recipe(recipe)))
         models = [build.prune() for build in builds]
         model = models[0]
         dense = self._export_dense(model, job.reference_quant)

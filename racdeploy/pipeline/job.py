@@ -60,8 +60,7 @@ class Job:
     def with_recovery(self, **changed: Any) -> Job:
         """Return the job with other settings of recovery, of the same model."""
         recover = self.recipe.recover.model_copy(update=changed)
-        recipe = self.recipe.model_copy(update={"recover": recover})
-        return replace(self, recipe=recipe, resolved=self.model)
+        return self.with_recipe(self.recipe.model_copy(update={"recover": recover}))
 
     def with_recipe(self, recipe: Recipe, notes: tuple[str, ...] | None = None) -> Job:
         """Return the job of another recipe for the same model and tasks, read only once."""
@@ -76,7 +75,8 @@ class Job:
     def siblings(self) -> tuple[Job, ...]:
         """Jobs for the other targets of the recipe, each on another engine."""
         recipes = map(self.recipe.for_target, self.recipe.also)
-        jobs = tuple(replace(self, recipe=recipe, resolved=self.model) for recipe in recipes)
+        _ = self.encoder  # a process, which they share
+        jobs = tuple(map(self.with_recipe, recipes))
         names: dict[str, list[str]] = {}
         for job in (self, *jobs):
             names.setdefault(job.backend, []).append(job.recipe.target)

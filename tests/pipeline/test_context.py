@@ -82,13 +82,13 @@ def test_a_disk_that_is_too_small_is_known_from_the_plan(
 
 def test_a_plan_has_room_and_answers_for_every_target() -> None:
     """A second target has a pruned model, an artifact and its copy of its own, and is asked too."""
-    alone, both = (
-        check_build(fit_context(Job(Recipe.combine(None, {"tasks": ["gcd"], "also": also}))))
-        for also in ((), ("onnx",))
-    )
+    options = ({"tasks": ["gcd"], "also": also} for also in ((), ("onnx",)))
+    jobs = [fit_context(Job(Recipe.combine(None, each))) for each in options]
+    alone, both = map(check_build, jobs)
     added_bytes = both["disk_bytes"] - alone["disk_bytes"]
     assert 2 * both["artifact_bytes"] < added_bytes < alone["disk_bytes"]
     assert both["evaluation_models"] == alone["evaluation_models"] + 1 == 3
+    assert jobs[1].siblings[0].encoder is jobs[1].encoder, "a tokenizer is a process"
 
 
 @pytest.mark.parametrize(
