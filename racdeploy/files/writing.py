@@ -81,20 +81,18 @@ def require_space(folder: Path, needed_bytes: int, remedy: str) -> None:
 
 @contextmanager
 def atomic_file(file: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Yield a stream whose content becomes ``file`` if the body succeeds; make its folder.
+    """Yield a stream whose content becomes ``file`` if the body succeeds.
 
     A link of that name is replaced, never followed. The stream can also be read.
     """
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(file, mode) as (partial, descriptor):
-            with open(descriptor, "w+b", buffering=_WRITE_BYTES) as stream:
-                yield stream
+    with disk_errors(file), partial_file(file, mode) as (partial, descriptor):
+        with open(descriptor, "w+b", buffering=_WRITE_BYTES) as stream:
+            yield stream
 
-                stream.flush()
-                os.fsync(stream.fileno())
+            stream.flush()
+            os.fsync(stream.fileno())
 
-            partial.replace(file)
+        partial.replace(file)
 
 
 def make_parent(file: Path) -> None:

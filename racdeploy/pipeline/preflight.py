@@ -151,18 +151,11 @@ def plan_build(job: Job) -> Json:
     # "same-size" stands for two models, and two more where the thinking is shortened; a recovered
     # model also answers as it was before.
     with_rivals = SAME_SIZE in settings.controls
-    targets = 1 + len(job.siblings)
-    models = 1 + targets + len(settings.controls) + bool(recipe.recover.tokens)
+    models = 2 + len(job.siblings) + len(settings.controls) + bool(recipe.recover.tokens)
     models += with_rivals * (3 if recipe.recover.shorten else 1)
     prompts = len(job.problems("evaluation"))
     trace_prompts = len(job.problems("calibration"))
     lost = find_lost_zeros(job)
-    artifact_bytes = _expect_bytes(job, expected.sizes)
-    # For each target a pruned model in 16 bits, or in 32 with a byte for each code, the artifact
-    # and the bundle's copy; beside them files of single blocks, and later the dense artifact.
-    linears = sum(expected.sizes[name] for name in prunable)
-    linear_bytes = (5 if job.rounding_quants else 2) * linears
-    target_bytes = linear_bytes + 2 * (sum(expected.sizes.values()) - linears + artifact_bytes)
 
     return {
         "model": recipe.model,
@@ -177,8 +170,10 @@ def plan_build(job: Job) -> Json:
         "evaluation_models": models,
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
-        "artifact_bytes": artifact_bytes,
-        "disk_bytes": targets * target_bytes + linear_bytes,
+        "artifact_bytes": _expect_bytes(job, expected.sizes),
+        # A pruned model for each target, in 32 bits with a byte for each code; as much again for
+        # files of single blocks, and later for artifacts and their copies in the bundle.
+        "disk_bytes": 5 * (2 + len(job.siblings)) * sum(expected.sizes.values()),
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,

@@ -143,6 +143,8 @@ class TrainingRun:
             whole: every process has whole tensors instead.
         """
         processes = self.processes
+        self.best_folder.mkdir(exist_ok=True)
+
         blocks: dict[str, list[str]] = {}
         for name in tensors:
             block, _ = self.sparse.family.split_block(name)

@@ -16,7 +16,7 @@ from racdeploy.files.reading import (
     read_json,
     read_lines,
 )
-from racdeploy.files.writing import write_atomic
+from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import html, junit, markdown
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import Report
@@ -39,6 +39,9 @@ def write_reports(
     Raises:
         EnvironmentFailure: the disk is full or not writable.
     """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
     texts = {"junit.xml": junit.render(report), **render_reports(report, records, bundle)}
     for name, text in texts.items():
         write_atomic(folder / name, text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from racdeploy.files.writing import write_atomic
+from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.report import tuning_page
 from racdeploy.report.files import read_as
 from racdeploy.report.tables import to_single_line
@@ -23,6 +23,9 @@ def write_tuning(folder: Path, tuning: Tuning) -> None:
     Raises:
         EnvironmentFailure: the disk is full or not writable.
     """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
     write_atomic(
         folder / RECIPE,
         f"# {to_single_line(tuning.winner)}, by racdeploy tune\n{to_toml(tuning.recipe)}",

@@ -293,13 +293,7 @@ class Search:
             if entry.name not in order:
                 entry.reject(f"too low an accuracy beside {reference.name} on the same prompts")
 
-        if not any(entry.scores is not None and entry.scores.right_N.any() for entry in raced):
-            raise UsageError(
-                "no-candidate-answers",
-                f"none of {len(raced)} candidates answers any prompt of the race correctly",
-                remedy="use a task that the model can do: --task NAME; "
-                "or raise verify.max_new_tokens",
-            )
+        _refuse_unanswered(raced)
         return [by_name[name] for name in order]
 
     def _choose_contestants(self) -> list[Entry]:
@@ -454,3 +448,14 @@ class Search:
             f"{subject} meets the limits; the nearest is {nearest.name}: {nearest.reason}",
             remedy=options or "raise --budget to try more",
         )
+
+
+def _refuse_unanswered(raced: Sequence[Entry]) -> None:
+    """Raise if no answer of the race was correct: then it has no result."""
+    if any(entry.scores is not None and entry.scores.right_N.any() for entry in raced):
+        return
+    raise UsageError(
+        "no-candidate-answers",
+        f"none of {len(raced)} candidates answers any prompt of the race correctly",
+        remedy="use a task that the model can do: --task NAME; or raise verify.max_new_tokens",
+    )

@@ -81,10 +81,11 @@ class Reference(FrozenModel):
 
     def write(self, folder: Path) -> None:
         """Write the reference; ``reference.json`` comes last, as the sign that all is there."""
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_top_logits(folder / "logits.npz", self.logits)
         lines = "".join(record.model_dump_json() + "\n" for record in self.arm.records)
         write_atomic(folder / "records.jsonl", lines)
-        with disk_errors(folder):
-            write_top_logits(folder / "logits.npz", self.logits)
         text = self.model_dump_json(exclude={"arm": {"records"}})
         write_atomic(folder / REFERENCE_NAME, text + "\n")
 
