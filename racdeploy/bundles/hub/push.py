@@ -179,8 +179,8 @@ def plan_push(folder: Path, name: str, revision: str, *, ignore_unreachable: boo
 
     card = write_card(name, {bundle_name: manifest, **other_bundles})
     if _CARD in remote_files:
-        with remote.open_small_files([_CARD]) as folder:
-            is_own = CARD_MARK in read_bytes(folder / _CARD).decode(errors="replace")
+        with remote.open_small_files([_CARD]) as opened:
+            is_own = CARD_MARK in read_bytes(opened / _CARD).decode(errors="replace")
         if not is_own:
             notes.append(f"{_CARD} of the repository was not written by racdeploy and is kept")
             card = ""
