@@ -32,7 +32,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.methods import PrunedWeights
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.weights.rounding import round_to_grid
-from racdeploy.quant.stored_codes import StoredCodes, list_stored_codes
+from racdeploy.quant.stored_codes import CodedWeight
 from racdeploy.traces.trace import Trace
 
 FORMATS = {
@@ -176,8 +176,8 @@ def round_to_nearest(weight_OI: Tensor, quant: str) -> Tensor:
 class ScaledLinear:
     """A linear of fixed codes, with factors of its scales and of its minima's to learn."""
 
-    def __init__(self, stored: StoredCodes) -> None:
-        grid, codes = quants.load_grid(stored.quant), stored.read()
+    def __init__(self, stored: CodedWeight) -> None:
+        grid, codes = quants.load_grid(stored.quant), stored.read_codes()
         groups = grid.block_size // grid.group_size
         step_OX = np.repeat(codes.scale_OX, groups, axis=1)
         if codes.step_code_OG is not None:
@@ -200,8 +200,8 @@ class ScaledLinear:
 def learn_scales(bench: Benchmark, row: Row, traces: Sequence[Trace], *, by_states: bool) -> Logits:
     """Return the logits after one pass of Adam over scales, minima and norms; codes stay."""
     dense, model = load_model(bench.checkpoint), load_quantized(row)
-    codes = list_stored_codes(Path(row["model"]))
-    linears = {name: ScaledLinear(stored) for name, stored in codes.items()}
+    coded = Checkpoint(Path(row["model"])).coded
+    linears = {name: ScaledLinear(stored) for name, stored in coded.items()}
     norms = {n: p.detach() for n, p in model.named_parameters() if "norm" in n}
     factors = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
     learned = [*factors.values(), *(each for one in linears.values() for each in one.factors)]

@@ -33,9 +33,10 @@ from racdeploy.models.tokenizer_files import (
     find_token_ids,
     token_text,
 )
-from racdeploy.tensors.mxfp4 import Mxfp4Entry
+from racdeploy.quant.stored_codes import CODED_FILE, CodedWeight, join_codes
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
+    PackedEntry,
     TensorEntry,
     read_tensor_entries,
     to_float32,
@@ -51,9 +52,11 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if not index.is_file():
-        if not single.is_file():
-            raise no_safetensors_error(folder)
-        return read_tensor_entries(single)
+        if single.is_file():
+            return read_tensor_entries(single)
+        if (folder / CODED_FILE).is_file():
+            return join_codes(read_tensor_entries(folder / CODED_FILE))
+        raise no_safetensors_error(folder)
 
     weight_map = read_json(index, strict=True).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
@@ -167,7 +170,13 @@ class Checkpoint:
     @property
     def is_packed(self) -> bool:
         """True if some weights are stored packed, in fewer bits than they are read with."""
-        return any(isinstance(entry, Mxfp4Entry) for entry in self.entries.values())
+        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
+
+    @property
+    def coded(self) -> dict[str, CodedWeight]:
+        """The weights that are stored as codes."""
+        entries = self.all_entries.items()
+        return {name: entry for name, entry in entries if isinstance(entry, CodedWeight)}
 
     def _uses(self, name: str) -> bool:
         """Return False for tensors of an MTP head, and for keys and values that no block uses."""

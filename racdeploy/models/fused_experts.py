@@ -14,16 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
+from racdeploy.quant.stored_codes import CodedWeight
 from racdeploy.tensors.mxfp4 import BLOCK, Mxfp4Entry
-from racdeploy.tensors.safetensors import (
-    BYTE_DTYPE,
-    TensorEntry,
-    WritableTensor,
-    to_float32,
-)
+from racdeploy.tensors.safetensors import BYTE_DTYPE, TensorEntry, WritableTensor
 
 _CODES, _EXPONENTS = "_blocks", "_scales"  # ends of the names of what is stored as MXFP4
-_WIDE = "F32"
 _DAMAGED = "the weights and the config belong to different models"
 
 
@@ -195,9 +190,8 @@ class FusedSource:
 
     @property
     def dtype(self) -> str:
-        """The dtype tag: that of all parts, or float32 if they differ, as after choosing codes."""
-        tags = {part.dtype for parts in self.experts for part in parts}
-        return tags.pop() if len(tags) == 1 else _WIDE
+        """The dtype tag of all parts."""
+        return self.experts[0][0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -211,11 +205,8 @@ class FusedSource:
 
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes, an expert at a time."""
-        dtype = self.dtype
         for parts in self.experts:
             values = [part.read() for part in parts]
-            if any(part.dtype != dtype for part in parts):
-                values = [to_float32(value) for value in values]
             joined = np.concatenate(values)
             if self.fused.interleaved:
                 joined = np.stack(values, 1).reshape(joined.shape)
@@ -225,7 +216,10 @@ class FusedSource:
 def fuse(
     entries: Mapping[str, TensorEntry], blocks: str, fused: Mapping[str, FusedExperts]
 ) -> dict[str, WritableTensor]:
-    """Return tensors as they are stored on disk, in order of name; undoes :func:`unfuse`."""
+    """Return tensors as they are stored on disk, in order of name; undoes :func:`unfuse`.
+
+    Experts some of which are codes stay as they are.
+    """
     tensors: dict[str, WritableTensor] = dict(entries)
     prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
     for block in filter(None, prefixes):
@@ -234,8 +228,10 @@ def fuse(
             while f"{block}{each.names(len(experts))[0]}" in entries:
                 names = [f"{block}{part}" for part in each.names(len(experts))]
                 experts.append(tuple(entries[name] for name in names))
-                for name in names:
-                    del tensors[name]
-            if experts:
+            flat = [part for parts in experts for part in parts]
+            if flat and not any(isinstance(part, CodedWeight) for part in flat):
+                for expert in range(len(experts)):
+                    for name in each.names(expert):
+                        del tensors[f"{block}{name}"]
                 tensors[f"{block}{stored}"] = FusedSource(each, tuple(experts))
     return dict(sorted(tensors.items()))

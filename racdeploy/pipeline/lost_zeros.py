@@ -15,7 +15,6 @@ from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.job import Job, choose_quants
 from racdeploy.quant import presets
-from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recipe import Export
 from racdeploy.targets import Target
 
@@ -74,12 +73,11 @@ def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
 
     # Dense models have a few zeros too; only a pruned one has more than a small share.
     rules = presets.read(settings.quant, settings.tensors)
-    stored = list_stored_codes(checkpoint.folder)
     zeros = weights = 0
     for name in checkpoint.shape.prunable_weights:
         formats = choose_quants(checkpoint, name, rules)
-        has_codes = name in stored and {stored[name].quant} == {*formats}
-        if not has_codes and _lose_zeros(formats):
+        is_ready = {checkpoint.entries[name].quant} == {*formats}
+        if not is_ready and _lose_zeros(formats):
             weight_OI = checkpoint.read(name)
             zeros += weight_OI.size - int(np.count_nonzero(weight_OI))
             weights += weight_OI.size

@@ -297,9 +297,7 @@ class _Walk:
 
     def _write_weights(self, pair: BlockPair, pruned: Mapping[str, PrunedLinear]) -> None:
         named = {pair.new_name(f"{linear}.weight"): row for linear, row in pruned.items()}
-        stored = {name: row.stored_OI for name, row in named.items()}
-        self.files.write_weights(pair.new_index, self._list_cut_tensors(pair) | stored)
-        self.files.write_codes(pair.new_index, named)
+        self.files.write_weights(pair.new_index, self._list_cut_tensors(pair), named)
 
         # For linears without codes, and for the dense model beside the pruned one.
         self.files.write_importance(pair.new_index, named)

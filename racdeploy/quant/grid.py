@@ -34,13 +34,6 @@ class GridCodes:
     minimum_code_OG: NDArray[Any] | None = None  # int16
     minimum_scale_OX: NDArray[Any] | None = None  # float32
 
-    def select_rows(self, rows: slice | NDArray[np.intp]) -> GridCodes:
-        """Return the codes of some rows."""
-        selected: dict[str, Any] = {}
-        for name, values in vars(self).items():
-            selected[name] = values if values is None else values[rows]
-        return GridCodes(**selected)
-
 
 @dataclass(frozen=True)
 class Grid:

@@ -1,7 +1,8 @@
-"""Codes that pruning chose, beside the weights of a model folder; the exporter packs them.
+"""Codes that pruning chose, in place of the weights of a model folder; the exporter packs them.
 
-``codes.safetensors`` holds them by tensor: ``WEIGHT|QUANT|FIELD``, in the row order of the model
-and the column order of the exported file. Numbers of steps and minima are signed bytes.
+Each is the tensors ``WEIGHT|QUANT|FIELD``, in the row order of the model and the column order of
+the exported file. Numbers of steps and minima are signed bytes. Where other columns or a factor of
+rows make the weights of the model others, these are one field more.
 """
 
 from __future__ import annotations
@@ -14,58 +15,99 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.errors import ArtifactError
 from racdeploy.quant import load_grid
-from racdeploy.quant.grid import Floats, GridCodes
-from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
+from racdeploy.quant.grid import Bytes, Floats, GridCodes, pack_halves
+from racdeploy.tensors.safetensors import (
+    PackedEntry,
+    RowIndices,
+    TensorEntry,
+    WritableTensor,
+    write_entries,
+)
 
-CODES_FILE = "codes.safetensors"
-_BYTES = ("step_code_OG", "minimum_code_OG")
+CODED_FILE = "coded-model.safetensors"
+"""File of the tensors of a model with codes: under the usual name, transformers would draw weights
+that it does not find at random."""
+_BYTES = {"step_code_OG", "minimum_code_OG"}
 
 
 @dataclass(frozen=True)
-class StoredCodes:
-    """Codes of one weight in a file, read when asked for."""
+class CodedWeight(PackedEntry):
+    """A weight, read in float32, of which a file holds the codes: its parts are ``fields``."""
 
-    quant: str
-    fields: Mapping[str, TensorEntry]
+    fields: tuple[str, ...]
 
-    def read(self) -> GridCodes:
-        """Return all rows."""
-        values = {name: entry.read() for name, entry in self.fields.items()}
-        for name in _BYTES:
-            if name in values:
-                values[name] = values[name].view(np.int8).astype(np.int16)
+    def read(self) -> Floats:
+        if "weight_OI" in self.fields:
+            weight_OI: Floats = self.parts[self.fields.index("weight_OI")].read()
+            return weight_OI
+        return load_grid(self.quant).decode(self.read_codes())
+
+    def read_packed(self) -> Bytes:
+        return load_grid(self.quant).pack(self.read_codes())
+
+    def read_codes(self) -> GridCodes:
+        """Return the codes of all rows."""
+        parts = zip(self.fields, self.parts, strict=True)
+        values = {name: part.read() for name, part in parts if name != "weight_OI"}
+        for name in _BYTES & values.keys():
+            values[name] = values[name].view(np.int8).astype(np.int16)
+        code_OP = values["code_OI"]
+        if code_OP.shape != self.shape:  # two in a byte
+            values["code_OI"] = np.concatenate([code_OP & 15, code_OP >> 4], axis=1)
         return GridCodes(**values)
 
 
-def name_arrays(weight: str, quant: str, codes: GridCodes) -> dict[str, NDArray[Any]]:
+def name_arrays(
+    weight: str, quant: str, codes: GridCodes, weight_OI: Floats
+) -> dict[str, NDArray[Any]]:
     """Return the arrays of a weight's codes by their names in the file."""
-    arrays = {}
-    for name, values in vars(codes).items():
-        if values is not None:
-            stored = values.astype(np.int8).view(np.uint8) if name in _BYTES else values
-            arrays[f"{weight}|{quant}|{name}"] = stored
-    return arrays
+    grid = load_grid(quant)
+    values = {name: value for name, value in vars(codes).items() if value is not None}
+    for name in _BYTES & values.keys():
+        values[name] = values[name].astype(np.int8).view(np.uint8)
+    if len(grid.values) <= 16:
+        values["code_OI"] = pack_halves(codes.code_OI)
+    if not np.array_equal(grid.decode(codes), weight_OI):
+        values["weight_OI"] = weight_OI
+    return {f"{weight}|{quant}|{name}": value for name, value in values.items()}
 
 
-def list_stored_codes(folder: Path) -> dict[str, StoredCodes]:
-    """Return the codes of a model folder by weight; none if it has no such file."""
-    file = folder / CODES_FILE
-    fields: dict[tuple[str, str], dict[str, TensorEntry]] = {}
-    for name, entry in (read_tensor_entries(file) if file.is_file() else {}).items():
-        weight, quant, field = name.split("|")
-        fields.setdefault((weight, quant), {})[field] = entry
-    return {weight: StoredCodes(quant, entries) for (weight, quant), entries in fields.items()}
+def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors of files by name, those of codes as the one weight that they are."""
+    coded: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in entries.items():
+        head, _, field = name.rpartition("|")
+        coded.setdefault(head, {})[field] = entry
+
+    weights = coded.pop("", {})
+    for head, fields in coded.items():
+        weight, quant = head.split("|")
+        scale = fields["scale_OX"]
+        O, X = scale.shape
+        place = scale.file, scale.start, scale.stop, "F32", (O, X * load_grid(quant).block_size)
+        weights[weight] = CodedWeight(*place, (*fields.values(),), quant, (*fields,))
+    return weights
 
 
-def codes_of_other_weights(folder: Path, weight: str) -> ArtifactError:
-    """Return the error for weights that were changed after their codes were chosen."""
-    return ArtifactError(
-        "codes-of-other-weights",
-        f"{folder / CODES_FILE} holds the codes of other values of {weight!r}",
-        remedy=f"remove {CODES_FILE}, and the export rounds the weights",
-    )
+def write_model(
+    entries: Mapping[str, WritableTensor],
+    folder: Path,
+    rows: Mapping[str, RowIndices] | None = None,
+    *,
+    zero_filled: bool = False,
+) -> None:
+    """Write the tensors of a model into its folder as :func:`write_entries` does, codes as such."""
+    stored: dict[str, WritableTensor] = {}
+    file = "model.safetensors"
+    for name, entry in entries.items():
+        if isinstance(entry, CodedWeight):
+            file = CODED_FILE
+            for field, part in zip(entry.fields, entry.parts, strict=True):
+                stored[f"{name}|{entry.quant}|{field}"] = part
+        else:
+            stored[name] = entry
+    write_entries(stored, folder / file, rows, zero_filled=zero_filled)
 
 
 def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:

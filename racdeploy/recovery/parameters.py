@@ -19,7 +19,7 @@ from torch import Tensor
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 from racdeploy.quant import load_grid
 from racdeploy.quant.grid import Grid, GridCodes
-from racdeploy.quant.stored_codes import StoredCodes
+from racdeploy.quant.stored_codes import CodedWeight
 
 _FACTOR_RANGE = (0.5, 2.0)
 """Bounds of a scale's trained factor: its sign stays, and half precision does not overflow."""
@@ -51,7 +51,7 @@ class ScaleParameters(WeightParameters):
         self,
         weights: Mapping[str, Tensor],
         linears: Mapping[str, Tensor],
-        stored: Mapping[str, StoredCodes],  # of the linears
+        stored: Mapping[str, CodedWeight],  # of the linears
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         super().__init__({**weights, **linears})
@@ -61,7 +61,7 @@ class ScaleParameters(WeightParameters):
 
         for name, weight_OI in linears.items():
             grid = load_grid(stored[name].quant)
-            whole = _list_signed(stored[name].read(), grid) if processes.is_first else None
+            whole = _list_signed(stored[name].read_codes(), grid) if processes.is_first else None
             # This process' rows of codes, step codes and scales.
             O, I = weight_OI.shape
             parts = []

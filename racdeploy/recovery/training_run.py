@@ -18,13 +18,12 @@ from racdeploy.engines.engine import Ids, Progress
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
-from racdeploy.pruning.walk.assemble import assemble
-from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.quant.stored_codes import list_stored_codes, name_arrays, rescale
+from racdeploy.pruning.walk.assemble import assemble, read_block_entries
+from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE, load_grid
+from racdeploy.quant.stored_codes import name_arrays, rescale
 from racdeploy.recipe import Recovery
 from racdeploy.recovery.divergence import Direction
 from racdeploy.recovery.state import write_tensors
-from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 from racdeploy.traces.trace import Trace
 
 STATE_FILE = "state.safetensors"
@@ -178,20 +177,19 @@ class TrainingRun:
                 shutil.copyfile(self.sparse.folder / name, self.out / name)
 
     def _write_codes(self) -> None:
-        """Write the codes of the pruned model, with the scales of the best state's weights."""
-        trained: dict[str, TensorEntry] = {}
-        for file in self.best_folder.glob("block-*.safetensors"):
-            trained |= read_tensor_entries(file)
-
-        for weight, stored in list_stored_codes(self.sparse.folder).items():
-            codes = stored.read()
+        """Write the codes of the best state's weights: those of the pruned model, other scales."""
+        trained = read_block_entries(self.best_folder)
+        for weight, stored in self.sparse.coded.items():
+            if weight not in trained:
+                continue
+            codes, weight_OI = stored.read_codes(), trained[weight].read()
             # A linear without trainable scales was frozen: its codes stay as they are.
-            if weight in trained:
-                weight_OI = trained[weight].read()
-                if not np.array_equal(weight_OI, self.sparse.read(weight)):
-                    codes = rescale(codes, stored.quant, weight_OI)
-            arrays = name_arrays(weight, stored.quant, codes)
-            save_file(arrays, self.best_folder / f"codes-{weight}.safetensors")
+            if not np.array_equal(weight_OI, stored.read()):
+                codes = rescale(codes, stored.quant, weight_OI)
+                if not np.array_equal(load_grid(stored.quant).decode(codes), weight_OI):
+                    continue  # more than scales was trained: the export rounds the weights
+            arrays = name_arrays(weight, stored.quant, codes, weight_OI)
+            save_file(arrays, self.best_folder / f"block-codes-{weight}.safetensors")
 
 
 def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[str]:

@@ -7,14 +7,13 @@ Source: OCP Microscaling Formats specification 1.0; ``block_mxfp4`` in ggml-comm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from racdeploy.errors import ModelError
-from racdeploy.tensors.safetensors import TensorEntry
+from racdeploy.tensors.safetensors import PackedEntry, TensorEntry
 
 Bytes = NDArray[np.uint8]
 BLOCK = 32
@@ -23,38 +22,23 @@ _BIAS, _NAN = 127, 255
 
 
 @dataclass(frozen=True)
-class Mxfp4Entry(TensorEntry):
+class Mxfp4Entry(PackedEntry):
     """A matrix in MXFP4, read as bfloat16, which holds its values exactly.
 
-    Args:
-        parts: the codes, 16 bytes for each block of a row, and the exponents, one byte each.
+    Its parts are the codes, 16 bytes for each block of a row, and the exponents, one byte each.
     """
-
-    parts: tuple[TensorEntry, ...] = ()
 
     @classmethod
     def from_parts(cls, codes: TensorEntry, exponents: TensorEntry) -> Mxfp4Entry:
         """Return the matrix of these codes and exponents, each of shape [rows, blocks, …]."""
         O, G, _ = codes.shape
         parts = (codes, exponents)
-        return cls(codes.file, codes.start, codes.stop, "BF16", (O, G * BLOCK), parts)
-
-    @property
-    def quant(self) -> str:
-        return "mxfp4"
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(part.size_bytes for part in self.parts)
+        return cls(codes.file, codes.start, codes.stop, "BF16", (O, G * BLOCK), parts, "mxfp4")
 
     def read(self) -> NDArray[np.uint16]:
         return to_bfloat16(*self._read_parts())
 
-    def iter_bytes(self) -> Iterator[bytes]:
-        yield self.read().tobytes()
-
-    def read_as_ggml(self) -> Bytes:
-        """Return the same codes and exponents as rows of ggml blocks, packed_OP."""
+    def read_packed(self) -> Bytes:
         return to_ggml_rows(*self._read_parts())
 
     def _read_parts(self) -> tuple[Bytes, Bytes]:

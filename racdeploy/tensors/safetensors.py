@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,29 @@ class TensorEntry:
                 assert piece, f"{self.file} shrank while it was read"
                 yield piece
                 remaining -= len(piece)
+
+
+@dataclass(frozen=True)
+class PackedEntry(TensorEntry):
+    """A matrix that is decoded from its ``parts``, in a number format, when it is read."""
+
+    parts: tuple[TensorEntry, ...]
+    packed_quant: str
+
+    @property
+    def quant(self) -> str:
+        return self.packed_quant
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        yield self.read().tobytes()
+
+    @abstractmethod
+    def read_packed(self) -> NDArray[np.uint8]:
+        """Return its rows as an exported file has them, packed_OP."""
 
 
 def read_tensor_entries(file: Path) -> dict[str, TensorEntry]:

@@ -186,11 +186,10 @@ def _list_broken(entry: Entry, limits: Constraints) -> list[_BrokenLimit]:
 
 def find_nearest(entries: Sequence[Entry], limits: Constraints) -> tuple[Entry, str]:
     """Return the candidate nearest to the limits, and the options under which it meets them."""
-
-    def measure_excess(entry: Entry) -> float:
-        return math.prod(each.factor for each in _list_broken(entry, limits))
-
-    nearest = min(entries, key=measure_excess)
+    nearest = min(
+        entries,
+        key=lambda entry: math.prod(each.factor for each in _list_broken(entry, limits)),
+    )
     options = [each.option for each in _list_broken(nearest, limits)]
     return nearest, " ".join(options)
 

@@ -96,7 +96,7 @@ def test_mxfp4_is_read_as_transformers_and_ggml_do(
             own_OI = expected[expert].T[place::2].numpy()
             np.testing.assert_array_equal(found_OI.view(np.int32), own_OI.view(np.int32))
 
-            block_GP = entry.read_as_ggml().reshape(-1, 17)
+            block_GP = entry.read_packed().reshape(-1, 17)
             as_ggml_GS = gguf.dequantize(block_GP, gguf.GGMLQuantizationType.MXFP4)
             np.testing.assert_array_equal(as_ggml_GS.reshape(found_OI.shape), found_OI)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.numpy import save_file as save_arrays
+import torch
 from safetensors.torch import load_file, save_file
 
 from racdeploy.models.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
-from racdeploy.quant.stored_codes import CODES_FILE, name_arrays
+from racdeploy.quant.stored_codes import CODED_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import write_findings
 from racdeploy.results.report import Report
@@ -91,14 +91,16 @@ def test_a_folder_with_chosen_codes_may_be_exported(tmp_path: Path) -> None:
     shutil.copytree(dense.folder, sparse)
 
     weights = load_file(sparse / "model.safetensors")
-    codes = {}
     for name in dense.shape.prunable_weights:
         weights[name][:, ::2] = 0
         O, I = weights[name].shape
         if I % 256 == 0:
-            codes |= name_arrays(name, "q4_k", draw_codes("q4_k", O, I))
-    save_file(weights, sparse / "model.safetensors")
-    save_arrays(codes, sparse / CODES_FILE)
+            codes = name_arrays(
+                name, "q4_k", draw_codes("q4_k", O, I), weights.pop(name).float().numpy()
+            )
+            weights |= {key: torch.from_numpy(values) for key, values in codes.items()}
+    save_file(weights, sparse / CODED_FILE)
+    (sparse / "model.safetensors").unlink()
 
     check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q4_k"))
     with raises("zeros-would-be-lost"):

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
@@ -37,12 +36,14 @@ from racdeploy.pruning.weights.refit import refit
 from racdeploy.pruning.weights.rounding import round_to_grid
 from racdeploy.quant.grid import GridCodes
 from racdeploy.quant.importance import Importance
-from racdeploy.quant.stored_codes import CODES_FILE
+from racdeploy.quant.stored_codes import CODED_FILE
 from racdeploy.recipe import Pruning, Recipe
+from racdeploy.tensors.safetensors import read_tensor_entries
 from tests.support.codes import read_as_file
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
+from tests.support.tiny_training_run import read_weights
 
 GRIDS = [
     name for name in plugins.list_names("quant") if hasattr(plugins.load("quant", name), "GRID")
@@ -268,7 +269,7 @@ class Walk:
         rows, _ = prune_blocks(checkpoint, TRACES, [], Pruning(sparsity=0.5), blocks, quant=name)
         self.reasons = {row.reason for row in rows if row.actual_sparsity > 0.5}
         self.pruned = Checkpoint(assemble(checkpoint, blocks, folder / "pruned"))
-        self.weights = load_file(folder / "pruned/model.safetensors")
+        self.weights = {name: self.pruned.read(name) for name in self.pruned.entries}
         self.chosen = {n: noted[self.weights[n].tobytes()] for n in self.weights if "_proj" in n}
 
     def check(self, exported: ExportResult, stored: dict[str, Codes]) -> None:
@@ -407,22 +408,19 @@ def test_a_file_of_blocks_of_256_holds_the_very_weights(
     assert seen == len(walk.chosen)
 
 
-def test_weights_that_were_changed_are_not_stored_as_their_old_codes(
+def test_a_model_stores_codes_in_place_of_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error names the file with the codes, without which the weights are rounded."""
+    """Half a byte for each, and scales. transformers, which reads no codes, says so, where it would
+    otherwise draw the weights that it misses at random.
+    """
     walk = Walk(tmp_path, "qwen3", "q4_0", monkeypatch)
-    name = "model.layers.1.mlp.up_proj.weight"
-    weights = {n: values.copy() for n, values in walk.weights.items()}
-    weights[name][2, 3] += 1
-    save_file(weights, walk.pruned.folder / "model.safetensors")
-
-    changed = Checkpoint(walk.pruned.folder)
-    options: dict[str, Any] = {"quant": "q4_0", "packing": "plain", "metadata": {}}
-    with raises("codes-of-other-weights", name, CODES_FILE):
-        gguf.export(changed, tmp_path / "model.gguf", **options)
-    (changed.folder / CODES_FILE).unlink()
-    assert gguf.export(changed, tmp_path / "model.gguf", **options).path.is_file()
+    stored = read_tensor_entries(walk.pruned.folder / CODED_FILE)
+    assert not stored.keys() & walk.pruned.coded.keys()
+    for entry in walk.pruned.coded.values():
+        assert entry.size_bytes == entry.size * (1 / 2 + 4 / 32)
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(walk.pruned.folder)
 
 
 def read_pruned(dense: Checkpoint, folder: Path, quant: str) -> dict[str, torch.Tensor]:
@@ -433,7 +431,7 @@ def read_pruned(dense: Checkpoint, folder: Path, quant: str) -> dict[str, torch.
 
     settings = Pruning(sparsity=0.25)
     prune_blocks(dense, traces, [], settings, blocks, quant=quant)
-    return load_torch(assemble(dense, blocks, folder / "pruned") / "model.safetensors")
+    return read_weights(assemble(dense, blocks, folder / "pruned"))
 
 
 def round_with_ggml(weights: dict[str, torch.Tensor], pruned: Path) -> dict[str, torch.Tensor]:

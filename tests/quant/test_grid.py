@@ -47,11 +47,3 @@ def test_ggml_and_gguf_py_read_the_same(name: str) -> None:
     by_c_OI = ggml.dequantize(number, packed_OP, I)
     assert np.array_equal(by_c_OI, gguf_quants.dequantize(packed_OP, GGMLQuantizationType(number)))
     assert np.array_equal(by_c_OI, quants.load_grid(name).decode(codes))
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_rows_are_packed_alone(name: str) -> None:
-    """In any order, as an exporter reorders them."""
-    grid, codes = quants.load_grid(name), draw_codes(name, 6, I)
-    order_O = np.array([4, 0, 5])
-    assert np.array_equal(grid.pack(codes.select_rows(order_O)), grid.pack(codes)[order_O])

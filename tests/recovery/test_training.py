@@ -14,7 +14,6 @@ import torch
 from racdeploy import quant as quants
 from racdeploy import recovery
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recovery import training
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import TrainingRun
@@ -110,12 +109,25 @@ def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
     training_run.write()
     weights = read_weights(training_run.out)
     stored = read_stored_weights(training_run.out)
-    before = list_stored_codes(training_run.sparse.folder)
-    after = list_stored_codes(training_run.out)
+    before, after = training_run.sparse.coded, Checkpoint(training_run.out).coded
     for name in training_run.masked_weights:
-        assert np.array_equal(stored[name], weights[name].float().numpy())
-        assert np.array_equal(after[name].read().code_OI, before[name].read().code_OI)
-        assert not np.array_equal(after[name].read().scale_OX, before[name].read().scale_OX)
+        assert np.array_equal(stored[name], weights[name].numpy())
+        old, new = before[name].read_codes(), after[name].read_codes()
+        assert np.array_equal(new.code_OI, old.code_OI)
+        assert not np.array_equal(new.scale_OX, old.scale_OX)
+
+
+def test_weights_trained_off_their_grid_are_no_codes(tmp_path: Path) -> None:
+    """Their old codes would be another model: the export rounds what was trained."""
+    training_run = make_training_run(tmp_path, quant="q4_0", settings={"learning_rate": 2e-4})
+    name, *others = training_run.masked_weights
+    weight_OI = torch.from_numpy(training_run.sparse.read(name))
+    training_run.save_best({name: 1.01 * weight_OI.square()}, whole=True)
+    training_run.write()
+
+    left = Checkpoint(training_run.out)
+    assert left.coded.keys() == {*others}
+    assert np.array_equal(left.read(name), (1.01 * weight_OI.square()).numpy())
 
 
 @pytest.mark.parametrize("quant", ["k_quant", "mxfp4"])
@@ -128,7 +140,7 @@ def test_linears_without_trainable_scales_keep_their_codes(tmp_path: Path, quant
     stored = read_stored_weights(training_run.out)
     before = read_weights(training_run.sparse.folder)
     for name in training_run.masked_weights:
-        assert np.array_equal(stored[name], before[name].float().numpy())
+        assert np.array_equal(stored[name], before[name].numpy())
 
 
 def test_bfloat16_products_learn_too(tmp_path: Path) -> None:

@@ -9,13 +9,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from racdeploy import quant as quants
+from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant.grid import GridCodes
-from racdeploy.quant.stored_codes import (
-    CODES_FILE,
-    StoredCodes,
-    list_stored_codes,
-    name_arrays,
-)
+from racdeploy.quant.stored_codes import CodedWeight, join_codes, name_arrays
+from racdeploy.tensors.safetensors import read_tensor_entries
 
 Weights = NDArray[np.float32]
 
@@ -42,10 +39,13 @@ def draw_codes(name: str, O: int, I: int, seed: int = 0) -> GridCodes:
     return GridCodes(code_OI, scale_OX, step_code_OG, minimum_code_OG, minimum_scale_OX)
 
 
-def store_codes(folder: Path, name: str, quant: str, codes: GridCodes) -> dict[str, StoredCodes]:
-    """Write the codes of a weight into a model folder; return what is read from there."""
-    save_file(name_arrays(name, quant, codes), folder / CODES_FILE)
-    return list_stored_codes(folder)
+def store_codes(folder: Path, name: str, quant: str, codes: GridCodes) -> dict[str, CodedWeight]:
+    """Write the codes of a weight into a file; return what is read from there."""
+    file = folder / "codes.safetensors"
+    save_file(name_arrays(name, quant, codes, quants.load_grid(quant).decode(codes)), file)
+    stored = join_codes(read_tensor_entries(file))[name]
+    assert isinstance(stored, CodedWeight)
+    return {name: stored}
 
 
 def read_as_file(name: str, codes: GridCodes) -> Weights:
@@ -56,5 +56,5 @@ def read_as_file(name: str, codes: GridCodes) -> Weights:
 
 def read_stored_weights(folder: Path) -> dict[str, Weights]:
     """Return what an exported file will hold of a model folder's codes, by weight."""
-    stored = list_stored_codes(folder)
-    return {name: read_as_file(each.quant, each.read()) for name, each in stored.items()}
+    coded = Checkpoint(folder).coded
+    return {name: read_as_file(each.quant, each.read_codes()) for name, each in coded.items()}

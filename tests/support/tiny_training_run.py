@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pruning.block_pruning import prune_blocks
@@ -68,5 +67,6 @@ def make_training_run(
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's folder."""
-    return load_file(folder / "model.safetensors")
+    """Return the tensors of a model's folder in float32."""
+    checkpoint = Checkpoint(folder)
+    return {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.all_entries}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.multipliers import list_row_factors
 from racdeploy.models.reordering import find_gguf_column_order, find_gguf_row_order
 from racdeploy.processes.cores import available_cores
-from racdeploy.quant.grid import Bytes, Floats, GridCodes
+from racdeploy.quant.grid import Bytes, Floats
 from racdeploy.quant.importance import Importance
-from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights, list_stored_codes
 from racdeploy.tensors.safetensors import to_float32
 
 ALIGNMENT = 32
@@ -47,10 +46,6 @@ class TensorWriter:
     total_bytes: int
     progress: WriteProgress | None
     _done_bytes: int = field(default=0, init=False)
-
-    @cached_property
-    def _codes(self) -> Mapping[str, StoredCodes]:
-        return list_stored_codes(self.checkpoint.folder)
 
     def append_tensors(self, file: Path, plan: Sequence[GgufTensorPlan]) -> list[ExportedTensor]:
         """Write tensors behind the header of a file; return them as they were written."""
@@ -90,16 +85,6 @@ class TensorWriter:
     def _code(self, pool: ThreadPoolExecutor, tensor: GgufTensorPlan) -> Iterator[_QuantizedSlab]:
         """Yield the packed rows of a tensor slab by slab, in order, with their count of zeros."""
         quant = quants.load_ggml(tensor.actual_quant)
-        if packed := tensor.find_mxfp4_parts(self.checkpoint):
-            for entry in packed:  # its codes go into the file unchanged
-                packed_OP = entry.read_as_ggml()
-                stored_OI = quant.dequantize(packed_OP, tensor.shape[-1])
-                quants.check_finite(
-                    tensor.source, tensor.actual_quant, stored_OI, stored_OI, wider=""
-                )
-                yield packed_OP, int(np.count_nonzero(stored_OI == 0))
-            return
-
         known = (
             tensor.list_importances(self.importance)
             if self.importance and quants.uses_importance(tensor.actual_quant)
@@ -109,42 +94,30 @@ class TensorWriter:
         if order_I is not None:
             known = [None if known_I is None else known_I[order_I] for known_I in known]
 
-        codes = self._read_codes(tensor)
+        # What is in the file's format already goes into it unchanged.
+        index, count = tensor.row_split
+        parts = tensor.find_packed_parts(self.checkpoint)
+
+        @lru_cache(maxsize=2)  # one expert in memory beside the next
+        def read(part: int) -> Bytes:
+            return np.split(parts[part].read_packed(), count)[index]
 
         # Runs in worker threads. Zeros are counted in the dequantized rows, as an engine sees them.
         def code(slab: _Slab) -> _QuantizedSlab:
             part, rows, weight_OI = slab
-            if codes:
-                grid = quants.load_grid(tensor.actual_quant)
-                packed_OP = grid.pack(codes[part].select_rows(rows))
+            if parts:
+                packed_OP = read(part)[rows]
             else:
                 known_I = known[part] if len(known) > 1 else known[0]
                 packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))
 
             stored_OI = quant.dequantize(packed_OP, weight_OI.shape[1])
-            # Weights whose rows have a factor were divided by it, which rounds.
-            if codes and not np.allclose(stored_OI, weight_OI, rtol=1e-6, atol=0):
-                raise codes_of_other_weights(self.checkpoint.folder, tensor.source)
             quants.check_finite(
                 tensor.source, tensor.actual_quant, weight_OI, stored_OI, wider="bf16 or f32"
             )
             return packed_OP, int(np.count_nonzero(stored_OI == 0))
 
         yield from _map_ahead(pool, code, _iterate_slabs(self.checkpoint, tensor, _SLAB_WEIGHTS))
-
-    def _read_codes(self, tensor: GgufTensorPlan) -> list[GridCodes]:
-        """Return the chosen codes of each part; none unless all are in the tensor's format."""
-        stored = [self._codes.get(part) for part in tensor.parts]
-        codes = [each.read() for each in stored if each and each.quant == tensor.actual_quant]
-        if len(codes) != len(stored):
-            return []
-
-        index, count = tensor.row_split
-        rows = [len(each.code_OI) // count for each in codes]
-        return [
-            each.select_rows(slice(index * O, (index + 1) * O))
-            for each, O in zip(codes, rows, strict=True)
-        ]
 
 
 def split_into_parts(plan: list[GgufTensorPlan], part_bytes: int) -> list[list[GgufTensorPlan]]:

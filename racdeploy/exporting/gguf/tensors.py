@@ -26,7 +26,7 @@ from racdeploy.quant.grid import Floats
 from racdeploy.quant.importance import Importance
 from racdeploy.quant.presets import QuantChoice, QuantRules
 from racdeploy.results.pruning import VECTORS_IN_F32
-from racdeploy.tensors.mxfp4 import Mxfp4Entry
+from racdeploy.tensors.safetensors import PackedEntry
 
 # As llama.cpp's converter stores them, whatever the format of the file.
 _IN_F32 = {
@@ -77,12 +77,12 @@ class GgufTensorPlan:
             rows = len(raw) // count
             yield raw[index * rows : (index + 1) * rows]
 
-    def find_mxfp4_parts(self, checkpoint: Checkpoint) -> list[Mxfp4Entry]:
-        """Return the parts if the checkpoint has all of them in the codes of the file."""
+    def find_packed_parts(self, checkpoint: Checkpoint) -> list[PackedEntry]:
+        """Return the parts if the checkpoint has all of them in the number format of the file."""
         entries = []
         for name in self.parts:
             entry = checkpoint.all_entries[name]
-            if isinstance(entry, Mxfp4Entry) and entry.quant == self.actual_quant:
+            if isinstance(entry, PackedEntry) and entry.quant == self.actual_quant:
                 entries.append(entry)
         return entries if len(entries) == len(self.parts) else []
 

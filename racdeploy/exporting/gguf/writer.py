@@ -31,7 +31,6 @@ from racdeploy.packing import racgguf
 from racdeploy.quant import importance as importances
 from racdeploy.quant import presets
 from racdeploy.quant.importance import Importance
-from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.results.pruning import DeviationRow
 
 _ROUNDED_RAMP = (
@@ -161,10 +160,8 @@ def make_plan(
 
     notes = vocabulary.notes
     if importance:
-        # Codes that are copied from the checkpoint are not chosen by an importance.
-        quantized = [tensor for tensor in tensors if not tensor.find_mxfp4_parts(checkpoint)]
-        coded = list_stored_codes(checkpoint.folder).keys()
-        notes = (*notes, *describe_importance(importance, quantized, coded))
+        packed = {tensor.name for tensor in tensors if tensor.find_packed_parts(checkpoint)}
+        notes = (*notes, *describe_importance(importance, tensors, packed))
     if checkpoint.shape.rounds_yarn_ramp:
         notes = (*notes, _ROUNDED_RAMP)
 
@@ -172,12 +169,12 @@ def make_plan(
 
 
 def describe_importance(
-    known: Importance, plan: list[GgufTensorPlan], coded: Set[str] = frozenset()
+    known: Importance, plan: list[GgufTensorPlan], packed: Set[str] = frozenset()
 ) -> list[str]:
     """Return a note on the matrices rounded with an importance; refuse that of another model.
 
     Args:
-        coded: names of the weights whose codes pruning chose, which no importance rounds.
+        packed: names of the tensors that the checkpoint has in their format, so none is chosen.
     """
     quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
     weighted = [
@@ -193,7 +190,7 @@ def describe_importance(
         )
 
     searched = sum(
-        coded.isdisjoint(tensor.parts) and quants.uses_importance(tensor.actual_quant)
+        tensor.name not in packed and quants.uses_importance(tensor.actual_quant)
         for tensor in weighted
     )
     if not searched:

@@ -19,9 +19,8 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.packer import NODE_PREFIX, Arrays
 from racdeploy.packing.onnx.tensors import GraphTensor, rows_to_arrays
 from racdeploy.quant.matmulnbits import BLOCK_SIZE
-from racdeploy.quant.stored_codes import StoredCodes, codes_of_other_weights
 from racdeploy.results.pruning import VECTORS_IN_F32
-from racdeploy.tensors.safetensors import to_float32
+from racdeploy.tensors.safetensors import PackedEntry, to_float32
 
 HEAD = "lm_head.weight"
 _WIDE = "matmulnbits_8"
@@ -73,15 +72,13 @@ def choose_quant(
 
 
 def quantize_tensor(
-    checkpoint: Checkpoint,
-    tensor: GraphTensor,
-    stored: StoredCodes | None,
-    advance: Callable[[int], None],
+    checkpoint: Checkpoint, tensor: GraphTensor, advance: Callable[[int], None]
 ) -> tuple[Arrays, int]:
     """Return the arrays of a tensor by their names in the file, and its number of zeros.
 
+    What the checkpoint has in the tensor's number format stays as it is.
+
     Args:
-        stored: the weight's codes, used if they are of the tensor's number format.
         advance: called with the number of weights done since the last call.
 
     Raises:
@@ -91,7 +88,10 @@ def quantize_tensor(
     raw_OI = checkpoint.read_raw(tensor.name).reshape(-1, tensor.shape[-1])
     O, I = raw_OI.shape
 
-    codes = stored.read() if stored and stored.quant == tensor.quant else None
+    entry = checkpoint.entries[tensor.name]
+    ready_OP = None
+    if isinstance(entry, PackedEntry) and entry.quant == tensor.quant:
+        ready_OP = entry.read_packed()
 
     # Slabs of rows bound the memory of float32 copies.
     parts = []
@@ -99,14 +99,10 @@ def quantize_tensor(
     rows = max(1, _SLAB_WEIGHTS // I)
     for start in range(0, O, rows):
         weight_OI = to_float32(raw_OI[start : start + rows])
-        if codes:
-            chosen = codes.select_rows(np.arange(start, start + len(weight_OI)))
-            packed_OP = quants.load_grid(tensor.quant).pack(chosen)
-        else:
-            packed_OP = quant.quantize(weight_OI)
+        packed_OP = (
+            quant.quantize(weight_OI) if ready_OP is None else ready_OP[start : start + rows]
+        )
         stored_OI = quant.dequantize(packed_OP, I)
-        if codes and not np.array_equal(stored_OI, weight_OI):
-            raise codes_of_other_weights(checkpoint.folder, tensor.name)
         quants.check_finite(tensor.name, tensor.quant, weight_OI, stored_OI, wider="f32")
 
         zeros += int(np.count_nonzero(stored_OI == 0))

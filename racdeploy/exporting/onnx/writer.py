@@ -41,7 +41,6 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx.file import write_model
 from racdeploy.packing.onnx.packer import data_name
 from racdeploy.packing.onnx.tensors import TENSORS_KEY, dump_tensors
-from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.sparse_kernels import accel_name
 
 
@@ -136,11 +135,9 @@ class _Writer:
             if progress is not None:
                 progress(done, total)
 
-        stored = list_stored_codes(self._checkpoint.folder)
         for planned in self._plan:
             tensor = planned.tensor
-            codes = stored.get(tensor.name)
-            arrays, zero_count = quantize_tensor(self._checkpoint, tensor, codes, advance)
+            arrays, zero_count = quantize_tensor(self._checkpoint, tensor, advance)
             zeros = zero_count / math.prod(tensor.shape)
             reason = self.packer.reason_for_plain(tensor, zeros)
 

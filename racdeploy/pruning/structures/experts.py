@@ -198,11 +198,13 @@ class ExpertProbe:
         self._session = session
         shape = session.model.shape
         family = shape.family
+        tensors = family.block_tensors.items()
+        biases = [name for name, stored in tensors if stored == _CHOICE_BIAS]
         self._share_out = partial(
             _share_out,
             K=shape.integer(family.gguf_integers["expert_used_count"]),
             norm_topk_prob=bool(shape.config.get("norm_topk_prob", True)),
-            bias_E=_find_choice_bias(family, block),
+            bias_E=block.get_parameter(biases[0]).data if biases else None,
             scale=shape.config.get("routed_scaling_factor") or 1.0,
         )
         self._experts: Any = block.get_submodule(family.experts_module)
@@ -303,11 +305,6 @@ def _find_router(family: Family, block: nn.Module) -> partial[Tensor]:
     weight_ED = block.get_parameter(f"{name}.weight")
     bias_E = dict(block.named_parameters()).get(f"{name}.bias")
     return partial(nn.functional.linear, weight=weight_ED, bias=bias_E)
-
-
-def _find_choice_bias(family: Family, block: nn.Module) -> Tensor | None:
-    names = [name for name, stored in family.block_tensors.items() if stored == _CHOICE_BIAS]
-    return block.get_parameter(names[0]).data if names else None
 
 
 def _share_out(logits_NE: Tensor, **router: Any) -> Tensor:

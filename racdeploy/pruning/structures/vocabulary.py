@@ -22,8 +22,8 @@ from racdeploy.models.renumbering import STALE_FILES, OldIds, find_config_ids, r
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.tokenizer_files import read_tokenizer
 from racdeploy.pruning.structure.layout import UnitLayout, check_cuttable
+from racdeploy.quant.stored_codes import write_model
 from racdeploy.recipe import Structure
-from racdeploy.tensors.safetensors import write_entries
 
 SCOPE, SIZE_LETTER, COUNT_UNIT = "folder", "V", "tokens"
 # ggml's kernels for interleaved rows need multiples of 8, those for AMX of 32.
@@ -128,7 +128,7 @@ def rewrite(
 
     with atomic_folder(out) as scratch:
         stored = fused_experts.fuse(checkpoint.all_entries, family.blocks, family.fused_experts)
-        write_entries(stored, scratch / "model.safetensors", cut, zero_filled=zero_filled)
+        write_model(stored, scratch, cut, zero_filled=zero_filled)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")
         for file in sorted(checkpoint.folder.iterdir()):

@@ -15,7 +15,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import find_expert, generalize_expert
 from racdeploy.models.tokenizer_files import TOKENIZER_FILES
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE
-from racdeploy.quant.stored_codes import CODES_FILE
+from racdeploy.quant.stored_codes import join_codes, write_model
 from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries, write_entries
 
 _EXPERT_COUNTS = {"num_experts", "num_local_experts"}
@@ -55,15 +55,15 @@ def assemble(
         shape: kept blocks and their sizes; None if nothing was cut. Other blocks are left out, and
             the kept ones are renumbered from 0.
     """
-    pruned = _read_entries(blocks, "block")
+    pruned = join_codes(read_block_entries(blocks))
     kept = _renumber(checkpoint, shape) if shape else checkpoint.all_entries
 
     entries = {name: pruned.get(name, entry) for name, entry in kept.items()}
 
     with atomic_folder(out) as scratch:
         _write_model(checkpoint, entries, shape, scratch)
-        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE, CODES_FILE):
-            if beside := _read_entries(blocks, kind.removesuffix(".safetensors")):
+        for kind in (IMPORTANCE_FILE, DENSE_IMPORTANCE_FILE):
+            if beside := read_block_entries(blocks, kind.removesuffix(".safetensors")):
                 write_entries(beside, scratch / kind)
 
     return out
@@ -108,7 +108,7 @@ def _write_model(
     """Write the tensors, config, tokenizer, README and license."""
     family = checkpoint.family
     stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
-    write_entries(stored, folder / "model.safetensors", zero_filled=zero_filled)
+    write_model(stored, folder, zero_filled=zero_filled)
 
     for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
         if (checkpoint.folder / name).is_file():
@@ -169,7 +169,8 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_entries(blocks: Path, kind: str) -> dict[str, TensorEntry]:
+def read_block_entries(blocks: Path, kind: str = "block") -> dict[str, TensorEntry]:
+    """Return the tensors of all files of blocks of a kind."""
     entries: dict[str, TensorEntry] = {}
     for file in sorted(blocks.glob(f"{kind}-*.safetensors")):
         entries |= read_tensor_entries(file)

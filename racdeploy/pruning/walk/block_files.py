@@ -10,19 +10,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.numpy import save as save_arrays
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from racdeploy.files.reading import read_json
 from racdeploy.files.writing import write_atomic
 from racdeploy.pruning.process_group import ProcessGroup
 from racdeploy.pruning.walk.pruned_linear import PrunedLinear
-from racdeploy.quant.stored_codes import name_arrays
+from racdeploy.quant.stored_codes import join_codes, name_arrays
 from racdeploy.results.pruning import BlockRow, LinearRow
+from racdeploy.tensors.safetensors import read_tensor_entries, to_float32
 
 KeptUnits = Mapping[str, list[int]]
 """Structure that was cut → indices of the units that stay."""
@@ -41,10 +40,12 @@ class BlockFiles:
     def read_weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield name and float32 value of each tensor that pruning changed, in all processes."""
         first = self.processes.is_first
-        stored = load_file(self._weights(index)) if first else {}
-        shapes = {name: tuple(value.shape) for name, value in stored.items()}
+        stored = join_codes(read_tensor_entries(self._weights(index))) if first else {}
+        shapes = {name: entry.shape for name, entry in stored.items()}
         for name, shape in self.processes.broadcast_object(shapes).items():
-            value = stored[name].float() if first else torch.empty(shape)
+            value = torch.empty(shape)
+            if first:
+                value = torch.from_numpy(to_float32(stored[name].read()))
             yield name, self.processes.broadcast(value)
 
     def read_rows(self, index: int) -> tuple[list[LinearRow], BlockRow, KeptUnits]:
@@ -53,22 +54,22 @@ class BlockFiles:
         linears = [LinearRow.model_validate(row) for row in report["linears"]]
         return linears, BlockRow.model_validate(report["block"]), report["kept"]
 
-    def write_weights(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of a block that pruning changed."""
-        if self.processes.is_first:
-            stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
-            write_atomic(self._weights(index), save(stored))
+    def write_weights(
+        self, index: int, cut: Mapping[str, Tensor], pruned: Mapping[str, PrunedLinear]
+    ) -> None:
+        """Write the tensors of a block that a cut or pruning changed; codes where it chose some."""
+        if not self.processes.is_first:
+            return
 
-    def write_codes(self, index: int, pruned: Mapping[str, PrunedLinear]) -> None:
-        """Write the codes of a block's linears, where they were chosen, in their number formats."""
-        arrays: dict[str, Any] = {}
+        tensors = {**cut, **{name: linear.stored_OI for name, linear in pruned.items()}}
         for name, linear in pruned.items():
             if linear.codes:
-                arrays |= name_arrays(name, linear.quant, linear.codes)
+                weight_OI = tensors.pop(name).cpu().numpy()
+                arrays = name_arrays(name, linear.quant, linear.codes, weight_OI)
+                tensors |= {each: torch.tensor(values) for each, values in arrays.items()}
 
-        if arrays and self.processes.is_first:
-            file = self.folder / f"codes-{index:05d}.safetensors"
-            write_atomic(file, save_arrays(arrays))
+        stored = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(self._weights(index), save(stored))
 
     def write_importance(
         self, index: int, pruned: Mapping[str, PrunedLinear], kind: str = "importance"

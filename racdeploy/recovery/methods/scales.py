@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 
-from racdeploy.quant.stored_codes import list_stored_codes
 from racdeploy.recovery import cost
 from racdeploy.recovery.parameters import ScaleParameters, WeightParameters
 from racdeploy.recovery.training import distill
@@ -19,14 +18,13 @@ from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 def peak_bytes(run: TrainingRun) -> int:
     """Return the peak memory of :func:`recover` in bytes."""
     vectors = list_trained(run.sparse, vectors_only=True)
-    linears = list_stored_codes(run.sparse.folder)
-    return cost.whole_model_bytes(run, [*vectors, *linears])
+    return cost.whole_model_bytes(run, [*vectors, *run.sparse.coded])
 
 
 def recover(run: TrainingRun) -> list[LogRow]:
     """Train vectors and scales; zeros and codes do not change."""
     vectors = list_trained(run.sparse, vectors_only=True)
-    stored = list_stored_codes(run.sparse.folder)
+    stored = run.sparse.coded
 
     def arrange(weights: Mapping[str, torch.Tensor]) -> WeightParameters:
         vector_weights = {name: weights[name] for name in vectors}

@@ -15,6 +15,7 @@ from racdeploy import plugins
 from racdeploy.errors import EngineError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.processes import child_process
+from racdeploy.tensors.safetensors import write_entries
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -60,7 +61,7 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     """Make a folder that both transformers 4 and 5 read correctly, and return it.
 
     Its config has the rope settings of both, since each ignores those of the other and would load
-    another model. Weights are linked, not copied.
+    another model. Weights are linked, not copied, unless they are codes.
     """
     folder.mkdir(parents=True)
 
@@ -90,6 +91,10 @@ def prepare(checkpoint: Checkpoint, folder: Path) -> Path:
     tokenizer_class = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     (folder / "tokenizer_config.json").write_text(tokenizer_class, encoding="utf-8")
     (folder / "tokenizer.json").symlink_to(checkpoint.tokenizer.file.resolve())
+
+    if checkpoint.coded and checkpoint.shape.is_uniform:  # transformers reads no codes
+        write_entries(checkpoint.entries, folder / "model.safetensors")
+        return folder
 
     files = {entry.file for entry in checkpoint.entries.values()}
     index = checkpoint.folder / "model.safetensors.index.json"
