@@ -66,14 +66,16 @@ class Grid:
         groups = self.block_size // self.group_size
         step_OG = np.repeat(codes.scale_OX, groups, axis=1)
         if codes.step_code_OG is not None:
-            step_OG = step_OG * codes.step_code_OG.astype(np.float32)
+            step_OG = step_OG * codes.step_code_OG
 
         value_OI = np.array(self.values, np.float32)[codes.code_OI]
-        weight_OI: Floats = value_OI * np.repeat(step_OG, self.group_size, axis=1)
+        weight_OGS = value_OI.reshape(*step_OG.shape, self.group_size)
+        weight_OGS *= step_OG[..., None]
         if codes.minimum_scale_OX is not None and codes.minimum_code_OG is not None:
             minimum_OG = np.repeat(codes.minimum_scale_OX, groups, axis=1)
-            minimum_OG = minimum_OG * codes.minimum_code_OG.astype(np.float32)
-            weight_OI = weight_OI - np.repeat(minimum_OG, self.group_size, axis=1)
+            minimum_OG = minimum_OG * codes.minimum_code_OG
+            weight_OGS -= minimum_OG[..., None]
+        weight_OI: Floats = weight_OGS.reshape(value_OI.shape)
         return weight_OI
 
 

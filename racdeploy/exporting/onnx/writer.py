@@ -191,10 +191,10 @@ def _check_request(
     artifact_bytes = round(quants.load(quant).BITS * weights / 8)
     require_space(out.parent, artifact_bytes, "choose another place with --out")
 
-    # The exporter's graph, in float32, is in the temporary folder until it was compared; if blocks
-    # differ in width, so is the zero-padded model, or its graph.
+    # The exporter's float32 graph is in the temporary folder until it was compared; beside it the
+    # decoded model if weights are codes; if blocks differ in width, the padded one, or its graph.
     passing_bytes = 4 * weights
-    if not checkpoint.shape.is_uniform:
+    if checkpoint.coded or not checkpoint.shape.is_uniform:
         passing_bytes = 8 * count_padded_weights(checkpoint)
     scratch = Path(tempfile.gettempdir())
     require_space(scratch, passing_bytes, "move the temporary folder with TMPDIR")
