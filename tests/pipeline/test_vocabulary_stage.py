@@ -69,12 +69,12 @@ def test_a_killed_cut_leaves_the_same_bytes(
     whole = cut_vocabulary(Workspace(tmp_path / "whole"), choice, model, [])
 
     def write_and_die(*arguments: object, **options: object) -> None:
-        Path(str(arguments[1])).write_bytes(b"half")
+        (Path(str(arguments[1])) / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     place = Workspace(tmp_path / "killed")
     with monkeypatch.context() as patch:
-        patch.setattr(vocabulary, "write_entries", write_and_die)
+        patch.setattr(vocabulary, "write_model", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             cut_vocabulary(place, choice, model, [])
 

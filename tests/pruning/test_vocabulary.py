@@ -20,8 +20,10 @@ from racdeploy.models.bpe import BytePairs, unsupported_reason
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.renumbering import read_old_ids
 from racdeploy.models.tokenizer_files import read_tokenizer
+from racdeploy.pruning.block_pruning import prune_blocks
 from racdeploy.pruning.structures import vocabulary
-from racdeploy.recipe import Structure
+from racdeploy.pruning.walk.assemble import assemble
+from racdeploy.recipe import Pruning, Structure
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.runtime.thinking import find_tags
 from racdeploy.sandbox import tokenizer as reading
@@ -32,6 +34,7 @@ from tests.support.errors import raises
 from tests.support.llama_child import ask_llama
 from tests.support.tiny_models import SPECIAL_TOKENS, TRAINED_TOKENS, edit_json, make_checkpoint
 from tests.support.tiny_pieces import pieces_json, train_pieces
+from tests.support.tiny_traces import TRACES
 
 TOKENS = 3000
 PRE_TOKENIZERS = ("qwen2", "llama-bpe", "gpt-2", "smollm", "gemma", "mistral")
@@ -340,6 +343,20 @@ def test_widths_and_zeros_stay_as_they_are(tmp_path: Path) -> None:
         before, after = narrow.read(name), cut.read(name)
         expected = before[old_ids] if name == "model.embed_tokens.weight" else before
         np.testing.assert_array_equal(after, expected)
+
+
+def test_codes_stay_codes(tmp_path: Path) -> None:
+    """A model whose linears are stored as codes has the same ones afterwards."""
+    dense = Checkpoint(make_checkpoint(tmp_path / "dense", "qwen2"))
+    blocks = tmp_path / "blocks"
+    blocks.mkdir()
+    prune_blocks(dense, TRACES, [], Pruning(), blocks, quant="q4_0")
+    coded = Checkpoint(assemble(dense, blocks, tmp_path / "coded"))
+    cut = Checkpoint(_cut(coded, 400, ("12",), tmp_path / "cut"))
+    assert cut.coded.keys() == coded.coded.keys() == {*coded.shape.prunable_weights}
+    for name, entry in cut.coded.items():
+        assert np.array_equal(entry.read_packed(), coded.coded[name].read_packed()), name
+    assert len(cut.read("model.embed_tokens.weight")) < len(coded.read("model.embed_tokens.weight"))
 
 
 def test_the_same_bytes_every_time(tmp_path: Path) -> None:
