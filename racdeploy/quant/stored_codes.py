@@ -87,7 +87,7 @@ def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         O, X = scale.shape
         place = scale.file, scale.start, scale.stop, "F32", (O, X * load_grid(quant).block_size)
         weights[weight] = CodedWeight(*place, (*fields.values(),), quant, (*fields,))
-    return weights
+    return dict(sorted(weights.items()))
 
 
 def write_model(
@@ -113,13 +113,14 @@ def write_model(
 def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:
     """Return codes with the scales of weights whose scales alone were trained, in file order."""
     grid = load_grid(quant)
-    ones = np.ones_like(codes.scale_OX)
-    zero_scale_OX = None
-    ratio = np.float32(0)
-    if codes.minimum_scale_OX is not None:
-        ratio = np.float32(len(grid.values) // 2)
-        zero_scale_OX = ones * ratio
-    unit_OI = grid.decode(replace(codes, scale_OX=ones, minimum_scale_OX=zero_scale_OX))
+
+    def with_scales(scale_OX: Floats) -> GridCodes:
+        minimum_scale_OX = codes.minimum_scale_OX
+        if minimum_scale_OX is not None:  # that of zero
+            minimum_scale_OX = scale_OX * np.float32(len(grid.values) // 2)
+        return replace(codes, scale_OX=scale_OX, minimum_scale_OX=minimum_scale_OX)
+
+    unit_OI = grid.decode(with_scales(np.ones_like(codes.scale_OX)))
 
     # Any weight of a block gives its scale; the largest one gives it exactly.
     unit_OXS = unit_OI.reshape(*codes.scale_OX.shape, grid.block_size)
@@ -127,7 +128,4 @@ def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:
     unit_OX = np.take_along_axis(unit_OXS, index_OX1, 2)[:, :, 0]
     weight_OX = np.take_along_axis(weight_OI.reshape(unit_OXS.shape), index_OX1, 2)[:, :, 0]
     scale_OX = np.divide(weight_OX, unit_OX, out=codes.scale_OX.copy(), where=unit_OX != 0)
-
-    scale_OX = scale_OX.astype(np.float16).astype(np.float32)
-    minimum_scale_OX = None if codes.minimum_scale_OX is None else scale_OX * ratio
-    return replace(codes, scale_OX=scale_OX, minimum_scale_OX=minimum_scale_OX)
+    return with_scales(scale_OX.astype(np.float16).astype(np.float32))

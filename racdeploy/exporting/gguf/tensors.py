@@ -79,12 +79,13 @@ class GgufTensorPlan:
 
     def find_packed_parts(self, checkpoint: Checkpoint) -> list[PackedEntry]:
         """Return the parts if the checkpoint has all of them in the number format of the file."""
-        entries = []
-        for name in self.parts:
-            entry = checkpoint.all_entries[name]
-            if isinstance(entry, PackedEntry) and entry.quant == self.actual_quant:
-                entries.append(entry)
-        return entries if len(entries) == len(self.parts) else []
+        entries = [checkpoint.all_entries[name] for name in self.parts]
+        packed = [
+            entry
+            for entry in entries
+            if isinstance(entry, PackedEntry) and entry.quant == self.actual_quant
+        ]
+        return packed if len(packed) == len(entries) else []
 
     def list_importances(self, known: Importance) -> list[Floats | None]:
         """Return the importance of the inputs of each array that :meth:`read` yields."""
