@@ -218,7 +218,7 @@ def fuse(
 ) -> dict[str, WritableTensor]:
     """Return tensors as they are stored on disk, in order of name; undoes :func:`unfuse`.
 
-    Experts some of which are codes stay as they are.
+    Experts that are codes, or differ in their number format, stay as they are.
     """
     tensors: dict[str, WritableTensor] = dict(entries)
     prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
@@ -229,7 +229,8 @@ def fuse(
                 names = [f"{block}{part}" for part in each.names(len(experts))]
                 experts.append(tuple(entries[name] for name in names))
             flat = [part for parts in experts for part in parts]
-            if flat and not any(isinstance(part, CodedWeight) for part in flat):
+            is_one = len({part.quant for part in flat}) == 1
+            if is_one and not isinstance(flat[0], CodedWeight):
                 for expert in range(len(experts)):
                     for name in each.names(expert):
                         del tensors[f"{block}{name}"]
