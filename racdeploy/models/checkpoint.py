@@ -2,7 +2,7 @@
 
 ``config.json`` is read directly: transformers 4 and 5 each ignore the other's rope settings.
 bfloat16, which numpy lacks, is widened to float32 when read. Tensors lie in one safetensors file or
-in shards with an index.
+in shards with an index; a pruned model may have codes in ``coded-model.safetensors`` instead.
 Source: safetensors format, https://github.com/huggingface/safetensors#format.
 """
 
@@ -36,7 +36,6 @@ from racdeploy.models.tokenizer_files import (
 from racdeploy.quant.stored_codes import CODED_FILE, CodedWeight, join_codes
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
-    PackedEntry,
     TensorEntry,
     read_tensor_entries,
     to_float32,
@@ -166,11 +165,6 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of weights."""
         return sum(entry.size for entry in self.entries.values())
-
-    @property
-    def is_packed(self) -> bool:
-        """True if some weights are stored packed, in fewer bits than they are read with."""
-        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
 
     @property
     def coded(self) -> dict[str, CodedWeight]:

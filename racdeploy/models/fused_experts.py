@@ -16,9 +16,15 @@ from numpy.typing import NDArray
 from racdeploy.errors import ModelError
 from racdeploy.quant.stored_codes import CodedWeight
 from racdeploy.tensors.mxfp4 import BLOCK, Mxfp4Entry
-from racdeploy.tensors.safetensors import BYTE_DTYPE, TensorEntry, WritableTensor
+from racdeploy.tensors.safetensors import (
+    BYTE_DTYPE,
+    TensorEntry,
+    WritableTensor,
+    to_float32,
+)
 
 _CODES, _EXPONENTS = "_blocks", "_scales"  # ends of the names of what is stored as MXFP4
+_WIDE = "F32"
 _DAMAGED = "the weights and the config belong to different models"
 
 
@@ -190,8 +196,9 @@ class FusedSource:
 
     @property
     def dtype(self) -> str:
-        """The dtype tag of all parts."""
-        return self.experts[0][0].dtype
+        """The dtype tag: that of all parts, or float32 if they differ."""
+        tags = {part.dtype for parts in self.experts for part in parts}
+        return tags.pop() if len(tags) == 1 else _WIDE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -205,8 +212,11 @@ class FusedSource:
 
     def iter_bytes(self) -> Iterator[bytes]:
         """Yield its bytes, an expert at a time."""
+        dtype = self.dtype
         for parts in self.experts:
             values = [part.read() for part in parts]
+            if any(part.dtype != dtype for part in parts):
+                values = [to_float32(value) for value in values]
             joined = np.concatenate(values)
             if self.fused.interleaved:
                 joined = np.stack(values, 1).reshape(joined.shape)
@@ -218,7 +228,7 @@ def fuse(
 ) -> dict[str, WritableTensor]:
     """Return tensors as they are stored on disk, in order of name; undoes :func:`unfuse`.
 
-    Experts that are codes, or differ in their number format, stay as they are.
+    Experts some of which are codes stay as they are.
     """
     tensors: dict[str, WritableTensor] = dict(entries)
     prefixes = dict.fromkeys(_split(name, blocks)[0] for name in entries)
@@ -229,8 +239,7 @@ def fuse(
                 names = [f"{block}{part}" for part in each.names(len(experts))]
                 experts.append(tuple(entries[name] for name in names))
             flat = [part for parts in experts for part in parts]
-            is_one = len({part.quant for part in flat}) == 1
-            if is_one and not isinstance(flat[0], CodedWeight):
+            if flat and not any(isinstance(part, CodedWeight) for part in flat):
                 for expert in range(len(experts)):
                     for name in each.names(expert):
                         del tensors[f"{block}{name}"]

@@ -171,9 +171,9 @@ def plan_build(job: Job) -> Json:
         "evaluation_tokens_at_most": models * prompts * settings.samples * settings.max_new_tokens,
         **plan(settings, job.gate, Expectation(), prompts),
         "artifact_bytes": _expect_bytes(job, expected.sizes),
-        # For each target a pruned model, in codes or 16 bits, the files of its blocks until these
-        # are there, later the artifact and its copy in the bundle; once more for the dense one.
-        "disk_bytes": 5 * (2 + len(job.siblings)) * sum(expected.sizes.values()) // 2,
+        # For each target a pruned model in codes or 16 bits, the artifact and its copy in the
+        # bundle; once more for the dense artifact, and for what single blocks have on the way.
+        "disk_bytes": 3 * (2 + len(job.siblings)) * sum(expected.sizes.values()),
         "cache_bytes": token_bytes * settings.context_tokens,
         # One checkpoint at a time, in float32 under torch.
         "verify_memory_bytes_at_least": 4 * parameters,

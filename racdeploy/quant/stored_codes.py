@@ -1,8 +1,10 @@
 """Codes that pruning chose, in place of the weights of a model folder; the exporter packs them.
 
-Each is the tensors ``WEIGHT|QUANT|FIELD``, in the row order of the model and the column order of
-the exported file. Numbers of steps and minima are signed bytes. Where other columns or a factor of
-rows make the weights of the model others, these are one field more.
+A weight is the tensors ``WEIGHT|QUANT|FIELD``, one for each field of :class:`GridCodes`, in the row
+order of the model and the column order of the exported file. Step and minimum codes are signed
+bytes. Of up to 16 values two codes lie in a byte: the first half of the row in the low bits. The
+field ``weight_OI`` holds the weights themselves where the file orders columns in another way, or
+multiplies rows, so that the codes do not give them exactly.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ _BYTES = {"step_code_OG", "minimum_code_OG"}
 
 @dataclass(frozen=True)
 class CodedWeight(PackedEntry):
-    """A weight, read in float32, of which a file holds the codes: its parts are ``fields``."""
+    """A weight, read in float32, of which a file holds the codes: its parts, by field."""
 
-    fields: tuple[str, ...]
+    fields: Mapping[str, TensorEntry]
 
     def read(self) -> Floats:
         if "weight_OI" in self.fields:
-            weight_OI: Floats = self.parts[self.fields.index("weight_OI")].read()
+            weight_OI: Floats = self.fields["weight_OI"].read()
             return weight_OI
         return load_grid(self.quant).decode(self.read_codes())
 
@@ -48,8 +50,7 @@ class CodedWeight(PackedEntry):
 
     def read_codes(self) -> GridCodes:
         """Return the codes of all rows."""
-        parts = zip(self.fields, self.parts, strict=True)
-        values = {name: part.read() for name, part in parts if name != "weight_OI"}
+        values = {name: part.read() for name, part in self.fields.items() if name != "weight_OI"}
         for name in _BYTES & values.keys():
             values[name] = values[name].view(np.int8).astype(np.int16)
         code_OP = values["code_OI"]
@@ -74,7 +75,7 @@ def name_arrays(
 
 
 def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Return the tensors of files by name, those of codes as the one weight that they are."""
+    """Return tensors by name, with one :class:`CodedWeight` for all fields of a weight."""
     coded: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
         head, _, field = name.rpartition("|")
@@ -86,7 +87,7 @@ def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         scale = fields["scale_OX"]
         O, X = scale.shape
         place = scale.file, scale.start, scale.stop, "F32", (O, X * load_grid(quant).block_size)
-        weights[weight] = CodedWeight(*place, (*fields.values(),), quant, (*fields,))
+        weights[weight] = CodedWeight(*place, (*fields.values(),), quant, fields)
     return dict(sorted(weights.items()))
 
 
@@ -103,7 +104,7 @@ def write_model(
     for name, entry in entries.items():
         if isinstance(entry, CodedWeight):
             file = CODED_FILE
-            for field, part in zip(entry.fields, entry.parts, strict=True):
+            for field, part in entry.fields.items():
                 stored[f"{name}|{entry.quant}|{field}"] = part
         else:
             stored[name] = entry

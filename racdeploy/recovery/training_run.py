@@ -10,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from racdeploy.engines.backends.transformers.torch_model import TORCH_DTYPES
 from racdeploy.engines.engine import Ids, Progress
+from racdeploy.files.writing import write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import generalize_expert
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
@@ -189,7 +190,7 @@ class TrainingRun:
                 if not np.array_equal(load_grid(stored.quant).decode(codes), weight_OI):
                     continue  # more than scales was trained: the export rounds the weights
             arrays = name_arrays(weight, stored.quant, codes, weight_OI)
-            save_file(arrays, self.best_folder / f"block-codes-{weight}.safetensors")
+            write_atomic(self.best_folder / f"block-codes-{weight}.safetensors", save(arrays))
 
 
 def list_trained(checkpoint: Checkpoint, *, vectors_only: bool = False) -> list[str]:

@@ -379,16 +379,17 @@ def test_a_dead_child_is_reported_with_its_last_words(
     (tmp_path / "failing.py").write_text("raise SystemExit('no such layer')\n")
     (tmp_path / "idle.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    model = make_checkpoint(tmp_path / "model", "llama")
     for module, *values in (
         ("dying", "SIGABRT", "last words"),
         ("failing", "exit code 1", "no such layer"),
     ):
         with raises("exporter-failed", "the builder", *values):
-            onnx_exporters.run_module(module, [], "the builder", tmp_path)
+            onnx_exporters.run_module(module, [], "the builder", model)
     genai = onnx_exporters.load("genai")
     monkeypatch.setattr(onnx_exporters, "run_module", lambda *arguments: None)
     with raises("no-graph-written"):
-        genai.build(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "out")
+        genai.build(model, tmp_path / "out")
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from racdeploy.pruning.walk.assemble import assemble
 from racdeploy.recipe import Pruning, Structure
 from racdeploy.recovery.training_run import list_trained
 from racdeploy.results.pruning import BlockRow, LinearRow
+from racdeploy.tensors.mxfp4 import Mxfp4Entry
 from tests.support.errors import raises
 from tests.support.expert_costs import estimate_costs
 from tests.support.tiny_models import make_checkpoint
@@ -168,7 +169,7 @@ def test_a_packed_model_leaves_one_that_is_not(tmp_path: Path) -> None:
     pruned = Checkpoint(assemble(packed, blocks, tmp_path / "pruned"))
     assert "quantization_config" in packed.raw_config
     assert "quantization_config" not in pruned.raw_config
-    assert not pruned.is_packed
+    assert not any(isinstance(entry, Mxfp4Entry) for entry in pruned.entries.values())
 
     few = Checkpoint(rewrite(packed, np.arange(485), tmp_path / "few"))
     assert "quantization_config" not in few.raw_config

@@ -1,6 +1,7 @@
 """Write the tensors of a GGUF file: read, quantize, dequantize and count zeros by slabs of rows.
 
-Memory holds one tensor as the checkpoint stores it, and two slabs a core.
+Memory holds one tensor as the checkpoint stores it, its packed rows if the checkpoint has these,
+and two slabs a core.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +100,9 @@ class TensorWriter:
         index, count = tensor.row_split
         parts = tensor.find_packed_parts(self.checkpoint)
 
-        @lru_cache(maxsize=2)  # one expert in memory beside the next
+        lock = Lock()  # workers that ask for a part at once wait for the one that reads it
+
+        @lru_cache(maxsize=2)  # beside the next part
         def read(part: int) -> Bytes:
             return np.split(parts[part].read_packed(), count)[index]
 
@@ -106,7 +110,8 @@ class TensorWriter:
         def code(slab: _Slab) -> _QuantizedSlab:
             part, rows, weight_OI = slab
             if parts:
-                packed_OP = read(part)[rows]
+                with lock:
+                    packed_OP = read(part)[rows]
             else:
                 known_I = known[part] if len(known) > 1 else known[0]
                 packed_OP = np.ascontiguousarray(quant.quantize(weight_OI, known_I))

@@ -116,9 +116,8 @@ def rewrite(
             cut[name] = old_ids
 
     texts = renumber_files(checkpoint.tokenizer, old_ids)
-    if checkpoint.is_packed:  # the tensors are written unpacked
-        config = json.loads(texts["config.json"])
-        config.pop("quantization_config", None)
+    config = json.loads(texts["config.json"])
+    if config.pop("quantization_config", None):  # the tensors are written unpacked
         texts["config.json"] = json.dumps(config, indent=2) + "\n"
 
     replaced = (

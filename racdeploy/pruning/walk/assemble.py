@@ -72,7 +72,8 @@ def assemble(
 def assemble_zero_filled(checkpoint: Checkpoint, out: Path, shape: CutShape) -> Path:
     """Write the folder of a cut model, with zeros in place of all values.
 
-    Plans read sizes from it. :func:`assemble` later writes the same names, types and shapes.
+    Plans read sizes from it. Without codes, :func:`assemble` later writes the same names, types and
+    shapes.
     """
     with atomic_folder(out) as scratch:
         _write_model(
@@ -115,7 +116,7 @@ def _write_model(
             shutil.copyfile(checkpoint.folder / name, folder / name)
 
     is_cut = shape is not None and shape.sizes != checkpoint.shape.sizes
-    if is_cut or checkpoint.is_multimodal or checkpoint.is_packed:
+    if is_cut or checkpoint.is_multimodal or "quantization_config" in checkpoint.raw_config:
         _write_config(checkpoint, shape if is_cut else None, folder / "config.json")
 
 
@@ -138,8 +139,7 @@ def _renumber(checkpoint: Checkpoint, shape: CutShape) -> dict[str, TensorEntry]
 
 def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) -> None:
     config = dict(checkpoint.raw_config)
-    if checkpoint.is_packed:  # the tensors are written unpacked
-        config.pop("quantization_config", None)
+    config.pop("quantization_config", None)  # the tensors are written unpacked
     if checkpoint.family.kind_prefixes:
         config = checkpoint.family.complete_config(config)
 

@@ -24,9 +24,9 @@ _QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 _BASE_BYTES = 8 * 2**30  # torch, its threads and onnx
-_COPIES = 24  # bytes of memory for each byte of a checkpoint, whose weights have 2 bytes
+_BYTES_PER_WEIGHT = 48  # far above the needs of a healthy export: up to 7 float32 copies
 _BASE_SECONDS = 3600  # of processor time
-_SECONDS_PER_BYTE = 4e-6
+_SECONDS_PER_WEIGHT = 8e-6
 _DROPPED = {"rope_parameters", "quantization_config", "transformers_version"}
 
 
@@ -117,10 +117,9 @@ def run_module(module: str, arguments: Sequence[object], program: str, model: Pa
     Raises:
         EngineError: it failed or died; with the last line that it wrote.
     """
-    # Far above the needs of a healthy export: up to 7 float32 copies of the weights.
-    size_bytes = sum(file.stat().st_size for file in model.iterdir() if file.is_file())
-    seconds = _BASE_SECONDS + int(_SECONDS_PER_BYTE * size_bytes)
-    limits = child_process.ProcessLimits(_BASE_BYTES + _COPIES * size_bytes, seconds)
+    weights = Checkpoint(model).parameters
+    seconds = _BASE_SECONDS + int(_SECONDS_PER_WEIGHT * weights)
+    limits = child_process.ProcessLimits(_BASE_BYTES + _BYTES_PER_WEIGHT * weights, seconds)
     outcome = child_process.run_module(module, *arguments, variables=_QUIET, limits=limits)
     if outcome.failure:
         raise EngineError(
