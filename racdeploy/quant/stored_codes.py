@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy.errors import ModelError
 from racdeploy.quant import load_grid
 from racdeploy.quant.grid import Bytes, Floats, GridCodes, pack_halves
 from racdeploy.tensors.safetensors import (
@@ -83,10 +84,15 @@ def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
 
     weights = coded.pop("", {})
     for head, fields in coded.items():
-        weight, quant = head.split("|")
-        scale = fields["scale_OX"]
-        O, X = scale.shape
-        place = scale.file, scale.start, scale.stop, "F32", (O, X * load_grid(quant).block_size)
+        try:
+            weight, quant = head.split("|")
+            code, scale = fields["code_OI"], fields["scale_OX"]
+            O, X = scale.shape
+            shape = O, X * load_grid(quant).block_size
+        except (AttributeError, KeyError, ValueError) as error:
+            reason = f"the model is damaged: {head!r} are no codes of a number format"
+            raise ModelError("damaged-codes", reason, remedy="copy or build it again") from error
+        place = code.file, code.start, code.stop, "F32", shape
         weights[weight] = CodedWeight(*place, (*fields.values(),), quant, fields)
     return dict(sorted(weights.items()))
 

@@ -50,18 +50,17 @@ class ScaleParameters(WeightParameters):
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        linears: Mapping[str, Tensor],
-        stored: Mapping[str, CodedWeight],  # of the linears
+        coded: Mapping[str, CodedWeight],  # codes of some of them
         processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        super().__init__({**weights, **linears})
+        super().__init__(weights)
         # Per linear: its codes, its groups' step codes, and its initial scales.
         self._grids: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.parameters = dict(weights)
+        self.parameters = {name: each for name, each in weights.items() if name not in coded}
 
-        for name, weight_OI in linears.items():
-            grid = load_grid(stored[name].quant)
-            whole = _list_signed(stored[name].read_codes(), grid) if processes.is_first else None
+        for name, entry in coded.items():
+            weight_OI, grid = weights[name], load_grid(entry.quant)
+            whole = _list_signed(entry.read_codes(), grid) if processes.is_first else None
             # This process' rows of codes, step codes and scales.
             O, I = weight_OI.shape
             parts = []

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from racdeploy.exporting.gguf.vocabulary import _fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.quant.stored_codes import CODED_FILE
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint
@@ -68,6 +69,20 @@ def test_damaged_weights_are_a_model_error(folder: Path, attack: str) -> None:
     ATTACKS[attack](folder / "model.safetensors")
     code = "unsupported-dtype" if attack == "unknown dtype" else "damaged-safetensors"
     with raises(code, "model.safetensors"):
+        _ = Checkpoint(folder).entries
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("w|q4_0|code_OI",), ("w|q4_0|scale_OX",), ("w|q4_0|x|scale_OX",),
+     ("w|f16|code_OI", "w|f16|scale_OX")],
+)  # fmt: skip
+def test_damaged_codes_are_a_model_error(folder: Path, names: tuple[str, ...]) -> None:
+    """Fields that are missing, a name too long, and a format without codes."""
+    (folder / "model.safetensors").unlink()
+    arrays = {name: np.zeros((2, 1), np.float32) for name in names}
+    save_file(arrays, folder / CODED_FILE)
+    with raises("damaged-codes", "build it again"):
         _ = Checkpoint(folder).entries
 
 

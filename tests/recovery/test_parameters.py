@@ -44,7 +44,7 @@ def make_parameters(
 ) -> tuple[ScaleParameters, torch.Tensor]:
     weight_OI = torch.from_numpy(read_as_file(name, codes)).requires_grad_(True)
     stored = store_codes(folder, "w", name, codes)
-    return ScaleParameters({}, {"w": weight_OI}, stored), weight_OI
+    return ScaleParameters({"w": weight_OI}, stored), weight_OI
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -100,7 +100,7 @@ def test_a_linear_without_its_codes_is_frozen(tmp_path: Path, change: str) -> No
 
     quant = "q8_0" if change == "quant" else "q4_0"
     stored = store_codes(tmp_path, "w", quant, codes)
-    scales = ScaleParameters({}, {"w": weight_OI}, stored)
+    scales = ScaleParameters({"w": weight_OI}, stored)
     assert scales.parameters == {}
     scales.update_weights()
     assert torch.equal(weight_OI.detach(), before_OI)

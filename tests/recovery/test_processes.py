@@ -348,15 +348,15 @@ def test_rows_are_on_a_grid_where_all_rows_are(tmp_path: Path) -> None:
     codes = draw_codes("q8_0", 2, 64)
     weight_OI = torch.from_numpy(read_as_file("q8_0", codes))
     stored = store_codes(tmp_path, "w", "q8_0", codes)
-    assert ScaleParameters({}, {"w": weight_OI}, stored).parameters
-    assert ScaleParameters({}, {"w": weight_OI}, stored, _Differing()).parameters == {}
+    assert ScaleParameters({"w": weight_OI}, stored).parameters
+    assert ScaleParameters({"w": weight_OI}, stored, _Differing()).parameters == {}
 
 
 def test_a_process_may_have_no_rows(tmp_path: Path) -> None:
     """Where there are more processes than a linear can be cut for."""
     weight_OI = torch.zeros(0, 64)
     stored = store_codes(tmp_path, "w", "q4_0", draw_codes("q4_0", 0, 64))
-    variables = ScaleParameters({}, {"w": weight_OI}, stored)
+    variables = ScaleParameters({"w": weight_OI}, stored)
     weight_OI.grad = torch.zeros(0, 64)
     variables.weights["w"] = weight_OI
     variables.propagate_gradients()

@@ -5,12 +5,10 @@ These are few numbers, so it is cheap and can do little harm. It comes last, on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
+from functools import partial
 
 from racdeploy.recovery import cost
-from racdeploy.recovery.parameters import ScaleParameters, WeightParameters
+from racdeploy.recovery.parameters import ScaleParameters
 from racdeploy.recovery.training import distill
 from racdeploy.recovery.training_run import LogRow, TrainingRun, list_trained
 
@@ -23,12 +21,6 @@ def peak_bytes(run: TrainingRun) -> int:
 
 def recover(run: TrainingRun) -> list[LogRow]:
     """Train vectors and scales; zeros and codes do not change."""
-    vectors = list_trained(run.sparse, vectors_only=True)
-    stored = run.sparse.coded
-
-    def arrange(weights: Mapping[str, torch.Tensor]) -> WeightParameters:
-        vector_weights = {name: weights[name] for name in vectors}
-        linear_weights = {name: weights[name] for name in stored}
-        return ScaleParameters(vector_weights, linear_weights, stored, run.processes)
-
-    return distill(run, [*vectors, *stored], arrange)
+    vectors, coded = list_trained(run.sparse, vectors_only=True), run.sparse.coded
+    arrange = partial(ScaleParameters, coded=coded, processes=run.processes)
+    return distill(run, [*vectors, *coded], arrange)
