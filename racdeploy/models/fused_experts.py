@@ -235,13 +235,13 @@ def fuse(
     for block in filter(None, prefixes):
         for stored, each in fused.items():
             experts: list[tuple[TensorEntry, ...]] = []
+            members: list[str] = []
             while f"{block}{each.names(len(experts))[0]}" in entries:
                 names = [f"{block}{part}" for part in each.names(len(experts))]
                 experts.append(tuple(entries[name] for name in names))
-            flat = [part for parts in experts for part in parts]
-            if flat and not any(isinstance(part, CodedWeight) for part in flat):
-                for expert in range(len(experts)):
-                    for name in each.names(expert):
-                        del tensors[f"{block}{name}"]
+                members += names
+            if members and not any(isinstance(entries[name], CodedWeight) for name in members):
+                for name in members:
+                    del tensors[name]
                 tensors[f"{block}{stored}"] = FusedSource(each, tuple(experts))
     return dict(sorted(tensors.items()))
