@@ -59,10 +59,10 @@ def list_commands(folder: Path, work: Path | None) -> list[str]:
     work_option = ["--work", str(work)] if work else []
     more = {"run": [find_question(read_records(folder))], "bench": work_option}
 
-    commands = []
-    for verb in ("run", "chat", "serve", "verify", "bench", "report"):
-        commands.append(shlex.join(["racdeploy", verb, str(folder), *more.get(verb, ())]))
-    return commands
+    return [
+        shlex.join(["racdeploy", verb, str(folder), *more.get(verb, ())])
+        for verb in ("run", "chat", "serve", "verify", "bench", "report")
+    ]
 
 
 @with_options_of(functions.recover, excluded=("pruned", "recover_tokens"))

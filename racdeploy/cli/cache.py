@@ -69,15 +69,14 @@ def remove(
 
 
 def _as_json(entries: Sequence[CacheEntry]) -> dict[str, Any]:
-    rows = []
-    for each in entries:
-        rows.append(
-            {
-                "name": each.name,
-                "path": str(each.path),
-                "state": each.state,
-                "size_bytes": each.size_bytes,
-                "idle_days": round(each.idle_days, 2),
-            }
-        )
+    rows = [
+        {
+            "name": each.name,
+            "path": str(each.path),
+            "state": each.state,
+            "size_bytes": each.size_bytes,
+            "idle_days": round(each.idle_days, 2),
+        }
+        for each in entries
+    ]
     return {"size_bytes": sum(each.size_bytes for each in entries), "found": rows}

@@ -124,5 +124,6 @@ def _describe(path: Path, state: str) -> CacheEntry:
         if file.name != ".lock":
             times.append(max(stat.st_mtime, stat.st_atime))
 
-    size_bytes = sum(stat.st_size for stat in stats)
+    # Of a file that several stages share by hard links, each has its part.
+    size_bytes = sum(stat.st_size // stat.st_nlink for stat in stats)
     return CacheEntry(path, state, size_bytes, max(times[1:] or times))

@@ -172,6 +172,15 @@ def refuse_overwrite(path: Path, sha256: str) -> None:
         )
 
 
+def link_equal(source: Path, file: Path) -> None:
+    """Make a file one with another, if they are equal and the disk has hard links."""
+    link = make_sibling_name(file, ".partial")
+    with suppress(OSError):
+        if file_sha256(source) == file_sha256(file):
+            os.link(source, link)
+            link.replace(file)
+
+
 def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file, read in pieces."""
     with open_regular(file) as stream:

@@ -33,7 +33,7 @@ from racdeploy.models.tokenizer_files import (
     find_token_ids,
     token_text,
 )
-from racdeploy.quant.stored_codes import CODED_FILE, CodedWeight, join_codes
+from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE, CodedWeight, join_codes
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
     TensorEntry,
@@ -53,8 +53,10 @@ def read_entries(folder: Path) -> Mapping[str, TensorEntry]:
     if not index.is_file():
         if single.is_file():
             return read_tensor_entries(single)
-        if (folder / CODED_FILE).is_file():
-            return join_codes(read_tensor_entries(folder / CODED_FILE))
+        if (coded := folder / CODED_FILE).is_file():
+            return join_codes(
+                read_tensor_entries(coded) | read_tensor_entries(folder / UNCODED_FILE)
+            )
         raise no_safetensors_error(folder)
 
     weight_map = read_json(index, strict=True).get("weight_map")

@@ -68,9 +68,10 @@ def renumber_files(files: TokenizerFiles, old_ids: OldIds) -> dict[str, str]:
         written[name] = _renumber_ids(config, ids)
     written["config.json"]["vocab_size"] = len(old_ids)
 
-    texts = {}
-    for name, value in written.items():
-        texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    texts = {
+        name: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        for name, value in written.items()
+    }
     texts[OLD_IDS_FILE] = json.dumps({_KEY: old_ids.tolist()}) + "\n"
     return texts
 
@@ -90,11 +91,11 @@ def renumber_tokenizer(tokenizer: Json, ids: NewIds) -> Json:
     model["vocab"] = dict(sorted(kept.items(), key=itemgetter(1)))
 
     # The order of the merges is their rank, so kept ones stay in order and in their written form.
-    merges = []
-    for merge, pair in zip(model["merges"], read_merges(model), strict=True):
-        if kept.keys() >= {*pair, "".join(pair)}:
-            merges.append(merge)
-    model["merges"] = merges
+    model["merges"] = [
+        merge
+        for merge, pair in zip(model["merges"], read_merges(model), strict=True)
+        if kept.keys() >= {*pair, "".join(pair)}
+    ]
 
     added = tokenizer.get("added_tokens") or []
     renumbered = [{**token, "id": ids[token["id"]]} for token in added]

@@ -74,9 +74,10 @@ def shorten_names(names: Iterable[str]) -> str:
     for name in names:
         groups[star_numbers(name)].append(name)
 
-    shown = []
-    for kind, (first, *others) in groups.items():
-        shown.append(f"{kind} ({1 + len(others)})" if others else first)
+    shown = [
+        f"{kind} ({1 + len(others)})" if others else first
+        for kind, (first, *others) in groups.items()
+    ]
 
     if len(shown) > _SHOWN:
         shown[_SHOWN:] = [f"and {len(shown) - _SHOWN} more"]

@@ -12,12 +12,13 @@ from typing import Any
 from racdeploy.engines.engine import Progress
 from racdeploy.files.reading import Json
 from racdeploy.files.stages import Stage, finished_stages, scratch_folder
-from racdeploy.files.writing import canonical_hash, write_atomic
+from racdeploy.files.writing import canonical_hash, link_equal, write_atomic
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.workspace import Workspace, describe_code
 from racdeploy.pruning import ALLOCATION_FILE, CUT_PLAN_FILE, PrunedModel
 from racdeploy.pruning.structures import list_parts
 from racdeploy.quant import DENSE_IMPORTANCE_FILE
+from racdeploy.quant.stored_codes import UNCODED_FILE
 from racdeploy.recipe import Calibration, Pruning, Structure
 from racdeploy.results.pruning import BlockRow, LinearRow, StructureRow
 from racdeploy.runtime.template import PromptEncoder
@@ -102,7 +103,12 @@ class PruneStage:
         folder = stage.folder / name
         if not stage.is_finished:
             self._share_survey(stage, label, formats)
-            stage.finish(self._walk(folder, settings, traces, model))
+            summary = self._walk(folder, settings, traces, model)
+            # What no number format changes is stored once.
+            for other in finished_stages(self.workspace.work, label):
+                for shared in (UNCODED_FILE, "tokenizer.json"):
+                    link_equal(other.folder / name / shared, folder / shared)
+            stage.finish(summary)
 
         # The files of single blocks, for a resume, were half of the stage's size.
         for file in stage.folder.glob("*-[0-9]*.safetensors"):

@@ -410,11 +410,8 @@ def _ask(
 
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
     """Return traces spread over all, with at most about ``tokens`` tokens, and at least one."""
-    total = count_tokens(traces)
-    if total <= tokens:
-        return list(traces)
-
-    count = max(1, len(traces) * tokens // total)
+    count = max(1, len(traces) * tokens // max(1, count_tokens(traces)))
+    count = min(count, len(traces))
     return [traces[part * len(traces) // count] for part in range(count)]
 
 
@@ -428,42 +425,37 @@ def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
     dense_tokens = settings.tokens - own_tokens
 
     # Scales are few parameters: a tenth of the tokens is enough, if weights learn too.
-    later = {"scales"} if len(methods) > 1 else set()
-    shares = {method: 0.1 if method in later else 1.0 for method in methods}
-    dense: list[Phase] = []
-    last: list[Phase] = []
+    shares = {name: 0.1 if name == "scales" and len(methods) > 1 else 1.0 for name in methods}
+    phases = [
+        Phase(method, method, False, round(dense_tokens * share / sum(shares.values())))
+        for method, share in shares.items()
+    ]
 
-    for method in methods:
-        tokens = round(dense_tokens * shares[method] / sum(shares.values()))
-        phases = last if method in later else dense
-        phases.append(Phase(method, method, False, tokens))
-
-    on_policy = []
-    teacher = next((method for method in methods if method != "scales"), methods[0])
+    teacher = max(methods, key=shares.__getitem__)
     for number in range(settings.rounds):
         name = f"own answers {number + 1}"
-        on_policy.append(Phase(name, teacher, True, own_tokens // settings.rounds))
+        phases.append(Phase(name, teacher, True, own_tokens // settings.rounds))
 
-    return [phase for phase in (*dense, *on_policy, *last) if phase.tokens]
+    phases.sort(key=lambda phase: shares[phase.method], reverse=True)
+    return [phase for phase in phases if phase.tokens]
 
 
 def _after(phase: Phase, state: State, stage: Stage, name: str) -> State:
     """Return the state after a phase, with the rows of its curve."""
     # Every phase evaluates its start, but the curve needs only the first one's.
     summary = stage.summary
-    rows = []
-    for row in summary["log"]:
-        if row["tokens"] or not state.rows:
-            rows.append(
-                RecoveryRow(
-                    phase=phase.name if row["tokens"] else "start",
-                    tokens=state.tokens + row["tokens"],
-                    loss=row["loss"],
-                    kl_nats=row["kl_nats"],
-                    text_kl_nats=row["text_kl_nats"],
-                    kept=summary["better"] or not row["tokens"],
-                )
-            )
+    rows = [
+        RecoveryRow(
+            phase=phase.name if row["tokens"] else "start",
+            tokens=state.tokens + row["tokens"],
+            loss=row["loss"],
+            kl_nats=row["kl_nats"],
+            text_kl_nats=row["text_kl_nats"],
+            kept=summary["better"] or not row["tokens"],
+        )
+        for row in summary["log"]
+        if row["tokens"] or not state.rows
+    ]
 
     ended = summary["log"][-1]["note"]
     notes = (f"recovery, {phase.name}: {ended}",) if ended else ()

@@ -101,11 +101,9 @@ class Importance:
         Args:
             names: name in the exported file → names in the checkpoint, one for each expert.
         """
-        sources = {}
-        for name, parts in names.items():
-            if not self.means.keys().isdisjoint(parts):
-                sources[name] = parts
-
+        sources = {
+            name: parts for name, parts in names.items() if not self.means.keys().isdisjoint(parts)
+        }
         known = self.tokens.keys() & chain.from_iterable(sources.values())
         max_tokens = max(self.tokens[part] for part in known)
 

@@ -31,7 +31,8 @@ from racdeploy.tensors.safetensors import (
 CODED_FILE = "coded-model.safetensors"
 """File of the tensors of a model with codes: under the usual name, transformers would draw weights
 that it does not find at random."""
-_BYTES = {"step_code_OG", "minimum_code_OG"}
+UNCODED_FILE = "uncoded-model.safetensors"
+"""File of the tensors that lie in no file with codes: they are the same for all number formats."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ class CodedWeight(PackedEntry):
     def read_codes(self) -> GridCodes:
         """Return the codes of all rows."""
         values = {name: part.read() for name, part in self.fields.items() if name != "weight_OI"}
-        for name in _BYTES & values.keys():
-            values[name] = values[name].view(np.int8).astype(np.int16)
+        for name, value in values.items():
+            if name.endswith("scale_OX"):
+                values[name] = value.astype(np.float32)
+            elif name.endswith("code_OG"):
+                values[name] = value.view(np.int8).astype(np.int16)
         code_OP = values["code_OI"]
         if code_OP.shape != self.shape:  # two in a byte
             values["code_OI"] = np.concatenate([code_OP & 15, code_OP >> 4], axis=1)
@@ -66,8 +70,13 @@ def name_arrays(
     """Return the arrays of a weight's codes by their names in the file."""
     grid = load_grid(quant)
     values = {name: value for name, value in vars(codes).items() if value is not None}
-    for name in _BYTES & values.keys():
-        values[name] = values[name].astype(np.int8).view(np.uint8)
+    for name, value in values.items():
+        if name.endswith("code_OG"):
+            values[name] = value.astype(np.int8).view(np.uint8)
+        elif name.endswith("scale_OX") and np.array_equal(
+            half_OX := value.astype(np.float16), value
+        ):
+            values[name] = half_OX
     if len(grid.values) <= 16:
         values["code_OI"] = pack_halves(codes.code_OI)
     if not np.array_equal(grid.decode(codes), weight_OI):
@@ -105,16 +114,20 @@ def write_model(
     zero_filled: bool = False,
 ) -> None:
     """Write the tensors of a model into its folder as :func:`write_entries` does, codes as such."""
-    stored: dict[str, WritableTensor] = {}
-    file = "model.safetensors"
+    coded = {entry.file for entry in entries.values() if isinstance(entry, CodedWeight)}
+    other_file = UNCODED_FILE if coded else "model.safetensors"
+    files: dict[str, dict[str, WritableTensor]] = {other_file: {}}
     for name, entry in entries.items():
+        file = CODED_FILE if getattr(entry, "file", None) in coded else other_file
+        tensors = files.setdefault(file, {})
         if isinstance(entry, CodedWeight):
-            file = CODED_FILE
             for field, part in entry.fields.items():
-                stored[f"{name}|{entry.quant}|{field}"] = part
+                tensors[f"{name}|{entry.quant}|{field}"] = part
         else:
-            stored[name] = entry
-    write_entries(stored, folder / file, rows, zero_filled=zero_filled)
+            tensors[name] = entry
+
+    for file, tensors in files.items():
+        write_entries(tensors, folder / file, rows, zero_filled=zero_filled)
 
 
 def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:
@@ -127,12 +140,10 @@ def rescale(codes: GridCodes, quant: str, weight_OI: Floats) -> GridCodes:
             minimum_scale_OX = scale_OX * np.float32(len(grid.values) // 2)
         return replace(codes, scale_OX=scale_OX, minimum_scale_OX=minimum_scale_OX)
 
+    # Least squares give the scale of all weights of a block as exactly as half precision has it.
     unit_OI = grid.decode(with_scales(np.ones_like(codes.scale_OX)))
-
-    # Any weight of a block gives its scale; the largest one gives it exactly.
     unit_OXS = unit_OI.reshape(*codes.scale_OX.shape, grid.block_size)
-    index_OX1 = np.abs(unit_OXS).argmax(axis=2, keepdims=True)
-    unit_OX = np.take_along_axis(unit_OXS, index_OX1, 2)[:, :, 0]
-    weight_OX = np.take_along_axis(weight_OI.reshape(unit_OXS.shape), index_OX1, 2)[:, :, 0]
-    scale_OX = np.divide(weight_OX, unit_OX, out=codes.scale_OX.copy(), where=unit_OX != 0)
+    square_OX = np.square(unit_OXS).sum(axis=2)
+    product_OX = (unit_OXS * weight_OI.reshape(unit_OXS.shape)).sum(axis=2)
+    scale_OX = np.divide(product_OX, square_OX, out=codes.scale_OX.copy(), where=square_OX != 0)
     return with_scales(scale_OX.astype(np.float16).astype(np.float32))

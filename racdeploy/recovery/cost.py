@@ -85,10 +85,8 @@ def choose_methods(run: TrainingRun) -> tuple[str, ...]:
     # Processes on this machine share its memory.
     available = math.inf if free is None else _USABLE_SHARE * free / processes
 
-    needed = {}
-    for name in plugins.list_names("recover_methods"):
-        needed[name] = recovery.load(name).peak_bytes(run)
-
+    names = plugins.list_names("recover_methods")
+    needed = {name: recovery.load(name).peak_bytes(run) for name in names}
     fitting = [name for name in _PREFERRED if needed[name] <= available]
     methods = run.settings.methods or fitting[:1] or _PREFERRED[-1:]
 

@@ -74,11 +74,8 @@ class MaskedAdam:
 
 def gradient_norm(weights: Mapping[str, Tensor]) -> float:
     """Return the L2 norm of all gradients together."""
-    squares = []
-    for weight in weights.values():
-        if weight.grad is not None:
-            squares.append(float(weight.grad.double().square().sum()))
-    return math.sqrt(math.fsum(squares))
+    gradients = (weight.grad for weight in weights.values() if weight.grad is not None)
+    return math.sqrt(math.fsum(float(each.double().square().sum()) for each in gradients))
 
 
 def learning_rate_at(peak: float, done: float) -> float:

@@ -76,10 +76,7 @@ def make_tuning_table(
         if not is_empty and not (brief and column in _WIDE_COLUMNS):
             kept.append(index)
 
-    table = []
-    for row in (columns, *rows):
-        table.append(tuple(to_single_line(row[index]) for index in kept))
-
+    table = [tuple(to_single_line(row[index]) for index in kept) for row in (columns, *rows)]
     return ReportTable("Candidates", table[0], tuple(table[1:]))
 
 

@@ -104,10 +104,11 @@ class _Texts:
         texts = set(request["texts"])
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
 
-        ids = []
-        for text, token in vocabulary.items():
-            if text and (characters.issuperset(text) or text in texts):
-                ids.append(token)
+        ids = [
+            token
+            for text, token in vocabulary.items()
+            if text and (characters.issuperset(text) or text in texts)
+        ]
         return {"ids": ids}
 
     def find_tokens(self, request: Header) -> Header:

@@ -85,13 +85,10 @@ class TensorEntry:
         """Yield its bytes in order, a piece in memory at a time."""
         with self.file.open("rb") as source:
             source.seek(self.start)
-            remaining = self.stop - self.start
-
-            while remaining:
-                piece = source.read(min(remaining, _COPY_BYTES))
+            for start in range(self.start, self.stop, _COPY_BYTES):
+                piece = source.read(min(self.stop - start, _COPY_BYTES))
                 assert piece, f"{self.file} shrank while it was read"
                 yield piece
-                remaining -= len(piece)
 
 
 @dataclass(frozen=True)
@@ -199,12 +196,10 @@ def write_entries(
     """
     rows = rows or {}
 
-    described = {}
-    for name, entry in entries.items():
-        shape = entry.shape
-        if name in rows:
-            shape = (len(rows[name]), *entry.shape[1:])
-        described[name] = (entry.dtype, shape)
+    described = {
+        name: (entry.dtype, (len(rows[name]), *entry.shape[1:]) if name in rows else entry.shape)
+        for name, entry in entries.items()
+    }
 
     with file.open("wb") as target:
         size_bytes = write_header(target, described)
@@ -213,12 +208,7 @@ def write_entries(
             return
 
         for name, entry in entries.items():
-            if name in rows:
-                pieces = _read_rows(entry, rows[name])
-            else:
-                pieces = entry.iter_bytes()
-            for piece in pieces:
-                target.write(piece)
+            target.writelines(_read_rows(entry, rows[name]) if name in rows else entry.iter_bytes())
 
 
 def _count_bytes(dtype: str, shape: Sequence[int]) -> int:

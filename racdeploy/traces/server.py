@@ -111,10 +111,10 @@ def _answer(
     shard_requests: Sequence[ShardRequest],
 ) -> list[list[Completion]]:
     """Return the completions of several shards; those of an earlier run are reused."""
-    shards: list[list[CompletionRequest]] = []
-    for prompts, sampling in shard_requests:
-        shards.append([(ids, sampling, rng_index) for rng_index, ids in enumerate(prompts)])
-
+    shards: list[list[CompletionRequest]] = [
+        [(ids, sampling, rng_index) for rng_index, ids in enumerate(prompts)]
+        for prompts, sampling in shard_requests
+    ]
     requests = [request for shard in shards for request in shard]
     missing = [request for request in requests if _find_logged(log, request) is None]
 

@@ -49,10 +49,7 @@ def choose_text_traces(text: Sequence[Trace], trace_tokens: int, share: float) -
     text_tokens = trace_tokens * share / (1 - share)
     count = min(len(text), max(1, round(text_tokens / CHUNK_TOKENS)))
 
-    chosen = []
-    for part in range(count):
-        chosen.append(text[part * len(text) // count])
-    return chosen
+    return [text[part * len(text) // count] for part in range(count)]
 
 
 def _as_trace(index: int, ids: Sequence[int]) -> Trace:

@@ -137,9 +137,9 @@ def count_bits(name: str) -> float:
 def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:
     """Yield kinds of pruning with their settings: dense, then each variant, also recovered."""
     tune = job.recipe.tune
-    full_vocabulary: list[tuple[str, Settings]] = []
-    for share in tune.ffn:
-        full_vocabulary.append((f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}))
+    full_vocabulary: list[tuple[str, Settings]] = [
+        (f"ffn {share:g}", {"structure": {"keep": {"ffn": share}}}) for share in tune.ffn
+    ]
     if job.recipe.export.format == "gguf":
         full_vocabulary += _list_zeros(tune.zeros)
 

@@ -196,10 +196,9 @@ def find_nearest(entries: Sequence[Entry], limits: Constraints) -> tuple[Entry, 
 
 def find_pareto_front(entries: Iterable[Entry]) -> frozenset[str]:
     """Return the names on the Pareto front of size, speed and KL."""
-    qualities = {}
-    for entry in entries:
-        qualities[entry.name] = (-entry.size_bytes, entry.tokens_per_s, -entry.distance)
-    return find_non_dominated(qualities)
+    return find_non_dominated(
+        {entry.name: (-entry.size_bytes, entry.tokens_per_s, -entry.distance) for entry in entries}
+    )
 
 
 def order_entries(entries: Iterable[Entry], objective: Objective) -> list[Entry]:

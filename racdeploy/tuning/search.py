@@ -155,10 +155,8 @@ class Search:
 
     def _mix(self, max_bytes: int) -> None:
         """Add a mixed-format variant of the widest candidate of each kind, to use up the limit."""
-        widest = {}
-        for entry in sorted(self._active, key=lambda each: each.size_bytes):
-            widest[entry.spec.kind] = entry
-
+        by_size = sorted(self._active, key=lambda each: each.size_bytes)
+        widest = {entry.spec.kind: entry for entry in by_size}
         for entry in widest.values():
             if spec := propose_mixed_quant(entry.spec, entry.size, max_bytes):
                 self._enter(spec)

@@ -84,10 +84,11 @@ def find_rival(entries: Sequence[Entry], order: Sequence[Entry]) -> Entry | None
     opponents = [entry for entry in order if entry.spec.dense != is_dense]
     if opponents:
         return opponents[0]
-    made = []
-    for entry in entries:
-        if entry.spec.dense != is_dense and entry.exported and entry.meets_limits:
-            made.append(entry)
+    made = [
+        entry
+        for entry in entries
+        if entry.spec.dense != is_dense and entry.exported and entry.meets_limits
+    ]
     return min(made, key=lambda entry: entry.distance, default=None)
 
 
@@ -191,10 +192,7 @@ def _describe(entry: Entry) -> str:
 
 
 def _refuse_inaccurate(search: Search) -> UsageError:
-    allowed = []
-    for entry in search.entries:
-        if entry.scores is not None and entry.meets_limits:
-            allowed.append(entry)
+    allowed = [each for each in search.entries if each.scores is not None and each.meets_limits]
     best = max(allowed, key=lambda each: each.accuracy)
 
     reference = search.reference

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from racdeploy.exporting.gguf.vocabulary import _fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.quant.stored_codes import CODED_FILE
+from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint
@@ -82,6 +82,7 @@ def test_damaged_codes_are_a_model_error(folder: Path, names: tuple[str, ...]) -
     (folder / "model.safetensors").unlink()
     arrays = {name: np.zeros((2, 1), np.float32) for name in names}
     save_file(arrays, folder / CODED_FILE)
+    save_file({}, folder / UNCODED_FILE)
     with raises("damaged-codes", "build it again"):
         _ = Checkpoint(folder).entries
 

@@ -58,6 +58,17 @@ def test_what_lies_in_the_cache_is_listed(work: Path) -> None:
     assert "3 in all" in shown.output
 
 
+def test_a_file_that_stages_share_counts_once(work: Path) -> None:
+    """In all, its size; half of it in each of two stages."""
+    sizes = {str(row["path"]): row["size_bytes"] for row in _run("ls")["found"]}
+    (data,) = work.glob("traces-*/data")
+    (stage,) = work.glob("prune-*")
+    (stage / "shared").hardlink_to(data)
+    for row in _run("ls")["found"]:
+        change = {data.parent: -500, stage: 500}.get(Path(str(row["path"])), 0)
+        assert row["size_bytes"] == sizes[str(row["path"])] + change
+
+
 def test_old_ones_and_named_ones_are_removed(work: Path) -> None:
     """And nothing else."""
     (removed,) = _run("rm", "--older", "30")["found"]

@@ -17,7 +17,7 @@ from racdeploy.pipeline import bundling
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.lost_zeros import check_folder_zeros, check_zeros, find_lost_zeros
 from racdeploy.pipeline.preflight import plan_build
-from racdeploy.quant.stored_codes import CODED_FILE, name_arrays
+from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE, name_arrays
 from racdeploy.recipe import Export, Recipe
 from racdeploy.report.summary import write_findings
 from racdeploy.results.report import Report
@@ -101,6 +101,7 @@ def test_a_folder_with_chosen_codes_may_be_exported(tmp_path: Path) -> None:
             weights |= {key: torch.from_numpy(values) for key, values in codes.items()}
     save_file(weights, sparse / CODED_FILE)
     (sparse / "model.safetensors").unlink()
+    save_file({}, sparse / UNCODED_FILE)
 
     check_folder_zeros(Checkpoint(sparse), _export_settings(quant="q4_k"))
     with raises("zeros-would-be-lost"):

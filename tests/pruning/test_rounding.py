@@ -418,7 +418,7 @@ def test_a_model_stores_codes_in_place_of_weights(
     stored = read_tensor_entries(walk.pruned.folder / CODED_FILE)
     assert not stored.keys() & walk.pruned.coded.keys()
     for entry in walk.pruned.coded.values():
-        assert entry.size_bytes == entry.size * (1 / 2 + 4 / 32)
+        assert entry.size_bytes == entry.size * (1 / 2 + 2 / 32)
     with pytest.raises(OSError, match="model.safetensors"):
         AutoModelForCausalLM.from_pretrained(walk.pruned.folder)
 

@@ -104,9 +104,10 @@ def read_vocabulary(
 
     size = checkpoint.shape.vocab_size
     note = describe_lost_normalizer(tokens.tokenizer)
-    merges = []
-    for left, right in read_merges(tokens.tokenizer["model"]):  # byte-level BPE maps a space to Ġ
-        merges.append(f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}")
+    merges = [  # byte-level BPE maps a space to Ġ
+        f"{left.replace(' ', 'Ġ')} {right.replace(' ', 'Ġ')}"
+        for left, right in read_merges(tokens.tokenizer["model"])
+    ]
 
     return Vocabulary(
         model="gpt2",

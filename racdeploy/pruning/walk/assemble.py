@@ -31,12 +31,12 @@ class CutShape:
     @property
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Settings of :data:`widths.SETTINGS`, each with one value per block."""
-        settings = {}
-        for letter, setting in widths.SETTINGS.items():
-            settings[setting] = tuple(
+        return {
+            setting: tuple(
                 size[letter] // widths.width_per_unit(letter, size) for size in self.sizes
             )
-        return settings
+            for letter, setting in widths.SETTINGS.items()
+        }
 
     @property
     def experts(self) -> int:

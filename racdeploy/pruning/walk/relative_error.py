@@ -52,11 +52,11 @@ class RelativeError:
 
 
 def _ratios(names: Sequence[str], error_X: Tensor, energy_X: Tensor) -> dict[str, float]:
-    ratios = {}
-    for name, error, energy in zip(names, error_X, energy_X, strict=True):
-        if energy > 0:  # else no token of this kind was seen
-            ratios[name] = float(error / energy)
-    return ratios
+    return {
+        name: float(error / energy)
+        for name, error, energy in zip(names, error_X, energy_X, strict=True)
+        if energy > 0  # else no token of this kind was seen
+    }
 
 
 def measure_relative_change(changed_BTD: Tensor, dense_BTD: Tensor, real_BT: Tensor) -> float:

@@ -23,11 +23,9 @@ def read(path: Path) -> list[Problem]:
     """
     lines = split_lines(read_user_text(path, "give the path of an existing file"))
 
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            problems.append(_parse(f"{path}:{number}", line))
-
+    problems = [
+        _parse(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not problems:
         raise UsageError(
             "empty-task-file",

@@ -144,10 +144,10 @@ def _write(schema: Json, base: Json, parents: Sequence[str] = ()) -> str:
 def _write_object(left: Json, write: Callable[[Json], str]) -> str:
     """Return an object's rule: required members, then optional ones; all, if none is required."""
     left.pop("additionalProperties", None)  # without others, both of its values are kept
-    pairs = {}
-    for name, value in left.pop("properties").items():
-        pairs[name] = f'{_quote(_quote(name))} space ":" space {write(value)}'
-
+    pairs = {
+        name: f'{_quote(_quote(name))} space ":" space {write(value)}'
+        for name, value in left.pop("properties").items()
+    }
     required = left.pop("required", None) or [*pairs]
     members = ' "," space '.join(map(pairs.pop, required))
     optional = "".join(f' ("," space {pair})?' for pair in pairs.values())

@@ -210,10 +210,8 @@ class NativeModel(_Vocabulary):
         if start == 0:
             context.clear_slot(0)
 
-        rows = []
-        for position, token in enumerate(ids[start : start + _OUTPUT_ROWS], start):
-            rows.append(BatchToken(token, position, 0, True))
-
+        chosen = enumerate(ids[start : start + _OUTPUT_ROWS], start)
+        rows = [BatchToken(token, position, 0, True) for position, token in chosen]
         context.decode(rows)
         return np.stack([context.logits_V(row) for row in range(len(rows))])
 
