@@ -103,12 +103,11 @@ class PruneStage:
         folder = stage.folder / name
         if not stage.is_finished:
             self._share_survey(stage, label, formats)
-            summary = self._walk(folder, settings, traces, model)
+            stage.finish(self._walk(folder, settings, traces, model))
             # What no number format changes is stored once.
             for other in finished_stages(self.workspace.work, label):
                 for shared in (UNCODED_FILE, "tokenizer.json"):
                     link_equal(other.folder / name / shared, folder / shared)
-            stage.finish(summary)
 
         # The files of single blocks, for a resume, were half of the stage's size.
         for file in stage.folder.glob("*-[0-9]*.safetensors"):

@@ -187,15 +187,14 @@ class RecoverStage:
         rows = mark(state.rows, "start", start, kept=True)
         gained = state.folder != model.folder
 
-        notes = [*model.notes, *state.notes]
+        outcome = "recovery found no better state than the pruned model, which is unchanged"
         if gained:
-            notes.append(
+            outcome = (
                 f"recovery: {start.accuracy:.1%} → {state.probe.accuracy:.1%} of the calibration "
                 f"prompts right, thinking {start.length_ratio:.3f} → "
                 f"{state.probe.length_ratio:.3f} times as long as dense, on {state.tokens:,} tokens"
             )
-        else:
-            notes.append("recovery found no better state than the pruned model, which is unchanged")
+        notes = [*model.notes, *state.notes, outcome]
 
         if self.settings.extra_text:
             kept = [row.text_kl_nats for row in list_phase_ends(rows) if row.kept]
@@ -427,8 +426,8 @@ def list_phases(settings: Recovery, methods: Sequence[str]) -> list[Phase]:
     # Scales are few parameters: a tenth of the tokens is enough, if weights learn too.
     shares = {name: 0.1 if name == "scales" and len(methods) > 1 else 1.0 for name in methods}
     phases = [
-        Phase(method, method, False, round(dense_tokens * share / sum(shares.values())))
-        for method, share in shares.items()
+        Phase(method, method, False, round(dense_tokens * shares[method] / sum(shares.values())))
+        for method in methods
     ]
 
     teacher = max(methods, key=shares.__getitem__)

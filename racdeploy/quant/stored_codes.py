@@ -32,7 +32,8 @@ CODED_FILE = "coded-model.safetensors"
 """File of the tensors of a model with codes: under the usual name, transformers would draw weights
 that it does not find at random."""
 UNCODED_FILE = "uncoded-model.safetensors"
-"""File of the tensors that lie in no file with codes: they are the same for all number formats."""
+"""File of the tensors that lie in no file with codes: pruning leaves them the same, whatever the
+number format."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def name_arrays(
     for name, value in values.items():
         if name.endswith("code_OG"):
             values[name] = value.astype(np.int8).view(np.uint8)
-        elif name.endswith("scale_OX") and np.array_equal(
-            half_OX := value.astype(np.float16), value
-        ):
-            values[name] = half_OX
+        elif name.endswith("scale_OX"):
+            with np.errstate(over="ignore"):  # powers of two may be larger
+                half_OX = value.astype(np.float16)
+            if np.array_equal(half_OX, value):
+                values[name] = half_OX
     if len(grid.values) <= 16:
         values["code_OI"] = pack_halves(codes.code_OI)
     if not np.array_equal(grid.decode(codes), weight_OI):

@@ -85,8 +85,9 @@ def choose_methods(run: TrainingRun) -> tuple[str, ...]:
     # Processes on this machine share its memory.
     available = math.inf if free is None else _USABLE_SHARE * free / processes
 
-    names = plugins.list_names("recover_methods")
-    needed = {name: recovery.load(name).peak_bytes(run) for name in names}
+    needed = {
+        name: recovery.load(name).peak_bytes(run) for name in plugins.list_names("recover_methods")
+    }
     fitting = [name for name in _PREFERRED if needed[name] <= available]
     methods = run.settings.methods or fitting[:1] or _PREFERRED[-1:]
 

@@ -86,8 +86,9 @@ class TensorEntry:
         with self.file.open("rb") as source:
             source.seek(self.start)
             for start in range(self.start, self.stop, _COPY_BYTES):
-                piece = source.read(min(self.stop - start, _COPY_BYTES))
-                assert piece, f"{self.file} shrank while it was read"
+                size = min(self.stop - start, _COPY_BYTES)
+                piece = source.read(size)
+                assert len(piece) == size, f"{self.file} shrank while it was read"
                 yield piece
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from racdeploy.exporting.gguf.vocabulary import _fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
+from racdeploy.tensors.safetensors import TensorEntry
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint
@@ -85,6 +86,15 @@ def test_damaged_codes_are_a_model_error(folder: Path, names: tuple[str, ...]) -
     save_file({}, folder / UNCODED_FILE)
     with raises("damaged-codes", "build it again"):
         _ = Checkpoint(folder).entries
+
+
+@pytest.mark.parametrize("left_bytes", [0, 60])
+def test_a_file_that_shrinks_is_not_copied_short(tmp_path: Path, left_bytes: int) -> None:
+    """As where another program writes it again meanwhile."""
+    file = tmp_path / "shrunk"
+    file.write_bytes(bytes(left_bytes))
+    with pytest.raises(AssertionError, match="shrank"):
+        list(TensorEntry(file, 0, 100, "U8", (100,)).iter_bytes())
 
 
 def test_an_index_cannot_name_files_outside(tmp_path: Path) -> None:

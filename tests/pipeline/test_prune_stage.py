@@ -69,16 +69,16 @@ def test_tensors_without_codes_are_stored_once_for_all_number_formats(
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
         monkeypatch.setattr(os, "link", refuse)
-    first, _ = _prune(dense, tmp_path, "q8_0")
-    second, _ = _prune(dense, tmp_path, "q4_0")
-
-    for name in (UNCODED_FILE, "tokenizer.json"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-        assert (first / name).samefile(second / name) == has_links
-    assert (first / CODED_FILE).read_bytes() != (second / CODED_FILE).read_bytes()
+    first, *others = [_prune(dense, tmp_path, quant)[0] for quant in ("q8_0", "q4_0", "q5_0")]
+    for second in others:
+        for name in (UNCODED_FILE, "tokenizer.json"):
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+            assert (first / name).samefile(second / name) == has_links
+        assert (first / CODED_FILE).read_bytes() != (second / CODED_FILE).read_bytes()
+        assert not list(second.glob(".*"))
 
     shutil.rmtree(first)
     model = Checkpoint(dense)
     embedding = model.family.embedding
-    assert np.array_equal(Checkpoint(second).read(embedding), model.read(embedding))
-    assert not list(second.glob(".*"))
+    for second in others:
+        assert np.array_equal(Checkpoint(second).read(embedding), model.read(embedding))

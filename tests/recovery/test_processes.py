@@ -23,7 +23,7 @@ from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.pipeline.recover_stage import RecoverStage
 from racdeploy.pipeline.workspace import Workspace
 from racdeploy.pruning.process_group import ProcessGroup, join_process_group
-from racdeploy.quant.stored_codes import CODED_FILE
+from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
 from racdeploy.recipe import Calibration, Recovery
 from racdeploy.recovery import training, training_batches
 from racdeploy.recovery.parameters import ScaleParameters
@@ -201,8 +201,8 @@ def _distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def test_one_process_of_torchrun_leaves_the_same_bytes(folder: Path, job: str) -> None:
     """As a run that knows of no processes."""
     alone, one = (folder / job / name for name in ("alone", "one"))
-    model = CODED_FILE if FORMATS[job] else "model.safetensors"
-    for file in (f"recovered/{model}", "seen.json"):
+    models = (CODED_FILE, UNCODED_FILE) if FORMATS[job] else ("model.safetensors",)
+    for file in (*(f"recovered/{model}" for model in models), "seen.json"):
         assert (alone / file).read_bytes() == (one / file).read_bytes()
 
 

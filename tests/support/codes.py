@@ -24,7 +24,7 @@ def draw_codes(name: str, O: int, I: int, seed: int = 0) -> GridCodes:
 
     def draw_scales() -> Weights:
         if grid.scale == "power_of_two":
-            return np.exp2(random.integers(-20, 3, (O, blocks))).astype(np.float32)
+            return np.exp2(random.integers(-30, 3, (O, blocks))).astype(np.float32)
         return (0.01 * random.normal(size=(O, blocks))).astype(np.float16).astype(np.float32)
 
     def draw_numbers(ends: tuple[int, int] | None) -> NDArray[np.int16] | None:
