@@ -20,7 +20,10 @@ _MATRIX_WIDTH = 768  # such matrices keep every core busy and fit its cache
 _REACHED_SHARE = 0.5  # of a large product's speed, that torch and llama.cpp reach
 _READ_BYTES_PER_S = 15e9  # from memory, which the cores share
 _BLOCK_OVERHEAD_S = 1e-3  # per token and block, beside its products
-_PRUNE_PASSES, _RECOVER_PASSES = 6, 6  # with the Hessians, and with the backward pass
+# Of their maximum length, before there are traces: tokens are at most 1.5 times off if these have
+# between 4/9 of it and all.
+_EXPECTED_SHARE = 2 / 3
+_PASSES = 6  # of pruning with the Hessians, and of recovery with the backward pass
 _SOLVE_SWEEPS = 50  # of a weight over all inputs of its row
 
 
@@ -29,7 +32,8 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Return about how many seconds each stage of a build takes; empty if there may be a GPU.
 
-    Without ``traces``, every answer counts with its maximum length. 0 ``threads`` are all cores.
+    Without ``traces``, an answer counts with two thirds of the maximum length. 0 ``threads`` are
+    all cores.
     """
     if shutil.which("nvidia-smi"):
         return {}
@@ -39,7 +43,9 @@ def estimate_seconds(
     speed = _REACHED_SHARE * _measure_flops_per_s() * cores / available_cores()
     weights_s = 2 * count_active_weights(checkpoint) / speed
 
-    lengths = [len(trace.completion_ids) for trace in traces] or [recipe.traces.max_new_tokens]
+    lengths = [len(trace.completion_ids) for trace in traces] or [
+        _EXPECTED_SHARE * recipe.traces.max_new_tokens
+    ]
     mean_length = sum(lengths) / len(lengths)
 
     # Two products of a query with the half of the sequence that is before it.
@@ -63,14 +69,14 @@ def estimate_seconds(
     # Of all answers to a prompt at most two are learned, twice.
     answers = plan.get("shorten_answers_at_most", 0)
     learned = recipe.recover.tokens + 4 * answers / recipe.recover.samples * mean_length
-    seconds["recover"] = token_s * _RECOVER_PASSES * learned + answer_s(answers, *sampling)
+    seconds["recover"] = token_s * _PASSES * learned + answer_s(answers, *sampling)
 
     # Artifacts of different codes are different models; pruning does not reach the head.
-    tokens = plan.get("prune_tokens", plan.get("prune_tokens_at_most", 0))
+    tokens = plan.get("prune_tokens", _EXPECTED_SHARE * plan.get("prune_tokens_at_most", 0))
     models = {str(each.rounding_quants) for each in (job, *job.siblings)}
     head_s = 2 * shape.vocab_size * shape.hidden_size / speed
     sweeps_s = (weights_s - head_s) * _SOLVE_SWEEPS * shape.hidden_size
-    seconds["prune"] = len(models) * ((token_s - head_s) * _PRUNE_PASSES * tokens + sweeps_s)
+    seconds["prune"] = len(models) * ((token_s - head_s) * _PASSES * tokens + sweeps_s)
 
     if "evaluation_models" in plan:
         prompts = len(job.problems("evaluation")) * recipe.verify.samples

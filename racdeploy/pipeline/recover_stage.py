@@ -141,8 +141,9 @@ class RecoverStage:
             if state.folder != before.folder:  # otherwise no state was better than the start
                 probed = _ask(collect, dense, after, state.folder)
                 state = self._judge(phase, before, state, probed)
-            is_exhausted = phase.is_on_policy and state.folder == before.folder
-            state = replace(state, is_exhausted=is_exhausted)
+            state = replace(
+                state, is_exhausted=phase.is_on_policy and state.folder == before.folder
+            )
 
         return self._conclude(model, start.probe, settle(state))
 
@@ -409,8 +410,7 @@ def _ask(
 
 def spread_evenly(traces: Sequence[Trace], tokens: int) -> list[Trace]:
     """Return traces spread over all, with at most about ``tokens`` tokens, and at least one."""
-    count = max(1, len(traces) * tokens // max(1, count_tokens(traces)))
-    count = min(count, len(traces))
+    count = min(len(traces), max(1, len(traces) * tokens // max(1, count_tokens(traces))))
     return [traces[part * len(traces) // count] for part in range(count)]
 
 

@@ -16,6 +16,7 @@ from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.preflight import check_build
 from racdeploy.recipe import Recipe
+from racdeploy.traces.trace import Trace
 from tests.support.tiny_models import make_checkpoint
 
 
@@ -35,7 +36,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path, family: str) -> 
 def test_a_plan_says_roughly_how_long_a_build_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less once the traces are there or where a server has them; nothing where a GPU may do it."""
+    """Without tracing once it is done or where a server does it; nothing where a GPU may do all."""
     options = {
         "model": str(make_checkpoint(tmp_path / "model", "qwen3")),
         "traces": {"count": 8, "batch_size": 4, "max_new_tokens": 12},
@@ -63,9 +64,16 @@ def test_a_plan_says_roughly_how_long_a_build_takes(
     )
     assert 0 < once == pytest.approx(twice / 2)
 
+    # Before there are traces, they count with two thirds of their maximum length.
+    known = [Trace(0, "", "", "", (), (0,) * 8)]
+    tokens = {"prune_tokens": plan["prune_tokens_at_most"] * 2 / 3}
+    after = forecast.estimate_seconds(build.job, plan | tokens, known, 1)
+    del before["stage_seconds"]["trace"]
+    assert after == pytest.approx(before["stage_seconds"])
+
     build.traces()
-    after = build.plan_time(plan | build.plan_pruning())
-    assert after["seconds_expected"] < before["seconds_expected"]
+    after = build.plan_time(plan | build.plan_pruning())["stage_seconds"]
+    assert [*after] == ["recover", "prune", "verify"]
 
     server = {**options, "traces": {**options["traces"], "server": "http://127.0.0.1:9/v1"}}  # type: ignore[dict-item]
     asked = Build(Job(Recipe.combine(None, server)), tmp_path / "other", threads=1)
