@@ -104,10 +104,11 @@ class PruneStage:
         if not stage.is_finished:
             self._share_survey(stage, label, formats)
             stage.finish(self._walk(folder, settings, traces, model))
-            # What no number format changes is stored once.
+            # What neither number format nor cut changes is stored once. Folders without codes are
+            # left alone: users edit their files.
             for other in finished_stages(self.workspace.work, label):
-                for shared in (UNCODED_FILE, "tokenizer.json"):
-                    link_equal(other.folder / name / shared, folder / shared)
+                for twin in other.folder.glob(f"*/{UNCODED_FILE}"):
+                    link_equal(twin, folder / twin.name)
 
         # The files of single blocks, for a resume, were half of the stage's size.
         for file in stage.folder.glob("*-[0-9]*.safetensors"):

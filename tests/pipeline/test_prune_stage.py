@@ -21,18 +21,20 @@ from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 
-def _prune(model: Path, work: Path, quant: str, sparsity: float = 0.0) -> tuple[Path, bool]:
+def _prune(
+    model: Path, work: Path, quant: str, sparsity: float = 0.0, keep: float = 0.75
+) -> tuple[Path, bool]:
     """Return the pruned model's folder, and whether the model was surveyed."""
     labels: set[str] = set()
     values = {
         "model": str(model),
-        "structure": {"keep": {"ffn": 0.75}},
+        "structure": {"keep": {"ffn": keep}},
         "prune": {"sparsity": sparsity},
     }
     job = Job(Recipe.combine(None, values))
     build = Build(job, work, 1, progress=lambda label, *_: labels.add(label))
     weights = build.prune_stage.dense.shape.prunable_weights
-    quants = {weight.removesuffix(".weight"): quant for weight in weights}
+    quants = {weight.removesuffix(".weight"): quant for weight in weights if quant}
     stage = replace(build.prune_stage, quants=quants)
     return stage.run(TRACES, "").folder, "survey" in labels
 
@@ -62,23 +64,32 @@ def test_a_survey_is_shared_by_number_formats_only(dense: Path, tmp_path: Path) 
 def test_tensors_without_codes_are_stored_once_for_all_number_formats(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
 ) -> None:
-    """Where the disk has hard links; each folder can be read without the other."""
+    """And for all cuts, where the disk has hard links; each folder can be read without others."""
     if not has_links:
 
         def refuse(source: Path, link: Path) -> None:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
         monkeypatch.setattr(os, "link", refuse)
-    first, *others = [_prune(dense, tmp_path, quant)[0] for quant in ("q8_0", "q4_0", "q5_0")]
-    for second in others:
-        for name in (UNCODED_FILE, "tokenizer.json"):
-            assert (first / name).read_bytes() == (second / name).read_bytes()
-            assert (first / name).samefile(second / name) == has_links
-        assert (first / CODED_FILE).read_bytes() != (second / CODED_FILE).read_bytes()
-        assert not list(second.glob(".*"))
+    runs = (("q8_0", 0.75), ("q4_0", 0.75), ("q5_0", 0.5))
+    first, *others = [_prune(dense, tmp_path, quant, keep=keep)[0] for quant, keep in runs]
+    for other in others:
+        shared, twin = (folder / UNCODED_FILE for folder in (first, other))
+        assert shared.read_bytes() == twin.read_bytes()
+        assert shared.samefile(twin) == has_links
+        assert (first / CODED_FILE).read_bytes() != (other / CODED_FILE).read_bytes()
+        assert not list(other.glob(".*"))
 
     shutil.rmtree(first)
     model = Checkpoint(dense)
     embedding = model.family.embedding
-    for second in others:
-        assert np.array_equal(Checkpoint(second).read(embedding), model.read(embedding))
+    for other in others:
+        assert np.array_equal(Checkpoint(other).read(embedding), model.read(embedding))
+
+
+def test_files_of_a_model_without_codes_are_its_own(dense: Path, tmp_path: Path) -> None:
+    """Users edit them."""
+    first, second = (_prune(dense, tmp_path, "", share)[0] for share in (0.5, 0.6))
+    assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+    for folder in (first, second):
+        assert {file.stat().st_nlink for file in folder.iterdir()} == {1}
