@@ -197,9 +197,10 @@ def plan_cell(cell: str, model: str, arguments: argparse.Namespace) -> Json:
     for setting in settings.split():
         command += ["--set", setting]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    if done.returncode:
-        raise SystemExit(done.returncode)
     planned: Json = json.loads(done.stdout)
+    if done.returncode:
+        print(f"error: {planned['error']}\n  → {planned['remedy']}", file=sys.stderr)
+        raise SystemExit(done.returncode)
     return planned
 
 

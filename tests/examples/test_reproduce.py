@@ -59,6 +59,10 @@ def test_a_dry_run_plans_every_step(
     assert [line.split(" | ")[0] for line in lines[4:6]] == ["| traces, once", "| 2:4 RAC"]
     assert not (tmp_path / "out").exists()
 
+    with pytest.raises(SystemExit, match="^2$"):
+        run(example, monkeypatch, "qwen3-0.6b", *options, "--model", str(tmp_path / "missing"))
+    assert "there is no folder" in capsys.readouterr().err
+
 
 def test_cells_are_built_once_and_tabled(
     example: ModuleType,
