@@ -189,7 +189,8 @@ def plan_table(arguments: argparse.Namespace) -> str:
 
 def plan_cell(cell: str, model: str, arguments: argparse.Namespace) -> Json:
     """Return what ``racdeploy build --dry-run --json`` prints."""
-    tokens = plugins.load("tasks", arguments.task).DATASET.thinking_tokens
+    # Before there are traces, a plan counts two thirds of their maximum length: the mean.
+    tokens = plugins.load("tasks", arguments.task).DATASET.thinking_tokens * 3 // 2
     settings = f"traces.max_new_tokens={tokens} verify.max_new_tokens={tokens}"
     settings += f" verify.context_tokens={tokens + 512} calibration.keep_truncated=true"
     command = [sys.executable, "-m", "racdeploy", "build", "--dry-run", "--json"]

@@ -7,6 +7,7 @@ import shutil
 import timeit
 from collections.abc import Mapping, Sequence
 from itertools import compress
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,8 @@ def estimate_seconds(
     speed = _REACHED_SHARE * _measure_flops_per_s() * cores / available_cores()
     weights_s = 2 * count_active_weights(checkpoint) / speed
 
-    lengths = [len(trace.completion_ids) for trace in traces] or [
-        _EXPECTED_SHARE * recipe.traces.max_new_tokens
-    ]
-    mean_length = sum(lengths) / len(lengths)
+    lengths = [len(trace.completion_ids) for trace in traces]
+    mean_length = fmean(lengths or [_EXPECTED_SHARE * recipe.traces.max_new_tokens])
 
     # Two products of a query with the half of the sequence that is before it.
     shape = checkpoint.shape

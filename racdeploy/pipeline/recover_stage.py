@@ -141,9 +141,8 @@ class RecoverStage:
             if state.folder != before.folder:  # otherwise no state was better than the start
                 probed = _ask(collect, dense, after, state.folder)
                 state = self._judge(phase, before, state, probed)
-            state = replace(
-                state, is_exhausted=phase.is_on_policy and state.folder == before.folder
-            )
+            is_exhausted = phase.is_on_policy and state.folder == before.folder
+            state = replace(state, is_exhausted=is_exhausted)
 
         return self._conclude(model, start.probe, settle(state))
 
