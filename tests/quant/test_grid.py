@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from gguf import quants as gguf_quants
 from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.quant import ggml
-from tests.support.codes import draw_codes, read_as_file
+from tests.support.codes import draw_codes, read_as_file, store_codes
 
 GRIDS = [n for n in plugins.list_names("quant") if hasattr(plugins.load("quant", n), "GRID")]
 GGUF = [name for name in GRIDS if "gguf" in quants.load(name).FORMATS]
@@ -47,3 +48,14 @@ def test_ggml_and_gguf_py_read_the_same(name: str) -> None:
     by_c_OI = ggml.dequantize(number, packed_OP, I)
     assert np.array_equal(by_c_OI, gguf_quants.dequantize(packed_OP, GGMLQuantizationType(number)))
     assert np.array_equal(by_c_OI, quants.load_grid(name).decode(codes))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_stored_codes_are_read_as_they_were(tmp_path: Path, name: str) -> None:
+    """Scales too: those that half precision has, and powers of two that it has not."""
+    codes = draw_codes(name, 9, I)
+    (stored,) = store_codes(tmp_path, "w", name, codes).values()
+    for field, value in vars(stored.read_codes()).items():
+        np.testing.assert_array_equal(value, getattr(codes, field))
+    assert np.array_equal(stored.read(), quants.load_grid(name).decode(codes))
+    assert np.array_equal(stored.read_packed(), quants.load_grid(name).pack(codes))
