@@ -57,10 +57,11 @@ def export_model(
     if stage.is_finished:
         return ExportResult.from_json(stage.folder, stage.summary)
 
-    report = partial(workspace.progress, label) if workspace.progress else None
     workspace.report(label, 0, 1)  # until the number of bytes is known
     path = stage.folder / form.artifact_path(name, settings.quant, settings.packing)
-    result = exporting.write(checkpoint, path, settings, metadata=metadata, progress=report)
+    result = exporting.write(
+        checkpoint, path, settings, metadata=metadata, progress=partial(workspace.report, label)
+    )
 
     stage.finish(result.to_json(stage.folder))
     return result

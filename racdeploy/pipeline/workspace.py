@@ -13,6 +13,7 @@ from racdeploy.engines.engine import Progress
 from racdeploy.extras import installed_version
 from racdeploy.files.code_hashes import base_version, code_hash
 from racdeploy.files.stages import Stage
+from racdeploy.processes.heap import trim_heap
 from racdeploy.pruning.process_group import SINGLE_PROCESS, ProcessGroup
 
 COMPUTE_LIBRARIES = ("torch", "transformers")
@@ -37,6 +38,7 @@ class Workspace:
 
     def open(self, name: str, inputs: Mapping[str, Any]) -> Stage:
         """Return the stage of some inputs; log the state that an interrupted run left."""
+        trim_heap()  # or what the stage before took would add to this one's
         stage = Stage.open(self.work, name, inputs)
         if stage.notice:
             notify(stage.notice)
