@@ -51,10 +51,8 @@ def list_cache_entries(work: Path | None) -> list[CacheEntry]:
                 state = "in use"
             entries.append(_describe(stage, state))
 
-    for file in cache_folder("unpacked").glob("*"):
-        if file.is_file():
-            entries.append(_describe(file, "unpacked"))
-
+    unpacked = cache_folder("unpacked").glob("*")
+    entries += [_describe(file, "unpacked") for file in unpacked if file.is_file()]
     return sorted(entries, key=lambda entry: -entry.size_bytes)
 
 
@@ -88,14 +86,13 @@ def select_entries(
                 remedy="wait for it",
             )
 
-    chosen = []
-    for entry in entries:
-        is_old = older_days is None or entry.idle_days >= older_days
-        is_named = not names or entry.name in names
-        if is_old and is_named and entry.state != "in use":
-            chosen.append(entry)
-
-    return chosen
+    return [
+        entry
+        for entry in entries
+        if (older_days is None or entry.idle_days >= older_days)
+        and (not names or entry.name in names)
+        and entry.state != "in use"
+    ]
 
 
 def remove_entry(entry: CacheEntry) -> None:
@@ -112,18 +109,16 @@ def remove_entry(entry: CacheEntry) -> None:
 
 
 def _describe(path: Path, state: str) -> CacheEntry:
-    if path.is_file():
-        files = [path]
-    else:
-        files = [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
     stats = [file.stat() for file in files]
 
     # Looking at the state of a stage touches its lock file.
-    times = [path.stat().st_mtime]
-    for file, stat in zip(files, stats, strict=True):
-        if file.name != ".lock":
-            times.append(max(stat.st_mtime, stat.st_atime))
+    times = [
+        max(stat.st_mtime, stat.st_atime)
+        for file, stat in zip(files, stats, strict=True)
+        if file.name != ".lock"
+    ]
 
     # Of a file that several stages share by hard links, each has its part.
     size_bytes = sum(stat.st_size // stat.st_nlink for stat in stats)
-    return CacheEntry(path, state, size_bytes, max(times[1:] or times))
+    return CacheEntry(path, state, size_bytes, max(times or [path.stat().st_mtime]))

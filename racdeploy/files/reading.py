@@ -224,10 +224,8 @@ def artifact_errors(subject: object, remedy: str = _COPY_AGAIN) -> Iterator[None
     except BaseException as error:
         reason = " ".join(str(error).split())[:_SHOWN_CHARACTERS]
         kind = type(error).__name__
-        if reason:
-            message = f"{subject} is damaged: {kind}: {reason}"
-        else:
-            message = f"{subject} is damaged: {kind}"
+        cause = f"{kind}: {reason}" if reason else kind
+        message = f"{subject} is damaged: {cause}"
         raise ArtifactError("damaged-file", message, remedy=remedy) from error
 
 

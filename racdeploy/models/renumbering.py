@@ -138,10 +138,9 @@ def _renumber_ids(value: Any, ids: NewIds) -> Any:
         if key == "added_tokens_decoder":
             kept = [old for old in inside if int(old) in ids]
             changed[key] = {str(ids[int(old)]): inside[old] for old in kept}
-        elif key.endswith(_ID_KEYS):
-            changed[key] = _replace(inside, ids)
         else:
-            changed[key] = _renumber_ids(inside, ids)
+            renumber = _replace if key.endswith(_ID_KEYS) else _renumber_ids
+            changed[key] = renumber(inside, ids)
 
     return changed
 

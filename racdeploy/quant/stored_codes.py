@@ -21,6 +21,7 @@ from racdeploy.errors import ModelError
 from racdeploy.quant import load_grid
 from racdeploy.quant.grid import Bytes, Floats, GridCodes, pack_halves
 from racdeploy.tensors.safetensors import (
+    BYTE_DTYPE,
     PackedEntry,
     RowIndices,
     TensorEntry,
@@ -62,6 +63,8 @@ class CodedWeight(PackedEntry):
         code_OP = values["code_OI"]
         if code_OP.shape != self.shape:  # two in a byte
             values["code_OI"] = np.concatenate([code_OP & 15, code_OP >> 4], axis=1)
+        if values["code_OI"].max(initial=0) >= len(load_grid(self.quant).values):
+            raise _damage(f"{self.file} has codes that {self.quant} lacks")
         return GridCodes(**values)
 
 
@@ -97,15 +100,34 @@ def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     for head, fields in coded.items():
         try:
             weight, quant = head.split("|")
-            code, scale = fields["code_OI"], fields["scale_OX"]
+            grid, code, scale = load_grid(quant), fields["code_OI"], fields["scale_OX"]
             O, X = scale.shape
-            shape = O, X * load_grid(quant).block_size
+            I = X * grid.block_size
+            shape, group_shape = (O, I), (O, I // grid.group_size)
+            codes_per_byte = 1 + (len(grid.values) <= 16)
+            expected = {"code_OI": (O, I // codes_per_byte), "scale_OX": scale.shape}
+            if grid.step_codes:
+                expected["step_code_OG"] = group_shape
+            if grid.minimum_codes:
+                expected |= {"minimum_code_OG": group_shape, "minimum_scale_OX": scale.shape}
+            found = {
+                name: part.shape if (part.dtype == BYTE_DTYPE) == ("code" in name) else ()
+                for name, part in fields.items()
+            }
+            if found.pop("weight_OI", shape) != shape or found != expected:
+                raise ValueError
         except (AttributeError, KeyError, ValueError) as error:
-            reason = f"the model is damaged: {head!r} are no codes of a number format"
-            raise ModelError("damaged-codes", reason, remedy="copy or build it again") from error
-        place = code.file, code.start, code.stop, "F32", shape
-        weights[weight] = CodedWeight(*place, (*fields.values(),), quant, fields)
+            raise _damage(f"{head!r} are no codes of a number format") from error
+        weights[weight] = CodedWeight(
+            code.file, code.start, code.stop, "F32", shape, tuple(fields.values()), quant, fields
+        )
     return dict(sorted(weights.items()))
+
+
+def _damage(what: str) -> ModelError:
+    return ModelError(
+        "damaged-codes", f"the model is damaged: {what}", remedy="copy or build it again"
+    )
 
 
 def write_model(

@@ -78,7 +78,7 @@ class Conversation:
         context_tokens = self.model.context_tokens
         new_tokens = options.get("max_new_tokens") or self.model.manifest.generation.max_new_tokens
         room = min(new_tokens, context_tokens // 2)
-        question = _make_message("user", text)
+        question = {"role": "user", "content": text}
 
         dropped = self.dropped
         while dropped < len(self.turns):
@@ -130,15 +130,13 @@ class Conversation:
 
     def _messages(self, first: int) -> list[dict[str, str]]:
         """Return the system message and the turns from ``first`` on that have an answer."""
-        messages = [_make_message("system", self.system)] if self.system else []
+        messages = [{"role": "system", "content": self.system}] if self.system else []
 
         for turn in self.turns[first:]:
             if turn.result.answer:
-                messages.append(_make_message("user", turn.question))
-                messages.append(_make_message("assistant", turn.result.answer))
+                messages += [
+                    {"role": "user", "content": turn.question},
+                    {"role": "assistant", "content": turn.result.answer},
+                ]
 
         return messages
-
-
-def _make_message(role: Literal["system", "user", "assistant"], content: str) -> dict[str, str]:
-    return {"role": role, "content": content}

@@ -53,10 +53,8 @@ def _carry_out(operations: Operations, request: Header) -> Header:
     except MemoryError:
         return {"failed": "it needed more memory than its process may use"}
     except BaseException as error:  # noqa: BLE001 - a native panic is no Exception
-        if str(error):
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            reason = type(error).__name__
+        kind = type(error).__name__
+        reason = f"{kind}: {error}" if str(error) else kind
         return {"failed": reason[:_MAX_REASON_CHARACTERS]}
     finally:
         limit_cpu_time(0)

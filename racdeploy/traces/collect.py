@@ -111,11 +111,16 @@ def _make_trace(
 
 def make_prompt_traces(encoder: PromptEncoder, problems: Sequence[Problem]) -> list[Trace]:
     """Return traces without completions, for calibration on prompts alone."""
-    traces = []
-    for index, problem in enumerate(problems):
-        ids = tuple(encoder.encode(problem.question))
-        traces.append(Trace(index, problem.task, problem.question, problem.gold, ids))
-    return traces
+    return [
+        Trace(
+            index,
+            problem.task,
+            problem.question,
+            problem.gold,
+            tuple(encoder.encode(problem.question)),
+        )
+        for index, problem in enumerate(problems)
+    ]
 
 
 def summarize_traces(

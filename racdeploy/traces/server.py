@@ -127,12 +127,8 @@ def _answer(
 
     engine.complete(missing, keep)
 
-    answers = []
-    for shard in shards:
-        logged = [_find_logged(log, request) for request in shard]
-        answers.append([completion for completion in logged if completion])
-
-    return answers
+    logged = ((_find_logged(log, request) for request in shard) for shard in shards)
+    return [[completion for completion in answers if completion] for answers in logged]
 
 
 def _find_logged(log: CompletionLog, request: CompletionRequest) -> Completion | None:

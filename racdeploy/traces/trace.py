@@ -79,10 +79,7 @@ class TraceSet:
         Raises:
             ArtifactError: a shard is damaged.
         """
-        traces = []
-        for file in self._shards():
-            traces += self.read_shard(file)
-        return traces
+        return [trace for file in self._shards() for trace in self.read_shard(file)]
 
     def count(self) -> int:
         """Return the number of traces so far."""

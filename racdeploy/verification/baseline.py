@@ -120,13 +120,12 @@ class Baseline:
         known = {(r.question, r.gold, r.sample): r for r in self.dense}
 
         # Matched by text: a smaller tier asks some of the bundle's problems, in another order.
-        records = []
-        for index, problem in enumerate(problems):
-            for sample in range(settings.samples):
-                record = known.get((problem.question, problem.gold, sample))
-                if record is not None:
-                    records.append(record.model_copy(update={"prompt": index}))
-
+        records = [
+            record.model_copy(update={"prompt": index})
+            for index, problem in enumerate(problems)
+            for sample in range(settings.samples)
+            if (record := known.get((problem.question, problem.gold, sample)))
+        ]
         wanted = len(problems) * settings.samples
         if len(records) < wanted:
             raise UsageError(
@@ -139,12 +138,12 @@ class Baseline:
         return tuple(records)
 
     def _check_decoding(self, settings: Verification) -> None:
-        changed = []
-        for name in DECODING_SETTINGS:
-            built, wanted = getattr(self.recipe.verify, name), getattr(settings, name)
-            if built != wanted:
-                changed.append(f"{name} {built}, not {wanted}")
-
+        built = self.recipe.verify
+        changed = [
+            f"{name} {getattr(built, name)}, not {getattr(settings, name)}"
+            for name in DECODING_SETTINGS
+            if getattr(built, name) != getattr(settings, name)
+        ]
         if changed:
             raise UsageError(
                 "dense-settings-differ",
@@ -155,10 +154,10 @@ class Baseline:
 
 def compare_fingerprints(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two fingerprints that may change answers, as ``A 1, now 2``."""
-    changes = []
-    for before, after in (recorded, now), (recorded.get("engine", {}), now.get("engine", {})):
-        for name in sorted({*before, *after} - _IGNORED_KEYS):
-            if before.get(name) != after.get(name):
-                changes.append(f"{name} {before.get(name)}, now {after.get(name)}")
-
-    return changes
+    pairs = (recorded, now), (recorded.get("engine", {}), now.get("engine", {}))
+    return [
+        f"{name} {before.get(name)}, now {after.get(name)}"
+        for before, after in pairs
+        for name in sorted({*before, *after} - _IGNORED_KEYS)
+        if before.get(name) != after.get(name)
+    ]

@@ -60,13 +60,16 @@ def probe_prompts(
     inside = encoder.with_template(source) if isinstance(source, str) else None
     lead = tuple(encoder.encode_text(encoder.lead))
 
-    probes = []
-    for question, ids in itertools.islice(expected.items(), MAX_PROMPTS):
-        rendered = tuple(encoder.encode(question))
-        artifact = None if inside is None else tuple(inside.encode(question))
-        probes.append(PromptProbe(question, tuple(ids), rendered, artifact, lead))
-
-    return tuple(probes)
+    return tuple(
+        PromptProbe(
+            question,
+            tuple(ids),
+            tuple(encoder.encode(question)),
+            None if inside is None else tuple(inside.encode(question)),
+            lead,
+        )
+        for question, ids in itertools.islice(expected.items(), MAX_PROMPTS)
+    )
 
 
 def read_stop_ids(

@@ -92,13 +92,16 @@ def _count_by_task(evidence: Evidence) -> tuple[TaskRow, ...]:
     dense = Counter(record.task for record in evidence.dense.records if record.correct)
     pruned = Counter(record.task for record in evidence.pruned.records if record.correct)
 
-    rows = []
-    for task, prompts in prompt_counts.items():
-        right = {"dense_correct": dense[task], "pruned_correct": pruned[task]}
-        row = TaskRow(task=task, protocol=find_protocol(task), prompts=prompts, **right)
-        rows.append(row)
-
-    return tuple(rows)
+    return tuple(
+        TaskRow(
+            task=task,
+            protocol=find_protocol(task),
+            prompts=prompts,
+            dense_correct=dense[task],
+            pruned_correct=pruned[task],
+        )
+        for task, prompts in prompt_counts.items()
+    )
 
 
 def _compare_arms(evidence: Evidence, checks: Mapping[str, CheckResult]) -> Comparison:

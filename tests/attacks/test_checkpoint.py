@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +13,22 @@ from safetensors.numpy import load_file, save_file
 
 from racdeploy.exporting.gguf.vocabulary import _fill_gaps
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE
-from racdeploy.tensors.safetensors import TensorEntry
+from racdeploy.quant.stored_codes import CODED_FILE, UNCODED_FILE, join_codes
+from racdeploy.tensors.safetensors import TensorEntry, read_tensor_entries
 from tests.support.commands import racdeploy
 from tests.support.errors import raises
 from tests.support.tiny_models import edit_json, make_checkpoint
 
 
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is made before a test is measured: the first one imports transformers."""
+    return make_checkpoint(tmp_path_factory.mktemp("made") / "model", "qwen3", dtype="float32")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", "qwen3", dtype="float32")
+def folder(healthy: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(healthy, tmp_path / "model")
 
 
 def test_reads_what_safetensors_reads(folder: Path) -> None:
@@ -86,6 +93,55 @@ def test_damaged_codes_are_a_model_error(folder: Path, names: tuple[str, ...]) -
     save_file({}, folder / UNCODED_FILE)
     with raises("damaged-codes", "build it again"):
         _ = Checkpoint(folder).entries
+
+
+_CODED = {
+    "w|q3_k|code_OI": np.zeros((2, 128), np.uint8),
+    "w|q3_k|scale_OX": np.zeros((2, 1), np.float16),
+    "w|q3_k|step_code_OG": np.zeros((2, 16), np.uint8),
+    "w|q3_k|weight_OI": np.zeros((2, 256), np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_OI": np.zeros((2, 256), np.uint8)},
+        {"code_OI": np.zeros((1, 128), np.uint8)},
+        {"code_OI": np.zeros((2, 128), np.float32)},
+        {"scale_OX": np.zeros((2, 1), np.uint8)},
+        {"scale_OX": np.zeros(2, np.float16)},
+        {"step_code_OG": np.zeros((1, 16), np.uint8)},
+        {"step_code_OG": np.zeros((2, 16), np.float16)},
+        {"weight_OI": np.zeros((2, 128), np.float32)},
+        {"weight_OI": np.zeros((2, 256), np.uint8)},
+        {"minimum_code_OG": np.zeros((2, 16), np.uint8)},
+        {"zero_point": np.zeros((2, 16), np.uint8)},
+        {"step_code_OG": None},
+    ],
+    ids=str,
+)
+def test_fields_of_other_shapes_are_a_model_error(tmp_path: Path, change: dict) -> None:
+    """Or a name that the format lacks, or bytes in place of numbers."""
+    changed = _CODED | {f"w|q3_k|{name}": values for name, values in change.items()}
+    file = tmp_path / CODED_FILE
+    save_file(_CODED, file)
+    assert join_codes(read_tensor_entries(file))["w"].read().shape == (2, 256)
+
+    save_file({name: values for name, values in changed.items() if values is not None}, file)
+    with raises("damaged-codes", "'w|q3_k'"):
+        join_codes(read_tensor_entries(file))
+
+
+def test_a_code_that_the_format_lacks_is_a_model_error(tmp_path: Path) -> None:
+    """Q3_K has 8 values, of which two codes lie in a byte."""
+    file = tmp_path / CODED_FILE
+    fields = {name: values for name, values in _CODED.items() if "weight_OI" not in name}
+    save_file(fields | {"w|q3_k|code_OI": np.full((2, 128), 0x80, np.uint8)}, file)
+    stored = join_codes(read_tensor_entries(file))["w"]
+    for read in (stored.read, stored.read_packed):
+        with raises("damaged-codes", "codes that q3_k lacks"):
+            read()
 
 
 @pytest.mark.parametrize("left_bytes", [0, 60])

@@ -96,12 +96,12 @@ def _choose(remote: HubRepository, quant: str) -> str:
             remedy=f"hf download {remote.name} --local-dir DIR gets its files",
         )
 
-    fitting = []
-    for name, manifest in manifests.items():
-        # An empty --quant matches every bundle, so a single bundle needs no choice.
-        names = {"", name.lower(), *(entry.quant for entry in manifest.artifacts)}
-        if quant.lower() in names:
-            fitting.append(name)
+    # An empty --quant matches every bundle, so a single bundle needs no choice.
+    fitting = [
+        name
+        for name, manifest in manifests.items()
+        if quant.lower() in {"", name.lower(), *(entry.quant for entry in manifest.artifacts)}
+    ]
     if len(fitting) == 1:
         return fitting[0]
 

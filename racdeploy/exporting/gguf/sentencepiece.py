@@ -157,10 +157,11 @@ def read_scores(
 
     # Without tokenizer.model, the order of the merges gives the scores.
     made = [left + right for left, right in merges]
-    if model.is_file():
-        scores = _read_stored_scores(model, vocab, added)
-    else:
-        scores = dict.fromkeys(vocab, 0.0) | score_by_rank(made)
+    scores = (
+        _read_stored_scores(model, vocab, added)
+        if model.is_file()
+        else dict.fromkeys(vocab, 0.0) | score_by_rank(made)
+    )
 
     wrong = _find_wrong_join(vocab, set(merges), texts)
     wrong = wrong or _find_wrong_order([(piece, scores[piece]) for piece in made], texts)

@@ -90,10 +90,8 @@ def check_folding(file: Path, expected: Mapping[str, str]) -> None:
 
         initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         for name, sha256 in expected.items():
-            if name in initializers:
-                folded = read_array(initializers[name], optimized.parent)
-            else:
-                folded = np.zeros(0)
+            is_kept = name in initializers
+            folded = read_array(initializers[name], optimized.parent) if is_kept else np.zeros(0)
             if hashlib.sha256(np.ascontiguousarray(folded).data).hexdigest() != sha256:
                 raise EngineError(
                     "packed-weights-differ",

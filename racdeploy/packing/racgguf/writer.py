@@ -139,8 +139,8 @@ def _store(
     if reason:
         sink.seek(start)
         sink.truncate()
-        for piece in iter_tensor_bytes(tensor, source, _COPY_BYTES):
-            sink.write(piece.data)
+        pieces = iter_tensor_bytes(tensor, source, _COPY_BYTES)
+        sink.writelines(piece.data for piece in pieces)
 
     return PackedTensor(tensor.name, tensor.size_bytes, sink.tell() - start, reason)
 

@@ -143,15 +143,13 @@ def _list_steps(curve: Mapping[int, float]) -> list[tuple[float, int]]:
 
         hull.append(count)
 
-    steps = []
-    for above, below in itertools.pairwise(hull):
-        # Counts between two points of the hull are steps at the hull's price.
-        price = _price(curve, above, below)
-        for count in counts:
-            if below <= count < above:
-                steps.append((price, count))
-
-    return steps
+    # Counts between two points of the hull are steps at the hull's price.
+    return [
+        (_price(curve, above, below), count)
+        for above, below in itertools.pairwise(hull)
+        for count in counts
+        if below <= count < above
+    ]
 
 
 def _price(curve: Mapping[int, float], above: int, below: int) -> float:
