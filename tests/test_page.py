@@ -6,11 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.page import ROOT, Page, measure, source_files
+from tests.support.page import (
+    ARGUMENTS,
+    CONDITIONAL,
+    MAX_LINES,
+    NESTED,
+    ROOT,
+    RULES,
+    DensePlace,
+    Page,
+    find_dense_places,
+    measure,
+    source_files,
+)
 
-MAX_LINES_OF_A_BODY = 50
-MAX_NODES_A_LINE = 8.95
+MAX_NODES_A_LINE = 8.68
 """The aim is 8.5; this only goes down."""
+MAX_LONG_BODIES = 12
+MAX_DENSE_PLACES = {NESTED: 25, CONDITIONAL: 38, ARGUMENTS: 169}
+"""How often the rules are still broken. The aim is never; these only go down."""
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +32,33 @@ def page() -> Page:
     return measure(source_files(ROOT / "racdeploy"))
 
 
+@pytest.fixture(scope="module")
+def dense_places() -> list[DensePlace]:
+    return find_dense_places(source_files(ROOT / "racdeploy"))
+
+
 def test_steps_are_parted(page: Page) -> None:
     """Long functions have a blank line between their steps, or at least a reason beside them."""
-    assert page.without_blank_line <= 0.15
-    assert page.without_blank_line_or_comment <= 0.10
+    assert page.without_blank_line <= 0.12
+    assert page.without_blank_line_or_comment <= 0.08
 
 
 def test_no_body_is_longer_than_a_screen(page: Page) -> None:
     """What is longer has more than one thing to do."""
-    long = [each.place for each in page.functions if len(each.lines) > MAX_LINES_OF_A_BODY]
-    assert long == []
+    long = [function.place for function in page.functions if len(function.lines) > MAX_LINES]
+    assert len(long) <= MAX_LONG_BODIES, "\n".join(long)
 
 
 def test_the_page_gets_no_denser(page: Page) -> None:
     """Syntax nodes a body line."""
     assert page.nodes_per_line <= MAX_NODES_A_LINE
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_new_place_is_dense(dense_places: list[DensePlace], rule: str) -> None:
+    """What needs a loop has one, and an argument far from its parameter has a name."""
+    places = [dense.place for dense in dense_places if dense.rule == rule]
+    assert len(places) <= MAX_DENSE_PLACES[rule], "\n".join(places)
 
 
 def test_the_measure_notices_a_dense_page(tmp_path: Path) -> None:
@@ -44,4 +70,34 @@ def test_the_measure_notices_a_dense_page(tmp_path: Path) -> None:
     spoiled = measure([file])
     assert 1.0 == spoiled.without_blank_line == spoiled.without_blank_line_or_comment
     assert spoiled.nodes_per_line > MAX_NODES_A_LINE
-    assert len(spoiled.functions[0].lines) > MAX_LINES_OF_A_BODY
+    assert len(spoiled.functions[0].lines) > MAX_LINES
+
+
+@pytest.mark.parametrize(
+    ("source", "rules"),
+    [
+        ("[x for row in rows for x in row]", []),
+        ("[[x for x in row] for row in rows]", [NESTED]),
+        ("{max(row[k] for row in rows): k for k in names}", [NESTED]),
+        ("sum(x for x in [y + 1 for y in ys])", [NESTED]),
+        ("[lambda: [x for x in row] for row in rows]", [NESTED]),
+        ("[x for x in (xs if ready else [])]", [CONDITIONAL]),
+        (
+            "[x if x else [y for y in x if (y if x else 0)] for x in xs]",
+            [CONDITIONAL] * 2 + [NESTED],
+        ),
+        ("xs if ready else [x for x in ys]", []),
+        ("f(1, 2, 3, 4, name=5)", []),
+        ("f(1, 2, 3, *rest)", []),
+        ("f(1, 2, 3, 4, 5)", [ARGUMENTS]),
+        ("f(1, 2, 3, 4, *rest)", [ARGUMENTS]),
+        ("grid.pack(1, 2, 3, 4, 5)", [ARGUMENTS]),
+        ("g(struct.pack('<4I', 1, 2, 3, 4))", []),
+        ("library().prctl(1, 2, 3, 4, 5)", []),
+        ("llama_cpp.llama_tokenize(1, 2, 3, 4, 5)", []),
+    ],
+)
+def test_a_dense_expression_is_found(tmp_path: Path, source: str, rules: list[str]) -> None:
+    file = tmp_path / "dense.py"
+    file.write_text(source)
+    assert sorted(rules) == sorted(dense.rule for dense in find_dense_places([file]))

@@ -3,6 +3,10 @@
 A body is what follows a function's docstring, to its last line, blank lines and comments included.
 Syntax nodes are those that ``ast.walk`` visits in the body, counted in functions of at least
 ``DENSITY_FROM`` lines: a function of one expression is as dense as its expression.
+
+``RULES`` are about single places: no comprehension inside a comprehension, where one with several
+``for`` is a flat product; no conditional expression inside one; at most ``MAX_ARGUMENTS``
+positional arguments at a call. C functions have no names for theirs: see ``_is_c_function``.
 """
 
 from __future__ import annotations
@@ -16,7 +20,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LONG = 15
 """Body lines from which a function needs a blank line between its steps."""
+MAX_LINES = 45
+"""Body lines of a function."""
 DENSITY_FROM = 8
+MAX_ARGUMENTS = 4
+"""Positional arguments of a call; a starred one counts once."""
+
+NESTED = "comprehension inside a comprehension"
+CONDITIONAL = "conditional expression inside a comprehension"
+ARGUMENTS = f"more than {MAX_ARGUMENTS} positional arguments"
+RULES = (NESTED, CONDITIONAL, ARGUMENTS)
+
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_C_FUNCTIONS = {"struct.pack", "struct.pack_into", "zlib.compressobj"}
+_SYSTEM_CALLS = {"prctl", "syscall", "system_call"}
+_C_PREFIXES = ("ggml_", "llama_")
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,55 @@ def measure(files: list[Path]) -> Page:
     return Page(tuple(functions), nonblank)
 
 
+@dataclass(frozen=True)
+class DensePlace:
+    """An expression that breaks a rule.
+
+    Args:
+        rule: one of ``RULES``.
+        place: file and line.
+    """
+
+    rule: str
+    place: str
+
+
+def find_dense_places(files: list[Path]) -> list[DensePlace]:
+    """Return the expressions of Python files that break one of ``RULES``."""
+    dense = []
+    for file in files:
+        if file.suffix != ".py":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for rule, line in _find_dense_lines(tree, is_in_comprehension=False):
+            dense.append(DensePlace(rule, f"{file}:{line}"))
+
+    return dense
+
+
+def _find_dense_lines(tree: ast.AST, *, is_in_comprehension: bool) -> Iterator[tuple[str, int]]:
+    """Yield rule and line of each expression below a node that breaks a rule."""
+    for node in ast.iter_child_nodes(tree):
+        is_comprehension = isinstance(node, _COMPREHENSIONS)
+        if is_in_comprehension and is_comprehension:
+            yield NESTED, node.lineno
+        if is_in_comprehension and isinstance(node, ast.IfExp):
+            yield CONDITIONAL, node.lineno
+        is_long_call = isinstance(node, ast.Call) and len(node.args) > MAX_ARGUMENTS
+        if is_long_call and not _is_c_function(node.func):
+            yield ARGUMENTS, node.lineno
+
+        is_inside = is_in_comprehension or is_comprehension
+        yield from _find_dense_lines(node, is_in_comprehension=is_inside)
+
+
+def _is_c_function(function: ast.expr) -> bool:
+    """Tell from its name whether a function is C's: of Python, the system, ggml or llama.cpp."""
+    name = ast.unparse(function)
+    last = name.rpartition(".")[2]
+    return name in _C_FUNCTIONS or last in _SYSTEM_CALLS or last.startswith(_C_PREFIXES)
+
+
 def source_files(place: Path) -> list[Path]:
     """Return the Python and C++ files below a folder, or the file itself."""
     if place.is_file():
@@ -113,9 +180,11 @@ def _share(whole: list[Function], part: list[Function]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the figures, then the functions that miss a bar."""
+    """Print the figures, then the places that break a rule, and the functions that miss a bar."""
     places = [Path(argument) for argument in arguments] or [ROOT / "racdeploy"]
-    page = measure([file for place in places for file in source_files(place)])
+    files = [file for place in places for file in source_files(place)]
+    page = measure(files)
+    dense_places = find_dense_places(files)
 
     print(f"non-blank lines               {page.nonblank_lines:,}")
     print(f"functions of {LONG} lines and more {len(page.long)}")
@@ -123,9 +192,14 @@ def main(arguments: list[str]) -> None:
     print(f"  without it and a comment    {page.without_blank_line_or_comment:.1%}")
     print(f"syntax nodes a line           {page.nodes_per_line:.2f}")
 
+    for rule in RULES:
+        print(f"{rule}: {sum(place.rule == rule for place in dense_places)}")
+
+    for place in dense_places:
+        print(f"  {place.place}: {place.rule}")
     for function in page.functions:
         length, dense = len(function.lines), function.nodes / len(function.lines)
-        if length > 50 or (length >= LONG and not function.breathes) or dense > 16:
+        if length > MAX_LINES or (length >= LONG and not function.breathes) or dense > 16:
             print(f"  {function.place}: {length} lines, {dense:.1f} nodes a line")
 
 
