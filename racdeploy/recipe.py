@@ -350,9 +350,10 @@ class Recovery(_Section):
             return self
         if "blockwise" in self.methods:
             raise ValueError("'blockwise' sees one block, shorten needs 'full' or 'scales'")
-        if self.objective == "distill":
-            raise ValueError("objective 'distill' changes no length: choose another one")
-        if self.samples < 2 and self.objective != "concise":
+        objective = plugins.load("objectives", self.objective).OBJECTIVE
+        if objective.purpose != "shorten":
+            raise ValueError(f"objective {self.objective!r} changes no length: choose another one")
+        if self.samples < objective.min_samples:
             raise ValueError(f"objective {self.objective!r} compares answers: raise samples")
         return self
 

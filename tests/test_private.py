@@ -25,7 +25,7 @@ MEMBERS: dict[str, tuple[set[str], ...]] = {
     "structures": ({"SCOPE", "SIZE_LETTER", "layout", "check"},),
     "criteria": ({"USES_TRACES", "remove_units"},),
     "recover_methods": ({"peak_bytes", "recover"},),
-    "objectives": ({"choose_examples"},),
+    "objectives": ({"OBJECTIVE"},),
     "prune_methods": ({"prune"},),
     "allocations": ({"NEEDS_SURVEY", "allocate"},),
     "formats": ({"BACKEND", "export", "measure"},),

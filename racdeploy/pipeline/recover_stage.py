@@ -328,7 +328,8 @@ class RecoverStage:
         phase: Phase = arguments["phase"]
         training_run = self.training_run(folder, name, arguments)
         processes.set_threads(self.workspace.threads)
-        if phase.is_on_policy and phase.objective == "distill":
+        objective = recovery.load_objective(phase.objective)
+        if phase.is_on_policy and objective.purpose == "recover":
             training_run = truncate_own_answers(training_run)
 
         if not training_run.train_traces:

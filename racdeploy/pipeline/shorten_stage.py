@@ -97,11 +97,12 @@ class ShortenStage:
         settings = self.teacher.settings
         held_out, train = state.answers[:held], state.answers[held:]
         shared = self.teacher.share_arguments(state.folder, train, held_out)
-        if settings.objective == "concise":
+        objective = recovery.load_objective(settings.objective)
+        if objective.needs_brief_prompts:
             shared["brief_prompts"] = self._write_brief_prompts(state.answers)
 
         answers = group_answers(train, shared["brief_prompts"])
-        examples = recovery.load_objective(settings.objective).choose_examples(answers)
+        examples = objective.choose_examples(answers)
         if all(example.is_distilled for example in examples):
             note = f"shorten: round {number} found no prompt with a shorter right answer"
             return replace(state, notes=(*state.notes, note))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from racdeploy import plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable
 
     from racdeploy.recovery.examples import Answers, Example
     from racdeploy.recovery.training_run import LogRow, TrainingRun
@@ -26,18 +27,38 @@ class RecoverMethod(Protocol):
     def recover(self, run: TrainingRun) -> list[LogRow]: ...
 
 
-class Objective(Protocol):
-    """Interface of an objective's module: what a student learns from a model's answers.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Objective of a training: what a student learns from a model's answers, and what it needs.
 
-    ``choose_examples`` returns what is learned, and what is held still.
+    Args:
+        choose: returns what is learned from the answers to one prompt, or what is held still.
+        purpose: ``recover`` repairs a pruned model, whose own answers are learned only as long as
+            they stay near the dense model's; ``shorten`` teaches an intact model to think less.
+        min_samples: answers to a prompt that it compares; 1 if it compares none.
+        needs_brief_prompts: True if the dense model is told to be brief.
+        held_out_figure: its loss on held-out data, in words.
+        learning_rate_scale: peak learning rate of a model of width 1 and depth 1. An intact model
+            that learns from its own answers has nothing to repair: at a quarter of a pruned one's
+            rate it lost 98 answers in 100.
     """
 
-    def choose_examples(self, answers: Sequence[Answers]) -> list[Example]: ...
+    choose: Callable[[Answers], list[Example]]
+    purpose: Literal["recover", "shorten"] = "shorten"
+    min_samples: int = 1
+    needs_brief_prompts: bool = False
+    held_out_figure: str = "loss on held-out answers"
+    learning_rate_scale: float = 0.1
+
+    def choose_examples(self, answers: Iterable[Answers]) -> list[Example]:
+        """Return what is learned from the answers to each prompt, and what is held still."""
+        return [example for each in answers for example in self.choose(each)]
 
 
 def load_objective(name: str) -> Objective:
     """Import the objective of that name; see :func:`racdeploy.plugins.load`."""
-    return cast(Objective, plugins.load("objectives", name))
+    objective: Objective = plugins.load("objectives", name).OBJECTIVE
+    return objective
 
 
 def load(name: str) -> RecoverMethod:

@@ -277,9 +277,8 @@ class _Training:
 
         learned = f"loss {loss:.3g}, " if loss is not None else ""
         on_text = f", on your text {text_kl:.3g}" if text_kl is not None else ""
-        objective = self.training_run.objective
-        figure = "KL on held-out traces" if objective == "distill" else "loss on held-out answers"
-        held_out = f"{figure} {divergence:.3g} nats"
+        objective = load_objective(self.training_run.objective)
+        held_out = f"{objective.held_out_figure} {divergence:.3g} nats"
         self.watch.show(done.tokens, f"{learned}{held_out}{on_text}")
 
         if not math.isfinite(divergence):

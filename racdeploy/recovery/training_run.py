@@ -23,6 +23,7 @@ from racdeploy.pruning.walk.assemble import assemble, read_block_entries
 from racdeploy.quant import DENSE_IMPORTANCE_FILE, IMPORTANCE_FILE, load_grid
 from racdeploy.quant.stored_codes import name_arrays, rescale
 from racdeploy.recipe import Recovery
+from racdeploy.recovery import load_objective
 from racdeploy.recovery.divergence import Direction
 from racdeploy.recovery.state import write_tensors
 from racdeploy.traces.trace import Trace
@@ -100,11 +101,10 @@ class TrainingRun:
 
         It falls with the width, and with the depth, since a change in one block shifts the inputs
         of the next. The constant was measured at 4 blocks of width 256 and at 30 of 576; training
-        halves a rate that turns out too high. An intact model that learns from its own answers
-        has nothing to repair: at a quarter of a pruned one's rate it lost 98 answers in 100.
+        halves a rate that turns out too high.
         """
         width = self.sparse.shape.hidden_size
-        scale = 1.6 if self.objective == "distill" else 0.1
+        scale = load_objective(self.objective).learning_rate_scale
         return self.settings.learning_rate or scale / (width * max(depth, 4))
 
     @property
@@ -120,8 +120,8 @@ class TrainingRun:
     def report_progress(self, done: int) -> None:
         """Report the number of tokens that were trained on."""
         if self.progress:
-            label = "recover" if self.objective == "distill" else "shorten"
-            self.progress(label, min(done, self.tokens), self.tokens, done)
+            purpose = load_objective(self.objective).purpose
+            self.progress(purpose, min(done, self.tokens), self.tokens, done)
 
     def to_stored_dtype(self, name: str, value: Tensor) -> Tensor:
         """Return a weight in the checkpoint's dtype; assert that its zeros are still zero."""

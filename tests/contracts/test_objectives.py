@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 
 from racdeploy import plugins, recovery
+from racdeploy.recipe import Recovery
 from racdeploy.recovery.examples import Example, group_answers
 from tests.support.tiny_traces import make_trace
 
@@ -36,6 +38,22 @@ def test_every_example_is_an_own_answer(name: str) -> None:
         assert {*example.traces} <= {*EASY, *HARD}
         assert len({trace.prompt_ids for trace in example.traces}) == 1
     assert {example.traces[0].prompt_ids for example in examples} == {*BRIEF}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_gives_an_objective_what_it_needs(name: str) -> None:
+    """An objective that shortens gets its samples; others are refused, whatever their names."""
+    objective = recovery.load_objective(name)
+    settings = {"shorten": True, "objective": name}
+    if objective.purpose == "recover":
+        with pytest.raises(ValidationError, match="changes no length"):
+            Recovery.model_validate(settings)
+        return
+
+    Recovery.model_validate(settings | {"samples": objective.min_samples})
+    if objective.min_samples > 1:
+        with pytest.raises(ValidationError, match="raise samples"):
+            Recovery.model_validate(settings | {"samples": objective.min_samples - 1})
 
 
 @pytest.mark.parametrize("name", ["shortest", "preference"])

@@ -5,11 +5,13 @@ Source: CRISP, reverse KL on own answers (arXiv 2603.05433).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from racdeploy.recovery import Objective
 from racdeploy.recovery.examples import Answers, Example
 
 
-def choose_examples(answers: Sequence[Answers]) -> list[Example]:
-    """Return an answer to each prompt, with the brief prompt for the dense model."""
-    return [Example(each.all[:1], teacher_prompt_ids=each.brief_prompt_ids) for each in answers]
+def _choose(answers: Answers) -> list[Example]:
+    """Return an answer, with the brief prompt for the dense model."""
+    return [Example(answers.all[:1], teacher_prompt_ids=answers.brief_prompt_ids)]
+
+
+OBJECTIVE = Objective(choose=_choose, needs_brief_prompts=True)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from racdeploy.recovery import Objective
 from racdeploy.recovery.examples import Answers, Example
 
 
-def choose_examples(answers: Sequence[Answers]) -> list[Example]:
+def _choose(answers: Answers) -> list[Example]:
     """Return every answer."""
-    return [Example((trace,)) for each in answers for trace in each.all]
+    return [Example((trace,)) for trace in answers.all]
+
+
+OBJECTIVE = Objective(
+    choose=_choose,
+    purpose="recover",
+    held_out_figure="KL on held-out traces",
+    learning_rate_scale=1.6,
+)

@@ -5,14 +5,15 @@ Source: LCPO, Hong et al. 2025 (arXiv 2508.10164), the odds of the mean token pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from racdeploy.recovery import Objective
 from racdeploy.recovery.examples import Answers, Example
 
 
-def choose_examples(answers: Sequence[Answers]) -> list[Example]:
+def _choose(answers: Answers) -> list[Example]:
     """Return the shortest and the longest right answer, or an answer to distill."""
-    return [
-        Example((each.right[0], each.right[-1])) if each.can_shorten else Example(each.all[:1])
-        for each in answers
-    ]
+    if answers.can_shorten:
+        return [Example((answers.right[0], answers.right[-1]))]
+    return [Example(answers.all[:1])]
+
+
+OBJECTIVE = Objective(choose=_choose, min_samples=2)

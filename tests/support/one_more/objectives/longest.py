@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from racdeploy.recovery import Objective
 from racdeploy.recovery.examples import Answers, Example
 
 
-def choose_examples(answers: Sequence[Answers]) -> list[Example]:
+def _choose(answers: Answers) -> list[Example]:
     """Return it, or what is held still."""
-    return [
-        Example(each.right[-1:], learns_tokens=True) if each.can_shorten else Example(each.all[:1])
-        for each in answers
-    ]
+    if answers.can_shorten:
+        return [Example(answers.right[-1:], learns_tokens=True)]
+    return [Example(answers.all[:1])]
+
+
+OBJECTIVE = Objective(choose=_choose, min_samples=2)
