@@ -32,7 +32,10 @@ Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 def _check_base(base: Json) -> Json:
-    for key in ("model", "name", "revision", "license", "model_type"):
+    name = base.get("name")  # of the model in every report
+    if not isinstance(name, str) or not name:
+        raise ValueError("name is missing, or not a string")
+    for key in ("model", "revision", "license", "model_type"):
         if not isinstance(base.get(key), str | None):
             raise ValueError(f"{key} is not a string")
     if not isinstance(base.get("files", {}), dict):

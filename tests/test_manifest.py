@@ -164,6 +164,8 @@ def test_a_manifest_cannot_name_files_outside(bundle: Path, tmp_path: Path, path
         {"artifacts": []},
         {"surprise": 1},
         {"generation": {"temperature": "hot"}},
+        {"base": {"model": "a model without a name"}},
+        {"base": {"name": 7}},
     ],
 )
 def test_a_damaged_manifest_is_an_error(

@@ -25,7 +25,7 @@ def compare(
     from racdeploy.files.writing import make_parent, write_atomic
     from racdeploy.report import junit
     from racdeploy.report.comparison import make_comparison_table, write_card
-    from racdeploy.report.files import write_reports
+    from racdeploy.report.files import name_folders, write_reports
     from racdeploy.report.terminal import print_report, print_table
 
     if show_plan:
@@ -39,9 +39,9 @@ def compare(
     if junit_file:
         write_atomic(junit_file, junit.render(models[0].report))
     if reports:
-        for model in models:
-            name = model.report.model
-            write_reports(reports / name, model.report, model.records, name)
+        names = [model.report.model for model in models]
+        for model, name, folder in zip(models, names, name_folders(names), strict=True):
+            write_reports(reports / folder, model.report, model.records, name)
 
     found = [model.report for model in models]
     if json_output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,8 +25,36 @@ from racdeploy.results.report import Report
 PAGE = "report.html"
 _MAX_REPORT_BYTES = 64_000_000
 _MAX_RECORDS = 100_000
+_MAX_FOLDER_NAME = 100
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+"""Characters that a folder's name does without."""
 M = TypeVar("M", bound=BaseModel)
 _MAKE_AGAIN = "copy it again, whole, or make it again"
+
+
+def name_folders(names: Sequence[str]) -> list[str]:
+    """Return a folder for each name: one component of a path, and no two of them equal.
+
+    A name may be a stranger's, such as ``../../x``: no path is made of it as it is.
+    """
+    folders = [_UNSAFE.sub("-", name).strip(".-")[:_MAX_FOLDER_NAME] or "model" for name in names]
+    return number_repeats(folders)
+
+
+def number_repeats(names: Sequence[str]) -> list[str]:
+    """Return the names, the second of two equal ones with ``-2``; upper case does not count."""
+    distinct: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        number = 1
+        numbered = name
+        while numbered.casefold() in taken:
+            number += 1
+            numbered = f"{name}-{number}"
+
+        taken.add(numbered.casefold())
+        distinct.append(numbered)
+    return distinct
 
 
 def write_reports(

@@ -175,7 +175,7 @@ def _manifest(path: str, files: dict[str, str]) -> Manifest:
     )
     return Manifest(
         racdeploy_version="0",
-        base={},
+        base={"name": "tiny"},
         recipe={},
         traces={},
         pruning={},

@@ -127,7 +127,7 @@ def write_bundle(checkpoint: Path, files: dict[str, Path], backend: str) -> Path
     main = next(iter(files))
     manifest = Manifest(
         racdeploy_version="0",
-        base={},
+        base={"name": "tiny"},
         recipe={},
         traces={},
         pruning={},
