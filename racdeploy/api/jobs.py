@@ -170,12 +170,17 @@ def open_verification(options: Options) -> tuple[BundleVerification, tuple[str, 
 
 def open_comparison(options: Options) -> ModelComparison:
     """Return the comparison of candidates with a reference model, or with a recorded one."""
-    from racdeploy.verification.compare import ModelComparison
+    from racdeploy.verification.compare import (
+        ModelComparison,
+        check_named_once,
+        name_distinctly,
+    )
     from racdeploy.verification.gate import read_gate
     from racdeploy.verification.reference import REFERENCE_NAME, Reference, check_same_questions
 
     tasks = tuple(options["task"])
     sources = [str(source) for source in options["candidates"]]
+    check_named_once(sources)
     # Bonferroni's correction, before limits are widened for few prompts: a good file among many is
     # then not failed, or a bad one passed, more often than alone.
     gate = read_gate(as_path(options["gate"]))
@@ -185,12 +190,13 @@ def open_comparison(options: Options) -> ModelComparison:
     folder = Path(options["against"])
     if not (folder / REFERENCE_NAME).is_file():
         reference, *candidates = _find_models([str(options["against"]), *sources])
+        candidates = name_distinctly(candidates, sources)
         examiner = _open_examiner(options, tasks, (reference, *candidates), gate)
         return ModelComparison(reference, tuple(candidates), tasks, examiner)
 
     recorded = Reference.read(folder)
     check_same_questions(recorded, tasks)
-    candidates = _find_models(sources)
+    candidates = name_distinctly(_find_models(sources), sources)
     chosen = {**options, **dict(recorded.settings)}
     examiner = _open_examiner(chosen, recorded.tasks, candidates, gate, recorded.problems)
     return ModelComparison(recorded, tuple(candidates), recorded.tasks, examiner)

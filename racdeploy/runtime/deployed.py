@@ -60,6 +60,11 @@ class DeployedModel:
     def name(self) -> str:
         return str(self.manifest.base["name"])
 
+    def renamed(self, name: str) -> DeployedModel:
+        """Return the model under another name, for a report of several."""
+        manifest = self.manifest.model_copy(update={"base": {**self.manifest.base, "name": name}})
+        return replace(self, manifest=manifest)
+
     @property
     def tags(self) -> ThinkingTags | None:
         known = self.manifest.tokenizer

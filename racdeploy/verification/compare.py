@@ -8,13 +8,19 @@ tokens or end-of-sequence differ from the reference's, that is a finding of its 
 from __future__ import annotations
 
 import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
+from racdeploy.errors import UsageError
 from racdeploy.files.reading import Json
+from racdeploy.report.files import number_repeats
 from racdeploy.results.answers import AnswerRecord
 from racdeploy.results.report import COMPARED_ROLES, Report
-from racdeploy.runtime.deployed import DeployedModel
+from racdeploy.runtime.deployed import DeployedModel, is_url
 from racdeploy.verification.evidence import PromptProbe, StopIds
 from racdeploy.verification.examiner import Examiner
 from racdeploy.verification.measurements import MAX_PROMPTS, encode_probes, probe_tokens
@@ -28,6 +34,50 @@ _NOT_PRUNED = {
     "sparsity": "no zeros were asked for",
     "backends": "each candidate is compared by itself",
 }
+
+
+def name_distinctly(
+    models: Sequence[DeployedModel], sources: Sequence[str]
+) -> list[DeployedModel]:
+    """Return the models, those of one name renamed to the shortest ends of their paths that differ.
+
+    Args:
+        sources: of each model, as on the command line.
+    """
+    counts = Counter(model.name for model in models)
+    paths = [os.path.abspath(source) for source in sources]
+    names = []
+    for model, path in zip(models, paths, strict=True):
+        is_alone = counts[model.name] == 1
+        names.append(model.name if is_alone else _shorten_path(path, paths))
+
+    # A bundle's name is a stranger's, and may be that of another candidate's path.
+    distinct = number_repeats(names)
+    return [model.renamed(name) for model, name in zip(models, distinct, strict=True)]
+
+
+def check_named_once(sources: Sequence[str]) -> None:
+    """Raise UsageError for a candidate that is given twice, also by another path to it."""
+    given: dict[str, str] = {}
+    for source in sources:
+        place = source if is_url(source) else os.path.realpath(source)
+        if place in given:
+            raise UsageError(
+                "candidate-given-twice",
+                f"{given[place]} and {source} are the same candidate",
+                remedy="give each candidate once",
+            )
+        given[place] = source
+
+
+def _shorten_path(path: str, paths: Collection[str]) -> str:
+    """Return the shortest end of a path that no other one of the paths has."""
+    parts = Path(path).parts
+    for count in range(1, len(parts)):
+        end = parts[-count:]
+        if sum(Path(each).parts[-count:] == end for each in paths) == 1:
+            return "/".join(end)
+    return path
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,12 @@ def test_a_card_and_a_plan(files: Path, tmp_path: Path) -> None:
     plan = racdeploy("compare", *asked, "--plan", "--json")
     assert json.loads(plan.out)["candidates"] == ["q8_0.gguf"]
 
+    (tmp_path / "d2").mkdir()
+    other = shutil.copy(files / "q8_0.gguf", tmp_path / "d2")
+    plan = racdeploy("compare", other, *asked, "--plan", "--json")
+    folders = ("d2", files.name)
+    assert json.loads(plan.out)["candidates"] == [f"{name}/q8_0.gguf" for name in folders]
+
 
 def test_a_plain_file_runs_as_a_bundle_does(files: Path, tmp_path: Path) -> None:
     """Loaded, measured and served without a bundle; its answers are those of the bundle's file."""
