@@ -262,9 +262,13 @@ def _open_examiner(
         options["cache_type"],
         options["flash_attention"],
     )
-    drawn = problems or TaskSet.load(tasks, tasks).draw("evaluation", settings.seed, settings.count)
+    if not problems:
+        # Nothing calibrates here, so all questions of a file count.
+        asked = TaskSet.load_evaluation(tasks)
+        problems = asked.draw("evaluation", settings.seed, settings.count)
+    settings = settings.model_copy(update={"count": len(problems)})
     work, server = find_work(options), ServerOptions(options.get("server_key_env", ""))
-    return Examiner(drawn, settings, gate, work, engine, options.get("progress"), server)
+    return Examiner(problems, settings, gate, work, engine, options.get("progress"), server)
 
 
 def find_work(options: Options) -> Path:

@@ -66,11 +66,8 @@ class TaskSet:
             UsageError: a task is named twice, or no task has questions for calibration.
         """
         evaluation = tuple(evaluation) or list_procedural_tasks()
-
         for specs in (evaluation, calibration):
-            if len(set(specs)) < len(specs):
-                twice = f"a task is named twice: {', '.join(specs)}"
-                raise UsageError("task-named-twice", twice, remedy="name each task once")
+            _refuse_repeats(specs)
 
         evaluated = {spec: load(spec) for spec in evaluation}
         trained = [spec for spec in evaluated if evaluated[spec].has_calibration]
@@ -84,6 +81,17 @@ class TaskSet:
         if not calibrated:
             raise _refuse_untrained(evaluated[evaluation[0]])
         return cls(evaluated, calibrated)
+
+    @classmethod
+    def load_evaluation(cls, specs: Sequence[str]) -> TaskSet:
+        """Load tasks of which nothing calibrates: every question of a file is for evaluation.
+
+        Raises:
+            UsageError: a task is named twice.
+        """
+        specs = tuple(specs) or list_procedural_tasks()
+        _refuse_repeats(specs)
+        return cls({spec: load(spec) for spec in specs}, {})
 
     def draw(self, split: Split, seed: int, count: int) -> list[Problem]:
         """Return up to ``count`` problems of a split, shared evenly among its tasks.
@@ -158,6 +166,12 @@ class TaskSet:
             pool = "\n".join(lines).encode()
             identities.append({"name": task_name(spec), "pool": hashlib.sha256(pool).hexdigest()})
         return identities
+
+
+def _refuse_repeats(specs: Sequence[str]) -> None:
+    if len(set(specs)) < len(specs):
+        twice = f"a task is named twice: {', '.join(specs)}"
+        raise UsageError("task-named-twice", twice, remedy="name each task once")
 
 
 def load(spec: str) -> Task:

@@ -52,6 +52,16 @@ def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
     assert [problem.question for problem in task.pool] == [question]
 
 
+def test_all_questions_of_a_file_count_where_nothing_calibrates(tmp_path: Path) -> None:
+    """A build needs half of them for calibration."""
+    spec = _write(tmp_path / "all.jsonl", _rows(40))
+    asked = TaskSet.load_evaluation([spec]).draw("evaluation", 0, 40)
+    assert {problem.question for problem in asked} == {row["question"] for row in _rows(40)}
+    assert len(TaskSet.load([spec], []).draw("evaluation", 0, 40)) < 40
+    with raises("task-named-twice"):
+        TaskSet.load_evaluation([spec, spec])
+
+
 def test_repeated_questions_are_reported(tmp_path: Path) -> None:
     """Each counts once; the plan and the notes of a report say how many there were."""
     spec = _write(tmp_path / "twice.jsonl", [*_rows(40), *_rows(30)])
