@@ -176,7 +176,12 @@ def open_comparison(options: Options) -> ModelComparison:
         name_distinctly,
     )
     from racdeploy.verification.gate import read_gate
-    from racdeploy.verification.reference import REFERENCE_NAME, Reference, check_same_questions
+    from racdeploy.verification.reference import (
+        REFERENCE_NAME,
+        Reference,
+        check_same_questions,
+        check_same_settings,
+    )
 
     tasks = tuple(options["task"])
     sources = [str(source) for source in options["candidates"]]
@@ -196,6 +201,9 @@ def open_comparison(options: Options) -> ModelComparison:
 
     recorded = Reference.read(folder)
     check_same_questions(recorded, tasks)
+    tier = options["tier"]
+    overrides = getattr(gate.tiers, tier).overrides if tier else {}
+    check_same_settings(recorded, {**options, **overrides}, folder)
     candidates = name_distinctly(_find_models(sources), sources)
     chosen = {**options, **dict(recorded.settings)}
     examiner = _open_examiner(chosen, recorded.tasks, candidates, gate, recorded.problems)

@@ -36,9 +36,7 @@ _NOT_PRUNED = {
 }
 
 
-def name_distinctly(
-    models: Sequence[DeployedModel], sources: Sequence[str]
-) -> list[DeployedModel]:
+def name_distinctly(models: Sequence[DeployedModel], sources: Sequence[str]) -> list[DeployedModel]:
     """Return the models, those of one name renamed to the shortest ends of their paths that differ.
 
     Args:

@@ -73,10 +73,14 @@ class Tier(FrozenModel):
     inconclusive: Inconclusive | None = None
     widen: bool = False
 
+    @property
+    def overrides(self) -> dict[str, float]:
+        """Decoding settings that this tier changes."""
+        return self.model_dump(include={"samples", "temperature"}, exclude_none=True)
+
     def apply(self, settings: Verification, prompts: int = 0) -> Verification:
         """Return verification settings of this tier's size, or with another number of prompts."""
-        overrides = self.model_dump(include={"samples", "temperature"}, exclude_none=True)
-        chosen = settings.model_dump() | overrides | {"count": prompts or self.prompts}
+        chosen = settings.model_dump() | self.overrides | {"count": prompts or self.prompts}
         return validate(Verification, chosen, "the tier")
 
 

@@ -6,15 +6,16 @@ keeps it, and compares each file it ships with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 
 from racdeploy.engines.engine import Ids
-from racdeploy.errors import ArtifactError
+from racdeploy.errors import ArtifactError, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.files.writing import disk_errors, write_atomic
 from racdeploy.recipe import Verification
@@ -27,6 +28,11 @@ from racdeploy.verification.evidence import ArmResult
 from racdeploy.verification.top_logits import TopLogits, read_top_logits, write_top_logits
 
 REFERENCE_NAME = "reference.json"
+_FIXED_OPTIONS = (
+    "prompts", "samples", "temperature", "max_new_tokens", "max_thinking_tokens", "context_tokens",
+    "parallel", "seed",
+)  # fmt: skip
+"""Options of ``compare`` that a reference was recorded with."""
 
 
 class Reference(FrozenModel):
@@ -116,3 +122,41 @@ def check_same_questions(reference: Reference, tasks: Sequence[str]) -> None:
             f"the reference has answers to {', '.join(reference.tasks) or 'the procedural tasks'}",
             remedy="leave out --task: the questions are in the reference; or record it again",
         )
+
+
+def check_same_settings(reference: Reference, options: Mapping[str, Any], folder: Path) -> None:
+    """Refuse options that ask for other answers than those that were recorded.
+
+    Args:
+        options: by their names in Python; None stands for "not given".
+        folder: of the reference.
+    """
+    recorded = reference.settings.model_dump() | {"prompts": reference.settings.count}
+    changed = {}
+    for name in _FIXED_OPTIONS:
+        value = options.get(name)
+        if value is not None and value != recorded[name]:
+            changed[name] = value
+    if not changed:
+        return
+
+    defaults = Verification().model_dump() | {"prompts": None}
+    command = ["racdeploy", "record", reference.name]
+    for task in reference.tasks:
+        command += ["--task", task]
+    for name in _FIXED_OPTIONS:
+        value = changed.get(name, recorded[name])
+        if value != defaults[name]:
+            command += [_name_option(name), str(value)]
+
+    shown = ", ".join(f"{_name_option(name)} {value}" for name, value in changed.items())
+    known = ", ".join(f"{_name_option(name)} {recorded[name]}" for name in changed)
+    raise UsageError(
+        "reference-fixes-options",
+        f"{shown} would give other answers than the reference has, which was recorded with {known}",
+        remedy=f"leave it out; or record again: {shlex.join([*command, '--out', str(folder)])}",
+    )
+
+
+def _name_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
