@@ -5,6 +5,7 @@ A target is data: ``targets/NAME.toml``, or a user's TOML file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Self
@@ -13,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from racdeploy import plugins
 from racdeploy.errors import UnknownPluginError, UsageError
-from racdeploy.files.toml import TomlTable, merge, read_toml, validate
+from racdeploy.files.toml import Settings, TomlTable, merge, read_toml, validate
+
+_ZERO_KEYS = {"method", "pattern", "sparsity", "allocation"}
+"""Keys of ``prune`` that ask for zeros."""
+_FORMAT_KEYS = {"format", "quant", "tensors"}
+"""Keys of ``export`` that choose a number format."""
 
 
 class _Data(BaseModel):
@@ -39,6 +45,19 @@ class Device(_Data):
     gb_per_s: dict[str, PositiveFloat] = Field(min_length=1)
     repacked: tuple[str, ...] = ()
 
+    def predict_token_s(self, read_bytes: Mapping[str, float]) -> float:
+        """Return the seconds of decoding a token.
+
+        Args:
+            read_bytes: weights that are read for it, by number format; a format without a figure
+                gets the lowest bandwidth.
+        """
+        slowest = min(self.gb_per_s.values())
+        seconds = self.token_us / 1e6
+        for name, count in read_bytes.items():
+            seconds += count / self.gb_per_s.get(name, slowest) / 1e9
+        return seconds
+
 
 class Rung(_Data):
     """A step of a target's ladder: a number format, and the shares of a cut that stay."""
@@ -47,23 +66,36 @@ class Rung(_Data):
     keep: dict[str, float] = {}
 
     def __str__(self) -> str:
-        return " ".join([*(f"{part} {share:.3g}" for part, share in self.keep.items()), self.quant])
+        return " ".join([*self.list_cuts(), self.quant])
+
+    def list_cuts(self) -> list[str]:
+        """Return each part that is cut, with the share that stays."""
+        return [f"{part} {share:.3g}" for part, share in self.keep.items()]
 
 
 class Target(_Data):
-    """A deployment target: limits that a recipe must keep, and defaults for the recipe."""
+    """A deployment target: limits that a recipe must keep, and defaults for the recipe.
+
+    Args:
+        quant: number format where the user says what is pruned.
+        rungs: default models, the widest first: of several, a build ships the narrowest that loses
+            nothing measurable. The cut of the narrowest is that of a build of one model, unless the
+            user says what is pruned.
+        allowed_quants: number formats that run; empty means all.
+        recipe: defaults of other parts of the recipe.
+        device: its decoding speed; None: the machine at hand is measured.
+    """
 
     name: str
     description: str  # one line on the choice
     format: str = "gguf"
     quant: str = "q8_0"
-    keep: dict[str, float] = {}  # shares of the structure that stay
-    rungs: tuple[Rung, ...] = ()  # the widest first; where a user names no pruning and no quant
+    rungs: tuple[Rung, ...] = ()
     context_tokens: int = Field(4096, ge=16)
     memory_limit_bytes: int = Field(ge=1)  # largest artifact, plus cache
-    allowed_quants: tuple[str, ...] = ()  # empty means all
+    allowed_quants: tuple[str, ...] = ()
     recipe: dict[str, TomlTable] = {}
-    device: Device | None = None  # None: the machine at hand is measured
+    device: Device | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -91,14 +123,39 @@ class Target(_Data):
         return self.model_dump(mode="json", exclude_unset=True, exclude={"name", "device"})
 
     @property
-    def defaults(self) -> TomlTable:
-        """Recipe values that this target proposes, except :attr:`pruning`."""
-        return merge({"export": {"format": self.format, "quant": self.quant}}, self.recipe)
+    def narrowest(self) -> Rung:
+        """Narrowest rung; without rungs, the target's number format and no cut."""
+        return self.rungs[-1] if self.rungs else Rung(quant=self.quant)
 
-    @property
-    def pruning(self) -> dict[str, TomlTable]:
-        """Default pruning of this target: a cut, and no zeros."""
-        return {"prune": {"sparsity": 0.0}, "structure": {"keep": self.keep, "optional": True}}
+    def propose(self, requested: Settings) -> TomlTable:
+        """Return the recipe values that this target proposes beside those that a user requests.
+
+        A user who asks for zeros, or for a packing that omits them, gets the recipe's default
+        sparsity and no cut. A user who sets ``structure.keep`` gets no zeros. A user who names a
+        number format or further targets gets one model with the cut of the narrowest rung; and who
+        names nothing of all this, the rungs.
+        """
+        defaults: TomlTable = {"export": {"format": self.format, "quant": self.quant}}
+        proposed = merge(defaults, self.recipe)
+        export = _read_table(requested, "export")
+
+        is_packed = export.get("packing", "plain") != "plain"
+        if is_packed or not _ZERO_KEYS.isdisjoint(_read_table(requested, "prune")):
+            return proposed
+
+        no_zeros: TomlTable = {"prune": {"sparsity": 0.0}}
+        proposed = merge(proposed, no_zeros)
+        if "keep" in _read_table(requested, "structure"):
+            return proposed
+
+        cut: TomlTable = {"structure": {"keep": self.narrowest.keep, "optional": True}}
+        proposed = merge(proposed, cut)
+        if requested.get("also") or not _FORMAT_KEYS.isdisjoint(export):
+            return proposed
+
+        if len(self.rungs) > 1:
+            return merge(proposed, {"rungs": [rung.model_dump() for rung in self.rungs]})
+        return merge(proposed, {"export": {"quant": self.narrowest.quant}})
 
     def check(self, form: str, quant: str, context_tokens: int) -> None:
         """Raise UsageError if the target cannot run a format, number format or context length."""
@@ -123,6 +180,12 @@ class Target(_Data):
                 f"the recipe verifies with {context_tokens}",
                 remedy="lower verify.context_tokens or choose another target",
             )
+
+
+def _read_table(settings: Settings, name: str) -> Settings:
+    """Return a table of settings; empty without one, or for a value that validation will refuse."""
+    table = settings.get(name, {})
+    return table if isinstance(table, Mapping) else {}
 
 
 def _folder() -> Path:

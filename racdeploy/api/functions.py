@@ -101,13 +101,9 @@ def build(
         EnvironmentFailure: an extra, disk space, memory or a device is missing.
     """
     with jobs.open_build(locals(), is_checked=False) as builder:
-        path = jobs.as_path(out)
-        if builder.job.recipe.rungs:
-            from racdeploy.tuning.ladder import Ladder
+        from racdeploy.pipeline.strategy import choose_strategy
 
-            folder, report = Ladder(builder, path).run()
-        else:
-            folder, report = builder.run(path)
+        folder, report = choose_strategy(builder).run(jobs.as_path(out))
         return Bundle.from_report(report, builder.job.gate, folder=folder)
 
 

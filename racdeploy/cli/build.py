@@ -27,12 +27,9 @@ def build(
     if dry_run:
         out = values["out"]
         with jobs.open_build(values, is_checked=False) as builder:
-            if builder.job.recipe.rungs:
-                from racdeploy.tuning.ladder import Ladder
+            from racdeploy.pipeline.strategy import choose_strategy
 
-                plan = Ladder(builder, out).plan()
-            else:
-                plan = builder.plan(builder.check(out))
+            plan = choose_strategy(builder).plan(out)
         console.print_plan(plan, json_output, str(out or ""))
         return
 

@@ -132,13 +132,12 @@ def targets(json_output: JsonOpt = False) -> None:
         return
 
     for target in known_targets:
-        pruned = [f"{part} {share:g}" for part, share in target.keep.items()]
-        pruning = ", ".join(pruned) or "nothing pruned"
+        pruning = ", ".join(target.narrowest.list_cuts()) or "nothing pruned"
         limits = f"{target.context_tokens} tokens, {target.memory_limit_bytes / 1e9:g} GB"
         line = f"{target.name:<16}{target.format}, {target.quant}, {pruning}, {limits}"
 
         show(line)
-        if target.rungs:
+        if len(target.rungs) > 1:
             show(f"{'':<16}rungs: {', '.join(map(str, target.rungs))}")
         show(f"{'':<16}{target.description}", "dim")
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from racdeploy.exporting import ExportResult
 from racdeploy.files.toml import merge
+from racdeploy.pipeline.artifact_sizes import ArtifactSize
 from racdeploy.pruning import PrunedModel
 from racdeploy.report.pareto import find_non_dominated
 from racdeploy.results.tuning import (
@@ -22,10 +23,9 @@ from racdeploy.results.tuning import (
     ShareEstimate,
 )
 from racdeploy.targets import Device
-from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import BASE_SETTINGS, CandidateSpec
 from racdeploy.tuning.race import Contestant, Scores
-from racdeploy.tuning.speed import DecodeSample, predict_memory, predict_token_s
+from racdeploy.tuning.speed import DecodeSample, predict_memory
 from racdeploy.verification.stats.costs import cost_per_success
 from racdeploy.verification.stats.paired import wilson_interval
 
@@ -56,7 +56,7 @@ class Entry:
 
     def predict(self, device: Device) -> None:
         """Predict memory, with a key-value cache of full length, and seconds per token."""
-        self.token_s = predict_token_s(device, self.size.read_bytes)
+        self.token_s = device.predict_token_s(self.size.read_bytes)
         self.memory_bytes = predict_memory(
             device,
             self.size.checkpoint.shape,

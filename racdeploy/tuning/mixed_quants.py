@@ -18,7 +18,7 @@ from racdeploy.errors import UsageError
 from racdeploy.exporting.gguf.tensor_writer import align_offset
 from racdeploy.exporting.gguf.tensors import GgufTensorPlan
 from racdeploy.files.toml import merge
-from racdeploy.tuning.artifact_sizes import ArtifactSize
+from racdeploy.pipeline.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec, count_bits, list_quants, make_spec
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(\w+)\.")

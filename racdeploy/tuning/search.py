@@ -18,7 +18,9 @@ from racdeploy import quant
 from racdeploy.engines.engine import Progress
 from racdeploy.errors import UsageError
 from racdeploy.packing import list_supported
+from racdeploy.pipeline.artifact_sizes import SizePredictor
 from racdeploy.pipeline.build import Build
+from racdeploy.pipeline.dense_logits import DenseLogits, make_opener
 from racdeploy.pipeline.forecast import count_active_weights
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import name_artifact
@@ -27,10 +29,8 @@ from racdeploy.results.tuning import Candidate, Constraints, DeviceRow
 from racdeploy.targets import Target
 from racdeploy.tasks import Problem
 from racdeploy.traces.trace import Trace
-from racdeploy.tuning.artifact_sizes import SizePredictor
 from racdeploy.tuning.budget import Budget, check_held_out, estimate_min_seconds
 from racdeploy.tuning.candidates import MAX_BITS, CandidateSpec, propose_candidates
-from racdeploy.tuning.dense_logits import DenseLogits, make_opener
 from racdeploy.tuning.entries import Entry, find_nearest, find_pareto_front, order_entries
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
 from racdeploy.tuning.race import Race, Scores
@@ -39,7 +39,6 @@ from racdeploy.tuning.speed import (
     Workload,
     load_or_estimate_device,
     load_or_measure_device,
-    predict_token_s,
 )
 from racdeploy.verification.answer_sampler import EngineFactory
 
@@ -127,7 +126,7 @@ class Search:
         if not traces:
             check_held_out(self.job)
 
-        token_s = predict_token_s(self._local_device, self.reference.size.read_bytes)
+        token_s = self._local_device.predict_token_s(self.reference.size.read_bytes)
         self.budget.expected_s = estimate_min_seconds(
             self.job,
             token_s,

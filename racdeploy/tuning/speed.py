@@ -186,15 +186,6 @@ def _choose_size(quant: str, weights: int) -> Dimensions:
     return Dimensions(max(1, round(min(weights, max_weights) / block)))
 
 
-def predict_token_s(device: Device, read_bytes: Mapping[str, float]) -> float:
-    """Return the seconds per token; formats without a figure get the lowest bandwidth."""
-    slowest = min(device.gb_per_s.values())
-    seconds = device.token_us / 1e6
-    for name, count in read_bytes.items():
-        seconds += count / device.gb_per_s.get(name, slowest) / 1e9
-    return seconds
-
-
 def predict_memory(
     device: Device,
     shape: ModelShape,

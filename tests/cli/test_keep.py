@@ -20,7 +20,7 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
     target = tmp_path / "board.toml"
     target.write_text(
         'description = "mine"\nmemory_limit_bytes = 1000\n'
-        "[keep]\nffn = 0.9\nheads = 0.9\nblocks = 0.9\n"
+        'rungs = [{quant = "q4_0", keep = {ffn = 0.9, heads = 0.9, blocks = 0.9}}]\n'
     )
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'target = "{target}"\n[structure]\nkeep = {{heads = 0.8, blocks = 0.8}}\n')
@@ -31,9 +31,10 @@ def test_shares_are_combined_by_part(tmp_path: Path) -> None:
     }
     expected = {"heads": 0.8, "blocks": 0.7, "vocabulary": 4096}
     assert read_recipe(options).structure.keep == expected
-    alone = read_recipe({"target": str(target)}).structure
-    assert alone.keep == {"ffn": 0.9, "heads": 0.9, "blocks": 0.9}
-    assert alone.optional
+    alone = read_recipe({"target": str(target)})
+    assert alone.structure.keep == {"ffn": 0.9, "heads": 0.9, "blocks": 0.9}
+    assert alone.structure.optional
+    assert (alone.export.quant, alone.rungs) == ("q4_0", ())
 
 
 @pytest.mark.parametrize(
@@ -57,10 +58,14 @@ def test_what_is_asked_replaces_what_a_target_proposes(
     asked for is not optional.
     """
     target = tmp_path / "board.toml"
-    target.write_text('description = "mine"\nmemory_limit_bytes = 1000\n[keep]\nffn = 0.9\n')
+    target.write_text(
+        'description = "mine"\nmemory_limit_bytes = 1000\n'
+        'rungs = [{quant = "q8_0"}, {quant = "q8_0", keep = {ffn = 0.9}}]\n'
+    )
     recipe = read_recipe({"target": str(target), **asked})
     assert (recipe.structure.keep, recipe.prune.sparsity) == (keep, sparsity)
     assert recipe.structure.optional == (keep == {"ffn": 0.9})
+    assert bool(recipe.rungs) == (not asked)
 
 
 @pytest.mark.parametrize("command", ["build", "prune"])

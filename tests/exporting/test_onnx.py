@@ -28,7 +28,7 @@ from racdeploy.exporting.onnx.graph import strip_weights
 from racdeploy.files.writing import file_sha256
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.packing.onnx import file as onnx_file
-from racdeploy.tuning.onnx_sizes import count_bytes, estimate_graph_bytes, plan_graph
+from racdeploy.pipeline.onnx_sizes import count_bytes, estimate_graph_bytes, plan_graph
 from tests.support.errors import raises
 from tests.support.tiny_models import FAMILIES, make_checkpoint
 from tests.support.tiny_onnx import APPENDING, TRACES_STATES, needs_optimum

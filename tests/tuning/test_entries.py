@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from racdeploy.exporting import ExportResult
+from racdeploy.pipeline.artifact_sizes import ArtifactSize
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
 from racdeploy.results.tuning import Constraints, Estimate, Objective
-from racdeploy.tuning.artifact_sizes import ArtifactSize
 from racdeploy.tuning.candidates import CandidateSpec
 from racdeploy.tuning.entries import (
     Entry,

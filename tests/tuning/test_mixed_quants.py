@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from racdeploy.pipeline.artifact_sizes import SizePredictor
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Recipe
-from racdeploy.tuning.artifact_sizes import SizePredictor
 from racdeploy.tuning.candidates import CandidateSpec, make_spec
 from racdeploy.tuning.mixed_quants import propose_mixed_quant
 

@@ -19,7 +19,6 @@ from racdeploy.tuning.speed import (
     measure_device,
     measure_file,
     predict_memory,
-    predict_token_s,
 )
 from racdeploy.tuning.synthetic import Dimensions, write_model
 
@@ -104,8 +103,8 @@ def test_a_token_takes_its_bytes_and_a_constant() -> None:
     device = Device(
         name="a", source="b", cores=1, token_us=500, gb_per_s={"q8_0": 4.0, "q4_0": 2.0}
     )
-    assert predict_token_s(device, {"q8_0": 4e6, "q4_0": 2e6}) == pytest.approx(2.5e-3)
-    assert predict_token_s(device, {"q6_k": 2e6}) == pytest.approx(1.5e-3)
+    assert device.predict_token_s({"q8_0": 4e6, "q4_0": 2e6}) == pytest.approx(2.5e-3)
+    assert device.predict_token_s({"q6_k": 2e6}) == pytest.approx(1.5e-3)
 
 
 def test_memory_has_the_file_its_copies_and_the_cache() -> None:

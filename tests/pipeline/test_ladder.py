@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from racdeploy.pipeline import divergence_stage, ladder
 from racdeploy.pipeline.build import Build
 from racdeploy.pipeline.bundling import BundleContents
+from racdeploy.pipeline.divergence_stage import Divergence, measure_divergence
 from racdeploy.pipeline.job import Job
-from racdeploy.recipe import Recipe
+from racdeploy.pipeline.ladder import Ladder
+from racdeploy.pipeline.rung_losses import find_losses
+from racdeploy.pipeline.strategy import OneModel, choose_strategy
+from racdeploy.recipe import LadderLimits, Recipe
 from racdeploy.report.summary import write_headline
 from racdeploy.results.checks import CheckResult, VerdictName
 from racdeploy.results.report import Report
 from racdeploy.targets import Rung, Target
-from racdeploy.tuning import ladder
-from racdeploy.tuning.ladder import MAX_KL, Ladder
 from tests.support.errors import raises
 from tests.support.sample_report import build_report
 from tests.support.tiny_models import make_checkpoint
 
+LIMITS = LadderLimits()
+NEAR = Divergence(traces=LIMITS.max_kl_traces, text=LIMITS.max_kl_text)
 NAMES = ["q8_0", "q5_0", "q4_0", "ffn 0.5 q4_0"]
 RUNGS = [{"quant": name} for name in NAMES[:3]] + [{"quant": "q4_0", "keep": {"ffn": 0.5}}]
 QUICK: Mapping[str, Any] = {
@@ -41,7 +46,9 @@ def open_ladder(
     model: Path, work: Path, rungs: list[dict[str, Any]] = RUNGS, **more: Any
 ) -> Ladder:
     recipe = Recipe.combine(None, {"model": str(model), "rungs": rungs, **QUICK, **more})
-    return Ladder(Build(Job(recipe), work))
+    found = choose_strategy(Build(Job(recipe), work))
+    assert isinstance(found, Ladder)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,12 @@ def test_the_target_decides_where_the_user_names_no_format_and_no_pruning(
 ) -> None:
     recipe = Recipe.combine(None, named)
     assert recipe.rungs == (Target.read(recipe.target).rungs if open_rungs else ())
+
+
+def test_a_recipe_with_rungs_is_a_ladder_and_another_is_one_model(tmp_path: Path) -> None:
+    for named, strategy in (({}, Ladder), ({"export": {"quant": "q4_0"}}, OneModel)):
+        build = Build(Job(Recipe.combine(None, named)), tmp_path)
+        assert type(choose_strategy(build)) is strategy
 
 
 def test_the_rungs_of_every_target_get_smaller() -> None:
@@ -156,13 +169,12 @@ def test_the_narrowest_rung_near_the_dense_model_is_tried_first(
     names = {id(build): name for name, build in found.rungs.items()}
     asked = []
 
-    def measure(_: Ladder, build: Build) -> dict[str, float]:
+    def measure(build: Build) -> Divergence:
         name = names[id(build)]
         asked.append(NAMES.index(name))
-        far = {} if name in near else {"text": 2 * MAX_KL["text"]}
-        return {**MAX_KL, **far}
+        return NEAR if name in near else replace(NEAR, text=2 * NEAR.text)
 
-    monkeypatch.setattr(Ladder, "_measure_kl", measure)
+    monkeypatch.setattr(ladder, "measure_divergence", measure)
     index, notes = found._choose(NAMES)
     assert (index, asked) == (expected, measured)
     assert len(notes) == len(measured)
@@ -207,7 +219,7 @@ def test_a_rung_that_fails_is_stepped_back_from(
         written.append(contents.report)
         return tmp_path, contents.report
 
-    monkeypatch.setattr(Ladder, "_measure_kl", lambda *_: MAX_KL)
+    monkeypatch.setattr(ladder, "measure_divergence", lambda _: NEAR)
     monkeypatch.setattr(Build, "make", lambda build: verified.make(build))
     monkeypatch.setattr(Build, "write", write)
     _, report = open_ladder(model, tmp_path).run()
@@ -226,12 +238,35 @@ def test_divergence_is_measured_once(
 ) -> None:
     """Chosen codes of 8 bits are nearer than those of 4 bits with half of the channels."""
     found = open_ladder(model, tmp_path)
-    wide = found._measure_kl(found.rungs["q8_0"])
-    narrow = found._measure_kl(found.rungs[NAMES[-1]])
-    assert all(0 <= wide[kind] < narrow[kind] for kind in MAX_KL)
+    wide = measure_divergence(found.rungs["q8_0"])
+    narrow = measure_divergence(found.rungs[NAMES[-1]])
+    assert 0 <= wide.traces < narrow.traces
+    assert 0 <= wide.text < narrow.text
 
-    monkeypatch.setattr(Ladder, "_compare", None)
-    assert found._measure_kl(found.rungs["q8_0"]) == wide
+    monkeypatch.setattr(divergence_stage, "_compare", None)
+    assert measure_divergence(found.rungs["q8_0"]) == wide
+
+
+@pytest.mark.parametrize(
+    ("divergence", "losses"),
+    [
+        (NEAR, []),
+        (Divergence(traces=9e-4, text=0.0), ["a KL of 0.0009 on traces"]),
+        (Divergence(traces=0.0, text=0.11), ["a KL of 0.11 on text"]),
+    ],
+)
+def test_a_divergence_above_a_limit_is_a_loss(divergence: Divergence, losses: list[str]) -> None:
+    assert find_losses(LIMITS, divergence) == losses
+
+
+def test_the_recipe_sets_the_limits(model: Path, tmp_path: Path) -> None:
+    """A ladder judges by its recipe's limits, and says them in its notes."""
+    limits = {"max_kl_traces": 0.0, "max_kl_text": 9.0, "min_prompts": 10}
+    found = open_ladder(model, tmp_path, ladder=limits)
+    assert find_losses(found._limits, Divergence(traces=1e-9, text=8.0)) == [
+        "a KL of 1e-09 on traces"
+    ]
+    assert found._describe(NEAR).endswith("0.0008 on traces (limit 0), 0.1 on text (limit 9)")
 
 
 @pytest.mark.parametrize(
@@ -252,4 +287,4 @@ def test_upper_bounds_decide_where_prompts_are_enough(
     report = build_report().model_copy(
         update={"checks": (), "comparison": compared.model_copy(update=bounds)}
     )
-    assert ladder.find_losses(report) == losses
+    assert find_losses(LIMITS, report=report) == losses

@@ -16,6 +16,7 @@ from racdeploy.exporting.gguf import export
 from racdeploy.exporting.gguf.sizes import FileSizes
 from racdeploy.models import widths
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.artifact_sizes import SizePredictor
 from racdeploy.pipeline.job import Job
 from racdeploy.pipeline.naming import list_metadata
 from racdeploy.pipeline.structure import expect_shape
@@ -23,7 +24,6 @@ from racdeploy.pruning.structures import vocabulary
 from racdeploy.pruning.walk.assemble import CutShape, assemble_zero_filled
 from racdeploy.quant import presets
 from racdeploy.recipe import Recipe
-from racdeploy.tuning.artifact_sizes import SizePredictor
 from tests.support.cut_models import cut_checkpoint
 from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint

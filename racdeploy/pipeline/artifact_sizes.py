@@ -92,7 +92,7 @@ class SizePredictor:
 
     def _estimate_graph(self, job: Job) -> ArtifactSize:
         # Imported here: users of GGUF need no ONNX packages.
-        from racdeploy.tuning import onnx_sizes
+        from racdeploy.pipeline import onnx_sizes
 
         checkpoint = self._find(job).checkpoint
         tensors = onnx_sizes.plan_graph(checkpoint, job.recipe.export.quant)
