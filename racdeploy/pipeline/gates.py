@@ -1,25 +1,24 @@
 """Checks between the export and the long evaluation: a wrong file stops the build at once.
 
-An F32 file, which differs from torch only in the order of sums, is compared before the artifact: so
-a wrong tensor is not mistaken for a coarse number format. Engines run in a child process, or are
-torch.
+An F32 file, which differs from torch only in the order of sums, is compared before the artifact
+(:mod:`racdeploy.pipeline.f32_file`): so a wrong tensor is not mistaken for a coarse number format.
+Engines run in a child process, or are torch.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from racdeploy import exporting, plugins
+from racdeploy import plugins
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Logits
 from racdeploy.errors import GateError
 from racdeploy.exporting import ExportResult
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline import f32_file
 from racdeploy.pipeline.job import Job
 from racdeploy.runtime.template import PromptEncoder
 from racdeploy.verification.checks.logits import find_change_limit, find_kl_limit
@@ -28,14 +27,7 @@ from racdeploy.verification.measurements import encode_probes, probe_tokens
 from racdeploy.verification.token_comparison import TokenComparison
 from racdeploy.verification.top_logits import compare_top, take_top
 
-MAX_F32_BYTES = 2 << 30
 LOGIT_TOKENS = 128
-MAX_F32_ERROR = 1e-4
-"""Largest error of an F32 file's logits, over the largest logit; the order of sums makes 1e-6."""
-MAX_LOOKUP_ERROR = 2**-10
-"""The limit if ggml looks values up in a table: an error of 1e-7 may round an input the other way,
-which changes it by 2^-11, and its value is rounded by as much again. Half of the positions still
-keep MAX_F32_ERROR."""
 _WIDER = "choose a wider quant; if it stays, report the model: a tensor is wrong"
 
 
@@ -70,12 +62,9 @@ def check_artifact(
     torch_plugin = plugins.load("engines", "transformers")
     with torch_plugin.open_engine(checkpoint.folder, exact) as torch_engine:
         expected_TV = torch_engine.logits(ids)
-        # The F32 file must match to the last digits, so torch imitates ggml's own rounding.
-        reference_TV = expected_TV
-        if checkpoint.family.lookup_table_modules or checkpoint.shape.rounds_yarn_ramp:
-            reference_TV = torch_engine.logits(ids, as_ggml=True)
+        references = f32_file.compute_references(torch_engine, checkpoint, ids)
 
-    f32_note = _check_f32(job, checkpoint, exact, ids, reference_TV)
+    f32_note = f32_file.check(job, checkpoint, exact, ids, references)
     try:
         divergence = check_logits(checkpoint, artifact, expected_TV, artifact_TV)
     except GateError as error:
@@ -182,48 +171,3 @@ def _check_tokens(probes: Sequence[TokenProbe], accepted: float) -> str:
     if counted.different:
         return f"{counted.different} of {len(probes)} strings tokenize differently, as accepted; "
     return f"{len(probes)} strings tokenize alike, "
-
-
-def _check_f32(
-    job: Job,
-    checkpoint: Checkpoint,
-    exact: EngineSettings,
-    ids: Sequence[int],
-    expected_TV: Logits,
-) -> str:
-    """Return a sentence on an F32 file's error against torch, or on why it was not compared."""
-    settings = job.recipe.export
-    form = exporting.load(settings.format)
-    if form.COMPARES_F32:
-        return ""
-
-    size_bytes = 4 * checkpoint.parameters
-    if size_bytes > MAX_F32_BYTES:
-        return f"no F32 file was compared with torch: it would take {size_bytes / 1e9:.1f} GB"
-
-    plain = {"quant": "f32", "packing": "plain", "tensors": {}, "importance": "none"}
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / form.artifact_path("f32", "f32", "plain")
-        file = exporting.write(checkpoint, path, settings.model_copy(update=plain)).path
-        with open_engine(job.backend, file, exact) as engine:
-            file_TV = engine.logits(ids)
-
-    # Over the largest logit: the error of small logits says nothing about the tensors.
-    error_T = np.abs(file_TV - expected_TV).max(1) / np.abs(expected_TV).max()
-    limit = MAX_F32_ERROR
-    if checkpoint.family.lookup_table_modules and np.median(error_T) <= MAX_F32_ERROR:
-        limit = MAX_LOOKUP_ERROR
-    if wrong := np.flatnonzero(~(error_T <= limit)).tolist():
-        raise GateError(
-            "f32-file-differs",
-            "an F32 file of the checkpoint computes something else than torch, "
-            f"first at position {wrong[0]}: logits differ by {error_T[wrong[0]]:.2g} "
-            f"of the largest (limit {limit:g})",
-            remedy="report the model: a tensor or a setting was exported wrongly",
-        )
-
-    return (
-        f"an F32 file differs from torch by {error_T.max():.1e} of the largest logit "
-        f"(limit {limit:g})"
-    )

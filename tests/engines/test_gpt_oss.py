@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from racdeploy.engines.backends.transformers import TransformersEngine, sinks
 from racdeploy.engines.backends.transformers.experts import unfuse_experts
-from racdeploy.engines.backends.transformers.torch_model import load_model
+from racdeploy.engines.backends.transformers.torch_model import GgmlRounding, load_model
 from racdeploy.engines.engine import EngineSettings
 from racdeploy.exporting.gguf import export
 from racdeploy.models.checkpoint import Checkpoint
@@ -94,7 +94,7 @@ def test_the_ends_of_the_ramp_are_rounded_as_llama_cpp_does(tmp_path: Path) -> N
 
     (answer,) = ask_llama([result.path], IDS)
     engine = TransformersEngine(folder, EngineSettings(context_tokens=128))
-    exact_TV, rounded_TV = engine.logits(IDS), engine.logits(IDS, as_ggml=True)
+    exact_TV, rounded_TV = engine.logits(IDS), engine.logits(IDS, rounding=GgmlRounding())
     largest = np.abs(exact_TV).max()
     assert np.abs(answer.logits_TV - rounded_TV).max() < 1e-4 * largest
     assert np.abs(answer.logits_TV - exact_TV).max() > 1e-2 * largest

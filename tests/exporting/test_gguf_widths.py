@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from racdeploy import quant as quants
 from racdeploy.engines.backends.transformers import TransformersEngine
+from racdeploy.engines.backends.transformers.torch_model import GgmlRounding
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.exporting import ExportResult
 from racdeploy.exporting import gguf as gguf_format
@@ -126,7 +127,7 @@ def make_cut(folder: Path, family: str, cut: Cut = DIFFERENT, **config: Any) -> 
 
 def run_torch(folder: Path) -> np.ndarray:
     engine = TransformersEngine(folder, EngineSettings(context_tokens=256, parallel=1, threads=1))
-    return engine.logits(IDS, as_ggml=True)
+    return engine.logits(IDS, rounding=GgmlRounding())
 
 
 def read_fields(file: Path) -> dict[str, Any]:

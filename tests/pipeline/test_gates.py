@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from racdeploy.engines.backends.transformers import torch_model
 from racdeploy.engines.engine import Engine, EngineSettings
 from racdeploy.exporting import ExportResult, write
 from racdeploy.models import reordering
 from racdeploy.models.checkpoint import Checkpoint
-from racdeploy.pipeline import gates
+from racdeploy.pipeline import f32_file, gates
 from racdeploy.pipeline.gates import GateResult, check_artifact
 from racdeploy.pipeline.job import Job
 from racdeploy.recipe import Export, Recipe
@@ -121,36 +121,106 @@ def test_first_choices_are_held_where_kl_does_not_see_them(
     assert "top-1 0.0%" in gates.check_logits(checkpoint, artifact, expected_TV, tied_TV)
 
 
-def test_gemma_is_held_with_the_table_that_ggml_looks_gelu_up_in(
+def _make_gemma(folder: Path) -> Checkpoint:
+    """Return a Gemma of eight blocks with hidden states of the size of a published one's, 200."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}
+    make_checkpoint(folder, "gemma3_text", **sizes)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if "gate_proj" in name:
+            tensors[name] = weight * 4
+        elif "post_feedforward_layernorm" in name:
+            tensors[name] = weight + 20
+    save_file(tensors, folder / "model.safetensors")
+    return Checkpoint(folder)
+
+
+def _write_other(patch: pytest.MonkeyPatch, other: Checkpoint) -> None:
+    """Let the F32 file hold another model."""
+    patch.setattr(f32_file.exporting, "write", lambda _, out, settings: write(other, out, settings))
+
+
+def test_a_table_of_gelu_is_told_from_another_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the positions keep 1e-4, not so without the table; a wrong rotary base is found."""
-    folders = [make_checkpoint(tmp_path / name, "gemma3_text") for name in ("model", "other")]
-    config = folders[1] / "config.json"
+    """A right file passes, though lookups change its logits by more than sums do.
+
+    Not so where the table has erf in place of tanh, or where a rotary base is another.
+    """
+    checkpoint = _make_gemma(tmp_path / "model")
+    settings = Export(quant="f16")
+    artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
+
+    note = _check(checkpoint, artifact, settings).notes[0]
+    assert "gelu_pytorch_tanh, looked up in half precision" in note
+    assert "(limit 0.000976562)" in note
+
+    other = _make_gemma(tmp_path / "other")
+    config = other.folder / "config.json"
     ropes = json.loads(config.read_text(encoding="utf-8"))["rope_parameters"]
     ropes["sliding_attention"]["rope_theta"] = 500.0
     edit_json(config, rope_parameters=ropes)
-    checkpoint, other = map(Checkpoint, folders)
-    settings = Export(quant="f16")
-    artifact = _export(checkpoint, tmp_path / "m.gguf", settings)
-    assert "(limit 0.000976562)" in _check(checkpoint, artifact, settings).notes[0]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            gates.exporting, "write", lambda _, out, settings: write(other, out, settings)
-        )
-        with raises("f32-file-differs", "limit 0.0001") as caught:
+        _write_other(patch, Checkpoint(other.folder))
+        with raises("f32-file-differs", "gelu_pytorch_tanh", "llamacpp on"):
             _check(checkpoint, artifact, settings)
-        assert re.search("position [1-9]", caught.value.message)
-    monkeypatch.setattr(torch_model, "_table_gelu", lambda module, inputs, output: output)
-    with raises("f32-file-differs", "limit 0.0001"):
+
+    # transformers has bound its own gelu, so the exact reference still has tanh: it is too far too.
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x, approximate="none": gelu(x))
+    with raises("f32-file-differs"):
         _check(checkpoint, artifact, settings)
+
+
+@pytest.mark.parametrize(("family", "weights"), [("qwen3", "gate_proj"), ("nemotron_h", "up_proj")])
+def test_other_activations_are_exact_for_large_inputs(
+    tmp_path: Path, family: str, weights: str
+) -> None:
+    """SiLU and squared ReLU have no table in ggml: the limit of sums holds for inputs of 100."""
+    folder = make_checkpoint(tmp_path / "model", family)
+    tensors = load_file(folder / "model.safetensors")
+    for name, weight in tensors.items():
+        if weights in name:
+            tensors[name] = weight * 40
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint, settings = Checkpoint(folder), Export(quant="f16")
+
+    note = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings).notes[0]
+    assert note.startswith("an F32 file differs from torch by")
+    assert "(limit 0.0001)" in note.replace(",", ")")
+
+
+def test_an_engine_without_a_table_passes_by_the_exact_reference() -> None:
+    """The nearest reference decides; the limit of lookups is for lookups alone."""
+    generator = np.random.default_rng(0)
+    exact_TV = generator.normal(size=(40, 480)).astype(np.float32)
+    table_TV = exact_TV + 5e-4
+    references = [
+        f32_file.Reference("exact", exact_TV),
+        f32_file.Reference("table", table_TV, limit=f32_file.MAX_LOOKUP_ERROR),
+    ]
+    assert "exact)" in f32_file.judge(exact_TV, references, "llamacpp")
+    assert "table)" in f32_file.judge(table_TV, references, "llamacpp")
+
+    # Only the exact reference is near, and a whole file may not be off by a lookup's error.
+    with raises("f32-file-differs", "exact", "limit 0.0001"):
+        f32_file.judge(exact_TV - 2e-3, references, "llamacpp")
+
+
+def test_lookups_explain_no_more_than_two_passes_of_torch_differ() -> None:
+    """The median's limit is 1.5 of theirs, and never below that of sums."""
+    exact_TV = np.ones((40, 480), np.float32)
+    reference = f32_file.Reference("table", exact_TV, f32_file.MAX_LOOKUP_ERROR, 2e-4)
+    assert "positions by 1.8e-04" in f32_file.judge(exact_TV + 1.8e-4, [reference], "llamacpp")
+    with raises("f32-file-differs", "limit 0.0002"):
+        f32_file.judge(exact_TV + 2.2e-4, [reference], "llamacpp")
 
 
 def test_a_large_model_says_why_there_was_no_f32_file(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason is in the report's notes."""
-    monkeypatch.setattr(gates, "MAX_F32_BYTES", 1000)
+    monkeypatch.setattr(f32_file, "MAX_F32_BYTES", 1000)
     settings = Export(quant="q8_0")
     held = _check(checkpoint, _export(checkpoint, tmp_path / "m.gguf", settings), settings)
     assert "no F32 file was compared with torch: it would take 0.0 GB" in held.notes[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -180,7 +181,10 @@ class NativeModel(_Vocabulary):
             use_extra_bufts=settings.repack_weights,
         )
         _check_context(settings.context_tokens, llama_cpp.llama_model_n_ctx_train(self._model))
-        self.info = _describe(kernels, settings.accel == "require")
+        self.info = {
+            **_describe(kernels, settings.accel == "require"),
+            "processor": _name_processor(),
+        }
         self.context_tokens = settings.context_tokens
 
         is_small = llama_cpp.llama_model_size(self._model) <= _SMALL_BYTES
@@ -318,6 +322,13 @@ def _describe(kernels: sparse_kernels.KernelChoice, required: bool) -> Mapping[s
         raise EngineError("kernels-passed-over", summary, remedy="leave out --accel require")
 
     return {"kernels": summary, "sparse_weights": packed}
+
+
+def _name_processor() -> str:
+    """Return the instruction sets that llama.cpp was built for and uses, as AVX2 and AVX512."""
+    described = llama_cpp.llama_print_system_info().decode("utf-8", "replace")
+    used = re.findall(r"(\w+) = 1\b", described)
+    return ", ".join(used) or "a processor without extensions"
 
 
 def _check_context(tokens: int, trained: int) -> None:

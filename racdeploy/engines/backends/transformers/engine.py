@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from racdeploy.engines.backends.transformers.torch_model import (
+    GgmlRounding,
     load_model,
     make_cache,
     round_as_ggml,
@@ -87,11 +88,14 @@ class TransformersEngine(Engine):
         return [sequence.completion() for sequence in sequences]
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int], *, as_ggml: bool = False) -> Logits:
-        """Return logits_TV of a teacher-forced pass, rounded as ggml's tables do if ``as_ggml``."""
+    def logits(self, ids: Sequence[int], *, rounding: GgmlRounding | None = None) -> Logits:
+        """Return logits_TV of a teacher-forced pass, with ggml's roundings if they are given."""
         check_ids(ids, "the sequence", self._settings.context_tokens, self._vocabulary)
-        rounding = round_as_ggml(self._model, self._checkpoint.shape) if as_ggml else nullcontext()
-        with rounding:
+        imitation: AbstractContextManager[None] = nullcontext()
+        if rounding is not None:
+            imitation = round_as_ggml(self._model, self._checkpoint.shape, rounding)
+
+        with imitation:
             output = self._model(input_ids=torch.tensor([list(ids)]), use_cache=False)
 
         logits_TV: Logits = output.logits[0].float().numpy()

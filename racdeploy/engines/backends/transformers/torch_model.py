@@ -13,6 +13,8 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -33,6 +35,9 @@ from racdeploy.models.tensor_coverage import check_tensors
 
 _DECODER = "model"
 _ROTARY = ("rotary_emb", "pos_emb")  # LFM2 in transformers 4 uses the second
+SUM_ROUNDING = 16 * 2.0**-24
+"""Error of a sum of some hundred float32 products, over the root mean square of such sums: each of
+N additions rounds by 2^-24 of a partial sum, which adds up to the square root of N."""
 _COMPARE_FILE = "compare the file with the one that the model's authors publish"
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -220,14 +225,31 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class GgmlRounding:
+    """Roundings of ggml that torch imitates; YaRN's ramp is always rounded.
+
+    Args:
+        has_tables: whether GELU is looked up in a table in half precision, as on a CPU.
+        jitter_seed: if not None, numbers are changed by a float32 rounding before they are looked
+            up. Two such passes differ as much as any two orders of sums do.
+    """
+
+    has_tables: bool = True
+    jitter_seed: int | None = None
+
+
 @contextmanager
-def round_as_ggml(model: nn.Module, shape: ModelShape) -> Iterator[None]:
+def round_as_ggml(
+    model: nn.Module, shape: ModelShape, rounding: GgmlRounding | None = None
+) -> Iterator[None]:
     """Round in the body as ggml does: values that it looks up in a table, and YaRN's ramp.
 
     Source: ``ggml_vec_gelu_f32`` and ``ggml_table_gelu_f16`` in ggml-cpu/vec.h: GELU of a number
     rounded to half precision, itself rounded to half precision; from -10 down it is 0, and from 10
     up the number itself. ``ggml_rope_yarn_corr_dims`` in ggml.c: the ends are whole dimensions.
     """
+    rounding = rounding or GgmlRounding()
     family = shape.family
     rotary = _rotary(model) if shape.rounds_yarn_ramp else {}
     for name, module in rotary.items():
@@ -235,10 +257,11 @@ def round_as_ggml(model: nn.Module, shape: ModelShape) -> Iterator[None]:
 
     hooks = []
     dropped_shares = _match_llama_sparsity(model)
-    for block in range(shape.block_count):
+    table = partial(_look_up_gelu, jitter=_seed_jitter(rounding.jitter_seed))
+    for block in range(shape.block_count) if rounding.has_tables else ():
         for name in family.lookup_table_modules:
             module = model.get_submodule(f"{family.blocks}.{block}.{name}")
-            hooks.append(module.register_forward_hook(_table_gelu))
+            hooks.append(module.register_forward_hook(table))
 
     try:
         yield
@@ -269,8 +292,17 @@ def _match_llama_sparsity(model: nn.Module) -> dict[Any, float]:
     return before
 
 
-def _table_gelu(_: nn.Module, arguments: tuple[Tensor, ...], __: Tensor) -> Tensor:
+def _seed_jitter(seed: int | None) -> torch.Generator | None:
+    return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+def _look_up_gelu(
+    _: nn.Module, arguments: tuple[Tensor, ...], __: Tensor, *, jitter: torch.Generator | None
+) -> Tensor:
     (x,) = arguments
+    if jitter is not None:
+        scale = SUM_ROUNDING * x.square().mean().sqrt()
+        x = x + scale * torch.randn(x.shape, generator=jitter)
     rounded = x.half().float()
     value = nn.functional.gelu(rounded, approximate="tanh").half().float()
 
