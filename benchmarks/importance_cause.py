@@ -149,7 +149,7 @@ def round_weight(
 ) -> torch.Tensor:
     """Return the weights as ggml rounds them."""
     matrix = None if importance_I is None else importance_I.clamp(_MIN_IMPORTANCE).numpy()
-    packed_OP = ggml.quantize(quant.load_ggml(name).GGML_TYPE, weight_OI.numpy(), matrix)
+    packed_OP = ggml.quantize(quant.load_ggml(name).type_id, weight_OI.numpy(), matrix)
     return torch.from_numpy(np.array(quant.load(name).dequantize(packed_OP, weight_OI.shape[1])))
 
 

@@ -38,8 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     _, folder, traces = prune(arguments)
     checkpoint = Checkpoint(folder)
-    names = [name for name in plugins.list_names("quant") if "onnx" in quants.load(name).FORMATS]
-    names.sort(key=lambda name: -quants.load(name).BITS)
+    names = [name for name in plugins.list_names("quant") if "onnx" in quants.load(name).formats]
+    names.sort(key=lambda name: -quants.load(name).bits)
     exports = {name: export(checkpoint, arguments.out / name, name) for name in names}
     compared = {
         name: compare(checkpoint.folder, result.path, traces) for name, result in exports.items()

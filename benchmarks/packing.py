@@ -132,7 +132,7 @@ def write(
         writer.add_tensor(
             f"blk.{number}.weight",
             form.quantize(weight_OI),
-            raw_dtype=GGMLQuantizationType(form.GGML_TYPE),
+            raw_dtype=GGMLQuantizationType(form.type_id),
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -81,7 +81,7 @@ def ratio(folder: Path, name: str) -> float | None:
     """Return the weighted squared error of all linears with chosen scales, over that with
     ggml's.
     """
-    checkpoint, form = Checkpoint(folder), quant.load_ggml(name)
+    checkpoint, form = Checkpoint(folder), quant.load(name)
     known = Importance.read(folder / IMPORTANCE_FILE)
     errors = np.zeros(2)
     for source in known.means:

@@ -80,7 +80,7 @@ def recipe(arguments: argparse.Namespace, rounding: str) -> Recipe:
     """Return the recipe of one way."""
     options = {
         "model": arguments.model,
-        "target": quants.load(arguments.quant).FORMATS[
+        "target": quants.load(arguments.quant).formats[
             0
         ],  # the general target of a format has its name
         "tasks": tuple(arguments.tasks),

@@ -281,7 +281,7 @@ def spend_bits(
     errors: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], quant: str
 ) -> dict[str, str]:
     """Return the formats with the least sum of errors and at most one format's bits."""
-    bits = {name: quants.load(name).BITS for name in FORMATS[quant]}
+    bits = {name: quants.load(name).bits for name in FORMATS[quant]}
     limit = bits[quant] * sum(sizes.values())
     for price in np.geomspace(1e-12, 1e3, 3000):  # of a bit: the first that keeps to the limit
         chosen = {

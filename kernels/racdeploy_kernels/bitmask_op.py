@@ -26,7 +26,7 @@ def reason_for_plain(quant: str, zeros_fraction: float) -> str:
     kind = KERNEL_FORMATS.get(quant)
     if kind is None:
         return "the operator supports f16, matmulnbits_8 and matmulnbits_4"
-    return reason_against_mask(zeros_fraction, kind.code_bits, quants.load(quant).BITS)
+    return reason_against_mask(zeros_fraction, kind.code_bits, quants.load(quant).bits)
 
 
 class GraphPacker(BaseGraphPacker):

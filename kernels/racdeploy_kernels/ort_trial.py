@@ -80,7 +80,7 @@ def make_stock(name: str, packed_OP: Array, I: int, number: int = 0) -> Product:
         )
 
     O = len(packed_OP)
-    bits = int(quant.BITS)
+    bits = int(quant.bits)
 
     code_OP, scale_OP = np.split(packed_OP, [I * bits // 8], axis=1)
     code_OGP = code_OP.reshape(O, I // 32, -1)

@@ -132,7 +132,7 @@ def test_what_is_stored_is_read_back(tmp_path: Path, quant: str, sparsity: float
 @pytest.mark.parametrize("quant", plugins.list_names("quant"))
 def test_other_quants_are_refused_before_any_work(quant: str) -> None:
     """With those that work; what is not refused pays at half the zeros, never at none."""
-    if "onnx" not in quants.load(quant).FORMATS:
+    if "onnx" not in quants.load(quant).formats:
         return
     if quant not in QUANTS:
         with raises("packing-unfit-for-quant", "bitmask_op", quant) as caught:

@@ -149,14 +149,14 @@ def _profile(target: str | None, threads: int, file: Path | None, json_output: b
     from racdeploy.processes.cores import available_cores
     from racdeploy.report.toml_writer import to_toml
     from racdeploy.targets import Target
-    from racdeploy.tuning.speed import PROFILE_WORKLOAD, measure_device
+    from racdeploy.tuning.speed import make_profile_workload, measure_device
 
     if file:
         make_parent(file)
     chosen = Target.read(target or "gguf")
     threads = threads or available_cores()
     with show_progress(err) as progress, TemporaryDirectory() as scratch:
-        device = measure_device(Path(scratch), PROFILE_WORKLOAD, threads, progress)
+        device = measure_device(Path(scratch), make_profile_workload(), threads, progress)
 
     values = chosen.describe() | {"device": device.model_dump(mode="json")}
     text = f"# Made by racdeploy bench --profile.\n{to_toml(values)}"

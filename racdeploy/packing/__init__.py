@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from racdeploy import plugins
+from racdeploy import quant as quants
 from racdeploy.errors import MissingExtraError, UsageError
+from racdeploy.plugins import Names
+from racdeploy.quant import presets
 
 if TYPE_CHECKING:
     from racdeploy.packing.block_layouts import Bytes
@@ -93,10 +96,10 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
     _check_stored(format_name, "presets" if preset else "quant", quant_name)
     _check_stored(format_name, "packing", packing_name)
 
-    main_quant = plugins.load("presets", quant_name).QUANT if preset else quant_name
+    main_quant = presets.load(quant_name).quant if preset else quant_name
     if reason := _reason_against_pair(packing_name, main_quant):
-        quants = list_supported(format_name, "quant")
-        others = [name for name in quants if not _reason_against_pair(packing_name, name)]
+        stored = list_supported(format_name, "quant")
+        others = [name for name in stored if not _reason_against_pair(packing_name, name)]
         raise UsageError(
             "packing-unfit-for-quant",
             f"packing {packing_name!r} does not work with quant {quant_name!r}: {reason}",
@@ -105,7 +108,7 @@ def check(format_name: str, quant_name: str, packing_name: str) -> None:
 
 
 def _check_stored(format_name: str, kind: str, name: str) -> None:
-    if format_name not in _load(kind, name).FORMATS:
+    if format_name not in _list_formats(kind, name):
         raise UsageError(
             "not-stored-by-format",
             f"format {format_name!r} does not store {kind.removesuffix('s')} {name!r}",
@@ -115,17 +118,18 @@ def _check_stored(format_name: str, kind: str, name: str) -> None:
 
 def _reason_against_pair(packing_name: str, quant_name: str) -> str:
     packing = load(packing_name)
-    if packing.REQUIRES_ZEROS and not plugins.load("quant", quant_name).PRESERVES_ZERO:
+    if packing.REQUIRES_ZEROS and not quants.load(quant_name).preserves_zero:
         return "it leaves zeros out, and the quant does not keep them"
     return packing.reason_for_plain(quant_name, 1.0)
 
 
-def _load(kind: str, name: str) -> Any:
-    # Each kind is written out, because the address of a stage covers the plugins of all
-    # kinds that its code loads, and finds them by these literals.
+def _list_formats(kind: str, name: str) -> Names:
+    """Return the file formats that store a preset, quant or packing."""
     if kind == "presets":
-        return plugins.load("presets", name)
-    return plugins.load("quant", name) if kind == "quant" else load(name)
+        return presets.load(name).formats
+    if kind == "quant":
+        return quants.load(name).formats
+    return load(name).FORMATS
 
 
 def list_supported(format_name: str, kind: str) -> list[str]:
@@ -133,6 +137,6 @@ def list_supported(format_name: str, kind: str) -> list[str]:
     stored = []
     for name in plugins.list_names(kind):
         with suppress(MissingExtraError):  # its packages are not installed here
-            if format_name in _load(kind, name).FORMATS:
+            if format_name in _list_formats(kind, name):
                 stored.append(name)
     return stored

@@ -184,7 +184,7 @@ def _expect_saved_bytes(job: Job, tensors: Sequence[GgufTensorPlan]) -> float:
         is_pruned = pruned.issuperset(map(generalize_expert, tensor.parts))
 
         if is_pruned and not packing.reason_for_plain(name, sparsity):
-            code_bits = math.floor(quant.load(name).BITS)
+            code_bits = math.floor(quant.load(name).bits)
             saved_bits = max(0.0, sparsity * code_bits - 1)
             saved += saved_bits * math.prod(tensor.shape) / 8
 

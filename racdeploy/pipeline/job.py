@@ -209,7 +209,7 @@ class Job:
 
         jobs = (self, *self.siblings)
         formats = {each for job in jobs for name in ends for each in job.quants_of(name)}
-        blocks = [quant.load(name).BLOCK_SIZE for name in formats]
+        blocks = [quant.load(name).block_size for name in formats]
         multiple = max([structure.width_multiple, *blocks])
         return structure.model_copy(update={"multiple": multiple})
 
@@ -222,7 +222,7 @@ class Job:
         """Number format of the dense model to compare with: 8 bits, or a wider artifact's own."""
         reference = exporting.load(self.recipe.export.format).COMMON_QUANTS[0]
         own = self.quant_rules
-        is_wider = quant.load(own.quant).BITS >= quant.load(reference).BITS
+        is_wider = quant.load(own.quant).bits >= quant.load(reference).bits
         return own.name if is_wider else reference
 
     def quants_of(self, weight: str) -> Names:

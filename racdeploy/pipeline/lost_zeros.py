@@ -94,7 +94,7 @@ def check_folder_zeros(checkpoint: Checkpoint, settings: Export) -> None:
 
 def _lose_zeros(quant_names: Sequence[str]) -> bool:
     """Return True if one of the formats of a weight's parts in the file loses zeros."""
-    return not all(quant.load(name).PRESERVES_ZERO for name in quant_names)
+    return not all(quant.load(name).preserves_zero for name in quant_names)
 
 
 def _count_weights(job: Job, names: Sequence[str]) -> int:

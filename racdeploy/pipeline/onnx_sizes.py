@@ -51,7 +51,7 @@ def estimate_graph_bytes(checkpoint: Checkpoint, tensors: Sequence[GraphTensor])
 
 def count_bytes(tensor: GraphTensor) -> float:
     """Return the bytes of a tensor's arrays; ``BITS`` counts scales of half precision."""
-    bits = quants.load(tensor.quant).BITS
+    bits = quants.load(tensor.quant).bits
     if tensor.is_matmulnbits:  # float32 scales
         bits += 16 / BLOCK_SIZE
     return math.prod(tensor.shape) * bits / 8

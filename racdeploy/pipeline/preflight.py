@@ -191,11 +191,11 @@ def _expect_bytes(job: Job, sizes: Mapping[str, int]) -> int:
     for name in job.prunable_weights:
         if name in sizes:
             formats = job.quants_of(name)
-            bits += sizes[name] * sum(quant.load(each).BITS for each in formats) / len(formats)
+            bits += sizes[name] * sum(quant.load(each).bits for each in formats) / len(formats)
             other_weights -= sizes[name]
 
     # Tensors that are not linears keep at least 8 bits, whatever the quant.
-    other_bits = max(quant.load(job.quant_rules.quant).BITS, _MIN_EMBEDDING_BITS)
+    other_bits = max(quant.load(job.quant_rules.quant).bits, _MIN_EMBEDDING_BITS)
     return round((bits + other_weights * other_bits) / 8)
 
 

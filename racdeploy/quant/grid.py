@@ -6,7 +6,7 @@ share step code and minimum code, groups of a quant block share both scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class GridCodes:
     minimum_scale_OX: NDArray[Any] | None = None  # float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """Grid of a number format.
 
@@ -84,11 +84,12 @@ def whole_codes(lowest: int, highest: int) -> tuple[float, ...]:
     return tuple(map(float, range(lowest, highest + 1)))
 
 
-def join_fields(codes: GridCodes, *fields_NP: NDArray[Any]) -> Bytes:
+def join_fields(codes: GridCodes, fields_NP: Sequence[NDArray[Any]]) -> Bytes:
     """Return packed_OP of blocks whose fields lie one after the other, in the given order."""
-    parts = [
-        np.ascontiguousarray(field).view(np.uint8).reshape(len(field), -1) for field in fields_NP
-    ]
+    parts = []
+    for field_NX in fields_NP:
+        bytes_NX = np.ascontiguousarray(field_NX).view(np.uint8)
+        parts.append(bytes_NX.reshape(len(field_NX), -1))
     return np.concatenate(parts, axis=1).reshape(len(codes.code_OI), -1)
 
 

@@ -81,6 +81,44 @@ class MatMulNBitsBlocks:
         return weight_OGS.reshape(self.code_OI.shape)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatMulNBitsCodec:
+    """Codec of a number format of MatMulNBits.
+
+    Args:
+        code_bits: 4 or 8.
+        make_blocks: returns the blocks of weight_OI.
+        has_zero_points: True if each block has a zero point.
+    """
+
+    code_bits: int
+    make_blocks: Callable[[Floats], MatMulNBitsBlocks]
+    has_zero_points: bool = False
+
+    @property
+    def bits(self) -> float:
+        zero_point_bits = self.code_bits if self.has_zero_points else 0
+        return self.code_bits + (16 + zero_point_bits) / BLOCK_SIZE
+
+    @property
+    def block_size(self) -> int:
+        if self.has_zero_points and self.code_bits == 4:
+            return 2 * BLOCK_SIZE  # two zero points share a byte
+        return BLOCK_SIZE
+
+    def quantize(self, weight_OI: Floats, importance_I: Floats | None = None) -> Bytes:
+        return self.make_blocks(weight_OI).pack()
+
+    def dequantize(self, packed_OP: Bytes, I: int) -> Floats:
+        return self.unpack(packed_OP, I).dequantize()
+
+    def unpack(self, packed_OP: Bytes, I: int) -> MatMulNBitsBlocks:
+        """Return the blocks of rows of ``I`` weights."""
+        return MatMulNBitsBlocks.read(
+            packed_OP, I, self.code_bits, zero_points=self.has_zero_points
+        )
+
+
 def quantize_symmetric(weight_OI: Floats, bits: int) -> MatMulNBitsBlocks:
     """Quantize as onnxruntime: the weight of largest magnitude gets the lowest code."""
     weight_OGS = weight_OI.reshape(len(weight_OI), -1, BLOCK_SIZE)
@@ -121,22 +159,16 @@ def unpack_nibbles(code_OP: Bytes, count: int) -> Bytes:
     return code_OP2.reshape(len(code_OP), -1)[:, :count]
 
 
-def make_members(
-    bits: int,
-) -> tuple[Callable[..., MatMulNBitsBlocks], Callable[..., Bytes], Callable[..., Floats], Grid]:
-    """Return ``blocks``, ``quantize``, ``dequantize`` and ``GRID`` without zero points."""
-    blocks = partial(MatMulNBitsBlocks.read, bits=bits)
+def make_symmetric_grid(bits: int) -> Grid:
+    """Return the grid of codes without zero points."""
     middle = 1 << (bits - 1)
+    return Grid(
+        values=whole_codes(-middle, middle - 1),
+        block_size=BLOCK_SIZE,
+        group_size=BLOCK_SIZE,
+        pack=partial(_pack_symmetric, bits=bits),
+    )
 
-    def quantize(weight_OI: Floats) -> Bytes:
-        return quantize_symmetric(weight_OI, bits).pack()
 
-    def dequantize(packed_OP: Bytes, I: int) -> Floats:
-        return blocks(packed_OP, I).dequantize()
-
-    def pack(codes: GridCodes) -> Bytes:
-        scale_OG = codes.scale_OX.astype(np.float16)
-        return MatMulNBitsBlocks(bits, codes.code_OI, scale_OG).pack()
-
-    grid = Grid(whole_codes(-middle, middle - 1), BLOCK_SIZE, BLOCK_SIZE, pack)
-    return blocks, quantize, dequantize, grid
+def _pack_symmetric(codes: GridCodes, bits: int) -> Bytes:
+    return MatMulNBitsBlocks(bits, codes.code_OI, codes.scale_OX.astype(np.float16)).pack()

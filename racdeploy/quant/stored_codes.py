@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from racdeploy import plugins
 from racdeploy.errors import ModelError
-from racdeploy.quant import load_grid
-from racdeploy.quant.grid import Bytes, Floats, GridCodes, pack_halves
+from racdeploy.quant import load, load_grid
+from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, pack_halves
 from racdeploy.tensors.safetensors import (
     BYTE_DTYPE,
     PackedEntry,
@@ -98,30 +99,61 @@ def join_codes(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
 
     weights = coded.pop("", {})
     for head, fields in coded.items():
-        try:
-            weight, quant = head.split("|")
-            grid, code, scale = load_grid(quant), fields["code_OI"], fields["scale_OX"]
-            O, X = scale.shape
-            I = X * grid.block_size
-            shape, group_shape = (O, I), (O, I // grid.group_size)
-            codes_per_byte = 1 + (len(grid.values) <= 16)
-            expected = {"code_OI": (O, I // codes_per_byte), "scale_OX": scale.shape}
-            if grid.step_codes:
-                expected["step_code_OG"] = group_shape
-            if grid.minimum_codes:
-                expected |= {"minimum_code_OG": group_shape, "minimum_scale_OX": scale.shape}
-            found = {
-                name: part.shape if (part.dtype == BYTE_DTYPE) == ("code" in name) else ()
-                for name, part in fields.items()
-            }
-            if found.pop("weight_OI", shape) != shape or found != expected:
-                raise ValueError
-        except (AttributeError, KeyError, ValueError) as error:
-            raise _damage(f"{head!r} are no codes of a number format") from error
-        weights[weight] = CodedWeight(
-            code.file, code.start, code.stop, "F32", shape, tuple(fields.values()), quant, fields
-        )
+        weight, _, quant = head.partition("|")
+        weights[weight] = _join_fields(head, quant, fields)
     return dict(sorted(weights.items()))
+
+
+def _join_fields(head: str, quant: str, fields: Mapping[str, TensorEntry]) -> CodedWeight:
+    """Return the weight of these fields; refuse those that are no codes of the number format."""
+    grid = load(quant).grid if quant in plugins.list_names("quant") else None
+    code, scale = fields.get("code_OI"), fields.get("scale_OX")
+    if grid is None or code is None or scale is None or len(scale.shape) != 2:
+        raise _no_codes(head)
+
+    O, X = scale.shape
+    shape = (O, X * grid.block_size)
+    expected = _list_field_shapes(grid, shape)
+    if "weight_OI" in fields:
+        expected["weight_OI"] = shape
+
+    shapes = {name: part.shape for name, part in fields.items()}
+    bytes_only = {name for name, part in fields.items() if part.dtype == BYTE_DTYPE}
+    if shapes != expected or bytes_only != {name for name in fields if "code" in name}:
+        raise _no_codes(head)
+
+    return CodedWeight(
+        file=code.file,
+        start=code.start,
+        stop=code.stop,
+        dtype="F32",
+        shape=shape,
+        parts=tuple(fields.values()),
+        packed_quant=quant,
+        fields=fields,
+    )
+
+
+def _list_field_shapes(grid: Grid, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each field of a weight's codes, without ``weight_OI``."""
+    O, I = shape
+    scale_shape, group_shape = (O, I // grid.block_size), (O, I // grid.group_size)
+    codes_per_byte = 2 if len(grid.values) <= 16 else 1
+
+    shapes: dict[str, tuple[int, ...]] = {
+        "code_OI": (O, I // codes_per_byte),
+        "scale_OX": scale_shape,
+    }
+    if grid.step_codes:
+        shapes["step_code_OG"] = group_shape
+    if grid.minimum_codes:
+        shapes["minimum_code_OG"] = group_shape
+        shapes["minimum_scale_OX"] = scale_shape
+    return shapes
+
+
+def _no_codes(head: str) -> ModelError:
+    return _damage(f"{head!r} are no codes of a number format")
 
 
 def _damage(what: str) -> ModelError:

@@ -131,7 +131,7 @@ def list_quants(recipe: Recipe) -> list[str]:
 
 def count_bits(name: str) -> float:
     """Return the bits per weight of a number format, or of most tensors of a preset."""
-    return quant.load(presets.read(name).quant).BITS
+    return quant.load(presets.read(name).quant).bits
 
 
 def _list_kinds(job: Job) -> Iterator[tuple[str, Settings]]:

@@ -85,7 +85,7 @@ def propose_mixed_quant(
 
     own_bits = count_bits(recipe.export.quant)
     stored = packings.list_supported("gguf", "quant")
-    bits = {name: quant.load(name).BITS for name in list_quants(recipe) if name in stored}
+    bits = {name: quant.load(name).bits for name in list_quants(recipe) if name in stored}
     wider = [name for name in bits if own_bits < bits[name]]
 
     # Pruning may give blocks different widths, known only later: then these tensors stay as they

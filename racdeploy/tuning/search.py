@@ -408,7 +408,7 @@ class Search:
         checkpoint = self.job.checkpoint
         weights = count_active_weights(checkpoint)
         stored = list_supported(self.job.recipe.export.format, "quant")
-        narrow = [name for name in stored if quant.load(name).BITS <= MAX_BITS]
+        narrow = [name for name in stored if quant.load(name).bits <= MAX_BITS]
         return Workload(weights, checkpoint.shape.block_count, tuple(narrow))
 
     @property

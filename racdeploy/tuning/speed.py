@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from racdeploy import plugins
 from racdeploy import quant as quants
 from racdeploy.engines import open_engine
 from racdeploy.engines.engine import EngineSettings, Progress, Sampling
@@ -81,12 +82,20 @@ class Workload:
     quants: tuple[str, ...]
 
 
-PROFILE_WORKLOAD = Workload(
-    1_500_000_000,
-    28,
-    ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k", "f16"),
-)
-"""Workload of ``racdeploy bench --profile``, which knows no model."""
+def make_profile_workload() -> Workload:
+    """Return the workload of ``racdeploy bench --profile``, which knows no model."""
+    names = [
+        name
+        for name in plugins.list_names("quant")
+        if quants.load(name).is_profiled and "gguf" in quants.load(name).formats
+    ]
+
+    # The wide blocks first, which most models have; 16 bits take the longest, so they come last.
+    def order(name: str) -> tuple[bool, float, str]:
+        bits = quants.load(name).bits
+        return bits >= 16, -bits, name
+
+    return Workload(weights=1_500_000_000, blocks=28, quants=tuple(sorted(names, key=order)))
 
 
 def load_or_measure_device(workspace: Workspace, scratch: Path, workload: Workload) -> Device:
@@ -153,7 +162,7 @@ def measure_device(
         sample = measure_file(write_model(file, name, size), threads)
 
         # Subtract the time per block of the narrow model, which has almost no weights.
-        read_bytes = size.blocks * size.block_weights * quants.load(name).BITS / 8
+        read_bytes = size.blocks * size.block_weights * quants.load(name).bits / 8
         weights_s = max(sample.token_s - block_s * size.blocks, 0.05 * sample.token_s)
         speeds[name] = float(f"{read_bytes / weights_s / 1e9:.3g}")
 
@@ -182,7 +191,7 @@ def measure_device(
 def _choose_size(quant: str, weights: int) -> Dimensions:
     """Return a model with that many weights, or as many as ``_MAX_BYTES`` allows."""
     block = Dimensions(1).block_weights
-    max_weights = _MAX_BYTES * 8 / quants.load(quant).BITS
+    max_weights = _MAX_BYTES * 8 / quants.load(quant).bits
     return Dimensions(max(1, round(min(weights, max_weights) / block)))
 
 

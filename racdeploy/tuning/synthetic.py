@@ -75,7 +75,7 @@ def _add(writer: gguf.GGUFWriter, name: str, shape: tuple[int, int], quant: str)
         return
     slab_OP = _random_rows(quant, columns)
     packed_OP = np.tile(slab_OP, (-(-rows // _ROWS), 1))[:rows]
-    kind = gguf.GGMLQuantizationType(quants.load_ggml(quant).GGML_TYPE)
+    kind = gguf.GGMLQuantizationType(quants.load_ggml(quant).type_id)
     writer.add_tensor(name, packed_OP, raw_dtype=kind)
 
 

@@ -48,8 +48,8 @@ def find_same_size_quants(
     for name in plugins.list_names("quant"):
         rival = quant.load(name)
         fits = not any(quant.explain_misfit(rival, row) for row in row_lengths)
-        if fits and settings.format in rival.FORMATS and name != reference:
-            bits[name] = rival.BITS
+        if fits and settings.format in rival.formats and name != reference:
+            bits[name] = rival.bits
 
     def preference(name: str) -> tuple[float, bool, str]:
         # ggml's K formats are the better ones of equal width.

@@ -83,10 +83,10 @@ def test_damaged_weights_are_a_model_error(folder: Path, attack: str) -> None:
 @pytest.mark.parametrize(
     "names",
     [("w|q4_0|code_OI",), ("w|q4_0|scale_OX",), ("w|q4_0|x|scale_OX",),
-     ("w|f16|code_OI", "w|f16|scale_OX")],
+     ("w|f16|code_OI", "w|f16|scale_OX"), ("w|q9_9|code_OI", "w|q9_9|scale_OX")],
 )  # fmt: skip
 def test_damaged_codes_are_a_model_error(folder: Path, names: tuple[str, ...]) -> None:
-    """Fields that are missing, a name too long, and a format without codes."""
+    """Fields that are missing, a name too long, a format without codes, and one of nobody."""
     (folder / "model.safetensors").unlink()
     arrays = {name: np.zeros((2, 1), np.float32) for name in names}
     save_file(arrays, folder / CODED_FILE)

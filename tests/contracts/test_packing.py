@@ -25,7 +25,12 @@ FORMATS = plugins.list_names("formats")
 def shared_formats(packing_name: str, quant_name: str) -> tuple[str, ...]:
     """Return the file formats that store both."""
     stored = packings.load(packing_name).FORMATS
-    return tuple(name for name in quants.load(quant_name).FORMATS if name in stored)
+    return tuple(name for name in quants.load(quant_name).formats if name in stored)
+
+
+def list_formats(kind: str, name: str) -> tuple[str, ...]:
+    """Return the file formats that store a quant or a packing."""
+    return quants.load(name).formats if kind == "quant" else packings.load(name).FORMATS
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def sparse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 def refuse_pair(packing_name: str, quant_name: str, zeros: float) -> bool:
     """Return whether a tensor of the quant with that share of zeros is not packed."""
     packing, quant = packings.load(packing_name), quants.load(quant_name)
-    if packing.REQUIRES_ZEROS and not quant.PRESERVES_ZERO:
+    if packing.REQUIRES_ZEROS and not quant.preserves_zero:
         return True
     return bool(packing.reason_for_plain(quant_name, zeros))
 
@@ -119,7 +124,7 @@ def test_leaving_zeros_out_makes_smaller(
 @pytest.mark.parametrize("quant_name", QUANTS)
 def test_plain_goes_with_every_quant(quant_name: str) -> None:
     """Nothing is left out, so nothing can be lost."""
-    for name in quants.load(quant_name).FORMATS:
+    for name in quants.load(quant_name).formats:
         packings.check(name, quant_name, "plain")
 
 
@@ -127,8 +132,8 @@ def test_plain_goes_with_every_quant(quant_name: str) -> None:
 @pytest.mark.parametrize("quant_name", QUANTS)
 def test_leaving_zeros_out_needs_a_quant_that_keeps_them(quant_name: str) -> None:
     """A sparse packing is refused, with alternatives, for exactly the quants that lose zeros."""
-    name = quants.load(quant_name).FORMATS[0]
-    if quants.load(quant_name).PRESERVES_ZERO:
+    name = quants.load(quant_name).formats[0]
+    if quants.load(quant_name).preserves_zero:
         packings.check(name, quant_name, "sparse")
         return
     with raises("packing-unfit-for-quant", "sparse", quant_name) as caught:
@@ -142,7 +147,7 @@ def test_leaving_zeros_out_needs_a_quant_that_keeps_them(quant_name: str) -> Non
 def test_what_a_format_does_not_store_is_refused(kind: str) -> None:
     """The message names the format and what it stores, which it then takes."""
     for name in plugins.list_names(kind):
-        stored_by = plugins.load(kind, name).FORMATS
+        stored_by = list_formats(kind, name)
         assert stored_by
         assert set(stored_by) <= {*FORMATS, "onnx"}
         for format_name in set(FORMATS) - set(stored_by):
@@ -150,7 +155,7 @@ def test_what_a_format_does_not_store_is_refused(kind: str) -> None:
             with raises("not-stored-by-format", f"'{format_name}'", f"{kind} '{name}'") as caught:
                 packings.check(format_name, *pair)
             offered = caught.value.remedy.removeprefix("it stores ").split(", ")
-            assert all(format_name in plugins.load(kind, other).FORMATS for other in offered)
+            assert all(format_name in list_formats(kind, other) for other in offered)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -120,20 +120,20 @@ def test_a_sparse_preset_keeps_every_zero(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = export(Checkpoint(folder), tmp_path / "m.gguf", quant=preset)
     linears = [tensor for tensor in result.tensors if tensor.source.endswith("proj.weight")]
-    assert all(quants.load(tensor.actual_quant).PRESERVES_ZERO for tensor in linears)
+    assert all(quants.load(tensor.actual_quant).preserves_zero for tensor in linears)
     assert min(tensor.zeros for tensor in linears) >= 0.5
     dense = [
         tensor for tensor in result.tensors if tensor.name in ("token_embd.weight", "output.weight")
     ]
-    assert all(quants.load(tensor.actual_quant).BITS >= 8 for tensor in dense)
+    assert all(quants.load(tensor.actual_quant).bits >= 8 for tensor in dense)
 
 
 @pytest.mark.parametrize("preset", NAMES)
 def test_a_preset_names_formats_that_exist(preset: str) -> None:
     """Base and rules are number formats of every file format that the preset is for."""
-    plugin = plugins.load("presets", preset)
-    for name in {plugin.QUANT, *(rule.quant for rule in plugin.RULES)}:
-        assert set(plugin.FORMATS) <= set(quants.load(name).FORMATS)
+    plugin = presets.load(preset)
+    for name in {plugin.quant, *(rule.quant for rule in plugin.rules)}:
+        assert set(plugin.formats) <= set(quants.load(name).formats)
 
 
 def test_more_bits_go_where_llama_cpp_puts_them() -> None:

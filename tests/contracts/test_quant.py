@@ -15,10 +15,10 @@ from racdeploy.quant import ggml
 from tests.support.errors import raises
 
 NAMES = plugins.list_names("quant")
-GGML_NAMES = tuple(name for name in NAMES if "gguf" in quants.load(name).FORMATS)
-NUMPY_FORMATS = ("f16", "bf16", "q8_0", "q5_0", "q4_0", "mxfp4")
-C_FORMATS = tuple(name for name in GGML_NAMES if name.endswith("_k") or name.startswith("iq"))
-BLOCK_FORMATS = tuple(name for name in GGML_NAMES if quants.load(name).BLOCK_SIZE > 1)
+GGML_NAMES = tuple(name for name in NAMES if "gguf" in quants.load(name).formats)
+C_FORMATS = tuple(name for name in GGML_NAMES if quants.load_ggml(name).library is ggml)
+NUMPY_FORMATS = tuple(name for name in GGML_NAMES if name not in C_FORMATS)
+BLOCK_FORMATS = tuple(name for name in GGML_NAMES if quants.load(name).block_size > 1)
 O, I = 24, 512
 HALF_PRECISION = 2.0**-11
 
@@ -42,16 +42,16 @@ def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
     d for a scale, 4 d <= a < 8 d, and no value above 6 d: a is clipped by less than a quarter. Its
     values from 4 d on are 2 d apart: half of that is as much.
     """
-    if quant.BLOCK_SIZE == 1:
-        return np.abs(weight_OI) * 0 if quant.BITS == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
+    if quant.block_size == 1:
+        return np.abs(weight_OI) * 0 if quant.bits == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
     largest = (
-        np.abs(weight_OI.reshape(O, -1, quant.BLOCK_SIZE))
+        np.abs(weight_OI.reshape(O, -1, quant.block_size))
         .max(axis=2)
-        .repeat(quant.BLOCK_SIZE, axis=1)
+        .repeat(quant.block_size, axis=1)
     )
-    if getattr(quant, "GGML_TYPE", None) == GGMLQuantizationType.MXFP4:
+    if quant.grid and quant.grid.scale == "power_of_two":
         return largest / 4
-    return largest * (2.0 ** (1 - int(quant.BITS)) + HALF_PRECISION)
+    return largest * (2.0 ** (1 - int(quant.bits)) + HALF_PRECISION)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,17 +77,17 @@ def test_a_spoiled_byte_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_size_is_what_bits_says(name: str) -> None:
-    """A packed row has exactly I * BITS / 8 bytes of uint8."""
+    """A packed row has exactly I * bits / 8 bytes of uint8."""
     quant = quants.load(name)
     packed_OP = quant.quantize(draw_weights())
     assert packed_OP.dtype == np.uint8
-    assert packed_OP.shape == (O, I * quant.BITS / 8)
+    assert packed_OP.shape == (O, I * quant.bits / 8)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pattern", ["half", "2:4", "whole blocks"])
 def test_zeros_survive_exactly_where_promised(name: str, pattern: str) -> None:
-    """PRESERVES_ZERO is True if and only if ggml reads every zero back as zero."""
+    """``preserves_zero`` is True if and only if ggml reads every zero back as zero."""
     weight_OI = draw_weights(0.5)
     if pattern == "2:4":
         weight_OI = draw_weights()
@@ -98,12 +98,12 @@ def test_zeros_survive_exactly_where_promised(name: str, pattern: str) -> None:
     quant = quants.load(name)
     packed_OP = quant.quantize(weight_OI)
     read_OI = quant.dequantize(packed_OP, I)
-    if quant.BLOCK_SIZE > 1 and "gguf" in quant.FORMATS:
+    if quant.block_size > 1 and "gguf" in quant.formats:
         np.testing.assert_array_equal(
-            ggml.dequantize(quants.load_ggml(name).GGML_TYPE, packed_OP, I), read_OI
+            ggml.dequantize(quants.load_ggml(name).type_id, packed_OP, I), read_OI
         )
     survived = bool((read_OI[weight_OI == 0] == 0).all())
-    assert survived == quant.PRESERVES_ZERO
+    assert survived == quant.preserves_zero
 
 
 def draw_importance(seed: int = 2) -> np.ndarray:
@@ -115,10 +115,10 @@ def weigh_error(
     name: str, weight_OI: np.ndarray, importance_I: np.ndarray, given: np.ndarray | None
 ) -> np.ndarray:
     """Return the weighted squared error of each block, as ggml itself reads the bytes."""
-    quant = quants.load(name)
-    read_OI = ggml.dequantize(quant.GGML_TYPE, quant.quantize(weight_OI, given), I)
+    quant = quants.load_ggml(name)
+    read_OI = ggml.dequantize(quant.type_id, quant.quantize(weight_OI, given), I)
     error_OI = (read_OI - weight_OI).astype(np.float64) ** 2 * importance_I
-    return error_OI.reshape(O, -1, quant.BLOCK_SIZE).sum(axis=2)
+    return error_OI.reshape(O, -1, quant.block_size).sum(axis=2)
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
@@ -128,7 +128,7 @@ def test_an_importance_lowers_the_weighted_error(name: str, sparsity: float) -> 
     weight_OI, importance_I = draw_weights(sparsity), draw_importance()
     weighted_OB = weigh_error(name, weight_OI, importance_I, importance_I)
     plain_OB = weigh_error(name, weight_OI, importance_I, None)
-    if quants.uses_importance(name):
+    if quants.load_ggml(name).uses_importance:
         assert weighted_OB.sum() < plain_OB.sum()
     else:
         assert (weighted_OB == plain_OB).all()
@@ -136,17 +136,19 @@ def test_an_importance_lowers_the_weighted_error(name: str, sparsity: float) -> 
 
 @pytest.mark.parametrize("name", GGML_NAMES)
 def test_zeros_survive_with_an_importance(name: str) -> None:
-    """PRESERVES_ZERO holds for the chosen scales too, in tiny and in empty blocks."""
+    """``preserves_zero`` holds for the chosen scales too, in tiny and in empty blocks."""
     weight_OI = draw_weights(0.5)
     weight_OI[:, 256:] = 0
     weight_OI[1] *= np.float32(1e-9)
     quant = quants.load(name)
     read_OI = quant.dequantize(quant.quantize(weight_OI, draw_importance()), I)
     assert np.isfinite(read_OI).all()
-    assert bool((read_OI[weight_OI == 0] == 0).all()) == quant.PRESERVES_ZERO
+    assert bool((read_OI[weight_OI == 0] == 0).all()) == quant.preserves_zero
 
 
-@pytest.mark.parametrize("name", [*filter(quants.uses_importance, BLOCK_FORMATS)])
+@pytest.mark.parametrize(
+    "name", [name for name in BLOCK_FORMATS if quants.load_ggml(name).uses_importance]
+)
 def test_an_importance_reaches_ggml(name: str) -> None:
     """The bytes differ from those of another importance, and repeat for the same one."""
     quant, weight_OI = quants.load(name), draw_weights()
@@ -165,7 +167,7 @@ def test_numpy_formats_write_the_bytes_of_ggml(name: str, sparsity: float) -> No
     weight_OI[3, ::32] = 40
     weight_OI[4] = 0
     np.testing.assert_array_equal(
-        ggml.quantize(quant.GGML_TYPE, weight_OI), quant.quantize(weight_OI)
+        ggml.quantize(quant.type_id, weight_OI), quant.quantize(weight_OI)
     )
 
 
@@ -174,14 +176,14 @@ def test_c_formats_are_read_alike_by_numpy(name: str) -> None:
     """What ggml reads is what gguf-py's independent numpy version gives."""
     quant = quants.load_ggml(name)
     packed_OP = quant.quantize(draw_weights(0.5))
-    expected_OI = gguf_quants.dequantize(packed_OP, GGMLQuantizationType(quant.GGML_TYPE))
+    expected_OI = gguf_quants.dequantize(packed_OP, GGMLQuantizationType(quant.type_id))
     np.testing.assert_allclose(quant.dequantize(packed_OP, I), expected_OI, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", GGML_NAMES)
 def test_the_type_id_is_the_one_of_its_name(name: str) -> None:
-    """GGML_TYPE is gguf's number for the file's name."""
-    assert GGMLQuantizationType[name.upper()] == quants.load_ggml(name).GGML_TYPE
+    """The type id is gguf's number for the file's name."""
+    assert GGMLQuantizationType[name.upper()] == quants.load_ggml(name).type_id
 
 
 @pytest.mark.parametrize("name", C_FORMATS)
@@ -202,5 +204,5 @@ def test_odd_rows_are_refused_with_a_reason(name: str) -> None:
     """Rows that are not whole blocks get a reason, whole ones an empty string."""
     quant = quants.load(name)
     assert quants.explain_misfit(quant, 512) == ""
-    assert bool(quants.explain_misfit(quant, 520 + 1)) == (quant.BLOCK_SIZE > 1)
-    assert "521" in quants.explain_misfit(quant, 521) or quant.BLOCK_SIZE == 1
+    assert bool(quants.explain_misfit(quant, 520 + 1)) == (quant.block_size > 1)
+    assert "521" in quants.explain_misfit(quant, 521) or quant.block_size == 1

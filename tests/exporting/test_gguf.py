@@ -402,7 +402,7 @@ def test_transformers_5_checkpoints_give_the_identical_file(
 
 
 @pytest.mark.parametrize(
-    "quant", [name for name in plugins.list_names("quant") if "gguf" in quants.load(name).FORMATS]
+    "quant", [name for name in plugins.list_names("quant") if "gguf" in quants.load(name).formats]
 )
 def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
     """Each number format makes a file that llama.cpp reads exactly as its dequantized weights
@@ -413,7 +413,7 @@ def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
     )
     checkpoint = Checkpoint(folder)
     result = export(checkpoint, tmp_path / "model.gguf", quant=quant)
-    module = plugins.load("quant", quant)
+    number_format = quants.load(quant)
     linears = [
         tensor
         for tensor in result.tensors
@@ -428,7 +428,9 @@ def test_every_quant_runs_in_llama(tmp_path: Path, quant: str) -> None:
             weight_OI = weight_OI[
                 find_rotary_order(weight_OI.shape[0], 4 if "attn_q" in tensor.name else 2)
             ]
-        expected_OI = module.dequantize(module.quantize(weight_OI), weight_OI.shape[1])
+        expected_OI = number_format.dequantize(
+            number_format.quantize(weight_OI), weight_OI.shape[1]
+        )
         np.testing.assert_array_equal(gguf.dequantize(stored.data, stored.tensor_type), expected_OI)
         assert np.mean(expected_OI == 0) == tensor.zeros
     answer = ask_llama([result.path], IDS)[0]

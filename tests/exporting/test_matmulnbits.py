@@ -123,7 +123,7 @@ def test_the_operator_reads_what_was_written(name: str) -> None:
 def run_operator(name: str, packed_OP: np.ndarray) -> np.ndarray:
     """Return the weights as onnxruntime's operator sees them."""
     tensor = GraphTensor("w", (O, I), name, is_embedding=False)
-    arrays = blocks_to_arrays(tensor, quants.load_matmulnbits(name).blocks(packed_OP, I))
+    arrays = blocks_to_arrays(tensor, quants.load_matmulnbits(name).unpack(packed_OP, I))
     inputs = ["x", "w", "w.scales", *(["w.zero_points"] if "w.zero_points" in arrays else [])]
     bits = 8 if name.endswith("8") else 4
     node = helper.make_node(

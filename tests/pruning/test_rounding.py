@@ -45,9 +45,7 @@ from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES, make_trace
 from tests.support.tiny_training_run import read_weights
 
-GRIDS = [
-    name for name in plugins.list_names("quant") if hasattr(plugins.load("quant", name), "GRID")
-]
+GRIDS = [name for name in plugins.list_names("quant") if quants.has_grid(name)]
 WITH_ZERO = [name for name in GRIDS if quants.load_grid(name).has_zero]
 OUTPUTS, INPUTS = 24, 320
 
@@ -88,7 +86,7 @@ def choose(
 def problem(request: pytest.FixtureRequest) -> Problem:
     """Return a problem of whole quant blocks of the format that a test has for its ``name``."""
     name = request.node.callspec.params["name"] if hasattr(request.node, "callspec") else "q4_0"
-    block = quants.load(name).BLOCK_SIZE
+    block = quants.load(name).block_size
     return make_problem(-(-INPUTS // block) * block)
 
 
@@ -160,7 +158,7 @@ def test_without_zeros_they_beat_an_importance(problem: Problem, name: str) -> N
     dense = PrunedWeights(target_OI.clone(), torch.ones_like(target_OI, dtype=torch.bool))
     chosen_OI = choose(name, dense, target_OI, problem.hessian)
 
-    given = (energy_I,) if "gguf" in quant.FORMATS else ()
+    given = (energy_I,) if "gguf" in quant.formats else ()
     packed_OP = quant.quantize(target_OI.numpy(), *given)
     plain_OI = torch.from_numpy(quant.dequantize(packed_OP, target_OI.shape[1]).copy())
     assert problem.error(chosen_OI) < 0.72 * problem.error(plain_OI)

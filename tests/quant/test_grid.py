@@ -15,8 +15,8 @@ from racdeploy import quant as quants
 from racdeploy.quant import ggml
 from tests.support.codes import draw_codes, read_as_file, store_codes
 
-GRIDS = [n for n in plugins.list_names("quant") if hasattr(plugins.load("quant", n), "GRID")]
-GGUF = [name for name in GRIDS if "gguf" in quants.load(name).FORMATS]
+GRIDS = [n for n in plugins.list_names("quant") if quants.has_grid(n)]
+GGUF = [name for name in GRIDS if "gguf" in quants.load(name).formats]
 I = 512
 
 
@@ -44,7 +44,7 @@ def test_ggml_and_gguf_py_read_the_same(name: str) -> None:
     """Our own dequantizer is one of the two for each format."""
     codes = draw_codes(name, 5, I, seed=1)
     packed_OP = quants.load_grid(name).pack(codes)
-    number = quants.load_ggml(name).GGML_TYPE
+    number = quants.load_ggml(name).type_id
     by_c_OI = ggml.dequantize(number, packed_OP, I)
     assert np.array_equal(by_c_OI, gguf_quants.dequantize(packed_OP, GGMLQuantizationType(number)))
     assert np.array_equal(by_c_OI, quants.load_grid(name).decode(codes))

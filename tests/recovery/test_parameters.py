@@ -19,7 +19,7 @@ from tests.support.codes import draw_codes, read_as_file, store_codes
 GRIDS = [
     name
     for name in plugins.list_names("quant")
-    if (grid := getattr(plugins.load("quant", name), "GRID", None))
+    if (grid := quants.load(name).grid)
     and grid.scale == "half"
     and (grid.step_codes or not grid.minimum_codes)
 ]

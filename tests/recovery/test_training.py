@@ -96,7 +96,7 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "q3_k"])
 def test_scales_that_learn_stay_on_the_grid(tmp_path: Path, quant: str) -> None:
     """The recovered model lies on the grid of its format: the file will hold these very weights."""
-    block = quants.load(quant).BLOCK_SIZE
+    block = quants.load(quant).block_size
     sizes = {"hidden_size": 256, "intermediate_size": 256} if block == 256 else {}
     training_run = make_training_run(
         tmp_path, quant=quant, settings={"learning_rate": 2e-4}, **sizes

@@ -41,7 +41,7 @@ def draw_rows(quant: str, rows: int, sparsity: float) -> tuple[np.ndarray, float
 def write_plain_gguf(file: Path, quant: str, packed_OP: np.ndarray) -> Path:
     """Write a GGUF file with one tensor, ``w``."""
     writer = gguf.GGUFWriter(file, "llama")
-    kind = gguf.GGMLQuantizationType(quants.load_ggml(quant).GGML_TYPE)
+    kind = gguf.GGMLQuantizationType(quants.load_ggml(quant).type_id)
     writer.add_tensor("w", packed_OP, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -17,7 +17,7 @@ ATTENTION = 0.25  # of a block's weights, in both models
 @pytest.mark.parametrize("arm", [*WIDE, *NARROW], ids=lambda arm: arm.name)
 def test_the_layout_of_a_format_gives_the_size_of_an_arm(arm: Arm) -> None:
     """Within 6 %; those of mixes and of codes packed as words are measured."""
-    bits = quants.load(arm.quant).BITS
+    bits = quants.load(arm.quant).bits
     if "tensors" in str(arm.settings):
         return
     if arm.kind == "cut":

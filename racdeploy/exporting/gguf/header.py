@@ -86,7 +86,7 @@ def write_header(
             writer.add_int32(splits.TENSORS_KEY, all_tensors)
 
         for tensor in tensors:
-            kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.actual_quant).GGML_TYPE)
+            kind = gguf.GGMLQuantizationType(quants.load_ggml(tensor.actual_quant).type_id)
             values = np.dtype(np.float32)  # gguf-py requires one; ``kind`` is what is written
             writer.add_tensor_info(tensor.name, tensor.shape, values, tensor.size_bytes, kind)
 

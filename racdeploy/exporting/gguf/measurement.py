@@ -119,11 +119,11 @@ def _name_types() -> dict[int, str]:
     names = {}
     for name in plugins.list_names("quant"):
         try:
-            form = quant.load_ggml(name)
+            codec = quant.load(name).codec
         except MissingExtraError:
             continue
 
-        if "gguf" in form.FORMATS:
-            names[form.GGML_TYPE] = name
+        if isinstance(codec, quant.GgmlCodec):
+            names[codec.type_id] = name
 
     return names

@@ -89,7 +89,7 @@ class TensorWriter:
         quant = quants.load_ggml(tensor.actual_quant)
         known = (
             tensor.list_importances(self.importance)
-            if self.importance and quants.uses_importance(tensor.actual_quant)
+            if self.importance and quant.uses_importance
             else [None]
         )
         order_I = find_gguf_column_order(tensor.transform, self.checkpoint.shape, tensor.shape[-1])

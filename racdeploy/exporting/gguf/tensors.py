@@ -97,7 +97,7 @@ class GgufTensorPlan:
     @property
     def size_bytes(self) -> int:
         """Bytes in the file, without padding."""
-        row_bytes = round(self.shape[-1] * quants.load(self.actual_quant).BITS / 8)
+        row_bytes = round(self.shape[-1] * quants.load(self.actual_quant).bits / 8)
         return math.prod(self.shape[:-1]) * row_bytes
 
 

@@ -176,7 +176,7 @@ def describe_importance(
     Args:
         packed: names of the tensors that the checkpoint has in their format, so none is chosen.
     """
-    quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).BLOCK_SIZE > 1]
+    quantized = [tensor for tensor in plan if quants.load(tensor.actual_quant).block_size > 1]
     weighted = [
         tensor
         for tensor in quantized
@@ -190,7 +190,7 @@ def describe_importance(
         )
 
     searched = sum(
-        tensor.name not in packed and quants.uses_importance(tensor.actual_quant)
+        tensor.name not in packed and quants.load_ggml(tensor.actual_quant).uses_importance
         for tensor in weighted
     )
     if not searched:

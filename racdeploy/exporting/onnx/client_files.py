@@ -26,7 +26,7 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 def name_graph(quant: str) -> str:
     """Return the file name by which transformers.js finds a graph in a number format."""
-    dtype = quants.load_onnx(quant).JS_DTYPE
+    dtype = quants.load(quant).js_dtype
     return f"model{_NAME_ENDS[dtype]}.onnx"
 
 
@@ -49,7 +49,7 @@ def companions(manifest: Manifest, checkpoint: Checkpoint, folder: Path) -> dict
     model = onnx.load(str(folder / entry.path), load_external_data=False)
 
     main = PurePosixPath(entry.path).name
-    described: Json = {"dtype": quants.load_onnx(entry.quant).JS_DTYPE}
+    described: Json = {"dtype": quants.load(entry.quant).js_dtype}
     if any(name.endswith(f"{main}_data") for name in entry.files):
         described["use_external_data_format"] = {main: 1}
 

@@ -55,7 +55,7 @@ def _measure(tensor: GraphTensor, stored: StoredArrays, path: Path) -> MeasuredT
             f"{path}: the arrays of {tensor.name!r} are missing or have wrong shapes: {error}",
         ) from error
 
-    if packed_OP.shape != (O, I * quant.BITS / 8):
+    if packed_OP.shape != (O, I * quant.bits / 8):
         raise ArtifactError(
             "damaged-tensor-list",
             f"{path}: {tensor.name!r} has not the shape {list(tensor.shape)} in {tensor.quant}",

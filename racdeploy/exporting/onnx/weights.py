@@ -139,7 +139,7 @@ def connect_weights(graph: WeightlessGraph, tensors: list[GraphTensor]) -> Model
 def _make_product(node: NodeProto, tensor: GraphTensor, shared: Shared) -> NodeProto:
     if tensor.is_matmulnbits:
         O, I = tensor.shape
-        quant = quants.load_matmulnbits(tensor.quant)
+        codec = quants.load_matmulnbits(tensor.quant)
 
         codes = tensor.name
         if tensor.is_embedding:  # tied: the lookup reads codes of two axes, the product of three
@@ -150,7 +150,7 @@ def _make_product(node: NodeProto, tensor: GraphTensor, shared: Shared) -> NodeP
             codes = _share(shared, "Reshape", [tensor.name, axes], f"{tensor.name}.blocks")
 
         inputs = [node.input[0], codes, f"{tensor.name}.scales"]
-        if quant.ZERO_POINTS:
+        if codec.has_zero_points:
             inputs.append(f"{tensor.name}.zero_points")
         return helper.make_node(
             "MatMulNBits",
@@ -160,7 +160,7 @@ def _make_product(node: NodeProto, tensor: GraphTensor, shared: Shared) -> NodeP
             domain="com.microsoft",
             K=I,
             N=O,
-            bits=quant.CODE_BITS,
+            bits=codec.code_bits,
             block_size=BLOCK_SIZE,
             accuracy_level=_ACCURACY_LEVEL,
         )

@@ -188,7 +188,7 @@ def _check_request(
     check_metadata(metadata, (TENSORS_KEY,))
 
     weights = checkpoint.parameters
-    artifact_bytes = round(quants.load(quant).BITS * weights / 8)
+    artifact_bytes = round(quants.load(quant).bits * weights / 8)
     require_space(out.parent, artifact_bytes, "choose another place with --out")
 
     # The exporter's float32 graph is in the temporary folder until it was compared; beside it the

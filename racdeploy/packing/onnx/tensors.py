@@ -81,7 +81,7 @@ def _read_tensor(entry: object) -> GraphTensor | None:
 
     shape = values["shape"]
     quant = values["quant"]
-    known = quant in plugins.list_names("quant") and "onnx" in quants.load(quant).FORMATS
+    known = quant in plugins.list_names("quant") and "onnx" in quants.load(quant).formats
     known = known and values["packing"] in packings.list_supported("onnx", "packing")
 
     are_extents = all(type(extent) is int and extent >= 1 for extent in shape)
@@ -106,8 +106,8 @@ def dump_tensors(tensors: list[GraphTensor]) -> str:
 def rows_to_arrays(tensor: GraphTensor, packed_OP: Bytes) -> Arrays:
     """Return the arrays of packed rows, by their names in the file."""
     if tensor.is_matmulnbits:
-        quant = quants.load_matmulnbits(tensor.quant)
-        return blocks_to_arrays(tensor, quant.blocks(packed_OP, tensor.shape[1]))
+        codec = quants.load_matmulnbits(tensor.quant)
+        return blocks_to_arrays(tensor, codec.unpack(packed_OP, tensor.shape[1]))
     values = packed_OP.view("<f4" if tensor.quant == "f32" else "<f2").reshape(tensor.shape)
     return {tensor.name: np.ascontiguousarray(values.T) if tensor.is_transposed else values}
 

@@ -32,7 +32,7 @@ _K_QUANTS = range(10, 16)
 
 def reason_for_plain(quant: str, zeros_fraction: float) -> str:
     """Return why a tensor of this quant is better stored plain, or an empty string."""
-    return _reason_for_plain(quants.load_ggml(quant).GGML_TYPE, zeros_fraction)
+    return _reason_for_plain(quants.load_ggml(quant).type_id, zeros_fraction)
 
 
 def usage(path: str) -> list[str]:

@@ -39,7 +39,7 @@ _CODES: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 
 def reason_for_plain(quant: str, zeros_fraction: float) -> str:
     """Return why a tensor of this quant is better stored plain, or an empty string."""
-    bits = quants.load(quant).BITS
+    bits = quants.load(quant).bits
     if quant not in _CODES:
         return f"codes of {bits:g} bits a weight are no whole bytes; {', '.join(_CODES)} are"
     code_type, _ = _CODES[quant]

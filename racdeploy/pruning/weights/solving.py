@@ -134,7 +134,7 @@ class LinearPruner:
             if name := self.quant_of(pair, linear):
                 # GGUF files reorder some columns, and neighbours in the file share a scale.
                 layout: GgufLayout = (None, None)
-                if "gguf" in load(name).FORMATS:
+                if "gguf" in load(name).formats:
                     layout = find_gguf_layout(pair.checkpoint.shape, linear, target_OI)
                 weight_OI, codes = round_to_grid(pruned, live_OI, hessian, load_grid(name), *layout)
 

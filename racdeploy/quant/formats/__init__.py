@@ -1,4 +1,4 @@
-"""Number formats: one file each, with the members of :class:`racdeploy.quant.Quant`."""
+"""Number formats: one file each, with ``QUANT``, a :class:`racdeploy.quant.Quant`."""
 
 _INT8 = (
     "rounding activations to 8 bits while the model runs gave SmolLM2-135M a KL of 0.52 nats where"

@@ -1,8 +1,9 @@
 """F16: IEEE half precision, rounded to nearest even; exporters refuse weights beyond 65504."""
 
-from racdeploy.quant import floats, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, floats
 
-FORMATS = ("gguf", "onnx")
-JS_DTYPE = "fp16"
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("f16", floats)
-PRESERVES_ZERO = True
+QUANT = Quant(
+    codec=GgmlCodec("f16", floats),
+    preserves_zero=True,
+    js_dtype="fp16",
+)

@@ -1,8 +1,10 @@
 """F32: IEEE single precision, stored unchanged."""
 
-from racdeploy.quant import floats, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, floats
 
-FORMATS = ("gguf", "onnx")
-JS_DTYPE = "fp32"
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("f32", floats)
-PRESERVES_ZERO = True
+QUANT = Quant(
+    codec=GgmlCodec("f32", floats),
+    preserves_zero=True,
+    js_dtype="fp32",
+    is_profiled=False,  # a reference, wider than what a device runs
+)

@@ -8,45 +8,29 @@ Source: ``make_qkx2_quants`` in ggml-quants.c; the minimum of a block is a multi
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from numpy.typing import NDArray
 
-from racdeploy.quant import matmulnbits
+from racdeploy.quant import Quant
 from racdeploy.quant.grid import Bytes, Floats, Grid, GridCodes, whole_codes
-from racdeploy.quant.matmulnbits import MatMulNBitsBlocks, invert
+from racdeploy.quant.matmulnbits import BLOCK_SIZE, MatMulNBitsBlocks, MatMulNBitsCodec, invert
 
-FORMATS = ("onnx",)
-JS_DTYPE = "q4"
-CODE_BITS = 4
-ZERO_POINTS = True
-BITS = 4.625
-BLOCK_SIZE = 2 * matmulnbits.BLOCK_SIZE  # two zero points share a byte
-PRESERVES_ZERO = True
 _MAX_CODE = np.float32(15)
 # A block's range is divided into 14 to 16 steps; with 15 its ends have the codes 0 and 15.
 _STEP_OFFSETS = 0.1 * np.arange(-10, 11, dtype=np.float32)
 _SLAB_BLOCKS = 65_536  # searched at a time, to bound memory
 
-blocks = partial(MatMulNBitsBlocks.read, bits=4, zero_points=True)
 
-
-def quantize(weight_OI: Floats) -> Bytes:
-    """Return packed_OP of float32 weight_OI."""
+def _make_blocks(weight_OI: Floats) -> MatMulNBitsBlocks:
+    """Return the blocks of float32 weight_OI."""
     O, I = weight_OI.shape
-    weight_GS = weight_OI.reshape(-1, matmulnbits.BLOCK_SIZE)
+    weight_GS = weight_OI.reshape(-1, BLOCK_SIZE)
     slabs = np.split(weight_GS, range(_SLAB_BLOCKS, len(weight_GS), _SLAB_BLOCKS))
-    arrays = zip(*map(_search, slabs), strict=True)
-    code_GS, scale_G, zero_G = map(np.concatenate, arrays)
-    scale_OG = scale_G.reshape(O, -1)
-    zero_OG = zero_G.reshape(O, -1)
-    return MatMulNBitsBlocks(4, code_GS.reshape(O, I), scale_OG, zero_OG).pack()
-
-
-def dequantize(packed_OP: Bytes, I: int) -> Floats:
-    """Return float32 weight_OI of packed rows."""
-    return blocks(packed_OP, I).dequantize()
+    found = [_search(slab_GS) for slab_GS in slabs]
+    code_OI = np.concatenate([code_GS for code_GS, _, _ in found]).reshape(O, I)
+    scale_OG = np.concatenate([scale_G for _, scale_G, _ in found]).reshape(O, -1)
+    zero_OG = np.concatenate([zero_G for _, _, zero_G in found]).reshape(O, -1)
+    return MatMulNBitsBlocks(4, code_OI, scale_OG, zero_OG)
 
 
 def _search(
@@ -106,11 +90,15 @@ def _pack_grid(codes: GridCodes) -> Bytes:
     return MatMulNBitsBlocks(4, codes.code_OI, codes.scale_OX.astype(np.float16), zero_OG).pack()
 
 
-# A minimum is a whole number of steps: the zero point.
-GRID = Grid(
-    whole_codes(0, 15),
-    matmulnbits.BLOCK_SIZE,
-    matmulnbits.BLOCK_SIZE,
-    _pack_grid,
-    minimum_codes=(0, 15),
+QUANT = Quant(
+    codec=MatMulNBitsCodec(code_bits=4, make_blocks=_make_blocks, has_zero_points=True),
+    preserves_zero=True,
+    grid=Grid(
+        values=whole_codes(0, 15),
+        block_size=BLOCK_SIZE,
+        group_size=BLOCK_SIZE,
+        pack=_pack_grid,
+        minimum_codes=(0, 15),  # a minimum is a whole number of steps: the zero point
+    ),
+    js_dtype="q4",
 )

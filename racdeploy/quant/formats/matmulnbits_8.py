@@ -1,12 +1,17 @@
 """MatMulNBits with 8 bits: 32 weights share a scale; the middle code, 128, is zero."""
 
-from racdeploy.quant import matmulnbits
+from functools import partial
 
-FORMATS = ("onnx",)
-BLOCK_SIZE = matmulnbits.BLOCK_SIZE
-JS_DTYPE = "q8"
-CODE_BITS = 8
-ZERO_POINTS = False
-BITS = 8.5
-PRESERVES_ZERO = True
-blocks, quantize, dequantize, GRID = matmulnbits.make_members(CODE_BITS)
+from racdeploy.quant import Quant
+from racdeploy.quant.matmulnbits import (
+    MatMulNBitsCodec,
+    make_symmetric_grid,
+    quantize_symmetric,
+)
+
+QUANT = Quant(
+    codec=MatMulNBitsCodec(code_bits=8, make_blocks=partial(quantize_symmetric, bits=8)),
+    preserves_zero=True,
+    grid=make_symmetric_grid(8),
+    js_dtype="q8",
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -19,9 +19,7 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q2_k", ggml)
-PRESERVES_ZERO = False
+_BLOCK = 256
 _GROUP = 16
 
 
@@ -31,13 +29,25 @@ def _pack(codes: GridCodes) -> Bytes:
     assert codes.minimum_scale_OX is not None
     number_OG = codes.step_code_OG | codes.minimum_code_OG << 4
     code_N2P = pack_quarters(codes.code_OI.reshape(-1, 2, 4, 32))
-    return join_fields(
-        codes,
-        number_OG.astype(np.uint8).reshape(-1, BLOCK_SIZE // _GROUP),
+    fields_NP = [
+        number_OG.astype(np.uint8).reshape(-1, _BLOCK // _GROUP),
         code_N2P.reshape(-1, 64),
         as_half(codes.scale_OX),
         as_half(codes.minimum_scale_OX),
-    )
+    ]
+    return join_fields(codes, fields_NP)
 
 
-GRID = Grid(whole_codes(0, 3), BLOCK_SIZE, _GROUP, _pack, (0, 15), (0, 15))
+QUANT = Quant(
+    codec=GgmlCodec("q2_k", ggml),
+    preserves_zero=False,
+    grid=Grid(
+        values=whole_codes(0, 3),
+        block_size=_BLOCK,
+        group_size=_GROUP,
+        pack=_pack,
+        step_codes=(0, 15),
+        minimum_codes=(0, 15),
+    ),
+    fallback="q4_0",
+)

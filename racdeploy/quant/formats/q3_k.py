@@ -6,8 +6,9 @@ Source: ``block_q3_K`` in ggml-common.h, ``dequantize_row_q3_K`` in ggml-quants.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from racdeploy.quant import ggml, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -19,10 +20,9 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q3_k", ggml)
-PRESERVES_ZERO = True
-_GROUP, _STEP_CODES = 16, (-32, 31)
+_BLOCK = 256
+_GROUP = 16
+_STEP_CODES = (-32, 31)
 
 
 def _pack(codes: GridCodes) -> Bytes:
@@ -33,17 +33,28 @@ def _pack(codes: GridCodes) -> Bytes:
     low_N2S = pack_quarters((code_N8S & np.uint8(3)).reshape(-1, 2, 4, 32))
 
     stored_OG = (codes.step_code_OG - _STEP_CODES[0]).astype(np.uint8)
-    stored_NG = stored_OG.reshape(-1, BLOCK_SIZE // _GROUP)
+    stored_NG = stored_OG.reshape(-1, _BLOCK // _GROUP)
     step_low_N8 = pack_halves(stored_NG & np.uint8(15))
     step_high_N4 = pack_quarters((stored_NG >> np.uint8(4)).reshape(-1, 4, 4))
-    return join_fields(
-        codes,
+    fields_NP: list[Bytes | NDArray[np.float16]] = [
         high_NS,
         low_N2S.reshape(-1, 64),
         step_low_N8,
         step_high_N4,
         as_half(codes.scale_OX),
-    )
+    ]
+    return join_fields(codes, fields_NP)
 
 
-GRID = Grid(whole_codes(-4, 3), BLOCK_SIZE, _GROUP, _pack, _STEP_CODES)
+QUANT = Quant(
+    codec=GgmlCodec("q3_k", ggml),
+    preserves_zero=True,
+    grid=Grid(
+        values=whole_codes(-4, 3),
+        block_size=_BLOCK,
+        group_size=_GROUP,
+        pack=_pack,
+        step_codes=_STEP_CODES,
+    ),
+    fallback="q4_0",
+)

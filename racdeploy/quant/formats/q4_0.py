@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from racdeploy.quant import make_ggml_members, numpy_ggml
+from racdeploy.quant import GgmlCodec, Quant, numpy_ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -13,15 +13,22 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q4_0", numpy_ggml)
-PRESERVES_ZERO = True
+_BLOCK = 32
 
 
 def pack(codes: GridCodes) -> Bytes:
     """Return packed rows of 4-bit codes with a scale per block."""
-    code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
-    return join_fields(codes, as_half(codes.scale_OX), pack_halves(code_NS))
+    code_NS = codes.code_OI.reshape(-1, _BLOCK)
+    return join_fields(codes, [as_half(codes.scale_OX), pack_halves(code_NS)])
 
 
-GRID = Grid(whole_codes(-8, 7), BLOCK_SIZE, BLOCK_SIZE, pack)
+QUANT = Quant(
+    codec=GgmlCodec("q4_0", numpy_ggml),
+    preserves_zero=True,
+    grid=Grid(
+        values=whole_codes(-8, 7),
+        block_size=_BLOCK,
+        group_size=_BLOCK,
+        pack=pack,
+    ),
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -19,9 +19,7 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q4_k", ggml)
-PRESERVES_ZERO = False
+_BLOCK = 256
 _GROUP = 32
 
 
@@ -35,11 +33,11 @@ def join_blocks(codes: GridCodes, *fields_NP: Bytes) -> Bytes:
     assert codes.minimum_code_OG is not None
     assert codes.minimum_scale_OX is not None
     numbers_OG = np.stack([codes.step_code_OG, codes.minimum_code_OG]).astype(np.uint8)
-    first_2N4, last_2N4 = np.split(numbers_OG.reshape(2, -1, BLOCK_SIZE // _GROUP), 2, axis=2)
+    first_2N4, last_2N4 = np.split(numbers_OG.reshape(2, -1, _BLOCK // _GROUP), 2, axis=2)
     shared_2N4 = first_2N4 | last_2N4 >> 4 << 6
     low_N4 = last_2N4[0] & 15 | last_2N4[1] << 4
-    scales = as_half(codes.scale_OX), as_half(codes.minimum_scale_OX)
-    return join_fields(codes, *scales, *shared_2N4, low_N4, *fields_NP)
+    scales_NP = [as_half(codes.scale_OX), as_half(codes.minimum_scale_OX)]
+    return join_fields(codes, [*scales_NP, *shared_2N4, low_N4, *fields_NP])
 
 
 def _pack(codes: GridCodes) -> Bytes:
@@ -47,4 +45,17 @@ def _pack(codes: GridCodes) -> Bytes:
     return join_blocks(codes, code_N4P.reshape(-1, 128))
 
 
-GRID = Grid(whole_codes(0, 15), BLOCK_SIZE, _GROUP, _pack, (0, 63), (0, 63))
+QUANT = Quant(
+    codec=GgmlCodec("q4_k", ggml),
+    preserves_zero=False,
+    grid=Grid(
+        values=whole_codes(0, 15),
+        block_size=_BLOCK,
+        group_size=_GROUP,
+        pack=_pack,
+        step_codes=(0, 63),
+        minimum_codes=(0, 63),
+    ),
+    fallback="q4_0",
+    preset_fallback="q5_0",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import make_ggml_members, numpy_ggml
+from racdeploy.quant import GgmlCodec, Quant, numpy_ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -15,16 +15,23 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q5_0", numpy_ggml)
-PRESERVES_ZERO = True
+_BLOCK = 32
 
 
 def _pack(codes: GridCodes) -> Bytes:
-    code_NS = codes.code_OI.reshape(-1, BLOCK_SIZE)
+    code_NS = codes.code_OI.reshape(-1, _BLOCK)
     high_N4 = np.packbits(code_NS >> np.uint8(4), axis=1, bitorder="little")
     low_NX = pack_halves(code_NS & np.uint8(15))
-    return join_fields(codes, as_half(codes.scale_OX), high_N4, low_NX)
+    return join_fields(codes, [as_half(codes.scale_OX), high_N4, low_NX])
 
 
-GRID = Grid(whole_codes(-16, 15), BLOCK_SIZE, BLOCK_SIZE, _pack)
+QUANT = Quant(
+    codec=GgmlCodec("q5_0", numpy_ggml),
+    preserves_zero=True,
+    grid=Grid(
+        values=whole_codes(-16, 15),
+        block_size=_BLOCK,
+        group_size=_BLOCK,
+        pack=_pack,
+    ),
+)

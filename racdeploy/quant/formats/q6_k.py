@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from racdeploy.quant import ggml, make_ggml_members
+from racdeploy.quant import GgmlCodec, Quant, ggml
 from racdeploy.quant.grid import (
     Bytes,
     Grid,
@@ -18,10 +18,8 @@ from racdeploy.quant.grid import (
     whole_codes,
 )
 
-FORMATS = ("gguf",)
-GGML_TYPE, BITS, BLOCK_SIZE, quantize, dequantize = make_ggml_members("q6_k", ggml)
+_BLOCK = 256
 _GROUP = 16
-PRESERVES_ZERO = True
 
 
 def _pack(codes: GridCodes) -> Bytes:
@@ -29,13 +27,24 @@ def _pack(codes: GridCodes) -> Bytes:
     code_N24S = codes.code_OI.reshape(-1, 2, 4, 32)  # halves of a block, of four runs of 32
     low_N2P = (code_N24S[:, :, :2] & 15) | (code_N24S[:, :, 2:] & 15) << 4
     high_N2S = pack_quarters(code_N24S >> np.uint8(4))
-    return join_fields(
-        codes,
+    fields_NP = [
         low_N2P.reshape(-1, 128),
         high_N2S.reshape(-1, 64),
-        codes.step_code_OG.astype(np.int8).reshape(-1, BLOCK_SIZE // _GROUP),
+        codes.step_code_OG.astype(np.int8).reshape(-1, _BLOCK // _GROUP),
         as_half(codes.scale_OX),
-    )
+    ]
+    return join_fields(codes, fields_NP)
 
 
-GRID = Grid(whole_codes(-32, 31), BLOCK_SIZE, _GROUP, _pack, (-128, 127))
+QUANT = Quant(
+    codec=GgmlCodec("q6_k", ggml),
+    preserves_zero=True,
+    grid=Grid(
+        values=whole_codes(-32, 31),
+        block_size=_BLOCK,
+        group_size=_GROUP,
+        pack=_pack,
+        step_codes=(-128, 127),
+    ),
+    fallback="q8_0",
+)

@@ -1,7 +1,6 @@
 """Presets: rules that give each tensor of a GGUF file its number format, one file per preset.
 
-A preset has ``FORMATS``, ``QUANT`` (of matrices without a rule) and ``RULES``, of which the first
-match decides. It knows tensor names and nothing of their bytes.
+A file holds ``PRESET``, a :class:`Preset`. It knows tensor names and nothing of their bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from typing import NamedTuple
 
 from racdeploy import plugins, quant
 from racdeploy.errors import UsageError
+from racdeploy.plugins import Names
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _MIN_EMBEDDING_BITS = 8.0
-_PRESET_FALLBACKS = quant.FALLBACKS | {"q4_k": "q5_0", "q5_k": "q8_0"}
-"""Wider than of single formats, as ``tensor_type_fallback`` in llama-quant.cpp."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,21 @@ class Rule:
         raise AssertionError(f"a preset's rule has unknown blocks {self.blocks!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Rules for the number formats of a whole file.
+
+    Args:
+        quant: number format of matrices without a rule.
+        rules: of which the first match decides.
+        formats: file formats that it is for.
+    """
+
+    quant: str
+    rules: tuple[Rule, ...] = ()
+    formats: Names = ("gguf",)
+
+
 _KEEP_8_BITS = Rule(
     r"^(token_embd|output)\.weight$", "q8_0", reason="embedding and output keep 8 bits"
 )
@@ -77,7 +90,7 @@ class QuantChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantRules:
-    """Rules for the number formats of a whole file.
+    """Rules of a preset or a number format, and those of the recipe before them.
 
     Args:
         name: the preset or number format that the user asked for.
@@ -123,8 +136,7 @@ class QuantRules:
 
     def fit_rows(self, name: str, row_length: int) -> tuple[str, str]:
         """Return the format that stores rows of that length, and why it is another, if it is."""
-        fallbacks = quant.FALLBACKS if self.name == self.quant else _PRESET_FALLBACKS
-        return quant.fit_rows(name, row_length, fallbacks)
+        return quant.fit_rows(name, row_length, in_preset=self.name != self.quant)
 
     def check(self, names: Iterable[str]) -> None:
         """Raise if a pattern of the recipe matches no matrix of the file.
@@ -156,10 +168,21 @@ def _find_rule(rules: Iterable[Rule], names: Sequence[str]) -> Rule | None:
 
 def _choose_widest(usual: QuantChoice, rules: Sequence[Rule | None]) -> QuantChoice:
     """Return the widest of the formats asked for the parts of a fused tensor."""
-    wanted = [rule.quant if rule else usual.quant for rule in rules]
-    widest = max(wanted, key=lambda name: quant.load(name).BITS)
+    wanted = []
+    for rule in rules:
+        wanted.append(rule.quant if rule else usual.quant)
+
+    widest = max(wanted, key=lambda name: quant.load(name).bits)
     others = [name for name in wanted if name != widest]
-    return QuantChoice(others[0], widest, _SHARED) if others else QuantChoice(widest, widest, "")
+    if not others:
+        return QuantChoice(widest, widest, "")
+    return QuantChoice(others[0], widest, _SHARED)
+
+
+def load(name: str) -> Preset:
+    """Import the preset of that name; see :func:`racdeploy.plugins.load`."""
+    preset: Preset = plugins.load("presets", name).PRESET
+    return preset
 
 
 def read(name: str, tensors: Mapping[str, str] | None = None) -> QuantRules:
@@ -169,8 +192,8 @@ def read(name: str, tensors: Mapping[str, str] | None = None) -> QuantRules:
     """
     overrides = tuple(Rule(pattern, chosen) for pattern, chosen in (tensors or {}).items())
     if name in plugins.list_names("presets"):
-        preset = plugins.load("presets", name)
-        return QuantRules(name, preset.QUANT, overrides, tuple(preset.RULES))
+        preset = load(name)
+        return QuantRules(name, preset.quant, overrides, preset.rules)
 
-    is_narrow = quant.load(name).BITS < _MIN_EMBEDDING_BITS
+    is_narrow = quant.load(name).bits < _MIN_EMBEDDING_BITS
     return QuantRules(name, name, overrides, (_KEEP_8_BITS,) if is_narrow else ())

@@ -1,7 +1,8 @@
 """MXFP4_MOE of llama.cpp: experts as 4-bit floats, all else 8 bits; keeps zeros."""
 
-from racdeploy.quant.presets import Rule
+from racdeploy.quant.presets import Preset, Rule
 
-FORMATS = ("gguf",)
-QUANT = "q8_0"
-RULES = (Rule(r"_exps\.weight$", "mxfp4"),)
+PRESET = Preset(
+    quant="q8_0",
+    rules=(Rule(r"_exps\.weight$", "mxfp4"),),
+)

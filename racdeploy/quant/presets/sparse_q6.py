@@ -1,7 +1,8 @@
 """6 bits that keep zeros; embedding and output, which are dense, have 8."""
 
-from racdeploy.quant.presets import Rule
+from racdeploy.quant.presets import Preset, Rule
 
-FORMATS = ("gguf",)
-QUANT = "q6_k"
-RULES = (Rule(r"^(token_embd|output)\.weight$", "q8_0"),)
+PRESET = Preset(
+    quant="q6_k",
+    rules=(Rule(r"^(token_embd|output)\.weight$", "q8_0"),),
+)

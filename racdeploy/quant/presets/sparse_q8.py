@@ -1,5 +1,5 @@
 """8 bits everywhere: keeps zeros, and answers do not change."""
 
-FORMATS = ("gguf",)
-QUANT = "q8_0"
-RULES = ()
+from racdeploy.quant.presets import Preset
+
+PRESET = Preset(quant="q8_0")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pydantic import PositiveFloat
 
-from racdeploy import plugins
+from racdeploy import plugins, quant
 from racdeploy.results.schema import Share
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import Divergence, Evidence, Outcome
@@ -95,7 +95,7 @@ def find_kl_limit(quants: Iterable[str]) -> float:
     Of a format that racdeploy does not know, nothing is expected.
     """
     known = plugins.list_names("quant")
-    bits = min(float(plugins.load("quant", name).BITS) if name in known else 0.0 for name in quants)
+    bits = min(float(quant.load(name).bits) if name in known else 0.0 for name in quants)
     return next(limit for at_least, limit in KL_LIMITS if bits >= at_least)
 
 

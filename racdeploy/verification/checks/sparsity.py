@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from racdeploy import plugins
+from racdeploy import quant
 from racdeploy.verification import gate
 from racdeploy.verification.evidence import Evidence, Outcome
 
@@ -42,7 +42,7 @@ def check(evidence: Evidence) -> Outcome:
 
     # Not an export error: a format without an exact zero stores zeros as small weights.
     quants = {row.actual_quant for row in rows}
-    if requested and not all(plugins.load("quant", name).PRESERVES_ZERO for name in quants):
+    if requested and not all(quant.load(name).preserves_zero for name in quants):
         return _report_lost_zeros(evidence, text, figures)
 
     remedy = "the export lost zeros: build again, and report it if it stays"
