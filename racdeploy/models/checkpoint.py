@@ -23,7 +23,7 @@ from racdeploy.files.writing import file_sha256
 from racdeploy.models import config_schema, fused_experts, mtp, multimodal, wrong_input
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
-from racdeploy.models.family_lookup import find_family
+from racdeploy.models.family_lookup import find_family, find_listed_keys
 from racdeploy.models.model_card import read_license
 from racdeploy.models.remote_code import list_remote_code, no_safetensors_error
 from racdeploy.models.shape import ModelShape, read_shape
@@ -109,16 +109,18 @@ class Checkpoint:
         self.is_multimodal = multimodal.is_multimodal(written)
         if self.is_multimodal:
             written = multimodal.extract_text_config(written)
-        config_schema.check_config(written, f"{folder}/config.json")
+        where = f"{folder}/config.json"
+        config_schema.check_config(written, where, find_listed_keys(written))
         self.raw_config: Config = written
         self.family: Family = find_family(written)
+        config_schema.check_family_keys(written, self.family.defaults, where)
         self.config: Json = _complete(written, self.family)
         self.tokenizer = TokenizerFiles(folder)
 
     @property
     def transformers_config(self) -> Json:
         """Config with the keys that transformers reads where the family has others."""
-        return {**self.config, **self.family.write_config(self.config)}
+        return {**self.config, **self.family.config_form.write(self.config)}
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -133,7 +135,7 @@ class Checkpoint:
         """
         family = self.family
         entries = fused_experts.unfuse(
-            self._text_entries, family.blocks, family.fused_experts, self.shape.num_experts
+            self._text_entries, family.blocks, family.experts.fused, self.shape.num_experts
         )
         for name, entry in entries.items():
             if entry.dtype == BYTE_DTYPE:

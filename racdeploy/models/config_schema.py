@@ -1,13 +1,14 @@
 """The schema of ``config.json``: type and bounds of every key in ``config_schema.toml``.
 
 Bounds are far above those of existing models; without them a hostile file of one line would make
-loops and tables of any length. A key with the value None counts as missing.
+loops and tables of any length. A key with the value None counts as missing. A key that only one
+family has need not be in the file: it has the type of the family's default.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from racdeploy.errors import ModelError
 Config = Mapping[str, Any]
 """Settings as ``config.json`` has them."""
 _MAX_LISTED = 4096
+_MAX_COUNT = 1 << 20
 _MAX_BLOCKS = 4096
 _MAX_FEED_FORWARD = 1 << 24
 _MAX_TOKENS = 1 << 24
@@ -26,25 +28,41 @@ _KEYS = tomllib.loads(
     (files("racdeploy.models") / "config_schema.toml").read_text(encoding="utf-8")
 )
 
-# Keys that a family may write once for each block.
-_REPEATED = {"gemma3n_text": ("intermediate_size",)}
-
 Kind = tuple[TypeAdapter[Any], str]
 """The type of a value, and its name for messages."""
 
 
-def check_config(config: Config, where: str) -> None:
-    """Raise ModelError for the first key of another type, or out of its bounds."""
-    repeated = _REPEATED.get(str(config.get("model_type")), ())
-    for key, (kind, name) in _KINDS.items():
+def check_config(config: Config, where: str, listed: Collection[str] = ()) -> None:
+    """Raise ModelError for the first key of another type, or out of its bounds.
+
+    Args:
+        listed: keys that may have one value for each block.
+    """
+    for key, kind in _KINDS.items():
         value = config.get(key)
-        values = value if key in repeated and isinstance(value, list) else [value]
-        if not all(each is None or _fits(kind, each) for each in values[:_MAX_LISTED]):
-            raise ModelError(
-                "damaged-config",
-                f"{where}: {key} is {str(value)[:80]!r}, not {name}",
-                remedy="compare the file with the one that the model's authors publish",
-            )
+        if key in listed and isinstance(value, list):
+            for each in value[:_MAX_LISTED]:
+                _check_value(key, each, kind, where)
+        else:
+            _check_value(key, value, kind, where)
+
+
+def check_family_keys(config: Config, defaults: Config, where: str) -> None:
+    """Raise ModelError for a key that the schema lacks and whose value is unlike the default."""
+    for key in defaults.keys() - CHECKED_KEYS:
+        kind = _KINDS_BY_DEFAULT.get(type(defaults[key]))
+        if kind:
+            _check_value(key, config.get(key), kind, where)
+
+
+def _check_value(key: str, value: object, kind: Kind, where: str) -> None:
+    adapter, name = kind
+    if value is not None and not _fits(adapter, value):
+        raise ModelError(
+            "damaged-config",
+            f"{where}: {key} is {str(value)[:80]!r}, not {name}",
+            remedy="compare the file with the one that the model's authors publish",
+        )
 
 
 def _fits(kind: TypeAdapter[Any], value: object) -> bool:
@@ -93,6 +111,14 @@ _KINDS: Mapping[str, Kind] = {
         for section, (kind, name) in _TYPES.items()
         for key in _KEYS[section]
     },
+}
+_KINDS_BY_DEFAULT: Mapping[type, Kind] = {
+    bool: (TypeAdapter(bool), "true or false"),
+    int: _count(0, _MAX_COUNT),
+    float: (TypeAdapter(_Number), "a finite number"),
+    str: (TypeAdapter(_Text), "a short text"),
+    list: (TypeAdapter(_List), f"a list of at most {_MAX_LISTED:,} texts or numbers"),
+    dict: (TypeAdapter(_Table), "a table of numbers, texts and lists of them"),
 }
 CHECKED_KEYS = frozenset(_KINDS)
 """Keys that racdeploy reads."""

@@ -24,8 +24,8 @@ Transform = Literal["rotary", "plus_one", "stack", "value_rows", "value_columns"
 # GGUF names of linears that share an input, in forward order.
 INPUT_GROUPS = (
     ("attn_q", "attn_k", "attn_v"),
-    ("attn_output",),
     ("attn_qkv", "attn_gate"),
+    ("attn_output",),
     ("ssm_in", "shortconv.in_proj"),
     ("ssm_out", "shortconv.out_proj"),
     ("ffn_gate", "ffn_up", "ffn_gate_up"),

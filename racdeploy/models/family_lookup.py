@@ -39,6 +39,15 @@ def find_family(config: Config) -> Family:
     return family
 
 
+def find_listed_keys(config: Config) -> tuple[str, ...]:
+    """Return the keys that a model of this type may write once for each block, before any check."""
+    model_type = config.get("model_type")
+    if model_type not in plugins.list_names("families"):
+        return ()
+    family: Family = plugins.load("families", model_type).FAMILY
+    return family.config_form.listed
+
+
 def _refuse(config: Config) -> ModelError:
     """Return the error for a ``config.json`` of a model type without a family."""
     model_type = str(config.get("model_type"))
@@ -102,7 +111,7 @@ def _compare(family: Family, tensors: Set[str]) -> tuple[list[str], list[str]]:
         return [], []
 
     prefix = f"{family.blocks}.*."
-    inside = {*family.block_tensors, *family.fused_experts}
+    inside = {*family.block_tensors, *family.experts.fused}
     own = {prefix + name for name in inside} | set(map(star_numbers, family.model_tensors))
     found = set(map(family.rename_published, tensors))
 
@@ -115,5 +124,5 @@ def _compare(family: Family, tensors: Set[str]) -> tuple[list[str], list[str]]:
 def _list_specific_keys(family: Family) -> set[str]:
     """Return the settings that a family file names."""
     named = (family.gguf_integers, family.gguf_floats, family.sizes)
-    keys = {*family.defaults, *family.supported_values, family.logit_cap_key}
+    keys = {*family.defaults, *family.supported_values, family.scaling.logit_cap}
     return keys.union(*(each.values() for each in named))

@@ -72,10 +72,13 @@ def _describe(name: str, models: str, family: Family) -> Json:
 
 
 def _list_kinds(family: Family) -> list[str]:
-    if family.window_period:
+    if family.window.period:
         return [_ATTENTION, "sliding_attention"]
-    marking = family.attention_free_marking
-    return list(family.kind_prefixes) or [marking if marking == "hybrid" else _ATTENTION]
+    if family.kind_prefixes:
+        return list(family.kind_prefixes)
+    if family.state and family.state.marking == "hybrid":
+        return ["hybrid"]
+    return [_ATTENTION]
 
 
 def _feeds_forward_everywhere(family: Family) -> bool:
@@ -97,6 +100,6 @@ def _list_cuts(family: Family) -> list[str]:
     cuts += ["ffn"] if _feeds_forward_everywhere(family) else []
     if not family.kind_prefixes and (family.per_block_arch or not family.needs_square_queries):
         cuts += ["heads", "kv_groups"]
-    if not family.window_period and not family.no_rope_period:
+    if not family.window.period and not family.rope.unrotated_period:
         cuts.append("blocks")
     return [*cuts, "vocabulary"]

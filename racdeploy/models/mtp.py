@@ -38,14 +38,14 @@ def select_tensors(stored: Mapping[str, TensorEntry], shape: ModelShape) -> dict
     head = {name.removeprefix("model."): entry for name, entry in named.items()}
 
     attending = [block for block, attends in enumerate(shape.attends) if attends]
-    if not (head and shape.family.mtp_tensors and attending):
+    family = shape.family
+    if not (head and family.mtp_head and attending):
         return {}
 
-    family = shape.family
     sizes, kinds = shape.sizes[attending[-1]], shape.kinds[attending[-1]]
     expected = {}
 
-    for name, in_file in family.mtp_tensors.items():
+    for name, in_file in family.mtp_head.tensors.items():
         letters = family.axes.get(in_file.removesuffix(".weight"), ("D",))
         expected[PREFIX + name] = widths.axis_lengths(letters, sizes)
 

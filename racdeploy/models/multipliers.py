@@ -20,7 +20,7 @@ def list_row_factors(shape: ModelShape, name: str) -> list[NDArray[np.float32]]:
     """
     stored = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
     factors = []
-    for setting in shape.family.multipliers.get(stored, ()):
+    for setting in shape.family.scaling.rows.get(stored, ()):
         value_X = np.atleast_1d(np.float32(shape.setting(setting)))
         if len(value_X) > 1:  # one for each of the matrices in a tensor
             letters = shape.family.axes[stored][0].split("+")

@@ -116,7 +116,7 @@ class ModelShape(ModelSettings):
     @property
     def rope_parameters(self) -> dict[str, Any]:
         """Rope settings in the form of transformers 5: by layer type, if these differ."""
-        if not self.family.window_period or self.family.has_uniform_rope:
+        if not self.family.window.period or self.family.window.has_uniform_rope:
             return {**self.rope}
 
         local = self.config.get("rope_local_base_freq") or self.rope["rope_theta"]
@@ -129,7 +129,7 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
     settings = ModelSettings(config, where)
     count = settings.integer("num_hidden_layers")
     hidden_size = settings.integer("hidden_size")
-    hidden_states = settings.integer(family.altup_inputs) if family.altup_inputs else 1
+    hidden_states = settings.integer(family.altup.inputs) if family.altup else 1
     experts = settings.integer(family.sizes["E"]) if "E" in family.sizes else 0
 
     layer_types = _list_layer_types(settings, family, count)
@@ -158,9 +158,8 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
         num_experts=experts,
         hidden_states_width=hidden_states * hidden_size,
         rope=rope,
-        is_rotary=not family.position_embedding_key
-        or config.get(family.position_embedding_key) == "rope",
-        rounds_yarn_ramp=family.rounds_yarn_ramp and is_untruncated_yarn,
+        is_rotary=not family.rope.position_key or config.get(family.rope.position_key) == "rope",
+        rounds_yarn_ramp=family.rope.rounds_yarn_ramp and is_untruncated_yarn,
         is_uniform=not cut_widths,
         layer_types=layer_types,
         kv_sources=key_sources,
@@ -189,7 +188,7 @@ def _list_widths(
 
 
 def _list_layer_types(settings: ModelSettings, family: Family, block_count: int) -> Names:
-    if family.attention_free_marking == _HYBRID:
+    if family.state and family.state.marking == _HYBRID:
         return (_HYBRID,) * block_count
 
     listed = settings.config.get("layer_types")
@@ -204,7 +203,7 @@ def _list_layer_types(settings: ModelSettings, family: Family, block_count: int)
 
     period = settings.config.get("sliding_window_pattern")
     if type(period) is not int:  # EXAONE has letters there, beside a list
-        period = family.window_period
+        period = family.window.period
     has_windows = settings.config.get("sliding_window")
     return tuple(decoder.list_kinds(block_count, period if has_windows else 0))
 
@@ -215,7 +214,8 @@ def _list_kinds(
     layer_types: Sequence[str],
     key_sources: Sequence[int],
 ) -> list[Names]:
-    first_sparse = settings.integer(family.dense_blocks) if family.dense_blocks else 0
+    dense_setting = family.experts.dense_blocks
+    first_sparse = settings.integer(dense_setting) if dense_setting else 0
 
     kinds: list[Names] = []
     for block, (kind, source) in enumerate(zip(layer_types, key_sources, strict=True)):

@@ -46,8 +46,9 @@ class LMHead:
         name = family.embedding if checkpoint.tied else "lm_head.weight"
         weight_VD = _read_rows(checkpoint, name).to(device)
 
-        divisor = checkpoint.shape.setting(family.logit_divisor) if family.logit_divisor else 1.0
-        cap = checkpoint.config.get(family.logit_cap_key) if family.logit_cap_key else None
+        scaling = family.scaling
+        divisor = checkpoint.shape.setting(scaling.logit_divisor) if scaling.logit_divisor else 1.0
+        cap = checkpoint.config.get(scaling.logit_cap) if scaling.logit_cap else None
 
         bfloat16_VD = weight_VD.bfloat16() if bfloat16 else None
         return cls(weight_VD, float(divisor), float(cap or 0.0), bfloat16_VD)

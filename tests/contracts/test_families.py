@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,23 @@ def test_a_setting_without_a_value_is_no_crash(checkpoint: Checkpoint) -> None:
     for key in {*checkpoint.config, *family.defaults}:
         with suppress(ModelError):
             family.find_block_settings(family.complete_config({**checkpoint.config, key: None}))
+
+
+@pytest.mark.parametrize("value", ["many", 1.5, 1 << 40, [3]])
+def test_a_key_of_one_family_alone_has_the_type_of_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: object
+) -> None:
+    """A family with a new key needs no second file: another type or size is refused as damaged."""
+    module = plugins.load("families", "qwen3")
+    defaults = {**module.FAMILY.defaults, "new_width": 8}
+    monkeypatch.setattr(module, "FAMILY", replace(module.FAMILY, defaults=defaults))
+    folder = make_checkpoint(tmp_path / "model", "qwen3")
+
+    edit_json(folder / "config.json", new_width=12)
+    assert Checkpoint(folder).config["new_width"] == 12
+    edit_json(folder / "config.json", new_width=value)
+    with raises("damaged-config", "new_width", "a whole number from 0"):
+        Checkpoint(folder)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "rope_parameters.sliding_attention"])

@@ -112,7 +112,7 @@ def test_zeros_of_every_expert_are_counted(cut: Checkpoint, tmp_path: Path, quan
 def test_each_expert_has_an_importance_of_its_own(cut: Checkpoint, tmp_path: Path) -> None:
     """Scales follow it, llama.cpp's matrix has a row for each; its quantizer takes the file."""
     result = export(cut, tmp_path / "cut.gguf", quant="q4_0")
-    matrices = 15 + cut.family.needs_lm_head
+    matrices = 15 + cut.family.gguf_tensors.needs_output
     assert f"scales of 14 of {matrices} quantized matrices" in " ".join(result.notes)
 
     known = Importance.read(cut.folder / IMPORTANCE_FILE)

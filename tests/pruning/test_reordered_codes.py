@@ -59,7 +59,7 @@ def _list_changed(pruned: Checkpoint, folder: Path, quant: str) -> set[str]:
     coded = _read(pruned, folder / "coded.gguf", quant)
     assert plain.keys() == coded.keys()
     # Weights whose rows have a factor in the file were divided by it, which rounds.
-    rtol = 1e-6 if pruned.family.multipliers else 0
+    rtol = 1e-6 if pruned.family.scaling.rows else 0
     return {n for n in plain if not np.allclose(plain[n], coded[n], rtol=rtol, atol=0)}
 
 

@@ -48,8 +48,7 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     """Refuse a hybrid model without attention or without a state: llama.cpp aborts on it."""
     family = checkpoint.family
     shape = checkpoint.shape
-    has_attending_arch = bool(family.all_attention_arch) and all(shape.attends)
-    if not family.has_state or has_attending_arch:
+    if not family.state or (family.state.attending_arch and all(shape.attends)):
         return
 
     for kind, roles in (("attention", shape.attends), ("a state", shape.recurs)):
@@ -109,8 +108,8 @@ def list_deviations(checkpoint: Checkpoint) -> tuple[DeviationRow, ...]:
 
 def _find_usual(shape: ModelShape) -> Family:
     family = shape.family
-    if family.all_attention_arch and all(shape.attends):
-        return replace(family, gguf_arch=family.all_attention_arch)
+    if family.state and family.state.attending_arch and all(shape.attends):
+        return replace(family, gguf_arch=family.state.attending_arch)
     return family
 
 

@@ -60,7 +60,7 @@ def write_parameters(
     if shape.is_rotary or has_theta:
         writer.add_rope_freq_base(shape.rope["rope_theta"])
     _write_rope_scaling(writer, shape)
-    if family.position_embedding_key:  # false turns rotary embeddings off in llama.cpp
+    if family.rope.position_key:  # false turns rotary embeddings off in llama.cpp
         writer.add_rope_scaling_finetuned(shape.is_rotary)
     _write_windows(writer, shape)
     _write_recurrent(writer, shape, mtp_blocks)
@@ -80,7 +80,8 @@ def write_parameters(
 
 def _write_key_value_heads(writer: GGUFWriter, shape: ModelShape) -> None:
     heads = shape.widths["num_key_value_heads"]
-    if shape.family.attention_free_marking != "no_heads":
+    state = shape.family.state
+    if not state or state.marking != "no_heads":
         writer.add_head_count_kv(_one_or_each(heads))
         return
 
@@ -101,7 +102,7 @@ def _list_feed_forward(shape: ModelShape) -> Sequence[int]:
         for name in family.block_tensors
         if list_axes(family, name) in (("D", "F"), ("D", "EF"))
     ]
-    setting = family.feed_forward_length
+    setting = family.experts.feed_forward_length
     widths = shape.widths.get(setting) or [shape.integer(setting)] * shape.block_count
     return [
         width if any(family.has_tensor(kinds, name) for name in ends) else 0
@@ -130,7 +131,7 @@ def check_parameters(shape: ModelShape) -> None:
     _check_no_rope(shape)
 
     kind = shape.rope["rope_type"]
-    known = shape.family.rope_types
+    known = shape.family.rope.types
     if kind not in known:
         arch = shape.family.gguf_arch
         raise ModelError(
@@ -200,7 +201,7 @@ def _llama3_factors(shape: ModelShape) -> Floats:
 
 
 def _check_windows(shape: ModelShape) -> None:
-    if shape.family.window_period or shape.family.has_state:
+    if shape.family.window.period or shape.family.has_state:
         return
 
     if other := set(shape.layer_types) - {"full_attention"}:
@@ -240,25 +241,25 @@ def _check_shared_keys(shape: ModelShape) -> None:
 
 def _write_windows(writer: GGUFWriter, shape: ModelShape) -> None:
     """Write which blocks have a sliding window, unless llama.cpp assumes the same."""
-    period = shape.family.window_period
+    period = shape.family.window.period
     if not period or not shape.config.get("sliding_window"):
         return
 
     sliding = [kind == "sliding_attention" for kind in shape.layer_types]
     usual = [(block + 1) % period > 0 for block in range(shape.block_count)]
-    if sliding != usual or shape.family.lists_windows:
+    if sliding != usual or shape.family.window.is_listed:
         writer.add_array(f"{shape.family.gguf_arch}.attention.sliding_window_pattern", sliding)
 
 
 def _write_recurrent(writer: GGUFWriter, shape: ModelShape, mtp_blocks: int) -> None:
     family = shape.family
-    if family.attention_free_marking == "listed":
+    if family.state and family.state.marking == "listed":
         recurrent = [not attends for attends in shape.attends]
         recurrent += [False] * mtp_blocks
         writer.add_array(f"{family.gguf_arch}.attention.recurrent_layers", recurrent)
 
-    if family.rope_sections:
-        listed = shape.rope.get("mrope_section") or family.rope_sections
+    if family.rope.sections:
+        listed = shape.rope.get("mrope_section") or family.rope.sections
         are_counts = isinstance(listed, list | tuple) and all(type(each) is int for each in listed)
         if not are_counts or len(listed) > _SECTIONS:
             raise ModelError(
@@ -269,7 +270,7 @@ def _write_recurrent(writer: GGUFWriter, shape: ModelShape, mtp_blocks: int) -> 
 
 
 def _check_no_rope(shape: ModelShape) -> None:
-    period = shape.family.no_rope_period
+    period = shape.family.rope.unrotated_period
     if not period:
         return
 

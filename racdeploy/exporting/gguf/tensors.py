@@ -171,7 +171,11 @@ def _plan_mtp_head(checkpoint: Checkpoint, mix: QuantRules, family: Family) -> l
     plan = []
     for source, entry in checkpoint.mtp_entries.items():
         block, inside = mtp.split_block(source)
-        stored = family.mtp_tensors if block is None else family.block_tensors
+        if block is None:
+            assert family.mtp_head, "only families with a head have entries of it"
+            stored = family.mtp_head.tensors
+        else:
+            stored = family.block_tensors
         name = f"blk.{checkpoint.shape.block_count + (block or 0)}.{stored[inside]}"
 
         transform = family.transforms.get(source if block is None else inside)
@@ -186,7 +190,7 @@ def _plan_unused_keys(
 ) -> list[GgufTensorPlan]:
     """Plan zeros for the keys and values that llama.cpp requires and does not use."""
     plan = []
-    for block, kinds in enumerate(checkpoint.shape.kinds if family.needs_kv_tensors else ()):
+    for block, kinds in enumerate(checkpoint.shape.kinds if family.gguf_tensors.needs_keys else ()):
         for inside, stored in family.block_tensors.items():
             if family.has_tensor(kinds, inside) or not inside.endswith(".weight"):
                 continue
@@ -218,7 +222,7 @@ def _shape_in_file(
     if transform == "stack":
         return (len(parts), *shape)
 
-    laid = family.gguf_shapes.get(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight"))
+    laid = family.gguf_tensors.shapes.get(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight"))
     if laid:
         sizes = checkpoint.shape.sizes[block or 0]
         return tuple(sizes[letter] for letter in laid)
@@ -241,7 +245,7 @@ def _list_sources(checkpoint: Checkpoint, family: Family) -> dict[str, list[str]
     names = defaultdict[str, list[str]](list)
     for source, name in outside.items():
         names[name].append(source)
-    if output and family.needs_lm_head:
+    if output and family.gguf_tensors.needs_output:
         names[output] = [family.embedding]
 
     for block, kinds in enumerate(checkpoint.shape.kinds):
@@ -263,7 +267,8 @@ def _check_complete(checkpoint: Checkpoint, family: Family, names: Set[str]) -> 
 
     biased = {biases[name] for name in biases.keys() & list_used_tensors(checkpoint)}
     optional = {name for name, inside in biases.items() if inside not in biased}
-    optional |= {name for name in names if family.split_block(name)[1] in family.optional}
+    if family.state:
+        optional |= {name for name in names if family.split_block(name)[1] in family.state.optional}
 
     check_tensors(checkpoint, names, optional)
 

@@ -5,6 +5,7 @@ llama.cpp knows windows in models of 64 blocks alone.
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope, Window
 
 FAMILY = Family(
     architecture="Exaone4ForCausalLM",
@@ -19,10 +20,8 @@ FAMILY = Family(
     },
     supported_values={"num_hidden_layers": ("=blocks_of_exaone4",)},
     gguf_integers={"vocab_size": "vocab_size", "attention.sliding_window": "sliding_window"},
-    rope_types=decoder.LLAMA_ROPE_TYPES,
-    window_period=4,
-    has_uniform_rope=True,
-    lists_windows=True,
+    rope=Rope(types=decoder.LLAMA_ROPE_TYPES),
+    window=Window(period=4, has_uniform_rope=True, is_listed=True),
     needs_square_queries=True,
     min_transformers="4.54",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from racdeploy.models import decoder, mamba
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, GgufTensors, Modules, RecurrentState, Scaling
 
 
 def _read(config: Config) -> Config:
@@ -38,26 +39,29 @@ FAMILY = Family(
         "model.final_layernorm.weight": "output_norm.weight",
         "lm_head.weight": "output.weight",
     },
-    final_norm="model.final_layernorm",
-    optional=("mamba.norm.weight",),
-    attention_free_marking="hybrid",
-    multipliers={
-        "token_embd": ("embedding_multiplier",),
-        "output": ("lm_head_multiplier",),
-        "attn_q": ("attention_in_multiplier",),
-        "attn_k": ("key_multiplier", "attention_in_multiplier"),
-        "attn_v": ("attention_in_multiplier",),
-        "attn_output": ("attention_out_multiplier",),
-        "ssm_in": ("ssm_in_multiplier", "ssm_multipliers"),
-        "ssm_out": ("ssm_out_multiplier",),
-        "ffn_gate": ("gate_multiplier",),
-        "ffn_down": ("down_multiplier",),
-    },
+    modules=Modules(final_norm="model.final_layernorm"),
+    state=RecurrentState(marking="hybrid", optional=("mamba.norm.weight",)),
+    scaling=Scaling(
+        rows={
+            "token_embd": ("embedding_multiplier",),
+            "output": ("lm_head_multiplier",),
+            "attn_q": ("attention_in_multiplier",),
+            "attn_k": ("key_multiplier", "attention_in_multiplier"),
+            "attn_v": ("attention_in_multiplier",),
+            "attn_output": ("attention_out_multiplier",),
+            "ssm_in": ("ssm_in_multiplier", "ssm_multipliers"),
+            "ssm_out": ("ssm_out_multiplier",),
+            "ffn_gate": ("gate_multiplier",),
+            "ffn_down": ("down_multiplier",),
+        },
+        embedding="embedding_multiplier",
+        logit_divisor="logits_divisor",
+    ),
     transforms={"mamba.A_log": "decay"},
-    gguf_shapes=mamba.GGUF_SHAPES,
+    gguf_tensors=GgufTensors(shapes=mamba.GGUF_SHAPES, needs_output=True),
     sizes=mamba.SIZES,
     biases=("ssm_conv1d",),
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
@@ -81,8 +85,5 @@ FAMILY = Family(
         "mamba_norm_before_gate": (False,),
     },
     gguf_integers={"vocab_size": "vocab_size", **mamba.GGUF_INTEGERS},
-    embedding_scale="embedding_multiplier",
-    logit_divisor="logits_divisor",
-    needs_lm_head=True,
     min_transformers="4.53",
 )

@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope, Scaling, Window
 
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
@@ -31,9 +32,8 @@ FAMILY = Family(
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    rope_types=("default", "linear"),
-    embedding_scale="sqrt_hidden_size",
-    logit_cap_key="final_logit_softcapping",
-    window_period=6,
+    rope=Rope(types=("default", "linear")),
+    scaling=Scaling(embedding="sqrt_hidden_size", logit_cap="final_logit_softcapping"),
+    window=Window(period=6),
     lookup_table_modules=("mlp.act_fn",),
 )

@@ -10,6 +10,14 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import (
+    AltUpStates,
+    ConfigForm,
+    GgufTensors,
+    Rope,
+    Scaling,
+    Window,
+)
 
 _SPARSE_BLOCKS, _DROPPED_SHARE = 10, 0.95  # blocks with sparse activations, and their share
 
@@ -77,8 +85,11 @@ FAMILY = Family(
         **decoder.PER_LAYER_MODEL_TENSORS,
     },
     kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
-    needs_kv_tensors=True,
-    altup_inputs="altup_num_inputs",
+    gguf_tensors=GgufTensors(
+        shapes={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
+        needs_keys=True,
+    ),
+    altup=AltUpStates(inputs="altup_num_inputs"),
     no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
     transforms=dict.fromkeys(_ALTUP_PROJECTIONS, "stack"),
     # VP: tokens that have per-layer inputs; A: hidden states of a token; AA: their pairs; L: rank
@@ -94,7 +105,6 @@ FAMILY = Family(
         "altup_unembd_proj": ("D", "D"),
         "per_layer_token_embd": ("VP", "PP"),
     },
-    gguf_shapes={"per_layer_token_embd": ("V", "PP")},  # no text has the tokens beyond
     sizes={
         **decoder.PER_LAYER_SIZES,
         "VP": "vocab_size_per_layer_input",
@@ -103,7 +113,7 @@ FAMILY = Family(
         "L": "laurel_rank",
     },
     biases=(),
-    read_config=_read,
+    config_form=ConfigForm(read=_read, listed=("intermediate_size",)),
     defaults={
         "hidden_size": 2048,
         "num_attention_heads": 8,
@@ -148,11 +158,9 @@ FAMILY = Family(
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    rope_types=("default",),
-    embedding_scale="sqrt_hidden_size",
-    logit_cap_key="final_logit_softcapping",
-    window_period=5,
-    lists_windows=True,
+    rope=Rope(types=("default",)),
+    scaling=Scaling(embedding="sqrt_hidden_size", logit_cap="final_logit_softcapping"),
+    window=Window(period=5, is_listed=True),
     lookup_table_modules=("mlp.act_fn", "act_fn"),
     min_transformers="5.8",  # older ones share keys through a cache alone
 )

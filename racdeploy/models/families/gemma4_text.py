@@ -11,6 +11,7 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, Rope, Scaling, Window
 
 _SLIDING = {"rope_type": "default", "rope_theta": 10_000.0}
 _FULL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}
@@ -111,12 +112,11 @@ FAMILY = Family(
     },
     model_tensors={**decoder.MODEL_TENSORS, **decoder.PER_LAYER_MODEL_TENSORS},
     kind_prefixes={"own_keys": ("self_attn.k_", "self_attn.v_")},
-    read_block_settings=_by_block,
+    config_form=ConfigForm(read=_read, read_blocks=_by_block),
     no_cut_reason="blocks share keys and values, and each has columns of the token embeddings",
     shapes={**decoder.PER_LAYER_SHAPES, "layer_output_scale": ("1",)},
     sizes=decoder.PER_LAYER_SIZES,
     biases=(),
-    read_config=_read,
     defaults={
         "hidden_size": 2304,
         "intermediate_size": 9216,
@@ -153,11 +153,9 @@ FAMILY = Family(
         "rope.freq_base_swa": "rope_local_base_freq",
         "final_logit_softcapping": "logit_cap_or_0",  # llama.cpp takes 30 where the key is missing
     },
-    rope_types=("proportional",),
-    embedding_scale="sqrt_hidden_size",
-    logit_cap_key="final_logit_softcapping",
-    window_period=_PERIOD,
-    lists_windows=True,
+    rope=Rope(types=("proportional",)),
+    scaling=Scaling(embedding="sqrt_hidden_size", logit_cap="final_logit_softcapping"),
+    window=Window(period=_PERIOD, is_listed=True),
     lookup_table_modules=("mlp.act_fn", "act_fn"),
     min_transformers="5.8",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, ExpertLayout, GgufTensors, Rope, Window
 from racdeploy.models.fused_experts import FusedExperts
 
 _EXPERTS = decoder.name_linears("mlp.experts.*", decoder.EXPERTS, decoder.WEIGHT_AND_BIAS)
@@ -38,22 +39,24 @@ FAMILY = Family(
         "mlp.router.bias": "ffn_gate_inp.bias",
         **_EXPERTS,
     },
-    fused_experts={
-        "mlp.experts.gate_up_proj": FusedExperts(
-            tuple(f"{part}.weight" for part in _GATE_UP), interleaved=True, inputs_first=True
-        ),
-        "mlp.experts.gate_up_proj_bias": FusedExperts(
-            tuple(f"{part}.bias" for part in _GATE_UP), interleaved=True
-        ),
-        "mlp.experts.down_proj": FusedExperts(
-            ("mlp.experts.*.down_proj.weight",), inputs_first=True
-        ),
-        "mlp.experts.down_proj_bias": FusedExperts(("mlp.experts.*.down_proj.bias",)),
-    },
+    experts=ExpertLayout(
+        fused={
+            "mlp.experts.gate_up_proj": FusedExperts(
+                tuple(f"{part}.weight" for part in _GATE_UP), interleaved=True, inputs_first=True
+            ),
+            "mlp.experts.gate_up_proj_bias": FusedExperts(
+                tuple(f"{part}.bias" for part in _GATE_UP), interleaved=True
+            ),
+            "mlp.experts.down_proj": FusedExperts(
+                ("mlp.experts.*.down_proj.weight",), inputs_first=True
+            ),
+            "mlp.experts.down_proj_bias": FusedExperts(("mlp.experts.*.down_proj.bias",)),
+        }
+    ),
     shapes={"attn_sinks": ("H",)},
     sizes={"E": "num_local_experts", "EF": "intermediate_size"},
     biases=(*decoder.ALL_LINEARS[:4], *decoder.EXPERT_SHAPES),
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         "num_hidden_layers": 36,
         "num_local_experts": 128,
@@ -78,9 +81,8 @@ FAMILY = Family(
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "intermediate_size",
     },
-    rounds_yarn_ramp=True,
-    window_period=2,
-    has_uniform_rope=True,
-    needs_lm_head=True,
+    rope=Rope(rounds_yarn_ramp=True),
+    window=Window(period=2, has_uniform_rope=True),
+    gguf_tensors=GgufTensors(needs_output=True),
     min_transformers="4.55",
 )

@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Scaling
 
 FAMILY = Family(
     architecture="GraniteForCausalLM",
@@ -21,6 +22,5 @@ FAMILY = Family(
         "residual_scale": "residual_multiplier",
         "logit_scale": "logits_scaling",
     },
-    embedding_scale="embedding_multiplier",
-    logit_divisor="logits_scaling",
+    scaling=Scaling(embedding="embedding_multiplier", logit_divisor="logits_scaling"),
 )

@@ -13,6 +13,14 @@ from racdeploy.models import decoder, mamba
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.families.granite import FAMILY as GRANITE
+from racdeploy.models.family_parts import (
+    ConfigForm,
+    ExpertLayout,
+    GgufTensors,
+    RecurrentState,
+    Rope,
+    Scaling,
+)
 from racdeploy.models.fused_experts import FusedExperts
 
 _STATE, _ATTENTION = "linear_attention", "full_attention"
@@ -47,24 +55,24 @@ _FEED_FORWARD = {
     "shared_mlp.output_linear.weight": "ffn_down.weight",
 }
 _STATE_SPACE = mamba.name_tensors("mamba")
+_DENSE_STATE = RecurrentState(marking="no_heads", attending_arch="granite")
 _DENSE = Family(
     architecture="GraniteMoeHybridForCausalLM",
     gguf_arch="granitehybrid",
-    all_attention_arch="granite",
+    state=_DENSE_STATE,
     block_tensors={
         **decoder.NON_MLP_TENSORS,
         **_FEED_FORWARD,
         **_STATE_SPACE,
     },
-    gguf_parts={"ffn_gate_up": ("ffn_gate", "ffn_up")},
+    gguf_tensors=GgufTensors(
+        parts={"ffn_gate_up": ("ffn_gate", "ffn_up")}, shapes=mamba.GGUF_SHAPES
+    ),
     kind_prefixes={_ATTENTION: ("self_attn.",), _STATE: ("mamba.",)},
-    attention_free_marking="no_heads",
     transforms={**decoder.ROTARY_TRANSFORMS, "mamba.A_log": "decay"},
-    gguf_shapes=mamba.GGUF_SHAPES,
     sizes=mamba.SIZES,
     biases=(*decoder.ALL_LINEARS[:4], "ssm_conv1d"),
-    read_config=_read,
-    write_config=_write,
+    config_form=ConfigForm(read=_read, write=_write),
     defaults={
         **GRANITE.defaults,
         "num_local_experts": 8,
@@ -91,9 +99,8 @@ _DENSE = Family(
         **mamba.GGUF_INTEGERS,
     },
     gguf_floats=GRANITE.gguf_floats,
-    embedding_scale="embedding_multiplier",
-    logit_divisor="logits_scaling",
-    position_embedding_key="position_embedding_type",
+    scaling=Scaling(embedding="embedding_multiplier", logit_divisor="logits_scaling"),
+    rope=Rope(position_key="position_embedding_type"),
     needs_square_queries=True,
     min_transformers="4.56",
 )
@@ -102,7 +109,7 @@ _EXPERTS = decoder.name_linears("block_sparse_moe.experts.*", decoder.EXPERTS)
 *_GATE_UP, _DOWN = _EXPERTS
 _MIXTURE = replace(
     _DENSE,
-    all_attention_arch="granitemoe",
+    state=replace(_DENSE_STATE, attending_arch="granitemoe"),
     block_tensors={
         **_DENSE.block_tensors,
         "block_sparse_moe.router.layer.weight": "ffn_gate_inp.weight",
@@ -110,19 +117,22 @@ _MIXTURE = replace(
         "shared_mlp.output_linear.weight": "ffn_down_shexp.weight",
         **_EXPERTS,
     },
-    gguf_parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")},
-    fused_experts={
-        "block_sparse_moe.input_linear.weight": FusedExperts(tuple(_GATE_UP)),
-        "block_sparse_moe.output_linear.weight": FusedExperts((_DOWN,)),
-    },
+    gguf_tensors=replace(
+        _DENSE.gguf_tensors, parts={"ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")}
+    ),
+    experts=ExpertLayout(
+        fused={
+            "block_sparse_moe.input_linear.weight": FusedExperts(tuple(_GATE_UP)),
+            "block_sparse_moe.output_linear.weight": FusedExperts((_DOWN,)),
+        },
+        feed_forward_length="moe_intermediate_size",
+    ),
     shapes={
         "ffn_gate_up_shexp": ("F+F", "D"),
         "ffn_down_shexp": ("D", "F"),
     },
     sizes={**_DENSE.sizes, "E": "num_local_experts", "EF": "moe_intermediate_size"},
-    feed_forward_length="moe_intermediate_size",
-    read_config=_read_mixture,
-    write_config=_write_mixture,
+    config_form=ConfigForm(read=_read_mixture, write=_write_mixture),
     gguf_integers={**_DENSE.gguf_integers, "expert_used_count": "num_experts_per_tok"},
 )
 FAMILY = replace(_DENSE, moe_variant=_MIXTURE)

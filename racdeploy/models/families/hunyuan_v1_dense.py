@@ -12,6 +12,7 @@ from racdeploy.models import decoder
 from racdeploy.models.computed_settings import read_rope
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm
 
 
 def _read(config: Config) -> Config:
@@ -33,7 +34,7 @@ FAMILY = Family(
         "self_attn.query_layernorm.weight": "attn_q_norm.weight",
         "self_attn.key_layernorm.weight": "attn_k_norm.weight",
     },
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     min_transformers="4.56",
 )

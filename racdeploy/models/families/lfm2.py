@@ -5,6 +5,7 @@ from __future__ import annotations
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, Modules, RecurrentState
 
 
 def _read(config: Config) -> Config:
@@ -63,9 +64,9 @@ FAMILY = Family(
         "model.embedding_norm.weight": "token_embd_norm.weight",  # llama.cpp's final norm
         "lm_head.weight": "output.weight",
     },
-    final_norm="model.embedding_norm",
+    modules=Modules(final_norm="model.embedding_norm"),
     kind_prefixes={"full_attention": ("self_attn.",), "conv": ("conv.",)},
-    attention_free_marking="no_heads",
+    state=RecurrentState(marking="no_heads"),
     shapes={
         "shortconv.in_proj": ("D+D+D", "D"),
         "shortconv.conv": ("D", "1", "L"),
@@ -73,7 +74,7 @@ FAMILY = Family(
     },
     sizes={"L": "conv_L_cache"},
     biases=(),
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         "num_key_value_heads": 8,
         "max_position_embeddings": 128_000,

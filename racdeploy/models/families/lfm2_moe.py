@@ -10,6 +10,7 @@ from dataclasses import replace
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
 from racdeploy.models.families.lfm2 import FAMILY as LFM2
+from racdeploy.models.family_parts import ConfigForm, ExpertLayout
 
 _SIGMOID = 2  # ``LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID``
 
@@ -17,7 +18,7 @@ _SIGMOID = 2  # ``LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID``
 def _read(config: Config) -> Config:
     width = config["intermediate_size"]  # that of LFM2 is computed from its setting
     return {
-        **LFM2.read_config(config),
+        **LFM2.config_form.read(config),
         "intermediate_size": width,
         "expert_gating_func": _SIGMOID,
     }
@@ -37,14 +38,14 @@ FAMILY: Family = replace(
         "feed_forward.expert_bias": "exp_probs_b.bias",
         **_EXPERTS,
     },
-    dense_blocks="num_dense_layers",
+    experts=ExpertLayout(dense_blocks="num_dense_layers"),
     kind_prefixes={
         **LFM2.kind_prefixes,
         "dense": ("feed_forward.w",),
         "sparse": ("feed_forward.gate", "feed_forward.expert"),
     },
     sizes={**LFM2.sizes, "E": "num_experts", "EF": "moe_intermediate_size"},
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         **LFM2.defaults,
         "num_hidden_layers": 32,

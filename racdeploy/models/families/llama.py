@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
@@ -9,6 +10,6 @@ FAMILY = Family(
     transforms=decoder.ROTARY_TRANSFORMS,
     biases=decoder.ALL_LINEARS,
     gguf_integers=decoder.LLAMA_INTEGERS,
-    rope_types=decoder.LLAMA_ROPE_TYPES,
+    rope=Rope(types=decoder.LLAMA_ROPE_TYPES),
     per_block_arch=decoder.DECI,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, Rope
 
 
 def _read(config: Config) -> Config:
@@ -20,7 +21,7 @@ FAMILY = Family(
     gguf_arch="mistral3",
     transforms=decoder.ROTARY_TRANSFORMS,
     biases=(),
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         "num_key_value_heads": 8,
         "head_dim": 128,
@@ -33,6 +34,6 @@ FAMILY = Family(
         "rope.scaling.yarn_log_multiplier": "yarn_magnitude",
         "attention.temperature_scale": "attention_temperature",
     },
-    rope_types=("yarn",),
+    rope=Rope(types=("yarn",)),
     min_transformers="5.0",
 )

@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope
 
 FAMILY = Family(
     architecture="MistralForCausalLM",
@@ -10,6 +11,6 @@ FAMILY = Family(
     biases=(),
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
     gguf_integers=decoder.LLAMA_INTEGERS,
-    rope_types=decoder.LLAMA_ROPE_TYPES,
+    rope=Rope(types=decoder.LLAMA_ROPE_TYPES),
     per_block_arch=decoder.DECI,
 )

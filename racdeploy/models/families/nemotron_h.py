@@ -16,6 +16,14 @@ from racdeploy.errors import ModelError
 from racdeploy.models import decoder, mamba
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import (
+    ConfigForm,
+    ExpertLayout,
+    GgufTensors,
+    Modules,
+    RecurrentState,
+    Rope,
+)
 
 _STATE, _ATTENTION, _FEED_FORWARD, _EXPERTS = "linear_attention", "full_attention", "mlp", "moe"
 _LETTERS = {_STATE: "M", _ATTENTION: "*", _FEED_FORWARD: "-", _EXPERTS: "E"}
@@ -103,26 +111,27 @@ _DENSE = Family(
         "model.norm_f.weight": "output_norm.weight",
         "lm_head.weight": "output.weight",
     },
-    published_prefixes={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
+    modules=Modules(
+        published_prefixes={"backbone.embedding.": "model.embeddings.", "backbone.": "model."},
+        attention="mixer",
+        final_norm="model.norm_f",
+    ),
     kind_prefixes={
         _ATTENTION: ("mixer.q_", "mixer.k_", "mixer.v_", "mixer.o_"),
         _STATE: tuple(name.removesuffix(".weight") for name in _STATE_SPACE),
         _FEED_FORWARD: ("mixer.up_proj", "mixer.down_proj"),
     },
-    attention_module="mixer",
-    attention_free_marking="no_heads",
+    state=RecurrentState(marking="no_heads"),
     transforms={
         # As llama.cpp's converter does; without rope, any order of both computes the same.
         "mixer.q_proj.weight": "rotary",
         "mixer.k_proj.weight": "rotary",
         "mixer.A_log": "decay",
     },
-    gguf_shapes=mamba.GGUF_SHAPES,
+    gguf_tensors=GgufTensors(shapes=mamba.GGUF_SHAPES),
     sizes=mamba.SIZES,
     biases=("ffn_up", "ffn_down", "ssm_conv1d"),
-    final_norm="model.norm_f",
-    read_config=_read,
-    write_config=_write,
+    config_form=ConfigForm(read=_read, write=_write),
     defaults={
         "hidden_size": 4096,
         "intermediate_size": 21_504,
@@ -152,7 +161,7 @@ _DENSE = Family(
         **mamba.GGUF_INTEGERS,
     },
     gguf_floats={"attention.layer_norm_epsilon": "layer_norm_epsilon"},
-    position_embedding_key="position_embedding_type",
+    rope=Rope(position_key="position_embedding_type"),
     min_transformers="5.15",
 )
 _STACKED = decoder.name_linears("mixer.experts.*", {"up": "ffn_up_exps", "down": "ffn_down_exps"})
@@ -183,8 +192,8 @@ _MIXTURE = replace(
         "EF": "moe_intermediate_size",
         "SF": "moe_shared_expert_intermediate_size",
     },
-    feed_forward_length="moe_intermediate_size",
-    read_config=_read_mixture,
+    experts=ExpertLayout(feed_forward_length="moe_intermediate_size"),
+    config_form=ConfigForm(read=_read_mixture, write=_write),
     defaults={
         **_DENSE.defaults,
         "n_routed_experts": 8,

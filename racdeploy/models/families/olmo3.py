@@ -5,6 +5,7 @@ Blocks with a sliding window have no rope scaling, unlike the others.
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import GgufTensors, Window
 
 FAMILY = Family(
     architecture="Olmo3ForCausalLM",
@@ -16,9 +17,8 @@ FAMILY = Family(
     supported_values={"rope_local_base_freq": ("=theta",)},
     gguf_integers={"attention.sliding_window": "sliding_window"},
     gguf_floats={"rope.freq_base_swa": "rope_local_base_freq"},
-    window_period=4,
-    lists_windows=True,
-    needs_lm_head=True,
+    window=Window(period=4, is_listed=True),
+    gguf_tensors=GgufTensors(needs_output=True),
     needs_square_queries=True,
     min_transformers="4.57",
 )

@@ -5,6 +5,7 @@ LongRoPE's long factors depend on the context in llama.cpp, on the sequence in t
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope
 
 _LINEARS = {
     "self_attn.qkv_proj.weight": "attn_qkv.weight",
@@ -15,7 +16,6 @@ _LINEARS = {
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
     gguf_arch="phi3",
-    gguf_input_groups=(("attn_qkv",), ("attn_output",), ("ffn_up",), ("ffn_down",)),
     block_tensors={**_LINEARS, **decoder.NORMS},
     shapes={"attn_qkv": ("Q+KV+KV", "D"), "ffn_up": ("F+F", "D")},
     biases=(),
@@ -30,6 +30,6 @@ FAMILY = Family(
         "rope.scaling.original_context_length": "original_max_position_embeddings",
         "attention.sliding_window": "window_or_0",
     },
-    rope_types=("default", "longrope"),
+    rope=Rope(types=("default", "longrope")),
     needs_square_queries=True,
 )

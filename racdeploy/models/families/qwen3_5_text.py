@@ -8,6 +8,7 @@ from __future__ import annotations
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm, MtpHead, RecurrentState, Rope
 
 
 def _read(config: Config) -> Config:
@@ -47,7 +48,7 @@ FAMILY = Family(
     gguf_arch="qwen35",
     block_tensors={**decoder.BLOCK_TENSORS, **_NORMS, **_DELTA_NET},
     kind_prefixes={"full_attention": ("self_attn.",), "linear_attention": ("linear_attn.",)},
-    attention_free_marking="listed",
+    state=RecurrentState(marking="listed"),
     transforms={
         **dict.fromkeys(_NORMS, "plus_one"),
         "model.norm.weight": "plus_one",
@@ -78,7 +79,7 @@ FAMILY = Family(
         "C": "linear_conv_kernel_dim",
     },
     biases=(),
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={
         "num_key_value_heads": 4,
         "head_dim": 256,
@@ -102,8 +103,7 @@ FAMILY = Family(
         "full_attention_interval": "full_attention_interval",
         "rope.dimension_count": "rotary_width",
     },
-    rope_types=("default", "yarn"),
-    rope_sections=(11, 11, 10, 0),
-    mtp_tensors=_MTP,
+    rope=Rope(types=("default", "yarn"), sections=(11, 11, 10, 0)),
+    mtp_head=MtpHead(tensors=_MTP),
     min_transformers="5.2",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from racdeploy.models import decoder
 from racdeploy.models.config_schema import Config
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import ConfigForm
 
 
 def _read(config: Config) -> Config:
@@ -23,7 +24,7 @@ FAMILY = Family(
         **_EXPERTS,
     },
     sizes={"E": "num_experts", "EF": "moe_intermediate_size"},
-    read_config=_read,
+    config_form=ConfigForm(read=_read),
     defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "use_sliding_window": False},
     supported_values={
         "norm_topk_prob": (True,),

@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import Rope
 
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
@@ -16,6 +17,6 @@ FAMILY = Family(
         "use_sliding_window": False,
     },
     gguf_integers=decoder.LLAMA_INTEGERS,
-    no_rope_period=4,
+    rope=Rope(unrotated_period=4),
     min_transformers="4.53",
 )

@@ -37,7 +37,7 @@ def check(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse an impossible cut with a UsageError."""
     check_cuttable("blocks", checkpoint.family)
     family = checkpoint.family
-    if family.window_period or family.no_rope_period:
+    if family.window.period or family.rope.unrotated_period:
         reason = (
             "engines choose a block's kind of attention by its number; cut ffn or heads instead"
         )

@@ -126,7 +126,7 @@ def rewrite(
     replaced.add("model.safetensors.index.json")
 
     with atomic_folder(out) as scratch:
-        stored = fused_experts.fuse(checkpoint.all_entries, family.blocks, family.fused_experts)
+        stored = fused_experts.fuse(checkpoint.all_entries, family.blocks, family.experts.fused)
         write_model(stored, scratch, cut, zero_filled=zero_filled)
         for name, text in texts.items():
             (scratch / name).write_text(text, encoding="utf-8")

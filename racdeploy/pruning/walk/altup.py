@@ -22,7 +22,9 @@ class AltUp:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._count = checkpoint.shape.integer(checkpoint.family.altup_inputs)
+        altup = checkpoint.family.altup
+        assert altup, "only a family with AltUp has hidden states beside each other"
+        self._count = checkpoint.shape.integer(altup.inputs)
 
     def expand(self, embedded_ND: Tensor) -> Tensor:
         """Return the initial hidden states of token embeddings, concatenated."""

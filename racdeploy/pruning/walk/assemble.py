@@ -108,7 +108,7 @@ def _write_model(
 ) -> None:
     """Write the tensors, config, tokenizer, README and license."""
     family = checkpoint.family
-    stored = fused_experts.fuse(entries, family.blocks, family.fused_experts)
+    stored = fused_experts.fuse(entries, family.blocks, family.experts.fused)
     write_model(stored, folder, zero_filled=zero_filled)
 
     for name in ("config.json", "README.md", "LICENSE", *TOKENIZER_FILES):
@@ -148,14 +148,14 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
         if len(shape.blocks) < dense.block_count:
             # A config may give these as a period: after blocks are removed only a list is right.
             kinds: dict[str, list[Any]] = {}
-            if dense.family.window_period or dense.family.kind_prefixes:
+            if dense.family.window.period or dense.family.kind_prefixes:
                 kinds["layer_types"] = list(dense.layer_types)
-            if dense.family.no_rope_period:
+            if dense.family.rope.unrotated_period:
                 kinds["no_rope_layers"] = list(map(int, dense.rotary_blocks))
             config |= kinds
-            if dense.family.dense_blocks:
+            if dense.family.experts.dense_blocks:
                 dense_blocks = ["dense" in dense.kinds[block] for block in shape.blocks]
-                config[dense.family.dense_blocks] = sum(dense_blocks)
+                config[dense.family.experts.dense_blocks] = sum(dense_blocks)
         config = widths.cut_config(config, shape.blocks, shape.widths)
         if 0 < shape.experts < dense.num_experts:
             config[checkpoint.family.sizes["E"]] = shape.experts
@@ -163,7 +163,7 @@ def _write_config(checkpoint: Checkpoint, shape: CutShape | None, file: Path) ->
                 config[key] = shape.experts
 
     if checkpoint.family.kind_prefixes:
-        config |= checkpoint.family.write_config(config)
+        config |= checkpoint.family.config_form.write(config)
     # transformers derives a missing head_dim from the number of heads, which a cut changes.
     config["head_dim"] = dense.head_dim
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

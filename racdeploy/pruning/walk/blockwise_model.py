@@ -44,7 +44,7 @@ class BlockwiseModel:
         check_tensors(checkpoint, {name for name, _ in self._model.named_parameters()})
 
         self._has_per_layer_inputs = "P" in checkpoint.family.sizes
-        self._altup = AltUp(checkpoint) if checkpoint.family.altup_inputs else None
+        self._altup = AltUp(checkpoint) if checkpoint.family.altup else None
 
     def input_groups(self, block: Any) -> InputGroups:
         """Return the prunable linears of a block, grouped by the input they share."""
@@ -101,7 +101,7 @@ class BlockwiseModel:
 
     def load_final_norm(self) -> Callable[[Tensor], Tensor]:
         """Load the norm after the last block, with AltUp's merge before it, to the device."""
-        name = self.shape.family.final_norm
+        name = self.shape.family.modules.final_norm
         norm = self._model.get_submodule(name)
         fill_parameter(self._model, f"{name}.weight", self.checkpoint)
         set_parameter(norm, "weight", self.to_device(norm.get_parameter("weight").data))
@@ -184,7 +184,7 @@ class BlockwiseModel:
             changed.append(module)
 
             attends = (
-                self.shape.attends[block.number] and owner == self.shape.family.attention_module
+                self.shape.attends[block.number] and owner == self.shape.family.modules.attention
             )
             # Falcon-H1's feed-forward part multiplies its output.
             factor = getattr(module, "down_multiplier", 1.0)

@@ -199,7 +199,7 @@ def fit_attention(block: nn.Module, sizes: Mapping[str, int]) -> None:
 
 def embedding_scale(shape: ModelShape) -> float:
     """Return the factor of token embeddings."""
-    setting = shape.family.embedding_scale
+    setting = shape.family.scaling.embedding
     return float(shape.setting(setting)) if setting else 1.0
 
 
@@ -373,7 +373,7 @@ def _config(checkpoint: Checkpoint) -> Any:
     values["rope_theta"] = rope["rope_theta"]
     if rope_type != "proportional":  # only transformers 5 has it, and reads rope_parameters
         values["rope_scaling"] = None if rope_type == "default" else scaling
-    if checkpoint.family.window_period:  # else transformers 5 takes one theta for both kinds
+    if checkpoint.family.window.period:  # else transformers 5 takes one theta for both kinds
         values["rope_parameters"] = shape.rope_parameters
 
     if not shape.is_rotary:  # some configurations know no such settings

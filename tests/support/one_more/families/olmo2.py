@@ -2,6 +2,7 @@
 
 from racdeploy.models import decoder
 from racdeploy.models.families import Family
+from racdeploy.models.family_parts import GgufTensors
 
 FAMILY = Family(
     architecture="Olmo2ForCausalLM",
@@ -10,6 +11,6 @@ FAMILY = Family(
     shapes={"attn_q_norm": ("Q",), "attn_k_norm": ("KV",)},
     biases=(),
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-    needs_lm_head=True,
+    gguf_tensors=GgufTensors(needs_output=True),
     needs_square_queries=True,
 )

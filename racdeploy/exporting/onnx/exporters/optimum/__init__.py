@@ -41,7 +41,7 @@ def unsupported_reason(checkpoint: Checkpoint) -> str:
 
     An unsupported architecture is refused by optimum itself.
     """
-    if checkpoint.family.fused_experts:
+    if checkpoint.family.experts.fused:
         return "its graph has all experts of a block in one tensor"
     return ""
 
