@@ -65,6 +65,12 @@ def _state_space_width(settings: ModelSettings) -> int:
     return settings.integer("mamba_expand") * settings.integer("hidden_size")
 
 
+def _sparsity_of_gemma3n(settings: ModelSettings) -> list[float]:
+    count = settings.integer("num_hidden_layers")
+    sparse = min(10, count)
+    return [0.95] * sparse + [0.0] * (count - sparse)
+
+
 COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
     "rotary_width": lambda s: int(read_head_dim(s) * (s.config.get("partial_rotary_factor") or 1)),
     "sqrt_hidden_size": lambda s: math.sqrt(s.integer("hidden_size")),
@@ -86,9 +92,7 @@ COMPUTED: Mapping[str, Callable[[ModelSettings], Any]] = {
         # by which llama.cpp knows the 32B model, the one with windows
         64 if s.config.get("sliding_window") else min(63, s.integer("num_hidden_layers"))
     ),
-    "sparsity_of_gemma3n": lambda s: [
-        0.95 if block < 10 else 0.0 for block in range(s.integer("num_hidden_layers"))
-    ],
+    "sparsity_of_gemma3n": _sparsity_of_gemma3n,
     "mamba_width": _state_space_width,
     "hidden_per_head": _hidden_per_head,
     "mamba_group_width": lambda s: _state_space_width(s) // s.integer("mamba_n_groups"),

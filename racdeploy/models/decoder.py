@@ -97,8 +97,11 @@ ALL_LINEARS = (*ATTENTION.values(), *FEED_FORWARD.values())
 
 def list_kinds(blocks: int, period: int, usual: str = "sliding_attention") -> list[str]:
     """Return the kind of each block if every n-th has full attention; at period 0 all have."""
-    is_usual = [period and block % period for block in range(1, blocks + 1)]
-    return [usual if each else "full_attention" for each in is_usual]
+    kinds = []
+    for block in range(1, blocks + 1):
+        has_full_attention = not period or block % period == 0
+        kinds.append("full_attention" if has_full_attention else usual)
+    return kinds
 
 
 EXPERT_SHAPES = {

@@ -74,7 +74,7 @@ def unfuse(
         if inside in fused:
             parts = _take(name, entry, fused[inside], experts)
         elif base in fused and base != inside:
-            parts = _unpack(name, entry, entries, fused[base], experts)
+            parts = _unpack(name, entry, entries, fused=fused[base], experts=experts)
         elif name.endswith(_EXPONENTS) and name.removesuffix(_EXPONENTS) + _CODES in entries:
             continue
         else:
@@ -154,6 +154,7 @@ def _unpack(
     name: str,
     codes: TensorEntry,
     entries: Mapping[str, TensorEntry],
+    *,
     fused: FusedExperts,
     experts: int,
 ) -> dict[str, TensorEntry]:

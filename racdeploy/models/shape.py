@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from racdeploy.errors import ModelError
@@ -80,10 +81,11 @@ class ModelShape(ModelSettings):
     @cached_property
     def linears(self) -> list[list[str]]:
         """Prunable linears of each block, without ``.weight``, in forward order."""
-        return [
-            [name for group in groups for name in expand_experts(group, self.num_experts)]
-            for groups in self.input_groups
-        ]
+        blocks = []
+        for groups in self.input_groups:
+            expanded = (expand_experts(group, self.num_experts) for group in groups)
+            blocks.append(list(chain.from_iterable(expanded)))
+        return blocks
 
     @cached_property
     def prunable_weights(self) -> Names:
@@ -168,7 +170,13 @@ def read_shape(config: Config, family: Family, where: str) -> ModelShape:
         recurs=tuple(kind in _RECURRENT for kind in layer_types),
         rotary_blocks=_find_rotary_blocks(config, count),
         widths=widths_by_setting,
-        sizes=_list_sizes(settings, family, widths_by_setting, head_dims, kinds),
+        sizes=_list_sizes(
+            settings,
+            family,
+            widths_by_setting=widths_by_setting,
+            head_dims=head_dims,
+            kinds=kinds,
+        ),
         input_groups=list(map(family.list_input_groups, kinds)),
     )
 
@@ -255,6 +263,7 @@ def _find_rotary_blocks(config: Config, block_count: int) -> Sequence[bool]:
 def _list_sizes(
     settings: ModelSettings,
     family: Family,
+    *,
     widths_by_setting: Mapping[str, Sequence[int]],
     head_dims: Sequence[int],
     kinds: Sequence[tuple[str, ...]],

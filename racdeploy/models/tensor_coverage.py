@@ -74,10 +74,9 @@ def shorten_names(names: Iterable[str]) -> str:
     for name in names:
         groups[star_numbers(name)].append(name)
 
-    shown = [
-        f"{kind} ({1 + len(others)})" if others else first
-        for kind, (first, *others) in groups.items()
-    ]
+    shown = []
+    for kind, alike in groups.items():
+        shown.append(f"{kind} ({len(alike)})" if len(alike) > 1 else alike[0])
 
     if len(shown) > _SHOWN:
         shown[_SHOWN:] = [f"and {len(shown) - _SHOWN} more"]

@@ -52,7 +52,10 @@ def tensor_shape(family: Family, name: str, sizes: Mapping[str, int]) -> tuple[i
 
 def axis_lengths(list_axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the lengths of axes that are given as letters or sums of them."""
-    return tuple(sum(sizes[letter] for letter in axis.split("+")) for axis in list_axes)
+    lengths = []
+    for axis in list_axes:
+        lengths.append(sum(sizes[letter] for letter in axis.split("+")))
+    return tuple(lengths)
 
 
 def width_per_unit(letter: str, sizes: Mapping[str, int]) -> int:

@@ -165,11 +165,12 @@ class Family:
             for name, stored in self.block_tensors.items()
             if self.has_tensor(kinds, name)
         }
-        groups = (
-            tuple(linear for linear, stored in linears.items() if stored in group)
-            for group in decoder.INPUT_GROUPS
-        )
-        return tuple(filter(None, groups))
+        groups = []
+        for stored_names in decoder.INPUT_GROUPS:
+            group = tuple(linear for linear, stored in linears.items() if stored in stored_names)
+            if group:
+                groups.append(group)
+        return tuple(groups)
 
     def list_gguf_names(self, inside: str) -> tuple[str, ...]:
         """Return the names of a block's parameter inside ``blk.N.``: one, or one for each part."""

@@ -97,7 +97,10 @@ def _by_block(config: Config) -> dict[str, Sequence[int]]:
     first_sharing = len(blocks) - config["num_kv_shared_layers"]
     width = config["intermediate_size"]
     wide = width * 2 if config.get("use_double_wide_mlp") else width
-    widths["intermediate_size"] = [wide if block >= first_sharing else width for block in blocks]
+    feed_forward = []
+    for block in blocks:
+        feed_forward.append(wide if block >= first_sharing else width)
+    widths["intermediate_size"] = feed_forward
     return widths
 
 

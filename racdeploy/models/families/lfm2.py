@@ -9,19 +9,27 @@ from racdeploy.models.family_parts import ConfigForm, Modules, RecurrentState
 
 
 def _read(config: Config) -> Config:
-    blocks = range(config.get("num_hidden_layers", 32))
-    listed = config.get("full_attn_idxs")
-    attending = blocks if listed is None else listed
-    kinds = ["full_attention" if block in attending else "conv" for block in blocks]
-
     return {
         "rms_norm_eps": config.get("norm_eps", 1e-5),
         "intermediate_size": _width(config),
         "block_ff_dim": None,
         "block_auto_adjust_ff_dim": False,
-        "layer_types": config.get("layer_types") or kinds,
+        "layer_types": config.get("layer_types") or _list_kinds(config),
         "tie_word_embeddings": config.get("tie_embedding", config["tie_word_embeddings"]),
     }
+
+
+def _list_kinds(config: Config) -> list[str]:
+    """Return the kind of each block by the list of those with attention; without one all have."""
+    blocks = range(config.get("num_hidden_layers", 32))
+    listed = config.get("full_attn_idxs")
+    if listed is None:
+        return ["full_attention"] * len(blocks)
+
+    kinds = []
+    for block in blocks:
+        kinds.append("full_attention" if block in listed else "conv")
+    return kinds
 
 
 def _width(config: Config) -> int:
