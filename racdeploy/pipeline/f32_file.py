@@ -59,8 +59,9 @@ class Reference:
 
         The error of small logits says nothing about the tensors.
         """
-        error_T: np.ndarray[Any, Any] = np.abs(logits_TV - self.logits_TV).max(1)
-        return error_T / np.abs(self.logits_TV).max()
+        error_T = np.abs(logits_TV - self.logits_TV).max(1)
+        relative_T: np.ndarray[Any, Any] = error_T / np.abs(self.logits_TV).max()
+        return relative_T
 
 
 def compute_references(
