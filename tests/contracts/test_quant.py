@@ -36,11 +36,11 @@ def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
 
     A float of 32 bits is exact. One of 16 has at least 7 mantissa bits: 2^-8 of each weight, and
     2^-25 where half precision is subnormal, with a spacing of 2^-24. A block
-    format codes [-a, a], a the largest magnitude of the block, with at most floor(BITS) bits: one
-    step is a * 2^(1 - floor(BITS)). Rounding costs half a step; the side that the asymmetric code
-    range lacks is clipped by one. Scales in half precision add 2^-11 of a. MXFP4 has a power of two
-    d for a scale, 4 d <= a < 8 d, and no value above 6 d: a is clipped by less than a quarter. Its
-    values from 4 d on are 2 d apart: half of that is as much.
+    format codes [-a, a], a the largest magnitude of the block, in the whole bits that a scale in
+    half precision leaves, c: one step is a * 2^(1 - c). Rounding costs half a step; the side that
+    the asymmetric code range lacks is clipped by one. Scales in half precision add 2^-11 of a.
+    MXFP4 has a power of two d for a scale, 4 d <= a < 8 d, and no value above 6 d: a is clipped by
+    less than a quarter. Its values from 4 d on are 2 d apart: half of that is as much.
     """
     if quant.block_size == 1:
         return np.abs(weight_OI) * 0 if quant.bits == 32 else np.abs(weight_OI) * 2.0**-8 + 2.0**-25
@@ -51,7 +51,8 @@ def bound_error(quant: quants.Quant, weight_OI: np.ndarray) -> np.ndarray:
     )
     if quant.grid and quant.grid.scale == "power_of_two":
         return largest / 4
-    return largest * (2.0 ** (1 - int(quant.bits)) + HALF_PRECISION)
+    code_bits = int(quant.bits - 16 / quant.block_size)
+    return largest * (2.0 ** (1 - code_bits) + HALF_PRECISION)
 
 
 @pytest.mark.parametrize("name", NAMES)
