@@ -16,11 +16,14 @@ from racdeploy.processes import landlock, privileges
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.landlock import CHANGE_FILE, WRITE, Access
 
+TOKENIZER_STACK_BYTES = 64 * 2**20
+"""Stack of llama.cpp's tokenizer, which took up to 14 MB for its longest text, 32,768 bytes."""
+
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _PACKED = "_packed"
 
 # The number in a comment is the most that models took, real ones and the smallest.
-_BASE_BYTES = 256 * 2**20
+_BASE_BYTES = 256 * 2**20 + TOKENIZER_STACK_BYTES
 _FILE_FACTOR = 4  # the weights, and a copy repacked for the processor: 2
 _PACKED_FACTOR = 16  # bytes of weights for each byte of a packed file: 8
 _TOKEN_BYTES = 8192  # of a token in the cache, in a model of 100 kB: 512

@@ -40,17 +40,27 @@ class SubprocessEngine(Engine):
     Args:
         module: loads the model in the child.
         name: of the engine, for error messages.
+        step_seconds: maximum processor time of a step; None derives it from the files.
         options: for ``module``.
     """
 
     def __init__(
-        self, module: str, name: str, path: Path, settings: EngineSettings, **options: Any
+        self,
+        module: str,
+        name: str,
+        path: Path,
+        settings: EngineSettings,
+        *,
+        step_seconds: float | None = None,
+        **options: Any,
     ) -> None:
         _check_settings(settings)
         if settings.memory_limit_bytes is None:
             settings = replace(
                 settings, memory_limit_bytes=process_limits.memory_limit_bytes(path, settings)
             )
+        if step_seconds is None:
+            step_seconds = process_limits.step_limit_seconds(path, settings)
 
         self.stats, self.info = {}, {}
         self._settings = settings
@@ -60,7 +70,7 @@ class SubprocessEngine(Engine):
         request = {
             "path": str(path.resolve()),
             "settings": asdict(settings),
-            "step_seconds": process_limits.step_limit_seconds(path, settings),
+            "step_seconds": step_seconds,
             **options,
         }
 
@@ -135,6 +145,10 @@ class SubprocessEngine(Engine):
 
     def is_alive(self) -> bool:
         return self._child.is_alive()
+
+    def refuse_fork(self) -> None:
+        """Raise ForkedError in a fork of the process that opened this engine."""
+        self._child.refuse_fork()
 
     def close(self) -> None:
         self._child.close()

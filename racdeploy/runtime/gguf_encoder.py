@@ -6,13 +6,16 @@ them on the device.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from racdeploy import plugins
-from racdeploy.errors import ArtifactError
+from racdeploy.errors import ArtifactError, EngineError, PromptError
 from racdeploy.files.reading import Json
+from racdeploy.files.sha256_cache import file_state
 from racdeploy.runtime.template import ChatTemplate, Message, PromptEncoder, Tools
 from racdeploy.sandbox.client import Sandbox
 from racdeploy.sandbox.tokenizer import Tokenizer
@@ -21,19 +24,60 @@ from racdeploy.sandbox.tokenizer import Tokenizer
 class GgufTokenizer(Tokenizer):
     """The vocabulary of a GGUF file, in an engine that has read nothing else of it.
 
+    An engine that dies, for example of a text that takes it too long, is replaced at once.
+
     Attributes:
+        engine: the engine that runs now.
         info: special tokens and template, see ``llamacpp.native``.
         sandbox: renders the templates.
     """
 
     def __init__(self, file: Path) -> None:
-        self.engine = plugins.load("engines", "llamacpp").open_vocabulary(file)
+        self._file = file
+        self._state = file_state(file)
+        self.engine = _open_vocabulary(file)
+        self._is_closed = False
+        self._lock = threading.Lock()
         self.info = self.engine.info
         self.sandbox = Sandbox("racdeploy.sandbox.text_operations")
         self._pieces = [bytes.fromhex(piece) for piece in self.info["pieces"]]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.engine.tokenize(text) for text in texts]
+        self.engine.refuse_fork()  # where the lock may be held for ever
+        with self._lock:
+            self._replace_dead_engine()
+            return [self._tokenize(text) for text in texts]
+
+    def is_alive(self) -> bool:
+        # Who has the lock is encoding a text, or replaces the engine.
+        return self._lock.locked() or self.engine.is_alive()
+
+    def _tokenize(self, text: str) -> list[int]:
+        try:
+            return list(self.engine.tokenize(text))
+        except EngineError as error:
+            if self._is_closed or self.engine.is_alive():
+                raise
+            self._replace_dead_engine()
+            raise PromptError(
+                "text-ends-tokenizer",
+                f"llama.cpp's tokenizer ended at a text of {len(text):,} characters: {error}",
+                remedy="shorten the text, or break up its longest words and numbers",
+            ) from error
+
+    def _replace_dead_engine(self) -> None:
+        if self._is_closed or self.engine.is_alive():
+            return
+
+        self.engine.close()
+        self.engine = _open_vocabulary(self._file)
+        if file_state(self._file) != self._state:
+            self.engine.close()
+            raise ArtifactError(
+                "artifact-changed",
+                f"{self._file} changed while it was in use",
+                remedy="load the model again",
+            )
 
     def decode_batch(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         joined = (b"".join(map(self._pieces.__getitem__, ids)) for ids in sequences)
@@ -61,7 +105,12 @@ class GgufTokenizer(Tokenizer):
 
     def close(self) -> None:
         super().close()
+        self._is_closed = True
         self.engine.close()
+
+
+def _open_vocabulary(file: Path) -> Any:
+    return plugins.load("engines", "llamacpp").open_vocabulary(file)
 
 
 class GgufEncoder(PromptEncoder):

@@ -258,6 +258,10 @@ class Model(AbstractContextManager["Model"]):
         remedy = self.manifest.generation.advise_context(tokens)
         check_length(tokens, subject, self.context_tokens - 1, remedy)
 
+    def is_alive(self) -> bool:
+        """Return whether prompts can be answered: neither engine nor tokenizer has ended."""
+        return self.engine.is_alive() and self.encoder.tokenizer.is_alive()
+
     def close(self) -> None:
         """Unload the model; running generations fail with EngineError. May be called again."""
         self.engine.close()

@@ -52,6 +52,10 @@ class Tokenizer:
         # Bytes of the tokens that were decoded so far; None where a text is not their joined bytes.
         self._bytes: dict[int, bytes] | None = {}
 
+    def is_alive(self) -> bool:
+        """Return whether texts can be encoded; a sandbox that ended starts again by itself."""
+        return True
+
     def close(self) -> None:
         """End its process."""
         self.sandbox.close()

@@ -55,8 +55,8 @@ def make_app(served: ServedModel, key: str = "") -> Starlette:
         return JSONResponse(models["data"][0])
 
     async def show_health(request: Request) -> Response:
-        is_well = served.model.engine.is_alive()
-        status = {"status": "ok" if is_well else "the engine has ended, and is loaded again"}
+        is_well = served.model.is_alive()
+        status = {"status": "ok" if is_well else "the model has ended, and is loaded again"}
         return JSONResponse(status, 200 if is_well else 503)
 
     handlers = {

@@ -1,7 +1,7 @@
 """Server process: bind an address, load a bundle, serve, shut down on a signal.
 
 After the first signal no request is accepted and running ones get ``SHUTDOWN_GRACE_S`` seconds; a
-second signal stops them at once. A model whose engine has died is loaded again, after
+second signal stops them at once. A model of which a process has died is loaded again, after
 ``RELOAD_EVERY_S`` seconds where that has just been done.
 """
 
@@ -153,19 +153,19 @@ class BundleServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._watcher = asyncio.create_task(self._watch_engine())
+        self._watcher = asyncio.create_task(self._watch_model())
         self._on_ready()
 
-    async def _watch_engine(self) -> None:
-        """Load the model again when its engine has died; stop the server where that fails."""
+    async def _watch_model(self) -> None:
+        """Load the model again when a process of it has died; stop the server where that fails."""
         clock = asyncio.get_running_loop().time
         earliest_s = clock()
         while True:
             await asyncio.sleep(_WATCH_S)
-            if self.served.model.engine.is_alive() or clock() < earliest_s:
+            if self.served.model.is_alive() or clock() < earliest_s:
                 continue
 
-            _LOG.warning("the engine has died: the model is loaded again")
+            _LOG.warning("the model has died, and is loaded again")
             earliest_s = clock() + RELOAD_EVERY_S
             try:
                 # In a daemon thread, so that a signal ends the server meanwhile.
@@ -174,7 +174,7 @@ class BundleServer(uvicorn.Server):
             except (RacdeployError, OSError) as error:
                 self.failure = EngineError(
                     "engine-not-reloaded",
-                    f"the engine died, and the model cannot be loaded again: {error}",
+                    f"the model died, and cannot be loaded again: {error}",
                 )
                 self.should_exit = True
                 return

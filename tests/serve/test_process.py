@@ -19,7 +19,8 @@ import uvicorn
 from racdeploy.serve import connections
 from tests.support.commands import racdeploy
 from tests.support.own_server import OwnServer, children, serving_bundle
-from tests.support.tiny_artifacts import make_bundle
+from tests.support.spoiled_gguf import set_pre_tokenizer
+from tests.support.tiny_artifacts import make_bundle, make_gguf
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 LONG = {"max_tokens": 3000, "max_thinking_tokens": 3000}
@@ -132,6 +133,37 @@ def test_an_engine_that_dies_is_replaced(bundle: Path) -> None:
         time.sleep(2)
         assert ask(server, max_tokens=3).status_code == 503
         assert len(children(server.process.pid)) == 1  # the one that reads texts
+
+
+def test_a_chat_of_one_long_word_ends_nothing(tmp_path: Path) -> None:
+    """llama.cpp splits it with a function that calls itself for each letter."""
+    file = set_pre_tokenizer(make_gguf(tmp_path), tmp_path / "tekken.gguf", "tekken")
+    with serving_bundle(file) as server:
+        messages = [{"role": "user", "content": "a" * 32_000}]
+        refused = ask(server, messages=messages)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert "\n" not in refused.json()["error"]["message"]
+
+        health = httpx.get(server.url.removesuffix("/v1") + "/health", trust_env=False)
+        assert health.json() == {"status": "ok"}
+        assert ask(server, max_tokens=3).status_code == 200
+
+
+@has_proc
+def test_a_tokenizer_that_dies_is_replaced(tmp_path: Path) -> None:
+    """The server notices by itself; until then it is not healthy."""
+    with serving_bundle(make_gguf(tmp_path)) as server:
+        health = server.url.removesuffix("/v1") + "/health"
+        vocabulary, engine = server.engine_pids()
+        os.kill(vocabulary, signal.SIGKILL)
+
+        deadline = time.monotonic() + 60
+        while {vocabulary, engine} & {*server.engine_pids()}:  # the whole model is loaded again
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert httpx.get(health, trust_env=False).status_code == 200
+        assert ask(server, max_tokens=3).status_code == 200
 
 
 @has_proc

@@ -29,12 +29,16 @@ class OwnServer:
 
     def engine_pid(self) -> int:
         """Return the child that runs the engine; another one reads texts (Linux)."""
-        (engine,) = (
+        (engine,) = self.engine_pids()
+        return engine
+
+    def engine_pids(self) -> list[int]:
+        """Return all children that run engines, in the order of their start (Linux)."""
+        return sorted(
             child
             for child in children(self.process.pid)
             if b"racdeploy.engines.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
         )
-        return engine
 
     def stop(self, number: signal.Signals) -> int:
         """Send a signal; return the exit code."""

@@ -51,6 +51,11 @@ def set_number(source: Path, file: Path, key_end: str, change: Callable[[Any], A
     return file
 
 
+def set_pre_tokenizer(source: Path, file: Path, name: str) -> Path:
+    """Write a copy with another pre-tokenizer; return it."""
+    return rewrite(source, file, lambda k, v: name if k == "tokenizer.ggml.pre" else v)
+
+
 def _set_tensor(source: Path, file: Path, name: str, change: Callable[[Any], None]) -> Path:
     shutil.copyfile(source, file)
     reader = gguf.GGUFReader(file, "r+")

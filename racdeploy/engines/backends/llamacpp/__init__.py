@@ -21,6 +21,9 @@ ACCEL = True
 _FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$")
 MAX_TEXT_BYTES = 32_768
 _NO_CONTEXT = 16  # tokens; without weights, no context is made
+# To load a vocabulary, or to tokenize a text: both take up to 0.3 s, but expressions of some
+# pre-tokenizers would need years for a long number.
+_VOCABULARY_STEP_S = 10.0
 _LOG = logging.getLogger("racdeploy.sparse_kernels")
 
 
@@ -42,7 +45,14 @@ class LlamaCppEngine(SubprocessEngine):
             raise ArtifactError("no-gguf-file", f"{path} is not a file", remedy="give a .gguf file")
 
         native = "racdeploy.engines.backends.llamacpp.native"
-        super().__init__(native, "llama.cpp", path, settings, vocabulary_only=vocabulary_only)
+        super().__init__(
+            native,
+            "llama.cpp",
+            path,
+            settings,
+            step_seconds=_VOCABULARY_STEP_S if vocabulary_only else None,
+            vocabulary_only=vocabulary_only,
+        )
         if self.info.get("sparse_weights"):
             _LOG.info(self.info["kernels"])
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from racdeploy import sparse_kernels
 from racdeploy.engines.backends.llamacpp.grammar import SchemaGrammar
 from racdeploy.engines.batching import BatchToken
 from racdeploy.engines.engine import BATCH_TOKENS, EngineSettings, Logits, Sampling
+from racdeploy.engines.process_limits import TOKENIZER_STACK_BYTES
 from racdeploy.errors import EngineError
 from racdeploy.processes.cores import available_cores
 from racdeploy.processes.messages import Header
@@ -139,7 +142,26 @@ class _Vocabulary:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens in it are parsed, none are added."""
-        data = text.encode("utf-8")
+        return self._tokenizing.submit(self._tokenize, text.encode("utf-8")).result()
+
+    @cached_property
+    def _tokenizing(self) -> ThreadPoolExecutor:
+        """The thread that tokenizes.
+
+        llama.cpp splits a text by ``std::regex``, which calls itself for each character. In the
+        8 MiB of an ordinary stack, a word of 26,000 letters would end the process.
+        """
+        executor = ThreadPoolExecutor(max_workers=1)
+        default = threading.stack_size(TOKENIZER_STACK_BYTES)
+        try:
+            executor.submit(int).result()  # starts the thread, so that no other gets this stack
+        except RuntimeError as error:  # "can't start new thread"
+            raise MemoryError from error
+        finally:
+            threading.stack_size(default)
+        return executor
+
+    def _tokenize(self, data: bytes) -> list[int]:
         room = len(data) + 1
         add_special, parse_special = False, True
 
