@@ -219,15 +219,12 @@ def short_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cancelled_call_of_a_stopped_child_ends_with_an_error(bundle: Path) -> None:
     """Within the bound, and the next call says the same."""
     with open_engine(bundle / "model.gguf", SETTINGS) as engine:
-        cancelled = threading.Event()
-
-        def stop(index: int, ids: Sequence[int], ended: object) -> None:
-            os.kill(engine.pid, signal.SIGSTOP)
-            cancelled.set()
+        # Before the call: a child that is stopped later may have answered already.
+        os.kill(engine.pid, signal.SIGSTOP)
 
         started = time.monotonic()
         with raises("engine-stuck", "1 s"):
-            engine.generate([[9, 8]] * 400, LONG, on_tokens=stop, cancelled=cancelled.is_set)
+            engine.generate([[9, 8]] * 400, LONG, cancelled=lambda: True)
         assert time.monotonic() - started < 20
         with raises("engine-stuck"):
             engine.tokenize("again")
