@@ -195,10 +195,21 @@ def _list_weights(path: Path, backend: str) -> list[Path]:
 def find_graph(folder: Path) -> Path | None:
     """Return the graph of an ONNX folder: by onnxruntime-genai's config, by name, or the only."""
     config = folder / "genai_config.json"
-    named: Any = read_json(config) if config.is_file() else {}
+    name: Any = read_json(config) if config.is_file() else {}
     for key in ("model", "decoder", "filename"):
-        named = named.get(key, {}) if isinstance(named, dict) else {}
-    names = [named] if isinstance(named, str) else list(_GRAPHS)
+        name = name.get(key, {}) if isinstance(name, dict) else {}
+
+    names = list(_GRAPHS)
+    if isinstance(name, str):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ArtifactError(
+                "weights-elsewhere",
+                f"{config} names the graph {name!r:.400}, which is not in its folder",
+                remedy="save the model with its graph in one folder",
+            )
+        names = [name]
+
     graphs = [folder / name for name in names if (folder / name).is_file()]
     return next(iter([*graphs, *sorted(folder.glob("*.onnx"))]), None)
 

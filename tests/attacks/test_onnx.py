@@ -22,6 +22,7 @@ from racdeploy.engines.backends.onnxruntime import OnnxRuntimeEngine
 from racdeploy.engines.engine import EngineSettings, Sampling
 from racdeploy.errors import EngineError
 from racdeploy.packing.onnx.data_files import MESSAGES, find_data_files
+from racdeploy.runtime.deployed import find_plain
 from tests.support.errors import raises
 from tests.support.tiny_artifacts import make_bundle, make_onnx_bundle
 from tests.support.tiny_models import edit_json
@@ -170,6 +171,18 @@ def test_a_damaged_file_keeps_its_kind_of_error_on_the_way_out_of_the_child(mode
     (model.parent / "genai_config.json").write_text("{", encoding="utf-8")
     with raises("invalid-json", "genai_config.json"):
         opened(model)
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "{root}/outside", "sub/../../outside"])
+def test_a_configuration_names_no_graph_outside_of_its_folder(model: Path, prefix: str) -> None:
+    """Its tokenizer and its weights would be read from there, too."""
+    outside = model.parent.with_name("outside")
+    shutil.copytree(model.parent, outside)
+    name = prefix.format(root=model.parent.parent) + "/model.onnx"
+    edit_json(model.parent / "genai_config.json", model={"decoder": {"filename": name}})
+    (model.parent / "sub").mkdir()
+    with raises("weights-elsewhere", "outside"):
+        find_plain(model.parent)
 
 
 def test_a_context_beyond_the_graph_is_an_error(model: Path) -> None:
