@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from racdeploy.errors import EnvironmentFailure, MissingExtraError, ModelError
+from racdeploy.files.writing import write_atomic
 from racdeploy.models.wrong_input import is_bundle, wrong_folder_error
 
 EMBEDDED = "tiny-reasoner"
@@ -21,6 +22,7 @@ _DOWNLOADED_FILES = [
 ]  # fmt: skip
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _GGUF = re.compile(r"(.+?)(?:-\d{5}-of-\d{5})?\.gguf")
 
 
@@ -64,8 +66,7 @@ def resolve_model(model: str) -> ResolvedModel:
             remedy=f"give a model folder, a Hub id, or {EMBEDDED!r}",
         )
 
-    with _open_hub(model) as hub:
-        folder = Path(hub.snapshot_download(model, allow_patterns=_DOWNLOADED_FILES))
+    folder = _download_snapshot(model)
     return ResolvedModel(model.partition("/")[2], folder, model, folder.name)
 
 
@@ -86,6 +87,7 @@ def fetch_gguf(source: Path) -> Path:
     model, quant = named.groups()
     with _open_hub(model) as hub:
         info = hub.HfApi().model_info(model)
+    commit = check_commit(info.sha, model)
 
     parts_by_stem: dict[str, list[str]] = {}
     for file in sorted(each.rfilename for each in info.siblings or ()):
@@ -105,8 +107,46 @@ def fetch_gguf(source: Path) -> Path:
 
     patterns = [glob.escape(file) for file in fitting[0]]
     with _open_hub(model) as hub:
-        folder = hub.snapshot_download(model, revision=info.sha, allow_patterns=patterns)
+        folder = hub.snapshot_download(model, revision=commit, allow_patterns=patterns)
     return Path(folder) / fitting[0][0]
+
+
+def check_commit(sha: object, model: str) -> str:
+    """Return the commit that the Hub names for a repository.
+
+    huggingface_hub makes paths of it, so that ``../../x`` would be written outside of its cache.
+
+    Raises:
+        EnvironmentFailure: it is no commit.
+    """
+    if isinstance(sha, str) and _COMMIT.fullmatch(sha):
+        return sha
+    raise EnvironmentFailure(
+        "hub-answers-oddly",
+        f"the Hub names {sha!r:.100} as the commit of {model}",
+        remedy="check HF_ENDPOINT, or install a newer huggingface_hub",
+    )
+
+
+def _download_snapshot(model: str) -> Path:
+    """Return the folder with a model's files."""
+    with _open_hub(model) as hub:
+        download = partial(hub.snapshot_download, model, allow_patterns=_DOWNLOADED_FILES)
+        try:
+            info = hub.HfApi().model_info(model)
+        except (hub.errors.HTTPError, OSError):
+            # The Hub does not answer, or no longer has the model: an earlier download is used.
+            with suppress(hub.errors.LocalEntryNotFoundError):
+                return Path(download(local_files_only=True))
+            raise
+
+        commit = check_commit(info.sha, model)
+        folder = Path(download(revision=commit))
+        # As the client records what a branch is, so that it is found without the Hub.
+        branch = folder.parents[1] / "refs/main"
+        branch.parent.mkdir(exist_ok=True)
+        write_atomic(branch, commit)
+        return folder
 
 
 @contextmanager
@@ -118,7 +158,9 @@ def _open_hub(model: str) -> Iterator[Any]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "hub") from error
 
-    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+    # Of its HTTP client, which depends on its version.
+    http_error = errors.HTTPError  # type: ignore[attr-defined]
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, http_error)
     try:
         yield hub
     except (errors.HfHubHTTPError, *offline, OSError) as error:

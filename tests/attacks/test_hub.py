@@ -292,13 +292,16 @@ def test_a_program_ends_while_the_client_still_waits() -> None:
     assert "took more than 0 s" in done.stderr
 
 
-def test_a_listing_without_its_commit_is_an_error(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sha", [None, "../../../../x", "main", "A" * 40, "0" * 40 + "\n"])
+def test_a_listing_without_a_commit_is_an_error(
+    sha: str | None, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """huggingface_hub only asserts that there is one."""
+    """huggingface_hub only asserts that there is something, and makes paths of it."""
     write = hub_module._json
-    monkeypatch.setattr(hub_module, "_json", lambda value: write({**value, "sha": None}))
+    monkeypatch.setattr(hub_module, "_json", lambda value: write({**value, "sha": sha}))
     _serve(hub, tmp_path, {})
+    before = sorted(tmp_path.rglob("*"))
     with raises("hub-answers-oddly"):
         pull(NAME, Path("out"))
     assert not Path("out").exists()
+    assert sorted(tmp_path.rglob("*")) == before

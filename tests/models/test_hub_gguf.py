@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from racdeploy.models.sources import fetch_gguf
+from racdeploy.models.sources import fetch_gguf, resolve_model
+from tests.support import hub_server
 from tests.support.errors import raises
-from tests.support.hub_server import Hub, Repository, hub_server, point_at
+from tests.support.hub_server import Hub, Repository, point_at
 
 FILES = {
     name: name.encode()
@@ -35,7 +36,7 @@ FILES = {
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub with one repository; the client's cache is a folder of the test."""
     fetch_gguf.cache_clear()
-    with hub_server() as server:
+    with hub_server.hub_server() as server:
         point_at(server.address, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
@@ -83,6 +84,33 @@ def test_a_repository_without_gguf_or_none_at_all(hub: Hub) -> None:
         fetch_gguf(Path("org/other:q4_0"))
     with raises("no-model-from-hub", "org/missing"):
         fetch_gguf(Path("org/missing:q4_0"))
+
+
+@pytest.mark.parametrize("sha", ["../../../../x", "main", "A" * 40])
+@pytest.mark.parametrize("get", [resolve_model, lambda name: fetch_gguf(Path(f"{name}:q8_0"))])
+def test_a_commit_that_is_none_is_no_path(
+    sha: str, get: Callable[[str], object], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, in the client's cache or out of it."""
+    write = hub_server._json
+    monkeypatch.setattr(hub_server, "_json", lambda value: write({**value, "sha": sha}))
+    with raises("hub-answers-oddly", sha):
+        get("org/tiny-GGUF")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_downloaded_model_is_found_without_the_hub(hub: Hub) -> None:
+    """As where the network is down; a model that was never downloaded is not."""
+    hub.repositories["org/tiny"] = Repository()
+    commit = hub.repositories["org/tiny"].commit({"config.json": b"{}"})
+    downloaded = resolve_model("org/tiny")
+    assert downloaded.revision == commit
+    assert (downloaded.folder / "config.json").read_bytes() == b"{}"
+
+    del hub.repositories["org/tiny"]
+    assert resolve_model("org/tiny") == downloaded
+    with raises("no-model-from-hub", "org/missing"):
+        resolve_model("org/missing")
 
 
 @pytest.mark.parametrize("source", ["model.gguf", "/tmp/a/b:c", "a/b/c:d", "org/name", "C:/x.gguf"])

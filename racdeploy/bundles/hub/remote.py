@@ -22,6 +22,7 @@ from racdeploy.bundles.hub.layout import BUNDLES_FOLDER
 from racdeploy.errors import ArtifactError, EnvironmentFailure, RacdeployError, UsageError
 from racdeploy.files.reading import Json
 from racdeploy.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from racdeploy.models.sources import check_commit
 from racdeploy.plugins import require_package
 from racdeploy.runtime.streams import DaemonThreadPool
 
@@ -83,7 +84,9 @@ class HubRepository:
         """Listing of the repository; all later reads use its commit."""
         revision = self.revision or None
         options: Json = {"revision": revision, "files_metadata": True}
-        return self.call(lambda: self.api.model_info(self.name, **options))
+        info = self.call(lambda: self.api.model_info(self.name, **options))
+        check_commit(info.sha, self.name)
+        return info
 
     @cached_property
     def files(self) -> dict[str, RepoSibling]:
