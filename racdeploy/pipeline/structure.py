@@ -12,8 +12,9 @@ from racdeploy.files.reading import Json
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
 from racdeploy.pipeline.job import Job
-from racdeploy.pruning.structure.layout import (
-    UnitLayout,
+from racdeploy.pruning.structure.layout import UnitLayout
+from racdeploy.pruning.structure.shares import (
+    check_input_widths,
     is_far,
     nearest_counts,
     nearest_share,
@@ -100,6 +101,7 @@ def check_structure(job: Job) -> None:
     settings = job.structure
     for part in settings.cut_parts:
         plugins.load("structures", part).check(job.checkpoint, settings)
+    check_input_widths(job.checkpoint.shape, settings)
 
     allocation = job.recipe.prune.allocation
     if "E" in settings.sizes and allocation != "uniform":

@@ -13,17 +13,21 @@ from racdeploy import plugins
 from racdeploy.engines.backends.transformers.torch_model import load_model
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
+from racdeploy.pipeline.job import Job
+from racdeploy.pipeline.structure import check_structure
 from racdeploy.pruning.block_pruning import prune_blocks
-from racdeploy.pruning.structure.cut_plan import read_cut_plan
+from racdeploy.pruning.structure.cut_plan import CutPlan, keep_everything, read_cut_plan
 from racdeploy.pruning.structure.layout import find_consumer
-from racdeploy.pruning.walk.assemble import assemble
-from racdeploy.recipe import Pruning, Structure
+from racdeploy.pruning.walk.assemble import assemble, list_cut_entries
+from racdeploy.recipe import Pruning, Recipe, Structure
+from tests.support.errors import raises
 from tests.support.tiny_models import make_checkpoint
 from tests.support.tiny_traces import TRACES
 
 ALL = plugins.list_names("structures")
 MODULES = {name: plugins.load("structures", name) for name in ALL}
 IN_WALK = [name for name in ALL if MODULES[name].SCOPE != "folder"]
+IN_BLOCKS = [name for name in ALL if MODULES[name].SCOPE == "block"]
 WIDTHS = [name for name in IN_WALK if not hasattr(MODULES[name], "cut")]
 SHARE = 0.5
 
@@ -32,7 +36,7 @@ SHARE = 0.5
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     """Four blocks with four query heads in two groups; and two blocks of four experts."""
     folder = tmp_path_factory.mktemp("structures")
-    sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 128, "head_dim": 32}
     made = {
         "": make_checkpoint(folder / "model", "llama", dtype="float32", **sizes),
         "E": make_checkpoint(folder / "experts", "qwen3_moe", dtype="float32"),
@@ -73,6 +77,38 @@ def test_it_refuses_a_share_that_removes_nothing(models: dict[str, Checkpoint], 
     with pytest.raises(UsageError, match=name) as caught:
         plugin.check(checkpoint, Structure(keep={name: 0.999}))
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_it_leaves_no_linear_too_few_inputs(tmp_path: Path, name: str) -> None:
+    """Numbers of units that narrow a linear below 64 inputs are refused before any work, and no
+    search is offered them. A linear that is not narrowed may have fewer: these experts have 32.
+    """
+    plugin = MODULES[name]
+    family = "qwen3_moe" if plugin.SIZE_LETTER == "E" else "llama"
+    model = make_checkpoint(tmp_path / "model", family, num_hidden_layers=2, head_dim=16)
+    dense = Checkpoint(model)
+    whole = keep_everything(dense.shape)
+    layouts = whole.layouts(dense.shape, name, Structure())
+    unlimited = plugin.layout(dense.shape, 0, Structure())
+    assert layouts[0].counts[0] == unlimited.units
+
+    for count in unlimited.counts[1:]:
+        cut_plan = CutPlan(whole.blocks, {name: (count,) * len(layouts)})
+        cut = list_cut_entries(dense, cut_plan.shape(dense.shape, Structure()))
+        narrowed = [
+            entry.shape[1]
+            for tensor, entry in cut.items()
+            if len(entry.shape) > 1 and entry.shape[1] < dense.entries[tensor].shape[1]
+        ]
+        is_too_narrow = min(narrowed, default=64) < 64
+        assert is_too_narrow == (count not in layouts[0].counts)
+
+        if is_too_narrow:
+            structure = {"keep": {name: count / unlimited.units}}
+            job = Job(Recipe.combine(None, {"model": str(model), "structure": structure}))
+            with raises("linear-too-narrow", f"{name} = ", "fewer than 64 inputs"):
+                check_structure(job)
 
 
 def test_its_units_are_all_that_a_linear_collects(

@@ -14,6 +14,7 @@ from tests.support.commands import racdeploy
 from tests.support.tiny_models import FAMILIES, GPT_OSS, NEMOTRON_EXPERTS, make_checkpoint
 
 SIZES = {"num_hidden_layers": 4, "intermediate_size": 128}
+WIDE = {"intermediate_size": 256, "head_dim": 32}  # a half of the heads has 64 columns
 RECIPE = """
 [traces]
 max_new_tokens = 24
@@ -46,7 +47,7 @@ def _plan(model: Path, folder: Path, *keep: str) -> dict[str, Any]:
 
 def test_a_cut_model_is_built_and_verified_again(tmp_path: Path) -> None:
     """The plan says what is left; names, manifest, report and files agree with it."""
-    model = make_checkpoint(tmp_path / "model", "llama", **SIZES | {"intermediate_size": 256})
+    model = make_checkpoint(tmp_path / "model", "llama", **SIZES | WIDE)
     keep = ["--keep", "ffn=0.5", "--keep", "heads=0.5", "--keep", "blocks=0.75"]
     plan = _plan(model, tmp_path, *keep[1::2])
     out = tmp_path / "bundle"
@@ -159,6 +160,12 @@ BAD: dict[str, tuple[str, str, str, str]] = {
     "a share that no width comes near": ("llama", "ffn=0.6", UNREACHABLE, "32 from 64 on"),
     "a share that removes nothing": ("llama", "ffn=0.99", UNREACHABLE, "32 of 128"),
     "heads that break the groups": ("llama", "heads=0.7", UNREACHABLE, "multiples of 2 "),
+    "heads that leave a linear too narrow": (
+        "llama",
+        "heads=0.5",
+        "linear-too-narrow",
+        "leave out --keep heads",
+    ),
     "all blocks": ("llama", "blocks=0.1", UNREACHABLE, "0 of 4"),
     "a part that the family has not": ("qwen3_moe", "ffn=0.5", UNCUT, "--keep ffn"),
     "experts where there are none": ("llama", "experts=0.5", UNCUT, "--keep experts"),
@@ -175,11 +182,14 @@ BAD: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+CONFIGS = {"no door for fewer heads": {"hidden_size": 128}}
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_cut_that_cannot_be_is_refused_before_any_work(tmp_path: Path, case: str) -> None:
     """Exit code 2, its own reason and what to do, and nothing on disk."""
     family, keep, code, named = BAD[case]
-    model = make_checkpoint(tmp_path / "model", family, **SIZES)
+    model = make_checkpoint(tmp_path / "model", family, **SIZES, **CONFIGS.get(case, {}))
     asked = ["--keep", keep]
     if case == "a share that no width comes near":
         asked += ["--set", "structure.uniform=true"]

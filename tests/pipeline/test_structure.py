@@ -102,7 +102,7 @@ def test_a_file_says_what_it_keeps(dense: Path, cut: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 def test_what_is_expected_is_what_a_cut_leaves(tmp_path: Path, family: str) -> None:
     """Alike in all blocks: every count, and the weights of the model that is written."""
-    sizes = {"num_hidden_layers": 4, "intermediate_size": 128}
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 128, "hidden_size": 128}
     dense = Checkpoint(make_checkpoint(tmp_path / "dense", family, **sizes))
     keep = {"ffn": 0.5, "heads": 0.5, "blocks": 0.75}
     expected = expect_structure(dense, Structure(keep=keep, uniform=True))

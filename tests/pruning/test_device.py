@@ -115,11 +115,8 @@ def test_every_family_runs_on_a_device(family: str, tmp_path: Path) -> None:
 )
 def test_cuts_are_made_on_a_device(keep: dict[str, float], tmp_path: Path) -> None:
     """The survey, the choice of blocks, and the removal."""
-    checkpoint = Checkpoint(
-        make_checkpoint(
-            tmp_path / "model", "qwen2", dtype="float32", num_hidden_layers=4, intermediate_size=128
-        )
-    )
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 128}
+    checkpoint = Checkpoint(make_checkpoint(tmp_path / "model", "qwen2", dtype="float32", **sizes))
     found = {}
     for name, asked in (("cpu", "cpu"), ("far", "cuda")):
         with far_device():

@@ -40,7 +40,7 @@ FUSED = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Three blocks of eight experts: one is loud and often chosen, and one never, by its bias."""
     folder = tmp_path_factory.mktemp("experts") / "model"
-    sizes = {"num_local_experts": E, "num_hidden_layers": 3}
+    sizes = {"num_local_experts": E, "num_hidden_layers": 3, "head_dim": 32}
     make_checkpoint(folder, "gpt_oss", tied=False, dtype="float32", **sizes)
     weights = load_file(folder / "model.safetensors")
     for block in range(3):

@@ -102,7 +102,7 @@ def test_the_drift_of_a_cut_model_is_that_of_a_whole_forward_pass(
     tmp_path: Path, family: str
 ) -> None:
     """Every family, widths that differ per block: what the walk saw is what the folder computes."""
-    dense = _make(tmp_path, family)
+    dense = _make(tmp_path, family, hidden_size=128, head_dim=32)
     settings = Pruning(sparsity=0.3, pattern="unstructured")
     cut, linears, blocks = _cut(dense, tmp_path, {"ffn": 0.5, "heads": 0.75}, settings)
 
@@ -208,7 +208,7 @@ def test_an_interrupted_cut_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_linear_that_stays_dense_is_cut_all_the_same(tmp_path: Path) -> None:
     """It has no zeros, and the folder computes what the walk saw."""
-    dense = _make(tmp_path, "qwen2", attention_bias=True)
+    dense = _make(tmp_path, "qwen2", attention_bias=True, hidden_size=128)
     settings = Pruning(sparsity=0.5, ignore=("down_proj", "o_proj", "q_proj"))
     cut, linears, blocks = _cut(dense, tmp_path, {"ffn": 0.5, "heads": 0.5}, settings)
 

@@ -11,6 +11,7 @@ from racdeploy import plugins
 from racdeploy.files.reading import read_json
 from racdeploy.models.shape import ModelShape
 from racdeploy.pruning import CUT_PLAN_FILE
+from racdeploy.pruning.structure.input_widths import list_layouts
 from racdeploy.pruning.structure.layout import UnitLayout
 from racdeploy.pruning.walk.assemble import CutShape
 from racdeploy.recipe import Structure
@@ -27,7 +28,7 @@ class CutPlan:
     def layouts(self, dense: ModelShape, part: str, structure: Structure) -> list[UnitLayout]:
         """Return the units of a structure in each block that stays, before the cut."""
         plugin = plugins.load("structures", part)
-        return [plugin.layout(dense, block, structure) for block in self.blocks]
+        return list_layouts(dense, self.blocks, plugin.layout, structure)
 
     def shape(self, dense: ModelShape, structure: Structure) -> CutShape:
         """Return the blocks that stay with their sizes after the cut."""
@@ -37,8 +38,7 @@ class CutPlan:
             layouts = self.layouts(dense, part, structure)
 
             for block_sizes, layout, count in zip(sizes, layouts, units, strict=True):
-                for letter, width in layout.widths.items():
-                    block_sizes[letter] = count * width
+                block_sizes |= layout.sizes(count)
 
         return CutShape(self.blocks, sizes)
 

@@ -20,7 +20,8 @@ from racdeploy.pruning import CUT_PLAN_FILE
 from racdeploy.pruning.structure.cut import CutContext
 from racdeploy.pruning.structure.cut_plan import CutPlan, keep_everything, parse_cut_plan
 from racdeploy.pruning.structure.input_units import InputUnits
-from racdeploy.pruning.structure.layout import UnitLayout, find_consumer, nearest_counts
+from racdeploy.pruning.structure.layout import UnitLayout, find_consumer
+from racdeploy.pruning.structure.shares import nearest_counts
 from racdeploy.pruning.structures import list_parts
 from racdeploy.pruning.walk.hessian import Hessian
 from racdeploy.pruning.walk.session import PruningSession

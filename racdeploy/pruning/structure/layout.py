@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from racdeploy.errors import UsageError
-from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.families import Family
 from racdeploy.models.shape import ModelShape
 from racdeploy.models.widths import KeptIndices, list_axes
-from racdeploy.recipe import Structure
-
-_MAX_SHARE_GAP = 0.04
-"""A share is refused if the nearest possible one differs by more than this, or a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,8 @@ class UnitLayout:
         widths: letter of a size → consecutive indices that one unit has along it.
         cohorts: equal runs of units, each of which loses the same number.
         step: the number of units that stay is a multiple of it.
-        min_count: minimum number of units that stay, unless there were fewer.
+        min_count: minimum number of units that stay; see
+            :mod:`racdeploy.pruning.structure.input_widths`.
         is_uniform: the same number must stay in every block.
     """
 
@@ -53,6 +49,10 @@ class UnitLayout:
     def nearest_count(self, share: float) -> int:
         """Return the possible number of units that is nearest to a share."""
         return min(self.counts, key=lambda count: abs(count - share * self.units))
+
+    def sizes(self, count: int) -> dict[str, int]:
+        """Return the size of each letter if so many units stay."""
+        return {letter: count * width for letter, width in self.widths.items()}
 
     def kept_indices(self, units: Sequence[int]) -> KeptIndices:
         """Return the indices that stay along each letter, for units that stay."""
@@ -87,75 +87,3 @@ def part_error(part: str, family: Family, reason: str) -> UsageError:
         f"{part} of {family.architecture} cannot be cut: {reason}",
         remedy=f"leave out --keep {part}",
     )
-
-
-def check_share(
-    part: str,
-    layout: Callable[[ModelShape, int, Structure], UnitLayout],
-    checkpoint: Checkpoint,
-    structure: Structure,
-) -> None:
-    """Refuse a share that no number of units comes near to, or that removes nothing."""
-    shape = checkpoint.shape
-    check_cuttable(part, shape.family)
-    layouts = [layout(shape, block, structure) for block in range(shape.block_count)]
-    share = structure.kept_share(part)
-    first = layouts[0]
-    uniform = structure.uniform or first.is_uniform
-
-    if not find_consumer(shape, first.letter):
-        raise part_error(part, shape.family, "no linear of every block takes them as its inputs")
-
-    if (first.letter,) in shape.family.axes.values():
-        raise part_error(part, shape.family, "a norm over those that stay would differ")
-
-    nearest = nearest_share(layouts, share, uniform=structure.uniform)
-    reachable = [f"{count / first.units:.3g}" for count in first.counts[:8]]
-
-    if is_far(nearest, share):
-        where = "every block keeps as many" if uniform else "blocks differ"
-        minimum = f" from {first.min_count} on" if first.min_count > first.step else ""
-        raise UsageError(
-            "share-not-reachable",
-            f"{part} = {share:g} keeps {share * first.units:.4g} of {first.units} in a block, and"
-            f" only multiples of {first.step}{minimum} can stay ({where})",
-            remedy=f"choose one of {', '.join(reachable)}",
-        )
-
-    if share < 1 and nearest == 1:
-        raise UsageError(
-            "share-not-reachable",
-            f"{part} = {share:g} removes nothing: {first.step} of {first.units} go at a time",
-            remedy=f"choose one of {', '.join(reachable[1:])}",
-        )
-
-
-def is_far(nearest: float, share: float) -> bool:
-    """Return True if rounding a share to what blocks can keep would change it noticeably."""
-    return abs(nearest - share) > min(_MAX_SHARE_GAP, share / 4)
-
-
-def nearest_share(layouts: Sequence[UnitLayout], share: float, *, uniform: bool) -> float:
-    """Return the share of all units that :func:`nearest_counts` keeps."""
-    counts = nearest_counts(layouts, share, uniform=uniform)
-    return sum(counts) / sum(layout.units for layout in layouts)
-
-
-def nearest_counts(layouts: Sequence[UnitLayout], share: float, *, uniform: bool) -> list[int]:
-    """Return the number of units per block that is nearest to a share, in each or in total.
-
-    ``uniform``: the same share of every block. Otherwise only the total has to be near, and the
-    last blocks make up the difference.
-    """
-    counts = [layout.nearest_count(share) for layout in layouts]
-
-    if uniform or layouts[0].is_uniform:
-        return counts
-
-    # One step at a time towards the total, from the last block that can take it.
-    wanted = share * sum(layout.units for layout in layouts)
-    for index in reversed(range(len(layouts))):
-        missing = wanted - sum(counts) + counts[index]
-        counts[index] = min(layouts[index].counts, key=lambda count: abs(count - missing))
-
-    return counts

@@ -5,20 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 from racdeploy.models.shape import ModelShape
-from racdeploy.pruning.structure.layout import UnitLayout, check_share
+from racdeploy.pruning.structure.layout import UnitLayout
+from racdeploy.pruning.structure.shares import check_share
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "F"
-MIN_CHANNELS = 64
-"""llama.cpp computes a width of 32 wrongly with a processor's AMX: at 96 tokens at once, logits of
-Q8_0 and Q4_0 were off by more than the largest logit (llama-cpp-python 0.3.36)."""
 
 
 def layout(shape: ModelShape, block: int, structure: Structure) -> UnitLayout:
     """Return the units of a block."""
     channels = shape.sizes[block][SIZE_LETTER]
-    step = structure.width_multiple
-    return UnitLayout(SIZE_LETTER, channels, {SIZE_LETTER: 1}, step=step, min_count=MIN_CHANNELS)
+    return UnitLayout(SIZE_LETTER, channels, {SIZE_LETTER: 1}, step=structure.width_multiple)
 
 
 check = partial(check_share, "ffn", layout)

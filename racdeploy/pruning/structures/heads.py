@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from racdeploy.models.shape import ModelShape
-from racdeploy.pruning.structure.layout import UnitLayout, check_share
+from racdeploy.pruning.structure.layout import UnitLayout
+from racdeploy.pruning.structure.shares import check_share
 from racdeploy.pruning.structures import kv_groups
 from racdeploy.recipe import Structure
 

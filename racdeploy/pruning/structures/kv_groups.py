@@ -8,7 +8,8 @@ from __future__ import annotations
 from racdeploy.errors import UsageError
 from racdeploy.models.checkpoint import Checkpoint
 from racdeploy.models.shape import ModelShape
-from racdeploy.pruning.structure.layout import UnitLayout, check_share
+from racdeploy.pruning.structure.layout import UnitLayout
+from racdeploy.pruning.structure.shares import check_share
 from racdeploy.recipe import Structure
 
 SCOPE, SIZE_LETTER = "block", "Q"
